@@ -1,0 +1,45 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else: each makes its environment first, once.
+
+PYTHON ?= python3
+VENV ?= .venv
+OLDEST_TRANSFORMERS := 5.17.0
+
+export PYTHON
+# Once installed, nothing here needs the network.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint type pytest docs test-matrix test-nightly clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt tools/environment.sh
+	tools/environment.sh $(VENV)
+	@touch $@
+
+demo: $(VENV)/.installed  ## Read a novel into the memory of a small decoder and generate with it
+	$(VENV)/bin/mplus demo
+
+test: lint type pytest docs  ## Everything a change must pass
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+type: $(VENV)/.installed
+	$(VENV)/bin/mypy
+
+pytest: $(VENV)/.installed
+	$(VENV)/bin/pytest -n 2
+
+docs: $(VENV)/.installed  ## The documentation, in site/
+	$(VENV)/bin/mkdocs build --strict --quiet
+
+test-matrix:  ## The tests with the oldest supported transformers and with the newest release
+	tools/environment.sh .venv-transformers-oldest transformers==$(OLDEST_TRANSFORMERS)
+	.venv-transformers-oldest/bin/pytest -n 2
+	tools/environment.sh .venv-transformers-newest transformers
+	.venv-transformers-newest/bin/pytest -n 2
+
+test-nightly: $(VENV)/.installed  ## The tests in their long modes; commits a record of the run
+	$(VENV)/bin/python tools/nightly.py
+
+clean:  ## Remove what was built, but keep the environments
+	rm -rf build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,33 @@
+"""Long-term memory for Hugging Face decoders, kept inside their own hidden states (M+, arXiv 2502.00592)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+__all__ = ["MPlusConfig", "Memory", "__version__", "from_pretrained", "unwrap", "wrap"]
+
+if TYPE_CHECKING:
+    from mplus.config import MPlusConfig
+    from mplus.hf import from_pretrained, unwrap, wrap
+    from mplus.memory import Memory
+
+_LAZY = {
+    "MPlusConfig": "mplus.config",
+    "Memory": "mplus.memory",
+    "wrap": "mplus.hf",
+    "unwrap": "mplus.hf",
+    "from_pretrained": "mplus.hf",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'mplus' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,23 @@
+"""Attention over memory and text together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mplus.registry import Registry
+
+if TYPE_CHECKING:
+    from mplus.backends.base import AttentionBackend
+
+__all__ = ["BACKENDS"]
+
+BACKENDS: Registry[AttentionBackend] = Registry(
+    "backend",
+    group="mplus.backends",
+    base="mplus.backends.base:AttentionBackend",
+    builtin={
+        "reference": "mplus.backends.reference:ReferenceBackend",
+        "sdpa": "mplus.backends.sdpa:SdpaBackend",
+    },
+    reserved={"auto"},  # a config says "auto" to let mplus choose
+)

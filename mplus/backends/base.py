@@ -1,0 +1,75 @@
+"""AttentionBackend: how text queries attend to memory segments and text together."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from attrs import define
+from torch import Tensor
+
+
+@define(frozen=True, eq=False)
+class Segment:
+    """Memory rows seen by every query.
+
+    Attributes:
+        keys: ``[B or 1, Hkv, P, D]``, rotated where the decoder rotates keys; batch 1 is shared by all rows.
+        values: ``[B or 1, Hkv, P, Dv]``.
+        valid: ``[B, P]`` bool, False at filler rows; None when all rows are real.
+    """
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor | None = None
+
+
+@define(frozen=True, eq=False, kw_only=True)
+class AttentionRequest:
+    """One attention call over ``[segments | text]``.
+
+    Attributes:
+        queries: ``[B, H, T, D]``.
+        keys, values: text, ``[B, Hkv, S, D]`` and ``[B, Hkv, S, Dv]`` with ``S >= T``; H is a multiple of Hkv.
+        segments: memory in front of the text, in order; every query sees all their valid rows.
+        mask: over the text only, broadcastable to ``[B, H, T, S]``; bool (True = visible) or additive float.
+            None means causal, aligned at the bottom right: query i sees text keys 0 .. S-T+i.
+        scale: factor on the scores.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask is applied.
+        sinks: ``[H]`` extra logits that take part in the softmax and carry no value.
+        dropout: probability applied to the attention weights.
+        need_weights: also return the weights ``[B, H, T, P+S]``.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    scale: float
+    segments: tuple[Segment, ...] = ()
+    mask: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    dropout: float = 0.0
+    need_weights: bool = False
+
+
+@define(frozen=True, eq=False)
+class AttentionResult:
+    """``output`` ``[B, H, T, Dv]`` in the dtype of the queries; ``weights`` ``[B, H, T, P+S]`` if asked for."""
+
+    output: Tensor
+    weights: Tensor | None = None
+
+
+class AttentionBackend(ABC):
+    """Computes ``softmax(scale * Q [Km|Kt]^T + mask) [Vm|Vt]``; stateless. ``reference`` is the specification."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def unsupported_reasons(self, request: AttentionRequest) -> list[str]:
+        """Everything about ``request`` this backend cannot honour; empty when it can run it."""
+
+    @abstractmethod
+    def attend(self, request: AttentionRequest) -> AttentionResult:
+        """Run a request for which ``unsupported_reasons`` is empty."""

@@ -1,0 +1,82 @@
+"""Memory and text as one sequence of keys, for backends that attend to them in one call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mplus.backends.base import AttentionRequest
+
+
+def joined_keys_values(request: AttentionRequest) -> tuple[Tensor, Tensor]:
+    """Keys ``[B, Hkv, P+S, D]`` and values ``[B, Hkv, P+S, Dv]``: memory, then text; zeros at filler rows.
+
+    Filler rows may hold anything. NaN times a weight of zero is NaN, so it does not suffice to mask them.
+    """
+    if not request.segments:
+        return request.keys, request.values
+    batch = request.queries.shape[0]
+    keys, values = [], []
+    for segment in request.segments:
+        memory_keys = segment.keys.expand(batch, -1, -1, -1)
+        memory_values = segment.values.expand(batch, -1, -1, -1)
+        if segment.valid is not None:
+            filler = ~segment.valid[:, None, :, None]
+            memory_keys = memory_keys.masked_fill(filler, 0)
+            memory_values = memory_values.masked_fill(filler, 0)
+        keys.append(memory_keys)
+        values.append(memory_values)
+    return torch.cat([*keys, request.keys], dim=2), torch.cat([*values, request.values], dim=2)
+
+
+def joined_visibility(request: AttentionRequest) -> Tensor:
+    """``[1 or B, 1 or H, T, P+S]`` bool: which keys, memory and text, each query sees."""
+    parts = [_memory_visibility(request, index) for index in range(len(request.segments))]
+    parts.append(_text_visibility(request))
+    batch = max(part.shape[0] for part in parts)
+    heads, length = parts[-1].shape[1:3]
+    return torch.cat([part.expand(batch, heads, length, -1) for part in parts], dim=-1)
+
+
+def joined_bias(request: AttentionRequest) -> Tensor | None:
+    """``[1 or B, 1 or H, T, P+S]``: what an additive mask adds, 0 at memory and masked text; None if there is none."""
+    if request.mask is None or request.mask.dtype == torch.bool:
+        return None
+    memory = sum(segment.keys.shape[2] for segment in request.segments)
+    bias = _four_dimensions(request).masked_fill(~_text_visibility(request), 0)
+    return torch.nn.functional.pad(bias, (memory, 0))
+
+
+def may_see_nothing(request: AttentionRequest) -> bool:
+    """Whether there can be queries that see no key at all, as at padding."""
+    certain = any(segment.valid is None and segment.keys.shape[2] for segment in request.segments)
+    return request.mask is not None and not certain
+
+
+def _memory_visibility(request: AttentionRequest, index: int) -> Tensor:
+    segment = request.segments[index]
+    if segment.valid is None:
+        return torch.ones(1, 1, 1, segment.keys.shape[2], dtype=torch.bool, device=request.queries.device)
+    return segment.valid[:, None, None]
+
+
+def _text_visibility(request: AttentionRequest) -> Tensor:
+    length, text = request.queries.shape[2], request.keys.shape[2]
+    if request.mask is None:
+        ones = torch.ones(1, 1, length, text, dtype=torch.bool, device=request.queries.device)
+        return ones.tril(text - length)
+    mask = _four_dimensions(request)
+    if mask.dtype == torch.bool:
+        return mask
+    # The smallest finite number stands for "masked", also after a bias was added to it or its dtype was widened.
+    return mask > torch.finfo(mask.dtype).min / 2
+
+
+def _four_dimensions(request: AttentionRequest) -> Tensor:
+    """The mask as ``[1 or B, 1 or H, T, S]``."""
+    assert request.mask is not None  # noqa: S101  (callers checked)
+    mask = request.mask[(None,) * (4 - request.mask.ndim)]
+    return mask.expand(-1, -1, request.queries.shape[2], request.keys.shape[2])

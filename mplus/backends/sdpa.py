@@ -1,0 +1,83 @@
+"""SdpaBackend: PyTorch's fused attention over memory and text joined into one sequence."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mplus.backends.base import AttentionBackend, AttentionRequest, AttentionResult
+from mplus.backends.joined import joined_bias, joined_keys_values, joined_visibility, may_see_nothing
+
+
+class SdpaBackend(AttentionBackend):
+    """``scaled_dot_product_attention`` with the least mask that the request allows.
+
+    Keys and values of memory and text are copied into one tensor on every call.
+    """
+
+    name: ClassVar[str] = "sdpa"
+
+    def unsupported_reasons(self, request: AttentionRequest) -> list[str]:
+        """Soft caps, sinks, returned weights and mixed dtypes, where the request has them."""
+        reasons = []
+        if request.softcap is not None:
+            reasons.append(f"softcap={request.softcap}: scaled_dot_product_attention cannot cap scores")
+        if request.sinks is not None:
+            reasons.append(f"sinks {list(request.sinks.shape)}: scaled_dot_product_attention has no sink logits")
+        if request.need_weights:
+            reasons.append("need_weights=True: scaled_dot_product_attention does not return its weights")
+        parts = {"keys": request.keys, "values": request.values}
+        for index, segment in enumerate(request.segments):
+            parts[f"segments[{index}].keys"] = segment.keys
+            parts[f"segments[{index}].values"] = segment.values
+        wanted = request.queries.dtype
+        reasons += [
+            f"{name} are {part.dtype} and queries {wanted}: scaled_dot_product_attention takes one dtype"
+            for name, part in parts.items()
+            if part.dtype != wanted
+        ]
+        return reasons
+
+    def attend(self, request: AttentionRequest) -> AttentionResult:
+        """Compute the request. Queries that see nothing yield zeros."""
+        queries = request.queries
+        keys, values = joined_keys_values(request)
+        mask, is_causal, blind = _mask(request)
+        grouped = queries.shape[1] != keys.shape[1]
+        if grouped and mask is not None and queries.device.type != "cpu":
+            # Away from the CPU the kernels that take a mask know no groups, and PyTorch would fall back to a slow path.
+            groups = queries.shape[1] // keys.shape[1]
+            keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+            grouped = False
+        output = torch.nn.functional.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=mask,
+            dropout_p=request.dropout,
+            is_causal=is_causal,
+            scale=request.scale,
+            enable_gqa=grouped,
+        )
+        return AttentionResult(output if blind is None else output.masked_fill(blind, 0))
+
+
+def _mask(request: AttentionRequest) -> tuple[Tensor | None, bool, Tensor | None]:
+    """``attn_mask``, ``is_causal``, and where the request allows them the queries ``[., ., T, 1]`` that see nothing."""
+    if request.mask is None and all(segment.valid is None for segment in request.segments):
+        length, text = request.queries.shape[2], request.keys.shape[2]
+        if length == 1:
+            return None, False, None
+        if length == text and not any(segment.keys.shape[2] for segment in request.segments):
+            return None, True, None
+    visible, blind = joined_visibility(request), None
+    if may_see_nothing(request):
+        # What kernels make of a row without a key differs, so such queries see everything and are cleared afterwards.
+        blind = ~visible.any(-1, keepdim=True)
+        visible = visible | blind
+    bias = joined_bias(request)
+    if bias is None:
+        return visible, False, blind
+    return bias.to(request.queries.dtype).masked_fill(~visible, -torch.inf), False, blind

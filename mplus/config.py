@@ -1,0 +1,235 @@
+"""The configuration of a memory: validated attrs classes, to and from plain data, JSON and TOML."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+import attrs
+import cattrs
+from attrs import define, field
+
+from mplus.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def whole(minimum: int, optional: bool = False) -> Any:
+    """Validator: an int of at least ``minimum`` (or None)."""
+
+    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if optional and value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            rule = f"a whole number of at least {minimum}" + (", or None" if optional else "")
+            raise ConfigError(f"{attribute.name} must be {rule}, got {value!r}")
+
+    return check
+
+
+def number(minimum: float, below: float = float("inf")) -> Any:
+    """Validator: a number in ``[minimum, below)``."""
+
+    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value < below:
+            upper = "" if below == float("inf") else f" and below {below}"
+            raise ConfigError(f"{attribute.name} must be a number of at least {minimum}{upper}, got {value!r}")
+
+    return check
+
+
+def one_of(*choices: Any) -> Any:
+    """Validator: one of ``choices``."""
+
+    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if value not in choices:
+            raise ConfigError(f"{attribute.name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+    return check
+
+
+def flag(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{attribute.name} must be True or False, got {value!r}")
+
+
+@define(frozen=True)
+class Component:
+    """An implementation by its registered ``name``, with that implementation's own ``options``.
+
+    In a configuration file it is written ``"ram"`` or ``{"name": "linear", "width": 128}``.
+    """
+
+    name: str
+    options: dict[str, Any] = field(factory=dict)
+
+    @staticmethod
+    def of(value: Any) -> Component:
+        """Read ``"name"``, ``{"name": ..., option: value}`` or a Component."""
+        if isinstance(value, Component):
+            return value
+        if isinstance(value, str):
+            return Component(value)
+        if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+            options = {key: option for key, option in value.items() if key != "name"}
+            return Component(value["name"], options)
+        raise ConfigError(f"an implementation must be a name or a table with a 'name' and its options, got {value!r}")
+
+    def plain(self) -> str | dict[str, Any]:
+        """The form a configuration file uses."""
+        return {"name": self.name, **self.options} if self.options else self.name
+
+
+@define(frozen=True, kw_only=True)
+class AdapterConfig:
+    """The two LoRA adapters, "write" and "read" (M+ section 3.3; published: rank 16, alpha 32).
+
+    Attributes:
+        rank: r of the low-rank factors.
+        alpha: the update is scaled by alpha / rank.
+        dropout: on the adapter's input, in training only.
+        target_modules: names of the projections to adapt; None: attention and dense MLP projections of the layers
+            that carry memory, found by the probe.
+        shared: reading uses the write adapter too (one LoRA in all).
+    """
+
+    rank: int = field(default=16, validator=whole(1))
+    alpha: float = field(default=32.0, validator=number(0))
+    dropout: float = field(default=0.0, validator=number(0, 1))
+    target_modules: tuple[str, ...] | None = field(default=None, converter=lambda names: None if names is None else tuple(names))
+    shared: bool = field(default=False, validator=flag)
+
+
+def _adapters(value: Any) -> Any:
+    return structure(AdapterConfig, value) if isinstance(value, Mapping) else value
+
+
+@define(frozen=True, kw_only=True)
+class MPlusConfig:
+    """How a decoder writes, keeps and reads memory. Sizes are tokens per layer unless said otherwise.
+
+    The defaults are the published sizes for an 8B decoder (M+ section 4.1).
+
+    Attributes:
+        mechanism: "mplus" or "memoryllm" (no long-term memory), or a third party's.
+        variant: "paper", or "published" to follow the released code to the letter.
+        chunk_tokens: text tokens read by one write.
+        min_chunk_tokens: shorter chunks are joined with their neighbour, or refused where there is none.
+        memory_tokens_per_chunk: K, rows written per chunk.
+        short_term_tokens: N, rows of short-term memory (STM).
+        retrieved_tokens: K0, long-term rows brought back by a read.
+        long_term_tokens: capacity of long-term memory (LTM); 0 keeps none, None sets no limit.
+        drop_per_layer: draw the rows that leave the STM independently per layer.
+        query_tokens: retrieve with the first so many text tokens only; None: all of them. Scoring a text without
+            leaking its future needs a number here.
+        memory_positions: "sequential" (-P..-1), "compressed" (the same order squeezed into ``position_span``
+            positions), "constant" (all at one position), or "auto": sequential, but constant under ALiBi.
+        position_span: positions that compressed memory takes.
+        rope_inv_freq_dtype: round rotary frequencies to this dtype ("bfloat16" in published M+ checkpoints).
+        store, eviction, retriever: implementations with their options.
+        backend: attention backend; "auto" picks the first usable one.
+        adapters: LoRA adapters, or None to train none.
+    """
+
+    mechanism: Component = field(default="mplus", converter=Component.of)
+    variant: Literal["paper", "published"] = field(default="paper", validator=one_of("paper", "published"))
+    chunk_tokens: int = field(default=512, validator=whole(1))
+    min_chunk_tokens: int = field(default=16, validator=whole(1))
+    memory_tokens_per_chunk: int = field(default=256, validator=whole(1))
+    short_term_tokens: int = field(default=10_240, validator=whole(1))
+    retrieved_tokens: int = field(default=2_560, validator=whole(0))
+    long_term_tokens: int | None = field(default=150_000, validator=whole(0, optional=True))
+    drop_per_layer: bool = field(default=True, validator=flag)
+    query_tokens: int | None = field(default=None, validator=whole(1, optional=True))
+    memory_positions: Literal["auto", "sequential", "compressed", "constant"] = field(
+        default="auto", validator=one_of("auto", "sequential", "compressed", "constant")
+    )
+    position_span: int | None = field(default=None, validator=whole(1, optional=True))
+    rope_inv_freq_dtype: Literal["bfloat16", "float16"] | None = field(
+        default=None, validator=one_of(None, "bfloat16", "float16")
+    )
+    store: Component = field(default="ram", converter=Component.of)
+    eviction: Component = field(default="fifo", converter=Component.of)
+    retriever: Component = field(default="linear", converter=Component.of)
+    backend: str = field(default="auto", validator=attrs.validators.instance_of(str))
+    adapters: AdapterConfig | None = field(
+        factory=AdapterConfig, converter=_adapters, validator=attrs.validators.optional(attrs.validators.instance_of(AdapterConfig))
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if self.memory_tokens_per_chunk > self.short_term_tokens:
+            raise ConfigError(
+                "memory_tokens_per_chunk must not exceed short_term_tokens "
+                f"({self.short_term_tokens}), got {self.memory_tokens_per_chunk}: one write must fit into the STM"
+            )
+        if self.min_chunk_tokens > self.chunk_tokens:
+            raise ConfigError(f"min_chunk_tokens must not exceed chunk_tokens ({self.chunk_tokens}), got {self.min_chunk_tokens}")
+        if (self.memory_positions == "compressed") != (self.position_span is not None):
+            raise ConfigError(
+                "position_span must be given exactly when memory_positions is 'compressed', "
+                f"got memory_positions={self.memory_positions!r} and position_span={self.position_span!r}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that ``from_dict`` reads back."""
+        return cast(dict[str, Any], _converter().unstructure(self))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MPlusConfig:
+        """Build from plain data. Raises ConfigError naming an unknown key and the nearest known ones."""
+        return structure(cls, data)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """JSON text; also written to ``path`` when given."""
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> MPlusConfig:
+        """Read a ``.json`` or ``.toml`` file."""
+        path = Path(path)
+        text = path.read_text(encoding="utf-8")
+        try:
+            data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"{path} must be valid {path.suffix.lstrip('.').upper() or 'JSON'}: {error}") from error
+        return cls.from_dict(data)
+
+
+def structure(cls: type[T], data: Mapping[str, Any]) -> T:
+    """Build the attrs class ``cls`` from plain data.
+
+    Raises:
+        ConfigError: an unknown key (the nearest known ones are named), a wrong type, or a broken rule.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{cls.__name__} must be a table of fields, got {data!r}")
+    known = [attribute.name for attribute in attrs.fields(cast(Any, cls)) if attribute.init]
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+            hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"known fields: {', '.join(known) or 'none'}"
+            raise ConfigError(f"{key!r} is not a field of {cls.__qualname__}; {hint}")
+    try:
+        # Validators of the class check the values; structuring would coerce wrong types silently.
+        return cls(**data)
+    except TypeError as error:
+        raise ConfigError(f"{cls.__qualname__}: {error}") from error
+
+
+def options_of(implementation: Any, options: Mapping[str, Any]) -> Any:
+    """The implementation's own ``Options`` from a component's option table. Raises ConfigError as ``structure``."""
+    return structure(implementation.Options, options)
+
+
+def _converter() -> cattrs.Converter:
+    converter = cattrs.Converter()
+    converter.register_unstructure_hook(Component, lambda component: component.plain())
+    converter.register_unstructure_hook(tuple, list)
+    return converter

@@ -1,0 +1,55 @@
+"""The errors mplus raises on purpose.
+
+Every message names what was wrong, the rule it broke and the value that broke it, and says what to do.
+Each class also derives from the built-in a caller would expect, so ``except ValueError`` keeps working.
+"""
+
+from __future__ import annotations
+
+
+class MPlusError(Exception):
+    """Base class of every error raised by mplus."""
+
+
+class ConfigError(MPlusError, ValueError):
+    """A configuration field, or an option of an implementation, breaks its rule."""
+
+
+class UnknownNameError(MPlusError, LookupError):
+    """No implementation is registered under the name asked for."""
+
+
+class DuplicateNameError(MPlusError, ValueError):
+    """Two implementations claim one name."""
+
+
+class PluginError(MPlusError, ImportError):
+    """A third-party implementation was asked for and could not be loaded."""
+
+
+class MissingDependencyError(MPlusError, ImportError):
+    """An optional package is needed; the message names the extra that installs it."""
+
+
+class NotSupported(MPlusError, ValueError):
+    """A decoder, or a way of calling it, cannot carry a memory; the message gives every reason."""
+
+
+class InputError(MPlusError, ValueError):
+    """Text, ids or masks handed to mplus break a rule; no memory was changed."""
+
+
+class NonFiniteError(MPlusError, ArithmeticError):
+    """The decoder produced NaN or Inf while writing; the memory was left as it was."""
+
+
+class MemoryMismatchError(MPlusError, ValueError):
+    """A memory does not belong to this model, adapter, configuration, batch or cache."""
+
+
+class MemoryFileError(MPlusError, ValueError):
+    """A saved memory is truncated, altered, foreign or of a newer format."""
+
+
+class CheckpointError(MPlusError, ValueError):
+    """A published checkpoint, or a folder of golden traces, lacks something or contradicts itself."""

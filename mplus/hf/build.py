@@ -1,0 +1,81 @@
+"""Building the parts a config names: additions, mechanism, memories."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from attrs import evolve
+from torch import Tensor
+
+from mplus.config import Component, MPlusConfig, options_of
+from mplus.errors import ConfigError
+from mplus.mechanisms import MECHANISMS
+from mplus.mechanisms.additions import MemoryAdditions
+from mplus.mechanisms.base import MemoryMechanism
+from mplus.memory.engine import Engine
+from mplus.memory.memory import Memory
+from mplus.retrievers import RETRIEVERS
+from mplus.retrievers.base import Retriever, RetrieverShape
+from mplus.stores import EVICTION, STORES
+from mplus.stores.base import MemoryStore, StoreLayout
+from mplus.stores.eviction import EvictionPolicy
+
+
+def build_mechanism(config: MPlusConfig, begin: Tensor, pool: Tensor | None = None) -> MemoryMechanism:
+    """The mechanism of ``config`` with new additions; ``begin`` is ``[L, 1, d]`` and sets dtype and device.
+
+    Raises:
+        UnknownNameError, PluginError, MissingDependencyError: the registry has no such implementation.
+        ConfigError: an option of an implementation breaks its rule.
+    """
+    cls = MECHANISMS.get(config.mechanism.name)
+    defaults: Mapping[str, Any] = cls.Options.defaults(config.variant)
+    options = options_of(cls, {**defaults, **config.mechanism.options})
+    STORES.get(config.store.name)
+    EVICTION.get(config.eviction.name)
+    retriever = build_retriever(config, begin) if cls.uses_retriever and config.long_term_tokens != 0 else None
+    return cls(config, MemoryAdditions(begin, retriever, pool), options)
+
+
+def build_retriever(config: MPlusConfig, begin: Tensor) -> Retriever:
+    """The retriever of ``config``."""
+    cls = RETRIEVERS.get(config.retriever.name)
+    shape = RetrieverShape(layers=begin.shape[0], hidden_size=begin.shape[2])
+    return cls(shape, options_of(cls, config.retriever.options))
+
+
+def build_store(component: Component, layout: StoreLayout) -> MemoryStore:
+    """A store by name."""
+    cls = STORES.get(component.name)
+    return cls(layout, options_of(cls, component.options))
+
+
+def build_eviction(component: Component) -> EvictionPolicy:
+    """An eviction policy by name."""
+    cls = EVICTION.get(component.name)
+    return cls(options_of(cls, component.options))
+
+
+def new_memory(
+    engine: Engine,
+    batch_size: int,
+    tokenizer: Any,
+    seed: int,
+    store: Component | None,
+    eviction: Component | None,
+    device: torch.device | str | None,
+) -> Memory:
+    """See ``MemoryModel.new_memory``."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+    layout = engine.layout if device is None else evolve(engine.layout, device=torch.device(device))
+    return Memory(
+        engine,
+        [engine.mechanism.new_state(layout) for _ in range(batch_size)],
+        [build_store(store or engine.config.store, layout) for _ in range(batch_size)],
+        [torch.Generator().manual_seed(seed + row) for row in range(batch_size)],
+        build_eviction(eviction or engine.config.eviction),
+        tokenizer,
+    )

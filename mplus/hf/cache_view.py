@@ -1,0 +1,86 @@
+"""The fallback for decoders that compute attention themselves: a key/value cache that shows memory in front of the text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from mplus.hf.attention import Captured
+from mplus.hf.passes import Projected
+
+
+class CaptureCache(Cache):
+    """Raises ``Captured`` when attention hands over its keys and values."""
+
+    layers = ()  # type: ignore[assignment]
+
+    def __init__(self) -> None: ...
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise Captured(key_states, value_states)
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, *args: Any) -> tuple[int, int]:
+        return query_length, 0
+
+
+class MemoryCacheView(Cache):
+    """Passes text to ``inner`` (None: no cache) and returns ``[memory | text]``; memory never enters ``inner``."""
+
+    def __init__(self, inner: Cache | None, projected: Projected) -> None:
+        self.inner, self.projected = inner, projected
+
+    @property
+    def layers(self) -> Any:
+        return () if self.inner is None else self.inner.layers
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.inner is not None:
+            key_states, value_states = self.inner.update(key_states, value_states, *args, **kwargs)
+        rows = key_states.shape[0]
+        keys, values = (t.expand(rows, -1, -1, -1) for t in (self.projected.keys, self.projected.values))
+        return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        return 0 if self.inner is None else self.inner.get_seq_length(*args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int, *args: Any) -> tuple[int, int]:
+        return (query_length, 0) if self.inner is None else self.inner.get_mask_sizes(query_length, *args)
+
+
+def mask_with_memory(mask: Tensor | None, projected: Projected, queries: int, keys: int, like: Tensor) -> Tensor | None:
+    """Extend a text mask over ``[memory | text]``.
+
+    Args:
+        mask: ``[..., T, S]`` bool (True = visible) or additive float; None: causal.
+        queries, keys: T and S of the text.
+        like: gives the device.
+
+    Returns:
+        ``[..., T, P+S]``, or None when everything is visible.
+    """
+    if mask is None:
+        if queries == 1 and projected.valid is None:
+            return None
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=like.device)
+        # Causal from the first key on: keys of a static cache beyond the text are not filled yet.
+        mask = (mask.tril() if queries > 1 else mask)[None, None]
+    rows = projected.keys.shape[2]
+    if mask.dtype == torch.bool:
+        front = mask.new_ones(*mask.shape[:-1], rows)
+    else:
+        front = mask.new_zeros(*mask.shape[:-1], rows)
+    if projected.valid is not None:
+        visible = projected.valid[:, None, None, :].to(mask.device)
+        front = front & visible if mask.dtype == torch.bool else front.masked_fill(~visible, torch.finfo(mask.dtype).min)
+        mask = mask.expand(front.shape[0], -1, -1, -1)
+    return torch.cat([front, mask], -1)

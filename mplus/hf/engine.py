@@ -1,0 +1,168 @@
+"""The engine behind a wrapped decoder's memories: write passes, retriever keys, fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from attrs import define
+from torch import Tensor, nn
+
+from mplus.config import MPlusConfig
+from mplus.hf.discovery import AttentionSpec
+from mplus.hf.fingerprint import fingerprint
+from mplus.hf.passes import Marks, Pass, Project, Projected, running
+from mplus.hf.reading import right_aligned
+from mplus.hf.retrofit import Retrofit
+from mplus.mechanisms.base import MemoryMechanism, WritePlan
+from mplus.memory.stream import StreamState
+from mplus.stores.base import StoreLayout
+
+
+class DecoderEngine:
+    """One wrapped decoder, seen from its memories (see ``mplus.memory.engine.Engine``).
+
+    Attributes:
+        model: the wrapped decoder.
+        config: its memory configuration.
+        retrofit: how memory gets into its attention.
+        mechanism: the rules of its memories.
+    """
+
+    def __init__(self, model: nn.Module, config: MPlusConfig, retrofit: Retrofit, mechanism: MemoryMechanism) -> None:
+        self.model = model
+        self.config = config
+        self.retrofit = retrofit
+        self.mechanism = mechanism
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The decoder's token embedding."""
+        model: Any = self.model
+        return model.get_input_embeddings()  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        weight: Any = self.embedding.weight
+        device: torch.device = weight.device
+        if device.type == "meta":  # offloaded: accelerate brings the weight in for the call
+            hook: Any = getattr(self.embedding, "_hf_hook", None)
+            return torch.device(hook.execution_device) if hook is not None else device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of hidden states, hence of memory rows."""
+        begin: Tensor = self.mechanism.additions.begin
+        return begin.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        weight: Any = self.embedding.weight
+        return int(weight.shape[0])
+
+    @property
+    def layout(self) -> StoreLayout:
+        begin = self.mechanism.additions.begin
+        return StoreLayout(
+            layers=begin.shape[0],
+            hidden_size=begin.shape[2],
+            key_size=self.mechanism.key_size,
+            expiry=self.mechanism.expiry,
+            dtype=begin.dtype,
+            device=self.device,
+        )
+
+    @property
+    def learned_positions(self) -> bool:
+        """Whether nothing positional happens in attention, so that text indices must not move."""
+        anatomy = self.retrofit.anatomy
+        return not anatomy.alibi and all(spec.rotary is None for spec in anatomy.specs)
+
+    def padded_positions(self, mask: Tensor) -> dict[str, Tensor]:
+        """``position_ids`` that skip left padding of a ``[B, T]`` mask, for decoders that take them."""
+        import inspect
+
+        if "position_ids" not in inspect.signature(type(self.model).forward).parameters:
+            return {}
+        return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
+
+    def encode(self, states: Sequence[StreamState], ids: Tensor) -> list[Tensor]:
+        """See ``Engine.encode``. Gradients flow where they are enabled."""
+        reencode = not self.retrofit.anatomy.hybrid  # a state-space layer would read the rows standing in for old ones
+        plans = [self.mechanism.plan_write(state, ids.shape[1], reencode) for state in states]
+        return self.encode_plans(plans, ids)
+
+    def encode_plans(self, plans: Sequence[WritePlan], ids: Tensor) -> list[Tensor]:
+        """Run the write pass that ``plans`` describe (equal sizes in all of them) over ``ids`` ``[B, n]``."""
+        plan, additions = plans[0], self.mechanism.additions
+        old = plan.reencoded
+        reencoded = None
+        if old:
+            layers = range(len(plan.context))
+            reencoded = tuple(torch.stack([p.context[i].hidden[-old:] for p in plans]) for i in layers)
+        marks = Marks(additions.mark, plan.rows, reencoded)
+        offset = self._write_offset(plan) if self.retrofit.positions.offset else 0
+        active = Pass(WriteSource(self, plans), self.adapter("write"), marks, text_offset=offset)
+        batch, tokens = ids.shape
+        inputs: dict[str, Any] = {"input_ids": ids}
+        if old:
+            embedded = self.embedding(ids)
+            stand_in = embedded.new_zeros(batch, old, embedded.shape[-1])
+            inputs = {"inputs_embeds": torch.cat([stand_in, embedded], 1)}
+        if old and self.learned_positions:
+            place = torch.cat([ids.new_zeros(old), torch.arange(tokens, device=ids.device)])
+            inputs["position_ids"] = place.expand(batch, -1)
+        elif offset:
+            inputs["position_ids"] = torch.arange(offset, offset + old + tokens, device=ids.device).expand(batch, -1)
+        mask = torch.ones(batch, old + tokens, dtype=torch.int64, device=ids.device)
+        with running(active):
+            self.retrofit.anatomy.decoder(**inputs, attention_mask=mask, use_cache=False)
+        made = [marks.made[i] for i in range(len(self.retrofit.anatomy.specs))]
+        if plan.overlap:
+            made = [rows + additions.mark.to(rows) for rows in made[:-1]] + made[-1:]
+        return made
+
+    def _write_offset(self, plan: WritePlan) -> int:
+        rows = int(plan.begin) + len(plan.context[0]) - plan.reencoded
+        return self.retrofit.positions.extent(rows)
+
+    def adapter(self, wanted: str) -> str | None:
+        """The LoRA adapter of a pass: "write" or "read", or None without adapters."""
+        adapters = self.config.adapters
+        if adapters is None:
+            return None
+        return "write" if adapters.shared else wanted
+
+    def keys(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """See ``Engine.keys``: the layer's input norm, then the retriever's key projection."""
+        retriever = self.mechanism.additions.retriever
+        if retriever is None or not self.mechanism.key_size:
+            return None
+        norm = self.retrofit.anatomy.specs[layer].norm
+        where = next(retriever.parameters()).device
+        rows = hidden.to(where)
+        keys = retriever.project_keys(layer, rows if norm is None else norm(rows))
+        return None if keys is None else keys.to(hidden)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return fingerprint(self.model, self.config, self.layout)
+
+
+@define(eq=False)
+class WriteSource:
+    """Gives every layer ``[begin | context]`` without the rows that are queries themselves (M+ section 3.1)."""
+
+    engine: DecoderEngine
+    plans: Sequence[WritePlan]
+
+    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> Projected | None:
+        layer, plan = spec.memory_index, self.plans[0]
+        begin = [self.engine.mechanism.additions.begin[layer]] if plan.begin else []
+        kept = len(plan.context[layer]) - plan.reencoded
+        if not begin and not kept:
+            return None
+        return project(
+            right_aligned([torch.cat([r.to(hidden) for r in (*begin, p.context[layer].hidden[:kept])]) for p in self.plans])
+        )

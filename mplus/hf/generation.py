@@ -1,0 +1,61 @@
+"""``generate`` with memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mplus.errors import ConfigError, NotSupported
+from mplus.hf.model_class import check_cache, generating, read
+from mplus.hf.sources import retrieved_sources
+from mplus.memory.memory import Memory
+
+
+def generate(
+    model: Any,
+    base_generate: Callable[..., Any],
+    memory: Memory | None,
+    retrieve_every: int | None,
+    output_sources: bool,
+    reuse_memory_cache: bool,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """See ``MemoryModel.generate``."""
+    if memory is None:
+        return base_generate(*args, **kwargs)
+    if retrieve_every is not None and (isinstance(retrieve_every, bool) or not isinstance(retrieve_every, int) or retrieve_every < 1):
+        raise ConfigError(f"retrieve_every must be a whole number of at least 1, or None, got {retrieve_every!r}")
+    refuse(model, args, kwargs, retrieve_every)
+    engine = model.mplus_engine
+    reading = check_cache(kwargs.get("past_key_values"), memory, reuse_memory_cache)
+    if reading is None:
+        reading = read(engine, memory, repeats_allowed=True, retrieve_every=retrieve_every)
+    reading.repeats_allowed, reading.keep = True, True
+    with generating(model, reading):
+        output = base_generate(*args, **kwargs)
+    if output_sources and not hasattr(output, "sequences"):
+        raise ConfigError("output_sources needs return_dict_in_generate=True, got a plain tensor of sequences")
+    if output_sources:
+        output.memory_sources = retrieved_sources(reading)
+    return output
+
+
+def refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], retrieve_every: int | None) -> None:
+    """Raises NotSupported for ways of generating that memory cannot follow."""
+    configs = [kwargs.get("generation_config") or (args[1] if len(args) > 1 else None), getattr(model, "generation_config", None)]
+
+    def setting(name: str) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        return next((getattr(config, name) for config in configs if getattr(config, name, None) is not None), None)
+
+    reasons = []
+    if setting("prefill_chunk_size") is not None:
+        reasons.append("prefill_chunk_size would retrieve with the first piece of the prompt only")
+    if setting("cache_implementation") == "paged":
+        reasons.append("cache_implementation='paged' leaves no place for memory in front of the text")
+    if retrieve_every is not None and setting("use_cache") is False:
+        reasons.append("retrieve_every needs use_cache=True: without a cache, new rows would change text already read")
+    if reasons:
+        raise NotSupported("generate with memory does not support this call: " + "; ".join(reasons))

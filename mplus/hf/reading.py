@@ -1,0 +1,177 @@
+"""Reading: the view of a memory that one forward or one generation works on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from mplus.errors import InputError, MemoryMismatchError
+from mplus.hf.discovery import AttentionSpec
+from mplus.hf.passes import Prefix, Project, Projected
+from mplus.mechanisms.base import MemoryMechanism, Retrieved
+from mplus.memory.memory import Memory
+from mplus.memory.stream import StreamView
+
+
+@define(eq=False)
+class Reading:
+    """An immutable snapshot of a memory, with what was retrieved and projected from it so far.
+
+    Attributes:
+        mechanism: decides what a layer sees.
+        views: one stream per batch row of the memory.
+        memory: the memory the views were taken from (None for a test pass), and its ``version`` then.
+        keep: remember projections for later tokens; off where gradients flow, because they must be recomputed.
+        repeats_allowed: a batch may hold several copies of each row in turn (beams, several samples).
+        retrieve_every: retrieve anew after so many further tokens.
+        retrieved: what each memory layer retrieved last.
+        projected: each memory layer's keys and values.
+        recent: attention inputs of tokens since the last retrieval.
+    """
+
+    mechanism: MemoryMechanism
+    views: Sequence[StreamView]
+    memory: Memory | None = None
+    version: int = -1
+    keep: bool = True
+    repeats_allowed: bool = False
+    retrieve_every: int | None = None
+    retrieved: dict[int, list[Retrieved | None]] = field(factory=dict)
+    projected: dict[int, Projected] = field(factory=dict)
+    recent: dict[int, list[Tensor]] = field(factory=dict)
+
+    @staticmethod
+    def of(memory: Memory, mechanism: MemoryMechanism, **options: Any) -> Reading:
+        """A reading of ``memory`` as it is now."""
+        with memory._state_lock:
+            return Reading(mechanism, memory.snapshot(), memory, memory.version, **options)
+
+    def is_of(self, memory: Memory) -> bool:
+        """Whether ``memory`` is still in the state this reading was taken in."""
+        return self.memory is memory and self.version == memory.version
+
+    def max_rows(self) -> int:
+        """An upper bound, reached once retrieval is complete, of the rows in front of the text in any layer."""
+        config = self.mechanism.config
+        rows = 0
+        for view in self.views:
+            if not self.mechanism.has_prefix(view):
+                continue
+            for layer, stm in enumerate(view.state.stm):
+                candidates = view.store.count(layer) + len(view.state.pending[layer])
+                fetched = config.retrieved_tokens if candidates and self._always_full() else min(config.retrieved_tokens, candidates)
+                rows = max(rows, 1 + fetched + len(stm))
+        return rows
+
+    def _always_full(self) -> bool:
+        return getattr(self.mechanism.options, "short_ltm", "all") == "tile"
+
+    def source(self, text_mask: Tensor | None) -> ReadSource:
+        """The prefix source of one forward over text with this ``[B, T]`` bool mask (None: no padding)."""
+        return ReadSource(self, text_mask)
+
+    def repeats(self, rows: int) -> int:
+        """Copies of each stream in a batch of ``rows``. Raises MemoryMismatchError when they do not fit."""
+        streams = len(self.views)
+        if rows == streams or (self.repeats_allowed and rows % streams == 0):
+            return rows // streams
+        raise MemoryMismatchError(
+            f"the batch has {rows} rows and the memory {streams}: make the memory with batch_size={rows}, "
+            "or pass one row per stream"
+        )
+
+
+@define(eq=False)
+class ReadSource:
+    """Gives every layer ``[begin | retrieved | STM]`` (M+ section 3.3)."""
+
+    reading: Reading
+    text_mask: Tensor | None
+
+    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> Projected | None:
+        reading, layer = self.reading, spec.memory_index
+        repeats = reading.repeats(hidden.shape[0])
+        known = reading.projected.get(layer)
+        if known is not None and not self._due(layer, hidden, repeats):
+            return _repeated(known, repeats)
+        if not any(map(reading.mechanism.has_prefix, reading.views)):
+            return None
+        if layer not in reading.retrieved:
+            with torch.no_grad():
+                reading.retrieved[layer] = self._retrieve(layer, hidden[::repeats])
+        projected = project(assemble(reading.mechanism, reading.views, layer, reading.retrieved[layer], hidden))
+        if reading.keep:
+            reading.projected[layer] = projected
+        return _repeated(projected, repeats)
+
+    def _retrieve(self, layer: int, hidden: Tensor) -> list[Retrieved | None]:
+        reading = self.reading
+        mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        if self.text_mask is not None:
+            step = self.text_mask.shape[0] // hidden.shape[0]
+            mask = self.text_mask[::step].to(hidden.device)
+        limit = reading.mechanism.config.query_tokens
+        if limit is not None:
+            mask = mask & (mask.cumsum(1) <= limit)
+        if not bool(mask.any(1).all()):
+            row = int((~mask.any(1)).nonzero()[0])
+            raise InputError(f"attention_mask must leave at least one token in every batch row, row {row} has none")
+        return reading.mechanism.retrieve(layer, hidden, mask, reading.views)
+
+    def _due(self, layer: int, hidden: Tensor, repeats: int) -> bool:
+        """Collect a further token; when enough have come, forget what was retrieved so that it is done anew."""
+        reading = self.reading
+        if reading.retrieve_every is None:
+            return False
+        seen = reading.recent.setdefault(layer, [])
+        seen.append(hidden.detach())
+        if sum(part.shape[1] for part in seen) < reading.retrieve_every:
+            return False
+        recent = torch.cat(seen, 1)[::repeats]
+        reading.recent[layer] = []
+        everything = ReadSource(reading, None)
+        with torch.no_grad():
+            reading.retrieved[layer] = everything._retrieve(layer, recent)
+        return True
+
+
+def assemble(
+    mechanism: MemoryMechanism,
+    views: Sequence[StreamView],
+    layer: int,
+    retrieved: Sequence[Retrieved | None],
+    like: Tensor,
+) -> Prefix:
+    """``[begin | retrieved | STM]`` of every stream, right-aligned; device and dtype of ``like``."""
+    begin = mechanism.additions.begin[layer]
+    streams = []
+    for view, found in zip(views, retrieved, strict=True):
+        parts = [begin] if mechanism.has_prefix(view) else []
+        if found is not None:
+            parts.append(found.rows.hidden)
+        parts.append(view.state.stm[layer].hidden)
+        streams.append(torch.cat([part.to(like) for part in parts]))
+    return right_aligned(streams)
+
+
+def right_aligned(streams: Sequence[Tensor]) -> Prefix:
+    """Rows ``[P_b, d]`` of every stream as one prefix that ends at the same place; shorter ones get filler in front."""
+    rows = max(part.shape[0] for part in streams)
+    if all(part.shape[0] == rows for part in streams):
+        return Prefix(torch.stack(list(streams)), None)
+    hidden = torch.stack([torch.nn.functional.pad(part, (0, 0, rows - part.shape[0], 0)) for part in streams])
+    lengths = torch.tensor([part.shape[0] for part in streams], device=hidden.device)
+    return Prefix(hidden, torch.arange(rows, device=hidden.device)[None] >= rows - lengths[:, None])
+
+
+def _repeated(projected: Projected, repeats: int) -> Projected:
+    if repeats == 1 or (projected.keys.shape[0] == 1 and projected.valid is None):
+        return projected  # batch 1 is shared by all rows
+    valid = None if projected.valid is None else projected.valid.repeat_interleave(repeats, 0)
+    return Projected(
+        projected.keys.repeat_interleave(repeats, 0), projected.values.repeat_interleave(repeats, 0), valid
+    )

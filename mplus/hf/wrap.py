@@ -1,0 +1,249 @@
+"""``wrap`` and ``unwrap``: put memory on a decoder in place, and take it off again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from attrs import define
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mplus.backends import BACKENDS
+from mplus.backends.choose import BackendChooser
+from mplus.config import MPlusConfig
+from mplus.errors import ConfigError, NotSupported
+from mplus.hf import attention
+from mplus.hf.adapters import add_adapters, remove_adapters
+from mplus.hf.build import build_mechanism
+from mplus.hf.discovery import Anatomy, discover
+from mplus.hf.engine import DecoderEngine
+from mplus.hf.model_class import memory_model_class
+from mplus.hf.passes import carry_memory, change_class, drop_memory
+from mplus.hf.positions import MemoryPositions
+from mplus.hf.retrofit import AttentionHook, Retrofit
+from mplus.hf.self_check import Check, check_ids, self_check
+
+MOVING_ROPE = ("dynamic", "longrope")
+"""Rotary embeddings whose frequencies depend on the largest position."""
+
+
+@define(eq=False)
+class Installed:
+    """What ``unwrap`` needs to know; kept as ``model.mplus_installed``.
+
+    Attributes:
+        base_attention: the attention implementation the decoder had.
+        hooks: handles of the attention hooks.
+        checks: what the self-check found for the technique in use.
+        rejected: reasons against the techniques tried before it.
+    """
+
+    base_attention: str
+    hooks: list[Any]
+    checks: list[Check]
+    rejected: list[str]
+
+
+def wrap(model: Any, config: MPlusConfig | None = None, *, check: bool = True, pool: Tensor | None = None) -> Any:
+    """Give a decoder a memory, in place.
+
+    Its class becomes a subclass of its own under the same name; with ``memory=None`` it computes what it computed before,
+    bit for bit. The weights are not changed; begin rows, mark, retriever and LoRA adapters are added.
+
+    Args:
+        model: a ``PreTrainedModel`` with a causal language-model head, or a ``PeftModel`` around one.
+        config: sizes and implementations; default: the published sizes.
+        check: prove on a few tokens that reading and writing work; without it the first technique is taken on trust.
+        pool: ``[L, N, d]`` short-term rows that every new memory starts from.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        NotSupported: the decoder cannot carry a memory; the message gives every reason.
+        ConfigError, UnknownNameError, PluginError: the config does not fit.
+    """
+    config = config if config is not None else MPlusConfig()
+    decoder = _decoder(model)
+    base_attention = decoder.config._attn_implementation or "eager"
+    if base_attention not in attention.BASES:
+        raise NotSupported(
+            f"attn_implementation must be one of {', '.join(attention.BASES)}, got {base_attention!r}: "
+            "load the model with attn_implementation='sdpa'"
+        )
+    attention.register()
+    BACKENDS.get(config.backend) if config.backend != "auto" else None
+    anatomy = discover(decoder)
+    positions = MemoryPositions(_layout(config, anatomy), config.position_span, offset=_moving_rope(decoder))
+    retrofit = Retrofit(anatomy, "attention", positions, BackendChooser(config.backend))
+    ids = check_ids(decoder.get_input_embeddings().weight.shape[0], decoder.get_input_embeddings().weight.device)
+    base_logits = _logits(decoder, ids) if check else None
+    mechanism = build_mechanism(config, _begin_rows(decoder, anatomy), pool)
+    installed = Installed(base_attention, [], [], [])
+    _install(decoder, DecoderEngine(decoder, config, retrofit, mechanism), installed)
+    try:
+        if config.rope_inv_freq_dtype is not None:
+            round_frequencies(decoder, getattr(torch, config.rope_inv_freq_dtype))
+        _choose_technique(decoder, installed, base_logits if config.rope_inv_freq_dtype is None else None, check)
+    except BaseException:
+        unwrap(decoder)
+        raise
+    return model
+
+
+def unwrap(model: Any) -> Any:
+    """Take everything off that ``wrap`` put on, in place; memories made for the decoder no longer work.
+
+    Returns ``model`` itself. Raises NotSupported when it is not wrapped.
+    """
+    decoder = model.get_base_model() if _is_peft(model) else model
+    installed: Installed | None = decoder.__dict__.get("mplus_installed")
+    if installed is None:
+        raise NotSupported(f"{type(model).__name__} is not wrapped by mplus.wrap")
+    engine: DecoderEngine = decoder.mplus_engine
+    for handle in installed.hooks:
+        handle.remove()
+    for layer in engine.retrofit.anatomy.layers:
+        drop_memory(layer)
+    if engine.config.adapters is not None:
+        remove_adapters(decoder)
+    if engine.config.rope_inv_freq_dtype is not None:
+        restore_frequencies(decoder)
+    _use_attention(decoder, installed.base_attention)
+    del decoder._modules["mplus"]
+    for name in ("mplus_engine", "mplus_installed"):
+        del decoder.__dict__[name]
+    change_class(decoder, type(decoder).__mplus_base__)
+    return model
+
+
+def _decoder(model: Any) -> Any:
+    decoder = model.get_base_model() if _is_peft(model) else model
+    name = type(decoder).__name__
+    if not isinstance(decoder, PreTrainedModel) or not decoder.can_generate():
+        raise NotSupported(f"wrap takes a transformers model with a causal language-model head, got {name}")
+    if decoder.config.is_encoder_decoder:
+        raise NotSupported(f"{name} is an encoder-decoder; mplus wraps decoders")
+    if "mplus_installed" in decoder.__dict__:
+        raise NotSupported(f"{name} is wrapped already: use mplus.unwrap first")
+    return decoder
+
+
+def _is_peft(model: Any) -> bool:
+    return hasattr(model, "get_base_model") and hasattr(model, "peft_config")
+
+
+def _layout(config: MPlusConfig, anatomy: Anatomy) -> Any:
+    if config.memory_positions == "auto":
+        # With ALiBi a distance of thousands of rows hides memory from every head.
+        return "constant" if anatomy.alibi else "sequential"
+    return config.memory_positions
+
+
+def _moving_rope(decoder: Any) -> bool:
+    parameters = getattr(decoder.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    tables = [parameters, *(table for table in parameters.values() if isinstance(table, dict))]
+    return any(table.get("rope_type") in MOVING_ROPE for table in tables)
+
+
+@torch.no_grad()
+def _logits(decoder: Any, ids: Tensor) -> Tensor:
+    training = decoder.training
+    decoder.eval()
+    try:
+        return decoder(input_ids=ids).logits  # type: ignore[no-any-return]
+    finally:
+        decoder.train(training)
+
+
+@torch.no_grad()
+def _begin_rows(decoder: Any, anatomy: Anatomy) -> Tensor:
+    """``[L, 1, d]``: what the first layer receives for BOS, else EOS, else the mean embedding, for every layer."""
+    config = decoder.config.get_text_config(decoder=True)
+    embedding = decoder.get_input_embeddings()
+    token = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
+    token = token[0] if isinstance(token, list | tuple) else token
+    if token is not None and 0 <= token < embedding.weight.shape[0]:
+        inputs = {"input_ids": torch.tensor([[token]], device=embedding.weight.device)}
+    else:
+        inputs = {"inputs_embeds": embedding.weight.float().mean(0).to(embedding.weight.dtype)[None, None]}
+    seen: list[Tensor] = []
+    handle = anatomy.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    try:
+        anatomy.decoder(**inputs, use_cache=False)
+    finally:
+        handle.remove()
+    return seen[0][:1, :1].expand(len(anatomy.specs), -1, -1).reshape(len(anatomy.specs), 1, -1).clone()
+
+
+def _install(decoder: Any, engine: DecoderEngine, installed: Installed) -> None:
+    anatomy = engine.retrofit.anatomy
+    memory_index = {spec.layer_index: spec.memory_index for spec in anatomy.specs}
+    for index, layer in enumerate(anatomy.layers):
+        carry_memory(layer, memory_index.get(index))
+    for spec in anatomy.specs:
+        hook = AttentionHook(engine.retrofit, spec)
+        installed.hooks.append(spec.attention.register_forward_pre_hook(hook, with_kwargs=True))
+    decoder.add_module("mplus", engine.mechanism.additions)
+    engine.mechanism.additions.train(decoder.training)
+    change_class(decoder, memory_model_class(type(decoder)))
+    decoder.__dict__["mplus_engine"] = engine
+    decoder.__dict__["mplus_installed"] = installed
+    if engine.config.adapters is not None:
+        add_adapters(decoder, anatomy, engine.config.adapters)
+
+
+def _use_attention(decoder: Any, implementation: str) -> None:
+    if decoder.config._attn_implementation != implementation:
+        decoder.set_attn_implementation(implementation)
+
+
+def _choose_technique(decoder: Any, installed: Installed, base_logits: Tensor | None, check: bool) -> None:
+    """Try the techniques in order of preference; keep the first that passes its self-check."""
+    engine: DecoderEngine = decoder.mplus_engine
+    retrofit = engine.retrofit
+    offsets = (True,) if retrofit.positions.offset else (False, True)
+    interface = type(decoder)._can_set_attn_implementation()
+    for technique, offset in [(t, o) for o in offsets for t in ("attention", "cache_view")]:
+        if technique == "attention" and not interface:
+            continue
+        if technique == "cache_view" and engine.config.backend != "auto":
+            installed.rejected.append(f"cache view: the decoder attends by itself, so backend {engine.config.backend!r} cannot run")
+            continue
+        retrofit.technique = technique  # type: ignore[assignment]
+        retrofit.positions = MemoryPositions(retrofit.positions.layout, retrofit.positions.span, offset)
+        prefix = attention.PREFIX if technique == "attention" else ""
+        _use_attention(decoder, prefix + installed.base_attention)
+        if not check:
+            return
+        logits = base_logits if base_logits is not None else _logits(decoder, check_ids(engine.vocab_size, engine.device))
+        installed.checks = self_check(decoder, logits)
+        failed = [one for one in installed.checks if not one.passed]
+        if not failed:
+            return
+        where = f"{technique.replace('_', ' ')}, {'offset' if offset else 'negative'} positions"
+        installed.rejected.extend(f"{where}: {one}" for one in failed)
+    raise NotSupported(f"{type(decoder).__name__} cannot carry a memory: " + "; ".join(installed.rejected))
+
+
+def round_frequencies(decoder: nn.Module, dtype: torch.dtype) -> None:
+    """Round rotary frequencies to ``dtype`` and back; released M+ checkpoints were trained that way."""
+    found = 0
+    for module in decoder.modules():
+        for name in [name for name, _ in module.named_buffers(recurse=False) if name.endswith("inv_freq")]:
+            frequencies = getattr(module, name)
+            module.__dict__.setdefault("_mplus_frequencies", {})[name] = frequencies
+            setattr(module, name, frequencies.to(dtype).to(frequencies.dtype))
+            found += 1
+    if not found:
+        raise ConfigError(f"rope_inv_freq_dtype needs rotary embeddings with an inv_freq buffer; {type(decoder).__name__} has none")
+
+
+def restore_frequencies(decoder: nn.Module) -> None:
+    """Undo ``round_frequencies``."""
+    for module in decoder.modules():
+        for name, frequencies in module.__dict__.pop("_mplus_frequencies", {}).items():
+            setattr(module, name, frequencies)

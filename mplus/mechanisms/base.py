@@ -1,0 +1,196 @@
+"""MemoryMechanism: what is written when a chunk is read, and which rows each layer sees when text is read."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from attrs import define
+from torch import Tensor
+
+from mplus.config import MPlusConfig
+from mplus.mechanisms.additions import MemoryAdditions
+from mplus.memory.stream import StreamState, StreamView
+from mplus.rows import NO_SOURCE, MemoryRows
+from mplus.stores.base import MemoryStore, StoreLayout
+from mplus.stores.eviction import EvictionPolicy
+
+Draw = Callable[[int], Tensor]
+"""``draw(n)``: a uniform random permutation of 0..n-1, int64 on the CPU."""
+
+Keys = Callable[[int, Tensor], Tensor | None]
+"""``keys(layer, hidden [m, d])``: retriever keys ``[m, r]``, or None."""
+
+
+@define(frozen=True, eq=False)
+class WritePlan:
+    """Which memory rows a write pass reads.
+
+    Attributes:
+        begin: put the begin row in front.
+        context: per layer, the newest rows to read, oldest first; as many in every layer.
+        reencoded: how many of the newest context rows are queries too (chunk shorter than K).
+        rows: how many new rows the pass makes.
+        overlap: layers hand on their new rows with the next layer's mark already added (published MemoryLLM only).
+    """
+
+    begin: bool
+    context: tuple[MemoryRows, ...]
+    reencoded: int
+    rows: int
+    overlap: bool = False
+
+
+@define(frozen=True, eq=False)
+class Retrieved:
+    """Long-term rows a read brings back in one layer for one batch row, oldest first.
+
+    Attributes:
+        rows: the rows themselves.
+        ids: ``[n]`` int64, their ids in the view they were picked from.
+        scores: ``[n]`` float32; empty where nothing was scored.
+    """
+
+    rows: MemoryRows
+    ids: Tensor
+    scores: Tensor
+
+
+@define(frozen=True, eq=False)
+class WriteContext:
+    """What a mechanism may use and change while a stream takes in new rows.
+
+    Attributes:
+        store: the stream's long-term rows; the caller undoes changes if anything fails.
+        eviction: chooses rows when the store is over its capacity.
+        draw: source of random permutations.
+        keys: makes retriever keys.
+    """
+
+    store: MemoryStore
+    eviction: EvictionPolicy
+    draw: Draw
+    keys: Keys
+
+
+@define(frozen=True)
+class Absorbed:
+    """What a write did to a stream: its new ``state``, rows ``dropped`` from the STM and ``evicted`` from the LTM."""
+
+    state: StreamState
+    dropped: int
+    evicted: int
+
+
+class MemoryMechanism(ABC):
+    """The rules of one memory. Holds no state of any memory; built as ``Mechanism(config, additions, options)``."""
+
+    @define(frozen=True, kw_only=True)
+    class Options:
+        """Options of the mechanism (attrs class; the base class has none)."""
+
+        @classmethod
+        def defaults(cls, variant: str) -> dict[str, Any]:
+            """Option values that differ from the class's own in this variant."""
+            return {}
+
+    name: ClassVar[str]
+    uses_retriever: ClassVar[bool] = True
+
+    def __init__(self, config: MPlusConfig, additions: MemoryAdditions, options: Any) -> None:
+        self.config = config
+        self.additions = additions
+        self.options = options
+
+    @property
+    def expiry(self) -> bool:
+        """Whether long-term rows carry an expiry."""
+        return False
+
+    @property
+    def key_size(self) -> int:
+        """Width of retriever keys; 0 where none are kept."""
+        return self.additions.retriever.key_size if self.uses_retriever and self.additions.retriever is not None else 0
+
+    def new_state(self, layout: StoreLayout) -> StreamState:
+        """A fresh stream: the checkpoint's pool if it has one, else empty."""
+        empty = tuple(self._empty(layout) for _ in range(layout.layers))
+        pool = self.additions.pool
+        if pool is None:
+            return StreamState(stm=empty, pending=empty)
+        n = pool.shape[1]
+        births = torch.arange(n, dtype=torch.int64, device=layout.device)
+        source = torch.full((n,), NO_SOURCE, dtype=torch.int64, device=layout.device)
+        stm = tuple(MemoryRows(rows.to(layout.device, layout.dtype), births, source) for rows in pool.detach())
+        return StreamState(stm=stm, pending=empty, clock=n)
+
+    def _empty(self, layout: StoreLayout) -> MemoryRows:
+        return MemoryRows.empty(layout.hidden_size, dtype=layout.dtype, device=layout.device)
+
+    def plan_write(self, state: StreamState, tokens: int, reencode: bool = True) -> WritePlan:
+        """Rows read and made by writing a chunk of ``tokens`` text tokens (published: newest K rows of the STM).
+
+        ``reencode`` False: a chunk shorter than K makes only as many rows as it has tokens.
+        """
+        k = self.config.memory_tokens_per_chunk
+        present = min(k, *(len(rows) for rows in state.stm))
+        context = tuple(rows.select(slice(len(rows) - present, None)) for rows in state.stm)
+        reencoded = min(max(k - tokens, 0), present) if reencode else 0
+        return WritePlan(begin=True, context=context, reencoded=reencoded, rows=min(k, tokens + reencoded))
+
+    def absorb(self, state: StreamState, block: Sequence[Tensor], source: int, context: WriteContext) -> Absorbed:
+        """Take the new rows ``block`` (per layer ``[k, d]``), written from ``source``, into a stream."""
+        k = block[0].shape[0]
+        stm, dropped = [], []
+        permutation: Tensor | None = None
+        for rows, hidden in zip(state.stm, block, strict=True):
+            new = MemoryRows(
+                hidden=hidden.to(rows.hidden),
+                birth=self._births(state, k).to(rows.birth.device),
+                source=torch.full((k,), source, dtype=torch.int64, device=rows.source.device),
+            )
+            excess = max(len(rows) + k - self.config.short_term_tokens, 0)
+            if excess:
+                if permutation is None or self.config.drop_per_layer or len(permutation) != len(rows):
+                    permutation = context.draw(len(rows))
+                # Uniform random drop that keeps the order (MemoryLLM section 3.1.2, M+ section 3.1).
+                kept = permutation[: len(rows) - excess].sort().values
+                gone = permutation[len(rows) - excess :].sort().values
+                dropped.append(rows.select(gone))
+                rows = rows.select(kept)
+            else:
+                dropped.append(rows.select(slice(0, 0)))
+            stm.append(MemoryRows.cat([rows, new]) if len(rows) else new)
+        moved = StreamState(
+            stm=tuple(stm), pending=state.pending, clock=state.clock + k, sources=state.sources, counters=state.counters
+        )
+        moved, evicted = self.keep_dropped(moved, dropped, context)
+        return Absorbed(moved, max(len(rows) for rows in dropped), evicted)
+
+    def _births(self, state: StreamState, k: int) -> Tensor:
+        return torch.arange(state.clock, state.clock + k, dtype=torch.int64)
+
+    @abstractmethod
+    def keep_dropped(
+        self, state: StreamState, dropped: Sequence[MemoryRows], context: WriteContext
+    ) -> tuple[StreamState, int]:
+        """Where rows go that left the STM. Returns the new state and the rows evicted per layer."""
+
+    def retrieve(
+        self, layer: int, hidden: Tensor, mask: Tensor, views: Sequence[StreamView]
+    ) -> list[Retrieved | None]:
+        """Long-term rows for each batch row, oldest first; None where there is no long-term memory.
+
+        Args:
+            layer: index among the layers that carry memory.
+            hidden: ``[B, T, d]`` text after the layer's input norm.
+            mask: ``[B, T]`` bool, False at padding.
+            views: one per batch row.
+        """
+        return [None] * len(views)
+
+    def has_prefix(self, view: StreamView) -> bool:
+        """Whether a read puts anything in front of the text (the begin row, at least)."""
+        return True

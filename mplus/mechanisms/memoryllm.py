@@ -1,0 +1,62 @@
+"""MemoryLLM (arXiv 2402.04624): a short-term pool only; what it drops is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from attrs import define, evolve, field
+from torch import Tensor
+
+from mplus.config import flag
+from mplus.mechanisms.base import Absorbed, MemoryMechanism, WriteContext, WritePlan
+from mplus.memory.stream import StreamState, StreamView
+from mplus.rows import MemoryRows
+
+
+class MemoryLLMMechanism(MemoryMechanism):
+    """Writes as M+ does, reads ``[begin | STM | text]``."""
+
+    @define(frozen=True, kw_only=True)
+    class Options:
+        """Options of MemoryLLM.
+
+        Attributes:
+            tile_first: the first write into an empty memory is repeated until the pool is full, and neither it nor
+                a read before it sees a begin row (published); otherwise the pool grows.
+        """
+
+        tile_first: bool = field(default=False, validator=flag)
+
+        @classmethod
+        def defaults(cls, variant: str) -> dict[str, Any]:
+            """The published code fills the pool with the first block."""
+            return {"tile_first": True} if variant == "published" else {}
+
+    name = "memoryllm"
+    uses_retriever = False
+
+    def plan_write(self, state: StreamState, tokens: int, reencode: bool = True) -> WritePlan:
+        plan = super().plan_write(state, tokens, reencode)
+        if self._unfilled(state):
+            return evolve(plan, begin=False, overlap=True)
+        return plan
+
+    def absorb(self, state: StreamState, block: Sequence[Tensor], source: int, context: WriteContext) -> Absorbed:
+        if self._unfilled(state):
+            n = self.config.short_term_tokens
+            place = torch.arange(n) % block[0].shape[0]
+            block = [hidden[place.to(hidden.device)] for hidden in block]
+        return super().absorb(state, block, source, context)
+
+    def keep_dropped(
+        self, state: StreamState, dropped: Sequence[MemoryRows], context: WriteContext
+    ) -> tuple[StreamState, int]:
+        return state, 0
+
+    def has_prefix(self, view: StreamView) -> bool:
+        return not self._unfilled(view.state)
+
+    def _unfilled(self, state: StreamState) -> bool:
+        return bool(self.options.tile_first) and not len(state.stm[0])

@@ -1,0 +1,181 @@
+"""M+ (arXiv 2502.00592): rows dropped from the STM go to long-term memory; a retriever brings some of them back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from attrs import define, evolve, field
+from torch import Tensor
+
+from mplus.config import number, one_of, whole
+from mplus.mechanisms.base import MemoryMechanism, Retrieved, WriteContext
+from mplus.mechanisms.pending import PendingView
+from mplus.memory.stream import StreamState, StreamView
+from mplus.rows import MemoryRows
+from mplus.stores.base import MemoryStore, StoreLayout, StoreView
+
+EXPIRED = 0.01
+"""A row leaves when its remaining merges fall to this or below (published constant)."""
+
+
+class MPlusMechanism(MemoryMechanism):
+    """Reads ``[begin | retrieved LTM rows, oldest first | STM | text]``."""
+
+    @define(frozen=True, kw_only=True)
+    class Options:
+        """Options of M+; each is one way in which the released code differs from the paper.
+
+        Attributes:
+            ages: "birth" orders rows by when they were written; "release" by when they left the STM and then by
+                their place in the chunk, later ids first among equals.
+            merge_every: rows that leave the STM wait for a merge every so many writes; None: no waiting.
+            lifetime: merges after which a long-term row expires; None: rows leave only at capacity.
+            decay: how much of its lifetime a row loses per merge.
+            short_ltm: with fewer long-term rows than a read asks for, "all" uses each once, pending rows included;
+                "tile" repeats the merged ones.
+        """
+
+        ages: Literal["birth", "release"] = field(default="birth", validator=one_of("birth", "release"))
+        merge_every: int | None = field(default=None, validator=whole(1, optional=True))
+        lifetime: float | None = None
+        decay: float = field(default=1.0, validator=number(0))
+        short_ltm: Literal["all", "tile"] = field(default="all", validator=one_of("all", "tile"))
+
+        @classmethod
+        def defaults(cls, variant: str) -> dict[str, Any]:
+            """Values of the released 8B model for the variant "published"."""
+            if variant != "published":
+                return {}
+            return {"ages": "release", "merge_every": 60, "lifetime": 10.0, "short_ltm": "tile"}
+
+    name = "mplus"
+
+    @property
+    def expiry(self) -> bool:
+        return self.options.lifetime is not None
+
+    def new_state(self, layout: StoreLayout) -> StreamState:
+        state = super().new_state(layout)
+        counters = {
+            "writes_since_merge": torch.zeros((), dtype=torch.int64),
+            "decayed": torch.zeros(layout.layers, dtype=torch.float64),
+        }
+        stm = state.stm
+        if self.options.ages == "release":
+            # Rows that came with the checkpoint count as slot K-1 of a chunk: age 0.
+            stm = tuple(rows.replace(birth=torch.full_like(rows.birth, -1)) for rows in stm)
+        pending = tuple(
+            MemoryRows.empty(layout.hidden_size, key_size=self.key_size, dtype=layout.dtype, device=layout.device)
+            for _ in range(layout.layers)
+        )
+        return evolve(state, stm=stm, pending=pending, clock=0 if self.options.ages == "release" else state.clock, counters=counters)
+
+    def _births(self, state: StreamState, k: int) -> Tensor:
+        if self.options.ages == "release":
+            # In the STM ages stand still: -1 - age within the chunk. The clock is added when a row leaves.
+            return torch.arange(-k, 0, dtype=torch.int64)
+        return super()._births(state, k)
+
+    def keep_dropped(
+        self, state: StreamState, dropped: Sequence[MemoryRows], context: WriteContext
+    ) -> tuple[StreamState, int]:
+        if self.config.long_term_tokens == 0:
+            return state, 0
+        leaving = [rows.replace(key=context.keys(layer, rows.hidden)) for layer, rows in enumerate(dropped)]
+        if self.options.ages == "release":
+            leaving = [rows.replace(birth=rows.birth + state.clock) for rows in leaving]
+        if self.options.merge_every is None:
+            for layer, rows in enumerate(leaving):
+                self._append(context.store, layer, rows, state)
+            return state, self._evict(context)
+        pending = tuple(MemoryRows.cat(pair) if len(pair[1]) else pair[0] for pair in zip(state.pending, leaving, strict=True))
+        writes = state.counters["writes_since_merge"] + 1
+        state = evolve(state, pending=pending, counters={**state.counters, "writes_since_merge": writes})
+        return self.merge(state, context) if int(writes) >= self.options.merge_every else (state, 0)
+
+    def merge(self, state: StreamState, context: WriteContext) -> tuple[StreamState, int]:
+        """Move pending rows into long-term memory and let rows expire.
+
+        Published rule: every row, new ones included, loses ``decay``; expired rows leave only if more rows than one
+        read retrieves survive, otherwise the loss is undone. Returns the new state and the rows evicted per layer.
+        """
+        store, decayed = context.store, state.counters["decayed"].clone()
+        evicted = 0
+        for layer, rows in enumerate(state.pending):
+            self._append(store, layer, rows, state)
+            expiry = store.column(layer, "expiry")
+            if expiry is None:
+                continue
+            after = float(decayed[layer]) + self.options.decay
+            alive = (expiry - after) > EXPIRED
+            if int(alive.sum()) > self.config.retrieved_tokens:
+                decayed[layer] = after
+                gone = store.ids(layer)[~alive]
+                evicted = max(evicted, gone.shape[0])
+                if gone.shape[0]:
+                    store.remove(layer, gone)
+        pending = tuple(rows.select(slice(0, 0)) for rows in state.pending)
+        counters = {**state.counters, "decayed": decayed, "writes_since_merge": torch.zeros((), dtype=torch.int64)}
+        return evolve(state, pending=pending, counters=counters), max(evicted, self._evict(context))
+
+    def _append(self, store: MemoryStore, layer: int, rows: MemoryRows, state: StreamState) -> None:
+        if not len(rows):
+            return
+        if self.options.lifetime is not None:
+            expires = self.options.lifetime + float(state.counters["decayed"][layer])
+            rows = rows.replace(expiry=torch.full(rows.birth.shape, expires, dtype=torch.float64, device=rows.birth.device))
+        store.append(layer, rows)
+
+    def _evict(self, context: WriteContext) -> int:
+        capacity, store, evicted = self.config.long_term_tokens, context.store, 0
+        if capacity is None:
+            return 0
+        for layer in range(store.layout.layers):
+            excess = store.count(layer) - capacity
+            if excess > 0:
+                store.remove(layer, context.eviction.select(store, layer, excess))
+                evicted = max(evicted, excess)
+        return evicted
+
+    def retrieve(
+        self, layer: int, hidden: Tensor, mask: Tensor, views: Sequence[StreamView]
+    ) -> list[Retrieved | None]:
+        k = self.config.retrieved_tokens
+        if self.config.long_term_tokens == 0 or k == 0:
+            return [None] * len(views)
+        retriever = self.additions.retriever
+        assert retriever is not None  # built with every mechanism that uses one
+        found: list[Retrieved | None] = [None] * len(views)
+        scored: list[tuple[int, StoreView]] = []
+        for row, view in enumerate(views):
+            if self.options.short_ltm == "tile" and view.store.count(layer) < k:
+                found[row] = self._tile(view.store, layer, k)
+            elif len(view.state.pending[layer]):
+                scored.append((row, PendingView(view.store, view.state.pending)))
+            elif view.store.count(layer):
+                scored.append((row, view.store))
+        if scored:
+            which = torch.tensor([row for row, _ in scored], device=hidden.device)
+            queries = retriever.project_queries(layer, hidden[which])
+            picks = retriever.select(layer, queries, mask[which], [store for _, store in scored], k)
+            for (row, store), pick in zip(scored, picks, strict=True):
+                found[row] = self._in_order(store, layer, pick.ids, pick.scores)
+        return found
+
+    def _tile(self, store: StoreView, layer: int, k: int) -> Retrieved | None:
+        ids = store.ids(layer)
+        if not len(ids):
+            return None
+        place = torch.arange(-k, 0, device=ids.device) % len(ids)
+        return self._in_order(store, layer, ids[place], torch.empty(0))
+
+    def _in_order(self, store: StoreView, layer: int, ids: Tensor, scores: Tensor) -> Retrieved:
+        """Oldest birth first; among equals the lower id first, or the higher one for "release" ages."""
+        by_id = ids.argsort(stable=True, descending=self.options.ages == "release")
+        rows = store.gather(layer, ids[by_id])
+        by_birth = rows.birth.argsort(stable=True)
+        order = by_id[by_birth.to(by_id.device)]
+        return Retrieved(rows.select(by_birth), ids[order], scores[order.to(scores.device)] if len(scores) else scores)
+

@@ -1,0 +1,7 @@
+"""Memory: the state of one conversation, user or book; it knows nothing of decoders or files of weights."""
+
+from mplus.memory.memory import Memory
+from mplus.memory.report import SourceInfo, WriteReport
+from mplus.memory.stream import StreamState, StreamView
+
+__all__ = ["Memory", "SourceInfo", "StreamState", "StreamView", "WriteReport"]

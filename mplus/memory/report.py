@@ -1,0 +1,47 @@
+"""What ``Memory`` tells about itself and about a write."""
+
+from __future__ import annotations
+
+from attrs import define
+
+
+@define(frozen=True)
+class SourceInfo:
+    """One source of a stream, as ``Memory.sources`` lists it.
+
+    Attributes:
+        name: the name given to ``write``, or None.
+        tokens, chunks: how much text was written under that name.
+        short_term_rows, pending_rows, long_term_rows: rows still held, averaged over the layers.
+    """
+
+    name: str | None
+    tokens: int
+    chunks: int
+    short_term_rows: float
+    pending_rows: float
+    long_term_rows: float
+
+
+@define(frozen=True)
+class WriteReport:
+    """What one ``write`` did. Lists have one entry per batch row.
+
+    Attributes:
+        tokens: text tokens written.
+        chunks: chunks they were split into.
+        dropped_rows: rows per layer that left the STM.
+        evicted_rows: rows per layer that left the LTM.
+        seconds: wall-clock time of the whole call.
+    """
+
+    tokens: list[int]
+    chunks: list[int]
+    dropped_rows: list[int]
+    evicted_rows: list[int]
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Text tokens of all batch rows written per second."""
+        return sum(self.tokens) / self.seconds if self.seconds else float("inf")

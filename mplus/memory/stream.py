@@ -1,0 +1,56 @@
+"""The state of one stream: one batch row of a memory."""
+
+from __future__ import annotations
+
+from attrs import define, field
+from torch import Tensor
+
+from mplus.rows import MemoryRows
+from mplus.stores.base import StoreView
+
+
+@define(frozen=True)
+class Source:
+    """A text, or part of one, that was written under one name.
+
+    Attributes:
+        name: what the caller called it; None for text written without a source.
+        tokens: text tokens written.
+        chunks: chunks written.
+    """
+
+    name: str | None
+    tokens: int = 0
+    chunks: int = 0
+
+
+@define(frozen=True, eq=False, kw_only=True)
+class StreamState:
+    """Everything a stream remembers besides its store. Immutable: a write makes a new one.
+
+    Attributes:
+        stm: short-term rows of each layer, oldest first (layers differ in length only after ``forget``).
+        pending: rows of each layer that left the STM and wait for the next merge; empty where there is no waiting.
+        clock: rows written so far per layer; the next birth index.
+        sources: what was written, by source number.
+        counters: the mechanism's own numbers, each a small tensor.
+    """
+
+    stm: tuple[MemoryRows, ...]
+    pending: tuple[MemoryRows, ...]
+    clock: int = 0
+    sources: tuple[Source, ...] = ()
+    counters: dict[str, Tensor] = field(factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the short-term and pending rows."""
+        return sum(rows.nbytes for rows in (*self.stm, *self.pending))
+
+
+@define(frozen=True, eq=False)
+class StreamView:
+    """What a read sees of one stream: an immutable state and an immutable view of its store."""
+
+    state: StreamState
+    store: StoreView

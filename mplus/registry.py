@@ -1,0 +1,268 @@
+"""One registry for every kind of implementation that a configuration can name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+import threading
+from collections.abc import Callable, Collection, Mapping
+from typing import Generic, TypeVar, cast
+
+from attrs import define
+
+from mplus import plugins
+from mplus.errors import ConfigError, DuplicateNameError, MissingDependencyError, PluginError, UnknownNameError
+
+T = TypeVar("T")
+
+EXTRAS: Mapping[str, str] = {"faiss": "faiss", "triton": "triton"}
+"""Optional top-level module -> the extra of mplus that installs it."""
+
+
+@define(frozen=True)
+class RegistryEntry:
+    """One claim on one name: where it comes from, and why it cannot be used (None: it can)."""
+
+    name: str
+    origin: str
+    error: str | None = None
+
+
+@define(frozen=True, eq=False)
+class _Claim:
+    """What a name stands for, not yet imported. ``error``: known to be unusable without importing it."""
+
+    origin: str
+    load: Callable[[], object]
+    error: str | None = None
+    target: object = None
+
+
+class Registry(Generic[T]):
+    """Implementations of one interface by name: built in, from plug-ins, or registered by the program.
+
+    Targets are imported when asked for, plug-ins are looked up on first need, and a broken plug-in or a name
+    claimed twice raises only when that name is asked for. Safe to use from several threads.
+
+    Args:
+        kind: the interface in one word, for messages ("store").
+        group: entry point group in which plug-ins announce implementations ("mplus.stores").
+        base: ``module:attribute`` of the class that every implementation must derive from.
+        builtin: name -> ``module:attribute`` of the implementations that come with mplus.
+        reserved: names that mean something else where this kind is configured, so nobody may claim them.
+        discover: finds the plug-ins of a group.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        group: str,
+        base: str,
+        builtin: Mapping[str, str] | None = None,
+        reserved: Collection[str] = (),
+        discover: Callable[[str], list[plugins.Plugin]] = plugins.discover,
+    ) -> None:
+        self.kind = kind
+        self.group = group
+        self._base = base
+        self._reserved = frozenset(reserved)
+        self._discover = discover
+        self._lock = threading.RLock()
+        self._claims: dict[str, list[_Claim]] = {}
+        self._registered: dict[str, _Claim] = {}
+        self._loaded: dict[_Claim, type[T]] = {}
+        self._discovered = False
+        for name, target in (builtin or {}).items():
+            self._claims[name] = [_Claim(f"mplus ({target})", _importer(target), target=target)]
+
+    def get(self, name: str) -> type[T]:
+        """The implementation called ``name``, imported now if it was not before.
+
+        Raises:
+            UnknownNameError: nobody claims the name; the message has near names and the list.
+            DuplicateNameError: several claim it; the message has their origins.
+            MissingDependencyError: it needs a package that is not installed; the message has the extra.
+            PluginError: it cannot be imported or is not an implementation of the interface.
+        """
+        claim = self._claim(name)
+        with self._lock:
+            known = self._loaded.get(claim)
+        if known is not None:
+            return known
+        # Imported without the lock: a module that registers something while another thread imports it
+        # would otherwise wait for the lock, and the lock for the import.
+        implementation = self._load(name, claim)
+        with self._lock:
+            return self._loaded.setdefault(claim, implementation)
+
+    def names(self) -> list[str]:
+        """All names that are claimed, sorted. Nothing is imported."""
+        with self._lock:
+            return sorted(self._known())
+
+    def origin(self, name: str) -> str:
+        """Where the implementation called ``name`` comes from. Raises as ``get`` does, except for loading."""
+        return self._claim(name).origin
+
+    def entries(self) -> list[RegistryEntry]:
+        """Every claim on every name with its error, if any. Imports the implementations to find out."""
+        with self._lock:
+            names = sorted(self._known())
+        return [entry for name in names for entry in self._entries_of(name)]
+
+    def register(self, name: str, target: type[T] | str) -> None:
+        """Let ``name`` stand for a class, or for ``module:attribute`` imported on first use, in this process.
+
+        Registering the same target again changes nothing.
+
+        Raises:
+            ConfigError: ``name`` is reserved or not a name, or ``target`` is neither a class nor ``module:attribute``.
+            DuplicateNameError: the name is taken; the message has both origins.
+            PluginError: the class does not implement the interface.
+        """
+        if not isinstance(name, str) or not name or name.split() != [name]:
+            raise ConfigError(f"the name of a {self.kind} must be a non-empty string without spaces, got {name!r}")
+        if name in self._reserved:
+            raise ConfigError(f"{name!r} is reserved and cannot name a {self.kind}: choose another name")
+        load: Callable[[], object]
+        if isinstance(target, str):
+            module, _, attribute = target.partition(":")
+            if not module or not attribute:
+                raise ConfigError(f"a {self.kind} is registered as a class or 'module:attribute', got {target!r}")
+            load = _importer(target)
+        else:
+            load = lambda: target
+        caller = sys._getframe(1)
+        shown = target if isinstance(target, str) else _describe(target)
+        origin = f"registered at {os.path.basename(caller.f_code.co_filename)}:{caller.f_lineno} ({shown})"
+        claim = _Claim(origin, load, target=target)
+        if not isinstance(target, str):
+            self._check(name, claim, target)
+        with self._lock:
+            present = self._known().get(name, [])
+            if any(other.target == target for other in present):
+                return
+            if present:
+                raise self._duplicate(name, [*present, claim])
+            self._claims[name] = [claim]
+            self._registered[name] = claim
+
+    def unregister(self, name: str) -> None:
+        """Take back what ``register`` added. Raises UnknownNameError when it added no such name."""
+        with self._lock:
+            claim = self._registered.pop(name, None)
+            if claim is None:
+                raise UnknownNameError(f"no {self.kind} called {name!r} was registered by this program")
+            del self._claims[name]
+            self._loaded.pop(claim, None)
+
+    def _known(self) -> dict[str, list[_Claim]]:
+        """Claims by name, plug-ins included; call with the lock held."""
+        if not self._discovered:
+            for plugin in self._discover(self.group):
+                error = plugin.error
+                if plugin.name in self._reserved:
+                    error = f"{plugin.name!r} is reserved and cannot name a {self.kind}"
+                claim = _Claim(plugin.origin, plugin.load, error, target=plugin.target)
+                self._claims.setdefault(plugin.name, []).append(claim)
+            self._discovered = True
+        return self._claims
+
+    def _claim(self, name: str) -> _Claim:
+        with self._lock:
+            claims = self._known().get(name) if isinstance(name, str) else None
+            if not claims:
+                raise self._unknown(name)
+            if len(claims) > 1:
+                raise self._duplicate(name, claims)
+            return claims[0]
+
+    def _load(self, name: str, claim: _Claim) -> type[T]:
+        """Import and check. A plug-in may fail in any way, also by calling ``sys.exit``."""
+        if claim.error is not None:
+            raise PluginError(f"{self.kind} {name!r} of {claim.origin} is broken: {claim.error}")
+        try:
+            implementation = claim.load()
+        except ImportError as error:
+            missing = (error.name or "").partition(".")[0]
+            if missing in EXTRAS:
+                raise MissingDependencyError(
+                    f"{self.kind} {name!r} needs the package {missing!r}, which is not installed: "
+                    f"pip install 'mplus[{EXTRAS[missing]}]'",
+                    name=missing,
+                ) from error
+            raise self._broken(name, claim, error) from error
+        except (Exception, SystemExit) as error:
+            raise self._broken(name, claim, error) from error
+        return self._check(name, claim, implementation)
+
+    def _check(self, name: str, claim: _Claim, implementation: object) -> type[T]:
+        base = cast("type[T]", _importer(self._base)())
+        if not (isinstance(implementation, type) and issubclass(implementation, base)):
+            raise PluginError(
+                f"{self.kind} {name!r} of {claim.origin} must be a subclass of {_describe(base)}, "
+                f"got {_describe(implementation)}"
+            )
+        if inspect.isabstract(implementation):
+            missing = ", ".join(sorted(implementation.__abstractmethods__))
+            raise PluginError(f"{self.kind} {name!r} of {claim.origin} leaves abstract methods undefined: {missing}")
+        return implementation
+
+    def _entries_of(self, name: str) -> list[RegistryEntry]:
+        with self._lock:
+            claims = list(self._known().get(name, []))
+        if len(claims) > 1:
+            message = str(self._duplicate(name, claims))
+            return [RegistryEntry(name, claim.origin, claim.error or message) for claim in claims]
+        error = None
+        try:
+            self.get(name)
+        except (PluginError, MissingDependencyError) as problem:
+            error = str(problem)
+        return [RegistryEntry(name, claim.origin, error) for claim in claims]
+
+    def _broken(self, name: str, claim: _Claim, error: BaseException) -> PluginError:
+        return PluginError(
+            f"{self.kind} {name!r} of {claim.origin} could not be loaded: {type(error).__name__}: {error}"
+        )
+
+    def _duplicate(self, name: str, claims: list[_Claim]) -> DuplicateNameError:
+        origins = " and by ".join(claim.origin for claim in claims)
+        return DuplicateNameError(
+            f"{self.kind} {name!r} is claimed by {origins}: uninstall one, "
+            f"or limit {plugins.ENVIRONMENT} to the distributions you want"
+        )
+
+    def _unknown(self, name: object) -> UnknownNameError:
+        names = sorted(self._known())
+        near = difflib.get_close_matches(name, names) if isinstance(name, str) else []
+        message = f"no {self.kind} is called {name!r}"
+        message += f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+        message += f" Available: {', '.join(names) or 'none'}."
+        allowed = plugins.allowed_distributions()
+        if allowed is not None:
+            message += f" {plugins.ENVIRONMENT} limits plug-ins to: {', '.join(sorted(allowed)) or 'none'}."
+        return UnknownNameError(message)
+
+
+def _importer(target: str) -> Callable[[], object]:
+    """A function that imports ``module:attribute``."""
+
+    def load() -> object:
+        module, _, attribute = target.partition(":")
+        found: object = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+        return found
+
+    return load
+
+
+def _describe(thing: object) -> str:
+    if isinstance(thing, type):
+        return f"{thing.__module__}:{thing.__qualname__}"
+    return f"{thing!r} of type {type(thing).__name__}"

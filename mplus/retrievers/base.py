@@ -1,0 +1,110 @@
+"""Retriever: which long-term rows a prompt brings back into attention."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from attrs import define
+from torch import Tensor, nn
+
+from mplus.errors import InputError
+from mplus.stores.base import StoreView
+
+
+@define(frozen=True, kw_only=True)
+class RetrieverShape:
+    """Sizes a retriever is built for: ``layers`` that carry memory, their ``hidden_size`` d."""
+
+    layers: int
+    hidden_size: int
+
+
+@define(frozen=True, eq=False)
+class Selection:
+    """What one batch row retrieves in one layer: ``ids`` ``[n]`` int64, best first, ``scores`` ``[n]`` float32."""
+
+    ids: Tensor
+    scores: Tensor
+
+
+class Retriever(nn.Module, ABC):
+    """Scores long-term rows against the text and picks the best; trainable parts are its parameters.
+
+    Built as ``Retriever(shape, options)``. Hidden states are those *after the layer's input norm*.
+    Reading never changes a store, and equal input gives equal output.
+    """
+
+    @define(frozen=True, kw_only=True)
+    class Options:
+        """Options of the implementation (attrs class; the base class has none)."""
+
+    name: ClassVar[str]
+    key_size: int = 0
+    """Width r of the keys kept with each row; 0 when the retriever needs none."""
+
+    def __init__(self, shape: RetrieverShape, options: Any = None) -> None:
+        super().__init__()
+        self.shape = shape
+        self.options = options if options is not None else self.Options()
+
+    def project_queries(self, layer: int, hidden: Tensor) -> Tensor:
+        """``[B, T, d]`` -> queries ``[B, T, r]``. A retriever without keys returns width 0."""
+        return hidden.new_empty(*hidden.shape[:-1], 0)
+
+    def project_keys(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """``[M, d]`` -> keys ``[M, r]``, or None when ``key_size`` is 0. Called once, when a row leaves the STM."""
+        return None
+
+    @abstractmethod
+    def select(
+        self, layer: int, queries: Tensor, query_mask: Tensor, stores: Sequence[StoreView], k: int
+    ) -> list[Selection]:
+        """The ``min(k, count)`` best rows of ``layer`` for each batch row.
+
+        Args:
+            layer: index among the layers that carry memory.
+            queries: ``[B, T, r]`` as returned by ``project_queries``.
+            query_mask: ``[B, T]`` bool, True at text and False at padding. A row may not be all False.
+            stores: one per batch row; layers without rows are legal.
+            k: largest number of rows to return.
+
+        Returns:
+            One ``Selection`` per batch row: score descending, ties by lowest id.
+        """
+
+
+def check_selection(queries: Tensor, query_mask: Tensor, stores: Sequence[StoreView], k: int) -> None:
+    """Raise InputError unless these can be the arguments of ``Retriever.select``."""
+    if queries.ndim != 3 or query_mask.shape != queries.shape[:2] or len(stores) != queries.shape[0]:
+        raise InputError(
+            "queries must be [B, T, r] with a mask [B, T] and B stores, got queries "
+            f"{list(queries.shape)}, a mask {list(query_mask.shape)} and {len(stores)} stores"
+        )
+    if query_mask.dtype != torch.bool:
+        raise InputError(f"query_mask must be bool, got {query_mask.dtype}")
+    if k < 0:
+        raise InputError(f"k must be at least 0, got {k}")
+    if not bool(query_mask.any(dim=1).all()):
+        rows = (~query_mask.any(dim=1)).nonzero().squeeze(1).tolist()
+        raise InputError(f"every batch row must have text to retrieve with, but in rows {rows} all of it is masked")
+
+
+def top_k(scores: Tensor, ids: Tensor, k: int) -> Selection:
+    """The ``min(k, m)`` best of ``scores`` ``[m]`` (float32): score descending, ties by lowest position, NaN last.
+
+    ``torch.topk`` leaves the choice among equal scores open, so equal scores at the boundary are resolved here.
+    """
+    k = min(k, scores.shape[0])
+    if k == 0:
+        return Selection(ids[:0], scores[:0])
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    boundary = torch.topk(scores, k).values[-1]
+    above = (scores > boundary).nonzero().squeeze(1)
+    tied = (scores == boundary).nonzero().squeeze(1)[: k - above.shape[0]]
+    chosen = torch.cat([above, tied]).sort().values
+    best = scores[chosen]
+    order = best.argsort(descending=True, stable=True)
+    return Selection(ids[chosen[order]], best[order])

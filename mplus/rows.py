@@ -1,0 +1,89 @@
+"""Memory rows: the latent tokens of one layer, with the facts that travel with each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from attrs import define, evolve
+from torch import Tensor
+
+NO_SOURCE = -1
+"""Source number of rows that came with a checkpoint and were never written from a text."""
+
+
+@define(frozen=True, eq=False)
+class MemoryRows:
+    """n rows of one layer, in order. All columns have length n; columns are never modified in place.
+
+    Attributes:
+        hidden: ``[n, d]`` float. Input-side hidden states: what a layer's norm, key and value projections read.
+        birth: ``[n]`` int64. Immutable position in the order of writing; age = clock - 1 - birth.
+        source: ``[n]`` int64. Number of the source the row was written from, or ``NO_SOURCE``.
+        key: ``[n, r]`` float, or None where no retriever keys are kept.
+        expiry: ``[n]`` float64, or None. Merge count at which the row expires (eviction by time to live).
+    """
+
+    hidden: Tensor
+    birth: Tensor
+    source: Tensor
+    key: Tensor | None = None
+    expiry: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all columns."""
+        return sum(t.numel() * t.element_size() for t in self.columns().values())
+
+    def columns(self) -> dict[str, Tensor]:
+        """The columns that are present, by name."""
+        named = {"hidden": self.hidden, "birth": self.birth, "source": self.source, "key": self.key, "expiry": self.expiry}
+        return {name: column for name, column in named.items() if column is not None}
+
+    def select(self, index: Tensor | slice) -> MemoryRows:
+        """The rows at ``index`` (int64 positions, bool mask or slice), in that order."""
+        if isinstance(index, Tensor):
+            index = index.to(self.hidden.device)
+        return MemoryRows(**{name: column[index] for name, column in self.columns().items()})
+
+    def replace(self, **columns: Tensor | None) -> MemoryRows:
+        """The same rows with some columns exchanged."""
+        return evolve(self, **columns)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryRows:
+        """Move every column to ``device``; cast ``hidden`` and ``key`` to ``dtype``."""
+        moved = {name: column.to(device) for name, column in self.columns().items()}
+        for name in ("hidden", "key"):
+            if name in moved and dtype is not None:
+                moved[name] = moved[name].to(dtype)
+        return MemoryRows(**moved)
+
+    @staticmethod
+    def cat(parts: Sequence[MemoryRows]) -> MemoryRows:
+        """All rows of ``parts``, in order. Raises ValueError when their columns differ."""
+        names = parts[0].columns().keys()
+        for part in parts[1:]:
+            if part.columns().keys() != names:
+                raise ValueError(f"rows to join must have the same columns, got {sorted(names)} and {sorted(part.columns())}")
+        return MemoryRows(**{name: torch.cat([part.columns()[name] for part in parts]) for name in names})
+
+    @staticmethod
+    def empty(
+        hidden_size: int,
+        *,
+        key_size: int = 0,
+        expiry: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> MemoryRows:
+        """No rows, with the columns asked for (``key_size`` 0: no key column)."""
+        return MemoryRows(
+            hidden=torch.empty(0, hidden_size, dtype=dtype, device=device),
+            birth=torch.empty(0, dtype=torch.int64, device=device),
+            source=torch.empty(0, dtype=torch.int64, device=device),
+            key=torch.empty(0, key_size, dtype=dtype, device=device) if key_size else None,
+            expiry=torch.empty(0, dtype=torch.float64, device=device) if expiry else None,
+        )

@@ -1,0 +1,150 @@
+"""MemoryStore: where the long-term rows of one memory live."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal
+
+import torch
+from attrs import define
+from torch import Tensor
+
+from mplus.errors import InputError
+from mplus.rows import MemoryRows
+
+Column = Literal["birth", "source", "key", "expiry"]
+
+
+@define(frozen=True, kw_only=True)
+class StoreLayout:
+    """What the rows of a store look like.
+
+    Attributes:
+        layers: number of layers that carry memory.
+        hidden_size: width d of ``MemoryRows.hidden``.
+        key_size: width r of ``MemoryRows.key``; 0 where rows have no key.
+        expiry: whether rows carry ``MemoryRows.expiry``.
+        dtype: dtype of ``hidden`` and ``key``.
+        device: where the rows are kept.
+    """
+
+    layers: int
+    hidden_size: int
+    key_size: int = 0
+    expiry: bool = False
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+
+    def columns(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape of one row and dtype of every column of ``MemoryRows`` that rows of this layout carry."""
+        columns: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "hidden": ((self.hidden_size,), self.dtype),
+            "birth": ((), torch.int64),
+            "source": ((), torch.int64),
+        }
+        if self.key_size:
+            columns["key"] = ((self.key_size,), self.dtype)
+        if self.expiry:
+            columns["expiry"] = ((), torch.float64)
+        return columns
+
+    def check(self, rows: MemoryRows) -> None:
+        """Raise InputError (a ValueError) unless ``rows`` have exactly this layout's columns; any device will do."""
+        expected, given = self.columns(), rows.columns()
+        if given.keys() != expected.keys():
+            raise InputError(f"rows of this store must have the columns {sorted(expected)}, got {sorted(given)}")
+        for name, (shape, dtype) in expected.items():
+            column = given[name]
+            if tuple(column.shape) != (len(rows), *shape) or column.dtype != dtype:
+                wanted, got = f"{[len(rows), *shape]} {dtype}", f"{list(column.shape)} {column.dtype}"
+                raise InputError(f"column {name!r} of {len(rows)} rows must be {wanted}, got {got}")
+
+
+class StoreView(ABC):
+    """The reading side of a store. A view taken by ``MemoryStore.snapshot`` never changes.
+
+    Rows are known by **ids**: int64, unique within a layer for the life of the store, growing in order of appending.
+    """
+
+    layout: StoreLayout
+
+    @abstractmethod
+    def ids(self, layer: int) -> Tensor:
+        """``[m]`` int64, ascending: ids of the rows of ``layer``."""
+
+    @abstractmethod
+    def column(self, layer: int, name: Column) -> Tensor | None:
+        """One column of all rows in the order of ``ids``; None where the layout has no such column."""
+
+    @abstractmethod
+    def gather(self, layer: int, ids: Tensor) -> MemoryRows:
+        """The rows with these ids (``[n]`` int64, any order, repeats allowed), in that order.
+
+        Raises:
+            KeyError: an id is not in the store; the message names it.
+        """
+
+    def count(self, layer: int) -> int:
+        """Number of rows of ``layer``."""
+        return self.ids(layer).shape[0]
+
+    def keys(self, layer: int) -> Tensor | None:
+        """``[m, r]`` retriever keys of ``layer`` in the order of ``ids``, or None."""
+        return self.column(layer, "key")
+
+
+class MemoryStore(StoreView):
+    """Long-term rows of every layer of one memory (one store per batch row).
+
+    Subclasses are built as ``Store(layout, options)``, where ``options`` is an instance of ``Store.Options``.
+    Methods that change the store either finish or leave it as it was.
+    """
+
+    @define(frozen=True, kw_only=True)
+    class Options:
+        """Options of the implementation (attrs class; the base class has none)."""
+
+    name: ClassVar[str]
+
+    def __init__(self, layout: StoreLayout, options: Any = None) -> None:
+        self.layout = layout
+        self.options = options if options is not None else self.Options()
+
+    @abstractmethod
+    def append(self, layer: int, rows: MemoryRows) -> Tensor:
+        """Add copies of ``rows`` at the end of ``layer``.
+
+        Returns:
+            ``[n]`` int64, the new ids: larger than any id ever given in this layer.
+
+        Raises:
+            ValueError: a column is missing, superfluous or has the wrong width or dtype.
+        """
+
+    @abstractmethod
+    def remove(self, layer: int, ids: Tensor) -> None:
+        """Delete the rows with these ids. Raises KeyError, naming one, when an id is not in the store."""
+
+    @abstractmethod
+    def snapshot(self) -> StoreView:
+        """An immutable view of the present rows, taken without copying them."""
+
+    @abstractmethod
+    def restore(self, snapshot: StoreView) -> None:
+        """Go back to a snapshot taken from this store; ids given since then may be given again."""
+
+    @abstractmethod
+    def fork(self) -> MemoryStore:
+        """An independent store with the same rows and ids; changing one never shows in the other."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryStore:
+        """A store with the same rows and ids on another device or in another dtype."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes reserved for rows, spare capacity included."""
+
+    def close(self) -> None:
+        """Release what the store holds outside the process's memory (files, handles); idempotent."""

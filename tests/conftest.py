@@ -1,0 +1,31 @@
+"""What all tests share: one thread per worker, long modes on request, Hypothesis without a clock."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+NIGHTLY = os.environ.get("MPLUS_NIGHTLY", "") not in {"", "0"}
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Read by torch when it is imported: several workers with a thread per core each would wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# No deadlines and no complaints about slowness: how fast a machine is must not decide whether a test passes.
+_CLOCKLESS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("default", settings(**_CLOCKLESS))
+settings.register_profile("ci", settings(**_CLOCKLESS, derandomize=True))
+settings.register_profile("nightly", settings(**_CLOCKLESS, max_examples=2000))
+settings.load_profile("nightly" if NIGHTLY else "ci" if "CI" in os.environ else "default")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave tests marked ``nightly`` out unless MPLUS_NIGHTLY is set."""
+    if NIGHTLY:
+        return
+    long = [item for item in items if item.get_closest_marker("nightly")]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]

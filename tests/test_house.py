@@ -1,0 +1,187 @@
+"""The rules of the house: which room may import which, how long a file may be, what importing mplus costs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import mplus
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "mplus"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+LONGEST_FILE = 400
+
+# From the cellar to the roof. A module may import from its own floor and from those below.
+FLOORS = [
+    {"errors", "plugins", "registry", "rows"},
+    {"config"},
+    {"stores", "retrievers", "backends"},
+    {"memory"},
+    {"mechanisms"},
+    {"hf"},
+    {"training", "evaluation", "serving", "interop", "testing"},
+    {"cli"},
+]
+HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+
+# Third-party package -> the rooms or modules that may import it.
+TENANTS = {
+    "transformers": {"hf"},
+    "peft": {"hf"},
+    "accelerate": {"hf", "training"},
+    "bitsandbytes": {"hf"},
+    "entrypoints": {"plugins"},
+    "pytest": {"testing"},
+    "hypothesis": {"testing"},
+    "typer": {"cli"},
+    "faiss": {"retrievers"},
+    "triton": {"backends"},
+}
+STATE = {"rows", "memory", "stores", "retrievers", "backends", "mechanisms"}
+"""Rooms that hold or compute the memory itself: tensors only."""
+
+
+def name_of(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    """``mplus.stores.ram`` -> ``stores``; the top of the package itself is the roof and has no room."""
+    return ".".join(module.split(".")[1:2])
+
+
+def imports(source: str) -> set[str]:
+    """Every module a source imports, wherever the statement stands, and for ``from`` also each name below it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the direction"
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def rooms_imported(source: str) -> set[str]:
+    return {room_of(name) for name in imports(source) if name.startswith("mplus.")} & HEIGHT.keys()
+
+
+def in_subprocess(code: str) -> object:
+    """Run code in a fresh interpreter; what it prints last, as JSON."""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_every_module_has_a_floor():
+    rooms = {room_of(name_of(file)) for file in MODULES} - {"", "__main__"}
+    assert rooms <= HEIGHT.keys()
+
+
+@pytest.mark.parametrize("file", MODULES, ids=name_of)
+def test_imports_run_downhill(file):
+    room = room_of(name_of(file))
+    if room in {"", "__main__"}:  # the roof: sees everything, lazily
+        return
+    uphill = {other for other in rooms_imported(file.read_text(encoding="utf-8")) if HEIGHT[other] > HEIGHT[room]}
+    assert not uphill, f"{name_of(file)} on floor {HEIGHT[room]} imports from above: {sorted(uphill)}"
+
+
+def test_the_downhill_rule_sees_every_kind_of_import():
+    for line in (
+        "import mplus.hf",
+        "from mplus import hf",
+        "from mplus.hf.wrapper import wrap",
+        "def f():\n    from mplus.hf import wrap",
+        "if TYPE_CHECKING:\n    import mplus.hf.wrapper as w",
+    ):
+        assert rooms_imported(line) == {"hf"}, line
+
+
+@pytest.mark.parametrize("file", MODULES, ids=name_of)
+def test_third_party_packages_stay_in_their_rooms(file):
+    room = room_of(name_of(file))
+    for package in {name.partition(".")[0] for name in imports(file.read_text(encoding="utf-8"))}:
+        assert room in TENANTS.get(package, {room}), f"{name_of(file)} may not import {package}"
+        if room in STATE:
+            assert package != "numpy", f"{name_of(file)}: memory is made of tensors"
+
+
+@pytest.mark.parametrize("file", MODULES, ids=name_of)
+def test_only_the_plugins_module_looks_for_entry_points(file):
+    assert not {name for name in imports(file.read_text(encoding="utf-8")) if name.endswith(".entry_points")}
+
+
+@pytest.mark.parametrize("folder", ["mplus", "plugins", "benchmarks", "examples", "tests", "tools"])
+def test_files_are_short(folder):
+    lengths = {
+        str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines())
+        for file in (ROOT / folder).rglob("*.py")
+    }
+    too_long = {file: length for file, length in lengths.items() if length > LONGEST_FILE}
+    assert not too_long, f"split what is longer than {LONGEST_FILE} lines"
+
+
+def test_the_package_is_typed():
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_one_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert mplus.__version__ == project["version"]
+
+
+def test_import_brings_in_nothing_heavy():
+    loaded = in_subprocess("import json, sys, mplus; print(json.dumps(sorted(sys.modules)))")
+    assert not {"transformers", "peft", "accelerate", "faiss", "triton", "typer", "rich"} & set(loaded)
+
+
+def test_everything_below_hf_works_without_transformers():
+    below = [name_of(file) for file in MODULES if HEIGHT.get(room_of(name_of(file)), 99) < HEIGHT["hf"]]
+    loaded = in_subprocess(
+        "import importlib, json, sys\n"
+        f"for name in {below!r}: importlib.import_module(name)\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    assert not {"transformers", "peft", "faiss", "pytest", "hypothesis"} & set(loaded)
+
+
+def test_importing_a_registry_imports_no_implementation():
+    loaded = in_subprocess(
+        "import json, sys, mplus.stores, mplus.retrievers, mplus.backends, mplus.mechanisms\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    assert "torch" not in loaded
+    assert [name for name in loaded if name.startswith("mplus.stores")] == ["mplus.stores"]
+
+
+COST = """
+import json, os, sys, time
+def cost(name):
+    before = set(sys.modules)
+    start = time.process_time()
+    __import__(name)
+    seconds = time.process_time() - start
+    new = [sys.modules[module] for module in set(sys.modules) - before if module in sys.modules]
+    files = {getattr(module, "__file__", None) for module in new}
+    size = sum(os.path.getsize(file) for file in files if file and file.endswith('.py') and os.path.isfile(file))
+    return {"seconds": seconds, "modules": len(new), "bytes": size}
+print(json.dumps({name: cost(name) for name in ("torch", "mplus")}))
+"""
+
+
+def test_import_costs_at_most_a_fifth_of_importing_torch():
+    """Torch and then mplus in one process: modules and source they add, and processor time as the best of three."""
+    runs = [in_subprocess(COST) for _ in range(3)]
+    for measure in ("modules", "bytes", "seconds"):
+        ratio = min(run["mplus"][measure] / run["torch"][measure] for run in runs)
+        assert ratio <= 0.2, measure

@@ -1,0 +1,83 @@
+"""Run the tests in their long modes and commit a record of the run under ``records/nightly``."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy")
+SLOWEST = 20
+
+
+def main(arguments: list[str]) -> int:
+    """Run pytest with ``arguments`` added, write and commit the record, return pytest's exit status."""
+    started = datetime.now(UTC)
+    clock = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        command = [sys.executable, "-m", "pytest", "-n", "2", f"--junitxml={report}", *arguments]
+        status = subprocess.run(command, cwd=ROOT, env={**os.environ, "MPLUS_NIGHTLY": "1"}, check=False).returncode
+        outcome = summarize(report) if report.exists() else {"tests": 0}
+    record = {
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - clock),
+        "commit": git("rev-parse", "HEAD"),
+        "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "pytest_status": status,
+        **outcome,
+        "device": device(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    file = ROOT / "records" / "nightly" / f"{started:%Y-%m-%dT%H%M%SZ}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    git("add", "--", str(file))
+    git("commit", "--quiet", "-m", f"Record of the nightly tests of {started:%Y-%m-%d}", "--", str(file))
+    print(f"{file.relative_to(ROOT)}: {record['tests']} tests, exit status {status}")
+    return status
+
+
+def summarize(report: Path) -> dict[str, Any]:
+    """Counts, the names of tests that did not pass and the slowest tests from pytest's JUnit report."""
+    suite = ElementTree.parse(report).getroot().find("testsuite")  # noqa: S314 - pytest wrote it a moment ago
+    if suite is None:
+        return {"tests": 0}
+    cases = suite.findall("testcase")
+    name = {case: f"{case.get('classname')}.{case.get('name')}" for case in cases}
+    slowest = sorted(cases, key=lambda case: -float(case.get("time", 0)))[:SLOWEST]
+    return {
+        "tests": len(cases),
+        "skipped": sorted(name[case] for case in cases if case.find("skipped") is not None),
+        "failed": sorted(name[case] for case in cases if case.find("failure") is not None),
+        "errors": sorted(name[case] for case in cases if case.find("error") is not None),
+        "slowest_seconds": {name[case]: round(float(case.get("time", 0)), 2) for case in slowest},
+    }
+
+
+def device() -> str:
+    """The machine in words: processor, cores, and the GPU where torch sees one."""
+    import torch  # noqa: PLC0415 - after the tests, which are the point
+
+    words = f"{platform.machine()}, {os.cpu_count()} cores"
+    return f"{words}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else f"{words}, no GPU"
+
+
+def git(*arguments: str) -> str:
+    """Output of a git command in the repository; raises CalledProcessError when it fails."""
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
