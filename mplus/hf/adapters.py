@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from mplus.config import AdapterConfig
 from mplus.errors import ConfigError
@@ -50,14 +53,22 @@ def add_adapters(model: nn.Module, anatomy: Anatomy, config: AdapterConfig) -> N
     names = ["write"] if config.shared else ["write", "read"]
     targets = list(config.target_modules) if config.target_modules is not None else find_targets(model, anatomy)
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    own_peft_config = getattr(model, "peft_config", None)
+    transposed = any(isinstance(m, Conv1D) for m in model.modules())
     for name in names:
-        lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets)
-        try:
-            inject_adapter_in_model(lora, model, adapter_name=name)
-        except ValueError as error:
-            raise ConfigError(f"adapters.target_modules must name linear modules of the decoder, got {targets[:8]}: {error}") from error
-    _restore_peft_config(model, own_peft_config)
+        lora = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT scales by a float as well
+            lora_dropout=config.dropout,
+            target_modules=targets,
+            fan_in_fan_out=transposed,
+        )
+        with _without_peft_config(model):
+            try:
+                inject_adapter_in_model(lora, model, adapter_name=name)
+            except ValueError as error:
+                raise ConfigError(
+                    f"adapters.target_modules must name linear modules of the decoder, got {targets[:8]}: {error}"
+                ) from error
     for parameter in model.parameters():
         parameter.requires_grad_(trainable.get(parameter, True))
     for layer in lora_layers(model):
@@ -104,8 +115,6 @@ def find_targets(model: nn.Module, anatomy: Anatomy) -> list[str]:
 
 
 def _is_projection(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
     return isinstance(module, nn.Linear | Conv1D)
 
 
@@ -113,9 +122,13 @@ def _path(model: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
 
 
-def _restore_peft_config(model: nn.Module, own: Any) -> None:
-    """Injection leaves its own ``peft_config`` on the model, which PEFT and Trainer take for a user's."""
-    if own is not None:
-        model.peft_config = own  # type: ignore[assignment]
-    elif hasattr(model, "peft_config"):
-        del model.peft_config
+@contextmanager
+def _without_peft_config(model: nn.Module) -> Iterator[None]:
+    """Injection leaves its own ``peft_config`` on the model, which PEFT and Trainer would take for a user's."""
+    own = model.__dict__.pop("peft_config", None)
+    try:
+        yield
+    finally:
+        model.__dict__.pop("peft_config", None)
+        if own is not None:
+            model.__dict__["peft_config"] = own

@@ -153,7 +153,7 @@ def discover(model: Any) -> Anatomy:
         specs.append(_spec(attention, home, layers, trace, cache, len(specs)))
     if not specs:
         raise NotSupported(f"{name} has no attention layer that writes a key/value cache; M+ needs attention")
-    alibi = any("alibi" in trace.calls[spec.attention][1] for spec in specs)
+    alibi = any(trace.calls[spec.attention][1].get("alibi") is not None for spec in specs)
     return Anatomy(root, layers, specs, alibi)
 
 

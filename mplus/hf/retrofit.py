@@ -57,7 +57,7 @@ class Retrofit:
             kwargs[spec.cache_keyword], kwargs["mplus_memory"] = None, CAPTURE
         else:
             kwargs[spec.cache_keyword] = CaptureCache()
-            if "alibi" in kwargs:
+            if kwargs.get("alibi") is not None:
                 kwargs["alibi"] = kwargs["alibi"][..., :1]
         try:
             spec.attention.forward(*args, **kwargs)  # not __call__: the hook below is for text
