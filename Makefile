@@ -30,7 +30,7 @@ pytest: $(VENV)/.installed
 	$(VENV)/bin/pytest -n 2
 
 docs: $(VENV)/.installed  ## The documentation, in site/
-	$(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 test-matrix:  ## The tests with the oldest supported transformers and with the newest release
 	tools/environment.sh .venv-transformers-oldest transformers==$(OLDEST_TRANSFORMERS)

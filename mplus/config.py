@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -53,6 +53,7 @@ def one_of(*choices: Any) -> Any:
 
 
 def flag(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    """Validator: True or False."""
     if not isinstance(value, bool):
         raise ConfigError(f"{attribute.name} must be True or False, got {value!r}")
 
@@ -84,6 +85,14 @@ class Component:
         return {"name": self.name, **self.options} if self.options else self.name
 
 
+def _names(value: Iterable[str] | None) -> tuple[str, ...] | None:
+    return None if value is None else tuple(value)
+
+
+def _component(value: Any) -> Component:
+    return Component.of(value)
+
+
 @define(frozen=True, kw_only=True)
 class AdapterConfig:
     """The two LoRA adapters, "write" and "read" (M+ section 3.3; published: rank 16, alpha 32).
@@ -100,7 +109,7 @@ class AdapterConfig:
     rank: int = field(default=16, validator=whole(1))
     alpha: float = field(default=32.0, validator=number(0))
     dropout: float = field(default=0.0, validator=number(0, 1))
-    target_modules: tuple[str, ...] | None = field(default=None, converter=lambda names: None if names is None else tuple(names))
+    target_modules: tuple[str, ...] | None = field(default=None, converter=_names)
     shared: bool = field(default=False, validator=flag)
 
 
@@ -135,7 +144,7 @@ class MPlusConfig:
         adapters: LoRA adapters, or None to train none.
     """
 
-    mechanism: Component = field(default="mplus", converter=Component.of)
+    mechanism: Component = field(default=Component("mplus"), converter=_component)
     variant: Literal["paper", "published"] = field(default="paper", validator=one_of("paper", "published"))
     chunk_tokens: int = field(default=512, validator=whole(1))
     min_chunk_tokens: int = field(default=16, validator=whole(1))
@@ -152,12 +161,14 @@ class MPlusConfig:
     rope_inv_freq_dtype: Literal["bfloat16", "float16"] | None = field(
         default=None, validator=one_of(None, "bfloat16", "float16")
     )
-    store: Component = field(default="ram", converter=Component.of)
-    eviction: Component = field(default="fifo", converter=Component.of)
-    retriever: Component = field(default="linear", converter=Component.of)
+    store: Component = field(default=Component("ram"), converter=_component)
+    eviction: Component = field(default=Component("fifo"), converter=_component)
+    retriever: Component = field(default=Component("linear"), converter=_component)
     backend: str = field(default="auto", validator=attrs.validators.instance_of(str))
     adapters: AdapterConfig | None = field(
-        factory=AdapterConfig, converter=_adapters, validator=attrs.validators.optional(attrs.validators.instance_of(AdapterConfig))
+        factory=AdapterConfig,
+        converter=_adapters,
+        validator=attrs.validators.optional(attrs.validators.instance_of(AdapterConfig)),
     )
 
     def __attrs_post_init__(self) -> None:
@@ -167,7 +178,9 @@ class MPlusConfig:
                 f"({self.short_term_tokens}), got {self.memory_tokens_per_chunk}: one write must fit into the STM"
             )
         if self.min_chunk_tokens > self.chunk_tokens:
-            raise ConfigError(f"min_chunk_tokens must not exceed chunk_tokens ({self.chunk_tokens}), got {self.min_chunk_tokens}")
+            raise ConfigError(
+                f"min_chunk_tokens must not exceed chunk_tokens ({self.chunk_tokens}), got {self.min_chunk_tokens}"
+            )
         if (self.memory_positions == "compressed") != (self.position_span is not None):
             raise ConfigError(
                 "position_span must be given exactly when memory_positions is 'compressed', "
@@ -214,7 +227,9 @@ def structure(cls: type[T], data: Mapping[str, Any]) -> T:
     for key in data:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-            hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"known fields: {', '.join(known) or 'none'}"
+            hint = (
+                f"did you mean {', '.join(map(repr, near))}?" if near else f"known fields: {', '.join(known) or 'none'}"
+            )
             raise ConfigError(f"{key!r} is not a field of {cls.__qualname__}; {hint}")
     try:
         # Validators of the class check the values; structuring would coerce wrong types silently.

@@ -102,7 +102,7 @@ def normalize(name: str) -> str:
 def _distributions(path: Iterable[str]) -> Iterator[_Distribution]:
     """Installed distributions that have entry points; the first folder that has a name hides later ones."""
     hidden: set[str] = set()
-    for folder in dict.fromkeys(os.path.realpath(entry) for entry in path):
+    for folder in path:
         here = sorted(Path(folder).glob("*.*-info/entry_points.txt"))
         names: set[str] = set()
         for file in here:
@@ -124,7 +124,7 @@ def _identity(info: Path) -> tuple[str, str]:
         except OSError:
             continue
         fields = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
-        header = {key.lower(): value.strip() for key, _, value in reversed(list(fields))}
+        header = {key.lower(): value.strip() for key, _, value in fields}
         break
     folder = re.fullmatch(r"(.+?)(?:-(\d.*?))?(?:-py\d.*)?", info.stem)
     name, version = (folder[1], folder[2]) if folder else (info.stem, None)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import os
-import sys
 import threading
+import traceback
 from collections.abc import Callable, Collection, Mapping
-from typing import Generic, TypeVar, cast
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
 
 from attrs import define
 
@@ -128,18 +128,14 @@ class Registry(Generic[T]):
             raise ConfigError(f"the name of a {self.kind} must be a non-empty string without spaces, got {name!r}")
         if name in self._reserved:
             raise ConfigError(f"{name!r} is reserved and cannot name a {self.kind}: choose another name")
-        load: Callable[[], object]
         if isinstance(target, str):
             module, _, attribute = target.partition(":")
             if not module or not attribute:
                 raise ConfigError(f"a {self.kind} is registered as a class or 'module:attribute', got {target!r}")
-            load = _importer(target)
-        else:
-            load = lambda: target
-        caller = sys._getframe(1)
+        caller = traceback.extract_stack(limit=2)[0]
         shown = target if isinstance(target, str) else _describe(target)
-        origin = f"registered at {os.path.basename(caller.f_code.co_filename)}:{caller.f_lineno} ({shown})"
-        claim = _Claim(origin, load, target=target)
+        origin = f"registered at {Path(caller.filename).name}:{caller.lineno} ({shown})"
+        claim = _Claim(origin, _importer(target) if isinstance(target, str) else lambda: target, target=target)
         if not isinstance(target, str):
             self._check(name, claim, target)
         with self._lock:
@@ -208,7 +204,7 @@ class Registry(Generic[T]):
                 f"got {_describe(implementation)}"
             )
         if inspect.isabstract(implementation):
-            missing = ", ".join(sorted(implementation.__abstractmethods__))
+            missing = ", ".join(sorted(cast(Any, implementation).__abstractmethods__))
             raise PluginError(f"{self.kind} {name!r} of {claim.origin} leaves abstract methods undefined: {missing}")
         return implementation
 

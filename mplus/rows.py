@@ -40,7 +40,13 @@ class MemoryRows:
 
     def columns(self) -> dict[str, Tensor]:
         """The columns that are present, by name."""
-        named = {"hidden": self.hidden, "birth": self.birth, "source": self.source, "key": self.key, "expiry": self.expiry}
+        named = {
+            "hidden": self.hidden,
+            "birth": self.birth,
+            "source": self.source,
+            "key": self.key,
+            "expiry": self.expiry,
+        }
         return {name: column for name, column in named.items() if column is not None}
 
     def select(self, index: Tensor | slice) -> MemoryRows:
@@ -67,7 +73,9 @@ class MemoryRows:
         names = parts[0].columns().keys()
         for part in parts[1:]:
             if part.columns().keys() != names:
-                raise ValueError(f"rows to join must have the same columns, got {sorted(names)} and {sorted(part.columns())}")
+                raise ValueError(
+                    f"rows to join must have the same columns, got {sorted(names)} and {sorted(part.columns())}"
+                )
         return MemoryRows(**{name: torch.cat([part.columns()[name] for part in parts]) for name in names})
 
     @staticmethod

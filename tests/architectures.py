@@ -255,6 +255,24 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         positions="alibi",
         sdpa=False,
     ),
+    Architecture("diffllama", "diffllama", _GROUPED, "changes keys and values between the cache and attention"),
+    Architecture(
+        "hunyuan", "hunyuan_v1_dense", {**_GROUPED, "head_dim": 8}, "norm on keys after rotation"
+    ),
+    Architecture(
+        "gptj",
+        "gptj",
+        {"n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4, "n_positions": 256, **_NO_GPT2_DROPOUT},
+        "rotates inside the attention module",
+        sdpa=False,
+    ),
+    Architecture(
+        "codegen",
+        "codegen",
+        {"n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4, "n_positions": 256, **_NO_GPT2_DROPOUT},
+        "rotates inside the attention module, negative positions wrap around",
+        sdpa=False,
+    ),
     Architecture(
         "phi3-longrope",
         "phi3",
@@ -324,6 +342,37 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         },
         "gated attention in every second layer",
         hybrid=True,
+    ),
+    Architecture(
+        "mpt",
+        "mpt",
+        {"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 256},
+        positions="alibi",
+        sdpa=False,
+        refused="attention does not see what the cache returns",
+    ),
+    Architecture(
+        "falcon-alibi",
+        "falcon",
+        {**_BASE, "alibi": True, "new_decoder_architecture": False, "ffn_hidden_size": 48},
+        positions="alibi",
+        sdpa=False,
+        refused="ALiBi",
+    ),
+    Architecture(
+        "gpt-neo",
+        "gpt_neo",
+        {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "max_position_embeddings": 256,
+            "window_size": 8,
+        },
+        positions="learned",
+        sdpa=False,
+        refused="local layers mask inside the attention module",
     ),
     Architecture(
         "mamba",

@@ -29,13 +29,14 @@ _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _LEARNED_POSITIONS = ("gpt2", "opt")
 
 
-def read(model: PreTrainedModel, ids: Tensor, memory: Sequence[Tensor]) -> Tensor:
+def read(model: PreTrainedModel, ids: Tensor, memory: Sequence[Tensor], place: Tensor | None = None) -> Tensor:
     """Logits ``[1, T, V]`` of ``ids`` ``[1, T]`` with ``memory[l]`` ``[P_l, d]`` in front of the text in layer ``l``.
 
-    The memory ends right before the text in every layer, also where the layers have unequally many rows.
+    The memory ends right before the text in every layer, also where the layers have unequally many rows. ``place``
+    ``[P]``: positions of the memory rows, for text at 0, 1, ...; by default they are all different, in order.
     """
     rows = max(len(m) for m in memory)
-    return _run(model, ids, rows, lambda layer, _: memory[layer])[0]
+    return _run(model, ids, rows, lambda layer, _: memory[layer], place=place)[0]
 
 
 def read_with_retrieval(model: PreTrainedModel, ids: Tensor, prefix_fn: PrefixFn, rows: int) -> Tensor:
@@ -117,6 +118,7 @@ def _run(
     transformed: int = 0,
     mark: Tensor | None = None,
     marked: int = 0,
+    place: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Run ``rows`` placeholders and the text; return the logits of the text and all layers' outputs ``[1, P + T, d]``.
 
@@ -125,6 +127,7 @@ def _run(
             rows, which take the last placeholders.
         transformed: how many of the last placeholders take part like text.
         mark: added to the last ``marked`` rows of every layer's input.
+        place: positions of the placeholders, relative to the text.
     """
     if model.config._attn_implementation != "eager":
         raise ValueError("the oracle rewrites attention masks, which needs a model with attn_implementation='eager'")
@@ -154,6 +157,8 @@ def _run(
         text = model.get_input_embeddings()(ids)
         embeddings = torch.cat([text.new_zeros(1, rows, text.shape[-1]), text], dim=1)
         positions = torch.arange(embeddings.shape[1])[None]
+        if place is not None:
+            positions = torch.cat([place, torch.arange(ids.shape[1])])[None]
         if model.config.model_type in _LEARNED_POSITIONS:
             # A position embedding is part of the text's hidden states: memory in front must not change it.
             positions = (positions - rows).clamp(min=0)

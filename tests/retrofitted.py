@@ -51,6 +51,11 @@ class Pair:
         """``[1, tokens]`` random ids."""
         return torch.randint(2, VOCAB_SIZE, (1, tokens), generator=torch.Generator().manual_seed(seed))
 
+    def forget_longest_sequence(self) -> None:
+        """Rotary embeddings that remember the longest sequence start anew from a short one."""
+        with torch.no_grad():
+            self.wrapped(input_ids=self.text(1))
+
     def memory(self, seed: int = 0, chunks: int = 6) -> Memory:
         """A memory of ``chunks`` chunks: more than the STM holds, unless few are asked for."""
         memory = self.wrapped.new_memory(seed=seed)
@@ -93,6 +98,6 @@ def retrofit(architecture: Architecture, implementation: str | None = None, seed
         torch.manual_seed(seed + 1)
         wrapped.mplus.begin.copy_(torch.randn_like(wrapped.mplus.begin))
         wrapped.mplus.mark.copy_(0.5 * torch.randn_like(wrapped.mplus.mark))
-        for parameter in wrapped.mplus.retriever.parameters():
+        for parameter in () if wrapped.mplus.retriever is None else wrapped.mplus.retriever.parameters():
             parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
     return Pair(wrapped, None if architecture.hybrid else architecture.build(seed, "eager"))

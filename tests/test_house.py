@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,11 +13,17 @@ from pathlib import Path
 import pytest
 
 import mplus
+from mplus.backends import BACKENDS
+from mplus.mechanisms import MECHANISMS
+from mplus.retrievers import RETRIEVERS
+from mplus.stores import EVICTION, STORES
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mplus"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE = 400
+OWN = re.compile(r"mplus \((mplus\.\S+):\w+\)")
+"""Origin of an implementation that comes with mplus, and its module."""
 
 # From the cellar to the roof. A module may import from its own floor and from those below.
 FLOORS = [
@@ -138,6 +145,15 @@ def test_the_package_is_typed():
 def test_one_version():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert mplus.__version__ == project["version"]
+
+
+@pytest.mark.parametrize("registry", [STORES, EVICTION, RETRIEVERS, BACKENDS, MECHANISMS], ids=lambda r: r.group)
+def test_every_implementation_is_in_the_reference(registry):
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))
+    documented = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
+    implementations = {match[1] for name in registry.names() if (match := OWN.fullmatch(registry.origin(name)))}
+    assert implementations
+    assert implementations <= documented
 
 
 def test_import_brings_in_nothing_heavy():

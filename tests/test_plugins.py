@@ -1,4 +1,4 @@
-"""Discovery of plug-ins: everything packaging tools would find is found or listed as broken, nothing breaks the rest."""
+"""Discovery of plug-ins: what packaging tools would find is found or listed as broken, and nothing breaks the rest."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def found(site, group=GROUP):
 
 
 def test_facts_of_a_plugin(tmp_path):
-    install(tmp_path, "some_package-1.5.dist-info", f"[{GROUP}]\nmine = package.module:Mine.Inner\n", "some-package", "1.5")
+    install(
+        tmp_path, "some_package-1.5.dist-info", f"[{GROUP}]\nmine = package.module:Mine.Inner\n", "some-package", "1.5"
+    )
     [plugin] = found(tmp_path)
     assert plugin == Plugin(GROUP, "mine", "some-package", "1.5", "package.module:Mine.Inner")
     assert plugin.error is None
@@ -106,6 +108,11 @@ def test_texts_that_mean_one_plugin(tmp_path, text):
     install(tmp_path, "a-1.dist-info", text.encode())
     [plugin] = found(tmp_path)
     assert (plugin.name, plugin.target, plugin.error) == ("mine", "m:A", None)
+
+
+def test_a_name_may_begin_with_a_bracket(tmp_path):
+    install(tmp_path, "a-1.dist-info", f"[{GROUP}]\n[odd = m:A\nmine = m:B\n")
+    assert [plugin.name for plugin in found(tmp_path)] == ["[odd", "mine"]
 
 
 def test_the_traps_are_real(tmp_path):
@@ -242,7 +249,13 @@ def write_site(site, distributions):
         text = "".join(
             f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in lines) for group, lines in groups
         )
-        install(site, f"{stem}-1.0.{suffix}", text.encode(), name, metadata={"dist-info": "METADATA"}.get(suffix, "PKG-INFO"))
+        install(
+            site,
+            f"{stem}-1.0.{suffix}",
+            text.encode(),
+            name,
+            metadata={"dist-info": "METADATA"}.get(suffix, "PKG-INFO"),
+        )
 
 
 @given(sites)

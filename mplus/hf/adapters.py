@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,11 +10,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mplus.config import AdapterConfig
-from mplus.errors import ConfigError
+from mplus.errors import ConfigError, NotSupported
 from mplus.hf.discovery import Anatomy
+from mplus.hf.names import ADAPTERS
 from mplus.hf.passes import change_class, current_pass, subclass
-
-OURS = ("write", "read")
 
 
 class PassAdapter:
@@ -31,7 +30,20 @@ class PassAdapter:
         names = [chosen] if isinstance(chosen, str) else list(chosen)
         active = current_pass()
         ours = [] if active is None or active.adapter is None else [active.adapter]
-        return [name for name in names if name not in OURS] + ours
+        return [name for name in names if name not in ADAPTERS] + ours
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Switch the user's adapters. Ours stay as trainable as they are, where PEFT freezes all others."""
+        layer: Any = self
+        ours = [layer.get_submodule(f"{f}.{n}").weight for f in ("lora_A", "lora_B") for n in ADAPTERS if n in layer.lora_A]
+        trainable = [weight.requires_grad for weight in ours]
+        super().set_adapter(*args, **kwargs)  # type: ignore[misc]
+        for weight, wanted in zip(ours, trainable, strict=True):
+            weight.requires_grad_(wanted)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: PEFT bypasses every adapter of a layer with merged weights, ours included."""
+        raise NotSupported("adapters cannot be merged into a decoder with memory: use mplus.unwrap first")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (type(self).__mplus_base__,), self.__dict__  # type: ignore[attr-defined]
@@ -43,18 +55,22 @@ def _rebuild(base: type) -> Any:
 
 
 def add_adapters(model: nn.Module, anatomy: Anatomy, config: AdapterConfig) -> None:
-    """Inject both adapters (one when ``shared``) into the layers that carry memory; ``requires_grad`` of the rest stays.
+    """Inject both adapters (one when ``shared``) into the layers that carry memory.
+
+    Adapters of the user stay active, and ``requires_grad`` of everything that was there stays as it was.
 
     Raises:
-        ConfigError: ``target_modules`` matches nothing.
+        ConfigError: ``target_modules`` names something that is no projection of these layers.
+        NotSupported: adapters of the user are merged, or have one of our names.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    names = ["write"] if config.shared else ["write", "read"]
-    targets = list(config.target_modules) if config.target_modules is not None else find_targets(model, anatomy)
+    _refuse_conflicts(model)
+    targets = find_targets(model, anatomy, config.target_modules)
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    active = {module: module._active_adapter for module in _switched(model)}
     transposed = any(isinstance(m, Conv1D) for m in model.modules())
-    for name in names:
+    for name in ["write"] if config.shared else ["write", "read"]:
         lora = LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT scales by a float as well
@@ -67,10 +83,12 @@ def add_adapters(model: nn.Module, anatomy: Anatomy, config: AdapterConfig) -> N
                 inject_adapter_in_model(lora, model, adapter_name=name)
             except ValueError as error:
                 raise ConfigError(
-                    f"adapters.target_modules must name linear modules of the decoder, got {targets[:8]}: {error}"
+                    f"PEFT refuses adapters here: {error} Name other modules in adapters.target_modules, or set adapters to None"
                 ) from error
     for parameter in model.parameters():
         parameter.requires_grad_(trainable.get(parameter, True))
+    for module in _switched(model):
+        module._active_adapter = active.get(module, [])
     for layer in lora_layers(model):
         change_class(layer, subclass(type(layer), PassAdapter))
 
@@ -79,39 +97,75 @@ def remove_adapters(model: nn.Module) -> None:
     """Undo ``add_adapters``; adapters of the user stay."""
     for layer in lora_layers(model):
         change_class(layer, type(layer).__mplus_base__)
-        own = [name for name in layer.lora_A if name not in OURS] + [name for name in layer.lora_embedding_A]
-        for name in [name for name in layer.lora_A if name in OURS]:
+        for name in [name for name in layer.lora_A if name in ADAPTERS]:
             layer.delete_adapter(name)
-        if not own:
+        if not layer.lora_A:
             parent, _, child = _path(model, layer).rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+            setattr(model.get_submodule(parent), child, layer.base_layer)
 
 
 def lora_layers(model: nn.Module) -> list[Any]:
     """PEFT's LoRA layers in ``model`` that hold one of our adapters."""
     from peft.tuners.lora import LoraLayer
 
-    return [m for m in model.modules() if isinstance(m, LoraLayer) and any(name in m.lora_A for name in OURS)]
+    return [m for m in model.modules() if isinstance(m, LoraLayer) and any(name in m.lora_A for name in ADAPTERS)]
 
 
-def find_targets(model: nn.Module, anatomy: Anatomy) -> list[str]:
-    """Full names of the attention and dense MLP projections of the layers that carry memory.
+def find_targets(model: nn.Module, anatomy: Anatomy, wanted: Sequence[str] | None = None) -> list[str]:
+    """Full names of the projections to adapt in the layers that carry memory.
 
-    Mixture-of-experts blocks are left alone: their routers and experts are no plain projections.
+    Args:
+        wanted: ends of names; None: attention and dense MLPs. Mixture-of-experts blocks are then left alone: their
+            routers and experts are no plain projections.
+
+    Raises:
+        ConfigError: one of ``wanted`` matches nothing.
     """
+    names = {module: name for name, module in model.named_modules()}
+    projections, mixed = {}, set()
+    for spec in anatomy.specs:
+        tuned = [module for module in spec.layer.modules() if _is_tuned(module)]
+        inside = {part for module in tuned for part in module.modules() if part is not module}
+        for module in spec.layer.modules():
+            if (_is_projection(module) or _is_tuned(module)) and module not in inside:
+                projections[names[module]] = module
+            if module is not spec.layer and any("expert" in child for child, _ in module.named_children()):
+                mixed.update(module.modules())
+    if wanted is None:
+        return [name for name, module in projections.items() if module not in mixed]
+    matches = {end: [name for name in projections if f".{name}".endswith(f".{end}")] for end in wanted}
+    if not all(matches.values()):
+        missing = [end for end, found in matches.items() if not found]
+        known = sorted({name.rpartition(".")[2] for name in projections})
+        raise ConfigError(
+            f"adapters.target_modules must name projections of the decoder layers ({', '.join(known)}), got {missing}"
+        )
+    return [name for found in matches.values() for name in found]
+
+
+def _refuse_conflicts(model: nn.Module) -> None:
+    for layer in filter(_is_tuned, model.modules()):
+        tuned: Any = layer
+        if tuned.merged:
+            raise NotSupported(
+                "adapters of your own must not be merged: use unmerge_adapter, or merge_and_unload, before mplus.wrap"
+            )
+        names = {name for attribute in tuned.adapter_layer_names for name in getattr(tuned, attribute)}
+        for name in names.intersection(ADAPTERS):
+            raise NotSupported(f"an adapter of your own is called {name!r}, as one of mplus: load it under another name")
+
+
+def _switched(model: nn.Module) -> list[Any]:
+    """Every module of PEFT that follows ``set_adapter``."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return [m for m in model.modules() if _is_tuned(m) or isinstance(m, AuxiliaryTrainingWrapper)]
+
+
+def _is_tuned(module: nn.Module) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    names = {module: name for name, module in model.named_modules()}
-    targets = []
-    for spec in anatomy.specs:
-        mixtures = [m for m in spec.layer.modules() if any("expert" in child for child, _ in m.named_children())]
-        skipped = {m for mixture in mixtures for m in mixture.modules() if mixture is not spec.layer}
-        inside = {m for m in spec.layer.modules() if isinstance(m, BaseTunerLayer) for m in m.modules() if not isinstance(m, BaseTunerLayer)}
-        for module in spec.layer.modules():
-            projects = _is_projection(module) or isinstance(module, BaseTunerLayer)
-            if projects and module not in skipped and module not in inside:
-                targets.append(names[module])
-    return targets
+    return isinstance(module, BaseTunerLayer)
 
 
 def _is_projection(module: nn.Module) -> bool:

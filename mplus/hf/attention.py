@@ -15,19 +15,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from mplus.backends.base import AttentionRequest, Segment
 from mplus.backends.choose import BackendChooser
 from mplus.errors import NotSupported
+from mplus.hf.capture import Captured
 from mplus.hf.passes import Projected
 
 logger = logging.getLogger(__name__)
 BASES = ("eager", "sdpa")
 """Attention implementations of transformers that a wrapped decoder may have been loaded with."""
 PREFIX = "mplus_"
-
-
-class Captured(Exception):
-    """Carries keys and values out of an attention module at the point where it would attend."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
 
 
 CAPTURE = object()

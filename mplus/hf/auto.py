@@ -50,7 +50,11 @@ class MPlusForCausalLM(PreTrainedModel):
         """As ``mplus.from_pretrained``."""
         from mplus.hf.saving import from_pretrained
 
-        kwargs.pop("config", None)  # read again together with the weights
+        for name in ("_from_auto", "adapter_kwargs"):
+            kwargs.pop(name, None)  # about the repository of the additions, not about the decoder's
+        attention = getattr(kwargs.get("config"), "_attn_implementation", None)
+        if attention is not None:  # the Auto class has put it there
+            kwargs.setdefault("attn_implementation", attention)
         return from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod

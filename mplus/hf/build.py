@@ -19,8 +19,7 @@ from mplus.memory.memory import Memory
 from mplus.retrievers import RETRIEVERS
 from mplus.retrievers.base import Retriever, RetrieverShape
 from mplus.stores import EVICTION, STORES
-from mplus.stores.base import MemoryStore, StoreLayout
-from mplus.stores.eviction import EvictionPolicy
+from mplus.stores.build import build_eviction, build_store
 
 
 def build_mechanism(config: MPlusConfig, begin: Tensor, pool: Tensor | None = None) -> MemoryMechanism:
@@ -44,18 +43,6 @@ def build_retriever(config: MPlusConfig, begin: Tensor) -> Retriever:
     cls = RETRIEVERS.get(config.retriever.name)
     shape = RetrieverShape(layers=begin.shape[0], hidden_size=begin.shape[2])
     return cls(shape, options_of(cls, config.retriever.options))
-
-
-def build_store(component: Component, layout: StoreLayout) -> MemoryStore:
-    """A store by name."""
-    cls = STORES.get(component.name)
-    return cls(layout, options_of(cls, component.options))
-
-
-def build_eviction(component: Component) -> EvictionPolicy:
-    """An eviction policy by name."""
-    cls = EVICTION.get(component.name)
-    return cls(options_of(cls, component.options))
 
 
 def new_memory(

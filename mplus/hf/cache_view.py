@@ -1,4 +1,4 @@
-"""The fallback for decoders that compute attention themselves: a key/value cache that shows memory in front of the text."""
+"""The fallback for decoders that compute attention themselves: a cache that shows memory in front of the text."""
 
 from __future__ import annotations
 
@@ -8,25 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from mplus.hf.attention import Captured
 from mplus.hf.passes import Projected
-
-
-class CaptureCache(Cache):
-    """Raises ``Captured`` when attention hands over its keys and values."""
-
-    layers = ()  # type: ignore[assignment]
-
-    def __init__(self) -> None: ...
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise Captured(key_states, value_states)
-
-    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, *args: Any) -> tuple[int, int]:
-        return query_length, 0
 
 
 class MemoryCacheView(Cache):

@@ -1,4 +1,4 @@
-"""Where a decoder keeps its layers, attention, norms and rotary embeddings: found by a probing forward, not by names."""
+"""Where a decoder keeps its layers, attention, norms and rotary embeddings: found by a probing forward, not by name."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from mplus.errors import NotSupported
+from mplus.hf.capture import CaptureCache, Captured
 
 
 @define(eq=False)
@@ -28,6 +29,7 @@ class AttentionSpec:
         rotary: the module that makes position embeddings, with the arguments it was called with; None: no rotation
             outside the attention module.
         rotary_keyword: keyword of ``attention.forward`` for the position embeddings.
+        rotates_inside: keys depend on ``position_ids``: the attention module rotates by itself.
     """
 
     layer_index: int
@@ -41,6 +43,7 @@ class AttentionSpec:
     rotary_args: tuple[Any, ...] = ()
     rotary_kwargs: dict[str, Any] = field(factory=dict)
     rotary_keyword: str | None = None
+    rotates_inside: bool = False
 
 
 @define(eq=False)
@@ -52,12 +55,14 @@ class Anatomy:
         layers: the stack of decoder layers.
         specs: attention of each layer that carries memory, in order.
         alibi: whether attention takes an ALiBi bias.
+        learned_positions: nothing positional happens in attention, so that text indices must not move.
     """
 
     decoder: nn.Module
     layers: nn.ModuleList
     specs: list[AttentionSpec]
     alibi: bool
+    learned_positions: bool
 
     @property
     def hybrid(self) -> bool:
@@ -154,7 +159,15 @@ def discover(model: Any) -> Anatomy:
     if not specs:
         raise NotSupported(f"{name} has no attention layer that writes a key/value cache; M+ needs attention")
     alibi = any(trace.calls[spec.attention][1].get("alibi") is not None for spec in specs)
-    return Anatomy(root, layers, specs, alibi)
+    if alibi and not hasattr(root, "build_alibi_tensor"):
+        raise NotSupported(f"{name} uses ALiBi, and has no build_alibi_tensor that could extend it over memory")
+    return Anatomy(
+        decoder=root,
+        layers=layers,
+        specs=specs,
+        alibi=alibi,
+        learned_positions=not alibi and all(spec.rotary is None and not spec.rotates_inside for spec in specs),
+    )
 
 
 def _filled_cache(model: Any, ids: Tensor) -> Cache:
@@ -198,7 +211,23 @@ def _spec(
         if source is not None and source[0] not in home and "mask" not in key and key != "hidden_states":
             spec.rotary, spec.rotary_args, spec.rotary_kwargs = source
             spec.rotary_keyword = key
+    if spec.rotary is None:
+        spec.rotates_inside = _rotates_inside(spec, args, kwargs)
     return spec
+
+
+def _rotates_inside(spec: AttentionSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the keys of one call change when its ``position_ids`` do."""
+    place = kwargs.get("position_ids")
+    if not isinstance(place, Tensor):
+        return False
+    keys = []
+    for moved in (place, place + 1):
+        try:
+            spec.attention.forward(*args, **{**kwargs, "position_ids": moved, spec.cache_keyword: CaptureCache()})
+        except Captured as captured:
+            keys.append(captured.keys)
+    return len(keys) == 2 and not torch.equal(*keys)
 
 
 def rotary_at(spec: AttentionSpec, like: Tensor, positions: Tensor) -> Any:

@@ -10,6 +10,7 @@ from attrs import define
 from torch import Tensor, nn
 
 from mplus.config import MPlusConfig
+from mplus.errors import MemoryMismatchError
 from mplus.hf.discovery import AttentionSpec
 from mplus.hf.fingerprint import fingerprint
 from mplus.hf.passes import Marks, Pass, Project, Projected, running
@@ -74,12 +75,6 @@ class DecoderEngine:
             device=self.device,
         )
 
-    @property
-    def learned_positions(self) -> bool:
-        """Whether nothing positional happens in attention, so that text indices must not move."""
-        anatomy = self.retrofit.anatomy
-        return not anatomy.alibi and all(spec.rotary is None for spec in anatomy.specs)
-
     def padded_positions(self, mask: Tensor) -> dict[str, Tensor]:
         """``position_ids`` that skip left padding of a ``[B, T]`` mask, for decoders that take them."""
         import inspect
@@ -95,7 +90,16 @@ class DecoderEngine:
         return self.encode_plans(plans, ids)
 
     def encode_plans(self, plans: Sequence[WritePlan], ids: Tensor) -> list[Tensor]:
-        """Run the write pass that ``plans`` describe (equal sizes in all of them) over ``ids`` ``[B, n]``."""
+        """Run the write pass that ``plans`` describe (equal sizes in all of them) over ``ids`` ``[B, n]``.
+
+        Raises:
+            MemoryMismatchError: the decoder was unwrapped in the meantime.
+        """
+        if self.model.__dict__.get("mplus_engine") is not self:
+            raise MemoryMismatchError(
+                f"this memory's {type(self.model).__name__} is no longer wrapped: save memories before mplus.unwrap, "
+                "and load them for the model once it is wrapped again"
+            )
         plan, additions = plans[0], self.mechanism.additions
         old = plan.reencoded
         reencoded = None
@@ -111,7 +115,7 @@ class DecoderEngine:
             embedded = self.embedding(ids)
             stand_in = embedded.new_zeros(batch, old, embedded.shape[-1])
             inputs = {"inputs_embeds": torch.cat([stand_in, embedded], 1)}
-        if old and self.learned_positions:
+        if old and self.retrofit.anatomy.learned_positions:
             place = torch.cat([ids.new_zeros(old), torch.arange(tokens, device=ids.device)])
             inputs["position_ids"] = place.expand(batch, -1)
         elif offset:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +20,24 @@ CONTENT_FIELDS = ("mechanism", "variant", "memory_tokens_per_chunk", "short_term
 
 def fingerprint(model: nn.Module, config: MPlusConfig, layout: StoreLayout) -> dict[str, Any]:
     """Facts by name: layout, config fields, and one digest each of base weights, adapters and additions."""
-    groups: dict[str, Any] = {"base": hashlib.sha256(), "adapters": hashlib.sha256(), "additions": hashlib.sha256()}
-    for name, tensor in sorted(_plain_names(model)):
-        group = "additions" if name.startswith("mplus.") else "adapters" if ".lora_" in name else "base"
-        groups[group].update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
-        groups[group].update(_content(tensor, sampled=group == "base"))
     plain = config.to_dict()
     return {
         "layers": layout.layers,
         "hidden_size": layout.hidden_size,
         "key_size": layout.key_size,
         **{name: plain[name] for name in CONTENT_FIELDS},
-        **{name: digest.hexdigest()[:32] for name, digest in groups.items()},
+        **{group: digest(model, group) for group in ("base", "adapters", "additions")},
     }
+
+
+def digest(model: nn.Module, group: Literal["base", "adapters", "additions"]) -> str:
+    """A digest of one group of parameters: the decoder's own, all LoRA adapters, or what else mplus added."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(_plain_names(model)):
+        if group == ("additions" if name.startswith("mplus.") else "adapters" if ".lora_" in name else "base"):
+            found.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
+            found.update(_content(tensor, sampled=group == "base"))
+    return found.hexdigest()[:32]
 
 
 def _plain_names(model: nn.Module) -> list[tuple[str, Tensor]]:

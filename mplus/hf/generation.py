@@ -7,6 +7,7 @@ from typing import Any
 
 from mplus.errors import ConfigError, NotSupported
 from mplus.hf.model_class import check_cache, generating, read
+from mplus.hf.reading import Reading
 from mplus.hf.sources import retrieved_sources
 from mplus.memory.memory import Memory
 
@@ -30,7 +31,9 @@ def generate(
     engine = model.mplus_engine
     reading = check_cache(kwargs.get("past_key_values"), memory, reuse_memory_cache)
     if reading is None:
-        reading = read(engine, memory, repeats_allowed=True, retrieve_every=retrieve_every)
+        reading = read(engine, memory, retrieve_every=retrieve_every)
+    check_batch(args, kwargs, reading)
+    # From here on further rows are copies of a prompt (beams, several samples), and no gradient is wanted.
     reading.repeats_allowed, reading.keep = True, True
     with generating(model, reading):
         output = base_generate(*args, **kwargs)
@@ -39,6 +42,13 @@ def generate(
     if output_sources:
         output.memory_sources = retrieved_sources(reading)
     return output
+
+
+def check_batch(args: tuple[Any, ...], kwargs: dict[str, Any], reading: Reading) -> None:
+    """Raises MemoryMismatchError unless there is one stream per prompt."""
+    prompts = [args[0] if args else None, *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+    given = next((prompt for prompt in prompts if prompt is not None), None)
+    reading.repeats(1 if given is None else given.shape[0])
 
 
 def refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], retrieve_every: int | None) -> None:

@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mplus
 from mplus.hf.auto import MPlusModelConfig
+from mplus.hf.names import is_addition
 
 
-def model_card(model: Any, config: MPlusModelConfig, with_base: bool) -> str:
+def model_card(model: Any, config: MPlusModelConfig, with_base: bool, tags: Sequence[str] | None = None) -> str:
     """A model card with Hub metadata, sizes and three lines of use."""
-    memory, base = model.mplus_config, config.base_model
-    added = sum(p.numel() for n, p in model.named_parameters() if n.startswith("mplus.") or ".lora_" in n)
-    metadata = ["---", "library_name: mplus", "pipeline_tag: text-generation", "tags: [mplus, long-term-memory]"]
-    if base:
+    name, base = type(model).__name__, config.base_model
+    added = sum(parameter.numel() for key, parameter in model.named_parameters() if is_addition(key))
+    labels = json.dumps(["mplus", "long-term-memory", *(tags or ())])  # JSON is YAML
+    metadata = ["---", "library_name: mplus", "pipeline_tag: text-generation", f"tags: {labels}"]
+    if base and not Path(base).exists():  # the Hub wants a repository here
         metadata.append(f"base_model: {base}")
+    where = "with the decoder itself in `base/`" if with_base else "the decoder is loaded from where it came from"
     use = '"path/or/repository"' if with_base or base else '"path/or/repository", base="the decoder"'
     return "\n".join(
         [
             *metadata,
             "---",
             "",
-            f"# {type(model).__name__} with an M+ memory",
+            f"# {name} with an M+ memory",
             "",
-            f"Memory additions for {base or 'a ' + type(model).__name__}: {added:,} parameters (adapters, begin rows, retriever)"
-            + (", with the decoder itself in `base/`." if with_base else "; the decoder is loaded from where it came from."),
+            f"Memory additions for {base or 'a ' + name}: {added:,} parameters; {where}.",
             "",
             "| | |",
             "|---|---|",
-            f"| mechanism | {memory.mechanism.name}, variant {memory.variant} |",
-            f"| read per write | {memory.chunk_tokens} text tokens |",
-            f"| written per layer | {memory.memory_tokens_per_chunk} rows |",
-            f"| short-term rows per layer | {memory.short_term_tokens:,} |",
-            f"| long-term rows per layer | {'no limit' if memory.long_term_tokens is None else format(memory.long_term_tokens, ',')} |",
-            f"| retrieved rows per layer | {memory.retrieved_tokens:,} with `{memory.retriever.name}` |",
+            *(f"| {label} | {value} |" for label, value in _sizes(model).items()),
             "",
             "```python",
             "import mplus",
@@ -48,3 +48,18 @@ def model_card(model: Any, config: MPlusModelConfig, with_base: bool) -> str:
             "",
         ]
     )
+
+
+def _sizes(model: Any) -> dict[str, str]:
+    config = model.mplus_config
+    sizes = {
+        "mechanism": f"{config.mechanism.name}, variant {config.variant}",
+        "read per write": f"{config.chunk_tokens:,} text tokens",
+        "written per layer": f"{config.memory_tokens_per_chunk:,} rows",
+        "short-term rows per layer": f"{config.short_term_tokens:,}",
+    }
+    if model.mplus_engine.mechanism.uses_retriever and config.long_term_tokens != 0:
+        limit = config.long_term_tokens
+        sizes["long-term rows per layer"] = "no limit" if limit is None else f"{limit:,}"
+        sizes["retrieved rows per layer"] = f"{config.retrieved_tokens:,} with `{config.retriever.name}`"
+    return sizes

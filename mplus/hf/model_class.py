@@ -88,11 +88,51 @@ class MemoryModel:
             self, super().generate, memory, retrieve_every, output_sources, reuse_memory_cache, args, kwargs  # type: ignore[misc]
         )
 
-    def save_pretrained(self, save_directory: Any, *args: Any, save_base: bool = False, **kwargs: Any) -> Any:
-        """Save what mplus added (adapters and additions) with a config and a model card; with ``save_base`` the decoder too."""
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Any = None,
+        push_to_hub: bool = False,
+        *,
+        save_base: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save what mplus added (adapters and additions) with a config and a model card.
+
+        Args:
+            save_directory: folder; made where missing.
+            is_main_process, state_dict, push_to_hub: as in transformers. Adapters of the user are not saved.
+            save_base: save the decoder too, in ``base/``, where transformers can load it without mplus.
+            kwargs: for saving the decoder (``max_shard_size`` and so on) and for the Hub (``repo_id`` and so on).
+
+        Raises:
+            NotSupported: ``distributed_checkpoint`` was asked for.
+        """
         from mplus.hf.saving import save_pretrained
 
-        return save_pretrained(self, super().save_pretrained, save_directory, args, save_base, kwargs)  # type: ignore[misc]
+        save_pretrained(self, save_directory, is_main_process, state_dict, push_to_hub, save_base, kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        save_base: bool = False,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+    ) -> Any:
+        """Save as ``save_pretrained`` does and upload that, with its model card; arguments as in transformers."""
+        from mplus.hf.saving import push_to_hub
+
+        hub = {"private": private, "token": token, "create_pr": create_pr, "revision": revision}
+        hub.update(commit_message=commit_message, commit_description=commit_description)
+        return push_to_hub(self, repo_id, save_base, hub, {"max_shard_size": max_shard_size, "tags": tags})
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (type(self).__mplus_base__,), self.__dict__  # type: ignore[attr-defined]
@@ -200,7 +240,7 @@ def _read_pass(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[
     """The pass of one forward; completes ``position_ids`` in ``inputs`` where the decoder would count padding."""
     text: Tensor = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     rows, tokens = text.shape[:2]
-    reading.repeats(rows)
+    repeats = reading.repeats(rows)
     mask = inputs.get("attention_mask")
     text_mask = None
     takes_positions = "position_ids" in inspect.signature(base.forward).parameters
@@ -209,13 +249,14 @@ def _read_pass(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[
         text_mask = mask[:, -tokens:].bool() if padded else None
         if padded and takes_positions and inputs.get("position_ids") is None:
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
-    offset = 0
+    offset: int | Tensor = 0
     positions = engine.retrofit.positions
     if positions.offset:
-        offset = positions.extent(reading.max_rows())
+        extents = [positions.extent(count) for count in reading.prefix_rows()]
+        offset = torch.tensor(extents, device=text.device)[:, None]
         cache = inputs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         if inputs.get("position_ids") is None:
             inputs["position_ids"] = torch.arange(past, past + tokens, device=text.device).expand(rows, -1)
-        inputs["position_ids"] = inputs["position_ids"] + offset
+        inputs["position_ids"] = inputs["position_ids"] + offset.repeat_interleave(repeats, 0)
     return Pass(reading.source(text_mask), engine.adapter("read"), text_offset=offset)

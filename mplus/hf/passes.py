@@ -71,13 +71,13 @@ class Pass:
         source: gives every layer its prefix.
         adapter: the LoRA adapter that is active, "write" or "read"; None where there are no adapters.
         marks: what a write adds; None for a read.
-        text_offset: position of the first text token.
+        text_offset: position of the first text token; one for all, or ``[streams, 1]`` int64.
     """
 
     source: PrefixSource
     adapter: str | None
     marks: Marks | None = None
-    text_offset: int = 0
+    text_offset: int | Tensor = 0
 
 
 _CURRENT: ContextVar[Pass | None] = ContextVar("mplus_pass", default=None)

@@ -26,14 +26,20 @@ class MemoryPositions:
     span: int | None = None
     offset: bool = False
 
-    def of_memory(self, rows: int, valid: Tensor | None, text_offset: int, device: torch.device) -> Tensor:
+    def of_memory(
+        self, rows: int, valid: Tensor | None, text_offset: int | Tensor, device: torch.device
+    ) -> Tensor:
         """``[B or 1, P]`` int64 positions of ``rows`` right-aligned rows (filler rows get any).
 
-        ``valid`` is ``[B, P]`` bool or None; ``text_offset`` the position of the first text token.
+        ``valid`` is ``[B, P]`` bool or None; ``text_offset`` the position of the first text token,
+        one for all or ``[B, 1]``.
         """
         if self.layout != "compressed" or valid is None:
-            return self._of_row(rows, rows, device)[None] + text_offset
-        return torch.stack([self._of_row(rows, int(real), device) for real in valid.sum(1)]) + text_offset
+            place = self._of_row(rows, rows, device)[None] + text_offset
+        else:
+            place = torch.stack([self._of_row(rows, int(real), device) for real in valid.sum(1)]) + text_offset
+        # Filler in front of a short stream would get negative positions, which not every decoder has.
+        return place.clamp(min=0) if self.offset else place
 
     def _of_row(self, rows: int, real: int, device: torch.device) -> Tensor:
         place = torch.arange(-rows, 0, device=device)

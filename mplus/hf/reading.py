@@ -47,28 +47,16 @@ class Reading:
     @staticmethod
     def of(memory: Memory, mechanism: MemoryMechanism, **options: Any) -> Reading:
         """A reading of ``memory`` as it is now."""
-        with memory._state_lock:
-            return Reading(mechanism, memory.snapshot(), memory, memory.version, **options)
+        version, views = memory.versioned_snapshot()
+        return Reading(mechanism, views, memory, version, **options)
 
     def is_of(self, memory: Memory) -> bool:
         """Whether ``memory`` is still in the state this reading was taken in."""
         return self.memory is memory and self.version == memory.version
 
-    def max_rows(self) -> int:
-        """An upper bound, reached once retrieval is complete, of the rows in front of the text in any layer."""
-        config = self.mechanism.config
-        rows = 0
-        for view in self.views:
-            if not self.mechanism.has_prefix(view):
-                continue
-            for layer, stm in enumerate(view.state.stm):
-                candidates = view.store.count(layer) + len(view.state.pending[layer])
-                fetched = config.retrieved_tokens if candidates and self._always_full() else min(config.retrieved_tokens, candidates)
-                rows = max(rows, 1 + fetched + len(stm))
-        return rows
-
-    def _always_full(self) -> bool:
-        return getattr(self.mechanism.options, "short_ltm", "all") == "tile"
+    def prefix_rows(self) -> list[int]:
+        """Rows in front of the text of each stream, in the layer that has most."""
+        return [self.mechanism.prefix_rows(view) for view in self.views]
 
     def source(self, text_mask: Tensor | None) -> ReadSource:
         """The prefix source of one forward over text with this ``[B, T]`` bool mask (None: no padding)."""

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from mplus.backends.choose import BackendChooser
 from mplus.errors import NotSupported
-from mplus.hf.attention import CAPTURE, AttendedMemory, Captured
-from mplus.hf.cache_view import CaptureCache, MemoryCacheView, mask_with_memory
+from mplus.hf.attention import CAPTURE, AttendedMemory
+from mplus.hf.cache_view import MemoryCacheView, mask_with_memory
+from mplus.hf.capture import CaptureCache, Captured
 from mplus.hf.discovery import Anatomy, AttentionSpec, rotary_at
 from mplus.hf.passes import Prefix, Projected, current_pass
 from mplus.hf.positions import MemoryPositions
@@ -36,7 +37,12 @@ class Retrofit:
     chooser: BackendChooser
 
     def project(
-        self, spec: AttentionSpec, prefix: Prefix, text_offset: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        spec: AttentionSpec,
+        prefix: Prefix,
+        text_offset: int | Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Projected:
         """Keys and values of memory rows, by the layer's own norm and attention module up to where it attends.
 
@@ -70,7 +76,7 @@ class Retrofit:
         spec: AttentionSpec,
         hidden: Tensor,
         positions: Tensor,
-        text_offset: int,
+        text_offset: int | Tensor,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
@@ -78,7 +84,7 @@ class Retrofit:
             return rotary_at(spec, hidden, positions)
         # Frequencies may depend on the largest position: ask for the text's last one too, and cut it off.
         text = args[0] if spec.hidden_positional else kwargs["hidden_states"]
-        last = positions.new_full((positions.shape[0], 1), text_offset + text.shape[1] - 1)
+        last = positions.new_full((positions.shape[0], 1), text.shape[1] - 1) + text_offset
         whole = rotary_at(spec, hidden, torch.cat([positions, last], 1))
         return _map_tensors(whole, lambda t: t[:, :-1])
 

@@ -2,80 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mplus.errors import CheckpointError
-from mplus.hf.adapters import OURS
+from mplus.errors import CheckpointError, NotSupported
 from mplus.hf.auto import MPlusModelConfig
+from mplus.hf.fingerprint import digest
+from mplus.hf.hub import COMMIT, LOOKUP, find_folder, upload
 from mplus.hf.model_card import model_card
+from mplus.hf.names import is_addition
+from mplus.hf.plain import plain_decoder
 from mplus.hf.wrap import wrap
 
 WEIGHTS = "model.safetensors"
 BASE = "base"
 
 
-def is_addition(name: str) -> bool:
-    """Whether a tensor of this name was added by mplus."""
-    return name.startswith("mplus.") or any(f".lora_{part}.{ours}." in name for part in "AB" for ours in OURS)
-
-
 def save_pretrained(
     model: Any,
-    base_save: Callable[..., Any],
     directory: Any,
-    args: tuple[Any, ...],
+    is_main_process: bool,
+    state_dict: Mapping[str, Tensor] | None,
+    push_to_hub: bool,
     save_base: bool,
     kwargs: dict[str, Any],
 ) -> None:
     """See ``MemoryModel.save_pretrained``."""
+    if kwargs.get("distributed_checkpoint"):
+        raise NotSupported("distributed_checkpoint is not supported with memory: pass a gathered state_dict")
+    hub = {name: kwargs.pop(name) for name in ("repo_id", "private", *COMMIT) if name in kwargs}
+    tags = kwargs.pop("tags", None)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    push = kwargs.pop("push_to_hub", False)
-    repo_id = kwargs.pop("repo_id", folder.name)
-    state: Mapping[str, Tensor] = kwargs.pop("state_dict", None) or model.state_dict()
     if save_base:
-        plain = {name.replace(".base_layer.", "."): t for name, t in state.items() if not is_addition(name)}
-        with _plain_config(model):
-            base_save(str(folder / BASE), *args, state_dict=plain, **kwargs)
-    if kwargs.get("is_main_process", True):
-        additions = {name: tensor.detach().contiguous() for name, tensor in state.items() if is_addition(name)}
-        save_file(additions, folder / WEIGHTS, metadata={"format": "pt"})
-        config = _model_config(model)
-        config.save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(model, config, save_base), encoding="utf-8")
-    if push:
-        model.push_to_hub(repo_id, token=kwargs.get("token"))
+        decoder, tree = plain_decoder(model)
+        plain = None if state_dict is None else tree.plain_state(state_dict)
+        decoder.save_pretrained(folder / BASE, is_main_process=is_main_process, state_dict=plain, **kwargs)
+    elif digest(model, "base") != model.mplus_installed.base_digest:
+        warnings.warn(
+            "the decoder's own weights have changed since mplus.wrap and are not saved with the additions: "
+            "use save_pretrained(..., save_base=True)",
+            stacklevel=3,
+        )
+    if not is_main_process:
+        return
+    state = model.state_dict() if state_dict is None else state_dict
+    additions = {name: tensor.detach().contiguous() for name, tensor in state.items() if is_addition(name)}
+    save_file(additions, folder / WEIGHTS, metadata={"format": "pt"})
+    config = _model_config(model)
+    config.save_pretrained(folder)
+    (folder / "README.md").write_text(model_card(model, config, save_base, tags), encoding="utf-8")
+    if push_to_hub:
+        patterns = [WEIGHTS, "config.json", "README.md", *([f"{BASE}/*"] if save_base else [])]
+        upload(folder, hub.pop("repo_id", folder.name), patterns=patterns, token=kwargs.get("token"), **hub)
 
 
-class _plain_config:
-    """The decoder's config as it was before wrapping, while its own save runs."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.model.config._attn_implementation = self.model.mplus_installed.base_attention
-
-    def __exit__(self, *exception: Any) -> None:
-        engine = self.model.mplus_engine
-        if engine.retrofit.technique == "attention":
-            self.model.config._attn_implementation = "mplus_" + self.model.mplus_installed.base_attention
+def push_to_hub(model: Any, repo_id: str, save_base: bool, hub: dict[str, Any], save: dict[str, Any]) -> Any:
+    """See ``MemoryModel.push_to_hub``."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, save_base=save_base, **save)
+        return upload(Path(folder), repo_id, **hub)
 
 
 def _model_config(model: Any) -> MPlusModelConfig:
-    with _plain_config(model):
-        base = model.config.to_dict()
     return MPlusModelConfig(
         mplus=model.mplus_config.to_dict(),
         base_model=model.config._name_or_path or None,
-        base_config=base,
+        base_config=model.config.to_dict(),
         architectures=["MPlusForCausalLM"],
     )
 
@@ -88,35 +89,54 @@ def base_config_of(config: MPlusModelConfig) -> Any:
     return AutoConfig.for_model(plain.pop("model_type"), **plain)
 
 
-def from_pretrained(path: Any, *, base: Any = None, check: bool = True, **kwargs: Any) -> Any:
+def from_pretrained(
+    path: Any, *, base: Any = None, config: MPlusModelConfig | None = None, check: bool = True, **kwargs: Any
+) -> Any:
     """Build a wrapped decoder from what ``save_pretrained`` wrote.
 
     Args:
-        path: folder, or name of a repository on the Hub.
+        path: folder, or name of a repository on the Hub (``revision`` and ``subfolder`` are its own).
         base: the decoder (a model, or where to load it from); default: saved along, else where it came from.
+        config: instead of the ``config.json`` there.
         check: run the self-check of ``mplus.wrap``.
         kwargs: for ``AutoModelForCausalLM.from_pretrained`` of the decoder.
 
     Raises:
         CheckpointError: no mplus model there, no way to find the decoder, or tensors that do not fit.
     """
-    folder = _folder(path, kwargs)
-    config = MPlusModelConfig.from_pretrained(folder)
-    if config.model_type != "mplus" or not config.mplus:
-        raise CheckpointError(f"{path} must hold a config.json with model_type 'mplus', got {config.model_type!r}")
+    folder = find_folder(path, kwargs)
+    for name in ("revision", "subfolder"):
+        kwargs.pop(name, None)
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{path} must hold {WEIGHTS}, which is missing")
+    config = config if config is not None else read_config(folder)
+    try:
+        additions = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS} must be a whole safetensors file: {error}") from error
+    model = wrap(_base(base, config, folder, kwargs), config.memory_config, pool=additions.get("mplus.pool"), check=check)
+    load_additions(model, additions, str(path))
+    return model
+
+
+def read_config(folder: Path) -> MPlusModelConfig:
+    """``config.json`` in ``folder``. Raises CheckpointError when it is missing or is not of an mplus model."""
+    try:
+        plain, _ = MPlusModelConfig.get_config_dict(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} must hold a readable config.json: {error}") from error
+    if plain.get("model_type") != MPlusModelConfig.model_type or not plain.get("mplus"):
+        found = plain.get("model_type")
+        raise CheckpointError(f"{folder} must hold a config.json with model_type 'mplus', got {found!r}")
+    return MPlusModelConfig.from_dict(plain)
+
+
+def _base(base: Any, config: MPlusModelConfig, folder: Path, kwargs: dict[str, Any]) -> Any:
     if base is None:
         base = folder / BASE if (folder / BASE).is_dir() else config.base_model
     if base is None:
-        raise CheckpointError(f"{path} does not say which decoder it was made for: pass base=")
-    if isinstance(base, str | Path):
-        base = AutoModelForCausalLM.from_pretrained(base, **kwargs)
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        pool = file.get_tensor("mplus.pool") if "mplus.pool" in file.keys() else None
-    model = wrap(base, config.memory_config, pool=pool, check=check)
-    load_additions(model, load_file(folder / WEIGHTS), str(path))
-    return model
+        raise CheckpointError(f"{folder} does not say which decoder it was made for: pass base=")
+    return AutoModelForCausalLM.from_pretrained(base, **kwargs) if isinstance(base, str | Path) else base
 
 
 def load_additions(model: Any, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -132,13 +152,3 @@ def load_additions(model: Any, tensors: Mapping[str, Tensor], where: str) -> Non
             + str([f"{name} {list(tensors[name].shape)} for {list(expected[name].shape)}" for name in wrong[:4]])
         )
     decoder.load_state_dict(dict(tensors), strict=False)
-
-
-def _folder(path: Any, kwargs: Mapping[str, Any]) -> Path:
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
-    return Path(snapshot_download(str(path), **hub))

@@ -192,7 +192,7 @@ class _Checks:
 
     def _positions(self) -> tuple[float | None, str]:
         retrofit = self.engine.retrofit
-        if retrofit.positions.offset or self.engine.learned_positions or retrofit.anatomy.alibi:
+        if retrofit.positions.offset or retrofit.anatomy.learned_positions or retrofit.anatomy.alibi:
             return None, "positions of text never move" if not retrofit.positions.offset else "offset positions are in use"
         with self._as(retrofit.technique, True):
             offset = self._read(input_ids=self.ids).logits

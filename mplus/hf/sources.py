@@ -5,6 +5,9 @@ from __future__ import annotations
 from attrs import define
 
 from mplus.hf.reading import Reading
+from mplus.mechanisms.base import Retrieved
+from mplus.memory.stream import StreamView
+from mplus.rows import NO_SOURCE
 
 
 @define(frozen=True)
@@ -31,13 +34,16 @@ def retrieved_sources(reading: Reading) -> list[list[list[RetrievedSource]]]:
         layers = []
         for layer in sorted(reading.retrieved):
             found = reading.retrieved[layer][row]
-            entries = []
-            for i in range(0 if found is None else len(found.ids)):
-                assert found is not None  # the range above is empty otherwise
-                number = int(found.rows.source[i])
-                name = view.state.sources[number].name if 0 <= number < len(view.state.sources) else None
-                age = view.state.clock - 1 - int(found.rows.birth[i])
-                entries.append(RetrievedSource(layer, name, age, float(found.scores[i]) if len(found.scores) else None))
-            layers.append(entries)
+            layers.append([] if found is None else [_described(layer, found, i, view) for i in range(len(found.ids))])
         streams.append(layers)
     return streams
+
+
+def _described(layer: int, found: Retrieved, place: int, view: StreamView) -> RetrievedSource:
+    number = int(found.rows.source[place])
+    return RetrievedSource(
+        layer=layer,
+        source=None if number == NO_SOURCE else view.state.sources[number].name,
+        age=view.state.clock - 1 - int(found.rows.birth[place]),
+        score=float(found.scores[place]) if len(found.scores) else None,
+    )

@@ -18,8 +18,10 @@ from mplus.hf.adapters import add_adapters, remove_adapters
 from mplus.hf.build import build_mechanism
 from mplus.hf.discovery import Anatomy, discover
 from mplus.hf.engine import DecoderEngine
+from mplus.hf.fingerprint import digest
 from mplus.hf.model_class import memory_model_class
 from mplus.hf.passes import carry_memory, change_class, drop_memory
+from mplus.hf.peft_model import PeftMemoryModel, peft_model_class
 from mplus.hf.positions import MemoryPositions
 from mplus.hf.retrofit import AttentionHook, Retrofit
 from mplus.hf.self_check import Check, check_ids, self_check
@@ -34,12 +36,14 @@ class Installed:
 
     Attributes:
         base_attention: the attention implementation the decoder had.
+        base_digest: digest of its own weights.
         hooks: handles of the attention hooks.
         checks: what the self-check found for the technique in use.
         rejected: reasons against the techniques tried before it.
     """
 
     base_attention: str
+    base_digest: str
     hooks: list[Any]
     checks: list[Check]
     rejected: list[str]
@@ -80,7 +84,7 @@ def wrap(model: Any, config: MPlusConfig | None = None, *, check: bool = True, p
     ids = check_ids(decoder.get_input_embeddings().weight.shape[0], decoder.get_input_embeddings().weight.device)
     base_logits = _logits(decoder, ids) if check else None
     mechanism = build_mechanism(config, _begin_rows(decoder, anatomy), pool)
-    installed = Installed(base_attention, [], [], [])
+    installed = Installed(base_attention, digest(decoder, "base"), [], [], [])
     _install(decoder, DecoderEngine(decoder, config, retrofit, mechanism), installed)
     try:
         if config.rope_inv_freq_dtype is not None:
@@ -89,6 +93,8 @@ def wrap(model: Any, config: MPlusConfig | None = None, *, check: bool = True, p
     except BaseException:
         unwrap(decoder)
         raise
+    if model is not decoder:
+        change_class(model, peft_model_class(type(model)))
     return model
 
 
@@ -115,6 +121,8 @@ def unwrap(model: Any) -> Any:
     for name in ("mplus_engine", "mplus_installed"):
         del decoder.__dict__[name]
     change_class(decoder, type(decoder).__mplus_base__)
+    if isinstance(model, PeftMemoryModel):
+        change_class(model, type(model).__mplus_base__)  # type: ignore[attr-defined]
     return model
 
 
@@ -176,11 +184,18 @@ def _begin_rows(decoder: Any, anatomy: Anatomy) -> Tensor:
         anatomy.decoder(**inputs, use_cache=False)
     finally:
         handle.remove()
+    if seen[0].dim() != 3:
+        raise NotSupported(
+            f"{type(decoder).__name__} gives its layers hidden states of shape {list(seen[0].shape)}; "
+            "memory rows need [batch, tokens, hidden size]"
+        )
     return seen[0][:1, :1].expand(len(anatomy.specs), -1, -1).reshape(len(anatomy.specs), 1, -1).clone()
 
 
 def _install(decoder: Any, engine: DecoderEngine, installed: Installed) -> None:
     anatomy = engine.retrofit.anatomy
+    if engine.config.adapters is not None:
+        add_adapters(decoder, anatomy, engine.config.adapters)  # first: it may refuse, and nothing has changed then
     memory_index = {spec.layer_index: spec.memory_index for spec in anatomy.specs}
     for index, layer in enumerate(anatomy.layers):
         carry_memory(layer, memory_index.get(index))
@@ -192,8 +207,6 @@ def _install(decoder: Any, engine: DecoderEngine, installed: Installed) -> None:
     change_class(decoder, memory_model_class(type(decoder)))
     decoder.__dict__["mplus_engine"] = engine
     decoder.__dict__["mplus_installed"] = installed
-    if engine.config.adapters is not None:
-        add_adapters(decoder, anatomy, engine.config.adapters)
 
 
 def _use_attention(decoder: Any, implementation: str) -> None:

@@ -145,24 +145,18 @@ class MemoryMechanism(ABC):
         k = block[0].shape[0]
         stm, dropped = [], []
         permutation: Tensor | None = None
-        for rows, hidden in zip(state.stm, block, strict=True):
+        for old, hidden in zip(state.stm, block, strict=True):
+            excess = max(len(old) + k - self.config.short_term_tokens, 0)
+            if excess and (permutation is None or self.config.drop_per_layer or len(permutation) != len(old)):
+                permutation = context.draw(len(old))
+            kept, gone = (old, old.select(slice(0, 0))) if permutation is None else _drop(old, excess, permutation)
             new = MemoryRows(
-                hidden=hidden.to(rows.hidden),
-                birth=self._births(state, k).to(rows.birth.device),
-                source=torch.full((k,), source, dtype=torch.int64, device=rows.source.device),
+                hidden=hidden.to(old.hidden),
+                birth=self._births(state, k).to(old.birth.device),
+                source=torch.full((k,), source, dtype=torch.int64, device=old.source.device),
             )
-            excess = max(len(rows) + k - self.config.short_term_tokens, 0)
-            if excess:
-                if permutation is None or self.config.drop_per_layer or len(permutation) != len(rows):
-                    permutation = context.draw(len(rows))
-                # Uniform random drop that keeps the order (MemoryLLM section 3.1.2, M+ section 3.1).
-                kept = permutation[: len(rows) - excess].sort().values
-                gone = permutation[len(rows) - excess :].sort().values
-                dropped.append(rows.select(gone))
-                rows = rows.select(kept)
-            else:
-                dropped.append(rows.select(slice(0, 0)))
-            stm.append(MemoryRows.cat([rows, new]) if len(rows) else new)
+            stm.append(MemoryRows.cat([kept, new]))  # a copy: the block is a view of all that the pass computed
+            dropped.append(gone)
         moved = StreamState(
             stm=tuple(stm), pending=state.pending, clock=state.clock + k, sources=state.sources, counters=state.counters
         )
@@ -178,9 +172,7 @@ class MemoryMechanism(ABC):
     ) -> tuple[StreamState, int]:
         """Where rows go that left the STM. Returns the new state and the rows evicted per layer."""
 
-    def retrieve(
-        self, layer: int, hidden: Tensor, mask: Tensor, views: Sequence[StreamView]
-    ) -> list[Retrieved | None]:
+    def retrieve(self, layer: int, hidden: Tensor, mask: Tensor, views: Sequence[StreamView]) -> list[Retrieved | None]:
         """Long-term rows for each batch row, oldest first; None where there is no long-term memory.
 
         Args:
@@ -194,3 +186,21 @@ class MemoryMechanism(ABC):
     def has_prefix(self, view: StreamView) -> bool:
         """Whether a read puts anything in front of the text (the begin row, at least)."""
         return True
+
+    def prefix_rows(self, view: StreamView) -> int:
+        """Rows a read puts in front of the text, in the layer that has most."""
+        if not self.has_prefix(view):
+            return 0
+        return max(1 + self.retrieved_rows(view, layer) + len(rows) for layer, rows in enumerate(view.state.stm))
+
+    def retrieved_rows(self, view: StreamView, layer: int) -> int:
+        """Rows that ``retrieve`` brings back in one layer."""
+        return 0
+
+
+def _drop(rows: MemoryRows, excess: int, permutation: Tensor) -> tuple[MemoryRows, MemoryRows]:
+    """Rows that stay and ``excess`` rows that leave, both in order (uniform random drop: MemoryLLM section 3.1.2)."""
+    if not excess:
+        return rows, rows.select(slice(0, 0))
+    stay, leave = permutation[: len(rows) - excess], permutation[len(rows) - excess :]
+    return rows.select(stay.sort().values), rows.select(leave.sort().values)

@@ -46,7 +46,9 @@ class MemoryLLMMechanism(MemoryMechanism):
     def absorb(self, state: StreamState, block: Sequence[Tensor], source: int, context: WriteContext) -> Absorbed:
         if self._unfilled(state):
             n = self.config.short_term_tokens
-            place = torch.arange(n) % block[0].shape[0]
+            k = block[0].shape[0]
+            # As often as it fits, and the rest of the pool with its last rows.
+            place = torch.cat([torch.arange(n - n % k) % k, torch.arange(k - n % k, k)])
             block = [hidden[place.to(hidden.device)] for hidden in block]
         return super().absorb(state, block, source, context)
 

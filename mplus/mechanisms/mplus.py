@@ -70,7 +70,8 @@ class MPlusMechanism(MemoryMechanism):
             MemoryRows.empty(layout.hidden_size, key_size=self.key_size, dtype=layout.dtype, device=layout.device)
             for _ in range(layout.layers)
         )
-        return evolve(state, stm=stm, pending=pending, clock=0 if self.options.ages == "release" else state.clock, counters=counters)
+        clock = 0 if self.options.ages == "release" else state.clock
+        return evolve(state, stm=stm, pending=pending, clock=clock, counters=counters)
 
     def _births(self, state: StreamState, k: int) -> Tensor:
         if self.options.ages == "release":
@@ -90,7 +91,7 @@ class MPlusMechanism(MemoryMechanism):
             for layer, rows in enumerate(leaving):
                 self._append(context.store, layer, rows, state)
             return state, self._evict(context)
-        pending = tuple(MemoryRows.cat(pair) if len(pair[1]) else pair[0] for pair in zip(state.pending, leaving, strict=True))
+        pending = tuple(MemoryRows.cat(pair) for pair in zip(state.pending, leaving, strict=True))
         writes = state.counters["writes_since_merge"] + 1
         state = evolve(state, pending=pending, counters={**state.counters, "writes_since_merge": writes})
         return self.merge(state, context) if int(writes) >= self.options.merge_every else (state, 0)
@@ -116,7 +117,8 @@ class MPlusMechanism(MemoryMechanism):
                 evicted = max(evicted, gone.shape[0])
                 if gone.shape[0]:
                     store.remove(layer, gone)
-        pending = tuple(rows.select(slice(0, 0)) for rows in state.pending)
+        none = torch.arange(0)  # an index, not a slice: a view would keep all the rows alive
+        pending = tuple(rows.select(none) for rows in state.pending)
         counters = {**state.counters, "decayed": decayed, "writes_since_merge": torch.zeros((), dtype=torch.int64)}
         return evolve(state, pending=pending, counters=counters), max(evicted, self._evict(context))
 
@@ -125,7 +127,7 @@ class MPlusMechanism(MemoryMechanism):
             return
         if self.options.lifetime is not None:
             expires = self.options.lifetime + float(state.counters["decayed"][layer])
-            rows = rows.replace(expiry=torch.full(rows.birth.shape, expires, dtype=torch.float64, device=rows.birth.device))
+            rows = rows.replace(expiry=torch.full_like(rows.birth, expires, dtype=torch.float64))
         store.append(layer, rows)
 
     def _evict(self, context: WriteContext) -> int:
@@ -139,14 +141,11 @@ class MPlusMechanism(MemoryMechanism):
                 evicted = max(evicted, excess)
         return evicted
 
-    def retrieve(
-        self, layer: int, hidden: Tensor, mask: Tensor, views: Sequence[StreamView]
-    ) -> list[Retrieved | None]:
+    def retrieve(self, layer: int, hidden: Tensor, mask: Tensor, views: Sequence[StreamView]) -> list[Retrieved | None]:
         k = self.config.retrieved_tokens
         if self.config.long_term_tokens == 0 or k == 0:
             return [None] * len(views)
-        retriever = self.additions.retriever
-        assert retriever is not None  # built with every mechanism that uses one
+        retriever: Any = self.additions.retriever  # built with every mechanism that uses one
         found: list[Retrieved | None] = [None] * len(views)
         scored: list[tuple[int, StoreView]] = []
         for row, view in enumerate(views):
@@ -161,8 +160,17 @@ class MPlusMechanism(MemoryMechanism):
             queries = retriever.project_queries(layer, hidden[which])
             picks = retriever.select(layer, queries, mask[which], [store for _, store in scored], k)
             for (row, store), pick in zip(scored, picks, strict=True):
-                found[row] = self._in_order(store, layer, pick.ids, pick.scores)
+                by_id = pick.ids.argsort()
+                found[row] = self._in_order(store, layer, pick.ids[by_id], pick.scores[by_id.to(pick.scores.device)])
         return found
+
+    def retrieved_rows(self, view: StreamView, layer: int) -> int:
+        if self.config.long_term_tokens == 0:
+            return 0
+        merged, k = view.store.count(layer), self.config.retrieved_tokens
+        if self.options.short_ltm == "tile":
+            return k if merged else 0
+        return min(k, merged + len(view.state.pending[layer]))
 
     def _tile(self, store: StoreView, layer: int, k: int) -> Retrieved | None:
         ids = store.ids(layer)
@@ -172,10 +180,10 @@ class MPlusMechanism(MemoryMechanism):
         return self._in_order(store, layer, ids[place], torch.empty(0))
 
     def _in_order(self, store: StoreView, layer: int, ids: Tensor, scores: Tensor) -> Retrieved:
-        """Oldest birth first; among equals the lower id first, or the higher one for "release" ages."""
-        by_id = ids.argsort(stable=True, descending=self.options.ages == "release")
-        rows = store.gather(layer, ids[by_id])
-        by_birth = rows.birth.argsort(stable=True)
-        order = by_id[by_birth.to(by_id.device)]
-        return Retrieved(rows.select(by_birth), ids[order], scores[order.to(scores.device)] if len(scores) else scores)
-
+        """Oldest birth first; among equals in the order of ``ids``, or against it for "release" ages."""
+        if self.options.ages == "release":
+            ids, scores = ids.flip(0), scores.flip(0)
+        rows = store.gather(layer, ids)
+        order = rows.birth.argsort(stable=True)
+        scores = scores[order.to(scores.device)] if len(scores) else scores
+        return Retrieved(rows.select(order), ids[order.to(ids.device)], scores)

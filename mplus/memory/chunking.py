@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from mplus.errors import InputError
+from mplus.memory.checks import check_whole
 
 
 def split(ids: Tensor, chunk_tokens: int, min_chunk_tokens: int) -> list[Tensor]:
     """Cut ``[n]`` ids into chunks of ``chunk_tokens``; a last piece that is too short shares evenly with its neighbour.
 
+    It shares with more of them where ``min_chunk_tokens`` is more than half of ``chunk_tokens``.
+
     Raises:
-        InputError: all of ``ids`` together are shorter than ``min_chunk_tokens``.
+        InputError: there are too few ids for one chunk, or no way to cut them.
     """
     n = ids.shape[0]
     if n < min_chunk_tokens:
@@ -23,17 +26,15 @@ def split(ids: Tensor, chunk_tokens: int, min_chunk_tokens: int) -> list[Tensor]
             f"a text to write must have at least min_chunk_tokens ({min_chunk_tokens}) tokens, got {n}: "
             "join it with its neighbours, or lower min_chunk_tokens in the config"
         )
-    chunks = list(ids.split(chunk_tokens))
-    if len(chunks) > 1 and chunks[-1].shape[0] < min_chunk_tokens:
-        tail = torch.cat(chunks[-2:])
-        half = (tail.shape[0] + 1) // 2
-        # The neighbour may itself be shorter than twice the minimum; then both pieces become one.
-        chunks[-2:] = [tail] if half < min_chunk_tokens and tail.shape[0] <= chunk_tokens else [tail[:half], tail[half:]]
-        if chunks[-1].shape[0] < min_chunk_tokens:
+    chunks, shared = list(ids.split(chunk_tokens)), 1
+    while sum(map(len, chunks[-shared:])) < shared * min_chunk_tokens:
+        shared += 1
+        if shared > len(chunks):
             raise InputError(
-                f"{n} tokens cannot be cut into chunks of {min_chunk_tokens} to {chunk_tokens} tokens: "
-                "lower min_chunk_tokens to at most half of chunk_tokens"
+                f"{n} tokens cannot be cut into chunks of min_chunk_tokens to chunk_tokens ({min_chunk_tokens} to "
+                f"{chunk_tokens}) tokens: lower min_chunk_tokens to at most half of chunk_tokens"
             )
+    chunks[-shared:] = torch.cat(chunks[-shared:]).tensor_split(shared)
     return chunks
 
 
@@ -75,21 +76,24 @@ def _to_ids(item: Any, tokenizer: Any) -> Tensor | None:
         if tokenizer is None:
             raise InputError("writing text needs a tokenizer: pass tokenizer= to new_memory or load, or write ids")
         item = tokenizer(item, add_special_tokens=False)["input_ids"]
-    ids = torch.as_tensor(item)
+    try:
+        ids = torch.as_tensor(item)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(f"the ids of one batch row must be a list of whole numbers, got {item!r:.80}") from error
     if ids.dim() != 1:
         raise InputError(f"the ids of one batch row must have shape [n], got {list(ids.shape)}")
     if ids.numel() == 0:
         return None
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise InputError(f"ids must be whole numbers, got dtype {ids.dtype}")
+    check_whole(ids)
     return ids.to(torch.int64)
 
 
-def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
-    """Raises InputError naming the first id outside ``[0, vocab_size)`` and its place."""
-    wrong = ((ids < 0) | (ids >= vocab_size)).nonzero()
-    if wrong.numel():
-        place = int(wrong[0, -1])
-        raise InputError(
-            f"ids must lie in the vocabulary, 0 to {vocab_size - 1}, got {int(ids[..., place].flatten()[0])} at position {place}"
-        )
+def to_names(source: Any, batch_size: int) -> list[str | None]:
+    """The name of the source for each batch row. Raises InputError unless it is one name, or one per row."""
+    names = list(source) if isinstance(source, Sequence) and not isinstance(source, str) else [source] * batch_size
+    if len(names) != batch_size:
+        raise InputError(f"source must be one name or one per batch row ({batch_size}), got {len(names)} names")
+    for name in names:
+        if name is not None and not isinstance(name, str):
+            raise InputError(f"source must be a text or None, got {name!r} ({type(name).__name__})")
+    return names

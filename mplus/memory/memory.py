@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from attrs import evolve
 from torch import Tensor
 
-from mplus.errors import InputError, MemoryMismatchError, NonFiniteError
-from mplus.memory.chunking import check_vocabulary, split, to_rows
+from mplus.config import Component
+from mplus.errors import MemoryMismatchError
+from mplus.memory.checks import check_chunk, check_dtype, check_finite, check_row, check_vocabulary
+from mplus.memory.chunking import split, to_names, to_rows
 from mplus.memory.engine import Engine
+from mplus.memory.forgetting import forget
 from mplus.memory.progress import progress_bar
 from mplus.memory.report import SourceInfo, WriteReport
-from mplus.memory.stream import Source, StreamState, StreamView
+from mplus.memory.stream import StreamState, StreamView, alike
+from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore
 from mplus.stores.eviction import EvictionPolicy
 
 if TYPE_CHECKING:
     from mplus.mechanisms.base import WriteContext
+
+T = TypeVar("T")
 
 
 class Memory:
@@ -97,17 +102,27 @@ class Memory:
 
     def snapshot(self) -> tuple[StreamView, ...]:
         """An immutable view of every stream, taken at one instant."""
+        return self.versioned_snapshot()[1]
+
+    def versioned_snapshot(self) -> tuple[int, tuple[StreamView, ...]]:
+        """``version`` and ``snapshot`` of the same instant."""
         with self._state_lock:
-            return tuple(StreamView(state, store.snapshot()) for state, store in zip(self._states, self._stores, strict=True))
+            views = map(StreamView, self._states, _each(self._stores, lambda store: store.snapshot()))
+            return self._version, tuple(views)
 
     def sources(self, row: int = 0) -> list[SourceInfo]:
-        """The sources of batch row ``row``, in order of first writing, with the rows still held of each."""
+        """The sources of batch row ``row``, in order of first writing, with the rows still held of each.
+
+        Raises:
+            InputError: there is no such batch row.
+        """
+        check_row(row, self.batch_size)
         view = self.snapshot()[row]
-        layers = range(len(view.state.stm))
+        stored = [view.store.column(layer, "source") for layer in range(view.store.layout.layers)]
         places = (
-            [view.state.stm[layer].source for layer in layers],
-            [view.state.pending[layer].source for layer in layers],
-            [_column(view, layer) for layer in layers],
+            [rows.source for rows in view.state.stm],
+            [rows.source for rows in view.state.pending],
+            [column for column in stored if column is not None],
         )
         return [
             SourceInfo(
@@ -146,13 +161,15 @@ class Memory:
         Raises:
             InputError: nothing to write, wrong batch size, ids outside the vocabulary, text too short; checked before
                 anything is written.
+            MemoryMismatchError: the decoder's dtype is not that of the memory.
             NonFiniteError: the decoder gave NaN or Inf for a chunk; the chunks before it are kept, it is not.
+
+        Whatever ends a write early, an interrupt included, leaves the chunks written before it and nothing else.
         """
         begun = time.perf_counter()
         rows = to_rows(data, self.batch_size, self.tokenizer)
-        names: list[str | None] = list(source) if isinstance(source, Sequence) and not isinstance(source, str) else [source] * len(rows)
-        if len(names) != len(rows):
-            raise InputError(f"source must be one name or one per batch row ({len(rows)}), got {len(names)} names")
+        names = to_names(source, self.batch_size)
+        check_dtype(self.dtype, self.engine.layout.dtype)
         config = self.engine.config
         chunks: list[list[Tensor]] = []
         for ids in rows:
@@ -164,7 +181,7 @@ class Memory:
         with self._write_lock, progress_bar("writing", total, progress, steps=max(map(len, chunks))) as advance:
             for turn in range(max(map(len, chunks))):
                 present = {row: row_chunks[turn] for row, row_chunks in enumerate(chunks) if turn < len(row_chunks)}
-                for group in _alike(present, self._states):
+                for group in alike(present, self._states):
                     self._write_group(group, {row: present[row] for row in group}, names, report)
                     advance(sum(len(present[row]) for row in group))
         return evolve(report, seconds=time.perf_counter() - begun)
@@ -174,23 +191,19 @@ class Memory:
 
         Raises:
             InputError: shape, vocabulary, or n outside ``min_chunk_tokens`` .. ``chunk_tokens``.
-            NonFiniteError: as ``write``; nothing was changed.
+            MemoryMismatchError, NonFiniteError: as ``write``; nothing was changed.
         """
         begun = time.perf_counter()
         config = self.engine.config
-        if ids.dim() != 2 or ids.shape[0] != self.batch_size:
-            raise InputError(f"a chunk must have shape [{self.batch_size}, n], got {list(ids.shape)}")
-        if not config.min_chunk_tokens <= ids.shape[1] <= config.chunk_tokens:
-            raise InputError(
-                f"a chunk must have min_chunk_tokens to chunk_tokens ({config.min_chunk_tokens} to {config.chunk_tokens}) "
-                f"tokens, got {ids.shape[1]}: use write, which splits and joins"
-            )
+        check_chunk(ids, self.batch_size, config.min_chunk_tokens, config.chunk_tokens)
         check_vocabulary(ids, self.engine.vocab_size)
+        names = to_names(source, self.batch_size)
+        check_dtype(self.dtype, self.engine.layout.dtype)
         n = self.batch_size
         report = WriteReport([0] * n, [0] * n, [0] * n, [0] * n, 0.0)
         with self._write_lock:
-            for group in _alike(dict(enumerate(ids)), self._states):
-                self._write_group(group, {row: ids[row] for row in group}, [source] * n, report)
+            for group in alike(dict(enumerate(ids)), self._states):
+                self._write_group(group, {row: ids[row] for row in group}, names, report)
         return evolve(report, seconds=time.perf_counter() - begun)
 
     @torch.no_grad()
@@ -198,48 +211,52 @@ class Memory:
         self, group: Sequence[int], ids: dict[int, Tensor], names: Sequence[str | None], report: WriteReport
     ) -> None:
         """Write one chunk each to the streams of ``group``, which read equally many context rows; all or nothing."""
-        states = [self._states[row] for row in group]
         batch = torch.stack([ids[row] for row in group]).to(self.engine.device)
-        blocks = self.engine.encode(states, batch)
+        blocks = self.engine.encode([self._states[row] for row in group], batch)
         for layer, block in enumerate(blocks):
-            if not bool(torch.isfinite(block).all()):
-                raise NonFiniteError(
-                    f"the decoder gave NaN or Inf in layer {layer} for a chunk of {batch.shape[1]} tokens; it was not "
-                    "written: check the weights, or use a wider dtype than " + str(block.dtype)
-                )
-        with self._transaction() as new_states:
+            check_finite(block, f"in layer {layer} for a chunk of {batch.shape[1]} tokens")
+
+        def absorb(states: list[StreamState]) -> None:
             for place, row in enumerate(group):
-                state, number = _open_source(self._states[row], names[row], batch.shape[1])
+                state, number = states[row].with_source(names[row], batch.shape[1])
                 absorbed = self.engine.mechanism.absorb(
                     state, [block[place] for block in blocks], number, self._write_context(row)
                 )
-                new_states[row] = absorbed.state
+                states[row] = absorbed.state
                 report.tokens[row] += batch.shape[1]
                 report.chunks[row] += 1
                 report.dropped_rows[row] += absorbed.dropped
                 report.evicted_rows[row] += absorbed.evicted
 
+        self._change(absorb)
+
     def _write_context(self, row: int) -> WriteContext:
         from mplus.mechanisms.base import WriteContext  # mechanisms build on memory
 
         generator = self.generators[row]
+
+        def keys(layer: int, hidden: Tensor) -> Tensor | None:
+            made = self.engine.keys(layer, hidden)
+            if made is not None:
+                check_finite(made, f"in the retriever keys of layer {layer}")
+            return made
+
         return WriteContext(
             store=self._stores[row],
             eviction=self.eviction,
             draw=lambda n: torch.randperm(n, generator=generator),
-            keys=self.engine.keys,
+            keys=keys,
         )
 
-    @contextmanager
-    def _transaction(self) -> Iterator[list[StreamState]]:
-        """Change states and stores together; on any exception, an interrupt included, all is as before."""
+    def _change(self, change: Callable[[list[StreamState]], T]) -> T:
+        """Let ``change`` alter a list of the states, and the stores; on any exception all is as before."""
+        # No context manager of our own: an interrupt on the way into its exit would leave the change half done.
         with self._state_lock:
             before = [store.snapshot() for store in self._stores]
             draws = [generator.get_state() for generator in self.generators]
-            states = list(self._states)
-            after: tuple[StreamState, ...] | None = None
+            states, after = list(self._states), None
             try:
-                yield states
+                result = change(states)
                 after = tuple(states)
                 self._states, self._version = after, self._version + 1
             except BaseException:
@@ -249,6 +266,7 @@ class Memory:
                     for generator, state in zip(self.generators, draws, strict=True):
                         generator.set_state(state)
                 raise
+            return result
 
     # ------------------------------------------------------------------ the rest of its life
 
@@ -262,80 +280,82 @@ class Memory:
             Rows removed, summed over layers and batch rows.
 
         Raises:
-            InputError: no stream has this source; the message lists the ones there are.
+            InputError: no stream has this source (the message lists the ones there are), or there is no such batch row.
         """
-        which = range(self.batch_size) if row is None else [row]
-        removed, known = 0, False
-        with self._write_lock, self._transaction() as states:
-            for stream in which:
-                state, store = states[stream], self._stores[stream]
-                numbers = [n for n, entry in enumerate(state.sources) if entry.name == source and entry.chunks]
-                if not numbers:
-                    continue
-                known, number = True, numbers[0]
-                stm = tuple(rows.select(rows.source != number) for rows in state.stm)
-                pending = tuple(rows.select(rows.source != number) for rows in state.pending)
-                removed += sum(map(len, (*state.stm, *state.pending))) - sum(map(len, (*stm, *pending)))
-                for layer in range(store.layout.layers):
-                    gone = store.ids(layer)[store.column(layer, "source") == number]
-                    if len(gone):
-                        store.remove(layer, gone)
-                        removed += len(gone)
-                sources = tuple(Source(entry.name) if n == number else entry for n, entry in enumerate(state.sources))
-                states[stream] = evolve(state, stm=stm, pending=pending, sources=sources)
-            if not known:
-                names = sorted({repr(entry.name) for state in states for entry in state.sources if entry.chunks})
-                raise InputError(f"there is no source {source!r} in this memory; its sources: {', '.join(names) or 'none'}")
-        return removed
+        if row is not None:
+            check_row(row, self.batch_size)
+        rows = range(self.batch_size) if row is None else [row]
+        with self._write_lock:
+            return self._change(lambda states: forget(states, self._stores, rows, source))
 
     def reset(self) -> None:
         """Back to a new memory; the generators go on from where they are."""
-        with self._write_lock, self._transaction() as states:
+
+        def clear(states: list[StreamState]) -> None:
             for row, store in enumerate(self._stores):
                 states[row] = self.engine.mechanism.new_state(store.layout)
                 for layer in range(store.layout.layers):
-                    ids = store.ids(layer)
-                    if len(ids):
-                        store.remove(layer, ids)
+                    store.remove(layer, store.ids(layer))
+
+        with self._write_lock:
+            self._change(clear)
 
     def fork(self) -> Memory:
         """An independent memory with the same content and the same future draws."""
         with self._state_lock:
-            generators = []
-            for generator in self.generators:
-                twin = torch.Generator()
-                twin.set_state(generator.get_state())
-                generators.append(twin)
-            return Memory(self.engine, self._states, [store.fork() for store in self._stores], generators, self.eviction, self.tokenizer)
+            return self._copy(self._states, _each(self._stores, lambda store: store.fork()))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Memory:
         """A memory with the same content on another device or in another dtype (an independent copy)."""
 
-        def move(rows: Sequence[Any]) -> tuple[Any, ...]:
+        def move(rows: Sequence[MemoryRows]) -> tuple[MemoryRows, ...]:
             return tuple(part.to(device if device is not None else self.device, dtype) for part in rows)
 
-        twin = self.fork()
-        twin._states = tuple(evolve(state, stm=move(state.stm), pending=move(state.pending)) for state in twin._states)
-        twin._stores = tuple(store.to(device, dtype) for store in twin._stores)
-        return twin
+        with self._state_lock:
+            states = [evolve(state, stm=move(state.stm), pending=move(state.pending)) for state in self._states]
+            return self._copy(states, _each(self._stores, lambda store: store.to(device, dtype)))
+
+    def _copy(self, states: Sequence[StreamState], stores: Sequence[MemoryStore]) -> Memory:
+        generators = [torch.Generator() for _ in self.generators]
+        for twin, generator in zip(generators, self.generators, strict=True):
+            twin.set_state(generator.get_state())
+        return Memory(self.engine, states, stores, generators, self.eviction, self.tokenizer)
 
     def save(self, path: str | Path) -> None:
         """Write a folder with a JSON manifest and safetensors; an older save there stays whole until this one is.
+
+        Writing goes on meanwhile; what is saved is the memory at the call.
 
         Raises:
             MemoryFileError: ``path`` cannot be written, or holds something that is not a memory.
         """
         from mplus.memory.files import save
 
-        with self._write_lock:
-            save(self, path)
+        with self._state_lock:
+            views = self.snapshot()
+            draws = [generator.get_state() for generator in self.generators]
+        save(path, views, draws, self.engine, self.eviction)
 
     @staticmethod
-    def load(path: str | Path, model: Any, *, tokenizer: Any = None, store: Any = None) -> Memory:
-        """Read a saved memory for ``model`` (a wrapped decoder).
+    def load(
+        path: str | Path,
+        model: Any,
+        *,
+        tokenizer: Any = None,
+        store: Any = None,
+        eviction: Any = None,
+        device: torch.device | str | None = None,
+    ) -> Memory:
+        """Read a saved memory for ``model`` (a wrapped decoder); it goes on as the one that was saved would have.
 
         Args:
+            path: the folder given to ``save``.
+            model: the decoder, with the adapters and config that the memory was made with; store, eviction, budget
+                (``long_term_tokens``) and backend may differ.
+            tokenizer: lets ``write`` take text.
             store: keep the long-term rows in another store than the model's config names.
+            eviction: another eviction policy than the memory had.
+            device: where the rows are kept; default: where the decoder's embedding is.
 
         Raises:
             MemoryFileError: missing, truncated, altered, foreign, or newer file.
@@ -343,7 +363,14 @@ class Memory:
         """
         from mplus.memory.files import load
 
-        return load(path, engine_of(model), tokenizer=tokenizer, store=store)
+        return load(
+            path,
+            engine_of(model),
+            tokenizer=tokenizer,
+            store=None if store is None else Component.of(store),
+            eviction=None if eviction is None else Component.of(eviction),
+            device=device,
+        )
 
 
 def engine_of(model: Any) -> Engine:
@@ -354,26 +381,10 @@ def engine_of(model: Any) -> Engine:
     return engine  # type: ignore[no-any-return]
 
 
-def _column(view: StreamView, layer: int) -> Tensor:
-    column = view.store.column(layer, "source")
-    assert column is not None  # every layout has sources
-    return column
-
-
-def _alike(chunks: dict[int, Tensor], states: Sequence[StreamState]) -> list[list[int]]:
-    """Batch rows that can share one pass: same chunk length, same number of short-term rows in every layer."""
-    groups: dict[Any, list[int]] = {}
-    for row, ids in chunks.items():
-        groups.setdefault((len(ids), tuple(len(rows) for rows in states[row].stm)), []).append(row)
-    return list(groups.values())
-
-
-def _open_source(state: StreamState, name: str | None, tokens: int) -> tuple[StreamState, int]:
-    """Count ``tokens`` of one chunk under ``name``; returns the state and the source's number."""
-    for number, entry in enumerate(state.sources):
-        if entry.name == name:
-            grown = evolve(entry, tokens=entry.tokens + tokens, chunks=entry.chunks + 1)
-            return evolve(state, sources=(*state.sources[:number], grown, *state.sources[number + 1 :])), number
-    return evolve(state, sources=(*state.sources, Source(name, tokens, 1))), len(state.sources)
-
-
+def _each(stores: Sequence[MemoryStore], make: Callable[[MemoryStore], T]) -> list[T]:
+    """``make(store)`` for every stream; streams that share a store share what is made of it."""
+    made: dict[int, T] = {}
+    for store in stores:
+        if id(store) not in made:
+            made[id(store)] = make(store)
+    return [made[id(store)] for store in stores]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from attrs import define, field
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.rows import MemoryRows
@@ -47,6 +50,14 @@ class StreamState:
         """Bytes of the short-term and pending rows."""
         return sum(rows.nbytes for rows in (*self.stm, *self.pending))
 
+    def with_source(self, name: str | None, tokens: int) -> tuple[StreamState, int]:
+        """Count ``tokens`` of one chunk under ``name``; returns the new state and the source's number."""
+        for number, entry in enumerate(self.sources):
+            if entry.name == name:
+                grown = evolve(entry, tokens=entry.tokens + tokens, chunks=entry.chunks + 1)
+                return evolve(self, sources=(*self.sources[:number], grown, *self.sources[number + 1 :])), number
+        return evolve(self, sources=(*self.sources, Source(name, tokens, 1))), len(self.sources)
+
 
 @define(frozen=True, eq=False)
 class StreamView:
@@ -54,3 +65,11 @@ class StreamView:
 
     state: StreamState
     store: StoreView
+
+
+def alike(chunks: Mapping[int, Tensor], states: Sequence[StreamState]) -> list[list[int]]:
+    """Batch rows that can share one pass: same chunk length, same number of short-term rows in every layer."""
+    groups: dict[Any, list[int]] = {}
+    for row, ids in chunks.items():
+        groups.setdefault((len(ids), tuple(len(rows) for rows in states[row].stm)), []).append(row)
+    return list(groups.values())

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class RandomRetriever(Retriever):
     """Uniform draws without replacement that ignore the text.
 
-    The draw depends on the seed, the layer, the number of rows and the newest id only: equal stores give equal picks,
-    on every device, and the next write gives others.
+    The draw depends on the seed, the layer, the number of rows and the birth of the last one only: equal rows give
+    equal picks, on every device and after a reload that gave them other ids, and the next write gives others.
     """
 
     @define(frozen=True, kw_only=True)
@@ -44,7 +44,8 @@ class RandomRetriever(Retriever):
     def _draw(self, layer: int, store: StoreView, k: int) -> Selection:
         ids = store.ids(layer)
         count = ids.shape[0]
-        newest = int(ids[-1]) if count else -1
-        digest = hashlib.blake2b(repr((self.options.seed, layer, count, newest)).encode(), digest_size=8).digest()
+        births = store.column(layer, "birth")
+        last = int(births[-1]) if births is not None and count else -1
+        digest = hashlib.blake2b(repr((self.options.seed, layer, count, last)).encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
         return top_k(torch.rand(count, generator=generator).to(ids.device), ids, k)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from attrs import define
 from torch import Tensor
@@ -34,6 +34,5 @@ class FifoEviction(EvictionPolicy):
     name = "fifo"
 
     def select(self, store: StoreView, layer: int, excess: int) -> Tensor:
-        births = store.column(layer, "birth")
-        assert births is not None  # every layout has births
+        births = cast("Tensor", store.column(layer, "birth"))  # every layout has births
         return store.ids(layer)[births.argsort(stable=True)[:excess]]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from mplus.backends.base import AttentionRequest
+if TYPE_CHECKING:
+    from mplus.backends.base import AttentionRequest
 
 
 def exact_attention(request: AttentionRequest) -> tuple[Tensor, Tensor]:
@@ -51,8 +54,8 @@ def plain_attention(request: AttentionRequest) -> Tensor:
             head_keys, head_values = _head(request, b, h)
             keys.append(head_keys.to(seen.dtype).nan_to_num())
             values.append(head_values.to(seen.dtype).nan_to_num())
-    all_keys = torch.stack(keys).unflatten(0, (batch, heads))
-    all_values = torch.stack(values).unflatten(0, (batch, heads))
+    all_keys = torch.stack(keys).view(batch, heads, *keys[0].shape)
+    all_values = torch.stack(values).view(batch, heads, *values[0].shape)
     scores = request.queries.cpu() @ all_keys.transpose(-1, -2) * request.scale
     if request.softcap is not None:
         scores = request.softcap * torch.tanh(scores / request.softcap)
@@ -60,7 +63,8 @@ def plain_attention(request: AttentionRequest) -> Tensor:
     if request.sinks is not None:
         column = request.sinks.cpu()[None, :, None, None].expand(batch, heads, length, 1)
         scores = torch.cat([scores, column], -1)
-    return torch.softmax(scores, -1).nan_to_num()[..., : seen.shape[-1]] @ all_values
+    weights: Tensor = torch.softmax(scores, -1).nan_to_num()[..., : seen.shape[-1]]
+    return weights @ all_values
 
 
 def _head(request: AttentionRequest, b: int, h: int) -> tuple[Tensor, Tensor]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import define
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from mplus.backends.base import AttentionRequest, Segment
 from mplus.rows import NO_SOURCE, MemoryRows
 from mplus.stores.base import StoreLayout
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
 
 CONFORMANCE = settings(
     deadline=None,
@@ -119,7 +121,9 @@ class RequestShape:
             values = normal(batch, self.key_heads, count, self.value_width)
             valid = None
             if fillers != "none":
-                valid = torch.rand(self.batch, count, generator=generator).to(device) > (0.5 if fillers == "some" else 2)
+                valid = torch.rand(self.batch, count, generator=generator).to(device) > (
+                    0.5 if fillers == "some" else 2
+                )
                 if not self.shared:
                     keys[~valid[:, None].expand(-1, self.key_heads, -1)] = torch.nan
                     values[~valid[:, None].expand(-1, self.key_heads, -1)] = torch.nan
@@ -155,7 +159,7 @@ class RequestShape:
 
 
 @st.composite
-def request_shapes(draw: st.DrawFn, **fixed: Any) -> RequestShape:
+def request_shapes(draw: st.DrawFn, /, **fixed: Any) -> RequestShape:
     """Shapes of attention requests, single queries and empty segments included; ``fixed`` fields do not vary."""
     segments = tuple(draw(st.lists(sizes(7), max_size=3)))
     kinds = st.sampled_from(["none", "some", "all"])

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from mplus.retrievers.base import Retriever, Selection
+from mplus.retrievers.base import Retriever, Selection, check_selection, top_k
 from mplus.stores.base import StoreView
 
 __all__ = ["RecencyRetriever"]
 
 
 class RecencyRetriever(Retriever):
-    """Newest rows first, by birth; ties by lowest id. Needs no keys and has no parameters.
+    """Scores a row by its birth, so the newest come first; ties by lowest id. Has no keys and no parameters."""
 
-    Scores are the births as float32. The order is that of the births themselves, so it stays exact beyond 2**24 rows.
-    """
-
-    name = "recency"
+    name: ClassVar[str] = "recency"
 
     def select(
         self, layer: int, queries: Tensor, query_mask: Tensor, stores: Sequence[StoreView], k: int
     ) -> list[Selection]:
-        """The ``min(k, count)`` newest rows of ``layer`` for each batch row; the text only counts rows."""
-        return [_newest(layer, store, k) for store in stores]
+        """The ``min(k, count)`` newest rows of ``layer`` for each batch row, whatever ``queries`` holds."""
+        check_selection(queries, query_mask, stores, k)
+        return [top_k(_births(store, layer).float(), store.ids(layer), k) for store in stores]
 
 
-def _newest(layer: int, store: StoreView, k: int) -> Selection:
+def _births(store: StoreView, layer: int) -> Tensor:
     births = store.column(layer, "birth")
     if births is None:
         raise ValueError(f"a store must keep the births of its rows, {type(store).__name__} has none in layer {layer}")
-    newest = births.argsort(descending=True, stable=True)[:k]
-    return Selection(store.ids(layer)[newest], births[newest].to(torch.float32))
+    return births

@@ -1,0 +1,121 @@
+"""``mplus info``."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("mplus", "torch", "transformers", "peft", "safetensors", "tokenizers", "accelerate")
+OPTIONAL = ("bitsandbytes", "faiss-cpu", "faiss-gpu", "triton")
+
+
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON instead.")] = False) -> None:
+    """Show versions, devices, registered implementations, and which attention backends run on which device.
+
+    What to add to a bug report.
+    """
+    from mplus.cli.output import print_json
+
+    facts = gather()
+    if as_json:
+        print_json(facts)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 3))
+    for name, value in facts["versions"].items():
+        table.add_row(name, value or "not installed")
+    for device in facts["devices"]:
+        table.add_row(device["name"], device["description"])
+    for kind, names in facts["implementations"].items():
+        table.add_row(kind, ", ".join(names))
+    for entry in facts["backends"]:
+        where = f"{entry['device']}, {entry['dtype']}"
+        verdict = "runs" if entry["usable"] else f"cannot run: {entry['reason']}"
+        table.add_row(f"backend {entry['backend']}", f"{where}: {verdict}")
+    Console(highlight=False).print(table)
+
+
+def gather() -> dict[str, Any]:
+    """All of it as plain data."""
+    from mplus.cli.plugins import registries
+
+    found = devices()
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES + OPTIONAL}},
+        "devices": found,
+        "implementations": {registry.kind: registry.names() for registry in registries()},
+        "backends": [entry for device in found for entry in backends_on(device["name"])],
+    }
+
+
+def devices() -> list[dict[str, str]]:
+    """The CPU and every accelerator torch sees, as torch calls them, described."""
+    import torch
+
+    found = [{"name": "cpu", "description": f"{platform.machine()}, {torch.get_num_threads()} threads"}]
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    for index in range(torch.accelerator.device_count() if kind is not None else 0):
+        name, description = f"{kind.type}:{index}", kind.type
+        if kind.type == "cuda":
+            facts = torch.cuda.get_device_properties(index)
+            description = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, compute {facts.major}.{facts.minor}"
+        found.append({"name": name, "description": description})
+    return found
+
+
+def backends_on(device: str) -> list[dict[str, Any]]:
+    """For every backend whether it runs on a device, in the dtype models are usually run in there, and if not why."""
+    import torch
+
+    from mplus.backends import BACKENDS
+
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    found = []
+    for name in BACKENDS.names():
+        reason = _why_not(name, torch.device(device), dtype)
+        found.append(
+            {
+                "backend": name,
+                "device": device,
+                "dtype": str(dtype).removeprefix("torch."),
+                "usable": reason is None,
+                "reason": reason,
+            }
+        )
+    return found
+
+
+def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run a small causal request with memory; None: it did."""
+    import torch
+
+    from mplus.backends import BACKENDS
+    from mplus.backends.base import AttentionRequest, Segment
+
+    try:
+        backend = BACKENDS.get(name)()
+        heads = torch.ones(1, 2, 16, 64, device=device, dtype=dtype)
+        memory = (Segment(heads, heads),)
+        request = AttentionRequest(queries=heads, keys=heads, values=heads, scale=0.125, segments=memory)
+        reasons = backend.unsupported_reasons(request)
+        if reasons:
+            return "; ".join(reasons)
+        backend.attend(request)
+    except Exception as error:  # noqa: BLE001 - a backend may fail in any way; that is what is asked
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,94 @@
+"""``mplus memory show`` and ``mplus memory verify``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mplus.memory.manifest import Manifest
+
+Saved = Annotated[Path, typer.Argument(help="Folder written by Memory.save.", show_default=False)]
+
+
+def show(
+    path: Saved,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON instead.")] = False,
+) -> None:
+    """Show what a saved memory holds and which decoder it belongs to, without loading its rows."""
+    from rich.console import Console
+
+    from mplus.cli.output import print_json
+    from mplus.memory.manifest import read_manifest
+
+    manifest = read_manifest(path)
+    if as_json:
+        print_json(_facts(manifest))
+        return
+    console = Console(highlight=False)
+    for table in _tables(manifest):
+        console.print(table)
+
+
+def verify(path: Saved) -> None:
+    """Read every byte of a saved memory and check it against its checksums. Exit code 1: there are faults."""
+    from mplus.cli.output import size
+    from mplus.memory.manifest import read_manifest
+    from mplus.memory.verify import verify as faults_of
+
+    faults = faults_of(path)
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    if faults:
+        print(f"{path}: {len(faults)} fault{'s' if len(faults) > 1 else ''}", file=sys.stderr)
+        raise typer.Exit(1)
+    data = read_manifest(path).data
+    print(f"{path} is sound: {len(data.tensors):,} tensors, {size(data.bytes)}, all checksums match")
+
+
+def _facts(manifest: Manifest) -> dict[str, object]:
+    """Everything but the list of tensors."""
+    import attrs
+
+    plain = attrs.asdict(manifest)
+    plain["data"]["tensors"] = len(manifest.data.tensors)
+    return plain
+
+
+def _tables(manifest: Manifest) -> list[Table]:
+    from rich.table import Table
+
+    from mplus.cli.output import counts, size
+
+    layout = manifest.layout
+    facts = Table.grid(padding=(0, 3))
+    keys = f", retriever keys of width {layout.key_size}" if layout.key_size else ""
+    facts.add_row("written by", f"mplus {manifest.written_by}")
+    facts.add_row("size", f"{size(manifest.data.bytes)} in {manifest.data.file}")
+    facts.add_row("rows", f"{layout.layers} layers of width {layout.hidden_size}{keys}, {layout.dtype}")
+    facts.add_row("eviction", str(manifest.eviction))
+    for name, value in manifest.fingerprint.items():
+        if name not in {"layers", "hidden_size", "key_size"}:
+            facts.add_row(f"decoder: {name}", str(value))
+    tables = [facts]
+    for number, stream in enumerate(manifest.streams):
+        rows = f"{counts(stream.stm)} short-term, {counts(stream.pending)} pending, {counts(stream.ltm)} long-term"
+        table = Table(
+            title=f"stream {number}: {rows} rows per layer, {stream.clock:,} written",
+            title_justify="left",
+            title_style="bold",
+            box=None,
+        )
+        table.add_column("source")
+        table.add_column("tokens", justify="right")
+        table.add_column("chunks", justify="right")
+        for source in stream.sources:
+            if source.chunks:
+                table.add_row(source.name or "(no name)", f"{source.tokens:,}", f"{source.chunks:,}")
+        tables.append(table)
+    return tables

@@ -1,0 +1,57 @@
+"""``mplus plugins``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mplus.registry import Registry
+
+
+def plugins(as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON instead.")] = False) -> None:
+    """List every implementation a configuration can name, where it comes from, and what is wrong with broken ones.
+
+    Each is imported to find out. MPLUS_PLUGINS in the environment limits third-party packages to those it names.
+    """
+    from mplus.cli.output import print_json
+
+    found = implementations()
+    if as_json:
+        print_json(found)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None)
+    for column in ("kind", "name", "origin"):
+        table.add_column(column, overflow="fold")
+    for entry in found:
+        table.add_row(entry["kind"], entry["name"], entry["origin"])
+    console = Console(highlight=False)
+    console.print(table)
+    broken = [entry for entry in found if entry["error"]]
+    if broken:
+        console.print(f"\n{len(broken)} cannot be used:", style="bold red")
+    for entry in broken:
+        console.print(f"- {entry['error']}", markup=False, soft_wrap=True)
+
+
+def registries() -> list[Registry[Any]]:
+    """Every registry of mplus."""
+    from mplus.backends import BACKENDS
+    from mplus.mechanisms import MECHANISMS
+    from mplus.retrievers import RETRIEVERS
+    from mplus.stores import EVICTION, STORES
+
+    return [MECHANISMS, STORES, EVICTION, RETRIEVERS, BACKENDS]
+
+
+def implementations() -> list[dict[str, Any]]:
+    """Kind, name, origin and error (None: none) of every implementation."""
+    return [
+        {"kind": registry.kind, "name": entry.name, "origin": entry.origin, "error": entry.error}
+        for registry in registries()
+        for entry in registry.entries()
+    ]

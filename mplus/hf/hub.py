@@ -1,0 +1,53 @@
+"""Up to the Hugging Face Hub, and down from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mplus.errors import CheckpointError
+
+COMMIT = ("commit_message", "commit_description", "create_pr", "revision")
+"""What ``upload`` passes on to the commit."""
+LOOKUP = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
+"""Where and how to find a repository."""
+
+
+def upload(
+    folder: Path, repo_id: str, *, patterns: Sequence[str] | None = None, private: bool | None = None, token: Any = None,
+    **commit: Any,
+) -> Any:
+    """Upload ``folder`` (or its files that match ``patterns``), creating the repository and branch where missing.
+
+    Returns:
+        What ``HfApi.upload_folder`` returns.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    branch = commit.get("revision")
+    if branch is not None and not branch.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+    commit["commit_message"] = commit.get("commit_message") or "Upload model with an M+ memory"
+    return api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=patterns, **commit)  # type: ignore[arg-type]
+
+
+def find_folder(path: Any, lookup: Mapping[str, Any]) -> Path:
+    """The local folder of ``path``, after downloading where it names a repository.
+
+    Raises:
+        CheckpointError: neither a folder nor a repository that can be read.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError
+
+        options = {name: lookup[name] for name in LOOKUP if name != "subfolder" and lookup.get(name) is not None}
+        try:
+            folder = Path(snapshot_download(str(path), **options))
+        except (HFValidationError, OSError) as error:
+            raise CheckpointError(f"{path} must be a folder, or a repository on the Hub: {error}") from error
+    return folder / (lookup.get("subfolder") or "")

@@ -1,0 +1,11 @@
+"""Names of what mplus adds to a decoder."""
+
+from __future__ import annotations
+
+ADAPTERS = ("write", "read")
+"""The LoRA adapters."""
+
+
+def is_addition(name: str) -> bool:
+    """Whether mplus added the tensor of this name to a decoder."""
+    return name.startswith("mplus.") or any(f".lora_{part}.{adapter}." in name for part in "AB" for adapter in ADAPTERS)

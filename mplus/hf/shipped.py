@@ -1,0 +1,36 @@
+"""The trained decoder that comes with the package: a Llama of 260,032 parameters that tells children's stories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+STORIES260K = Path(__file__).parent.parent / "data" / "stories260K"
+"""Folder of the decoder and its tokenizer, with licence and provenance; trained with 512 positions."""
+
+
+def load_decoder() -> Any:
+    """A new copy of the decoder, on the CPU and in eval mode. Needs no network."""
+    return AutoModelForCausalLM.from_pretrained(STORIES260K, local_files_only=True).eval()
+
+
+def load_tokenizer() -> Any:
+    """Its tokenizer."""
+    return AutoTokenizer.from_pretrained(STORIES260K, local_files_only=True)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Let transformers load and save without progress bars meanwhile: for a megabyte they only flicker."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

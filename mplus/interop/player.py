@@ -1,0 +1,254 @@
+"""Player: does what a golden trace says, with a wrapped decoder and the mechanism of its memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from attrs import define, evolve
+from torch import Tensor
+
+from mplus.errors import CheckpointError
+from mplus.hf.engine import DecoderEngine, WriteSource
+from mplus.hf.model_class import generating
+from mplus.hf.passes import Pass, running
+from mplus.hf.reading import Reading
+from mplus.interop.trace import Recorded
+from mplus.mechanisms.base import Retrieved, WriteContext, WritePlan
+from mplus.mechanisms.mplus import MPlusMechanism
+from mplus.memory.memory import Memory
+from mplus.memory.stream import StreamState, StreamView
+from mplus.retrievers.linear import LinearRetriever, mean_sigmoid
+from mplus.rows import NO_SOURCE, MemoryRows
+from mplus.stores.base import MemoryStore
+from mplus.stores.eviction import EvictionPolicy
+
+
+@define(frozen=True, eq=False)
+class Found:
+    """Rows one layer fetched: ``ids`` ``[R]`` count through long-term memory and then the waiting area."""
+
+    mode: str
+    ids: Tensor
+    ages: Tensor
+    retrieved: Retrieved
+
+
+@define(frozen=True, eq=False)
+class Heard:
+    """What came out of a read: ``logits`` ``[1, n, V]`` per piece of text, and what each layer fetched."""
+
+    logits: tuple[Tensor, ...]
+    found: tuple[Found, ...]
+    hidden_states: Tensor | None = None
+    sequences: Tensor | None = None
+
+
+class Permutations:
+    """Hands out recorded permutations in the place of random ones."""
+
+    def __init__(self, recorded: Tensor | None) -> None:
+        """``recorded`` is ``[calls, n]`` or None."""
+        self._left: list[Tensor] = [] if recorded is None else list(recorded)
+
+    def __len__(self) -> int:
+        """How many were not asked for yet."""
+        return len(self._left)
+
+    def __call__(self, n: int) -> Tensor:
+        """The next one. Raises CheckpointError when there is none, or one of another length."""
+        if not self._left or len(self._left[0]) != n:
+            have = f"one of {len(self._left[0])}" if self._left else "no further one"
+            raise CheckpointError(f"randperm must hold a permutation of {n} rows at this point, the trace has {have}")
+        return self._left.pop(0).to(torch.int64)
+
+
+class Player:
+    """One stream of memory that goes through the steps of a trace.
+
+    Attributes:
+        model: the wrapped decoder.
+        state, store: the memory; ``state`` is replaced and ``store`` changed by what writes.
+    """
+
+    def __init__(self, model: Any, memory: Memory) -> None:
+        """Start from the content of ``memory`` (batch size 1), which is left as it is."""
+        self.model = model
+        self.engine: DecoderEngine = model.mplus_engine
+        self.state: StreamState = memory.states[0]
+        self.store: MemoryStore = memory.stores[0].fork()
+        self._empty = self.store.fork()
+        for layer in range(self._empty.layout.layers):
+            self._empty.remove(layer, self._empty.ids(layer))
+        self._eviction: EvictionPolicy = memory.eviction
+
+    @property
+    def view(self) -> StreamView:
+        """The memory as a read sees it."""
+        return StreamView(self.state, self.store.snapshot())
+
+    @property
+    def layers(self) -> range:
+        """Layers that carry memory."""
+        return range(self.engine.layout.layers)
+
+    # ------------------------------------------------------------------ writing
+
+    @torch.no_grad()
+    def inject(self, ids: Tensor, delta: Tensor | None, update: bool, draw: Permutations) -> Tensor:
+        """Write ``ids`` ``[1, n]``, reading ``delta`` ``[1, L, K, d]`` in place of the newest rows.
+
+        Returns:
+            ``[1, L, k, d]`` the new rows; they enter the memory where ``update`` is set.
+        """
+        plan = self.engine.mechanism.plan_write(self.state, ids.shape[1])
+        if delta is not None and len(plan.context[0]):
+            plan = evolve(plan, context=self._loose(delta))
+        block = [rows[0] for rows in self.engine.encode_plans([plan], ids)]
+        if update:
+            self.state = self.engine.mechanism.absorb(self.state, block, NO_SOURCE, self._context(draw)).state
+        return torch.stack(block)[None]
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Merge the waiting area into long-term memory. Raises CheckpointError for a memory without one."""
+        mechanism = self.engine.mechanism
+        if not isinstance(mechanism, MPlusMechanism):
+            raise CheckpointError("a merge step needs a memory with long-term rows; the trace is of a MemoryLLM")
+        self.state, _ = mechanism.merge(self.state, self._context(Permutations(None)))
+
+    def _context(self, draw: Permutations) -> WriteContext:
+        return WriteContext(store=self.store, eviction=self._eviction, draw=draw, keys=self.engine.keys)
+
+    # ------------------------------------------------------------------ reading
+
+    def forward(self, ids: Tensor) -> Heard:
+        """Read ``ids`` ``[1, n]`` with the memory in front."""
+        return self._read(self.view, ids)
+
+    def forward_with_block(self, ids: Tensor, delta: Tensor) -> Heard:
+        """Read ``ids`` with nothing but begin row and ``delta`` ``[1, L, k, d]`` in front."""
+        begin = self.engine.mechanism.has_prefix(self.view)
+        context = self._loose(delta) if begin else tuple(rows.select(slice(0, 0)) for rows in self.state.stm)
+        plan = WritePlan(begin=begin, context=context, reencoded=0, rows=0)
+        # The released code keeps the writing adapter for a block that is as long as one write makes it.
+        whole = delta.shape[2] == self.engine.config.memory_tokens_per_chunk
+        adapter = self.engine.adapter("write" if whole else "read")
+        with torch.no_grad(), running(Pass(WriteSource(self.engine, [plan]), adapter)):
+            output = self.model(input_ids=ids, output_hidden_states=True, use_cache=False)
+        return Heard((output.logits,), (), torch.stack(output.hidden_states))
+
+    def forward_with_pool(self, ids: Tensor, delta: Tensor, draw: Permutations) -> Heard:
+        """Read ``ids`` with ``delta`` ``[1, L, k, d]`` behind as many pool rows as leave room for it."""
+        view = self.view
+        if self.engine.mechanism.has_prefix(view):
+            view = StreamView(evolve(self.state, stm=self._sampled(delta, draw)), view.store)
+        return self._read(view, ids)
+
+    def _sampled(self, delta: Tensor, draw: Permutations) -> tuple[MemoryRows, ...]:
+        stm = []
+        for rows, block in zip(self.state.stm, self._loose(delta), strict=True):
+            # One permutation per layer, even where an update draws one for all layers.
+            kept = draw(len(rows))[: len(rows) - len(block)].sort().values
+            stm.append(MemoryRows.cat([rows.select(kept), block]))
+        return tuple(stm)
+
+    def decode(self, pieces: list[Tensor]) -> Heard:
+        """Read the first piece ``[1, n]`` with the memory, and the others through the key/value cache."""
+        reading = Reading(self.engine.mechanism, [self.view])
+        logits, cache = [], None
+        with torch.no_grad(), generating(self.model, reading):
+            for piece in pieces:
+                output = self.model(input_ids=piece, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                logits.append(output.logits)
+        return Heard(tuple(logits), self._found(reading))
+
+    def generate(self, ids: Tensor, max_new_tokens: int) -> Heard:
+        """Continue ``ids`` ``[1, n]`` greedily; the logits are those each new token was chosen from."""
+        reading = Reading(self.engine.mechanism, [self.view], repeats_allowed=True)
+        with generating(self.model, reading):
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=0,  # never used: there is one row
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        return Heard((torch.stack(output.logits, 1),), self._found(reading), sequences=output.sequences)
+
+    def _read(self, view: StreamView, ids: Tensor) -> Heard:
+        reading = Reading(self.engine.mechanism, [view])
+        with torch.no_grad(), generating(self.model, reading):
+            output = self.model(input_ids=ids, output_hidden_states=True, use_cache=False)
+        return Heard((output.logits,), self._found(reading), torch.stack(output.hidden_states))
+
+    def _found(self, reading: Reading) -> tuple[Found, ...]:
+        view, layers = reading.views[0], []
+        for layer in sorted(reading.retrieved):
+            retrieved = reading.retrieved[layer][0]
+            if retrieved is None:
+                continue
+            scored, ids = len(retrieved.scores) > 0, retrieved.ids
+            if not (scored and len(view.state.pending[layer])):
+                # Ids of the store number all rows it ever had; with pending rows they are positions already.
+                ids = torch.searchsorted(view.store.ids(layer), ids)
+            ages = view.state.clock - 1 - retrieved.rows.birth
+            layers.append(Found("topk" if scored else "tile", ids, ages, retrieved))
+        return tuple(layers)
+
+    @torch.no_grad()
+    def pool_scores(self, hidden_states: Tensor) -> Tensor:
+        """``[L, 1, N]`` what the retriever would score the pool rows with, for text ``[L+1, 1, n, d]``."""
+        retriever = self.engine.mechanism.additions.retriever
+        if not isinstance(retriever, LinearRetriever):
+            raise CheckpointError("stm_retriever_weights need a model with a trained retriever")
+        scores = []
+        for layer in self.layers:
+            norm = self.engine.retrofit.anatomy.specs[layer].norm
+            text = hidden_states[layer]
+            keys = self.engine.keys(layer, self.state.stm[layer].hidden)
+            queries = retriever.project_queries(layer, text if norm is None else norm(text))
+            if keys is not None:
+                scores.append(torch.stack(mean_sigmoid([queries[0]], keys)))
+        return torch.stack(scores)
+
+    # ------------------------------------------------------------------ state
+
+    def adopt(self, recorded: Recorded) -> None:
+        """Replace the memory by a recorded one."""
+        if not recorded.initialized:
+            self.state = evolve(self.state, stm=tuple(rows.select(slice(0, 0)) for rows in self.state.stm))
+            return
+        ages = recorded.memory_ages
+        stm = tuple(self._rows(recorded.memory[layer], None if ages is None else ages[layer]) for layer in self.layers)
+        if ages is None:
+            self.state = evolve(self.state, stm=stm)
+            return
+        self.store = self._empty.fork()
+        for layer in self.layers:
+            rows = self._rows(recorded.ltm[layer], recorded.ltm_ages[layer], recorded.ltm_keys[layer])
+            self.store.append(layer, rows.replace(expiry=recorded.ltm_recall_frequencies[layer].to(torch.float64)))
+        pending = tuple(rows.select(slice(0, 0)) for rows in self.state.pending)
+        if recorded.pending is not None and recorded.pending_keys is not None and recorded.pending_ages is not None:
+            waiting = zip(recorded.pending, recorded.pending_ages, recorded.pending_keys, strict=True)
+            pending = tuple(self._rows(*columns) for columns in waiting)
+        writes = recorded.update_step // self.engine.config.memory_tokens_per_chunk
+        counters = {
+            "writes_since_merge": torch.tensor(writes),
+            "decayed": torch.zeros(len(self.layers), dtype=torch.float64),
+        }
+        self.state = evolve(self.state, stm=stm, pending=pending, clock=0, counters=counters)
+
+    def _rows(self, hidden: Tensor, ages: Tensor | None, keys: Tensor | None = None) -> MemoryRows:
+        """Rows with recorded ages, which count back from a clock of 0; without ages, in order of birth."""
+        layout = self.engine.layout
+        birth = torch.arange(len(hidden)) if ages is None else -1 - ages.to(torch.int64)
+        source = torch.full((len(hidden),), NO_SOURCE, dtype=torch.int64)
+        return MemoryRows(hidden, birth, source, keys).to(layout.device, layout.dtype)
+
+    def _loose(self, delta: Tensor) -> tuple[MemoryRows, ...]:
+        """A block ``[1, L, k, d]`` as rows that belong to no memory."""
+        return tuple(self._rows(hidden, None) for hidden in delta[0])

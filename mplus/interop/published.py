@@ -1,0 +1,213 @@
+"""Published M+ and MemoryLLM checkpoints: from a folder to a wrapped decoder and its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import define
+from torch import Tensor
+
+from mplus.config import MPlusConfig
+from mplus.errors import CheckpointError
+from mplus.hf.published_model import addition_names, empty_llama, fill, finish, set_addition, weight_shapes
+from mplus.hf.wrap import wrap
+from mplus.interop.names import LTM, Place, places, unused
+from mplus.interop.published_config import PublishedConfig, RopeDtype
+from mplus.interop.tensors import WEIGHTS, TensorFiles
+from mplus.memory.memory import Memory
+from mplus.rows import NO_SOURCE, MemoryRows
+
+
+def load_published(path: str | Path, **options: Any) -> tuple[Any, Memory]:
+    """Load a published M+ or MemoryLLM checkpoint: ``PublishedCheckpoint.open(path).load(**options)``."""
+    return PublishedCheckpoint.open(path).load(**options)
+
+
+@define(frozen=True, eq=False)
+class PublishedCheckpoint:
+    """A checkpoint folder whose configuration and tensors were found to fit together; nothing is loaded yet.
+
+    Attributes:
+        folder: where it lies.
+        config: what its ``config.json`` says.
+        files: its tensors.
+        places: where each tensor belongs.
+        ignored: tensors that take no part in writing or reading.
+        long_term_rows: rows of long-term memory per layer; empty for MemoryLLM.
+        initialized: whether the short-term pool holds memory (a MemoryLLM may come without).
+    """
+
+    folder: Path
+    config: PublishedConfig
+    files: TensorFiles
+    places: Mapping[str, Place]
+    ignored: tuple[str, ...]
+    long_term_rows: tuple[int, ...]
+    initialized: bool
+
+    @classmethod
+    def open(cls, path: str | Path, weights: str = WEIGHTS) -> PublishedCheckpoint:
+        """Read ``config.json`` and the headers of the weight files, and check them against each other.
+
+        Raises:
+            CheckpointError: a key or tensor is missing, unknown, or contradicts another; the message names it, its rule
+                and its value.
+        """
+        folder = Path(path)
+        config = PublishedConfig.from_file(folder / "config.json")
+        files = TensorFiles.open(folder, weights)
+        decoder = weight_shapes(empty_llama(config.decoder))
+        wanted = places(config, decoder)
+        foreign = [name for name in files if name not in wanted]
+        if config.kind == "mplus" and "initialized" in foreign:  # a remainder of training, where it may be 0
+            foreign.remove("initialized")
+            _initialized(files, must=True)
+        ignored = unused(foreign, decoder)
+        _check(files, wanted, [name for name in foreign if name not in ignored])
+        rows: tuple[int, ...] = ()
+        if config.kind == "mplus":
+            rows = tuple(_long_term_rows(files, layer) for layer in range(config.layers))
+        initialized = config.kind == "mplus" or _initialized(files)
+        return cls(folder, config, files, wanted, tuple(ignored), rows, initialized)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the decoder's embedding is stored."""
+        dtype = self.files.dtype("model.embed_tokens.weight")
+        if dtype is None:
+            raise CheckpointError("model.embed_tokens.weight must be stored as floating-point numbers")
+        return dtype
+
+    def load(
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        memory_device: torch.device | str | None = None,
+        rope_inv_freq_dtype: RopeDtype = "default",
+        config: Mapping[str, Any] | None = None,
+        attn_implementation: str = "sdpa",
+        tokenizer: Any = None,
+        seed: int = 0,
+        check: bool = True,
+    ) -> tuple[Any, Memory]:
+        """Build the wrapped decoder and its memory, tensor by tensor.
+
+        Besides what is returned, no more than one tensor of the checkpoint is held at a time.
+
+        Args:
+            dtype: of weights and memory; default: as stored.
+            device: where the decoder goes.
+            memory_device: where the memory's rows go; default: with the decoder.
+            rope_inv_freq_dtype: round the rotary frequencies to this dtype, None: do not; "default": bfloat16 for M+
+                (its published numbers come from rounded frequencies), None for MemoryLLM.
+            config: values for fields of ``MPlusConfig`` that the checkpoint leaves open, such as ``backend`` or
+                ``chunk_tokens`` (``published_config.OPEN_FIELDS``).
+            attn_implementation: attention of the decoder, as in transformers.
+            tokenizer: lets ``Memory.write`` take text.
+            seed: of the generator that draws the rows that leave the short-term memory.
+            check: run the self-check of ``mplus.wrap``.
+
+        Returns:
+            The wrapped decoder in eval mode, variant "published", and a memory of batch size 1 with the checkpoint's
+            rows, keys, ages and recall frequencies.
+
+        Raises:
+            CheckpointError: a tensor cannot be read or holds impossible ages or frequencies.
+            ConfigError: ``config`` does not fit.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        device = torch.device(device)
+        memory_config = self.config.memory_config(rope_inv_freq_dtype, config)
+        decoder = empty_llama(self.config.decoder, dtype=dtype, attn_implementation=attn_implementation)
+        for name, place in self.places.items():
+            if place.base:
+                fill(decoder, place.ours, self.files.read(name), device)
+        finish(decoder, self.folder, device)
+        model = self._wrap(decoder, memory_config, dtype, device, check)
+        memory = model.new_memory(tokenizer=tokenizer, seed=seed, device=memory_device)
+        for layer in range(len(self.long_term_rows)):
+            # Nobody else has this memory yet, so its store may be filled directly.
+            memory.stores[0].append(layer, self._long_term(layer, dtype))
+        return model, memory
+
+    def _wrap(self, decoder: Any, config: MPlusConfig, dtype: torch.dtype, device: torch.device, check: bool) -> Any:
+        pool = None
+        if self.initialized:
+            pool = torch.empty(self.files.shape("memory"), dtype=dtype, device=device)
+            pool.copy_(self.files.read("memory"))
+        model = wrap(decoder, config, check=check, pool=pool)
+        added = {name: place for name, place in self.places.items() if place.ours and not place.base}
+        for name, place in added.items():
+            set_addition(model, place.ours, self.files.read(name))
+        left = addition_names(model) - {place.ours for place in added.values()}
+        if left:
+            raise CheckpointError(
+                f"the checkpoint must have a counterpart of {min(left)}, which the wrapped decoder trains"
+            )
+        return model
+
+    def _long_term(self, layer: int, dtype: torch.dtype) -> MemoryRows:
+        """The stored rows of a layer. Births count back from a clock of 0; expiry counts merges from now on."""
+        rows, keys, ages, frequencies = (self.files.read(f"{name}.{layer}") for name in LTM)
+        for name, column in (("ltm_ages", ages), ("ltm_recall_frequencies", frequencies)):
+            wrong = ~torch.isfinite(column) | (column < 0 if name == "ltm_ages" else torch.zeros_like(column).bool())
+            if bool(wrong.any()):
+                rule = "numbers of at least 0" if name == "ltm_ages" else "finite numbers"
+                raise CheckpointError(f"{name}.{layer} must hold {rule}, got {float(column[wrong][0])}")
+        return MemoryRows(
+            hidden=rows.to(dtype),
+            birth=-1 - ages.to(torch.int64),
+            source=torch.full((len(rows),), NO_SOURCE, dtype=torch.int64),
+            key=keys.to(dtype),
+            expiry=frequencies.to(torch.float64),
+        )
+
+
+def _check(files: TensorFiles, wanted: Mapping[str, Place], foreign: Iterable[str]) -> None:
+    """Raises CheckpointError unless exactly the tensors ``wanted`` are there, with their shapes, as floats."""
+    for name, place in wanted.items():
+        if name not in files:
+            raise CheckpointError(
+                f"the checkpoint must have {name} of shape {_shape(place)}, which is missing{_hint(name, files)}"
+            )
+        shape = files.shape(name)
+        if len(shape) != len(place.shape) or any(
+            size not in (None, given) for size, given in zip(place.shape, shape, strict=True)
+        ):
+            raise CheckpointError(f"{name} must have shape {_shape(place)} by config.json, got {list(shape)}")
+        if files.dtype(name) is None and name != "initialized":
+            raise CheckpointError(
+                f"{name} must be stored as floating-point numbers: quantised checkpoints cannot be loaded"
+            )
+    for name in foreign:
+        raise CheckpointError(f"the checkpoint must not have a tensor {name}, which has no place in it by config.json")
+
+
+def _shape(place: Place) -> str:
+    return "[" + ", ".join("any" if size is None else str(size) for size in place.shape) + "]"
+
+
+def _hint(name: str, files: TensorFiles) -> str:
+    """For a projection that is there with LoRA where it should have none, or the other way round."""
+    other = name.replace(".base_layer", "") if ".base_layer." in name else name.replace(".weight", ".base_layer.weight")
+    return f" (but there is {other}: see lora_config.target_modules)" if other != name and other in files else ""
+
+
+def _long_term_rows(files: TensorFiles, layer: int) -> int:
+    counts = {f"{name}.{layer}": files.shape(f"{name}.{layer}")[0] for name in LTM}
+    rows = counts[f"ltm.{layer}"]
+    for name, count in counts.items():
+        if count != rows:
+            raise CheckpointError(f"{name} must have as many rows as ltm.{layer} ({rows}), got {count}")
+    return rows
+
+
+def _initialized(files: TensorFiles, must: bool = False) -> bool:
+    value: Tensor = files.read("initialized")
+    if value.numel() != 1 or value.item() not in ((1,) if must else (0, 1)):
+        raise CheckpointError(f"initialized must be {'1' if must else '0 or 1'}, got {value.tolist()}")
+    return bool(value.item())

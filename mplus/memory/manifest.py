@@ -1,0 +1,212 @@
+"""The manifest of a saved memory: all there is to know about it but the values of its tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import cattrs
+import torch
+from attrs import define
+
+from mplus.errors import MemoryFileError, MemoryMismatchError
+from mplus.memory.folder import DATA, MANIFEST
+from mplus.memory.stream import Source
+
+FORMAT = "mplus-memory"
+VERSION = 1
+"""Format version that is written, and the newest that is read."""
+
+
+@define(frozen=True, kw_only=True)
+class LayoutEntry:
+    """What the rows look like: see ``mplus.stores.base.StoreLayout``; ``dtype`` by name ("float32")."""
+
+    layers: int
+    hidden_size: int
+    key_size: int
+    expiry: bool
+    dtype: str
+
+
+@define(frozen=True, kw_only=True)
+class StreamEntry:
+    """One stream.
+
+    Attributes:
+        clock: rows written so far per layer.
+        sources: what was written, by source number.
+        stm, pending, ltm: rows in each layer.
+        store: number of its store; streams that share one have the same.
+    """
+
+    clock: int
+    sources: tuple[Source, ...]
+    stm: tuple[int, ...]
+    pending: tuple[int, ...]
+    ltm: tuple[int, ...]
+    store: int
+
+
+@define(frozen=True, kw_only=True)
+class TensorEntry:
+    """One tensor of the data file: dtype by name, shape, and SHA-256 of its bytes (row-major, little-endian)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+@define(frozen=True, kw_only=True)
+class DataEntry:
+    """The data file beside the manifest: name, size in bytes, SHA-256 of all of it, and its tensors by name."""
+
+    file: str
+    bytes: int
+    sha256: str
+    tensors: dict[str, TensorEntry]
+
+
+@define(frozen=True, kw_only=True)
+class Manifest:
+    """A saved memory without its tensors.
+
+    Attributes:
+        written_by: version of mplus that wrote it.
+        fingerprint: facts about the decoder that a memory depends on (``Engine.fingerprint``).
+        layout: what the rows look like.
+        eviction: policy of the long-term memory, by name or as a table with its options.
+        streams: one per batch row.
+        data: the file with the tensors.
+    """
+
+    written_by: str
+    fingerprint: dict[str, Any]
+    layout: LayoutEntry
+    eviction: Any
+    streams: tuple[StreamEntry, ...]
+    data: DataEntry
+
+    def to_json(self) -> str:
+        """The text of the file, with a digest of its own content."""
+        plain = {"format": FORMAT, "version": VERSION, **_converter().unstructure(self)}
+        return json.dumps({**plain, "digest": _digest(plain)}, indent=1) + "\n"
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read the manifest of the memory saved in the folder ``path``; its tensors are not looked at.
+
+    Raises:
+        MemoryFileError: there is none, it was truncated or altered, is of a newer format, or is something else.
+    """
+    file = Path(path) / MANIFEST
+    plain = _parse(_read(file), file)
+    if plain is None or plain.get("format") != FORMAT:
+        held = "something else" if plain is None else f"format {plain.get('format')!r}"
+        raise MemoryFileError(f"{file} must have format {FORMAT!r}, got {held}: this is not a saved memory")
+    version = plain.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise MemoryFileError(
+            f"{file} was written by format version {version}, this mplus reads up to {VERSION}: upgrade mplus"
+        )
+    if type(version) is not int or version < 1:
+        raise MemoryFileError(f"{file} must have a format version of at least 1, got {version!r}: it was altered")
+    expected, actual = plain.get("digest"), _digest(plain)
+    if expected != actual:
+        raise MemoryFileError(
+            f"{file} was altered after it was saved: its digest must be {expected}, got {actual}: use another copy"
+        )
+    try:
+        manifest = _converter().structure(plain, Manifest)
+    except cattrs.BaseValidationError as error:
+        faults = "; ".join(cattrs.transform_error(error, path="manifest"))
+        raise MemoryFileError(f"{file} does not describe a memory: {faults}") from error
+    _check(manifest, file)
+    return manifest
+
+
+def is_memory(folder: Path) -> bool:
+    """Whether ``folder`` has a manifest of a memory, of whatever version. Raises MemoryFileError if nobody can tell."""
+    file = folder / MANIFEST
+    if not file.exists():
+        return False
+    text = _read(file)
+    try:
+        plain = _parse(text, file)
+    except MemoryFileError:
+        return False
+    return plain is not None and plain.get("format") == FORMAT
+
+
+def check_belongs(manifest: Manifest, fingerprint: Mapping[str, Any], dtype: torch.dtype, where: str | Path) -> None:
+    """Raise MemoryMismatchError, with every fact that differs, unless the memory was made by this decoder."""
+    own = {**json.loads(json.dumps(fingerprint)), "dtype": name_of(dtype)}
+    saved = {**manifest.fingerprint, "dtype": manifest.layout.dtype}
+    names = [*own, *(name for name in saved if name not in own)]
+    differences = [
+        f"{name} is {saved.get(name)!r} in the file and {own.get(name)!r} in the model"
+        for name in names
+        if saved.get(name) != own.get(name)
+    ]
+    if differences:
+        raise MemoryMismatchError(
+            f"{where} must be loaded by the model, adapters and config it was made with, but {'; '.join(differences)}"
+        )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """``torch.float32`` -> "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MemoryFileError(f"{file} is missing: {file.parent} must be a folder written by Memory.save") from error
+    except OSError as error:
+        raise MemoryFileError(f"{file} must be readable, got {error.strerror or error}") from error
+
+
+def _parse(text: bytes, file: Path) -> dict[str, Any] | None:
+    """The JSON object in ``text``, or None where it is other JSON. Raises MemoryFileError where it is none."""
+    try:
+        plain = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise MemoryFileError(f"{file} must hold JSON, got {error}: it is truncated, altered or foreign") from error
+    return plain if isinstance(plain, dict) else None
+
+
+def _digest(plain: Mapping[str, Any]) -> str:
+    """SHA-256 of everything but the digest itself, however the text is laid out."""
+    content = {name: value for name, value in plain.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _check(manifest: Manifest, file: Path) -> None:
+    """Raise MemoryFileError where the parts of a manifest contradict one another."""
+    layers = manifest.layout.layers
+    if not re.fullmatch(DATA.format("[0-9a-f]+"), manifest.data.file):
+        pattern = DATA.format("<hex>")
+        raise MemoryFileError(f"{file}: data.file must be named like {pattern!r}, got {manifest.data.file!r}")
+    if not manifest.streams:
+        raise MemoryFileError(f"{file}: streams must have at least one entry, got none")
+    for number, stream in enumerate(manifest.streams):
+        for tier in ("stm", "pending", "ltm"):
+            counts = getattr(stream, tier)
+            if len(counts) != layers or min(counts, default=0) < 0:
+                raise MemoryFileError(
+                    f"{file}: streams[{number}].{tier} must count the rows of {layers} layers, got {list(counts)}"
+                )
+        if not 0 <= stream.store < len(manifest.streams):
+            raise MemoryFileError(f"{file}: streams[{number}].store must be a store's number, got {stream.store}")
+
+
+def _converter() -> cattrs.Converter:
+    converter = cattrs.Converter()
+    converter.register_unstructure_hook(tuple, list)
+    return converter

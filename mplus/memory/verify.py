@@ -1,0 +1,86 @@
+"""Checking a saved memory from end to end, without a decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from mplus.errors import MemoryFileError
+from mplus.memory.files import read_generator, read_rows
+from mplus.memory.folder import locked
+from mplus.memory.manifest import Manifest, StreamEntry, read_manifest
+from mplus.memory.tensors import TensorReader, digest_of_file
+from mplus.rows import NO_SOURCE, MemoryRows
+
+
+def verify(path: str | Path) -> list[str]:
+    """Faults of the memory saved in the folder ``path``, one sentence each; none: it is sound.
+
+    Reads every byte: the manifest, the checksums of the data file and of each tensor, and whether the values make
+    sense (finite, written before the clock, from a known source).
+    """
+    folder = Path(path)
+    with locked(folder, shared=True):
+        try:
+            manifest = read_manifest(folder)
+            with TensorReader(folder, manifest.data) as file:
+                return list(_faults(manifest, file))
+        except MemoryFileError as error:
+            return [str(error)]
+
+
+def _faults(manifest: Manifest, file: TensorReader) -> Iterator[str]:
+    digest = digest_of_file(file.path)
+    if digest != manifest.data.sha256:
+        yield f"{file.path} must have the SHA-256 {manifest.data.sha256}, got {digest}: it was altered"
+    superfluous = sorted(file.names() - manifest.data.tensors.keys())
+    if superfluous:
+        yield f"{file.path} must hold only the tensors in the manifest, got {superfluous[0]!r} too"
+    for number, stream in enumerate(manifest.streams):
+        yield from _stream(file, number, stream)
+    for store in sorted({stream.store for stream in manifest.streams}):
+        sharing = [stream for stream in manifest.streams if stream.store == store]
+        for layer, count in enumerate(sharing[0].ltm):
+            yield from _rows(file, f"store.{store}.{layer}", count, sharing)
+
+
+def _stream(file: TensorReader, number: int, stream: StreamEntry) -> Iterator[str]:
+    for tier, counts in (("stm", stream.stm), ("pending", stream.pending)):
+        for layer, count in enumerate(counts):
+            yield from _rows(file, f"stream.{number}.{tier}.{layer}", count, [stream])
+    for name in file.data.tensors:
+        if name.startswith(f"stream.{number}.counter."):
+            yield from _fault(file.get, name)
+    yield from _fault(read_generator, file, number)
+
+
+def _fault(read: Callable[..., object], *what: object) -> Iterator[str]:
+    """What ``read(*what)`` says against the file, if anything."""
+    try:
+        read(*what)
+    except MemoryFileError as error:
+        yield str(error)
+
+
+def _rows(file: TensorReader, prefix: str, count: int, streams: Sequence[StreamEntry]) -> Iterator[str]:
+    try:
+        rows = read_rows(file, prefix, count)
+    except MemoryFileError as error:
+        yield str(error)
+        return
+    for rule, wrong in _broken(rows, max(stream.clock for stream in streams), max(len(s.sources) for s in streams)):
+        if wrong:
+            yield f"{file.path}: {prefix} must have {rule}, {wrong} of its {count} rows break it"
+
+
+def _broken(rows: MemoryRows, clock: int, sources: int) -> Iterator[tuple[str, int]]:
+    """Rules, and how many rows break each."""
+    for name in ("hidden", "key"):
+        column = rows.columns().get(name)
+        if column is not None:
+            yield f"finite values in {name!r}", int((~torch.isfinite(column).all(1)).sum())
+    yield f"births below the clock, {clock}", int((rows.birth >= clock).sum())
+    known = (rows.source >= NO_SOURCE) & (rows.source < sources)
+    yield f"sources from {NO_SOURCE} to {sources - 1}", int((~known).sum())

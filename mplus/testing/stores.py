@@ -1,0 +1,263 @@
+"""What every ``MemoryStore`` must do."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import attrs
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import run_state_machine_as_test
+from torch import Tensor
+
+from mplus.rows import MemoryRows
+from mplus.stores.base import Column, MemoryStore, StoreLayout, StoreView
+from mplus.testing.store_model import LAYOUT, StoreMachine
+from mplus.testing.strategies import CONFORMANCE, draw_rows, layouts
+
+COLUMNS: tuple[Column, ...] = ("birth", "source", "key", "expiry")
+
+
+class StoreConformance:
+    """Subclass it in a test module and set ``implementation``, or override ``make``.
+
+    Attributes:
+        implementation: the store class under test.
+        hidden_tolerance, key_tolerance: largest absolute error of values of size about 1, for stores that compress.
+    """
+
+    implementation: ClassVar[Any]
+    hidden_tolerance: ClassVar[float] = 0.0
+    key_tolerance: ClassVar[float] = 0.0
+
+    def make(self, layout: StoreLayout) -> MemoryStore:
+        """A new, empty store."""
+        store = self.implementation(layout)
+        assert isinstance(store, MemoryStore)
+        return store
+
+    # ------------------------------------------------------------------ comparing
+
+    def check_column(self, name: str, actual: Tensor | None, expected: Tensor | None) -> None:
+        """Raise AssertionError unless a column is what was stored, within the tolerances."""
+        if expected is None:
+            assert actual is None, f"a layout without {name!r} has no such column"
+            return
+        assert actual is not None, f"column {name!r} is missing"
+        tolerance = {"hidden": self.hidden_tolerance, "key": self.key_tolerance}.get(name, 0.0)
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0, msg=lambda m: f"column {name!r}: {m}")
+
+    def check_rows(self, actual: MemoryRows, expected: MemoryRows) -> None:
+        """Raise AssertionError unless ``actual`` are ``expected``, within the tolerances."""
+        for name in ("hidden", *COLUMNS):
+            self.check_column(name, getattr(actual, name), getattr(expected, name))
+
+    def check_layer(self, view: StoreView, layer: int, expected: list[tuple[int, MemoryRows]]) -> None:
+        """Raise AssertionError unless a layer holds exactly these rows under these ids, in this order."""
+        ids = view.ids(layer)
+        assert ids.dtype == torch.int64
+        assert ids.tolist() == [row_id for row_id, _ in expected]
+        assert view.count(layer) == len(expected)
+        empty = draw_rows(view.layout, 0, 0)
+        rows = MemoryRows.cat([empty, *(row for _, row in expected)])
+        for name in COLUMNS:
+            self.check_column(name, view.column(layer, name), getattr(rows, name))
+        self.check_column("key", view.keys(layer), rows.key)
+        self.check_rows(view.gather(layer, ids), rows)
+
+    def check_all(self, view: StoreView, expected: MemoryRows, ids: Tensor, layer: int = 0) -> None:
+        """As ``check_layer``, from rows and ids."""
+        single = [expected.select(slice(place, place + 1)) for place in range(len(expected))]
+        self.check_layer(view, layer, list(zip(ids.tolist(), single, strict=True)))
+
+    # ------------------------------------------------------------------ the tests
+
+    def test_has_a_name_and_options(self) -> None:
+        assert isinstance(self.implementation.name, str)
+        assert self.implementation.name
+        assert attrs.has(self.implementation.Options)
+        store = self.make(LAYOUT)
+        assert store.layout == LAYOUT
+        assert isinstance(store.options, self.implementation.Options)
+
+    @CONFORMANCE
+    @given(layout=layouts())
+    def test_new_store_is_empty(self, layout: StoreLayout) -> None:
+        store = self.make(layout)
+        for layer in range(layout.layers):
+            self.check_layer(store, layer, [])
+            self.check_layer(store.snapshot(), layer, [])
+
+    @CONFORMANCE
+    @given(layout=layouts(), data=st.data())
+    def test_rows_come_back_in_any_order_and_repeated(self, layout: StoreLayout, data: st.DataObject) -> None:
+        store, rows = self.make(layout), draw_rows(layout, 7, 1)
+        ids = torch.cat([store.append(0, rows.select(slice(0, 3))), store.append(0, rows.select(slice(3, 7)))])
+        self.check_all(store, rows, ids)
+        places = torch.tensor(data.draw(st.lists(st.integers(0, 6), max_size=12)), dtype=torch.int64)
+        for view in (store, store.snapshot()):
+            self.check_rows(view.gather(0, ids[places]), rows.select(places))
+
+    def test_follows_a_model_through_any_sequence_of_changes(self) -> None:
+        suite = self
+
+        class Machine(StoreMachine):
+            def __init__(self) -> None:
+                super().__init__(suite.make, suite.check_layer)
+
+        run_state_machine_as_test(Machine, settings=settings(CONFORMANCE, stateful_step_count=25))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    def test_keeps_every_dtype(self, dtype: torch.dtype) -> None:
+        layout = attrs.evolve(LAYOUT, dtype=dtype)
+        store, rows = self.make(layout), draw_rows(layout, 5, 1)
+        ids = store.append(1, rows)
+        self.check_all(store, rows, ids, layer=1)
+        gathered = store.gather(1, ids)
+        assert gathered.hidden.dtype == dtype
+        assert gathered.key is not None
+        assert gathered.key.dtype == dtype
+
+    def test_layers_are_independent(self) -> None:
+        store, rows = self.make(LAYOUT), draw_rows(LAYOUT, 4, 1)
+        ids = store.append(0, rows)
+        assert store.count(1) == 0
+        other = store.append(1, rows.select(slice(2, 4)))
+        store.remove(1, other[:1])
+        self.check_all(store, rows, ids)
+        self.check_all(store, rows.select(slice(3, 4)), other[1:], layer=1)
+
+    @pytest.mark.parametrize("ends", [[], [5], [0, 5]], ids=["empty", "some rows", "an old row gone"])
+    def test_a_missing_id_is_named(self, ends: list[int]) -> None:
+        store = self.make(LAYOUT)
+        rows = draw_rows(LAYOUT, ends[-1] if ends else 0, 1)
+        ids = store.append(0, rows)
+        missing = 987_654
+        if len(ends) == 2:
+            missing = int(ids[2])
+            store.remove(0, ids[2:3])
+        before = store.ids(0).clone()
+        wanted = torch.cat([before, torch.tensor([missing])])
+        for view in (store, store.snapshot()):
+            with pytest.raises(KeyError, match=str(missing)):
+                view.gather(0, wanted)
+        with pytest.raises(KeyError, match=str(missing)):
+            store.remove(0, wanted)
+        with pytest.raises(KeyError, match="-3"):
+            store.gather(0, torch.tensor([-3]))
+        assert store.ids(0).tolist() == before.tolist(), "a refused removal removes nothing"
+
+    @pytest.mark.parametrize(
+        "broken",
+        [
+            lambda rows: rows.replace(key=None),
+            lambda rows: rows.replace(expiry=None),
+            lambda rows: rows.replace(hidden=rows.hidden[:, :-1]),
+            lambda rows: rows.replace(key=torch.cat([rows.key, rows.key], 1)),
+            lambda rows: rows.replace(hidden=rows.hidden.half()),
+            lambda rows: rows.replace(birth=rows.birth.int()),
+            lambda rows: rows.replace(source=rows.source[:-1]),
+        ],
+        ids=["no key", "no expiry", "narrow hidden", "wide key", "half hidden", "int32 birth", "short source"],
+    )
+    def test_rows_of_another_layout_are_refused(self, broken: Any) -> None:
+        store, rows = self.make(LAYOUT), draw_rows(LAYOUT, 4, 1)
+        ids = store.append(0, rows)
+        with pytest.raises(ValueError, match=r"\w"):
+            store.append(0, broken(draw_rows(LAYOUT, 3, 2)))
+        self.check_all(store, rows, ids)
+
+    def test_superfluous_columns_are_refused(self) -> None:
+        store = self.make(attrs.evolve(LAYOUT, key_size=0, expiry=False))
+        for layout in (attrs.evolve(LAYOUT, expiry=False), attrs.evolve(LAYOUT, key_size=0)):
+            with pytest.raises(ValueError, match=r"\w"):
+                store.append(0, draw_rows(layout, 3, 1))
+        assert store.count(0) == 0
+
+    def test_appending_copies_and_forgets_how_rows_were_computed(self) -> None:
+        store, rows = self.make(LAYOUT), draw_rows(LAYOUT, 4, 1)
+        weight = torch.ones(1, requires_grad=True)
+        source = MemoryRows(**{name: column.clone() for name, column in rows.columns().items()})
+        ids = store.append(0, source.replace(hidden=source.hidden * weight))
+        more = store.append(0, source)
+        for column in source.columns().values():
+            column.zero_()
+        self.check_all(store, MemoryRows.cat([rows, rows]), torch.cat([ids, more]))
+        gathered, keys = store.gather(0, ids), store.keys(0)
+        assert keys is not None
+        assert not any(column.requires_grad for column in (*gathered.columns().values(), keys))
+
+    def test_what_was_handed_out_survives_later_changes_in_autograd(self) -> None:
+        store, rows = self.make(LAYOUT), draw_rows(LAYOUT, 4, 1)
+        store.append(0, rows)
+        keys = store.snapshot().keys(0)
+        assert keys is not None
+        query = torch.ones(2, requires_grad=True)
+        loss = (keys @ query).square().sum()
+        store.append(0, rows)
+        (gradient,) = torch.autograd.grad(loss, query)
+        torch.testing.assert_close(gradient, 2 * keys.T @ keys @ query)
+
+    def test_inference_mode_leaves_no_trace(self) -> None:
+        store, rows = self.make(LAYOUT), draw_rows(LAYOUT, 4, 1)
+        with torch.inference_mode():
+            inside = draw_rows(LAYOUT, 4, 1)
+            ids = store.append(0, inside)
+            store.append(0, inside)
+            store.remove(0, ids[1:2])
+            store.fork().append(0, inside)
+        store.append(0, rows)
+        self.check_all(store, rows.select(torch.tensor([0, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3])), store.ids(0))
+        weight = torch.ones(1, requires_grad=True)
+        hidden = store.gather(0, store.ids(0)).hidden
+        (gradient,) = torch.autograd.grad((hidden * weight).sum(), weight)
+        torch.testing.assert_close(gradient, hidden.sum()[None])
+
+    def test_ids_are_not_given_again_after_everything_left(self) -> None:
+        store, rows = self.make(LAYOUT), draw_rows(LAYOUT, 4, 1)
+        first = store.append(0, rows)
+        store.remove(0, first.flip(0))
+        self.check_layer(store, 0, [])
+        assert int(store.append(0, rows).min()) > int(first.max())
+
+    def test_appending_nothing_changes_nothing(self) -> None:
+        store, rows = self.make(LAYOUT), draw_rows(LAYOUT, 3, 1)
+        ids = store.append(0, rows)
+        assert store.append(0, draw_rows(LAYOUT, 0, 2)).tolist() == []
+        store.remove(0, torch.empty(0, dtype=torch.int64))
+        self.check_all(store, rows, ids)
+
+    def test_another_dtype_is_another_store(self) -> None:
+        store, rows = self.make(LAYOUT), draw_rows(LAYOUT, 5, 1)
+        store.append(0, rows)
+        store.remove(0, store.ids(0)[1:2])
+        left, ids = rows.select(torch.tensor([0, 2, 3, 4])), store.ids(0).clone()
+        moved = store.to(dtype=torch.bfloat16)
+        assert moved.layout == attrs.evolve(LAYOUT, dtype=torch.bfloat16)
+        assert store.layout == LAYOUT
+        assert moved.ids(0).tolist() == ids.tolist()
+        hidden = moved.gather(0, ids).hidden
+        torch.testing.assert_close(
+            hidden, left.hidden.bfloat16(), atol=self.hidden_tolerance, rtol=2**-7 if self.hidden_tolerance else 0
+        )
+        more = moved.append(0, draw_rows(moved.layout, 2, 3))
+        assert int(more.min()) > int(ids.max())
+        self.check_all(store, left, ids)
+        same = store.to("cpu")
+        self.check_all(same, left, ids)
+        same.append(0, rows)
+        self.check_all(store, left, ids)
+
+    def test_reports_its_size(self) -> None:
+        store = self.make(LAYOUT)
+        assert isinstance(store.nbytes, int)
+        store.append(0, draw_rows(LAYOUT, 100, 1))
+        assert store.nbytes > 0
+
+    def test_closing_twice_is_harmless(self) -> None:
+        store = self.make(LAYOUT)
+        store.append(0, draw_rows(LAYOUT, 2, 1))
+        store.close()
+        store.close()

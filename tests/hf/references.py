@@ -1,0 +1,79 @@
+"""Plain references for the integrations: LoRA merged or injected by hand, rows put in front of a text by hand."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from transformers.pytorch_utils import Conv1D
+
+from tests.architectures import VOCAB_SIZE
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+TOLERANCE = 2e-5
+"""Largest error allowed in float32 between two ways of computing logits of order one."""
+
+
+def ids(batch: int, tokens: int, seed: int = 0) -> Tensor:
+    """``[batch, tokens]`` random ids without the special ones."""
+    return torch.randint(2, VOCAB_SIZE, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference, relative to the spread of ``b`` where that is above 1."""
+    return float((a - b).detach().abs().max() / b.detach().std().clamp(min=1))
+
+
+@torch.no_grad()
+def aligned(model: nn.Module) -> Any:
+    """Move every weight to memory of its own: where in a file it was mapped from decides on the last bits of a product."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
+@torch.no_grad()
+def stir(model: nn.Module, seed: int = 1) -> Any:
+    """Redraw both factors of every LoRA: the second of a new one is zero, so all adapters would be the same."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            scale = 0.05 if ".lora_B." in name else 0.6 * parameter.shape[-1] ** -0.5
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@torch.no_grad()
+def merged(plain: nn.Module, source: nn.Module, *adapters: str) -> Any:
+    """A copy of ``plain`` with ``alpha / r * B A`` of the named adapters in ``source`` added to its weights."""
+    twin = copy.deepcopy(plain)
+    for name, layer in _lora(source):
+        weight = twin.get_submodule(name).weight
+        for adapter in adapters:
+            if adapter in layer.lora_A:
+                a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+                change = layer.lora_alpha[adapter] / layer.r[adapter] * b @ a
+                weight += change.T if isinstance(twin.get_submodule(name), Conv1D) else change
+    return twin
+
+
+@torch.no_grad()
+def injected(plain: nn.Module, source: nn.Module, adapter: str) -> Any:
+    """A copy of ``plain`` with the named adapter of ``source`` as PEFT's own, only one ("default"); trainable."""
+    twin = copy.deepcopy(plain)
+    layers = {name: layer for name, layer in _lora(source) if adapter in layer.lora_A}
+    first = next(iter(layers.values()))
+    config = LoraConfig(r=first.r[adapter], lora_alpha=first.lora_alpha[adapter], target_modules=list(layers))
+    inject_adapter_in_model(config, twin, "default")
+    for name, layer in layers.items():
+        for factor in ("lora_A", "lora_B"):
+            getattr(twin.get_submodule(name), factor)["default"].weight.copy_(getattr(layer, factor)[adapter].weight)
+    return twin
+
+
+def _lora(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]

@@ -1,0 +1,75 @@
+"""Stopping a piece of work at any line it runs through, or looking at the disk there."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+
+def _traced(work: Callable[[], Any], where: str, at_line: Callable[[int], None]) -> int:
+    """Run ``work`` and call ``at_line(n)`` before its n-th line in files whose path has ``where`` in it."""
+    count = 0
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal count
+        if where not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            count += 1
+            at_line(count)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def interrupted_everywhere(
+    prepare: Callable[[], Any], work: Callable[[], Any], where: str, most: int = 100
+) -> Iterator[int]:
+    """Again and again, ``prepare`` and then ``work`` with a KeyboardInterrupt before one of its lines in ``where``.
+
+    Yields after each interrupted run, up to ``most`` times: evenly over the run, and before each of the last lines.
+    """
+    prepare()
+    lines = _traced(work, where, lambda line: None)
+    last = most // 3
+    places = {*range(1, lines - last, max(1, lines // (most - last))), *range(max(1, lines - last), lines + 1)}
+    for place in sorted(places):
+
+        def interrupt(line: int, place: int = place) -> None:
+            if line == place:
+                raise KeyboardInterrupt
+
+        prepare()
+        try:
+            _traced(work, where, interrupt)
+        except KeyboardInterrupt:
+            yield place
+
+
+def copies_on_the_way(work: Callable[[], Any], folder: Path, copies: Path) -> list[Path]:
+    """Copies of ``folder`` in each state that it is in while ``work`` runs, first to last."""
+    found: list[Path] = []
+    seen: Any = None
+
+    def look(line: int) -> None:
+        nonlocal seen
+        state = sorted((entry.name, entry.stat().st_size, entry.stat().st_ino) for entry in folder.iterdir())
+        if state != seen:
+            seen = state
+            found.append(copies / str(len(found)))
+            shutil.copytree(folder, found[-1])
+
+    _traced(work, "mplus/memory/", look)
+    look(0)
+    return found

@@ -1,0 +1,125 @@
+"""Tiny wrapped decoders, equal in every process, and bit-for-bit comparison of memories."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import mplus
+from tests.architectures import BY_NAME, VOCAB_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from mplus.memory import Memory
+
+K, N, K0, CAPACITY, CHUNK = 4, 12, 6, 40, 16
+SIZES: dict[str, Any] = {
+    "chunk_tokens": CHUNK,
+    "min_chunk_tokens": 4,
+    "memory_tokens_per_chunk": K,
+    "short_term_tokens": N,
+    "retrieved_tokens": K0,
+    "long_term_tokens": CAPACITY,
+    "retriever": {"name": "linear", "width": 8},
+    "adapters": {"rank": 2},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "published": {
+        "variant": "published",
+        "mechanism": {"name": "mplus", "merge_every": 3, "lifetime": 4.0},
+        "long_term_tokens": None,
+    },
+    "memoryllm": {"mechanism": "memoryllm"},
+    "memoryllm-published": {"mechanism": "memoryllm", "variant": "published"},
+}
+
+
+def build(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A wrapped Llama of three layers; begin rows, mark, retriever and both adapters are random and matter."""
+    model = BY_NAME["llama"].build(seed).to(dtype)
+    mplus.wrap(model, mplus.MPlusConfig.from_dict({**SIZES, **changes}), check=False)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("mplus.") or ".lora_" in name:
+                scale = 1.0 if parameter.dim() > 2 else parameter.shape[-1] ** -0.5
+                parameter.copy_(0.7 * scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@functools.cache
+def variant(name: str) -> Any:
+    """The decoder of a variant, shared between tests: whoever changes one builds it anew."""
+    return build(**VARIANTS[name])
+
+
+def ids(tokens: int, seed: int = 0) -> Tensor:
+    """``[tokens]`` random ids."""
+    return torch.randint(2, VOCAB_SIZE, (tokens,), generator=torch.Generator().manual_seed(seed))
+
+
+def prompts(rows: int, tokens: int = 7, seed: int = 1000) -> Tensor:
+    """``[rows, tokens]`` random ids."""
+    return torch.stack([ids(tokens, seed + row) for row in range(rows)])
+
+
+def content(memory: Memory) -> dict[str, Any]:
+    """All a memory holds but the ids of its long-term rows, by name."""
+    found: dict[str, Any] = {}
+    for i, (state, store, generator) in enumerate(zip(memory.states, memory.stores, memory.generators, strict=True)):
+        found[f"{i}.clock"], found[f"{i}.sources"] = state.clock, state.sources
+        found[f"{i}.generator"] = generator.get_state()
+        for name, counter in state.counters.items():
+            found[f"{i}.counter.{name}"] = counter
+        for layer in range(store.layout.layers):
+            tiers = {
+                "stm": state.stm[layer],
+                "pending": state.pending[layer],
+                "ltm": store.gather(layer, store.ids(layer)),
+            }
+            for tier, rows in tiers.items():
+                for name, column in rows.columns().items():
+                    found[f"{i}.{tier}.{layer}.{name}"] = column
+    return found
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Names under which two contents differ in any bit."""
+    names = sorted(one.keys() | other.keys())
+    return [name for name in names if not _equal(one.get(name), other.get(name))]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and one.shape == other.shape and raw(one) == raw(other)
+    return type(one) is type(other) and bool(one == other)
+
+
+def raw(tensor: Tensor) -> bytes:
+    """The bytes of a tensor."""
+    return bytes(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def assert_same(one: Memory, other: Memory) -> None:
+    """Two memories are equal bit for bit, and will draw the same."""
+    assert difference(content(one), content(other)) == []
+
+
+def assert_content(memory: Memory, expected: dict[str, Any]) -> None:
+    """A memory holds exactly what ``content`` gave before."""
+    assert difference(content(memory), expected) == []
+
+
+def written(name: str, lengths: Sequence[int], seed: int = 0) -> Memory:
+    """A memory of a variant with one stream for each length: two sources each, the second one shorter."""
+    memory = variant(name).new_memory(batch_size=len(lengths), seed=seed)
+    for part, source in enumerate(("first", "zweite Quelle")):
+        rows = [ids(length // (part + 1), seed + 10 * part + row) for row, length in enumerate(lengths)]
+        memory.write(rows, source=source)
+    return memory

@@ -1,0 +1,207 @@
+"""Every registered attention backend, how one is chosen, and what is particular to ours."""
+
+from __future__ import annotations
+
+import logging
+
+import attrs
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mplus.backends import BACKENDS
+from mplus.backends.base import AttentionBackend, AttentionResult
+from mplus.backends.choose import BackendChooser, choose
+from mplus.backends.reference import ReferenceBackend
+from mplus.backends.sdpa import SdpaBackend
+from mplus.errors import NotSupported, UnknownNameError
+from mplus.registry import Registry
+from mplus.testing.attention import exact_attention, plain_attention
+from mplus.testing.backends import BackendConformance
+from mplus.testing.registered import suites
+from mplus.testing.strategies import CONFORMANCE, RequestShape, request_shapes
+
+globals().update(suites(BackendConformance, BACKENDS))
+
+
+class TestMeasure:
+    """The two yardsticks of the suite, by hand and against PyTorch."""
+
+    def test_exact_attention_by_hand(self):
+        """A query of 1 over memory keys 0 and 2, of which the second is a filler, and a text key of 1."""
+        ones = torch.ones(1, 1, 1, 1)
+        memory = torch.tensor([0.0, 2.0])[None, None, :, None]
+        request = RequestShape(batch=1, groups=1, key_heads=1, queries=1, past=0, width=1, value_width=1).build()
+        segment = attrs.evolve(
+            request.segments[0], keys=memory, values=torch.tensor([10.0, torch.nan])[None, None, :, None]
+        )
+        segment = attrs.evolve(segment, valid=torch.tensor([[True, False]]))
+        request = attrs.evolve(request, queries=ones, keys=ones, values=20 * ones, scale=1.0, segments=(segment,))
+        output, weights = exact_attention(request)
+        share = torch.softmax(torch.tensor([0.0, 1.0], dtype=torch.float64), 0)
+        assert weights.flatten().tolist() == [share[0], 0, share[1]]
+        assert output.item() == pytest.approx(10 * share[0] + 20 * share[1])
+
+    @CONFORMANCE
+    @given(shape=request_shapes(mask="bool", sinks=True), softcap=st.sampled_from([None, 2.0]))
+    def test_plain_attention_agrees_with_exact_attention(self, shape, softcap):
+        request = shape.build(torch.float64, softcap=softcap)
+        torch.testing.assert_close(plain_attention(request), exact_attention(request)[0])
+
+    def test_exact_attention_is_that_of_pytorch_without_memory(self):
+        request = RequestShape(queries=5, past=0, segments=(), fillers=()).build(torch.float64)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            request.queries, request.keys, request.values, is_causal=True, scale=request.scale, enable_gqa=True
+        )
+        torch.testing.assert_close(exact_attention(request)[0], expected)
+
+
+class TestReference:
+    @CONFORMANCE
+    @given(
+        shape=request_shapes(sinks=True),
+        softcap=st.sampled_from([None, 2.0]),
+        dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    )
+    def test_accepts_everything_and_rounds_only_the_result(self, shape, softcap, dtype):
+        request = shape.build(dtype, softcap=softcap, need_weights=True)
+        assert ReferenceBackend().unsupported_reasons(request) == []
+        exact, weights = exact_attention(request)
+        result = ReferenceBackend().attend(request)
+        precise = 1e-5 if dtype != torch.float64 else 1e-12
+        rounding = torch.finfo(dtype).eps if torch.finfo(dtype).bits == 16 else 0
+        torch.testing.assert_close(result.output.double(), exact, atol=precise, rtol=rounding)
+        torch.testing.assert_close(result.weights.double(), weights, atol=precise, rtol=rounding)
+
+
+class TestSdpa:
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        seen = []
+        attention = torch.nn.functional.scaled_dot_product_attention
+
+        def spy(*args, **kwargs):
+            seen.append(kwargs)
+            return attention(*args, **kwargs)
+
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+        return seen
+
+    @pytest.mark.parametrize(
+        ("shape", "mask", "causal"),
+        [
+            (RequestShape(queries=1), False, False),
+            (RequestShape(queries=1, fillers=("some",)), True, False),
+            (RequestShape(queries=4, past=0, segments=(), fillers=()), False, True),
+            (RequestShape(queries=4, past=0, segments=(0,)), False, True),
+            (RequestShape(queries=4, past=2, segments=(), fillers=()), True, False),
+            (RequestShape(queries=4, past=0), True, False),
+        ],
+    )
+    def test_hands_over_the_least_mask(self, calls, shape, mask, causal):
+        SdpaBackend().attend(shape.build())
+        (call,) = calls
+        assert (call["attn_mask"] is not None, call["is_causal"]) == (mask, causal)
+
+    def test_masks_are_not_spread_over_heads_and_batch(self, calls):
+        SdpaBackend().attend(RequestShape().build())
+        assert calls[0]["attn_mask"].shape == (1, 1, 3, 5 + 5)
+
+    def test_reasons_are_complete(self):
+        request = RequestShape(sinks=True, softcap=30.0).build(need_weights=True)
+        segment = attrs.evolve(request.segments[0], keys=request.segments[0].keys.half())
+        reasons = SdpaBackend().unsupported_reasons(attrs.evolve(request, segments=(segment,)))
+        assert len(reasons) == 4
+        for reason, words in zip(
+            reasons,
+            ["softcap=30.0", "sinks [4]", "need_weights=True", "segments[0].keys are torch.float16"],
+            strict=True,
+        ):
+            assert reason.startswith(words)
+
+
+class Picky(AttentionBackend):
+    """Refuses whatever has sinks."""
+
+    name = "picky"
+    made = 0
+
+    def __init__(self):
+        type(self).made += 1
+
+    def unsupported_reasons(self, request):
+        return ["sinks: none of them here"] if request.sinks is not None else []
+
+    def attend(self, request):
+        return AttentionResult(request.queries)
+
+
+class TestChoosing:
+    @pytest.fixture
+    def registry(self, monkeypatch):
+        registry = Registry(
+            "backend",
+            group="mplus.backends",
+            base="mplus.backends.base:AttentionBackend",
+            builtin={
+                "reference": "mplus.backends.reference:ReferenceBackend",
+                "sdpa": "mplus.backends.sdpa:SdpaBackend",
+            },
+            discover=lambda group: [],
+        )
+        registry.register("picky", Picky)
+        monkeypatch.setattr("mplus.backends.choose.BACKENDS", registry)
+        monkeypatch.setattr(Picky, "made", 0)
+        return registry
+
+    def test_auto_takes_the_first_that_can(self, registry):
+        assert isinstance(choose("auto", RequestShape().build()), SdpaBackend)
+        assert isinstance(choose("auto", RequestShape(softcap=30.0).build()), ReferenceBackend)
+
+    def test_auto_comes_to_third_parties_by_name(self, registry, monkeypatch):
+        monkeypatch.setattr(ReferenceBackend, "unsupported_reasons", lambda self, request: ["not today"])
+        assert isinstance(choose("auto", RequestShape(softcap=30.0).build()), Picky)
+
+    def test_a_named_backend_runs_or_says_why_not(self, registry):
+        assert isinstance(choose("picky", RequestShape(softcap=30.0).build()), Picky)
+        request = RequestShape(sinks=True, softcap=30.0, fillers=("some",)).build()
+        with pytest.raises(NotSupported) as error:
+            choose("sdpa", request)
+        message = str(error.value)
+        assert all(reason in message for reason in SdpaBackend().unsupported_reasons(request))
+        assert "'sdpa'" in message
+        assert "queries [2, 4, 3, 4] float32" in message
+        assert "memory [2, 2, 5, 4] float32 with fillers" in message
+
+    def test_when_nobody_can_everybodys_reasons_are_given(self, registry, monkeypatch):
+        monkeypatch.setattr(ReferenceBackend, "unsupported_reasons", lambda self, request: ["not today"])
+        with pytest.raises(NotSupported, match=r"sdpa: sinks.*reference: not today.*picky: sinks: none of them here"):
+            choose("auto", RequestShape(sinks=True).build())
+
+    def test_an_unknown_name_is_refused_at_once(self, registry):
+        with pytest.raises(UnknownNameError, match="sdpo"):
+            BackendChooser("sdpo")
+
+    def test_a_chooser_makes_each_backend_once_and_others_not_at_all(self, registry):
+        chooser = BackendChooser("picky")
+        assert chooser.choose(RequestShape().build()) is chooser.choose(RequestShape(queries=1).build())
+        assert Picky.made == 1
+        BackendChooser().choose(RequestShape().build())
+        assert Picky.made == 1
+
+    def test_every_backend_taken_is_logged_once_with_the_reason(self, registry, caplog):
+        caplog.set_level(logging.INFO, logger="mplus")
+        chooser = BackendChooser()
+        for _ in range(2):
+            chooser.choose(RequestShape().build())
+            chooser.choose(RequestShape(softcap=30.0).build())
+        first, second = (record.getMessage() for record in caplog.records)
+        assert "'sdpa'" in first
+        assert "order of preference" in first
+        assert "'reference'" in second
+        assert "softcap=30.0" in second
+        caplog.clear()
+        for _ in range(2):
+            BackendChooser("sdpa").choose(RequestShape().build())
+        assert [record.getMessage().endswith("named in the configuration") for record in caplog.records] == [True, True]

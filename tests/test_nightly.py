@@ -1,0 +1,46 @@
+"""The nightly command runs the tests in their long modes and commits what came out, also when a test fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+
+from tools import nightly
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    for command in (["init", "--quiet"], ["config", "user.name", "t"], ["config", "user.email", "t@example.org"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (tmp_path / "test_it.py").write_text(
+        "import os, pytest\n"
+        "def test_long_modes(): assert os.environ['MPLUS_NIGHTLY'] == '1'\n"
+        "def test_wrong(): assert False\n"
+        "@pytest.mark.skip\n"
+        "def test_left_out(): pass\n"
+    )
+    (tmp_path / "unrelated.txt").write_text("committed")
+    subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
+    subprocess.run(["git", "commit", "--quiet", "-m", "start"], cwd=tmp_path, check=True)
+    monkeypatch.setattr(nightly, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_record_is_written_and_committed(repository):
+    start = nightly.git("rev-parse", "HEAD")
+    (repository / "unrelated.txt").write_text("changed")
+    assert nightly.main(["-p", "no:cacheprovider"]) == 1
+    [file] = (repository / "records" / "nightly").glob("*.json")
+    record = json.loads(file.read_text())
+    assert record["tests"] == 3
+    assert record["failed"] == ["test_it.test_wrong"]
+    assert record["skipped"] == ["test_it.test_left_out"]
+    assert record["errors"] == []
+    assert record["commit"] == start
+    assert record["modified"] is True
+    assert record["pytest_status"] == 1
+    assert set(record["versions"]) == set(nightly.PACKAGES)
+    assert nightly.git("show", "--name-only", "--format=", "HEAD") == f"records/nightly/{file.name}"
+    assert nightly.git("status", "--porcelain", "--untracked-files=no") == "M unrelated.txt"

@@ -1,0 +1,246 @@
+"""Every registered retriever, and what is particular to each of ours."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mplus.errors import ConfigError, InputError
+from mplus.retrievers import RETRIEVERS, linear
+from mplus.retrievers.base import RetrieverShape, top_k
+from mplus.retrievers.linear import LinearRetriever
+from mplus.retrievers.random import RandomRetriever
+from mplus.rows import MemoryRows
+from mplus.stores.base import StoreLayout
+from mplus.stores.ram import RamStore
+from mplus.testing.registered import suites
+from mplus.testing.retrievers import RetrieverConformance
+from mplus.testing.strategies import CONFORMANCE, draw_rows
+
+globals().update(suites(RetrieverConformance, RETRIEVERS))
+
+SHAPE = RetrieverShape(layers=2, hidden_size=6)
+
+
+def store_of(keys: torch.Tensor, hidden_size: int = 6, layers: int = 2) -> RamStore:
+    layout = StoreLayout(layers=layers, hidden_size=hidden_size, key_size=keys.shape[1], dtype=keys.dtype)
+    store = RamStore(layout)
+    for layer in range(layers):
+        store.append(layer, draw_rows(layout, keys.shape[0], 0).replace(key=keys))
+    return store
+
+
+def text(batch: int, length: int) -> torch.Tensor:
+    return torch.ones(batch, length, dtype=torch.bool)
+
+
+class TestTopK:
+    @CONFORMANCE
+    @given(
+        scores=st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, float("inf"), float("-inf"), float("nan")]), max_size=30),
+        k=st.integers(0, 35),
+    )
+    def test_ranks_by_score_then_position_with_nan_last(self, scores, k):
+        order = sorted(
+            range(len(scores)),
+            key=lambda place: (-scores[place] if scores[place] == scores[place] else float("inf"), place),
+        )
+        selection = top_k(torch.tensor(scores), torch.arange(len(scores)) * 10, k)
+        assert selection.ids.tolist() == [10 * place for place in order[:k]]
+
+    def test_one_value_everywhere(self):
+        selection = top_k(torch.full((1000,), 0.5), torch.arange(1000), 17)
+        assert selection.ids.tolist() == list(range(17))
+
+
+class TestLinear:
+    @pytest.mark.parametrize("layer", [0, 1])
+    def test_scores_are_the_mean_sigmoid_of_the_products(self, layer):
+        torch.manual_seed(0)
+        retriever = LinearRetriever(SHAPE, LinearRetriever.Options(width=5))
+        memory, hidden = torch.randn(30, 6), torch.randn(2, 7, 6)
+        mask = text(2, 7)
+        mask[0, :3] = False
+        with torch.no_grad():
+            store = store_of(retriever.project_keys(layer, memory))
+            found = retriever.select(layer, retriever.project_queries(layer, hidden), mask, [store, store], 8)
+            query, key = retriever.query_proj[layer], retriever.key_proj[layer]
+            for row in range(2):
+                rows = [h for h, m in zip(hidden[row].double(), mask[row], strict=True) if m]
+                queries = [query[2].weight.double() @ nn.functional.silu(query[0].weight.double() @ h) for h in rows]
+                keys = [
+                    key[2].weight.double() @ nn.functional.silu(key[0].weight.double() @ m) for m in memory.double()
+                ]
+                scores = [sum(torch.sigmoid(q @ k) for q in queries).item() / len(queries) for k in keys]
+                best = sorted(range(30), key=lambda j: -scores[j])[:8]
+                assert found[row].ids.tolist() == best
+                torch.testing.assert_close(found[row].scores.double(), torch.tensor([scores[j] for j in best]).double())
+
+    @pytest.mark.parametrize("bound", [1, 7, 64, 10**9])
+    def test_pieces_do_not_change_the_scores_and_stay_below_the_bound(self, monkeypatch, bound):
+        generator = torch.Generator().manual_seed(0)
+        keys, queries = torch.randn(50, 4, generator=generator), torch.randn(5, 4, generator=generator)
+        expected = torch.sigmoid(queries @ keys.T).mean(0)
+        largest = 0
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                nonlocal largest
+                result = func(*args, **(kwargs or {}))
+                if func.name().startswith(("aten::mm", "aten::matmul", "aten::bmm")):
+                    largest = max(largest, result.numel())
+                return result
+
+        monkeypatch.setattr(linear, "MAX_PRODUCTS", bound)
+        with Watch():
+            (scores,) = linear.mean_sigmoid([queries], keys)
+        torch.testing.assert_close(scores, expected)
+        assert 0 < largest <= max(bound, 5)
+
+    def test_a_shared_store_is_read_once(self):
+        class Counting(RamStore):
+            reads = 0
+
+            def column(self, layer, name):
+                Counting.reads += name == "key"
+                return super().column(layer, name)
+
+        retriever = LinearRetriever(SHAPE, LinearRetriever.Options(width=5))
+        layout = StoreLayout(layers=2, hidden_size=6, key_size=5)
+        store = Counting(layout)
+        store.append(0, draw_rows(layout, 4, 0))
+        retriever.select(0, torch.randn(3, 2, 5), text(3, 2), [store, store, store], 2)
+        assert Counting.reads == 1
+
+    def test_scores_stay_float32_under_autocast_and_for_low_precision_keys(self):
+        generator = torch.Generator().manual_seed(0)
+        keys = torch.randn(400, 16, generator=generator).bfloat16()
+        queries = torch.randn(6, 16, generator=generator).bfloat16()
+        expected = torch.sigmoid(queries.float() @ keys.float().T).mean(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            (scores,) = linear.mean_sigmoid([queries], keys)
+        torch.testing.assert_close(scores, expected, atol=1e-6, rtol=0)
+        assert scores.unique().numel() == 400  # in bfloat16 nearly all would be tied
+
+    def test_ties_go_to_the_lowest_id(self):
+        retriever = LinearRetriever(SHAPE, LinearRetriever.Options(width=1))
+        # Products of -300, 0 and 300 have the sigmoids 0, 1/2 and 1 exactly.
+        store = store_of(torch.tensor([0.0, 300, -300, 300, 0, 300]).repeat(40)[:, None])
+        (selection,) = retriever.select(0, torch.ones(1, 3, 1), text(1, 3), [store], 130)
+        sure = [row for row in range(240) if row % 6 in (1, 3, 5)]
+        assert selection.ids.tolist() == sure + [row for row in range(240) if row % 6 in (0, 4)][:10]
+        assert selection.scores.tolist() == [1.0] * 120 + [0.5] * 10
+
+    @pytest.mark.parametrize(("layers", "parameters"), [(1, 6 * 5), (2, 6 * 10 + 10 * 5)])
+    def test_projectors(self, layers, parameters):
+        retriever = LinearRetriever(SHAPE, LinearRetriever.Options(width=5, layers=layers))
+        assert retriever.key_size == 5
+        assert sum(p.numel() for p in retriever.query_proj[1].parameters()) == parameters
+        assert len(retriever.query_proj) == len(retriever.key_proj) == 2
+        assert not any("bias" in name for name, _ in retriever.named_parameters())
+        hidden = torch.randn(4, 6)
+        assert not torch.equal(retriever.project_keys(0, hidden), retriever.project_keys(1, hidden))
+        assert not torch.equal(retriever.project_keys(0, hidden), retriever.project_queries(0, hidden[None])[0])
+
+    def test_projectors_train(self):
+        retriever = LinearRetriever(SHAPE)
+        hidden = torch.randn(1, 3, 6)
+        loss = retriever.project_queries(0, hidden).sum() + retriever.project_keys(0, hidden[0]).sum()
+        loss.backward()
+        used = {name for name, p in retriever.named_parameters() if p.grad is not None}
+        assert used == {f"{kind}_proj.0.{place}.weight" for kind in ("query", "key") for place in (0, 2)}
+
+    def test_takes_hidden_states_of_another_precision(self):
+        retriever = LinearRetriever(SHAPE)
+        assert retriever.project_queries(0, torch.randn(1, 3, 6).bfloat16()).dtype == torch.float32
+        assert retriever.to(torch.bfloat16).project_keys(0, torch.randn(3, 6)).dtype == torch.bfloat16
+
+    def test_a_store_without_keys_is_refused(self):
+        layout = StoreLayout(layers=2, hidden_size=6)
+        with pytest.raises(ValueError, match="key_size=0"):
+            LinearRetriever(SHAPE).select(0, torch.randn(1, 2, 256), text(1, 2), [RamStore(layout)], 1)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"width": 0}, "width must be a whole number of at least 1, got 0"),
+            ({"width": 2.5}, "width must be .*, got 2.5"),
+            ({"layers": 3}, "layers must be one of 1, 2, got 3"),
+        ],
+    )
+    def test_bad_options_are_named(self, options, message):
+        with pytest.raises(ConfigError, match=message):
+            LinearRetriever.Options(**options)
+
+
+class TestRandom:
+    def test_draws_depend_on_seed_layer_and_content(self):
+        store = store_of(torch.zeros(100, 1))
+        queries = torch.empty(1, 2, 0)
+
+        def pick(layer, view, seed=0):
+            retriever = RandomRetriever(SHAPE, RandomRetriever.Options(seed=seed))
+            return retriever.select(layer, queries, text(1, 2), [view], 10)[0].ids.tolist()
+
+        base = pick(0, store)
+        assert pick(0, store.fork()) == base
+        assert pick(1, store) != base
+        assert pick(0, store, seed=1) != base
+        store.append(0, store.gather(0, store.ids(0)[:1]))
+        grown = pick(0, store)
+        assert grown != base
+        store.remove(0, store.ids(0)[:1])
+        assert pick(0, store) not in (base, grown)
+
+    def test_every_row_is_as_likely_as_any_other(self):
+        """Chi-squared with 19 degrees of freedom exceeds 43.8 once in a thousand; here the draws never change."""
+        store = store_of(torch.zeros(20, 1))
+        counts, draws = torch.zeros(20), 1000
+        for seed in range(draws):
+            retriever = RandomRetriever(SHAPE, RandomRetriever.Options(seed=seed))
+            ids = retriever.select(0, torch.empty(1, 1, 0), text(1, 1), [store], 5)[0].ids
+            assert len(ids.unique()) == 5
+            counts[ids] += 1
+        expected = draws * 5 / 20
+        assert float(((counts - expected) ** 2 / expected).sum()) < 43.8
+
+    @pytest.mark.parametrize("seed", [-1, 1.5, "0"])
+    def test_bad_options_are_named(self, seed):
+        with pytest.raises(ConfigError, match="seed must be a whole number of at least 0, got"):
+            RandomRetriever.Options(seed=seed)
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("shape", "mask", "stores", "k", "message"),
+        [
+            ((2, 3, 4), text(2, 3), 1, 1, "2, 3, 4.*1 stores"),
+            ((1, 3, 4), text(1, 2), 1, 1, r"mask \[1, 2\]"),
+            ((3, 4), text(3, 4), 3, 1, r"queries \[3, 4\]"),
+            ((1, 3, 4), text(1, 3).float(), 1, 1, "bool, got torch.float32"),
+            ((1, 3, 4), text(1, 3), 1, -1, "k must be at least 0, got -1"),
+            ((2, 3, 4), torch.tensor([[True] * 3, [False] * 3]), 2, 1, r"in rows \[1\] all of it is masked"),
+        ],
+    )
+    def test_bad_arguments_are_named(self, shape, mask, stores, k, message):
+        store = store_of(torch.zeros(3, 4))
+        for kind in (LinearRetriever, RandomRetriever):
+            with pytest.raises(InputError, match=message):
+                kind(SHAPE).select(0, torch.zeros(shape), mask, [store] * stores, k)
+
+
+def test_rows_are_still_there_after_retrieval():
+    """Retrieval copies: what it returns can be fetched, and fetching leaves the store as it was."""
+    store = store_of(torch.randn(9, 4, generator=torch.Generator().manual_seed(0)))
+    retriever = LinearRetriever(SHAPE, LinearRetriever.Options(width=4))
+    (selection,) = retriever.select(1, torch.ones(1, 2, 4), text(1, 2), [store], 4)
+    rows = store.gather(1, selection.ids)
+    assert isinstance(rows, MemoryRows)
+    assert rows.key is not None
+    expected = torch.sigmoid(rows.key.sum(1))
+    torch.testing.assert_close(selection.scores, expected)
+    assert store.count(1) == 9

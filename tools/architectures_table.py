@@ -1,0 +1,159 @@
+"""Measure every architecture and write the table in the docs.
+
+python -m tools.architectures_table measure     # adds this environment's transformers to records/architectures.json
+python -m tools.architectures_table render      # writes docs/architectures.md from the record
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from transformers import __version__ as transformers_version
+
+import mplus
+from mplus.errors import NotSupported
+from tests import comparisons
+from tests.architectures import ARCHITECTURES, Architecture
+from tests.retrofitted import CHUNK, K, config_for, retrofit
+from tools import recording
+
+RECORD = "architectures.json"
+PAGE = recording.ROOT / "docs" / "architectures.md"
+COLUMNS = ("read", "retrieve", "step", "write", "rows")
+
+
+def measure(architecture: Architecture) -> dict[str, Any]:
+    """Errors of one architecture: the worst over its attention implementations and, for writes, chunk sizes."""
+    if architecture.refused is not None:
+        try:
+            mplus.wrap(architecture.build(), config_for(architecture))
+        except NotSupported as reason:
+            return {"refused": str(reason)}
+        raise SystemExit(f"{architecture.name} should have been refused")
+    row: dict[str, Any] = {"moved": None, **dict.fromkeys(COLUMNS), "generate": [], "implementations": []}
+    for implementation in architecture.implementations:
+        pair = retrofit(architecture, implementation)
+        found = pair.wrapped.mplus_engine.retrofit
+        row["technique"] = found.technique
+        row["positions"] = "offset" if found.positions.offset else found.positions.layout
+        row["implementations"].append(implementation)
+        _measure(architecture, implementation, pair, row)
+    row["generate"] = sorted(set.intersection(*map(set, row["generate"]))) if row["generate"] else None
+    return row
+
+
+def _measure(architecture: Architecture, implementation: str, pair: Any, row: dict[str, Any]) -> None:
+    def worst(column: str, value: float) -> None:
+        row[column] = value if row[column] is None else max(row[column], value)
+
+    if architecture.hybrid:
+        worst("read", comparisons.techniques(pair))
+    else:
+        found, moved = comparisons.stm_read(pair)
+        worst("read", found)
+        row["moved"] = round(moved if row["moved"] is None else min(row["moved"], moved), 2)
+        pair.forget_longest_sequence()
+        worst("retrieve", comparisons.retrieval_read(pair))
+        for tokens in (CHUNK, K, K - 1, 1):
+            for chunks in (0, 1, 3):
+                pair.forget_longest_sequence()
+                worst("write", comparisons.write(pair, tokens, chunks))
+    if architecture.stable_cache:
+        limited = retrofit(architecture, implementation, query_tokens=10)
+        worst("step", comparisons.steps(architecture, pair, limited))
+        searches = [search for search in comparisons.SEARCHES if comparisons.generation(pair, search)]
+        row["generate"].append(searches)
+    if architecture.positions != "offset":
+        worst("rows", comparisons.padded_batch(pair))
+
+
+def render(record: dict[str, Any]) -> str:
+    """The docs page."""
+    newest = max(record, key=lambda v: tuple(map(int, v.split(".")[:3])))
+    run = record[newest]
+    lines = [
+        PREAMBLE.strip(),
+        "",
+        f"Measured with transformers {newest}, torch {run['torch']}, {run['device']}, on {run['date']}; "
+        f"the same comparisons within the same tolerances with transformers "
+        f"{', '.join(v for v in sorted(record) if v != newest) or newest}.",
+        "",
+        "| decoder | attention | positions | memory moves logits by | read | retrieve | step | write | rows | generation |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for architecture in ARCHITECTURES:
+        row = run["rows"][architecture.name]
+        name = f"`{architecture.model_type}`" + (
+            f" ({architecture.name})" if architecture.name != architecture.model_type else ""
+        )
+        if "refused" in row:
+            notes.append(f"- {name}: {row['refused']}")
+            continue
+        technique = "registered function" if row["technique"] == "attention" else "cache view"
+        cells = [f"{row[column]:.0e}" if row[column] is not None else "–" for column in COLUMNS]
+        moved = "–" if row["moved"] is None else f"{row['moved']:.1f}"
+        searches = ", ".join(row["generate"]) if row["generate"] is not None else "–"
+        attention = f"{technique} ({', '.join(row['implementations'])})"
+        lines.append(
+            f"| {name} | {attention} | {row['positions']} | {moved} | " + " | ".join(cells) + f" | {searches} |"
+        )
+    return "\n".join([*lines, "", "## Refused", "", *notes, "", NOTES.strip(), ""])
+
+
+PREAMBLE = """
+# Architectures
+
+Whether a decoder can carry a memory is found out by running it, when it is wrapped: no list of names decides it. A
+decoder that cannot is refused with the reasons. The decoders below are tested with every change, as tiny random models
+in float32 whose logits have a standard deviation of one to three, against the *placeholder oracle*: the unmodified
+decoder, run over one extra position per memory row, whose hidden states are overwritten before every layer.
+
+The numbers are largest absolute errors of the logits (of the new rows, for writes) over all attention implementations.
+Allowed are 2e-05, for hybrids 1e-04.
+
+- **read**: short-term memory in front of the text equals the oracle. For hybrids, which have no oracle: the registered
+  attention function equals the cache view.
+- **retrieve**: short-term memory and retrieved long-term rows equal the oracle.
+- **step**: prefill and cached steps equal one full forward.
+- **write**: the rows written by chunks longer than, equal to and shorter than the rows per chunk equal the oracle's.
+- **rows**: a left-padded batch with unequal memories equals each row alone.
+- **generation**: the same tokens with and without a cache, in a padded batch and (but for sampling) alone.
+"""
+
+NOTES = """
+## Notes
+
+- *Cache view*: these decoders compute attention themselves; memory is shown to them through the key/value cache, and a
+  named attention backend is refused.
+- *Positions*: rotary embeddings are relative, so memory sits at negative positions and text stays where it was. Where
+  frequencies depend on the largest position (dynamic NTK, longrope), memory comes first and text is moved behind it
+  ("offset"); cached and full computation then differ with or without memory, and a row of a batch from the row alone,
+  hence the dashes. Learned positions never move. With ALiBi memory sits right in front of the text
+  ("constant") unless the config says otherwise; it is measured here as "sequential", which the oracle knows.
+- *Hybrids* (attention in some layers only) carry memory in their attention layers. A chunk shorter than the rows per
+  chunk writes one row per token there instead of re-encoding older rows.
+- Mixture-of-experts blocks get no LoRA adapters by default, their routers and experts are not plain projections.
+"""
+
+
+def main(command: str) -> None:
+    """Run one of the two commands."""
+    path = recording.ROOT / "records" / RECORD
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if command == "measure":
+        with torch.no_grad():
+            rows = {architecture.name: measure(architecture) for architecture in ARCHITECTURES}
+        record[transformers_version] = {**recording.circumstances(), "rows": rows}
+        recording.write(RECORD, record)
+    elif command == "render":
+        PAGE.write_text(render(record), encoding="utf-8")
+    else:
+        raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) == 2 else "")
