@@ -99,7 +99,7 @@ def state_dict(plain: dict[str, Any], dtype: torch.dtype = torch.float32, seed: 
     tensors = {
         "model.embed_tokens.weight": normal(VOCABULARY, WIDTH),
         "model.norm.weight": 1 + normal(WIDTH, scale=0.2),
-        "lm_head.weight": normal(VOCABULARY, WIDTH, scale=0.5),
+        "lm_head.weight": normal(VOCABULARY, WIDTH, scale=0.2),
         "memory": normal(LAYERS, pool, WIDTH),
         "bos_embedding": normal(LAYERS, 1, WIDTH),
         "new_memory_positional_emb": normal(1, 1, WIDTH, scale=0.5),

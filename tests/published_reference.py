@@ -44,13 +44,15 @@ class PublishedReference:
         """Logits ``[n, V]`` of ``ids`` ``[n]`` with all of the memory in front."""
         hidden = self.tensors["model.embed_tokens.weight"][ids]
         for layer in range(self.layers):
-            prefix = [self.tensors["bos_embedding"][layer]]
-            if self.retrieved:
-                prefix.append(self.tensors[f"ltm.{layer}"][self.retrieve(layer, hidden)])
-            prefix.append(self.tensors["memory"][layer])
-            rows = torch.cat([*prefix, hidden])
+            rows = torch.cat([*self._prefix(layer, hidden), hidden])
             hidden = self._layer(layer, rows, len(rows) - len(ids), self.read_adapter)
         return self._norm(hidden, "model.norm") @ self.tensors["lm_head.weight"].T
+
+    def _prefix(self, layer: int, hidden: Tensor) -> list[Tensor]:
+        if "initialized" in self.tensors and not self.tensors["initialized"]:
+            return []
+        long_term = [self.tensors[f"ltm.{layer}"][self.retrieve(layer, hidden)]] if self.retrieved else []
+        return [self.tensors["bos_embedding"][layer], *long_term, self.tensors["memory"][layer]]
 
     def write(self, ids: Tensor) -> Tensor:
         """``[L, K, d]`` new rows for the chunk ``ids`` ``[n]``."""

@@ -104,6 +104,18 @@ class TestSdpa:
         (call,) = calls
         assert (call["attn_mask"] is not None, call["is_causal"]) == (mask, causal)
 
+    @pytest.mark.parametrize("segments", [(), (5,)], ids=str)
+    @pytest.mark.parametrize("kind", ["bool", "additive", "smallest"])
+    def test_no_kernel_meets_a_query_without_a_key(self, calls, kind, segments):
+        """What comes of it, forward and backward, differs between kernels and devices."""
+        request = RequestShape(mask="padded", segments=segments, fillers=("all",) * len(segments)).build()
+        if kind != "bool":
+            masked = -torch.inf if kind == "additive" else torch.finfo(torch.float32).min
+            request = attrs.evolve(request, mask=torch.zeros(request.mask.shape).masked_fill(~request.mask, masked))
+        SdpaBackend().attend(request)
+        mask = calls[0]["attn_mask"]
+        assert bool((mask if mask.dtype == torch.bool else mask > torch.finfo(torch.float32).min / 2).any(-1).all())
+
     def test_masks_are_not_spread_over_heads_and_batch(self, calls):
         SdpaBackend().attend(RequestShape().build())
         assert calls[0]["attn_mask"].shape == (1, 1, 3, 5 + 5)

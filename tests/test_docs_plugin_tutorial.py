@@ -31,9 +31,10 @@ def environment(tmp_path):
     ).stdout.strip()
     outer = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     Path(site, "outer.pth").write_text("\n".join([*sorted(outer), str(ROOT)]) + "\n", encoding="utf-8")
-    for command in ("pip", "pytest"):
+    commands = {"pip": "-m pip", "pytest": "-m pytest", "mplus": "-c 'from mplus.cli import main; main()'"}
+    for command, arguments in commands.items():
         script = bin_folder / command
-        script.write_text(f'#!/bin/sh\nexec {shlex.quote(str(bin_folder / "python"))} -m {command} "$@"\n')
+        script.write_text(f'#!/bin/sh\nexec {shlex.quote(str(bin_folder / "python"))} {arguments} "$@"\n')
         script.chmod(0o755)
     return {
         **{name: value for name, value in os.environ.items() if name not in {"MPLUS_PLUGINS", "PYTHONPATH"}},

@@ -1,7 +1,4 @@
-"""Write ``docs/cli.md`` from the commands themselves.
-
-    python -m tools.cli_reference
-"""
+"""Write ``docs/cli.md`` from the commands themselves: ``python -m tools.cli_reference``."""
 
 from __future__ import annotations
 
@@ -61,7 +58,7 @@ def _options(command: Any, context: Any) -> list[str]:
     parameters = [parameter for parameter in command.get_params(context) if parameter.name != "help"]
     records = [parameter.get_help_record(context) for parameter in parameters]
     rows = [f"| <code>{_escaped(name)}</code> | {_escaped(text)} |" for name, text in filter(None, records)]
-    return ["\n".join(["| | |", "| --- | --- |", *rows])] if rows else []
+    return ["\n".join(["| argument or option | meaning |", "| --- | --- |", *rows])] if rows else []
 
 
 def _escaped(text: str) -> str:

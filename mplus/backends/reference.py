@@ -20,7 +20,7 @@ class ReferenceBackend(AttentionBackend):
 
     name: ClassVar[str] = "reference"
 
-    def unsupported_reasons(self, request: AttentionRequest) -> list[str]:  # noqa: ARG002  (nothing is unsupported)
+    def unsupported_reasons(self, request: AttentionRequest) -> list[str]:
         """Empty for every request."""
         return []
 

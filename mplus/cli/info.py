@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import mplus
+from mplus.cli.output import print_json
+
 if TYPE_CHECKING:
     import torch
 
-PACKAGES = ("mplus", "torch", "transformers", "peft", "safetensors", "tokenizers", "accelerate")
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "accelerate")
 OPTIONAL = ("bitsandbytes", "faiss-cpu", "faiss-gpu", "triton")
 
 
@@ -20,26 +23,25 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print the facts a
 
     What to add to a bug report.
     """
-    from mplus.cli.output import print_json
-
     facts = gather()
     if as_json:
         print_json(facts)
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table.grid(padding=(0, 3))
     for name, value in facts["versions"].items():
         table.add_row(name, value or "not installed")
     for device in facts["devices"]:
-        table.add_row(device["name"], device["description"])
+        table.add_row(device["name"], escape(device["description"]))
     for kind, names in facts["implementations"].items():
-        table.add_row(kind, ", ".join(names))
+        table.add_row(kind, escape(", ".join(names)))
     for entry in facts["backends"]:
         where = f"{entry['device']}, {entry['dtype']}"
         verdict = "runs" if entry["usable"] else f"cannot run: {entry['reason']}"
-        table.add_row(f"backend {entry['backend']}", f"{where}: {verdict}")
+        table.add_row(escape(f"backend {entry['backend']}"), escape(f"{where}: {verdict}"))
     Console(highlight=False).print(table)
 
 
@@ -49,7 +51,11 @@ def gather() -> dict[str, Any]:
 
     found = devices()
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES + OPTIONAL}},
+        "versions": {
+            "mplus": mplus.__version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES + OPTIONAL},
+        },
         "devices": found,
         "implementations": {registry.kind: registry.names() for registry in registries()},
         "backends": [entry for device in found for entry in backends_on(device["name"])],
@@ -61,13 +67,14 @@ def devices() -> list[dict[str, str]]:
     import torch
 
     found = [{"name": "cpu", "description": f"{platform.machine()}, {torch.get_num_threads()} threads"}]
-    kind = torch.accelerator.current_accelerator(check_available=True)
-    for index in range(torch.accelerator.device_count() if kind is not None else 0):
-        name, description = f"{kind.type}:{index}", kind.type
-        if kind.type == "cuda":
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kinds = [] if accelerator is None else [accelerator.type] * torch.accelerator.device_count()
+    for index, kind in enumerate(kinds):
+        description = kind
+        if kind == "cuda":
             facts = torch.cuda.get_device_properties(index)
             description = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, compute {facts.major}.{facts.minor}"
-        found.append({"name": name, "description": description})
+        found.append({"name": f"{kind}:{index}", "description": description})
     return found
 
 

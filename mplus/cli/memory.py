@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mplus.cli.output import counts, print_json, size
+
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mplus.memory.manifest import Manifest
+    from mplus.memory.manifest import Manifest, StreamEntry
 
 Saved = Annotated[Path, typer.Argument(help="Folder written by Memory.save.", show_default=False)]
 
@@ -23,7 +25,6 @@ def show(
     """Show what a saved memory holds and which decoder it belongs to, without loading its rows."""
     from rich.console import Console
 
-    from mplus.cli.output import print_json
     from mplus.memory.manifest import read_manifest
 
     manifest = read_manifest(path)
@@ -31,13 +32,15 @@ def show(
         print_json(_facts(manifest))
         return
     console = Console(highlight=False)
-    for table in _tables(manifest):
-        console.print(table)
+    console.print(_decoder(manifest))
+    for number, stream in enumerate(manifest.streams):
+        rows = f"{counts(stream.stm)} short-term, {counts(stream.pending)} pending, {counts(stream.ltm)} long-term"
+        console.print(f"\nstream {number}: {rows} rows per layer, {stream.clock:,} written", soft_wrap=True)
+        console.print(_sources(stream))
 
 
 def verify(path: Saved) -> None:
     """Read every byte of a saved memory and check it against its checksums. Exit code 1: there are faults."""
-    from mplus.cli.output import size
     from mplus.memory.manifest import read_manifest
     from mplus.memory.verify import verify as faults_of
 
@@ -60,35 +63,33 @@ def _facts(manifest: Manifest) -> dict[str, object]:
     return plain
 
 
-def _tables(manifest: Manifest) -> list[Table]:
+def _decoder(manifest: Manifest) -> Table:
+    """What the memory is made of, and what its decoder must be."""
+    from rich.markup import escape
     from rich.table import Table
 
-    from mplus.cli.output import counts, size
-
     layout = manifest.layout
-    facts = Table.grid(padding=(0, 3))
     keys = f", retriever keys of width {layout.key_size}" if layout.key_size else ""
-    facts.add_row("written by", f"mplus {manifest.written_by}")
-    facts.add_row("size", f"{size(manifest.data.bytes)} in {manifest.data.file}")
-    facts.add_row("rows", f"{layout.layers} layers of width {layout.hidden_size}{keys}, {layout.dtype}")
-    facts.add_row("eviction", str(manifest.eviction))
+    table = Table.grid(padding=(0, 3))
+    table.add_row("written by", f"mplus {manifest.written_by}")
+    table.add_row("size", f"{size(manifest.data.bytes)} in {manifest.data.file}")
+    table.add_row("rows", f"{layout.layers} layers of width {layout.hidden_size}{keys}, {layout.dtype}")
+    table.add_row("eviction", escape(str(manifest.eviction)))
     for name, value in manifest.fingerprint.items():
-        if name not in {"layers", "hidden_size", "key_size"}:
-            facts.add_row(f"decoder: {name}", str(value))
-    tables = [facts]
-    for number, stream in enumerate(manifest.streams):
-        rows = f"{counts(stream.stm)} short-term, {counts(stream.pending)} pending, {counts(stream.ltm)} long-term"
-        table = Table(
-            title=f"stream {number}: {rows} rows per layer, {stream.clock:,} written",
-            title_justify="left",
-            title_style="bold",
-            box=None,
-        )
-        table.add_column("source")
-        table.add_column("tokens", justify="right")
-        table.add_column("chunks", justify="right")
-        for source in stream.sources:
-            if source.chunks:
-                table.add_row(source.name or "(no name)", f"{source.tokens:,}", f"{source.chunks:,}")
-        tables.append(table)
-    return tables
+        if name not in {"layers", "hidden_size", "key_size"}:  # said already
+            table.add_row(f"decoder: {name}", escape(str(value)))
+    return table
+
+
+def _sources(stream: StreamEntry) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None)
+    table.add_column("source")
+    table.add_column("tokens", justify="right")
+    table.add_column("chunks", justify="right")
+    for source in stream.sources:
+        if source.chunks:
+            table.add_row(escape(source.name or "(no name)"), f"{source.tokens:,}", f"{source.chunks:,}")
+    return table

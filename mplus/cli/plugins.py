@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mplus.cli.output import print_json
 
 if TYPE_CHECKING:
     from mplus.registry import Registry
@@ -15,20 +19,19 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="Print the list
 
     Each is imported to find out. MPLUS_PLUGINS in the environment limits third-party packages to those it names.
     """
-    from mplus.cli.output import print_json
-
     found = implementations()
     if as_json:
         print_json(found)
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None)
     for column in ("kind", "name", "origin"):
         table.add_column(column, overflow="fold")
     for entry in found:
-        table.add_row(entry["kind"], entry["name"], entry["origin"])
+        table.add_row(*(escape(entry[column]) for column in ("kind", "name", "origin")))
     console = Console(highlight=False)
     console.print(table)
     broken = [entry for entry in found if entry["error"]]
@@ -50,8 +53,28 @@ def registries() -> list[Registry[Any]]:
 
 def implementations() -> list[dict[str, Any]]:
     """Kind, name, origin and error (None: none) of every implementation."""
+    _import_torch()
     return [
         {"kind": registry.kind, "name": entry.name, "origin": entry.origin, "error": entry.error}
         for registry in registries()
         for entry in registry.entries()
     ]
+
+
+def _import_torch() -> None:
+    """Import torch without its own plug-ins.
+
+    It looks for them with ``importlib.metadata``, which one line without ``=`` in the entry points of any distribution
+    brings down, and torch with it. That distribution is one of those to be listed here.
+    """
+    if "torch" in sys.modules:
+        return
+    switch = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+    before = os.environ.get(switch)
+    os.environ[switch] = "0"
+    try:
+        import torch  # noqa: F401
+    finally:
+        os.environ.pop(switch)
+        if before is not None:
+            os.environ[switch] = before

@@ -90,6 +90,7 @@ def add_adapters(model: nn.Module, anatomy: Anatomy, config: AdapterConfig) -> N
     for module in _switched(model):
         module._active_adapter = active.get(module, [])
     for layer in lora_layers(model):
+        layer.train(layer.get_base_layer().training)
         change_class(layer, subclass(type(layer), PassAdapter))
 
 

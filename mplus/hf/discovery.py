@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from mplus.errors import NotSupported
+from mplus.hf.modes import in_eval_mode, input_device
 from mplus.hf.capture import CaptureCache, Captured
 
 
@@ -143,15 +144,11 @@ def discover(model: Any) -> Anatomy:
     """
     root, layers = find_layers(model)
     name = type(model).__name__
-    training = model.training
-    model.eval()
-    try:
-        ids = torch.tensor([[1, 2, 3, 4]], device=model.get_input_embeddings().weight.device)
+    with in_eval_mode(model):
+        ids = torch.tensor([[1, 2, 3, 4]], device=input_device(model))
         cache = _filled_cache(model, ids[:, :3])
         with _tracing(root, cache) as trace:
             model(input_ids=ids[:, 3:], attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
-    finally:
-        model.train(training)
     home = {module: index for index, layer in enumerate(layers) for module in layer.modules()}
     specs: list[AttentionSpec] = []
     for attention in sorted((module for module in trace.updates if module in home), key=home.__getitem__):

@@ -10,9 +10,11 @@ from attrs import define
 from torch import Tensor, nn
 
 from mplus.config import MPlusConfig
-from mplus.errors import MemoryMismatchError
+from mplus.errors import MemoryMismatchError, NotSupported
+from mplus.hf.attention import BASES, PREFIX
 from mplus.hf.discovery import AttentionSpec
 from mplus.hf.fingerprint import fingerprint
+from mplus.hf.modes import input_device
 from mplus.hf.passes import Marks, Pass, Project, Projected, running
 from mplus.hf.reading import right_aligned
 from mplus.hf.retrofit import Retrofit
@@ -45,12 +47,8 @@ class DecoderEngine:
 
     @property
     def device(self) -> torch.device:
-        weight: Any = self.embedding.weight
-        device: torch.device = weight.device
-        if device.type == "meta":  # offloaded: accelerate brings the weight in for the call
-            hook: Any = getattr(self.embedding, "_hf_hook", None)
-            return torch.device(hook.execution_device) if hook is not None else device
-        return device
+        """Where input ids go, and by default the rows of memories."""
+        return input_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,12 +92,14 @@ class DecoderEngine:
 
         Raises:
             MemoryMismatchError: the decoder was unwrapped in the meantime.
+            NotSupported: it has been set to an attention implementation that memory does not go with.
         """
         if self.model.__dict__.get("mplus_engine") is not self:
             raise MemoryMismatchError(
                 f"this memory's {type(self.model).__name__} is no longer wrapped: save memories before mplus.unwrap, "
                 "and load them for the model once it is wrapped again"
             )
+        self.check_attention()
         plan, additions = plans[0], self.mechanism.additions
         old = plan.reencoded
         reencoded = None
@@ -127,6 +127,16 @@ class DecoderEngine:
         if plan.overlap:
             made = [rows + additions.mark.to(rows) for rows in made[:-1]] + made[-1:]
         return made
+
+    def check_attention(self) -> None:
+        """Raises NotSupported when the decoder would pass memory by: its attention is no longer ours."""
+        decoder: Any = self.retrofit.anatomy.decoder
+        now = decoder.config._attn_implementation
+        if self.retrofit.technique == "attention" and not str(now).startswith(PREFIX):
+            raise NotSupported(
+                f"the decoder's attention implementation was set to {now!r}, which knows no memory: use "
+                f"model.set_attn_implementation with one of {', '.join(BASES)}"
+            )
 
     def _write_offset(self, plan: WritePlan) -> int:
         rows = int(plan.begin) + len(plan.context[0]) - plan.reencoded

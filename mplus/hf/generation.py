@@ -7,7 +7,6 @@ from typing import Any
 
 from mplus.errors import ConfigError, NotSupported
 from mplus.hf.model_class import check_cache, generating, read
-from mplus.hf.reading import Reading
 from mplus.hf.sources import retrieved_sources
 from mplus.memory.memory import Memory
 
@@ -29,10 +28,12 @@ def generate(
         raise ConfigError(f"retrieve_every must be a whole number of at least 1, or None, got {retrieve_every!r}")
     refuse(model, args, kwargs, retrieve_every)
     engine = model.mplus_engine
+    engine.check_attention()
     reading = check_cache(kwargs.get("past_key_values"), memory, reuse_memory_cache)
     if reading is None:
         reading = read(engine, memory, retrieve_every=retrieve_every)
-    check_batch(args, kwargs, reading)
+    prompts, reading.prompt_tokens = prompt_shape(args, kwargs)
+    reading.repeats(prompts)
     # From here on further rows are copies of a prompt (beams, several samples), and no gradient is wanted.
     reading.repeats_allowed, reading.keep = True, True
     with generating(model, reading):
@@ -44,11 +45,11 @@ def generate(
     return output
 
 
-def check_batch(args: tuple[Any, ...], kwargs: dict[str, Any], reading: Reading) -> None:
-    """Raises MemoryMismatchError unless there is one stream per prompt."""
-    prompts = [args[0] if args else None, *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
-    given = next((prompt for prompt in prompts if prompt is not None), None)
-    reading.repeats(1 if given is None else given.shape[0])
+def prompt_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Prompts and tokens per prompt; without a prompt, generation starts from one BOS token."""
+    places = [args[0] if args else None, *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+    given = next((prompt for prompt in places if prompt is not None and prompt.shape[1]), None)
+    return (1, 1) if given is None else tuple(given.shape[:2])  # type: ignore[return-value]
 
 
 def refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], retrieve_every: int | None) -> None:
@@ -65,7 +66,14 @@ def refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], retrieve_e
         reasons.append("prefill_chunk_size would retrieve with the first piece of the prompt only")
     if setting("cache_implementation") == "paged":
         reasons.append("cache_implementation='paged' leaves no place for memory in front of the text")
-    if retrieve_every is not None and setting("use_cache") is False:
-        reasons.append("retrieve_every needs use_cache=True: without a cache, new rows would change text already read")
+    if retrieve_every is not None:
+        if setting("use_cache") is False:
+            reasons.append("retrieve_every needs use_cache=True: without a cache, new rows would change text already read")
+        for name in ("num_beams", "num_return_sequences"):
+            if (setting(name) or 1) > 1:
+                reasons.append(f"retrieve_every needs {name}=1: what is retrieved is for one continuation of a prompt")
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
+            if setting(name):
+                reasons.append(f"retrieve_every does not go with {name}: guessed tokens would retrieve as well")
     if reasons:
         raise NotSupported("generate with memory does not support this call: " + "; ".join(reasons))

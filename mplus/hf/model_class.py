@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from mplus.config import Component, MPlusConfig
-from mplus.errors import MemoryMismatchError
+from mplus.errors import MemoryMismatchError, NotSupported
+from mplus.hf import attention
 from mplus.hf.engine import DecoderEngine
+from mplus.hf.modes import with_attention
 from mplus.hf.passes import Pass, running, subclass
 from mplus.hf.reading import Reading
 from mplus.memory.memory import Memory
@@ -27,6 +29,7 @@ class MemoryModel:
     """Mixed into a wrapped decoder's class."""
 
     mplus_engine: DecoderEngine
+    mplus_installed: Any
 
     @property
     def mplus_config(self) -> MPlusConfig:
@@ -88,6 +91,30 @@ class MemoryModel:
             self, super().generate, memory, retrieve_every, output_sources, reuse_memory_cache, args, kwargs  # type: ignore[misc]
         )
 
+    def generate_batch(self, *args: Any, memory: Memory | None = None, **kwargs: Any) -> Any:
+        """As in transformers: continuous batching, which is for the decoder alone. Raises NotSupported with a memory."""
+        if memory is not None:
+            raise NotSupported(
+                "generate_batch (continuous batching) keeps keys and values of many texts in pages and leaves no place for "
+                "memory in front of a text: use generate"
+            )
+        with with_attention(self, self.mplus_installed.base_attention):
+            return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, within ``generate_batch``. Raises NotSupported otherwise: a manager outlives the call."""
+        if self.config._attn_implementation.startswith(attention.PREFIX):  # type: ignore[attr-defined]
+            raise NotSupported("continuous batching in a wrapped decoder goes through generate_batch; or use mplus.unwrap first")
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; with others than "eager" and "sdpa" memory is refused from then on."""
+        wanted = attn_implementation
+        if wanted in attention.BASES and self.mplus_engine.retrofit.technique == "attention":
+            self.mplus_installed.base_attention = wanted
+            wanted = attention.PREFIX + wanted
+        super().set_attn_implementation(wanted, *args, **kwargs)  # type: ignore[misc]
+
     def save_pretrained(
         self,
         save_directory: Any,
@@ -143,6 +170,7 @@ def _component(value: Any) -> Component | None:
 
 
 def _rebuild(base: type) -> Any:
+    attention.register()  # this may be a new process
     cls = memory_model_class(base)
     return cls.__new__(cls)
 
@@ -185,11 +213,10 @@ def _forward(
         if kwargs.get("past_key_values") is not None:
             check_cache(kwargs["past_key_values"], None, reuse)
         return base.forward(model, *args, **kwargs)
-    inputs = dict(inspect.signature(base.forward).bind_partial(model, *args, **kwargs).arguments)
-    inputs.pop("self", None)
-    inputs.update(inputs.pop("kwargs", {}))
+    inputs = _by_name(base, args, kwargs)
     cache = inputs.get("past_key_values")
     engine: DecoderEngine = model.mplus_engine
+    engine.check_attention()
     reading = given or check_cache(cache, memory, reuse) or read(engine, memory)
     with running(_read_pass(engine, reading, base, inputs)):
         output = base.forward(model, **inputs)
@@ -197,6 +224,17 @@ def _forward(
         if holder is not None:
             holder._mplus_reading = reading
     return output
+
+
+def _by_name(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of one ``forward``, each under its name."""
+    signature = inspect.signature(base.forward)
+    _, *inputs = signature.bind_partial(None, *args, **kwargs).arguments.items()  # without self
+    named = dict(inputs)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
+    return named
 
 
 def read(engine: DecoderEngine, memory: Any, **options: Any) -> Reading:

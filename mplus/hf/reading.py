@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from attrs import define, field
+from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.errors import InputError, MemoryMismatchError
@@ -27,6 +27,7 @@ class Reading:
         memory: the memory the views were taken from (None for a test pass), and its ``version`` then.
         keep: remember projections for later tokens; off where gradients flow, because they must be recomputed.
         repeats_allowed: a batch may hold several copies of each row in turn (beams, several samples).
+        prompt_tokens: retrieve with so many tokens of the first forward only (the rest is guessed); None: with all.
         retrieve_every: retrieve anew after so many further tokens.
         retrieved: what each memory layer retrieved last.
         projected: each memory layer's keys and values.
@@ -39,6 +40,7 @@ class Reading:
     version: int = -1
     keep: bool = True
     repeats_allowed: bool = False
+    prompt_tokens: int | None = None
     retrieve_every: int | None = None
     retrieved: dict[int, list[Retrieved | None]] = field(factory=dict)
     projected: dict[int, Projected] = field(factory=dict)
@@ -53,6 +55,11 @@ class Reading:
     def is_of(self, memory: Memory) -> bool:
         """Whether ``memory`` is still in the state this reading was taken in."""
         return self.memory is memory and self.version == memory.version
+
+    def __deepcopy__(self, memo: Any) -> Reading:
+        """A reading of the same memory: copying a key/value cache must not copy memory and model with it."""
+        recent = {layer: list(parts) for layer, parts in self.recent.items()}
+        return evolve(self, retrieved=dict(self.retrieved), projected=dict(self.projected), recent=recent)
 
     def prefix_rows(self) -> list[int]:
         """Rows in front of the text of each stream, in the layer that has most."""
@@ -90,7 +97,7 @@ class ReadSource:
             return None
         if layer not in reading.retrieved:
             with torch.no_grad():
-                reading.retrieved[layer] = self._retrieve(layer, hidden[::repeats])
+                reading.retrieved[layer] = self._retrieve(layer, hidden[::repeats, : reading.prompt_tokens])
         projected = project(assemble(reading.mechanism, reading.views, layer, reading.retrieved[layer], hidden))
         if reading.keep:
             reading.projected[layer] = projected
@@ -101,7 +108,7 @@ class ReadSource:
         mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         if self.text_mask is not None:
             step = self.text_mask.shape[0] // hidden.shape[0]
-            mask = self.text_mask[::step].to(hidden.device)
+            mask = self.text_mask[::step, : hidden.shape[1]].to(hidden.device)
         limit = reading.mechanism.config.query_tokens
         if limit is not None:
             mask = mask & (mask.cumsum(1) <= limit)

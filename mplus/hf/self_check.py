@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mplus.hf.engine import DecoderEngine
 from mplus.hf.model_class import generating
+from mplus.hf.modes import in_eval_mode
 from mplus.hf.reading import Reading
 from mplus.hf.retrofit import Technique
 from mplus.memory.stream import StreamState, StreamView
@@ -58,18 +59,8 @@ def self_check(model: Any, base_logits: Tensor) -> list[Check]:
         model: the wrapped decoder.
         base_logits: ``[1, TOKENS, V]`` of the decoder before it was wrapped, for ``check_ids``.
     """
-    with _quiet(model):
+    with in_eval_mode(model):
         return _Checks(model, base_logits).run()
-
-
-@contextmanager
-def _quiet(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 class _Checks:

@@ -16,7 +16,8 @@ STORIES260K = Path(__file__).parent.parent / "data" / "stories260K"
 
 def load_decoder() -> Any:
     """A new copy of the decoder, on the CPU and in eval mode. Needs no network."""
-    return AutoModelForCausalLM.from_pretrained(STORIES260K, local_files_only=True).eval()
+    with without_bars():
+        return AutoModelForCausalLM.from_pretrained(STORIES260K, local_files_only=True).eval()
 
 
 def load_tokenizer() -> Any:

@@ -20,6 +20,7 @@ from mplus.hf.discovery import Anatomy, discover
 from mplus.hf.engine import DecoderEngine
 from mplus.hf.fingerprint import digest
 from mplus.hf.model_class import memory_model_class
+from mplus.hf.modes import in_eval_mode, input_device
 from mplus.hf.passes import carry_memory, change_class, drop_memory
 from mplus.hf.peft_model import PeftMemoryModel, peft_model_class
 from mplus.hf.positions import MemoryPositions
@@ -81,7 +82,7 @@ def wrap(model: Any, config: MPlusConfig | None = None, *, check: bool = True, p
     anatomy = discover(decoder)
     positions = MemoryPositions(_layout(config, anatomy), config.position_span, offset=_moving_rope(decoder))
     retrofit = Retrofit(anatomy, "attention", positions, BackendChooser(config.backend))
-    ids = check_ids(decoder.get_input_embeddings().weight.shape[0], decoder.get_input_embeddings().weight.device)
+    ids = check_ids(decoder.get_input_embeddings().weight.shape[0], input_device(decoder))
     base_logits = _logits(decoder, ids) if check else None
     mechanism = build_mechanism(config, _begin_rows(decoder, anatomy), pool)
     installed = Installed(base_attention, digest(decoder, "base"), [], [], [])
@@ -157,12 +158,8 @@ def _moving_rope(decoder: Any) -> bool:
 
 @torch.no_grad()
 def _logits(decoder: Any, ids: Tensor) -> Tensor:
-    training = decoder.training
-    decoder.eval()
-    try:
+    with in_eval_mode(decoder):
         return decoder(input_ids=ids).logits  # type: ignore[no-any-return]
-    finally:
-        decoder.train(training)
 
 
 @torch.no_grad()
@@ -173,15 +170,17 @@ def _begin_rows(decoder: Any, anatomy: Anatomy) -> Tensor:
     token = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
     token = token[0] if isinstance(token, list | tuple) else token
     if token is not None and 0 <= token < embedding.weight.shape[0]:
-        inputs = {"input_ids": torch.tensor([[token]], device=embedding.weight.device)}
+        inputs = {"input_ids": torch.tensor([[token]], device=input_device(decoder))}
     else:
-        inputs = {"inputs_embeds": embedding.weight.float().mean(0).to(embedding.weight.dtype)[None, None]}
+        every = embedding(torch.arange(embedding.weight.shape[0], device=input_device(decoder)))
+        inputs = {"inputs_embeds": every.float().mean(0).to(every)[None, None]}
     seen: list[Tensor] = []
     handle = anatomy.layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
     try:
-        anatomy.decoder(**inputs, use_cache=False)
+        with in_eval_mode(decoder):
+            anatomy.decoder(**inputs, use_cache=False)
     finally:
         handle.remove()
     if seen[0].dim() != 3:
@@ -209,9 +208,9 @@ def _install(decoder: Any, engine: DecoderEngine, installed: Installed) -> None:
     decoder.__dict__["mplus_installed"] = installed
 
 
-def _use_attention(decoder: Any, implementation: str) -> None:
+def _use_attention(decoder: PreTrainedModel, implementation: str) -> None:
     if decoder.config._attn_implementation != implementation:
-        decoder.set_attn_implementation(implementation)
+        PreTrainedModel.set_attn_implementation(decoder, implementation)  # a wrapped decoder's own keeps to ours
 
 
 def _choose_technique(decoder: Any, installed: Installed, base_logits: Tensor | None, check: bool) -> None:

@@ -14,10 +14,11 @@ from mplus.hf.model_class import generating
 from mplus.hf.passes import Pass, running
 from mplus.hf.reading import Reading
 from mplus.interop.trace import Recorded
-from mplus.mechanisms.base import Retrieved, WriteContext, WritePlan
+from mplus.mechanisms.base import Retrieved, WritePlan
 from mplus.mechanisms.mplus import MPlusMechanism
 from mplus.memory.memory import Memory
 from mplus.memory.stream import StreamState, StreamView
+from mplus.memory.write_context import WriteContext
 from mplus.retrievers.linear import LinearRetriever, mean_sigmoid
 from mplus.rows import NO_SOURCE, MemoryRows
 from mplus.stores.base import MemoryStore

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,15 +13,9 @@ from torch import Tensor
 from mplus.config import MPlusConfig
 from mplus.mechanisms.additions import MemoryAdditions
 from mplus.memory.stream import StreamState, StreamView
+from mplus.memory.write_context import WriteContext
 from mplus.rows import NO_SOURCE, MemoryRows
-from mplus.stores.base import MemoryStore, StoreLayout
-from mplus.stores.eviction import EvictionPolicy
-
-Draw = Callable[[int], Tensor]
-"""``draw(n)``: a uniform random permutation of 0..n-1, int64 on the CPU."""
-
-Keys = Callable[[int, Tensor], Tensor | None]
-"""``keys(layer, hidden [m, d])``: retriever keys ``[m, r]``, or None."""
+from mplus.stores.base import StoreLayout
 
 
 @define(frozen=True, eq=False)
@@ -56,23 +50,6 @@ class Retrieved:
     rows: MemoryRows
     ids: Tensor
     scores: Tensor
-
-
-@define(frozen=True, eq=False)
-class WriteContext:
-    """What a mechanism may use and change while a stream takes in new rows.
-
-    Attributes:
-        store: the stream's long-term rows; the caller undoes changes if anything fails.
-        eviction: chooses rows when the store is over its capacity.
-        draw: source of random permutations.
-        keys: makes retriever keys.
-    """
-
-    store: MemoryStore
-    eviction: EvictionPolicy
-    draw: Draw
-    keys: Keys
 
 
 @define(frozen=True)

@@ -10,8 +10,9 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.config import flag
-from mplus.mechanisms.base import Absorbed, MemoryMechanism, WriteContext, WritePlan
+from mplus.mechanisms.base import Absorbed, MemoryMechanism, WritePlan
 from mplus.memory.stream import StreamState, StreamView
+from mplus.memory.write_context import WriteContext
 from mplus.rows import MemoryRows
 
 

@@ -10,9 +10,10 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.config import number, one_of, whole
-from mplus.mechanisms.base import MemoryMechanism, Retrieved, WriteContext
+from mplus.mechanisms.base import MemoryMechanism, Retrieved
 from mplus.mechanisms.pending import PendingView
 from mplus.memory.stream import StreamState, StreamView
+from mplus.memory.write_context import WriteContext
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreLayout, StoreView
 

@@ -8,6 +8,7 @@ in the same order.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from mplus.memory.folder import (
     MANIFEST,
     check_free,
     flush,
-    locked,
+    lock,
     prepare,
     remove_others,
     rename,
@@ -79,8 +80,23 @@ def save(
     folder = Path(folder)
     numbers = _store_numbers(views)
     prepare(folder)
-    with locked(folder), writable(folder), temporary(folder) as rows, temporary(folder) as head:
+    handle = lock(folder)
+    try:
         check_free(folder, is_memory(folder))
+        _replace(folder, views, draws, numbers, engine, eviction)
+    finally:
+        os.close(handle)
+
+
+def _replace(
+    folder: Path,
+    views: Sequence[StreamView],
+    draws: Sequence[Tensor],
+    numbers: Sequence[int],
+    engine: Engine,
+    eviction: EvictionPolicy,
+) -> None:
+    with writable(folder), temporary(folder) as rows, temporary(folder) as head:
         with rows.open("xb") as file:
             digest, entries = write_tensors(file, list(_parts(views, draws, numbers)))
             size = file.tell()
@@ -126,7 +142,8 @@ def load(
         MemoryMismatchError: made by another model, adapter, dtype or config.
     """
     folder = Path(folder)
-    with locked(folder, shared=True):
+    handle = lock(folder, shared=True)
+    try:
         manifest = read_manifest(folder)
         layout = engine.layout
         check_belongs(manifest, engine.fingerprint(), layout.dtype, folder)
@@ -137,6 +154,8 @@ def load(
             stores = {entry.store: _read_store(file, entry, kind, layout) for entry in manifest.streams}
             states = [_read_state(file, number, entry, layout) for number, entry in enumerate(manifest.streams)]
             generators = [read_generator(file, number) for number in range(len(states))]
+    finally:
+        os.close(handle)
     return Memory(
         engine,
         states,

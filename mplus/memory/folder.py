@@ -16,25 +16,28 @@ DATA = "rows-{}.safetensors"
 TEMPORARY = ".mplus-{}.tmp"
 
 
-@contextmanager
-def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+def lock(folder: Path, *, shared: bool = False) -> int:
     """Keep other threads and processes from saving into ``folder`` meanwhile, where the file system can lock.
 
     ``shared``: others may read at the same time. The lock ends with the process, so a crash leaves none behind.
+
+    Returns:
+        A descriptor to ``os.close`` in a ``finally`` of the same function: an interrupt on the way into a context
+        manager's exit would leave the folder locked.
     """
     try:
         import fcntl
 
         handle = os.open(folder, os.O_RDONLY)
     except (ImportError, OSError):  # no such locks here, or no folder: whoever opens its files will say so
-        yield
-        return
+        return os.open(os.devnull, os.O_RDONLY)
     try:
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        yield
-    finally:
+    except BaseException:
         os.close(handle)
+        raise
+    return handle
 
 
 @contextmanager

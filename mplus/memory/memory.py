@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from attrs import evolve
@@ -21,12 +21,10 @@ from mplus.memory.forgetting import forget
 from mplus.memory.progress import progress_bar
 from mplus.memory.report import SourceInfo, WriteReport
 from mplus.memory.stream import StreamState, StreamView, alike
+from mplus.memory.write_context import WriteContext
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore
 from mplus.stores.eviction import EvictionPolicy
-
-if TYPE_CHECKING:
-    from mplus.mechanisms.base import WriteContext
 
 T = TypeVar("T")
 
@@ -231,8 +229,6 @@ class Memory:
         self._change(absorb)
 
     def _write_context(self, row: int) -> WriteContext:
-        from mplus.mechanisms.base import WriteContext  # mechanisms build on memory
-
         generator = self.generators[row]
 
         def keys(layer: int, hidden: Tensor) -> Tensor | None:

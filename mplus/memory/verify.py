@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from mplus.errors import MemoryFileError
 from mplus.memory.files import read_generator, read_rows
-from mplus.memory.folder import locked
+from mplus.memory.folder import lock
 from mplus.memory.manifest import Manifest, StreamEntry, read_manifest
 from mplus.memory.tensors import TensorReader, digest_of_file
 from mplus.rows import NO_SOURCE, MemoryRows
@@ -22,13 +23,15 @@ def verify(path: str | Path) -> list[str]:
     sense (finite, written before the clock, from a known source).
     """
     folder = Path(path)
-    with locked(folder, shared=True):
-        try:
-            manifest = read_manifest(folder)
-            with TensorReader(folder, manifest.data) as file:
-                return list(_faults(manifest, file))
-        except MemoryFileError as error:
-            return [str(error)]
+    handle = lock(folder, shared=True)
+    try:
+        manifest = read_manifest(folder)
+        with TensorReader(folder, manifest.data) as file:
+            return list(_faults(manifest, file))
+    except MemoryFileError as error:
+        return [str(error)]
+    finally:
+        os.close(handle)
 
 
 def _faults(manifest: Manifest, file: TensorReader) -> Iterator[str]:

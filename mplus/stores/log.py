@@ -58,11 +58,11 @@ class RowBuffer:
                 # Through .data: places that others look at stay as they are, so autograd need not hear of this.
                 target = self.columns[name].data[start : start + count]
                 if index is None:
-                    target.copy_(source.detach())
+                    target.copy_(source)
                 elif source.dtype == target.dtype and source.device == target.device:
-                    torch.index_select(source.detach(), 0, index, out=target)
+                    torch.index_select(source, 0, index, out=target)
                 else:
-                    target.copy_(source.detach()[index])
+                    target.copy_(source[index])
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
@@ -145,7 +145,7 @@ class RowLog:
 
     def remove(self, positions: Tensor) -> RowLog:
         """This log without the rows at ``positions`` (any order, repeats allowed)."""
-        positions = positions.unique()  # type: ignore[no-untyped-call]  # sorted
+        positions = positions.unique()  # sorted
         count = positions.shape[0]
         if count == 0:
             return self

@@ -328,7 +328,8 @@ def _gradients(request: AttentionRequest, attend: Any) -> dict[str, Tensor]:
         )
     )
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(3)).to(output)
-    found = torch.autograd.grad((output * weight).sum(), list(leaves.values()), allow_unused=True)
+    with torch.autograd.set_detect_anomaly(mode=True):  # NaN must not appear on the way either
+        found = torch.autograd.grad((output * weight).sum(), list(leaves.values()), allow_unused=True)
     return {
         name: torch.zeros_like(leaf) if gradient is None else gradient
         for (name, leaf), gradient in zip(leaves.items(), found, strict=True)

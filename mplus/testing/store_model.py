@@ -93,7 +93,7 @@ class StoreMachine(RuleBasedStateMachine):
         """Take a snapshot (of the last few, old ones are let go)."""
         which %= len(self.stores)
         pair = self.stores[which]
-        self.snapshots = [*self.snapshots[-3:], (which, pair.twin(pair.real.snapshot()))]
+        self.snapshots = [*self.snapshots[-2:], (which, pair.twin(pair.real.snapshot()))]
 
     @precondition(lambda self: self.snapshots)
     @rule(which=sizes(3))
@@ -104,7 +104,7 @@ class StoreMachine(RuleBasedStateMachine):
         store.restore(snapshot.real)
         self.stores[owner] = snapshot.twin(store)
 
-    @precondition(lambda self: len(self.stores) < 4)
+    @precondition(lambda self: len(self.stores) < 3)
     @rule(which=sizes(3))
     def fork(self, which: int) -> None:
         """Fork a store; both go on."""

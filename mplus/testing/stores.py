@@ -189,14 +189,16 @@ class StoreConformance:
         assert keys is not None
         assert not any(column.requires_grad for column in (*gathered.columns().values(), keys))
 
-    def test_what_was_handed_out_survives_later_changes_in_autograd(self) -> None:
-        store, rows = self.make(LAYOUT), draw_rows(LAYOUT, 4, 1)
-        store.append(0, rows)
+    @pytest.mark.parametrize("present", range(1, 10))
+    def test_what_was_handed_out_survives_later_changes_in_autograd(self, present: int) -> None:
+        store, row = self.make(LAYOUT), draw_rows(LAYOUT, 1, 1)
+        for _ in range(present):
+            store.append(0, row)
         keys = store.snapshot().keys(0)
         assert keys is not None
         query = torch.ones(2, requires_grad=True)
         loss = (keys @ query).square().sum()
-        store.append(0, rows)
+        store.append(0, row)
         (gradient,) = torch.autograd.grad(loss, query)
         torch.testing.assert_close(gradient, 2 * keys.T @ keys @ query)
 
@@ -208,12 +210,37 @@ class StoreConformance:
             store.append(0, inside)
             store.remove(0, ids[1:2])
             store.fork().append(0, inside)
-        store.append(0, rows)
-        self.check_all(store, rows.select(torch.tensor([0, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3])), store.ids(0))
-        weight = torch.ones(1, requires_grad=True)
-        hidden = store.gather(0, store.ids(0)).hidden
-        (gradient,) = torch.autograd.grad((hidden * weight).sum(), weight)
-        torch.testing.assert_close(gradient, hidden.sum()[None])
+        query = torch.ones(2, requires_grad=True)
+        for _ in range(2):
+            keys = store.keys(0)
+            assert keys is not None
+            (gradient,) = torch.autograd.grad((keys @ query).square().sum(), query)
+            torch.testing.assert_close(gradient, 2 * keys.T @ keys @ query)
+            store.append(0, rows)
+        self.check_all(store, rows.select(torch.tensor([0, 2, 3, *(0, 1, 2, 3) * 3])), store.ids(0))
+
+    @pytest.mark.parametrize("present", range(10))
+    def test_forks_and_restored_stores_go_their_own_ways(self, present: int) -> None:
+        store, row = self.make(LAYOUT), draw_rows(LAYOUT, 1, 1)
+        for _ in range(present):
+            store.append(0, row)
+        snapshot, first, second = store.snapshot(), store.fork(), store.fork()
+        first.append(0, draw_rows(LAYOUT, 1, 2))
+        second.append(0, draw_rows(LAYOUT, 2, 3))
+        store.append(0, draw_rows(LAYOUT, 1, 4))
+        before = store.snapshot()
+        store.restore(snapshot)
+        store.append(0, draw_rows(LAYOUT, 1, 5))
+        for view, seeds in (
+            (first, [(1, 2)]),
+            (second, [(2, 3)]),
+            (before, [(1, 4)]),
+            (store, [(1, 5)]),
+            (snapshot, []),
+        ):
+            new = [draw_rows(LAYOUT, count, seed) for count, seed in seeds]
+            rows = MemoryRows.cat([draw_rows(LAYOUT, 0, 0), *[row] * present, *new])
+            self.check_all(view, rows, view.ids(0))
 
     def test_ids_are_not_given_again_after_everything_left(self) -> None:
         store, rows = self.make(LAYOUT), draw_rows(LAYOUT, 4, 1)

@@ -132,7 +132,7 @@ class RequestShape:
             "queries": normal(self.batch, heads, self.queries, self.width) * 2,
             "keys": normal(self.batch, self.key_heads, text, self.width),
             "values": normal(self.batch, self.key_heads, text, self.value_width),
-            "scale": self.width**-0.5,
+            "scale": 1.3 * self.width**-0.5,  # not the default of anything
             "segments": tuple(segments),
             "mask": self._mask(generator, dtype, device),
             "softcap": self.softcap,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,6 +57,36 @@ def interrupted_everywhere(
             _traced(work, where, interrupt)
         except KeyboardInterrupt:
             yield place
+
+
+def interrupted_by_signals(prepare: Callable[[], Any], work: Callable[[], Any], times: int) -> Iterator[float]:
+    """``prepare`` and ``work``, ``times`` times, each with a KeyboardInterrupt out of a signal a little later.
+
+    Yields after each run that was interrupted. Where a signal strikes differs from run to run; what is claimed of the
+    outcome has to hold everywhere.
+    """
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    prepare()
+    begun = time.perf_counter()
+    work()
+    whole = time.perf_counter() - begun
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for turn in range(times):
+            prepare()
+            delay = whole * (turn + 0.5) / times
+            try:
+                signal.setitimer(signal.ITIMER_REAL, delay)
+                work()
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                yield delay
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def copies_on_the_way(work: Callable[[], Any], folder: Path, copies: Path) -> list[Path]:

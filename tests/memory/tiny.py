@@ -49,7 +49,9 @@ def build(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> 
         for name, parameter in model.named_parameters():
             if name.startswith("mplus.") or ".lora_" in name:
                 scale = 1.0 if parameter.dim() > 2 else parameter.shape[-1] ** -0.5
-                parameter.copy_(0.7 * scale * torch.randn(parameter.shape, generator=generator))
+                if ".lora_B." in name:  # the update is scaled by alpha / rank = 16
+                    scale /= 16
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return model
 
 

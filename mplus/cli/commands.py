@@ -1,0 +1,56 @@
+"""The commands, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import mplus
+from mplus.cli.demo import demo, demo_continue
+from mplus.cli.errors import ErrorLineGroup
+from mplus.cli.import_ import import_checkpoint
+from mplus.cli.info import info
+from mplus.cli.memory import show, verify
+from mplus.cli.plugins import plugins
+from mplus.cli.replay import replay
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(mplus.__version__)
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version of mplus.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="With an error, also print where it was raised.")] = False,
+) -> None:
+    """Long-term memory for Hugging Face decoders."""
+
+
+def _app() -> typer.Typer:
+    commands = typer.Typer(
+        cls=ErrorLineGroup,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    commands.callback()(_options)
+    commands.command()(demo)
+    commands.command(hidden=True)(demo_continue)
+    commands.command()(info)
+    commands.command()(plugins)
+    commands.command()(replay)
+    commands.command("import")(import_checkpoint)
+    memory = typer.Typer(no_args_is_help=True, help="Look at saved memories.")
+    memory.command()(show)
+    memory.command()(verify)
+    commands.add_typer(memory, name="memory")
+    return commands
+
+
+app = _app()

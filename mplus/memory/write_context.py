@@ -1,0 +1,34 @@
+"""What a mechanism may use and change while a stream takes in new rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from attrs import define
+from torch import Tensor
+
+from mplus.stores.base import MemoryStore
+from mplus.stores.eviction import EvictionPolicy
+
+Draw = Callable[[int], Tensor]
+"""``draw(n)``: a uniform random permutation of 0..n-1, int64 on the CPU."""
+
+Keys = Callable[[int, Tensor], Tensor | None]
+"""``keys(layer, hidden [m, d])``: retriever keys ``[m, r]``, or None."""
+
+
+@define(frozen=True, eq=False)
+class WriteContext:
+    """What a mechanism may use and change while a stream takes in new rows.
+
+    Attributes:
+        store: the stream's long-term rows; the caller undoes changes if anything fails.
+        eviction: chooses rows when the store is over its capacity.
+        draw: source of random permutations.
+        keys: makes retriever keys.
+    """
+
+    store: MemoryStore
+    eviction: EvictionPolicy
+    draw: Draw
+    keys: Keys
