@@ -9,7 +9,8 @@ __all__ = ["MPlusConfig", "Memory", "__version__", "from_pretrained", "unwrap", 
 
 if TYPE_CHECKING:
     from mplus.config import MPlusConfig
-    from mplus.hf import from_pretrained, unwrap, wrap
+    from mplus.hf.saving import from_pretrained
+    from mplus.hf.wrap import unwrap, wrap
     from mplus.memory import Memory
 
 _LAZY = {

@@ -1,7 +1,7 @@
 """The published models written out flat over their state dict: what a loaded checkpoint must compute.
 
-Nothing of mplus or transformers runs here. Rows are laid out from position 0 on; a layer gives keys and values to all of
-them and outputs to those from ``first`` on.
+Nothing of mplus or transformers runs here. Rows are laid out from position 0 on; a layer gives keys and values to all
+of them and outputs to those from ``first`` on.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class PublishedReference:
         ages = self.tensors[f"ltm_ages.{layer}"].trunc().tolist()
         if len(ages) < self.retrieved:
             listed = list(range(len(ages))) * math.ceil(self.retrieved / len(ages))
-            return sorted(reversed(listed[-self.retrieved :]), key=lambda row: -ages[row])
+            places = range(len(listed) - self.retrieved, len(listed))
+            return [listed[place] for place in sorted(places, key=lambda place: (-ages[listed[place]], -place))]
         queries = self._project_flat(layer, "query_proj", self._norm(hidden, f"model.layers.{layer}.input_layernorm"))
         scores = (queries @ self.tensors[f"ltm_keys.{layer}"].T).sigmoid().mean(0)
         best = scores.topk(self.retrieved).indices.tolist()
@@ -111,7 +112,11 @@ class PublishedReference:
         return x @ self.tensors[f"{path}.base_layer.weight"].T + low * self.scale
 
     def _norm(self, x: Tensor, path: str) -> Tensor:
-        return x * (x.square().mean(-1, keepdim=True) + self.config["rms_norm_eps"]).rsqrt() * self.tensors[f"{path}.weight"]
+        return (
+            x
+            * (x.square().mean(-1, keepdim=True) + self.config["rms_norm_eps"]).rsqrt()
+            * self.tensors[f"{path}.weight"]
+        )
 
     def _rotate(self, x: Tensor) -> Tensor:
         # Angles in float32, as everywhere: at large positions their rounding is larger than that of anything else.

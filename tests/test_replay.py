@@ -124,11 +124,12 @@ def ages_as_floats(monkeypatch):
 def unsorted_drop(monkeypatch):
     """Rows that stay in the order in which they were drawn."""
     own = torch.Tensor.sort
-    identity = lambda tensor: type("Sorted", (), {"values": tensor})()
-    is_drawn = lambda tensor: tensor.dtype == torch.int64 and tensor.dim() == 1
-    monkeypatch.setattr(
-        torch.Tensor, "sort", lambda self, *a, **k: own(self, *a, **k) if a or k or not is_drawn(self) else identity(self)
-    )
+
+    def sort(self, *args, **kwargs):
+        drawn = self.dtype == torch.int64 and self.dim() == 1 and not args and not kwargs
+        return type("Sorted", (), {"values": self}) if drawn else own(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "sort", sort)
 
 
 def options(**changed):
@@ -303,10 +304,10 @@ def test_damaged_files(case):
     with pytest.raises(CheckpointError, match="must have memory of shape"):
         replay(case)
     (case / TENSORS).write_bytes((case / TENSORS).read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="trace.safetensors must be a complete safetensors file"):
+    with pytest.raises(CheckpointError, match=r"trace.safetensors must be a complete safetensors file"):
         replay(case)
     (case / STEPS).write_text("[]")
-    with pytest.raises(CheckpointError, match="steps.json must be a JSON object"):
+    with pytest.raises(CheckpointError, match=r"steps.json must be a JSON object"):
         replay(case)
     (case / STEPS).unlink()
     with pytest.raises(CheckpointError, match="must hold golden traces"):
@@ -316,7 +317,7 @@ def test_damaged_files(case):
 def test_refusals(case):
     with pytest.raises(UnknownNameError, match="'nonesuch'"):
         replay(case, "nonesuch")
-    with pytest.raises(CheckpointError, match="float32 or torch.float64, got torch.bfloat16"):
+    with pytest.raises(CheckpointError, match=r"float32 or torch.float64, got torch.bfloat16"):
         replay(case, dtype=torch.bfloat16)
     shutil.copyfile(GOLDENS / "mplus_b" / "config.json", case / "config.json")
     shutil.copyfile(GOLDENS / "mplus_b" / WEIGHTS, case / WEIGHTS)
@@ -334,7 +335,9 @@ def test_memory_and_model_do_what_was_recorded(name, monkeypatch):
     model, memory = checkpoint.load(rope_inv_freq_dtype=None, config={"min_chunk_tokens": 1})
     trace, compared = Trace(GOLDENS / name), 0
     for step in trace:
-        if step.kind == "merge" or (step.kind == "inject" and "delta_memory" in step.inputs and step.args["update_memory"]):
+        if step.kind == "merge" or (
+            step.kind == "inject" and "delta_memory" in step.inputs and step.args["update_memory"]
+        ):
             break
         if step.kind == "inject" and step.args["update_memory"]:
             drawn = iter([] if step.randperm is None else step.randperm.long())

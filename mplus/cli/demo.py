@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import attrs
 import typer
 
-from mplus.cli.output import print_json, quiet_libraries
+from mplus.cli.output import print_json
 
 FEWEST_TOKENS = 512
 
@@ -36,7 +36,6 @@ def demo(
     import time
 
     started = time.perf_counter()
-    quiet_libraries()
     import torch
 
     from mplus.cli.demo_continue import MEMORY

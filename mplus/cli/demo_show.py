@@ -14,7 +14,7 @@ SOURCES = 8
 
 NOT_TRAINED = (
     "this decoder has not yet been trained to use its memory. Its retriever has random weights, so it does not choose "
-    "rows for what they say, and what memory changes in the story does not make it better. What works is everything "
+    "rows for what they say, and that memory changes the story does not mean that it helps. What works is everything "
     "around it: writing, keeping, retrieving, reading, saving."
 )
 
@@ -27,7 +27,7 @@ def show(report: DemoReport, kept: bool, console: Console | None = None) -> None
     console.print(
         f"read by stories260K, a decoder of {report.parameters:,} parameters (CPU, {threads}, seed {report.seed})\n"
     )
-    console.print(_kept(report))
+    console.print(_kept(report), "")
     console.print(_speeds(report))
     _retrieved(report, console)
     _story(report, console)
@@ -90,14 +90,14 @@ def _retrieved(report: DemoReport, console: Console) -> None:
     for column in ("layer", "rows", "youngest", "median", "oldest"):
         table.add_column(column, justify="right")
     for number, layer in enumerate(report.layers):
-        ages = (layer.newest_age, layer.median_age, layer.oldest_age)
-        table.add_row(str(number), str(layer.retrieved), *("-" if age is None else f"{age:,}" for age in ages))
-    console.print(table)
+        ages = ["-" if age is None else f"{age:,}" for age in (layer.newest_age, layer.median_age, layer.oldest_age)]
+        table.add_row(str(number), str(layer.retrieved), *ages)
+    console.print(table, "")
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column, justify in (("rows", "right"), ("from", "left"), ("youngest", "right"), ("oldest", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for entry in sources[:SOURCES]:
-        ages = (f"{age:,}" for age in (entry.newest_age, entry.oldest_age))
+        ages = [f"{age:,}" for age in (entry.newest_age, entry.oldest_age)]
         table.add_row(str(entry.rows), escape(entry.source or "(no name)"), *ages)
     rest = sources[SOURCES:]
     if rest:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from typing import Any
 
 
@@ -25,9 +24,3 @@ def counts(rows: list[int] | tuple[int, ...]) -> str:
     """A number per layer in short: ``96`` where all agree, ``90-96`` where not."""
     low, high = min(rows, default=0), max(rows, default=0)
     return f"{low:,}" if low == high else f"{low:,}-{high:,}"
-
-
-def quiet_libraries() -> None:
-    """Keep warnings off the screen that whoever runs a command can do nothing about."""
-    # Where it is installed, peft imports it, and without the package "kernels" it says so every time.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

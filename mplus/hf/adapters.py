@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -66,9 +65,9 @@ def add_adapters(model: nn.Module, anatomy: Anatomy, config: AdapterConfig) -> N
     from peft import LoraConfig, inject_adapter_in_model
 
     _refuse_conflicts(model)
-    targets = find_targets(model, anatomy, config.target_modules)
+    targets = find_targets(_Stack(model, anatomy.layers), anatomy, config.target_modules)
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    active = {module: module._active_adapter for module in _switched(model)}
+    active = {module: module._active_adapter for module in model.modules() if _is_tuned(module)}
     transposed = any(isinstance(m, Conv1D) for m in model.modules())
     for name in ["write"] if config.shared else ["write", "read"]:
         lora = LoraConfig(
@@ -78,20 +77,29 @@ def add_adapters(model: nn.Module, anatomy: Anatomy, config: AdapterConfig) -> N
             target_modules=targets,
             fan_in_fan_out=transposed,
         )
-        with _without_peft_config(model):
-            try:
-                inject_adapter_in_model(lora, model, adapter_name=name)
-            except ValueError as error:
-                raise ConfigError(
-                    f"PEFT refuses adapters here: {error} Name other modules in adapters.target_modules, or set adapters to None"
-                ) from error
+        inject_adapter_in_model(lora, _Stack(model, anatomy.layers), adapter_name=name)
     for parameter in model.parameters():
         parameter.requires_grad_(trainable.get(parameter, True))
-    for module in _switched(model):
-        module._active_adapter = active.get(module, [])
+    for module in filter(_is_tuned, model.modules()):
+        module._active_adapter = active.get(module, [])  # type: ignore[assignment]
     for layer in lora_layers(model):
         layer.train(layer.get_base_layer().training)
         change_class(layer, subclass(type(layer), PassAdapter))
+
+
+class _Stack(nn.Module):
+    """Decoder layers as a model of their own, for PEFT to inject into.
+
+    In a model whose kind it knows PEFT moves targets (DeepSeek's dense MLPs, to the experts), and leaves its
+    ``peft_config``, which PEFT and Trainer would take for a user's.
+    """
+
+    def __init__(self, model: nn.Module, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.layers = layers
+        for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "hf_quantizer"):  # what PEFT chooses layer classes by
+            if hasattr(model, name):
+                setattr(self, name, getattr(model, name))
 
 
 def remove_adapters(model: nn.Module) -> None:
@@ -113,7 +121,7 @@ def lora_layers(model: nn.Module) -> list[Any]:
 
 
 def find_targets(model: nn.Module, anatomy: Anatomy, wanted: Sequence[str] | None = None) -> list[str]:
-    """Full names of the projections to adapt in the layers that carry memory.
+    """Names in ``model`` of the projections to adapt in the layers that carry memory.
 
     Args:
         wanted: ends of names; None: attention and dense MLPs. Mixture-of-experts blocks are then left alone: their
@@ -156,13 +164,6 @@ def _refuse_conflicts(model: nn.Module) -> None:
             raise NotSupported(f"an adapter of your own is called {name!r}, as one of mplus: load it under another name")
 
 
-def _switched(model: nn.Module) -> list[Any]:
-    """Every module of PEFT that follows ``set_adapter``."""
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return [m for m in model.modules() if _is_tuned(m) or isinstance(m, AuxiliaryTrainingWrapper)]
-
-
 def _is_tuned(module: nn.Module) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -175,15 +176,3 @@ def _is_projection(module: nn.Module) -> bool:
 
 def _path(model: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
-
-
-@contextmanager
-def _without_peft_config(model: nn.Module) -> Iterator[None]:
-    """Injection leaves its own ``peft_config`` on the model, which PEFT and Trainer would take for a user's."""
-    own = model.__dict__.pop("peft_config", None)
-    try:
-        yield
-    finally:
-        model.__dict__.pop("peft_config", None)
-        if own is not None:
-            model.__dict__["peft_config"] = own

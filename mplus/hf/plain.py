@@ -25,7 +25,7 @@ class PlainTree:
     def copy(self, module: nn.Module, path: str = "", plain_path: str = "") -> nn.Module:
         """The copy of ``module``, which is called ``path`` in the original tree and ``plain_path`` in the copy."""
         for inner in ("base_layer", "original_module"):  # below PEFT's adapted modules, and those it trains in full
-            if _is_peft(module) and inner in module._modules:
+            if inner in module._modules and _is_peft(module):
                 return self.copy(module.get_submodule(inner), f"{path}.{inner}", plain_path)
         self.places[path] = (plain_path, module)
         if module not in self.copies:

@@ -49,13 +49,14 @@ def to_rows(data: Any, batch_size: int, tokenizer: Any) -> list[Tensor | None]:
     Raises:
         InputError: wrong batch size, wrong type, nothing to write at all, or text without a tokenizer.
     """
+    several = isinstance(data, Sequence) and not isinstance(data, str | bytes | bytearray)
     if isinstance(data, Tensor):
         if data.dim() not in (1, 2):
             raise InputError(f"ids must have shape [n] or [batch, n], got {list(data.shape)}")
         items: list[Any] = [data] if data.dim() == 1 else list(data)
-    elif isinstance(data, str) or (isinstance(data, Sequence) and data and all(isinstance(item, int) for item in data)):
+    elif isinstance(data, str) or (several and data and all(isinstance(item, int) for item in data)):
         items = [data]
-    elif isinstance(data, Sequence):
+    elif several:
         items = list(data)
     else:
         raise InputError(f"write takes text, ids or a list of them, got {type(data).__name__}")
@@ -90,7 +91,8 @@ def _to_ids(item: Any, tokenizer: Any) -> Tensor | None:
 
 def to_names(source: Any, batch_size: int) -> list[str | None]:
     """The name of the source for each batch row. Raises InputError unless it is one name, or one per row."""
-    names = list(source) if isinstance(source, Sequence) and not isinstance(source, str) else [source] * batch_size
+    several = isinstance(source, Sequence) and not isinstance(source, str | bytes)
+    names = list(source) if several else [source] * batch_size
     if len(names) != batch_size:
         raise InputError(f"source must be one name or one per batch row ({batch_size}), got {len(names)} names")
     for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -290,6 +291,60 @@ def test_dropout_acts_in_training_only() -> None:
     assert torch.equal(model(text, memory=memory).logits, model(text, memory=memory).logits)
     model.train()
     assert error(model(text, memory=memory).logits, model(text, memory=memory).logits) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("family", "adapted"),
+    [
+        ("llama", "0: down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"),
+        ("gpt2", "0: c_attn c_fc c_proj"),
+        ("phi3", "0: down_proj gate_up_proj o_proj qkv_proj"),
+        ("mixtral", "0: k_proj o_proj q_proj v_proj"),
+        ("deepseek-v3", "0: down_proj gate_proj kv_a_proj_with_mqa kv_b_proj o_proj q_a_proj q_b_proj up_proj"),
+        ("deepseek-v3", "1: kv_a_proj_with_mqa kv_b_proj o_proj q_a_proj q_b_proj"),
+        ("jamba", "0: "),
+        ("jamba", "1: k_proj o_proj q_proj v_proj"),
+        ("bloom", "0: dense dense_4h_to_h dense_h_to_4h query_key_value"),
+    ],
+)
+def test_attention_and_dense_mlps_are_adapted_and_experts_are_not(family: str, adapted: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = retrofit(BY_NAME[family]).wrapped
+    number, names = adapted.split(": ")
+    layer = model.mplus_engine.retrofit.anatomy.layers[int(number)]
+    assert {name.rpartition(".")[2] for name, module in layer.named_modules() if hasattr(module, "lora_A")} == set(names.split())
+    assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        peft.LoraConfig(target_modules=["q_proj"], use_dora=True),
+    ],
+    ids=["modules_to_save", "IA3", "DoRA"],
+)
+def test_other_kinds_of_adapters_stay_active(config: peft.PeftConfig) -> None:
+    text, architecture = ids(1, 7), BY_NAME["llama"]
+    outer = peft.get_peft_model(architecture.build(), config)
+    with torch.no_grad():
+        for parameter in outer.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.3).add_(0.01)
+    before, kinds = outer(input_ids=text).logits, _kinds(outer)
+    assert error(before, architecture.build()(text).logits) > 0.01
+    mplus.wrap(outer, config_for(architecture))
+    assert torch.equal(outer(input_ids=text).logits, before)
+    stir(outer.get_base_model().mplus)
+    memory = outer.get_base_model().new_memory()
+    memory.write(ids(1, CHUNK)[0])
+    outer(input_ids=text, memory=memory)
+    assert torch.equal(outer(input_ids=text).logits, before)
+    mplus.unwrap(outer)
+    assert torch.equal(outer(input_ids=text).logits, before)
+    assert _kinds(outer) == kinds
 
 
 def test_target_modules_are_taken_by_name() -> None:

@@ -1,0 +1,95 @@
+"""A decoder that computes nothing: every row it makes says which one it is. Rules of memory show in plain numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import define, evolve, field
+
+from mplus.config import MPlusConfig
+from mplus.hf.build import build_mechanism, new_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from mplus.memory import Memory, StreamState
+    from mplus.stores.base import StoreLayout
+
+WIDTH = 4
+LAYERS = 3
+
+
+@define(eq=False)
+class CountingEngine:
+    """An ``Engine`` whose rows are ``[number, layer, first id, 0]``; numbers start anew with every ``seed``."""
+
+    config: MPlusConfig
+    seed: int = 0
+    mechanism: Any = field(init=False)
+    made: list[float] = field(init=False, factory=list)
+
+    def __attrs_post_init__(self) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.mechanism = build_mechanism(self.config, torch.zeros(LAYERS, 1, WIDTH))
+
+    @property
+    def layout(self) -> StoreLayout:
+        from mplus.stores.base import StoreLayout
+
+        return StoreLayout(
+            layers=LAYERS, hidden_size=WIDTH, key_size=self.mechanism.key_size, expiry=self.mechanism.expiry
+        )
+
+    vocab_size = 100
+    device = torch.device("cpu")
+
+    def encode(self, states: Sequence[StreamState], ids: Tensor) -> list[Tensor]:
+        rows = {self.mechanism.plan_write(state, ids.shape[1]).rows for state in states}
+        assert len(rows) == 1, "streams in one pass make equally many rows"
+        (count,) = rows
+        block = torch.zeros(LAYERS, len(states), count, WIDTH)
+        for stream, text in enumerate(ids):
+            numbers = [len(self.made) + i for i in range(count)]
+            self.made.extend(numbers)
+            block[:, stream, :, 0] = torch.tensor(numbers, dtype=torch.float32)
+            block[:, stream, :, 2] = float(text[0])
+        block[..., 1] = torch.arange(LAYERS)[:, None, None]
+        return list(block)
+
+    def keys(self, layer: int, hidden: Tensor) -> Tensor | None:
+        retriever = self.mechanism.additions.retriever
+        return None if retriever is None else retriever.project_keys(layer, hidden).detach()
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"mechanism": self.config.mechanism.plain()}
+
+
+def counting_memory(batch_size: int = 1, seed: int = 0, **config: Any) -> Memory:
+    """A memory of a ``CountingEngine``."""
+    sizes = {"chunk_tokens": 8, "min_chunk_tokens": 1, "retriever": {"name": "linear", "width": 2}}
+    engine = CountingEngine(MPlusConfig.from_dict({**sizes, **config}))
+    return new_memory(engine, batch_size, None, seed, None, None, None)
+
+
+def numbers(rows: Any) -> list[int]:
+    """Which rows these are."""
+    return [int(number) for number in rows.hidden[:, 0]]
+
+
+def tiers(memory: Memory, layer: int, row: int = 0) -> dict[str, list[int]]:
+    """Which rows are where in one layer of a stream."""
+    state, store = memory.states[row], memory.stores[row]
+    return {
+        "stm": numbers(state.stm[layer]),
+        "pending": numbers(state.pending[layer]),
+        "ltm": numbers(store.gather(layer, store.ids(layer))),
+    }
+
+
+def without(config: MPlusConfig, **changes: Any) -> MPlusConfig:
+    """A config with some fields changed."""
+    return evolve(config, **changes)
