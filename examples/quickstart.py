@@ -14,5 +14,6 @@ mplus.wrap(model, mplus.MPlusConfig(chunk_tokens=128, memory_tokens_per_chunk=16
 memory = model.new_memory(tokenizer=tokenizer)
 memory.write("Once upon a time a girl named Lily found a red stone in the garden. " * 40, source="Lily")
 prompt = tokenizer("One day, Lily", return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, memory=memory, max_new_tokens=40, do_sample=False)[0]))
+story = model.generate(**prompt, memory=memory, max_new_tokens=40, do_sample=False)
+print(tokenizer.decode(story[0], skip_special_tokens=True))
 memory.save("lily.memory")  # and later: mplus.Memory.load("lily.memory", model, tokenizer=tokenizer)

@@ -1,4 +1,4 @@
-"""Wrapped tiny decoders with a memory that matters, next to the same decoder unwrapped, for comparisons with `oracle`."""
+"""Wrapped tiny decoders with a memory that matters, next to the same decoder unwrapped, to compare with `oracle`."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Pair:
         return self.wrapped.mplus.mark.detach()[0, 0]
 
     def retrieving(self, view: StreamView) -> Any:
-        """What the oracle needs to retrieve by itself: mean-of-sigmoid scores row by row, the best in order of birth."""
+        """What the oracle needs to retrieve by itself: mean-of-sigmoid scores row by row, the best by birth."""
 
         def prefix(layer: int, text: Tensor) -> Tensor:
             stored = view.store.gather(layer, view.store.ids(layer))

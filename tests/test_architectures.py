@@ -136,7 +136,17 @@ def test_what_cannot_carry_a_memory_is_refused_with_the_reason_and_left_as_it_wa
 
 def test_techniques_and_positions_are_chosen_as_documented() -> None:
     chosen = {}
-    names = ("llama", "falcon-new", "bloom", "phi3-longrope", "llama-dynamic", "gpt2", "diffllama", "hunyuan", "codegen")
+    names = (
+        "llama",
+        "falcon-new",
+        "bloom",
+        "phi3-longrope",
+        "llama-dynamic",
+        "gpt2",
+        "diffllama",
+        "hunyuan",
+        "codegen",
+    )
     for name in names:
         retrofit_of = pair_of(name, BY_NAME[name].implementations[0]).wrapped.mplus_engine.retrofit
         chosen[name] = (retrofit_of.technique, retrofit_of.positions.offset)

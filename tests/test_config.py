@@ -66,7 +66,7 @@ def test_json_and_toml_files(tmp_path: Path) -> None:
     (tmp_path / "memory.toml").write_text(toml)
     assert MPlusConfig.from_file(tmp_path / "memory.toml") == config
     (tmp_path / "broken.toml").write_text("chunk_tokens =")
-    with pytest.raises(ConfigError, match="broken.toml must be valid TOML"):
+    with pytest.raises(ConfigError, match=r"broken\.toml must be valid TOML"):
         MPlusConfig.from_file(tmp_path / "broken.toml")
 
 

@@ -77,11 +77,10 @@ def render(record: dict[str, Any]) -> str:
     lines = [
         PREAMBLE.strip(),
         "",
-        f"Measured with transformers {newest}, torch {run['torch']}, {run['device']}, on {run['date']}; "
-        f"the same comparisons within the same tolerances with transformers "
-        f"{', '.join(v for v in sorted(record) if v != newest) or newest}.",
+        f"Measured with transformers {newest}, torch {run['torch']}, {run['device']}, on {run['date']}.",
+        f"With transformers {', '.join(v for v in sorted(record) if v != newest)} all stay within the same tolerances.",
         "",
-        "| decoder | attention | positions | memory moves logits by | read | retrieve | step | write | rows | generation |",
+        "| decoder | attention | positions | moves logits by | read | retrieve | step | write | rows | generation |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     notes = []
@@ -98,9 +97,8 @@ def render(record: dict[str, Any]) -> str:
         moved = "–" if row["moved"] is None else f"{row['moved']:.1f}"
         searches = ", ".join(row["generate"]) if row["generate"] is not None else "–"
         attention = f"{technique} ({', '.join(row['implementations'])})"
-        lines.append(
-            f"| {name} | {attention} | {row['positions']} | {moved} | " + " | ".join(cells) + f" | {searches} |"
-        )
+        positions = "–" if architecture.positions in {"learned", "none"} else row["positions"]
+        lines.append(f"| {name} | {attention} | {positions} | {moved} | " + " | ".join(cells) + f" | {searches} |")
     return "\n".join([*lines, "", "## Refused", "", *notes, "", NOTES.strip(), ""])
 
 
@@ -115,6 +113,7 @@ decoder, run over one extra position per memory row, whose hidden states are ove
 The numbers are largest absolute errors of the logits (of the new rows, for writes) over all attention implementations.
 Allowed are 2e-05, for hybrids 1e-04.
 
+- **moves logits by**: how much reading the memory changes them; below 1 a comparison would mean little.
 - **read**: short-term memory in front of the text equals the oracle. For hybrids, which have no oracle: the registered
   attention function equals the cache view.
 - **retrieve**: short-term memory and retrieved long-term rows equal the oracle.
@@ -132,7 +131,8 @@ NOTES = """
 - *Positions*: rotary embeddings are relative, so memory sits at negative positions and text stays where it was. Where
   frequencies depend on the largest position (dynamic NTK, longrope), memory comes first and text is moved behind it
   ("offset"); cached and full computation then differ with or without memory, and a row of a batch from the row alone,
-  hence the dashes. Learned positions never move. With ALiBi memory sits right in front of the text
+  hence the dashes. Where order does not enter attention (learned positions, or none)
+  memory has no positions, shown by a dash. With ALiBi memory sits right in front of the text
   ("constant") unless the config says otherwise; it is measured here as "sequential", which the oracle knows.
 - *Hybrids* (attention in some layers only) carry memory in their attention layers. A chunk shorter than the rows per
   chunk writes one row per token there instead of re-encoding older rows.

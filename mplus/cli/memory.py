@@ -71,6 +71,8 @@ def _decoder(manifest: Manifest) -> Table:
     layout = manifest.layout
     keys = f", retriever keys of width {layout.key_size}" if layout.key_size else ""
     table = Table.grid(padding=(0, 3))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     table.add_row("written by", f"mplus {manifest.written_by}")
     table.add_row("size", f"{size(manifest.data.bytes)} in {manifest.data.file}")
     table.add_row("rows", f"{layout.layers} layers of width {layout.hidden_size}{keys}, {layout.dtype}")

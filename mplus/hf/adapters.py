@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from mplus.config import AdapterConfig
 from mplus.errors import ConfigError, NotSupported
 from mplus.hf.discovery import Anatomy
+from mplus.hf.modes import execution_device
 from mplus.hf.names import ADAPTERS
 from mplus.hf.passes import change_class, current_pass, subclass
 
@@ -83,8 +84,17 @@ def add_adapters(model: nn.Module, anatomy: Anatomy, config: AdapterConfig) -> N
     for module in filter(_is_tuned, model.modules()):
         module._active_adapter = active.get(module, [])  # type: ignore[assignment]
     for layer in lora_layers(model):
+        _bring_back(layer)
         layer.train(layer.get_base_layer().training)
         change_class(layer, subclass(type(layer), PassAdapter))
+
+
+def _bring_back(layer: Any) -> None:
+    """Adapters of a weight that accelerate keeps elsewhere: PEFT has put them on the meta device as well."""
+    for name in [name for name in ADAPTERS if name in layer.lora_A and layer.lora_A[name].weight.device.type == "meta"]:
+        for factor in (layer.lora_A[name], layer.lora_B[name]):
+            factor.to_empty(device=execution_device(layer.get_base_layer()))
+        layer.reset_lora_parameters(name, init_lora_weights=True)
 
 
 class _Stack(nn.Module):

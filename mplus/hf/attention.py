@@ -105,4 +105,6 @@ def _eager(module: nn.Module) -> Callable[..., Any]:
         function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if function is not None:
             return function  # type: ignore[no-any-return]
-    raise NotSupported(f"{type(module).__name__} has no eager_attention_forward; load the model with attn_implementation='sdpa'")
+    raise NotSupported(
+        f"{type(module).__name__} has no eager_attention_forward; load the model with attn_implementation='sdpa'"
+    )

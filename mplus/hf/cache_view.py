@@ -63,6 +63,8 @@ def mask_with_memory(mask: Tensor | None, projected: Projected, queries: int, ke
         front = mask.new_zeros(*mask.shape[:-1], rows)
     if projected.valid is not None:
         visible = projected.valid[:, None, None, :].to(mask.device)
-        front = front & visible if mask.dtype == torch.bool else front.masked_fill(~visible, torch.finfo(mask.dtype).min)
+        front = (
+            front & visible if mask.dtype == torch.bool else front.masked_fill(~visible, torch.finfo(mask.dtype).min)
+        )
         mask = mask.expand(front.shape[0], -1, -1, -1)
     return torch.cat([front, mask], -1)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from mplus.errors import NotSupported
-from mplus.hf.modes import in_eval_mode, input_device
 from mplus.hf.capture import CaptureCache, Captured
+from mplus.hf.modes import in_eval_mode, input_device
 
 
 @define(eq=False)
@@ -193,7 +193,11 @@ def _spec(
         raise NotSupported(f"{type(attention).__name__} does not take its key/value cache by keyword")
     positional = "hidden_states" not in kwargs
     made_by = trace.maker(args[0] if positional else kwargs["hidden_states"])
-    norm = made_by[0] if made_by is not None and home.get(made_by[0]) == index and made_by[0] is not layers[index] else None
+    norm = (
+        made_by[0]
+        if made_by is not None and home.get(made_by[0]) == index and made_by[0] is not layers[index]
+        else None
+    )
     spec = AttentionSpec(
         layer_index=index,
         memory_index=memory_index,

@@ -178,5 +178,7 @@ class WriteSource:
         if not begin and not kept:
             return None
         return project(
-            right_aligned([torch.cat([r.to(hidden) for r in (*begin, p.context[layer].hidden[:kept])]) for p in self.plans])
+            right_aligned(
+                [torch.cat([r.to(hidden) for r in (*begin, p.context[layer].hidden[:kept])]) for p in self.plans]
+            )
         )

@@ -22,12 +22,16 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def input_device(model: Any) -> torch.device:
-    """Where input ids go: the device of the token embedding, or the one it is brought to when offloaded."""
-    embedding = model.get_input_embeddings()
-    device: torch.device = embedding.weight.device
-    hook = getattr(embedding, "_hf_hook", None)
+def execution_device(module: Any) -> torch.device:
+    """The device of a module's weight, or the one accelerate brings it to for a call."""
+    device: torch.device = module.weight.device
+    hook = getattr(module, "_hf_hook", None)
     return torch.device(hook.execution_device) if device.type == "meta" and hook is not None else device
+
+
+def input_device(model: Any) -> torch.device:
+    """Where input ids go."""
+    return execution_device(model.get_input_embeddings())
 
 
 @contextmanager

@@ -29,7 +29,7 @@ class Prefix:
 
 @define(frozen=True, eq=False)
 class Projected:
-    """A prefix after the layer's own norm and key/value projections: ``[B or 1, Hkv, P, D]``, ``[B or 1, Hkv, P, Dv]``."""
+    """A prefix after the layer's own norm and projections: ``[B or 1, Hkv, P, D]`` and ``[B or 1, Hkv, P, Dv]``."""
 
     keys: Tensor
     values: Tensor

@@ -26,7 +26,8 @@ class Retrofit:
 
     Attributes:
         anatomy: what the probe found.
-        technique: "attention": a registered attention function sees memory as a segment; "cache_view": the cache shows it.
+        technique: "attention": a registered attention function sees memory as a segment; "cache_view": the cache
+            shows it.
         positions: where memory rows sit.
         chooser: picks the attention backend (technique "attention" only).
     """
@@ -119,7 +120,9 @@ class AttentionHook:
             return None
         spec, retrofit = self.spec, self.retrofit
         hidden = args[0] if spec.hidden_positional else kwargs["hidden_states"]
-        projected = active.source.prefix(spec, hidden, lambda prefix: retrofit.project(spec, prefix, active.text_offset, args, kwargs))
+        projected = active.source.prefix(
+            spec, hidden, lambda prefix: retrofit.project(spec, prefix, active.text_offset, args, kwargs)
+        )
         if projected is None:
             return None
         if retrofit.technique == "attention":

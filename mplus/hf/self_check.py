@@ -15,7 +15,7 @@ from mplus.hf.model_class import generating
 from mplus.hf.modes import in_eval_mode
 from mplus.hf.reading import Reading
 from mplus.hf.retrofit import Technique
-from mplus.memory.stream import StreamState, StreamView
+from mplus.memory.stream import StreamView
 from mplus.rows import MemoryRows
 from mplus.stores.ram import RamStore
 
@@ -87,7 +87,7 @@ class _Checks:
         for name, step in steps.items():
             try:
                 error, remark = step()
-            except Exception as failure:  # the point is to find what a foreign model cannot do, and to say it
+            except Exception as failure:  # noqa: BLE001 - the point is to find what a foreign model cannot do, and to say it
                 checks.append(Check(name, None, False, f"{type(failure).__name__}: {failure}"))
                 continue
             passed = bool(remark) if error is None else error <= (0.0 if step == self._no_memory else self.tolerance)
@@ -118,7 +118,9 @@ class _Checks:
             stm.append(MemoryRows(hidden, numbers, torch.zeros_like(numbers)))
         pending = tuple(rows.select(slice(0, 0)) for rows in stm)
         state = self.engine.mechanism.new_state(layout)
-        return StreamView(evolve(state, stm=tuple(stm), pending=pending, clock=len(stm[0])), RamStore(layout).snapshot())
+        return StreamView(
+            evolve(state, stm=tuple(stm), pending=pending, clock=len(stm[0])), RamStore(layout).snapshot()
+        )
 
     def _read(self, rows: int = 1, memory: bool = True, **inputs: Any) -> Any:
         reading = Reading(self.engine.mechanism, [self.view] * rows)
@@ -151,10 +153,9 @@ class _Checks:
         full = self._read(memory=memory, input_ids=self.ids).logits
         with generating(self.model, reading) if memory else _nothing():
             first = self.model(input_ids=self.ids[:, :split], use_cache=True)
-            parts, cache = [first.logits], first.past_key_values
-            for token in range(split, TOKENS):
-                parts.append(self.model(input_ids=self.ids[:, token : token + 1], past_key_values=cache, use_cache=True).logits)
-        return self._error(torch.cat(parts, 1), full)
+            step = {"past_key_values": first.past_key_values, "use_cache": True}
+            parts = [self.model(input_ids=token, **step).logits for token in self.ids[:, split:].split(1, 1)]
+        return self._error(torch.cat([first.logits, *parts], 1), full)
 
     def _padded(self) -> tuple[float | None, str]:
         error, own = (self._padding(memory) for memory in (True, False))
@@ -184,7 +185,10 @@ class _Checks:
     def _positions(self) -> tuple[float | None, str]:
         retrofit = self.engine.retrofit
         if retrofit.positions.offset or retrofit.anatomy.learned_positions or retrofit.anatomy.alibi:
-            return None, "positions of text never move" if not retrofit.positions.offset else "offset positions are in use"
+            return (
+                None,
+                "positions of text never move" if not retrofit.positions.offset else "offset positions are in use",
+            )
         with self._as(retrofit.technique, True):
             offset = self._read(input_ids=self.ids).logits
         return self._error(self._read(input_ids=self.ids).logits, offset), ""

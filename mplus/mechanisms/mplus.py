@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import add
 from typing import Any, Literal
 
 import torch
@@ -91,7 +92,7 @@ class MPlusMechanism(MemoryMechanism):
         if self.options.merge_every is None:
             for layer, rows in enumerate(leaving):
                 self._append(context.store, layer, rows, state)
-            return state, self._evict(context)
+            return state, max(self._evict(context))
         pending = tuple(MemoryRows.cat(pair) for pair in zip(state.pending, leaving, strict=True))
         writes = state.counters["writes_since_merge"] + 1
         state = evolve(state, pending=pending, counters={**state.counters, "writes_since_merge": writes})
@@ -104,7 +105,7 @@ class MPlusMechanism(MemoryMechanism):
         read retrieves survive, otherwise the loss is undone. Returns the new state and the rows evicted per layer.
         """
         store, decayed = context.store, state.counters["decayed"].clone()
-        evicted = 0
+        expired = [0] * len(state.pending)
         for layer, rows in enumerate(state.pending):
             self._append(store, layer, rows, state)
             expiry = store.column(layer, "expiry")
@@ -115,13 +116,12 @@ class MPlusMechanism(MemoryMechanism):
             if int(alive.sum()) > self.config.retrieved_tokens:
                 decayed[layer] = after
                 gone = store.ids(layer)[~alive]
-                evicted = max(evicted, gone.shape[0])
-                if gone.shape[0]:
-                    store.remove(layer, gone)
+                store.remove(layer, gone)
+                expired[layer] = gone.shape[0]
         none = torch.arange(0)  # an index, not a slice: a view would keep all the rows alive
         pending = tuple(rows.select(none) for rows in state.pending)
         counters = {**state.counters, "decayed": decayed, "writes_since_merge": torch.zeros((), dtype=torch.int64)}
-        return evolve(state, pending=pending, counters=counters), max(evicted, self._evict(context))
+        return evolve(state, pending=pending, counters=counters), max(map(add, expired, self._evict(context)))
 
     def _append(self, store: MemoryStore, layer: int, rows: MemoryRows, state: StreamState) -> None:
         if not len(rows):
@@ -131,15 +131,17 @@ class MPlusMechanism(MemoryMechanism):
             rows = rows.replace(expiry=torch.full_like(rows.birth, expires, dtype=torch.float64))
         store.append(layer, rows)
 
-    def _evict(self, context: WriteContext) -> int:
-        capacity, store, evicted = self.config.long_term_tokens, context.store, 0
+    def _evict(self, context: WriteContext) -> list[int]:
+        """Bring every layer down to its capacity; returns the rows evicted from each."""
+        capacity, store = self.config.long_term_tokens, context.store
+        evicted = [0] * store.layout.layers
         if capacity is None:
-            return 0
+            return evicted
         for layer in range(store.layout.layers):
             excess = store.count(layer) - capacity
             if excess > 0:
                 store.remove(layer, context.eviction.select(store, layer, excess))
-                evicted = max(evicted, excess)
+                evicted[layer] = excess
         return evicted
 
     def retrieve(self, layer: int, hidden: Tensor, mask: Tensor, views: Sequence[StreamView]) -> list[Retrieved | None]:

@@ -76,7 +76,7 @@ def _to_ids(item: Any, tokenizer: Any) -> Tensor | None:
             return None
         if tokenizer is None:
             raise InputError("writing text needs a tokenizer: pass tokenizer= to new_memory or load, or write ids")
-        item = tokenizer(item, add_special_tokens=False)["input_ids"]
+        item = tokenizer(item, add_special_tokens=False, verbose=False)["input_ids"]  # longer than a prompt, on purpose
     try:
         ids = torch.as_tensor(item)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:

@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from mplus.errors import MemoryFileError
 from mplus.memory.files import read_generator, read_rows
 from mplus.memory.folder import lock
 from mplus.memory.manifest import Manifest, StreamEntry, read_manifest
 from mplus.memory.tensors import TensorReader, digest_of_file
 from mplus.rows import NO_SOURCE, MemoryRows
+
+PIECE_ROWS = 1024
 
 
 def verify(path: str | Path) -> list[str]:
@@ -83,7 +83,8 @@ def _broken(rows: MemoryRows, clock: int, sources: int) -> Iterator[tuple[str, i
     for name in ("hidden", "key"):
         column = rows.columns().get(name)
         if column is not None:
-            yield f"finite values in {name!r}", int((~torch.isfinite(column).all(1)).sum())
+            pieces = column.split(PIECE_ROWS)  # the test takes as much room as what it looks at
+            yield f"finite values in {name!r}", sum(int((~piece.isfinite().all(1)).sum()) for piece in pieces)
     yield f"births below the clock, {clock}", int((rows.birth >= clock).sum())
     known = (rows.source >= NO_SOURCE) & (rows.source < sources)
     yield f"sources from {NO_SOURCE} to {sources - 1}", int((~known).sum())

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import define, evolve, field
+from attrs import define, field
 
 from mplus.config import MPlusConfig
 from mplus.hf.build import build_mechanism, new_memory
+from mplus.stores.base import StoreLayout
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mplus.memory import Memory, StreamState
-    from mplus.stores.base import StoreLayout
 
 WIDTH = 4
 LAYERS = 3
@@ -38,8 +38,6 @@ class CountingEngine:
 
     @property
     def layout(self) -> StoreLayout:
-        from mplus.stores.base import StoreLayout
-
         return StoreLayout(
             layers=LAYERS, hidden_size=WIDTH, key_size=self.mechanism.key_size, expiry=self.mechanism.expiry
         )
@@ -88,8 +86,3 @@ def tiers(memory: Memory, layer: int, row: int = 0) -> dict[str, list[int]]:
         "pending": numbers(state.pending[layer]),
         "ltm": numbers(store.gather(layer, store.ids(layer))),
     }
-
-
-def without(config: MPlusConfig, **changes: Any) -> MPlusConfig:
-    """A config with some fields changed."""
-    return evolve(config, **changes)

@@ -1,0 +1,156 @@
+"""Memory on decoders whose weights bitsandbytes keeps in 8 or 4 bits, against the same weights written out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import mplus
+from tests import oracle
+from tests.architectures import Architecture
+from tests.hf.references import error, ids, merged, stir
+from tests.retrofitted import CHUNK, K, config_for
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA = Architecture("llama", "llama", {**SIZES, "num_hidden_layers": 3})
+"""bitsandbytes takes weights in blocks of 64 values."""
+TEXT, CHUNKS = ids(1, 9), ids(1, 6 * CHUNK, seed=1)[0]
+QUANTISED = {
+    "8 bit": BitsAndBytesConfig(load_in_8bit=True),
+    "4 bit": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+    "4 bit twice": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True, bnb_4bit_quant_type="nf4"),
+}
+LAYERS = {"8 bit": "Linear8bitLt", "4 bit": "Linear4bit", "4 bit twice": "Linear4bit"}
+CLOSE = {"8 bit": 0.15, "4 bit": 1e-4, "4 bit twice": 1e-4}
+"""Relative error allowed: with 8 bits the inputs of every product are rounded as well."""
+
+
+@pytest.fixture(params=list(QUANTISED))
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def base(kind: str, tmp_path: Path) -> Any:
+    LLAMA.build().save_pretrained(tmp_path / "decoder")
+    return AutoModelForCausalLM.from_pretrained(
+        tmp_path / "decoder", quantization_config=QUANTISED[kind], dtype=torch.float32, attn_implementation="eager"
+    )
+
+
+def written_out(quantised: Any) -> Any:
+    """A plain decoder with the values that the quantised weights stand for."""
+    plain = LLAMA.build(attn_implementation="eager")
+    functional = bitsandbytes.functional
+    with torch.no_grad():
+        for name, module in plain.named_modules():
+            if isinstance(module, nn.Linear):
+                weight = quantised.get_submodule(name).weight
+                match type(weight).__name__:
+                    case "Int8Params":
+                        scales = weight.SCB if weight.SCB is not None else quantised.get_submodule(name).state.SCB
+                        module.weight.copy_(weight.data.float() * scales[:, None] / 127)
+                    case "Params4bit":
+                        module.weight.copy_(functional.dequantize_4bit(weight.data, weight.quant_state))
+                    case _:
+                        module.weight.copy_(weight)
+    return plain
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).detach().abs().mean() / expected.detach().abs().mean())
+
+
+def kinds(model: Any) -> set[str]:
+    return {type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)}
+
+
+def test_write_and_read_are_those_of_the_weights_written_out(base: Any, kind: str) -> None:
+    assert LAYERS[kind] in kinds(base)
+    plain, alone = written_out(base), base(TEXT).logits
+    assert error(plain(TEXT).logits, LLAMA.build()(TEXT).logits) > 0.01  # rounding to few bits shows
+    model = stir(mplus.wrap(base, config_for(LLAMA, long_term_tokens=0)))
+    assert LAYERS[kind] in kinds(model)
+    assert torch.equal(model(TEXT).logits, alone)
+    memory = model.new_memory()
+    memory.write(CHUNKS[:CHUNK])
+    rows = [one.hidden for one in memory.states[0].stm]
+    begin, mark = list(model.mplus.begin.detach()), model.mplus.mark.detach()[0, 0]
+    writer, reader = (merged(plain, model, adapter) for adapter in ("write", "read"))
+    expected = oracle.write(writer, CHUNKS[None, :CHUNK], begin, [row[:0] for row in begin], mark=mark, k=K)
+    assert max(map(relative, rows, expected)) < CLOSE[kind]
+    found = model(TEXT, memory=memory).logits
+    prefix = [torch.cat([first, row]) for first, row in zip(begin, rows, strict=True)]
+    assert relative(found, oracle.read(reader, TEXT, prefix)) < CLOSE[kind]
+    assert relative(found, alone) > 3 * CLOSE[kind]
+
+
+def test_generation_in_both_ways(base: Any) -> None:
+    model = stir(mplus.wrap(base, config_for(LLAMA)))
+    memory = model.new_memory()
+    memory.write(CHUNKS)
+    options = {"memory": memory, "max_new_tokens": 5, "do_sample": False}
+    found = model.generate(TEXT, **options)
+    assert torch.equal(found, model.generate(TEXT, **options, use_cache=False))
+    assert not torch.equal(found, model.generate(TEXT, max_new_tokens=5, do_sample=False))
+
+
+def test_gradients_reach_both_adapters_and_only_them(base: Any) -> None:
+    model = stir(mplus.wrap(base, config_for(LLAMA, long_term_tokens=0)))
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(".lora_" in name)
+    engine = model.mplus_engine
+    rows = engine.encode([engine.mechanism.new_state(engine.layout)], TEXT)
+    sum(row.square().mean() for row in rows).backward()
+    memory = model.new_memory()
+    memory.write(CHUNKS[:CHUNK])
+    model(TEXT, memory=memory, labels=TEXT).loss.backward()
+    for adapter in ("write", "read"):
+        found = [p.grad for n, p in model.named_parameters() if f".lora_B.{adapter}." in n]
+        assert len(found) == 21
+        assert all(grad is not None and grad.abs().max() > 0 for grad in found)
+    assert not [n for n, p in model.named_parameters() if p.grad is not None and ".lora_" not in n]
+
+
+def test_additions_come_back(base: Any, tmp_path: Path, kind: str) -> None:
+    model = stir(mplus.wrap(base, config_for(LLAMA)))
+
+    def remembering(one: Any) -> torch.Tensor:
+        memory = one.new_memory()
+        memory.write(CHUNKS)
+        return one(TEXT, memory=memory).logits
+
+    model.save_pretrained(tmp_path / "additions")
+    saved = load_file(tmp_path / "additions" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    loaded = mplus.from_pretrained(tmp_path / "additions", quantization_config=QUANTISED[kind], dtype=torch.float32)
+    assert LAYERS[kind] in kinds(loaded)
+    assert relative(remembering(loaded), remembering(model)) < 1e-5
+
+
+def test_a_quantised_base_is_saved_as_transformers_saves_it(base: Any, tmp_path: Path, kind: str) -> None:
+    base.save_pretrained(tmp_path / "reference")
+    mplus.wrap(base, config_for(LLAMA)).save_pretrained(tmp_path / "saved", save_base=True)
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("saved/base", "reference"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    loaded = mplus.from_pretrained(tmp_path / "saved")
+    assert LAYERS[kind] in kinds(loaded)
+
+
+def test_unwrapping(base: Any) -> None:
+    names, before = list(base.state_dict()), base(TEXT).logits
+    classes = {name: type(module) for name, module in base.named_modules()}
+    mplus.unwrap(mplus.wrap(base, config_for(LLAMA)))
+    assert list(base.state_dict()) == names
+    assert {name: type(module) for name, module in base.named_modules()} == classes
+    assert torch.equal(base(TEXT).logits, before)
