@@ -1,4 +1,7 @@
-"""All contact with transformers and peft: wrapping, reading, generating, saving. Importing it registers the Auto classes."""
+"""All contact with transformers and peft: wrapping, reading, generating, saving.
+
+Importing it registers the Auto classes.
+"""
 
 from mplus.hf.auto import MPlusForCausalLM, MPlusModelConfig, register_auto_classes
 from mplus.hf.saving import from_pretrained

@@ -13,7 +13,7 @@ from mplus.errors import ConfigError, NotSupported
 from mplus.hf.discovery import Anatomy
 from mplus.hf.modes import execution_device
 from mplus.hf.names import ADAPTERS
-from mplus.hf.passes import change_class, current_pass, subclass
+from mplus.hf.passes import change_class, current_pass, rebuild, subclass
 
 
 class PassAdapter:
@@ -35,7 +35,9 @@ class PassAdapter:
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Switch the user's adapters. Ours stay as trainable as they are, where PEFT freezes all others."""
         layer: Any = self
-        ours = [layer.get_submodule(f"{f}.{n}").weight for f in ("lora_A", "lora_B") for n in ADAPTERS if n in layer.lora_A]
+        ours = [
+            layer.get_submodule(f"{f}.{n}").weight for f in ("lora_A", "lora_B") for n in ADAPTERS if n in layer.lora_A
+        ]
         trainable = [weight.requires_grad for weight in ours]
         super().set_adapter(*args, **kwargs)  # type: ignore[misc]
         for weight, wanted in zip(ours, trainable, strict=True):
@@ -46,12 +48,12 @@ class PassAdapter:
         raise NotSupported("adapters cannot be merged into a decoder with memory: use mplus.unwrap first")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self).__mplus_base__,), self.__dict__  # type: ignore[attr-defined]
+        return rebuild, (pass_adapter_class, type(self).__mplus_base__), self.__dict__  # type: ignore[attr-defined]
 
 
-def _rebuild(base: type) -> Any:
-    cls = subclass(base, PassAdapter)
-    return cls.__new__(cls)
+def pass_adapter_class(base: type) -> type:
+    """``base`` with ``PassAdapter`` mixed in."""
+    return subclass(base, PassAdapter)
 
 
 def add_adapters(model: nn.Module, anatomy: Anatomy, config: AdapterConfig) -> None:
@@ -82,11 +84,11 @@ def add_adapters(model: nn.Module, anatomy: Anatomy, config: AdapterConfig) -> N
     for parameter in model.parameters():
         parameter.requires_grad_(trainable.get(parameter, True))
     for module in filter(_is_tuned, model.modules()):
-        module._active_adapter = active.get(module, [])  # type: ignore[assignment]
+        setattr(module, "_active_adapter", active.get(module, []))  # noqa: B010  (unknown to nn.Module)
     for layer in lora_layers(model):
         _bring_back(layer)
         layer.train(layer.get_base_layer().training)
-        change_class(layer, subclass(type(layer), PassAdapter))
+        change_class(layer, pass_adapter_class(type(layer)))
 
 
 def _bring_back(layer: Any) -> None:
@@ -141,7 +143,8 @@ def find_targets(model: nn.Module, anatomy: Anatomy, wanted: Sequence[str] | Non
         ConfigError: one of ``wanted`` matches nothing.
     """
     names = {module: name for name, module in model.named_modules()}
-    projections, mixed = {}, set()
+    projections: dict[str, nn.Module] = {}
+    mixed: set[nn.Module] = set()
     for spec in anatomy.specs:
         tuned = [module for module in spec.layer.modules() if _is_tuned(module)]
         inside = {part for module in tuned for part in module.modules() if part is not module}
@@ -171,7 +174,9 @@ def _refuse_conflicts(model: nn.Module) -> None:
             )
         names = {name for attribute in tuned.adapter_layer_names for name in getattr(tuned, attribute)}
         for name in names.intersection(ADAPTERS):
-            raise NotSupported(f"an adapter of your own is called {name!r}, as one of mplus: load it under another name")
+            raise NotSupported(
+                f"an adapter of your own is called {name!r}, as one of mplus: load it under another name"
+            )
 
 
 def _is_tuned(module: nn.Module) -> bool:

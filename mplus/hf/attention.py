@@ -57,7 +57,7 @@ def _with_memory(base: str) -> Callable[..., Any]:
     ) -> tuple[Tensor, Tensor | None]:
         if mplus_memory is None:
             function = ALL_ATTENTION_FUNCTIONS[base] if base != "eager" else _eager(module)
-            return function(module, query, key, value, attention_mask, *args, **kwargs)  # type: ignore[no-any-return]
+            return function(module, query, key, value, attention_mask, *args, **kwargs)
         if mplus_memory is CAPTURE:
             raise Captured(key, value)
         return _attend(module, query, key, value, attention_mask, mplus_memory, base == "eager", kwargs)
@@ -104,7 +104,7 @@ def _eager(module: nn.Module) -> Callable[..., Any]:
     for cls in type(module).__mro__:
         function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if function is not None:
-            return function  # type: ignore[no-any-return]
+            return function
     raise NotSupported(
         f"{type(module).__name__} has no eager_attention_forward; load the model with attn_implementation='sdpa'"
     )

@@ -18,7 +18,7 @@ class MemoryCacheView(Cache):
         self.inner, self.projected = inner, projected
 
     @property
-    def layers(self) -> Any:
+    def layers(self) -> Any:  # type: ignore[override]
         return () if self.inner is None else self.inner.layers
 
     @property

@@ -43,7 +43,7 @@ class DecoderEngine:
     def embedding(self) -> nn.Module:
         """The decoder's token embedding."""
         model: Any = self.model
-        return model.get_input_embeddings()  # type: ignore[no-any-return]
+        return model.get_input_embeddings()
 
     @property
     def device(self) -> torch.device:

@@ -24,9 +24,11 @@ def generate(
     """See ``MemoryModel.generate``."""
     if memory is None:
         return base_generate(*args, **kwargs)
-    if retrieve_every is not None and (isinstance(retrieve_every, bool) or not isinstance(retrieve_every, int) or retrieve_every < 1):
+    if retrieve_every is not None and (
+        isinstance(retrieve_every, bool) or not isinstance(retrieve_every, int) or retrieve_every < 1
+    ):
         raise ConfigError(f"retrieve_every must be a whole number of at least 1, or None, got {retrieve_every!r}")
-    refuse(model, args, kwargs, retrieve_every)
+    refuse(Settings(model, args, kwargs), retrieve_every)
     engine = model.mplus_engine
     engine.check_attention()
     reading = check_cache(kwargs.get("past_key_values"), memory, reuse_memory_cache)
@@ -49,31 +51,45 @@ def prompt_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, in
     """Prompts and tokens per prompt; without a prompt, generation starts from one BOS token."""
     places = [args[0] if args else None, *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
     given = next((prompt for prompt in places if prompt is not None and prompt.shape[1]), None)
-    return (1, 1) if given is None else tuple(given.shape[:2])  # type: ignore[return-value]
+    return (1, 1) if given is None else (given.shape[0], given.shape[1])
 
 
-def refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], retrieve_every: int | None) -> None:
+class Settings:
+    """How a call wants to generate: its keywords, else its generation config, else the model's."""
+
+    def __init__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.kwargs = kwargs
+        self.configs = [
+            kwargs.get("generation_config") or (args[1] if len(args) > 1 else None),
+            getattr(model, "generation_config", None),
+        ]
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.kwargs:
+            return self.kwargs[name]
+        found = (getattr(config, name, None) for config in self.configs)
+        return next((value for value in found if value is not None), None)
+
+
+def refuse(settings: Settings, retrieve_every: int | None) -> None:
     """Raises NotSupported for ways of generating that memory cannot follow."""
-    configs = [kwargs.get("generation_config") or (args[1] if len(args) > 1 else None), getattr(model, "generation_config", None)]
-
-    def setting(name: str) -> Any:
-        if name in kwargs:
-            return kwargs[name]
-        return next((getattr(config, name) for config in configs if getattr(config, name, None) is not None), None)
-
     reasons = []
-    if setting("prefill_chunk_size") is not None:
+    if settings["prefill_chunk_size"] is not None:
         reasons.append("prefill_chunk_size would retrieve with the first piece of the prompt only")
-    if setting("cache_implementation") == "paged":
+    if settings["cache_implementation"] == "paged":
         reasons.append("cache_implementation='paged' leaves no place for memory in front of the text")
     if retrieve_every is not None:
-        if setting("use_cache") is False:
-            reasons.append("retrieve_every needs use_cache=True: without a cache, new rows would change text already read")
-        for name in ("num_beams", "num_return_sequences"):
-            if (setting(name) or 1) > 1:
-                reasons.append(f"retrieve_every needs {name}=1: what is retrieved is for one continuation of a prompt")
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
-            if setting(name):
-                reasons.append(f"retrieve_every does not go with {name}: guessed tokens would retrieve as well")
+        if settings["use_cache"] is False:
+            reasons.append("retrieve_every needs a cache: without one, new rows would change text already read")
+        reasons += [
+            f"retrieve_every needs {name}=1: what is retrieved is for one continuation of a prompt"
+            for name in ("num_beams", "num_return_sequences")
+            if (settings[name] or 1) > 1
+        ]
+        reasons += [
+            f"retrieve_every does not go with {name}: guessed tokens would retrieve as well"
+            for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+            if settings[name]
+        ]
     if reasons:
         raise NotSupported("generate with memory does not support this call: " + "; ".join(reasons))

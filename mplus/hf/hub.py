@@ -15,7 +15,12 @@ LOOKUP = ("revision", "subfolder", "token", "cache_dir", "force_download", "loca
 
 
 def upload(
-    folder: Path, repo_id: str, *, patterns: Sequence[str] | None = None, private: bool | None = None, token: Any = None,
+    folder: Path,
+    repo_id: str,
+    *,
+    patterns: Sequence[str] | None = None,
+    private: bool | None = None,
+    token: Any = None,
     **commit: Any,
 ) -> Any:
     """Upload ``folder`` (or its files that match ``patterns``), creating the repository and branch where missing.

@@ -17,7 +17,7 @@ from mplus.errors import MemoryMismatchError, NotSupported
 from mplus.hf import attention
 from mplus.hf.engine import DecoderEngine
 from mplus.hf.modes import with_attention
-from mplus.hf.passes import Pass, running, subclass
+from mplus.hf.passes import Pass, rebuild, running, subclass
 from mplus.hf.reading import Reading
 from mplus.memory.memory import Memory
 
@@ -61,7 +61,9 @@ class MemoryModel:
         """
         from mplus.hf.build import new_memory
 
-        return new_memory(self.mplus_engine, batch_size, tokenizer, seed, _component(store), _component(eviction), device)
+        return new_memory(
+            self.mplus_engine, batch_size, tokenizer, seed, _component(store), _component(eviction), device
+        )
 
     def generate(
         self,
@@ -77,9 +79,9 @@ class MemoryModel:
         Args:
             memory: one stream per prompt; None: the decoder alone.
             retrieve_every: besides once per prompt, retrieve anew after so many generated tokens.
-            output_sources: with ``return_dict_in_generate=True``, the result gets ``memory_sources``: for every batch row
-                and memory layer the retrieved rows (``mplus.hf.sources.RetrievedSource``).
-            reuse_memory_cache: accept ``past_key_values`` made under an older state of the memory, and read that state.
+            output_sources: with ``return_dict_in_generate=True``, the result gets ``memory_sources``: for every batch
+                row and memory layer the retrieved rows (``mplus.hf.sources.RetrievedSource``).
+            reuse_memory_cache: accept ``past_key_values`` made under an older state of the memory, and read that one.
 
         Raises:
             NotSupported: a way of generating that memory cannot follow; the message names it.
@@ -87,16 +89,15 @@ class MemoryModel:
         """
         from mplus.hf.generation import generate
 
-        return generate(
-            self, super().generate, memory, retrieve_every, output_sources, reuse_memory_cache, args, kwargs  # type: ignore[misc]
-        )
+        base_generate = super().generate  # type: ignore[misc]
+        return generate(self, base_generate, memory, retrieve_every, output_sources, reuse_memory_cache, args, kwargs)
 
     def generate_batch(self, *args: Any, memory: Memory | None = None, **kwargs: Any) -> Any:
-        """As in transformers: continuous batching, which is for the decoder alone. Raises NotSupported with a memory."""
+        """As in transformers: continuous batching, for the decoder alone. Raises NotSupported with a memory."""
         if memory is not None:
             raise NotSupported(
-                "generate_batch (continuous batching) keeps keys and values of many texts in pages and leaves no place for "
-                "memory in front of a text: use generate"
+                "generate_batch (continuous batching) keeps keys and values of many texts in pages and leaves no place "
+                "for memory in front of a text: use generate"
             )
         with with_attention(self, self.mplus_installed.base_attention):
             return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
@@ -104,7 +105,9 @@ class MemoryModel:
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, within ``generate_batch``. Raises NotSupported otherwise: a manager outlives the call."""
         if self.config._attn_implementation.startswith(attention.PREFIX):  # type: ignore[attr-defined]
-            raise NotSupported("continuous batching in a wrapped decoder goes through generate_batch; or use mplus.unwrap first")
+            raise NotSupported(
+                "continuous batching in a wrapped decoder goes through generate_batch; or use mplus.unwrap first"
+            )
         return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
@@ -162,24 +165,21 @@ class MemoryModel:
         return push_to_hub(self, repo_id, save_base, hub, {"max_shard_size": max_shard_size, "tags": tags})
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self).__mplus_base__,), self.__dict__  # type: ignore[attr-defined]
+        return rebuild, (memory_model_class, type(self).__mplus_base__), self.__dict__  # type: ignore[attr-defined]
 
 
 def _component(value: Any) -> Component | None:
     return None if value is None else Component.of(value)
 
 
-def _rebuild(base: type) -> Any:
-    attention.register()  # this may be a new process
-    cls = memory_model_class(base)
-    return cls.__new__(cls)
-
-
 def memory_model_class(base: type) -> type:
     """``base`` with ``MemoryModel`` mixed in and ``memory`` in the signature of ``forward``."""
+    attention.register()  # here, since a model of this class may come out of a pickle in a new process
 
     @functools.wraps(base.forward)  # type: ignore[attr-defined]
-    def forward(self: Any, *args: Any, memory: Memory | None = None, reuse_memory_cache: bool = False, **kwargs: Any) -> Any:
+    def forward(
+        self: Any, *args: Any, memory: Memory | None = None, reuse_memory_cache: bool = False, **kwargs: Any
+    ) -> Any:
         return _forward(self, base, memory, reuse_memory_cache, args, kwargs)
 
     signature = inspect.signature(base.forward)  # type: ignore[attr-defined]
@@ -243,11 +243,13 @@ def read(engine: DecoderEngine, memory: Any, **options: Any) -> Reading:
         raise MemoryMismatchError(f"memory must be an mplus.Memory, got {type(memory).__name__}")
     if memory.engine is not engine:
         raise MemoryMismatchError(
-            "this memory belongs to another model: make it with this model's new_memory, or save it and load it for this model"
+            "this memory belongs to another model: make it with this model's new_memory, "
+            "or save it and load it for this model"
         )
     if memory.dtype != engine.dtype:
         raise MemoryMismatchError(
-            f"the memory holds {memory.dtype} and the model computes in {engine.dtype}: use memory.to(dtype={engine.dtype})"
+            f"the memory holds {memory.dtype} and the model computes in {engine.dtype}: "
+            f"use memory.to(dtype={engine.dtype})"
         )
     return Reading.of(memory, engine.mechanism, keep=not torch.is_grad_enabled(), **options)
 

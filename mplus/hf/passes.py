@@ -126,7 +126,7 @@ class MemoryLayer:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self).__mplus_base__,), self.__dict__  # type: ignore[attr-defined]
+        return rebuild, (memory_layer_class, type(self).__mplus_base__), self.__dict__  # type: ignore[attr-defined]
 
 
 def _marked(hidden: Tensor, marks: Marks, index: int) -> Tensor:
@@ -172,6 +172,7 @@ def change_class(module: nn.Module, cls: type) -> None:
         module.__dict__["_old_forward"] = cls.forward.__get__(module)  # type: ignore[attr-defined]
 
 
-def _rebuild(base: type) -> Any:
-    cls = memory_layer_class(base)
+def rebuild(make: Callable[[type], type], base: type) -> Any:
+    """A bare object of the class that ``make`` makes of ``base``: such classes have no name that pickle could find."""
+    cls: Any = make(base)
     return cls.__new__(cls)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mplus.hf.names import is_addition
-from mplus.hf.passes import subclass
+from mplus.hf.passes import rebuild, subclass
 
 _INNER = "base_model.model."
 """What a PeftModel puts in front of its decoder's names."""
@@ -22,14 +22,9 @@ class PeftMemoryModel:
         return super().save_pretrained(save_directory, *args, state_dict=own, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self).__mplus_base__,), self.__dict__  # type: ignore[attr-defined]
+        return rebuild, (peft_model_class, type(self).__mplus_base__), self.__dict__  # type: ignore[attr-defined]
 
 
 def peft_model_class(base: type) -> type:
     """``base`` with ``PeftMemoryModel`` mixed in."""
     return subclass(base, PeftMemoryModel)
-
-
-def _rebuild(base: type) -> Any:
-    cls = peft_model_class(base)
-    return cls.__new__(cls)

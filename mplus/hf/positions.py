@@ -26,9 +26,7 @@ class MemoryPositions:
     span: int | None = None
     offset: bool = False
 
-    def of_memory(
-        self, rows: int, valid: Tensor | None, text_offset: int | Tensor, device: torch.device
-    ) -> Tensor:
+    def of_memory(self, rows: int, valid: Tensor | None, text_offset: int | Tensor, device: torch.device) -> Tensor:
         """``[B or 1, P]`` int64 positions of ``rows`` right-aligned rows (filler rows get any).
 
         ``valid`` is ``[B, P]`` bool or None; ``text_offset`` the position of the first text token,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mplus.errors import CheckpointError, NotSupported
 from mplus.hf.auto import MPlusModelConfig
 from mplus.hf.fingerprint import digest
-from mplus.hf.hub import COMMIT, LOOKUP, find_folder, upload
+from mplus.hf.hub import COMMIT, find_folder, upload
 from mplus.hf.model_card import model_card
 from mplus.hf.names import is_addition
 from mplus.hf.plain import plain_decoder
@@ -114,7 +114,9 @@ def from_pretrained(
         additions = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise CheckpointError(f"{folder / WEIGHTS} must be a whole safetensors file: {error}") from error
-    model = wrap(_base(base, config, folder, kwargs), config.memory_config, pool=additions.get("mplus.pool"), check=check)
+    model = wrap(
+        _base(base, config, folder, kwargs), config.memory_config, pool=additions.get("mplus.pool"), check=check
+    )
     load_additions(model, additions, str(path))
     return model
 
@@ -148,7 +150,7 @@ def load_additions(model: Any, tensors: Mapping[str, Tensor], where: str) -> Non
     if missing or foreign or wrong:
         raise CheckpointError(
             f"{where} does not fit the decoder: missing {missing[:4]}, superfluous {foreign[:4]}, "
-            + "of another shape "
+            "of another shape "
             + str([f"{name} {list(tensors[name].shape)} for {list(expected[name].shape)}" for name in wrong[:4]])
         )
     decoder.load_state_dict(dict(tensors), strict=False)

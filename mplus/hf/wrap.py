@@ -53,8 +53,8 @@ class Installed:
 def wrap(model: Any, config: MPlusConfig | None = None, *, check: bool = True, pool: Tensor | None = None) -> Any:
     """Give a decoder a memory, in place.
 
-    Its class becomes a subclass of its own under the same name; with ``memory=None`` it computes what it computed before,
-    bit for bit. The weights are not changed; begin rows, mark, retriever and LoRA adapters are added.
+    Its class becomes a subclass of its own under the same name; with ``memory=None`` it computes what it computed
+    before, bit for bit. The weights are not changed; begin rows, mark, retriever and LoRA adapters are added.
 
     Args:
         model: a ``PreTrainedModel`` with a causal language-model head, or a ``PeftModel`` around one.
@@ -77,7 +77,6 @@ def wrap(model: Any, config: MPlusConfig | None = None, *, check: bool = True, p
             f"attn_implementation must be one of {', '.join(attention.BASES)}, got {base_attention!r}: "
             "load the model with attn_implementation='sdpa'"
         )
-    attention.register()
     BACKENDS.get(config.backend) if config.backend != "auto" else None
     anatomy = discover(decoder)
     positions = MemoryPositions(_layout(config, anatomy), config.position_span, offset=_moving_rope(decoder))
@@ -122,8 +121,8 @@ def unwrap(model: Any) -> Any:
     for name in ("mplus_engine", "mplus_installed"):
         del decoder.__dict__[name]
     change_class(decoder, type(decoder).__mplus_base__)
-    if isinstance(model, PeftMemoryModel):
-        change_class(model, type(model).__mplus_base__)  # type: ignore[attr-defined]
+    if issubclass(type(model), PeftMemoryModel):
+        change_class(model, type(model).__mplus_base__)
     return model
 
 
@@ -159,7 +158,7 @@ def _moving_rope(decoder: Any) -> bool:
 @torch.no_grad()
 def _logits(decoder: Any, ids: Tensor) -> Tensor:
     with in_eval_mode(decoder):
-        return decoder(input_ids=ids).logits  # type: ignore[no-any-return]
+        return decoder(input_ids=ids).logits
 
 
 @torch.no_grad()
@@ -223,7 +222,9 @@ def _choose_technique(decoder: Any, installed: Installed, base_logits: Tensor | 
         if technique == "attention" and not interface:
             continue
         if technique == "cache_view" and engine.config.backend != "auto":
-            installed.rejected.append(f"cache view: the decoder attends by itself, so backend {engine.config.backend!r} cannot run")
+            installed.rejected.append(
+                f"cache view: the decoder attends by itself, so backend {engine.config.backend!r} cannot run"
+            )
             continue
         retrofit.technique = technique  # type: ignore[assignment]
         retrofit.positions = MemoryPositions(retrofit.positions.layout, retrofit.positions.span, offset)
@@ -231,7 +232,9 @@ def _choose_technique(decoder: Any, installed: Installed, base_logits: Tensor | 
         _use_attention(decoder, prefix + installed.base_attention)
         if not check:
             return
-        logits = base_logits if base_logits is not None else _logits(decoder, check_ids(engine.vocab_size, engine.device))
+        logits = (
+            base_logits if base_logits is not None else _logits(decoder, check_ids(engine.vocab_size, engine.device))
+        )
         installed.checks = self_check(decoder, logits)
         failed = [one for one in installed.checks if not one.passed]
         if not failed:
@@ -251,7 +254,9 @@ def round_frequencies(decoder: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, frequencies.to(dtype).to(frequencies.dtype))
             found += 1
     if not found:
-        raise ConfigError(f"rope_inv_freq_dtype needs rotary embeddings with an inv_freq buffer; {type(decoder).__name__} has none")
+        raise ConfigError(
+            f"rope_inv_freq_dtype needs rotary embeddings with an inv_freq buffer; {type(decoder).__name__} has none"
+        )
 
 
 def restore_frequencies(decoder: nn.Module) -> None:

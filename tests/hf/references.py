@@ -6,12 +6,20 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
+from attrs import evolve
 from peft import LoraConfig, inject_adapter_in_model
 from transformers.pytorch_utils import Conv1D
 
+from mplus.hf.model_class import generating
+from mplus.hf.reading import Reading
+from mplus.memory.stream import StreamView
+from mplus.rows import MemoryRows
+from mplus.stores.ram import RamStore
 from tests.architectures import VOCAB_SIZE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor, nn
 
 TOLERANCE = 2e-5
@@ -30,7 +38,7 @@ def error(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def aligned(model: nn.Module) -> Any:
-    """Move every weight to memory of its own: where in a file it was mapped from decides on the last bits of a product."""
+    """Move every weight to memory of its own: its place in a mapped file decides on the last bits of a product."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
@@ -73,6 +81,21 @@ def injected(plain: nn.Module, source: nn.Module, adapter: str) -> Any:
         for factor in ("lora_A", "lora_B"):
             getattr(twin.get_submodule(name), factor)["default"].weight.copy_(getattr(layer, factor)[adapter].weight)
     return twin
+
+
+def write_and_read(model: Any, chunks: Sequence[Tensor], text: Tensor) -> Tensor:
+    """The loss of ``text`` ``[1, n]`` after writing ``chunks`` into an empty memory, all in one graph."""
+    engine = model.mplus_engine
+    state = engine.mechanism.new_state(engine.layout)
+    for chunk in chunks:
+        made = engine.encode([state], chunk)
+        births = torch.arange(state.clock, state.clock + made[0].shape[1])
+        new = [MemoryRows(rows[0], births, torch.zeros_like(births)) for rows in made]
+        stm = tuple(MemoryRows.cat([old, rows]) for old, rows in zip(state.stm, new, strict=True))
+        state = evolve(state, stm=stm, clock=state.clock + len(births))
+    view = StreamView(state, RamStore(engine.layout).snapshot())
+    with generating(model, Reading(engine.mechanism, [view], keep=False)):
+        return model(text, labels=text, use_cache=False).loss
 
 
 def _lora(model: nn.Module) -> list[tuple[str, Any]]:

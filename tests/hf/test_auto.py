@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 import mplus
 from mplus.errors import CheckpointError
@@ -106,6 +113,10 @@ def test_pipeline_from_a_folder(saved: Path) -> None:
     assert found["generated_text"] == generator.tokenizer.decode(expected, skip_special_tokens=True)
     [alone] = generator(prompt, **options)
     assert alone["generated_text"] != found["generated_text"]
+    [[first], [second]] = generator([prompt, "w7 w9"], memory=memory, **options)  # one prompt after the other
+    assert first == found
+    expected = generator.model.generate(torch.tensor([[7, 9]]), memory=memory, max_new_tokens=5, do_sample=False)[0, 2:]
+    assert second["generated_text"] == generator.tokenizer.decode(expected, skip_special_tokens=True)
 
 
 def test_tokenizer_next_to_the_model(saved: Path) -> None:

@@ -44,7 +44,9 @@ def expected_logits(pair: Pair, memory: Any) -> torch.Tensor:
 
 
 def cache_of(kind: str, model: Any) -> Any:
-    return DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=40)
+    return (
+        DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=40)
+    )
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -176,6 +178,6 @@ def test_a_memory_of_another_model_is_refused(pair: Pair) -> None:
         pair.wrapped.generate(FIRST, memory=other)
     with pytest.raises(MemoryMismatchError, match=r"mplus\.Memory, got str"):
         pair.wrapped(FIRST, memory="a memory")
+    memory, narrow = pair.memory(), pair.wrapped.to(torch.bfloat16)
     with pytest.raises(MemoryMismatchError, match=r"memory\.to\(dtype=torch\.bfloat16\)"):
-        memory = pair.memory()
-        pair.wrapped.to(torch.bfloat16)(FIRST, memory=memory)
+        narrow(FIRST, memory=memory)

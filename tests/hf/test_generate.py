@@ -272,9 +272,7 @@ def test_output_sources_name_what_was_retrieved(llama: Remembering) -> None:
     prompt, memory = ids(1, 9), llama.model.new_memory()
     for name in ("first", "second", "third"):
         memory.write(ids(1, 36, seed=len(name))[0], source=name)
-    output = llama.model.generate(
-        prompt, memory=memory, output_sources=True, return_dict_in_generate=True, **GREEDY
-    )
+    output = llama.model.generate(prompt, memory=memory, output_sources=True, return_dict_in_generate=True, **GREEDY)
     ((view,), rows) = memory.snapshot(), llama.rows(prompt, memory)
     assert len(output.memory_sources) == 1
     assert len(output.memory_sources[0]) == 3
@@ -285,7 +283,9 @@ def test_output_sources_name_what_was_retrieved(llama: Remembering) -> None:
         assert ages == sorted(ages, reverse=True)
         stored = view.store.gather(layer, view.store.ids(layer))
         for place, entry in enumerate(found):
-            (number,) = [i for i, birth in enumerate(stored.birth.tolist()) if birth == view.state.clock - 1 - entry.age]
+            (number,) = [
+                i for i, birth in enumerate(stored.birth.tolist()) if birth == view.state.clock - 1 - entry.age
+            ]
             assert torch.equal(stored.hidden[number], rows[layer][1 + place])
             assert entry.source == view.state.sources[int(stored.source[number])].name
             assert 0 < entry.score < 1
@@ -402,7 +402,10 @@ def test_continuous_batching_with_memory_is_refused(llama: Remembering) -> None:
 
 def test_continuous_batching_without_memory_is_that_of_the_decoder() -> None:
     case, prompts = remembering("llama"), [ids(1, 9)[0].tolist(), ids(1, 5, seed=1)[0].tolist()]
-    options = {"max_new_tokens": 4, "continuous_batching_config": ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)}
+    options = {
+        "max_new_tokens": 4,
+        "continuous_batching_config": ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64),
+    }
     found = case.model.generate_batch(prompts, **options)
     base = BY_NAME["llama"].build()
     for prompt, output in zip(prompts, found.values(), strict=True):

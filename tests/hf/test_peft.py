@@ -8,19 +8,13 @@ from typing import TYPE_CHECKING, Any
 import peft
 import pytest
 import torch
-from attrs import evolve
 from safetensors.torch import load_file
 
 import mplus
 from mplus.errors import ConfigError, NotSupported
-from mplus.hf.model_class import generating
-from mplus.hf.reading import Reading
-from mplus.memory.stream import StreamView
-from mplus.rows import MemoryRows
-from mplus.stores.ram import RamStore
 from tests import oracle
 from tests.architectures import BY_NAME
-from tests.hf.references import TOLERANCE, error, ids, injected, merged, stir
+from tests.hf.references import TOLERANCE, error, ids, injected, merged, stir, write_and_read
 from tests.retrofitted import CHUNK, K, Pair, config_for, retrofit
 
 if TYPE_CHECKING:
@@ -86,27 +80,12 @@ def test_shared_adapter_writes_and_reads() -> None:
     assert error(pair.wrapped(text, memory=memory).logits, oracle.read(plain, text, rows)) < TOLERANCE
 
 
-def write_twice_and_read(model: Any, chunks: list[Tensor], text: Tensor) -> Tensor:
-    """The loss of ``text`` after two writes, all in one graph."""
-    engine = model.mplus_engine
-    state = engine.mechanism.new_state(engine.layout)
-    for number, chunk in enumerate(chunks):
-        births = torch.arange(number * K, (number + 1) * K)
-        made = engine.encode([state], chunk)
-        new = [MemoryRows(rows[0], births[-rows.shape[1] :], torch.zeros_like(births)[: rows.shape[1]]) for rows in made]
-        stm = tuple(MemoryRows.cat([old, rows]) for old, rows in zip(state.stm, new, strict=True))
-        state = evolve(state, stm=stm, clock=state.clock + made[0].shape[1])
-    view = StreamView(state, RamStore(engine.layout).snapshot())
-    with generating(model, Reading(engine.mechanism, [view], keep=False)):
-        return model(text, labels=text, use_cache=False).loss
-
-
 @pytest.mark.parametrize("second", [CHUNK, K, 2], ids=["longer than K", "equal to K", "shorter than K"])
 def test_gradients_of_two_writes_and_a_read_are_those_of_the_oracle(second: int) -> None:
     pair = retrofit(BY_NAME["llama"], long_term_tokens=0)
     model = stir(pair.wrapped)
     chunks, text = [pair.text(CHUNK, seed=1), pair.text(second, seed=2)], pair.text(7, seed=3)
-    write_twice_and_read(model, chunks, text).backward()
+    write_and_read(model, chunks, text).backward()
 
     writer, reader = injected(pair.plain, model, "write"), injected(pair.plain, model, "read")
     begin = [row.clone().requires_grad_() for row in pair.begin]
@@ -145,7 +124,7 @@ def test_gradient_checkpointing_changes_no_bit(family: str) -> None:
     def gradients() -> dict[str, Tensor]:
         model.zero_grad()
         calls.clear()
-        write_twice_and_read(model, chunks, text).backward()
+        write_and_read(model, chunks, text).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     plain, once = gradients(), len(calls)
@@ -204,7 +183,7 @@ def test_wrapping_changes_no_bit_of_an_adapted_model() -> None:
 
 
 def test_saving_a_users_adapter_is_not_affected(adapted: tuple[Pair, Any], tmp_path: Path) -> None:
-    pair, outer = adapted
+    _, outer = adapted
     outer.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert len(saved) == 12  # 3 layers, q and v, A and B
@@ -313,7 +292,9 @@ def test_attention_and_dense_mlps_are_adapted_and_experts_are_not(family: str, a
         model = retrofit(BY_NAME[family]).wrapped
     number, names = adapted.split(": ")
     layer = model.mplus_engine.retrofit.anatomy.layers[int(number)]
-    assert {name.rpartition(".")[2] for name, module in layer.named_modules() if hasattr(module, "lora_A")} == set(names.split())
+    assert {name.rpartition(".")[2] for name, module in layer.named_modules() if hasattr(module, "lora_A")} == set(
+        names.split()
+    )
     assert not hasattr(model, "peft_config")
 
 

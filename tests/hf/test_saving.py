@@ -61,7 +61,9 @@ def test_additions_and_base_come_back_bit_for_bit(name: str, tmp_path: Path) -> 
     assert torch.equal(loaded(TEXT).logits, BY_NAME[name].build()(TEXT).logits)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt-oss", "deepseek-v3", "falcon-new", "bloom", "qwen3-next"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "mixtral", "gpt-oss", "deepseek-v3", "falcon-new", "bloom", "qwen3-next"]
+)
 def test_saved_base_is_the_original_without_mplus(name: str, tmp_path: Path) -> None:
     original = BY_NAME[name].build()
     trained(name).save_pretrained(tmp_path, save_base=True)
@@ -289,7 +291,12 @@ def test_model_card(tmp_path: Path) -> None:
     assert card.data.pipeline_tag == "text-generation"
     assert card.data.tags == ["mplus", "long-term-memory", "novels: all of them"]
     added = sum(tensor.numel() for tensor in load_file(tmp_path / "model.safetensors").values())
-    for fact in ("# LlamaForCausalLM", f"{added:,} parameters", "| short-term rows per layer | 10 |", "6 with `linear`"):
+    for fact in (
+        "# LlamaForCausalLM",
+        f"{added:,} parameters",
+        "| short-term rows per layer | 10 |",
+        "6 with `linear`",
+    ):
         assert fact in card.text
     assert "base/" not in card.text
 
@@ -320,13 +327,15 @@ def uploads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, A
 
         def create_repo(self, repo_id: str, **options: Any) -> Any:
             calls.append({"call": "create_repo", "repo_id": repo_id, "token": self.token, **options})
-            return huggingface_hub.RepoUrl(f"https://huggingface.co/user/{repo_id.split('/')[-1]}")
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/user/{repo_id.rsplit('/', maxsplit=1)[-1]}")
 
         def create_branch(self, repo_id: str, **options: Any) -> None:
             calls.append({"call": "create_branch", "repo_id": repo_id, **options})
 
         def upload_folder(self, *, folder_path: Path, allow_patterns: Any, **options: Any) -> str:
-            files = [path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()]
+            files = [
+                path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()
+            ]
             chosen = sorted(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=allow_patterns))
             copy = tmp_path / f"upload{len(calls)}"
             for file in chosen:
@@ -341,7 +350,10 @@ def uploads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, A
 
 def test_push_to_hub(uploads: list[dict[str, Any]]) -> None:
     model = trained()
-    assert model.push_to_hub("tiny", private=True, token="t", revision="v1", commit_message="first", tags=["x"]) == "commit"
+    assert (
+        model.push_to_hub("tiny", private=True, token="t", revision="v1", commit_message="first", tags=["x"])
+        == "commit"
+    )
     created, branch, upload = uploads
     assert (created["repo_id"], created["private"], created["token"]) == ("tiny", True, "t")
     assert (branch["repo_id"], branch["branch"]) == ("user/tiny", "v1")

@@ -221,7 +221,7 @@ def differing(message: str) -> set[str]:
         ({"adapters": None}, {"adapters"}),
         ({"dtype": torch.bfloat16}, {"dtype", "base", "adapters", "additions"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_memory_of_another_model(change: dict[str, Any], facts: set[str], tmp_path: Path) -> None:
     tiny.written("paper", [40]).save(tmp_path)
@@ -332,6 +332,7 @@ def test_a_crash_at_any_moment_leaves_the_old_or_the_new_memory(tmp_path: Path) 
         tiny.assert_same(load(state, "paper"), new)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_at_any_moment_leaves_the_old_or_the_new_memory(tmp_path: Path) -> None:
     old, new = tiny.written("paper", [20]), tiny.written("paper", [30])
     found = set()

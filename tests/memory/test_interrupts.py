@@ -131,6 +131,7 @@ def test_interrupted_before_any_line(name: str) -> None:
     assert found == {0, 1, 2, 3}
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_interrupted_by_real_signals() -> None:
     start = tiny.written("published", [140])
     expected = stages(start)

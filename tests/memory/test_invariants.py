@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mplus.rows import NO_SOURCE
@@ -103,7 +103,18 @@ def test_order_size_and_place(config: dict[str, Any], history: list[tuple[str, A
         assert not any(store.count(layer) for layer in range(LAYERS))
 
 
+EXPIRING_AND_EVICTED = {
+    "memory_tokens_per_chunk": 2,
+    "short_term_tokens": 4,
+    "long_term_tokens": 3,
+    "retrieved_tokens": 0,
+    "drop_per_layer": False,
+    "mechanism": {"name": "mplus", "merge_every": 1, "lifetime": 4.0},
+}
+
+
 @HISTORY
+@example(config=EXPIRING_AND_EVICTED, writes=[2, 9, 17])
 @given(config=configs(), writes=st.lists(st.integers(1, 30), min_size=1, max_size=10))
 def test_nothing_gets_lost(config: dict[str, Any], writes: list[int]) -> None:
     """Everything written is in the STM, pending, in the LTM, evicted, or dropped where there is no LTM."""
