@@ -90,7 +90,7 @@ def bytes_beyond_rows(wrapped: Any, streams: int = 20) -> int:
     taken = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     generators = sum(generator.get_state().numel() for generator in memory.generators)
-    return (taken + generators + memory.nbytes) // streams
+    return int(taken + generators + memory.nbytes) // streams
 
 
 if __name__ == "__main__":

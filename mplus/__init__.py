@@ -10,7 +10,7 @@ __all__ = ["MPlusConfig", "Memory", "__version__", "from_pretrained", "unwrap", 
 if TYPE_CHECKING:
     from mplus.config import MPlusConfig
     from mplus.hf.saving import from_pretrained
-    from mplus.hf.wrap import unwrap, wrap
+    from mplus.hf.wrapping import unwrap, wrap
     from mplus.memory import Memory
 
 _LAZY = {

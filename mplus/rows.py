@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from attrs import define, evolve
@@ -57,7 +58,7 @@ class MemoryRows:
 
     def replace(self, **columns: Tensor | None) -> MemoryRows:
         """The same rows with some columns exchanged."""
-        return evolve(self, **columns)
+        return evolve(self, **cast("dict[str, Any]", columns))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryRows:
         """Move every column to ``device``; cast ``hidden`` and ``key`` to ``dtype``."""

@@ -256,9 +256,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         sdpa=False,
     ),
     Architecture("diffllama", "diffllama", _GROUPED, "changes keys and values between the cache and attention"),
-    Architecture(
-        "hunyuan", "hunyuan_v1_dense", {**_GROUPED, "head_dim": 8}, "norm on keys after rotation"
-    ),
+    Architecture("hunyuan", "hunyuan_v1_dense", {**_GROUPED, "head_dim": 8}, "norm on keys after rotation"),
     Architecture(
         "gptj",
         "gptj",

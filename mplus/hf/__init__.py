@@ -5,7 +5,7 @@ Importing it registers the Auto classes.
 
 from mplus.hf.auto import MPlusForCausalLM, MPlusModelConfig, register_auto_classes
 from mplus.hf.saving import from_pretrained
-from mplus.hf.wrap import unwrap, wrap
+from mplus.hf.wrapping import unwrap, wrap
 
 __all__ = ["MPlusForCausalLM", "MPlusModelConfig", "from_pretrained", "unwrap", "wrap"]
 

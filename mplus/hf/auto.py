@@ -60,7 +60,7 @@ class MPlusForCausalLM(PreTrainedModel):
     @classmethod
     def _from_config(cls, config: MPlusModelConfig, **kwargs: Any) -> Any:
         from mplus.hf.saving import base_config_of
-        from mplus.hf.wrap import wrap
+        from mplus.hf.wrapping import wrap
 
         return wrap(AutoModelForCausalLM.from_config(base_config_of(config), **kwargs), config.memory_config)
 

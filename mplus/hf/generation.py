@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mplus.errors import ConfigError, NotSupported
-from mplus.hf.model_class import check_cache, generating, read
+from mplus.hf.forward import check_cache, generating, read
 from mplus.hf.sources import retrieved_sources
 from mplus.memory.memory import Memory
 
@@ -80,7 +80,7 @@ def refuse(settings: Settings, retrieve_every: int | None) -> None:
         reasons.append("cache_implementation='paged' leaves no place for memory in front of the text")
     if retrieve_every is not None:
         if settings["use_cache"] is False:
-            reasons.append("retrieve_every needs a cache: without one, new rows would change text already read")
+            reasons.append("retrieve_every needs use_cache=True: new rows would change text already read without it")
         reasons += [
             f"retrieve_every needs {name}=1: what is retrieved is for one continuation of a prompt"
             for name in ("num_beams", "num_return_sequences")

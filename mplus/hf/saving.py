@@ -20,7 +20,7 @@ from mplus.hf.hub import COMMIT, find_folder, upload
 from mplus.hf.model_card import model_card
 from mplus.hf.names import is_addition
 from mplus.hf.plain import plain_decoder
-from mplus.hf.wrap import wrap
+from mplus.hf.wrapping import wrap
 
 WEIGHTS = "model.safetensors"
 BASE = "base"

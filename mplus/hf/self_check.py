@@ -11,7 +11,7 @@ from attrs import define, evolve
 from torch import Tensor
 
 from mplus.hf.engine import DecoderEngine
-from mplus.hf.model_class import generating
+from mplus.hf.forward import generating
 from mplus.hf.modes import in_eval_mode
 from mplus.hf.reading import Reading
 from mplus.hf.retrofit import Technique

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mplus.errors import CheckpointError
 from mplus.hf.engine import DecoderEngine, WriteSource
-from mplus.hf.model_class import generating
+from mplus.hf.forward import generating
 from mplus.hf.passes import Pass, running
 from mplus.hf.reading import Reading
 from mplus.interop.trace import Recorded

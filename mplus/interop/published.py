@@ -13,7 +13,7 @@ from torch import Tensor
 from mplus.config import MPlusConfig
 from mplus.errors import CheckpointError
 from mplus.hf.published_model import addition_names, empty_llama, fill, finish, set_addition, weight_shapes
-from mplus.hf.wrap import wrap
+from mplus.hf.wrapping import wrap
 from mplus.interop.names import LTM, Place, places, unused
 from mplus.interop.published_config import PublishedConfig, RopeDtype
 from mplus.interop.tensors import WEIGHTS, TensorFiles

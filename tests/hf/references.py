@@ -10,7 +10,7 @@ from attrs import evolve
 from peft import LoraConfig, inject_adapter_in_model
 from transformers.pytorch_utils import Conv1D
 
-from mplus.hf.model_class import generating
+from mplus.hf.forward import generating
 from mplus.hf.reading import Reading
 from mplus.memory.stream import StreamView
 from mplus.rows import MemoryRows

@@ -202,7 +202,9 @@ def test_a_decoder_that_fails_its_self_check_is_given_back_as_it_was(monkeypatch
 
     model = BY_NAME["llama"].build()
     before, attention = settled(model), model.config._attn_implementation
-    monkeypatch.setattr(sys.modules["mplus.hf.wrap"], "self_check", lambda *_: [Check("reading", 0.5, passed=False)])
+    monkeypatch.setattr(
+        sys.modules["mplus.hf.wrapping"], "self_check", lambda *_: [Check("reading", 0.5, passed=False)]
+    )
     with pytest.raises(NotSupported, match=r"cannot carry a memory: .*reading: relative error 0\.5"):
         mplus.wrap(model, config_for(BY_NAME["llama"]))
     assert state_of(model) == before

@@ -1,0 +1,141 @@
+"""One forward of a wrapped decoder: which memory it reads, and whether its cache belongs to that memory."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mplus.errors import MemoryMismatchError
+from mplus.hf.engine import DecoderEngine
+from mplus.hf.passes import Pass, running
+from mplus.hf.reading import Reading
+from mplus.memory.memory import Memory
+
+_GENERATING: ContextVar[tuple[Any, Reading] | None] = ContextVar("mplus_generating", default=None)
+"""The model and reading of the generation this thread is in: inner forwards use it, other models do not see it."""
+
+
+@contextmanager
+def generating(model: Any, reading: Reading) -> Iterator[None]:
+    """Let forwards of ``model`` in this thread read ``reading``."""
+    token = _GENERATING.set((model, reading))
+    try:
+        yield
+    finally:
+        _GENERATING.reset(token)
+
+
+def forward_with_memory(
+    model: Any, base: Any, memory: Memory | None, reuse: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """``base.forward`` reading ``memory``, or what the generation around it reads; without either, unchanged.
+
+    Args:
+        model: the wrapped decoder.
+        base: its class before it was wrapped.
+        memory: one stream per batch row, or None.
+        reuse: accept a cache made under another state of the memory, and read that state.
+        args, kwargs: of ``forward``.
+
+    Raises:
+        MemoryMismatchError: batch, model or cache do not fit the memory.
+    """
+    generation = _GENERATING.get()
+    given = generation[1] if generation is not None and generation[0] is model else None
+    if given is None and memory is None:
+        if kwargs.get("past_key_values") is not None:
+            check_cache(kwargs["past_key_values"], None, reuse)
+        return base.forward(model, *args, **kwargs)
+    inputs = _by_name(base, args, kwargs)
+    cache = inputs.get("past_key_values")
+    engine: DecoderEngine = model.mplus_engine
+    engine.check_attention()
+    reading = given or check_cache(cache, memory, reuse) or read(engine, memory)
+    with running(_read_pass(engine, reading, base, inputs)):
+        output = base.forward(model, **inputs)
+    for holder in (cache, getattr(output, "past_key_values", None)):
+        if holder is not None:
+            holder._mplus_reading = reading
+    return output
+
+
+def _by_name(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of one ``forward``, each under its name."""
+    signature = inspect.signature(base.forward)
+    _, *inputs = signature.bind_partial(None, *args, **kwargs).arguments.items()  # without self
+    named = dict(inputs)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
+    return named
+
+
+def read(engine: DecoderEngine, memory: Any, **options: Any) -> Reading:
+    """A reading of ``memory`` for this decoder. Raises MemoryMismatchError when it belongs to another one."""
+    if not isinstance(memory, Memory):
+        raise MemoryMismatchError(f"memory must be an mplus.Memory, got {type(memory).__name__}")
+    if memory.engine is not engine:
+        raise MemoryMismatchError(
+            "this memory belongs to another model: make it with this model's new_memory, "
+            "or save it and load it for this model"
+        )
+    if memory.dtype != engine.dtype:
+        raise MemoryMismatchError(
+            f"the memory holds {memory.dtype} and the model computes in {engine.dtype}: "
+            f"use memory.to(dtype={engine.dtype})"
+        )
+    return Reading.of(memory, engine.mechanism, keep=not torch.is_grad_enabled(), **options)
+
+
+def check_cache(cache: Any, memory: Memory | None, reuse: bool) -> Reading | None:
+    """The reading a non-empty cache was made under, if ``memory`` is still in that state (or ``reuse``).
+
+    Raises:
+        MemoryMismatchError: the cache belongs to another state, or to none.
+    """
+    length = getattr(cache, "get_seq_length", None)
+    if length is None or int(length()) == 0:
+        return None
+    made_under: Reading | None = getattr(cache, "_mplus_reading", None)
+    if made_under is None and memory is None:
+        return None
+    if made_under is not None and (reuse or (memory is not None and made_under.is_of(memory))):
+        return made_under
+    was = "without a memory" if made_under is None else f"with version {made_under.version} of a memory"
+    now = "no memory" if memory is None else f"version {memory.version} of this memory"
+    raise MemoryMismatchError(
+        f"past_key_values was made {was}, the call reads {now}: start a new cache, "
+        "or pass reuse_memory_cache=True to go on reading what the cache was made with"
+    )
+
+
+def _read_pass(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[str, Any]) -> Pass:
+    """The pass of one forward; completes ``position_ids`` in ``inputs`` where the decoder would count padding."""
+    text: Tensor = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    rows, tokens = text.shape[:2]
+    repeats = reading.repeats(rows)
+    mask = inputs.get("attention_mask")
+    text_mask = None
+    takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        padded = not bool(mask.all())
+        text_mask = mask[:, -tokens:].bool() if padded else None
+        if padded and takes_positions and inputs.get("position_ids") is None:
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+    offset: int | Tensor = 0
+    positions = engine.retrofit.positions
+    if positions.offset:
+        extents = [positions.extent(count) for count in reading.prefix_rows()]
+        offset = torch.tensor(extents, device=text.device)[:, None]
+        cache = inputs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if inputs.get("position_ids") is None:
+            inputs["position_ids"] = torch.arange(past, past + tokens, device=text.device).expand(rows, -1)
+        inputs["position_ids"] = inputs["position_ids"] + offset.repeat_interleave(repeats, 0)
+    return Pass(reading.source(text_mask), engine.adapter("read"), text_offset=offset)
