@@ -243,8 +243,11 @@ def options_of(implementation: Any, options: Mapping[str, Any]) -> Any:
     return structure(implementation.Options, options)
 
 
-def _converter() -> cattrs.Converter:
-    converter = cattrs.Converter()
+def _converter() -> cattrs.BaseConverter:
+    # Not cattrs.Converter: an interrupt while that one generates code leaves the class unusable in this thread.
+    for cls in (MPlusConfig, AdapterConfig):
+        attrs.resolve_types(cls)
+    converter = cattrs.BaseConverter()
     converter.register_unstructure_hook(Component, lambda component: component.plain())
     converter.register_unstructure_hook(tuple, list)
     return converter

@@ -24,6 +24,7 @@ def measure() -> dict[str, Any]:
     command = [sys.executable, "-m", "mplus.cli", "demo", "--json"]
     done = subprocess.run(command, cwd=recording.ROOT, capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)
+    del report["saved"]["folder"]  # a temporary one
     return {**recording.circumstances(), **report}
 
 

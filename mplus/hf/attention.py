@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from attrs import define
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -65,6 +66,7 @@ def _with_memory(base: str) -> Callable[..., Any]:
     return attention
 
 
+@torch.compiler.disable  # it cannot follow the objects that describe a request
 def _attend(
     module: nn.Module,
     query: Tensor,

@@ -87,6 +87,7 @@ class DecoderEngine:
         plans = [self.mechanism.plan_write(state, ids.shape[1], reencode) for state in states]
         return self.encode_plans(plans, ids)
 
+    @torch.compiler.disable  # as for reading
     def encode_plans(self, plans: Sequence[WritePlan], ids: Tensor) -> list[Tensor]:
         """Run the write pass that ``plans`` describe (equal sizes in all of them) over ``ids`` ``[B, n]``.
 

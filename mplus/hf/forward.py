@@ -52,7 +52,13 @@ def forward_with_memory(
         if kwargs.get("past_key_values") is not None:
             check_cache(kwargs["past_key_values"], None, reuse)
         return base.forward(model, *args, **kwargs)
-    inputs = _by_name(base, args, kwargs)
+    return _read(model, base, memory, given, reuse, _by_name(base, args, kwargs))
+
+
+@torch.compiler.disable  # a compiled model reads uncompiled: what it reads differs from call to call
+def _read(
+    model: Any, base: Any, memory: Memory | None, given: Reading | None, reuse: bool, inputs: dict[str, Any]
+) -> Any:
     cache = inputs.get("past_key_values")
     engine: DecoderEngine = model.mplus_engine
     engine.check_attention()

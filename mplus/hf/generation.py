@@ -33,7 +33,8 @@ def generate(
     engine.check_attention()
     reading = check_cache(kwargs.get("past_key_values"), memory, reuse_memory_cache)
     if reading is None:
-        reading = read(engine, memory, retrieve_every=retrieve_every)
+        reading = read(engine, memory)
+    reading.retrieve_every = retrieve_every
     prompts, reading.prompt_tokens = prompt_shape(args, kwargs)
     reading.repeats(prompts)
     # From here on further rows are copies of a prompt (beams, several samples), and no gradient is wanted.

@@ -122,6 +122,8 @@ class MemoryLayer:
 
     def forward(self, *args: Any, mplus_pass: Pass | None = None, **kwargs: Any) -> Any:
         # Inside it: a recomputation may run in another thread, so the pass travels as an argument.
+        if mplus_pass is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         with running(mplus_pass):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 

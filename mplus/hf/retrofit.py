@@ -14,7 +14,7 @@ from mplus.hf.attention import CAPTURE, AttendedMemory
 from mplus.hf.cache_view import MemoryCacheView, mask_with_memory
 from mplus.hf.capture import CaptureCache, Captured
 from mplus.hf.discovery import Anatomy, AttentionSpec, rotary_at
-from mplus.hf.passes import Prefix, Projected, current_pass
+from mplus.hf.passes import Pass, Prefix, Projected, current_pass
 from mplus.hf.positions import MemoryPositions
 
 Technique = Literal["attention", "cache_view"]
@@ -116,8 +116,10 @@ class AttentionHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         active = current_pass()
-        if active is None:
-            return None
+        return None if active is None else self._with_memory(active, args, kwargs)
+
+    @torch.compiler.disable  # projecting ends in an exception, which it cannot follow
+    def _with_memory(self, active: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         spec, retrofit = self.spec, self.retrofit
         hidden = args[0] if spec.hidden_positional else kwargs["hidden_states"]
         projected = active.source.prefix(

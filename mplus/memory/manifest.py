@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import cattrs
 import torch
 from attrs import define
@@ -125,6 +126,8 @@ def read_manifest(path: str | Path) -> Manifest:
     except cattrs.BaseValidationError as error:
         faults = "; ".join(cattrs.transform_error(error, path="manifest"))
         raise MemoryFileError(f"{file} does not describe a memory: {faults}") from error
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise MemoryFileError(f"{file} does not describe a memory: {error!r}") from error
     _check(manifest, file)
     return manifest
 
@@ -206,7 +209,10 @@ def _check(manifest: Manifest, file: Path) -> None:
             raise MemoryFileError(f"{file}: streams[{number}].store must be a store's number, got {stream.store}")
 
 
-def _converter() -> cattrs.Converter:
-    converter = cattrs.Converter()
+def _converter() -> cattrs.BaseConverter:
+    # Not cattrs.Converter: an interrupt while that one generates code leaves the class unusable in this thread.
+    for cls in (Manifest, LayoutEntry, StreamEntry, Source, DataEntry, TensorEntry):
+        attrs.resolve_types(cls)
+    converter = cattrs.BaseConverter(detailed_validation=False)
     converter.register_unstructure_hook(tuple, list)
     return converter

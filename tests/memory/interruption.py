@@ -9,6 +9,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
@@ -85,8 +87,10 @@ def interrupted_by_signals(prepare: Callable[[], Any], work: Callable[[], Any], 
                 work()
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
+                torch.set_grad_enabled(True)  # one that strikes in the exit of torch.no_grad leaves gradients off
                 yield delay
     finally:
+        torch.set_grad_enabled(True)
         gc.enable()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
