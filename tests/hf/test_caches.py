@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from mplus.errors import MemoryMismatchError
+from mplus.hf.sources import retrieved_sources
 from tests import oracle
 from tests.architectures import BY_NAME
 from tests.hf.references import TOLERANCE, error, ids, merged, stir
@@ -116,6 +117,18 @@ def test_a_cache_does_not_change_hands(pair: Pair, before: str, after: str) -> N
     cache = model(FIRST, memory=memories[before], use_cache=True).past_key_values
     with pytest.raises(MemoryMismatchError, match="past_key_values was made"):
         model(SECOND, memory=memories[after], past_key_values=cache)
+
+
+def test_retrieving_anew_in_a_later_turn(pair: Pair) -> None:
+    model, memory = pair.wrapped, pair.memory()
+    cache = model(FIRST, memory=memory, use_cache=True).past_key_values
+    options: dict[str, Any] = {"memory": memory, "max_new_tokens": 4, "output_sources": True, "do_sample": False}
+    options |= {"return_dict_in_generate": True}
+    text = torch.cat([FIRST, SECOND], 1)
+    kept = model.generate(text, past_key_values=copy.deepcopy(cache), **options).memory_sources
+    assert kept == retrieved_sources(cache._mplus_reading)
+    again = model.generate(text, past_key_values=copy.deepcopy(cache), retrieve_every=3, **options).memory_sources
+    assert again != kept
 
 
 def test_without_memory_caches_work_as_ever(pair: Pair) -> None:

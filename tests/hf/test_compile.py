@@ -46,8 +46,10 @@ def rows_of(pair: Pair, memory: Any) -> list[torch.Tensor]:
     return [torch.cat([b, s.hidden]) for b, s in zip(pair.begin, memory.states[0].stm, strict=True)]
 
 
-@pytest.mark.parametrize("what", ["model", "forward", "decoder", "layers"])
-@pytest.mark.parametrize("name", ["llama", "falcon-new"])
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("llama", "model"), ("llama", "forward"), ("llama", "decoder"), ("llama", "layers"), ("falcon-new", "model")],
+)
 def test_compiled_decoders_write_and_read(name: str, what: str) -> None:
     pair = retrofit(BY_NAME[name], long_term_tokens=0)
     stir(pair.wrapped)

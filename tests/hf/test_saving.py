@@ -12,10 +12,11 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mplus
 from mplus.errors import CheckpointError, NotSupported
+from mplus.hf.shipped import load_decoder, load_tokenizer
 from tests.architectures import BY_NAME
 from tests.hf.references import aligned, error, ids, stir
 from tests.retrofitted import CHUNK, config_for, retrofit
@@ -78,6 +79,26 @@ def test_saved_base_is_the_original_without_mplus(name: str, tmp_path: Path) -> 
     weights, reference = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "reference"))
     assert weights.keys() == reference.keys()
     assert all(torch.equal(weights[key], reference[key]) for key in weights)
+
+
+def test_the_decoder_that_comes_with_the_package(tmp_path: Path) -> None:
+    """Trained weights, tied embeddings, a real tokenizer and text."""
+    base, tokenizer = load_decoder(), load_tokenizer()
+    prompt = tokenizer("Once upon a time", return_tensors="pt")
+    expected = base(**prompt).logits
+    model = stir(mplus.wrap(base, config_for(BY_NAME["llama"])))
+    model.save_pretrained(tmp_path, save_base=True)
+    tokenizer.save_pretrained(tmp_path)
+    assert torch.equal(plain(tmp_path / "base")[0](**prompt).logits, expected)
+    loaded, words = again(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    said = []
+    for one, its_tokenizer in ((model, tokenizer), (loaded, words)):
+        memory = one.new_memory(tokenizer=its_tokenizer)
+        memory.write("Lily had a red ball. She gave it to Tom. " * 8, source="a story")
+        said.append(one.generate(**prompt, memory=memory, max_new_tokens=12, do_sample=False))
+        assert memory.sources()[0].tokens > 60
+    assert torch.equal(*said)
+    assert not torch.equal(said[0], loaded.generate(**prompt, max_new_tokens=12, do_sample=False))
 
 
 def test_additions_alone_find_their_base_again(tmp_path: Path) -> None:
