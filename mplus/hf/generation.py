@@ -28,7 +28,12 @@ def generate(
         isinstance(retrieve_every, bool) or not isinstance(retrieve_every, int) or retrieve_every < 1
     ):
         raise ConfigError(f"retrieve_every must be a whole number of at least 1, or None, got {retrieve_every!r}")
-    refuse(Settings(model, args, kwargs), retrieve_every)
+    settings = Settings(model, args, kwargs)
+    refuse(settings, retrieve_every)
+    if output_sources and not settings["return_dict_in_generate"]:
+        raise ConfigError(
+            "output_sources needs return_dict_in_generate=True: a tensor of sequences has no place for them"
+        )
     engine = model.mplus_engine
     engine.check_attention()
     reading = check_cache(kwargs.get("past_key_values"), memory, reuse_memory_cache)
@@ -41,8 +46,6 @@ def generate(
     reading.repeats_allowed, reading.keep = True, True
     with generating(model, reading):
         output = base_generate(*args, **kwargs)
-    if output_sources and not hasattr(output, "sequences"):
-        raise ConfigError("output_sources needs return_dict_in_generate=True, got a plain tensor of sequences")
     if output_sources:
         output.memory_sources = retrieved_sources(reading)
     return output

@@ -19,7 +19,7 @@ from mplus.memory.stream import StreamView
 
 @define(eq=False)
 class Reading:
-    """An immutable snapshot of a memory, with what was retrieved and projected from it so far.
+    """A snapshot of a memory, which never changes, with what was retrieved and projected from it so far.
 
     Attributes:
         mechanism: decides what a layer sees.
