@@ -15,8 +15,7 @@ from mplus.hf.attention import BASES, PREFIX
 from mplus.hf.discovery import AttentionSpec
 from mplus.hf.fingerprint import fingerprint
 from mplus.hf.modes import input_device
-from mplus.hf.passes import Marks, Pass, Project, Projected, running
-from mplus.hf.reading import right_aligned
+from mplus.hf.passes import Marks, Pass, Prefix, PrefixSource, Project, Projected, running
 from mplus.hf.retrofit import Retrofit
 from mplus.mechanisms.base import MemoryMechanism, WritePlan
 from mplus.memory.stream import StreamState
@@ -87,7 +86,6 @@ class DecoderEngine:
         plans = [self.mechanism.plan_write(state, ids.shape[1], reencode) for state in states]
         return self.encode_plans(plans, ids)
 
-    @torch.compiler.disable  # as for reading
     def encode_plans(self, plans: Sequence[WritePlan], ids: Tensor) -> list[Tensor]:
         """Run the write pass that ``plans`` describe (equal sizes in all of them) over ``ids`` ``[B, n]``.
 
@@ -95,21 +93,19 @@ class DecoderEngine:
             MemoryMismatchError: the decoder was unwrapped in the meantime.
             NotSupported: it has been set to an attention implementation that memory does not go with.
         """
-        if self.model.__dict__.get("mplus_engine") is not self:
-            raise MemoryMismatchError(
-                f"this memory's {type(self.model).__name__} is no longer wrapped: save memories before mplus.unwrap, "
-                "and load them for the model once it is wrapped again"
-            )
+        return self.encode_batch(DensePlan.of(plans), ids)
+
+    @torch.compiler.disable  # as for reading
+    def encode_batch(self, plan: DensePlan, ids: Tensor) -> list[Tensor]:
+        """Run one write pass over ``ids`` ``[B, n]``; returns and raises as ``encode`` and ``encode_plans``."""
+        self.check_wrapped()
         self.check_attention()
-        plan, additions = plans[0], self.mechanism.additions
+        additions = self.mechanism.additions
         old = plan.reencoded
-        reencoded = None
-        if old:
-            layers = range(len(plan.context))
-            reencoded = tuple(torch.stack([p.context[i].hidden[-old:] for p in plans]) for i in layers)
+        reencoded = tuple(rows[:, -old:] for rows in plan.context) if old else None
         marks = Marks(additions.mark, plan.rows, reencoded)
         offset = self._write_offset(plan) if self.retrofit.positions.offset else 0
-        active = Pass(WriteSource(self, plans), self.adapter("write"), marks, text_offset=offset)
+        active = Pass(WriteSource(self, plan), self.adapter("write"), marks, text_offset=offset)
         batch, tokens = ids.shape
         inputs: dict[str, Any] = {"input_ids": ids}
         if old:
@@ -129,6 +125,40 @@ class DecoderEngine:
             made = [rows + additions.mark.to(rows) for rows in made[:-1]] + made[-1:]
         return made
 
+    def read_batch(self, source: PrefixSource, ids: Tensor, prefix_rows: int, adapter: str | None) -> Tensor:
+        """Logits ``[Q, T, V]`` of texts ``[Q, T]`` that read what ``source`` gives them; gradients flow.
+
+        Padding belongs on the right, where no text token sees it. No cache is made.
+
+        Args:
+            source: the prefix of each layer.
+            ids: int64.
+            prefix_rows: rows that ``source`` puts in front of a text, in the layer that has most.
+            adapter: the LoRA adapter that is active.
+
+        Raises:
+            MemoryMismatchError, NotSupported: as ``encode_plans``.
+        """
+        self.check_wrapped()
+        self.check_attention()
+        inputs: dict[str, Any] = {"input_ids": ids}
+        offset = 0
+        if self.retrofit.positions.offset:
+            offset = self.retrofit.positions.extent(prefix_rows)
+            inputs["position_ids"] = torch.arange(offset, offset + ids.shape[1], device=ids.device).expand_as(ids)
+        model: Any = self.model
+        with running(Pass(source, adapter, text_offset=offset)):
+            logits: Tensor = model(**inputs, use_cache=False).logits
+        return logits
+
+    def check_wrapped(self) -> None:
+        """Raises MemoryMismatchError when the decoder was unwrapped."""
+        if self.model.__dict__.get("mplus_engine") is not self:
+            raise MemoryMismatchError(
+                f"this memory's {type(self.model).__name__} is no longer wrapped: save memories before mplus.unwrap, "
+                "and load them for the model once it is wrapped again"
+            )
+
     def check_attention(self) -> None:
         """Raises NotSupported when the decoder would pass memory by: its attention is no longer ours."""
         decoder: Any = self.retrofit.anatomy.decoder
@@ -139,8 +169,8 @@ class DecoderEngine:
                 f"model.set_attn_implementation with one of {', '.join(BASES)}"
             )
 
-    def _write_offset(self, plan: WritePlan) -> int:
-        rows = int(plan.begin) + len(plan.context[0]) - plan.reencoded
+    def _write_offset(self, plan: DensePlan) -> int:
+        rows = int(plan.begin) + plan.context[0].shape[1] - plan.reencoded
         return self.retrofit.positions.extent(rows)
 
     def adapter(self, wanted: str) -> str | None:
@@ -165,21 +195,42 @@ class DecoderEngine:
         return fingerprint(self.model, self.config, self.layout)
 
 
+@define(frozen=True, eq=False)
+class DensePlan:
+    """A ``WritePlan`` for B streams at once.
+
+    Attributes:
+        context: per layer ``[B, c, d]``, the newest rows to read, oldest first.
+        begin, reencoded, rows, overlap: as in ``WritePlan``.
+    """
+
+    begin: bool
+    context: tuple[Tensor, ...]
+    reencoded: int
+    rows: int
+    overlap: bool = False
+
+    @staticmethod
+    def of(plans: Sequence[WritePlan]) -> DensePlan:
+        """The plans of several streams, equal in all sizes, as one."""
+        first = plans[0]
+        layers = range(len(first.context))
+        context = tuple(torch.stack([plan.context[layer].hidden for plan in plans]) for layer in layers)
+        return DensePlan(first.begin, context, first.reencoded, first.rows, first.overlap)
+
+
 @define(eq=False)
 class WriteSource:
     """Gives every layer ``[begin | context]`` without the rows that are queries themselves (M+ section 3.1)."""
 
     engine: DecoderEngine
-    plans: Sequence[WritePlan]
+    plan: DensePlan
 
     def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> Projected | None:
-        layer, plan = spec.memory_index, self.plans[0]
-        begin = [self.engine.mechanism.additions.begin[layer]] if plan.begin else []
-        kept = len(plan.context[layer]) - plan.reencoded
-        if not begin and not kept:
-            return None
-        return project(
-            right_aligned(
-                [torch.cat([r.to(hidden) for r in (*begin, p.context[layer].hidden[:kept])]) for p in self.plans]
-            )
-        )
+        layer, plan = spec.memory_index, self.plan
+        context = plan.context[layer]
+        context = context[:, : context.shape[1] - plan.reencoded].to(hidden)
+        if not plan.begin:
+            return project(Prefix(context, None)) if context.shape[1] else None
+        begin = self.engine.mechanism.additions.begin[layer].to(hidden).expand(context.shape[0], -1, -1)
+        return project(Prefix(torch.cat([begin, context], 1), None))

@@ -9,7 +9,7 @@ from attrs import define, evolve
 from torch import Tensor
 
 from mplus.errors import CheckpointError
-from mplus.hf.engine import DecoderEngine, WriteSource
+from mplus.hf.engine import DecoderEngine, DensePlan, WriteSource
 from mplus.hf.forward import generating
 from mplus.hf.passes import Pass, running
 from mplus.hf.reading import Reading
@@ -135,7 +135,7 @@ class Player:
         # The released code keeps the writing adapter for a block that is as long as one write makes it.
         whole = delta.shape[2] == self.engine.config.memory_tokens_per_chunk
         adapter = self.engine.adapter("write" if whole else "read")
-        with torch.no_grad(), running(Pass(WriteSource(self.engine, [plan]), adapter)):
+        with torch.no_grad(), running(Pass(WriteSource(self.engine, DensePlan.of([plan])), adapter)):
             output = self.model(input_ids=ids, output_hidden_states=True, use_cache=False)
         return Heard((output.logits,), (), torch.stack(output.hidden_states))
 

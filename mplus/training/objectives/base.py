@@ -1,0 +1,61 @@
+"""Objective: one way of making a loss from a turn."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from attrs import define, field
+from torch import Tensor
+
+from mplus.training.turns import Turn
+
+if TYPE_CHECKING:
+    from mplus.training.dense import DenseDecoder
+    from mplus.training.losses import RetrieverLoss
+    from mplus.training.streams import StreamBatch
+
+
+@define(frozen=True, eq=False)
+class Outcome:
+    """What an objective made of a turn.
+
+    Attributes:
+        loss: scalar to minimise, with its graph.
+        metrics: name -> scalar without graph (``loss``, ``accuracy``, ``retriever_loss``, ``recall`` ...).
+    """
+
+    loss: Tensor
+    metrics: dict[str, float] = field(factory=dict)
+
+
+class Objective(ABC):
+    """Turns a ``Turn`` into a loss; may write into the streams. Built as ``Objective(options)``; keeps no state.
+
+    The parameters that get a gradient are part of what an objective is (published: training table, section 2.4 of
+    the released code): each says so in its docstring, and a test holds it to that.
+    """
+
+    @define(frozen=True, kw_only=True)
+    class Options:
+        """Options of the objective (attrs class; the base class has none)."""
+
+    name: ClassVar[str]
+    repeats: ClassVar[bool] = False
+    """Whether it asks its source for the repeat task."""
+    needs_cache: ClassVar[bool] = False
+    """Whether it takes a turn seen before instead of a new one."""
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = options if options is not None else self.Options()
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks a turn for this objective should have."""
+        return int(getattr(self.options, "chunks", 0))
+
+    @abstractmethod
+    def __call__(
+        self, decoder: DenseDecoder, streams: StreamBatch, turn: Turn, retriever_loss: RetrieverLoss | None
+    ) -> Outcome:
+        """The loss of ``turn``; ``retriever_loss`` None: none is wanted."""
