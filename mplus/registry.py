@@ -18,7 +18,7 @@ from mplus.errors import ConfigError, DuplicateNameError, MissingDependencyError
 
 T = TypeVar("T")
 
-EXTRAS: Mapping[str, str] = {"faiss": "faiss", "triton": "triton"}
+EXTRAS: Mapping[str, str] = {"bm25s": "eval", "faiss": "faiss", "matplotlib": "eval", "triton": "triton"}
 """Optional top-level module -> the extra of mplus that installs it."""
 
 

@@ -44,6 +44,8 @@ TENANTS = {
     "typer": {"cli"},
     "faiss": {"retrievers"},
     "triton": {"backends"},
+    "bm25s": {"evaluation"},
+    "matplotlib": {"evaluation"},
 }
 STATE = {"rows", "memory", "stores", "retrievers", "backends", "mechanisms"}
 """Rooms that hold or compute the memory itself: tensors only."""
@@ -147,7 +149,7 @@ def test_one_version():
 
 def test_import_brings_in_nothing_heavy():
     loaded = in_subprocess("import json, sys, mplus; print(json.dumps(sorted(sys.modules)))")
-    assert not {"transformers", "peft", "accelerate", "faiss", "triton", "typer", "rich"} & set(loaded)
+    assert not {"transformers", "peft", "accelerate", "faiss", "triton", "typer", "rich", "matplotlib"} & set(loaded)
 
 
 def test_everything_below_hf_works_without_transformers():

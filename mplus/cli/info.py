@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "accelerate")
-OPTIONAL = ("bitsandbytes", "faiss-cpu", "faiss-gpu", "triton")
+OPTIONAL = ("bitsandbytes", "bm25s", "faiss-cpu", "faiss-gpu", "matplotlib", "triton")
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON instead.")] = False) -> None:
