@@ -24,13 +24,15 @@ class Turn:
         sources: ``[B, C]`` int64, what each chunk tells of. A number means the same thing in every stream, and a
             stream does not write it again before it starts anew, unless the chunks belong together.
         texts: ``[B, R, T]`` int64, read after the chunks were written, independently of each other.
-        labels: ``[B, R, T]`` int64: the token itself where it is to be predicted from those before it, else ``IGNORED``.
+        labels: ``[B, R, T]`` int64: the token itself where it is to be predicted from those before it, or ``IGNORED``.
         mask: ``[B, R, T]`` bool, False at padding, which is on the right.
         about: ``[B, R]`` int64: the source a text continues or asks for; ``NO_ONE`` where none was written.
+        queries: ``[B, R, T]`` bool: the tokens that retrieval may see, so that it does not look at what is to be
+            predicted; None: all that ``mask`` leaves.
         answers: ``[B, R, T]`` bool: the labels that accuracy is about; None: all of them.
         fresh: every stream forgets all before this turn.
         windows: ``[B, S]`` int64: the newest chunks and a text as one plain text, for objectives without memory; or
-            None where the source has none. Padding is on the left and its label is ``IGNORED``.
+            None where the source has none. The label of padding is ``IGNORED``.
         window_labels: ``[B, S]`` int64, as ``labels``.
         window_mask: ``[B, S]`` bool, False at padding.
     """
@@ -41,6 +43,7 @@ class Turn:
     labels: Tensor
     mask: Tensor
     about: Tensor
+    queries: Tensor | None = None
     answers: Tensor | None = None
     fresh: bool = False
     windows: Tensor | None = None

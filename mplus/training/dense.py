@@ -1,0 +1,171 @@
+"""Reading many texts from many streams in one pass, with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from mplus.hf.discovery import AttentionSpec
+from mplus.hf.engine import DecoderEngine
+from mplus.hf.passes import Prefix, Project, Projected
+from mplus.training.picking import Picker
+from mplus.training.streams import StreamBatch
+
+Candidates = Callable[[int, Tensor], Tensor]
+"""``candidates(layer, sources [B, n + m])`` -> ``[B, c]``: places of the rows, short-term before long-term, that a
+retriever loss wants to score."""
+
+
+@define(eq=False)
+class LayerRead:
+    """What one layer read.
+
+    Attributes:
+        text: ``[B, R, T, d]``, the texts after the layer's input norm, with their graph.
+        picked: ``[B, R, k]`` int64, places in the long-term rows, oldest first; None where nothing was retrieved.
+        picked_source: ``[B, R, k]`` int64, what those rows were written from.
+        scores: ``[B, R, k]``, the picker's scores.
+        candidates: ``[B, c, d]`` rows for a retriever loss after the input norm; None where none were asked for.
+        candidate_source: ``[B, c]`` int64.
+    """
+
+    text: Tensor
+    picked: Tensor | None = None
+    picked_source: Tensor | None = None
+    scores: Tensor | None = None
+    candidates: Tensor | None = None
+    candidate_source: Tensor | None = None
+
+
+@define(frozen=True, eq=False)
+class Read:
+    """``logits`` ``[B, R, T, V]`` and what each layer that carries memory read."""
+
+    logits: Tensor
+    layers: dict[int, LayerRead]
+
+
+class DenseDecoder:
+    """A wrapped decoder, seen from streams.
+
+    Attributes:
+        model: the wrapped decoder.
+        engine: its engine.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.engine: DecoderEngine = model.mplus_engine
+
+    def read(
+        self,
+        streams: StreamBatch,
+        texts: Tensor,
+        *,
+        queries: Tensor | None = None,
+        picker: Picker | None = None,
+        candidates: Candidates | None = None,
+    ) -> Read:
+        """Read R texts of each stream: ``[begin | picked long-term rows | STM | text]`` (M+ section 3.3).
+
+        Args:
+            streams: what is read; not changed.
+            texts: ``[B, R, T]`` int64, padding on the right.
+            queries: ``[B, R, T]`` bool, the tokens that the picker sees; None: all.
+            picker: chooses long-term rows; None: none are read.
+            candidates: rows wanted for a retriever loss.
+        """
+        wanted = self.engine.config.retrieved_tokens if picker is not None else 0
+        rows = 1 + streams.rows + max(min(wanted, ltm.count) for ltm in streams.ltm)
+        queries = torch.ones_like(texts, dtype=torch.bool) if queries is None else queries
+        source = StreamSource(self.engine, streams, queries, picker, candidates)
+        return self._run(source, texts, rows, self.engine.adapter("read"), source.layers)
+
+    def read_rows(self, rows: Sequence[Tensor], texts: Tensor, adapter: str) -> Read:
+        """Read texts ``[B, R, T]`` with the rows of one write only (per layer ``[B, k, d]``), keeping their graph.
+
+        ``adapter`` is "write" or "read" (published: "write").
+        """
+        source = RowSource(self.engine, rows)
+        return self._run(source, texts, 1 + rows[0].shape[1], self.engine.adapter(adapter), {})
+
+    def plain(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits ``[B, S, V]`` of the decoder alone, without memory and adapters; ``mask`` ``[B, S]`` for padding."""
+        inputs: dict[str, Tensor] = {"input_ids": ids}
+        if mask is not None and not bool(mask.all()):
+            inputs.update(attention_mask=mask.long(), **self.engine.padded_positions(mask))
+        logits: Tensor = self.model(**inputs, use_cache=False).logits
+        return logits
+
+    def _run(self, source: Any, texts: Tensor, rows: int, adapter: str | None, layers: dict[int, LayerRead]) -> Read:
+        batch, each, tokens = texts.shape
+        logits = self.engine.read_batch(source, texts.reshape(batch * each, tokens), rows, adapter)
+        return Read(logits.view(batch, each, tokens, -1), layers)
+
+
+@define(eq=False)
+class StreamSource:
+    """Gives every layer ``[begin | picked | STM]`` of the stream that a text belongs to.
+
+    A recomputation in backward (gradient checkpointing) finds in ``layers`` what the first pass chose.
+    """
+
+    engine: DecoderEngine
+    streams: StreamBatch
+    queries: Tensor
+    picker: Picker | None
+    wanted: Candidates | None
+    layers: dict[int, LayerRead] = field(factory=dict)
+
+    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> Projected | None:
+        layer, streams = spec.memory_index, self.streams
+        batch, each = self.queries.shape[:2]
+        if layer not in self.layers:
+            self.layers[layer] = self._choose(spec, hidden.view(batch, each, *hidden.shape[1:]))
+        seen = self.layers[layer]
+        parts = [self.engine.mechanism.additions.begin[layer].to(hidden).expand(batch * each, -1, -1)]
+        if seen.picked is not None:
+            ltm = streams.ltm[layer].hidden
+            index = seen.picked.flatten(1)[..., None].expand(-1, -1, ltm.shape[2])
+            parts.append(ltm.gather(1, index).view(batch * each, -1, ltm.shape[2]).to(hidden))
+        parts.append(streams.stm[layer].to(hidden).repeat_interleave(each, 0))
+        return project(Prefix(torch.cat(parts, 1), None))
+
+    def _choose(self, spec: AttentionSpec, text: Tensor) -> LayerRead:
+        layer, streams = spec.memory_index, self.streams
+        ltm, read = streams.ltm[layer], LayerRead(text)
+        count = min(self.engine.config.retrieved_tokens, ltm.count)
+        if self.picker is not None and count:
+            with torch.no_grad():
+                rows = ltm.hidden if spec.norm is None else spec.norm(ltm.hidden)
+                best, scores = self.picker.pick(layer, text.detach(), self.queries, rows, ltm, count)
+                births = ltm.birth[:, None].expand(-1, best.shape[1], -1).gather(2, best)
+                order = births.argsort(dim=2)
+            read.picked, read.scores = best.gather(2, order), scores.gather(2, order)
+            read.picked_source = ltm.source[:, None].expand(-1, best.shape[1], -1).gather(2, read.picked)
+        if self.wanted is not None:
+            sources = torch.cat([streams.stm_source[layer], ltm.source], 1)
+            place = self.wanted(layer, sources)
+            rows = torch.cat([streams.stm[layer], ltm.hidden], 1)
+            rows = rows.gather(1, place[..., None].expand(-1, -1, rows.shape[2])).to(text)
+            read.candidates = rows if spec.norm is None else spec.norm(rows)
+            read.candidate_source = sources.gather(1, place)
+        return read
+
+
+@define(eq=False)
+class RowSource:
+    """Gives every layer ``[begin | rows]``."""
+
+    engine: DecoderEngine
+    rows: Sequence[Tensor]
+
+    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> Projected | None:
+        rows = self.rows[spec.memory_index].to(hidden)
+        each = hidden.shape[0] // rows.shape[0]
+        begin = self.engine.mechanism.additions.begin[spec.memory_index].to(hidden).expand(hidden.shape[0], -1, -1)
+        return project(Prefix(torch.cat([begin, rows.repeat_interleave(each, 0)], 1), None))

@@ -1,0 +1,147 @@
+"""Losses: of predicted tokens, and of the retriever."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from attrs import define, field
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from mplus.config import flag, number, one_of, whole
+from mplus.retrievers.base import Retriever
+from mplus.training.dense import Read
+from mplus.training.turns import IGNORED, NO_ONE
+
+EPSILON = 1e-5
+"""Added to probabilities before their logarithm (published constant)."""
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of the tokens to be predicted; 0 where there are none.
+
+    Args:
+        logits: ``[..., T, V]``; those at t predict the token at t + 1.
+        labels: ``[..., T]`` int64, the token at t, or ``IGNORED``.
+    """
+    wanted = labels[..., 1:].flatten()
+    if not bool((wanted != IGNORED).any()):
+        return logits.sum() * 0.0
+    return cross_entropy(logits[..., :-1, :].flatten(0, -2).float(), wanted, ignore_index=IGNORED)
+
+
+@torch.no_grad()
+def accuracy(logits: Tensor, labels: Tensor, answers: Tensor | None = None) -> float:
+    """Share of texts whose every token to be predicted is the most probable one.
+
+    Args:
+        logits: ``[..., T, V]``.
+        labels: ``[..., T]``, as for ``token_loss``.
+        answers: ``[..., T]`` bool, the labels that count; None: all of them. Texts without any are left out.
+    """
+    counted = labels != IGNORED
+    if answers is not None:
+        counted = counted & answers
+    counted = counted[..., 1:]
+    right = (logits[..., :-1, :].argmax(-1) == labels[..., 1:]) | ~counted
+    asked = counted.any(-1)
+    return float(right.all(-1)[asked].float().mean()) if bool(asked.any()) else float("nan")
+
+
+@define(frozen=True, kw_only=True)
+class RetrieverLoss:
+    """How the retriever learns which rows a text needs: those written from what the text is about.
+
+    Attributes:
+        kind: "contrastive": minus the logarithm of the share of the softmax that falls on those rows; "bce": mean of
+            ``-log p`` over those rows plus mean of ``-log (1 - p)`` over the others, p the score (M+ section 3.2.2;
+            needs a score between 0 and 1, as "sigmoid_mean").
+        weight: factor on the loss.
+        detach: keep its gradient out of the decoder (M+ stage 3).
+        negatives: "stream": a text's own stream gives the rows it is to be told from; "batch": all streams do, except
+            rows written from the same source. With "batch" the loss depends on how many streams a process holds.
+        candidates: rows of each stream that are scored: all that its texts are about, then others at random.
+    """
+
+    kind: Literal["contrastive", "bce"] = field(default="contrastive", validator=one_of("contrastive", "bce"))
+    weight: float = field(default=0.3, validator=number(0))
+    detach: bool = field(default=True, validator=flag)
+    negatives: Literal["stream", "batch"] = field(default="stream", validator=one_of("stream", "batch"))
+    candidates: int = field(default=96, validator=whole(1))
+
+    def wanted(self, about: Tensor, generator: torch.Generator | None = None) -> Any:
+        """The ``candidates`` argument of ``DenseDecoder.read`` for texts ``about`` ``[B, R]``."""
+
+        def choose(layer: int, sources: Tensor) -> Tensor:
+            asked = (sources[:, None] == about[:, :, None]).any(1)
+            rank = torch.rand(sources.shape, generator=generator).to(sources.device) + asked
+            return rank.topk(min(self.candidates, sources.shape[1]), dim=1).indices
+
+        return choose
+
+    def __call__(self, retriever: Retriever, read: Read, queries: Tensor, about: Tensor) -> Tensor:
+        """The loss, weighted, mean over layers.
+
+        Args:
+            retriever: with a differentiable ``score``.
+            read: made with ``wanted``.
+            queries: ``[B, R, T]`` bool, the tokens that retrieve.
+            about: ``[B, R]`` int64; texts about ``NO_ONE``, or about what is no longer held, do not count.
+        """
+        terms = [self._layer(retriever, layer, seen, queries, about) for layer, seen in read.layers.items()]
+        return self.weight * torch.stack(terms).mean()
+
+    def _layer(self, retriever: Retriever, layer: int, seen: Any, queries: Tensor, about: Tensor) -> Tensor:
+        text, rows, source = seen.text, seen.candidates, seen.candidate_source
+        if self.detach:
+            text, rows = text.detach(), rows.detach()
+        batch, each, tokens, size = text.shape
+        projected = retriever.project_queries(layer, text.reshape(batch * each, tokens, size))
+        projected = projected.view(batch, each, tokens, -1)
+        keys = retriever.project_keys(layer, rows.flatten(0, 1))
+        positive = (source[:, None] == about[:, :, None]) & (about != NO_ONE)[:, :, None]
+        if self.negatives == "stream":
+            scores = retriever.score(layer, projected, queries, keys.view(batch, -1, keys.shape[-1]))  # type: ignore[union-attr]
+            usable = torch.ones_like(positive)
+        else:
+            flat = (1, batch * each)
+            scores = retriever.score(layer, projected.view(*flat, tokens, -1), queries.view(*flat, tokens), keys[None])  # type: ignore[index]
+            scores = scores.view(batch, each, -1)
+            own = torch.eye(batch, dtype=torch.bool, device=about.device).repeat_interleave(rows.shape[1], 1)[:, None]
+            same = source.flatten() == about[:, :, None]
+            usable = own | ~same
+            positive = own & same & (about != NO_ONE)[:, :, None]
+        return (
+            contrastive(scores, positive, usable)
+            if self.kind == "contrastive"
+            else balanced_bce(scores, positive, usable)
+        )
+
+
+def contrastive(scores: Tensor, positive: Tensor, usable: Tensor) -> Tensor:
+    """``-log`` of the softmax mass on the positive rows, mean over the texts that have any; 0 where none has.
+
+    Args:
+        scores: ``[B, R, m]``.
+        positive, usable: ``[B, R, m]`` bool; only usable rows take part.
+    """
+    counted = positive.any(-1)
+    if not bool(counted.any()):
+        return scores.sum() * 0.0
+    scores = scores.float()[counted]
+    everything = scores.masked_fill(~usable[counted], -torch.inf).logsumexp(-1)
+    return (everything - scores.masked_fill(~positive[counted], -torch.inf).logsumexp(-1)).mean()
+
+
+def balanced_bce(scores: Tensor, positive: Tensor, usable: Tensor) -> Tensor:
+    """Half the mean of ``-log p`` over positive rows plus half that of ``-log (1 - p)`` over the others (published).
+
+    Texts without a positive row do not count; an empty class contributes 0. Arguments as for ``contrastive``.
+    """
+    counted = positive.any(-1, keepdim=True)
+    positive, negative = positive & counted, usable & ~positive & counted
+    p = scores.float()
+    up = -((p + EPSILON).log() * positive).sum() / positive.sum().clamp(min=1)
+    down = -((1 - p + EPSILON).log() * negative).sum() / negative.sum().clamp(min=1)
+    return (up + down) / 2

@@ -1,0 +1,41 @@
+"""Multi-chunk: several chunks are written without gradient, then the text is read with all of memory."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from attrs import define, field
+
+from mplus.config import whole
+from mplus.training.dense import DenseDecoder
+from mplus.training.losses import RetrieverLoss
+from mplus.training.objectives.base import Objective, Outcome
+from mplus.training.objectives.full_read import full_read, write
+from mplus.training.streams import StreamBatch
+from mplus.training.turns import Turn
+
+
+class MultiChunk(Objective):
+    """Write up to ``chunks`` chunks into the streams, detached, and read the texts (M+ section 3.3, stage 3).
+
+    Gradients: read adapter, begin rows, retriever. The reader learns to find a few rows among many.
+    """
+
+    @define(frozen=True, kw_only=True)
+    class Options(Objective.Options):
+        """``chunks``: chunks written, as far as a turn has so many."""
+
+        chunks: int = field(default=2, validator=whole(1))
+
+    options: Options
+    name: ClassVar[str] = "multi_chunk"
+
+    def __call__(
+        self, decoder: DenseDecoder, streams: StreamBatch, turn: Turn, retriever_loss: RetrieverLoss | None
+    ) -> Outcome:
+        """See ``Objective``."""
+        streams.detach()
+        with torch.no_grad():
+            write(streams, turn)
+        return full_read(decoder, streams, turn, retriever_loss)

@@ -1,0 +1,28 @@
+"""Plain language modelling with the memory attached."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from mplus.training.dense import DenseDecoder
+from mplus.training.losses import RetrieverLoss
+from mplus.training.objectives.base import Objective, Outcome
+from mplus.training.objectives.full_read import full_read
+from mplus.training.streams import StreamBatch
+from mplus.training.turns import Turn
+
+
+class PlainLM(Objective):
+    """Read the texts with whatever memory there is; write nothing (published: 5 to 10 % of the steps).
+
+    Gradients: read adapter, begin rows. It keeps the reader from being led astray by memory that does not matter.
+    """
+
+    name: ClassVar[str] = "plain_lm"
+
+    def __call__(
+        self, decoder: DenseDecoder, streams: StreamBatch, turn: Turn, retriever_loss: RetrieverLoss | None
+    ) -> Outcome:
+        """See ``Objective``. What the texts are about was not written, so the retriever learns nothing."""
+        streams.detach()
+        return full_read(decoder, streams, turn, None)

@@ -1,0 +1,29 @@
+"""Revisit: a text seen before is read again, after other chunks were written."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from mplus.training.dense import DenseDecoder
+from mplus.training.losses import RetrieverLoss
+from mplus.training.objectives.base import Objective, Outcome
+from mplus.training.objectives.full_read import full_read
+from mplus.training.streams import StreamBatch
+from mplus.training.turns import Turn
+
+
+class Revisit(Objective):
+    """Read the texts of an earlier turn, whose chunks have aged meanwhile; write nothing (MemoryLLM section 3.2.3).
+
+    Gradients: read adapter, begin rows, retriever. It is what keeps old rows readable.
+    """
+
+    name: ClassVar[str] = "revisit"
+    needs_cache: ClassVar[bool] = True
+
+    def __call__(
+        self, decoder: DenseDecoder, streams: StreamBatch, turn: Turn, retriever_loss: RetrieverLoss | None
+    ) -> Outcome:
+        """See ``Objective``; ``turn`` is the earlier one."""
+        streams.detach()
+        return full_read(decoder, streams, turn, retriever_loss)

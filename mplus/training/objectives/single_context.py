@@ -1,0 +1,41 @@
+"""Single context: written with gradient into the pool, read with all of memory."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from attrs import define, field
+
+from mplus.config import whole
+from mplus.training.dense import DenseDecoder
+from mplus.training.losses import RetrieverLoss
+from mplus.training.objectives.base import Objective, Outcome
+from mplus.training.objectives.full_read import full_read, write
+from mplus.training.streams import StreamBatch
+from mplus.training.turns import Turn
+
+
+class SingleContext(Objective):
+    """Write chunks with gradient, let them enter the STM, and read the texts with all of memory.
+
+    Gradients: write adapter and mark, read adapter, begin rows, retriever. The only objective that trains the writer
+    against the reader that is used at inference, among rows that do not matter. The released code does it by
+    accident, for documents of one context in stages 1 and 2; here it is meant.
+    """
+
+    @define(frozen=True, kw_only=True)
+    class Options(Objective.Options):
+        """``chunks``: chunks written in a row, all with gradient."""
+
+        chunks: int = field(default=1, validator=whole(1))
+
+    options: Options
+    name: ClassVar[str] = "single_context"
+
+    def __call__(
+        self, decoder: DenseDecoder, streams: StreamBatch, turn: Turn, retriever_loss: RetrieverLoss | None
+    ) -> Outcome:
+        """See ``Objective``. The streams keep the graph of these writes until the next turn."""
+        streams.detach()
+        write(streams, turn)
+        return full_read(decoder, streams, turn, retriever_loss)

@@ -1,0 +1,32 @@
+"""Window: the decoder alone, over the newest text as plain tokens."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from mplus.errors import ConfigError
+from mplus.training.dense import DenseDecoder
+from mplus.training.losses import RetrieverLoss, accuracy, token_loss
+from mplus.training.objectives.base import Objective, Outcome
+from mplus.training.streams import StreamBatch
+from mplus.training.turns import Turn
+
+
+class Window(Objective):
+    """Read the turn's newest chunks and a text as one plain text, without memory and adapters.
+
+    Gradients: the decoder's own weights, where they are trained. It makes a baseline, or a decoder from nothing.
+    """
+
+    name: ClassVar[str] = "window"
+
+    def __call__(
+        self, decoder: DenseDecoder, streams: StreamBatch, turn: Turn, retriever_loss: RetrieverLoss | None
+    ) -> Outcome:
+        """See ``Objective``. Raises ConfigError when the turn's source makes no windows."""
+        if turn.windows is None or turn.window_labels is None:
+            raise ConfigError("objective 'window' needs a data set that makes windows: set its window size")
+        logits = decoder.plain(turn.windows, turn.window_mask)
+        loss = token_loss(logits, turn.window_labels)
+        found = accuracy(logits[:, None], turn.window_labels[:, None])
+        return Outcome(loss, {"window_loss": loss.item(), "window_accuracy": found})

@@ -1,0 +1,1 @@
+"""A little language of facts: told once, then asked for after many others. A decoder of minutes learns it."""

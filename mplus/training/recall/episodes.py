@@ -1,0 +1,84 @@
+"""Episode: the facts told to one stream, in chunks, until it starts anew."""
+
+from __future__ import annotations
+
+import torch
+from attrs import define
+from torch import Tensor
+
+from mplus.errors import ConfigError
+from mplus.training.recall import words
+from mplus.training.recall.language import Language
+
+
+@define(frozen=True, eq=False)
+class Episode:
+    """One fact per chunk, all different.
+
+    Attributes:
+        facts: per chunk, the number of its fact.
+        values: per chunk, the number of the value.
+        chunks: ``[E, n]`` int64, the sentence at a random place among fillers, the last ``tail`` tokens all fillers.
+    """
+
+    facts: list[int]
+    values: list[int]
+    chunks: Tensor
+
+
+def draw_facts(
+    language: Language, count: int, held_out: bool, siblings: float, generator: torch.Generator
+) -> list[int]:
+    """``count`` different facts.
+
+    Args:
+        held_out: take names never seen together in training, else only those seen.
+        siblings: share of facts about a person of whom something else was told before.
+
+    Raises:
+        ConfigError: the language has too few facts.
+    """
+    people = torch.tensor([p for p in range(language.names) if language.held_out(p) == held_out])
+    if count > len(people) * language.relations:
+        raise ConfigError(
+            f"an episode must have at most {len(people) * language.relations} chunks, as many as the language has "
+            f"{'held-out' if held_out else 'trained'} facts, got {count}: raise firsts, lasts or relations"
+        )
+    fresh = iter(people[torch.randperm(len(people), generator=generator)].tolist())
+    chance = torch.rand(count, 2, generator=generator).tolist()
+    relations = torch.rand(count, language.relations, generator=generator).argsort(1).tolist()
+    facts: list[int] = []
+    untold: dict[int, list[int]] = {}
+    known: list[int] = []  # people of whom something is told and something is not
+    for place in range(count):
+        again, which = chance[place]
+        person = next(fresh, None) if again >= siblings or not known else None
+        if person is None:
+            at = int(which * len(known))
+            person = known[at]
+            if len(untold[person]) == 1:  # nothing is left to tell of this person afterwards
+                known[at] = known[-1]
+                known.pop()
+        else:
+            untold[person] = relations[place]
+            if language.relations > 1:
+                known.append(person)
+        facts.append(untold[person].pop() * language.names + person)
+    return facts
+
+
+def make_episode(
+    language: Language, facts: list[int], *, chunk_tokens: int, tail: int, generator: torch.Generator
+) -> Episode:
+    """Draw values for ``facts`` and lay the sentences out in chunks of ``chunk_tokens``."""
+    count = len(facts)
+    ids = language.ids
+    fillers = torch.tensor([ids[word] for word in words.FILLERS])
+    chunks = fillers[torch.randint(len(fillers), (count, chunk_tokens), generator=generator)]
+    chance = torch.rand(count, 2, generator=generator).tolist()
+    values = [int(c[0] * language.values(fact)) for c, fact in zip(chance, facts, strict=True)]
+    for place, (fact, value) in enumerate(zip(facts, values, strict=True)):
+        sentence = torch.tensor([ids[word] for word in language.sentence(fact, value)])
+        start = int(chance[place][1] * (chunk_tokens - tail - len(sentence) + 1))
+        chunks[place, start : start + len(sentence)] = sentence
+    return Episode(facts, values, chunks)

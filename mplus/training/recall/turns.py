@@ -1,0 +1,222 @@
+"""RecallTurns: facts are told chunk by chunk, and asked for at chosen ages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from mplus.config import flag, number, one_of, structure, whole
+from mplus.errors import ConfigError, InputError
+from mplus.training.recall import words
+from mplus.training.recall.episodes import Episode, draw_facts, make_episode
+from mplus.training.recall.language import Language
+from mplus.training.turns import IGNORED, NO_ONE, Turn, TurnSource
+
+
+def _language(value: Any) -> Any:
+    return structure(Language, value) if isinstance(value, Mapping) else value
+
+
+@define(frozen=True, kw_only=True)
+class RecallOptions:
+    """How facts are told and asked for.
+
+    Attributes:
+        language: sizes of the language.
+        chunk_tokens: tokens of a chunk; one sentence among fillers.
+        tail: fillers at the end of a chunk, where its rows are made (K).
+        episode: chunks a stream is told before it starts anew.
+        questions: R, questions per turn.
+        ages: which facts are asked for, by the chunks told since: "all" of the turn's own in order, "recent"
+            (exponential), or "mixed" (half exponential, half uniform over the episode). But for "all", the first
+            question is about the newest chunk.
+        mean_age: mean of the exponential, in chunks.
+        siblings: share of facts about a person of whom something else was told before.
+        unknown: share of questions whose fact was not told; the answer is the word "unknown".
+        held_out: tell of people never seen in training.
+        name_labels: also predict the names in a question, which helps to get started.
+        window_tokens: tokens of plain text in front of a question in ``Turn.windows``; 0: no windows.
+    """
+
+    language: Language = field(factory=Language, converter=_language)
+    chunk_tokens: int = field(default=16, validator=whole(8))
+    tail: int = field(default=4, validator=whole(0))
+    episode: int = field(default=24, validator=whole(1))
+    questions: int = field(default=4, validator=whole(1))
+    ages: Literal["all", "recent", "mixed"] = field(default="recent", validator=one_of("all", "recent", "mixed"))
+    mean_age: float = field(default=5.0, validator=number(0.01))
+    siblings: float = field(default=0.25, validator=number(0, 1))
+    unknown: float = field(default=0.0, validator=number(0, 1))
+    held_out: bool = field(default=False, validator=flag)
+    name_labels: bool = field(default=False, validator=flag)
+    window_tokens: int = field(default=0, validator=whole(0))
+
+    def __attrs_post_init__(self) -> None:
+        room = self.chunk_tokens - self.tail
+        if room < self.language.sentence_tokens:
+            raise ConfigError(
+                f"chunk_tokens - tail must be at least the {self.language.sentence_tokens} tokens of a sentence, "
+                f"got {self.chunk_tokens} - {self.tail}"
+            )
+        if self.window_tokens % self.chunk_tokens:
+            raise ConfigError(
+                f"window_tokens must be a multiple of chunk_tokens ({self.chunk_tokens}), got {self.window_tokens}"
+            )
+
+
+class RecallTurns(TurnSource):
+    """Streams of facts in the little language; see ``TurnSource``. Fresh whenever an episode is over."""
+
+    Options = RecallOptions
+
+    def __init__(self, options: RecallOptions, *, tokenizer: Any, numbers: Sequence[int], seed: int) -> None:
+        """``tokenizer`` must be that of the language, or None to take its ids on trust.
+
+        Raises:
+            ConfigError: the tokenizer knows other words.
+        """
+        self.options = options
+        language = options.language
+        if tokenizer is not None:
+            found = tokenizer.convert_tokens_to_ids(list(language.vocabulary))
+            if list(found) != list(range(len(language.vocabulary))):
+                raise ConfigError("data of kind 'recall' needs the tokenizer of the little language: set it in [model]")
+        self._generators = [torch.Generator().manual_seed(seed * 1_000_003 + stream) for stream in numbers]
+        self._episodes: list[Episode] = []
+        self._told = options.episode
+        self._id = language.ids
+
+    def turn(self, chunks: int = 1, *, repeat: bool = False) -> Turn:
+        """Tell ``chunks`` facts and ask ``questions`` of them.
+
+        Raises:
+            InputError: ``repeat``, which facts have no use for; or more chunks than an episode has.
+        """
+        options = self.options
+        if repeat:
+            raise InputError("data of kind 'recall' has no repeat task: take another objective")
+        if not 1 <= chunks <= options.episode:
+            raise InputError(f"a turn of this data must have 1 to episode ({options.episode}) chunks, got {chunks}")
+        fresh = self._told + chunks > options.episode
+        if fresh:
+            self._begin()
+        first, self._told = self._told, self._told + chunks
+        ages = [self._ages(generator, chunks) for generator in self._generators]
+        asked = [
+            self._asked(generator, episode, row)
+            for generator, episode, row in zip(self._generators, self._episodes, ages, strict=True)
+        ]
+        texts = torch.tensor([[self._text(fact, answer) for fact, _, answer in row] for row in asked])
+        labels, answers = self._labels(texts)
+        windows: dict[str, Tensor] = {} if not options.window_tokens else self._windows()
+        return Turn(
+            chunks=torch.stack([episode.chunks[first : self._told] for episode in self._episodes]),
+            sources=torch.tensor([episode.facts[first : self._told] for episode in self._episodes]),
+            texts=texts,
+            labels=labels,
+            mask=texts != self._id[words.PAD],
+            queries=torch.arange(texts.shape[2]).expand_as(texts) < 4,
+            about=torch.tensor([[about for _, about, _ in row] for row in asked]),
+            answers=answers,
+            fresh=fresh,
+            **windows,
+        )
+
+    def _begin(self) -> None:
+        options = self.options
+        self._told = 0
+        self._episodes = []
+        for generator in self._generators:
+            facts = draw_facts(options.language, options.episode, options.held_out, options.siblings, generator)
+            sizes = {"chunk_tokens": options.chunk_tokens, "tail": options.tail}
+            self._episodes.append(make_episode(options.language, facts, **sizes, generator=generator))
+
+    def _ages(self, generator: torch.Generator, chunks: int) -> list[int]:
+        options = self.options
+        if options.ages == "all":
+            return list(range(chunks - 1, -1, -1))[: options.questions]
+        draws = torch.rand(options.questions, generator=generator)
+        ages = (-draws.clamp(min=1e-6).log() * options.mean_age).long()
+        if options.ages == "mixed":
+            uniform = (draws * self._told).long()
+            ages = torch.where(torch.arange(len(draws)) < len(draws) // 2, ages, uniform)
+        ages = ages.clamp(max=self._told - 1)
+        ages[0] = 0
+        return [int(age) for age in ages]
+
+    def _asked(self, generator: torch.Generator, episode: Episode, ages: list[int]) -> list[tuple[int, int, list[str]]]:
+        """For each age: the fact asked for, what it is about, and the words of the answer."""
+        language, found = self.options.language, []
+        draws = (
+            torch.rand(len(ages), 2, generator=generator).tolist() if self.options.unknown else [[1.0, 0.0]] * len(ages)
+        )
+        for age, (absent, which) in zip(ages, draws, strict=True):
+            place = self._told - 1 - age
+            fact = episode.facts[place]
+            if absent < self.options.unknown:
+                fact = self._untold(episode, int(which * language.facts))
+                found.append((fact, NO_ONE, [words.UNKNOWN]))
+            else:
+                found.append((fact, fact, language.value(fact, episode.values[place])))
+        return found
+
+    def _untold(self, episode: Episode, start: int) -> int:
+        """The first fact from ``start`` on that this episode never tells, of the people it is about."""
+        language, told = self.options.language, set(episode.facts)
+        for step in range(language.facts):
+            fact = (start + step) % language.facts
+            if fact not in told and language.held_out(fact) == self.options.held_out:
+                return fact
+        raise ConfigError(f"questions for untold facts need an episode shorter than all {language.facts} facts")
+
+    def _text(self, fact: int, answer: list[str]) -> list[int]:
+        language = self.options.language
+        given = [*language.question(fact), *answer]
+        given += [words.PAD] * (4 + language.value_tokens - len(given))
+        return [self._id[word] for word in given]
+
+    def _labels(self, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels and which of them are answers."""
+        answers = (torch.arange(texts.shape[2]) >= 4).expand_as(texts) & (texts != self._id[words.PAD])
+        named = torch.arange(texts.shape[2]).expand_as(texts) >= 2
+        labelled = answers | named if self.options.name_labels else answers
+        labelled = labelled & (texts != self._id[words.PAD])
+        return torch.where(labelled, texts, torch.full_like(texts, IGNORED)), answers
+
+    def _windows(self) -> dict[str, Tensor]:
+        """The newest chunks of each stream as text, with a question about one of them."""
+        options, pad = self.options, self._id[words.PAD]
+        seen = min(options.window_tokens // options.chunk_tokens, self._told)
+        rows = []
+        for generator, episode in zip(self._generators, self._episodes, strict=True):
+            place = self._told - 1 - int(torch.randint(seen, (1,), generator=generator))
+            text = episode.chunks[self._told - seen : self._told].flatten()
+            answer = options.language.value(episode.facts[place], episode.values[place])
+            rows.append(torch.cat([text, torch.tensor(self._text(episode.facts[place], answer))]))
+        windows = torch.stack(rows)
+        mask = windows != pad
+        labels, _ = self._labels(windows[:, None, -4 - options.language.value_tokens :])
+        before = torch.full((len(rows), windows.shape[1] - labels.shape[2]), IGNORED)
+        labels = torch.cat([before, torch.where(self._answer_places(labels), labels[:, 0], IGNORED)], 1)
+        return {"windows": windows, "window_labels": labels, "window_mask": mask}
+
+    @staticmethod
+    def _answer_places(labels: Tensor) -> Tensor:
+        return torch.arange(labels.shape[2]).expand(labels.shape[0], -1) >= 4
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "told": self._told,
+            "episodes": [(e.facts, e.values, e.chunks) for e in self._episodes],
+            "generators": [generator.get_state() for generator in self._generators],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._told = state["told"]
+        self._episodes = [Episode(*saved) for saved in state["episodes"]]
+        for generator, saved in zip(self._generators, state["generators"], strict=True):
+            generator.set_state(saved)
