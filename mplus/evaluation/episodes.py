@@ -1,0 +1,134 @@
+"""Episodes: what a stream is told, one passage per write, and what it is asked about it later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import attrs
+from attrs import define, field
+
+from mplus.config import whole
+from mplus.errors import InputError
+from mplus.evaluation.texts import Texts
+
+
+@define(frozen=True, kw_only=True)
+class Passage:
+    """One text that is told, at most one chunk long, under the name ``source``."""
+
+    text: str
+    source: str
+
+
+@define(frozen=True, kw_only=True)
+class Question:
+    """Something to ask.
+
+    Attributes:
+        prompt: what the decoder is given, complete.
+        answers: accepted answers.
+        needs: numbers of the passages that hold the answer; empty: it was never told.
+        after: number of the passage that age is counted from: at age n, n passages have been told since.
+    """
+
+    prompt: str
+    answers: tuple[str, ...]
+    needs: tuple[int, ...]
+    after: int
+
+    @property
+    def told(self) -> bool:
+        """Whether the answer is in the passages at all."""
+        return bool(self.needs)
+
+
+@define(frozen=True, kw_only=True)
+class Episode:
+    """One stream: ``passages`` are told in order; a question is asked at every age that there are passages for."""
+
+    number: int
+    passages: tuple[Passage, ...]
+    questions: tuple[Question, ...]
+
+    def __attrs_post_init__(self) -> None:
+        last = len(self.passages) - 1
+        for question in self.questions:
+            if not 0 <= question.after <= last or not all(0 <= need <= question.after for need in question.needs):
+                raise InputError(
+                    f"a question must need passages up to the one that its age is counted from, and that one must be "
+                    f"among the {len(self.passages)} of the episode, got needs {question.needs}, after {question.after}"
+                )
+
+
+class Protocol(ABC):
+    """Makes episodes of a data set. Built as ``Protocol(options, texts)``; equal options give equal episodes.
+
+    Attributes:
+        name: as in reports.
+        answer_tokens: tokens that are generated for an answer unless the user says otherwise.
+    """
+
+    @define(frozen=True, kw_only=True)
+    class Options:
+        """What every protocol can be told.
+
+        Attributes:
+            data: the file or folder to read.
+            episodes: how many to make; fewer where the data has no more.
+            passages: passages told from the needed one on, that one included; the greatest age is one less.
+            before: passages of distraction told before it.
+            passage_tokens: most tokens of a passage; longer ones are left out where they hold an answer, else cut.
+            questions: questions about what was told, per episode.
+            untold: questions per episode whose answer was not told.
+            seed: of everything that is drawn.
+        """
+
+        data: Path = field(converter=Path)
+        episodes: int = field(default=100, validator=whole(1))
+        passages: int = field(default=33, validator=whole(1))
+        before: int = field(default=0, validator=whole(0))
+        passage_tokens: int = field(default=512, validator=whole(1))
+        questions: int = field(default=1, validator=whole(1))
+        untold: int = field(default=0, validator=whole(0))
+        seed: int = field(default=0, validator=whole(0))
+
+    name: ClassVar[str]
+    answer_tokens: int = 10
+
+    def __init__(self, options: Any, texts: Texts) -> None:
+        self.options = options
+        self.texts = texts
+
+    @abstractmethod
+    def episodes(self) -> list[Episode]:
+        """All episodes.
+
+        Raises:
+            InputError: the data cannot be read, has another format, or has nothing that fits; says what.
+        """
+
+    @property
+    def deviations(self) -> tuple[str, ...]:
+        """Where it differs from what was published."""
+        return ()
+
+    @property
+    def chance(self) -> float | None:
+        """Accuracy of guessing; None where there is no such number. Known once there are episodes."""
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        """Every option as plain data; files by name only, since where they lie means nothing elsewhere."""
+        plain = attrs.asdict(self.options)
+        return {name: value.name if isinstance(value, Path) else value for name, value in plain.items()}
+
+
+def digest(episodes: Iterable[Episode]) -> str:
+    """A hash of everything told and asked: answers given elsewhere belong to episodes with the same one."""
+    plain = [attrs.asdict(episode) for episode in episodes]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
