@@ -21,10 +21,12 @@ class Prefix:
     Attributes:
         hidden: ``[B or 1, P, d]``, right-aligned: every row's memory ends at P-1.
         valid: ``[B, P]`` bool, or None when all rows are real.
+        behind: further memory rows between these and the text (sequential positions only).
     """
 
     hidden: Tensor
     valid: Tensor | None
+    behind: int = 0
 
 
 @define(frozen=True, eq=False)

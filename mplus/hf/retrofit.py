@@ -50,7 +50,7 @@ class Retrofit:
         ``args`` and ``kwargs`` are those of the attention call the memory is for.
         """
         hidden = prefix.hidden if spec.norm is None else spec.norm(prefix.hidden)
-        positions = self.positions.of_memory(hidden.shape[1], prefix.valid, text_offset, hidden.device)
+        positions = self.positions.of_memory(hidden.shape[1], prefix.valid, text_offset, hidden.device) - prefix.behind
         kwargs = {**kwargs, "attention_mask": None}
         if spec.rotary_keyword is not None:
             kwargs[spec.rotary_keyword] = self._rotary(spec, hidden, positions, text_offset, args, kwargs)

@@ -69,6 +69,7 @@ class DenseDecoder:
         queries: Tensor | None = None,
         picker: Picker | None = None,
         candidates: Candidates | None = None,
+        retrieved_tokens: int | None = None,
     ) -> Read:
         """Read R texts of each stream: ``[begin | picked long-term rows | STM | text]`` (M+ section 3.3).
 
@@ -78,11 +79,12 @@ class DenseDecoder:
             queries: ``[B, R, T]`` bool, the tokens that the picker sees; None: all.
             picker: chooses long-term rows; None: none are read.
             candidates: rows wanted for a retriever loss.
+            retrieved_tokens: K0 for this read; None: that of the config.
         """
-        wanted = self.engine.config.retrieved_tokens if picker is not None else 0
-        rows = 1 + streams.rows + max(min(wanted, ltm.count) for ltm in streams.ltm)
+        k0 = self.engine.config.retrieved_tokens if retrieved_tokens is None else retrieved_tokens
+        rows = 1 + streams.rows + max(min(k0 if picker else 0, ltm.count) for ltm in streams.ltm)
         queries = torch.ones_like(texts, dtype=torch.bool) if queries is None else queries
-        source = StreamSource(self.engine, streams, queries, picker, candidates)
+        source = StreamSource(self.engine, streams, queries, picker, candidates, k0)
         return self._run(source, texts, rows, self.engine.adapter("read"), source.layers)
 
     def read_rows(self, rows: Sequence[Tensor], texts: Tensor, adapter: str) -> Read:
@@ -119,6 +121,7 @@ class StreamSource:
     queries: Tensor
     picker: Picker | None
     wanted: Candidates | None
+    k0: int
     layers: dict[int, LayerRead] = field(factory=dict)
 
     def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> Projected | None:
@@ -127,18 +130,26 @@ class StreamSource:
         if layer not in self.layers:
             self.layers[layer] = self._choose(spec, hidden.view(batch, each, *hidden.shape[1:]))
         seen = self.layers[layer]
-        parts = [self.engine.mechanism.additions.begin[layer].to(hidden).expand(batch * each, -1, -1)]
+        begin = self.engine.mechanism.additions.begin[layer].to(hidden)
+        parts = [begin.expand(batch * each, -1, -1)]
         if seen.picked is not None:
             ltm = streams.ltm[layer].hidden
             index = seen.picked.flatten(1)[..., None].expand(-1, -1, ltm.shape[2])
             parts.append(ltm.gather(1, index).view(batch * each, -1, ltm.shape[2]).to(hidden))
-        parts.append(streams.stm[layer].to(hidden).repeat_interleave(each, 0))
-        return project(Prefix(torch.cat(parts, 1), None))
+        stm = streams.stm[layer].to(hidden)
+        if self.engine.retrofit.positions.layout != "sequential" or not stm.shape[1]:
+            return project(Prefix(torch.cat([*parts, stm.repeat_interleave(each, 0)], 1), None))
+        # The texts of a stream share its STM, so that is projected once.
+        front = project(Prefix(torch.cat(parts, 1), None, behind=stm.shape[1]))
+        back = project(Prefix(stm, None))
+        keys = torch.cat([front.keys, back.keys.repeat_interleave(each, 0)], 2)
+        values = torch.cat([front.values, back.values.repeat_interleave(each, 0)], 2)
+        return Projected(keys, values, None)
 
     def _choose(self, spec: AttentionSpec, text: Tensor) -> LayerRead:
         layer, streams = spec.memory_index, self.streams
         ltm, read = streams.ltm[layer], LayerRead(text)
-        count = min(self.engine.config.retrieved_tokens, ltm.count)
+        count = min(self.k0, ltm.count)
         if self.picker is not None and count:
             with torch.no_grad():
                 rows = ltm.hidden if spec.norm is None else spec.norm(ltm.hidden)

@@ -112,7 +112,8 @@ def untold_round(telling: Telling, episodes: Sequence[Episode], told: int, count
     people = language.people[telling.held_out]
     rows = []
     for episode in episodes:
-        known, row = set(episode.facts), []
+        known = set(episode.facts)
+        row: list[int] = []
         while len(row) < count:
             person = people[int(torch.randint(len(people), (1,), generator=generator))]
             fact = int(torch.randint(language.relations, (1,), generator=generator)) * language.names + person

@@ -27,23 +27,34 @@ class Episode:
 
 
 def draw_facts(
-    language: Language, count: int, held_out: bool, siblings: float, generator: torch.Generator
+    language: Language,
+    count: int,
+    held_out: bool,
+    siblings: float,
+    generator: torch.Generator,
+    one_relation: bool = False,
 ) -> list[int]:
     """``count`` different facts.
 
     Args:
         held_out: take names never seen together in training, else only those seen.
         siblings: share of facts about a person of whom something else was told before.
+        one_relation: all facts of the episode are of one relation, so that the names alone tell them apart.
 
     Raises:
         ConfigError: the language has too few facts.
     """
-    people = torch.tensor([p for p in range(language.names) if language.held_out(p) == held_out])
-    if count > len(people) * language.relations:
+    people = torch.tensor(language.people[held_out])
+    most = len(people) * (1 if one_relation else language.relations)
+    if count > most:
         raise ConfigError(
-            f"an episode must have at most {len(people) * language.relations} chunks, as many as the language has "
-            f"{'held-out' if held_out else 'trained'} facts, got {count}: raise firsts, lasts or relations"
+            f"an episode must have at most {most} chunks, as many as there are "
+            f"{'held-out' if held_out else 'trained'} facts to tell, got {count}: raise firsts, lasts or relations"
         )
+    if one_relation:
+        relation = int(torch.randint(language.relations, (1,), generator=generator))
+        chosen = people[torch.randperm(len(people), generator=generator)[:count]]
+        return [relation * language.names + person for person in chosen.tolist()]
     fresh = iter(people[torch.randperm(len(people), generator=generator)].tolist())
     chance = torch.rand(count, 2, generator=generator).tolist()
     relations = torch.rand(count, language.relations, generator=generator).argsort(1).tolist()

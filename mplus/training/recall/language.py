@@ -77,6 +77,14 @@ class Language:
         """Words of the longest sentence."""
         return 5 + self.value_tokens
 
+    @cached_property
+    def people(self) -> dict[bool, list[int]]:
+        """Numbers of the people who are held out of training (True), and of those who are not (False)."""
+        found: dict[bool, list[int]] = {True: [], False: []}
+        for person in range(self.names):
+            found[self.held_out(person)].append(person)
+        return found
+
     def relation(self, fact: int) -> str:
         """The relation of a fact."""
         return (*words.VALUES, words.NUMBER)[fact // self.names]

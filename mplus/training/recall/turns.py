@@ -36,6 +36,8 @@ class RecallOptions:
             question is about the newest chunk.
         mean_age: mean of the exponential, in chunks.
         siblings: share of facts about a person of whom something else was told before.
+        one_relation: all facts of an episode are of one relation, so that the names alone tell them apart; without it
+            a decoder that has learnt nothing yet is content with telling relations apart.
         unknown: share of questions whose fact was not told; the answer is the word "unknown".
         held_out: tell of people never seen in training.
         name_labels: also predict the names in a question, which helps to get started.
@@ -50,6 +52,7 @@ class RecallOptions:
     ages: Literal["all", "recent", "mixed"] = field(default="recent", validator=one_of("all", "recent", "mixed"))
     mean_age: float = field(default=5.0, validator=number(0.01))
     siblings: float = field(default=0.25, validator=number(0, 1))
+    one_relation: bool = field(default=False, validator=flag)
     unknown: float = field(default=0.0, validator=number(0, 1))
     held_out: bool = field(default=False, validator=flag)
     name_labels: bool = field(default=False, validator=flag)
@@ -131,7 +134,8 @@ class RecallTurns(TurnSource):
         self._told = 0
         self._episodes = []
         for generator in self._generators:
-            facts = draw_facts(options.language, options.episode, options.held_out, options.siblings, generator)
+            chosen = (options.held_out, options.siblings, generator, options.one_relation)
+            facts = draw_facts(options.language, options.episode, *chosen)
             sizes = {"chunk_tokens": options.chunk_tokens, "tail": options.tail}
             self._episodes.append(make_episode(options.language, facts, **sizes, generator=generator))
 

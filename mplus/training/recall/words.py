@@ -14,7 +14,7 @@ abbott adler archer arnold baker barlow becker bennet bishop bolton bowen bradle
 clark cooper cramer dalton dawson dixon draper dreyer eaton ellis engel farmer fisher fletcher fowler foster frost
 fuller gardner gibson glover graham hagen hammer harper hobson holt hooper hunter jensen keller kramer lambert larsen
 lehmann marlow mason mercer meyer miller morgan morris murray nelson newton norton osborn palmer parker porter potter
-quinn reeves ritter rogers sawyer schmidt shaw sutton tanner taylor thatcher turner wagner
+quinn reeves ritter rogers sawyer schmidt shaw sutton tanner taylor thatcher turner
 """.split()
 
 VALUES = {

@@ -1,0 +1,193 @@
+"""The little language, and the turns made of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mplus.errors import ConfigError, InputError
+from mplus.training.recall import words
+from mplus.training.recall.episodes import draw_facts
+from mplus.training.recall.language import Language
+from mplus.training.recall.turns import RecallOptions, RecallTurns
+from mplus.training.turns import IGNORED, NO_ONE
+
+LANGUAGE = Language(relations=5)
+SMALL = Language(relations=3, firsts=10, lasts=10)
+
+
+def spoken(ids):
+    return [LANGUAGE.vocabulary[i] for i in ids.tolist() if i != 0]
+
+
+def test_every_word_is_in_one_set_only():
+    assert len(set(LANGUAGE.vocabulary)) == len(LANGUAGE.vocabulary)
+    assert len(words.FIRST_NAMES) == len(words.LAST_NAMES) == 80
+    assert all(len(values) == 32 for values in words.VALUES.values())
+
+
+@given(st.integers(0, LANGUAGE.facts - 1), st.data())
+def test_a_question_names_its_fact(fact, data):
+    value = data.draw(st.integers(0, LANGUAGE.values(fact) - 1))
+    sentence = LANGUAGE.sentence(fact, value)
+    assert sentence[:4] == LANGUAGE.question(fact)
+    assert sentence[4:-1] == LANGUAGE.value(fact, value)
+    assert LANGUAGE.fact(" ".join(sentence[:4])) == fact
+
+
+def test_a_malformed_question_says_what_one_looks_like():
+    for text in ("hello", "colour of ada nobody", "taste of ada adler", "colour in ada adler"):
+        with pytest.raises(InputError, match=r"RELATION of FIRST LAST .* \(such as ada abbott\), got"):
+            LANGUAGE.fact(text)
+
+
+def test_one_pair_of_names_in_five_is_held_out_and_every_name_is_trained():
+    trained = LANGUAGE.people[False]
+    assert len(trained) == 5120
+    assert len(LANGUAGE.people[True]) == 1280
+    assert {p // 80 for p in trained} == {p % 80 for p in trained} == set(range(80))
+
+
+@given(
+    st.integers(1, 60),
+    st.booleans(),
+    st.floats(0, 1),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
+@settings(max_examples=60)
+def test_an_episode_tells_different_facts_of_the_right_people(count, held_out, siblings, one_relation, seed):
+    generator = torch.Generator().manual_seed(seed)
+    most = len(SMALL.people[held_out]) * (1 if one_relation else 3)
+    if count > most:
+        with pytest.raises(ConfigError, match=f"at most {most} chunks"):
+            draw_facts(SMALL, count, held_out, siblings, generator, one_relation)
+        return
+    facts = draw_facts(SMALL, count, held_out, siblings, generator, one_relation)
+    assert len(set(facts)) == count
+    assert all(SMALL.held_out(fact) == held_out for fact in facts)
+    if one_relation:
+        assert len({fact // SMALL.names for fact in facts}) == 1
+
+
+def test_siblings_are_facts_about_the_same_people():
+    def people(siblings):
+        facts = draw_facts(LANGUAGE, 200, held_out=False, siblings=siblings, generator=torch.Generator())
+        return len({fact % LANGUAGE.names for fact in facts})
+
+    assert people(0.0) == 200
+    assert 85 < people(0.5) < 125
+
+
+def turns(**options):
+    seed, numbers = options.pop("seed", 0), options.pop("numbers", range(3))
+    return RecallTurns(RecallOptions(**{"language": LANGUAGE, **options}), tokenizer=None, numbers=numbers, seed=seed)
+
+
+def test_what_is_told_is_what_is_asked():
+    source = turns(episode=6, questions=3, ages="mixed", window_tokens=32)
+    told = [{} for _ in range(3)]
+    for step in range(12):
+        turn = source.turn(2)
+        assert turn.fresh == (step % 3 == 0)
+        if turn.fresh:
+            told = [{} for _ in range(3)]
+        for row in range(3):
+            for chunk, fact in zip(turn.chunks[row], turn.sources[row].tolist(), strict=True):
+                text = spoken(chunk)
+                at = text.index(words.OF) - 1
+                assert LANGUAGE.fact(" ".join(text[at : at + 4])) == fact
+                assert set(text[-4:]) <= set(words.FILLERS), "the last tokens of a chunk are fillers"
+                told[row][fact] = text[at + 4 : text.index(words.STOP)]
+            for text, about, labels, queries, answers in zip(
+                turn.texts[row],
+                turn.about[row].tolist(),
+                turn.labels[row],
+                turn.queries[row],
+                turn.answers[row],
+                strict=True,
+            ):
+                said = spoken(text)
+                assert LANGUAGE.fact(" ".join(said[:4])) == about
+                assert said[4:] == told[row][about]
+                assert text[queries].tolist() == text[:4].tolist(), "retrieval must not see the answer"
+                assert spoken(labels[labels != IGNORED]) == told[row][about] == spoken(text[answers])
+            window = spoken(turn.windows[row])
+            asked = LANGUAGE.fact(" ".join(window[32:36]))
+            assert window[36:] == told[row][asked]
+            assert " ".join(window[32:36]) in " ".join(window[:32])
+            labels = turn.window_labels[row]
+            assert spoken(labels[labels != IGNORED]) == window[36:]
+
+
+def test_the_first_question_is_about_the_newest_chunk():
+    source = turns(episode=10, ages="recent")
+    for _ in range(10):
+        turn = source.turn(1)
+        assert torch.equal(turn.about[:, 0], turn.sources[:, -1])
+
+
+def test_names_can_be_predicted_as_well():
+    turn = turns(name_labels=True, episode=2, questions=2, ages="all").turn(2)
+    for text, labels, answers in zip(turn.texts[0], turn.labels[0], turn.answers[0], strict=True):
+        assert labels[labels != IGNORED].tolist() == text[text != 0][2:].tolist()
+        assert spoken(text[answers]) == spoken(text)[4:]
+
+
+def test_untold_facts_have_the_answer_unknown():
+    source = turns(episode=30, questions=8, unknown=0.5)
+    told, unknown, asked = [set() for _ in range(3)], 0, 0
+    for _ in range(30):
+        turn = source.turn(1)
+        for row in range(3):
+            told[row].update(turn.sources[row].tolist())
+            for text, about in zip(turn.texts[row], turn.about[row].tolist(), strict=True):
+                fact = LANGUAGE.fact(" ".join(spoken(text)[:4]))
+                asked += 1
+                if about == NO_ONE:
+                    unknown += 1
+                    assert spoken(text)[4:] == [words.UNKNOWN]
+                    assert not LANGUAGE.held_out(fact)
+                    assert fact not in source._episodes[row].facts
+                else:
+                    assert fact == about in told[row]
+    assert 0.4 < unknown / asked < 0.6
+
+
+def test_a_stream_is_the_same_in_every_process_layout():
+    together, alone = turns(numbers=range(4), episode=3), turns(numbers=[2], episode=3)
+    for _ in range(7):
+        first, second = together.turn(1), alone.turn(1)
+        assert torch.equal(first.chunks[2:3], second.chunks)
+        assert torch.equal(first.texts[2:3], second.texts)
+
+
+def test_a_saved_source_goes_on_bit_for_bit():
+    source = turns(episode=5, ages="mixed", unknown=0.3, window_tokens=16)
+    for _ in range(7):
+        source.turn(1)
+    twin = turns(episode=5, ages="mixed", unknown=0.3, window_tokens=16, seed=9)
+    twin.load_state_dict(source.state_dict())
+    for _ in range(9):
+        first, second = source.turn(1), twin.turn(1)
+        assert first.fresh == second.fresh
+        for name in ("chunks", "sources", "texts", "labels", "about", "windows"):
+            assert torch.equal(getattr(first, name), getattr(second, name))
+
+
+def test_bad_options_and_turns_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"chunk_tokens - tail must be at least the 7 tokens of a sentence, got 8 - 4"
+    ):
+        turns(chunk_tokens=8)
+    with pytest.raises(ConfigError, match=r"window_tokens must be a multiple of chunk_tokens \(16\), got 40"):
+        turns(window_tokens=40)
+    with pytest.raises(ConfigError, match="firsts must be at most 80, got 81"):
+        Language(firsts=81)
+    source = turns(episode=3)
+    with pytest.raises(InputError, match=r"must have 1 to episode \(3\) chunks, got 4"):
+        source.turn(4)
+    with pytest.raises(InputError, match="no repeat task"):
+        source.turn(1, repeat=True)
