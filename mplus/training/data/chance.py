@@ -1,0 +1,48 @@
+"""Chance without state: every draw is a function of what it is drawn for, so a place is all that resuming needs."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import Any
+
+
+ROUNDS = 8
+"""Fewer leave some orders of a few places more likely than others."""
+
+
+class Draws:
+    """Draws for one purpose, named by ``key`` (seed, stream, turn ...): the same key gives the same draws."""
+
+    def __init__(self, *key: Any) -> None:
+        self._key = key
+        self._count = 0
+
+    def below(self, limit: int) -> int:
+        """A whole number in ``[0, limit)``."""
+        self._count += 1
+        return _number(*self._key, self._count) % limit
+
+    def between(self, least: int, most: int) -> int:
+        """A whole number in ``[least, most]``."""
+        return least + self.below(most - least + 1)
+
+    def share(self) -> float:
+        """A number in ``[0, 1)``."""
+        return self.below(1 << 53) / (1 << 53)
+
+
+def permuted(place: int, count: int, *key: Any) -> int:
+    """Where ``place`` of ``range(count)`` comes in the order named by ``key``, without making the whole order."""
+    bits = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << bits) - 1
+    while True:  # a Feistel network permutes 4 ** bits places; walking on until one is below count permutes these
+        left, right = place >> bits, place & mask
+        for turn in range(ROUNDS):
+            left, right = right, left ^ (_number(*key, turn, right) & mask)
+        place = left << bits | right
+        if place < count:
+            return place
+
+
+def _number(*key: Any) -> int:
+    return int.from_bytes(blake2b(repr(key).encode(), digest_size=16).digest(), "little")

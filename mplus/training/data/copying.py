@@ -1,0 +1,76 @@
+"""CopyingTurns: words without meaning are noted in running text, and are to be said again later."""
+
+from __future__ import annotations
+
+from attrs import define, field
+from torch import Tensor
+
+from mplus.config import whole
+from mplus.errors import ConfigError
+from mplus.training.data.chance import Draws
+from mplus.training.data.generated import GeneratedOptions, GeneratedTurns
+from mplus.training.data.options import as_span, span
+from mplus.training.data.stacking import Text
+from mplus.training.data.tokens import encode
+from mplus.training.recall import words
+
+WORDS = sorted({*words.FIRST_NAMES, *words.LAST_NAMES, *(word for some in words.VALUES.values() for word in some)})
+
+NOTE, REPEAT = "Note:", "Repeat:"
+
+
+@define(frozen=True, kw_only=True)
+class CopyingOptions(GeneratedOptions):
+    """Options of ``GeneratedOptions`` and these.
+
+    Attributes:
+        words: in a note; one number or a pair ``[least, most]``.
+        cue_words: first words of a note by which it is asked for.
+    """
+
+    words: tuple[int, int] = field(default=(6, 12), converter=as_span, validator=span(2))
+    cue_words: int = field(default=3, validator=whole(1))
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        if self.cue_words >= self.words[0]:
+            raise ConfigError(
+                f"cue_words must be below the least number of words ({self.words[0]}), got {self.cue_words}"
+            )
+
+
+class CopyingTurns(GeneratedTurns):
+    """``Note: WORDS.`` tells, ``Repeat: FIRST WORDS`` asks for the rest; words are drawn anew for every chunk."""
+
+    Options = CopyingOptions
+    kind = 1
+    options: CopyingOptions
+
+    def note(self, stream: int, place: int) -> list[str]:
+        """The words noted in a chunk."""
+        draws = Draws(self._seed, "words", stream, place)
+        return [WORDS[draws.below(len(WORDS))] for _ in range(draws.between(*self.options.words))]
+
+    def tell(self, stream: int, place: int) -> Tensor:
+        return encode(self._tokenizer, f"{NOTE} {' '.join(self.note(stream, place))}.")
+
+    def ask(self, stream: int, place: int, about: int, draws: Draws) -> Text:
+        return self._text(self.note(stream, place), about)
+
+    def longest(self) -> tuple[int, int]:
+        word = max(WORDS, key=lambda word: len(encode(self._tokenizer, f"{NOTE} {word}")))
+        most = [word] * self.options.words[1]
+        return len(encode(self._tokenizer, f"{NOTE} {' '.join(most)}.")), len(self._text(most, 0).ids)
+
+    def _text(self, note: list[str], about: int) -> Text:
+        cue = f"{REPEAT} {' '.join(note[: self.options.cue_words])}"
+        ids = encode(self._tokenizer, f"{REPEAT} {' '.join(note)}.")
+        given = shared(ids, encode(self._tokenizer, cue))
+        return Text(ids, about=about, given=given, seen=given, answer=(given, len(ids)))
+
+
+def shared(first: Tensor, second: Tensor) -> int:
+    """How many ids two texts begin with in common."""
+    count = min(len(first), len(second))
+    different = (first[:count] != second[:count]).nonzero()
+    return int(different[0]) if len(different) else count

@@ -1,0 +1,118 @@
+"""Which document each stream takes when: the same whatever process a stream is in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mplus.errors import ConfigError
+from mplus.training.data.chance import permuted
+from mplus.training.data.documents import Document, DocumentList, Documents
+
+
+class Order:
+    """The endless order in which streams take documents.
+
+    With ``streams`` the documents are dealt out: stream i takes those at places i, i + streams, i + 2 streams ... of
+    one order, so that all streams together take each once per pass. Without, every stream goes through all of them in
+    an order of its own. Streamed documents must be dealt out, and are shuffled within blocks.
+
+    Args:
+        documents: what is taken.
+        seed: of the shuffling.
+        shuffle: take them in a random order, another in every pass.
+        streams: number of streams in all processes together, or None.
+        block: documents of a streamed set that are shuffled among each other.
+    """
+
+    def __init__(self, documents: Documents, *, seed: int, shuffle: bool, streams: int | None, block: int) -> None:
+        self.documents = documents
+        self._seed, self._shuffle, self._streams = seed, shuffle, streams
+        self._blocks = None if isinstance(documents, DocumentList) else _Blocks(documents, block)
+        if self._blocks is not None and streams is None:
+            raise ConfigError("streams must be given for a streamed dataset, the number in all processes, got None")
+
+    @property
+    def count(self) -> int | None:
+        """Number of documents, as far as it is known."""
+        return self.documents.count
+
+    def take(self, stream: int, place: int) -> tuple[int, int, Document]:
+        """Document ``place`` of a stream, counted from 0 without end.
+
+        Returns:
+            a number that differs from one pass to the next, the document's number in its set, the document.
+        """
+        if isinstance(self.documents, DocumentList):
+            count = self.documents.count
+            if self._streams is None:
+                turn, rest = divmod(place, count)
+                order = f"own {stream}"
+            else:
+                turn, rest = divmod(stream + place * self._streams, count)
+                order = "dealt"
+            index = permuted(rest, count, self._seed, order, turn) if self._shuffle else rest
+            return turn * count + index, index, self.documents[index]
+        return self._streamed(stream + place * (self._streams or 1))
+
+    def forget(self, stream_places: dict[int, int]) -> None:
+        """Let go of streamed documents before these places (stream -> the first place it may still ask for)."""
+        if self._blocks is not None:
+            self._blocks.forget(min(stream + place * (self._streams or 1) for stream, place in stream_places.items()))
+
+    def _streamed(self, place: int) -> tuple[int, int, Document]:
+        blocks = self._blocks
+        if blocks is None:
+            raise ConfigError("documents must be a list or a stream")
+        while True:
+            count = self.documents.count
+            turn, rest = (0, place) if count is None else divmod(place, count)
+            block, inside = divmod(rest, blocks.size)
+            found = blocks.get(turn, block)
+            if inside < len(found):
+                if self._shuffle:
+                    inside = permuted(inside, len(found), self._seed, "block", turn, block)
+                index = block * blocks.size + inside
+                return turn * (self.documents.count or 0) + index, index, found[inside]
+
+
+class _Blocks:
+    """Blocks of a stream of documents, read in order and kept until no stream needs them."""
+
+    def __init__(self, documents: Documents, size: int) -> None:
+        self.size = size
+        self._documents = documents
+        self._kept: dict[tuple[int, int], list[Document]] = {}
+        self._reader: Iterator[Document] = iter(())
+        self._next: tuple[int, int] | None = None
+        self._jumped = False
+
+    def get(self, turn: int, block: int) -> list[Document]:
+        """Block ``block`` of pass ``turn``; shorter, or empty, at the end, where the number of documents is learnt."""
+        if (turn, block) not in self._kept:
+            if self._next is None or self._next[0] != turn or self._next[1] > block:
+                self._reader, self._next = self._documents.iterate(block * self.size), (turn, block)
+                self._jumped = block > 0
+            while self._next[1] <= block and self._read():
+                pass
+        return self._kept.get((turn, block), [])
+
+    def _read(self) -> bool:
+        """Read the next block; False at the end."""
+        if self._next is None:
+            return False
+        turn, block = self._next
+        found = [document for _, document in zip(range(self.size), self._reader, strict=False)]
+        self._kept[turn, block] = found
+        self._next = turn, block + 1
+        if len(found) < self.size and self._documents.count is None:
+            past_the_end = self._jumped and not found  # nothing was read before, so the place says nothing
+            before = sum(1 for _ in self._documents.iterate()) if past_the_end else block * self.size
+            self._documents.count = before + len(found)
+        self._jumped = False
+        return len(found) == self.size
+
+    def forget(self, place: int) -> None:
+        count = self._documents.count
+        turn, rest = (0, place) if count is None else divmod(place, count)
+        for key in [key for key in self._kept if key < (turn, rest // self.size)]:
+            del self._kept[key]

@@ -1,0 +1,46 @@
+"""Ids of texts, and a store of those used last."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mplus.errors import ConfigError
+from mplus.training.data.documents import Document
+
+
+def encode(tokenizer: Any, text: str) -> Tensor:
+    """``[n]`` int64 ids of a text, without special tokens.
+
+    Raises:
+        ConfigError: there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise ConfigError("data made of text needs a tokenizer: set it in [model]")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # longer than a prompt, on purpose
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+class TokenCache:
+    """Ids of documents by number, encoded when asked for; the ones used last are kept, up to ``limit`` tokens."""
+
+    def __init__(self, tokenizer: Any, limit: int = 4_000_000) -> None:
+        self._tokenizer = tokenizer
+        self._limit = limit
+        self._kept: OrderedDict[int, Tensor] = OrderedDict()
+        self._size = 0
+
+    def ids(self, index: int, document: Document) -> Tensor:
+        """``[n]`` ids of ``document``, which is number ``index`` of its set."""
+        if index in self._kept:
+            self._kept.move_to_end(index)
+            return self._kept[index]
+        found = encode(self._tokenizer, document.text)
+        self._kept[index] = found
+        self._size += len(found)
+        while self._size > self._limit and len(self._kept) > 1:
+            self._size -= len(self._kept.popitem(last=False)[1])
+        return found
