@@ -5,7 +5,6 @@ from __future__ import annotations
 from hashlib import blake2b
 from typing import Any
 
-
 ROUNDS = 8
 """Fewer leave some orders of a few places more likely than others."""
 

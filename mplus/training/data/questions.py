@@ -41,7 +41,8 @@ class QuestionOptions(GeneratedOptions):
 
     Attributes:
         held_out: tell of people whose names never come together otherwise: one pair of names in five.
-        unknown: share of the questions, but the first, whose fact was not told; the answer is "unknown".
+        unknown: of the questions that would not be about the newest chunk, this share asks for a fact that was not
+            told; the answer is "unknown".
         label_question: also predict the question's words, which helps a decoder from nothing to get started.
     """
 
