@@ -29,7 +29,8 @@ class LayerRead:
         picked: ``[B, R, k]`` int64, places in the long-term rows, oldest first; None where nothing was retrieved.
         picked_source: ``[B, R, k]`` int64, what those rows were written from.
         scores: ``[B, R, k]``, the picker's scores.
-        candidates: ``[B, c, d]`` rows for a retriever loss after the input norm; None where none were asked for.
+        place: ``[B, c]`` int64, the places that a retriever loss asked for; None where it did not.
+        candidates: ``[B, c, d]`` the rows there, after the input norm.
         candidate_source: ``[B, c]`` int64.
     """
 
@@ -37,6 +38,7 @@ class LayerRead:
     picked: Tensor | None = None
     picked_source: Tensor | None = None
     scores: Tensor | None = None
+    place: Tensor | None = None
     candidates: Tensor | None = None
     candidate_source: Tensor | None = None
 
@@ -127,9 +129,9 @@ class StreamSource:
     def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> Projected | None:
         layer, streams = spec.memory_index, self.streams
         batch, each = self.queries.shape[:2]
-        if layer not in self.layers:
-            self.layers[layer] = self._choose(spec, hidden.view(batch, each, *hidden.shape[1:]))
-        seen = self.layers[layer]
+        # A recomputation repeats every step that is recorded for backward, but not the choices.
+        seen = self._look(spec, hidden.view(batch, each, *hidden.shape[1:]), self.layers.get(layer))
+        self.layers.setdefault(layer, seen)
         begin = self.engine.mechanism.additions.begin[layer].to(hidden)
         parts = [begin.expand(batch * each, -1, -1)]
         if seen.picked is not None:
@@ -146,26 +148,34 @@ class StreamSource:
         values = torch.cat([front.values, back.values.repeat_interleave(each, 0)], 2)
         return Projected(keys, values, None)
 
-    def _choose(self, spec: AttentionSpec, text: Tensor) -> LayerRead:
+    def _look(self, spec: AttentionSpec, text: Tensor, before: LayerRead | None) -> LayerRead:
+        """What this layer picks and offers to a retriever loss; ``before``: what it did the first time."""
         layer, streams = spec.memory_index, self.streams
         ltm, read = streams.ltm[layer], LayerRead(text)
-        count = min(self.k0, ltm.count)
-        if self.picker is not None and count:
-            with torch.no_grad():
-                rows = ltm.hidden if spec.norm is None else spec.norm(ltm.hidden)
-                best, scores = self.picker.pick(layer, text.detach(), self.queries, rows, ltm, count)
-                births = ltm.birth[:, None].expand(-1, best.shape[1], -1).gather(2, best)
-                order = births.argsort(dim=2)
-            read.picked, read.scores = best.gather(2, order), scores.gather(2, order)
-            read.picked_source = ltm.source[:, None].expand(-1, best.shape[1], -1).gather(2, read.picked)
+        if before is not None:
+            read.picked, read.place = before.picked, before.place
+        elif self.picker is not None and min(self.k0, ltm.count):
+            self._pick(spec, text, read)
         if self.wanted is not None:
             sources = torch.cat([streams.stm_source[layer], ltm.source], 1)
-            place = self.wanted(layer, sources)
+            read.place = self.wanted(layer, sources) if read.place is None else read.place
             rows = torch.cat([streams.stm[layer], ltm.hidden], 1)
-            rows = rows.gather(1, place[..., None].expand(-1, -1, rows.shape[2])).to(text)
+            rows = rows.gather(1, read.place[..., None].expand(-1, -1, rows.shape[2])).to(text)
             read.candidates = rows if spec.norm is None else spec.norm(rows)
-            read.candidate_source = sources.gather(1, place)
+            read.candidate_source = sources.gather(1, read.place)
         return read
+
+    @torch.no_grad()
+    def _pick(self, spec: AttentionSpec, text: Tensor, read: LayerRead) -> None:
+        assert self.picker is not None  # noqa: S101  (the caller checked)
+        ltm = self.streams.ltm[spec.memory_index]
+        rows = ltm.hidden if spec.norm is None else spec.norm(ltm.hidden)
+        count = min(self.k0, ltm.count)
+        best, scores = self.picker.pick(spec.memory_index, text.detach(), self.queries, rows, ltm, count)
+        births = ltm.birth[:, None].expand(-1, best.shape[1], -1).gather(2, best)
+        order = births.argsort(dim=2)
+        read.picked, read.scores = best.gather(2, order), scores.gather(2, order)
+        read.picked_source = ltm.source[:, None].expand(-1, best.shape[1], -1).gather(2, read.picked)
 
 
 @define(eq=False)

@@ -100,7 +100,7 @@ def test_a_stream_does_the_same_in_every_process_layout():
             alone.write(ids[2:], torch.tensor([turn]))
     for layer in range(3):
         assert torch.equal(alone.stm_birth[layer][0], together.stm_birth[layer][2])
-        torch.testing.assert_close(alone.stm[layer][0], together.stm[layer][2], rtol=0, atol=1e-5)
+        torch.testing.assert_close(alone.stm[layer][0], together.stm[layer][2], rtol=0, atol=5e-5)
 
 
 def test_a_saved_state_goes_on_as_the_streams_would_have():

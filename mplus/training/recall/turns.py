@@ -32,7 +32,7 @@ class RecallOptions:
         episode: chunks a stream is told before it starts anew.
         questions: R, questions per turn.
         ages: which facts are asked for, by the chunks told since: "all" of the turn's own in order, "recent"
-            (exponential), or "mixed" (half exponential, half uniform over the episode). But for "all", the first
+            (exponential), "uniform" over the episode, or "mixed" (half recent, half uniform). But for "all", the first
             question is about the newest chunk.
         mean_age: mean of the exponential, in chunks.
         siblings: share of facts about a person of whom something else was told before.
@@ -49,7 +49,9 @@ class RecallOptions:
     tail: int = field(default=4, validator=whole(0))
     episode: int = field(default=24, validator=whole(1))
     questions: int = field(default=4, validator=whole(1))
-    ages: Literal["all", "recent", "mixed"] = field(default="recent", validator=one_of("all", "recent", "mixed"))
+    ages: Literal["all", "recent", "uniform", "mixed"] = field(
+        default="recent", validator=one_of("all", "recent", "uniform", "mixed")
+    )
     mean_age: float = field(default=5.0, validator=number(0.01))
     siblings: float = field(default=0.25, validator=number(0, 1))
     one_relation: bool = field(default=False, validator=flag)
@@ -145,9 +147,8 @@ class RecallTurns(TurnSource):
             return list(range(chunks - 1, -1, -1))[: options.questions]
         draws = torch.rand(options.questions, generator=generator)
         ages = (-draws.clamp(min=1e-6).log() * options.mean_age).long()
-        if options.ages == "mixed":
-            uniform = (draws * self._told).long()
-            ages = torch.where(torch.arange(len(draws)) < len(draws) // 2, ages, uniform)
+        recent = {"recent": len(draws), "uniform": 0, "mixed": len(draws) // 2}[options.ages]
+        ages = torch.where(torch.arange(len(draws)) < recent, ages, (draws * self._told).long())
         ages = ages.clamp(max=self._told - 1)
         ages[0] = 0
         return [int(age) for age in ages]
