@@ -69,6 +69,15 @@ class Cell:
         return wilson(self.correct, self.questions)
 
 
+def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON would give it back, so that a report read again equals the one that was written."""
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(facts))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the facts of a report must be plain data: {error}, got {facts!r}") from error
+    return plain
+
+
 def _by_age(cells: Iterable[Cell]) -> tuple[Cell, ...]:
     return tuple(sorted(cells, key=lambda cell: cell.age))
 
@@ -89,7 +98,7 @@ class Arm:
     status: Status = field(default="ok", validator=one_of("ok", "skipped", "not_converged"))
     reason: str | None = None
     cells: tuple[Cell, ...] = field(default=(), converter=_by_age)
-    details: dict[str, Any] = field(factory=dict)
+    details: dict[str, Any] = field(factory=dict, converter=_plain)
 
     def __attrs_post_init__(self) -> None:
         if (self.status == "ok") != (self.reason is None):
@@ -219,9 +228,9 @@ class Report:
     chance: float | None = field(default=None, validator=attrs.validators.optional(number(0)))
     borderline: float | None = field(default=None, validator=attrs.validators.optional(number(0)))
     theory: tuple[Curve, ...] = field(default=(), converter=_curves)
-    settings: dict[str, Any] = field(factory=dict)
+    settings: dict[str, Any] = field(factory=dict, converter=_plain)
     deviations: tuple[str, ...] = field(default=(), converter=_texts)
-    circumstances: dict[str, Any] = field(factory=dict)
+    circumstances: dict[str, Any] = field(factory=dict, converter=_plain)
 
     def __attrs_post_init__(self) -> None:
         names = [arm.name for arm in self.arms]

@@ -37,15 +37,18 @@ def any_row(age: int, new_rows: int, short_term: int, carriers: int | None = Non
     return float(1 - (1 - one_row(age, new_rows, short_term)) ** carriers)
 
 
-def with_chance(known: float, chance: float) -> float:
-    """Accuracy where the fact is known with probability ``known`` and guessed right with ``chance`` otherwise."""
-    return known + (1 - known) * chance
+def with_chance(known: float, chance: float, ceiling: float = 1.0) -> float:
+    """Accuracy where a fact is known with probability ``known``: then ``ceiling``, else ``chance``."""
+    return chance + known * (ceiling - chance)
 
 
-def curves(ages: Iterable[int], new_rows: int, short_term: int, chance: float = 0.0) -> tuple[Curve, ...]:
-    """Both laws over ``ages``, with what guessing adds."""
+def curves(
+    ages: Iterable[int], new_rows: int, short_term: int, chance: float = 0.0, ceiling: float = 1.0
+) -> tuple[Curve, ...]:
+    """Both laws over ``ages``: from ``ceiling``, the accuracy where the fact is known, down to ``chance``."""
     ages = list(ages)
-    guess = f" + chance {chance:.3g}" if chance else ""
+    best = "" if ceiling == 1 else f", known facts answered at {ceiling:.3g}"
+    guess = f" + chance {chance:.3g}{best}" if chance else best
     laws = (
         ("any of K", any_row, f"1-(1-(1-{new_rows}/{short_term})^n)^{new_rows}"),
         ("one row", one_row, f"(1-{new_rows}/{short_term})^n"),
@@ -54,7 +57,7 @@ def curves(ages: Iterable[int], new_rows: int, short_term: int, chance: float = 
         Curve(
             name=name,
             formula=formula + guess,
-            accuracy_by_age={age: with_chance(law(age, new_rows, short_term), chance) for age in ages},
+            accuracy_by_age={age: with_chance(law(age, new_rows, short_term), chance, ceiling) for age in ages},
         )
         for name, law, formula in laws
     )

@@ -1,0 +1,61 @@
+"""BM25: the told passages whose words match the question best, as text in front of it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from mplus.evaluation.arms.base import Bench, Due
+from mplus.evaluation.arms.text import PromptArm
+from mplus.evaluation.optional import need
+
+
+class BM25(PromptArm):
+    """Classic text retrieval over everything told, as bm25s does it (Lucene's scores, English stop words).
+
+    Args:
+        bench: what all arms share.
+        passages: most passages put in front of the question, oldest first.
+        tokens: room for them; a passage that does not fit is left out, the best ones come first. None: no limit.
+
+    Raises:
+        MissingDependencyError: bm25s is not installed.
+    """
+
+    name: ClassVar[str] = "bm25"
+
+    def __init__(self, bench: Bench, passages: int = 4, tokens: int | None = None) -> None:
+        super().__init__(bench)
+        self._bm25s: Any = need("bm25s", "arm 'bm25'")
+        self.passages = passages
+        self.tokens = tokens
+
+    def context(self, due: Due) -> list[int]:
+        ids = {
+            place: self.bench.texts.ids(due.episode.passages[place].text + self.bench.separator)
+            for place in self.ranked(due)
+        }
+        chosen: list[int] = []
+        for place, tokens in ids.items():
+            used = sum(len(ids[other]) for other in chosen)
+            if len(chosen) < self.passages and (self.tokens is None or used + len(tokens) <= self.tokens):
+                chosen.append(place)
+        return [token for place in sorted(chosen) for token in ids[place]]
+
+    def kept_tokens(self, due: Due) -> int:
+        return len(self.told(due))
+
+    def ranked(self, due: Due) -> list[int]:
+        """Numbers of the told passages, best match first, among equals the newer one."""
+        told = [passage.text for passage in due.episode.passages[: due.told]]
+        index = self._bm25s.BM25()
+        index.index(self._words(told), show_progress=False)
+        [query] = self._words([due.question.prompt])
+        known = [word for word in query if word in index.vocab_dict]
+        scores = index.get_scores(known).tolist() if known else [0.0] * len(told)
+        return sorted(range(len(told)), key=lambda place: (-scores[place], -place))
+
+    def settings(self) -> dict[str, Any]:
+        return {"passages": self.passages, "tokens": self.tokens, "method": "lucene", "k1": 1.5, "b": 0.75}
+
+    def _words(self, texts: list[str]) -> list[list[str]]:
+        return self._bm25s.tokenize(texts, stopwords="en", return_ids=False, show_progress=False)  # type: ignore[no-any-return]

@@ -1,0 +1,79 @@
+"""Arms that read the same memory with the same weights, and differ in what is brought back from long-term memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from mplus.evaluation.arms.base import Bench, Due, Reply, TextArm
+from mplus.evaluation.generating import answers, rows_of
+from mplus.evaluation.oracle import OracleMechanism
+from mplus.hf.reading_as import reading_as
+from mplus.mechanisms.base import MemoryMechanism
+from mplus.memory.memory import Memory
+from mplus.retrievers.base import Retriever
+
+
+class MemoryArm(TextArm):
+    """Reads memory with one retriever, or with none.
+
+    Args:
+        bench: what all arms share.
+        name: the arm's name.
+        retriever: stands in for the decoder's own; None: the decoder's own.
+        retrieved_tokens: K0; None: as configured; 0: short-term memory only (MemoryLLM).
+        oracle: bring back the rows that were written from the passages with the answer.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        name: str,
+        *,
+        retriever: Retriever | None = None,
+        retrieved_tokens: int | None = None,
+        oracle: bool = False,
+    ) -> None:
+        super().__init__(bench)
+        self.name = name  # type: ignore[misc]
+        self.retriever = retriever
+        self.retrieved_tokens = retrieved_tokens
+        self.oracle = oracle
+
+    def reply(self, due: Sequence[Due], memory: Memory) -> list[Reply | None]:
+        found: list[Reply | None] = []
+        size = self.bench.generation.batch
+        for start in range(0, len(due), size):
+            found += self._batch(due[start : start + size], memory)
+        return found
+
+    def _batch(self, due: Sequence[Due], memory: Memory) -> list[Reply | None]:
+        bench, generation = self.bench, self.bench.generation
+        streams = rows_of(memory, [one.row for one in due])
+        prompts = [generation.prompt(bench.texts.ids(one.question.prompt), memory=True) for one in due]
+        make: Callable[[Any, Any, Any], MemoryMechanism] | None = None
+        if self.oracle:
+            make = partial(OracleMechanism, wanted=[one.sources() for one in due])
+        plain = self.retriever is None and self.retrieved_tokens is None and make is None
+        if plain:
+            return self._replies(streams, prompts)
+        with reading_as(bench.model, retriever=self.retriever, retrieved_tokens=self.retrieved_tokens, make=make):
+            return self._replies(streams, prompts)
+
+    def _replies(self, streams: Memory, prompts: Sequence[Sequence[int]]) -> list[Reply | None]:
+        bench = self.bench
+        mechanism = streams.engine.mechanism
+        made = answers(bench.model, bench.tokenizer, prompts, bench.generation, streams)
+        replies: list[Reply | None] = []
+        for row, (view, prompt, one) in enumerate(zip(streams.snapshot(), prompts, made, strict=True)):
+            rows = mechanism.prefix_rows(view)
+            replies.append(Reply(one.text, self._state_bytes(streams, row), rows + len(prompt), one))
+        return replies
+
+    def _state_bytes(self, streams: Memory, row: int) -> int:
+        short_term = sum(rows.nbytes for rows in streams.states[row].stm)
+        if self.retrieved_tokens == 0:
+            return short_term  # what it never reads, it would not keep
+        pending = sum(rows.nbytes for rows in streams.states[row].pending)
+        return short_term + pending + streams.stores[row].nbytes

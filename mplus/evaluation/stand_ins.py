@@ -1,0 +1,117 @@
+"""Retrievers that stand in for a decoder's own on rows that were not written for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from attrs import define, field
+from torch import Tensor, nn
+
+from mplus.config import options_of
+from mplus.errors import InputError
+from mplus.retrievers import RETRIEVERS
+from mplus.retrievers.base import Retriever, RetrieverShape, Selection, check_selection, top_k
+from mplus.rows import MemoryRows
+from mplus.stores.base import Column, StoreView
+
+
+def retriever_for(model: Any, name: str, **options: Any) -> Retriever:
+    """A new retriever for a wrapped decoder, to read rows that were written without it.
+
+    Raises:
+        UnknownNameError, MissingDependencyError, PluginError: see ``Registry.get``.
+        ConfigError: an option that it does not have.
+    """
+    engine = model.mplus_engine
+    begin = engine.mechanism.additions.begin
+    shape = RetrieverShape(layers=begin.shape[0], hidden_size=begin.shape[2])
+    cls = RETRIEVERS.get(name)
+    retriever = cls(shape, options_of(cls, options)).to(device=begin.device, dtype=begin.dtype)
+    norms = [spec.norm for spec in engine.retrofit.anatomy.specs]
+    return Rekeyed(retriever, norms) if retriever.key_size else retriever
+
+
+class Recency(Retriever):
+    """Brings back the newest rows, whatever the text says."""
+
+    name: ClassVar[str] = "recency"
+
+    def select(
+        self, layer: int, queries: Tensor, query_mask: Tensor, stores: Sequence[StoreView], k: int
+    ) -> list[Selection]:
+        """The ``min(k, count)`` newest rows of ``layer``; the scores are their births."""
+        check_selection(queries, query_mask, stores, k)
+        found = []
+        for store in stores:
+            births = store.column(layer, "birth")
+            if births is None:
+                raise InputError(f"rows must carry their birth to be ranked by it, layer {layer} has none")
+            found.append(top_k(births.float(), store.ids(layer), k))
+        return found
+
+
+class Rekeyed(Retriever):
+    """Lets a retriever search rows whose keys another one made: it makes its own, anew at every read.
+
+    Args:
+        inner: the retriever.
+        norms: the input norm of each layer that carries memory, or None where it has none.
+    """
+
+    name: ClassVar[str] = "rekeyed"
+
+    def __init__(self, inner: Retriever, norms: Sequence[nn.Module | None]) -> None:
+        super().__init__(inner.shape)
+        self.inner = inner
+        self._norms = tuple(norms)  # no list of modules: they are the decoder's
+        self.key_size = inner.key_size
+
+    def project_queries(self, layer: int, hidden: Tensor) -> Tensor:
+        """As ``inner``."""
+        return self.inner.project_queries(layer, hidden)
+
+    def project_keys(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """As ``inner``."""
+        return self.inner.project_keys(layer, hidden)
+
+    def select(
+        self, layer: int, queries: Tensor, query_mask: Tensor, stores: Sequence[StoreView], k: int
+    ) -> list[Selection]:
+        """As ``inner``; a store given for several rows is given on as one, so that it is read once."""
+        views: dict[int, StoreView] = {}
+        for store in stores:
+            views.setdefault(id(store), _Keyed(store, self._keys))
+        return self.inner.select(layer, queries, query_mask, [views[id(store)] for store in stores], k)
+
+    def _keys(self, layer: int, hidden: Tensor) -> Tensor | None:
+        norm = self._norms[layer]
+        return self.inner.project_keys(layer, hidden if norm is None else norm(hidden))
+
+
+@define(eq=False)
+class _Keyed(StoreView):
+    """A store with the keys of another retriever."""
+
+    store: StoreView
+    keys_of: Callable[[int, Tensor], Tensor | None]
+    made: dict[int, Tensor | None] = field(factory=dict)
+
+    @property
+    def layout(self):  # type: ignore[no-untyped-def, override]
+        """Layout of the store."""
+        return self.store.layout
+
+    def ids(self, layer: int) -> Tensor:
+        return self.store.ids(layer)
+
+    def column(self, layer: int, name: Column) -> Tensor | None:
+        if name != "key":
+            return self.store.column(layer, name)
+        if layer not in self.made:
+            hidden = self.store.gather(layer, self.store.ids(layer)).hidden
+            self.made[layer] = self.keys_of(layer, hidden)
+        return self.made[layer]
+
+    def gather(self, layer: int, ids: Tensor) -> MemoryRows:
+        return self.store.gather(layer, ids)

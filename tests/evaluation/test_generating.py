@@ -1,0 +1,93 @@
+"""Greedy answers: the same alone and in a batch, with and without memory, and what is said about them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mplus.errors import ConfigError
+from mplus.evaluation.generating import Generation, answers, cache_bytes, rows_of
+from tests.evaluation.bench import SmallTokenizer, model
+from tests.memory.tiny import assert_content, content, ids, written
+
+PROMPTS = [[5, 9, 40], [7], [11, 12, 13, 14, 15, 16]]
+
+
+@torch.no_grad()
+def step_by_step(prompt, tokens, memory=None):
+    """Greedy decoding without any cache; ids and the logits of the first one."""
+    text, first = list(prompt), None
+    for _ in range(tokens):
+        logits = model()(input_ids=torch.tensor([text]), **({} if memory is None else {"memory": memory})).logits[0, -1]
+        first = logits if first is None else first
+        text.append(int(logits.argmax()))
+    return text[len(prompt) :], first
+
+
+def test_without_memory_it_is_greedy_decoding():
+    found = answers(model(), SmallTokenizer(), PROMPTS, Generation(tokens=4, batch=2))
+    for prompt, one in zip(PROMPTS, found, strict=True):
+        expected, first = step_by_step(prompt, 4)
+        assert list(one.ids) == expected
+        assert one.text == " ".join(f"w{number}" for number in expected)
+        probabilities = first.softmax(-1)
+        assert one.top == pytest.approx(float(probabilities.max()), rel=1e-4)
+        entropy = torch.distributions.Categorical(probs=probabilities).entropy()
+        assert one.entropy == pytest.approx(float(entropy), rel=1e-4)
+        assert one.cache_bytes == 2 * 3 * 16 * 4  # keys and values, layers, two heads of 8 wide, float32
+
+
+def test_each_prompt_reads_its_own_stream():
+    memory = written("paper", [60, 80, 100])
+    before = content(memory)
+    generation = Generation(tokens=3, batch=2)
+    decoder = memory.engine.model
+    found = answers(decoder, SmallTokenizer(), PROMPTS, generation, memory)
+    assert_content(memory, before)
+    for row, (prompt, one) in enumerate(zip(PROMPTS, found, strict=True)):
+        [alone] = answers(decoder, SmallTokenizer(), [prompt], generation, rows_of(memory, [row]))
+        assert one.ids == alone.ids
+        assert one.entropy == pytest.approx(alone.entropy, rel=1e-3)
+
+
+def test_answers_end_at_the_end_of_sequence():
+    [free] = answers(model(), SmallTokenizer(), [PROMPTS[0]], Generation(tokens=4))
+    [ended] = answers(model(), SmallTokenizer(), [PROMPTS[0]], Generation(tokens=4, eos=(free.ids[2],)))
+    assert ended.ids == free.ids[: free.ids.index(free.ids[2])]
+    [nothing] = answers(model(), SmallTokenizer(), [PROMPTS[0]], Generation(tokens=4, eos=(free.ids[0],)))
+    assert nothing.ids == ()
+    assert nothing.text == ""
+
+
+def test_begin_of_sequence_ids():
+    generation = Generation(bos=1)
+    assert generation.prompt([7], memory=False) == [1, 7]
+    assert generation.prompt([7], memory=True) == [7]
+    assert Generation(bos=1, bos_with_memory=True).prompt([7], memory=True) == [1, 7]
+    assert Generation().prompt([7], memory=False) == [7]
+
+    class Tokenizer:
+        bos_token_id, eos_token_id = 4, 5
+
+    assert Generation.of(Tokenizer(), tokens=2) == Generation(bos=4, eos=(5,), tokens=2)
+    assert Generation.of(Tokenizer(), eos=()).eos == ()
+
+
+def test_rows_may_repeat_and_share_what_they_hold():
+    memory = written("paper", [60, 80])
+    rows = rows_of(memory, [1, 0, 1])
+    assert rows.batch_size == 3
+    assert rows.stores[0] is rows.stores[2] is memory.stores[1]
+    assert rows.states[1] is memory.states[0]
+
+
+def test_empty_prompts():
+    with pytest.raises(ConfigError, match="every prompt must have at least one token"):
+        answers(model(), SmallTokenizer(), [[1], []], Generation())
+
+
+def test_bytes_of_a_cache():
+    with torch.no_grad():
+        cache = model()(input_ids=ids(10)[None], use_cache=True).past_key_values
+    assert cache_bytes(cache) == 10 * 2 * 3 * 16 * 4
+    assert cache_bytes(None) == 0
