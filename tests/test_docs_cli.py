@@ -9,7 +9,7 @@ import pytest
 from tools import cli_reference, recording
 
 PAGES = [recording.ROOT / "README.md", *sorted((recording.ROOT / "docs").glob("*.md"))]
-COMMANDS = {"demo", "info", "plugins", "replay", "import", "memory show", "memory verify"}
+COMMANDS = {"demo", "demo-novel", "info", "plugins", "replay", "import", "memory show", "memory verify"}
 
 
 def test_the_page_is_current() -> None:

@@ -20,8 +20,8 @@ QUOTE = re.compile(r"(?<=<!-- demo -->\n).*?(?=<!-- /demo -->\n)", re.DOTALL)
 
 
 def measure() -> dict[str, Any]:
-    """What ``mplus demo --json`` prints, with the circumstances of the run."""
-    command = [sys.executable, "-m", "mplus.cli", "demo", "--json"]
+    """What ``mplus demo-novel --json`` prints, with the circumstances of the run."""
+    command = [sys.executable, "-m", "mplus.cli", "demo-novel", "--json"]
     done = subprocess.run(command, cwd=recording.ROOT, capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)
     del report["saved"]["folder"]  # a temporary one

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 import mplus
-from mplus.cli.demo import demo, demo_continue
+from mplus.cli.demo import demo
+from mplus.cli.demo_novel import demo_continue, demo_novel
 from mplus.cli.errors import ErrorLineGroup
 from mplus.cli.import_ import import_checkpoint
 from mplus.cli.info import info
@@ -41,6 +42,7 @@ def _app() -> typer.Typer:
     )
     commands.callback()(_options)
     commands.command()(demo)
+    commands.command()(demo_novel)
     commands.command(hidden=True)(demo_continue)
     commands.command()(info)
     commands.command()(plugins)

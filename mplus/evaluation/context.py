@@ -112,7 +112,7 @@ def context_value(
         raise InputError(f"at least 2 documents must have {needed} tokens, got {len(usable)} of {len(documents)}")
     decoder = DenseDecoder(model)
     found: dict[str, list[Tensor]] = {way: [] for way in WAYS}
-    with progress_bar("reading texts", len(usable), None, steps=len(usable) // batch_size + 1) as advance:
+    with progress_bar("reading texts", len(usable), None, steps=len(usable) // batch_size + 1, unit="texts") as advance:
         for start in range(0, len(usable), batch_size):
             ids = torch.stack(usable[start : start + batch_size])
             if len(ids) < 2:  # an unrelated memory is that of the next document of the batch

@@ -1,4 +1,8 @@
-"""The trained decoder that comes with the package: a Llama of 260,032 parameters that tells children's stories."""
+"""The trained decoders that come with the package.
+
+"stories260K" is a Llama of 260,032 parameters that tells children's stories and knows no memory. "recall-tiny" was
+trained with its memory to answer questions in the little language of ``mplus.training.recall``.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,20 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from mplus.hf.saving import from_pretrained
+
 STORIES260K = Path(__file__).parent.parent / "data" / "stories260K"
 """Folder of the decoder and its tokenizer, with licence and provenance; trained with 512 positions."""
+
+RECALL_TINY = STORIES260K.parent / "recall-tiny"
+"""Folder of the trained decoder with memory (``save_pretrained``) and its tokenizer."""
+
+
+def load_recall() -> tuple[Any, Any]:
+    """A new copy of "recall-tiny" with its memory, on the CPU and in eval mode, and its tokenizer."""
+    with without_bars():
+        model = from_pretrained(RECALL_TINY, local_files_only=True).eval()
+        return model, AutoTokenizer.from_pretrained(RECALL_TINY, local_files_only=True)
 
 
 def load_decoder() -> Any:

@@ -11,17 +11,19 @@ LONG = 16
 
 
 @contextmanager
-def progress_bar(title: str, total: int, wanted: bool | None, steps: int) -> Iterator[Callable[[int], None]]:
-    """Yields ``advance(tokens)``. ``wanted`` None: only for ``LONG`` steps or more on a terminal."""
+def progress_bar(
+    title: str, total: int, wanted: bool | None, steps: int, unit: str = "tokens"
+) -> Iterator[Callable[[int], None]]:
+    """Yields ``advance(units)``. ``wanted`` None: only for ``LONG`` steps or more on a terminal."""
     if wanted is None:
         wanted = steps >= LONG and sys.stderr.isatty()
     if not wanted:
-        yield lambda tokens: None
+        yield lambda done: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=total)
-        yield lambda tokens: bar.advance(task, tokens)
+        yield lambda done: bar.advance(task, done)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import mplus
 from mplus.cli import app
 
-COMMANDS = {"demo", "import", "info", "memory", "plugins", "replay"}
+COMMANDS = {"demo", "demo-novel", "import", "info", "memory", "plugins", "replay"}
 ENV = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1", "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
 
 
@@ -60,8 +60,8 @@ def test_the_overview_lists_what_people_may_call():
 
 
 def test_the_limits_that_the_help_of_the_demo_names():
-    assert "x>=512" in run("demo", "--help").output
-    assert run("demo", "--tokens", "511").exit_code == 2
+    assert "x>=512" in run("demo-novel", "--help").output
+    assert run("demo-novel", "--tokens", "511").exit_code == 2
     assert run("demo", "--threads", "0").exit_code == 2
 
 

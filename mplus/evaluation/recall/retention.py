@@ -129,7 +129,7 @@ def retention(
     episodes = telling.episodes()
     tellings = tell(model, telling, episodes, long_term_tokens)
     decoder, tallies = DenseDecoder(model), {arm.name: _Tally() for arm in wanted}
-    with progress_bar("telling facts", telling.chunks, None, steps=telling.chunks) as advance:
+    with progress_bar("telling facts", telling.chunks, None, telling.chunks, unit="chunks") as advance:
         for asked in rounds(telling, episodes):
             streams = tellings.up_to(asked.told, advance)
             for arm in wanted:

@@ -1,4 +1,4 @@
-"""``mplus demo`` on the beginning of the novel: its numbers agree with each other and with what it saved."""
+"""``mplus demo-novel`` on the beginning of the novel: its numbers agree with each other and with what it saved."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKENS = 6_000  # all of the first chapter, some of the second; more rows than t
 
 
 def run(*options):
-    return CliRunner().invoke(app, ["demo", *map(str, options)])
+    return CliRunner().invoke(app, ["demo-novel", *map(str, options)])
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,74 @@
+"""The demo's report on the screen, and its figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mplus.cli.demo_recall import RecallDemo, right
+from mplus.errors import MissingDependencyError
+from mplus.evaluation.tables import show as show_curves
+
+NO_FIGURE = "matplotlib is not installed, so there is no figure: pip install 'mplus[eval]'"
+
+
+def save_figure(report: RecallDemo, path: Path) -> Path | None:
+    """Draw the curves; None where matplotlib is missing."""
+    from mplus.evaluation.plots import draw
+
+    try:
+        return draw(report.curves, path)[0]
+    except MissingDependencyError:
+        return None
+
+
+def show(report: RecallDemo, figure: Path | None, console: Console | None = None) -> None:
+    """Print a report."""
+    console = console if console is not None else Console(highlight=False)
+    made = "comes with mplus" if report.training_seconds is None else f"trained here in {report.training_seconds:.0f} s"
+    console.print(
+        f"\nA decoder of {report.parameters:,} parameters ({made}) was told {report.facts} facts, then "
+        f"{report.chunks - report.facts} others, {report.tokens:,} tokens in all.\nEach layer keeps "
+        f"{report.long_term_rows:,} long-term rows; an answer attends to {report.attended} rows and tokens.\n"
+    )
+    console.print(_questions(report))
+    told = [one for one in report.asked if one.told_as is not None]
+    untold = [one for one in report.asked if one.told_as is None]
+    console.print(
+        f"Right: {right(told)} of {len(told)} told, {right(untold)} of {len(untold)} never told "
+        "(the right answer is then 'unknown').\n"
+    )
+    console.print("Accuracy over age, in chunks told since the fact:")
+    show_curves(report.curves, console)
+    console.print(f"Figure: {figure}" if figure is not None else NO_FIGURE)
+    console.print(f"{report.seconds:.0f} seconds in all, imports included.")
+
+
+def _questions(report: RecallDemo) -> Table:
+    table = Table(title="Asked", title_justify="left")
+    for name in (
+        "question",
+        "told as",
+        "chunks ago",
+        "right answer",
+        "with M+",
+        "STM only",
+        "best row came from",
+        "known",
+    ):
+        table.add_column(name, justify="right" if name in {"chunks ago", "known"} else "left")
+    for one in report.asked:
+        mark = "green" if one.right else "red"
+        table.add_row(
+            one.answer.question,
+            one.told_as or "-",
+            "-" if one.age is None else str(one.age),
+            one.value or "(never told)",
+            f"[{mark}]{one.answer.words}[/]",
+            one.short_term.words,
+            one.answer.source or "-",
+            f"{one.answer.known:.2f}",
+        )
+    return table
