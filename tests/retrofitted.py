@@ -73,12 +73,12 @@ class Pair:
         return self.wrapped.mplus.mark.detach()[0, 0]
 
     def retrieving(self, view: StreamView) -> Any:
-        """What the oracle needs to retrieve by itself: mean-of-sigmoid scores row by row, the best by birth."""
+        """What the oracle needs to retrieve by itself: products with the mean query row by row, the best by birth."""
 
         def prefix(layer: int, text: Tensor) -> Tensor:
             stored = view.store.gather(layer, view.store.ids(layer))
-            queries = self.wrapped.mplus.retriever.query_proj[layer](text[0])
-            scores = [torch.sigmoid(queries @ key).mean().item() for key in stored.key]
+            query = self.wrapped.mplus.retriever.query_proj[layer](text[0]).mean(0)
+            scores = [(query @ key).item() for key in stored.key]
             best = sorted(range(len(scores)), key=lambda j: (-scores[j], j))[: SIZES["retrieved_tokens"]]
             best.sort(key=lambda j: int(stored.birth[j]))
             return torch.cat([self.begin[layer], stored.hidden[best], view.state.stm[layer].hidden])

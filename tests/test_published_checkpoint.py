@@ -85,7 +85,7 @@ def test_config_of_an_mplus_checkpoint(mplus_folder):
         POOL_BLOCKS * K,
         LTM_BLOCKS * K,
     )
-    assert made.retriever.options == {"width": 8, "layers": 2}
+    assert made.retriever.options == {"width": 8, "layers": 2, "score": "sigmoid_mean"}
     assert (made.adapters.rank, made.adapters.alpha, made.adapters.dropout, made.adapters.shared) == (
         2,
         8.0,

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mplus.errors import ConfigError, InputError
-from mplus.retrievers import RETRIEVERS, linear
+from mplus.errors import ConfigError, InputError, NotSupported
+from mplus.retrievers import RETRIEVERS, scores
 from mplus.retrievers.base import RetrieverShape, top_k
 from mplus.retrievers.linear import LinearRetriever
 from mplus.retrievers.random import RandomRetriever
+from mplus.retrievers.scores import SCORES, score_rows
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.stores.ram import RamStore
@@ -57,11 +58,105 @@ class TestTopK:
         assert selection.ids.tolist() == list(range(17))
 
 
+def slow_score(kind, queries, key):
+    """One text, one row, token by token."""
+    if kind == "mean_dot":
+        return sum((q @ key).item() for q in queries) / len(queries)
+    return sum(torch.sigmoid(q @ key).item() for q in queries) / len(queries)
+
+
+@pytest.mark.parametrize("kind", SCORES)
+class TestScores:
+    @CONFORMANCE
+    @given(data=st.data(), seed=st.integers(0, 2**16))
+    def test_equal_the_slow_reference_for_every_text_of_every_stream(self, kind, data, seed):
+        streams, texts, length, rows = (data.draw(st.integers(1, 3)) for _ in range(4))
+        generator = torch.Generator().manual_seed(seed)
+        queries = torch.randn(streams, texts, length, 3, generator=generator)
+        keys = torch.randn(streams, rows, 3, generator=generator)
+        mask = torch.rand(streams, texts, length, generator=generator) < 0.6
+        mask[..., 0] = True
+        found = SCORES[kind](queries, mask, keys)
+        assert found.shape == (streams, texts, rows)
+        for b in range(streams):
+            for t in range(texts):
+                expected = [slow_score(kind, queries[b, t][mask[b, t]], key) for key in keys[b]]
+                torch.testing.assert_close(found[b, t], torch.tensor(expected), atol=1e-5, rtol=0)
+                pieces = score_rows(kind, [queries[b, t][mask[b, t]]] * 2, keys[b])
+                torch.testing.assert_close(pieces, torch.tensor([expected, expected]), atol=1e-5, rtol=0)
+            torch.testing.assert_close(SCORES[kind](queries[b, 0], mask[b, 0], keys[b]), found[b, 0])
+
+    def test_gradients(self, kind):
+        generator = torch.Generator().manual_seed(0)
+        queries = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+        keys = torch.randn(2, 6, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+        mask = torch.tensor([True, False, True, True]).expand(2, 3, 4)
+        assert torch.autograd.gradcheck(lambda q, k: SCORES[kind](q, mask, k), (queries, keys))
+
+    def test_a_text_without_tokens_scores_zero(self, kind):
+        queries = torch.ones(2, 3, 4, requires_grad=True)
+        mask = torch.tensor([[True] * 3, [False] * 3])
+        found = SCORES[kind](queries, mask, torch.ones(2, 5, 4))
+        assert found[1].tolist() == [0.0] * 5
+        found.sum().backward()
+        assert bool(queries.grad.isfinite().all())
+
+    @pytest.mark.parametrize(
+        ("queries", "mask", "keys"),
+        [
+            ((2, 3, 4), (2, 3), (1, 5, 4)),
+            ((2, 3, 4), (2, 3), (2, 5, 3)),
+            ((2, 3, 4), (2, 2), (2, 5, 4)),
+            ((3, 4), (3,), (2, 5, 4)),
+            ((3, 4), (3,), (4,)),
+        ],
+    )
+    def test_shapes_that_do_not_fit_are_named(self, kind, queries, mask, keys):
+        with pytest.raises(InputError, match=r"queries must be \[B, T, r\] .* got queries \[.*\], a mask .* and keys"):
+            SCORES[kind](torch.zeros(queries), torch.ones(mask).bool(), torch.zeros(keys))
+        with pytest.raises(InputError, match=r"must be bool, got torch\.float32"):
+            SCORES[kind](torch.zeros(3, 4), torch.ones(3), torch.zeros(5, 4))
+
+    @pytest.mark.parametrize("bound", [1, 7, 64, 10**9])
+    def test_pieces_do_not_change_the_scores_and_stay_below_the_bound(self, monkeypatch, kind, bound):
+        generator = torch.Generator().manual_seed(0)
+        keys, queries = torch.randn(50, 4, generator=generator), torch.randn(5, 4, generator=generator)
+        expected = SCORES[kind](queries, text(1, 5)[0], keys)
+        largest = 0
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                nonlocal largest
+                result = func(*args, **(kwargs or {}))
+                if func.name().startswith(("aten::mm", "aten::matmul", "aten::bmm")):
+                    largest = max(largest, result.numel())
+                return result
+
+        monkeypatch.setattr(scores, "MAX_PRODUCTS", bound)
+        with Watch():
+            found = score_rows(kind, [queries, queries[:2]], keys)
+        torch.testing.assert_close(found[0], expected)
+        assert 0 < largest <= max(bound, 5)
+
+    def test_stay_float32_under_autocast_and_for_low_precision_keys(self, kind):
+        generator = torch.Generator().manual_seed(0)
+        keys = torch.randn(400, 16, generator=generator).bfloat16()
+        queries = torch.randn(6, 16, generator=generator).bfloat16()
+        expected = SCORES[kind](queries.double(), text(1, 6)[0], keys.double()).float()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            (pieces,) = score_rows(kind, [queries], keys)
+            whole = SCORES[kind](queries, text(1, 6)[0], keys)
+        for found in (pieces, whole):
+            torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+            assert found.unique().numel() == 400  # in bfloat16 many would be tied
+
+
 class TestLinear:
     @pytest.mark.parametrize("layer", [0, 1])
-    def test_scores_are_the_mean_sigmoid_of_the_products(self, layer):
+    @pytest.mark.parametrize("kind", SCORES)
+    def test_scores_are_those_of_the_projections(self, layer, kind):
         torch.manual_seed(0)
-        retriever = LinearRetriever(SHAPE, LinearRetriever.Options(width=5))
+        retriever = LinearRetriever(SHAPE, LinearRetriever.Options(width=5, score=kind))
         memory, hidden = torch.randn(30, 6), torch.randn(2, 7, 6)
         mask = text(2, 7)
         mask[0, :3] = False
@@ -75,31 +170,10 @@ class TestLinear:
                 keys = [
                     key[2].weight.double() @ nn.functional.silu(key[0].weight.double() @ m) for m in memory.double()
                 ]
-                scores = [sum(torch.sigmoid(q @ k) for q in queries).item() / len(queries) for k in keys]
+                scores = [slow_score(kind, queries, key) for key in keys]
                 best = sorted(range(30), key=lambda j: -scores[j])[:8]
                 assert found[row].ids.tolist() == best
                 torch.testing.assert_close(found[row].scores.double(), torch.tensor([scores[j] for j in best]).double())
-
-    @pytest.mark.parametrize("bound", [1, 7, 64, 10**9])
-    def test_pieces_do_not_change_the_scores_and_stay_below_the_bound(self, monkeypatch, bound):
-        generator = torch.Generator().manual_seed(0)
-        keys, queries = torch.randn(50, 4, generator=generator), torch.randn(5, 4, generator=generator)
-        expected = torch.sigmoid(queries @ keys.T).mean(0)
-        largest = 0
-
-        class Watch(TorchDispatchMode):
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                nonlocal largest
-                result = func(*args, **(kwargs or {}))
-                if func.name().startswith(("aten::mm", "aten::matmul", "aten::bmm")):
-                    largest = max(largest, result.numel())
-                return result
-
-        monkeypatch.setattr(linear, "MAX_PRODUCTS", bound)
-        with Watch():
-            (scores,) = linear.mean_sigmoid([queries], keys)
-        torch.testing.assert_close(scores, expected)
-        assert 0 < largest <= max(bound, 5)
 
     def test_a_shared_store_is_read_once(self):
         class Counting(RamStore):
@@ -116,18 +190,8 @@ class TestLinear:
         retriever.select(0, torch.randn(3, 2, 5), text(3, 2), [store, store, store], 2)
         assert Counting.reads == 1
 
-    def test_scores_stay_float32_under_autocast_and_for_low_precision_keys(self):
-        generator = torch.Generator().manual_seed(0)
-        keys = torch.randn(400, 16, generator=generator).bfloat16()
-        queries = torch.randn(6, 16, generator=generator).bfloat16()
-        expected = torch.sigmoid(queries.float() @ keys.float().T).mean(0)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            (scores,) = linear.mean_sigmoid([queries], keys)
-        torch.testing.assert_close(scores, expected, atol=1e-6, rtol=0)
-        assert scores.unique().numel() == 400  # in bfloat16 nearly all would be tied
-
     def test_ties_go_to_the_lowest_id(self):
-        retriever = LinearRetriever(SHAPE, LinearRetriever.Options(width=1))
+        retriever = LinearRetriever(SHAPE, LinearRetriever.Options(width=1, score="sigmoid_mean"))
         # Products of -300, 0 and 300 have the sigmoids 0, 1/2 and 1 exactly.
         store = store_of(torch.tensor([0.0, 300, -300, 300, 0, 300]).repeat(40)[:, None])
         (selection,) = retriever.select(0, torch.ones(1, 3, 1), text(1, 3), [store], 130)
@@ -170,14 +234,24 @@ class TestLinear:
             ({"width": 0}, "width must be a whole number of at least 1, got 0"),
             ({"width": 2.5}, "width must be .*, got 2.5"),
             ({"layers": 3}, "layers must be one of 1, 2, got 3"),
+            ({"score": "dot"}, "score must be one of 'mean_dot', 'sigmoid_mean', got 'dot'"),
         ],
     )
     def test_bad_options_are_named(self, options, message):
         with pytest.raises(ConfigError, match=message):
             LinearRetriever.Options(**options)
 
+    def test_the_published_variant_has_its_own_score(self):
+        assert LinearRetriever.Options.defaults("paper") == {}
+        assert LinearRetriever.Options.defaults("published") == {"score": "sigmoid_mean"}
+        assert LinearRetriever(SHAPE).facts() == {"score": "mean_dot"}
+
 
 class TestRandom:
+    def test_has_no_score(self):
+        with pytest.raises(NotSupported, match="retriever 'random' does not score rows"):
+            RandomRetriever(SHAPE).score(0, torch.zeros(1, 2, 0), text(1, 2), torch.zeros(1, 3, 0))
+
     def test_draws_depend_on_seed_layer_and_content(self):
         store = store_of(torch.zeros(100, 1))
         queries = torch.empty(1, 2, 0)
@@ -241,6 +315,6 @@ def test_rows_are_still_there_after_retrieval():
     rows = store.gather(1, selection.ids)
     assert isinstance(rows, MemoryRows)
     assert rows.key is not None
-    expected = torch.sigmoid(rows.key.sum(1))
+    expected = rows.key.sum(1)
     torch.testing.assert_close(selection.scores, expected)
     assert store.count(1) == 9

@@ -42,7 +42,8 @@ def build_retriever(config: MPlusConfig, begin: Tensor) -> Retriever:
     """The retriever of ``config``."""
     cls = RETRIEVERS.get(config.retriever.name)
     shape = RetrieverShape(layers=begin.shape[0], hidden_size=begin.shape[2])
-    return cls(shape, options_of(cls, config.retriever.options))
+    defaults: Mapping[str, Any] = cls.Options.defaults(config.variant)
+    return cls(shape, options_of(cls, {**defaults, **config.retriever.options}))
 
 
 def new_memory(

@@ -192,7 +192,8 @@ class DecoderEngine:
         return None if keys is None else keys.to(hidden)
 
     def fingerprint(self) -> dict[str, Any]:
-        return fingerprint(self.model, self.config, self.layout)
+        model: Any = self.model
+        return fingerprint(model, self.config, self.layout, model.mplus.retriever)
 
 
 @define(frozen=True, eq=False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mplus.config import MPlusConfig
+from mplus.retrievers.base import Retriever
 from mplus.stores.base import StoreLayout
 
 SAMPLES = 64
@@ -18,14 +19,17 @@ CONTENT_FIELDS = ("mechanism", "variant", "memory_tokens_per_chunk", "short_term
 """Config fields that shape what is stored; another store, budget or backend never locks a memory out."""
 
 
-def fingerprint(model: nn.Module, config: MPlusConfig, layout: StoreLayout) -> dict[str, Any]:
-    """Facts by name: layout, config fields, and one digest each of base weights, adapters and additions."""
+def fingerprint(
+    model: nn.Module, config: MPlusConfig, layout: StoreLayout, retriever: Retriever | None
+) -> dict[str, Any]:
+    """Facts by name: layout, config, retriever, and one digest each of base weights, adapters and additions."""
     plain = config.to_dict()
     return {
         "layers": layout.layers,
         "hidden_size": layout.hidden_size,
         "key_size": layout.key_size,
         **{name: plain[name] for name in CONTENT_FIELDS},
+        **{f"retriever.{name}": fact for name, fact in (retriever.facts() if retriever is not None else {}).items()},
         **{group: digest(model, group) for group in ("base", "adapters", "additions")},
     }
 

@@ -19,7 +19,7 @@ from mplus.mechanisms.mplus import MPlusMechanism
 from mplus.memory.memory import Memory
 from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.write_context import WriteContext
-from mplus.retrievers.linear import LinearRetriever, mean_sigmoid
+from mplus.retrievers.linear import LinearRetriever
 from mplus.rows import NO_SOURCE, MemoryRows
 from mplus.stores.base import MemoryStore
 from mplus.stores.eviction import EvictionPolicy
@@ -213,7 +213,8 @@ class Player:
             keys = self.engine.keys(layer, self.state.stm[layer].hidden)
             queries = retriever.project_queries(layer, text if norm is None else norm(text))
             if keys is not None:
-                scores.append(torch.stack(mean_sigmoid([queries[0]], keys)))
+                mask = torch.ones(queries.shape[:2], dtype=torch.bool, device=queries.device)
+                scores.append(retriever.score(layer, queries, mask, keys[None].to(queries.device)))
         return torch.stack(scores)
 
     # ------------------------------------------------------------------ state

@@ -125,7 +125,12 @@ class PublishedConfig:
             "rope_inv_freq_dtype": ("bfloat16" if with_ltm else None) if rope == "default" else rope,
         }
         if with_ltm:
-            values["retriever"] = {"name": "linear", "width": self.selector_width, "layers": self.selector_layers}
+            values["retriever"] = {
+                "name": "linear",
+                "width": self.selector_width,
+                "layers": self.selector_layers,
+                "score": "sigmoid_mean",
+            }
         return MPlusConfig.from_dict({**values, **(extra or {})})
 
 

@@ -22,6 +22,9 @@ FORMAT = "mplus-memory"
 VERSION = 1
 """Format version that is written, and the newest that is read."""
 
+EARLIER = {"retriever.score": "sigmoid_mean"}
+"""Facts that older files leave out, since nothing else was possible when they were written."""
+
 
 @define(frozen=True, kw_only=True)
 class LayoutEntry:
@@ -148,7 +151,8 @@ def is_memory(folder: Path) -> bool:
 def check_belongs(manifest: Manifest, fingerprint: Mapping[str, Any], dtype: torch.dtype, where: str | Path) -> None:
     """Raise MemoryMismatchError, with every fact that differs, unless the memory was made by this decoder."""
     own = {**json.loads(json.dumps(fingerprint)), "dtype": name_of(dtype)}
-    saved = {**manifest.fingerprint, "dtype": manifest.layout.dtype}
+    earlier = {name: value for name, value in EARLIER.items() if name in own}
+    saved = {**earlier, **manifest.fingerprint, "dtype": manifest.layout.dtype}
     names = [*own, *(name for name in saved if name not in own)]
     differences = [
         f"{name} is {saved.get(name)!r} in the file and {own.get(name)!r} in the model"

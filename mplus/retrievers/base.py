@@ -10,7 +10,7 @@ import torch
 from attrs import define
 from torch import Tensor, nn
 
-from mplus.errors import InputError
+from mplus.errors import InputError, NotSupported
 from mplus.stores.base import StoreView
 
 
@@ -41,6 +41,11 @@ class Retriever(nn.Module, ABC):
     class Options:
         """Options of the implementation (attrs class; the base class has none)."""
 
+        @classmethod
+        def defaults(cls, variant: str) -> dict[str, Any]:
+            """Option values that differ from the class's own in this variant of the mechanism."""
+            return {}
+
     name: ClassVar[str]
     key_size: int = 0
     """Width r of the keys kept with each row; 0 when the retriever needs none."""
@@ -57,6 +62,30 @@ class Retriever(nn.Module, ABC):
     def project_keys(self, layer: int, hidden: Tensor) -> Tensor | None:
         """``[M, d]`` -> keys ``[M, r]``, or None when ``key_size`` is 0. Called once, when a row leaves the STM."""
         return None
+
+    def score(self, layer: int, queries: Tensor, query_mask: Tensor, keys: Tensor) -> Tensor:
+        """What ``select`` ranks rows by, differentiable and in batches: for training.
+
+        Args:
+            layer: index among the layers that carry memory.
+            queries: ``[B, T, r]``, or ``[B, R, T, r]`` for R texts against the same rows; of ``project_queries``.
+            query_mask: ``[B, T]`` or ``[B, R, T]`` bool, True at text.
+            keys: ``[B, m, r]`` of ``project_keys``.
+
+        Returns:
+            ``[B, m]`` or ``[B, R, m]`` in float32 or better.
+
+        Raises:
+            NotSupported: the retriever has no such score, so it cannot be trained.
+        """
+        raise NotSupported(
+            f"the retriever {self.name!r} does not score rows by queries and keys, so it cannot be trained: "
+            "use one that does, such as 'linear'"
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Facts besides its parameters, as plain data, that a saved memory holds a model to: how keys are compared."""
+        return {}
 
     @abstractmethod
     def select(

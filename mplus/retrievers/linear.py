@@ -1,43 +1,48 @@
-"""LinearRetriever: the retriever that M+ trains together with the memory, searched exactly."""
+"""LinearRetriever: projections of text and rows, trained together with the memory, searched exactly."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from attrs import define, field
 from torch import Tensor, nn
 
 from mplus.config import one_of, whole
 from mplus.retrievers.base import Retriever, RetrieverShape, Selection, check_selection, top_k
+from mplus.retrievers.scores import SCORES, score_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mplus.stores.base import StoreView
 
-MAX_PRODUCTS = 2**22
-"""Largest number of query-key products held at a time (16 MiB in float32)."""
-
 
 class LinearRetriever(Retriever):
-    """Scores a row by ``mean_i sigmoid(q_i . k)`` over the text's queries (M+ section 3.2), for every row.
+    """Scores every row by its key and the text's queries.
 
     ``q = f_q(h)`` and ``k = f_k(h)`` with two projectors per layer; keys are kept with the rows. Scores are computed
-    in float32 whatever the dtype of the projectors and of the keys: in lower precision most of them would be equal.
+    in float32 whatever the dtype of the projectors and of the keys: in lower precision many of them would be equal.
     """
 
     @define(frozen=True, kw_only=True)
     class Options(Retriever.Options):
-        """Size of the projectors.
+        """Size of the projectors, and what is made of their products.
 
         Attributes:
             width: r of queries and keys.
             layers: 2 for ``Linear(d, 2r) - SiLU - Linear(2r, r)``, 1 for ``Linear(d, r)``; both without biases.
+            score: "mean_dot": ``(mean_i q_i) . k`` over the text's tokens i, one query vector for a text;
+                "sigmoid_mean": ``mean_i sigmoid(q_i . k)`` (M+ section 3.2, and all published checkpoints).
         """
 
         width: int = field(default=256, validator=whole(1))
         layers: int = field(default=2, validator=one_of(1, 2))
+        score: Literal["mean_dot", "sigmoid_mean"] = field(default="mean_dot", validator=one_of(*SCORES))
+
+        @classmethod
+        def defaults(cls, variant: str) -> dict[str, Any]:
+            """The released code knows one score."""
+            return {"score": "sigmoid_mean"} if variant == "published" else {}
 
     options: Options
     name: ClassVar[str] = "linear"
@@ -56,6 +61,14 @@ class LinearRetriever(Retriever):
         """``[M, d]`` -> ``[M, r]`` in the dtype of the projectors."""
         return _project(self.key_proj[layer], hidden)
 
+    def score(self, layer: int, queries: Tensor, query_mask: Tensor, keys: Tensor) -> Tensor:
+        """See ``Retriever.score``."""
+        return SCORES[self.options.score](queries, query_mask, keys)
+
+    def facts(self) -> dict[str, Any]:
+        """The score."""
+        return {"score": self.options.score}
+
     def select(
         self, layer: int, queries: Tensor, query_mask: Tensor, stores: Sequence[StoreView], k: int
     ) -> list[Selection]:
@@ -70,34 +83,11 @@ class LinearRetriever(Retriever):
             ids, keys = store.ids(layer), store.keys(layer)
             if keys is None:
                 raise ValueError("the linear retriever needs rows with keys; this store was made without (key_size=0)")
-            scores = mean_sigmoid([queries[row][query_mask[row]] for row in rows], keys)
+            texts = [queries[row][query_mask[row]] for row in rows]
+            scores = score_rows(self.options.score, texts, keys)
             for row, score in zip(rows, scores, strict=True):
                 found[row] = top_k(score.to(ids.device), ids, k)
         return [found[row] for row in range(len(stores))]
-
-
-@torch.no_grad()
-def mean_sigmoid(queries: Sequence[Tensor], keys: Tensor) -> list[Tensor]:
-    """``mean_i sigmoid(q_i . k_j)`` for each of several texts, in float32 and without autograd.
-
-    Args:
-        queries: per text ``[T, r]`` with T of at least 1.
-        keys: ``[M, r]`` on any device and in any dtype; moved to the queries and upcast in pieces.
-
-    Returns:
-        Per text ``[M]`` float32.
-    """
-    device = queries[0].device
-    piece = max(1, MAX_PRODUCTS // max(text.shape[0] for text in queries))
-    # Autocast would take the products back to half precision.
-    with torch.autocast(device.type, enabled=False):
-        texts = [text.float() for text in queries]
-        scores = [torch.empty(keys.shape[0], device=device) for _ in texts]
-        for start in range(0, keys.shape[0], piece):
-            part = keys[start : start + piece].to(device=device, dtype=torch.float32).T
-            for text, score in zip(texts, scores, strict=True):
-                score[start : start + piece] = (text @ part).sigmoid_().mean(0)
-    return scores
 
 
 def _project(projector: nn.Module, hidden: Tensor) -> Tensor:

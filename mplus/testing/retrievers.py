@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mplus.errors import NotSupported
 from mplus.retrievers.base import Retriever, RetrieverShape, Selection
 from mplus.stores.base import MemoryStore, StoreLayout, StoreView
 from mplus.stores.ram import RamStore
@@ -79,6 +80,10 @@ class RetrieverConformance:
         hidden = torch.randn(batch, length, retriever.shape.hidden_size, generator=generator)
         with torch.no_grad():
             return retriever.project_queries(layer, hidden)
+
+    def has_score(self, retriever: Retriever) -> bool:
+        """Whether the implementation has a ``score`` of its own."""
+        return type(retriever).score is not Retriever.score
 
     def check_format(self, selection: Selection, store: StoreView, layer: int, k: int) -> None:
         """Raise AssertionError unless this can be a selection of ``k`` rows: sorted, unique, from the store."""
@@ -214,6 +219,52 @@ class RetrieverConformance:
                 assert selection.ids.tolist() == first.ids.tolist()
                 assert selection.scores.tolist() == first.scores.tolist()
             assert torch.equal(torch.get_rng_state(), state), "the global generator was used"
+
+    @CONFORMANCE
+    @given(count=sizes(9), length=sizes(5, 1), layer=sizes(1), seed=st.integers(0, 2**16))
+    def test_select_ranks_by_score(self, count: int, length: int, layer: int, seed: int) -> None:
+        """A retriever that has no score says so by name; one that has is trained by what it ranks by."""
+        retriever = self.make()
+        stores = [self.fill(retriever, count, seed + row, layer=layer) for row in range(2)]
+        queries = self.queries(retriever, 6, length, seed, layer)
+        mask = torch.arange(length)[None] >= torch.arange(6)[:, None] % length
+        keys = [store.keys(layer) for store in stores]
+        stacked = torch.zeros(2, count, 0) if keys[0] is None else torch.stack([key for key in keys if key is not None])
+        each, texts = queries.view(2, 3, length, -1), mask.view(2, 3, length)
+        if not self.has_score(retriever):
+            with pytest.raises(NotSupported, match=repr(self.implementation.name)):
+                retriever.score(layer, each, texts, stacked)
+            return
+        scores = retriever.score(layer, each, texts, stacked)
+        assert scores.shape == (2, 3, count)
+        for number in range(3):
+            one = retriever.score(layer, each[:, number], texts[:, number], stacked)
+            torch.testing.assert_close(one, scores[:, number], atol=self.tolerance, rtol=0)
+            for row, selection in enumerate(retriever.select(layer, each[:, number], texts[:, number], stores, count)):
+                place = torch.searchsorted(stores[row].ids(layer), selection.ids)
+                torch.testing.assert_close(selection.scores, one[row, place], atol=self.tolerance, rtol=0)
+
+    def test_score_can_be_trained(self) -> None:
+        """In float32 whatever it is given, under autocast too, and untouched by what padding holds."""
+        retriever = self.make()
+        hidden = torch.randn(1, 4, SHAPE.hidden_size, generator=torch.Generator().manual_seed(3))
+        mask, memory = torch.tensor([[False, True, True, True]]), torch.randn(5, SHAPE.hidden_size)
+        keys = retriever.project_keys(0, memory)
+        queries = retriever.project_queries(0, hidden)
+        keys = torch.zeros(5, 0) if keys is None else keys
+        if not self.has_score(retriever):
+            return
+        queries = queries.detach().masked_fill(~mask[..., None], torch.inf).requires_grad_()
+        keys = keys.detach().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            scores = retriever.score(0, queries.bfloat16(), mask, keys.bfloat16()[None])
+        assert scores.dtype == torch.float32
+        (scores * torch.arange(5)).sum().backward()
+        assert keys.grad is not None
+        assert queries.grad is not None
+        assert bool(keys.grad.abs().sum() > 0)
+        assert bool(queries.grad[mask].abs().sum() > 0)
+        assert not bool(queries.grad[~mask].any())
 
     def test_changes_nothing(self) -> None:
         retriever = self.make()

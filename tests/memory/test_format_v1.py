@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from attrs import evolve
 
 import mplus
+from mplus.errors import MemoryMismatchError
 from mplus.memory import SourceInfo
 from mplus.memory.manifest import read_manifest
 from mplus.memory.verify import verify
@@ -63,6 +65,19 @@ def test_it_goes_on(memory: mplus.Memory) -> None:
     report = memory.write([made.text(12, 10)] * 3, source="notes")
     assert report.chunks == [2, 2, 2]
     assert memory.sources(2)[0].tokens == 17
+
+
+def test_it_was_made_when_there_was_one_score(tmp_path: Path) -> None:
+    """The file does not name it, and is not read with another."""
+    model = made.build_model()
+    retriever = model.mplus.retriever
+    retriever.options = evolve(retriever.options, score="mean_dot")
+    with pytest.raises(
+        MemoryMismatchError, match=r"but retriever\.score is 'sigmoid_mean' in the file and 'mean_dot' in the model$"
+    ):
+        mplus.Memory.load(made.FOLDER, model)
+    made.write(made.build_model()).save(tmp_path)
+    assert read_manifest(tmp_path).fingerprint["retriever.score"] == "sigmoid_mean"
 
 
 def test_the_files_are_sound() -> None:

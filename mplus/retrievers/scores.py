@@ -1,0 +1,107 @@
+"""How well rows of memory fit a text, from queries and keys: plain, differentiable, in float32 or better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mplus.errors import InputError
+
+Score = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``score(queries, mask, keys)``, as ``mean_dot``."""
+
+MAX_PRODUCTS = 2**22
+"""Largest number of query-key products held at a time by ``score_rows`` (16 MiB in float32)."""
+
+
+def mean_dot(queries: Tensor, mask: Tensor, keys: Tensor) -> Tensor:
+    """``(mean_i q_i) . k``: one query vector for the text, so that an index of inner products can serve it.
+
+    Args:
+        queries: ``[B, T, r]``, or ``[B, R, T, r]`` for R texts against the same rows; or without B.
+        mask: ``[B, T]`` or ``[B, R, T]`` bool, True at text and False at padding, whatever that holds.
+        keys: ``[B, m, r]``.
+
+    Returns:
+        ``[B, m]`` or ``[B, R, m]`` in float32, or float64 where an argument is. 0 for a text without any token.
+
+    Raises:
+        InputError: the shapes do not fit together, or the mask is not bool.
+    """
+    _check(queries, mask, keys)
+    with torch.autocast(queries.device.type, enabled=False):  # it would take the products back to half precision
+        queries, keys = _precise(queries, mask, keys)
+        return _products(_mean(queries, mask)[..., None, :], keys).squeeze(-2)
+
+
+def sigmoid_mean(queries: Tensor, mask: Tensor, keys: Tensor) -> Tensor:
+    """``mean_i sigmoid(q_i . k)``, between 0 and 1 (M+ section 3.2). Arguments and result as for ``mean_dot``."""
+    _check(queries, mask, keys)
+    with torch.autocast(queries.device.type, enabled=False):
+        queries, keys = _precise(queries, mask, keys)
+        return _mean(_products(queries, keys).sigmoid().masked_fill(~mask[..., None], 0.0), mask)
+
+
+SCORES: Mapping[str, Score] = {"mean_dot": mean_dot, "sigmoid_mean": sigmoid_mean}
+
+
+@torch.no_grad()
+def score_rows(name: str, texts: Sequence[Tensor], keys: Tensor) -> Tensor:
+    """The score of every row for each of several texts, a piece of the rows at a time, without autograd.
+
+    Args:
+        name: of the score.
+        texts: queries of each text, ``[T, r]`` with T of at least 1.
+        keys: ``[m, r]`` on any device and in any dtype; moved to the queries and upcast in pieces.
+
+    Returns:
+        ``[texts, m]`` float32 on the device of the queries.
+    """
+    device = texts[0].device
+    scores = torch.empty(len(texts), keys.shape[0], device=device)
+    with torch.autocast(device.type, enabled=False):
+        groups = [text.float() for text in texts]
+        if name == "mean_dot":  # one query vector each: all texts in one product
+            groups = [torch.stack([text.mean(0) for text in groups])]
+        piece = max(1, MAX_PRODUCTS // max(group.shape[0] for group in groups))
+        for start in range(0, keys.shape[0], piece):
+            part = keys[start : start + piece].to(device=device, dtype=torch.float32).T
+            for number, group in enumerate(groups):
+                products = group @ part
+                if name == "mean_dot":
+                    scores[:, start : start + piece] = products
+                else:
+                    scores[number, start : start + piece] = products.sigmoid_().mean(0)
+    return scores
+
+
+def _check(queries: Tensor, mask: Tensor, keys: Tensor) -> None:
+    lead = keys.shape[:-2]
+    fits = keys.ndim >= 2 and queries.ndim >= keys.ndim and queries.shape[: len(lead)] == lead
+    if not fits or queries.shape[-1] != keys.shape[-1] or mask.shape != queries.shape[:-1]:
+        raise InputError(
+            "queries must be [B, T, r] or [B, R, T, r] with a mask of the same shape without r, and keys [B, m, r]; "
+            f"got queries {list(queries.shape)}, a mask {list(mask.shape)} and keys {list(keys.shape)}"
+        )
+    if mask.dtype != torch.bool:
+        raise InputError(f"the mask of the queries must be bool, got {mask.dtype}")
+
+
+def _precise(queries: Tensor, mask: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32 or better; zeros at padding, so that nothing there takes part in a gradient either."""
+    dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
+    return queries.to(dtype).masked_fill(~mask[..., None], 0.0), keys.to(dtype)
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of ``[..., T, n]`` over the tokens of ``mask``; ``values`` are 0 elsewhere."""
+    return values.sum(-2) / mask.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _products(queries: Tensor, keys: Tensor) -> Tensor:
+    """``[B, (R,) T, r]`` and ``[B, m, r]`` -> ``[B, (R,) T, m]``, without a copy of the keys for each of R texts."""
+    lead, rest = keys.shape[:-2], queries.shape[keys.ndim - 2 : -1]
+    flat = queries.reshape(*lead, rest.numel(), queries.shape[-1])
+    return (flat @ keys.mT).reshape(*lead, *rest, keys.shape[-2])
