@@ -1,0 +1,93 @@
+"""Watching reads: what each layer asked, what came back, and how all rows would have scored."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from attrs import define
+from torch import Tensor
+
+from mplus.evaluation.oracle import long_term, written_from
+from mplus.mechanisms.base import Retrieved
+from mplus.mechanisms.mplus import MPlusMechanism
+from mplus.memory.stream import StreamView
+
+
+@define(frozen=True, eq=False)
+class Seen:
+    """One retrieval of one layer, for all batch rows.
+
+    Attributes:
+        hidden: ``[B, T, d]`` text after the layer's input norm.
+        mask: ``[B, T]`` bool, the tokens that retrieve.
+        found: what came back.
+        views: the streams it came from.
+    """
+
+    hidden: Tensor
+    mask: Tensor
+    found: Sequence[Retrieved | None]
+    views: Sequence[StreamView]
+
+
+class WatchingMechanism(MPlusMechanism):
+    """Retrieves as M+ does and keeps what it saw in ``seen``, by layer; the last retrieval counts."""
+
+    def __init__(self, config: Any, additions: Any, options: Any, *, seen: dict[int, Seen]) -> None:
+        super().__init__(config, additions, options)
+        self.seen = seen
+
+    def retrieve(self, layer: int, hidden: Tensor, mask: Tensor, views: Sequence[StreamView]) -> list[Retrieved | None]:
+        found = super().retrieve(layer, hidden, mask, views)
+        self.seen[layer] = Seen(hidden.detach(), mask, found, views)
+        return found
+
+
+@define(frozen=True, kw_only=True)
+class Rows:
+    """Rows of one question in one layer: in the LTM and retrieved, all of them and those the answer is in."""
+
+    stored: int
+    useful: int
+    retrieved: int
+    useful_retrieved: int
+    useful_short_term: int
+
+
+def count_rows(layer: int, seen: Seen, row: int, names: Collection[str]) -> Rows:
+    """Count for batch row ``row``, whose answer is in the sources ``names``."""
+    view, found = seen.views[row], seen.found[row]
+    store = long_term(view, layer)
+    numbers = [number for number, source in enumerate(view.state.sources) if source.name in names]
+
+    def useful(column: Tensor) -> int:
+        return int(torch.isin(column, torch.tensor(numbers, dtype=column.dtype, device=column.device)).sum())
+
+    return Rows(
+        stored=store.count(layer),
+        useful=int(written_from(view, store, layer, names).sum()),
+        retrieved=0 if found is None else len(found.ids),
+        useful_retrieved=0 if found is None else useful(found.rows.source),
+        useful_short_term=useful(view.state.stm[layer].source),
+    )
+
+
+@torch.no_grad()
+def scores(engine: Any, layer: int, seen: Seen, row: int, *, short_term: bool = True) -> Tensor:
+    """``[m]`` float32: what the decoder's retriever gives every long-term row, and every short-term one if asked.
+
+    Raises:
+        NotSupported: it does not score rows by queries and keys.
+    """
+    retriever = engine.mechanism.additions.retriever
+    view = seen.views[row]
+    stored = long_term(view, layer).keys(layer)
+    parts = [] if stored is None else [stored]
+    if short_term and len(view.state.stm[layer]):
+        parts.append(engine.keys(layer, view.state.stm[layer].hidden))
+    queries = retriever.project_queries(layer, seen.hidden[row : row + 1])
+    keys = torch.cat([part.to(queries.device) for part in parts])
+    scored: Tensor = retriever.score(layer, queries, seen.mask[row : row + 1], keys[None])
+    return scored[0].float()
