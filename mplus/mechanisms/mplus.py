@@ -151,11 +151,14 @@ class MPlusMechanism(MemoryMechanism):
         retriever: Any = self.additions.retriever  # built with every mechanism that uses one
         found: list[Retrieved | None] = [None] * len(views)
         scored: list[tuple[int, StoreView]] = []
+        joined: dict[tuple[int, int], StoreView] = {}
         for row, view in enumerate(views):
             if self.options.short_ltm == "tile" and view.store.count(layer) < k:
                 found[row] = self._tile(view.store, layer, k)
             elif len(view.state.pending[layer]):
-                scored.append((row, PendingView(view.store, view.state.pending)))
+                # Rows that share what they hold share what is made of it: a retriever reads that once.
+                same = id(view.store), id(view.state.pending)
+                scored.append((row, joined.setdefault(same, PendingView(view.store, view.state.pending))))
             elif view.store.count(layer):
                 scored.append((row, view.store))
         if scored:

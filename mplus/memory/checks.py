@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,14 @@ def check_row(row: Any, batch_size: int) -> None:
     """Raises InputError unless ``row`` is a batch row."""
     if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < batch_size:
         raise InputError(f"row must be a batch row, 0 to {batch_size - 1}, got {row!r}")
+
+
+def check_rows(rows: Any, batch_size: int) -> None:
+    """Raises InputError unless ``rows`` is a sequence of one batch row or more."""
+    if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
+        raise InputError(f"rows must be a list of one batch row or more, got {rows!r}")
+    for row in rows:
+        check_row(row, batch_size)
 
 
 def check_dtype(memory: torch.dtype, model: torch.dtype) -> None:

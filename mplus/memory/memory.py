@@ -14,12 +14,13 @@ from torch import Tensor
 
 from mplus.config import Component
 from mplus.errors import MemoryMismatchError
-from mplus.memory.checks import check_chunk, check_dtype, check_finite, check_row, check_vocabulary
+from mplus.memory.checks import check_chunk, check_dtype, check_finite, check_row, check_rows, check_vocabulary
 from mplus.memory.chunking import split, to_names, to_rows
 from mplus.memory.engine import Engine
 from mplus.memory.forgetting import forget
 from mplus.memory.progress import progress_bar
 from mplus.memory.report import SourceInfo, WriteReport
+from mplus.memory.sharing import distinct, each, unshared
 from mplus.memory.stream import StreamState, StreamView, alike
 from mplus.memory.write_context import WriteContext
 from mplus.rows import MemoryRows
@@ -95,8 +96,8 @@ class Memory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows, short-term, pending and long-term (reserved capacity included)."""
-        return sum(state.nbytes for state in self._states) + sum(store.nbytes for store in self._stores)
+        """Bytes of all rows, short-term, pending and long-term (reserved capacity included); what is shared, once."""
+        return sum(s.nbytes for s in distinct(self._states)) + sum(s.nbytes for s in distinct(self._stores))
 
     def snapshot(self) -> tuple[StreamView, ...]:
         """An immutable view of every stream, taken at one instant."""
@@ -105,7 +106,7 @@ class Memory:
     def versioned_snapshot(self) -> tuple[int, tuple[StreamView, ...]]:
         """``version`` and ``snapshot`` of the same instant."""
         with self._state_lock:
-            views = map(StreamView, self._states, _each(self._stores, lambda store: store.snapshot()))
+            views = map(StreamView, self._states, each(self._stores, lambda store: store.snapshot()))
             return self._version, tuple(views)
 
     def sources(self, row: int = 0) -> list[SourceInfo]:
@@ -248,6 +249,7 @@ class Memory:
         """Let ``change`` alter a list of the states, and the stores; on any exception all is as before."""
         # No context manager of our own: an interrupt on the way into its exit would leave the change half done.
         with self._state_lock:
+            self._stores = unshared(self._stores)
             before = [store.snapshot() for store in self._stores]
             draws = [generator.get_state() for generator in self.generators]
             states, after = list(self._states), None
@@ -299,7 +301,20 @@ class Memory:
     def fork(self) -> Memory:
         """An independent memory with the same content and the same future draws."""
         with self._state_lock:
-            return self._copy(self._states, _each(self._stores, lambda store: store.fork()))
+            return self._copy(range(self.batch_size), lambda store: store.fork())
+
+    def select(self, rows: Sequence[int]) -> Memory:
+        """An independent memory of these batch rows, in this order; a row may come several times.
+
+        Many questions to one memory are read in a batch by ``memory.select([0] * questions)``. Copies of a row share
+        everything until they are written, and are retrieved from together; each goes on as the row itself would.
+
+        Raises:
+            InputError: no rows, or there is no such batch row.
+        """
+        check_rows(rows, self.batch_size)
+        with self._state_lock:
+            return self._copy(rows, lambda store: store.fork())
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Memory:
         """A memory with the same content on another device or in another dtype (an independent copy)."""
@@ -307,15 +322,22 @@ class Memory:
         def move(rows: Sequence[MemoryRows]) -> tuple[MemoryRows, ...]:
             return tuple(part.to(device if device is not None else self.device, dtype) for part in rows)
 
-        with self._state_lock:
-            states = [evolve(state, stm=move(state.stm), pending=move(state.pending)) for state in self._states]
-            return self._copy(states, _each(self._stores, lambda store: store.to(device, dtype)))
+        def moved(state: StreamState) -> StreamState:
+            return evolve(state, stm=move(state.stm), pending=move(state.pending))
 
-    def _copy(self, states: Sequence[StreamState], stores: Sequence[MemoryStore]) -> Memory:
-        generators = [torch.Generator() for _ in self.generators]
-        for twin, generator in zip(generators, self.generators, strict=True):
-            twin.set_state(generator.get_state())
-        return Memory(self.engine, states, stores, generators, self.eviction, self.tokenizer)
+        with self._state_lock:
+            return self._copy(range(self.batch_size), lambda store: store.to(device, dtype), moved)
+
+    def _copy(
+        self,
+        rows: Sequence[int],
+        copy: Callable[[MemoryStore], MemoryStore],
+        change: Callable[[StreamState], StreamState] = lambda state: state,
+    ) -> Memory:
+        states = each([self._states[row] for row in rows], change)
+        stores = each([self._stores[row] for row in rows], copy)
+        twins = [torch.Generator().set_state(self.generators[row].get_state()) for row in rows]
+        return Memory(self.engine, states, stores, twins, self.eviction, self.tokenizer)
 
     def save(self, path: str | Path) -> None:
         """Write a folder with a JSON manifest and safetensors; an older save there stays whole until this one is.
@@ -375,12 +397,3 @@ def engine_of(model: Any) -> Engine:
     if engine is None:
         raise MemoryMismatchError(f"a memory needs a decoder wrapped by mplus.wrap, got {type(model).__name__}")
     return engine  # type: ignore[no-any-return]
-
-
-def _each(stores: Sequence[MemoryStore], make: Callable[[MemoryStore], T]) -> list[T]:
-    """``make(store)`` for every stream; streams that share a store share what is made of it."""
-    made: dict[int, T] = {}
-    for store in stores:
-        if id(store) not in made:
-            made[id(store)] = make(store)
-    return [made[id(store)] for store in stores]
