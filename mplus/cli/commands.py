@@ -10,6 +10,10 @@ import mplus
 from mplus.cli.demo import demo
 from mplus.cli.demo_novel import demo_continue, demo_novel
 from mplus.cli.errors import ErrorLineGroup
+from mplus.cli.eval_abstention import abstention
+from mplus.cli.eval_harm import harm
+from mplus.cli.eval_retention import retention
+from mplus.cli.eval_retriever import retriever
 from mplus.cli.import_ import import_checkpoint
 from mplus.cli.info import info
 from mplus.cli.memory import show, verify
@@ -52,6 +56,12 @@ def _app() -> typer.Typer:
     memory.command()(show)
     memory.command()(verify)
     commands.add_typer(memory, name="memory")
+    evaluation = typer.Typer(no_args_is_help=True, help="Measure a memory, its baselines and what it costs.")
+    evaluation.command()(retention)
+    evaluation.command()(harm)
+    evaluation.command()(retriever)
+    evaluation.command()(abstention)
+    commands.add_typer(evaluation, name="eval")
     return commands
 
 

@@ -97,7 +97,7 @@ def harm(
     memory = _filled(model, texts.ids(unrelated), options, progress)
     empty = model.new_memory(seed=options.seed)
     losses: dict[str, list[Tensor]] = {way: [] for way in WAYS}
-    with progress_bar("reading held-out text", len(pieces), progress, steps=len(pieces)) as advance:
+    with progress_bar("reading held-out text", len(pieces), progress, steps=len(pieces), unit="pieces") as advance:
         for start in range(0, len(pieces), options.batch):
             batch = pieces[start : start + options.batch]
             for way, state in (("none", None), ("empty", empty), ("unrelated", memory)):

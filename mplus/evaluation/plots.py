@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,7 @@ def draw(report: Report, *paths: str | Path) -> list[Path]:
         MissingDependencyError: matplotlib is not installed.
     """
     targets = [Path(path) for path in paths]
-    for path in targets:
-        if path.suffix.lower() not in SUFFIXES:
-            raise ConfigError(f"a figure must be written to a path ending in {' or '.join(SUFFIXES)}, got {path}")
+    check_paths(targets)
     matplotlib = need("matplotlib", "drawing a report")
     # A salt instead of random ids, and no date: the same report gives the same file.
     with matplotlib.rc_context({"svg.hashsalt": "mplus", "font.size": 9, "path.simplify": False}):
@@ -58,6 +56,13 @@ def draw(report: Report, *paths: str | Path) -> list[Path]:
             metadata = {"Date": None, "Creator": None} if svg else {"Software": None}
             figure.savefig(path, format="svg" if svg else "png", dpi=160, metadata=metadata)
     return targets
+
+
+def check_paths(paths: Iterable[Path]) -> None:
+    """Raise ConfigError unless a figure can be written to each of ``paths``."""
+    for path in paths:
+        if path.suffix.lower() not in SUFFIXES:
+            raise ConfigError(f"a figure must be written to a path ending in {' or '.join(SUFFIXES)}, got {path}")
 
 
 def caption(report: Report) -> str:

@@ -122,7 +122,7 @@ def retention(
     made, skipped = make_arms(bench, arms, questions)
     tallies = {arm.name: Tally() for arm in made}
     total = sum(len(episode.passages) for episode in episodes)
-    with progress_bar(f"{protocol.name}: passages", total, progress, steps=total) as advance:
+    with progress_bar(f"telling {protocol.name}", total, progress, steps=total, unit="passages") as advance:
         for due, memory in told(bench, episodes, ages, options, advance):
             for arm in made:
                 _ask(arm, due, memory, tallies[arm.name])

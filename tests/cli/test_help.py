@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import mplus
 from mplus.cli import app
 
-COMMANDS = {"demo", "demo-novel", "import", "info", "memory", "plugins", "replay"}
+COMMANDS = {"demo", "demo-novel", "eval", "import", "info", "memory", "plugins", "replay"}
 ENV = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1", "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
 
 
@@ -33,7 +33,8 @@ def run(*arguments):
 
 def test_the_commands():
     assert {path[0] for path in ALL if path} == COMMANDS | {"demo-continue"}
-    assert {path[1] for path in ALL if len(path) == 2} == {"show", "verify"}
+    grouped = {"memory": {"show", "verify"}, "eval": {"abstention", "harm", "retention", "retriever"}}
+    assert {path for path in ALL if len(path) == 2} == {(group, name) for group in grouped for name in grouped[group]}
 
 
 @pytest.mark.parametrize("path", ALL, ids=" ".join)
@@ -78,7 +79,8 @@ def test_help_imports_nothing_heavy():
         "except SystemExit as end:\n    assert not end.code, end.code\n"
         "print(json.dumps(sorted(sys.modules)))"
     )
-    for arguments in (["--help"], ["demo", "--help"], ["memory", "show", "--help"], ["import", "--help"]):
+    for command in ((), ("demo",), ("memory", "show"), ("import",), ("eval", "retention")):
+        arguments = [*command, "--help"]
         result = subprocess.run(
             [sys.executable, "-c", code, json.dumps(arguments)], capture_output=True, text=True, check=True
         )

@@ -1,0 +1,130 @@
+"""What the commands of ``mplus eval`` share: options, loading, and where a report goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mplus.evaluation.episodes import Protocol
+    from mplus.evaluation.report import Report
+
+Model = Annotated[
+    Path, typer.Option("--model", help="Decoder with memory: folder written by save_pretrained.", show_default=False)
+]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="Where its tokenizer is; default: with the model, else with its base.")
+]
+Device = Annotated[str | None, typer.Option(help="Device to compute on, cuda for instance; default: the CPU.")]
+Dtype = Annotated[str, typer.Option(help="Numbers to compute with: auto, float32, bfloat16, float16.")]
+ProtocolName = Annotated[
+    str, typer.Option("--protocol", help="What is told and asked: squad, natural-questions, key-value, babi.")
+]
+Data = Annotated[Path, typer.Option(help="File of the data set, as published.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Option of the protocol, such as passages=129, prompt='Q: {question} A:', novels=FOLDER. May be repeated.",
+    ),
+]
+Episodes = Annotated[int, typer.Option(min=1, help="Most episodes; each is one stream.")]
+Ages = Annotated[
+    str | None,
+    typer.Option(metavar="N,N,...", help="Ages in passages to ask at; default: 0, 1, 2, 4, 8 and so on."),
+]
+Tokens = Annotated[
+    int | None, typer.Option(min=1, help="Tokens generated for an answer; default: what the protocol asks for.")
+]
+Streams = Annotated[int, typer.Option(min=1, help="Episodes at a time.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads for torch; default: torch's own choice.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the report as JSON to this file.")]
+
+
+def prepare(model: Path, tokenizer: str | None, device: str | None, dtype: str, threads: int | None) -> tuple[Any, Any]:
+    """The decoder and its tokenizer."""
+    import torch
+
+    from mplus.errors import ConfigError
+    from mplus.hf.loading import load_with_tokenizer
+
+    if dtype not in {"auto", "float32", "bfloat16", "float16"}:
+        raise ConfigError(f"dtype must be one of auto, float32, bfloat16, float16, got {dtype!r}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return load_with_tokenizer(model, tokenizer=tokenizer, device=device, dtype=dtype)
+
+
+def make_protocol(
+    name: str, tokenizer: Any, settings: Sequence[str] | None, chunk_tokens: int, given: Mapping[str, Any]
+) -> Protocol:
+    """The protocol with the options ``given`` and those of ``--set``; passages are as long as a chunk unless set."""
+    from mplus.config import structure
+    from mplus.evaluation.protocols import protocol
+    from mplus.evaluation.texts import Texts
+
+    cls = protocol(name)
+    options = {"passage_tokens": chunk_tokens, **given, **dict(map(assignment, settings or ()))}
+    return cls(structure(cls.Options, options), Texts(tokenizer))
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """``name=value``: JSON where it is, else text. Raises ConfigError without an equals sign."""
+    from mplus.errors import ConfigError
+
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"--set must be NAME=VALUE, got {text!r}")
+    try:
+        return name.strip(), json.loads(value)
+    except ValueError:
+        return name.strip(), value
+
+
+def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
+    """``0,1,2``. Raises ConfigError, which names ``option``."""
+    from mplus.errors import ConfigError
+
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"{option} must be whole numbers with commas between, got {text!r}") from error
+
+
+def show_report(report: Report, as_json: Path | None, plots: Sequence[Path] | None, markdown: Path | None) -> None:
+    """Print a report of retention and write it wherever it is wanted."""
+    from rich.console import Console
+
+    from mplus.evaluation.plots import draw
+    from mplus.evaluation.tables import markdown as as_markdown
+    from mplus.evaluation.tables import show
+
+    if as_json is not None:
+        report.save(as_json)
+    if markdown is not None:
+        markdown.write_text(as_markdown(report), encoding="utf-8")
+    if plots:
+        draw(report, *plots)
+    show(report, Console(highlight=False))
+
+
+def show_plain(facts: Mapping[str, Any], as_json: Path | None) -> None:
+    """Print any other report, fact by fact, and write it as JSON if wanted."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from mplus.evaluation.tables import flat
+
+    if as_json is not None:
+        as_json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    console = Console(highlight=False)
+    for name, value in flat(facts).items():
+        console.print(f"{escape(name)}: {escape(value)}", soft_wrap=True)

@@ -1,0 +1,65 @@
+"""``mplus eval retriever``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mplus.cli.eval_common import (
+    Ages,
+    Data,
+    Device,
+    Dtype,
+    Episodes,
+    Json,
+    Model,
+    ProtocolName,
+    Seed,
+    Set,
+    Streams,
+    Threads,
+    Tokenizer,
+    Tokens,
+    make_protocol,
+    numbers,
+    prepare,
+    show_plain,
+)
+
+
+def retriever(
+    model: Model,
+    data: Data,
+    protocol: ProtocolName = "squad",
+    settings: Set = None,
+    episodes: Episodes = 100,
+    ages: Ages = None,
+    retrieved_tokens: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="Rows a read brings back; default: 1/4 to 4 times as configured."),
+    ] = None,
+    tokens: Tokens = None,
+    streams: Streams = 8,
+    seed: Seed = 0,
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: Json = None,
+) -> None:
+    """Does the retriever bring back what a question needs, per layer and against random, and does that decide?"""
+    from mplus.evaluation.generating import Generation
+    from mplus.evaluation.health import health
+    from mplus.evaluation.retention import RetentionOptions
+
+    options = RetentionOptions(ages=numbers(ages, "--ages"), streams=streams, seed=seed)
+    tried = numbers(retrieved_tokens, "--retrieved-tokens")
+    decoder, words = prepare(model, tokenizer, device, dtype, threads)
+    given = {"data": data, "episodes": episodes, "seed": seed}
+    made = make_protocol(protocol, words, settings, decoder.mplus_config.chunk_tokens, given)
+    generation = Generation.of(words, tokens=tokens or made.answer_tokens)
+    report = health(
+        decoder, words, made, options=options, retrieved_tokens=tried, generation=generation, name=model.name
+    )
+    show_plain(report, as_json)
