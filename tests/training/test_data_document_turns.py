@@ -179,6 +179,16 @@ def test_short_documents_follow_each_other_within_a_turn():
     assert story(sources[-1], 50).startswith(last + Letters.text(turn.texts))
 
 
+def test_a_document_with_chunks_but_no_target_left_gives_all_but_the_last_chunk():
+    stream = source(numbers=[0], documents=library(*[39] * 20), consecutive=True, chunk_tokens=16, target_tokens=8)
+    stream.turn(1)
+    for _ in range(10):
+        turn = stream.turn(2)
+        first, second = turn.sources[0].tolist()
+        assert second != first
+        assert turn.about.tolist() == [[second]]
+
+
 def test_without_chunks_the_text_is_read_and_passed():
     stream = source(numbers=[0], documents=library(3000), chunk_tokens=16, target_tokens=20)
     first, second = stream.turn(0), stream.turn(0)
@@ -227,6 +237,14 @@ def test_the_repeat_task_asks_for_the_chunks(consecutive):
             assert torch.equal(wanted.nonzero().flatten(), torch.arange(30 - predicted, 30))
     with pytest.raises(InputError, match="repeat task needs at least 1 chunk, got chunks=0"):
         stream.turn(0, repeat=True)
+
+
+def test_a_repetition_is_of_the_last_document_only():
+    stream = source(numbers=[0], documents=library(*[60] * 20), chunk_tokens=16, target_tokens=(8, 200))
+    turn = stream.turn(7, repeat=True)
+    own = turn.chunks[0][turn.sources[0] == turn.about[0, 0]]
+    assert 0 < len(own) < 7
+    assert Letters.text(turn.texts) == "Repeat:" + Letters.text(own)
 
 
 def test_a_repetition_of_which_nothing_would_be_predicted_is_refused():

@@ -192,7 +192,6 @@ class Walk:
             setattr(self, name, state[name])
         self.waiting = {int(key): list(places) for key, places in state["waiting"].items()}
         self.skipped = Counter(state["skipped"])
-        self._held = None
 
     @property
     def oldest(self) -> int:
