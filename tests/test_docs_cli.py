@@ -10,6 +10,7 @@ from tools import cli_reference, recording
 
 PAGES = [recording.ROOT / "README.md", *sorted((recording.ROOT / "docs").glob("*.md"))]
 COMMANDS = {"demo", "demo-novel", "info", "plugins", "replay", "import", "memory show", "memory verify"}
+COMMANDS |= {"eval retention", "eval harm", "eval retriever", "eval abstention"}
 
 
 def test_the_page_is_current() -> None:

@@ -15,7 +15,7 @@ from mplus.evaluation.arms.base import Bench, Due
 from mplus.evaluation.calibration import compare
 from mplus.evaluation.circumstances import circumstances
 from mplus.evaluation.episodes import Protocol
-from mplus.evaluation.generating import Generated, Generation, answers, rows_of
+from mplus.evaluation.generating import Generated, Generation, answers
 from mplus.evaluation.retention import RetentionOptions, check_chunks, told
 from mplus.evaluation.texts import Texts
 from mplus.evaluation.watching import Seen, WatchingMechanism, scores
@@ -120,7 +120,7 @@ def features(bench: Bench, due: Sequence[Due], memory: Memory) -> Tensor:
     size = bench.generation.batch
     for start in range(0, len(due), size):
         part = due[start : start + size]
-        streams = rows_of(memory, [one.row for one in part])
+        streams = memory.select([one.row for one in part])
         prompts = [bench.generation.prompt(bench.texts.ids(one.question.prompt), memory=True) for one in part]
         seen: dict[int, Seen] = {}
         with reading_as(bench.model, make=partial(WatchingMechanism, seen=seen)):
@@ -156,7 +156,7 @@ def attention_mass(model: Any, prompts: Sequence[Sequence[int]], memory: Memory)
     device = model.get_input_embeddings().weight.device
     for row, prompt in enumerate(prompts):  # one by one: no padding to tell from memory
         ids = torch.tensor([list(prompt)], device=device)
-        output = model(input_ids=ids, memory=rows_of(memory, [row]), output_attentions=True, use_cache=False)
+        output = model(input_ids=ids, memory=memory.select([row]), output_attentions=True, use_cache=False)
         layers = [weights for weights in output.attentions if weights is not None and weights.shape[-1] > len(prompt)]
         # Memory stands in front of the text, and the begin row in front of memory.
         shares = [weights[0, :, -1, 1 : -len(prompt)].float().sum(-1).mean() for weights in layers]

@@ -91,7 +91,7 @@ def answers(
     found: list[Generated] = []
     for start in range(0, len(prompts), generation.batch):
         part = prompts[start : start + generation.batch]
-        rows = None if memory is None else rows_of(memory, range(start, start + len(part)))
+        rows = None if memory is None else memory.select(range(start, start + len(part)))
         found += _batch(model, tokenizer, part, generation, rows)
     return found
 
@@ -148,15 +148,3 @@ def cache_bytes(cache: Any) -> int:
     """Bytes of the tensors in a key/value cache; 0 where it is not made of layers."""
     layers = getattr(cache, "layers", None) or []
     return sum(value.nbytes for layer in layers for value in vars(layer).values() if isinstance(value, Tensor))
-
-
-def rows_of(memory: Memory, rows: Sequence[int]) -> Memory:
-    """A memory with these batch rows of ``memory`` (repeats allowed), to be read only: it shares the stores."""
-    return Memory(
-        memory.engine,
-        [memory.states[row] for row in rows],
-        [memory.stores[row] for row in rows],
-        [memory.generators[row] for row in rows],
-        memory.eviction,
-        memory.tokenizer,
-    )

@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 from mplus.config import flag, whole
 from mplus.errors import ConfigError, InputError
 from mplus.evaluation.circumstances import circumstances
-from mplus.evaluation.generating import rows_of
 from mplus.evaluation.texts import Texts
 from mplus.hf.reading_as import reading_as
 from mplus.memory.memory import Memory
@@ -158,9 +157,9 @@ def _losses(model: Any, pieces: Tensor, options: HarmOptions, memory: Memory | N
         logits = model(input_ids=text, use_cache=False).logits
     elif model.mplus_engine.mechanism.uses_retriever:
         with reading_as(model, query_tokens=known):
-            logits = model(input_ids=text, use_cache=False, memory=rows_of(memory, [0] * len(text))).logits
+            logits = model(input_ids=text, use_cache=False, memory=memory.select([0] * len(text))).logits
     else:
-        logits = model(input_ids=text, use_cache=False, memory=rows_of(memory, [0] * len(text))).logits
+        logits = model(input_ids=text, use_cache=False, memory=memory.select([0] * len(text))).logits
     predicted, expected = logits[:, known - 1 : -1].double(), text[:, known:]
     flat = cross_entropy(predicted.flatten(0, 1), expected.flatten(), reduction="none")
     return flat.view(len(text), -1).mean(1).cpu()

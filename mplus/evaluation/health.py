@@ -15,7 +15,7 @@ from mplus.evaluation.abstention import check_mechanism
 from mplus.evaluation.arms.base import Bench, Due
 from mplus.evaluation.circumstances import circumstances
 from mplus.evaluation.episodes import Protocol
-from mplus.evaluation.generating import Generation, answers, rows_of
+from mplus.evaluation.generating import Generation, answers
 from mplus.evaluation.retention import RetentionOptions, check_chunks, told
 from mplus.evaluation.scoring import Scoring
 from mplus.evaluation.stand_ins import retriever_for
@@ -165,7 +165,7 @@ def _ask(
     engine, size = bench.model.mplus_engine, bench.generation.batch
     for start in range(0, len(due), size):
         part = due[start : start + size]
-        streams = rows_of(memory, [one.row for one in part])
+        streams = memory.select([one.row for one in part])
         prompts = [bench.generation.prompt(bench.texts.ids(one.question.prompt), memory=True) for one in part]
         seen: dict[int, Seen] = {}
         make = partial(WatchingMechanism, seen=seen)

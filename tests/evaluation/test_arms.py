@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import pytest
 
@@ -13,7 +14,12 @@ from mplus.evaluation.arms.bm25 import BM25
 from mplus.evaluation.arms.memory import MemoryArm
 from mplus.evaluation.arms.text import FullContext, NoMemory, Window
 from mplus.evaluation.episodes import Episode, Passage, Question
+from mplus.evaluation.generating import answers
+from mplus.evaluation.oracle import OracleMechanism
 from mplus.evaluation.report import ARMS
+from mplus.evaluation.stand_ins import Recency
+from mplus.hf.reading_as import reading_as
+from mplus.retrievers.random import RandomRetriever
 from tests.evaluation.bench import bench
 from tests.memory.tiny import K0, N, build
 
@@ -153,3 +159,30 @@ def test_without_bm25s(monkeypatch):
 def test_unknown_arms():
     with pytest.raises(UnknownNameError, match="snapkv, got 'oracle'"):
         ArmOptions(arms=("oracle",))
+
+
+@pytest.mark.parametrize("name", ["memoryllm", "mplus", "mplus-random", "mplus-recency", "mplus-oracle"])
+def test_a_memory_arm_says_what_the_decoder_says_reading_that_way(name):
+    table = bench(tokens=4)
+    memory = table.model.new_memory(batch_size=2, seed=1)
+    for turn in range(8):
+        ids = [table.texts.ids(TEXTS[turn % 4]), table.texts.ids(TEXTS[(turn + 1) % 4])]
+        memory.write(ids, source=[f"s{turn % 4}", f"s{(turn + 1) % 4}"], progress=False)
+    asked = [Due(episode(), row, 0, 3) for row in (1, 0, 1)]
+    [arm] = make_arms(table, ArmOptions(arms=(name,), seed=3), [{}])[0]
+    replies = arm.reply(asked, memory)
+    shape = table.model.mplus.retriever.shape
+    ways = {
+        "memoryllm": {"retrieved_tokens": 0},
+        "mplus": {},
+        "mplus-random": {"retriever": RandomRetriever(shape, RandomRetriever.Options(seed=3))},
+        "mplus-recency": {"retriever": Recency(shape)},
+        "mplus-oracle": {"make": partial(OracleMechanism, wanted=[{"s0"}])},
+    }
+    prompt = [table.texts.ids(asked[0].question.prompt)]
+    for one, reply in zip(asked, replies, strict=True):
+        with reading_as(table.model, **ways[name]):
+            [expected] = answers(table.model, table.tokenizer, prompt, table.generation, memory.select([one.row]))
+        assert reply.generated.ids == expected.ids
+        assert reply.text == expected.text
+        assert reply.generated.entropy == pytest.approx(expected.entropy, rel=1e-3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mplus.errors import ConfigError
-from mplus.evaluation.generating import Generation, answers, cache_bytes, rows_of
+from mplus.evaluation.generating import Generation, answers, cache_bytes
 from tests.evaluation.bench import SmallTokenizer, model
 from tests.memory.tiny import assert_content, content, ids, written
 
@@ -45,7 +45,7 @@ def test_each_prompt_reads_its_own_stream():
     found = answers(decoder, SmallTokenizer(), PROMPTS, generation, memory)
     assert_content(memory, before)
     for row, (prompt, one) in enumerate(zip(PROMPTS, found, strict=True)):
-        [alone] = answers(decoder, SmallTokenizer(), [prompt], generation, rows_of(memory, [row]))
+        [alone] = answers(decoder, SmallTokenizer(), [prompt], generation, memory.select([row]))
         assert one.ids == alone.ids
         assert one.entropy == pytest.approx(alone.entropy, rel=1e-3)
 
@@ -71,14 +71,6 @@ def test_begin_of_sequence_ids():
 
     assert Generation.of(Tokenizer(), tokens=2) == Generation(bos=4, eos=(5,), tokens=2)
     assert Generation.of(Tokenizer(), eos=()).eos == ()
-
-
-def test_rows_may_repeat_and_share_what_they_hold():
-    memory = written("paper", [60, 80])
-    rows = rows_of(memory, [1, 0, 1])
-    assert rows.batch_size == 3
-    assert rows.stores[0] is rows.stores[2] is memory.stores[1]
-    assert rows.states[1] is memory.states[0]
 
 
 def test_empty_prompts():

@@ -10,7 +10,7 @@ import torch
 from mplus.errors import ConfigError, InputError, NotSupported
 from mplus.evaluation.abstention import FEATURES, abstention, attention_mass, features
 from mplus.evaluation.arms.base import Due
-from mplus.evaluation.generating import Generation, answers, rows_of
+from mplus.evaluation.generating import Generation, answers
 from mplus.evaluation.health import Count, health
 from mplus.evaluation.protocols.key_value import KeyValue
 from mplus.evaluation.retention import RetentionOptions, told
@@ -125,7 +125,7 @@ def test_features_by_hand(tmp_path):
     assert found.shape == (2, len(FEATURES))
     ids = table.texts.ids(due[0].question.prompt)
     with torch.no_grad():
-        first = model()(input_ids=torch.tensor([ids]), memory=rows_of(memory, [0])).logits[0, -1].softmax(-1)
+        first = model()(input_ids=torch.tensor([ids]), memory=memory.select([0])).logits[0, -1].softmax(-1)
     assert float(found[0, 1]) == pytest.approx(float(first.max()), rel=1e-4)
     assert float(found[0, 2]) == pytest.approx(float(first.max().log()), rel=1e-3)
     assert float(found[0, 3]) >= float(found[0, 4])

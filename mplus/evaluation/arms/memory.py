@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from mplus.evaluation.arms.base import Bench, Due, Reply, TextArm
-from mplus.evaluation.generating import answers, rows_of
+from mplus.evaluation.generating import answers
 from mplus.evaluation.oracle import OracleMechanism
 from mplus.hf.reading_as import reading_as
 from mplus.mechanisms.base import MemoryMechanism
@@ -50,7 +50,7 @@ class MemoryArm(TextArm):
 
     def _batch(self, due: Sequence[Due], memory: Memory) -> list[Reply | None]:
         bench, generation = self.bench, self.bench.generation
-        streams = rows_of(memory, [one.row for one in due])
+        streams = memory.select([one.row for one in due])
         prompts = [generation.prompt(bench.texts.ids(one.question.prompt), memory=True) for one in due]
         make: Callable[[Any, Any, Any], MemoryMechanism] | None = None
         if self.oracle:
