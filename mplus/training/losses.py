@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from mplus.config import flag, number, one_of, whole
 from mplus.retrievers.base import Retriever
 from mplus.training.dense import Read
+from mplus.training.parallel import mean_of
 from mplus.training.turns import IGNORED, NO_ONE
 
 EPSILON = 1e-5
@@ -21,14 +23,17 @@ EPSILON = 1e-5
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in nats of the tokens to be predicted; 0 where there are none.
 
+    Among several processes the mean of their losses is the mean over all their tokens (``mean_of``); so it is for the
+    retriever's losses.
+
     Args:
         logits: ``[..., T, V]``; those at t predict the token at t + 1.
         labels: ``[..., T]`` int64, the token at t, or ``IGNORED``.
     """
     wanted = labels[..., 1:].flatten()
-    if not bool((wanted != IGNORED).any()):
-        return logits.sum() * 0.0
-    return cross_entropy(logits[..., :-1, :].flatten(0, -2).float(), wanted, ignore_index=IGNORED)
+    predicted = logits[..., :-1, :].flatten(0, -2).float()
+    total = cross_entropy(predicted, wanted, ignore_index=IGNORED, reduction="sum")
+    return mean_of(total, (wanted != IGNORED).sum())
 
 
 @torch.no_grad()
@@ -70,12 +75,16 @@ class RetrieverLoss:
     negatives: Literal["stream", "batch"] = field(default="stream", validator=one_of("stream", "batch"))
     candidates: int = field(default=96, validator=whole(1))
 
-    def wanted(self, about: Tensor, generator: torch.Generator | None = None) -> Any:
-        """The ``candidates`` argument of ``DenseDecoder.read`` for texts ``about`` ``[B, R]``."""
+    def wanted(self, about: Tensor, generators: Sequence[torch.Generator]) -> Any:
+        """The ``candidates`` argument of ``DenseDecoder.read`` for texts ``about`` ``[B, R]``.
+
+        ``generators``: one per stream, so that a stream's candidates do not depend on the other streams.
+        """
 
         def choose(layer: int, sources: Tensor) -> Tensor:
             asked = (sources[:, None] == about[:, :, None]).any(1)
-            rank = torch.rand(sources.shape, generator=generator).to(sources.device) + asked
+            drawn = torch.stack([torch.rand(sources.shape[1], generator=generator) for generator in generators])
+            rank = drawn.to(sources.device) + asked
             return rank.topk(min(self.candidates, sources.shape[1]), dim=1).indices
 
         return choose
@@ -127,11 +136,10 @@ def contrastive(scores: Tensor, positive: Tensor, usable: Tensor) -> Tensor:
         positive, usable: ``[B, R, m]`` bool; only usable rows take part.
     """
     counted = positive.any(-1)
-    if not bool(counted.any()):
-        return scores.sum() * 0.0
-    scores = scores.float()[counted]
-    everything = scores.masked_fill(~usable[counted], -torch.inf).logsumexp(-1)
-    return (everything - scores.masked_fill(~positive[counted], -torch.inf).logsumexp(-1)).mean()
+    some = scores.float()[counted]
+    everything = some.masked_fill(~usable[counted], -torch.inf).logsumexp(-1)
+    found = some.masked_fill(~positive[counted], -torch.inf).logsumexp(-1)
+    return mean_of((everything - found).sum(), counted.sum())
 
 
 def balanced_bce(scores: Tensor, positive: Tensor, usable: Tensor) -> Tensor:
@@ -142,6 +150,6 @@ def balanced_bce(scores: Tensor, positive: Tensor, usable: Tensor) -> Tensor:
     counted = positive.any(-1, keepdim=True)
     positive, negative = positive & counted, usable & ~positive & counted
     p = scores.float()
-    up = -((p + EPSILON).log() * positive).sum() / positive.sum().clamp(min=1)
-    down = -((1 - p + EPSILON).log() * negative).sum() / negative.sum().clamp(min=1)
+    up = mean_of(-((p + EPSILON).log() * positive).sum(), positive.sum())
+    down = mean_of(-((1 - p + EPSILON).log() * negative).sum(), negative.sum())
     return (up + down) / 2

@@ -12,6 +12,9 @@ from mplus.errors import ConfigError, InputError
 from mplus.hf.engine import DecoderEngine, DensePlan
 from mplus.training.long_term import LongTermRows
 
+CHOICES = 1 << 40
+"""Between the seeds of a stream's two generators."""
+
 
 class StreamBatch:
     """B independent memories that always hold equally many rows.
@@ -27,6 +30,8 @@ class StreamBatch:
         stm_birth: per layer ``[B, n]`` int64, as ``MemoryRows.birth``.
         ltm: per layer, the rows that left the STM.
         clock: rows written so far per layer.
+        generators: of each stream, for the rows that leave the STM.
+        choices: of each stream, for what a loss chooses at random.
     """
 
     def __init__(self, engine: DecoderEngine, numbers: Sequence[int], *, seed: int, long_term_tokens: int) -> None:
@@ -46,6 +51,7 @@ class StreamBatch:
         self.numbers = tuple(numbers)
         self.long_term_tokens = long_term_tokens
         self.generators = [torch.Generator().manual_seed(seed + number) for number in numbers]
+        self.choices = [torch.Generator().manual_seed(seed + number + CHOICES) for number in numbers]
         self.reset()
 
     def __len__(self) -> int:
@@ -138,6 +144,7 @@ class StreamBatch:
             "stm_birth": list(self.stm_birth),
             "ltm": [rows.state_dict() for rows in self.ltm],
             "generators": [generator.get_state() for generator in self.generators],
+            "choices": [generator.get_state() for generator in self.choices],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -153,8 +160,9 @@ class StreamBatch:
             setattr(self, name, [column.to(device) for column in state[name]])
         for rows, saved in zip(self.ltm, state["ltm"], strict=True):
             rows.load_state_dict(saved)
-        for generator, saved in zip(self.generators, state["generators"], strict=True):
-            generator.set_state(saved.cpu())
+        for name in ("generators", "choices"):
+            for generator, saved in zip(getattr(self, name), state[name], strict=True):
+                generator.set_state(saved.cpu())
 
 
 def _take(column: Tensor, index: Tensor) -> Tensor:

@@ -45,6 +45,8 @@ class Objective(ABC):
     """Whether it asks its source for the repeat task."""
     needs_cache: ClassVar[bool] = False
     """Whether it takes a turn seen before instead of a new one."""
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
+    """Names of the metrics that every outcome may have."""
 
     def __init__(self, options: Any = None) -> None:
         self.options = options if options is not None else self.Options()

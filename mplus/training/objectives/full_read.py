@@ -26,7 +26,7 @@ def full_read(decoder: DenseDecoder, streams: StreamBatch, turn: Turn, retriever
     queries = turn.mask if turn.queries is None else turn.queries & turn.mask
     retriever = decoder.engine.mechanism.additions.retriever
     picker = None if retriever is None or not streams.long_term_tokens else ScorePicker(retriever)
-    wanted = None if retriever_loss is None else retriever_loss.wanted(turn.about)
+    wanted = None if retriever_loss is None else retriever_loss.wanted(turn.about, streams.choices)
     read = decoder.read(streams, turn.texts, queries=queries, picker=picker, candidates=wanted)
     loss = token_loss(read.logits, turn.labels)
     metrics = {"loss": loss.item(), "accuracy": accuracy(read.logits, turn.labels, turn.answers)}

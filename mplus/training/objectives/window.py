@@ -19,6 +19,7 @@ class Window(Objective):
     """
 
     name: ClassVar[str] = "window"
+    metrics: ClassVar[tuple[str, ...]] = ("window_loss", "window_accuracy")
 
     def __call__(
         self, decoder: DenseDecoder, streams: StreamBatch, turn: Turn, retriever_loss: RetrieverLoss | None

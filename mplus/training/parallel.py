@@ -1,0 +1,63 @@
+"""Several processes that train one model: what they have to agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+
+def processes() -> int:
+    """How many processes train together; 1 where nothing was started to train with others."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return distributed.get_rank() if processes() > 1 else 0
+
+
+def wait() -> None:
+    """Wait for all processes to come here."""
+    if processes() > 1:
+        distributed.barrier()
+
+
+def sums(values: Iterable[float]) -> list[float]:
+    """Each value summed over all processes."""
+    values = list(values)
+    if processes() == 1:
+        return values
+    together = torch.tensor(values, dtype=torch.float64, device=_device())
+    distributed.all_reduce(together)
+    return [float(value) for value in together]
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every process has, plain data, in order of rank."""
+    if processes() == 1:
+        return [value]
+    found: list[Any] = [None] * processes()
+    distributed.all_gather_object(found, value)
+    return found
+
+
+def mean_of(total: Tensor, count: Tensor) -> Tensor:
+    """``total / count``; among several processes such that the mean of their results is sum of totals / sum of counts.
+
+    Gradients are averaged over processes. With this each stream weighs as much as if one process held all of them,
+    also where processes have different numbers of tokens to predict. 0 where nobody has anything.
+    """
+    if processes() > 1:
+        count = count.to(torch.float64)
+        distributed.all_reduce(count)
+        count = count / processes()
+    return total / count.to(total.dtype) if bool(count) else total * 0.0
+
+
+def _device() -> torch.device:
+    """Where tensors must be for the processes to exchange them."""
+    nccl = "nccl" in str(distributed.get_backend())
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
