@@ -58,10 +58,11 @@ def retention(
     ] = 0.98,
     bm25_passages: Annotated[int, typer.Option(min=1, help="Most passages BM25 puts before a question.")] = 4,
     bm25_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Room for them in tokens; default: that of the window.")
+        int | None, typer.Option(min=1, help="Room for them in tokens; default: what the decoder's positions leave.")
     ] = None,
     positions: Annotated[
-        int | None, typer.Option(min=1, help="Positions of the decoder, for full context; default: its config's.")
+        int | None,
+        typer.Option(min=1, help="Positions of the decoder, for full context and BM25; default: as configured."),
     ] = None,
     export: Annotated[Path | None, typer.Option(help="Write the questions for benchmarks/snapkv to this file.")] = None,
     snapkv: Annotated[Path | None, typer.Option(help="Answers of benchmarks/snapkv to the same questions.")] = None,

@@ -76,7 +76,10 @@ def test_bm25_brings_the_best_passages_oldest_first():
     # Passages that have no room are left out, not cut.
     one = len(told(table, [0]))
     assert BM25(table, passages=4, tokens=one).context(due()) == told(table, [0])
-    assert BM25(table, passages=4, tokens=one - 1).context(due()) == []
+    assert BM25(table, passages=4, tokens=one - 1).context(due()) is None
+    around = len(table.texts.ids(due().question.prompt)) + table.generation.tokens
+    assert BM25(table, passages=4, positions=one + around).context(due()) == told(table, [0])
+    assert BM25(table, passages=4, positions=one + around - 1).context(due()) is None
     assert arm.ranked(due(age=1, prompt="which mill turns"))[0] in {0, 1}  # not told yet
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from attrs import define, field
 
 from mplus.config import number, whole
-from mplus.errors import MissingDependencyError, UnknownNameError
+from mplus.errors import MissingDependencyError, NotSupported, UnknownNameError
 from mplus.evaluation.arms.base import Bench, TextArm
 from mplus.evaluation.arms.bm25 import BM25
 from mplus.evaluation.arms.memory import MemoryArm
@@ -36,8 +36,8 @@ class ArmOptions:
         arms: names.
         window_tokens: of the plain window; None: as many as M+ attends to: begin row, K0 and N.
         window_converged: a window that answers a smaller share of what lies inside it is not to be compared with.
-        bm25_passages, bm25_tokens: most passages in front of the question, and room for them; None: ``window_tokens``.
-        positions: of the decoder, for full-context; None: its ``max_position_embeddings``.
+        bm25_passages, bm25_tokens: most passages in front of the question, and room for them; None: as ``positions``.
+        positions: of the decoder, for full-context and bm25; None: its ``max_position_embeddings``.
         snapkv_answers: file of answers; None: the arm is skipped.
         seed: of the random retriever.
     """
@@ -94,7 +94,7 @@ def _make(name: str, bench: Bench, options: ArmOptions, questions: Sequence[Mapp
         return FullContext(bench, positions) if positions else "the decoder's config does not say how far it can read"
     if name == "bm25":
         try:
-            return BM25(bench, options.bm25_passages, options.bm25_tokens or window)
+            return BM25(bench, options.bm25_passages, options.bm25_tokens, options.positions or _positions(bench.model))
         except MissingDependencyError as error:
             return str(error)
     if name == "snapkv":
@@ -122,7 +122,7 @@ def _memory_arm(name: str, bench: Bench, options: ArmOptions) -> TextArm | str:
     settings = {"seed": options.seed} if name == "mplus-random" else {}
     try:
         return MemoryArm(bench, name, retriever=retriever_for(bench.model, name.removeprefix("mplus-"), **settings))
-    except (UnknownNameError, MissingDependencyError) as error:
+    except (NotSupported, UnknownNameError, MissingDependencyError) as error:
         return str(error)
 
 

@@ -15,7 +15,9 @@ class BM25(PromptArm):
     Args:
         bench: what all arms share.
         passages: most passages put in front of the question, oldest first.
-        tokens: room for them; a passage that does not fit is left out, the best ones come first. None: no limit.
+        tokens: room for them; the best come first, and one that does not fit is left out, not cut. None: no limit.
+        positions: of the decoder; question, answer and passages must fit. None: no limit. Where no passage fits, the
+            question is not answered.
 
     Raises:
         MissingDependencyError: bm25s is not installed.
@@ -23,13 +25,17 @@ class BM25(PromptArm):
 
     name: ClassVar[str] = "bm25"
 
-    def __init__(self, bench: Bench, passages: int = 4, tokens: int | None = None) -> None:
+    def __init__(
+        self, bench: Bench, passages: int = 4, tokens: int | None = None, positions: int | None = None
+    ) -> None:
         super().__init__(bench)
         self._bm25s: Any = need("bm25s", "arm 'bm25'")
         self.passages = passages
         self.tokens = tokens
+        self.positions = positions
 
-    def context(self, due: Due) -> list[int]:
+    def context(self, due: Due) -> list[int] | None:
+        room = self._room(due)
         ids = {
             place: self.bench.texts.ids(due.episode.passages[place].text + self.bench.separator)
             for place in self.ranked(due)
@@ -37,9 +43,16 @@ class BM25(PromptArm):
         chosen: list[int] = []
         for place, tokens in ids.items():
             used = sum(len(ids[other]) for other in chosen)
-            if len(chosen) < self.passages and (self.tokens is None or used + len(tokens) <= self.tokens):
+            if len(chosen) < self.passages and used + len(tokens) <= room:
                 chosen.append(place)
-        return [token for place in sorted(chosen) for token in ids[place]]
+        return None if not chosen else [token for place in sorted(chosen) for token in ids[place]]
+
+    def _room(self, due: Due) -> float:
+        room = float("inf") if self.tokens is None else self.tokens
+        if self.positions is not None:
+            question = self.bench.generation.prompt(self.bench.texts.ids(due.question.prompt), memory=False)
+            room = min(room, self.positions - len(question) - self.bench.generation.tokens)
+        return room
 
     def kept_tokens(self, due: Due) -> int:
         return len(self.told(due))
