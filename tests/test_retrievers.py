@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mplus.errors import ConfigError, InputError, NotSupported
 from mplus.retrievers import RETRIEVERS, scores
+from mplus.retrievers.attention import AttentionRetriever
 from mplus.retrievers.base import RetrieverShape, top_k
 from mplus.retrievers.linear import LinearRetriever
 from mplus.retrievers.random import RandomRetriever
@@ -19,7 +20,7 @@ from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.stores.ram import RamStore
 from mplus.testing.registered import suites
-from mplus.testing.retrievers import RetrieverConformance
+from mplus.testing.retrievers import RetrieverConformance, SmallAttention
 from mplus.testing.strategies import CONFORMANCE, draw_rows
 
 globals().update(suites(RetrieverConformance, RETRIEVERS))
@@ -245,6 +246,40 @@ class TestLinear:
         assert LinearRetriever.Options.defaults("paper") == {}
         assert LinearRetriever.Options.defaults("published") == {"score": "sigmoid_mean"}
         assert LinearRetriever(SHAPE).facts() == {"score": "mean_dot"}
+
+
+class TestAttention:
+    @pytest.mark.parametrize("layer", [0, 1])
+    @pytest.mark.parametrize("bound", [1, 100, 10**9])
+    def test_scores_are_mean_shares_of_every_head_and_token(self, monkeypatch, layer, bound):
+        monkeypatch.setattr(scores, "MAX_PRODUCTS", bound)
+        own, retriever = SmallAttention(SHAPE), AttentionRetriever(SHAPE)
+        retriever.bind(own)
+        generator = torch.Generator().manual_seed(layer)
+        memory, hidden = torch.randn(30, 6, generator=generator), torch.randn(1, 7, 6, generator=generator)
+        mask = torch.arange(7)[None] > 2
+        store = store_of(retriever.project_keys(layer, memory))
+        (found,) = retriever.select(layer, retriever.project_queries(layer, hidden), mask, [store], 30)
+        queries, keys = own.queries(layer, hidden)[0, 3:], own.keys(layer, memory[None])[0]
+        shares = [torch.softmax(0.5 * keys[:, head // 2] @ token[head], 0) for token in queries for head in range(4)]
+        expected = torch.stack(shares).mean(0)
+        torch.testing.assert_close(found.scores, expected[found.ids], atol=1e-6, rtol=1e-4)
+        assert found.ids.tolist() == expected.argsort(descending=True, stable=True).tolist()
+        assert float(found.scores.sum()) == pytest.approx(1, abs=1e-5)
+
+    def test_nothing_of_the_decoder_becomes_its_own(self):
+        retriever = AttentionRetriever(SHAPE)
+        retriever.bind(SmallAttention(SHAPE))
+        assert list(retriever.parameters()) == []
+        assert dict(retriever.state_dict()) == {}
+        assert (retriever.key_size, retriever.query_size) == (8, 16)
+
+    def test_a_store_without_keys_is_refused(self):
+        retriever = AttentionRetriever(SHAPE)
+        retriever.bind(SmallAttention(SHAPE))
+        store = RamStore(StoreLayout(layers=2, hidden_size=6))
+        with pytest.raises(ValueError, match="needs rows with keys"):
+            retriever.select(0, torch.randn(1, 2, 16), text(1, 2), [store], 1)
 
 
 class TestRandom:

@@ -60,7 +60,7 @@ def _with_memory(base: str) -> Callable[..., Any]:
             function = ALL_ATTENTION_FUNCTIONS[base] if base != "eager" else _eager(module)
             return function(module, query, key, value, attention_mask, *args, **kwargs)
         if mplus_memory is CAPTURE:
-            raise Captured(key, value)
+            raise Captured(key, value, query, kwargs.get("scaling"))
         return _attend(module, query, key, value, attention_mask, mplus_memory, base == "eager", kwargs)
 
     return attention

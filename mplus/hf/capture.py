@@ -9,10 +9,14 @@ from transformers.cache_utils import Cache
 
 
 class Captured(Exception):
-    """Carries keys and values ``[B, Hkv, P, D]`` out of an attention module."""
+    """Carries keys and values ``[B, Hkv, P, D]`` out of an attention module.
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
+    Where its attention function was reached, ``queries`` ``[B, H, P, D]`` and their ``scale`` (None: the usual one),
+    too.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, queries: Tensor | None = None, scale: float | None = None) -> None:
+        self.keys, self.values, self.queries, self.scale = keys, values, queries, scale
 
 
 class CaptureCache(Cache):

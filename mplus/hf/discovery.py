@@ -30,6 +30,7 @@ class AttentionSpec:
         rotary: the module that makes position embeddings, with the arguments it was called with; None: no rotation
             outside the attention module.
         rotary_keyword: keyword of ``attention.forward`` for the position embeddings.
+        args, kwargs: how ``attention`` was called by the probe, without its cache and mask.
         rotates_inside: keys depend on ``position_ids``: the attention module rotates by itself.
     """
 
@@ -45,6 +46,8 @@ class AttentionSpec:
     rotary_kwargs: dict[str, Any] = field(factory=dict)
     rotary_keyword: str | None = None
     rotates_inside: bool = False
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(factory=dict)
 
 
 @define(eq=False)
@@ -206,6 +209,8 @@ def _spec(
         norm=norm,
         cache_keyword=keyword,
         hidden_positional=positional,
+        args=args,
+        kwargs={**kwargs, keyword: None, "attention_mask": None},
     )
     for key, value in kwargs.items():
         source = trace.maker(value)

@@ -15,10 +15,12 @@ from mplus.hf.attention import BASES, PREFIX
 from mplus.hf.discovery import AttentionSpec
 from mplus.hf.fingerprint import fingerprint
 from mplus.hf.modes import input_device
+from mplus.hf.own_attention import OwnAttention
 from mplus.hf.passes import Marks, Pass, Prefix, PrefixSource, Project, Projected, running
 from mplus.hf.retrofit import Retrofit
 from mplus.mechanisms.base import MemoryMechanism, WritePlan
 from mplus.memory.stream import StreamState
+from mplus.retrievers.base import Retriever
 from mplus.stores.base import StoreLayout
 
 
@@ -186,10 +188,14 @@ class DecoderEngine:
         if retriever is None or not self.mechanism.key_size:
             return None
         norm = self.retrofit.anatomy.specs[layer].norm
-        where = next(retriever.parameters()).device
-        rows = hidden.to(where)
+        where: Tensor = next(retriever.parameters(), self.mechanism.additions.begin)
+        rows = hidden.to(where.device)
         keys = retriever.project_keys(layer, rows if norm is None else norm(rows))
         return None if keys is None else keys.to(hidden)
+
+    def bind(self, retriever: Retriever) -> None:
+        """Let a retriever that was built for this decoder use its attention. Raises NotSupported where it cannot."""
+        retriever.bind(OwnAttention(self))
 
     def fingerprint(self) -> dict[str, Any]:
         model: Any = self.model

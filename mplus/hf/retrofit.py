@@ -51,9 +51,29 @@ class Retrofit:
         """
         hidden = prefix.hidden if spec.norm is None else spec.norm(prefix.hidden)
         positions = self.positions.of_memory(hidden.shape[1], prefix.valid, text_offset, hidden.device) - prefix.behind
+        rotary = None
+        if spec.rotary_keyword is not None:
+            rotary = self._rotary(spec, hidden, positions, text_offset, args, kwargs)
+        captured = self.capture(spec, hidden, positions, rotary, args, kwargs)
+        return Projected(captured.keys, captured.values, prefix.valid)
+
+    def capture(
+        self,
+        spec: AttentionSpec,
+        hidden: Tensor,
+        positions: Tensor,
+        rotary: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Captured:
+        """Run the attention module on ``hidden`` ``[B, P, d]`` up to where it attends.
+
+        ``positions`` are ``[B or 1, P]``, ``rotary`` the position embeddings for them; the rest of the call is that of
+        ``args`` and ``kwargs``.
+        """
         kwargs = {**kwargs, "attention_mask": None}
         if spec.rotary_keyword is not None:
-            kwargs[spec.rotary_keyword] = self._rotary(spec, hidden, positions, text_offset, args, kwargs)
+            kwargs[spec.rotary_keyword] = rotary
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = positions
         if spec.hidden_positional:
@@ -69,7 +89,7 @@ class Retrofit:
         try:
             spec.attention.forward(*args, **kwargs)  # not __call__: the hook below is for text
         except Captured as captured:
-            return Projected(captured.keys, captured.values, prefix.valid)
+            return captured
         raise NotSupported(f"{type(spec.attention).__name__} did not reach its attention function")
 
     def _rotary(

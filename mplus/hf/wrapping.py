@@ -90,6 +90,8 @@ def wrap(model: Any, config: MPlusConfig | None = None, *, check: bool = True, p
         if config.rope_inv_freq_dtype is not None:
             round_frequencies(decoder, getattr(torch, config.rope_inv_freq_dtype))
         _choose_technique(decoder, installed, base_logits if config.rope_inv_freq_dtype is None else None, check)
+        if mechanism.additions.retriever is not None:
+            decoder.mplus_engine.bind(mechanism.additions.retriever)
     except BaseException:
         unwrap(decoder)
         raise

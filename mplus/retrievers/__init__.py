@@ -16,6 +16,7 @@ RETRIEVERS: Registry[Retriever] = Registry(
     group="mplus.retrievers",
     base="mplus.retrievers.base:Retriever",
     builtin={
+        "attention": "mplus.retrievers.attention:AttentionRetriever",
         "linear": "mplus.retrievers.linear:LinearRetriever",
         "random": "mplus.retrievers.random:RandomRetriever",
     },

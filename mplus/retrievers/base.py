@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from attrs import define
@@ -28,6 +28,32 @@ class Selection:
 
     ids: Tensor
     scores: Tensor
+
+
+@define(frozen=True)
+class Heads:
+    """Attention heads of a layer: H with ``queries``, Hkv with ``keys``, their ``width`` D, ``scale`` of products."""
+
+    queries: int
+    keys: int
+    width: int
+    scale: float
+
+
+class Projections(Protocol):
+    """A decoder's own attention in the layers that carry memory, for hidden states after the layer's input norm.
+
+    Positions are left out: what is not rotated, or all rotated alike.
+    """
+
+    def heads(self, layer: int) -> Heads:
+        """Sizes. Raises NotSupported when the decoder does not show its queries and keys."""
+
+    def queries(self, layer: int, hidden: Tensor) -> Tensor:
+        """``[B, n, d]`` -> ``[B, n, H, D]``."""
+
+    def keys(self, layer: int, hidden: Tensor) -> Tensor:
+        """``[B, n, d]`` -> ``[B, n, Hkv, D]``."""
 
 
 class Retriever(nn.Module, ABC):
@@ -55,8 +81,20 @@ class Retriever(nn.Module, ABC):
         self.shape = shape
         self.options = options if options is not None else self.Options()
 
+    @property
+    def query_size(self) -> int:
+        """Width of the queries, where it is not that of the keys."""
+        return self.key_size
+
+    def bind(self, decoder: Projections) -> None:
+        """Called once, when a decoder has been wrapped with this retriever; ``key_size`` may change here.
+
+        Raises:
+            NotSupported: the retriever needs what this decoder does not give.
+        """
+
     def project_queries(self, layer: int, hidden: Tensor) -> Tensor:
-        """``[B, T, d]`` -> queries ``[B, T, r]``. A retriever without keys returns width 0."""
+        """``[B, T, d]`` -> queries ``[B, T, query_size]``. A retriever without keys returns width 0."""
         return hidden.new_empty(*hidden.shape[:-1], 0)
 
     def project_keys(self, layer: int, hidden: Tensor) -> Tensor | None:

@@ -12,12 +12,36 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mplus.errors import NotSupported
-from mplus.retrievers.base import Retriever, RetrieverShape, Selection
+from mplus.retrievers.base import Heads, Retriever, RetrieverShape, Selection
 from mplus.stores.base import MemoryStore, StoreLayout, StoreView
 from mplus.stores.ram import RamStore
 from mplus.testing.strategies import CONFORMANCE, draw_rows, sizes
 
 SHAPE = RetrieverShape(layers=2, hidden_size=6)
+
+
+class SmallAttention:
+    """``Projections`` with random weights, in place of a decoder's own; another width in each layer."""
+
+    def __init__(self, shape: RetrieverShape) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.sizes = [Heads(4, 2, 3 + layer % 2, 0.5) for layer in range(shape.layers)]
+        self.weights = [
+            torch.randn(shape.hidden_size, heads.queries + heads.keys, heads.width, generator=generator)
+            for heads in self.sizes
+        ]
+
+    def heads(self, layer: int) -> Heads:
+        """Four heads with queries, two with keys."""
+        return self.sizes[layer]
+
+    def queries(self, layer: int, hidden: Tensor) -> Tensor:
+        """``[B, n, d]`` -> ``[B, n, 4, D]``."""
+        return torch.einsum("bnd,dhw->bnhw", hidden, self.weights[layer][:, :4].to(hidden))
+
+    def keys(self, layer: int, hidden: Tensor) -> Tensor:
+        """``[B, n, d]`` -> ``[B, n, 2, D]``."""
+        return torch.einsum("bnd,dhw->bnhw", hidden, self.weights[layer][:, 4:].to(hidden))
 
 
 class RetrieverConformance:
@@ -40,6 +64,7 @@ class RetrieverConformance:
             torch.manual_seed(5)
             retriever = self.implementation(shape)
         assert isinstance(retriever, Retriever)
+        retriever.bind(SmallAttention(shape))
         return retriever
 
     def make_store(self, layout: StoreLayout) -> MemoryStore:
@@ -118,7 +143,7 @@ class RetrieverConformance:
     @pytest.mark.parametrize("layer", [0, 1])
     def test_projects_to_its_key_size(self, layer: int) -> None:
         retriever = self.make()
-        assert self.queries(retriever, 2, 3, layer=layer).shape == (2, 3, retriever.key_size)
+        assert self.queries(retriever, 2, 3, layer=layer).shape == (2, 3, retriever.query_size)
         keys = retriever.project_keys(layer, torch.randn(5, SHAPE.hidden_size))
         if retriever.key_size:
             assert keys is not None
@@ -307,7 +332,10 @@ class RetrieverConformance:
         self.check_same(Selection(selection.ids.clone(), selection.scores.detach().clone()), plain, every)
 
     def test_loads_its_own_state(self) -> None:
-        retriever, other = self.make(), self.implementation(SHAPE)
+        retriever, other = self.make(), self.make()
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.copy_(torch.randn_like(parameter))
         other.load_state_dict(retriever.state_dict())
         store = self.fill(retriever, 8)
         queries, mask = self.queries(retriever, 1, 4), torch.ones(1, 4, dtype=torch.bool)
