@@ -22,12 +22,14 @@ def retriever_for(model: Any, name: str, **options: Any) -> Retriever:
     Raises:
         UnknownNameError, MissingDependencyError, PluginError: see ``Registry.get``.
         ConfigError: an option that it does not have.
+        NotSupported: it needs something of the decoder that this one does not give.
     """
     engine = model.mplus_engine
     begin = engine.mechanism.additions.begin
     shape = RetrieverShape(layers=begin.shape[0], hidden_size=begin.shape[2])
     cls = RETRIEVERS.get(name)
     retriever = cls(shape, options_of(cls, options)).to(device=begin.device, dtype=begin.dtype)
+    engine.bind(retriever)
     norms = [spec.norm for spec in engine.retrofit.anatomy.specs]
     return Rekeyed(retriever, norms) if retriever.key_size else retriever
 
@@ -66,6 +68,11 @@ class Rekeyed(Retriever):
         self.inner = inner
         self._norms = tuple(norms)  # no list of modules: they are the decoder's
         self.key_size = inner.key_size
+
+    @property
+    def query_size(self) -> int:
+        """As ``inner``."""
+        return self.inner.query_size
 
     def project_queries(self, layer: int, hidden: Tensor) -> Tensor:
         """As ``inner``."""

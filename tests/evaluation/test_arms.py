@@ -17,7 +17,7 @@ from mplus.evaluation.episodes import Episode, Passage, Question
 from mplus.evaluation.generating import answers
 from mplus.evaluation.oracle import OracleMechanism
 from mplus.evaluation.report import ARMS
-from mplus.evaluation.stand_ins import Recency
+from mplus.evaluation.stand_ins import Recency, retriever_for
 from mplus.hf.reading_as import reading_as
 from mplus.retrievers.random import RandomRetriever
 from tests.evaluation.bench import bench
@@ -164,7 +164,9 @@ def test_unknown_arms():
         ArmOptions(arms=("oracle",))
 
 
-@pytest.mark.parametrize("name", ["memoryllm", "mplus", "mplus-random", "mplus-recency", "mplus-oracle"])
+@pytest.mark.parametrize(
+    "name", ["memoryllm", "mplus", "mplus-random", "mplus-recency", "mplus-attention", "mplus-oracle"]
+)
 def test_a_memory_arm_says_what_the_decoder_says_reading_that_way(name):
     table = bench(tokens=4)
     memory = table.model.new_memory(batch_size=2, seed=1)
@@ -180,6 +182,7 @@ def test_a_memory_arm_says_what_the_decoder_says_reading_that_way(name):
         "mplus": {},
         "mplus-random": {"retriever": RandomRetriever(shape, RandomRetriever.Options(seed=3))},
         "mplus-recency": {"retriever": Recency(shape)},
+        "mplus-attention": {"retriever": retriever_for(table.model, "attention")},
         "mplus-oracle": {"make": partial(OracleMechanism, wanted=[{"s0"}])},
     }
     prompt = [table.texts.ids(asked[0].question.prompt)]

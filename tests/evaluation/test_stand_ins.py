@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from mplus.errors import ConfigError, UnknownNameError
 from mplus.evaluation.stand_ins import Rekeyed, retriever_for
+from mplus.evaluation.watching import WatchingMechanism
 from mplus.hf.reading_as import reading_as
-from tests.memory.tiny import K0, prompts, variant, written
+from tests.memory.tiny import K0, build, prompts, variant, written
 
 
 def test_a_retriever_without_keys_is_taken_as_it_is():
@@ -52,3 +55,23 @@ def test_rekeying_with_the_same_keys_changes_nothing():
             norms = [layer.input_layernorm for layer in model.model.layers]
             with reading_as(model, retriever=Rekeyed(memory.engine.mechanism.additions.retriever, norms)):
                 assert torch.allclose(model(input_ids=prompts(1), memory=memory).logits, usual, atol=1e-6)
+
+
+def test_attention_finds_what_a_decoder_wrapped_with_it_finds():
+    """The decoder is the same; only what long-term memory keeps as keys differs, and here they are made anew."""
+    other = build(retriever="attention", long_term_tokens=None)
+    memory = written("paper", [200])
+    model = memory.engine.model
+    seen = {}
+    make = partial(WatchingMechanism, seen=seen)
+    with torch.no_grad(), reading_as(model, retriever=retriever_for(model, "attention"), make=make):
+        model(input_ids=prompts(1), memory=memory)
+    own = other.mplus_engine.mechanism.additions.retriever
+    for layer, one in seen.items():
+        hidden = memory.stores[0].gather(layer, memory.stores[0].ids(layer)).hidden
+        norm = other.model.layers[layer].input_layernorm
+        with torch.no_grad():
+            keys = own.project_keys(layer, norm(hidden))
+            scores = own.score(layer, own.project_queries(layer, one.hidden), one.mask, keys[None])[0]
+        best = memory.stores[0].ids(layer)[scores.argsort(descending=True)[:K0]]
+        assert sorted(one.found[0].ids.tolist()) == sorted(best.tolist())
