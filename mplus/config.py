@@ -114,6 +114,8 @@ class AdapterConfig:
 
 
 def _adapters(value: Any) -> Any:
+    if value is False:  # TOML has no word for None
+        return None
     return structure(AdapterConfig, value) if isinstance(value, Mapping) else value
 
 
@@ -141,7 +143,7 @@ class MPlusConfig:
         rope_inv_freq_dtype: round rotary frequencies to this dtype ("bfloat16" in published M+ checkpoints).
         store, eviction, retriever: implementations with their options.
         backend: attention backend; "auto" picks the first usable one.
-        adapters: LoRA adapters, or None to train none.
+        adapters: LoRA adapters, or None (in TOML: false) to train none.
     """
 
     mechanism: Component = field(default=Component("mplus"), converter=_component)
