@@ -40,7 +40,7 @@ class InputError(MPlusError, ValueError):
 
 
 class NonFiniteError(MPlusError, ArithmeticError):
-    """The decoder produced NaN or Inf while writing; the memory was left as it was."""
+    """The decoder produced NaN or Inf while writing or in training; memory or weights were left as they were."""
 
 
 class MemoryMismatchError(MPlusError, ValueError):
@@ -52,4 +52,8 @@ class MemoryFileError(MPlusError, ValueError):
 
 
 class CheckpointError(MPlusError, ValueError):
-    """A published checkpoint, or a folder of golden traces, lacks something or contradicts itself."""
+    """A checkpoint, published or of a training, or a run's folder lacks something, does not fit, or cannot be kept."""
+
+
+class TrainingError(MPlusError, RuntimeError):
+    """A stage of a training did not reach what its recipe asks for."""

@@ -1,0 +1,77 @@
+"""Optimiser, learning rates and gradient norms of two groups: the retriever, and everything else that is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from mplus.hf.train_model import is_of_retriever
+from mplus.training.recipe_tables import Optimizer
+from mplus.training.sharding import whole
+
+
+def make_optimizer(trained: Mapping[str, nn.Parameter], options: Optimizer) -> torch.optim.Optimizer:
+    """AdamW over ``trained``, with the retriever in a group of its own, where there is one."""
+    retriever = [parameter for name, parameter in trained.items() if is_of_retriever(name)]
+    rest = [parameter for name, parameter in trained.items() if not is_of_retriever(name)]
+    rate = options.learning_rate
+    own = rate if options.retriever_learning_rate is None else options.retriever_learning_rate
+    groups = [{"params": rest, "lr": rate}, {"params": retriever, "lr": own}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=rate, betas=options.betas, weight_decay=options.weight_decay
+    )
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, options: Optimizer, steps: int) -> LambdaLR:
+    """Warm-up, then the fall; ``steps``: of all stages, the length of the schedule where the options give none."""
+    return LambdaLR(optimizer, rate_at(options, options.schedule_steps or steps))
+
+
+def rate_at(options: Optimizer, steps: int) -> Callable[[int], float]:
+    """Share of the top rate for the step after so many."""
+
+    def share(done: int) -> float:
+        warm = min(1.0, (done + 1) / options.warmup_steps) if options.warmup_steps else 1.0
+        progress = min(1.0, done / steps)
+        fallen = {
+            "cosine": (1 + math.cos(math.pi * progress)) / 2,
+            "linear": 1 - progress,
+            "constant": 1.0,
+        }[options.schedule]
+        return warm * (options.floor + (1 - options.floor) * fallen)
+
+    return share
+
+
+def clip(optimizer: torch.optim.Optimizer, largest: float | None) -> list[float]:
+    """Scale the gradient of each group down to norm ``largest`` (None: leave it), and return the norms before."""
+    norms = []
+    for group in optimizer.param_groups:
+        gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+        if not gradients:
+            norms.append(0.0)
+            continue
+        norm = float(whole(torch.nn.utils.get_total_norm(gradients)))
+        if largest is not None and norm > largest:
+            for gradient in gradients:
+                gradient.mul_(largest / norm)
+        norms.append(norm)
+    return norms
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, dict[str, Any]]:
+    """State of every trained parameter by name, gathered where it is sharded. All processes must call it."""
+    return {
+        names[parameter]: {
+            key: whole(value).detach().cpu() if isinstance(value, torch.Tensor) else value
+            for key, value in state.items()
+        }
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if (state := optimizer.state.get(parameter))
+    }

@@ -1,0 +1,141 @@
+"""Recipes as files: shipped ones by name, settings changed from outside, dry runs."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import define
+
+from mplus.errors import ConfigError, UnknownNameError
+from mplus.training.recipe import Recipe
+from mplus.training.recipe_tables import at
+
+FOLDER = Path(__file__).parent / "recipes"
+"""The recipes that come with the package."""
+
+DRY_RUN = "dry_run"
+"""Table of a recipe that says how to try it at tiny size: ``remove``, a list of settings, and ``set``, a table."""
+
+
+@define(frozen=True, eq=False)
+class RecipeFile:
+    """A recipe, and the text it was read from (None where it was given as plain data)."""
+
+    recipe: Recipe
+    text: str | None = None
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def find(name: str | Path) -> Path:
+    """The file of a recipe: a path, or a shipped one's name. Raises UnknownNameError when there is none."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if str(name) in shipped():
+        return FOLDER / f"{name}.toml"
+    near = difflib.get_close_matches(str(name), shipped())
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"shipped recipes: {', '.join(shipped())}"
+    raise UnknownNameError(f"a recipe must be a file or the name of a shipped one, got {str(name)!r}; {hint}")
+
+
+def read(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    dry_run: bool = False,
+) -> RecipeFile:
+    """Read a recipe and change it.
+
+    Args:
+        recipe: a file, the name of a shipped recipe, or its content.
+        settings: dotted path -> value, as ``{"optimizer.learning_rate": 1e-4, "stages.0.steps": 10}``; ``*`` stands
+            for every element of a list.
+        steps: the most steps of each stage.
+        dry_run: apply the recipe's table ``dry_run`` first.
+
+    Raises:
+        UnknownNameError: no such recipe, or it names something that nobody registered.
+        ConfigError: it is no TOML, a path leads nowhere, or settings break a rule.
+    """
+    text = None
+    if isinstance(recipe, Recipe):
+        table = recipe.plain()
+    elif isinstance(recipe, Mapping):
+        table = copy.deepcopy(dict(recipe))
+    else:
+        path = find(recipe)
+        text = path.read_text(encoding="utf-8")
+        try:
+            table = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path} must be valid TOML: {error}") from error
+    small = table.pop(DRY_RUN, None)
+    if dry_run:
+        if small is None:
+            raise ConfigError(f"recipe {table.get('name', '?')!r} must have a table [dry_run] to be tried at tiny size")
+        with at(DRY_RUN):
+            change(table, small.get("set", {}), small.get("remove", ()))
+    change(table, settings or {})
+    if steps is not None:
+        _cap(table, steps)
+    return RecipeFile(Recipe.from_dict(table), text)
+
+
+def change(table: dict[str, Any], settings: Mapping[str, Any], remove: Iterable[str] = ()) -> None:
+    """Remove settings of a recipe's table, then set others, in place. Raises ConfigError when a path leads nowhere."""
+    for path in remove:
+        for holder, key in _places(table, path, path.split(".")):
+            if key not in holder:
+                raise ConfigError(f"{path!r} must be a setting of the recipe to be removed")
+            del holder[key]
+    for path, value in settings.items():
+        for holder, key in _places(table, path, path.split(".")):
+            holder[key] = copy.deepcopy(value)
+
+
+def _places(holder: Any, path: str, keys: list[str]) -> Iterable[tuple[dict[str, Any], str]]:
+    """The tables that ``path`` ends in, and its last key."""
+    key, rest = keys[0], keys[1:]
+    if isinstance(holder, dict):
+        if not rest:
+            return [(holder, key)]
+        return _places(holder.setdefault(key, {}), path, rest)
+    if isinstance(holder, list) and rest:
+        if key == "*":
+            return [place for one in holder for place in _places(one, path, rest)]
+        if key.isdecimal() and int(key) < len(holder):
+            return _places(holder[int(key)], path, rest)
+        raise ConfigError(f"{path!r} must have a number below {len(holder)} or * where it has {key!r}")
+    raise ConfigError(f"{path!r} must be a path through tables of the recipe, which ends before {key!r}")
+
+
+def _cap(table: dict[str, Any], steps: int) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"steps must be a whole number of at least 1, got {steps!r}")
+    for stage in table.get("stages", ()):
+        if isinstance(stage, dict) and isinstance(stage.get("steps"), int):
+            stage["steps"] = min(stage["steps"], steps)
+            if isinstance(stage.get("until"), dict):
+                stage["until"]["window"] = min(stage["until"].get("window", 20), stage["steps"])
+
+
+def differences(then: Any, now: Any, where: str = "") -> list[str]:
+    """What differs between two recipes' plain data: ``"optimizer.learning_rate: 0.1 then, 0.2 now"``."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        keys = sorted(then.keys() | now.keys())
+        pairs = [(f"{where}.{key}" if where else str(key), then.get(key), now.get(key)) for key in keys]
+    elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        pairs = [(f"{where}.{place}", *pair) for place, pair in enumerate(zip(then, now, strict=True))]
+    else:
+        return [] if then == now else [f"{where}: {then!r} then, {now!r} now"]
+    return [found for name, one, other in pairs for found in differences(one, other, name)]

@@ -1,0 +1,191 @@
+"""Tables of a recipe that stand by themselves: model, optimiser, checkpoints, data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import attrs
+from attrs import define, field
+
+from mplus.config import flag, number, one_of, options_of, structure, whole
+from mplus.errors import ConfigError, UnknownNameError
+from mplus.training.data import SOURCES
+from mplus.training.data.options import as_texts, share, text, texts
+
+
+@contextmanager
+def at(where: str) -> Iterator[None]:
+    """Put the place in a recipe in front of what an error says."""
+    try:
+        yield
+    except (ConfigError, UnknownNameError) as error:
+        raise type(error)(f"{where}: {error}") from error
+
+
+def plain_name(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    """Validator: a name that can be part of a path."""
+    if not isinstance(value, str) or not value or set(value) & set("/\\ "):
+        raise ConfigError(f"{attribute.name} must be a name without spaces and slashes, got {value!r}")
+
+
+def _betas(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _two_shares(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    good = isinstance(value, tuple) and len(value) == 2
+    if not good or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in value):
+        raise ConfigError(f"{attribute.name} must be two numbers of at least 0 and below 1, got {value!r}")
+
+
+def positive(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    """Validator: a number above 0, or None."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+        raise ConfigError(f"{attribute.name} must be a number above 0, got {value!r}")
+
+
+@define(frozen=True, kw_only=True)
+class Build:
+    """A decoder with new weights.
+
+    Attributes:
+        model_type: of a transformers configuration ("llama").
+        fields: of that configuration.
+        init: "default" as in transformers, or "mimetic": attention starts as matching and copying.
+    """
+
+    model_type: str = field(validator=text)
+    fields: dict[str, Any] = field(factory=dict)
+    init: Literal["default", "mimetic"] = field(default="default", validator=one_of("default", "mimetic"))
+
+    @staticmethod
+    def of(table: Mapping[str, Any]) -> Build:
+        """Read ``model_type``, ``init`` and fields of the configuration from one table."""
+        own = {key: value for key, value in table.items() if key in {"model_type", "init"}}
+        return structure(Build, {**own, "fields": {key: value for key, value in table.items() if key not in own}})
+
+    def plain(self) -> dict[str, Any]:
+        """The table."""
+        return {"model_type": self.model_type, "init": self.init, **self.fields}
+
+
+@define(frozen=True, kw_only=True)
+class NewTokenizer:
+    """A byte-level BPE tokenizer trained before everything else.
+
+    Attributes:
+        data: names of data sets of kind "documents".
+        vocabulary: tokens.
+        characters: text to train on, shared equally among the data sets.
+    """
+
+    data: tuple[str, ...] = field(converter=as_texts, validator=texts)
+    vocabulary: int = field(default=8192, validator=whole(1))
+    characters: int = field(default=20_000_000, validator=whole(1))
+
+
+@define(frozen=True, kw_only=True)
+class ModelTable:
+    """The decoder: ``path`` or ``build``.
+
+    Attributes:
+        path: folder or Hub name of a decoder, "stories260K", "recall-tiny", or what mplus saved: then its adapters,
+            begin rows, mark and retriever go on from there.
+        build: a decoder with new weights.
+        dtype: of weights that are not trained.
+        tokenizer: folder or Hub name, "recall" for the little language, or a table of ``NewTokenizer``; None: the one
+            at ``path``.
+    """
+
+    path: str | None = field(default=None, validator=text)
+    build: Build | None = field(default=None)
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", validator=one_of("float32", "bfloat16", "float16")
+    )
+    tokenizer: str | NewTokenizer | None = field(default=None)
+
+    @staticmethod
+    def of(table: Mapping[str, Any]) -> ModelTable:
+        """Read a table."""
+        values = dict(table)
+        if isinstance(values.get("build"), Mapping):
+            with at("build"):
+                values["build"] = Build.of(values["build"])
+        if isinstance(values.get("tokenizer"), Mapping):
+            with at("tokenizer"):
+                values["tokenizer"] = structure(NewTokenizer, values["tokenizer"])
+        return structure(ModelTable, values)
+
+
+@define(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW and how fast it goes.
+
+    Attributes:
+        parameters: "adapters": LoRA, begin rows, mark and retriever; "all": the decoder too.
+        learning_rate: at the top of the schedule.
+        retriever_learning_rate: of the retriever; None: the same.
+        betas, weight_decay: of AdamW; the decay is on all that is trained.
+        clip: largest norm of the gradient, of the retriever's and of everything else's; None: no limit.
+        warmup_steps: steps in which the rate rises to its top.
+        schedule: how it falls: "cosine", "linear" or "constant".
+        schedule_steps: after so many steps it has fallen; None: the steps of all stages.
+        floor: share of the top it falls to.
+        dtype: what the decoder computes in; "bfloat16" is mixed precision. Trained weights are float32.
+        gradient_checkpointing: compute activations again in backward rather than keep them.
+    """
+
+    parameters: Literal["adapters", "all"] = field(default="adapters", validator=one_of("adapters", "all"))
+    learning_rate: float = field(default=1e-3, validator=number(0))
+    retriever_learning_rate: float | None = field(default=None, validator=attrs.validators.optional(number(0)))
+    betas: tuple[float, float] = field(default=(0.9, 0.999), converter=_betas, validator=_two_shares)
+    weight_decay: float = field(default=0.01, validator=number(0))
+    clip: float | None = field(default=1.0, validator=positive)
+    warmup_steps: int = field(default=0, validator=whole(0))
+    schedule: Literal["cosine", "linear", "constant"] = field(
+        default="cosine", validator=one_of("cosine", "linear", "constant")
+    )
+    schedule_steps: int | None = field(default=None, validator=whole(1, optional=True))
+    floor: float = field(default=0.1, validator=share)
+    dtype: Literal["float32", "bfloat16"] = field(default="float32", validator=one_of("float32", "bfloat16"))
+    gradient_checkpointing: bool = field(default=False, validator=flag)
+
+
+@define(frozen=True, kw_only=True)
+class Checkpoints:
+    """When the whole state of training is written into the run folder.
+
+    Attributes:
+        every_steps, every_minutes: whichever comes first; None: not by this. One is written at the end of a stage too.
+        keep: how many of the newest stay.
+    """
+
+    every_steps: int | None = field(default=1000, validator=whole(1, optional=True))
+    every_minutes: float | None = field(default=None, validator=positive)
+    keep: int = field(default=2, validator=whole(1))
+
+
+@define(frozen=True, kw_only=True)
+class Metrics:
+    """``every_steps``: a line of metrics is the mean over so many steps."""
+
+    every_steps: int = field(default=20, validator=whole(1))
+
+
+@define(frozen=True, kw_only=True)
+class DataSet:
+    """A source of turns: its ``kind`` and that source's own ``options``."""
+
+    kind: str
+    options: dict[str, Any]
+    parsed: Any = field(eq=False)
+
+    @staticmethod
+    def of(table: Any) -> DataSet:
+        """Read ``kind`` and options from one table."""
+        if not isinstance(table, Mapping) or not isinstance(table.get("kind"), str):
+            raise ConfigError(f"a data set must be a table with a 'kind' ({', '.join(SOURCES.names())}), got {table!r}")
+        options = {key: value for key, value in table.items() if key != "kind"}
+        return DataSet(kind=table["kind"], options=options, parsed=options_of(SOURCES.get(table["kind"]), options))

@@ -1,0 +1,87 @@
+"""RunFolder: all that is needed to repeat a training, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mplus.errors import CheckpointError
+from mplus.training.checkpoint import write_bytes
+from mplus.training.circumstances import circumstances
+from mplus.training.parallel import processes
+
+RECIPE, RESOLVED, RUN, METRICS = "recipe.toml", "recipe.json", "run.json", "metrics.jsonl"
+TENSORBOARD, CHECKPOINTS, MODEL, TOKENIZER = "tensorboard", "checkpoints", "model", "tokenizer"
+
+
+class RunFolder:
+    """The folder of one run.
+
+    ``recipe.toml``: the recipe as it was given. ``recipe.json``: with every change and default. ``run.json``: versions,
+    commit, device, command, seeds, restarts. ``metrics.jsonl``, ``tensorboard/``. ``checkpoints/``. ``tokenizer/`` and
+    ``model/``: what came of it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def create(self, text: str | None, resolved: Mapping[str, Any]) -> None:
+        """Begin a run. Raises CheckpointError when there is something in the folder, or it cannot be written."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise CheckpointError(
+                f"{self.path} must be an empty folder or not exist yet: go on with what is there by resume, or choose "
+                "another folder"
+            )
+        with self.writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            if text is not None:
+                write_bytes(self.path / RECIPE, text.encode())
+            self.replace(RESOLVED, resolved)
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe of a run that was begun. Raises CheckpointError when there is none."""
+        try:
+            found: dict[str, Any] = json.loads((self.path / RESOLVED).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path} must be the folder of a run, with {RESOLVED}: {error}") from error
+        return found
+
+    def note(
+        self, *, seeds: Sequence[int], resumed_at: int | None = None, begun: bool = False, **facts: Any
+    ) -> dict[str, Any]:
+        """Write ``run.json``: ``begun`` adds a start of the program, ``facts`` are about the whole run."""
+        path = self.path / RUN
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"starts": []}
+        if begun:
+            found["starts"].append(
+                circumstances(command=sys.argv, processes=processes(), resumed_at=resumed_at, folder=str(Path.cwd()))
+            )
+        found.update(seeds=list(seeds), restarts=len(seeds) - 1, **facts)
+        with self.writing():
+            self.replace(RUN, found)
+        return dict(found)
+
+    def replace(self, name: str, content: Any) -> None:
+        """Write a file of JSON, in place of the one before it. Raises OSError."""
+        temporary = self.path / f".{name}.tmp"
+        try:
+            write_bytes(temporary, (json.dumps(content, indent=2) + "\n").encode())
+            os.replace(temporary, self.path / name)  # noqa: PTH105
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn what the operating system refuses into CheckpointError."""
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} must be a folder that can be written, got {error.strerror or error}: make room or choose "
+                "another"
+            ) from error

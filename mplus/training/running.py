@@ -1,0 +1,261 @@
+"""``train``: a recipe, from the beginning or from a checkpoint, with restarts, into a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import define
+from torch import nn
+
+from mplus.errors import ConfigError, NotSupported, TrainingError
+from mplus.hf.train_model import choose_trained, save_trained
+from mplus.training.checkpoint import CheckpointStore, Saved
+from mplus.training.metrics import MetricsLog
+from mplus.training.parallel import rank, wait
+from mplus.training.recipe import Recipe
+from mplus.training.recipe_files import RecipeFile, read
+from mplus.training.run_folder import CHECKPOINTS, MODEL, TOKENIZER, RunFolder
+from mplus.training.setup import make_model, make_tokenizer
+from mplus.training.sharding import whole
+from mplus.training.trainer import Attempt, MissedGoal
+from mplus.training.validation import apart
+
+
+@define(eq=False, kw_only=True)
+class TrainingResult:
+    """What came of a training.
+
+    Attributes:
+        model: the wrapped decoder, in eval mode.
+        tokenizer: or None.
+        recipe: as it was followed.
+        seed: the recipe's; ``seeds``: those of every attempt, the last one made the model.
+        restarts: how often all began anew, because a stage missed its goal.
+        missed: what it missed, per restart.
+        stages: per stage its name, steps and, where it had a goal, whether it was reached.
+        steps: optimiser steps of the last attempt.
+        seconds: spent in steps of the last attempt; ``seconds_in_all``: with those before restarts.
+        records: lines of metrics.
+        folder: of the run, or None.
+    """
+
+    model: Any
+    tokenizer: Any
+    recipe: Recipe
+    seed: int
+    seeds: list[int]
+    restarts: int
+    missed: list[str]
+    stages: list[dict[str, Any]]
+    steps: int
+    seconds: float
+    seconds_in_all: float
+    records: list[dict[str, Any]]
+    folder: Path | None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The newest value of every metric."""
+        found: dict[str, float] = {}
+        for record in self.records:
+            found.update({name: value for name, value in record.items() if isinstance(value, float)})
+        return found
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data, without model and records."""
+        names = ("seed", "seeds", "restarts", "missed", "stages", "steps", "seconds", "seconds_in_all", "metrics")
+        found = {name: getattr(self, name) for name in names}
+        return {"recipe": self.recipe.name, **found, "folder": None if self.folder is None else str(self.folder)}
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    dry_run: bool = False,
+    progress: bool | None = None,
+    accelerator: Any = None,
+) -> TrainingResult:
+    """Train a decoder to use its memory.
+
+    Args:
+        recipe: a TOML file, the name of a shipped recipe, or its content; None: that of ``resume``.
+        out: folder of the run, empty or not there yet; None: nothing is written.
+        resume: folder of a run to go on with, from its newest checkpoint.
+        seed: instead of the recipe's.
+        settings: dotted path -> value, changes to the recipe (``{"stages.*.steps": 10}``).
+        steps: the most steps of each stage.
+        dry_run: apply the recipe's table ``dry_run``, which makes everything tiny.
+        progress: show a bar; None: on a terminal.
+        accelerator: of accelerate; None: a new one, set up by ``accelerate launch`` if that started the program.
+
+    Raises:
+        ConfigError, UnknownNameError: the recipe breaks a rule; the message begins with the place.
+        CheckpointError: the folder cannot be written, or its checkpoint is damaged or of another recipe or model.
+        NonFiniteError: loss or gradient became NaN or infinite; the step was not taken.
+        TrainingError: a stage missed its goal, and no restart is left or wanted.
+        InputError: a data set is empty or its documents are too short.
+    """
+    if out is not None and resume is not None:
+        raise ConfigError(f"one of out and resume must be given, got {str(out)!r} and {str(resume)!r}")
+    found = _read(recipe, resume, {**(settings or {}), **({} if seed is None else {"seed": seed})}, steps, dry_run)
+    accelerator = make_accelerator() if accelerator is None else accelerator
+    check_accelerator(accelerator)
+    with apart():
+        return _Run(found, out, resume, progress, accelerator).result()
+
+
+def _read(
+    recipe: Any, resume: str | Path | None, settings: Mapping[str, Any], steps: int | None, dry_run: bool
+) -> RecipeFile:
+    if recipe is None:
+        if resume is None:
+            raise ConfigError("a recipe must be given, or a run to resume, got neither")
+        recipe = RunFolder(resume).resolved()
+    return read(recipe, settings=settings, steps=steps, dry_run=dry_run)
+
+
+def make_accelerator() -> Any:
+    """An accelerator for a ``TrainingStep``: parameters may be unused in a step, and precision is the recipe's."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+    return Accelerator(mixed_precision="no", kwargs_handlers=[unused])
+
+
+def check_accelerator(accelerator: Any) -> None:
+    """Raises NotSupported for ways of training in parallel that are not supported."""
+    kind = accelerator.distributed_type.value
+    sharded = kind == "FSDP" and accelerator.is_fsdp2
+    if not (sharded or kind in {"NO", "MULTI_CPU", "MULTI_GPU"}):
+        raise NotSupported(f"training runs in one process, with DDP or with FSDP2, got {kind}: set fsdp_version to 2")
+    if sharded:
+        # All processes build the same decoder, so there is nothing to send around.
+        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+
+
+class _Run:
+    """One call of ``train``."""
+
+    def __init__(
+        self,
+        file: RecipeFile,
+        out: str | Path | None,
+        resume: str | Path | None,
+        progress: bool | None,
+        accelerator: Any,
+    ) -> None:
+        self.recipe = file.recipe
+        self.progress, self.accelerator = progress, accelerator
+        place = out if resume is None else resume
+        self.folder = None if place is None else RunFolder(place)
+        self.store: CheckpointStore | None = None
+        if self.folder is not None:
+            self.store = CheckpointStore(self.folder.path / CHECKPOINTS, self.recipe.checkpoints.keep)
+        self.saved: Saved | None = None
+        if resume is not None and self.store is not None and self.folder is not None:
+            self.folder.resolved()
+            self.saved = self.store.latest()
+        elif self.folder is not None:
+            if rank() == 0:
+                self.folder.create(file.text, self.recipe.plain())
+            wait()
+        self.seeds: list[int] = []
+        self.missed: list[str] = []
+        self.spent = 0.0
+
+    def result(self) -> TrainingResult:
+        path = None if self.folder is None else self.folder.path
+        self.tokenizer = make_tokenizer(self.recipe, None if path is None else path / TOKENIZER)
+        self.log = MetricsLog(self.folder if rank() == 0 else None) if rank() == 0 else None
+        try:
+            attempt = self._attempts()
+        finally:
+            if self.log is not None:
+                self.log.close()
+        model = self._model(attempt)
+        if path is not None:
+            if rank() == 0:
+                save_trained(model, path / MODEL, self.tokenizer, save_base=self.recipe.optimizer.parameters == "all")
+            wait()
+        place = attempt.place
+        return TrainingResult(
+            model=model,
+            tokenizer=self.tokenizer,
+            recipe=self.recipe,
+            seed=self.recipe.seed,
+            seeds=self.seeds,
+            restarts=len(self.seeds) - 1,
+            missed=self.missed,
+            stages=place.stages,
+            steps=place.step,
+            seconds=place.seconds,
+            seconds_in_all=self.spent + place.seconds,
+            records=[] if self.log is None else self.log.records,
+            folder=path,
+        )
+
+    def _attempts(self) -> Attempt:
+        """Attempts until one comes through."""
+        number = 0 if self.saved is None else self.saved.manifest["attempt"]
+        while True:
+            attempt = self._attempt(number)
+            try:
+                attempt.run()
+                self._note(attempt, finished=True)
+                return attempt
+            except MissedGoal as error:
+                self.missed.append(str(error))
+                self.spent += attempt.place.seconds
+                stage = attempt.stage
+                if stage.on_failure != "restart" or number >= self.recipe.restarts:
+                    hint = f"; restarts: {number}" if stage.on_failure == "restart" else ""
+                    raise TrainingError(f"{error}{hint}: raise its steps, or set on_failure or restarts") from error
+                number += 1
+
+    def _attempt(self, number: int) -> Attempt:
+        attempt = Attempt(self.recipe, number, self.accelerator, self.tokenizer, self.log, self.store, self.progress)
+        saved, self.saved = self.saved, None
+        if saved is not None:
+            attempt.load(saved)
+            self.seeds, self.missed = list(saved.manifest["seeds"])[:-1], list(saved.manifest["missed"])
+            self.spent = saved.manifest["spent"]
+            if self.log is not None:
+                self.log.rewind(number, attempt.place.step)
+        self.seeds.append(attempt.seed)
+        attempt.history = {"seeds": self.seeds, "missed": self.missed, "spent": self.spent}
+        self._note(attempt, begun=True, resumed_at=None if saved is None else attempt.place.step)
+        return attempt
+
+    def _note(
+        self, attempt: Attempt, *, begun: bool = False, resumed_at: int | None = None, finished: bool = False
+    ) -> None:
+        if self.folder is None or rank() != 0:
+            return
+        self.folder.note(
+            seeds=self.seeds,
+            begun=begun,
+            resumed_at=resumed_at,
+            missed=self.missed,
+            finished=finished,
+            steps=attempt.place.step,
+            seconds=attempt.place.seconds,
+            tensorboard=self.log is not None and self.log.has_board,
+        )
+
+    def _model(self, attempt: Attempt) -> Any:
+        """The trained decoder as one whole, in eval mode."""
+        if not attempt.sharded:
+            return attempt.model.eval()
+        weights = {name: whole(parameter).detach().cpu() for parameter, name in attempt.names().items()}
+        model = make_model(self.recipe, attempt.seed, self.tokenizer)
+        trained: dict[str, nn.Parameter] = choose_trained(model, self.recipe.optimizer.parameters)
+        for name, parameter in trained.items():
+            parameter.data.copy_(weights[name])
+        return model.eval()

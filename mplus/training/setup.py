@@ -1,0 +1,73 @@
+"""What a recipe names, built: tokenizer, decoder, sources of turns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mplus.hf.bpe_tokenizer import train_tokenizer
+from mplus.hf.train_model import build_for_training, load_for_training, load_tokenizer_of
+from mplus.training.data import SOURCES
+from mplus.training.data.chance import Draws
+from mplus.training.data.documents import open_documents
+from mplus.training.parallel import rank, wait
+from mplus.training.recipe import Recipe
+from mplus.training.recipe_tables import DataSet, NewTokenizer
+from mplus.training.turns import TurnSource
+
+RECALL = "recall"
+"""Name of the little language's tokenizer."""
+
+
+def derived(*key: Any) -> int:
+    """A seed for the purpose that ``key`` names."""
+    return Draws(*key).below(1 << 31)
+
+
+def make_tokenizer(recipe: Recipe, folder: Path | None) -> Any:
+    """The tokenizer of a recipe, or None. A new one is kept in ``folder``, and taken from there when it is there."""
+    wanted = recipe.model.tokenizer
+    if isinstance(wanted, NewTokenizer):
+        if folder is None:
+            return train_tokenizer(_texts(recipe, wanted), wanted.vocabulary)
+        if rank() == 0 and not folder.exists():
+            train_tokenizer(_texts(recipe, wanted), wanted.vocabulary).save_pretrained(folder)
+        wait()
+        return load_tokenizer_of(str(folder))
+    if wanted == RECALL:
+        from mplus.training.recall.speaker import recall_tokenizer
+
+        return recall_tokenizer()
+    if wanted is None and recipe.model.path is None:
+        return None
+    return load_tokenizer_of(wanted or recipe.model.path or "")
+
+
+def _texts(recipe: Recipe, wanted: NewTokenizer) -> Iterator[str]:
+    each = wanted.characters // len(wanted.data)
+    for name in wanted.data:
+        left = each
+        for document in open_documents(recipe.data[name].parsed).iterate():
+            yield document.text[:left]
+            left -= len(document.text)
+            if left <= 0:
+                break
+
+
+def make_model(recipe: Recipe, seed: int, tokenizer: Any) -> Any:
+    """The wrapped decoder, equal in all processes; torch's global generator is seeded."""
+    torch.manual_seed(derived(seed, "weights"))
+    model, build = recipe.model, recipe.model.build
+    if build is not None:
+        return build_for_training(build.model_type, build.fields, build.init, recipe.memory, tokenizer)
+    return load_for_training(str(model.path), recipe.memory, getattr(torch, model.dtype))
+
+
+def make_source(data: DataSet, *, tokenizer: Any, numbers: Sequence[int], seed: int) -> TurnSource:
+    """The source of turns of a data set for the streams of this process."""
+    cls: Any = SOURCES.get(data.kind)
+    source: TurnSource = cls(data.parsed, tokenizer=tokenizer, numbers=numbers, seed=seed)
+    return source

@@ -1,0 +1,80 @@
+"""TrainingStep: one forward for all that a step computes, so that it can be wrapped for several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import attrs
+import torch
+from attrs import define
+from torch import Tensor, nn
+
+from mplus.hf.train_model import split_modules
+from mplus.training.dense import DenseDecoder
+from mplus.training.losses import RetrieverLoss
+from mplus.training.objectives.base import Objective
+from mplus.training.streams import StreamBatch
+from mplus.training.turns import Turn
+
+
+@define(frozen=True, eq=False)
+class Job:
+    """One objective with its turn.
+
+    Attributes:
+        label: in front of the names of its metrics.
+        objective, turn, weight, retriever_loss: what is computed, and how much it counts.
+    """
+
+    label: str
+    objective: Objective
+    turn: Turn
+    weight: float = 1.0
+    retriever_loss: RetrieverLoss | None = None
+
+
+class TrainingStep(nn.Module):
+    """The decoder, called with streams and jobs rather than ids.
+
+    Args:
+        model: the wrapped decoder.
+        dtype: what it computes in; float32 leaves everything as it is.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+        self._no_split_modules = split_modules(model)  # read by accelerate when it shards the model
+
+    def forward(self, streams: StreamBatch, jobs: Sequence[Job]) -> tuple[Tensor, dict[str, float]]:
+        """The loss of all jobs, and their metrics.
+
+        A metric ``m`` of a job is found as ``label/m``, and as ``m`` where an earlier job has not taken the name.
+        """
+        decoder = DenseDecoder(self.model)
+        device = decoder.engine.device
+        losses, metrics = [], {}
+        mixed = self.dtype != torch.float32
+        with torch.autocast(device.type, dtype=self.dtype) if mixed else nullcontext():
+            for job in jobs:
+                outcome = job.objective(decoder, streams, on_device(job.turn, device), job.retriever_loss)
+                losses.append(job.weight * outcome.loss.float())
+                for name, value in outcome.metrics.items():
+                    metrics[f"{job.label}/{name}"] = value
+                    metrics.setdefault(name, value)
+        return torch.stack(losses).sum(), metrics
+
+
+def on_device(turn: Turn, device: torch.device) -> Turn:
+    """The turn with its tensors where the decoder is."""
+    if turn.chunks.device == device:
+        return turn
+    moved: dict[str, Any] = {
+        name: value.to(device, non_blocking=True)
+        for name, value in attrs.asdict(turn, recurse=False).items()
+        if isinstance(value, Tensor)
+    }
+    return attrs.evolve(turn, **moved)

@@ -1,0 +1,379 @@
+"""Attempt: one way through all stages of a recipe, from a seed or from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from typing import Any
+
+import attrs
+import torch
+from attrs import define, field
+from torch.nn.parallel import DistributedDataParallel
+
+from mplus.errors import MPlusError, NonFiniteError
+from mplus.hf.train_model import base_digest, choose_trained, set_checkpointing
+from mplus.training.bar import stage_bar
+from mplus.training.checkpoint import CheckpointStore, Facts, Saved, random_state, set_random_state
+from mplus.training.curriculum import Curriculum, Plan
+from mplus.training.metrics import Means, MetricsLog
+from mplus.training.optimizing import clip, make_optimizer, make_scheduler, optimizer_state
+from mplus.training.parallel import processes, rank, sums
+from mplus.training.recipe import Entry, Recipe, Stage
+from mplus.training.setup import derived, make_model, make_source
+from mplus.training.sharding import is_sharded, like, whole
+from mplus.training.step import Job, TrainingStep
+from mplus.training.streams import StreamBatch
+from mplus.training.turns import Turn, TurnSource
+from mplus.training.validation import Validator
+
+
+class MissedGoal(MPlusError, RuntimeError):
+    """A stage did not reach what it was to reach."""
+
+
+@define(eq=False)
+class Place:
+    """Where an attempt is: what changes from step to step besides weights, memories and data.
+
+    Attributes:
+        stage, in_stage: number of the stage, and steps done in it.
+        step: steps done in all stages.
+        seconds: of training so far, those before a resume included.
+        stages: what became of the stages that are over.
+        recent: the newest values of the metric that the stage waits for.
+    """
+
+    stage: int = 0
+    in_stage: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    stages: list[dict[str, Any]] = field(factory=list)
+    recent: deque[float] = field(factory=deque)
+
+
+@define(eq=False)
+class Memories:
+    """What a stage trains on, all of it this process's own."""
+
+    streams: StreamBatch
+    sources: dict[str, TurnSource]
+    curriculum: Curriculum
+
+
+class Attempt:
+    """Trains one decoder from one seed.
+
+    Args:
+        recipe: what to do.
+        number: 0, and one more with every restart; the seed depends on it.
+        accelerator: places and wraps the decoder.
+        tokenizer: or None.
+        log: takes the metrics; None in processes other than the first.
+        store: takes the checkpoints; None: none are written.
+        progress: show a bar; None: on a terminal.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        number: int,
+        accelerator: Any,
+        tokenizer: Any,
+        log: MetricsLog | None,
+        store: CheckpointStore | None,
+        progress: bool | None,
+    ) -> None:
+        self.recipe, self.number, self.store = recipe, number, store
+        self.seed = recipe.seed if not number else derived(recipe.seed, "attempt", number)
+        self.place, self.means = Place(), Means()
+        self.memories: Memories | None = None
+        self.history: dict[str, Any] = {"seeds": [self.seed], "missed": [], "spent": 0.0}
+        self._accelerator, self._tokenizer, self._log, self._progress = accelerator, tokenizer, log, progress
+        self._begin_model()
+        self._validator = None
+        if recipe.validation is not None:
+            self._validator = Validator(recipe, recipe.validation, tokenizer)
+        torch.manual_seed(derived(self.seed, "process", rank()))
+        self._saved_at = time.monotonic()
+
+    def _begin_model(self) -> None:
+        options = self.recipe.optimizer
+        model = make_model(self.recipe, self.seed, self._tokenizer).train()
+        self._base = None if self.recipe.model.build is not None else base_digest(model)
+        trained = choose_trained(model, options.parameters)
+        self._shapes = {name: list(parameter.shape) for name, parameter in trained.items()}
+        if options.gradient_checkpointing:
+            set_checkpointing(model)
+        step = TrainingStep(model, getattr(torch, options.dtype))
+        optimizer = make_optimizer(trained, options)
+        self._wrapped, prepared = self._accelerator.prepare(step, optimizer)
+        # Under DDP the step is wrapped; FSDP2 shards it in place, and the optimiser gets the shards.
+        wrapped: Any = self._wrapped
+        self.step: TrainingStep = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
+        self.optimizer: torch.optim.Optimizer = getattr(prepared, "optimizer", prepared)
+        self.scheduler = make_scheduler(self.optimizer, options, self.recipe.steps)
+
+    @property
+    def model(self) -> Any:
+        """The wrapped decoder."""
+        return self.step.model
+
+    @property
+    def sharded(self) -> bool:
+        """Whether its weights are spread over processes."""
+        return any(is_sharded(parameter) for parameter in self.model.parameters())
+
+    @property
+    def stage(self) -> Stage:
+        """The stage it is in."""
+        return self.recipe.stages[self.place.stage]
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            MissedGoal: a stage that must reach something did not.
+            NonFiniteError: the loss or a gradient is NaN or infinite.
+            CheckpointError: a checkpoint could not be written.
+        """
+        while self.place.stage < len(self.recipe.stages):
+            self._run_stage()
+
+    def _run_stage(self) -> None:
+        stage, place = self.stage, self.place
+        if self.memories is None:
+            self.memories = self._begin_memories(stage)
+            place.recent = deque(maxlen=stage.until.window if stage.until is not None else 0)
+        title = f"{stage.name} ({place.stage + 1}/{len(self.recipe.stages)})"
+        wanted = self._progress if rank() == 0 else False
+        reached = False
+        with stage_bar(title, place.in_stage, stage.steps, wanted) as advance:
+            while place.in_stage < stage.steps and not reached:
+                begun = time.monotonic()
+                reached = self._one_step(stage)
+                place.seconds += time.monotonic() - begun
+                advance(self._report(last=reached or place.in_stage == stage.steps))
+                if not reached and place.in_stage < stage.steps:
+                    self._checkpoint_if_due()
+        self._end_stage(stage, reached)
+
+    def _end_stage(self, stage: Stage, reached: bool) -> None:
+        place = self.place
+        summary: dict[str, Any] = {"name": stage.name, "steps": place.in_stage}
+        if stage.until is not None:
+            value = sum(place.recent) / max(len(place.recent), 1)
+            summary |= {"metric": stage.until.metric, "value": value, "reached": reached}
+            if not reached and stage.on_failure != "continue":
+                raise MissedGoal(
+                    f"stage {stage.name!r} must reach {stage.until.metric} {stage.until.at_least:g} within "
+                    f"{stage.steps} steps, got {value:.3f} (seed {self.seed})"
+                )
+        place.stages.append(summary)
+        place.stage, place.in_stage = place.stage + 1, 0
+        self.memories = None
+        self.save()
+
+    def _begin_memories(self, stage: Stage) -> Memories:
+        count = stage.streams or self.recipe.streams
+        numbers = range(rank() * count, (rank() + 1) * count)
+        capacity = self.recipe.memory.long_term_tokens or 0
+        names = sorted({str(entry.data) for entry in stage.objectives if entry.data is not None})
+        where = (self.seed, self.place.stage)
+        return Memories(
+            StreamBatch(
+                self.model.mplus_engine,
+                numbers,
+                seed=derived(*where, "streams"),
+                long_term_tokens=capacity if stage.long_term else 0,
+            ),
+            {
+                name: make_source(
+                    self.recipe.data[name],
+                    tokenizer=self._tokenizer,
+                    numbers=numbers,
+                    seed=derived(*where, "data", name),
+                )
+                for name in names
+            },
+            Curriculum(stage, derived(*where, "curriculum")),
+        )
+
+    def _one_step(self, stage: Stage) -> bool:
+        """Do one step; returns whether the stage has reached what it waits for."""
+        assert self.memories is not None  # noqa: S101  (the caller began the stage)
+        place, curriculum = self.place, self.memories.curriculum
+        plan = curriculum.plan(place.in_stage)
+        main, jobs = self._jobs(stage, plan)
+        loss, metrics = self._wrapped(self.memories.streams, jobs)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._accelerator.backward(loss)
+        norms = clip(self.optimizer, self.recipe.optimizer.clip)
+        value = loss.item()
+        self._check_finite(stage, [value, *norms], jobs[0].label)
+        self.optimizer.step()
+        rate = float(self.scheduler.get_last_lr()[0])
+        self.scheduler.step()
+        curriculum.done(plan, main)
+        place.in_stage += 1
+        place.step += 1
+        self.means.add({"total_loss": value, "gradient_norm": norms[0], "learning_rate": rate, **metrics})
+        return self._reached(stage, metrics)
+
+    def _jobs(self, stage: Stage, plan: Plan) -> tuple[Turn, list[Job]]:
+        """The turn of the main objective, and all that the step computes."""
+        assert self.memories is not None  # noqa: S101  (the caller began the stage)
+        if plan.revisit and self.memories.curriculum.kept is not None and stage.revisit is not None:
+            turn = self.memories.curriculum.kept
+            jobs = [Job("revisit", revisiting(), turn, stage.revisit.weight, stage.retriever_loss)]
+        else:
+            turn = self._turn(plan.main)
+            jobs = [self._job(stage, plan.main, turn)]
+        for entry in plan.beside:
+            shared = entry.data is None or (entry.data == plan.main.data and not entry.objective.chunks)
+            jobs.append(self._job(stage, entry, turn if shared else self._turn(entry)))
+        return turn, jobs
+
+    def _turn(self, entry: Entry) -> Turn:
+        assert self.memories is not None  # noqa: S101  (the caller began the stage)
+        objective = entry.objective
+        turn = self.memories.sources[str(entry.data)].turn(objective.chunks, repeat=objective.repeats)
+        if turn.fresh:
+            self.memories.streams.reset()
+            self.memories.curriculum.forget()
+        return turn
+
+    @staticmethod
+    def _job(stage: Stage, entry: Entry, turn: Turn) -> Job:
+        alike = [other for other in stage.objectives if other.name == entry.name]
+        label = entry.name if len(alike) == 1 else f"{entry.name}({entry.data})"
+        return Job(label, entry.objective, turn, entry.weight, stage.retriever_loss)
+
+    def _check_finite(self, stage: Stage, values: list[float], label: str) -> None:
+        bad = float(not all(map(math.isfinite, values)))
+        if not sums([bad])[0]:
+            return
+        kept = [] if self.store is None else self.store.all()
+        raise NonFiniteError(
+            f"the loss and its gradient must be finite, got {values[0]:g} and gradient norms "
+            f"{', '.join(f'{norm:g}' for norm in values[1:])} at step {self.place.step + 1} (stage {stage.name!r}, "
+            f"step {self.place.in_stage + 1}, objective {label}); the step was not taken, "
+            + (f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written")
+            + ": lower learning_rate or clip"
+        )
+
+    def _reached(self, stage: Stage, metrics: dict[str, float]) -> bool:
+        until, recent = stage.until, self.place.recent
+        if until is None:
+            return False
+        value = metrics.get(until.metric)
+        total, count = sums([value or 0.0, float(value is not None)])
+        if count:
+            recent.append(total / count)
+        return len(recent) == until.window and sum(recent) / len(recent) >= until.at_least
+
+    def _report(self, *, last: bool) -> dict[str, float] | None:
+        """Write metrics and validate, where it is time to."""
+        place, metrics = self.place, None
+        if last or place.step % self.recipe.metrics.every_steps == 0:
+            metrics = self.means.take()
+            self._record({**metrics, "seconds": place.seconds})
+        validation = self.recipe.validation
+        at_end = last and place.stage == len(self.recipe.stages) - 1
+        due = validation is not None and (at_end or place.step % validation.every_steps == 0)
+        if due and self._validator is not None:
+            self._record(self._validator.run(self.step))
+        return metrics
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        if self._log is not None:
+            where = {"attempt": self.number, "step": self.place.step, "stage": self.stage.name}
+            self._log.write({**where, **metrics})
+
+    def _checkpoint_if_due(self) -> None:
+        options = self.recipe.checkpoints
+        due = options.every_steps is not None and self.place.step % options.every_steps == 0
+        if options.every_minutes is not None:
+            late = time.monotonic() - self._saved_at >= 60 * options.every_minutes
+            due = bool(sums([float(late and rank() == 0)])[0]) or due
+        if due:
+            self.save()
+
+    @property
+    def facts(self) -> Facts:
+        """What a checkpoint of this attempt can be held to."""
+        recipe = json.loads(json.dumps(self.recipe.plain()))
+        return Facts(recipe=recipe, base=self._base, shapes=self._shapes, processes=processes())
+
+    def save(self) -> None:
+        """Write a checkpoint, where there is a place for them. Raises CheckpointError."""
+        if self.store is None:
+            return
+        place, names = self.place, self.names()
+        shared = {
+            "weights": {name: whole(parameter).detach().cpu() for parameter, name in names.items()},
+            "optimizer": optimizer_state(self.optimizer, names),
+            "scheduler": self.scheduler.state_dict(),
+        }
+        position: dict[str, Any] = {
+            "attempt": self.number,
+            "stage": place.stage,
+            "in_stage": place.in_stage,
+            "step": place.step,
+        }
+        position |= {"seed": self.seed, "seconds": place.seconds, "stages": place.stages, "recent": list(place.recent)}
+        position |= self.history
+        self.store.save(f"{self.number:02d}-{place.step:09d}", self.facts, position, shared, self._own())
+        self._saved_at = time.monotonic()
+
+    def _own(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"random": random_state(), "means": self.means.sums, "memories": None}
+        if self.memories is not None:
+            found["memories"] = {
+                "streams": self.memories.streams.state_dict(),
+                "sources": {name: source.state_dict() for name, source in self.memories.sources.items()},
+                "curriculum": self.memories.curriculum.state_dict(),
+            }
+        return found
+
+    def load(self, saved: Saved) -> None:
+        """Go on from a checkpoint. Raises CheckpointError when it is of another recipe or model."""
+        self.facts.check(saved.manifest, saved.folder)
+        position, place, names = saved.manifest, self.place, self.names()
+        for name in ("stage", "in_stage", "step", "seconds", "stages"):
+            setattr(place, name, position[name])
+        with torch.no_grad():
+            for parameter, name in names.items():
+                parameter.copy_(like(saved.shared["weights"][name], parameter))
+                state = saved.shared["optimizer"].get(name)
+                if state is not None:
+                    self.optimizer.state[parameter] = {
+                        key: like(value, parameter) if value.ndim else value for key, value in state.items()
+                    }
+        self.scheduler.load_state_dict(saved.shared["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        own = saved.own
+        self.means.sums = own["means"]
+        if own["memories"] is not None:
+            stage = self.stage
+            self.memories = self._begin_memories(stage)
+            self.memories.streams.load_state_dict(own["memories"]["streams"])
+            for name, source in self.memories.sources.items():
+                source.load_state_dict(own["memories"]["sources"][name])
+            self.memories.curriculum.load_state_dict(own["memories"]["curriculum"])
+            place.recent = deque(position["recent"], maxlen=stage.until.window if stage.until is not None else 0)
+        set_random_state(own["random"])
+
+    def names(self) -> dict[Any, str]:
+        """What is trained, with names."""
+        return {p: name for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def revisiting() -> Any:
+    """The objective that reads a kept turn."""
+    from mplus.training.objectives import OBJECTIVES
+
+    return OBJECTIVES.get("revisit")()

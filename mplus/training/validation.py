@@ -1,0 +1,84 @@
+"""Validation: the same losses on other data, with memories of their own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mplus.hf.modes import in_eval_mode
+from mplus.training.checkpoint import random_state, set_random_state
+from mplus.training.metrics import Means
+from mplus.training.parallel import rank
+from mplus.training.recipe import Recipe, Validation
+from mplus.training.setup import derived, make_source
+from mplus.training.step import Job, TrainingStep
+from mplus.training.streams import StreamBatch
+
+
+class Validator:
+    """Computes the metrics of a recipe's ``validation``; the same turns every time.
+
+    Args:
+        recipe: with a validation.
+        options: that validation.
+        tokenizer: for its data.
+    """
+
+    def __init__(self, recipe: Recipe, options: Validation, tokenizer: Any) -> None:
+        self._recipe = recipe
+        self._options = options
+        count = options.streams or recipe.streams
+        self._numbers = range(rank() * count, (rank() + 1) * count)
+        self._sources = [
+            make_source(
+                recipe.data[str(entry.data)],
+                tokenizer=tokenizer,
+                numbers=self._numbers,
+                seed=derived(recipe.seed, "validation", place),
+            )
+            for place, entry in enumerate(options.objectives)
+        ]
+        self._begin = [copy.deepcopy(source.state_dict()) for source in self._sources]
+
+    @torch.no_grad()
+    def run(self, step: TrainingStep) -> dict[str, float]:
+        """Metrics as ``validation/OBJECTIVE/METRIC``, means over turns and processes. All processes must call it."""
+        means = Means()
+        with apart(), in_eval_mode(step):
+            for place, (entry, source) in enumerate(zip(self._options.objectives, self._sources, strict=True)):
+                source.load_state_dict(copy.deepcopy(self._begin[place]))
+                streams = self._streams(step)
+                label = f"validation/{entry.name}"
+                if sum(other.name == entry.name for other in self._options.objectives) > 1:
+                    label += f"({entry.data})"
+                for _ in range(self._options.steps):
+                    objective = entry.objective
+                    turn = source.turn(objective.chunks, repeat=objective.repeats)
+                    if turn.fresh:
+                        streams.reset()
+                    _, metrics = step(streams, [Job(label, objective, turn)])
+                    means.add({name: value for name, value in metrics.items() if name.startswith(label)})
+        return means.take()
+
+    def _streams(self, step: TrainingStep) -> StreamBatch:
+        capacity = self._recipe.memory.long_term_tokens
+        return StreamBatch(
+            step.model.mplus_engine,
+            self._numbers,
+            seed=derived(self._recipe.seed, "validation streams"),
+            long_term_tokens=(capacity or 0) if self._options.long_term else 0,
+        )
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Whatever is drawn inside from the generators of the process, outside it was not."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(before)
