@@ -19,6 +19,7 @@ from mplus.cli.info import info
 from mplus.cli.memory import show, verify
 from mplus.cli.plugins import plugins
 from mplus.cli.replay import replay
+from mplus.cli.train import train
 
 
 def _print_version(wanted: bool) -> None:
@@ -51,6 +52,7 @@ def _app() -> typer.Typer:
     commands.command()(info)
     commands.command()(plugins)
     commands.command()(replay)
+    commands.command()(train)
     commands.command("import")(import_checkpoint)
     memory = typer.Typer(no_args_is_help=True, help="Look at saved memories.")
     memory.command()(show)

@@ -317,14 +317,8 @@ class Attempt:
             "optimizer": optimizer_state(self.optimizer, names),
             "scheduler": self.scheduler.state_dict(),
         }
-        position: dict[str, Any] = {
-            "attempt": self.number,
-            "stage": place.stage,
-            "in_stage": place.in_stage,
-            "step": place.step,
-        }
-        position |= {"seed": self.seed, "seconds": place.seconds, "stages": place.stages, "recent": list(place.recent)}
-        position |= self.history
+        position = {**attrs.asdict(place, recurse=False), "recent": list(place.recent)}
+        position |= {"attempt": self.number, "seed": self.seed, **self.history}
         self.store.save(f"{self.number:02d}-{place.step:09d}", self.facts, position, shared, self._own())
         self._saved_at = time.monotonic()
 
