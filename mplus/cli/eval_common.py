@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 Model = Annotated[
     Path, typer.Option("--model", help="Decoder with memory: folder written by save_pretrained.", show_default=False)
 ]
+OptionalModel = Annotated[
+    Path | None, typer.Option("--model", help="Decoder with memory: folder written by save_pretrained.")
+]
+OptionalData = Annotated[Path | None, typer.Option("--data", help="File of the data set, as published.")]
 Tokenizer = Annotated[
     str | None, typer.Option(help="Where its tokenizer is; default: with the model, else with its base.")
 ]

@@ -9,12 +9,12 @@ import typer
 
 from mplus.cli.eval_common import (
     Ages,
-    Data,
     Device,
     Dtype,
     Episodes,
     Json,
-    Model,
+    OptionalData,
+    OptionalModel,
     ProtocolName,
     Seed,
     Set,
@@ -30,8 +30,19 @@ from mplus.cli.eval_common import (
 
 
 def retention(
-    model: Model,
-    data: Data,
+    model: OptionalModel = None,
+    data: OptionalData = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of a data set: facts of the little language, for a decoder trained by this recipe "
+            "(recall-tiny or recall-long); without --model the one that comes with mplus."
+        ),
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, help="With --recipe: questions at each age.")] = 1024,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="With --recipe: of people never seen in training.")
+    ] = False,
     protocol: ProtocolName = "squad",
     settings: Set = None,
     episodes: Episodes = 100,
@@ -82,6 +93,8 @@ def retention(
 
     Prints the table and every setting that decides it.
     """
+    from mplus.cli.eval_recall import recall_retention
+    from mplus.errors import ConfigError
     from mplus.evaluation.arms import ArmOptions
     from mplus.evaluation.generating import Generation
     from mplus.evaluation.plots import check_paths
@@ -91,6 +104,18 @@ def retention(
     from mplus.evaluation.scoring import Scoring
 
     check_paths(plot or ())  # before the work, not after it
+    if recipe is not None:
+        names = None if arms is None else [name.strip() for name in arms.split(",")]
+        told = numbers(ages, "--ages")
+        show_report(
+            recall_retention(recipe, model, told, names, questions, held_out, window_tokens, seed, threads),
+            as_json,
+            plot,
+            markdown,
+        )
+        return
+    if model is None or data is None:
+        raise ConfigError("eval retention needs --recipe, or --model and --data")
     scoring = Scoring(
         correct=correct,  # type: ignore[arg-type]  # checked there
         normalise=normalise,  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from attrs import define, field
@@ -17,6 +17,10 @@ from mplus.training.turns import NO_ONE
 
 FIRST_STREAM = 1_000_000
 """Evaluation streams are numbered from here on, so that they never are those of a training run."""
+
+
+def _ages(ages: Iterable[int]) -> tuple[int, ...]:
+    return tuple(ages)
 
 
 @define(frozen=True, kw_only=True)
@@ -38,7 +42,7 @@ class Telling:
     language: Language = field(factory=Language)
     chunk_tokens: int = field(default=16, validator=whole(8))
     tail: int = field(default=4, validator=whole(0))
-    ages: tuple[int, ...] = field(default=(0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128), converter=tuple)
+    ages: tuple[int, ...] = field(default=(0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128), converter=_ages)
     streams: int = field(default=64, validator=whole(1))
     rounds: int = field(default=16, validator=whole(1))
     between: int = field(default=2, validator=whole(1))

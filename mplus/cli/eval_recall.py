@@ -1,0 +1,76 @@
+"""``mplus eval ... --recipe``: measurements in the little language of facts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mplus.evaluation.recall.telling import Telling
+    from mplus.evaluation.report import Report
+
+RECIPES = ("recall-tiny", "recall-long")
+STREAMS = 64
+"""Most memories at a time; further questions are put to them later."""
+LONG_AGES = (0, 8, 32, 128, 500, 1000, 2000)
+WINDOW = 64
+
+
+def load(recipe: str, model: Path | None, threads: int | None) -> Any:
+    """The decoder to measure: what a run of the recipe left at ``model``, or the one that comes with mplus.
+
+    Raises:
+        ConfigError: a recipe of another language, or one whose decoder does not come with mplus.
+    """
+    import torch
+
+    from mplus.errors import ConfigError
+    from mplus.hf.loading import load_with_tokenizer
+    from mplus.hf.shipped import load_recall
+
+    if recipe not in RECIPES:
+        raise ConfigError(f"--recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if model is not None:
+        return load_with_tokenizer(model, tokenizer=None, device=None, dtype="auto")[0].eval()
+    if recipe != "recall-tiny":
+        raise ConfigError(f"the decoder of {recipe} does not come with mplus: train it, and give its folder as --model")
+    return load_recall()[0]
+
+
+def telling(recipe: str, ages: Sequence[int] | None, questions: int, held_out: bool, seed: int) -> Telling:
+    """What is told and asked: ``questions`` at each age, rounded up to a multiple of the memories at a time."""
+    from mplus.evaluation.recall.telling import Telling
+
+    streams = min(STREAMS, questions)
+    chosen: dict[str, Any] = {"streams": streams, "rounds": -(-questions // streams)}
+    if ages is not None or recipe == "recall-long":
+        chosen["ages"] = tuple(ages or LONG_AGES)
+    return Telling(**chosen, held_out=held_out, seed=seed)
+
+
+def recall_retention(
+    recipe: str,
+    model: Path | None,
+    ages: Sequence[int] | None,
+    arms: Sequence[str] | None,
+    questions: int,
+    held_out: bool,
+    window_tokens: int | None,
+    seed: int,
+    threads: int | None,
+) -> Report:
+    """Accuracy over age for every arm."""
+    from mplus.evaluation.circumstances import circumstances
+    from mplus.evaluation.recall.retention import retention
+
+    decoder = load(recipe, model, threads)
+    return retention(
+        decoder,
+        telling(recipe, ages, questions, held_out, seed),
+        window_tokens=window_tokens or WINDOW,
+        arms=arms,
+        circumstances=circumstances(model=recipe if model is None else model.name, seed=seed),
+    )
