@@ -9,7 +9,7 @@ import pytest
 from tools import cli_reference, recording
 
 PAGES = [recording.ROOT / "README.md", *sorted((recording.ROOT / "docs").glob("*.md"))]
-COMMANDS = {"demo", "demo-novel", "info", "plugins", "replay", "import", "memory show", "memory verify"}
+COMMANDS = {"demo", "demo-novel", "info", "plugins", "replay", "train", "import", "memory show", "memory verify"}
 COMMANDS |= {"eval retention", "eval harm", "eval retriever", "eval abstention"}
 
 
