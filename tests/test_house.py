@@ -165,6 +165,7 @@ def test_everything_below_hf_works_without_transformers():
 def test_importing_a_registry_imports_no_implementation():
     loaded = in_subprocess(
         "import json, sys, mplus.stores, mplus.retrievers, mplus.backends, mplus.mechanisms\n"
+        "import mplus.training.data, mplus.training.objectives\n"
         "print(json.dumps(sorted(sys.modules)))"
     )
     assert "torch" not in loaded

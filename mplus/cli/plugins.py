@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def plugins(as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON instead.")] = False) -> None:
-    """List every implementation a configuration can name, where it comes from, and what is wrong with broken ones.
+    """List every implementation a config or recipe can name, where it comes from, and what is wrong with broken ones.
 
     Each is imported to find out. MPLUS_PLUGINS in the environment limits third-party packages to those it names.
     """
@@ -47,8 +47,10 @@ def registries() -> list[Registry[Any]]:
     from mplus.mechanisms import MECHANISMS
     from mplus.retrievers import RETRIEVERS
     from mplus.stores import EVICTION, STORES
+    from mplus.training.data import SOURCES
+    from mplus.training.objectives import OBJECTIVES
 
-    return [MECHANISMS, STORES, EVICTION, RETRIEVERS, BACKENDS]
+    return [MECHANISMS, STORES, EVICTION, RETRIEVERS, BACKENDS, OBJECTIVES, SOURCES]
 
 
 def implementations() -> list[dict[str, Any]]:

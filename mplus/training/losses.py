@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from attrs import define, field
@@ -12,9 +12,11 @@ from torch.nn.functional import cross_entropy
 
 from mplus.config import flag, number, one_of, whole
 from mplus.retrievers.base import Retriever
-from mplus.training.dense import Read
 from mplus.training.parallel import mean_of
 from mplus.training.turns import IGNORED, NO_ONE
+
+if TYPE_CHECKING:
+    from mplus.training.dense import Read
 
 EPSILON = 1e-5
 """Added to probabilities before their logarithm (published constant)."""

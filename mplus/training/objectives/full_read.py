@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mplus.training.dense import DenseDecoder, Read
 from mplus.training.losses import RetrieverLoss, accuracy, token_loss
 from mplus.training.objectives.base import Outcome
 from mplus.training.picking import ScorePicker
-from mplus.training.streams import StreamBatch
 from mplus.training.turns import NO_ONE, Turn
+
+if TYPE_CHECKING:
+    from mplus.training.dense import DenseDecoder, Read
+    from mplus.training.streams import StreamBatch
 
 
 def write(streams: StreamBatch, turn: Turn) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from attrs import define, field
 
 from mplus.config import whole
-from mplus.training.dense import DenseDecoder
 from mplus.training.losses import RetrieverLoss
 from mplus.training.objectives.base import Objective, Outcome
 from mplus.training.objectives.full_read import full_read, write
-from mplus.training.streams import StreamBatch
 from mplus.training.turns import Turn
+
+if TYPE_CHECKING:
+    from mplus.training.dense import DenseDecoder
+    from mplus.training.streams import StreamBatch
 
 
 class SingleContext(Objective):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from attrs import define, field
 
 from mplus.config import one_of
-from mplus.training.dense import DenseDecoder
 from mplus.training.losses import RetrieverLoss, accuracy, token_loss
 from mplus.training.objectives.base import Objective, Outcome
-from mplus.training.streams import StreamBatch
 from mplus.training.turns import Turn
+
+if TYPE_CHECKING:
+    from mplus.training.dense import DenseDecoder
+    from mplus.training.streams import StreamBatch
 
 
 class TwoChunk(Objective):
