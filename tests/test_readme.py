@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from mplus.backends import BACKENDS
+from mplus.evaluation.report import ARMS
 from mplus.mechanisms import MECHANISMS
 from mplus.retrievers import RETRIEVERS
 from mplus.stores import EVICTION, STORES
+from mplus.training.data import SOURCES
+from mplus.training.objectives import OBJECTIVES
 from tools import demo_record
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +28,8 @@ REGISTRIES = {
     "retriever": RETRIEVERS,
     "backend": BACKENDS,
     "mechanism": MECHANISMS,
+    "objective": OBJECTIVES,
+    "data": SOURCES,
 }
 
 
@@ -87,6 +92,11 @@ def test_the_table_has_every_implementation():
     assert {file for _, file, _, plug_in in rows if plug_in} == {
         f"plugins/{folder.name}" for folder in (ROOT / "plugins").iterdir() if (folder / "pyproject.toml").is_file()
     }
+
+
+def test_it_names_every_arm():
+    (paragraph,) = [text for text in README.split("\n\n") if text.startswith("`mplus eval retention` measures")]
+    assert set(re.findall(r"`([a-z0-9-]+)`", paragraph)) == set(ARMS)
 
 
 def test_every_file_it_links_exists():
