@@ -1,0 +1,131 @@
+"""Train a recipe of the little language from several seeds and measure every one of them.
+
+    python -m benchmarks.recall recall-tiny 101 102 103 104 105     # writes benchmarks/records/recall-tiny.json
+
+For each seed: training time and restarts, retention of all arms, retention for people never seen in training,
+retriever health, and abstention. The table has every seed that was asked for. With ``--keep FOLDER`` the trained
+decoders stay there; a seed that is there already is measured, not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from attrs import evolve
+
+import mplus
+from mplus.evaluation.circumstances import circumstances
+from mplus.evaluation.recall.abstaining import abstention
+from mplus.evaluation.recall.health import retriever_health
+from mplus.evaluation.recall.retention import retention
+from mplus.evaluation.recall.telling import Telling
+from mplus.training import train
+
+RECORDS = Path(__file__).parent / "records"
+EVALUATION_SEED = 7
+OLD = (48, 64, 96, 128)
+"""Ages at which the STM has dropped every fact: only retrieval can answer."""
+
+
+def trained(recipe: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Train one seed into ``folder``, unless it was; what is known of that run."""
+    facts = folder / "trained.json"
+    if not facts.exists():
+        begun = time.perf_counter()
+        result = train(recipe, seed=seed, out=folder / "run", progress=False)
+        result.model.save_pretrained(folder, save_base=True)
+        result.tokenizer.save_pretrained(folder)
+        plain = {
+            "seconds": round(time.perf_counter() - begun, 1),
+            "restarts": result.restarts,
+            "steps": result.steps,
+            "circumstances": circumstances(seed=seed),
+        }
+        facts.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    found: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
+    return found
+
+
+def measured(model: Any) -> dict[str, Any]:
+    """All measurements of one decoder."""
+    telling = Telling(seed=EVALUATION_SEED)
+    report = retention(model, telling, attention=attention_retriever(model))
+    held_out = retention(model, evolve(telling, held_out=True), arms=["memoryllm", "mplus", "mplus-oracle"])
+    fewer = evolve(telling, rounds=4)
+    return {
+        "retention": report.plain(),
+        "held_out": held_out.plain(),
+        "health": retriever_health(model, evolve(fewer, ages=OLD), retrieved_tokens=[2, 4, 8, 16, 32]),
+        "abstention": abstention(model, fewer),
+        "abstention_when_old": abstention(model, evolve(fewer, ages=OLD)),
+    }
+
+
+def attention_retriever(model: Any) -> Any:
+    """The untrained retriever that scores rows by the layers' own attention."""
+    from mplus.config import Component
+    from mplus.hf.build import build_retriever
+
+    config = evolve(model.mplus_config, retriever=Component("attention"))
+    retriever = build_retriever(config, model.mplus.begin)
+    model.mplus_engine.bind(retriever)
+    return retriever
+
+
+def run(recipe: str, seeds: list[int], keep: Path) -> dict[str, Any]:
+    """Train and measure every seed."""
+    found = {}
+    for seed in seeds:
+        folder = keep / f"{recipe}-{seed}"
+        facts = trained(recipe, seed, folder)
+        model = mplus.from_pretrained(folder).eval()
+        begun = time.perf_counter()
+        result = measured(model)
+        found[str(seed)] = {**facts, "evaluation_seconds": round(time.perf_counter() - begun, 1), **result}
+        print(line(seed, found[str(seed)]), flush=True)
+    return {
+        "recipe": recipe,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "circumstances": circumstances(evaluation_seed=EVALUATION_SEED),
+        "seeds": found,
+    }
+
+
+def line(seed: int, facts: dict[str, Any]) -> str:
+    """The most important figures of one seed."""
+    arms = {arm["name"]: arm for arm in facts["retention"]["arms"]}
+    held = {arm["name"]: arm for arm in facts["held_out"]["arms"]}["mplus"]["accuracy_by_age"]
+
+    def at(name: str, age: int) -> str:
+        return f"{name} {arms[name]['accuracy_by_age'].get(str(age), float('nan')):.3f}"
+
+    return (
+        f"seed {seed}: {facts['seconds']:.0f} s, {facts['restarts']} restarts; at 128: {at('mplus', 128)}; at 64: "
+        f"{', '.join(at(name, 64) for name in ('memoryllm', 'mplus-random', 'mplus-oracle'))}; held out: "
+        f"{min(held.values()):.3f}; window {arms['window']['status']}; abstention AUROC "
+        f"{facts['abstention']['combined']['auroc']:.4f}"
+    )
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("seeds", type=int, nargs="+")
+    parser.add_argument("--keep", type=Path, help="folder for the trained decoders")
+    parser.add_argument("--record", type=Path, help="file to write; default: benchmarks/records/RECIPE.json")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        record = run(given.recipe, given.seeds, given.keep or Path(folder))
+    path = given.record or RECORDS / f"{given.recipe}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
