@@ -18,7 +18,9 @@ def demo(
         bool, typer.Option("--train", help="Train the decoder here, in minutes, not use the one shipped.")
     ] = False,
     facts: Annotated[int, typer.Option(min=1, max=32, help="Facts told first and asked for at the end.")] = 8,
-    distraction: Annotated[int, typer.Option(min=0, help="Chunks told in between, each with a fact of its own.")] = 128,
+    distraction: Annotated[
+        int, typer.Option(min=0, max=5000, help="Chunks told in between, each with a fact of its own.")
+    ] = 128,
     streams: Annotated[int, typer.Option(min=1, help="Memories that the curves are measured on.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
     threads: Threads = 2,
@@ -39,8 +41,9 @@ def demo(
 
     from mplus.cli.demo_conversation import converse
     from mplus.cli.demo_recall import run
-    from mplus.cli.demo_recall_show import save_figure, show
+    from mplus.cli.demo_recall_show import check_figure, save_figure, show
 
+    check_figure(plot)  # before the work, not after it
     torch.set_num_threads(threads)
     report, conversation = run(
         train=train, facts=facts, distraction=distraction, streams=streams, seed=seed, threads=threads, quiet=as_json

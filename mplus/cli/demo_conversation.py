@@ -16,13 +16,11 @@ Relations are {relations}; end with an empty line.
 
 def converse(talk: Talk, read: Callable[[str], str] = input, say: Callable[[str], None] = print) -> None:
     """Read lines until an empty one or the end of input; what is wrong is said, and the conversation goes on."""
-    from mplus.training.recall import words
-
-    say(HELP.format(relations=", ".join(words.VALUES)))
+    say(HELP.format(relations=", ".join(talk.language.relation_names)))
     turns = 0
     while True:
         try:
-            line = read("> ").strip().rstrip("?").strip()
+            line = read("> ").strip(" ?.\t")
         except (EOFError, KeyboardInterrupt):
             return
         if not line:

@@ -14,7 +14,7 @@ from mplus.cli.demo_talk import Answer, Talk
 from mplus.evaluation.recall.retention import retention
 from mplus.evaluation.recall.telling import Telling
 from mplus.evaluation.report import Report
-from mplus.hf.shipped import RECALL_TINY, load_recall
+from mplus.hf.shipped import load_recall
 from mplus.memory import Memory
 from mplus.training.recall.episodes import draw_facts, make_episode
 from mplus.training.recall.language import Language
@@ -93,8 +93,9 @@ def run(
     conversation = Talk(model, tokenizer, Language(), seed)
     asked = told_and_asked(conversation, facts, distraction, seed)
     ages = tuple(age for age in AGES if age <= max(distraction, 16))
-    curves = retention(model, Telling(ages=ages, streams=streams, rounds=ROUNDS, seed=seed + 1), arms=ARMS)
     memory, config = conversation.memory, model.mplus_config
+    sizes = {"chunk_tokens": config.chunk_tokens, "tail": config.memory_tokens_per_chunk}
+    curves = retention(model, Telling(**sizes, ages=ages, streams=streams, rounds=ROUNDS, seed=seed + 1), arms=ARMS)
     return (
         RecallDemo(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -118,8 +119,8 @@ def trained(seed: int, quiet: bool) -> tuple[Any, Any, float]:
     from mplus.training import train
 
     begun = time.perf_counter()
-    result = train("recall-tiny", seed=seed, progress=not quiet)
-    return result.model, load_recall()[1], time.perf_counter() - begun
+    result = train("recall-tiny", seed=seed, progress=False if quiet else None)
+    return result.model, result.tokenizer, time.perf_counter() - begun
 
 
 def told_and_asked(conversation: Talk, facts: int, distraction: int, seed: int) -> list[Asked]:
@@ -157,11 +158,6 @@ def short_term_only(memory: Memory) -> Memory:
         for layer in range(store.layout.layers):
             store.remove(layer, store.ids(layer))
     return twin
-
-
-def checkpoint_size() -> int:
-    """Bytes of the shipped checkpoint."""
-    return sum(file.stat().st_size for file in RECALL_TINY.rglob("*") if file.is_file())
 
 
 def right(asked: Sequence[Asked]) -> int:

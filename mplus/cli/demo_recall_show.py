@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import attrs
 from rich.console import Console
 from rich.table import Table
 
 from mplus.cli.demo_recall import RecallDemo, right
-from mplus.errors import MissingDependencyError
+from mplus.errors import ConfigError, MissingDependencyError
 from mplus.evaluation.tables import show as show_curves
+from mplus.training.recall import words
 
 NO_FIGURE = "matplotlib is not installed, so there is no figure: pip install 'mplus[eval]'"
+
+
+def check_figure(path: Path) -> None:
+    """Raise ConfigError unless a figure can be written to ``path``."""
+    from mplus.evaluation.plots import check_paths
+
+    check_paths([path])
+    if not path.parent.is_dir():
+        raise ConfigError(f"--plot must be a file in a folder that is there, got {path}")
 
 
 def save_figure(report: RecallDemo, path: Path) -> Path | None:
@@ -37,35 +48,31 @@ def show(report: RecallDemo, figure: Path | None, console: Console | None = None
     told = [one for one in report.asked if one.told_as is not None]
     untold = [one for one in report.asked if one.told_as is None]
     console.print(
-        f"Right: {right(told)} of {len(told)} told, {right(untold)} of {len(untold)} never told "
-        "(the right answer is then 'unknown').\n"
+        "ago: chunks told since. row from: where the retrieved row with the best score was written. known: how sure "
+        "the decoder is that it was told.\n"
     )
-    console.print("Accuracy over age, in chunks told since the fact:")
-    show_curves(report.curves, console)
-    console.print(f"Figure: {figure}" if figure is not None else NO_FIGURE)
+    console.print(
+        f"Right: {right(told)} of {len(told)} told, {right(untold)} of {len(untold)} never told (the right answer is "
+        f"then '{words.UNKNOWN}').\n"
+    )
+    show_curves(attrs.evolve(report.curves, settings={}, circumstances={}), console)
+    console.print("Every setting: mplus demo --json")
+    console.print(f"Figure: {figure}" if figure is not None else NO_FIGURE, markup=False, soft_wrap=True)
     console.print(f"{report.seconds:.0f} seconds in all, imports included.")
 
 
 def _questions(report: RecallDemo) -> Table:
-    table = Table(title="Asked", title_justify="left")
-    for name in (
-        "question",
-        "told as",
-        "chunks ago",
-        "right answer",
-        "with M+",
-        "STM only",
-        "best row came from",
-        "known",
-    ):
-        table.add_column(name, justify="right" if name in {"chunks ago", "known"} else "left")
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("question")
+    for name in ("told as", "ago", "right", "M+", "STM only", "row from", "known"):
+        table.add_column(name, justify="right" if name in {"ago", "known"} else "left", no_wrap=True)
     for one in report.asked:
         mark = "green" if one.right else "red"
         table.add_row(
             one.answer.question,
-            one.told_as or "-",
+            one.told_as or "never",
             "-" if one.age is None else str(one.age),
-            one.value or "(never told)",
+            one.value or words.UNKNOWN,
             f"[{mark}]{one.answer.words}[/]",
             one.short_term.words,
             one.answer.source or "-",

@@ -85,9 +85,14 @@ class Language:
             found[self.held_out(person)].append(person)
         return found
 
+    @property
+    def relation_names(self) -> tuple[str, ...]:
+        """The relations."""
+        return (*words.VALUES, words.NUMBER)[: self.relations]
+
     def relation(self, fact: int) -> str:
         """The relation of a fact."""
-        return (*words.VALUES, words.NUMBER)[fact // self.names]
+        return self.relation_names[fact // self.names]
 
     def held_out(self, fact: int) -> bool:
         """Whether the fact's two names are never seen together in training."""
@@ -122,7 +127,7 @@ class Language:
             InputError: it is no question of this language; the message says what one looks like.
         """
         given = question.lower().split()
-        relations = [*words.VALUES, words.NUMBER][: self.relations]
+        relations = self.relation_names
         firsts, lasts = words.FIRST_NAMES[: self.firsts], words.LAST_NAMES[: self.lasts]
         well_formed = len(given) == 4 and given[1] == words.OF
         if not (well_formed and given[0] in relations and given[2] in firsts and given[3] in lasts):
