@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -106,7 +107,7 @@ def build_for_training(
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(model_type, **{**_of_tokenizer(tokenizer), **fields}), dtype=torch.float32
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise ConfigError(f"a {model_type} with {dict(fields)} cannot be built: {error}") from error
     if init == "mimetic":
         start_mimetic(model)
@@ -157,8 +158,8 @@ def start_mimetic(model: Any) -> None:
         down.weight.mul_(1 / math.sqrt(2 * len(downs)))
 
 
-def load_tokenizer_of(name: str) -> Any:
-    """The tokenizer in a folder or on the Hub. Raises ConfigError when there is none."""
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer in a folder, on the Hub, or of a shipped decoder. Raises ConfigError when there is none."""
     try:
         return AutoTokenizer.from_pretrained(SHIPPED.get(name, name))
     except (OSError, ValueError) as error:

@@ -95,7 +95,7 @@ def change(table: dict[str, Any], settings: Mapping[str, Any], remove: Iterable[
     """Remove settings of a recipe's table, then set others, in place. Raises ConfigError when a path leads nowhere."""
     for path in remove:
         for holder, key in _places(table, path, path.split(".")):
-            if key not in holder:
+            if isinstance(holder, dict) and key not in holder:
                 raise ConfigError(f"{path!r} must be a setting of the recipe to be removed")
             del holder[key]
     for path, value in settings.items():
@@ -103,20 +103,19 @@ def change(table: dict[str, Any], settings: Mapping[str, Any], remove: Iterable[
             holder[key] = copy.deepcopy(value)
 
 
-def _places(holder: Any, path: str, keys: list[str]) -> Iterable[tuple[dict[str, Any], str]]:
-    """The tables that ``path`` ends in, and its last key."""
+def _places(holder: Any, path: str, keys: list[str]) -> list[tuple[Any, Any]]:
+    """What ``path`` ends in, tables or lists, with its last key there."""
     key, rest = keys[0], keys[1:]
     if isinstance(holder, dict):
-        if not rest:
-            return [(holder, key)]
-        return _places(holder.setdefault(key, {}), path, rest)
-    if isinstance(holder, list) and rest:
-        if key == "*":
-            return [place for one in holder for place in _places(one, path, rest)]
-        if key.isdecimal() and int(key) < len(holder):
-            return _places(holder[int(key)], path, rest)
+        return _places(holder.setdefault(key, {}), path, rest) if rest else [(holder, key)]
+    if not isinstance(holder, list):
+        raise ConfigError(f"{path!r} must be a path through tables of the recipe, which ends before {key!r}")
+    if key != "*" and not (key.isdecimal() and int(key) < len(holder)):
         raise ConfigError(f"{path!r} must have a number below {len(holder)} or * where it has {key!r}")
-    raise ConfigError(f"{path!r} must be a path through tables of the recipe, which ends before {key!r}")
+    places = range(len(holder)) if key == "*" else [int(key)]
+    if not rest:
+        return [(holder, place) for place in places]
+    return [found for place in places for found in _places(holder[place], path, rest)]
 
 
 def _cap(table: dict[str, Any], steps: int) -> None:

@@ -169,6 +169,7 @@ class _Run:
         self.seeds: list[int] = []
         self.missed: list[str] = []
         self.spent = 0.0
+        self.begun = False
 
     def result(self) -> TrainingResult:
         path = None if self.folder is None else self.folder.path
@@ -230,7 +231,8 @@ class _Run:
                 self.log.rewind(number, attempt.place.step)
         self.seeds.append(attempt.seed)
         attempt.history = {"seeds": self.seeds, "missed": self.missed, "spent": self.spent}
-        self._note(attempt, begun=True, resumed_at=None if saved is None else attempt.place.step)
+        self._note(attempt, begun=not self.begun, resumed_at=None if saved is None else attempt.place.step)
+        self.begun = True
         return attempt
 
     def _note(

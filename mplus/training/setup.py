@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mplus.hf.bpe_tokenizer import train_tokenizer
-from mplus.hf.train_model import build_for_training, load_for_training, load_tokenizer_of
+from mplus.hf.train_model import build_for_training, load_for_training, load_tokenizer
 from mplus.training.data import SOURCES
 from mplus.training.data.chance import Draws
 from mplus.training.data.documents import open_documents
@@ -36,14 +36,14 @@ def make_tokenizer(recipe: Recipe, folder: Path | None) -> Any:
         if rank() == 0 and not folder.exists():
             train_tokenizer(_texts(recipe, wanted), wanted.vocabulary).save_pretrained(folder)
         wait()
-        return load_tokenizer_of(str(folder))
+        return load_tokenizer(str(folder))
     if wanted == RECALL:
         from mplus.training.recall.speaker import recall_tokenizer
 
         return recall_tokenizer()
     if wanted is None and recipe.model.path is None:
         return None
-    return load_tokenizer_of(wanted or recipe.model.path or "")
+    return load_tokenizer(wanted or recipe.model.path or "")
 
 
 def _texts(recipe: Recipe, wanted: NewTokenizer) -> Iterator[str]:
