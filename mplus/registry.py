@@ -18,7 +18,14 @@ from mplus.errors import ConfigError, DuplicateNameError, MissingDependencyError
 
 T = TypeVar("T")
 
-EXTRAS: Mapping[str, str] = {"bm25s": "eval", "faiss": "faiss", "matplotlib": "eval", "triton": "triton"}
+EXTRAS: Mapping[str, str] = {
+    "bm25s": "eval",
+    "datasets": "train",
+    "faiss": "faiss",
+    "matplotlib": "eval",
+    "tensorboard": "train",
+    "triton": "triton",
+}
 """Optional top-level module -> the extra of mplus that installs it."""
 
 
