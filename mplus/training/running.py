@@ -255,7 +255,7 @@ class _Run:
         """The trained decoder as one whole, in eval mode."""
         if not attempt.sharded:
             return attempt.model.eval()
-        weights = {name: whole(parameter).detach().cpu() for parameter, name in attempt.names().items()}
+        weights = {name: whole(parameter).detach().cpu() for parameter, name in attempt.trained.items()}
         model = make_model(self.recipe, attempt.seed, self.tokenizer)
         trained: dict[str, nn.Parameter] = choose_trained(model, self.recipe.optimizer.parameters)
         for name, parameter in trained.items():

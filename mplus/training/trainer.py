@@ -74,6 +74,10 @@ class Attempt:
         log: takes the metrics; None in processes other than the first.
         store: takes the checkpoints; None: none are written.
         progress: show a bar; None: on a terminal.
+
+    Attributes:
+        trained: parameters that are trained -> their names.
+        sharded: whether each process holds only a part of them.
     """
 
     def __init__(
@@ -115,16 +119,14 @@ class Attempt:
         self.step: TrainingStep = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
         self.optimizer: torch.optim.Optimizer = getattr(prepared, "optimizer", prepared)
         self.scheduler = make_scheduler(self.optimizer, options, self.recipe.steps)
+        # Taken once: after a forward without backward a sharded module shows whole weights as its parameters.
+        self.trained: dict[Any, str] = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
+        self.sharded = any(is_sharded(parameter) for parameter in self.trained)
 
     @property
     def model(self) -> Any:
         """The wrapped decoder."""
         return self.step.model
-
-    @property
-    def sharded(self) -> bool:
-        """Whether its weights are spread over processes."""
-        return any(is_sharded(parameter) for parameter in self.model.parameters())
 
     @property
     def stage(self) -> Stage:
@@ -311,7 +313,7 @@ class Attempt:
         """Write a checkpoint, where there is a place for them. Raises CheckpointError."""
         if self.store is None:
             return
-        place, names = self.place, self.names()
+        place, names = self.place, self.trained
         shared = {
             "weights": {name: whole(parameter).detach().cpu() for parameter, name in names.items()},
             "optimizer": optimizer_state(self.optimizer, names),
@@ -335,7 +337,7 @@ class Attempt:
     def load(self, saved: Saved) -> None:
         """Go on from a checkpoint. Raises CheckpointError when it is of another recipe or model."""
         self.facts.check(saved.manifest, saved.folder)
-        position, place, names = saved.manifest, self.place, self.names()
+        position, place, names = saved.manifest, self.place, self.trained
         for name in ("stage", "in_stage", "step", "seconds", "stages"):
             setattr(place, name, position[name])
         with torch.no_grad():
@@ -360,10 +362,6 @@ class Attempt:
             self.memories.curriculum.load_state_dict(own["memories"]["curriculum"])
             place.recent = deque(position["recent"], maxlen=stage.until.window if stage.until is not None else 0)
         set_random_state(own["random"])
-
-    def names(self) -> dict[Any, str]:
-        """What is trained, with names."""
-        return {p: name for name, p in self.model.named_parameters() if p.requires_grad}
 
 
 def revisiting() -> Any:

@@ -1,0 +1,129 @@
+"""One of several processes that train together: ``python -m tests.training.parallel_worker KIND... FOLDER``.
+
+Writes to ``FOLDER/KIND.pt`` the gradient of the first step, the losses of all steps and the trained weights, and
+leaves the run itself in ``FOLDER/KIND``. The first steps are done, then the run is resumed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+
+from mplus.training import train, trainer
+from mplus.training.parallel import rank
+from mplus.training.sharding import whole
+from tests.training.recipes import recipe
+
+STEPS = 20
+BREAK = 8
+
+
+def table(streams: int) -> dict[str, Any]:
+    """Streams differ in how many of their tokens are to be predicted, and in which texts are about something."""
+    return recipe(
+        streams=streams,
+        data__many__unknown=0.4,
+        data__many__language={"relations": 5, "firsts": 8, "lasts": 8},
+        data__one__language={"relations": 5, "firsts": 8, "lasts": 8},
+        stages__0__steps=5,
+        stages__1__steps=STEPS - 5,
+        metrics__every_steps=1,
+        checkpoints__every_steps=BREAK,
+        optimizer__learning_rate=1e-3,
+        validation={"every_steps": 10, "steps": 2, "objectives": [{"name": "multi_chunk", "data": "many"}]},
+    )
+
+
+def accelerator(kind: str) -> Any:
+    """Of accelerate, as its launcher would set it up."""
+    AcceleratorState._reset_state()
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    made = Accelerator(cpu=True, mixed_precision="no", kwargs_handlers=[unused])
+    if kind == "fsdp2":  # which accelerate sets up on GPUs only, though its code runs on CPUs as well
+        PartialState().distributed_type = made.state.distributed_type = DistributedType.FSDP
+        made.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
+        )
+    return made
+
+
+class Watch:
+    """Keeps the gradient of the first step, and losses by step."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, torch.Tensor] = {}
+        self._clip, self._step = trainer.clip, trainer.Attempt._one_step
+
+    def __enter__(self) -> Self:
+        watch = self
+
+        def one_step(attempt: Any, stage: Any) -> bool:
+            names = attempt.trained
+
+            def clip(optimizer: Any, largest: Any) -> list[float]:
+                if not watch.gradients:
+                    watch.gradients = {
+                        name: whole(parameter.grad).clone()
+                        for parameter, name in names.items()
+                        if parameter.grad is not None
+                    }
+                return watch._clip(optimizer, largest)
+
+            trainer.clip = clip
+            return watch._step(attempt, stage)
+
+        trainer.Attempt._one_step = one_step
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        trainer.clip, trainer.Attempt._one_step = self._clip, self._step
+
+
+class Stopped(Exception):
+    """As if the processes had been killed."""
+
+
+def watched(folder: Path, streams: int, made: Any) -> dict[str, Any]:
+    """Train until ``BREAK``, resume, and tell what came of it."""
+    with Watch() as watch:
+        original = trainer.Attempt._one_step
+
+        def one_step(attempt: Any, stage: Any) -> bool:
+            if attempt.place.step == BREAK:
+                raise Stopped
+            return original(attempt, stage)
+
+        trainer.Attempt._one_step = one_step
+        with suppress(Stopped):
+            train(table(streams), out=folder, accelerator=made, progress=False)
+        trainer.Attempt._one_step = original
+        result = train(table(streams), resume=folder, accelerator=made, progress=False)
+    return {
+        "gradients": watch.gradients,
+        "losses": [record["total_loss"] for record in result.records if "total_loss" in record],
+        "validation": [r["validation/multi_chunk/loss"] for r in result.records if "validation/multi_chunk/loss" in r],
+        "weights": {name: tensor.clone() for name, tensor in result.model.state_dict().items()},
+    }
+
+
+def main() -> None:
+    """Train in every way asked for."""
+    *kinds, folder = sys.argv[1:]
+    torch.set_num_threads(1)
+    for kind in kinds:
+        made = accelerator(kind)
+        found = watched(Path(folder) / kind, 4 // int(os.environ["WORLD_SIZE"]), made)
+        if rank() == 0:
+            torch.save(found, Path(folder) / f"{kind}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

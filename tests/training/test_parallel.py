@@ -1,0 +1,112 @@
+"""Two processes with two streams each train what one process with four streams trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mplus
+from mplus.training import train
+from tests.training.parallel_worker import STEPS, table, watched
+
+ROOT = Path(__file__).parents[2]
+KINDS = ("ddp", "fsdp2")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process with all streams."""
+    return watched(tmp_path_factory.mktemp("runs") / "alone", 4, None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What two processes wrote, with DDP and with FSDP2."""
+    folder = tmp_path_factory.mktemp("runs")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tests.training.parallel_worker", *KINDS, str(folder)]
+    shared = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    started = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        output = [process.communicate(timeout=240)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], "\n".join(output)
+    return folder
+
+
+@pytest.fixture(params=KINDS)
+def together(request, folder):
+    """What came of one of them, and its run."""
+    return torch.load(folder / f"{request.param}.pt", weights_only=True), folder / request.param
+
+
+def test_the_first_gradient_is_that_of_one_process(alone, together):
+    found, expected = together[0]["gradients"], alone["gradients"]
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        error = float((found[name] - gradient).norm() / gradient.norm().clamp(min=1e-12))
+        assert error < 1e-6, (name, error)
+
+
+def test_the_losses_stay_those_of_one_process(alone, together):
+    """Across a resume in the middle, too."""
+    assert len(alone["losses"]) == STEPS
+    assert together[0]["losses"] == pytest.approx(alone["losses"], rel=0, abs=1e-4)
+    assert together[0]["validation"] == pytest.approx(alone["validation"], rel=0, abs=1e-4)
+
+
+def test_the_model_is_one_whole(alone, together):
+    found, run = together
+    loaded = mplus.from_pretrained(run / "model", check=False).state_dict()
+    assert loaded.keys() == alone["weights"].keys() == found["weights"].keys()
+    for name, tensor in alone["weights"].items():
+        assert torch.equal(loaded[name], found["weights"][name])
+        torch.testing.assert_close(loaded[name], tensor, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_a_run_of_two_processes_is_not_resumed_by_one(together):
+    with pytest.raises(mplus.errors.CheckpointError, match=r"is of another recipe: streams: 2 then, 4 now"):
+        train(table(4), resume=together[1])
+    with pytest.raises(mplus.errors.CheckpointError, match=r"must go on in as many processes .*: 2 then, 1 now"):
+        train(table(2), resume=together[1])
+
+
+def test_each_process_wrote_memories_of_its_own(together):
+    newest = max((together[1] / "checkpoints").iterdir(), key=lambda path: path.name)
+    assert {path.name for path in newest.iterdir()} == {
+        "checkpoint.json",
+        "training.pt",
+        "process-0.pt",
+        "process-1.pt",
+    }
+    assert json.loads((newest / "checkpoint.json").read_text())["processes"] == 2
+    note = json.loads((together[1] / "run.json").read_text())
+    assert [start["processes"] for start in note["starts"]] == [2, 2]
