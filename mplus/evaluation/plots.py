@@ -93,8 +93,9 @@ def _figure(report: Report) -> Any:
     need("matplotlib.backends.backend_agg", "drawing a report").FigureCanvasAgg(figure)
     bottom = (LINE * len(lines) + 0.65) / height
     axes = figure.add_axes((0.08, bottom, 0.68, 1 - bottom - 0.6 / height))
+    looks = styles([arm.name for arm in drawn(report)])
     for arm in drawn(report):
-        _curve(axes, arm)
+        _curve(axes, arm, *looks[arm.name])
     for curve, shade in zip(report.theory, ("#222222", "#888888", "#bbbbbb"), strict=False):
         ages = sorted(curve.accuracy_by_age)
         shares = [curve.accuracy_by_age[age] for age in ages]
@@ -107,8 +108,13 @@ def _figure(report: Report) -> Any:
     return figure
 
 
-def _curve(axes: Any, arm: Arm) -> None:
-    colour, marker = STYLES.get(arm.name, OTHER)
+def styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each: its own, or one that none of the others has; ``OTHER`` where those have run out."""
+    free = iter([style for name, style in STYLES.items() if name not in names])
+    return {name: STYLES.get(name) or next(free, OTHER) for name in names}
+
+
+def _curve(axes: Any, arm: Arm, colour: str, marker: str) -> None:
     ages = [cell.age for cell in arm.cells]
     shares = [cell.accuracy for cell in arm.cells]
     low, high = zip(*(cell.interval for cell in arm.cells), strict=True)
