@@ -64,7 +64,7 @@ def only_until(folder, step, target):
     return target
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 5, 7, 11, 12])
+@pytest.mark.parametrize("step", [2, 4, 7, 11])
 def test_resumed_is_uninterrupted_bit_for_bit(whole, step, tmp_path):
     """Within a stage, at its end, between metrics; dropout, revisits, long-term memory and validation included."""
     folder = only_until(whole.folder, step, tmp_path / "run")

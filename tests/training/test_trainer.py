@@ -15,6 +15,7 @@ from mplus.errors import CheckpointError, ConfigError, NonFiniteError, NotSuppor
 from mplus.hf.shipped import load_decoder
 from mplus.hf.train_model import choose_trained
 from mplus.training import train
+from mplus.training.data.documents import DocumentOptions, open_documents
 from mplus.training.dense import DenseDecoder
 from mplus.training.objectives import OBJECTIVES
 from mplus.training.objectives.base import Outcome
@@ -42,7 +43,7 @@ STORIES = {
         "adapters": {"rank": 2, "dropout": 0.1},
     },
     "optimizer": {"learning_rate": 1e-3, "retriever_learning_rate": 5e-3},
-    "data": {"novel": {"kind": "documents", "shipped": "novel", "chunk_tokens": [8, 16], "target_tokens": 24}},
+    "data": {"novel": {"kind": "documents", "chunk_tokens": [8, 16], "target_tokens": 24}},
     "stages": [
         {
             "name": "all",
@@ -60,6 +61,16 @@ STORIES = {
         }
     ],
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def page(tmp_path_factory):
+    """Some pages of the novel for ``STORIES``: encoding all of it takes longer than training."""
+    (whole,) = open_documents(DocumentOptions(shipped="novel")).iterate()
+    path = tmp_path_factory.mktemp("texts") / "novel.txt"
+    path.write_text(whole.text[:40_000], encoding="utf-8")
+    STORIES["data"]["novel"]["paths"] = str(path)
+    return path
 
 
 def weights(model):
@@ -215,7 +226,7 @@ def test_validation_changes_nothing():
     assert all("validation/multi_chunk/loss" in record for record in found)
     assert "loss" not in found[0]
     # The same turns every time: only training changes what comes out.
-    still = train({**STORIES, "validation": validation, "optimizer": {"learning_rate": 0.0}})
+    still = train({**STORIES, "validation": validation, "optimizer": {"learning_rate": 0.0}}, steps=2)
     losses = {r["validation/plain_lm/loss"] for r in still.records if "validation/plain_lm/loss" in r}
     assert len(losses) == 1
 
@@ -334,11 +345,11 @@ def test_schedules():
     assert rates(schedule="cosine") == pytest.approx(cosine)
 
 
-def test_a_new_tokenizer_comes_from_the_data_and_goes_with_the_run(tmp_path):
+def test_a_new_tokenizer_comes_from_the_data_and_goes_with_the_run(tmp_path, page):
     table = recipe(
         ("data.one", "data.many", "stages.1"),
         model__tokenizer={"data": ["novel"], "vocabulary": 300, "characters": 20_000},
-        data__novel={"kind": "documents", "shipped": "novel", "chunk_tokens": 12, "target_tokens": 8},
+        data__novel={"kind": "documents", "paths": str(page), "chunk_tokens": 12, "target_tokens": 8},
         stages__0__objectives=[{"name": "single_context", "data": "novel"}],
     )
     result = train(table, out=tmp_path / "run", steps=1)
