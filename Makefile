@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt tools/environment.sh
 	tools/environment.sh $(VENV)
 	@touch $@
 
-demo: $(VENV)/.installed  ## Read a novel into the memory of a small decoder and generate with it
+demo: $(VENV)/.installed  ## Tell a small decoder facts, ask for them much later, and draw what was retained
 	$(VENV)/bin/mplus demo
 
 test: lint type pytest docs  ## Everything a change must pass

@@ -40,7 +40,7 @@ def quote(record: dict[str, Any]) -> str:
     rows = layer["short_term"] + layer["pending"] + layer["long_term"]
     told = list(zip(saved["here"]["tokens"], saved["in_new_process"]["tokens"], strict=True))
     return (
-        f"> `make demo`: a decoder of {record['parameters']:,} parameters reads all of "
+        f"> `mplus demo-novel`: a decoder of {record['parameters']:,} parameters reads all of "
         f"*{record['novel'].partition(' (')[0]}*, {record['tokens']:,} tokens.\n"
         f"> It writes {write['tokens_per_second']:,.0f} tokens/s into memory "
         f"(the decoder alone runs over them at {write['base_tokens_per_second']:,.0f}) and keeps\n"
