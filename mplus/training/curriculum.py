@@ -59,7 +59,7 @@ class Curriculum:
         shares = {index: draws.share() for index in range(len(self.stage.beside))}
         beside = tuple(one for index, one in enumerate(self.stage.beside) if shares[index] < (one.beside or 0.0))
         revisit = self.stage.revisit
-        if revisit is None or not main.objective.chunks:
+        if revisit is None or not main.objective.writes:
             return Plan(main, False, beside)
         self._renew = renew < revisit.renew
         possible = not self.last and self.gap > 0 and self.kept is not None
@@ -81,7 +81,7 @@ class Curriculum:
 
     def done(self, plan: Plan, turn: Turn) -> None:
         """Take note of a step that was done with ``turn``."""
-        if self.stage.revisit is None or not plan.main.objective.chunks:
+        if self.stage.revisit is None or not plan.main.objective.writes:
             return
         if not plan.revisit:
             if not self.last:

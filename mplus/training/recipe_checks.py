@@ -114,7 +114,7 @@ def _check_entry(recipe: Recipe, stage: Stage, entry: Entry) -> None:
         sets = [_known(recipe, entry.data)]
     elif entry.beside is None:
         raise ConfigError(f"data must name a data set ({', '.join(recipe.data)}), got None")
-    elif entry.objective.chunks:
+    elif entry.objective.writes:
         raise ConfigError("data must be given for an objective that writes, else a turn would be written twice")
     else:
         sets = [recipe.data[one.data] for one in stage.main if one.data in recipe.data]
@@ -151,7 +151,7 @@ def _check_episodes(recipe: Recipe, entries: Sequence[Entry]) -> None:
 
 
 def _check_revisit(stage: Stage) -> None:
-    if stage.revisit is not None and not any(entry.objective.chunks for entry in stage.main):
+    if stage.revisit is not None and not any(entry.objective.writes for entry in stage.main):
         raise ConfigError("revisit must go with an objective that writes, got none in this stage")
 
 

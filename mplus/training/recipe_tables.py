@@ -40,6 +40,11 @@ def _two_shares(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> N
         raise ConfigError(f"{attribute.name} must be two numbers of at least 0 and below 1, got {value!r}")
 
 
+def none_of_false(value: Any) -> Any:
+    """Converter: False to None, for which TOML has no word."""
+    return None if value is False else value
+
+
 def positive(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     """Validator: a number above 0, or None."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
@@ -128,7 +133,8 @@ class Optimizer:
         learning_rate: at the top of the schedule.
         retriever_learning_rate: of the retriever; None: the same.
         betas, weight_decay: of AdamW; the decay is on all that is trained.
-        clip: largest norm of the gradient, of the retriever's and of everything else's; None: no limit.
+        clip: largest norm of the gradient, of the retriever's and of everything else's; None (in TOML false): no
+            limit.
         warmup_steps: steps in which the rate rises to its top.
         schedule: how it falls: "cosine", "linear" or "constant".
         schedule_steps: after so many steps it has fallen; None: the steps of all stages.
@@ -142,7 +148,7 @@ class Optimizer:
     retriever_learning_rate: float | None = field(default=None, validator=attrs.validators.optional(number(0)))
     betas: tuple[float, float] = field(default=(0.9, 0.999), converter=_betas, validator=_two_shares)
     weight_decay: float = field(default=0.01, validator=number(0))
-    clip: float | None = field(default=1.0, validator=positive)
+    clip: float | None = field(default=1.0, converter=none_of_false, validator=positive)
     warmup_steps: int = field(default=0, validator=whole(0))
     schedule: Literal["cosine", "linear", "constant"] = field(
         default="cosine", validator=one_of("cosine", "linear", "constant")
@@ -158,11 +164,12 @@ class Checkpoints:
     """When the whole state of training is written into the run folder.
 
     Attributes:
-        every_steps, every_minutes: whichever comes first; None: not by this. One is written at the end of a stage too.
+        every_steps, every_minutes: whichever comes first; None (false): not by this. One is written at the end of
+            a stage too.
         keep: how many of the newest stay.
     """
 
-    every_steps: int | None = field(default=1000, validator=whole(1, optional=True))
+    every_steps: int | None = field(default=1000, converter=none_of_false, validator=whole(1, optional=True))
     every_minutes: float | None = field(default=None, validator=positive)
     keep: int = field(default=2, validator=whole(1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -63,6 +64,8 @@ class TrainingStep(nn.Module):
                 outcome = job.objective(decoder, streams, on_device(job.turn, device), job.retriever_loss)
                 losses.append(job.weight * outcome.loss.float())
                 for name, value in outcome.metrics.items():
+                    if math.isnan(value):  # nothing in the turn that it could be about
+                        continue
                     metrics[f"{job.label}/{name}"] = value
                     metrics.setdefault(name, value)
         return torch.stack(losses).sum(), metrics

@@ -234,7 +234,7 @@ class Attempt:
             turn = self._turn(plan.main)
             jobs = [self._job(stage, plan.main, turn)]
         for entry in plan.beside:
-            shared = entry.data is None or (entry.data == plan.main.data and not entry.objective.chunks)
+            shared = entry.data is None or (entry.data == plan.main.data and not entry.objective.writes)
             jobs.append(self._job(stage, entry, turn if shared else self._turn(entry)))
         return turn, jobs
 

@@ -56,6 +56,11 @@ class Objective(ABC):
         """How many chunks a turn for this objective should have."""
         return int(getattr(self.options, "chunks", 0))
 
+    @property
+    def writes(self) -> bool:
+        """Whether it writes the turn's chunks into the streams."""
+        return self.chunks > 0
+
     @abstractmethod
     def __call__(
         self, decoder: DenseDecoder, streams: StreamBatch, turn: Turn, retriever_loss: RetrieverLoss | None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from attrs import define, field
+
+from mplus.config import whole
 from mplus.errors import ConfigError
 from mplus.training.losses import RetrieverLoss, accuracy, token_loss
 from mplus.training.objectives.base import Objective, Outcome
@@ -20,8 +23,20 @@ class Window(Objective):
     Gradients: the decoder's own weights, where they are trained. It makes a baseline, or a decoder from nothing.
     """
 
+    @define(frozen=True, kw_only=True)
+    class Options(Objective.Options):
+        """``chunks``: chunks that a turn of its own has, for data that asks for what chunks tell; none is written."""
+
+        chunks: int = field(default=0, validator=whole(0))
+
+    options: Options
     name: ClassVar[str] = "window"
     metrics: ClassVar[tuple[str, ...]] = ("window_loss", "window_accuracy")
+
+    @property
+    def writes(self) -> bool:
+        """No."""
+        return False
 
     def __call__(
         self, decoder: DenseDecoder, streams: StreamBatch, turn: Turn, retriever_loss: RetrieverLoss | None
