@@ -196,7 +196,9 @@ def save_trained(model: Any, folder: Path, tokenizer: Any, *, save_base: bool) -
 
 def set_checkpointing(model: Any) -> None:
     """Compute activations again in backward rather than keep them."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # The older name is deprecated, the newer one not everywhere.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def split_modules(model: Any) -> Any:
