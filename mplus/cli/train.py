@@ -109,6 +109,9 @@ def _show(result: TrainingResult) -> None:
         goal = f", {stage['metric']} {stage['value']:.3f}" if "metric" in stage else ""
         short = " (goal missed)" if stage.get("reached") is False else ""
         console.print(f"stage {stage['name']}: {stage['steps']} steps{goal}{short}")
+        for name, counts in stage.get("skipped", {}).items():
+            passed = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in counts.items())
+            console.print(f"  data {name}, skipped: {passed}")
     console.print(
         f"{result.steps} steps in {result.seconds:.0f} s, seed {result.seeds[-1]}, restarts: {result.restarts}"
     )

@@ -34,7 +34,7 @@ class TrainingResult:
         seed: the recipe's; ``seeds``: those of every attempt, the last one made the model.
         restarts: how often all began anew, because a stage missed its goal.
         missed: what it missed, per restart.
-        stages: per stage its name, steps and, where it had a goal, whether it was reached.
+        stages: per stage its name, steps, where it had a goal whether it was reached, and what its data skipped.
         steps: optimiser steps of the last attempt.
         seconds: spent in steps of the last attempt; ``seconds_in_all``: with those before restarts.
         records: lines of metrics.
@@ -105,10 +105,14 @@ def train(
     if out is not None and resume is not None:
         raise ConfigError(f"one of out and resume must be given, got {str(out)!r} and {str(resume)!r}")
     found = _read(recipe, resume, {**(settings or {}), **({} if seed is None else {"seed": seed})}, steps, dry_run)
-    accelerator = make_accelerator() if accelerator is None else accelerator
-    check_accelerator(accelerator)
-    with apart():
-        return _Run(found, out, resume, progress, accelerator).result()
+    used = make_accelerator() if accelerator is None else accelerator
+    check_accelerator(used)
+    try:
+        with apart():
+            return _Run(found, out, resume, progress, used).result()
+    finally:
+        if accelerator is None:
+            used.free_memory()  # it keeps what it prepared, those of attempts that failed too
 
 
 def _read(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from typing import Any
 
 import attrs
@@ -20,7 +20,7 @@ from mplus.training.checkpoint import CheckpointStore, Facts, Saved, random_stat
 from mplus.training.curriculum import Curriculum, Plan
 from mplus.training.metrics import Means, MetricsLog
 from mplus.training.optimizing import clip, make_optimizer, make_scheduler, optimizer_state
-from mplus.training.parallel import processes, rank, sums
+from mplus.training.parallel import gathered, processes, rank, sums
 from mplus.training.recipe import Entry, Recipe, Stage
 from mplus.training.setup import derived, make_model, make_source
 from mplus.training.sharding import is_sharded, like, whole
@@ -173,10 +173,20 @@ class Attempt:
                     f"stage {stage.name!r} must reach {stage.until.metric} {stage.until.at_least:g} within "
                     f"{stage.steps} steps, got {value:.3f} (seed {self.seed})"
                 )
-        place.stages.append(summary)
+        skipped = self._skipped()
+        place.stages.append({**summary, **({"skipped": skipped} if skipped else {})})
         place.stage, place.in_stage = place.stage + 1, 0
         self.memories = None
         self.save()
+
+    def _skipped(self) -> dict[str, dict[str, int]]:
+        """What data passed over in this stage, over all processes: data set -> reason -> count."""
+        sources = {} if self.memories is None else self.memories.sources
+        found: dict[str, Counter[str]] = {}
+        for counts in gathered({name: getattr(source, "skipped", {}) for name, source in sources.items()}):
+            for name, some in counts.items():
+                found.setdefault(name, Counter()).update(some)
+        return {name: dict(counts) for name, counts in found.items() if counts}
 
     def _begin_memories(self, stage: Stage) -> Memories:
         count = stage.streams or self.recipe.streams

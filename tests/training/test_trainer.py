@@ -345,6 +345,17 @@ def test_schedules():
     assert rates(schedule="cosine") == pytest.approx(cosine)
 
 
+def test_documents_that_are_too_short_are_counted_skipped_and_reported(tmp_path):
+    lines = ["word " * count for count in (2, 60, 3, 70)]
+    (tmp_path / "texts.txt").write_text("\n\n".join(lines), encoding="utf-8")
+    data = {"kind": "documents", "paths": str(tmp_path / "texts.txt"), "separator": "\n\n", "shuffle": False}
+    table = {**STORIES, "data": {"novel": {**data, "chunk_tokens": 8, "target_tokens": 10}}}
+    objectives = [{"name": "two_chunk", "data": "novel"}]
+    result = train(table, settings={"stages.0.objectives": objectives, "stages.0.steps": 30})
+    assert result.stages[0]["skipped"]["novel"]["too_short"] > 2
+    assert result.plain()["stages"][0]["skipped"]["novel"]["unused_tokens"] > 0
+
+
 def test_a_new_tokenizer_comes_from_the_data_and_goes_with_the_run(tmp_path, page):
     table = recipe(
         ("data.one", "data.many", "stages.1"),
