@@ -101,6 +101,17 @@ class Retriever(nn.Module, ABC):
         """``[M, d]`` -> keys ``[M, r]``, or None when ``key_size`` is 0. Called once, when a row leaves the STM."""
         return None
 
+    def project_encoder_queries(self, layer: int, hidden: Tensor) -> Tensor:
+        """``[B, K, d]`` memory rows -> queries ``[B, K, r]`` for rows of the same source: for training only.
+
+        Raises:
+            NotSupported: the retriever has no such projection.
+        """
+        raise NotSupported(
+            f"the retriever {self.name!r} has no encoder queries: use 'linear' with encoder_queries = true, or set "
+            "encoder_weight = 0"
+        )
+
     def score(self, layer: int, queries: Tensor, query_mask: Tensor, keys: Tensor) -> Tensor:
         """What ``select`` ranks rows by, differentiable and in batches: for training.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from attrs import define, field
 from torch import Tensor, nn
 
-from mplus.config import one_of, whole
+from mplus.config import flag, one_of, whole
 from mplus.retrievers.base import Retriever, RetrieverShape, Selection, check_selection, top_k
 from mplus.retrievers.scores import SCORES, score_rows
 
@@ -33,11 +33,14 @@ class LinearRetriever(Retriever):
             layers: 2 for ``Linear(d, 2r) - SiLU - Linear(2r, r)``, 1 for ``Linear(d, r)``; both without biases.
             score: "mean_dot": ``(mean_i q_i) . k`` over the text's tokens i, one query vector for a text;
                 "sigmoid_mean": ``mean_i sigmoid(q_i . k)`` (M+ section 3.2, and all published checkpoints).
+            encoder_queries: a third projector, with which rows ask for rows of their own source; trained beside the
+                others where a recipe wants it, and not used in reading (released code).
         """
 
         width: int = field(default=256, validator=whole(1))
         layers: int = field(default=2, validator=one_of(1, 2))
         score: Literal["mean_dot", "sigmoid_mean"] = field(default="mean_dot", validator=one_of(*SCORES))
+        encoder_queries: bool = field(default=False, validator=flag)
 
         @classmethod
         def defaults(cls, variant: str) -> dict[str, Any]:
@@ -52,6 +55,9 @@ class LinearRetriever(Retriever):
         self.key_size = self.options.width
         self.query_proj = nn.ModuleList(_projector(shape.hidden_size, self.options) for _ in range(shape.layers))
         self.key_proj = nn.ModuleList(_projector(shape.hidden_size, self.options) for _ in range(shape.layers))
+        if self.options.encoder_queries:
+            projectors = (_projector(shape.hidden_size, self.options) for _ in range(shape.layers))
+            self.encoder_query_proj = nn.ModuleList(projectors)
 
     def project_queries(self, layer: int, hidden: Tensor) -> Tensor:
         """``[B, T, d]`` -> ``[B, T, r]`` in the dtype of the projectors."""
@@ -60,6 +66,12 @@ class LinearRetriever(Retriever):
     def project_keys(self, layer: int, hidden: Tensor) -> Tensor:
         """``[M, d]`` -> ``[M, r]`` in the dtype of the projectors."""
         return _project(self.key_proj[layer], hidden)
+
+    def project_encoder_queries(self, layer: int, hidden: Tensor) -> Tensor:
+        """``[B, K, d]`` -> ``[B, K, r]``. Raises NotSupported without ``encoder_queries``."""
+        if not self.options.encoder_queries:
+            return super().project_encoder_queries(layer, hidden)
+        return _project(self.encoder_query_proj[layer], hidden)
 
     def score(self, layer: int, queries: Tensor, query_mask: Tensor, keys: Tensor) -> Tensor:
         """See ``Retriever.score``."""

@@ -32,6 +32,8 @@ class LayerRead:
         place: ``[B, c]`` int64, the places that a retriever loss asked for; None where it did not.
         candidates: ``[B, c, d]`` the rows there, after the input norm.
         candidate_source: ``[B, c]`` int64.
+        newest: ``[B, K, d]`` the newest short-term rows after the input norm, for a retriever loss.
+        newest_source: ``[B, K]`` int64.
     """
 
     text: Tensor
@@ -41,6 +43,8 @@ class LayerRead:
     place: Tensor | None = None
     candidates: Tensor | None = None
     candidate_source: Tensor | None = None
+    newest: Tensor | None = None
+    newest_source: Tensor | None = None
 
 
 @define(frozen=True, eq=False)
@@ -163,6 +167,10 @@ class StreamSource:
             rows = rows.gather(1, read.place[..., None].expand(-1, -1, rows.shape[2])).to(text)
             read.candidates = rows if spec.norm is None else spec.norm(rows)
             read.candidate_source = sources.gather(1, read.place)
+            new = slice(max(streams.rows - self.engine.config.memory_tokens_per_chunk, 0), None)
+            newest = streams.stm[layer][:, new].to(text)
+            read.newest = newest if spec.norm is None else spec.norm(newest)
+            read.newest_source = streams.stm_source[layer][:, new]
         return read
 
     @torch.no_grad()

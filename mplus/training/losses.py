@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mplus.config import flag, number, one_of, whole
+from mplus.errors import ConfigError
 from mplus.retrievers.base import Retriever
 from mplus.training.parallel import mean_of
 from mplus.training.turns import IGNORED, NO_ONE
 
 if TYPE_CHECKING:
-    from mplus.training.dense import Read
+    from mplus.training.dense import LayerRead, Read
 
 EPSILON = 1e-5
 """Added to probabilities before their logarithm (published constant)."""
@@ -69,6 +70,9 @@ class RetrieverLoss:
         negatives: "stream": a text's own stream gives the rows it is to be told from; "batch": all streams do, except
             rows written from the same source. With "batch" the loss depends on how many streams a process holds.
         candidates: rows of each stream that are scored: all that its texts are about, then others at random.
+        encoder_weight: factor on a second loss, of the same kind, in which the newest chunk's rows ask which other
+            rows were written from its source (released code; the retriever needs ``encoder_queries``). For data in
+            which several chunks have one source.
     """
 
     kind: Literal["contrastive", "bce"] = field(default="contrastive", validator=one_of("contrastive", "bce"))
@@ -76,6 +80,7 @@ class RetrieverLoss:
     detach: bool = field(default=True, validator=flag)
     negatives: Literal["stream", "batch"] = field(default="stream", validator=one_of("stream", "batch"))
     candidates: int = field(default=96, validator=whole(1))
+    encoder_weight: float = field(default=0.0, validator=number(0))
 
     def wanted(self, about: Tensor, generators: Sequence[torch.Generator]) -> Any:
         """The ``candidates`` argument of ``DenseDecoder.read`` for texts ``about`` ``[B, R]``.
@@ -100,24 +105,40 @@ class RetrieverLoss:
             queries: ``[B, R, T]`` bool, the tokens that retrieve.
             about: ``[B, R]`` int64; texts about ``NO_ONE``, or about what is no longer held, do not count.
         """
-        terms = [self._layer(retriever, layer, seen, queries, about) for layer, seen in read.layers.items()]
-        return self.weight * torch.stack(terms).mean()
+        terms = []
+        for layer, seen in read.layers.items():
+            term = self.weight * self._read_term(retriever, layer, seen, queries, about)
+            if self.encoder_weight:
+                term = term + self.encoder_weight * self._write_term(retriever, layer, seen)
+            terms.append(term)
+        return torch.stack(terms).mean()
 
-    def _layer(self, retriever: Retriever, layer: int, seen: Any, queries: Tensor, about: Tensor) -> Tensor:
-        text, rows, source = seen.text, seen.candidates, seen.candidate_source
-        if self.detach:
-            text, rows = text.detach(), rows.detach()
+    def _read_term(self, retriever: Retriever, layer: int, seen: LayerRead, queries: Tensor, about: Tensor) -> Tensor:
+        text = seen.text.detach() if self.detach else seen.text
         batch, each, tokens, size = text.shape
         projected = retriever.project_queries(layer, text.reshape(batch * each, tokens, size))
-        projected = projected.view(batch, each, tokens, -1)
-        keys = retriever.project_keys(layer, rows.flatten(0, 1))
+        return self._term(retriever, layer, seen, projected.view(batch, each, tokens, -1), queries, about)
+
+    def _write_term(self, retriever: Retriever, layer: int, seen: LayerRead) -> Tensor:
+        newest, source = _there(seen.newest), _there(seen.newest_source)
+        projected = retriever.project_encoder_queries(layer, newest.detach() if self.detach else newest)[:, None]
+        everything = torch.ones(projected.shape[:3], dtype=torch.bool, device=projected.device)
+        return self._term(retriever, layer, seen, projected, everything, source[:, -1:])
+
+    def _term(
+        self, retriever: Retriever, layer: int, seen: LayerRead, projected: Tensor, mask: Tensor, about: Tensor
+    ) -> Tensor:
+        """The loss of queries ``[B, R, T, r]`` for rows written from ``about`` ``[B, R]``."""
+        rows, source = _there(seen.candidates), _there(seen.candidate_source)
+        batch, each, tokens = projected.shape[:3]
+        keys = _there(retriever.project_keys(layer, (rows.detach() if self.detach else rows).flatten(0, 1)))
         positive = (source[:, None] == about[:, :, None]) & (about != NO_ONE)[:, :, None]
         if self.negatives == "stream":
-            scores = retriever.score(layer, projected, queries, keys.view(batch, -1, keys.shape[-1]))  # type: ignore[union-attr]
+            scores = retriever.score(layer, projected, mask, keys.view(batch, -1, keys.shape[-1]))
             usable = torch.ones_like(positive)
         else:
             flat = (1, batch * each)
-            scores = retriever.score(layer, projected.view(*flat, tokens, -1), queries.view(*flat, tokens), keys[None])  # type: ignore[index]
+            scores = retriever.score(layer, projected.view(*flat, tokens, -1), mask.reshape(*flat, tokens), keys[None])
             scores = scores.view(batch, each, -1)
             own = torch.eye(batch, dtype=torch.bool, device=about.device).repeat_interleave(rows.shape[1], 1)[:, None]
             same = source.flatten() == about[:, :, None]
@@ -128,6 +149,13 @@ class RetrieverLoss:
             if self.kind == "contrastive"
             else balanced_bce(scores, positive, usable)
         )
+
+
+def _there(tensor: Tensor | None) -> Tensor:
+    """What a read made for a retriever loss."""
+    if tensor is None:
+        raise ConfigError("a retriever loss needs a read made with its own candidates, and a retriever with keys")
+    return tensor
 
 
 def contrastive(scores: Tensor, positive: Tensor, usable: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ class Answerer(ABC):
     """One arm. Raises MissingDependencyError when made without a package it needs."""
 
     name: ClassVar[str]
+    rounds: ClassVar[int | None] = None
+    """Rounds it answers, where all of them would take too long; None: all."""
 
     @abstractmethod
     def answer(
@@ -138,6 +140,7 @@ class FullContext(TextArm):
     """The newest chunks, as many as fit into the decoder's positions; it can answer at the ages that lie inside."""
 
     name: ClassVar[str] = "full-context"
+    rounds: ClassVar[int | None] = 2
 
     def __init__(self, positions: int) -> None:
         self.positions = positions
