@@ -129,7 +129,7 @@ def make_accelerator() -> Any:
     """An accelerator for a ``TrainingStep``: parameters may be unused in a step, and precision is the recipe's."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(mixed_precision="no", kwargs_handlers=[unused])
 
 
