@@ -1,0 +1,214 @@
+"""Write ``docs/results.md``, its figure and what the README quotes from ``benchmarks/records``.
+
+python -m tools.results_page
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from mplus.evaluation.plots import draw
+from mplus.evaluation.pooling import pool
+from mplus.evaluation.report import Report
+from tools import recording
+
+RECORDS = recording.ROOT / "benchmarks" / "records"
+PAGE = recording.ROOT / "docs" / "results.md"
+FIGURE = recording.ROOT / "docs" / "assets" / "recall-tiny.svg"
+README = recording.ROOT / "README.md"
+QUOTE = re.compile(r"(?<=<!-- recall -->\n).*?(?=<!-- /recall -->\n)", re.DOTALL)
+AGES = ("0", "1", "4", "8", "16", "32", "64", "128")
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """A record, or None where it was not made."""
+    path = RECORDS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def pooled(record: dict[str, Any]) -> Report:
+    """All seeds of a recall record as one report."""
+    return pool([Report.from_plain(facts["retention"]) for facts in record["seeds"].values()])
+
+
+def accuracies(facts: dict[str, Any], part: str = "retention") -> dict[str, dict[str, float]]:
+    """Arm -> age -> accuracy of one seed."""
+    return {arm["name"]: arm["accuracy_by_age"] for arm in facts[part]["arms"]}
+
+
+def recall_tiny(record: dict[str, Any]) -> str:
+    """The section on recall-tiny."""
+    report, seeds = pooled(record), record["seeds"]
+    first = next(iter(seeds.values()))
+    settings = first["retention"]["settings"]
+    head = f"| arm | {' | '.join(AGES)} | state per stream | attended |"
+    rows = [head, "| --- |" + " ---: |" * (len(AGES) + 2)]
+    for arm in report.arms:
+        if arm.status == "ok":
+            cells = [arm.at(int(age)) for age in AGES]
+            shares = [f"{cell.accuracy:.3f}" if cell else "-" for cell in cells]
+            kept = f"{arm.state_bytes:,} bytes" if arm.state_bytes is not None else "-"
+            rows.append(f"| {arm.name} | {' | '.join(shares)} | {kept} | {arm.tokens_attended} |")
+    for curve in report.theory:
+        shares = [f"{curve.accuracy_by_age[int(age)]:.3f}" for age in AGES]
+        rows.append(f"| *{curve.name}, theory* | {' | '.join(shares)} | | |")
+    missing = [f"- {arm.name}: {arm.status}: {arm.reason}" for arm in report.arms if arm.status != "ok"]
+    where = first["circumstances"]
+    commits = ", ".join(sorted({facts["circumstances"]["commit"] for facts in seeds.values()}))
+    opening = (
+        f"A decoder of {record['parameters']:,} parameters learns from nothing to answer from memory. "
+        f"{len(seeds)} seeds that nothing was chosen by; {report.arm('mplus').cells[0].questions:,} "
+        f"questions at each age in all, {settings['people']:,} people in four relations, chance {report.chance:.3f}. "
+        "Age is in chunks of 16 tokens told since the fact."
+    )
+    closing = (
+        f"Measured on {where['device']}, torch {where['torch']}, transformers {where['transformers']}, commits {commits}; "
+        "other programs ran on the machine at the same time, so the seconds are upper bounds. Settings and every number: "
+        "`benchmarks/records/recall-tiny.json`, made by `python -m benchmarks.recall`."
+    )
+    parts = [
+        "## recall-tiny",
+        opening,
+        "![Accuracy over age of every arm](assets/recall-tiny.svg)",
+        "\n".join(rows),
+        "\n".join(["Not in the table:", "", *missing]) if missing else "",
+        "Every seed by itself:",
+        _seeds(seeds),
+        _health(first["health"]),
+        _abstention(seeds),
+        closing,
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _seeds(seeds: dict[str, Any]) -> str:
+    names = ("memoryllm", "mplus-random", "mplus-oracle")
+    rows = [
+        "| seed | training, seconds | steps | restarts | mplus at 128 | lowest mplus | lowest, people never seen | "
+        + " | ".join(f"{name} at 64" for name in names)
+        + " | window |",
+        "| ---: |" + " ---: |" * 9 + " --- |",
+    ]
+    for seed, facts in seeds.items():
+        arms, held = accuracies(facts), accuracies(facts, "held_out")["mplus"]
+        window = next(arm for arm in facts["retention"]["arms"] if arm["name"] == "window")
+        others = " | ".join(f"{arms[name]['64']:.3f}" for name in names)
+        rows.append(
+            f"| {seed} | {facts['seconds']:.0f} | {facts['steps']:,} | {facts['restarts']} | "
+            f"{arms['mplus']['128']:.3f} | {min(arms['mplus'].values()):.3f} | {min(held.values()):.3f} | {others} | {window['status']} |"
+        )
+    return "\n".join(rows)
+
+
+def _health(health: dict[str, Any]) -> str:
+    rows = ["| K0 | retriever | gold recall, layer 0 / 1 | any useful row | accuracy | with a hit | without |"]
+    rows.append("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+    for k, found in health["by_retrieved_tokens"].items():
+        for name, facts in found.items():
+            recall = " / ".join(f"{share:.3f}" for share in facts["gold_recall_by_layer"])
+            useful = " / ".join(f"{share:.3f}" for share in facts["any_useful_row_by_layer"])
+            hit, miss = (
+                "-" if facts[key] is None else f"{facts[key]:.3f}"
+                for key in ("accuracy_with_hit", "accuracy_without_hit")
+            )
+            rows.append(f"| {k} | {name} | {recall} | {useful} | {facts['accuracy']:.3f} | {hit} | {miss} |")
+    return (
+        f"Retriever health of the first seed, ages {health['ages']}, {health['long_term_rows']} long-term rows per "
+        f"layer; trained with K0 = {health['trained_with']}; standard deviation of the scores "
+        f"{' / '.join(map(str, health['logit_std_by_layer']))}:\n\n" + "\n".join(rows)
+    )
+
+
+def _abstention(seeds: dict[str, Any]) -> str:
+    names = list(next(iter(seeds.values()))["abstention"]["features"])
+    rows = [
+        "| seed | " + " | ".join(names) + " | all together | abstains, answers | says *unknown*, untold / told |",
+        "| ---: |" + " ---: |" * (len(names) + 3),
+    ]
+    for seed, facts in seeds.items():
+        found = facts["abstention"]
+        each = " | ".join(f"{found['features'][name]['auroc']:.4f}" for name in names)
+        combined, said = found["combined"], found["said_unknown"]
+        rows.append(
+            f"| {seed} | {each} | {combined['auroc']:.4f} | {combined['abstention_accuracy']:.3f}, "
+            f"{combined['answered']:.3f} | {said['of_untold']:.3f} / {said['of_told']:.3f} |"
+        )
+    return (
+        "Knowing what is not there: AUROC of each sign for whether a fact was told, and of a logistic regression over "
+        "all, calibrated on other streams; half of the questions are about facts never told:\n\n" + "\n".join(rows)
+    )
+
+
+def others() -> list[str]:
+    """Sections on what else was measured, each as far as its record exists."""
+    parts = []
+    long = load("recall-long")
+    if long is not None:
+        parts.append("## recall-long\n\n" + long["text"])
+    stories = load("stories")
+    if stories is not None:
+        parts.append("## stories\n\n" + stories["text"])
+    speed = load("vectorised")
+    if speed is not None:
+        rows = [
+            "| decoder | ratio | samples/s, batch and one | tokens/s, batch and one |",
+            "| --- | ---: | ---: | ---: |",
+        ]
+        for name, facts in speed.items():
+            if isinstance(facts, dict) and "ratio" in facts:
+                samples, tokens = facts["samples_per_second"], facts["tokens_per_second"]
+                rows.append(
+                    f"| {name} | {facts['ratio']} | {samples['batch']:,} and {samples['one']:,} | "
+                    f"{tokens['batch']:,} and {tokens['one']:,} |"
+                )
+        parts.append(
+            f"## Training many memories at once\n\n{speed['streams']} streams per step against one, same objective, "
+            "chunks and number of steps, interleaved in one run "
+            f"({speed['circumstances']['device']}, {speed['circumstances']['threads']} thread(s)).\n\n"
+            + "\n".join(rows)
+        )
+    return parts
+
+
+def render() -> str:
+    """The page."""
+    record = load("recall-tiny")
+    if record is None:
+        raise SystemExit("benchmarks/records/recall-tiny.json is missing: run python -m benchmarks.recall")
+    opening = (
+        "# Results\n\nWhat was measured, and nothing else; this page is made from `benchmarks/records` by "
+        "`python -m tools.results_page`. How to read it: [Evaluation](evaluation.md)."
+    )
+    return "\n\n".join([opening, recall_tiny(record), *others()]) + "\n"
+
+
+def quote(record: dict[str, Any]) -> str:
+    """The lines of the README."""
+    report, seeds = pooled(record), record["seeds"]
+    memory, short = report.arm("mplus"), report.arm("memoryllm")
+    old = memory.at(128), short.at(128), report.arm("mplus-random").at(128)
+    worst = min(accuracies(facts)["mplus"]["128"] for facts in seeds.values())
+    last, lost, drawn = (cell.accuracy if cell is not None else float("nan") for cell in old)
+    return (
+        f"> `mplus demo`: a decoder of {record['parameters']:,} parameters, trained from nothing in minutes on a CPU, was\n"
+        f"> told facts once. 128 chunks (2,048 tokens, each with a fact of its own) later it answers {last:.1%} of the\n"
+        f"> questions from memory, attending to {memory.tokens_attended} rows and tokens; without long-term memory "
+        f"{lost:.1%},\n> with random retrieval {drawn:.1%}, by chance {report.chance:.1%}. {len(seeds)} seeds, the worst "
+        f"at {worst:.1%}. See [Results](docs/results.md).\n"
+    )
+
+
+def main() -> None:
+    """Write all of it."""
+    record = load("recall-tiny")
+    PAGE.write_text(render(), encoding="utf-8")
+    if record is not None:
+        draw(pooled(record), FIGURE)
+        page = README.read_text(encoding="utf-8")
+        README.write_text(QUOTE.sub(lambda _: quote(record), page), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
