@@ -64,9 +64,9 @@ def recall_tiny(record: dict[str, Any]) -> str:
         "Age is in chunks of 16 tokens told since the fact."
     )
     closing = (
-        f"Measured on {where['device']}, torch {where['torch']}, transformers {where['transformers']}, commits {commits}; "
-        "other programs ran on the machine at the same time, so the seconds are upper bounds. Settings and every number: "
-        "`benchmarks/records/recall-tiny.json`, made by `python -m benchmarks.recall`."
+        f"Measured on {where['device']}, torch {where['torch']}, transformers {where['transformers']}, commits "
+        f"{commits}; other programs ran on the machine at the same time, so the seconds are upper bounds. Settings and "
+        "every number: `benchmarks/records/recall-tiny.json`, made by `python -m benchmarks.recall`."
     )
     parts = [
         "## recall-tiny",
@@ -95,10 +95,9 @@ def _seeds(seeds: dict[str, Any]) -> str:
         arms, held = accuracies(facts), accuracies(facts, "held_out")["mplus"]
         window = next(arm for arm in facts["retention"]["arms"] if arm["name"] == "window")
         others = " | ".join(f"{arms[name]['64']:.3f}" for name in names)
-        rows.append(
-            f"| {seed} | {facts['seconds']:.0f} | {facts['steps']:,} | {facts['restarts']} | "
-            f"{arms['mplus']['128']:.3f} | {min(arms['mplus'].values()):.3f} | {min(held.values()):.3f} | {others} | {window['status']} |"
-        )
+        told = f"{arms['mplus']['128']:.3f} | {min(arms['mplus'].values()):.3f} | {min(held.values()):.3f}"
+        run = f"{facts['seconds']:.0f} | {facts['steps']:,} | {facts['restarts']}"
+        rows.append(f"| {seed} | {run} | {told} | {others} | {window['status']} |")
     return "\n".join(rows)
 
 
@@ -191,13 +190,14 @@ def quote(record: dict[str, Any]) -> str:
     old = memory.at(128), short.at(128), report.arm("mplus-random").at(128)
     worst = min(accuracies(facts)["mplus"]["128"] for facts in seeds.values())
     last, lost, drawn = (cell.accuracy if cell is not None else float("nan") for cell in old)
-    return (
-        f"> `mplus demo`: a decoder of {record['parameters']:,} parameters, trained from nothing in minutes on a CPU, was\n"
-        f"> told facts once. 128 chunks (2,048 tokens, each with a fact of its own) later it answers {last:.1%} of the\n"
-        f"> questions from memory, attending to {memory.tokens_attended} rows and tokens; without long-term memory "
-        f"{lost:.1%},\n> with random retrieval {drawn:.1%}, by chance {report.chance:.1%}. {len(seeds)} seeds, the worst "
-        f"at {worst:.1%}. See [Results](docs/results.md).\n"
-    )
+    lines = [
+        f"`mplus demo`: a decoder of {record['parameters']:,} parameters, trained from nothing in minutes on a CPU, is",
+        f"told facts once. 128 chunks (2,048 tokens, a fact in each) later it answers {last:.1%} of the questions from",
+        f"memory, attending to {memory.tokens_attended} rows and tokens; without long-term memory {lost:.1%}, with",
+        f"random retrieval {drawn:.1%}, by chance {report.chance:.1%}. {len(seeds)} seeds, the worst at {worst:.1%}: see",
+        "[Results](docs/results.md).",
+    ]
+    return "".join(f"> {line}\n" for line in lines)
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from mplus.hf.train_model import is_of_retriever
 from mplus.training.recipe_tables import Optimizer
@@ -21,29 +20,33 @@ def make_optimizer(trained: Mapping[str, nn.Parameter], options: Optimizer) -> t
     rest = [parameter for name, parameter in trained.items() if not is_of_retriever(name)]
     rate = options.learning_rate
     own = rate if options.retriever_learning_rate is None else options.retriever_learning_rate
-    groups = [{"params": rest, "lr": rate}, {"params": retriever, "lr": own}]
+    groups = [{"params": rest, "lr": rate, "top_rate": rate}, {"params": retriever, "lr": own, "top_rate": own}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=rate, betas=options.betas, weight_decay=options.weight_decay
     )
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, options: Optimizer, steps: int) -> LambdaLR:
-    """Warm-up, then the fall; ``steps``: of all stages, the length of the schedule where the options give none."""
-    return LambdaLR(optimizer, rate_at(options, options.schedule_steps or steps))
+def set_rate(optimizer: torch.optim.Optimizer, share: float) -> float:
+    """Set every group to ``share`` of its top rate; returns the first group's."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["top_rate"] * share
+    return float(optimizer.param_groups[0]["lr"])
 
 
-def rate_at(options: Optimizer, steps: int) -> Callable[[int], float]:
-    """Share of the top rate for the step after so many."""
+def rate_at(options: Optimizer, steps: int) -> Callable[[int, int], float]:
+    """``share(done, fallen)``: share of the top rate for the step after ``done`` steps in all, when the schedule is at
+    ``fallen`` of its ``steps``.
+    """
 
-    def share(done: int) -> float:
+    def share(done: int, fallen: int) -> float:
         warm = min(1.0, (done + 1) / options.warmup_steps) if options.warmup_steps else 1.0
-        progress = min(1.0, done / steps)
-        fallen = {
+        progress = min(1.0, fallen / steps)
+        kept = {
             "cosine": (1 + math.cos(math.pi * progress)) / 2,
             "linear": 1 - progress,
             "constant": 1.0,
         }[options.schedule]
-        return warm * (options.floor + (1 - options.floor) * fallen)
+        return warm * (options.floor + (1 - options.floor) * kept)
 
     return share
 

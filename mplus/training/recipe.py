@@ -181,6 +181,19 @@ class Recipe:
         """The most steps of all stages together."""
         return sum(stage.steps for stage in self.stages)
 
+    @property
+    def falling_steps(self) -> int:
+        """Steps over which the learning rate falls: of all stages from ``optimizer.fall_from`` on."""
+        return self.falling_steps_before(len(self.stages), 0)
+
+    def falling_steps_before(self, stage: int, in_stage: int) -> int:
+        """How many of those lie before step ``in_stage`` of stage number ``stage``; past stages count in full."""
+        names = [one.name for one in self.stages]
+        first = 0 if self.optimizer.fall_from is None else names.index(self.optimizer.fall_from)
+        if stage < first:
+            return 0
+        return sum(one.steps for one in self.stages[first:stage]) + in_stage
+
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Recipe:
         """Build from plain data.

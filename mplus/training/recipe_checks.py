@@ -57,6 +57,15 @@ def _check_optimizer(recipe: Recipe) -> None:
         if recipe.model.build is not None:
             raise ConfigError("parameters must be 'all' for a decoder that is built from nothing, got 'adapters'")
 
+    options, names = recipe.optimizer, [stage.name for stage in recipe.stages]
+    if options.fall_from is not None and options.fall_from not in names:
+        raise ConfigError(f"fall_from must name a stage ({', '.join(names)}), got {options.fall_from!r}")
+    if options.fall_from is not None and options.schedule_steps is not None:
+        raise ConfigError(
+            f"fall_from and schedule_steps must not both be given, got {options.fall_from!r} and "
+            f"{options.schedule_steps}"
+        )
+
 
 def _check_memory(recipe: Recipe) -> None:
     if recipe.memory.variant != "paper":

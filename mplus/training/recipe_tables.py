@@ -137,7 +137,8 @@ class Optimizer:
             limit.
         warmup_steps: steps in which the rate rises to its top.
         schedule: how it falls: "cosine", "linear" or "constant".
-        schedule_steps: after so many steps it has fallen; None: the steps of all stages.
+        fall_from: name of the stage from which on it falls; None: the first. A stage that ends early counts in full.
+        schedule_steps: after so many steps in all it has fallen, whatever the stages; None: at the end of the last.
         floor: share of the top it falls to.
         dtype: what the decoder computes in; "bfloat16" is mixed precision. Trained weights are float32.
         gradient_checkpointing: compute activations again in backward rather than keep them.
@@ -153,6 +154,7 @@ class Optimizer:
     schedule: Literal["cosine", "linear", "constant"] = field(
         default="cosine", validator=one_of("cosine", "linear", "constant")
     )
+    fall_from: str | None = field(default=None, validator=attrs.validators.optional(text))
     schedule_steps: int | None = field(default=None, validator=whole(1, optional=True))
     floor: float = field(default=0.1, validator=share)
     dtype: Literal["float32", "bfloat16"] = field(default="float32", validator=one_of("float32", "bfloat16"))

@@ -96,7 +96,8 @@ class StreamBatch:
         hybrid = self.engine.retrofit.anatomy.hybrid
         reencoded = 0 if hybrid else min(max(k - ids.shape[1], 0), present)
         plan = DensePlan(True, context, reencoded, min(k, ids.shape[1] + reencoded))
-        return self.engine.encode_batch(plan, ids.to(self.engine.device))
+        block: list[Tensor] = self.engine.encode_batch(plan, ids.to(self.engine.device))
+        return block
 
     def absorb(self, block: Sequence[Tensor], source: Tensor) -> None:
         """Take new rows, per layer ``[B, k, d]``, written from ``source`` ``[B]``; a random few leave the full STM."""

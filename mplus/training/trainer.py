@@ -19,7 +19,7 @@ from mplus.training.bar import stage_bar
 from mplus.training.checkpoint import CheckpointStore, Facts, Saved, random_state, set_random_state
 from mplus.training.curriculum import Curriculum, Plan
 from mplus.training.metrics import Means, MetricsLog
-from mplus.training.optimizing import clip, make_optimizer, make_scheduler, optimizer_state
+from mplus.training.optimizing import clip, make_optimizer, optimizer_state, rate_at, set_rate
 from mplus.training.parallel import gathered, processes, rank, sums
 from mplus.training.recipe import Entry, Recipe, Stage
 from mplus.training.setup import derived, make_model, make_source
@@ -118,7 +118,7 @@ class Attempt:
         wrapped: Any = self._wrapped
         self.step: TrainingStep = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
         self.optimizer: torch.optim.Optimizer = getattr(prepared, "optimizer", prepared)
-        self.scheduler = make_scheduler(self.optimizer, options, self.recipe.steps)
+        self._share = rate_at(options, options.schedule_steps or self.recipe.falling_steps)
         # Taken once: after a forward without backward a sharded module shows whole weights as its parameters.
         self.trained: dict[Any, str] = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         self.sharded = any(is_sharded(parameter) for parameter in self.trained)
@@ -225,14 +225,19 @@ class Attempt:
         norms = clip(self.optimizer, self.recipe.optimizer.clip)
         value = loss.item()
         self._check_finite(stage, [value, *norms], jobs[0].label)
+        rate = set_rate(self.optimizer, self._share(place.step, self._fallen()))
         self.optimizer.step()
-        rate = float(self.scheduler.get_last_lr()[0])
-        self.scheduler.step()
         curriculum.done(plan, main)
         place.in_stage += 1
         place.step += 1
         self.means.add({"total_loss": value, "gradient_norm": norms[0], "learning_rate": rate, **metrics})
         return self._reached(stage, metrics)
+
+    def _fallen(self) -> int:
+        """How far the schedule is; a stage that ended early counts in full, so that the last step is the lowest."""
+        if self.recipe.optimizer.schedule_steps is not None:
+            return self.place.step
+        return self.recipe.falling_steps_before(self.place.stage, self.place.in_stage)
 
     def _jobs(self, stage: Stage, plan: Plan) -> tuple[Turn, list[Job]]:
         """The turn of the main objective, and all that the step computes."""
@@ -327,7 +332,6 @@ class Attempt:
         shared = {
             "weights": {name: whole(parameter).detach().cpu() for parameter, name in names.items()},
             "optimizer": optimizer_state(self.optimizer, names),
-            "scheduler": self.scheduler.state_dict(),
         }
         position = {**attrs.asdict(place, recurse=False), "recent": list(place.recent)}
         position |= {"attempt": self.number, "seed": self.seed, **self.history}
@@ -358,9 +362,6 @@ class Attempt:
                     self.optimizer.state[parameter] = {
                         key: like(value, parameter) if value.ndim else value for key, value in state.items()
                     }
-        self.scheduler.load_state_dict(saved.shared["scheduler"])
-        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
         own = saved.own
         self.means.sums = own["means"]
         if own["memories"] is not None:

@@ -50,6 +50,11 @@ BAD = [
     ({"optimizer__betas": [0.9, 1.0]}, "optimizer: betas must be two numbers of at least 0 and below 1, got"),
     ({"optimizer__clip": 0}, "optimizer: clip must be a number above 0, got 0"),
     ({"optimizer__schedule": "step"}, "optimizer: schedule must be one of 'cosine', 'linear', 'constant', got 'step'"),
+    ({"optimizer__fall_from": "third"}, r"optimizer: fall_from must name a stage \(first, second\), got 'third'"),
+    (
+        {"optimizer__fall_from": "first", "optimizer__schedule_steps": 5},
+        "optimizer: fall_from and schedule_steps must not both be given, got 'first' and 5",
+    ),
     ({"memory__chunk_tokens": 0}, "memory: chunk_tokens must be a whole number of at least 1, got 0"),
     ({"stages": []}, "stages: must be a list of at least one table, got"),
     ({"stages__1__steps": True}, r"stages: 1 \(second\): steps must be a whole number of at least 1, got True"),

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from attrs import define, field
+from attrs import define, evolve, field
 
 import mplus
 from mplus.errors import CheckpointError, ConfigError, NonFiniteError, NotSupported, TrainingError
@@ -22,6 +22,7 @@ from mplus.training.objectives.base import Outcome
 from mplus.training.objectives.multi_chunk import MultiChunk
 from mplus.training.optimizing import clip, make_optimizer, rate_at
 from mplus.training.picking import ScorePicker
+from mplus.training.recipe_files import read
 from mplus.training.recipe_tables import Optimizer
 from mplus.training.running import check_accelerator
 from mplus.training.streams import StreamBatch
@@ -337,12 +338,25 @@ def test_groups_rates_and_norms():
 def test_schedules():
     def rates(**options):
         share = rate_at(Optimizer(**options), 10)
-        return [share(step) for step in (0, 1, 4, 5, 10, 20)]
+        return [share(step, step) for step in (0, 1, 4, 5, 10, 20)]
 
     assert rates(schedule="constant", warmup_steps=4) == pytest.approx([0.25, 0.5, 1, 1, 1, 1])
     assert rates(schedule="linear", floor=0.2) == pytest.approx([1, 0.92, 0.68, 0.6, 0.2, 0.2])
     cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * x)) / 2 for x in (0, 0.1, 0.4, 0.5, 1, 1)]
     assert rates(schedule="cosine") == pytest.approx(cosine)
+
+
+def test_the_rate_falls_from_the_stage_that_is_named_whatever_the_others_took():
+    shipped = read("recall-tiny").recipe
+    names = [stage.name for stage in shipped.stages]
+    last = shipped.stages[-1]
+    assert shipped.optimizer.fall_from == last.name
+    assert shipped.falling_steps == last.steps
+    assert shipped.falling_steps_before(names.index("four-facts"), 50) == 0
+    assert shipped.falling_steps_before(len(names) - 1, 7) == 7
+    whole = evolve(shipped, optimizer=evolve(shipped.optimizer, fall_from=None))
+    assert whole.falling_steps == shipped.steps
+    assert whole.falling_steps_before(1, 3) == shipped.stages[0].steps + 3
 
 
 def test_documents_that_are_too_short_are_counted_skipped_and_reported(tmp_path):
