@@ -194,8 +194,8 @@ def quote(record: dict[str, Any]) -> str:
         f"`mplus demo`: a decoder of {record['parameters']:,} parameters, trained from nothing in minutes on a CPU, is",
         f"told facts once. 128 chunks (2,048 tokens, a fact in each) later it answers {last:.1%} of the questions from",
         f"memory, attending to {memory.tokens_attended} rows and tokens; without long-term memory {lost:.1%}, with",
-        f"random retrieval {drawn:.1%}, by chance {report.chance:.1%}. {len(seeds)} seeds, the worst at {worst:.1%}: see",
-        "[Results](docs/results.md).",
+        f"random retrieval {drawn:.1%}, by chance {report.chance:.1%}. {len(seeds)} seeds, the worst at {worst:.1%}:",
+        "see [Results](docs/results.md).",
     ]
     return "".join(f"> {line}\n" for line in lines)
 
