@@ -49,9 +49,11 @@ def sentence(record: dict[str, Any]) -> str:
     return (
         "stories260K, frozen, with adapters trained by the recipe `stories`. Losing the "
         f"{once['context_tokens']} tokens before a text costs {lost:.4f} nats per token (95 % interval "
-        f"±{lost_half:.4f}, {once['documents']:,} texts). Memory wins back {won:.4f} (±{won_half:.4f}), {once['won_back_share']:.0%} of "
+        f"±{lost_half:.4f}, {once['documents']:,} texts). Memory wins back {won:.4f} "
+        f"(±{won_half:.4f}), {once['won_back_share']:.0%} of "
         f"it; after 16 chunks of other stories {later['won_back_share']:.0%}. The same checkpoint with a memory of "
-        f"other stories has {harm:+.2f} % perplexity against the decoder alone, and {harm_later:+.2f} % with a fuller one. "
+        f"other stories has {harm:+.2f} % perplexity against the decoder alone, and {harm_later:+.2f} % with a fuller "
+        "one. "
         f"{where['device']}, torch {where['torch']}, commit {where['commit']}."
     )
 
