@@ -8,19 +8,21 @@ import typer
 
 from mplus.cli.eval_common import (
     Ages,
-    Data,
     Device,
     Dtype,
     Episodes,
     Json,
-    Model,
+    OptionalData,
+    OptionalModel,
     ProtocolName,
+    RecipeName,
     Seed,
     Set,
     Streams,
     Threads,
     Tokenizer,
     Tokens,
+    both,
     make_protocol,
     numbers,
     prepare,
@@ -29,8 +31,9 @@ from mplus.cli.eval_common import (
 
 
 def abstention(
-    model: Model,
-    data: Data,
+    model: OptionalModel = None,
+    data: OptionalData = None,
+    recipe: RecipeName = None,
     protocol: ProtocolName = "squad",
     settings: Set = None,
     episodes: Episodes = 100,
@@ -49,11 +52,17 @@ def abstention(
 
     Calibrated on every other episode, judged on the rest.
     """
+    from mplus.cli.eval_recall import recall_abstention
     from mplus.evaluation.abstention import abstention as run
     from mplus.evaluation.generating import Generation
     from mplus.evaluation.retention import RetentionOptions
 
-    options = RetentionOptions(ages=numbers(ages, "--ages"), streams=streams, seed=seed)
+    told = numbers(ages, "--ages")
+    if recipe is not None:
+        show_plain(recall_abstention(recipe, model, told, seed, threads), as_json)
+        return
+    model, data = both(model, data)
+    options = RetentionOptions(ages=told, streams=streams, seed=seed)
     decoder, words = prepare(model, tokenizer, device, dtype, threads)
     given = {"data": data, "episodes": episodes, "seed": seed, "untold": untold}
     made = make_protocol(protocol, words, settings, decoder.mplus_config.chunk_tokens, given)

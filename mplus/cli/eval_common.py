@@ -20,6 +20,14 @@ OptionalModel = Annotated[
     Path | None, typer.Option("--model", help="Decoder with memory: folder written by save_pretrained.")
 ]
 OptionalData = Annotated[Path | None, typer.Option("--data", help="File of the data set, as published.")]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="Instead of a data set: facts of the little language, for a decoder trained by this recipe "
+        "(recall-tiny or recall-long); without --model the one that comes with mplus.",
+    ),
+]
 Tokenizer = Annotated[
     str | None, typer.Option(help="Where its tokenizer is; default: with the model, else with its base.")
 ]
@@ -63,6 +71,15 @@ def prepare(model: Path, tokenizer: str | None, device: str | None, dtype: str, 
     if threads is not None:
         torch.set_num_threads(threads)
     return load_with_tokenizer(model, tokenizer=tokenizer, device=device, dtype=dtype)
+
+
+def both(model: Path | None, data: Path | None) -> tuple[Path, Path]:
+    """Model and data. Raises ConfigError where one of them is missing."""
+    from mplus.errors import ConfigError
+
+    if model is None or data is None:
+        raise ConfigError("this needs --recipe, or --model and --data")
+    return model, data
 
 
 def make_protocol(

@@ -74,3 +74,39 @@ def recall_retention(
         arms=arms,
         circumstances=circumstances(model=recipe if model is None else model.name, seed=seed),
     )
+
+
+OLD = (48, 64, 96, 128)
+"""Ages at which the short-term memory of recall-tiny has dropped every fact: only retrieval can answer."""
+QUESTIONS = 256
+"""At each age, for what needs no more."""
+
+
+def recall_health(
+    recipe: str,
+    model: Path | None,
+    ages: Sequence[int] | None,
+    retrieved_tokens: Sequence[int] | None,
+    seed: int,
+    threads: int | None,
+) -> dict[str, Any]:
+    """What the retriever brings back, against random."""
+    from mplus.evaluation.circumstances import circumstances
+    from mplus.evaluation.recall.health import retriever_health
+
+    decoder = load(recipe, model, threads)
+    told = telling(recipe, ages or OLD, QUESTIONS, held_out=False, seed=seed)
+    found = retriever_health(decoder, told, retrieved_tokens=retrieved_tokens)
+    return {**found, "circumstances": circumstances(model=recipe if model is None else model.name, seed=seed)}
+
+
+def recall_abstention(
+    recipe: str, model: Path | None, ages: Sequence[int] | None, seed: int, threads: int | None
+) -> dict[str, Any]:
+    """How well it can be told that a fact was never told."""
+    from mplus.evaluation.circumstances import circumstances
+    from mplus.evaluation.recall.abstaining import abstention
+
+    decoder = load(recipe, model, threads)
+    found = abstention(decoder, telling(recipe, ages, QUESTIONS, held_out=False, seed=seed))
+    return {**found, "circumstances": circumstances(model=recipe if model is None else model.name, seed=seed)}

@@ -16,12 +16,14 @@ from mplus.cli.eval_common import (
     OptionalData,
     OptionalModel,
     ProtocolName,
+    RecipeName,
     Seed,
     Set,
     Streams,
     Threads,
     Tokenizer,
     Tokens,
+    both,
     make_protocol,
     numbers,
     prepare,
@@ -32,13 +34,7 @@ from mplus.cli.eval_common import (
 def retention(
     model: OptionalModel = None,
     data: OptionalData = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            help="Instead of a data set: facts of the little language, for a decoder trained by this recipe "
-            "(recall-tiny or recall-long); without --model the one that comes with mplus."
-        ),
-    ] = None,
+    recipe: RecipeName = None,
     questions: Annotated[int, typer.Option(min=1, help="With --recipe: questions at each age.")] = 1024,
     held_out: Annotated[
         bool, typer.Option("--held-out", help="With --recipe: of people never seen in training.")
@@ -94,7 +90,6 @@ def retention(
     Prints the table and every setting that decides it.
     """
     from mplus.cli.eval_recall import recall_retention
-    from mplus.errors import ConfigError
     from mplus.evaluation.arms import ArmOptions
     from mplus.evaluation.generating import Generation
     from mplus.evaluation.plots import check_paths
@@ -114,8 +109,7 @@ def retention(
             markdown,
         )
         return
-    if model is None or data is None:
-        raise ConfigError("eval retention needs --recipe, or --model and --data")
+    model, data = both(model, data)
     scoring = Scoring(
         correct=correct,  # type: ignore[arg-type]  # checked there
         normalise=normalise,  # type: ignore[arg-type]

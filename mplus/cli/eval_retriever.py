@@ -8,19 +8,21 @@ import typer
 
 from mplus.cli.eval_common import (
     Ages,
-    Data,
     Device,
     Dtype,
     Episodes,
     Json,
-    Model,
+    OptionalData,
+    OptionalModel,
     ProtocolName,
+    RecipeName,
     Seed,
     Set,
     Streams,
     Threads,
     Tokenizer,
     Tokens,
+    both,
     make_protocol,
     numbers,
     prepare,
@@ -29,8 +31,9 @@ from mplus.cli.eval_common import (
 
 
 def retriever(
-    model: Model,
-    data: Data,
+    model: OptionalModel = None,
+    data: OptionalData = None,
+    recipe: RecipeName = None,
     protocol: ProtocolName = "squad",
     settings: Set = None,
     episodes: Episodes = 100,
@@ -49,12 +52,18 @@ def retriever(
     as_json: Json = None,
 ) -> None:
     """Does the retriever bring back what a question needs, per layer and against random, and does that decide?"""
+    from mplus.cli.eval_recall import recall_health
     from mplus.evaluation.generating import Generation
     from mplus.evaluation.health import health
     from mplus.evaluation.retention import RetentionOptions
 
-    options = RetentionOptions(ages=numbers(ages, "--ages"), streams=streams, seed=seed)
+    told = numbers(ages, "--ages")
     tried = numbers(retrieved_tokens, "--retrieved-tokens")
+    if recipe is not None:
+        show_plain(recall_health(recipe, model, told, tried, seed, threads), as_json)
+        return
+    model, data = both(model, data)
+    options = RetentionOptions(ages=told, streams=streams, seed=seed)
     decoder, words = prepare(model, tokenizer, device, dtype, threads)
     given = {"data": data, "episodes": episodes, "seed": seed}
     made = make_protocol(protocol, words, settings, decoder.mplus_config.chunk_tokens, given)
