@@ -77,9 +77,9 @@ def attention_retriever(model: Any) -> Any:
     return retriever
 
 
-def run(recipe: str, seeds: list[int], keep: Path) -> dict[str, Any]:
-    """Train and measure every seed."""
-    found = {}
+def run(recipe: str, seeds: list[int], keep: Path, record: Path) -> None:
+    """Train and measure every seed; the record is written anew after each."""
+    found: dict[str, Any] = {}
     for seed in seeds:
         folder = keep / f"{recipe}-{seed}"
         facts = trained(recipe, seed, folder)
@@ -88,12 +88,14 @@ def run(recipe: str, seeds: list[int], keep: Path) -> dict[str, Any]:
         result = measured(model)
         found[str(seed)] = {**facts, "evaluation_seconds": round(time.perf_counter() - begun, 1), **result}
         print(line(seed, found[str(seed)]), flush=True)
-    return {
-        "recipe": recipe,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "circumstances": circumstances(evaluation_seed=EVALUATION_SEED),
-        "seeds": found,
-    }
+        whole = {
+            "recipe": recipe,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "circumstances": circumstances(evaluation_seed=EVALUATION_SEED),
+            "seeds_asked_for": seeds,
+            "seeds": found,
+        }
+        record.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 def line(seed: int, facts: dict[str, Any]) -> str:
@@ -120,11 +122,10 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder for the trained decoders")
     parser.add_argument("--record", type=Path, help="file to write; default: benchmarks/records/RECIPE.json")
     given = parser.parse_args()
+    record = given.record or RECORDS / f"{given.recipe}.json"
+    record.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        record = run(given.recipe, given.seeds, given.keep or Path(folder))
-    path = given.record or RECORDS / f"{given.recipe}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        run(given.recipe, given.seeds, given.keep or Path(folder), record)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ class FullContext(TextArm):
     """The newest chunks, as many as fit into the decoder's positions; it can answer at the ages that lie inside."""
 
     name: ClassVar[str] = "full-context"
-    rounds: ClassVar[int | None] = 2
+    rounds: ClassVar[int | None] = 1
 
     def __init__(self, positions: int) -> None:
         self.positions = positions
@@ -161,6 +161,7 @@ class BM25(TextArm):
     """The chunks whose words match the question best, oldest first (BM25 over all chunks told)."""
 
     name: ClassVar[str] = "bm25"
+    rounds: ClassVar[int | None] = 4
 
     def __init__(self, telling: Telling, chunks: int) -> None:
         try:

@@ -26,7 +26,7 @@ SCORING = "right where every token of the value is the most probable one given t
 DEVIATIONS = (
     "facts of a generated language instead of SQuAD and NaturalQuestions; all distractors tell facts of the same form",
     "several questions are put to one stream, at several moments, so they are not independent of each other",
-    "full-context: answered at ages that fit into the decoder's positions, in the first two rounds only, being slow",
+    "full-context: only ages that fit into the decoder's positions; it and bm25 are slow and asked in the first rounds",
 )
 
 
