@@ -1,0 +1,84 @@
+"""Facts told thousands of chunks ago, with the number of attended rows unchanged.
+
+    python -m benchmarks.long mplus/data/recall-tiny            # writes benchmarks/records/recall-long.json
+    python -m benchmarks.long runs/recall-long/model --chunks 20000
+
+The decoder is one that was trained by recall-tiny or recall-long; only the capacity of long-term memory is raised, so
+that nothing is evicted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mplus
+from mplus.evaluation.circumstances import circumstances
+from mplus.evaluation.recall.retention import retention
+from mplus.evaluation.recall.telling import Telling
+
+RECORD = Path(__file__).parent / "records" / "recall-long.json"
+AGES = (0, 8, 64, 128, 256, 500, 1000, 1500, 2000, 5000, 10_000, 20_000)
+ARMS = ["memoryllm", "mplus", "mplus-random", "mplus-oracle"]
+
+
+def measure(model: Any, chunks: int, streams: int, rounds: int) -> dict[str, Any]:
+    """Retention up to an age of ``chunks``."""
+    ages = tuple(age for age in AGES if age <= chunks)
+    telling = Telling(ages=ages, streams=streams, rounds=rounds, seed=11)
+    rows = telling.chunks * model.mplus_config.memory_tokens_per_chunk
+    begun = time.perf_counter()
+    report = retention(model, telling, arms=ARMS, long_term_tokens=rows)
+    return {"retention": report.plain(), "long_term_rows": rows, "seconds": round(time.perf_counter() - begun, 1)}
+
+
+def sentence(record: dict[str, Any]) -> str:
+    """What the page of results says."""
+    where, parts = record["circumstances"], []
+    for chunks, found in record["measured"].items():
+        arms = {arm["name"]: arm for arm in found["retention"]["arms"]}
+        memory = arms["mplus"]
+        ages = [
+            age for age in ("128", "500", "1000", "2000", "5000", "10000", "20000") if age in memory["accuracy_by_age"]
+        ]
+        cells = ", ".join(f"{memory['accuracy_by_age'][age]:.3f} at {int(age):,}" for age in ages)
+        oracle = arms["mplus-oracle"]["accuracy_by_age"][ages[-1]]
+        parts.append(
+            f"Streams of {int(chunks):,} chunks ({int(chunks) * 16:,} tokens, {found['long_term_rows']:,} long-term rows "
+            f"per layer), {memory['questions_by_age'][ages[0]]} questions at each age: mplus {cells} chunks ago, "
+            f"attending to {memory['tokens_attended']} rows and tokens; an oracle retriever {oracle:.3f} at the oldest."
+        )
+    return (
+        f"The decoder of `{record['model']}`, with room for every row. "
+        + " ".join(parts)
+        + f" {where['device']}, torch "
+        f"{where['torch']}, commit {where['commit']}."
+    )
+
+
+def main() -> None:
+    """Run from the command line; another number of chunks is added to the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--chunks", type=int, default=2000)
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=8)
+    given = parser.parse_args()
+    record: dict[str, Any] = {"measured": {}}
+    if RECORD.exists():
+        record = json.loads(RECORD.read_text(encoding="utf-8"))
+    found = measure(mplus.from_pretrained(given.model).eval(), given.chunks, given.streams, given.rounds)
+    record["measured"][str(given.chunks)] = found
+    record.update(model=given.model.name, circumstances=circumstances())
+    record["text"] = sentence(record)
+    RECORD.parent.mkdir(exist_ok=True)
+    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(record["text"] + "\n")
+
+
+if __name__ == "__main__":
+    main()
