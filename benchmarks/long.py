@@ -48,8 +48,8 @@ def sentence(record: dict[str, Any]) -> str:
         cells = ", ".join(f"{memory['accuracy_by_age'][age]:.3f} at {int(age):,}" for age in ages)
         oracle = arms["mplus-oracle"]["accuracy_by_age"][ages[-1]]
         parts.append(
-            f"Streams of {int(chunks):,} chunks ({int(chunks) * 16:,} tokens, {found['long_term_rows']:,} long-term rows "
-            f"per layer), {memory['questions_by_age'][ages[0]]} questions at each age: mplus {cells} chunks ago, "
+            f"Streams of {int(chunks):,} chunks ({int(chunks) * 16:,} tokens, {found['long_term_rows']:,} long-term "
+            f"rows per layer), {memory['questions_by_age'][ages[0]]} questions at each age: mplus {cells} chunks ago, "
             f"attending to {memory['tokens_attended']} rows and tokens; an oracle retriever {oracle:.3f} at the oldest."
         )
     return (
