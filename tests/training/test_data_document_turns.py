@@ -60,6 +60,7 @@ SETTINGS = [
     {"streams": 7, "bins": BINS},
     {"bins": BINS, "consecutive": False, "query_tokens": 4, "window_tokens": 40},
     {"streams": 3, "documents": "stream", "shuffle_block": 4, "window_tokens": 25},
+    {"query_tokens": "random"},
     {"streams": 3, "documents": "stream", "shuffle_block": 2, "bins": BINS},
 ]
 
@@ -122,16 +123,31 @@ def test_shapes_lengths_and_masks(setting, chunks):
         assert not turn.fresh
         count = turn.mask.sum(-1)
         assert bool((turn.mask == (torch.arange(turn.mask.shape[2]) < count[..., None])).all())
-        given = setting.get("query_tokens", 1)
+        seen = setting.get("query_tokens")
+        given = 1 if seen in (None, "random") else seen
         predicted = turn.mask & (torch.arange(turn.mask.shape[2]) >= given)
         assert torch.equal(turn.labels, torch.where(predicted, turn.texts, IGNORED))
-        assert torch.equal(turn.queries, turn.mask & ~predicted if "query_tokens" in setting else turn.mask)
+        if seen != "random":
+            assert torch.equal(turn.queries, turn.mask if seen is None else turn.mask & ~predicted)
         sizes.add(size)
         lengths.update(count.flatten().tolist())
     assert sizes <= set(range(10, 21))
     assert lengths <= set(range(8, 31))
     assert len(sizes) > 5
     assert len(lengths) > 5
+
+
+def test_a_random_beginning_of_each_text_retrieves():
+    made_source, shares = source(query_tokens="random"), []
+    for _ in range(40):
+        turn = made_source.turn(1)
+        seen, long = turn.queries.sum(-1), turn.mask.sum(-1)
+        assert torch.equal(turn.queries, torch.arange(turn.queries.shape[2]) < seen[..., None])
+        assert bool(((seen >= 1) & (seen < long)).all())
+        shares.append((seen / long).flatten())
+    drawn = torch.cat(shares)
+    assert len(set(drawn.tolist())) > 60
+    assert 0.4 < drawn.mean() < 0.6
 
 
 def test_a_stream_writes_a_document_from_end_to_end_and_predicts_what_comes_next():
@@ -323,6 +339,7 @@ def test_a_stream_whose_documents_are_too_short_is_told(consecutive):
     ("options", "message"),
     [
         ({"query_tokens": 8}, r"query_tokens must be below the least of target_tokens \(8\), got 8"),
+        ({"query_tokens": "some"}, r"""query_tokens must be a whole .* "random" or None, got 'some'"""),
         ({"streams": 2}, r"streams must be above every stream's number \(2\), got 2"),
         ({"chunk_tokens": (20, 10)}, "chunk_tokens must be a whole number"),
         ({"target_tokens": 1}, "target_tokens must be a whole number of at least 2"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from attrs import define, field
@@ -22,6 +22,13 @@ from mplus.training.data.walk import Need, Passage, Walk
 from mplus.training.turns import Turn, TurnSource
 
 
+def _query_tokens(instance: Any, attribute: Any, value: Any) -> None:
+    if isinstance(value, str) and value != "random":
+        raise ConfigError(f'query_tokens must be a whole number of at least 1, "random" or None, got {value!r}')
+    if not isinstance(value, str):
+        whole(1, optional=True)(instance, attribute, value)
+
+
 @define(frozen=True, kw_only=True)
 class DocumentTurnsOptions(DocumentOptions):
     """Options of ``DocumentOptions`` and these. Lengths are tokens; a pair is ``[least, most]``.
@@ -36,8 +43,9 @@ class DocumentTurnsOptions(DocumentOptions):
             all documents in an order of its own. Needed for ``streaming``.
         shuffle_block: documents of a streamed set that are shuffled among each other.
         bins: length bins, tables of ``at_least``, ``below`` and ``share``.
-        query_tokens: first tokens of a text that retrieval sees; they are not predicted. None: it sees all
-            (published), also what is to be predicted.
+        query_tokens: first tokens of a text that retrieval sees; they are not predicted. "random": of each text
+            another number of them, and all are predicted (released code). None: it sees all, also what is to be
+            predicted.
         window_tokens: of the plain text of ``Turn.windows``; 0: none.
         repeat_instruction: in front of a text that asks for the chunks themselves.
         repeat_cue: tokens after the instruction that are not predicted, as they say which text to repeat.
@@ -50,14 +58,14 @@ class DocumentTurnsOptions(DocumentOptions):
     streams: int | None = field(default=None, validator=whole(1, optional=True))
     shuffle_block: int = field(default=1024, validator=whole(1))
     bins: tuple[Bin, ...] = field(default=(), converter=as_bins)
-    query_tokens: int | None = field(default=None, validator=whole(1, optional=True))
+    query_tokens: int | Literal["random"] | None = field(default=None, validator=_query_tokens)
     window_tokens: int = field(default=0, validator=whole(0))
     repeat_instruction: str = field(default="Repeat:", validator=text)
     repeat_cue: int = field(default=5, validator=whole(1))
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
-        if self.query_tokens is not None and self.query_tokens >= self.target_tokens[0]:
+        if isinstance(self.query_tokens, int) and self.query_tokens >= self.target_tokens[0]:
             raise ConfigError(
                 f"query_tokens must be below the least of target_tokens ({self.target_tokens[0]}), got "
                 f"{self.query_tokens}: there would be nothing to predict"
@@ -142,7 +150,10 @@ class DocumentTurns(TurnSource):
         passages = [walk.follow(need) if options.consecutive else walk.sample(need) for walk in self._walks]
         self._turn += 1
         self._order.forget({walk.stream: walk.oldest for walk in self._walks})
-        texts = [self._repeat(passage, longest) if repeat else self._continue(passage) for passage in passages]
+        texts = [
+            self._repeat(passage, longest) if repeat else self._continue(passage, walk.stream)
+            for passage, walk in zip(passages, self._walks, strict=True)
+        ]
         windows = None
         if options.window_tokens:
             windows = Windows(options.window_tokens, [p.past for p in passages], whole=not repeat)
@@ -190,9 +201,12 @@ class DocumentTurns(TurnSource):
             f"{index + 1} has {longest}: give longer documents, or lower chunk_tokens or target_tokens"
         )
 
-    def _continue(self, passage: Passage) -> Text:
+    def _continue(self, passage: Passage, stream: int) -> Text:
         """The target; its first token has nothing before it that would predict it."""
         seen = self.options.query_tokens
+        if seen == "random":
+            drawn = Draws(self._seed, "queries", self._turn, stream).between(1, len(passage.target) - 1)
+            return Text(passage.target, about=passage.about, seen=drawn)
         return Text(passage.target, about=passage.about, given=seen or 1, seen=seen)
 
     def _repeat(self, passage: Passage, longest: int) -> Text:
