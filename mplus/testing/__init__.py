@@ -1,4 +1,4 @@
-"""Conformance suites and Hypothesis strategies for authors of stores, retrievers, backends and eviction policies.
+"""Conformance suites and Hypothesis strategies for authors of plug-ins.
 
 A suite is a class to derive from in a test module::
 
@@ -14,5 +14,8 @@ import pytest
 
 # Failing asserts in the suites then show the values compared, as those in test modules do.
 pytest.register_assert_rewrite(
-    *(f"mplus.testing.{module}" for module in ("backends", "eviction", "retrievers", "store_model", "stores"))
+    *(
+        f"mplus.testing.{module}"
+        for module in ("backends", "eviction", "objectives", "retrievers", "sources", "store_model", "stores")
+    )
 )

@@ -1,0 +1,94 @@
+"""The published retriever score and loss against the ones that are trained by default.
+
+    python -m benchmarks.scores 501 502          # adds to benchmarks/records/scores.json
+
+The recipe recall-tiny is trained with each score and loss, in the language of four relations and in one with a fifth
+whose values have two words; everything else is equal, the seeds too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import mplus
+from mplus.evaluation.circumstances import circumstances
+from mplus.evaluation.recall.health import retriever_health
+from mplus.evaluation.recall.retention import retention
+from mplus.evaluation.recall.telling import Telling
+from mplus.training import train
+from mplus.training.recall.language import Language
+from mplus.training.recipe_files import read
+
+RECORD = Path(__file__).parent / "records" / "scores.json"
+WAYS = {
+    "mean_dot, contrastive": ("mean_dot", "contrastive"),
+    "sigmoid_mean, contrastive": ("sigmoid_mean", "contrastive"),
+    "sigmoid_mean, bce": ("sigmoid_mean", "bce"),
+}
+AGES = (1, 4, 8, 16, 32, 64, 128)
+EVALUATION_SEED = 9
+
+
+def settings(score: str, loss: str, relations: int) -> dict[str, Any]:
+    """What is changed in the recipe."""
+    recipe = read("recall-tiny").recipe
+    found: dict[str, Any] = {"memory.retriever.score": score}
+    for place, stage in enumerate(recipe.stages):
+        if stage.retriever_loss is not None:
+            found[f"stages.{place}.retriever_loss.kind"] = loss
+    if relations != Language().relations:
+        found.update({f"data.{name}.language": {"relations": relations} for name in recipe.data})
+    return found
+
+
+def measure(way: str, relations: int, seed: int) -> dict[str, Any]:
+    """Train one way and ask."""
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        result = train(
+            "recall-tiny", settings=settings(*WAYS[way], relations), seed=seed, out=Path(folder) / "run", progress=False
+        )
+        model = mplus.from_pretrained(Path(folder) / "run" / "model").eval()
+    seconds = round(time.perf_counter() - begun, 1)
+    telling = Telling(language=Language(relations=relations), ages=AGES, rounds=8, seed=EVALUATION_SEED)
+    arms = {arm.name: arm for arm in retention(model, telling, arms=["mplus", "mplus-oracle"]).arms}
+    old = Telling(language=Language(relations=relations), ages=AGES[-2:], rounds=4, seed=EVALUATION_SEED)
+    health = retriever_health(model, old, retrieved_tokens=[model.mplus_config.retrieved_tokens])
+    (trained,) = (found["trained"] for found in health["by_retrieved_tokens"].values())
+    return {
+        "seconds": seconds,
+        "restarts": result.restarts,
+        **{name: {str(cell.age): round(cell.accuracy, 4) for cell in arm.cells} for name, arm in arms.items()},
+        "questions": arms["mplus"].cells[0].questions,
+        "gold_recall_by_layer": trained["gold_recall_by_layer"],
+        "circumstances": circumstances(seed=seed, evaluation_seed=EVALUATION_SEED),
+    }
+
+
+def main() -> None:
+    """Run from the command line; what the record has already is kept."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seeds", type=int, nargs="+")
+    parser.add_argument("--relations", type=int, nargs="+", default=[4, 5])
+    parser.add_argument("--record", type=Path, default=RECORD)
+    given = parser.parse_args()
+    record: dict[str, Any] = json.loads(given.record.read_text(encoding="utf-8")) if given.record.exists() else {}
+    for relations in given.relations:
+        for seed in given.seeds:
+            for way in WAYS:
+                place = record.setdefault(f"{relations} relations", {}).setdefault(way, {})
+                if str(seed) in place:
+                    continue
+                place[str(seed)] = found = measure(way, relations, seed)
+                print(relations, way, seed, found["mplus"], found["gold_recall_by_layer"], flush=True)
+                given.record.parent.mkdir(exist_ok=True)
+                given.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""What every ``Objective`` must do."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import attrs
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mplus.config import AdapterConfig, Component, MPlusConfig
+from mplus.hf import wrap
+from mplus.training.dense import DenseDecoder
+from mplus.training.losses import RetrieverLoss
+from mplus.training.objectives.base import Objective, Outcome
+from mplus.training.streams import StreamBatch
+from mplus.training.turns import NO_ONE, Turn
+
+STREAMS, CHUNK, TOKENS, VOCABULARY = 2, 6, 7, 32
+
+
+class ObjectiveConformance:
+    """Subclass it in a test module and set ``implementation``, or override ``make``.
+
+    Attributes:
+        implementation: the objective class under test.
+        trains_additions: whether it trains anything that memory adds to a decoder.
+    """
+
+    implementation: ClassVar[Any]
+    trains_additions: ClassVar[bool] = True
+
+    def make(self) -> Objective:
+        """A new objective."""
+        objective = self.implementation()
+        assert isinstance(objective, Objective)
+        return objective
+
+    # ------------------------------------------------------------------ helpers
+
+    def model(self) -> Any:
+        """A wrapped decoder of two layers, of which everything is trained."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            sizes: dict[str, Any] = {
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+            }
+            base = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes))
+            config = MPlusConfig(
+                chunk_tokens=CHUNK,
+                min_chunk_tokens=2,
+                memory_tokens_per_chunk=2,
+                short_term_tokens=6,
+                retrieved_tokens=2,
+                long_term_tokens=16,
+                retriever=Component("linear", {"width": 4}),
+                adapters=AdapterConfig(rank=2, target_modules=("q_proj", "v_proj")),
+            )
+            model: Any = wrap(base, config)
+            for parameter in model.parameters():
+                parameter.requires_grad_(True)
+                if parameter.ndim == 2:  # adapters begin as zero, and then pass no gradient on
+                    torch.nn.init.normal_(parameter, std=0.2)
+        return model.train()
+
+    def streams(self, model: Any) -> StreamBatch:
+        """Streams whose short-term memory is full, with rows in long-term memory."""
+        streams = StreamBatch(model.mplus_engine, range(STREAMS), seed=0, long_term_tokens=16)
+        with torch.no_grad():
+            for number in range(5):
+                streams.write(torch.full((STREAMS, CHUNK), number + 2), torch.full((STREAMS,), number))
+        return streams
+
+    def turn(self) -> Turn:
+        """A turn with as many chunks as the objective wants, and three texts: of the newest, of an older one, of none.
+
+        Where nothing is written both are about older chunks.
+        """
+        generator = torch.Generator().manual_seed(4)
+        count = self.make().chunks
+
+        def ids(*shape: int) -> torch.Tensor:
+            return torch.randint(2, VOCABULARY, shape, generator=generator)
+
+        texts, windows = ids(STREAMS, 3, TOKENS), ids(STREAMS, 9)
+        labels, window_labels = texts.clone(), windows.clone()
+        labels[..., :2] = window_labels[..., :2] = -100
+        newest = 10 + count - 1 if count else 4
+        return Turn(
+            chunks=ids(STREAMS, count, CHUNK),
+            sources=torch.arange(10, 10 + count).expand(STREAMS, -1),
+            texts=texts,
+            labels=labels,
+            mask=torch.ones_like(texts, dtype=torch.bool),
+            queries=(torch.arange(TOKENS) < 2).expand_as(texts),
+            about=torch.tensor([[newest, 1, NO_ONE]] * STREAMS),
+            windows=windows,
+            window_labels=window_labels,
+            window_mask=torch.ones_like(windows, dtype=torch.bool),
+        )
+
+    def run(self, model: Any, streams: StreamBatch, turn: Turn | None = None) -> Outcome:
+        """One call, with a retriever loss that draws nothing."""
+        loss = RetrieverLoss(candidates=64)
+        return self.make()(DenseDecoder(model), streams, turn or self.turn(), loss)
+
+    # ------------------------------------------------------------------ tests
+
+    def test_has_a_name_and_options(self) -> None:
+        assert isinstance(self.implementation.name, str)
+        assert self.implementation.name
+        assert attrs.has(self.implementation.Options)
+        assert isinstance(self.make().options, self.implementation.Options)
+
+    def test_the_loss_is_a_finite_scalar_with_a_graph(self) -> None:
+        model = self.model()
+        outcome = self.run(model, self.streams(model))
+        assert outcome.loss.shape == ()
+        assert math.isfinite(outcome.loss.item())
+        outcome.loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert all(bool(torch.isfinite(grad).all()) for grad in grads.values())
+        moved = {name for name, grad in grads.items() if bool(grad.abs().sum() > 0)}
+        assert moved, "nothing is trained"
+        added = any(name.startswith("mplus.") or ".lora_" in name for name in moved)
+        assert added == self.trains_additions
+
+    def test_metrics_are_numbers_by_name(self) -> None:
+        model = self.model()
+        outcome = self.run(model, self.streams(model))
+        assert set(self.implementation.metrics) <= set(outcome.metrics)
+        assert all(isinstance(value, float) and math.isfinite(value) for value in outcome.metrics.values())
+
+    def test_keeps_no_state(self) -> None:
+        model = self.model()
+        objective, turn = self.make(), self.turn()
+        losses = [
+            objective(DenseDecoder(model), self.streams(model), turn, RetrieverLoss(candidates=64)).loss.item()
+            for _ in range(2)
+        ]
+        assert losses[0] == losses[1]
+
+    def test_streams_do_not_see_each_other(self) -> None:
+        """A change of what one stream is told and asked leaves the gradient at the other's texts as it is."""
+        model, turn = self.model(), self.turn()
+        halves = []
+        for other in (0, 1):
+            chunks, texts, windows = turn.chunks.clone(), turn.texts.clone(), turn.windows
+            assert windows is not None
+            windows = windows.clone()
+            for changed in (chunks, texts, windows):
+                changed[1] = (changed[1] + other) % VOCABULARY
+            labels = turn.labels.clone()
+            labels[1] = -100  # only the first stream is asked
+            silent = turn.window_labels
+            assert silent is not None
+            silent = silent.clone()
+            silent[1] = -100
+            about = turn.about.clone()
+            about[1] = NO_ONE
+            changed_turn = attrs.evolve(
+                turn, chunks=chunks, texts=texts, windows=windows, labels=labels, window_labels=silent, about=about
+            )
+            halves.append(self.run(model, self.streams(model), changed_turn).loss.item())
+        assert math.isclose(halves[0], halves[1], rel_tol=1e-5)
+
+    def test_says_how_many_chunks_it_writes(self) -> None:
+        model = self.model()
+        streams, objective = self.streams(model), self.make()
+        before = streams.clock
+        self.run(model, streams)
+        assert (streams.clock > before) == objective.writes
+
+    def test_leaves_full_streams_full(self) -> None:
+        model = self.model()
+        streams = self.streams(model)
+        rows, held = streams.rows, [layer.count for layer in streams.ltm]
+        self.run(model, streams)
+        assert streams.rows == rows
+        assert [layer.count for layer in streams.ltm] >= held
