@@ -77,7 +77,7 @@ def attention_retriever(model: Any) -> Any:
     return retriever
 
 
-def run(recipe: str, seeds: list[int], keep: Path, record: Path) -> None:
+def run(recipe: str, seeds: list[int], looked_at: list[int], keep: Path, record: Path) -> None:
     """Train and measure every seed; the record is written anew after each."""
     found: dict[str, Any] = {}
     for seed in seeds:
@@ -93,6 +93,7 @@ def run(recipe: str, seeds: list[int], keep: Path, record: Path) -> None:
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "circumstances": circumstances(evaluation_seed=EVALUATION_SEED),
             "seeds_asked_for": seeds,
+            "seeds_looked_at": looked_at,
             "seeds": found,
         }
         record.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
@@ -120,12 +121,13 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("seeds", type=int, nargs="+")
     parser.add_argument("--keep", type=Path, help="folder for the trained decoders")
+    parser.add_argument("--looked-at", type=int, nargs="*", default=[], help="seeds the recipe was made with")
     parser.add_argument("--record", type=Path, help="file to write; default: benchmarks/records/RECIPE.json")
     given = parser.parse_args()
     record = given.record or RECORDS / f"{given.recipe}.json"
     record.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        run(given.recipe, given.seeds, given.keep or Path(folder), record)
+        run(given.recipe, given.seeds, given.looked_at, given.keep or Path(folder), record)
 
 
 if __name__ == "__main__":

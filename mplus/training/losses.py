@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from attrs import define, field
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, softplus
 
 from mplus.config import flag, number, one_of, whole
 from mplus.errors import ConfigError
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 EPSILON = 1e-5
 """Added to probabilities before their logarithm (published constant)."""
+
+NEVER = -1e30
+"""Score of a row that takes no part; finite, so that a text without any negative row has a gradient, of 0."""
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -62,9 +65,9 @@ class RetrieverLoss:
     """How the retriever learns which rows a text needs: those written from what the text is about.
 
     Attributes:
-        kind: "contrastive": minus the logarithm of the share of the softmax that falls on those rows; "bce": mean of
-            ``-log p`` over those rows plus mean of ``-log (1 - p)`` over the others, p the score (M+ section 3.2.2;
-            needs a score between 0 and 1, as "sigmoid_mean").
+        kind: "contrastive": mean of ``-log`` of each such row's share in the softmax over it and all others; "bce":
+            mean of ``-log p`` over those rows plus mean of ``-log (1 - p)`` over the others, p the score (M+ section
+            3.2.2; needs a score between 0 and 1, as "sigmoid_mean").
         weight: factor on the loss.
         detach: keep its gradient out of the decoder (M+ stage 3).
         negatives: "stream": a text's own stream gives the rows it is to be told from; "batch": all streams do, except
@@ -159,17 +162,21 @@ def _there(tensor: Tensor | None) -> Tensor:
 
 
 def contrastive(scores: Tensor, positive: Tensor, usable: Tensor) -> Tensor:
-    """``-log`` of the softmax mass on the positive rows, mean over the texts that have any; 0 where none has.
+    """``-log`` of the softmax share of a positive row among itself and all negative ones.
+
+    Mean over a text's positive rows, then over the texts that have any; 0 where none has. Every positive row counts by
+    itself: were their shares added up, one row found would be enough, and the others would be left to chance.
 
     Args:
         scores: ``[B, R, m]``.
         positive, usable: ``[B, R, m]`` bool; only usable rows take part.
     """
     counted = positive.any(-1)
-    some = scores.float()[counted]
-    everything = some.masked_fill(~usable[counted], -torch.inf).logsumexp(-1)
-    found = some.masked_fill(~positive[counted], -torch.inf).logsumexp(-1)
-    return mean_of((everything - found).sum(), counted.sum())
+    some, wanted = scores.float()[counted], positive[counted]
+    against = usable[counted] & ~wanted
+    others = some.masked_fill(~against, NEVER).logsumexp(-1, keepdim=True)
+    each = softplus(others - some).masked_fill(~wanted, 0).sum(-1) / wanted.sum(-1)
+    return mean_of(each.sum(), counted.sum())
 
 
 def balanced_bce(scores: Tensor, positive: Tensor, usable: Tensor) -> Tensor:

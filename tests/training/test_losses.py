@@ -31,20 +31,36 @@ def test_accuracy_wants_every_answer_token_of_a_text():
     assert math.isnan(accuracy(logits, torch.full_like(labels, -100)))
 
 
-def test_contrastive_is_the_missing_softmax_mass():
+def test_contrastive_is_what_each_row_lacks_among_the_negative_ones():
     scores = torch.randn(2, 3, 5, generator=GENERATOR, requires_grad=True)
     positive = torch.zeros(2, 3, 5, dtype=torch.bool)
     positive[0, 0, :2] = positive[1, 2, 4] = True
     usable = torch.ones_like(positive)
     usable[0, 0, 4] = False
-    terms = []
-    for b, r in ((0, 0), (1, 2)):
-        e = scores[b, r].exp() * usable[b, r]
-        terms.append(-(e[positive[b, r]].sum() / e.sum()).log())
-    torch.testing.assert_close(contrastive(scores, positive, usable), sum(terms) / 2)
+    e = scores.exp()
+    first = [-(e[0, 0, row] / (e[0, 0, row] + e[0, 0, 2:4].sum())).log() for row in (0, 1)]
+    second = -(e[1, 2, 4] / e[1, 2].sum()).log()
+    torch.testing.assert_close(contrastive(scores, positive, usable), (sum(first) / 2 + second) / 2)
     assert contrastive(scores, torch.zeros_like(positive), usable) == 0
     contrastive(scores, positive, usable).backward()
     assert bool(scores.grad.isfinite().all())
+
+
+def test_contrastive_wants_every_row_found():
+    positive = torch.tensor([[[True, True, False]]])
+    usable = torch.ones_like(positive)
+    one, both = torch.tensor([[[9.0, -9.0, 0.0]]]), torch.tensor([[[9.0, 9.0, 0.0]]])
+    assert contrastive(one, positive, usable) > 4
+    assert contrastive(both, positive, usable) < 1e-3
+
+
+def test_contrastive_without_a_negative_row_asks_for_nothing():
+    scores = torch.randn(1, 1, 2, generator=GENERATOR, requires_grad=True)
+    positive = torch.tensor([[[True, False]]])
+    loss = contrastive(scores, positive, positive.clone())
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(scores.grad, torch.zeros_like(scores))
 
 
 def test_bce_weighs_both_classes_alike():
