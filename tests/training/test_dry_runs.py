@@ -1,4 +1,4 @@
-"""The shipped recipes that are too large to be trained in a test, at the tiny size they give themselves."""
+"""The shipped recipes, at the tiny size they give themselves."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import math
 import pytest
 
 from mplus.training import train
-from mplus.training.recipe_files import read
+from mplus.training.recipe_files import read, shipped
 from mplus.training.setup import make_model
 
 PUBLISHED = ("llama3-8b-stage1", "llama3-8b-stage2", "llama3-8b-stage3")
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, "small-gpu"])
+@pytest.mark.parametrize("name", shipped())
 def test_a_dry_run_does_every_stage(name):
     result = train(name, dry_run=True)
     assert [stage["name"] for stage in result.stages] == [stage.name for stage in read(name).recipe.stages]
