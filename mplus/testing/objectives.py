@@ -7,10 +7,9 @@ from typing import Any, ClassVar
 
 import attrs
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from mplus.config import AdapterConfig, Component, MPlusConfig
-from mplus.hf import wrap
+from mplus.hf.train_model import build_for_training
 from mplus.training.dense import DenseDecoder
 from mplus.training.losses import RetrieverLoss
 from mplus.training.objectives.base import Objective, Outcome
@@ -43,13 +42,7 @@ class ObjectiveConformance:
         """A wrapped decoder of two layers, of which everything is trained."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
-            sizes: dict[str, Any] = {
-                "hidden_size": 16,
-                "intermediate_size": 32,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-            }
-            base = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes))
+            sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
             config = MPlusConfig(
                 chunk_tokens=CHUNK,
                 min_chunk_tokens=2,
@@ -60,7 +53,7 @@ class ObjectiveConformance:
                 retriever=Component("linear", {"width": 4}),
                 adapters=AdapterConfig(rank=2, target_modules=("q_proj", "v_proj")),
             )
-            model: Any = wrap(base, config)
+            model = build_for_training("llama", {"vocab_size": VOCABULARY, **sizes}, "default", config, None)
             for parameter in model.parameters():
                 parameter.requires_grad_(True)
                 if parameter.ndim == 2:  # adapters begin as zero, and then pass no gradient on
