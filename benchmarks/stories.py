@@ -64,13 +64,21 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--pieces", type=int, default=512, help="most pieces")
+    parser.add_argument("--skip", type=int, default=0, help="pieces at the beginning that are left out")
+    parser.add_argument("--record", type=Path, default=RECORD)
     given = parser.parse_args()
-    texts = pieces(given.text.read_text(encoding="utf-8"), load_tokenizer())[: given.pieces]
+    texts = pieces(given.text.read_text(encoding="utf-8"), load_tokenizer())[given.skip :][: given.pieces]
     found = measure(mplus.from_pretrained(given.model).eval(), texts)
-    record = {"recipe": "stories", "data": given.text.name, **found, "circumstances": circumstances()}
+    record = {
+        "recipe": "stories",
+        "data": given.text.name,
+        "skipped_pieces": given.skip,
+        **found,
+        "circumstances": circumstances(),
+    }
     record["text"] = sentence(record)
-    RECORD.parent.mkdir(exist_ok=True)
-    RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    given.record.parent.mkdir(exist_ok=True)
+    given.record.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(record, indent=2) + "\n")
 
 
