@@ -30,6 +30,7 @@ WAYS = {
     "sigmoid_mean, contrastive": ("sigmoid_mean", "contrastive"),
     "sigmoid_mean, bce": ("sigmoid_mean", "bce"),
 }
+DEFAULT = "mean_dot, contrastive"
 AGES = (1, 4, 8, 16, 32, 64, 128)
 EVALUATION_SEED = 9
 
@@ -46,26 +47,29 @@ def settings(score: str, loss: str, relations: int) -> dict[str, Any]:
     return found
 
 
-def measure(way: str, relations: int, seed: int) -> dict[str, Any]:
-    """Train one way and ask."""
+def measure(way: str, relations: int, seed: int, trained: Path | None) -> dict[str, Any]:
+    """Train one way, unless ``trained`` has a model, and ask."""
     begun = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        result = train(
-            "recall-tiny", settings=settings(*WAYS[way], relations), seed=seed, out=Path(folder) / "run", progress=False
-        )
-        model = mplus.from_pretrained(Path(folder) / "run" / "model").eval()
-    seconds = round(time.perf_counter() - begun, 1)
+    if trained is not None:
+        facts = json.loads((trained / "trained.json").read_text(encoding="utf-8"))
+        model, restarts, seconds = mplus.from_pretrained(trained).eval(), facts["restarts"], facts["seconds"]
+    else:
+        changes = settings(*WAYS[way], relations)
+        with tempfile.TemporaryDirectory() as folder:
+            result = train("recall-tiny", settings=changes, seed=seed, out=Path(folder) / "run", progress=False)
+            model = mplus.from_pretrained(Path(folder) / "run" / "model").eval()
+        restarts, seconds = result.restarts, round(time.perf_counter() - begun, 1)
     telling = Telling(language=Language(relations=relations), ages=AGES, rounds=8, seed=EVALUATION_SEED)
     arms = {arm.name: arm for arm in retention(model, telling, arms=["mplus", "mplus-oracle"]).arms}
     old = Telling(language=Language(relations=relations), ages=AGES[-2:], rounds=4, seed=EVALUATION_SEED)
     health = retriever_health(model, old, retrieved_tokens=[model.mplus_config.retrieved_tokens])
-    (trained,) = (found["trained"] for found in health["by_retrieved_tokens"].values())
+    (ranked,) = (found["trained"] for found in health["by_retrieved_tokens"].values())
     return {
         "seconds": seconds,
-        "restarts": result.restarts,
+        "restarts": restarts,
         **{name: {str(cell.age): round(cell.accuracy, 4) for cell in arm.cells} for name, arm in arms.items()},
         "questions": arms["mplus"].cells[0].questions,
-        "gold_recall_by_layer": trained["gold_recall_by_layer"],
+        "gold_recall_by_layer": ranked["gold_recall_by_layer"],
         "circumstances": circumstances(seed=seed, evaluation_seed=EVALUATION_SEED),
     }
 
@@ -75,16 +79,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("seeds", type=int, nargs="+")
     parser.add_argument("--relations", type=int, nargs="+", default=[4, 5])
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--kept", type=Path, help="folder that benchmarks.recall kept its decoders in")
     parser.add_argument("--record", type=Path, default=RECORD)
     given = parser.parse_args()
     record: dict[str, Any] = json.loads(given.record.read_text(encoding="utf-8")) if given.record.exists() else {}
     for relations in given.relations:
         for seed in given.seeds:
-            for way in WAYS:
+            for way in given.ways:
                 place = record.setdefault(f"{relations} relations", {}).setdefault(way, {})
                 if str(seed) in place:
                     continue
-                place[str(seed)] = found = measure(way, relations, seed)
+                same = given.kept is not None and way == DEFAULT and relations == Language().relations
+                kept = given.kept / f"recall-tiny-{seed}" if same else None
+                place[str(seed)] = found = measure(way, relations, seed, kept)
                 print(relations, way, seed, found["mplus"], found["gold_recall_by_layer"], flush=True)
                 given.record.parent.mkdir(exist_ok=True)
                 given.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
