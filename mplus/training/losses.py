@@ -65,7 +65,7 @@ class RetrieverLoss:
     """How the retriever learns which rows a text needs: those written from what the text is about.
 
     Attributes:
-        kind: "contrastive": mean of ``-log`` of each such row's share in the softmax over it and all others; "bce":
+        kind: "contrastive": mean of ``-log`` of each such row's share in the softmax over it and the others; "bce":
             mean of ``-log p`` over those rows plus mean of ``-log (1 - p)`` over the others, p the score (M+ section
             3.2.2; needs a score between 0 and 1, as "sigmoid_mean").
         weight: factor on the loss.
@@ -73,8 +73,8 @@ class RetrieverLoss:
         negatives: "stream": a text's own stream gives the rows it is to be told from; "batch": all streams do, except
             rows written from the same source. With "batch" the loss depends on how many streams a process holds.
         candidates: rows of each stream that are scored: all that its texts are about, then others at random.
-        encoder_weight: factor on a second loss, of the same kind, in which the newest chunk's rows ask which other
-            rows were written from its source (released code; the retriever needs ``encoder_queries``). For data in
+        encoder_weight: factor on a second loss, of the same kind, in which the newest chunk's rows ask which of
+            the candidates were written from its source (released code; the retriever needs ``encoder_queries``). For data in
             which several chunks have one source.
     """
 
