@@ -74,8 +74,8 @@ class RetrieverLoss:
             rows written from the same source. With "batch" the loss depends on how many streams a process holds.
         candidates: rows of each stream that are scored: all that its texts are about, then others at random.
         encoder_weight: factor on a second loss, of the same kind, in which the newest chunk's rows ask which of
-            the candidates were written from its source (released code; the retriever needs ``encoder_queries``). For data in
-            which several chunks have one source.
+            the candidates were written from its source (released code; the retriever needs ``encoder_queries``). For
+            data in which several chunks have one source.
     """
 
     kind: Literal["contrastive", "bce"] = field(default="contrastive", validator=one_of("contrastive", "bce"))
