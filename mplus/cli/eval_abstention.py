@@ -23,6 +23,7 @@ from mplus.cli.eval_common import (
     Tokenizer,
     Tokens,
     both,
+    check_given,
     make_protocol,
     numbers,
     prepare,
@@ -31,6 +32,7 @@ from mplus.cli.eval_common import (
 
 
 def abstention(
+    context: typer.Context,
     model: OptionalModel = None,
     data: OptionalData = None,
     recipe: RecipeName = None,
@@ -57,6 +59,7 @@ def abstention(
     from mplus.evaluation.generating import Generation
     from mplus.evaluation.retention import RetentionOptions
 
+    check_given(context, recipe)
     told = numbers(ages, "--ages")
     if recipe is not None:
         show_plain(recall_abstention(recipe, model, told, seed, threads), as_json)

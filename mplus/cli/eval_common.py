@@ -82,6 +82,37 @@ def both(model: Path | None, data: Path | None) -> tuple[Path, Path]:
     return model, data
 
 
+NO_DATA_SET = frozenset({"recipe", "model", "ages", "seed", "threads", "as_json"})
+"""Options of every command that mean something with ``--recipe``, by the names of their parameters."""
+LANGUAGE_ONLY = frozenset({"questions", "held_out"})
+"""Options that mean something with ``--recipe`` only."""
+
+
+def check_given(context: typer.Context, recipe: str | None, *also: str) -> None:
+    """Refuse options that would change nothing.
+
+    Args:
+        context: of the command.
+        recipe: value of ``--recipe``.
+        also: further parameters of this command that mean something with ``--recipe``.
+
+    Raises:
+        ConfigError: an option was given that only goes with a data set, or only with ``--recipe``; all are named.
+    """
+    from mplus.errors import ConfigError
+
+    sources = {option: context.get_parameter_source(str(option.name)) for option in context.command.params}
+    given = [option for option, source in sources.items() if source is not None and source.name != "DEFAULT"]
+    if recipe is None:
+        idle = [option for option in given if option.name in LANGUAGE_ONLY]
+        advice = "about facts of the little language: give --recipe, or leave it out"
+    else:
+        idle = [option for option in given if option.name not in NO_DATA_SET | LANGUAGE_ONLY | set(also)]
+        advice = "about a data set: give --model and --data instead of --recipe, or leave it out"
+    if idle:
+        raise ConfigError(f"{', '.join(option.opts[0] for option in idle)}: {advice}")
+
+
 def make_protocol(
     name: str, tokenizer: Any, settings: Sequence[str] | None, chunk_tokens: int, given: Mapping[str, Any]
 ) -> Protocol:

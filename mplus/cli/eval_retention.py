@@ -24,6 +24,7 @@ from mplus.cli.eval_common import (
     Tokenizer,
     Tokens,
     both,
+    check_given,
     make_protocol,
     numbers,
     prepare,
@@ -32,6 +33,7 @@ from mplus.cli.eval_common import (
 
 
 def retention(
+    context: typer.Context,
     model: OptionalModel = None,
     data: OptionalData = None,
     recipe: RecipeName = None,
@@ -98,6 +100,7 @@ def retention(
     from mplus.evaluation.retention import retention as run
     from mplus.evaluation.scoring import Scoring
 
+    check_given(context, recipe, "arms", "window_tokens", "plot", "markdown")
     check_paths(plot or ())  # before the work, not after it
     if recipe is not None:
         names = None if arms is None else [name.strip() for name in arms.split(",")]

@@ -23,6 +23,7 @@ from mplus.cli.eval_common import (
     Tokenizer,
     Tokens,
     both,
+    check_given,
     make_protocol,
     numbers,
     prepare,
@@ -31,6 +32,7 @@ from mplus.cli.eval_common import (
 
 
 def retriever(
+    context: typer.Context,
     model: OptionalModel = None,
     data: OptionalData = None,
     recipe: RecipeName = None,
@@ -57,6 +59,7 @@ def retriever(
     from mplus.evaluation.health import health
     from mplus.evaluation.retention import RetentionOptions
 
+    check_given(context, recipe, "retrieved_tokens")
     told = numbers(ages, "--ages")
     tried = numbers(retrieved_tokens, "--retrieved-tokens")
     if recipe is not None:

@@ -141,3 +141,30 @@ def test_values_of_options():
     assert numbers("1, 2", "--x") == (1, 2)
     with pytest.raises(ConfigError, match="--x must be whole numbers"):
         numbers("", "--x")
+
+
+@pytest.mark.parametrize("command", ["retention", "retriever", "abstention"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--data", "pairs.gz"),
+        ("--protocol", "babi"),
+        ("--set", "passages=3"),
+        ("--episodes", "100"),  # what it would be anyway: it was given all the same
+        ("--tokenizer", "words"),
+        ("--device", "cpu"),
+        ("--dtype", "float32"),
+        ("--tokens", "3"),
+        ("--streams", "8"),
+    ],
+)
+def test_options_of_a_data_set_are_refused_with_a_recipe(command, more):
+    result = run(command, "--recipe", "recall-tiny", *more)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith(f"mplus: {more[0]}: about a data set: give --model and --data instead of --recipe")
+
+
+def test_options_of_the_language_are_refused_with_a_data_set(folder):
+    result = run("retention", *common(folder, "--questions", "5", "--held-out"))
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("mplus: --questions, --held-out: about facts of the little language: give --recipe")
