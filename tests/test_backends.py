@@ -36,7 +36,7 @@ class TestMeasure:
         segment = attrs.evolve(
             request.segments[0], keys=memory, values=torch.tensor([10.0, torch.nan])[None, None, :, None]
         )
-        segment = attrs.evolve(segment, valid=torch.tensor([[True, False]]))
+        segment = attrs.evolve(segment, lengths=torch.tensor([1]))
         request = attrs.evolve(request, queries=ones, keys=ones, values=20 * ones, scale=1.0, segments=(segment,))
         output, weights = exact_attention(request)
         share = torch.softmax(torch.tensor([0.0, 1.0], dtype=torch.float64), 0)

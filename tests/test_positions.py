@@ -13,31 +13,45 @@ from tests.architectures import BY_NAME
 from tests.comparisons import TOLERANCE, error
 from tests.retrofitted import retrofit
 
-CPU = torch.device("cpu")
+
+def placed(positions: MemoryPositions, rows: int, offset: int = 0) -> list[int]:
+    (place,) = positions.of_rows(torch.arange(rows), rows, offset).tolist()
+    return place
 
 
 @given(rows=st.integers(1, 60), span=st.integers(1, 80))
 def test_compressed_rows_keep_their_order_within_the_span(rows: int, span: int) -> None:
-    (place,) = MemoryPositions("compressed", span).of_memory(rows, None, 0, CPU).tolist()
+    place = placed(MemoryPositions("compressed", span), rows)
     assert place == sorted(place)
     assert -min(rows, span) == place[0]
     assert place[-1] <= -1
     assert len(set(place)) == min(rows, span)
 
 
-@given(real=st.integers(1, 30), filler=st.integers(1, 30), span=st.integers(1, 40))
-def test_filler_takes_no_positions(real: int, filler: int, span: int) -> None:
-    positions = MemoryPositions("compressed", span)
-    valid = torch.arange(real + filler)[None] >= filler
-    (padded,) = positions.of_memory(real + filler, valid, 0, CPU)
-    (alone,) = positions.of_memory(real, None, 0, CPU)
-    assert padded[filler:].tolist() == alone.tolist()
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=3),
+    span=st.integers(1, 40),
+    layout=st.sampled_from(["sequential", "compressed", "constant"]),
+)
+def test_every_stream_is_placed_as_if_alone(lengths: list[int], span: int, layout: str) -> None:
+    positions = MemoryPositions(layout, span)
+    found = positions.of_rows(torch.arange(30), torch.tensor(lengths)[:, None])
+    for rows, together in zip(lengths, found.expand(len(lengths), -1), strict=True):
+        assert together[:rows].tolist() == placed(positions, rows)
+
+
+@given(start=st.integers(0, 10), rows=st.integers(1, 20), behind=st.integers(0, 10), span=st.integers(1, 40))
+def test_a_part_is_placed_as_in_the_whole(start: int, rows: int, behind: int, span: int) -> None:
+    total = start + rows + behind
+    for positions in (MemoryPositions(), MemoryPositions("compressed", span), MemoryPositions("constant")):
+        (part,) = positions.of_rows(torch.arange(start, start + rows), total).tolist()
+        assert part == placed(positions, total)[start : start + rows]
 
 
 def test_sequential_constant_and_offset() -> None:
-    assert MemoryPositions().of_memory(3, None, 0, CPU).tolist() == [[-3, -2, -1]]
-    assert MemoryPositions(offset=True).of_memory(3, None, 5, CPU).tolist() == [[2, 3, 4]]
-    assert MemoryPositions("constant").of_memory(3, None, 0, CPU).tolist() == [[-1, -1, -1]]
+    assert placed(MemoryPositions(), 3) == [-3, -2, -1]
+    assert placed(MemoryPositions(offset=True), 3, 5) == [2, 3, 4]
+    assert placed(MemoryPositions("constant"), 3) == [-1, -1, -1]
     assert [MemoryPositions(kind, 4).extent(9) for kind in ("sequential", "constant", "compressed")] == [9, 1, 4]
 
 

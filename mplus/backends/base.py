@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from attrs import define
 from torch import Tensor
 
@@ -16,12 +17,20 @@ class Segment:
     Attributes:
         keys: ``[B or 1, Hkv, P, D]``, rotated where the decoder rotates keys; batch 1 is shared by all rows.
         values: ``[B or 1, Hkv, P, Dv]``.
-        valid: ``[B, P]`` bool, False at filler rows; None when all rows are real.
+        lengths: ``[B]`` int64, how many rows of each batch row are real; those behind them are filler and may hold
+            anything. None when all rows are real.
     """
 
     keys: Tensor
     values: Tensor
-    valid: Tensor | None = None
+    lengths: Tensor | None = None
+
+    @property
+    def valid(self) -> Tensor | None:
+        """``[B, P]`` bool, False at filler; None when all rows are real."""
+        if self.lengths is None:
+            return None
+        return torch.arange(self.keys.shape[2], device=self.lengths.device) < self.lengths[:, None]
 
 
 @define(frozen=True, eq=False, kw_only=True)
@@ -31,9 +40,11 @@ class AttentionRequest:
     Attributes:
         queries: ``[B, H, T, D]``.
         keys, values: text, ``[B, Hkv, S, D]`` and ``[B, Hkv, S, Dv]`` with ``S >= T``; H is a multiple of Hkv.
-        segments: memory in front of the text, in order; every query sees all their valid rows.
+        segments: memory in front of the text, in order; every query sees all their real rows.
         mask: over the text only, broadcastable to ``[B, H, T, S]``; bool (True = visible) or additive float.
             None means causal, aligned at the bottom right: query i sees text keys 0 .. S-T+i.
+        window: a query sees the text keys at most ``window - 1`` in front of its own, and all memory; None: all text.
+        padding: ``[B]`` int64, how many of the first text keys nobody sees; None: all are text.
         scale: factor on the scores.
         softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask is applied.
         sinks: ``[H]`` extra logits that take part in the softmax and carry no value.
@@ -47,6 +58,8 @@ class AttentionRequest:
     scale: float
     segments: tuple[Segment, ...] = ()
     mask: Tensor | None = None
+    window: int | None = None
+    padding: Tensor | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
     dropout: float = 0.0
@@ -62,7 +75,10 @@ class AttentionResult:
 
 
 class AttentionBackend(ABC):
-    """Computes ``softmax(scale * Q [Km|Kt]^T + mask) [Vm|Vt]``; stateless. ``reference`` is the specification."""
+    """Computes ``softmax(scale * Q [Km|Kt]^T + mask) [Vm|Vt]``; stateless. ``reference`` is the specification.
+
+    Both methods get requests that ``mplus.backends.checks.check_request`` has found to be well formed.
+    """
 
     name: ClassVar[str]
 

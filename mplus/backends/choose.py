@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from mplus.backends import BACKENDS
+from mplus.backends.checks import check_request
 from mplus.errors import NotSupported
 
 if TYPE_CHECKING:
@@ -43,8 +44,10 @@ class BackendChooser:
         """The backend to run ``request`` with.
 
         Raises:
+            InputError: the request is malformed, see ``check_request``.
             NotSupported: the named backend, or every backend, refuses; the message has the reasons and the shapes.
         """
+        check_request(request)
         refused: dict[str, list[str]] = {}
         for name in self._candidates():
             backend = self._instance(name)
@@ -90,7 +93,7 @@ def choose(name: str, request: AttentionRequest) -> AttentionBackend:
 def describe(request: AttentionRequest) -> str:
     """Shapes and dtypes of a request in one line."""
     segments = [
-        f"{_shape(segment.keys)}{'' if segment.valid is None else ' with fillers'}" for segment in request.segments
+        f"{_shape(segment.keys)}{'' if segment.lengths is None else ' with fillers'}" for segment in request.segments
     ]
     mask = "causal" if request.mask is None else f"{_shape(request.mask)}"
     return (

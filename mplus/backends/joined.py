@@ -23,8 +23,9 @@ def joined_keys_values(request: AttentionRequest) -> tuple[Tensor, Tensor]:
     for segment in request.segments:
         memory_keys = segment.keys.expand(batch, -1, -1, -1)
         memory_values = segment.values.expand(batch, -1, -1, -1)
-        if segment.valid is not None:
-            filler = ~segment.valid[:, None, :, None]
+        valid = segment.valid
+        if valid is not None:
+            filler = ~valid[:, None, :, None]
             memory_keys = memory_keys.masked_fill(filler, 0)
             memory_values = memory_values.masked_fill(filler, 0)
         keys.append(memory_keys)
@@ -35,7 +36,7 @@ def joined_keys_values(request: AttentionRequest) -> tuple[Tensor, Tensor]:
 def joined_visibility(request: AttentionRequest) -> Tensor:
     """``[1 or B, 1 or H, T, P+S]`` bool: which keys, memory and text, each query sees."""
     parts = [_memory_visibility(request, index) for index in range(len(request.segments))]
-    parts.append(_text_visibility(request))
+    parts.append(text_visibility(request))
     batch = max(part.shape[0] for part in parts)
     heads, length = parts[-1].shape[1:3]
     return torch.cat([part.expand(batch, heads, length, -1) for part in parts], dim=-1)
@@ -46,24 +47,38 @@ def joined_bias(request: AttentionRequest) -> Tensor | None:
     if request.mask is None or request.mask.dtype == torch.bool:
         return None
     memory = sum(segment.keys.shape[2] for segment in request.segments)
-    bias = _four_dimensions(request).masked_fill(~_text_visibility(request), 0)
+    bias = _four_dimensions(request).masked_fill(~_masked_visibility(request), 0)
     return torch.nn.functional.pad(bias, (memory, 0))
 
 
 def may_see_nothing(request: AttentionRequest) -> bool:
     """Whether there can be queries that see no key at all, as at padding."""
-    certain = any(segment.valid is None and segment.keys.shape[2] for segment in request.segments)
-    return request.mask is not None and not certain
+    certain = any(segment.lengths is None and segment.keys.shape[2] for segment in request.segments)
+    return (request.mask is not None or request.padding is not None) and not certain
 
 
 def _memory_visibility(request: AttentionRequest, index: int) -> Tensor:
     segment = request.segments[index]
-    if segment.valid is None:
+    valid = segment.valid
+    if valid is None:
         return torch.ones(1, 1, 1, segment.keys.shape[2], dtype=torch.bool, device=request.queries.device)
-    return segment.valid[:, None, None]
+    return valid[:, None, None]
 
 
-def _text_visibility(request: AttentionRequest) -> Tensor:
+def text_visibility(request: AttentionRequest) -> Tensor:
+    """``[1 or B, 1 or H, T, S]`` bool: which text keys each query sees."""
+    visible = _masked_visibility(request)
+    length, text = request.queries.shape[2], request.keys.shape[2]
+    place = torch.arange(text, device=request.queries.device)
+    if request.window is not None:
+        own = torch.arange(text - length, text, device=request.queries.device)
+        visible = visible & (place > own[:, None] - request.window)
+    if request.padding is not None:
+        visible = visible & (place >= request.padding[:, None])[:, None, None]
+    return visible
+
+
+def _masked_visibility(request: AttentionRequest) -> Tensor:
     length, text = request.queries.shape[2], request.keys.shape[2]
     if request.mask is None:
         ones = torch.ones(1, 1, length, text, dtype=torch.bool, device=request.queries.device)

@@ -66,7 +66,8 @@ class SdpaBackend(AttentionBackend):
 
 def _mask(request: AttentionRequest) -> tuple[Tensor | None, bool, Tensor | None]:
     """``attn_mask``, ``is_causal``, and where the request allows them the queries ``[., ., T, 1]`` that see nothing."""
-    if request.mask is None and all(segment.valid is None for segment in request.segments):
+    plain = request.mask is None and request.window is None and request.padding is None
+    if plain and all(segment.lengths is None for segment in request.segments):
         length, text = request.queries.shape[2], request.keys.shape[2]
         if length == 1:
             return None, False, None

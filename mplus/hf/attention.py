@@ -17,7 +17,6 @@ from mplus.backends.base import AttentionRequest, Segment
 from mplus.backends.choose import BackendChooser
 from mplus.errors import NotSupported
 from mplus.hf.capture import Captured
-from mplus.hf.passes import Projected
 
 logger = logging.getLogger(__name__)
 BASES = ("eager", "sdpa")
@@ -31,9 +30,9 @@ CAPTURE = object()
 
 @define(frozen=True, eq=False)
 class AttendedMemory:
-    """Passed as ``mplus_memory``: a layer's projected memory and what computes the attention."""
+    """Passed as ``mplus_memory``: a layer's memory, oldest first, and what computes the attention."""
 
-    projected: Projected
+    segments: tuple[Segment, ...]
     chooser: BackendChooser
 
 
@@ -83,14 +82,13 @@ def _attend(
     if mask is None and query.shape[2] > 1:
         # A static cache hands over places that are not filled yet; they lie beyond the text.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    projected = memory.projected
     scale = kwargs.get("scaling")
     request = AttentionRequest(
         queries=query,
         keys=key,
         values=value,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        segments=(Segment(projected.keys, projected.values, projected.valid),),
+        segments=memory.segments,
         mask=mask,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from mplus.hf.passes import Projected
+from mplus.backends.base import Segment
 
 
 class MemoryCacheView(Cache):
     """Passes text to ``inner`` (None: no cache) and returns ``[memory | text]``; memory never enters ``inner``."""
 
-    def __init__(self, inner: Cache | None, projected: Projected) -> None:
-        self.inner, self.projected = inner, projected
+    def __init__(self, inner: Cache | None, memory: Segment) -> None:
+        self.inner, self.memory = inner, memory
 
     @property
     def layers(self) -> Any:  # type: ignore[override]
@@ -29,7 +29,7 @@ class MemoryCacheView(Cache):
         if self.inner is not None:
             key_states, value_states = self.inner.update(key_states, value_states, *args, **kwargs)
         rows = key_states.shape[0]
-        keys, values = (t.expand(rows, -1, -1, -1) for t in (self.projected.keys, self.projected.values))
+        keys, values = (t.expand(rows, -1, -1, -1) for t in (self.memory.keys, self.memory.values))
         return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
@@ -39,7 +39,7 @@ class MemoryCacheView(Cache):
         return (query_length, 0) if self.inner is None else self.inner.get_mask_sizes(query_length, *args)
 
 
-def mask_with_memory(mask: Tensor | None, projected: Projected, queries: int, keys: int, like: Tensor) -> Tensor | None:
+def mask_with_memory(mask: Tensor | None, memory: Segment, queries: int, keys: int, like: Tensor) -> Tensor | None:
     """Extend a text mask over ``[memory | text]``.
 
     Args:
@@ -51,18 +51,18 @@ def mask_with_memory(mask: Tensor | None, projected: Projected, queries: int, ke
         ``[..., T, P+S]``, or None when everything is visible.
     """
     if mask is None:
-        if queries == 1 and projected.valid is None:
+        if queries == 1 and memory.lengths is None:
             return None
         mask = torch.ones(queries, keys, dtype=torch.bool, device=like.device)
         # Causal from the first key on: keys of a static cache beyond the text are not filled yet.
         mask = (mask.tril() if queries > 1 else mask)[None, None]
-    rows = projected.keys.shape[2]
+    rows, valid = memory.keys.shape[2], memory.valid
     if mask.dtype == torch.bool:
         front = mask.new_ones(*mask.shape[:-1], rows)
     else:
         front = mask.new_zeros(*mask.shape[:-1], rows)
-    if projected.valid is not None:
-        visible = projected.valid[:, None, None, :].to(mask.device)
+    if valid is not None:
+        visible = valid[:, None, None, :].to(mask.device)
         front = (
             front & visible if mask.dtype == torch.bool else front.masked_fill(~visible, torch.finfo(mask.dtype).min)
         )

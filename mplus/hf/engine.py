@@ -9,6 +9,7 @@ import torch
 from attrs import define
 from torch import Tensor, nn
 
+from mplus.backends.base import Segment
 from mplus.config import MPlusConfig
 from mplus.errors import MemoryMismatchError, NotSupported
 from mplus.hf.attention import BASES, PREFIX
@@ -16,7 +17,7 @@ from mplus.hf.discovery import AttentionSpec
 from mplus.hf.fingerprint import fingerprint
 from mplus.hf.modes import input_device
 from mplus.hf.own_attention import OwnAttention
-from mplus.hf.passes import Marks, Pass, Prefix, PrefixSource, Project, Projected, running
+from mplus.hf.passes import Marks, Pass, Prefix, PrefixSource, Project, running
 from mplus.hf.retrofit import Retrofit
 from mplus.mechanisms.base import MemoryMechanism, WritePlan
 from mplus.memory.stream import StreamState
@@ -233,11 +234,11 @@ class WriteSource:
     engine: DecoderEngine
     plan: DensePlan
 
-    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> Projected | None:
+    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
         layer, plan = spec.memory_index, self.plan
         context = plan.context[layer]
         context = context[:, : context.shape[1] - plan.reencoded].to(hidden)
         if not plan.begin:
-            return project(Prefix(context, None)) if context.shape[1] else None
+            return (project(Prefix(context)),) if context.shape[1] else ()
         begin = self.engine.mechanism.additions.begin[layer].to(hidden).expand(context.shape[0], -1, -1)
-        return project(Prefix(torch.cat([begin, context], 1), None))
+        return (project(Prefix(torch.cat([begin, context], 1))),)

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mplus.backends.base import Segment
 from mplus.errors import NotSupported
 from mplus.hf.capture import Captured
 from mplus.hf.discovery import AttentionSpec, rotary_at
-from mplus.hf.passes import Pass, Project, Projected, running
+from mplus.hf.passes import Pass, Project, running
 from mplus.retrievers.base import Heads
 
 
@@ -78,5 +79,5 @@ class OwnAttention:
 class _Nothing:
     """No prefix in any layer."""
 
-    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> Projected | None:
-        return None
+    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
+        return ()

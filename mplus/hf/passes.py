@@ -11,6 +11,7 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
+from mplus.backends.base import Segment
 from mplus.hf.discovery import AttentionSpec
 
 
@@ -19,33 +20,25 @@ class Prefix:
     """Memory rows in front of one layer's text.
 
     Attributes:
-        hidden: ``[B or 1, P, d]``, right-aligned: every row's memory ends at P-1.
-        valid: ``[B, P]`` bool, or None when all rows are real.
-        behind: further memory rows between these and the text (sequential positions only).
+        hidden: ``[B or 1, P, d]``, oldest first; shorter streams have filler behind their rows.
+        lengths: ``[B]`` int64, real rows of each stream, or None when all rows are real.
+        behind: further memory rows between these and the text.
     """
 
     hidden: Tensor
-    valid: Tensor | None
+    lengths: Tensor | None = None
     behind: int = 0
 
 
-@define(frozen=True, eq=False)
-class Projected:
-    """A prefix after the layer's own norm and projections: ``[B or 1, Hkv, P, D]`` and ``[B or 1, Hkv, P, Dv]``."""
-
-    keys: Tensor
-    values: Tensor
-    valid: Tensor | None
-
-
-Project = Callable[[Prefix], Projected]
+Project = Callable[[Prefix], Segment]
+"""Puts rows through a layer's own norm and projections."""
 
 
 class PrefixSource(Protocol):
     """Where a pass gets its memory from."""
 
-    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> Projected | None:
-        """The projected prefix of a layer, given its text ``[B, T, d]`` after the input norm; None: no prefix."""
+    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
+        """What a layer sees in front of its text ``[B, T, d]`` (after the input norm), oldest first."""
 
 
 @define(frozen=True, eq=False)

@@ -26,28 +26,27 @@ class MemoryPositions:
     span: int | None = None
     offset: bool = False
 
-    def of_memory(self, rows: int, valid: Tensor | None, text_offset: int | Tensor, device: torch.device) -> Tensor:
-        """``[B or 1, P]`` int64 positions of ``rows`` right-aligned rows (filler rows get any).
+    def of_rows(self, place: Tensor, total: int | Tensor, text_offset: int | Tensor = 0) -> Tensor:
+        """``[B or 1, P]`` int64 positions of memory rows (those of filler rows do not matter).
 
-        ``valid`` is ``[B, P]`` bool or None; ``text_offset`` the position of the first text token,
-        one for all or ``[B, 1]``.
+        Args:
+            place: ``[P]`` or ``[B, P]`` int64: which rows, counted from the oldest of the stream.
+            total: rows in front of the text, one number for all or ``[B, 1]``.
+            text_offset: position of the first text token, one for all or ``[B, 1]``.
         """
-        if self.layout != "compressed" or valid is None:
-            place = self._of_row(rows, rows, device)[None] + text_offset
-        else:
-            place = torch.stack([self._of_row(rows, int(real), device) for real in valid.sum(1)]) + text_offset
-        # Filler in front of a short stream would get negative positions, which not every decoder has.
-        return place.clamp(min=0) if self.offset else place
-
-    def _of_row(self, rows: int, real: int, device: torch.device) -> Tensor:
-        place = torch.arange(-rows, 0, device=device)
+        place = place if place.dim() == 2 else place[None]
         if self.layout == "constant":
-            return torch.full_like(place, -1)
-        if self.layout == "compressed":
-            # The last ``real`` places keep their order within ``span`` positions; what fits is not squeezed.
-            span = min(real, self.span or real)
-            return ((place + real) * span).div(max(real, 1), rounding_mode="floor") - span
-        return place
+            found = torch.full_like(place, -1)
+        elif self.layout == "compressed" and self.span is not None:
+            # Rows keep their order within ``span`` positions; what fits is not squeezed.
+            count = torch.as_tensor(total, device=place.device)
+            span = count.clamp(max=self.span)
+            found = (place * span).div(count.clamp(min=1), rounding_mode="floor") - span
+        else:
+            found = place - total
+        found = found + text_offset
+        # Filler behind a short stream may get any position, but not every decoder has negative ones.
+        return found.clamp(min=0) if self.offset else found
 
     def extent(self, rows: int) -> int:
         """How many positions in front of the text ``rows`` memory rows take."""

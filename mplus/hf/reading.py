@@ -9,9 +9,10 @@ import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
+from mplus.backends.base import Segment
 from mplus.errors import InputError, MemoryMismatchError
 from mplus.hf.discovery import AttentionSpec
-from mplus.hf.passes import Prefix, Project, Projected
+from mplus.hf.passes import Prefix, Project
 from mplus.mechanisms.base import MemoryMechanism, Retrieved
 from mplus.memory.memory import Memory
 from mplus.memory.stream import StreamView
@@ -30,7 +31,7 @@ class Reading:
         prompt_tokens: retrieve with so many tokens of the first forward only (the rest is guessed); None: with all.
         retrieve_every: retrieve anew after so many further tokens.
         retrieved: what each memory layer retrieved last.
-        projected: each memory layer's keys and values.
+        segments: what each memory layer sees in front of the text.
         recent: attention inputs of tokens since the last retrieval.
     """
 
@@ -43,7 +44,7 @@ class Reading:
     prompt_tokens: int | None = None
     retrieve_every: int | None = None
     retrieved: dict[int, list[Retrieved | None]] = field(factory=dict)
-    projected: dict[int, Projected] = field(factory=dict)
+    segments: dict[int, tuple[Segment, ...]] = field(factory=dict)
     recent: dict[int, list[Tensor]] = field(factory=dict)
 
     @staticmethod
@@ -59,7 +60,7 @@ class Reading:
     def __deepcopy__(self, memo: Any) -> Reading:
         """A reading of the same memory: copying a key/value cache must not copy memory and model with it."""
         recent = {layer: list(parts) for layer, parts in self.recent.items()}
-        return evolve(self, retrieved=dict(self.retrieved), projected=dict(self.projected), recent=recent)
+        return evolve(self, retrieved=dict(self.retrieved), segments=dict(self.segments), recent=recent)
 
     def prefix_rows(self) -> list[int]:
         """Rows in front of the text of each stream, in the layer that has most."""
@@ -87,21 +88,21 @@ class ReadSource:
     reading: Reading
     text_mask: Tensor | None
 
-    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> Projected | None:
+    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
         reading, layer = self.reading, spec.memory_index
         repeats = reading.repeats(hidden.shape[0])
-        known = reading.projected.get(layer)
+        known = reading.segments.get(layer)
         if known is not None and not self._due(layer, hidden, repeats):
             return _repeated(known, repeats)
         if not any(map(reading.mechanism.has_prefix, reading.views)):
-            return None
+            return ()
         if layer not in reading.retrieved:
             with torch.no_grad():
                 reading.retrieved[layer] = self._retrieve(layer, hidden[::repeats, : reading.prompt_tokens])
-        projected = project(assemble(reading.mechanism, reading.views, layer, reading.retrieved[layer], hidden))
+        made = (project(assemble(reading.mechanism, reading.views, layer, reading.retrieved[layer], hidden)),)
         if reading.keep:
-            reading.projected[layer] = projected
-        return _repeated(projected, repeats)
+            reading.segments[layer] = made
+        return _repeated(made, repeats)
 
     def _retrieve(self, layer: int, hidden: Tensor) -> list[Retrieved | None]:
         reading = self.reading
@@ -141,7 +142,7 @@ def assemble(
     retrieved: Sequence[Retrieved | None],
     like: Tensor,
 ) -> Prefix:
-    """``[begin | retrieved | STM]`` of every stream, right-aligned; device and dtype of ``like``."""
+    """``[begin | retrieved | STM]`` of every stream; device and dtype of ``like``."""
     begin = mechanism.additions.begin[layer]
     streams = []
     for view, found in zip(views, retrieved, strict=True):
@@ -150,23 +151,26 @@ def assemble(
             parts.append(found.rows.hidden)
         parts.append(view.state.stm[layer].hidden)
         streams.append(torch.cat([part.to(like) for part in parts]))
-    return right_aligned(streams)
+    return side_by_side(streams)
 
 
-def right_aligned(streams: Sequence[Tensor]) -> Prefix:
-    """Rows ``[P_b, d]`` of every stream as one prefix that ends at the same place; shorter ones get filler in front."""
+def side_by_side(streams: Sequence[Tensor]) -> Prefix:
+    """Rows ``[P_b, d]`` of every stream as one prefix; shorter ones get filler behind."""
     rows = max(part.shape[0] for part in streams)
     if all(part.shape[0] == rows for part in streams):
-        return Prefix(torch.stack(list(streams)), None)
-    hidden = torch.stack([torch.nn.functional.pad(part, (0, 0, rows - part.shape[0], 0)) for part in streams])
-    lengths = torch.tensor([part.shape[0] for part in streams], device=hidden.device)
-    return Prefix(hidden, torch.arange(rows, device=hidden.device)[None] >= rows - lengths[:, None])
+        return Prefix(torch.stack(list(streams)))
+    hidden = torch.stack([torch.nn.functional.pad(part, (0, 0, 0, rows - part.shape[0])) for part in streams])
+    return Prefix(hidden, torch.tensor([part.shape[0] for part in streams], device=hidden.device))
 
 
-def _repeated(projected: Projected, repeats: int) -> Projected:
-    if repeats == 1 or (projected.keys.shape[0] == 1 and projected.valid is None):
-        return projected  # batch 1 is shared by all rows
-    valid = None if projected.valid is None else projected.valid.repeat_interleave(repeats, 0)
-    return Projected(
-        projected.keys.repeat_interleave(repeats, 0), projected.values.repeat_interleave(repeats, 0), valid
-    )
+def _repeated(segments: tuple[Segment, ...], repeats: int) -> tuple[Segment, ...]:
+    if repeats == 1:
+        return segments
+    return tuple(_repeat(segment, repeats) for segment in segments)
+
+
+def _repeat(segment: Segment, repeats: int) -> Segment:
+    if segment.keys.shape[0] == 1 and segment.lengths is None:
+        return segment  # batch 1 is shared by all rows
+    lengths = None if segment.lengths is None else segment.lengths.repeat_interleave(repeats, 0)
+    return Segment(segment.keys.repeat_interleave(repeats, 0), segment.values.repeat_interleave(repeats, 0), lengths)

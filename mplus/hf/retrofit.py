@@ -8,13 +8,14 @@ import torch
 from attrs import define
 from torch import Tensor, nn
 
+from mplus.backends.base import Segment
 from mplus.backends.choose import BackendChooser
 from mplus.errors import NotSupported
 from mplus.hf.attention import CAPTURE, AttendedMemory
 from mplus.hf.cache_view import MemoryCacheView, mask_with_memory
 from mplus.hf.capture import CaptureCache, Captured
 from mplus.hf.discovery import Anatomy, AttentionSpec, rotary_at
-from mplus.hf.passes import Pass, Prefix, Projected, current_pass
+from mplus.hf.passes import Pass, Prefix, current_pass
 from mplus.hf.positions import MemoryPositions
 
 Technique = Literal["attention", "cache_view"]
@@ -44,18 +45,20 @@ class Retrofit:
         text_offset: int | Tensor,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Projected:
+    ) -> Segment:
         """Keys and values of memory rows, by the layer's own norm and attention module up to where it attends.
 
         ``args`` and ``kwargs`` are those of the attention call the memory is for.
         """
         hidden = prefix.hidden if spec.norm is None else spec.norm(prefix.hidden)
-        positions = self.positions.of_memory(hidden.shape[1], prefix.valid, text_offset, hidden.device) - prefix.behind
+        rows = hidden.shape[1] if prefix.lengths is None else prefix.lengths[:, None]
+        place = torch.arange(hidden.shape[1], device=hidden.device)
+        positions = self.positions.of_rows(place, rows + prefix.behind, text_offset)
         rotary = None
         if spec.rotary_keyword is not None:
             rotary = self._rotary(spec, hidden, positions, text_offset, args, kwargs)
         captured = self.capture(spec, hidden, positions, rotary, args, kwargs)
-        return Projected(captured.keys, captured.values, prefix.valid)
+        return Segment(captured.keys, captured.values, prefix.lengths)
 
     def capture(
         self,
@@ -109,13 +112,15 @@ class Retrofit:
         whole = rotary_at(spec, hidden, torch.cat([positions, last], 1))
         return _map_tensors(whole, lambda t: t[:, :-1])
 
-    def alibi_with_memory(self, alibi: Tensor, projected: Projected) -> Tensor:
+    def alibi_with_memory(self, alibi: Tensor, memory: Segment) -> Tensor:
         """Extend ``[B*H, 1, S]`` ALiBi biases over ``[memory | text]``; slope times position, per head."""
         decoder: Any = self.anatomy.decoder
         heads = decoder.config.num_attention_heads
         two = decoder.build_alibi_tensor(torch.ones(1, 2, dtype=torch.int64, device=alibi.device), heads, alibi.dtype)
         slopes = two[..., 1:2] - two[..., 0:1]  # [H, 1, 1]
-        place = self.positions.of_memory(projected.keys.shape[2], projected.valid, 0, alibi.device).to(alibi.dtype)
+        rows = memory.keys.shape[2]
+        total = rows if memory.lengths is None else memory.lengths[:, None]
+        place = self.positions.of_rows(torch.arange(rows, device=alibi.device), total).to(alibi.dtype)
         bias = slopes[None] * place[:, None, None, :]  # [B or 1, H, 1, P]
         front = bias.expand(alibi.shape[0] // heads, -1, -1, -1).flatten(0, 1)
         return torch.cat([front, alibi], -1)
@@ -142,20 +147,21 @@ class AttentionHook:
     def _with_memory(self, active: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         spec, retrofit = self.spec, self.retrofit
         hidden = args[0] if spec.hidden_positional else kwargs["hidden_states"]
-        projected = active.source.prefix(
+        segments = active.source.prefix(
             spec, hidden, lambda prefix: retrofit.project(spec, prefix, active.text_offset, args, kwargs)
         )
-        if projected is None:
+        if not segments:
             return None
         if retrofit.technique == "attention":
-            return args, {**kwargs, "mplus_memory": AttendedMemory(projected, retrofit.chooser)}
+            return args, {**kwargs, "mplus_memory": AttendedMemory(segments, retrofit.chooser)}
+        (memory,) = segments  # only projections of one piece are made for this technique
         cache = kwargs.get(spec.cache_keyword)
         queries = hidden.shape[1]
         keys = queries if cache is None else cache.get_mask_sizes(queries, spec.layer_index)[0]
         changed = {
-            spec.cache_keyword: MemoryCacheView(cache, projected),
-            "attention_mask": mask_with_memory(kwargs.get("attention_mask"), projected, queries, keys, hidden),
+            spec.cache_keyword: MemoryCacheView(cache, memory),
+            "attention_mask": mask_with_memory(kwargs.get("attention_mask"), memory, queries, keys, hidden),
         }
         if kwargs.get("alibi") is not None:
-            changed["alibi"] = retrofit.alibi_with_memory(kwargs["alibi"], projected)
+            changed["alibi"] = retrofit.alibi_with_memory(kwargs["alibi"], memory)
         return args, {**kwargs, **changed}

@@ -81,7 +81,7 @@ def _seen(request: AttentionRequest, b: int, h: int, t: int) -> tuple[list[int],
     places, bias, start = [], [], 0
     for segment in request.segments:
         for row in range(segment.keys.shape[2]):
-            if segment.valid is None or bool(segment.valid[b, row]):
+            if segment.lengths is None or row < int(segment.lengths[b]):
                 places.append(start + row)
                 bias.append(0.0)
         start += segment.keys.shape[2]
@@ -97,6 +97,10 @@ def _seen(request: AttentionRequest, b: int, h: int, t: int) -> tuple[list[int],
             else:
                 added = float(entry)
                 visible = added > torch.finfo(entry.dtype).min / 2
+        if request.window is not None:
+            visible = visible and s > text - length + t - request.window
+        if request.padding is not None:
+            visible = visible and s >= int(request.padding[b])
         if visible:
             places.append(start + s)
             bias.append(added)

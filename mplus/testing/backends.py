@@ -136,7 +136,7 @@ class BackendConformance:
 
     def test_mixed_dtypes(self) -> None:
         request = self.build(RequestShape())
-        low = tuple(Segment(part.keys.bfloat16(), part.values.bfloat16(), part.valid) for part in request.segments)
+        low = tuple(Segment(part.keys.bfloat16(), part.values.bfloat16(), part.lengths) for part in request.segments)
         self.check(attrs.evolve(request, segments=low), "bfloat16")
 
     @pytest.mark.parametrize("mask", ["bool", "additive", "smallest"])
@@ -269,11 +269,12 @@ def _tensors(request: AttentionRequest) -> dict[str, Tensor]:
         "values": request.values,
         "mask": request.mask,
         "sinks": request.sinks,
+        "padding": request.padding,
     }
     for index, segment in enumerate(request.segments):
         named[f"segments[{index}].keys"] = segment.keys
         named[f"segments[{index}].values"] = segment.values
-        named[f"segments[{index}].valid"] = segment.valid
+        named[f"segments[{index}].lengths"] = segment.lengths
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
@@ -281,12 +282,13 @@ def _with_fillers(request: AttentionRequest, value: float) -> tuple[Segment, ...
     """The segments with ``value`` in every filler row."""
     segments = []
     for segment in request.segments:
-        if segment.valid is None:
+        valid = segment.valid
+        if valid is None:
             segments.append(segment)
             continue
-        filler = ~segment.valid[:, None, :, None]
+        filler = ~valid[:, None, :, None]
         segments.append(
-            Segment(segment.keys.masked_fill(filler, value), segment.values.masked_fill(filler, value), segment.valid)
+            Segment(segment.keys.masked_fill(filler, value), segment.values.masked_fill(filler, value), segment.lengths)
         )
     return tuple(segments)
 
@@ -302,8 +304,10 @@ def _batch_row(request: AttentionRequest, row: int) -> AttentionRequest:
         values=pick(request.values),
         mask=None if request.mask is None else pick(request.mask),
         segments=tuple(
-            Segment(pick(s.keys), pick(s.values), None if s.valid is None else pick(s.valid)) for s in request.segments
+            Segment(pick(s.keys), pick(s.values), None if s.lengths is None else s.lengths[row : row + 1])
+            for s in request.segments
         ),
+        padding=None if request.padding is None else request.padding[row : row + 1],
     )
 
 
@@ -319,7 +323,7 @@ def _gradients(request: AttentionRequest, attend: Any) -> dict[str, Tensor]:
         if name.endswith(("keys", "queries", "values"))
     }
     segments = tuple(
-        Segment(leaves[f"segments[{index}].keys"], leaves[f"segments[{index}].values"], segment.valid)
+        Segment(leaves[f"segments[{index}].keys"], leaves[f"segments[{index}].values"], segment.lengths)
         for index, segment in enumerate(request.segments)
     )
     output = attend(

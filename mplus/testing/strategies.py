@@ -78,13 +78,15 @@ class RequestShape:
     Attributes:
         batch, groups, key_heads, queries, past, width, value_width: B, H / Hkv, Hkv, T, S - T, D, Dv.
         segments: P of each segment.
-        fillers: per segment "none", "some" (invalid rows that hold NaN) or "all".
+        fillers: per segment "none", "some" (rows behind the real ones, which hold NaN) or "all".
         shared: memory has batch 1.
         mask: "causal" (None), "bool", "additive" (with -inf), "smallest" (with the smallest finite number) or
             "padded": bool, with the first text keys of batch row 0 and the queries there masked entirely.
         per_head: the mask differs from head to head.
         sinks: add sink logits.
         softcap: cap on the scores.
+        window: of the text.
+        padding: batch row b has ``b * padding`` text keys in front that nobody sees (modulo ``S + 1``); 0: None.
         seed: of the random content.
     """
 
@@ -102,6 +104,8 @@ class RequestShape:
     per_head: bool = False
     sinks: bool = False
     softcap: float | None = None
+    window: int | None = None
+    padding: int = 0
     seed: int = 0
 
     def build(
@@ -119,15 +123,15 @@ class RequestShape:
             batch = 1 if self.shared else self.batch
             keys = normal(batch, self.key_heads, count, self.width)
             values = normal(batch, self.key_heads, count, self.value_width)
-            valid = None
+            lengths = None
             if fillers != "none":
-                valid = torch.rand(self.batch, count, generator=generator).to(device) > (
-                    0.5 if fillers == "some" else 2
-                )
+                real = torch.rand(self.batch, generator=generator) * (count + 1) if fillers == "some" else None
+                lengths = (torch.zeros(self.batch) if real is None else real).long().to(device)
                 if not self.shared:
-                    keys[~valid[:, None].expand(-1, self.key_heads, -1)] = torch.nan
-                    values[~valid[:, None].expand(-1, self.key_heads, -1)] = torch.nan
-            segments.append(Segment(keys, values, valid))
+                    filler = torch.arange(count, device=device) >= lengths[:, None]
+                    keys[filler[:, None].expand(-1, self.key_heads, -1)] = torch.nan
+                    values[filler[:, None].expand(-1, self.key_heads, -1)] = torch.nan
+            segments.append(Segment(keys, values, lengths))
         built: dict[str, Any] = {
             "queries": normal(self.batch, heads, self.queries, self.width) * 2,
             "keys": normal(self.batch, self.key_heads, text, self.width),
@@ -137,7 +141,10 @@ class RequestShape:
             "mask": self._mask(generator, dtype, device),
             "softcap": self.softcap,
             "sinks": normal(heads) if self.sinks else None,
+            "window": self.window,
         }
+        if self.padding:
+            built["padding"] = (torch.arange(self.batch, device=device) * self.padding) % (text + 1)
         return AttentionRequest(**{**built, **changes})
 
     def _mask(self, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str) -> Tensor | None:
@@ -178,6 +185,8 @@ def request_shapes(draw: st.DrawFn, /, **fixed: Any) -> RequestShape:
         "per_head": draw(st.booleans()),
         "sinks": False,
         "softcap": None,
+        "window": draw(st.sampled_from([None, None, 1, 3])),
+        "padding": draw(st.sampled_from([0, 0, 1, 2])),
         "seed": draw(st.integers(0, 2**16)),
     }
     return RequestShape(**{**drawn, **fixed})

@@ -9,9 +9,10 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
+from mplus.backends.base import Segment
 from mplus.hf.discovery import AttentionSpec
 from mplus.hf.engine import DecoderEngine
-from mplus.hf.passes import Prefix, Project, Projected
+from mplus.hf.passes import Prefix, Project
 from mplus.training.picking import Picker
 from mplus.training.streams import StreamBatch
 
@@ -130,7 +131,7 @@ class StreamSource:
     k0: int
     layers: dict[int, LayerRead] = field(factory=dict)
 
-    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> Projected | None:
+    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
         layer, streams = spec.memory_index, self.streams
         batch, each = self.queries.shape[:2]
         # A recomputation repeats every step that is recorded for backward, but not the choices.
@@ -144,13 +145,13 @@ class StreamSource:
             parts.append(ltm.gather(1, index).view(batch * each, -1, ltm.shape[2]).to(hidden))
         stm = streams.stm[layer].to(hidden)
         if self.engine.retrofit.positions.layout != "sequential" or not stm.shape[1]:
-            return project(Prefix(torch.cat([*parts, stm.repeat_interleave(each, 0)], 1), None))
+            return (project(Prefix(torch.cat([*parts, stm.repeat_interleave(each, 0)], 1))),)
         # The texts of a stream share its STM, so that is projected once.
-        front = project(Prefix(torch.cat(parts, 1), None, behind=stm.shape[1]))
-        back = project(Prefix(stm, None))
+        front = project(Prefix(torch.cat(parts, 1), behind=stm.shape[1]))
+        back = project(Prefix(stm))
         keys = torch.cat([front.keys, back.keys.repeat_interleave(each, 0)], 2)
         values = torch.cat([front.values, back.values.repeat_interleave(each, 0)], 2)
-        return Projected(keys, values, None)
+        return (Segment(keys, values),)
 
     def _look(self, spec: AttentionSpec, text: Tensor, before: LayerRead | None) -> LayerRead:
         """What this layer picks and offers to a retriever loss; ``before``: what it did the first time."""
@@ -193,8 +194,8 @@ class RowSource:
     engine: DecoderEngine
     rows: Sequence[Tensor]
 
-    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> Projected | None:
+    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
         rows = self.rows[spec.memory_index].to(hidden)
         each = hidden.shape[0] // rows.shape[0]
         begin = self.engine.mechanism.additions.begin[spec.memory_index].to(hidden).expand(hidden.shape[0], -1, -1)
-        return project(Prefix(torch.cat([begin, rows.repeat_interleave(each, 0)], 1), None))
+        return (project(Prefix(torch.cat([begin, rows.repeat_interleave(each, 0)], 1))),)

@@ -1,0 +1,113 @@
+"""What an attention request must be before any kernel may see it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from mplus.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mplus.backends.base import AttentionRequest, Segment
+
+
+def check_request(request: AttentionRequest) -> None:
+    """Shapes, heads, devices and kinds of numbers.
+
+    Kernels trust their arguments: some read out of bounds or end the process where these rules are broken.
+
+    Raises:
+        InputError: naming the argument, its rule and its value.
+    """
+    queries, keys, values = request.queries, request.keys, request.values
+    for name, tensor in (("queries", queries), ("keys", keys), ("values", values)):
+        if tensor.dim() != 4:
+            raise InputError(f"{name} must be [batch, heads, tokens, width], got {list(tensor.shape)}")
+    batch, heads, length, width = queries.shape
+    key_heads, text = keys.shape[1], keys.shape[2]
+    if length < 1:
+        raise InputError(f"queries must have at least one token, got {list(queries.shape)}")
+    if text < length:
+        raise InputError(f"keys must have at least as many text tokens as queries ({length}), got {text}")
+    if key_heads < 1 or heads % key_heads:
+        raise InputError(f"queries must have a multiple of the {key_heads} heads of the keys, got {heads}")
+    if tuple(keys.shape) != (batch, key_heads, text, width) or width < 1:
+        raise InputError(f"keys must be {[batch, key_heads, text, width]}, got {list(keys.shape)}")
+    if tuple(values.shape[:3]) != (batch, key_heads, text):
+        raise InputError(f"values must be {[batch, key_heads, text]} and a width, got {list(values.shape)}")
+    for index, segment in enumerate(request.segments):
+        _check_segment(f"segments[{index}]", segment, request)
+    _check_options(request)
+    for name, part in _tensors(request).items():
+        if part.device != queries.device:
+            raise InputError(f"{name} must be on the device of the queries ({queries.device}), got {part.device}")
+    for name, part in {"queries": queries, "keys": keys, "values": values}.items():
+        if not part.is_floating_point():
+            raise InputError(f"{name} must be floating point, got {part.dtype}")
+
+
+def check_finite(name: str, *parts: Tensor) -> None:
+    """Raise InputError when numbers that every query will see are NaN or infinite."""
+    for part in parts:
+        # One pass, and one number to look at: sums of absolute values cannot cancel.
+        if part.numel() and not bool(torch.isfinite(part.abs().sum(dtype=torch.float64))):
+            wrong = int((~torch.isfinite(part)).sum())
+            raise InputError(f"{name} must be finite, got NaN or Inf in {wrong} of {part.numel()} numbers")
+
+
+def _check_segment(name: str, segment: Segment, request: AttentionRequest) -> None:
+    batch, _, _, width = request.queries.shape
+    key_heads = request.keys.shape[1]
+    keys, values = segment.keys, segment.values
+    if keys.dim() != 4 or keys.shape[0] not in (1, batch) or tuple(keys.shape[1::2]) != (key_heads, width):
+        raise InputError(f"{name}.keys must be [1 or {batch}, {key_heads}, rows, {width}], got {list(keys.shape)}")
+    expected = [*keys.shape[:3], request.values.shape[3]]
+    if list(values.shape) != expected:
+        raise InputError(f"{name}.values must be {expected}, got {list(values.shape)}")
+    if not keys.is_floating_point() or not values.is_floating_point():
+        raise InputError(f"{name} must be floating point, got {keys.dtype} and {values.dtype}")
+    lengths = segment.lengths
+    if lengths is not None and (tuple(lengths.shape) != (batch,) or lengths.dtype != torch.int64):
+        raise InputError(f"{name}.lengths must be [{batch}] int64, got {list(lengths.shape)} {lengths.dtype}")
+
+
+def _check_options(request: AttentionRequest) -> None:
+    batch, heads, length, _ = request.queries.shape
+    text = request.keys.shape[2]
+    mask, padding, sinks = request.mask, request.padding, request.sinks
+    if mask is not None:
+        wanted = (batch, heads, length, text)
+        shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+        if mask.dim() > 4 or any(size not in (1, full) for size, full in zip(shape, wanted, strict=True)):
+            raise InputError(f"mask must broadcast to {list(wanted)}, got {list(mask.shape)}")
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise InputError(f"mask must be bool or floating point, got {mask.dtype}")
+    if padding is not None and (tuple(padding.shape) != (batch,) or padding.dtype != torch.int64):
+        raise InputError(f"padding must be [{batch}] int64, got {list(padding.shape)} {padding.dtype}")
+    if sinks is not None and tuple(sinks.shape) != (heads,):
+        raise InputError(f"sinks must be [{heads}], one per head of the queries, got {list(sinks.shape)}")
+    if request.window is not None and request.window < 1:
+        raise InputError(f"window must be at least 1, got {request.window}")
+    if request.softcap is not None and not request.softcap > 0:
+        raise InputError(f"softcap must be above 0, got {request.softcap}")
+    if not 0 <= request.dropout < 1:
+        raise InputError(f"dropout must be at least 0 and below 1, got {request.dropout}")
+
+
+def _tensors(request: AttentionRequest) -> dict[str, Tensor]:
+    """Every tensor of a request but the queries, by name."""
+    named = {
+        "keys": request.keys,
+        "values": request.values,
+        "mask": request.mask,
+        "padding": request.padding,
+        "sinks": request.sinks,
+    }
+    for index, segment in enumerate(request.segments):
+        named[f"segments[{index}].keys"] = segment.keys
+        named[f"segments[{index}].values"] = segment.values
+        named[f"segments[{index}].lengths"] = segment.lengths
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
