@@ -22,10 +22,32 @@ def check_request(request: AttentionRequest) -> None:
     Raises:
         InputError: naming the argument, its rule and its value.
     """
+    _check_text(request)
+    for index, segment in enumerate(request.segments):
+        _check_segment(f"segments[{index}]", segment, request)
+    _check_options(request)
+    device = request.queries.device
+    for name, part in _tensors(request).items():
+        if part.device != device:
+            raise InputError(f"{name} must be on the device of the queries ({device}), got {part.device}")
+
+
+def check_finite(name: str, *parts: Tensor) -> None:
+    """Raise InputError when numbers that every query will see are NaN or infinite."""
+    for part in parts:
+        # One pass, and one number to look at: sums of absolute values cannot cancel.
+        if part.numel() and not bool(torch.isfinite(part.abs().sum(dtype=torch.float64))):
+            wrong = int((~torch.isfinite(part)).sum())
+            raise InputError(f"{name} must be finite, got NaN or Inf in {wrong} of {part.numel()} numbers")
+
+
+def _check_text(request: AttentionRequest) -> None:
     queries, keys, values = request.queries, request.keys, request.values
     for name, tensor in (("queries", queries), ("keys", keys), ("values", values)):
         if tensor.dim() != 4:
             raise InputError(f"{name} must be [batch, heads, tokens, width], got {list(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise InputError(f"{name} must be floating point, got {tensor.dtype}")
     batch, heads, length, width = queries.shape
     key_heads, text = keys.shape[1], keys.shape[2]
     if length < 1:
@@ -38,24 +60,6 @@ def check_request(request: AttentionRequest) -> None:
         raise InputError(f"keys must be {[batch, key_heads, text, width]}, got {list(keys.shape)}")
     if tuple(values.shape[:3]) != (batch, key_heads, text):
         raise InputError(f"values must be {[batch, key_heads, text]} and a width, got {list(values.shape)}")
-    for index, segment in enumerate(request.segments):
-        _check_segment(f"segments[{index}]", segment, request)
-    _check_options(request)
-    for name, part in _tensors(request).items():
-        if part.device != queries.device:
-            raise InputError(f"{name} must be on the device of the queries ({queries.device}), got {part.device}")
-    for name, part in {"queries": queries, "keys": keys, "values": values}.items():
-        if not part.is_floating_point():
-            raise InputError(f"{name} must be floating point, got {part.dtype}")
-
-
-def check_finite(name: str, *parts: Tensor) -> None:
-    """Raise InputError when numbers that every query will see are NaN or infinite."""
-    for part in parts:
-        # One pass, and one number to look at: sums of absolute values cannot cancel.
-        if part.numel() and not bool(torch.isfinite(part.abs().sum(dtype=torch.float64))):
-            wrong = int((~torch.isfinite(part)).sum())
-            raise InputError(f"{name} must be finite, got NaN or Inf in {wrong} of {part.numel()} numbers")
 
 
 def _check_segment(name: str, segment: Segment, request: AttentionRequest) -> None:
