@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mplus.backends import BACKENDS
+from mplus.backends import BACKENDS, parts
 from mplus.backends.base import AttentionBackend, AttentionResult
 from mplus.backends.choose import BackendChooser, choose
+from mplus.backends.merge import MergeBackend
 from mplus.backends.reference import ReferenceBackend
 from mplus.backends.sdpa import SdpaBackend
 from mplus.errors import NotSupported, UnknownNameError
@@ -133,6 +134,79 @@ class TestSdpa:
             assert reason.startswith(words)
 
 
+class TestMerge:
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        """Arguments of every call of the kernel."""
+        seen = []
+        kernel = parts._kernel
+
+        def spy(*args, **kwargs):
+            seen.append((args, kwargs))
+            return kernel(*args, **kwargs)
+
+        monkeypatch.setattr(parts, "_kernel", spy)
+        return seen
+
+    def test_memory_is_neither_joined_nor_repeated(self, calls):
+        request = RequestShape(batch=2, groups=4, segments=(5, 7), fillers=("none", "none"), shared=True).build()
+        MergeBackend().attend(request)
+        for segment, (args, _) in zip(request.segments, calls[:2], strict=True):
+            assert args[1].data_ptr() == segment.keys.data_ptr()
+            assert args[2].data_ptr() == segment.values.data_ptr()
+            assert args[0].shape == (1, 2, 2 * 4 * 3, 4), "the rows of the batch and of the group in one call"
+
+    def test_no_kernel_meets_empty_keys(self, calls):
+        """It would end the process."""
+        shape = RequestShape(batch=3, segments=(0, 4), fillers=("none", "some"), seed=1)
+        request = shape.build()
+        request = attrs.evolve(
+            request, segments=(request.segments[0], attrs.evolve(request.segments[1], lengths=torch.tensor([0, 4, 1])))
+        )
+        MergeBackend().attend(request)
+        assert [args[1].shape[2] for args, _ in calls] == [4, 1, 5]
+
+    @pytest.mark.parametrize("shared", [False, True], ids=["own memory", "shared memory"])
+    @pytest.mark.parametrize("fillers", ["none", "some"])
+    @pytest.mark.parametrize("mask", ["causal", "padded", "additive"])
+    def test_gradients_are_exact(self, shared, fillers, mask):
+        """To the precision of float64: against differences, and against the reference."""
+        shape = RequestShape(
+            past=0, segments=(3, 4), fillers=("none", fillers), shared=shared, mask=mask, sinks=True, seed=5
+        )
+        request = shape.build(torch.float64)
+        leaves = [request.queries, request.keys, request.values, request.sinks]
+        leaves += [tensor.nan_to_num() for segment in request.segments for tensor in (segment.keys, segment.values)]
+        leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+
+        def attend(backend, queries, keys, values, sinks, *rows):
+            segments = tuple(
+                attrs.evolve(segment, keys=rows[2 * index], values=rows[2 * index + 1])
+                for index, segment in enumerate(request.segments)
+            )
+            changed = attrs.evolve(request, queries=queries, keys=keys, values=values, sinks=sinks, segments=segments)
+            return backend.attend(changed).output
+
+        assert torch.autograd.gradcheck(lambda *given: attend(MergeBackend(), *given), leaves)
+        weight = torch.randn(request.queries.shape, dtype=torch.float64)
+        found, wanted = (
+            torch.autograd.grad((attend(backend, *leaves) * weight).sum(), leaves)
+            for backend in (MergeBackend(), ReferenceBackend())
+        )
+        for actual, expected in zip(found, wanted, strict=True):
+            torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
+
+    def test_reasons_are_complete(self):
+        request = RequestShape(softcap=30.0, value_width=3).build(need_weights=True, dropout=0.5)
+        segment = attrs.evolve(request.segments[0], keys=request.segments[0].keys.half())
+        request = attrs.evolve(request, segments=(segment,)), attrs.evolve(request, queries=request.queries.to("meta"))
+        reasons = MergeBackend().unsupported_reasons(request[0])
+        words = ["segments[0].keys are torch.float16", "values have width 3", "softcap=30.0", "dropout=0.5", "need_w"]
+        assert len(reasons) == len(words)
+        assert all(reason.startswith(start) for reason, start in zip(reasons, words, strict=True))
+        assert MergeBackend().unsupported_reasons(request[1])[0].startswith("queries are on meta")
+
+
 class Picky(AttentionBackend):
     """Refuses whatever has sinks."""
 
@@ -157,6 +231,7 @@ class TestChoosing:
             group="mplus.backends",
             base="mplus.backends.base:AttentionBackend",
             builtin={
+                "merge": "mplus.backends.merge:MergeBackend",
                 "reference": "mplus.backends.reference:ReferenceBackend",
                 "sdpa": "mplus.backends.sdpa:SdpaBackend",
             },
@@ -168,7 +243,8 @@ class TestChoosing:
         return registry
 
     def test_auto_takes_the_first_that_can(self, registry):
-        assert isinstance(choose("auto", RequestShape().build()), SdpaBackend)
+        assert isinstance(choose("auto", RequestShape().build()), MergeBackend)
+        assert isinstance(choose("auto", RequestShape(value_width=3).build()), SdpaBackend)
         assert isinstance(choose("auto", RequestShape(softcap=30.0).build()), ReferenceBackend)
 
     def test_auto_comes_to_third_parties_by_name(self, registry, monkeypatch):
@@ -188,8 +264,8 @@ class TestChoosing:
 
     def test_when_nobody_can_everybodys_reasons_are_given(self, registry, monkeypatch):
         monkeypatch.setattr(ReferenceBackend, "unsupported_reasons", lambda self, request: ["not today"])
-        with pytest.raises(NotSupported, match=r"sdpa: sinks.*reference: not today.*picky: sinks: none of them here"):
-            choose("auto", RequestShape(sinks=True).build())
+        with pytest.raises(NotSupported, match=r"merge: .*sdpa: sinks.*reference: not today.*picky: sinks: none of"):
+            choose("auto", RequestShape(sinks=True, value_width=3).build())
 
     def test_an_unknown_name_is_refused_at_once(self, registry):
         with pytest.raises(UnknownNameError, match="sdpo"):
@@ -209,7 +285,7 @@ class TestChoosing:
             chooser.choose(RequestShape().build())
             chooser.choose(RequestShape(softcap=30.0).build())
         first, second = (record.getMessage() for record in caplog.records)
-        assert "'sdpa'" in first
+        assert "'merge'" in first
         assert "order of preference" in first
         assert "'reference'" in second
         assert "softcap=30.0" in second

@@ -48,11 +48,15 @@ class BackendConformance:
         return shape.build(dtype, self.device, **changes)
 
     def check_reasons(self, request: AttentionRequest, *named: str) -> list[str]:
-        """The backend's reasons; raise AssertionError unless they are texts, and one has every word of ``named``."""
+        """The backend's reasons; raise AssertionError unless they are texts, and one has every word of ``named``.
+
+        Where values have another width than keys, a backend may refuse for that alone.
+        """
         reasons = self.make().unsupported_reasons(request)
         assert isinstance(reasons, list)
         assert all(isinstance(reason, str) and reason.strip() for reason in reasons)
-        if reasons and named:
+        uneven = request.values.shape[-1] != request.queries.shape[-1]
+        if reasons and named and not (uneven and self.make().unsupported_reasons(_simplest(request)) == reasons):
             assert any(all(word in reason for word in named) for reason in reasons), (
                 f"no reason names {named}: {reasons}"
             )
@@ -249,6 +253,11 @@ class BackendConformance:
         assert torch.equal(first.output, second.output)
         for name, tensor in _tensors(request).items():
             assert torch.equal(tensor.nan_to_num(), _tensors(same)[name].nan_to_num()), f"{name} was changed"
+
+
+def _simplest(request: AttentionRequest) -> AttentionRequest:
+    """The request without anything that it could do without."""
+    return attrs.evolve(request, mask=None, softcap=None, sinks=None, dropout=0.0, need_weights=False)
 
 
 def _error(actual: Tensor, exact: Tensor) -> float:
