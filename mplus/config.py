@@ -141,6 +141,10 @@ class MPlusConfig:
             positions), "constant" (all at one position), or "auto": sequential, but constant under ALiBi.
         position_span: positions that compressed memory takes.
         rope_inv_freq_dtype: round rotary frequencies to this dtype ("bfloat16" in published M+ checkpoints).
+        memory_rows: what is kept of a row. "projected": its keys and values under the reading adapter, not rotated,
+            so that no read computes them again; hidden states only of the newest K, so a memory is refused once weights
+            that it is read with have changed. "hidden": hidden states, projected at every read. "both". "auto": the
+            smaller of the two where keys can be rotated later, else (and in the variant "published") hidden.
         store, eviction, retriever: implementations with their options.
         backend: attention backend; "auto" picks the first usable one.
         adapters: LoRA adapters, or None (in TOML: false) to train none.
@@ -162,6 +166,9 @@ class MPlusConfig:
     position_span: int | None = field(default=None, validator=whole(1, optional=True))
     rope_inv_freq_dtype: Literal["bfloat16", "float16"] | None = field(
         default=None, validator=one_of(None, "bfloat16", "float16")
+    )
+    memory_rows: Literal["auto", "projected", "hidden", "both"] = field(
+        default="auto", validator=one_of("auto", "projected", "hidden", "both")
     )
     store: Component = field(default=Component("ram"), converter=_component)
     eviction: Component = field(default=Component("fifo"), converter=_component)

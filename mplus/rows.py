@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from attrs import define, evolve
 from torch import Tensor
+
+from mplus.errors import MemoryMismatchError
 
 NO_SOURCE = -1
 """Source number of rows that came with a checkpoint and were never written from a text."""
@@ -18,21 +20,39 @@ class MemoryRows:
     """n rows of one layer, in order. All columns have length n; columns are never modified in place.
 
     Attributes:
-        hidden: ``[n, d]`` float. Input-side hidden states: what a layer's norm, key and value projections read.
+        hidden: ``[n, d]`` float, or None where they are not kept. Input-side hidden states: what a layer's norm, key
+            and value projections read.
         birth: ``[n]`` int64. Immutable position in the order of writing; age = clock - 1 - birth.
         source: ``[n]`` int64. Number of the source the row was written from, or ``NO_SOURCE``.
         key: ``[n, r]`` float, or None where no retriever keys are kept.
         expiry: ``[n]`` float64, or None. Merge count at which the row expires (eviction by time to live).
+        projected: ``[n, Hkv (D + Dv)]`` float, or None where they are not kept. The layer's keys of the row, not
+            rotated, and behind them its values, as the reading adapter makes them.
     """
 
-    hidden: Tensor
+    hidden: Tensor | None
     birth: Tensor
     source: Tensor
     key: Tensor | None = None
     expiry: Tensor | None = None
+    projected: Tensor | None = None
+
+    @staticmethod
+    def of(columns: Mapping[str, Tensor]) -> MemoryRows:
+        """Rows with just these columns."""
+        return MemoryRows(**{"hidden": None, **columns})  # type: ignore[arg-type]
+
+    def need_hidden(self) -> Tensor:
+        """``hidden``. Raises MemoryMismatchError where it is not kept."""
+        if self.hidden is None:
+            raise MemoryMismatchError(
+                "these rows have no hidden states, only keys and values: make the memory with memory_rows='both' or "
+                "'hidden'"
+            )
+        return self.hidden
 
     def __len__(self) -> int:
-        return self.hidden.shape[0]
+        return self.birth.shape[0]
 
     @property
     def nbytes(self) -> int:
@@ -47,26 +67,27 @@ class MemoryRows:
             "source": self.source,
             "key": self.key,
             "expiry": self.expiry,
+            "projected": self.projected,
         }
         return {name: column for name, column in named.items() if column is not None}
 
     def select(self, index: Tensor | slice) -> MemoryRows:
         """The rows at ``index`` (int64 positions, bool mask or slice), in that order."""
         if isinstance(index, Tensor):
-            index = index.to(self.hidden.device)
-        return MemoryRows(**{name: column[index] for name, column in self.columns().items()})
+            index = index.to(self.birth.device)
+        return MemoryRows.of({name: column[index] for name, column in self.columns().items()})
 
     def replace(self, **columns: Tensor | None) -> MemoryRows:
         """The same rows with some columns exchanged."""
         return evolve(self, **cast("dict[str, Any]", columns))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryRows:
-        """Move every column to ``device``; cast ``hidden`` and ``key`` to ``dtype``."""
+        """Move every column to ``device``; cast the floating ones that hold content to ``dtype``."""
         moved = {name: column.to(device) for name, column in self.columns().items()}
-        for name in ("hidden", "key"):
+        for name in ("hidden", "key", "projected"):
             if name in moved and dtype is not None:
                 moved[name] = moved[name].to(dtype)
-        return MemoryRows(**moved)
+        return MemoryRows.of(moved)
 
     @staticmethod
     def cat(parts: Sequence[MemoryRows]) -> MemoryRows:
@@ -77,7 +98,7 @@ class MemoryRows:
                 raise ValueError(
                     f"rows to join must have the same columns, got {sorted(names)} and {sorted(part.columns())}"
                 )
-        return MemoryRows(**{name: torch.cat([part.columns()[name] for part in parts]) for name in names})
+        return MemoryRows.of({name: torch.cat([part.columns()[name] for part in parts]) for name in names})
 
     @staticmethod
     def empty(
@@ -85,14 +106,16 @@ class MemoryRows:
         *,
         key_size: int = 0,
         expiry: bool = False,
+        projected_size: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> MemoryRows:
-        """No rows, with the columns asked for (``key_size`` 0: no key column)."""
+        """No rows, with the columns asked for (a size of 0: no such column)."""
         return MemoryRows(
-            hidden=torch.empty(0, hidden_size, dtype=dtype, device=device),
+            hidden=torch.empty(0, hidden_size, dtype=dtype, device=device) if hidden_size else None,
             birth=torch.empty(0, dtype=torch.int64, device=device),
             source=torch.empty(0, dtype=torch.int64, device=device),
             key=torch.empty(0, key_size, dtype=dtype, device=device) if key_size else None,
             expiry=torch.empty(0, dtype=torch.float64, device=device) if expiry else None,
+            projected=torch.empty(0, projected_size, dtype=dtype, device=device) if projected_size else None,
         )

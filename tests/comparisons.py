@@ -61,7 +61,7 @@ def retrieval_read(pair: Pair) -> float:
 
 def write(pair: Pair, tokens: int, chunks: int) -> float:
     """Writing ``tokens`` tokens after ``chunks`` chunks against the oracle: the worst layer."""
-    memory = pair.memory(chunks=chunks) if chunks else pair.wrapped.new_memory()
+    memory = pair.memory(chunks=chunks) if chunks else pair.new_memory()
     (state,) = memory.states
     ids = pair.text(tokens)
     context = [rows.hidden[-K:] for rows in state.stm]
@@ -152,12 +152,12 @@ def _padded(pair: Pair) -> tuple[Tensor, Tensor]:
 
 
 def _unequal(pair: Pair) -> Any:
-    memory = pair.wrapped.new_memory(batch_size=2)
+    memory = pair.new_memory(batch_size=2)
     memory.write([pair.text(tokens, seed=3 + row)[0] for row, tokens in enumerate(WRITTEN)])
     return memory
 
 
 def _alone(pair: Pair, row: int) -> Any:
-    memory = pair.wrapped.new_memory(seed=row)
+    memory = pair.new_memory(seed=row)
     memory.write(pair.text(WRITTEN[row], seed=3 + row)[0])
     return memory

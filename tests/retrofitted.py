@@ -56,9 +56,14 @@ class Pair:
         with torch.no_grad():
             self.wrapped(input_ids=self.text(1))
 
+    def new_memory(self, **options: Any) -> Memory:
+        """An empty memory whose rows are read projected where this decoder allows it, and show their hidden states."""
+        projectable = not isinstance(self.wrapped.mplus_engine.projection, str)
+        return self.wrapped.new_memory(memory_rows="both" if projectable else "hidden", **options)
+
     def memory(self, seed: int = 0, chunks: int = 6) -> Memory:
         """A memory of ``chunks`` chunks: more than the STM holds, unless few are asked for."""
-        memory = self.wrapped.new_memory(seed=seed)
+        memory = self.new_memory(seed=seed)
         memory.write(self.text(chunks * CHUNK, seed=100 + seed)[0], source=f"text {seed}")
         return memory
 

@@ -35,9 +35,12 @@ def check_request(request: AttentionRequest) -> None:
 def check_finite(name: str, *parts: Tensor) -> None:
     """Raise InputError when numbers that every query will see are NaN or infinite."""
     for part in parts:
-        # One pass, and one number to look at: sums of absolute values cannot cancel.
-        if part.numel() and not bool(torch.isfinite(part.abs().sum(dtype=torch.float64))):
+        # A sum is NaN or infinite where any number is; one of large finite numbers can be infinite too.
+        wide = torch.promote_types(part.dtype, torch.float32)
+        if part.numel() and not bool(torch.isfinite(part.sum(dtype=wide))):
             wrong = int((~torch.isfinite(part)).sum())
+            if not wrong:
+                continue
             raise InputError(f"{name} must be finite, got NaN or Inf in {wrong} of {part.numel()} numbers")
 
 

@@ -116,7 +116,7 @@ class _Keyed(StoreView):
         if name != "key":
             return self.store.column(layer, name)
         if layer not in self.made:
-            hidden = self.store.gather(layer, self.store.ids(layer)).hidden
+            hidden = self.store.gather(layer, self.store.ids(layer)).need_hidden()
             self.made[layer] = self.keys_of(layer, hidden)
         return self.made[layer]
 

@@ -86,7 +86,7 @@ def scores(engine: Any, layer: int, seen: Seen, row: int, *, short_term: bool = 
     stored = long_term(view, layer).keys(layer)
     parts = [] if stored is None else [stored]
     if short_term and len(view.state.stm[layer]):
-        parts.append(engine.keys(layer, view.state.stm[layer].hidden))
+        parts.append(engine.keys(layer, view.state.stm[layer].need_hidden()))
     queries = retriever.project_queries(layer, seen.hidden[row : row + 1])
     keys = torch.cat([part.to(queries.device) for part in parts])
     scored: Tensor = retriever.score(layer, queries, seen.mask[row : row + 1], keys[None])

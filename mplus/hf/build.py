@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from attrs import evolve
@@ -14,12 +14,14 @@ from mplus.errors import ConfigError
 from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.additions import MemoryAdditions
 from mplus.mechanisms.base import MemoryMechanism
-from mplus.memory.engine import Engine
 from mplus.memory.memory import Memory
 from mplus.retrievers import RETRIEVERS
 from mplus.retrievers.base import Retriever, RetrieverShape
 from mplus.stores import EVICTION, STORES
 from mplus.stores.build import build_eviction, build_store
+
+if TYPE_CHECKING:
+    from mplus.hf.engine import DecoderEngine
 
 
 def build_mechanism(config: MPlusConfig, begin: Tensor, pool: Tensor | None = None) -> MemoryMechanism:
@@ -47,21 +49,25 @@ def build_retriever(config: MPlusConfig, begin: Tensor) -> Retriever:
 
 
 def new_memory(
-    engine: Engine,
+    engine: DecoderEngine,
     batch_size: int,
     tokenizer: Any,
     seed: int,
     store: Component | None,
     eviction: Component | None,
     device: torch.device | str | None,
+    memory_rows: Literal["projected", "hidden", "both"] | None = None,
 ) -> Memory:
     """See ``MemoryModel.new_memory``."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
-    layout = engine.layout if device is None else evolve(engine.layout, device=torch.device(device))
+    if memory_rows not in (None, "projected", "hidden", "both"):
+        raise ConfigError(f"memory_rows must be 'projected', 'hidden' or 'both', got {memory_rows!r}")
+    layout = engine.layout if memory_rows is None else engine.layout_of(memory_rows)
+    layout = layout if device is None else evolve(layout, device=torch.device(device))
     return Memory(
         engine,
-        [engine.mechanism.new_state(layout) for _ in range(batch_size)],
+        [engine.new_state(layout) for _ in range(batch_size)],
         [build_store(store or engine.config.store, layout) for _ in range(batch_size)],
         [torch.Generator().manual_seed(seed + row) for row in range(batch_size)],
         build_eviction(eviction or engine.config.eviction),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
-from attrs import define
+from attrs import define, evolve
 from torch import Tensor, nn
 
 from mplus.backends.base import Segment
@@ -18,10 +19,15 @@ from mplus.hf.fingerprint import fingerprint
 from mplus.hf.modes import input_device
 from mplus.hf.own_attention import OwnAttention
 from mplus.hf.passes import Marks, Pass, Prefix, PrefixSource, Project, running
+from mplus.hf.prepared import Prepared
+from mplus.hf.projection import Projection
 from mplus.hf.retrofit import Retrofit
+from mplus.hf.weights import Weights
 from mplus.mechanisms.base import MemoryMechanism, WritePlan
+from mplus.memory.memory import Memory
 from mplus.memory.stream import StreamState
 from mplus.retrievers.base import Retriever
+from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 
 
@@ -33,6 +39,7 @@ class DecoderEngine:
         config: its memory configuration.
         retrofit: how memory gets into its attention.
         mechanism: the rules of its memories.
+        projection: how rows are kept projected, or why they cannot be.
     """
 
     def __init__(self, model: nn.Module, config: MPlusConfig, retrofit: Retrofit, mechanism: MemoryMechanism) -> None:
@@ -40,6 +47,9 @@ class DecoderEngine:
         self.config = config
         self.retrofit = retrofit
         self.mechanism = mechanism
+        self.projection: Projection | str = "the decoder was wrapped without a self-check"
+        self._weights: Weights | None = None
+        self._prepared: WeakKeyDictionary[Memory, Prepared] = WeakKeyDictionary()
 
     @property
     def embedding(self) -> nn.Module:
@@ -64,9 +74,33 @@ class DecoderEngine:
         return int(weight.shape[0])
 
     @property
+    def memory_rows(self) -> Literal["projected", "hidden", "both"]:
+        """What new memories keep of a row, by the config; see ``MPlusConfig.memory_rows``."""
+        wanted = self.config.memory_rows
+        if wanted != "auto":
+            return wanted
+        hidden = self.mechanism.additions.begin.shape[2]
+        smaller = isinstance(self.projection, Projection) and self.projection.size < hidden
+        return "projected" if smaller and self.config.variant != "published" else "hidden"
+
+    @property
     def layout(self) -> StoreLayout:
+        return self.layout_of(self.memory_rows)
+
+    def layout_of(self, memory_rows: Literal["projected", "hidden", "both"]) -> StoreLayout:
+        """The layout of memories that keep this of a row. Raises NotSupported where rows cannot be projected."""
+        size = 0
+        if memory_rows != "hidden":
+            if isinstance(self.projection, str):
+                raise NotSupported(
+                    f"memory_rows={memory_rows!r} cannot be had with {type(self.model).__name__}: {self.projection}; "
+                    "use 'hidden' or 'auto'"
+                )
+            size = self.projection.size
         begin = self.mechanism.additions.begin
         return StoreLayout(
+            projected_size=size,
+            keeps_hidden=memory_rows != "projected",
             layers=begin.shape[0],
             hidden_size=begin.shape[2],
             key_size=self.mechanism.key_size,
@@ -74,6 +108,65 @@ class DecoderEngine:
             dtype=begin.dtype,
             device=self.device,
         )
+
+    def new_state(self, layout: StoreLayout) -> StreamState:
+        """See ``Engine.new_state``."""
+        state = self.mechanism.new_state(layout)
+        return evolve(
+            state,
+            stm=tuple(self._completed(layer, rows, layout) for layer, rows in enumerate(state.stm)),
+            newest=state.newest or self._newest(state.stm, layout),
+        )
+
+    def _newest(self, stm: Sequence[MemoryRows], layout: StoreLayout) -> tuple[Tensor, ...]:
+        if layout.keeps_hidden:
+            return ()
+        k = self.config.memory_tokens_per_chunk
+        return tuple(rows.need_hidden()[max(len(rows) - k, 0) :].clone() for rows in stm)
+
+    def _completed(self, layer: int, rows: MemoryRows, layout: StoreLayout) -> MemoryRows:
+        """Rows that have hidden states with the other columns that short-term rows of this layout have."""
+        if rows.hidden is None:
+            return rows
+        if layout.projected_size and rows.projected is None:
+            rows = rows.replace(projected=self.project(layer, rows.hidden[None])[0].to(rows.hidden))
+        if not layout.keeps_hidden:
+            rows = rows.replace(key=self.keys(layer, rows.need_hidden()), hidden=None)
+        return rows
+
+    def project(self, layer: int, hidden: Tensor) -> Tensor:
+        """See ``Engine.project``."""
+        if isinstance(self.projection, str):
+            raise NotSupported(f"rows cannot be kept projected in {type(self.model).__name__}: {self.projection}")
+        begin = self.mechanism.additions.begin
+        return self.projection.rows(layer, hidden.to(begin.device)).to(hidden.device)
+
+    def refresh(self, rows: MemoryRows, layer: int) -> MemoryRows:
+        """See ``Engine.refresh``."""
+        hidden = rows.need_hidden()
+        changed: dict[str, Tensor | None] = {}
+        if rows.projected is not None:
+            changed["projected"] = self.project(layer, hidden[None])[0].to(rows.projected)
+        if rows.key is not None:
+            changed["key"] = self.keys(layer, hidden)
+        return rows.replace(**changed)
+
+    def weights_digest(self) -> str:
+        """See ``Engine.weights_digest``. Looked at again only when a tensor was changed or exchanged."""
+        if self._weights is None or not self._weights.current():
+            self._weights = Weights.of(self.retrofit, self.adapter("read"), self.mechanism.additions.retriever)
+        return self._weights.digest
+
+    def prepared(self, memory: Memory, version: int) -> Prepared | None:
+        """What reads of ``memory`` in this version share; None where its rows are projected by every read."""
+        if isinstance(self.projection, str) or not memory.stores[0].layout.projected_size:
+            return None
+        found = self._prepared.get(memory)
+        digest = self.weights_digest()
+        if found is None or found.version != version or found.digest != digest:
+            begin = self.mechanism.additions.begin
+            found = self._prepared[memory] = Prepared(self.projection, begin, version, digest)
+        return found
 
     def padded_positions(self, mask: Tensor) -> dict[str, Tensor]:
         """``position_ids`` that skip left padding of a ``[B, T]`` mask, for decoders that take them."""
@@ -223,7 +316,7 @@ class DensePlan:
         """The plans of several streams, equal in all sizes, as one."""
         first = plans[0]
         layers = range(len(first.context))
-        context = tuple(torch.stack([plan.context[layer].hidden for plan in plans]) for layer in layers)
+        context = tuple(torch.stack([plan.context[layer].need_hidden() for plan in plans]) for layer in layers)
         return DensePlan(first.begin, context, first.reencoded, first.rows, first.overlap)
 
 

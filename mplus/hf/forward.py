@@ -96,7 +96,11 @@ def read(engine: DecoderEngine, memory: Any, **options: Any) -> Reading:
             f"the memory holds {memory.dtype} and the model computes in {engine.dtype}: "
             f"use memory.to(dtype={engine.dtype})"
         )
-    return Reading.of(memory, engine.mechanism, keep=not torch.is_grad_enabled(), **options)
+    memory.keep_up()
+    version, views = memory.versioned_snapshot()
+    prepared = engine.prepared(memory, version)
+    keep = not torch.is_grad_enabled()
+    return Reading(engine.mechanism, views, memory, version, prepared, keep=keep, **options)
 
 
 def check_cache(cache: Any, memory: Memory | None, reuse: bool) -> Reading | None:

@@ -38,6 +38,7 @@ class MemoryModel:
         store: Any = None,
         eviction: Any = None,
         device: torch.device | str | None = None,
+        memory_rows: Any = None,
     ) -> Memory:
         """A new memory for this decoder.
 
@@ -47,15 +48,24 @@ class MemoryModel:
             seed: stream i draws the rows that leave its STM from a generator seeded with ``seed + i``.
             store, eviction: override the config, as a name or ``{"name": ..., option: value}``.
             device: where the rows are kept; default: where the decoder's embedding is.
+            memory_rows: "projected", "hidden" or "both": keep another form of the rows than the config says.
 
         Raises:
             ConfigError: a batch size below 1, or a bad option.
+            NotSupported: rows of this decoder cannot be kept like that.
             UnknownNameError: no such store or eviction policy.
         """
         from mplus.hf.build import new_memory
 
         return new_memory(
-            self.mplus_engine, batch_size, tokenizer, seed, _component(store), _component(eviction), device
+            self.mplus_engine,
+            batch_size,
+            tokenizer,
+            seed,
+            _component(store),
+            _component(eviction),
+            device,
+            memory_rows,
         )
 
     def generate(

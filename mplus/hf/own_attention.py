@@ -71,12 +71,12 @@ class OwnAttention:
         # Rotations are relative: with all rows at one position they cancel, whatever the frequencies.
         positions = torch.zeros(1, hidden.shape[1], dtype=torch.int64, device=hidden.device)
         rotary = None if spec.rotary_keyword is None else rotary_at(spec, hidden, positions)
-        with running(Pass(_Nothing(), engine.adapter("read"))):
+        with running(Pass(Nothing(), engine.adapter("read"))):
             captured: Captured = retrofit.capture(spec, hidden, positions, rotary, spec.args, spec.kwargs)
         return captured
 
 
-class _Nothing:
+class Nothing:
     """No prefix in any layer."""
 
     def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...]:

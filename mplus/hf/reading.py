@@ -13,6 +13,7 @@ from mplus.backends.base import Segment
 from mplus.errors import InputError, MemoryMismatchError
 from mplus.hf.discovery import AttentionSpec
 from mplus.hf.passes import Prefix, Project
+from mplus.hf.prepared import Prepared
 from mplus.mechanisms.base import MemoryMechanism, Retrieved
 from mplus.memory.memory import Memory
 from mplus.memory.stream import StreamView
@@ -26,6 +27,7 @@ class Reading:
         mechanism: decides what a layer sees.
         views: one stream per batch row of the memory.
         memory: the memory the views were taken from (None for a test pass), and its ``version`` then.
+        prepared: what reads of this state share, where rows are kept projected; else None.
         keep: remember projections for later tokens; off where gradients flow, because they must be recomputed.
         repeats_allowed: a batch may hold several copies of each row in turn (beams, several samples).
         prompt_tokens: retrieve with so many tokens of the first forward only (the rest is guessed); None: with all.
@@ -39,6 +41,7 @@ class Reading:
     views: Sequence[StreamView]
     memory: Memory | None = None
     version: int = -1
+    prepared: Prepared | None = None
     keep: bool = True
     repeats_allowed: bool = False
     prompt_tokens: int | None = None
@@ -46,12 +49,6 @@ class Reading:
     retrieved: dict[int, list[Retrieved | None]] = field(factory=dict)
     segments: dict[int, tuple[Segment, ...]] = field(factory=dict)
     recent: dict[int, list[Tensor]] = field(factory=dict)
-
-    @staticmethod
-    def of(memory: Memory, mechanism: MemoryMechanism, **options: Any) -> Reading:
-        """A reading of ``memory`` as it is now."""
-        version, views = memory.versioned_snapshot()
-        return Reading(mechanism, views, memory, version, **options)
 
     def is_of(self, memory: Memory) -> bool:
         """Whether ``memory`` is still in the state this reading was taken in."""
@@ -99,10 +96,26 @@ class ReadSource:
         if layer not in reading.retrieved:
             with torch.no_grad():
                 reading.retrieved[layer] = self._retrieve(layer, hidden[::repeats, : reading.prompt_tokens])
-        made = (project(assemble(reading.mechanism, reading.views, layer, reading.retrieved[layer], hidden)),)
+        made = self._made(layer, hidden, project)
         if reading.keep:
             reading.segments[layer] = made
         return _repeated(made, repeats)
+
+    def _made(self, layer: int, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
+        reading = self.reading
+        views, retrieved, prepared = reading.views, reading.retrieved[layer], reading.prepared
+        if prepared is None or not self._as_kept(prepared):
+            return (project(assemble(reading.mechanism, views, layer, retrieved, hidden)),)
+        with torch.no_grad():
+            prefixed = [reading.mechanism.has_prefix(view) for view in views]
+            return prepared.segments(layer, views, retrieved, prefixed, hidden)
+
+    def _as_kept(self, prepared: Prepared) -> bool:
+        """Whether rows are read as they were projected, rather than projected anew."""
+        if not self.reading.views[0].store.layout.keeps_hidden:
+            return True
+        # Where gradients flow the reading adapter learns by what it makes of the rows.
+        return self.reading.keep and prepared.projection.retrofit.technique == "attention"
 
     def _retrieve(self, layer: int, hidden: Tensor) -> list[Retrieved | None]:
         reading = self.reading
@@ -148,8 +161,8 @@ def assemble(
     for view, found in zip(views, retrieved, strict=True):
         parts = [begin] if mechanism.has_prefix(view) else []
         if found is not None:
-            parts.append(found.rows.hidden)
-        parts.append(view.state.stm[layer].hidden)
+            parts.append(found.rows.need_hidden())
+        parts.append(view.state.stm[layer].need_hidden())
         streams.append(torch.cat([part.to(like) for part in parts]))
     return side_by_side(streams)
 

@@ -92,7 +92,7 @@ class Retrofit:
         try:
             spec.attention.forward(*args, **kwargs)  # not __call__: the hook below is for text
         except Captured as captured:
-            return captured
+            return captured.with_traceback(None)  # it would keep every tensor of these frames alive, in a cycle
         raise NotSupported(f"{type(spec.attention).__name__} did not reach its attention function")
 
     def _rotary(

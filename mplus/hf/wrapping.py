@@ -24,6 +24,7 @@ from mplus.hf.modes import in_eval_mode, input_device
 from mplus.hf.passes import carry_memory, change_class, drop_memory
 from mplus.hf.peft_model import PeftMemoryModel, peft_model_class
 from mplus.hf.positions import MemoryPositions
+from mplus.hf.projection import find_projection
 from mplus.hf.retrofit import AttentionHook, Retrofit
 from mplus.hf.self_check import Check, check_ids, self_check
 
@@ -92,6 +93,7 @@ def wrap(model: Any, config: MPlusConfig | None = None, *, check: bool = True, p
         _choose_technique(decoder, installed, base_logits if config.rope_inv_freq_dtype is None else None, check)
         if mechanism.additions.retriever is not None:
             decoder.mplus_engine.bind(mechanism.additions.retriever)
+        _choose_rows(decoder)
     except BaseException:
         unwrap(decoder)
         raise
@@ -244,6 +246,21 @@ def _choose_technique(decoder: Any, installed: Installed, base_logits: Tensor | 
         where = f"{technique.replace('_', ' ')}, {'offset' if offset else 'negative'} positions"
         installed.rejected.extend(f"{where}: {one}" for one in failed)
     raise NotSupported(f"{type(decoder).__name__} cannot carry a memory: " + "; ".join(installed.rejected))
+
+
+@torch.no_grad()
+def _choose_rows(decoder: Any) -> None:
+    """Find out how rows can be kept. Raises NotSupported when the config asks for what cannot be had."""
+    engine: DecoderEngine = decoder.mplus_engine
+    begin: Tensor = engine.mechanism.additions.begin
+    some = torch.randn(4, begin.shape[2], generator=torch.Generator().manual_seed(0)).to(begin)
+    rows = [(some * (row.float().std() or 1.0)).to(begin)[None] for row in begin]
+    try:
+        with in_eval_mode(decoder):
+            engine.projection = find_projection(engine.retrofit, engine.adapter("read"), rows)
+    except Exception as error:  # noqa: BLE001 - whatever a foreign model does then, it works with hidden states
+        engine.projection = f"trying to failed with {type(error).__name__}: {error}"
+    engine.layout_of(engine.memory_rows)
 
 
 def round_frequencies(decoder: nn.Module, dtype: torch.dtype) -> None:

@@ -73,7 +73,7 @@ class CaseReport:
         self.demand("counters", where, writes * player.engine.config.memory_tokens_per_chunk, recorded.update_step)
         for layer in player.layers:
             place = f"{where}, layer {layer}"
-            self.measure("memory", place, state.stm[layer].hidden, recorded.memory[layer])
+            self.measure("memory", place, state.stm[layer].need_hidden(), recorded.memory[layer])
             if recorded.memory_ages is not None:
                 self.measure("ages", f"{place}, pool", -1 - state.stm[layer].birth, recorded.memory_ages[layer])
                 self._long_term(place, player, layer, recorded)
@@ -81,7 +81,7 @@ class CaseReport:
 
     def _long_term(self, place: str, player: Player, layer: int, recorded: Recorded) -> None:
         rows = player.store.gather(layer, player.store.ids(layer))
-        self.measure("LTM", place, rows.hidden, recorded.ltm[layer])
+        self.measure("LTM", place, rows.need_hidden(), recorded.ltm[layer])
         self.measure("ages", place, player.state.clock - 1 - rows.birth, recorded.ltm_ages[layer])
         if rows.key is not None:
             self.measure("keys", place, rows.key, recorded.ltm_keys[layer])
@@ -95,7 +95,7 @@ class CaseReport:
         if recorded.pending is None or recorded.pending_keys is None or recorded.pending_ages is None:
             self.demand("counters", place, len(rows), 0)
             return
-        self.measure("LTM", place, rows.hidden, recorded.pending[layer])
+        self.measure("LTM", place, rows.need_hidden(), recorded.pending[layer])
         self.measure("ages", place, player.state.clock - 1 - rows.birth, recorded.pending_ages[layer])
         if rows.key is not None:
             self.measure("keys", place, rows.key, recorded.pending_keys[layer])
@@ -112,7 +112,7 @@ class CaseReport:
         for layer, one in enumerate(found):
             place = f"{where}, layer {layer}"
             self.demand("retrieved ids", place, one.ids, recorded.ids[layer])
-            self.measure("LTM", f"{place}, retrieved", one.retrieved.rows.hidden, recorded.values[layer])
+            self.measure("LTM", f"{place}, retrieved", one.retrieved.rows.need_hidden(), recorded.values[layer])
             self.measure("ages", f"{place}, retrieved", one.ages, recorded.ages[layer])
             scores = recorded.scores[layer]
             if scores is not None and len(one.retrieved.scores) and int(one.ids.max()) < len(scores):

@@ -210,7 +210,7 @@ class Player:
         for layer in self.layers:
             norm = self.engine.retrofit.anatomy.specs[layer].norm
             text = hidden_states[layer]
-            keys = self.engine.keys(layer, self.state.stm[layer].hidden)
+            keys = self.engine.keys(layer, self.state.stm[layer].need_hidden())
             queries = retriever.project_queries(layer, text if norm is None else norm(text))
             if keys is not None:
                 mask = torch.ones(queries.shape[:2], dtype=torch.bool, device=queries.device)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from attrs import define
+from attrs import define, evolve
 from torch import Tensor
 
 from mplus.config import MPlusConfig
@@ -96,7 +96,9 @@ class MemoryMechanism(ABC):
         empty = tuple(self._empty(layout) for _ in range(layout.layers))
         pool = self.additions.pool
         if pool is None:
-            return StreamState(stm=empty, pending=empty)
+            hidden = torch.empty(0, layout.hidden_size, dtype=layout.dtype, device=layout.device)
+            newest = () if layout.keeps_hidden else (hidden,) * layout.layers
+            return StreamState(stm=empty, pending=empty, newest=newest)
         n = pool.shape[1]
         births = torch.arange(n, dtype=torch.int64, device=layout.device)
         source = torch.full((n,), NO_SOURCE, dtype=torch.int64, device=layout.device)
@@ -104,7 +106,14 @@ class MemoryMechanism(ABC):
         return StreamState(stm=stm, pending=empty, clock=n)
 
     def _empty(self, layout: StoreLayout) -> MemoryRows:
-        return MemoryRows.empty(layout.hidden_size, dtype=layout.dtype, device=layout.device)
+        """Short-term rows have a key from the start only where it cannot be made later, when they leave."""
+        return MemoryRows.empty(
+            layout.hidden_size if layout.keeps_hidden else 0,
+            key_size=0 if layout.keeps_hidden else layout.key_size,
+            projected_size=layout.projected_size,
+            dtype=layout.dtype,
+            device=layout.device,
+        )
 
     def plan_write(self, state: StreamState, tokens: int, reencode: bool = True) -> WritePlan:
         """Rows read and made by writing a chunk of ``tokens`` text tokens (published: newest K rows of the STM).
@@ -112,33 +121,48 @@ class MemoryMechanism(ABC):
         ``reencode`` False: a chunk shorter than K makes only as many rows as it has tokens.
         """
         k = self.config.memory_tokens_per_chunk
-        present = min(k, *(len(rows) for rows in state.stm))
-        context = tuple(rows.select(slice(len(rows) - present, None)) for rows in state.stm)
+        kept = (hidden.shape[0] for hidden in state.newest)
+        present = min(k, *(len(rows) for rows in state.stm), *kept)
+        context = tuple(state.context(layer, present) for layer in range(len(state.stm)))
         reencoded = min(max(k - tokens, 0), present) if reencode else 0
         return WritePlan(begin=True, context=context, reencoded=reencoded, rows=min(k, tokens + reencoded))
 
     def absorb(self, state: StreamState, block: Sequence[Tensor], source: int, context: WriteContext) -> Absorbed:
         """Take the new rows ``block`` (per layer ``[k, d]``), written from ``source``, into a stream."""
         k = block[0].shape[0]
-        stm, dropped = [], []
+        stm, dropped, newest = [], [], []
         permutation: Tensor | None = None
-        for old, hidden in zip(state.stm, block, strict=True):
+        for layer, (old, hidden) in enumerate(zip(state.stm, block, strict=True)):
             excess = max(len(old) + k - self.config.short_term_tokens, 0)
             if excess and (permutation is None or self.config.drop_per_layer or len(permutation) != len(old)):
                 permutation = context.draw(len(old))
-            kept, gone = (old, old.select(slice(0, 0))) if permutation is None else _drop(old, excess, permutation)
-            new = MemoryRows(
-                hidden=hidden.to(old.hidden),
-                birth=self._births(state, k).to(old.birth.device),
-                source=torch.full((k,), source, dtype=torch.int64, device=old.source.device),
-            )
-            stm.append(MemoryRows.cat([kept, new]))  # a copy: the block is a view of all that the pass computed
-            dropped.append(gone)
-        moved = StreamState(
-            stm=tuple(stm), pending=state.pending, clock=state.clock + k, sources=state.sources, counters=state.counters
-        )
+            stay, leave = _places(len(old), excess, permutation, old.birth.device)
+            new = self._new_rows(layer, hidden, source, state, old, context)
+            stm.append(MemoryRows.cat([old.select(stay), new]))  # a copy: the block is a view of all the pass computed
+            dropped.append(old.select(leave))
+            if state.newest:
+                own = torch.cat([state.kept(layer, stay), hidden.to(state.newest[layer])])
+                newest.append(own[max(own.shape[0] - self.config.memory_tokens_per_chunk, 0) :].clone())
+        moved = evolve(state, stm=tuple(stm), newest=tuple(newest), clock=state.clock + k)
         moved, evicted = self.keep_dropped(moved, dropped, context)
         return Absorbed(moved, max(len(rows) for rows in dropped), evicted)
+
+    def _new_rows(
+        self, layer: int, hidden: Tensor, source: int, state: StreamState, like: MemoryRows, context: WriteContext
+    ) -> MemoryRows:
+        """Rows ``hidden`` ``[k, d]`` with the columns of the short-term rows ``like``."""
+        k, device = hidden.shape[0], like.birth.device
+        rows = MemoryRows(
+            hidden=None if like.hidden is None else hidden.to(like.hidden),
+            birth=self._births(state, k).to(device),
+            source=torch.full((k,), source, dtype=torch.int64, device=device),
+        )
+        if like.projected is not None:
+            rows = rows.replace(projected=context.projected[layer].to(like.projected))
+        if like.key is not None:
+            key = context.keys(layer, hidden)
+            rows = rows.replace(key=None if key is None else key.to(like.key))
+        return rows
 
     def _births(self, state: StreamState, k: int) -> Tensor:
         return torch.arange(state.clock, state.clock + k, dtype=torch.int64)
@@ -175,9 +199,9 @@ class MemoryMechanism(ABC):
         return 0
 
 
-def _drop(rows: MemoryRows, excess: int, permutation: Tensor) -> tuple[MemoryRows, MemoryRows]:
-    """Rows that stay and ``excess`` rows that leave, both in order (uniform random drop: MemoryLLM section 3.1.2)."""
-    if not excess:
-        return rows, rows.select(slice(0, 0))
-    stay, leave = permutation[: len(rows) - excess], permutation[len(rows) - excess :]
-    return rows.select(stay.sort().values), rows.select(leave.sort().values)
+def _places(count: int, excess: int, permutation: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Places that stay and ``excess`` that leave, both in order (uniform random drop: MemoryLLM section 3.1.2)."""
+    if not excess or permutation is None:
+        return torch.arange(count, device=device), torch.arange(0, device=device)
+    stay, leave = permutation[: count - excess], permutation[count - excess :]
+    return stay.sort().values.to(device), leave.sort().values.to(device)

@@ -51,6 +51,7 @@ class MemoryLLMMechanism(MemoryMechanism):
             # As often as it fits, and the rest of the pool with its last rows.
             place = torch.cat([torch.arange(n - n % k) % k, torch.arange(k - n % k, k)])
             block = [hidden[place.to(hidden.device)] for hidden in block]
+            context = evolve(context, projected=tuple(rows[place.to(rows.device)] for rows in context.projected))
         return super().absorb(state, block, source, context)
 
     def keep_dropped(

@@ -69,7 +69,13 @@ class MPlusMechanism(MemoryMechanism):
             # Rows that came with the checkpoint count as slot K-1 of a chunk: age 0.
             stm = tuple(rows.replace(birth=torch.full_like(rows.birth, -1)) for rows in stm)
         pending = tuple(
-            MemoryRows.empty(layout.hidden_size, key_size=self.key_size, dtype=layout.dtype, device=layout.device)
+            MemoryRows.empty(
+                layout.hidden_size if layout.keeps_hidden else 0,
+                key_size=self.key_size,
+                projected_size=layout.projected_size,
+                dtype=layout.dtype,
+                device=layout.device,
+            )
             for _ in range(layout.layers)
         )
         clock = 0 if self.options.ages == "release" else state.clock
@@ -86,7 +92,10 @@ class MPlusMechanism(MemoryMechanism):
     ) -> tuple[StreamState, int]:
         if self.config.long_term_tokens == 0:
             return state, 0
-        leaving = [rows.replace(key=context.keys(layer, rows.hidden)) for layer, rows in enumerate(dropped)]
+        leaving = [
+            rows if rows.hidden is None else rows.replace(key=context.keys(layer, rows.hidden))
+            for layer, rows in enumerate(dropped)
+        ]
         if self.options.ages == "release":
             leaving = [rows.replace(birth=rows.birth + state.clock) for rows in leaving]
         if self.options.merge_every is None:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from mplus.config import MPlusConfig
+from mplus.errors import MemoryMismatchError
 from mplus.memory.stream import StreamState
+from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 
 
@@ -45,5 +47,25 @@ class Engine(Protocol):
     def keys(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Retriever keys ``[m, r]`` of rows ``[m, d]``, or None when the retriever keeps none."""
 
+    def new_state(self, layout: StoreLayout) -> StreamState:
+        """A fresh stream, its rows (of a checkpoint's pool) with all columns of ``layout``."""
+
+    def project(self, layer: int, hidden: Tensor) -> Tensor:
+        """``MemoryRows.projected`` ``[B, n, w]`` of rows ``[B, n, d]``; called where the layout has such a column."""
+
+    def refresh(self, rows: MemoryRows, layer: int) -> MemoryRows:
+        """Rows with everything computed anew from their hidden states."""
+
+    def weights_digest(self) -> str:
+        """Changes when the weights change that projections and retriever keys are computed with."""
+
     def fingerprint(self) -> dict[str, Any]:
         """Facts that a memory depends on, as plain data: decoder, adapters, additions, content-shaping config."""
+
+
+def engine_of(model: Any) -> Engine:
+    """The engine of a wrapped decoder. Raises MemoryMismatchError for anything else."""
+    engine = getattr(model, "mplus_engine", None)
+    if engine is None:
+        raise MemoryMismatchError(f"a memory needs a decoder wrapped by mplus.wrap, got {type(model).__name__}")
+    return engine  # type: ignore[no-any-return]

@@ -1,7 +1,8 @@
 """Saving a memory to a folder and reading it back.
 
 Format version 1 is a folder with ``manifest.json`` (``mplus.memory.manifest``) and the safetensors file it names. Its
-tensors are ``stream.<i>.<stm|pending>.<layer>.<column>``, ``stream.<i>.counter.<name>``, ``stream.<i>.generator`` and
+tensors are ``stream.<i>.<stm|pending>.<layer>.<column>``, ``stream.<i>.newest.<layer>`` (where rows have no hidden
+states), ``stream.<i>.counter.<name>``, ``stream.<i>.generator`` and
 ``store.<i>.<layer>.<column>``. Ids of long-term rows are not kept: the store that a memory is read into gives new ones,
 in the same order.
 """
@@ -55,7 +56,7 @@ from mplus.stores.eviction import EvictionPolicy
 PIECE_BYTES = 2**26
 """Long-term rows are taken out of their store so many bytes at a time."""
 
-COLUMNS = ("hidden", "birth", "source", "key", "expiry")
+COLUMNS = ("hidden", "birth", "source", "key", "expiry", "projected")
 
 
 def save(
@@ -147,12 +148,19 @@ def load(
         manifest = read_manifest(folder)
         layout = engine.layout
         check_belongs(manifest, engine.fingerprint(), layout.dtype, folder)
+        # Rows stay what they were, whatever new memories of this decoder hold.
+        layout = attrs.evolve(
+            layout, projected_size=manifest.layout.projected_size, keeps_hidden=manifest.layout.keeps_hidden
+        )
         if device is not None:
             layout = attrs.evolve(layout, device=torch.device(device))
         with TensorReader(folder, manifest.data) as file:
             kind = store or engine.config.store
-            stores = {entry.store: _read_store(file, entry, kind, layout) for entry in manifest.streams}
-            states = [_read_state(file, number, entry, layout) for number, entry in enumerate(manifest.streams)]
+            required = manifest.layout.required
+            stores = {entry.store: _read_store(file, entry, kind, layout, required) for entry in manifest.streams}
+            states = [
+                _read_state(file, number, entry, layout, required) for number, entry in enumerate(manifest.streams)
+            ]
             generators = [read_generator(file, number) for number in range(len(states))]
     finally:
         os.close(handle)
@@ -182,6 +190,8 @@ def _layout_entry(layout: StoreLayout) -> LayoutEntry:
         key_size=layout.key_size,
         expiry=layout.expiry,
         dtype=name_of(layout.dtype),
+        projected_size=layout.projected_size,
+        keeps_hidden=layout.keeps_hidden,
     )
 
 
@@ -204,6 +214,8 @@ def _parts(views: Sequence[StreamView], draws: Sequence[Tensor], numbers: Sequen
             for layer, rows in enumerate(layers):
                 for column, tensor in rows.columns().items():
                     yield _whole(f"stream.{i}.{tier}.{layer}.{column}", tensor)
+        for layer, hidden in enumerate(state.newest):
+            yield _whole(f"stream.{i}.newest.{layer}", hidden)
         for name, counter in state.counters.items():
             yield _whole(f"stream.{i}.counter.{name}", counter)
         yield _whole(f"stream.{i}.generator", draw)
@@ -220,34 +232,35 @@ def _whole(name: str, tensor: Tensor) -> Part:
 
 
 def _pieces(store: StoreView, layer: int, column: Any) -> Iterable[Tensor]:
-    if column != "hidden":
+    if column not in ("hidden", "projected"):
         values = store.column(layer, column)
         return [] if values is None else [values]
-    layout = store.layout
-    step = max(1, PIECE_BYTES // (layout.hidden_size * layout.dtype.itemsize))
-    return (store.gather(layer, ids).hidden for ids in store.ids(layer).split(step))
+    step = max(1, PIECE_BYTES // store.layout.row_bytes)
+    return (store.gather(layer, ids).columns()[column] for ids in store.ids(layer).split(step))
 
 
 # ---------------------------------------------------------------------- into a memory
 
 
-def read_rows(file: TensorReader, prefix: str, count: int) -> MemoryRows:
-    """The rows of one layer. Raises MemoryFileError unless there are ``count`` in every column."""
+def read_rows(file: TensorReader, prefix: str, count: int, required: Sequence[str]) -> MemoryRows:
+    """The rows of one layer. Raises MemoryFileError unless there are ``count`` in every column, ``required`` or not."""
     columns = {column: f"{prefix}.{column}" for column in COLUMNS if f"{prefix}.{column}" in file.data.tensors}
-    for column in ("hidden", "birth", "source"):
+    for column in required:
         columns.setdefault(column, f"{prefix}.{column}")  # missing: the reader says so
     rows = {column: file.get(name) for column, name in columns.items()}
     for column, values in rows.items():
         if values.shape[:1] != (count,):
             raise MemoryFileError(f"{file.path}: {columns[column]!r} must have {count} rows, got {list(values.shape)}")
-    return MemoryRows(**rows)
+    return MemoryRows.of(rows)
 
 
-def _read_state(file: TensorReader, number: int, entry: StreamEntry, layout: StoreLayout) -> StreamState:
+def _read_state(
+    file: TensorReader, number: int, entry: StreamEntry, layout: StoreLayout, required: Sequence[str]
+) -> StreamState:
     def tier(name: str, counts: Sequence[int]) -> tuple[MemoryRows, ...]:
         found = []
         for layer, count in enumerate(counts):
-            rows = read_rows(file, f"stream.{number}.{name}.{layer}", count)
+            rows = read_rows(file, f"stream.{number}.{name}.{layer}", count, required)
             found.append(_copied(rows, layout))
         return tuple(found)
 
@@ -255,7 +268,12 @@ def _read_state(file: TensorReader, number: int, entry: StreamEntry, layout: Sto
     counters = {
         name.removeprefix(prefix): file.get(name).clone() for name in file.data.tensors if name.startswith(prefix)
     }
+    newest: tuple[Tensor, ...] = ()
+    if not layout.keeps_hidden:
+        names = [f"stream.{number}.newest.{layer}" for layer in range(layout.layers)]
+        newest = tuple(file.get(name).to(layout.device, copy=True) for name in names)
     return StreamState(
+        newest=newest,
         stm=tier("stm", entry.stm),
         pending=tier("pending", entry.pending),
         clock=entry.clock,
@@ -266,14 +284,16 @@ def _read_state(file: TensorReader, number: int, entry: StreamEntry, layout: Sto
 
 def _copied(rows: MemoryRows, layout: StoreLayout) -> MemoryRows:
     """Rows that no longer depend on the file."""
-    return MemoryRows(**{name: column.to(layout.device, copy=True) for name, column in rows.columns().items()})
+    return MemoryRows.of({name: column.to(layout.device, copy=True) for name, column in rows.columns().items()})
 
 
-def _read_store(file: TensorReader, entry: StreamEntry, component: Component, layout: StoreLayout) -> MemoryStore:
+def _read_store(
+    file: TensorReader, entry: StreamEntry, component: Component, layout: StoreLayout, required: Sequence[str]
+) -> MemoryStore:
     store = build_store(component, layout)
     for layer, count in enumerate(entry.ltm):
         prefix = f"store.{entry.store}.{layer}"
-        rows = read_rows(file, prefix, count)
+        rows = read_rows(file, prefix, count, required)
         try:
             store.append(layer, rows)
         except ValueError as error:

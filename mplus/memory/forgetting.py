@@ -42,10 +42,11 @@ def forget(states: list[StreamState], stores: Sequence[MemoryStore], rows: Itera
 def _without(state: StreamState, number: int) -> tuple[StreamState, int]:
     stm = tuple(rows.select(rows.source != number) for rows in state.stm)
     pending = tuple(rows.select(rows.source != number) for rows in state.pending)
+    newest = tuple(state.kept(layer, rows.source != number) for layer, rows in enumerate(state.stm) if state.newest)
     gone = sum(map(len, (*state.stm, *state.pending))) - sum(map(len, (*stm, *pending)))
     # The entry keeps its place: other rows know their source by number.
     sources = tuple(Source(entry.name) if n == number else entry for n, entry in enumerate(state.sources))
-    return evolve(state, stm=stm, pending=pending, sources=sources), gone
+    return evolve(state, stm=stm, pending=pending, newest=newest, sources=sources), gone
 
 
 def _remove(store: MemoryStore, number: int) -> int:

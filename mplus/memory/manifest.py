@@ -35,6 +35,14 @@ class LayoutEntry:
     key_size: int
     expiry: bool
     dtype: str
+    projected_size: int = 0
+    keeps_hidden: bool = True
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Columns that every row has."""
+        content = ("hidden",) * self.keeps_hidden + ("projected",) * bool(self.projected_size)
+        return ("birth", "source", *content)
 
 
 @define(frozen=True, kw_only=True)

@@ -13,16 +13,17 @@ from attrs import evolve
 from torch import Tensor
 
 from mplus.config import Component
-from mplus.errors import MemoryMismatchError
-from mplus.memory.checks import check_chunk, check_dtype, check_finite, check_row, check_rows, check_vocabulary
+from mplus.memory.checks import check_chunk, check_dtype, check_row, check_rows, check_vocabulary
 from mplus.memory.chunking import split, to_names, to_rows
-from mplus.memory.engine import Engine
+from mplus.memory.engine import Engine, engine_of
 from mplus.memory.forgetting import forget
 from mplus.memory.progress import progress_bar
+from mplus.memory.refreshing import refresh
 from mplus.memory.report import SourceInfo, WriteReport
 from mplus.memory.sharing import distinct, each, unshared
 from mplus.memory.stream import StreamState, StreamView, alike
 from mplus.memory.write_context import WriteContext
+from mplus.memory.writing import encoded, keys
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore
 from mplus.stores.eviction import EvictionPolicy
@@ -59,6 +60,7 @@ class Memory:
         self._states = tuple(states)
         self._stores = tuple(stores)
         self._version = 0
+        self._weights = engine.weights_digest()
         self._state_lock = threading.RLock()
         self._write_lock = threading.RLock()
 
@@ -81,7 +83,7 @@ class Memory:
 
     @property
     def stores(self) -> tuple[MemoryStore, ...]:
-        """The long-term store of each stream. Change it only through the memory."""
+        """The long-term store of each stream; changed only through the memory."""
         return self._stores
 
     @property
@@ -169,13 +171,14 @@ class Memory:
         rows = to_rows(data, self.batch_size, self.tokenizer)
         names = to_names(source, self.batch_size)
         check_dtype(self.dtype, self.engine.layout.dtype)
+        self.keep_up()
         config = self.engine.config
         chunks: list[list[Tensor]] = []
         for ids in rows:
             if ids is not None:
                 check_vocabulary(ids, self.engine.vocab_size)
             chunks.append([] if ids is None else split(ids, config.chunk_tokens, config.min_chunk_tokens))
-        report = WriteReport([0] * len(rows), [0] * len(rows), [0] * len(rows), [0] * len(rows), 0.0)
+        report = WriteReport.nothing(len(rows))
         total = sum(len(c) for row in chunks for c in row)
         with self._write_lock, progress_bar("writing", total, progress, steps=max(map(len, chunks))) as advance:
             for turn in range(max(map(len, chunks))):
@@ -198,8 +201,8 @@ class Memory:
         check_vocabulary(ids, self.engine.vocab_size)
         names = to_names(source, self.batch_size)
         check_dtype(self.dtype, self.engine.layout.dtype)
-        n = self.batch_size
-        report = WriteReport([0] * n, [0] * n, [0] * n, [0] * n, 0.0)
+        self.keep_up()
+        report = WriteReport.nothing(self.batch_size)
         with self._write_lock:
             for group in alike(dict(enumerate(ids)), self._states):
                 self._write_group(group, {row: ids[row] for row in group}, names, report)
@@ -211,16 +214,13 @@ class Memory:
     ) -> None:
         """Write one chunk each to the streams of ``group``, which read equally many context rows; all or nothing."""
         batch = torch.stack([ids[row] for row in group]).to(self.engine.device)
-        blocks = self.engine.encode([self._states[row] for row in group], batch)
-        for layer, block in enumerate(blocks):
-            check_finite(block, f"in layer {layer} for a chunk of {batch.shape[1]} tokens")
+        blocks, projected = encoded(self.engine, [self._states[row] for row in group], batch, self._stores[0].layout)
 
         def absorb(states: list[StreamState]) -> None:
             for place, row in enumerate(group):
                 state, number = states[row].with_source(names[row], batch.shape[1])
-                absorbed = self.engine.mechanism.absorb(
-                    state, [block[place] for block in blocks], number, self._write_context(row)
-                )
+                context = self._context(row, [made[place] for made in projected])
+                absorbed = self.engine.mechanism.absorb(state, [block[place] for block in blocks], number, context)
                 states[row] = absorbed.state
                 report.tokens[row] += batch.shape[1]
                 report.chunks[row] += 1
@@ -229,20 +229,14 @@ class Memory:
 
         self._change(absorb)
 
-    def _write_context(self, row: int) -> WriteContext:
+    def _context(self, row: int, projected: Sequence[Tensor]) -> WriteContext:
         generator = self.generators[row]
-
-        def keys(layer: int, hidden: Tensor) -> Tensor | None:
-            made = self.engine.keys(layer, hidden)
-            if made is not None:
-                check_finite(made, f"in the retriever keys of layer {layer}")
-            return made
-
         return WriteContext(
             store=self._stores[row],
             eviction=self.eviction,
             draw=lambda n: torch.randperm(n, generator=generator),
-            keys=keys,
+            keys=lambda layer, hidden: keys(self.engine, layer, hidden),
+            projected=projected,
         )
 
     def _change(self, change: Callable[[list[StreamState]], T]) -> T:
@@ -266,13 +260,26 @@ class Memory:
                 raise
             return result
 
+    def keep_up(self) -> None:
+        """Compute anew what depends on weights that have changed since; called before every read and write.
+
+        Raises:
+            MemoryMismatchError: that needs hidden states, and this memory keeps keys and values only.
+        """
+        digest = self.engine.weights_digest()
+        if digest != self._weights:
+            with self._write_lock:
+                self._change(lambda states: refresh(states, self._stores, self.engine))
+                self._weights = digest
+
     # ------------------------------------------------------------------ the rest of its life
 
     def forget(self, source: str | None, row: int | None = None) -> int:
         """Remove every row written from ``source`` (in batch row ``row``, or in all).
 
         The STM grows back afterwards. Rows written *later* may have taken something over from the rows removed, since
-        a write reads the newest rows; forks and saved copies are other memories. Both stay.
+        a write reads the newest rows; forks and saved copies are other memories. Both stay. Where only the newest rows
+        have hidden states, and these are removed, the next write reads fewer.
 
         Returns:
             Rows removed, summed over layers and batch rows.
@@ -291,7 +298,7 @@ class Memory:
 
         def clear(states: list[StreamState]) -> None:
             for row, store in enumerate(self._stores):
-                states[row] = self.engine.mechanism.new_state(store.layout)
+                states[row] = self.engine.new_state(store.layout)
                 for layer in range(store.layout.layers):
                     store.remove(layer, store.ids(layer))
 
@@ -323,7 +330,8 @@ class Memory:
             return tuple(part.to(device if device is not None else self.device, dtype) for part in rows)
 
         def moved(state: StreamState) -> StreamState:
-            return evolve(state, stm=move(state.stm), pending=move(state.pending))
+            newest = tuple(hidden.to(self.device if device is None else device, dtype) for hidden in state.newest)
+            return evolve(state, stm=move(state.stm), pending=move(state.pending), newest=newest)
 
         with self._state_lock:
             return self._copy(range(self.batch_size), lambda store: store.to(device, dtype), moved)
@@ -334,10 +342,11 @@ class Memory:
         copy: Callable[[MemoryStore], MemoryStore],
         change: Callable[[StreamState], StreamState] = lambda state: state,
     ) -> Memory:
-        states = each([self._states[row] for row in rows], change)
-        stores = each([self._stores[row] for row in rows], copy)
+        states, stores = each([self._states[i] for i in rows], change), each([self._stores[i] for i in rows], copy)
         twins = [torch.Generator().set_state(self.generators[row].get_state()) for row in rows]
-        return Memory(self.engine, states, stores, twins, self.eviction, self.tokenizer)
+        copied = Memory(self.engine, states, stores, twins, self.eviction, self.tokenizer)
+        copied._weights = self._weights
+        return copied
 
     def save(self, path: str | Path) -> None:
         """Write a folder with a JSON manifest and safetensors; an older save there stays whole until this one is.
@@ -389,11 +398,3 @@ class Memory:
             eviction=None if eviction is None else Component.of(eviction),
             device=device,
         )
-
-
-def engine_of(model: Any) -> Engine:
-    """The engine of a wrapped decoder. Raises MemoryMismatchError for anything else."""
-    engine = getattr(model, "mplus_engine", None)
-    if engine is None:
-        raise MemoryMismatchError(f"a memory needs a decoder wrapped by mplus.wrap, got {type(model).__name__}")
-    return engine  # type: ignore[no-any-return]

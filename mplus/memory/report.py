@@ -41,6 +41,11 @@ class WriteReport:
     evicted_rows: list[int]
     seconds: float
 
+    @staticmethod
+    def nothing(streams: int) -> WriteReport:
+        """Nothing written yet to any of the ``streams``."""
+        return WriteReport([0] * streams, [0] * streams, [0] * streams, [0] * streams, 0.0)
+
     @property
     def tokens_per_second(self) -> float:
         """Text tokens of all batch rows written per second."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
@@ -36,6 +37,8 @@ class StreamState:
         pending: rows of each layer that left the STM and wait for the next merge; empty where there is no waiting.
         clock: rows written so far per layer; the next birth index.
         sources: what was written, by source number.
+        newest: per layer ``[c, d]``, hidden states of the newest short-term rows (K of them, where there are as many),
+            which the next write reads; empty where the rows keep theirs.
         counters: the mechanism's own numbers, each a small tensor.
     """
 
@@ -43,12 +46,29 @@ class StreamState:
     pending: tuple[MemoryRows, ...]
     clock: int = 0
     sources: tuple[Source, ...] = ()
+    newest: tuple[Tensor, ...] = ()
     counters: dict[str, Tensor] = field(factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the short-term and pending rows."""
-        return sum(rows.nbytes for rows in (*self.stm, *self.pending))
+        return sum(rows.nbytes for rows in (*self.stm, *self.pending)) + sum(part.nbytes for part in self.newest)
+
+    def context(self, layer: int, count: int) -> MemoryRows:
+        """The newest ``count`` short-term rows of a layer, oldest first, with their hidden states."""
+        rows = self.stm[layer]
+        rows = rows.select(slice(len(rows) - count, None))
+        if not self.newest:
+            return rows
+        hidden = self.newest[layer]
+        return rows.replace(hidden=hidden[hidden.shape[0] - count :])
+
+    def kept(self, layer: int, kept: Tensor) -> Tensor:
+        """What is left of ``newest`` when of this layer's short-term rows those at ``kept`` (bool or places) stay."""
+        hidden = self.newest[layer]
+        places = kept.nonzero().squeeze(1) if kept.dtype == torch.bool else kept
+        places = places - (len(self.stm[layer]) - hidden.shape[0])
+        return hidden[places[places >= 0].to(hidden.device)]
 
     def with_source(self, name: str | None, tokens: int) -> tuple[StreamState, int]:
         """Count ``tokens`` of one chunk under ``name``; returns the new state and the source's number."""

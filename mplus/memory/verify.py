@@ -9,7 +9,7 @@ from pathlib import Path
 from mplus.errors import MemoryFileError
 from mplus.memory.files import read_generator, read_rows
 from mplus.memory.folder import lock
-from mplus.memory.manifest import Manifest, StreamEntry, read_manifest
+from mplus.memory.manifest import LayoutEntry, Manifest, StreamEntry, read_manifest
 from mplus.memory.tensors import TensorReader, digest_of_file
 from mplus.rows import NO_SOURCE, MemoryRows
 
@@ -42,19 +42,19 @@ def _faults(manifest: Manifest, file: TensorReader) -> Iterator[str]:
     if superfluous:
         yield f"{file.path} must hold only the tensors in the manifest, got {superfluous[0]!r} too"
     for number, stream in enumerate(manifest.streams):
-        yield from _stream(file, number, stream)
+        yield from _stream(file, number, stream, manifest.layout)
     for store in sorted({stream.store for stream in manifest.streams}):
         sharing = [stream for stream in manifest.streams if stream.store == store]
         for layer, count in enumerate(sharing[0].ltm):
-            yield from _rows(file, f"store.{store}.{layer}", count, sharing)
+            yield from _rows(file, f"store.{store}.{layer}", count, sharing, manifest.layout.required)
 
 
-def _stream(file: TensorReader, number: int, stream: StreamEntry) -> Iterator[str]:
+def _stream(file: TensorReader, number: int, stream: StreamEntry, layout: LayoutEntry) -> Iterator[str]:
     for tier, counts in (("stm", stream.stm), ("pending", stream.pending)):
         for layer, count in enumerate(counts):
-            yield from _rows(file, f"stream.{number}.{tier}.{layer}", count, [stream])
+            yield from _rows(file, f"stream.{number}.{tier}.{layer}", count, [stream], layout.required)
     for name in file.data.tensors:
-        if name.startswith(f"stream.{number}.counter."):
+        if name.startswith((f"stream.{number}.counter.", f"stream.{number}.newest.")):
             yield from _fault(file.get, name)
     yield from _fault(read_generator, file, number)
 
@@ -67,9 +67,11 @@ def _fault(read: Callable[..., object], *what: object) -> Iterator[str]:
         yield str(error)
 
 
-def _rows(file: TensorReader, prefix: str, count: int, streams: Sequence[StreamEntry]) -> Iterator[str]:
+def _rows(
+    file: TensorReader, prefix: str, count: int, streams: Sequence[StreamEntry], required: Sequence[str]
+) -> Iterator[str]:
     try:
-        rows = read_rows(file, prefix, count)
+        rows = read_rows(file, prefix, count, required)
     except MemoryFileError as error:
         yield str(error)
         return
@@ -80,7 +82,7 @@ def _rows(file: TensorReader, prefix: str, count: int, streams: Sequence[StreamE
 
 def _broken(rows: MemoryRows, clock: int, sources: int) -> Iterator[tuple[str, int]]:
     """Rules, and how many rows break each."""
-    for name in ("hidden", "key"):
+    for name in ("hidden", "key", "projected"):
         column = rows.columns().get(name)
         if column is not None:
             pieces = column.split(PIECE_ROWS)  # the test takes as much room as what it looks at

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from attrs import define
 from torch import Tensor
@@ -26,9 +26,12 @@ class WriteContext:
         eviction: chooses rows when the store is over its capacity.
         draw: source of random permutations.
         keys: makes retriever keys.
+        projected: per layer ``[k, w]``, keys and values of the new rows (``MemoryRows.projected``); empty where
+            rows have none.
     """
 
     store: MemoryStore
     eviction: EvictionPolicy
     draw: Draw
     keys: Keys
+    projected: Sequence[Tensor] = ()

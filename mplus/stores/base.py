@@ -21,11 +21,13 @@ class StoreLayout:
 
     Attributes:
         layers: number of layers that carry memory.
-        hidden_size: width d of ``MemoryRows.hidden``.
+        hidden_size: width d of ``MemoryRows.hidden``; of the decoder, also where hidden states are not kept.
         key_size: width r of ``MemoryRows.key``; 0 where rows have no key.
         expiry: whether rows carry ``MemoryRows.expiry``.
         dtype: dtype of ``hidden`` and ``key``.
         device: where the rows are kept.
+        projected_size: width of ``MemoryRows.projected``; 0 where rows have no projections.
+        keeps_hidden: whether rows have ``MemoryRows.hidden``.
     """
 
     layers: int
@@ -34,14 +36,24 @@ class StoreLayout:
     expiry: bool = False
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
+    projected_size: int = 0
+    keeps_hidden: bool = True
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, all columns together."""
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.columns().values())
 
     def columns(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape of one row and dtype of every column of ``MemoryRows`` that rows of this layout carry."""
         columns: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "hidden": ((self.hidden_size,), self.dtype),
             "birth": ((), torch.int64),
             "source": ((), torch.int64),
         }
+        if self.keeps_hidden:
+            columns["hidden"] = ((self.hidden_size,), self.dtype)
+        if self.projected_size:
+            columns["projected"] = ((self.projected_size,), self.dtype)
         if self.key_size:
             columns["key"] = ((self.key_size,), self.dtype)
         if self.expiry:

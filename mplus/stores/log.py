@@ -127,7 +127,7 @@ class RowLog:
 
     def gather(self, positions: Tensor) -> MemoryRows:
         """Copies of the rows at ``positions``."""
-        return MemoryRows(**{name: column[positions] for name, column in self._columns().items() if name != "id"})
+        return MemoryRows.of({name: column[positions] for name, column in self._columns().items() if name != "id"})
 
     def append(self, rows: MemoryRows) -> RowLog:
         """This log and copies of ``rows`` behind it. Raises InputError unless they have the layout's columns."""

@@ -93,8 +93,8 @@ class RetrieverConformance:
         store = self.make_store(layout)
         rows = draw_rows(attrs.evolve(layout, key_size=0, dtype=torch.float32), count + 2, seed)
         with torch.no_grad():
-            key = retriever.project_keys(layer, rows.hidden * scale)
-        rows = rows.replace(hidden=(rows.hidden * scale).to(dtype), key=None if key is None else key.to(dtype))
+            key = retriever.project_keys(layer, rows.need_hidden() * scale)
+        rows = rows.replace(hidden=(rows.need_hidden() * scale).to(dtype), key=None if key is None else key.to(dtype))
         ids = store.append(layer, rows)
         store.remove(layer, ids[[0, (count + 2) // 2]])
         return store

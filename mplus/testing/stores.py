@@ -51,7 +51,7 @@ class StoreConformance:
 
     def check_rows(self, actual: MemoryRows, expected: MemoryRows) -> None:
         """Raise AssertionError unless ``actual`` are ``expected``, within the tolerances."""
-        for name in ("hidden", *COLUMNS):
+        for name in ("hidden", "projected", *COLUMNS):
             self.check_column(name, getattr(actual, name), getattr(expected, name))
 
     def check_layer(self, view: StoreView, layer: int, expected: list[tuple[int, MemoryRows]]) -> None:
@@ -116,7 +116,7 @@ class StoreConformance:
         ids = store.append(1, rows)
         self.check_all(store, rows, ids, layer=1)
         gathered = store.gather(1, ids)
-        assert gathered.hidden.dtype == dtype
+        assert gathered.need_hidden().dtype == dtype
         assert gathered.key is not None
         assert gathered.key.dtype == dtype
 
@@ -180,7 +180,7 @@ class StoreConformance:
         store, rows = self.make(LAYOUT), draw_rows(LAYOUT, 4, 1)
         weight = torch.ones(1, requires_grad=True)
         source = MemoryRows(**{name: column.clone() for name, column in rows.columns().items()})
-        ids = store.append(0, source.replace(hidden=source.hidden * weight))
+        ids = store.append(0, source.replace(hidden=source.need_hidden() * weight))
         more = store.append(0, source)
         for column in source.columns().values():
             column.zero_()
@@ -265,9 +265,12 @@ class StoreConformance:
         assert moved.layout == attrs.evolve(LAYOUT, dtype=torch.bfloat16)
         assert store.layout == LAYOUT
         assert moved.ids(0).tolist() == ids.tolist()
-        hidden = moved.gather(0, ids).hidden
+        hidden = moved.gather(0, ids).need_hidden()
         torch.testing.assert_close(
-            hidden, left.hidden.bfloat16(), atol=self.hidden_tolerance, rtol=2**-7 if self.hidden_tolerance else 0
+            hidden,
+            left.need_hidden().bfloat16(),
+            atol=self.hidden_tolerance,
+            rtol=2**-7 if self.hidden_tolerance else 0,
         )
         more = moved.append(0, draw_rows(moved.layout, 2, 3))
         assert int(more.min()) > int(ids.max())

@@ -35,7 +35,10 @@ def sizes(largest: int = 9, smallest: int = 0) -> SearchStrategy[int]:
 def layouts(
     *, key_size: int | None = None, expiry: bool | None = None, dtype: torch.dtype = torch.float32
 ) -> SearchStrategy[StoreLayout]:
-    """Store layouts of 1 to 3 layers; ``key_size`` and ``expiry`` vary where they are not given."""
+    """Store layouts of 1 to 3 layers, of rows with hidden states, projections or both.
+
+    ``key_size`` and ``expiry`` vary where they are not given.
+    """
     return st.builds(
         StoreLayout,
         layers=sizes(3, 1),
@@ -43,7 +46,9 @@ def layouts(
         key_size=sizes(4) if key_size is None else st.just(key_size),
         expiry=st.booleans() if expiry is None else st.just(expiry),
         dtype=st.just(dtype),
-    )
+        projected_size=st.sampled_from([0, 0, 2, 3]),
+        keeps_hidden=st.booleans(),
+    ).filter(lambda layout: layout.keeps_hidden or layout.projected_size > 0)
 
 
 def draw_rows(layout: StoreLayout, count: int, seed: int) -> MemoryRows:
@@ -57,11 +62,12 @@ def draw_rows(layout: StoreLayout, count: int, seed: int) -> MemoryRows:
         return torch.randint(low, high, (count,), generator=generator).to(layout.device)
 
     return MemoryRows(
-        hidden=normal(count, layout.hidden_size, dtype=layout.dtype),
+        hidden=normal(count, layout.hidden_size, dtype=layout.dtype) if layout.keeps_hidden else None,
         birth=whole(0, 2 * count + 1),
         source=whole(NO_SOURCE, 4),
         key=normal(count, layout.key_size, dtype=layout.dtype) if layout.key_size else None,
         expiry=whole(0, 20).double() if layout.expiry else None,
+        projected=normal(count, layout.projected_size, dtype=layout.dtype) if layout.projected_size else None,
     )
 
 

@@ -62,6 +62,12 @@ class CountingEngine:
         retriever = self.mechanism.additions.retriever
         return None if retriever is None else retriever.project_keys(layer, hidden).detach()
 
+    def new_state(self, layout: StoreLayout) -> StreamState:
+        return self.mechanism.new_state(layout)
+
+    def weights_digest(self) -> str:
+        return ""
+
     def fingerprint(self) -> dict[str, Any]:
         return {"mechanism": self.config.mechanism.plain()}
 

@@ -1,0 +1,161 @@
+"""What all reads of one state of a memory share: its short-term rows turned to their places, and what turns others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from attrs import define, evolve, field
+from torch import Tensor
+
+from mplus.backends.base import Segment
+from mplus.backends.checks import check_finite
+from mplus.hf.projection import Projection
+from mplus.hf.rotation import Tables
+from mplus.mechanisms.base import Retrieved
+from mplus.memory.stream import StreamView
+
+
+@define(eq=False)
+class Prepared:
+    """Filled by the first read of a memory's state; the next ones only bring in what they retrieve.
+
+    Attributes:
+        projection: of the decoder.
+        begin: begin rows ``[L, 1, d]``.
+        version: of the memory.
+        digest: of the weights that it was made with.
+        short_term, begins, tables: what was made so far.
+    """
+
+    projection: Projection
+    begin: Tensor
+    version: int
+    digest: str
+    short_term: dict[Any, Segment] = field(factory=dict)
+    begins: dict[int, Tensor] = field(factory=dict)
+    tables: dict[Any, Tables | None] = field(factory=dict)
+
+    def segments(
+        self,
+        layer: int,
+        views: Sequence[StreamView],
+        retrieved: Sequence[Retrieved | None],
+        prefixed: Sequence[bool],
+        like: Tensor,
+    ) -> tuple[Segment, ...]:
+        """``[begin | retrieved]`` and ``[STM]`` of every stream, ready to be attended to.
+
+        Args:
+            layer: index among the layers that carry memory.
+            views: one per stream.
+            retrieved: per stream, long-term rows.
+            prefixed: per stream, whether there is anything in front of the text.
+            like: gives dtype and device.
+        """
+        found = [[] if one is None else [_projected(one.rows).to(like)] for one in retrieved]
+        begin = self._begin(layer).to(like)
+        front = [[begin, *rows] if there else [] for rows, there in zip(found, prefixed, strict=True)]
+        fronts = [sum(part.shape[0] for part in parts) for parts in front]
+        counts = [len(view.state.stm[layer]) for view in views]
+        segments = (
+            self._front(layer, front, fronts, counts, like),
+            self._short_term(layer, views, fronts, counts, like),
+        )
+        return tuple(segment for segment in segments if segment.keys.shape[2])
+
+    def _begin(self, layer: int) -> Tensor:
+        """``[1, w]``"""
+        if layer not in self.begins:
+            self.begins[layer] = self.projection.rows(layer, self.begin[layer][None])[0]
+        return self.begins[layer]
+
+    def _front(
+        self, layer: int, parts: Sequence[Sequence[Tensor]], own: Sequence[int], behind: Sequence[int], like: Tensor
+    ) -> Segment:
+        rows = max(own)
+        same = len(set(own)) == 1 and len(set(behind)) == 1
+        tables = self._tables(layer, rows, (own[0], behind[0]) if same else (tuple(own), tuple(behind)), like)
+        if len(parts) == 1:
+            pieces = [part[None] for part in parts[0]]
+        else:
+            pieces = [torch.stack([_padded(stream, rows, like, self.projection.size) for stream in parts])]
+        if not pieces:
+            return self._nothing(like)
+        segment = self.projection.turned(layer, pieces, tables)
+        check_finite("long-term memory", segment.keys, segment.values)
+        return _with_lengths(segment, own)
+
+    def _short_term(
+        self, layer: int, views: Sequence[StreamView], in_front: Sequence[int], counts: Sequence[int], like: Tensor
+    ) -> Segment:
+        states = [view.state.stm[layer] for view in views]
+        # Sequential positions count from the text backwards: what is in front of these rows does not move them.
+        compressed = self.projection.retrofit.positions.layout == "compressed"
+        key = (layer, tuple(in_front) if compressed else None, like.dtype, like.device)
+        if key not in self.short_term:
+            rows = max(counts)
+            if not rows:
+                return self._nothing(like)
+            shared = all(state is states[0] for state in states) and (not compressed or len(set(in_front)) == 1)
+            states = states[:1] if shared else states
+            projected = [_projected(state).to(like) for state in states]
+            pieces = torch.stack([_padded([part], rows, like, self.projection.size) for part in projected])
+            tables = self._short_term_tables(layer, rows, in_front, counts, like)
+            segment = self.projection.turned(layer, [pieces], tables)
+            real = [counts[0]] if shared else counts
+            for row, count in enumerate(real):
+                check_finite("short-term memory", segment.keys[row, :, :count], segment.values[row, :, :count])
+            self.short_term[key] = _with_lengths(segment, counts)
+        return self.short_term[key]
+
+    def _short_term_tables(
+        self, layer: int, rows: int, in_front: Sequence[int], counts: Sequence[int], like: Tensor
+    ) -> Tables | None:
+        positions = self.projection.retrofit.positions
+        place = torch.arange(rows, device=like.device)
+        if len(set(counts)) == 1 and len(set(in_front)) == 1:
+            where = positions.of_rows(place + in_front[0], counts[0] + in_front[0])
+        else:
+            front, own = (torch.tensor(each, device=like.device)[:, None] for each in (in_front, counts))
+            where = positions.of_rows(place + front, own + front)
+        return self.projection.tables(layer, like, where)
+
+    def _tables(self, layer: int, rows: int, sizes: Any, like: Tensor) -> Tables | None:
+        """For the rows in front; alike in layers that turn alike, and in later reads of as many rows."""
+        key = (self.projection.table_key(layer), rows, sizes, like.dtype, like.device)
+        if key not in self.tables:
+            own, behind = sizes
+            total: Any = own + behind
+            if isinstance(own, tuple):
+                total = torch.tensor([a + b for a, b in zip(own, behind, strict=True)], device=like.device)[:, None]
+            where = self.projection.retrofit.positions.of_rows(torch.arange(rows, device=like.device), total)
+            self.tables[key] = self.projection.tables(layer, like, where)
+        return self.tables[key]
+
+    def _nothing(self, like: Tensor) -> Segment:
+        projection = self.projection
+        return Segment(
+            like.new_empty(1, projection.heads, 0, projection.width),
+            like.new_empty(1, projection.heads, 0, projection.value_width),
+        )
+
+
+def _projected(rows: Any) -> Tensor:
+    found: Tensor = rows.projected
+    return found
+
+
+def _padded(parts: Sequence[Tensor], rows: int, like: Tensor, size: int) -> Tensor:
+    """``[rows, w]``: one stream's parts, with zeros behind."""
+    present = sum(part.shape[0] for part in parts)
+    if present == rows and len(parts) == 1:
+        return parts[0]
+    return torch.cat([*parts, like.new_zeros(rows - present, size)])
+
+
+def _with_lengths(segment: Segment, counts: Sequence[int]) -> Segment:
+    if len(set(counts)) == 1:
+        return segment
+    return evolve(segment, lengths=torch.tensor(counts, device=segment.keys.device))

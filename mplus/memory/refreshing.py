@@ -1,0 +1,52 @@
+"""What rows keep besides hidden states, computed anew from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from attrs import evolve
+
+from mplus.errors import MemoryMismatchError
+from mplus.memory.checks import check_finite
+from mplus.memory.engine import Engine
+from mplus.memory.sharing import distinct
+from mplus.memory.stream import StreamState
+from mplus.rows import MemoryRows
+from mplus.stores.base import MemoryStore
+
+PIECE_ROWS = 2**14
+"""Rows taken out of a store at a time."""
+
+
+@torch.no_grad()
+def refresh(states: list[StreamState], stores: Sequence[MemoryStore], engine: Engine) -> None:
+    """Refresh all rows: in ``states``, in place in the list, and in ``stores``, where they get new ids.
+
+    Raises:
+        MemoryMismatchError: they have no hidden states.
+        NonFiniteError: what is computed is NaN or Inf.
+    """
+    if not stores[0].layout.keeps_hidden:
+        raise MemoryMismatchError(
+            "the weights that this memory's keys and values were made with have changed: write it again, or make "
+            "memories of a decoder that is still trained with memory_rows='both' or 'hidden'"
+        )
+    for row, state in enumerate(states):
+        stm = tuple(_refreshed(rows, layer, engine) for layer, rows in enumerate(state.stm))
+        pending = tuple(_refreshed(rows, layer, engine) for layer, rows in enumerate(state.pending))
+        states[row] = evolve(state, stm=stm, pending=pending)
+    for store in distinct(stores):
+        for layer in range(store.layout.layers):
+            for ids in store.ids(layer).clone().split(PIECE_ROWS):
+                rows = _refreshed(store.gather(layer, ids), layer, engine)
+                store.remove(layer, ids)
+                store.append(layer, rows)
+
+
+def _refreshed(rows: MemoryRows, layer: int, engine: Engine) -> MemoryRows:
+    found = engine.refresh(rows, layer)
+    for column, what in ((found.key, "the retriever keys"), (found.projected, "keys and values")):
+        if column is not None:
+            check_finite(column, f"in {what} of layer {layer}")
+    return found
