@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mplus.backends.base import AttentionRequest
 from mplus.backends.choose import choose
@@ -56,11 +57,7 @@ def _case(
         if verdict.status != OK:
             continue
         kind, _, own = name.partition("/")
-        run = (
-            _of_backend(own, request)
-            if kind == "backend"
-            else (lambda _, own=own: VARIANTS[own](request.queries, keys, values))  # type: ignore[misc]
-        )
+        run = _of_backend(own, request) if kind == "backend" else _of_torch(own, request.queries, keys, values)
         try:
             run(0)
         except (RuntimeError, ValueError) as error:  # of memory, say: other cases may still do
@@ -87,6 +84,10 @@ def _case(
 def _of_backend(name: str, request: AttentionRequest) -> Any:
     backend = choose(name, request)
     return lambda _: backend.attend(request)
+
+
+def _of_torch(name: str, queries: Tensor, keys: Tensor, values: Tensor) -> Any:
+    return lambda _: VARIANTS[name](queries, keys, values)
 
 
 def work(preset: Preset, case: tuple[int, int, int]) -> tuple[float, float]:

@@ -46,9 +46,7 @@ class Content:
 
 
 @torch.no_grad()
-def fill(
-    engine: Any, short_term: int, long_term: int, seed: int, kept_on: torch.device | None = None
-) -> Content:
+def fill(engine: Any, short_term: int, long_term: int, seed: int, kept_on: torch.device | None = None) -> Content:
     """Random rows of unit variance in every layer: ``long_term`` with keys in the store, then ``short_term``.
 
     Args:

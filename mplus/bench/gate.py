@@ -1,7 +1,7 @@
 """Correctness before speed: what is measured must first compute what it claims to, on a smaller case.
 
-The tolerance is a comparison: at most twice the error that plain PyTorch makes in the same dtype, and a few units in the
-last place of the largest number.
+The tolerance is a comparison: at most twice the error that plain PyTorch makes in the same dtype, and a few units in
+the last place of the largest number.
 """
 
 from __future__ import annotations
@@ -114,9 +114,9 @@ def exact_attention(request: AttentionRequest) -> Tensor:
     """The request by the reference backend in float64."""
     segments = tuple(Segment(part.keys.double(), part.values.double()) for part in request.segments)
     queries, keys, values = request.queries.double(), request.keys.double(), request.values.double()
-    return ReferenceBackend().attend(
-        evolve(request, queries=queries, keys=keys, values=values, segments=segments)
-    ).output
+    return (
+        ReferenceBackend().attend(evolve(request, queries=queries, keys=keys, values=values, segments=segments)).output
+    )
 
 
 @torch.no_grad()

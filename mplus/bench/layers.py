@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mplus.hf.bench_models import DecoderWeights, LayerWeights
+
+Norm = Callable[[Tensor, Tensor, float], Tensor]
+"""``norm(hidden, weight, eps)``."""
 
 
 def fused_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -42,13 +46,13 @@ def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 def in_heads(states: Tensor, heads: int) -> Tensor:
     """``[B, n, heads * D]`` -> ``[B, heads, n, D]``."""
-    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return states.view(*states.shape[:-1], heads, -1).transpose(1, 2)
 
 
-def finish(layer: LayerWeights, hidden: Tensor, attended: Tensor, eps: float, norm: object) -> Tensor:
+def finish(layer: LayerWeights, hidden: Tensor, attended: Tensor, eps: float, norm: Norm) -> Tensor:
     """From the heads' output ``[B, H, T, D]`` to the layer's."""
     hidden = hidden + linear(attended.transpose(1, 2).flatten(2), layer.output)
-    normed = norm(hidden, layer.mlp_norm, eps)  # type: ignore[operator]
+    normed = norm(hidden, layer.mlp_norm, eps)
     return hidden + linear(silu(linear(normed, layer.gate)) * linear(normed, layer.up), layer.down)
 
 

@@ -211,7 +211,8 @@ def check_room(chosen: Preset, device: torch.device) -> None:
     if free is not None and needed * SPARE > free:
         raise NotSupported(
             f"preset {chosen.name!r} with {chosen.long_term_rows:,} long-term rows needs about "
-            f"{needed * SPARE / 2**30:.1f} GiB on {device}, of which {free / 2**30:.1f} GiB are free"
+            f"{needed * SPARE / 2**30:.1f} GiB on {device}, of which {free / 2**30:.1f} GiB are free: take "
+            "fewer long-term rows"
         )
 
 

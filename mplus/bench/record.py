@@ -51,13 +51,18 @@ def measured(
         where["device"] = torch.cuda.get_device_name(device)
     return {
         "kind": kind,
-        "preset": attrs.asdict(preset),
+        "preset": attrs.asdict(preset, value_serializer=_plain),
         "prefix_rows": preset.prefix_rows,
         "settings": settings,
         "circumstances": circumstances(**where),
         "gate": {name: verdict.plain() for name, verdict in verdicts.items()},
         "by_threads": by_threads,
     }
+
+
+def _plain(instance: Any, attribute: Any, value: Any) -> Any:
+    """As JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def arm_entry(verdict: Verdict, seconds: Sequence[float] | None, **facts: Any) -> dict[str, Any]:

@@ -68,9 +68,7 @@ def draw(preset: Preset, device: torch.device, length: int, rows: int, seed: int
     """Queries and keys whose products have a standard deviation of 2."""
     generator = torch.Generator().manual_seed(seed)
     size = (2 / preset.retriever_width**0.5) ** 0.5
-    queries, keys = (
-        size * torch.randn(count, preset.retriever_width, generator=generator) for count in (length, rows)
-    )
+    queries, keys = (size * torch.randn(count, preset.retriever_width, generator=generator) for count in (length, rows))
     return queries.to(device, preset.torch_dtype), keys.to(device, preset.torch_dtype)
 
 

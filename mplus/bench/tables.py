@@ -59,8 +59,8 @@ def refused(record: Mapping[str, Any]) -> list[str]:
 
 def _with_machine(sheet: Sheet, where: str, machine: Mapping[str, Any]) -> Sheet:
     rates = (
-        f"the machine copies {machine['copy_gb_per_s']} GB/s and multiplies matrices at "
-        f"{machine['matmul_gflop_per_s']} GFLOP/s ({machine['matmul_dtype']})"
+        f"the machine copies {machine['copy_gb_per_s']} GB/s, fills new memory at {machine['fresh_gb_per_s']} GB/s and "
+        f"multiplies matrices at {machine['matmul_gflop_per_s']} GFLOP/s ({machine['matmul_dtype']})"
     )
     return Sheet(f"{sheet.title}, {where}", sheet.head, sheet.rows, (*sheet.notes, rates))
 

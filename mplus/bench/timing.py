@@ -52,9 +52,7 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
 def in_rounds(arms: Sequence[Arm], rounds: int, device: torch.device, warm: int = 1) -> dict[str, list[float]]:
     """Seconds of every arm in every round; each round starts with another arm. Further ``warm`` rounds come first."""
     times: dict[str, list[float]] = {arm.name: [] for arm in arms}
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
+    gc.freeze()  # what there is already need not be looked through between two runs
     try:
         for turn in range(-warm, rounds):
             first = turn % len(arms) if arms else 0
@@ -64,8 +62,7 @@ def in_rounds(arms: Sequence[Arm], rounds: int, device: torch.device, warm: int 
                 if turn >= 0:
                     times[arm.name].append(taken)
     finally:
-        if collecting:
-            gc.enable()
+        gc.unfreeze()
     return times
 
 

@@ -19,7 +19,7 @@ PresetName = Annotated[
 ]
 Threads = Annotated[
     str | None,
-    typer.Option(metavar="N,N,...", help="CPU threads for torch; each number is measured. Default: torch's own choice."),
+    typer.Option(metavar="N,N,...", help="CPU threads for torch, one after the other; default: torch's own choice."),
 ]
 Repeats = Annotated[int | None, typer.Option(min=1, help="Rounds; default: what the preset says.")]
 Backends = Annotated[

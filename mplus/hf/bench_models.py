@@ -57,9 +57,10 @@ def random_llama(fields: Mapping[str, Any], dtype: torch.dtype, device: torch.de
     torch.set_default_dtype(dtype)
     try:
         with device:
-            model = LlamaForCausalLM(LlamaConfig(**fields, attn_implementation="sdpa"))
+            model = LlamaForCausalLM(LlamaConfig(**fields))
     finally:
         torch.set_default_dtype(before)
+    model.set_attn_implementation("sdpa")
     return model.eval().requires_grad_(False)
 
 
@@ -116,5 +117,6 @@ class PrefixedCache:
 
     def restore(self) -> None:
         """Forget what was read since; nothing is copied."""
-        for layer, (key, value) in zip(self.cache.layers, self._prefix, strict=True):
-            layer.keys, layer.values = key, value  # type: ignore[attr-defined]
+        layers: list[Any] = self.cache.layers
+        for layer, (key, value) in zip(layers, self._prefix, strict=True):
+            layer.keys, layer.values = key, value
