@@ -25,8 +25,8 @@ PREAMBLE = """
 # Speed
 
 What was measured, and nothing else; this page is made from `benchmarks/records` by `python -m tools.speed_page`, and
-the records by [`mplus bench read`](cli.md#mplus-bench-read) and its siblings. Decoders have random weights and memories random rows: what a
-read costs does not depend on what they say.
+the records by [`mplus bench read`](cli.md#mplus-bench-read) and its siblings. Decoders have random weights and
+memories random rows: what a read costs does not depend on what they say.
 
 All ways to do one thing run in one process, in turns, with the same weights and the same prompts, and medians are
 compared. No way has a speed before it was compared with float64 on a smaller case of the same shapes.
@@ -35,7 +35,7 @@ compared. No way has a speed before it was compared with float64 on a smaller ca
   backend. Without more in its name it scores long-term rows as the paper does (`sigmoid_mean`); `mean_dot` is the
   default of the library; `no_retrieval` has as many rows in front of the text, all of them short-term.
 - **floor**: the layers written out over a buffer of ready keys and values, with the fastest of PyTorch's public ways to
-  attend, found by trying. Nothing is retrieved. Less than this no implementation of the decoder in PyTorch does.
+  attend, found by trying. Nothing is retrieved. This is what the decoder itself takes over a prefix so long.
 - **hf_prefix**: the decoder of transformers with a cache that begins with the same prefix. Nothing is retrieved.
 - **published**: the steps of the published code in plain PyTorch. It keeps hidden states, and joins, normalises,
   projects and rotates all of them for every prompt, in every layer. On a GPU its long-term rows are on the host.
