@@ -138,7 +138,8 @@ def _score(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Sheet]
             if entry["status"] == "ok"
         )
         title = f"Scoring {int(keys):,} rows by keys of width {record['settings']['width']}"
-        found.append(Sheet(title, ("queries", "score and way", *TIMES, "of the roofline"), rows))
+        notes = ("the roofline is that of memory: keys that stay in caches can be faster",)
+        found.append(Sheet(title, ("queries", "score and way", *TIMES, "of the roofline"), rows, notes))
     return found
 
 

@@ -43,12 +43,32 @@ def packed_float(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return _packed(queries, keys, values, queries.dtype)
 
 
+def written_out(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """As ``packed``, by two products and a softmax. Raises ValueError for more than ``FEW`` queries."""
+    batch, heads, length, width = queries.shape
+    if length > FEW:
+        raise ValueError(f"scores are written out for at most {FEW} queries, got {length}")
+    groups = heads // keys.shape[1]
+    rows = queries.reshape(batch, keys.shape[1], groups * length, width) * width**-0.5
+    scores = rows @ keys.mT
+    mask = _mask(queries, keys, queries.dtype, groups)
+    if mask is not None:
+        # Only the text has anything hidden.
+        scores[..., -length:] += mask[:, -length:]
+    attended: Tensor = scores.softmax(-1) @ values
+    return attended.reshape(batch, heads, length, width)
+
+
+FEW = 64
+"""Queries of which ``written_out`` takes no more: it holds all their scores."""
+
 VARIANTS: Mapping[str, Variant] = {
     "bool mask": bool_mask,
     "float mask": float_mask,
     "causal_lower_right": lower_right,
     "packed groups, bool mask": packed,
     "packed groups, float mask": packed_float,
+    "packed groups, written out": written_out,
 }
 
 
