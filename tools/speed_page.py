@@ -1,4 +1,10 @@
-"""Write ``docs/speed.md`` and its figures from the records of ``mplus bench``: ``python -m tools.speed_page``."""
+"""Write ``docs/speed.md`` and its figures from the records of ``mplus bench``.
+
+mplus bench read --json benchmarks/records/bench-read-cpu.json
+python -m tools.speed_page
+
+Every ``bench-*.json`` in the folder becomes a section; commit before measuring, so that the record names the commit.
+"""
 
 from __future__ import annotations
 

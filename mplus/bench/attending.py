@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mplus.backends.base import AttentionRequest
 from mplus.backends.choose import choose
+from mplus.backends.reference import ReferenceBackend
 from mplus.bench.gate import OK, Verdict, backend_names, check_backend, check_variant, request_of
 from mplus.bench.machine import Machine
 from mplus.bench.presets import Preset
@@ -22,7 +23,8 @@ def measure(
     preset: Preset, device: torch.device, threads: Sequence[int], repeats: int, backends: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """The record of ``mplus bench attention``."""
-    names = backend_names(backends)
+    # Alone, the reference says how much the others gain.
+    names = [*backend_names(None), ReferenceBackend.name] if backends is None else backend_names(backends)
     verdicts = {f"backend/{name}": check_backend(name, preset, device) for name in names}
     verdicts.update({f"torch/{name}": check_variant(name, preset, device) for name in VARIANTS})
 
@@ -74,7 +76,8 @@ def _case(
         taken = times.get(name)
         share = machine.share(flops, nbytes, median(taken)) if taken else None
         entries[name] = arm_entry(verdict, taken, share_of_roofline=share)
-    best = min((name for name in times if name.startswith("torch/")), key=lambda name: median(times[name]))
+    public = [name for name in times if name.startswith("torch/")]
+    best = min(public, key=lambda name: median(times[name]), default="none")
     ratios = {f"{name}_over_torch": ratio(times, name, best) for name in times if name.startswith("backend/")}
     facts = dict(zip(("queries", "memory_rows", "text_keys"), case, strict=True))
     work_done = {"gflop": round(flops / 1e9, 4), "gbyte": round(nbytes / 1e9, 4)}

@@ -114,7 +114,11 @@ def attention(
     device: Device = None,
     as_json: Json = None,
 ) -> None:
-    """Time the attention of one layer over memory and text alone: backends of mplus, and PyTorch's own ways."""
+    """Time the attention of one layer over memory and text alone: backends of mplus, and PyTorch's own ways.
+
+    Backends get memory and text apart, as in a read; PyTorch's ways get them joined. The reference is among the
+    backends unless others are named.
+    """
     from mplus.bench import attending
 
     chosen, where, counts, rounds = _prepare(preset, device, threads, repeats)
