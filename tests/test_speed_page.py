@@ -42,6 +42,7 @@ def record():
     read = {"arms": arms, "floor_attention": {"won": "bool mask"}, "best_backend": "sdpa"}
     decode = {"arms": {"floor": {**entry(1.0), "share_of_roofline": 0.5}}, "best_backend": None, "ratios": {}}
     machine = {"copy_gb_per_s": 1.0, "fresh_gb_per_s": 0.5, "matmul_gflop_per_s": 3.0, "matmul_dtype": "float32"}
+    machine["load_average"] = [0.5, 1.0]
     section = {"machine": machine, "by_length": {"16": {**read, "ratios": {"mplus_over_floor": 4.0}}}, "decode": decode}
     where = {"device": "CPU", "torch": "2", "transformers": "5", "mplus": "0", "commit": "abc", "date": "2026-01-01"}
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -42,8 +43,10 @@ def measured(
     try:
         for count in threads:
             torch.set_num_threads(count)
+            begun = _load()
             rates = machine.measure(device, preset.torch_dtype, quick=preset.name == "tiny")
-            by_threads[str(count)] = {"machine": rates.plain(), **section(rates)}
+            found = section(rates)
+            by_threads[str(count)] = {"machine": {**rates.plain(), "load_average": [begun, _load()]}, **found}
     finally:
         torch.set_num_threads(before)
     where: dict[str, Any] = {"threads": list(threads)}
@@ -58,6 +61,14 @@ def measured(
         "gate": {name: verdict.plain() for name, verdict in verdicts.items()},
         "by_threads": by_threads,
     }
+
+
+def _load() -> float | None:
+    """Processes that wanted to run in the last minute, these included; more than there are cores disturb a timing."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):  # not on every system
+        return None
 
 
 def _plain(instance: Any, attribute: Any, value: Any) -> Any:

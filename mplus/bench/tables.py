@@ -62,7 +62,9 @@ def _with_machine(sheet: Sheet, where: str, machine: Mapping[str, Any]) -> Sheet
         f"the machine copies {machine['copy_gb_per_s']} GB/s, fills new memory at {machine['fresh_gb_per_s']} GB/s and "
         f"multiplies matrices at {machine['matmul_gflop_per_s']} GFLOP/s ({machine['matmul_dtype']})"
     )
-    return Sheet(f"{sheet.title}, {where}", sheet.head, sheet.rows, (*sheet.notes, rates))
+    before, after = machine["load_average"]
+    load = f"load average {before} before and {after} after"
+    return Sheet(f"{sheet.title}, {where}", sheet.head, sheet.rows, (*sheet.notes, rates, load))
 
 
 TIMES = ("p20 ms", "p50 ms", "p80 ms")
