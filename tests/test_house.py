@@ -27,7 +27,7 @@ FLOORS = [
     {"memory"},
     {"mechanisms"},
     {"hf"},
-    {"training", "evaluation", "serving", "interop", "testing"},
+    {"bench", "training", "evaluation", "serving", "interop", "testing"},
     {"cli"},
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import mplus
+from mplus.cli import bench as benching
 from mplus.cli.demo import demo
 from mplus.cli.demo_novel import demo_continue, demo_novel
 from mplus.cli.errors import ErrorLineGroup
@@ -64,6 +65,10 @@ def _app() -> typer.Typer:
     evaluation.command()(retriever)
     evaluation.command()(abstention)
     commands.add_typer(evaluation, name="eval")
+    bench = typer.Typer(no_args_is_help=True, help="Measure speed, side by side with plain ways to do the same.")
+    for command in (benching.read, benching.write, benching.decode, benching.score, benching.attention):
+        bench.command()(command)
+    commands.add_typer(bench, name="bench")
     return commands
 
 

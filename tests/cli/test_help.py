@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import mplus
 from mplus.cli import app
 
-COMMANDS = {"demo", "demo-novel", "eval", "import", "info", "memory", "plugins", "replay", "train"}
+COMMANDS = {"bench", "demo", "demo-novel", "eval", "import", "info", "memory", "plugins", "replay", "train"}
 ENV = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1", "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
 
 
@@ -34,6 +34,7 @@ def run(*arguments):
 def test_the_commands():
     assert {path[0] for path in ALL if path} == COMMANDS | {"demo-continue"}
     grouped = {"memory": {"show", "verify"}, "eval": {"abstention", "harm", "retention", "retriever"}}
+    grouped["bench"] = {"attention", "decode", "read", "score", "write"}
     assert {path for path in ALL if len(path) == 2} == {(group, name) for group in grouped for name in grouped[group]}
 
 
@@ -79,7 +80,7 @@ def test_help_imports_nothing_heavy():
         "except SystemExit as end:\n    assert not end.code, end.code\n"
         "print(json.dumps(sorted(sys.modules)))"
     )
-    for command in ((), ("demo",), ("memory", "show"), ("import",), ("eval", "retention")):
+    for command in ((), ("demo",), ("memory", "show"), ("import",), ("eval", "retention"), ("bench", "read")):
         arguments = [*command, "--help"]
         result = subprocess.run(
             [sys.executable, "-c", code, json.dumps(arguments)], capture_output=True, text=True, check=True

@@ -1,0 +1,88 @@
+"""Memories of random rows: as large as wanted without writing thousands of chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from attrs import define, evolve
+from torch import Tensor
+
+from mplus.memory.memory import Memory
+from mplus.memory.stream import StreamState
+from mplus.rows import NO_SOURCE, MemoryRows
+from mplus.stores.base import MemoryStore
+from mplus.stores.build import build_eviction, build_store
+
+PIECE = 16_384
+"""Rows made, and keys projected, at a time."""
+
+
+@define(frozen=True, eq=False)
+class Content:
+    """What a stream remembers; memories of several decoders with the same retriever can be made of it.
+
+    Attributes:
+        state: the stream's.
+        store: its long-term rows, the oldest of all.
+        long_term: per layer ``[M, d]``, the same rows as plain tensors, where they were kept.
+        keys: per layer ``[M, r]``, theirs.
+    """
+
+    state: StreamState
+    store: MemoryStore
+    long_term: tuple[Tensor, ...] = ()
+    keys: tuple[Tensor, ...] = ()
+
+    def memory(self, engine: Any, streams: int = 1, seed: int = 0) -> Memory:
+        """A memory of ``streams`` independent streams, all of this content."""
+        return Memory(
+            engine,
+            [self.state] * streams,
+            [self.store.fork() for _ in range(streams)],
+            [torch.Generator().manual_seed(seed + row) for row in range(streams)],
+            build_eviction(engine.config.eviction),
+        )
+
+
+@torch.no_grad()
+def fill(engine: Any, short_term: int, long_term: int, seed: int, kept_on: torch.device | None = None) -> Content:
+    """Random rows of unit variance in every layer: ``long_term`` with keys in the store, then ``short_term``.
+
+    Args:
+        engine: of the decoder; its retriever makes the keys.
+        short_term, long_term: rows per layer.
+        seed: of the rows; a layer's do not depend on how many others there are.
+        kept_on: keep the long-term rows and keys as tensors too, on this device.
+    """
+    layout = engine.layout
+    store = build_store(engine.config.store, layout)
+    stm, rows_kept, keys_kept = [], [], []
+    for layer in range(layout.layers):
+        generator = torch.Generator(layout.device).manual_seed(seed * 1000 + layer)
+        recent = _random(short_term, layout, generator)
+        stm.append(_rows(recent, long_term, layout.device))
+        hidden = _random(long_term, layout, generator)
+        parts = [engine.keys(layer, piece) for piece in hidden.split(PIECE)] if layout.key_size and long_term else []
+        keys = torch.cat(parts) if parts else None
+        if long_term:
+            store.append(layer, _rows(hidden, 0, layout.device).replace(key=keys))
+        if kept_on is not None:
+            rows_kept.append(hidden.to(kept_on))
+            keys_kept.append(hidden.new_empty(long_term, 0) if keys is None else keys.to(kept_on))
+    state = evolve(engine.mechanism.new_state(layout), stm=tuple(stm), clock=long_term + short_term)
+    return Content(state, store, tuple(rows_kept), tuple(keys_kept))
+
+
+def _random(count: int, layout: Any, generator: torch.Generator) -> Tensor:
+    """``[count, d]`` of unit variance, in pieces so that little is held in float32."""
+    made = torch.empty(count, layout.hidden_size, dtype=layout.dtype, device=layout.device)
+    for piece in made.split(PIECE):
+        piece.copy_(torch.randn(piece.shape, generator=generator, device=layout.device))
+    return made
+
+
+def _rows(hidden: Tensor, birth: int, device: torch.device) -> MemoryRows:
+    count = hidden.shape[0]
+    births = torch.arange(birth, birth + count, dtype=torch.int64, device=device)
+    return MemoryRows(hidden, births, torch.full_like(births, NO_SOURCE))

@@ -1,0 +1,172 @@
+"""Records as tables, for terminals and for pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from attrs import define
+
+
+@define(frozen=True)
+class Sheet:
+    """A table in plain text.
+
+    Attributes:
+        title: above it.
+        head: of the columns.
+        rows: as many cells each.
+        notes: below it.
+    """
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+def sheets(record: Mapping[str, Any]) -> list[Sheet]:
+    """All tables of a record of any kind."""
+    found = []
+    for threads, section in record["by_threads"].items():
+        where = f"{threads} thread" if threads == "1" else f"{threads} threads"
+        found += [_with_machine(sheet, where, section["machine"]) for sheet in _KINDS[record["kind"]](record, section)]
+    if record.get("growth"):
+        found.append(_growth(record))
+    return found
+
+
+def opening(record: Mapping[str, Any]) -> str:
+    """Where and with what it was measured, in a line or two."""
+    preset, where = record["preset"], record["circumstances"]
+    commit = f"{where['commit']}{' with changes' if where.get('modified') else ''}"
+    return (
+        f"{preset['name']}: {preset['layers']} layers of width {preset['hidden_size']:,}, {preset['dtype']}, "
+        f"{record['prefix_rows']:,} rows in front of the text, {preset['long_term_rows']:,} long-term rows. "
+        f"{where['device']}; torch {where['torch']}, transformers {where['transformers']}, mplus {where['mplus']}, "
+        f"commit {commit}, {where['date']}."
+    )
+
+
+def refused(record: Mapping[str, Any]) -> list[str]:
+    """A line for every arm that has no speed."""
+    return [
+        f"{name}: {facts['status']}: {facts['reason']}"
+        for name, facts in record["gate"].items()
+        if facts["status"] != "ok"
+    ]
+
+
+def _with_machine(sheet: Sheet, where: str, machine: Mapping[str, Any]) -> Sheet:
+    rates = (
+        f"the machine copies {machine['copy_gb_per_s']} GB/s, fills new memory at {machine['fresh_gb_per_s']} GB/s and "
+        f"multiplies matrices at {machine['matmul_gflop_per_s']} GFLOP/s ({machine['matmul_dtype']})"
+    )
+    before, after = machine["load_average"]
+    load = f"load average {before} before and {after} after"
+    return Sheet(f"{sheet.title}, {where}", sheet.head, sheet.rows, (*sheet.notes, rates, load))
+
+
+TIMES = ("p20 ms", "p50 ms", "p80 ms")
+
+
+def _times(entry: Mapping[str, Any]) -> tuple[str, str, str]:
+    if entry["status"] != "ok":
+        return (entry["status"], "-", "-")
+    low, middle, high = (f"{entry[f'p{q}_ms']:.3f}" for q in (20, 50, 80))
+    return (low, middle, high)
+
+
+def _share(entry: Mapping[str, Any]) -> str:
+    share = entry.get("share_of_roofline")
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _over(entry: Mapping[str, Any], base: Mapping[str, Any] | None) -> str:
+    """The median by that of another arm."""
+    if base is None or entry["status"] != "ok" or base["status"] != "ok":
+        return "-"
+    return f"{entry['p50_ms'] / base['p50_ms']:.2f}"
+
+
+def _ratios(found: Mapping[str, float | None]) -> str:
+    said = [f"{name.replace('_', ' ')} {value:.2f}" for name, value in found.items() if value is not None]
+    return "; ".join(said) or "no ratios"
+
+
+def _read(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Sheet]:
+    found = []
+    for length, facts in section["by_length"].items():
+        arms = facts["arms"]
+        rows = tuple((name, *_times(entry), _over(entry, arms.get("floor"))) for name, entry in arms.items())
+        notes = (
+            f"medians of ratios within a round, backend {facts['best_backend']}: {_ratios(facts['ratios'])}",
+            f"the floor attends with: {facts['floor_attention'].get('won', '-')}",
+        )
+        title = f"Reading {length} tokens"
+        found.append(Sheet(title, ("way", *TIMES, "median by the floor's"), rows, notes))
+    return [*found, *_decode(record, section["decode"])]
+
+
+def _decode(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Sheet]:
+    arms = section["arms"]
+    rows = tuple((name, *_times(entry), _over(entry, arms.get("floor")), _share(entry)) for name, entry in arms.items())
+    title = f"One token behind a prompt of {record['preset']['prompt']}"
+    head = ("way", *TIMES, "median by the floor's", "of the roofline")
+    return [Sheet(title, head, rows, (f"backend {section['best_backend']}: {_ratios(section['ratios'])}",))]
+
+
+def _write(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Sheet]:
+    rows = tuple(
+        (name, *_times(entry), *(f"{entry[rate]:,.0f}" if rate in entry else "-" for rate in RATES))
+        for name, entry in section["arms"].items()
+    )
+    settings = record["settings"]
+    title = f"Writing {settings['chunk_tokens']} tokens to each of {settings['streams']} memories"
+    head = ("way", *TIMES, "tokens/s", "rows/s")
+    return [Sheet(title, head, rows, (f"backend {section['best_backend']}: {_ratios(section['ratios'])}",))]
+
+
+RATES = ("tokens_per_s", "rows_per_s")
+
+
+def _score(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Sheet]:
+    found = []
+    for keys, by_length in section["by_rows"].items():
+        rows = tuple(
+            (length, name, *_times(entry), _share(entry))
+            for length, facts in by_length.items()
+            for name, entry in facts["arms"].items()
+            if entry["status"] == "ok"
+        )
+        title = f"Scoring {int(keys):,} rows by keys of width {record['settings']['width']}"
+        notes = ("the roofline is that of memory: keys that stay in caches can be faster",)
+        found.append(Sheet(title, ("queries", "score and way", *TIMES, "of the roofline"), rows, notes))
+    return found
+
+
+def _attention(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Sheet]:
+    found = []
+    for case in section["cases"]:
+        arms = case["arms"]
+        best = arms.get(case["best_of_torch"])
+        rows = tuple((name, *_times(entry), _over(entry, best), _share(entry)) for name, entry in arms.items())
+        title = f"Attention of {case['queries']} queries over {case['memory_rows']:,} rows and {case['text_keys']} keys"
+        found.append(Sheet(title, ("way", *TIMES, "by the best of torch", "of the roofline"), rows))
+    return found
+
+
+def _growth(record: Mapping[str, Any]) -> Sheet:
+    columns = ("read/sigmoid_mean", "select/sigmoid_mean", "read/mean_dot", "select/mean_dot", "floor")
+    rows = []
+    for point in record["growth"]:
+        size = (f"{point['written_tokens']:,}", f"{point['short_term_rows']:,}", f"{point['long_term_rows']:,}")
+        arms = point.get("arms", {})
+        rows.append((*size, *(f"{arms[name]['p50_ms']:.3f}" if name in arms else "-" for name in columns)))
+    missing = [point["reason"] for point in record["growth"] if point["status"] != "ok"]
+    title = f"Reading {record['preset']['prompt']} tokens after more and more was written, medians in ms"
+    head = ("tokens written", "short-term rows", "long-term rows", *columns)
+    return Sheet(title, head, tuple(rows), ("select: scoring and picking alone, in all layers", *missing))
+
+
+_KINDS = {"read": _read, "decode": _decode, "write": _write, "score": _score, "attention": _attention}

@@ -1,0 +1,276 @@
+"""Records, the gate in front of them, and the command. How long anything takes is nobody's business here."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mplus.backends import BACKENDS
+from mplus.backends.base import AttentionResult
+from mplus.backends.sdpa import SdpaBackend
+from mplus.bench import attending, decode, read, scoring, timing, writing
+from mplus.bench.gate import Verdict, check_backend
+from mplus.bench.machine import Machine
+from mplus.bench.presets import Preset, check_room, preset
+from mplus.bench.record import failed
+from mplus.bench.tables import opening, refused, sheets
+from mplus.cli import app
+from mplus.errors import NotSupported
+
+TINY = preset("tiny")
+CPU = torch.device("cpu")
+RATIOS = {
+    "published_over_mplus",
+    "mplus_over_floor",
+    "mplus_over_hf_prefix",
+    "mplus_over_floor_without_retrieval",
+    "decode_over_floor",
+}
+
+
+class Halved(SdpaBackend):
+    """Computes something else."""
+
+    name = "halved"
+
+    def attend(self, request):
+        return AttentionResult(super().attend(request).output / 2)
+
+
+class Broken(SdpaBackend):
+    """Ends in an error."""
+
+    name = "broken"
+
+    def attend(self, request):
+        raise RuntimeError("no such instruction")
+
+
+class Unable(SdpaBackend):
+    """Refuses every request."""
+
+    name = "unable"
+
+    def unsupported_reasons(self, request):
+        return ["needs a device that is not there"]
+
+
+@contextmanager
+def registered(*backends):
+    for backend in backends:
+        BACKENDS.register(backend.name, backend)
+    try:
+        yield
+    finally:
+        for backend in backends:
+            BACKENDS.unregister(backend.name)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["bench", *arguments], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+
+
+def check_entry(entry):
+    assert entry["status"] in {"ok", "skipped", "failed"}
+    if entry["status"] == "ok":
+        assert 0 < entry["p20_ms"] <= entry["p50_ms"] <= entry["p80_ms"]
+        assert entry["runs"] >= 1
+    else:
+        assert "p50_ms" not in entry
+        assert entry["reason"]
+
+
+def check_record(record, kind):
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert record["kind"] == kind
+    assert record["preset"]["name"] == "tiny"
+    assert {"date", "commit", "torch", "transformers", "device", "threads"} <= set(record["circumstances"])
+    for section in record["by_threads"].values():
+        assert {"copy_gb_per_s", "fresh_gb_per_s", "matmul_gflop_per_s"} <= set(section["machine"])
+    assert failed(record) == {}
+    assert opening(record)
+    for sheet in sheets(record):
+        assert all(len(row) == len(sheet.head) for row in sheet.rows)
+
+
+@pytest.fixture(scope="module")
+def reads():
+    return read.measure(TINY, CPU, [1], 2, growth=True)
+
+
+def test_a_record_of_reads(reads):
+    check_record(reads, "read")
+    assert set(reads["ratios"]) >= RATIOS
+    assert all(value > 0 for value in reads["ratios"].values())
+    assert reads["best_backend"] == "sdpa"
+    assert set(reads["by_length"]) == {"4", "8"}
+    arms = {"mplus/sdpa", "mplus/mean_dot/sdpa", "mplus/no_retrieval/sdpa", "hf_prefix", "floor", "published"}
+    for facts in reads["by_threads"]["1"]["by_length"].values():
+        assert set(facts["arms"]) == arms
+        assert facts["floor_attention"]["won"] in facts["floor_attention"]["ms"]
+        for entry in facts["arms"].values():
+            check_entry(entry)
+    assert set(reads["by_threads"]["1"]["decode"]["arms"]) == {"mplus/sdpa", "hf_prefix", "floor"}
+
+
+def test_growth_fills_short_term_memory_first(reads):
+    first, last = reads["growth"][0], reads["growth"][-1]
+    assert (first["short_term_rows"], first["long_term_rows"]) == (48, 16)
+    assert (last["short_term_rows"], last["long_term_rows"]) == (48, 208)
+    assert set(last["arms"]) == {
+        "floor",
+        *(f"{what}/{score}" for what in ("read", "select") for score in ("mean_dot", "sigmoid_mean")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "measure"),
+    [
+        ("decode", decode.measure),
+        ("write", writing.measure),
+        ("score", scoring.measure),
+        ("attention", attending.measure),
+    ],
+)
+def test_the_other_records(kind, measure):
+    threads = torch.get_num_threads()
+    record = measure(TINY, CPU, [1], 1)
+    check_record(record, kind)
+    assert torch.get_num_threads() == threads
+    section = record["by_threads"]["1"]
+    parts = [section]
+    if kind == "score":
+        parts = [facts for by_length in section["by_rows"].values() for facts in by_length.values()]
+    elif kind == "attention":
+        parts = section["cases"]
+    for part in parts:
+        for entry in part["arms"].values():
+            check_entry(entry)
+    skipped = {name for name, facts in record["gate"].items() if facts["status"] == "skipped"}
+    assert skipped == ({"mean_dot/triton", "sigmoid_mean/triton"} if kind == "score" else set())
+
+
+def test_what_is_wrong_gets_no_speed():
+    with registered(Halved, Broken, Unable):
+        record = read.measure(TINY, CPU, [1], 1, backends=["sdpa", "halved", "broken", "unable"], lengths=[4])
+    assert set(failed(record)) == {
+        f"mplus/{score}{name}" for name in ("halved", "broken") for score in ("", "mean_dot/", "no_retrieval/")
+    }
+    arms = record["by_threads"]["1"]["by_length"]["4"]["arms"]
+    for entry in arms.values():
+        check_entry(entry)
+    assert arms["mplus/halved"]["status"] == "failed"
+    assert "differs from float64 by" in arms["mplus/halved"]["reason"]
+    assert "no such instruction" in arms["mplus/broken"]["reason"]
+    assert arms["mplus/unable"]["status"] == "skipped"
+    assert "not there" in arms["mplus/unable"]["reason"]
+    assert record["best_backend"] == "sdpa"
+    assert any("mplus/halved: failed" in line for line in refused(record))
+
+
+def test_without_any_backend_there_are_no_ratios_of_mplus():
+    with registered(Halved):
+        record = read.measure(TINY, CPU, [1], 1, backends=["halved"], lengths=[4])
+    assert record["best_backend"] is None
+    assert record["ratios"]["mplus_over_floor"] is None
+    assert record["ratios"]["hf_prefix_over_floor"] > 0
+
+
+def test_the_command_fails_when_something_was_wrong():
+    with registered(Halved):
+        result = run("attention", "--preset", "tiny", "--repeats", "1", "--backends", "halved")
+    assert result.exit_code == 1
+    assert "backend/halved: failed" in result.stdout
+
+
+def test_the_gate_sees_nan():
+    verdict = Verdict()
+    verdict.compare("it", torch.tensor([math.nan]), torch.ones(1, dtype=torch.float64), torch.ones(1))
+    assert verdict.status == "failed"
+
+
+def test_good_backends_pass():
+    for name in ("sdpa", "reference"):
+        assert check_backend(name, TINY, CPU).status == "ok"
+
+
+def test_the_command_writes_a_record(tmp_path):
+    result = run("decode", "--preset", "tiny", "--repeats", "1", "--threads", "1", "--json", str(tmp_path / "d.json"))
+    assert result.exit_code == 0, result.output
+    assert "One token behind a prompt of 4, 1 thread" in result.stdout
+    check_record(json.loads((tmp_path / "d.json").read_text(encoding="utf-8")), "decode")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("read", "--preset", "gpu"), "preset must be one of cpu, llama3-8b"),
+        (("read", "--preset", "tiny", "--device", "abacus"), "device must be"),
+        (("read", "--preset", "tiny", "--device", "meta"), "device must be cpu or cuda"),
+        (("read", "--preset", "tiny", "--threads", "0"), "--threads must be numbers of at least 1"),
+        (("read", "--preset", "tiny", "--threads", "1,1"), "--threads must be different numbers"),
+        (("read", "--preset", "tiny", "--lengths", "x"), "--lengths must be whole numbers"),
+        (("attention", "--preset", "tiny", "--backends", "sdp"), "did you mean 'sdpa'"),
+        (("read", "--preset", "tiny", "--long-term", "900000000000"), "take fewer long-term rows"),
+    ],
+)
+def test_errors_are_one_line(arguments, says):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    [line] = result.stderr.splitlines()
+    assert says in line
+
+
+def test_presets_that_need_a_gpu_say_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = run("read", "--preset", "llama3-8b")
+    assert result.exit_code == 2
+    assert "needs a GPU" in result.stderr
+    assert "--device cpu" in result.stderr
+
+
+def test_room_is_checked_before_anything_is_made(monkeypatch):
+    monkeypatch.setattr("mplus.bench.presets.free_bytes", lambda device: 2**30)
+    with pytest.raises(NotSupported, match="GiB"):
+        check_room(preset("llama3-8b"), CPU)
+    check_room(TINY, CPU)
+
+
+def test_presets_have_the_sizes_they_are_named_for():
+    cpu, large = preset("cpu"), preset("llama3-8b")
+    assert cpu.prefix_rows == large.prefix_rows == 12_801
+    assert isinstance(cpu, Preset)
+    assert 90e9 < large.nbytes < 120e9
+
+
+def test_quantiles_and_ratios():
+    assert timing.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert timing.quantile([1.0, 2.0], 0.2) == pytest.approx(1.2)
+    times = {"a": [2.0, 6.0, 4.0], "b": [1.0, 2.0, 1.0]}
+    assert timing.ratio(times, "a", "b") == 3.0
+    assert timing.ratio(times, "a", "c") is None
+
+
+def test_every_arm_runs_in_every_round_and_first_in_some():
+    seen = []
+    arms = [
+        timing.Arm(name, lambda turn, name=name: seen.append((turn, name)), lambda turn: seen.append((turn, "prepare")))
+        for name in "abc"
+    ]
+    times = timing.in_rounds(arms, 3, CPU)
+    assert {name: len(taken) for name, taken in times.items()} == {"a": 3, "b": 3, "c": 3}
+    runs = [entry for entry in seen if entry[1] != "prepare"]
+    assert {turn for turn, _ in runs} == {0, 1, 2, 3}
+    assert {runs[start][1] for start in range(0, 12, 3)} == set("abc")
+    assert len(seen) == 24
+
+
+def test_the_roofline_is_the_slower_of_the_two():
+    machine = Machine(bytes_per_second=10, fresh_bytes_per_second=10, flops_per_second=100, dtype="float32")
+    assert machine.share(flops=100, nbytes=20, seconds=4) == 0.5
+    assert machine.share(flops=800, nbytes=20, seconds=8) == 1.0
