@@ -76,6 +76,7 @@ class Bed:
                 preset.short_term_tokens if self.filled is None else self.filled,
                 preset.long_term_rows,
                 self.seed,
+                oldest=preset.retrieved_tokens,
                 # The published code keeps long-term memory on the host.
                 kept_on=torch.device("cpu") if self.keep else None,
             )
@@ -99,12 +100,8 @@ class Bed:
         """
         content, begin = self.content, self._first.mplus.begin
         prefixes = []
-        for layer, rows in enumerate(content.state.stm):
-            if short_term is not None:
-                parts = [rows.hidden[len(rows) - short_term :]]
-            else:
-                oldest = content.store.ids(layer)[: self.preset.retrieved_tokens]
-                parts = [content.store.gather(layer, oldest).hidden, rows.hidden]
+        for layer, rows in enumerate(content.short_term):
+            parts = [content.oldest[layer], rows] if short_term is None else [rows[len(rows) - short_term :]]
             prefixes.append(torch.cat([begin[layer].detach(), *parts]))
         return prefixes
 
@@ -124,7 +121,7 @@ class Bed:
             weights=self.weights,
             project=retriever.project_queries,
             begin=[row.detach() for row in self._first.mplus.begin],
-            short_term=[rows.hidden for rows in content.state.stm],
+            short_term=list(content.short_term),
             long_term=content.long_term,
             keys=content.keys,
             births=torch.arange(len(content.long_term[0])),

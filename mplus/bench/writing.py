@@ -123,12 +123,12 @@ def check_write(backend: str, preset: Preset, device: torch.device) -> Verdict:
     def batched() -> Tensor:
         made = writer(bed, backend)
         made.batched(ids)
-        return torch.stack([state.stm[-1].hidden[-k:] for state in made.together.states])
+        return torch.stack([state.context(-1, k).need_hidden() for state in made.together.states])
 
     def one_by_one() -> Tensor:
         made = writer(bed, backend)
         made.one_by_one(ids)
-        return torch.stack([memory.states[0].stm[-1].hidden[-k:] for memory in made.apart])
+        return torch.stack([memory.states[0].context(-1, k).need_hidden() for memory in made.apart])
 
     for what, run in (("rows written in a batch", batched), ("rows written one by one", one_by_one)):
         verdict.attempt(what, run, truth, plain)
