@@ -18,6 +18,7 @@ BACKENDS: Registry[AttentionBackend] = Registry(
     builtin={
         "reference": "mplus.backends.reference:ReferenceBackend",
         "sdpa": "mplus.backends.sdpa:SdpaBackend",
+        "triton": "mplus.backends.triton.backend:TritonBackend",
     },
     reserved={"auto"},  # a config says "auto" to let mplus choose
 )

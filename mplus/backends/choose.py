@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-ORDER = ("sdpa", "reference")
+ORDER = ("triton", "sdpa", "reference")
 """What "auto" tries first; backends of third parties follow, by name."""
 
 

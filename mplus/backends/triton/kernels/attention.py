@@ -54,9 +54,11 @@ def attention_kernel(
     b = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     h = (tl.program_id(1) % KV_HEADS).to(tl.int64)
     split = tl.program_id(2)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first_row = tl.program_id(0) * ROWS
+    row = first_row + tl.arange(0, ROWS)
     token = row // GROUPS
     head = h * GROUPS + row % GROUPS
+    place = tl.arange(0, KEYS)
     wide = tl.arange(0, PADDED_WIDTH)
     value_wide = tl.arange(0, PADDED_VALUE_WIDTH)
     real = row < length * GROUPS
@@ -75,29 +77,28 @@ def attention_kernel(
         keys_0 += b * k0_b + h * k0_h
         values_0 += b * v0_b + h * v0_h
         count_0 = _real_rows(lengths, 0, b, batch, rows_0, LENGTHS)
-        end_0 = tl.cdiv(count_0, KEYS)
+        end_0 = (count_0 + KEYS - 1) // KEYS
     end_1 = end_0
     if SEGMENTS > 1:
         keys_1 += b * k1_b + h * k1_h
         values_1 += b * v1_b + h * v1_h
         count_1 = _real_rows(lengths, 1, b, batch, rows_1, LENGTHS)
-        end_1 = end_0 + tl.cdiv(count_1, KEYS)
+        end_1 = end_0 + (count_1 + KEYS - 1) // KEYS
     end_2 = end_1
     if SEGMENTS > 2:
         keys_2 += b * k2_b + h * k2_h
         values_2 += b * v2_b + h * v2_h
         count_2 = _real_rows(lengths, 2, b, batch, rows_2, LENGTHS)
-        end_2 = end_1 + tl.cdiv(count_2, KEYS)
+        end_2 = end_1 + (count_2 + KEYS - 1) // KEYS
     end_3 = end_2
     if SEGMENTS > 3:
         keys_3 += b * k3_b + h * k3_h
         values_3 += b * v3_b + h * v3_h
         count_3 = _real_rows(lengths, 3, b, batch, rows_3, LENGTHS)
-        end_3 = end_2 + tl.cdiv(count_3, KEYS)
+        end_3 = end_2 + (count_3 + KEYS - 1) // KEYS
 
     # The text keys that any row of this program sees.
     own = text - length + token
-    first_row = tl.program_id(0) * ROWS
     text_end = tl.minimum(text, text - length + (first_row + ROWS - 1) // GROUPS + 1)
     text_low = tl.zeros([ROWS], tl.int32)
     text_first = 0
@@ -109,8 +110,9 @@ def attention_kernel(
         padded_keys = tl.minimum(tl.load(padding + b), text).to(tl.int32)
         text_low = tl.maximum(text_low, padded_keys)
         text_first = tl.maximum(text_first, padded_keys)
-    blocks = end_3 + tl.cdiv(tl.maximum(text_end - text_first, 0), KEYS)
-    share = tl.cdiv(blocks, tl.num_programs(2))
+    blocks = end_3 + (tl.maximum(text_end - text_first, 0) + KEYS - 1) // KEYS
+    splits = tl.num_programs(2)
+    share = (blocks + splits - 1) // splits
     first = split * share
     last = tl.minimum(first + share, blocks)
 
@@ -149,7 +151,6 @@ def attention_kernel(
             key_stride, value_stride = tl.where(here, k0_n, key_stride), tl.where(here, v0_n, value_stride)
 
         # Offsets of a whole memory may need 64 bits; those within a block do not.
-        place = tl.arange(0, KEYS)
         stored = place < count - start
         k = tl.load(
             key_base + start.to(tl.int64) * key_stride + place[:, None] * key_stride + wide[None, :],
