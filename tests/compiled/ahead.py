@@ -17,11 +17,11 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @attrs.define(frozen=True)
 class Needs:
-    """Shared memory in bytes; bytes of stack, which is where registers are spilled to; registers of a thread."""
+    """Shared memory in bytes; bytes of stack, to which registers are spilled; and the assembly it is about."""
 
     shared: int
     stack: int
-    registers: int
+    assembly: str = attrs.field(repr=False)
 
 
 def compiled(kernel, types, constants, tiles, capability, *, aligned=()):
@@ -41,16 +41,14 @@ def compiled(kernel, types, constants, tiles, capability, *, aligned=()):
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True},
     )
-    return Needs(made.metadata.shared, **_resources(made.asm["cubin"]))
+    return Needs(made.metadata.shared, _stack(made.asm["cubin"]), made.asm["ptx"])
 
 
-def _resources(binary):
+def _stack(binary):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        shown = subprocess.run(
-            [TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    (line,) = [line for line in shown.splitlines() if "REG:" in line]
-    found = dict(re.findall(r"(REG|STACK):(\d+)", line))
-    return {"stack": int(found["STACK"]), "registers": int(found["REG"])}
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (stack,) = re.findall(r"\bSTACK:(\d+)", shown)
+    return int(stack)

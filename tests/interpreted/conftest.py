@@ -11,4 +11,6 @@ import pytest
 def interpreter():
     """Skip unless kernels are interpreted."""
     if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("kernels are interpreted only in a process of their own: TRITON_INTERPRET=1 pytest tests/interpreted")
+        pytest.skip(
+            "kernels are interpreted only in a process of their own: TRITON_INTERPRET=1 pytest tests/interpreted"
+        )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 SENTINEL = -12345.0
+MARGIN = 2**15
+"""Numbers in front of and behind each buffer: the interpreter really writes where a mistaken kernel writes."""
 
 
 def guarded(tensor):
@@ -15,7 +19,7 @@ def guarded(tensor):
         outside = torch.nan
     else:
         outside = torch.iinfo(tensor.dtype).max // 2
-    inside = _inside(torch.full([size + 3 for size in tensor.shape], outside, dtype=tensor.dtype))
+    _, inside = _buffer(tensor.shape, outside, tensor.dtype)
     inside.copy_(tensor)
     return inside
 
@@ -24,17 +28,22 @@ class Output:
     """A buffer to write to: NaN where a kernel has to write, a sentinel where it must not."""
 
     def __init__(self, *shape, dtype=torch.float32):
-        self.whole = torch.full([size + 3 for size in shape], SENTINEL, dtype=dtype)
-        self.inside = _inside(self.whole)
+        self._whole, self.inside = _buffer(shape, SENTINEL, dtype)
         self.inside.fill_(torch.nan)
 
     def check(self):
         """Raise AssertionError unless all of the inside was written and nothing of the outside."""
         assert not self.inside.isnan().any(), "not written, or NaN written"
-        outside = self.whole.clone()
-        _inside(outside).fill_(SENTINEL)
-        assert bool((outside == torch.tensor(SENTINEL, dtype=outside.dtype)).all()), "written outside"
+        written = self.inside.clone()
+        sentinel = torch.tensor(SENTINEL, dtype=written.dtype)
+        self.inside.fill_(sentinel)
+        assert bool((self._whole == sentinel).all()), "written outside"
+        self.inside.copy_(written)
 
 
-def _inside(whole):
-    return whole[tuple(slice(1, -2) for _ in whole.shape)]
+def _buffer(shape, outside, dtype):
+    """All of a buffer, and the part of it that is in use, of which no dimension follows closely on another."""
+    larger = [size + 3 for size in shape]
+    count = math.prod(larger)
+    whole = torch.full((count + 2 * MARGIN,), outside, dtype=dtype)
+    return whole, whole[MARGIN : MARGIN + count].view(larger)[tuple(slice(1, -2) for _ in shape)]

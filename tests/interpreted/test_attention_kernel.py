@@ -36,7 +36,9 @@ class TestTritonBackend(BackendConformance):
 
     def build(self, shape, dtype=torch.float32, **changes):
         """Fewer heads, which are programs to interpret; the other tests here have more."""
-        return super().build(attrs.evolve(shape, key_heads=shape.key_heads if shape.batch == 1 else 1), dtype, **changes)
+        return super().build(
+            attrs.evolve(shape, key_heads=shape.key_heads if shape.batch == 1 else 1), dtype, **changes
+        )
 
     def check_reasons(self, request, *named):
         """A mask is refused as such, whatever else there is about the request."""
@@ -106,12 +108,8 @@ def gradients(request, attend):
     leaves = [request.queries, request.keys, request.values, request.sinks]
     leaves += [part for segment in request.segments for part in (segment.keys, segment.values)]
     queries, keys, values, sinks, *memory = leaves = [leaf.clone().requires_grad_() for leaf in leaves]
-    segments = tuple(
-        Segment(*memory[2 * i : 2 * i + 2], segment.lengths) for i, segment in enumerate(request.segments)
-    )
-    output = attend(
-        attrs.evolve(request, queries=queries, keys=keys, values=values, sinks=sinks, segments=segments)
-    )
+    segments = tuple(Segment(*memory[2 * i : 2 * i + 2], segment.lengths) for i, segment in enumerate(request.segments))
+    output = attend(attrs.evolve(request, queries=queries, keys=keys, values=values, sinks=sinks, segments=segments))
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(3)).to(output)
     return torch.autograd.grad((output * weight).sum(), leaves)
 
@@ -129,10 +127,7 @@ def test_padded_text_may_hold_anything(garbage):
     spoilt = [part.clone() for part in (request.keys, request.values)]
     for part in spoilt:
         part[1, :, :18] = garbage
-    outputs = [
-        forward(r, tiles=SMALL)[0]
-        for r in (request, attrs.evolve(request, keys=spoilt[0], values=spoilt[1]))
-    ]
+    outputs = [forward(r, tiles=SMALL)[0] for r in (request, attrs.evolve(request, keys=spoilt[0], values=spoilt[1]))]
     assert torch.equal(*outputs)
 
 

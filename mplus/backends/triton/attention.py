@@ -122,13 +122,9 @@ class _Attention(torch.autograd.Function):
         output, log_sums, padding, *rest = ctx.saved_tensors
         lengths, (queries, keys, values, sinks, *memory) = rest[: ctx.segments], rest[ctx.segments :]
         delta = row_products(grad_output, output)
-        text = text_visibility(
-            queries.shape[2], keys.shape[2], queries.device, window=ctx.window, padding=padding
-        )
+        text = text_visibility(queries.shape[2], keys.shape[2], queries.device, window=ctx.window, padding=padding)
         parts = [(keys, values, text)]
-        parts += [
-            (*memory[2 * i : 2 * i + 2], memory_visibility(lengths[i])) for i in range(ctx.segments)
-        ]
+        parts += [(*memory[2 * i : 2 * i + 2], memory_visibility(lengths[i])) for i in range(ctx.segments)]
         grad_queries = torch.zeros_like(delta[..., None])
         gradients: list[Tensor] = []
         for part_keys, part_values, visible in parts:

@@ -46,12 +46,10 @@ ATTENTION: Mapping[tuple[int, int, str], Tiles] = {
     (16, 256, "many"): Tiles(64, 32, 8, 2),
     (32, 64, "few"): Tiles(16, 32, 4, 2),
     (32, 64, "many"): Tiles(32, 32, 4, 2),
-    (32, 128, "few"): Tiles(16, 32, 4, 1),
-    (32, 128, "many"): Tiles(32, 32, 8, 1),
     (32, 256, "few"): Tiles(16, 16, 8, 1),
-    (32, 256, "many"): Tiles(32, 16, 8, 1),
+    (32, 256, "many"): Tiles(16, 16, 8, 1),
 }
-"""(bits of a number, padded width, how many rows there are) -> tiles."""
+"""(bits of a number, widest head, how many rows there are) -> tiles."""
 
 SCORE: Mapping[tuple[int, int], Tiles] = {
     (16, 64): Tiles(64, 128, 4, 2),
@@ -59,25 +57,26 @@ SCORE: Mapping[tuple[int, int], Tiles] = {
     (32, 64): Tiles(32, 32, 4, 2),
     (32, 256): Tiles(32, 32, 8, 1),
 }
-"""(bits of a number, padded width) -> tiles."""
+"""(bits of a number, widest key) -> tiles."""
 
 GATHER: Mapping[int, Tiles] = {64: Tiles(32, 1, 4, 1), 256: Tiles(16, 1, 4, 1)}
-"""Padded width -> tiles; a program copies ``rows`` rows of one head."""
+"""Widest head -> tiles; a program copies ``rows`` rows of one head."""
 
 
 def attention_tiles(bits: int, width: int, rows: int) -> Tiles:
     """For heads of ``width`` (the wider of keys and values) and ``rows`` query rows per KV head."""
-    return ATTENTION[bits, max(64, padded(width)), "few" if rows <= 16 else "many"]
+    wide = next(known for size, known, _ in ATTENTION if size == bits and known >= width)
+    return ATTENTION[bits, wide, "few" if rows <= 16 else "many"]
 
 
 def score_tiles(bits: int, width: int) -> Tiles:
     """For keys of ``width``."""
-    return SCORE[bits, 64 if padded(width) <= 64 else 256]
+    return SCORE[bits, 64 if width <= 64 else 256]
 
 
 def gather_tiles(width: int) -> Tiles:
     """For heads of ``width`` (the wider of keys and values)."""
-    return GATHER[64 if padded(width) <= 64 else 256]
+    return GATHER[64 if width <= 64 else 256]
 
 
 def splits_for(programs: int, blocks: int, processors: int) -> int:

@@ -12,9 +12,7 @@ from mplus.errors import InputError, NotSupported
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 
-def plain_gather_rotated(
-    rows: Tensor, indices: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
-) -> None:
+def plain_gather_rotated(rows: Tensor, indices: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> None:
     """The specification of the kernel. Arguments as for ``gather_rotated``, any dtype and device."""
     _check(rows, indices, cos, sin, keys, values)
     heads, count, width = keys.shape
