@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton")
-
 from mplus.backends.triton.configs import ATTENTION, SCORE, Tiles
+
+pytest.importorskip("triton")
+
+import triton
+
 from tests.compiled.shipped import SHIPPED, compile_attention, compile_score
 
 ROOT = Path(__file__).parent.parent.parent

@@ -59,7 +59,7 @@ def attention_in_own_dtype(request):
 
 
 def check_attention(kernels, request, *, splits=1, tiles=SMALL):
-    """The output and the log-sum-exp of every split together are those of float64; nothing outside is read or written."""
+    """Output and log-sum-exp of all splits are those of float64; nothing outside is read or written."""
     segments = tuple(
         Segment(guarded(s.keys), guarded(s.values), s.lengths) for s in request.segments if s.keys.shape[2]
     )

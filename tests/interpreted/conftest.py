@@ -1,4 +1,4 @@
-"""These tests run kernels on the CPU. What is interpreted is settled when triton is imported, so they run by themselves."""
+"""These tests interpret kernels, which is settled when triton is imported: so they run in a process of their own."""
 
 from __future__ import annotations
 

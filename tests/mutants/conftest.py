@@ -1,4 +1,4 @@
-"""These tests run kernels on the CPU. What is interpreted is settled when triton is imported, so they run by themselves."""
+"""These tests interpret kernels, which is settled when triton is imported: so they run in a process of their own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,4 @@ import pytest
 def interpreter():
     """Skip unless kernels are interpreted."""
     if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip(
-            "kernels are interpreted only in a process of their own: TRITON_INTERPRET=1 pytest tests/interpreted"
-        )
+        pytest.skip("kernels are interpreted only in a process of their own: TRITON_INTERPRET=1 pytest tests/mutants")

@@ -97,9 +97,7 @@ def forward(
 def attend(request: AttentionRequest) -> Tensor:
     """Output ``[B, H, T, Dv]`` in the dtype of the queries; differentiable, once."""
     parts = [part for segment in request.segments for part in (segment.keys, segment.values)]
-    output: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
-        request, request.queries, request.keys, request.values, request.sinks, *parts
-    )
+    output: Tensor = _Attention.apply(request, request.queries, request.keys, request.values, request.sinks, *parts)
     return output
 
 
@@ -117,7 +115,7 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         output, log_sums, padding, *rest = ctx.saved_tensors
         lengths, (queries, keys, values, sinks, *memory) = rest[: ctx.segments], rest[ctx.segments :]

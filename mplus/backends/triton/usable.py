@@ -18,7 +18,9 @@ def reasons_against(device: torch.device, *, interpret: bool = False) -> list[st
         interpret: run on the CPU by Triton's interpreter, which TRITON_INTERPRET=1 turns on before triton is imported.
             For tests: it is slower than anything else.
     """
-    if importlib.util.find_spec("triton") is None:
+    if device.type != "cuda" and not interpret:
+        return [f"device {device}: the kernels run on NVIDIA GPUs"]
+    if not _installed():
         return ["triton is not installed: pip install 'mplus[triton]'"]
     if interpret:
         from mplus.backends.triton.kernels.shared import INTERPRETED
@@ -26,9 +28,12 @@ def reasons_against(device: torch.device, *, interpret: bool = False) -> list[st
         if not INTERPRETED:
             return ["interpret=True, but triton was imported without TRITON_INTERPRET=1 in the environment"]
         return [] if device.type == "cpu" else [f"device {device}: the interpreter is for tensors on the CPU"]
-    if device.type != "cuda":
-        return [f"device {device}: the kernels run on NVIDIA GPUs"]
     return list(_reasons_against_gpu(device.index))
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
