@@ -165,6 +165,7 @@ class TestChoosing:
         )
         registry.register("picky", Picky)
         monkeypatch.setattr("mplus.backends.choose.BACKENDS", registry)
+        monkeypatch.setattr("mplus.backends.choose.ORDER", ("sdpa", "reference"))
         monkeypatch.setattr(Picky, "made", 0)
         return registry
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import triton.language as tl
+
 from mplus.backends.triton.configs import ATTENTION, GATHER, SCORE, padded
 from mplus.backends.triton.kernels.attention import attention_kernel
 from mplus.backends.triton.kernels.gather import gather_kernel
@@ -12,8 +14,11 @@ NUMBERS = {16: "*bf16", 32: "*fp32"}
 SWITCHES = ("LENGTHS", "WINDOW", "PADDING", "SOFTCAP")
 
 
-def compile_attention(key, tiles, capability, *, segments=4, switches=True, aligned=True):
-    """With all a request can ask for, or with nothing of it; results in float32, as when keys are split."""
+def compile_attention(key, tiles, capability, *, segments=4, switches=True, aligned=True, ones=()):
+    """With all a request can ask for, or with nothing of it; results in float32, as when keys are split.
+
+    ``ones``: whole numbers that are 1. The runtime makes constants of them.
+    """
     bits, width, _ = key
     constants = {
         "KV_HEADS": 8,
@@ -28,6 +33,7 @@ def compile_attention(key, tiles, capability, *, segments=4, switches=True, alig
         "PADDED_VALUE_WIDTH": padded(width),
         "PRECISION": "ieee",
         "UPCAST": False,
+        **dict.fromkeys(ones, 1),
     }
     tensors = [f"{kind}_{index}" for index in range(4) for kind in ("keys", "values")]
     tensors += ["queries", "text_keys", "text_values"]
@@ -45,11 +51,9 @@ def compile_attention(key, tiles, capability, *, segments=4, switches=True, alig
     )
 
 
-def compile_score(key, tiles, capability):
-    """With a mask."""
+def compile_score(key, tiles, capability, *, ones=()):
+    """With a mask. ``ones`` as above."""
     bits, width = key
-    import triton.language as tl
-
     constants = {
         "WIDTH": width,
         "MASKED": True,
@@ -59,15 +63,16 @@ def compile_score(key, tiles, capability):
         "COMPUTE": {16: tl.bfloat16, 32: tl.float32}[bits],
         "PRECISION": "ieee",
         "ONE_INSTRUCTION": True,
+        **dict.fromkeys(ones, 1),
     }
     floats = {"queries": NUMBERS[bits], "keys": NUMBERS[bits], "scores": "*fp32"}
     types = _types(score_kernel, constants, floats, {"mask": "*u8"})
-    aligned = ["queries", "keys", "q_b", "q_t", "k_b", "k_n"]
+    aligned = [name for name in ("queries", "keys", "q_b", "q_t", "k_b", "k_n") if name not in constants]
     return compiled(score_kernel, types, constants, tiles, capability, aligned=aligned)
 
 
-def compile_gather(width, tiles, capability):
-    """All of a head rotated."""
+def compile_gather(width, tiles, capability, *, ones=()):
+    """All of a head rotated. ``ones`` as above."""
     constants = {
         "HEADS": 8,
         "WIDTH": width,
@@ -76,6 +81,7 @@ def compile_gather(width, tiles, capability):
         "ROWS": tiles.rows,
         "PADDED_WIDTH": padded(width),
         "PADDED_VALUE_WIDTH": padded(width),
+        **dict.fromkeys(ones, 1),
     }
     floats = dict.fromkeys(("rows", "keys", "values"), "*bf16") | {"cos": "*fp32", "sin": "*fp32"}
     types = _types(gather_kernel, constants, floats, {"indices": "*i64"})

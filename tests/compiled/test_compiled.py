@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from mplus.backends.triton.configs import ATTENTION, SCORE, Tiles
+from mplus.backends.triton.configs import ATTENTION, GATHER, SCORE, Tiles
 
 pytest.importorskip("triton")
 
 import triton
 
-from tests.compiled.shipped import SHIPPED, compile_attention, compile_score
+from tests.compiled.shipped import SHIPPED, compile_attention, compile_gather, compile_score
 
 ROOT = Path(__file__).parent.parent.parent
 SHARED = {80: 99 * 1024, 90: 227 * 1024}
@@ -54,16 +54,28 @@ def test_shipped(make, key, tiles, capability):
 
 
 @pytest.mark.parametrize("capability", SHARED)
-@pytest.mark.parametrize("size", ["few", "many"])
-def test_plain_text_without_memory(size, capability):
+def test_plain_text_without_memory(capability):
     """With nothing a call can ask for the compiler makes other choices."""
-    key = (16, 128, size)
+    key = (16, 128, "many")
     check(compile_attention(key, ATTENTION[key], capability, segments=0, switches=False), capability)
 
 
 def test_whatever_the_strides_are():
     key = (16, 64, "few")
     check(compile_attention(key, ATTENTION[key], 80, segments=1, aligned=False), 80)
+
+
+@pytest.mark.parametrize(("segments", "switches"), [(0, False), (2, True)])
+def test_numbers_of_one(segments, switches):
+    """One token, text of one key, memory of one row: the runtime makes constants of them."""
+    key = (16, 64, "few")
+    ones = ("batch", "length", "text", "rows_0", "rows_1", "window")
+    check(compile_attention(key, ATTENTION[key], 80, segments=segments, switches=switches, ones=ones), 80)
+
+
+def test_numbers_of_one_in_scoring_and_gathering():
+    check(compile_score((16, 64), SCORE[16, 64], 80, ones=("length", "count", "m_b", "s_b")), 80)
+    check(compile_gather(64, GATHER[64], 80, ones=("stored", "count")), 80)
 
 
 def test_keys_are_copied_sixteen_bytes_at_a_time_while_computing():

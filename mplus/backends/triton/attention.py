@@ -97,7 +97,8 @@ def forward(
 def attend(request: AttentionRequest) -> Tensor:
     """Output ``[B, H, T, Dv]`` in the dtype of the queries; differentiable, once."""
     parts = [part for segment in request.segments for part in (segment.keys, segment.values)]
-    output: Tensor = _Attention.apply(request, request.queries, request.keys, request.values, request.sinks, *parts)
+    apply: Any = _Attention.apply  # which torch does not type
+    output: Tensor = apply(request, request.queries, request.keys, request.values, request.sinks, *parts)
     return output
 
 
