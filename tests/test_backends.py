@@ -22,8 +22,8 @@ from mplus.testing.backends import BackendConformance
 from mplus.testing.registered import suites
 from mplus.testing.strategies import CONFORMANCE, RequestShape, request_shapes
 
-# The kernels of "triton" run on GPUs, or interpreted: tests/interpreted has its suite.
-globals().update({name: suite for name, suite in suites(BackendConformance, BACKENDS).items() if "Triton" not in name})
+globals().update(suites(BackendConformance, BACKENDS))
+del globals()["TestTritonBackendConformance"]  # runs on GPUs, or interpreted: tests/interpreted has its suite
 
 
 class TestMeasure:

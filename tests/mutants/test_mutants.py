@@ -14,6 +14,8 @@ from mplus.backends.triton import kernels
 from tests.interpreted.checks import CHECKS
 from tests.mutants.planted import MUTANTS
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, at what mutants compute
+
 FOLDER = Path(kernels.__file__).parent
 
 
