@@ -22,7 +22,7 @@ SMALL = Tiles(16, 16, 4, 1)
 def error(actual, exact):
     """Largest absolute error; infinite where only one is infinite, or one is NaN."""
     actual, exact = actual.double(), exact.double()
-    difference = (actual - exact).abs().masked_fill(actual == exact, 0).nan_to_num(nan=torch.inf)
+    difference = (actual - exact).abs().masked_fill(actual == exact, 0).nan_to_num(nan=torch.inf, posinf=torch.inf)
     return float(difference.max()) if difference.numel() else 0.0
 
 

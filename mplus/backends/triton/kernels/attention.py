@@ -63,7 +63,7 @@ def attention_kernel(
     value_wide = tl.arange(0, PADDED_VALUE_WIDTH)
     real = row < length * GROUPS
     q = tl.load(
-        queries + b * q_b + head[:, None] * q_h + token[:, None] * q_t + wide[None, :],
+        queries + b * q_b + head[:, None] * q_h + token.to(tl.int64)[:, None] * q_t + wide[None, :],
         mask=real[:, None] & (wide < WIDTH)[None, :],
         other=0.0,
     )
@@ -188,7 +188,7 @@ def attention_kernel(
     some = tl.where(total > 0, total, 1.0)
     log_sum = tl.where(total > 0, (largest + tl.log2(some)) * 0.6931471805599453, float("-inf"))
     tl.store(
-        output + split * o_s + b * o_b + head[:, None] * o_h + token[:, None] * o_t + value_wide[None, :],
+        output + split * o_s + b * o_b + head[:, None] * o_h + token.to(tl.int64)[:, None] * o_t + value_wide[None, :],
         (weighted / some[:, None]).to(output.dtype.element_ty),
         mask=real[:, None] & (value_wide < VALUE_WIDTH)[None, :],
     )
