@@ -28,6 +28,7 @@ type: $(VENV)/.installed
 
 pytest: $(VENV)/.installed
 	$(VENV)/bin/pytest -n 2
+	TRITON_INTERPRET=1 $(VENV)/bin/pytest tests/interpreted tests/mutants -n 2
 
 docs: $(VENV)/.installed  ## The documentation, in site/
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet

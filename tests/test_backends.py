@@ -24,6 +24,7 @@ from mplus.testing.registered import suites
 from mplus.testing.strategies import CONFORMANCE, RequestShape, request_shapes
 
 globals().update(suites(BackendConformance, BACKENDS))
+del globals()["TestTritonBackendConformance"]  # runs on GPUs, or interpreted: tests/interpreted has its suite
 
 
 class TestMeasure:
@@ -239,6 +240,7 @@ class TestChoosing:
         )
         registry.register("picky", Picky)
         monkeypatch.setattr("mplus.backends.choose.BACKENDS", registry)
+        monkeypatch.setattr("mplus.backends.choose.ORDER", ("merge", "sdpa", "reference"))
         monkeypatch.setattr(Picky, "made", 0)
         return registry
 

@@ -19,6 +19,7 @@ BACKENDS: Registry[AttentionBackend] = Registry(
         "merge": "mplus.backends.merge:MergeBackend",
         "reference": "mplus.backends.reference:ReferenceBackend",
         "sdpa": "mplus.backends.sdpa:SdpaBackend",
+        "triton": "mplus.backends.triton.backend:TritonBackend",
     },
     reserved={"auto"},  # a config says "auto" to let mplus choose
 )

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 ORDER = ("merge", "sdpa", "reference")
-"""What "auto" tries first; backends of third parties follow, by name."""
+"""What "auto" tries first; others follow, by name. ``triton`` is not among the first: no GPU has run it yet."""
 
 
 class BackendChooser:

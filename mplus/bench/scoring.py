@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mplus.backends.triton.score import reasons_against_scoring, sigmoid_means
 from mplus.bench.gate import OK, SKIPPED, Verdict
 from mplus.bench.machine import Machine
 from mplus.bench.presets import Preset, check_room
@@ -39,6 +40,7 @@ def scorers() -> dict[str, Scorer]:
     for score in SCORES:
         found[f"{score}/mplus"] = lambda queries, keys, score=score: score_rows(score, [queries], keys)[0]  # type: ignore[misc]
         found[f"{score}/naive"] = NAIVE[score]
+    found["sigmoid_mean/triton"] = lambda queries, keys: sigmoid_means(queries[None], None, keys)[0]
     return found
 
 
@@ -46,8 +48,6 @@ def measure(preset: Preset, device: torch.device, threads: Sequence[int], repeat
     """The record of ``mplus bench score``."""
     check_room(preset, device)
     verdicts = {name: check_scorer(name, scorer, preset, device) for name, scorer in scorers().items()}
-    for score in SCORES:
-        verdicts[f"{score}/triton"] = Verdict(SKIPPED, "mplus has no Triton kernel for scores")
     # In rounds the keys stay where they are, so all numbers of rows are views of the largest.
     queries, keys = draw(preset, device, max(LENGTHS), max(preset.score_rows))
 
@@ -98,6 +98,10 @@ def work(name: str, queries: Tensor, keys: Tensor) -> tuple[float, float]:
 def check_scorer(name: str, scorer: Scorer, preset: Preset, device: torch.device) -> Verdict:
     """Against the naive score in float64."""
     verdict, naive = Verdict(), NAIVE[name.partition("/")[0]]
+    if name.endswith("/triton"):
+        reasons = reasons_against_scoring(*draw(preset, device, 1, 1))
+        if reasons:
+            return Verdict(SKIPPED, "; ".join(reasons))
     for length in (1, 17):
         queries, keys = draw(preset, device, length, 257, seed=length)
         truth = naive(queries.double(), keys.double())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar
 
 from attrs import define, field
@@ -120,5 +120,5 @@ class _Keyed(StoreView):
             self.made[layer] = self.keys_of(layer, hidden)
         return self.made[layer]
 
-    def gather(self, layer: int, ids: Tensor) -> MemoryRows:
-        return self.store.gather(layer, ids)
+    def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column] = ()) -> MemoryRows:
+        return self.store.gather(layer, ids, leave_out)

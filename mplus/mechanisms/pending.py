@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from attrs import define
@@ -35,7 +35,7 @@ class PendingView(StoreView):
         waiting = self.pending[layer].columns().get(name)
         return merged if merged is None or waiting is None else torch.cat([merged, waiting.to(merged)])
 
-    def gather(self, layer: int, ids: Tensor) -> MemoryRows:
+    def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column] = ()) -> MemoryRows:
         merged = self.store.count(layer)
         stored = self.store.ids(layer)
         waiting = self.pending[layer]

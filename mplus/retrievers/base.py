@@ -179,7 +179,11 @@ def top_k(scores: Tensor, ids: Tensor, k: int) -> Selection:
     if k == 0:
         return Selection(ids[:0], scores[:0])
     scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    boundary = torch.topk(scores, k).values[-1]
+    best, chosen = torch.topk(scores, k)
+    boundary = best[-1]
+    # Without equal scores, among the chosen or beyond them, nothing is left open.
+    if not bool((best[1:] == best[:-1]).any()) and int((scores == boundary).sum()) == 1:
+        return Selection(ids[chosen], best)
     above = (scores > boundary).nonzero().squeeze(1)
     tied = (scores == boundary).nonzero().squeeze(1)[: k - above.shape[0]]
     chosen = torch.cat([above, tied]).sort().values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -89,8 +90,13 @@ class StoreView(ABC):
         """One column of all rows in the order of ``ids``; None where the layout has no such column."""
 
     @abstractmethod
-    def gather(self, layer: int, ids: Tensor) -> MemoryRows:
+    def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column] = ()) -> MemoryRows:
         """The rows with these ids (``[n]`` int64, any order, repeats allowed), in that order.
+
+        Args:
+            layer: index among the layers that carry memory.
+            ids: of the rows.
+            leave_out: columns that are not wanted; a store may give them all the same.
 
         Raises:
             KeyError: an id is not in the store; the message names it.

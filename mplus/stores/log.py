@@ -13,7 +13,7 @@ from torch import Tensor
 from mplus.rows import MemoryRows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from mplus.stores.base import StoreLayout
 
@@ -117,6 +117,11 @@ class RowLog:
         ids, present = ids.to(self.ids.device), self.ids
         if ids.shape[0] == 0:
             return ids
+        first = self.next_id - len(self)
+        if len(self) and int(present[0]) == first:  # no row in between was ever removed
+            places = ids - first
+            if bool(((places >= 0) & (places < len(self))).all()):
+                return places
         found = torch.searchsorted(present, ids)
         known = found < len(self)
         if len(self):
@@ -125,9 +130,11 @@ class RowLog:
             raise KeyError(f"no row with id {int(ids[~known][0])}")
         return found
 
-    def gather(self, positions: Tensor) -> MemoryRows:
+    def gather(self, positions: Tensor, leave_out: Collection[str] = ()) -> MemoryRows:
         """Copies of the rows at ``positions``."""
-        return MemoryRows.of({name: column[positions] for name, column in self._columns().items() if name != "id"})
+        names = [name for name in self.buffer.columns if name != "id" and name not in leave_out]
+        columns = self._columns()
+        return MemoryRows.of({name: columns[name].index_select(0, positions) for name in names})
 
     def append(self, rows: MemoryRows) -> RowLog:
         """This log and copies of ``rows`` behind it. Raises InputError unless they have the layout's columns."""

@@ -14,7 +14,7 @@ from mplus.stores.base import Column, MemoryStore, StoreLayout, StoreView
 from mplus.stores.log import RowLog
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from mplus.rows import MemoryRows
 
@@ -43,10 +43,10 @@ class _Logs(StoreView):
         """Number of rows."""
         return len(self._log(layer))
 
-    def gather(self, layer: int, ids: Tensor) -> MemoryRows:
+    def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column] = ()) -> MemoryRows:
         """Copies of the rows with these ids. Raises KeyError naming a missing one."""
         log = self._log(layer)
-        return log.gather(self._positions(log, layer, ids))
+        return log.gather(self._positions(log, layer, ids), leave_out)
 
     def _log(self, layer: int) -> RowLog:
         if not 0 <= layer < self.layout.layers:

@@ -1,0 +1,74 @@
+"""TritonBackend: attention over memory and text in one kernel, without joining them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from mplus.backends.base import AttentionBackend, AttentionRequest, AttentionResult
+from mplus.backends.triton.configs import MOST_SEGMENTS, WIDEST
+from mplus.backends.triton.usable import reasons_against
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class TritonBackend(AttentionBackend):
+    """One pass over memory segments and text where they lie; what the batch shares is not repeated.
+
+    Gradients are computed in plain torch, a chunk of the keys at a time. Never run on a GPU yet: the kernel is checked
+    by an interpreter, and compiled for GPUs that are not there (see the page on kernels).
+
+    Args:
+        interpret: take tensors on the CPU, by Triton's interpreter, which TRITON_INTERPRET=1 turns on before triton is
+            imported. For tests: it is slower than anything else.
+    """
+
+    name: ClassVar[str] = "triton"
+
+    def __init__(self, *, interpret: bool = False) -> None:
+        self.interpret = interpret
+
+    def unsupported_reasons(self, request: AttentionRequest) -> list[str]:
+        """The device, dtypes, wide heads, many segments, masks, dropout and returned weights."""
+        reasons = reasons_against(request.queries.device, interpret=self.interpret)
+        reasons += _reasons_against_numbers(request)
+        count = sum(1 for segment in request.segments if segment.keys.shape[2])
+        if count > MOST_SEGMENTS:
+            reasons.append(f"{count} memory segments: the kernel takes {MOST_SEGMENTS} at most")
+        if request.mask is not None:
+            reasons.append(
+                f"mask {list(request.mask.shape)} {request.mask.dtype} for {request.queries.dtype} queries: the kernel "
+                "knows causal text, windows and padding only"
+            )
+        if request.dropout:
+            reasons.append(f"dropout={request.dropout}: the kernel keeps all weights")
+        if request.need_weights:
+            reasons.append("need_weights=True: the kernel never holds its weights")
+        return reasons
+
+    def attend(self, request: AttentionRequest) -> AttentionResult:
+        """Compute the request. Queries that see nothing yield zeros."""
+        from mplus.backends.triton.attention import attend
+
+        return AttentionResult(attend(request))
+
+
+def _reasons_against_numbers(request: AttentionRequest) -> list[str]:
+    wanted = request.queries.dtype
+    reasons = []
+    if wanted not in DTYPES:
+        reasons.append(f"queries are {wanted}: the kernel takes float16, bfloat16 and float32")
+    parts = {"keys": request.keys, "values": request.values}
+    for index, segment in enumerate(request.segments):
+        parts[f"segments[{index}].keys"] = segment.keys
+        parts[f"segments[{index}].values"] = segment.values
+    reasons += [
+        f"{name} are {part.dtype} and queries {wanted}: the kernel takes one dtype"
+        for name, part in parts.items()
+        if part.dtype != wanted
+    ]
+    widths = request.queries.shape[3], request.values.shape[3]
+    if max(widths) > WIDEST:
+        reasons.append(f"heads of width {widths[0]} and {widths[1]}: the kernel takes {WIDEST} at most")
+    return reasons
