@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mplus.backends import BACKENDS, parts
 from mplus.backends.base import AttentionBackend, AttentionResult
 from mplus.backends.choose import BackendChooser, choose
+from mplus.backends.flex import FlexBackend
 from mplus.backends.merge import MergeBackend
 from mplus.backends.reference import ReferenceBackend
 from mplus.backends.sdpa import SdpaBackend
@@ -25,6 +26,7 @@ from mplus.testing.strategies import CONFORMANCE, RequestShape, request_shapes
 
 globals().update(suites(BackendConformance, BACKENDS))
 del globals()["TestTritonBackendConformance"]  # runs on GPUs, or interpreted: tests/interpreted has its suite
+del globals()["TestFlexBackendConformance"]  # a second for every request on a CPU: TestFlex has some
 
 
 class TestMeasure:
@@ -206,6 +208,40 @@ class TestMerge:
         assert len(reasons) == len(words)
         assert all(reason.startswith(start) for reason, start in zip(reasons, words, strict=True))
         assert MergeBackend().unsupported_reasons(request[1])[0].startswith("queries are on meta")
+
+
+class TestFlex:
+    """Forward on a CPU. Nothing else of it has been run: it has no gradient there, and its kernels are for GPUs."""
+
+    suite = type("FlexConformance", (BackendConformance,), {"implementation": FlexBackend})()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        "shape",
+        [
+            RequestShape(),
+            RequestShape(queries=1, segments=(), fillers=()),
+            RequestShape(segments=(3, 0, 4), fillers=("some", "none", "all"), value_width=3),
+            RequestShape(shared=True, batch=3, groups=1, window=2, padding=1),
+            RequestShape(mask="additive", per_head=True, softcap=2.0, sinks=True, fillers=("some",)),
+            RequestShape(mask="padded", segments=(), fillers=(), sinks=True),
+            RequestShape(mask="smallest", queries=6, past=0),
+        ],
+    )
+    def test_is_right(self, shape, dtype):
+        request = shape.build(dtype)
+        assert FlexBackend().unsupported_reasons(request) == []
+        self.suite.check_output(request)
+
+    def test_reasons_are_complete(self):
+        request = RequestShape().build(need_weights=True, dropout=0.5)
+        segment = attrs.evolve(request.segments[0], keys=request.segments[0].keys.half())
+        queries = request.queries.clone().requires_grad_()
+        request = attrs.evolve(request, segments=(segment,), queries=queries)
+        reasons = FlexBackend().unsupported_reasons(request)
+        words = ["dropout=0.5", "need_weights=True", "segments[0].keys are torch.float16", "a tensor requires a grad"]
+        assert len(reasons) == len(words)
+        assert all(reason.startswith(start) for reason, start in zip(reasons, words, strict=True))
 
 
 class Picky(AttentionBackend):

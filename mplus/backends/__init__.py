@@ -16,6 +16,7 @@ BACKENDS: Registry[AttentionBackend] = Registry(
     group="mplus.backends",
     base="mplus.backends.base:AttentionBackend",
     builtin={
+        "flex": "mplus.backends.flex:FlexBackend",
         "merge": "mplus.backends.merge:MergeBackend",
         "reference": "mplus.backends.reference:ReferenceBackend",
         "sdpa": "mplus.backends.sdpa:SdpaBackend",

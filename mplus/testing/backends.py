@@ -214,7 +214,8 @@ class BackendConformance:
     def test_gradients(self, shape: RequestShape) -> None:
         """Towards queries, text and memory: those of exact attention; zero, not NaN, at filler rows."""
         request = self.build(shape)
-        if self.check_reasons(request):
+        learning = attrs.evolve(request, queries=request.queries.clone().requires_grad_())
+        if self.check_reasons(learning):
             return
         actual, expected = (_gradients(request, attend) for attend in (self._attend, _attend_exactly))
         for name, gradient in actual.items():
