@@ -341,6 +341,8 @@ def _gradients(request: AttentionRequest, attend: Any) -> dict[str, Tensor]:
             request, queries=leaves["queries"], keys=leaves["keys"], values=leaves["values"], segments=segments
         )
     )
+    if not output.requires_grad:  # no query saw anything
+        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(3)).to(output)
     with torch.autograd.set_detect_anomaly(mode=True):  # NaN must not appear on the way either
         found = torch.autograd.grad((output * weight).sum(), list(leaves.values()), allow_unused=True)
