@@ -40,6 +40,8 @@ def measure(architecture: Architecture) -> dict[str, Any]:
         row["technique"] = found.technique
         row["positions"] = "offset" if found.positions.offset else found.positions.layout
         row["implementations"].append(implementation)
+        projection = pair.wrapped.mplus_engine.projection
+        row["hidden_only"] = projection if isinstance(projection, str) else None
         _measure(architecture, implementation, pair, row)
     row["generate"] = sorted(set.intersection(*map(set, row["generate"]))) if row["generate"] else None
     return row
@@ -83,7 +85,7 @@ def render(record: dict[str, Any]) -> str:
         "| decoder | attention | positions | moves logits by | read | retrieve | step | write | rows | generation |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    notes = []
+    notes, hidden = [], []
     for architecture in ARCHITECTURES:
         row = run["rows"][architecture.name]
         name = f"`{architecture.model_type}`" + (
@@ -92,6 +94,8 @@ def render(record: dict[str, Any]) -> str:
         if "refused" in row:
             notes.append(f"- {name}: {row['refused']}")
             continue
+        if row["hidden_only"] is not None:
+            hidden.append(f"- {name}: {row['hidden_only']}")
         technique = "registered function" if row["technique"] == "attention" else "cache view"
         cells = [f"{row[column]:.0e}" if row[column] is not None else "–" for column in COLUMNS]
         moved = "–" if row["moved"] is None else f"{row['moved']:.1f}"
@@ -99,7 +103,14 @@ def render(record: dict[str, Any]) -> str:
         attention = f"{technique} ({', '.join(row['implementations'])})"
         positions = "–" if architecture.positions in {"learned", "none"} else row["positions"]
         lines.append(f"| {name} | {attention} | {positions} | {moved} | " + " | ".join(cells) + f" | {searches} |")
-    return "\n".join([*lines, "", "## Refused", "", *notes, "", NOTES.strip(), ""])
+    kept = ["", "## Rows kept as hidden states only", "", HIDDEN.strip(), "", *hidden]
+    return "\n".join([*lines, *kept, "", "## Refused", "", *notes, "", NOTES.strip(), ""])
+
+
+HIDDEN = """
+Elsewhere a memory can keep the keys and values of its rows (`memory_rows`), and a read projects nothing again. Here every
+read projects the rows that it sees, for these reasons:
+"""
 
 
 PREAMBLE = """
