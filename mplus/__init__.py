@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
-__all__ = ["MPlusConfig", "Memory", "__version__", "from_pretrained", "unwrap", "wrap"]
+__all__ = ["MPlusConfig", "Memory", "__version__", "from_pretrained", "unwrap", "wrap", "write_together"]
 
 if TYPE_CHECKING:
     from mplus.config import MPlusConfig
     from mplus.hf.saving import from_pretrained
     from mplus.hf.wrapping import unwrap, wrap
-    from mplus.memory import Memory
+    from mplus.memory import Memory, write_together
 
 _LAZY = {
     "MPlusConfig": "mplus.config",
     "Memory": "mplus.memory",
+    "write_together": "mplus.memory",
     "wrap": "mplus.hf",
     "unwrap": "mplus.hf",
     "from_pretrained": "mplus.hf",

@@ -108,7 +108,7 @@ def render(record: dict[str, Any]) -> str:
 
 
 HIDDEN = """
-Elsewhere a memory can keep the keys and values of its rows (`memory_rows`), and a read projects nothing again. Here every
+Elsewhere a memory can keep the keys and values of its rows (`memory_rows`), and no read projects them again. Here every
 read projects the rows that it sees, for these reasons:
 """
 

@@ -3,5 +3,6 @@
 from mplus.memory.memory import Memory
 from mplus.memory.report import SourceInfo, WriteReport
 from mplus.memory.stream import StreamState, StreamView
+from mplus.memory.writing import write_together
 
-__all__ = ["Memory", "SourceInfo", "StreamState", "StreamView", "WriteReport"]
+__all__ = ["Memory", "SourceInfo", "StreamState", "StreamView", "WriteReport", "write_together"]

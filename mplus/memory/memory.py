@@ -14,16 +14,15 @@ from torch import Tensor
 
 from mplus.config import Component
 from mplus.memory.checks import check_chunk, check_dtype, check_row, check_rows, check_vocabulary
-from mplus.memory.chunking import split, to_names, to_rows
+from mplus.memory.chunking import to_names
 from mplus.memory.engine import Engine, engine_of
 from mplus.memory.forgetting import forget
-from mplus.memory.progress import progress_bar
 from mplus.memory.refreshing import refresh
 from mplus.memory.report import SourceInfo, WriteReport
 from mplus.memory.sharing import distinct, each, unshared
-from mplus.memory.stream import StreamState, StreamView, alike
+from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.write_context import WriteContext
-from mplus.memory.writing import encoded, keys
+from mplus.memory.writing import Made, Stream, keys, write_streams, write_together
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore
 from mplus.stores.eviction import EvictionPolicy
@@ -97,6 +96,11 @@ class Memory:
         return self._stores[0].layout.dtype
 
     @property
+    def write_lock(self) -> threading.RLock:
+        """Held by whoever writes."""
+        return self._write_lock
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all rows, short-term, pending and long-term (reserved capacity included); what is shared, once."""
         return sum(s.nbytes for s in distinct(self._states)) + sum(s.nbytes for s in distinct(self._stores))
@@ -167,26 +171,7 @@ class Memory:
 
         Whatever ends a write early, an interrupt included, leaves the chunks written before it and nothing else.
         """
-        begun = time.perf_counter()
-        rows = to_rows(data, self.batch_size, self.tokenizer)
-        names = to_names(source, self.batch_size)
-        check_dtype(self.dtype, self.engine.layout.dtype)
-        self.keep_up()
-        config = self.engine.config
-        chunks: list[list[Tensor]] = []
-        for ids in rows:
-            if ids is not None:
-                check_vocabulary(ids, self.engine.vocab_size)
-            chunks.append([] if ids is None else split(ids, config.chunk_tokens, config.min_chunk_tokens))
-        report = WriteReport.nothing(len(rows))
-        total = sum(len(c) for row in chunks for c in row)
-        with self._write_lock, progress_bar("writing", total, progress, steps=max(map(len, chunks))) as advance:
-            for turn in range(max(map(len, chunks))):
-                present = {row: row_chunks[turn] for row, row_chunks in enumerate(chunks) if turn < len(row_chunks)}
-                for group in alike(present, self._states):
-                    self._write_group(group, {row: present[row] for row in group}, names, report)
-                    advance(sum(len(present[row]) for row in group))
-        return evolve(report, seconds=time.perf_counter() - begun)
+        return write_together([self], [data], [source], progress=progress)[0]
 
     def write_chunk(self, ids: Tensor, source: str | None = None) -> WriteReport:
         """Write one chunk ``[B, n]`` to every stream in one pass, without splitting.
@@ -204,25 +189,20 @@ class Memory:
         self.keep_up()
         report = WriteReport.nothing(self.batch_size)
         with self._write_lock:
-            for group in alike(dict(enumerate(ids)), self._states):
-                self._write_group(group, {row: ids[row] for row in group}, names, report)
+            write_streams([Stream(self, row, [ids[row]], names[row], report) for row in range(self.batch_size)])
         return evolve(report, seconds=time.perf_counter() - begun)
 
-    @torch.no_grad()
-    def _write_group(
-        self, group: Sequence[int], ids: dict[int, Tensor], names: Sequence[str | None], report: WriteReport
-    ) -> None:
-        """Write one chunk each to the streams of ``group``, which read equally many context rows; all or nothing."""
-        batch = torch.stack([ids[row] for row in group]).to(self.engine.device)
-        blocks, projected = encoded(self.engine, [self._states[row] for row in group], batch, self._stores[0].layout)
+    def take_in(self, streams: Sequence[Stream], made: Sequence[Made], tokens: int) -> None:
+        """Let streams of this memory take in the rows made of one chunk each; all or nothing. Part of a write."""
 
         def absorb(states: list[StreamState]) -> None:
-            for place, row in enumerate(group):
-                state, number = states[row].with_source(names[row], batch.shape[1])
-                context = self._context(row, [made[place] for made in projected])
-                absorbed = self.engine.mechanism.absorb(state, [block[place] for block in blocks], number, context)
+            for stream, rows in zip(streams, made, strict=True):
+                row, report = stream.row, stream.report
+                state, number = states[row].with_source(stream.name, tokens)
+                context = self._context(row, rows.projected)
+                absorbed = self.engine.mechanism.absorb(state, rows.hidden, number, context)
                 states[row] = absorbed.state
-                report.tokens[row] += batch.shape[1]
+                report.tokens[row] += tokens
                 report.chunks[row] += 1
                 report.dropped_rows[row] += absorbed.dropped
                 report.evicted_rows[row] += absorbed.evicted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,9 +87,9 @@ class StreamView:
     store: StoreView
 
 
-def alike(chunks: Mapping[int, Tensor], states: Sequence[StreamState]) -> list[list[int]]:
-    """Batch rows that can share one pass: same chunk length, same number of short-term rows in every layer."""
+def alike(chunks: Sequence[Tensor], states: Sequence[StreamState]) -> list[list[int]]:
+    """Places of those that can share one pass: same chunk length, same number of short-term rows in every layer."""
     groups: dict[Any, list[int]] = {}
-    for row, ids in chunks.items():
-        groups.setdefault((len(ids), tuple(len(rows) for rows in states[row].stm)), []).append(row)
+    for place, (ids, state) in enumerate(zip(chunks, states, strict=True)):
+        groups.setdefault((len(ids), tuple(len(rows) for rows in state.stm)), []).append(place)
     return list(groups.values())
