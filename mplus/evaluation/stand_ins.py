@@ -13,7 +13,7 @@ from mplus.errors import InputError
 from mplus.retrievers import RETRIEVERS
 from mplus.retrievers.base import Retriever, RetrieverShape, Selection, check_selection, top_k
 from mplus.rows import MemoryRows
-from mplus.stores.base import Column, StoreView
+from mplus.stores.base import Column, Content, StoreView
 
 
 def retriever_for(model: Any, name: str, **options: Any) -> Retriever:
@@ -120,5 +120,5 @@ class _Keyed(StoreView):
             self.made[layer] = self.keys_of(layer, hidden)
         return self.made[layer]
 
-    def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column] = ()) -> MemoryRows:
+    def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column | Content] = ()) -> MemoryRows:
         return self.store.gather(layer, ids, leave_out)

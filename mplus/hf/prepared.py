@@ -54,15 +54,19 @@ class Prepared:
             prefixed: per stream, whether there is anything in front of the text.
             like: gives dtype and device.
         """
-        found = [[] if one is None else [_projected(one.rows).to(like)] for one in retrieved]
         begin = self._begin(layer).to(like)
-        front = [[begin, *rows] if there else [] for rows, there in zip(found, prefixed, strict=True)]
-        fronts = [sum(part.shape[0] for part in parts) for parts in front]
+        pairs = list(zip(retrieved, prefixed, strict=True))
+        own = [1 + (0 if found is None else len(found.rows)) if there else 0 for found, there in pairs]
         counts = [len(view.state.stm[layer]) for view in views]
-        segments = (
-            self._front(layer, front, fronts, counts, like),
-            self._short_term(layer, views, fronts, counts, like),
-        )
+        only = retrieved[0] if len(views) == 1 else None
+        if only is not None and only.source is not None and _alike(only.source[0], like):
+            tables = self._tables(layer, own[0], (own[0], counts[0]), like)
+            front = self.projection.picked(layer, begin, *only.source, tables)
+            check_finite("long-term memory", front.keys, front.values)
+        else:
+            parts = [[begin, *_projected(found, like)] if there else [] for found, there in pairs]
+            front = self._front(layer, parts, own, counts, like)
+        segments = (front, self._short_term(layer, views, own, counts, like))
         return tuple(segment for segment in segments if segment.keys.shape[2])
 
     def _begin(self, layer: int) -> Tensor:
@@ -100,8 +104,8 @@ class Prepared:
                 return self._nothing(like)
             shared = all(state is states[0] for state in states) and (not compressed or len(set(in_front)) == 1)
             states = states[:1] if shared else states
-            projected = [_projected(state).to(like) for state in states]
-            pieces = torch.stack([_padded([part], rows, like, self.projection.size) for part in projected])
+            projected: list[Any] = [state.projected for state in states]
+            pieces = torch.stack([_padded([part.to(like)], rows, like, self.projection.size) for part in projected])
             tables = self._short_term_tables(layer, rows, in_front, counts, like)
             segment = self.projection.turned(layer, [pieces], tables)
             real = [counts[0]] if shared else counts
@@ -142,9 +146,19 @@ class Prepared:
         )
 
 
-def _projected(rows: Any) -> Tensor:
-    found: Tensor = rows.projected
-    return found
+def _projected(retrieved: Retrieved | None, like: Tensor) -> list[Tensor]:
+    """``[n, w]``, if there are any."""
+    if retrieved is None:
+        return []
+    if retrieved.source is not None:
+        column, places = retrieved.source
+        return [column.index_select(0, places).to(like)]
+    found: Any = retrieved.rows.projected
+    return [found.to(like)]
+
+
+def _alike(column: Tensor, like: Tensor) -> bool:
+    return column.dtype == like.dtype and column.device == like.device
 
 
 def _padded(parts: Sequence[Tensor], rows: int, like: Tensor, size: int) -> Tensor:

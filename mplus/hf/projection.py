@@ -73,6 +73,26 @@ class Projection:
         plain = [value for value in (*spec.rotary_args, *spec.rotary_kwargs.values()) if not isinstance(value, Tensor)]
         return id(spec.rotary), repr(plain), self.rotations[layer]
 
+    def picked(self, layer: int, begin: Tensor, column: Tensor, places: Tensor, tables: Tables | None) -> Segment:
+        """``begin`` ``[1, w]`` and behind it the rows at ``places`` ``[n]`` of ``column`` ``[m, w]``, as a segment.
+
+        Head by head, so that every number is copied once and into place.
+        """
+        count = 1 + places.shape[0]
+        keys = column.new_empty(1, self.heads, count, self.width)
+        values = column.new_empty(1, self.heads, count, self.value_width)
+        still = column.new_empty(count, self.width)
+        first = self.heads * self.width
+        for head in range(self.heads):
+            of = slice(head * self.width, (head + 1) * self.width)
+            still[0] = begin[0, of]
+            torch.index_select(column[:, of], 0, places, out=still[1:])
+            self.rotations[layer].apply(still[None, None], tables, keys[:, head : head + 1])
+            of = slice(first + head * self.value_width, first + (head + 1) * self.value_width)
+            values[0, head, 0] = begin[0, of]
+            torch.index_select(column[:, of], 0, places, out=values[0, head, 1:])
+        return Segment(keys, values)
+
     def turned(self, layer: int, parts: Sequence[Tensor], tables: Tables | None) -> Segment:
         """Rows ``[B, n_i, w]``, one part behind the other, as a segment of attention."""
         batch = max(part.shape[0] for part in parts)

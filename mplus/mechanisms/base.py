@@ -45,11 +45,13 @@ class Retrieved:
         rows: the rows themselves.
         ids: ``[n]`` int64, their ids in the view they were picked from.
         scores: ``[n]`` float32; empty where nothing was scored.
+        source: where ``rows`` lack ``projected``: the column of the view, and the place of every row in it.
     """
 
     rows: MemoryRows
     ids: Tensor
     scores: Tensor
+    source: tuple[Tensor, Tensor] | None = None
 
 
 @define(frozen=True)

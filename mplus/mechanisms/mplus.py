@@ -198,16 +198,18 @@ class MPlusMechanism(MemoryMechanism):
         """Oldest birth first; among equals in the order of ``ids``, or against it for "release" ages."""
         if self.options.ages == "release":
             ids, scores = ids.flip(0), scores.flip(0)
-        births = self._births_of(store, layer, ids)
-        if bool((births[1:] < births[:-1]).any()):
-            order = births.argsort(stable=True)
-            ids = ids[order]
-            scores = scores[order.to(scores.device)] if len(scores) else scores
-        return Retrieved(store.gather(layer, ids, leave_out=("key", "expiry")), ids, scores)
-
-    @staticmethod
-    def _births_of(store: StoreView, layer: int, ids: Tensor) -> Tensor:
         births = store.column(layer, "birth")
         if births is None:
             raise ValueError("rows of long-term memory must have a birth; this store gives none")
-        return births[torch.searchsorted(store.ids(layer), ids)]
+        places = torch.searchsorted(store.ids(layer), ids)
+        births = births.index_select(0, places)
+        if bool((births[1:] < births[:-1]).any()):
+            order = births.argsort(stable=True)
+            ids, places = ids[order], places[order]
+            scores = scores[order.to(scores.device)] if len(scores) else scores
+        projected = store.content(layer, "projected")
+        if projected is None:
+            return Retrieved(store.gather(layer, ids, leave_out=("key", "expiry")), ids, scores)
+        # Keys and values are copied once, by whoever puts them into place.
+        rows = store.gather(layer, ids, leave_out=("key", "expiry", "projected"))
+        return Retrieved(rows, ids, scores, (projected, places))

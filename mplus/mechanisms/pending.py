@@ -9,7 +9,7 @@ from attrs import define
 from torch import Tensor
 
 from mplus.rows import MemoryRows
-from mplus.stores.base import Column, StoreView
+from mplus.stores.base import Column, Content, StoreView
 
 
 @define(eq=False)
@@ -35,7 +35,7 @@ class PendingView(StoreView):
         waiting = self.pending[layer].columns().get(name)
         return merged if merged is None or waiting is None else torch.cat([merged, waiting.to(merged)])
 
-    def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column] = ()) -> MemoryRows:
+    def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column | Content] = ()) -> MemoryRows:
         merged = self.store.count(layer)
         stored = self.store.ids(layer)
         waiting = self.pending[layer]

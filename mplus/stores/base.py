@@ -14,6 +14,7 @@ from mplus.errors import InputError
 from mplus.rows import MemoryRows
 
 Column = Literal["birth", "source", "key", "expiry"]
+Content = Literal["hidden", "projected"]
 
 
 @define(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class StoreView(ABC):
         """One column of all rows in the order of ``ids``; None where the layout has no such column."""
 
     @abstractmethod
-    def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column] = ()) -> MemoryRows:
+    def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column | Content] = ()) -> MemoryRows:
         """The rows with these ids (``[n]`` int64, any order, repeats allowed), in that order.
 
         Args:
@@ -101,6 +102,13 @@ class StoreView(ABC):
         Raises:
             KeyError: an id is not in the store; the message names it.
         """
+
+    def content(self, layer: int, name: Content) -> Tensor | None:
+        """What rows hold, of all of them in the order of ``ids``, where it lies as one tensor; None elsewhere.
+
+        Readers that get None use ``gather``. Nothing is copied.
+        """
+        return None
 
     def count(self, layer: int) -> int:
         """Number of rows of ``layer``."""

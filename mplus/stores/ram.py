@@ -10,7 +10,7 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.errors import ConfigError, MemoryMismatchError
-from mplus.stores.base import Column, MemoryStore, StoreLayout, StoreView
+from mplus.stores.base import Column, Content, MemoryStore, StoreLayout, StoreView
 from mplus.stores.log import RowLog
 
 if TYPE_CHECKING:
@@ -39,11 +39,15 @@ class _Logs(StoreView):
         """One column in the order of ``ids``, without a copy; None where the layout has no such column."""
         return self._log(layer).column(name)
 
+    def content(self, layer: int, name: Content) -> Tensor | None:
+        """A column of content in the order of ``ids``, without a copy; None where the layout has no such column."""
+        return self._log(layer).column(name)
+
     def count(self, layer: int) -> int:
         """Number of rows."""
         return len(self._log(layer))
 
-    def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column] = ()) -> MemoryRows:
+    def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column | Content] = ()) -> MemoryRows:
         """Copies of the rows with these ids. Raises KeyError naming a missing one."""
         log = self._log(layer)
         return log.gather(self._positions(log, layer, ids), leave_out)

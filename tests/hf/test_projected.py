@@ -198,7 +198,14 @@ class TestWork:
             turned.append(sum(part.shape[1] for part in parts))
             return before(self, layer, parts, tables)
 
+        picked = Projection.picked
+
+        def count_picked(self: Projection, layer: int, begin: Any, column: Any, places: Any, tables: Any) -> Any:
+            turned.append(1 + len(places))
+            return picked(self, layer, begin, column, places, tables)
+
         monkeypatch.setattr(Projection, "turned", count)
+        monkeypatch.setattr(Projection, "picked", count_picked)
         memory = written(shared, "projected")
         logits(shared, memory)
         short_term, front = len(memory.states[0].stm[0]), 1 + 6
