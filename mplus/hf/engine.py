@@ -51,6 +51,12 @@ class DecoderEngine:
         self._weights: Weights | None = None
         self._prepared: WeakKeyDictionary[Memory, Prepared] = WeakKeyDictionary()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_weights", "_prepared")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _weights=None, _prepared=WeakKeyDictionary())
+
     @property
     def embedding(self) -> nn.Module:
         """The decoder's token embedding."""
