@@ -71,10 +71,14 @@ class Verdict:
             self.status, self.reason = FAILED, f"{what}: {type(error).__name__}: {error}"
 
 
+ASKED = (ReferenceBackend.name, "flex")
+"""Measured only when named: the specification, and what without a GPU takes a second for a tiny request."""
+
+
 def backend_names(wanted: Iterable[str] | None) -> list[str]:
-    """Backends to measure: those named, or all registered but the specification. Raises UnknownNameError."""
+    """Backends to measure: those named, or all registered but those in ``ASKED``. Raises UnknownNameError."""
     if wanted is None:
-        return [name for name in BACKENDS.names() if name != ReferenceBackend.name]
+        return [name for name in BACKENDS.names() if name not in ASKED]
     names = list(dict.fromkeys(wanted))
     for name in names:
         if name not in BACKENDS.names():

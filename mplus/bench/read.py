@@ -31,7 +31,7 @@ def measure(
 
     Args:
         preset, device, threads, repeats: with what, where, with how many threads and rounds.
-        backends: of mplus; None: all but the reference.
+        backends: of mplus; None: all but ``reference`` and ``flex``.
         lengths: tokens of the prompts; None: those of the preset. The first one is also that of ``ratios``.
         growth: also read memories into which more and more was written.
     """

@@ -24,7 +24,7 @@ Threads = Annotated[
 Repeats = Annotated[int | None, typer.Option(min=1, help="Rounds; default: what the preset says.")]
 Backends = Annotated[
     str | None,
-    typer.Option(metavar="NAME,NAME,...", help="Attention backends of mplus; default: all but the reference."),
+    typer.Option(metavar="NAME,NAME,...", help="Attention backends of mplus; default: all but reference and flex."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: what the preset is for.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the record as JSON to this file.")]
