@@ -32,6 +32,20 @@ def check_request(request: AttentionRequest) -> None:
             raise InputError(f"{name} must be on the device of the queries ({device}), got {part.device}")
 
 
+def mixed_dtypes(request: AttentionRequest, taker: str) -> list[str]:
+    """Reasons against keys and values of another dtype than the queries; ``taker`` is what takes one dtype only."""
+    parts = {"keys": request.keys, "values": request.values}
+    for index, segment in enumerate(request.segments):
+        parts[f"segments[{index}].keys"] = segment.keys
+        parts[f"segments[{index}].values"] = segment.values
+    wanted = request.queries.dtype
+    return [
+        f"{name} are {part.dtype} and queries {wanted}: {taker} takes one dtype"
+        for name, part in parts.items()
+        if part.dtype != wanted
+    ]
+
+
 def check_finite(name: str, *parts: Tensor) -> None:
     """Raise InputError when numbers that every query will see are NaN or infinite."""
     for part in parts:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mplus.backends.base import AttentionBackend, AttentionRequest, AttentionResult
+from mplus.backends.checks import mixed_dtypes
 from mplus.backends.joined import joined_bias, joined_keys_values, joined_visibility
 
 
@@ -32,17 +33,11 @@ class FlexBackend(AttentionBackend):
             reasons.append(f"dropout={request.dropout}: FlexAttention drops nothing")
         if request.need_weights:
             reasons.append("need_weights=True: FlexAttention does not return its weights")
-        parts = {"keys": request.keys, "values": request.values}
-        for index, segment in enumerate(request.segments):
-            parts[f"segments[{index}].keys"] = segment.keys
-            parts[f"segments[{index}].values"] = segment.values
+        reasons += mixed_dtypes(request, "FlexAttention")
         queries = request.queries
-        reasons += [
-            f"{name} are {part.dtype} and queries {queries.dtype}: FlexAttention takes one dtype"
-            for name, part in parts.items()
-            if part.dtype != queries.dtype
-        ]
-        learning = torch.is_grad_enabled() and any(part.requires_grad for part in (queries, *parts.values()))
+        memory = (part for segment in request.segments for part in (segment.keys, segment.values))
+        parts = (queries, request.keys, request.values, *memory)
+        learning = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
         if learning and queries.device.type == "cpu":
             reasons.append("a tensor requires a gradient, and FlexAttention has none on a CPU")
         return reasons

@@ -8,6 +8,7 @@ import torch
 from attrs import define, evolve
 from torch import Tensor
 
+from mplus.backends.checks import mixed_dtypes
 from mplus.backends.joined import joined_bias, text_visibility
 
 if TYPE_CHECKING:
@@ -28,15 +29,7 @@ def mergeable(request: AttentionRequest) -> list[str]:
         reasons.append(f"torch {torch.__version__} has no attention kernel for the CPU that returns log-sum-exps")
     if queries.dtype not in DTYPES:
         reasons.append(f"queries are {queries.dtype}: the kernel takes {', '.join(map(str, DTYPES))}")
-    parts = {"keys": request.keys, "values": request.values}
-    for index, segment in enumerate(request.segments):
-        parts[f"segments[{index}].keys"] = segment.keys
-        parts[f"segments[{index}].values"] = segment.values
-    reasons += [
-        f"{name} are {part.dtype} and queries {queries.dtype}: the kernel takes one dtype"
-        for name, part in parts.items()
-        if part.dtype != queries.dtype
-    ]
+    reasons += mixed_dtypes(request, "the kernel")
     if request.values.shape[-1] != queries.shape[-1]:
         reasons.append(
             f"values have width {request.values.shape[-1]} and keys {queries.shape[-1]}: the kernel takes one width"
@@ -49,7 +42,7 @@ class Part:
     """Keys and values that some batch rows attend to.
 
     Attributes:
-        keys, values: ``[B or 1, Hkv, P, D]``; None where they were taken out to be saved for backward.
+        keys, values: ``[B or 1, Hkv, P, D]``; empty where they were taken out to be saved for backward.
         rows: the batch rows concerned; None: all of them.
         count: only the first so many keys are real.
         bias: ``[B or 1, H or 1, T, S]`` added to the scores, -inf where nothing is seen; None: all keys are seen, or

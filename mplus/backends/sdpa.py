@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mplus.backends.base import AttentionBackend, AttentionRequest, AttentionResult
+from mplus.backends.checks import mixed_dtypes
 from mplus.backends.joined import joined_bias, joined_keys_values, joined_visibility, may_see_nothing
 
 
@@ -28,17 +29,7 @@ class SdpaBackend(AttentionBackend):
             reasons.append(f"sinks {list(request.sinks.shape)}: scaled_dot_product_attention has no sink logits")
         if request.need_weights:
             reasons.append("need_weights=True: scaled_dot_product_attention does not return its weights")
-        parts = {"keys": request.keys, "values": request.values}
-        for index, segment in enumerate(request.segments):
-            parts[f"segments[{index}].keys"] = segment.keys
-            parts[f"segments[{index}].values"] = segment.values
-        wanted = request.queries.dtype
-        reasons += [
-            f"{name} are {part.dtype} and queries {wanted}: scaled_dot_product_attention takes one dtype"
-            for name, part in parts.items()
-            if part.dtype != wanted
-        ]
-        return reasons
+        return reasons + mixed_dtypes(request, "scaled_dot_product_attention")
 
     def attend(self, request: AttentionRequest) -> AttentionResult:
         """Compute the request. Queries that see nothing yield zeros."""

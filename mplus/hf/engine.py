@@ -22,7 +22,7 @@ from mplus.hf.passes import Marks, Pass, Prefix, PrefixSource, Project, running
 from mplus.hf.prepared import Prepared
 from mplus.hf.projection import Projection
 from mplus.hf.retrofit import Retrofit
-from mplus.hf.weights import Weights
+from mplus.hf.weights import Weights, stamp
 from mplus.mechanisms.base import MemoryMechanism, WritePlan
 from mplus.memory.memory import Memory
 from mplus.memory.stream import StreamState
@@ -168,10 +168,10 @@ class DecoderEngine:
         if isinstance(self.projection, str) or not memory.stores[0].layout.projected_size:
             return None
         found = self._prepared.get(memory)
-        digest = self.weights_digest()
-        if found is None or found.version != version or found.digest != digest:
-            begin = self.mechanism.additions.begin
-            found = self._prepared[memory] = Prepared(self.projection, begin, version, digest)
+        begin: Tensor = self.mechanism.additions.begin
+        weights = (self.weights_digest(), stamp([begin]))  # a begin row that changes leaves all other rows as they are
+        if found is None or found.version != version or found.weights != weights:
+            found = self._prepared[memory] = Prepared(self.projection, begin, version, weights)
         return found
 
     def padded_positions(self, mask: Tensor) -> dict[str, Tensor]:

@@ -25,14 +25,14 @@ class Prepared:
         projection: of the decoder.
         begin: begin rows ``[L, 1, d]``.
         version: of the memory.
-        digest: of the weights that it was made with.
+        weights: what tells the weights it was made with from others.
         short_term, begins, tables: what was made so far.
     """
 
     projection: Projection
     begin: Tensor
     version: int
-    digest: str
+    weights: Any
     short_term: dict[Any, Segment] = field(factory=dict)
     begins: dict[int, Tensor] = field(factory=dict)
     tables: dict[Any, Tables | None] = field(factory=dict)

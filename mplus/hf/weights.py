@@ -39,14 +39,15 @@ class Weights:
             tensors += retriever.parameters()
         tensors = [tensor for tensor in tensors if tensor.device.type != "meta"]
         digest = " ".join(f"{number:x}" for tensor in tensors for number in _sums(tensor))
-        return Weights(tensors, _stamp(tensors), digest)
+        return Weights(tensors, stamp(tensors), digest)
 
     def current(self) -> bool:
         """Whether no tensor was changed in place or moved since."""
-        return self.stamp == _stamp(self.tensors)
+        return self.stamp == stamp(self.tensors)
 
 
-def _stamp(tensors: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+def stamp(tensors: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Place and number of in-place changes of each tensor."""
     # A tensor made in inference mode counts no changes; outside of that mode it allows none either.
     return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 

@@ -265,6 +265,15 @@ class TestWeights:
         logits(pair, memory)
         memory.write(pair.text(CHUNK)[0])
 
+    def test_another_begin_row_is_read_at_once(self, pair: Pair) -> None:
+        memory = written(pair, "both")
+        before = logits(pair, memory)
+        with torch.no_grad():
+            pair.wrapped.mplus.begin.mul_(-2)
+        after = logits(pair, memory)
+        assert error(after, before) > 1e-3
+        assert error(after, pair.wrapped(input_ids=pair.text(9), memory=memory).logits) <= TOLERANCE
+
     def test_moved_weights_are_the_same_weights(self, pair: Pair) -> None:
         memory = written(pair, "projected")
         before = logits(pair, memory)

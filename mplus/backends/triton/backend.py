@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from mplus.backends.base import AttentionBackend, AttentionRequest, AttentionResult
+from mplus.backends.checks import mixed_dtypes
 from mplus.backends.triton.configs import MOST_SEGMENTS, WIDEST
 from mplus.backends.triton.usable import reasons_against
 
@@ -59,15 +60,7 @@ def _reasons_against_numbers(request: AttentionRequest) -> list[str]:
     reasons = []
     if wanted not in DTYPES:
         reasons.append(f"queries are {wanted}: the kernel takes float16, bfloat16 and float32")
-    parts = {"keys": request.keys, "values": request.values}
-    for index, segment in enumerate(request.segments):
-        parts[f"segments[{index}].keys"] = segment.keys
-        parts[f"segments[{index}].values"] = segment.values
-    reasons += [
-        f"{name} are {part.dtype} and queries {wanted}: the kernel takes one dtype"
-        for name, part in parts.items()
-        if part.dtype != wanted
-    ]
+    reasons += mixed_dtypes(request, "the kernel")
     widths = request.queries.shape[3], request.values.shape[3]
     if max(widths) > WIDEST:
         reasons.append(f"heads of width {widths[0]} and {widths[1]}: the kernel takes {WIDEST} at most")
