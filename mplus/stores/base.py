@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -74,13 +74,34 @@ class StoreLayout:
                 raise InputError(f"column {name!r} of {len(rows)} rows must be {wanted}, got {got}")
 
 
+@define(frozen=True, eq=False)
+class Piece:
+    """Rows of one layer that lie together; the pieces of a layer, in order, hold all of its rows.
+
+    Attributes:
+        ids: ``[m]`` int64, ascending, also from piece to piece.
+        live: ``[m]`` bool, False where a row was removed and its place holds anything; None: there are no such places.
+        columns: name -> ``[m, ...]``, the columns that were asked for and that the layout has.
+    """
+
+    ids: Tensor
+    live: Tensor | None
+    columns: Mapping[str, Tensor]
+
+
 class StoreView(ABC):
     """The reading side of a store. A view taken by ``MemoryStore.snapshot`` never changes.
 
     Rows are known by **ids**: int64, unique within a layer for the life of the store, growing in order of appending.
+
+    Attributes:
+        layout: what the rows look like.
+        origin: the same object for a store and its snapshots, another for every other store, forks included: what an
+            index made of a store's rows is kept under. None: ids do not outlast the view.
     """
 
     layout: StoreLayout
+    origin: object = None
 
     @abstractmethod
     def ids(self, layer: int) -> Tensor:
@@ -110,6 +131,26 @@ class StoreView(ABC):
         """
         return None
 
+    def pieces(self, layer: int, *names: Column | Content) -> Sequence[Piece]:
+        """All rows of ``layer`` where they lie, without a copy if the store can: for reading over all of them.
+
+        Args:
+            layer: index among the layers that carry memory.
+            names: columns that are wanted.
+        """
+        ids = self.ids(layer)
+        columns: dict[str, Tensor] = {}
+        for name in names:
+            if name in ("hidden", "projected"):
+                found = self.content(layer, name) if name in self.layout.columns() else None
+                if found is None and name in self.layout.columns():
+                    found = self.gather(layer, ids).columns()[name]
+            else:
+                found = self.column(layer, name)
+            if found is not None:
+                columns[name] = found
+        return [Piece(ids, None, columns)]
+
     def count(self, layer: int) -> int:
         """Number of rows of ``layer``."""
         return self.ids(layer).shape[0]
@@ -134,6 +175,7 @@ class MemoryStore(StoreView):
 
     def __init__(self, layout: StoreLayout, options: Any = None) -> None:
         self.layout = layout
+        self.origin: object = object()
         self.options = options if options is not None else self.Options()
 
     @abstractmethod
@@ -157,7 +199,7 @@ class MemoryStore(StoreView):
 
     @abstractmethod
     def restore(self, snapshot: StoreView) -> None:
-        """Go back to a snapshot taken from this store; ids given since then may be given again."""
+        """Go back to a snapshot taken from this store; ids given since then are never given again."""
 
     @abstractmethod
     def fork(self) -> MemoryStore:

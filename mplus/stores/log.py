@@ -117,9 +117,8 @@ class RowLog:
         ids, present = ids.to(self.ids.device), self.ids
         if ids.shape[0] == 0:
             return ids
-        first = self.next_id - len(self)
-        if len(self) and int(present[0]) == first:  # no row in between was ever removed
-            places = ids - first
+        if len(self) and int(present[-1]) - int(present[0]) == len(self) - 1:  # no row in between was ever removed
+            places = ids - present[0]
             if bool(((places >= 0) & (places < len(self))).all()):
                 return places
         found = torch.searchsorted(present, ids)

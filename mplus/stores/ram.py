@@ -68,6 +68,10 @@ class _Logs(StoreView):
 class RamView(_Logs):
     """What a ``RamStore`` held at one moment."""
 
+    def __init__(self, layout: StoreLayout, logs: Sequence[RowLog], origin: object) -> None:
+        super().__init__(layout, logs)
+        self.origin = origin
+
 
 class RamStore(_Logs, MemoryStore):
     """Rows in preallocated buffers that grow by a factor.
@@ -109,7 +113,7 @@ class RamStore(_Logs, MemoryStore):
 
     def snapshot(self) -> RamView:
         """A view of the present rows; it keeps their buffers alive."""
-        return RamView(self.layout, tuple(self.logs))
+        return RamView(self.layout, tuple(self.logs), self.origin)
 
     def restore(self, snapshot: StoreView) -> None:
         """Go back to a snapshot. Raises MemoryMismatchError when it is of another kind of store or layout."""
@@ -118,7 +122,7 @@ class RamStore(_Logs, MemoryStore):
                 f"restore takes a snapshot of this store ({self.layout}), "
                 f"got a {type(snapshot).__name__} ({getattr(snapshot, 'layout', None)})"
             )
-        self.logs = list(snapshot.logs)
+        self.logs = [evolve(then, next_id=now.next_id) for then, now in zip(snapshot.logs, self.logs, strict=True)]
 
     def fork(self) -> RamStore:
         """A store that shares this one's buffers until either of them writes."""

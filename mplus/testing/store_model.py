@@ -101,8 +101,11 @@ class StoreMachine(RuleBasedStateMachine):
         """Take a store back to one of its snapshots."""
         owner, snapshot = self.snapshots[which % len(self.snapshots)]
         store = self.stores[owner].real
+        given = [layer.last for layer in self.stores[owner].model]
         store.restore(snapshot.real)
         self.stores[owner] = snapshot.twin(store)
+        for layer, last in zip(self.stores[owner].model, given, strict=True):
+            layer.last = last  # also ids given after the snapshot are never given again
 
     @precondition(lambda self: len(self.stores) < 3)
     @rule(which=sizes(3))
