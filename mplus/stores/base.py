@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from attrs import define
@@ -146,7 +146,7 @@ class StoreView(ABC):
                 if found is None and name in self.layout.columns():
                     found = self.gather(layer, ids).columns()[name]
             else:
-                found = self.column(layer, name)
+                found = self.column(layer, cast("Column", name))
             if found is not None:
                 columns[name] = found
         return [Piece(ids, None, columns)]
