@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from attrs import define
@@ -33,6 +33,17 @@ class Segment:
         return torch.arange(self.keys.shape[2], device=self.lengths.device) < self.lengths[:, None]
 
 
+class Joined(Protocol):
+    """Memory and text that are kept as one from call to call, for backends that attend to them as one."""
+
+    @property
+    def worthwhile(self) -> bool:
+        """Whether it pays to ask for them where a backend could do without: nothing is copied, or not often."""
+
+    def keys_values(self) -> tuple[Tensor, Tensor]:
+        """Keys ``[B, Hkv, P+S, D]`` and values ``[B, Hkv, P+S, Dv]`` of the request, to be read only."""
+
+
 @define(frozen=True, eq=False, kw_only=True)
 class AttentionRequest:
     """One attention call over ``[segments | text]``.
@@ -50,6 +61,7 @@ class AttentionRequest:
         sinks: ``[H]`` extra logits that take part in the softmax and carry no value.
         dropout: probability applied to the attention weights.
         need_weights: also return the weights ``[B, H, T, P+S]``.
+        joined: ``segments`` and text again, as one; None where they are not kept so.
     """
 
     queries: Tensor
@@ -64,6 +76,7 @@ class AttentionRequest:
     sinks: Tensor | None = None
     dropout: float = 0.0
     need_weights: bool = False
+    joined: Joined | None = None
 
 
 @define(frozen=True, eq=False)

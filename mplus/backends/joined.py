@@ -18,6 +18,8 @@ def joined_keys_values(request: AttentionRequest) -> tuple[Tensor, Tensor]:
     """
     if not request.segments:
         return request.keys, request.values
+    if request.joined is not None:
+        return request.joined.keys_values()
     batch = request.queries.shape[0]
     keys, values = [], []
     for segment in request.segments:

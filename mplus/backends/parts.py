@@ -144,6 +144,10 @@ class Part:
 
 def parts_of(request: AttentionRequest) -> list[Part]:
     """Memory, oldest first, and text."""
+    if request.joined is not None and request.queries.shape[2] == 1 and request.joined.worthwhile:
+        text = _text(request)
+        if text.keys is request.keys and not text.partial and text.bias is None:  # the token sees all text
+            return [Part(*request.joined.keys_values())]
     parts: list[Part] = []
     for segment in request.segments:
         if not segment.keys.shape[2]:

@@ -17,6 +17,7 @@ from mplus.backends.base import AttentionRequest, Segment
 from mplus.backends.choose import BackendChooser
 from mplus.errors import NotSupported
 from mplus.hf.capture import Captured
+from mplus.hf.memory_cache import MemoryInCache
 
 logger = logging.getLogger(__name__)
 BASES = ("eager", "sdpa")
@@ -30,10 +31,11 @@ CAPTURE = object()
 
 @define(frozen=True, eq=False)
 class AttendedMemory:
-    """Passed as ``mplus_memory``: a layer's memory, oldest first, and what computes the attention."""
+    """Passed as ``mplus_memory``: a layer's memory, oldest first, what computes the attention, and memory with text."""
 
     segments: tuple[Segment, ...]
     chooser: BackendChooser
+    joined: MemoryInCache | None = None
 
 
 def register() -> None:
@@ -94,6 +96,7 @@ def _attend(
         sinks=kwargs.get("s_aux"),
         dropout=kwargs.get("dropout", 0.0),
         need_weights=need_weights,
+        joined=memory.joined if memory.joined is not None and memory.joined.fits(key) else None,
     )
     result = memory.chooser.choose(request).attend(request)
     return result.output.transpose(1, 2).contiguous(), result.weights

@@ -19,6 +19,15 @@ from mplus.memory.memory import Memory
 from mplus.memory.stream import StreamView
 
 
+@define(frozen=True, eq=False)
+class Repeated:
+    """``segments``: those ``of`` every stream, ``repeats`` times each."""
+
+    of: tuple[Segment, ...]
+    repeats: int
+    segments: tuple[Segment, ...]
+
+
 @define(eq=False)
 class Reading:
     """A snapshot of a memory, which never changes, with what was retrieved and projected from it so far.
@@ -34,6 +43,7 @@ class Reading:
         retrieve_every: retrieve anew after so many further tokens.
         retrieved: what each memory layer retrieved last.
         segments: what each memory layer sees in front of the text.
+        repeated: the same for a batch that holds several copies of each row.
         recent: attention inputs of tokens since the last retrieval.
     """
 
@@ -48,6 +58,7 @@ class Reading:
     retrieve_every: int | None = None
     retrieved: dict[int, list[Retrieved | None]] = field(factory=dict)
     segments: dict[int, tuple[Segment, ...]] = field(factory=dict)
+    repeated: dict[int, Repeated] = field(factory=dict)
     recent: dict[int, list[Tensor]] = field(factory=dict)
 
     def is_of(self, memory: Memory) -> bool:
@@ -57,7 +68,7 @@ class Reading:
     def __deepcopy__(self, memo: Any) -> Reading:
         """A reading of the same memory: copying a key/value cache must not copy memory and model with it."""
         recent = {layer: list(parts) for layer, parts in self.recent.items()}
-        return evolve(self, retrieved=dict(self.retrieved), segments=dict(self.segments), recent=recent)
+        return evolve(self, retrieved=dict(self.retrieved), segments=dict(self.segments), repeated={}, recent=recent)
 
     def prefix_rows(self) -> list[int]:
         """Rows in front of the text of each stream, in the layer that has most."""
@@ -90,7 +101,7 @@ class ReadSource:
         repeats = reading.repeats(hidden.shape[0])
         known = reading.segments.get(layer)
         if known is not None and not self._due(layer, hidden, repeats):
-            return _repeated(known, repeats)
+            return self._repeated(layer, known, repeats)
         if not any(map(reading.mechanism.has_prefix, reading.views)):
             return ()
         if layer not in reading.retrieved:
@@ -99,7 +110,18 @@ class ReadSource:
         made = self._made(layer, hidden, project)
         if reading.keep:
             reading.segments[layer] = made
-        return _repeated(made, repeats)
+        return self._repeated(layer, made, repeats)
+
+    def _repeated(self, layer: int, segments: tuple[Segment, ...], repeats: int) -> tuple[Segment, ...]:
+        """The same tuple for the same segments, so that a cache that keeps them knows them again."""
+        if repeats == 1:
+            return segments
+        kept = self.reading.repeated.get(layer)
+        if kept is None or kept.of is not segments or kept.repeats != repeats:
+            kept = Repeated(segments, repeats, tuple(_repeat(segment, repeats) for segment in segments))
+            if self.reading.keep:
+                self.reading.repeated[layer] = kept
+        return kept.segments
 
     def _made(self, layer: int, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
         reading = self.reading
@@ -174,12 +196,6 @@ def side_by_side(streams: Sequence[Tensor]) -> Prefix:
         return Prefix(torch.stack(list(streams)))
     hidden = torch.stack([torch.nn.functional.pad(part, (0, 0, 0, rows - part.shape[0])) for part in streams])
     return Prefix(hidden, torch.tensor([part.shape[0] for part in streams], device=hidden.device))
-
-
-def _repeated(segments: tuple[Segment, ...], repeats: int) -> tuple[Segment, ...]:
-    if repeats == 1:
-        return segments
-    return tuple(_repeat(segment, repeats) for segment in segments)
 
 
 def _repeat(segment: Segment, repeats: int) -> Segment:

@@ -15,6 +15,7 @@ from mplus.hf.attention import CAPTURE, AttendedMemory
 from mplus.hf.cache_view import MemoryCacheView, mask_with_memory
 from mplus.hf.capture import CaptureCache, Captured
 from mplus.hf.discovery import Anatomy, AttentionSpec, rotary_at
+from mplus.hf.memory_cache import memory_in_cache
 from mplus.hf.passes import Pass, Prefix, current_pass
 from mplus.hf.positions import MemoryPositions
 
@@ -152,10 +153,11 @@ class AttentionHook:
         )
         if not segments:
             return None
-        if retrofit.technique == "attention":
-            return args, {**kwargs, "mplus_memory": AttendedMemory(segments, retrofit.chooser)}
-        (memory,) = segments  # only projections of one piece are made for this technique
         cache = kwargs.get(spec.cache_keyword)
+        if retrofit.technique == "attention":
+            joined = memory_in_cache(cache, spec.layer_index, segments, hidden.shape[0])
+            return args, {**kwargs, "mplus_memory": AttendedMemory(segments, retrofit.chooser, joined)}
+        (memory,) = segments  # only projections of one piece are made for this technique
         queries = hidden.shape[1]
         keys = queries if cache is None else cache.get_mask_sizes(queries, spec.layer_index)[0]
         changed = {
