@@ -15,7 +15,7 @@ from mplus.bench.record import arm_entry, measured
 from mplus.bench.timing import Arm, in_rounds, median, ratio
 from mplus.bench.ways import PLAIN_WAYS, FloorReader, Reader, Way, judged, ways_with
 
-STEPS = 16
+STEPS = 64
 """Tokens behind one prompt."""
 
 
