@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mplus.errors import ConfigError, MemoryMismatchError
 from mplus.stores import STORES
 from mplus.stores.base import StoreLayout
-from mplus.stores.log import RowBuffer
+from mplus.stores.blocks import Block, RamAllocator
 from mplus.stores.ram import RamStore
 from mplus.testing.registered import suites
 from mplus.testing.stores import StoreConformance
@@ -156,14 +156,14 @@ class TestSharing:
         first = append(store, 4).select(slice(count))
         append(store, 1, seed=1)  # now there is room for 8
         before = store.gather(0, store.ids(0)).hidden
-        write = type(store.logs[0].buffer).write
+        write = Block.write
 
         def interrupted(self, start, columns, index=None):
             write(self, start, dict(list(columns.items())[:1]), index)
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(type(store.logs[0].buffer), "write", interrupted)
+            patch.setattr(Block, "write", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 store.append(0, first)
         torch.testing.assert_close(store.gather(0, store.ids(0)).hidden, before)
@@ -201,7 +201,7 @@ class TestSharing:
                     torch.testing.assert_close(column, expected, atol=0, rtol=0, msg=f"fork {which}: {name}")
 
     def test_only_one_of_many_threads_gets_a_place(self):
-        class Hesitant(RowBuffer):
+        class Hesitant(Block):
             """Lets other threads run between looking and taking."""
 
             @property
@@ -214,7 +214,7 @@ class TestSharing:
             def _tip(self, value):
                 self.seen = value
 
-        buffer = Hesitant(LAYOUT, 50)
+        buffer = Hesitant(RamAllocator(LAYOUT).allocate(50).columns)
         won, start = [], threading.Barrier(4)
 
         def claim():

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from attrs import define
+from attrs import define, field
 from torch import Tensor
 
 from mplus.errors import InputError
@@ -82,11 +82,14 @@ class Piece:
         ids: ``[m]`` int64, ascending, also from piece to piece.
         live: ``[m]`` bool, False where a row was removed and its place holds anything; None: there are no such places.
         columns: name -> ``[m, ...]``, the columns that were asked for and that the layout has.
+        known: what readers found out about these rows and keep with them, by names of their own; it is there again
+            in the next ``pieces`` while the rows stay the same ones, if the store can.
     """
 
     ids: Tensor
     live: Tensor | None
     columns: Mapping[str, Tensor]
+    known: dict[str, Any] = field(factory=dict)
 
 
 class StoreView(ABC):

@@ -1,0 +1,263 @@
+"""SlabLayer: the rows of one layer as an immutable value, in slabs that many values share."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from attrs import define, evolve
+from torch import Tensor
+
+from mplus.rows import MemoryRows
+from mplus.stores.base import Piece
+from mplus.stores.blocks import ordinary_tensors
+from mplus.stores.slabs import Found, Slab
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+
+    from mplus.stores.base import StoreLayout
+    from mplus.stores.blocks import Allocator, Block
+    from mplus.stores.slabs import SlabSizes
+
+
+@define(frozen=True, eq=False, slots=False)
+class SlabLayer:
+    """Rows of one layer. Changing it makes a new value that shares all slabs but those that were touched.
+
+    Appending writes behind the rows of the last slab where that place is free, and into a new block otherwise.
+    Removing makes new masks for the slabs it touches. A slab is rewritten when most of it is removed rows, and the
+    emptiest ones when blocks hold more than ``growth ** 2`` times the rows; so room and copying stay in proportion.
+
+    Attributes:
+        layout: what the rows look like.
+        sizes: of blocks.
+        allocator: gives them.
+        slabs: in ascending order of ids.
+        next_id: id of the next row appended; ids are never given twice.
+    """
+
+    layout: StoreLayout
+    sizes: SlabSizes
+    allocator: Allocator
+    slabs: tuple[Slab, ...] = ()
+    next_id: int = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    @cached_property
+    def _count(self) -> int:
+        return sum(slab.count for slab in self.slabs)
+
+    @property
+    def capacity(self) -> int:
+        """Places in all blocks."""
+        return sum(slab.block.capacity for slab in self.slabs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks, and of what the allocator keeps."""
+        return sum(slab.block.nbytes for slab in self.slabs) + self.allocator.spare_bytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("layout", "sizes", "allocator", "slabs", "next_id")}
+
+    # ------------------------------------------------------------------ reading
+
+    @cached_property
+    def _columns(self) -> dict[str, Tensor]:
+        return {}
+
+    def column(self, name: str) -> Tensor | None:
+        """``[m, ...]``: one column of all rows, ``id`` included; None where the layout has no such column.
+
+        A view where the rows lie together; copied once otherwise.
+        """
+        if name != "id" and name not in self.layout.columns():
+            return None
+        if name not in self._columns:
+            with ordinary_tensors():
+                self._columns[name] = self._joined(name)
+        return self._columns[name]
+
+    def _joined(self, name: str) -> Tensor:
+        if not self.slabs:
+            shape, dtype = ((), torch.int64) if name == "id" else self.layout.columns()[name]
+            return torch.empty(0, *shape, dtype=dtype, device=self.layout.device)
+        parts = []
+        for slab in self.slabs:
+            places, whole = slab.live_places(), slab.column(name)
+            parts.append(whole if places is None else whole.index_select(0, places))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def content(self, name: str) -> Tensor | None:
+        """As ``column``, where that is a view."""
+        together = not self.slabs or (len(self.slabs) == 1 and self.slabs[0].live is None)
+        return self.column(name) if together else None
+
+    @property
+    def ids(self) -> Tensor:
+        """``[m]`` int64, ascending."""
+        return cast("Tensor", self.column("id"))
+
+    def pieces(self, names: Iterable[str]) -> list[Piece]:
+        """A piece for every slab."""
+        wanted = [name for name in names if name in self.layout.columns()]
+        return [
+            Piece(slab.column("id"), slab.live, {name: slab.column(name) for name in wanted}, slab.known)
+            for slab in self.slabs
+        ]
+
+    def find(self, ids: Tensor) -> list[Found]:
+        """Where the rows with these ids lie, slab by slab. Raises KeyError naming one that is not there."""
+        ids = ids.to(self.layout.device)
+        if not ids.shape[0]:
+            return []
+        if len(self.slabs) == 1:
+            return [Found(self.slabs[0], self.slabs[0].find(ids))]
+        which = torch.searchsorted(self._lasts, ids)
+        order = None if bool((which[1:] >= which[:-1]).all()) else which.argsort(stable=True)
+        ids, found, start = ids if order is None else ids[order], [], 0
+        counts = which.bincount(minlength=len(self.slabs) + 1).tolist()
+        if counts[-1]:
+            raise KeyError(f"no row with id {int(ids[-1])}")
+        for slab, count in zip(self.slabs, counts[:-1], strict=True):
+            if count:
+                part = slice(start, start + count)
+                found.append(Found(slab, slab.find(ids[part]), part if order is None else order[part]))
+                start = part.stop
+        return found
+
+    @cached_property
+    def _lasts(self) -> Tensor:
+        with ordinary_tensors():
+            return torch.tensor([slab.last for slab in self.slabs], dtype=torch.int64, device=self.layout.device)
+
+    def gather(self, ids: Tensor, leave_out: Collection[str] = ()) -> MemoryRows:
+        """Copies of the rows with these ids. Raises KeyError naming one that is not there."""
+        found, columns = self.find(ids), {}
+        for name, (shape, dtype) in self.layout.columns().items():
+            if name not in leave_out:
+                if len(found) == 1:
+                    columns[name] = found[0].slab.block.columns[name].index_select(0, found[0].places)
+                else:
+                    columns[name] = torch.empty(ids.shape[0], *shape, dtype=dtype, device=self.layout.device)
+                    _collect(found, name, columns[name])
+        return MemoryRows.of(columns)
+
+    # ------------------------------------------------------------------ changing
+
+    def append(self, rows: MemoryRows) -> SlabLayer:
+        """This layer and copies of ``rows`` behind it. Raises InputError unless they have the layout's columns."""
+        self.layout.check(rows)
+        slabs, columns, done, next_id = list(self.slabs), rows.columns(), 0, self.next_id
+        while done < len(rows):
+            left, tail = len(rows) - done, slabs[-1] if slabs else None
+            granted = tail.block.claim(tail.stop, left) if tail is not None and tail.block.home is self.allocator else 0
+            if tail is not None and granted:
+                _write(tail.block, tail.stop, columns, done, granted, next_id)
+                slabs[-1] = tail.extended(granted, next_id + granted - 1)
+            elif tail is not None and tail.count < self.sizes.small:
+                room = max(int(self.sizes.growth * tail.count), tail.count + left)
+                slabs[-1] = _moved([tail], min(room, self.sizes.most), self.allocator)
+                continue
+            else:
+                block = self.allocator.allocate(self._room(tail, left))
+                granted = block.claim(0, left)
+                _write(block, 0, columns, done, granted, next_id)
+                slabs.append(Slab(block, 0, granted, None, granted, next_id, next_id + granted - 1))
+            done, next_id = done + granted, next_id + granted
+        return evolve(self, slabs=tuple(slabs), next_id=next_id)
+
+    def remove(self, ids: Tensor) -> SlabLayer:
+        """This layer less the rows with these ids. Raises KeyError naming one that is not there."""
+        found = {id(part.slab): part for part in self.find(ids.unique())}
+        if not found:
+            return self
+        slabs = []
+        for slab in self.slabs:
+            part = found.get(id(slab))
+            left = slab if part is None else slab.without(part.places)
+            if left is not None:
+                slabs.append(left)
+        before = {id(slab) for slab in self.slabs}
+        touched = [place for place, slab in enumerate(slabs) if id(slab) not in before]
+        return evolve(self, slabs=tuple(self._compacted(slabs, touched)))
+
+    def to(self, layout: StoreLayout, allocator: Allocator) -> SlabLayer:
+        """The same rows and ids in the dtype and on the device of ``layout``, in blocks of their own."""
+        slabs = tuple(_moved([slab], slab.count, allocator) for slab in self.slabs)
+        return evolve(self, layout=layout, allocator=allocator, slabs=slabs)
+
+    def _room(self, tail: Slab | None, left: int) -> int:
+        """Rows of a new block, before ``left`` rows are appended."""
+        sizes = self.sizes
+        room = sizes.expected
+        if tail is not None:
+            room = sizes.least
+            if tail.stop == tail.block.capacity:  # the layer's own room is used up; a fork took the place otherwise
+                room = max(room, int((sizes.growth - 1) * len(self)))
+            room = 1 << (room.bit_length() - 1)  # few different sizes, so that blocks can be used again
+        return min(max(room, left), sizes.most)
+
+    def _compacted(self, slabs: list[Slab], touched: Sequence[int]) -> list[Slab]:
+        """Slabs with few rows among their places are rewritten, small neighbours with them."""
+        for place in reversed(touched):
+            if len(slabs[place]) > self.sizes.growth**2 * slabs[place].count:
+                low = place - 1 if place and self._joins(slabs[place], slabs[place - 1]) else place
+                high = place + 1
+                joined = sum(slab.count for slab in slabs[low:high])
+                if high < len(slabs) and self._joins(slabs[place], slabs[high]):
+                    high += joined + slabs[high].count <= self.sizes.most // 2
+                slabs[low:high] = [self._rewritten(slabs[low:high], high == len(slabs))]
+        count = sum(slab.count for slab in slabs)
+        while sum(slab.block.capacity for slab in slabs) > self.sizes.allowed(count):
+            wasted = [slab.block.capacity - self._fitting(slab.count, slab is slabs[-1]) for slab in slabs]
+            worst = max(range(len(slabs)), key=wasted.__getitem__)
+            if wasted[worst] <= 0:
+                break
+            slabs[worst] = self._rewritten([slabs[worst]], worst == len(slabs) - 1)
+        return slabs
+
+    def _joins(self, slab: Slab, neighbour: Slab) -> bool:
+        """Whether the neighbour of a slab that is rewritten moves with it: at most as much again is copied."""
+        size = neighbour.count
+        return size <= max(slab.count, self.sizes.least) and size + slab.count <= self.sizes.most // 2
+
+    def _rewritten(self, slabs: Sequence[Slab], last: bool) -> Slab:
+        return _moved(slabs, self._fitting(sum(slab.count for slab in slabs), last), self.allocator)
+
+    def _fitting(self, count: int, last: bool) -> int:
+        """Rows of a block for ``count`` rows; more are to come only behind the last ones."""
+        return max(count, min(int(self.sizes.growth * count), self.sizes.most)) if last else count
+
+
+def _write(block: Block, start: int, columns: Mapping[str, Tensor], done: int, granted: int, next_id: int) -> None:
+    """Rows ``done .. done+granted-1`` of ``columns`` into places of ``block``, with ids from ``next_id`` on."""
+    ids = torch.arange(next_id, next_id + granted, device=block.columns["id"].device)
+    block.write(start, {"id": ids, **{name: column[done : done + granted] for name, column in columns.items()}})
+
+
+def _moved(slabs: Sequence[Slab], capacity: int, allocator: Allocator) -> Slab:
+    """The rows of these slabs at the beginning of a block of their own."""
+    count = sum(slab.count for slab in slabs)
+    block = allocator.allocate(max(capacity, count))
+    block.claim(0, count)
+    start = 0
+    for slab in slabs:
+        block.write(start, {name: slab.column(name) for name in block.columns}, slab.live_places())
+        start += slab.count
+    ids = block.columns["id"]
+    return Slab(block, 0, count, None, count, int(ids[0]), int(ids[count - 1]))
+
+
+def _collect(found: Sequence[Found], name: str, target: Tensor) -> None:
+    """Copy one column of the rows that were found into ``target`` ``[n, ...]``, in the order that was asked for."""
+    for part in found:
+        column = part.slab.block.columns[name]
+        if isinstance(part.into, Tensor):
+            target.index_copy_(0, part.into, column.index_select(0, part.places))
+        else:
+            torch.index_select(column, 0, part.places, out=target if part.into is None else target[part.into])

@@ -1,0 +1,157 @@
+"""SlabStore: what stores have in common whose rows lie in slabs, wherever their blocks come from."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from attrs import evolve
+from torch import Tensor
+
+from mplus.errors import MemoryMismatchError
+from mplus.stores.base import Column, Content, MemoryStore, Piece, StoreLayout, StoreView
+from mplus.stores.slab_layer import SlabLayer
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from mplus.rows import MemoryRows
+    from mplus.stores.blocks import Allocator
+    from mplus.stores.slabs import SlabSizes
+
+
+class _Layers(StoreView):
+    """Reads one ``SlabLayer`` per layer.
+
+    Attributes:
+        slab_layers: of the present moment; the slabs of each say where its rows lie.
+    """
+
+    slab_layers: Sequence[SlabLayer]
+
+    def ids(self, layer: int) -> Tensor:
+        """``[m]`` int64, ascending."""
+        return self._layer(layer).ids
+
+    def column(self, layer: int, name: Column) -> Tensor | None:
+        """One column in the order of ``ids``: a view where rows lie together, made once and kept otherwise."""
+        return self._layer(layer).column(name)
+
+    def content(self, layer: int, name: Content) -> Tensor | None:
+        """A column of content, where the rows lie together."""
+        return self._layer(layer).content(name)
+
+    def count(self, layer: int) -> int:
+        """Number of rows."""
+        return len(self._layer(layer))
+
+    def pieces(self, layer: int, *names: Column | Content) -> list[Piece]:
+        """A piece for every slab, without a copy."""
+        return self._layer(layer).pieces(names)
+
+    def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column | Content] = ()) -> MemoryRows:
+        """Copies of the rows with these ids. Raises KeyError naming a missing one."""
+        try:
+            return self._layer(layer).gather(ids, leave_out)
+        except KeyError as error:
+            raise _in_layer(error, layer) from None
+
+    def _layer(self, layer: int) -> SlabLayer:
+        if not 0 <= layer < self.layout.layers:
+            raise IndexError(f"layer must be in 0..{self.layout.layers - 1}, got {layer}")
+        return self.slab_layers[layer]
+
+
+class SlabView(_Layers):
+    """What a ``SlabStore`` held at one moment."""
+
+    def __init__(self, layout: StoreLayout, slab_layers: Sequence[SlabLayer], origin: object) -> None:
+        self.layout = layout
+        self.slab_layers = slab_layers
+        self.origin = origin
+
+
+class SlabStore(_Layers, MemoryStore):
+    """Rows in slabs of preallocated blocks.
+
+    Appending and removing cost what they touch; snapshots, forks and restores share slabs, and copy none. Forks may
+    be used from different threads; one store must not be changed by two threads at a time, but its snapshots may be
+    read meanwhile.
+
+    A subclass says where blocks come from (``allocator``) and how large they are (``sizes``).
+    """
+
+    def __init__(self, layout: StoreLayout, options: Any = None) -> None:
+        MemoryStore.__init__(self, layout, options)
+        sizes = self.sizes
+        self.slab_layers: list[SlabLayer] = [
+            SlabLayer(layout, sizes, self.allocator(layout, layer)) for layer in range(layout.layers)
+        ]
+
+    @abstractmethod
+    def allocator(self, layout: StoreLayout, layer: int) -> Allocator:
+        """A new source of blocks for one layer, of a store with this layout."""
+
+    @property
+    @abstractmethod
+    def sizes(self) -> SlabSizes:
+        """How large blocks are made."""
+
+    def append(self, layer: int, rows: MemoryRows) -> Tensor:
+        """Copy ``rows`` in, cut off from their autograd history."""
+        before = self._layer(layer)
+        after = before.append(rows)
+        self.slab_layers[layer] = after
+        return torch.arange(before.next_id, after.next_id, device=self.layout.device)
+
+    def remove(self, layer: int, ids: Tensor) -> None:
+        """Delete rows: new masks for the slabs that hold them, and now and then a slab is rewritten without them."""
+        try:
+            self.slab_layers[layer] = self._layer(layer).remove(ids)
+        except KeyError as error:
+            raise _in_layer(error, layer) from None
+
+    def snapshot(self) -> SlabView:
+        """A view of the present rows; it keeps their blocks alive."""
+        return SlabView(self.layout, tuple(self.slab_layers), self.origin)
+
+    def restore(self, snapshot: StoreView) -> None:
+        """Go back to a snapshot. Raises MemoryMismatchError when it is of another kind of store or layout."""
+        if not isinstance(snapshot, SlabView) or snapshot.layout != self.layout:
+            raise MemoryMismatchError(
+                f"restore takes a snapshot of this store, a {type(self).__name__} ({self.layout}), "
+                f"got a {type(snapshot).__name__} ({getattr(snapshot, 'layout', None)})"
+            )
+        pairs = zip(snapshot.slab_layers, self.slab_layers, strict=True)
+        self.slab_layers = [evolve(then, next_id=max(then.next_id, now.next_id)) for then, now in pairs]
+
+    def fork(self) -> Self:
+        """A store that shares this one's slabs."""
+        return self._with(self.layout, list(self.slab_layers))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """The same rows and ids elsewhere; a fork when neither device nor dtype changes."""
+        layout = evolve(
+            self.layout,
+            device=self.layout.device if device is None else torch.device(device),
+            dtype=self.layout.dtype if dtype is None else dtype,
+        )
+        if layout == self.layout:
+            return self.fork()
+        moved = [layer.to(layout, self.allocator(layout, index)) for index, layer in enumerate(self.slab_layers)]
+        return self._with(layout, moved)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the blocks, and of what is kept for later ones; forks that share some count them each."""
+        return sum(layer.nbytes for layer in self.slab_layers)
+
+    def _with(self, layout: StoreLayout, slab_layers: list[SlabLayer]) -> Self:
+        store = type(self)(layout, self.options)
+        store.slab_layers = slab_layers
+        return store
+
+
+def _in_layer(error: KeyError, layer: int) -> KeyError:
+    return KeyError(f"{error.args[0]} in layer {layer}")
