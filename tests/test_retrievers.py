@@ -180,9 +180,9 @@ class TestLinear:
         class Counting(RamStore):
             reads = 0
 
-            def column(self, layer, name):
-                Counting.reads += name == "key"
-                return super().column(layer, name)
+            def pieces(self, layer, *names):
+                Counting.reads += "key" in names
+                return super().pieces(layer, *names)
 
         retriever = LinearRetriever(SHAPE, LinearRetriever.Options(width=5))
         layout = StoreLayout(layers=2, hidden_size=6, key_size=5)

@@ -59,9 +59,9 @@ class Prepared:
         own = [1 + (0 if found is None else len(found.rows)) if there else 0 for found, there in pairs]
         counts = [len(view.state.stm[layer]) for view in views]
         only = retrieved[0] if len(views) == 1 else None
-        if only is not None and only.source is not None and _alike(only.source[0], like):
+        if only is not None and only.source is not None and _alike(only.source.parts[0][0], like):
             tables = self._tables(layer, own[0], (own[0], counts[0]), like)
-            front = self.projection.picked(layer, begin, *only.source, tables)
+            front = self.projection.picked(layer, begin, *only.source.together(), tables)
             check_finite("long-term memory", front.keys, front.values)
         else:
             parts = [[begin, *_projected(found, like)] if there else [] for found, there in pairs]
@@ -151,7 +151,7 @@ def _projected(retrieved: Retrieved | None, like: Tensor) -> list[Tensor]:
     if retrieved is None:
         return []
     if retrieved.source is not None:
-        column, places = retrieved.source
+        column, places = retrieved.source.together()
         return [column.index_select(0, places).to(like)]
     found: Any = retrieved.rows.projected
     return [found.to(like)]

@@ -15,7 +15,7 @@ from mplus.mechanisms.additions import MemoryAdditions
 from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.write_context import WriteContext
 from mplus.rows import NO_SOURCE, MemoryRows
-from mplus.stores.base import StoreLayout
+from mplus.stores.base import Located, StoreLayout
 
 
 @define(frozen=True, eq=False)
@@ -45,13 +45,13 @@ class Retrieved:
         rows: the rows themselves.
         ids: ``[n]`` int64, their ids in the view they were picked from.
         scores: ``[n]`` float32; empty where nothing was scored.
-        source: where ``rows`` lack ``projected``: the column of the view, and the place of every row in it.
+        source: where ``rows`` lack ``projected``: where that lies in the view.
     """
 
     rows: MemoryRows
     ids: Tensor
     scores: Tensor
-    source: tuple[Tensor, Tensor] | None = None
+    source: Located | None = None
 
 
 @define(frozen=True)

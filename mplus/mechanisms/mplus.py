@@ -16,7 +16,7 @@ from mplus.mechanisms.pending import PendingView
 from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.write_context import WriteContext
 from mplus.rows import MemoryRows
-from mplus.stores.base import MemoryStore, StoreLayout, StoreView
+from mplus.stores.base import Column, Content, MemoryStore, StoreLayout, StoreView, smallest
 
 EXPIRED = 0.01
 """A row leaves when its remaining merges fall to this or below (published constant)."""
@@ -117,14 +117,12 @@ class MPlusMechanism(MemoryMechanism):
         expired = [0] * len(state.pending)
         for layer, rows in enumerate(state.pending):
             self._append(store, layer, rows, state)
-            expiry = store.column(layer, "expiry")
-            if expiry is None:
+            if not store.layout.expiry:
                 continue
             after = float(decayed[layer]) + self.options.decay
-            alive = (expiry - after) > EXPIRED
-            if int(alive.sum()) > self.config.retrieved_tokens:
+            gone = _expired(store, layer, after)
+            if store.count(layer) - len(gone) > self.config.retrieved_tokens:
                 decayed[layer] = after
-                gone = store.ids(layer)[~alive]
                 store.remove(layer, gone)
                 expired[layer] = gone.shape[0]
         none = torch.arange(0)  # an index, not a slice: a view would keep all the rows alive
@@ -198,18 +196,29 @@ class MPlusMechanism(MemoryMechanism):
         """Oldest birth first; among equals in the order of ``ids``, or against it for "release" ages."""
         if self.options.ages == "release":
             ids, scores = ids.flip(0), scores.flip(0)
-        births = store.column(layer, "birth")
-        if births is None:
-            raise ValueError("rows of long-term memory must have a birth; this store gives none")
-        places = torch.searchsorted(store.ids(layer), ids)
-        births = births.index_select(0, places)
-        if bool((births[1:] < births[:-1]).any()):
-            order = births.argsort(stable=True)
-            ids, places = ids[order], places[order]
+        narrow = store.gather(layer, ids, leave_out=("key", "expiry", "hidden", "projected"))
+        if bool((narrow.birth[1:] < narrow.birth[:-1]).any()):
+            order = narrow.birth.argsort(stable=True)
+            ids, narrow = ids[order], narrow.select(order)
             scores = scores[order.to(scores.device)] if len(scores) else scores
-        projected = store.content(layer, "projected")
-        if projected is None:
-            return Retrieved(store.gather(layer, ids, leave_out=("key", "expiry")), ids, scores)
         # Keys and values are copied once, by whoever puts them into place.
-        rows = store.gather(layer, ids, leave_out=("key", "expiry", "projected"))
-        return Retrieved(rows, ids, scores, (projected, places))
+        located = store.locate(layer, "projected", ids) if store.layout.projected_size else None
+        if located is not None and not store.layout.keeps_hidden:
+            rows = narrow.replace(key=None, expiry=None, projected=None)
+        else:
+            without: Sequence[Column | Content] = (
+                ("key", "expiry") if located is None else ("key", "expiry", "projected")
+            )
+            rows = store.gather(layer, ids, leave_out=without)
+        return Retrieved(rows, ids, scores, located)
+
+
+def _expired(store: StoreView, layer: int, merges: float) -> Tensor:
+    """Ids of the rows that have expired after so many merges; only pieces with such rows are looked through."""
+    gone = [torch.empty(0, dtype=torch.int64, device=store.layout.device)]
+    for piece in store.pieces(layer, "expiry"):
+        expiry = piece.columns["expiry"]
+        if len(expiry) and smallest(piece, "expiry") - merges <= EXPIRED:
+            past = (expiry - merges) <= EXPIRED
+            gone.append(piece.ids[past if piece.live is None else past & piece.live])
+    return torch.cat(gone)

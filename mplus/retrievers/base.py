@@ -175,18 +175,24 @@ def top_k(scores: Tensor, ids: Tensor, k: int) -> Selection:
 
     ``torch.topk`` leaves the choice among equal scores open, so equal scores at the boundary are resolved here.
     """
+    places, best = top_places(scores, k)
+    return Selection(ids[places], best)
+
+
+def top_places(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Positions of what ``top_k`` chooses, and the scores there."""
     k = min(k, scores.shape[0])
     if k == 0:
-        return Selection(ids[:0], scores[:0])
+        return torch.empty(0, dtype=torch.int64, device=scores.device), scores[:0]
     scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     best, chosen = torch.topk(scores, k)
     boundary = best[-1]
     # Without equal scores, among the chosen or beyond them, nothing is left open.
     if not bool((best[1:] == best[:-1]).any()) and int((scores == boundary).sum()) == 1:
-        return Selection(ids[chosen], best)
+        return chosen, best
     above = (scores > boundary).nonzero().squeeze(1)
     tied = (scores == boundary).nonzero().squeeze(1)[: k - above.shape[0]]
     chosen = torch.cat([above, tied]).sort().values
     best = scores[chosen]
     order = best.argsort(descending=True, stable=True)
-    return Selection(ids[chosen[order]], best[order])
+    return chosen[order], best[order]

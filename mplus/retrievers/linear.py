@@ -8,7 +8,8 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from mplus.config import flag, one_of, whole
-from mplus.retrievers.base import Retriever, RetrieverShape, Selection, check_selection, top_k
+from mplus.retrievers.base import Retriever, RetrieverShape, Selection, check_selection, top_places
+from mplus.retrievers.pieces import Pieces
 from mplus.retrievers.scores import SCORES, score_rows
 
 if TYPE_CHECKING:
@@ -92,13 +93,14 @@ class LinearRetriever(Retriever):
         found: dict[int, Selection] = {}
         for rows in shared.values():
             store = stores[rows[0]]
-            ids, keys = store.ids(layer), store.keys(layer)
-            if keys is None:
+            pieces = Pieces(store, layer, "key")
+            if not pieces.have("key"):
                 raise ValueError("the linear retriever needs rows with keys; this store was made without (key_size=0)")
             texts = [queries[row][query_mask[row]] for row in rows]
-            scores = score_rows(self.options.score, texts, keys)
+            scores = pieces.rows_only(score_rows(self.options.score, texts, pieces.columns("key")))
             for row, score in zip(rows, scores, strict=True):
-                found[row] = top_k(score.to(ids.device), ids, k)
+                places, best = top_places(score.to(store.layout.device), k)
+                found[row] = Selection(pieces.ids(places), best)
         return [found[row] for row in range(len(stores))]
 
 

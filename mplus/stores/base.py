@@ -92,6 +92,45 @@ class Piece:
     known: dict[str, Any] = field(factory=dict)
 
 
+def smallest(piece: Piece, name: Literal["birth", "expiry"]) -> float:
+    """The smallest number in a column of a piece that has it and is not empty; computed once while its rows last."""
+    key = f"smallest {name}"
+    if key not in piece.known:
+        column = piece.columns[name]
+        piece.known[key] = (column if piece.live is None else column[piece.live]).min().item()
+    found: float = piece.known[key]
+    return found
+
+
+@define(frozen=True, eq=False)
+class Located:
+    """Where the content of n rows lies that were looked for.
+
+    Attributes:
+        parts: columns ``[m, w]`` and the places ``[n_i]`` int64 of rows in each.
+        order: ``[n]`` int64, for each row in the order that was asked for, its number among the places of all parts,
+            one part behind the other; None: they are in that order.
+    """
+
+    parts: Sequence[tuple[Tensor, Tensor]]
+    order: Tensor | None = None
+
+    def together(self) -> tuple[Tensor, Tensor]:
+        """One column that has all the rows, and their places in it, in the order that was asked for.
+
+        Nothing is copied where there is one part.
+        """
+        if len(self.parts) == 1:
+            column, places = self.parts[0]
+            return column, places if self.order is None else places[self.order]
+        column = self.parts[0][0]
+        counts = [places.shape[0] for _, places in self.parts]
+        rows = column.new_empty(sum(counts), *column.shape[1:])
+        for (column, places), target in zip(self.parts, rows.split(counts), strict=True):
+            torch.index_select(column, 0, places, out=target)
+        return rows, torch.arange(rows.shape[0], device=rows.device) if self.order is None else self.order
+
+
 class StoreView(ABC):
     """The reading side of a store. A view taken by ``MemoryStore.snapshot`` never changes.
 
@@ -133,6 +172,17 @@ class StoreView(ABC):
         Readers that get None use ``gather``. Nothing is copied.
         """
         return None
+
+    def locate(self, layer: int, name: Content, ids: Tensor) -> Located | None:
+        """Where the content of the rows with these ids (``[n]`` int64, n of at least 1, any order) lies.
+
+        None where it does not lie anywhere as it is read; readers use ``gather`` then.
+
+        Raises:
+            KeyError: an id is not in the store; a store may leave finding that to ``gather``.
+        """
+        column = self.content(layer, name)
+        return None if column is None else Located([(column, torch.searchsorted(self.ids(layer), ids))])
 
     def pieces(self, layer: int, *names: Column | Content) -> Sequence[Piece]:
         """All rows of ``layer`` where they lie, without a copy if the store can: for reading over all of them.

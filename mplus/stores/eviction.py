@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
+import torch
 from attrs import define
 from torch import Tensor
 
-from mplus.stores.base import StoreView
+from mplus.stores.base import Piece, StoreView, smallest
 
 
 class EvictionPolicy(ABC):
@@ -34,5 +35,33 @@ class FifoEviction(EvictionPolicy):
     name = "fifo"
 
     def select(self, store: StoreView, layer: int, excess: int) -> Tensor:
-        births = cast("Tensor", store.column(layer, "birth"))  # every layout has births
-        return store.ids(layer)[births.argsort(stable=True)[:excess]]
+        """Looks through pieces from the one with the oldest row on, until no other can have a row that must leave."""
+        pieces = [piece for piece in store.pieces(layer, "birth") if len(piece.ids)]
+        births = torch.empty(0, dtype=torch.int64, device=store.layout.device)
+        ids = births
+        for piece in sorted(pieces, key=lambda piece: smallest(piece, "birth")):
+            if len(ids) == excess and smallest(piece, "birth") > int(births[-1]):
+                break  # equal births may yet have lower ids
+            old, old_ids = _oldest(piece, excess)
+            births, ids = torch.cat([births, old]), torch.cat([ids, old_ids])
+            births, ids = _in_order(births, ids)
+            births, ids = births[:excess], ids[:excess]
+        return ids
+
+
+def _oldest(piece: Piece, count: int) -> tuple[Tensor, Tensor]:
+    """Births and ids of the ``count`` oldest rows of a piece, and of others as old as the last of them."""
+    births, ids = piece.columns["birth"], piece.ids
+    if piece.live is not None:
+        births, ids = births[piece.live], ids[piece.live]
+    if count < len(births):
+        places = (births <= births.kthvalue(count).values).nonzero().squeeze(1)
+        births, ids = births[places], ids[places]
+    return births, ids
+
+
+def _in_order(births: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Oldest first, ties by lowest id."""
+    by_id = ids.argsort()
+    order = by_id[births[by_id].argsort(stable=True)]
+    return births[order], ids[order]

@@ -110,25 +110,26 @@ class SlabLayer:
             for slab in self.slabs
         ]
 
-    def find(self, ids: Tensor) -> list[Found]:
-        """Where the rows with these ids lie, slab by slab. Raises KeyError naming one that is not there."""
+    def find(self, ids: Tensor) -> Found:
+        """Where the rows with these ids lie. Raises KeyError naming one that is not there."""
         ids = ids.to(self.layout.device)
         if not ids.shape[0]:
-            return []
+            return Found([])
         if len(self.slabs) == 1:
-            return [Found(self.slabs[0], self.slabs[0].find(ids))]
-        which = torch.searchsorted(self._lasts, ids)
-        order = None if bool((which[1:] >= which[:-1]).all()) else which.argsort(stable=True)
-        ids, found, start = ids if order is None else ids[order], [], 0
-        counts = which.bincount(minlength=len(self.slabs) + 1).tolist()
-        if counts[-1]:
+            return Found([(self.slabs[0], self.slabs[0].find(ids))])
+        which, order = torch.searchsorted(self._lasts, ids), None
+        if not bool((which[1:] >= which[:-1]).all()):
+            by_slab = which.argsort(stable=True)
+            ids, order = ids[by_slab], by_slab.argsort()
+        parts, start = [], 0
+        *counts, beyond = which.bincount(minlength=len(self.slabs) + 1).tolist()
+        if beyond:
             raise KeyError(f"no row with id {int(ids[-1])}")
-        for slab, count in zip(self.slabs, counts[:-1], strict=True):
+        for slab, count in zip(self.slabs, counts, strict=True):
             if count:
-                part = slice(start, start + count)
-                found.append(Found(slab, slab.find(ids[part]), part if order is None else order[part]))
-                start = part.stop
-        return found
+                parts.append((slab, slab.find(ids[start : start + count])))
+                start += count
+        return Found(parts, order)
 
     @cached_property
     def _lasts(self) -> Tensor:
@@ -139,12 +140,12 @@ class SlabLayer:
         """Copies of the rows with these ids. Raises KeyError naming one that is not there."""
         found, columns = self.find(ids), {}
         for name, (shape, dtype) in self.layout.columns().items():
-            if name not in leave_out:
-                if len(found) == 1:
-                    columns[name] = found[0].slab.block.columns[name].index_select(0, found[0].places)
-                else:
-                    columns[name] = torch.empty(ids.shape[0], *shape, dtype=dtype, device=self.layout.device)
-                    _collect(found, name, columns[name])
+            if name not in leave_out and found.parts:
+                column, places = found.of(name).together()
+                whole = len(found.parts) > 1 and found.order is None
+                columns[name] = column if whole else column.index_select(0, places)
+            elif name not in leave_out:
+                columns[name] = torch.empty(0, *shape, dtype=dtype, device=self.layout.device)
         return MemoryRows.of(columns)
 
     # ------------------------------------------------------------------ changing
@@ -155,9 +156,9 @@ class SlabLayer:
         slabs, columns, done, next_id = list(self.slabs), rows.columns(), 0, self.next_id
         while done < len(rows):
             left, tail = len(rows) - done, slabs[-1] if slabs else None
-            granted = tail.block.claim(tail.stop, left) if tail is not None and tail.block.home is self.allocator else 0
+            granted = tail.block.claim(tail.tip, left) if tail is not None and tail.block.home is self.allocator else 0
             if tail is not None and granted:
-                _write(tail.block, tail.stop, columns, done, granted, next_id)
+                _write(tail.block, tail.tip, columns, done, granted, next_id)
                 slabs[-1] = tail.extended(granted, next_id + granted - 1)
             elif tail is not None and tail.count < self.sizes.small:
                 room = max(int(self.sizes.growth * tail.count), tail.count + left)
@@ -167,19 +168,18 @@ class SlabLayer:
                 block = self.allocator.allocate(self._room(tail, left))
                 granted = block.claim(0, left)
                 _write(block, 0, columns, done, granted, next_id)
-                slabs.append(Slab(block, 0, granted, None, granted, next_id, next_id + granted - 1))
+                slabs.append(Slab(block, 0, granted, granted, None, granted, next_id, next_id + granted - 1))
             done, next_id = done + granted, next_id + granted
         return evolve(self, slabs=tuple(slabs), next_id=next_id)
 
     def remove(self, ids: Tensor) -> SlabLayer:
         """This layer less the rows with these ids. Raises KeyError naming one that is not there."""
-        found = {id(part.slab): part for part in self.find(ids.unique())}
-        if not found:
+        gone = {id(slab): places for slab, places in self.find(ids.unique()).parts}
+        if not gone:
             return self
         slabs = []
         for slab in self.slabs:
-            part = found.get(id(slab))
-            left = slab if part is None else slab.without(part.places)
+            left = slab.without(gone[id(slab)]) if id(slab) in gone else slab
             if left is not None:
                 slabs.append(left)
         before = {id(slab) for slab in self.slabs}
@@ -197,7 +197,7 @@ class SlabLayer:
         room = sizes.expected
         if tail is not None:
             room = sizes.least
-            if tail.stop == tail.block.capacity:  # the layer's own room is used up; a fork took the place otherwise
+            if tail.tip == tail.block.capacity:  # the layer's own room is used up; a fork took the place otherwise
                 room = max(room, int((sizes.growth - 1) * len(self)))
             room = 1 << (room.bit_length() - 1)  # few different sizes, so that blocks can be used again
         return min(max(room, left), sizes.most)
@@ -250,14 +250,4 @@ def _moved(slabs: Sequence[Slab], capacity: int, allocator: Allocator) -> Slab:
         block.write(start, {name: slab.column(name) for name in block.columns}, slab.live_places())
         start += slab.count
     ids = block.columns["id"]
-    return Slab(block, 0, count, None, count, int(ids[0]), int(ids[count - 1]))
-
-
-def _collect(found: Sequence[Found], name: str, target: Tensor) -> None:
-    """Copy one column of the rows that were found into ``target`` ``[n, ...]``, in the order that was asked for."""
-    for part in found:
-        column = part.slab.block.columns[name]
-        if isinstance(part.into, Tensor):
-            target.index_copy_(0, part.into, column.index_select(0, part.places))
-        else:
-            torch.index_select(column, 0, part.places, out=target if part.into is None else target[part.into])
+    return Slab(block, 0, count, count, None, count, int(ids[0]), int(ids[count - 1]))

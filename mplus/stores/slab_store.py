@@ -10,7 +10,7 @@ from attrs import evolve
 from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
-from mplus.stores.base import Column, Content, MemoryStore, Piece, StoreLayout, StoreView
+from mplus.stores.base import Column, Content, Located, MemoryStore, Piece, StoreLayout, StoreView
 from mplus.stores.slab_layer import SlabLayer
 
 if TYPE_CHECKING:
@@ -56,6 +56,16 @@ class _Layers(StoreView):
             return self._layer(layer).gather(ids, leave_out)
         except KeyError as error:
             raise _in_layer(error, layer) from None
+
+    def locate(self, layer: int, name: Content, ids: Tensor) -> Located | None:
+        """Content slab by slab. Raises KeyError naming a missing id."""
+        if name not in self.layout.columns():
+            return None
+        try:
+            found = self._layer(layer).find(ids)
+        except KeyError as error:
+            raise _in_layer(error, layer) from None
+        return found.of(name)
 
     def _layer(self, layer: int) -> SlabLayer:
         if not 0 <= layer < self.layout.layers:

@@ -8,28 +8,33 @@ import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
+from mplus.stores.base import Located
 from mplus.stores.blocks import ordinary_tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mplus.stores.blocks import Block
 
 
 @define(frozen=True, eq=False)
 class Slab:
-    """The places ``start .. stop-1`` of a block, less those whose row was removed. The first place is live.
+    """The places ``start .. end-1`` of a block, less those whose row was removed. The first and the last are live.
 
     Attributes:
         block: holds the rows, shared with other slabs.
-        start, stop: the part of the block that belongs to this slab.
-        live: ``[stop - start]`` bool, False where a row was removed; None: there are no such places.
+        start, end: the part of the block that belongs to this slab.
+        tip: where rows are appended to this slab: ``end``, unless the newest rows were removed.
+        live: ``[end - start]`` bool, False where a row was removed; None: there are no such places.
         count: live rows, at least 1.
-        first, last: ids at ``start`` and at ``stop - 1``.
+        first, last: ids at ``start`` and at ``end - 1``.
         known: what readers found out about these rows and keep with them.
     """
 
     block: Block
     start: int
-    stop: int
+    end: int
+    tip: int
     live: Tensor | None
     count: int
     first: int
@@ -38,33 +43,32 @@ class Slab:
 
     @staticmethod
     def of(block: Block, start: int, stop: int, live: Tensor | None = None) -> Slab | None:
-        """A slab of these places, without the removed ones at the beginning; None where no row is left."""
+        """A slab of the places ``start .. stop-1``, but for removed ones at both ends; None where no row is left."""
+        end, count = stop, stop - start
         if live is not None:
-            count = int(live.sum())
-            if not count:
-                return None
-            skipped = int(live.byte().argmax())  # the first
-            start, live = start + skipped, live[skipped:]
-            live = None if count == stop - start else live
-        elif start == stop:
+            places = live.nonzero().squeeze(1)
+            count = places.shape[0]
+            if count:
+                low, high = int(places[0]), int(places[-1]) + 1
+                start, end, live = start + low, start + high, live[low:high]
+                live = None if count == high - low else live
+        if not count:
             return None
-        else:
-            count = stop - start
         ids = block.columns["id"]
-        return Slab(block, start, stop, live, count, int(ids[start]), int(ids[stop - 1]))
+        return Slab(block, start, end, stop, live, count, int(ids[start]), int(ids[end - 1]))
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return self.end - self.start
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return self.block, self.start, self.stop, self.live, self.count, self.first, self.last
+        return self.block, self.start, self.end, self.tip, self.live, self.count, self.first, self.last
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
     def column(self, name: str) -> Tensor:
-        """``[stop - start, ...]``, a view; removed places hold anything."""
-        return self.block.columns[name][self.start : self.stop]
+        """``[end - start, ...]``, a view; removed places hold anything."""
+        return self.block.columns[name][self.start : self.end]
 
     def live_places(self) -> Tensor | None:
         """Places of the live rows, counted from ``start``; None: all of them."""
@@ -86,33 +90,41 @@ class Slab:
         return places + self.start
 
     def extended(self, added: int, last: int) -> Slab:
-        """With the ``added`` places behind, of which the last one has the id ``last``."""
-        live = self.live
-        if live is not None:
+        """With the ``added`` places from the tip on, of which the last one has the id ``last``."""
+        live, removed = self.live, self.tip - self.end
+        if live is not None or removed:
             with ordinary_tensors():
-                live = torch.cat([live, live.new_ones(added)])
-        return evolve(self, stop=self.stop + added, live=live, count=self.count + added, last=last)
+                live = self._mask() if live is None else live
+                live = torch.cat([live, live.new_zeros(removed), live.new_ones(added)])
+        end = self.tip + added
+        return evolve(self, end=end, tip=end, live=live, count=self.count + added, last=last)
 
     def without(self, places: Tensor) -> Slab | None:
         """This slab less the rows at ``places`` ``[n]`` of the block."""
         with ordinary_tensors():
-            live = torch.ones(len(self), dtype=torch.bool, device=places.device) if self.live is None else self.live
-            return Slab.of(self.block, self.start, self.stop, live.index_fill(0, places - self.start, False))
+            live = (self._mask() if self.live is None else self.live).index_fill(0, places - self.start, False)
+            left = Slab.of(self.block, self.start, self.end, live)
+            return None if left is None else evolve(left, tip=self.tip)
+
+    def _mask(self) -> Tensor:
+        return torch.ones(len(self), dtype=torch.bool, device=self.block.columns["id"].device)
 
 
 @define(frozen=True, eq=False)
 class Found:
-    """Some of the rows that were looked for, all in one slab.
+    """Where rows lie that were looked for.
 
     Attributes:
-        slab: holds them.
-        places: ``[n]`` int64, of the block.
-        into: where they stand in the order that was asked for; None: there are no others.
+        parts: slabs, and the places ``[n_i]`` int64 in the block of each.
+        order: as in ``Located``.
     """
 
-    slab: Slab
-    places: Tensor
-    into: slice | Tensor | None = None
+    parts: Sequence[tuple[Slab, Tensor]]
+    order: Tensor | None = None
+
+    def of(self, name: str) -> Located:
+        """One column of these rows."""
+        return Located([(slab.block.columns[name], places) for slab, places in self.parts], self.order)
 
 
 @define(frozen=True)

@@ -242,7 +242,10 @@ class RetrieverConformance:
             for maker, view in ((retriever, store), (again, store), (retriever, store.snapshot()), (retriever, other)):
                 (selection,) = maker.select(0, queries.clone(), mask, [view], 5)
                 assert selection.ids.tolist() == first.ids.tolist()
-                assert selection.scores.tolist() == first.scores.tolist()
+                if view is other:  # a product over rows in other company may be rounded otherwise in its last bits
+                    torch.testing.assert_close(selection.scores, first.scores, rtol=1e-6, atol=1e-6)
+                else:
+                    assert selection.scores.tolist() == first.scores.tolist()
             assert torch.equal(torch.get_rng_state(), state), "the global generator was used"
 
     @CONFORMANCE

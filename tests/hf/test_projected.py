@@ -138,7 +138,7 @@ class TestReading:
 
     def test_numbers_that_are_not_finite_are_refused(self, shared: Pair) -> None:
         memory = written(shared, "projected")
-        for rows in (memory.states[0].stm[1], memory.stores[0].logs[1].buffer.columns):
+        for rows in (memory.states[0].stm[1], memory.stores[0].slab_layers[1].slabs[0].block.columns):
             column = rows["projected"] if isinstance(rows, dict) else rows.projected
             before = column.clone()
             column[:] = torch.nan
