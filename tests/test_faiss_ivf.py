@@ -25,7 +25,8 @@ from mplus.retrievers.ivf import IvfIndex
 from mplus.retrievers.linear import LinearRetriever
 from mplus.retrievers.shelf import cells_for, differences
 from mplus.stores.base import StoreLayout
-from mplus.stores.ram import RamStore, RamView
+from mplus.stores.ram import RamStore
+from mplus.stores.slab_store import SlabView
 from mplus.testing.retrievers import SHAPE, RetrieverConformance, SmallAttention
 from mplus.testing.strategies import draw_rows
 
@@ -116,7 +117,7 @@ class Uncounted(RamStore):
         return view
 
 
-class UncountedView(RamView):
+class UncountedView(SlabView):
     def revision(self, layer):
         return None
 
@@ -396,7 +397,8 @@ class TestSaving:
         ("changes", "message"),
         [
             ({"centers": None}, "must have centers, which are missing"),
-            ({"centers": torch.zeros(4, 3)}, r"centers must be \[cells, 8\] float32, got \[4, 3\]"),
+            ({"centers": torch.zeros(4, 3)}, "its keys must be 3 wide, got 8"),
+            ({"centers": torch.zeros(4)}, r"centers must be \[cells, r\] float32, got \[4\]"),
             ({"centers": torch.zeros(4, 8).double()}, "float64"),
             ({"centers": torch.full((4, 8), torch.nan)}, "centers must be finite"),
             ({"cell": torch.zeros(5, dtype=torch.int32)}, r"cell must be \[60\] int32, got \[5\]"),
@@ -417,14 +419,14 @@ class TestSaving:
 
 class TestIvfIndex:
     def test_ids_that_come_again_are_refused(self):
-        index = IvfIndex.train(normal(20), 2)
+        index = IvfIndex.train(normal(20), 2, 20)
         index.add(torch.tensor([4, 9]), normal(2))
         with pytest.raises(InputError, match=r"larger than those in the index \(9\), got 9"):
             index.add(torch.tensor([9]), normal(1))
 
     def test_more_cells_than_keys_are_refused(self):
         with pytest.raises(InputError, match=r"as it has cells \(5\), got 4"):
-            IvfIndex.train(normal(4), 5)
+            IvfIndex.train(normal(4), 5, 4)
 
 
 def test_without_faiss_its_extra_is_named(monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,6 @@ class IvfIndex:
     Not safe to use from several threads: an unlocked addition during a search ends the process.
 
     Attributes:
-        ids: ``[m]`` int64, ascending: the rows it holds.
         trained_on: rows there were when its cells were made.
         added: rows added since then.
     """
@@ -40,36 +39,43 @@ class IvfIndex:
         self._index = faiss.IndexIVFFlat(self._quantizer, width, cells, faiss.METRIC_INNER_PRODUCT)
         self._index.is_trained = True
         self._index.set_direct_map_type(faiss.DirectMap.Hashtable)  # removing then costs what is removed
-        self.ids = torch.empty(0, dtype=torch.int64)
+        self._pieces = [torch.empty(0, dtype=torch.int64)]
         self.trained_on = trained_on
         self.added = 0
 
     @staticmethod
-    def train(keys: Tensor, cells: int) -> IvfIndex:
-        """An index whose cells are made for ``keys`` ``[m, r]``, of which it holds none yet.
+    def train(keys: Tensor, cells: int, trained_on: int) -> IvfIndex:
+        """An index without rows, whose cells are found by k-means among ``keys`` ``[m, r]``, the same for equal keys.
 
-        K-means over at most ``POINTS_PER_CELL`` keys for each cell, spread evenly, always the same for equal keys.
+        Args:
+            keys: ``POINTS_PER_CELL`` for each cell are enough.
+            cells: how many to make.
+            trained_on: rows that ``keys`` were taken from.
 
         Raises:
             InputError: fewer keys than cells.
             NonFiniteError: keys hold NaN or Inf.
         """
-        count = keys.shape[0]
-        if count < cells:
+        if keys.shape[0] < cells:
             raise InputError(
-                f"an index must be trained on at least as many keys as it has cells ({cells}), got {count}"
+                f"an index must be trained on at least as many keys as it has cells ({cells}), got {keys.shape[0]}"
             )
-        sample = min(count, POINTS_PER_CELL * cells)
-        chosen = keys[torch.arange(sample, device=keys.device) * count // sample]
         with _threads():
             means = faiss.Kmeans(
                 keys.shape[1], cells, niter=TRAINING_STEPS, spherical=True, min_points_per_centroid=1, seed=1234
             )
-            means.train(_numpy(_finite(chosen)))
-        return IvfIndex(torch.from_numpy(means.centroids).clone(), count)
+            means.train(_numpy(_finite(keys)))
+        return IvfIndex(torch.from_numpy(means.centroids).clone(), trained_on)
+
+    @property
+    def ids(self) -> Tensor:
+        """``[m]`` int64, ascending: the rows it holds."""
+        if len(self._pieces) > 1:
+            self._pieces = [torch.cat(self._pieces)]
+        return self._pieces[0]
 
     def __len__(self) -> int:
-        return self.ids.shape[0]
+        return int(self._index.ntotal)
 
     @property
     def cells(self) -> int:
@@ -88,8 +94,9 @@ class IvfIndex:
             NonFiniteError: keys hold NaN or Inf; nothing was added.
         """
         given = ids.cpu()
-        if len(given) and len(self) and int(given[0]) <= int(self.ids[-1]):
-            raise InputError(f"ids must be larger than those in the index ({int(self.ids[-1])}), got {int(given[0])}")
+        last = next((int(part[-1]) for part in reversed(self._pieces) if len(part)), -1)
+        if len(given) and int(given[0]) <= last:
+            raise InputError(f"ids must be larger than those in the index ({last}), got {int(given[0])}")
         keys = _finite(keys)
         with _threads():
             for start in range(0, len(given), PIECE_ROWS):
@@ -101,7 +108,7 @@ class IvfIndex:
                     own = cells[part].cpu().contiguous().numpy()
                     pointers = (faiss.swig_ptr(array) for array in (piece, numbers, own))
                     self._index.add_core(len(numbers), *pointers)
-        self.ids = torch.cat([self.ids, given])
+        self._pieces.append(given)
         self.added += len(given)
 
     def remove(self, ids: Tensor) -> None:
@@ -111,9 +118,10 @@ class IvfIndex:
             return
         numbers = gone.numpy()
         self._index.remove_ids(faiss.IDSelectorArray(numbers))
-        kept = torch.ones(len(self), dtype=torch.bool)
-        kept[torch.searchsorted(self.ids, gone)] = False
-        self.ids = self.ids[kept]
+        held = self.ids
+        kept = torch.ones(len(held), dtype=torch.bool)
+        kept[torch.searchsorted(held, gone)] = False
+        self._pieces = [held[kept]]
 
     @torch.no_grad()
     def search(self, query: Tensor, count: int, probes: int, without: Tensor | None = None) -> Tensor:
@@ -169,33 +177,38 @@ class IvfIndex:
         }
 
     @staticmethod
-    def of(tensors: Mapping[str, Tensor], ids: Tensor, keys: Tensor) -> IvfIndex:
-        """The index that ``tensors`` are of, over the same rows: ``keys`` ``[m, r]`` with ``ids`` ``[m]``, ascending.
+    def of(tensors: Mapping[str, Tensor], rows: int, pieces: Iterable[tuple[Tensor, Tensor]]) -> IvfIndex:
+        """The index that ``tensors`` are of, over the same ``rows``, which ``pieces`` give as ids and keys, in order.
 
         Raises:
             InputError: the tensors cannot be those of an index over these keys; the message says why.
         """
-        problem = _problem(tensors, keys)
+        problem = _problem(tensors, rows)
         if problem:
             raise InputError(f"an index cannot be built again: {problem}")
-        index = IvfIndex(tensors["centers"].cpu().contiguous(), int(tensors["trained_on"]))
-        index.add(ids, keys, tensors["cell"].long())
+        index, done = IvfIndex(tensors["centers"].cpu().contiguous(), int(tensors["trained_on"])), 0
+        width = tensors["centers"].shape[1]
+        for ids, keys in pieces:
+            if keys.shape[1] != width:
+                raise InputError(f"an index cannot be built again: its keys must be {width} wide, got {keys.shape[1]}")
+            index.add(ids, keys, tensors["cell"][done : done + len(ids)].long())
+            done += len(ids)
         index.added = int(tensors["added"])
         return index
 
 
-def _problem(tensors: Mapping[str, Tensor], keys: Tensor) -> str | None:
-    """What is wrong with the tensors of an index over ``keys``, if anything is: faiss itself looks at nothing."""
+def _problem(tensors: Mapping[str, Tensor], rows: int) -> str | None:
+    """What is wrong with the tensors of an index over so many rows, if anything is: faiss itself looks at nothing."""
     missing = {"centers", "cell", "trained_on", "added"} - tensors.keys()
     if missing:
         return f"it must have {', '.join(sorted(missing))}, which are missing"
     centers, cell = tensors["centers"], tensors["cell"]
-    if centers.ndim != 2 or centers.dtype != torch.float32 or centers.shape[1] != keys.shape[1] or not len(centers):
-        return f"centers must be [cells, {keys.shape[1]}] float32, got {list(centers.shape)} {centers.dtype}"
+    if centers.ndim != 2 or centers.dtype != torch.float32 or not centers.numel():
+        return f"centers must be [cells, r] float32, got {list(centers.shape)} {centers.dtype}"
     if not bool(centers.isfinite().all()):
         return "centers must be finite"
-    if cell.dtype != torch.int32 or list(cell.shape) != [keys.shape[0]]:
-        return f"cell must be [{keys.shape[0]}] int32, got {list(cell.shape)} {cell.dtype}"
+    if cell.dtype != torch.int32 or list(cell.shape) != [rows]:
+        return f"cell must be [{rows}] int32, got {list(cell.shape)} {cell.dtype}"
     if len(cell) and not 0 <= int(cell.min()) <= int(cell.max()) < len(centers):
         return f"cell must be in 0..{len(centers) - 1}, got {int(cell.min())} to {int(cell.max())}"
     for name in ("trained_on", "added"):

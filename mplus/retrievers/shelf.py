@@ -14,8 +14,8 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from mplus.errors import NonFiniteError
-from mplus.retrievers.ivf import IvfIndex
+from mplus.errors import InputError, NonFiniteError
+from mplus.retrievers.ivf import POINTS_PER_CELL, IvfIndex
 from mplus.stores.base import Origin, StoreView
 
 logger = logging.getLogger(__name__)
@@ -100,8 +100,7 @@ class IndexShelf:
         if slot is None:
             return
         with slot.lock:
-            ids, keys = store.ids(layer), _keys(store, layer)
-            slot.index = IvfIndex.of(tensors, ids, keys)
+            slot.index = IvfIndex.of(tensors, store.count(layer), _pieces(store, layer))
             slot.revision = store.revision(layer)
 
     def _slot(self, store: StoreView, layer: int) -> _Slot | None:
@@ -130,7 +129,8 @@ class IndexShelf:
                 slot.index = index = self._trained(store, layer, ids)
             else:
                 index.remove(gone)
-                index.add(new, _keys(store, layer, new))
+                if len(new):
+                    index.add(new, _keys(store, layer, new))
         except NonFiniteError as error:
             logger.info("layer %d is searched exactly: %s", layer, error)
             slot.index, slot.revision = None, None
@@ -150,10 +150,11 @@ class IndexShelf:
         return index.added - index.trained_on + new > self.outgrown * index.trained_on
 
     def _trained(self, store: StoreView, layer: int, ids: Tensor) -> IvfIndex:
-        keys = _keys(store, layer)
-        index = IvfIndex.train(keys, self.cells or cells_for(len(ids)))
+        cells = self.cells or cells_for(len(ids))
+        index = IvfIndex.train(_spread(store, layer, ids, cells * POINTS_PER_CELL), cells, len(ids))
         logger.info("layer %d: an index of %d cells was trained on %d rows", layer, index.cells, len(ids))
-        index.add(ids, keys)
+        for piece_ids, keys in _pieces(store, layer):
+            index.add(piece_ids, keys)
         return index
 
 
@@ -181,14 +182,26 @@ def _without(some: Tensor, others: Tensor) -> Tensor:
     return some[others[places] != some]
 
 
-def _keys(store: StoreView, layer: int, ids: Tensor | None = None) -> Tensor:
-    """Keys of all rows, or of those with ``ids``. Raises ValueError where rows have none."""
-    if ids is None:
-        keys = store.keys(layer)
-    elif len(ids):
-        keys = store.gather(layer, ids.to(store.ids(layer).device), leave_out=("hidden", "projected", "expiry")).key
-    else:
-        keys = torch.empty(0, store.layout.key_size)
+def _keys(store: StoreView, layer: int, ids: Tensor) -> Tensor:
+    """``[n, r]`` keys of the rows with these ids. Raises InputError where rows have none."""
+    keys = store.gather(layer, ids.to(store.layout.device), leave_out=("hidden", "projected", "expiry")).key
+    return _needed(keys, layer)
+
+
+def _spread(store: StoreView, layer: int, ids: Tensor, most: int) -> Tensor:
+    """Keys of at most so many rows, spread evenly over all of them."""
+    count = min(len(ids), most)
+    return _keys(store, layer, ids[torch.arange(count) * len(ids) // count])
+
+
+def _pieces(store: StoreView, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and keys of all rows, a piece at a time."""
+    for piece in store.pieces(layer, "key"):
+        keys = _needed(piece.columns.get("key"), layer)
+        yield (piece.ids, keys) if piece.live is None else (piece.ids[piece.live], keys[piece.live])
+
+
+def _needed(keys: Tensor | None, layer: int) -> Tensor:
     if keys is None:
-        raise ValueError("an index needs rows with keys; this store was made without (key_size=0)")
+        raise InputError(f"an index needs rows with keys; those of layer {layer} were kept without (key_size=0)")
     return keys
