@@ -17,6 +17,8 @@ RETRIEVERS: Registry[Retriever] = Registry(
     base="mplus.retrievers.base:Retriever",
     builtin={
         "attention": "mplus.retrievers.attention:AttentionRetriever",
+        "centroid": "mplus.retrievers.centroid:CentroidRetriever",
+        "faiss_ivf": "mplus.retrievers.faiss_ivf:FaissIvfRetriever",
         "linear": "mplus.retrievers.linear:LinearRetriever",
         "random": "mplus.retrievers.random:RandomRetriever",
     },

@@ -131,6 +131,12 @@ class Located:
         return rows, torch.arange(rows.shape[0], device=rows.device) if self.order is None else self.order
 
 
+class Origin:
+    """Identity of a store, to be compared and referred to weakly; it holds nothing."""
+
+    __slots__ = ("__weakref__",)
+
+
 class StoreView(ABC):
     """The reading side of a store. A view taken by ``MemoryStore.snapshot`` never changes.
 
@@ -139,11 +145,11 @@ class StoreView(ABC):
     Attributes:
         layout: what the rows look like.
         origin: the same object for a store and its snapshots, another for every other store, forks included: what an
-            index made of a store's rows is kept under. None: ids do not outlast the view.
+            index made of a store's rows is kept under, weakly. None: ids do not outlast the view.
     """
 
     layout: StoreLayout
-    origin: object = None
+    origin: Origin | None = None
 
     @abstractmethod
     def ids(self, layer: int) -> Tensor:
@@ -208,6 +214,14 @@ class StoreView(ABC):
         """Number of rows of ``layer``."""
         return self.ids(layer).shape[0]
 
+    def revision(self, layer: int) -> int | None:
+        """How often ``layer`` had changed by the time of this view; None where that is not counted.
+
+        Of two views of one ``origin``, an equal number means the same rows and a greater one a later moment, whether
+        or not rows came back by ``restore`` in between.
+        """
+        return None
+
     def keys(self, layer: int) -> Tensor | None:
         """``[m, r]`` retriever keys of ``layer`` in the order of ``ids``, or None."""
         return self.column(layer, "key")
@@ -228,7 +242,7 @@ class MemoryStore(StoreView):
 
     def __init__(self, layout: StoreLayout, options: Any = None) -> None:
         self.layout = layout
-        self.origin: object = object()
+        self.origin: Origin | None = Origin()
         self.options = options if options is not None else self.Options()
 
     @abstractmethod

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from mplus.stores.slabs import SlabSizes
 
 
+_FIELDS = ("layout", "sizes", "allocator", "slabs", "next_id", "revision")
+
+
 @define(frozen=True, eq=False, slots=False)
 class SlabLayer:
     """Rows of one layer. Changing it makes a new value that shares all slabs but those that were touched.
@@ -36,6 +39,7 @@ class SlabLayer:
         allocator: gives them.
         slabs: in ascending order of ids.
         next_id: id of the next row appended; ids are never given twice.
+        revision: changes that led here.
     """
 
     layout: StoreLayout
@@ -43,6 +47,7 @@ class SlabLayer:
     allocator: Allocator
     slabs: tuple[Slab, ...] = ()
     next_id: int = 0
+    revision: int = 0
 
     def __len__(self) -> int:
         return self._count
@@ -62,7 +67,7 @@ class SlabLayer:
         return sum(slab.block.nbytes for slab in self.slabs) + self.allocator.spare_bytes
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("layout", "sizes", "allocator", "slabs", "next_id")}
+        return {name: getattr(self, name) for name in _FIELDS}
 
     # ------------------------------------------------------------------ reading
 
@@ -170,7 +175,7 @@ class SlabLayer:
                 _write(block, 0, columns, done, granted, next_id)
                 slabs.append(Slab(block, 0, granted, granted, None, granted, next_id, next_id + granted - 1))
             done, next_id = done + granted, next_id + granted
-        return evolve(self, slabs=tuple(slabs), next_id=next_id)
+        return evolve(self, slabs=tuple(slabs), next_id=next_id, revision=self.revision + 1)
 
     def remove(self, ids: Tensor) -> SlabLayer:
         """This layer less the rows with these ids. Raises KeyError naming one that is not there."""
@@ -184,7 +189,7 @@ class SlabLayer:
                 slabs.append(left)
         before = {id(slab) for slab in self.slabs}
         touched = [place for place, slab in enumerate(slabs) if id(slab) not in before]
-        return evolve(self, slabs=tuple(self._compacted(slabs, touched)))
+        return evolve(self, slabs=tuple(self._compacted(slabs, touched)), revision=self.revision + 1)
 
     def to(self, layout: StoreLayout, allocator: Allocator) -> SlabLayer:
         """The same rows and ids in the dtype and on the device of ``layout``, in blocks of their own."""

@@ -10,7 +10,7 @@ from attrs import evolve
 from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
-from mplus.stores.base import Column, Content, Located, MemoryStore, Piece, StoreLayout, StoreView
+from mplus.stores.base import Column, Content, Located, MemoryStore, Origin, Piece, StoreLayout, StoreView
 from mplus.stores.slab_layer import SlabLayer
 
 if TYPE_CHECKING:
@@ -46,6 +46,10 @@ class _Layers(StoreView):
         """Number of rows."""
         return len(self._layer(layer))
 
+    def revision(self, layer: int) -> int:
+        """Counted from 0."""
+        return self._layer(layer).revision
+
     def pieces(self, layer: int, *names: Column | Content) -> list[Piece]:
         """A piece for every slab, without a copy."""
         return self._layer(layer).pieces(names)
@@ -76,7 +80,7 @@ class _Layers(StoreView):
 class SlabView(_Layers):
     """What a ``SlabStore`` held at one moment."""
 
-    def __init__(self, layout: StoreLayout, slab_layers: Sequence[SlabLayer], origin: object) -> None:
+    def __init__(self, layout: StoreLayout, slab_layers: Sequence[SlabLayer], origin: Origin | None) -> None:
         self.layout = layout
         self.slab_layers = slab_layers
         self.origin = origin
@@ -134,7 +138,9 @@ class SlabStore(_Layers, MemoryStore):
                 f"got a {type(snapshot).__name__} ({getattr(snapshot, 'layout', None)})"
             )
         pairs = zip(snapshot.slab_layers, self.slab_layers, strict=True)
-        self.slab_layers = [evolve(then, next_id=max(then.next_id, now.next_id)) for then, now in pairs]
+        self.slab_layers = [
+            evolve(then, next_id=max(then.next_id, now.next_id), revision=now.revision + 1) for then, now in pairs
+        ]
 
     def fork(self) -> Self:
         """A store that shares this one's slabs."""

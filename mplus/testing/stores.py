@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, ClassVar
 
 import attrs
@@ -255,6 +256,33 @@ class StoreConformance:
         assert store.append(0, draw_rows(LAYOUT, 0, 2)).tolist() == []
         store.remove(0, torch.empty(0, dtype=torch.int64))
         self.check_all(store, rows, ids)
+
+    def test_an_index_of_its_rows_knows_when_it_is_out_of_date(self) -> None:
+        """Views of one origin with one revision hold the same rows, and a greater revision is a later moment."""
+        store, rows = self.make(LAYOUT), draw_rows(LAYOUT, 5, 1)
+        views: list[StoreView] = [store.snapshot()]
+        store.append(0, rows)
+        views.append(store.snapshot())
+        store.remove(0, store.ids(0)[2:3])
+        views.append(store.snapshot())
+        store.restore(views[1])
+        views.append(store.snapshot())
+        store.remove(0, store.ids(0)[1:2])
+        views.append(store.snapshot())
+        for view in views:
+            assert view.origin is store.origin
+        assert store.fork().origin is None or store.fork().origin is not store.origin
+        if store.origin is not None:
+            assert weakref.ref(store.origin)() is store.origin
+        revisions = [view.revision(0) for view in views]
+        if revisions[0] is None:
+            assert revisions == [None] * len(views)
+            return
+        known = [revision for revision in revisions if revision is not None]
+        assert known == sorted(set(known))
+        assert len(known) == len(views)
+        assert store.revision(0) == known[-1]
+        assert store.revision(1) == store.snapshot().revision(1)
 
     def test_another_dtype_is_another_store(self) -> None:
         store, rows = self.make(LAYOUT), draw_rows(LAYOUT, 5, 1)

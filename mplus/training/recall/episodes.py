@@ -82,12 +82,26 @@ def make_episode(
     language: Language, facts: list[int], *, chunk_tokens: int, tail: int, generator: torch.Generator
 ) -> Episode:
     """Draw values for ``facts`` and lay the sentences out in chunks of ``chunk_tokens``."""
+    return lay_out(language, facts, None, chunk_tokens=chunk_tokens, tail=tail, generator=generator)
+
+
+def lay_out(
+    language: Language,
+    facts: list[int],
+    values: list[int] | None,
+    *,
+    chunk_tokens: int,
+    tail: int,
+    generator: torch.Generator,
+) -> Episode:
+    """As ``make_episode``, with the ``values`` that are given; None: drawn."""
     count = len(facts)
     ids = language.ids
     fillers = torch.tensor([ids[word] for word in words.FILLERS])
     chunks = fillers[torch.randint(len(fillers), (count, chunk_tokens), generator=generator)]
     chance = torch.rand(count, 2, generator=generator).tolist()
-    values = [int(c[0] * language.values(fact)) for c, fact in zip(chance, facts, strict=True)]
+    if values is None:
+        values = [int(c[0] * language.values(fact)) for c, fact in zip(chance, facts, strict=True)]
     for place, (fact, value) in enumerate(zip(facts, values, strict=True)):
         sentence = torch.tensor([ids[word] for word in language.sentence(fact, value)])
         start = int(chance[place][1] * (chunk_tokens - tail - len(sentence) + 1))

@@ -1,0 +1,207 @@
+"""IndexShelf: one index for every layer of every store that is read, kept up to date with the rows."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from mplus.errors import InputError, NonFiniteError
+from mplus.retrievers.ivf import POINTS_PER_CELL, IvfIndex
+from mplus.stores.base import Origin, StoreView
+
+logger = logging.getLogger(__name__)
+
+
+@define(frozen=True, eq=False)
+class Ready:
+    """An index that can answer for a view.
+
+    Attributes:
+        index: up to date for that view, but for the rows below.
+        without: ``[x]`` int64, rows of the index that the view does not have.
+        besides: ``[y]`` int64, rows of the view that the index does not have.
+    """
+
+    index: IvfIndex
+    without: Tensor
+    besides: Tensor
+
+
+@define(eq=False)
+class _Slot:
+    """One index, the state of the layer it was last brought up to, and the lock without which nobody touches it."""
+
+    lock: Any = field(factory=Lock)
+    index: IvfIndex | None = None
+    revision: int | None = None
+
+
+class IndexShelf:
+    """Makes indexes when there are rows enough, follows the rows, and starts anew when these have outgrown it.
+
+    An index lives as long as its store or any snapshot of it. Copies of a shelf, pickled ones too, are empty.
+
+    Args:
+        least: rows from which on a layer has an index.
+        cells: number of cells; None: by the number of rows.
+        outgrown: an index is made anew when this many times as many rows were added as it was trained on.
+    """
+
+    def __init__(self, least: int, cells: int | None, outgrown: float) -> None:
+        self.least = least
+        self.cells = cells
+        self.outgrown = outgrown
+        self._slots: WeakKeyDictionary[Origin, dict[int, _Slot]] = WeakKeyDictionary()
+        self._lock = Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return IndexShelf, (self.least, self.cells, self.outgrown)
+
+    @contextmanager
+    def ready(self, store: StoreView, layer: int) -> Iterator[Ready | None]:
+        """The index for a view, to be used inside only; None where rows are few or their ids do not last.
+
+        An index follows the newest view it is asked for. For an older one, such as a snapshot that a generation reads
+        while more is written, it stays as it is, and what the two do not have in common is named.
+        """
+        slot = self._slot(store, layer)
+        if slot is None:
+            yield None
+            return
+        with slot.lock:
+            yield self._brought_up(slot, store, layer)
+
+    def tensors(self, store: StoreView, layer: int) -> dict[str, Tensor]:
+        """What an index of exactly the rows of ``store`` can be built from again; empty where there is none.
+
+        See ``IvfIndex.tensors``; ``cell`` is in the order of the rows.
+        """
+        with self.ready(store, layer) as ready:
+            if ready is None or len(ready.without) or len(ready.besides):
+                return {}
+            return ready.index.tensors()
+
+    def adopt(self, store: StoreView, layer: int, tensors: dict[str, Tensor]) -> None:
+        """Build the index of ``store`` from ``tensors`` of an equal one instead of training it.
+
+        Raises:
+            InputError: they are not of an index over these rows; the store is left without one.
+        """
+        slot = self._slot(store, layer)
+        if slot is None:
+            return
+        with slot.lock:
+            slot.index = IvfIndex.of(tensors, store.count(layer), _pieces(store, layer))
+            slot.revision = store.revision(layer)
+
+    def _slot(self, store: StoreView, layer: int) -> _Slot | None:
+        if store.origin is None:
+            return None
+        with self._lock:
+            slots = self._slots.setdefault(store.origin, {})
+            if store.count(layer) >= self.least:
+                return slots.setdefault(layer, _Slot())
+            slot, revision = slots.get(layer), store.revision(layer)
+            if slot is not None and (revision is None or slot.revision is None or revision > slot.revision):
+                del slots[layer]  # rows that were removed are not to be kept here
+            return None
+
+    def _brought_up(self, slot: _Slot, store: StoreView, layer: int) -> Ready | None:
+        none, revision = torch.empty(0, dtype=torch.int64), store.revision(layer)
+        index = slot.index
+        if index is not None and revision is not None and revision == slot.revision:
+            return Ready(index, none, none)
+        ids = store.ids(layer).cpu()
+        gone, new = (none, ids) if index is None else differences(index.ids, ids)
+        if index is not None and self._is_older(slot, revision, index, ids):
+            return Ready(index, gone, new)
+        try:
+            if index is None or self._is_outgrown(index, len(ids), len(new)):
+                slot.index = index = self._trained(store, layer, ids)
+            else:
+                index.remove(gone)
+                if len(new):
+                    index.add(new, _keys(store, layer, new))
+        except NonFiniteError as error:
+            logger.info("layer %d is searched exactly: %s", layer, error)
+            slot.index, slot.revision = None, None
+            return None
+        slot.revision = revision
+        return Ready(index, none, none)
+
+    @staticmethod
+    def _is_older(slot: _Slot, revision: int | None, index: IvfIndex, ids: Tensor) -> bool:
+        """Whether a view is of an earlier moment than the index; by the newest row where changes are not counted."""
+        if revision is not None and slot.revision is not None:
+            return revision < slot.revision
+        return len(index) > 0 and int(ids[-1]) < int(index.ids[-1])
+
+    def _is_outgrown(self, index: IvfIndex, rows: int, new: int) -> bool:
+        """Whether it was trained on far fewer rows than there have been since, those that left again included."""
+        return index.added - index.trained_on + new > self.outgrown * index.trained_on
+
+    def _trained(self, store: StoreView, layer: int, ids: Tensor) -> IvfIndex:
+        cells = self.cells or cells_for(len(ids))
+        index = IvfIndex.train(_spread(store, layer, ids, cells * POINTS_PER_CELL), cells, len(ids))
+        logger.info("layer %d: an index of %d cells was trained on %d rows", layer, index.cells, len(ids))
+        for piece_ids, keys in _pieces(store, layer):
+            index.add(piece_ids, keys)
+        return index
+
+
+def cells_for(rows: int) -> int:
+    """Cells of an index that is made for so many rows: about two square roots of them."""
+    return max(1, round(2 * math.sqrt(rows)))
+
+
+def differences(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids of ``old`` that are not in ``new``, and the reverse; both ascending."""
+    if len(old) and len(new):
+        # As a rule the oldest left and new ones came: then nothing has to be looked for.
+        first = int(torch.searchsorted(old, new[0]))
+        common = len(old) - first
+        if common <= len(new) and torch.equal(old[first:], new[:common]):
+            return old[:first], new[common:]
+    return _without(old, new), _without(new, old)
+
+
+def _without(some: Tensor, others: Tensor) -> Tensor:
+    """``some`` but for ``others``, both ascending."""
+    if not len(others):
+        return some
+    places = torch.searchsorted(others, some).clamp(max=len(others) - 1)
+    return some[others[places] != some]
+
+
+def _keys(store: StoreView, layer: int, ids: Tensor) -> Tensor:
+    """``[n, r]`` keys of the rows with these ids. Raises InputError where rows have none."""
+    keys = store.gather(layer, ids.to(store.layout.device), leave_out=("hidden", "projected", "expiry")).key
+    return _needed(keys, layer)
+
+
+def _spread(store: StoreView, layer: int, ids: Tensor, most: int) -> Tensor:
+    """Keys of at most so many rows, spread evenly over all of them."""
+    count = min(len(ids), most)
+    return _keys(store, layer, ids[torch.arange(count) * len(ids) // count])
+
+
+def _pieces(store: StoreView, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and keys of all rows, a piece at a time."""
+    for piece in store.pieces(layer, "key"):
+        keys = _needed(piece.columns.get("key"), layer)
+        yield (piece.ids, keys) if piece.live is None else (piece.ids[piece.live], keys[piece.live])
+
+
+def _needed(keys: Tensor | None, layer: int) -> Tensor:
+    if keys is None:
+        raise InputError(f"an index needs rows with keys; those of layer {layer} were kept without (key_size=0)")
+    return keys

@@ -1,0 +1,469 @@
+"""The retriever "faiss_ivf": its index follows the rows of a store, and answers for views of every age."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import pickle
+import sys
+import threading
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from mplus.errors import ConfigError, InputError, MissingDependencyError
+from mplus.mechanisms.pending import PendingView
+from mplus.registry import Registry
+from mplus.retrievers.base import RetrieverShape
+from mplus.retrievers.faiss_ivf import FaissIvfRetriever
+from mplus.retrievers.ivf import IvfIndex
+from mplus.retrievers.linear import LinearRetriever
+from mplus.retrievers.shelf import cells_for, differences
+from mplus.stores.base import StoreLayout
+from mplus.stores.ram import RamStore
+from mplus.stores.slab_store import SlabView
+from mplus.testing.retrievers import SHAPE, RetrieverConformance, SmallAttention
+from mplus.testing.strategies import draw_rows
+
+WIDTH = 8
+ONE = RetrieverShape(layers=1, hidden_size=1)
+LAYOUT = StoreLayout(layers=1, hidden_size=1, key_size=WIDTH)
+
+
+class Indexed(RetrieverConformance):
+    """With an index from the first rows on."""
+
+    implementation = FaissIvfRetriever
+    options: ClassVar[dict] = {}
+
+    def make(self, shape=SHAPE):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            retriever = FaissIvfRetriever(shape, FaissIvfRetriever.Options(width=WIDTH, **self.options))
+        retriever.bind(SmallAttention(shape))
+        return retriever
+
+
+class TestAllCells(Indexed):
+    """An index that looks into all of its cells is exact."""
+
+    options: ClassVar[dict] = {"least": 3, "cells": 3, "probes": 3}
+
+
+class TestSomeCells(Indexed):
+    """One that looks into few of them finds as many rows, and most of the best."""
+
+    exact = False
+    options: ClassVar[dict] = {"least": 3, "cells": 3, "probes": 1}
+    least_recall = 0.5
+
+
+class SomeOfManyCells(Indexed):
+    exact = False
+    options: ClassVar[dict] = {"least": 40, "cells": 24, "probes": 6}
+
+
+class SigmoidMean(SomeOfManyCells):
+    """The rows nearest to the mean query, ranked by another score: sometimes few of the best."""
+
+    options: ClassVar[dict] = {"least": 40, "cells": 24, "probes": 6, "score": "sigmoid_mean"}
+    least_recall = 0.5
+
+
+@pytest.mark.parametrize("kind", [SomeOfManyCells, SigmoidMean])
+@pytest.mark.parametrize("length", [1, 40])
+def test_finds_most_of_the_best(kind, length):
+    kind().test_finds_the_best_of_clustered_rows(length)
+
+
+def store_of(keys, store=RamStore, layout=LAYOUT):
+    made = store(layout)
+    append(made, keys)
+    return made
+
+
+def append(store, keys):
+    return store.append(0, draw_rows(store.layout, len(keys), 0).replace(key=keys.to(store.layout.dtype)))
+
+
+def made(kind=FaissIvfRetriever, **options):
+    return kind(ONE, kind.Options(width=WIDTH, **options))
+
+
+def normal(count, seed=0, width=WIDTH):
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def select(retriever, view, k, text=None):
+    text = normal(3, 99) if text is None else text
+    mask = torch.ones(1, text.shape[0], dtype=torch.bool)
+    return retriever.select(0, text[None], mask, [view], k)[0]
+
+
+class Uncounted(RamStore):
+    """A store that does not count its changes."""
+
+    def revision(self, layer):
+        return None
+
+    def snapshot(self):
+        view = super().snapshot()
+        view.__class__ = UncountedView
+        return view
+
+
+class UncountedView(SlabView):
+    def revision(self, layer):
+        return None
+
+
+class Following(RuleBasedStateMachine):
+    """Whatever happens to a store, and whichever of its views is read, an index of all cells reads as ``linear``."""
+
+    kind: ClassVar[type] = RamStore
+    views = Bundle("views")
+
+    def __init__(self):
+        super().__init__()
+        self.store = self.kind(LAYOUT)
+        self.linear = made(LinearRetriever)
+        self.indexed = made(least=4, cells=2, probes=2, outgrown=1.0)
+        self.seed = 0
+
+    @rule(count=st.integers(0, 7))
+    def write(self, count):
+        self.seed += 1
+        append(self.store, normal(count, self.seed))
+
+    @rule(count=st.integers(0, 6))
+    def evict(self, count):
+        self.store.remove(0, self.store.ids(0)[:count])
+
+    @rule(places=st.lists(st.integers(0, 20), max_size=5))
+    def forget(self, places):
+        ids = self.store.ids(0)
+        self.store.remove(0, ids[[place for place in set(places) if place < len(ids)]])
+
+    @rule(target=views)
+    def snapshot(self):
+        return self.store.snapshot()
+
+    @rule(view=views)
+    def restore(self, view):
+        self.store.restore(view)
+
+    def check(self, view, k, seed):
+        text = normal(2, seed)
+        found, expected = select(self.indexed, view, k, text), select(self.linear, view, k, text)
+        assert found.ids.tolist() == expected.ids.tolist()
+        torch.testing.assert_close(found.scores, expected.scores)
+
+    @rule(k=st.integers(0, 9), seed=st.integers(0, 99))
+    def read(self, k, seed):
+        self.check(self.store, k, seed)
+
+    @rule(view=views, k=st.integers(0, 9), seed=st.integers(0, 99))
+    def read_a_snapshot(self, view, k, seed):
+        self.check(view, k, seed)
+
+    @invariant()
+    def the_index_holds_what_its_ids_say(self):
+        for slots in self.indexed.shelf._slots.values():
+            for slot in slots.values():
+                if slot.index is not None:
+                    assert slot.index._index.ntotal == len(slot.index.ids)
+                    assert slot.index.tensors()["cell"].shape == slot.index.ids.shape
+
+
+@pytest.mark.parametrize("kind", [RamStore, Uncounted])
+def test_an_index_follows_its_store(kind):
+    class Machine(Following):
+        pass
+
+    Machine.kind = kind
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=20,
+            stateful_step_count=25,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+class TestIndex:
+    def test_changes_are_made_to_the_index_not_a_new_one(self, caplog):
+        retriever, store = made(least=50, cells=8), store_of(normal(60))
+        with caplog.at_level(logging.INFO, "mplus"):
+            select(retriever, store, 5)
+            first = retriever.index_facts(0, store)
+            append(store, normal(20, 1))
+            store.remove(0, store.ids(0)[:10])
+            select(retriever, store, 5)
+        assert first == {"rows": 60, "cells": 8, "trained_on": 60, "added": 60}
+        assert retriever.index_facts(0, store) == {"rows": 70, "cells": 8, "trained_on": 60, "added": 80}
+        assert [record.levelname for record in caplog.records] == ["INFO"]
+        assert "an index of 8 cells was trained on 60 rows" in caplog.text
+
+    def test_it_is_made_anew_when_the_rows_have_outgrown_it(self):
+        retriever, store = made(least=50, outgrown=2.0), store_of(normal(60))
+        select(retriever, store, 5)
+        for turn in range(6):  # rows come and go: their number stays
+            append(store, normal(20, turn + 1))
+            store.remove(0, store.ids(0)[:20])
+            select(retriever, store, 5)
+        assert retriever.index_facts(0, store) == {
+            "rows": 60,
+            "cells": cells_for(60),
+            "trained_on": 60,
+            "added": 60 + 120,
+        }
+        append(store, normal(40, 9))
+        select(retriever, store, 5)
+        assert retriever.index_facts(0, store) == {
+            "rows": 100,
+            "cells": cells_for(100),
+            "trained_on": 100,
+            "added": 100,
+        }
+
+    def test_few_rows_and_rows_whose_ids_do_not_last_are_read_exactly(self):
+        retriever, store = made(least=61, cells=8, probes=1), store_of(normal(60))
+        waiting = draw_rows(LAYOUT, 5, 1).replace(key=normal(5, 7))
+        for view in (store, PendingView(store_of(normal(80)), [waiting])):
+            assert retriever.index_facts(0, view) == {}
+            found, expected = select(retriever, view, 9), select(made(LinearRetriever), view, 9)
+            assert found.ids.tolist() == expected.ids.tolist()
+            assert found.scores.tolist() == expected.scores.tolist()
+
+    def test_an_older_snapshot_is_read_while_more_is_written(self):
+        """The newer index gives back only rows of the snapshot, and those it lost meanwhile are found all the same."""
+        retriever, store = made(least=50, cells=8, probes=8), store_of(normal(200))
+        select(retriever, store, 5)
+        old = store.snapshot()
+        expected = select(made(LinearRetriever), old, 30)
+        append(store, 3 * normal(200, 5))
+        store.remove(0, expected.ids[:20])
+        select(retriever, store, 5)
+        newer = retriever.index_facts(0, store)
+        assert select(retriever, old, 30).ids.tolist() == expected.ids.tolist()
+        assert retriever.index_facts(0, store) == newer
+
+    def test_forgotten_rows_leave_the_index(self):
+        retriever, store = made(least=50, cells=8), store_of(normal(60))
+        select(retriever, store, 5)
+        gone = store.ids(0)[50:55].clone()  # the newest too
+        store.remove(0, gone)
+        select(retriever, store, 5)
+        slot = retriever.shelf._slots[store.origin][0]
+        assert not set(slot.index.ids.tolist()) & set(gone.tolist())
+        store.remove(0, store.ids(0)[:10])
+        select(retriever, store, 5)
+        assert retriever.shelf._slots[store.origin] == {}, "too few are left for an index"
+
+    def test_as_many_rows_as_wanted_come_back_from_cells_that_hold_too_few(self):
+        """Nearly all rows in one cell, far from what is asked."""
+        keys = torch.cat([normal(3, 1) + 20, normal(200, 2) - 20])
+        retriever = made(least=50, cells=4, probes=1)
+        found = select(retriever, store_of(keys), 60, torch.full((1, WIDTH), 1.0))
+        assert len(found.ids) == 60
+        assert {0, 1, 2} <= set(found.ids.tolist())
+
+    def test_it_lives_as_long_as_the_store_or_a_snapshot(self):
+        retriever, store = made(least=50), store_of(normal(60))
+        view = store.snapshot()
+        select(retriever, store, 5)
+        del store
+        gc.collect()
+        assert retriever.index_facts(0, view)["rows"] == 60
+        assert len(retriever.shelf._slots) == 1
+        del view
+        gc.collect()
+        assert len(retriever.shelf._slots) == 0
+
+    def test_a_fork_has_an_index_of_its_own(self):
+        retriever, store = made(least=50, cells=4, probes=4), store_of(normal(60))
+        select(retriever, store, 5)
+        fork = store.fork()
+        append(fork, 9 * normal(5, 3))
+        append(store, 9 * normal(5, 4))
+        for view in (fork, store):
+            assert select(retriever, view, 7).ids.tolist() == select(made(LinearRetriever), view, 7).ids.tolist()
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_keys_that_are_not_finite_are_read_as_linear_reads_them(self, bad, caplog):
+        keys = normal(60)
+        keys[7] = bad
+        retriever = made(least=50, cells=4)
+        with caplog.at_level(logging.INFO, "mplus"):
+            found = select(retriever, store_of(keys), 60)
+        assert found.ids.tolist() == select(made(LinearRetriever), store_of(keys), 60).ids.tolist()
+        assert "finite" in caplog.text or not caplog.records  # 60 of 60 rows need no index
+        with caplog.at_level(logging.INFO, "mplus"):
+            select(retriever, store_of(keys), 5)
+        assert "layer 0 is searched exactly: keys in an index must be finite" in caplog.text
+
+    def test_a_query_that_is_not_finite_is_read_as_linear_reads_it(self):
+        retriever, store = made(least=50), store_of(normal(60))
+        text = torch.full((1, WIDTH), float("nan"))
+        assert select(retriever, store, 5, text).ids.tolist() == [0, 1, 2, 3, 4]
+
+    @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+    def test_copies_begin_without_an_index(self, duplicate):
+        retriever, store = made(least=50, cells=4), store_of(normal(60))
+        expected = select(retriever, store, 5)
+        other = duplicate(retriever)
+        assert len(other.shelf._slots) == 0
+        assert select(other, store, 5).ids.tolist() == expected.ids.tolist()
+
+    def test_the_parameters_of_linear_are_taken(self):
+        linear, indexed = made(LinearRetriever), made()
+        indexed.load_state_dict(linear.state_dict())
+        assert indexed.facts() == linear.facts()
+
+    def test_most_of_the_best_are_found_in_a_part_of_the_cells(self):
+        """Clustered keys, a quarter of the cells; and scores equal those of ``linear``."""
+        generator = torch.Generator().manual_seed(0)
+        centers = torch.randn(60, WIDTH, generator=generator)
+        keys = centers.repeat(100, 1) + 0.4 * torch.randn(6000, WIDTH, generator=generator)
+        store, retriever = store_of(keys), made(least=50, cells=64, probes=16)
+        shares = []
+        for number in range(20):
+            text = centers[number : number + 1] + 0.4 * torch.randn(1, WIDTH, generator=generator)
+            found, exact = select(retriever, store, 50, text), select(made(LinearRetriever), store, 50, text)
+            shares.append(float(torch.isin(exact.ids, found.ids).float().mean()))
+            known = dict(zip(exact.ids.tolist(), exact.scores.tolist(), strict=True))
+            for row, score in zip(found.ids.tolist(), found.scores.tolist(), strict=True):
+                assert score == pytest.approx(known.get(row, score), abs=1e-5)
+        assert sum(shares) / len(shares) > 0.95
+
+    def test_reads_and_writes_of_several_threads(self):
+        """faiss ends the process where an addition meets a search; answers are right, too."""
+        store, retriever, linear = store_of(normal(4000)), made(least=50, cells=16, probes=16), made(LinearRetriever)
+        views, wrong = [store.snapshot()], []
+
+        def read():
+            for turn in range(25):
+                view = views[-1 - turn % min(2, len(views))]
+                found, expected = select(retriever, view, 20), select(linear, view, 20)
+                if found.ids.tolist() != expected.ids.tolist():
+                    wrong.append(turn)
+
+        readers = [threading.Thread(target=read) for _ in range(3)]
+        for reader in readers:
+            reader.start()
+        for turn in range(25):
+            append(store, normal(50, turn + 1))
+            store.remove(0, store.ids(0)[:40])
+            views.append(store.snapshot())
+        for reader in readers:
+            reader.join()
+        assert wrong == []
+
+
+class TestSaving:
+    def test_an_equal_store_takes_an_index_over_without_training(self, caplog):
+        retriever, store = made(least=50, cells=12, probes=2), store_of(normal(300))
+        store.remove(0, store.ids(0)[10:40])
+        append(store, normal(20, 1))
+        expected = select(retriever, store, 20)
+        tensors = retriever.index_tensors(0, store)
+        other, again = made(least=50, cells=12, probes=2), store_of(store.keys(0))  # other ids
+        with caplog.at_level(logging.INFO, "mplus"):
+            other.adopt_index(0, again, tensors)
+            found = select(other, again, 20)
+        assert not caplog.records
+        assert other.index_facts(0, again) == retriever.index_facts(0, store)
+        assert found.scores.tolist() == expected.scores.tolist()
+        places = torch.searchsorted(store.ids(0), expected.ids)
+        assert found.ids.tolist() == again.ids(0)[places].tolist()
+        append(again, normal(5, 8))
+        assert other.index_facts(0, again)["added"] == tensors["added"] + 5
+
+    def test_there_is_nothing_to_save_without_an_index(self):
+        retriever, store = made(least=50), store_of(normal(20))
+        assert retriever.index_tensors(0, store) == {}
+        retriever.adopt_index(0, store, made(least=5).index_tensors(0, store_of(normal(20))))
+        assert retriever.index_facts(0, store) == {}
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"centers": None}, "must have centers, which are missing"),
+            ({"centers": torch.zeros(4, 3)}, "its keys must be 3 wide, got 8"),
+            ({"centers": torch.zeros(4)}, r"centers must be \[cells, r\] float32, got \[4\]"),
+            ({"centers": torch.zeros(4, 8).double()}, "float64"),
+            ({"centers": torch.full((4, 8), torch.nan)}, "centers must be finite"),
+            ({"cell": torch.zeros(5, dtype=torch.int32)}, r"cell must be \[60\] int32, got \[5\]"),
+            ({"cell": torch.full((60,), 4, dtype=torch.int32)}, r"cell must be in 0\.\.3, got 4 to 4"),
+            ({"cell": torch.full((60,), -1, dtype=torch.int32)}, r"got -1 to -1"),
+            ({"added": torch.tensor(-1)}, "added must be a number of at least 0"),
+        ],
+    )
+    def test_tensors_of_something_else_are_refused(self, changes, message):
+        retriever, store = made(least=50, cells=4), store_of(normal(60))
+        tensors = {**retriever.index_tensors(0, store), **changes}
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        other = made(least=50, cells=4)
+        with pytest.raises(InputError, match=message):
+            other.adopt_index(0, store, tensors)
+        assert select(other, store, 5).ids.tolist() == select(retriever, store, 5).ids.tolist()
+
+
+class TestIvfIndex:
+    def test_ids_that_come_again_are_refused(self):
+        index = IvfIndex.train(normal(20), 2, 20)
+        index.add(torch.tensor([4, 9]), normal(2))
+        with pytest.raises(InputError, match=r"larger than those in the index \(9\), got 9"):
+            index.add(torch.tensor([9]), normal(1))
+
+    def test_more_cells_than_keys_are_refused(self):
+        with pytest.raises(InputError, match=r"as it has cells \(5\), got 4"):
+            IvfIndex.train(normal(4), 5, 4)
+
+
+def test_without_faiss_its_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    for name in ("faiss_ivf", "shelf", "ivf"):
+        monkeypatch.delitem(sys.modules, f"mplus.retrievers.{name}")
+    registry = Registry(
+        "retriever",
+        group="mplus.retrievers",
+        base="mplus.retrievers.base:Retriever",
+        builtin={"faiss_ivf": "mplus.retrievers.faiss_ivf:FaissIvfRetriever"},
+    )
+    with pytest.raises(MissingDependencyError, match=r"pip install 'mplus\[faiss\]'"):
+        registry.get("faiss_ivf")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_differences_equal_those_of_sets(seed):
+    generator = torch.Generator().manual_seed(seed)
+    old, new = (torch.rand(12, generator=generator).lt(0.6).nonzero().squeeze(1) for _ in range(2))
+    if seed % 3 == 0:
+        new = torch.cat([old[2:], torch.tensor([20, 21])])
+    gone, came = differences(old, new)
+    assert gone.tolist() == sorted(set(old.tolist()) - set(new.tolist()))
+    assert came.tolist() == sorted(set(new.tolist()) - set(old.tolist()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"least": 0}, "least must be a whole number of at least 1, got 0"),
+        ({"cells": 0}, "cells must be .*, or None, got 0"),
+        ({"probes": 1.5}, "probes must be .* got 1.5"),
+        ({"oversample": 0}, "oversample must be a number of at least 1, got 0"),
+        ({"outgrown": -1}, "outgrown must be a number of at least 0, got -1"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ConfigError, match=message):
+        FaissIvfRetriever.Options(**options)
