@@ -31,6 +31,16 @@ if TYPE_CHECKING:
 
 globals().update(suites(StoreConformance, STORES))
 
+
+class TestRamStoreOfSmallSlabs(StoreConformance):
+    """The same suite where a few rows make many slabs, of which some are joined and some rewritten."""
+
+    implementation = RamStore
+
+    def make(self, layout: StoreLayout) -> RamStore:
+        return RamStore(layout, RamStore.Options(slab_rows=4, growth=1.5))
+
+
 LAYOUT = StoreLayout(layers=1, hidden_size=16, key_size=4)
 ROW_BYTES = 16 * 4 + 4 * 4 + 3 * 8
 """hidden, key, and birth, source and id."""

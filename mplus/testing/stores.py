@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import attrs
 import pytest
@@ -14,11 +14,12 @@ from hypothesis.stateful import run_state_machine_as_test
 from torch import Tensor
 
 from mplus.rows import MemoryRows
-from mplus.stores.base import Column, MemoryStore, StoreLayout, StoreView
+from mplus.stores.base import Column, Content, MemoryStore, StoreLayout, StoreView
 from mplus.testing.store_model import LAYOUT, StoreMachine
 from mplus.testing.strategies import CONFORMANCE, draw_rows, layouts
 
 COLUMNS: tuple[Column, ...] = ("birth", "source", "key", "expiry")
+CONTENT: tuple[Content, ...] = ("hidden", "projected")
 
 
 class StoreConformance:
@@ -67,6 +68,31 @@ class StoreConformance:
             self.check_column(name, view.column(layer, name), getattr(rows, name))
         self.check_column("key", view.keys(layer), rows.key)
         self.check_rows(view.gather(layer, ids), rows)
+        self.check_pieces(view, layer, ids, rows)
+
+    def check_pieces(self, view: StoreView, layer: int, ids: Tensor, rows: MemoryRows) -> None:
+        """Raise AssertionError unless pieces hold these rows under these ids."""
+        names = tuple(rows.columns())
+        parts: dict[str, list[Tensor]] = {"id": [], **{name: [] for name in names}}
+        newest = -1
+        for piece in view.pieces(layer, *cast("Any", names)):
+            every = piece.ids.tolist()
+            assert every == sorted(set(every)), "ids of a piece ascend"
+            assert not every or every[0] > newest, "ids ascend from piece to piece"
+            newest = every[-1] if every else newest
+            for name, column in {"id": piece.ids, **piece.columns}.items():
+                parts[name].append(column if piece.live is None else column[piece.live])
+        assert [row_id for part in parts.pop("id") for row_id in part.tolist()] == ids.tolist()
+        for name, found in parts.items():
+            self.check_column(name, torch.cat(found) if found else rows.columns()[name][:0], rows.columns()[name])
+
+    def check_located(self, view: StoreView, layer: int, ids: Tensor, rows: MemoryRows) -> None:
+        """Raise AssertionError unless content that is found where it lies is that of these rows."""
+        for name in CONTENT:
+            located = view.locate(layer, name, ids) if len(ids) and name in rows.columns() else None
+            if located is not None:
+                column, places = located.together()
+                self.check_column(name, column[places], rows.columns()[name])
 
     def check_all(self, view: StoreView, expected: MemoryRows, ids: Tensor, layer: int = 0) -> None:
         """As ``check_layer``, from rows and ids."""
@@ -100,6 +126,7 @@ class StoreConformance:
         places = torch.tensor(data.draw(st.lists(st.integers(0, 6), max_size=12)), dtype=torch.int64)
         for view in (store, store.snapshot()):
             self.check_rows(view.gather(0, ids[places]), rows.select(places))
+            self.check_located(view, 0, ids[places], rows.select(places))
 
     def test_follows_a_model_through_any_sequence_of_changes(self) -> None:
         suite = self
@@ -307,6 +334,19 @@ class StoreConformance:
         self.check_all(same, left, ids)
         same.append(0, rows)
         self.check_all(store, left, ids)
+
+    def test_readers_know_a_store_from_others_by_its_origin(self) -> None:
+        store = self.make(LAYOUT)
+        store.append(0, draw_rows(LAYOUT, 2, 1))
+        snapshot, fork = store.snapshot(), store.fork()
+        if store.origin is None:
+            return  # ids are not kept under anything
+        assert snapshot.origin is store.origin
+        assert fork.origin is not store.origin
+        origin = store.origin
+        store.append(0, draw_rows(LAYOUT, 2, 2))
+        store.restore(snapshot)
+        assert store.origin is origin
 
     def test_reports_its_size(self) -> None:
         store = self.make(LAYOUT)
