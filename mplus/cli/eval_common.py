@@ -12,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from mplus.evaluation.episodes import Protocol
     from mplus.evaluation.report import Report
+    from mplus.retrievers.base import Retriever
 
 Model = Annotated[
     Path, typer.Option("--model", help="Decoder with memory: folder written by save_pretrained.", show_default=False)
@@ -56,6 +57,15 @@ Tokens = Annotated[
 Streams = Annotated[int, typer.Option(min=1, help="Episodes at a time.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads for torch; default: torch's own choice.")]
+Retrievers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--retriever",
+        metavar="NAME,NAME,...",
+        help="Retrievers to read with besides the decoder's own; default: all usable. One with options is given by "
+        "itself, as 'faiss_ivf least=64 probes=2'. May be repeated.",
+    ),
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the report as JSON to this file.")]
 
 
@@ -124,6 +134,27 @@ def make_protocol(
     cls = protocol(name)
     options = {"passage_tokens": chunk_tokens, **given, **dict(map(assignment, settings or ()))}
     return cls(structure(cls.Options, options), Texts(tokenizer))
+
+
+def retrievers(model: Any, given: Sequence[str] | None) -> dict[str, Retriever]:
+    """The retrievers that are asked for by ``--retriever``, by what was given; None: all usable ones.
+
+    Raises:
+        As ``mplus.evaluation.stand_ins.retriever_for``.
+    """
+    from mplus.errors import ConfigError
+    from mplus.evaluation.stand_ins import usable, with_own_parameters
+
+    if given is None:
+        return usable(model)
+    found = {}
+    for text in given:
+        for one in text.split(",") if "=" not in text else [text]:
+            words = one.split()
+            if not words:
+                raise ConfigError(f"--retriever must be names with commas between, or one with options, got {text!r}")
+            found[" ".join(words)] = with_own_parameters(model, words[0], **dict(map(assignment, words[1:])))
+    return found
 
 
 def assignment(text: str) -> tuple[str, Any]:

@@ -87,16 +87,20 @@ def recall_health(
     model: Path | None,
     ages: Sequence[int] | None,
     retrieved_tokens: Sequence[int] | None,
+    retriever: Sequence[str] | None,
     seed: int,
     threads: int | None,
 ) -> dict[str, Any]:
-    """What the retriever brings back, against random."""
+    """What the retriever brings back, against others."""
+    from mplus.cli.eval_common import retrievers
     from mplus.evaluation.circumstances import circumstances
     from mplus.evaluation.recall.health import retriever_health
 
     decoder = load(recipe, model, threads)
     told = telling(recipe, ages or OLD, QUESTIONS, held_out=False, seed=seed)
-    found = retriever_health(decoder, told, retrieved_tokens=retrieved_tokens)
+    others = retrievers(decoder, retriever)
+    others.pop("random", None)  # there in any case
+    found = retriever_health(decoder, told, retrieved_tokens=retrieved_tokens, retrievers=others)
     return {**found, "circumstances": circumstances(model=recipe if model is None else model.name, seed=seed)}
 
 

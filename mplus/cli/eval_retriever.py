@@ -16,6 +16,7 @@ from mplus.cli.eval_common import (
     OptionalModel,
     ProtocolName,
     RecipeName,
+    Retrievers,
     Seed,
     Set,
     Streams,
@@ -27,6 +28,7 @@ from mplus.cli.eval_common import (
     make_protocol,
     numbers,
     prepare,
+    retrievers,
     show_plain,
 )
 
@@ -44,6 +46,7 @@ def retriever(
         str | None,
         typer.Option(metavar="N,N,...", help="Rows a read brings back; default: 1/4 to 4 times as configured."),
     ] = None,
+    retriever: Retrievers = None,
     tokens: Tokens = None,
     streams: Streams = 8,
     seed: Seed = 0,
@@ -53,17 +56,20 @@ def retriever(
     threads: Threads = None,
     as_json: Json = None,
 ) -> None:
-    """Does the retriever bring back what a question needs, per layer and against random, and does that decide?"""
+    """Does the retriever bring back what a question needs, per layer and against others, and does that decide?
+
+    For every retriever: gold recall, accuracy, the share of the exact best rows that it finds, and the time it takes.
+    """
     from mplus.cli.eval_recall import recall_health
     from mplus.evaluation.generating import Generation
     from mplus.evaluation.health import health
     from mplus.evaluation.retention import RetentionOptions
 
-    check_given(context, recipe, "retrieved_tokens")
+    check_given(context, recipe, "retrieved_tokens", "retriever")
     told = numbers(ages, "--ages")
     tried = numbers(retrieved_tokens, "--retrieved-tokens")
     if recipe is not None:
-        show_plain(recall_health(recipe, model, told, tried, seed, threads), as_json)
+        show_plain(recall_health(recipe, model, told, tried, retriever, seed, threads), as_json)
         return
     model, data = both(model, data)
     options = RetentionOptions(ages=told, streams=streams, seed=seed)
@@ -72,6 +78,13 @@ def retriever(
     made = make_protocol(protocol, words, settings, decoder.mplus_config.chunk_tokens, given)
     generation = Generation.of(words, tokens=tokens or made.answer_tokens)
     report = health(
-        decoder, words, made, options=options, retrieved_tokens=tried, generation=generation, name=model.name
+        decoder,
+        words,
+        made,
+        options=options,
+        retrieved_tokens=tried,
+        retrievers=retrievers(decoder, retriever),
+        generation=generation,
+        name=model.name,
     )
     show_plain(report, as_json)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,10 @@ from mplus.evaluation.arms.base import Bench, Due
 from mplus.evaluation.circumstances import circumstances
 from mplus.evaluation.episodes import Protocol
 from mplus.evaluation.generating import Generation, answers
+from mplus.evaluation.oracle import long_term
 from mplus.evaluation.retention import RetentionOptions, check_chunks, told
 from mplus.evaluation.scoring import Scoring
+from mplus.evaluation.shortcuts import Shortcuts
 from mplus.evaluation.stand_ins import retriever_for
 from mplus.evaluation.texts import Texts
 from mplus.evaluation.watching import Rows, Seen, WatchingMechanism, count_rows, scores
@@ -93,11 +95,15 @@ def health(
     *,
     options: RetentionOptions | None = None,
     retrieved_tokens: Sequence[int] | None = None,
+    retrievers: Mapping[str, Retriever] | None = None,
     generation: Generation | None = None,
     scoring: Scoring | None = None,
     name: str | None = None,
 ) -> dict[str, Any]:
-    """Gold recall per layer against random, P(any useful row), accuracy with a hit and without, over several K0.
+    """Gold recall per layer, P(any useful row), accuracy with a hit and without, over several K0 and retrievers.
+
+    Beside them, on the queries of the decoder's own reads: the share of the exact best rows that each retriever finds,
+    and how long it takes.
 
     Args:
         model: a wrapped decoder with the mechanism "mplus"; put into eval mode.
@@ -105,6 +111,7 @@ def health(
         protocol: makes the episodes; only told questions are asked.
         options, generation, scoring: as for ``retention``; ages at which the fact has left the STM tell most.
         retrieved_tokens: the K0 to try; None: a quarter to four times that of the config.
+        retrievers: read in place of the decoder's own, which is the first in any case; None: "random".
         name: what the report calls the model.
 
     Raises:
@@ -125,21 +132,28 @@ def health(
     episodes = protocol.episodes()
     check_chunks(bench, protocol, episodes)
     layers = model.mplus_engine.layout.layers
-    retrievers: dict[str, Retriever | None] = {"own": None, "random": retriever_for(model, "random")}
-    counts = {(which, k): Count(layers) for which in retrievers for k in tried}
+    own = model.mplus_engine.mechanism.additions.retriever
+    others = {"random": retriever_for(model, "random")} if retrievers is None else retrievers
+    read_with: dict[str, Retriever] = {"own": own, **others}
+    counts = {(which, k): Count(layers) for which in read_with for k in tried}
+    shortcuts = {k: Shortcuts(own, read_with, k, layers) for k in tried}
     spread: list[list[float]] = [[] for _ in range(layers)]
     for due, memory in told(bench, episodes, ages, options):
         asked = [one for one in due if one.question.told]
         for (which, k), count in counts.items():
             watch = spread if (which, k) == ("own", tried[-1]) else None
-            _ask(bench, asked, memory, retrievers[which], k, scoring, count, watch)
+            beside = shortcuts[k] if which == "own" else None
+            _ask(bench, asked, memory, read_with[which], k, scoring, count, watch, beside)
+    compared = {k: one.plain() for k, one in shortcuts.items()}
     return {
         "format": 1,
         "kind": "retriever",
         "protocol": protocol.name,
         "trained_with": configured,
         "score_std_by_layer": [_share(sum(values), len(values)) for values in spread],
-        "by_retrieved_tokens": {str(k): {which: counts[which, k].plain() for which in retrievers} for k in tried},
+        "by_retrieved_tokens": {
+            str(k): {which: {**counts[which, k].plain(), **compared[k][which]} for which in read_with} for k in tried
+        },
         "settings": {
             "protocol": protocol.settings(),
             "ages": list(ages),
@@ -156,11 +170,12 @@ def _ask(
     bench: Bench,
     due: Sequence[Due],
     memory: Memory,
-    retriever: Retriever | None,
+    retriever: Retriever,
     k: int,
     scoring: Scoring,
     count: Count,
     spread: list[list[float]] | None,
+    shortcuts: Shortcuts | None,
 ) -> None:
     engine, size = bench.model.mplus_engine, bench.generation.batch
     for start in range(0, len(due), size):
@@ -174,6 +189,11 @@ def _ask(
         for row, (one, answer) in enumerate(zip(part, made, strict=True)):
             rows = [count_rows(layer, seen[layer], row, one.sources()) for layer in sorted(seen)]
             count.add(rows, scoring.is_correct(answer.text, one.question.answers))
+            for layer in sorted(seen) if shortcuts is not None else ():
+                if rows[layer].stored:
+                    view, look = long_term(seen[layer].views[row], layer), slice(row, row + 1)
+                    views = dict.fromkeys(shortcuts.retrievers, view)  # type: ignore[union-attr]
+                    shortcuts.ask(layer, seen[layer].hidden[look], seen[layer].mask[look], views)  # type: ignore[union-attr]
             if spread is not None and engine.mechanism.key_size:
                 for layer in sorted(seen):
                     if rows[layer].stored > 1:

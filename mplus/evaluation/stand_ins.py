@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
+import attrs
+import torch
 from attrs import define, field
 from torch import Tensor, nn
 
 from mplus.config import options_of
-from mplus.errors import InputError
+from mplus.errors import DuplicateNameError, InputError, MissingDependencyError, NotSupported, PluginError
 from mplus.retrievers import RETRIEVERS
 from mplus.retrievers.base import Retriever, RetrieverShape, Selection, check_selection, top_k
 from mplus.rows import MemoryRows
@@ -32,6 +34,56 @@ def retriever_for(model: Any, name: str, **options: Any) -> Retriever:
     engine.bind(retriever)
     norms = [spec.norm for spec in engine.retrofit.anatomy.specs]
     return Rekeyed(retriever, norms) if retriever.key_size else retriever
+
+
+def with_own_parameters(model: Any, name: str, **options: Any) -> Retriever:
+    """A new retriever for a wrapped decoder, with the parameters of the decoder's own where it can take them.
+
+    Then it reads the keys that rows were written with: "centroid" or "faiss_ivf" where the decoder has "linear".
+    Options that both have are those of the decoder's own unless given. Otherwise as ``retriever_for``.
+
+    Raises:
+        As ``retriever_for``.
+    """
+    engine = model.mplus_engine
+    own, cls = engine.mechanism.additions.retriever, RETRIEVERS.get(name)
+    state = {} if own is None else own.state_dict()
+    if not state:
+        return retriever_for(model, name, **options)
+    known = {attribute.name for attribute in attrs.fields(cls.Options)}
+    same = {key: value for key, value in attrs.asdict(own.options).items() if key in known}
+    begin = engine.mechanism.additions.begin
+    retriever = cls(own.shape, options_of(cls, {**same, **options})).to(device=begin.device, dtype=begin.dtype)
+    if _shapes(retriever.state_dict()) != _shapes(state):
+        return retriever_for(model, name, **options)
+    retriever.load_state_dict(state)
+    retriever.requires_grad_(False)
+    engine.bind(retriever)
+    return retriever.train(own.training)
+
+
+def usable(model: Any) -> dict[str, Retriever]:
+    """One of every registered retriever that can read this decoder's memories, its own name left out.
+
+    Left out too: what needs a package that is not installed, what is broken, what this decoder does not give enough
+    for, and what would have to be trained first.
+    """
+    own = model.mplus_engine.mechanism.additions.retriever
+    found = {}
+    for name in RETRIEVERS.names():
+        if own is not None and name == own.name:
+            continue
+        try:
+            retriever = with_own_parameters(model, name)
+        except (MissingDependencyError, PluginError, DuplicateNameError, NotSupported):
+            continue
+        if not isinstance(retriever, Rekeyed) or not retriever.inner.state_dict():
+            found[name] = retriever
+    return found
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in state.items()}
 
 
 class Recency(Retriever):
@@ -121,4 +173,8 @@ class _Keyed(StoreView):
         return self.made[layer]
 
     def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column | Content] = ()) -> MemoryRows:
-        return self.store.gather(layer, ids, leave_out)
+        rows = self.store.gather(layer, ids, leave_out)
+        keys = None if "key" in leave_out else self.column(layer, "key")
+        if keys is None:
+            return rows.replace(key=None)
+        return rows.replace(key=keys[torch.searchsorted(self.ids(layer), ids)])

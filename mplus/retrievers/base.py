@@ -136,6 +136,10 @@ class Retriever(nn.Module, ABC):
         """Facts besides its parameters, as plain data, that a saved memory holds a model to: how keys are compared."""
         return {}
 
+    def index_facts(self, layer: int, store: StoreView) -> dict[str, Any]:
+        """Plain facts of the index that a read of ``layer`` is served by; {} where every row is looked at."""
+        return {}
+
     @abstractmethod
     def select(
         self, layer: int, queries: Tensor, query_mask: Tensor, stores: Sequence[StoreView], k: int

@@ -37,8 +37,8 @@ class FaissIvfRetriever(LinearRetriever):
         Attributes:
             least: rows a layer must have to get an index; with fewer, scoring all of them is as fast.
             cells: cells of an index; None: two square roots of the rows it is trained on.
-            probes: cells looked into by a read, more where they hold too few rows; None: one in 32, and as many as
-                hold four times the rows wanted.
+            probes: cells looked into by a read, more where they hold too few rows; None: 32, one in 64,
+                or as many as hold four times the rows wanted, whichever is most.
             oversample: for "sigmoid_mean", how many times as many rows as are wanted are scored exactly.
             outgrown: an index is made anew when this many times as many rows have come as it was trained on.
         """
@@ -118,4 +118,4 @@ class FaissIvfRetriever(LinearRetriever):
 def probes_for(ready: Ready, wanted: int) -> int:
     """Cells to look into for ``wanted`` rows."""
     index = ready.index
-    return max(1, index.cells // 32, round(4 * wanted * index.cells / max(len(index), 1)))
+    return max(32, index.cells // 64, round(4 * wanted * index.cells / max(len(index), 1)))

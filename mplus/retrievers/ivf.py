@@ -14,6 +14,8 @@ from mplus.errors import InputError, NonFiniteError
 
 PIECE_ROWS = 2**16
 """Keys given to faiss at a time, so that converting them takes little room."""
+MANY_ROWS = 4096
+"""Keys from which on an addition is shared among threads; for fewer, waking them takes longer."""
 POINTS_PER_CELL = 64
 """Keys that the cells are found with, for each of them; more make training slower and hardly better."""
 TRAINING_STEPS = 8
@@ -60,7 +62,7 @@ class IvfIndex:
             raise InputError(
                 f"an index must be trained on at least as many keys as it has cells ({cells}), got {keys.shape[0]}"
             )
-        with _threads():
+        with _threads(torch.get_num_threads()):
             means = faiss.Kmeans(
                 keys.shape[1], cells, niter=TRAINING_STEPS, spherical=True, min_points_per_centroid=1, seed=1234
             )
@@ -98,7 +100,7 @@ class IvfIndex:
         if len(given) and int(given[0]) <= last:
             raise InputError(f"ids must be larger than those in the index ({last}), got {int(given[0])}")
         keys = _finite(keys)
-        with _threads():
+        with _threads(torch.get_num_threads() if len(given) > MANY_ROWS else 1):
             for start in range(0, len(given), PIECE_ROWS):
                 part = slice(start, start + PIECE_ROWS)
                 piece, numbers = _numpy(keys[part]), given[part].contiguous().numpy()
@@ -142,7 +144,7 @@ class IvfIndex:
         asked, numbers = _numpy(query.detach()[None]), excluded.numpy()
         inner = faiss.IDSelectorBatch(numbers) if len(excluded) else None
         selector = None if inner is None else faiss.IDSelectorNot(inner)
-        with _threads():
+        with _threads(1):
             while True:
                 probes = min(probes, self.cells)
                 options = {} if selector is None else {"sel": selector}
@@ -229,10 +231,10 @@ def _numpy(keys: Tensor) -> Any:
 
 
 @contextmanager
-def _threads() -> Iterator[None]:
-    """Let faiss use as many threads as torch in this thread; it counts its own."""
+def _threads(count: int) -> Iterator[None]:
+    """Let faiss use so many threads when called from this one; it has a number of its own for each."""
     before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(torch.get_num_threads())
+    faiss.omp_set_num_threads(count)
     try:
         yield
     finally:

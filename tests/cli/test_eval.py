@@ -97,7 +97,23 @@ def test_retriever(folder, tmp_path):
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "h.json").read_text())
     assert list(report["by_retrieved_tokens"]) == ["2", "4"]
+    assert {"own", "attention", "centroid", "faiss_ivf", "random"} <= set(report["by_retrieved_tokens"]["4"])
     assert "by_retrieved_tokens.4.random.accuracy" in result.stdout
+
+
+def test_retrievers_that_are_asked_for(folder, tmp_path):
+    some = ("--retriever", "random,centroid", "--retriever", "faiss_ivf  least=3 cells=2 probes=2")
+    given = (*common(folder), "--ages", "3", "--retrieved-tokens", "2", "--json", tmp_path / "h.json")
+    result = run("retriever", *given, *some)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "h.json").read_text())["by_retrieved_tokens"]["2"]
+    indexed = "faiss_ivf least=3 cells=2 probes=2"
+    assert list(found) == ["own", "random", "centroid", indexed]
+    for name in ("own", "centroid", indexed):
+        assert found[name]["overlap_with_exact_by_layer"] == [1.0] * len(found[name]["overlap_with_exact_by_layer"])
+        assert all(taken > 0 for taken in found[name]["select_ms_by_layer"])
+    assert {index["cells"] for index in found[indexed]["index_by_layer"]} == {2}
+    assert run("retriever", *given, "--retriever", " ,random").exit_code != 0
 
 
 def test_abstention(folder, tmp_path):

@@ -22,10 +22,13 @@ from mplus.evaluation.recall.arms import (
 )
 from mplus.evaluation.recall.health import retriever_health
 from mplus.evaluation.recall.knowing import FEATURES, signs
-from mplus.evaluation.recall.pickers import OraclePicker, RandomPicker, RecencyPicker
+from mplus.evaluation.recall.pickers import OraclePicker, RandomPicker, RecencyPicker, SelectPicker
 from mplus.evaluation.recall.retention import retention, tell
 from mplus.evaluation.recall.telling import Round, Telling, rounds, untold_round
+from mplus.evaluation.stand_ins import with_own_parameters
+from mplus.stores.base import StoreLayout
 from mplus.training.dense import DenseDecoder
+from mplus.training.long_term import LongTermRows
 from mplus.training.picking import ScorePicker
 from mplus.training.recall.language import Language
 from mplus.training.turns import NO_ONE
@@ -208,6 +211,47 @@ def test_health_counts_what_is_retrieved():
     assert few["trained"]["questions"] == 3 * 2 * 2
     assert len(found["logit_std_by_layer"]) == 2
     assert all(spread > 0 for spread in found["logit_std_by_layer"])
+
+
+def test_a_retriever_selects_from_stores_that_follow_the_streams():
+    """Rows come and go in the streams, in no particular order: what is picked are the best of those that are there."""
+    retriever = model().mplus_engine.mechanism.additions.retriever
+    layout = StoreLayout(layers=2, hidden_size=retriever.shape.hidden_size)
+    rows = LongTermRows(2, layout, capacity=9)
+    picker = SelectPicker(retriever)
+    generator = torch.Generator().manual_seed(0)
+    births = torch.stack([torch.randperm(40, generator=generator) for _ in range(2)])
+    for turn in range(8):
+        place = slice(5 * turn, 5 * turn + 5)
+        hidden = torch.randn(2, 5, layout.hidden_size, generator=generator)
+        rows.append(hidden, births[:, place] + 100, births[:, place])
+        text = torch.randn(2, 3, 4, layout.hidden_size, generator=generator)
+        queries = torch.rand(2, 3, 4, generator=generator) < 0.7
+        queries[..., 0] = True
+        with torch.no_grad():
+            found, values = picker.pick(1, text, queries, rows.hidden, rows, 4)
+            expected, scores = ScorePicker(retriever).pick(1, text, queries, rows.hidden, rows, 4)
+        assert torch.equal(found, expected)
+        torch.testing.assert_close(values, scores)
+
+
+def test_another_retriever_is_an_arm():
+    report = retention(
+        model(), TELLING, arms=["mplus", "mplus-same"], retrievers={"same": with_own_parameters(model(), "centroid")}
+    )
+    same, usual = report.arm("mplus-same"), report.arm("mplus")
+    assert [cell.correct for cell in same.cells] == [cell.correct for cell in usual.cells]
+
+
+def test_health_compares_retrievers_with_the_exact_best():
+    old = Telling(language=LANGUAGE, ages=(12,), streams=3, rounds=2, seed=4)
+    indexed = with_own_parameters(model(), "faiss_ivf", least=8, cells=6, probes=1)
+    found = retriever_health(model(), old, retrieved_tokens=[4], retrievers={"indexed": indexed})
+    both = found["by_retrieved_tokens"]["4"]
+    assert both["trained"]["overlap_with_exact_by_layer"] == [1.0, 1.0]
+    assert all(0 < share < 1 for share in both["indexed"]["overlap_with_exact_by_layer"])
+    assert both["indexed"]["questions"] == both["trained"]["questions"]
+    assert [one["cells"] for one in both["indexed"]["index_by_layer"]] == [6, 6]
 
 
 def test_signs_cover_told_and_untold_questions_alike():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mplus.errors import ConfigError, UnknownNameError
-from mplus.evaluation.stand_ins import Rekeyed, retriever_for
+from mplus.evaluation.stand_ins import Rekeyed, retriever_for, usable, with_own_parameters
 from mplus.evaluation.watching import WatchingMechanism
 from mplus.hf.reading_as import reading_as
 from tests.memory.tiny import K0, build, prompts, variant, written
@@ -44,6 +44,51 @@ def test_another_width_of_keys_ranks_by_its_own_keys():
     with reading_as(variant("paper"), retriever=other), torch.no_grad():
         one = variant("paper")(input_ids=prompts(2), memory=memory).logits
     assert torch.isfinite(one).all()
+
+
+def test_a_retriever_that_takes_the_parameters_of_the_own_one_reads_its_keys():
+    model = variant("paper")
+    own = model.mplus_engine.mechanism.additions.retriever
+    memory = written("paper", [200])
+    views = [view.store for view in memory.snapshot()]
+    hidden = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
+    for name, options in (("centroid", {"centroids": 4}), ("faiss_ivf", {"least": 8, "cells": 3, "probes": 3})):
+        other = with_own_parameters(model, name, **options)
+        assert (other.name, other.key_size, other.options.score) == (name, own.key_size, own.options.score)
+        assert not any(parameter.requires_grad for parameter in other.parameters())
+        queries, mask = other.project_queries(1, hidden), torch.ones(1, 3, dtype=torch.bool)
+        assert torch.equal(queries, own.project_queries(1, hidden))
+        [found], [expected] = (one.select(1, queries, mask, views, K0) for one in (other, own))
+        assert torch.equal(found.ids, expected.ids)
+    with pytest.raises(ConfigError, match="'probes' is not a field"):
+        with_own_parameters(model, "centroid", probes=3)
+
+
+def test_what_cannot_take_them_stands_in_with_parameters_and_keys_of_its_own():
+    model = variant("paper")
+    assert isinstance(with_own_parameters(model, "linear", width=5), Rekeyed)
+    assert with_own_parameters(model, "random").name == "random"
+    found = usable(model)
+    assert set(found) >= {"attention", "centroid", "faiss_ivf", "random"}
+    assert "linear" not in found
+
+
+def test_candidates_of_a_stand_in_are_ranked_by_its_keys_not_by_those_kept():
+    """What looks at few rows fetches their keys; they must be the stand-in's own."""
+    memory, model = written("paper", [200]), variant("paper")
+    views = [view.store for view in memory.snapshot()]
+    hidden, mask = torch.randn(1, 30, 32), torch.ones(1, 30, dtype=torch.bool)
+    found = []
+    for name, options in (("linear", {}), ("centroid", {"centroids": 2, "oversample": 3})):
+        torch.manual_seed(0)
+        other = retriever_for(model, name, width=6, score="sigmoid_mean", **options)
+        with torch.no_grad():
+            found.append(other.select(0, other.project_queries(0, hidden), mask, views, 3)[0])
+    linear, centroid = found
+    known = dict(zip(linear.ids.tolist(), linear.scores.tolist(), strict=True))
+    assert set(known) & set(centroid.ids.tolist())
+    for row, score in zip(centroid.ids.tolist(), centroid.scores.tolist(), strict=True):
+        assert score == pytest.approx(known.get(row, score), abs=1e-6)
 
 
 def test_rekeying_with_the_same_keys_changes_nothing():

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mplus.evaluation.recall.arms import MemoryArm, right_answers
-from mplus.evaluation.recall.pickers import RandomPicker
+from mplus.evaluation.recall.pickers import RandomPicker, SelectPicker
 from mplus.evaluation.recall.retention import tell
-from mplus.evaluation.recall.telling import Telling, rounds
+from mplus.evaluation.recall.telling import Round, Telling, rounds
+from mplus.evaluation.shortcuts import Shortcuts
+from mplus.retrievers.base import Retriever
 from mplus.training.dense import DenseDecoder, Read
 from mplus.training.picking import Picker, ScorePicker
 from mplus.training.streams import StreamBatch
@@ -67,26 +69,37 @@ class _Counter:
 
 @torch.no_grad()
 def retriever_health(
-    model: Any, telling: Telling, *, retrieved_tokens: Sequence[int] | None = None, long_term_tokens: int | None = None
+    model: Any,
+    telling: Telling,
+    *,
+    retrieved_tokens: Sequence[int] | None = None,
+    long_term_tokens: int | None = None,
+    retrievers: Mapping[str, Retriever] | None = None,
 ) -> dict[str, Any]:
     """Gold recall per layer, share of questions with any useful row, accuracy with and without one, over several K0.
+
+    Beside them, on the queries of the trained retriever's reads: the share of the exact best rows that each retriever
+    finds, and how long it takes.
 
     Args:
         model: wrapped, trained on the recall language, in eval mode.
         telling: its ages should be old enough that the STM has dropped the fact.
         retrieved_tokens: the K0 to try; None: a quarter to four times that of the config.
         long_term_tokens: capacity of the streams; None: that of the config.
+        retrievers: asked besides the trained and a random one.
 
     Returns:
-        Plain data: per K0 what the trained retriever and a random one find, and per layer the standard deviation of
-        the trained one's scores over the rows.
+        Plain data: per K0 what each of them finds, and per layer the standard deviation of the trained one's scores
+        over the rows.
     """
     trained = model.mplus_config.retrieved_tokens
     tried = [trained // 4, trained // 2, trained, 2 * trained, 4 * trained]
     tried = [k for k in tried if k > 0] if retrieved_tokens is None else list(retrieved_tokens)
     retriever = model.mplus_engine.mechanism.additions.retriever
-    pickers: dict[str, Picker] = {"trained": ScorePicker(retriever), "random": RandomPicker()}
+    selecting = {name: SelectPicker(one) for name, one in {"trained": retriever, **(retrievers or {})}.items()}
+    pickers: dict[str, Picker] = {**selecting, "trained": ScorePicker(retriever), "random": RandomPicker()}
     layers = model.mplus_engine.layout.layers
+    shortcuts = {k: Shortcuts(retriever, {n: p.retriever for n, p in selecting.items()}, k, layers) for k in tried}
     counters = {(name, k): _Counter(layers) for name in pickers for k in tried}
     episodes, decoder = telling.episodes(), DenseDecoder(model)
     tellings = tell(model, telling, episodes, long_term_tokens)
@@ -98,14 +111,39 @@ def retriever_health(
             answered = arm.answer(decoder, streams, asked, episodes)
             if answered.read is not None:
                 counter.add(answered.read, streams, asked.about, right_answers(answered.read.logits, asked))
+                if name == "trained":
+                    _compare(decoder, streams, asked, answered.read, selecting, shortcuts[k])
         spread.append(_spread(decoder, streams, asked, ScorePicker(retriever)))
     return {
         "ages": list(telling.ages),
         "long_term_rows": streams.ltm[0].count,
         "trained_with": trained,
         "logit_std_by_layer": [round(float(x), 4) for x in torch.stack(spread).mean(0)],
-        "by_retrieved_tokens": {str(k): {name: counters[name, k].plain() for name in pickers} for k in tried},
+        "by_retrieved_tokens": {
+            str(k): {name: {**counters[name, k].plain(), **shortcuts[k].plain().get(name, {})} for name in pickers}
+            for k in tried
+        },
     }
+
+
+def _compare(
+    decoder: DenseDecoder,
+    streams: StreamBatch,
+    asked: Round,
+    read: Read,
+    selecting: Mapping[str, SelectPicker],
+    shortcuts: Shortcuts,
+) -> None:
+    """Let every retriever select for the first question of every stream, in every layer."""
+    for layer, seen in read.layers.items():
+        norm, rows = decoder.engine.retrofit.anatomy.specs[layer].norm, streams.ltm[layer].hidden
+        rows = rows if norm is None else norm(rows)
+        if not rows.shape[1]:
+            continue
+        stores = {name: picker.follow(layer, rows, streams.ltm[layer]) for name, picker in selecting.items()}
+        for stream in range(len(streams)):
+            views = {name: some[stream] for name, some in stores.items()}
+            shortcuts.ask(layer, seen.text[stream, :1], asked.queries[stream, :1], views)
 
 
 def _spread(decoder: DenseDecoder, streams: StreamBatch, asked: Any, picker: ScorePicker) -> Tensor:

@@ -1,4 +1,4 @@
-"""Baselines for what brings long-term rows back."""
+"""What brings long-term rows of dense streams back: baselines, and any retriever."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
+from mplus.retrievers.base import Retriever
+from mplus.rows import MemoryRows
+from mplus.stores.base import MemoryStore, StoreLayout
+from mplus.stores.ram import RamStore
 from mplus.training.long_term import LongTermRows
 
 
@@ -56,3 +60,55 @@ class OraclePicker:
         drawn = torch.rand(asked.shape, generator=self.generator).to(text.device)
         best = (asked + drawn / 2).topk(count, dim=2)
         return best.indices, best.values
+
+
+@define(eq=False)
+class SelectPicker:
+    """The rows a retriever selects from stores that follow the streams of one telling: as in a read of memories.
+
+    Keys are made by the retriever when a row comes, so its weights must stay what they are.
+
+    Attributes:
+        retriever: selects.
+        stores: one per stream, of the births, sources and keys of its long-term rows.
+    """
+
+    retriever: Retriever
+    stores: list[MemoryStore] = field(factory=list)
+
+    def pick(
+        self, layer: int, text: Tensor, queries: Tensor, rows: Tensor, ltm: LongTermRows, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """See ``mplus.training.picking.Picker``."""
+        places, scores = [], []
+        for stream, store in enumerate(self.follow(layer, rows, ltm)):
+            projected = self.retriever.project_queries(layer, text[stream])
+            found = self.retriever.select(layer, projected, queries[stream], [store] * text.shape[1], count)
+            order = ltm.birth[stream].argsort()
+            for selection in found:
+                births = store.gather(layer, selection.ids).birth
+                places.append(order[torch.searchsorted(ltm.birth[stream][order], births)])
+                scores.append(selection.scores)
+        shape = (*text.shape[:2], count)
+        return torch.stack(places).view(shape), torch.stack(scores).view(shape)
+
+    def follow(self, layer: int, rows: Tensor, ltm: LongTermRows) -> list[MemoryStore]:
+        """Bring one layer of the stores up to the long-term rows of the streams, ``[B, m, d]`` after the input norm."""
+        layout = StoreLayout(
+            layers=self.retriever.shape.layers,
+            hidden_size=rows.shape[2],
+            keeps_hidden=False,
+            key_size=self.retriever.key_size,
+            dtype=rows.dtype,
+            device=rows.device,
+        )
+        self.stores += [RamStore(layout) for _ in range(rows.shape[0] - len(self.stores))]
+        for stream, store in enumerate(self.stores):
+            births, column = ltm.birth[stream], store.column(layer, "birth")
+            held = births[:0] if column is None else column
+            store.remove(layer, store.ids(layer)[~torch.isin(held, births)])
+            new = (~torch.isin(births, held)).nonzero().squeeze(1)
+            new = new[births[new].argsort()]
+            keys = self.retriever.project_keys(layer, rows[stream, new])
+            store.append(layer, MemoryRows(None, births[new], ltm.source[stream, new], key=keys))
+        return self.stores

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from attrs import asdict, define, field
 
 from mplus.errors import ConfigError, MissingDependencyError
-from mplus.evaluation.recall.arms import BM25, Answered, Answerer, FullContext, NoMemory, Window, memory_arms
+from mplus.evaluation.recall.arms import (
+    BM25,
+    Answered,
+    Answerer,
+    FullContext,
+    MemoryArm,
+    NoMemory,
+    Window,
+    memory_arms,
+)
+from mplus.evaluation.recall.pickers import SelectPicker
 from mplus.evaluation.recall.telling import Telling, rounds
 from mplus.evaluation.report import Arm, Cell, Report
 from mplus.evaluation.theory import curves
 from mplus.memory.progress import progress_bar
+from mplus.retrievers.base import Retriever
 from mplus.training.dense import DenseDecoder
+from mplus.training.picking import ScorePicker
 from mplus.training.recall.episodes import Episode
 from mplus.training.streams import StreamBatch
 
@@ -102,6 +114,7 @@ def retention(
     arms: Sequence[str] | None = None,
     long_term_tokens: int | None = None,
     attention: Any = None,
+    retrievers: Mapping[str, Retriever] | None = None,
     circumstances: dict[str, Any] | None = None,
 ) -> Report:
     """Tell facts, ask for them at every age, and report every arm.
@@ -113,12 +126,14 @@ def retention(
         arms: names of those wanted; None: all.
         long_term_tokens: capacity of the streams; None: that of the config.
         attention: a retriever that scores by attention, for the arm "mplus-attention".
+        retrievers: read with in place of the trained one, each for an arm "mplus-NAME".
         circumstances: device, versions, commit, for the report.
 
     Raises:
         ConfigError: an arm that does not exist.
     """
     wanted, skipped = _arms(model, telling, window_tokens, attention)
+    wanted += [MemoryArm(f"mplus-{name}", SelectPicker(one)) for name, one in (retrievers or {}).items()]
     known = [*(arm.name for arm in wanted), *(arm.name for arm in skipped)]
     for name in arms or ():
         if name not in known:
@@ -171,9 +186,6 @@ def chance_of(telling: Telling, episodes: Sequence[Episode]) -> float:
 
 
 def _arms(model: Any, telling: Telling, window_tokens: int, attention: Any) -> tuple[list[Answerer], list[Arm]]:
-    from mplus.evaluation.recall.arms import MemoryArm
-    from mplus.training.picking import ScorePicker
-
     positions = int(model.config.max_position_embeddings)
     made: list[Answerer] = [NoMemory(), Window(window_tokens), *memory_arms(model, telling.seed)]
     skipped = [

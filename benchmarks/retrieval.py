@@ -1,0 +1,288 @@
+"""Retrieval from an index against scoring every row: time, recall and retention.
+
+    python -m benchmarks.retrieval keys KEYS              # writes a file of keys, some minutes
+    python -m benchmarks.retrieval sweep KEYS             # benchmarks/records/retrieval-sweep.json
+    python -m benchmarks.retrieval speed KEYS             # benchmarks/records/retrieval-speed.json
+    python -m benchmarks.retrieval retention              # benchmarks/records/retrieval-retention.json
+    python -m benchmarks.retrieval sigmoid                # benchmarks/records/retrieval-sigmoid.json
+
+Keys are those of one layer of recall-tiny (``benchmarks.distinct_facts``). Both sides rank by the score "mean_dot" of
+the same queries, one text at a time; times are taken in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import faiss
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks.distinct_facts import Asked, write_and_ask
+from mplus.bench.timing import Arm, in_rounds, ratio, summary
+from mplus.evaluation.circumstances import circumstances
+from mplus.evaluation.recall.retention import retention
+from mplus.evaluation.recall.telling import Telling
+from mplus.evaluation.stand_ins import with_own_parameters
+from mplus.hf.shipped import load_recall
+from mplus.retrievers.base import RetrieverShape
+from mplus.retrievers.centroid import CentroidRetriever
+from mplus.retrievers.faiss_ivf import FaissIvfRetriever
+from mplus.retrievers.ivf import POINTS_PER_CELL, IvfIndex
+from mplus.retrievers.linear import LinearRetriever
+from mplus.retrievers.scores import score_rows
+from mplus.rows import MemoryRows
+from mplus.stores.base import StoreLayout
+from mplus.stores.ram import RamStore
+
+RECORDS = Path(__file__).parent / "records"
+Way = Callable[[Tensor, int], Any]
+"""``way(queries [T, r], k)``: the best rows for one text."""
+COUNTS = (100_000, 300_000, 1_000_000, 2_000_000)
+WANTED = (16, 256, 2560)
+LAYER, MEMORIES, CHUNKS, QUESTIONS = 1, 128, 4096, 256
+AGES = (8, 32, 128, 512, 1024, 2000)
+INDEXED = {"least": 256}
+"""So that the streams of the recall language, of a few thousand rows each, have an index too."""
+
+
+def save_keys(path: Path) -> None:
+    """Write all the text, and keep keys and queries."""
+    asked = write_and_ask(load_recall()[0], LAYER, MEMORIES, CHUNKS, QUESTIONS)
+    facts = {**asked.facts, "circumstances": circumstances(model="recall-tiny")}
+    save_file({"keys": asked.keys, "queries": asked.queries.contiguous()}, path, {"facts": json.dumps(facts)})
+
+
+def load_keys(path: Path) -> Asked:
+    """What ``save_keys`` wrote."""
+    with safe_open(path, "pt") as file:
+        return Asked(file.get_tensor("keys"), file.get_tensor("queries"), json.loads(file.metadata()["facts"]))
+
+
+def stored(keys: Tensor) -> RamStore:
+    """A store of one layer with these keys."""
+    store = RamStore(StoreLayout(layers=1, hidden_size=1, keeps_hidden=False, key_size=keys.shape[1]))
+    for part in keys.split(2**16):
+        numbers = torch.arange(len(part))
+        store.append(0, MemoryRows(None, numbers, torch.zeros_like(numbers), key=part))
+    return store
+
+
+def sweep(asked: Asked, rounds: int) -> dict[str, Any]:
+    """Recall and time for several numbers of cells, and of cells looked into, over all keys."""
+    torch.set_num_threads(1)
+    queries, count = asked.queries.mean(1)[:rounds], len(asked.keys)
+    best = [(asked.keys @ query).topk(max(WANTED)).indices for query in queries]
+    found = {}
+    for cells in (1024, 2048, 4096):
+        begun = time.perf_counter()
+        sample = min(count, POINTS_PER_CELL * cells)
+        index = IvfIndex.train(asked.keys[torch.arange(sample) * count // sample], cells, count)
+        trained = time.perf_counter()
+        index.add(torch.arange(count), asked.keys)
+        facts: dict[str, Any] = {"train_s": trained - begun, "add_s": time.perf_counter() - trained}
+        for share in (256, 128, 64, 32, 16):
+            facts[f"1/{share}"] = {
+                str(k): _searched(index, queries, [one[:k] for one in best], cells // share) for k in WANTED
+            }
+        found[str(cells)] = facts
+        print(cells, json.dumps(facts), flush=True)
+    return {"cells": found, "queries": rounds, "threads": 1, "keys": asked.facts}
+
+
+def _searched(index: IvfIndex, queries: Tensor, best: Sequence[Tensor], probes: int) -> dict[str, float]:
+    shares, seconds = [], []
+    for query, rows in zip(queries, best, strict=True):
+        begun = time.perf_counter()
+        ids = index.search(query, len(rows), probes)
+        seconds.append(time.perf_counter() - begun)
+        shares.append(float(torch.isin(rows, ids).float().mean()))
+    return {
+        "ms": round(1000 * statistics.median(seconds), 3),
+        "recall": round(statistics.mean(shares), 4),
+        "lowest": round(min(shares), 4),
+    }
+
+
+def speed(asked: Asked, threads: Sequence[int], rounds: int) -> dict[str, Any]:
+    """A selection by ``faiss_ivf`` against exact ones, for several numbers of rows and of rows wanted."""
+    by_rows = {}
+    for count in COUNTS:
+        if count <= len(asked.keys):
+            by_rows[str(count)] = _speed(asked.keys[:count], asked.queries, threads, rounds)
+            print(count, json.dumps(by_rows[str(count)]), flush=True)
+    return {"by_rows": by_rows, "rounds": rounds, "keys": asked.facts}
+
+
+def _speed(keys: Tensor, queries: Tensor, threads: Sequence[int], rounds: int) -> dict[str, Any]:
+    shape, width = RetrieverShape(layers=1, hidden_size=1), keys.shape[1]
+    linear = LinearRetriever(shape, LinearRetriever.Options(width=width))
+    indexed = FaissIvfRetriever(shape, FaissIvfRetriever.Options(width=width))
+    store, mask = stored(keys), torch.ones(1, queries.shape[1], dtype=torch.bool)
+    flat = faiss.IndexFlatIP(width)
+    flat.add(keys.numpy())
+    torch.set_num_threads(max(threads))
+    begun = time.perf_counter()
+    indexed.select(0, queries[:1], mask, [store], 1)
+    facts: dict[str, Any] = {"build_s": round(time.perf_counter() - begun, 1), **indexed.index_facts(0, store)}
+    view = store.snapshot()
+    ways: dict[str, Way] = {
+        "torch": lambda query, k: (keys @ query.mean(0)).topk(k),
+        "faiss_flat": lambda query, k: flat.search(query.mean(0)[None].numpy(), k),
+        "linear": lambda query, k: linear.select(0, query[None], mask, [view], k),
+        "faiss_ivf": lambda query, k: indexed.select(0, query[None], mask, [view], k),
+    }
+    for number in threads:
+        torch.set_num_threads(number)
+        faiss.omp_set_num_threads(number)
+        load, by_wanted = os.getloadavg()[0], {}
+        for k in WANTED:
+            by_wanted[str(k)] = {
+                **_timed(ways, queries, k, rounds),
+                **_recall(indexed, keys, queries[: rounds + 1], mask, view, k),
+            }
+        facts[f"{number} threads"] = {"load_average": [load, os.getloadavg()[0]], "by_wanted": by_wanted}
+    facts["update"] = _update(indexed, store, queries[:1], mask, rounds)
+    return facts
+
+
+def _timed(ways: Mapping[str, Way], queries: Tensor, k: int, rounds: int) -> dict[str, Any]:
+    """Times of every way, and how many times as fast as the faster exact one of torch and faiss the index is."""
+
+    def arm(name: str, way: Way) -> Arm:
+        return Arm(name, lambda turn: way(queries[turn], k))
+
+    times = in_rounds([arm(*item) for item in ways.items()], rounds, queries.device)
+    fastest = min(("torch", "faiss_flat"), key=lambda name: statistics.median(times[name]))
+    return {
+        **{name: summary(taken) for name, taken in times.items()},
+        "fastest_exact": fastest,
+        "times_as_fast": ratio(times, fastest, "faiss_ivf"),
+    }
+
+
+def _recall(
+    indexed: FaissIvfRetriever, keys: Tensor, queries: Tensor, mask: Tensor, view: Any, k: int
+) -> dict[str, float]:
+    shares = []
+    for query in queries:
+        best = (keys @ query.mean(0)).topk(k).indices
+        (found,) = indexed.select(0, query[None], mask, [view], k)
+        shares.append(float(torch.isin(best, found.ids).float().mean()))
+    return {"recall": round(statistics.mean(shares), 4), "lowest_recall": round(min(shares), 4)}
+
+
+def _update(indexed: FaissIvfRetriever, store: RamStore, query: Tensor, mask: Tensor, rounds: int) -> dict[str, Any]:
+    """A selection after 256 rows came and as many left, which the index has to follow first."""
+    rows = store.gather(0, store.ids(0)[:256])
+    seconds = []
+    for _ in range(min(rounds, 8)):
+        store.append(0, rows)
+        store.remove(0, store.ids(0)[:256])
+        store.ids(0)  # joined once after a change, by whoever reads first
+        begun = time.perf_counter()
+        indexed.select(0, query, mask, [store], 16)
+        seconds.append(time.perf_counter() - begun)
+    return summary(seconds)
+
+
+def keep(streams: int, rounds: int) -> dict[str, Any]:
+    """Accuracy over age with other retrievers in place of the trained one, all on the same streams and questions."""
+    model = load_recall()[0]
+    telling = Telling(ages=AGES, streams=streams, rounds=rounds, seed=7)
+    others = {
+        "centroid": with_own_parameters(model, "centroid"),
+        "faiss_ivf": with_own_parameters(model, "faiss_ivf", **INDEXED),
+    }
+    arms = ["memoryllm", "mplus", "mplus-random", "mplus-centroid", "mplus-faiss_ivf"]
+    rows = telling.chunks * model.mplus_config.memory_tokens_per_chunk
+    report = retention(model, telling, arms=arms, retrievers=others, long_term_tokens=rows)
+    return {"score": "mean_dot", "index": INDEXED, "report": report.plain()}
+
+
+def sigmoid(rows: int, tokens: int, draws: int, k: int = 256, width: int = 64) -> dict[str, Any]:
+    """Recall of the best rows by "sigmoid_mean" on drawn keys and queries: of 250 clusters, the text of a few.
+
+    Args:
+        rows, tokens: keys, and queries of a text.
+        draws: texts, each with keys of its own.
+        k: rows wanted.
+        width: of keys.
+    """
+    shape, found = RetrieverShape(layers=1, hidden_size=1), {}
+    options: dict[str, Any] = {"width": width, "score": "sigmoid_mean"}
+    for clusters, spread in ((0, 0.5), (0, 2.0), (6, 0.5), (6, 2.0), (60, 2.0), (60, 6.0)):
+        shares: dict[str, list[float]] = {"centroid": [], "faiss_ivf": []}
+        for draw in range(draws):
+            keys, text = _drawn(rows, tokens, width, clusters, spread, draw)
+            store, mask = stored(keys), torch.ones(1, tokens, dtype=torch.bool)
+            best = score_rows("sigmoid_mean", [text], keys)[0].topk(k).indices
+            for retriever in (
+                CentroidRetriever(shape, CentroidRetriever.Options(**options)),
+                FaissIvfRetriever(shape, FaissIvfRetriever.Options(**options)),
+            ):
+                (selection,) = retriever.select(0, text[None], mask, [store], k)
+                shares[retriever.name].append(float(torch.isin(best, selection.ids).float().mean()))
+        where = f"{clusters or 'no'} clusters, std {spread}"
+        found[where] = {
+            name: {"recall": round(statistics.mean(some), 3), "lowest": round(min(some), 3)}
+            for name, some in shares.items()
+        }
+        print(where, found[where], flush=True)
+    return {"recall": found, "rows": rows, "tokens": tokens, "draws": draws, "wanted": k, "width": width}
+
+
+def _drawn(rows: int, tokens: int, width: int, clusters: int, spread: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Keys and queries whose products have this standard deviation."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(count: int) -> Tensor:
+        return torch.randn(count, width, generator=generator)
+
+    keys, text = normal(rows), normal(tokens)
+    if clusters:
+        centers = normal(250)
+        keys = centers[torch.randint(250, (rows,), generator=generator)] + keys / 2
+        text = centers[torch.randint(clusters, (tokens,), generator=generator)] + text / 2
+    return keys, text * spread / (text @ keys[:1000].T).std()
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["keys", "sweep", "speed", "retention", "sigmoid"])
+    parser.add_argument("keys", type=Path, nargs="?", help="file of keys")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=24, help="queries timed; for retention, rounds of questions")
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--record", type=Path, help="default: benchmarks/records/retrieval-WHAT.json")
+    given = parser.parse_args()
+    if given.what in ("keys", "sweep", "speed") and given.keys is None:
+        parser.error(f"{given.what} needs a file of keys")
+    if given.what == "keys":
+        save_keys(given.keys)
+        return
+    if given.what == "sweep":
+        found = sweep(load_keys(given.keys), given.rounds)
+    elif given.what == "speed":
+        found = speed(load_keys(given.keys), given.threads, given.rounds)
+    elif given.what == "retention":
+        found = keep(given.streams, given.rounds)
+    else:
+        found = sigmoid(50_000, 256, 8)
+    record = given.record or RECORDS / f"retrieval-{given.what}.json"
+    whole = {**found, "circumstances": circumstances(model="recall-tiny")}
+    record.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
