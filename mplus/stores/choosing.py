@@ -22,8 +22,8 @@ def first_rows(
         pieces: of one layer, with the columns that ``order`` looks at.
         count: at least 0.
         order: what rows are compared by; what it says of a place without a row does not matter.
-        least: the smallest first key of a piece's rows, where it is known without looking at them: pieces whose rows
-            cannot be among the first are left alone then.
+        least: the smallest first key that a row of a piece can have, where that is known without looking at them:
+            pieces whose rows cannot be among the first are left alone then.
     """
     ids: Tensor | None = None
     keys: list[Tensor] = []

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mplus.stores.base import Piece, StoreView
+from mplus.stores.base import Piece, StoreView, smallest
 from mplus.stores.choosing import first_rows
 from mplus.stores.eviction import EvictionPolicy
 from mplus.stores.usage import READS, Usage
@@ -40,4 +40,8 @@ class LruEviction(EvictionPolicy):
                 used = torch.maximum(used, self.usage.times(layer, piece.ids))
             return [used, births]
 
-        return first_rows(store.pieces(layer, "birth"), excess, order)
+        # A row is used no earlier than written, so most pieces need not be looked at.
+        def least(piece: Piece) -> float:
+            return (smallest(piece, "birth") + 1) * READS
+
+        return first_rows(store.pieces(layer, "birth"), excess, order, least)
