@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -56,6 +58,31 @@ def flag(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     """Validator: True or False."""
     if not isinstance(value, bool):
         raise ConfigError(f"{attribute.name} must be True or False, got {value!r}")
+
+
+UNITS = {"": 1, "B": 1, **{f"{p}B": 1000 ** (i + 1) for i, p in enumerate(("k", "M", "G", "T"))}}
+UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate(("K", "M", "G", "T"))} | {"KB": 1000}
+"""Bytes in a unit, by its name."""
+
+
+def byte_count(value: Any) -> int:
+    """A number of bytes from an int or a text such as "512MiB", "8GiB" or "1.5GB". Raises ConfigError for others."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
+    if found is not None and found[2] in UNITS:
+        count = int(Fraction(found[1]) * UNITS[found[2]])
+        if count > 0:
+            return count
+    raise ConfigError(
+        "bytes_budget must be a whole number of bytes above 0, or a text with a unit "
+        f"({', '.join(unit for unit in UNITS if unit)}) such as '8GiB', got {value!r}"
+    )
+
+
+def _budget(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None:
+        byte_count(value)
 
 
 @define(frozen=True)
@@ -134,6 +161,8 @@ class MPlusConfig:
         short_term_tokens: N, rows of short-term memory (STM).
         retrieved_tokens: K0, long-term rows brought back by a read.
         long_term_tokens: capacity of long-term memory (LTM); 0 keeps none, None sets no limit.
+        bytes_budget: bytes that a whole memory may take, all layers and streams together, as a number or "8GiB": what
+            short-term memory leaves of it sets the capacity of LTM, in place of ``long_term_tokens``. None: no budget.
         drop_per_layer: draw the rows that leave the STM independently per layer.
         query_tokens: retrieve with the first so many text tokens only; None: all of them. Scoring a text without
             leaking its future needs a number here.
@@ -158,6 +187,7 @@ class MPlusConfig:
     short_term_tokens: int = field(default=10_240, validator=whole(1))
     retrieved_tokens: int = field(default=2_560, validator=whole(0))
     long_term_tokens: int | None = field(default=150_000, validator=whole(0, optional=True))
+    bytes_budget: int | str | None = field(default=None, validator=_budget)
     drop_per_layer: bool = field(default=True, validator=flag)
     query_tokens: int | None = field(default=None, validator=whole(1, optional=True))
     memory_positions: Literal["auto", "sequential", "compressed", "constant"] = field(

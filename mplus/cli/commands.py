@@ -18,6 +18,7 @@ from mplus.cli.eval_retriever import retriever
 from mplus.cli.import_ import import_checkpoint
 from mplus.cli.info import info
 from mplus.cli.memory import show, verify
+from mplus.cli.memory_sources import forget, sources
 from mplus.cli.plugins import plugins
 from mplus.cli.replay import replay
 from mplus.cli.train import train
@@ -55,8 +56,10 @@ def _app() -> typer.Typer:
     commands.command()(replay)
     commands.command()(train)
     commands.command("import")(import_checkpoint)
-    memory = typer.Typer(no_args_is_help=True, help="Look at saved memories.")
+    memory = typer.Typer(no_args_is_help=True, help="Look at saved memories, and take sources out of them.")
     memory.command()(show)
+    memory.command()(sources)
+    memory.command()(forget)
     memory.command()(verify)
     commands.add_typer(memory, name="memory")
     evaluation = typer.Typer(no_args_is_help=True, help="Measure a memory, its baselines and what it costs.")

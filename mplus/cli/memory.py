@@ -77,6 +77,12 @@ def _decoder(manifest: Manifest) -> Table:
     table.add_row("size", f"{size(manifest.data.bytes)} in {manifest.data.file}")
     table.add_row("rows", f"{layout.layers} layers of width {layout.hidden_size}{keys}, {layout.dtype}")
     table.add_row("eviction", escape(str(manifest.eviction)))
+    if manifest.capacity is not None:
+        budget = "" if manifest.bytes_budget is None else f" (budget {size(manifest.bytes_budget)})"
+        texts = f", the rows of {manifest.text_capacity:,} text tokens" if manifest.text_capacity is not None else ""
+        table.add_row("capacity", f"{manifest.capacity:,} long-term rows per layer{texts}{budget}")
+    kept = any(name.startswith("stream.") and ".text." in name for name in manifest.data.tensors)
+    table.add_row("texts", "kept" if kept else "not kept")
     for name, value in manifest.fingerprint.items():
         if name not in {"layers", "hidden_size", "key_size"}:  # said already
             table.add_row(f"decoder: {name}", escape(str(value)))

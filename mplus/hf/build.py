@@ -14,7 +14,9 @@ from mplus.errors import ConfigError
 from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.additions import MemoryAdditions
 from mplus.mechanisms.base import MemoryMechanism
+from mplus.memory.budget import Budget
 from mplus.memory.memory import Memory
+from mplus.memory.texts import Texts
 from mplus.retrievers import RETRIEVERS
 from mplus.retrievers.base import Retriever, RetrieverShape
 from mplus.stores import EVICTION, STORES
@@ -57,6 +59,8 @@ def new_memory(
     eviction: Component | None,
     device: torch.device | str | None,
     memory_rows: Literal["projected", "hidden", "both"] | None = None,
+    bytes_budget: int | str | None = None,
+    keep_text: bool = False,
 ) -> Memory:
     """See ``MemoryModel.new_memory``."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -64,12 +68,19 @@ def new_memory(
     if memory_rows not in (None, "projected", "hidden", "both"):
         raise ConfigError(f"memory_rows must be 'projected', 'hidden' or 'both', got {memory_rows!r}")
     layout = engine.layout if memory_rows is None else engine.layout_of(memory_rows)
-    layout = layout if device is None else evolve(layout, device=torch.device(device))
-    return Memory(
-        engine,
-        [engine.new_state(layout) for _ in range(batch_size)],
-        [build_store(store or engine.config.store, layout) for _ in range(batch_size)],
-        [torch.Generator().manual_seed(seed + row) for row in range(batch_size)],
-        build_eviction(eviction or engine.config.eviction),
-        tokenizer,
+    if not isinstance(keep_text, bool):
+        raise ConfigError(f"keep_text must be True or False, got {keep_text!r}")
+    policy = build_eviction(eviction or engine.config.eviction)
+    layout = evolve(
+        layout,
+        expiry=layout.expiry or policy.lifetime is not None,
+        device=layout.device if device is None else torch.device(device),
     )
+    generators = [torch.Generator().manual_seed(seed + row) for row in range(batch_size)]
+    states = [engine.new_state(layout) for _ in range(batch_size)]
+    if keep_text:
+        texts = [Texts.of(generator.get_state()) for generator in generators]
+        states = [evolve(state, texts=kept) for state, kept in zip(states, texts, strict=True)]
+    stores = [build_store(store or engine.config.store, layout) for _ in range(batch_size)]
+    budget = Budget.of(bytes_budget, engine.config, engine.mechanism, stores[0], batch_size)
+    return Memory(engine, states, stores, generators, policy, tokenizer, budget)

@@ -37,8 +37,10 @@ class MemoryModel:
         seed: int = 0,
         store: Any = None,
         eviction: Any = None,
+        bytes_budget: int | str | None = None,
         device: torch.device | str | None = None,
         memory_rows: Any = None,
+        keep_text: bool = False,
     ) -> Memory:
         """A new memory for this decoder.
 
@@ -47,11 +49,15 @@ class MemoryModel:
             tokenizer: lets ``Memory.write`` take text.
             seed: stream i draws the rows that leave its STM from a generator seeded with ``seed + i``.
             store, eviction: override the config, as a name or ``{"name": ..., option: value}``.
+            bytes_budget: bytes that the whole memory may take, all layers and streams together, as a number or "8GiB";
+                overrides the config, its ``long_term_tokens`` too. ``memory.capacity`` says what that comes to.
             device: where the rows are kept; default: where the decoder's embedding is.
             memory_rows: "projected", "hidden" or "both": keep another form of the rows than the config says.
+            keep_text: keep the ids of all that is written, so that ``memory.forget(source, mode="rebuild")`` can write
+                the memory again without a source.
 
         Raises:
-            ConfigError: a batch size below 1, or a bad option.
+            ConfigError: a batch size below 1, a budget that is too small, or a bad option.
             NotSupported: rows of this decoder cannot be kept like that.
             UnknownNameError: no such store or eviction policy.
         """
@@ -66,6 +72,8 @@ class MemoryModel:
             _component(eviction),
             device,
             memory_rows,
+            bytes_budget,
+            keep_text,
         )
 
     def generate(

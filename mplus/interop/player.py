@@ -82,6 +82,7 @@ class Player:
         for layer in range(self._empty.layout.layers):
             self._empty.remove(layer, self._empty.ids(layer))
         self._eviction: EvictionPolicy = memory.eviction
+        self._capacity = memory.capacity
 
     @property
     def view(self) -> StreamView:
@@ -119,7 +120,9 @@ class Player:
         self.state, _ = mechanism.merge(self.state, self._context(Permutations(None)))
 
     def _context(self, draw: Permutations) -> WriteContext:
-        return WriteContext(store=self.store, eviction=self._eviction, draw=draw, keys=self.engine.keys)
+        return WriteContext(
+            store=self.store, eviction=self._eviction, draw=draw, keys=self.engine.keys, capacity=self._capacity
+        )
 
     # ------------------------------------------------------------------ reading
 

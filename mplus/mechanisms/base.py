@@ -16,6 +16,7 @@ from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.write_context import WriteContext
 from mplus.rows import NO_SOURCE, MemoryRows
 from mplus.stores.base import Located, StoreLayout
+from mplus.stores.eviction import EvictionPolicy
 
 
 @define(frozen=True, eq=False)
@@ -87,6 +88,20 @@ class MemoryMechanism(ABC):
     def expiry(self) -> bool:
         """Whether long-term rows carry an expiry."""
         return False
+
+    @property
+    def long_term(self) -> bool:
+        """Whether there is a long-term memory at all."""
+        return self.uses_retriever and self.config.long_term_tokens != 0
+
+    def lifetime(self, eviction: EvictionPolicy) -> float | None:
+        """Merges that new long-term rows of a memory under ``eviction`` live; None: they do not expire."""
+        return None
+
+    @property
+    def waiting_rows(self) -> int:
+        """The most rows that wait in a layer, between two merges, to get into long-term memory."""
+        return 0
 
     @property
     def key_size(self) -> int:
@@ -165,6 +180,10 @@ class MemoryMechanism(ABC):
             key = context.keys(layer, hidden)
             rows = rows.replace(key=None if key is None else key.to(like.key))
         return rows
+
+    def short_term_births(self, state: StreamState, layer: int) -> Tensor:
+        """``[n]`` int64: births of the short-term rows of a layer, by which their age is ``clock - 1 - birth``."""
+        return state.stm[layer].birth
 
     def _births(self, state: StreamState, k: int) -> Tensor:
         return torch.arange(state.clock, state.clock + k, dtype=torch.int64)

@@ -16,10 +16,10 @@ from mplus.mechanisms.pending import PendingView
 from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.write_context import WriteContext
 from mplus.rows import MemoryRows
-from mplus.stores.base import Column, Content, MemoryStore, StoreLayout, StoreView, smallest
-
-EXPIRED = 0.01
-"""A row leaves when its remaining merges fall to this or below (published constant)."""
+from mplus.stores.base import Column, Content, StoreLayout, StoreView
+from mplus.stores.eviction import EvictionPolicy
+from mplus.stores.eviction_ttl import TtlEviction
+from mplus.stores.usage import Usage
 
 
 class MPlusMechanism(MemoryMechanism):
@@ -33,7 +33,8 @@ class MPlusMechanism(MemoryMechanism):
             ages: "birth" orders rows by when they were written; "release" by when they left the STM and then by
                 their place in the chunk, later ids first among equals.
             merge_every: rows that leave the STM wait for a merge every so many writes; None: no waiting.
-            lifetime: merges after which a long-term row expires; None: rows leave only at capacity.
+            lifetime: merges after which a long-term row expires (without waiting every write is one), whatever the
+                eviction policy does at capacity; None: as the policy says. "ttl" goes before this option.
             decay: how much of its lifetime a row loses per merge.
             short_ltm: with fewer long-term rows than a read asks for, "all" uses each once, pending rows included;
                 "tile" repeats the merged ones.
@@ -58,6 +59,15 @@ class MPlusMechanism(MemoryMechanism):
     def expiry(self) -> bool:
         return self.options.lifetime is not None
 
+    def lifetime(self, eviction: EvictionPolicy) -> float | None:
+        return self.countdown(eviction).lifetime
+
+    @property
+    def waiting_rows(self) -> int:
+        if self.options.merge_every is None or self.config.long_term_tokens == 0:
+            return 0
+        return int(self.options.merge_every) * self.config.memory_tokens_per_chunk
+
     def new_state(self, layout: StoreLayout) -> StreamState:
         state = super().new_state(layout)
         counters = {
@@ -81,6 +91,10 @@ class MPlusMechanism(MemoryMechanism):
         clock = 0 if self.options.ages == "release" else state.clock
         return evolve(state, stm=stm, pending=pending, clock=clock, counters=counters)
 
+    def short_term_births(self, state: StreamState, layer: int) -> Tensor:
+        births = super().short_term_births(state, layer)
+        return births + state.clock if self.options.ages == "release" else births
+
     def _births(self, state: StreamState, k: int) -> Tensor:
         if self.options.ages == "release":
             # In the STM ages stand still: -1 - age within the chunk. The clock is added when a row leaves.
@@ -99,9 +113,7 @@ class MPlusMechanism(MemoryMechanism):
         if self.options.ages == "release":
             leaving = [rows.replace(birth=rows.birth + state.clock) for rows in leaving]
         if self.options.merge_every is None:
-            for layer, rows in enumerate(leaving):
-                self._append(context.store, layer, rows, state)
-            return state, max(self._evict(context))
+            return self._store(state, leaving, context)
         pending = tuple(MemoryRows.cat(pair) for pair in zip(state.pending, leaving, strict=True))
         writes = state.counters["writes_since_merge"] + 1
         state = evolve(state, pending=pending, counters={**state.counters, "writes_since_merge": writes})
@@ -110,44 +122,53 @@ class MPlusMechanism(MemoryMechanism):
     def merge(self, state: StreamState, context: WriteContext) -> tuple[StreamState, int]:
         """Move pending rows into long-term memory and let rows expire.
 
-        Published rule: every row, new ones included, loses ``decay``; expired rows leave only if more rows than one
-        read retrieves survive, otherwise the loss is undone. Returns the new state and the rows evicted per layer.
+        Returns the new state and the rows evicted per layer.
         """
-        store, decayed = context.store, state.counters["decayed"].clone()
-        expired = [0] * len(state.pending)
-        for layer, rows in enumerate(state.pending):
-            self._append(store, layer, rows, state)
-            if not store.layout.expiry:
-                continue
-            after = float(decayed[layer]) + self.options.decay
-            gone = _expired(store, layer, after)
-            if store.count(layer) - len(gone) > self.config.retrieved_tokens:
-                decayed[layer] = after
-                store.remove(layer, gone)
-                expired[layer] = gone.shape[0]
+        state, evicted = self._store(state, state.pending, context)
         none = torch.arange(0)  # an index, not a slice: a view would keep all the rows alive
         pending = tuple(rows.select(none) for rows in state.pending)
-        counters = {**state.counters, "decayed": decayed, "writes_since_merge": torch.zeros((), dtype=torch.int64)}
-        return evolve(state, pending=pending, counters=counters), max(map(add, expired, self._evict(context)))
+        counters = {**state.counters, "writes_since_merge": torch.zeros((), dtype=torch.int64)}
+        return evolve(state, pending=pending, counters=counters), evicted
 
-    def _append(self, store: MemoryStore, layer: int, rows: MemoryRows, state: StreamState) -> None:
-        if not len(rows):
-            return
-        if self.options.lifetime is not None:
-            expires = self.options.lifetime + float(state.counters["decayed"][layer])
-            rows = rows.replace(expiry=torch.full_like(rows.birth, expires, dtype=torch.float64))
-        store.append(layer, rows)
+    def _store(self, state: StreamState, added: Sequence[MemoryRows], context: WriteContext) -> tuple[StreamState, int]:
+        """Append rows to long-term memory and let others expire or make room.
+
+        Published rule: every row, new ones included, loses some of its lifetime; expired rows leave only if more rows
+        than one read retrieves survive, otherwise the loss is undone.
+        """
+        store, policy, decayed = context.store, self.countdown(context.eviction), state.counters["decayed"].clone()
+        expired = [0] * len(added)
+        for layer, rows in enumerate(added):
+            if len(rows):
+                expires = None if policy.lifetime is None else policy.lifetime + float(decayed[layer])
+                store.append(layer, rows if expires is None else _expiring(rows, expires))
+            if policy.lifetime is not None:
+                elapsed, gone = policy.expire(store, layer, float(decayed[layer]), self.config.retrieved_tokens)
+                decayed[layer] = elapsed
+                store.remove(layer, gone)
+                expired[layer] = gone.shape[0]
+        if policy.lifetime is not None:
+            state = evolve(state, counters={**state.counters, "decayed": decayed})
+        return state, max(map(add, expired, self._evict(context)))
+
+    def countdown(self, eviction: EvictionPolicy) -> EvictionPolicy:
+        """The policy by which rows of a memory under ``eviction`` expire, if they do: it, or that of the options."""
+        if eviction.lifetime is not None or self.options.lifetime is None:
+            return eviction
+        return TtlEviction(TtlEviction.Options(lifetime=self.options.lifetime, decay=self.options.decay))
 
     def _evict(self, context: WriteContext) -> list[int]:
         """Bring every layer down to its capacity; returns the rows evicted from each."""
-        capacity, store = self.config.long_term_tokens, context.store
+        capacity, store = context.capacity, context.store
         evicted = [0] * store.layout.layers
         if capacity is None:
             return evicted
         for layer in range(store.layout.layers):
             excess = store.count(layer) - capacity
             if excess > 0:
-                store.remove(layer, context.eviction.select(store, layer, excess))
+                if context.usage is not None:
+                    context.usage.keep(layer, store.ids(layer))  # rows that have left are never asked for again
+                store.remove(layer, context.eviction.using(context.usage).select(store, layer, excess))
                 evicted[layer] = excess
         return evicted
 
@@ -175,6 +196,9 @@ class MPlusMechanism(MemoryMechanism):
             for (row, store), pick in zip(scored, picks, strict=True):
                 by_id = pick.ids.argsort()
                 found[row] = self._in_order(store, layer, pick.ids[by_id], pick.scores[by_id.to(pick.scores.device)])
+        for view, rows in zip(views, found, strict=True):
+            if view.usage is not None and rows is not None:
+                _note(view.usage, view, layer, rows)
         return found
 
     def retrieved_rows(self, view: StreamView, layer: int) -> int:
@@ -213,12 +237,13 @@ class MPlusMechanism(MemoryMechanism):
         return Retrieved(rows, ids, scores, located)
 
 
-def _expired(store: StoreView, layer: int, merges: float) -> Tensor:
-    """Ids of the rows that have expired after so many merges; only pieces with such rows are looked through."""
-    gone = [torch.empty(0, dtype=torch.int64, device=store.layout.device)]
-    for piece in store.pieces(layer, "expiry"):
-        expiry = piece.columns["expiry"]
-        if len(expiry) and smallest(piece, "expiry") - merges <= EXPIRED:
-            past = (expiry - merges) <= EXPIRED
-            gone.append(piece.ids[past if piece.live is None else past & piece.live])
-    return torch.cat(gone)
+def _expiring(rows: MemoryRows, expires: float) -> MemoryRows:
+    return rows.replace(expiry=torch.full_like(rows.birth, expires, dtype=torch.float64))
+
+
+def _note(usage: Usage, view: StreamView, layer: int, rows: Retrieved) -> None:
+    ids = rows.ids
+    if len(view.state.pending[layer]) and len(rows.scores):  # then these are places in a PendingView
+        merged = view.store.ids(layer)
+        ids = merged[ids[ids < len(merged)]]
+    usage.note(layer, ids, view.state.clock)

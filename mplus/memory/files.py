@@ -2,9 +2,9 @@
 
 Format version 1 is a folder with ``manifest.json`` (``mplus.memory.manifest``) and the safetensors file it names. Its
 tensors are ``stream.<i>.<stm|pending>.<layer>.<column>``, ``stream.<i>.newest.<layer>`` (where rows have no hidden
-states), ``stream.<i>.counter.<name>``, ``stream.<i>.generator`` and
-``store.<i>.<layer>.<column>``. Ids of long-term rows are not kept: the store that a memory is read into gives new ones,
-in the same order.
+states), ``stream.<i>.counter.<name>``, ``stream.<i>.generator``, ``stream.<i>.text.<name>`` (where texts are kept),
+``stream.<i>.usage.<layer>`` (where the eviction policy goes by what is retrieved) and ``store.<i>.<layer>.<column>``.
+Ids of long-term rows are not kept: the store that a memory is read into gives new ones, in the same order.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any
 
 import attrs
 import torch
+from attrs import define
 from torch import Tensor
 
 import mplus
 from mplus.config import Component
-from mplus.errors import MemoryFileError
+from mplus.memory.budget import Budget
 from mplus.memory.engine import Engine
 from mplus.memory.folder import (
     DATA,
@@ -46,57 +47,66 @@ from mplus.memory.manifest import (
     read_manifest,
 )
 from mplus.memory.memory import Memory
-from mplus.memory.stream import StreamState, StreamView
+from mplus.memory.stream import StreamView
 from mplus.memory.tensors import Part, TensorReader, write_tensors
-from mplus.rows import MemoryRows
-from mplus.stores.base import MemoryStore, StoreLayout, StoreView
-from mplus.stores.build import build_eviction, build_store
+from mplus.memory.unpacking import read_streams, read_usage
+from mplus.stores.base import StoreLayout, StoreView
+from mplus.stores.build import build_eviction
 from mplus.stores.eviction import EvictionPolicy
 
 PIECE_BYTES = 2**26
 """Long-term rows are taken out of their store so many bytes at a time."""
 
-COLUMNS = ("hidden", "birth", "source", "key", "expiry", "projected")
+
+@define(frozen=True, kw_only=True)
+class Facts:
+    """What a manifest says of a memory besides its rows: see ``Manifest``."""
+
+    fingerprint: dict[str, Any]
+    eviction: Any
+    bytes_budget: int | None = None
+    capacity: int | None = None
+    text_capacity: int | None = None
+
+    @staticmethod
+    def of(engine: Engine, eviction: EvictionPolicy, budget: Budget) -> Facts:
+        """Of a memory of the decoder behind ``engine``."""
+        return Facts(
+            fingerprint=engine.fingerprint(),
+            eviction=Component(eviction.name, attrs.asdict(eviction.options)).plain(),
+            bytes_budget=budget.bytes,
+            capacity=budget.capacity,
+            text_capacity=budget.text_tokens(engine.config),
+        )
 
 
-def save(
-    folder: str | Path,
-    views: Sequence[StreamView],
-    draws: Sequence[Tensor],
-    engine: Engine,
-    eviction: EvictionPolicy,
-) -> None:
+def save(folder: str | Path, views: Sequence[StreamView], draws: Sequence[Tensor], facts: Facts) -> None:
     """Write one memory; an older one in ``folder`` stays whole until this one is on disk.
 
     Args:
         folder: created with its parents where it does not exist.
         views: the streams.
         draws: state of each stream's generator.
-        engine: the decoder, for its fingerprint.
-        eviction: the memory's policy.
+        facts: of the memory.
 
     Raises:
         MemoryFileError: ``folder`` cannot be written, or holds something that is not a memory.
     """
     folder = Path(folder)
-    numbers = _store_numbers(views)
+    numbers = store_numbers([view.store for view in views])
     prepare(folder)
     handle = lock(folder)
     try:
         check_free(folder, is_memory(folder))
-        _replace(folder, views, draws, numbers, engine, eviction)
+        replace(folder, views, draws, numbers, facts)
     finally:
         os.close(handle)
 
 
-def _replace(
-    folder: Path,
-    views: Sequence[StreamView],
-    draws: Sequence[Tensor],
-    numbers: Sequence[int],
-    engine: Engine,
-    eviction: EvictionPolicy,
+def replace(
+    folder: Path, views: Sequence[StreamView], draws: Sequence[Tensor], numbers: Sequence[int], facts: Facts
 ) -> None:
+    """The part of ``save`` that needs the folder locked; ``numbers``: of each stream's store."""
     with writable(folder), temporary(folder) as rows, temporary(folder) as head:
         with rows.open("xb") as file:
             digest, entries = write_tensors(file, list(_parts(views, draws, numbers)))
@@ -105,9 +115,12 @@ def _replace(
         name = DATA.format(digest[:32])
         manifest = Manifest(
             written_by=mplus.__version__,
-            fingerprint=engine.fingerprint(),
+            fingerprint=facts.fingerprint,
             layout=_layout_entry(views[0].store.layout),
-            eviction=Component(eviction.name, attrs.asdict(eviction.options)).plain(),
+            eviction=facts.eviction,
+            bytes_budget=facts.bytes_budget,
+            capacity=facts.capacity,
+            text_capacity=facts.text_capacity,
             streams=tuple(map(_stream_entry, views, numbers)),
             data=DataEntry(file=name, bytes=size, sha256=digest, tensors=entries),
         )
@@ -126,6 +139,7 @@ def load(
     tokenizer: Any = None,
     store: Component | None = None,
     eviction: Component | None = None,
+    bytes_budget: int | str | None = None,
     device: torch.device | str | None = None,
 ) -> Memory:
     """Read a memory for the decoder behind ``engine``; one tensor at a time, each checked against the manifest.
@@ -136,6 +150,7 @@ def load(
         tokenizer: lets ``Memory.write`` take text.
         store: where long-term rows go; default: as the config says.
         eviction: default: the policy the memory had.
+        bytes_budget: default: the budget the memory had, else that of the config.
         device: where rows are kept; default: where the decoder's embedding is.
 
     Raises:
@@ -148,39 +163,34 @@ def load(
         manifest = read_manifest(folder)
         layout = engine.layout
         check_belongs(manifest, engine.fingerprint(), layout.dtype, folder)
+        policy = build_eviction(eviction or Component.of(manifest.eviction))
         # Rows stay what they were, whatever new memories of this decoder hold.
         layout = attrs.evolve(
-            layout, projected_size=manifest.layout.projected_size, keeps_hidden=manifest.layout.keeps_hidden
+            layout,
+            projected_size=manifest.layout.projected_size,
+            keeps_hidden=manifest.layout.keeps_hidden,
+            expiry=layout.expiry or policy.lifetime is not None,
+            device=layout.device if device is None else torch.device(device),
         )
-        if device is not None:
-            layout = attrs.evolve(layout, device=torch.device(device))
+        mechanism = engine.mechanism
         with TensorReader(folder, manifest.data) as file:
-            kind = store or engine.config.store
-            required = manifest.layout.required
-            stores = {entry.store: _read_store(file, entry, kind, layout, required) for entry in manifest.streams}
-            states = [
-                _read_state(file, number, entry, layout, required) for number, entry in enumerate(manifest.streams)
-            ]
-            generators = [read_generator(file, number) for number in range(len(states))]
+            lifetime = mechanism.lifetime(policy)
+            states, stores, draws = read_streams(file, manifest, layout, store or engine.config.store, lifetime)
+            usage = [read_usage(file, n, one) for n, one in enumerate(stores)] if policy.notes_reads else []
     finally:
         os.close(handle)
-    return Memory(
-        engine,
-        states,
-        [stores[entry.store] for entry in manifest.streams],
-        generators,
-        build_eviction(eviction or Component.of(manifest.eviction)),
-        tokenizer,
-    )
+    wanted = manifest.bytes_budget if bytes_budget is None else bytes_budget
+    budget = Budget.of(wanted, engine.config, mechanism, stores[0], len(states))
+    return Memory(engine, states, stores, draws, policy, tokenizer, budget, usage)
 
 
 # ---------------------------------------------------------------------- out of a memory
 
 
-def _store_numbers(views: Sequence[StreamView]) -> list[int]:
+def store_numbers(stores: Sequence[StoreView]) -> list[int]:
     """Number of each stream's store: streams that share one have the same."""
     first: dict[int, int] = {}
-    return [first.setdefault(id(view.store), number) for number, view in enumerate(views)]
+    return [first.setdefault(id(store), number) for number, store in enumerate(stores)]
 
 
 def _layout_entry(layout: StoreLayout) -> LayoutEntry:
@@ -209,15 +219,8 @@ def _stream_entry(view: StreamView, store: int) -> StreamEntry:
 
 def _parts(views: Sequence[StreamView], draws: Sequence[Tensor], numbers: Sequence[int]) -> Iterator[Part]:
     for i, (view, draw) in enumerate(zip(views, draws, strict=True)):
-        state = view.state
-        for tier, layers in (("stm", state.stm), ("pending", state.pending)):
-            for layer, rows in enumerate(layers):
-                for column, tensor in rows.columns().items():
-                    yield _whole(f"stream.{i}.{tier}.{layer}.{column}", tensor)
-        for layer, hidden in enumerate(state.newest):
-            yield _whole(f"stream.{i}.newest.{layer}", hidden)
-        for name, counter in state.counters.items():
-            yield _whole(f"stream.{i}.counter.{name}", counter)
+        for name, tensor in _of_stream(view):
+            yield _whole(f"stream.{i}.{name}", tensor)
         yield _whole(f"stream.{i}.generator", draw)
     for number, store in {number: view.store for number, view in zip(numbers, views, strict=True)}.items():
         for layer in range(store.layout.layers):
@@ -225,6 +228,24 @@ def _parts(views: Sequence[StreamView], draws: Sequence[Tensor], numbers: Sequen
             for column, (shape, dtype) in store.layout.columns().items():
                 pieces = partial(_pieces, store, layer, column)
                 yield Part(f"store.{number}.{layer}.{column}", dtype, (count, *shape), pieces)
+
+
+def _of_stream(view: StreamView) -> Iterator[tuple[str, Tensor]]:
+    state = view.state
+    for tier, layers in (("stm", state.stm), ("pending", state.pending)):
+        for layer, rows in enumerate(layers):
+            for column, tensor in rows.columns().items():
+                yield f"{tier}.{layer}.{column}", tensor
+    for layer, hidden in enumerate(state.newest):
+        yield f"newest.{layer}", hidden
+    for name, counter in state.counters.items():
+        yield f"counter.{name}", counter
+    if state.texts is not None:
+        for name, tensor in state.texts.tensors().items():
+            yield f"text.{name}", tensor
+    if view.usage is not None:
+        for layer in range(view.store.layout.layers):
+            yield f"usage.{layer}", view.usage.times(layer, view.store.ids(layer))
 
 
 def _whole(name: str, tensor: Tensor) -> Part:
@@ -237,76 +258,3 @@ def _pieces(store: StoreView, layer: int, column: Any) -> Iterable[Tensor]:
         return [] if values is None else [values]
     step = max(1, PIECE_BYTES // store.layout.row_bytes)
     return (store.gather(layer, ids).columns()[column] for ids in store.ids(layer).split(step))
-
-
-# ---------------------------------------------------------------------- into a memory
-
-
-def read_rows(file: TensorReader, prefix: str, count: int, required: Sequence[str]) -> MemoryRows:
-    """The rows of one layer. Raises MemoryFileError unless there are ``count`` in every column, ``required`` or not."""
-    columns = {column: f"{prefix}.{column}" for column in COLUMNS if f"{prefix}.{column}" in file.data.tensors}
-    for column in required:
-        columns.setdefault(column, f"{prefix}.{column}")  # missing: the reader says so
-    rows = {column: file.get(name) for column, name in columns.items()}
-    for column, values in rows.items():
-        if values.shape[:1] != (count,):
-            raise MemoryFileError(f"{file.path}: {columns[column]!r} must have {count} rows, got {list(values.shape)}")
-    return MemoryRows.of(rows)
-
-
-def _read_state(
-    file: TensorReader, number: int, entry: StreamEntry, layout: StoreLayout, required: Sequence[str]
-) -> StreamState:
-    def tier(name: str, counts: Sequence[int]) -> tuple[MemoryRows, ...]:
-        found = []
-        for layer, count in enumerate(counts):
-            rows = read_rows(file, f"stream.{number}.{name}.{layer}", count, required)
-            found.append(_copied(rows, layout))
-        return tuple(found)
-
-    prefix = f"stream.{number}.counter."
-    counters = {
-        name.removeprefix(prefix): file.get(name).clone() for name in file.data.tensors if name.startswith(prefix)
-    }
-    newest: tuple[Tensor, ...] = ()
-    if not layout.keeps_hidden:
-        names = [f"stream.{number}.newest.{layer}" for layer in range(layout.layers)]
-        newest = tuple(file.get(name).to(layout.device, copy=True) for name in names)
-    return StreamState(
-        newest=newest,
-        stm=tier("stm", entry.stm),
-        pending=tier("pending", entry.pending),
-        clock=entry.clock,
-        sources=entry.sources,
-        counters=counters,
-    )
-
-
-def _copied(rows: MemoryRows, layout: StoreLayout) -> MemoryRows:
-    """Rows that no longer depend on the file."""
-    return MemoryRows.of({name: column.to(layout.device, copy=True) for name, column in rows.columns().items()})
-
-
-def _read_store(
-    file: TensorReader, entry: StreamEntry, component: Component, layout: StoreLayout, required: Sequence[str]
-) -> MemoryStore:
-    store = build_store(component, layout)
-    for layer, count in enumerate(entry.ltm):
-        prefix = f"store.{entry.store}.{layer}"
-        rows = read_rows(file, prefix, count, required)
-        try:
-            store.append(layer, rows)
-        except ValueError as error:
-            raise MemoryFileError(f"{file.path}: {prefix} does not fit this memory: {error}") from error
-    return store
-
-
-def read_generator(file: TensorReader, number: int) -> torch.Generator:
-    """The generator of a stream."""
-    generator = torch.Generator()
-    name = f"stream.{number}.generator"
-    try:
-        generator.set_state(file.get(name).clone())
-    except (RuntimeError, TypeError) as error:
-        raise MemoryFileError(f"{file.path}: {name!r} must be the state of a torch.Generator: {error}") from error
-    return generator

@@ -94,6 +94,9 @@ class Manifest:
         eviction: policy of the long-term memory, by name or as a table with its options.
         streams: one per batch row.
         data: the file with the tensors.
+        bytes_budget: bytes that the memory may take in all, or None.
+        capacity: long-term rows per layer of a stream, as it was when saved; None: no limit, or an older file.
+        text_capacity: text tokens these hold, or None.
     """
 
     written_by: str
@@ -102,6 +105,9 @@ class Manifest:
     eviction: Any
     streams: tuple[StreamEntry, ...]
     data: DataEntry
+    bytes_budget: int | None = None
+    capacity: int | None = None
+    text_capacity: int | None = None
 
     def to_json(self) -> str:
         """The text of the file, with a digest of its own content."""

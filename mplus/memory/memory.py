@@ -2,151 +2,43 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from attrs import evolve
 from torch import Tensor
 
 from mplus.config import Component
+from mplus.errors import InputError
+from mplus.memory.budget import Budget
 from mplus.memory.checks import check_chunk, check_dtype, check_row, check_rows, check_vocabulary
 from mplus.memory.chunking import to_names
-from mplus.memory.engine import Engine, engine_of
+from mplus.memory.content import MemoryContent
+from mplus.memory.engine import engine_of
 from mplus.memory.forgetting import forget
+from mplus.memory.rebuilding import rebuilt
 from mplus.memory.refreshing import refresh
-from mplus.memory.report import SourceInfo, WriteReport
-from mplus.memory.sharing import distinct, each, unshared
-from mplus.memory.stream import StreamState, StreamView
+from mplus.memory.report import ForgetReport, WriteReport
+from mplus.memory.sharing import each, unshared
+from mplus.memory.stream import StreamState
+from mplus.memory.texts import Texts
 from mplus.memory.write_context import WriteContext
 from mplus.memory.writing import Made, Stream, keys, write_streams, write_together
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore
-from mplus.stores.eviction import EvictionPolicy
 
 T = TypeVar("T")
 
 
-class Memory:
+class Memory(MemoryContent):
     """Short-term rows, long-term rows and where they came from; explicit state that is passed to a decoder.
 
     Made by ``model.new_memory`` or ``Memory.load``. Reading never changes it. A read works on a snapshot, so a write
     in another thread does not disturb it; writes of one memory are serialised.
-
-    Attributes:
-        engine: the wrapped decoder this memory belongs to.
-        tokenizer: turns text into ids for ``write``; may be None.
-        generators: one ``torch.Generator`` (CPU) per stream; draws which rows leave the STM.
-        eviction: chooses which long-term rows leave at capacity.
     """
-
-    def __init__(
-        self,
-        engine: Engine,
-        states: Sequence[StreamState],
-        stores: Sequence[MemoryStore],
-        generators: Sequence[torch.Generator],
-        eviction: EvictionPolicy,
-        tokenizer: Any = None,
-    ) -> None:
-        self.engine = engine
-        self.tokenizer = tokenizer
-        self.generators = tuple(generators)
-        self.eviction = eviction
-        self._states = tuple(states)
-        self._stores = tuple(stores)
-        self._version = 0
-        self._weights = engine.weights_digest()
-        self._state_lock = threading.RLock()
-        self._write_lock = threading.RLock()
-
-    # ------------------------------------------------------------------ what it holds
-
-    @property
-    def batch_size(self) -> int:
-        """Number of independent streams B."""
-        return len(self._states)
-
-    @property
-    def version(self) -> int:
-        """Grows with every change; a key/value cache made under one version does not fit another."""
-        return self._version
-
-    @property
-    def states(self) -> tuple[StreamState, ...]:
-        """The present state of each stream (immutable)."""
-        return self._states
-
-    @property
-    def stores(self) -> tuple[MemoryStore, ...]:
-        """The long-term store of each stream; changed only through the memory."""
-        return self._stores
-
-    @property
-    def device(self) -> torch.device:
-        """Where the rows are kept."""
-        return self._stores[0].layout.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """dtype of the rows."""
-        return self._stores[0].layout.dtype
-
-    @property
-    def write_lock(self) -> threading.RLock:
-        """Held by whoever writes."""
-        return self._write_lock
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all rows, short-term, pending and long-term (reserved capacity included); what is shared, once."""
-        return sum(s.nbytes for s in distinct(self._states)) + sum(s.nbytes for s in distinct(self._stores))
-
-    def snapshot(self) -> tuple[StreamView, ...]:
-        """An immutable view of every stream, taken at one instant."""
-        return self.versioned_snapshot()[1]
-
-    def versioned_snapshot(self) -> tuple[int, tuple[StreamView, ...]]:
-        """``version`` and ``snapshot`` of the same instant."""
-        with self._state_lock:
-            views = map(StreamView, self._states, each(self._stores, lambda store: store.snapshot()))
-            return self._version, tuple(views)
-
-    def sources(self, row: int = 0) -> list[SourceInfo]:
-        """The sources of batch row ``row``, in order of first writing, with the rows still held of each.
-
-        Raises:
-            InputError: there is no such batch row.
-        """
-        check_row(row, self.batch_size)
-        view = self.snapshot()[row]
-        stored = [view.store.column(layer, "source") for layer in range(view.store.layout.layers)]
-        places = (
-            [rows.source for rows in view.state.stm],
-            [rows.source for rows in view.state.pending],
-            [column for column in stored if column is not None],
-        )
-        return [
-            SourceInfo(
-                source.name,
-                source.tokens,
-                source.chunks,
-                *(sum(int((column == number).sum()) for column in columns) / len(columns) for columns in places),
-            )
-            for number, source in enumerate(view.state.sources)
-            if source.chunks
-        ]
-
-    def __repr__(self) -> str:
-        rows = ", ".join(
-            f"[{len(state.stm[0])} STM, {len(state.pending[0])} pending, {store.count(0)} LTM]"
-            for state, store in zip(self._states[:4], self._stores[:4], strict=True)
-        )
-        more = ", ..." if self.batch_size > 4 else ""
-        return f"Memory(batch_size={self.batch_size}, rows per layer: {rows}{more}, {self.nbytes / 2**20:.1f} MiB)"
 
     # ------------------------------------------------------------------ writing
 
@@ -192,13 +84,22 @@ class Memory:
             write_streams([Stream(self, row, [ids[row]], names[row], report) for row in range(self.batch_size)])
         return evolve(report, seconds=time.perf_counter() - begun)
 
-    def take_in(self, streams: Sequence[Stream], made: Sequence[Made], tokens: int) -> None:
-        """Let streams of this memory take in the rows made of one chunk each; all or nothing. Part of a write."""
+    def take_in(self, streams: Sequence[Stream], made: Sequence[Made], ids: Tensor, turn: int) -> None:
+        """Let streams of this memory take in the rows made of one chunk each; all or nothing. Part of a write.
+
+        Args:
+            streams: b of them.
+            made: what each gets.
+            ids: ``[b, n]``, their chunks.
+            turn: see ``mplus.memory.texts.Text``.
+        """
+        tokens = ids.shape[1]
 
         def absorb(states: list[StreamState]) -> None:
-            for stream, rows in zip(streams, made, strict=True):
+            for stream, rows, text in zip(streams, made, ids, strict=True):
                 row, report = stream.row, stream.report
                 state, number = states[row].with_source(stream.name, tokens)
+                state = state.with_text(text, number, turn)
                 context = self._context(row, rows.projected)
                 absorbed = self.engine.mechanism.absorb(state, rows.hidden, number, context)
                 states[row] = absorbed.state
@@ -217,6 +118,8 @@ class Memory:
             draw=lambda n: torch.randperm(n, generator=generator),
             keys=lambda layer, hidden: keys(self.engine, layer, hidden),
             projected=projected,
+            capacity=self.capacity,
+            usage=self._usage[row],
         )
 
     def _change(self, change: Callable[[list[StreamState]], T]) -> T:
@@ -226,6 +129,7 @@ class Memory:
             self._stores = unshared(self._stores)
             before = [store.snapshot() for store in self._stores]
             draws = [generator.get_state() for generator in self.generators]
+            parts = self._stores, self.generators, self._usage
             states, after = list(self._states), None
             try:
                 result = change(states)
@@ -233,6 +137,7 @@ class Memory:
                 self._states, self._version = after, self._version + 1
             except BaseException:
                 if self._states is not after:
+                    self._stores, self.generators, self._usage = parts
                     for store, snapshot in zip(self._stores, before, strict=True):
                         store.restore(snapshot)
                     for generator, state in zip(self.generators, draws, strict=True):
@@ -249,36 +154,67 @@ class Memory:
         digest = self.engine.weights_digest()
         if digest != self._weights:
             with self._write_lock:
-                self._change(lambda states: refresh(states, self._stores, self.engine))
+                self._change(lambda states: refresh(states, self._stores, self.engine, self._usage))
                 self._weights = digest
 
     # ------------------------------------------------------------------ the rest of its life
 
-    def forget(self, source: str | None, row: int | None = None) -> int:
+    def forget(
+        self,
+        source: str | None,
+        row: int | None = None,
+        *,
+        mode: Literal["drop", "rebuild"] = "drop",
+        progress: bool | None = None,
+    ) -> ForgetReport:
         """Remove every row written from ``source`` (in batch row ``row``, or in all).
 
-        The STM grows back afterwards. Rows written *later* may have taken something over from the rows removed, since
-        a write reads the newest rows; forks and saved copies are other memories. Both stay. Where only the newest rows
-        have hidden states, and these are removed, the next write reads fewer.
+        With ``mode="drop"`` the STM grows back afterwards. Rows written *later* may have taken something over from the
+        rows removed, since a write reads the newest rows; they stay. Where only the newest rows have hidden states, and
+        these are removed, the next write reads fewer. With ``mode="rebuild"`` all other texts are written again from
+        the beginning, and the memory is what it would be had the source never been written. Forks and saved copies are
+        other memories, and keep their rows either way.
+
+        Args:
+            source: a name that was given to ``write``.
+            row: None: every batch row.
+            mode: "drop", or "rebuild" for a memory that keeps its texts (``new_memory(keep_text=True)``). Rebuilding
+                takes about as long as writing did, needs room for a second memory, and happens wholly or not at all;
+                reads go on meanwhile.
+            progress: show a progress bar when rebuilding; None: for long ones in a terminal.
 
         Returns:
-            Rows removed, summed over layers and batch rows.
+            What was removed.
 
         Raises:
-            InputError: no stream has this source (the message lists the ones there are), or there is no such batch row.
+            InputError: no stream has this source (the message lists the ones there are), there is no such batch row
+                or mode, or the memory does not keep its texts.
+            MemoryMismatchError, NonFiniteError: as ``write``, when rebuilding; nothing was changed.
         """
         if row is not None:
             check_row(row, self.batch_size)
+        if mode not in ("drop", "rebuild"):
+            raise InputError(f"mode must be 'drop' or 'rebuild', got {mode!r}")
         rows = range(self.batch_size) if row is None else [row]
         with self._write_lock:
-            return self._change(lambda states: forget(states, self._stores, rows, source))
+            if mode == "drop":
+                return self._change(lambda states: forget(states, self._stores, rows, source))
+            other, report = rebuilt(self, rows, source, progress)
+            self._change(lambda states: self._become(states, other))
+            return report
+
+    def _become(self, states: list[StreamState], other: Memory) -> None:
+        """Take over all that ``other`` holds; part of a change."""
+        states[:] = other._states
+        self._stores, self.generators, self._usage = other._stores, other.generators, other._usage
 
     def reset(self) -> None:
         """Back to a new memory; the generators go on from where they are."""
 
         def clear(states: list[StreamState]) -> None:
             for row, store in enumerate(self._stores):
-                states[row] = self.engine.new_state(store.layout)
+                texts = None if states[row].texts is None else Texts.of(self.generators[row].get_state())
+                states[row] = evolve(self.engine.new_state(store.layout), texts=texts)
                 for layer in range(store.layout.layers):
                     store.remove(layer, store.ids(layer))
 
@@ -324,7 +260,11 @@ class Memory:
     ) -> Memory:
         states, stores = each([self._states[i] for i in rows], change), each([self._stores[i] for i in rows], copy)
         twins = [torch.Generator().set_state(self.generators[row].get_state()) for row in rows]
-        copied = Memory(self.engine, states, stores, twins, self.eviction, self.tokenizer)
+        budget = self.budget
+        if budget.bytes is not None and stores[0].layout != self._stores[0].layout:  # rows take another room there
+            budget = Budget.of(budget.bytes, self.engine.config, self.engine.mechanism, stores[0], self.batch_size)
+        usage = [notes.fork() for notes in map(self._usage.__getitem__, rows) if notes is not None]
+        copied = Memory(self.engine, states, stores, twins, self.eviction, self.tokenizer, budget, usage)
         copied._weights = self._weights
         return copied
 
@@ -336,12 +276,13 @@ class Memory:
         Raises:
             MemoryFileError: ``path`` cannot be written, or holds something that is not a memory.
         """
-        from mplus.memory.files import save
+        from mplus.memory.files import Facts, save
 
         with self._state_lock:
             views = self.snapshot()
             draws = [generator.get_state() for generator in self.generators]
-        save(path, views, draws, self.engine, self.eviction)
+        facts = Facts.of(self.engine, self.eviction, self.budget)
+        save(path, views, draws, facts)
 
     @staticmethod
     def load(
@@ -351,6 +292,7 @@ class Memory:
         tokenizer: Any = None,
         store: Any = None,
         eviction: Any = None,
+        bytes_budget: int | str | None = None,
         device: torch.device | str | None = None,
     ) -> Memory:
         """Read a saved memory for ``model`` (a wrapped decoder); it goes on as the one that was saved would have.
@@ -361,12 +303,14 @@ class Memory:
                 (``long_term_tokens``) and backend may differ.
             tokenizer: lets ``write`` take text.
             store: keep the long-term rows in another store than the model's config names.
-            eviction: another eviction policy than the memory had.
+            eviction: another eviction policy than the memory had. Under "ttl" the lifetime of rows without one begins.
+            bytes_budget: another budget than the memory had (see ``new_memory``); it holds from the next write on.
             device: where the rows are kept; default: where the decoder's embedding is.
 
         Raises:
             MemoryFileError: missing, truncated, altered, foreign, or newer file.
             MemoryMismatchError: made by another model, adapter, dtype or config; says what differs.
+            ConfigError: the budget is too small, or no number of bytes.
         """
         from mplus.memory.files import load
 
@@ -376,5 +320,6 @@ class Memory:
             tokenizer=tokenizer,
             store=None if store is None else Component.of(store),
             eviction=None if eviction is None else Component.of(eviction),
+            bytes_budget=bytes_budget,
             device=device,
         )

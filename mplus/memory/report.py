@@ -13,6 +13,9 @@ class SourceInfo:
         name: the name given to ``write``, or None.
         tokens, chunks: how much text was written under that name.
         short_term_rows, pending_rows, long_term_rows: rows still held, averaged over the layers.
+        newest_age, oldest_age: of the rows still held in any layer, in rows written since (0: nothing was written after
+            the row); None where none is held.
+        newest_age_chunks, oldest_age_chunks: the same in chunks of ``memory_tokens_per_chunk`` rows, rounded down.
     """
 
     name: str | None
@@ -21,6 +24,35 @@ class SourceInfo:
     short_term_rows: float
     pending_rows: float
     long_term_rows: float
+    newest_age: int | None
+    oldest_age: int | None
+    newest_age_chunks: int | None
+    oldest_age_chunks: int | None
+
+
+@define(frozen=True)
+class ForgetReport:
+    """What one ``forget`` removed, summed over the batch rows it looked at.
+
+    Attributes:
+        source: the name that was forgotten.
+        tokens, chunks: how much text had been written under it.
+        short_term_rows, pending_rows, long_term_rows: rows of it that were still held, in each layer.
+        rebuilt: chunks that were written again; None where nothing was (``mode="drop"``).
+    """
+
+    source: str | None
+    tokens: int
+    chunks: int
+    short_term_rows: tuple[int, ...]
+    pending_rows: tuple[int, ...]
+    long_term_rows: tuple[int, ...]
+    rebuilt: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows in all layers together."""
+        return sum((*self.short_term_rows, *self.pending_rows, *self.long_term_rows))
 
 
 @define(frozen=True)

@@ -9,8 +9,10 @@ import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
+from mplus.memory.texts import Text, Texts
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreView
+from mplus.stores.usage import Usage
 
 
 @define(frozen=True)
@@ -40,6 +42,7 @@ class StreamState:
         newest: per layer ``[c, d]``, hidden states of the newest short-term rows (K of them, where there are as many),
             which the next write reads; empty where the rows keep theirs.
         counters: the mechanism's own numbers, each a small tensor.
+        texts: what was written, where the memory keeps that; else None.
     """
 
     stm: tuple[MemoryRows, ...]
@@ -48,6 +51,7 @@ class StreamState:
     sources: tuple[Source, ...] = ()
     newest: tuple[Tensor, ...] = ()
     counters: dict[str, Tensor] = field(factory=dict)
+    texts: Texts | None = None
 
     @property
     def nbytes(self) -> int:
@@ -78,13 +82,27 @@ class StreamState:
                 return evolve(self, sources=(*self.sources[:number], grown, *self.sources[number + 1 :])), number
         return evolve(self, sources=(*self.sources, Source(name, tokens, 1))), len(self.sources)
 
+    def with_text(self, ids: Tensor, source: int, turn: int) -> StreamState:
+        """Keep the ids ``[n]`` of one chunk, where texts are kept."""
+        if self.texts is None:
+            return self
+        text = Text(ids.to("cpu", torch.int32, copy=True), source, turn)
+        return evolve(self, texts=self.texts.appended(text))
+
 
 @define(frozen=True, eq=False)
 class StreamView:
-    """What a read sees of one stream: an immutable state and an immutable view of its store."""
+    """What a read sees of one stream: an immutable state and an immutable view of its store.
+
+    Attributes:
+        state: all but the long-term rows.
+        store: these.
+        usage: where the read notes what it retrieves, if the eviction policy goes by that.
+    """
 
     state: StreamState
     store: StoreView
+    usage: Usage | None = None
 
 
 def alike(chunks: Sequence[Tensor], states: Sequence[StreamState]) -> list[list[int]]:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mplus.errors import MemoryFileError
-from mplus.memory.files import read_generator, read_rows
 from mplus.memory.folder import lock
 from mplus.memory.manifest import LayoutEntry, Manifest, StreamEntry, read_manifest
 from mplus.memory.tensors import TensorReader, digest_of_file
+from mplus.memory.unpacking import read_generator, read_rows, read_texts
 from mplus.rows import NO_SOURCE, MemoryRows
 
 PIECE_ROWS = 1024
@@ -54,8 +54,9 @@ def _stream(file: TensorReader, number: int, stream: StreamEntry, layout: Layout
         for layer, count in enumerate(counts):
             yield from _rows(file, f"stream.{number}.{tier}.{layer}", count, [stream], layout.required)
     for name in file.data.tensors:
-        if name.startswith((f"stream.{number}.counter.", f"stream.{number}.newest.")):
+        if name.startswith(tuple(f"stream.{number}.{kind}." for kind in ("counter", "newest", "usage"))):
             yield from _fault(file.get, name)
+    yield from _fault(read_texts, file, number, len(stream.sources))
     yield from _fault(read_generator, file, number)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mplus.stores.base import MemoryStore
 from mplus.stores.eviction import EvictionPolicy
+from mplus.stores.usage import Usage
 
 Draw = Callable[[int], Tensor]
 """``draw(n)``: a uniform random permutation of 0..n-1, int64 on the CPU."""
@@ -28,6 +29,8 @@ class WriteContext:
         keys: makes retriever keys.
         projected: per layer ``[k, w]``, keys and values of the new rows (``MemoryRows.projected``); empty where
             rows have none.
+        capacity: long-term rows that a layer may hold; None: no limit.
+        usage: notes on what was retrieved, where ``eviction`` goes by them.
     """
 
     store: MemoryStore
@@ -35,3 +38,5 @@ class WriteContext:
     draw: Draw
     keys: Keys
     projected: Sequence[Tensor] = ()
+    capacity: int | None = None
+    usage: Usage | None = None

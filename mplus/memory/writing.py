@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from mplus.memory.engine import Engine
 from mplus.memory.progress import progress_bar
 from mplus.memory.report import WriteReport
 from mplus.memory.stream import alike
+from mplus.memory.texts import next_turn
 
 if TYPE_CHECKING:
     from mplus.memory.memory import Memory
@@ -98,8 +99,9 @@ def write_streams(streams: Sequence[Stream], advance: Callable[[int], None] = la
     for turn in range(max(len(stream.chunks) for stream in streams)):
         present = [stream for stream in streams if turn < len(stream.chunks)]
         chunks = [stream.chunks[turn] for stream in present]
+        turns = {id(stream.memory): next_turn(stream.memory.states) for stream in present}
         for group in alike(chunks, [stream.memory.states[stream.row] for stream in present]):
-            _write([present[place] for place in group], torch.stack([chunks[place] for place in group]))
+            _write([present[place] for place in group], torch.stack([chunks[place] for place in group]), turns)
             advance(sum(len(chunks[place]) for place in group))
 
 
@@ -132,14 +134,15 @@ def _planned(memory: Memory, data: Any, source: Any, report: WriteReport) -> lis
     return streams
 
 
-def _write(streams: Sequence[Stream], ids: Tensor) -> None:
-    """One pass: a chunk ``[B, n]`` to streams that read equally many context rows."""
+def _write(streams: Sequence[Stream], ids: Tensor, turns: Mapping[int, int]) -> None:
+    """One pass: a chunk ``[B, n]`` to streams that read equally many context rows; ``turns`` by id of the memory."""
     engine = streams[0].memory.engine
     states = [stream.memory.states[stream.row] for stream in streams]
     made = _made(engine, streams, engine.encode(states, ids.to(engine.device)), ids.shape[1])
     for memory in {id(stream.memory): stream.memory for stream in streams}.values():
         own = [place for place, stream in enumerate(streams) if stream.memory is memory]
-        memory.take_in([streams[place] for place in own], [made[place] for place in own], ids.shape[1])
+        rows = [made[place] for place in own]
+        memory.take_in([streams[place] for place in own], rows, ids[own], turns[id(memory)])
 
 
 def _made(engine: Engine, streams: Sequence[Stream], blocks: Sequence[Tensor], tokens: int) -> list[Made]:

@@ -23,5 +23,10 @@ EVICTION: Registry[EvictionPolicy] = Registry(
     "eviction policy",
     group="mplus.eviction",
     base="mplus.stores.eviction:EvictionPolicy",
-    builtin={"fifo": "mplus.stores.eviction:FifoEviction"},
+    builtin={
+        "fifo": "mplus.stores.eviction:FifoEviction",
+        "lru": "mplus.stores.eviction_lru:LruEviction",
+        "reservoir": "mplus.stores.eviction_reservoir:ReservoirEviction",
+        "ttl": "mplus.stores.eviction_ttl:TtlEviction",
+    },
 )

@@ -10,23 +10,52 @@ from attrs import define
 from torch import Tensor
 
 from mplus.stores.base import Piece, StoreView, smallest
+from mplus.stores.usage import Usage
 
 
 class EvictionPolicy(ABC):
-    """Chooses rows to remove; built as ``Policy(options)``."""
+    """Chooses rows to remove; built as ``Policy(options)``.
+
+    Attributes:
+        notes_reads: the policy goes by what is retrieved, so a memory under it notes that (``using``).
+    """
 
     @define(frozen=True, kw_only=True)
     class Options:
         """Options of the implementation (attrs class; the base class has none)."""
 
     name: ClassVar[str]
+    notes_reads: ClassVar[bool] = False
 
     def __init__(self, options: Any = None) -> None:
         self.options = options if options is not None else self.Options()
 
+    @property
+    def lifetime(self) -> float | None:
+        """Merges that a new row lives; None: rows leave only at capacity and carry no expiry."""
+        return None
+
+    def using(self, usage: Usage | None) -> EvictionPolicy:
+        """This policy for the stream that ``usage`` has notes on; itself where it does not go by them."""
+        return self
+
     @abstractmethod
     def select(self, store: StoreView, layer: int, excess: int) -> Tensor:
         """Ids of exactly ``excess`` rows of ``layer`` to remove (``[excess]`` int64, ``0 < excess <= count``)."""
+
+    def expire(self, store: StoreView, layer: int, elapsed: float, spare: int) -> tuple[float, Tensor]:
+        """What a merge does besides adding rows, for policies under which rows have a ``lifetime``.
+
+        Args:
+            store: holds the rows that are merged too, each with ``expiry``: its lifetime and what had elapsed then.
+            layer: index among the layers that carry memory.
+            elapsed: what all rows of the layer have lost of their lifetime since the memory was new.
+            spare: rows leave only if more than so many stay; otherwise the merge costs no lifetime.
+
+        Returns:
+            What has elapsed now, and the ids of the rows that have expired (``[n]`` int64).
+        """
+        return elapsed, torch.empty(0, dtype=torch.int64)
 
 
 class FifoEviction(EvictionPolicy):

@@ -33,7 +33,10 @@ def run(*arguments):
 
 def test_the_commands():
     assert {path[0] for path in ALL if path} == COMMANDS | {"demo-continue"}
-    grouped = {"memory": {"show", "verify"}, "eval": {"abstention", "harm", "retention", "retriever"}}
+    grouped = {
+        "memory": {"forget", "show", "sources", "verify"},
+        "eval": {"abstention", "harm", "retention", "retriever"},
+    }
     grouped["bench"] = {"attention", "decode", "read", "score", "write"}
     assert {path for path in ALL if len(path) == 2} == {(group, name) for group in grouped for name in grouped[group]}
 

@@ -50,9 +50,27 @@ def test_every_row_is_where_it_was(memory: mplus.Memory) -> None:
     assert [state.clock for state in memory.states] == [75, 39, 3]
     assert [int(state.counters["writes_since_merge"]) for state in memory.states] == [1, 1, 1]
     assert [state.counters["decayed"].tolist() for state in memory.states] == [[7, 7], [3, 3], [0, 0]]
-    assert memory.sources(0) == [SourceInfo("Märchen", 90, 12, 0, 0, 1.5), SourceInfo(None, 71, 10, 7, 3, 20)]
-    assert memory.sources(1) == [SourceInfo("Märchen", 80, 11, 7, 3, 23), SourceInfo(None, 9, 2, 0, 0, 6)]
-    assert memory.sources(2) == [SourceInfo("notes", 5, 1, 3, 0, 0)]
+    assert memory.sources(0) == [
+        SourceInfo("Märchen", 90, 12, 0, 0, 1.5, *ages(memory, 0, "Märchen")),
+        SourceInfo(None, 71, 10, 7, 3, 20, *ages(memory, 0, None)),
+    ]
+    assert memory.sources(1) == [
+        SourceInfo("Märchen", 80, 11, 7, 3, 23, *ages(memory, 1, "Märchen")),
+        SourceInfo(None, 9, 2, 0, 0, 6, *ages(memory, 1, None)),
+    ]
+    assert memory.sources(2) == [SourceInfo("notes", 5, 1, 3, 0, 0, 0, 2, 0, 0)]
+
+
+def ages(memory: mplus.Memory, row: int, name: str | None) -> list[int]:
+    """Newest and oldest age of the rows of a source, in rows and in chunks of three, row by row."""
+    state, store, found = memory.states[row], memory.stores[row], []
+    number = [source.name for source in state.sources].index(name)
+    for layer in range(2):
+        stored = store.gather(layer, store.ids(layer))
+        for rows, start in ((state.stm[layer], 0), (state.pending[layer], state.clock), (stored, state.clock)):
+            born = zip(rows.birth.tolist(), rows.source.tolist(), strict=True)
+            found += [start - 1 - birth for birth, source in born if source == number]
+    return [min(found), max(found), min(found) // 3, max(found) // 3]
 
 
 def test_it_goes_on(memory: mplus.Memory) -> None:

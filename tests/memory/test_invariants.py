@@ -162,7 +162,7 @@ def test_forgetting_takes_every_row_of_a_source_and_no_other(
     number = [source.name for source in memory.states[0].sources].index(name)
     before = [tiers(memory, layer) for layer in range(LAYERS)]
     mine = [of_source(memory, layer, number) for layer in range(LAYERS)]
-    removed = memory.forget(name)
+    removed = memory.forget(name).rows
     assert removed == sum(map(len, mine))
     for layer in range(LAYERS):
         expected = {tier: [n for n in rows if n not in mine[layer]] for tier, rows in before[layer].items()}

@@ -1,0 +1,83 @@
+"""``mplus memory sources`` and ``mplus memory forget``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mplus.cli.memory import Saved
+from mplus.cli.output import counts, print_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mplus.memory.report import SourceInfo
+
+
+def sources(
+    path: Saved,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON instead.")] = False,
+) -> None:
+    """List what a saved memory was written from: text tokens, rows still held, and how old these are."""
+    import attrs
+    from rich.console import Console
+
+    from mplus.memory.saved import saved_sources
+
+    streams = saved_sources(path)
+    if as_json:
+        print_json([[attrs.asdict(source) for source in stream] for stream in streams])
+        return
+    console = Console(highlight=False)
+    for number, stream in enumerate(streams):
+        console.print(f"stream {number}")
+        console.print(_table(stream))
+
+
+def forget(
+    path: Saved,
+    source: Annotated[str | None, typer.Argument(help="Name that was given to write.", show_default=False)] = None,
+    unnamed: Annotated[bool, typer.Option("--unnamed", help="Forget what was written without a name.")] = False,
+    stream: Annotated[int | None, typer.Option(help="Forget it in this stream only.", show_default="all")] = None,
+) -> None:
+    """Rewrite a saved memory without the rows, and kept texts, of one source.
+
+    Rows written later may still carry traces of it. Other copies of the memory stay as they are.
+    """
+    from mplus.errors import InputError
+    from mplus.memory.saved import forget_saved
+
+    if unnamed == (source is not None):
+        raise InputError(f"give the name of a source or --unnamed, got {source!r} and unnamed={unnamed}")
+    report = forget_saved(path, source, stream)
+    print(
+        f"forgot {'text without a name' if source is None else repr(source)}: {report.tokens:,} tokens in "
+        f"{report.chunks:,} chunks; of its rows, per layer: {counts(report.short_term_rows)} short-term, "
+        f"{counts(report.pending_rows)} pending, {counts(report.long_term_rows)} long-term"
+    )
+
+
+def _table(stream: list[SourceInfo]) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None)
+    table.add_column("source")
+    for title in ("tokens", "chunks", "short-term", "pending", "long-term", "age in rows", "in chunks"):
+        table.add_column(title, justify="right")
+    for source in stream:
+        rows = (source.short_term_rows, source.pending_rows, source.long_term_rows)
+        table.add_row(
+            escape(source.name or "(no name)"),
+            f"{source.tokens:,}",
+            f"{source.chunks:,}",
+            *(f"{count:,.1f}" for count in rows),
+            _span(source.newest_age, source.oldest_age),
+            _span(source.newest_age_chunks, source.oldest_age_chunks),
+        )
+    return table
+
+
+def _span(newest: Any, oldest: Any) -> str:
+    return "" if newest is None else counts([newest, oldest])

@@ -1,0 +1,84 @@
+"""How many long-term rows a memory may hold: by its config, or by a budget in bytes for all of the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from attrs import define, evolve
+
+from mplus.config import MPlusConfig, byte_count
+from mplus.errors import ConfigError
+from mplus.memory.stream import StreamState
+from mplus.stores.base import MemoryStore, StoreLayout
+
+
+@define(frozen=True)
+class Budget:
+    """What limits the long-term memory.
+
+    Attributes:
+        capacity: rows per layer that the LTM of each stream may hold after a write; None: no limit.
+        bytes: what all rows of the memory may take together, short-term, pending and long-term, in all layers and
+            streams; None: no budget, the capacity was given in rows.
+    """
+
+    capacity: int | None
+    bytes: int | None = None
+
+    @staticmethod
+    def of(wanted: Any, config: MPlusConfig, mechanism: Any, store: MemoryStore, streams: int) -> Budget:
+        """The limit of a new memory.
+
+        Each stream gets an equal share. Of it the rows of a full STM are taken, of as many pending rows as can wait
+        for a merge, and the hidden states kept for the next write; long-term rows get the rest.
+
+        Args:
+            wanted: ``bytes_budget`` of this memory; None: that of ``config``.
+            config, mechanism: say what a stream holds besides long-term rows.
+            store: of a stream; all are alike.
+            streams: of the memory.
+
+        Raises:
+            ConfigError: this is no number of bytes, or too few for short-term memory and the long-term rows of a chunk.
+        """
+        wanted = config.bytes_budget if wanted is None else wanted
+        if wanted is None:
+            return Budget(config.long_term_tokens)
+        budget, layout = byte_count(wanted), store.layout
+        fixed = layout.layers * fixed_bytes(config, mechanism, layout)
+        row = layout.layers * store.bytes_per_row(layout, store.options)
+        least = fixed + (config.memory_tokens_per_chunk * row if mechanism.long_term else 0)
+        if budget < streams * least:
+            raise ConfigError(
+                f"bytes_budget must be at least {streams * least:,} bytes for {streams} "
+                f"{'streams' if streams > 1 else 'stream'} ({fixed:,} for the short-term memory of each, {row:,} for a "
+                f"long-term row in all layers, {config.memory_tokens_per_chunk} rows a chunk), got {wanted!r}: "
+                "give more, or lower short_term_tokens"
+            )
+        return Budget((budget // streams - fixed) // row if mechanism.long_term else 0, budget)
+
+    def text_tokens(self, config: MPlusConfig) -> int | None:
+        """Text tokens whose rows the LTM of a stream has room for, if written in full chunks; None: no limit."""
+        if self.capacity is None:
+            return None
+        return self.capacity * config.chunk_tokens // config.memory_tokens_per_chunk
+
+
+def fixed_bytes(config: MPlusConfig, mechanism: Any, layout: StoreLayout) -> int:
+    """The most that one layer of a stream takes besides its long-term rows."""
+    waiting = evolve(layout, expiry=False)
+    short = waiting if not layout.keeps_hidden else evolve(waiting, key_size=0)  # keys are made when rows leave
+    newest = 0 if layout.keeps_hidden else config.memory_tokens_per_chunk * layout.hidden_size * layout.dtype.itemsize
+    pending: int = mechanism.waiting_rows * waiting.row_bytes
+    return config.short_term_tokens * short.row_bytes + pending + newest
+
+
+def rows_bytes(states: Sequence[StreamState], stores: Sequence[MemoryStore]) -> int:
+    """Bytes of the rows a memory holds, without what its stores have reserved for more: what a budget limits."""
+    stored = sum(
+        store.count(layer) * store.bytes_per_row(store.layout, store.options)
+        for store in stores
+        for layer in range(store.layout.layers)
+    )
+    return sum(state.nbytes for state in states) + stored

@@ -1,0 +1,144 @@
+"""What a memory holds, and how to look at it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mplus.memory.budget import Budget
+from mplus.memory.checks import check_row
+from mplus.memory.engine import Engine
+from mplus.memory.listing import sources_of
+from mplus.memory.report import SourceInfo
+from mplus.memory.sharing import distinct, each
+from mplus.memory.stream import StreamState, StreamView
+from mplus.stores.base import MemoryStore
+from mplus.stores.eviction import EvictionPolicy
+from mplus.stores.usage import Usage
+
+
+class MemoryContent:
+    """The part of ``Memory`` that changes nothing.
+
+    Attributes:
+        engine: the wrapped decoder this memory belongs to.
+        tokenizer: turns text into ids for ``write``; may be None.
+        generators: one ``torch.Generator`` (CPU) per stream; draws which rows leave the STM.
+        eviction: chooses which long-term rows leave at capacity.
+        budget: says what that is.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        states: Sequence[StreamState],
+        stores: Sequence[MemoryStore],
+        generators: Sequence[torch.Generator],
+        eviction: EvictionPolicy,
+        tokenizer: Any = None,
+        budget: Budget | None = None,
+        usage: Sequence[Usage] = (),
+    ) -> None:
+        """``budget`` None: as many long-term rows as the config says. ``usage``: notes on each stream, if there are."""
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.generators = tuple(generators)
+        self.eviction = eviction
+        self.budget = Budget(engine.config.long_term_tokens) if budget is None else budget
+        self._states = tuple(states)
+        self._stores = tuple(stores)
+        self._usage: tuple[Usage | None, ...] = (None,) * len(self._states)
+        if eviction.notes_reads:
+            self._usage = tuple(usage) or tuple(Usage() for _ in self._states)
+        self._version = 0
+        self._weights = engine.weights_digest()
+        self._state_lock = threading.RLock()
+        self._write_lock = threading.RLock()
+
+    @property
+    def batch_size(self) -> int:
+        """Number of independent streams B."""
+        return len(self._states)
+
+    @property
+    def version(self) -> int:
+        """Grows with every change; a key/value cache made under one version does not fit another."""
+        return self._version
+
+    @property
+    def states(self) -> tuple[StreamState, ...]:
+        """The present state of each stream (immutable)."""
+        return self._states
+
+    @property
+    def stores(self) -> tuple[MemoryStore, ...]:
+        """The long-term store of each stream; changed only through the memory."""
+        return self._stores
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are kept."""
+        return self._stores[0].layout.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the rows."""
+        return self._stores[0].layout.dtype
+
+    @property
+    def write_lock(self) -> threading.RLock:
+        """Held by whoever writes."""
+        return self._write_lock
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows, short-term, pending and long-term (reserved capacity included); what is shared, once."""
+        return sum(s.nbytes for s in distinct(self._states)) + sum(s.nbytes for s in distinct(self._stores))
+
+    @property
+    def capacity(self) -> int | None:
+        """Long-term rows that each layer of a stream may hold after a write; None: no limit."""
+        return self.budget.capacity
+
+    @property
+    def text_capacity(self) -> int | None:
+        """Text tokens whose rows the LTM of a stream has room for, if written in full chunks; None: no limit."""
+        return self.budget.text_tokens(self.engine.config)
+
+    @property
+    def keeps_text(self) -> bool:
+        """Whether the ids of all that was written are kept, for ``forget(mode="rebuild")``."""
+        return all(state.texts is not None for state in self._states)
+
+    def snapshot(self) -> tuple[StreamView, ...]:
+        """An immutable view of every stream, taken at one instant."""
+        return self.versioned_snapshot()[1]
+
+    def versioned_snapshot(self) -> tuple[int, tuple[StreamView, ...]]:
+        """``version`` and ``snapshot`` of the same instant."""
+        with self._state_lock:
+            views = map(StreamView, self._states, each(self._stores, lambda store: store.snapshot()), self._usage)
+            return self._version, tuple(views)
+
+    def sources(self, row: int = 0) -> list[SourceInfo]:
+        """The sources of batch row ``row``, in order of first writing, with the rows still held of each.
+
+        Raises:
+            InputError: there is no such batch row.
+        """
+        check_row(row, self.batch_size)
+        return sources_of(self.snapshot()[row], self.engine.mechanism)
+
+    def __repr__(self) -> str:
+        rows = ", ".join(
+            f"[{len(state.stm[0])} STM, {len(state.pending[0])} pending, {store.count(0)} LTM]"
+            for state, store in zip(self._states[:4], self._stores[:4], strict=True)
+        )
+        more = ", ..." if self.batch_size > 4 else ""
+        limit = "" if self.capacity is None else f", at most {self.capacity} LTM ({self.text_capacity} text tokens)"
+        return (
+            f"Memory(batch_size={self.batch_size}, rows per layer: {rows}{more}{limit}, {self.nbytes / 2**20:.1f} MiB)"
+        )

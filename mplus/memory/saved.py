@@ -1,0 +1,117 @@
+"""What can be asked of a saved memory, and taken out of it, without the decoder it belongs to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mplus.config import Component
+from mplus.errors import InputError
+from mplus.memory.files import Facts, replace, store_numbers
+from mplus.memory.folder import lock
+from mplus.memory.forgetting import forget
+from mplus.memory.listing import Held, listed
+from mplus.memory.manifest import Manifest, read_manifest
+from mplus.memory.report import ForgetReport, SourceInfo
+from mplus.memory.stream import StreamView
+from mplus.memory.tensors import DTYPES, TensorReader
+from mplus.memory.unpacking import read_streams, read_usage
+from mplus.stores.base import MemoryStore, StoreLayout
+
+
+def saved_sources(path: str | Path) -> list[list[SourceInfo]]:
+    """Of every stream saved in the folder ``path`` what ``Memory.sources`` says; only births and sources are read.
+
+    Raises:
+        MemoryFileError: missing, truncated, altered, foreign, or newer file.
+    """
+    folder = Path(path)
+    handle = lock(folder, shared=True)
+    try:
+        manifest = read_manifest(folder)
+        with TensorReader(folder, manifest.data) as file:
+            return [_sources(file, manifest, number) for number in range(len(manifest.streams))]
+    finally:
+        os.close(handle)
+
+
+def forget_saved(path: str | Path, source: str | None, row: int | None = None) -> ForgetReport:
+    """Write the memory saved in the folder ``path`` anew without the rows and texts of ``source``.
+
+    The old save stays whole until the new one is on disk, and then is removed. All long-term rows pass through memory.
+
+    Args:
+        path: as given to ``Memory.save``.
+        source: a name that was given to ``write``.
+        row: stream to take it out of; None: all.
+
+    Raises:
+        MemoryFileError: as ``saved_sources``, or the folder cannot be written.
+        InputError: no stream has this source, or there is no such stream; nothing was changed.
+    """
+    folder = Path(path)
+    handle = lock(folder)
+    try:
+        manifest = read_manifest(folder)
+        streams = range(len(manifest.streams))
+        if row is not None and row not in streams:
+            raise InputError(f"the stream must be one of 0 to {streams[-1]}, got {row}")
+        with TensorReader(folder, manifest.data) as file:
+            states, stores, generators = read_streams(file, manifest, _layout(manifest), Component("ram"))
+            noted = any(name.startswith("stream.") and ".usage." in name for name in manifest.data.tensors)
+            usage = [read_usage(file, n, store) if noted else None for n, store in enumerate(stores)]
+        rows = streams if row is None else [row]
+        report = forget(states, _own(stores, rows), rows, source)
+        views = [StreamView(*parts) for parts in zip(states, stores, usage, strict=True)]
+        draws = [generator.get_state() for generator in generators]
+        replace(folder, views, draws, store_numbers(stores), _facts(manifest))
+        return report
+    finally:
+        os.close(handle)
+
+
+def _own(stores: list[MemoryStore], rows: Sequence[int]) -> list[MemoryStore]:
+    """The same list, in which streams that lose rows share their store with no other."""
+    for row in rows:
+        if sum(store is stores[row] for store in stores) > 1:
+            stores[row] = stores[row].fork()
+    return stores
+
+
+def _layout(manifest: Manifest) -> StoreLayout:
+    layout = manifest.layout
+    return StoreLayout(
+        layers=layout.layers,
+        hidden_size=layout.hidden_size,
+        key_size=layout.key_size,
+        expiry=layout.expiry,
+        dtype=DTYPES[layout.dtype],
+        projected_size=layout.projected_size,
+        keeps_hidden=layout.keeps_hidden,
+    )
+
+
+def _facts(manifest: Manifest) -> Facts:
+    return Facts(
+        fingerprint=manifest.fingerprint,
+        eviction=manifest.eviction,
+        bytes_budget=manifest.bytes_budget,
+        capacity=manifest.capacity,
+        text_capacity=manifest.text_capacity,
+    )
+
+
+def _sources(file: TensorReader, manifest: Manifest, number: int) -> list[SourceInfo]:
+    stream = manifest.streams[number]
+    tiers: list[list[Held]] = []
+    for prefix in (f"stream.{number}.stm", f"stream.{number}.pending", f"store.{stream.store}"):
+        layers = range(manifest.layout.layers)
+        columns = [[file.get(f"{prefix}.{layer}.{name}") for name in ("source", "birth")] for layer in layers]
+        tiers.append([Held(*column) for column in columns])
+    # Births of short-term rows below 0 count back from the present clock ("release" ages of the mechanism "mplus").
+    tiers[0] = [Held(h.sources, torch.where(h.births < 0, h.births + stream.clock, h.births)) for h in tiers[0]]
+    rows = int(manifest.fingerprint.get("memory_tokens_per_chunk", 1))
+    return listed(stream.sources, tiers, manifest.layout.layers, stream.clock, rows)

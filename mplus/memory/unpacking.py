@@ -1,0 +1,166 @@
+"""From the data file of a saved memory to streams and stores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mplus.config import Component
+from mplus.errors import MemoryFileError, MemoryMismatchError
+from mplus.memory.manifest import Manifest, StreamEntry
+from mplus.memory.stream import StreamState
+from mplus.memory.tensors import TensorReader
+from mplus.memory.texts import NAMES, Texts
+from mplus.rows import MemoryRows
+from mplus.stores.base import MemoryStore, StoreLayout
+from mplus.stores.build import build_store
+from mplus.stores.usage import Usage
+
+COLUMNS = ("hidden", "birth", "source", "key", "expiry", "projected")
+
+
+def read_streams(
+    file: TensorReader, manifest: Manifest, layout: StoreLayout, kind: Component, lifetime: float | None = None
+) -> tuple[list[StreamState], list[MemoryStore], list[torch.Generator]]:
+    """What is in a data file.
+
+    Args:
+        file: open.
+        manifest: beside it.
+        layout: of the rows that are wanted; ``expiry`` may differ from the file's.
+        kind: of store that long-term rows go to.
+        lifetime: what rows that the file gives none get, where the layout has ``expiry``.
+
+    Raises:
+        MemoryFileError: the file does not hold what the manifest says.
+    """
+    required, entries = manifest.layout.required, manifest.streams
+    states = [_read_state(file, number, entry, layout, required) for number, entry in enumerate(entries)]
+    made: dict[int, MemoryStore] = {}
+    for state, entry in zip(states, entries, strict=True):
+        if entry.store not in made:
+            expires = None if manifest.layout.expiry else _expires(state, layout, lifetime)
+            made[entry.store] = _read_store(file, entry, kind, layout, required, expires)
+    return (
+        states,
+        [made[entry.store] for entry in entries],
+        [read_generator(file, number) for number in range(len(entries))],
+    )
+
+
+def read_rows(file: TensorReader, prefix: str, count: int, required: Sequence[str]) -> MemoryRows:
+    """The rows of one layer. Raises MemoryFileError unless there are ``count`` in every column, ``required`` or not."""
+    columns = {column: f"{prefix}.{column}" for column in COLUMNS if f"{prefix}.{column}" in file.data.tensors}
+    for column in required:
+        columns.setdefault(column, f"{prefix}.{column}")  # missing: the reader says so
+    rows = {column: file.get(name) for column, name in columns.items()}
+    for column, values in rows.items():
+        if values.shape[:1] != (count,):
+            raise MemoryFileError(f"{file.path}: {columns[column]!r} must have {count} rows, got {list(values.shape)}")
+    return MemoryRows.of(rows)
+
+
+def _read_state(
+    file: TensorReader, number: int, entry: StreamEntry, layout: StoreLayout, required: Sequence[str]
+) -> StreamState:
+    def tier(name: str, counts: Sequence[int]) -> tuple[MemoryRows, ...]:
+        found = []
+        for layer, count in enumerate(counts):
+            rows = read_rows(file, f"stream.{number}.{name}.{layer}", count, required)
+            found.append(_copied(rows, layout))
+        return tuple(found)
+
+    prefix = f"stream.{number}.counter."
+    counters = {
+        name.removeprefix(prefix): file.get(name).clone() for name in file.data.tensors if name.startswith(prefix)
+    }
+    newest: tuple[Tensor, ...] = ()
+    if not layout.keeps_hidden:
+        names = [f"stream.{number}.newest.{layer}" for layer in range(layout.layers)]
+        newest = tuple(file.get(name).to(layout.device, copy=True) for name in names)
+    return StreamState(
+        newest=newest,
+        stm=tier("stm", entry.stm),
+        pending=tier("pending", entry.pending),
+        clock=entry.clock,
+        sources=entry.sources,
+        counters=counters,
+        texts=read_texts(file, number, len(entry.sources)),
+    )
+
+
+def _copied(rows: MemoryRows, layout: StoreLayout) -> MemoryRows:
+    """Rows that no longer depend on the file."""
+    return MemoryRows.of({name: column.to(layout.device, copy=True) for name, column in rows.columns().items()})
+
+
+def _expires(state: StreamState, layout: StoreLayout, lifetime: float | None) -> list[float] | None:
+    """When rows of each layer expire whose lifetime begins now; None: they do not."""
+    if not layout.expiry or lifetime is None:
+        return None
+    elapsed = state.counters.get("decayed", torch.zeros(layout.layers))
+    return [lifetime + float(value) for value in elapsed]
+
+
+def _read_store(
+    file: TensorReader,
+    entry: StreamEntry,
+    component: Component,
+    layout: StoreLayout,
+    required: Sequence[str],
+    expires: list[float] | None,
+) -> MemoryStore:
+    store = build_store(component, layout)
+    for layer, count in enumerate(entry.ltm):
+        prefix = f"store.{entry.store}.{layer}"
+        rows = read_rows(file, prefix, count, required)
+        if not layout.expiry:
+            rows = rows.replace(expiry=None)
+        elif expires is not None:
+            rows = rows.replace(expiry=torch.full((count,), expires[layer], dtype=torch.float64))
+        try:
+            store.append(layer, rows)
+        except ValueError as error:
+            raise MemoryFileError(f"{file.path}: {prefix} does not fit this memory: {error}") from error
+    return store
+
+
+def read_generator(file: TensorReader, number: int) -> torch.Generator:
+    """The generator of a stream."""
+    generator = torch.Generator()
+    name = f"stream.{number}.generator"
+    try:
+        generator.set_state(file.get(name).clone())
+    except (RuntimeError, TypeError) as error:
+        raise MemoryFileError(f"{file.path}: {name!r} must be the state of a torch.Generator: {error}") from error
+    return generator
+
+
+def read_texts(file: TensorReader, number: int, sources: int) -> Texts | None:
+    """The kept texts of a stream, or None where none were kept. Raises MemoryFileError unless they make sense."""
+    names = {name: f"stream.{number}.text.{name}" for name in NAMES}
+    if not any(name in file.data.tensors for name in names.values()):
+        return None
+    try:
+        texts = Texts.from_tensors({name: file.get(tensor) for name, tensor in names.items()}, sources)
+        torch.Generator().set_state(texts.generator)
+    except (RuntimeError, TypeError, MemoryMismatchError) as error:
+        raise MemoryFileError(
+            f"{file.path}: stream.{number}.text must hold texts as they were kept: {error}"
+        ) from error
+    return texts
+
+
+def read_usage(file: TensorReader, number: int, store: MemoryStore) -> Usage:
+    """When the rows of a stream were last retrieved, as far as the file says. Raises MemoryFileError as ``get``."""
+    usage = Usage()
+    for layer in range(store.layout.layers):
+        name = f"stream.{number}.usage.{layer}"
+        if name in file.data.tensors:
+            times, ids = file.get(name), store.ids(layer)
+            if times.shape != ids.shape or times.dtype != torch.int64:
+                raise MemoryFileError(f"{file.path}: {name!r} must have a time for each of {len(ids)} rows")
+            usage.replace(layer, ids, times)
+    return usage
