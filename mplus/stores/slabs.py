@@ -8,7 +8,7 @@ import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
-from mplus.stores.base import Located
+from mplus.stores.base import Located, Piece
 from mplus.stores.blocks import ordinary_tensors
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Slab:
     first: int
     last: int
     known: dict[str, Any] = field(factory=dict, init=False, repr=False)
+    _pieces: dict[tuple[str, ...], Piece] = field(factory=dict, init=False, repr=False)
 
     @staticmethod
     def of(block: Block, start: int, stop: int, live: Tensor | None = None) -> Slab | None:
@@ -69,6 +70,14 @@ class Slab:
     def column(self, name: str) -> Tensor:
         """``[end - start, ...]``, a view; removed places hold anything."""
         return self.block.columns[name][self.start : self.end]
+
+    def piece(self, names: tuple[str, ...]) -> Piece:
+        """These columns as a piece, the same one every time."""
+        found = self._pieces.get(names)
+        if found is None:
+            columns = {name: self.column(name) for name in names}
+            found = self._pieces[names] = Piece(self.column("id"), self.live, columns, self.known)
+        return found
 
     def live_places(self) -> Tensor | None:
         """Places of the live rows, counted from ``start``; None: all of them."""
