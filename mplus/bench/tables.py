@@ -169,4 +169,15 @@ def _growth(record: Mapping[str, Any]) -> Sheet:
     return Sheet(title, head, tuple(rows), ("select: scoring and picking alone, in all layers", *missing))
 
 
-_KINDS = {"read": _read, "decode": _decode, "write": _write, "score": _score, "attention": _attention}
+def _store(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Sheet]:
+    settings, arms = record["settings"], section["arms"]
+    rows = tuple(
+        (kind, f"{int(count):,}", *_times(arms[f"{kind}/{count}"]))
+        for kind, _, count in (name.partition("/") for name in arms)
+    )
+    title = f"Changing a layer of the store {settings['store']} by {settings['rows_per_chunk']} rows"
+    note = f"rows of {settings['row_bytes']:,} bytes; medians of ratios within a round: {_ratios(section['ratios'])}"
+    return [Sheet(title, ("change", "rows of the layer", *TIMES), rows, (note,))]
+
+
+_KINDS = {"read": _read, "decode": _decode, "write": _write, "score": _score, "attention": _attention, "store": _store}

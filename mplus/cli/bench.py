@@ -125,6 +125,24 @@ def attention(
     _finish(attending.measure(chosen, where, counts, rounds, _names(backends)), as_json)
 
 
+def store(
+    preset: PresetName = "cpu",
+    threads: Threads = None,
+    repeats: Repeats = None,
+    device: Device = None,
+    name: Annotated[str, typer.Option("--store", help="Name of the store.")] = "ram",
+    rows: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Rows of the layer; default: 10,000, 100,000 and 1,000,000.")
+    ] = None,
+    as_json: Json = None,
+) -> None:
+    """Time appending, evicting and merging a chunk's rows in one layer, while it is small and while it is large."""
+    from mplus.bench import storing
+
+    chosen, where, counts, rounds = _prepare(preset, device, threads, repeats)
+    _finish(storing.measure(chosen, where, counts, rounds, name, _numbers(rows, "--rows")), as_json)
+
+
 def _prepare(
     name: str, device: str | None, threads: str | None, repeats: int | None, long_term: int | None = None
 ) -> tuple[Preset, torch.device, list[int], int]:

@@ -69,7 +69,7 @@ def _app() -> typer.Typer:
     evaluation.command()(abstention)
     commands.add_typer(evaluation, name="eval")
     bench = typer.Typer(no_args_is_help=True, help="Measure speed, side by side with plain ways to do the same.")
-    for command in (benching.read, benching.write, benching.decode, benching.score, benching.attention):
+    for command in (benching.read, benching.write, benching.decode, benching.score, benching.attention, benching.store):
         bench.command()(command)
     commands.add_typer(bench, name="bench")
     return commands

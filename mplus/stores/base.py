@@ -97,7 +97,10 @@ def smallest(piece: Piece, name: Literal["birth", "expiry"]) -> float:
     key = f"smallest {name}"
     if key not in piece.known:
         column = piece.columns[name]
-        piece.known[key] = (column if piece.live is None else column[piece.live]).min().item()
+        if piece.live is not None:
+            largest = torch.inf if column.is_floating_point() else torch.iinfo(column.dtype).max
+            column = column.masked_fill(~piece.live, largest)
+        piece.known[key] = column.min().item()
     found: float = piece.known[key]
     return found
 

@@ -66,27 +66,28 @@ class FifoEviction(EvictionPolicy):
     def select(self, store: StoreView, layer: int, excess: int) -> Tensor:
         """Looks through pieces from the one with the oldest row on, until no other can have a row that must leave."""
         pieces = [piece for piece in store.pieces(layer, "birth") if len(piece.ids)]
-        births = torch.empty(0, dtype=torch.int64, device=store.layout.device)
-        ids = births
+        births = ids = torch.empty(0, dtype=torch.int64, device=store.layout.device)
         for piece in sorted(pieces, key=lambda piece: smallest(piece, "birth")):
-            if len(ids) == excess and smallest(piece, "birth") > int(births[-1]):
+            newest = int(births[-1]) if len(ids) == excess else None
+            if newest is not None and smallest(piece, "birth") > newest:
                 break  # equal births may yet have lower ids
-            old, old_ids = _oldest(piece, excess)
-            births, ids = torch.cat([births, old]), torch.cat([ids, old_ids])
-            births, ids = _in_order(births, ids)
+            old, old_ids = _oldest(piece, excess, newest)
+            births, ids = _in_order(torch.cat([births, old]), torch.cat([ids, old_ids]))
             births, ids = births[:excess], ids[:excess]
         return ids
 
 
-def _oldest(piece: Piece, count: int) -> tuple[Tensor, Tensor]:
-    """Births and ids of the ``count`` oldest rows of a piece, and of others as old as the last of them."""
-    births, ids = piece.columns["birth"], piece.ids
-    if piece.live is not None:
-        births, ids = births[piece.live], ids[piece.live]
-    if count < len(births):
-        places = (births <= births.kthvalue(count).values).nonzero().squeeze(1)
-        births, ids = births[places], ids[places]
-    return births, ids
+def _oldest(piece: Piece, count: int, newest: int | None) -> tuple[Tensor, Tensor]:
+    """Births and ids of all rows of a piece that may be among the ``count`` oldest of all, none born after ``newest``.
+
+    In the order of their ids.
+    """
+    births = piece.columns["birth"]
+    births = births if piece.live is None else births.masked_fill(~piece.live, torch.iinfo(births.dtype).max)
+    limit: int | Tensor = births.kthvalue(min(count, len(births))).values if newest is None else newest
+    old = births <= limit
+    places = (old if piece.live is None else old & piece.live).nonzero().squeeze(1)
+    return births[places], piece.ids[places]
 
 
 def _in_order(births: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

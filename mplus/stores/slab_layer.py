@@ -10,14 +10,13 @@ from attrs import define, evolve
 from torch import Tensor
 
 from mplus.rows import MemoryRows
-from mplus.stores.base import Piece
 from mplus.stores.blocks import ordinary_tensors
 from mplus.stores.slabs import Found, Slab
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from mplus.stores.base import StoreLayout
+    from mplus.stores.base import Piece, StoreLayout
     from mplus.stores.blocks import Allocator, Block
     from mplus.stores.slabs import SlabSizes
 
@@ -109,11 +108,8 @@ class SlabLayer:
 
     def pieces(self, names: Iterable[str]) -> list[Piece]:
         """A piece for every slab."""
-        wanted = [name for name in names if name in self.layout.columns()]
-        return [
-            Piece(slab.column("id"), slab.live, {name: slab.column(name) for name in wanted}, slab.known)
-            for slab in self.slabs
-        ]
+        wanted = tuple(name for name in names if name in self.layout.columns())
+        return [slab.piece(wanted) for slab in self.slabs]
 
     def find(self, ids: Tensor) -> Found:
         """Where the rows with these ids lie. Raises KeyError naming one that is not there."""

@@ -8,7 +8,7 @@ import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
-from mplus.stores.base import Located
+from mplus.stores.base import Located, Piece
 from mplus.stores.blocks import ordinary_tensors
 
 if TYPE_CHECKING:
@@ -40,22 +40,26 @@ class Slab:
     first: int
     last: int
     known: dict[str, Any] = field(factory=dict, init=False, repr=False)
+    _pieces: dict[tuple[str, ...], Piece] = field(factory=dict, init=False, repr=False)
 
     @staticmethod
     def of(block: Block, start: int, stop: int, live: Tensor | None = None) -> Slab | None:
         """A slab of the places ``start .. stop-1``, but for removed ones at both ends; None where no row is left."""
-        end, count = stop, stop - start
+        count = stop - start if live is None else int(live.sum())
+        return Slab._narrowed(block, start, stop, stop, live, count) if count else None
+
+    @staticmethod
+    def _narrowed(block: Block, start: int, end: int, tip: int, live: Tensor | None, count: int) -> Slab:
+        """Without removed places at the ends."""
         if live is not None:
-            places = live.nonzero().squeeze(1)
-            count = places.shape[0]
-            if count:
-                low, high = int(places[0]), int(places[-1]) + 1
-                start, end, live = start + low, start + high, live[low:high]
-                live = None if count == high - low else live
-        if not count:
-            return None
+            low = 0 if bool(live[0]) else int(live.byte().argmax())  # the first
+            high = end - start
+            if not bool(live[-1]):
+                high -= int(live.flip(0).byte().argmax())
+            start, end, live = start + low, start + high, live[low:high]
+            live = None if count == high - low else live
         ids = block.columns["id"]
-        return Slab(block, start, end, stop, live, count, int(ids[start]), int(ids[end - 1]))
+        return Slab(block, start, end, tip, live, count, int(ids[start]), int(ids[end - 1]))
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -69,6 +73,14 @@ class Slab:
     def column(self, name: str) -> Tensor:
         """``[end - start, ...]``, a view; removed places hold anything."""
         return self.block.columns[name][self.start : self.end]
+
+    def piece(self, names: tuple[str, ...]) -> Piece:
+        """These columns as a piece, the same one every time."""
+        found = self._pieces.get(names)
+        if found is None:
+            columns = {name: self.column(name) for name in names}
+            found = self._pieces[names] = Piece(self.column("id"), self.live, columns, self.known)
+        return found
 
     def live_places(self) -> Tensor | None:
         """Places of the live rows, counted from ``start``; None: all of them."""
@@ -100,11 +112,13 @@ class Slab:
         return evolve(self, end=end, tip=end, live=live, count=self.count + added, last=last)
 
     def without(self, places: Tensor) -> Slab | None:
-        """This slab less the rows at ``places`` ``[n]`` of the block."""
+        """This slab less the rows at ``places`` ``[n]`` of the block, live ones and none twice."""
+        count = self.count - places.shape[0]
+        if not count:
+            return None
         with ordinary_tensors():
             live = (self._mask() if self.live is None else self.live).index_fill(0, places - self.start, False)
-            left = Slab.of(self.block, self.start, self.end, live)
-            return None if left is None else evolve(left, tip=self.tip)
+            return Slab._narrowed(self.block, self.start, self.end, self.tip, live, count)
 
     def _mask(self) -> Tensor:
         return torch.ones(len(self), dtype=torch.bool, device=self.block.columns["id"].device)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from mplus.backends import BACKENDS
 from mplus.backends.base import AttentionResult
 from mplus.backends.sdpa import SdpaBackend
-from mplus.bench import attending, decode, read, scoring, timing, writing
+from mplus.bench import attending, decode, read, scoring, storing, timing, writing
 from mplus.bench.gate import Verdict, check_backend
 from mplus.bench.machine import Machine
 from mplus.bench.presets import Preset, check_room, preset
@@ -21,6 +21,7 @@ from mplus.bench.record import failed
 from mplus.bench.tables import opening, refused, sheets
 from mplus.cli import app
 from mplus.errors import NotSupported
+from mplus.stores.eviction import FifoEviction
 
 TINY = preset("tiny")
 CPU = torch.device("cpu")
@@ -141,6 +142,7 @@ def test_growth_fills_short_term_memory_first(reads):
         ("write", writing.measure),
         ("score", scoring.measure),
         ("attention", attending.measure),
+        ("store", storing.measure),
     ],
 )
 def test_the_other_records(kind, measure):
@@ -192,6 +194,26 @@ def test_the_command_fails_when_something_was_wrong():
         result = run("attention", "--preset", "tiny", "--repeats", "1", "--backends", "halved")
     assert result.exit_code == 1
     assert "backend/halved: failed" in result.stdout
+
+
+def test_a_store_that_keeps_other_rows_gets_no_speed(monkeypatch):
+    assert storing.check(TINY, CPU, "ram").status == "ok"
+    newest = lambda self, store, layer, excess: store.ids(layer)[-excess:]  # noqa: E731
+    monkeypatch.setattr(FifoEviction, "select", newest)
+    record = storing.measure(TINY, CPU, [1], 1)
+    assert {entry["status"] for entry in record["by_threads"]["1"]["arms"].values()} == {"failed"}
+    assert "other rows are left" in failed(record)["evict/256"]
+
+
+def test_layers_stay_at_their_capacity():
+    flow = storing.Flow(TINY, CPU, "ram", 500)
+    for turn in range(60):
+        flow.prepare(turn)
+        flow.append(turn)
+        flow.evict(turn)
+        flow.merge(turn)
+        assert flow.flowing.count(0) == 500
+        assert 500 - 2 * TINY.memory_tokens_per_chunk <= flow.merging.count(0) <= 500
 
 
 def test_the_gate_sees_nan():
