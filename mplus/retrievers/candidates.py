@@ -12,21 +12,32 @@ from mplus.retrievers.scores import score_rows
 from mplus.stores.base import StoreView
 
 
-def rank(score: str, text: Tensor, store: StoreView, layer: int, ids: Tensor, k: int) -> Selection:
-    """The ``min(k, n)`` best of the rows ``ids`` by a score, in float32: score descending, ties by lowest id.
+def rank(score: str, text: Tensor, ids: Tensor, keys: Tensor, k: int) -> Selection:
+    """The ``min(k, n)`` best of some rows by a score, in float32: score descending, ties by lowest id.
 
     Args:
         score: its name, of ``mplus.retrievers.scores``.
         text: ``[T, r]`` queries of one text.
-        store, layer: where the rows are.
         ids: ``[n]`` int64, different from each other, in any order.
+        keys: ``[n, r]`` of these rows.
         k: largest number of rows to return.
     """
-    ids = ids.sort().values
-    keys = store.gather(layer, ids, leave_out=("hidden", "projected", "expiry")).key
+    ids, order = ids.sort()
+    scores = score_rows(score, [text], keys)[0].to(ids.device)
+    return top_k(scores[order], ids, k)
+
+
+def keys_of(store: StoreView, layer: int, ids: Tensor) -> Tensor:
+    """``[n, r]`` keys of the rows with these ids, wherever those are. Raises InputError where rows have none."""
+    ids = ids.to(store.layout.device)
+    return needed(store.gather(layer, ids, leave_out=("hidden", "projected", "expiry")).key, layer)
+
+
+def needed(keys: Tensor | None, layer: int) -> Tensor:
+    """``keys``. Raises InputError (a ValueError) where there are none."""
     if keys is None:
-        raise InputError(f"rows to be ranked must have keys, those of layer {layer} have none")
-    return top_k(score_rows(score, [text], keys)[0].to(ids.device), ids, k)
+        raise InputError(f"this retriever needs rows with keys; those of layer {layer} have none (key_size=0)")
+    return keys
 
 
 def same_store(stores: Sequence[StoreView]) -> Iterator[tuple[StoreView, list[int]]]:

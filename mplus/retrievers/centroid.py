@@ -12,7 +12,7 @@ from torch import Tensor
 from mplus.config import number, whole
 from mplus.retrievers import scores
 from mplus.retrievers.base import Selection, check_selection, top_k
-from mplus.retrievers.candidates import rank, same_store
+from mplus.retrievers.candidates import keys_of, needed, rank, same_store
 from mplus.retrievers.linear import LinearRetriever
 from mplus.stores.base import StoreView
 
@@ -61,7 +61,7 @@ class CentroidRetriever(LinearRetriever):
             if long:
                 texts = [queries[row][query_mask[row]] for row in long]
                 for row, text, ids in zip(long, texts, self._candidates(layer, texts, store, wanted), strict=True):
-                    found[row] = rank(self.options.score, text, store, layer, ids, k)
+                    found[row] = rank(self.options.score, text, ids, keys_of(store, layer, ids), k)
         if exact:
             views = [stores[row] for row in exact]
             selections = super().select(layer, queries[exact], query_mask[exact], views, k)
@@ -74,9 +74,7 @@ class CentroidRetriever(LinearRetriever):
         summaries = [summarise(text.float(), self.options.centroids, self.options.steps) for text in texts]
         ids, scored = [], []
         for piece in store.pieces(layer, "key"):
-            keys = piece.columns.get("key")
-            if keys is None:
-                raise ValueError(f"the {self.name} retriever needs rows with keys; this store was made without")
+            keys = needed(piece.columns.get("key"), layer)
             values = weighted_sigmoids(summaries, keys).to(piece.ids.device)
             live = slice(None) if piece.live is None else piece.live
             ids.append(piece.ids[live])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mplus.config import number, whole
 from mplus.retrievers.base import RetrieverShape, Selection, check_selection
-from mplus.retrievers.candidates import rank, same_store
+from mplus.retrievers.candidates import keys_of, rank, same_store
 from mplus.retrievers.linear import LinearRetriever
 from mplus.retrievers.shelf import IndexShelf, Ready
 from mplus.stores.base import StoreView
@@ -72,7 +72,7 @@ class FaissIvfRetriever(LinearRetriever):
                 selections = super().select(layer, queries[rows], query_mask[rows], views, k)
             else:
                 pairs = zip(texts, candidates, strict=True)
-                selections = [rank(self.options.score, text, store, layer, ids, k) for text, ids in pairs]
+                selections = [rank(self.options.score, text, *some, k) for text, some in pairs]
             found.update(zip(rows, selections, strict=True))
         return [found[row] for row in range(len(stores))]
 
@@ -100,8 +100,10 @@ class FaissIvfRetriever(LinearRetriever):
         self.shelf.adopt(store, layer, dict(tensors))
 
     @torch.no_grad()
-    def _candidates(self, layer: int, texts: Sequence[Tensor], store: StoreView, k: int) -> list[Tensor] | None:
-        """Ids to be ranked for each text; None where there is no index, or a text that has no order among rows."""
+    def _candidates(
+        self, layer: int, texts: Sequence[Tensor], store: StoreView, k: int
+    ) -> list[tuple[Tensor, Tensor]] | None:
+        """Ids and keys to be ranked for each text; None without an index, and for a text that has no order of rows."""
         means = [text.float().mean(0) for text in texts]
         if not all(bool(mean.isfinite().all()) for mean in means):
             return None
@@ -111,8 +113,16 @@ class FaissIvfRetriever(LinearRetriever):
             # A few more than wanted: faiss adds products up in another order, which can turn close ones round.
             wanted = int(self.options.oversample * k) if self.options.score == "sigmoid_mean" else k + k // 16 + 4
             probes = self.options.probes or probes_for(ready, wanted)
-            found = [ready.index.search(mean, wanted, probes, ready.without) for mean in means]
-            return [torch.cat([ids, ready.besides]).to(store.layout.device) for ids in found]
+            besides = ready.besides
+            others = keys_of(store, layer, besides).float().cpu() if len(besides) else None
+            found = []
+            for mean in means:
+                ids = ready.index.search(mean, wanted, probes, ready.without)
+                keys = ready.index.keys(ids)
+                if others is not None:
+                    ids, keys = torch.cat([ids, besides]), torch.cat([keys, others])
+                found.append((ids.to(store.layout.device), keys.to(mean.device)))
+            return found
 
 
 def probes_for(ready: Ready, wanted: int) -> int:

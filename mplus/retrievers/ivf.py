@@ -121,6 +121,9 @@ class IvfIndex:
         numbers = gone.numpy()
         self._index.remove_ids(faiss.IDSelectorArray(numbers))
         held = self.ids
+        if torch.equal(held[: len(gone)], gone):  # the oldest
+            self._pieces = [held[len(gone) :]]
+            return
         kept = torch.ones(len(held), dtype=torch.bool)
         kept[torch.searchsorted(held, gone)] = False
         self._pieces = [held[kept]]
@@ -155,6 +158,12 @@ class IvfIndex:
                 if len(ids) == count or probes == self.cells:
                     return ids
                 probes *= 2
+
+    def keys(self, ids: Tensor) -> Tensor:
+        """``[n, r]`` float32 keys of the rows with these ids, which it holds."""
+        if not len(ids):
+            return torch.empty(0, self._index.d)
+        return torch.from_numpy(self._index.reconstruct_batch(ids.cpu().contiguous().numpy()))
 
     def tensors(self) -> dict[str, Tensor]:
         """What it takes to build this index again from keys, at the cost of copying them.

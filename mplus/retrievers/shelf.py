@@ -14,7 +14,8 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from mplus.errors import InputError, NonFiniteError
+from mplus.errors import NonFiniteError
+from mplus.retrievers.candidates import keys_of, needed
 from mplus.retrievers.ivf import POINTS_PER_CELL, IvfIndex
 from mplus.stores.base import Origin, StoreView
 
@@ -130,7 +131,7 @@ class IndexShelf:
             else:
                 index.remove(gone)
                 if len(new):
-                    index.add(new, _keys(store, layer, new))
+                    index.add(new, keys_of(store, layer, new))
         except NonFiniteError as error:
             logger.info("layer %d is searched exactly: %s", layer, error)
             slot.index, slot.revision = None, None
@@ -182,26 +183,14 @@ def _without(some: Tensor, others: Tensor) -> Tensor:
     return some[others[places] != some]
 
 
-def _keys(store: StoreView, layer: int, ids: Tensor) -> Tensor:
-    """``[n, r]`` keys of the rows with these ids. Raises InputError where rows have none."""
-    keys = store.gather(layer, ids.to(store.layout.device), leave_out=("hidden", "projected", "expiry")).key
-    return _needed(keys, layer)
-
-
 def _spread(store: StoreView, layer: int, ids: Tensor, most: int) -> Tensor:
     """Keys of at most so many rows, spread evenly over all of them."""
     count = min(len(ids), most)
-    return _keys(store, layer, ids[torch.arange(count) * len(ids) // count])
+    return keys_of(store, layer, ids[torch.arange(count) * len(ids) // count])
 
 
 def _pieces(store: StoreView, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Ids and keys of all rows, a piece at a time."""
     for piece in store.pieces(layer, "key"):
-        keys = _needed(piece.columns.get("key"), layer)
+        keys = needed(piece.columns.get("key"), layer)
         yield (piece.ids, keys) if piece.live is None else (piece.ids[piece.live], keys[piece.live])
-
-
-def _needed(keys: Tensor | None, layer: int) -> Tensor:
-    if keys is None:
-        raise InputError(f"an index needs rows with keys; those of layer {layer} were kept without (key_size=0)")
-    return keys
