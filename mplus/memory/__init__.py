@@ -1,8 +1,8 @@
 """Memory: the state of one conversation, user or book; it knows nothing of decoders or files of weights."""
 
 from mplus.memory.memory import Memory
-from mplus.memory.report import SourceInfo, WriteReport
+from mplus.memory.report import ForgetReport, SourceInfo, WriteReport
 from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.writing import write_together
 
-__all__ = ["Memory", "SourceInfo", "StreamState", "StreamView", "WriteReport", "write_together"]
+__all__ = ["ForgetReport", "Memory", "SourceInfo", "StreamState", "StreamView", "WriteReport", "write_together"]

@@ -72,11 +72,11 @@ class CountingEngine:
         return {"mechanism": self.config.mechanism.plain()}
 
 
-def counting_memory(batch_size: int = 1, seed: int = 0, **config: Any) -> Memory:
+def counting_memory(batch_size: int = 1, seed: int = 0, keep_text: bool = False, **config: Any) -> Memory:
     """A memory of a ``CountingEngine``."""
     sizes = {"chunk_tokens": 8, "min_chunk_tokens": 1, "retriever": {"name": "linear", "width": 2}}
     engine = CountingEngine(MPlusConfig.from_dict({**sizes, **config}))
-    return new_memory(engine, batch_size, None, seed, None, None, None)
+    return new_memory(engine, batch_size, None, seed, None, None, None, keep_text=keep_text)
 
 
 def numbers(rows: Any) -> list[int]:

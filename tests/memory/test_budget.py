@@ -1,0 +1,174 @@
+"""A budget in bytes: what it is made of, and that no memory at rest takes more."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mplus
+from mplus.config import byte_count
+from mplus.errors import ConfigError
+from mplus.memory.budget import rows_bytes
+from mplus.memory.manifest import read_manifest
+from mplus.stores import STORES
+from mplus.stores.ram import RamStore
+from tests.memory import tiny
+from tests.memory.counting import LAYERS, counting_memory
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        (12345, 12345),
+        ("12345", 12345),
+        ("1B", 1),
+        ("512MiB", 512 * 2**20),
+        ("8 GiB", 8 * 2**30),
+        ("1.5GB", 1_500_000_000),
+        (" 2.25 KiB ", 2304),
+        ("3kB", 3000),
+        ("3KB", 3000),
+        ("0.1TB", 100_000_000_000),  # not 99,999,999,999: no floating point on the way
+    ],
+)
+def test_bytes_are_read(text: Any, count: int) -> None:
+    assert byte_count(text) == count
+    assert mplus.MPlusConfig(bytes_budget=text).bytes_budget == text
+
+
+@pytest.mark.parametrize("text", [0, -5, True, 1.5, "", "GiB", "8 gib", "1e9", "-1GB", "0 MB", "0.2B", "1.5.2GB", [8]])
+def test_what_is_no_number_of_bytes_is_refused(text: Any) -> None:
+    with pytest.raises(ConfigError, match=r"bytes_budget must be .*'8GiB', got") as caught:
+        mplus.MPlusConfig(bytes_budget=text)
+    assert repr(text) in str(caught.value)
+
+
+def config_of(budget: Any, **changes: Any) -> dict[str, Any]:
+    sizes = {"memory_tokens_per_chunk": 2, "short_term_tokens": 6, "retrieved_tokens": 1, "long_term_tokens": 3}
+    return {**sizes, "bytes_budget": budget, **changes}
+
+
+ROW = 4 * 4 + 8 + 8  # hidden state of width 4, birth and source
+STORED = ROW + 2 * 4 + 8  # a key of width 2, and the id
+FIXED = 6 * ROW * LAYERS
+
+
+def test_the_capacity_is_what_short_term_memory_leaves() -> None:
+    memory = counting_memory(**config_of(FIXED + 11 * STORED * LAYERS + STORED * LAYERS - 1))
+    assert (memory.capacity, memory.text_capacity) == (11, 11 * 8 // 2)
+    assert memory.budget.bytes == FIXED + 12 * STORED * LAYERS - 1
+    assert "at most 11 LTM (44 text tokens)" in repr(memory)
+    memory.write([7] * 200)
+    assert [memory.stores[0].count(layer) for layer in range(LAYERS)] == [11] * LAYERS
+    assert rows_bytes(memory.states, memory.stores) == FIXED + 11 * STORED * LAYERS
+    two = counting_memory(2, **config_of(2 * (FIXED + 11 * STORED * LAYERS)))
+    assert two.capacity == 11
+
+
+def test_rows_that_wait_and_lifetimes_are_reckoned_with() -> None:
+    waiting = {"mechanism": {"name": "mplus", "merge_every": 3}, "eviction": "ttl"}
+    pending, expiring = (ROW + 8) * LAYERS, (STORED + 8) * LAYERS
+    memory = counting_memory(**config_of(FIXED + 6 * pending + 5 * expiring, **waiting))
+    assert memory.capacity == 5
+
+
+def test_a_budget_takes_the_place_of_long_term_tokens() -> None:
+    assert counting_memory(**config_of(None)).capacity == 3
+    assert counting_memory(**config_of(None, long_term_tokens=None)).text_capacity is None
+    assert counting_memory(**config_of("1MiB")).capacity > 3
+    for none in ({"long_term_tokens": 0}, {"mechanism": "memoryllm"}):
+        memory = counting_memory(**config_of("1MiB", **none))
+        memory.write([7] * 100)
+        assert (memory.capacity, memory.stores[0].count(0)) == (0, 0)
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_too_small_a_budget_says_what_it_takes(streams: int) -> None:
+    least = streams * (FIXED + 2 * STORED * LAYERS)
+    assert counting_memory(streams, **config_of(least)).capacity == 2
+    with pytest.raises(ConfigError, match=rf"bytes_budget must be at least {least:,} bytes for {streams} .* got"):
+        counting_memory(streams, **config_of(least - 1))
+
+
+@settings(max_examples=30)
+@given(
+    room=st.integers(2, 40),
+    spare=st.integers(0, STORED * LAYERS - 1),
+    writes=st.lists(st.tuples(st.integers(1, 60), st.integers(0, 60)), min_size=1, max_size=5),
+    changes=st.sampled_from(
+        [
+            {},
+            {"mechanism": {"name": "mplus", "merge_every": 2}},
+            {"mechanism": {"name": "mplus", "merge_every": 3, "lifetime": 4.0}, "variant": "published"},
+            {"eviction": "reservoir"},
+            {"eviction": "lru", "drop_per_layer": False},
+        ]
+    ),
+)
+def test_rows_never_take_more_than_the_budget(
+    room: int, spare: int, writes: list[tuple[int, int]], changes: dict[str, Any]
+) -> None:
+    budget = 2 * (FIXED + 6 * ROW * LAYERS * 2 + room * STORED * LAYERS + spare)
+    memory = counting_memory(2, **config_of(budget, **changes))
+    for one, other in writes:
+        memory.write([[7] * one, [7] * other if other else None])
+        assert rows_bytes(memory.states, memory.stores) <= budget
+
+
+def test_projected_rows_have_hidden_states_kept_beside_them() -> None:
+    model = tiny.build(memory_rows="projected")
+    budget = 60_000
+    memory = model.new_memory(bytes_budget=budget)
+    memory.write(tiny.ids(16 * 30))
+    layout = memory.stores[0].layout
+    taken = rows_bytes(memory.states, memory.stores)
+    assert memory.stores[0].count(0) == memory.capacity
+    assert taken <= budget < taken + 3 * (layout.row_bytes + 8)
+
+
+def test_a_store_says_what_its_rows_take() -> None:
+    class Half(RamStore):
+        name = "half"
+
+        @classmethod
+        def bytes_per_row(cls, layout: Any, options: Any = None) -> int:
+            return (layout.row_bytes + 8) // 2
+
+    STORES.register("half", Half)
+    try:
+        budget = FIXED + 10 * STORED * LAYERS
+        assert counting_memory(**config_of(budget, store="half")).capacity == 20
+    finally:
+        STORES.unregister("half")
+
+
+def test_a_budget_is_saved_and_can_be_another_when_loaded(tmp_path: Path) -> None:
+    model = tiny.variant("paper")
+    memory = model.new_memory(bytes_budget="60kB", tokenizer=None)
+    memory.write(tiny.ids(16 * 30))
+    memory.save(tmp_path)
+    manifest = read_manifest(tmp_path)
+    assert (manifest.bytes_budget, manifest.capacity) == (60_000, memory.capacity)
+    assert manifest.text_capacity == memory.text_capacity
+    again = mplus.Memory.load(tmp_path, model)
+    assert again.budget == memory.budget
+    assert again.fork().budget == again.select([0, 0]).budget == memory.budget
+    other = mplus.Memory.load(tmp_path, model, bytes_budget=40_000)
+    assert other.capacity is not None
+    assert memory.capacity is not None
+    assert other.capacity < memory.capacity
+    other.write(tiny.ids(16))
+    assert rows_bytes(other.states, other.stores) <= 40_000
+    wide = again.to(dtype=torch.float64)
+    assert wide.capacity is not None
+    assert wide.capacity < memory.capacity, "wider rows take more of the same budget"
+    tiny.written("paper", [16]).save(tmp_path / "none")
+    assert read_manifest(tmp_path / "none").bytes_budget is None
+    assert mplus.Memory.load(tmp_path / "none", model).capacity == tiny.CAPACITY
