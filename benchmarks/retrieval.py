@@ -151,6 +151,7 @@ def _speed(keys: Tensor, queries: Tensor, threads: Sequence[int], rounds: int) -
                 **_recall(indexed, keys, queries[: rounds + 1], mask, view, k),
             }
         facts[f"{number} threads"] = {"load_average": [load, os.getloadavg()[0]], "by_wanted": by_wanted}
+    torch.set_num_threads(1)
     facts["update"] = _update(indexed, store, queries[:1], mask, rounds)
     return facts
 

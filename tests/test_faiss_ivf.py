@@ -27,6 +27,7 @@ from mplus.stores.slab_store import SlabView
 from mplus.testing.retrievers import SHAPE, RetrieverConformance, SmallAttention
 from mplus.testing.strategies import draw_rows
 from tests.indexed import LAYOUT, WIDTH, append, made, normal, select, store_of
+from tests.memory.tiny import build, prompts
 
 
 class Indexed(RetrieverConformance):
@@ -237,6 +238,21 @@ class TestIndex:
         store.remove(0, store.ids(0)[:10])
         select(retriever, store, 5)
         assert retriever.shelf._slots[store.origin] == {}, "too few are left for an index"
+
+    def test_a_memory_that_forgets_lets_its_index_forget_at_once(self):
+        """Without a read in between: nothing of what was forgotten stays in this process."""
+        model = build(long_term_tokens=None, retriever={"name": "faiss_ivf", "width": 8, "least": 8, "cells": 2})
+        memory = model.new_memory()
+        for source, seed in (("a", 1), ("b", 2)):
+            ids = torch.randint(3, 60, (160,), generator=torch.Generator().manual_seed(seed))
+            memory.write(ids, source=source, progress=False)
+        with torch.no_grad():
+            model(input_ids=prompts(1), memory=memory)
+        [store], slots = memory.stores, model.mplus_engine.mechanism.additions.retriever.shelf._slots
+        indexes = [slot.index for slot in slots[memory.stores[0].origin].values()]
+        assert [len(index) for index in indexes] == [store.count(layer) for layer in range(3)]
+        memory.forget("a")
+        assert [index.ids.tolist() for index in indexes] == [store.ids(layer).tolist() for layer in range(3)]
 
     def test_as_many_rows_as_wanted_come_back_from_cells_that_hold_too_few(self):
         """Nearly all rows in one cell, far from what is asked."""

@@ -176,7 +176,8 @@ class IvfIndex:
         """``[n, r]`` float32 keys of the rows with these ids, which it holds."""
         if not len(ids):
             return torch.empty(0, self._index.d)
-        return torch.from_numpy(self._index.reconstruct_batch(ids.cpu().contiguous().numpy()))
+        with _threads(1):
+            return torch.from_numpy(self._index.reconstruct_batch(ids.cpu().contiguous().numpy()))
 
     def tensors(self) -> dict[str, Tensor]:
         """What it takes to build this index again from keys, at the cost of copying them.

@@ -87,6 +87,14 @@ class IndexShelf:
         with slot.lock:
             yield self._brought_up(slot, store, layer)
 
+    def follow(self, store: StoreView) -> None:
+        """Bring the indexes that a store has up to its present rows."""
+        with self._lock:
+            layers = list(self._slots.get(store.origin, ())) if store.origin is not None else []
+        for layer in layers:
+            with self.ready(store, layer):
+                pass
+
     def tensors(self, store: StoreView, layer: int) -> dict[str, Tensor]:
         """What an index of exactly the rows of ``store`` can be built from again; empty where there is none.
 
