@@ -51,8 +51,8 @@ COUNTS = (100_000, 300_000, 1_000_000, 2_000_000)
 WANTED = (16, 256, 2560)
 LAYER, MEMORIES, CHUNKS, QUESTIONS = 1, 128, 4096, 256
 AGES = (8, 32, 128, 512, 1024, 2000)
-INDEXED = {"least": 256}
-"""So that the streams of the recall language, of a few thousand rows each, have an index too."""
+INDEXES: dict[str, dict[str, int]] = {"faiss_ivf": {"least": 256}, "faiss_ivf-few": {"least": 256, "probes": 3}}
+"""So that streams of a few thousand rows have an index too; and so that it looks into 1 of 60 cells, as of millions."""
 
 
 def save_keys(path: Path) -> None:
@@ -151,6 +151,7 @@ def _speed(keys: Tensor, queries: Tensor, threads: Sequence[int], rounds: int) -
                 **_recall(indexed, keys, queries[: rounds + 1], mask, view, k),
             }
         facts[f"{number} threads"] = {"load_average": [load, os.getloadavg()[0]], "by_wanted": by_wanted}
+    torch.set_num_threads(1)
     facts["update"] = _update(indexed, store, queries[:1], mask, rounds)
     return facts
 
@@ -199,14 +200,12 @@ def keep(streams: int, rounds: int) -> dict[str, Any]:
     """Accuracy over age with other retrievers in place of the trained one, all on the same streams and questions."""
     model = load_recall()[0]
     telling = Telling(ages=AGES, streams=streams, rounds=rounds, seed=7)
-    others = {
-        "centroid": with_own_parameters(model, "centroid"),
-        "faiss_ivf": with_own_parameters(model, "faiss_ivf", **INDEXED),
-    }
-    arms = ["memoryllm", "mplus", "mplus-random", "mplus-centroid", "mplus-faiss_ivf"]
+    others = {name: with_own_parameters(model, "faiss_ivf", **options) for name, options in INDEXES.items()}
+    others["centroid"] = with_own_parameters(model, "centroid")
+    arms = ["memoryllm", "mplus", "mplus-random", *(f"mplus-{name}" for name in others)]
     rows = telling.chunks * model.mplus_config.memory_tokens_per_chunk
     report = retention(model, telling, arms=arms, retrievers=others, long_term_tokens=rows)
-    return {"score": "mean_dot", "index": INDEXED, "report": report.plain()}
+    return {"score": "mean_dot", "indexes": INDEXES, "report": report.plain()}
 
 
 def sigmoid(rows: int, tokens: int, draws: int, k: int = 256, width: int = 64) -> dict[str, Any]:

@@ -16,23 +16,18 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from mplus.errors import ConfigError, InputError, MissingDependencyError
+from mplus.errors import ConfigError, MissingDependencyError
 from mplus.mechanisms.pending import PendingView
 from mplus.registry import Registry
-from mplus.retrievers.base import RetrieverShape
 from mplus.retrievers.faiss_ivf import FaissIvfRetriever
-from mplus.retrievers.ivf import IvfIndex
 from mplus.retrievers.linear import LinearRetriever
-from mplus.retrievers.shelf import cells_for, differences
-from mplus.stores.base import StoreLayout
+from mplus.retrievers.shelf import cells_for
 from mplus.stores.ram import RamStore
 from mplus.stores.slab_store import SlabView
 from mplus.testing.retrievers import SHAPE, RetrieverConformance, SmallAttention
 from mplus.testing.strategies import draw_rows
-
-WIDTH = 8
-ONE = RetrieverShape(layers=1, hidden_size=1)
-LAYOUT = StoreLayout(layers=1, hidden_size=1, key_size=WIDTH)
+from tests.indexed import LAYOUT, WIDTH, append, made, normal, select, store_of
+from tests.memory.tiny import build, prompts
 
 
 class Indexed(RetrieverConformance):
@@ -79,30 +74,6 @@ class SigmoidMean(SomeOfManyCells):
 @pytest.mark.parametrize("length", [1, 40])
 def test_finds_most_of_the_best(kind, length):
     kind().test_finds_the_best_of_clustered_rows(length)
-
-
-def store_of(keys, store=RamStore, layout=LAYOUT):
-    made = store(layout)
-    append(made, keys)
-    return made
-
-
-def append(store, keys):
-    return store.append(0, draw_rows(store.layout, len(keys), 0).replace(key=keys.to(store.layout.dtype)))
-
-
-def made(kind=FaissIvfRetriever, **options):
-    return kind(ONE, kind.Options(width=WIDTH, **options))
-
-
-def normal(count, seed=0, width=WIDTH):
-    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
-
-
-def select(retriever, view, k, text=None):
-    text = normal(3, 99) if text is None else text
-    mask = torch.ones(1, text.shape[0], dtype=torch.bool)
-    return retriever.select(0, text[None], mask, [view], k)[0]
 
 
 class Uncounted(RamStore):
@@ -268,6 +239,21 @@ class TestIndex:
         select(retriever, store, 5)
         assert retriever.shelf._slots[store.origin] == {}, "too few are left for an index"
 
+    def test_a_memory_that_forgets_lets_its_index_forget_at_once(self):
+        """Without a read in between: nothing of what was forgotten stays in this process."""
+        model = build(long_term_tokens=None, retriever={"name": "faiss_ivf", "width": 8, "least": 8, "cells": 2})
+        memory = model.new_memory()
+        for source, seed in (("a", 1), ("b", 2)):
+            ids = torch.randint(3, 60, (160,), generator=torch.Generator().manual_seed(seed))
+            memory.write(ids, source=source, progress=False)
+        with torch.no_grad():
+            model(input_ids=prompts(1), memory=memory)
+        [store], slots = memory.stores, model.mplus_engine.mechanism.additions.retriever.shelf._slots
+        indexes = [slot.index for slot in slots[memory.stores[0].origin].values()]
+        assert [len(index) for index in indexes] == [store.count(layer) for layer in range(3)]
+        memory.forget("a")
+        assert [index.ids.tolist() for index in indexes] == [store.ids(layer).tolist() for layer in range(3)]
+
     def test_as_many_rows_as_wanted_come_back_from_cells_that_hold_too_few(self):
         """Nearly all rows in one cell, far from what is asked."""
         keys = torch.cat([normal(3, 1) + 20, normal(200, 2) - 20])
@@ -368,67 +354,6 @@ class TestIndex:
         assert wrong == []
 
 
-class TestSaving:
-    def test_an_equal_store_takes_an_index_over_without_training(self, caplog):
-        retriever, store = made(least=50, cells=12, probes=2), store_of(normal(300))
-        store.remove(0, store.ids(0)[10:40])
-        append(store, normal(20, 1))
-        expected = select(retriever, store, 20)
-        tensors = retriever.index_tensors(0, store)
-        other, again = made(least=50, cells=12, probes=2), store_of(store.keys(0))  # other ids
-        with caplog.at_level(logging.INFO, "mplus"):
-            other.adopt_index(0, again, tensors)
-            found = select(other, again, 20)
-        assert not caplog.records
-        assert other.index_facts(0, again) == retriever.index_facts(0, store)
-        assert found.scores.tolist() == expected.scores.tolist()
-        places = torch.searchsorted(store.ids(0), expected.ids)
-        assert found.ids.tolist() == again.ids(0)[places].tolist()
-        append(again, normal(5, 8))
-        assert other.index_facts(0, again)["added"] == tensors["added"] + 5
-
-    def test_there_is_nothing_to_save_without_an_index(self):
-        retriever, store = made(least=50), store_of(normal(20))
-        assert retriever.index_tensors(0, store) == {}
-        retriever.adopt_index(0, store, made(least=5).index_tensors(0, store_of(normal(20))))
-        assert retriever.index_facts(0, store) == {}
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"centers": None}, "must have centers, which are missing"),
-            ({"centers": torch.zeros(4, 3)}, "its keys must be 3 wide, got 8"),
-            ({"centers": torch.zeros(4)}, r"centers must be \[cells, r\] float32, got \[4\]"),
-            ({"centers": torch.zeros(4, 8).double()}, "float64"),
-            ({"centers": torch.full((4, 8), torch.nan)}, "centers must be finite"),
-            ({"cell": torch.zeros(5, dtype=torch.int32)}, r"cell must be \[60\] int32, got \[5\]"),
-            ({"cell": torch.full((60,), 4, dtype=torch.int32)}, r"cell must be in 0\.\.3, got 4 to 4"),
-            ({"cell": torch.full((60,), -1, dtype=torch.int32)}, r"got -1 to -1"),
-            ({"added": torch.tensor(-1)}, "added must be a number of at least 0"),
-        ],
-    )
-    def test_tensors_of_something_else_are_refused(self, changes, message):
-        retriever, store = made(least=50, cells=4), store_of(normal(60))
-        tensors = {**retriever.index_tensors(0, store), **changes}
-        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        other = made(least=50, cells=4)
-        with pytest.raises(InputError, match=message):
-            other.adopt_index(0, store, tensors)
-        assert select(other, store, 5).ids.tolist() == select(retriever, store, 5).ids.tolist()
-
-
-class TestIvfIndex:
-    def test_ids_that_come_again_are_refused(self):
-        index = IvfIndex.train(normal(20), 2, 20)
-        index.add(torch.tensor([4, 9]), normal(2))
-        with pytest.raises(InputError, match=r"larger than those in the index \(9\), got 9"):
-            index.add(torch.tensor([9]), normal(1))
-
-    def test_more_cells_than_keys_are_refused(self):
-        with pytest.raises(InputError, match=r"as it has cells \(5\), got 4"):
-            IvfIndex.train(normal(4), 5, 4)
-
-
 def test_without_faiss_its_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     for name in ("faiss_ivf", "shelf", "ivf"):
@@ -441,17 +366,6 @@ def test_without_faiss_its_extra_is_named(monkeypatch):
     )
     with pytest.raises(MissingDependencyError, match=r"pip install 'mplus\[faiss\]'"):
         registry.get("faiss_ivf")
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_differences_equal_those_of_sets(seed):
-    generator = torch.Generator().manual_seed(seed)
-    old, new = (torch.rand(12, generator=generator).lt(0.6).nonzero().squeeze(1) for _ in range(2))
-    if seed % 3 == 0:
-        new = torch.cat([old[2:], torch.tensor([20, 21])])
-    gone, came = differences(old, new)
-    assert gone.tolist() == sorted(set(old.tolist()) - set(new.tolist()))
-    assert came.tolist() == sorted(set(new.tolist()) - set(old.tolist()))
 
 
 @pytest.mark.parametrize(

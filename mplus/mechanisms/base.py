@@ -15,7 +15,7 @@ from mplus.mechanisms.additions import MemoryAdditions
 from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.write_context import WriteContext
 from mplus.rows import NO_SOURCE, MemoryRows
-from mplus.stores.base import Located, StoreLayout
+from mplus.stores.base import Located, MemoryStore, StoreLayout
 from mplus.stores.eviction import EvictionPolicy
 
 
@@ -187,6 +187,11 @@ class MemoryMechanism(ABC):
 
     def _births(self, state: StreamState, k: int) -> Tensor:
         return torch.arange(state.clock, state.clock + k, dtype=torch.int64)
+
+    def follow(self, store: MemoryStore) -> None:
+        """Rows were removed from ``store`` for good: let go of what a retriever keeps of them."""
+        if self.uses_retriever and self.additions.retriever is not None:
+            self.additions.retriever.follow(store)
 
     @abstractmethod
     def keep_dropped(

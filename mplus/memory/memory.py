@@ -22,7 +22,7 @@ from mplus.memory.forgetting import forget
 from mplus.memory.rebuilding import rebuilt
 from mplus.memory.refreshing import refresh
 from mplus.memory.report import ForgetReport, WriteReport
-from mplus.memory.sharing import each, unshared
+from mplus.memory.sharing import distinct, each, unshared
 from mplus.memory.stream import StreamState
 from mplus.memory.texts import Texts
 from mplus.memory.write_context import WriteContext
@@ -198,7 +198,10 @@ class Memory(MemoryContent):
         rows = range(self.batch_size) if row is None else [row]
         with self._write_lock:
             if mode == "drop":
-                return self._change(lambda states: forget(states, self._stores, rows, source))
+                dropped = self._change(lambda states: forget(states, self._stores, rows, source))
+                for store in distinct(self._stores):
+                    self.engine.mechanism.follow(store)
+                return dropped
             other, report = rebuilt(self, rows, source, progress)
             self._change(lambda states: self._become(states, other))
             return report

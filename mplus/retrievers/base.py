@@ -140,6 +140,9 @@ class Retriever(nn.Module, ABC):
         """Plain facts of the index that a read of ``layer`` is served by; {} where every row is looked at."""
         return {}
 
+    def follow(self, store: StoreView) -> None:
+        """Bring what is kept of a store's rows, if anything is, up to date: nothing stays of rows that were removed."""
+
     @abstractmethod
     def select(
         self, layer: int, queries: Tensor, query_mask: Tensor, stores: Sequence[StoreView], k: int

@@ -10,7 +10,7 @@ import faiss
 import torch
 from torch import Tensor
 
-from mplus.errors import InputError, NonFiniteError
+from mplus.errors import InputError, NonFiniteError, NotSupported
 
 PIECE_ROWS = 2**16
 """Keys given to faiss at a time, so that converting them takes little room."""
@@ -18,6 +18,8 @@ MANY_ROWS = 4096
 """Keys from which on an addition is shared among threads; for fewer, waking them takes longer."""
 POINTS_PER_CELL = 64
 """Keys that the cells are found with, for each of them; more make training slower and hardly better."""
+GPU_MOST = 2048
+"""Rows that faiss finds on a GPU at a time, and cells that it looks into, without cuVS."""
 TRAINING_STEPS = 8
 """Of k-means."""
 
@@ -31,6 +33,8 @@ class IvfIndex:
     Attributes:
         trained_on: rows there were when its cells were made.
         added: rows added since then.
+        resources: of a GPU (``faiss.StandardGpuResources``) on which a copy is searched that is made when rows have
+            changed; None: no copy.
     """
 
     def __init__(self, centers: Tensor, trained_on: int) -> None:
@@ -44,6 +48,8 @@ class IvfIndex:
         self._pieces = [torch.empty(0, dtype=torch.int64)]
         self.trained_on = trained_on
         self.added = 0
+        self.resources: Any = None
+        self._copy: Any = None
 
     @staticmethod
     def train(keys: Tensor, cells: int, trained_on: int) -> IvfIndex:
@@ -99,7 +105,7 @@ class IvfIndex:
         last = next((int(part[-1]) for part in reversed(self._pieces) if len(part)), -1)
         if len(given) and int(given[0]) <= last:
             raise InputError(f"ids must be larger than those in the index ({last}), got {int(given[0])}")
-        keys = _finite(keys)
+        keys, self._copy = _finite(keys), None
         with _threads(torch.get_num_threads() if len(given) > MANY_ROWS else 1):
             for start in range(0, len(given), PIECE_ROWS):
                 part = slice(start, start + PIECE_ROWS)
@@ -118,7 +124,7 @@ class IvfIndex:
         gone = ids.cpu().contiguous()
         if not len(gone):
             return
-        numbers = gone.numpy()
+        numbers, self._copy = gone.numpy(), None
         self._index.remove_ids(faiss.IDSelectorArray(numbers))
         held = self.ids
         if torch.equal(held[: len(gone)], gone):  # the oldest
@@ -132,7 +138,8 @@ class IvfIndex:
     def search(self, query: Tensor, count: int, probes: int, without: Tensor | None = None) -> Tensor:
         """Ids ``[n]`` of ``min(count, rows)`` rows with large inner products, those of the cells looked into.
 
-        More cells than ``probes`` are looked into where these hold too few rows.
+        More cells than ``probes`` are looked into where these hold too few rows. A GPU is used where there is one for
+        all but what it cannot do: more rows or cells than ``GPU_MOST``, rows left out.
 
         Args:
             query: ``[r]``.
@@ -146,24 +153,31 @@ class IvfIndex:
             return torch.empty(0, dtype=torch.int64)
         asked, numbers = _numpy(query.detach()[None]), excluded.numpy()
         inner = faiss.IDSelectorBatch(numbers) if len(excluded) else None
-        selector = None if inner is None else faiss.IDSelectorNot(inner)
+        options = {} if inner is None else {"sel": faiss.IDSelectorNot(inner)}
         with _threads(1):
             while True:
                 probes = min(probes, self.cells)
-                options = {} if selector is None else {"sel": selector}
-                settings = faiss.SearchParametersIVF(nprobe=probes, **options)
-                _, found = self._index.search(asked, count, params=settings)
+                index = self._index if options or max(count, probes) > GPU_MOST else self._searched()
+                _, found = index.search(asked, count, params=faiss.SearchParametersIVF(nprobe=probes, **options))
                 ids = torch.from_numpy(found[0])
                 ids = ids[ids >= 0]
                 if len(ids) == count or probes == self.cells:
                     return ids
                 probes *= 2
 
+    def _searched(self) -> Any:
+        if self.resources is None:
+            return self._index
+        if self._copy is None:
+            self._copy = faiss.index_cpu_to_gpu(self.resources, 0, self._index)
+        return self._copy
+
     def keys(self, ids: Tensor) -> Tensor:
         """``[n, r]`` float32 keys of the rows with these ids, which it holds."""
         if not len(ids):
             return torch.empty(0, self._index.d)
-        return torch.from_numpy(self._index.reconstruct_batch(ids.cpu().contiguous().numpy()))
+        with _threads(1):
+            return torch.from_numpy(self._index.reconstruct_batch(ids.cpu().contiguous().numpy()))
 
     def tensors(self) -> dict[str, Tensor]:
         """What it takes to build this index again from keys, at the cost of copying them.
@@ -206,6 +220,16 @@ class IvfIndex:
             done += len(ids)
         index.added = int(tensors["added"])
         return index
+
+
+def gpu_resources() -> Any:
+    """What searches on a GPU share. Raises NotSupported where faiss sees none."""
+    if not faiss.get_num_gpus():
+        raise NotSupported(
+            "searching an index on a GPU takes a faiss that was built for GPUs and sees one, and this one sees none: "
+            "install 'mplus[faiss-gpu]' instead of 'mplus[faiss]', or leave gpu out"
+        )
+    return faiss.StandardGpuResources()
 
 
 def _problem(tensors: Mapping[str, Tensor], rows: int) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mplus.errors import NonFiniteError
 from mplus.retrievers.candidates import keys_of, needed
-from mplus.retrievers.ivf import POINTS_PER_CELL, IvfIndex
+from mplus.retrievers.ivf import POINTS_PER_CELL, IvfIndex, gpu_resources
 from mplus.stores.base import Origin, StoreView
 
 logger = logging.getLogger(__name__)
@@ -55,17 +55,23 @@ class IndexShelf:
         least: rows from which on a layer has an index.
         cells: number of cells; None: by the number of rows.
         outgrown: an index is made anew when this many times as many rows were added as it was trained on.
+        gpu: search copies on the first GPU.
+
+    Raises:
+        NotSupported: there is no GPU for faiss.
     """
 
-    def __init__(self, least: int, cells: int | None, outgrown: float) -> None:
+    def __init__(self, least: int, cells: int | None, outgrown: float, gpu: bool = False) -> None:
         self.least = least
         self.cells = cells
         self.outgrown = outgrown
+        self.gpu = gpu
+        self._resources = gpu_resources() if gpu else None
         self._slots: WeakKeyDictionary[Origin, dict[int, _Slot]] = WeakKeyDictionary()
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return IndexShelf, (self.least, self.cells, self.outgrown)
+        return IndexShelf, (self.least, self.cells, self.outgrown, self.gpu)
 
     @contextmanager
     def ready(self, store: StoreView, layer: int) -> Iterator[Ready | None]:
@@ -80,6 +86,14 @@ class IndexShelf:
             return
         with slot.lock:
             yield self._brought_up(slot, store, layer)
+
+    def follow(self, store: StoreView) -> None:
+        """Bring the indexes that a store has up to its present rows."""
+        with self._lock:
+            layers = list(self._slots.get(store.origin, ())) if store.origin is not None else []
+        for layer in layers:
+            with self.ready(store, layer):
+                pass
 
     def tensors(self, store: StoreView, layer: int) -> dict[str, Tensor]:
         """What an index of exactly the rows of ``store`` can be built from again; empty where there is none.
@@ -102,6 +116,7 @@ class IndexShelf:
             return
         with slot.lock:
             slot.index = IvfIndex.of(tensors, store.count(layer), _pieces(store, layer))
+            slot.index.resources = self._resources
             slot.revision = store.revision(layer)
 
     def _slot(self, store: StoreView, layer: int) -> _Slot | None:
@@ -154,6 +169,7 @@ class IndexShelf:
         cells = self.cells or cells_for(len(ids))
         index = IvfIndex.train(_spread(store, layer, ids, cells * POINTS_PER_CELL), cells, len(ids))
         logger.info("layer %d: an index of %d cells was trained on %d rows", layer, index.cells, len(ids))
+        index.resources = self._resources
         for piece_ids, keys in _pieces(store, layer):
             index.add(piece_ids, keys)
         return index
