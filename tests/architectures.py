@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Container, Iterable, Iterator, Mapping
 
 VOCAB_SIZE = 101
 PAD, BOS = 0, 1
@@ -402,9 +402,64 @@ def every(architectures: Iterable[Architecture] = PURE) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("architecture", [pytest.param(a, id=a.name) for a in architectures])
 
 
+REPRESENTATIVE = frozenset(
+    {
+        "llama",
+        "mistral-sliding",
+        "gemma2",
+        "gpt2",
+        "gpt-oss",
+        "deepseek-v3",
+        "stablelm",
+        "falcon-new",
+        "bloom",
+        "codegen",
+        "phi3-longrope",
+        "qwen3-next",
+    }
+)
+"""Every kind of position, mask and attention that the table has; the others are tested in fewer ways but nightly."""
+
+
+def variants(architectures: Iterable[Architecture] = PURE) -> Iterator[tuple[Architecture, str, bool]]:
+    """Each architecture in each attention implementation, and whether that is to be tested on every change.
+
+    On every change: in every implementation where it is representative, otherwise in the one a decoder has by itself.
+    """
+    for architecture in architectures:
+        for implementation in architecture.implementations:
+            own = implementation == architecture.implementations[-1]
+            yield architecture, implementation, own or architecture.name in REPRESENTATIVE
+
+
 def every_variant(architectures: Iterable[Architecture] = PURE) -> pytest.MarkDecorator:
-    """Run a test with ``architecture, implementation`` set to each architecture in each attention implementation."""
-    variants = [(a, i) for a in architectures for i in a.implementations]
+    """Run a test with ``architecture, implementation`` set to ``variants``."""
     return pytest.mark.parametrize(
-        ("architecture", "implementation"), [pytest.param(a, i, id=f"{a.name}-{i}") for a, i in variants]
+        ("architecture", "implementation"),
+        [
+            pytest.param(a, i, id=f"{a.name}-{i}", marks=() if always else pytest.mark.nightly)
+            for a, i, always in variants(architectures)
+        ],
+    )
+
+
+def every_variant_with(
+    name: str, values: Iterable[Any], always: Container[Any], architectures: Iterable[Architecture] = PURE
+) -> pytest.MarkDecorator:
+    """As ``every_variant``, with ``name`` set to each of ``values``: nightly only, unless it is among ``always`` or the
+    architecture is representative."""
+    values = list(values)
+    return pytest.mark.parametrize(
+        ("architecture", "implementation", name),
+        [
+            pytest.param(
+                a,
+                i,
+                value,
+                id=f"{a.name}-{i}-{value}",
+                marks=() if usual and (value in always or a.name in REPRESENTATIVE) else pytest.mark.nightly,
+            )
+            for a, i, usual in variants(architectures)
+            for value in values
+        ],
     )

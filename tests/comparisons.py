@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mplus.hf.reading_as import reading_as
 from tests import oracle
 from tests.retrofitted import K, Pair
 
@@ -71,10 +72,10 @@ def write(pair: Pair, tokens: int, chunks: int) -> float:
     return max(error(got[0], wanted) for got, wanted in zip(made, expected, strict=True))
 
 
-def steps(architecture: Architecture, pair: Pair, limited: Pair) -> float:
+def steps(architecture: Architecture, pair: Pair) -> float:
     """Prefill and steps with a cache against one full forward.
 
-    What is retrieved depends on the prompt; ``limited`` retrieves with the first ten tokens, as the prefill does.
+    What is retrieved depends on the prompt; the full forward retrieves with the first ten tokens, as the prefill does.
     """
     memory, ids = pair.memory(), pair.text(16)
     first = pair.wrapped(input_ids=ids[:, :10], memory=memory, use_cache=True)
@@ -84,7 +85,8 @@ def steps(architecture: Architecture, pair: Pair, limited: Pair) -> float:
     for start, stop in parts:
         step = pair.wrapped(input_ids=ids[:, start:stop], memory=memory, past_key_values=cache, use_cache=True)
         logits.append(step.logits)
-    return error(torch.cat(logits, 1), limited.wrapped(input_ids=ids, memory=limited.memory()).logits)
+    with reading_as(pair.wrapped, query_tokens=10):
+        return error(torch.cat(logits, 1), pair.wrapped(input_ids=ids, memory=memory).logits)
 
 
 def padded_batch(pair: Pair) -> float:

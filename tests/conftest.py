@@ -7,7 +7,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
-NIGHTLY = os.environ.get("MPLUS_NIGHTLY", "") not in {"", "0"}
+from tests.modes import NIGHTLY
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Read by torch when it is imported: several workers with a thread per core each would wait for one another.

@@ -10,7 +10,7 @@ import torch
 import mplus
 from mplus.errors import NotSupported
 from tests import comparisons
-from tests.architectures import BY_NAME, HYBRIDS, PURE, REFUSED, Architecture, every, every_variant
+from tests.architectures import BY_NAME, HYBRIDS, PURE, REFUSED, Architecture, every, every_variant, every_variant_with
 from tests.comparisons import HYBRID_TOLERANCE, SEARCHES, TOLERANCE, WRITTEN
 from tests.retrofitted import CHUNK, K, Pair, config_for, retrofit
 
@@ -18,9 +18,9 @@ UNSTABLE = "a growing sequence changes the frequencies of keys already cached, w
 
 
 @functools.cache
-def pair_of(name: str, implementation: str, query_tokens: int | None = None) -> Pair:
+def pair_of(name: str, implementation: str) -> Pair:
     """Built once: nothing a test does changes the weights."""
-    return retrofit(BY_NAME[name], implementation, query_tokens=query_tokens)
+    return retrofit(BY_NAME[name], implementation)
 
 
 @pytest.fixture
@@ -61,19 +61,20 @@ def test_reading_with_retrieval_equals_the_oracle(architecture: Architecture, im
     assert comparisons.retrieval_read(pair) <= TOLERANCE
 
 
-@every_variant()
-@pytest.mark.parametrize("chunks", [0, 1, 3])
-@pytest.mark.parametrize("tokens", [CHUNK, K, K - 1, 1])
+WRITES = [(tokens, chunks) for tokens in (CHUNK, K, K - 1, 1) for chunks in (0, 1, 3)]
+"""Tokens of a chunk, and how many chunks were written before it."""
+
+
+@every_variant_with("lengths", WRITES, always=[(CHUNK, 3), (K - 1, 1), (1, 0)])
 def test_writing_equals_the_oracle(
-    architecture: Architecture, implementation: str, pair: Pair, tokens: int, chunks: int
+    architecture: Architecture, implementation: str, pair: Pair, lengths: tuple[int, int]
 ) -> None:
-    assert comparisons.write(pair, tokens, chunks) <= TOLERANCE
+    assert comparisons.write(pair, *lengths) <= TOLERANCE
 
 
 @every_variant([a for a in (*PURE, *HYBRIDS) if a.stable_cache])
 def test_prefill_and_steps_equal_the_full_forward(architecture: Architecture, implementation: str, pair: Pair) -> None:
-    limited = pair_of(architecture.name, implementation, query_tokens=10)
-    assert comparisons.steps(architecture, pair, limited) <= allowed(architecture)
+    assert comparisons.steps(architecture, pair) <= allowed(architecture)
 
 
 @every_variant([a for a in (*PURE, *HYBRIDS) if a.positions != "offset"])
@@ -95,8 +96,9 @@ def test_greedy_generation_equals_the_oracle(architecture: Architecture, impleme
     assert comparisons.greedy_generation(pair)
 
 
-@every_variant([a for a in (*PURE, *HYBRIDS) if a.stable_cache])
-@pytest.mark.parametrize("search", SEARCHES)
+@every_variant_with(
+    "search", SEARCHES, always=["greedy"], architectures=[a for a in (*PURE, *HYBRIDS) if a.stable_cache]
+)
 def test_generation_is_the_same_with_and_without_a_cache_and_in_a_padded_batch(
     architecture: Architecture, implementation: str, pair: Pair, search: str
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mplus.backends import BACKENDS, parts
+from mplus.backends import BACKENDS, merge, parts
 from mplus.backends.base import AttentionBackend, AttentionResult
 from mplus.backends.choose import BackendChooser, choose
 from mplus.backends.flex import FlexBackend
@@ -23,6 +23,7 @@ from mplus.testing.attention import exact_attention, plain_attention
 from mplus.testing.backends import BackendConformance
 from mplus.testing.registered import suites
 from mplus.testing.strategies import CONFORMANCE, RequestShape, request_shapes
+from tests.gradients import MERGE_CASES, check_merge, leaves_of, rebuilt, without_nan
 
 globals().update(suites(BackendConformance, BACKENDS))
 del globals()["TestTritonBackendConformance"]  # runs on GPUs, or interpreted: tests/interpreted has its suite
@@ -169,35 +170,13 @@ class TestMerge:
         MergeBackend().attend(request)
         assert [args[1].shape[2] for args, _ in calls] == [4, 1, 5]
 
-    @pytest.mark.parametrize("shared", [False, True], ids=["own memory", "shared memory"])
-    @pytest.mark.parametrize("fillers", ["none", "some"])
-    @pytest.mark.parametrize("mask", ["causal", "padded", "additive"])
-    def test_gradients_are_exact(self, shared, fillers, mask):
-        """To the precision of float64: against differences, and against the reference."""
-        shape = RequestShape(
-            past=0, segments=(3, 4), fillers=("none", fillers), shared=shared, mask=mask, sinks=True, seed=5
-        )
-        request = shape.build(torch.float64)
-        leaves = [request.queries, request.keys, request.values, request.sinks]
-        leaves += [tensor.nan_to_num() for segment in request.segments for tensor in (segment.keys, segment.values)]
-        leaves = [leaf.clone().requires_grad_() for leaf in leaves]
-
-        def attend(backend, queries, keys, values, sinks, *rows):
-            segments = tuple(
-                attrs.evolve(segment, keys=rows[2 * index], values=rows[2 * index + 1])
-                for index, segment in enumerate(request.segments)
-            )
-            changed = attrs.evolve(request, queries=queries, keys=keys, values=values, sinks=sinks, segments=segments)
-            return backend.attend(changed).output
-
-        assert torch.autograd.gradcheck(lambda *given: attend(MergeBackend(), *given), leaves)
-        weight = torch.randn(request.queries.shape, dtype=torch.float64)
-        found, wanted = (
-            torch.autograd.grad((attend(backend, *leaves) * weight).sum(), leaves)
-            for backend in (MergeBackend(), ReferenceBackend())
-        )
-        for actual, expected in zip(found, wanted, strict=True):
-            torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
+    @pytest.mark.parametrize("name", MERGE_CASES)
+    def test_gradients_are_exact(self, name):
+        """To the precision of float64: against the reference, and against differences."""
+        check_merge(merge, name)
+        request = without_nan(MERGE_CASES[name].build(torch.float64))
+        leaves = [leaf.clone().requires_grad_() for leaf in leaves_of(request)]
+        assert torch.autograd.gradcheck(lambda *given: MergeBackend().attend(rebuilt(request, given)).output, leaves)
 
     def test_reasons_are_complete(self):
         request = RequestShape(softcap=30.0, value_width=3).build(need_weights=True, dropout=0.5)

@@ -12,6 +12,7 @@ from attrs import evolve
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from mplus.backends import BACKENDS
 from mplus.cli import app
 from mplus.errors import CheckpointError, UnknownNameError
 from mplus.hf.engine import DecoderEngine
@@ -35,26 +36,42 @@ def test_all_four_cases_are_here():
     assert CASES == ["memoryllm_a", "memoryllm_b", "mplus_a", "mplus_b"]
 
 
+BY_NAME = ("reference", "sdpa", "merge", "flex")
+"""Backends that the traces are replayed through on a CPU; tests/interpreted replays them through triton."""
+SLOW = [("flex", "memoryllm_a"), ("flex", "mplus_a")]
+WAYS = [(backend, name, torch.float32, False) for backend in BY_NAME for name in CASES]
+WAYS += [
+    ("merge", name, dtype, reset) for name in CASES for dtype, reset in ((torch.float32, True), (torch.float64, False))
+]
+
+
 @pytest.mark.parametrize(
-    ("backend", "dtype", "reset"),
-    [
-        ("reference", torch.float32, False),
-        ("sdpa", torch.float32, False),
-        ("sdpa", torch.float32, True),
-        ("sdpa", torch.float64, False),
-    ],
-    ids=["reference", "sdpa", "every step from the recorded state", "float64"],
+    ("backend", "name", "dtype", "reset"),
+    [pytest.param(*way, marks=[pytest.mark.nightly] if way[:2] in SLOW else []) for way in WAYS],
+    ids=lambda value: {True: "every step from the recorded state", False: ""}.get(value, str(value)),
 )
-@pytest.mark.parametrize("name", CASES)
-def test_replays(name, backend, dtype, reset):
+def test_replays(backend, name, dtype, reset, monkeypatch):
+    attended = counted(BACKENDS.get(backend), monkeypatch)
     report = one(name, backend, dtype=dtype, reset=reset)
     assert report.passed(2e-5), report
     steps = json.loads((GOLDENS / name / STEPS).read_text())["steps"]
     assert report.steps == len(steps)
+    assert len(attended) > len(steps), "every step attends, by this backend"
     with_ltm = name.startswith("mplus")
     assert set(report.errors) == set(MEASURED) - (set() if with_ltm else {"LTM", "ages", "keys", "scores"})
     assert set(report.equal) == set(EQUAL) - (set() if with_ltm else {"retrieved ids", "recall frequencies"})
     assert report.errors.get("ages", 0.0) == 0.0
+
+
+def counted(backend, monkeypatch):
+    """A list that grows with every request that ``backend`` attends to."""
+    requests, attend = [], backend.attend
+    monkeypatch.setattr(backend, "attend", lambda self, request: requests.append(None) or attend(self, request))
+    return requests
+
+
+def test_every_backend_is_named():
+    assert {*BY_NAME, "triton"} == {name for name in BACKENDS.names() if BACKENDS.origin(name) == "mplus"}
 
 
 def test_a_folder_of_cases_is_replayed_by_name():

@@ -42,12 +42,12 @@ def measure(architecture: Architecture) -> dict[str, Any]:
         row["implementations"].append(implementation)
         projection = pair.wrapped.mplus_engine.projection
         row["hidden_only"] = projection if isinstance(projection, str) else None
-        _measure(architecture, implementation, pair, row)
+        _measure(architecture, pair, row)
     row["generate"] = sorted(set.intersection(*map(set, row["generate"]))) if row["generate"] else None
     return row
 
 
-def _measure(architecture: Architecture, implementation: str, pair: Any, row: dict[str, Any]) -> None:
+def _measure(architecture: Architecture, pair: Any, row: dict[str, Any]) -> None:
     def worst(column: str, value: float) -> None:
         row[column] = value if row[column] is None else max(row[column], value)
 
@@ -64,8 +64,7 @@ def _measure(architecture: Architecture, implementation: str, pair: Any, row: di
                 pair.forget_longest_sequence()
                 worst("write", comparisons.write(pair, tokens, chunks))
     if architecture.stable_cache:
-        limited = retrofit(architecture, implementation, query_tokens=10)
-        worst("step", comparisons.steps(architecture, pair, limited))
+        worst("step", comparisons.steps(architecture, pair))
         searches = [search for search in comparisons.SEARCHES if comparisons.generation(pair, search)]
         row["generate"].append(searches)
     if architecture.positions != "offset":

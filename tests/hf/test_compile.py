@@ -48,7 +48,13 @@ def rows_of(pair: Pair, memory: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "what"),
-    [("llama", "model"), ("llama", "forward"), ("llama", "decoder"), ("llama", "layers"), ("falcon-new", "model")],
+    [
+        ("llama", "model"),
+        pytest.param("llama", "forward", marks=pytest.mark.nightly),  # what "model" compiles, called by another name
+        pytest.param("llama", "decoder", marks=pytest.mark.nightly),
+        ("llama", "layers"),
+        ("falcon-new", "model"),
+    ],
 )
 def test_compiled_decoders_write_and_read(name: str, what: str) -> None:
     pair = retrofit(BY_NAME[name], long_term_tokens=0)

@@ -42,17 +42,29 @@ def remembering(model: Any) -> torch.Tensor:
     return model(TEXT, memory=memory).logits
 
 
-@pytest.fixture(params=["llama", "gpt2"])
+@pytest.fixture(params=["llama", "gpt2"], scope="module")
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def saved(family: str, tmp_path: Path) -> Path:
-    """A folder with additions and base; a folder next to it for the weights on disk."""
-    stir(retrofit(BY_NAME[family]).wrapped).save_pretrained(tmp_path / "saved", save_base=True)
-    (tmp_path / "offload").mkdir()
-    return tmp_path / "saved"
+@pytest.fixture(scope="module")
+def saved(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with additions and base."""
+    folder = tmp_path_factory.mktemp(family) / "saved"
+    stir(retrofit(BY_NAME[family]).wrapped).save_pretrained(folder, save_base=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(saved: Path) -> Any:
+    """The decoder in the folder, not in pieces; nothing a test does changes it."""
+    return mplus.from_pretrained(saved)
+
+
+@pytest.fixture(scope="module")
+def remembered(whole: Any) -> torch.Tensor:
+    """What the whole decoder remembers."""
+    return remembering(whole)
 
 
 def on_meta(model: Any) -> set[str]:
@@ -63,18 +75,19 @@ PLACES = [(), ("1",), ("0", "2"), ("embed_tokens", "wte", "lm_head"), ("0", "1",
 
 
 @pytest.mark.parametrize("places", PLACES, ids=lambda places: " ".join(places) or "cpu")
-def test_loading_in_pieces_and_wrapping(family: str, places: tuple[str, ...], saved: Path) -> None:
+def test_loading_in_pieces_and_wrapping(
+    family: str, places: tuple[str, ...], saved: Path, whole: Any, remembered: torch.Tensor, tmp_path: Path
+) -> None:
     if family == "gpt2" and "lm_head" in places:
         places = ("0",)  # its head is its embedding: accelerate keeps tied weights in one place
-    options = {"device_map": device_map(family, *places), "offload_folder": saved.parent / "offload"}
+    options = {"device_map": device_map(family, *places), "offload_folder": tmp_path}
     base = AutoModelForCausalLM.from_pretrained(saved / "base", **options)
     assert bool(on_meta(base)) == bool(places)
     alone = base(TEXT).logits
     model = mplus.wrap(base, config_for(BY_NAME[family]))
     assert torch.equal(model(TEXT).logits, alone)
-    whole = mplus.from_pretrained(saved)
     load_additions(model, {name: t for name, t in whole.state_dict().items() if is_addition(name)}, "test")
-    assert error(remembering(model), remembering(whole)) < TOLERANCE
+    assert error(remembering(model), remembered) < TOLERANCE
     generated = model.generate(TEXT, max_new_tokens=4, do_sample=False)
     assert torch.equal(generated, whole.generate(TEXT, max_new_tokens=4, do_sample=False))
     mplus.unwrap(model)
@@ -83,22 +96,25 @@ def test_loading_in_pieces_and_wrapping(family: str, places: tuple[str, ...], sa
 
 @pytest.mark.parametrize("places", PLACES[:3], ids=lambda places: " ".join(places) or "cpu")
 @pytest.mark.parametrize("load", [mplus.from_pretrained, AutoModelForCausalLM.from_pretrained], ids=["mplus", "Auto"])
-def test_loading_a_wrapped_decoder_in_pieces(family: str, load: Any, places: tuple[str, ...], saved: Path) -> None:
-    options = {"device_map": device_map(family, *places), "offload_folder": saved.parent / "offload"}
+def test_loading_a_wrapped_decoder_in_pieces(
+    family: str, load: Any, places: tuple[str, ...], saved: Path, remembered: torch.Tensor, tmp_path: Path
+) -> None:
+    options = {"device_map": device_map(family, *places), "offload_folder": tmp_path}
     model = load(saved, **options)
     assert bool(on_meta(model)) == bool(places)
     assert not [name for name in on_meta(model) if ".lora_" in name or name.startswith("mplus.")]
-    assert error(remembering(model), remembering(mplus.from_pretrained(saved))) < TOLERANCE
+    assert error(remembering(model), remembered) < TOLERANCE
 
 
-def test_spreading_out_a_wrapped_decoder(family: str, saved: Path) -> None:
-    whole = mplus.from_pretrained(saved)
-    expected, alone = remembering(whole), whole(TEXT).logits
+def test_spreading_out_a_wrapped_decoder(
+    family: str, saved: Path, whole: Any, remembered: torch.Tensor, tmp_path: Path
+) -> None:
+    alone, own = whole(TEXT).logits, mplus.from_pretrained(saved)
     places = {**device_map(family, "1"), "mplus": "cpu"}
-    assert set(accelerate.infer_auto_device_map(whole).values()) <= {"cpu", 0}
-    model = accelerate.dispatch_model(whole, places, main_device="cpu", offload_dir=saved.parent / "offload")
+    assert set(accelerate.infer_auto_device_map(own).values()) <= {"cpu", 0}
+    model = accelerate.dispatch_model(own, places, main_device="cpu", offload_dir=tmp_path)
     assert any(".layers.1." in name or ".h.1." in name for name in on_meta(model))
-    assert error(remembering(model), expected) < TOLERANCE
+    assert error(remembering(model), remembered) < TOLERANCE
     assert error(model(TEXT).logits, alone) < TOLERANCE
 
 
@@ -116,32 +132,32 @@ def test_layers_are_not_split(family: str) -> None:
     assert split == []
 
 
-def test_saving_a_decoder_in_pieces(family: str, saved: Path) -> None:
-    options = {"device_map": device_map(family, "1"), "offload_folder": saved.parent / "offload"}
+def test_saving_a_decoder_in_pieces(family: str, saved: Path, tmp_path: Path) -> None:
+    options = {"device_map": device_map(family, "1"), "offload_folder": tmp_path}
     model = mplus.from_pretrained(saved, **options)
-    model.save_pretrained(saved.parent / "again", save_base=True)
-    whole, again = (aligned(mplus.from_pretrained(folder)) for folder in (saved, saved.parent / "again"))
+    model.save_pretrained(tmp_path / "again", save_base=True)
+    whole, again = (aligned(mplus.from_pretrained(folder)) for folder in (saved, tmp_path / "again"))
     for name, parameter in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], parameter), name
-    plain = AutoModelForCausalLM.from_pretrained(saved.parent / "again" / "base")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "again" / "base")
     assert torch.equal(aligned(plain)(TEXT).logits, BY_NAME[family].build()(TEXT).logits)
 
 
-def test_gradients_reach_the_adapters_of_a_decoder_in_pieces(family: str, saved: Path) -> None:
+def test_gradients_reach_the_adapters_of_a_decoder_in_pieces(family: str, saved: Path, tmp_path: Path) -> None:
     def gradients(model: Any) -> dict[str, torch.Tensor]:
         memory = model.new_memory()
         memory.write(CHUNKS[:CHUNK])
         model(TEXT, memory=memory, labels=TEXT).loss.backward()
         return {name: p.grad for name, p in model.named_parameters() if ".read." in name}
 
-    options = {"device_map": device_map(family, "1"), "offload_folder": saved.parent / "offload"}
+    options = {"device_map": device_map(family, "1"), "offload_folder": tmp_path}
     found, expected = gradients(mplus.from_pretrained(saved, **options)), gradients(mplus.from_pretrained(saved))
     assert found.keys() == expected.keys()
     assert max(error(found[name], expected[name]) for name in expected) < 5 * TOLERANCE
 
 
-def test_a_deep_copy_of_a_decoder_in_pieces(family: str, saved: Path) -> None:
-    options = {"device_map": device_map(family, "1"), "offload_folder": saved.parent / "offload"}
+def test_a_deep_copy_of_a_decoder_in_pieces(family: str, saved: Path, tmp_path: Path) -> None:
+    options = {"device_map": device_map(family, "1"), "offload_folder": tmp_path}
     model = mplus.from_pretrained(saved, **options)
     twin = copy.deepcopy(model)
     assert twin.mplus_engine.model is twin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from dataclasses import dataclass
@@ -61,9 +62,15 @@ class Remembering:
         return oracle.read(self.reader, sequence[:, :-1], rows)[0, prompt - 1 :].detach()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def llama() -> Remembering:
-    return remembering("llama")
+    return shared("llama")
+
+
+@functools.cache
+def shared(name: str) -> Remembering:
+    """For tests that change neither weights nor settings, nor hang anything on a decoder."""
+    return remembering(name)
 
 
 def remembering(name: str, **changes: Any) -> Remembering:
@@ -82,7 +89,7 @@ def remembering(name: str, **changes: Any) -> Remembering:
     ids=["cache", "no cache", "static cache"],
 )
 def test_greedy(name: str, options: dict[str, Any]) -> None:
-    case, prompt = remembering(name), ids(1, 9)
+    case, prompt = shared(name), ids(1, 9)
     expected = case.greedy(prompt)
     assert torch.equal(case.model.generate(prompt, memory=case.memory, **GREEDY, **options), expected)
     assert not torch.equal(case.model.generate(prompt, **GREEDY, **options), expected)
@@ -202,7 +209,7 @@ def test_beams_are_scored_as_the_oracle_scores_them(llama: Remembering, use_cach
 )
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon-new"])
 def test_padded_prompts_with_memories_of_their_own(name: str, options: dict[str, Any]) -> None:
-    case = remembering(name)
+    case = shared(name)
     long, short = ids(1, 9, seed=1), ids(1, 5, seed=2)
     both = case.model.new_memory(2)
     both.write([ids(1, 70, seed=3)[0], ids(1, 16, seed=4)[0]])
@@ -330,7 +337,7 @@ def test_retrieve_every_takes_the_newest_tokens(every: int) -> None:
 
 
 def test_retrieve_every_changes_what_follows_and_nothing_before() -> None:
-    case, prompt = remembering("llama"), ids(1, 9)
+    case, prompt = shared("llama"), ids(1, 9)
     options = {"output_logits": True, "return_dict_in_generate": True, **GREEDY}
     once = case.model.generate(prompt, memory=case.memory, **options)
     for every in (2, 5):
@@ -343,7 +350,7 @@ def test_retrieve_every_changes_what_follows_and_nothing_before() -> None:
 
 
 def test_retrieve_every_in_a_batch_is_that_of_each_row() -> None:
-    case = remembering("llama")
+    case = shared("llama")
     prompts, both = ids(2, 9), case.model.new_memory(2)
     both.write(ids(2, 60, seed=1))
     found = case.model.generate(prompts, memory=both, retrieve_every=2, **GREEDY)

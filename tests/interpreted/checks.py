@@ -211,11 +211,3 @@ def check_gather(kernels, shape, dtype=torch.float32, tiles=SMALL):
 def check_gather_case(kernels, name):
     """One of the cases, in float32."""
     check_gather(kernels, GATHER_CASES[name])
-
-
-CHECKS = {
-    "attention": (ATTENTION_CASES, check_attention_case),
-    "score": (SCORE_CASES, check_score_case),
-    "gather": (GATHER_CASES, check_gather_case),
-}
-"""Module in ``mplus.backends.triton.kernels`` -> names of cases, and the check of one of them."""

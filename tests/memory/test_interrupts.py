@@ -9,6 +9,7 @@ import pytest
 from mplus.stores.eviction import FifoEviction
 from tests.memory import tiny
 from tests.memory.interruption import interrupted_by_signals, interrupted_everywhere
+from tests.modes import on_every_change
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -123,7 +124,7 @@ def test_interrupted_before_any_line(name: str) -> None:
     def write() -> None:
         state["memory"].write(TEXT, source="late")
 
-    for _ in interrupted_everywhere(prepare, write, "/mplus/", most=120):
+    for _ in interrupted_everywhere(prepare, write, "/mplus/", most=on_every_change(45, nightly=120)):
         memory = state["memory"]
         assert 0 <= memory.version <= CHUNKS
         found.add(memory.version)
@@ -162,7 +163,9 @@ def test_forgetting_is_all_or_nothing(change: str) -> None:
         state["memory"] = start.fork()
 
     found = set()
-    for _ in interrupted_everywhere(prepare, lambda: work(state["memory"]), "/mplus/", most=90):
+    for _ in interrupted_everywhere(
+        prepare, lambda: work(state["memory"]), "/mplus/", most=on_every_change(45, nightly=90)
+    ):
         memory = state["memory"]
         found.add(memory.version)
         tiny.assert_content(memory, contents[memory.version])

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.memory import tiny
+from tests.modes import on_every_change
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from mplus.memory import Memory
 
-GENERATIONS = 100
+GENERATIONS = on_every_change(35, nightly=100)
 TOKENS = 3
 
 
@@ -112,7 +113,7 @@ def test_two_readers_and_a_writer() -> None:
 
 
 def test_a_reader_sees_one_state_of_a_memory_that_is_being_written(name: str) -> None:
-    model, chunks, prompt = tiny.variant(name), 40, tiny.prompts(1)
+    model, chunks, prompt = tiny.variant(name), on_every_change(20, nightly=40), tiny.prompts(1)
     memory = tiny.written(name, [60])
     shadow, states = memory.fork(), []
     for chunk in range(chunks + 1):

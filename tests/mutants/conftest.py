@@ -1,14 +1,7 @@
-"""These tests interpret kernels, which is settled when triton is imported: so they run in a process of their own."""
+"""These tests interpret kernels, and altered copies of them."""
 
 from __future__ import annotations
 
-import os
+from tests.interpreting import interpreter
 
-import pytest
-
-
-@pytest.fixture(autouse=True, scope="session")
-def interpreter():
-    """Skip unless kernels are interpreted."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("kernels are interpreted only in a process of their own: TRITON_INTERPRET=1 pytest tests/mutants")
+__all__ = ["interpreter"]

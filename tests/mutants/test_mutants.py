@@ -1,4 +1,4 @@
-"""The checks of the kernels are sharp: they find every planted mistake, and nothing where none is planted."""
+"""The checks are sharp: they find every planted mistake, and nothing where none is planted."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ import pytest
 
 pytest.importorskip("triton")
 
-from mplus.backends.triton import kernels
-from tests.interpreted.checks import CHECKS
-from tests.mutants.planted import MUTANTS
+from tests.mutants import gradients, kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, at what mutants compute
 
-FOLDER = Path(kernels.__file__).parent
+MUTANTS = [*kernels.MUTANTS, *gradients.MUTANTS]
+SUBJECTS = {mutant.subject.module: mutant.subject for mutant in MUTANTS}
 
 
 @pytest.fixture
 def altered(tmp_path, monkeypatch):
-    """Imports a copy of a kernel's module with one text replaced."""
+    """Imports a copy of a subject's module, with one text replaced."""
 
-    def load(kernel, old="", new=""):
-        source = (FOLDER / f"{kernel}.py").read_text(encoding="utf-8")
-        assert not old or source.count(old) == 1, f"stands in {kernel}.py {source.count(old)} times, not once"
-        file = tmp_path / f"altered_{kernel}.py"
+    def load(subject, old="", new=""):
+        source = Path(importlib.util.find_spec(subject.module).origin).read_text(encoding="utf-8")
+        assert not old or source.count(old) == 1, f"stands in {subject.module} {source.count(old)} times, not once"
+        file = tmp_path / f"altered_{subject.module.rpartition('.')[2]}.py"
         file.write_text(source.replace(old, new) if old else source, encoding="utf-8")
         spec = importlib.util.spec_from_file_location(file.stem, file)
         module = importlib.util.module_from_spec(spec)
@@ -37,24 +36,17 @@ def altered(tmp_path, monkeypatch):
     return load
 
 
-@pytest.mark.parametrize("kernel", CHECKS)
-def test_an_unaltered_copy_passes(kernel, altered):
-    check_all(kernel, altered(kernel))
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_an_unaltered_copy_passes(name, altered):
+    SUBJECTS[name].check_all(altered(SUBJECTS[name]))
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.kernel}: {mutant.name}")
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_a_planted_mistake_is_found(mutant, altered):
-    module = altered(mutant.kernel, mutant.old, mutant.new)
-    with pytest.raises(AssertionError, match=r"error|written|zeros"):
-        check_all(mutant.kernel, module, mutant.case)
-
-
-def check_all(kernel, module, only=None):
-    """Check every case of a kernel, or only one."""
-    cases, check = CHECKS[kernel]
-    for case in cases if only is None else [only]:
-        check(module, case)
+    module = altered(mutant.subject, mutant.old, mutant.new)
+    with pytest.raises(AssertionError, match=r"error|written|zeros|not close"):
+        mutant.subject.check_all(module, mutant.case)
 
 
 def test_names_are_unique():
-    assert len({(mutant.kernel, mutant.name) for mutant in MUTANTS}) == len(MUTANTS)
+    assert len(set(map(str, MUTANTS))) == len(MUTANTS)
