@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from attrs import define, evolve
+from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
 
 NO_SOURCE = -1
 """Source number of rows that came with a checkpoint and were never written from a text."""
+
+OWN_COLUMNS = frozenset({"hidden", "birth", "source", "key", "expiry", "projected"})
 
 
 @define(frozen=True, eq=False)
@@ -28,6 +30,7 @@ class MemoryRows:
         expiry: ``[n]`` float64, or None. Merge count at which the row expires (eviction by time to live).
         projected: ``[n, Hkv (D + Dv)]`` float, or None where they are not kept. The layer's keys of the row, not
             rotated, and behind them its values, as the reading adapter makes them.
+        extra: further columns of a store that keeps rows in a form of its own, by name; empty everywhere else.
     """
 
     hidden: Tensor | None
@@ -36,11 +39,14 @@ class MemoryRows:
     key: Tensor | None = None
     expiry: Tensor | None = None
     projected: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(factory=dict)
 
     @staticmethod
     def of(columns: Mapping[str, Tensor]) -> MemoryRows:
         """Rows with just these columns."""
-        return MemoryRows(**{"hidden": None, **columns})  # type: ignore[arg-type]
+        own = {name: column for name, column in columns.items() if name in OWN_COLUMNS}
+        extra = {name: column for name, column in columns.items() if name not in OWN_COLUMNS}
+        return MemoryRows(**{"hidden": None, **own}, extra=extra)  # type: ignore[arg-type]
 
     def need_hidden(self) -> Tensor:
         """``hidden``. Raises MemoryMismatchError where it is not kept."""
@@ -68,6 +74,7 @@ class MemoryRows:
             "key": self.key,
             "expiry": self.expiry,
             "projected": self.projected,
+            **self.extra,
         }
         return {name: column for name, column in named.items() if column is not None}
 

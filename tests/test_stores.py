@@ -25,17 +25,19 @@ from mplus.stores.ram import RamStore
 from mplus.testing.registered import suites
 from mplus.testing.stores import StoreConformance
 from mplus.testing.strategies import CONFORMANCE, draw_rows
+from tests.quantized_reference import QuantizedConformance
 
 if TYPE_CHECKING:
     from mplus.rows import MemoryRows
 
-globals().update(suites(StoreConformance, STORES))
+globals().update(suites(StoreConformance, STORES, {"quantized": QuantizedConformance}))
 
 
 class TestRamStoreOfSmallSlabs(StoreConformance):
     """The same suite where a few rows make many slabs, of which some are joined and some rewritten."""
 
     implementation = RamStore
+    machines = 20
 
     def make(self, layout: StoreLayout) -> RamStore:
         return RamStore(layout, RamStore.Options(slab_rows=4, growth=1.5))

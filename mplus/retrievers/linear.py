@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from attrs import define, field
 from torch import Tensor, nn
 
@@ -97,11 +98,17 @@ class LinearRetriever(Retriever):
             if not pieces.have("key"):
                 raise ValueError("the linear retriever needs rows with keys; this store was made without (key_size=0)")
             texts = [queries[row][query_mask[row]] for row in rows]
-            scores = pieces.rows_only(score_rows(self.options.score, texts, pieces.columns("key")))
+            scores = self._scores(texts, pieces)
             for row, score in zip(rows, scores, strict=True):
                 places, best = top_places(score.to(store.layout.device), k)
                 found[row] = Selection(pieces.ids(places), best)
         return [found[row] for row in range(len(stores))]
+
+    def _scores(self, texts: Sequence[Tensor], pieces: Pieces) -> Tensor:
+        """``[texts, m]`` float32."""
+        if not pieces.pieces:
+            return texts[0].new_empty(len(texts), 0, dtype=torch.float32)
+        return pieces.each("key", lambda keys: score_rows(self.options.score, texts, keys))
 
 
 def _project(projector: nn.Module, hidden: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mplus.stores.base import Column, StoreView
 
 
@@ -35,12 +37,13 @@ class Pieces:
         """Whether the rows have this column, or would have it if there were any."""
         return all(name in piece.columns for piece in self.pieces) if self.pieces else name in self._layout.columns()
 
-    def columns(self, name: str) -> list[Tensor]:
-        """One column, piece by piece, with places among the rows where none is; see ``rows_only``."""
-        return [piece.columns[name] for piece in self.pieces]
+    def each(self, name: str, of: Callable[[Tensor], Tensor]) -> Tensor:
+        """``[..., m]``: what ``of`` makes of one column, piece by piece; ``[..., n]`` of ``[n, w]``.
 
-    def rows_only(self, values: Tensor) -> Tensor:
-        """``[..., m]`` of ``[..., places]``: what was made of the columns, less the places where no row is."""
+        Places where no row is are among what it gets; they are left out of the result.
+        """
+        made = [of(piece.columns[name]) for piece in self.pieces]
+        values = made[0] if len(made) == 1 else torch.cat(made, -1)
         return values if self._rows is None else values.index_select(-1, self._rows.to(values.device))
 
     def ids(self, positions: Tensor) -> Tensor:

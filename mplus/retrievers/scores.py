@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ SCORES: Mapping[str, Score] = {"mean_dot": mean_dot, "sigmoid_mean": sigmoid_mea
 
 
 @torch.no_grad()
-def score_rows(name: str, texts: Sequence[Tensor], keys: Tensor | Sequence[Tensor]) -> Tensor:
+def score_rows(name: str, texts: Sequence[Tensor], keys: Tensor) -> Tensor:
     """The score of every row for each of several texts, a piece of the rows at a time, without autograd.
 
     Where queries and keys are on one NVIDIA GPU and triton is installed, a kernel computes "sigmoid_mean" in one go,
@@ -58,42 +58,31 @@ def score_rows(name: str, texts: Sequence[Tensor], keys: Tensor | Sequence[Tenso
     Args:
         name: of the score.
         texts: queries of each text, ``[T, r]`` with T of at least 1.
-        keys: ``[m, r]``, or several such of m rows together, on any device and in any dtype; moved to the queries and
-            upcast in pieces.
+        keys: ``[m, r]`` on any device and in any dtype; moved to the queries and upcast in pieces.
 
     Returns:
         ``[texts, m]`` float32 on the device of the queries.
     """
     device = texts[0].device
-    parts = [keys] if isinstance(keys, Tensor) else keys
-    scores = torch.empty(len(texts), sum(part.shape[0] for part in parts), device=device)
-    if name == "sigmoid_mean" and not any(reasons_against_scoring(text, part) for text in texts for part in parts):
+    scores = torch.empty(len(texts), keys.shape[0], device=device)
+    if name == "sigmoid_mean" and not any(reasons_against_scoring(text, keys) for text in texts):
         for number, text in enumerate(texts):
-            for place, part in _placed(parts):
-                scores[number, place] = sigmoid_means(text[None], None, part)[0]
+            scores[number] = sigmoid_means(text[None], None, keys)[0]
         return scores
     with torch.autocast(device.type, enabled=False):
         groups = [text.float() for text in texts]
         if name == "mean_dot":  # one query vector each: all texts in one product
             groups = [torch.stack([text.mean(0) for text in groups])]
-        largest = max(1, MAX_PRODUCTS // max(group.shape[0] for group in groups))
-        for place, piece in _placed([piece for part in parts for piece in part.split(largest)]):
-            columns = piece.to(device=device, dtype=torch.float32).T
+        piece = max(1, MAX_PRODUCTS // max(group.shape[0] for group in groups))
+        for start in range(0, keys.shape[0], piece):
+            part = keys[start : start + piece].to(device=device, dtype=torch.float32).T
             for number, group in enumerate(groups):
-                products = group @ columns
+                products = group @ part
                 if name == "mean_dot":
-                    scores[:, place] = products
+                    scores[:, start : start + piece] = products
                 else:
-                    scores[number, place] = products.sigmoid_().mean(0)
+                    scores[number, start : start + piece] = products.sigmoid_().mean(0)
     return scores
-
-
-def _placed(parts: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
-    """Every part, and where its rows stand among all."""
-    start = 0
-    for part in parts:
-        yield slice(start, start + part.shape[0]), part
-        start += part.shape[0]
 
 
 def _check(queries: Tensor, mask: Tensor, keys: Tensor) -> None:

@@ -16,7 +16,7 @@ STORES: Registry[MemoryStore] = Registry(
     "store",
     group="mplus.stores",
     base="mplus.stores.base:MemoryStore",
-    builtin={"ram": "mplus.stores.ram:RamStore"},
+    builtin={"ram": "mplus.stores.ram:RamStore", "quantized": "mplus.stores.quantized:QuantizedStore"},
 )
 
 EVICTION: Registry[EvictionPolicy] = Registry(

@@ -30,6 +30,8 @@ class StoreLayout:
         device: where the rows are kept.
         projected_size: width of ``MemoryRows.projected``; 0 where rows have no projections.
         keeps_hidden: whether rows have ``MemoryRows.hidden``.
+        key_dtype: dtype of ``key``, where it is another one; None: ``dtype``.
+        extra: name, shape of one row and dtype of each column in ``MemoryRows.extra``.
     """
 
     layers: int
@@ -40,6 +42,8 @@ class StoreLayout:
     device: torch.device = torch.device("cpu")
     projected_size: int = 0
     keeps_hidden: bool = True
+    key_dtype: torch.dtype | None = None
+    extra: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = ()
 
     @property
     def row_bytes(self) -> int:
@@ -57,10 +61,10 @@ class StoreLayout:
         if self.projected_size:
             columns["projected"] = ((self.projected_size,), self.dtype)
         if self.key_size:
-            columns["key"] = ((self.key_size,), self.dtype)
+            columns["key"] = ((self.key_size,), self.key_dtype or self.dtype)
         if self.expiry:
             columns["expiry"] = ((), torch.float64)
-        return columns
+        return {**columns, **{name: (shape, dtype) for name, shape, dtype in self.extra}}
 
     def check(self, rows: MemoryRows) -> None:
         """Raise InputError (a ValueError) unless ``rows`` have exactly this layout's columns; any device will do."""

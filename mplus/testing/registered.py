@@ -5,17 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mplus.registry import Registry
 
 
-def suites(suite: type, registry: Registry[Any]) -> dict[str, type]:
+def suites(suite: type, registry: Registry[Any], special: Mapping[str, type] | None = None) -> dict[str, type]:
     """One subclass of ``suite`` per registered implementation, by the name under which pytest collects it.
 
     Put into a test module's namespace (``globals().update(suites(StoreConformance, STORES))``), every
     implementation is tested without being listed, installed plug-ins included.
+
+    Args:
+        suite: the suite.
+        registry: the implementations.
+        special: by name, subclasses of ``suite`` for implementations that need one.
     """
     made: dict[str, type] = {}
     for name in registry.names():
         title = "Test" + "".join(part.capitalize() for part in name.replace("-", "_").split("_")) + suite.__name__
-        made[title] = type(title, (suite,), {"implementation": registry.get(name)})
+        made[title] = type(title, ((special or {}).get(name, suite),), {"implementation": registry.get(name)})
     return made

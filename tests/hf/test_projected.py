@@ -148,6 +148,27 @@ class TestReading:
             column.copy_(before)
 
 
+class TestStores:
+    def test_rows_in_many_slabs_read_as_in_one(self, shared: Pair) -> None:
+        for rows in ("projected", "both"):
+            one = written(shared, rows, chunks=8)
+            many = written(shared, rows, chunks=8, store={"name": "ram", "slab_rows": 2})
+            assert len(many.stores[0].slab_layers[0].slabs) > 4
+            for memory in (one, many):
+                memory.forget("text") if rows == "both" else None
+                memory.write(shared.text(3 * CHUNK, seed=5)[0], source="more")
+            assert error(logits(shared, one), logits(shared, many)) <= TOLERANCE
+
+    @pytest.mark.parametrize("form", ["int8", "fp8"])
+    def test_rows_in_8_bits_read_almost_as_others(self, shared: Pair, form: str) -> None:
+        store = {"name": "quantized", "format": form, "group": 8, "keys": False}  # so that the same rows are retrieved
+        for rows in ("projected", "hidden"):
+            plain = logits(shared, written(shared, rows))
+            found = logits(shared, written(shared, rows, store=store))
+            wrong = (found - plain).std() / plain.std()
+            assert 0 < wrong < {"int8": 0.02, "fp8": 0.06}[form], f"{wrong:.3g}"
+
+
 class TestWork:
     @pytest.fixture
     def projected(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:

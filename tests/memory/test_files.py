@@ -170,6 +170,16 @@ def test_half_precision(tmp_path: Path) -> None:
     tiny.assert_same(again, memory)
 
 
+def test_rows_in_8_bits_are_loaded_as_they_were_read(tmp_path: Path) -> None:
+    for name, store in (("a", "quantized"), ("b", {"name": "quantized", "format": "fp8", "group": 3})):
+        model = tiny.build(store=store)
+        memory = model.new_memory()
+        memory.write(tiny.ids(150))
+        assert memory.stores[0].count(0) > 0
+        memory.save(tmp_path / name)
+        tiny.assert_same(mplus.Memory.load(tmp_path / name, model), memory)
+
+
 def test_other_store_budget_eviction_and_backend_read_it(tmp_path: Path) -> None:
     class OtherStore(RamStore):
         name = "other"

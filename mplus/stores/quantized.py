@@ -1,0 +1,249 @@
+"""QuantizedStore: rows in 8 bits, in a store of another kind."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
+
+import torch
+from attrs import define, evolve, field
+from torch import Tensor
+
+from mplus.config import Component, flag, one_of, whole
+from mplus.errors import MemoryMismatchError
+from mplus.rows import MemoryRows
+from mplus.stores.base import Column, Content, MemoryStore, Piece, StoreLayout, StoreView
+from mplus.stores.build import build_store
+from mplus.stores.quantizing import FORMATS, Format, arithmetic_of, groups_of, quantised, restored
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+WIDE = ("hidden", "projected", "key")
+"""Columns that can be quantised."""
+
+
+@define(frozen=True)
+class Coding:
+    """How a store of 8 bits keeps its columns.
+
+    Attributes:
+        layout: of the rows as they are read.
+        form: of the codes.
+        group: numbers that share a scale.
+        names: columns that are quantised.
+        arithmetic: dtype in which numbers are computed from codes.
+        key_dtype: dtype in which keys are kept that are not quantised.
+    """
+
+    layout: StoreLayout
+    form: Format
+    group: int
+    names: tuple[str, ...]
+    arithmetic: torch.dtype
+    key_dtype: torch.dtype
+
+    @property
+    def inner(self) -> StoreLayout:
+        """Layout of the rows as they are kept."""
+        columns = self.layout.columns()
+        extra = tuple(
+            (_exponent(name), (groups_of(columns[name][0][0], self.group),), torch.int16) for name in self.names
+        )
+        key_dtype = None if "key" in self.names else self.key_dtype
+        return evolve(self.layout, dtype=self.form.codes, key_dtype=key_dtype, extra=extra)
+
+    def encode(self, rows: MemoryRows) -> MemoryRows:
+        """Rows as they are kept. Raises NonFiniteError for NaN or Inf in what is quantised."""
+        columns = rows.columns()
+        for name in self.names:
+            columns[name], columns[_exponent(name)] = quantised(columns[name].detach(), self.form, self.group)
+        if "key" in columns and "key" not in self.names:
+            columns["key"] = columns["key"].to(self.key_dtype)
+        return MemoryRows.of(columns)
+
+    def needed(self, names: Collection[str]) -> list[str]:
+        """Columns that are kept, for those that are wanted."""
+        return [*names, *(_exponent(name) for name in self.names if name in names)]
+
+    def decoded(self, name: str, kept: Mapping[str, Tensor]) -> Tensor:
+        """One column as it is read, from those that are kept."""
+        dtype = self.layout.dtype
+        if name not in self.names:
+            return kept[name].to(dtype) if name in WIDE else kept[name]
+        return restored(kept[name], kept[_exponent(name)], self.form, self.group, dtype, self.arithmetic)
+
+    def decode(self, rows: MemoryRows) -> MemoryRows:
+        """Rows as they are read, of the columns that are there."""
+        kept = rows.columns()
+        return MemoryRows.of({name: self.decoded(name, kept) for name in self.layout.columns() if name in kept})
+
+
+@define(frozen=True, eq=False)
+class _Decoding(Mapping[str, Tensor]):
+    """Columns of a piece; each is computed when it is asked for, and not kept."""
+
+    coding: Coding
+    kept: Mapping[str, Tensor]
+    names: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.coding.decoded(name, self.kept)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class _Reading(StoreView):
+    """Reads quantised rows of an inner view."""
+
+    coding: Coding
+    inner: StoreView
+
+    def ids(self, layer: int) -> Tensor:
+        """Those of the inner store."""
+        return self.inner.ids(layer)
+
+    def count(self, layer: int) -> int:
+        """Number of rows."""
+        return self.inner.count(layer)
+
+    def column(self, layer: int, name: Column) -> Tensor | None:
+        """One column of all rows; what is quantised is computed anew each time: ``pieces`` need less memory."""
+        if name not in self.layout.columns():
+            return None
+        kept = {part: self.inner.column(layer, cast("Column", part)) for part in self.coding.needed([name])}
+        return self.coding.decoded(name, cast("dict[str, Tensor]", kept))
+
+    def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column | Content] = ()) -> MemoryRows:
+        """Copies of the rows with these ids. Raises KeyError naming a missing one."""
+        unread = cast("list[Column]", self.coding.needed(leave_out))
+        return self.coding.decode(self.inner.gather(layer, ids, unread))
+
+    def pieces(self, layer: int, *names: Column | Content) -> Sequence[Piece]:
+        """The pieces of the inner store; what is quantised is computed when a column of a piece is looked at."""
+        wanted = tuple(name for name in names if name in self.layout.columns())
+        needed = cast("list[Column]", self.coding.needed(wanted))
+        return [
+            evolve(piece, columns=_Decoding(self.coding, piece.columns, wanted))
+            for piece in self.inner.pieces(layer, *needed)
+        ]
+
+
+class QuantizedView(_Reading):
+    """What a ``QuantizedStore`` held at one moment."""
+
+    def __init__(self, coding: Coding, inner: StoreView) -> None:
+        self.coding, self.inner, self.layout, self.origin = coding, inner, coding.layout, inner.origin
+
+
+def _component(value: Any) -> Component:
+    return Component.of(value)
+
+
+class QuantizedStore(_Reading, MemoryStore):
+    """Hidden states, keys and values and retriever keys in 8 bits; birth, source and expiry as they are.
+
+    Each row is divided into groups that share a scale, a power of two (so a store that is saved and loaded has the
+    same rows). A number x of a group with the scale s reads back as x' with ``|x - x'| <= s / 2`` for int8, where
+    ``127 s / 2 < max |x| <= 127 s``, and ``|x - x'| <= max(|x| / 16, s / 1024)`` for fp8. Rows with NaN or Inf are
+    refused.
+    """
+
+    @define(frozen=True, kw_only=True)
+    class Options(MemoryStore.Options):
+        """Where the rows are kept and how.
+
+        Attributes:
+            inner: the store that holds them, by name or with options.
+            format: "int8", or "fp8" (e4m3, coarser for the large numbers of a group and finer for the small ones).
+            group: numbers of a row that share a scale; each scale takes two bytes.
+            keys: whether retriever keys are quantised, too; otherwise they stay in the dtype the store was made with.
+        """
+
+        inner: Component = field(default=Component("ram"), converter=_component)
+        format: Literal["int8", "fp8"] = field(default="int8", validator=one_of(*FORMATS))
+        group: int = field(default=64, validator=whole(1))
+        keys: bool = field(default=True, validator=flag)
+
+    options: Options
+    inner: MemoryStore
+    name: ClassVar[str] = "quantized"
+
+    def __init__(self, layout: StoreLayout, options: Any = None) -> None:
+        MemoryStore.__init__(self, layout, options)
+        names = tuple(name for name in WIDE if name in layout.columns() and (name != "key" or self.options.keys))
+        form = FORMATS[self.options.format]
+        self.coding = Coding(layout, form, self.options.group, names, arithmetic_of(layout.dtype), layout.dtype)
+        self._hold(build_store(self.options.inner, self.coding.inner))
+
+    def append(self, layer: int, rows: MemoryRows) -> Tensor:
+        """Copies of ``rows`` in 8 bits. Raises InputError for another layout, NonFiniteError for NaN or Inf."""
+        self.layout.check(rows)
+        return self.inner.append(layer, self.coding.encode(rows))
+
+    def remove(self, layer: int, ids: Tensor) -> None:
+        """Delete the rows with these ids."""
+        self.inner.remove(layer, ids)
+
+    def snapshot(self) -> QuantizedView:
+        """A view of the present rows."""
+        return QuantizedView(self.coding, self.inner.snapshot())
+
+    def restore(self, snapshot: StoreView) -> None:
+        """Go back to a snapshot. Raises MemoryMismatchError when it is of another kind of store or layout."""
+        if not isinstance(snapshot, QuantizedView) or snapshot.coding != self.coding:
+            raise MemoryMismatchError(
+                f"restore takes a snapshot of this store, a quantised one of {self.layout}, "
+                f"got a {type(snapshot).__name__} of {getattr(snapshot, 'layout', None)}"
+            )
+        self.inner.restore(snapshot.inner)
+
+    def fork(self) -> Self:
+        """A store around a fork of the inner one."""
+        return self._around(self.inner.fork(), self.coding)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """The same codes elsewhere, or read as another dtype."""
+        layout = evolve(
+            self.layout,
+            device=self.layout.device if device is None else torch.device(device),
+            dtype=self.layout.dtype if dtype is None else dtype,
+        )
+        coding = evolve(
+            self.coding,
+            layout=layout,
+            arithmetic=torch.promote_types(self.coding.arithmetic, arithmetic_of(layout.dtype)),
+        )
+        return self._around(self.inner.to(device), coding)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the inner store: codes, exponents and all else."""
+        return self.inner.nbytes
+
+    def close(self) -> None:
+        """Close the inner store."""
+        self.inner.close()
+
+    def _around(self, inner: MemoryStore, coding: Coding) -> Self:
+        store = object.__new__(type(self))
+        MemoryStore.__init__(store, coding.layout, self.options)
+        store.coding = coding
+        store._hold(inner)
+        return store
+
+    def _hold(self, inner: MemoryStore) -> None:
+        self.inner, self.origin = inner, inner.origin
+
+
+def _exponent(name: str) -> str:
+    return f"{name}_exponent"
