@@ -12,7 +12,7 @@ PAGES = [recording.ROOT / "README.md", *sorted((recording.ROOT / "docs").glob("*
 COMMANDS = {"demo", "demo-novel", "info", "plugins", "replay", "train", "import", "memory show", "memory verify"}
 COMMANDS |= {"memory forget", "memory sources"}
 COMMANDS |= {"eval retention", "eval harm", "eval retriever", "eval abstention"}
-COMMANDS |= {"bench read", "bench write", "bench decode", "bench score", "bench attention"}
+COMMANDS |= {"bench read", "bench write", "bench decode", "bench score", "bench attention", "bench store"}
 
 
 def test_the_page_is_current() -> None:
