@@ -37,7 +37,7 @@ def test_the_commands():
         "memory": {"forget", "show", "sources", "verify"},
         "eval": {"abstention", "harm", "retention", "retriever"},
     }
-    grouped["bench"] = {"attention", "decode", "read", "score", "write"}
+    grouped["bench"] = {"attention", "decode", "read", "score", "store", "write"}
     assert {path for path in ALL if len(path) == 2} == {(group, name) for group in grouped for name in grouped[group]}
 
 
