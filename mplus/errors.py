@@ -51,6 +51,10 @@ class MemoryFileError(MPlusError, ValueError):
     """A saved memory is truncated, altered, foreign or of a newer format."""
 
 
+class LiveMemoryError(MPlusError, RuntimeError):
+    """A memory in a directory cannot be changed now: open elsewhere, for reading only, closed, or its disk failed."""
+
+
 class CheckpointError(MPlusError, ValueError):
     """A checkpoint, published or of a training, or a run's folder lacks something, does not fit, or cannot be kept."""
 

@@ -17,7 +17,7 @@ from mplus.cli.eval_retention import retention
 from mplus.cli.eval_retriever import retriever
 from mplus.cli.import_ import import_checkpoint
 from mplus.cli.info import info
-from mplus.cli.memory import show, verify
+from mplus.cli.memory import repair, show, verify
 from mplus.cli.memory_sources import forget, sources
 from mplus.cli.plugins import plugins
 from mplus.cli.replay import replay
@@ -61,6 +61,7 @@ def _app() -> typer.Typer:
     memory.command()(sources)
     memory.command()(forget)
     memory.command()(verify)
+    memory.command()(repair)
     commands.add_typer(memory, name="memory")
     evaluation = typer.Typer(no_args_is_help=True, help="Measure a memory, its baselines and what it costs.")
     evaluation.command()(retention)

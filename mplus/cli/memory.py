@@ -1,4 +1,4 @@
-"""``mplus memory show`` and ``mplus memory verify``."""
+"""``mplus memory show``, ``mplus memory verify`` and ``mplus memory repair``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from mplus.memory.manifest import Manifest, StreamEntry
 
 Saved = Annotated[Path, typer.Argument(help="Folder written by Memory.save.", show_default=False)]
+Kept = Annotated[Path, typer.Argument(help="Folder written by Memory.save or Memory.open.", show_default=False)]
+Out = Annotated[Path, typer.Argument(help="Folder for what is sound; empty or new.", show_default=False)]
 
 
 def show(
@@ -39,9 +41,9 @@ def show(
         console.print(_sources(stream))
 
 
-def verify(path: Saved) -> None:
-    """Read every byte of a saved memory and check it against its checksums. Exit code 1: there are faults."""
-    from mplus.memory.manifest import read_manifest
+def verify(path: Kept) -> None:
+    """Read every byte of a memory on disk and check it against its checksums. Exit code 1: there are faults."""
+    from mplus.memory.manifest import LIVE_FORMAT, is_memory, read_manifest
     from mplus.memory.verify import verify as faults_of
 
     faults = faults_of(path)
@@ -50,8 +52,23 @@ def verify(path: Saved) -> None:
     if faults:
         print(f"{path}: {len(faults)} fault{'s' if len(faults) > 1 else ''}", file=sys.stderr)
         raise typer.Exit(1)
+    if is_memory(path, LIVE_FORMAT):
+        print(f"{path} is sound: all checksums match")
+        return
     data = read_manifest(path).data
     print(f"{path} is sound: {len(data.tensors):,} tensors, {size(data.bytes)}, all checksums match")
+
+
+def repair(path: Kept, out: Out) -> None:
+    """Save what is sound of a damaged memory as a new one. Exit code 1: something was lost, and is listed."""
+    from mplus.memory.repair import repair as saved
+
+    lost = saved(path, out)
+    for part in lost:
+        print(f"lost: {part}", file=sys.stderr)
+    print(f"{out} holds {'what was sound of' if lost else 'all of'} {path}: Memory.load reads it")
+    if lost:
+        raise typer.Exit(1)
 
 
 def _facts(manifest: Manifest) -> dict[str, object]:

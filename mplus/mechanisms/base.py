@@ -57,11 +57,19 @@ class Retrieved:
 
 @define(frozen=True)
 class Absorbed:
-    """What a write did to a stream: its new ``state``, rows ``dropped`` from the STM and ``evicted`` from the LTM."""
+    """What a write did to a stream.
+
+    Attributes:
+        state: the new one.
+        dropped, evicted: rows that left the STM and the LTM.
+        stayed: per layer, places of the short-term rows that stayed, in order; in ``state.stm`` they come first. None:
+            not known; a memory in a directory then writes down all of them.
+    """
 
     state: StreamState
     dropped: int
     evicted: int
+    stayed: tuple[Tensor, ...] | None = None
 
 
 class MemoryMechanism(ABC):
@@ -147,7 +155,7 @@ class MemoryMechanism(ABC):
     def absorb(self, state: StreamState, block: Sequence[Tensor], source: int, context: WriteContext) -> Absorbed:
         """Take the new rows ``block`` (per layer ``[k, d]``), written from ``source``, into a stream."""
         k = block[0].shape[0]
-        stm, dropped, newest = [], [], []
+        stm, dropped, newest, stayed = [], [], [], []
         permutation: Tensor | None = None
         for layer, (old, hidden) in enumerate(zip(state.stm, block, strict=True)):
             excess = max(len(old) + k - self.config.short_term_tokens, 0)
@@ -157,12 +165,13 @@ class MemoryMechanism(ABC):
             new = self._new_rows(layer, hidden, source, state, old, context)
             stm.append(MemoryRows.cat([old.select(stay), new]))  # a copy: the block is a view of all the pass computed
             dropped.append(old.select(leave))
+            stayed.append(stay)
             if state.newest:
                 own = torch.cat([state.kept(layer, stay), hidden.to(state.newest[layer])])
                 newest.append(own[max(own.shape[0] - self.config.memory_tokens_per_chunk, 0) :].clone())
         moved = evolve(state, stm=tuple(stm), newest=tuple(newest), clock=state.clock + k)
         moved, evicted = self.keep_dropped(moved, dropped, context)
-        return Absorbed(moved, max(len(rows) for rows in dropped), evicted)
+        return Absorbed(moved, max(len(rows) for rows in dropped), evicted, tuple(stayed))
 
     def _new_rows(
         self, layer: int, hidden: Tensor, source: int, state: StreamState, like: MemoryRows, context: WriteContext

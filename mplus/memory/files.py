@@ -48,10 +48,11 @@ from mplus.memory.manifest import (
 )
 from mplus.memory.memory import Memory
 from mplus.memory.stream import StreamView
-from mplus.memory.tensors import Part, TensorReader, write_tensors
+from mplus.memory.tensors import TensorReader, write_tensors
 from mplus.memory.unpacking import read_streams, read_usage
 from mplus.stores.base import StoreLayout, StoreView
 from mplus.stores.build import build_eviction
+from mplus.stores.disk.parts import Part
 from mplus.stores.eviction import EvictionPolicy
 
 PIECE_BYTES = 2**26
@@ -116,12 +117,12 @@ def replace(
         manifest = Manifest(
             written_by=mplus.__version__,
             fingerprint=facts.fingerprint,
-            layout=_layout_entry(views[0].store.layout),
+            layout=layout_entry(views[0].store.layout),
             eviction=facts.eviction,
             bytes_budget=facts.bytes_budget,
             capacity=facts.capacity,
             text_capacity=facts.text_capacity,
-            streams=tuple(map(_stream_entry, views, numbers)),
+            streams=tuple(map(stream_entry, views, numbers)),
             data=DataEntry(file=name, bytes=size, sha256=digest, tensors=entries),
         )
         with head.open("xb") as file:
@@ -193,7 +194,8 @@ def store_numbers(stores: Sequence[StoreView]) -> list[int]:
     return [first.setdefault(id(store), number) for number, store in enumerate(stores)]
 
 
-def _layout_entry(layout: StoreLayout) -> LayoutEntry:
+def layout_entry(layout: StoreLayout) -> LayoutEntry:
+    """What a manifest says about rows."""
     return LayoutEntry(
         layers=layout.layers,
         hidden_size=layout.hidden_size,
@@ -205,7 +207,8 @@ def _layout_entry(layout: StoreLayout) -> LayoutEntry:
     )
 
 
-def _stream_entry(view: StreamView, store: int) -> StreamEntry:
+def stream_entry(view: StreamView, store: int) -> StreamEntry:
+    """What a manifest says about a stream whose store has this number."""
     state = view.state
     return StreamEntry(
         clock=state.clock,
@@ -219,15 +222,20 @@ def _stream_entry(view: StreamView, store: int) -> StreamEntry:
 
 def _parts(views: Sequence[StreamView], draws: Sequence[Tensor], numbers: Sequence[int]) -> Iterator[Part]:
     for i, (view, draw) in enumerate(zip(views, draws, strict=True)):
-        for name, tensor in _of_stream(view):
-            yield _whole(f"stream.{i}.{name}", tensor)
-        yield _whole(f"stream.{i}.generator", draw)
+        yield from stream_parts(i, view, draw)
     for number, store in {number: view.store for number, view in zip(numbers, views, strict=True)}.items():
         for layer in range(store.layout.layers):
             count = store.count(layer)
             for column, (shape, dtype) in store.layout.columns().items():
                 pieces = partial(_pieces, store, layer, column)
                 yield Part(f"store.{number}.{layer}.{column}", dtype, (count, *shape), pieces)
+
+
+def stream_parts(number: int, view: StreamView, draw: Tensor) -> Iterator[Part]:
+    """Everything of a stream but its long-term rows."""
+    for name, tensor in _of_stream(view):
+        yield Part.whole(f"stream.{number}.{name}", tensor)
+    yield Part.whole(f"stream.{number}.generator", draw)
 
 
 def _of_stream(view: StreamView) -> Iterator[tuple[str, Tensor]]:
@@ -246,10 +254,6 @@ def _of_stream(view: StreamView) -> Iterator[tuple[str, Tensor]]:
     if view.usage is not None:
         for layer in range(view.store.layout.layers):
             yield f"usage.{layer}", view.usage.times(layer, view.store.ids(layer))
-
-
-def _whole(name: str, tensor: Tensor) -> Part:
-    return Part(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor])
 
 
 def _pieces(store: StoreView, layer: int, column: Any) -> Iterable[Tensor]:

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar, get_args
 
 import attrs
 import cattrs
@@ -18,7 +18,13 @@ from mplus.errors import MemoryFileError, MemoryMismatchError
 from mplus.memory.folder import DATA, MANIFEST
 from mplus.memory.stream import Source
 
+M = TypeVar("M")
 FORMAT = "mplus-memory"
+LIVE_FORMAT = "mplus-live-memory"
+HINTS = {
+    LIVE_FORMAT: " but a memory in a directory: Memory.open opens it",
+    FORMAT: " but a saved one: Memory.load reads it",
+}
 VERSION = 1
 """Format version that is written, and the newest that is read."""
 
@@ -83,6 +89,18 @@ class DataEntry:
     tensors: dict[str, TensorEntry]
 
 
+class Belonging(Protocol):
+    """A manifest of a memory of one decoder."""
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Facts about the decoder."""
+
+    @property
+    def layout(self) -> LayoutEntry:
+        """What the rows look like."""
+
+
 @define(frozen=True, kw_only=True)
 class Manifest:
     """A saved memory without its tensors.
@@ -111,8 +129,13 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of the file, with a digest of its own content."""
-        plain = {"format": FORMAT, "version": VERSION, **_converter().unstructure(self)}
-        return json.dumps({**plain, "digest": _digest(plain)}, indent=1) + "\n"
+        return to_text(self, FORMAT, VERSION)
+
+
+def to_text(manifest: Any, form: str, version: int) -> str:
+    """A manifest (an attrs instance) as JSON, with its format, version, and a digest of its own content."""
+    plain = {"format": form, "version": version, **_converter(type(manifest)).unstructure(manifest)}
+    return json.dumps({**plain, "digest": _digest(plain)}, indent=1) + "\n"
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -122,14 +145,32 @@ def read_manifest(path: str | Path) -> Manifest:
         MemoryFileError: there is none, it was truncated or altered, is of a newer format, or is something else.
     """
     file = Path(path) / MANIFEST
+    manifest = from_file(file, Manifest, FORMAT, VERSION, "a saved memory")
+    _check(manifest, file)
+    return manifest
+
+
+def from_file(file: Path, cls: type[M], form: str, newest: int, what: str) -> M:
+    """Read what ``to_text`` wrote.
+
+    Args:
+        file: its path.
+        cls: attrs class of the manifest.
+        form, newest: its format, and the newest version that is read.
+        what: has this format, in words.
+
+    Raises:
+        MemoryFileError: as ``read_manifest``.
+    """
     plain = _parse(_read(file), file)
-    if plain is None or plain.get("format") != FORMAT:
+    if plain is None or plain.get("format") != form:
         held = "something else" if plain is None else f"format {plain.get('format')!r}"
-        raise MemoryFileError(f"{file} must have format {FORMAT!r}, got {held}: this is not a saved memory")
+        hint = HINTS.get(str(plain and plain.get("format")), "")
+        raise MemoryFileError(f"{file} must have format {form!r}, got {held}: this is not {what}{hint}")
     version = plain.get("version")
-    if isinstance(version, int) and version > VERSION:
+    if isinstance(version, int) and version > newest:
         raise MemoryFileError(
-            f"{file} was written by format version {version}, this mplus reads up to {VERSION}: upgrade mplus"
+            f"{file} was written by format version {version}, this mplus reads up to {newest}: upgrade mplus"
         )
     if type(version) is not int or version < 1:
         raise MemoryFileError(f"{file} must have a format version of at least 1, got {version!r}: it was altered")
@@ -139,18 +180,16 @@ def read_manifest(path: str | Path) -> Manifest:
             f"{file} was altered after it was saved: its digest must be {expected}, got {actual}: use another copy"
         )
     try:
-        manifest = _converter().structure(plain, Manifest)
+        return _converter(cls).structure(plain, cls)
     except cattrs.BaseValidationError as error:
         faults = "; ".join(cattrs.transform_error(error, path="manifest"))
         raise MemoryFileError(f"{file} does not describe a memory: {faults}") from error
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise MemoryFileError(f"{file} does not describe a memory: {error!r}") from error
-    _check(manifest, file)
-    return manifest
 
 
-def is_memory(folder: Path) -> bool:
-    """Whether ``folder`` has a manifest of a memory, of whatever version. Raises MemoryFileError if nobody can tell."""
+def is_memory(folder: Path, form: str = FORMAT) -> bool:
+    """Whether ``folder`` has a manifest of this format, of any version. Raises MemoryFileError if nobody can tell."""
     file = folder / MANIFEST
     if not file.exists():
         return False
@@ -159,10 +198,10 @@ def is_memory(folder: Path) -> bool:
         plain = _parse(text, file)
     except MemoryFileError:
         return False
-    return plain is not None and plain.get("format") == FORMAT
+    return plain is not None and plain.get("format") == form
 
 
-def check_belongs(manifest: Manifest, fingerprint: Mapping[str, Any], dtype: torch.dtype, where: str | Path) -> None:
+def check_belongs(manifest: Belonging, fingerprint: Mapping[str, Any], dtype: torch.dtype, where: str | Path) -> None:
     """Raise MemoryMismatchError, with every fact that differs, unless the memory was made by this decoder."""
     own = {**json.loads(json.dumps(fingerprint)), "dtype": name_of(dtype)}
     earlier = {name: value for name, value in EARLIER.items() if name in own}
@@ -227,10 +266,19 @@ def _check(manifest: Manifest, file: Path) -> None:
             raise MemoryFileError(f"{file}: streams[{number}].store must be a store's number, got {stream.store}")
 
 
-def _converter() -> cattrs.BaseConverter:
+def _converter(manifest: type) -> cattrs.BaseConverter:
     # Not cattrs.Converter: an interrupt while that one generates code leaves the class unusable in this thread.
-    for cls in (Manifest, LayoutEntry, StreamEntry, Source, DataEntry, TensorEntry):
-        attrs.resolve_types(cls)
+    _resolve(manifest)
     converter = cattrs.BaseConverter(detailed_validation=False)
     converter.register_unstructure_hook(tuple, list)
     return converter
+
+
+def _resolve(annotation: Any) -> None:
+    """Turn the written annotations of attrs classes into types, wherever they stand in ``annotation``."""
+    if isinstance(annotation, type) and attrs.has(annotation):
+        attrs.resolve_types(annotation)
+        for part in attrs.fields(annotation):
+            _resolve(part.type)
+    for part in get_args(annotation):
+        _resolve(part)

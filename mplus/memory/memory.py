@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from attrs import evolve
@@ -16,9 +16,9 @@ from mplus.errors import InputError
 from mplus.memory.budget import Budget
 from mplus.memory.checks import check_chunk, check_dtype, check_row, check_rows, check_vocabulary
 from mplus.memory.chunking import to_names
-from mplus.memory.content import MemoryContent
 from mplus.memory.engine import engine_of
 from mplus.memory.forgetting import forget
+from mplus.memory.keeping import Keeping, Stayed
 from mplus.memory.rebuilding import rebuilt
 from mplus.memory.refreshing import refresh
 from mplus.memory.report import ForgetReport, WriteReport
@@ -30,10 +30,13 @@ from mplus.memory.writing import Made, Stream, keys, write_streams, write_togeth
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore
 
+if TYPE_CHECKING:
+    from mplus.memory.durable.live import LiveMemory
+
 T = TypeVar("T")
 
 
-class Memory(MemoryContent):
+class Memory(Keeping):
     """Short-term rows, long-term rows and where they came from; explicit state that is passed to a decoder.
 
     Made by ``model.new_memory`` or ``Memory.load``. Reading never changes it. A read works on a snapshot, so a write
@@ -78,6 +81,7 @@ class Memory(MemoryContent):
         check_vocabulary(ids, self.engine.vocab_size)
         names = to_names(source, self.batch_size)
         check_dtype(self.dtype, self.engine.layout.dtype)
+        self.check_writable()
         self.keep_up()
         report = WriteReport.nothing(self.batch_size)
         with self._write_lock:
@@ -94,6 +98,7 @@ class Memory(MemoryContent):
             turn: see ``mplus.memory.texts.Text``.
         """
         tokens = ids.shape[1]
+        stayed: dict[int, Sequence[Tensor]] = {}
 
         def absorb(states: list[StreamState]) -> None:
             for stream, rows, text in zip(streams, made, ids, strict=True):
@@ -103,12 +108,14 @@ class Memory(MemoryContent):
                 context = self._context(row, rows.projected)
                 absorbed = self.engine.mechanism.absorb(state, rows.hidden, number, context)
                 states[row] = absorbed.state
+                if absorbed.stayed is not None:
+                    stayed[row] = absorbed.stayed
                 report.tokens[row] += tokens
                 report.chunks[row] += 1
                 report.dropped_rows[row] += absorbed.dropped
                 report.evicted_rows[row] += absorbed.evicted
 
-        self._change(absorb)
+        self._change(absorb, stayed)
 
     def _context(self, row: int, projected: Sequence[Tensor]) -> WriteContext:
         generator = self.generators[row]
@@ -122,21 +129,28 @@ class Memory(MemoryContent):
             usage=self._usage[row],
         )
 
-    def _change(self, change: Callable[[list[StreamState]], T]) -> T:
-        """Let ``change`` alter a list of the states, and the stores; on any exception all is as before."""
+    def _change(self, change: Callable[[list[StreamState]], T], stayed: Stayed | None = None) -> T:
+        """Let ``change`` alter a list of the states, and the stores; on any exception all is as before.
+
+        ``stayed``: of a write, filled by ``change``; None: it is another change.
+        """
         # No context manager of our own: an interrupt on the way into its exit would leave the change half done.
         with self._state_lock:
+            self._begin()
             self._stores = unshared(self._stores)
             before = [store.snapshot() for store in self._stores]
             draws = [generator.get_state() for generator in self.generators]
             parts = self._stores, self.generators, self._usage
-            states, after = list(self._states), None
+            states, after = list(self._states), cast("tuple[StreamState, ...] | None", None)
             try:
                 result = change(states)
                 after = tuple(states)
+                self._keep(after, stayed)
                 self._states, self._version = after, self._version + 1
             except BaseException:
-                if self._states is not after:
+                if self._states is not after and after is not None and self._settled(after):
+                    self._states, self._version = after, self._version + 1
+                elif self._states is not after:
                     self._stores, self.generators, self._usage = parts
                     for store, snapshot in zip(self._stores, before, strict=True):
                         store.restore(snapshot)
@@ -326,3 +340,10 @@ class Memory(MemoryContent):
             bytes_budget=bytes_budget,
             device=device,
         )
+
+    @staticmethod
+    def open(path: str | Path, model: Any, **options: Any) -> LiveMemory:
+        """A memory that lives in the directory ``path``; options as ``mplus.memory.durable.opening.open_memory``."""
+        from mplus.memory.durable.opening import open_memory
+
+        return open_memory(path, model, **options)

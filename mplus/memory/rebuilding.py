@@ -81,8 +81,9 @@ def _blank(memory: Memory) -> Memory:
             generators.append(torch.Generator().set_state(state.texts.generator))
             states.append(evolve(memory.engine.new_state(store.layout), texts=Texts.of(state.texts.generator)))
     stores = [_emptied(store.fork()) for store in unshared(memory.stores)]
-    fresh = type(memory)
-    return fresh(memory.engine, states, stores, generators, memory.eviction, memory.tokenizer, memory.budget)
+    from mplus.memory.memory import Memory  # not the type of a memory in a directory: this one is kept nowhere
+
+    return Memory(memory.engine, states, stores, generators, memory.eviction, memory.tokenizer, memory.budget)
 
 
 def _emptied(store: MemoryStore) -> MemoryStore:

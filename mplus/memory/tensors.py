@@ -3,56 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Protocol, Self
 
 import torch
-from attrs import define
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mplus.errors import MemoryFileError
 from mplus.memory.manifest import DataEntry, TensorEntry, name_of
-
-CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""dtypes of a memory's tensors, and what safetensors calls them."""
+from mplus.stores.disk.parts import CODES, Part, header, in_order, raw
 
 DTYPES = {name_of(dtype): dtype for dtype in CODES}
 PIECE_BYTES = 2**26
 """Bytes of a file hashed at a time."""
-
-
-@define(frozen=True, eq=False)
-class Part:
-    """A tensor to write: its facts first, its rows when they are asked for.
-
-    Attributes:
-        name: key in the file.
-        dtype, shape: of the whole tensor.
-        pieces: gives the tensor in pieces along its first dimension, in order and on any device.
-    """
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    pieces: Callable[[], Iterable[Tensor]]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def write_tensors(file: BinaryIO, parts: Sequence[Part]) -> tuple[str, dict[str, TensorEntry]]:
@@ -61,17 +27,16 @@ def write_tensors(file: BinaryIO, parts: Sequence[Part]) -> tuple[str, dict[str,
     Returns:
         SHA-256 of the file, and what a manifest says about each tensor.
     """
-    # Wide types first: then every tensor starts at a multiple of its item size.
-    parts = sorted(parts, key=lambda part: -part.dtype.itemsize)
+    parts = in_order(parts)
     whole = hashlib.sha256()
-    header = _header(parts)
-    file.write(header)
-    whole.update(header)
+    head = header(parts, {"format": "pt"})
+    file.write(head)
+    whole.update(head)
     entries = {}
     for part in parts:
         own, written = hashlib.sha256(), 0
         for piece in part.pieces():
-            data = _raw(piece)
+            data = raw(piece)
             file.write(data)
             whole.update(data)
             own.update(data)
@@ -86,21 +51,17 @@ def write_tensors(file: BinaryIO, parts: Sequence[Part]) -> tuple[str, dict[str,
     return whole.hexdigest(), entries
 
 
-def _header(parts: Sequence[Part]) -> bytes:
-    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for part in parts:
-        begin, end = end, end + part.nbytes
-        described[part.name] = {"dtype": CODES[part.dtype], "shape": part.shape, "data_offsets": [begin, end]}
-    text = json.dumps(described, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+class Tensors(Protocol):
+    """A file of tensors: its path, their names, and each of them, checked; what is kept has to be copied."""
 
+    path: Path
 
-def _raw(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, row-major; a view where it lies like that on the CPU already."""
-    flat: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return memoryview(flat)
+    @property
+    def tensors(self) -> Mapping[str, object]:
+        """By name."""
+
+    def get(self, name: str) -> Tensor:
+        """One tensor on the CPU. Raises MemoryFileError when it is missing or not the one that was saved."""
 
 
 class TensorReader:
@@ -135,6 +96,11 @@ class TensorReader:
     ) -> None:
         self._file.__exit__(kind, error, trace)
 
+    @property
+    def tensors(self) -> Mapping[str, object]:
+        """Names of the tensors that the manifest lists."""
+        return self.data.tensors
+
     def names(self) -> set[str]:
         """Names of the tensors in the file."""
         return set(self._names)
@@ -153,7 +119,7 @@ class TensorReader:
                 f"got {view.get_dtype()} {list(shape)}: it was altered"
             )
         tensor: Tensor = self._file.get_tensor(name)
-        digest = hashlib.sha256(_raw(tensor)).hexdigest()
+        digest = hashlib.sha256(raw(tensor)).hexdigest()
         if digest != entry.sha256:
             raise MemoryFileError(
                 f"{self.path}: tensor {name!r} must have the SHA-256 {entry.sha256}, got {digest}: "

@@ -11,7 +11,7 @@ from mplus.config import Component
 from mplus.errors import MemoryFileError, MemoryMismatchError
 from mplus.memory.manifest import Manifest, StreamEntry
 from mplus.memory.stream import StreamState
-from mplus.memory.tensors import TensorReader
+from mplus.memory.tensors import TensorReader, Tensors
 from mplus.memory.texts import NAMES, Texts
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreLayout
@@ -37,7 +37,7 @@ def read_streams(
         MemoryFileError: the file does not hold what the manifest says.
     """
     required, entries = manifest.layout.required, manifest.streams
-    states = [_read_state(file, number, entry, layout, required) for number, entry in enumerate(entries)]
+    states = [read_state(file, number, entry, layout, required) for number, entry in enumerate(entries)]
     made: dict[int, MemoryStore] = {}
     for state, entry in zip(states, entries, strict=True):
         if entry.store not in made:
@@ -50,9 +50,9 @@ def read_streams(
     )
 
 
-def read_rows(file: TensorReader, prefix: str, count: int, required: Sequence[str]) -> MemoryRows:
+def read_rows(file: Tensors, prefix: str, count: int, required: Sequence[str]) -> MemoryRows:
     """The rows of one layer. Raises MemoryFileError unless there are ``count`` in every column, ``required`` or not."""
-    columns = {column: f"{prefix}.{column}" for column in COLUMNS if f"{prefix}.{column}" in file.data.tensors}
+    columns = {column: f"{prefix}.{column}" for column in COLUMNS if f"{prefix}.{column}" in file.tensors}
     for column in required:
         columns.setdefault(column, f"{prefix}.{column}")  # missing: the reader says so
     rows = {column: file.get(name) for column, name in columns.items()}
@@ -62,9 +62,11 @@ def read_rows(file: TensorReader, prefix: str, count: int, required: Sequence[st
     return MemoryRows.of(rows)
 
 
-def _read_state(
-    file: TensorReader, number: int, entry: StreamEntry, layout: StoreLayout, required: Sequence[str]
+def read_state(
+    file: Tensors, number: int, entry: StreamEntry, layout: StoreLayout, required: Sequence[str]
 ) -> StreamState:
+    """A stream, but for its long-term rows. Raises MemoryFileError where the file does not hold what ``entry`` says."""
+
     def tier(name: str, counts: Sequence[int]) -> tuple[MemoryRows, ...]:
         found = []
         for layer, count in enumerate(counts):
@@ -73,9 +75,7 @@ def _read_state(
         return tuple(found)
 
     prefix = f"stream.{number}.counter."
-    counters = {
-        name.removeprefix(prefix): file.get(name).clone() for name in file.data.tensors if name.startswith(prefix)
-    }
+    counters = {name.removeprefix(prefix): file.get(name).clone() for name in file.tensors if name.startswith(prefix)}
     newest: tuple[Tensor, ...] = ()
     if not layout.keeps_hidden:
         names = [f"stream.{number}.newest.{layer}" for layer in range(layout.layers)]
@@ -127,7 +127,7 @@ def _read_store(
     return store
 
 
-def read_generator(file: TensorReader, number: int) -> torch.Generator:
+def read_generator(file: Tensors, number: int) -> torch.Generator:
     """The generator of a stream."""
     generator = torch.Generator()
     name = f"stream.{number}.generator"
@@ -138,10 +138,10 @@ def read_generator(file: TensorReader, number: int) -> torch.Generator:
     return generator
 
 
-def read_texts(file: TensorReader, number: int, sources: int) -> Texts | None:
+def read_texts(file: Tensors, number: int, sources: int) -> Texts | None:
     """The kept texts of a stream, or None where none were kept. Raises MemoryFileError unless they make sense."""
     names = {name: f"stream.{number}.text.{name}" for name in NAMES}
-    if not any(name in file.data.tensors for name in names.values()):
+    if not any(name in file.tensors for name in names.values()):
         return None
     try:
         texts = Texts.from_tensors({name: file.get(tensor) for name, tensor in names.items()}, sources)
@@ -153,12 +153,12 @@ def read_texts(file: TensorReader, number: int, sources: int) -> Texts | None:
     return texts
 
 
-def read_usage(file: TensorReader, number: int, store: MemoryStore) -> Usage:
+def read_usage(file: Tensors, number: int, store: MemoryStore) -> Usage:
     """When the rows of a stream were last retrieved, as far as the file says. Raises MemoryFileError as ``get``."""
     usage = Usage()
     for layer in range(store.layout.layers):
         name = f"stream.{number}.usage.{layer}"
-        if name in file.data.tensors:
+        if name in file.tensors:
             times, ids = file.get(name), store.ids(layer)
             if times.shape != ids.shape or times.dtype != torch.int64:
                 raise MemoryFileError(f"{file.path}: {name!r} must have a time for each of {len(ids)} rows")

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mplus.errors import MemoryFileError
+from mplus.memory.durable.faults import faults
 from mplus.memory.folder import lock
-from mplus.memory.manifest import LayoutEntry, Manifest, StreamEntry, read_manifest
+from mplus.memory.manifest import LIVE_FORMAT, LayoutEntry, Manifest, StreamEntry, is_memory, read_manifest
 from mplus.memory.tensors import TensorReader, digest_of_file
 from mplus.memory.unpacking import read_generator, read_rows, read_texts
 from mplus.rows import NO_SOURCE, MemoryRows
@@ -17,12 +18,17 @@ PIECE_ROWS = 1024
 
 
 def verify(path: str | Path) -> list[str]:
-    """Faults of the memory saved in the folder ``path``, one sentence each; none: it is sound.
+    """Faults of the memory in the folder ``path``, saved or living there, one sentence each; none: it is sound.
 
     Reads every byte: the manifest, the checksums of the data file and of each tensor, and whether the values make
     sense (finite, written before the clock, from a known source).
     """
     folder = Path(path)
+    try:
+        if is_memory(folder, LIVE_FORMAT):
+            return list(faults(folder))
+    except MemoryFileError as error:
+        return [str(error)]
     handle = lock(folder, shared=True)
     try:
         manifest = read_manifest(folder)

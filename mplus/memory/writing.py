@@ -122,6 +122,7 @@ def _planned(memory: Memory, data: Any, source: Any, report: WriteReport) -> lis
     names = to_names(source, memory.batch_size)
     engine = memory.engine
     check_dtype(memory.dtype, engine.layout.dtype)
+    memory.check_writable()
     memory.keep_up()
     config = engine.config
     streams = []

@@ -16,7 +16,11 @@ STORES: Registry[MemoryStore] = Registry(
     "store",
     group="mplus.stores",
     base="mplus.stores.base:MemoryStore",
-    builtin={"ram": "mplus.stores.ram:RamStore", "quantized": "mplus.stores.quantized:QuantizedStore"},
+    builtin={
+        "ram": "mplus.stores.ram:RamStore",
+        "mmap": "mplus.stores.mmap:MmapStore",
+        "quantized": "mplus.stores.quantized:QuantizedStore",
+    },
 )
 
 EVICTION: Registry[EvictionPolicy] = Registry(

@@ -1,0 +1,16 @@
+"""A memory that lives in a directory and survives a crash at any instant.
+
+The directory holds, at any time, one **checkpoint** and a **journal** of what happened since:
+
+- ``manifest.json``: facts, and the names, sizes and digests of the files below (``manifest.py``);
+- ``state-<n>.safetensors``: short-term and pending rows, counters, generators (a block file, ``mplus.stores.disk``);
+- ``rows-<hex>.safetensors``: long-term rows, block files that never change (``mplus.stores.mmap``);
+- ``journal-<n>.bin``: a record for every chunk written since (``journal.py``, ``delta.py``);
+- ``lock``: held by the process that writes.
+
+A write appends its record to the journal and syncs it before it shows in memory. When the journal has become long,
+when the memory is closed, and for every change other than a write (``forget``, ``reset``, weights that changed), a new
+checkpoint is written: new files, synced; an empty journal, synced; then the manifest, replaced by a rename that is
+synced too. Files of the one before are removed after that. No file that a manifest names is ever written to but
+the journal, and that only behind its last record: a crash can tear nothing that was acknowledged.
+"""

@@ -1,0 +1,274 @@
+"""Reading and writing checkpoints: everything a memory holds, in files that a manifest names."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from attrs import define
+from torch import Tensor
+
+import mplus
+from mplus.errors import MemoryFileError
+from mplus.memory.durable.delta import apply
+from mplus.memory.durable.journal import Journal, records
+from mplus.memory.durable.manifest import JOURNAL, OWN, ROWS, STATE, LiveManifest, StoreEntry
+from mplus.memory.files import Facts, layout_entry, stream_entry, stream_parts
+from mplus.memory.folder import MANIFEST
+from mplus.memory.stream import StreamState, StreamView
+from mplus.memory.unpacking import read_generator, read_state, read_usage
+from mplus.stores.base import StoreLayout
+from mplus.stores.disk.blocks import BlockFile, write_blocks
+from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.disk.holders import LayerOfFile
+from mplus.stores.disk.merging import files_of, plan, rewritten
+from mplus.stores.disk.parts import Part
+from mplus.stores.disk.runs import Run, Runs
+from mplus.stores.mmap import MmapStore
+from mplus.stores.usage import Usage
+
+NEW_MANIFEST = MANIFEST + ".new"
+
+
+@define(eq=False)
+class Content:
+    """All a memory in a directory holds: one of each for every stream."""
+
+    states: list[StreamState]
+    stores: list[MmapStore]
+    draws: list[Tensor]
+    usage: Sequence[Usage | None]
+
+    def views(self) -> list[StreamView]:
+        """The streams."""
+        return list(map(StreamView, self.states, self.stores, self.usage))
+
+
+@define(eq=False)
+class Written:
+    """A checkpoint that is on disk, but for its manifest.
+
+    Attributes:
+        manifest: what it is to say.
+        stores, layers: by stream, its store, and the same rows in the new files.
+        journal: empty, to go on with.
+        made: files that are new.
+    """
+
+    manifest: LiveManifest
+    stores: list[MmapStore]
+    layers: list[tuple[Runs, ...]]
+    journal: Journal
+    made: list[Path]
+
+    def move_in(self) -> None:
+        """Let the stores read the new files from now on."""
+        for store, layers in zip(self.stores, self.layers, strict=True):
+            store.layers = layers
+
+
+class Files:
+    """A block file as ``files.read_state`` reads it."""
+
+    def __init__(self, file: BlockFile) -> None:
+        self.path = file.path
+        self._file = file
+
+    @property
+    def tensors(self) -> Mapping[str, object]:
+        """By name."""
+        return self._file.stretches
+
+    def get(self, name: str) -> Tensor:
+        """One tensor. Raises MemoryFileError when it is missing or not the one that was written."""
+        return self._file.read(name)
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def write_checkpoint(
+    files: FileSystem,
+    folder: Path,
+    content: Content,
+    facts: Facts,
+    number: int,
+    *,
+    clean: bool,
+) -> Written:
+    """Write everything of a checkpoint but its manifest; on an error, nothing new is left.
+
+    Args:
+        files: does it.
+        folder: the memory's.
+        content: what to write; rows that are in the folder's files already stay there.
+        facts: of the memory.
+        number: of the checkpoint, larger than of any before.
+        clean: also rewrite files that hold rows which were removed.
+    """
+    made: list[Path] = []
+    journal = None
+    try:
+        layers, entries = [], []
+        for store in content.stores:
+            own = store.layers
+            for group in plan(own, clean=clean, home=folder):
+                path = folder / ROWS.format(secrets.token_hex(8))
+                made.append(path)
+                own, _ = rewritten(own, group, files, path)
+            layers.append(own)
+            rows = files_of(own)
+            entries.append(StoreEntry(files=tuple(file.entry for file in rows), next_ids=tuple(store.next_ids)))
+        path = _fresh(files, folder / STATE.format(number))
+        made.append(path)
+        state = write_blocks(files, path, list(_state_parts(content, layers)))
+        path = _fresh(files, folder / JOURNAL.format(number))
+        made.append(path)
+        journal = Journal.create(files, path)
+        layout = content.stores[0].layout
+        manifest = LiveManifest(
+            written_by=mplus.__version__,
+            number=number,
+            fingerprint=facts.fingerprint,
+            layout=layout_entry(layout),
+            eviction=facts.eviction,
+            bytes_budget=facts.bytes_budget,
+            streams=tuple(stream_entry(view, i) for i, view in enumerate(content.views())),
+            state=state,
+            stores=tuple(entries),
+            journal=path.name,
+        )
+        return Written(manifest, content.stores, layers, journal, made)
+    except BaseException:
+        if journal is not None:
+            journal.close()
+        remove(files, made)
+        raise
+
+
+def _state_parts(content: Content, layers: Sequence[Sequence[Runs]]) -> Iterator[Part]:
+    for number, (view, draw) in enumerate(zip(content.views(), content.draws, strict=True)):
+        yield from stream_parts(number, view, draw)
+        order = {id(file): place for place, file in enumerate(files_of(layers[number]))}
+        for layer, runs in enumerate(layers[number]):
+            for run in runs.runs:
+                holder = run.holder
+                if isinstance(holder, LayerOfFile):
+                    rows = holder.file.rows(f"{holder.layer}.id")
+                    if run.count < rows:
+                        live = torch.zeros(rows, dtype=torch.bool)
+                        live[run.places] = True
+                        yield Part.whole(live_name(number, order[id(holder.file)], layer), live)
+
+
+def live_name(stream: int, file: int, layer: int) -> str:
+    """Tensor of the state file that says which rows in a layer of a stream's file were not removed; none: all."""
+    return f"stream.{stream}.live.{file}.{layer}"
+
+
+def publish(files: FileSystem, folder: Path, manifest: LiveManifest) -> None:
+    """Put a manifest in place of the one there is: the instant in which a checkpoint begins to count."""
+    path = _fresh(files, folder / NEW_MANIFEST)
+    handle = files.create(path)
+    try:
+        files.write(handle, manifest.to_json().encode())
+        files.sync(handle)
+    finally:
+        files.close(handle)
+    files.sync_folder(folder)  # the files it names, before anything names them
+    files.rename(path, folder / MANIFEST)
+    files.sync_folder(folder)
+
+
+def _fresh(files: FileSystem, path: Path) -> Path:
+    """``path``, without what a checkpoint that never came to be may have left there."""
+    if path.exists():
+        files.remove(path)
+    return path
+
+
+def remove(files: FileSystem, paths: Sequence[Path]) -> None:
+    """Remove files as far as that is possible; who opens the directory next looks for what is left."""
+    for path in paths:
+        try:
+            files.remove(path)
+        except OSError:
+            continue
+
+
+def remove_others(files: FileSystem, folder: Path, manifest: LiveManifest) -> None:
+    """Remove files of other checkpoints; one that is still in use somewhere may stay."""
+    remove(files, [path for path in folder.iterdir() if OWN.fullmatch(path.name) and path.name not in manifest.files])
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read_checkpoint(folder: Path, manifest: LiveManifest, layout: StoreLayout, options: Any) -> Content:
+    """What the manifest's checkpoint holds, without its journal; long-term rows are mapped, not read.
+
+    Raises:
+        MemoryFileError: a file is missing, truncated, altered or does not fit the manifest.
+    """
+    file = BlockFile(folder / manifest.state.file, manifest.state)
+    reader = Files(file)
+    states = [
+        read_state(reader, number, entry, layout, manifest.layout.required)
+        for number, entry in enumerate(manifest.streams)
+    ]
+    draws = [read_generator(reader, number).get_state() for number in range(len(states))]
+    stores = []
+    rows_on_cpu = attrs.evolve(layout, device=torch.device("cpu"))
+    for number, entry in enumerate(manifest.stores):
+        store = MmapStore(rows_on_cpu, options)
+        opened = [BlockFile(folder / part.file, part) for part in entry.files]
+        store.layers = tuple(
+            Runs(rows_on_cpu, tuple(_runs(file, opened, number, layer, rows_on_cpu))) for layer in range(layout.layers)
+        )
+        store.next_ids = list(entry.next_ids)
+        counts = tuple(map(len, store.layers))
+        if counts != manifest.streams[number].ltm:
+            raise MemoryFileError(
+                f"{folder}: the long-term rows of stream {number} must be {list(manifest.streams[number].ltm)} per "
+                f"layer, got {list(counts)}"
+            )
+        stores.append(store)
+    usage = [read_usage(reader, number, store) for number, store in enumerate(stores)]
+    return Content(states, stores, draws, usage)
+
+
+def _runs(state: BlockFile, opened: Sequence[BlockFile], stream: int, layer: int, layout: StoreLayout) -> Iterator[Run]:
+    described = {"id": ((), torch.int64), **layout.columns()}
+    for place, file in enumerate(opened):
+        rows = file.rows(f"{layer}.id")
+        for name, (shape, dtype) in described.items():
+            stretch = file.stretch(f"{layer}.{name}")
+            if stretch.dtype != dtype or stretch.shape != (rows, *shape):
+                raise MemoryFileError(
+                    f"{file.path}: tensor '{layer}.{name}' must be {dtype} {[rows, *shape]}, "
+                    f"got {stretch.dtype} {list(stretch.shape)}"
+                )
+        name = live_name(stream, place, layer)
+        live = torch.ones(rows, dtype=torch.bool)
+        if name in state.stretches:
+            live = state.read(name).clone()
+        if live.shape != (rows,) or live.dtype != torch.bool:
+            raise MemoryFileError(f"{state.path}: tensor {name!r} must be bool {[rows]}, got {list(live.shape)}")
+        left = live.nonzero().squeeze(1)
+        if len(left):
+            first, last = int(left[0]), int(left[-1]) + 1
+            whole = len(left) == last - first
+            yield Run(LayerOfFile(file, layer), first, last, None if whole else live[first:last], len(left))
+
+
+def replay(folder: Path, manifest: LiveManifest, content: Content, layout: StoreLayout) -> tuple[int, int]:
+    """Make the changes in the journal; returns bytes and number of its finished records. Raises MemoryFileError."""
+    path, size, count = folder / manifest.journal, 0, 0
+    for payload, end in records(path):
+        apply(payload, content.states, content.stores, content.draws, layout, f"{path}: record {count}")
+        size, count = end, count + 1
+    return size, count

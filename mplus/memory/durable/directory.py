@@ -1,0 +1,155 @@
+"""Directory: the files of one memory, as its writer holds them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from attrs import define
+
+from mplus.errors import LiveMemoryError, MemoryFileError
+from mplus.memory.durable.checkpoint import Written, publish, remove, remove_others
+from mplus.memory.durable.journal import Journal
+from mplus.memory.durable.manifest import LiveManifest, read_live_manifest
+from mplus.memory.folder import MANIFEST
+from mplus.stores.disk.filesystem import FileSystem
+
+
+@define(eq=False)
+class Begun:
+    """A change that is on its way to disk.
+
+    Attributes:
+        token: the object that it makes; says later whether it came to be.
+        size, records: of the journal before.
+        written: the checkpoint, where it is one.
+    """
+
+    token: object
+    size: int
+    records: int
+    written: Written | None = None
+
+
+class Directory:
+    """What is on disk, and the one way to change it. Not for use by two threads at a time.
+
+    A change is begun by ``append`` or ``replace`` and either finished, when these return, or taken back by ``settle``.
+
+    Attributes:
+        path: the folder.
+        files: does what is done to files.
+        manifest: of the present checkpoint; None: there is none yet.
+        failed: why nothing can be written any more; None: it can.
+    """
+
+    def __init__(self, path: Path, files: FileSystem, lock: int) -> None:
+        self.path, self.files = path, files
+        self.manifest: LiveManifest | None = None
+        self.journal: Journal | None = None
+        self.failed: str | None = None
+        self._lock: int | None = lock
+        self._process = os.getpid()
+        self._begun: Begun | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._lock is None
+
+    def check(self) -> None:
+        """Raise LiveMemoryError where nothing can be written (any more)."""
+        if self._lock is None:
+            raise LiveMemoryError(f"{self.path} must be open to be written, and was closed: open it again")
+        if self._process != os.getpid():
+            raise LiveMemoryError(
+                f"{self.path} may be written by the process that opened it, {self._process}, and this is a fork of it: "
+                "use memory.fork() there, or open it here once that process has ended"
+            )
+        if self.failed is not None:
+            raise LiveMemoryError(
+                f"{self.path} cannot be written after an error that left its state on disk unknown ({self.failed}): "
+                "what is in memory can still be read; open it again to go on with what is on disk"
+            )
+
+    @property
+    def journal_bytes(self) -> int:
+        """Bytes of the journal."""
+        return 0 if self.journal is None else self.journal.size
+
+    def append(self, token: object, payload: Sequence[bytes | memoryview]) -> None:
+        """Make a change by a record in the journal. Raises OSError; then ``settle`` has to follow."""
+        if self.journal is None:
+            raise LiveMemoryError(f"{self.path} has no checkpoint yet")
+        self._begun = Begun(token, self.journal.size, self.journal.records)
+        self.journal.append(payload)
+
+    def replace(self, token: object, written: Written) -> None:
+        """Make a change by a checkpoint. Raises OSError; then ``settle`` has to follow."""
+        self._begun = Begun(token, 0, 0, written)
+        publish(self.files, self.path, written.manifest)
+        self._adopt(written)
+
+    def _adopt(self, written: Written) -> None:
+        before, self.manifest, self.journal = self.journal, written.manifest, written.journal
+        written.move_in()
+        if before is not None and before is not written.journal:
+            before.close()
+        if self.failed is None:  # else nobody knows which manifest a crash would leave: the files of both stay
+            remove_others(self.files, self.path, written.manifest)
+
+    def settle(self, token: object) -> bool:
+        """After an exception: whether the change that makes ``token`` is on disk, and stays.
+
+        One that was only begun is taken back. Where neither is possible, nothing can be written any more.
+        """
+        begun = self._begun
+        if begun is None or begun.token is not token:
+            return False
+        self.failed = "it could not be taken back"  # holds if we are interrupted here
+        if begun.written is None:
+            self._take_back(begun)
+            kept = False
+        else:
+            kept = self._settle_checkpoint(begun.written)
+        self._begun = None
+        return kept
+
+    def _take_back(self, begun: Begun) -> None:
+        try:
+            if self.journal is not None:
+                self.journal.cut(begun.size, begun.records)
+        except OSError as error:
+            self.failed = f"taking it back failed: {error.strerror or error}"
+        else:
+            self.failed = None
+
+    def _settle_checkpoint(self, written: Written) -> bool:
+        """Whether the manifest on disk is that of ``written``; if it is, go on with that, if not, without it."""
+        try:
+            kept = (self.path / MANIFEST).exists() and read_live_manifest(self.path).number == written.manifest.number
+        except MemoryFileError as error:
+            self.failed = f"its manifest cannot be read: {error}"
+            return False
+        if not kept:
+            written.journal.close()
+            remove(self.files, written.made)
+            self.failed = None
+            return False
+        try:
+            self.files.sync_folder(self.path)
+        except OSError as error:
+            self.failed = f"its new manifest could not be synced: {error.strerror or error}"
+        else:
+            self.failed = None
+        self._adopt(written)
+        return True
+
+    def close(self) -> None:
+        """Give files and lock back; idempotent."""
+        if self.journal is not None:
+            self.journal.close()
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)

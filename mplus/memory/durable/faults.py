@@ -1,0 +1,99 @@
+"""What is wrong with a directory, all of it; and what is still sound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from mplus.errors import MemoryFileError
+from mplus.memory.durable.checkpoint import Content
+from mplus.memory.durable.journal import records
+from mplus.memory.durable.manifest import LiveManifest, read_live_manifest
+from mplus.memory.durable.opening import layout_of, read_directory
+from mplus.memory.manifest import LayoutEntry
+from mplus.rows import NO_SOURCE
+from mplus.stores.base import StoreLayout
+from mplus.stores.disk.blocks import BlockFile, FileEntry
+from mplus.stores.disk.parts import CODES
+
+PIECE_ROWS = 1024
+
+
+def faults(folder: Path) -> Iterator[str]:
+    """Every fault of the memory that lives in ``folder``, a sentence each; nothing is changed.
+
+    Reads every byte. A writer may be at work: what is checked is one checkpoint and its journal.
+    """
+    try:
+        manifest = read_live_manifest(folder)
+    except MemoryFileError as error:
+        yield str(error)
+        return
+    found: list[str] = []
+    for entry in (manifest.state, *(entry for store in manifest.stores for entry in store.files)):
+        found += file_faults(folder, entry)
+    try:
+        for _ in records(folder / manifest.journal):
+            pass
+    except MemoryFileError as error:
+        found.append(str(error))
+    if found:
+        yield from found
+        return
+    try:
+        content, _ = read_directory(folder, manifest, layout_of(manifest, layout_from(manifest.layout)))
+    except MemoryFileError as error:  # all as it was written, and yet it does not fit together
+        yield str(error)
+        return
+    yield from _values(folder, manifest, content)
+
+
+def file_faults(folder: Path, entry: FileEntry) -> Iterator[str]:
+    """Every block of a file that is not what was written."""
+    try:
+        file = BlockFile(folder / entry.file, entry)
+    except MemoryFileError as error:
+        yield str(error)
+        return
+    for name, begin, end in file.damaged():
+        width = max(1, file.stretch(name).row_bytes)
+        yield (
+            f"{file.path}: tensor {name!r} must have the checksums it was written with, and has another in "
+            f"rows {begin // width} to {(end - 1) // width}: it was altered"
+        )
+
+
+def layout_from(entry: LayoutEntry) -> StoreLayout:
+    """The layout that a manifest describes. Raises MemoryFileError for a dtype that does not exist."""
+    dtype = getattr(torch, entry.dtype, None)
+    if dtype not in CODES:
+        raise MemoryFileError(f"layout.dtype must be a dtype of rows, got {entry.dtype!r}")
+    return StoreLayout(
+        layers=entry.layers,
+        hidden_size=entry.hidden_size,
+        key_size=entry.key_size,
+        expiry=entry.expiry,
+        dtype=dtype,
+        projected_size=entry.projected_size,
+        keeps_hidden=entry.keeps_hidden,
+    )
+
+
+def _values(folder: Path, manifest: LiveManifest, content: Content) -> Iterator[str]:
+    """Rows whose values make no sense, though they are what was written."""
+    for number, (state, store) in enumerate(zip(content.states, content.stores, strict=True)):
+        for layer in range(manifest.layout.layers):
+            places = [("stm", state.stm[layer]), ("pending", state.pending[layer])]
+            places += [("ltm", store.gather(layer, ids)) for ids in store.ids(layer).split(PIECE_ROWS)]
+            for tier, rows in places:
+                where = f"{folder}: {tier} of layer {layer} in stream {number}"
+                for name in ("hidden", "key", "projected"):
+                    column = rows.columns().get(name)
+                    if column is not None and not bool(column.isfinite().all()):
+                        yield f"{where} must have finite values in {name!r}"
+                if bool((rows.birth >= state.clock).any()):
+                    yield f"{where} must have births below the clock, {state.clock}"
+                if not bool(((rows.source >= NO_SOURCE) & (rows.source < len(state.sources))).all()):
+                    yield f"{where} must have sources from {NO_SOURCE} to {len(state.sources) - 1}"

@@ -1,0 +1,102 @@
+"""The manifest of a memory in a directory: what its checkpoint is made of."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from attrs import define
+
+from mplus.errors import MemoryFileError
+from mplus.memory.folder import MANIFEST
+from mplus.memory.manifest import LIVE_FORMAT, LayoutEntry, StreamEntry, from_file, to_text
+from mplus.stores.disk.blocks import FileEntry
+
+VERSION = 1
+"""Format version that is written, and the newest that is read."""
+STATE = "state-{}.safetensors"
+JOURNAL = "journal-{}.bin"
+ROWS = "rows-{}.safetensors"
+LOCK = "lock"
+OWN = re.compile(r"(state-\d+|rows-[0-9a-f]+)\.safetensors|journal-\d+\.bin|manifest\.json\.new")
+"""Names that files of checkpoints have, of this one or another; the manifest and the lock left out."""
+
+
+@define(frozen=True, kw_only=True)
+class StoreEntry:
+    """The long-term rows of one stream.
+
+    Attributes:
+        files: those with lower ids first.
+        next_ids: per layer, the next id to give.
+    """
+
+    files: tuple[FileEntry, ...]
+    next_ids: tuple[int, ...]
+
+
+@define(frozen=True, kw_only=True)
+class LiveManifest:
+    """A checkpoint without its rows.
+
+    Attributes:
+        written_by: version of mplus that wrote it.
+        number: of the checkpoint, growing.
+        fingerprint: facts about the decoder that a memory depends on (``Engine.fingerprint``).
+        layout: what the rows look like.
+        eviction: policy of the long-term memory, by name or as a table with its options.
+        bytes_budget: bytes that all rows may take; None: none was given.
+        streams: one per batch row.
+        state: the file with all but the long-term rows.
+        stores: one per batch row.
+        journal: file of what happened since.
+    """
+
+    written_by: str
+    number: int
+    fingerprint: dict[str, Any]
+    layout: LayoutEntry
+    eviction: Any
+    bytes_budget: int | None = None
+    streams: tuple[StreamEntry, ...]
+    state: FileEntry
+    stores: tuple[StoreEntry, ...]
+    journal: str
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        return to_text(self, LIVE_FORMAT, VERSION)
+
+    @property
+    def files(self) -> frozenset[str]:
+        """Names of all files that belong to it."""
+        rows = (entry.file for store in self.stores for entry in store.files)
+        return frozenset([self.state.file, self.journal, *rows])
+
+
+def read_live_manifest(folder: Path) -> LiveManifest:
+    """Read the manifest in ``folder``.
+
+    Raises:
+        MemoryFileError: there is none, it was truncated or altered, is of a newer format, or is something else.
+    """
+    file = folder / MANIFEST
+    manifest = from_file(file, LiveManifest, LIVE_FORMAT, VERSION, "a memory in a directory")
+    layers = manifest.layout.layers
+    if not len(manifest.streams) == len(manifest.stores) > 0:
+        raise MemoryFileError(
+            f"{file}: there must be one store for each stream, got {len(manifest.stores)} and {len(manifest.streams)}"
+        )
+    for number, (stream, store) in enumerate(zip(manifest.streams, manifest.stores, strict=True)):
+        for name, counts in (("stm", stream.stm), ("pending", stream.pending), ("ltm", stream.ltm)):
+            if len(counts) != layers or min(counts, default=0) < 0:
+                raise MemoryFileError(
+                    f"{file}: streams[{number}].{name} must count the rows of {layers} layers, got {list(counts)}"
+                )
+        if len(store.next_ids) != layers:
+            raise MemoryFileError(f"{file}: stores[{number}].next_ids must have {layers} entries")
+    for name in manifest.files:
+        if not OWN.fullmatch(name):
+            raise MemoryFileError(f"{file} must name files like {STATE.format('<n>')!r}, got {name!r}")
+    return manifest

@@ -1,0 +1,190 @@
+"""Opening a directory: the memory that lives there, or a new one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+import torch
+
+from mplus.config import Component
+from mplus.errors import ConfigError, MemoryFileError, MemoryMismatchError
+from mplus.memory.budget import Budget
+from mplus.memory.durable.checkpoint import Content, read_checkpoint, remove_others, replay
+from mplus.memory.durable.directory import Directory
+from mplus.memory.durable.journal import Journal
+from mplus.memory.durable.live import LiveMemory
+from mplus.memory.durable.lock import acquire
+from mplus.memory.durable.manifest import LOCK, OWN, LiveManifest, read_live_manifest
+from mplus.memory.engine import Engine, engine_of
+from mplus.memory.folder import MANIFEST, writable
+from mplus.memory.manifest import check_belongs
+from mplus.stores.base import StoreLayout
+from mplus.stores.build import build_eviction
+from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.mmap import MmapStore
+
+JOURNAL_BYTES = 2**28
+TRIES = 20
+"""How often a reader begins anew when the writer replaces the checkpoint under its eyes."""
+
+
+def open_memory(
+    path: str | Path,
+    model: Any,
+    *,
+    batch_size: int | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    eviction: Any = None,
+    bytes_budget: int | str | None = None,
+    memory_rows: Literal["projected", "hidden", "both"] | None = None,
+    keep_text: bool = False,
+    read_only: bool = False,
+    journal_bytes: int = JOURNAL_BYTES,
+    files: FileSystem | None = None,
+) -> LiveMemory:
+    """Open the memory that lives in the directory ``path``, or make a new one there.
+
+    Its rows are kept on the CPU, the long-term ones in mapped files (store ``mmap``, whatever the config says).
+
+    Args:
+        path: made with its parents where it does not exist.
+        model: the wrapped decoder; of a memory that exists, with the adapters and config it was made with.
+        batch_size: of a new memory (default 1); of one that exists it must be right, if given.
+        tokenizer: lets ``write`` take text.
+        seed, memory_rows, keep_text: of a new memory, as for ``new_memory``.
+        eviction, bytes_budget: of a new memory, or others than the memory had.
+        read_only: read what is there, beside whoever writes; writing is refused. What is written meanwhile does not
+            show.
+        journal_bytes: a new checkpoint is written when the journal is longer than this; what stands in the journal
+            is read when the memory is opened, and takes up memory until then.
+        files: what is done to files (for tests).
+
+    Raises:
+        MemoryFileError: ``path`` cannot be read or written, is truncated, altered or foreign, or of a newer format.
+        MemoryMismatchError: made by another model, adapter, dtype or config, or with another batch size.
+        LiveMemoryError: it is open for writing already; says by which process.
+    """
+    if isinstance(journal_bytes, bool) or not isinstance(journal_bytes, int) or journal_bytes < 1:
+        raise ConfigError(f"journal_bytes must be a whole number of at least 1, got {journal_bytes!r}")
+    folder, engine, files = Path(path), engine_of(model), files or FileSystem()
+    policy = None if eviction is None else Component.of(eviction)
+    shared: dict[str, Any] = {"where": str(folder), "journal_bytes": journal_bytes, "tokenizer": tokenizer}
+    if read_only:
+        manifest, content, _ = _read(folder, engine)
+        _check_batch(batch_size, manifest, folder)
+        return _existing(engine, manifest, content, None, policy, bytes_budget, folder, shared)
+    _prepare(folder, files)
+    with writable(folder):
+        directory = Directory(folder, files, acquire(folder))
+    try:
+        if (folder / MANIFEST).exists():
+            manifest, content, (size, count) = _read(folder, engine)
+            _check_batch(batch_size, manifest, folder)
+            with writable(folder):
+                directory.manifest = manifest
+                directory.journal = Journal.resume(files, folder / manifest.journal, size, count)
+                remove_others(files, folder, manifest)
+            return _existing(engine, manifest, content, directory, policy, bytes_budget, folder, shared)
+        new = model.new_memory(
+            1 if batch_size is None else batch_size,
+            tokenizer=tokenizer,
+            seed=seed,
+            store="mmap",
+            eviction=policy,
+            device="cpu",
+            memory_rows=memory_rows,
+            bytes_budget=bytes_budget,
+            keep_text=keep_text,
+        )
+        draws = [generator.get_state() for generator in new.generators]
+        content = Content(list(new.states), list(new.stores), draws, [None] * new.batch_size)
+        memory = LiveMemory(engine, content, new.eviction, directory, budget=new.budget, **shared)
+        memory.checkpoint()
+        return memory
+    except BaseException:
+        directory.close()
+        raise
+
+
+def _existing(
+    engine: Engine,
+    manifest: LiveManifest,
+    content: Content,
+    directory: Directory | None,
+    eviction: Component | None,
+    bytes_budget: int | str | None,
+    folder: Path,
+    shared: dict[str, Any],
+) -> LiveMemory:
+    policy = build_eviction(eviction or Component.of(manifest.eviction))
+    expiry = engine.layout.expiry or policy.lifetime is not None
+    if expiry != manifest.layout.expiry:
+        raise MemoryMismatchError(
+            f"{folder} holds rows {'with' if manifest.layout.expiry else 'without'} a lifetime, and the policy "
+            f"{policy.name!r} needs them {'with' if expiry else 'without'} one: save the memory and load it with that "
+            "policy"
+        )
+    wanted = manifest.bytes_budget if bytes_budget is None else bytes_budget
+    budget = Budget.of(wanted, engine.config, engine.mechanism, content.stores[0], len(content.stores))
+    return LiveMemory(engine, content, policy, directory, budget=budget, **shared)
+
+
+def _prepare(folder: Path, files: FileSystem) -> None:
+    """Make the folder. Raises MemoryFileError: it holds something else."""
+    if folder.exists() and not folder.is_dir():
+        raise MemoryFileError(f"{folder} must be a folder, or not exist yet, to keep a memory in; it is a file")
+    with writable(folder):
+        files.make_folder(folder)
+        names = sorted(entry.name for entry in folder.iterdir())
+    if MANIFEST in names:
+        read_live_manifest(folder)  # before a lock is left in a folder of another kind
+        return
+    foreign = [name for name in names if name != LOCK and not OWN.fullmatch(name)]
+    if foreign:
+        raise MemoryFileError(
+            f"{folder} must be empty or hold a memory that lives there, got a folder with "
+            f"{', '.join(map(repr, foreign[:3]))}{', ...' if len(foreign) > 3 else ''}: choose another path"
+        )
+
+
+def _read(folder: Path, engine: Engine) -> tuple[LiveManifest, Content, tuple[int, int]]:
+    """Manifest, content, and bytes and number of the journal's records."""
+    for attempt in range(TRIES):
+        manifest = read_live_manifest(folder)
+        check_belongs(manifest, engine.fingerprint(), engine.layout.dtype, folder)
+        try:
+            return manifest, *read_directory(folder, manifest, layout_of(manifest, engine.layout))
+        except MemoryFileError:
+            if attempt + 1 == TRIES or read_live_manifest(folder).number == manifest.number:
+                raise
+    raise AssertionError("unreachable")
+
+
+def read_directory(folder: Path, manifest: LiveManifest, layout: StoreLayout) -> tuple[Content, tuple[int, int]]:
+    """Content with what the journal adds, and bytes and number of its records. Raises MemoryFileError."""
+    content = read_checkpoint(folder, manifest, layout, MmapStore.Options())
+    for store in content.stores:
+        store.notes = []  # a store that somebody keeps moves nothing to files by itself
+    return content, replay(folder, manifest, content, layout)
+
+
+def layout_of(manifest: LiveManifest, layout: StoreLayout) -> StoreLayout:
+    """Rows stay what they were, whatever new memories of this decoder hold."""
+    return attrs.evolve(
+        layout,
+        projected_size=manifest.layout.projected_size,
+        keeps_hidden=manifest.layout.keeps_hidden,
+        expiry=manifest.layout.expiry,
+        device=torch.device("cpu"),
+    )
+
+
+def _check_batch(batch_size: int | None, manifest: LiveManifest, folder: Path) -> None:
+    if batch_size is not None and batch_size != len(manifest.streams):
+        raise MemoryMismatchError(
+            f"{folder} must be opened with its own batch_size, {len(manifest.streams)}, or without one, "
+            f"got {batch_size!r}"
+        )

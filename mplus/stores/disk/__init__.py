@@ -1,0 +1,1 @@
+"""Rows in files: how they are written, mapped and checked."""

@@ -1,0 +1,260 @@
+"""MmapStore: long-term rows in files that are mapped into memory; the system's page cache is the tier between."""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+import weakref
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any, ClassVar
+
+import torch
+from attrs import define, evolve, field
+from torch import Tensor
+
+from mplus.config import whole
+from mplus.errors import ConfigError, MemoryMismatchError, NotSupported
+from mplus.rows import MemoryRows
+from mplus.stores.base import Column, Content, Located, MemoryStore, Origin, Piece, StoreLayout, StoreView
+from mplus.stores.disk.blocks import BlockFile
+from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.disk.merging import plan, rewritten
+from mplus.stores.disk.runs import Runs, holders
+
+
+class _Reading(StoreView):
+    """Reads one ``Runs`` per layer."""
+
+    def __init__(self, layout: StoreLayout, layers: Sequence[Runs]) -> None:
+        self.layout = layout
+        self.layers: tuple[Runs, ...] = tuple(layers)
+
+    def ids(self, layer: int) -> Tensor:
+        """``[m]`` int64, ascending."""
+        return self._layer(layer).ids
+
+    def column(self, layer: int, name: Column) -> Tensor | None:
+        """One column in the order of ``ids``, without a copy if its rows lie together."""
+        return self._layer(layer).column(name) if name in self.layout.columns() else None
+
+    def content(self, layer: int, name: Content) -> Tensor | None:
+        """A column of content in the order of ``ids`` where its rows lie together in memory; None elsewhere.
+
+        In a file they would all have to be checked: ``locate`` and ``gather`` check those that are wanted.
+        """
+        runs = self._layer(layer).runs
+        together = len(runs) == 1 and runs[0].live is None and runs[0].holder.in_memory
+        return runs[0].read(name) if together and name in self.layout.columns() else None
+
+    def locate(self, layer: int, name: Content, ids: Tensor) -> Located | None:
+        """Where rows with these ids lie, in files and in memory; nothing is copied. Raises KeyError as ``gather``."""
+        return self._layer(layer).locate(name, ids.cpu()) if name in self.layout.columns() else None
+
+    def pieces(self, layer: int, *names: Column | Content) -> Sequence[Piece]:
+        """The runs of rows as they lie in files and in memory, without a copy."""
+        present = [name for name in names if name in self.layout.columns()]
+        return [Piece(run.ids, run.live, {name: run.read(name) for name in present}) for run in self._layer(layer).runs]
+
+    def count(self, layer: int) -> int:
+        """Number of rows."""
+        return len(self._layer(layer))
+
+    def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column | Content] = ()) -> MemoryRows:
+        """Copies of the rows with these ids. Raises KeyError naming a missing one."""
+        try:
+            return self._layer(layer).gather(ids.cpu(), leave_out)
+        except KeyError as error:
+            raise KeyError(f"{error.args[0]} in layer {layer}") from None
+
+    def _layer(self, layer: int) -> Runs:
+        if not 0 <= layer < self.layout.layers:
+            raise IndexError(f"layer must be in 0..{self.layout.layers - 1}, got {layer}")
+        return self.layers[layer]
+
+
+class MmapView(_Reading):
+    """What an ``MmapStore`` held at one moment."""
+
+    def __init__(self, layout: StoreLayout, layers: Sequence[Runs], origin: Origin | None) -> None:
+        super().__init__(layout, layers)
+        self.origin = origin
+
+
+@define(frozen=True, eq=False)
+class Note:
+    """``rows`` were appended to a layer under ``ids``, or, where ``rows`` is None, those with ``ids`` removed."""
+
+    layer: int
+    ids: Tensor
+    rows: MemoryRows | None
+
+
+class MmapStore(_Reading, MemoryStore):
+    """Rows in files that never change, the newest ones in memory until they are many enough for a file.
+
+    The store is made of sorted runs, as in a log-structured merge tree. Appending costs what it adds and, amortised,
+    a few rewritings of each row while it is young; removing marks rows, and a file of which less than half is left is
+    rewritten with the next one. Forks, snapshots and restores copy nothing. Rows are kept on the CPU.
+
+    By itself the store is **scratch space**: its files go when the store and all its forks and snapshots have gone. A
+    memory that lasts is made by ``Memory.open``, whose directory keeps such files, or by ``Memory.save``.
+
+    Forks may be used from different threads; one store must not be changed by two threads at a time, but its snapshots
+    may be read meanwhile.
+    """
+
+    @define(frozen=True, kw_only=True)
+    class Options(MemoryStore.Options):
+        """Where rows are kept, and how many in memory.
+
+        Attributes:
+            directory: the files go there; it is made where it does not exist. None: a temporary one.
+            bytes_in_memory: rows are moved to a file when those in memory take more than this, all layers together.
+        """
+
+        directory: str | None = None
+        bytes_in_memory: int = field(default=2**26, validator=whole(1))
+
+    options: Options
+    name: ClassVar[str] = "mmap"
+
+    def __init__(self, layout: StoreLayout, options: Any = None) -> None:
+        if layout.device.type != "cpu":
+            raise NotSupported(
+                f"the store 'mmap' keeps rows on the CPU, got device {layout.device}: make the memory with "
+                "device='cpu', or use the store 'ram'"
+            )
+        MemoryStore.__init__(self, layout, options)
+        _Reading.__init__(self, layout, [Runs(layout) for _ in range(layout.layers)])
+        self.next_ids = [0] * layout.layers
+        self.notes: list[Note] | None = None
+        """Not None: somebody keeps this store in a directory, moves its rows to files, and is told what is done."""
+        self.scratch = Scratch(self.options.directory)
+
+    # ------------------------------------------------------------------ changing
+
+    def append(self, layer: int, rows: MemoryRows) -> Tensor:
+        """Copy ``rows`` in, cut off from their autograd history."""
+        first = self.next_ids[layer] if 0 <= layer < self.layout.layers else 0
+        ids = torch.arange(first, first + len(rows))
+        self.append_as(layer, ids, rows)
+        return ids
+
+    def append_as(self, layer: int, ids: Tensor, rows: MemoryRows) -> None:
+        """As ``append``, under given ids (``[n]`` int64, ascending, above all that were ever given in this layer)."""
+        runs = self._layer(layer)
+        self.layout.check(rows)
+        if not len(rows):
+            return
+        grown = runs.append(ids, rows)
+        self.next_ids[layer] = int(ids[-1]) + 1  # before the rows show: an interrupt here leaves a gap, and no harm
+        self.layers = (*self.layers[:layer], grown, *self.layers[layer + 1 :])
+        if self.notes is not None:
+            self.notes.append(Note(layer, ids, rows))
+        elif self.bytes_in_memory > self.options.bytes_in_memory:
+            self._spill()
+
+    def remove(self, layer: int, ids: Tensor) -> None:
+        """Mark rows as removed."""
+        try:
+            left = self._layer(layer).remove(ids.cpu())
+        except KeyError as error:
+            raise KeyError(f"{error.args[0]} in layer {layer}") from None
+        self.layers = (*self.layers[:layer], left, *self.layers[layer + 1 :])
+        if self.notes is not None and len(ids):
+            self.notes.append(Note(layer, ids, None))
+
+    @property
+    def bytes_in_memory(self) -> int:
+        """Bytes of the rows that are not in files."""
+        return sum(runs.bytes_in_memory for runs in self.layers)
+
+    def _spill(self) -> None:
+        """Move the rows in memory to a file."""
+        for group in plan(self.layers):
+            path = self.scratch.path()
+            self.layers = rewritten(self.layers, group, FileSystem(), path, sync=False)[0]
+            _remove_with(self.layers, path)
+
+    # ------------------------------------------------------------------ copies
+
+    def snapshot(self) -> MmapView:
+        """A view of the present rows; it keeps what holds them alive."""
+        return MmapView(self.layout, self.layers, self.origin)
+
+    def restore(self, snapshot: StoreView) -> None:
+        """Go back to a snapshot. Raises MemoryMismatchError when it is of another kind of store or layout."""
+        if not isinstance(snapshot, MmapView) or snapshot.layout != self.layout:
+            raise MemoryMismatchError(
+                f"restore takes a snapshot of this store ({self.layout}), "
+                f"got a {type(snapshot).__name__} ({getattr(snapshot, 'layout', None)})"
+            )
+        self.layers = snapshot.layers
+
+    def fork(self) -> MmapStore:
+        """A store that shares this one's files; what is appended to it stays out of them."""
+        return self._with(self.layout, self.layers)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MmapStore:
+        """The same rows and ids in another dtype; a fork when it does not change. Raises NotSupported: not the CPU."""
+        layout = evolve(
+            self.layout,
+            device=self.layout.device if device is None else torch.device(device),
+            dtype=self.layout.dtype if dtype is None else dtype,
+        )
+        if layout == self.layout:
+            return self.fork()
+        store = self._with(layout, [Runs(layout) for _ in self.layers])
+        for layer, runs in enumerate(self.layers):
+            step = max(1, self.options.bytes_in_memory // (layout.row_bytes * layout.layers))
+            for ids in runs.ids.split(step):
+                store.append_as(layer, ids, runs.gather(ids).to(dtype=layout.dtype))
+        store.next_ids = list(self.next_ids)
+        return store
+
+    def _with(self, layout: StoreLayout, layers: Sequence[Runs]) -> MmapStore:
+        store = type(self)(layout, self.options)
+        store.layers, store.next_ids, store.scratch = tuple(layers), list(self.next_ids), self.scratch
+        return store
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows, in files and in memory, spare capacity and removed rows included."""
+        return sum(holder.nbytes for holder in holders(self.layers))
+
+
+class Scratch:
+    """Where a store by itself puts files; a temporary folder is made when it is first needed."""
+
+    def __init__(self, directory: str | None) -> None:
+        self._given = directory
+        self._made: tempfile.TemporaryDirectory[str] | None = None
+        self._lock = Lock()
+
+    def path(self) -> Path:
+        """A name for a new file."""
+        with self._lock:
+            if self._given is not None:
+                folder = Path(self._given)
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise ConfigError(
+                        f"directory must be a folder or a path where one can be made, got {self._given!r}: "
+                        f"{error.strerror or error}"
+                    ) from error
+            else:
+                self._made = self._made or tempfile.TemporaryDirectory(prefix="mplus-")
+                folder = Path(self._made.name)
+        return folder / f"rows-{secrets.token_hex(8)}.safetensors"
+
+
+def _remove_with(layers: Sequence[Runs], path: Path) -> None:
+    """Let the file at ``path`` go with the last who looks at it."""
+    for holder in holders(layers):
+        file = getattr(holder, "file", None)
+        if isinstance(file, BlockFile) and file.path == path:
+            weakref.finalize(file, path.unlink, missing_ok=True)
+            return

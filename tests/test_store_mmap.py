@@ -1,0 +1,158 @@
+"""``MmapStore`` when nearly everything is in files, and what is particular to it."""
+
+from __future__ import annotations
+
+import gc
+
+import attrs
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from mplus.errors import ConfigError, MemoryFileError, NotSupported
+from mplus.stores.disk.blocks import BLOCK_BYTES
+from mplus.stores.disk.merging import files_of
+from mplus.stores.mmap import MmapStore
+from mplus.testing.store_model import LAYOUT, StoreMachine
+from mplus.testing.stores import StoreConformance
+from mplus.testing.strategies import CONFORMANCE, draw_rows
+from tests.conftest import NIGHTLY
+
+
+class TestMostlyInFiles(StoreConformance):
+    """The conformance suite with so little room in memory that rows move to files all the time."""
+
+    implementation = MmapStore
+
+    def make(self, layout):
+        return MmapStore(layout, MmapStore.Options(bytes_in_memory=150))
+
+    def test_follows_a_model_through_any_sequence_of_changes(self):
+        suite = self
+
+        class Machine(StoreMachine):
+            def __init__(self) -> None:
+                super().__init__(suite.make, suite.check_layer)
+
+        examples = {} if NIGHTLY else {"max_examples": 5}
+        run_state_machine_as_test(Machine, settings=settings(CONFORMANCE, stateful_step_count=40, **examples))
+
+
+def test_rows_are_in_files_and_few_of_them(tmp_path):
+    store = MmapStore(LAYOUT, MmapStore.Options(directory=str(tmp_path / "new" / "folder"), bytes_in_memory=1000))
+    for number in range(200):
+        store.append(number % 2, draw_rows(LAYOUT, 5, number))
+    assert store.bytes_in_memory <= 1000
+    assert 1 <= len(files_of(store.layers)) <= 9  # about log2 of how often rows were moved
+    assert len(list((tmp_path / "new" / "folder").iterdir())) == len(files_of(store.layers))
+    pieces = store.pieces(0, "key")
+    assert torch.equal(torch.cat([piece.columns["key"] for piece in pieces]), store.keys(0))
+    expected = torch.cat([draw_rows(LAYOUT, 5, number).key for number in range(0, 200, 2)])
+    assert torch.equal(store.keys(0), expected)
+
+
+def test_a_row_is_written_a_few_times_only(tmp_path, monkeypatch):
+    written = []
+    rewritten = MmapStore._spill.__globals__["rewritten"]
+
+    def counting(*arguments, **options):
+        layers, entry = rewritten(*arguments, **options)
+        written.append(entry.bytes)
+        return layers, entry
+
+    monkeypatch.setitem(MmapStore._spill.__globals__, "rewritten", counting)
+    layout = attrs.evolve(LAYOUT, hidden_size=256)
+    store = MmapStore(layout, MmapStore.Options(directory=str(tmp_path), bytes_in_memory=20_000))
+    for number in range(256):
+        store.append(0, draw_rows(layout, 16, number))
+    assert sum(written) / (256 * 16 * layout.row_bytes) < 9
+
+
+def test_files_go_with_the_last_who_looks_at_them(tmp_path):
+    store = MmapStore(LAYOUT, MmapStore.Options(directory=str(tmp_path), bytes_in_memory=100))
+    ids = store.append(0, draw_rows(LAYOUT, 20, 1))
+    view = store.snapshot()
+    del store
+    gc.collect()
+    assert len(list(tmp_path.iterdir())) == 1
+    assert torch.equal(view.gather(0, ids).hidden, draw_rows(LAYOUT, 20, 1).hidden)
+    del view
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_room_is_given_back_when_most_of_a_file_was_removed(tmp_path):
+    store = MmapStore(LAYOUT, MmapStore.Options(directory=str(tmp_path), bytes_in_memory=4000))
+    ids = torch.cat([store.append(0, draw_rows(LAYOUT, 50, number)) for number in range(20)])
+    full = store.nbytes
+    store.remove(0, ids[::2])
+    store.remove(0, ids[1:900:2])
+    for number in range(4):
+        store.append(1, draw_rows(LAYOUT, 50, number))
+    gc.collect()
+    assert store.nbytes < full / 2
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < full
+
+
+def test_a_block_is_checked_when_it_is_first_read_and_once(tmp_path, monkeypatch):
+    layout = attrs.evolve(LAYOUT, hidden_size=BLOCK_BYTES // 4)  # a row per block
+    store = MmapStore(layout, MmapStore.Options(directory=str(tmp_path), bytes_in_memory=1000))
+    ids = store.append(0, draw_rows(layout, 10, 1))
+    (file,) = files_of(store.layers)
+    stretch = file.stretch("0.hidden")
+    with file.path.open("r+b") as opened:  # the mapping shows it: the page was never written to
+        opened.seek(file._begin + stretch.begin + 6 * BLOCK_BYTES + 17)
+        byte = opened.read(1)
+        opened.seek(-1, 1)
+        opened.write(bytes([byte[0] ^ 4]))
+    sound = torch.tensor([0, 5, 7, 9])
+    assert torch.equal(store.gather(0, ids[sound]).hidden, draw_rows(layout, 10, 1).hidden[sound])
+    with pytest.raises(MemoryFileError, match=r"rows-.*tensor '0.hidden' .* rows 6 to 6"):
+        store.gather(0, ids)
+    with pytest.raises(MemoryFileError, match=r"0\.hidden"):
+        store.pieces(0, "hidden")
+    assert list(file.damaged()) == [("0.hidden", 6 * BLOCK_BYTES, 7 * BLOCK_BYTES)]
+    assert file.sound_rows("0.hidden").tolist() == [row != 6 for row in range(10)]
+    checked = []
+    sound_block = file._sound
+    monkeypatch.setattr(file, "_sound", lambda name, block: checked.append(block) or sound_block(name, block))
+    store.gather(0, ids[:6])
+    assert checked == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 700])
+def test_block_files_are_safetensors_that_others_read(tmp_path, rows):
+    from safetensors.torch import load_file
+
+    store = MmapStore(LAYOUT, MmapStore.Options(directory=str(tmp_path), bytes_in_memory=1))
+    store.append(1, draw_rows(LAYOUT, rows + 1, 1))
+    store.append(1, draw_rows(LAYOUT, rows, 2))
+    tensors = load_file(files_of(store.layers)[0].path)
+    assert torch.equal(tensors["1.key"][: rows + 1], draw_rows(LAYOUT, rows + 1, 1).key)
+
+
+def test_options_and_devices():
+    with pytest.raises(ConfigError, match="bytes_in_memory must be a whole number of at least 1, got 0"):
+        MmapStore.Options(bytes_in_memory=0)
+    with pytest.raises(NotSupported, match="keeps rows on the CPU, got device meta"):
+        MmapStore(attrs.evolve(LAYOUT, device=torch.device("meta")))
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    store = MmapStore(LAYOUT, MmapStore.Options(directory=str(tmp_path / "file"), bytes_in_memory=1))
+    with pytest.raises(ConfigError, match=r"directory must be a folder .*file"):
+        store.append(0, draw_rows(LAYOUT, 3, 1))
+
+
+def test_rows_are_located_where_they_lie():
+    store = MmapStore(LAYOUT, MmapStore.Options(bytes_in_memory=2000))
+    ids = torch.cat([store.append(0, draw_rows(LAYOUT, 5, number)) for number in range(30)])
+    store.remove(0, ids[3:50:4])
+    assert len(store.layers[0].runs) > 2
+    wanted = store.ids(0)[torch.randperm(store.count(0), generator=torch.Generator().manual_seed(0))]
+    column, places = store.locate(0, "hidden", wanted).together()
+    assert torch.equal(column[places], store.gather(0, wanted).hidden)
+    with pytest.raises(KeyError, match=str(int(ids[3]))):
+        store.locate(0, "hidden", ids[:5])
