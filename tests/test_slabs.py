@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplus.stores import blocks
-from mplus.stores.base import StoreLayout
+from mplus.stores.base import StoreLayout, smallest
 from mplus.stores.blocks import Block, RamAllocator
 from mplus.stores.ram import RamStore
 from mplus.stores.slab_layer import SlabLayer
@@ -228,3 +228,11 @@ class TestMemoryIsUsedAgain:
         del store
         twin.append(0, draw_rows(LAYOUT, 60, 2))
         assert torch.equal(twin.gather(0, torch.arange(60)).hidden, hidden)
+
+
+def test_the_smallest_birth_is_that_of_a_row_that_is_there():
+    store = new_store(slab_rows=16, expected_rows=16)
+    store.append(0, draw_rows(LAYOUT, 5, 1).replace(birth=torch.tensor([7, 2, 9, 4, 8])))
+    assert smallest(store.pieces(0, "birth")[0], "birth") == 2
+    store.remove(0, torch.tensor([1]))
+    assert smallest(store.pieces(0, "birth")[0], "birth") == 4
