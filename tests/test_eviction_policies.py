@@ -18,7 +18,7 @@ from mplus.stores.eviction_lru import LruEviction
 from mplus.stores.eviction_reservoir import ReservoirEviction, scramble
 from mplus.stores.eviction_ttl import TtlEviction
 from mplus.stores.ram import RamStore
-from mplus.stores.usage import NEVER, READS, Usage
+from mplus.stores.usage import NEVER, READS, SPARE, Usage
 from mplus.testing.strategies import CONFORMANCE, draw_rows
 
 LAYOUT = StoreLayout(layers=2, hidden_size=1, expiry=True)
@@ -134,7 +134,16 @@ def test_notes_can_be_moved_dropped_and_forked():
     assert usage.times(1, ids).tolist() == [second, NEVER, first]
     fork = usage.fork()
     fork.note(1, torch.tensor([5]), 4)
-    usage.keep(1, torch.tensor([5, 8]))
+    store = stored([0] * 4, layer=1)
+    store.append(1, draw_rows(LAYOUT, 2, 0))
+    store.remove(1, torch.tensor([3]))
+    usage.trim(1, store)
+    assert usage.times(1, ids).tolist() == [second, NEVER, first], "a few notes too many do no harm"
+    usage.note(1, torch.arange(10_000, 10_000 + SPARE + 9), 2)
+    usage.trim(1, store)
+    late = torch.tensor([10_000])
+    assert usage.times(1, torch.cat([ids, late])).tolist() == [NEVER, NEVER, NEVER, NEVER]
+    usage.replace(1, torch.tensor([8]), torch.tensor([first]))
     assert usage.times(1, ids).tolist() == [NEVER, NEVER, first]
     assert fork.times(1, ids).tolist() == [second, 4 * READS + 1, first]
     usage.replace(1, torch.tensor([10, 11, 12]), fork.times(1, ids))
