@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mplus.errors import ConfigError
@@ -18,7 +18,7 @@ from mplus.stores.eviction_lru import LruEviction
 from mplus.stores.eviction_reservoir import ReservoirEviction, scramble
 from mplus.stores.eviction_ttl import TtlEviction
 from mplus.stores.ram import RamStore
-from mplus.stores.usage import NEVER, READS, Usage
+from mplus.stores.usage import NEVER, READS, SPARE, Usage
 from mplus.testing.strategies import CONFORMANCE, draw_rows
 
 LAYOUT = StoreLayout(layers=2, hidden_size=1, expiry=True)
@@ -38,6 +38,7 @@ def stored(births, layer=0, **columns):
 
 
 @CONFORMANCE
+@example(parts=[[(2, 0, True)], [(1, 0, True), (2, 0, True)]], count=2)  # the lower id is in the piece looked at last
 @given(
     parts=st.lists(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans()), max_size=7), max_size=5),
     count=st.integers(0, 40),
@@ -51,9 +52,15 @@ def test_the_first_rows_are_those_a_sort_would_put_first(parts, count):
         whole = bool(live.all())  # a piece may say that there are no holes by having no mask
         pieces.append(Piece(ids, None if whole else live.bool(), {"birth": first, "source": second}))
         listed += [(*row[:2], number) for row, number in zip(part, ids.tolist(), strict=True) if row[2]]
-    chosen = first_rows(pieces, count, lambda piece: [piece.columns["birth"], piece.columns["source"]])
-    assert chosen.dtype == torch.int64
-    assert chosen.tolist() == sorted(number for *_, number in sorted(listed)[:count])
+
+    def least(piece):
+        births = piece.columns["birth"] if piece.live is None else piece.columns["birth"][piece.live]
+        return min(births.tolist(), default=9)
+
+    for known in (None, least, lambda piece: 0):
+        chosen = first_rows(pieces, count, lambda piece: [piece.columns["birth"], piece.columns["source"]], known)
+        assert chosen.dtype == torch.int64
+        assert chosen.tolist() == sorted(number for *_, number in sorted(listed)[:count])
 
 
 # ---------------------------------------------------------------------- ttl
@@ -127,7 +134,16 @@ def test_notes_can_be_moved_dropped_and_forked():
     assert usage.times(1, ids).tolist() == [second, NEVER, first]
     fork = usage.fork()
     fork.note(1, torch.tensor([5]), 4)
-    usage.keep(1, torch.tensor([5, 8]))
+    store = stored([0] * 4, layer=1)
+    store.append(1, draw_rows(LAYOUT, 2, 0))
+    store.remove(1, torch.tensor([3]))
+    usage.trim(1, store)
+    assert usage.times(1, ids).tolist() == [second, NEVER, first], "a few notes too many do no harm"
+    usage.note(1, torch.arange(10_000, 10_000 + SPARE + 9), 2)
+    usage.trim(1, store)
+    late = torch.tensor([10_000])
+    assert usage.times(1, torch.cat([ids, late])).tolist() == [NEVER, NEVER, NEVER, NEVER]
+    usage.replace(1, torch.tensor([8]), torch.tensor([first]))
     assert usage.times(1, ids).tolist() == [NEVER, NEVER, first]
     assert fork.times(1, ids).tolist() == [second, 4 * READS + 1, first]
     usage.replace(1, torch.tensor([10, 11, 12]), fork.times(1, ids))

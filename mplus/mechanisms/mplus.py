@@ -167,7 +167,7 @@ class MPlusMechanism(MemoryMechanism):
             excess = store.count(layer) - capacity
             if excess > 0:
                 if context.usage is not None:
-                    context.usage.keep(layer, store.ids(layer))  # rows that have left are never asked for again
+                    context.usage.trim(layer, store)  # rows that have left are never asked for again
                 store.remove(layer, context.eviction.using(context.usage).select(store, layer, excess))
                 evicted[layer] = excess
         return evicted

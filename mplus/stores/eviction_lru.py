@@ -33,11 +33,13 @@ class LruEviction(EvictionPolicy):
         return LruEviction(self.options, usage)
 
     def select(self, store: StoreView, layer: int, excess: int) -> Tensor:
+        usage = None if self.usage is None else self.usage.at(layer)
+
         def order(piece: Piece) -> Sequence[Tensor]:
             births = piece.columns["birth"]
             used = (births + 1) * READS
-            if self.usage is not None:
-                used = torch.maximum(used, self.usage.times(layer, piece.ids))
+            if usage is not None:
+                used = torch.maximum(used, usage.times(piece.ids))
             return [used, births]
 
         # A row is used no earlier than written, so most pieces need not be looked at.

@@ -8,6 +8,8 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
+from mplus.stores.base import StoreView
+
 READS = 2**20
 """Reads that can be told apart between two rows written. Times are ``clock * READS`` and up, ``clock`` in rows."""
 
@@ -16,6 +18,9 @@ NEVER = -(2**63)
 
 LOOSE = 64
 """Notes that are collected before they are joined."""
+
+SPARE = 4096
+"""Notes on rows that have left are kept in this number at least, since looking for them costs something."""
 
 Notes = tuple[Tensor, Tensor | int]
 """Ids ``[n]`` and when they were retrieved: ``[n]`` int64 with the ids ascending, or one time for all."""
@@ -34,6 +39,22 @@ class _Layer:
         self.notes[next(self.numbers)] = new
         for number in old:
             self.notes.pop(number, None)
+
+
+@define(frozen=True, eq=False)
+class LayerUsage:
+    """Notes on one layer at one moment: ids ``[n]`` int64 ascending, and the last time of each, ``[n]`` int64."""
+
+    ids: Tensor
+    last: Tensor
+
+    def times(self, ids: Tensor) -> Tensor:
+        """``[m]`` int64 on the device of ``ids``: when each was retrieved last, or ``NEVER``."""
+        if not self.ids.shape[0]:
+            return torch.full_like(ids, NEVER)
+        known, times = self.ids.to(ids.device), self.last.to(ids.device)
+        place = torch.searchsorted(known, ids).clamp(max=known.shape[0] - 1)
+        return times[place].masked_fill(known[place] != ids, NEVER)
 
 
 class Usage:
@@ -58,15 +79,14 @@ class Usage:
             notes = own.notes.copy()
             own.exchange(notes, _joined(notes))
 
+    def at(self, layer: int) -> LayerUsage:
+        """The notes on one layer as they are now."""
+        own = self._layers.get(layer)
+        return LayerUsage(*_joined({} if own is None else own.notes.copy()))
+
     def times(self, layer: int, ids: Tensor) -> Tensor:
         """``[m]`` int64 on the device of ``ids``: when each was retrieved last, or ``NEVER``."""
-        own = self._layers.get(layer)
-        known, times = _joined({} if own is None else own.notes.copy())
-        if not known.shape[0]:
-            return torch.full_like(ids, NEVER)
-        known, times = known.to(ids.device), times.to(ids.device)
-        place = torch.searchsorted(known, ids).clamp(max=known.shape[0] - 1)
-        return times[place].masked_fill(known[place] != ids, NEVER)
+        return self.at(layer).times(ids)
 
     def replace(self, layer: int, ids: Tensor, times: Tensor) -> None:
         """Let there be notes on just these rows (``ids`` ascending) of ``layer``, with these times (or ``NEVER``)."""
@@ -76,9 +96,11 @@ class Usage:
         own.now = max(own.now, int(times.max()) if times.shape[0] else NEVER)
         own.exchange(own.notes.copy(), (ids, times))
 
-    def keep(self, layer: int, ids: Tensor) -> None:
-        """Drop the notes on all rows of ``layer`` but ``ids`` (ascending)."""
-        if layer in self._layers:
+    def trim(self, layer: int, store: StoreView) -> None:
+        """Drop the notes on rows that have left ``store``, if there may be more of these than rows in it."""
+        own = self._layers.get(layer)
+        if own is not None and sum(len(ids) for ids, _ in own.notes.copy().values()) > 2 * store.count(layer) + SPARE:
+            ids = store.ids(layer)
             self.replace(layer, ids, self.times(layer, ids))
 
     def fork(self) -> Usage:
