@@ -1,0 +1,246 @@
+"""Write ``docs/retrieval.md`` and its figure from the records of ``benchmarks.retrieval``.
+
+python -m benchmarks.retrieval speed KEYS
+python -m tools.retrieval_page
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tools import recording
+
+RECORDS = recording.ROOT / "benchmarks" / "records"
+PAGE = recording.ROOT / "docs" / "retrieval.md"
+FIGURE = recording.ROOT / "docs" / "assets" / "retrieval.svg"
+PREAMBLE = """
+# Retrieval from an index
+
+What was measured, and nothing else; this page is made from `benchmarks/records` by `python -m tools.retrieval_page`,
+and the records by `python -m benchmarks.retrieval`. What a shortcut costs on a memory of your own:
+[`mplus eval retriever`](evaluation.md#retriever-health).
+"""
+BUSY = (
+    "Above the number of cores, a load average means that other programs ran too: times are longer then, and two threads "
+    "can be slower than one."
+)
+NAMES = ("torch", "faiss_flat", "linear", "faiss_ivf")
+COLOURS = {"torch": "#999999", "faiss_flat": "#d55e00", "linear": "#e69f00", "faiss_ivf": "#0072b2"}
+
+
+def load() -> dict[str, dict[str, Any]]:
+    """The records there are, by what they measured."""
+    found = {}
+    for what in ("speed", "sweep", "retention", "sigmoid"):
+        path = RECORDS / f"retrieval-{what}.json"
+        if path.exists():
+            found[what] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def render(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page."""
+    sections = {"speed": speed, "sweep": sweep, "retention": retention, "sigmoid": sigmoid}
+    parts = [section(records[what]) for what, section in sections.items() if what in records]
+    return "\n\n".join([PREAMBLE.strip(), *(parts or ["Nothing has been recorded yet."])]) + "\n"
+
+
+def speed(record: Mapping[str, Any]) -> str:
+    """Times and recall by rows, rows wanted and threads."""
+    head = ["rows", "threads", "K0", *(f"{name}, ms" for name in NAMES), "times as fast", "recall", "lowest"]
+    rows = []
+    for count, facts in record["by_rows"].items():
+        for threads in (name for name in facts if name.endswith(" threads")):
+            for k, found in facts[threads]["by_wanted"].items():
+                times = [f"{found[name]['p50_ms']:.2f}" for name in NAMES]
+                shares = [f"{found['times_as_fast']:.1f}", f"{found['recall']:.4f}", f"{found['lowest_recall']:.3f}"]
+                rows.append([f"{int(count):,}", threads.removesuffix(" threads"), f"{int(k):,}", *times, *shares])
+    built = [
+        [f"{int(count):,}", f"{facts['cells']:,}", f"{facts['build_s']:.1f}", f"{facts['update']['p50_ms']:.1f}"]
+        for count, facts in record["by_rows"].items()
+    ]
+    loads = [
+        load
+        for facts in record["by_rows"].values()
+        for name, some in facts.items()
+        if name.endswith(" threads")
+        for load in some["load_average"]
+    ]
+    keys = record["keys"]
+    opening = (
+        f"Rows are those that recall-tiny wrote in layer {keys['layer']} for {keys['text_tokens']:,} tokens of text: "
+        f"{keys['memories']} memories were told {keys['chunks']:,} chunks each, {keys['distinct_sentences']:,} "
+        f"sentences of which no two are alike, about {keys['distinct_facts']:,} facts with different values. Keys are "
+        f"{keys['width']} wide and in float32. One text at a time, scored by `mean_dot`: `torch` is a product and "
+        "`topk`, `faiss_flat` faiss without an index, `linear` and `faiss_ivf` the retrievers, with everything that a "
+        'selection does and their default options. "Times as fast" compares `faiss_ivf` with the faster of the first '
+        f"two: median over {record['rounds']} rounds in which all took turns. Recall is the share of the exact best K0 "
+        f"rows that came back, mean and lowest over {record['rounds'] + 1} questions."
+    )
+    return "\n\n".join(
+        [
+            "## Time and recall",
+            opening,
+            table(head, rows),
+            "![Milliseconds of a selection over the number of rows](assets/retrieval.svg)",
+            "Building an index from keys (training included), and a selection after 256 rows came and 256 left:",
+            table(["rows", "cells", "build, s", "selection after a change, ms"], built),
+            closing(record, f"load average {min(loads):.1f} to {max(loads):.1f}"),
+            BUSY,
+        ]
+    )
+
+
+def sweep(record: Mapping[str, Any]) -> str:
+    """Recall and time by number of cells, and of cells looked into."""
+    rows = []
+    for cells, facts in record["cells"].items():
+        for share, found in facts.items():
+            if not share.startswith("1/"):
+                continue
+            some = [f"{found[k]['ms']:.2f} / {found[k]['recall']:.4f}" for k in found]
+            rows.append([f"{int(cells):,}", f"{int(cells) // int(share[2:])}", *some])
+    first = next(iter(record["cells"].values()))
+    wanted = next(found for share, found in first.items() if share.startswith("1/"))
+    trained = ", ".join(
+        f"{int(cells):,} cells {facts['train_s']:.0f} s and {facts['add_s']:.0f} s"
+        for cells, facts in record["cells"].items()
+    )
+    opening = (
+        f"All {record['keys']['rows']:,} rows, {record['queries']} questions, one thread: milliseconds of a search and "
+        f"recall, without ranking. Training and adding all rows took: {trained}."
+    )
+    return "\n\n".join(
+        [
+            "## Cells and probes",
+            opening,
+            table(["cells", "looked into", *(f"K0 = {int(k):,}" for k in wanted)], rows),
+            closing(record),
+        ]
+    )
+
+
+def retention(record: Mapping[str, Any]) -> str:
+    """Accuracy over age with other retrievers."""
+    arms = [arm for arm in record["report"]["arms"] if arm["status"] == "ok"]
+    ages = list(arms[0]["accuracy_by_age"])
+    questions = arms[0]["questions_by_age"][ages[0]]
+    rows = [[arm["name"], *(f"{arm['accuracy_by_age'][age]:.3f}" for age in ages)] for arm in arms]
+    options = "; ".join(
+        f"`mplus-{name}` with {', '.join(f'{option} = {value}' for option, value in some.items())}"
+        for name, some in record["indexes"].items()
+    )
+    opening = (
+        f"The shipped recall-tiny, read with its own retriever (`mplus`, every row scored by `{record['score']}`) and "
+        f"with others that take its parameters, on the same streams and questions: {questions} questions at each age "
+        f"in chunks of 16 tokens, and room for every row that was written. {options}."
+    )
+    return "\n\n".join(
+        [
+            "## Accuracy",
+            opening,
+            table(["arm", *ages], rows),
+            closing(record),
+        ]
+    )
+
+
+def sigmoid(record: Mapping[str, Any]) -> str:
+    """Recall of shortcuts for the published score."""
+    rows = [
+        [
+            where,
+            *(f"{found[name]['recall']:.2f} ({found[name]['lowest']:.2f})" for name in ("faiss_ivf", "centroid")),
+        ]
+        for where, found in record["recall"].items()
+    ]
+    opening = (
+        f"`sigmoid_mean` is no inner product, so an index does not follow it. Drawn keys ({record['rows']:,}, "
+        f"{record['width']} wide) and texts of {record['tokens']} queries: keys in 250 clusters and a text of 6 or 60 "
+        "of them, or nothing in clusters; std is that of the products. Recall of the exact best "
+        f"{record['wanted']} rows, mean (lowest) of {record['draws']} draws, default options."
+    )
+    return "\n\n".join(
+        [
+            "## The score of the paper",
+            opening,
+            table(["keys and text", "faiss_ivf", "centroid"], rows),
+            closing(record),
+        ]
+    )
+
+
+def closing(record: Mapping[str, Any], more: str = "") -> str:
+    """Where and with what it was measured."""
+    where = record["circumstances"]
+    facts = [where["device"], f"torch {where['torch']}", f"commit {where['commit']}", *([more] if more else [])]
+    return ", ".join(facts) + "."
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the first column is text."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+LEFT, TOP, WIDTH, HEIGHT = 70, 20, 460, 260
+
+
+def figure(record: Mapping[str, Any]) -> str:
+    """Median time of a selection of 256 rows over the number of rows, with one thread; both axes logarithmic."""
+    curves = {
+        name: [
+            (int(count), facts["1 threads"]["by_wanted"]["256"][name]["p50_ms"])
+            for count, facts in record["by_rows"].items()
+        ]
+        for name in NAMES
+    }
+    counts = [count for count, _ in curves["torch"]]
+    times = [taken for curve in curves.values() for _, taken in curve]
+    low, high = math.floor(math.log10(min(times))), math.ceil(math.log10(max(times)))
+
+    def place(count: float, taken: float) -> tuple[float, float]:
+        x = math.log(count / counts[0]) / math.log(counts[-1] / counts[0])
+        return LEFT + WIDTH * x, TOP + HEIGHT * (high - math.log10(taken)) / (high - low)
+
+    parts = []
+    for power in range(low, high + 1):
+        _, y = place(counts[0], 10.0**power)
+        parts.append(f'<line x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#dddddd"/>')
+        parts.append(_text(LEFT - 8, y + 4, f"{10.0**power:g} ms", "end"))
+    for count in counts:
+        x, _ = place(count, 10.0**low)
+        parts.append(_text(x, TOP + HEIGHT + 18, f"{count:,}", "middle"))
+    for name, curve in curves.items():
+        points = [place(*point) for point in curve]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS[name]}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{COLOURS[name]}"/>' for x, y in points]
+        parts.append(_text(points[-1][0] + 8, points[-1][1] + 4, name))
+    parts.append(_text(LEFT + WIDTH / 2, TOP + HEIGHT + 38, "rows of a layer; K0 = 256, one thread", "middle"))
+    body = "\n".join(parts)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 90}" height="{TOP + HEIGHT + 50}" '
+        f'font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" fill="#ffffff"/>\n{body}\n</svg>\n'
+    )
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>'
+
+
+def write(page: Path = PAGE, picture: Path = FIGURE) -> None:
+    """Write all of it."""
+    records = load()
+    page.write_text(render(records), encoding="utf-8")
+    if "speed" in records:
+        picture.write_text(figure(records["speed"]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
