@@ -26,8 +26,8 @@ and the records by `python -m benchmarks.retrieval`. What a shortcut costs on a 
 [`mplus eval retriever`](evaluation.md#retriever-health).
 """
 BUSY = (
-    "Above the number of cores, a load average means that other programs ran too: times are longer then, and two threads "
-    "can be slower than one."
+    "Above the number of cores, a load average means that other programs ran too: times are longer then, and two "
+    "threads can be slower than one."
 )
 NAMES = ("torch", "faiss_flat", "linear", "faiss_ivf")
 COLOURS = {"torch": "#999999", "faiss_flat": "#d55e00", "linear": "#e69f00", "faiss_ivf": "#0072b2"}

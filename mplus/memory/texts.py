@@ -47,9 +47,9 @@ class Texts:
     def __len__(self) -> int:
         return self.count
 
-    def chunks(self) -> Sequence[Text]:
-        """All of them, oldest first."""
-        return [self.shared[number] for number in range(self.count)]
+    def chunks(self, first: int = 0) -> Sequence[Text]:
+        """All of them but the ``first`` so many, oldest first."""
+        return [self.shared[number] for number in range(first, self.count)]
 
     @property
     def last_turn(self) -> int:

@@ -80,10 +80,9 @@ def _state(
 
 def _texts(prefix: str, old: Texts | None, new: Texts, tensors: dict[str, Tensor]) -> int:
     """How many of the old texts stay; the others of the new ones go into ``tensors``."""
-    chunks = new.chunks()
-    same = old is not None and all(one is other for one, other in zip(old.chunks(), chunks, strict=False))
-    count = len(old) if old is not None and same and len(old) <= len(new) else 0
-    for name, tensor in Texts.of(new.generator, chunks[count:]).tensors().items():
+    grown = old is not None and old.shared is new.shared and len(old) <= len(new)
+    count = len(old) if old is not None and grown else 0
+    for name, tensor in Texts.of(new.generator, new.chunks(count)).tensors().items():
         tensors[f"{prefix}.{name}"] = tensor
     return count
 
@@ -177,8 +176,12 @@ def _changed(
     texts = None
     if "texts" in fact:
         more = Texts.from_tensors(_columns(tensors, f"{prefix}.text."), len(sources))
-        kept = [] if old.texts is None else old.texts.chunks()[: fact["texts"]]
-        texts = Texts.of(more.generator, [*kept, *more.chunks()])
+        texts = old.texts
+        if texts is None or fact["texts"] != len(texts):
+            kept = [] if texts is None else texts.chunks()[: fact["texts"]]
+            texts = Texts.of(more.generator, kept)
+        for text in more.chunks():
+            texts = texts.appended(text)
     counters = {**old.counters, **_columns(tensors, f"{prefix}.counter.")}
     return evolve(
         old,
