@@ -10,7 +10,7 @@ from tools import cli_reference, recording
 
 PAGES = [recording.ROOT / "README.md", *sorted((recording.ROOT / "docs").glob("*.md"))]
 COMMANDS = {"demo", "demo-novel", "info", "plugins", "replay", "train", "import", "memory show", "memory verify"}
-COMMANDS |= {"memory forget", "memory sources"}
+COMMANDS |= {"memory forget", "memory repair", "memory sources"}
 COMMANDS |= {"eval retention", "eval harm", "eval retriever", "eval abstention"}
 COMMANDS |= {"bench read", "bench write", "bench decode", "bench score", "bench attention", "bench store"}
 
