@@ -9,7 +9,7 @@ from attrs import define
 from torch import Tensor
 
 from mplus.rows import MemoryRows
-from mplus.stores.base import Column, Content, StoreView
+from mplus.stores.base import Column, Content, Piece, StoreView
 
 
 @define(eq=False)
@@ -25,7 +25,7 @@ class PendingView(StoreView):
         return self.store.layout
 
     def ids(self, layer: int) -> Tensor:
-        return torch.arange(self.count(layer), device=self.store.ids(layer).device)
+        return torch.arange(self.count(layer), device=self.store.layout.device)
 
     def count(self, layer: int) -> int:
         return self.store.count(layer) + len(self.pending[layer])
@@ -35,14 +35,34 @@ class PendingView(StoreView):
         waiting = self.pending[layer].columns().get(name)
         return merged if merged is None or waiting is None else torch.cat([merged, waiting.to(merged)])
 
+    def pieces(self, layer: int, *names: Column | Content) -> list[Piece]:
+        """The pieces of the store, and the rows that wait; a place without a row has the id of the row before it."""
+        found, start = [], 0
+        for piece in self.store.pieces(layer, *names):
+            if piece.live is None:
+                ids = torch.arange(start, start + len(piece.ids), device=piece.ids.device)
+                start += len(piece.ids)
+            else:
+                ids = piece.live.cumsum(0) + (start - 1)
+                start += int(piece.live.sum())
+            found.append(Piece(ids, piece.live, piece.columns))
+        waiting = self.pending[layer].columns()
+        columns = {name: waiting[name] for name in names if name in waiting}
+        device = self.store.layout.device
+        ids = torch.arange(start, start + len(self.pending[layer]), device=device)
+        return [*found, Piece(ids, None, {name: column.to(device) for name, column in columns.items()})]
+
     def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column | Content] = ()) -> MemoryRows:
         merged = self.store.count(layer)
-        stored = self.store.ids(layer)
         waiting = self.pending[layer]
         missing = (ids < 0) | (ids >= merged + len(waiting))
         if bool(missing.any()):
             raise KeyError(f"no row with id {int(ids[missing][0])} in layer {layer}")
-        from_store = self.store.gather(layer, stored[ids[ids < merged]]).replace(expiry=None)
-        from_pending = waiting.select(ids[ids >= merged] - merged)
-        order = torch.cat([(ids < merged).nonzero().squeeze(1), (ids >= merged).nonzero().squeeze(1)])
-        return MemoryRows.cat([from_store, from_pending]).select(order.argsort())
+        stored, later = (ids < merged).nonzero().squeeze(1), (ids >= merged).nonzero().squeeze(1)
+        unread = {*leave_out, "expiry"}  # rows that wait have none
+        from_store = self.store.gather(layer, self.store.ids(layer)[ids[stored]], leave_out)
+        parts = [
+            MemoryRows.of({name: column for name, column in rows.columns().items() if name not in unread})
+            for rows in (from_store, waiting.select(ids[later] - merged))
+        ]
+        return MemoryRows.cat(parts).select(torch.cat([stored, later]).argsort())

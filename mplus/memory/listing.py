@@ -49,7 +49,7 @@ def listed(
     for count, parts in zip(counts, tiers, strict=True):
         for part in parts:
             count.add_(_counted(part, newest, oldest))
-    rows = [(count / layers).tolist() for count in counts]
+    rows = [[number / layers for number in count.tolist()] for count in counts]
     return [
         SourceInfo(
             source.name,
