@@ -174,15 +174,24 @@ def main() -> None:
     parser.add_argument("novels", nargs="+", type=Path, help="text files, plain or gzip")
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--store", default="mmap")
+    parser.add_argument("--bytes-in-memory", type=int, default=2**24, help="of rows that are not in a file yet")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path, default=RECORD)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as folder:
-        store = {"name": given.store, **({"directory": folder} if given.store != "ram" else {})}
+        store: dict[str, Any] = {"name": given.store}
+        if given.store == "mmap":
+            store.update(directory=folder, bytes_in_memory=given.bytes_in_memory)
         found = measure(given.novels, given.tokens, store, Path(folder), given.seed)
-    record = {"store": given.store, "threads": given.threads, **found, "circumstances": circumstances()}
+    record = {
+        "store": store["name"],
+        "bytes_in_memory": given.bytes_in_memory,
+        "threads": given.threads,
+        **found,
+        "circumstances": circumstances(),
+    }
     given.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(record, indent=1) + "\n")
 
