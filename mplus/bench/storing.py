@@ -18,7 +18,7 @@ from mplus.config import Component, MPlusConfig, options_of
 from mplus.mechanisms.additions import MemoryAdditions
 from mplus.mechanisms.mplus import MPlusMechanism
 from mplus.memory.stream import StreamState
-from mplus.memory.write_context import WriteContext
+from mplus.memory.write_context import Keys, WriteContext
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.stores.build import build_eviction, build_store
@@ -112,7 +112,9 @@ class Flow:
             self.flowing.append(0, part.replace(expiry=places / chunk + 1))  # a chunk's rows per merge
         self._next = content.select(slice(0, chunk))
         self.merging = self.flowing.fork()
-        self._context = WriteContext(self.merging, build_eviction(config.eviction), torch.randperm, lambda *_: None)
+        keys: Keys = lambda layer, hidden: None  # noqa: E731
+        policy = build_eviction(config.eviction)
+        self._context = WriteContext(self.merging, policy, torch.randperm, keys, capacity=rows)
         counters = {
             "decayed": torch.zeros(1, dtype=torch.float64),
             "writes_since_merge": torch.zeros((), dtype=torch.int64),
