@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,12 +12,15 @@ from attrs import define, evolve
 from torch import Tensor
 
 from mplus.config import MPlusConfig
+from mplus.errors import InputError
 from mplus.mechanisms.additions import MemoryAdditions
 from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.write_context import WriteContext
 from mplus.rows import NO_SOURCE, MemoryRows
-from mplus.stores.base import Located, MemoryStore, StoreLayout
+from mplus.stores.base import Located, MemoryStore, StoreLayout, StoreView
 from mplus.stores.eviction import EvictionPolicy
+
+logger = logging.getLogger(__name__)
 
 
 @define(frozen=True, eq=False)
@@ -201,6 +205,22 @@ class MemoryMechanism(ABC):
         """Rows were removed from ``store`` for good: let go of what a retriever keeps of them."""
         if self.uses_retriever and self.additions.retriever is not None:
             self.additions.retriever.follow(store)
+
+    def index_tensors(self, store: StoreView) -> list[dict[str, Tensor]]:
+        """Per layer, what the retriever's index of these rows can be made of again; {} where there is none."""
+        retriever = self.additions.retriever if self.uses_retriever else None
+        layers = range(store.layout.layers)
+        return [{} if retriever is None else retriever.index_tensors(layer, store) for layer in layers]
+
+    def adopt_index(self, store: StoreView, tensors: Sequence[Mapping[str, Tensor]]) -> None:
+        """Let the retriever take over what ``index_tensors`` gave for these rows, or make its index anew."""
+        retriever = self.additions.retriever if self.uses_retriever else None
+        for layer, found in enumerate(tensors):
+            if retriever is not None and found:
+                try:
+                    retriever.adopt_index(layer, store, found)
+                except InputError as error:
+                    logger.info("the saved index of layer %d is not used, a new one will be made: %s", layer, error)
 
     @abstractmethod
     def keep_dropped(

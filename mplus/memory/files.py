@@ -10,7 +10,7 @@ Ids of long-term rows are not kept: the store that a memory is read into gives n
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ from mplus.memory.manifest import (
 from mplus.memory.memory import Memory
 from mplus.memory.stream import StreamView
 from mplus.memory.tensors import TensorReader, write_tensors
-from mplus.memory.unpacking import read_streams, read_usage
+from mplus.memory.unpacking import read_index, read_streams, read_usage
 from mplus.stores.base import StoreLayout, StoreView
 from mplus.stores.build import build_eviction
 from mplus.stores.disk.parts import Part
@@ -81,7 +81,17 @@ class Facts:
         )
 
 
-def save(folder: str | Path, views: Sequence[StreamView], draws: Sequence[Tensor], facts: Facts) -> None:
+Index = Sequence[Mapping[str, Tensor]]
+"""Per layer, what the retriever's index of one store is made of."""
+
+
+def save(
+    folder: str | Path,
+    views: Sequence[StreamView],
+    draws: Sequence[Tensor],
+    facts: Facts,
+    indexes: Sequence[Index] = (),
+) -> None:
     """Write one memory; an older one in ``folder`` stays whole until this one is on disk.
 
     Args:
@@ -89,6 +99,7 @@ def save(folder: str | Path, views: Sequence[StreamView], draws: Sequence[Tensor
         views: the streams.
         draws: state of each stream's generator.
         facts: of the memory.
+        indexes: of each stream's store, if there are.
 
     Raises:
         MemoryFileError: ``folder`` cannot be written, or holds something that is not a memory.
@@ -99,18 +110,23 @@ def save(folder: str | Path, views: Sequence[StreamView], draws: Sequence[Tensor
     handle = lock(folder)
     try:
         check_free(folder, is_memory(folder))
-        replace(folder, views, draws, numbers, facts)
+        replace(folder, views, draws, numbers, facts, indexes)
     finally:
         os.close(handle)
 
 
 def replace(
-    folder: Path, views: Sequence[StreamView], draws: Sequence[Tensor], numbers: Sequence[int], facts: Facts
+    folder: Path,
+    views: Sequence[StreamView],
+    draws: Sequence[Tensor],
+    numbers: Sequence[int],
+    facts: Facts,
+    indexes: Sequence[Index] = (),
 ) -> None:
     """The part of ``save`` that needs the folder locked; ``numbers``: of each stream's store."""
     with writable(folder), temporary(folder) as rows, temporary(folder) as head:
         with rows.open("xb") as file:
-            digest, entries = write_tensors(file, list(_parts(views, draws, numbers)))
+            digest, entries = write_tensors(file, [*_parts(views, draws, numbers), *_index_parts(numbers, indexes)])
             size = file.tell()
             flush(file)
         name = DATA.format(digest[:32])
@@ -178,6 +194,8 @@ def load(
             lifetime = mechanism.lifetime(policy)
             states, stores, draws = read_streams(file, manifest, layout, store or engine.config.store, lifetime)
             usage = [read_usage(file, n, one) for n, one in enumerate(stores)] if policy.notes_reads else []
+            for entry, own in zip(manifest.streams, stores, strict=True):
+                mechanism.adopt_index(own, read_index(file, entry.store, layout.layers))
     finally:
         os.close(handle)
     wanted = manifest.bytes_budget if bytes_budget is None else bytes_budget
@@ -229,6 +247,18 @@ def _parts(views: Sequence[StreamView], draws: Sequence[Tensor], numbers: Sequen
             for column, (shape, dtype) in store.layout.columns().items():
                 pieces = partial(_pieces, store, layer, column)
                 yield Part(f"store.{number}.{layer}.{column}", dtype, (count, *shape), pieces)
+
+
+def _index_parts(numbers: Sequence[int], indexes: Sequence[Index]) -> Iterator[Part]:
+    for number, index in dict(zip(numbers, indexes, strict=False)).items():
+        yield from index_parts(number, index)
+
+
+def index_parts(number: int, index: Index) -> Iterator[Part]:
+    """What the retriever's index of a store is made of."""
+    for layer, tensors in enumerate(index):
+        for name, tensor in tensors.items():
+            yield Part.whole(f"store.{number}.{layer}.index.{name}", tensor)
 
 
 def stream_parts(number: int, view: StreamView, draw: Tensor) -> Iterator[Part]:

@@ -299,7 +299,7 @@ class Memory(Keeping):
             views = self.snapshot()
             draws = [generator.get_state() for generator in self.generators]
         facts = Facts.of(self.engine, self.eviction, self.budget)
-        save(path, views, draws, facts)
+        save(path, views, draws, facts, [self.engine.mechanism.index_tensors(view.store) for view in views])
 
     @staticmethod
     def load(

@@ -164,3 +164,13 @@ def read_usage(file: Tensors, number: int, store: MemoryStore) -> Usage:
                 raise MemoryFileError(f"{file.path}: {name!r} must have a time for each of {len(ids)} rows")
             usage.replace(layer, ids, times)
     return usage
+
+
+def read_index(file: Tensors, store: int, layers: int) -> list[dict[str, Tensor]]:
+    """Per layer, what the retriever's index of a store was made of; {} where none was saved."""
+    found = []
+    for layer in range(layers):
+        prefix = f"store.{store}.{layer}.index."
+        names = [name for name in file.tensors if name.startswith(prefix)]
+        found.append({name.removeprefix(prefix): file.get(name).clone() for name in names})
+    return found

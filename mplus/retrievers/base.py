@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -142,6 +142,17 @@ class Retriever(nn.Module, ABC):
 
     def follow(self, store: StoreView) -> None:
         """Bring what is kept of a store's rows, if anything is, up to date: nothing stays of rows that were removed."""
+
+    def index_tensors(self, layer: int, store: StoreView) -> dict[str, Tensor]:
+        """What an index over exactly these rows can be made of again, to be saved with them; {} where there is none."""
+        return {}
+
+    def adopt_index(self, layer: int, store: StoreView, tensors: Mapping[str, Tensor]) -> None:
+        """Take over an index that was saved with these rows.
+
+        Raises:
+            InputError: the tensors are not of an index over these rows: leave them, and it is made from the keys.
+        """
 
     @abstractmethod
     def select(

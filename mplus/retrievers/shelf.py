@@ -100,6 +100,9 @@ class IndexShelf:
 
         See ``IvfIndex.tensors``; ``cell`` is in the order of the rows.
         """
+        slot = self._slot(store, layer)
+        if slot is None or slot.index is None:
+            return {}  # saving rows is no reason to train one
         with self.ready(store, layer) as ready:
             if ready is None or len(ready.without) or len(ready.besides):
                 return {}

@@ -17,10 +17,10 @@ from mplus.errors import MemoryFileError
 from mplus.memory.durable.delta import apply
 from mplus.memory.durable.journal import Journal, records
 from mplus.memory.durable.manifest import JOURNAL, OWN, ROWS, STATE, LiveManifest, StoreEntry
-from mplus.memory.files import Facts, layout_entry, stream_entry, stream_parts
+from mplus.memory.files import Facts, Index, index_parts, layout_entry, stream_entry, stream_parts
 from mplus.memory.folder import MANIFEST
 from mplus.memory.stream import StreamState, StreamView
-from mplus.memory.unpacking import read_generator, read_state, read_usage
+from mplus.memory.unpacking import read_generator, read_index, read_state, read_usage
 from mplus.stores.base import StoreLayout
 from mplus.stores.disk.blocks import BlockFile, write_blocks
 from mplus.stores.disk.filesystem import FileSystem
@@ -36,12 +36,13 @@ NEW_MANIFEST = MANIFEST + ".new"
 
 @define(eq=False)
 class Content:
-    """All a memory in a directory holds: one of each for every stream."""
+    """All a memory in a directory holds: one of each for every stream, or no ``indexes``."""
 
     states: list[StreamState]
     stores: list[MmapStore]
     draws: list[Tensor]
     usage: Sequence[Usage | None]
+    indexes: Sequence[Index] = ()
 
     def views(self) -> list[StreamView]:
         """The streams."""
@@ -153,6 +154,8 @@ def write_checkpoint(
 def _state_parts(content: Content, layers: Sequence[Sequence[Runs]]) -> Iterator[Part]:
     for number, (view, draw) in enumerate(zip(content.views(), content.draws, strict=True)):
         yield from stream_parts(number, view, draw)
+        if content.indexes:
+            yield from index_parts(number, content.indexes[number])
         order = {id(file): place for place, file in enumerate(files_of(layers[number]))}
         for layer, runs in enumerate(layers[number]):
             for run in runs.runs:
@@ -238,7 +241,8 @@ def read_checkpoint(folder: Path, manifest: LiveManifest, layout: StoreLayout, o
             )
         stores.append(store)
     usage = [read_usage(reader, number, store) for number, store in enumerate(stores)]
-    return Content(states, stores, draws, usage)
+    indexes = [read_index(reader, number, layout.layers) for number in range(len(stores))]
+    return Content(states, stores, draws, usage, indexes)
 
 
 def _runs(state: BlockFile, opened: Sequence[BlockFile], stream: int, layer: int, layout: StoreLayout) -> Iterator[Run]:

@@ -152,7 +152,8 @@ class LiveMemory(Memory):
         """A checkpoint of ``states``, and of stores and generators as they are."""
         directory = self._own_directory()
         draws = [generator.get_state() for generator in self.generators]
-        content = Content(list(states), self._own_stores(), draws, self._usage)
+        indexes = [self.engine.mechanism.index_tensors(store) for store in self._own_stores()]
+        content = Content(list(states), self._own_stores(), draws, self._usage, indexes)
         facts = Facts.of(self.engine, self.eviction, self.budget)
         with writable(directory.path):
             number = 0 if directory.manifest is None else directory.manifest.number + 1

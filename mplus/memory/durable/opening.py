@@ -73,9 +73,9 @@ def open_memory(
     policy = None if eviction is None else Component.of(eviction)
     shared: dict[str, Any] = {"where": str(folder), "journal_bytes": journal_bytes, "tokenizer": tokenizer}
     if read_only:
-        manifest, content, _ = _read(folder, engine)
+        manifest, content, (_, count) = _read(folder, engine)
         _check_batch(batch_size, manifest, folder)
-        return _existing(engine, manifest, content, None, policy, bytes_budget, folder, shared)
+        return _existing(engine, manifest, content, None, policy, bytes_budget, folder, shared, changed=count > 0)
     _prepare(folder, files)
     with writable(folder):
         directory = Directory(folder, files, acquire(folder))
@@ -87,7 +87,9 @@ def open_memory(
                 directory.manifest = manifest
                 directory.journal = Journal.resume(files, folder / manifest.journal, size, count)
                 remove_others(files, folder, manifest)
-            return _existing(engine, manifest, content, directory, policy, bytes_budget, folder, shared)
+            return _existing(
+                engine, manifest, content, directory, policy, bytes_budget, folder, shared, changed=count > 0
+            )
         new = model.new_memory(
             1 if batch_size is None else batch_size,
             tokenizer=tokenizer,
@@ -118,7 +120,10 @@ def _existing(
     bytes_budget: int | str | None,
     folder: Path,
     shared: dict[str, Any],
+    *,
+    changed: bool,
 ) -> LiveMemory:
+    """``changed``: by what stands in the journal, so that the saved indexes are of other rows."""
     policy = build_eviction(eviction or Component.of(manifest.eviction))
     expiry = engine.layout.expiry or policy.lifetime is not None
     if expiry != manifest.layout.expiry:
@@ -129,6 +134,9 @@ def _existing(
         )
     wanted = manifest.bytes_budget if bytes_budget is None else bytes_budget
     budget = Budget.of(wanted, engine.config, engine.mechanism, content.stores[0], len(content.stores))
+    if not changed:
+        for store, index in zip(content.stores, content.indexes, strict=True):
+            engine.mechanism.adopt_index(store, index)
     return LiveMemory(engine, content, policy, directory, budget=budget, **shared)
 
 
