@@ -121,7 +121,9 @@ def test_rows_never_take_more_than_the_budget(
         memory.write([[7] * one, [7] * other if other else None])
         assert rows_bytes(memory.states, memory.stores) <= budget
         growth, spare_rows = 2.0, 16384 / 16  # defaults of the store "ram"
-        assert memory.nbytes <= growth**2 * budget + 2 * spare_rows * (STORED + 8) * LAYERS, "what is reserved is bounded"
+        assert memory.nbytes <= growth**2 * budget + 2 * spare_rows * (STORED + 8) * LAYERS, (
+            "what is reserved is bounded"
+        )
 
 
 def test_projected_rows_have_hidden_states_kept_beside_them() -> None:
