@@ -47,7 +47,7 @@ class Budget:
             return Budget(config.long_term_tokens)
         budget, layout = byte_count(wanted), store.layout
         fixed = layout.layers * fixed_bytes(config, mechanism, layout)
-        row = layout.layers * store.bytes_per_row(layout, store.options)
+        row = layout.layers * store.bytes_per_row
         least = fixed + (config.memory_tokens_per_chunk * row if mechanism.long_term else 0)
         if budget < streams * least:
             raise ConfigError(
@@ -76,9 +76,5 @@ def fixed_bytes(config: MPlusConfig, mechanism: Any, layout: StoreLayout) -> int
 
 def rows_bytes(states: Sequence[StreamState], stores: Sequence[MemoryStore]) -> int:
     """Bytes of the rows a memory holds, without what its stores have reserved for more: what a budget limits."""
-    stored = sum(
-        store.count(layer) * store.bytes_per_row(store.layout, store.options)
-        for store in stores
-        for layer in range(store.layout.layers)
-    )
+    stored = sum(store.count(layer) * store.bytes_per_row for store in stores for layer in range(store.layout.layers))
     return sum(state.nbytes for state in states) + stored

@@ -252,10 +252,10 @@ class MemoryStore(StoreView):
         self.origin: Origin | None = Origin()
         self.options = options if options is not None else self.Options()
 
-    @classmethod
-    def bytes_per_row(cls, layout: StoreLayout, options: Any = None) -> int:
+    @property
+    def bytes_per_row(self) -> int:
         """Bytes that one row of one layer takes, its id included: what the capacity under a budget is reckoned with."""
-        return layout.row_bytes + 8
+        return self.layout.row_bytes + 8
 
     @abstractmethod
     def append(self, layer: int, rows: MemoryRows) -> Tensor:

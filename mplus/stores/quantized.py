@@ -226,6 +226,11 @@ class QuantizedStore(_Reading, MemoryStore):
         return self._around(self.inner.to(device), coding)
 
     @property
+    def bytes_per_row(self) -> int:
+        """Codes, exponents, what is not quantised, and the id."""
+        return self.inner.bytes_per_row
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the inner store: codes, exponents and all else."""
         return self.inner.nbytes

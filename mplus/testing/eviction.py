@@ -76,3 +76,19 @@ class EvictionConformance:
             for view in (store, store.snapshot(), store.fork(), self.fill(layout, count, seed)):
                 assert self.make().select(view, 0, excess).tolist() == chosen
             assert torch.equal(torch.get_rng_state(), state), "the global generator was used"
+
+    @CONFORMANCE
+    @given(layout=layouts(expiry=True), count=sizes(12, 1), spare=sizes(12), seed=st.integers(0, 2**16))
+    def test_a_merge_expires_rows_that_are_there(self, layout: StoreLayout, count: int, spare: int, seed: int) -> None:
+        store, layer, policy = self.fill(layout, count, seed), layout.layers - 1, self.make()
+        present, elapsed = store.ids(layer).tolist(), 4.0
+        after, gone = policy.expire(store, layer, elapsed, spare)
+        assert gone.dtype == torch.int64
+        assert set(gone.tolist()) <= set(present)
+        assert len(set(gone.tolist())) == len(gone)
+        assert store.ids(layer).tolist() == present, "choosing removes nothing"
+        if policy.lifetime is None:
+            assert (after, len(gone)) == (elapsed, 0), "rows without a lifetime do not expire"
+        elif len(gone):
+            assert count - len(gone) > spare
+            assert after >= elapsed

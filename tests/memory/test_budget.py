@@ -120,6 +120,10 @@ def test_rows_never_take_more_than_the_budget(
     for one, other in writes:
         memory.write([[7] * one, [7] * other if other else None])
         assert rows_bytes(memory.states, memory.stores) <= budget
+        growth, spare_rows = 2.0, 16384 / 16  # defaults of the store "ram"
+        assert memory.nbytes <= growth**2 * budget + 2 * spare_rows * (STORED + 8) * LAYERS, (
+            "what is reserved is bounded"
+        )
 
 
 def test_projected_rows_have_hidden_states_kept_beside_them() -> None:
@@ -137,9 +141,9 @@ def test_a_store_says_what_its_rows_take() -> None:
     class Half(RamStore):
         name = "half"
 
-        @classmethod
-        def bytes_per_row(cls, layout: Any, options: Any = None) -> int:
-            return (layout.row_bytes + 8) // 2
+        @property
+        def bytes_per_row(self) -> int:
+            return (self.layout.row_bytes + 8) // 2
 
     STORES.register("half", Half)
     try:
@@ -147,6 +151,11 @@ def test_a_store_says_what_its_rows_take() -> None:
         assert counting_memory(**config_of(budget, store="half")).capacity == 20
     finally:
         STORES.unregister("half")
+    codes = 4 + 2 + 2 * 2 + 8 + 8 + 8  # a byte for each number of hidden state and key, an exponent for each, and facts
+    memory = counting_memory(**config_of(FIXED + 10 * codes * LAYERS, store="quantized"))
+    assert memory.capacity == 10
+    memory.write([7] * 200)
+    assert rows_bytes(memory.states, memory.stores) == FIXED + 10 * codes * LAYERS
 
 
 def test_a_budget_is_saved_and_can_be_another_when_loaded(tmp_path: Path) -> None:
