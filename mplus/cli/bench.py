@@ -11,14 +11,11 @@ from mplus.cli.bench_common import Bench, measurement, positive
 Record = dict[str, Any]
 
 
-@measurement()
+@measurement(long_term=True)
 def read(
     bench: Bench,
     lengths: Annotated[
         str | None, typer.Option(metavar="N,N,...", help="Tokens of the prompts; default: what the preset says.")
-    ] = None,
-    long_term: Annotated[
-        int | None, typer.Option("--long-term", min=1, help="So many long-term rows, with retriever keys of width 256.")
     ] = None,
     growth: Annotated[
         bool, typer.Option("--growth", help="Also after 10,000 to 1,000,000 tokens were written.")
@@ -32,8 +29,7 @@ def read(
     """
     from mplus.bench import read as reading
 
-    how = bench.with_long_term(long_term).how
-    return reading.measure(*how, bench.backends, positive(lengths, "--lengths"), growth=growth)
+    return reading.measure(*bench.how, bench.backends, positive(lengths, "--lengths"), growth=growth)
 
 
 @measurement()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from attrs import define, evolve
+from attrs import define
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,9 @@ Repeats = Annotated[int | None, typer.Option(min=1, help="Rounds; default: what 
 Backends = Annotated[
     str | None,
     typer.Option(metavar="NAME,NAME,...", help="Attention backends of mplus; default: all but reference and flex."),
+]
+LongTerm = Annotated[
+    int | None, typer.Option("--long-term", min=1, help="So many long-term rows, with retriever keys of width 256.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: what the preset is for.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the record as JSON to this file.")]
@@ -54,14 +57,10 @@ class Bench:
         """What ``measure`` functions take first."""
         return self.preset, self.device, self.threads, self.repeats
 
-    def with_long_term(self, rows: int | None) -> Bench:
-        """With so many long-term rows and retriever keys of the published width; None: as the preset says."""
-        if rows is None:
-            return self
-        return evolve(self, preset=evolve(self.preset, long_term_rows=rows, retriever_width=256))
 
-
-def measurement(*, backends: bool = True) -> Callable[[Callable[..., Mapping[str, Any]]], Callable[..., None]]:
+def measurement(
+    *, backends: bool = True, long_term: bool = False
+) -> Callable[[Callable[..., Mapping[str, Any]]], Callable[..., None]]:
     """Make a command of a function that takes a ``Bench`` and options of its own, and returns a record.
 
     The command has the options of every measurement besides. It writes the record and shows it; its exit code is 1
@@ -69,13 +68,15 @@ def measurement(*, backends: bool = True) -> Callable[[Callable[..., Mapping[str
 
     Args:
         backends: let attention backends be named.
+        long_term: let the number of long-term rows be set.
     """
 
     def command_of(measure: Callable[..., Mapping[str, Any]]) -> Callable[..., None]:
         shared = dict(inspect.signature(_shared, eval_str=True).parameters)
         as_json = shared.pop("as_json")
-        if not backends:
-            del shared["backends"]
+        for name, wanted in (("backends", backends), ("long_term", long_term)):
+            if not wanted:
+                del shared[name]
         own = list(inspect.signature(measure, eval_str=True).parameters.values())[1:]
         options = [*shared.values(), *own, as_json]
 
@@ -101,21 +102,30 @@ def _shared(
     repeats: Repeats = None,
     backends: Backends = None,
     device: Device = None,
+    long_term: LongTerm = None,
     as_json: Json = None,
 ) -> None:
     """Options of every measurement."""
 
 
 def _prepared(
-    preset: str, threads: str | None, repeats: int | None, device: str | None, backends: str | None = None
+    preset: str,
+    threads: str | None,
+    repeats: int | None,
+    device: str | None,
+    backends: str | None = None,
+    long_term: int | None = None,
 ) -> Bench:
     import torch
+    from attrs import evolve
 
     from mplus.bench.presets import device_for
     from mplus.bench.presets import preset as find
     from mplus.errors import ConfigError
 
     chosen = find(preset)
+    if long_term is not None:
+        chosen = evolve(chosen, long_term_rows=long_term, retriever_width=256)
     counts = positive(threads, "--threads") or [torch.get_num_threads()]
     if len(set(counts)) < len(counts):
         raise ConfigError(f"--threads must be different numbers, got {threads!r}")
