@@ -6,7 +6,6 @@ python -m tools.retrieval_page
 
 from __future__ import annotations
 
-import html
 import json
 import math
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import recording
+from tools.drawing import HEIGHT, LEFT, TOP, WIDTH, curve, picture, rule, text
 
 RECORDS = recording.ROOT / "benchmarks" / "records"
 PAGE = recording.ROOT / "docs" / "retrieval.md"
@@ -188,9 +188,6 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-LEFT, TOP, WIDTH, HEIGHT = 70, 20, 460, 260
-
-
 def figure(record: Mapping[str, Any]) -> str:
     """Median time of a selection of 256 rows over the number of rows, with one thread; both axes logarithmic."""
     curves = {
@@ -201,37 +198,21 @@ def figure(record: Mapping[str, Any]) -> str:
         for name in NAMES
     }
     counts = [count for count, _ in curves["torch"]]
-    times = [taken for curve in curves.values() for _, taken in curve]
+    times = [taken for points in curves.values() for _, taken in points]
     low, high = math.floor(math.log10(min(times))), math.ceil(math.log10(max(times)))
 
     def place(count: float, taken: float) -> tuple[float, float]:
         x = math.log(count / counts[0]) / math.log(counts[-1] / counts[0])
         return LEFT + WIDTH * x, TOP + HEIGHT * (high - math.log10(taken)) / (high - low)
 
-    parts = []
+    parts: list[str] = []
     for power in range(low, high + 1):
-        _, y = place(counts[0], 10.0**power)
-        parts.append(f'<line x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#dddddd"/>')
-        parts.append(_text(LEFT - 8, y + 4, f"{10.0**power:g} ms", "end"))
+        parts += rule(place(counts[0], 10.0**power)[1], f"{10.0**power:g} ms")
     for count in counts:
-        x, _ = place(count, 10.0**low)
-        parts.append(_text(x, TOP + HEIGHT + 18, f"{count:,}", "middle"))
-    for name, curve in curves.items():
-        points = [place(*point) for point in curve]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS[name]}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{COLOURS[name]}"/>' for x, y in points]
-        parts.append(_text(points[-1][0] + 8, points[-1][1] + 4, name))
-    parts.append(_text(LEFT + WIDTH / 2, TOP + HEIGHT + 38, "rows of a layer; K0 = 256, one thread", "middle"))
-    body = "\n".join(parts)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 90}" height="{TOP + HEIGHT + 50}" '
-        f'font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" fill="#ffffff"/>\n{body}\n</svg>\n'
-    )
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>'
+        parts.append(text(place(count, 10.0**low)[0], TOP + HEIGHT + 18, f"{count:,}", "middle"))
+    for name, points in curves.items():
+        parts += curve([place(*point) for point in points], COLOURS[name], name)
+    return picture(parts, "rows of a layer; K0 = 256, one thread")
 
 
 def write(page: Path = PAGE, picture: Path = FIGURE) -> None:
