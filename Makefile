@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST_TRANSFORMERS := 5.17.0
+# Tests that follow one another run in one worker, which makes the decoders they share once.
+WORKERS := -n 2 --dist worksteal
 
 export PYTHON
 # Once installed, nothing here needs the network.
@@ -17,7 +19,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt tools/environment.sh
 demo: $(VENV)/.installed  ## Tell a small decoder facts, ask for them much later, and draw what was retained
 	$(VENV)/bin/mplus demo
 
-test: lint type pytest docs  ## Everything a change must pass
+test: $(VENV)/.installed  ## Everything a change must pass
+	$(MAKE) -j 2 type lint docs
+	$(MAKE) pytest
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -27,17 +31,17 @@ type: $(VENV)/.installed
 	$(VENV)/bin/mypy
 
 pytest: $(VENV)/.installed
-	$(VENV)/bin/pytest -n 2
-	TRITON_INTERPRET=1 $(VENV)/bin/pytest tests/interpreted tests/mutants -n 2
+	$(VENV)/bin/pytest $(WORKERS)
+	TRITON_INTERPRET=1 $(VENV)/bin/pytest tests/interpreted tests/mutants $(WORKERS)
 
 docs: $(VENV)/.installed  ## The documentation, in site/
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 test-matrix:  ## The tests with the oldest supported transformers and with the newest release
 	tools/environment.sh .venv-transformers-oldest transformers==$(OLDEST_TRANSFORMERS)
-	.venv-transformers-oldest/bin/pytest -n 2
+	.venv-transformers-oldest/bin/pytest $(WORKERS)
 	tools/environment.sh .venv-transformers-newest transformers
-	.venv-transformers-newest/bin/pytest -n 2
+	.venv-transformers-newest/bin/pytest $(WORKERS)
 
 test-nightly: $(VENV)/.installed  ## The tests in their long modes; commits a record of the run
 	$(VENV)/bin/python tools/nightly.py

@@ -21,6 +21,15 @@ def repository(tmp_path, monkeypatch):
         "@pytest.mark.skip\n"
         "def test_left_out(): pass\n"
     )
+    for name in nightly.INTERPRETED:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / f"test_{folder.name}.py").write_text(
+            "import os\n"
+            "def test_interpreting():\n"
+            "    assert (os.environ['TRITON_INTERPRET'], os.environ['MPLUS_NIGHTLY']) == ('1', '1')\n"
+        )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nnorecursedirs = tests\n")
     (tmp_path / "unrelated.txt").write_text("committed")
     subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
     subprocess.run(["git", "commit", "--quiet", "-m", "start"], cwd=tmp_path, check=True)
@@ -31,10 +40,10 @@ def repository(tmp_path, monkeypatch):
 def test_record_is_written_and_committed(repository):
     start = nightly.git("rev-parse", "HEAD")
     (repository / "unrelated.txt").write_text("changed")
-    assert nightly.main(["-p", "no:cacheprovider"]) == 1
+    assert nightly.main(["-p", "no:cacheprovider", "-n", "0"]) == 1
     [file] = (repository / "records" / "nightly").glob("*.json")
     record = json.loads(file.read_text())
-    assert record["tests"] == 3
+    assert record["tests"] == 5
     assert record["failed"] == ["test_it.test_wrong"]
     assert record["skipped"] == ["test_it.test_left_out"]
     assert record["errors"] == []

@@ -19,17 +19,21 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy")
 SLOW = 1.0
 """Seconds from which a test is named in the record."""
+INTERPRETED = ("tests/interpreted", "tests/mutants")
+"""Folders whose tests interpret kernels, in a process of their own."""
 
 
 def main(arguments: list[str]) -> int:
     """Run pytest with ``arguments`` added, write and commit the record, return pytest's exit status."""
     started = datetime.now(UTC)
     clock = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-n", "2", f"--junitxml={report}", *arguments]
-        status = subprocess.run(command, cwd=ROOT, env={**os.environ, "MPLUS_NIGHTLY": "1"}, check=False).returncode
-        outcome = summarize(report) if report.exists() else {"tests": 0}
+    runs = [run(arguments), run([*INTERPRETED, *arguments], TRITON_INTERPRET="1")]
+    status = max(status for status, _ in runs)
+    outcome = {
+        "tests": sum(found["tests"] for _, found in runs),
+        **{kind: sorted(name for _, found in runs for name in found[kind]) for kind in ("skipped", "failed", "errors")},
+        "slow_seconds": {name: spent for _, found in runs for name, spent in found["slow_seconds"].items()},
+    }
     record = {
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - clock),
@@ -50,12 +54,21 @@ def main(arguments: list[str]) -> int:
     return status
 
 
+def run(arguments: list[str], **environment: str) -> tuple[int, dict[str, Any]]:
+    """Exit status and outcome of pytest with ``arguments``, in the long modes."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", f"--junitxml={report}", *arguments]
+        settings = {**os.environ, "MPLUS_NIGHTLY": "1", **environment}
+        status = subprocess.run(command, cwd=ROOT, env=settings, check=False).returncode
+        return status, summarize(report)
+
+
 def summarize(report: Path) -> dict[str, Any]:
     """Counts, the names of tests that did not pass and slow tests from pytest's JUnit report."""
-    suite = ET.parse(report).getroot().find("testsuite")  # noqa: S314 - pytest wrote it a moment ago
-    if suite is None:
-        return {"tests": 0}
-    cases = suite.findall("testcase")
+    root = ET.parse(report).getroot() if report.exists() else None  # noqa: S314 - pytest wrote it a moment ago
+    suite = None if root is None else root.find("testsuite")
+    cases = [] if suite is None else suite.findall("testcase")
     name = {case: f"{case.get('classname')}.{case.get('name')}" for case in cases}
     seconds = {name[case]: round(float(case.get("time", 0)), 1) for case in cases}
     return {
