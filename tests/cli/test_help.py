@@ -34,7 +34,7 @@ def run(*arguments):
 def test_the_commands():
     assert {path[0] for path in ALL if path} == COMMANDS | {"demo-continue"}
     grouped = {
-        "memory": {"forget", "show", "sources", "verify"},
+        "memory": {"forget", "repair", "show", "sources", "verify"},
         "eval": {"abstention", "harm", "retention", "retriever"},
     }
     grouped["bench"] = {"attention", "decode", "read", "score", "store", "write"}
