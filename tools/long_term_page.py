@@ -105,7 +105,7 @@ def quantized(record: Mapping[str, Any]) -> str:
         "that there is something to lose. Rows in common: of those retrieved; logit error: root mean square over the "
         "standard deviation."
     )
-    small, plain = (store.bytes_per_row(LLAMA3_8B, store.Options()) for store in (QuantizedStore, RamStore))
+    small, plain = (store(LLAMA3_8B).bytes_per_row for store in (QuantizedStore, RamStore))
     closing = (
         f"In the shape of Llama-3.1-8B (8 key heads of 128, retriever keys of 256) a row takes {small:,} bytes in "
         f"either format, with scales, key, birth, source and id: {small / plain:.3f} of the {plain:,} it takes in "
