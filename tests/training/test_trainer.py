@@ -365,7 +365,7 @@ def test_documents_that_are_too_short_are_counted_skipped_and_reported(tmp_path)
     data = {"kind": "documents", "paths": str(tmp_path / "texts.txt"), "separator": "\n\n", "shuffle": False}
     table = {**STORIES, "data": {"novel": {**data, "chunk_tokens": 8, "target_tokens": 10}}}
     objectives = [{"name": "two_chunk", "data": "novel"}]
-    result = train(table, settings={"stages.0.objectives": objectives, "stages.0.steps": 30})
+    result = train(table, settings={"stages.0.objectives": objectives, "stages.0.steps": 12})
     assert result.stages[0]["skipped"]["novel"]["too_short"] > 2
     assert result.plain()["stages"][0]["skipped"]["novel"]["unused_tokens"] > 0
 
