@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from mplus.bench.bed import PUBLISHED_SCORE, Bed
-from mplus.bench.gate import OK, Verdict, backend_names
+from mplus.bench.contest import Contest
+from mplus.bench.gate import backend_names
 from mplus.bench.machine import Machine
 from mplus.bench.presets import Preset
-from mplus.bench.record import arm_entry, measured
-from mplus.bench.timing import Arm, in_rounds, median, ratio
-from mplus.bench.ways import PLAIN_WAYS, FloorReader, Reader, Way, judged, ways_with
+from mplus.bench.record import measured, with_first
+from mplus.bench.timing import Arm, in_rounds, ratio
+from mplus.bench.ways import PLAIN_WAYS, Reader, Way, judged, ways_with
 
 STEPS = 64
 """Tokens behind one prompt."""
@@ -34,43 +35,26 @@ def measure(
     bed = Bed(preset, device)
 
     def section(machine: Machine) -> dict[str, Any]:
-        readers = {way.name: way.make(bed, preset.prompt + STEPS) for way in ways if verdicts[way.name].status == OK}
-        return steps(bed, ways, verdicts, readers, repeats, machine)
+        return steps(Contest.of(bed, ways, verdicts, preset.prompt + STEPS), repeats, machine)
 
     record = measured("decode", preset, device, threads, section, verdicts, repeats=repeats, steps=STEPS)
-    first = record["by_threads"][str(threads[0])]
-    return {**record, "best_backend": first["best_backend"], "ratios": first["ratios"]}
+    return with_first(record, "best_backend", "ratios")
 
 
 @torch.no_grad()
-def steps(
-    bed: Bed,
-    ways: Sequence[Way],
-    verdicts: Mapping[str, Verdict],
-    readers: Mapping[str, Reader],
-    repeats: int,
-    machine: Machine,
-) -> dict[str, Any]:
+def steps(contest: Contest, repeats: int, machine: Machine) -> dict[str, Any]:
     """Time ``STEPS`` steps behind each of ``repeats`` prompts, all ways in turns step by step."""
-    preset = bed.preset
+    bed, preset = contest.bed, contest.bed.preset
     prompts = bed.prompts(preset.prompt, repeats + 1)
     tokens = bed.prompts(1, STEPS)
-    tried: dict[str, Any] = {}
-    for reader in readers.values():
-        if isinstance(reader, FloorReader):
-            tried = reader.floor.choose(1, preset.prompt)
-    arms = [Arm(name, *_stepping(reader, prompts, tokens)) for name, reader in readers.items()]
+    tried = contest.choose_floor(1, preset.prompt)
+    arms = [Arm(name, *_stepping(reader, prompts, tokens)) for name, reader in contest.readers.items()]
     times = in_rounds(arms, repeats * STEPS, bed.device, warm=STEPS)
     flops, nbytes = work(preset)
-    entries = {}
-    for way in ways:
-        taken = times.get(way.name)
-        share = machine.share(flops, nbytes, median(taken)) if taken else None
-        entries[way.name] = arm_entry(verdicts[way.name], taken, share_of_roofline=share)
-    backend = best_backend(ways, times)
+    backend = contest.best_backend(times)
     name = f"mplus/{backend}"
     return {
-        "arms": entries,
+        "arms": contest.entries(times, lambda seconds: machine.share(flops, nbytes, seconds)),
         "floor_attention": tried,
         "gflop": round(flops / 1e9, 4),
         "gbyte": round(nbytes / 1e9, 4),
@@ -92,12 +76,6 @@ def _stepping(reader: Reader, prompts: torch.Tensor, tokens: torch.Tensor) -> tu
             reader.read(prompts[turn // STEPS])
 
     return run, prepare
-
-
-def best_backend(ways: Sequence[Way], times: Mapping[str, Sequence[float]]) -> str | None:
-    """The backend whose reads with the published score had the lowest median; None where none was measured."""
-    found = [way for way in ways if way.score == PUBLISHED_SCORE and way.backend and times.get(way.name)]
-    return min(found, key=lambda way: median(times[way.name])).backend if found else None
 
 
 def work(preset: Preset) -> tuple[float, float]:

@@ -9,13 +9,14 @@ import torch
 
 from mplus.bench import growth as growing
 from mplus.bench.bed import Bed
-from mplus.bench.decode import STEPS, best_backend, steps
-from mplus.bench.gate import OK, Verdict, backend_names
+from mplus.bench.contest import Contest
+from mplus.bench.decode import STEPS, steps
+from mplus.bench.gate import backend_names
 from mplus.bench.machine import Machine
 from mplus.bench.presets import Preset
-from mplus.bench.record import arm_entry, measured
+from mplus.bench.record import measured
 from mplus.bench.timing import Arm, in_rounds, ratio
-from mplus.bench.ways import MEAN_DOT, PLAIN_WAYS, FloorReader, Reader, Way, judged, ways_with
+from mplus.bench.ways import MEAN_DOT, PLAIN_WAYS, Way, judged, ways_with
 
 
 def measure(
@@ -40,17 +41,16 @@ def measure(
     ways = [*(way for name in names for way in ways_with(name)), *PLAIN_WAYS]
     verdicts = judged(ways, preset, device)
     bed = Bed(preset, device)
-    readers: dict[str, Reader] = {}
     room = max(*lengths, preset.prompt + STEPS)
+    made: list[Contest] = []
 
     def section(machine: Machine) -> dict[str, Any]:
-        if not readers:
-            readers.update((way.name, way.make(bed, room)) for way in ways if verdicts[way.name].status == OK)
-        found = {str(length): _length(bed, ways, verdicts, readers, length, repeats) for length in lengths}
-        stepping = [way for way in ways if way.name in readers and way.name != "published" and _plain_name(way)]
-        chosen = {way.name: readers[way.name] for way in stepping}
-        decode = steps(bed, stepping, verdicts, chosen, max(1, repeats // 2), machine)
-        return {"by_length": found, "decode": decode}
+        if not made:
+            made.append(Contest.of(bed, ways, verdicts, room))
+        (contest,) = made
+        found = {str(length): _length(contest, length, repeats) for length in lengths}
+        stepping = contest.only(lambda way: way.name != "published" and _plain_name(way))
+        return {"by_length": found, "decode": steps(stepping, max(1, repeats // 2), machine)}
 
     record = measured("read", preset, device, threads, section, verdicts, repeats=repeats, lengths=lengths)
     first = record["by_threads"][str(threads[0])]
@@ -61,7 +61,7 @@ def measure(
         "ratios": {**short["ratios"], "decode_over_floor": first["decode"]["ratios"]["decode_over_floor"]},
         "by_length": {length: facts["ratios"] for length, facts in first["by_length"].items()},
     }
-    readers.clear()
+    made.clear()
     if growth:
         found["growth"] = growing.measure(bed, short["best_backend"], threads[0], repeats)
     return found
@@ -72,32 +72,22 @@ def _plain_name(way: Way) -> bool:
     return way.backend is None or way.name == f"mplus/{way.backend}"
 
 
-def _length(
-    bed: Bed,
-    ways: Sequence[Way],
-    verdicts: Mapping[str, Verdict],
-    readers: Mapping[str, Reader],
-    length: int,
-    repeats: int,
-) -> dict[str, Any]:
+def _length(contest: Contest, length: int, repeats: int) -> dict[str, Any]:
     """All ways with prompts of one length; in a round all read the same prompt."""
-    prompts = bed.prompts(length, repeats + 1)
-    tried: dict[str, Any] = {}
-    arms = []
-    for name, reader in readers.items():
-        if isinstance(reader, FloorReader):
-            tried = reader.floor.choose(length)
-        arms.append(
-            Arm(
-                name,
-                lambda turn, reader=reader: reader.read(prompts[turn]),  # type: ignore[misc]
-                lambda _, reader=reader: reader.before(),  # type: ignore[misc]
-            )
+    prompts = contest.bed.prompts(length, repeats + 1)
+    tried = contest.choose_floor(length)
+    arms = [
+        Arm(
+            name,
+            lambda turn, reader=reader: reader.read(prompts[turn]),  # type: ignore[misc]
+            lambda _, reader=reader: reader.before(),  # type: ignore[misc]
         )
-    times = in_rounds(arms, repeats, bed.device)
-    backend = best_backend(ways, times)
+        for name, reader in contest.readers.items()
+    ]
+    times = in_rounds(arms, repeats, contest.bed.device)
+    backend = contest.best_backend(times)
     return {
-        "arms": {way.name: arm_entry(verdicts[way.name], times.get(way.name)) for way in ways},
+        "arms": contest.entries(times),
         "floor_attention": tried,
         "best_backend": backend,
         "ratios": ratios(times, backend),

@@ -63,6 +63,12 @@ def measured(
     }
 
 
+def with_first(record: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """The record with these facts of its first section, which are those that are quoted, beside it."""
+    first = next(iter(record["by_threads"].values()))
+    return {**record, **{name: first[name] for name in names}}
+
+
 def _load() -> float | None:
     """Processes that wanted to run in the last minute, these included; more than there are cores disturb a timing."""
     try:

@@ -15,7 +15,7 @@ from mplus.bench.gate import OK, Verdict, backend_names, check_backend
 from mplus.bench.layers import prefix_keys_values
 from mplus.bench.machine import Machine
 from mplus.bench.presets import Preset
-from mplus.bench.record import arm_entry, measured
+from mplus.bench.record import arm_entry, measured, with_first
 from mplus.bench.timing import Arm, in_rounds, median, ratio
 
 
@@ -94,9 +94,9 @@ def measure(
         }
 
     settings = {"repeats": repeats, "streams": streams, "chunk_tokens": chunk}
-    record = measured("write", preset, device, threads, section, verdicts, **settings)
-    first = record["by_threads"][str(threads[0])]
-    return {**record, "best_backend": first["best_backend"], "ratios": first["ratios"]}
+    return with_first(
+        measured("write", preset, device, threads, section, verdicts, **settings), "best_backend", "ratios"
+    )
 
 
 def _rates(preset: Preset, seconds: float) -> dict[str, float]:
