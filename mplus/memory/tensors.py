@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol, Self
+from typing import Any, BinaryIO, ClassVar, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -52,9 +52,15 @@ def write_tensors(file: BinaryIO, parts: Sequence[Part]) -> tuple[str, dict[str,
 
 
 class Tensors(Protocol):
-    """A file of tensors: its path, their names, and each of them, checked; what is kept has to be copied."""
+    """A file of tensors: its path, their names, and each of them, checked.
+
+    Attributes:
+        path: of the file.
+        lasting: whether tensors outlast the reader; where not, what is kept has to be copied.
+    """
 
     path: Path
+    lasting: ClassVar[bool]
 
     @property
     def tensors(self) -> Mapping[str, object]:
@@ -69,6 +75,8 @@ class TensorReader:
 
     What it returns is mapped from the file: copy what is kept.
     """
+
+    lasting: ClassVar[bool] = False
 
     def __init__(self, folder: Path, data: DataEntry) -> None:
         self.path = folder / data.file

@@ -71,7 +71,7 @@ def read_state(
         found = []
         for layer, count in enumerate(counts):
             rows = read_rows(file, f"stream.{number}.{name}.{layer}", count, required)
-            found.append(_copied(rows, layout))
+            found.append(_kept(rows, layout, file))
         return tuple(found)
 
     prefix = f"stream.{number}.counter."
@@ -79,7 +79,7 @@ def read_state(
     newest: tuple[Tensor, ...] = ()
     if not layout.keeps_hidden:
         names = [f"stream.{number}.newest.{layer}" for layer in range(layout.layers)]
-        newest = tuple(file.get(name).to(layout.device, copy=True) for name in names)
+        newest = tuple(file.get(name).to(layout.device, copy=not file.lasting) for name in names)
     return StreamState(
         newest=newest,
         stm=tier("stm", entry.stm),
@@ -91,9 +91,10 @@ def read_state(
     )
 
 
-def _copied(rows: MemoryRows, layout: StoreLayout) -> MemoryRows:
-    """Rows that no longer depend on the file."""
-    return MemoryRows.of({name: column.to(layout.device, copy=True) for name, column in rows.columns().items()})
+def _kept(rows: MemoryRows, layout: StoreLayout, file: Tensors) -> MemoryRows:
+    """Rows that last when the file is closed."""
+    copy = not file.lasting
+    return MemoryRows.of({name: column.to(layout.device, copy=copy) for name, column in rows.columns().items()})
 
 
 def _expires(state: StreamState, layout: StoreLayout, lifetime: float | None) -> list[float] | None:

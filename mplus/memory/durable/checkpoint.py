@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -73,7 +73,9 @@ class Written:
 
 
 class Files:
-    """A block file as ``files.read_state`` reads it."""
+    """A block file as ``read_state`` reads it; short-term rows stay mapped, and are not copied."""
+
+    lasting: ClassVar[bool] = True
 
     def __init__(self, file: BlockFile) -> None:
         self.path = file.path

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import attrs
 import torch
@@ -51,6 +52,8 @@ class _Forgiving(MmapStore):
 
 class _Marking:
     """The state file, damaged rows marked, other damaged tensors replaced."""
+
+    lasting: ClassVar[bool] = True
 
     def __init__(self, file: BlockFile, lost: list[str]) -> None:
         self.path, self._file, self._lost = file.path, file, lost

@@ -13,7 +13,9 @@ are this small because rows are picked from all over a file, and each first touc
 from __future__ import annotations
 
 import hashlib
+import sys
 import zlib
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,7 +164,9 @@ class BlockFile:
             raise MemoryFileError(
                 f"{path}: header and checksums must have the SHA-256 {entry.sha256}, got {digest}: it was altered"
             )
-        self._checksums = checksums
+        self._sums = array("I", checksums)
+        if sys.byteorder == "big":
+            self._sums.byteswap()
         self._firsts, first = {}, 0
         for name, stretch in sorted(self.stretches.items(), key=lambda item: item[1].begin):
             self._firsts[name] = first
@@ -171,6 +175,7 @@ class BlockFile:
             raise MemoryFileError(f"{path} must have {first} checksums, got {len(checksums) / 4}")
         with torch.inference_mode(False):
             self._checked = torch.zeros(first, dtype=torch.bool)
+        self._whole: set[str] = set()
         self._bytes = raw(self._at(0, Stretch(torch.uint8, (entry.bytes,), 0, entry.bytes)))
 
     def rows(self, name: str) -> int:
@@ -203,11 +208,15 @@ class BlockFile:
     def check(self, name: str, places: Tensor) -> None:
         """Check the rows at ``places`` (``[n]`` int64). Raises MemoryFileError as read."""
         width = self.stretch(name).row_bytes
-        if places.shape[0] and width:
-            begin = places * width
-            first, last = begin // BLOCK_BYTES, (begin + width - 1) // BLOCK_BYTES
-            span = torch.arange(int((last - first).max()) + 1)
-            self._check(name, torch.minimum(first[:, None] + span, last[:, None]).unique())
+        if name in self._whole or not places.shape[0] or not width:
+            return
+        begin = places * width
+        first, last = begin // BLOCK_BYTES, (begin + width - 1) // BLOCK_BYTES
+        most = 1 if BLOCK_BYTES % width == 0 else -(-width // BLOCK_BYTES) + 1  # blocks that a row can lie in
+        blocks = first if most == 1 else torch.minimum(first[:, None] + torch.arange(most), last[:, None]).flatten()
+        blocks = blocks[~self._checked[self._firsts[name] + blocks]]
+        if blocks.shape[0]:
+            self._check(name, blocks.unique())
 
     def unchecked(self, name: str) -> Tensor:
         """A tensor as it lies in the file, whatever its checksums say."""
@@ -238,7 +247,10 @@ class BlockFile:
         return sound
 
     def _check(self, name: str, blocks: range | Tensor) -> None:
-        first = self._firsts[name]
+        if name in self._whole:
+            return
+        first, stretch = self._firsts[name], self.stretch(name)
+        count = _blocks(stretch.end - stretch.begin)
         if isinstance(blocks, range):
             checked = self._checked[first + blocks.start : first + blocks.stop]
             if bool(checked.all()):
@@ -246,9 +258,13 @@ class BlockFile:
             blocks = torch.arange(blocks.start, blocks.stop)
         else:
             checked = self._checked[first + blocks]
+        # Written out: this is done for every few KiB that are read for the first time.
+        sums, data, crc32 = self._sums, self._bytes, zlib.crc32
+        start, end = self._begin + stretch.begin, self._begin + stretch.end
         for block in blocks[~checked].tolist():
-            if not self._sound(name, block):
-                stretch, begin = self.stretch(name), block * BLOCK_BYTES
+            place = start + block * BLOCK_BYTES
+            if crc32(data[place : min(place + BLOCK_BYTES, end)]) != sums[first + block]:
+                begin = block * BLOCK_BYTES
                 width = max(stretch.row_bytes, 1)
                 rows = (
                     f"rows {begin // width} to {(min(begin + BLOCK_BYTES, stretch.end - stretch.begin) - 1) // width}"
@@ -258,10 +274,11 @@ class BlockFile:
                     f"{rows}: it was altered; use another copy, or save what is sound with `mplus memory repair`"
                 )
         self._checked[first + blocks] = True
+        if bool(self._checked[first : first + count].all()):
+            self._whole.add(name)
 
     def _sound(self, name: str, block: int) -> bool:
         stretch = self.stretch(name)
         begin = self._begin + stretch.begin + block * BLOCK_BYTES
         end = min(begin + BLOCK_BYTES, self._begin + stretch.end)
-        at = 4 * (self._firsts[name] + block)
-        return zlib.crc32(self._bytes[begin:end]) == int.from_bytes(self._checksums[at : at + 4], "little")
+        return zlib.crc32(self._bytes[begin:end]) == self._sums[self._firsts[name] + block]

@@ -115,8 +115,13 @@ class Runs:
             return MemoryRows.of({name: run.holder.take(name, places) for name in described})
         columns = {name: torch.empty(len(ids), *shape, dtype=dtype) for name, (shape, dtype) in described.items()}
         for run, wanted, places in found:
+            first, count = int(wanted[0]), wanted.shape[0]
+            together = int(wanted[-1]) - first == count - 1  # as always where ids ascend
             for name, column in columns.items():
-                column[wanted] = run.holder.take(name, places)
+                if together:
+                    torch.index_select(run.holder.around(name, places), 0, places, out=column[first : first + count])
+                else:
+                    column[wanted] = run.holder.take(name, places)
         return MemoryRows.of(columns)
 
     def locate(self, name: str, ids: Tensor) -> Located:
@@ -129,8 +134,7 @@ class Runs:
         """Runs that have any of ``ids``, which of them, and their places in the holder."""
         missing = torch.ones(len(ids), dtype=torch.bool)
         found = []
-        lasts = torch.tensor([int(run.ids[-1]) for run in self.runs], dtype=torch.int64)
-        numbers = torch.searchsorted(lasts, ids)
+        numbers = torch.searchsorted(self._lasts, ids)
         for number in numbers.unique().tolist():
             if number == len(self.runs):
                 continue
@@ -145,6 +149,10 @@ class Runs:
         if bool(missing.any()):
             raise KeyError(f"no row with id {int(ids[missing][0])}")
         return iter(found)
+
+    @cached_property
+    def _lasts(self) -> Tensor:
+        return torch.tensor([int(run.ids[-1]) for run in self.runs], dtype=torch.int64)
 
     def append(self, ids: Tensor, rows: MemoryRows) -> Runs:
         """These and copies of ``rows`` behind them, under ``ids`` (``[n]``, ascending, above those there are)."""
