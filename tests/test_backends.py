@@ -172,8 +172,13 @@ class TestMerge:
 
     @pytest.mark.parametrize("name", MERGE_CASES)
     def test_gradients_are_exact(self, name):
-        """To the precision of float64: against the reference, and against differences."""
+        """To the precision of float64."""
         check_merge(merge, name)
+
+    @pytest.mark.parametrize(
+        "name", ["own memory, none fillers, causal text", "shared memory, some fillers, padded text"]
+    )
+    def test_gradients_are_those_of_differences(self, name):
         request = without_nan(MERGE_CASES[name].build(torch.float64))
         leaves = [leaf.clone().requires_grad_() for leaf in leaves_of(request)]
         assert torch.autograd.gradcheck(lambda *given: MergeBackend().attend(rebuilt(request, given)).output, leaves)
