@@ -128,11 +128,11 @@ def measure(paths: Sequence[Path], tokens: int, store: Any, folder: Path, seed: 
     language, config = Language(), model.mplus_config
     tokenizer = recall_tokenizer(language)
     memory = model.new_memory(tokenizer=tokenizer, seed=seed, store=store)
-    before = resident()
-    peak = dict(before)
     facts = told(memory, language, config.chunk_tokens, config.memory_tokens_per_chunk, seed)
     written = len(facts) * config.chunk_tokens
     after = {written: asked(model, memory, facts)}
+    before = resident()  # with the decoder, and all that PyTorch sets up when it first computes
+    peak = dict(before)
     moments = iter([moment for moment in ASKED_AFTER if written < moment < tokens] + [tokens])
     moment, begun, writing = next(moments), time.perf_counter(), 0.0
     for name, ids in novels(paths, tokenizer, tokens - written):
