@@ -68,7 +68,8 @@ def million(record: Mapping[str, Any]) -> str:
         f"{budget:.0f} MiB; after the first {facts} questions it grew by {growth:.0f} MiB at most, looked at after "
         f"every 4,096 tokens, {'inside' if growth <= budget else 'above'} the budget, to {whole:.0f} MiB with Python, "
         f"PyTorch and the decoder. Mapped from files, libraries included, were "
-        f"{record['file_mapped_peak_bytes'] / MIB:.0f} MiB. Writing took {record['writing_seconds']:,.0f} s on {record['threads']} thread. "
+        f"{record['file_mapped_peak_bytes'] / MIB:.0f} MiB. "
+        f"Writing took {record['writing_seconds']:,.0f} s on {record['threads']} thread. "
     )
     head = ["tokens written", "accuracy", "gold recall, layer 0 / 1", f"seconds for {facts} questions"]
     return "\n\n".join(
