@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from mplus.backends.base import AttentionBackend, AttentionRequest, AttentionResult
 from mplus.backends.checks import mixed_dtypes
+from mplus.backends.masks import without_mask
 from mplus.backends.triton.configs import MOST_SEGMENTS, WIDEST
 from mplus.backends.triton.usable import reasons_against
 
@@ -37,10 +38,11 @@ class TritonBackend(AttentionBackend):
         count = sum(1 for segment in request.segments if segment.keys.shape[2])
         if count > MOST_SEGMENTS:
             reasons.append(f"{count} memory segments: the kernel takes {MOST_SEGMENTS} at most")
-        if request.mask is not None:
+        if without_mask(request) is None:
+            mask: Any = request.mask
             reasons.append(
-                f"mask {list(request.mask.shape)} {request.mask.dtype} for {request.queries.dtype} queries: the kernel "
-                "knows causal text, windows and padding only"
+                f"mask {list(mask.shape)} {mask.dtype} for {request.queries.dtype} queries: the kernel knows causal "
+                "text, windows and padding only, and this mask is neither"
             )
         if request.dropout:
             reasons.append(f"dropout={request.dropout}: the kernel keeps all weights")
@@ -52,7 +54,8 @@ class TritonBackend(AttentionBackend):
         """Compute the request. Queries that see nothing yield zeros."""
         from mplus.backends.triton.attention import attend
 
-        return AttentionResult(attend(request))
+        plain = without_mask(request)
+        return AttentionResult(attend(request if plain is None else plain))
 
 
 def _reasons_against_numbers(request: AttentionRequest) -> list[str]:
