@@ -58,6 +58,8 @@ class TestSaving:
     )
     def test_tensors_of_something_else_are_refused(self, changes, message):
         retriever, store = made(least=50, cells=4), store_of(normal(60))
+        assert retriever.index_tensors(0, store) == {}, "nothing was read yet, and saving trains nothing"
+        select(retriever, store, 5)
         tensors = {**retriever.index_tensors(0, store), **changes}
         tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         other = made(least=50, cells=4)
@@ -118,6 +120,8 @@ class TestGpu:
 
     def test_an_index_that_is_taken_over_and_a_copy_of_the_retriever_use_it_too(self, copies):
         store, retriever = store_of(normal(100)), made(least=50, cells=8, gpu=True)
+        select(retriever, store, 5)
+        copies.clear()
         tensors = retriever.index_tensors(0, store)
         other = copy.deepcopy(retriever)
         other.adopt_index(0, store, tensors)

@@ -18,7 +18,7 @@ from mplus.hf.discovery import AttentionSpec
 from mplus.hf.fingerprint import fingerprint
 from mplus.hf.modes import input_device
 from mplus.hf.own_attention import OwnAttention
-from mplus.hf.passes import Marks, Pass, Prefix, PrefixSource, Project, running
+from mplus.hf.passes import Marks, Pass, Prefix, PrefixSource, Project, run_in
 from mplus.hf.prepared import Prepared
 from mplus.hf.projection import Projection
 from mplus.hf.retrofit import Retrofit
@@ -220,8 +220,7 @@ class DecoderEngine:
         elif offset:
             inputs["position_ids"] = torch.arange(offset, offset + old + tokens, device=ids.device).expand(batch, -1)
         mask = torch.ones(batch, old + tokens, dtype=torch.int64, device=ids.device)
-        with running(active):
-            self.retrofit.anatomy.decoder(**inputs, attention_mask=mask, use_cache=False)
+        run_in(active, self.retrofit.anatomy.decoder, **inputs, attention_mask=mask, use_cache=False)
         made = [marks.made[i] for i in range(len(self.retrofit.anatomy.specs))]
         if plan.overlap:
             made = [rows + additions.mark.to(rows) for rows in made[:-1]] + made[-1:]
@@ -249,8 +248,7 @@ class DecoderEngine:
             offset = self.retrofit.positions.extent(prefix_rows)
             inputs["position_ids"] = torch.arange(offset, offset + ids.shape[1], device=ids.device).expand_as(ids)
         model: Any = self.model
-        with running(Pass(source, adapter, text_offset=offset)):
-            logits: Tensor = model(**inputs, use_cache=False).logits
+        logits: Tensor = run_in(Pass(source, adapter, text_offset=offset), model, **inputs, use_cache=False).logits
         return logits
 
     def check_wrapped(self) -> None:

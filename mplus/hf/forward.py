@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any
+from contextvars import ContextVar, copy_context
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
 from mplus.hf.engine import DecoderEngine
-from mplus.hf.passes import Pass, running
+from mplus.hf.passes import Pass, run_in
 from mplus.hf.reading import Reading
 from mplus.memory.memory import Memory
 
+T = TypeVar("T")
 _GENERATING: ContextVar[tuple[Any, Reading] | None] = ContextVar("mplus_generating", default=None)
 """The model and reading of the generation this thread is in: inner forwards use it, other models do not see it."""
 
 
 @contextmanager
 def generating(model: Any, reading: Reading) -> Iterator[None]:
-    """Let forwards of ``model`` in this thread read ``reading``."""
+    """Let forwards of ``model`` in this thread read ``reading``; where nobody interrupts, see ``generate_in``."""
     token = _GENERATING.set((model, reading))
     try:
         yield
     finally:
         _GENERATING.reset(token)
+
+
+def generate_in(model: Any, reading: Reading, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """``function(*args, **kwargs)``, in which forwards of ``model`` read ``reading``; see ``run_in``."""
+    context = copy_context()
+    context.run(_GENERATING.set, (model, reading))
+    return context.run(function, *args, **kwargs)
 
 
 def forward_with_memory(
@@ -63,8 +71,7 @@ def _read(
     engine: DecoderEngine = model.mplus_engine
     engine.check_attention()
     reading = given or check_cache(cache, memory, reuse) or read(engine, memory)
-    with running(_read_pass(engine, reading, base, inputs)):
-        output = base.forward(model, **inputs)
+    output = run_in(_read_pass(engine, reading, base, inputs), base.forward, model, **inputs)
     for holder in (cache, getattr(output, "past_key_values", None)):
         if holder is not None:
             holder._mplus_reading = reading

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mplus.errors import ConfigError, NotSupported
-from mplus.hf.forward import check_cache, generating, read
+from mplus.hf.forward import check_cache, generate_in, read
 from mplus.hf.sources import retrieved_sources
 from mplus.memory.memory import Memory
 
@@ -44,8 +44,7 @@ def generate(
     reading.repeats(prompts)
     # From here on further rows are copies of a prompt (beams, several samples), and no gradient is wanted.
     reading.repeats_allowed, reading.keep = True, True
-    with generating(model, reading):
-        output = base_generate(*args, **kwargs)
+    output = generate_in(model, reading, base_generate, *args, **kwargs)
     if output_sources:
         output.memory_sources = retrieved_sources(reading)
     return output

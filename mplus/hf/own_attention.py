@@ -11,7 +11,7 @@ from mplus.backends.base import Segment
 from mplus.errors import NotSupported
 from mplus.hf.capture import Captured
 from mplus.hf.discovery import AttentionSpec, rotary_at
-from mplus.hf.passes import Pass, Project, running
+from mplus.hf.passes import Pass, Project, run_in
 from mplus.retrievers.base import Heads
 
 
@@ -71,8 +71,8 @@ class OwnAttention:
         # Rotations are relative: with all rows at one position they cancel, whatever the frequencies.
         positions = torch.zeros(1, hidden.shape[1], dtype=torch.int64, device=hidden.device)
         rotary = None if spec.rotary_keyword is None else rotary_at(spec, hidden, positions)
-        with running(Pass(Nothing(), engine.adapter("read"))):
-            captured: Captured = retrofit.capture(spec, hidden, positions, rotary, spec.args, spec.kwargs)
+        active = Pass(Nothing(), engine.adapter("read"))
+        captured: Captured = run_in(active, retrofit.capture, spec, hidden, positions, rotary, spec.args, spec.kwargs)
         return captured
 
 

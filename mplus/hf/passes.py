@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, Protocol
+from contextvars import ContextVar, copy_context
+from typing import Any, Protocol, TypeVar
 
 import torch
 from attrs import define, field
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from mplus.backends.base import Segment
 from mplus.hf.discovery import AttentionSpec
+
+T = TypeVar("T")
 
 
 @define(frozen=True, eq=False)
@@ -85,12 +87,25 @@ def current_pass() -> Pass | None:
 
 @contextmanager
 def running(active: Pass | None) -> Iterator[None]:
-    """Make ``active`` the pass of this thread. Module state stays untouched, so threads do not meet."""
+    """Make ``active`` the pass of this thread. Module state stays untouched, so threads do not meet.
+
+    Only inside ``run_in``, or where nobody interrupts: nothing can be done on every way out of a context manager.
+    """
     token = _CURRENT.set(active)
     try:
         yield
     finally:
         _CURRENT.reset(token)
+
+
+def run_in(active: Pass | None, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """``function(*args, **kwargs)`` in the pass ``active``.
+
+    In a copy of the thread's context: an interrupt, at whatever line it comes, leaves the thread in no pass.
+    """
+    context = copy_context()
+    context.run(_CURRENT.set, active)
+    return context.run(function, *args, **kwargs)
 
 
 class MemoryLayer:

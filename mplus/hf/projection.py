@@ -12,7 +12,7 @@ from mplus.backends.base import Segment
 from mplus.hf.discovery import AttentionSpec, rotary_at
 from mplus.hf.names import ADAPTERS
 from mplus.hf.own_attention import Nothing
-from mplus.hf.passes import Pass, running
+from mplus.hf.passes import Pass, run_in
 from mplus.hf.retrofit import Retrofit
 from mplus.hf.rotation import Rotation, Tables, find_rotation
 
@@ -162,5 +162,5 @@ def _capture(
 ) -> Captured:
     normed = hidden if spec.norm is None else spec.norm(hidden)
     rotary = None if spec.rotary_keyword is None else rotary_at(spec, normed, positions)
-    with running(Pass(Nothing(), adapter)):
-        return retrofit.capture(spec, normed, positions, rotary, spec.args, spec.kwargs)
+    active = Pass(Nothing(), adapter)
+    return run_in(active, retrofit.capture, spec, normed, positions, rotary, spec.args, spec.kwargs)

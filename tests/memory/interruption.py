@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mplus.hf.passes import current_pass
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
@@ -59,6 +61,7 @@ def interrupted_everywhere(
         try:
             _traced(work, where, interrupt)
         except KeyboardInterrupt:
+            assert current_pass() is None, f"the thread is still in a pass after an interrupt before line {place}"
             yield place
 
 
