@@ -159,11 +159,13 @@ def mapped(record: Mapping[str, Any]) -> str:
             ]
         )
     sizes = " and ".join(f"{memory['disk_bytes'] / 2**30:.1f}" for memory in record["memories"])
+    first = record["memories"][0]
     opening_text = (
-        f"Memories of {sizes} GiB on disk, each with 10,240 short-term rows per layer, rows of "
-        f"{record['memories'][0]['row_bytes']:,} bytes as in Llama-3.1-8B. Opening: the first time, then medians for "
+        f"Memories of {sizes} GiB on disk, each with {first['short_term_rows']:,} short-term rows per layer, "
+        f"rows of {first['row_bytes']:,} bytes as in Llama-3.1-8B. Opening: the first time, then medians for "
         "reading only and for writing; short-term rows are read and checked then, long-term rows are not. Reading: "
-        "2,560 rows picked at random from one layer, from a warm page cache; on first touch every block that holds one "
+        f"{first['reading']['rows']:,} rows picked at random from one layer, from a warm page cache; "
+        "on first touch every block that holds one "
         "is checked."
     )
     head = [

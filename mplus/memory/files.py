@@ -22,6 +22,7 @@ from torch import Tensor
 
 import mplus
 from mplus.config import Component
+from mplus.errors import MemoryFileError
 from mplus.memory.budget import Budget
 from mplus.memory.engine import Engine
 from mplus.memory.folder import (
@@ -52,7 +53,7 @@ from mplus.memory.tensors import TensorReader, write_tensors
 from mplus.memory.unpacking import read_index, read_streams, read_usage
 from mplus.stores.base import StoreLayout, StoreView
 from mplus.stores.build import build_eviction
-from mplus.stores.disk.parts import Part
+from mplus.stores.disk.parts import CODES, Part
 from mplus.stores.eviction import EvictionPolicy
 
 PIECE_BYTES = 2**26
@@ -222,6 +223,22 @@ def layout_entry(layout: StoreLayout) -> LayoutEntry:
         dtype=name_of(layout.dtype),
         projected_size=layout.projected_size,
         keeps_hidden=layout.keeps_hidden,
+    )
+
+
+def layout_from(entry: LayoutEntry) -> StoreLayout:
+    """The layout that a manifest describes. Raises MemoryFileError for a dtype that does not exist."""
+    dtype = getattr(torch, entry.dtype, None)
+    if dtype not in CODES:
+        raise MemoryFileError(f"layout.dtype must be a dtype of rows, got {entry.dtype!r}")
+    return StoreLayout(
+        layers=entry.layers,
+        hidden_size=entry.hidden_size,
+        key_size=entry.key_size,
+        expiry=entry.expiry,
+        dtype=dtype,
+        projected_size=entry.projected_size,
+        keeps_hidden=entry.keeps_hidden,
     )
 
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from mplus.errors import MemoryFileError
-from mplus.memory.durable.faults import layout_from
 from mplus.memory.durable.manifest import read_live_manifest
 from mplus.memory.durable.salvage import Salvaged, salvage
-from mplus.memory.files import Facts, save
+from mplus.memory.files import Facts, layout_from, save
 from mplus.memory.folder import lock
 from mplus.memory.manifest import LIVE_FORMAT, Manifest, StreamEntry, is_memory, read_manifest
 from mplus.memory.stream import StreamState, StreamView

@@ -10,16 +10,16 @@ import torch
 
 from mplus.config import Component
 from mplus.errors import InputError
-from mplus.memory.files import Facts, replace, store_numbers
+from mplus.memory.files import Facts, layout_from, replace, store_numbers
 from mplus.memory.folder import lock
 from mplus.memory.forgetting import forget
 from mplus.memory.listing import Held, listed
 from mplus.memory.manifest import Manifest, read_manifest
 from mplus.memory.report import ForgetReport, SourceInfo
 from mplus.memory.stream import StreamView
-from mplus.memory.tensors import DTYPES, TensorReader
+from mplus.memory.tensors import TensorReader
 from mplus.memory.unpacking import read_streams, read_usage
-from mplus.stores.base import MemoryStore, StoreLayout
+from mplus.stores.base import MemoryStore
 
 
 def saved_sources(path: str | Path) -> list[list[SourceInfo]]:
@@ -60,7 +60,7 @@ def forget_saved(path: str | Path, source: str | None, row: int | None = None) -
         if row is not None and row not in streams:
             raise InputError(f"the stream must be one of 0 to {streams[-1]}, got {row}")
         with TensorReader(folder, manifest.data) as file:
-            states, stores, generators = read_streams(file, manifest, _layout(manifest), Component("ram"))
+            states, stores, generators = read_streams(file, manifest, layout_from(manifest.layout), Component("ram"))
             noted = any(name.startswith("stream.") and ".usage." in name for name in manifest.data.tensors)
             usage = [read_usage(file, n, store) if noted else None for n, store in enumerate(stores)]
         rows = streams if row is None else [row]
@@ -79,19 +79,6 @@ def _own(stores: list[MemoryStore], rows: Sequence[int]) -> list[MemoryStore]:
         if sum(store is stores[row] for store in stores) > 1:
             stores[row] = stores[row].fork()
     return stores
-
-
-def _layout(manifest: Manifest) -> StoreLayout:
-    layout = manifest.layout
-    return StoreLayout(
-        layers=layout.layers,
-        hidden_size=layout.hidden_size,
-        key_size=layout.key_size,
-        expiry=layout.expiry,
-        dtype=DTYPES[layout.dtype],
-        projected_size=layout.projected_size,
-        keeps_hidden=layout.keeps_hidden,
-    )
 
 
 def _facts(manifest: Manifest) -> Facts:

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from mplus.errors import MemoryFileError
 from mplus.memory.durable.checkpoint import Content
 from mplus.memory.durable.journal import records
 from mplus.memory.durable.manifest import LiveManifest, read_live_manifest
 from mplus.memory.durable.opening import layout_of, read_directory
-from mplus.memory.manifest import LayoutEntry
+from mplus.memory.files import layout_from
 from mplus.rows import NO_SOURCE
-from mplus.stores.base import StoreLayout
 from mplus.stores.disk.blocks import BlockFile, FileEntry
-from mplus.stores.disk.parts import CODES
 
 PIECE_ROWS = 1024
 
@@ -63,22 +59,6 @@ def file_faults(folder: Path, entry: FileEntry) -> Iterator[str]:
             f"{file.path}: tensor {name!r} must have the checksums it was written with, and has another in "
             f"rows {begin // width} to {(end - 1) // width}: it was altered"
         )
-
-
-def layout_from(entry: LayoutEntry) -> StoreLayout:
-    """The layout that a manifest describes. Raises MemoryFileError for a dtype that does not exist."""
-    dtype = getattr(torch, entry.dtype, None)
-    if dtype not in CODES:
-        raise MemoryFileError(f"layout.dtype must be a dtype of rows, got {entry.dtype!r}")
-    return StoreLayout(
-        layers=entry.layers,
-        hidden_size=entry.hidden_size,
-        key_size=entry.key_size,
-        expiry=entry.expiry,
-        dtype=dtype,
-        projected_size=entry.projected_size,
-        keeps_hidden=entry.keeps_hidden,
-    )
 
 
 def _values(folder: Path, manifest: LiveManifest, content: Content) -> Iterator[str]:

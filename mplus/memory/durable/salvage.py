@@ -18,9 +18,9 @@ from torch import Tensor
 from mplus.errors import MemoryFileError
 from mplus.memory.durable.checkpoint import live_name
 from mplus.memory.durable.delta import apply
-from mplus.memory.durable.faults import layout_from
 from mplus.memory.durable.journal import records
 from mplus.memory.durable.manifest import LiveManifest
+from mplus.memory.files import layout_from
 from mplus.memory.stream import StreamState
 from mplus.memory.unpacking import COLUMNS, read_generator, read_state
 from mplus.rows import MemoryRows
