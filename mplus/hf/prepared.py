@@ -62,7 +62,6 @@ class Prepared:
         if only is not None and only.source is not None and _alike(only.source.parts[0][0], like):
             tables = self._tables(layer, own[0], (own[0], counts[0]), like)
             front = self.projection.picked(layer, begin, *only.source.together(), tables)
-            check_finite("long-term memory", front.keys, front.values)
         else:
             parts = [[begin, *_projected(found, like)] if there else [] for found, there in pairs]
             front = self._front(layer, parts, own, counts, like)

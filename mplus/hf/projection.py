@@ -9,6 +9,7 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from mplus.backends.base import Segment
+from mplus.backends.checks import check_finite
 from mplus.hf.discovery import AttentionSpec, rotary_at
 from mplus.hf.names import ADAPTERS
 from mplus.hf.own_attention import Nothing
@@ -76,22 +77,21 @@ class Projection:
     def picked(self, layer: int, begin: Tensor, column: Tensor, places: Tensor, tables: Tables | None) -> Segment:
         """``begin`` ``[1, w]`` and behind it the rows at ``places`` ``[n]`` of ``column`` ``[m, w]``, as a segment.
 
-        Head by head, so that every number is copied once and into place.
+        Rows are copied whole, and values stay as they lie in the copy: heads are far apart in a segment, and a
+        memory of many rows is slow to reach.
+
+        Raises:
+            InputError: a number is NaN or infinite.
         """
-        count = 1 + places.shape[0]
-        keys = column.new_empty(1, self.heads, count, self.width)
-        values = column.new_empty(1, self.heads, count, self.value_width)
-        still = column.new_empty(count, self.width)
-        first = self.heads * self.width
-        for head in range(self.heads):
-            of = slice(head * self.width, (head + 1) * self.width)
-            still[0] = begin[0, of]
-            torch.index_select(column[:, of], 0, places, out=still[1:])
-            self.rotations[layer].apply(still[None, None], tables, keys[:, head : head + 1])
-            of = slice(first + head * self.value_width, first + (head + 1) * self.value_width)
-            values[0, head, 0] = begin[0, of]
-            torch.index_select(column[:, of], 0, places, out=values[0, head, 1:])
-        return Segment(keys, values)
+        rows = column.new_empty(1 + places.shape[0], self.size)
+        rows[0] = begin[0]
+        torch.index_select(column, 0, places, out=rows[1:])
+        check_finite("long-term memory", rows)
+        still, values = self.split(rows[None])
+        if tables is None:
+            return Segment(still, values)
+        keys = rows.new_empty(still.shape)
+        return Segment(self.rotations[layer].apply(still, tables, keys), values)
 
     def turned(self, layer: int, parts: Sequence[Tensor], tables: Tables | None) -> Segment:
         """Rows ``[B, n_i, w]``, one part behind the other, as a segment of attention."""

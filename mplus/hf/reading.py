@@ -95,6 +95,7 @@ class ReadSource:
 
     reading: Reading
     text_mask: Tensor | None
+    _query_mask: Tensor | None = field(default=None, init=False)
 
     def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
         reading, layer = self.reading, spec.memory_index
@@ -140,18 +141,24 @@ class ReadSource:
         return self.reading.keep and prepared.projection.retrofit.technique == "attention"
 
     def _retrieve(self, layer: int, hidden: Tensor) -> list[Retrieved | None]:
-        reading = self.reading
+        mask = self._query_mask
+        if mask is None or mask.shape != hidden.shape[:2] or mask.device != hidden.device:
+            mask = self._query_mask = self._tokens_asked_with(hidden)
+        return self.reading.mechanism.retrieve(layer, hidden, mask, self.reading.views)
+
+    def _tokens_asked_with(self, hidden: Tensor) -> Tensor:
+        """``[B, T]`` bool: the tokens that retrieve; the same in all layers."""
         mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         if self.text_mask is not None:
             step = self.text_mask.shape[0] // hidden.shape[0]
             mask = self.text_mask[::step, : hidden.shape[1]].to(hidden.device)
-        limit = reading.mechanism.config.query_tokens
+        limit = self.reading.mechanism.config.query_tokens
         if limit is not None:
             mask = mask & (mask.cumsum(1) <= limit)
         if not bool(mask.any(1).all()):
             row = int((~mask.any(1)).nonzero()[0])
             raise InputError(f"attention_mask must leave at least one token in every batch row, row {row} has none")
-        return reading.mechanism.retrieve(layer, hidden, mask, reading.views)
+        return mask
 
     def _due(self, layer: int, hidden: Tensor, repeats: int) -> bool:
         """Collect a further token; when enough have come, forget what was retrieved so that it is done anew."""

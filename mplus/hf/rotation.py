@@ -49,9 +49,10 @@ class Rotation:
             first, second = slice(0, width // 2), slice(width // 2, width)
         else:
             first, second = slice(0, width, 2), slice(1, width, 2)
-        one, two = keys[..., first], keys[..., second]
-        torch.mul(one, cos[..., first], out=out[..., first]).addcmul_(two, sin[..., first], value=-1)
-        torch.mul(two, cos[..., second], out=out[..., second]).addcmul_(one, sin[..., second])
+        turned = keys[..., :width]
+        torch.mul(turned, cos, out=out[..., :width])
+        out[..., first].addcmul_(turned[..., second], sin[..., first], value=-1)
+        out[..., second].addcmul_(turned[..., first], sin[..., second])
         if width < keys.shape[-1]:
             out[..., width:].copy_(keys[..., width:])
         return out

@@ -19,7 +19,6 @@ from mplus.rows import MemoryRows
 from mplus.stores.base import Column, Content, StoreLayout, StoreView
 from mplus.stores.eviction import EvictionPolicy
 from mplus.stores.eviction_ttl import TtlEviction
-from mplus.stores.usage import Usage
 
 
 class MPlusMechanism(MemoryMechanism):
@@ -190,15 +189,16 @@ class MPlusMechanism(MemoryMechanism):
             elif view.store.count(layer):
                 scored.append((row, view.store))
         if scored:
-            which = torch.tensor([row for row, _ in scored], device=hidden.device)
-            queries = retriever.project_queries(layer, hidden[which])
-            picks = retriever.select(layer, queries, mask[which], [store for _, store in scored], k)
+            if len(scored) < len(views):
+                which = torch.tensor([row for row, _ in scored], device=hidden.device)
+                hidden, mask = hidden[which], mask[which]
+            queries = retriever.project_queries(layer, hidden)
+            picks = retriever.select(layer, queries, mask, [store for _, store in scored], k)
             for (row, store), pick in zip(scored, picks, strict=True):
-                by_id = pick.ids.argsort()
-                found[row] = self._in_order(store, layer, pick.ids[by_id], pick.scores[by_id.to(pick.scores.device)])
+                ids, by_id = pick.ids.sort()
+                found[row] = self._in_order(store, layer, ids, pick.scores[by_id.to(pick.scores.device)])
         for view, rows in zip(views, found, strict=True):
-            if view.usage is not None and rows is not None:
-                _note(view.usage, view, layer, rows)
+            _note(view, layer, rows)
         return found
 
     def retrieved_rows(self, view: StreamView, layer: int) -> int:
@@ -241,9 +241,12 @@ def _expiring(rows: MemoryRows, expires: float) -> MemoryRows:
     return rows.replace(expiry=torch.full_like(rows.birth, expires, dtype=torch.float64))
 
 
-def _note(usage: Usage, view: StreamView, layer: int, rows: Retrieved) -> None:
+def _note(view: StreamView, layer: int, rows: Retrieved | None) -> None:
+    """That these rows were retrieved, where the eviction policy asks for it."""
+    if view.usage is None or rows is None:
+        return
     ids = rows.ids
     if len(view.state.pending[layer]) and len(rows.scores):  # then these are places in a PendingView
         merged = view.store.ids(layer)
         ids = merged[ids[ids < len(merged)]]
-    usage.note(layer, ids, view.state.clock)
+    view.usage.note(layer, ids, view.state.clock)

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mplus.errors import NotSupported
-from mplus.retrievers import scores
 from mplus.retrievers.base import Heads, Projections, Retriever, Selection, check_selection, top_k
+from mplus.retrievers.scores import piece_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,7 +102,7 @@ class AttentionRetriever(Retriever):
         """``[m]`` for a text ``[T, query_size]`` and all rows ``[m, key_size]``, a piece of the rows at a time."""
         heads = self._heads[layer]
         queries = self._split(layer, text.float()).permute(1, 0, 2, 3).flatten(1, 2)  # [Hkv, T G, D]
-        piece = max(1, scores.MAX_PRODUCTS // (queries.shape[0] * queries.shape[1]))
+        piece = piece_rows(queries.shape[0] * queries.shape[1], queries.device)
         total = queries.new_full(queries.shape[:2], -torch.inf)
         result = queries.new_empty(keys.shape[0])
         with torch.autocast(queries.device.type, enabled=False):

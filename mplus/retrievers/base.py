@@ -189,28 +189,23 @@ def check_selection(queries: Tensor, query_mask: Tensor, stores: Sequence[StoreV
 
 
 def top_k(scores: Tensor, ids: Tensor, k: int) -> Selection:
-    """The ``min(k, m)`` best of ``scores`` ``[m]`` (float32): score descending, ties by lowest position, NaN last.
-
-    ``torch.topk`` leaves the choice among equal scores open, so equal scores at the boundary are resolved here.
-    """
+    """The ``min(k, m)`` best of ``scores`` ``[m]`` (float32): score descending, ties by lowest position, NaN last."""
     places, best = top_places(scores, k)
     return Selection(ids[places], best)
 
 
 def top_places(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Positions of what ``top_k`` chooses, and the scores there."""
-    k = min(k, scores.shape[0])
-    if k == 0:
-        return torch.empty(0, dtype=torch.int64, device=scores.device), scores[:0]
-    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    best, chosen = torch.topk(scores, k)
-    boundary = best[-1]
-    # Without equal scores, among the chosen or beyond them, nothing is left open.
-    if not bool((best[1:] == best[:-1]).any()) and int((scores == boundary).sum()) == 1:
-        return chosen, best
-    above = (scores > boundary).nonzero().squeeze(1)
-    tied = (scores == boundary).nonzero().squeeze(1)[: k - above.shape[0]]
-    chosen = torch.cat([above, tied]).sort().values
-    best = scores[chosen]
-    order = best.argsort(descending=True, stable=True)
-    return chosen[order], best[order]
+    """Positions of what ``top_k`` chooses, and the scores there.
+
+    ``torch.topk`` leaves the choice among equal scores open. So it gets one whole number for each row instead, which
+    orders rows by score and, where scores are equal, by position.
+    """
+    if scores.dtype != torch.float32:
+        raise InputError(f"scores must be torch.float32, got {scores.dtype}")
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0  # -0.0 is equal to 0.0
+    bits = scores.view(torch.int32)
+    ascending = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # the bits of negative numbers fall
+    last = scores.shape[0] - 1
+    ranks = ascending.long().bitwise_left_shift_(32).add_(torch.arange(last, -1, -1, device=scores.device))
+    chosen = last - (ranks.topk(min(k, last + 1)).values & 0xFFFFFFFF)
+    return chosen, scores[chosen]

@@ -10,10 +10,10 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.config import number, whole
-from mplus.retrievers import scores
 from mplus.retrievers.base import Selection, check_selection, top_k
 from mplus.retrievers.candidates import keys_of, needed, rank, same_store
 from mplus.retrievers.linear import LinearRetriever
+from mplus.retrievers.scores import piece_rows
 from mplus.stores.base import StoreView
 
 
@@ -122,7 +122,7 @@ def weighted_sigmoids(summaries: Sequence[tuple[Tensor, Tensor]], keys: Tensor) 
     centers = torch.cat([center for center, _ in summaries])
     weights = torch.block_diag(*(weight[:, None] for _, weight in summaries))  # [all centroids, texts]
     found = torch.empty(keys.shape[0], len(summaries), device=centers.device)
-    piece = max(1, scores.MAX_PRODUCTS // centers.shape[0])
+    piece = piece_rows(centers.shape[0], centers.device)
     with torch.autocast(centers.device.type, enabled=False):
         for start in range(0, keys.shape[0], piece):
             part = keys[start : start + piece].to(device=centers.device, dtype=torch.float32)

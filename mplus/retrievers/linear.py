@@ -88,7 +88,7 @@ class LinearRetriever(Retriever):
     ) -> list[Selection]:
         """The ``min(k, count)`` best rows for each batch row; a store given for several rows is read once."""
         check_selection(queries, query_mask, stores, k)
-        shared: dict[int, list[int]] = {}
+        whole, shared = query_mask.all(1).tolist(), dict[int, list[int]]()
         for row, store in enumerate(stores):
             shared.setdefault(id(store), []).append(row)
         found: dict[int, Selection] = {}
@@ -97,7 +97,7 @@ class LinearRetriever(Retriever):
             pieces = Pieces(store, layer, "key")
             if not pieces.have("key"):
                 raise ValueError("the linear retriever needs rows with keys; this store was made without (key_size=0)")
-            texts = [queries[row][query_mask[row]] for row in rows]
+            texts = [queries[row] if whole[row] else queries[row, query_mask[row]] for row in rows]
             scores = self._scores(texts, pieces)
             for row, score in zip(rows, scores, strict=True):
                 places, best = top_places(score.to(store.layout.device), k)

@@ -13,8 +13,10 @@ from mplus.errors import InputError
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``score(queries, mask, keys)``, as ``mean_dot``."""
 
-MAX_PRODUCTS = 2**22
-"""Largest number of query-key products held at a time by ``score_rows`` (16 MiB in float32)."""
+MAX_PRODUCTS = 2**18
+"""Largest number of query-key products held at a time on a CPU: 1 MiB in float32, which stays in its cache."""
+MAX_PRODUCTS_ON_A_DEVICE = 2**24
+"""The same elsewhere, where every piece costs the start of a few kernels."""
 
 
 def mean_dot(queries: Tensor, mask: Tensor, keys: Tensor) -> Tensor:
@@ -73,16 +75,22 @@ def score_rows(name: str, texts: Sequence[Tensor], keys: Tensor) -> Tensor:
         groups = [text.float() for text in texts]
         if name == "mean_dot":  # one query vector each: all texts in one product
             groups = [torch.stack([text.mean(0) for text in groups])]
-        piece = max(1, MAX_PRODUCTS // max(group.shape[0] for group in groups))
+        shares = [group.new_full(group.shape[:1], 1 / group.shape[0]) for group in groups]
+        piece = piece_rows(max(group.shape[0] for group in groups), device)
         for start in range(0, keys.shape[0], piece):
-            part = keys[start : start + piece].to(device=device, dtype=torch.float32).T
+            part = keys[start : start + piece].to(device=device, dtype=torch.float32)
             for number, group in enumerate(groups):
-                products = group @ part
+                products = part @ group.T
                 if name == "mean_dot":
-                    scores[:, start : start + piece] = products
+                    scores[:, start : start + piece] = products.T
                 else:
-                    scores[number, start : start + piece] = products.sigmoid_().mean(0)
+                    torch.mv(products.sigmoid_(), shares[number], out=scores[number, start : start + piece])
     return scores
+
+
+def piece_rows(products: int, device: torch.device) -> int:
+    """How many rows are scored at a time where each of them makes so many ``products``."""
+    return max(1, (MAX_PRODUCTS if device.type == "cpu" else MAX_PRODUCTS_ON_A_DEVICE) // products)
 
 
 def _check(queries: Tensor, mask: Tensor, keys: Tensor) -> None:
