@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -78,9 +79,14 @@ def _read(
     return output
 
 
+@lru_cache(maxsize=64)  # looked up for every token
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
 def _by_name(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of one ``forward``, each under its name."""
-    signature = inspect.signature(base.forward)
+    signature = _signature(base.forward)
     _, *inputs = signature.bind_partial(None, *args, **kwargs).arguments.items()  # without self
     named = dict(inputs)
     for parameter in signature.parameters.values():
@@ -139,7 +145,7 @@ def _read_pass(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[
     repeats = reading.repeats(rows)
     mask = inputs.get("attention_mask")
     text_mask = None
-    takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+    takes_positions = "position_ids" in _signature(base.forward).parameters
     if isinstance(mask, Tensor) and mask.dim() == 2:
         padded = not bool(mask.all())
         text_mask = mask[:, -tokens:].bool() if padded else None
