@@ -11,6 +11,7 @@ from attrs import define
 from torch import Tensor, nn
 
 from mplus.errors import InputError, NotSupported
+from mplus.retrievers.ranking import top_places
 from mplus.stores.base import StoreView
 
 
@@ -192,20 +193,3 @@ def top_k(scores: Tensor, ids: Tensor, k: int) -> Selection:
     """The ``min(k, m)`` best of ``scores`` ``[m]`` (float32): score descending, ties by lowest position, NaN last."""
     places, best = top_places(scores, k)
     return Selection(ids[places], best)
-
-
-def top_places(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Positions of what ``top_k`` chooses, and the scores there.
-
-    ``torch.topk`` leaves the choice among equal scores open. So it gets one whole number for each row instead, which
-    orders rows by score and, where scores are equal, by position.
-    """
-    if scores.dtype != torch.float32:
-        raise InputError(f"scores must be torch.float32, got {scores.dtype}")
-    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0  # -0.0 is equal to 0.0
-    bits = scores.view(torch.int32)
-    ascending = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # the bits of negative numbers fall
-    last = scores.shape[0] - 1
-    ranks = ascending.long().bitwise_left_shift_(32).add_(torch.arange(last, -1, -1, device=scores.device))
-    chosen = last - (ranks.topk(min(k, last + 1)).values & 0xFFFFFFFF)
-    return chosen, scores[chosen]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -10,9 +11,10 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.config import number, whole
-from mplus.retrievers.base import Selection, check_selection, top_k
+from mplus.retrievers.base import Selection, check_selection
 from mplus.retrievers.candidates import keys_of, needed, rank, same_store
 from mplus.retrievers.linear import LinearRetriever
+from mplus.retrievers.ranking import best_rows
 from mplus.retrievers.scores import piece_rows
 from mplus.stores.base import StoreView
 
@@ -72,15 +74,11 @@ class CentroidRetriever(LinearRetriever):
     def _candidates(self, layer: int, texts: Sequence[Tensor], store: StoreView, wanted: int) -> list[Tensor]:
         """Ids of the rows that score best by the summary of each text."""
         summaries = [summarise(text.float(), self.options.centroids, self.options.steps) for text in texts]
-        ids, scored = [], []
-        for piece in store.pieces(layer, "key"):
-            keys = needed(piece.columns.get("key"), layer)
-            values = weighted_sigmoids(summaries, keys).to(piece.ids.device)
-            live = slice(None) if piece.live is None else piece.live
-            ids.append(piece.ids[live])
-            scored.append(values[:, live])
-        every = torch.cat(ids)
-        return [top_k(score, every, wanted).ids for score in torch.cat(scored, 1)]
+        pieces = store.pieces(layer, "key")
+        for piece in pieces:
+            needed(piece.columns.get("key"), layer)
+        score = partial(weighted_sigmoids, summaries)
+        return [ids for ids, _ in best_rows(pieces, len(texts), wanted, score)]
 
 
 def summarise(queries: Tensor, count: int, steps: int) -> tuple[Tensor, Tensor]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from attrs import define, field
 from torch import Tensor, nn
 
 from mplus.config import flag, one_of, whole
-from mplus.retrievers.base import Retriever, RetrieverShape, Selection, check_selection, top_places
-from mplus.retrievers.pieces import Pieces
+from mplus.retrievers.base import Retriever, RetrieverShape, Selection, check_selection
+from mplus.retrievers.ranking import best_rows
 from mplus.retrievers.scores import SCORES, score_rows
 
 if TYPE_CHECKING:
@@ -94,21 +94,13 @@ class LinearRetriever(Retriever):
         found: dict[int, Selection] = {}
         for rows in shared.values():
             store = stores[rows[0]]
-            pieces = Pieces(store, layer, "key")
-            if not pieces.have("key"):
+            if not store.layout.key_size:
                 raise ValueError("the linear retriever needs rows with keys; this store was made without (key_size=0)")
             texts = [queries[row] if whole[row] else queries[row, query_mask[row]] for row in rows]
-            scores = self._scores(texts, pieces)
-            for row, score in zip(rows, scores, strict=True):
-                places, best = top_places(score.to(store.layout.device), k)
-                found[row] = Selection(pieces.ids(places), best)
+            score = partial(score_rows, self.options.score, texts)
+            for row, best in zip(rows, best_rows(store.pieces(layer, "key"), len(rows), k, score), strict=True):
+                found[row] = Selection(*best)
         return [found[row] for row in range(len(stores))]
-
-    def _scores(self, texts: Sequence[Tensor], pieces: Pieces) -> Tensor:
-        """``[texts, m]`` float32."""
-        if not pieces.pieces:
-            return texts[0].new_empty(len(texts), 0, dtype=torch.float32)
-        return pieces.each("key", lambda keys: score_rows(self.options.score, texts, keys))
 
 
 def _project(projector: nn.Module, hidden: Tensor) -> Tensor:

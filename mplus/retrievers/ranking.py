@@ -1,0 +1,104 @@
+"""The best of many scores: score descending, ties by lowest position, NaN last; and of more rows than fit at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mplus.errors import InputError
+from mplus.stores.base import Piece
+
+BLOCK = 2**18
+"""Scores held at a time by ``best_rows``, all texts together; more where many rows are wanted."""
+_LOW = 0xFFFFFFFF
+
+
+def top_places(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Positions ``[min(k, m)]`` of the best of ``scores`` ``[m]`` float32, and the scores there; NaN as -inf.
+
+    Raises:
+        InputError: scores of another dtype.
+    """
+    places, best = _unranked(_top(_ranks(scores, 0), k, last=True))
+    return places, best
+
+
+def best_rows(
+    pieces: Sequence[Piece], texts: int, k: int, score: Callable[[Tensor], Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """The ``min(k, rows)`` best rows for each of several texts, a block of rows at a time.
+
+    Args:
+        pieces: of a store, with the column "key".
+        texts: how many.
+        k: largest number of rows for each.
+        score: makes ``[texts, m]`` float32 of keys ``[m, r]``.
+
+    Returns:
+        For each text ids ``[n]`` int64 and scores ``[n]``: score descending, ties by lowest id.
+    """
+    best: Tensor | None = None
+    blocks: list[Tensor] = []
+    start = 0
+    for ids, keys, live in _blocks(pieces, max(BLOCK // texts, 4 * k, 1)):
+        scores = score(keys).to(ids.device)
+        ranks = _ranks(scores if live is None else scores[:, live], start)
+        best = _top(ranks if best is None else torch.cat([best, ranks], -1), k)
+        blocks.append(ids if live is None else ids[live])
+        start += len(blocks[-1])
+    if best is None:
+        return [(torch.empty(0, dtype=torch.int64), torch.empty(0))] * texts
+    places, scores = _unranked(_top(best, k, last=True))
+    return [(_ids_at(blocks, own), there) for own, there in zip(places, scores, strict=True)]
+
+
+def _blocks(pieces: Sequence[Piece], rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Ids, keys, and the places among them where rows are (None: all), of up to ``rows`` places at a time."""
+    for piece in pieces:
+        for low in range(0, len(piece.ids), rows):
+            own = slice(low, low + rows)
+            live = None if piece.live is None else piece.live[own].nonzero().squeeze(1)
+            yield piece.ids[own], piece.columns["key"][own], live
+
+
+def _ranks(scores: Tensor, start: int) -> Tensor:
+    """One whole number for each score, int64 of the same shape, that falls from better to worse.
+
+    ``torch.topk`` leaves the choice among equal scores open; these numbers are all different. The upper half is the
+    score, the lower half its position, counted from ``start``.
+    """
+    if scores.dtype != torch.float32:
+        raise InputError(f"scores must be torch.float32, got {scores.dtype}")
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0  # -0.0 is equal to 0.0
+    count = scores.shape[-1]
+    positions = torch.arange(_LOW - start, _LOW - start - count, -1, device=scores.device)
+    return _ascending(scores.view(torch.int32)).long().bitwise_left_shift_(32).add_(positions)
+
+
+def _ascending(bits: Tensor) -> Tensor:
+    """Bits of float32 as int32 that order as the numbers do, and the other way round: those of negative ones fall."""
+    return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+
+
+def _unranked(ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions and scores."""
+    return _LOW - (ranks & _LOW), _ascending((ranks >> 32).int()).view(torch.float32)
+
+
+def _top(ranks: Tensor, k: int, last: bool = False) -> Tensor:
+    """The ``k`` best, if there are so many; in order the ``last`` time."""
+    return ranks.topk(min(k, ranks.shape[-1]), sorted=last).values
+
+
+def _ids_at(blocks: Sequence[Tensor], places: Tensor) -> Tensor:
+    """``[n]`` ids of the rows at ``places`` ``[n]``, which count on from block to block."""
+    if len(blocks) == 1:
+        return blocks[0][places]
+    ids, start = torch.empty_like(places), 0
+    for block in blocks:
+        here = ((places >= start) & (places < start + len(block))).nonzero().squeeze(1)
+        ids[here] = block[places[here] - start]
+        start += len(block)
+    return ids

@@ -1,0 +1,89 @@
+"""The best rows, block by block: against sorting all of them."""
+
+from __future__ import annotations
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mplus.errors import InputError
+from mplus.retrievers import ranking
+from mplus.retrievers.ranking import best_rows, top_places
+from mplus.stores.base import Piece
+
+NUMBERS = st.sampled_from(
+    [0.0, -0.0, 1.0, -1.0, 1.5, -1.5, 2.0**-126, -(2.0**-126), 2.0**127, -(2.0**127), math.inf, -math.inf, math.nan]
+)
+SCORES = st.lists(NUMBERS | st.floats(width=32, allow_subnormal=False), max_size=30)
+
+
+def slow(scores: list[float], k: int) -> list[int]:
+    """Positions by descending score, then ascending position; NaN as the lowest score there is."""
+    known = [-math.inf if math.isnan(score) else score for score in scores]
+    return sorted(range(len(scores)), key=lambda place: (-known[place], place))[:k]
+
+
+@given(SCORES, st.integers(0, 35))
+def test_the_best_places_are_those_of_a_sort(scores: list[float], k: int) -> None:
+    places, best = top_places(torch.tensor(scores, dtype=torch.float32), k)
+    expected = slow(scores, k)
+    assert places.tolist() == expected
+    assert best.tolist() == [-math.inf if math.isnan(scores[place]) else scores[place] for place in expected]
+
+
+@given(
+    st.lists(st.lists(st.tuples(NUMBERS, NUMBERS, st.booleans()), max_size=12), max_size=5),
+    st.integers(0, 40),
+    st.integers(1, 9),
+)
+def test_rows_of_many_blocks_rank_like_rows_of_one(
+    layers: list[list[tuple[float, float, bool]]], k: int, block: int
+) -> None:
+    """Two texts; a row's key is its two scores; rows that were removed lie between the others."""
+    pieces, rows, next_id = [], [], 7
+    for places in layers:
+        ids = torch.arange(next_id, next_id + 3 * len(places), 3)
+        live = torch.tensor([there for _, _, there in places], dtype=torch.bool)
+        keys = torch.tensor([place[:2] for place in places], dtype=torch.float32).reshape(-1, 2)
+        pieces.append(Piece(ids, None if bool(live.all()) else live, {"key": keys}))
+        rows += [(int(i), place) for i, place in zip(ids, places, strict=True) if place[2]]
+        next_id += 3 * len(places) + 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranking, "BLOCK", block)
+        found = best_rows(pieces, 2, k, lambda keys: keys.T.contiguous())
+    for text, (ids, best) in enumerate(found):
+        scores = [place[text] for _, place in rows]
+        expected = slow(scores, k)
+        assert ids.tolist() == [rows[place][0] for place in expected]
+        assert best.tolist() == [-math.inf if math.isnan(scores[place]) else scores[place] for place in expected]
+
+
+def test_scores_of_many_rows_are_never_held_together() -> None:
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.shape[:1] == (8,):
+                largest = max(largest, result.numel())
+            return result
+
+    keys = torch.randn(3 * ranking.BLOCK // 8, 4, generator=torch.Generator().manual_seed(0))
+    queries = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+    with Watch():
+        found = best_rows([Piece(torch.arange(len(keys)), None, {"key": keys})], 8, 5, lambda part: queries @ part.T)
+    assert 0 < largest <= ranking.BLOCK + 8 * 5
+    for (ids, best), query in zip(found, queries, strict=True):
+        expected = (keys @ query).sort(descending=True, stable=True)
+        assert ids.tolist() == expected.indices[:5].tolist()
+        torch.testing.assert_close(best, expected.values[:5])
+
+
+def test_other_dtypes_are_refused() -> None:
+    with pytest.raises(InputError, match=r"scores must be torch\.float32, got torch\.float64"):
+        top_places(torch.zeros(3, dtype=torch.float64), 1)
