@@ -35,7 +35,7 @@ RECORD = Path(__file__).parent / "records" / "million.json"
 FACT_TOKENS = 1000
 ASKED_AFTER = (1_000, 3_000, 10_000, 30_000, 100_000, 200_000, 300_000, 500_000, 700_000, 1_000_000)
 PIECE = 4096
-"""Tokens written at a time, after which the process's memory is looked at."""
+"""Most tokens written at a time, after which the process's memory is looked at."""
 BUDGET_SHARE = 8
 """The budget of anonymous memory is what the store takes on disk, divided by this."""
 
@@ -92,18 +92,14 @@ def asked(model: Any, memory: Memory, facts: Sequence[Fact]) -> dict[str, Any]:
     }
 
 
-def novels(paths: Sequence[Path], tokenizer: Any, tokens: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Novels with their names, until there are ``tokens`` tokens. Raises SystemExit when there are not so many."""
+def novels(paths: Sequence[Path], tokenizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The novels' ids, a few pages at a time, each with the name of its novel: a tokenised novel takes 100 MB."""
     for path in paths:
-        if tokens <= 0:
-            return
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0][:tokens]
-        tokens -= len(ids)
-        yield path.name.partition(".")[0], ids
-    if tokens > 0:
-        raise SystemExit(f"the novels must have {tokens:,} tokens more: name further ones")
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8") as file:
+            while lines := file.readlines(4 * PIECE):
+                ids = tokenizer("".join(lines), add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+                yield path.name.partition(".")[0], ids
 
 
 def resident() -> dict[str, int]:
@@ -135,12 +131,12 @@ def measure(paths: Sequence[Path], tokens: int, store: Any, folder: Path, seed: 
     peak = dict(before)
     moments = iter([moment for moment in ASKED_AFTER if written < moment < tokens] + [tokens])
     moment, begun, writing = next(moments), time.perf_counter(), 0.0
-    for name, ids in novels(paths, tokenizer, tokens - written):
+    for name, ids in novels(paths, tokenizer):
         place = 0
-        while place < len(ids):
+        while place < len(ids) and tokens - written >= config.min_chunk_tokens:
             piece = ids[place : place + min(PIECE, moment - written)]
             if len(piece) < config.min_chunk_tokens:
-                break  # the last words of a novel
+                break  # the last words of these pages
             start = time.perf_counter()
             memory.write(piece, source=name, progress=False)
             writing += time.perf_counter() - start
@@ -150,6 +146,8 @@ def measure(paths: Sequence[Path], tokens: int, store: Any, folder: Path, seed: 
                 after[written] = asked(model, memory, facts)
                 sys.stderr.write(f"{written:>9,} tokens: {after[written]}\n")
                 moment = next(moments, tokens)
+    if tokens - written >= config.min_chunk_tokens:
+        raise SystemExit(f"the novels must have {tokens - written:,} tokens more: name further ones")
     disk = occupied(folder)
     return {
         "tokens": written,

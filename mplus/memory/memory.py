@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -67,6 +67,27 @@ class Memory(Keeping):
         Whatever ends a write early, an interrupt included, leaves the chunks written before it and nothing else.
         """
         return write_together([self], [data], [source], progress=progress)[0]
+
+    def write_pieces(
+        self, pieces: Iterable[Any], source: str | None = None, *, progress: bool | None = None
+    ) -> WriteReport:
+        """Read one long document that comes in pieces, say the lines of a file, without ever holding all of it.
+
+        The next piece is fetched and tokenised, in another thread, while the last one is written. Pieces are
+        tokenised each by itself; their ids are then cut into chunks as ``write`` cuts those of a whole text.
+
+        Args:
+            pieces: texts or ids ``[n]``, in order; empty ones are skipped. For a memory of one batch row.
+            source: name of the document.
+            progress: show a progress bar; None: in a terminal.
+
+        Raises:
+            InputError: as ``write``, and what ``pieces`` itself raises; the chunks written until then are kept.
+            MemoryMismatchError, NonFiniteError: as ``write``.
+        """
+        from mplus.memory.pipeline import write_pieces
+
+        return write_pieces(self, pieces, source, progress)
 
     def write_chunk(self, ids: Tensor, source: str | None = None) -> WriteReport:
         """Write one chunk ``[B, n]`` to every stream in one pass, without splitting.

@@ -12,9 +12,9 @@ LONG = 16
 
 @contextmanager
 def progress_bar(
-    title: str, total: int, wanted: bool | None, steps: int, unit: str = "tokens"
+    title: str, total: int | None, wanted: bool | None, steps: int, unit: str = "tokens"
 ) -> Iterator[Callable[[int], None]]:
-    """Yields ``advance(units)``. ``wanted`` None: only for ``LONG`` steps or more on a terminal."""
+    """Yields ``advance(units)``; ``total`` None: nobody knows. ``wanted`` None: for ``LONG`` steps, on a terminal."""
     if wanted is None:
         wanted = steps >= LONG and sys.stderr.isatty()
     if not wanted:
