@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mplus.backends.base import Segment
 from mplus.backends.checks import check_finite
+from mplus.backends.triton.gather import gather_rotated, reasons_against_gathering
 from mplus.hf.discovery import AttentionSpec, rotary_at
 from mplus.hf.names import ADAPTERS
 from mplus.hf.own_attention import Nothing
@@ -83,6 +84,11 @@ class Projection:
         Raises:
             InputError: a number is NaN or infinite.
         """
+        rotation = self.rotations[layer]
+        width = max(self.width, self.value_width)
+        halves = None if rotation.pairs != "half" else tables
+        if halves is not None and not reasons_against_gathering(column, *halves, width):
+            return self._picked_by_kernel(layer, begin, column, places, halves)
         rows = column.new_empty(1 + places.shape[0], self.size)
         rows[0] = begin[0]
         torch.index_select(column, 0, places, out=rows[1:])
@@ -91,7 +97,19 @@ class Projection:
         if tables is None:
             return Segment(still, values)
         keys = rows.new_empty(still.shape)
-        return Segment(self.rotations[layer].apply(still, tables, keys), values)
+        return Segment(rotation.apply(still, tables, keys), values)
+
+    def _picked_by_kernel(self, layer: int, begin: Tensor, column: Tensor, places: Tensor, tables: Tables) -> Segment:
+        """The same on a GPU, where one kernel picks, splits and rotates. Not run on a GPU yet."""
+        count = 1 + places.shape[0]
+        keys = column.new_empty(1, self.heads, count, self.width)
+        values = column.new_empty(1, self.heads, count, self.value_width)
+        still, values[:, :, :1] = self.split(begin[None])
+        cos, sin = tables
+        self.rotations[layer].apply(still, (cos[:, :1], sin[:, :1]), keys[:, :, :1])
+        gather_rotated(column, places, cos[0, 1:], sin[0, 1:], keys[0, :, 1:], values[0, :, 1:])
+        check_finite("long-term memory", keys, values)
+        return Segment(keys, values)
 
     def turned(self, layer: int, parts: Sequence[Tensor], tables: Tables | None) -> Segment:
         """Rows ``[B, n_i, w]``, one part behind the other, as a segment of attention."""

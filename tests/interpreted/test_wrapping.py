@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ pytest.importorskip("triton")
 
 from mplus.backends import BACKENDS
 from mplus.backends.triton.backend import TritonBackend
+from mplus.backends.triton.gather import gather_rotated, reasons_against_gathering
+from mplus.hf import projection
 from tests.architectures import BY_NAME
 from tests.hf.references import ids, stir
 from tests.retrofitted import retrofit
@@ -28,6 +32,27 @@ def _registered():
     BACKENDS.register(Interpreted.name, Interpreted)
     yield
     BACKENDS.unregister(Interpreted.name)
+
+
+def test_retrieved_rows_are_picked_by_the_kernel(monkeypatch):
+    pair = retrofit(BY_NAME["llama"])
+    stir(pair.wrapped)
+    memory = pair.wrapped.new_memory(memory_rows="projected")
+    memory.write(ids(1, 100, seed=5))
+    prompt, calls = ids(1, 7, seed=3), []
+
+    def gather(*args):
+        calls.append(args)
+        gather_rotated(*args, interpret=True)
+
+    with torch.no_grad():
+        plain = pair.wrapped(prompt, memory=memory).logits
+        reasons = functools.partial(reasons_against_gathering, interpret=True)
+        monkeypatch.setattr(projection, "reasons_against_gathering", reasons)
+        monkeypatch.setattr(projection, "gather_rotated", gather)
+        found = pair.wrapped(prompt, memory=memory.fork()).logits
+    assert len(calls) == len(pair.wrapped.mplus_engine.retrofit.anatomy.specs)
+    torch.testing.assert_close(found, plain, atol=2e-5, rtol=1e-4)
 
 
 def test_a_decoder_passes_its_self_check_and_reads_padded_prompts():

@@ -56,15 +56,8 @@ def gather_rotated(
         NotSupported: the device, the dtype or the width is none the kernel takes.
     """
     _check(rows, indices, cos, sin, keys, values)
-    reasons = reasons_against(rows.device, interpret=interpret)
-    reasons += [
-        f"{name} is {part.dtype}: the kernel takes float16, bfloat16 and float32"
-        for name, part in (("rows", rows), ("cos", cos), ("sin", sin))
-        if part.dtype not in DTYPES
-    ]
     width = max(keys.shape[2], values.shape[2])
-    if width > WIDEST:
-        reasons.append(f"heads of width {width}: the kernel takes {WIDEST} at most")
+    reasons = reasons_against_gathering(rows, cos, sin, width, interpret=interpret)
     if keys.stride(-1) != 1 or values.stride(-1) != 1:
         reasons.append("the numbers of a head are not adjacent in the buffers written to")
     if reasons:
@@ -81,6 +74,21 @@ def gather_rotated(
             values,
             gather_tiles(width) if tiles is None else tiles,
         )
+
+
+def reasons_against_gathering(
+    rows: Tensor, cos: Tensor, sin: Tensor, width: int, *, interpret: bool = False
+) -> list[str]:
+    """Why the kernel cannot take these, with heads of ``width``; empty when it can."""
+    reasons = reasons_against(rows.device, interpret=interpret)
+    reasons += [
+        f"{name} is {part.dtype}: the kernel takes float16, bfloat16 and float32"
+        for name, part in (("rows", rows), ("cos", cos), ("sin", sin))
+        if part.dtype not in DTYPES
+    ]
+    if width > WIDEST:
+        reasons.append(f"heads of width {width}: the kernel takes {WIDEST} at most")
+    return reasons
 
 
 def _check(rows: Tensor, indices: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> None:
