@@ -196,7 +196,9 @@ class MPlusMechanism(MemoryMechanism):
             picks = retriever.select(layer, queries, mask, [store for _, store in scored], k)
             for (row, store), pick in zip(scored, picks, strict=True):
                 ids, by_id = pick.ids.sort()
-                found[row] = self._in_order(store, layer, ids, pick.scores[by_id.to(pick.scores.device)])
+                found[row] = self._in_order(
+                    store, layer, ids, pick.scores.index_select(0, by_id.to(pick.scores.device))
+                )
         for view, rows in zip(views, found, strict=True):
             _note(view, layer, rows)
         return found

@@ -45,7 +45,7 @@ def best_rows(
     for ids, keys, live in _blocks(pieces, max(BLOCK // texts, 4 * k, 1)):
         scores = score(keys).to(ids.device)
         ranks = _ranks(scores if live is None else scores[:, live], start)
-        best = _top(ranks if best is None else torch.cat([best, ranks], -1), k)
+        best = ranks if best is None else torch.cat([_top(best, k), ranks], -1)
         blocks.append(ids if live is None else ids[live])
         start += len(blocks[-1])
     if best is None:
@@ -95,7 +95,7 @@ def _top(ranks: Tensor, k: int, last: bool = False) -> Tensor:
 def _ids_at(blocks: Sequence[Tensor], places: Tensor) -> Tensor:
     """``[n]`` ids of the rows at ``places`` ``[n]``, which count on from block to block."""
     if len(blocks) == 1:
-        return blocks[0][places]
+        return blocks[0].index_select(0, places)
     ids, start = torch.empty_like(places), 0
     for block in blocks:
         here = ((places >= start) & (places < start + len(block))).nonzero().squeeze(1)
