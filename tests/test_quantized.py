@@ -34,6 +34,11 @@ class TestKeysAsTheyAre(QuantizedConformance):
     machines = 2
 
 
+class TestInFiles(QuantizedConformance):
+    options: ClassVar = {"group": 2, "inner": {"name": "mmap", "bytes_in_memory": 400}}
+    machines = 2
+
+
 def there_and_back(values: torch.Tensor, form: str, group: int) -> torch.Tensor:
     codes, exponents = quantised(values, FORMATS[form], group)
     return restored(codes, exponents, FORMATS[form], group, values.dtype, arithmetic_of(values.dtype))

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mplus.config import Component, MPlusConfig
-from mplus.hf.build import new_memory
+from mplus.config import MPlusConfig
 from mplus.memory import Memory
-from tests.memory.counting import LAYERS, WIDTH, CountingEngine
+from tests.memory.counting import LAYERS, WIDTH, CountedModel, CountingEngine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,17 +41,11 @@ class PlainEngine(CountingEngine):
         return list(block)
 
 
-class PlainModel:
-    """As much of a wrapped decoder as memories need."""
+class PlainModel(CountedModel):
+    """A decoder around a ``PlainEngine``."""
 
     def __init__(self, **config: Any) -> None:
-        self.mplus_engine = PlainEngine(MPlusConfig.from_dict({**SIZES, **config}))
-
-    def new_memory(self, batch_size: int = 1, **options: Any) -> Memory:
-        named = {"tokenizer": None, "seed": 0, "store": None, "eviction": None, "device": None, **options}
-        for name in ("store", "eviction"):
-            named[name] = None if named[name] is None else Component.of(named[name])
-        return new_memory(self.mplus_engine, batch_size, **named)
+        super().__init__(PlainEngine(MPlusConfig.from_dict({**SIZES, **config})))
 
 
 def chunk(number: int) -> Tensor:

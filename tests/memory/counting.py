@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from attrs import define, field
 
-from mplus.config import MPlusConfig
+from mplus.config import Component, MPlusConfig
 from mplus.hf.build import build_mechanism, new_memory
 from mplus.stores.base import StoreLayout
 
@@ -72,11 +72,29 @@ class CountingEngine:
         return {"mechanism": self.config.mechanism.plain()}
 
 
+class CountedModel:
+    """As much of a wrapped decoder as memories need."""
+
+    def __init__(self, engine: CountingEngine) -> None:
+        self.mplus_engine = engine
+
+    def new_memory(self, batch_size: int = 1, **options: Any) -> Memory:
+        named = {"tokenizer": None, "seed": 0, "store": None, "eviction": None, "device": None, **options}
+        for name in ("store", "eviction"):
+            named[name] = None if named[name] is None else Component.of(named[name])
+        return new_memory(self.mplus_engine, batch_size, **named)
+
+
+def counting_config(**config: Any) -> MPlusConfig:
+    """Small chunks and keys."""
+    sizes = {"chunk_tokens": 8, "min_chunk_tokens": 1, "retriever": {"name": "linear", "width": 2}}
+    return MPlusConfig.from_dict({**sizes, **config})
+
+
 def counting_memory(batch_size: int = 1, seed: int = 0, keep_text: bool = False, **config: Any) -> Memory:
     """A memory of a ``CountingEngine``."""
-    sizes = {"chunk_tokens": 8, "min_chunk_tokens": 1, "retriever": {"name": "linear", "width": 2}}
-    engine = CountingEngine(MPlusConfig.from_dict({**sizes, **config}))
-    return new_memory(engine, batch_size, None, seed, None, None, None, keep_text=keep_text)
+    engine = CountingEngine(counting_config(**config))
+    return CountedModel(engine).new_memory(batch_size, seed=seed, keep_text=keep_text)
 
 
 def numbers(rows: Any) -> list[int]:
