@@ -34,7 +34,7 @@ from mplus.evaluation.circumstances import circumstances
 from mplus.hf.bench_models import random_llama
 from mplus.memory import Memory
 from mplus.memory.durable.live import LiveMemory
-from mplus.memory.durable.opening import JOURNAL_BYTES
+from mplus.memory.opened import JOURNAL_BYTES
 from mplus.memory.stream import StreamState
 from mplus.rows import NO_SOURCE, MemoryRows
 from mplus.stores.base import StoreLayout

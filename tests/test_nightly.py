@@ -20,6 +20,7 @@ def repository(tmp_path, monkeypatch):
         "def test_wrong(): assert False\n"
         "@pytest.mark.skip\n"
         "def test_left_out(): pass\n"
+        "def test_counting(record_property): record_property('kills', 7)\n"
     )
     for name in nightly.INTERPRETED:
         folder = tmp_path / name
@@ -29,7 +30,7 @@ def repository(tmp_path, monkeypatch):
             "def test_interpreting():\n"
             "    assert (os.environ['TRITON_INTERPRET'], os.environ['MPLUS_NIGHTLY']) == ('1', '1')\n"
         )
-    (tmp_path / "pytest.ini").write_text("[pytest]\nnorecursedirs = tests\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nnorecursedirs = tests\nfilterwarnings = error\n")
     (tmp_path / "unrelated.txt").write_text("committed")
     subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
     subprocess.run(["git", "commit", "--quiet", "-m", "start"], cwd=tmp_path, check=True)
@@ -43,7 +44,9 @@ def test_record_is_written_and_committed(repository):
     assert nightly.main(["-p", "no:cacheprovider", "-n", "0"]) == 1
     [file] = (repository / "records" / "nightly").glob("*.json")
     record = json.loads(file.read_text())
-    assert record["tests"] == 5
+    assert record["tests"] == 6
+    assert record["only"] == []
+    assert record["counts"] == {"test_it.test_counting": {"kills": 7}}
     assert record["failed"] == ["test_it.test_wrong"]
     assert record["skipped"] == ["test_it.test_left_out"]
     assert record["errors"] == []
@@ -53,3 +56,10 @@ def test_record_is_written_and_committed(repository):
     assert set(record["versions"]) == set(nightly.PACKAGES)
     assert nightly.git("show", "--name-only", "--format=", "HEAD") == f"records/nightly/{file.name}"
     assert nightly.git("status", "--porcelain", "--untracked-files=no") == "M unrelated.txt"
+
+
+def test_some_of_the_tests(repository):
+    assert nightly.main(["test_it.py::test_counting", "-p", "no:cacheprovider", "-n", "0"]) == 0
+    [file] = (repository / "records" / "nightly").glob("*.json")
+    record = json.loads(file.read_text())
+    assert (record["tests"], record["only"]) == (1, ["test_it.py::test_counting"])

@@ -1,4 +1,7 @@
-"""Run the tests in their long modes and commit a record of the run under ``records/nightly``."""
+"""Run the tests in their long modes and commit a record of the run under ``records/nightly``.
+
+``python tools/nightly.py`` runs all of them, ``python tools/nightly.py tests/durable`` some.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +27,31 @@ INTERPRETED = ("tests/interpreted", "tests/mutants")
 
 
 def main(arguments: list[str]) -> int:
-    """Run pytest with ``arguments`` added, write and commit the record, return pytest's exit status."""
+    """Run pytest with ``arguments`` added, write and commit the record, return pytest's exit status.
+
+    Where ``arguments`` name files or folders of tests, only these run, and the record says so.
+    """
     started = datetime.now(UTC)
     clock = time.monotonic()
-    runs = [run(arguments), run([*INTERPRETED, *arguments], TRITON_INTERPRET="1")]
+    paths = [argument for argument in arguments if (ROOT / argument.split("::")[0]).exists()]
+    runs = [run(arguments)]
+    if not paths:
+        runs.append(run([*INTERPRETED, *arguments], TRITON_INTERPRET="1"))
     status = max(status for status, _ in runs)
     outcome = {
         "tests": sum(found["tests"] for _, found in runs),
         **{kind: sorted(name for _, found in runs for name in found[kind]) for kind in ("skipped", "failed", "errors")},
-        "slow_seconds": {name: spent for _, found in runs for name, spent in found["slow_seconds"].items()},
+        **{
+            kind: {name: value for _, found in runs for name, value in found[kind].items()}
+            for kind in ("counts", "slow_seconds")
+        },
     }
     record = {
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - clock),
         "commit": git("rev-parse", "HEAD"),
         "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "only": paths,
         "pytest_status": status,
         **outcome,
         "device": device(),
@@ -58,7 +71,9 @@ def run(arguments: list[str], **environment: str) -> tuple[int, dict[str, Any]]:
     """Exit status and outcome of pytest with ``arguments``, in the long modes."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", f"--junitxml={report}", *arguments]
+        workers = ["-n", "2", "--dist", "worksteal"]
+        reporting = ["-o", "junit_family=xunit1", f"--junitxml={report}"]  # the family that has properties of tests
+        command = [sys.executable, "-m", "pytest", *workers, *reporting, *arguments]
         settings = {**os.environ, "MPLUS_NIGHTLY": "1", **environment}
         status = subprocess.run(command, cwd=ROOT, env=settings, check=False).returncode
         return status, summarize(report)
@@ -76,8 +91,15 @@ def summarize(report: Path) -> dict[str, Any]:
         "skipped": sorted(name[case] for case in cases if case.find("skipped") is not None),
         "failed": sorted(name[case] for case in cases if case.find("failure") is not None),
         "errors": sorted(name[case] for case in cases if case.find("error") is not None),
+        "counts": {name[case]: found for case in cases if (found := counts(case))},
         "slow_seconds": {test: spent for test, spent in sorted(seconds.items()) if spent >= SLOW},
     }
+
+
+def counts(case: ET.Element) -> dict[str, int]:
+    """What a test says it made so many of (``record_property``): kills, mutants, steps."""
+    found = {item.get("name", ""): item.get("value", "") for item in case.iter("property")}
+    return {name: int(value) for name, value in found.items() if value.isdecimal()}
 
 
 def device() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from attrs import evolve
@@ -18,7 +18,8 @@ from mplus.memory.checks import check_chunk, check_dtype, check_row, check_rows,
 from mplus.memory.chunking import to_names
 from mplus.memory.engine import engine_of
 from mplus.memory.forgetting import forget
-from mplus.memory.keeping import Keeping, Stayed
+from mplus.memory.keeping import Stayed
+from mplus.memory.opened import Opens
 from mplus.memory.rebuilding import rebuilt
 from mplus.memory.refreshing import refresh
 from mplus.memory.report import ForgetReport, WriteReport
@@ -30,13 +31,10 @@ from mplus.memory.writing import Made, Stream, keys, write_streams, write_togeth
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore
 
-if TYPE_CHECKING:
-    from mplus.memory.durable.live import LiveMemory
-
 T = TypeVar("T")
 
 
-class Memory(Keeping):
+class Memory(Opens):
     """Short-term rows, long-term rows and where they came from; explicit state that is passed to a decoder.
 
     Made by ``model.new_memory`` or ``Memory.load``. Reading never changes it. A read works on a snapshot, so a write
@@ -361,10 +359,3 @@ class Memory(Keeping):
             bytes_budget=bytes_budget,
             device=device,
         )
-
-    @staticmethod
-    def open(path: str | Path, model: Any, **options: Any) -> LiveMemory:
-        """A memory that lives in the directory ``path``; options as ``mplus.memory.durable.opening.open_memory``."""
-        from mplus.memory.durable.opening import open_memory
-
-        return open_memory(path, model, **options)

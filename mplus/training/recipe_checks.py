@@ -70,6 +70,12 @@ def _check_optimizer(recipe: Recipe) -> None:
 def _check_memory(recipe: Recipe) -> None:
     if recipe.memory.variant != "paper":
         raise ConfigError(f"variant must be 'paper' for training, got {recipe.memory.variant!r}")
+    if recipe.memory.bytes_budget is not None:
+        raise ConfigError(
+            "bytes_budget must be left out of a recipe, since in training a stream holds long_term_tokens rows per "
+            f"layer, got {recipe.memory.bytes_budget!r}: set long_term_tokens, and give the budget to new_memory of "
+            "the trained decoder"
+        )
 
 
 def _check_data(recipe: Recipe) -> None:

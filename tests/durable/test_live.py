@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import mplus
 from mplus.errors import ConfigError, InputError, LiveMemoryError, MemoryFileError, MemoryMismatchError
 from mplus.memory import Memory
 from mplus.memory.durable.live import LiveMemory
+from mplus.memory.durable.opening import open_memory
 from mplus.stores.disk.merging import files_of
 from tests.conftest import NIGHTLY
 from tests.durable.disks import Failing
@@ -235,8 +237,13 @@ def test_mistakes_cost_nothing(tmp_path):
     assert_same(reopened(tmp_path, MODEL), memory)
 
 
-def test_it_is_offered_at_the_top():
+def test_it_is_offered_at_the_top_and_says_what_it_takes():
     assert mplus.Memory.open is Memory.open
+    assert inspect.signature(Memory.open) == inspect.signature(open_memory)
+    described = inspect.getdoc(Memory.open)
+    assert all(name in described.partition("Raises:")[0] for name in inspect.signature(Memory.open).parameters)
+    with pytest.raises(TypeError, match="batchsize"):
+        Memory.open("nowhere", MODEL, batchsize=2)
 
 
 @pytest.mark.parametrize(

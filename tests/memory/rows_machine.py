@@ -132,9 +132,11 @@ class Rows(RuleBasedStateMachine):
     """Writes, reads, forgets, copies and saves of one memory; every row has a number, and no number comes twice.
 
     Attributes:
+        kinds: names of the configs and stores to choose from.
         steps: how many steps all machines of a subclass made.
     """
 
+    kinds: ClassVar[Sequence[tuple[str, str]]] = [(config, store) for config in CONFIGS for store in STORES]
     steps: ClassVar[list[int]] = [0]
     memory: Memory
 
@@ -142,9 +144,10 @@ class Rows(RuleBasedStateMachine):
         """The memory that everything is done to."""
         return self.model.new_memory(seed=seed, keep_text=True, store=STORES[store])
 
-    @initialize(config=st.sampled_from([*CONFIGS, "waits"]), store=st.sampled_from([*STORES]), seed=st.integers(0, 9))
-    def begin(self, config: str, store: str, seed: int) -> None:
+    @initialize(data=st.data(), seed=st.integers(0, 9))
+    def begin(self, data: st.DataObject, seed: int) -> None:
         """A new memory that keeps its texts."""
+        config, store = data.draw(st.sampled_from(self.kinds))
         self.config = {**SIZES, **CONFIGS[config]}
         self.model = CountedModel(LegibleEngine(counting_config(**self.config)))
         self.scratch = tempfile.TemporaryDirectory()
@@ -330,13 +333,16 @@ class Rows(RuleBasedStateMachine):
             self.scratch.cleanup()
 
 
-def follow(machine: type[Rows], *, steps: int, nightly: int) -> int:
-    """Let machines make ``steps`` steps at least, or ``nightly`` at night; returns how many they made."""
+def follow(machine: type[Rows], kinds: Sequence[tuple[str, str]], *, nightly: int) -> int:
+    """Let machines make a few steps for each of ``kinds``, and at night so many of any kind; how many they made."""
 
     class Counted(machine):  # type: ignore[misc, valid-type]
         steps: ClassVar[list[int]] = [0]
 
-    wanted = on_every_change(steps, nightly=nightly)
-    while Counted.steps[0] < wanted:
-        run_state_machine_as_test(Counted, settings=settings(max_examples=max(1, wanted // 25), stateful_step_count=25))
+    for kind in kinds:
+        Counted.kinds = [kind]
+        run_state_machine_as_test(Counted, settings=settings(max_examples=2, stateful_step_count=18))
+    Counted.kinds = machine.kinds
+    while Counted.steps[0] < on_every_change(0, nightly=nightly):
+        run_state_machine_as_test(Counted, settings=settings(max_examples=50, stateful_step_count=50))
     return Counted.steps[0]

@@ -9,6 +9,18 @@ from tests.memory.rows_machine import Rows, follow
 if TYPE_CHECKING:
     import pytest
 
+KINDS = [
+    ("waits", "slabs"),
+    ("fifo", "ram"),
+    ("reservoir", "mmap"),
+    ("lru", "slabs"),
+    ("ttl", "int8"),
+    ("published", "fp8"),
+    ("grows", "mmap"),
+    ("short", "ram"),
+]
+"""Every config and every store once."""
+
 
 def test_every_row_is_where_the_lists_say(record_property: pytest.RecordProperty) -> None:
-    record_property("steps", follow(Rows, steps=200, nightly=6_000))
+    record_property("steps", follow(Rows, KINDS, nightly=6_000))

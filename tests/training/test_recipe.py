@@ -70,6 +70,7 @@ BAD = [
     ({"model__tokenizer": {"data": ["one"]}}, "must name data sets of kind 'documents', got 'one' of kind 'recall'"),
     ({"optimizer__parameters": "adapters"}, "parameters must be 'all' for a decoder that is built from nothing"),
     ({"memory__variant": "published"}, "memory: variant must be 'paper' for training, got 'published'"),
+    ({"memory__bytes_budget": "8GiB"}, "memory: bytes_budget must be left out of a recipe, .* got '8GiB'"),
     ({"data__many__chunk_tokens": 16}, r"many.chunk_tokens must be at most memory.chunk_tokens \(12\), got 16"),
     ({"stages__1__name": "first"}, "every stage must have a name of its own, got 'first' twice"),
     ({"stages__1__objectives__0__probability": 0.5}, r"the probabilities of objectives must make 1, got 0.9"),

@@ -20,12 +20,12 @@ from mplus.memory.durable.manifest import LOCK, OWN, LiveManifest, read_live_man
 from mplus.memory.engine import Engine, engine_of
 from mplus.memory.folder import MANIFEST, writable
 from mplus.memory.manifest import check_belongs
+from mplus.memory.opened import JOURNAL_BYTES
 from mplus.stores.base import StoreLayout
 from mplus.stores.build import build_eviction
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.mmap import MmapStore
 
-JOURNAL_BYTES = 2**28
 TRIES = 20
 """How often a reader begins anew when the writer replaces the checkpoint under its eyes."""
 
@@ -45,28 +45,7 @@ def open_memory(
     journal_bytes: int = JOURNAL_BYTES,
     files: FileSystem | None = None,
 ) -> LiveMemory:
-    """Open the memory that lives in the directory ``path``, or make a new one there.
-
-    Its rows are kept on the CPU, the long-term ones in mapped files (store ``mmap``, whatever the config says).
-
-    Args:
-        path: made with its parents where it does not exist.
-        model: the wrapped decoder; of a memory that exists, with the adapters and config it was made with.
-        batch_size: of a new memory (default 1); of one that exists it must be right, if given.
-        tokenizer: lets ``write`` take text.
-        seed, memory_rows, keep_text: of a new memory, as for ``new_memory``.
-        eviction, bytes_budget: of a new memory, or others than the memory had.
-        read_only: read what is there, beside whoever writes; writing is refused. What is written meanwhile does not
-            show.
-        journal_bytes: a new checkpoint is written when the journal is longer than this; what stands in the journal
-            is read when the memory is opened, and takes up memory until then.
-        files: what is done to files (for tests).
-
-    Raises:
-        MemoryFileError: ``path`` cannot be read or written, is truncated, altered or foreign, or of a newer format.
-        MemoryMismatchError: made by another model, adapter, dtype or config, or with another batch size.
-        LiveMemoryError: it is open for writing already; says by which process.
-    """
+    """``Memory.open``, which says what the arguments are and what is raised."""
     if isinstance(journal_bytes, bool) or not isinstance(journal_bytes, int) or journal_bytes < 1:
         raise ConfigError(f"journal_bytes must be a whole number of at least 1, got {journal_bytes!r}")
     folder, engine, files = Path(path), engine_of(model), files or FileSystem()

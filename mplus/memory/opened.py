@@ -1,0 +1,74 @@
+"""``Memory.open``: the way to a memory that lives in a directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mplus.memory.keeping import Keeping
+
+if TYPE_CHECKING:
+    from mplus.memory.durable.live import LiveMemory
+    from mplus.stores.disk.filesystem import FileSystem
+
+JOURNAL_BYTES = 2**28
+
+
+class Opens(Keeping):
+    """The part of ``Memory`` that opens directories."""
+
+    @staticmethod
+    def open(
+        path: str | Path,
+        model: Any,
+        *,
+        batch_size: int | None = None,
+        tokenizer: Any = None,
+        seed: int = 0,
+        eviction: Any = None,
+        bytes_budget: int | str | None = None,
+        memory_rows: Literal["projected", "hidden", "both"] | None = None,
+        keep_text: bool = False,
+        read_only: bool = False,
+        journal_bytes: int = JOURNAL_BYTES,
+        files: FileSystem | None = None,
+    ) -> LiveMemory:
+        """Open the memory that lives in the directory ``path``, or make a new one there.
+
+        Its rows are kept on the CPU, the long-term ones in mapped files (store ``mmap``, whatever the config says).
+
+        Args:
+            path: made with its parents where it does not exist.
+            model: the wrapped decoder; of a memory that exists, with the adapters and config it was made with.
+            batch_size: of a new memory (default 1); of one that exists it must be right, if given.
+            tokenizer: lets ``write`` take text.
+            seed, memory_rows, keep_text: of a new memory, as for ``new_memory``.
+            eviction, bytes_budget: of a new memory, or others than the memory had.
+            read_only: read what is there, beside whoever writes; writing is refused. What is written meanwhile does
+                not show.
+            journal_bytes: a new checkpoint is written when the journal is longer than this; what stands in the
+                journal is read when the memory is opened, and takes up memory until then.
+            files: what is done to files (for tests).
+
+        Raises:
+            MemoryFileError: ``path`` cannot be read or written, is truncated, altered or foreign, or of a newer format.
+            MemoryMismatchError: made by another model, adapter, dtype or config, or with another batch size.
+            LiveMemoryError: it is open for writing already; says by which process.
+            ConfigError: an option breaks its rule, or the budget is too small.
+        """
+        from mplus.memory.durable.opening import open_memory
+
+        return open_memory(
+            path,
+            model,
+            batch_size=batch_size,
+            tokenizer=tokenizer,
+            seed=seed,
+            eviction=eviction,
+            bytes_budget=bytes_budget,
+            memory_rows=memory_rows,
+            keep_text=keep_text,
+            read_only=read_only,
+            journal_bytes=journal_bytes,
+            files=files,
+        )
