@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import zlib
 
 import attrs
 import pytest
@@ -12,9 +11,13 @@ from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from mplus.errors import ConfigError, MemoryFileError, NotSupported
-from mplus.stores.disk.blocks import BLOCK_BYTES
+from mplus.stores.disk.blocks import BlockFile, write_blocks
+from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.disk.holders import LayerOfFile
 from mplus.stores.disk.merging import files_of
-from mplus.stores.disk.parts import raw
+from mplus.stores.disk.parts import Part
+from mplus.stores.disk.runs import Run, Runs
+from mplus.stores.disk.sums import FIRST, PRESENT, WIDE, WeightedSums
 from mplus.stores.mmap import MmapStore
 from mplus.testing.store_model import LAYOUT, StoreMachine
 from mplus.testing.stores import StoreConformance
@@ -97,31 +100,90 @@ def test_room_is_given_back_when_most_of_a_file_was_removed(tmp_path):
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < full
 
 
-def test_a_block_is_checked_when_it_is_first_read_and_once(tmp_path, monkeypatch):
-    layout = attrs.evolve(LAYOUT, hidden_size=BLOCK_BYTES // 4)  # a row per block
-    store = MmapStore(layout, MmapStore.Options(directory=str(tmp_path), bytes_in_memory=1000))
-    ids = store.append(0, draw_rows(layout, 10, 1))
-    (file,) = files_of(store.layers)
-    stretch = file.stretch("0.hidden")
-    with file.path.open("r+b") as opened:  # the mapping shows it: the page was never written to
-        opened.seek(file._begin + stretch.begin + 6 * BLOCK_BYTES + 17)
+def altered(file, name, place):
+    """Change a bit in a file that is mapped; the mapping shows it: the page was never written to."""
+    with file.path.open("r+b") as opened:
+        opened.seek(file._begin + file.stretch(name).begin + place)
         byte = opened.read(1)
         opened.seek(-1, 1)
         opened.write(bytes([byte[0] ^ 4]))
+
+
+WIDE_ROWS = attrs.evolve(LAYOUT, hidden_size=WIDE // 4)
+"""A row of ``hidden`` is a block."""
+
+
+def test_a_block_is_checked_when_it_is_first_read_and_once(tmp_path, monkeypatch):
+    store = MmapStore(WIDE_ROWS, MmapStore.Options(directory=str(tmp_path), bytes_in_memory=1000))
+    ids, rows = store.append(0, draw_rows(WIDE_ROWS, 10, 1)), draw_rows(WIDE_ROWS, 10, 1).hidden
+    (file,) = files_of(store.layers)
+    altered(file, "0.hidden", 6 * WIDE + 17)
     sound = torch.tensor([0, 5, 7, 9])
-    assert torch.equal(store.gather(0, ids[sound]).hidden, draw_rows(layout, 10, 1).hidden[sound])
+    assert torch.equal(store.gather(0, ids[sound]).hidden, rows[sound])
     with pytest.raises(MemoryFileError, match=r"rows-.*tensor '0.hidden' .* rows 6 to 6"):
         store.gather(0, ids)
+    with pytest.raises(MemoryFileError, match=r"rows-.*tensor '0.hidden' .* rows 6 to 6"):
+        store.gather(0, ids[6:7])
+    with pytest.raises(MemoryFileError, match=r"0\.hidden"):
+        store.locate(0, "hidden", ids[5:8])
     with pytest.raises(MemoryFileError, match=r"0\.hidden"):
         store.pieces(0, "hidden")
-    assert list(file.damaged()) == [("0.hidden", 6 * BLOCK_BYTES, 7 * BLOCK_BYTES)]
+    assert list(file.damaged()) == [("0.hidden", 6 * WIDE, 7 * WIDE)]
     assert file.sound_rows("0.hidden").tolist() == [row != 6 for row in range(10)]
-    checked, crc32 = [], zlib.crc32
-    monkeypatch.setattr(zlib, "crc32", lambda data: checked.append(bytes(data)) or crc32(data))
+    checked, of = [], WeightedSums.of
+    monkeypatch.setattr(WeightedSums, "of", lambda kind, data: checked.append(data.clone()) or of(kind, data))
+    store.gather(0, ids[sound])
+    assert checked == []
+    store.gather(0, ids[:5])
+    assert [data.tolist() for data in checked] == [rows[:5].view(torch.uint8).flatten().tolist()]
     store.gather(0, ids[:6])
-    assert checked == [bytes(raw(row)) for row in draw_rows(layout, 10, 1).hidden[1:5]]
-    store.gather(0, ids[:6])
-    assert len(checked) == 4
+    assert len(checked) == 1
+
+
+@pytest.mark.parametrize(("width", "block", "spoiled"), [(257, 2056, range(8, 10)), (77, 2**16, range(212, 426))])
+def test_rows_that_share_blocks_are_checked_with_these(tmp_path, monkeypatch, width, block, spoiled):
+    """Two of 1,028 bytes in a block of whole words; narrow ones in a block of 64 KiB, which cuts through two."""
+    monkeypatch.setattr("mplus.stores.disk.checked.AT_A_TIME", 4096)  # above that, only what is read is checked
+    layout, count = attrs.evolve(LAYOUT, hidden_size=width), spoiled.stop + 1
+    store = MmapStore(layout, MmapStore.Options(directory=str(tmp_path), bytes_in_memory=1000))
+    ids, rows = store.append(0, draw_rows(layout, count, 1)), draw_rows(layout, count, 1).hidden
+    (file,) = files_of(store.layers)
+    assert file.tensor("0.hidden").block_bytes == block
+    place = spoiled.start * width * 4 + width * 4 // 2 + width * 2 + 4
+    altered(file, "0.hidden", place)
+    assert torch.equal(store.gather(0, ids[: spoiled.start]).hidden, rows[: spoiled.start])
+    for row in (spoiled.start, spoiled.stop - 1):
+        with pytest.raises(MemoryFileError, match=rf"rows {spoiled.start} to {spoiled.stop - 1}"):
+            store.gather(0, ids[[2, row]])
+    altered(file, "0.hidden", place)
+    assert torch.equal(store.gather(0, ids.flip(0)).hidden, rows.flip(0))
+    altered(file, "0.hidden", place)  # nobody looks again
+    store.gather(0, ids)
+    assert [begin for _, begin, _ in file.damaged()] == [place // block * block]
+    assert file.sound_rows("0.hidden").logical_not().nonzero().flatten().tolist() == list(spoiled)
+
+
+@pytest.mark.parametrize("altered_file", [0, 1, 2])
+def test_a_read_from_files_of_both_formats_and_from_memory(tmp_path, altered_file):
+    """Each row is checked as its own file says; rows in memory not at all."""
+    layout = attrs.evolve(LAYOUT, hidden_size=2048)  # a row is a block in both formats
+    store, pieces = MmapStore(layout), [draw_rows(layout, 5, number) for number in range(4)]
+    runs = []
+    for number, scheme in enumerate((PRESENT, FIRST, PRESENT)):
+        columns = {"id": torch.arange(5 * number, 5 * number + 5), **pieces[number].columns()}
+        parts = [Part.whole(f"0.{name}", column) for name, column in columns.items()]
+        path = tmp_path / f"{number}.safetensors"
+        file = BlockFile(path, write_blocks(FileSystem(), path, parts, scheme=scheme))
+        runs.append(Run(LayerOfFile(file, 0), 0, 5, None, 5))
+    store.layers, store.next_ids[0] = (Runs(layout, tuple(runs)), *store.layers[1:]), 15
+    store.append(0, pieces[3])
+    altered(files_of(store.layers)[altered_file], "0.hidden", 3 * 8192 + 9)
+    whole, ids = torch.cat([piece.hidden for piece in pieces]), store.ids(0)
+    with pytest.raises(MemoryFileError, match=rf"{altered_file}.safetensors.* rows 3 to 3"):
+        store.gather(0, ids)
+    altered(files_of(store.layers)[altered_file], "0.hidden", 3 * 8192 + 9)
+    assert torch.equal(store.gather(0, ids[2:17]).hidden, whole[2:17])
+    assert torch.equal(store.gather(0, ids.flip(0)).hidden, whole.flip(0))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 700])

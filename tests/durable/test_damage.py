@@ -146,8 +146,8 @@ def test_a_damaged_record_in_the_middle_is_an_error_and_the_last_too(made, tmp_p
 def test_a_newer_version_is_named(made, tmp_path):
     path = shutil.copytree(made[0], tmp_path / "memory")
     manifest = path / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"version": 1,', '"version": 2,', 1))
-    with pytest.raises(MemoryFileError, match="format version 2, this mplus reads up to 1: upgrade mplus"):
+    manifest.write_text(manifest.read_text().replace('"version": 2,', '"version": 3,', 1))
+    with pytest.raises(MemoryFileError, match="format version 3, this mplus reads up to 2: upgrade mplus"):
         reopened(path, MODEL)
 
 

@@ -13,8 +13,9 @@ from mplus.memory.folder import MANIFEST
 from mplus.memory.manifest import LIVE_FORMAT, LayoutEntry, StreamEntry, from_file, to_text
 from mplus.stores.disk.blocks import FileEntry
 
-VERSION = 1
-"""Format version that is written, and the newest that is read."""
+VERSION = 2
+"""Format version that is written, and the newest that is read. 1: block files have a CRC-32 for every 8 KiB; those that
+are not rewritten stay as they are in a directory of version 2."""
 STATE = "state-{}.safetensors"
 JOURNAL = "journal-{}.bin"
 ROWS = "rows-{}.safetensors"

@@ -1,37 +1,34 @@
-"""Block files: safetensors whose last tensor holds a checksum for every few KiB of the others.
+"""Block files: safetensors whose last tensor holds a checksum for every row, or few KiB, of the others.
 
-The tensor ``checksums`` (U8) is the CRC-32 (4 bytes, little-endian) of each block of ``BLOCK_BYTES`` of every other
-tensor, in the order of their places; a tensor's last block may be shorter, and no block holds bytes of two tensors.
-Whoever refers to a file keeps its size and a SHA-256 over header and checksums: with these, everything in the file is
-known to be what was written.
+The tensor ``checksums`` (U8) has the checksum (``mplus.stores.disk.sums``) of each block of every other tensor, in the
+order of their places; a tensor's last block may be shorter, and no block holds bytes of two tensors. The metadata says
+which kind of checksum it is. Whoever refers to a file keeps its size and a SHA-256 over header and checksums: with
+these, everything in the file is known to be what was written.
 
-CRC-32, because it is fast (2.3 GB/s on one core by zlib; SHA-256 1.4, BLAKE2b 0.6), knows every change of up to 32
-neighbouring bits, and misses others once in 2 ** 32 blocks; it guards against decay, not against forgers. The blocks
-are this small because rows are picked from all over a file, and each first touch costs its whole block.
+The blocks are this small because rows are picked from all over a file, and each first touch costs its whole block.
+Tensors start where pages do as far as their sizes allow, and are written in large pieces, so that the system can keep
+them in large pages: these make the first touch of a row cheap.
 """
 
 from __future__ import annotations
 
 import hashlib
-import sys
-import zlib
-from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from attrs import define
 from torch import Tensor
 
 from mplus.errors import MemoryFileError
+from mplus.stores.disk.checked import CheckedTensor
 from mplus.stores.disk.filesystem import Bytes, FileSystem
 from mplus.stores.disk.parts import LONGEST_HEADER, Part, Stretch, header, in_order, parse_header, raw
+from mplus.stores.disk.sums import FIRST, PRESENT, Checksums, Scheme
 
-BLOCK_BYTES = 8192
 BUFFER_BYTES = 2**18
+PAGE_BYTES = 4096
 CHECKSUMS = "checksums"
-METADATA = {"format": "mplus-blocks", "block_bytes": str(BLOCK_BYTES), "checksum": "crc32"}
 
 
 @define(frozen=True)
@@ -43,26 +40,36 @@ class FileEntry:
     sha256: str
 
 
-def write_blocks(files: FileSystem, path: Path, parts: Sequence[Part], *, sync: bool = True) -> FileEntry:
+def write_blocks(
+    files: FileSystem, path: Path, parts: Sequence[Part], *, sync: bool = True, scheme: Scheme = PRESENT
+) -> FileEntry:
     """Write a new block file; no more than one piece of a part is copied at a time. On an error it is removed.
+
+    Args:
+        files: does it.
+        path: of the file.
+        parts: its tensors.
+        sync: whether to wait until it is on disk.
+        scheme: of their checksums.
 
     Raises:
         OSError: as the file system says.
         MemoryFileError: a part gave more or less than it said.
     """
     parts = in_order(parts)
-    blocks = sum(_blocks(part.nbytes) for part in parts)
-    table = Part(CHECKSUMS, torch.uint8, (4 * blocks,), list)
-    head = header([*parts, table], METADATA)
+    kinds = [scheme.of(part.row_bytes) for part in parts]
+    length = sum(_length(part.nbytes, kind) for part, kind in zip(parts, kinds, strict=True))
+    table = Part(CHECKSUMS, torch.uint8, (length,), list)
+    head = header([*parts, table], scheme.metadata, PAGE_BYTES)
     handle = files.create(path)
     try:
         try:
             out = _Buffered(files, handle)
             out.write(head)
-            checksums = bytearray()
-            for part in parts:
-                checksums += _write(out, part)
-            out.write(checksums)
+            sums = bytearray()
+            for part, kind in zip(parts, kinds, strict=True):
+                sums += _write(out, part, kind)
+            out.write(sums)
             out.flush()
             if sync:
                 files.sync(handle)
@@ -71,8 +78,8 @@ def write_blocks(files: FileSystem, path: Path, parts: Sequence[Part], *, sync: 
     except BaseException:
         files.remove(path)
         raise
-    size = len(head) + sum(part.nbytes for part in parts) + len(checksums)
-    return FileEntry(path.name, size, hashlib.sha256(head + checksums).hexdigest())
+    size = len(head) + sum(part.nbytes for part in parts) + len(sums)
+    return FileEntry(path.name, size, hashlib.sha256(head + sums).hexdigest())
 
 
 class _Buffered:
@@ -96,29 +103,40 @@ class _Buffered:
         self._waiting = bytearray()
 
 
-def _write(out: _Buffered, part: Part) -> bytes:
+def _write(out: _Buffered, part: Part, kind: Checksums) -> bytes:
     """Write a part; returns its checksums."""
-    found, written, current, room = bytearray(), 0, 0, BLOCK_BYTES
+    size, found, written, rest = kind.block_bytes, bytearray(), 0, bytearray()
     for piece in part.pieces():
         data = raw(piece)
         out.write(data)
         written += data.nbytes
-        while data.nbytes:
-            current = zlib.crc32(data[:room], current)
-            room, data = room - min(room, data.nbytes), data[room:]
-            if room == 0:
-                found += current.to_bytes(4, "little")
-                current, room = 0, BLOCK_BYTES
+        if rest:  # the block that the piece before began
+            lacking = size - len(rest)
+            rest, data = rest + data[:lacking], data[lacking:]
+            if len(rest) == size:
+                found += _sums(kind, rest)
+                rest = bytearray()
+        whole = data.nbytes // size * size
+        found += _sums(kind, data[:whole])
+        rest += data[whole:]
         del piece, data  # before the next one is made
-    if room < BLOCK_BYTES:
-        found += current.to_bytes(4, "little")
+    if rest:
+        found += _sums(kind, rest)
     if written != part.nbytes:
         raise MemoryFileError(f"tensor {part.name!r} must have {part.nbytes} bytes, got {written} from its store")
     return bytes(found)
 
 
-def _blocks(nbytes: int) -> int:
-    return -(-nbytes // BLOCK_BYTES)
+def _sums(kind: Checksums, data: Bytes) -> bytes:
+    if not len(data):
+        return b""
+    step = max(1, BUFFER_BYTES // kind.block_bytes) * kind.block_bytes
+    return b"".join(bytes(raw(kind.of(some))) for some in torch.frombuffer(data, dtype=torch.uint8).split(step))
+
+
+def _length(nbytes: int, kind: Checksums) -> int:
+    """Bytes of the checksums of a tensor."""
+    return -(-nbytes // kind.block_bytes) * kind.size
 
 
 class BlockFile:
@@ -149,9 +167,9 @@ class BlockFile:
                 self._begin, self.stretches, metadata = parse_header(head, size)
                 table = self.stretches.pop(CHECKSUMS)
                 file.seek(self._begin + table.begin)
-                checksums = file.read(table.end - table.begin)
+                sums = bytearray(file.read(table.end - table.begin))
             # Private: nobody can write through it into the file, and torch takes no read-only mappings.
-            self._storage = torch.UntypedStorage.from_file(str(path), False, size)
+            storage = torch.UntypedStorage.from_file(str(path), False, size)
         except (OSError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise MemoryFileError(f"{path} must be a readable file, got {reason}") from error
@@ -159,24 +177,26 @@ class BlockFile:
             if isinstance(error, MemoryFileError):
                 raise
             raise MemoryFileError(f"{path} must be a file of rows written by mplus, got {error}") from error
-        digest = hashlib.sha256(head + checksums).hexdigest()
-        if digest != entry.sha256 or metadata != METADATA:
+        digest = hashlib.sha256(head)
+        digest.update(sums)
+        scheme = next((scheme for scheme in (PRESENT, FIRST) if scheme.metadata == metadata), None)
+        if digest.hexdigest() != entry.sha256 or scheme is None:
             raise MemoryFileError(
-                f"{path}: header and checksums must have the SHA-256 {entry.sha256}, got {digest}: it was altered"
+                f"{path}: header and checksums must have the SHA-256 {entry.sha256}, got {digest.hexdigest()}: "
+                "it was altered"
             )
-        self._sums = array("I", checksums)
-        if sys.byteorder == "big":
-            self._sums.byteswap()
-        self._firsts, first = {}, 0
+        self.scheme, self._firsts, first = scheme, {}, 0
         for name, stretch in sorted(self.stretches.items(), key=lambda item: item[1].begin):
             self._firsts[name] = first
-            first += _blocks(stretch.end - stretch.begin)
-        if first != len(checksums) // 4 or len(checksums) % 4:
-            raise MemoryFileError(f"{path} must have {first} checksums, got {len(checksums) / 4}")
+            first += _length(stretch.end - stretch.begin, scheme.of(stretch.row_bytes))
+            if (self._begin + stretch.begin) % stretch.dtype.itemsize:
+                raise MemoryFileError(f"{path}: tensor {name!r} must begin at a multiple of its item size")
+        if first != len(sums):
+            raise MemoryFileError(f"{path} must have {first} bytes of checksums, got {len(sums)}")
         with torch.inference_mode(False):
-            self._checked = torch.zeros(first, dtype=torch.bool)
-        self._whole: set[str] = set()
-        self._bytes = raw(self._at(0, Stretch(torch.uint8, (entry.bytes,), 0, entry.bytes)))
+            self._sums = torch.frombuffer(sums, dtype=torch.uint8) if sums else torch.empty(0, dtype=torch.uint8)
+            self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,))  # type: ignore[call-overload]
+        self._tensors: dict[str, CheckedTensor] = {}
 
     def rows(self, name: str) -> int:
         """Length of a tensor's first dimension. Raises MemoryFileError: there is no such tensor."""
@@ -188,97 +208,51 @@ class BlockFile:
             raise MemoryFileError(f"{self.path} must hold the tensor {name!r}, which is missing")
         return self.stretches[name]
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows ``start .. stop-1`` of a tensor, or all of it; checked. Raises MemoryFileError: it was altered."""
-        stretch, whole = self.stretch(name), self.unchecked(name)
-        if not whole.dim():
-            self._check(name, range(_blocks(stretch.end - stretch.begin)))
-            return whole
-        stop = whole.shape[0] if stop is None else stop
-        if stop > start:
-            first = start * stretch.row_bytes // BLOCK_BYTES
-            self._check(name, range(first, _blocks(stop * stretch.row_bytes)))
-        return whole[start:stop]
+    def tensor(self, name: str) -> CheckedTensor:
+        """A tensor to read rows from. Raises MemoryFileError: there is none of this name."""
+        found = self._tensors.get(name)
+        if found is None:
+            stretch = self.stretch(name)
+            kind, first = self.scheme.of(stretch.row_bytes), self._firsts[name]
+            data = self._bytes[self._begin + stretch.begin : self._begin + stretch.end]
+            sums = self._sums[first : first + _length(data.shape[0], kind)]
+            if sums.storage_offset() % kind.dtype.itemsize:
+                sums = sums.clone()
+            sums = sums.view(kind.dtype).view(-1, kind.size // kind.dtype.itemsize)
+            with torch.inference_mode(False):
+                good = torch.zeros(len(sums), dtype=torch.bool)
+            found = CheckedTensor(
+                path=self.path,
+                name=name,
+                stretch=stretch,
+                rows=data.view(stretch.dtype).view(stretch.shape),
+                data=data,
+                checksums=kind,
+                sums=sums,
+                good=good,
+            )
+            found = self._tensors.setdefault(name, found)  # the one that whoever was faster has made
+        return found
 
-    def take(self, name: str, places: Tensor) -> Tensor:
-        """Copies of the rows at ``places`` (``[n]`` int64), in that order; checked. Raises MemoryFileError as read."""
-        self.check(name, places)
-        return self.unchecked(name).index_select(0, places)
-
-    def check(self, name: str, places: Tensor) -> None:
-        """Check the rows at ``places`` (``[n]`` int64). Raises MemoryFileError as read."""
-        width = self.stretch(name).row_bytes
-        if name in self._whole or not places.shape[0] or not width:
-            return
-        begin = places * width
-        first, last = begin // BLOCK_BYTES, (begin + width - 1) // BLOCK_BYTES
-        most = 1 if BLOCK_BYTES % width == 0 else -(-width // BLOCK_BYTES) + 1  # blocks that a row can lie in
-        blocks = first if most == 1 else torch.minimum(first[:, None] + torch.arange(most), last[:, None]).flatten()
-        blocks = blocks[~self._checked[self._firsts[name] + blocks]]
-        if blocks.shape[0]:
-            self._check(name, blocks.unique())
+    def read(self, name: str) -> Tensor:
+        """All of a tensor; checked. Raises MemoryFileError: it was altered, or there is none of this name."""
+        return self.tensor(name).all()
 
     def unchecked(self, name: str) -> Tensor:
         """A tensor as it lies in the file, whatever its checksums say."""
-        return self._at(self._begin, self.stretch(name))
-
-    def _at(self, begin: int, stretch: Stretch) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():
-            tensor: Any = torch.empty(0, dtype=stretch.dtype)
-            found: Tensor = tensor.set_(self._storage, (begin + stretch.begin) // stretch.dtype.itemsize, stretch.shape)
-            return found
+        return self.tensor(name).rows
 
     def damaged(self) -> Iterator[tuple[str, int, int]]:
         """Read everything: name and byte range within its tensor of every block that is not what was written."""
-        for name, stretch in self.stretches.items():
-            for block in range(_blocks(stretch.end - stretch.begin)):
-                if not self._sound(name, block):
-                    begin = block * BLOCK_BYTES
-                    yield name, begin, min(begin + BLOCK_BYTES, stretch.end - stretch.begin)
+        for name in self.stretches:
+            tensor = self.tensor(name)
+            yield from ((name, *tensor.span(block)) for block in tensor.faults())
 
     def sound_rows(self, name: str) -> Tensor:
         """``[rows]`` bool: which rows of a tensor are what was written."""
-        stretch = self.stretch(name)
-        sound = torch.ones(stretch.shape[0], dtype=torch.bool)
-        for block in range(_blocks(stretch.end - stretch.begin)):
-            if not self._sound(name, block):
-                width = max(stretch.row_bytes, 1)
-                sound[block * BLOCK_BYTES // width : -(-(block + 1) * BLOCK_BYTES // width)] = False
+        tensor = self.tensor(name)
+        sound, width = torch.ones(tensor.stretch.shape[0], dtype=torch.bool), max(tensor.stretch.row_bytes, 1)
+        for block in tensor.faults():
+            begin, end = tensor.span(block)
+            sound[begin // width : -(-end // width)] = False
         return sound
-
-    def _check(self, name: str, blocks: range | Tensor) -> None:
-        if name in self._whole:
-            return
-        first, stretch = self._firsts[name], self.stretch(name)
-        count = _blocks(stretch.end - stretch.begin)
-        if isinstance(blocks, range):
-            checked = self._checked[first + blocks.start : first + blocks.stop]
-            if bool(checked.all()):
-                return
-            blocks = torch.arange(blocks.start, blocks.stop)
-        else:
-            checked = self._checked[first + blocks]
-        # Written out: this is done for every few KiB that are read for the first time.
-        sums, data, crc32 = self._sums, self._bytes, zlib.crc32
-        start, end = self._begin + stretch.begin, self._begin + stretch.end
-        for block in blocks[~checked].tolist():
-            place = start + block * BLOCK_BYTES
-            if crc32(data[place : min(place + BLOCK_BYTES, end)]) != sums[first + block]:
-                begin = block * BLOCK_BYTES
-                width = max(stretch.row_bytes, 1)
-                rows = (
-                    f"rows {begin // width} to {(min(begin + BLOCK_BYTES, stretch.end - stretch.begin) - 1) // width}"
-                )
-                raise MemoryFileError(
-                    f"{self.path}: tensor {name!r} must have the checksums it was written with, and has another in "
-                    f"{rows}: it was altered; use another copy, or save what is sound with `mplus memory repair`"
-                )
-        self._checked[first + blocks] = True
-        if bool(self._checked[first : first + count].all()):
-            self._whole.add(name)
-
-    def _sound(self, name: str, block: int) -> bool:
-        stretch = self.stretch(name)
-        begin = self._begin + stretch.begin + block * BLOCK_BYTES
-        end = min(begin + BLOCK_BYTES, self._begin + stretch.end)
-        return zlib.crc32(self._bytes[begin:end]) == self._sums[self._firsts[name] + block]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mplus.stores.disk.blocks import BlockFile
+from mplus.stores.disk.checked import CheckedTensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +38,9 @@ class Holder(Protocol):
 
     def around(self, name: str, places: Tensor) -> Tensor:
         """A whole column where it lies, of which only what stands at ``places`` may be read."""
+
+    def column(self, name: str) -> CheckedTensor | Tensor:
+        """A whole column, for ``mplus.stores.disk.checked.take``."""
 
 
 class Buffer:
@@ -83,6 +87,9 @@ class Buffer:
     def around(self, name: str, places: Tensor) -> Tensor:
         return self.columns[name]
 
+    def column(self, name: str) -> Tensor:
+        return self.columns[name]
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
@@ -107,14 +114,18 @@ class LayerOfFile:
         return sum(stretch.end - stretch.begin for stretch in stretches)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        return self.file.read(f"{self.layer}.{name}", start, stop)
+        return self.column(name).read(start, stop)
 
     def take(self, name: str, places: Tensor) -> Tensor:
-        return self.file.take(f"{self.layer}.{name}", places)
+        return self.column(name).take(places)
 
     def around(self, name: str, places: Tensor) -> Tensor:
-        self.file.check(f"{self.layer}.{name}", places)
-        return self.file.unchecked(f"{self.layer}.{name}")
+        tensor = self.column(name)
+        tensor.check(places)
+        return tensor.rows
+
+    def column(self, name: str) -> CheckedTensor:
+        return self.file.tensor(f"{self.layer}.{name}")
 
 
 @contextmanager

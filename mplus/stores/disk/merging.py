@@ -15,7 +15,7 @@ from mplus.stores.disk.holders import Holder, LayerOfFile
 from mplus.stores.disk.parts import Part
 from mplus.stores.disk.runs import Run, Runs
 
-LARGEST_MERGED = 2**28
+LARGEST_MERGED = 2**30
 """Bytes of rows from which a file is not merged with its neighbours any more."""
 PIECE_BYTES = 2**24
 

@@ -51,6 +51,11 @@ class Part:
         """Bytes of the whole tensor."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    @property
+    def row_bytes(self) -> int:
+        """As of ``Stretch``."""
+        return torch.Size(self.shape[1:]).numel() * self.dtype.itemsize
+
     @staticmethod
     def whole(name: str, tensor: Tensor) -> Part:
         """A tensor in one piece."""
@@ -73,19 +78,25 @@ class Stretch:
 
 
 def in_order(parts: Sequence[Part]) -> list[Part]:
-    """Wide types first: then every tensor starts at a multiple of its item size."""
-    return sorted(parts, key=lambda part: -part.dtype.itemsize)
+    """Those first whose size is a multiple of a high power of 2: each then starts at a multiple of that.
+
+    So it does at one of its item size, and wide rows start where pages of the system do, if the first tensor does.
+    """
+    return sorted(parts, key=lambda part: -(part.nbytes & -part.nbytes or LONGEST_HEADER))
 
 
-def header(parts: Sequence[Part], metadata: Mapping[str, str]) -> bytes:
-    """What stands in front of the bytes of ``parts``: its own length, names, dtypes, shapes and places."""
+def header(parts: Sequence[Part], metadata: Mapping[str, str], multiple: int = 8) -> bytes:
+    """What stands in front of the bytes of ``parts``: its own length, names, dtypes, shapes and places.
+
+    Its size is made a multiple of ``multiple``, itself one of 8.
+    """
     described: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for part in parts:
         begin, end = end, end + part.nbytes
         described[part.name] = {"dtype": CODES[part.dtype], "shape": part.shape, "data_offsets": [begin, end]}
     text = json.dumps(described, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % multiple)
     return len(text).to_bytes(8, "little") + text
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mplus.rows import MemoryRows
 from mplus.stores.base import Located
+from mplus.stores.disk.checked import take
 from mplus.stores.disk.holders import Buffer, Holder
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ SMALLEST_BUFFER = 16
 """Rows."""
 
 
-@define(frozen=True, eq=False)
+@define(frozen=True, eq=False, slots=False)
 class Run:
     """The rows ``start .. stop-1`` of a holder, but for those that were removed.
 
@@ -59,6 +60,31 @@ class Run:
         if self.live is None:
             return torch.arange(self.start, self.stop)
         return self.live.nonzero().squeeze(1) + self.start
+
+    @cached_property
+    def bounds(self) -> tuple[int, int]:
+        """The first and the last id."""
+        first, last = self.holder.take("id", torch.tensor([self.start, self.stop - 1])).tolist()
+        return first, last
+
+    def find(self, ids: Tensor) -> Tensor:
+        """Places in the holder of the rows with these ids (``[n]`` int64, ascending, n of at least 1, none above all).
+
+        Raises KeyError naming one that is not there.
+        """
+        first, last = self.bounds
+        if last - first == self.stop - self.start - 1:  # nothing has to be read
+            places = ids - first
+            known = places >= 0
+        else:
+            present = self.ids
+            places = torch.searchsorted(present, ids)
+            known = present[places] == ids
+        if self.live is not None:
+            known &= self.live[places.clamp(min=0)]
+        if not bool(known.all()):
+            raise KeyError(f"no row with id {int(ids[~known][0])}")
+        return places + self.start
 
     def without(self, places: Tensor) -> Run | None:
         """What is left without the rows at ``places`` (of the holder; distinct, ascending, not removed yet)."""
@@ -109,50 +135,39 @@ class Runs:
     def gather(self, ids: Tensor, leave_out: Collection[str] = ()) -> MemoryRows:
         """Copies of the rows with these ids. Raises KeyError naming one that is not there."""
         described = {name: facts for name, facts in self.layout.columns().items() if name not in leave_out}
-        found = list(self._found(ids))
-        if len(found) == 1:
-            run, _, places = found[0]
-            return MemoryRows.of({name: run.holder.take(name, places) for name in described})
-        columns = {name: torch.empty(len(ids), *shape, dtype=dtype) for name, (shape, dtype) in described.items()}
-        for run, wanted, places in found:
-            first, count = int(wanted[0]), wanted.shape[0]
-            together = int(wanted[-1]) - first == count - 1  # as always where ids ascend
-            for name, column in columns.items():
-                if together:
-                    torch.index_select(run.holder.around(name, places), 0, places, out=column[first : first + count])
-                else:
-                    column[wanted] = run.holder.take(name, places)
+        found, order = self._found(ids)
+        columns = {}
+        for name, (shape, dtype) in described.items():
+            columns[name] = torch.empty(len(ids), *shape, dtype=dtype)
+            take([(run.holder.column(name), places) for run, places in found], columns[name])
+        if order is not None:
+            columns = {name: column.index_select(0, order) for name, column in columns.items()}
         return MemoryRows.of(columns)
 
     def locate(self, name: str, ids: Tensor) -> Located:
         """Where the rows with these ids lie. Raises KeyError as ``gather``."""
-        found = list(self._found(ids))
-        parts = [(run.holder.around(name, places), places) for run, _, places in found]
-        return Located(parts, None if len(found) == 1 else torch.cat([wanted for _, wanted, _ in found]).argsort())
+        found, order = self._found(ids)
+        return Located([(run.holder.around(name, places), places) for run, places in found], order)
 
-    def _found(self, ids: Tensor) -> Iterator[tuple[Run, Tensor, Tensor]]:
-        """Runs that have any of ``ids``, which of them, and their places in the holder."""
-        missing = torch.ones(len(ids), dtype=torch.bool)
-        found = []
-        numbers = torch.searchsorted(self._lasts, ids)
-        for number in numbers.unique().tolist():
-            if number == len(self.runs):
-                continue
-            run, wanted = self.runs[number], (numbers == number).nonzero().squeeze(1)
-            asked, present = ids[wanted], run.ids
-            places = torch.searchsorted(present, asked)
-            known = present[places] == asked
-            if run.live is not None:
-                known &= run.live[places]
-            missing[wanted[known]] = False
-            found.append((run, wanted, places + run.start))
-        if bool(missing.any()):
-            raise KeyError(f"no row with id {int(ids[missing][0])}")
-        return iter(found)
+    def _found(self, ids: Tensor) -> tuple[list[tuple[Run, Tensor]], Tensor | None]:
+        """Runs that have any of ``ids``, and the places of these in the holder; and ``Located.order``."""
+        order = None
+        if not bool((ids[1:] >= ids[:-1]).all()):
+            ids, ranks = ids.sort()
+            order = ranks.argsort()
+        found, begin = [], 0
+        *counts, beyond = torch.searchsorted(self._lasts, ids).bincount(minlength=len(self.runs) + 1).tolist()
+        for run, count in zip(self.runs, counts, strict=True):
+            if count:
+                found.append((run, run.find(ids[begin : begin + count])))
+                begin += count
+        if beyond:
+            raise KeyError(f"no row with id {int(ids[begin])}")
+        return found, order
 
     @cached_property
     def _lasts(self) -> Tensor:
-        return torch.tensor([int(run.ids[-1]) for run in self.runs], dtype=torch.int64)
+        return torch.tensor([run.bounds[1] for run in self.runs], dtype=torch.int64)
 
     def append(self, ids: Tensor, rows: MemoryRows) -> Runs:
         """These and copies of ``rows`` behind them, under ``ids`` (``[n]``, ascending, above those there are)."""
@@ -177,7 +192,7 @@ class Runs:
     def remove(self, ids: Tensor) -> Runs:
         """These without the rows with ``ids`` (any order, repeats allowed). Raises KeyError as ``gather``."""
         changed: dict[int, Run | None] = {}
-        for run, _, places in self._found(ids.unique()):
+        for run, places in self._found(ids.unique())[0]:
             left = run.without(places)
             changed[id(run)] = left if left is None else self._shrunk(left)
         if not changed:
