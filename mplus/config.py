@@ -65,8 +65,11 @@ UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate(("K", "M", "G", "T"))}
 """Bytes in a unit, by its name."""
 
 
-def byte_count(value: Any) -> int:
-    """A number of bytes from an int or a text such as "512MiB", "8GiB" or "1.5GB". Raises ConfigError for others."""
+def byte_count(value: Any, name: str = "bytes_budget") -> int:
+    """A number of bytes from an int or a text such as "512MiB", "8GiB" or "1.5GB".
+
+    Raises ConfigError, which calls it ``name``, for others.
+    """
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
@@ -75,7 +78,7 @@ def byte_count(value: Any) -> int:
         if count > 0:
             return count
     raise ConfigError(
-        "bytes_budget must be a whole number of bytes above 0, or a text with a unit "
+        f"{name} must be a whole number of bytes above 0, or a text with a unit "
         f"({', '.join(unit for unit in UNITS if unit)}) such as '8GiB', got {value!r}"
     )
 

@@ -30,7 +30,14 @@ from tests.quantized_reference import QuantizedConformance
 if TYPE_CHECKING:
     from mplus.rows import MemoryRows
 
-globals().update(suites(StoreConformance, STORES, {"quantized": QuantizedConformance}))
+
+class TieredConformance(StoreConformance):
+    """Over "mmap", whose own suite is longer; small budgets are in ``test_tiered.py``."""
+
+    machines = 6
+
+
+globals().update(suites(StoreConformance, STORES, {"quantized": QuantizedConformance, "tiered": TieredConformance}))
 
 
 class TestRamStoreOfSmallSlabs(StoreConformance):

@@ -20,6 +20,7 @@ STORES: Registry[MemoryStore] = Registry(
         "ram": "mplus.stores.ram:RamStore",
         "mmap": "mplus.stores.mmap:MmapStore",
         "quantized": "mplus.stores.quantized:QuantizedStore",
+        "tiered": "mplus.stores.tiered:TieredStore",
     },
 )
 

@@ -1,0 +1,210 @@
+"""Tiers: the caches above a store, which it and its forks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
+
+import torch
+from attrs import define, evolve
+from torch import Tensor
+
+from mplus.stores.base import StoreLayout
+from mplus.stores.blocks import ordinary_tensors
+from mplus.stores.tiers.cache import RowCache
+from mplus.stores.tiers.small import Room
+from mplus.stores.tiers.travel import Arrival, Travel
+
+Columns = Mapping[str, Tensor]
+OWNER_BITS = 40
+"""A key is the number of a store, and an id below this power of two."""
+
+
+def content_of(layout: StoreLayout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Columns that reads look at row by row: hidden states, keys and values, and what a coding keeps with them."""
+    columns = layout.columns()
+    return {name: columns[name] for name in columns if name.startswith(("hidden", "projected"))}
+
+
+def small_of(layout: StoreLayout, device: torch.device) -> StoreLayout:
+    """A layout of the other columns."""
+    extra = tuple(part for part in layout.extra if part[0] not in content_of(layout))
+    return evolve(layout, keeps_hidden=False, projected_size=0, extra=extra, device=device)
+
+
+@define(frozen=True, kw_only=True)
+class TierReport:
+    """What one tier holds.
+
+    Attributes:
+        name: "device", "host", or the name of the store below, which has everything.
+        budget: bytes it may take; None: no limit.
+        nbytes: bytes it takes.
+        rows: rows whose content it has, all layers together.
+        small_rows: rows whose small columns (keys, births, sources) are read from here.
+        hits: rows of content that reads found here, and in no tier above, since the store was made.
+    """
+
+    name: str
+    budget: int | None
+    nbytes: int
+    rows: int
+    small_rows: int
+    hits: int
+
+
+class Tier:
+    """One cache per layer, and room for small columns, within a budget in bytes."""
+
+    def __init__(
+        self, name: str, layout: StoreLayout, device: torch.device, budget: int, small: float, *, pinned: bool
+    ) -> None:
+        self.name, self.budget, self.hits = name, budget, 0
+        self.room = Room(small_of(layout, device), int(budget * small), pinned=pinned)
+        each = (budget - self.room.budget) // layout.layers
+        self.caches = [RowCache(content_of(layout), each, device, pinned=pinned) for _ in range(layout.layers)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all places and blocks."""
+        return self.room.nbytes + sum(cache.nbytes for cache in self.caches)
+
+
+class Tiers:
+    """Device above host above a store that has all rows. Rows that are read come up; nothing has to go down."""
+
+    def __init__(self, layout: StoreLayout, device_bytes: int, host_bytes: int, small: float) -> None:
+        self.travel = Travel(layout.device)
+        host = torch.device("cpu")
+        self.device = Tier("device", layout, layout.device, device_bytes, small, pinned=False)
+        self.host = Tier("host", layout, host, host_bytes, small, pinned=self.travel.pinned)
+        self.below_hits = 0
+        self._names = content_of(layout)
+        self._owners = count()
+
+    def owner(self) -> int:
+        """A number for one more store."""
+        return next(self._owners)
+
+    @property
+    def rooms(self) -> Sequence[Room]:
+        """For small columns, the fastest first."""
+        return self.device.room, self.host.room
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.device.nbytes + self.host.nbytes
+
+    def read(
+        self, layer: int, keys: Tensor, names: Sequence[str], below: Callable[[Tensor], Columns]
+    ) -> tuple[dict[str, Tensor], Arrival]:
+        """Columns ``[n, ...]`` of the rows with ``keys`` ``[n]`` (none twice), on the device or on their way there.
+
+        Args:
+            layer: index among the layers that carry memory.
+            keys: on the CPU.
+            names: of content columns.
+            below: gives all content columns of the rows at some of the places ``0 .. n-1``, from the store below.
+        """
+        cache = self.device.caches[layer]
+        with ordinary_tensors(), self.travel.beside():
+            with cache.lock:
+                places = cache.find(keys)
+                here, rest = (places >= 0).nonzero().squeeze(1), (places < 0).nonzero().squeeze(1)
+                found = {name: cache.take(name, places[here]) for name in names}
+            self.device.hits += len(here)
+            if len(rest):
+                lower = self._from_host(layer, keys[rest], lambda some: below(rest[some]))
+                sent = {name: self.travel.sent(column) for name, column in lower.items()}
+                found = _merged(found, here, sent, rest, names) if len(here) else {name: sent[name] for name in names}
+                with cache.lock:
+                    cache.put(keys[rest], sent)
+            return found, self.travel.arrival()
+
+    def _from_host(self, layer: int, keys: Tensor, below: Callable[[Tensor], Columns]) -> Columns:
+        """All content columns, on the host."""
+        cache = self.host.caches[layer]
+        with cache.lock:
+            places = cache.find(keys)
+            here, rest = (places >= 0).nonzero().squeeze(1), (places < 0).nonzero().squeeze(1)
+            found = {name: cache.take(name, places[here]) for name in self._names}
+        self.host.hits += len(here)
+        if not len(rest):
+            return found
+        lower = below(rest)
+        self.below_hits += len(rest)
+        with cache.lock:
+            cache.put(keys[rest], lower)
+        return _merged(found, here, lower, rest, list(self._names)) if len(here) else lower
+
+    def offer(self, layer: int, keys: Tensor, columns: Columns) -> None:
+        """New rows, on the host, for places that nobody has; what reads brought up stays."""
+        own = {name: columns[name] for name in self._names}
+        host, device = self.host.caches[layer], self.device.caches[layer]
+        with ordinary_tensors():
+            with host.lock:
+                host.put(keys, own, displace=False)
+            with self.travel.beside(), device.lock:
+                if not device.full:
+                    device.put(keys, {name: self.travel.sent(own[name]) for name in own}, displace=False)
+
+    def drop(self, layer: int, keys: Tensor) -> None:
+        """Rows that were removed make room."""
+        for tier in (self.device, self.host):
+            with tier.caches[layer].lock:
+                tier.caches[layer].drop(keys)
+
+    def reports(self, small_rows: Mapping[Room, int]) -> list[TierReport]:
+        """Of both; ``small_rows``: by room."""
+        return [
+            TierReport(
+                name=tier.name,
+                budget=tier.budget,
+                nbytes=tier.nbytes,
+                rows=sum(cache.rows for cache in tier.caches),
+                small_rows=small_rows.get(tier.room, 0),
+                hits=tier.hits,
+            )
+            for tier in (self.device, self.host)
+        ]
+
+
+def _merged(one: Columns, at: Tensor, other: Columns, rest: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Rows of two parts in one order: those at ``at`` and those at ``rest``."""
+    merged = {}
+    for name in names:
+        given = other[name]
+        column = given.new_empty(len(at) + len(rest), *given.shape[1:])
+        for places, part in ((at, one[name]), (rest, given)):
+            column.index_copy_(0, places.to(column.device), part)
+        merged[name] = column
+    return merged
+
+
+@define(frozen=True, eq=False)
+class Lineage:
+    """Which store of a family gave an id: forks go on with the same ids for other rows.
+
+    Attributes:
+        owners: ``[k]`` int64, stores from the first one to this.
+        limits: ``[layers, k - 1]`` int64, per layer the ids from which on each store but the first gave them.
+    """
+
+    owners: Tensor
+    limits: Tensor
+
+    @staticmethod
+    def first(layers: int, owner: int) -> Lineage:
+        """Of a store that is no fork."""
+        return Lineage(torch.tensor([owner]), torch.empty(layers, 0, dtype=torch.int64))
+
+    def forked(self, limits: Tensor, owner: int) -> Lineage:
+        """Of a fork, whose own rows have ids from ``limits`` ``[layers]`` on."""
+        return Lineage(torch.cat([self.owners, torch.tensor([owner])]), torch.cat([self.limits, limits[:, None]], 1))
+
+    def keys(self, layer: int, ids: Tensor) -> Tensor:
+        """``[n]`` keys in the caches of the rows with these ids ``[n]``, on the CPU."""
+        ids = ids.cpu()
+        who = torch.searchsorted(self.limits[layer], ids, right=True)
+        return (self.owners[who] << OWNER_BITS) | ids

@@ -1,0 +1,148 @@
+"""The columns of a layer that every read looks at in full, in the fastest tier that has room for them."""
+
+from __future__ import annotations
+
+import weakref
+from threading import Lock, RLock
+from typing import TYPE_CHECKING
+
+import torch
+from attrs import evolve
+
+from mplus.rows import MemoryRows
+from mplus.stores.blocks import Allocator, Block, block_columns, ordinary_tensors
+from mplus.stores.slab_layer import SlabLayer
+from mplus.stores.slabs import Slab, SlabSizes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from mplus.stores.base import Piece, StoreLayout, StoreView
+
+SIZES = SlabSizes(growth=1.25)
+
+
+class NoRoom(Exception):
+    """A block would not fit into the budget."""
+
+
+class Room(Allocator):
+    """Blocks on one device that together never take more than a budget."""
+
+    def __init__(self, layout: StoreLayout, budget: int, *, pinned: bool = False) -> None:
+        """``layout``: of the columns. ``pinned``: in page-locked memory."""
+        self.layout, self.budget, self.nbytes = layout, budget, 0
+        self._pinned = pinned
+        self._row_bytes = layout.row_bytes + 8
+        # The garbage collector may give a block back in the middle of ``allocate``, in the same thread.
+        self._lock = RLock()
+
+    def has_room(self, rows: int) -> bool:
+        """Whether a block of so many rows would fit now."""
+        return self.nbytes + rows * self._row_bytes <= self.budget
+
+    def allocate(self, rows: int) -> Block:
+        """See ``Allocator.allocate``. Raises NoRoom."""
+        size = rows * self._row_bytes
+        with self._lock:
+            if self.nbytes + size > self.budget:
+                raise NoRoom
+            self.nbytes += size
+        try:
+            with ordinary_tensors():
+                columns = {
+                    name: torch.empty(rows, *shape, dtype=dtype, device=self.layout.device, pin_memory=self._pinned)
+                    for name, (shape, dtype) in block_columns(self.layout).items()
+                }
+            block = Block(columns, home=self)
+            weakref.finalize(block, self._back, size).atexit = False
+        except BaseException:
+            self._back(size)
+            raise
+        return block
+
+    def _back(self, size: int) -> None:
+        with self._lock:
+            self.nbytes -= size
+
+
+class Small:
+    """The small columns of the rows that one layer has at one moment; shared by all who see these rows.
+
+    They are copied by the first read, or come with the rows as these are appended.
+    """
+
+    def __init__(self, rooms: Sequence[Room], layer: SlabLayer | None = None, *, known: bool = False) -> None:
+        """``layer``: the columns, where they are known already; None: they fit nowhere."""
+        self._rooms = rooms
+        self._layer = layer
+        self._known = known
+        self._lock = Lock()
+
+    @staticmethod
+    def empty(rooms: Sequence[Room]) -> Small:
+        """Of no rows."""
+        return Small(rooms, SlabLayer(rooms[0].layout, SIZES, rooms[0]), known=True)
+
+    @property
+    def room(self) -> Room | None:
+        """The tier they are in; None: in none, or not looked at yet."""
+        room = None if self._layer is None else self._layer.allocator
+        return room if isinstance(room, Room) else None
+
+    def of(self, view: StoreView, layer: int) -> SlabLayer | None:
+        """The columns of the rows of ``layer``, which ``view`` has; None: there is no room for them in any tier."""
+        with self._lock:
+            if not self._known:
+                self._layer = self._copied(view, layer, self._rooms)
+                self._known = True
+            return self._layer
+
+    def appended(self, ids: Tensor, rows: MemoryRows) -> Small:
+        """With ``rows``, at least one, under ``ids`` behind them."""
+        names = self._rooms[0].layout.columns()
+        own = MemoryRows.of({name: column for name, column in rows.columns().items() if name in names})
+        return self._changed(lambda layer: evolve(layer, next_id=int(ids[0])).append(own))
+
+    def removed(self, ids: Tensor) -> Small:
+        """Without the rows with ``ids``, which are there."""
+        return self._changed(lambda layer: layer.remove(ids))
+
+    def _changed(self, change: Callable[[SlabLayer], SlabLayer]) -> Small:
+        if not self._known:
+            return Small(self._rooms)
+        if self._layer is None:
+            # No tier had room; after some more or fewer rows it is looked at again by a read.
+            return Small(self._rooms)
+        try:
+            return Small(self._rooms, change(self._layer), known=True)
+        except NoRoom:
+            return Small(self._rooms)
+
+    def _copied(self, view: StoreView, layer: int, rooms: Sequence[Room]) -> SlabLayer | None:
+        for room in rooms:
+            if not room.has_room(int(view.count(layer) * SIZES.growth**2)):  # or the next change would find it full
+                continue
+            try:
+                return _copy(view.pieces(layer, *room.layout.columns()), room)  # type: ignore[arg-type]
+            except NoRoom:
+                continue
+        return None
+
+
+def _copy(pieces: Sequence[Piece], room: Room) -> SlabLayer:
+    slabs: list[Slab] = []
+    for piece in pieces:
+        places = torch.arange(len(piece.ids)) if piece.live is None else piece.live.nonzero().squeeze(1)
+        for part in places.split(SIZES.most):
+            if len(part):
+                block = room.allocate(len(part))
+                block.claim(0, len(part))
+                index = None if piece.live is None and len(part) == len(piece.ids) else part
+                block.write(0, {"id": piece.ids, **piece.columns}, index)
+                slab = Slab.of(block, 0, len(part))
+                slabs += [] if slab is None else [slab]
+    next_id = slabs[-1].last + 1 if slabs else 0
+    return SlabLayer(room.layout, SIZES, room, tuple(slabs), next_id)

@@ -1,0 +1,107 @@
+"""How rows get from the host to the device: beside what the device computes, where it is a GPU.
+
+What is done for a CUDA device here was **not run on a GPU**; on a CPU every function of this module does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from attrs import define, evolve, field
+from torch import Tensor
+
+from mplus.stores.base import Located, Piece
+
+
+class Travel:
+    """Copies to one device.
+
+    On CUDA they run in a stream of their own, from page-locked memory: the device goes on with what it was given, and
+    whoever needs the rows lets its stream wait for them (``Arrival``).
+
+    Attributes:
+        device: where rows are wanted.
+        pinned: whether memory on the host is page-locked.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pinned = device.type == "cuda"
+        self._stream: Any = None
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is given to the device inside runs beside the present stream, which has made none of it."""
+        if not self.pinned:
+            yield
+            return
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def sent(self, column: Tensor) -> Tensor:
+        """A column on the device; does not wait for it."""
+        if not self.pinned or column.device == self.device:
+            return column
+        return (column if column.is_pinned() else column.pin_memory()).to(self.device, non_blocking=True)
+
+    def arrival(self) -> Arrival:
+        """Of everything sent so far."""
+        return Arrival(self._stream.record_event() if self.pinned and self._stream is not None else None)
+
+
+@define(frozen=True, eq=False)
+class Arrival:
+    """When rows that were sent can be used; ``event``: of the stream they travel in, None: now."""
+
+    event: Any = None
+
+    def await_(self, columns: Collection[Tensor]) -> None:
+        """Let the present stream wait for ``columns``; the calling thread does not."""
+        for column in columns if self.event is not None else ():
+            stream = torch.cuda.current_stream(column.device)
+            stream.wait_event(self.event)
+            column.record_stream(stream)
+
+
+@define(frozen=True, eq=False)
+class Arriving(Located):
+    """Content that may be on its way yet; ``arrival`` is awaited when it is looked at."""
+
+    arrival: Arrival = field(factory=Arrival)
+
+    def together(self) -> tuple[Tensor, Tensor]:
+        self.arrival.await_([column for column, _ in self.parts])
+        return Located.together(self)
+
+
+@define(frozen=True, eq=False)
+class _Elsewhere(Mapping[str, Tensor]):
+    """Columns that are moved to a device when they are looked at, and not kept."""
+
+    columns: Mapping[str, Tensor]
+    device: torch.device
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name].to(self.device)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.columns
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+
+def on_device(piece: Piece, device: torch.device) -> Piece:
+    """A piece as readers on ``device`` see it."""
+    if piece.ids.device == device:
+        return piece
+    live = None if piece.live is None else piece.live.to(device)
+    return evolve(piece, ids=piece.ids.to(device), live=live, columns=_Elsewhere(piece.columns, device))

@@ -1,0 +1,445 @@
+"""Rows in tiers: what is read is what is stored, no tier exceeds its budget, and what is read comes up."""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, ClassVar
+
+import attrs
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import invariant, rule, run_state_machine_as_test
+
+from mplus.errors import ConfigError, MemoryMismatchError
+from mplus.rows import MemoryRows
+from mplus.stores.base import StoreLayout
+from mplus.stores.ram import RamStore
+from mplus.stores.tiered import TieredStore
+from mplus.stores.tiers import cache as caches
+from mplus.stores.tiers import small as smalls
+from mplus.stores.tiers.cache import RowCache
+from mplus.stores.tiers.small import Small
+from mplus.testing.store_model import StoreMachine
+from mplus.testing.stores import StoreConformance
+from mplus.testing.strategies import CONFORMANCE, draw_rows
+from tests.memory import tiny
+from tests.quantized_reference import QuantizedConformance
+
+if TYPE_CHECKING:
+    from mplus.stores.base import StoreView
+
+SMALL_SLABS = {"name": "ram", "slab_rows": 4}
+TIGHT = {"inner": SMALL_SLABS, "device_bytes": 400, "host_bytes": 1000}
+LAYOUT = StoreLayout(layers=2, hidden_size=3, key_size=2)
+CONTENT_BYTES = 3 * 4 + 16
+"""hidden, and the labels of a place."""
+SMALL_BYTES = 2 * 4 + 3 * 8
+"""key, birth, source and id."""
+
+
+def tiered(layout: StoreLayout = LAYOUT, **options: object) -> TieredStore:
+    return TieredStore(layout, TieredStore.Options(**{**TIGHT, **options}))
+
+
+def append(store: TieredStore | RamStore, count: int, seed: int = 0, layer: int = 0) -> torch.Tensor:
+    return store.append(layer, draw_rows(store.layout, count, seed))
+
+
+def assert_same(one: MemoryRows, other: MemoryRows) -> None:
+    """Bit for bit."""
+    assert one.columns().keys() == other.columns().keys()
+    for name, column in one.columns().items():
+        assert torch.equal(column, other.columns()[name]), name
+
+
+class TestTightBudgets(StoreConformance):
+    implementation = TieredStore
+    machines = 3
+
+    def make(self, layout: StoreLayout) -> TieredStore:
+        return tiered(layout)
+
+
+class TestQuantizedRowsInTiers(QuantizedConformance):
+    options: ClassVar = {"inner": {"name": "tiered", **TIGHT}, "group": 2}
+    machines = 1
+
+
+class TestTiersOfQuantizedRows(QuantizedConformance):
+    implementation = TieredStore
+    machines = 1
+
+    def make(self, layout: StoreLayout) -> TieredStore:
+        return tiered(layout, inner={"name": "quantized", "inner": SMALL_SLABS})
+
+
+class Allocations:
+    """Bytes held by the tensors that tiers are made of, at each time one of them was made."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.each: list[int] = []
+        self._made: list[tuple[weakref.ref, int]] = []
+        counting = types.SimpleNamespace(**vars(torch))
+        counting.empty, counting.full = self._counting(torch.empty), self._counting(torch.full)
+        for module in (caches, smalls):
+            patch.setattr(module, "torch", counting)
+
+    def _counting(self, make):
+        def made(*arguments, **named):
+            tensor = make(*arguments, **named)
+            self._made.append((weakref.ref(tensor), tensor.nbytes))
+            self.each.append(sum(size for reference, size in self._made if reference() is not None))
+            return tensor
+
+        return made
+
+
+def change(store: TieredStore, plain: RamStore, kind: str, size: int, seed: int) -> None:
+    """Do the same to both, and compare."""
+    layer = seed % 2
+    ids = plain.ids(layer)
+    if kind == "append":
+        assert append(store, size, seed, layer).tolist() == append(plain, size, seed, layer).tolist()
+    elif len(ids):
+        picks = ids[torch.randint(len(ids), (size,), generator=torch.Generator().manual_seed(seed))]
+        if kind == "read":
+            assert_same(store.gather(layer, picks), plain.gather(layer, picks))
+        else:
+            store.remove(layer, picks)
+            plain.remove(layer, picks)
+    for name in ("key", "birth"):
+        assert torch.equal(store.column(layer, name), plain.column(layer, name))
+
+
+class TestBudgets:
+    @CONFORMANCE
+    @given(
+        device=st.integers(0, 1500),
+        host=st.integers(0, 1500),
+        share=st.sampled_from([0.0, 0.3, 0.5, 0.9]),
+        steps=st.lists(
+            st.tuples(st.sampled_from(["append", "remove", "read", "fork"]), st.integers(0, 12), st.integers(0, 99)),
+            max_size=15,
+        ),
+    )
+    def test_every_read_is_that_of_ram_and_no_budget_is_exceeded(self, device, host, share, steps):
+        """At every allocation, too: what was let go before counts no more, and what is moved counts twice."""
+        with pytest.MonkeyPatch.context() as patch:
+            held = Allocations(patch)
+            stores = [(tiered(device_bytes=device, host_bytes=host, small_share=share), RamStore(LAYOUT))]
+            for kind, size, seed in steps:
+                if kind == "fork":
+                    stores = [*stores[:2], tuple(one.fork() for one in stores[0])]
+                else:
+                    change(*stores[seed % len(stores)], kind, size, seed)
+                for store, _ in stores:
+                    assert all(report.nbytes <= report.budget for report in store.tiers()[:2])
+                    assert store.shared is stores[0][0].shared
+        assert all(now <= device + host for now in held.each)
+
+    def test_any_sequence_of_changes_stays_inside(self):
+        class Machine(StoreMachine):
+            def __init__(self):
+                super().__init__(tiered, lambda view, layer, rows: None)
+
+            @rule(which=st.integers(0, 2), layer=st.integers(0, 1), places=st.lists(st.integers(0, 30), max_size=9))
+            def read(self, which, layer, places):
+                pair = self.stores[which % len(self.stores)]
+                rows = pair.model[layer].rows
+                if rows:
+                    chosen = [rows[place % len(rows)] for place in places]
+                    found = pair.real.gather(layer, torch.tensor([row_id for row_id, _ in chosen], dtype=torch.int64))
+                    assert len(found) == len(chosen)
+                    for place, (_, row) in enumerate(chosen):
+                        assert_same(found.select(slice(place, place + 1)), row)
+
+            @invariant()
+            def budgets_hold(self):
+                for pair in self.stores:
+                    for report in pair.real.tiers()[:2]:
+                        assert report.nbytes <= report.budget
+
+        run_state_machine_as_test(Machine, settings=settings(CONFORMANCE, max_examples=20, stateful_step_count=30))
+
+    def test_a_cache_moves_to_more_room_or_lets_go_first(self):
+        """With 32 places of 64 there is room for both, with 64 of 64 there is not."""
+        cache = RowCache({"hidden": ((1,), torch.float32)}, 96 * 20, torch.device("cpu"))
+        keys = torch.arange(200)
+        column = {"hidden": keys[:, None].float()}
+        most = 0
+        for start in range(0, 200, 8):
+            cache.put(keys[start : start + 8], {"hidden": column["hidden"][start : start + 8]})
+            assert cache.nbytes <= cache.budget
+            places = cache.find(keys)
+            here = places >= 0
+            assert int(here.sum()) == cache.rows
+            assert torch.equal(cache.take("hidden", places[here]), column["hidden"][here])
+            most = max(most, cache.rows)
+        assert cache.nbytes == cache.budget
+        assert most > 80
+
+
+@CONFORMANCE
+@given(st.integers(1, 16), st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 25), unique=True, max_size=4))))
+def test_the_least_recently_used_row_makes_room(places, steps):
+    """Up to 16 places a cache has one set, and is what an ordered dictionary is."""
+    cache = RowCache({"hidden": ((1,), torch.float32)}, places * 20, torch.device("cpu"))
+    model: OrderedDict[int, float] = OrderedDict()
+    for reads, asked in steps:
+        for key in asked:  # one by one: of those in one call none is older than another
+            keys = torch.tensor([key])
+            if reads:
+                assert (int(cache.find(keys)) >= 0) == (key in model)
+                if key in model:
+                    model.move_to_end(key)
+            elif key not in model:
+                model[key] = key
+                if len(model) > places:
+                    model.popitem(last=False)
+                cache.put(keys, {"hidden": keys[:, None].float()})
+        assert cache.rows == len(model)
+    present = torch.tensor(list(model), dtype=torch.int64)
+    assert (cache.find(present) >= 0).all()
+
+
+class Counted:
+    """Counts the rows that are read from the store below."""
+
+    def __init__(self, store: TieredStore, patch: pytest.MonkeyPatch) -> None:
+        self.rows = 0
+        gather = type(store.inner).gather
+
+        def counting(view: StoreView, layer: int, ids: torch.Tensor, leave_out=()):
+            self.rows += len(ids) if "hidden" not in leave_out else 0
+            return gather(view, layer, ids, leave_out)
+
+        patch.setattr(type(store.inner), "gather", counting)
+
+
+class TestWhatIsReadComesUp:
+    def test_from_below_to_the_host_to_the_device(self, monkeypatch):
+        """Device: 16 rows of a layer, host: 48."""
+        device, host = 2 * 16 * CONTENT_BYTES, 2 * 48 * CONTENT_BYTES
+        store = tiered(device_bytes=device, host_bytes=host, small_share=0.0)
+        ids = append(store, 200)
+        below = Counted(store, monkeypatch)
+        device, host, last = store.tiers()
+        assert (device.rows, host.rows, last.rows) == (16, 48, 200)
+        assert (device.name, host.name, last.name) == ("device", "host", "ram")
+
+        def read(wanted: torch.Tensor) -> tuple[int, int, int]:
+            before, seen = store.tiers(), below.rows
+            assert_same(store.gather(0, wanted), draw_rows(LAYOUT, 200, 0).select(wanted))
+            found = tuple(now.hits - then.hits for now, then in zip(store.tiers(), before, strict=True))
+            assert below.rows - seen == found[2]
+            return found
+
+        some = ids[100:112]
+        assert read(some) == (0, 0, 12)
+        assert read(some) == (12, 0, 0)
+        assert read(ids[120:130]) == (0, 0, 10)  # on the device some make room, on the host others do
+        assert read(some) == (6, 6, 0)
+        assert read(some.flip(0).repeat(3)) == (12, 0, 0), "a row that is asked for three times is read once"
+
+    def test_what_fits_is_never_read_from_below(self, monkeypatch):
+        store = tiered(device_bytes=0, host_bytes=10**6)
+        ids = append(store, 300)
+        below = Counted(store, monkeypatch)
+        store.gather(0, ids)
+        assert below.rows == 0
+
+    def test_new_rows_do_not_push_out_those_that_were_read(self):
+        store = tiered(device_bytes=2 * 16 * CONTENT_BYTES, host_bytes=0, small_share=0.0)
+        ids = append(store, 40)
+        store.gather(0, ids[20:36])
+        append(store, 40, seed=1)
+        before = store.tiers()[0].hits
+        store.gather(0, ids[20:36])
+        assert store.tiers()[0].hits - before == 16
+
+    def test_removed_rows_make_room(self):
+        store = tiered(device_bytes=10**5, host_bytes=10**5)
+        ids = append(store, 30)
+        store.remove(0, ids[5:])
+        assert [report.rows for report in store.tiers()] == [5, 5, 5]
+
+    def test_content_alone_is_located(self):
+        store = tiered()
+        ids = append(store, 9)
+        for view in (store, store.snapshot()):
+            column, places = view.locate(0, "hidden", ids[[3, 3, 8, 0]]).together()
+            expected = draw_rows(LAYOUT, 9, 0).hidden[[3, 3, 8, 0]]
+            assert torch.equal(column[places], expected)
+            assert view.locate(0, "projected", ids) is None
+            with pytest.raises(KeyError, match="77 in layer 0"):
+                view.locate(0, "hidden", torch.tensor([3, 77]))
+
+
+class TestSmallColumns:
+    @pytest.mark.parametrize(("device", "host", "where"), [(10**5, 10**5, 0), (100, 10**5, 1), (100, 100, 2)])
+    def test_they_are_in_the_fastest_tier_with_room(self, device, host, where):
+        store = tiered(device_bytes=device, host_bytes=host)
+        append(store, 100)
+        store.column(0, "key")
+        assert [report.small_rows for report in store.tiers()] == [100 * (place == where) for place in range(3)]
+        assert torch.equal(store.column(0, "key"), draw_rows(LAYOUT, 100, 0).key)
+
+    def test_they_move_down_when_they_outgrow_a_tier_and_up_again(self):
+        store = tiered(device_bytes=2 * 100 * SMALL_BYTES, host_bytes=10**6)
+        places = []
+        for seed in range(30):
+            append(store, 5, seed)
+            store.keys(0)
+            places.append([report.small_rows > 0 for report in store.tiers()].index(True))
+        assert places == sorted(places)
+        assert set(places) == {0, 1}
+        store.remove(0, store.ids(0)[5:])
+        for _ in range(2):
+            append(store, 5, 40)  # on the host there is room; whoever is there stays there
+            store.keys(0)
+        assert store.tiers()[1].small_rows == 15
+        assert store.fork().keys(0).equal(store.keys(0))
+
+    def test_they_are_read_once_from_rows_that_were_there_before(self, monkeypatch):
+        store = tiered(device_bytes=10**5)
+        append(store, 30)
+        store.small = [Small(store.shared.rooms) for _ in store.small]  # as if a directory had been opened
+        store.remove(0, store.ids(0)[3:9])
+        store.small = [Small(store.shared.rooms) for _ in store.small]
+        left = torch.tensor([*range(3), *range(9, 30)])
+        assert store.ids(0).tolist() == left.tolist()
+        assert torch.equal(store.keys(0), draw_rows(LAYOUT, 30, 0).key[left])
+        monkeypatch.setattr(RamStore, "pieces", None)
+        monkeypatch.setattr(RamStore, "column", None)
+        ids = append(store, 4, seed=1)
+        assert torch.equal(store.keys(0)[-4:], draw_rows(LAYOUT, 4, 1).key)
+        assert store.snapshot().pieces(0, "key")
+        assert ids.tolist() == store.ids(0)[-4:].tolist()
+
+
+class TestSharing:
+    def test_forks_share_tiers_and_not_their_new_rows(self):
+        store = tiered(device_bytes=10**5)
+        ids = append(store, 10)
+        fork = store.fork()
+        forks_fork = fork.fork()
+        stores = (store, fork, forks_fork)
+        for seed, one in enumerate(stores, 1):
+            assert append(one, 5, seed).tolist() == list(range(10, 15))
+        again = fork.fork()
+        for _ in range(2):
+            for seed, one in ((1, store), (2, fork), (3, forks_fork), (2, again)):
+                expected = MemoryRows.cat([draw_rows(LAYOUT, 10, 0), draw_rows(LAYOUT, 5, seed)])
+                assert_same(one.gather(0, one.ids(0)), expected)
+        assert store.tiers()[2].hits == 0
+        before = again.tiers()[0].hits
+        again.gather(0, ids)
+        assert store.tiers()[0].hits - before == 10
+        store.remove(0, ids[:5])
+        assert len(fork.gather(0, ids)) == 10
+
+    def test_another_dtype_has_tiers_of_its_own(self):
+        store = tiered(device_bytes=10**5)
+        ids = append(store, 10)
+        half = store.to(dtype=torch.bfloat16)
+        assert half.shared is not store.shared
+        assert torch.equal(half.gather(0, ids).hidden, store.gather(0, ids).hidden.bfloat16())
+        assert half.keys(0).dtype == torch.bfloat16
+        assert store.to("cpu").shared is store.shared
+
+    def test_a_snapshot_of_another_store_is_refused(self):
+        store = tiered()
+        append(store, 3)
+        for other in (store.fork(), tiered(), RamStore(LAYOUT)):
+            with pytest.raises(MemoryMismatchError, match="snapshot of this store"):
+                store.restore(other.snapshot())
+        assert store.count(0) == 3
+
+    @pytest.mark.parametrize("step", ["appended", "removed"])
+    def test_an_interrupted_change_leaves_no_wrong_columns(self, monkeypatch, step):
+        store = tiered(device_bytes=10**5)
+        append(store, 10)
+        snapshot = store.snapshot()
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Small, step, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                append(store, 5, seed=1) if step == "appended" else store.remove(0, store.ids(0)[2:5])
+        rows = MemoryRows.cat([draw_rows(LAYOUT, 10, 0), draw_rows(LAYOUT, 5, 1)])
+        left = torch.arange(15) if step == "appended" else torch.tensor([0, 1, *range(5, 10)])
+        assert store.ids(0).tolist() == left.tolist()
+        assert_same(store.gather(0, left), rows.select(left))
+        store.restore(snapshot)
+        assert store.ids(0).tolist() == list(range(10))
+        with pytest.raises(KeyError, match="12"):
+            store.gather(0, torch.tensor([12]))
+
+    def test_snapshots_are_read_while_rows_come_and_go(self):
+        store = tiered(device_bytes=2000, host_bytes=3000)
+        append(store, 60)
+        snapshot, expected = store.snapshot(), draw_rows(LAYOUT, 60, 0)
+
+        def read(seed: int) -> None:
+            generator = torch.Generator().manual_seed(seed)
+            for _ in range(150):
+                ids = torch.randint(60, (20,), generator=generator)
+                assert_same(snapshot.gather(0, ids), expected.select(ids))
+
+        with ThreadPoolExecutor(3) as threads:
+            readers = [threads.submit(read, seed) for seed in range(3)]
+            for seed in range(100):
+                append(store, 3, seed)
+                store.remove(0, store.ids(0)[:3])
+                store.gather(0, store.ids(0)[:40:7].contiguous())
+            for reader in readers:
+                reader.result()
+        rest = MemoryRows.cat([draw_rows(LAYOUT, 3, seed) for seed in range(80, 100)])
+        assert_same(store.gather(0, store.ids(0)), rest)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device_bytes": "much"}, "device_bytes must be a whole number of bytes"),
+        ({"host_bytes": -1}, "host_bytes must be a whole number of bytes"),
+        ({"host_bytes": False}, "host_bytes must be"),
+        ({"small_share": 1}, r"small_share must be .* below 1, got 1"),
+        ({"inner": 3}, "a name or a table"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ConfigError, match=message):
+        TieredStore.Options(**options)
+
+
+def test_budgets_can_be_written_with_units():
+    assert [report.budget for report in tiered(device_bytes="2KiB", host_bytes="1kB").tiers()] == [2048, 1000, None]
+
+
+def test_a_memory_reads_the_same_through_tiers():
+    model = tiny.variant("paper")
+    store = {"name": "tiered", "inner": "mmap", "device_bytes": "8KiB", "host_bytes": "16KiB"}
+    memories = [model.new_memory(store=store), model.new_memory()]
+    for number in range(12):
+        for memory in memories:
+            memory.write(tiny.ids(40, number), source=f"{number % 3}")
+    prompt = tiny.prompts(1)
+    with torch.no_grad():
+        for _ in range(2):
+            one, other = (model(prompt, memory=memory).logits for memory in memories)
+            assert torch.equal(one, other)
+    device, host, below = memories[0].stores[0].tiers()
+    assert device.hits > 0
+    assert device.hits + host.hits + below.hits > 0
+    assert attrs.evolve(below, name="ram").budget is None
+    for memory in memories:
+        memory.forget("1")
+    assert tiny.difference(tiny.content(memories[0]), tiny.content(memories[1])) == []
