@@ -186,3 +186,14 @@ class TestStore:
     def test_options_are_checked(self, options):
         with pytest.raises(ConfigError):
             QuantizedStore.Options(**options)
+
+
+def test_codes_and_exponents_go_to_files_and_come_back(tmp_path):
+    inner = {"name": "mmap", "directory": str(tmp_path), "bytes_in_memory": 1}
+    store = QuantizedStore(LAYOUT, QuantizedStore.Options(inner=inner))
+    rows, twin = draw_rows(LAYOUT, 9, 1), QuantizedStore(LAYOUT)
+    for one in (store, twin):
+        one.append(0, rows)
+    assert list(tmp_path.iterdir())
+    for name, column in store.gather(0, store.ids(0)).columns().items():
+        assert torch.equal(column, twin.gather(0, twin.ids(0)).columns()[name])

@@ -25,6 +25,7 @@ class Opens(Keeping):
         batch_size: int | None = None,
         tokenizer: Any = None,
         seed: int = 0,
+        store: Any = None,
         eviction: Any = None,
         bytes_budget: int | str | None = None,
         memory_rows: Literal["projected", "hidden", "both"] | None = None,
@@ -35,7 +36,7 @@ class Opens(Keeping):
     ) -> LiveMemory:
         """Open the memory that lives in the directory ``path``, or make a new one there.
 
-        Its rows are kept on the CPU, the long-term ones in mapped files (store ``mmap``, whatever the config says).
+        Its rows are kept on the CPU, the long-term ones in mapped files.
 
         Args:
             path: made with its parents where it does not exist.
@@ -43,6 +44,9 @@ class Opens(Keeping):
             batch_size: of a new memory (default 1); of one that exists it must be right, if given.
             tokenizer: lets ``write`` take text.
             seed, memory_rows, keep_text: of a new memory, as for ``new_memory``.
+            store: default: the config's. Its innermost one gives way to mapped files (``mmap``). What a store makes of
+                rows (``quantized``) stays as it was when the directory was made; what changes no row (``tiered``) is
+                as given at each opening.
             eviction, bytes_budget: of a new memory, or others than the memory had.
             read_only: read what is there, beside whoever writes; writing is refused. What is written meanwhile does
                 not show.
@@ -64,6 +68,7 @@ class Opens(Keeping):
             batch_size=batch_size,
             tokenizer=tokenizer,
             seed=seed,
+            store=store,
             eviction=eviction,
             bytes_budget=bytes_budget,
             memory_rows=memory_rows,

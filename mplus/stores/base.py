@@ -246,6 +246,8 @@ class MemoryStore(StoreView):
         """Options of the implementation (attrs class; the base class has none)."""
 
     name: ClassVar[str]
+    transparent: ClassVar[bool] = False
+    """Whether rows lie in another store, ``inner``, as they would without this one (a cache, say)."""
 
     def __init__(self, layout: StoreLayout, options: Any = None) -> None:
         self.layout = layout

@@ -176,6 +176,7 @@ class TieredStore(_Reading, MemoryStore):
     inner: MemoryStore
     small: list[Small]
     name: ClassVar[str] = "tiered"
+    transparent: ClassVar[bool] = True
 
     def __init__(self, layout: StoreLayout, options: Any = None) -> None:
         MemoryStore.__init__(self, layout, options)
@@ -183,7 +184,7 @@ class TieredStore(_Reading, MemoryStore):
         device, host = (byte_count(part) if part else 0 for part in (own.device_bytes, own.host_bytes))
         tiers = Tiers(layout, device, host, own.small_share)
         inner = build_store(own.inner, evolve(layout, device=torch.device("cpu")))
-        small = [Small.empty(tiers.rooms) for _ in range(layout.layers)]
+        small = [Small(tiers.rooms) for _ in range(layout.layers)]  # the rows below may yet be read from files
         self._hold(inner, tiers, Lineage.first(layout.layers, tiers.owner()), small)
 
     # ------------------------------------------------------------------ changing

@@ -28,6 +28,13 @@ SIZES: dict[str, Any] = {
     "retriever": {"name": "linear", "width": 2},
 }
 
+TIERS = {"name": "tiered", "device_bytes": 1500, "host_bytes": 4000}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "mmap": {},
+    "quantized-tiered": {"store": {"name": "quantized", "group": 2, "inner": TIERS}},
+}
+"""Of models, by the stores their directories have."""
+
 
 class PlainEngine(CountingEngine):
     """Writes the same rows for the same text at the same clock, whatever was written or failed elsewhere."""

@@ -15,7 +15,7 @@ import pytest
 
 from mplus.memory import Memory
 from tests.conftest import NIGHTLY
-from tests.durable.plain import PlainModel, chunk, reopened
+from tests.durable.plain import CONFIGS, PlainModel, chunk, reopened
 from tests.memory.tiny import content, difference
 
 if TYPE_CHECKING:
@@ -51,9 +51,9 @@ def writer() -> Iterator[subprocess.Popen[str]]:
         process.stdin.close()
 
 
-def killed(writer: subprocess.Popen[str], folder: Path, at: int, draw: random.Random) -> int:
+def killed(writer: subprocess.Popen[str], folder: Path, store: str, at: int, draw: random.Random) -> int:
     """Let a process write until it is killed; returns how many chunks were acknowledged."""
-    writer.stdin.write(f"{folder} {at}\n")
+    writer.stdin.write(f"{folder} {at} {store}\n")
     writer.stdin.flush()
     acknowledged, pid, left = 0, None, draw.randint(0, 5)
     while (line := writer.stdout.readline().split()) != ["dead"]:
@@ -70,12 +70,15 @@ def killed(writer: subprocess.Popen[str], folder: Path, at: int, draw: random.Ra
     return acknowledged
 
 
-def test_kill(writer, tmp_path, record_property):
-    model = PlainModel()
+@pytest.mark.parametrize("store", CONFIGS)
+def test_kill(writer, tmp_path, record_property, store):
+    model = PlainModel(**CONFIGS[store])
     expected, draw = Expected(model), random.Random(0)
     folder, kills, last = tmp_path / "memory", 0, 0
-    for at in [0] * AT_RANDOM + list(AT_CALLS):
-        acknowledged = max(last, killed(writer, folder, at, draw))
+    share = slice(None, None, 1 if NIGHTLY or store == "mmap" else 4)
+    ends = ([0] * AT_RANDOM + list(AT_CALLS))[share]
+    for at in ends:
+        acknowledged = max(last, killed(writer, folder, store, at, draw))
         kills += 1
         if not (folder / "manifest.json").exists():
             assert acknowledged == 0
@@ -85,7 +88,7 @@ def test_kill(writer, tmp_path, record_property):
         assert acknowledged <= last <= acknowledged + 1
         assert difference(found, expected.after(last)) == []
     record_property("kills", kills)
-    assert kills >= (200 if NIGHTLY else 20)
+    assert kills >= len(range(200 if NIGHTLY else 20)[share])
     assert last > kills / 2
     with Memory.open(folder, model) as memory:
         memory.write(chunk(last), source=f"{last % 3}")

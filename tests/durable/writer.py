@@ -1,4 +1,4 @@
-"""A process that forks a writer for every line it reads: ``folder seed op``; op 0: nobody kills it but its parent.
+"""A process that forks a writer for every line it reads: ``folder call store``, call 0: only its parent kills it.
 
 Torch is imported once; each fork opens the directory, says ``ready``, and writes one chunk after the other, saying how
 many of them were acknowledged, until it is killed. Its process id comes first.
@@ -15,7 +15,7 @@ import torch
 from mplus.memory import Memory
 from mplus.stores.disk.filesystem import FileSystem
 from tests.durable.disks import Deadly
-from tests.durable.plain import PlainModel, chunk
+from tests.durable.plain import CONFIGS, PlainModel, chunk
 
 
 def say(text: str) -> None:
@@ -35,13 +35,13 @@ def write(folder: Path, model: PlainModel, at: int) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    model = PlainModel()
+    models = {store: PlainModel(**config) for store, config in CONFIGS.items()}
     for line in sys.stdin:
-        folder, at = line.split()
+        folder, at, store = line.split()
         child = os.fork()
         if child == 0:
             try:
-                write(Path(folder), model, int(at))
+                write(Path(folder), models[store], int(at))
             finally:
                 os._exit(1)
         say(f"pid {child}")

@@ -5,23 +5,25 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import attrs
 import torch
 from attrs import define
 from torch import Tensor
 
 import mplus
+from mplus.config import Component
 from mplus.errors import MemoryFileError
 from mplus.memory.durable.delta import apply
 from mplus.memory.durable.journal import Journal, records
+from mplus.memory.durable.kinds import coding_of, innermost
 from mplus.memory.durable.manifest import JOURNAL, OWN, ROWS, STATE, LiveManifest, StoreEntry
 from mplus.memory.files import Facts, Index, index_parts, layout_entry, stream_entry, stream_parts
 from mplus.memory.folder import MANIFEST
 from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.unpacking import read_generator, read_index, read_state, read_usage
-from mplus.stores.base import StoreLayout
+from mplus.stores.base import MemoryStore, StoreLayout
+from mplus.stores.build import build_store
 from mplus.stores.disk.blocks import BlockFile, write_blocks
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.holders import LayerOfFile
@@ -39,10 +41,15 @@ class Content:
     """All a memory in a directory holds: one of each for every stream, or no ``indexes``."""
 
     states: list[StreamState]
-    stores: list[MmapStore]
+    stores: list[MemoryStore]
     draws: list[Tensor]
     usage: Sequence[Usage | None]
     indexes: Sequence[Index] = ()
+
+    @property
+    def mapped(self) -> list[MmapStore]:
+        """What is innermost in each of the stores."""
+        return [innermost(store) for store in self.stores]
 
     def views(self) -> list[StreamView]:
         """The streams."""
@@ -117,7 +124,7 @@ def write_checkpoint(
     journal = None
     try:
         layers, entries = [], []
-        for store in content.stores:
+        for store in content.mapped:
             own = store.layers
             for group in plan(own, clean=clean, home=folder):
                 path = folder / ROWS.format(secrets.token_hex(8))
@@ -144,8 +151,9 @@ def write_checkpoint(
             state=state,
             stores=tuple(entries),
             journal=path.name,
+            store=coding_of(content.stores[0]),
         )
-        return Written(manifest, content.stores, layers, journal, made)
+        return Written(manifest, content.mapped, layers, journal, made)
     except BaseException:
         if journal is not None:
             journal.close()
@@ -213,8 +221,14 @@ def remove_others(files: FileSystem, folder: Path, manifest: LiveManifest) -> No
 # ---------------------------------------------------------------------- reading
 
 
-def read_checkpoint(folder: Path, manifest: LiveManifest, layout: StoreLayout, options: Any) -> Content:
+def read_checkpoint(folder: Path, manifest: LiveManifest, layout: StoreLayout, kind: Component) -> Content:
     """What the manifest's checkpoint holds, without its journal; long-term rows are mapped, not read.
+
+    Args:
+        folder: the memory's.
+        manifest: in it.
+        layout: of the rows as they are read.
+        kind: of store; innermost in it are mapped files.
 
     Raises:
         MemoryFileError: a file is missing, truncated, altered or does not fit the manifest.
@@ -226,13 +240,14 @@ def read_checkpoint(folder: Path, manifest: LiveManifest, layout: StoreLayout, o
         for number, entry in enumerate(manifest.streams)
     ]
     draws = [read_generator(reader, number).get_state() for number in range(len(states))]
-    stores = []
-    rows_on_cpu = attrs.evolve(layout, device=torch.device("cpu"))
+    stores: list[MemoryStore] = []
     for number, entry in enumerate(manifest.stores):
-        store = MmapStore(rows_on_cpu, options)
+        whole = build_store(kind, layout)
+        store = innermost(whole)
+        kept = store.layout
         opened = [BlockFile(folder / part.file, part) for part in entry.files]
         store.layers = tuple(
-            Runs(rows_on_cpu, tuple(_runs(file, opened, number, layer, rows_on_cpu))) for layer in range(layout.layers)
+            Runs(kept, tuple(_runs(file, opened, number, layer, kept))) for layer in range(layout.layers)
         )
         store.next_ids = list(entry.next_ids)
         counts = tuple(map(len, store.layers))
@@ -241,8 +256,8 @@ def read_checkpoint(folder: Path, manifest: LiveManifest, layout: StoreLayout, o
                 f"{folder}: the long-term rows of stream {number} must be {list(manifest.streams[number].ltm)} per "
                 f"layer, got {list(counts)}"
             )
-        stores.append(store)
-    usage = [read_usage(reader, number, store) for number, store in enumerate(stores)]
+        stores.append(whole)
+    usage = [read_usage(reader, number, innermost(store)) for number, store in enumerate(stores)]
     indexes = [read_index(reader, number, layout.layers) for number in range(len(stores))]
     return Content(states, stores, draws, usage, indexes)
 
@@ -275,6 +290,6 @@ def replay(folder: Path, manifest: LiveManifest, content: Content, layout: Store
     """Make the changes in the journal; returns bytes and number of its finished records. Raises MemoryFileError."""
     path, size, count = folder / manifest.journal, 0, 0
     for payload, end in records(path):
-        apply(payload, content.states, content.stores, content.draws, layout, f"{path}: record {count}")
+        apply(payload, content.states, content.mapped, content.draws, layout, f"{path}: record {count}")
         size, count = end, count + 1
     return size, count

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from mplus.errors import MemoryFileError
+from mplus.errors import MemoryFileError, MPlusError
 from mplus.memory.durable.checkpoint import Content
 from mplus.memory.durable.journal import records
 from mplus.memory.durable.manifest import LiveManifest, read_live_manifest
@@ -40,7 +40,7 @@ def faults(folder: Path) -> Iterator[str]:
         return
     try:
         content, _ = read_directory(folder, manifest, layout_of(manifest, layout_from(manifest.layout)))
-    except MemoryFileError as error:  # all as it was written, and yet it does not fit together
+    except MPlusError as error:  # all as it was written, and yet it does not fit together, or its store is not known
         yield str(error)
         return
     yield from _values(folder, manifest, content)

@@ -16,6 +16,7 @@ from mplus.memory.budget import Budget
 from mplus.memory.durable.checkpoint import Content, write_checkpoint
 from mplus.memory.durable.delta import encode
 from mplus.memory.durable.directory import Directory
+from mplus.memory.durable.kinds import innermost
 from mplus.memory.engine import Engine
 from mplus.memory.files import Facts
 from mplus.memory.folder import writable
@@ -130,7 +131,7 @@ class LiveMemory(Memory):
 
     def _begin(self) -> None:
         self.check_writable()
-        for store in self._own_stores():
+        for store in self._mapped():
             store.notes = []
         self._draws = [generator.get_state() for generator in self.generators]
 
@@ -141,7 +142,7 @@ class LiveMemory(Memory):
             return
         draws = [generator.get_state() for generator in self.generators]
         moved = {row: draw for row, draw in enumerate(draws) if not torch.equal(draw, self._draws[row])}
-        notes = [store.notes or () for store in self._own_stores()]
+        notes = [store.notes or () for store in self._mapped()]
         with writable(directory.path):
             directory.append(after, encode(self._states, after, stayed, notes, moved))
 
@@ -152,8 +153,8 @@ class LiveMemory(Memory):
         """A checkpoint of ``states``, and of stores and generators as they are."""
         directory = self._own_directory()
         draws = [generator.get_state() for generator in self.generators]
-        indexes = [self.engine.mechanism.index_tensors(store) for store in self._own_stores()]
-        content = Content(list(states), self._own_stores(), draws, self._usage, indexes)
+        indexes = [self.engine.mechanism.index_tensors(store) for store in self._stores]
+        content = Content(list(states), list(self._stores), draws, self._usage, indexes)
         facts = Facts.of(self.engine, self.eviction, self.budget)
         with writable(directory.path):
             number = 0 if directory.manifest is None else directory.manifest.number + 1
@@ -161,8 +162,8 @@ class LiveMemory(Memory):
             directory.replace(token, written)
         self._next_checkpoint = self.journal_bytes
 
-    def _own_stores(self) -> list[MmapStore]:
-        return [store for store in self._stores if isinstance(store, MmapStore)]
+    def _mapped(self) -> list[MmapStore]:
+        return [innermost(store) for store in self._stores]
 
     def _own_directory(self) -> Directory:
         self.check_writable()

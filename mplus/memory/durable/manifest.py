@@ -14,8 +14,8 @@ from mplus.memory.manifest import LIVE_FORMAT, LayoutEntry, StreamEntry, from_fi
 from mplus.stores.disk.blocks import FileEntry
 
 VERSION = 2
-"""Format version that is written, and the newest that is read. 1: block files have a CRC-32 for every 8 KiB; those that
-are not rewritten stay as they are in a directory of version 2."""
+"""Format version that is written, and the newest that is read. 1: block files have a CRC-32 for every 8 KiB (those that
+are not rewritten stay as they are in a directory of version 2), and rows are never in another form than they are read."""
 STATE = "state-{}.safetensors"
 JOURNAL = "journal-{}.bin"
 ROWS = "rows-{}.safetensors"
@@ -52,6 +52,7 @@ class LiveManifest:
         state: the file with all but the long-term rows.
         stores: one per batch row.
         journal: file of what happened since.
+        store: what is around the mapped files and makes something else of rows; "mmap": nothing. (Version 1 has none.)
     """
 
     written_by: str
@@ -64,6 +65,7 @@ class LiveManifest:
     state: FileEntry
     stores: tuple[StoreEntry, ...]
     journal: str
+    store: Any = "mmap"
 
     def to_json(self) -> str:
         """The text of the file."""

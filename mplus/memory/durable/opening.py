@@ -14,6 +14,7 @@ from mplus.memory.budget import Budget
 from mplus.memory.durable.checkpoint import Content, read_checkpoint, remove_others, replay
 from mplus.memory.durable.directory import Directory
 from mplus.memory.durable.journal import Journal
+from mplus.memory.durable.kinds import kind_of
 from mplus.memory.durable.live import LiveMemory
 from mplus.memory.durable.lock import acquire
 from mplus.memory.durable.manifest import LOCK, OWN, LiveManifest, read_live_manifest
@@ -24,7 +25,6 @@ from mplus.memory.opened import JOURNAL_BYTES
 from mplus.stores.base import StoreLayout
 from mplus.stores.build import build_eviction
 from mplus.stores.disk.filesystem import FileSystem
-from mplus.stores.mmap import MmapStore
 
 TRIES = 20
 """How often a reader begins anew when the writer replaces the checkpoint under its eyes."""
@@ -37,6 +37,7 @@ def open_memory(
     batch_size: int | None = None,
     tokenizer: Any = None,
     seed: int = 0,
+    store: Any = None,
     eviction: Any = None,
     bytes_budget: int | str | None = None,
     memory_rows: Literal["projected", "hidden", "both"] | None = None,
@@ -49,10 +50,11 @@ def open_memory(
     if isinstance(journal_bytes, bool) or not isinstance(journal_bytes, int) or journal_bytes < 1:
         raise ConfigError(f"journal_bytes must be a whole number of at least 1, got {journal_bytes!r}")
     folder, engine, files = Path(path), engine_of(model), files or FileSystem()
+    wanted = engine.config.store if store is None else Component.of(store)
     policy = None if eviction is None else Component.of(eviction)
     shared: dict[str, Any] = {"where": str(folder), "journal_bytes": journal_bytes, "tokenizer": tokenizer}
     if read_only:
-        manifest, content, (_, count) = _read(folder, engine)
+        manifest, content, (_, count) = _read(folder, engine, wanted)
         _check_batch(batch_size, manifest, folder)
         return _existing(engine, manifest, content, None, policy, bytes_budget, folder, shared, changed=count > 0)
     _prepare(folder, files)
@@ -60,7 +62,7 @@ def open_memory(
         directory = Directory(folder, files, acquire(folder))
     try:
         if (folder / MANIFEST).exists():
-            manifest, content, (size, count) = _read(folder, engine)
+            manifest, content, (size, count) = _read(folder, engine, wanted)
             _check_batch(batch_size, manifest, folder)
             with writable(folder):
                 directory.manifest = manifest
@@ -73,7 +75,7 @@ def open_memory(
             1 if batch_size is None else batch_size,
             tokenizer=tokenizer,
             seed=seed,
-            store="mmap",
+            store=kind_of(wanted),
             eviction=policy,
             device="cpu",
             memory_rows=memory_rows,
@@ -137,23 +139,32 @@ def _prepare(folder: Path, files: FileSystem) -> None:
         )
 
 
-def _read(folder: Path, engine: Engine) -> tuple[LiveManifest, Content, tuple[int, int]]:
+def _read(folder: Path, engine: Engine, wanted: Component) -> tuple[LiveManifest, Content, tuple[int, int]]:
     """Manifest, content, and bytes and number of the journal's records."""
     for attempt in range(TRIES):
         manifest = read_live_manifest(folder)
         check_belongs(manifest, engine.fingerprint(), engine.layout.dtype, folder)
         try:
-            return manifest, *read_directory(folder, manifest, layout_of(manifest, engine.layout))
+            layout = layout_of(manifest, engine.layout)
+            return manifest, *read_directory(folder, manifest, layout, wanted)
         except MemoryFileError:
             if attempt + 1 == TRIES or read_live_manifest(folder).number == manifest.number:
                 raise
     raise AssertionError("unreachable")
 
 
-def read_directory(folder: Path, manifest: LiveManifest, layout: StoreLayout) -> tuple[Content, tuple[int, int]]:
-    """Content with what the journal adds, and bytes and number of its records. Raises MemoryFileError."""
-    content = read_checkpoint(folder, manifest, layout, MmapStore.Options())
-    for store in content.stores:
+def read_directory(
+    folder: Path, manifest: LiveManifest, layout: StoreLayout, wanted: Component | None = None
+) -> tuple[Content, tuple[int, int]]:
+    """Content with what the journal adds, and bytes and number of its records; ``wanted``: the store asked for.
+
+    Raises:
+        MemoryFileError: a file is not what was written.
+        UnknownNameError, PluginError, ConfigError: there is no such store as the manifest names.
+    """
+    kept = Component.of(manifest.store)
+    content = read_checkpoint(folder, manifest, layout, kind_of(wanted or kept, kept))
+    for store in content.mapped:
         store.notes = []  # a store that somebody keeps moves nothing to files by itself
     return content, replay(folder, manifest, content, layout)
 

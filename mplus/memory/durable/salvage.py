@@ -6,7 +6,7 @@ places. They are taken out at the end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,16 +15,19 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
+from mplus.config import Component
 from mplus.errors import MemoryFileError
 from mplus.memory.durable.checkpoint import live_name
 from mplus.memory.durable.delta import apply
 from mplus.memory.durable.journal import records
+from mplus.memory.durable.kinds import innermost, kind_of
 from mplus.memory.durable.manifest import LiveManifest
 from mplus.memory.files import layout_from
 from mplus.memory.stream import StreamState
 from mplus.memory.unpacking import COLUMNS, read_generator, read_state
 from mplus.rows import MemoryRows
-from mplus.stores.base import StoreLayout
+from mplus.stores.base import MemoryStore, StoreLayout
+from mplus.stores.build import build_store
 from mplus.stores.disk.blocks import BlockFile
 from mplus.stores.mmap import MmapStore
 
@@ -38,7 +41,7 @@ class Salvaged:
     """What is left, of each stream, and what was lost, in sentences."""
 
     states: list[StreamState] = field(factory=list)
-    stores: list[MmapStore] = field(factory=list)
+    stores: list[MemoryStore] = field(factory=list)
     draws: list[Tensor] = field(factory=list)
     lost: list[str] = field(factory=list)
 
@@ -88,30 +91,39 @@ class _Marking:
         return True
 
 
-def _sound(file: BlockFile, prefix: str, rows: int) -> Tensor:
+def _sound(file: BlockFile, prefix: str, rows: int, names: Iterable[str] = COLUMNS) -> Tensor:
     sound = torch.ones(rows, dtype=torch.bool)
-    for name in ("id", *COLUMNS):
+    for name in ("id", *names):
         if f"{prefix}.{name}" in file.stretches:
             sound &= file.sound_rows(f"{prefix}.{name}")
     return sound
 
 
 def salvage(folder: Path, manifest: LiveManifest) -> Salvaged:
-    """All that is sound. Raises MemoryFileError: the structure of the state file is damaged."""
+    """All that is sound.
+
+    Raises:
+        MemoryFileError: the structure of the state file is damaged.
+        UnknownNameError, PluginError, ConfigError: there is no such store as the manifest names.
+    """
     found, layout = Salvaged(), layout_from(manifest.layout)
+    mapped: list[MmapStore] = []
     file = BlockFile(folder / manifest.state.file, manifest.state)
     reader = _Marking(file, found.lost)
     for number, entry in enumerate(manifest.streams):
         found.states.append(read_state(reader, number, entry, layout, manifest.layout.required))
         found.draws.append(read_generator(reader, number).get_state())
-        found.stores.append(_store(folder, manifest, number, file, layout, found.lost))
+        found.stores.append(build_store(kind_of(Component.of(manifest.store)), layout))
+        mapped.append(_store(folder, manifest, number, file, innermost(found.stores[-1]).layout, found.lost))
     path, count = folder / manifest.journal, 0
     try:
         for payload, _ in records(path):
-            apply(payload, found.states, found.stores, found.draws, layout, f"{path}: record {count}")
+            apply(payload, found.states, mapped, found.draws, layout, f"{path}: record {count}")
             count += 1
     except MemoryFileError as error:
         found.lost.append(f"what was written after the first {count} chunks of the journal ({error})")
+    for store, rows in zip(found.stores, mapped, strict=True):
+        innermost(store).layers = rows.layers
     found.states[:] = [_cleaned(number, state, found.lost) for number, state in enumerate(found.states)]
     return found
 
@@ -127,7 +139,8 @@ def _store(
             lost.append(f"long-term rows of stream {stream}: all that were in one file ({error})")
             continue
         for layer in range(layout.layers):
-            sound, name = _sound(file, f"{layer}", file.rows(f"{layer}.id")), live_name(stream, place, layer)
+            sound = _sound(file, f"{layer}", file.rows(f"{layer}.id"), layout.columns())
+            name = live_name(stream, place, layer)
             live = torch.ones_like(sound)
             if name in state.stretches:
                 live = state.unchecked(name) & state.sound_rows(name)

@@ -71,7 +71,7 @@ class Room(Allocator):
 class Small:
     """The small columns of the rows that one layer has at one moment; shared by all who see these rows.
 
-    They are copied by the first read, or come with the rows as these are appended.
+    They are copied by the first read. From then on they follow every change, rows that are appended bring them.
     """
 
     def __init__(self, rooms: Sequence[Room], layer: SlabLayer | None = None, *, known: bool = False) -> None:
@@ -80,11 +80,6 @@ class Small:
         self._layer = layer
         self._known = known
         self._lock = Lock()
-
-    @staticmethod
-    def empty(rooms: Sequence[Room]) -> Small:
-        """Of no rows."""
-        return Small(rooms, SlabLayer(rooms[0].layout, SIZES, rooms[0]), known=True)
 
     @property
     def room(self) -> Room | None:

@@ -1,0 +1,91 @@
+"""Which store a directory has: mapped files innermost, and around them what is asked for.
+
+A store that **wraps** another has it as ``inner``, in its options and as an attribute. One that makes something else of
+the rows (``quantized``) belongs to the directory: the files hold what it made, and the manifest says so with all its
+options. One that is ``transparent`` (``tiered``) is as asked for at each opening.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+
+from mplus.config import Component, options_of
+from mplus.errors import MemoryMismatchError
+from mplus.stores import STORES
+from mplus.stores.base import MemoryStore
+from mplus.stores.mmap import MmapStore
+
+INNERMOST = MmapStore.name
+
+
+def kind_of(wanted: Component, kept: Component | None = None) -> Component:
+    """The store of a directory.
+
+    Args:
+        wanted: the store asked for. What is innermost there (``ram``, say) gives way to mapped files.
+        kept: what the manifest says; None: of a new directory. Where its files hold something else than ``wanted``
+            would write, they stay as they are, and transparent stores of ``wanted`` go around all of it.
+
+    Raises:
+        UnknownNameError, PluginError, ConfigError: there is no such store, or an option breaks its rule.
+    """
+    wrapping = _wrapping(wanted)
+    if kept is not None and _made(wrapping) != _made(_wrapping(kept)):
+        wrapping = [*(part for part in wrapping if STORES.get(part.name).transparent), *_wrapping(kept)]
+    return _around(wrapping)
+
+
+def coding_of(store: MemoryStore) -> str | dict[str, Any]:
+    """What a manifest says of a directory's store: all of it that makes something else of rows, and all options."""
+    found = [Component(part.name, _facts(part.options)) for part in _parts(store)[:-1] if not part.transparent]
+    return _around(found).plain()
+
+
+def innermost(store: MemoryStore) -> MmapStore:
+    """The store of mapped files in a directory's store. Raises MemoryMismatchError: there is none."""
+    found = _parts(store)[-1]
+    if not isinstance(found, MmapStore):
+        raise MemoryMismatchError(
+            f"a memory in a directory needs a store around {INNERMOST!r}, got {found.name!r}: stores that wrap another "
+            "have it as their attribute 'inner'"
+        )
+    return found
+
+
+def _parts(store: MemoryStore) -> list[MemoryStore]:
+    """A store, the one it wraps, the one that wraps, and so on."""
+    parts: list[Any] = [store]
+    while isinstance(inner := getattr(parts[-1], "inner", None), MemoryStore):
+        parts.append(inner)
+    return parts
+
+
+def _facts(options: Any) -> dict[str, Any]:
+    """All options of a store but ``inner``."""
+    return {name: value for name, value in attrs.asdict(options, recurse=False).items() if name != "inner"}
+
+
+def _wrapping(kind: Component) -> list[Component]:
+    """The stores around the innermost one, from outside in, all their options but ``inner`` written out."""
+    found = []
+    inner: Any = kind
+    while isinstance(inner, Component):
+        part, options = inner, options_of(STORES.get(inner.name), inner.options)
+        inner = getattr(options, "inner", None)
+        if isinstance(inner, Component):
+            found.append(Component(part.name, _facts(options)))
+    return found
+
+
+def _made(wrapping: Sequence[Component]) -> list[Component]:
+    return [part for part in wrapping if not STORES.get(part.name).transparent]
+
+
+def _around(wrapping: Sequence[Component]) -> Component:
+    kind = Component(INNERMOST)
+    for part in reversed(wrapping):
+        kind = Component(part.name, {**part.options, "inner": kind.plain()})
+    return kind
