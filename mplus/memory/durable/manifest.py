@@ -15,7 +15,7 @@ from mplus.stores.disk.blocks import FileEntry
 
 VERSION = 2
 """Format version that is written, and the newest that is read. 1: block files have a CRC-32 for every 8 KiB (those that
-are not rewritten stay as they are in a directory of version 2), and rows are never in another form than they are read."""
+are not rewritten stay as they are in a directory of version 2), and rows are in no other form than they are read."""
 STATE = "state-{}.safetensors"
 JOURNAL = "journal-{}.bin"
 ROWS = "rows-{}.safetensors"
