@@ -5,11 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
-__all__ = ["MPlusConfig", "Memory", "__version__", "from_pretrained", "unwrap", "wrap", "write_together"]
+__all__ = [
+    "MPlusConfig",
+    "Memory",
+    "StaticReader",
+    "__version__",
+    "from_pretrained",
+    "unwrap",
+    "wrap",
+    "write_together",
+]
 
 if TYPE_CHECKING:
     from mplus.config import MPlusConfig
     from mplus.hf.saving import from_pretrained
+    from mplus.hf.static_reader import StaticReader
     from mplus.hf.wrapping import unwrap, wrap
     from mplus.memory import Memory, write_together
 
@@ -20,6 +30,7 @@ _LAZY = {
     "wrap": "mplus.hf",
     "unwrap": "mplus.hf",
     "from_pretrained": "mplus.hf",
+    "StaticReader": "mplus.hf.static_reader",
 }
 
 
