@@ -88,12 +88,15 @@ class Piece:
         columns: name -> ``[m, ...]``, the columns that were asked for and that the layout has.
         known: what readers found out about these rows and keep with them, by names of their own; it is there again
             in the next ``pieces`` while the rows stay the same ones, if the store can.
+        inherited: what readers found out that stays true of any part of these rows, others behind them or not. It is
+            there again, a copy of its own, in pieces made of this one by removing and appending, if the store can.
     """
 
     ids: Tensor
     live: Tensor | None
     columns: Mapping[str, Tensor]
     known: dict[str, Any] = field(factory=dict)
+    inherited: dict[str, Any] = field(factory=dict)
 
 
 def smallest(piece: Piece, name: Literal["birth", "expiry"]) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from attrs import define, field
 from torch import Tensor
@@ -37,13 +35,97 @@ class ReservoirEviction(EvictionPolicy):
     name = "reservoir"
 
     def select(self, store: StoreView, layer: int, excess: int) -> Tensor:
-        start = scrambled(scrambled(self.options.seed) ^ layer)
+        """Looks at new rows, and at those that were next to leave when their slab was last looked through."""
+        pieces = [piece for piece in store.pieces(layer, "birth", "source") if len(piece.ids)]
+        draws, places = Draws(self.options.seed, layer), sum(len(piece.ids) for piece in pieces)
+        ahead = [max(LEAST, AHEAD * excess * len(piece.ids) // places) for piece in pieces]
+        found = [draws.first(*each) for each in zip(pieces, ahead, strict=True)]
+        while True:
+            pool = Piece(torch.cat([one.ids for one in found]), None, {"birth": torch.cat([one.keys for one in found])})
+            chosen = first_rows([pool], excess, lambda piece: [piece.columns["birth"]])
+            last = LARGEST
+            if len(chosen) == excess:
+                last = int(pool.columns["birth"][torch.searchsorted(pool.ids, chosen)].max())
+            short = [place for place, one in enumerate(found) if one.bound < last]
+            if not short:
+                return chosen
+            for place in short:
+                found[place] = draws.anew(pieces[place], max(excess, ahead[place]))
 
-        def order(piece: Piece) -> Sequence[Tensor]:
-            own = scramble(scramble(piece.columns["birth"] ^ start) ^ piece.columns["source"])
-            return [~own]  # the largest number leaves first
 
-        return first_rows(store.pieces(layer, "birth", "source"), excess, order)
+LEAST, AHEAD = 64, 16
+"""Rows of a piece that are kept as next to leave: some, and several times as many as leave now."""
+
+LARGEST = 2**63 - 1
+
+
+@define(frozen=True, eq=False)
+class Next:
+    """The rows of a piece that leave first.
+
+    Attributes:
+        ids: ``[n]`` int64, ascending; some may have left.
+        keys: ``[n]`` int64, the smallest leaves first.
+        bound: all other rows up to ``upto`` have larger keys than this.
+        upto: the largest id that was looked at.
+    """
+
+    ids: Tensor
+    keys: Tensor
+    bound: int
+    upto: int
+
+
+@define(frozen=True)
+class Draws:
+    """The random numbers of the rows of one layer."""
+
+    seed: int
+    layer: int
+
+    @property
+    def name(self) -> str:
+        """What pieces know ``Next`` by."""
+        return f"next to leave, seed {self.seed}, layer {self.layer}"
+
+    def keys(self, births: Tensor, sources: Tensor) -> Tensor:
+        """``[n]`` int64."""
+        start = scrambled(scrambled(self.seed) ^ self.layer)
+        return ~scramble(scramble(births ^ start) ^ sources)  # the largest number leaves first
+
+    def first(self, piece: Piece, count: int) -> Next:
+        """``anew``, but from what is known of the piece, as far as that goes: it may be fewer than ``count`` rows."""
+        known: Next | None = piece.inherited.get(self.name)
+        if known is None:
+            return self.anew(piece, count)
+        places = torch.searchsorted(piece.ids, known.ids).clamp(max=len(piece.ids) - 1)
+        there = piece.ids[places] == known.ids
+        if piece.live is not None:
+            there &= piece.live[places]
+        ids, keys = known.ids[there], known.keys[there]
+        last = int(piece.ids[-1])
+        if last > known.upto:
+            start = int(torch.searchsorted(piece.ids, known.upto, right=True))
+            new = self.keys(piece.columns["birth"][start:], piece.columns["source"][start:])
+            early = new <= known.bound
+            if piece.live is not None:
+                early &= piece.live[start:]
+            ids, keys = torch.cat([ids, piece.ids[start:][early]]), torch.cat([keys, new[early]])
+        piece.inherited[self.name] = found = Next(ids, keys, known.bound, max(last, known.upto))
+        return found
+
+    def anew(self, piece: Piece, count: int) -> Next:
+        """At least ``count`` rows, if there are so many; all are looked at."""
+        ids, keys = piece.ids, self.keys(piece.columns["birth"], piece.columns["source"])
+        if piece.live is not None:
+            ids, keys = ids[piece.live], keys[piece.live]
+        bound = LARGEST
+        if count < len(ids):
+            bound = int(keys.kthvalue(count).values)
+            early = keys <= bound
+            ids, keys = ids[early], keys[early]
+        piece.inherited[self.name] = found = Next(ids, keys, bound, int(piece.ids[-1]))
+        return found
 
 
 # Finaliser of splitmix64 (Steele, Lea and Flood, 2014): every bit of the input moves about half of those of the output.

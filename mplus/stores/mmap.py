@@ -55,7 +55,10 @@ class _Reading(StoreView):
     def pieces(self, layer: int, *names: Column | Content) -> Sequence[Piece]:
         """The runs of rows as they lie in files and in memory, without a copy."""
         present = [name for name in names if name in self.layout.columns()]
-        return [Piece(run.ids, run.live, {name: run.read(name) for name in present}) for run in self._layer(layer).runs]
+        return [
+            Piece(run.ids, run.live, {name: run.read(name) for name in present}, inherited=run.inherited)
+            for run in self._layer(layer).runs
+        ]
 
     def count(self, layer: int) -> int:
         """Number of rows."""

@@ -251,4 +251,5 @@ def _moved(slabs: Sequence[Slab], capacity: int, allocator: Allocator) -> Slab:
         block.write(start, {name: slab.column(name) for name in block.columns}, slab.live_places())
         start += slab.count
     ids = block.columns["id"]
-    return Slab(block, 0, count, count, None, count, int(ids[0]), int(ids[count - 1]))
+    moved = Slab(block, 0, count, count, None, count, int(ids[0]), int(ids[count - 1]))
+    return slabs[0].heir(moved) if len(slabs) == 1 else moved

@@ -29,6 +29,7 @@ class Slab:
         count: live rows, at least 1.
         first, last: ids at ``start`` and at ``end - 1``.
         known: what readers found out about these rows and keep with them.
+        inherited: as in ``Piece``.
     """
 
     block: Block
@@ -40,6 +41,7 @@ class Slab:
     first: int
     last: int
     known: dict[str, Any] = field(factory=dict, init=False, repr=False)
+    inherited: dict[str, Any] = field(factory=dict, init=False, repr=False)
     _pieces: dict[tuple[str, ...], Piece] = field(factory=dict, init=False, repr=False)
 
     @staticmethod
@@ -79,7 +81,7 @@ class Slab:
         found = self._pieces.get(names)
         if found is None:
             columns = {name: self.column(name) for name in names}
-            found = self._pieces[names] = Piece(self.column("id"), self.live, columns, self.known)
+            found = self._pieces[names] = Piece(self.column("id"), self.live, columns, self.known, self.inherited)
         return found
 
     def live_places(self) -> Tensor | None:
@@ -109,7 +111,7 @@ class Slab:
                 live = self._mask() if live is None else live
                 live = torch.cat([live, live.new_zeros(removed), live.new_ones(added)])
         end = self.tip + added
-        return evolve(self, end=end, tip=end, live=live, count=self.count + added, last=last)
+        return self.heir(evolve(self, end=end, tip=end, live=live, count=self.count + added, last=last))
 
     def without(self, places: Tensor) -> Slab | None:
         """This slab less the rows at ``places`` ``[n]`` of the block, live ones and none twice."""
@@ -118,7 +120,12 @@ class Slab:
             return None
         with ordinary_tensors():
             live = (self._mask() if self.live is None else self.live).index_fill(0, places - self.start, False)
-            return Slab._narrowed(self.block, self.start, self.end, self.tip, live, count)
+            return self.heir(Slab._narrowed(self.block, self.start, self.end, self.tip, live, count))
+
+    def heir(self, slab: Slab) -> Slab:
+        """``slab``, made of this one by removing and appending, with what is known of both."""
+        slab.inherited.update(self.inherited)
+        return slab
 
     def _mask(self) -> Tensor:
         return torch.ones(len(self), dtype=torch.bool, device=self.block.columns["id"].device)

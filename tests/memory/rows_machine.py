@@ -341,7 +341,7 @@ def follow(machine: type[Rows], kinds: Sequence[tuple[str, str]], *, nightly: in
 
     for kind in kinds:
         Counted.kinds = [kind]
-        run_state_machine_as_test(Counted, settings=settings(max_examples=2, stateful_step_count=18))
+        run_state_machine_as_test(Counted, settings=settings(max_examples=4, stateful_step_count=10))
     Counted.kinds = machine.kinds
     while Counted.steps[0] < on_every_change(0, nightly=nightly):
         run_state_machine_as_test(Counted, settings=settings(max_examples=50, stateful_step_count=50))

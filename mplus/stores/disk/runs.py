@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import define, evolve
+from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.rows import MemoryRows
@@ -33,6 +33,7 @@ class Run:
         start, stop: places in the holder; the first and the last row are never removed ones.
         live: ``[stop - start]`` bool; None: none was removed.
         count: rows that are left, at least one.
+        inherited: as in ``Piece``.
     """
 
     holder: Holder
@@ -40,6 +41,7 @@ class Run:
     stop: int
     live: Tensor | None
     count: int
+    inherited: dict[str, Any] = field(factory=dict, init=False, repr=False)
 
     @property
     def ids(self) -> Tensor:
@@ -182,6 +184,7 @@ class Runs:
             if live is not None:
                 live = torch.cat([live, torch.ones(count, dtype=torch.bool)])
             grown = evolve(last, stop=last.stop + count, count=last.count + count, live=live)
+            grown.inherited.update(last.inherited)
             return self._with((*self.runs[:-1], grown))
         in_memory = sum(run.count for run in self.runs if run.holder.in_memory)
         buffer = Buffer(self.layout, max(count, in_memory, SMALLEST_BUFFER))  # so that there are few, and little room
@@ -194,6 +197,8 @@ class Runs:
         changed: dict[int, Run | None] = {}
         for run, places in self._found(ids.unique())[0]:
             left = run.without(places)
+            if left is not None:
+                left.inherited.update(run.inherited)
             changed[id(run)] = left if left is None else self._shrunk(left)
         if not changed:
             return self
