@@ -13,29 +13,40 @@ from mplus.cli.output import counts, print_json, size
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from mplus.memory.durable.apart import Present
+    from mplus.memory.durable.manifest import LiveManifest
     from mplus.memory.manifest import Manifest, StreamEntry
 
-Saved = Annotated[Path, typer.Argument(help="Folder written by Memory.save.", show_default=False)]
 Kept = Annotated[Path, typer.Argument(help="Folder written by Memory.save or Memory.open.", show_default=False)]
 Out = Annotated[Path, typer.Argument(help="Folder for what is sound; empty or new.", show_default=False)]
 
 
 def show(
-    path: Saved,
+    path: Kept,
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON instead.")] = False,
 ) -> None:
-    """Show what a saved memory holds and which decoder it belongs to, without loading its rows."""
+    """Show what a memory on disk holds and which decoder it belongs to.
+
+    Of a saved memory only the manifest is read. Of one that lives in a directory, short-term rows and the journal are
+    read too, beside whoever writes there.
+    """
     from rich.console import Console
 
-    from mplus.memory.manifest import read_manifest
+    from mplus.memory.durable.apart import present
+    from mplus.memory.manifest import LIVE_FORMAT, is_memory, read_manifest
 
-    manifest = read_manifest(path)
+    if is_memory(path, LIVE_FORMAT):
+        held = present(path)
+        facts, table, streams = _live_facts(held), _live_decoder(held), held.manifest.streams
+    else:
+        manifest = read_manifest(path)
+        facts, table, streams = _facts(manifest), _decoder(manifest), manifest.streams
     if as_json:
-        print_json(_facts(manifest))
+        print_json(facts)
         return
     console = Console(highlight=False)
-    console.print(_decoder(manifest))
-    for number, stream in enumerate(manifest.streams):
+    console.print(table)
+    for number, stream in enumerate(streams):
         rows = f"{counts(stream.stm)} short-term, {counts(stream.pending)} pending, {counts(stream.ltm)} long-term"
         console.print(f"\nstream {number}: {rows} rows per layer, {stream.clock:,} written", soft_wrap=True)
         console.print(_sources(stream))
@@ -80,8 +91,39 @@ def _facts(manifest: Manifest) -> dict[str, object]:
     return plain
 
 
+def _live_facts(held: Present) -> dict[str, object]:
+    """The manifest, with the streams as they are now, and what it does not say."""
+    import attrs
+
+    plain = attrs.asdict(held.manifest)
+    plain["journal"] = {"file": held.manifest.journal, "bytes": held.journal_bytes, "records": held.records}
+    return {**plain, "bytes": held.disk_bytes, "texts_kept": held.texts_kept}
+
+
+def _live_decoder(held: Present) -> Table:
+    """As ``_decoder``, of a memory in a directory."""
+    manifest = held.manifest
+    table = _heading(manifest, f"{size(held.disk_bytes)} in {len(manifest.files)} files")
+    table.add_row("journal", f"{held.records:,} records since the last checkpoint, {size(held.journal_bytes)}")
+    if manifest.bytes_budget is not None:
+        table.add_row("budget", size(manifest.bytes_budget))
+    table.add_row("texts", "kept" if held.texts_kept else "not kept")
+    return _with_fingerprint(table, manifest)
+
+
 def _decoder(manifest: Manifest) -> Table:
     """What the memory is made of, and what its decoder must be."""
+    table = _heading(manifest, f"{size(manifest.data.bytes)} in {manifest.data.file}")
+    if manifest.capacity is not None:
+        budget = "" if manifest.bytes_budget is None else f" (budget {size(manifest.bytes_budget)})"
+        texts = f", the rows of {manifest.text_capacity:,} text tokens" if manifest.text_capacity is not None else ""
+        table.add_row("capacity", f"{manifest.capacity:,} long-term rows per layer{texts}{budget}")
+    kept = any(name.startswith("stream.") and ".text." in name for name in manifest.data.tensors)
+    table.add_row("texts", "kept" if kept else "not kept")
+    return _with_fingerprint(table, manifest)
+
+
+def _heading(manifest: Manifest | LiveManifest, extent: str) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
@@ -91,15 +133,15 @@ def _decoder(manifest: Manifest) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("written by", f"mplus {manifest.written_by}")
-    table.add_row("size", f"{size(manifest.data.bytes)} in {manifest.data.file}")
+    table.add_row("size", extent)
     table.add_row("rows", f"{layout.layers} layers of width {layout.hidden_size}{keys}, {layout.dtype}")
     table.add_row("eviction", escape(str(manifest.eviction)))
-    if manifest.capacity is not None:
-        budget = "" if manifest.bytes_budget is None else f" (budget {size(manifest.bytes_budget)})"
-        texts = f", the rows of {manifest.text_capacity:,} text tokens" if manifest.text_capacity is not None else ""
-        table.add_row("capacity", f"{manifest.capacity:,} long-term rows per layer{texts}{budget}")
-    kept = any(name.startswith("stream.") and ".text." in name for name in manifest.data.tensors)
-    table.add_row("texts", "kept" if kept else "not kept")
+    return table
+
+
+def _with_fingerprint(table: Table, manifest: Manifest | LiveManifest) -> Table:
+    from rich.markup import escape
+
     for name, value in manifest.fingerprint.items():
         if name not in {"layers", "hidden_size", "key_size"}:  # said already
             table.add_row(f"decoder: {name}", escape(str(value)))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mplus.cli.memory import Saved
+from mplus.cli.memory import Kept
 from mplus.cli.output import counts, print_json
 
 if TYPE_CHECKING:
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def sources(
-    path: Saved,
+    path: Kept,
     as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON instead.")] = False,
 ) -> None:
-    """List what a saved memory was written from: text tokens, rows still held, and how old these are."""
+    """List what a memory on disk was written from: text tokens, rows still held, and how old these are."""
     import attrs
     from rich.console import Console
 
@@ -36,14 +36,15 @@ def sources(
 
 
 def forget(
-    path: Saved,
+    path: Kept,
     source: Annotated[str | None, typer.Argument(help="Name that was given to write.", show_default=False)] = None,
     unnamed: Annotated[bool, typer.Option("--unnamed", help="Forget what was written without a name.")] = False,
     stream: Annotated[int | None, typer.Option(help="Forget it in this stream only.", show_default="all")] = None,
 ) -> None:
-    """Rewrite a saved memory without the rows, and kept texts, of one source.
+    """Rewrite a memory on disk without the rows, and kept texts, of one source.
 
-    Rows written later may still carry traces of it. Other copies of the memory stay as they are.
+    Rows written later may still carry traces of it. Other copies of the memory stay as they are. A directory that is
+    open for writing is refused.
     """
     from mplus.errors import InputError
     from mplus.memory.saved import forget_saved

@@ -27,7 +27,7 @@ def sources_of(view: StreamView, mechanism: Any) -> list[SourceInfo]:
     tiers = (
         [Held(state.stm[layer].source, mechanism.short_term_births(state, layer)) for layer in layers],
         [Held(rows.source, rows.birth) for rows in state.pending],
-        [held for layer in layers for held in _stored(view, layer)],
+        [held for layer in layers for held in stored(view, layer)],
     )
     return listed(state.sources, tiers, len(layers), state.clock, mechanism.config.memory_tokens_per_chunk)
 
@@ -63,10 +63,19 @@ def listed(
     ]
 
 
-def _stored(view: StreamView, layer: int) -> Iterator[Held]:
+def stored(view: StreamView, layer: int) -> Iterator[Held]:
+    """The long-term rows of a layer, in as many parts as they lie in."""
     for piece in view.store.pieces(layer, "source", "birth"):
         places = slice(None) if piece.live is None else piece.live
         yield Held(piece.columns["source"][places], piece.columns["birth"][places])
+
+
+def short_term(rows: Held, clock: int) -> Held:
+    """Short-term rows with births as others have them: below 0 they count back from the present clock.
+
+    ("release" ages of the mechanism "mplus".)
+    """
+    return Held(rows.sources, torch.where(rows.births < 0, rows.births + clock, rows.births))
 
 
 def _counted(part: Held, newest: list[int], oldest: list[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What can be asked of a saved memory, and taken out of it, without the decoder it belongs to."""
+"""What can be asked of a memory on disk, and taken out of it, without the decoder it belongs to."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from mplus.config import Component
-from mplus.errors import InputError
+from mplus.memory.durable.apart import chosen, forget_live, live_sources
 from mplus.memory.files import Facts, layout_from, replace, store_numbers
 from mplus.memory.folder import lock
 from mplus.memory.forgetting import forget
-from mplus.memory.listing import Held, listed
-from mplus.memory.manifest import Manifest, read_manifest
+from mplus.memory.listing import Held, listed, short_term
+from mplus.memory.manifest import LIVE_FORMAT, Manifest, is_memory, read_manifest
 from mplus.memory.report import ForgetReport, SourceInfo
 from mplus.memory.stream import StreamView
 from mplus.memory.tensors import TensorReader
@@ -23,12 +21,17 @@ from mplus.stores.base import MemoryStore
 
 
 def saved_sources(path: str | Path) -> list[list[SourceInfo]]:
-    """Of every stream saved in the folder ``path`` what ``Memory.sources`` says; only births and sources are read.
+    """Of every stream of the memory in the folder ``path`` what ``Memory.sources`` says.
+
+    Of a saved memory only births and sources are read; of one that lives there, beside whoever writes, what an opening
+    reads.
 
     Raises:
         MemoryFileError: missing, truncated, altered, foreign, or newer file.
     """
     folder = Path(path)
+    if is_memory(folder, LIVE_FORMAT):
+        return live_sources(folder)
     handle = lock(folder, shared=True)
     try:
         manifest = read_manifest(folder)
@@ -39,31 +42,32 @@ def saved_sources(path: str | Path) -> list[list[SourceInfo]]:
 
 
 def forget_saved(path: str | Path, source: str | None, row: int | None = None) -> ForgetReport:
-    """Write the memory saved in the folder ``path`` anew without the rows and texts of ``source``.
+    """Write the memory in the folder ``path`` anew without the rows and texts of ``source``.
 
-    The old save stays whole until the new one is on disk, and then is removed. All long-term rows pass through memory.
+    What is there stays whole until the new files are on disk, and then is removed. All long-term rows of a saved memory
+    pass through memory; of one that lives there, only files that hold such rows are written anew.
 
     Args:
-        path: as given to ``Memory.save``.
+        path: as given to ``Memory.save`` or ``Memory.open``.
         source: a name that was given to ``write``.
         row: stream to take it out of; None: all.
 
     Raises:
         MemoryFileError: as ``saved_sources``, or the folder cannot be written.
         InputError: no stream has this source, or there is no such stream; nothing was changed.
+        LiveMemoryError: somebody has the directory open for writing; says who.
     """
     folder = Path(path)
+    if is_memory(folder, LIVE_FORMAT):
+        return forget_live(folder, source, row)
     handle = lock(folder)
     try:
         manifest = read_manifest(folder)
-        streams = range(len(manifest.streams))
-        if row is not None and row not in streams:
-            raise InputError(f"the stream must be one of 0 to {streams[-1]}, got {row}")
+        rows = chosen(row, len(manifest.streams))
         with TensorReader(folder, manifest.data) as file:
             states, stores, generators = read_streams(file, manifest, layout_from(manifest.layout), Component("ram"))
             noted = any(name.startswith("stream.") and ".usage." in name for name in manifest.data.tensors)
             usage = [read_usage(file, n, store) if noted else None for n, store in enumerate(stores)]
-        rows = streams if row is None else [row]
         report = forget(states, _own(stores, rows), rows, source)
         views = [StreamView(*parts) for parts in zip(states, stores, usage, strict=True)]
         draws = [generator.get_state() for generator in generators]
@@ -98,7 +102,6 @@ def _sources(file: TensorReader, manifest: Manifest, number: int) -> list[Source
         layers = range(manifest.layout.layers)
         columns = [[file.get(f"{prefix}.{layer}.{name}") for name in ("source", "birth")] for layer in layers]
         tiers.append([Held(*column) for column in columns])
-    # Births of short-term rows below 0 count back from the present clock ("release" ages of the mechanism "mplus").
-    tiers[0] = [Held(h.sources, torch.where(h.births < 0, h.births + stream.clock, h.births)) for h in tiers[0]]
+    tiers[0] = [short_term(rows, stream.clock) for rows in tiers[0]]
     rows = int(manifest.fingerprint.get("memory_tokens_per_chunk", 1))
     return listed(stream.sources, tiers, manifest.layout.layers, stream.clock, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,13 +141,34 @@ def _prepare(folder: Path, files: FileSystem) -> None:
 
 
 def _read(folder: Path, engine: Engine, wanted: Component) -> tuple[LiveManifest, Content, tuple[int, int]]:
-    """Manifest, content, and bytes and number of the journal's records."""
+    """As ``read_present``; refuses a memory of another decoder."""
+
+    def layout(manifest: LiveManifest) -> StoreLayout:
+        check_belongs(manifest, engine.fingerprint(), engine.layout.dtype, folder)
+        return layout_of(manifest, engine.layout)
+
+    return read_present(folder, layout, wanted)
+
+
+def read_present(
+    folder: Path, layout: Callable[[LiveManifest], StoreLayout], wanted: Component | None = None
+) -> tuple[LiveManifest, Content, tuple[int, int]]:
+    """Manifest, content, and bytes and number of the journal's records, though a writer may be at work.
+
+    Args:
+        folder: of the memory.
+        layout: of its rows.
+        wanted: the store asked for.
+
+    Raises:
+        MemoryFileError: it is damaged, or not a memory in a directory.
+        UnknownNameError, PluginError, ConfigError: as ``read_directory``.
+    """
     for attempt in range(TRIES):
         manifest = read_live_manifest(folder)
-        check_belongs(manifest, engine.fingerprint(), engine.layout.dtype, folder)
+        rows = layout(manifest)
         try:
-            layout = layout_of(manifest, engine.layout)
-            return manifest, *read_directory(folder, manifest, layout, wanted)
+            return manifest, *read_directory(folder, manifest, rows, wanted)
         except MemoryFileError:
             if attempt + 1 == TRIES or read_live_manifest(folder).number == manifest.number:
                 raise

@@ -1,0 +1,136 @@
+"""What can be asked of a memory in a directory, and taken out of it, without the decoder it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import attrs
+from attrs import define
+
+from mplus.errors import InputError
+from mplus.memory.durable.checkpoint import Content, remove_others, write_checkpoint
+from mplus.memory.durable.directory import Directory
+from mplus.memory.durable.journal import Journal
+from mplus.memory.durable.lock import acquire
+from mplus.memory.durable.manifest import LiveManifest, read_live_manifest
+from mplus.memory.durable.opening import layout_of, read_present
+from mplus.memory.files import Facts, layout_from, stream_entry
+from mplus.memory.folder import writable
+from mplus.memory.forgetting import forget
+from mplus.memory.listing import Held, listed, short_term, stored
+from mplus.memory.report import ForgetReport, SourceInfo
+from mplus.memory.stream import StreamView
+from mplus.stores.base import StoreLayout
+from mplus.stores.disk.filesystem import FileSystem
+
+
+@define(frozen=True, kw_only=True)
+class Present:
+    """What is in a directory, journal and all.
+
+    Attributes:
+        manifest: of its checkpoint, but with the streams as they are now.
+        records, journal_bytes: of the journal.
+        disk_bytes: of all files.
+        texts_kept: whether texts are.
+    """
+
+    manifest: LiveManifest
+    records: int
+    journal_bytes: int
+    disk_bytes: int
+    texts_kept: bool
+
+
+def present(folder: Path) -> Present:
+    """What a memory in a directory holds, beside whoever writes. Raises MemoryFileError: it is damaged, or none."""
+    manifest, content, (size, records) = read_present(folder, _layout)
+    views = content.views()
+    rows = sum(entry.bytes for store in manifest.stores for entry in store.files)
+    return Present(
+        manifest=attrs.evolve(manifest, streams=tuple(stream_entry(view, n) for n, view in enumerate(views))),
+        records=records,
+        journal_bytes=size,
+        disk_bytes=rows + manifest.state.bytes + size,
+        texts_kept=any(state.texts is not None for state in content.states),
+    )
+
+
+def live_sources(folder: Path) -> list[list[SourceInfo]]:
+    """Of every stream what ``Memory.sources`` says. Raises MemoryFileError as ``present``."""
+    manifest, content, _ = read_present(folder, _layout)
+    chunk = int(manifest.fingerprint.get("memory_tokens_per_chunk", 1))
+    return [_sources(view, chunk) for view in content.views()]
+
+
+def forget_live(folder: Path, source: str | None, row: int | None, files: FileSystem | None = None) -> ForgetReport:
+    """Take a source out of a memory in a directory, as ``LiveMemory.forget`` does.
+
+    After an error or a crash the directory is as before, or wholly without the source.
+
+    The retriever's indexes, which only the decoder's mechanism can change, are left out: the next read makes them anew.
+
+    Args:
+        folder: of the memory.
+        source: a name that was given to ``write``.
+        row: stream to take it out of; None: all.
+        files: what is done to files (for tests).
+
+    Raises:
+        MemoryFileError: as ``present``, or the folder cannot be written.
+        LiveMemoryError: somebody has it open for writing; says who.
+        InputError: no stream has this source, or there is no such stream.
+    """
+    read_live_manifest(folder)  # before a lock is left in a folder of another kind
+    files = files or FileSystem()
+    with writable(folder):
+        directory = Directory(folder, files, acquire(folder))
+    try:
+        manifest, content, (size, count) = read_present(folder, _layout)
+        rows = chosen(row, len(content.states))
+        report = forget(content.states, content.stores, rows, source)
+        with writable(folder):
+            directory.manifest = manifest
+            directory.journal = Journal.resume(files, folder / manifest.journal, size, count)
+            remove_others(files, folder, manifest)
+            _replace(directory, manifest, content)
+        return report
+    finally:
+        directory.close()
+
+
+def chosen(row: int | None, streams: int) -> Sequence[int]:
+    """Numbers of the streams that are meant. Raises InputError: there is no such stream."""
+    if row is not None and row not in range(streams):
+        raise InputError(f"the stream must be one of 0 to {streams - 1}, got {row}")
+    return range(streams) if row is None else [row]
+
+
+def _replace(directory: Directory, manifest: LiveManifest, content: Content) -> None:
+    """A checkpoint of ``content``, without what was removed."""
+    facts = Facts(fingerprint=manifest.fingerprint, eviction=manifest.eviction, bytes_budget=manifest.bytes_budget)
+    layers = range(manifest.layout.layers)
+    noted = [notes if any(len(notes.at(n).ids) for n in layers) else None for notes in content.usage if notes]
+    kept = Content(content.states, content.stores, content.draws, noted)
+    written = write_checkpoint(directory.files, directory.path, kept, facts, manifest.number + 1, clean=True)
+    token = object()
+    try:
+        directory.replace(token, written)
+    except BaseException:
+        directory.settle(token)
+        raise
+
+
+def _sources(view: StreamView, chunk: int) -> list[SourceInfo]:
+    state, layers = view.state, range(view.store.layout.layers)
+    tiers = (
+        [short_term(Held(rows.source, rows.birth), state.clock) for rows in state.stm],
+        [Held(rows.source, rows.birth) for rows in state.pending],
+        [held for layer in layers for held in stored(view, layer)],
+    )
+    return listed(state.sources, tiers, len(layers), state.clock, chunk)
+
+
+def _layout(manifest: LiveManifest) -> StoreLayout:
+    return layout_of(manifest, layout_from(manifest.layout))
