@@ -185,16 +185,19 @@ class BlockFile:
                 f"{path}: header and checksums must have the SHA-256 {entry.sha256}, got {digest.hexdigest()}: "
                 "it was altered"
             )
-        self.scheme, self._firsts, first = scheme, {}, 0
+        self.scheme, self._sums_of, first, blocks = scheme, {}, 0, 0
         for name, stretch in sorted(self.stretches.items(), key=lambda item: item[1].begin):
-            self._firsts[name] = first
-            first += _length(stretch.end - stretch.begin, scheme.of(stretch.row_bytes))
+            kind = scheme.of(stretch.row_bytes)
+            length = _length(stretch.end - stretch.begin, kind)
+            self._sums_of[name] = kind, slice(first, first + length), slice(blocks, blocks + length // kind.size)
+            first, blocks = first + length, blocks + length // kind.size
             if (self._begin + stretch.begin) % stretch.dtype.itemsize:
                 raise MemoryFileError(f"{path}: tensor {name!r} must begin at a multiple of its item size")
         if first != len(sums):
             raise MemoryFileError(f"{path} must have {first} bytes of checksums, got {len(sums)}")
         with torch.inference_mode(False):
             self._sums = torch.frombuffer(sums, dtype=torch.uint8) if sums else torch.empty(0, dtype=torch.uint8)
+            self._good = torch.zeros(blocks, dtype=torch.bool)
             self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,))  # type: ignore[call-overload]
         self._tensors: dict[str, CheckedTensor] = {}
 
@@ -213,14 +216,11 @@ class BlockFile:
         found = self._tensors.get(name)
         if found is None:
             stretch = self.stretch(name)
-            kind, first = self.scheme.of(stretch.row_bytes), self._firsts[name]
+            kind, places, blocks = self._sums_of[name]
             data = self._bytes[self._begin + stretch.begin : self._begin + stretch.end]
-            sums = self._sums[first : first + _length(data.shape[0], kind)]
+            sums = self._sums[places]
             if sums.storage_offset() % kind.dtype.itemsize:
                 sums = sums.clone()
-            sums = sums.view(kind.dtype).view(-1, kind.size // kind.dtype.itemsize)
-            with torch.inference_mode(False):
-                good = torch.zeros(len(sums), dtype=torch.bool)
             found = CheckedTensor(
                 path=self.path,
                 name=name,
@@ -228,8 +228,8 @@ class BlockFile:
                 rows=data.view(stretch.dtype).view(stretch.shape),
                 data=data,
                 checksums=kind,
-                sums=sums,
-                good=good,
+                sums=sums.view(kind.dtype).view(-1, kind.size // kind.dtype.itemsize),
+                good=self._good[blocks],
             )
             found = self._tensors.setdefault(name, found)  # the one that whoever was faster has made
         return found

@@ -15,7 +15,7 @@ from mplus.stores.disk.sums import Checksums, WeightedSums
 
 AT_A_TIME = 2**20
 """Bytes checked at a time: so many stay in a processor's cache between one sum and the next. A tensor that has no more
-is checked whole."""
+is checked whole where as many rows are read as it has blocks."""
 
 
 @define(eq=False)
@@ -82,7 +82,7 @@ class CheckedTensor:
         width, size = self.row_bytes, self.block_bytes
         if self.whole or not places.shape[0]:
             return
-        if self.data.shape[0] <= AT_A_TIME:
+        if self.data.shape[0] <= AT_A_TIME and places.shape[0] >= self.sums.shape[0]:
             self._check_range(0, len(self.sums))
             return
         first = last = places

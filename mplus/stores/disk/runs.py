@@ -66,8 +66,8 @@ class Run:
     @cached_property
     def bounds(self) -> tuple[int, int]:
         """The first and the last id."""
-        first, last = self.holder.take("id", torch.tensor([self.start, self.stop - 1])).tolist()
-        return first, last
+        first, last = (self.holder.read("id", place, place + 1) for place in (self.start, self.stop - 1))
+        return int(first), int(last)
 
     def find(self, ids: Tensor) -> Tensor:
         """Places in the holder of the rows with these ids (``[n]`` int64, ascending, n of at least 1, none above all).
