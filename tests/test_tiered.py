@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SMALL_SLABS = {"name": "ram", "slab_rows": 4}
 TIGHT = {"inner": SMALL_SLABS, "device_bytes": 400, "host_bytes": 1000}
 LAYOUT = StoreLayout(layers=2, hidden_size=3, key_size=2)
-CONTENT_BYTES = 3 * 4 + 16
+CONTENT_BYTES = 3 * 4 + 24
 """hidden, and the labels of a place."""
 SMALL_BYTES = 2 * 4 + 3 * 8
 """key, birth, source and id."""
@@ -166,29 +166,36 @@ class TestBudgets:
 
         run_state_machine_as_test(Machine, settings=settings(CONFORMANCE, max_examples=20, stateful_step_count=30))
 
-    def test_a_cache_moves_to_more_room_or_lets_go_first(self):
-        """With 32 places of 64 there is room for both, with 64 of 64 there is not."""
-        cache = RowCache({"hidden": ((1,), torch.float32)}, 96 * 20, torch.device("cpu"))
-        keys = torch.arange(200)
-        column = {"hidden": keys[:, None].float()}
-        most = 0
-        for start in range(0, 200, 8):
-            cache.put(keys[start : start + 8], {"hidden": column["hidden"][start : start + 8]})
-            assert cache.nbytes <= cache.budget
+    def test_a_cache_keeps_its_rows_while_it_grows(self, monkeypatch):
+        monkeypatch.setattr(caches, "FIRST_SETS", 2)
+        monkeypatch.setattr(caches, "PIECE_BYTES", 100)
+        cache = RowCache({"hidden": ((1,), torch.float32)}, 900 * 28, torch.device("cpu"))
+        keys = torch.randperm(600, generator=torch.Generator().manual_seed(0)) + (torch.arange(600) % 3 << 40)
+        column = {"hidden": torch.arange(600)[:, None].float()}
+        sizes = set()
+        for count in range(0, 600, 5):
+            cache.put(keys[count : count + 5], {"hidden": column["hidden"][count : count + 5]})
+            assert cache.nbytes <= 900 * 28
+            sizes.add(cache.nbytes)
             places = cache.find(keys)
             here = places >= 0
             assert int(here.sum()) == cache.rows
-            assert torch.equal(cache.take("hidden", places[here]), column["hidden"][here])
-            most = max(most, cache.rows)
-        assert cache.nbytes == cache.budget
-        assert most > 80
+            assert not here[count + 5 :].any()
+            for columns, which, at in cache.parts(places[here]):
+                assert torch.equal(columns["hidden"][at], column["hidden"][here][which])
+        assert sizes == {28 * 16 * (3 << doubled) for doubled in range(5)}
+        assert cache.rows > 570, "few of a set were in each other's way"
+        cache.drop(keys[::2])
+        places = cache.find(keys)
+        assert (places[::2] < 0).all()
+        assert cache.rows == int((places >= 0).sum())
 
 
 @CONFORMANCE
 @given(st.integers(1, 16), st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 25), unique=True, max_size=4))))
 def test_the_least_recently_used_row_makes_room(places, steps):
     """Up to 16 places a cache has one set, and is what an ordered dictionary is."""
-    cache = RowCache({"hidden": ((1,), torch.float32)}, places * 20, torch.device("cpu"))
+    cache = RowCache({"hidden": ((1,), torch.float32)}, places * 28, torch.device("cpu"))
     model: OrderedDict[int, float] = OrderedDict()
     for reads, asked in steps:
         for key in asked:  # one by one: of those in one call none is older than another

@@ -83,8 +83,10 @@ class _Reading(StoreView):
         """Copies of the rows with these ids, which come up. Raises KeyError naming a missing one."""
         wanted = [name for name in content_of(self.layout) if name not in leave_out]
         small = self._found(layer, ids, leave_out)
-        columns, arrival = self._content(layer, ids, wanted)
+        columns, places, arrival = self._content(layer, ids, wanted)
         arrival.await_(columns.values())
+        if places is not None:
+            columns = {name: column.index_select(0, places) for name, column in columns.items()}
         return MemoryRows.of({**small.columns(), **columns})
 
     def locate(self, layer: int, name: Content, ids: Tensor) -> Located | None:
@@ -92,8 +94,10 @@ class _Reading(StoreView):
         if name not in content_of(self.layout):
             return None
         self._found(layer, ids, ("key", "expiry"))
-        columns, arrival = self._content(layer, ids, [name])
-        return Arriving([(columns[name], torch.arange(len(ids), device=self.layout.device))], arrival=arrival)
+        columns, places, arrival = self._content(layer, ids, [name])
+        if places is None:
+            places = torch.arange(len(ids), device=self.layout.device)
+        return Arriving([(columns[name], places)], arrival=arrival)
 
     def _found(self, layer: int, ids: Tensor, leave_out: Collection[str]) -> MemoryRows:
         """Small columns of these rows. Raises KeyError naming one that is not there."""
@@ -106,10 +110,12 @@ class _Reading(StoreView):
         unread = cast("list[Column]", [*leave_out, *content_of(self.layout)])
         return self.inner.gather(layer, ids, unread).to(self.layout.device)
 
-    def _content(self, layer: int, ids: Tensor, names: Sequence[str]) -> tuple[dict[str, Tensor], Arrival]:
-        """Content of rows that are there, ``[n, ...]`` of each name."""
+    def _content(
+        self, layer: int, ids: Tensor, names: Sequence[str]
+    ) -> tuple[dict[str, Tensor], Tensor | None, Arrival]:
+        """Content of rows that are there, and their places in it; None: they are in the order of ``ids``."""
         if not names:
-            return {}, Arrival()
+            return {}, None, Arrival()
         ids, order = ids.cpu(), None
         if not bool((ids[1:] > ids[:-1]).all()):
             ids, order = ids.unique(return_inverse=True)
@@ -119,12 +125,10 @@ class _Reading(StoreView):
         def below(places: Tensor) -> dict[str, Tensor]:
             return self.inner.gather(layer, ids[places], unread).columns()
 
-        columns, arrival = self.shared.read(layer, self.lineage.keys(layer, ids), names, below)
+        columns, places, arrival = self.shared.read(layer, self.lineage.keys(layer, ids), names, below)
         if order is not None:
-            arrival.await_(columns.values())
-            order = order.to(self.layout.device)
-            columns = {name: column.index_select(0, order) for name, column in columns.items()}
-        return columns, arrival
+            places = order if places is None else places[order]
+        return columns, None if places is None else places.to(self.layout.device), arrival
 
     def _small(self, layer: int) -> SlabLayer | None:
         if not 0 <= layer < self.layout.layers:

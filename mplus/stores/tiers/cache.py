@@ -2,81 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from threading import Lock
 
 import torch
+from attrs import define
 from torch import Tensor
 
 from mplus.stores.blocks import ordinary_tensors
 
 WAYS = 16
 """Places that a row can go to."""
-FIRST_SETS = 4
-LABEL_BYTES = 16
-"""Of a place: the key of its row, and when that was last used."""
+FIRST_SETS = 32
+"""Sets with which a cache begins, at least (where there is room for so many), and less than twice that."""
+LABEL_BYTES = 24
+"""Of a place: the key of its row, when that was last used, and half of both for the labels of a cache that doubles."""
+PIECE_BYTES = 2**24
+
 Described = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape of one row and dtype of columns, by name."""
+
+
+@define(frozen=True, eq=False)
+class Table:
+    """What lies where: sets of ``ways`` places, all of a set in one block, blocks one behind the other.
+
+    Attributes:
+        sets: how many there are.
+        keys: ``[sets * ways]`` int64, of the row at each place; -1: none.
+        used: ``[sets * ways]`` int64, when it was last used; -1: no row.
+        starts: first place of each block.
+        blocks: columns by name; the second has as many places as the first, each other as all before it.
+    """
+
+    sets: int
+    keys: Tensor
+    used: Tensor
+    starts: Sequence[int]
+    blocks: Sequence[Mapping[str, Tensor]]
 
 
 class RowCache:
     """A set-associative cache: a row may lie in ``WAYS`` places, and the least recently used of these makes room.
 
-    Finding and replacing n rows costs n, however large the cache is, and no row is moved for another. Its room is
-    taken as rows come, by doubling, up to the budget; while it moves to a larger room both are within the budget, or
-    the rows are let go first. The labels are on the CPU, the rows on the device.
+    Finding and replacing n rows costs n, however large the cache is. It takes up its room as rows come, by doubling
+    (linear hashing: a set divides, and half of its rows move into a new block); nothing is let go for that. The labels
+    are on the CPU, the rows on the device.
 
     The caller holds ``lock`` around a call and what it does with places that were found. Rows are known by keys
     (int64, at least 0) and never change under one.
+
+    Attributes:
+        lock: to be held.
+        rows: how many are here.
     """
 
     def __init__(self, described: Described, budget: int, device: torch.device, *, pinned: bool = False) -> None:
         """``budget``: bytes, labels included. ``pinned``: the rows are in page-locked memory."""
         self.lock = Lock()
-        self.budget = budget
-        self.place_bytes = LABEL_BYTES + sum(
-            torch.Size(shape).numel() * dtype.itemsize for shape, dtype in described.values()
-        )
+        self.rows = 0
+        self.row_bytes = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in described.values())
+        self.place_bytes = self.row_bytes + LABEL_BYTES
         self._described, self._device, self._pinned = described, device, pinned
-        most = budget // self.place_bytes
-        self._ways = min(WAYS, most)
-        self._most_sets = most // max(1, self._ways)
+        places = budget // self.place_bytes
+        self._ways = min(WAYS, places)
+        sets = places // max(1, self._ways)
+        self._doublings = max(0, (sets // FIRST_SETS).bit_length() - 1)
+        self._first_sets = sets >> self._doublings
+        nothing = torch.empty(0, dtype=torch.int64)
+        self._table = Table(0, nothing, nothing, (), ())
         self._clock = 0
-        self._let_go(0)
-
-    def _let_go(self, sets: int) -> None:
-        """Begin with ``sets`` sets of empty places."""
-        places = sets * self._ways
-        self.sets, self.rows = sets, 0
-        self.columns: dict[str, Tensor] = {}  # before new ones are made: what was there counts no more
-        with ordinary_tensors():
-            self._keys = torch.full((places,), -1, dtype=torch.int64)
-            self._used = torch.full((places,), -1, dtype=torch.int64)
-            self.columns = {
-                name: torch.empty(places, *shape, dtype=dtype, device=self._device, pin_memory=self._pinned)
-                for name, (shape, dtype) in self._described.items()
-            }
 
     @property
     def nbytes(self) -> int:
         """Bytes of all places, labels included."""
-        return self.sets * self._ways * self.place_bytes
+        return self._table.sets * self._ways * self.place_bytes
 
     @property
     def full(self) -> bool:
         """Whether every place that the budget allows has a row."""
-        return self.rows == self._most_sets * self._ways
+        return self.rows == (self._first_sets << self._doublings) * self._ways
 
     def find(self, keys: Tensor) -> Tensor:
         """``[n]`` int64: places of the rows with these keys ``[n]``, -1 where a row is not here. Marks them as used."""
         places = self._places(keys)
         self._clock += 1
-        self._used[places[places >= 0]] = self._clock
+        self._table.used[places[places >= 0]] = self._clock
         return places
 
-    def take(self, name: str, places: Tensor) -> Tensor:
-        """``[n, ...]``: copies of what lies at ``places``, on the device of the cache."""
-        return self.columns[name].index_select(0, places.to(self._device, non_blocking=True))
+    def parts(self, places: Tensor) -> Iterator[tuple[Mapping[str, Tensor], Tensor, Tensor]]:
+        """Blocks that have any of ``places``: columns, which of the places, and where in the block these are."""
+        table = self._table
+        if not len(places):
+            return
+        if len(table.blocks) == 1:
+            yield table.blocks[0], torch.arange(len(places)), places
+            return
+        number = torch.searchsorted(torch.tensor(table.starts), places, right=True) - 1
+        for block, (start, columns) in enumerate(zip(table.starts, table.blocks, strict=True)):
+            which = (number == block).nonzero().squeeze(1)
+            if len(which):
+                yield columns, which, places[which] - start
 
     def put(self, keys: Tensor, columns: Mapping[str, Tensor], *, displace: bool = True) -> None:
         """Copies of rows, as far as there are places; those that are here already stay as they are.
@@ -87,70 +113,84 @@ class RowCache:
             displace: others may make room; otherwise only free places are taken.
         """
         new = (self._places(keys) < 0).nonzero().squeeze(1)
-        if not self._most_sets or not len(new) or (self.full and not displace):
+        if not self._first_sets or not len(new) or (self.full and not displace):
             return
-        self._grow(len(new))
-        self._clock += 1
-        self._write(keys, columns, new, torch.full_like(new, self._clock), displace)
+        self._make_room(len(new))
+        table = self._table
+        sets = keys[new] % table.sets
+        by_set = sets.argsort(stable=True)
+        ordered = sets[by_set]
+        rank = torch.arange(len(ordered)) - torch.searchsorted(ordered, ordered)  # among the new rows of its set
+        fits = rank < self._ways
+        new, ordered, rank = new[by_set][fits], ordered[fits], rank[fits]
+        oldest = table.used.view(table.sets, self._ways)[ordered].argsort(stable=True, dim=1)  # free places first
+        places = ordered * self._ways + oldest.gather(1, rank[:, None]).squeeze(1)
+        if not displace:
+            free = table.keys[places] < 0
+            places, new = places[free], new[free]
+        self._write(keys, columns, new, places)
 
     def drop(self, keys: Tensor) -> None:
         """Let the rows with these keys go, those that are here."""
         places = self._places(keys)
-        places = places[places >= 0]
-        self._keys[places] = self._used[places] = -1
-        self.rows -= len(places)
+        self._vacate(places[places >= 0])
 
     def _places(self, keys: Tensor) -> Tensor:
+        table = self._table
         if not self.rows:
             return torch.full_like(keys, -1)
-        sets = keys % self.sets
-        same = self._keys.view(self.sets, self._ways)[sets] == keys[:, None]
+        sets = keys % table.sets
+        same = table.keys.view(table.sets, self._ways)[sets] == keys[:, None]
         return torch.where(same.any(1), sets * self._ways + same.byte().argmax(1), -1)
 
-    def _write(self, keys: Tensor, columns: Mapping[str, Tensor], rows: Tensor, used: Tensor, displace: bool) -> None:
-        """Put in ``rows`` of what is given, the first of those that want the same place."""
-        sets = keys[rows] % self.sets
-        by_set = sets.argsort(stable=True)
-        ordered = sets[by_set]
-        rank = torch.arange(len(ordered)) - torch.searchsorted(ordered, ordered)  # among the rows of its set
-        fits = rank < self._ways
-        rows, used, ordered, rank = rows[by_set][fits], used[by_set][fits], ordered[fits], rank[fits]
-        oldest = self._used.view(self.sets, self._ways)[ordered].argsort(stable=True, dim=1)  # free places first
-        places = ordered * self._ways + oldest.gather(1, rank[:, None]).squeeze(1)
-        if not displace:
-            free = self._keys[places] < 0
-            places, rows, used = places[free], rows[free], used[free]
-        self.rows -= int((self._keys[places] >= 0).sum())
-        self._keys[places] = self._used[places] = -1  # whoever interrupts us finds these places empty
+    def _vacate(self, places: Tensor) -> None:
+        gone = int((self._table.keys[places] >= 0).sum())
+        self._table.keys[places] = -1
+        self._table.used[places] = -1
+        self.rows -= gone
+
+    def _write(self, keys: Tensor, columns: Mapping[str, Tensor], rows: Tensor, places: Tensor) -> None:
+        """Put ``rows`` of what is given at ``places``."""
+        rows, order = rows.sort()
+        places = places[order]
+        self._vacate(places)  # who interrupts us finds no row that is not there
         with ordinary_tensors():
-            at, source = places.to(self._device), rows.to(self._device)
-            for name, column in self.columns.items():
-                given = columns[name]
-                column.index_copy_(0, at, given if len(source) == len(given) and _whole(rows) else given[source])
-        self._keys[places], self._used[places] = keys[rows], used
+            for block, which, within in self.parts(places):
+                chosen, at = rows[which].to(self._device), within.to(self._device)
+                for name, column in block.items():
+                    given = columns[name]
+                    column.index_copy_(0, at, given if len(chosen) == len(given) else given.index_select(0, chosen))
+        self._clock += 1
+        self._table.keys[places] = keys[rows]
+        self._table.used[places] = self._clock
         self.rows += len(places)
 
-    def _grow(self, more: int) -> None:
+    def _make_room(self, more: int) -> None:
         """Room for ``more`` rows besides those that are here, so that few of a set are in each other's way."""
-        sets = max(self.sets, FIRST_SETS)
-        while sets * self._ways * 3 < (self.rows + more) * 4:
-            sets *= 2
-        sets = min(sets, self._most_sets)
-        if sets <= self.sets:
-            return
-        if not self.rows or self.nbytes + sets * self._ways * self.place_bytes > self.budget:
-            self._let_go(sets)
-            return
-        here = (self._keys >= 0).nonzero().squeeze(1)
-        here = here[self._used[here].argsort(descending=True)]  # should a set overflow, its last ones stay out
-        keys, used, columns = self._keys[here], self._used[here], self.columns
-        self._let_go(sets)
-        step = max(1, 2**24 // self.place_bytes)
-        for start in range(0, len(here), step):
-            part = slice(start, start + step)
-            moved = {name: column.index_select(0, here[part].to(self._device)) for name, column in columns.items()}
-            self._write(keys[part], moved, torch.arange(len(keys[part])), used[part], displace=False)
+        if not self._table.sets:
+            self._table = self._doubled()
+        while len(self._table.blocks) <= self._doublings and self._table.sets * self._ways * 3 < (self.rows + more) * 4:
+            self._table = self._doubled()
 
-
-def _whole(rows: Tensor) -> bool:
-    return bool((rows[1:] > rows[:-1]).all())
+    def _doubled(self) -> Table:
+        """The present table and as many new places."""
+        table = self._table
+        new = table.sets or self._first_sets
+        start, count = table.sets * self._ways, new * self._ways
+        with ordinary_tensors():
+            block = {
+                name: torch.empty(count, *shape, dtype=dtype, device=self._device, pin_memory=self._pinned)
+                for name, (shape, dtype) in self._described.items()
+            }
+            keys, used = (torch.full((start + count,), -1, dtype=torch.int64) for _ in range(2))
+            keys[:start], used[:start] = table.keys, table.used
+            leaving = ((table.keys >= 0) & (table.keys % (2 * new) >= new)).nonzero().squeeze(1)
+            for places in leaving.split(max(1, PIECE_BYTES // max(1, self.row_bytes))):
+                for columns, which, at in self.parts(places):
+                    target = places[which].to(self._device)  # a set r becomes the sets r and r + n
+                    for name, column in block.items():
+                        column.index_copy_(0, target, columns[name].index_select(0, at.to(self._device)))
+            for label in (keys, used):
+                label[leaving + start] = label[leaving]
+                label[leaving] = -1
+        return Table(table.sets + new, keys, used, (*table.starts, start), (*table.blocks, block))

@@ -98,45 +98,64 @@ class Tiers:
 
     def read(
         self, layer: int, keys: Tensor, names: Sequence[str], below: Callable[[Tensor], Columns]
-    ) -> tuple[dict[str, Tensor], Arrival]:
-        """Columns ``[n, ...]`` of the rows with ``keys`` ``[n]`` (none twice), on the device or on their way there.
+    ) -> tuple[dict[str, Tensor], Tensor | None, Arrival]:
+        """Columns of the rows with ``keys`` ``[n]`` (none twice), on the device or on their way there.
 
         Args:
             layer: index among the layers that carry memory.
             keys: on the CPU.
             names: of content columns.
             below: gives all content columns of the rows at some of the places ``0 .. n-1``, from the store below.
+
+        Returns:
+            Columns ``[n, ...]``; ``[n]`` int64, for each key the place of its row there, None: they are in the order
+            of ``keys``; and when they are there.
         """
-        cache = self.device.caches[layer]
+        count, cache = len(keys), self.device.caches[layer]
         with ordinary_tensors(), self.travel.beside():
+            found = {name: self._empty(name, count, self.travel.device) for name in names}
             with cache.lock:
-                places = cache.find(keys)
-                here, rest = (places >= 0).nonzero().squeeze(1), (places < 0).nonzero().squeeze(1)
-                found = {name: cache.take(name, places[here]) for name in names}
+                here, rest = _take(cache, keys, found, self.travel.device)
             self.device.hits += len(here)
             if len(rest):
-                lower = self._from_host(layer, keys[rest], lambda some: below(rest[some]))
+                # On a CPU the lower rows are put where they are wanted at once.
+                lower = {
+                    name: found[name][len(here) :]
+                    if name in found and not self.travel.pinned
+                    else self._empty(name, len(rest), torch.device("cpu"))
+                    for name in self._names
+                }
+                rest = rest[self._from_host(layer, keys[rest], lower, lambda some: below(rest[some]))]
                 sent = {name: self.travel.sent(column) for name, column in lower.items()}
-                found = _merged(found, here, sent, rest, names) if len(here) else {name: sent[name] for name in names}
+                for name in names if self.travel.pinned else ():
+                    found[name][len(here) :].copy_(sent[name])
                 with cache.lock:
                     cache.put(keys[rest], sent)
-            return found, self.travel.arrival()
+            order = torch.cat([here, rest])
+            sorted_already = bool((order == torch.arange(count)).all())
+            return found, None if sorted_already else order.argsort(), self.travel.arrival()
 
-    def _from_host(self, layer: int, keys: Tensor, below: Callable[[Tensor], Columns]) -> Columns:
-        """All content columns, on the host."""
+    def _from_host(self, layer: int, keys: Tensor, into: Columns, below: Callable[[Tensor], Columns]) -> Tensor:
+        """Fill columns on the host; returns in which order the rows with ``keys`` are there."""
         cache = self.host.caches[layer]
         with cache.lock:
-            places = cache.find(keys)
-            here, rest = (places >= 0).nonzero().squeeze(1), (places < 0).nonzero().squeeze(1)
-            found = {name: cache.take(name, places[here]) for name in self._names}
+            here, rest = _take(cache, keys, into, torch.device("cpu"))
         self.host.hits += len(here)
-        if not len(rest):
-            return found
-        lower = below(rest)
-        self.below_hits += len(rest)
-        with cache.lock:
-            cache.put(keys[rest], lower)
-        return _merged(found, here, lower, rest, list(self._names)) if len(here) else lower
+        if len(rest):
+            own = {name: column[len(here) :] for name, column in into.items()}
+            given = below(rest)
+            self.below_hits += len(rest)
+            for name, column in own.items():
+                column.copy_(given[name])
+            with cache.lock:
+                cache.put(keys[rest], own)
+        return torch.cat([here, rest])
+
+    def _empty(self, name: str, count: int, device: torch.device) -> Tensor:
+        shape, dtype = self._names[name]
+        return torch.empty(
+            count, *shape, dtype=dtype, device=device, pin_memory=self.travel.pinned and device.type == "cpu"
+        )
 
     def offer(self, layer: int, keys: Tensor, columns: Columns) -> None:
         """New rows, on the host, for places that nobody has; what reads brought up stays."""
@@ -170,16 +189,18 @@ class Tiers:
         ]
 
 
-def _merged(one: Columns, at: Tensor, other: Columns, rest: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """Rows of two parts in one order: those at ``at`` and those at ``rest``."""
-    merged = {}
-    for name in names:
-        given = other[name]
-        column = given.new_empty(len(at) + len(rest), *given.shape[1:])
-        for places, part in ((at, one[name]), (rest, given)):
-            column.index_copy_(0, places.to(column.device), part)
-        merged[name] = column
-    return merged
+def _take(cache: RowCache, keys: Tensor, into: Columns, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Copy the rows that a cache has to the beginning of columns; which of ``keys`` these are, and which are left."""
+    places = cache.find(keys)
+    found = (places >= 0).nonzero().squeeze(1)
+    start, order = 0, [found[:0]]
+    for columns, which, at in cache.parts(places[found]):
+        index = at.to(device, non_blocking=True)
+        for name, column in into.items():
+            torch.index_select(columns[name], 0, index, out=column[start : start + len(at)])
+        start += len(at)
+        order.append(found[which])
+    return torch.cat(order), (places < 0).nonzero().squeeze(1)
 
 
 @define(frozen=True, eq=False)
