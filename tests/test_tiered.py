@@ -191,25 +191,35 @@ class TestBudgets:
         assert cache.rows == int((places >= 0).sum())
 
 
+STEPS = st.tuples(
+    st.sampled_from(["find", "put", "offer", "drop"]), st.lists(st.integers(0, 25), unique=True, max_size=4)
+)
+
+
 @CONFORMANCE
-@given(st.integers(1, 16), st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 25), unique=True, max_size=4))))
+@given(st.integers(1, 16), st.lists(STEPS))
 def test_the_least_recently_used_row_makes_room(places, steps):
     """Up to 16 places a cache has one set, and is what an ordered dictionary is."""
     cache = RowCache({"hidden": ((1,), torch.float32)}, places * 28, torch.device("cpu"))
-    model: OrderedDict[int, float] = OrderedDict()
-    for reads, asked in steps:
+    model: OrderedDict[int, None] = OrderedDict()
+    for kind, asked in steps:
         for key in asked:  # one by one: of those in one call none is older than another
             keys = torch.tensor([key])
-            if reads:
+            if kind == "find":
                 assert (int(cache.find(keys)) >= 0) == (key in model)
                 if key in model:
                     model.move_to_end(key)
-            elif key not in model:
-                model[key] = key
-                if len(model) > places:
-                    model.popitem(last=False)
-                cache.put(keys, {"hidden": keys[:, None].float()})
+            elif kind == "drop":
+                model.pop(key, None)
+                cache.drop(keys)
+            else:
+                if key not in model and (kind == "put" or len(model) < places):
+                    model[key] = None
+                    if len(model) > places:
+                        model.popitem(last=False)
+                cache.put(keys, {"hidden": keys[:, None].float()}, displace=kind == "put")
         assert cache.rows == len(model)
+        assert cache.full == (len(model) == places)
     present = torch.tensor(list(model), dtype=torch.int64)
     assert (cache.find(present) >= 0).all()
 
@@ -260,14 +270,33 @@ class TestWhatIsReadComesUp:
         store.gather(0, ids)
         assert below.rows == 0
 
-    def test_new_rows_do_not_push_out_those_that_were_read(self):
-        store = tiered(device_bytes=2 * 16 * CONTENT_BYTES, host_bytes=0, small_share=0.0)
-        ids = append(store, 40)
-        store.gather(0, ids[20:36])
-        append(store, 40, seed=1)
-        before = store.tiers()[0].hits
-        store.gather(0, ids[20:36])
-        assert store.tiers()[0].hits - before == 16
+    @pytest.mark.parametrize("tier", ["device", "host"])
+    @pytest.mark.parametrize("removed", [0, 8])
+    def test_new_rows_do_not_push_out_those_that_were_read(self, tier, removed):
+        """Two sets of 16 places: even ids go to one, odd ones to the other."""
+        budgets = {"device_bytes": 0, "host_bytes": 0, f"{tier}_bytes": 2 * 32 * CONTENT_BYTES}
+        store = tiered(**budgets, small_share=0.0)
+        ids = append(store, 60)
+        store.remove(0, ids[1 : 1 + 2 * removed : 2])
+        read = ids[20:52:2].contiguous()
+        store.gather(0, read)
+        append(store, 60, seed=1)
+        place = ["device", "host"].index(tier)
+        assert store.tiers()[place].rows == 32
+        before = store.tiers()[place].hits
+        store.gather(0, read)
+        assert store.tiers()[place].hits - before == 16
+
+    @pytest.mark.parametrize(("device", "host"), [(0, 10**4), (10**4, 0), (2 * 16 * CONTENT_BYTES, 10**4)])
+    def test_rows_of_several_tiers_come_in_the_order_asked_for(self, device, host):
+        store = tiered(device_bytes=device, host_bytes=host, small_share=0.0)
+        ids, rows = append(store, 1000), draw_rows(LAYOUT, 1000, 0)
+        for wanted in ([900, 901, 902], [901, 950], [700, 901, 800, 950, 990], [3, 950, 600, 902, 4, 801, 800, 601]):
+            for order in (wanted, sorted(wanted)):
+                places = torch.tensor(order)
+                assert_same(store.gather(0, ids[places]), rows.select(places))
+                column, at = store.locate(0, "hidden", ids[places]).together()
+                assert torch.equal(column[at], rows.hidden[places])
 
     def test_removed_rows_make_room(self):
         store = tiered(device_bytes=10**5, host_bytes=10**5)
@@ -388,6 +417,24 @@ class TestSharing:
         assert store.ids(0).tolist() == list(range(10))
         with pytest.raises(KeyError, match="12"):
             store.gather(0, torch.tensor([12]))
+
+    def test_an_interrupted_restore_leaves_no_wrong_columns(self, monkeypatch):
+        store = tiered(device_bytes=10**5)
+        append(store, 10)
+        snapshot = store.snapshot()
+        append(store, 5, seed=1)
+        assert len(store.keys(0)) == 15
+        restore = RamStore.restore
+
+        def interrupted(own, view):
+            restore(own, view)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RamStore, "restore", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store.restore(snapshot)
+        assert torch.equal(store.keys(0), draw_rows(LAYOUT, 10, 0).key)
 
     def test_snapshots_are_read_while_rows_come_and_go(self):
         store = tiered(device_bytes=2000, host_bytes=3000)

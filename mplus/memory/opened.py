@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from mplus.memory.keeping import Keeping
 
 if TYPE_CHECKING:
+    import torch
+
     from mplus.memory.durable.live import LiveMemory
     from mplus.stores.disk.filesystem import FileSystem
 
@@ -30,13 +32,14 @@ class Opens(Keeping):
         bytes_budget: int | str | None = None,
         memory_rows: Literal["projected", "hidden", "both"] | None = None,
         keep_text: bool = False,
+        device: torch.device | str = "cpu",
         read_only: bool = False,
         journal_bytes: int = JOURNAL_BYTES,
         files: FileSystem | None = None,
     ) -> LiveMemory:
         """Open the memory that lives in the directory ``path``, or make a new one there.
 
-        Its rows are kept on the CPU, the long-term ones in mapped files.
+        Its long-term rows are kept in mapped files, on the CPU.
 
         Args:
             path: made with its parents where it does not exist.
@@ -47,6 +50,8 @@ class Opens(Keeping):
             store: default: the config's. Its innermost one gives way to mapped files (``mmap``). What a store makes of
                 rows (``quantized``) stays as it was when the directory was made; what changes no row (``tiered``) is
                 as given at each opening.
+            device: where short-term rows are, and where long-term rows are read. Another one than the CPU needs a
+                store "tiered" (which was not run on a GPU).
             eviction, bytes_budget: of a new memory, or others than the memory had.
             read_only: read what is there, beside whoever writes; writing is refused. What is written meanwhile does
                 not show.
@@ -58,6 +63,7 @@ class Opens(Keeping):
             MemoryFileError: ``path`` cannot be read or written, is truncated, altered or foreign, or of a newer format.
             MemoryMismatchError: made by another model, adapter, dtype or config, or with another batch size.
             LiveMemoryError: it is open for writing already; says by which process.
+            NotSupported: the store reads rows on the CPU only.
             ConfigError: an option breaks its rule, or the budget is too small.
         """
         from mplus.memory.durable.opening import open_memory
@@ -73,6 +79,7 @@ class Opens(Keeping):
             bytes_budget=bytes_budget,
             memory_rows=memory_rows,
             keep_text=keep_text,
+            device=device,
             read_only=read_only,
             journal_bytes=journal_bytes,
             files=files,

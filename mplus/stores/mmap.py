@@ -127,7 +127,7 @@ class MmapStore(_Reading, MemoryStore):
         if layout.device.type != "cpu":
             raise NotSupported(
                 f"the store 'mmap' keeps rows on the CPU, got device {layout.device}: make the memory with "
-                "device='cpu', or use the store 'ram'"
+                "device='cpu', use the store 'ram', or read these through the store 'tiered'"
             )
         MemoryStore.__init__(self, layout, options)
         _Reading.__init__(self, layout, [Runs(layout) for _ in range(layout.layers)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mplus.config import Component
-from mplus.errors import MemoryMismatchError, UnknownNameError
+from mplus.errors import MemoryMismatchError, NotSupported, UnknownNameError
 from mplus.memory import Memory
 from mplus.memory.durable.kinds import coding_of, innermost, kind_of
 from mplus.memory.durable.manifest import read_live_manifest
@@ -147,6 +147,20 @@ def test_a_store_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UnknownNameError, match="'mirrored'"):
         Memory.open(tmp_path, PlainModel())
     assert "'mirrored'" in verify(tmp_path)[0]
+
+
+def test_another_device_needs_tiers(tmp_path):
+    model, device = PlainModel(store=TIERS), torch.device("cpu")
+    for number in range(2):
+        with Memory.open(tmp_path / "memory", model, device=device) as memory:
+            written(memory, 5 * number, 5 * number + 5)
+            assert memory.device == device
+    ordinary = model.new_memory()
+    written(ordinary, 0, 10)
+    assert_same(reopened(tmp_path / "memory", model), ordinary)
+    for store in ("ram", QUANTIZED):
+        with pytest.raises(NotSupported, match=r"got device meta.*'tiered'"):
+            Memory.open(tmp_path / "other", PlainModel(store=store), device="meta")
 
 
 class TestKinds:

@@ -9,7 +9,7 @@ from mplus.errors import MemoryFileError, MPlusError
 from mplus.memory.durable.checkpoint import Content
 from mplus.memory.durable.journal import records
 from mplus.memory.durable.manifest import LiveManifest, read_live_manifest
-from mplus.memory.durable.opening import layout_of, read_directory
+from mplus.memory.durable.opening import read_directory
 from mplus.memory.files import layout_from
 from mplus.rows import NO_SOURCE
 from mplus.stores.disk.blocks import BlockFile, FileEntry
@@ -39,7 +39,7 @@ def faults(folder: Path) -> Iterator[str]:
         yield from found
         return
     try:
-        content, _ = read_directory(folder, manifest, layout_of(manifest, layout_from(manifest.layout)))
+        content, _ = read_directory(folder, manifest, layout_from(manifest.layout))
     except MPlusError as error:  # all as it was written, and yet it does not fit together, or its store is not known
         yield str(error)
         return

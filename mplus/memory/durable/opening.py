@@ -43,6 +43,7 @@ def open_memory(
     bytes_budget: int | str | None = None,
     memory_rows: Literal["projected", "hidden", "both"] | None = None,
     keep_text: bool = False,
+    device: torch.device | str = "cpu",
     read_only: bool = False,
     journal_bytes: int = JOURNAL_BYTES,
     files: FileSystem | None = None,
@@ -51,11 +52,11 @@ def open_memory(
     if isinstance(journal_bytes, bool) or not isinstance(journal_bytes, int) or journal_bytes < 1:
         raise ConfigError(f"journal_bytes must be a whole number of at least 1, got {journal_bytes!r}")
     folder, engine, files = Path(path), engine_of(model), files or FileSystem()
-    wanted = engine.config.store if store is None else Component.of(store)
+    wanted, device = engine.config.store if store is None else Component.of(store), torch.device(device)
     policy = None if eviction is None else Component.of(eviction)
     shared: dict[str, Any] = {"where": str(folder), "journal_bytes": journal_bytes, "tokenizer": tokenizer}
     if read_only:
-        manifest, content, (_, count) = _read(folder, engine, wanted)
+        manifest, content, (_, count) = _read(folder, engine, wanted, device)
         _check_batch(batch_size, manifest, folder)
         return _existing(engine, manifest, content, None, policy, bytes_budget, folder, shared, changed=count > 0)
     _prepare(folder, files)
@@ -63,7 +64,7 @@ def open_memory(
         directory = Directory(folder, files, acquire(folder))
     try:
         if (folder / MANIFEST).exists():
-            manifest, content, (size, count) = _read(folder, engine, wanted)
+            manifest, content, (size, count) = _read(folder, engine, wanted, device)
             _check_batch(batch_size, manifest, folder)
             with writable(folder):
                 directory.manifest = manifest
@@ -78,7 +79,7 @@ def open_memory(
             seed=seed,
             store=kind_of(wanted),
             eviction=policy,
-            device="cpu",
+            device=device,
             memory_rows=memory_rows,
             bytes_budget=bytes_budget,
             keep_text=keep_text,
@@ -140,12 +141,14 @@ def _prepare(folder: Path, files: FileSystem) -> None:
         )
 
 
-def _read(folder: Path, engine: Engine, wanted: Component) -> tuple[LiveManifest, Content, tuple[int, int]]:
+def _read(
+    folder: Path, engine: Engine, wanted: Component, device: torch.device
+) -> tuple[LiveManifest, Content, tuple[int, int]]:
     """As ``read_present``; refuses a memory of another decoder."""
 
     def layout(manifest: LiveManifest) -> StoreLayout:
         check_belongs(manifest, engine.fingerprint(), engine.layout.dtype, folder)
-        return layout_of(manifest, engine.layout)
+        return layout_of(manifest, engine.layout, device)
 
     return read_present(folder, layout, wanted)
 
@@ -191,14 +194,14 @@ def read_directory(
     return content, replay(folder, manifest, content, layout)
 
 
-def layout_of(manifest: LiveManifest, layout: StoreLayout) -> StoreLayout:
+def layout_of(manifest: LiveManifest, layout: StoreLayout, device: torch.device) -> StoreLayout:
     """Rows stay what they were, whatever new memories of this decoder hold."""
     return attrs.evolve(
         layout,
         projected_size=manifest.layout.projected_size,
         keeps_hidden=manifest.layout.keeps_hidden,
         expiry=manifest.layout.expiry,
-        device=torch.device("cpu"),
+        device=device,
     )
 
 
