@@ -11,7 +11,7 @@ from hypothesis.stateful import precondition, rule
 
 from mplus.memory import Memory
 from tests.durable.disks import Watched
-from tests.memory.rows_machine import CONFIGS, Held, Rows, follow, held
+from tests.memory.rows_machine import CONFIGS, STORES, Held, Rows, follow, held
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,13 +60,15 @@ class LiveRows(Rows):
     def new_memory(self, store: str, seed: int) -> Memory:
         """A directory; how long its journal gets depends on the seed."""
         self.files, self.lives = Copying(), 0
-        self.path = self.folder / "0"
+        self.path, self.store = self.folder / "0", STORES[store]
         self.journal_bytes = (1, 5_000, 10**9)[seed % 3]
         return self.opened(seed=seed, keep_text=True)
 
     def opened(self, **options: Any) -> Any:
         """The directory, open for writing."""
-        return Memory.open(self.path, self.model, journal_bytes=self.journal_bytes, files=self.files, **options)
+        return Memory.open(
+            self.path, self.model, store=self.store, journal_bytes=self.journal_bytes, files=self.files, **options
+        )
 
     @rule()
     def checkpoint(self) -> None:
@@ -128,5 +130,6 @@ class LiveRows(Rows):
 
 
 def test_every_row_is_where_the_lists_say(record_property: pytest.RecordProperty) -> None:
-    kinds = [(config, "mmap") for config in CONFIGS if config not in {"grows", "short"}]
+    stores = {"fifo": "int8 in tiers", "reservoir": "tiers", "waits": "int8"}
+    kinds = [(config, stores.get(config, "mmap")) for config in CONFIGS if config not in {"grows", "short"}]
     record_property("steps", follow(LiveRows, kinds, nightly=6_000))

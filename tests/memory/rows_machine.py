@@ -53,12 +53,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 SIZES: dict[str, Any] = {"memory_tokens_per_chunk": 2, "short_term_tokens": 5, "retrieved_tokens": 3}
 SMALL_FILES = {"name": "mmap", "bytes_in_memory": 300}
+SMALL_TIERS = {"name": "tiered", "device_bytes": 500, "host_bytes": 1500, "inner": SMALL_FILES}
 STORES: dict[str, Any] = {
     "ram": "ram",
     "slabs": {"name": "ram", "slab_rows": 4, "growth": 1.3},
     "mmap": SMALL_FILES,
     "int8": "quantized",
     "fp8": {"name": "quantized", "format": "fp8", "inner": SMALL_FILES},
+    "tiers": SMALL_TIERS,
+    "int8 in tiers": {"name": "quantized", "inner": SMALL_TIERS},
 }
 
 

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 KINDS = [
     ("waits", "slabs"),
-    ("fifo", "ram"),
+    ("fifo", "tiers"),
     ("reservoir", "mmap"),
     ("lru", "slabs"),
     ("ttl", "int8"),
     ("published", "fp8"),
-    ("grows", "mmap"),
+    ("grows", "int8 in tiers"),
     ("short", "ram"),
 ]
 """Every config and every store once."""
