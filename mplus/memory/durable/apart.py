@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
+import torch
 from attrs import define
 
 from mplus.errors import InputError
@@ -133,4 +134,4 @@ def _sources(view: StreamView, chunk: int) -> list[SourceInfo]:
 
 
 def _layout(manifest: LiveManifest) -> StoreLayout:
-    return layout_of(manifest, layout_from(manifest.layout))
+    return layout_of(manifest, layout_from(manifest.layout), torch.device("cpu"))
