@@ -364,6 +364,8 @@ class TestSharing:
         ids = append(store, 10)
         fork = store.fork()
         forks_fork = fork.fork()
+        snapshot = fork.snapshot()
+        assert {int(one.lineage.owners[-1]) for one in (store, fork, forks_fork)} == {0}, "none was written yet"
         stores = (store, fork, forks_fork)
         for seed, one in enumerate(stores, 1):
             assert append(one, 5, seed).tolist() == list(range(10, 15))
@@ -378,6 +380,11 @@ class TestSharing:
         assert store.tiers()[0].hits - before == 10
         store.remove(0, ids[:5])
         assert len(fork.gather(0, ids)) == 10
+        fork.restore(snapshot)
+        assert append(fork, 3, seed=4).tolist() == [15, 16, 17]
+        assert append(store, 3, seed=5).tolist() == [15, 16, 17]
+        assert_same(fork.gather(0, fork.ids(0)), MemoryRows.cat([draw_rows(LAYOUT, 10, 0), draw_rows(LAYOUT, 3, 4)]))
+        assert_same(store.gather(0, store.ids(0)[-3:].contiguous()), draw_rows(LAYOUT, 3, 5))
 
     def test_another_dtype_has_tiers_of_its_own(self):
         store = tiered(device_bytes=10**5)

@@ -140,7 +140,7 @@ class TieredView(_Reading):
     """What a ``TieredStore`` held at one moment."""
 
     def __init__(self, store: TieredStore) -> None:
-        self.layout, self.shared, self.lineage = store.layout, store.shared, store.lineage
+        self.layout, self.shared, self.lineage, self.token = store.layout, store.shared, store.lineage, store.token
         self.inner, self.origin, self.small = store.inner.snapshot(), store.origin, tuple(store.small)
 
 
@@ -179,6 +179,10 @@ class TieredStore(_Reading, MemoryStore):
     options: Options
     inner: MemoryStore
     small: list[Small]
+    limits: Tensor | None
+    """Of a fork without rows of its own: the ids from which on those will be its own, by layer."""
+    token: object
+    """The same for a store and its snapshots, another for forks."""
     name: ClassVar[str] = "tiered"
     transparent: ClassVar[bool] = True
 
@@ -196,6 +200,8 @@ class TieredStore(_Reading, MemoryStore):
     def append(self, layer: int, rows: MemoryRows) -> Tensor:
         """Copies of ``rows``, in the store below and in free places above."""
         self.layout.check(rows)
+        if self.limits is not None:
+            self.lineage, self.limits = self.lineage.forked(self.limits, self.shared.owner()), None
         before = self._unknown(layer)
         ids = self.inner.append(layer, rows.to("cpu"))
         if len(ids):
@@ -231,7 +237,7 @@ class TieredStore(_Reading, MemoryStore):
 
     def restore(self, snapshot: StoreView) -> None:
         """Go back to a snapshot. Raises MemoryMismatchError when it is not one of this store."""
-        if not isinstance(snapshot, TieredView) or snapshot.lineage is not self.lineage:
+        if not isinstance(snapshot, TieredView) or snapshot.token is not self.token:
             raise MemoryMismatchError(
                 f"restore takes a snapshot of this store, a tiered one of {self.layout}, "
                 f"got a {type(snapshot).__name__} of {getattr(snapshot, 'layout', None)}"
@@ -243,9 +249,10 @@ class TieredStore(_Reading, MemoryStore):
     def fork(self) -> Self:
         """A store around a fork of the inner one, in the same tiers."""
         ids = [self.ids(layer)[-1:].cpu() for layer in range(self.layout.layers)]
-        limits = torch.tensor([int(last) + 1 if len(last) else 0 for last in ids])
-        lineage = self.lineage.forked(limits, self.shared.owner())
-        return self._around(self.layout, self.inner.fork(), self.shared, lineage, list(self.small))
+        fork = self._around(self.layout, self.inner.fork(), self.shared, self.lineage, list(self.small))
+        # A number of its own is for a fork that is written: many are only read.
+        fork.limits = torch.tensor([int(last) + 1 if len(last) else 0 for last in ids])
+        return fork
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """The same rows and ids for another device or in another dtype, with tiers of their own."""
@@ -308,3 +315,4 @@ class TieredStore(_Reading, MemoryStore):
     def _hold(self, inner: MemoryStore, tiers: Tiers, lineage: Lineage, small: list[Small]) -> None:
         self.inner, self.origin = inner, inner.origin
         self.shared, self.lineage, self.small = tiers, lineage, small
+        self.limits, self.token = None, object()
