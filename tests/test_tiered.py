@@ -6,6 +6,7 @@ import types
 import weakref
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 import attrs
@@ -21,9 +22,11 @@ from mplus.stores.base import StoreLayout
 from mplus.stores.ram import RamStore
 from mplus.stores.tiered import TieredStore
 from mplus.stores.tiers import cache as caches
+from mplus.stores.tiers import family
 from mplus.stores.tiers import small as smalls
 from mplus.stores.tiers.cache import RowCache
 from mplus.stores.tiers.small import Small
+from mplus.stores.tiers.travel import Arrival, Travel
 from mplus.testing.store_model import StoreMachine
 from mplus.testing.stores import StoreConformance
 from mplus.testing.strategies import CONFORMANCE, draw_rows
@@ -316,6 +319,52 @@ class TestWhatIsReadComesUp:
                 view.locate(0, "hidden", torch.tensor([3, 77]))
 
 
+class PretendedTravel(Travel):
+    """As to a GPU, but that rows arrive at once: what is copied where, and what is waited for."""
+
+    def __init__(self, log: list[str]) -> None:
+        super().__init__(torch.device("cpu"))
+        self.pinned, self.log = True, log
+
+    @contextmanager
+    def beside(self):
+        yield
+
+    def sent(self, column: torch.Tensor) -> torch.Tensor:
+        self.log.append("sent")
+        return column.clone()
+
+    def arrival(self) -> Arrival:
+        return Arrival("event")
+
+
+def test_what_travels_is_awaited_when_it_is_looked_at(monkeypatch):
+    store = tiered(device_bytes=2 * 16 * CONTENT_BYTES, host_bytes=2 * 48 * CONTENT_BYTES, small_share=0.0)
+    ids, rows, log = append(store, 200), draw_rows(LAYOUT, 200, 0), []
+    store.shared.travel = PretendedTravel(log)
+    without_pinning = types.SimpleNamespace(**vars(torch))
+
+    def empty(*shape, pin_memory, **named):
+        log.append("pinned") if pin_memory else None
+        return torch.empty(*shape, **named)
+
+    without_pinning.empty = empty
+    monkeypatch.setattr(family, "torch", without_pinning)
+    monkeypatch.setattr(Arrival, "await_", lambda own, columns: log.append(f"awaited {own.event}"))
+    for wanted in ([100, 3, 60], [100, 20, 150, 2, 60, 101], [*range(90, 130), 5, 40]):
+        places = torch.tensor(wanted)
+        assert_same(store.gather(0, ids[places]), rows.select(places))
+        assert log[-2:] == ["sent", "awaited event"]
+        log.clear()
+    places = torch.tensor([170, 100, 30])
+    located = store.locate(0, "hidden", ids[places])
+    assert log[0] == "pinned"
+    assert log[-1] == "sent", "nothing is awaited yet"
+    column, at = located.together()
+    assert log[-1] == "awaited event"
+    assert torch.equal(column[at], rows.hidden[places])
+
+
 class TestSmallColumns:
     @pytest.mark.parametrize(("device", "host", "where"), [(10**5, 10**5, 0), (100, 10**5, 1), (100, 100, 2)])
     def test_they_are_in_the_fastest_tier_with_room(self, device, host, where):
@@ -450,19 +499,19 @@ class TestSharing:
 
         def read(seed: int) -> None:
             generator = torch.Generator().manual_seed(seed)
-            for _ in range(150):
+            for _ in range(60):
                 ids = torch.randint(60, (20,), generator=generator)
                 assert_same(snapshot.gather(0, ids), expected.select(ids))
 
         with ThreadPoolExecutor(3) as threads:
             readers = [threads.submit(read, seed) for seed in range(3)]
-            for seed in range(100):
+            for seed in range(40):
                 append(store, 3, seed)
                 store.remove(0, store.ids(0)[:3])
                 store.gather(0, store.ids(0)[:40:7].contiguous())
             for reader in readers:
                 reader.result()
-        rest = MemoryRows.cat([draw_rows(LAYOUT, 3, seed) for seed in range(80, 100)])
+        rest = MemoryRows.cat([draw_rows(LAYOUT, 3, seed) for seed in range(20, 40)])
         assert_same(store.gather(0, store.ids(0)), rest)
 
 
