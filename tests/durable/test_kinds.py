@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,6 +24,9 @@ from mplus.stores.quantized import QuantizedStore
 from mplus.stores.ram import RamStore
 from mplus.stores.tiered import TieredStore
 from tests.durable.plain import TIERS, PlainModel, chunk, reopened
+from tests.fixtures import make_live_v2_int8
+from tests.fixtures.make_live_v1 import write
+from tests.fixtures.make_memory_v1 import build_model, text
 from tests.memory import tiny
 from tests.memory.tiny import assert_same, content, difference
 
@@ -114,6 +118,37 @@ def test_coding_stays_and_tiers_follow_the_config(tmp_path):
     with Memory.open(tmp_path / "whole", quantized) as memory:
         assert type(memory.stores[0]) is MmapStore
         assert difference(content(memory), held) == []
+
+
+def test_an_old_directory_of_codes_is_read_and_goes_on(tmp_path):
+    """A number is its code times two to the power of the exponent of its eight."""
+    path, model = shutil.copytree(make_live_v2_int8.FOLDER, tmp_path / "old"), build_model()
+    assert verify(path) == []
+    manifest, old = read_live_manifest(path), Memory.open(path, model)
+    compared = 0
+    for store, entry in zip(old.stores, manifest.stores, strict=True):
+        for file in (BlockFile(path / part.file, part) for part in entry.files):
+            for layer in range(store.layout.layers):
+                ids = file.read(f"{layer}.id")
+                there = torch.isin(ids, store.ids(layer))
+                rows = store.gather(layer, ids[there]).columns()
+                for name in rows.keys() & {"hidden", "projected", "key"}:
+                    codes = file.read(f"{layer}.{name}")[there].double()
+                    scales = 2.0 ** file.read(f"{layer}.{name}_exponent")[there].double()
+                    expected = codes * scales.repeat_interleave(8, 1)[:, : codes.shape[1]]
+                    assert torch.equal(rows[name].double(), expected)
+                    compared += codes.numel()
+    assert compared > 500
+    assert old.directory.journal_bytes > 0
+    ordinary = model.new_memory(batch_size=2, seed=3, store=make_live_v2_int8.STORE)
+    write(ordinary)
+    found = content(old)
+    for name, value in content(ordinary).items():
+        if isinstance(value, torch.Tensor):  # computed by other kernels: a code may be the next one
+            torch.testing.assert_close(found[name], value, rtol=0, atol=0.05, msg=name)
+    old.write([text(20, 9), text(20, 10)])
+    old.close()
+    assert_same(Memory.open(path, model, read_only=True), old)
 
 
 @pytest.mark.parametrize("name", ["hidden", "hidden_exponent", "key_exponent"])
