@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class TieredConformance(StoreConformance):
-    """Over "mmap", whose own suite is longer; small budgets are in ``test_tier_budgets.py``."""
+    """Over "mmap", whose own suite is longer; small budgets are in ``test_tiered.py``."""
 
     machines = 6
 
