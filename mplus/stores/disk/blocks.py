@@ -23,7 +23,7 @@ from torch import Tensor
 from mplus.errors import MemoryFileError
 from mplus.stores.disk.checked import CheckedTensor
 from mplus.stores.disk.filesystem import Bytes, FileSystem
-from mplus.stores.disk.parts import LONGEST_HEADER, Part, Stretch, header, in_order, parse_header, raw
+from mplus.stores.disk.parts import LONGEST_HEADER, Part, Stretch, by_evenness, header, parse_header, raw
 from mplus.stores.disk.sums import FIRST, PRESENT, Checksums, Scheme
 
 BUFFER_BYTES = 2**18
@@ -56,7 +56,7 @@ def write_blocks(
         OSError: as the file system says.
         MemoryFileError: a part gave more or less than it said.
     """
-    parts = in_order(parts)
+    parts = by_evenness(parts)
     kinds = [scheme.of(part.row_bytes) for part in parts]
     length = sum(_length(part.nbytes, kind) for part, kind in zip(parts, kinds, strict=True))
     table = Part(CHECKSUMS, torch.uint8, (length,), list)

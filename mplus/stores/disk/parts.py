@@ -78,6 +78,11 @@ class Stretch:
 
 
 def in_order(parts: Sequence[Part]) -> list[Part]:
+    """Wide types first: then every tensor starts at a multiple of its item size."""
+    return sorted(parts, key=lambda part: -part.dtype.itemsize)
+
+
+def by_evenness(parts: Sequence[Part]) -> list[Part]:
     """Those first whose size is a multiple of a high power of 2: each then starts at a multiple of that.
 
     So it does at one of its item size, and wide rows start where pages of the system do, if the first tensor does.
