@@ -197,6 +197,18 @@ def test_block_files_are_safetensors_that_others_read(tmp_path, rows):
     assert torch.equal(tensors["1.key"][: rows + 1], draw_rows(LAYOUT, rows + 1, 1).key)
 
 
+def test_wide_rows_start_where_pages_do(tmp_path):
+    """So that a row of 4 KiB costs one page and not two; whatever else is in the file starts at its own item size."""
+    layout = attrs.evolve(LAYOUT, hidden_size=1024, key_size=3)
+    store = MmapStore(layout, MmapStore.Options(directory=str(tmp_path), bytes_in_memory=1))
+    store.append(1, draw_rows(layout, 7, 1))
+    (file,) = files_of(store.layers)
+    assert file.unchecked("1.hidden").data_ptr() % 4096 == 0
+    for name in file.stretches:
+        tensor = file.unchecked(name)
+        assert tensor.data_ptr() % tensor.element_size() == 0, name
+
+
 def test_options_and_devices():
     with pytest.raises(ConfigError, match="bytes_in_memory must be a whole number of at least 1, got 0"):
         MmapStore.Options(bytes_in_memory=0)

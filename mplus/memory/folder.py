@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mplus.errors import MemoryFileError
+from mplus.stores.disk.filesystem import FileSystem
 
 MANIFEST = "manifest.json"
 DATA = "rows-{}.safetensors"
@@ -65,7 +65,7 @@ def prepare(folder: Path) -> None:
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for path in reversed(missing):
-            _sync(path.parent)
+            FileSystem().sync_folder(path.parent)
 
 
 def check_free(folder: Path, is_memory: bool) -> None:
@@ -100,7 +100,7 @@ def flush(file: BinaryIO) -> None:
 def rename(path: Path, name: str) -> None:
     """Give a file another name in its folder, in place of what had that name; afterwards the change is on disk."""
     path.replace(path.with_name(name))
-    _sync(path.parent)
+    FileSystem().sync_folder(path.parent)
 
 
 def remove_others(folder: Path, data: str) -> None:
@@ -113,18 +113,3 @@ def remove_others(folder: Path, data: str) -> None:
 
 def _is_leftover(entry: Path) -> bool:
     return entry.match(DATA.format("*")) or entry.match(TEMPORARY.format("*"))
-
-
-def _sync(folder: Path) -> None:
-    """Make renames in ``folder`` last; where a folder cannot be opened (Windows) the system takes care of it."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that do not sync folders say so
-            raise
-    finally:
-        os.close(handle)

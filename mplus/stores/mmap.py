@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import tempfile
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any, ClassVar
@@ -17,27 +17,25 @@ from torch import Tensor
 from mplus.config import whole
 from mplus.errors import ConfigError, MemoryMismatchError, NotSupported
 from mplus.rows import MemoryRows
-from mplus.stores.base import Column, Content, Located, MemoryStore, Origin, Piece, StoreLayout, StoreView
+from mplus.stores.base import Column, Content, MemoryStore, Origin, Piece, StoreLayout, StoreView
 from mplus.stores.disk.blocks import BlockFile
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.merging import plan, rewritten
 from mplus.stores.disk.runs import Runs, holders
+from mplus.stores.layered import LayeredView, naming
 
 
-class _Reading(StoreView):
+class _Reading(LayeredView[Runs]):
     """Reads one ``Runs`` per layer."""
 
     def __init__(self, layout: StoreLayout, layers: Sequence[Runs]) -> None:
         self.layout = layout
         self.layers: tuple[Runs, ...] = tuple(layers)
 
-    def ids(self, layer: int) -> Tensor:
-        """``[m]`` int64, ascending."""
-        return self._layer(layer).ids
-
-    def column(self, layer: int, name: Column) -> Tensor | None:
-        """One column in the order of ``ids``, without a copy if its rows lie together."""
-        return self._layer(layer).column(name) if name in self.layout.columns() else None
+    @property
+    def values(self) -> Sequence[Runs]:
+        """The layers as they are at this moment."""
+        return self.layers
 
     def content(self, layer: int, name: Content) -> Tensor | None:
         """A column of content in the order of ``ids`` where its rows lie together in memory; None elsewhere.
@@ -48,10 +46,6 @@ class _Reading(StoreView):
         together = len(runs) == 1 and runs[0].live is None and runs[0].holder.in_memory
         return runs[0].read(name) if together and name in self.layout.columns() else None
 
-    def locate(self, layer: int, name: Content, ids: Tensor) -> Located | None:
-        """Where rows with these ids lie, in files and in memory; nothing is copied. Raises KeyError as ``gather``."""
-        return self._layer(layer).locate(name, ids.cpu()) if name in self.layout.columns() else None
-
     def pieces(self, layer: int, *names: Column | Content) -> Sequence[Piece]:
         """The runs of rows as they lie in files and in memory, without a copy."""
         present = [name for name in names if name in self.layout.columns()]
@@ -59,22 +53,6 @@ class _Reading(StoreView):
             Piece(run.ids, run.live, {name: run.read(name) for name in present}, inherited=run.inherited)
             for run in self._layer(layer).runs
         ]
-
-    def count(self, layer: int) -> int:
-        """Number of rows."""
-        return len(self._layer(layer))
-
-    def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column | Content] = ()) -> MemoryRows:
-        """Copies of the rows with these ids. Raises KeyError naming a missing one."""
-        try:
-            return self._layer(layer).gather(ids.cpu(), leave_out)
-        except KeyError as error:
-            raise KeyError(f"{error.args[0]} in layer {layer}") from None
-
-    def _layer(self, layer: int) -> Runs:
-        if not 0 <= layer < self.layout.layers:
-            raise IndexError(f"layer must be in 0..{self.layout.layers - 1}, got {layer}")
-        return self.layers[layer]
 
 
 class MmapView(_Reading):
@@ -161,10 +139,8 @@ class MmapStore(_Reading, MemoryStore):
 
     def remove(self, layer: int, ids: Tensor) -> None:
         """Mark rows as removed."""
-        try:
+        with naming(layer):
             left = self._layer(layer).remove(ids.cpu())
-        except KeyError as error:
-            raise KeyError(f"{error.args[0]} in layer {layer}") from None
         self.layers = (*self.layers[:layer], left, *self.layers[layer + 1 :])
         if self.notes is not None and len(ids):
             self.notes.append(Note(layer, ids, None))

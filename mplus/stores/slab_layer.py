@@ -16,7 +16,7 @@ from mplus.stores.slabs import Found, Slab
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from mplus.stores.base import Piece, StoreLayout
+    from mplus.stores.base import Located, Piece, StoreLayout
     from mplus.stores.blocks import Allocator, Block
     from mplus.stores.slabs import SlabSizes
 
@@ -148,6 +148,10 @@ class SlabLayer:
             elif name not in leave_out:
                 columns[name] = torch.empty(0, *shape, dtype=dtype, device=self.layout.device)
         return MemoryRows.of(columns)
+
+    def locate(self, name: str, ids: Tensor) -> Located:
+        """Where the rows with these ids lie. Raises KeyError as ``gather``."""
+        return self.find(ids).of(name)
 
     # ------------------------------------------------------------------ changing
 

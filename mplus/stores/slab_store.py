@@ -10,18 +10,19 @@ from attrs import evolve
 from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
-from mplus.stores.base import Column, Content, Located, MemoryStore, Origin, Piece, StoreLayout, StoreView
+from mplus.stores.base import Column, Content, MemoryStore, Origin, Piece, StoreLayout, StoreView
+from mplus.stores.layered import LayeredView, naming
 from mplus.stores.slab_layer import SlabLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Sequence
 
     from mplus.rows import MemoryRows
     from mplus.stores.blocks import Allocator
     from mplus.stores.slabs import SlabSizes
 
 
-class _Layers(StoreView):
+class _Layers(LayeredView[SlabLayer]):
     """Reads one ``SlabLayer`` per layer.
 
     Attributes:
@@ -30,21 +31,14 @@ class _Layers(StoreView):
 
     slab_layers: Sequence[SlabLayer]
 
-    def ids(self, layer: int) -> Tensor:
-        """``[m]`` int64, ascending."""
-        return self._layer(layer).ids
-
-    def column(self, layer: int, name: Column) -> Tensor | None:
-        """One column in the order of ``ids``: a view where rows lie together, made once and kept otherwise."""
-        return self._layer(layer).column(name)
+    @property
+    def values(self) -> Sequence[SlabLayer]:
+        """The layers as they are at this moment."""
+        return self.slab_layers
 
     def content(self, layer: int, name: Content) -> Tensor | None:
         """A column of content, where the rows lie together."""
         return self._layer(layer).content(name)
-
-    def count(self, layer: int) -> int:
-        """Number of rows."""
-        return len(self._layer(layer))
 
     def revision(self, layer: int) -> int:
         """Counted from 0."""
@@ -53,28 +47,6 @@ class _Layers(StoreView):
     def pieces(self, layer: int, *names: Column | Content) -> list[Piece]:
         """A piece for every slab, without a copy."""
         return self._layer(layer).pieces(names)
-
-    def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column | Content] = ()) -> MemoryRows:
-        """Copies of the rows with these ids. Raises KeyError naming a missing one."""
-        try:
-            return self._layer(layer).gather(ids, leave_out)
-        except KeyError as error:
-            raise _in_layer(error, layer) from None
-
-    def locate(self, layer: int, name: Content, ids: Tensor) -> Located | None:
-        """Content slab by slab. Raises KeyError naming a missing id."""
-        if name not in self.layout.columns():
-            return None
-        try:
-            found = self._layer(layer).find(ids)
-        except KeyError as error:
-            raise _in_layer(error, layer) from None
-        return found.of(name)
-
-    def _layer(self, layer: int) -> SlabLayer:
-        if not 0 <= layer < self.layout.layers:
-            raise IndexError(f"layer must be in 0..{self.layout.layers - 1}, got {layer}")
-        return self.slab_layers[layer]
 
 
 class SlabView(_Layers):
@@ -121,10 +93,8 @@ class SlabStore(_Layers, MemoryStore):
 
     def remove(self, layer: int, ids: Tensor) -> None:
         """Delete rows: new masks for the slabs that hold them, and now and then a slab is rewritten without them."""
-        try:
+        with naming(layer):
             self.slab_layers[layer] = self._layer(layer).remove(ids)
-        except KeyError as error:
-            raise _in_layer(error, layer) from None
 
     def snapshot(self) -> SlabView:
         """A view of the present rows; it keeps their blocks alive."""
@@ -167,7 +137,3 @@ class SlabStore(_Layers, MemoryStore):
         store = type(self)(layout, self.options)
         store.slab_layers = slab_layers
         return store
-
-
-def _in_layer(error: KeyError, layer: int) -> KeyError:
-    return KeyError(f"{error.args[0]} in layer {layer}")

@@ -153,7 +153,7 @@ class Runs:
 
     def _found(self, ids: Tensor) -> tuple[list[tuple[Run, Tensor]], Tensor | None]:
         """Runs that have any of ``ids``, and the places of these in the holder; and ``Located.order``."""
-        order = None
+        order, ids = None, ids.cpu()
         if not bool((ids[1:] >= ids[:-1]).all()):
             ids, ranks = ids.sort()
             order = ranks.argsort()
