@@ -152,6 +152,11 @@ def test_rows_that_share_blocks_are_checked_with_these(tmp_path, monkeypatch, wi
     place = spoiled.start * width * 4 + width * 4 // 2 + width * 2 + 4
     altered(file, "0.hidden", place)
     assert torch.equal(store.gather(0, ids[: spoiled.start]).hidden, rows[: spoiled.start])
+    altered(file, "0.hidden", count * width * 4 - 1)  # in the last block, which is shorter
+    with pytest.raises(MemoryFileError, match=rf"to {count - 1}: it was altered"):
+        store.gather(0, ids[-1:])
+    altered(file, "0.hidden", count * width * 4 - 1)
+    assert torch.equal(store.gather(0, ids[-1:]).hidden, rows[-1:])
     for row in (spoiled.start, spoiled.stop - 1):
         with pytest.raises(MemoryFileError, match=rf"rows {spoiled.start} to {spoiled.stop - 1}"):
             store.gather(0, ids[[2, row]])
