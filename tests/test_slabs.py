@@ -236,3 +236,17 @@ def test_the_smallest_birth_is_that_of_a_row_that_is_there():
     assert smallest(store.pieces(0, "birth")[0], "birth") == 2
     store.remove(0, torch.tensor([1]))
     assert smallest(store.pieces(0, "birth")[0], "birth") == 4
+
+
+def test_a_limited_layer_keeps_within_its_bytes_even_where_columns_are_large():
+    """Memory that nobody uses is given back, not kept for later blocks."""
+    layout = StoreLayout(layers=1, hidden_size=16_384)  # blocks of 25 rows have columns above ``KEPT_BYTES``
+    store, rows = RamStore(layout), draw_rows(layout, 20, 0)
+    store.limit(400)
+    for _ in range(60):
+        store.append(0, rows)
+        excess = store.count(0) - 400
+        if excess > 0:
+            store.remove(0, store.ids(0)[:excess])
+        assert store.nbytes <= store.bytes_for(400) == 450 * store.bytes_per_row
+    assert max(slab.block.nbytes for slab in store.slab_layers[0].slabs) > blocks.KEPT_BYTES

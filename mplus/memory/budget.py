@@ -20,7 +20,7 @@ class Budget:
     Attributes:
         capacity: rows per layer that the LTM of each stream may hold after a write; None: no limit.
         bytes: what all rows of the memory may take together, short-term, pending and long-term, in all layers and
-            streams; None: no budget, the capacity was given in rows.
+            streams, with the room that is reserved for more; None: no budget, the capacity was given in rows.
     """
 
     capacity: int | None
@@ -31,7 +31,8 @@ class Budget:
         """The limit of a new memory.
 
         Each stream gets an equal share. Of it the rows of a full STM are taken, of as many pending rows as can wait
-        for a merge, and the hidden states kept for the next write; long-term rows get the rest.
+        for a merge, and the hidden states kept for the next write; long-term rows, and what their store reserves
+        beside them, get the rest.
 
         Args:
             wanted: ``bytes_budget`` of this memory; None: that of ``config``.
@@ -48,21 +49,33 @@ class Budget:
         budget, layout = byte_count(wanted), store.layout
         fixed = layout.layers * fixed_bytes(config, mechanism, layout)
         row = layout.layers * store.bytes_per_row
-        least = fixed + (config.memory_tokens_per_chunk * row if mechanism.long_term else 0)
+        least = fixed
+        if mechanism.long_term:
+            least += layout.layers * store.bytes_for(config.memory_tokens_per_chunk)
         if budget < streams * least:
             raise ConfigError(
                 f"bytes_budget must be at least {streams * least:,} bytes for {streams} "
                 f"{'streams' if streams > 1 else 'stream'} ({fixed:,} for the short-term memory of each, {row:,} for a "
-                f"long-term row in all layers, {config.memory_tokens_per_chunk} rows a chunk), got {wanted!r}: "
-                "give more, or lower short_term_tokens"
+                f"long-term row in all layers, {config.memory_tokens_per_chunk} rows a chunk, and room between rows), "
+                f"got {wanted!r}: give more, or lower short_term_tokens"
             )
-        return Budget((budget // streams - fixed) // row if mechanism.long_term else 0, budget)
+        capacity = _rows_within((budget // streams - fixed) // layout.layers, store) if mechanism.long_term else 0
+        return Budget(capacity, budget)
 
     def text_tokens(self, config: MPlusConfig) -> int | None:
         """Text tokens whose rows the LTM of a stream has room for, if written in full chunks; None: no limit."""
         if self.capacity is None:
             return None
         return self.capacity * config.chunk_tokens // config.memory_tokens_per_chunk
+
+
+def _rows_within(room: int, store: MemoryStore) -> int:
+    """The largest number of rows for which a layer of ``store`` takes no more than ``room`` bytes."""
+    fits, too_many = 0, room // store.bytes_per_row + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        fits, too_many = (middle, too_many) if store.bytes_for(middle) <= room else (fits, middle)
+    return fits
 
 
 def fixed_bytes(config: MPlusConfig, mechanism: Any, layout: StoreLayout) -> int:

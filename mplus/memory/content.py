@@ -50,6 +50,9 @@ class MemoryContent:
         self.budget = Budget(engine.config.long_term_tokens) if budget is None else budget
         self._states = tuple(states)
         self._stores = tuple(stores)
+        if self.budget.bytes is not None and self.budget.capacity is not None:
+            for store in distinct(self._stores):
+                store.limit(self.budget.capacity)
         self._usage: tuple[Usage | None, ...] = (None,) * len(self._states)
         if eviction.notes_reads:
             self._usage = tuple(usage) or tuple(Usage() for _ in self._states)

@@ -259,8 +259,21 @@ class MemoryStore(StoreView):
 
     @property
     def bytes_per_row(self) -> int:
-        """Bytes that one row of one layer takes, its id included: what the capacity under a budget is reckoned with."""
+        """Bytes that one row of one layer takes, its id included."""
         return self.layout.row_bytes + 8
+
+    def bytes_for(self, rows: int) -> int:
+        """Bytes of a layer under ``limit(rows)``, at most: what the capacity under a budget is reckoned with.
+
+        By default the rows alone; it grows with ``rows``.
+        """
+        return rows * self.bytes_per_row
+
+    def limit(self, rows: int) -> None:
+        """Be told that no layer holds more than ``rows`` rows but while rows are added, before others leave for them.
+
+        A store that reserves room keeps to ``bytes_for(rows)`` bytes for each layer from now on, as do its forks.
+        """
 
     @abstractmethod
     def append(self, layer: int, rows: MemoryRows) -> Tensor:

@@ -90,6 +90,9 @@ class Allocator(ABC):
         """Bytes that are kept for later blocks."""
         return 0
 
+    def keep_nothing(self) -> None:  # noqa: B027 - most keep nothing
+        """Keep no memory for later blocks from now on."""
+
 
 class RamAllocator(Allocator):
     """Blocks in memory. On a CPU, large columns that nobody looks at any more are kept for later blocks of that size.
@@ -100,8 +103,9 @@ class RamAllocator(Allocator):
         layout: what the rows look like.
     """
 
-    def __init__(self, layout: StoreLayout) -> None:
+    def __init__(self, layout: StoreLayout, keeps: bool = True) -> None:
         self.layout = layout
+        self._keeps = keeps
         self._lent: dict[int, int] = {}  # number -> bytes
         self._spare: dict[int, Tensor] = {}  # number -> memory
         self._numbers = count()
@@ -113,6 +117,10 @@ class RamAllocator(Allocator):
                 name: self._empty((rows, *shape), dtype) for name, (shape, dtype) in block_columns(self.layout).items()
             }
         return Block(columns, home=self)
+
+    def keep_nothing(self) -> None:
+        self._keeps = False
+        self._spare.clear()
 
     @property
     def spare_bytes(self) -> int:
@@ -142,6 +150,8 @@ class RamAllocator(Allocator):
 
     def _back(self, number: int, memory: Tensor) -> None:
         self._lent.pop(number, None)
+        if not self._keeps:
+            return
         self._spare[number] = memory
         for oldest in list(self._spare):
             if self.spare_bytes <= sum(list(self._lent.values())) // 2:
@@ -149,7 +159,7 @@ class RamAllocator(Allocator):
             self._spare.pop(oldest, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layout": self.layout}
+        return {"layout": self.layout, "keeps": self._keeps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]

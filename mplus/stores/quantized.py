@@ -230,6 +230,14 @@ class QuantizedStore(_Reading, MemoryStore):
         """Codes, exponents, what is not quantised, and the id."""
         return self.inner.bytes_per_row
 
+    def bytes_for(self, rows: int) -> int:
+        """Those of the inner store."""
+        return self.inner.bytes_for(rows)
+
+    def limit(self, rows: int) -> None:
+        """Limit the inner store."""
+        self.inner.limit(rows)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the inner store: codes, exponents and all else."""

@@ -159,23 +159,33 @@ class SlabLayer:
         """This layer and copies of ``rows`` behind it. Raises InputError unless they have the layout's columns."""
         self.layout.check(rows)
         slabs, columns, done, next_id = list(self.slabs), rows.columns(), 0, self.next_id
+        count = len(self) + len(rows)
         while done < len(rows):
             left, tail = len(rows) - done, slabs[-1] if slabs else None
+            free = self.sizes.reserved(count) - sum(slab.block.capacity for slab in slabs)
             granted = tail.block.claim(tail.tip, left) if tail is not None and tail.block.home is self.allocator else 0
             if tail is not None and granted:
                 _write(tail.block, tail.tip, columns, done, granted, next_id)
                 slabs[-1] = tail.extended(granted, next_id + granted - 1)
             elif tail is not None and tail.count < self.sizes.small:
-                room = max(int(self.sizes.growth * tail.count), tail.count + left)
-                slabs[-1] = _moved([tail], min(room, self.sizes.most), self.allocator)
+                least = tail.count + left
+                room = max(min(int(self.sizes.growth * tail.count), free + tail.block.capacity), least)
+                slabs[-1] = _moved([tail], int(min(room, self.sizes.most)), self.allocator)
                 continue
             else:
-                block = self.allocator.allocate(self._room(tail, left))
+                room = max(min(self._room(tail, left), free), min(left, self.sizes.most))
+                block = self.allocator.allocate(int(room))
                 granted = block.claim(0, left)
                 _write(block, 0, columns, done, granted, next_id)
                 slabs.append(Slab(block, 0, granted, granted, None, granted, next_id, next_id + granted - 1))
             done, next_id = done + granted, next_id + granted
+        if self.sizes.limit is not None:
+            slabs = self._compacted(slabs, ())
         return evolve(self, slabs=tuple(slabs), next_id=next_id, revision=self.revision + 1)
+
+    def tightened(self) -> SlabLayer:
+        """The same rows in no more room than ``sizes`` allow."""
+        return evolve(self, slabs=tuple(self._compacted(list(self.slabs), ())))
 
     def remove(self, ids: Tensor) -> SlabLayer:
         """This layer less the rows with these ids. Raises KeyError naming one that is not there."""
@@ -211,20 +221,24 @@ class SlabLayer:
         """Slabs with few rows among their places are rewritten, small neighbours with them."""
         for place in reversed(touched):
             if len(slabs[place]) > self.sizes.growth**2 * slabs[place].count:
-                low = place - 1 if place and self._joins(slabs[place], slabs[place - 1]) else place
-                high = place + 1
-                joined = sum(slab.count for slab in slabs[low:high])
-                if high < len(slabs) and self._joins(slabs[place], slabs[high]):
-                    high += joined + slabs[high].count <= self.sizes.most // 2
-                slabs[low:high] = [self._rewritten(slabs[low:high], high == len(slabs))]
+                self._rewrite(slabs, place)
         count = sum(slab.count for slab in slabs)
         while sum(slab.block.capacity for slab in slabs) > self.sizes.allowed(count):
             wasted = [slab.block.capacity - self._fitting(slab.count, slab is slabs[-1]) for slab in slabs]
             worst = max(range(len(slabs)), key=wasted.__getitem__)
             if wasted[worst] <= 0:
                 break
-            slabs[worst] = self._rewritten([slabs[worst]], worst == len(slabs) - 1)
+            self._rewrite(slabs, worst)
         return slabs
+
+    def _rewrite(self, slabs: list[Slab], place: int) -> None:
+        """Rewrite a slab, and small neighbours with it, in place in the list."""
+        low = place - 1 if place and self._joins(slabs[place], slabs[place - 1]) else place
+        high = place + 1
+        joined = sum(slab.count for slab in slabs[low:high])
+        if high < len(slabs) and self._joins(slabs[place], slabs[high]):
+            high += joined + slabs[high].count <= self.sizes.most // 2
+        slabs[low:high] = [self._rewritten(slabs[low:high], high == len(slabs))]
 
     def _joins(self, slab: Slab, neighbour: Slab) -> bool:
         """Whether the neighbour of a slab that is rewritten moves with it: at most as much again is copied."""

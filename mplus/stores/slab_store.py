@@ -13,6 +13,7 @@ from mplus.errors import MemoryMismatchError
 from mplus.stores.base import Column, Content, MemoryStore, Origin, Piece, StoreLayout, StoreView
 from mplus.stores.layered import LayeredView, naming
 from mplus.stores.slab_layer import SlabLayer
+from mplus.stores.slabs import places_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -127,6 +128,17 @@ class SlabStore(_Layers, MemoryStore):
             return self.fork()
         moved = [layer.to(layout, self.allocator(layout, index)) for index, layer in enumerate(self.slab_layers)]
         return self._with(layout, moved)
+
+    def bytes_for(self, rows: int) -> int:
+        """A place for each row, and an eighth as many for blocks that are not full."""
+        return places_for(rows) * self.bytes_per_row
+
+    def limit(self, rows: int) -> None:
+        """Make blocks that are small beside ``rows``, and keep none that nobody uses."""
+        sizes = self.sizes.within(rows)
+        for layer in self.slab_layers:
+            layer.allocator.keep_nothing()
+        self.slab_layers = [evolve(layer, sizes=sizes).tightened() for layer in self.slab_layers]
 
     @property
     def nbytes(self) -> int:

@@ -156,11 +156,17 @@ class SlabSizes:
         growth: factor by which a layer's room grows, above 1.
         most: rows of a block.
         expected: rows a layer is expected to hold; the first block has room for them, up to ``most``. 0: unknown.
+        limit: rows a layer holds at most when nothing is being written; it takes ``places_for`` them. None: no limit.
     """
 
     growth: float = 2.0
     most: int = 16384
     expected: int = 0
+    limit: int | None = None
+
+    def within(self, limit: int) -> SlabSizes:
+        """Blocks so small that two that are half empty are no more than what ``places_for`` leaves free."""
+        return evolve(self, most=min(self.most, (places_for(limit) - limit) // 2), limit=limit)
 
     @property
     def small(self) -> int:
@@ -174,4 +180,13 @@ class SlabSizes:
 
     def allowed(self, count: int) -> float:
         """Places in all blocks of ``count`` rows, above which room is given back."""
-        return self.growth**2 * count + (self.least if count >= self.small else 0)
+        return min(self.growth**2 * count + (self.least if count >= self.small else 0), self.reserved(count))
+
+    def reserved(self, count: int) -> float:
+        """Places in all blocks of ``count`` rows, at most; more rows than ``limit`` are there for a moment only."""
+        return float("inf") if self.limit is None else places_for(self.limit) + max(0, count - self.limit)
+
+
+def places_for(rows: int) -> int:
+    """Places that a layer of at most ``rows`` rows takes: an eighth is for what is not full, at least two."""
+    return rows + max(2, rows // 8)

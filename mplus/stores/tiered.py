@@ -295,6 +295,14 @@ class TieredStore(_Reading, MemoryStore):
         """In the store below; tiers have their own budgets."""
         return self.inner.bytes_per_row
 
+    def bytes_for(self, rows: int) -> int:
+        """In the store below."""
+        return self.inner.bytes_for(rows)
+
+    def limit(self, rows: int) -> None:
+        """Limit the store below."""
+        self.inner.limit(rows)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the store below and of both tiers."""

@@ -260,7 +260,7 @@ def test_it_is_offered_at_the_top_and_says_what_it_takes():
 @pytest.mark.parametrize("closed", [True, False])
 def test_everything_a_memory_can_be_made_with_lasts(tmp_path, options, closed):
     model = tiny.variant("paper")
-    ordinary = model.new_memory(batch_size=2, **options)
+    ordinary = model.new_memory(batch_size=2, store="mmap", **options)  # a budget holds as many rows there
     memory = Memory.open(tmp_path, model, batch_size=2, **options)
     for number in range(7):
         for one in (memory, ordinary):

@@ -17,7 +17,7 @@ from mplus.memory.manifest import read_manifest
 from mplus.stores import STORES
 from mplus.stores.ram import RamStore
 from tests.memory import tiny
-from tests.memory.counting import LAYERS, counting_memory
+from tests.memory.counting import LAYERS, CountedModel, counting_memory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,27 +55,33 @@ def config_of(budget: Any, **changes: Any) -> dict[str, Any]:
     return {**sizes, "bytes_budget": budget, **changes}
 
 
+def room(rows: int) -> int:
+    """Bytes of a layer's long-term rows and of the room between them: an eighth of it, two rows at least."""
+    return (rows + max(2, rows // 8)) * STORED
+
+
 ROW = 4 * 4 + 8 + 8  # hidden state of width 4, birth and source
 STORED = ROW + 2 * 4 + 8  # a key of width 2, and the id
 FIXED = 6 * ROW * LAYERS
 
 
 def test_the_capacity_is_what_short_term_memory_leaves() -> None:
-    memory = counting_memory(**config_of(FIXED + 11 * STORED * LAYERS + STORED * LAYERS - 1))
+    memory = counting_memory(**config_of(FIXED + room(11) * LAYERS + STORED * LAYERS - 1))
     assert (memory.capacity, memory.text_capacity) == (11, 11 * 8 // 2)
-    assert memory.budget.bytes == FIXED + 12 * STORED * LAYERS - 1
+    assert memory.budget.bytes == FIXED + (13 + 1) * STORED * LAYERS - 1
     assert "at most 11 LTM (44 text tokens)" in repr(memory)
     memory.write([7] * 200)
     assert [memory.stores[0].count(layer) for layer in range(LAYERS)] == [11] * LAYERS
     assert rows_bytes(memory.states, memory.stores) == FIXED + 11 * STORED * LAYERS
-    two = counting_memory(2, **config_of(2 * (FIXED + 11 * STORED * LAYERS)))
-    assert two.capacity == 11
+    two = counting_memory(2, **config_of(2 * (FIXED + room(100) * LAYERS)))
+    assert two.capacity == 100
+    assert counting_memory(2, **config_of(2 * (FIXED + room(100) * LAYERS) - 1)).capacity == 99
 
 
 def test_rows_that_wait_and_lifetimes_are_reckoned_with() -> None:
     waiting = {"mechanism": {"name": "mplus", "merge_every": 3}, "eviction": "ttl"}
     pending, expiring = (ROW + 8) * LAYERS, (STORED + 8) * LAYERS
-    memory = counting_memory(**config_of(FIXED + 6 * pending + 5 * expiring, **waiting))
+    memory = counting_memory(**config_of(FIXED + 6 * pending + (5 + 2) * expiring, **waiting))
     assert memory.capacity == 5
 
 
@@ -91,7 +97,7 @@ def test_a_budget_takes_the_place_of_long_term_tokens() -> None:
 
 @pytest.mark.parametrize("streams", [1, 2])
 def test_too_small_a_budget_says_what_it_takes(streams: int) -> None:
-    least = streams * (FIXED + 2 * STORED * LAYERS)
+    least = streams * (FIXED + room(2) * LAYERS)
     assert counting_memory(streams, **config_of(least)).capacity == 2
     with pytest.raises(ConfigError, match=rf"bytes_budget must be at least {least:,} bytes for {streams} .* got"):
         counting_memory(streams, **config_of(least - 1))
@@ -99,7 +105,7 @@ def test_too_small_a_budget_says_what_it_takes(streams: int) -> None:
 
 @settings(max_examples=30)
 @given(
-    room=st.integers(2, 40),
+    rows=st.integers(2, 60),
     spare=st.integers(0, STORED * LAYERS - 1),
     writes=st.lists(st.tuples(st.integers(1, 60), st.integers(0, 60)), min_size=1, max_size=5),
     changes=st.sampled_from(
@@ -109,21 +115,51 @@ def test_too_small_a_budget_says_what_it_takes(streams: int) -> None:
             {"mechanism": {"name": "mplus", "merge_every": 3, "lifetime": 4.0}, "variant": "published"},
             {"eviction": "reservoir"},
             {"eviction": "lru", "drop_per_layer": False},
+            {"store": "quantized"},
+            {"store": {"name": "quantized", "keys": False}, "eviction": "reservoir"},
+            {"store": {"name": "ram", "slab_rows": 3, "growth": 1.3}, "eviction": "reservoir"},
         ]
     ),
+    forget=st.booleans(),
 )
-def test_rows_never_take_more_than_the_budget(
-    room: int, spare: int, writes: list[tuple[int, int]], changes: dict[str, Any]
+def test_a_memory_never_takes_more_than_the_budget(
+    rows: int, spare: int, writes: list[tuple[int, int]], changes: dict[str, Any], forget: bool
 ) -> None:
-    budget = 2 * (FIXED + 6 * ROW * LAYERS * 2 + room * STORED * LAYERS + spare)
+    budget = 2 * (FIXED + 6 * ROW * LAYERS * 2 + room(rows) * LAYERS + spare)
     memory = counting_memory(2, **config_of(budget, **changes))
-    for one, other in writes:
-        memory.write([[7] * one, [7] * other if other else None])
-        assert rows_bytes(memory.states, memory.stores) <= budget
-        growth, spare_rows = 2.0, 16384 / 16  # defaults of the store "ram"
-        assert memory.nbytes <= growth**2 * budget + 2 * spare_rows * (STORED + 8) * LAYERS, (
-            "what is reserved is bounded"
-        )
+    for number, (one, other) in enumerate(writes):
+        memory.write([[7] * one, [7] * other if other else None], source=f"{number % 2}")
+        assert rows_bytes(memory.states, memory.stores) <= memory.nbytes <= budget
+        if forget and number == 3:
+            memory.forget("1")
+            assert memory.nbytes <= budget
+    fork = memory.fork()
+    fork.write([[7] * 30, [7] * 30])
+    assert max(memory.nbytes, fork.nbytes) <= budget
+
+
+@pytest.mark.parametrize("store", ["ram", "quantized"])
+@pytest.mark.parametrize("eviction", ["fifo", "reservoir"])
+def test_at_capacity_the_room_reserved_is_inside_the_budget(store: str, eviction: str) -> None:
+    budget = 150_000
+    memory = counting_memory(**config_of(budget, store=store, eviction=eviction))
+    capacity = memory.capacity or 0
+    while memory.stores[0].count(0) < capacity:
+        memory.write([7] * 160)
+        assert memory.nbytes <= budget
+    for _ in range(10):
+        memory.write([7] * 160)
+        assert memory.nbytes <= budget
+    assert memory.stores[0].count(0) == capacity
+    assert rows_bytes(memory.states, memory.stores) > 0.8 * budget, "most of it is rows"
+
+
+def test_a_loaded_memory_keeps_to_another_budget_at_once(tmp_path: Path) -> None:
+    memory = counting_memory(**config_of("100kB"))
+    memory.write([7] * 1000)
+    memory.save(tmp_path)
+    loaded = mplus.Memory.load(tmp_path, CountedModel(memory.engine), bytes_budget=memory.nbytes + 10_000)
+    assert loaded.nbytes <= memory.nbytes + 10_000
 
 
 def test_projected_rows_have_hidden_states_kept_beside_them() -> None:
@@ -134,7 +170,9 @@ def test_projected_rows_have_hidden_states_kept_beside_them() -> None:
     layout = memory.stores[0].layout
     taken = rows_bytes(memory.states, memory.stores)
     assert memory.stores[0].count(0) == memory.capacity
-    assert taken <= budget < taken + 3 * (layout.row_bytes + 8)
+    rows = memory.stores[0].count(0)
+    assert taken + 3 * (rows // 8) * (layout.row_bytes + 8) <= budget
+    assert taken + 3 * (1 + (rows + 1) // 8) * (layout.row_bytes + 8) > budget
 
 
 def test_a_store_says_what_its_rows_take() -> None:
@@ -147,12 +185,12 @@ def test_a_store_says_what_its_rows_take() -> None:
 
     STORES.register("half", Half)
     try:
-        budget = FIXED + 10 * STORED * LAYERS
+        budget = FIXED + room(20) // 2 * LAYERS
         assert counting_memory(**config_of(budget, store="half")).capacity == 20
     finally:
         STORES.unregister("half")
     codes = 4 + 2 + 2 * 2 + 8 + 8 + 8  # a byte for each number of hidden state and key, an exponent for each, and facts
-    memory = counting_memory(**config_of(FIXED + 10 * codes * LAYERS, store="quantized"))
+    memory = counting_memory(**config_of(FIXED + (10 + 2) * codes * LAYERS, store="quantized"))
     assert memory.capacity == 10
     memory.write([7] * 200)
     assert rows_bytes(memory.states, memory.stores) == FIXED + 10 * codes * LAYERS
