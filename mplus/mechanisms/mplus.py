@@ -195,7 +195,7 @@ class MPlusMechanism(MemoryMechanism):
             queries = retriever.project_queries(layer, hidden)
             picks = retriever.select(layer, queries, mask, [store for _, store in scored], k)
             for (row, store), pick in zip(scored, picks, strict=True):
-                ids, by_id = pick.ids.sort()
+                ids, by_id = torch.sort(pick.ids)
                 found[row] = self._in_order(
                     store, layer, ids, pick.scores.index_select(0, by_id.to(pick.scores.device))
                 )
