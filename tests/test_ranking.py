@@ -39,11 +39,12 @@ def test_the_best_places_are_those_of_a_sort(scores: list[float], k: int) -> Non
     st.lists(st.lists(st.tuples(NUMBERS, NUMBERS, st.booleans()), max_size=12), max_size=5),
     st.integers(0, 40),
     st.integers(1, 9),
+    st.integers(1, 2),
 )
 def test_rows_of_many_blocks_rank_like_rows_of_one(
-    layers: list[list[tuple[float, float, bool]]], k: int, block: int
+    layers: list[list[tuple[float, float, bool]]], k: int, block: int, texts: int
 ) -> None:
-    """Two texts; a row's key is its two scores; rows that were removed lie between the others."""
+    """A row's key is its score for each of two texts; rows that were removed lie between the others."""
     pieces, rows, next_id = [], [], 7
     for places in layers:
         ids = torch.arange(next_id, next_id + 3 * len(places), 3)
@@ -54,7 +55,7 @@ def test_rows_of_many_blocks_rank_like_rows_of_one(
         next_id += 3 * len(places) + 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranking, "BLOCK", block)
-        found = best_rows(pieces, 2, k, lambda keys: keys.T.contiguous())
+        found = best_rows(pieces, texts, k, lambda keys: keys.T[:texts].contiguous())
     for text, (ids, best) in enumerate(found):
         scores = [place[text] for _, place in rows]
         expected = slow(scores, k)

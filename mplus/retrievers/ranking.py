@@ -10,7 +10,7 @@ from torch import Tensor
 from mplus.errors import InputError
 from mplus.stores.base import Piece
 
-BLOCK = 2**18
+BLOCK = 2**16
 """Scores held at a time by ``best_rows``, all texts together; more where many rows are wanted."""
 _LOW = 0xFFFFFFFF
 
@@ -21,7 +21,8 @@ def top_places(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: scores of another dtype.
     """
-    places, best = _unranked(_top(_ranks(scores, 0), k, last=True))
+    positions = torch.arange(scores.shape[-1], device=scores.device)
+    places, best = _unranked(_top(_ranks(scores, positions), k, last=True))
     return places, best
 
 
@@ -44,14 +45,34 @@ def best_rows(
     start = 0
     for ids, keys, live in _blocks(pieces, max(BLOCK // texts, 4 * k, 1)):
         scores = score(keys).to(ids.device)
-        ranks = _ranks(scores if live is None else scores[:, live], start)
-        best = ranks if best is None else torch.cat([_top(best, k), ranks], -1)
+        scores = scores if live is None else scores[:, live]
+        positions = torch.arange(start, start + scores.shape[-1], device=ids.device)
+        if best is None:
+            best = _ranks(scores, positions)
+        else:
+            best = _top(best, k)
+            promising = _promising(scores, best, k)
+            if promising is not None:
+                scores, positions = scores[:, promising], positions[promising]
+            best = torch.cat([best, _ranks(scores, positions)], -1)
         blocks.append(ids if live is None else ids[live])
         start += len(blocks[-1])
     if best is None:
         return [(torch.empty(0, dtype=torch.int64), torch.empty(0))] * texts
     places, scores = _unranked(_top(best, k, last=True))
     return [(_ids_at(blocks, own), there) for own, there in zip(places, scores, strict=True)]
+
+
+def _promising(scores: Tensor, best: Tensor, k: int) -> Tensor | None:
+    """Places of the scores that can still be among the ``k`` best of the only text; None: any can, or there are more.
+
+    Ranking takes several times as long as comparing, and behind the first blocks few rows are left.
+    """
+    if best.shape != (1, k) or k == 0:
+        return None
+    _, lowest = _unranked(best.min())
+    # Of equal scores the earlier one counts. Nothing compares with NaN, which is lowest.
+    return (scores[0] > lowest).nonzero().squeeze(1) if bool(lowest > -torch.inf) else None
 
 
 def _blocks(pieces: Sequence[Piece], rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
@@ -63,18 +84,16 @@ def _blocks(pieces: Sequence[Piece], rows: int) -> Iterator[tuple[Tensor, Tensor
             yield piece.ids[own], piece.columns["key"][own], live
 
 
-def _ranks(scores: Tensor, start: int) -> Tensor:
+def _ranks(scores: Tensor, positions: Tensor) -> Tensor:
     """One whole number for each score, int64 of the same shape, that falls from better to worse.
 
     ``torch.topk`` leaves the choice among equal scores open; these numbers are all different. The upper half is the
-    score, the lower half its position, counted from ``start``.
+    score, the lower half its position.
     """
     if scores.dtype != torch.float32:
         raise InputError(f"scores must be torch.float32, got {scores.dtype}")
     scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0  # -0.0 is equal to 0.0
-    count = scores.shape[-1]
-    positions = torch.arange(_LOW - start, _LOW - start - count, -1, device=scores.device)
-    return _ascending(scores.view(torch.int32)).long().bitwise_left_shift_(32).add_(positions)
+    return _ascending(scores.view(torch.int32)).long().bitwise_left_shift_(32).add_(_LOW - positions)
 
 
 def _ascending(bits: Tensor) -> Tensor:

@@ -80,11 +80,13 @@ def score_rows(name: str, texts: Sequence[Tensor], keys: Tensor) -> Tensor:
         for start in range(0, keys.shape[0], piece):
             part = keys[start : start + piece].to(device=device, dtype=torch.float32)
             for number, group in enumerate(groups):
-                products = part @ group.T
-                if name == "mean_dot":
-                    scores[:, start : start + piece] = products.T
+                own = scores[number, start : start + piece]
+                if name != "mean_dot":
+                    torch.mv((part @ group.T).sigmoid_(), shares[number], out=own)
+                elif len(group) == 1:
+                    torch.mv(part, group[0], out=own)
                 else:
-                    torch.mv(products.sigmoid_(), shares[number], out=scores[number, start : start + piece])
+                    scores[:, start : start + piece] = (part @ group.T).T
     return scores
 
 
