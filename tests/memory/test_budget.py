@@ -138,8 +138,15 @@ def test_a_memory_never_takes_more_than_the_budget(
     assert max(memory.nbytes, fork.nbytes) <= budget
 
 
-@pytest.mark.parametrize("store", ["ram", "quantized"])
-@pytest.mark.parametrize("eviction", ["fifo", "reservoir"])
+@pytest.mark.parametrize(
+    ("store", "eviction"),
+    [
+        ("ram", "fifo"),
+        pytest.param("ram", "reservoir", marks=pytest.mark.nightly),
+        pytest.param("quantized", "fifo", marks=pytest.mark.nightly),
+        ("quantized", "reservoir"),
+    ],
+)
 def test_at_capacity_the_room_reserved_is_inside_the_budget(store: str, eviction: str) -> None:
     budget = 150_000
     memory = counting_memory(**config_of(budget, store=store, eviction=eviction))
