@@ -4,6 +4,8 @@
     python -m benchmarks.retrieval sweep KEYS             # benchmarks/records/retrieval-sweep.json
     python -m benchmarks.retrieval speed KEYS             # benchmarks/records/retrieval-speed.json
     python -m benchmarks.retrieval retention              # benchmarks/records/retrieval-retention.json
+    mplus train recall-tiny --set memory.retriever.score=sigmoid_mean --seed 601 --out RUN
+    python -m benchmarks.retrieval retention --model RUN/model     # the same record, beside what is there
     python -m benchmarks.retrieval sigmoid                # benchmarks/records/retrieval-sigmoid.json
 
 Keys are those of one layer of recall-tiny (``benchmarks.distinct_facts``). Both sides rank by the score "mean_dot" of
@@ -27,9 +29,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import mplus
 from benchmarks.distinct_facts import Asked, write_and_ask
 from mplus.bench.timing import Arm, in_rounds, ratio, summary
 from mplus.evaluation.circumstances import circumstances
+from mplus.evaluation.recall.health import retriever_health
 from mplus.evaluation.recall.retention import retention
 from mplus.evaluation.recall.telling import Telling
 from mplus.evaluation.stand_ins import with_own_parameters
@@ -196,16 +200,35 @@ def _update(indexed: FaissIvfRetriever, store: RamStore, query: Tensor, mask: Te
     return summary(seconds)
 
 
-def keep(streams: int, rounds: int) -> dict[str, Any]:
-    """Accuracy over age with other retrievers in place of the trained one, all on the same streams and questions."""
-    model = load_recall()[0]
+def keep(model: Any, streams: int, rounds: int) -> dict[str, Any]:
+    """Accuracy over age with other retrievers in place of the trained one, all on the same streams and questions.
+
+    Beside it, at the last age, the share of the exact best rows that each of them finds, and its time.
+    """
     telling = Telling(ages=AGES, streams=streams, rounds=rounds, seed=7)
     others = {name: with_own_parameters(model, "faiss_ivf", **options) for name, options in INDEXES.items()}
     others["centroid"] = with_own_parameters(model, "centroid")
     arms = ["memoryllm", "mplus", "mplus-random", *(f"mplus-{name}" for name in others)]
     rows = telling.chunks * model.mplus_config.memory_tokens_per_chunk
     report = retention(model, telling, arms=arms, retrievers=others, long_term_tokens=rows)
-    return {"score": "mean_dot", "indexes": INDEXES, "report": report.plain()}
+    old = Telling(ages=AGES[-1:], streams=streams, rounds=2, seed=7)
+    wanted = model.mplus_config.retrieved_tokens
+    health = retriever_health(model, old, retrieved_tokens=[wanted], retrievers=others, long_term_tokens=rows)
+    return {
+        "indexes": INDEXES,
+        "wanted": wanted,
+        "report": report.plain(),
+        "shortcuts": health["by_retrieved_tokens"][str(wanted)],
+        "long_term_rows": health["long_term_rows"],
+    }
+
+
+def beside(path: Path, model: Any, found: dict[str, Any]) -> dict[str, Any]:
+    """The record at ``path`` with what was found for the score of this model in it."""
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"by_score": {}}
+    score = model.mplus_engine.mechanism.additions.retriever.facts()["score"]
+    record["by_score"][score] = {**found, "circumstances": circumstances(model=f"recall-tiny, {score}")}
+    return record
 
 
 def sigmoid(rows: int, tokens: int, draws: int, k: int = 256, width: int = 64) -> dict[str, Any]:
@@ -263,6 +286,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=24, help="queries timed; for retention, rounds of questions")
     parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--model", type=Path, help="for retention: a model that recall-tiny was trained to")
     parser.add_argument("--record", type=Path, help="default: benchmarks/records/retrieval-WHAT.json")
     given = parser.parse_args()
     if given.what in ("keys", "sweep", "speed") and given.keys is None:
@@ -270,15 +294,18 @@ def main() -> None:
     if given.what == "keys":
         save_keys(given.keys)
         return
+    record = given.record or RECORDS / f"retrieval-{given.what}.json"
+    if given.what == "retention":
+        model = load_recall()[0] if given.model is None else mplus.from_pretrained(given.model).eval()
+        found = beside(record, model, keep(model, given.streams, given.rounds))
+        record.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        return
     if given.what == "sweep":
         found = sweep(load_keys(given.keys), given.rounds)
     elif given.what == "speed":
         found = speed(load_keys(given.keys), given.threads, given.rounds)
-    elif given.what == "retention":
-        found = keep(given.streams, given.rounds)
     else:
         found = sigmoid(50_000, 256, 8)
-    record = given.record or RECORDS / f"retrieval-{given.what}.json"
     whole = {**found, "circumstances": circumstances(model="recall-tiny")}
     record.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 

@@ -19,7 +19,8 @@ def test_so_is_the_figure():
 
 def test_an_index_keeps_what_exact_retrieval_answers():
     """At every age, within what as many questions can tell apart."""
-    arms = {arm["name"]: arm["accuracy_by_age"] for arm in retrieval_page.load()["retention"]["report"]["arms"]}
+    found = retrieval_page.load()["retention"]["by_score"]["mean_dot"]
+    arms = {arm["name"]: arm["accuracy_by_age"] for arm in found["report"]["arms"]}
     for age, exact in arms["mplus"].items():
         for name in ("mplus-faiss_ivf", "mplus-faiss_ivf-few", "mplus-centroid"):
             assert arms[name][age] == pytest.approx(exact, abs=0.02), (name, age)

@@ -126,28 +126,51 @@ def sweep(record: Mapping[str, Any]) -> str:
 
 
 def retention(record: Mapping[str, Any]) -> str:
-    """Accuracy over age with other retrievers."""
-    arms = [arm for arm in record["report"]["arms"] if arm["status"] == "ok"]
-    ages = list(arms[0]["accuracy_by_age"])
-    questions = arms[0]["questions_by_age"][ages[0]]
-    rows = [[arm["name"], *(f"{arm['accuracy_by_age'][age]:.3f}" for age in ages)] for arm in arms]
-    options = "; ".join(
-        f"`mplus-{name}` with {', '.join(f'{option} = {value}' for option, value in some.items())}"
-        for name, some in record["indexes"].items()
-    )
-    opening = (
-        f"The shipped recall-tiny, read with its own retriever (`mplus`, every row scored by `{record['score']}`) and "
-        f"with others that take its parameters, on the same streams and questions: {questions} questions at each age "
-        f"in chunks of 16 tokens, and room for every row that was written. {options}."
-    )
-    return "\n\n".join(
-        [
-            "## Accuracy",
-            opening,
+    """Accuracy over age with other retrievers, for each score that a model was trained with."""
+    parts = ["## Accuracy"]
+    for score, found in record["by_score"].items():
+        arms = [arm for arm in found["report"]["arms"] if arm["status"] == "ok"]
+        ages = list(arms[0]["accuracy_by_age"])
+        rows = [[arm["name"], *(f"{arm['accuracy_by_age'][age]:.3f}" for age in ages)] for arm in arms]
+        options = "; ".join(
+            f"`mplus-{name}` with {', '.join(f'{option} = {value}' for option, value in some.items())}"
+            for name, some in found["indexes"].items()
+        )
+        parts += [
+            (
+                f"recall-tiny trained with `{score}`, read with its own retriever (`mplus`: every row is scored) and "
+                "with others that take its parameters, on the same streams and questions: "
+                f"{arms[0]['questions_by_age'][ages[0]]} questions at each age in chunks of 16 tokens, and room for "
+                f"every row that was written. {options}."
+            ),
             table(["arm", *ages], rows),
-            closing(record),
+            (
+                f"What each selects at age {ages[-1]} among {found['long_term_rows']:,} rows, {found['wanted']} of "
+                "them, by layer; the time is that of one text."
+            ),
+            _shortcuts(found["shortcuts"]),
+            closing(found),
         ]
-    )
+    return "\n\n".join(parts)
+
+
+def _shortcuts(found: Mapping[str, Any]) -> str:
+    """What retrievers find in each layer."""
+
+    def by_layer(numbers: list[float | None], digits: int) -> str:
+        return " / ".join("-" if number is None else f"{number:.{digits}f}" for number in numbers)
+
+    rows = [
+        [
+            name,
+            by_layer(facts["gold_recall_by_layer"], 3),
+            by_layer(facts["overlap_with_exact_by_layer"], 3),
+            by_layer(facts["select_ms_by_layer"], 2),
+        ]
+        for name, facts in found.items()
+        if "overlap_with_exact_by_layer" in facts
+    ]
+    return table(["retriever", "gold recall", "of the exact best rows", "ms"], rows)
 
 
 def sigmoid(record: Mapping[str, Any]) -> str:
