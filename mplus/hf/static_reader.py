@@ -92,9 +92,9 @@ class StaticReader:
         Args:
             input_ids: ``[B, T]`` int64 without padding, one row per stream of the memory.
             memory: what is read.
-            room: further tokens to keep room for.
+            room: further tokens to keep room for; with ``into`` there is what its cache has left.
             into: what an earlier prompt left and nobody needs any more: its cache is used again, so that a compiled
-                step stays valid. As many rows of memory, and no more tokens than it has room for.
+                step stays valid. Memory and prompt together must fit into it.
 
         Raises:
             InputError: the prompt does not fit ``into``, or ``room`` is negative.

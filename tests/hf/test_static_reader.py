@@ -44,7 +44,15 @@ def compare(pair: Pair, reader: StaticReader, memory: mplus.Memory, prompt: torc
         assert error(reader.step(state, token), expected.logits[:, -1]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt-neox", "phi"])
+# With the four below all that are taken.
+FURTHER = ("mistral", "qwen2", "phi3", "gpt2", "opt", "opt-post-norm", "olmo2", "mixtral")
+FURTHER += ("qwen3-moe", "granite", "smollm3", "stablelm")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "qwen3", "gpt-neox", "phi", *(pytest.param(name, marks=pytest.mark.nightly) for name in FURTHER)],
+)
 def test_steps_are_those_of_the_wrapped_decoder(name: str) -> None:
     pair = made(name)
     memory = pair.new_memory(batch_size=2)
