@@ -17,7 +17,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt tools/environment.sh
 	@touch $@
 
 demo: $(VENV)/.installed  ## Tell a small decoder facts, ask for them much later, and draw what was retained
-	$(VENV)/bin/mplus demo
+	@mkdir -p build
+	$(VENV)/bin/mplus demo --plot build/mplus-demo.png
 
 test: $(VENV)/.installed  ## Everything a change must pass
 	$(MAKE) -j 2 type lint docs

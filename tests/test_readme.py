@@ -52,6 +52,13 @@ def test_its_program_is_the_example():
     assert ast.dump(ast.parse(program())) == ast.dump(example)
 
 
+def test_make_demo_leaves_the_tree_as_it_was():
+    """What it draws goes where git ignores it."""
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\ndemo:")[2].partition("\n\n")[0]
+    (figure,) = re.findall(r"mplus demo --plot (\S+)", recipe)
+    assert f"{figure.partition('/')[0]}/" in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+
+
 def test_its_numbers_are_those_of_the_record():
     record = demo_record.load()
     assert record["saved"]["identical"] is True

@@ -16,6 +16,15 @@ import pytest
 pytest.register_assert_rewrite(
     *(
         f"mplus.testing.{module}"
-        for module in ("backends", "eviction", "objectives", "retrievers", "sources", "store_model", "stores")
+        for module in (
+            "backends",
+            "eviction",
+            "objectives",
+            "retrievers",
+            "rounding",
+            "sources",
+            "store_model",
+            "stores",
+        )
     )
 )

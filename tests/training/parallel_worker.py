@@ -11,11 +11,13 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
+from unittest import mock
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 
+from mplus.testing.rounding import InFloat64
 from mplus.training import train, trainer
 from mplus.training.parallel import rank
 from mplus.training.sharding import whole
@@ -88,6 +90,30 @@ class Watch:
 
 class Stopped(Exception):
     """As if the processes had been killed."""
+
+
+def exact_gradients(folder: Path, streams: int) -> dict[str, torch.Tensor]:
+    """The gradient of the first step, computed in float64 from the same weights."""
+    make, choose = trainer.make_model, trainer.choose_trained
+
+    def choose_wide(model: Any, parameters: Any) -> dict[str, torch.nn.Parameter]:
+        with InFloat64():  # else what is trained would be made float32 again
+            return choose(model, parameters)
+
+    with (
+        Watch() as watch,
+        mock.patch.multiple(trainer, make_model=lambda *of: make(*of).double(), choose_trained=choose_wide),
+    ):
+        one_step = trainer.Attempt._one_step
+
+        def first_step(attempt: Any, stage: Any) -> None:
+            with InFloat64():
+                one_step(attempt, stage)
+            raise Stopped
+
+        with mock.patch.object(trainer.Attempt, "_one_step", first_step), suppress(Stopped):
+            train(table(streams), out=folder, progress=False)
+    return watch.gradients
 
 
 def watched(folder: Path, streams: int, made: Any) -> dict[str, Any]:
