@@ -157,9 +157,9 @@ def _losses(model: Any, pieces: Tensor, options: HarmOptions, memory: Memory | N
         logits = model(input_ids=text, use_cache=False).logits
     elif model.mplus_engine.mechanism.uses_retriever:
         with reading_as(model, query_tokens=known):
-            logits = model(input_ids=text, use_cache=False, memory=memory.select([0] * len(text))).logits
+            logits = model(input_ids=text, use_cache=False, memory=memory).logits
     else:
-        logits = model(input_ids=text, use_cache=False, memory=memory.select([0] * len(text))).logits
+        logits = model(input_ids=text, use_cache=False, memory=memory).logits
     predicted, expected = logits[:, known - 1 : -1].double(), text[:, known:]
     flat = cross_entropy(predicted.flatten(0, 1), expected.flatten(), reduction="none")
     return flat.view(len(text), -1).mean(1).cpu()

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mplus.errors import MemoryMismatchError
+from mplus.errors import InputError, MemoryMismatchError
 from mplus.hf.engine import DecoderEngine
 from mplus.hf.passes import Pass, run_in
-from mplus.hf.reading import Reading
+from mplus.hf.reading import Reading, one_per_row
 from mplus.memory.memory import Memory
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ def forward_with_memory(
     Args:
         model: the wrapped decoder.
         base: its class before it was wrapped.
-        memory: one stream per batch row, or None.
+        memory: one stream per batch row, or one for all of them; or None.
         reuse: accept a cache made under another state of the memory, and read that state.
         args, kwargs: of ``forward``.
 
@@ -71,7 +71,7 @@ def _read(
     cache = inputs.get("past_key_values")
     engine: DecoderEngine = model.mplus_engine
     engine.check_attention()
-    reading = given or check_cache(cache, memory, reuse) or read(engine, memory)
+    reading = given or check_cache(cache, memory, reuse) or read(engine, memory, _text(inputs).shape[0])
     output = run_in(_read_pass(engine, reading, base, inputs), base.forward, model, **inputs)
     for holder in (cache, getattr(output, "past_key_values", None)):
         if holder is not None:
@@ -95,8 +95,12 @@ def _by_name(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
     return named
 
 
-def read(engine: DecoderEngine, memory: Any, **options: Any) -> Reading:
-    """A reading of ``memory`` for this decoder. Raises MemoryMismatchError when it belongs to another one."""
+def read(engine: DecoderEngine, memory: Any, rows: int, **options: Any) -> Reading:
+    """A reading of ``memory`` for a batch of ``rows`` texts; a memory of one stream is read by all of them.
+
+    Raises:
+        MemoryMismatchError: it belongs to another decoder or has another dtype, or its streams are not as many as rows.
+    """
     if not isinstance(memory, Memory):
         raise MemoryMismatchError(f"memory must be an mplus.Memory, got {type(memory).__name__}")
     if memory.engine is not engine:
@@ -113,7 +117,7 @@ def read(engine: DecoderEngine, memory: Any, **options: Any) -> Reading:
     version, views = memory.versioned_snapshot()
     prepared = engine.prepared(memory, version)
     keep = not torch.is_grad_enabled()
-    return Reading(engine.mechanism, views, memory, version, prepared, keep=keep, **options)
+    return Reading(engine.mechanism, one_per_row(views, rows), memory, version, prepared, keep=keep, **options)
 
 
 def check_cache(cache: Any, memory: Memory | None, reuse: bool) -> Reading | None:
@@ -138,9 +142,21 @@ def check_cache(cache: Any, memory: Memory | None, reuse: bool) -> Reading | Non
     )
 
 
+def _text(inputs: dict[str, Any]) -> Tensor:
+    """Ids ``[B, T]`` or embeddings ``[B, T, d]`` of the text. Raises InputError where there are none."""
+    text = inputs.get("input_ids")
+    text = inputs.get("inputs_embeds") if text is None else text
+    if not isinstance(text, Tensor) or text.dim() < 2:
+        raise InputError(
+            "forward with a memory needs input_ids [B, T] or inputs_embeds [B, T, d], "
+            f"got {list(text.shape) if isinstance(text, Tensor) else text!r}"
+        )
+    return text
+
+
 def _read_pass(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[str, Any]) -> Pass:
     """The pass of one forward; completes ``position_ids`` in ``inputs`` where the decoder would count padding."""
-    text: Tensor = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    text = _text(inputs)
     rows, tokens = text.shape[:2]
     repeats = reading.repeats(rows)
     mask = inputs.get("attention_mask")

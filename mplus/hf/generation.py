@@ -37,10 +37,10 @@ def generate(
     engine = model.mplus_engine
     engine.check_attention()
     reading = check_cache(kwargs.get("past_key_values"), memory, reuse_memory_cache)
+    prompts, tokens = prompt_shape(args, kwargs)
     if reading is None:
-        reading = read(engine, memory)
-    reading.retrieve_every = retrieve_every
-    prompts, reading.prompt_tokens = prompt_shape(args, kwargs)
+        reading = read(engine, memory, prompts)
+    reading.retrieve_every, reading.prompt_tokens = retrieve_every, tokens
     reading.repeats(prompts)
     # From here on further rows are copies of a prompt (beams, several samples), and no gradient is wanted.
     reading.repeats_allowed, reading.keep = True, True

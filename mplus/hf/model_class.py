@@ -88,7 +88,7 @@ class MemoryModel:
         """``generate`` of the decoder, reading ``memory`` as it is at the call.
 
         Args:
-            memory: one stream per prompt; None: the decoder alone.
+            memory: one stream per prompt, or one for all prompts; None: the decoder alone.
             retrieve_every: besides once per prompt, retrieve anew after so many generated tokens.
             output_sources: with ``return_dict_in_generate=True``, the result gets ``memory_sources``: for every batch
                 row and memory layer the retrieved rows (``mplus.hf.sources.RetrievedSource``).

@@ -81,12 +81,34 @@ class Reading:
     def repeats(self, rows: int) -> int:
         """Copies of each stream in a batch of ``rows``. Raises MemoryMismatchError when they do not fit."""
         streams = len(self.views)
-        if rows == streams or (self.repeats_allowed and rows % streams == 0):
+        # What one row read fits every copy of it: the cache of a prompt, repeated for several questions to it.
+        if rows == streams or (rows and rows % streams == 0 and (self.repeats_allowed or streams == 1)):
             return rows // streams
-        raise MemoryMismatchError(
-            f"the batch has {rows} rows and the memory {streams}: make the memory with batch_size={rows}, "
-            "or pass one row per stream"
-        )
+        raise _other_batch(rows, streams)
+
+
+def one_per_row(views: Sequence[StreamView], rows: int) -> Sequence[StreamView]:
+    """A view for every row of a batch; a memory of one stream is read by all of them, and nothing is copied.
+
+    Args:
+        views: of a memory, one per stream.
+        rows: texts in the batch, without beams and further samples of a prompt.
+
+    Raises:
+        MemoryMismatchError: the memory has several streams, and the batch has another number of rows.
+    """
+    if rows and len(views) == 1:
+        return [views[0]] * rows
+    if len(views) != rows:
+        raise _other_batch(rows, len(views))
+    return views
+
+
+def _other_batch(rows: int, streams: int) -> MemoryMismatchError:
+    return MemoryMismatchError(
+        f"the batch has {rows} rows and the memory {streams}: pass one row per stream, or choose streams for the rows "
+        "with memory.select (a memory of one stream is read by every row)"
+    )
 
 
 @define(eq=False)

@@ -265,8 +265,8 @@ class Memory(Opens):
     def select(self, rows: Sequence[int]) -> Memory:
         """An independent memory of these batch rows, in this order; a row may come several times.
 
-        Many questions to one memory are read in a batch by ``memory.select([0] * questions)``. Copies of a row share
-        everything until they are written, and are retrieved from together; each goes on as the row itself would.
+        Copies of a row share everything until they are written, and are retrieved from together; each goes on as the
+        row itself would. (To read a memory of one stream with a batch, pass it as it is.)
 
         Raises:
             InputError: no rows, or there is no such batch row.
