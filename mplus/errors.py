@@ -6,6 +6,8 @@ Each class also derives from the built-in a caller would expect, so ``except Val
 
 from __future__ import annotations
 
+import pickle
+
 
 class MPlusError(Exception):
     """Base class of every error raised by mplus."""
@@ -49,6 +51,10 @@ class MemoryMismatchError(MPlusError, ValueError):
 
 class MemoryFileError(MPlusError, ValueError):
     """A saved memory is truncated, altered, foreign or of a newer format."""
+
+
+class MemoryPickleError(MPlusError, pickle.PicklingError, TypeError):
+    """A memory was to be pickled; the message says how to keep it, or hand it to another process, instead."""
 
 
 class LiveMemoryError(MPlusError, RuntimeError):

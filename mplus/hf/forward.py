@@ -40,6 +40,12 @@ def generate_in(model: Any, reading: Reading, function: Callable[..., T], *args:
     return context.run(function, *args, **kwargs)
 
 
+def is_generating(model: Any) -> bool:
+    """Whether this thread is in a generation of ``model`` with a memory."""
+    generation = _GENERATING.get()
+    return generation is not None and generation[0] is model
+
+
 def forward_with_memory(
     model: Any, base: Any, memory: Memory | None, reuse: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:

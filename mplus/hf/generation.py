@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mplus.errors import ConfigError, NotSupported
-from mplus.hf.forward import check_cache, generate_in, read
+from mplus.hf.forward import check_cache, generate_in, is_generating, read
 from mplus.hf.sources import retrieved_sources
 from mplus.memory.memory import Memory
 
@@ -14,21 +14,21 @@ from mplus.memory.memory import Memory
 def generate(
     model: Any,
     base_generate: Callable[..., Any],
-    memory: Memory | None,
-    retrieve_every: int | None,
-    output_sources: bool,
-    reuse_memory_cache: bool,
+    own: dict[str, Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """See ``MemoryModel.generate``."""
+    """See ``MemoryModel.generate``; ``own``: its arguments that transformers does not know."""
+    settings = Settings(model, args, {**kwargs, **{name: value for name, value in own.items() if value is not None}})
+    # A generation within one of this model (a draft of an assistant) reads what that one reads.
+    memory: Memory | None = own["memory"] if is_generating(model) else settings["memory"]
     if memory is None:
         return base_generate(*args, **kwargs)
+    retrieve_every, output_sources = settings["retrieve_every"], bool(settings["output_sources"])
     if retrieve_every is not None and (
         isinstance(retrieve_every, bool) or not isinstance(retrieve_every, int) or retrieve_every < 1
     ):
         raise ConfigError(f"retrieve_every must be a whole number of at least 1, or None, got {retrieve_every!r}")
-    settings = Settings(model, args, kwargs)
     refuse(settings, retrieve_every)
     if output_sources and not settings["return_dict_in_generate"]:
         raise ConfigError(
@@ -36,7 +36,7 @@ def generate(
         )
     engine = model.mplus_engine
     engine.check_attention()
-    reading = check_cache(kwargs.get("past_key_values"), memory, reuse_memory_cache)
+    reading = check_cache(kwargs.get("past_key_values"), memory, bool(settings["reuse_memory_cache"]))
     prompts, tokens = prompt_shape(args, kwargs)
     if reading is None:
         reading = read(engine, memory, prompts)

@@ -10,7 +10,7 @@ import torch
 
 from mplus.config import Component, MPlusConfig
 from mplus.errors import NotSupported
-from mplus.hf import attention
+from mplus.hf import attention, generation_config
 from mplus.hf.engine import DecoderEngine
 from mplus.hf.forward import forward_with_memory
 from mplus.hf.modes import with_attention
@@ -81,14 +81,18 @@ class MemoryModel:
         *args: Any,
         memory: Memory | None = None,
         retrieve_every: int | None = None,
-        output_sources: bool = False,
-        reuse_memory_cache: bool = False,
+        output_sources: bool | None = None,
+        reuse_memory_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """``generate`` of the decoder, reading ``memory`` as it is at the call.
 
+        Each of the arguments below may also stand in a ``GenerationConfig``, in that of the call or in the decoder's
+        own, ``model.generation_config``; an argument that is not None goes first, then the config of the call. Copies
+        of a config refer to the same memory, and what is made of it as text or a file leaves the memory out.
+
         Args:
-            memory: one stream per prompt, or one for all prompts; None: the decoder alone.
+            memory: one stream per prompt, or one for all prompts; None everywhere: the decoder alone.
             retrieve_every: besides once per prompt, retrieve anew after so many generated tokens.
             output_sources: with ``return_dict_in_generate=True``, the result gets ``memory_sources``: for every batch
                 row and memory layer the retrieved rows (``mplus.hf.sources.RetrievedSource``).
@@ -100,12 +104,19 @@ class MemoryModel:
         """
         from mplus.hf.generation import generate
 
-        base_generate = super().generate  # type: ignore[misc]
-        return generate(self, base_generate, memory, retrieve_every, output_sources, reuse_memory_cache, args, kwargs)
+        own = {
+            "memory": memory,
+            "retrieve_every": retrieve_every,
+            "output_sources": output_sources,
+            "reuse_memory_cache": reuse_memory_cache,
+        }
+        return generate(self, super().generate, own, args, kwargs)  # type: ignore[misc]
 
     def generate_batch(self, *args: Any, memory: Memory | None = None, **kwargs: Any) -> Any:
         """As in transformers: continuous batching, for the decoder alone. Raises NotSupported with a memory."""
-        if memory is not None:
+        from mplus.hf.generation import Settings
+
+        if memory is not None or Settings(self, args, kwargs)["memory"] is not None:
             raise NotSupported(
                 "generate_batch (continuous batching) keeps keys and values of many texts in pages and leaves no place "
                 "for memory in front of a text: use generate"
@@ -186,6 +197,7 @@ def _component(value: Any) -> Component | None:
 def memory_model_class(base: type) -> type:
     """``base`` with ``MemoryModel`` mixed in and ``memory`` in the signature of ``forward``."""
     attention.register()  # here, since a model of this class may come out of a pickle in a new process
+    generation_config.register()
 
     @functools.wraps(base.forward)  # type: ignore[attr-defined]
     def forward(

@@ -13,7 +13,7 @@ from mplus.backends import BACKENDS
 from mplus.backends.choose import BackendChooser
 from mplus.config import MPlusConfig
 from mplus.errors import ConfigError, NotSupported
-from mplus.hf import attention
+from mplus.hf import attention, generation_config
 from mplus.hf.adapters import add_adapters, remove_adapters
 from mplus.hf.build import build_mechanism
 from mplus.hf.discovery import Anatomy, discover
@@ -121,6 +121,7 @@ def unwrap(model: Any) -> Any:
     if engine.config.rope_inv_freq_dtype is not None:
         restore_frequencies(decoder)
     _use_attention(decoder, installed.base_attention)
+    generation_config.drop_memory(decoder)
     del decoder._modules["mplus"]
     for name in ("mplus_engine", "mplus_installed"):
         del decoder.__dict__[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from attrs import evolve
 from torch import Tensor
 
 from mplus.config import Component
-from mplus.errors import InputError
+from mplus.errors import InputError, MemoryPickleError
 from mplus.memory.budget import Budget
 from mplus.memory.checks import check_chunk, check_dtype, check_row, check_rows, check_vocabulary
 from mplus.memory.chunking import to_names
@@ -262,6 +263,23 @@ class Memory(Opens):
         with self._state_lock:
             return self._copy(range(self.batch_size), lambda store: store.fork())
 
+    __copy__ = fork
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
+        """Return a fork; where the decoder is copied along, it belongs to that copy."""
+        twin, model = self.fork(), getattr(self.engine, "model", self.engine)
+        if id(model) in memo or id(self.engine) in memo:
+            twin.engine = copy.deepcopy(self.engine, memo)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raise MemoryPickleError: a memory belongs to a decoder, and its rows may lie in files."""
+        raise MemoryPickleError(
+            "a memory cannot be pickled (by pickle, torch.save, or to reach another process), since it belongs to one "
+            "decoder: use memory.save(path) and mplus.Memory.load(path, model) there, or keep it in a directory and "
+            "use mplus.Memory.open(path, model, read_only=True) there"
+        )
+
     def select(self, rows: Sequence[int]) -> Memory:
         """An independent memory of these batch rows, in this order; a row may come several times.
 
@@ -291,18 +309,18 @@ class Memory(Opens):
     def _copy(
         self,
         rows: Sequence[int],
-        copy: Callable[[MemoryStore], MemoryStore],
+        copied: Callable[[MemoryStore], MemoryStore],
         change: Callable[[StreamState], StreamState] = lambda state: state,
     ) -> Memory:
-        states, stores = each([self._states[i] for i in rows], change), each([self._stores[i] for i in rows], copy)
-        twins = [torch.Generator().set_state(self.generators[row].get_state()) for row in rows]
+        states, stores = each([self._states[i] for i in rows], change), each([self._stores[i] for i in rows], copied)
+        generators = [torch.Generator().set_state(self.generators[row].get_state()) for row in rows]
         budget = self.budget
         if budget.bytes is not None and stores[0].layout != self._stores[0].layout:  # rows take another room there
             budget = Budget.of(budget.bytes, self.engine.config, self.engine.mechanism, stores[0], self.batch_size)
         usage = [notes.fork() for notes in map(self._usage.__getitem__, rows) if notes is not None]
-        copied = Memory(self.engine, states, stores, twins, self.eviction, self.tokenizer, budget, usage)
-        copied._weights = self._weights
-        return copied
+        twin = Memory(self.engine, states, stores, generators, self.eviction, self.tokenizer, budget, usage)
+        twin._weights = self._weights
+        return twin
 
     def save(self, path: str | Path) -> None:
         """Write a folder with a JSON manifest and safetensors; an older save there stays whole until this one is.

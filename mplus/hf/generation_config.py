@@ -1,0 +1,76 @@
+"""A memory among the settings of transformers' ``GenerationConfig``."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from attrs import define
+from transformers import GenerationConfig
+
+from mplus.memory.memory import Memory
+
+
+@define(frozen=True, eq=False)
+class MemoryReference:
+    """What a generation config holds in place of a memory: its copies refer to the same memory."""
+
+    memory: Memory
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryReference:
+        """Return this reference, since transformers copies a config before every use.
+
+        Of a decoder that is copied whole, the memory is copied with it.
+        """
+        if id(getattr(self.memory.engine, "model", None)) in memo:
+            return MemoryReference(copy.deepcopy(self.memory, memo))
+        return self
+
+
+class MemorySetting:
+    """The attribute ``memory`` of ``GenerationConfig``; values that are no memory are kept as they are anywhere."""
+
+    def __get__(self, config: Any, owner: type | None = None) -> Any:
+        if config is None:
+            return self
+        try:
+            value = config.__dict__["memory"]
+        except KeyError:
+            raise AttributeError(f"{type(config).__name__!r} object has no attribute 'memory'") from None
+        return value.memory if isinstance(value, MemoryReference) else value
+
+    def __set__(self, config: Any, value: Any) -> None:
+        config.__dict__["memory"] = MemoryReference(value) if isinstance(value, Memory) else value
+
+    def __delete__(self, config: Any) -> None:
+        if config.__dict__.pop("memory", config) is config:
+            raise AttributeError("memory")
+
+
+def register() -> None:
+    """Let transformers' generation configs refer to a memory, which they neither copy nor write; harmless when done."""
+    if isinstance(GenerationConfig.__dict__.get("memory"), MemorySetting):
+        return
+    # They write, compare and print themselves by ``to_dict``, which copies all that they hold.
+    configs: Any = GenerationConfig
+    configs.to_dict, configs.memory = _without_memory(configs.to_dict), MemorySetting()
+
+
+def drop_memory(model: Any) -> None:
+    """Take a memory out of a decoder's own generation config, if there is one."""
+    config: Any = getattr(model, "generation_config", None)
+    if isinstance(getattr(config, "memory", None), Memory):
+        del config.memory
+
+
+def _without_memory(to_dict: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    @functools.wraps(to_dict)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        plain = to_dict(self, *args, **kwargs)
+        if isinstance(plain.get("memory"), MemoryReference):
+            del plain["memory"]
+        return plain
+
+    return wrapper
