@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mplus.config import MPlusConfig
+from mplus.hf.names import plain_name
 from mplus.retrievers.base import Retriever
 from mplus.stores.base import StoreLayout
 
@@ -46,7 +47,7 @@ def digest(model: nn.Module, group: Literal["base", "adapters", "additions"]) ->
 
 def _plain_names(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters under the names they have without LoRA, so that a base keeps its digest when adapters come."""
-    return [(name.replace(".base_layer.", "."), parameter) for name, parameter in model.named_parameters()]
+    return [(plain_name(name), parameter) for name, parameter in model.named_parameters()]
 
 
 def _content(tensor: Tensor, sampled: bool) -> bytes:

@@ -6,6 +6,11 @@ ADAPTERS = ("write", "read")
 """The LoRA adapters."""
 
 
+def plain_name(name: str) -> str:
+    """The name that a tensor has where no adapter of the user's, put there by PEFT, is around its module."""
+    return name.replace(".base_layer.", ".")
+
+
 def is_addition(name: str) -> bool:
     """Whether mplus added the tensor of this name to a decoder."""
     return name.startswith("mplus.") or any(f".lora_{part}.{adapter}." in name for part in "AB" for adapter in ADAPTERS)

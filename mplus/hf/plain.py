@@ -9,6 +9,8 @@ from typing import Any
 from attrs import define, field
 from torch import Tensor, nn
 
+from mplus.hf.adapters import FACTORS, AdaptedProjection, is_tuned
+
 
 @define
 class PlainTree:
@@ -32,10 +34,13 @@ class PlainTree:
             cls = getattr(type(module), "__mplus_base__", type(module))
             twin = self.copies[module] = cls.__new__(cls)
             twin.__dict__.update(module.__dict__)
+            added = (*FACTORS, "scaling") if isinstance(module, AdaptedProjection) else ()
+            for name in added:
+                twin.__dict__.pop(name, None)
             twin.__dict__["_modules"] = {
                 name: None if child is None else self.copy(child, _join(path, name), _join(plain_path, name))
                 for name, child in module._modules.items()
-                if _join(path, name) != "mplus"
+                if _join(path, name) != "mplus" and name not in added
             }
         return self.copies[module]
 
@@ -71,7 +76,6 @@ def _join(path: str, name: str) -> str:
 
 
 def _is_peft(module: nn.Module) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    return is_tuned(module) or isinstance(module, AuxiliaryTrainingWrapper)

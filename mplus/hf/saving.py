@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mplus.errors import CheckpointError, NotSupported
+from mplus.hf.adapters import refuse_conflicts
 from mplus.hf.auto import MPlusModelConfig
 from mplus.hf.fingerprint import digest
 from mplus.hf.hub import COMMIT, find_folder, upload
 from mplus.hf.model_card import model_card
-from mplus.hf.names import is_addition
+from mplus.hf.names import is_addition, plain_name
 from mplus.hf.plain import plain_decoder
 from mplus.hf.wrapping import wrap
 
@@ -38,6 +39,7 @@ def save_pretrained(
     """See ``MemoryModel.save_pretrained``."""
     if kwargs.get("distributed_checkpoint"):
         raise NotSupported("distributed_checkpoint is not supported with memory: pass a gathered state_dict")
+    refuse_conflicts(model)
     hub = {name: kwargs.pop(name) for name in ("repo_id", "private", *COMMIT) if name in kwargs}
     tags = kwargs.pop("tags", None)
     folder = Path(directory)
@@ -55,7 +57,7 @@ def save_pretrained(
     if not is_main_process:
         return
     state = model.state_dict() if state_dict is None else state_dict
-    additions = {name: tensor.detach().contiguous() for name, tensor in state.items() if is_addition(name)}
+    additions = {plain_name(name): tensor.detach().contiguous() for name, tensor in state.items() if is_addition(name)}
     save_file(additions, folder / WEIGHTS, metadata={"format": "pt"})
     config = _model_config(model)
     config.save_pretrained(folder)
@@ -144,7 +146,8 @@ def _base(base: Any, config: MPlusModelConfig, folder: Path, kwargs: dict[str, A
 def load_additions(model: Any, tensors: Mapping[str, Tensor], where: str) -> None:
     """Copy saved additions into a wrapped decoder. Raises CheckpointError naming what does not fit."""
     decoder = model.get_base_model() if hasattr(model, "get_base_model") else model
-    expected = {name: tensor for name, tensor in decoder.state_dict().items() if is_addition(name)}
+    named = {plain_name(name): (name, tensor) for name, tensor in decoder.state_dict().items() if is_addition(name)}
+    expected = {name: tensor for name, (_, tensor) in named.items()}
     missing, foreign = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     wrong = [name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape]
     if missing or foreign or wrong:
@@ -153,4 +156,4 @@ def load_additions(model: Any, tensors: Mapping[str, Tensor], where: str) -> Non
             "of another shape "
             + str([f"{name} {list(tensors[name].shape)} for {list(expected[name].shape)}" for name in wrong[:4]])
         )
-    decoder.load_state_dict(dict(tensors), strict=False)
+    decoder.load_state_dict({named[name][0]: tensor for name, tensor in tensors.items()}, strict=False)

@@ -11,12 +11,10 @@ from attrs import define
 from torch import Tensor, nn
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
-from transformers.pytorch_utils import Conv1D
 
 from mplus.errors import InputError, MemoryMismatchError, NotSupported
-from mplus.hf.adapters import lora_layers
+from mplus.hf.adapters import adapted_projections, is_tuned
 from mplus.hf.engine import DecoderEngine
-from mplus.hf.names import ADAPTERS
 from mplus.hf.plain import PlainTree, plain_decoder
 from mplus.hf.reading import Reading
 from mplus.memory.memory import Memory
@@ -169,30 +167,19 @@ def _reasons_against_weights(model: Any) -> list[str]:
     reasons = []
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         reasons.append("accelerate moves its weights about")
-    if any(name not in ADAPTERS for name in _tuned(model)):
+    if any(map(is_tuned, model.modules())):
         reasons.append("it has adapters of your own: merge them before mplus.wrap")
-    if any(not layer.get_base_layer().weight.is_floating_point() for layer in lora_layers(model)):
+    if any(not projection.weight.is_floating_point() for projection in adapted_projections(model)):
         reasons.append("weights that adapters belong to are quantised, so that nothing can be merged into them")
     return reasons
-
-
-def _tuned(model: Any) -> set[str]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    found: set[str] = set()
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            found.update(name for part in module.adapter_layer_names for name in getattr(module, part))
-    return found
 
 
 def _plain(model: Any) -> Any:
     """The decoder inside, fit to run: the reading adapter merged into copies, and no hook of ours."""
     decoder, tree = plain_decoder(model)
     adapter = model.mplus_engine.adapter("read")
-    for layer in lora_layers(model):
-        if adapter in layer.lora_A:
-            _merge(layer, adapter, _twin(decoder, tree, layer))
+    for projection in adapted_projections(model) if adapter is not None else []:
+        _merge(projection, adapter, _twin(decoder, tree, projection))
     ours = {handle.id for handle in model.mplus_installed.hooks}
     for module in decoder.modules():
         for name in ("_forward_hooks", "_forward_pre_hooks"):
@@ -200,23 +187,20 @@ def _plain(model: Any) -> Any:
     return decoder
 
 
-def _twin(decoder: Any, tree: PlainTree, layer: Any) -> nn.Module:
-    base = layer.get_base_layer()
-    path = next(place for place, module in tree.places.values() if module is base)
+def _twin(decoder: Any, tree: PlainTree, projection: nn.Module) -> nn.Module:
+    path = next(place for place, module in tree.places.values() if module is projection)
     found: nn.Module = decoder.get_submodule(path)
     return found
 
 
 @torch.no_grad()
-def _merge(layer: Any, adapter: str, twin: Any) -> None:
+def _merge(projection: Any, adapter: str, twin: Any) -> None:
     """The weight of ``twin`` becomes a new one with ``alpha / r * B A`` in it."""
-    change = layer.get_delta_weight(adapter)
-    weight: Tensor = layer.get_base_layer().weight
-    if isinstance(twin, Conv1D) and change.shape != weight.shape:
-        change = change.T
+    weight: Tensor = projection.weight
     # The module's table of parameters is the wrapped decoder's too.
     twin.__dict__["_parameters"] = dict(twin._parameters)
-    twin._parameters["weight"] = nn.Parameter(weight + change.to(weight.dtype), requires_grad=False)
+    merged = weight + projection.update_weight(adapter).to(weight.dtype)
+    twin._parameters["weight"] = nn.Parameter(merged, requires_grad=False)
 
 
 def _joined(reading: Reading, index: int, layer: Any) -> tuple[Tensor, Tensor]:

@@ -109,10 +109,24 @@ def _project(projector: nn.Module, hidden: Tensor) -> Tensor:
     return projector(hidden.to(weight.dtype))  # type: ignore[no-any-return]
 
 
+class Projection(nn.Module):
+    """A linear map ``[..., inputs]`` -> ``[..., outputs]`` without bias.
+
+    It is no ``nn.Linear``: what is done to all linear layers of a decoder (PEFT's ``target_modules="all-linear"``,
+    say) is not meant for the retriever.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Linear(inputs, outputs, bias=False).weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See above."""
+        return nn.functional.linear(x, self.weight)
+
+
 def _projector(hidden_size: int, options: LinearRetriever.Options) -> nn.Module:
     if options.layers == 1:
-        return nn.Linear(hidden_size, options.width, bias=False)
+        return Projection(hidden_size, options.width)
     inner = 2 * options.width
-    return nn.Sequential(
-        nn.Linear(hidden_size, inner, bias=False), nn.SiLU(), nn.Linear(inner, options.width, bias=False)
-    )
+    return nn.Sequential(Projection(hidden_size, inner), nn.SiLU(), Projection(inner, options.width))

@@ -64,7 +64,7 @@ def merged(plain: nn.Module, source: nn.Module, *adapters: str) -> Any:
         for adapter in adapters:
             if adapter in layer.lora_A:
                 a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-                change = layer.lora_alpha[adapter] / layer.r[adapter] * b @ a
+                change = layer.scaling[adapter] * b @ a
                 weight += change.T if isinstance(twin.get_submodule(name), Conv1D) else change
     return twin
 
@@ -75,7 +75,8 @@ def injected(plain: nn.Module, source: nn.Module, adapter: str) -> Any:
     twin = copy.deepcopy(plain)
     layers = {name: layer for name, layer in _lora(source) if adapter in layer.lora_A}
     first = next(iter(layers.values()))
-    config = LoraConfig(r=first.r[adapter], lora_alpha=first.lora_alpha[adapter], target_modules=list(layers))
+    rank = len(first.lora_A[adapter].weight)
+    config = LoraConfig(r=rank, lora_alpha=first.scaling[adapter] * rank, target_modules=list(layers))
     inject_adapter_in_model(config, twin, "default")
     for name, layer in layers.items():
         for factor in ("lora_A", "lora_B"):
@@ -99,4 +100,7 @@ def write_and_read(model: Any, chunks: Sequence[Tensor], text: Tensor) -> Tensor
 
 
 def _lora(model: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    """Layers with adapters, ours and PEFT's, by the name of the projection; a user's adapters lie around ours."""
+    found = [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    prefix = "base_model.model." if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else ""
+    return [(name.removeprefix(prefix).replace(".base_layer", ""), module) for name, module in found]

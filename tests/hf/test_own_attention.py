@@ -28,8 +28,8 @@ CHUNKS = ids(1, 6 * CHUNK, seed=1)[0]
 
 def heads_of(projection: Any, hidden: torch.Tensor, heads: int, norm: Any = None) -> torch.Tensor:
     """``[n, heads, D]``, with the read adapter written out."""
-    weight = projection.base_layer.weight if hasattr(projection, "base_layer") else projection.weight
-    if hasattr(projection, "base_layer"):
+    weight = projection.weight
+    if hasattr(projection, "lora_A"):
         low, high = projection.lora_A["read"].weight, projection.lora_B["read"].weight
         weight = weight + projection.scaling["read"] * high @ low
     states = (hidden @ weight.T).view(len(hidden), heads, -1)

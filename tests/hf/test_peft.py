@@ -252,12 +252,54 @@ def test_a_merged_adapter_is_refused() -> None:
         mplus.wrap(outer, config_for(BY_NAME["llama"]))
 
 
-def test_merging_in_a_wrapped_decoder_is_refused(adapted: tuple[Pair, Any]) -> None:
-    _, outer = adapted
-    with pytest.raises(NotSupported, match=r"mplus\.unwrap"):
-        outer.merge_adapter()
-    with pytest.raises(NotSupported, match=r"mplus\.unwrap"):
-        outer.merge_and_unload()
+def reading(model: Any, memory: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids(1, 7), memory=memory).logits
+
+
+def test_merging_a_users_adapter_leaves_ours_at_work(adapted: tuple[Pair, Any]) -> None:
+    pair, outer = adapted
+    memory = pair.memory(chunks=1)
+    expected, alone = reading(outer, memory), reading(outer, None)
+    outer.merge_adapter()
+    assert error(reading(outer, memory), expected) < TOLERANCE
+    outer.unmerge_adapter()
+    assert error(reading(outer, memory), expected) < TOLERANCE
+    decoder = outer.merge_and_unload()
+    assert decoder is pair.wrapped
+    assert not hasattr(decoder, "peft_config")
+    assert error(reading(decoder, memory), expected) < TOLERANCE
+    assert error(reading(decoder, None), alone) < TOLERANCE
+    assert error(expected, alone) > 0.1
+
+
+def test_unloading_a_users_adapter_leaves_ours_at_work(adapted: tuple[Pair, Any]) -> None:
+    pair, outer = adapted
+    decoder = outer.unload()
+    text, memory = pair.text(7), decoder.new_memory()
+    memory.write(pair.text(CHUNK, seed=1))
+    plain = BY_NAME["llama"].build(attn_implementation="eager")
+    writer, reader = (merged(plain, decoder, adapter) for adapter in ("write", "read"))
+    rows = oracle.write(writer, pair.text(CHUNK, seed=1), pair.begin, [b[:0] for b in pair.begin], mark=pair.mark, k=K)
+    expected = oracle.read(reader, text, [torch.cat(both) for both in zip(pair.begin, rows, strict=True)])
+    assert error(decoder(text, memory=memory).logits, expected) < TOLERANCE
+    assert torch.equal(decoder(text).logits, BY_NAME["llama"].build()(text).logits)
+
+
+def test_a_disabled_users_adapter_leaves_ours_at_work(adapted: tuple[Pair, Any]) -> None:
+    pair, outer = adapted
+    trainable = {name for name, parameter in outer.named_parameters() if parameter.requires_grad}
+    text = pair.text(7)
+    with outer.disable_adapter():
+        memory = pair.wrapped.new_memory()
+        memory.write(pair.text(CHUNK, seed=1))
+        found = outer(input_ids=text, memory=memory).logits
+    plain = BY_NAME["llama"].build(attn_implementation="eager")
+    writer, reader = (merged(plain, pair.wrapped, adapter) for adapter in ("write", "read"))
+    rows = oracle.write(writer, pair.text(CHUNK, seed=1), pair.begin, [b[:0] for b in pair.begin], mark=pair.mark, k=K)
+    expected = oracle.read(reader, text, [torch.cat(both) for both in zip(pair.begin, rows, strict=True)])
+    assert error(found, expected) < TOLERANCE
+    assert {name for name, parameter in outer.named_parameters() if parameter.requires_grad} == trainable
 
 
 # ---------------------------------------------------------------- options

@@ -238,7 +238,7 @@ class TestWork:
 
 class TestWeights:
     CHANGED = (
-        "model.layers.1.self_attn.k_proj.base_layer.weight",
+        "model.layers.1.self_attn.k_proj.weight",
         "model.layers.2.self_attn.v_proj.lora_B.read.weight",
         "model.layers.0.input_layernorm.weight",
         "mplus.retriever.key_proj.1.0.weight",
@@ -278,7 +278,7 @@ class TestWeights:
         memory = written(pair, "projected")
         with torch.no_grad():
             for name in (
-                "model.layers.1.mlp.down_proj.base_layer.weight",
+                "model.layers.1.mlp.down_proj.weight",
                 "lm_head.weight",
                 "model.layers.1.self_attn.k_proj.lora_A.write.weight",
             ):

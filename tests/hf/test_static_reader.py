@@ -118,6 +118,6 @@ def test_what_a_plain_decoder_cannot_do_is_refused() -> None:
         reader.prefill(ids(2, 7), memory=ragged)
     pair.wrapped.get_input_embeddings().weight.mul_(1)
     layer = pair.wrapped.model.layers[0].self_attn.q_proj
-    layer.base_layer.weight.mul_(2)
+    layer.weight.mul_(2)
     with pytest.raises(MemoryMismatchError, match="weights have changed"):
         reader.prefill(prompt, memory=memory)

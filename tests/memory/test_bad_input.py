@@ -124,7 +124,7 @@ def test_sources_and_rows(memory: Memory) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model.layers.1.mlp.down_proj.base_layer.weight", r"NaN or Inf in layer 1 .*torch\.float32"),
+        ("model.layers.1.mlp.down_proj.weight", r"NaN or Inf in layer 1 .*torch\.float32"),
         ("model.layers.2.self_attn.q_proj.lora_B.write.weight", "NaN or Inf in layer 2"),
         ("mplus.mark", "NaN or Inf in layer 0"),
         ("mplus.retriever.key_proj.2.2.weight", "NaN or Inf in the retriever keys of layer 2"),
