@@ -7,6 +7,8 @@ Each class also derives from the built-in a caller would expect, so ``except Val
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
+from typing import Any
 
 
 class MPlusError(Exception):
@@ -51,6 +53,35 @@ class MemoryMismatchError(MPlusError, ValueError):
 
 class MemoryFileError(MPlusError, ValueError):
     """A saved memory is truncated, altered, foreign or of a newer format."""
+
+
+class WriteTogetherError(MPlusError, ExceptionGroup[Exception]):
+    """Some memories of ``write_together`` failed; all others were written to the end.
+
+    Attributes:
+        reports: for each memory, in order, what was written; of one that failed, before it did.
+        errors: what failed, by place of the memory in the list.
+    """
+
+    reports: list[Any]
+    errors: dict[int, Exception]
+
+    @classmethod
+    def of(cls, reports: list[Any], errors: dict[int, Exception]) -> WriteTogetherError:
+        """One error for all that failed."""
+        first = [f"[{place}] {type(error).__name__}: {error}" for place, error in list(errors.items())[:3]]
+        more = ["..."] if len(errors) > len(first) else []
+        whole = cls(
+            f"{len(errors)} of {len(reports)} memories failed, and the others were written (see errors and reports, by "
+            f"place in the list): {'; '.join(first + more)}",
+            list(errors.values()),
+        )
+        whole.reports, whole.errors = reports, errors
+        return whole
+
+    def derive(self, excs: Sequence[Exception]) -> ExceptionGroup[Exception]:  # type: ignore[override]
+        """Return a group of some of the errors, without reports, for ``except*``."""
+        return ExceptionGroup(self.message, excs)
 
 
 class MemoryPickleError(MPlusError, pickle.PicklingError, TypeError):

@@ -28,7 +28,7 @@ from mplus.memory.sharing import distinct, each, unshared
 from mplus.memory.stream import StreamState
 from mplus.memory.texts import Texts
 from mplus.memory.write_context import WriteContext
-from mplus.memory.writing import Made, Stream, keys, write_streams, write_together
+from mplus.memory.writing import Made, Stream, keys, write, write_streams
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore
 
@@ -65,7 +65,7 @@ class Memory(Opens):
 
         Whatever ends a write early, an interrupt included, leaves the chunks written before it and nothing else.
         """
-        return write_together([self], [data], [source], progress=progress)[0]
+        return write(self, data, source, progress)
 
     def write_pieces(
         self, pieces: Iterable[Any], source: str | None = None, *, progress: bool | None = None
@@ -119,10 +119,11 @@ class Memory(Opens):
         """
         tokens = ids.shape[1]
         stayed: dict[int, Sequence[Tensor]] = {}
+        moved: list[tuple[int, int]] = []
 
         def absorb(states: list[StreamState]) -> None:
             for stream, rows, text in zip(streams, made, ids, strict=True):
-                row, report = stream.row, stream.report
+                row = stream.row
                 state, number = states[row].with_source(stream.name, tokens)
                 state = state.with_text(text, number, turn)
                 context = self._context(row, rows.projected)
@@ -130,12 +131,11 @@ class Memory(Opens):
                 states[row] = absorbed.state
                 if absorbed.stayed is not None:
                     stayed[row] = absorbed.stayed
-                report.tokens[row] += tokens
-                report.chunks[row] += 1
-                report.dropped_rows[row] += absorbed.dropped
-                report.evicted_rows[row] += absorbed.evicted
+                moved.append((absorbed.dropped, absorbed.evicted))
 
         self._change(absorb, stayed)
+        for stream, (dropped, evicted) in zip(streams, moved, strict=True):
+            stream.report.count(stream.row, tokens, dropped, evicted)
 
     def _context(self, row: int, projected: Sequence[Tensor]) -> WriteContext:
         generator = self.generators[row]

@@ -78,6 +78,13 @@ class WriteReport:
         """Nothing written yet to any of the ``streams``."""
         return WriteReport([0] * streams, [0] * streams, [0] * streams, [0] * streams, 0.0)
 
+    def count(self, row: int, tokens: int, dropped: int, evicted: int) -> None:
+        """Count one more chunk of a batch row, once it is written."""
+        self.tokens[row] += tokens
+        self.chunks[row] += 1
+        self.dropped_rows[row] += dropped
+        self.evicted_rows[row] += evicted
+
     @property
     def tokens_per_second(self) -> float:
         """Text tokens of all batch rows written per second."""
