@@ -397,11 +397,6 @@ PURE = tuple(a for a in ARCHITECTURES if not a.hybrid and a.refused is None)
 """Attention in every layer: what `oracle` covers."""
 
 
-def every(architectures: Iterable[Architecture] = PURE) -> pytest.MarkDecorator:
-    """Run a test with ``architecture`` set to each of ``architectures``."""
-    return pytest.mark.parametrize("architecture", [pytest.param(a, id=a.name) for a in architectures])
-
-
 REPRESENTATIVE = frozenset(
     {
         "llama",
@@ -419,6 +414,20 @@ REPRESENTATIVE = frozenset(
     }
 )
 """Every kind of position, mask and attention that the table has; the others are tested in fewer ways but nightly."""
+
+
+def every(architectures: Iterable[Architecture] = PURE, *, representative: bool = False) -> pytest.MarkDecorator:
+    """Run a test with ``architecture`` set to each of ``architectures``; on every change to representative ones only
+    where these suffice."""
+    return pytest.mark.parametrize(
+        "architecture",
+        [
+            pytest.param(
+                a, id=a.name, marks=pytest.mark.nightly if representative and a.name not in REPRESENTATIVE else ()
+            )
+            for a in architectures
+        ],
+    )
 
 
 def variants(architectures: Iterable[Architecture] = PURE) -> Iterator[tuple[Architecture, str, bool]]:

@@ -50,7 +50,7 @@ def settled(model: Any) -> dict[str, Any]:
     return state_of(model)
 
 
-@every((*PURE, *HYBRIDS))
+@every((*PURE, *HYBRIDS), representative=True)
 def test_unwrapping_restores_every_module(architecture: Architecture) -> None:
     model = architecture.build()
     before, attention = settled(model), model.config._attn_implementation

@@ -30,9 +30,15 @@ if TYPE_CHECKING:
     from mplus.memory import Memory
 
 
-@pytest.fixture
-def memory() -> Memory:
+@pytest.fixture(scope="module")
+def written() -> Memory:
     return tiny.written("paper", [140, 60])
+
+
+@pytest.fixture
+def memory(written: Memory) -> Memory:
+    """Of each test alone."""
+    return written.fork()
 
 
 def refused(memory: Memory, kind: type[MPlusError], message: str, call: Callable[[], Any]) -> None:

@@ -1,7 +1,8 @@
-"""One of several processes that train together: ``python -m tests.training.parallel_worker KIND... FOLDER``.
+"""Several processes that train together: ``python -m tests.training.parallel_worker KIND... FOLDER``.
 
-Writes to ``FOLDER/KIND.pt`` the gradient of the first step, the losses of all steps and the trained weights, and
-leaves the run itself in ``FOLDER/KIND``. The first steps are done, then the run is resumed.
+They are forked from one that has imported everything, which takes longer than what they do. The first of them writes
+to ``FOLDER/KIND.pt`` the gradient of the first step, the losses of all steps and the trained weights; all leave the run
+itself in ``FOLDER/KIND``. The first steps are done, then the run is resumed.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from mplus.training.parallel import rank
 from mplus.training.sharding import whole
 from tests.training.recipes import recipe
 
-STEPS = 20
-BREAK = 8
+PROCESSES = 2
+STEPS = 8
+BREAK = 5
 
 
 def table(streams: int) -> dict[str, Any]:
@@ -34,12 +36,12 @@ def table(streams: int) -> dict[str, Any]:
         data__many__unknown=0.4,
         data__many__language={"relations": 5, "firsts": 8, "lasts": 8},
         data__one__language={"relations": 5, "firsts": 8, "lasts": 8},
-        stages__0__steps=5,
-        stages__1__steps=STEPS - 5,
+        stages__0__steps=3,
+        stages__1__steps=STEPS - 3,
         metrics__every_steps=1,
         checkpoints__every_steps=BREAK,
         optimizer__learning_rate=1e-3,
-        validation={"every_steps": 10, "steps": 2, "objectives": [{"name": "multi_chunk", "data": "many"}]},
+        validation={"every_steps": 4, "steps": 2, "objectives": [{"name": "multi_chunk", "data": "many"}]},
     )
 
 
@@ -140,9 +142,23 @@ def watched(folder: Path, streams: int, made: Any) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Start the processes and wait for them; 1 if one of them failed."""
+    torch.set_num_threads(1)  # so that nothing has started threads, which a forked process would wait for
+    started = []
+    for number in range(PROCESSES):
+        process = os.fork()
+        if not process:
+            os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(PROCESSES))
+            train_together(*sys.argv[1:])
+            return
+        started.append(process)
+    statuses = [os.waitpid(process, 0)[1] for process in started]
+    sys.exit(int(any(statuses)))
+
+
+def train_together(*arguments: str) -> None:
     """Train in every way asked for."""
-    *kinds, folder = sys.argv[1:]
-    torch.set_num_threads(1)
+    *kinds, folder = arguments
     for kind in kinds:
         made = accelerator(kind)
         found = watched(Path(folder) / kind, 4 // int(os.environ["WORLD_SIZE"]), made)
