@@ -1,7 +1,8 @@
-"""What all tests share: one thread per worker, long modes on request, Hypothesis without a clock."""
+"""What all tests share: one thread per worker, long modes on request, Hypothesis without a clock, short collections."""
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -29,3 +30,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if long:
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of every later garbage collection: there is so much that each takes a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let it be collected at the end: extension modules complain of what is left."""
+    gc.unfreeze()
