@@ -46,7 +46,7 @@ WAYS += [("merge", name, torch.float64, False) for name in CASES]
 
 def at_night(backend, name, dtype, reset):
     """The large cases where they take long or differ in one more thing."""
-    return name in LARGE and (backend == "flex" or reset or dtype == torch.float64)
+    return name in LARGE and (backend in {"flex", "reference"} or reset or dtype == torch.float64)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from mplus.stores.ram import RamStore
 from mplus.testing.registered import suites
 from mplus.testing.stores import StoreConformance
 from mplus.testing.strategies import CONFORMANCE, draw_rows
+from tests.modes import on_every_change
 from tests.quantized_reference import QuantizedConformance
 
 if TYPE_CHECKING:
@@ -37,14 +38,26 @@ class TieredConformance(StoreConformance):
     machines = 6
 
 
-globals().update(suites(StoreConformance, STORES, {"quantized": QuantizedConformance, "tiered": TieredConformance}))
+class OurConformance(StoreConformance):
+    """Memories are followed through long lives elsewhere as well (``tests/memory/rows_machine.py``)."""
+
+    machines = on_every_change(12, nightly=StoreConformance.machines)
+
+
+SPECIAL = {
+    "ram": OurConformance,
+    "mmap": OurConformance,
+    "quantized": QuantizedConformance,
+    "tiered": TieredConformance,
+}
+globals().update(suites(StoreConformance, STORES, SPECIAL))
 
 
 class TestRamStoreOfSmallSlabs(StoreConformance):
     """The same suite where a few rows make many slabs, of which some are joined and some rewritten."""
 
     implementation = RamStore
-    machines = 20
+    machines = on_every_change(8, nightly=20)
 
     def make(self, layout: StoreLayout) -> RamStore:
         return RamStore(layout, RamStore.Options(slab_rows=4, growth=1.5))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 
 import cattrs
 import pytest
@@ -169,13 +171,26 @@ def test_a_different_continuation_is_reported_and_fails(monkeypatch):
     assert "Nothing was retrieved: all rows are still in short-term memory." in text
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Run what would be run in a new process here, without importing everything once more."""
+
+    def run(command, **_):
+        assert command[:3] == [sys.executable, "-m", "mplus.cli"]
+        result = CliRunner().invoke(app, command[3:])
+        return subprocess.CompletedProcess(command, result.exit_code, result.stdout, result.stderr)
+
+    monkeypatch.setattr(demo_continue.subprocess, "run", run)
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_a_process_that_fails_ends_the_demo_with_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(demo_continue, "MEMORY", "elsewhere")  # here only: the new process looks for "memory"
+    monkeypatch.setattr(demo_continue, "continue_saved", lambda folder: read_manifest(folder / "nothing"))
     result = run("--tokens", 512, "--out", tmp_path)
     assert result.exit_code == 2
     [line] = [line for line in result.stderr.splitlines() if line.startswith("mplus: ")]
     assert "it ended with exit code 2" in line
-    assert f"{tmp_path / 'memory' / 'manifest.json'} is missing" in line
+    assert f"{tmp_path / 'nothing' / 'manifest.json'} is missing" in line
 
 
 def test_a_folder_that_cannot_be_used_is_refused_at_once(tmp_path, monkeypatch):
