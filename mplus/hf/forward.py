@@ -16,6 +16,7 @@ from mplus.errors import InputError, MemoryMismatchError
 from mplus.hf.engine import DecoderEngine
 from mplus.hf.passes import Pass, run_in
 from mplus.hf.reading import Reading, one_per_row
+from mplus.hf.virtual_tokens import only_learned
 from mplus.memory.memory import Memory
 
 T = TypeVar("T")
@@ -136,7 +137,7 @@ def check_cache(cache: Any, memory: Memory | None, reuse: bool) -> Reading | Non
     if length is None or int(length()) == 0:
         return None
     made_under: Reading | None = getattr(cache, "_mplus_reading", None)
-    if made_under is None and memory is None:
+    if made_under is None and (memory is None or only_learned(cache)):
         return None
     if made_under is not None and (reuse or (memory is not None and made_under.is_of(memory))):
         return made_under
@@ -145,6 +146,7 @@ def check_cache(cache: Any, memory: Memory | None, reuse: bool) -> Reading | Non
     raise MemoryMismatchError(
         f"past_key_values was made {was}, the call reads {now}: start a new cache, "
         "or pass reuse_memory_cache=True to go on reading what the cache was made with"
+        + ("" if made_under is not None else " (for prefix tuning of PEFT, pass the PeftModel to mplus.wrap)")
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from mplus.errors import ConfigError, NotSupported
 from mplus.hf.forward import check_cache, generate_in, is_generating, read
 from mplus.hf.sources import retrieved_sources
+from mplus.hf.virtual_tokens import embedded_in_front
 from mplus.memory.memory import Memory
 
 
@@ -38,6 +39,7 @@ def generate(
     engine.check_attention()
     reading = check_cache(kwargs.get("past_key_values"), memory, bool(settings["reuse_memory_cache"]))
     prompts, tokens = prompt_shape(args, kwargs)
+    tokens += embedded_in_front(model)
     if reading is None:
         reading = read(engine, memory, prompts)
     reading.retrieve_every, reading.prompt_tokens = retrieve_every, tokens

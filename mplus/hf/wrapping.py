@@ -58,7 +58,9 @@ def wrap(model: Any, config: MPlusConfig | None = None, *, check: bool = True, p
     before, bit for bit. The weights are not changed; begin rows, mark, retriever and LoRA adapters are added.
 
     Args:
-        model: a ``PreTrainedModel`` with a causal language-model head, or a ``PeftModel`` around one.
+        model: a ``PreTrainedModel`` with a causal language-model head, or a ``PeftModel`` around one. A ``PeftModel``
+            that was put around a wrapped decoder, given without a config, only gets what one has that was wrapped:
+            it saves the memory with its adapters, and prefix tuning works in ``forward``.
         config: sizes and implementations; default: the published sizes.
         check: prove on a few tokens that reading and writing work; without it the first technique is taken on trust.
         pool: ``[L, N, d]`` short-term rows that every new memory starts from.
@@ -70,6 +72,9 @@ def wrap(model: Any, config: MPlusConfig | None = None, *, check: bool = True, p
         NotSupported: the decoder cannot carry a memory; the message gives every reason.
         ConfigError, UnknownNameError, PluginError: the config does not fit.
     """
+    if config is None and _is_peft(model) and "mplus_installed" in model.get_base_model().__dict__:
+        change_class(model, peft_model_class(_plain_class(model)))
+        return model
     config = config if config is not None else MPlusConfig()
     decoder = _decoder(model)
     base_attention = decoder.config._attn_implementation or "eager"
@@ -145,6 +150,12 @@ def _decoder(model: Any) -> Any:
 
 def _is_peft(model: Any) -> bool:
     return hasattr(model, "get_base_model") and hasattr(model, "peft_config")
+
+
+def _plain_class(model: Any) -> type:
+    """The class that a PeftModel had before ``wrap``."""
+    found: type = getattr(type(model), "__mplus_base__", type(model))
+    return found
 
 
 def _layout(config: MPlusConfig, anatomy: Anatomy) -> Any:
