@@ -197,3 +197,14 @@ def test_codes_and_exponents_go_to_files_and_come_back(tmp_path):
     assert list(tmp_path.iterdir())
     for name, column in store.gather(0, store.ids(0)).columns().items():
         assert torch.equal(column, twin.gather(0, twin.ids(0)).columns()[name])
+
+
+class TestColumnsOfOthers:
+    def test_a_name_that_a_scale_has_is_refused(self):
+        layout = attrs.evolve(LAYOUT, extra=(("hidden_exponent", (1,), torch.int16),))
+        with pytest.raises(ConfigError, match=r"without columns .*hidden_exponent.*, got \['hidden_exponent'\]"):
+            QuantizedStore(layout)
+
+    def test_8_bits_are_not_quantised_again(self):
+        with pytest.raises(ConfigError, match="rows in 8 bits cannot be quantised again"):
+            QuantizedStore(LAYOUT, QuantizedStore.Options(inner={"name": "quantized"}))

@@ -10,7 +10,7 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.config import Component, flag, one_of, whole
-from mplus.errors import MemoryMismatchError
+from mplus.errors import ConfigError, MemoryMismatchError
 from mplus.rows import MemoryRows
 from mplus.stores.base import Column, Content, MemoryStore, Piece, StoreLayout, StoreView
 from mplus.stores.build import build_store
@@ -47,11 +47,11 @@ class Coding:
     def inner(self) -> StoreLayout:
         """Layout of the rows as they are kept."""
         columns = self.layout.columns()
-        extra = tuple(
+        exponents = tuple(
             (_exponent(name), (groups_of(columns[name][0][0], self.group),), torch.int16) for name in self.names
         )
         key_dtype = None if "key" in self.names else self.key_dtype
-        return evolve(self.layout, dtype=self.form.codes, key_dtype=key_dtype, extra=extra)
+        return evolve(self.layout, dtype=self.form.codes, key_dtype=key_dtype, extra=(*self.layout.extra, *exponents))
 
     def encode(self, rows: MemoryRows) -> MemoryRows:
         """Rows as they are kept. Raises NonFiniteError for NaN or Inf in what is quantised."""
@@ -150,7 +150,7 @@ def _component(value: Any) -> Component:
 
 
 class QuantizedStore(_Reading, MemoryStore):
-    """Hidden states, keys and values and retriever keys in 8 bits; birth, source and expiry as they are.
+    """Hidden states, keys and values and retriever keys in 8 bits; birth, source, expiry and others as they are.
 
     Each row is divided into groups that share a scale, a power of two (so a store that is saved and loaded has the
     same rows). A number x of a group with the scale s reads back as x' with ``|x - x'| <= s / 2`` for int8, where
@@ -181,6 +181,12 @@ class QuantizedStore(_Reading, MemoryStore):
     def __init__(self, layout: StoreLayout, options: Any = None) -> None:
         MemoryStore.__init__(self, layout, options)
         names = tuple(name for name in WIDE if name in layout.columns() and (name != "key" or self.options.keys))
+        taken = [name for name in map(_exponent, names) if name in layout.columns()]
+        if not layout.dtype.is_floating_point or taken:
+            raise ConfigError(
+                f"store 'quantized' takes rows of floating numbers without columns {[*map(_exponent, names)]}, got "
+                f"{taken or layout.dtype}: rows in 8 bits cannot be quantised again, put another store inside"
+            )
         form = FORMATS[self.options.format]
         self.coding = Coding(layout, form, self.options.group, names, arithmetic_of(layout.dtype), layout.dtype)
         self._hold(build_store(self.options.inner, self.coding.inner))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import attrs
 import pytest
@@ -11,29 +11,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
-from torch import Tensor
 
 from mplus.rows import MemoryRows
-from mplus.stores.base import Column, Content, MemoryStore, StoreLayout, StoreView
+from mplus.stores.base import MemoryStore, StoreLayout, StoreView
+from mplus.testing.store_checks import StoreChecks
 from mplus.testing.store_model import LAYOUT, StoreMachine
 from mplus.testing.strategies import CONFORMANCE, draw_rows, layouts
 
-COLUMNS: tuple[Column, ...] = ("birth", "source", "key", "expiry")
-CONTENT: tuple[Content, ...] = ("hidden", "projected")
+WITH_EXTRA = attrs.evolve(
+    LAYOUT,
+    projected_size=2,
+    extra=(("label", (), torch.int64), ("note", (2,), torch.float32), ("hidden_mark", (3,), torch.int16)),
+)
+"""Rows that also have columns of a store around this one, which keeps rows in a form of its own."""
 
 
-class StoreConformance:
+class StoreConformance(StoreChecks):
     """Subclass it in a test module and set ``implementation``, or override ``make``.
 
     Attributes:
         implementation: the store class under test.
-        hidden_tolerance, key_tolerance: largest absolute error of values of size about 1, for stores that compress.
         machines: sequences of changes that are compared with a plain list.
     """
 
     implementation: ClassVar[Any]
-    hidden_tolerance: ClassVar[float] = 0.0
-    key_tolerance: ClassVar[float] = 0.0
     machines: ClassVar[int] = CONFORMANCE.max_examples
 
     def make(self, layout: StoreLayout) -> MemoryStore:
@@ -41,72 +42,6 @@ class StoreConformance:
         store = self.implementation(layout)
         assert isinstance(store, MemoryStore)
         return store
-
-    def expected(self, rows: MemoryRows) -> MemoryRows:
-        """What these rows read back as; stores that compress say here what they make of them."""
-        return rows
-
-    # ------------------------------------------------------------------ comparing
-
-    def check_column(self, name: str, actual: Tensor | None, expected: Tensor | None) -> None:
-        """Raise AssertionError unless a column is what was stored, within the tolerances."""
-        if expected is None:
-            assert actual is None, f"a layout without {name!r} has no such column"
-            return
-        assert actual is not None, f"column {name!r} is missing"
-        tolerance = {"hidden": self.hidden_tolerance, "key": self.key_tolerance}.get(name, 0.0)
-        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0, msg=lambda m: f"column {name!r}: {m}")
-
-    def check_rows(self, actual: MemoryRows, expected: MemoryRows) -> None:
-        """Raise AssertionError unless ``actual`` are what ``expected`` reads back as, within the tolerances."""
-        self._compare(actual, self.expected(expected))
-
-    def _compare(self, actual: MemoryRows, expected: MemoryRows) -> None:
-        for name in ("hidden", "projected", *COLUMNS):
-            self.check_column(name, getattr(actual, name), getattr(expected, name))
-
-    def check_layer(self, view: StoreView, layer: int, expected: list[tuple[int, MemoryRows]]) -> None:
-        """Raise AssertionError unless a layer holds exactly these rows under these ids, in this order."""
-        ids = view.ids(layer)
-        assert ids.dtype == torch.int64
-        assert ids.tolist() == [row_id for row_id, _ in expected]
-        assert view.count(layer) == len(expected)
-        empty = draw_rows(view.layout, 0, 0)
-        rows = self.expected(MemoryRows.cat([empty, *(row for _, row in expected)]))
-        for name in COLUMNS:
-            self.check_column(name, view.column(layer, name), getattr(rows, name))
-        self.check_column("key", view.keys(layer), rows.key)
-        self._compare(view.gather(layer, ids), rows)
-        self.check_pieces(view, layer, ids, rows)
-
-    def check_pieces(self, view: StoreView, layer: int, ids: Tensor, rows: MemoryRows) -> None:
-        """Raise AssertionError unless pieces hold these rows under these ids."""
-        names = tuple(rows.columns())
-        parts: dict[str, list[Tensor]] = {"id": [], **{name: [] for name in names}}
-        newest = -1
-        for piece in view.pieces(layer, *cast("Any", names)):
-            every = piece.ids.tolist()
-            assert every == sorted(set(every)), "ids of a piece ascend"
-            assert not every or every[0] > newest, "ids ascend from piece to piece"
-            newest = every[-1] if every else newest
-            for name, column in {"id": piece.ids, **piece.columns}.items():
-                parts[name].append(column if piece.live is None else column[piece.live])
-        assert [row_id for part in parts.pop("id") for row_id in part.tolist()] == ids.tolist()
-        for name, found in parts.items():
-            self.check_column(name, torch.cat(found) if found else rows.columns()[name][:0], rows.columns()[name])
-
-    def check_located(self, view: StoreView, layer: int, ids: Tensor, rows: MemoryRows) -> None:
-        """Raise AssertionError unless content that is found where it lies is that of these rows."""
-        for name in CONTENT:
-            located = view.locate(layer, name, ids) if len(ids) and name in rows.columns() else None
-            if located is not None:
-                column, places = located.together()
-                self.check_column(name, column[places], rows.columns()[name])
-
-    def check_all(self, view: StoreView, expected: MemoryRows, ids: Tensor, layer: int = 0) -> None:
-        """As ``check_layer``, from rows and ids."""
-        single = [expected.select(slice(place, place + 1)) for place in range(len(expected))]
-        self.check_layer(view, layer, list(zip(ids.tolist(), single, strict=True)))
 
     # ------------------------------------------------------------------ the tests
 
@@ -158,6 +93,35 @@ class StoreConformance:
         assert gathered.need_hidden().dtype == dtype
         assert gathered.key is not None
         assert gathered.key.dtype == dtype
+
+    def test_columns_of_a_store_around_it_come_back(self) -> None:
+        """``StoreLayout.extra``: kept as they are, through every change, copy and way of reading."""
+        store, rows = self.make(WITH_EXTRA), draw_rows(WITH_EXTRA, 6, 1)
+        ids = torch.cat([store.append(0, rows.select(slice(0, 2))), store.append(0, rows.select(slice(2, 6)))])
+        store.remove(0, ids[1:2])
+        kept = torch.tensor([0, 2, 3, 4, 5])
+        left, ids = rows.select(kept), ids[kept]
+        snapshot, fork = store.snapshot(), store.fork()
+        store.append(0, draw_rows(WITH_EXTRA, 2, 2))
+        for view in (snapshot, fork):
+            self.check_all(view, left, ids)
+        store.restore(snapshot)
+        self.check_all(store, left, ids)
+        places = torch.tensor([3, 0, 3])
+        narrow = store.gather(0, ids[places], leave_out=("hidden", "projected", "key"))
+        for name, column in left.select(places).extra.items():
+            self.check_column(name, narrow.extra.get(name), column)
+        self.check_located(store, 0, ids[places], self.expected(left.select(places)))
+        moved = store.to(dtype=torch.bfloat16)
+        assert moved.layout.extra == WITH_EXTRA.extra
+        for name, column in moved.gather(0, ids).extra.items():
+            self.check_column(name, column, left.extra[name])
+        moved.append(0, draw_rows(moved.layout, 1, 3))
+        lacking = draw_rows(WITH_EXTRA, 2, 2)
+        lacking = lacking.replace(extra={name: lacking.extra[name] for name in ("note", "hidden_mark")})  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"\w"):
+            store.append(0, lacking)
+        self.check_all(store, left, ids)
 
     def test_layers_are_independent(self) -> None:
         store, rows = self.make(LAYOUT), draw_rows(LAYOUT, 4, 1)

@@ -61,7 +61,7 @@ def draw_rows(layout: StoreLayout, count: int, seed: int) -> MemoryRows:
     def whole(low: int, high: int) -> Tensor:
         return torch.randint(low, high, (count,), generator=generator).to(layout.device)
 
-    return MemoryRows(
+    rows = MemoryRows(
         hidden=normal(count, layout.hidden_size, dtype=layout.dtype) if layout.keeps_hidden else None,
         birth=whole(0, 2 * count + 1),
         source=whole(NO_SOURCE, 4),
@@ -69,6 +69,8 @@ def draw_rows(layout: StoreLayout, count: int, seed: int) -> MemoryRows:
         expiry=whole(0, 20).double() if layout.expiry else None,
         projected=normal(count, layout.projected_size, dtype=layout.dtype) if layout.projected_size else None,
     )
+    extra = {name: normal(count, *shape, dtype=torch.float64).mul(9).to(dtype) for name, shape, dtype in layout.extra}
+    return rows.replace(extra=extra) if extra else rows  # type: ignore[arg-type]
 
 
 def rows(layout: StoreLayout, counts: SearchStrategy[int] | None = None) -> SearchStrategy[MemoryRows]:
