@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -22,10 +22,11 @@ from mplus.hf.passes import Marks, Pass, Prefix, PrefixSource, Project, run_in
 from mplus.hf.prepared import Prepared
 from mplus.hf.projection import Projection
 from mplus.hf.retrofit import Retrofit
-from mplus.hf.weights import Weights, stamp
+from mplus.hf.weights import Look, Watch
 from mplus.mechanisms.base import MemoryMechanism, WritePlan
 from mplus.memory.memory import Memory
 from mplus.memory.stream import StreamState
+from mplus.memory.weights_state import WeightsState
 from mplus.retrievers.base import Retriever
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
@@ -48,14 +49,15 @@ class DecoderEngine:
         self.retrofit = retrofit
         self.mechanism = mechanism
         self.projection: Projection | str = "the decoder was wrapped without a self-check"
-        self._weights: Weights | None = None
+        self.own_attention = OwnAttention(self)
+        self.watch = Watch(self)
         self._prepared: WeakKeyDictionary[Memory, Prepared] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_weights", "_prepared")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("watch", "_prepared")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _weights=None, _prepared=WeakKeyDictionary())
+        self.__dict__.update(state, watch=Watch(self), _prepared=WeakKeyDictionary())
 
     @property
     def embedding(self) -> nn.Module:
@@ -87,7 +89,10 @@ class DecoderEngine:
             return wanted
         hidden = self.mechanism.additions.begin.shape[2]
         smaller = isinstance(self.projection, Projection) and self.projection.size < hidden
-        return "projected" if smaller and self.config.variant != "published" else "hidden"
+        if not smaller or self.config.variant == "published":
+            return "hidden"
+        # Keys and values are bound to the adapters they were made with, hidden states are not.
+        return "hidden" if self.watch.has_adapters_of_user() else "projected"
 
     @property
     def layout(self) -> StoreLayout:
@@ -122,6 +127,7 @@ class DecoderEngine:
             state,
             stm=tuple(self._completed(layer, rows, layout) for layer, rows in enumerate(state.stm)),
             newest=state.newest or self._newest(state.stm, layout),
+            weights=self.weights(),
         )
 
     def _newest(self, stm: Sequence[MemoryRows], layout: StoreLayout) -> tuple[Tensor, ...]:
@@ -157,21 +163,23 @@ class DecoderEngine:
             changed["key"] = self.keys(layer, hidden)
         return rows.replace(**changed)
 
-    def weights_digest(self) -> str:
-        """See ``Engine.weights_digest``. Looked at again only when a tensor was changed or exchanged."""
-        if self._weights is None or not self._weights.current():
-            self._weights = Weights.of(self.retrofit, self.adapter("read"), self.mechanism.additions.retriever)
-        return self._weights.digest
+    def weights(self, adapters: Sequence[str] | None = None) -> WeightsState:
+        """See ``Engine.weights``."""
+        return self.watch.look().weights if adapters is None else self.watch.with_adapters(adapters)
 
-    def prepared(self, memory: Memory, version: int) -> Prepared | None:
+    def prepared(self, memory: Memory, version: int, look: Look) -> Prepared | None:
         """What reads of ``memory`` in this version share; None where its rows are projected by every read."""
-        if isinstance(self.projection, str) or not memory.stores[0].layout.projected_size:
+        layout = memory.stores[0].layout
+        if isinstance(self.projection, str) or not layout.projected_size:
+            return None
+        if look.names is not None and layout.keeps_hidden:
             return None
         found = self._prepared.get(memory)
         begin: Tensor = self.mechanism.additions.begin
-        weights = (self.weights_digest(), stamp([begin]))  # a begin row that changes leaves all other rows as they are
+        weights = (look.weights, look.names, look.each, look.begin)
         if found is None or found.version != version or found.weights != weights:
-            found = self._prepared[memory] = Prepared(self.projection, begin, version, weights)
+            batch = None if look.names is None else len(look.names)
+            found = self._prepared[memory] = Prepared(self.projection, begin, version, weights, batch)
         return found
 
     def padded_positions(self, mask: Tensor) -> dict[str, Tensor]:
@@ -184,6 +192,11 @@ class DecoderEngine:
 
     def encode(self, states: Sequence[StreamState], ids: Tensor) -> list[Tensor]:
         """See ``Engine.encode``. Gradients flow where they are enabled."""
+        if self.watch.look_at_names() is not None:
+            raise NotSupported(
+                "adapter_names is for reading: a memory is written with the adapters that are active, so use "
+                "set_adapter and write outside of the call"
+            )
         reencode = not self.retrofit.anatomy.hybrid  # a state-space layer would read the rows standing in for old ones
         plans = [self.mechanism.plan_write(state, ids.shape[1], reencode) for state in states]
         return self.encode_plans(plans, ids)
@@ -293,11 +306,12 @@ class DecoderEngine:
 
     def bind(self, retriever: Retriever) -> None:
         """Let a retriever that was built for this decoder use its attention. Raises NotSupported where it cannot."""
-        retriever.bind(OwnAttention(self))
+        retriever.bind(self.own_attention)
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """See ``Engine.fingerprint``."""
         model: Any = self.model
-        return fingerprint(model, self.config, self.layout, model.mplus.retriever)
+        return fingerprint(model, self.config, self.layout, model.mplus.retriever, saved)
 
 
 @define(frozen=True, eq=False)

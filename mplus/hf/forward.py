@@ -16,6 +16,7 @@ from mplus.errors import InputError, MemoryMismatchError
 from mplus.hf.engine import DecoderEngine
 from mplus.hf.passes import Pass, run_in
 from mplus.hf.reading import Reading, one_per_row
+from mplus.hf.reading_checks import check_rows, check_weights, is_as_kept
 from mplus.hf.virtual_tokens import only_learned
 from mplus.memory.memory import Memory
 
@@ -78,7 +79,11 @@ def _read(
     cache = inputs.get("past_key_values")
     engine: DecoderEngine = model.mplus_engine
     engine.check_attention()
-    reading = given or check_cache(cache, memory, reuse) or read(engine, memory, _text(inputs).shape[0])
+    reading, text = given or check_cache(cache, memory, reuse), _text(inputs)
+    if reading is None:
+        reading = read(engine, memory, text.shape[0])
+    elif given is None:
+        check_weights(engine, reading, whole=text.shape[1] > 1)
     output = run_in(_read_pass(engine, reading, base, inputs), base.forward, model, **inputs)
     for holder in (cache, getattr(output, "past_key_values", None)):
         if holder is not None:
@@ -120,11 +125,18 @@ def read(engine: DecoderEngine, memory: Any, rows: int, **options: Any) -> Readi
             f"the memory holds {memory.dtype} and the model computes in {engine.dtype}: "
             f"use memory.to(dtype={engine.dtype})"
         )
-    memory.keep_up()
-    version, views = memory.versioned_snapshot()
-    prepared = engine.prepared(memory, version)
+    look = engine.watch.look()
+    if look.names is None:
+        memory.keep_up(look.weights)
+    version, streams = memory.versioned_snapshot()
+    views = one_per_row(streams, rows)
+    prepared = engine.prepared(memory, version, look)
+    if look.names is not None:
+        check_rows(engine, views, look)
+    elif prepared is not None and not all(is_as_kept(view, look) for view in streams):
+        prepared = None
     keep = not torch.is_grad_enabled()
-    return Reading(engine.mechanism, one_per_row(views, rows), memory, version, prepared, keep=keep, **options)
+    return Reading(engine.mechanism, views, memory, version, prepared, look, keep=keep, **options)
 
 
 def check_cache(cache: Any, memory: Memory | None, reuse: bool) -> Reading | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mplus.errors import ConfigError, NotSupported
 from mplus.hf.forward import check_cache, generate_in, is_generating, read
+from mplus.hf.reading_checks import check_weights
 from mplus.hf.sources import retrieved_sources
 from mplus.hf.virtual_tokens import embedded_in_front
 from mplus.memory.memory import Memory
@@ -42,6 +43,8 @@ def generate(
     tokens += embedded_in_front(model)
     if reading is None:
         reading = read(engine, memory, prompts)
+    else:
+        check_weights(engine, reading)
     reading.retrieve_every, reading.prompt_tokens = retrieve_every, tokens
     reading.repeats(prompts)
     # From here on further rows are copies of a prompt (beams, several samples), and no gradient is wanted.

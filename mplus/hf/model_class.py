@@ -132,6 +132,15 @@ class MemoryModel:
             )
         return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
+    def weights_changed(self) -> None:
+        """Say that weights were changed in a way that leaves no trace: the next read or write looks at all of them.
+
+        Before every prompt mplus looks at all numbers of the adapters that act, and at ``data_ptr()``, the count of
+        in-place changes and 64 numbers of every other weight that memory rows go through. Only a change through
+        ``weight.data[...] = ...``, which is not counted, to none of the numbers looked at needs this call.
+        """
+        self.mplus_engine.watch.forget()
+
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers; with others than "eager" and "sdpa" memory is refused from then on."""
         wanted = attn_implementation

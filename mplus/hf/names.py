@@ -13,4 +13,9 @@ def plain_name(name: str) -> str:
 
 def is_addition(name: str) -> bool:
     """Whether mplus added the tensor of this name to a decoder."""
-    return name.startswith("mplus.") or any(f".lora_{part}.{adapter}." in name for part in "AB" for adapter in ADAPTERS)
+    return name.startswith("mplus.") or is_adapter(name)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor of this name belongs to one of our LoRA adapters."""
+    return any(f".lora_{part}.{adapter}." in name for part in "AB" for adapter in ADAPTERS)

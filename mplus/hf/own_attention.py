@@ -20,10 +20,14 @@ class OwnAttention:
 
     Args:
         engine: its engine.
+
+    Attributes:
+        used: whether anybody has asked for anything, so that keys depend on the attention's weights.
     """
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
+        self.used = False
 
     def queries(self, layer: int, hidden: Tensor) -> Tensor:
         """See ``Projections``."""
@@ -59,7 +63,7 @@ class OwnAttention:
         return Heads(queries.shape[1], keys.shape[1], keys.shape[-1], scale)
 
     def _capture(self, layer: int, hidden: Tensor) -> Captured:
-        engine = self._engine
+        engine, self.used = self._engine, True
         retrofit = engine.retrofit
         spec: AttentionSpec = retrofit.anatomy.specs[layer]
         if retrofit.technique != "attention":

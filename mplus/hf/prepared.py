@@ -26,6 +26,7 @@ class Prepared:
         begin: begin rows ``[L, 1, d]``.
         version: of the memory.
         weights: what tells the weights it was made with from others.
+        batch: rows of the batch it is for, where each has an adapter of its own; else None.
         short_term, begins, tables: what was made so far.
     """
 
@@ -33,6 +34,7 @@ class Prepared:
     begin: Tensor
     version: int
     weights: Any
+    batch: int | None = None
     short_term: dict[Any, Segment] = field(factory=dict)
     begins: dict[int, Tensor] = field(factory=dict)
     tables: dict[Any, Tables | None] = field(factory=dict)
@@ -54,25 +56,30 @@ class Prepared:
             prefixed: per stream, whether there is anything in front of the text.
             like: gives dtype and device.
         """
-        begin = self._begin(layer).to(like)
+        begins = [begin.to(like) for begin in self._begins(layer, len(views))]
         pairs = list(zip(retrieved, prefixed, strict=True))
         own = [1 + (0 if found is None else len(found.rows)) if there else 0 for found, there in pairs]
         counts = [len(view.state.stm[layer]) for view in views]
         only = retrieved[0] if len(views) == 1 else None
         if only is not None and only.source is not None and _alike(only.source.parts[0][0], like):
             tables = self._tables(layer, own[0], (own[0], counts[0]), like)
-            front = self.projection.picked(layer, begin, *only.source.together(), tables)
+            front = self.projection.picked(layer, begins[0], *only.source.together(), tables)
         else:
-            parts = [[begin, *_projected(found, like)] if there else [] for found, there in pairs]
+            parts = [
+                [begin, *_projected(found, like)] if there else []
+                for begin, (found, there) in zip(begins, pairs, strict=True)
+            ]
             front = self._front(layer, parts, own, counts, like)
         segments = (front, self._short_term(layer, views, own, counts, like))
         return tuple(segment for segment in segments if segment.keys.shape[2])
 
-    def _begin(self, layer: int) -> Tensor:
-        """``[1, w]``"""
+    def _begins(self, layer: int, streams: int) -> list[Tensor]:
+        """``[1, w]`` of every stream; not the same where each has an adapter of its own."""
         if layer not in self.begins:
-            self.begins[layer] = self.projection.rows(layer, self.begin[layer][None])[0]
-        return self.begins[layer]
+            alike = 1 if self.batch is None else self.batch
+            self.begins[layer] = self.projection.rows(layer, self.begin[layer].expand(alike, -1, -1))
+        made = self.begins[layer]
+        return [made[0]] * streams if self.batch is None else list(made[:: self.batch // streams])
 
     def _front(
         self, layer: int, parts: Sequence[Sequence[Tensor]], own: Sequence[int], behind: Sequence[int], like: Tensor

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import define, field
-from torch import Tensor, nn
+from torch import Tensor
 
 from mplus.backends.base import Segment
 from mplus.backends.checks import check_finite
 from mplus.backends.triton.gather import gather_rotated, reasons_against_gathering
 from mplus.hf.discovery import AttentionSpec, rotary_at
-from mplus.hf.names import ADAPTERS
 from mplus.hf.own_attention import Nothing
 from mplus.hf.passes import Pass, run_in
 from mplus.hf.retrofit import Retrofit
@@ -156,18 +155,6 @@ def find_projection(retrofit: Retrofit, adapter: str | None, rows: Sequence[Tens
     if len(shapes) > 1:
         return f"its layers have keys and values of different shapes, {sorted(shapes)} (heads, width, value width)"
     return Projection(retrofit, adapter, tuple(rotations), *shapes.pop())
-
-
-def reading_parameters(retrofit: Retrofit, adapter: str | None) -> list[nn.Parameter]:
-    """The weights that memory rows can go through when they are read with ``adapter``."""
-    ours = {name for name in ADAPTERS if name != adapter}
-    found: dict[int, nn.Parameter] = {}
-    for spec in retrofit.anatomy.specs:
-        for module in (spec.norm, spec.attention):
-            for name, parameter in () if module is None else module.named_parameters():
-                if not (".lora_" in name and ours.intersection(name.split("."))):
-                    found.setdefault(id(parameter), parameter)
-    return list(found.values())
 
 
 def _still(retrofit: Retrofit, adapter: str | None, layer: int, hidden: Tensor) -> Captured:

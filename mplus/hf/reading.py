@@ -14,6 +14,7 @@ from mplus.errors import InputError, MemoryMismatchError
 from mplus.hf.discovery import AttentionSpec
 from mplus.hf.passes import Prefix, Project
 from mplus.hf.prepared import Prepared
+from mplus.hf.weights import Look
 from mplus.mechanisms.base import MemoryMechanism, Retrieved
 from mplus.memory.memory import Memory
 from mplus.memory.stream import StreamView
@@ -37,6 +38,7 @@ class Reading:
         views: one stream per batch row of the memory.
         memory: the memory the views were taken from (None for a test pass), and its ``version`` then.
         prepared: what reads of this state share, where rows are kept projected; else None.
+        look: the weights it began with; None for a test pass.
         keep: remember projections for later tokens; off where gradients flow, because they must be recomputed.
         repeats_allowed: a batch may hold several copies of each row in turn (beams, several samples).
         prompt_tokens: retrieve with so many tokens of the first forward only (the rest is guessed); None: with all.
@@ -52,6 +54,7 @@ class Reading:
     memory: Memory | None = None
     version: int = -1
     prepared: Prepared | None = None
+    look: Look | None = None
     keep: bool = True
     repeats_allowed: bool = False
     prompt_tokens: int | None = None
@@ -150,7 +153,12 @@ class ReadSource:
         reading = self.reading
         views, retrieved, prepared = reading.views, reading.retrieved[layer], reading.prepared
         if prepared is None or not self._as_kept(prepared):
-            return (project(assemble(reading.mechanism, views, layer, retrieved, hidden)),)
+            rows = assemble(reading.mechanism, views, layer, retrieved, hidden)
+            if reading.look is None or reading.look.names is None:
+                return (project(rows),)
+            # PEFT's layers count on the rows of the batch: each stream once for each of its copies.
+            repeats = len(reading.look.names) // len(views)
+            return (_every(project(_repeated_rows(rows, repeats)), repeats),)
         with torch.no_grad():
             prefixed = [reading.mechanism.has_prefix(view) for view in views]
             return prepared.segments(layer, views, retrieved, prefixed, hidden)
@@ -225,6 +233,16 @@ def side_by_side(streams: Sequence[Tensor]) -> Prefix:
         return Prefix(torch.stack(list(streams)))
     hidden = torch.stack([torch.nn.functional.pad(part, (0, 0, 0, rows - part.shape[0])) for part in streams])
     return Prefix(hidden, torch.tensor([part.shape[0] for part in streams], device=hidden.device))
+
+
+def _repeated_rows(prefix: Prefix, repeats: int) -> Prefix:
+    lengths = None if prefix.lengths is None else prefix.lengths.repeat_interleave(repeats, 0)
+    return evolve(prefix, hidden=prefix.hidden.repeat_interleave(repeats, 0), lengths=lengths)
+
+
+def _every(segment: Segment, repeats: int) -> Segment:
+    lengths = None if segment.lengths is None else segment.lengths[::repeats]
+    return Segment(segment.keys[::repeats], segment.values[::repeats], lengths)
 
 
 def _repeat(segment: Segment, repeats: int) -> Segment:

@@ -17,6 +17,7 @@ from mplus.hf.adapters import adapted_projections, is_tuned
 from mplus.hf.engine import DecoderEngine
 from mplus.hf.plain import PlainTree, plain_decoder
 from mplus.hf.reading import Reading
+from mplus.hf.tensor_group import TensorGroup
 from mplus.memory.memory import Memory
 
 
@@ -77,8 +78,8 @@ class StaticReader:
         if reasons:
             raise NotSupported(f"{type(model).__name__} cannot read from a static cache: {'; '.join(reasons)}")
         engine: DecoderEngine = model.mplus_engine
-        self._model, self._weights = model, engine.weights_digest()
-        self.decoder = _plain(model)
+        self._model, self._weights = model, engine.watch.look()
+        self.decoder, self._merged = _plain(model), _merged_weights(model)
         self._call: Any = self.decoder if compile_options is None else torch.compile(self.decoder, **compile_options)
 
     @torch.no_grad()
@@ -103,9 +104,15 @@ class StaticReader:
         model = self._model
         if room < 0:
             raise InputError(f"room must be at least 0 tokens, got {room}")
-        if model.mplus_engine.weights_digest() != self._weights:
+        now = model.mplus_engine.watch.look()
+        if now.weights != self._weights.weights or _merged_weights(model) != self._merged:
             raise MemoryMismatchError(
                 "the decoder's weights have changed since this StaticReader was made: make another"
+            )
+        if now.acting:
+            raise MemoryMismatchError(
+                f"this StaticReader was made when no adapter of yours acted, now {list(now.acting)} do: switch them "
+                "off, or generate with the decoder itself"
             )
         output = model(input_ids, memory=memory, use_cache=True, logits_to_keep=1)
         reading: Reading = output.past_key_values._mplus_reading
@@ -191,6 +198,14 @@ def _twin(decoder: Any, tree: PlainTree, projection: nn.Module) -> nn.Module:
     path = next(place for place, module in tree.places.values() if module is projection)
     found: nn.Module = decoder.get_submodule(path)
     return found
+
+
+def _merged_weights(model: Any) -> tuple[Any, ...]:
+    """Changes when a weight changes that the plain decoder has a copy of, or an adapter that is merged into it."""
+    projections, adapter = adapted_projections(model), model.mplus_engine.adapter("read")
+    own = [(name, tensor) for one in projections for name, tensor in one.named_parameters() if f".{adapter}." in name]
+    copied = TensorGroup([("weight", projection.weight) for projection in projections], sampled=True)
+    return copied.mark(), TensorGroup(own, sampled=False).mark(), tuple(one.scaling.get(adapter) for one in projections)
 
 
 @torch.no_grad()

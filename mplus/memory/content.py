@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from attrs import evolve
 
 from mplus.memory.budget import Budget
 from mplus.memory.checks import check_row
@@ -48,7 +49,8 @@ class MemoryContent:
         self.generators = tuple(generators)
         self.eviction = eviction
         self.budget = Budget(engine.config.long_term_tokens) if budget is None else budget
-        self._states = tuple(states)
+        now = engine.weights() if any(state.weights is None for state in states) else None
+        self._states = tuple(state if state.weights else evolve(state, weights=now) for state in states)
         self._stores = tuple(stores)
         if self.budget.bytes is not None and self.budget.capacity is not None:
             for store in distinct(self._stores):
@@ -57,7 +59,6 @@ class MemoryContent:
         if eviction.notes_reads:
             self._usage = tuple(usage) or tuple(Usage() for _ in self._states)
         self._version = 0
-        self._weights = engine.weights_digest()
         self._state_lock = threading.RLock()
         self._write_lock = threading.RLock()
 

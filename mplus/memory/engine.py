@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from mplus.config import MPlusConfig
 from mplus.errors import MemoryMismatchError
 from mplus.memory.stream import StreamState
+from mplus.memory.weights_state import WeightsState
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 
@@ -56,11 +57,19 @@ class Engine(Protocol):
     def refresh(self, rows: MemoryRows, layer: int) -> MemoryRows:
         """Rows with everything computed anew from their hidden states."""
 
-    def weights_digest(self) -> str:
-        """Changes when the weights change that projections and retriever keys are computed with."""
+    def weights(self, adapters: Sequence[str] | None = None) -> WeightsState:
+        """The weights that projections and retriever keys are computed with now.
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Facts that a memory depends on, as plain data: decoder, adapters, additions, content-shaping config."""
+        Args:
+            adapters: as they would be with these adapters of the user alone; None: with those that are active.
+        """
+
+    def fingerprint(self, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Facts that a memory depends on, as plain data: decoder, adapters, additions, content-shaping config.
+
+        Args:
+            saved: those of a file they are to be compared with, which may be of an older version.
+        """
 
 
 def engine_of(model: Any) -> Engine:

@@ -37,6 +37,7 @@ from mplus.memory.folder import (
     temporary,
     writable,
 )
+from mplus.memory.made_with import made_with, with_weights
 from mplus.memory.manifest import (
     DataEntry,
     LayoutEntry,
@@ -48,7 +49,7 @@ from mplus.memory.manifest import (
     read_manifest,
 )
 from mplus.memory.memory import Memory
-from mplus.memory.stream import StreamView
+from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.tensors import TensorReader, write_tensors
 from mplus.memory.unpacking import read_index, read_streams, read_usage
 from mplus.stores.base import StoreLayout, StoreView
@@ -71,10 +72,10 @@ class Facts:
     text_capacity: int | None = None
 
     @staticmethod
-    def of(engine: Engine, eviction: EvictionPolicy, budget: Budget) -> Facts:
-        """Of a memory of the decoder behind ``engine``."""
+    def of(engine: Engine, eviction: EvictionPolicy, budget: Budget, states: Sequence[StreamState]) -> Facts:
+        """Of a memory of the decoder behind ``engine`` with these streams."""
         return Facts(
-            fingerprint=engine.fingerprint(),
+            fingerprint={**engine.fingerprint(), **made_with(states)},
             eviction=Component(eviction.name, attrs.asdict(eviction.options)).plain(),
             bytes_budget=budget.bytes,
             capacity=budget.capacity,
@@ -180,7 +181,7 @@ def load(
     try:
         manifest = read_manifest(folder)
         layout = engine.layout
-        check_belongs(manifest, engine.fingerprint(), layout.dtype, folder)
+        check_belongs(manifest, engine.fingerprint(manifest.fingerprint), layout.dtype, folder)
         policy = build_eviction(eviction or Component.of(manifest.eviction))
         # Rows stay what they were, whatever new memories of this decoder hold.
         layout = attrs.evolve(
@@ -197,6 +198,7 @@ def load(
             usage = [read_usage(file, n, one) for n, one in enumerate(stores)] if policy.notes_reads else []
             for entry, own in zip(manifest.streams, stores, strict=True):
                 mechanism.adopt_index(own, read_index(file, entry.store, layout.layers))
+        states = with_weights(states, stores, manifest.fingerprint, engine, folder)
     finally:
         os.close(handle)
     wanted = manifest.bytes_budget if bytes_budget is None else bytes_budget

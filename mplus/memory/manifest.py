@@ -17,6 +17,7 @@ from attrs import define
 from mplus.errors import MemoryFileError, MemoryMismatchError
 from mplus.memory.folder import DATA, MANIFEST
 from mplus.memory.stream import Source
+from mplus.memory.weights_state import MADE_WITH
 
 M = TypeVar("M")
 FORMAT = "mplus-memory"
@@ -210,7 +211,7 @@ def check_belongs(manifest: Belonging, fingerprint: Mapping[str, Any], dtype: to
     differences = [
         f"{name} is {saved.get(name)!r} in the file and {own.get(name)!r} in the model"
         for name in names
-        if saved.get(name) != own.get(name)
+        if name != MADE_WITH and saved.get(name) != own.get(name)
     ]
     if differences:
         raise MemoryMismatchError(

@@ -22,11 +22,12 @@ from mplus.memory.forgetting import forget
 from mplus.memory.keeping import Stayed
 from mplus.memory.opened import Opens
 from mplus.memory.rebuilding import rebuilt
-from mplus.memory.refreshing import refresh
+from mplus.memory.refreshing import out_of_date, refresh
 from mplus.memory.report import ForgetReport, WriteReport
 from mplus.memory.sharing import distinct, each, unshared
 from mplus.memory.stream import StreamState
 from mplus.memory.texts import Texts
+from mplus.memory.weights_state import WeightsState
 from mplus.memory.write_context import WriteContext
 from mplus.memory.writing import Made, Stream, keys, write, write_streams
 from mplus.rows import MemoryRows
@@ -102,7 +103,7 @@ class Memory(Opens):
         names = to_names(source, self.batch_size)
         check_dtype(self.dtype, self.engine.layout.dtype)
         self.check_writable()
-        self.keep_up()
+        self.keep_up(writing=range(self.batch_size))
         report = WriteReport.nothing(self.batch_size)
         with self._write_lock:
             write_streams([Stream(self, row, [ids[row]], names[row], report) for row in range(self.batch_size)])
@@ -179,17 +180,31 @@ class Memory(Opens):
                 raise
             return result
 
-    def keep_up(self) -> None:
+    def keep_up(self, now: WeightsState | None = None, *, writing: Sequence[int] | None = None) -> None:
         """Compute anew what depends on weights that have changed since; called before every read and write.
+
+        Args:
+            now: what the decoder computes with; None: look.
+            writing: the batch rows that are to be written; None: all are to be read.
 
         Raises:
             MemoryMismatchError: that needs hidden states, and this memory keeps keys and values only.
         """
-        digest = self.engine.weights_digest()
-        if digest != self._weights:
+        now = self.engine.weights() if now is None else now
+        if out_of_date(self, now, writing):
             with self._write_lock:
-                self._change(lambda states: refresh(states, self._stores, self.engine, self._usage))
-                self._weights = digest
+                due = out_of_date(self, now, writing)
+                self._change(lambda states: refresh(states, self._stores, self.engine, self._usage, due, now))
+        if writing is not None:
+            self._note_weights(now, writing)
+
+    def _note_weights(self, now: WeightsState, rows: Sequence[int]) -> None:
+        """Rows that keep hidden states depend on what they were written with last; nothing that a read sees changes."""
+        with self._state_lock:
+            states = [
+                evolve(s, weights=now) if n in rows and s.weights != now else s for n, s in enumerate(self._states)
+            ]
+            self._states = tuple(states)
 
     # ------------------------------------------------------------------ the rest of its life
 
@@ -318,9 +333,7 @@ class Memory(Opens):
         if budget.bytes is not None and stores[0].layout != self._stores[0].layout:  # rows take another room there
             budget = Budget.of(budget.bytes, self.engine.config, self.engine.mechanism, stores[0], self.batch_size)
         usage = [notes.fork() for notes in map(self._usage.__getitem__, rows) if notes is not None]
-        twin = Memory(self.engine, states, stores, generators, self.eviction, self.tokenizer, budget, usage)
-        twin._weights = self._weights
-        return twin
+        return Memory(self.engine, states, stores, generators, self.eviction, self.tokenizer, budget, usage)
 
     def save(self, path: str | Path) -> None:
         """Write a folder with a JSON manifest and safetensors; an older save there stays whole until this one is.
@@ -335,7 +348,7 @@ class Memory(Opens):
         with self._state_lock:
             views = self.snapshot()
             draws = [generator.get_state() for generator in self.generators]
-        facts = Facts.of(self.engine, self.eviction, self.budget)
+        facts = Facts.of(self.engine, self.eviction, self.budget, [view.state for view in views])
         save(path, views, draws, facts, [self.engine.mechanism.index_tensors(view.store) for view in views])
 
     @staticmethod

@@ -36,7 +36,7 @@ def write_pieces(memory: Memory, pieces: Iterable[Any], source: str | None, prog
     config, vocabulary = memory.engine.config, memory.engine.vocab_size
     check_dtype(memory.dtype, memory.engine.layout.dtype)
     memory.check_writable()
-    memory.keep_up()
+    memory.keep_up(writing=[0])
     report = WriteReport.nothing(1)
     cutter = Cutter(config.chunk_tokens, config.min_chunk_tokens)
     with memory.write_lock, progress_bar("writing", None, progress, steps=LONG) as advance:

@@ -10,6 +10,7 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.memory.texts import Text, Texts
+from mplus.memory.weights_state import WeightsState
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreView
 from mplus.stores.usage import Usage
@@ -43,6 +44,7 @@ class StreamState:
             which the next write reads; empty where the rows keep theirs.
         counters: the mechanism's own numbers, each a small tensor.
         texts: what was written, where the memory keeps that; else None.
+        weights: what keys and values, and retriever keys, were computed with; None where nobody knows.
     """
 
     stm: tuple[MemoryRows, ...]
@@ -52,6 +54,7 @@ class StreamState:
     newest: tuple[Tensor, ...] = ()
     counters: dict[str, Tensor] = field(factory=dict)
     texts: Texts | None = None
+    weights: WeightsState | None = None
 
     @property
     def nbytes(self) -> int:

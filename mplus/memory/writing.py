@@ -201,7 +201,7 @@ def _planned(memory: Memory, data: Any, source: Any, report: WriteReport) -> lis
     engine = memory.engine
     check_dtype(memory.dtype, engine.layout.dtype)
     memory.check_writable()
-    memory.keep_up()
+    memory.keep_up(writing=[row for row, ids in enumerate(rows) if ids is not None])
     config = engine.config
     streams = []
     for row, ids in enumerate(rows):

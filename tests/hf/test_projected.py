@@ -102,7 +102,8 @@ class TestReading:
         memory = written(shared, "projected").select([0, 0, 0])
         found = logits(shared, memory)
         assert error(found[2], found[0]) <= TOLERANCE
-        prepared = shared.wrapped.mplus_engine.prepared(memory, memory.version)
+        engine = shared.wrapped.mplus_engine
+        prepared = engine.prepared(memory, memory.version, engine.watch.look())
         assert [segment.keys.shape[0] for segment in prepared.short_term.values()] == [1, 1, 1]
 
     def test_generation_with_beams_and_renewed_retrieval(self, shared: Pair) -> None:
@@ -263,7 +264,8 @@ class TestWeights:
         with torch.no_grad():
             pair.wrapped.get_parameter(name).mul_(-1.5).add_(0.1)
         after = logits(pair, memory)
-        assert memory.version == version + 1
+        of_keys = "layernorm" in name or "retriever" in name
+        assert memory.version == version + (rows == "both" or of_keys), "only what depends on it is computed anew"
         assert error(after, before) > 1e-3
         again = memory.fork()
         for layer, state in enumerate(again.states[0].stm):
@@ -271,7 +273,8 @@ class TestWeights:
                 anew = pair.wrapped.mplus_engine.project(layer, state.need_hidden()[None])[0]
                 assert torch.equal(state.projected, anew)
             stored = again.stores[0].gather(layer, again.stores[0].ids(layer))
-            assert torch.equal(stored.key, pair.wrapped.mplus_engine.keys(layer, stored.need_hidden()))
+            keys = pair.wrapped.mplus_engine.keys(layer, stored.need_hidden())
+            assert error(stored.key, keys) <= (0 if memory.version > version else TOLERANCE)
         assert torch.equal(logits(pair, again), after)
 
     def test_other_weights_do_not_matter(self, pair: Pair) -> None:

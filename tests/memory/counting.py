@@ -9,6 +9,7 @@ from attrs import define, field
 
 from mplus.config import Component, MPlusConfig
 from mplus.hf.build import build_mechanism, new_memory
+from mplus.memory.weights_state import WeightsState
 from mplus.stores.base import StoreLayout
 
 if TYPE_CHECKING:
@@ -65,10 +66,10 @@ class CountingEngine:
     def new_state(self, layout: StoreLayout) -> StreamState:
         return self.mechanism.new_state(layout)
 
-    def weights_digest(self) -> str:
-        return ""
+    def weights(self, adapters: Sequence[str] | None = None) -> WeightsState:
+        return WeightsState()
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self, saved: Any = None) -> dict[str, Any]:
         return {"mechanism": self.config.mechanism.plain()}
 
 

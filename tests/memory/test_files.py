@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import mplus
+from mplus.memory.made_with import made_with
 from mplus.memory.manifest import read_manifest
 from mplus.memory.tensors import Part, write_tensors
 from mplus.memory.verify import verify
@@ -234,7 +235,8 @@ def test_the_manifest_tells_what_is_there(tmp_path: Path) -> None:
     memory.save(tmp_path)
     manifest = read_manifest(tmp_path)
     assert manifest.written_by == mplus.__version__
-    assert manifest.fingerprint == json.loads(json.dumps(memory.engine.fingerprint()))
+    facts = {**memory.engine.fingerprint(), **made_with(memory.states)}
+    assert manifest.fingerprint == json.loads(json.dumps(facts))
     assert manifest.layout.dtype == "float32"
     assert manifest.eviction == "fifo"
     for stream, state, store in zip(manifest.streams, memory.states, memory.stores, strict=True):

@@ -155,7 +155,7 @@ class LiveMemory(Memory):
         draws = [generator.get_state() for generator in self.generators]
         indexes = [self.engine.mechanism.index_tensors(store) for store in self._stores]
         content = Content(list(states), list(self._stores), draws, self._usage, indexes)
-        facts = Facts.of(self.engine, self.eviction, self.budget)
+        facts = Facts.of(self.engine, self.eviction, self.budget, states)
         with writable(directory.path):
             number = 0 if directory.manifest is None else directory.manifest.number + 1
             written = write_checkpoint(directory.files, directory.path, content, facts, number, clean=clean)

@@ -21,6 +21,7 @@ from mplus.memory.durable.lock import acquire
 from mplus.memory.durable.manifest import LOCK, OWN, LiveManifest, read_live_manifest
 from mplus.memory.engine import Engine, engine_of
 from mplus.memory.folder import MANIFEST, writable
+from mplus.memory.made_with import with_weights
 from mplus.memory.manifest import check_belongs
 from mplus.memory.opened import JOURNAL_BYTES
 from mplus.stores.base import StoreLayout
@@ -107,6 +108,7 @@ def _existing(
     changed: bool,
 ) -> LiveMemory:
     """``changed``: by what stands in the journal, so that the saved indexes are of other rows."""
+    content.states = with_weights(content.states, content.stores, manifest.fingerprint, engine, folder)
     policy = build_eviction(eviction or Component.of(manifest.eviction))
     expiry = engine.layout.expiry or policy.lifetime is not None
     if expiry != manifest.layout.expiry:
@@ -147,7 +149,7 @@ def _read(
     """As ``read_present``; refuses a memory of another decoder."""
 
     def layout(manifest: LiveManifest) -> StoreLayout:
-        check_belongs(manifest, engine.fingerprint(), engine.layout.dtype, folder)
+        check_belongs(manifest, engine.fingerprint(manifest.fingerprint), engine.layout.dtype, folder)
         return layout_of(manifest, engine.layout, device)
 
     return read_present(folder, layout, wanted)

@@ -1,0 +1,116 @@
+"""Tensors whose numbers are looked at together: cheaply for every prompt, in full when something has changed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mplus.memory.weights_state import PARTIAL
+
+WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers of as many bytes."""
+SAMPLES = 64
+"""Numbers of a sampled tensor that are looked at, evenly spaced."""
+PIECE = 2**20
+"""Numbers that are summed together."""
+CHUNK = 2**14
+ODD = -7046029254386353131
+"""An odd 64-bit number whose multiples are far apart."""
+
+
+class TensorGroup:
+    """Tensors with their names.
+
+    Args:
+        named: the tensors; those that are elsewhere just now (on the meta device, or other shards) cannot be looked at.
+        sampled: ``mark`` looks at ``SAMPLES`` numbers of each; else at all.
+        facts: further plain text that belongs to them.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]], *, sampled: bool, facts: Sequence[str] = ()) -> None:
+        every = [(name, tensor.to_local() if hasattr(tensor, "to_local") else tensor) for name, tensor in named]
+        self.named = [(name, tensor) for name, tensor in every if tensor.device.type != "meta"]
+        self.sampled = sampled
+        self.facts = tuple(facts)
+        self._partial = len(self.named) < len(every) or any(hasattr(tensor, "to_local") for _, tensor in every)
+        self._moment: object = None
+        self._mark: tuple[Any, ...] = ()
+        self._seen: tuple[Any, ...] | None = None
+        self._digest = ""
+
+    @torch.no_grad()
+    def mark(self, moment: object = None) -> tuple[Any, ...]:
+        """Changes when a number that is looked at does; also when a tensor was moved or changed in place.
+
+        At the same ``moment`` as before it is not computed again.
+        """
+        if moment is None or moment is not self._moment:
+            tensors = [tensor for _, tensor in self.named]
+            self._mark = (places(tensors), *map(_bits if self.sampled else _sum, _alike(tensors, self.sampled)))
+            self._moment = moment
+        return self._mark
+
+    def digest(self, moment: object = None) -> str:
+        """A digest of all numbers, the same wherever the tensors lie; computed when ``mark`` has changed."""
+        mark = self.mark(moment)
+        if mark != self._seen:
+            found = hashlib.sha256("".join(self.facts).encode())
+            for name, tensor in self.named:
+                found.update(f"{name} {list(tensor.shape)} {tensor.dtype} {_sums(tensor)}\n".encode())
+            self._digest = PARTIAL * self._partial + found.hexdigest()[:16]
+            self._seen = mark
+        return self._digest
+
+
+def places(tensors: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Place and number of in-place changes of each tensor."""
+    # A tensor made in inference mode counts no changes; outside of that mode it allows none either.
+    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+
+
+def _alike(tensors: Sequence[Tensor], sampled: bool) -> list[Tensor]:
+    """The numbers to look at, one tensor for each device and dtype."""
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        count = tensor.numel()
+        if count:
+            flat = tensor if tensor.is_contiguous() else tensor.contiguous()
+            step = max(1, count // SAMPLES) if sampled else 1
+            view = torch.as_strided(flat, ((count + step - 1) // step,), (step,))
+            groups.setdefault((tensor.device, tensor.dtype), []).append(view)
+    return [torch.cat(group) for group in groups.values()]
+
+
+def _bits(numbers: Tensor) -> bytes:
+    return bytes(numbers.view(torch.uint8).cpu().numpy())
+
+
+def _sum(numbers: Tensor) -> int:
+    """Products of all bits with odd numbers, added up, so that exchanging two changes it."""
+    rest = -numbers.nbytes % (8 * CHUNK) // numbers.itemsize
+    padded = torch.cat([numbers, numbers.new_zeros(rest)]) if rest else numbers
+    rows = padded.view(torch.int64).view(-1, CHUNK)
+    sums = (rows * _factors(CHUNK, numbers.device)).sum(1)
+    return int((sums * _factors(len(sums), numbers.device)).sum())
+
+
+@lru_cache(maxsize=64)
+def _factors(count: int, device: torch.device) -> Tensor:
+    return (torch.arange(1, count + 1, device=device) * ODD) | 1
+
+
+@torch.no_grad()
+def _sums(tensor: Tensor) -> tuple[int, ...]:
+    """Sums over the bits of all numbers, read as whole numbers: any one that changes changes the first."""
+    first = second = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    whole = tensor.detach().contiguous().flatten().view(WHOLE[tensor.dtype.itemsize])
+    for number, piece in enumerate(whole.split(PIECE)):
+        long = piece.long()
+        first = first + long.sum()
+        second = second + (long * _factors(PIECE, tensor.device)[: len(long)]).sum() * (2 * number + 1)
+    return int(first), int(second)  # overflow is as good as any other number

@@ -1,0 +1,82 @@
+"""PEFT's layers in a decoder: what each adapter has there, and which of them act."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from attrs import define, field
+from torch import Tensor, nn
+
+from mplus.hf.names import ADAPTERS
+
+
+@define(frozen=True, eq=False)
+class Tuned:
+    """A layer of PEFT's.
+
+    Attributes:
+        module: the layer, or what PEFT puts around a module that is trained and saved as a whole.
+        path: its name in the decoder.
+        parts: by adapter, name and tensor of all it has there.
+        facts: by adapter, plain text on it.
+        projects, keys: whether memory rows, and retriever keys, go through it.
+    """
+
+    module: Any
+    path: str
+    parts: Mapping[str, Sequence[tuple[str, Tensor]]] = field(repr=False)
+    facts: Mapping[str, Sequence[str]] = field(repr=False)
+    projects: bool
+    keys: bool
+
+    def acting(self, wanted: tuple[str, ...] | None) -> list[str]:
+        """Adapters of the user that act here, of those ``wanted`` (None: of those that are active)."""
+        if self.module._disable_adapters:
+            return []
+        return [
+            name
+            for name in (active(self.module) if wanted is None else wanted)
+            if name in self.parts and name not in ADAPTERS
+        ]
+
+
+def active(layer: Any) -> list[str]:
+    """Adapters that are switched on in one of PEFT's layers, whatever pass this is."""
+    chosen = layer._active_adapter
+    return [chosen] if isinstance(chosen, str) else list(chosen)
+
+
+def is_tuned(module: Any) -> bool:
+    """Whether a module is one of PEFT's layers."""
+    return hasattr(type(module), "adapter_layer_names")
+
+
+def tuned_layer(module: Any, path: str, projects: bool, keys: bool) -> Tuned:
+    """What one of PEFT's layers holds; the arguments are those of ``Tuned``."""
+    facts: dict[str, list[str]] = {}
+    for attribute, name, value in _entries(module):
+        if isinstance(value, bool | int | float | str) and attribute != "scaling":
+            facts.setdefault(name, []).append(f"{attribute}={value!r}")
+    return Tuned(module, path.replace(".base_layer", ""), adapter_parts(module), facts, projects, keys)
+
+
+def adapter_parts(module: Any) -> dict[str, list[tuple[str, Tensor]]]:
+    """By adapter, name and tensor of all that it has in one of PEFT's layers."""
+    parts: dict[str, list[tuple[str, Tensor]]] = {}
+    for attribute, name, value in _entries(module):
+        if isinstance(value, nn.Module):
+            inner = [*value.named_parameters(), *value.named_buffers()]
+            parts.setdefault(name, []).extend((f"{attribute}.{inside}", tensor) for inside, tensor in inner)
+        elif isinstance(value, Tensor):
+            parts.setdefault(name, []).append((attribute, value))
+    return parts
+
+
+def _entries(module: Any) -> Iterator[tuple[str, str, Any]]:
+    """Attribute, adapter, and what the adapter has under that attribute."""
+    for attribute in (*module.adapter_layer_names, *module.other_param_names):
+        # What has a dot in its name belongs to a layer inside, which comes by itself.
+        table: Any = None if "." in attribute else getattr(module, attribute, None)
+        for name in list(table.keys()) if hasattr(table, "keys") else ():
+            yield attribute, name, table[name]
