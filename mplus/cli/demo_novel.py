@@ -43,13 +43,12 @@ def demo_novel(
     from mplus.cli.demo_show import show
     from mplus.cli.novel import chapters
     from mplus.hf.shipped import load_tokenizer, without_bars
-    from mplus.memory.folder import check_free, prepare
-    from mplus.memory.manifest import is_memory
+    from mplus.memory.files import check_place
+    from mplus.memory.folder import prepare
 
     torch.set_num_threads(threads)
     if out is not None:  # a folder that cannot take the memory is found out before the work, not after it
-        prepare(out / MEMORY)
-        check_free(out / MEMORY, is_memory(out / MEMORY))
+        check_place(prepare(out / MEMORY))
     tokenizer = load_tokenizer()
     texts = tokenize(chapters(), tokenizer, tokens)
     folder: Any = tempfile.TemporaryDirectory(prefix="mplus-demo-") if out is None else nullcontext(str(out))

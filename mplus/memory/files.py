@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,14 @@ from mplus.memory.engine import Engine
 from mplus.memory.folder import (
     DATA,
     MANIFEST,
+    TEMPORARY_NAME,
     check_free,
+    create,
     flush,
+    hold,
     lock,
     prepare,
-    remove_others,
+    remove,
     rename,
     temporary,
     writable,
@@ -54,6 +58,8 @@ from mplus.memory.tensors import TensorReader, write_tensors
 from mplus.memory.unpacking import read_index, read_streams, read_usage
 from mplus.stores.base import StoreLayout, StoreView
 from mplus.stores.build import build_eviction
+from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.disk.folder import FILE_MODE, Folder, PathAt, open_file, read_file
 from mplus.stores.disk.parts import CODES, Part
 from mplus.stores.eviction import EvictionPolicy
 
@@ -93,6 +99,7 @@ def save(
     draws: Sequence[Tensor],
     facts: Facts,
     indexes: Sequence[Index] = (),
+    file_mode: int = FILE_MODE,
 ) -> None:
     """Write one memory; an older one in ``folder`` stays whole until this one is on disk.
 
@@ -102,23 +109,47 @@ def save(
         draws: state of each stream's generator.
         facts: of the memory.
         indexes: of each stream's store, if there are.
+        file_mode: permission bits of the files.
 
     Raises:
         MemoryFileError: ``folder`` cannot be written, or holds something that is not a memory.
     """
-    folder = Path(folder)
     numbers = store_numbers([view.store for view in views])
-    prepare(folder)
-    handle = lock(folder)
+    here = prepare(Path(folder), file_mode)
+    held = lock(here)
     try:
-        check_free(folder, is_memory(folder))
-        replace(folder, views, draws, numbers, facts, indexes)
+        check_place(here)
+        replace(here, views, draws, numbers, facts, indexes)
     finally:
-        os.close(handle)
+        held.release()
+        here.close()
+
+
+def check_place(folder: Folder) -> None:
+    """Raise MemoryFileError unless a memory can be saved in ``folder``: it is empty, or there is one."""
+    check_free(folder, is_memory(folder), _leftovers(folder))
+
+
+def _leftovers(folder: Folder) -> set[str]:
+    """Names of what interrupted saves left: temporary files, and the data files that manifests among these name."""
+    with writable(folder):
+        found = {name for name in folder.names() if TEMPORARY_NAME.fullmatch(name)}
+        for name in sorted(found):
+            with suppress(MemoryFileError):
+                if _is_json(folder / name):
+                    found.add(read_manifest(folder, name).data.file)
+    return found
+
+
+def _is_json(path: PathAt) -> bool:
+    """Whether a temporary file can be a manifest, and not rows, which may be too many to be read at once."""
+    with suppress(OSError), os.fdopen(open_file(path), "rb") as file:
+        return file.read(2) == b"{\n"
+    return False
 
 
 def replace(
-    folder: Path,
+    folder: Folder,
     views: Sequence[StreamView],
     draws: Sequence[Tensor],
     numbers: Sequence[int],
@@ -126,8 +157,9 @@ def replace(
     indexes: Sequence[Index] = (),
 ) -> None:
     """The part of ``save`` that needs the folder locked; ``numbers``: of each stream's store."""
-    with writable(folder), temporary(folder) as rows, temporary(folder) as head:
-        with rows.open("xb") as file:
+    others = _leftovers(folder)
+    with writable(folder), temporary(folder) as rows, temporary(folder) as head, temporary(folder) as before:
+        with create(rows) as file:
             digest, entries = write_tensors(file, [*_parts(views, draws, numbers), *_index_parts(numbers, indexes)])
             size = file.tell()
             flush(file)
@@ -143,12 +175,18 @@ def replace(
             streams=tuple(map(stream_entry, views, numbers)),
             data=DataEntry(file=name, bytes=size, sha256=digest, tensors=entries),
         )
-        with head.open("xb") as file:
+        with create(head) as file:
             file.write(manifest.to_json().encode())
             flush(file)
+        with suppress(MemoryFileError):  # one that is damaged names nothing that is known to be a memory's
+            others.add(read_manifest(folder).data.file)
+            with create(before) as file:
+                file.write(read_file(folder / MANIFEST))
+                flush(file)
+        FileSystem().sync_folder(folder)  # wherever a crash comes from here on, manifests name the new and the old rows
         rename(rows, name)
         rename(head, MANIFEST)
-        remove_others(folder, name)
+        remove(folder, others - {name})
 
 
 def load(
@@ -176,10 +214,10 @@ def load(
         MemoryFileError: missing, truncated, altered, foreign, or newer file.
         MemoryMismatchError: made by another model, adapter, dtype or config.
     """
-    folder = Path(folder)
-    handle = lock(folder, shared=True)
+    here = hold(folder)
+    held = lock(here, shared=True)
     try:
-        manifest = read_manifest(folder)
+        manifest = read_manifest(here)
         layout = engine.layout
         check_belongs(manifest, engine.fingerprint(manifest.fingerprint), layout.dtype, folder)
         policy = build_eviction(eviction or Component.of(manifest.eviction))
@@ -192,7 +230,7 @@ def load(
             device=layout.device if device is None else torch.device(device),
         )
         mechanism = engine.mechanism
-        with TensorReader(folder, manifest.data) as file:
+        with TensorReader(here, manifest.data) as file:
             lifetime = mechanism.lifetime(policy)
             states, stores, draws = read_streams(file, manifest, layout, store or engine.config.store, lifetime)
             usage = [read_usage(file, n, one) for n, one in enumerate(stores)] if policy.notes_reads else []
@@ -200,7 +238,8 @@ def load(
                 mechanism.adopt_index(own, read_index(file, entry.store, layout.layers))
         states = with_weights(states, stores, manifest.fingerprint, engine, folder)
     finally:
-        os.close(handle)
+        held.release()
+        here.close()
     wanted = manifest.bytes_budget if bytes_budget is None else bytes_budget
     budget = Budget.of(wanted, engine.config, mechanism, stores[0], len(states))
     return Memory(engine, states, stores, draws, policy, tokenizer, budget, usage)

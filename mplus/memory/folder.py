@@ -2,47 +2,43 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from mplus.errors import MemoryFileError
+from mplus.memory.file_lock import FileLock
 from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.disk.folder import FILE_MODE, Folder, PathAt
 
 MANIFEST = "manifest.json"
 DATA = "rows-{}.safetensors"
 TEMPORARY = ".mplus-{}.tmp"
+TEMPORARY_NAME = re.compile(r"\.mplus-[0-9a-f]{16}\.tmp")
 
 
-def lock(folder: Path, *, shared: bool = False) -> int:
+def lock(folder: Folder, *, shared: bool = False) -> FileLock:
     """Keep other threads and processes from saving into ``folder`` meanwhile, where the file system can lock.
 
     ``shared``: others may read at the same time. The lock ends with the process, so a crash leaves none behind.
 
     Returns:
-        A descriptor to ``os.close`` in a ``finally`` of the same function: an interrupt on the way into a context
-        manager's exit would leave the folder locked.
+        A lock to ``release`` in a ``finally`` of the same function: an interrupt on the way into a context manager's
+        exit would leave the folder locked.
     """
-    try:
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):  # no such locks here, or no folder: whoever opens its files will say so
-        return os.open(os.devnull, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-    except BaseException:
-        os.close(handle)
-        raise
-    return handle
+    held = FileLock(lambda: os.open(os.devnull if folder.handle is None else ".", os.O_RDONLY, dir_fd=folder.handle))
+    with suppress(ImportError, OSError):  # no such locks here
+        held.take(shared=shared)
+    return held
 
 
 @contextmanager
-def writable(folder: Path) -> Iterator[None]:
+def writable(folder: Path | Folder) -> Iterator[None]:
     """Turn what the operating system refuses into MemoryFileError."""
     try:
         yield
@@ -53,26 +49,47 @@ def writable(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def prepare(folder: Path) -> None:
-    """Create ``folder`` and its parents.
+def hold(path: str | Path) -> Folder:
+    """Open the folder of a memory. Raises MemoryFileError: there is none."""
+    path = Path(path)
+    try:
+        return Folder.open(path)
+    except OSError as error:
+        fault = "is missing" if error.errno in {errno.ENOENT, errno.ENOTDIR} else f"must be readable, got {error}"
+        raise MemoryFileError(f"{path / MANIFEST} {fault}: {path} must be a folder written by Memory.save") from error
+
+
+def prepare(path: Path, file_mode: int = FILE_MODE, files: FileSystem | None = None, purpose: str = "save") -> Folder:
+    """Create the folder ``path`` and its parents, and open it.
+
+    Args:
+        path: of the folder.
+        file_mode: permission bits of files that are made in it; folders that are made can be looked into accordingly.
+        files: does it.
+        purpose: what is done with a memory there.
 
     Raises:
         MemoryFileError: it is a file, or cannot be created.
     """
-    if folder.exists() and not folder.is_dir():
-        raise MemoryFileError(f"{folder} must be a folder, or not exist yet, to save a memory in; it is a file")
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    with writable(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in reversed(missing):
-            FileSystem().sync_folder(path.parent)
+    if path.exists() and not path.is_dir():
+        raise MemoryFileError(f"{path} must be a folder, or not exist yet, to {purpose} a memory in; it is a file")
+    with writable(path):
+        path = path.absolute()
+        (files or FileSystem()).make_folder(path, file_mode)
+        return Folder.open(path, file_mode)
 
 
-def check_free(folder: Path, is_memory: bool) -> None:
+def mode_of(path: PathAt) -> int:
+    """Permission bits of a file, for the one that takes its place. Raises MemoryFileError: it is gone."""
+    with writable(path.folder):
+        return path.stat().st_mode & 0o666
+
+
+def check_free(folder: Folder, is_memory: bool, leftovers: Collection[str]) -> None:
     """Raise MemoryFileError unless ``folder`` holds nothing, a memory, or what an interrupted save left there."""
     if is_memory:
         return
-    foreign = sorted(entry.name for entry in folder.iterdir() if not _is_leftover(entry))
+    foreign = [name for name in folder.names() if name not in leftovers]
     if foreign:
         raise MemoryFileError(
             f"{folder} must be empty or hold a saved memory, got a folder with {', '.join(map(repr, foreign[:3]))}"
@@ -81,14 +98,19 @@ def check_free(folder: Path, is_memory: bool) -> None:
 
 
 @contextmanager
-def temporary(folder: Path) -> Iterator[Path]:
+def temporary(folder: Folder) -> Iterator[PathAt]:
     """A name in ``folder`` for a file that is being written; what has not been renamed by the end is removed."""
     path = folder / TEMPORARY.format(secrets.token_hex(8))
     try:
         yield path
     finally:
         with suppress(OSError):
-            path.unlink(missing_ok=True)
+            FileSystem().remove(path)
+
+
+def create(path: PathAt) -> BinaryIO:
+    """Open a new file for writing."""
+    return os.fdopen(FileSystem().create(path), "wb")
 
 
 def flush(file: BinaryIO) -> None:
@@ -97,19 +119,14 @@ def flush(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def rename(path: Path, name: str) -> None:
+def rename(path: PathAt, name: str) -> None:
     """Give a file another name in its folder, in place of what had that name; afterwards the change is on disk."""
-    path.replace(path.with_name(name))
-    FileSystem().sync_folder(path.parent)
+    FileSystem().rename(path, path.folder / name)
+    FileSystem().sync_folder(path.folder)
 
 
-def remove_others(folder: Path, data: str) -> None:
-    """Remove data files of older saves and what interrupted ones left; a file still in use somewhere may stay."""
-    for entry in folder.iterdir():
-        if _is_leftover(entry) and entry.name != data:
-            with suppress(OSError):
-                entry.unlink()
-
-
-def _is_leftover(entry: Path) -> bool:
-    return entry.match(DATA.format("*")) or entry.match(TEMPORARY.format("*"))
+def remove(folder: Folder, names: Collection[str]) -> None:
+    """Remove files that are there; one still in use somewhere may stay."""
+    for name in set(names) & set(folder.names()):
+        with suppress(OSError):
+            FileSystem().remove(folder / name)

@@ -18,6 +18,7 @@ from mplus.errors import MemoryFileError, MemoryMismatchError
 from mplus.memory.folder import DATA, MANIFEST
 from mplus.memory.stream import Source
 from mplus.memory.weights_state import MADE_WITH
+from mplus.stores.disk.folder import Folder, PathAt, path_at, read_file
 
 M = TypeVar("M")
 FORMAT = "mplus-memory"
@@ -139,19 +140,21 @@ def to_text(manifest: Any, form: str, version: int) -> str:
     return json.dumps({**plain, "digest": _digest(plain)}, indent=1) + "\n"
 
 
-def read_manifest(path: str | Path) -> Manifest:
+def read_manifest(path: str | Path | Folder, name: str = MANIFEST) -> Manifest:
     """Read the manifest of the memory saved in the folder ``path``; its tensors are not looked at.
+
+    ``name``: of its file, where a save was interrupted before it got its own.
 
     Raises:
         MemoryFileError: there is none, it was truncated or altered, is of a newer format, or is something else.
     """
-    file = Path(path) / MANIFEST
+    file = (path if isinstance(path, Folder) else Path(path)) / name
     manifest = from_file(file, Manifest, FORMAT, VERSION, "a saved memory")
     _check(manifest, file)
     return manifest
 
 
-def from_file(file: Path, cls: type[M], form: str, newest: int, what: str) -> M:
+def from_file(file: Path | PathAt, cls: type[M], form: str, newest: int, what: str) -> M:
     """Read what ``to_text`` wrote.
 
     Args:
@@ -189,10 +192,10 @@ def from_file(file: Path, cls: type[M], form: str, newest: int, what: str) -> M:
         raise MemoryFileError(f"{file} does not describe a memory: {error!r}") from error
 
 
-def is_memory(folder: Path, form: str = FORMAT) -> bool:
+def is_memory(folder: Path | Folder, form: str = FORMAT) -> bool:
     """Whether ``folder`` has a manifest of this format, of any version. Raises MemoryFileError if nobody can tell."""
     file = folder / MANIFEST
-    if not file.exists():
+    if not path_at(file).exists():
         return False
     text = _read(file)
     try:
@@ -224,16 +227,16 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _read(file: Path) -> bytes:
+def _read(file: Path | PathAt) -> bytes:
     try:
-        return file.read_bytes()
+        return read_file(file)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MemoryFileError(f"{file} is missing: {file.parent} must be a folder written by Memory.save") from error
     except OSError as error:
         raise MemoryFileError(f"{file} must be readable, got {error.strerror or error}") from error
 
 
-def _parse(text: bytes, file: Path) -> dict[str, Any] | None:
+def _parse(text: bytes, file: Path | PathAt) -> dict[str, Any] | None:
     """The JSON object in ``text``, or None where it is other JSON. Raises MemoryFileError where it is none."""
     try:
         plain = json.loads(text.decode("utf-8"))
@@ -248,7 +251,7 @@ def _digest(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _check(manifest: Manifest, file: Path) -> None:
+def _check(manifest: Manifest, file: Path | PathAt) -> None:
     """Raise MemoryFileError where the parts of a manifest contradict one another."""
     layers = manifest.layout.layers
     if not re.fullmatch(DATA.format("[0-9a-f]+"), manifest.data.file):

@@ -32,6 +32,7 @@ from mplus.memory.write_context import WriteContext
 from mplus.memory.writing import Made, Stream, keys, write, write_streams
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore
+from mplus.stores.disk.folder import FILE_MODE
 
 T = TypeVar("T")
 
@@ -335,10 +336,16 @@ class Memory(Opens):
         usage = [notes.fork() for notes in map(self._usage.__getitem__, rows) if notes is not None]
         return Memory(self.engine, states, stores, generators, self.eviction, self.tokenizer, budget, usage)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, file_mode: int = FILE_MODE) -> None:
         """Write a folder with a JSON manifest and safetensors; an older save there stays whole until this one is.
 
         Writing goes on meanwhile; what is saved is the memory at the call.
+
+        Args:
+            path: of the folder; made with its parents where it does not exist.
+            file_mode: permission bits of the files, whatever the umask is. Only their owner can read them unless this
+                says otherwise: ``0o640`` shares them with the group. Folders that are made can be looked into
+                accordingly (``0o700``, ``0o750``); one that exists stays as it is.
 
         Raises:
             MemoryFileError: ``path`` cannot be written, or holds something that is not a memory.
@@ -349,7 +356,8 @@ class Memory(Opens):
             views = self.snapshot()
             draws = [generator.get_state() for generator in self.generators]
         facts = Facts.of(self.engine, self.eviction, self.budget, [view.state for view in views])
-        save(path, views, draws, facts, [self.engine.mechanism.index_tensors(view.store) for view in views])
+        indexes = [self.engine.mechanism.index_tensors(view.store) for view in views]
+        save(path, views, draws, facts, indexes, file_mode)
 
     @staticmethod
     def load(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mplus.memory.keeping import Keeping
+from mplus.stores.disk.folder import FILE_MODE
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,7 @@ class Opens(Keeping):
         device: torch.device | str = "cpu",
         read_only: bool = False,
         journal_bytes: int = JOURNAL_BYTES,
+        file_mode: int = FILE_MODE,
         files: FileSystem | None = None,
     ) -> LiveMemory:
         """Open the memory that lives in the directory ``path``, or make a new one there.
@@ -57,6 +59,7 @@ class Opens(Keeping):
                 not show.
             journal_bytes: a new checkpoint is written when the journal is longer than this; what stands in the
                 journal is read when the memory is opened, and takes up memory until then.
+            file_mode: permission bits of files that are written, as for ``save``.
             files: what is done to files (for tests).
 
         Raises:
@@ -82,5 +85,6 @@ class Opens(Keeping):
             device=device,
             read_only=read_only,
             journal_bytes=journal_bytes,
+            file_mode=file_mode,
             files=files,
         )

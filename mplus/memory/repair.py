@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from mplus.errors import MemoryFileError
 from mplus.memory.durable.manifest import read_live_manifest
 from mplus.memory.durable.salvage import Salvaged, salvage
 from mplus.memory.files import Facts, layout_from, save
-from mplus.memory.folder import lock
+from mplus.memory.folder import hold, lock
 from mplus.memory.manifest import LIVE_FORMAT, Manifest, StreamEntry, is_memory, read_manifest
 from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.tensors import TensorReader
@@ -20,6 +19,7 @@ from mplus.memory.texts import Texts
 from mplus.memory.unpacking import COLUMNS, read_generator, read_texts
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
+from mplus.stores.disk.folder import Folder
 from mplus.stores.mmap import MmapStore
 
 
@@ -40,22 +40,22 @@ def repair(path: str | Path, out: str | Path) -> list[str]:
         MemoryFileError: nothing can be saved, because the manifest or the structure of the file with the short-term
             rows is damaged; or ``out`` cannot be written, or holds something.
     """
-    path, out = Path(path), Path(out)
+    folder, out = hold(path), Path(out).absolute()
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise MemoryFileError(
             f"{out} must be empty or not exist yet, to put a repaired memory there: choose another path"
         )
-    if is_memory(path, LIVE_FORMAT):
-        live = read_live_manifest(path)
-        found, budget = salvage(path, live), live.bytes_budget
+    if is_memory(folder, LIVE_FORMAT):
+        live = read_live_manifest(folder)
+        found, budget = salvage(folder, live), live.bytes_budget
         facts = Facts(fingerprint=live.fingerprint, eviction=live.eviction, bytes_budget=budget)
     else:
-        handle = lock(path, shared=True)
+        held = lock(folder, shared=True)
         try:
-            manifest = read_manifest(path)
-            found = _salvage_saved(path, manifest)
+            manifest = read_manifest(folder)
+            found = _salvage_saved(folder, manifest)
         finally:
-            os.close(handle)
+            held.release()
         budget = manifest.bytes_budget
         facts = Facts(fingerprint=manifest.fingerprint, eviction=manifest.eviction, bytes_budget=budget)
     views = [StreamView(state, store) for state, store in zip(found.states, found.stores, strict=True)]
@@ -63,7 +63,7 @@ def repair(path: str | Path, out: str | Path) -> list[str]:
     return found.lost
 
 
-def _salvage_saved(folder: Path, manifest: Manifest) -> Salvaged:
+def _salvage_saved(folder: Folder, manifest: Manifest) -> Salvaged:
     layout, found = layout_from(manifest.layout), Salvaged()
     with TensorReader(folder, manifest.data) as file:
         stores = {}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from mplus.config import Component
 from mplus.memory.durable.apart import chosen, forget_live, live_sources
 from mplus.memory.files import Facts, layout_from, replace, store_numbers
-from mplus.memory.folder import lock
+from mplus.memory.folder import MANIFEST, hold, lock, mode_of
 from mplus.memory.forgetting import forget
 from mplus.memory.listing import Held, listed, short_term
 from mplus.memory.manifest import LIVE_FORMAT, Manifest, is_memory, read_manifest
@@ -32,13 +31,14 @@ def saved_sources(path: str | Path) -> list[list[SourceInfo]]:
     folder = Path(path)
     if is_memory(folder, LIVE_FORMAT):
         return live_sources(folder)
-    handle = lock(folder, shared=True)
+    here = hold(folder)
+    held = lock(here, shared=True)
     try:
-        manifest = read_manifest(folder)
-        with TensorReader(folder, manifest.data) as file:
+        manifest = read_manifest(here)
+        with TensorReader(here, manifest.data) as file:
             return [_sources(file, manifest, number) for number in range(len(manifest.streams))]
     finally:
-        os.close(handle)
+        held.release()
 
 
 def forget_saved(path: str | Path, source: str | None, row: int | None = None) -> ForgetReport:
@@ -60,21 +60,23 @@ def forget_saved(path: str | Path, source: str | None, row: int | None = None) -
     folder = Path(path)
     if is_memory(folder, LIVE_FORMAT):
         return forget_live(folder, source, row)
-    handle = lock(folder)
+    here = hold(folder)
+    held = lock(here)
     try:
-        manifest = read_manifest(folder)
+        manifest = read_manifest(here)
+        here.file_mode = mode_of(here / MANIFEST)
         rows = chosen(row, len(manifest.streams))
-        with TensorReader(folder, manifest.data) as file:
+        with TensorReader(here, manifest.data) as file:
             states, stores, generators = read_streams(file, manifest, layout_from(manifest.layout), Component("ram"))
             noted = any(name.startswith("stream.") and ".usage." in name for name in manifest.data.tensors)
             usage = [read_usage(file, n, store) if noted else None for n, store in enumerate(stores)]
         report = forget(states, _own(stores, rows), rows, source)
         views = [StreamView(*parts) for parts in zip(states, stores, usage, strict=True)]
         draws = [generator.get_state() for generator in generators]
-        replace(folder, views, draws, store_numbers(stores), _facts(manifest))
+        replace(here, views, draws, store_numbers(stores), _facts(manifest))
         return report
     finally:
-        os.close(handle)
+        held.release()
 
 
 def _own(stores: list[MemoryStore], rows: Sequence[int]) -> list[MemoryStore]:

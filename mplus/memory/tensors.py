@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from mplus.errors import MemoryFileError
 from mplus.memory.manifest import DataEntry, TensorEntry, name_of
+from mplus.stores.disk.folder import Folder, PathAt, open_file, path_of
 from mplus.stores.disk.parts import CODES, Part, header, in_order, raw
 
 DTYPES = {name_of(dtype): dtype for dtype in CODES}
@@ -59,7 +61,7 @@ class Tensors(Protocol):
         lasting: whether tensors outlast the reader; where not, what is kept has to be copied.
     """
 
-    path: Path
+    path: Path | PathAt
     lasting: ClassVar[bool]
 
     @property
@@ -78,20 +80,24 @@ class TensorReader:
 
     lasting: ClassVar[bool] = False
 
-    def __init__(self, folder: Path, data: DataEntry) -> None:
-        self.path = folder / data.file
+    def __init__(self, folder: Path | Folder, data: DataEntry) -> None:
+        self.path: Path | PathAt = folder / data.file
         self.data = data
 
     def __enter__(self) -> Self:
         """Open the file. Raises MemoryFileError when it is missing, of another size or no safetensors file."""
         try:
-            size = self.path.stat().st_size
-            if size != self.data.bytes:
-                raise MemoryFileError(
-                    f"{self.path} must have {self.data.bytes} bytes, got {size}: it is truncated or was replaced"
-                )
-            opened: Any = safe_open(self.path, "pt")
-            self._file = opened.__enter__()
+            handle = open_file(self.path)
+            try:
+                size = os.fstat(handle).st_size
+                if size != self.data.bytes:
+                    raise MemoryFileError(
+                        f"{self.path} must have {self.data.bytes} bytes, got {size}: it is truncated or was replaced"
+                    )
+                opened: Any = safe_open(path_of(handle, self.path), "pt")
+                self._file = opened.__enter__()
+            finally:
+                os.close(handle)
         except OSError as error:
             raise MemoryFileError(f"{self.path} must be a readable file, got {error.strerror or error}") from error
         except SafetensorError as error:
@@ -136,10 +142,10 @@ class TensorReader:
         return tensor
 
 
-def digest_of_file(path: Path) -> str:
+def digest_of_file(path: Path | PathAt) -> str:
     """SHA-256 of a file."""
     whole = hashlib.sha256()
-    with path.open("rb") as file:
+    with os.fdopen(open_file(path), "rb") as file:
         while piece := file.read(PIECE_BYTES):
             whole.update(piece)
     return whole.hexdigest()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mplus.errors import MemoryFileError
 from mplus.memory.durable.faults import faults
-from mplus.memory.folder import lock
+from mplus.memory.folder import hold, lock
 from mplus.memory.manifest import LIVE_FORMAT, LayoutEntry, Manifest, StreamEntry, is_memory, read_manifest
 from mplus.memory.tensors import TensorReader, digest_of_file
 from mplus.memory.unpacking import read_generator, read_rows, read_texts
@@ -23,13 +22,13 @@ def verify(path: str | Path) -> list[str]:
     Reads every byte: the manifest, the checksums of the data file and of each tensor, and whether the values make
     sense (finite, written before the clock, from a known source).
     """
-    folder = Path(path)
     try:
+        folder = hold(path)
         if is_memory(folder, LIVE_FORMAT):
             return list(faults(folder))
     except MemoryFileError as error:
         return [str(error)]
-    handle = lock(folder, shared=True)
+    held = lock(folder, shared=True)
     try:
         manifest = read_manifest(folder)
         with TensorReader(folder, manifest.data) as file:
@@ -37,7 +36,7 @@ def verify(path: str | Path) -> list[str]:
     except MemoryFileError as error:
         return [str(error)]
     finally:
-        os.close(handle)
+        held.release()
 
 
 def _faults(manifest: Manifest, file: TensorReader) -> Iterator[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import shutil
 import tempfile
 import weakref
 from collections.abc import Sequence
@@ -208,26 +210,25 @@ class Scratch:
     """Where a store by itself puts files; a temporary folder is made when it is first needed."""
 
     def __init__(self, directory: str | None) -> None:
-        self._given = directory
-        self._made: tempfile.TemporaryDirectory[str] | None = None
+        self._given = None if directory is None else Path(directory).absolute()
+        self._made: Path | None = None
         self._lock = Lock()
 
     def path(self) -> Path:
         """A name for a new file."""
         with self._lock:
             if self._given is not None:
-                folder = Path(self._given)
                 try:
-                    folder.mkdir(parents=True, exist_ok=True)
+                    FileSystem().make_folder(self._given)
                 except OSError as error:
                     raise ConfigError(
-                        f"directory must be a folder or a path where one can be made, got {self._given!r}: "
+                        f"directory must be a folder or a path where one can be made, got {str(self._given)!r}: "
                         f"{error.strerror or error}"
                     ) from error
-            else:
-                self._made = self._made or tempfile.TemporaryDirectory(prefix="mplus-")
-                folder = Path(self._made.name)
-        return folder / f"rows-{secrets.token_hex(8)}.safetensors"
+            elif self._made is None:
+                self._made = Path(tempfile.mkdtemp(prefix="mplus-"))
+                weakref.finalize(self, _remove_folder, self._made, os.getpid())
+        return (self._given or self._made or Path()) / f"rows-{secrets.token_hex(8)}.safetensors"
 
 
 def _remove_with(layers: Sequence[Runs], path: Path) -> None:
@@ -235,5 +236,15 @@ def _remove_with(layers: Sequence[Runs], path: Path) -> None:
     for holder in holders(layers):
         file = getattr(holder, "file", None)
         if isinstance(file, BlockFile) and file.path == path:
-            weakref.finalize(file, path.unlink, missing_ok=True)
+            weakref.finalize(file, _remove_file, path, os.getpid())
             return
+
+
+def _remove_file(path: Path, process: int) -> None:
+    if process == os.getpid():  # in a child the file is still its parent's
+        path.unlink(missing_ok=True)
+
+
+def _remove_folder(path: Path, process: int) -> None:
+    if process == os.getpid():
+        shutil.rmtree(path, ignore_errors=True)

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attrs import define, field
@@ -14,7 +15,8 @@ from mplus.stores.disk.filesystem import FileSystem
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
+
+    from mplus.stores.disk.folder import Folder, PathAt
 
 
 SECTOR = 512
@@ -40,7 +42,7 @@ class Watched(FileSystem):
         self.after(call, what)
         return result
 
-    def create(self, path: Path) -> int:
+    def create(self, path: PathAt) -> int:
         return self._around("create", lambda: FileSystem.create(self, path))
 
     def write_some(self, handle: int, data: memoryview) -> int:
@@ -52,13 +54,13 @@ class Watched(FileSystem):
     def sync(self, handle: int) -> None:
         self._around("sync", lambda: None)  # nobody pulls the plug here: not waiting for the disk saves minutes
 
-    def rename(self, source: Path, target: Path) -> None:
+    def rename(self, source: PathAt, target: PathAt) -> None:
         self._around("rename", lambda: FileSystem.rename(self, source, target))
 
-    def remove(self, path: Path) -> None:
+    def remove(self, path: PathAt) -> None:
         self._around("remove", lambda: FileSystem.remove(self, path))
 
-    def sync_folder(self, folder: Path) -> None:
+    def sync_folder(self, folder: Path | Folder) -> None:
         self._around("sync_folder", lambda: None)
 
 
@@ -141,14 +143,14 @@ class Forgetful(Watched):
         self.kept_names: dict[Path, Node] = {}
         self.open: dict[int, Node] = {}
 
-    def create(self, path: Path) -> int:
+    def create(self, path: PathAt) -> int:
         handle = super().create(path)
-        self.names[path] = self.open[handle] = Node()
+        self.names[Path(path)] = self.open[handle] = Node()
         return handle
 
-    def extend(self, path: Path) -> int:
+    def extend(self, path: PathAt) -> int:
         handle = super().extend(path)
-        self.open[handle] = self.names[path]
+        self.open[handle] = self.names[Path(path)]
         return handle
 
     def write_some(self, handle: int, data: memoryview) -> int:
@@ -164,16 +166,17 @@ class Forgetful(Watched):
         super().sync(handle)
         self.open[handle].kept = bytes(self.open[handle].seen)
 
-    def rename(self, source: Path, target: Path) -> None:
+    def rename(self, source: PathAt, target: PathAt) -> None:
         super().rename(source, target)
-        self.names[target] = self.names.pop(source)
+        self.names[Path(target)] = self.names.pop(Path(source))
 
-    def remove(self, path: Path) -> None:
+    def remove(self, path: PathAt) -> None:
         super().remove(path)
-        del self.names[path]
+        del self.names[Path(path)]
 
-    def sync_folder(self, folder: Path) -> None:
+    def sync_folder(self, folder: Path | Folder) -> None:
         super().sync_folder(folder)
+        folder = Path(str(folder))
         self.kept_names = {path: node for path, node in self.kept_names.items() if path.parent != folder}
         self.kept_names |= {path: node for path, node in self.names.items() if path.parent == folder}
 

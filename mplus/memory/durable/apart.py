@@ -10,14 +10,13 @@ import torch
 from attrs import define
 
 from mplus.errors import InputError
-from mplus.memory.durable.checkpoint import Content, remove_others, write_checkpoint
+from mplus.memory.durable.checkpoint import Content
 from mplus.memory.durable.directory import Directory
-from mplus.memory.durable.journal import Journal
 from mplus.memory.durable.lock import acquire
 from mplus.memory.durable.manifest import LiveManifest, read_live_manifest
 from mplus.memory.durable.opening import layout_of, read_present
 from mplus.memory.files import Facts, layout_from, stream_entry
-from mplus.memory.folder import writable
+from mplus.memory.folder import MANIFEST, hold, mode_of, writable
 from mplus.memory.forgetting import forget
 from mplus.memory.listing import Held, listed, short_term, stored
 from mplus.memory.report import ForgetReport, SourceInfo
@@ -46,7 +45,8 @@ class Present:
 
 def present(folder: Path) -> Present:
     """What a memory in a directory holds, beside whoever writes. Raises MemoryFileError: it is damaged, or none."""
-    manifest, content, (size, records) = read_present(folder, _layout)
+    with hold(folder) as held:
+        manifest, content, (size, records) = read_present(held, _layout)
     views = content.views()
     rows = sum(entry.bytes for store in manifest.stores for entry in store.files)
     return Present(
@@ -60,7 +60,8 @@ def present(folder: Path) -> Present:
 
 def live_sources(folder: Path) -> list[list[SourceInfo]]:
     """Of every stream what ``Memory.sources`` says. Raises MemoryFileError as ``present``."""
-    manifest, content, _ = read_present(folder, _layout)
+    with hold(folder) as held:
+        manifest, content, _ = read_present(held, _layout)
     chunk = int(manifest.fingerprint.get("memory_tokens_per_chunk", 1))
     return [_sources(view, chunk) for view in content.views()]
 
@@ -83,18 +84,17 @@ def forget_live(folder: Path, source: str | None, row: int | None, files: FileSy
         LiveMemoryError: somebody has it open for writing; says who.
         InputError: no stream has this source, or there is no such stream.
     """
-    read_live_manifest(folder)  # before a lock is left in a folder of another kind
-    files = files or FileSystem()
+    files, held = files or FileSystem(), hold(folder)
+    read_live_manifest(held)  # before a lock is left in a folder of another kind
+    held.file_mode = mode_of(held / MANIFEST)
     with writable(folder):
-        directory = Directory(folder, files, acquire(folder))
+        directory = Directory(held, files, acquire(files, held))
     try:
-        manifest, content, (size, count) = read_present(folder, _layout)
+        manifest, content, (size, count) = read_present(held, _layout)
         rows = chosen(row, len(content.states))
         report = forget(content.states, content.stores, rows, source)
         with writable(folder):
-            directory.manifest = manifest
-            directory.journal = Journal.resume(files, folder / manifest.journal, size, count)
-            remove_others(files, folder, manifest)
+            directory.resume(manifest, size, count)
             _replace(directory, manifest, content)
         return report
     finally:
@@ -114,10 +114,9 @@ def _replace(directory: Directory, manifest: LiveManifest, content: Content) -> 
     layers = range(manifest.layout.layers)
     noted = [notes if any(len(notes.at(n).ids) for n in layers) else None for notes in content.usage if notes]
     kept = Content(content.states, content.stores, content.draws, noted)
-    written = write_checkpoint(directory.files, directory.path, kept, facts, manifest.number + 1, clean=True)
     token = object()
     try:
-        directory.replace(token, written)
+        directory.checkpoint(token, kept, facts, clean=True)
     except BaseException:
         directory.settle(token)
         raise

@@ -17,7 +17,7 @@ from mplus.errors import MemoryFileError
 from mplus.memory.durable.delta import apply
 from mplus.memory.durable.journal import Journal, records
 from mplus.memory.durable.kinds import coding_of, innermost
-from mplus.memory.durable.manifest import JOURNAL, OWN, ROWS, STATE, LiveManifest, StoreEntry
+from mplus.memory.durable.manifest import JOURNAL, NEW_MANIFEST, ROWS, STATE, LiveManifest, StoreEntry, owner_in
 from mplus.memory.files import Facts, Index, index_parts, layout_entry, stream_entry, stream_parts
 from mplus.memory.folder import MANIFEST
 from mplus.memory.stream import StreamState, StreamView
@@ -26,14 +26,13 @@ from mplus.stores.base import MemoryStore, StoreLayout
 from mplus.stores.build import build_store
 from mplus.stores.disk.blocks import BlockFile, write_blocks
 from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.disk.folder import Folder, PathAt
 from mplus.stores.disk.holders import LayerOfFile
 from mplus.stores.disk.merging import files_of, plan, rewritten
 from mplus.stores.disk.parts import Part
 from mplus.stores.disk.runs import Run, Runs
 from mplus.stores.mmap import MmapStore
 from mplus.stores.usage import Usage
-
-NEW_MANIFEST = MANIFEST + ".new"
 
 
 @define(eq=False)
@@ -71,7 +70,7 @@ class Written:
     stores: list[MmapStore]
     layers: list[tuple[Runs, ...]]
     journal: Journal
-    made: list[Path]
+    made: list[PathAt]
 
     def move_in(self) -> None:
         """Let the stores read the new files from now on."""
@@ -103,7 +102,8 @@ class Files:
 
 def write_checkpoint(
     files: FileSystem,
-    folder: Path,
+    folder: Folder,
+    owner: str,
     content: Content,
     facts: Facts,
     number: int,
@@ -115,28 +115,29 @@ def write_checkpoint(
     Args:
         files: does it.
         folder: the memory's.
+        owner: its id.
         content: what to write; rows that are in the folder's files already stay there.
         facts: of the memory.
         number: of the checkpoint, larger than of any before.
         clean: also rewrite files that hold rows which were removed.
     """
-    made: list[Path] = []
+    made: list[PathAt] = []
     journal = None
     try:
         layers, entries = [], []
         for store in content.mapped:
             own = store.layers
             for group in plan(own, clean=clean, home=folder):
-                path = folder / ROWS.format(secrets.token_hex(8))
+                path = folder / ROWS.format(owner, secrets.token_hex(8))
                 made.append(path)
                 own, _ = rewritten(own, group, files, path)
             layers.append(own)
             rows = files_of(own)
             entries.append(StoreEntry(files=tuple(file.entry for file in rows), next_ids=tuple(store.next_ids)))
-        path = _fresh(files, folder / STATE.format(number))
+        path = _fresh(files, folder / STATE.format(owner, number))
         made.append(path)
         state = write_blocks(files, path, list(_state_parts(content, layers)))
-        path = _fresh(files, folder / JOURNAL.format(number))
+        path = _fresh(files, folder / JOURNAL.format(owner, number))
         made.append(path)
         journal = Journal.create(files, path)
         layout = content.stores[0].layout
@@ -183,9 +184,9 @@ def live_name(stream: int, file: int, layer: int) -> str:
     return f"stream.{stream}.live.{file}.{layer}"
 
 
-def publish(files: FileSystem, folder: Path, manifest: LiveManifest) -> None:
+def publish(files: FileSystem, folder: Folder, owner: str, manifest: LiveManifest) -> None:
     """Put a manifest in place of the one there is: the instant in which a checkpoint begins to count."""
-    path = _fresh(files, folder / NEW_MANIFEST)
+    path = _fresh(files, folder / NEW_MANIFEST.format(owner))
     handle = files.create(path)
     try:
         files.write(handle, manifest.to_json().encode())
@@ -197,14 +198,14 @@ def publish(files: FileSystem, folder: Path, manifest: LiveManifest) -> None:
     files.sync_folder(folder)
 
 
-def _fresh(files: FileSystem, path: Path) -> Path:
+def _fresh(files: FileSystem, path: PathAt) -> PathAt:
     """``path``, without what a checkpoint that never came to be may have left there."""
     if path.exists():
         files.remove(path)
     return path
 
 
-def remove(files: FileSystem, paths: Sequence[Path]) -> None:
+def remove(files: FileSystem, paths: Sequence[PathAt]) -> None:
     """Remove files as far as that is possible; who opens the directory next looks for what is left."""
     for path in paths:
         try:
@@ -213,15 +214,23 @@ def remove(files: FileSystem, paths: Sequence[Path]) -> None:
             continue
 
 
-def remove_others(files: FileSystem, folder: Path, manifest: LiveManifest) -> None:
-    """Remove files of other checkpoints; one that is still in use somewhere may stay."""
-    remove(files, [path for path in folder.iterdir() if OWN.fullmatch(path.name) and path.name not in manifest.files])
+def remove_others(
+    files: FileSystem, folder: Folder, owner: str, manifest: LiveManifest, before: LiveManifest | None = None
+) -> None:
+    """Remove files of other checkpoints; one that is still in use somewhere may stay.
+
+    These are the ones that ``before`` names, and those whose names have the memory's id: what else is in the folder is
+    not known to be the memory's, and stays.
+    """
+    owners = {owner, *map(owner_in, manifest.files)} - {None}
+    gone = {name for name in folder.names() if owner_in(name) in owners or (before and name in before.files)}
+    remove(files, [folder / name for name in sorted(gone - manifest.files)])
 
 
 # ---------------------------------------------------------------------- reading
 
 
-def read_checkpoint(folder: Path, manifest: LiveManifest, layout: StoreLayout, kind: Component) -> Content:
+def read_checkpoint(folder: Path | Folder, manifest: LiveManifest, layout: StoreLayout, kind: Component) -> Content:
     """What the manifest's checkpoint holds, without its journal; long-term rows are mapped, not read.
 
     Args:
@@ -286,7 +295,7 @@ def _runs(state: BlockFile, opened: Sequence[BlockFile], stream: int, layer: int
             yield Run(LayerOfFile(file, layer), first, last, None if whole else live[first:last], len(left))
 
 
-def replay(folder: Path, manifest: LiveManifest, content: Content, layout: StoreLayout) -> tuple[int, int]:
+def replay(folder: Path | Folder, manifest: LiveManifest, content: Content, layout: StoreLayout) -> tuple[int, int]:
     """Make the changes in the journal; returns bytes and number of its finished records. Raises MemoryFileError."""
     path, size, count = folder / manifest.journal, 0, 0
     for payload, end in records(path):

@@ -9,11 +9,14 @@ from pathlib import Path
 from attrs import define
 
 from mplus.errors import LiveMemoryError, MemoryFileError
-from mplus.memory.durable.checkpoint import Written, publish, remove, remove_others
+from mplus.memory.durable.checkpoint import Content, Written, publish, remove, remove_others, write_checkpoint
 from mplus.memory.durable.journal import Journal
+from mplus.memory.durable.lock import Lock
 from mplus.memory.durable.manifest import LiveManifest, read_live_manifest
+from mplus.memory.files import Facts
 from mplus.memory.folder import MANIFEST
 from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.disk.folder import Folder
 
 
 @define(eq=False)
@@ -35,43 +38,64 @@ class Begun:
 class Directory:
     """What is on disk, and the one way to change it. Not for use by two threads at a time.
 
-    A change is begun by ``append`` or ``replace`` and either finished, when these return, or taken back by ``settle``.
+    A change is begun by ``append`` or ``checkpoint`` and either finished, when these return, or taken back by
+    ``settle``. Files are reached through the open folder, and nothing is changed where its path, its lock or its
+    journal have come to be others.
 
     Attributes:
-        path: the folder.
+        folder: open.
         files: does what is done to files.
         manifest: of the present checkpoint; None: there is none yet.
         failed: why nothing can be written any more; None: it can.
     """
 
-    def __init__(self, path: Path, files: FileSystem, lock: int) -> None:
-        self.path, self.files = path, files
+    def __init__(self, folder: Folder, files: FileSystem, lock: Lock) -> None:
+        self.folder, self.files = folder, files
         self.manifest: LiveManifest | None = None
         self.journal: Journal | None = None
         self.failed: str | None = None
-        self._lock: int | None = lock
+        self._lock = lock
         self._process = os.getpid()
         self._begun: Begun | None = None
 
     @property
+    def path(self) -> Path:
+        """The folder, as it was opened; absolute."""
+        return self.folder.path
+
+    @property
     def closed(self) -> bool:
-        """Whether it was closed."""
-        return self._lock is None
+        """Whether it was closed; in a child of the process that opened it, always."""
+        return self._lock.file.handle is None
+
+    def resume(self, manifest: LiveManifest, size: int, records: int) -> None:
+        """Go on behind the ``records`` records, ``size`` bytes, of a checkpoint's journal. Raises OSError."""
+        self.manifest = manifest
+        self.journal = Journal.resume(self.files, self.folder / manifest.journal, size, records)
+        remove_others(self.files, self.folder, self._lock.owner, manifest)
 
     def check(self) -> None:
         """Raise LiveMemoryError where nothing can be written (any more)."""
-        if self._lock is None:
-            raise LiveMemoryError(f"{self.path} must be open to be written, and was closed: open it again")
         if self._process != os.getpid():
             raise LiveMemoryError(
                 f"{self.path} may be written by the process that opened it, {self._process}, and this is a fork of it: "
                 "use memory.fork() there, or open it here once that process has ended"
             )
+        if self.closed:
+            raise LiveMemoryError(f"{self.path} must be open to be written, and was closed: open it again")
+        if self.failed is None and (fault := self._fault()) is not None:
+            self.failed = fault
         if self.failed is not None:
             raise LiveMemoryError(
                 f"{self.path} cannot be written after an error that left its state on disk unknown ({self.failed}): "
                 "what is in memory can still be read; open it again to go on with what is on disk"
             )
+
+    def _fault(self) -> str | None:
+        """Why what is written now would be somewhere else than where the memory is looked for; None: it would not."""
+        if not self.folder.is_at_its_path():
+            return "its folder was renamed, removed or replaced"
+        return self._lock.fault(self.folder) or (None if self.journal is None else self.journal.fault())
 
     @property
     def journal_bytes(self) -> int:
@@ -82,22 +106,39 @@ class Directory:
         """Make a change by a record in the journal. Raises OSError; then ``settle`` has to follow."""
         if self.journal is None:
             raise LiveMemoryError(f"{self.path} has no checkpoint yet")
+        self.check()
         self._begun = Begun(token, self.journal.size, self.journal.records)
         self.journal.append(payload)
 
-    def replace(self, token: object, written: Written) -> None:
-        """Make a change by a checkpoint. Raises OSError; then ``settle`` has to follow."""
+    def checkpoint(self, token: object, content: Content, facts: Facts, *, clean: bool) -> None:
+        """Make a change by a checkpoint, which holds all of ``content``.
+
+        Args:
+            token: the object that the change makes.
+            content: what to write.
+            facts: of the memory.
+            clean: also rewrite files that hold rows which were removed.
+
+        Raises:
+            OSError: then ``settle`` has to follow.
+        """
+        self.check()
+        number = 0 if self.manifest is None else self.manifest.number + 1
+        owner = self._lock.owner
+        written = write_checkpoint(self.files, self.folder, owner, content, facts, number, clean=clean)
         self._begun = Begun(token, 0, 0, written)
-        publish(self.files, self.path, written.manifest)
+        self.check()  # writing all that took its time
+        publish(self.files, self.folder, owner, written.manifest)
         self._adopt(written)
 
     def _adopt(self, written: Written) -> None:
-        before, self.manifest, self.journal = self.journal, written.manifest, written.journal
+        before, self.manifest = self.manifest, written.manifest
+        journal, self.journal = self.journal, written.journal
         written.move_in()
-        if before is not None and before is not written.journal:
-            before.close()
+        if journal is not None and journal is not written.journal:
+            journal.close()
         if self.failed is None:  # else nobody knows which manifest a crash would leave: the files of both stay
-            remove_others(self.files, self.path, written.manifest)
+            remove_others(self.files, self.folder, self._lock.owner, written.manifest, before)
 
     def settle(self, token: object) -> bool:
         """After an exception: whether the change that makes ``token`` is on disk, and stays.
@@ -107,13 +148,14 @@ class Directory:
         begun = self._begun
         if begun is None or begun.token is not token:
             return False
-        self.failed = "it could not be taken back"  # holds if we are interrupted here
+        failed, self.failed = self.failed, "it could not be taken back"  # holds if we are interrupted here
         if begun.written is None:
             self._take_back(begun)
             kept = False
         else:
             kept = self._settle_checkpoint(begun.written)
         self._begun = None
+        self.failed = self.failed or failed
         return kept
 
     def _take_back(self, begun: Begun) -> None:
@@ -128,8 +170,9 @@ class Directory:
     def _settle_checkpoint(self, written: Written) -> bool:
         """Whether the manifest on disk is that of ``written``; if it is, go on with that, if not, without it."""
         try:
-            kept = (self.path / MANIFEST).exists() and read_live_manifest(self.path).number == written.manifest.number
-        except MemoryFileError as error:
+            kept = (self.folder / MANIFEST).exists()
+            kept = kept and read_live_manifest(self.folder).number == written.manifest.number
+        except (MemoryFileError, OSError) as error:
             self.failed = f"its manifest cannot be read: {error}"
             return False
         if not kept:
@@ -138,7 +181,7 @@ class Directory:
             self.failed = None
             return False
         try:
-            self.files.sync_folder(self.path)
+            self.files.sync_folder(self.folder)
         except OSError as error:
             self.failed = f"its new manifest could not be synced: {error.strerror or error}"
         else:
@@ -150,6 +193,5 @@ class Directory:
         """Give files and lock back; idempotent."""
         if self.journal is not None:
             self.journal.close()
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            os.close(lock)
+        self._lock.file.release()
+        self.folder.close()

@@ -13,11 +13,12 @@ from mplus.memory.durable.opening import read_directory
 from mplus.memory.files import layout_from
 from mplus.rows import NO_SOURCE
 from mplus.stores.disk.blocks import BlockFile, FileEntry
+from mplus.stores.disk.folder import Folder
 
 PIECE_ROWS = 1024
 
 
-def faults(folder: Path) -> Iterator[str]:
+def faults(folder: Path | Folder) -> Iterator[str]:
     """Every fault of the memory that lives in ``folder``, a sentence each; nothing is changed.
 
     Reads every byte. A writer may be at work: what is checked is one checkpoint and its journal.
@@ -46,7 +47,7 @@ def faults(folder: Path) -> Iterator[str]:
     yield from _values(folder, manifest, content)
 
 
-def file_faults(folder: Path, entry: FileEntry) -> Iterator[str]:
+def file_faults(folder: Path | Folder, entry: FileEntry) -> Iterator[str]:
     """Every block of a file that is not what was written."""
     try:
         file = BlockFile(folder / entry.file, entry)
@@ -61,7 +62,7 @@ def file_faults(folder: Path, entry: FileEntry) -> Iterator[str]:
         )
 
 
-def _values(folder: Path, manifest: LiveManifest, content: Content) -> Iterator[str]:
+def _values(folder: Path | Folder, manifest: LiveManifest, content: Content) -> Iterator[str]:
     """Rows whose values make no sense, though they are what was written."""
     for number, (state, store) in enumerate(zip(content.states, content.stores, strict=True)):
         for layer in range(manifest.layout.layers):

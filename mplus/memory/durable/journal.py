@@ -1,31 +1,48 @@
 """Journal: what happened since the last checkpoint, one record per change, each on disk before it counts.
 
 A record is ``[head][payload]``, each padded to whole sectors of 512 bytes, the unit in which disks write. The head is
-``MARK``, the record's number, the payload's length, the CRC-32 of these, of every sector of the payload, and of the
-head itself.
+a mark, the record's number, the payload's length, the CRC-32 of these, of every sector of the payload, and of the head
+itself. The mark is ``mplus-j2`` and 16 bytes of a digest of the file's name, in which the memory's random id stands: no
+text or row that somebody has written to the memory looks like a record of its journal. (Journals of earlier versions,
+whose names have no id, have the mark ``mplus-j1`` alone.)
 
 A record at the end that was never finished has sectors that are missing or, where the file had already grown, all
-zero. Whoever opens the journal leaves such a tail out: nobody was told that it was written. A sector that is neither is
-damage, wherever it stands, and an error. (A last record that was acknowledged and of which somebody then cuts sectors
-off or overwrites them with zeros cannot be told from an unfinished one.)
+zero. Whoever opens the journal leaves such a tail out: nobody was told that it was written. Where a later record stands
+behind it, that one was acknowledged, and the tail is a hole: damage, and an error. So is a sector that is neither what
+was written nor missing, wherever it stands. (A last record that was acknowledged and of which somebody then cuts
+sectors off or overwrites them with zeros cannot be told from an unfinished one.)
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from attrs import define
+
 from mplus.errors import MemoryFileError
 from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.disk.folder import PathAt, open_file
 
 SECTOR = 512
-MARK = b"mplus-j1"
-FACTS = struct.Struct("<8sQQ")
-"""Mark, number of the record, bytes of the payload."""
+FIRST_MARK, MARK = b"mplus-j1", b"mplus-j2"
+FACTS = struct.Struct("<QQ")
+"""Number of the record, bytes of the payload."""
+SEARCHED = 2**20
+"""Bytes searched for records at a time."""
+
+
+def mark_of(name: str) -> bytes:
+    """What every record of the journal in the file ``name`` begins with."""
+    if re.fullmatch(r"journal-\d+\.bin", name):
+        return FIRST_MARK
+    return MARK + hashlib.sha256(name.encode()).digest()[:16]
 
 
 class Journal:
@@ -37,27 +54,27 @@ class Journal:
         records: how many there are.
     """
 
-    def __init__(self, files: FileSystem, path: Path, handle: int, size: int, records: int) -> None:
+    def __init__(self, files: FileSystem, path: PathAt, handle: int, size: int, records: int) -> None:
         self._files = files
         self._handle: int | None = handle
+        self._mark = mark_of(path.name)
         self.path, self.size, self.records = path, size, records
 
     @staticmethod
-    def create(files: FileSystem, path: Path) -> Journal:
+    def create(files: FileSystem, path: PathAt) -> Journal:
         """A new, empty journal, synced but for its name."""
-        handle = files.create(path)
+        journal = Journal(files, path, files.create(path), 0, 0)
         try:
-            files.sync(handle)
+            files.sync(journal._open())
         except BaseException:
-            files.close(handle)
+            journal.close()
             raise
-        return Journal(files, path, handle, 0, 0)
+        return journal
 
     @staticmethod
-    def resume(files: FileSystem, path: Path, size: int, records: int) -> Journal:
+    def resume(files: FileSystem, path: PathAt, size: int, records: int) -> Journal:
         """Go on behind ``records`` records of ``size`` bytes; what stands behind them is cut off."""
-        handle = files.extend(path)
-        journal = Journal(files, path, handle, size, records)
+        journal = Journal(files, path, files.extend(path), size, records)
         try:
             journal.cut(size, records)
         except BaseException:
@@ -66,11 +83,11 @@ class Journal:
         return journal
 
     def append(self, payload: Sequence[bytes | memoryview]) -> None:
-        """Add one record; when this returns, it is on disk. On an error ``cut`` has to follow."""
+        """Add one record at the end; when this returns, it is on disk. On an error ``cut`` has to follow."""
         handle = self._open()
         length = sum(len(piece) for piece in payload)
         data = b"".join((*payload, bytes(-length % SECTOR)))
-        head = _head(self.records, length, data)
+        head = _head(self._mark, self.records, length, data)
         self._files.write(handle, head + data)
         self._files.sync(handle)
         self.size, self.records = self.size + len(head) + len(data), self.records + 1
@@ -81,6 +98,18 @@ class Journal:
         self._files.truncate(handle, size)
         self._files.sync(handle)
         self.size, self.records = size, records
+
+    def fault(self) -> str | None:
+        """Why what is appended would not stand behind the last record under the journal's name; None: it would."""
+        try:
+            named, own = self.path.stat(), os.fstat(self._open())
+        except OSError as error:
+            return f"{self.path.name} is gone: {error.strerror or error}"
+        if not os.path.samestat(named, own):
+            return f"{self.path.name} is another file than the one that was opened"
+        if own.st_size != self.size:
+            return f"{self.path.name} has {own.st_size} bytes, and {self.size} were written"
+        return None
 
     def close(self) -> None:
         """Give the file back; idempotent."""
@@ -94,8 +123,8 @@ class Journal:
         return self._handle
 
 
-def _head(number: int, length: int, data: bytes) -> bytes:
-    facts = FACTS.pack(MARK, number, length)
+def _head(mark: bytes, number: int, length: int, data: bytes) -> bytes:
+    facts = mark + FACTS.pack(number, length)
     head = facts + zlib.crc32(facts).to_bytes(4, "little") + _checksums(data)
     head += zlib.crc32(head).to_bytes(4, "little")
     return head + bytes(-len(head) % SECTOR)
@@ -110,58 +139,149 @@ def _padded(size: int) -> int:
     return size + -size % SECTOR
 
 
-def records(path: Path) -> Iterator[tuple[memoryview, int]]:
+# ---------------------------------------------------------------------- reading
+
+
+def records(path: Path | PathAt) -> Iterator[tuple[memoryview, int]]:
     """Payload of each finished record, and where in the file it ends; an unfinished tail is left out.
 
     Raises:
-        MemoryFileError: the file is missing, or a record is damaged.
+        MemoryFileError: the file is missing, a record is damaged, or records stand behind an unfinished one.
     """
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
+        with os.fdopen(open_file(path), "rb") as file:
+            reader = _Reader(file, path)
             end, number = 0, 0
-            while end < size:
-                file.seek(end)
-                payload = _record(file, size - end, number, path)
-                if payload is None:
-                    return
+            while (payload := reader.record(end, number)) is not None:
                 end, number = file.tell(), number + 1
                 yield payload, end
+            for found in reader.behind(end, number):
+                raise _damaged(
+                    path,
+                    number,
+                    f"there is a hole at byte {end}, and record {found.number} stands behind it, at byte {found.begin}",
+                )
     except OSError as error:
         raise MemoryFileError(f"{path} must be a readable file, got {error.strerror or error}") from error
 
 
-def _record(file: BinaryIO, left: int, number: int, path: Path) -> memoryview | None:
-    """The record that begins here, with ``left`` bytes of the file; None: it was never finished."""
-    first = file.read(SECTOR)
-    facts = first[: FACTS.size]
-    if len(first) < SECTOR or not any(first):
-        return None
-    mark, found, length = FACTS.unpack(facts)
-    checksum = int.from_bytes(first[FACTS.size : FACTS.size + 4], "little")
-    if mark != MARK or found != number or checksum != zlib.crc32(facts):
-        raise _damaged(path, number, "its head does not have the checksum it was written with")
-    sectors = _padded(length) // SECTOR
-    used = FACTS.size + 4 + 4 * sectors + 4
-    if _padded(used) > left:
-        return None
-    head = first + file.read(_padded(used) - SECTOR)
-    if zlib.crc32(head[: used - 4]) != int.from_bytes(head[used - 4 : used], "little"):
-        if any(not any(head[at : at + SECTOR]) for at in range(SECTOR, used, SECTOR)):
+def recovered(path: Path | PathAt) -> Iterator[memoryview]:
+    """As ``records``, but what stands behind a hole is read as well, as far as no record is missing.
+
+    Raises:
+        MemoryFileError: there is more than what was given until then, or there was.
+    """
+    try:
+        with os.fdopen(open_file(path), "rb") as file:
+            reader = _Reader(file, path)
+            end, number, fault = 0, 0, None
+            while True:
+                try:
+                    payload = reader.record(end, number)
+                except MemoryFileError as error:
+                    payload, fault = None, error
+                later = None
+                if payload is None:
+                    for found in reader.behind(end, number):
+                        later = found
+                        if found.number == number and (payload := reader.whole(found)) is not None:
+                            break
+                if payload is None:
+                    if fault is None and later is not None:
+                        fault = _damaged(path, number, f"it is missing, and record {later.number} stands behind it")
+                    if fault is not None:
+                        raise fault
+                    return
+                end, number, fault = file.tell(), number + 1, None
+                yield payload
+    except OSError as error:
+        raise MemoryFileError(f"{path} must be a readable file, got {error.strerror or error}") from error
+
+
+@define(frozen=True)
+class _Found:
+    """A head: where it begins, and the number of its record."""
+
+    begin: int
+    number: int
+
+
+class _Reader:
+    """Reads records out of a file, as long as it was when this was made."""
+
+    def __init__(self, file: BinaryIO, path: Path | PathAt) -> None:
+        self._file, self._path = file, path
+        self._mark = mark_of(path.name)
+        self._size = file.seek(0, os.SEEK_END)
+        self._facts = len(self._mark) + FACTS.size
+
+    def record(self, begin: int, number: int) -> memoryview | None:
+        """The record ``number``, which begins here; None: it was never finished. The file is behind it afterwards."""
+        self._file.seek(begin)
+        first = self._file.read(min(SECTOR, self._size - begin))
+        if len(first) < SECTOR or not any(first):
             return None
-        raise _damaged(path, number, "its head does not have the checksum it was written with")
-    if any(head[used:]):
-        raise _damaged(path, number, "there is something behind its head")
-    data = memoryview(file.read(_padded(length)))
-    if _is_whole(data, head[FACTS.size + 4 : used - 4], path, number):
-        return data[:length]
-    while sector := file.read(SECTOR):
-        if sector.startswith(MARK):
-            raise _damaged(path, number, "parts of it are empty, and other records follow")
-    return None
+        facts = self._read_facts(first)
+        if facts is None or facts[0] != number:
+            raise _damaged(self._path, number, "its head does not have the checksum it was written with")
+        length = facts[1]
+        used = self._facts + 4 + 4 * (_padded(length) // SECTOR) + 4
+        if _padded(used) > self._size - begin:
+            return None
+        head = first + self._file.read(_padded(used) - SECTOR)
+        if zlib.crc32(head[: used - 4]) != int.from_bytes(head[used - 4 : used], "little"):
+            if any(not any(head[at : at + SECTOR]) for at in range(SECTOR, used, SECTOR)):
+                return None
+            raise _damaged(self._path, number, "its head does not have the checksum it was written with")
+        if any(head[used:]):
+            raise _damaged(self._path, number, "there is something behind its head")
+        data = memoryview(self._file.read(min(_padded(length), self._size - begin - len(head))))
+        whole = _is_whole(data, head[self._facts + 4 : used - 4], self._path, number)
+        return data[:length] if whole else None
+
+    def _read_facts(self, first: bytes) -> tuple[int, int] | None:
+        """Number and length of the record whose first sector this is; None: of none."""
+        facts = first[: self._facts]
+        checksum = int.from_bytes(first[self._facts : self._facts + 4], "little")
+        if not facts.startswith(self._mark) or len(first) < self._facts + 4 or checksum != zlib.crc32(facts):
+            return None
+        number, length = FACTS.unpack(facts[len(self._mark) :])
+        return number, length
+
+    def behind(self, begin: int, number: int) -> Iterator[_Found]:
+        """Heads of records from ``number`` on behind an unfinished one, which begins at ``begin``.
+
+        At any byte: what was appended behind a part of a sector stands where sectors do not begin.
+        """
+        start = begin + 1
+        if self._mark == FIRST_MARK:
+            self._file.seek(begin)
+            facts = self._read_facts(self._file.read(SECTOR))
+            if facts is not None and facts[0] == number:  # what its payload holds may look like a record of its own
+                start = begin + _padded(self._facts + 8 + 4 * (_padded(facts[1]) // SECTOR)) + _padded(facts[1])
+        while start < self._size:
+            self._file.seek(start)
+            piece = self._file.read(min(SEARCHED, self._size - start))
+            at = piece.find(self._mark)
+            while at >= 0:
+                self._file.seek(start + at)
+                found = self._read_facts(self._file.read(self._facts + 4))
+                if found is not None and found[0] >= number:
+                    one = _Found(start + at, found[0])
+                    if self._mark != FIRST_MARK or self.whole(one) is not None:
+                        yield one
+                at = piece.find(self._mark, at + 1)
+            start += max(1, len(piece) - len(self._mark) + 1)
+
+    def whole(self, found: _Found) -> memoryview | None:
+        """The payload of a record; None: it is damaged or unfinished. The file is behind it afterwards."""
+        try:
+            return self.record(found.begin, found.number)
+        except MemoryFileError:
+            return None
 
 
-def _is_whole(data: memoryview, checksums: bytes, path: Path, number: int) -> bool:
+def _is_whole(data: memoryview, checksums: bytes, path: Path | PathAt, number: int) -> bool:
     """Whether nothing is missing. Raises MemoryFileError where something was altered."""
     found, whole = _checksums(data), len(data) == len(checksums) // 4 * SECTOR
     for place, at in enumerate(range(0, len(data), SECTOR)):
@@ -174,7 +294,7 @@ def _is_whole(data: memoryview, checksums: bytes, path: Path, number: int) -> bo
     return whole
 
 
-def _damaged(path: Path, number: int, fault: str) -> MemoryFileError:
+def _damaged(path: Path | PathAt, number: int, fault: str) -> MemoryFileError:
     return MemoryFileError(
         f"{path}: record {number} must be what was written, but {fault}: it was altered; use another copy, or save "
         "what is sound with `mplus memory repair`"

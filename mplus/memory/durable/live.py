@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mplus.errors import LiveMemoryError, MemoryFileError
 from mplus.memory.budget import Budget
-from mplus.memory.durable.checkpoint import Content, write_checkpoint
+from mplus.memory.durable.checkpoint import Content
 from mplus.memory.durable.delta import encode
 from mplus.memory.durable.directory import Directory
 from mplus.memory.durable.kinds import innermost
@@ -98,7 +98,7 @@ class LiveMemory(Memory):
             try:
                 self._replace(token, self._states, clean=False)
             except BaseException:
-                self._own_directory().settle(token)
+                cast("Directory", self.directory).settle(token)
                 raise
 
     def close(self) -> None:
@@ -147,7 +147,8 @@ class LiveMemory(Memory):
             directory.append(after, encode(self._states, after, stayed, notes, moved))
 
     def _settled(self, after: tuple[StreamState, ...]) -> bool:
-        return self._own_directory().settle(after)
+        # Not checked: what was begun is taken back in the files that are open, whatever came between.
+        return cast("Directory", self.directory).settle(after)
 
     def _replace(self, token: object, states: tuple[StreamState, ...], *, clean: bool) -> None:
         """A checkpoint of ``states``, and of stores and generators as they are."""
@@ -157,9 +158,7 @@ class LiveMemory(Memory):
         content = Content(list(states), list(self._stores), draws, self._usage, indexes)
         facts = Facts.of(self.engine, self.eviction, self.budget, states)
         with writable(directory.path):
-            number = 0 if directory.manifest is None else directory.manifest.number + 1
-            written = write_checkpoint(directory.files, directory.path, content, facts, number, clean=clean)
-            directory.replace(token, written)
+            directory.checkpoint(token, content, facts, clean=clean)
         self._next_checkpoint = self.journal_bytes
 
     def _mapped(self) -> list[MmapStore]:

@@ -1,41 +1,130 @@
-"""The lock of a directory: one writer at a time, for as long as its process lives."""
+"""The lock of a directory: one writer at a time, for as long as its process lives; and the memory's id.
+
+The file ``lock`` says ``mplus-lock``, the id, and in a second line the process that has it. The id stands in the names
+of all files of the memory's checkpoints, and is on disk before the first of them is made: so those that a crash has
+left are known as the memory's own, and files of the same kind that are somebody else's are not taken for them.
+"""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import re
+import secrets
+import stat
+
+from attrs import define
 
 from mplus.errors import LiveMemoryError, NotSupported
 from mplus.memory.durable.manifest import LOCK
+from mplus.memory.file_lock import FileLock
+from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.disk.folder import Folder, open_file
+
+LONGEST = 64
+"""Bytes of the file; a longer one is somebody else's."""
+CONTENT = re.compile(rb"(?:mplus-lock ([0-9a-f]{16})\n)?(\d*)\n?\x00*")
+"""The file as this version, or earlier ones, write it; what was not synced may be missing, or zero."""
 
 
-def acquire(folder: Path) -> int:
-    """Take the lock; returns a descriptor, which holds it until it is closed or the process ends.
+@define(eq=False)
+class Lock:
+    """The lock, held.
 
-    The process's id stands in the file for others to read; nothing depends on it.
+    Attributes:
+        file: open.
+        owner: the memory's id.
+    """
+
+    file: FileLock
+    owner: str
+
+    def fault(self, folder: Folder) -> str | None:
+        """Why somebody else could have locked ``folder`` meanwhile; None: nobody can."""
+        try:
+            named = (folder / LOCK).stat()
+        except OSError as error:
+            return f"its file {LOCK!r} is gone: {error.strerror or error}"
+        if self.file.handle is None or not os.path.samestat(named, os.fstat(self.file.handle)):
+            return f"its file {LOCK!r} is another one than was locked"
+        return None
+
+
+def acquire(files: FileSystem, folder: Folder) -> Lock:
+    """Take the lock, which is held until it is released or the process ends.
 
     Raises:
         LiveMemoryError: somebody has it; says who.
         NotSupported: no such locks here.
-        OSError: the file cannot be made.
+        OSError: the file cannot be made, or is not one that mplus has made.
     """
     try:
-        import fcntl
+        import fcntl  # noqa: F401 - whether it is there
     except ImportError as error:
         raise NotSupported("a memory in a directory needs flock, which this system does not have: save it") from error
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+    file = FileLock(lambda: _opened(files, folder))
     try:
+        handle = file.opened()
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.take(wait=False)
         except BlockingIOError as error:
-            owner = os.read(handle, 64).decode("ascii", "replace").strip() or "unknown"
+            found = CONTENT.fullmatch(_read(handle))
+            process = found[2].decode() if found and found[2] else "unknown"
             raise LiveMemoryError(
-                f"{folder} may be open for writing once, and is by process {owner}: close it there, or open it with "
+                f"{folder} may be open for writing once, and is by process {process}: close it there, or open it with "
                 "read_only=True"
             ) from error
-        os.ftruncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
+        return Lock(file, _signed(files, folder, handle))
     except BaseException:
-        os.close(handle)
+        file.release()
         raise
-    return handle
+
+
+def _opened(files: FileSystem, folder: Folder) -> int:
+    path = folder / LOCK
+    if not path.exists():
+        try:
+            return files.create(path)
+        except FileExistsError:  # somebody was faster
+            pass
+    return files.extend(path)
+
+
+def _read(handle: int) -> bytes:
+    return os.pread(handle, LONGEST + 1, 0)
+
+
+def is_ours(content: bytes) -> bool:
+    """Whether a lock holds this."""
+    return len(content) <= LONGEST and CONTENT.fullmatch(content) is not None
+
+
+def owner_of(folder: Folder) -> str | None:
+    """The memory's id; None: there is no lock of ours, or none with an id."""
+    path = folder / LOCK
+    if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
+        return None
+    handle = open_file(path)
+    try:
+        found = CONTENT.fullmatch(_read(handle))
+    finally:
+        os.close(handle)
+    return found[1].decode() if found and found[1] else None
+
+
+def _signed(files: FileSystem, folder: Folder, handle: int) -> str:
+    """Write the process into the file, and before that an id where there is none; returns the id."""
+    content = _read(handle)
+    if not is_ours(content):
+        raise OSError(f"{folder / LOCK} must be a lock that mplus has made, and holds something else")
+    found = CONTENT.fullmatch(content)
+    owner = found[1].decode() if found and found[1] else None
+    if owner is None:
+        owner = secrets.token_hex(8)
+        files.truncate(handle, 0)
+        files.write(handle, f"mplus-lock {owner}\n".encode())
+        files.sync(handle)
+        files.sync_folder(folder)
+    else:
+        files.truncate(handle, len(f"mplus-lock {owner}\n"))
+    files.write(handle, f"{os.getpid()}\n".encode())
+    return owner

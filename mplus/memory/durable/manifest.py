@@ -12,16 +12,22 @@ from mplus.errors import MemoryFileError
 from mplus.memory.folder import MANIFEST
 from mplus.memory.manifest import LIVE_FORMAT, LayoutEntry, StreamEntry, from_file, to_text
 from mplus.stores.disk.blocks import FileEntry
+from mplus.stores.disk.folder import Folder
 
 VERSION = 2
 """Format version that is written, and the newest that is read. 1: block files have a CRC-32 for every 8 KiB (those that
 are not rewritten stay as they are in a directory of version 2), and rows are in no other form than they are read."""
-STATE = "state-{}.safetensors"
-JOURNAL = "journal-{}.bin"
-ROWS = "rows-{}.safetensors"
+STATE = "state-{}-{}.safetensors"
+JOURNAL = "journal-{}-{}.bin"
+ROWS = "rows-{}-{}.safetensors"
+NEW_MANIFEST = "manifest-{}.json.new"
+"""Names of files: the memory's id (see ``lock.py``), and the checkpoint's number or, of rows, something random."""
 LOCK = "lock"
-OWN = re.compile(r"(state-\d+|rows-[0-9a-f]+)\.safetensors|journal-\d+\.bin|manifest\.json\.new")
-"""Names that files of checkpoints have, of this one or another; the manifest and the lock left out."""
+OWN = re.compile(
+    r"state-(?:([0-9a-f]{16})-)?\d+\.safetensors|rows-(?:([0-9a-f]{16})-)?[0-9a-f]+\.safetensors"
+    r"|journal-(?:([0-9a-f]{16})-)?\d+\.bin|manifest-([0-9a-f]{16})\.json\.new"
+)
+"""Names that files of checkpoints have, of this one or another; without an id: of earlier versions."""
 
 
 @define(frozen=True, kw_only=True)
@@ -78,7 +84,13 @@ class LiveManifest:
         return frozenset([self.state.file, self.journal, *rows])
 
 
-def read_live_manifest(folder: Path) -> LiveManifest:
+def owner_in(name: str) -> str | None:
+    """The id of the memory to which a file belongs by its name; None: of none, or of one of an earlier version."""
+    found = OWN.fullmatch(name)
+    return None if found is None else next((owner for owner in found.groups() if owner), None)
+
+
+def read_live_manifest(folder: Path | Folder) -> LiveManifest:
     """Read the manifest in ``folder``.
 
     Raises:
@@ -101,5 +113,5 @@ def read_live_manifest(folder: Path) -> LiveManifest:
             raise MemoryFileError(f"{file}: stores[{number}].next_ids must have {layers} entries")
     for name in manifest.files:
         if not OWN.fullmatch(name):
-            raise MemoryFileError(f"{file} must name files like {STATE.format('<n>')!r}, got {name!r}")
+            raise MemoryFileError(f"{file} must name files like {STATE.format('<id>', '<n>')!r}, got {name!r}")
     return manifest

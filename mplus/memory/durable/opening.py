@@ -12,21 +12,21 @@ import torch
 from mplus.config import Component
 from mplus.errors import ConfigError, MemoryFileError, MemoryMismatchError
 from mplus.memory.budget import Budget
-from mplus.memory.durable.checkpoint import Content, read_checkpoint, remove_others, replay
+from mplus.memory.durable.checkpoint import Content, read_checkpoint, replay
 from mplus.memory.durable.directory import Directory
-from mplus.memory.durable.journal import Journal
 from mplus.memory.durable.kinds import kind_of
 from mplus.memory.durable.live import LiveMemory
-from mplus.memory.durable.lock import acquire
-from mplus.memory.durable.manifest import LOCK, OWN, LiveManifest, read_live_manifest
+from mplus.memory.durable.lock import acquire, owner_of
+from mplus.memory.durable.manifest import LOCK, LiveManifest, owner_in, read_live_manifest
 from mplus.memory.engine import Engine, engine_of
-from mplus.memory.folder import MANIFEST, writable
+from mplus.memory.folder import MANIFEST, hold, prepare, writable
 from mplus.memory.made_with import with_weights
 from mplus.memory.manifest import check_belongs
 from mplus.memory.opened import JOURNAL_BYTES
 from mplus.stores.base import StoreLayout
 from mplus.stores.build import build_eviction
 from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.disk.folder import FILE_MODE, Folder
 
 TRIES = 20
 """How often a reader begins anew when the writer replaces the checkpoint under its eyes."""
@@ -47,30 +47,32 @@ def open_memory(
     device: torch.device | str = "cpu",
     read_only: bool = False,
     journal_bytes: int = JOURNAL_BYTES,
+    file_mode: int = FILE_MODE,
     files: FileSystem | None = None,
 ) -> LiveMemory:
     """``Memory.open``, which says what the arguments are and what is raised."""
     if isinstance(journal_bytes, bool) or not isinstance(journal_bytes, int) or journal_bytes < 1:
         raise ConfigError(f"journal_bytes must be a whole number of at least 1, got {journal_bytes!r}")
-    folder, engine, files = Path(path), engine_of(model), files or FileSystem()
+    engine, files = engine_of(model), files or FileSystem()
     wanted, device = engine.config.store if store is None else Component.of(store), torch.device(device)
     policy = None if eviction is None else Component.of(eviction)
-    shared: dict[str, Any] = {"where": str(folder), "journal_bytes": journal_bytes, "tokenizer": tokenizer}
+    shared: dict[str, Any] = {"where": str(path), "journal_bytes": journal_bytes, "tokenizer": tokenizer}
     if read_only:
-        manifest, content, (_, count) = _read(folder, engine, wanted, device)
+        with hold(path) as folder:
+            manifest, content, (_, count) = _read(folder, engine, wanted, device)
         _check_batch(batch_size, manifest, folder)
         return _existing(engine, manifest, content, None, policy, bytes_budget, folder, shared, changed=count > 0)
-    _prepare(folder, files)
+    folder = prepare(Path(path), file_mode, files, "keep")
+    _check_own(folder)  # before a lock is left in a folder of another kind
     with writable(folder):
-        directory = Directory(folder, files, acquire(folder))
+        directory = Directory(folder, files, acquire(files, folder))
     try:
+        _check_own(folder)  # somebody else may have been here until it was locked
         if (folder / MANIFEST).exists():
             manifest, content, (size, count) = _read(folder, engine, wanted, device)
             _check_batch(batch_size, manifest, folder)
             with writable(folder):
-                directory.manifest = manifest
-                directory.journal = Journal.resume(files, folder / manifest.journal, size, count)
-                remove_others(files, folder, manifest)
+                directory.resume(manifest, size, count)
             return _existing(
                 engine, manifest, content, directory, policy, bytes_budget, folder, shared, changed=count > 0
             )
@@ -102,7 +104,7 @@ def _existing(
     directory: Directory | None,
     eviction: Component | None,
     bytes_budget: int | str | None,
-    folder: Path,
+    folder: Folder,
     shared: dict[str, Any],
     *,
     changed: bool,
@@ -125,17 +127,14 @@ def _existing(
     return LiveMemory(engine, content, policy, directory, budget=budget, **shared)
 
 
-def _prepare(folder: Path, files: FileSystem) -> None:
-    """Make the folder. Raises MemoryFileError: it holds something else."""
-    if folder.exists() and not folder.is_dir():
-        raise MemoryFileError(f"{folder} must be a folder, or not exist yet, to keep a memory in; it is a file")
-    with writable(folder):
-        files.make_folder(folder)
-        names = sorted(entry.name for entry in folder.iterdir())
-    if MANIFEST in names:
-        read_live_manifest(folder)  # before a lock is left in a folder of another kind
+def _check_own(folder: Folder) -> None:
+    """Raise MemoryFileError unless ``folder`` holds a memory that lives there, what a crash left of one, or nothing."""
+    if (folder / MANIFEST).exists():
+        read_live_manifest(folder)
         return
-    foreign = [name for name in names if name != LOCK and not OWN.fullmatch(name)]
+    with writable(folder):
+        owner = owner_of(folder)
+        foreign = [name for name in folder.names() if name != LOCK and (owner is None or owner_in(name) != owner)]
     if foreign:
         raise MemoryFileError(
             f"{folder} must be empty or hold a memory that lives there, got a folder with "
@@ -144,19 +143,19 @@ def _prepare(folder: Path, files: FileSystem) -> None:
 
 
 def _read(
-    folder: Path, engine: Engine, wanted: Component, device: torch.device
+    folder: Folder, engine: Engine, wanted: Component, device: torch.device
 ) -> tuple[LiveManifest, Content, tuple[int, int]]:
     """As ``read_present``; refuses a memory of another decoder."""
 
     def layout(manifest: LiveManifest) -> StoreLayout:
-        check_belongs(manifest, engine.fingerprint(manifest.fingerprint), engine.layout.dtype, folder)
+        check_belongs(manifest, engine.fingerprint(manifest.fingerprint), engine.layout.dtype, folder.path)
         return layout_of(manifest, engine.layout, device)
 
     return read_present(folder, layout, wanted)
 
 
 def read_present(
-    folder: Path, layout: Callable[[LiveManifest], StoreLayout], wanted: Component | None = None
+    folder: Path | Folder, layout: Callable[[LiveManifest], StoreLayout], wanted: Component | None = None
 ) -> tuple[LiveManifest, Content, tuple[int, int]]:
     """Manifest, content, and bytes and number of the journal's records, though a writer may be at work.
 
@@ -181,7 +180,7 @@ def read_present(
 
 
 def read_directory(
-    folder: Path, manifest: LiveManifest, layout: StoreLayout, wanted: Component | None = None
+    folder: Path | Folder, manifest: LiveManifest, layout: StoreLayout, wanted: Component | None = None
 ) -> tuple[Content, tuple[int, int]]:
     """Content with what the journal adds, and bytes and number of its records; ``wanted``: the store asked for.
 
@@ -207,7 +206,7 @@ def layout_of(manifest: LiveManifest, layout: StoreLayout, device: torch.device)
     )
 
 
-def _check_batch(batch_size: int | None, manifest: LiveManifest, folder: Path) -> None:
+def _check_batch(batch_size: int | None, manifest: LiveManifest, folder: Folder) -> None:
     if batch_size is not None and batch_size != len(manifest.streams):
         raise MemoryMismatchError(
             f"{folder} must be opened with its own batch_size, {len(manifest.streams)}, or without one, "

@@ -19,7 +19,7 @@ from mplus.config import Component
 from mplus.errors import MemoryFileError
 from mplus.memory.durable.checkpoint import live_name
 from mplus.memory.durable.delta import apply
-from mplus.memory.durable.journal import records
+from mplus.memory.durable.journal import recovered
 from mplus.memory.durable.kinds import innermost, kind_of
 from mplus.memory.durable.manifest import LiveManifest
 from mplus.memory.files import layout_from
@@ -29,6 +29,7 @@ from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreLayout
 from mplus.stores.build import build_store
 from mplus.stores.disk.blocks import BlockFile
+from mplus.stores.disk.folder import Folder
 from mplus.stores.mmap import MmapStore
 
 DAMAGED = -(2**62)
@@ -99,7 +100,7 @@ def _sound(file: BlockFile, prefix: str, rows: int, names: Iterable[str] = COLUM
     return sound
 
 
-def salvage(folder: Path, manifest: LiveManifest) -> Salvaged:
+def salvage(folder: Path | Folder, manifest: LiveManifest) -> Salvaged:
     """All that is sound.
 
     Raises:
@@ -117,7 +118,7 @@ def salvage(folder: Path, manifest: LiveManifest) -> Salvaged:
         mapped.append(_store(folder, manifest, number, file, innermost(found.stores[-1]).layout, found.lost))
     path, count = folder / manifest.journal, 0
     try:
-        for payload, _ in records(path):
+        for payload in recovered(path):
             apply(payload, found.states, mapped, found.draws, layout, f"{path}: record {count}")
             count += 1
     except MemoryFileError as error:
@@ -129,7 +130,7 @@ def salvage(folder: Path, manifest: LiveManifest) -> Salvaged:
 
 
 def _store(
-    folder: Path, manifest: LiveManifest, stream: int, state: BlockFile, layout: StoreLayout, lost: list[str]
+    folder: Path | Folder, manifest: LiveManifest, stream: int, state: BlockFile, layout: StoreLayout, lost: list[str]
 ) -> MmapStore:
     store = _Forgiving(layout)
     for place, entry in enumerate(manifest.stores[stream].files):

@@ -13,6 +13,7 @@ them in large pages: these make the first touch of a row cheap.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from mplus.errors import MemoryFileError
 from mplus.stores.disk.checked import CheckedTensor
 from mplus.stores.disk.filesystem import Bytes, FileSystem
+from mplus.stores.disk.folder import PathAt, open_file, path_of
 from mplus.stores.disk.parts import LONGEST_HEADER, Part, Stretch, by_evenness, header, parse_header, raw
 from mplus.stores.disk.sums import FIRST, PRESENT, Checksums, Scheme
 
@@ -41,7 +43,7 @@ class FileEntry:
 
 
 def write_blocks(
-    files: FileSystem, path: Path, parts: Sequence[Part], *, sync: bool = True, scheme: Scheme = PRESENT
+    files: FileSystem, path: Path | PathAt, parts: Sequence[Part], *, sync: bool = True, scheme: Scheme = PRESENT
 ) -> FileEntry:
     """Write a new block file; no more than one piece of a part is copied at a time. On an error it is removed.
 
@@ -151,11 +153,11 @@ class BlockFile:
         stretches: where each tensor lies, ``checksums`` left out.
     """
 
-    def __init__(self, path: Path, entry: FileEntry) -> None:
+    def __init__(self, path: Path | PathAt, entry: FileEntry) -> None:
         """Map a file. Raises MemoryFileError: it is missing, truncated, foreign or altered in header or checksums."""
         self.path, self.entry = path, entry
         try:
-            with path.open("rb") as file:
+            with os.fdopen(open_file(path), "rb") as file:
                 size = file.seek(0, 2)
                 if size != entry.bytes:
                     raise MemoryFileError(
@@ -168,8 +170,8 @@ class BlockFile:
                 table = self.stretches.pop(CHECKSUMS)
                 file.seek(self._begin + table.begin)
                 sums = bytearray(file.read(table.end - table.begin))
-            # Private: nobody can write through it into the file, and torch takes no read-only mappings.
-            storage = torch.UntypedStorage.from_file(str(path), False, size)
+                # Private: nobody can write through it into the file, and torch takes no read-only mappings.
+                storage = torch.UntypedStorage.from_file(path_of(file.fileno(), path), False, size)
         except (OSError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise MemoryFileError(f"{path} must be a readable file, got {reason}") from error

@@ -10,6 +10,7 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.errors import MemoryFileError
+from mplus.stores.disk.folder import PathAt
 from mplus.stores.disk.parts import Stretch
 from mplus.stores.disk.sums import Checksums, WeightedSums
 
@@ -34,7 +35,7 @@ class CheckedTensor:
         whole: whether all blocks were checked.
     """
 
-    path: Path
+    path: Path | PathAt
     name: str
     stretch: Stretch
     rows: Tensor

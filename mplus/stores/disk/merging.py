@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mplus.stores.disk.blocks import BlockFile, FileEntry, write_blocks
 from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.disk.folder import Folder, PathAt
 from mplus.stores.disk.holders import Holder, LayerOfFile
 from mplus.stores.disk.parts import Part
 from mplus.stores.disk.runs import Run, Runs
@@ -27,11 +28,8 @@ class _Stratum:
     keys: frozenset[int]
     left: int
     held: int
-    folder: Path | None
-
-    @property
-    def in_memory(self) -> bool:
-        return self.folder is None
+    folder: Folder | None
+    in_memory: bool
 
 
 def file_of(holder: Holder) -> BlockFile | None:
@@ -44,7 +42,7 @@ def files_of(layers: Sequence[Runs]) -> list[BlockFile]:
     return [file for file in _order(layers) if file is not None]
 
 
-def plan(layers: Sequence[Runs], *, clean: bool = False, home: Path | None = None) -> list[frozenset[int]]:
+def plan(layers: Sequence[Runs], *, clean: bool = False, home: Folder | None = None) -> list[frozenset[int]]:
     """Groups of files (by ``id`` of the ``BlockFile``; ``id(None)`` is the memory) to write anew as one file each.
 
     The rows in memory always go to a file. With them goes the newest file while it is not larger than what is behind
@@ -67,7 +65,7 @@ def plan(layers: Sequence[Runs], *, clean: bool = False, home: Path | None = Non
         groups.append(group)
 
     def goes(stratum: _Stratum) -> bool:
-        away = home is not None and stratum.folder != home
+        away = home is not None and stratum.folder is not home
         return away or (stratum.left < stratum.held if clean else 2 * stratum.left < stratum.held)
 
     return [stratum.keys for stratum in strata[:last] if goes(stratum)] + groups
@@ -96,11 +94,12 @@ def _stratum(layers: Sequence[Runs], file: BlockFile | None) -> _Stratum:
     held = left
     if file is not None:
         held = sum(file.rows(name) for name in file.stretches if name.endswith(".id"))
-    return _Stratum(frozenset([id(file)]), left * width, held * width, None if file is None else file.path.parent)
+    folder = file.path.folder if file is not None and isinstance(file.path, PathAt) else None
+    return _Stratum(frozenset([id(file)]), left * width, held * width, folder, file is None)
 
 
 def rewritten(
-    layers: Sequence[Runs], group: frozenset[int], files: FileSystem, path: Path, *, sync: bool = True
+    layers: Sequence[Runs], group: frozenset[int], files: FileSystem, path: Path | PathAt, *, sync: bool = True
 ) -> tuple[tuple[Runs, ...], FileEntry]:
     """Write the rows of a group to a new file at ``path``, and give the same rows and ids with that in their place.
 

@@ -1,0 +1,201 @@
+"""Folder: a directory that is held open, and paths relative to it, as POSIX ``openat`` takes them.
+
+A path can come to mean another directory: the working directory changes, a folder is renamed, a link is set anew. A
+descriptor stays with the directory it was opened on. And a file in a directory that came from elsewhere may be a link
+to a file of somebody else, or a pipe that nobody writes to: what is opened here is a regular file, never through a
+link.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from attrs import define, field
+
+FILE_MODE = 0o600
+"""Permission bits of files unless a caller asks to share them: their owner's alone."""
+
+AT = os.open in os.supports_dir_fd
+"""Whether the system opens files relative to a directory (Windows does not: absolute paths stand in there)."""
+NEVER_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+PLAIN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOCTTY", 0) | NEVER_FOLLOW
+NO_WAIT = getattr(os, "O_NONBLOCK", 0)
+"""Opening a pipe returns at once, and so does nothing else than it would for a regular file."""
+
+
+def folder_mode(file_mode: int) -> int:
+    """Permission bits of a folder: whoever may read files may look them up. ``0o640`` -> ``0o750``."""
+    return file_mode | (file_mode & 0o444) >> 2
+
+
+class Folder:
+    """A directory, whatever its path comes to mean; a context manager that gives it back.
+
+    Attributes:
+        path: absolute, as it was when the folder was opened.
+        file_mode: permission bits of files that are made in it.
+    """
+
+    def __init__(self, path: Path, handle: int | None, file_mode: int = FILE_MODE) -> None:
+        self.path, self.handle, self.file_mode = path, handle, file_mode
+        self._finalizer = None if handle is None else weakref.finalize(self, os.close, handle)
+
+    @classmethod
+    def open(cls, path: str | Path, file_mode: int = FILE_MODE) -> Folder:
+        """Open an existing directory; ``path`` itself may be a link. Raises OSError: there is none."""
+        path = Path(path).absolute()  # no more than that: ".." behind a link is another place than its text says
+        if not AT:
+            if not path.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+            return cls(path, None, file_mode)
+        return cls(path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | getattr(os, "O_CLOEXEC", 0)), file_mode)
+
+    def __truediv__(self, name: str) -> PathAt:
+        return PathAt(self, name)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def names(self) -> list[str]:
+        """What is in it, sorted. Raises OSError."""
+        return sorted(os.listdir(self.path if self.handle is None else self.handle))  # noqa: PTH208 - of a descriptor
+
+    def is_at_its_path(self) -> bool:
+        """Whether the path still leads to this directory."""
+        if self.handle is None:
+            return self.path.is_dir()
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self.handle))
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Give the descriptor back, as happens where nobody refers to the folder any more; idempotent."""
+        self.handle = None
+        if self._finalizer is not None:
+            self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@define(frozen=True, eq=False)
+class PathAt:
+    """A name in a folder; ``os.fspath`` gives the absolute path it had when the folder was opened."""
+
+    folder: Folder
+    name: str = field()
+
+    @name.validator
+    def _check(self, attribute: object, name: str) -> None:
+        if name in {"", ".", ".."} or Path(name).name != name:
+            raise ValueError(f"a file must have a plain name, got {name!r}")
+
+    @property
+    def parent(self) -> Path:
+        """The folder's path."""
+        return self.folder.path
+
+    def __fspath__(self) -> str:
+        return str(self.folder.path / self.name)
+
+    def __str__(self) -> str:
+        return os.fspath(self)
+
+    @property
+    def where(self) -> str:
+        """What functions of ``os`` take as path together with ``dir_fd``."""
+        return os.fspath(self) if self.folder.handle is None else self.name
+
+    @property
+    def dir_fd(self) -> int | None:
+        """The folder's descriptor; None: ``where`` is the whole path."""
+        return self.folder.handle
+
+    def stat(self) -> os.stat_result:
+        """Of the name itself, where it is a link of the link. Raises OSError."""
+        return os.stat(self.where, dir_fd=self.dir_fd, follow_symlinks=False)
+
+    def exists(self) -> bool:
+        """Whether there is such a name, be it a link that leads nowhere."""
+        try:
+            self.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+
+def path_at(path: Path | PathAt) -> PathAt:
+    """``path`` relative to a folder: one that nobody holds, where it is an ordinary path."""
+    return path if isinstance(path, PathAt) else PathAt(Folder(path.absolute().parent, None), path.name)
+
+
+def open_file(path: Path | PathAt, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a regular file. ``flags`` may create it, with the permission bits of its folder.
+
+    Raises:
+        OSError: as ``os.open``; it is a link, a pipe, a device or a folder; or it is to be written to and has other
+            names (hard links), under which somebody else may know it.
+    """
+    at = path_at(path)
+    wanted = at.folder.file_mode
+    if not NEVER_FOLLOW:
+        _check_no_link(at)
+    try:
+        handle = os.open(at.where, flags | PLAIN | NO_WAIT, wanted, dir_fd=at.dir_fd)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(error.errno, error.strerror, str(at)) from error
+    except OSError as error:
+        _check_no_link(at)  # which error a link gives differs from system to system
+        raise OSError(error.errno, error.strerror, str(at)) from error
+    try:
+        facts = os.fstat(handle)
+        _check_plain(at, facts, writing=bool(flags & (os.O_WRONLY | os.O_RDWR)))
+        if flags & os.O_EXCL and wanted & ~stat.S_IMODE(facts.st_mode):
+            os.fchmod(handle, wanted)  # the umask took away what was asked for
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _check_no_link(at: PathAt) -> None:
+    if at.exists() and stat.S_ISLNK(at.stat().st_mode):
+        raise OSError(errno.ELOOP, "a symbolic link, and links are not followed", str(at))
+
+
+def _check_plain(at: PathAt, facts: os.stat_result, *, writing: bool) -> None:
+    if not stat.S_ISREG(facts.st_mode):
+        raise OSError(errno.EINVAL, "something else than a regular file", str(at))
+    if writing and facts.st_nlink > 1:
+        raise OSError(errno.EMLINK, f"a file with {facts.st_nlink} names, which would all be written to", str(at))
+
+
+def read_file(path: Path | PathAt) -> bytes:
+    """All of a regular file. Raises OSError as ``open_file``."""
+    with os.fdopen(open_file(path), "rb") as file:
+        return file.read()
+
+
+def path_of(handle: int, path: Path | PathAt) -> str:
+    """A path to the open file ``handle`` for libraries that take nothing else; ``path``: where it was opened.
+
+    Where the system has no paths to open files, it is looked for at ``path`` again. Raises OSError: it went.
+    """
+    for folder in ("/proc/self/fd", "/dev/fd"):
+        if Path(folder, str(handle)).exists():
+            return f"{folder}/{handle}"
+    if not os.path.samestat(path_at(path).stat(), os.fstat(handle)):
+        raise OSError(errno.ESTALE, "another file, put there meanwhile", str(path))
+    return os.fspath(path)
