@@ -148,7 +148,10 @@ def test_a_disk_that_fails_at_any_call_leaves_it_as_it_was_or_without_the_source
         except MemoryFileError:
             outcomes.add("error")
             if at % 2:  # it failed once, and could clean up
-                left = {file.name for file in path.iterdir() if not file.name.endswith(".new")} - {"lock", "manifest.json"}
+                left = {file.name for file in path.iterdir() if not file.name.endswith(".new")} - {
+                    "lock",
+                    "manifest.json",
+                }
                 assert left <= read_live_manifest(path).files
         assert verify(path) == []
         found = content(reopened(path, model))
