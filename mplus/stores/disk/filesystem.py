@@ -27,11 +27,11 @@ class FileSystem:
         Those that are made can be looked into by whoever may read files of ``file_mode``; others stay as they are.
         """
         mode = folder_mode(file_mode)
-        for folder in reversed([folder for folder in (path, *path.parents) if not folder.is_dir()]):
+        for folder in reversed([path, *(parent for parent in path.parents if not parent.exists())]):
             try:
                 folder.mkdir(mode)
             except FileExistsError:
-                if folder.is_dir():  # somebody else has made it meanwhile
+                if folder.is_dir():  # before, or somebody else has made it meanwhile
                     continue
                 raise
             if mode & ~folder.stat().st_mode:
