@@ -110,7 +110,7 @@ def _existing(
     changed: bool,
 ) -> LiveMemory:
     """``changed``: by what stands in the journal, so that the saved indexes are of other rows."""
-    content.states = with_weights(content.states, content.stores, manifest.fingerprint, engine, folder)
+    content.states = with_weights(content.states, content.stores, manifest.fingerprint, engine, folder.path)
     policy = build_eviction(eviction or Component.of(manifest.eviction))
     expiry = engine.layout.expiry or policy.lifetime is not None
     if expiry != manifest.layout.expiry:
