@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from mplus.errors import CheckpointError
 from mplus.hf.hub import find_folder
+from mplus.hf.peft_saving import memory_folder
 from mplus.hf.saving import BASE, from_pretrained, read_config
 from mplus.hf.shipped import without_bars
 
@@ -42,7 +43,8 @@ def _tokenizer(path: str | Path, named: str | Path | None) -> Any:
         places: list[Any] = [named]
     else:
         folder = find_folder(path, {})
-        places = [folder, folder / BASE, read_config(folder).base_model]
+        inner = memory_folder(folder)
+        places = [folder, inner / BASE, read_config(inner).base_model]
     tried = []
     for place in places:
         if place is None or (isinstance(place, Path) and not place.is_dir()):

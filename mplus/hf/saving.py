@@ -20,6 +20,7 @@ from mplus.hf.fingerprint import digest
 from mplus.hf.hub import COMMIT, find_folder, upload
 from mplus.hf.model_card import model_card
 from mplus.hf.names import is_addition, plain_name
+from mplus.hf.peft_saving import memory_folder, with_adapters
 from mplus.hf.plain import plain_decoder
 from mplus.hf.wrapping import wrap
 
@@ -98,10 +99,15 @@ def from_pretrained(
 
     Args:
         path: folder, or name of a repository on the Hub (``revision`` and ``subfolder`` are its own).
-        base: the decoder (a model, or where to load it from); default: saved along, else where it came from.
+        base: the decoder (a model, or where to load it from); default: saved along, else where it came from. Adapters
+            saved along are put on it, unless it has some.
         config: instead of the ``config.json`` there.
         check: run the self-check of ``mplus.wrap``.
-        kwargs: for ``AutoModelForCausalLM.from_pretrained`` of the decoder.
+        kwargs: for ``AutoModelForCausalLM.from_pretrained`` of the decoder; and ``is_trainable``, whether adapters
+            saved along are to be trained, as in PEFT.
+
+    Returns:
+        The wrapped decoder, or a wrapped ``PeftModel`` when one was saved.
 
     Raises:
         CheckpointError: no mplus model there, no way to find the decoder, or tensors that do not fit.
@@ -109,16 +115,22 @@ def from_pretrained(
     folder = find_folder(path, kwargs)
     for name in ("revision", "subfolder"):
         kwargs.pop(name, None)
-    if not (folder / WEIGHTS).is_file():
-        raise CheckpointError(f"{path} must hold {WEIGHTS}, which is missing")
-    config = config if config is not None else read_config(folder)
+    trainable, inner = kwargs.pop("is_trainable", False), memory_folder(folder)
+    if not (inner / WEIGHTS).is_file():
+        adapters = (folder / "adapter_config.json").is_file()
+        raise CheckpointError(
+            f"{path} must hold {WEIGHTS}, which is missing"
+            + adapters * "; it holds an adapter of PEFT, for PeftModel.from_pretrained around a wrapped decoder"
+        )
+    config = config if config is not None else read_config(inner)
     try:
-        additions = load_file(folder / WEIGHTS)
+        additions = load_file(inner / WEIGHTS)
     except SafetensorError as error:
-        raise CheckpointError(f"{folder / WEIGHTS} must be a whole safetensors file: {error}") from error
-    model = wrap(
-        _base(base, config, folder, kwargs), config.memory_config, pool=additions.get("mplus.pool"), check=check
-    )
+        raise CheckpointError(f"{inner / WEIGHTS} must be a whole safetensors file: {error}") from error
+    decoder = _base(base, config, inner, kwargs)
+    if inner != folder and not hasattr(decoder, "peft_config"):
+        decoder = with_adapters(decoder, folder, trainable)
+    model = wrap(decoder, config.memory_config, pool=additions.get("mplus.pool"), check=check)
     load_additions(model, additions, str(path))
     return model
 

@@ -1,0 +1,115 @@
+"""Folders that hold a user's adapters, as PEFT saves them, and below them what mplus added."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from mplus.errors import CheckpointError
+
+MEMORY = "mplus"
+"""Below PEFT's folder: the folder of what mplus added, the same as that of a decoder without adapters."""
+DESCRIPTION = "adapters.json"
+"""In that folder: what PEFT does not save of adapters."""
+CARD = """
+## Memory
+
+This folder also holds what mplus added to the decoder, in `mplus/`. With adapters and memory:
+
+```python
+import mplus
+
+model = mplus.from_pretrained("path/or/repository")
+```
+"""
+
+
+def memory_folder(folder: Path) -> Path:
+    """Where ``folder`` holds what mplus added: below a user's adapters, or in itself."""
+    return folder / MEMORY if (folder / MEMORY / "config.json").is_file() else folder
+
+
+def adapter_folder(folder: Path, name: str) -> Path:
+    """Where PEFT saves the adapter ``name``."""
+    return folder if name == "default" else folder / name
+
+
+def describe_adapters(model: Any, names: list[str], folder: Path) -> None:
+    """Write what PEFT does not save of a PeftModel's adapters: their names, which act, and scales that were changed."""
+    active = [name for name in model.active_adapters if name in names]
+    described = {"adapters": names, "active": active, "scaling": _changed_scales(model, names)}
+    (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def add_to_card(folder: Path) -> None:
+    """Say in PEFT's model card that there is a memory, once."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8")
+    if CARD.strip() not in text:
+        card.write_text(text.rstrip("\n") + "\n" + CARD, encoding="utf-8")
+
+
+def with_adapters(decoder: Any, folder: Path, trainable: bool) -> Any:
+    """A PeftModel around ``decoder`` with the adapters in ``folder``, those active that were.
+
+    Raises:
+        CheckpointError: ``adapters.json`` cannot be read, or adapters that it names are missing.
+    """
+    from peft import PeftModel
+
+    names, active, scaling = _read(folder)
+    first, *others = names
+    options: dict[str, Any] = {
+        name: {"is_trainable": trainable, **_dtype(adapter_folder(folder, name))} for name in names
+    }
+    model: Any = PeftModel.from_pretrained(decoder, adapter_folder(folder, first), adapter_name=first, **options[first])
+    for name in others:
+        model.load_adapter(adapter_folder(folder, name), name, **options[name])
+    if not model.active_peft_config.is_prompt_learning:
+        model.base_model.set_adapter(active, inference_mode=not trainable)
+    if len(active) == 1:
+        model.active_adapter = active[0]
+    for path, scales in scaling.items():
+        model.get_submodule(path).scaling.update(scales)
+    return model
+
+
+def _read(folder: Path) -> tuple[list[str], list[str], dict[str, dict[str, float]]]:
+    where = folder / MEMORY / DESCRIPTION
+    try:
+        described = json.loads(where.read_text(encoding="utf-8"))
+        names, active, scaling = (described[key] for key in ("adapters", "active", "scaling"))
+        missing = [name for name in names if not (adapter_folder(folder, name) / "adapter_config.json").is_file()]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{where} must name the adapters in {folder}: {type(error).__name__} {error}") from error
+    if missing or not names or not set(active) <= set(names):
+        raise CheckpointError(f"{folder} must hold the adapters {names}, of which {active} act; missing {missing}")
+    return names, active, scaling
+
+
+def _dtype(folder: Path) -> dict[str, bool]:
+    """PEFT makes new adapters float32, also in a decoder of 16 bits; one that was not comes back as it was."""
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        return {}
+    with safe_open(weights, "pt") as tensors:
+        dtypes = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    return {"autocast_adapter_dtype": not dtypes <= {"BF16", "F16"}}
+
+
+def _changed_scales(model: Any, names: list[str]) -> dict[str, dict[str, float]]:
+    """Scales of LoRA that are not those of the configurations, by layer and adapter."""
+    from peft.tuners.lora import LoraLayer
+
+    changed: dict[str, dict[str, float]] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            for name in [name for name in names if name in layer.scaling]:
+                rank = math.sqrt(layer.r[name]) if layer.use_rslora.get(name) else layer.r[name]
+                if layer.scaling[name] != layer.lora_alpha[name] / rank:
+                    changed.setdefault(path, {})[name] = float(layer.scaling[name])
+    return changed
