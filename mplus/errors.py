@@ -39,6 +39,10 @@ class NotSupported(MPlusError, ValueError):
     """A decoder, or a way of calling it, cannot carry a memory; the message gives every reason."""
 
 
+class ArgumentError(MPlusError, TypeError):
+    """A call was given an argument that looks like one of ours, misspelt; the message says which."""
+
+
 class InputError(MPlusError, ValueError):
     """Text, ids or masks handed to mplus break a rule; no memory was changed."""
 

@@ -17,6 +17,7 @@ from mplus.hf.attention import BASES, PREFIX
 from mplus.hf.discovery import AttentionSpec
 from mplus.hf.fingerprint import fingerprint
 from mplus.hf.modes import input_device
+from mplus.hf.open_readings import OpenReadings
 from mplus.hf.own_attention import OwnAttention
 from mplus.hf.passes import Marks, Pass, Prefix, PrefixSource, Project, run_in
 from mplus.hf.prepared import Prepared
@@ -41,6 +42,7 @@ class DecoderEngine:
         retrofit: how memory gets into its attention.
         mechanism: the rules of its memories.
         projection: how rows are kept projected, or why they cannot be.
+        readings: the blocks of ``model.reading`` that are open.
     """
 
     def __init__(self, model: nn.Module, config: MPlusConfig, retrofit: Retrofit, mechanism: MemoryMechanism) -> None:
@@ -52,12 +54,14 @@ class DecoderEngine:
         self.own_attention = OwnAttention(self)
         self.watch = Watch(self)
         self._prepared: WeakKeyDictionary[Memory, Prepared] = WeakKeyDictionary()
+        self.readings = OpenReadings()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("watch", "_prepared")}
+        own = ("watch", "_prepared", "readings")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, watch=Watch(self), _prepared=WeakKeyDictionary())
+        self.__dict__.update(state, watch=Watch(self), _prepared=WeakKeyDictionary(), readings=OpenReadings())
 
     @property
     def embedding(self) -> nn.Module:

@@ -6,17 +6,23 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import torch
+from attrs import evolve
 from torch import Tensor
+from torch.nn.functional import pad
 
-from mplus.errors import InputError, MemoryMismatchError
+from mplus.errors import ConfigError, InputError, MemoryMismatchError
+from mplus.hf.arguments import DEFAULTS, ReadArguments, check_spelling
 from mplus.hf.engine import DecoderEngine
-from mplus.hf.passes import Pass, run_in
+from mplus.hf.passes import Pass, current_pass, run_in
+from mplus.hf.pieces import read_in_pieces
+from mplus.hf.query import without_padding
 from mplus.hf.reading import Reading, one_per_row
 from mplus.hf.reading_checks import check_rows, check_weights, is_as_kept
+from mplus.hf.sources import retrieved_sources
 from mplus.hf.virtual_tokens import only_learned
 from mplus.memory.memory import Memory
 
@@ -49,43 +55,104 @@ def is_generating(model: Any) -> bool:
 
 
 def forward_with_memory(
-    model: Any, base: Any, memory: Memory | None, reuse: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Any, base: Any, asked: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """``base.forward`` reading ``memory``, or what the generation around it reads; without either, unchanged.
+    """``base.forward`` reading a memory: that of the generation around it, of the call, or of ``model.reading``.
 
     Args:
         model: the wrapped decoder.
         base: its class before it was wrapped.
-        memory: one stream per batch row, or one for all of them; or None.
-        reuse: accept a cache made under another state of the memory, and read that state.
-        args, kwargs: of ``forward``.
+        asked: the arguments of the call that mplus added; see ``ReadArguments``.
+        args, kwargs: the others.
 
     Raises:
+        ArgumentError: a keyword is one of ours, misspelt.
+        ConfigError, InputError: an argument breaks its rule.
         MemoryMismatchError: batch, model or cache do not fit the memory.
+        NotSupported: another thread is in ``model.reading``, or a way of calling that memory cannot follow.
     """
     generation = _GENERATING.get()
-    given = generation[1] if generation is not None and generation[0] is model else None
-    if given is None and memory is None:
+    if generation is not None and generation[0] is model:
+        return _read(model, base, ReadArguments(), generation[1], _by_name(base, args, kwargs))
+    if not torch.compiler.is_compiling():
+        check_spelling(kwargs, base)
+    plain = all(value is DEFAULTS[name] for name, value in asked.items())
+    # A pass of mplus itself, such as a write, knows what it reads, whatever block it runs in.
+    arguments = None if plain and current_pass() is not None else arguments_of(model, asked)
+    if arguments is None or arguments.memory is None:
         if kwargs.get("past_key_values") is not None:
-            check_cache(kwargs["past_key_values"], None, reuse)
+            check_cache(kwargs["past_key_values"], None, arguments is not None and arguments.reuse_memory_cache)
         return base.forward(model, *args, **kwargs)
-    return _read(model, base, memory, given, reuse, _by_name(base, args, kwargs))
+    return _read(model, base, arguments, None, _by_name(base, args, kwargs))
+
+
+def arguments_of(model: Any, asked: dict[str, Any]) -> ReadArguments | None:
+    """What a call reads: as it asks, and where it names no memory, what the block of ``model.reading`` around it says.
+
+    None where nothing is asked and there is no block.
+    """
+    changed = {name: value for name, value in asked.items() if value is not DEFAULTS[name]}
+    around = None if "memory" in changed else model.mplus_engine.readings.current()
+    if around is not None:
+        return evolve(around, **changed) if changed else around
+    return ReadArguments(**changed) if changed else None
 
 
 @torch.compiler.disable  # a compiled model reads uncompiled: what it reads differs from call to call
-def _read(
-    model: Any, base: Any, memory: Memory | None, given: Reading | None, reuse: bool, inputs: dict[str, Any]
-) -> Any:
-    cache = inputs.get("past_key_values")
+def _read(model: Any, base: Any, arguments: ReadArguments, given: Reading | None, inputs: dict[str, Any]) -> Any:
     engine: DecoderEngine = model.mplus_engine
     engine.check_attention()
-    reading, text = given or check_cache(cache, memory, reuse), _text(inputs)
+    if given is not None:
+        return _run(engine, given, base, inputs)
+    as_dict = inputs.get("return_dict") is not False and getattr(model.config, "return_dict", True)
+    if arguments.output_sources and not as_dict:
+        raise ConfigError("output_sources needs return_dict=True: a tuple has no place for them")
+    text = _text(inputs)
+    reading = check_cache(inputs.get("past_key_values"), arguments.memory, arguments.reuse_memory_cache)
     if reading is None:
-        reading = read(engine, memory, text.shape[0])
-    elif given is None:
+        reading = read(engine, arguments.memory, text.shape[0])
+        ask(reading, model, arguments, None if inputs.get("attention_mask") is not None else inputs.get("input_ids"))
+    else:
         check_weights(engine, reading, whole=text.shape[1] > 1)
-    output = run_in(_read_pass(engine, reading, base, inputs), base.forward, model, **inputs)
-    for holder in (cache, getattr(output, "past_key_values", None)):
+    reading.retrieve_every = arguments.retrieve_every
+    if reading.retrieve_every is None:
+        output = _run(engine, reading, base, inputs)
+    else:
+        output = read_in_pieces(model, reading, inputs, partial(_run, engine, reading, base, piece=True))
+        output = output if as_dict else output.to_tuple()
+    if arguments.output_sources:
+        output.memory_sources = retrieved_sources(reading)
+    return output
+
+
+def ask(
+    reading: Reading, model: Any, arguments: ReadArguments, unmasked: Tensor | None, virtual_tokens: int = 0
+) -> None:
+    """Say with which tokens a new reading retrieves.
+
+    Args:
+        reading: for one forward or generation.
+        model: the wrapped decoder.
+        arguments: of the call.
+        unmasked: ids ``[B, T]`` that came without a mask; None: there is a mask, or there are no ids.
+        virtual_tokens: learned embeddings in front of the text, which retrieve with it and are not counted.
+
+    Raises:
+        InputError: ``query_tokens`` are not one per row.
+    """
+    counts = arguments.query_tokens_of(len(reading.views))
+    if unmasked is not None and not isinstance(counts, tuple):
+        padding_id = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
+        reading.query_mask = pad(without_padding(unmasked, padding_id), (virtual_tokens, 0), value=True)
+    if counts is not None and virtual_tokens:
+        counts = tuple(one + virtual_tokens for one in counts) if isinstance(counts, tuple) else counts + virtual_tokens
+    reading.query_tokens = counts
+
+
+def _run(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[str, Any], piece: bool = False) -> Any:
+    """One forward of the decoder."""
+    output = run_in(_read_pass(engine, reading, base, inputs, piece), base.forward, engine.model, **inputs)
+    for holder in (inputs.get("past_key_values"), getattr(output, "past_key_values", None)):
         if holder is not None:
             holder._mplus_reading = reading
     return output
@@ -107,12 +174,8 @@ def _by_name(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
     return named
 
 
-def read(engine: DecoderEngine, memory: Any, rows: int, **options: Any) -> Reading:
-    """A reading of ``memory`` for a batch of ``rows`` texts; a memory of one stream is read by all of them.
-
-    Raises:
-        MemoryMismatchError: it belongs to another decoder or has another dtype, or its streams are not as many as rows.
-    """
+def check_memory(engine: DecoderEngine, memory: Any) -> None:
+    """Raises MemoryMismatchError when ``memory`` is none of this decoder, or has another dtype."""
     if not isinstance(memory, Memory):
         raise MemoryMismatchError(f"memory must be an mplus.Memory, got {type(memory).__name__}")
     if memory.engine is not engine:
@@ -125,6 +188,15 @@ def read(engine: DecoderEngine, memory: Any, rows: int, **options: Any) -> Readi
             f"the memory holds {memory.dtype} and the model computes in {engine.dtype}: "
             f"use memory.to(dtype={engine.dtype})"
         )
+
+
+def read(engine: DecoderEngine, memory: Any, rows: int, **options: Any) -> Reading:
+    """A reading of ``memory`` for a batch of ``rows`` texts; a memory of one stream is read by all of them.
+
+    Raises:
+        MemoryMismatchError: it belongs to another decoder or has another dtype, or its streams are not as many as rows.
+    """
+    check_memory(engine, memory)
     look = engine.watch.look()
     if look.names is None:
         memory.keep_up(look.weights)
@@ -174,7 +246,7 @@ def _text(inputs: dict[str, Any]) -> Tensor:
     return text
 
 
-def _read_pass(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[str, Any]) -> Pass:
+def _read_pass(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[str, Any], piece: bool) -> Pass:
     """The pass of one forward; completes ``position_ids`` in ``inputs`` where the decoder would count padding."""
     text = _text(inputs)
     rows, tokens = text.shape[:2]
@@ -197,4 +269,4 @@ def _read_pass(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[
         if inputs.get("position_ids") is None:
             inputs["position_ids"] = torch.arange(past, past + tokens, device=text.device).expand(rows, -1)
         inputs["position_ids"] = inputs["position_ids"] + offset.repeat_interleave(repeats, 0)
-    return Pass(reading.source(text_mask), engine.adapter("read"), text_offset=offset)
+    return Pass(reading.source(text_mask, piece), engine.adapter("read"), text_offset=offset)

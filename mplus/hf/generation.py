@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from attrs import evolve
+from torch import Tensor
+
 from mplus.errors import ConfigError, NotSupported
-from mplus.hf.forward import check_cache, generate_in, is_generating, read
+from mplus.hf.arguments import DEFAULTS, ReadArguments, check_spelling
+from mplus.hf.forward import ask, check_cache, generate_in, is_generating, read
 from mplus.hf.reading_checks import check_weights
 from mplus.hf.sources import retrieved_sources
 from mplus.hf.virtual_tokens import embedded_in_front
-from mplus.memory.memory import Memory
 
 
 def generate(
@@ -21,38 +24,44 @@ def generate(
     kwargs: dict[str, Any],
 ) -> Any:
     """See ``MemoryModel.generate``; ``own``: its arguments that transformers does not know."""
+    check_spelling(kwargs, type(model).__mplus_base__)
     settings = Settings(model, args, {**kwargs, **{name: value for name, value in own.items() if value is not None}})
-    # A generation within one of this model (a draft of an assistant) reads what that one reads.
-    memory: Memory | None = own["memory"] if is_generating(model) else settings["memory"]
-    if memory is None:
+    check_spelling(getattr(settings.configs[0], "__dict__", ()), type(model).__mplus_base__)
+    arguments = settings.read_arguments(model)
+    if arguments.memory is None:
         return base_generate(*args, **kwargs)
-    retrieve_every, output_sources = settings["retrieve_every"], bool(settings["output_sources"])
-    if retrieve_every is not None and (
-        isinstance(retrieve_every, bool) or not isinstance(retrieve_every, int) or retrieve_every < 1
-    ):
-        raise ConfigError(f"retrieve_every must be a whole number of at least 1, or None, got {retrieve_every!r}")
-    refuse(settings, retrieve_every)
-    if output_sources and not settings["return_dict_in_generate"]:
+    refuse(settings, arguments.retrieve_every)
+    if arguments.output_sources and not settings["return_dict_in_generate"]:
         raise ConfigError(
             "output_sources needs return_dict_in_generate=True: a tensor of sequences has no place for them"
         )
     engine = model.mplus_engine
     engine.check_attention()
-    reading = check_cache(kwargs.get("past_key_values"), memory, bool(settings["reuse_memory_cache"]))
+    reading = check_cache(kwargs.get("past_key_values"), arguments.memory, arguments.reuse_memory_cache)
     prompts, tokens = prompt_shape(args, kwargs)
     tokens += embedded_in_front(model)
     if reading is None:
-        reading = read(engine, memory, prompts)
+        reading = read(engine, arguments.memory, prompts)
+        ask(reading, model, arguments, unmasked_prompt(args, kwargs), embedded_in_front(model))
     else:
         check_weights(engine, reading)
-    reading.retrieve_every, reading.prompt_tokens = retrieve_every, tokens
+    reading.retrieve_every, reading.prompt_tokens = arguments.retrieve_every, tokens
     reading.repeats(prompts)
     # From here on further rows are copies of a prompt (beams, several samples), and no gradient is wanted.
     reading.repeats_allowed, reading.keep = True, True
     output = generate_in(model, reading, base_generate, *args, **kwargs)
-    if output_sources:
+    if arguments.output_sources:
         output.memory_sources = retrieved_sources(reading)
     return output
+
+
+def unmasked_prompt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Ids ``[B, T]`` of prompts that came without a mask; None where there is a mask, or are no ids."""
+    if kwargs.get("attention_mask") is not None or kwargs.get("inputs_embeds") is not None:
+        return None
+    places = [args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids")]
+    given = next((prompt for prompt in places if prompt is not None and prompt.shape[1]), None)
+    return given if given is None or given.dim() == 2 else None
 
 
 def prompt_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
@@ -77,6 +86,22 @@ class Settings:
             return self.kwargs[name]
         found = (getattr(config, name, None) for config in self.configs)
         return next((value for value in found if value is not None), None)
+
+    def read_arguments(self, model: Any) -> ReadArguments:
+        """What the call reads: as it says, else as the block of ``model.reading`` around it or the model's config says.
+
+        Where a call names a memory, a block does not count. A generation within one of this model (a draft of an
+        assistant) goes by its keywords alone, since its forwards read what the one around it reads.
+        """
+        said = {name: self.kwargs[name] for name in DEFAULTS if name in self.kwargs}
+        if is_generating(model):
+            return ReadArguments(**said)
+        call, default = ({name: getattr(config, name, None) for name in DEFAULTS} for config in self.configs)
+        said = {**{name: value for name, value in call.items() if value is not None}, **said}
+        around = model.mplus_engine.readings.current() if said.get("memory") is None else None
+        if around is not None:
+            return evolve(around, **said)
+        return ReadArguments(**{**{name: value for name, value in default.items() if value is not None}, **said})
 
 
 def refuse(settings: Settings, retrieve_every: int | None) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,8 +13,9 @@ import torch
 from mplus.config import Component, MPlusConfig
 from mplus.errors import NotSupported
 from mplus.hf import attention, generation_config
+from mplus.hf.arguments import DEFAULTS, ReadArguments
 from mplus.hf.engine import DecoderEngine
-from mplus.hf.forward import forward_with_memory
+from mplus.hf.forward import check_memory, forward_with_memory
 from mplus.hf.modes import with_attention
 from mplus.hf.passes import rebuild, subclass
 from mplus.memory.memory import Memory
@@ -80,6 +83,7 @@ class MemoryModel:
         self,
         *args: Any,
         memory: Memory | None = None,
+        query_tokens: int | Sequence[int] | None = None,
         retrieve_every: int | None = None,
         output_sources: bool | None = None,
         reuse_memory_cache: bool | None = None,
@@ -88,17 +92,24 @@ class MemoryModel:
         """``generate`` of the decoder, reading ``memory`` as it is at the call.
 
         Each of the arguments below may also stand in a ``GenerationConfig``, in that of the call or in the decoder's
-        own, ``model.generation_config``; an argument that is not None goes first, then the config of the call. Copies
-        of a config refer to the same memory, and what is made of it as text or a file leaves the memory out.
+        own, ``model.generation_config``; an argument that is not None goes first, then the config of the call, then the
+        block of ``reading`` around it. Copies of a config refer to the same memory, and what is made of it as text or a
+        file leaves the memory out.
 
         Args:
-            memory: one stream per prompt, or one for all prompts; None everywhere: the decoder alone.
+            memory: one stream per prompt, or one for all prompts; None everywhere, and no ``reading`` around the call:
+                the decoder alone.
+            query_tokens: retrieve with the first so many tokens of each prompt, padding not counted; one number, or
+                one per prompt. None: as configured, by default with all. Has no effect on a prompt whose cache was
+                begun before: rows were retrieved then.
             retrieve_every: besides once per prompt, retrieve anew after so many generated tokens.
             output_sources: with ``return_dict_in_generate=True``, the result gets ``memory_sources``: for every batch
-                row and memory layer the retrieved rows (``mplus.hf.sources.RetrievedSource``).
+                row and memory layer the rows retrieved last (``mplus.hf.sources.RetrievedSource``).
             reuse_memory_cache: accept ``past_key_values`` made under an older state of the memory, and read that one.
 
         Raises:
+            ArgumentError: a keyword is one of these, misspelt.
+            ConfigError, InputError: one of them breaks its rule.
             NotSupported: a way of generating that memory cannot follow; the message names it.
             MemoryMismatchError: batch sizes, model or cache do not fit the memory.
         """
@@ -106,17 +117,54 @@ class MemoryModel:
 
         own = {
             "memory": memory,
+            "query_tokens": query_tokens,
             "retrieve_every": retrieve_every,
             "output_sources": output_sources,
             "reuse_memory_cache": reuse_memory_cache,
         }
         return generate(self, super().generate, own, args, kwargs)  # type: ignore[misc]
 
+    def reading(
+        self,
+        memory: Memory | None,
+        *,
+        query_tokens: int | Sequence[int] | None = None,
+        retrieve_every: int | None = None,
+        reuse_memory_cache: bool = False,
+        threads: bool = False,
+    ) -> AbstractContextManager[None]:
+        """Let every call of this decoder inside the ``with`` block read ``memory``, whoever makes the call.
+
+        It holds for this decoder, in the context (``contextvars``) that enters the block. A call that names a memory
+        itself reads that one by its own arguments; other arguments of a call replace those of the block. Blocks may
+        be nested: the innermost counts.
+
+        Args:
+            memory: of one stream, for any batch, or of one per batch row; None: the decoder alone.
+            query_tokens, retrieve_every, reuse_memory_cache: of every call; see ``generate``.
+            threads: calls in other threads read the memory too, unless these are in a block of their own. Otherwise
+                such a call raises NotSupported while the block is open.
+
+        Raises:
+            ConfigError: an argument breaks its rule.
+            MemoryMismatchError: the memory belongs to another decoder.
+        """
+        if memory is not None:
+            check_memory(self.mplus_engine, memory)
+        arguments = ReadArguments(
+            memory=memory,
+            query_tokens=query_tokens,
+            retrieve_every=retrieve_every,
+            reuse_memory_cache=reuse_memory_cache,
+        )
+        return self.mplus_engine.readings.enter(arguments, threads)
+
     def generate_batch(self, *args: Any, memory: Memory | None = None, **kwargs: Any) -> Any:
         """As in transformers: continuous batching, for the decoder alone. Raises NotSupported with a memory."""
         from mplus.hf.generation import Settings
 
-        if memory is not None or Settings(self, args, kwargs)["memory"] is not None:
+        own = {} if memory is None else {"memory": memory}
+        if Settings(self, args, {**kwargs, **own}).read_arguments(self).memory is not None:
             raise NotSupported(
                 "generate_batch (continuous batching) keeps keys and values of many texts in pages and leaves no place "
                 "for memory in front of a text: use generate"
@@ -205,20 +253,33 @@ def _component(value: Any) -> Component | None:
 
 
 def memory_model_class(base: type) -> type:
-    """``base`` with ``MemoryModel`` mixed in and ``memory`` in the signature of ``forward``."""
+    """``base`` with ``MemoryModel`` mixed in, and the arguments of a read in the signature of ``forward``."""
     attention.register()  # here, since a model of this class may come out of a pickle in a new process
     generation_config.register()
 
     @functools.wraps(base.forward)  # type: ignore[attr-defined]
     def forward(
-        self: Any, *args: Any, memory: Memory | None = None, reuse_memory_cache: bool = False, **kwargs: Any
+        self: Any,
+        *args: Any,
+        memory: Memory | None = None,
+        query_tokens: int | Sequence[int] | None = None,
+        retrieve_every: int | None = None,
+        output_sources: bool = False,
+        reuse_memory_cache: bool = False,
+        **kwargs: Any,
     ) -> Any:
-        return forward_with_memory(self, base, memory, reuse_memory_cache, args, kwargs)
+        asked = {
+            "memory": memory,
+            "query_tokens": query_tokens,
+            "retrieve_every": retrieve_every,
+            "output_sources": output_sources,
+            "reuse_memory_cache": reuse_memory_cache,
+        }
+        return forward_with_memory(self, base, asked, args, kwargs)
 
     signature = inspect.signature(base.forward)  # type: ignore[attr-defined]
     extra = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-        for name, default in (("memory", None), ("reuse_memory_cache", False))
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default) for name, default in DEFAULTS.items()
     ]
     parameters = list(signature.parameters.values())
     at = len(parameters) - any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)

@@ -10,10 +10,11 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.backends.base import Segment
-from mplus.errors import InputError, MemoryMismatchError
+from mplus.errors import InputError, MemoryMismatchError, NotSupported
 from mplus.hf.discovery import AttentionSpec
 from mplus.hf.passes import Prefix, Project
 from mplus.hf.prepared import Prepared
+from mplus.hf.query import Recent, Window, first_tokens
 from mplus.hf.weights import Look
 from mplus.mechanisms.base import MemoryMechanism, Retrieved
 from mplus.memory.memory import Memory
@@ -41,12 +42,16 @@ class Reading:
         look: the weights it began with; None for a test pass.
         keep: remember projections for later tokens; off where gradients flow, because they must be recomputed.
         repeats_allowed: a batch may hold several copies of each row in turn (beams, several samples).
-        prompt_tokens: retrieve with so many tokens of the first forward only (the rest is guessed); None: with all.
+        prompt_tokens: retrieve with so many columns of the first forward only (the rest is guessed); None: with all.
+        query_tokens: of these, retrieve with the first so many tokens; one number, or one per stream. None: as
+            configured.
+        query_mask: ``[B, T]`` bool, False at what looks like padding in a text that came without a mask.
         retrieve_every: retrieve anew after so many further tokens.
+        context_tokens: tokens of the first forward that do not count as further ones; as ``query_tokens``. None: all.
         retrieved: what each memory layer retrieved last.
         segments: what each memory layer sees in front of the text.
         repeated: the same for a batch that holds several copies of each row.
-        recent: attention inputs of tokens since the last retrieval.
+        recent: of each memory layer, the text since the last retrieval, where there is ``retrieve_every``.
     """
 
     mechanism: MemoryMechanism
@@ -58,11 +63,14 @@ class Reading:
     keep: bool = True
     repeats_allowed: bool = False
     prompt_tokens: int | None = None
+    query_tokens: int | tuple[int, ...] | None = None
+    query_mask: Tensor | None = None
     retrieve_every: int | None = None
+    context_tokens: int | tuple[int, ...] | None = None
     retrieved: dict[int, list[Retrieved | None]] = field(factory=dict)
     segments: dict[int, tuple[Segment, ...]] = field(factory=dict)
     repeated: dict[int, Repeated] = field(factory=dict)
-    recent: dict[int, list[Tensor]] = field(factory=dict)
+    recent: dict[int, Recent] = field(factory=dict)
 
     def is_of(self, memory: Memory) -> bool:
         """Whether ``memory`` is still in the state this reading was taken in."""
@@ -70,16 +78,21 @@ class Reading:
 
     def __deepcopy__(self, memo: Any) -> Reading:
         """A reading of the same memory: copying a key/value cache must not copy memory and model with it."""
-        recent = {layer: list(parts) for layer, parts in self.recent.items()}
+        recent = dict(self.recent)
         return evolve(self, retrieved=dict(self.retrieved), segments=dict(self.segments), repeated={}, recent=recent)
 
     def prefix_rows(self) -> list[int]:
         """Rows in front of the text of each stream, in the layer that has most."""
         return [self.mechanism.prefix_rows(view) for view in self.views]
 
-    def source(self, text_mask: Tensor | None) -> ReadSource:
-        """The prefix source of one forward over text with this ``[B, T]`` bool mask (None: no padding)."""
-        return ReadSource(self, text_mask)
+    def source(self, text_mask: Tensor | None, piece: bool = False) -> ReadSource:
+        """The prefix source of one forward.
+
+        Args:
+            text_mask: ``[B, T]`` bool of its text; None: no padding.
+            piece: it is a piece of a text that is read in pieces: only its first column may retrieve anew.
+        """
+        return ReadSource(self, text_mask, piece)
 
     def repeats(self, rows: int) -> int:
         """Copies of each stream in a batch of ``rows``. Raises MemoryMismatchError when they do not fit."""
@@ -120,23 +133,27 @@ class ReadSource:
 
     reading: Reading
     text_mask: Tensor | None
+    piece: bool = False
+    _first: bool = field(init=False)
     _query_mask: Tensor | None = field(default=None, init=False)
+    _window: Window | None = field(default=None, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._first = not self.reading.retrieved
 
     def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
         reading, layer = self.reading, spec.memory_index
         repeats = reading.repeats(hidden.shape[0])
-        known = reading.segments.get(layer)
-        if known is not None and not self._due(layer, hidden, repeats):
-            return self._repeated(layer, known, repeats)
         if not any(map(reading.mechanism.has_prefix, reading.views)):
             return ()
-        if layer not in reading.retrieved:
-            with torch.no_grad():
-                reading.retrieved[layer] = self._retrieve(layer, hidden[::repeats, : reading.prompt_tokens])
-        made = self._made(layer, hidden, project)
-        if reading.keep:
-            reading.segments[layer] = made
-        return self._repeated(layer, made, repeats)
+        with torch.no_grad():
+            anew = self._retrieve_where_due(layer, hidden, repeats)
+        known = None if anew else reading.segments.get(layer)
+        if known is None:
+            known = self._made(layer, hidden, project)
+            if reading.keep:
+                reading.segments[layer] = known
+        return self._repeated(layer, known, repeats)
 
     def _repeated(self, layer: int, segments: tuple[Segment, ...], repeats: int) -> tuple[Segment, ...]:
         """The same tuple for the same segments, so that a cache that keeps them knows them again."""
@@ -170,41 +187,71 @@ class ReadSource:
         # Where gradients flow the reading adapter learns by what it makes of the rows.
         return self.reading.keep and prepared.projection.retrofit.technique == "attention"
 
+    def _retrieve_where_due(self, layer: int, hidden: Tensor, repeats: int) -> bool:
+        """Retrieve for a new text, and anew where enough tokens have come. Returns whether anything was retrieved."""
+        reading = self.reading
+        anew = layer not in reading.retrieved
+        if anew:
+            reading.retrieved[layer] = self._retrieve(layer, hidden[::repeats, : reading.prompt_tokens])
+        if reading.retrieve_every is None:
+            return anew
+        if repeats > 1:
+            raise NotSupported("retrieve_every needs a stream per row: what is retrieved is for one continuation")
+        window, before = self._due(hidden), reading.recent.get(layer)
+        text = hidden.detach() if before is None else torch.cat([before.hidden, hidden.detach()], 1)
+        if window.rows:
+            self._retrieve_anew(layer, text[window.rows, : window.queries.shape[1]], window)
+        rest = text[:, window.begin :].clone() if window.begin else text
+        reading.recent[layer] = Recent(rest, window.waiting)
+        return anew or bool(window.rows)
+
     def _retrieve(self, layer: int, hidden: Tensor) -> list[Retrieved | None]:
         mask = self._query_mask
-        if mask is None or mask.shape != hidden.shape[:2] or mask.device != hidden.device:
+        if mask is None or mask.device != hidden.device:
             mask = self._query_mask = self._tokens_asked_with(hidden)
         return self.reading.mechanism.retrieve(layer, hidden, mask, self.reading.views)
 
     def _tokens_asked_with(self, hidden: Tensor) -> Tensor:
         """``[B, T]`` bool: the tokens that retrieve; the same in all layers."""
-        mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        if self.text_mask is not None:
-            step = self.text_mask.shape[0] // hidden.shape[0]
-            mask = self.text_mask[::step, : hidden.shape[1]].to(hidden.device)
-        limit = self.reading.mechanism.config.query_tokens
-        if limit is not None:
-            mask = mask & (mask.cumsum(1) <= limit)
+        reading = self.reading
+        mask = self._text(hidden).to(hidden.device)
         if not bool(mask.any(1).all()):
             row = int((~mask.any(1)).nonzero()[0])
             raise InputError(f"attention_mask must leave at least one token in every batch row, row {row} has none")
-        return mask
+        if reading.query_mask is not None:
+            mask = mask & reading.query_mask[:, : hidden.shape[1]].to(hidden.device)
+        limit = reading.query_tokens
+        return first_tokens(mask, reading.mechanism.config.query_tokens if limit is None else limit)
 
-    def _due(self, layer: int, hidden: Tensor, repeats: int) -> bool:
-        """Collect a further token; when enough have come, forget what was retrieved so that it is done anew."""
+    def _text(self, hidden: Tensor) -> Tensor:
+        """``[B, T]`` bool: which places of ``hidden`` ``[B, T, d]``, one row per stream, are text."""
+        if self.text_mask is None:
+            return torch.ones(hidden.shape[:2], dtype=torch.bool)
+        step = self.text_mask.shape[0] // hidden.shape[0]
+        return self.text_mask[::step, : hidden.shape[1]]
+
+    def _due(self, hidden: Tensor) -> Window:
+        """Which rows retrieve anew in this forward; the same in all layers."""
+        if self._window is None:
+            reading, text = self.reading, self._text(hidden).cpu()
+            first = 1 if self.piece else hidden.shape[1]
+            if self._first:
+                context = text if reading.context_tokens is None else first_tokens(text, reading.context_tokens)
+                text, first = text & ~context, 0
+            before = next(iter(reading.recent.values()), None)
+            every: Any = reading.retrieve_every
+            self._window = Window.of(None if before is None else before.waiting, text, first, every)
+        return self._window
+
+    def _retrieve_anew(self, layer: int, hidden: Tensor, window: Window) -> None:
+        """Exchange what the rows of ``window`` retrieved, with ``hidden`` ``[rows, T, d]`` as queries."""
         reading = self.reading
-        if reading.retrieve_every is None:
-            return False
-        seen = reading.recent.setdefault(layer, [])
-        seen.append(hidden.detach())
-        if sum(part.shape[1] for part in seen) < reading.retrieve_every:
-            return False
-        recent = torch.cat(seen, 1)[::repeats]
-        reading.recent[layer] = []
-        everything = ReadSource(reading, None)
-        with torch.no_grad():
-            reading.retrieved[layer] = everything._retrieve(layer, recent)
-        return True
+        queries = first_tokens(window.queries.to(hidden.device), reading.mechanism.config.query_tokens)
+        views = [reading.views[row] for row in window.rows]
+        now = list(reading.retrieved[layer])
+        for row, found in zip(window.rows, reading.mechanism.retrieve(layer, hidden, queries, views), strict=True):
+            now[row] = found
+        reading.retrieved[layer] = now
 
 
 def assemble(
