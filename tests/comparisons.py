@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = 2e-5
 HYBRID_TOLERANCE = 1e-4
-"""Recurrences run step by step round differently: without a memory the same comparisons differ by up to 2.6e-4."""
+"""What the recorded table is held to; tests measure what rounding does where they run (`tests/noise.py`). Recurrences
+run step by step round differently, without a memory too."""
 
 SEARCHES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},

@@ -96,7 +96,15 @@ class InFloat64(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is Tensor.float:
             return args[0].double()
+        if func is torch._grouped_mm:  # noqa: SLF001 - what torch.nn.functional.grouped_mm calls; it has no float64
+            return _grouped(*args, kwargs["offs"])
         return func(*(_wide(value) for value in args), **{name: _wide(value) for name, value in kwargs.items()})
+
+
+def _grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """``[n, k] @ [g, k, m]`` where ``ends`` ``[g]`` says up to which row each of the g matrices is meant."""
+    parts = rows.tensor_split(ends[:-1].cpu().long())
+    return torch.cat([part @ weight for part, weight in zip(parts, weights, strict=True)])
 
 
 def _wide(value: Any) -> Any:

@@ -55,7 +55,7 @@ def assert_same(one: Memory, other: Memory) -> None:
     for name, value in found.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             torch.testing.assert_close(
-                value, wanted[name], atol=2e-5, rtol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+                value, wanted[name], atol=tiny.rounding(), rtol=0, msg=lambda text, name=name: f"{name}: {text}"
             )
         elif isinstance(value, torch.Tensor):
             assert torch.equal(value, wanted[name]), name

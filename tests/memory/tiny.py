@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import mplus
+from mplus.hf.reading_as import reading_as
+from mplus.testing.rounding import InFloat64, allowed
 from tests.architectures import BY_NAME, VOCAB_SIZE
 
 if TYPE_CHECKING:
@@ -69,6 +73,29 @@ def ids(tokens: int, seed: int = 0) -> Tensor:
 def prompts(rows: int, tokens: int = 7, seed: int = 1000) -> Tensor:
     """``[rows, tokens]`` random ids."""
     return torch.stack([ids(tokens, seed + row) for row in range(rows)])
+
+
+@functools.cache
+@torch.no_grad()
+def rounding(name: str = "paper") -> float:
+    """How far logits and rows of memory may be apart that are computed in two ways, as in batches of two sizes.
+
+    Several times what is measured in float32 against the same decoder in float64: rows of a memory that was written to
+    for as long as one of the tests is, each chunk after the rows of the one before, and a text that is read with it.
+    """
+    found: list[list[Tensor]] = []
+    for model, mode in ((variant(name), nullcontext()), (copy.deepcopy(variant(name)).double(), InFloat64())):
+        memory = model.new_memory(seed=3)
+        with mode:
+            for turn in range(6):
+                memory.write(ids(3 * CHUNK, 900 + turn))
+            # Scores of rows are float32 whatever the decoder is in.
+            without = nullcontext() if model.mplus.retriever is None else reading_as(model, retrieved_tokens=0)
+            with without:
+                logits = model(prompts(1), memory=memory).logits
+        held = content(memory)
+        found.append([logits, *(held[key] for key in sorted(held) if key.endswith(("hidden", "key")))])
+    return max(allowed(plain, exact) for plain, exact in zip(*found, strict=True))
 
 
 def content(memory: Memory) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def same_rows(dense_row, rows):
     order, wanted = birth.argsort(), rows.birth.argsort()
     assert torch.equal(birth[order], rows.birth[wanted])
     assert torch.equal(source[order], rows.source[wanted])
-    torch.testing.assert_close(hidden[order], rows.hidden[wanted], rtol=0, atol=2e-5)
+    torch.testing.assert_close(hidden[order], rows.hidden[wanted], rtol=0, atol=tiny.rounding())
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_streams_are_read_as_memories_are(name):
         read = DenseDecoder(model).read(dense, texts, picker=ScorePicker(retriever))
         for place in range(2):
             expected = model(input_ids=texts[:, place], memory=memory).logits
-            torch.testing.assert_close(read.logits[:, place], expected, rtol=0, atol=5e-5)
+            torch.testing.assert_close(read.logits[:, place], expected, rtol=0, atol=tiny.rounding())
     assert all(seen.picked.shape == (3, 2, tiny.K0) for seen in read.layers.values())
 
 
@@ -100,7 +100,7 @@ def test_a_stream_does_the_same_in_every_process_layout():
             alone.write(ids[2:], torch.tensor([turn]))
     for layer in range(3):
         assert torch.equal(alone.stm_birth[layer][0], together.stm_birth[layer][2])
-        torch.testing.assert_close(alone.stm[layer][0], together.stm[layer][2], rtol=0, atol=5e-5)
+        torch.testing.assert_close(alone.stm[layer][0], together.stm[layer][2], rtol=0, atol=tiny.rounding())
 
 
 def test_a_saved_state_goes_on_as_the_streams_would_have():
