@@ -10,7 +10,7 @@ export PYTHON
 # Once installed, nothing here needs the network.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint type pytest docs test-matrix test-nightly clean
+.PHONY: demo test lint type pytest docs test-matrix test-nightly test-cpus clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt tools/environment.sh
 	tools/environment.sh $(VENV)
@@ -46,6 +46,9 @@ test-matrix:  ## The tests with the oldest supported transformers and with the n
 
 test-nightly: $(VENV)/.installed  ## The tests in their long modes; commits a record of the run
 	$(VENV)/bin/python tools/nightly.py
+
+test-cpus: $(VENV)/.installed  ## The tests that compare two computations, as processors of other kinds round
+	$(VENV)/bin/python tools/cpus.py
 
 clean:  ## Remove what was built, but keep the environments
 	rm -rf build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -14,6 +14,8 @@ from tests.architectures import BY_NAME, HYBRIDS, PURE, REFUSED, Architecture, e
 from tests.comparisons import SEARCHES, WRITTEN
 from tests.retrofitted import CHUNK, K, Pair, config_for, retrofit
 
+pytestmark = pytest.mark.two_computations
+
 UNSTABLE = "a growing sequence changes the frequencies of keys already cached, with or without memory"
 
 

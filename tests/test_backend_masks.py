@@ -12,6 +12,8 @@ from mplus.backends.base import AttentionRequest, Segment
 from mplus.backends.masks import without_mask
 from mplus.backends.reference import ReferenceBackend
 
+pytestmark = pytest.mark.two_computations
+
 
 def request(batch: int, length: int, text: int, seed: int = 0) -> AttentionRequest:
     made = torch.Generator().manual_seed(seed)

@@ -25,6 +25,8 @@ from mplus.testing.registered import suites
 from mplus.testing.strategies import CONFORMANCE, RequestShape, request_shapes
 from tests.gradients import MERGE_CASES, check_merge, leaves_of, rebuilt, without_nan
 
+pytestmark = pytest.mark.two_computations
+
 globals().update(suites(BackendConformance, BACKENDS))
 del globals()["TestTritonBackendConformance"]  # runs on GPUs, or interpreted: tests/interpreted has its suite
 del globals()["TestFlexBackendConformance"]  # a second for every request on a CPU: TestFlex has some

@@ -17,6 +17,8 @@ from mplus.testing.rounding import allowed, check_close, error, nudged
 from mplus.testing.strategies import CONFORMANCE, draw_rows
 from tests.indexed import check_alike, check_scores
 
+pytestmark = pytest.mark.two_computations
+
 SHAPE = RetrieverShape(layers=1, hidden_size=4)
 
 

@@ -30,6 +30,8 @@ from mplus.testing.strategies import draw_rows
 from tests.indexed import LAYOUT, WIDTH, append, check_best, check_scores, made, normal, select, store_of
 from tests.memory.tiny import build, prompts
 
+pytestmark = pytest.mark.two_computations
+
 
 class Indexed(RetrieverConformance):
     """With an index from the first rows on."""

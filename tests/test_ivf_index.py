@@ -16,6 +16,8 @@ from mplus.retrievers.ivf import IvfIndex
 from mplus.retrievers.shelf import differences
 from tests.indexed import append, check_alike, check_best, made, normal, select, store_of
 
+pytestmark = pytest.mark.two_computations
+
 
 class TestSaving:
     def test_an_equal_store_takes_an_index_over_without_training(self, caplog):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 K = 4
 """Rows written per chunk."""
 
-pytestmark = pytest.mark.usefixtures("_no_grad")
+pytestmark = [pytest.mark.usefixtures("_no_grad"), pytest.mark.two_computations]
 
 
 @pytest.fixture

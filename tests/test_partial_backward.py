@@ -24,6 +24,8 @@ from tests.gradients import (
     without_nan,
 )
 
+pytestmark = pytest.mark.two_computations
+
 
 @pytest.mark.parametrize("name", PART_CASES)
 def test_cases(name):

@@ -13,6 +13,8 @@ from tests.architectures import BY_NAME
 from tests.comparisons import error
 from tests.retrofitted import retrofit
 
+pytestmark = pytest.mark.two_computations
+
 
 def placed(positions: MemoryPositions, rows: int, offset: int = 0) -> list[int]:
     (place,) = positions.of_rows(torch.arange(rows), rows, offset).tolist()

@@ -18,6 +18,8 @@ from mplus.interop.tensors import WEIGHTS, TensorFiles
 from tests.published_layout import LAYERS, LTM_BLOCKS, POOL_BLOCKS, K, config, state_dict, write_folder
 from tests.published_reference import PublishedReference
 
+pytestmark = pytest.mark.two_computations
+
 TEXT = torch.tensor([[5, 17, 3, 88, 41, 9, 60]])
 SHORT = torch.tensor([[5, 17]])
 CASES = {

@@ -15,6 +15,8 @@ from mplus.retrievers import ranking
 from mplus.retrievers.ranking import best_rows, top_places
 from mplus.stores.base import Piece
 
+pytestmark = pytest.mark.two_computations
+
 NUMBERS = st.sampled_from(
     [0.0, -0.0, 1.0, -1.0, 1.5, -1.5, 2.0**-126, -(2.0**-126), 2.0**127, -(2.0**127), math.inf, -math.inf, math.nan]
 )

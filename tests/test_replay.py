@@ -23,6 +23,8 @@ from mplus.interop.trace import STEPS, TENSORS, WEIGHTS, Trace
 from mplus.mechanisms.memoryllm import MemoryLLMMechanism
 from mplus.mechanisms.mplus import MPlusMechanism
 
+pytestmark = pytest.mark.two_computations
+
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = sorted(path.parent.name for path in GOLDENS.glob(f"*/{STEPS}"))
 

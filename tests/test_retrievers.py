@@ -25,6 +25,8 @@ from mplus.testing.retrievers import RetrieverConformance, exact_scores
 from mplus.testing.rounding import allowed, check_ranking, error, nudged
 from mplus.testing.strategies import CONFORMANCE, draw_rows
 
+pytestmark = pytest.mark.two_computations
+
 globals().update(suites(RetrieverConformance, RETRIEVERS))
 
 SHAPE = RetrieverShape(layers=2, hidden_size=6)

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from mplus.testing.rounding import InFloat64, allowed, check_close, check_ranking, error, nudged
 from tests.memory.tiny import build
 
+pytestmark = pytest.mark.two_computations
+
 
 def drawn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -97,7 +97,7 @@ class InFloat64(TorchFunctionMode):
         if func is Tensor.float:
             return args[0].double()
         if func is torch._grouped_mm:  # noqa: SLF001 - what torch.nn.functional.grouped_mm calls; it has no float64
-            return _grouped(*args, kwargs["offs"])
+            return _grouped(args[0], args[1], kwargs["offs"])
         return func(*(_wide(value) for value in args), **{name: _wide(value) for name, value in kwargs.items()})
 
 

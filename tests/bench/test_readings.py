@@ -12,6 +12,8 @@ from mplus.bench.presets import preset
 from mplus.bench.variants import VARIANTS
 from mplus.bench.ways import PLAIN_WAYS, MemoryReader, ways_with
 
+pytestmark = pytest.mark.two_computations
+
 TINY = preset("tiny")
 CPU = torch.device("cpu")
 CLOSE = {"rtol": 0.0, "atol": 2e-6}

@@ -20,6 +20,8 @@ from tests.memory.tiny import assert_same, content
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.two_computations
+
 FOLDERS = {1: (make_live_v1.FOLDER, FIRST), 2: (make_live_v2.FOLDER, PRESENT)}
 
 

@@ -23,6 +23,8 @@ from mplus.retrievers.random import RandomRetriever
 from tests.evaluation.bench import bench
 from tests.memory.tiny import K0, N, build
 
+pytestmark = pytest.mark.two_computations
+
 TEXTS = (
     "the red house stands near the old river bank today",
     "grey cats sleep under warm stones all morning long now",

@@ -10,6 +10,8 @@ from mplus.evaluation.generating import Generation, answers, cache_bytes
 from tests.evaluation.bench import SmallTokenizer, model
 from tests.memory.tiny import assert_content, content, ids, written
 
+pytestmark = pytest.mark.two_computations
+
 PROMPTS = [[5, 9, 40], [7], [11, 12, 13, 14, 15, 16]]
 
 

@@ -16,6 +16,8 @@ from mplus.hf.reading_as import reading_as
 from tests.evaluation.bench import SmallTokenizer, model
 from tests.memory.tiny import K0, N, build
 
+pytestmark = pytest.mark.two_computations
+
 OPTIONS = {"text_tokens": 12, "known_tokens": 4, "pieces": 5, "batch": 2, "unrelated_tokens": 160}
 
 

@@ -33,6 +33,8 @@ from mplus.training.picking import ScorePicker
 from mplus.training.recall.language import Language
 from mplus.training.turns import NO_ONE
 
+pytestmark = pytest.mark.two_computations
+
 LANGUAGE = Language(relations=5, firsts=12, lasts=12)
 TELLING = Telling(language=LANGUAGE, ages=(0, 2, 9), streams=3, rounds=2, between=3, seed=4)
 

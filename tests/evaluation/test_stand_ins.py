@@ -13,6 +13,8 @@ from mplus.evaluation.watching import WatchingMechanism
 from mplus.hf.reading_as import reading_as
 from tests.memory.tiny import K0, build, prompts, variant, written
 
+pytestmark = pytest.mark.two_computations
+
 
 def test_a_retriever_without_keys_is_taken_as_it_is():
     retriever = retriever_for(variant("paper"), "random", seed=4)

@@ -22,6 +22,8 @@ from tests.evaluation import data
 from tests.evaluation.bench import CHUNK, SmallTokenizer, bench, model
 from tests.memory.tiny import K0, SIZES, build, prompts, written
 
+pytestmark = pytest.mark.two_computations
+
 GENERATION = Generation(tokens=1)
 
 

@@ -19,6 +19,8 @@ from tests.retrofitted import Pair, retrofit
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.two_computations
+
 FIRST, SECOND = ids(1, 9, seed=1), ids(1, 6, seed=2)
 
 

@@ -16,6 +16,8 @@ from tests.retrofitted import CHUNK, Pair, retrofit
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.two_computations
+
 TEXT = ids(1, 9)
 
 

@@ -18,6 +18,8 @@ from tests.architectures import BY_NAME
 from tests.hf.references import TOLERANCE, aligned, error, ids, stir
 from tests.retrofitted import CHUNK, config_for, retrofit
 
+pytestmark = pytest.mark.two_computations
+
 TEXT, CHUNKS = ids(1, 9), ids(1, 6 * CHUNK, seed=1)[0]
 NAMES = {
     "llama": ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"),

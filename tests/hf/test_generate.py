@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from mplus.memory import Memory
 
+pytestmark = pytest.mark.two_computations
+
 STEPS = 8
 GREEDY: dict[str, Any] = {"max_new_tokens": STEPS, "do_sample": False}
 

@@ -20,6 +20,8 @@ from tests.architectures import BY_NAME
 from tests.hf.references import TOLERANCE, error, ids, stir
 from tests.retrofitted import retrofit
 
+pytestmark = pytest.mark.two_computations
+
 
 def states(tokens: int, seed: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     made = torch.Generator().manual_seed(seed)

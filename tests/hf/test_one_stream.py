@@ -16,6 +16,8 @@ from tests.memory import tiny
 if TYPE_CHECKING:
     from mplus.memory import Memory
 
+pytestmark = pytest.mark.two_computations
+
 TEXTS = tiny.prompts(3)
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 

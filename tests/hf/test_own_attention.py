@@ -20,6 +20,8 @@ from tests.retrofitted import CHUNK, SIZES, config_for, retrofit
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.two_computations
+
 BY_ITSELF = {"falcon-new", "falcon-multi-query", "bloom", "diffllama", "gptj", "codegen"}
 """Attend by themselves, so that only their cache can be looked into."""
 TEXT = ids(1, 9)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+pytestmark = pytest.mark.two_computations
+
 FAMILIES = ("llama", "gpt2", "phi3", "falcon-new")
 """Separate projections; transposed ones; fused ones; attention without a pluggable function."""
 

@@ -16,6 +16,8 @@ from tests.architectures import BY_NAME
 from tests.comparisons import TOLERANCE, error
 from tests.retrofitted import CHUNK, K, Pair, retrofit
 
+pytestmark = pytest.mark.two_computations
+
 
 @pytest.fixture(scope="module")
 def shared() -> Pair:

@@ -17,6 +17,8 @@ from tests.retrofitted import Pair, retrofit
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.two_computations
+
 STEPS = 5
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+pytestmark = pytest.mark.two_computations
+
 TEXTS = [{"input_ids": row, "labels": row} for row in ids(12, 9, seed=4)]
 
 

@@ -21,6 +21,8 @@ from tests.memory.counting import LAYERS, counting_memory, numbers, tiers
 if TYPE_CHECKING:
     from mplus.memory import Memory
 
+pytestmark = pytest.mark.two_computations
+
 HISTORY = settings(max_examples=max(50, settings().max_examples // 2))
 
 

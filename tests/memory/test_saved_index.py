@@ -14,6 +14,8 @@ from tests.memory.tiny import build, prompts
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.two_computations
+
 RETRIEVER = {"name": "faiss_ivf", "width": 8, "least": 3, "cells": 2, "probes": 1}
 
 

@@ -15,6 +15,8 @@ from tests.memory import tiny
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.two_computations
+
 LENGTHS = [150, 40, 260]
 ROWS = [2, 0, 2, 2, 1]
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from mplus.memory import Memory
 
+pytestmark = pytest.mark.two_computations
+
 GENERATIONS = on_every_change(35, nightly=100)
 TOKENS = 3
 

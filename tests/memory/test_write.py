@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from mplus.memory import Memory
 
+pytestmark = pytest.mark.two_computations
+
 
 @pytest.fixture
 def memory() -> Memory:

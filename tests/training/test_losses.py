@@ -9,6 +9,8 @@ import torch
 
 from mplus.training.losses import accuracy, balanced_bce, contrastive, token_loss
 
+pytestmark = pytest.mark.two_computations
+
 GENERATOR = torch.Generator().manual_seed(0)
 
 

@@ -13,6 +13,8 @@ from mplus.training.streams import StreamBatch
 from mplus.training.turns import NO_ONE, Turn
 from tests.memory import tiny
 
+pytestmark = pytest.mark.two_computations
+
 STREAMS, CHUNKS, TEXTS, TOKENS = 2, 2, 3, 6
 GROUPS = ("write adapter", "read adapter", "mark", "begin", "queries", "keys")
 

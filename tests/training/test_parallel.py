@@ -19,6 +19,8 @@ from mplus.testing.rounding import check_close
 from mplus.training import train
 from tests.training.parallel_worker import STEPS, exact_gradients, table, watched
 
+pytestmark = pytest.mark.two_computations
+
 ROOT = Path(__file__).parents[2]
 KINDS = ("ddp", "fsdp2")
 

@@ -11,6 +11,8 @@ from mplus.training.picking import ScorePicker
 from mplus.training.streams import StreamBatch
 from tests.memory import tiny
 
+pytestmark = pytest.mark.two_computations
+
 SEED = 3
 
 
