@@ -32,7 +32,14 @@ def test_every_block_does_what_the_page_says(tmp_path, monkeypatch):
             expect(text, printed.getvalue())
             shown.append(text)
     assert len(shown) >= 8
-    assert {path.name for path in tmp_path.iterdir()} == {"garden", "garden-model", "garden-adapter", "garden-both", "memory.toml", "memory.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "garden",
+        "garden-model",
+        "garden-adapter",
+        "garden-both",
+        "memory.toml",
+        "memory.json",
+    }
 
 
 def expect(lines: str, printed: str) -> None:
