@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -27,6 +28,7 @@ from mplus.evaluation.recall.retention import retention, tell
 from mplus.evaluation.recall.telling import Round, Telling, rounds, untold_round
 from mplus.evaluation.stand_ins import with_own_parameters
 from mplus.stores.base import StoreLayout
+from mplus.testing.rounding import InFloat64, check_close
 from mplus.training.dense import DenseDecoder
 from mplus.training.long_term import LongTermRows
 from mplus.training.picking import ScorePicker
@@ -169,8 +171,11 @@ def test_the_window_arm_is_the_decoder_alone_over_the_text():
         expected = model()(input_ids=prompt[None]).logits[0, -1]
         alone = NoMemory().answer(DenseDecoder(model()), streams, asked, episodes)
         bare = model()(input_ids=asked.texts[2, 1, :4][None]).logits[0, -1]
-    torch.testing.assert_close(answered.first[2, 1], expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(alone.first[2, 1], bare, rtol=0, atol=1e-5)
+        wide = copy.deepcopy(model()).double()
+        with InFloat64():
+            exact = [wide(input_ids=text[None]).logits[0, -1] for text in (prompt, asked.texts[2, 1, :4])]
+    check_close(answered.first[2, 1], expected, exact[0])
+    check_close(alone.first[2, 1], bare, exact[1])
     assert answered.attended == 36
     assert answered.state_bytes == 32 * 8
 
@@ -233,8 +238,10 @@ def test_a_retriever_selects_from_stores_that_follow_the_streams():
         with torch.no_grad():
             found, values = picker.pick(1, text, queries, rows.hidden, rows, 4)
             expected, scores = ScorePicker(retriever).pick(1, text, queries, rows.hidden, rows, 4)
-        assert torch.equal(found, expected)
         torch.testing.assert_close(values, scores)
+        for other, own, score in zip(*(each.flatten().tolist() for each in (found, expected, scores)), strict=True):
+            tied = int((scores - score).abs().lt(1e-6).sum()) > 1
+            assert other == own or tied
 
 
 def test_another_retriever_is_an_arm():
