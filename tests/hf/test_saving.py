@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -18,7 +19,7 @@ import mplus
 from mplus.errors import CheckpointError, NotSupported
 from mplus.hf.shipped import load_decoder, load_tokenizer
 from tests.architectures import BY_NAME
-from tests.hf.references import aligned, error, ids, stir
+from tests.hf.references import TOLERANCE, aligned, error, ids, stir
 from tests.retrofitted import CHUNK, config_for, retrofit
 
 TEXT = ids(1, 9)
@@ -173,6 +174,7 @@ def test_sharded_base(tmp_path: Path) -> None:
     assert torch.equal(remembering(again(tmp_path)), remembering(model))
 
 
+@pytest.mark.two_computations
 def test_bfloat16(tmp_path: Path) -> None:
     BY_NAME["llama"].build().save_pretrained(tmp_path / "wide")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "wide", dtype=torch.bfloat16)
@@ -184,7 +186,8 @@ def test_bfloat16(tmp_path: Path) -> None:
     assert torch.equal(remembering(loaded), remembering(model))
     wide = again(tmp_path, dtype=torch.float32)
     assert {parameter.dtype for parameter in wide.parameters()} == {torch.float32}
-    assert error(remembering(wide), remembering(model).float()) < 0.3
+    # What it computes in bfloat16 is off by more on some processors than on others.
+    assert error(remembering(wide), remembering(copy.deepcopy(model).float())) < TOLERANCE
 
 
 def test_a_pool_comes_back(tmp_path: Path) -> None:
