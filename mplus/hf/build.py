@@ -15,6 +15,7 @@ from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.additions import MemoryAdditions
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.memory.budget import Budget
+from mplus.memory.checks import check_device
 from mplus.memory.memory import Memory
 from mplus.memory.texts import Texts
 from mplus.retrievers import RETRIEVERS
@@ -74,7 +75,7 @@ def new_memory(
     layout = evolve(
         layout,
         expiry=layout.expiry or policy.lifetime is not None,
-        device=layout.device if device is None else torch.device(device),
+        device=layout.device if device is None else check_device(device),
     )
     generators = [torch.Generator().manual_seed(seed + row) for row in range(batch_size)]
     states = [engine.new_state(layout) for _ in range(batch_size)]

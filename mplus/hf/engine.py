@@ -16,7 +16,7 @@ from mplus.errors import MemoryMismatchError, NotSupported
 from mplus.hf.attention import BASES, PREFIX
 from mplus.hf.discovery import AttentionSpec
 from mplus.hf.fingerprint import fingerprint
-from mplus.hf.modes import input_device
+from mplus.hf.modes import bring_back, input_device
 from mplus.hf.open_readings import OpenReadings
 from mplus.hf.own_attention import OwnAttention
 from mplus.hf.passes import Marks, Pass, Prefix, PrefixSource, Project, run_in
@@ -124,8 +124,18 @@ class DecoderEngine:
             device=self.device,
         )
 
+    def bring_additions(self) -> None:
+        """Have what mplus added at hand. Raises NotSupported when it has no values.
+
+        It is looked at outside of any ``forward``, so accelerate, which may have offloaded it, would not bring it.
+        """
+        additions = getattr(self.model, "mplus", None)
+        if additions is not None:
+            bring_back(additions, f"what mplus.wrap added to {type(self.model).__name__} (model.mplus)")
+
     def new_state(self, layout: StoreLayout) -> StreamState:
         """See ``Engine.new_state``."""
+        self.bring_additions()
         state = self.mechanism.new_state(layout)
         return evolve(
             state,
@@ -275,6 +285,7 @@ class DecoderEngine:
                 f"this memory's {type(self.model).__name__} is no longer wrapped: save memories before mplus.unwrap, "
                 "and load them for the model once it is wrapped again"
             )
+        self.bring_additions()
 
     def check_attention(self) -> None:
         """Raises NotSupported when the decoder would pass memory by: its attention is no longer ours."""

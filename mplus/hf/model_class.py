@@ -217,7 +217,8 @@ class MemoryModel:
             kwargs: for saving the decoder (``max_shard_size`` and so on) and for the Hub (``repo_id`` and so on).
 
         Raises:
-            NotSupported: ``distributed_checkpoint`` was asked for.
+            NotSupported: ``distributed_checkpoint`` was asked for, or ``save_base`` of a decoder that accelerate has
+                offloaded without a device map, which transformers does not save either.
         """
         from mplus.hf.saving import save_pretrained
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from mplus.errors import NotSupported
 
 
 @contextmanager
@@ -32,6 +34,53 @@ def execution_device(module: Any) -> torch.device:
 def input_device(model: Any) -> torch.device:
     """Where input ids go."""
     return execution_device(model.get_input_embeddings())
+
+
+def has_values(model: nn.Module) -> bool:
+    """Whether every weight has values, here or where accelerate has put them, and new ones would."""
+    new = nn.Module()
+    new.register_parameter("weight", nn.Parameter(torch.zeros(1)))  # on the meta device within init_empty_weights
+    absent = (module for module in model.modules() if any(p.device.type == "meta" for p in module.parameters(False)))
+    return not on_meta(new) and all(hasattr(module, "_hf_hook") for module in absent)
+
+
+def bring_back(module: nn.Module, what: str) -> None:
+    """Undo what accelerate's offloading did to a small module that is used apart from its ``forward``.
+
+    Raises:
+        NotSupported: it is on the meta device, and nobody has its values.
+    """
+    if not on_meta(module):
+        return
+    from accelerate.hooks import remove_hook_from_submodules
+
+    remove_hook_from_submodules(module)  # this puts the values back where they were
+    if on_meta(module):
+        raise NotSupported(
+            f"{what} is on the meta device, where tensors have no values: load the values (mplus.from_pretrained, or "
+            "to_empty and load_state_dict) before anything is written or read"
+        )
+
+
+def present(model: nn.Module, state: Mapping[str, Tensor], wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The ``wanted`` tensors of a state dict of ``model``; what accelerate has offloaded is brought for a moment."""
+    found = {name: tensor.detach() for name, tensor in state.items() if wanted(name)}
+    absent = [name for name, tensor in found.items() if tensor.device.type == "meta"]
+    if absent:
+        from accelerate.utils import align_module_device
+
+        for path in {name.rpartition(".")[0] for name in absent}:
+            module = model.get_submodule(path)
+            with align_module_device(module):
+                for name in absent:
+                    if name.rpartition(".")[0] == path:
+                        found[name] = getattr(module, name.rpartition(".")[2]).detach().clone()
+    return found
+
+
+def on_meta(module: nn.Module) -> bool:
+    """Whether something in a module has no values here."""
+    return any(tensor.device.type == "meta" for tensor in (*module.parameters(), *module.buffers()))
 
 
 @contextmanager

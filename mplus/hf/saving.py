@@ -19,6 +19,7 @@ from mplus.hf.auto import MPlusModelConfig
 from mplus.hf.fingerprint import digest
 from mplus.hf.hub import COMMIT, find_folder, upload
 from mplus.hf.model_card import model_card
+from mplus.hf.modes import on_meta, present
 from mplus.hf.names import is_addition, plain_name
 from mplus.hf.peft_saving import memory_folder, with_adapters
 from mplus.hf.plain import plain_decoder
@@ -41,6 +42,11 @@ def save_pretrained(
     if kwargs.get("distributed_checkpoint"):
         raise NotSupported("distributed_checkpoint is not supported with memory: pass a gathered state_dict")
     refuse_conflicts(model)
+    if save_base and state_dict is None and not hasattr(model, "hf_device_map") and on_meta(model):
+        raise NotSupported(
+            "transformers cannot save a decoder that accelerate has offloaded without a device map: bring it back with "
+            "accelerate.hooks.remove_hook_from_submodules(model), or save without save_base"
+        )
     hub = {name: kwargs.pop(name) for name in ("repo_id", "private", *COMMIT) if name in kwargs}
     tags = kwargs.pop("tags", None)
     folder = Path(directory)
@@ -49,7 +55,7 @@ def save_pretrained(
         decoder, tree = plain_decoder(model)
         plain = None if state_dict is None else tree.plain_state(state_dict)
         decoder.save_pretrained(folder / BASE, is_main_process=is_main_process, state_dict=plain, **kwargs)
-    elif digest(model, "base") != model.mplus_installed.base_digest:
+    elif not on_meta(model) and digest(model, "base") != model.mplus_installed.base_digest:
         warnings.warn(
             "the decoder's own weights have changed since mplus.wrap and are not saved with the additions: "
             "use save_pretrained(..., save_base=True)",
@@ -58,7 +64,8 @@ def save_pretrained(
     if not is_main_process:
         return
     state = model.state_dict() if state_dict is None else state_dict
-    additions = {plain_name(name): tensor.detach().contiguous() for name, tensor in state.items() if is_addition(name)}
+    additions = present(model, state, is_addition)
+    additions = {plain_name(name): tensor.contiguous() for name, tensor in additions.items()}
     save_file(additions, folder / WEIGHTS, metadata={"format": "pt"})
     config = _model_config(model)
     config.save_pretrained(folder)

@@ -37,6 +37,7 @@ class TensorGroup:
         self.named = [(name, tensor) for name, tensor in every if tensor.device.type != "meta"]
         self.sampled = sampled
         self.facts = tuple(facts)
+        self.empty = not every
         self._partial = len(self.named) < len(every) or any(hasattr(tensor, "to_local") for _, tensor in every)
         self._moment: object = None
         self._mark: tuple[Any, ...] = ()

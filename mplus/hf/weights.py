@@ -101,6 +101,7 @@ class Watch:
 
     def look(self) -> Look:
         """The weights as they are now. Raises InputError and NotSupported for adapters that memory does not go with."""
+        self._engine.bring_additions()
         with self._lock:
             plan, moment = self._present(), object()
             switches = self.switches(plan)
@@ -135,7 +136,9 @@ class Watch:
 
     def _state(self, plan: Plan, moment: object, wanted: tuple[str, ...] | None) -> WeightsState:
         adapter = self._engine.adapter("read")
-        own = [{adapter: group.digest(moment)} if adapter and group.named else {} for group in (plan.own, plan.key_own)]
+        own = [
+            {adapter: group.digest(moment)} if adapter and not group.empty else {} for group in (plan.own, plan.key_own)
+        ]
         projecting = _adapters(plan, moment, "projects", wanted, own[0])
         keys = _adapters(plan, moment, "keys", wanted, own[1])
         return WeightsState(projecting, plan.base.digest(moment), keys, plan.key_base.digest(moment))

@@ -20,7 +20,7 @@ from mplus.hf.discovery import Anatomy, discover
 from mplus.hf.engine import DecoderEngine
 from mplus.hf.fingerprint import digest
 from mplus.hf.model_class import memory_model_class
-from mplus.hf.modes import in_eval_mode, input_device
+from mplus.hf.modes import has_values, in_eval_mode, input_device
 from mplus.hf.passes import carry_memory, change_class, drop_memory
 from mplus.hf.peft_model import PeftMemoryModel, peft_model_class
 from mplus.hf.positions import MemoryPositions
@@ -145,6 +145,11 @@ def _decoder(model: Any) -> Any:
         raise NotSupported(f"{name} is an encoder-decoder; mplus wraps decoders")
     if "mplus_installed" in decoder.__dict__:
         raise NotSupported(f"{name} is wrapped already: use mplus.unwrap first")
+    if not has_values(decoder):
+        raise NotSupported(
+            f"{name} has weights on the meta device, which have no values: load it first, and wrap outside of "
+            "accelerate's init_empty_weights"
+        )
     return decoder
 
 

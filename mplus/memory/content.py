@@ -83,6 +83,11 @@ class MemoryContent:
         return self._stores
 
     @property
+    def usage(self) -> tuple[Usage | None, ...]:
+        """Notes on what was retrieved from each stream, where the eviction policy goes by them."""
+        return self._usage
+
+    @property
     def device(self) -> torch.device:
         """Where the rows are kept."""
         return self._stores[0].layout.device
@@ -133,7 +138,7 @@ class MemoryContent:
         Raises:
             InputError: there is no such batch row.
         """
-        check_row(row, self.batch_size)
+        row = check_row(row, self.batch_size)
         return sources_of(self.snapshot()[row], self.engine.mechanism)
 
     def __repr__(self) -> str:
@@ -143,6 +148,5 @@ class MemoryContent:
         )
         more = ", ..." if self.batch_size > 4 else ""
         limit = "" if self.capacity is None else f", at most {self.capacity} LTM ({self.text_capacity} text tokens)"
-        return (
-            f"Memory(batch_size={self.batch_size}, rows per layer: {rows}{more}{limit}, {self.nbytes / 2**20:.1f} MiB)"
-        )
+        kind, size = type(self).__name__, f"{self.nbytes / 2**20:.1f} MiB"
+        return f"{kind}(batch_size={self.batch_size}, rows per layer: {rows}{more}{limit}, {size})"

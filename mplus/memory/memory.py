@@ -13,10 +13,10 @@ from attrs import evolve
 from torch import Tensor
 
 from mplus.config import Component
-from mplus.errors import InputError, MemoryPickleError
-from mplus.memory.budget import Budget
-from mplus.memory.checks import check_chunk, check_dtype, check_row, check_rows, check_vocabulary
+from mplus.errors import InputError
+from mplus.memory.checks import check_chunk, check_dtype, check_row, check_rows, check_target, check_vocabulary
 from mplus.memory.chunking import to_names
+from mplus.memory.copying import copied, moved, pickle_error
 from mplus.memory.engine import engine_of
 from mplus.memory.forgetting import forget
 from mplus.memory.keeping import Stayed
@@ -24,14 +24,12 @@ from mplus.memory.opened import Opens
 from mplus.memory.rebuilding import rebuilt
 from mplus.memory.refreshing import out_of_date, refresh
 from mplus.memory.report import ForgetReport, WriteReport
-from mplus.memory.sharing import distinct, each, unshared
+from mplus.memory.sharing import distinct, unshared
 from mplus.memory.stream import StreamState
 from mplus.memory.texts import Texts
 from mplus.memory.weights_state import WeightsState
 from mplus.memory.write_context import WriteContext
 from mplus.memory.writing import Made, Stream, keys, write, write_streams
-from mplus.rows import MemoryRows
-from mplus.stores.base import MemoryStore
 from mplus.stores.disk.folder import FILE_MODE
 
 T = TypeVar("T")
@@ -242,7 +240,7 @@ class Memory(Opens):
             MemoryMismatchError, NonFiniteError: as ``write``, when rebuilding; nothing was changed.
         """
         if row is not None:
-            check_row(row, self.batch_size)
+            row = check_row(row, self.batch_size)
         if mode not in ("drop", "rebuild"):
             raise InputError(f"mode must be 'drop' or 'rebuild', got {mode!r}")
         rows = range(self.batch_size) if row is None else [row]
@@ -274,12 +272,15 @@ class Memory(Opens):
         with self._write_lock:
             self._change(clear)
 
-    def fork(self) -> Memory:
-        """An independent memory with the same content and the same future draws."""
+    def fork(self, row: int | None = None) -> Memory:
+        """An independent memory with the same content and the same future draws; of one batch row, or of all."""
+        rows = range(self.batch_size) if row is None else [check_row(row, self.batch_size)]
         with self._state_lock:
-            return self._copy(range(self.batch_size), lambda store: store.fork())
+            return copied(self, rows, lambda store: store.fork())
 
-    __copy__ = fork
+    def __copy__(self) -> Memory:
+        """Return a fork."""
+        return self.fork()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
         """Return a fork; where the decoder is copied along, it belongs to that copy."""
@@ -290,51 +291,38 @@ class Memory(Opens):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Raise MemoryPickleError: a memory belongs to a decoder, and its rows may lie in files."""
-        raise MemoryPickleError(
-            "a memory cannot be pickled (by pickle, torch.save, or to reach another process), since it belongs to one "
-            "decoder: use memory.save(path) and mplus.Memory.load(path, model) there, or keep it in a directory and "
-            "use mplus.Memory.open(path, model, read_only=True) there"
-        )
+        raise pickle_error()
 
-    def select(self, rows: Sequence[int]) -> Memory:
+    def select(self, rows: Sequence[int] | Sequence[bool] | Tensor) -> Memory:
         """An independent memory of these batch rows, in this order; a row may come several times.
 
         Copies of a row share everything until they are written, and are retrieved from together; each goes on as the
         row itself would. (To read a memory of one stream with a batch, pass it as it is.)
 
+        Args:
+            rows: numbers, as a list or ``[n]`` tensor (of beams, say), or a mask with a bool for each batch row.
+
         Raises:
-            InputError: no rows, or there is no such batch row.
+            InputError: no rows, or there is no such batch row. Negative numbers do not count from the end.
         """
-        check_rows(rows, self.batch_size)
+        chosen = check_rows(rows, self.batch_size)
         with self._state_lock:
-            return self._copy(rows, lambda store: store.fork())
+            return copied(self, chosen, lambda store: store.fork())
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Memory:
-        """A memory with the same content on another device or in another dtype (an independent copy)."""
-
-        def move(rows: Sequence[MemoryRows]) -> tuple[MemoryRows, ...]:
-            return tuple(part.to(device if device is not None else self.device, dtype) for part in rows)
-
-        def moved(state: StreamState) -> StreamState:
-            newest = tuple(hidden.to(self.device if device is None else device, dtype) for hidden in state.newest)
-            return evolve(state, stm=move(state.stm), pending=move(state.pending), newest=newest)
-
-        with self._state_lock:
-            return self._copy(range(self.batch_size), lambda store: store.to(device, dtype), moved)
-
-    def _copy(
-        self,
-        rows: Sequence[int],
-        copied: Callable[[MemoryStore], MemoryStore],
-        change: Callable[[StreamState], StreamState] = lambda state: state,
+    def to(
+        self, device: torch.device | str | int | torch.dtype | Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Memory:
-        states, stores = each([self._states[i] for i in rows], change), each([self._stores[i] for i in rows], copied)
-        generators = [torch.Generator().set_state(self.generators[row].get_state()) for row in rows]
-        budget = self.budget
-        if budget.bytes is not None and stores[0].layout != self._stores[0].layout:  # rows take another room there
-            budget = Budget.of(budget.bytes, self.engine.config, self.engine.mechanism, stores[0], self.batch_size)
-        usage = [notes.fork() for notes in map(self._usage.__getitem__, rows) if notes is not None]
-        return Memory(self.engine, states, stores, generators, self.eviction, self.tokenizer, budget, usage)
+        """A memory with the same content on another device or in another dtype (an independent copy).
+
+        Args:
+            device, dtype: as of ``torch.Tensor.to``: a device, a floating dtype, or both; or a tensor that has both.
+
+        Raises:
+            InputError: rows cannot be kept in that dtype, or on the meta device.
+        """
+        target = check_target(device, dtype)
+        with self._state_lock:
+            return moved(self, *target)
 
     def save(self, path: str | Path, *, file_mode: int = FILE_MODE) -> None:
         """Write a folder with a JSON manifest and safetensors; an older save there stays whole until this one is.

@@ -42,10 +42,10 @@ def written(model: Any, seed: int = 0, **options: Any) -> Memory:
 
 @pytest.fixture
 def no_forks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fork(self: Memory) -> Memory:
+    def fork(self: Memory, *args: Any) -> Memory:
         raise AssertionError("the memory was forked")
 
-    for name in ("fork", "__copy__", "_copy"):
+    for name in ("fork", "select", "to", "__copy__", "__deepcopy__"):
         monkeypatch.setattr(mplus.Memory, name, fork)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -128,13 +129,87 @@ def test_copies_are_saved_and_loaded(memory: mplus.Memory, tmp_path: Path) -> No
     assert again.stores[0] is again.stores[2]
 
 
-@pytest.mark.parametrize("rows", [[], range(0), 0, "0", None, torch.tensor([0])])
+@pytest.mark.parametrize(
+    ("rows", "chosen"),
+    [
+        (torch.tensor([2, 0, 2]), [2, 0, 2]),
+        (torch.tensor([1, 1], dtype=torch.int32), [1, 1]),
+        (np.array([2, 1]), [2, 1]),
+        ([np.int64(1), torch.tensor(2)], [1, 2]),
+        (torch.tensor([True, False, True]), [0, 2]),
+        (np.array([False, True, False]), [1]),
+        ([False, True, True], [1, 2]),
+        ((0,), [0]),
+    ],
+    ids=str,
+)
+def test_rows_are_numbers_or_a_mask(memory: mplus.Memory, rows: Any, chosen: list[int]) -> None:
+    tiny.assert_same(memory.select(rows), memory.select(chosen))
+
+
+def test_a_fork_of_one_row(memory: mplus.Memory) -> None:
+    tiny.assert_same(memory.fork(1), memory.select([1]))
+    for row in (3, -1, True, 1.0):
+        with pytest.raises(InputError, match="row must be a batch row, 0 to 2, got"):
+            memory.fork(row)  # type: ignore[arg-type]
+
+
+WRONG = [[], range(0), 0, "0", b"0", None, slice(0, 2), torch.tensor(0), torch.tensor([]), torch.tensor([[0]])]
+
+
+@pytest.mark.parametrize("rows", WRONG, ids=str)
 def test_rows_must_be_a_list(memory: mplus.Memory, rows: Any) -> None:
     with pytest.raises(InputError, match="rows must be a list of one batch row or more, got"):
         memory.select(rows)
 
 
-@pytest.mark.parametrize("row", [3, -1, True, 0.0, "0"])
+@pytest.mark.parametrize("row", [3, -1, True, 0.0, "0", None, torch.tensor(True), torch.tensor(0.0), torch.tensor([0])])
 def test_rows_must_be_there(memory: mplus.Memory, row: Any) -> None:
     with pytest.raises(InputError, match="row must be a batch row, 0 to 2, got"):
         memory.select([0, row])
+
+
+@pytest.mark.parametrize("mask", [[True, False], torch.zeros(3, dtype=torch.bool), torch.ones(4, dtype=torch.bool)])
+def test_a_mask_must_choose_among_all_rows(memory: mplus.Memory, mask: Any) -> None:
+    with pytest.raises(InputError, match="rows as a mask must have one bool for each of 3 batch rows"):
+        memory.select(mask)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "device", "dtype"),
+    [
+        ((torch.bfloat16,), "cpu", torch.bfloat16),
+        (("cpu", torch.float16), "cpu", torch.float16),
+        ((torch.zeros(1, dtype=torch.float64),), "cpu", torch.float64),
+        ((torch.zeros(1), torch.float16), "cpu", torch.float16),
+        ((torch.device("cpu"),), "cpu", torch.float32),
+        ((), "cpu", torch.float32),
+    ],
+    ids=str,
+)
+def test_to_takes_what_a_tensor_takes(memory: mplus.Memory, arguments: Any, device: str, dtype: torch.dtype) -> None:
+    moved = memory.to(*arguments)
+    assert (moved.device.type, moved.dtype) == (device, dtype)
+    assert moved.states[0].stm[0].to(dtype=dtype).birth.tolist() == memory.states[0].stm[0].birth.tolist()
+    for name, part in tiny.content(moved).items():
+        if name.endswith((".hidden", ".key")):
+            assert part.dtype == dtype
+            assert torch.equal(part, tiny.content(memory)[name].to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.int8,), "dtype must be a floating torch.dtype, got torch.int8"),
+        ((None, torch.bool), "dtype must be a floating torch.dtype, got torch.bool"),
+        ((None, "float16"), "dtype must be a floating torch.dtype, got 'float16'"),
+        ((torch.float16, torch.float32), "to takes one dtype"),
+        (("meta",), "rows cannot be kept on the meta device"),
+    ],
+    ids=str,
+)
+def test_to_refuses_what_holds_no_rows(memory: mplus.Memory, arguments: Any, message: str) -> None:
+    before = tiny.content(memory)
+    with pytest.raises(InputError, match=message):
+        memory.to(*arguments)
+    tiny.assert_content(memory, before)
