@@ -211,8 +211,9 @@ class MemoryModel:
 
         Args:
             save_directory: folder; made where missing.
-            is_main_process, state_dict, push_to_hub: as in transformers. Adapters of the user are not saved: a
-                ``PeftModel`` that was given to ``mplus.wrap`` saves both.
+            is_main_process, state_dict, push_to_hub: as in transformers. Adapters that ``add_adapter`` put into
+                the decoder are saved in ``adapters/``; those of a ``PeftModel`` are not: one that was given to
+                ``mplus.wrap`` saves them with its own ``save_pretrained``.
             save_base: save the decoder too, in ``base/``, where transformers can load it without mplus.
             kwargs: for saving the decoder (``max_shard_size`` and so on) and for the Hub (``repo_id`` and so on).
 

@@ -48,7 +48,8 @@ class PeftMemoryModel:
         decoder = model.get_base_model()
         decoder.save_pretrained(folder / MEMORY, main, inner, save_base=save_base, **shards)
         if main:
-            describe_adapters(model, list(model.peft_config) if names is None else list(names), folder / MEMORY)
+            saved = list(model.peft_config) if names is None else list(names)
+            describe_adapters(model, saved, model.active_adapters, folder / MEMORY)
             add_to_card(folder)
 
     def push_to_hub(

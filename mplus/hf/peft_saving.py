@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from mplus.errors import CheckpointError
 
@@ -15,6 +18,9 @@ MEMORY = "mplus"
 """Below PEFT's folder: the folder of what mplus added, the same as that of a decoder without adapters."""
 DESCRIPTION = "adapters.json"
 """In that folder: what PEFT does not save of adapters."""
+WEIGHTS = "adapter_model.safetensors"
+INJECTED = "adapters"
+"""In that folder: a folder for each adapter that is in the decoder without a PeftModel around it."""
 CARD = """
 ## Memory
 
@@ -38,11 +44,48 @@ def adapter_folder(folder: Path, name: str) -> Path:
     return folder if name == "default" else folder / name
 
 
-def describe_adapters(model: Any, names: list[str], folder: Path) -> None:
-    """Write what PEFT does not save of a PeftModel's adapters: their names, which act, and scales that were changed."""
-    active = [name for name in model.active_adapters if name in names]
-    described = {"adapters": names, "active": active, "scaling": _changed_scales(model, names)}
+def describe_adapters(model: Any, names: list[str], active: list[str], folder: Path) -> None:
+    """Write what PEFT does not save of adapters: their names, which act, and scales that were changed."""
+    chosen = [name for name in active if name in names]
+    described = {"adapters": names, "active": chosen, "scaling": _changed_scales(model, names)}
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def save_injected(decoder: Any, folder: Path, state: Mapping[str, Tensor]) -> list[str]:
+    """Save the adapters that ``add_adapter`` of transformers put into a decoder, if any; the files to be uploaded."""
+    from peft import get_peft_model_state_dict
+
+    if not decoder._hf_peft_config_loaded:
+        return []
+    for name, config in decoder.peft_config.items():
+        own = get_peft_model_state_dict(decoder, state_dict=dict(state), adapter_name=name)
+        config.save_pretrained(folder / INJECTED / name)
+        named = {f"base_model.model.{key}": tensor.detach().contiguous() for key, tensor in own.items()}
+        save_file(named, folder / INJECTED / name / WEIGHTS, metadata={"format": "pt"})
+    describe_adapters(decoder, list(decoder.peft_config), decoder.active_adapters(), folder)
+    return [DESCRIPTION, f"{INJECTED}/*"]
+
+
+def load_injected(decoder: Any, folder: Path, trainable: bool) -> None:
+    """Put the adapters that ``save_injected`` left in ``folder``, if any, into a decoder.
+
+    Raises:
+        CheckpointError: as ``with_adapters``.
+    """
+    from peft import PeftConfig, set_peft_model_state_dict
+
+    if not (folder / INJECTED).is_dir() or hasattr(decoder, "peft_config"):
+        return
+    names, active, scaling = _read(folder / DESCRIPTION, folder / INJECTED, injected=True)
+    for name in names:  # load_adapter of transformers draws the adapters anew that are there already
+        decoder.add_adapter(PeftConfig.from_pretrained(str(folder / INJECTED / name)), name)
+        tensors = load_file(folder / INJECTED / name / WEIGHTS)
+        own = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
+        set_peft_model_state_dict(decoder, own, adapter_name=name)
+    decoder.set_adapter(active)
+    if not trainable:
+        decoder.requires_grad_(False)
+    _set_scales(decoder, scaling)
 
 
 def add_to_card(folder: Path) -> None:
@@ -61,7 +104,7 @@ def with_adapters(decoder: Any, folder: Path, trainable: bool) -> Any:
     """
     from peft import PeftModel
 
-    names, active, scaling = _read(folder)
+    names, active, scaling = _read(folder / MEMORY / DESCRIPTION, folder)
     first, *others = names
     options: dict[str, Any] = {
         name: {"is_trainable": trainable, **_dtype(adapter_folder(folder, name))} for name in names
@@ -73,17 +116,24 @@ def with_adapters(decoder: Any, folder: Path, trainable: bool) -> Any:
         model.base_model.set_adapter(active, inference_mode=not trainable)
     if len(active) == 1:
         model.active_adapter = active[0]
-    for path, scales in scaling.items():
-        model.get_submodule(path).scaling.update(scales)
+    _set_scales(model, scaling)
     return model
 
 
-def _read(folder: Path) -> tuple[list[str], list[str], dict[str, dict[str, float]]]:
-    where = folder / MEMORY / DESCRIPTION
+def _set_scales(model: Any, scaling: Mapping[str, Mapping[str, float]]) -> None:
+    for path, scales in scaling.items():
+        model.get_submodule(path).scaling.update(scales)
+
+
+def _read(
+    where: Path, folder: Path, injected: bool = False
+) -> tuple[list[str], list[str], dict[str, dict[str, float]]]:
+    """Names of the adapters in ``folder``, those that act, and their changed scales, from the file ``where``."""
     try:
         described = json.loads(where.read_text(encoding="utf-8"))
         names, active, scaling = (described[key] for key in ("adapters", "active", "scaling"))
-        missing = [name for name in names if not (adapter_folder(folder, name) / "adapter_config.json").is_file()]
+        folders = {name: folder / name if injected else adapter_folder(folder, name) for name in names}
+        missing = [name for name in names if not (folders[name] / "adapter_config.json").is_file()]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{where} must name the adapters in {folder}: {type(error).__name__} {error}") from error
     if missing or not names or not set(active) <= set(names):
@@ -93,7 +143,7 @@ def _read(folder: Path) -> tuple[list[str], list[str], dict[str, dict[str, float
 
 def _dtype(folder: Path) -> dict[str, bool]:
     """PEFT makes new adapters float32, also in a decoder of 16 bits; one that was not comes back as it was."""
-    weights = folder / "adapter_model.safetensors"
+    weights = folder / WEIGHTS
     if not weights.is_file():
         return {}
     with safe_open(weights, "pt") as tensors:

@@ -21,7 +21,7 @@ from mplus.hf.hub import COMMIT, find_folder, upload
 from mplus.hf.model_card import model_card
 from mplus.hf.modes import on_meta, present
 from mplus.hf.names import is_addition, plain_name
-from mplus.hf.peft_saving import memory_folder, with_adapters
+from mplus.hf.peft_saving import load_injected, memory_folder, save_injected, with_adapters
 from mplus.hf.plain import plain_decoder
 from mplus.hf.wrapping import wrap
 
@@ -67,11 +67,12 @@ def save_pretrained(
     additions = present(model, state, is_addition)
     additions = {plain_name(name): tensor.contiguous() for name, tensor in additions.items()}
     save_file(additions, folder / WEIGHTS, metadata={"format": "pt"})
+    adapters = save_injected(model, folder, state)
     config = _model_config(model)
     config.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(model, config, save_base, tags), encoding="utf-8")
     if push_to_hub:
-        patterns = [WEIGHTS, "config.json", "README.md", *([f"{BASE}/*"] if save_base else [])]
+        patterns = [WEIGHTS, "config.json", "README.md", *adapters, *([f"{BASE}/*"] if save_base else [])]
         upload(folder, hub.pop("repo_id", folder.name), patterns=patterns, token=kwargs.get("token"), **hub)
 
 
@@ -137,6 +138,7 @@ def from_pretrained(
     decoder = _base(base, config, inner, kwargs)
     if inner != folder and not hasattr(decoder, "peft_config"):
         decoder = with_adapters(decoder, folder, trainable)
+    load_injected(decoder, inner, trainable)
     model = wrap(decoder, config.memory_config, pool=additions.get("mplus.pool"), check=check)
     load_additions(model, additions, str(path))
     return model

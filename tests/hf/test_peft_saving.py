@@ -241,3 +241,43 @@ def test_a_trainer_goes_on_from_its_checkpoint_with_adapter_and_additions(tmp_pa
     expected = dict(whole.named_parameters())
     for name, parameter in second.named_parameters():
         assert torch.equal(parameter, expected[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("first", ["adapter", "memory"])
+def test_adapters_in_a_decoder_without_a_peft_model_come_back(first: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(DECODER, dtype=dtype)
+    if first == "memory":
+        mplus.wrap(model, mplus.MPlusConfig.from_dict(SIZES), check=False)
+    for name in ("one", "two"):
+        model.add_adapter(copy.deepcopy(KINDS["LoRA"]), name)
+    moved(model)
+    model.set_adapter("one")
+    if first == "adapter":
+        mplus.wrap(model, mplus.MPlusConfig.from_dict(SIZES), check=False)
+    stir(model, seed=8).eval().model.layers[0].self_attn.q_proj.set_scale("one", 1.5)
+    model.save_pretrained(tmp_path, save_base=True)
+    assert "default" not in str(sorted(load_file(tmp_path / "model.safetensors")))
+    automatic = [AutoModelForCausalLM.from_pretrained(tmp_path)] if dtype == torch.float32 else []
+    for loaded in (mplus.from_pretrained(tmp_path, check=False), *automatic):
+        assert list(loaded.peft_config) == ["one", "two"]
+        assert loaded.active_adapters() == ["one"]
+        assert same(model, loaded.eval())
+        assert not [name for name, p in loaded.named_parameters() if p.requires_grad and not is_addition(name)]
+    trainable = mplus.from_pretrained(tmp_path, check=False, is_trainable=True)
+    assert {name.split(".")[-2] for name, p in trainable.named_parameters() if p.requires_grad and "lora" in name} == {
+        "one", "read", "write",
+    }  # fmt: skip
+
+
+def test_unwrapping_below_an_adapter_leaves_the_adapter() -> None:
+    plain = moved(peft.get_peft_model(load_decoder(), copy.deepcopy(KINDS["LoRA"]))).eval()
+    decoder = mplus.wrap(load_decoder(), mplus.MPlusConfig.from_dict(SIZES), check=False)
+    outer = peft.get_peft_model(decoder, copy.deepcopy(KINDS["LoRA"])).eval()
+    outer.load_state_dict(plain.state_dict(), strict=False)
+    for model in (outer, mplus.wrap(outer)):
+        assert torch.equal(model(**PROMPT).logits, plain(**PROMPT).logits)
+    assert mplus.unwrap(outer) is outer
+    assert type(outer) is type(plain)
+    assert list(outer.state_dict()) == list(plain.state_dict())
+    assert torch.equal(outer(**PROMPT).logits, plain(**PROMPT).logits)
