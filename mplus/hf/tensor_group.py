@@ -19,6 +19,8 @@ SAMPLES = 64
 PIECE = 2**20
 """Numbers that are summed together."""
 CHUNK = 2**14
+FEW_BYTES = 2**16
+"""So few are kept as they are."""
 ODD = -7046029254386353131
 """An odd 64-bit number whose multiples are far apart."""
 
@@ -52,7 +54,8 @@ class TensorGroup:
         """
         if moment is None or moment is not self._moment:
             tensors = [tensor for _, tensor in self.named]
-            self._mark = (places(tensors), *map(_bits if self.sampled else _sum, _alike(tensors, self.sampled)))
+            numbers = [_bits(one) if one.nbytes <= FEW_BYTES else _sum(one) for one in _alike(tensors, self.sampled)]
+            self._mark = (places(tensors), *numbers)
             self._moment = moment
         return self._mark
 

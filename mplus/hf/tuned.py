@@ -8,8 +8,6 @@ from typing import Any
 from attrs import define, field
 from torch import Tensor, nn
 
-from mplus.hf.names import ADAPTERS
-
 
 @define(frozen=True, eq=False)
 class Tuned:
@@ -34,11 +32,7 @@ class Tuned:
         """Adapters of the user that act here, of those ``wanted`` (None: of those that are active)."""
         if self.module._disable_adapters:
             return []
-        return [
-            name
-            for name in (active(self.module) if wanted is None else wanted)
-            if name in self.parts and name not in ADAPTERS
-        ]
+        return [name for name in (active(self.module) if wanted is None else wanted) if name in self.parts]
 
 
 def active(layer: Any) -> list[str]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
 from torch import Tensor, nn
 
-from mplus.errors import InputError, NotSupported
+from mplus.errors import NotSupported
 from mplus.hf.adapters import adapted_projections
-from mplus.hf.names import ADAPTERS, is_adapter, plain_name
+from mplus.hf.names import is_adapter, plain_name
 from mplus.hf.tensor_group import TensorGroup
 from mplus.hf.tuned import Tuned, active, is_tuned, tuned_layer
 from mplus.memory.weights_state import AdapterState, WeightsState
@@ -100,7 +100,7 @@ class Watch:
         self._plan = None
 
     def look(self) -> Look:
-        """The weights as they are now. Raises InputError and NotSupported for adapters that memory does not go with."""
+        """The weights as they are now. Raises NotSupported for adapters that memory does not go with."""
         self._engine.bring_additions()
         with self._lock:
             plan, moment = self._present(), object()
@@ -108,7 +108,7 @@ class Watch:
             names = switches[0]
             each = {name: self._state(plan, moment, () if name == UNTOUCHED else (name,)) for name in set(names or ())}
             wanted = None if names is None else tuple(dict.fromkeys(names))
-            acting = tuple(dict.fromkeys(name for one in plan.tuned for name in one.acting(wanted)))
+            acting = _in_order(plan, wanted, [name for one in plan.tuned for name in one.acting(wanted)])
             contents = tuple(plan.group("all", name).mark(moment) for name in acting)
             begin = TensorGroup([("begin", self._engine.mechanism.additions.begin)], sampled=False).mark()
             return Look(self._state(plan, moment, None), names, each, switches, acting, contents, begin)
@@ -121,7 +121,7 @@ class Watch:
     def has_adapters_of_user(self) -> bool:
         """Whether the user has put adapters, active or not, on what memory rows go through."""
         with self._lock:
-            return any(set(one.parts) - set(ADAPTERS) for one in self._present().tuned if one.projects)
+            return any(one.parts for one in self._present().tuned if one.projects)
 
     def look_at_names(self) -> tuple[str, ...] | None:
         """``Look.names``."""
@@ -154,17 +154,11 @@ class Watch:
 
 
 def adapter_names(tuned: Sequence[Tuned]) -> tuple[str, ...] | None:
-    """The adapter of each batch row, where PEFT has been told. Raises InputError when it is one of ours."""
+    """The adapter of each batch row, where PEFT has been told."""
     for one in tuned:
         for hook in one.module._forward_pre_hooks.values():
             if isinstance(hook, partial) and "adapter_names" in hook.keywords:
-                names = tuple(hook.keywords["adapter_names"])
-                if set(names) & set(ADAPTERS):
-                    raise InputError(
-                        f"adapter_names must name adapters of your own, or {UNTOUCHED!r}, got {sorted(set(names))}: "
-                        "those of mplus act by themselves in every read"
-                    )
-                return names
+                return tuple(hook.keywords["adapter_names"])
     return None
 
 
@@ -188,8 +182,16 @@ def _adapters(
             for name in one.parts:
                 scale = _plain(scaling.get(name)) if isinstance(scaling, dict) else ""
                 scales.setdefault(name, []).append(f"{scale}{merged}" if name in acting else "off")
-    contents = {**own, **{name: plan.group(scope, name).digest(moment) for name in acts}}
-    return AdapterState(tuple(acts), {name: _summary(scales[name]) for name in acts}, contents)
+    names = _in_order(plan, wanted, acts)
+    contents = {**own, **{name: plan.group(scope, name).digest(moment) for name in names}}
+    return AdapterState(names, {name: _summary(scales[name]) for name in names}, contents)
+
+
+def _in_order(plan: Plan, wanted: tuple[str, ...] | None, acting: Iterable[str]) -> tuple[str, ...]:
+    """Those that act, in the order in which they are switched on."""
+    found = set(acting)
+    order = active(plan.tuned[0].module) if wanted is None and plan.tuned else wanted or ()
+    return tuple(dict.fromkeys(name for name in (*order, *sorted(found)) if name in found))
 
 
 def _summary(scales: Sequence[str]) -> str:
@@ -232,10 +234,12 @@ def _rest(
     for root in roots:
         for name, tensor in root.named_parameters(prefix=paths[root]):
             plain = plain_name(name).replace(".original_module.", ".")
+            if id(tensor) in adapters:
+                continue
             if is_adapter(plain):
                 if f".{adapter}." in plain:
                     own.setdefault(id(tensor), (plain, tensor))
-            elif id(tensor) not in adapters:
+            else:
                 found.setdefault(id(tensor), (plain, tensor))
         facts += [f"{one.scaling[adapter]}\n" for one in adapted_projections(root) if adapter in one.scaling]
     return TensorGroup(found.values(), sampled=True), TensorGroup(own.values(), sampled=False, facts=facts)
@@ -285,5 +289,5 @@ def _tree(root: nn.Module) -> list[nn.Module]:
     while waiting:
         module = waiting.pop()
         found.append(module)
-        waiting.extend(child for child in module._modules.values() if child is not None)
+        waiting.extend([child for child in module._modules.values() if child is not None][::-1])
     return found
