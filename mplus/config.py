@@ -175,9 +175,9 @@ class MPlusConfig:
         rope_inv_freq_dtype: round rotary frequencies to this dtype ("bfloat16" in published M+ checkpoints).
         memory_rows: what is kept of a row. "projected": its keys and values under the reading adapter, not rotated,
             so that no read computes them again; hidden states only of the newest K, so a memory is refused once weights
-            or adapters that it is read with have changed. "hidden": hidden states, projected at every read. "both". "auto": the
-            smaller of the two where keys can be rotated later, else (in the variant "published", and where there are
-            adapters of the user on the projections) hidden.
+            or adapters that it is read with have changed. "hidden": hidden states, projected at every read. "both".
+            "auto": the smaller of the two where keys can be rotated later, else (in the variant "published", and where
+            there are adapters of the user on the projections) hidden.
         store, eviction, retriever: implementations with their options.
         backend: attention backend; "auto" picks the first usable one.
         adapters: LoRA adapters, or None (in TOML: false) to train none.

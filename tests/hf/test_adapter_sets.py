@@ -10,65 +10,31 @@ import peft
 import pytest
 import torch
 from peft.utils.hotswap import hotswap_adapter
-from transformers import LlamaConfig, LlamaForCausalLM
 
-import mplus
-from mplus.errors import MemoryMismatchError, NotSupported
+from mplus.errors import MemoryMismatchError
 from mplus.hf.shipped import load_decoder
 from mplus.hf.static_reader import StaticReader
 from mplus.hf.tensor_group import TensorGroup
 from mplus.memory import Memory
 from tests.comparisons import TOLERANCE, error
+from tests.hf.adapter_sets import (
+    ASKED,
+    QKV,
+    TEXT,
+    decoder,
+    edited,
+    logits,
+    lora,
+    moved,
+    switched,
+    with_two,
+    wrapped,
+    written,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-
-SIZES: dict[str, Any] = {
-    "chunk_tokens": 32,
-    "memory_tokens_per_chunk": 8,
-    "short_term_tokens": 24,
-    "retrieved_tokens": 8,
-    "long_term_tokens": 500,
-    "retriever": {"name": "linear", "width": 8},
-    "adapters": {"rank": 2},
-}
-TEXT = torch.randint(2, 500, (400,), generator=torch.Generator().manual_seed(3))
-ASKED = torch.arange(2, 12)[None]
-QKV = ["q_proj", "k_proj", "v_proj"]
-
-
-def decoder() -> Any:
-    """Grouped key heads, as in Llama 3: keys and values are smaller than hidden states."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    config = LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=2, initializer_range=0.05)
-    return LlamaForCausalLM(config).eval()
-
-
-def lora(**options: Any) -> peft.LoraConfig:
-    return peft.LoraConfig(**{"r": 4, "target_modules": QKV, "task_type": "CAUSAL_LM", **options})
-
-
-@torch.no_grad()
-def moved(model: Any, seed: int = 1) -> Any:
-    """Every adapter does something, ours too."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if ".lora_B." in name:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
-
-
-def with_two(base: Any = None) -> Any:
-    model = peft.get_peft_model(decoder() if base is None else base, lora(), adapter_name="anna")
-    model.add_adapter("bert", lora())
-    return model.eval()
-
-
-def wrapped(model: Any = None, **changes: Any) -> Any:
-    config = mplus.MPlusConfig.from_dict({**SIZES, **changes})
-    return moved(mplus.wrap(with_two() if model is None else model, config, check=False))
 
 
 @pytest.fixture
@@ -76,40 +42,11 @@ def model() -> Any:
     return wrapped()
 
 
-def written(model: Any, rows: str, **options: Any) -> Memory:
-    memory: Memory = model.new_memory(memory_rows=rows, **options)
-    memory.write(TEXT)
-    return memory
-
-
-@torch.no_grad()
-def logits(model: Any, memory: Memory, **options: Any) -> torch.Tensor:
-    found: torch.Tensor = model(input_ids=ASKED.expand(memory.batch_size, -1), memory=memory, **options).logits
-    return found
-
-
-@contextlib.contextmanager
-def alone(model: Any, name: str) -> Iterator[None]:
-    if name == "__base__":
-        with model.disable_adapter():
-            yield
-    else:
-        model.set_adapter(name)
-        yield
-
-
 # ---------------------------------------------------------------- what may change
 
 
 def layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)]
-
-
-@contextlib.contextmanager
-def switched(model: Any) -> Iterator[None]:
-    model.set_adapter("bert")
-    yield
-    model.set_adapter("anna")
 
 
 @contextlib.contextmanager
@@ -136,16 +73,6 @@ def scaled_by_peft(model: Any) -> Iterator[None]:
     yield
     for layer in own:
         layer.unscale_layer()
-
-
-@contextlib.contextmanager
-def edited(model: Any, part: str, scale: float = -1.0) -> Iterator[None]:
-    """Through ``data``: PyTorch counts no change."""
-    weight = next(parameter for name, parameter in model.named_parameters() if part in name)
-    before = weight.data.clone()
-    weight.data.mul_(scale)
-    yield
-    weight.data.copy_(before)
 
 
 @contextlib.contextmanager
@@ -267,8 +194,13 @@ KINDS: dict[str, peft.PeftConfig] = {
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("first", ["wrapped first", "adapter first"])
+@pytest.mark.parametrize(
+    ("first", "name"),
+    [
+        *(("wrapped first", name) for name in KINDS),
+        *(("adapter first", name) for name in ("DoRA", "norms", "modules_to_save")),
+    ],
+)
 def test_every_kind_of_adapter_projects_rows(name: str, first: str) -> None:
     base = decoder()
     if first == "wrapped first":
@@ -387,142 +319,6 @@ def test_nothing_is_looked_at_for_a_token(model: Any, monkeypatch: pytest.Monkey
         for _ in range(3):
             model(input_ids=ASKED[:, :1], memory=memory, past_key_values=cache)
     assert looked == []
-
-
-# ---------------------------------------------------------------- an adapter for each row
-
-NAMES = ["anna", "bert", "__base__"]
-
-
-def under_each(model: Any, rows: str) -> Memory:
-    """A memory of three streams, each written under an adapter of its own."""
-    memory: Memory = model.new_memory(3, memory_rows=rows)
-    for row, name in enumerate(NAMES):
-        with alone(model, name):
-            memory.write([TEXT[: 150 + 100 * row] if row == other else None for other in range(3)])
-    model.set_adapter("anna")
-    return memory
-
-
-@pytest.mark.parametrize("rows", ["hidden", "both", "projected"])
-def test_each_row_is_as_its_adapter_alone(model: Any, rows: str) -> None:
-    memory = under_each(model, rows)
-    found = logits(model, memory, adapter_names=NAMES)
-    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    ways: tuple[dict[str, Any], ...] = ({}, {"num_beams": 2}, {"retrieve_every": 2})
-    said = [
-        model.generate(input_ids=ASKED.expand(3, -1), memory=memory, adapter_names=NAMES, **options, **way)
-        for way in ways
-    ]
-    for row, name in enumerate(NAMES):
-        one = memory.select([row])
-        with alone(model, name):
-            assert float((logits(model, one)[0] - found[row]).abs().max()) <= 1e-5
-            for way, texts in zip(ways, said, strict=True):
-                assert torch.equal(model.generate(input_ids=ASKED, memory=one, **options, **way)[0], texts[row])
-
-
-def test_a_row_kept_as_keys_and_values_is_refused_under_another_adapter(model: Any) -> None:
-    memory = under_each(model, "projected")
-    with pytest.raises(MemoryMismatchError, match=r"batch row 1.*made under adapters \['bert'\], now \['anna'\]"):
-        logits(model, memory, adapter_names=["anna", "anna", "__base__"])
-    with pytest.raises(MemoryMismatchError, match=r"batch row 1"):
-        logits(model, memory)
-    with (
-        pytest.raises(NotSupported, match="set_adapter"),
-        model.base_model._enable_peft_forward_hooks(adapter_names=NAMES),
-    ):
-        memory.write([TEXT, None, None])
-
-
-def test_by_default_a_decoder_with_adapters_keeps_hidden_states(model: Any) -> None:
-    """So that one memory can be read with any of them; the example of three rows works without further ado."""
-    memory = model.new_memory(3)
-    memory.write([TEXT] * 3)
-    found = logits(model, memory, adapter_names=NAMES)
-    for row, name in enumerate(NAMES):
-        with alone(model, name):
-            assert float((logits(model, memory.select([row]))[0] - found[row]).abs().max()) <= 1e-5
-    assert wrapped(decoder()).new_memory().stores[0].layout.projected_size
-
-
-# ---------------------------------------------------------------- files and writes
-
-
-def test_a_saved_memory_under_other_adapters(model: Any, tmp_path: Path) -> None:
-    found = {}
-    for rows in ("hidden", "both", "projected"):
-        memory = written(model, rows)
-        memory.save(tmp_path / rows)
-        found[rows] = logits(model, memory)
-    model.set_adapter("bert")
-    with pytest.raises(MemoryMismatchError, match=r"made under adapters \['anna'\], now \['bert'\]"):
-        Memory.load(tmp_path / "projected", model)
-    for rows in ("hidden", "both"):
-        with pytest.warns(UserWarning, match=r"made under adapters \['anna'\], now \['bert'\].*projected anew"):
-            memory = Memory.load(tmp_path / rows, model)
-        fresh = model.new_memory(memory_rows="hidden")
-        fresh._states, fresh._stores = memory._states, memory._stores
-        assert error(logits(model, memory), logits(model, fresh)) <= TOLERANCE
-        assert error(logits(model, memory), found[rows]) > 1e-3
-    model.set_adapter("anna")
-    for rows, before in found.items():
-        assert torch.equal(logits(model, Memory.load(tmp_path / rows, model)), before)
-
-
-def test_streams_of_several_adapters_are_saved_and_loaded(model: Any, tmp_path: Path) -> None:
-    memory = under_each(model, "projected")
-    found = logits(model, memory, adapter_names=NAMES)
-    memory.save(tmp_path)
-    assert torch.equal(logits(model, Memory.load(tmp_path, model), adapter_names=NAMES), found)
-
-
-def test_a_memory_saved_after_its_weights_changed_is_not_taken_for_a_new_one(model: Any, tmp_path: Path) -> None:
-    memory = written(model, "projected")
-    with edited(model, "k_proj.base_layer.weight"):
-        memory.save(tmp_path)
-        with pytest.raises(MemoryMismatchError, match="weights of the base model have changed"):
-            Memory.load(tmp_path, model)
-
-
-def test_a_memory_in_a_directory(model: Any, tmp_path: Path) -> None:
-    found = {}
-    for rows in ("both", "projected"):
-        with Memory.open(tmp_path / rows, model, memory_rows=rows) as memory:
-            model.set_adapter("bert")
-            memory.write(TEXT)  # nothing was written under anna, so this is no mixture
-            found[rows] = logits(model, memory)
-        with Memory.open(tmp_path / rows, model) as memory:
-            assert torch.equal(logits(model, memory), found[rows])
-        model.set_adapter("anna")
-    with pytest.raises(MemoryMismatchError, match=r"made under adapters \['bert'\], now \['anna'\]"):
-        Memory.open(tmp_path / "projected", model)
-    with pytest.warns(UserWarning, match="projected anew"):
-        reader = Memory.open(tmp_path / "both", model, read_only=True)
-    with pytest.warns(UserWarning, match="projected anew"):
-        writer = Memory.open(tmp_path / "both", model)
-    with writer as memory:
-        assert error(logits(model, reader), logits(model, memory)) <= TOLERANCE
-        assert error(logits(model, memory), found["both"]) > 1e-3
-
-
-def test_a_write_under_other_adapters(model: Any) -> None:
-    for rows in ("hidden", "both"):
-        memory = written(model, rows)
-        model.set_adapter("bert")
-        memory.write(TEXT[:64])
-        logits(model, memory)
-        model.set_adapter("anna")
-        memory.write(TEXT[:64])
-    memory = model.new_memory(2, memory_rows="projected")
-    memory.write([TEXT, None])
-    model.set_adapter("bert")
-    memory.write([None, TEXT])
-    with pytest.raises(MemoryMismatchError, match=r"batch row 0.*\['anna'\], now \['bert'\]"):
-        memory.write([TEXT, None])
-    memory.reset()
-    memory.write([TEXT, TEXT])
-    assert torch.isfinite(logits(model, memory)).all()
 
 
 # ---------------------------------------------------------------- what else is made from weights
