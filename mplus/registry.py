@@ -22,6 +22,7 @@ EXTRAS: Mapping[str, str] = {
     "bm25s": "eval",
     "datasets": "train",
     "faiss": "faiss",
+    "lm_eval": "lm-eval",
     "matplotlib": "eval",
     "tensorboard": "train",
     "triton": "triton",

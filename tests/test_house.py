@@ -45,6 +45,7 @@ TENANTS = {
     "faiss": {"retrievers"},
     "triton": {"backends"},
     "bm25s": {"evaluation"},
+    "lm_eval": {"evaluation"},
     "matplotlib": {"evaluation"},
 }
 INDEXED = {f"mplus.retrievers.{name}" for name in ("faiss_ivf", "ivf", "shelf")}
