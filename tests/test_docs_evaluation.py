@@ -25,5 +25,5 @@ def test_every_block_does_what_the_page_says(tmp_path, monkeypatch):
         else:
             expect(block["text"], printed.getvalue())
             shown += 1
-    assert shown == 2
+    assert shown == 3
     assert {path.name for path in tmp_path.iterdir()} == {"pairs.jsonl", "report.json", "report.png", "report.svg"}

@@ -16,7 +16,6 @@ from mplus.config import flag, whole
 from mplus.errors import ConfigError, InputError
 from mplus.evaluation.circumstances import circumstances
 from mplus.evaluation.texts import Texts
-from mplus.hf.reading_as import reading_as
 from mplus.memory.memory import Memory
 from mplus.memory.progress import progress_bar
 
@@ -153,13 +152,7 @@ def _losses(model: Any, pieces: Tensor, options: HarmOptions, memory: Memory | N
     if begin:
         text = torch.cat([torch.full_like(text[:, :1], options.bos or 0), text], 1)
     known = options.known_tokens + begin
-    if memory is None:
-        logits = model(input_ids=text, use_cache=False).logits
-    elif model.mplus_engine.mechanism.uses_retriever:
-        with reading_as(model, query_tokens=known):
-            logits = model(input_ids=text, use_cache=False, memory=memory).logits
-    else:
-        logits = model(input_ids=text, use_cache=False, memory=memory).logits
+    logits = model(input_ids=text, use_cache=False, memory=memory, query_tokens=known).logits
     predicted, expected = logits[:, known - 1 : -1].double(), text[:, known:]
     flat = cross_entropy(predicted.flatten(0, 1), expected.flatten(), reduction="none")
     return flat.view(len(text), -1).mean(1).cpu()

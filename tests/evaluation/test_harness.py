@@ -15,6 +15,9 @@ import mplus
 from mplus.errors import ConfigError, InputError, MemoryMismatchError, MissingDependencyError
 from mplus.evaluation.harness import MemoryLM
 from mplus.hf.shipped import load_decoder, load_tokenizer
+from tests.hf.references import TOLERANCE
+
+pytestmark = pytest.mark.two_computations
 
 PAIRS = [
     ("Once upon a time there was a girl", " who lived near the sea with her dog"),
@@ -24,6 +27,8 @@ PAIRS = [
     ("", "Tim ran to the beach"),
     ("She said:", " no no no no"),
 ]
+NOISE = 16 * 2 * TOLERANCE
+"""Between two sums of at most 16 log-probabilities, each of one logit and of the logarithm of a sum."""
 TEXT = "Tim ran to the beach and saw a big red ball. He wanted to play with it. " * 2
 
 
@@ -69,7 +74,7 @@ def test_log_likelihoods_are_those_of_every_row_alone(batch_size: int, every: in
     found = one.loglikelihood(instances("loglikelihood", PAIRS), disable_tqdm=True)
     for (likelihood, greedy), pair in zip(found, PAIRS, strict=True):
         expected = directly(*encoded(one, *pair), retrieve_every=every)
-        assert likelihood == pytest.approx(expected[0], abs=1e-3)  # a sum of up to 12 float32 logits of order 10
+        assert likelihood == pytest.approx(expected[0], abs=NOISE)
         assert greedy == expected[1]
 
 
@@ -94,7 +99,7 @@ def test_answers_that_share_their_context_are_read_once() -> None:
         count.remove()
     assert rows == [1]
     assert [likelihood for likelihood, _ in found] == pytest.approx(
-        [directly(*encoded(one, *pair))[0] for pair in choices], abs=1e-3
+        [directly(*encoded(one, *pair))[0] for pair in choices], abs=NOISE
     )
 
 
@@ -111,7 +116,7 @@ def test_texts_without_context_retrieve_as_they_go(batch_size: int) -> None:
         if rest:  # the last window is filled from the left, and only its end is scored
             context = ([one.prefix_token_id, *tokens])[-21:-rest]
             expected += directly(context, tokens[-rest:], retrieve_every=5)[0]
-        assert total == pytest.approx(expected, abs=1e-2)
+        assert total == pytest.approx(expected, abs=5 * NOISE)
     assert one.retrieve_every is None
     assert one._every is None
 
@@ -133,7 +138,7 @@ def test_the_largest_batch_is_found_with_the_memory() -> None:
     one = lm("auto", max_batch_size=2)
     found = one.loglikelihood(instances("loglikelihood", PAIRS), disable_tqdm=True)
     expected = [directly(*encoded(one, *pair))[0] for pair in PAIRS]
-    assert [likelihood for likelihood, _ in found] == pytest.approx(expected, abs=1e-3)
+    assert [likelihood for likelihood, _ in found] == pytest.approx(expected, abs=NOISE)
 
 
 def test_a_long_context_loses_its_beginning() -> None:
@@ -142,7 +147,7 @@ def test_a_long_context_loses_its_beginning() -> None:
     ((likelihood, _),) = one.loglikelihood(instances("loglikelihood", [(TEXT, " Tim")]), disable_tqdm=True)
     kept = (context + continuation)[-13:]
     expected = directly(kept[: -len(continuation)], continuation)[0]
-    assert likelihood == pytest.approx(expected, abs=1e-3)
+    assert likelihood == pytest.approx(expected, abs=NOISE)
 
 
 def test_a_peft_model_around_the_decoder() -> None:
@@ -154,7 +159,7 @@ def test_a_peft_model_around_the_decoder() -> None:
     before = MemoryLM(pair, memory, tokenizer=parts()[1]).loglikelihood(instances("x", PAIRS[:1]), disable_tqdm=True)
     model = get_peft_model(pair, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     after = MemoryLM(model, memory, tokenizer=parts()[1]).loglikelihood(instances("x", PAIRS[:1]), disable_tqdm=True)
-    assert after[0][0] == pytest.approx(before[0][0], abs=1e-3)
+    assert after[0][0] == pytest.approx(before[0][0], abs=NOISE)
 
 
 def test_what_is_refused() -> None:

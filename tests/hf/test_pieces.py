@@ -19,6 +19,8 @@ from tests.hf.references import TOLERANCE, error, ids, stir
 from tests.hf.test_query_tokens import padded
 from tests.retrofitted import SIZES, Pair, retrofit
 
+pytestmark = pytest.mark.two_computations
+
 TEXT = ids(1, 17)
 
 

@@ -17,6 +17,8 @@ from tests.architectures import BOS, BY_NAME
 from tests.hf.references import TOLERANCE, error, ids, merged, stir
 from tests.retrofitted import Pair, retrofit
 
+pytestmark = pytest.mark.two_computations
+
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
 
 

@@ -26,6 +26,8 @@ from tests.architectures import BY_NAME
 from tests.hf.references import TOLERANCE, error, ids
 from tests.retrofitted import retrofit
 
+pytestmark = pytest.mark.two_computations
+
 TEXT = ids(1, 9)
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
 
