@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
     from mplus.memory.durable.apart import Present
     from mplus.memory.durable.manifest import LiveManifest
-    from mplus.memory.manifest import Manifest, StreamEntry
+    from mplus.memory.entries import StreamEntry
+    from mplus.memory.manifest import Manifest
+    from mplus.memory.sources import SourceTable
 
 Kept = Annotated[Path, typer.Argument(help="Folder written by Memory.save or Memory.open.", show_default=False)]
 Out = Annotated[Path, typer.Argument(help="Folder for what is sound; empty or new.", show_default=False)]
@@ -27,29 +29,31 @@ def show(
 ) -> None:
     """Show what a memory on disk holds and which decoder it belongs to.
 
-    Of a saved memory only the manifest is read. Of one that lives in a directory, short-term rows and the journal are
-    read too, beside whoever writes there.
+    Of a saved memory only the manifest and the names of sources are read. Of one that lives in a directory, short-term
+    rows and the journal are read too, beside whoever writes there.
     """
     from rich.console import Console
 
     from mplus.memory.durable.apart import present
-    from mplus.memory.manifest import LIVE_FORMAT, is_memory, read_manifest
+    from mplus.memory.manifest import LIVE_FORMAT, is_memory
+    from mplus.memory.saved import saved_tables
 
     if is_memory(path, LIVE_FORMAT):
         held = present(path)
-        facts, table, streams = _live_facts(held), _live_decoder(held), held.manifest.streams
+        facts, table, streams, tables = _live_facts(held), _live_decoder(held), held.manifest.streams, held.sources
     else:
-        manifest = read_manifest(path)
+        manifest, tables = saved_tables(path)
         facts, table, streams = _facts(manifest), _decoder(manifest), manifest.streams
     if as_json:
-        print_json(facts)
+        print_json({**facts, "streams": [_stream_facts(*parts) for parts in zip(streams, tables, strict=True)]})
         return
     console = Console(highlight=False)
     console.print(table)
-    for number, stream in enumerate(streams):
-        rows = f"{counts(stream.stm)} short-term, {counts(stream.pending)} pending, {counts(stream.ltm)} long-term"
+    for number, (stream, sources) in enumerate(zip(streams, tables, strict=True)):
+        tiers = [f"{counts(held)} {TIERS.get(name, name)}" for name, held in stream.rows.items()]
+        rows = ", ".join([*tiers, f"{counts(stream.ltm)} long-term"])
         console.print(f"\nstream {number}: {rows} rows per layer, {stream.clock:,} written", soft_wrap=True)
-        console.print(_sources(stream))
+        console.print(_sources(sources))
 
 
 def verify(path: Kept) -> None:
@@ -82,20 +86,30 @@ def repair(path: Kept, out: Out) -> None:
         raise typer.Exit(1)
 
 
-def _facts(manifest: Manifest) -> dict[str, object]:
-    """Everything but the list of tensors."""
+TIERS = {"stm": "short-term"}
+"""What lists of rows are called, where it is not by their name."""
+
+
+def _stream_facts(stream: StreamEntry, sources: SourceTable) -> dict[str, object]:
     import attrs
 
-    plain = attrs.asdict(manifest)
+    return {**attrs.asdict(stream), "sources": [attrs.asdict(source) for source in sources.values()]}
+
+
+def _facts(manifest: Manifest) -> dict[str, object]:
+    """Everything but the list of tensors."""
+    from mplus.memory.structure import unstructured
+
+    plain = unstructured(manifest)
     plain["data"]["tensors"] = len(manifest.data.tensors)
     return plain
 
 
 def _live_facts(held: Present) -> dict[str, object]:
     """The manifest, with the streams as they are now, and what it does not say."""
-    import attrs
+    from mplus.memory.structure import unstructured
 
-    plain = attrs.asdict(held.manifest)
+    plain = unstructured(held.manifest)
     plain["journal"] = {"file": held.manifest.journal, "bytes": held.journal_bytes, "records": held.records}
     return {**plain, "bytes": held.disk_bytes, "texts_kept": held.texts_kept}
 
@@ -148,7 +162,7 @@ def _with_fingerprint(table: Table, manifest: Manifest | LiveManifest) -> Table:
     return table
 
 
-def _sources(stream: StreamEntry) -> Table:
+def _sources(sources: SourceTable) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
@@ -156,7 +170,9 @@ def _sources(stream: StreamEntry) -> Table:
     table.add_column("source")
     table.add_column("tokens", justify="right")
     table.add_column("chunks", justify="right")
-    for source in stream.sources:
+    for source in sources.values():
         if source.chunks:
             table.add_row(escape(source.name or "(no name)"), f"{source.tokens:,}", f"{source.chunks:,}")
+        else:
+            table.add_row(escape(source.name or "(no name)"), "forgotten", "")
     return table

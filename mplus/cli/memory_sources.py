@@ -39,9 +39,10 @@ def forget(
     path: Kept,
     source: Annotated[str | None, typer.Argument(help="Name that was given to write.", show_default=False)] = None,
     unnamed: Annotated[bool, typer.Option("--unnamed", help="Forget what was written without a name.")] = False,
+    keep_name: Annotated[bool, typer.Option("--keep-name", help="Keep the name, listed as forgotten.")] = False,
     stream: Annotated[int | None, typer.Option(help="Forget it in this stream only.", show_default="all")] = None,
 ) -> None:
-    """Rewrite a memory on disk without the rows, and kept texts, of one source.
+    """Rewrite a memory on disk without the rows, kept texts and name of one source.
 
     Rows written later may still carry traces of it. Other copies of the memory stay as they are. A directory that is
     open for writing is refused.
@@ -51,7 +52,7 @@ def forget(
 
     if unnamed == (source is not None):
         raise InputError(f"give the name of a source or --unnamed, got {source!r} and unnamed={unnamed}")
-    report = forget_saved(path, source, stream)
+    report = forget_saved(path, source, stream, keep_name=keep_name)
     print(
         f"forgot {'text without a name' if source is None else repr(source)}: {report.tokens:,} tokens in "
         f"{report.chunks:,} chunks; of its rows, per layer: {counts(report.short_term_rows)} short-term, "

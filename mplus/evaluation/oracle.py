@@ -59,7 +59,7 @@ def long_term(view: StreamView, layer: int) -> StoreView:
 
 def written_from(view: StreamView, store: StoreView, layer: int, names: Collection[str]) -> Tensor:
     """``[m]`` float32: 1 at the long-term rows of ``layer`` that were written from one of the sources ``names``."""
-    numbers = [number for number, source in enumerate(view.state.sources) if source.name in names]
+    numbers = [number for number, source in view.state.sources.items() if source.name in names]
     column = store.column(layer, "source")
     if column is None:
         raise InputError("rows must say which source they were written from, these do not")

@@ -60,7 +60,7 @@ def count_rows(layer: int, seen: Seen, row: int, names: Collection[str]) -> Rows
     """Count for batch row ``row``, whose answer is in the sources ``names``."""
     view, found = seen.views[row], seen.found[row]
     store = long_term(view, layer)
-    numbers = [number for number, source in enumerate(view.state.sources) if source.name in names]
+    numbers = [number for number, source in view.state.sources.items() if source.name in names]
 
     def useful(column: Tensor) -> int:
         return int(torch.isin(column, torch.tensor(numbers, dtype=column.dtype, device=column.device)).sum())

@@ -12,6 +12,7 @@ from attrs import evolve
 from mplus.memory.budget import Budget
 from mplus.memory.checks import check_row
 from mplus.memory.engine import Engine
+from mplus.memory.forgetting import forgotten_names
 from mplus.memory.listing import sources_of
 from mplus.memory.report import SourceInfo
 from mplus.memory.sharing import distinct, each
@@ -135,11 +136,25 @@ class MemoryContent:
     def sources(self, row: int = 0) -> list[SourceInfo]:
         """The sources of batch row ``row``, in order of first writing, with the rows still held of each.
 
+        One of which no row, text or tail is held any more is dropped by the next ``save`` (from what is saved) or
+        checkpoint.
+
         Raises:
             InputError: there is no such batch row.
         """
         row = check_row(row, self.batch_size)
         return sources_of(self.snapshot()[row], self.engine.mechanism)
+
+    def forgotten(self, row: int = 0) -> list[str | None]:
+        """Names of sources of batch row ``row`` that ``forget(keep_name=True)`` left nothing of but the name.
+
+        A name that is written again is no longer among them.
+
+        Raises:
+            InputError: there is no such batch row.
+        """
+        check_row(row, self.batch_size)
+        return forgotten_names(self._states[row])
 
     def __repr__(self) -> str:
         rows = ", ".join(

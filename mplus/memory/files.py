@@ -1,10 +1,19 @@
 """Saving a memory to a folder and reading it back.
 
-Format version 1 is a folder with ``manifest.json`` (``mplus.memory.manifest``) and the safetensors file it names. Its
-tensors are ``stream.<i>.<stm|pending>.<layer>.<column>``, ``stream.<i>.newest.<layer>`` (where rows have no hidden
-states), ``stream.<i>.counter.<name>``, ``stream.<i>.generator``, ``stream.<i>.text.<name>`` (where texts are kept),
-``stream.<i>.usage.<layer>`` (where the eviction policy goes by what is retrieved) and ``store.<i>.<layer>.<column>``.
-Ids of long-term rows are not kept: the store that a memory is read into gives new ones, in the same order.
+Format version 2 is a folder with ``manifest.json`` (``mplus.memory.manifest``) and the safetensors file it names. Its
+tensors are, of stream i (what is in brackets need not be there):
+
+- ``stream.<i>.rows.<list>.<layer>.<column>``: the lists of rows of the mechanism but for the long-term ones;
+- ``stream.<i>.state.<name>``: its other tensors;
+- ``stream.<i>.sources.<column>``: the table of sources (``mplus.memory.source``);
+- [``stream.<i>.text.<name>``]: the texts that are kept;
+- [``stream.<i>.tail.<name>``]: text that waits for more;
+- [``stream.<i>.usage.<layer>``]: when rows were last retrieved;
+- ``stream.<i>.generator``.
+
+``store.<i>.<layer>.<column>`` are long-term rows, [``store.<i>.<layer>.index.<name>``] what the retriever's index is
+made of. A tensor of another name, or a field of the manifest that is not known, is refused. Ids of long-term rows are
+not kept: the store that a memory is read into gives new ones, in the same order.
 """
 
 from __future__ import annotations
@@ -25,7 +34,9 @@ import mplus
 from mplus.config import Component
 from mplus.errors import MemoryFileError
 from mplus.memory.budget import Budget
+from mplus.memory.earlier import in_present_form
 from mplus.memory.engine import Engine
+from mplus.memory.entries import DTYPES, DataEntry, LayoutEntry, StreamEntry, name_of
 from mplus.memory.folder import (
     DATA,
     MANIFEST,
@@ -41,26 +52,19 @@ from mplus.memory.folder import (
     temporary,
     writable,
 )
+from mplus.memory.forgetting import without_unused_sources
 from mplus.memory.made_with import made_with, with_weights
-from mplus.memory.manifest import (
-    DataEntry,
-    LayoutEntry,
-    Manifest,
-    StreamEntry,
-    check_belongs,
-    is_memory,
-    name_of,
-    read_manifest,
-)
+from mplus.memory.manifest import Manifest, check_belongs, is_memory, read_manifest
 from mplus.memory.memory import Memory
 from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.tensors import TensorReader, write_tensors
-from mplus.memory.unpacking import read_index, read_streams, read_usage
+from mplus.memory.texts import tail_tensors
+from mplus.memory.unpacking import check_names, read_index, read_streams, read_usage
 from mplus.stores.base import StoreLayout, StoreView
 from mplus.stores.build import build_eviction
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.folder import FILE_MODE, Folder, PathAt, open_file, read_file
-from mplus.stores.disk.parts import CODES, Part
+from mplus.stores.disk.parts import Part
 from mplus.stores.eviction import EvictionPolicy
 
 PIECE_BYTES = 2**26
@@ -76,6 +80,11 @@ class Facts:
     bytes_budget: int | None = None
     capacity: int | None = None
     text_capacity: int | None = None
+
+    @property
+    def mechanism(self) -> str:
+        """Name of the mechanism."""
+        return Component.of(self.fingerprint.get("mechanism", "mplus")).name
 
     @staticmethod
     def of(engine: Engine, eviction: EvictionPolicy, budget: Budget, states: Sequence[StreamState]) -> Facts:
@@ -158,6 +167,7 @@ def replace(
 ) -> None:
     """The part of ``save`` that needs the folder locked; ``numbers``: of each stream's store."""
     others = _leftovers(folder)
+    views = [without_unused_sources(view) for view in views]
     with writable(folder), temporary(folder) as rows, temporary(folder) as head, temporary(folder) as before:
         with create(rows) as file:
             digest, entries = write_tensors(file, [*_parts(views, draws, numbers), *_index_parts(numbers, indexes)])
@@ -172,7 +182,7 @@ def replace(
             bytes_budget=facts.bytes_budget,
             capacity=facts.capacity,
             text_capacity=facts.text_capacity,
-            streams=tuple(map(stream_entry, views, numbers)),
+            streams=tuple(stream_entry(view, n, facts.mechanism) for view, n in zip(views, numbers, strict=True)),
             data=DataEntry(file=name, bytes=size, sha256=digest, tensors=entries),
         )
         with create(head) as file:
@@ -230,7 +240,9 @@ def load(
             device=layout.device if device is None else torch.device(device),
         )
         mechanism = engine.mechanism
-        with TensorReader(here, manifest.data) as file:
+        with TensorReader(here, manifest.data) as opened:
+            file = in_present_form(opened, manifest.earlier)
+            check_names(file, manifest.streams)
             lifetime = mechanism.lifetime(policy)
             states, stores, draws = read_streams(file, manifest, layout, store or engine.config.store, lifetime)
             usage = [read_usage(file, n, one) for n, one in enumerate(stores)] if policy.notes_reads else []
@@ -268,29 +280,27 @@ def layout_entry(layout: StoreLayout) -> LayoutEntry:
 
 
 def layout_from(entry: LayoutEntry) -> StoreLayout:
-    """The layout that a manifest describes. Raises MemoryFileError for a dtype that does not exist."""
-    dtype = getattr(torch, entry.dtype, None)
-    if dtype not in CODES:
-        raise MemoryFileError(f"layout.dtype must be a dtype of rows, got {entry.dtype!r}")
+    """The layout that a manifest describes."""
     return StoreLayout(
         layers=entry.layers,
         hidden_size=entry.hidden_size,
         key_size=entry.key_size,
         expiry=entry.expiry,
-        dtype=dtype,
+        dtype=DTYPES[entry.dtype],
         projected_size=entry.projected_size,
         keeps_hidden=entry.keeps_hidden,
     )
 
 
-def stream_entry(view: StreamView, store: int) -> StreamEntry:
-    """What a manifest says about a stream whose store has this number."""
+def stream_entry(view: StreamView, store: int, mechanism: str) -> StreamEntry:
+    """What a manifest says about a stream of a mechanism, whose store has this number."""
     state = view.state
     return StreamEntry(
+        mechanism=mechanism,
         clock=state.clock,
-        sources=state.sources,
-        stm=tuple(map(len, state.stm)),
-        pending=tuple(map(len, state.pending)),
+        sources=len(state.sources),
+        next_source=state.sources.next_number,
+        rows={name: tuple(map(len, parts)) for name, parts in state.row_lists().items()},
         ltm=tuple(map(view.store.count, range(view.store.layout.layers))),
         store=store,
     )
@@ -328,17 +338,19 @@ def stream_parts(number: int, view: StreamView, draw: Tensor) -> Iterator[Part]:
 
 def _of_stream(view: StreamView) -> Iterator[tuple[str, Tensor]]:
     state = view.state
-    for tier, layers in (("stm", state.stm), ("pending", state.pending)):
-        for layer, rows in enumerate(layers):
+    for name, parts in state.row_lists().items():
+        for layer, rows in enumerate(parts):
             for column, tensor in rows.columns().items():
-                yield f"{tier}.{layer}.{column}", tensor
-    for layer, hidden in enumerate(state.newest):
-        yield f"newest.{layer}", hidden
-    for name, counter in state.counters.items():
-        yield f"counter.{name}", counter
-    if state.texts is not None:
-        for name, tensor in state.texts.tensors().items():
-            yield f"text.{name}", tensor
+                yield f"rows.{name}.{layer}.{column}", tensor
+    found = {
+        "state": state.tensors(),
+        "sources": state.sources.tensors(),
+        "text": {} if state.texts is None else state.texts.tensors(),
+        "tail": tail_tensors(state.tail),
+    }
+    for kind, tensors in found.items():
+        for name, tensor in tensors.items():
+            yield f"{kind}.{name}", tensor
     if view.usage is not None:
         for layer in range(view.store.layout.layers):
             yield f"usage.{layer}", view.usage.times(layer, view.store.ids(layer))

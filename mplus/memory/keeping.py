@@ -22,6 +22,9 @@ class Keeping(MemoryContent):
     def _begin(self) -> None:
         """Called before a change."""
 
+    def _tidy(self, states: list[StreamState], stayed: Stayed | None) -> None:
+        """Called with what a change made of the states, before it is kept; may make others of them, in the list."""
+
     def _keep(self, after: tuple[StreamState, ...], stayed: Stayed | None) -> None:
         """Put a change on disk that leads to ``after``; called before it shows."""
 

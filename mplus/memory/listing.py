@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from attrs import define
 from torch import Tensor
 
+from mplus.errors import MemoryMismatchError
 from mplus.memory.report import SourceInfo
-from mplus.memory.stream import Source, StreamView
+from mplus.memory.source import Source
+from mplus.memory.stream import StreamView
 
 
 @define(frozen=True, eq=False)
@@ -33,7 +35,7 @@ def sources_of(view: StreamView, mechanism: Any) -> list[SourceInfo]:
 
 
 def listed(
-    sources: Sequence[Source], tiers: Sequence[Sequence[Held]], layers: int, clock: int, chunk_rows: int
+    sources: Mapping[int, Source], tiers: Sequence[Sequence[Held]], layers: int, clock: int, chunk_rows: int
 ) -> list[SourceInfo]:
     """The same from plain facts.
 
@@ -44,21 +46,22 @@ def listed(
         clock: of the stream.
         chunk_rows: rows that a chunk leaves in a layer.
     """
+    numbers = torch.tensor(list(sources), dtype=torch.int64)
     counts = [torch.zeros(len(sources), dtype=torch.int64) for _ in tiers]
     newest, oldest = [-(2**63)] * len(sources), [2**63 - 1] * len(sources)
     for count, parts in zip(counts, tiers, strict=True):
         for part in parts:
-            count.add_(_counted(part, newest, oldest))
+            count.add_(_counted(part, numbers, newest, oldest))
     rows = [[number / layers for number in count.tolist()] for count in counts]
     return [
         SourceInfo(
             source.name,
             source.tokens,
             source.chunks,
-            *(tier[number] for tier in rows),
-            *_ages(clock, newest[number], oldest[number], chunk_rows),
+            *(tier[place] for tier in rows),
+            *_ages(clock, newest[place], oldest[place], chunk_rows),
         )
-        for number, source in enumerate(sources)
+        for place, source in enumerate(sources.values())
         if source.chunks
     ]
 
@@ -78,15 +81,19 @@ def short_term(rows: Held, clock: int) -> Held:
     return Held(rows.sources, torch.where(rows.births < 0, rows.births + clock, rows.births))
 
 
-def _counted(part: Held, newest: list[int], oldest: list[int]) -> Tensor:
-    """Rows of every source; the extremes of births are updated in place."""
+def _counted(part: Held, numbers: Tensor, newest: list[int], oldest: list[int]) -> Tensor:
+    """Rows of every source, of ascending ``numbers``; the extremes of births are updated in place."""
     known = part.sources >= 0
     sources, births = part.sources[known].cpu(), part.births[known].cpu()
-    size = len(newest)
+    places = torch.searchsorted(numbers, sources)
+    if len(sources) and not torch.equal(
+        numbers[places.clamp(max=len(numbers) - 1)] if len(numbers) else numbers, sources
+    ):
+        raise MemoryMismatchError("rows must come from sources of their stream, and some come from none: run verify")
     for extremes, how in ((newest, "amax"), (oldest, "amin")):
-        found = torch.tensor(extremes, dtype=torch.int64).scatter_reduce(0, sources, births, how)
+        found = torch.tensor(extremes, dtype=torch.int64).scatter_reduce(0, places, births, how)
         extremes[:] = found.tolist()
-    return torch.bincount(sources, minlength=size)
+    return torch.bincount(places, minlength=len(numbers))
 
 
 def _ages(clock: int, newest: int, oldest: int, chunk_rows: int) -> tuple[int | None, ...]:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, get_args
+from typing import Any, Protocol, TypeVar
 
 import attrs
-import cattrs
 import torch
-from attrs import define
+from attrs import define, field
 
-from mplus.errors import MemoryFileError, MemoryMismatchError
-from mplus.memory.folder import DATA, MANIFEST
-from mplus.memory.stream import Source
+from mplus.config import Component
+from mplus.errors import ConfigError, MemoryFileError, MemoryMismatchError
+from mplus.memory.earlier import upgraded
+from mplus.memory.entries import DataEntry, LayoutEntry, StreamEntry, name_of
+from mplus.memory.folder import MANIFEST
+from mplus.memory.sources import SourceTable
+from mplus.memory.structure import NOT_IN_FILES, structured, unstructured, whole
 from mplus.memory.weights_state import MADE_WITH
 from mplus.stores.disk.folder import Folder, PathAt, path_at, read_file
 
@@ -27,68 +29,15 @@ HINTS = {
     LIVE_FORMAT: " but a memory in a directory: Memory.open opens it",
     FORMAT: " but a saved one: Memory.load reads it",
 }
-VERSION = 1
-"""Format version that is written, and the newest that is read."""
+VERSION = 2
+"""Format version that is written, and the newest that is read. 1: the manifest lists the sources, and tensors have the
+names that ``mplus.memory.earlier`` knows."""
 
-EARLIER = {"retriever.score": "sigmoid_mean"}
+DEEPEST = 64
+"""Levels of a manifest."""
+
+LEFT_OUT = {"retriever.score": "sigmoid_mean"}
 """Facts that older files leave out, since nothing else was possible when they were written."""
-
-
-@define(frozen=True, kw_only=True)
-class LayoutEntry:
-    """What the rows look like: see ``mplus.stores.base.StoreLayout``; ``dtype`` by name ("float32")."""
-
-    layers: int
-    hidden_size: int
-    key_size: int
-    expiry: bool
-    dtype: str
-    projected_size: int = 0
-    keeps_hidden: bool = True
-
-    @property
-    def required(self) -> tuple[str, ...]:
-        """Columns that every row has."""
-        content = ("hidden",) * self.keeps_hidden + ("projected",) * bool(self.projected_size)
-        return ("birth", "source", *content)
-
-
-@define(frozen=True, kw_only=True)
-class StreamEntry:
-    """One stream.
-
-    Attributes:
-        clock: rows written so far per layer.
-        sources: what was written, by source number.
-        stm, pending, ltm: rows in each layer.
-        store: number of its store; streams that share one have the same.
-    """
-
-    clock: int
-    sources: tuple[Source, ...]
-    stm: tuple[int, ...]
-    pending: tuple[int, ...]
-    ltm: tuple[int, ...]
-    store: int
-
-
-@define(frozen=True, kw_only=True)
-class TensorEntry:
-    """One tensor of the data file: dtype by name, shape, and SHA-256 of its bytes (row-major, little-endian)."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    sha256: str
-
-
-@define(frozen=True, kw_only=True)
-class DataEntry:
-    """The data file beside the manifest: name, size in bytes, SHA-256 of all of it, and its tensors by name."""
-
-    file: str
-    bytes: int
-    sha256: str
-    tensors: dict[str, TensorEntry]
 
 
 class Belonging(Protocol):
@@ -103,11 +52,27 @@ class Belonging(Protocol):
         """What the rows look like."""
 
 
+def component(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    """Validator: a component by name, or a table of its name and options."""
+    try:
+        Component.of(value)
+    except ConfigError as error:
+        raise ValueError(f"{attribute.name} must name a component: {error}") from error
+
+
+def fingerprint(instance: Any, attribute: attrs.Attribute[Any], value: dict[str, Any]) -> None:
+    """Validator: facts about a decoder, of which those are looked at that are needed without it."""
+    rows = value.get("memory_tokens_per_chunk", 1)
+    if type(rows) is not int or rows < 1:
+        raise ValueError(f"{attribute.name}.memory_tokens_per_chunk must be a whole number of at least 1, got {rows!r}")
+
+
 @define(frozen=True, kw_only=True)
 class Manifest:
     """A saved memory without its tensors.
 
     Attributes:
+        version: of the format.
         written_by: version of mplus that wrote it.
         fingerprint: facts about the decoder that a memory depends on (``Engine.fingerprint``).
         layout: what the rows look like.
@@ -117,26 +82,29 @@ class Manifest:
         bytes_budget: bytes that the memory may take in all, or None.
         capacity: long-term rows per layer of a stream, as it was when saved; None: no limit, or an older file.
         text_capacity: text tokens these hold, or None.
+        earlier: of format version 1, the sources of each stream.
     """
 
+    version: int = VERSION
     written_by: str
-    fingerprint: dict[str, Any]
+    fingerprint: dict[str, Any] = field(validator=fingerprint)
     layout: LayoutEntry
-    eviction: Any
+    eviction: Any = field(validator=component)
     streams: tuple[StreamEntry, ...]
     data: DataEntry
-    bytes_budget: int | None = None
-    capacity: int | None = None
-    text_capacity: int | None = None
+    bytes_budget: int | None = field(default=None, validator=attrs.validators.optional(whole(1)))
+    capacity: int | None = field(default=None, validator=attrs.validators.optional(whole()))
+    text_capacity: int | None = field(default=None, validator=attrs.validators.optional(whole()))
+    earlier: tuple[SourceTable, ...] = field(default=(), metadata=NOT_IN_FILES)
 
     def to_json(self) -> str:
         """The text of the file, with a digest of its own content."""
-        return to_text(self, FORMAT, VERSION)
+        return to_text(self, FORMAT)
 
 
-def to_text(manifest: Any, form: str, version: int) -> str:
-    """A manifest (an attrs instance) as JSON, with its format, version, and a digest of its own content."""
-    plain = {"format": form, "version": version, **_converter(type(manifest)).unstructure(manifest)}
+def to_text(manifest: Any, form: str) -> str:
+    """A manifest (an attrs instance) as JSON, with its format and a digest of its own content."""
+    plain = {"format": form, **unstructured(manifest)}
     return json.dumps({**plain, "digest": _digest(plain)}, indent=1) + "\n"
 
 
@@ -150,7 +118,11 @@ def read_manifest(path: str | Path | Folder, name: str = MANIFEST) -> Manifest:
     """
     file = (path if isinstance(path, Folder) else Path(path)) / name
     manifest = from_file(file, Manifest, FORMAT, VERSION, "a saved memory")
-    _check(manifest, file)
+    try:
+        check_streams(manifest.streams, manifest.layout)
+        _check_data(manifest)
+    except ValueError as error:
+        raise MemoryFileError(f"{file} does not describe a memory: {error}") from error
     return manifest
 
 
@@ -183,13 +155,14 @@ def from_file(file: Path | PathAt, cls: type[M], form: str, newest: int, what: s
         raise MemoryFileError(
             f"{file} was altered after it was saved: its digest must be {expected}, got {actual}: use another copy"
         )
+    content = {name: value for name, value in plain.items() if name not in ("format", "digest")}
     try:
-        return _converter(cls).structure(plain, cls)
-    except cattrs.BaseValidationError as error:
-        faults = "; ".join(cattrs.transform_error(error, path="manifest"))
-        raise MemoryFileError(f"{file} does not describe a memory: {faults}") from error
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise MemoryFileError(f"{file} does not describe a memory: {error!r}") from error
+        if version == newest:
+            return structured(content, cls, "manifest")
+        content, earlier = upgraded(content)
+        return attrs.evolve(structured(content, cls, "manifest"), earlier=earlier)  # type: ignore[misc]
+    except ValueError as error:
+        raise MemoryFileError(f"{file} does not describe a memory: {error}") from error
 
 
 def is_memory(folder: Path | Folder, form: str = FORMAT) -> bool:
@@ -208,7 +181,7 @@ def is_memory(folder: Path | Folder, form: str = FORMAT) -> bool:
 def check_belongs(manifest: Belonging, fingerprint: Mapping[str, Any], dtype: torch.dtype, where: str | Path) -> None:
     """Raise MemoryMismatchError, with every fact that differs, unless the memory was made by this decoder."""
     own = {**json.loads(json.dumps(fingerprint)), "dtype": name_of(dtype)}
-    earlier = {name: value for name, value in EARLIER.items() if name in own}
+    earlier = {name: value for name, value in LEFT_OUT.items() if name in own}
     saved = {**earlier, **manifest.fingerprint, "dtype": manifest.layout.dtype}
     names = [*own, *(name for name in saved if name not in own)]
     differences = [
@@ -220,11 +193,6 @@ def check_belongs(manifest: Belonging, fingerprint: Mapping[str, Any], dtype: to
         raise MemoryMismatchError(
             f"{where} must be loaded by the model, adapters and config it was made with, but {'; '.join(differences)}"
         )
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """``torch.float32`` -> "float32"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _read(file: Path | PathAt) -> bytes:
@@ -242,7 +210,19 @@ def _parse(text: bytes, file: Path | PathAt) -> dict[str, Any] | None:
         plain = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise MemoryFileError(f"{file} must hold JSON, got {error}: it is truncated, altered or foreign") from error
+    if _depth_exceeds(plain, DEEPEST):
+        raise MemoryFileError(f"{file} must hold JSON of at most {DEEPEST} levels: it is altered or foreign")
     return plain if isinstance(plain, dict) else None
+
+
+def _depth_exceeds(plain: Any, most: int) -> bool:
+    level = [plain] if isinstance(plain, dict | list) else []
+    for _ in range(most):
+        level = [part for one in level for part in (one.values() if isinstance(one, dict) else one)]
+        level = [part for part in level if isinstance(part, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _digest(plain: Mapping[str, Any]) -> str:
@@ -251,38 +231,38 @@ def _digest(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _check(manifest: Manifest, file: Path | PathAt) -> None:
-    """Raise MemoryFileError where the parts of a manifest contradict one another."""
-    layers = manifest.layout.layers
-    if not re.fullmatch(DATA.format("[0-9a-f]+"), manifest.data.file):
-        pattern = DATA.format("<hex>")
-        raise MemoryFileError(f"{file}: data.file must be named like {pattern!r}, got {manifest.data.file!r}")
-    if not manifest.streams:
-        raise MemoryFileError(f"{file}: streams must have at least one entry, got none")
-    for number, stream in enumerate(manifest.streams):
-        for tier in ("stm", "pending", "ltm"):
-            counts = getattr(stream, tier)
-            if len(counts) != layers or min(counts, default=0) < 0:
-                raise MemoryFileError(
-                    f"{file}: streams[{number}].{tier} must count the rows of {layers} layers, got {list(counts)}"
+def check_streams(streams: Sequence[StreamEntry], layout: LayoutEntry) -> None:
+    """Raise ValueError where what a manifest says of streams contradicts itself."""
+    if not streams:
+        raise ValueError("streams must have at least one entry, got none")
+    for number, stream in enumerate(streams):
+        if len(stream.ltm) != layout.layers:
+            raise ValueError(
+                f"streams[{number}].ltm must count the rows of {layout.layers} layers, got {list(stream.ltm)}"
+            )
+        for name, counts in stream.rows.items():
+            if len(counts) > layout.layers:
+                raise ValueError(
+                    f"streams[{number}].rows[{name!r}] must count the rows of at most {layout.layers} layers, "
+                    f"got {list(counts)}"
                 )
-        if not 0 <= stream.store < len(manifest.streams):
-            raise MemoryFileError(f"{file}: streams[{number}].store must be a store's number, got {stream.store}")
+        if stream.store >= len(streams):
+            raise ValueError(f"streams[{number}].store must be below {len(streams)}, got {stream.store}")
+        if stream.sources > stream.next_source:
+            raise ValueError(
+                f"streams[{number}].sources must be at most next_source, {stream.next_source}, got {stream.sources}"
+            )
 
 
-def _converter(manifest: type) -> cattrs.BaseConverter:
-    # Not cattrs.Converter: an interrupt while that one generates code leaves the class unusable in this thread.
-    _resolve(manifest)
-    converter = cattrs.BaseConverter(detailed_validation=False)
-    converter.register_unstructure_hook(tuple, list)
-    return converter
-
-
-def _resolve(annotation: Any) -> None:
-    """Turn the written annotations of attrs classes into types, wherever they stand in ``annotation``."""
-    if isinstance(annotation, type) and attrs.has(annotation):
-        attrs.resolve_types(annotation)
-        for part in attrs.fields(annotation):
-            _resolve(part.type)
-    for part in get_args(annotation):
-        _resolve(part)
+def _check_data(manifest: Manifest) -> None:
+    data, streams = manifest.data, manifest.streams
+    size = sum(entry.nbytes for entry in data.tensors.values())
+    if size > data.bytes:
+        raise ValueError(f"data.tensors must fit into the {data.bytes} bytes of {data.file}, got {size} bytes")
+    for number, stream in enumerate(streams):
+        first = streams[stream.store]
+        if first.store != stream.store or first.ltm != stream.ltm:
+            raise ValueError(
+                f"streams[{number}].ltm must be that of the stream whose store it shares, {list(first.ltm)}, "
+                f"got {list(stream.ltm)}"
+            )

@@ -18,7 +18,7 @@ from mplus.memory.checks import check_chunk, check_dtype, check_row, check_rows,
 from mplus.memory.chunking import to_names
 from mplus.memory.copying import copied, moved, pickle_error
 from mplus.memory.engine import engine_of
-from mplus.memory.forgetting import forget
+from mplus.memory.forgetting import forget, names_to_keep, with_names
 from mplus.memory.keeping import Stayed
 from mplus.memory.opened import Opens
 from mplus.memory.rebuilding import rebuilt
@@ -164,6 +164,7 @@ class Memory(Opens):
             states, after = list(self._states), cast("tuple[StreamState, ...] | None", None)
             try:
                 result = change(states)
+                self._tidy(states, stayed)
                 after = tuple(states)
                 self._keep(after, stayed)
                 self._states, self._version = after, self._version + 1
@@ -213,9 +214,10 @@ class Memory(Opens):
         row: int | None = None,
         *,
         mode: Literal["drop", "rebuild"] = "drop",
+        keep_name: bool = False,
         progress: bool | None = None,
     ) -> ForgetReport:
-        """Remove every row written from ``source`` (in batch row ``row``, or in all).
+        """Remove every row written from ``source`` (in batch row ``row``, or in all), and its name.
 
         With ``mode="drop"`` the STM grows back afterwards. Rows written *later* may have taken something over from the
         rows removed, since a write reads the newest rows; they stay. Where only the newest rows have hidden states, and
@@ -229,6 +231,9 @@ class Memory(Opens):
             mode: "drop", or "rebuild" for a memory that keeps its texts (``new_memory(keep_text=True)``). Rebuilding
                 takes about as long as writing did, needs room for a second memory, and happens wholly or not at all;
                 reads go on meanwhile.
+            keep_name: let the name be listed by ``forgotten`` from now on, and say in files that it was forgotten. Else
+                no trace of it is left in the memory; of one in a directory, in any of its files when this returns.
+                Forgetting the name once more removes it.
             progress: show a progress bar when rebuilding; None: for long ones in a terminal.
 
         Returns:
@@ -246,21 +251,22 @@ class Memory(Opens):
         rows = range(self.batch_size) if row is None else [row]
         with self._write_lock:
             if mode == "drop":
-                dropped = self._change(lambda states: forget(states, self._stores, rows, source))
+                dropped = self._change(lambda states: forget(states, self._stores, rows, source, keep_name=keep_name))
                 for store in distinct(self._stores):
                     self.engine.mechanism.follow(store)
                 return dropped
             other, report = rebuilt(self, rows, source, progress)
-            self._change(lambda states: self._become(states, other))
+            names = names_to_keep(self._states, rows, source, keep_name=keep_name)
+            self._change(lambda states: self._become(states, other, names))
             return report
 
-    def _become(self, states: list[StreamState], other: Memory) -> None:
-        """Take over all that ``other`` holds; part of a change."""
-        states[:] = other._states
+    def _become(self, states: list[StreamState], other: Memory, names: Sequence[Sequence[str | None]]) -> None:
+        """Take over all that ``other`` holds, and keep ``names`` of each stream; part of a change."""
+        states[:] = map(with_names, other._states, names)
         self._stores, self.generators, self._usage = other._stores, other.generators, other._usage
 
     def reset(self) -> None:
-        """Back to a new memory; the generators go on from where they are."""
+        """Back to a new memory, all names forgotten; the generators go on from where they are."""
 
         def clear(states: list[StreamState]) -> None:
             for row, store in enumerate(self._stores):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mplus.errors import InputError
 from mplus.memory.checks import check_dtype
-from mplus.memory.forgetting import check_known, held, numbers_of
+from mplus.memory.forgetting import check_known, held
 from mplus.memory.progress import progress_bar
 from mplus.memory.report import ForgetReport, WriteReport
 from mplus.memory.sharing import unshared
@@ -53,7 +53,8 @@ def rebuilt(
     memory.keep_up()
     check_dtype(memory.dtype, memory.engine.layout.dtype)
     report = held(states, memory.stores, rows, source)
-    turns = _turns(states, {row: numbers_of(states[row], source) for row in rows})
+    left_out = {row: states[row].sources.find(source) for row in rows}
+    turns = _turns(states, left_out)
     fresh, written = _blank(memory), WriteReport.nothing(memory.batch_size)
     total = sum(len(ids) for turn in turns for _, _, ids in turn)
     with progress_bar("rebuilding", total, progress, steps=len(turns)) as advance:
@@ -62,12 +63,14 @@ def rebuilt(
     return fresh, evolve(report, rebuilt=sum(written.chunks))
 
 
-def _turns(states: Sequence[StreamState], left_out: dict[int, list[int]]) -> list[list[tuple[int, str | None, Tensor]]]:
+def _turns(
+    states: Sequence[StreamState], left_out: dict[int, int | None]
+) -> list[list[tuple[int, str | None, Tensor]]]:
     """What is to be written in each turn: batch row, name of the source, ids ``[n]`` int64."""
     due: dict[int, list[tuple[int, str | None, Tensor]]] = {}
     for row, state in enumerate(states):
         for text in () if state.texts is None else state.texts.chunks():
-            if text.source not in left_out.get(row, ()):
+            if text.source != left_out.get(row):
                 name = state.sources[text.source].name
                 due.setdefault(text.turn, []).append((row, name, text.ids.to(torch.int64)))
     return [due[turn] for turn in sorted(due)]

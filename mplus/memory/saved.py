@@ -7,15 +7,17 @@ from pathlib import Path
 
 from mplus.config import Component
 from mplus.memory.durable.apart import chosen, forget_live, live_sources
+from mplus.memory.earlier import in_present_form
 from mplus.memory.files import Facts, layout_from, replace, store_numbers
 from mplus.memory.folder import MANIFEST, hold, lock, mode_of
 from mplus.memory.forgetting import forget
 from mplus.memory.listing import Held, listed, short_term
 from mplus.memory.manifest import LIVE_FORMAT, Manifest, is_memory, read_manifest
 from mplus.memory.report import ForgetReport, SourceInfo
+from mplus.memory.sources import SourceTable
 from mplus.memory.stream import StreamView
-from mplus.memory.tensors import TensorReader
-from mplus.memory.unpacking import read_streams, read_usage
+from mplus.memory.tensors import TensorReader, Tensors
+from mplus.memory.unpacking import check_names, read_sources, read_streams, read_usage
 from mplus.stores.base import MemoryStore
 
 
@@ -35,14 +37,31 @@ def saved_sources(path: str | Path) -> list[list[SourceInfo]]:
     held = lock(here, shared=True)
     try:
         manifest = read_manifest(here)
-        with TensorReader(here, manifest.data) as file:
+        with TensorReader(here, manifest.data) as opened:
+            file = in_present_form(opened, manifest.earlier)
+            check_names(file, manifest.streams)
             return [_sources(file, manifest, number) for number in range(len(manifest.streams))]
     finally:
         held.release()
 
 
-def forget_saved(path: str | Path, source: str | None, row: int | None = None) -> ForgetReport:
-    """Write the memory in the folder ``path`` anew without the rows and texts of ``source``.
+def saved_tables(path: str | Path) -> tuple[Manifest, list[SourceTable]]:
+    """The manifest of a saved memory, and the table of sources of each stream. Raises MemoryFileError."""
+    here = hold(Path(path))
+    held = lock(here, shared=True)
+    try:
+        manifest = read_manifest(here)
+        with TensorReader(here, manifest.data) as opened:
+            file = in_present_form(opened, manifest.earlier)
+            return manifest, [read_sources(file, number, entry) for number, entry in enumerate(manifest.streams)]
+    finally:
+        held.release()
+
+
+def forget_saved(
+    path: str | Path, source: str | None, row: int | None = None, *, keep_name: bool = False
+) -> ForgetReport:
+    """Write the memory in the folder ``path`` anew without the rows, texts and name of ``source``.
 
     What is there stays whole until the new files are on disk, and then is removed. All long-term rows of a saved memory
     pass through memory; of one that lives there, only files that hold such rows are written anew.
@@ -51,6 +70,7 @@ def forget_saved(path: str | Path, source: str | None, row: int | None = None) -
         path: as given to ``Memory.save`` or ``Memory.open``.
         source: a name that was given to ``write``.
         row: stream to take it out of; None: all.
+        keep_name: as for ``Memory.forget``.
 
     Raises:
         MemoryFileError: as ``saved_sources``, or the folder cannot be written.
@@ -59,18 +79,20 @@ def forget_saved(path: str | Path, source: str | None, row: int | None = None) -
     """
     folder = Path(path)
     if is_memory(folder, LIVE_FORMAT):
-        return forget_live(folder, source, row)
+        return forget_live(folder, source, row, keep_name=keep_name)
     here = hold(folder)
     held = lock(here)
     try:
         manifest = read_manifest(here)
         here.file_mode = mode_of(here / MANIFEST)
         rows = chosen(row, len(manifest.streams))
-        with TensorReader(here, manifest.data) as file:
+        with TensorReader(here, manifest.data) as opened:
+            file = in_present_form(opened, manifest.earlier)
+            check_names(file, manifest.streams)
             states, stores, generators = read_streams(file, manifest, layout_from(manifest.layout), Component("ram"))
-            noted = any(name.startswith("stream.") and ".usage." in name for name in manifest.data.tensors)
+            noted = any(name.startswith("stream.") and ".usage." in name for name in file.tensors)
             usage = [read_usage(file, n, store) if noted else None for n, store in enumerate(stores)]
-        report = forget(states, _own(stores, rows), rows, source)
+        report = forget(states, _own(stores, rows), rows, source, keep_name=keep_name)
         views = [StreamView(*parts) for parts in zip(states, stores, usage, strict=True)]
         draws = [generator.get_state() for generator in generators]
         replace(here, views, draws, store_numbers(stores), _facts(manifest))
@@ -97,13 +119,13 @@ def _facts(manifest: Manifest) -> Facts:
     )
 
 
-def _sources(file: TensorReader, manifest: Manifest, number: int) -> list[SourceInfo]:
+def _sources(file: Tensors, manifest: Manifest, number: int) -> list[SourceInfo]:
     stream = manifest.streams[number]
     tiers: list[list[Held]] = []
-    for prefix in (f"stream.{number}.stm", f"stream.{number}.pending", f"store.{stream.store}"):
+    for prefix in (f"stream.{number}.rows.stm", f"stream.{number}.rows.pending", f"store.{stream.store}"):
         layers = range(manifest.layout.layers)
         columns = [[file.get(f"{prefix}.{layer}.{name}") for name in ("source", "birth")] for layer in layers]
         tiers.append([Held(*column) for column in columns])
     tiers[0] = [short_term(rows, stream.clock) for rows in tiers[0]]
     rows = int(manifest.fingerprint.get("memory_tokens_per_chunk", 1))
-    return listed(stream.sources, tiers, manifest.layout.layers, stream.clock, rows)
+    return listed(read_sources(file, number, stream), tiers, manifest.layout.layers, stream.clock, rows)

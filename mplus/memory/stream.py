@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
-from mplus.memory.texts import Text, Texts
+from mplus.errors import MemoryMismatchError
+from mplus.memory.sources import SourceTable
+from mplus.memory.texts import Text, Texts, Waiting
 from mplus.memory.weights_state import WeightsState
 from mplus.rows import MemoryRows
-from mplus.stores.base import StoreView
+from mplus.stores.base import StoreLayout, StoreView
 from mplus.stores.usage import Usage
 
-
-@define(frozen=True)
-class Source:
-    """A text, or part of one, that was written under one name.
-
-    Attributes:
-        name: what the caller called it; None for text written without a source.
-        tokens: text tokens written.
-        chunks: chunks written.
-    """
-
-    name: str | None
-    tokens: int = 0
-    chunks: int = 0
+ROW_LISTS = ("stm", "pending")
+"""Names of the lists of rows that ``StreamState`` keeps, each with a part for every layer."""
 
 
 @define(frozen=True, eq=False, kw_only=True)
 class StreamState:
     """Everything a stream remembers besides its store. Immutable: a write makes a new one.
+
+    Which rows and tensors the mechanism keeps is known here alone: files have them by the names that ``row_lists`` and
+    ``tensors`` give, and ``from_parts`` takes them back.
 
     Attributes:
         stm: short-term rows of each layer, oldest first (layers differ in length only after ``forget``).
@@ -44,17 +37,62 @@ class StreamState:
             which the next write reads; empty where the rows keep theirs.
         counters: the mechanism's own numbers, each a small tensor.
         texts: what was written, where the memory keeps that; else None.
+        tail: text that waits for more, to make up a chunk.
         weights: what keys and values, and retriever keys, were computed with; None where nobody knows.
     """
 
     stm: tuple[MemoryRows, ...]
     pending: tuple[MemoryRows, ...]
     clock: int = 0
-    sources: tuple[Source, ...] = ()
+    sources: SourceTable = field(factory=SourceTable)
     newest: tuple[Tensor, ...] = ()
     counters: dict[str, Tensor] = field(factory=dict)
     texts: Texts | None = None
+    tail: tuple[Waiting, ...] = ()
     weights: WeightsState | None = None
+
+    @staticmethod
+    def from_parts(
+        layout: StoreLayout, rows: Mapping[str, Sequence[MemoryRows]], tensors: Mapping[str, Tensor], **others: Any
+    ) -> StreamState:
+        """The state whose ``row_lists`` and ``tensors`` these are.
+
+        Args:
+            layout: of the rows.
+            rows: by name of the list.
+            tensors: by name.
+            others: the other attributes.
+
+        Raises:
+            MemoryMismatchError: a list is missing, there is one too many, or it has another number of layers.
+        """
+        if rows.keys() != set(ROW_LISTS) or any(len(parts) != layout.layers for parts in rows.values()):
+            found = {name: len(parts) for name, parts in rows.items()}
+            raise MemoryMismatchError(
+                f"a stream must have the lists of rows {', '.join(ROW_LISTS)} for {layout.layers} layers, got {found}"
+            )
+        newest = [f"newest.{layer}" for layer in range(0 if layout.keeps_hidden else layout.layers)]
+        counters = {name: value for name, value in tensors.items() if name.startswith("counter.")}
+        if set(newest) | counters.keys() != tensors.keys():
+            raise MemoryMismatchError(
+                f"a stream must have the tensors {newest} and counters, got {sorted(tensors.keys() - counters.keys())}"
+            )
+        return StreamState(
+            stm=tuple(rows["stm"]),
+            pending=tuple(rows["pending"]),
+            newest=tuple(tensors[name].to(layout.device) for name in newest),
+            counters={name.removeprefix("counter."): value for name, value in counters.items()},
+            **others,
+        )
+
+    def row_lists(self) -> dict[str, tuple[MemoryRows, ...]]:
+        """All rows but the long-term ones, by the name of their list, with a part for every layer."""
+        return {"stm": self.stm, "pending": self.pending}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All other tensors that belong to the mechanism, by name."""
+        newest = {f"newest.{layer}": hidden for layer, hidden in enumerate(self.newest)}
+        return {**newest, **{f"counter.{name}": value for name, value in self.counters.items()}}
 
     @property
     def nbytes(self) -> int:
@@ -79,11 +117,20 @@ class StreamState:
 
     def with_source(self, name: str | None, tokens: int) -> tuple[StreamState, int]:
         """Count ``tokens`` of one chunk under ``name``; returns the new state and the source's number."""
-        for number, entry in enumerate(self.sources):
-            if entry.name == name:
-                grown = evolve(entry, tokens=entry.tokens + tokens, chunks=entry.chunks + 1)
-                return evolve(self, sources=(*self.sources[:number], grown, *self.sources[number + 1 :])), number
-        return evolve(self, sources=(*self.sources, Source(name, tokens, 1))), len(self.sources)
+        sources, number = self.sources.written(name, tokens)
+        return evolve(self, sources=sources), number
+
+    def without_source(self, number: int) -> StreamState:
+        """This state without what came from one source, its name included."""
+        return evolve(
+            self,
+            stm=tuple(rows.select(rows.source != number) for rows in self.stm),
+            pending=tuple(rows.select(rows.source != number) for rows in self.pending),
+            newest=tuple(self.kept(layer, rows.source != number) for layer, rows in enumerate(self.stm) if self.newest),
+            texts=None if self.texts is None else self.texts.without(number),
+            tail=tuple(part for part in self.tail if part.source != number),
+            sources=self.sources.without([number]),
+        )
 
     def with_text(self, ids: Tensor, source: int, turn: int) -> StreamState:
         """Keep the ids ``[n]`` of one chunk, where texts are kept."""

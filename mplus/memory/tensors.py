@@ -14,11 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mplus.errors import MemoryFileError
-from mplus.memory.manifest import DataEntry, TensorEntry, name_of
+from mplus.memory.entries import DTYPES, DataEntry, TensorEntry, name_of
 from mplus.stores.disk.folder import Folder, PathAt, open_file, path_of
 from mplus.stores.disk.parts import CODES, Part, header, in_order, raw
 
-DTYPES = {name_of(dtype): dtype for dtype in CODES}
 PIECE_BYTES = 2**26
 """Bytes of a file hashed at a time."""
 
@@ -58,11 +57,13 @@ class Tensors(Protocol):
 
     Attributes:
         path: of the file.
-        lasting: whether tensors outlast the reader; where not, what is kept has to be copied.
     """
 
     path: Path | PathAt
-    lasting: ClassVar[bool]
+
+    @property
+    def lasting(self) -> bool:
+        """Whether tensors outlast the reader; where not, what is kept has to be copied."""
 
     @property
     def tensors(self) -> Mapping[str, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +28,19 @@ class Text:
     ids: Tensor
     source: int
     turn: int
+
+
+@define(frozen=True, eq=False)
+class Waiting:
+    """Text that is not written yet.
+
+    Attributes:
+        ids: ``[n]`` int32 on the CPU.
+        source: number of its source.
+    """
+
+    ids: Tensor
+    source: int
 
 
 @define(frozen=True, eq=False)
@@ -85,18 +98,15 @@ class Texts:
         }
 
     @staticmethod
-    def from_tensors(tensors: dict[str, Tensor], known: int) -> Texts:
-        """What ``tensors`` gave, of ``known`` sources. Raises MemoryMismatchError where they do not fit together."""
-        ids, lengths, sources, turns = (tensors[name] for name in ("ids", "lengths", "sources", "turns"))
-        facts = (lengths, sources, turns)
-        if ids.dim() != 1 or ids.dtype != torch.int32 or any(t.dim() != 1 or t.dtype != torch.int64 for t in facts):
-            raise MemoryMismatchError("ids must be int32 [n], lengths, sources and turns int64 [c]")
-        if not lengths.shape == sources.shape == turns.shape or not _parts(lengths, len(ids)):
-            raise MemoryMismatchError("lengths, sources and turns must be one per chunk, and the lengths add up")
-        if bool(((sources < 0) | (sources >= known)).any()) or bool((turns.diff() <= 0).any()):
-            raise MemoryMismatchError(f"sources must lie in 0 to {known - 1}, and turns grow from chunk to chunk")
-        pieces = ids.clone().split(lengths.tolist()) if len(lengths) else ()
-        texts = zip(pieces, sources.tolist(), turns.tolist(), strict=True)
+    def from_tensors(tensors: Mapping[str, Tensor], known: Tensor) -> Texts:
+        """What ``tensors`` gave, of the sources with the numbers ``known`` (``[n]`` int64).
+
+        Raises MemoryMismatchError where they do not fit together.
+        """
+        pieces, turns = _pieces(tensors, known), tensors["turns"]
+        if turns.shape != tensors["sources"].shape or turns.dtype != torch.int64 or bool((turns.diff() <= 0).any()):
+            raise MemoryMismatchError("turns must be int64, one per chunk, and grow from chunk to chunk")
+        texts = zip(pieces, tensors["sources"].tolist(), turns.tolist(), strict=True)
         return Texts.of(tensors["generator"].clone(), (Text(*text) for text in texts))
 
 
@@ -109,5 +119,44 @@ NAMES = ("generator", "ids", "lengths", "sources", "turns")
 """Names of the tensors."""
 
 
-def _parts(lengths: Tensor, total: int) -> bool:
-    return bool((lengths > 0).all()) and int(lengths.sum()) == total
+TAIL_NAMES = ("ids", "lengths", "sources")
+"""Names of the tensors of a tail."""
+
+
+def tail_tensors(tail: Sequence[Waiting]) -> dict[str, Tensor]:
+    """A tail as tensors by name, for a file; nothing where nothing waits."""
+    if not tail:
+        return {}
+    return {
+        "ids": torch.cat([part.ids for part in tail]),
+        "lengths": torch.tensor([len(part.ids) for part in tail], dtype=torch.int64),
+        "sources": torch.tensor([part.source for part in tail], dtype=torch.int64),
+    }
+
+
+def tail_from(tensors: Mapping[str, Tensor], known: Tensor) -> tuple[Waiting, ...]:
+    """What ``tail_tensors`` gave, of the sources with the numbers ``known``. Raises MemoryMismatchError as texts do."""
+    if not tensors:
+        return ()
+    return tuple(map(Waiting, _pieces(tensors, known), tensors["sources"].tolist()))
+
+
+def _pieces(tensors: Mapping[str, Tensor], known: Tensor) -> Sequence[Tensor]:
+    """Copies of ``ids``, one for each of the ``lengths``; ``sources`` are checked too."""
+    ids, lengths, sources = (tensors[name] for name in TAIL_NAMES)
+    if (
+        ids.dim() != 1
+        or ids.dtype != torch.int32
+        or any(t.dim() != 1 or t.dtype != torch.int64 for t in (lengths, sources))
+    ):
+        raise MemoryMismatchError("ids must be int32 [n], lengths and sources int64 [c]")
+    if (
+        lengths.shape != sources.shape
+        or bool((lengths < 1).any())
+        or bool((lengths > len(ids)).any())
+        or int(lengths.sum()) != len(ids)
+    ):
+        raise MemoryMismatchError(f"there must be one length for each source, and they must add up to {len(ids)}")
+    if not bool(torch.isin(sources, known).all()):
+        raise MemoryMismatchError("their sources must be sources of the stream")
+    return ids.clone().split(lengths.tolist()) if len(lengths) else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -9,20 +10,30 @@ from torch import Tensor
 
 from mplus.config import Component
 from mplus.errors import MemoryFileError, MemoryMismatchError
-from mplus.memory.manifest import Manifest, StreamEntry
+from mplus.memory.entries import StreamEntry
+from mplus.memory.manifest import Manifest
+from mplus.memory.source import DTYPES as SOURCE_COLUMNS
+from mplus.memory.sources import SourceTable
 from mplus.memory.stream import StreamState
-from mplus.memory.tensors import TensorReader, Tensors
-from mplus.memory.texts import NAMES, Texts
+from mplus.memory.tensors import Tensors
+from mplus.memory.texts import NAMES, TAIL_NAMES, Texts, Waiting, tail_from
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreLayout
 from mplus.stores.build import build_store
 from mplus.stores.usage import Usage
 
 COLUMNS = ("hidden", "birth", "source", "key", "expiry", "projected")
+OF_STREAM = re.compile(
+    r"stream\.(?P<stream>\d{1,9})\."
+    rf"(rows\.(?P<list>\w+)\.(?P<layer>\d{{1,9}})\.({'|'.join(COLUMNS)})|state\.[\w.]+|sources\.({'|'.join(SOURCE_COLUMNS)})"
+    rf"|text\.({'|'.join(NAMES)})|tail\.({'|'.join(TAIL_NAMES)})|usage\.\d+|live\.\d+\.\d+|generator)"
+)
+OF_STORE = re.compile(r"store\.(?P<store>\d{1,9})\.\d+\.\w+(\.\w+)*")
+"""Names of tensors."""
 
 
 def read_streams(
-    file: TensorReader, manifest: Manifest, layout: StoreLayout, kind: Component, lifetime: float | None = None
+    file: Tensors, manifest: Manifest, layout: StoreLayout, kind: Component, lifetime: float | None = None
 ) -> tuple[list[StreamState], list[MemoryStore], list[torch.Generator]]:
     """What is in a data file.
 
@@ -50,6 +61,22 @@ def read_streams(
     )
 
 
+def check_names(file: Tensors, streams: Sequence[StreamEntry]) -> None:
+    """Raise MemoryFileError where a file holds a tensor that no such memory has."""
+    for name in file.tensors:
+        found = OF_STREAM.fullmatch(name)
+        if found is not None and int(found["stream"]) < len(streams):
+            parts = streams[int(found["stream"])].rows.get(found["list"] or "", ())
+            if found["list"] is None or int(found["layer"]) < len(parts):
+                continue
+        if found is None and (store := OF_STORE.fullmatch(name)) and int(store["store"]) < len(streams):
+            continue
+        raise MemoryFileError(
+            f"{file.path} must hold only tensors of a memory of {len(streams)} streams, got {name!r}: it was altered, "
+            "or written by a newer mplus"
+        )
+
+
 def read_rows(file: Tensors, prefix: str, count: int, required: Sequence[str]) -> MemoryRows:
     """The rows of one layer. Raises MemoryFileError unless there are ``count`` in every column, ``required`` or not."""
     columns = {column: f"{prefix}.{column}" for column in COLUMNS if f"{prefix}.{column}" in file.tensors}
@@ -66,29 +93,38 @@ def read_state(
     file: Tensors, number: int, entry: StreamEntry, layout: StoreLayout, required: Sequence[str]
 ) -> StreamState:
     """A stream, but for its long-term rows. Raises MemoryFileError where the file does not hold what ``entry`` says."""
+    rows = {
+        name: [
+            _kept(read_rows(file, f"stream.{number}.rows.{name}.{layer}", count, required), layout, file)
+            for layer, count in enumerate(counts)
+        ]
+        for name, counts in entry.rows.items()
+    }
+    tensors = {name: value if file.lasting else value.clone() for name, value in read_all(file, number, "state")}
+    sources = read_sources(file, number, entry)
+    numbers = sources.column("number")
+    texts, tail = read_texts(file, number, numbers), read_tail(file, number, numbers)
+    try:
+        return StreamState.from_parts(layout, rows, tensors, clock=entry.clock, sources=sources, texts=texts, tail=tail)
+    except MemoryMismatchError as error:
+        raise MemoryFileError(f"{file.path}: stream {number} does not fit together: {error}") from error
 
-    def tier(name: str, counts: Sequence[int]) -> tuple[MemoryRows, ...]:
-        found = []
-        for layer, count in enumerate(counts):
-            rows = read_rows(file, f"stream.{number}.{name}.{layer}", count, required)
-            found.append(_kept(rows, layout, file))
-        return tuple(found)
 
-    prefix = f"stream.{number}.counter."
-    counters = {name.removeprefix(prefix): file.get(name).clone() for name in file.tensors if name.startswith(prefix)}
-    newest: tuple[Tensor, ...] = ()
-    if not layout.keeps_hidden:
-        names = [f"stream.{number}.newest.{layer}" for layer in range(layout.layers)]
-        newest = tuple(file.get(name).to(layout.device, copy=not file.lasting) for name in names)
-    return StreamState(
-        newest=newest,
-        stm=tier("stm", entry.stm),
-        pending=tier("pending", entry.pending),
-        clock=entry.clock,
-        sources=entry.sources,
-        counters=counters,
-        texts=read_texts(file, number, len(entry.sources)),
-    )
+def read_all(file: Tensors, number: int, kind: str) -> list[tuple[str, Tensor]]:
+    """All tensors ``stream.<number>.<kind>.<name>``, by this name. Raises MemoryFileError as ``get``."""
+    prefix = f"stream.{number}.{kind}."
+    return [(name.removeprefix(prefix), file.get(name)) for name in file.tensors if name.startswith(prefix)]
+
+
+def read_sources(file: Tensors, number: int, entry: StreamEntry) -> SourceTable:
+    """The sources of a stream. Raises MemoryFileError unless they are as ``entry`` says."""
+    try:
+        table = SourceTable.from_tensors(dict(read_all(file, number, "sources")), entry.next_source)
+    except MemoryMismatchError as error:
+        raise MemoryFileError(f"{file.path}: stream.{number}.sources is not as it was written: {error}") from error
+    if len(table) != entry.sources:
+        raise MemoryFileError(f"{file.path}: stream.{number} must have {entry.sources} sources, got {len(table)}")
+    return table
 
 
 def _kept(rows: MemoryRows, layout: StoreLayout, file: Tensors) -> MemoryRows:
@@ -106,7 +142,7 @@ def _expires(state: StreamState, layout: StoreLayout, lifetime: float | None) ->
 
 
 def _read_store(
-    file: TensorReader,
+    file: Tensors,
     entry: StreamEntry,
     component: Component,
     layout: StoreLayout,
@@ -139,19 +175,33 @@ def read_generator(file: Tensors, number: int) -> torch.Generator:
     return generator
 
 
-def read_texts(file: Tensors, number: int, sources: int) -> Texts | None:
-    """The kept texts of a stream, or None where none were kept. Raises MemoryFileError unless they make sense."""
+def read_texts(file: Tensors, number: int, known: Tensor) -> Texts | None:
+    """The kept texts of a stream with the sources ``known``, or None where none were kept.
+
+    Raises MemoryFileError unless they make sense.
+    """
     names = {name: f"stream.{number}.text.{name}" for name in NAMES}
     if not any(name in file.tensors for name in names.values()):
         return None
     try:
-        texts = Texts.from_tensors({name: file.get(tensor) for name, tensor in names.items()}, sources)
+        texts = Texts.from_tensors({name: file.get(tensor) for name, tensor in names.items()}, known)
         torch.Generator().set_state(texts.generator)
     except (RuntimeError, TypeError, MemoryMismatchError) as error:
         raise MemoryFileError(
             f"{file.path}: stream.{number}.text must hold texts as they were kept: {error}"
         ) from error
     return texts
+
+
+def read_tail(file: Tensors, number: int, known: Tensor) -> tuple[Waiting, ...]:
+    """The text of a stream that waits for more. Raises MemoryFileError unless it makes sense."""
+    names = {name: f"stream.{number}.tail.{name}" for name in TAIL_NAMES}
+    if not any(name in file.tensors for name in names.values()):
+        return ()
+    try:
+        return tail_from({name: file.get(tensor) for name, tensor in names.items()}, known)
+    except MemoryMismatchError as error:
+        raise MemoryFileError(f"{file.path}: stream.{number}.tail must hold text as it was kept: {error}") from error
 
 
 def read_usage(file: Tensors, number: int, store: MemoryStore) -> Usage:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from mplus.errors import MemoryFileError
+import torch
+from torch import Tensor
+
+from mplus.errors import MemoryFileError, MemoryMismatchError
 from mplus.memory.durable.faults import faults
+from mplus.memory.earlier import in_present_form
+from mplus.memory.entries import LayoutEntry, StreamEntry
 from mplus.memory.folder import hold, lock
-from mplus.memory.manifest import LIVE_FORMAT, LayoutEntry, Manifest, StreamEntry, is_memory, read_manifest
-from mplus.memory.tensors import TensorReader, digest_of_file
-from mplus.memory.unpacking import read_generator, read_rows, read_texts
+from mplus.memory.manifest import LIVE_FORMAT, Manifest, is_memory, read_manifest
+from mplus.memory.tensors import TensorReader, Tensors, digest_of_file
+from mplus.memory.unpacking import check_names, read_generator, read_rows, read_sources, read_tail, read_texts
 from mplus.rows import NO_SOURCE, MemoryRows
 
 PIECE_ROWS = 1024
@@ -32,36 +37,51 @@ def verify(path: str | Path) -> list[str]:
     try:
         manifest = read_manifest(folder)
         with TensorReader(folder, manifest.data) as file:
-            return list(_faults(manifest, file))
+            return list(_faults(manifest, file, in_present_form(file, manifest.earlier)))
     except MemoryFileError as error:
         return [str(error)]
     finally:
         held.release()
 
 
-def _faults(manifest: Manifest, file: TensorReader) -> Iterator[str]:
+def _faults(manifest: Manifest, data: TensorReader, file: Tensors) -> Iterator[str]:
+    """``file`` is the data file in its present form."""
     digest = digest_of_file(file.path)
     if digest != manifest.data.sha256:
         yield f"{file.path} must have the SHA-256 {manifest.data.sha256}, got {digest}: it was altered"
-    superfluous = sorted(file.names() - manifest.data.tensors.keys())
+    superfluous = sorted(data.names() - manifest.data.tensors.keys())
     if superfluous:
         yield f"{file.path} must hold only the tensors in the manifest, got {superfluous[0]!r} too"
+    yield from _fault(check_names, file, manifest.streams)
+    known = []
     for number, stream in enumerate(manifest.streams):
-        yield from _stream(file, number, stream, manifest.layout)
+        known.append(torch.empty(0, dtype=torch.int64))
+        try:
+            sources = read_sources(file, number, stream)
+            sources.find(None)
+            known[number] = sources.column("number")
+        except (MemoryFileError, MemoryMismatchError) as error:
+            yield f"{file.path}: the sources of stream {number} must be as they were written: {error}"
+        yield from _stream(file, number, stream, manifest.layout, known[number])
     for store in sorted({stream.store for stream in manifest.streams}):
-        sharing = [stream for stream in manifest.streams if stream.store == store]
-        for layer, count in enumerate(sharing[0].ltm):
-            yield from _rows(file, f"store.{store}.{layer}", count, sharing, manifest.layout.required)
+        sharing = [number for number, stream in enumerate(manifest.streams) if stream.store == store]
+        first = manifest.streams[sharing[0]]
+        clock = max(manifest.streams[number].clock for number in sharing)
+        for layer, count in enumerate(first.ltm):
+            numbers = torch.cat([known[number] for number in sharing])
+            yield from _rows(file, f"store.{store}.{layer}", count, clock, numbers, manifest.layout.required)
 
 
-def _stream(file: TensorReader, number: int, stream: StreamEntry, layout: LayoutEntry) -> Iterator[str]:
-    for tier, counts in (("stm", stream.stm), ("pending", stream.pending)):
+def _stream(file: Tensors, number: int, stream: StreamEntry, layout: LayoutEntry, known: Tensor) -> Iterator[str]:
+    for tier, counts in stream.rows.items():
         for layer, count in enumerate(counts):
-            yield from _rows(file, f"stream.{number}.{tier}.{layer}", count, [stream], layout.required)
-    for name in file.data.tensors:
-        if name.startswith(tuple(f"stream.{number}.{kind}." for kind in ("counter", "newest", "usage"))):
+            prefix = f"stream.{number}.rows.{tier}.{layer}"
+            yield from _rows(file, prefix, count, stream.clock, known, layout.required)
+    for name in file.tensors:
+        if name.startswith(tuple(f"stream.{number}.{kind}." for kind in ("state", "usage"))):
             yield from _fault(file.get, name)
-    yield from _fault(read_texts, file, number, len(stream.sources))
+    yield from _fault(read_texts, file, number, known)
+    yield from _fault(read_tail, file, number, known)
     yield from _fault(read_generator, file, number)
 
 
@@ -73,26 +93,23 @@ def _fault(read: Callable[..., object], *what: object) -> Iterator[str]:
         yield str(error)
 
 
-def _rows(
-    file: TensorReader, prefix: str, count: int, streams: Sequence[StreamEntry], required: Sequence[str]
-) -> Iterator[str]:
+def _rows(file: Tensors, prefix: str, count: int, clock: int, known: Tensor, required: Sequence[str]) -> Iterator[str]:
     try:
         rows = read_rows(file, prefix, count, required)
     except MemoryFileError as error:
         yield str(error)
         return
-    for rule, wrong in _broken(rows, max(stream.clock for stream in streams), max(len(s.sources) for s in streams)):
+    for rule, wrong in _broken(rows, clock, known):
         if wrong:
             yield f"{file.path}: {prefix} must have {rule}, {wrong} of its {count} rows break it"
 
 
-def _broken(rows: MemoryRows, clock: int, sources: int) -> Iterator[tuple[str, int]]:
-    """Rules, and how many rows break each."""
+def _broken(rows: MemoryRows, clock: int, known: Tensor) -> Iterator[tuple[str, int]]:
+    """Rules, and how many rows break each; ``known``: numbers of sources."""
     for name in ("hidden", "key", "projected"):
         column = rows.columns().get(name)
         if column is not None:
             pieces = column.split(PIECE_ROWS)  # the test takes as much room as what it looks at
             yield f"finite values in {name!r}", sum(int((~piece.isfinite().all(1)).sum()) for piece in pieces)
     yield f"births below the clock, {clock}", int((rows.birth >= clock).sum())
-    known = (rows.source >= NO_SOURCE) & (rows.source < sources)
-    yield f"sources from {NO_SOURCE} to {sources - 1}", int((~known).sum())
+    yield "sources that the stream has", int(((rows.source != NO_SOURCE) & ~torch.isin(rows.source, known)).sum())

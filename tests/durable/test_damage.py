@@ -10,6 +10,7 @@ import pytest
 
 from mplus.errors import MemoryFileError, MPlusError
 from mplus.memory import Memory
+from mplus.memory.durable.manifest import VERSION
 from mplus.memory.repair import repair
 from mplus.memory.verify import verify
 from tests.conftest import NIGHTLY
@@ -146,8 +147,8 @@ def test_a_damaged_record_in_the_middle_is_an_error_and_the_last_too(made, tmp_p
 def test_a_newer_version_is_named(made, tmp_path):
     path = shutil.copytree(made[0], tmp_path / "memory")
     manifest = path / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"version": 2,', '"version": 3,', 1))
-    with pytest.raises(MemoryFileError, match="format version 3, this mplus reads up to 2: upgrade mplus"):
+    manifest.write_text(manifest.read_text().replace(f'"version": {VERSION},', f'"version": {VERSION + 1},', 1))
+    with pytest.raises(MemoryFileError, match=f"version {VERSION + 1}, this mplus reads up to {VERSION}: upgrade"):
         reopened(path, MODEL)
 
 

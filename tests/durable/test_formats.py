@@ -13,7 +13,7 @@ from mplus.memory.durable.manifest import VERSION, read_live_manifest
 from mplus.memory.verify import verify
 from mplus.stores.disk.blocks import BlockFile
 from mplus.stores.disk.sums import FIRST, PRESENT
-from tests.fixtures import make_live_v1, make_live_v2
+from tests.fixtures import make_live_v1, make_live_v2, make_live_v3, make_memory_v2
 from tests.fixtures.make_memory_v1 import build_model, text
 from tests.memory.tiny import assert_same, content
 
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.two_computations
 
-FOLDERS = {1: (make_live_v1.FOLDER, FIRST), 2: (make_live_v2.FOLDER, PRESENT)}
+FOLDERS = {
+    1: (make_live_v1.FOLDER, FIRST, make_live_v1.write),
+    2: (make_live_v2.FOLDER, PRESENT, make_live_v1.write),
+    3: (make_live_v3.FOLDER, PRESENT, make_memory_v2.write),
+}
+"""Folder, kind of checksums, and what was written."""
 
 
 def test_there_is_one_of_every_version() -> None:
@@ -31,15 +36,15 @@ def test_there_is_one_of_every_version() -> None:
 
 @pytest.mark.parametrize("version", FOLDERS)
 def test_an_old_directory_is_read_and_goes_on(tmp_path: Path, version: int) -> None:
-    folder, scheme = FOLDERS[version]
+    folder, scheme, write = FOLDERS[version]
     text_of_manifest = (folder / "manifest.json").read_text(encoding="utf-8")
     assert f'"version": {version},' in text_of_manifest
     manifest = read_live_manifest(folder)
     for entry in (manifest.state, *(file for store in manifest.stores for file in store.files)):
         assert BlockFile(folder / entry.file, entry).scheme is scheme
     model = build_model()
-    new = model.new_memory(batch_size=2, seed=3)
-    make_live_v1.write(new)
+    new = model.new_memory(batch_size=2, seed=3, keep_text=version > 2)
+    write(new)
     old = Memory.open(shutil.copytree(folder, tmp_path / "old"), model)
     found, expected = content(old), content(new)
     assert found.keys() == expected.keys()
@@ -51,10 +56,37 @@ def test_an_old_directory_is_read_and_goes_on(tmp_path: Path, version: int) -> N
     assert old.directory is not None
     assert old.directory.journal_bytes > 0
     old.write([text(20, 9), text(20, 10)])
+    assert f'"version": {VERSION},' in (tmp_path / "old" / "manifest.json").read_text(encoding="utf-8")
+    assert_same(Memory.open(tmp_path / "old", model, read_only=True), old)
+    old.write([text(9, 11), None], source="notes")
+    assert_same(Memory.open(tmp_path / "old", model, read_only=True), old)
     old.close()
     assert f'"version": {VERSION},' in (tmp_path / "old" / "manifest.json").read_text(encoding="utf-8")
     assert_same(Memory.open(tmp_path / "old", model, read_only=True), old)
     assert verify(tmp_path / "old") == []
+
+
+def test_a_killed_writer_of_an_old_directory_loses_nothing(tmp_path: Path) -> None:
+    """Its journal takes no records of the present version, so that the first chunk makes a checkpoint."""
+    model = build_model()
+    old = Memory.open(shutil.copytree(make_live_v2.FOLDER, tmp_path / "old"), model)
+    old.write([text(8, 9), text(8, 10)], source="new")
+    shutil.copytree(tmp_path / "old", tmp_path / "killed")
+    again = Memory.open(tmp_path / "killed", model)
+    assert_same(again, old)
+    assert [source.name for source in again.sources()] == [None, "new"], "nothing is left of the first"
+
+
+def test_what_nothing_writes_yet_is_read_from_checkpoint_and_journal(tmp_path: Path) -> None:
+    memory = Memory.open(shutil.copytree(make_live_v3.FOLDER, tmp_path / "memory"), build_model())
+    for _ in range(2):
+        for row, state in enumerate(memory.states):
+            assert [(part.ids.tolist(), part.source) for part in state.tail] == [([1, 51, 7], 0)] * (row == 0)
+            for source in state.sources.values():
+                assert source == make_memory_v2.with_facts(source)
+        memory.checkpoint()
+    assert memory.forgotten(0) == []
+    assert memory.forgotten(1) == ["gone, but for its name"]
 
 
 @pytest.mark.parametrize("version", FOLDERS)

@@ -240,9 +240,10 @@ def test_the_manifest_tells_what_is_there(tmp_path: Path) -> None:
     assert manifest.layout.dtype == "float32"
     assert manifest.eviction == "fifo"
     for stream, state, store in zip(manifest.streams, memory.states, memory.stores, strict=True):
-        assert (stream.clock, stream.sources) == (state.clock, state.sources)
-        assert list(stream.stm) == [len(rows) for rows in state.stm]
-        assert list(stream.pending) == [len(rows) for rows in state.pending]
+        assert (stream.mechanism, stream.clock) == ("mplus", state.clock)
+        assert (stream.sources, stream.next_source) == (len(state.sources), state.sources.next_number)
+        assert list(stream.rows["stm"]) == [len(rows) for rows in state.stm]
+        assert list(stream.rows["pending"]) == [len(rows) for rows in state.pending]
         assert list(stream.ltm) == [store.count(layer) for layer in range(3)]
     data = (tmp_path / manifest.data.file).read_bytes()
     assert (len(data), hashlib.sha256(data).hexdigest()) == (manifest.data.bytes, manifest.data.sha256)

@@ -123,7 +123,7 @@ def test_each_fault_is_named(saved: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "was written by format version 2, this mplus reads up to 1: upgrade mplus"),
+        ({"version": 3}, "was written by format version 3, this mplus reads up to 2: upgrade mplus"),
         ({"version": 0}, "must have a format version of at least 1, got 0"),
         ({"version": True}, "must have a format version of at least 1, got True"),
         ({"format": "pickle"}, "must have format 'mplus-memory', got format 'pickle': this is not a saved memory"),
@@ -163,13 +163,17 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], None], seal: bool =
     [
         lambda plain: plain.pop("streams"),
         lambda plain: plain["streams"].clear(),
-        lambda plain: plain["streams"][0].update(stm=[12, 12]),
-        lambda plain: plain["streams"][0].update(stm=[12, 12, 11]),
-        lambda plain: plain["streams"][0].update(pending=[-1, 0, 0]),
+        lambda plain: plain["streams"][0]["rows"].update(stm=[12, 12]),
+        lambda plain: plain["streams"][0]["rows"].update(stm=[12, 12, 11]),
+        lambda plain: plain["streams"][0]["rows"].update(pending=[-1, 0, 0]),
+        lambda plain: plain["streams"][0]["rows"].update(others=[1, 1, 1]),
+        lambda plain: plain["streams"][0]["rows"].pop("pending"),
         lambda plain: plain["streams"][1].update(store=5),
         lambda plain: plain["streams"][1].update(sources=7),
+        lambda plain: plain["streams"][1].update(sources=1),
+        lambda plain: plain["streams"][1].update(next_source=1),
         lambda plain: plain["data"].update(file="../elsewhere.safetensors"),
-        lambda plain: plain["data"]["tensors"].pop("stream.0.stm.0.hidden"),
+        lambda plain: plain["data"]["tensors"].pop("stream.0.rows.stm.0.hidden"),
         lambda plain: plain["data"]["tensors"].pop("store.0.2.key"),
         lambda plain: plain["data"]["tensors"].pop("stream.0.generator"),
         lambda plain: plain["data"]["tensors"]["store.0.2.key"].update(dtype="complex64"),
@@ -195,9 +199,10 @@ def test_verify_looks_at_the_values(saved: Path, tmp_path: Path) -> None:
     object.__setattr__(memory.states[0], "clock", 50)
     memory.save(tmp_path)
     faults = verify(tmp_path)
-    assert any("stream.0.stm.1 must have finite values in 'hidden', 1 of its 12 rows" in fault for fault in faults)
-    assert any("stream.0.stm.1 must have sources from -1 to 1, 12 of its 12 rows" in fault for fault in faults)
-    assert any("stream.0.stm.2 must have births below the clock, 50" in fault for fault in faults)
+    stm = "stream.0.rows.stm"
+    assert any(f"{stm}.1 must have finite values in 'hidden', 1 of its 12 rows" in fault for fault in faults)
+    assert any(f"{stm}.1 must have sources that the stream has, 12 of its 12 rows" in fault for fault in faults)
+    assert any(f"{stm}.2 must have births below the clock, 50" in fault for fault in faults)
 
 
 # ---------------------------------------------------------------------- whose memory it is

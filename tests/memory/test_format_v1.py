@@ -64,7 +64,7 @@ def test_every_row_is_where_it_was(memory: mplus.Memory) -> None:
 def ages(memory: mplus.Memory, row: int, name: str | None) -> list[int]:
     """Newest and oldest age of the rows of a source, in rows and in chunks of three, row by row."""
     state, store, found = memory.states[row], memory.stores[row], []
-    number = [source.name for source in state.sources].index(name)
+    number = state.sources.find(name)
     for layer in range(2):
         stored = store.gather(layer, store.ids(layer))
         for rows, start in ((state.stm[layer], 0), (state.pending[layer], state.clock), (stored, state.clock)):

@@ -99,7 +99,7 @@ def test_order_size_and_place(config: dict[str, Any], history: list[tuple[str, A
             assert len(set(stored.birth.tolist())) == len(stored)
         for rows in (state.stm[layer], state.pending[layer], store.gather(layer, store.ids(layer))):
             assert bool((rows.birth < max(1, state.clock)).all())
-            assert all(NO_SOURCE <= number < len(state.sources) for number in rows.source.tolist())
+            assert all(number == NO_SOURCE or number in state.sources for number in rows.source.tolist())
     if config.get("mechanism") == "memoryllm" or config["long_term_tokens"] == 0:
         assert not any(map(len, state.pending))
         assert not any(store.count(layer) for layer in range(LAYERS))
@@ -161,7 +161,7 @@ def test_forgetting_takes_every_row_of_a_source_and_no_other(
 ) -> None:
     memory = counting_memory(**config)
     follow(memory, [*history, ("write", (20, name))])
-    number = [source.name for source in memory.states[0].sources].index(name)
+    number = memory.states[0].sources.find(name)
     before = [tiers(memory, layer) for layer in range(LAYERS)]
     mine = [of_source(memory, layer, number) for layer in range(LAYERS)]
     removed = memory.forget(name).rows

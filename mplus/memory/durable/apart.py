@@ -17,9 +17,10 @@ from mplus.memory.durable.manifest import LiveManifest, read_live_manifest
 from mplus.memory.durable.opening import layout_of, read_present
 from mplus.memory.files import Facts, layout_from, stream_entry
 from mplus.memory.folder import MANIFEST, hold, mode_of, writable
-from mplus.memory.forgetting import forget
+from mplus.memory.forgetting import forget, without_unused_sources
 from mplus.memory.listing import Held, listed, short_term, stored
 from mplus.memory.report import ForgetReport, SourceInfo
+from mplus.memory.sources import SourceTable
 from mplus.memory.stream import StreamView
 from mplus.stores.base import StoreLayout
 from mplus.stores.disk.filesystem import FileSystem
@@ -31,12 +32,14 @@ class Present:
 
     Attributes:
         manifest: of its checkpoint, but with the streams as they are now.
+        sources: of each stream.
         records, journal_bytes: of the journal.
         disk_bytes: of all files.
         texts_kept: whether texts are.
     """
 
     manifest: LiveManifest
+    sources: list[SourceTable]
     records: int
     journal_bytes: int
     disk_bytes: int
@@ -49,8 +52,10 @@ def present(folder: Path) -> Present:
         manifest, content, (size, records) = read_present(held, _layout)
     views = content.views()
     rows = sum(entry.bytes for store in manifest.stores for entry in store.files)
+    streams = tuple(stream_entry(view, n, manifest.streams[n].mechanism) for n, view in enumerate(views))
     return Present(
-        manifest=attrs.evolve(manifest, streams=tuple(stream_entry(view, n) for n, view in enumerate(views))),
+        manifest=attrs.evolve(manifest, streams=streams),
+        sources=[state.sources for state in content.states],
         records=records,
         journal_bytes=size,
         disk_bytes=rows + manifest.state.bytes + size,
@@ -66,7 +71,9 @@ def live_sources(folder: Path) -> list[list[SourceInfo]]:
     return [_sources(view, chunk) for view in content.views()]
 
 
-def forget_live(folder: Path, source: str | None, row: int | None, files: FileSystem | None = None) -> ForgetReport:
+def forget_live(
+    folder: Path, source: str | None, row: int | None, files: FileSystem | None = None, *, keep_name: bool = False
+) -> ForgetReport:
     """Take a source out of a memory in a directory, as ``LiveMemory.forget`` does.
 
     After an error or a crash the directory is as before, or wholly without the source.
@@ -78,6 +85,7 @@ def forget_live(folder: Path, source: str | None, row: int | None, files: FileSy
         source: a name that was given to ``write``.
         row: stream to take it out of; None: all.
         files: what is done to files (for tests).
+        keep_name: as for ``Memory.forget``.
 
     Raises:
         MemoryFileError: as ``present``, or the folder cannot be written.
@@ -92,7 +100,7 @@ def forget_live(folder: Path, source: str | None, row: int | None, files: FileSy
     try:
         manifest, content, (size, count) = read_present(held, _layout)
         rows = chosen(row, len(content.states))
-        report = forget(content.states, content.stores, rows, source)
+        report = forget(content.states, content.stores, rows, source, keep_name=keep_name)
         with writable(folder):
             directory.resume(manifest, size, count)
             _replace(directory, manifest, content)
@@ -113,7 +121,8 @@ def _replace(directory: Directory, manifest: LiveManifest, content: Content) -> 
     facts = Facts(fingerprint=manifest.fingerprint, eviction=manifest.eviction, bytes_budget=manifest.bytes_budget)
     layers = range(manifest.layout.layers)
     noted = [notes if any(len(notes.at(n).ids) for n in layers) else None for notes in content.usage if notes]
-    kept = Content(content.states, content.stores, content.draws, noted)
+    states = [without_unused_sources(view).state for view in content.views()]
+    kept = Content(states, content.stores, content.draws, noted)
     token = object()
     try:
         directory.checkpoint(token, kept, facts, clean=True)

@@ -18,10 +18,11 @@ from mplus.memory.durable.delta import apply
 from mplus.memory.durable.journal import Journal, records
 from mplus.memory.durable.kinds import coding_of, innermost
 from mplus.memory.durable.manifest import JOURNAL, NEW_MANIFEST, ROWS, STATE, LiveManifest, StoreEntry, owner_in
+from mplus.memory.earlier import in_present_form
 from mplus.memory.files import Facts, Index, index_parts, layout_entry, stream_entry, stream_parts
 from mplus.memory.folder import MANIFEST
 from mplus.memory.stream import StreamState, StreamView
-from mplus.memory.unpacking import read_generator, read_index, read_state, read_usage
+from mplus.memory.unpacking import check_names, read_generator, read_index, read_state, read_usage
 from mplus.stores.base import MemoryStore, StoreLayout
 from mplus.stores.build import build_store
 from mplus.stores.disk.blocks import BlockFile, write_blocks
@@ -148,7 +149,7 @@ def write_checkpoint(
             layout=layout_entry(layout),
             eviction=facts.eviction,
             bytes_budget=facts.bytes_budget,
-            streams=tuple(stream_entry(view, i) for i, view in enumerate(content.views())),
+            streams=tuple(stream_entry(view, i, facts.mechanism) for i, view in enumerate(content.views())),
             state=state,
             stores=tuple(entries),
             journal=path.name,
@@ -243,7 +244,8 @@ def read_checkpoint(folder: Path | Folder, manifest: LiveManifest, layout: Store
         MemoryFileError: a file is missing, truncated, altered or does not fit the manifest.
     """
     file = BlockFile(folder / manifest.state.file, manifest.state)
-    reader = Files(file)
+    reader = in_present_form(Files(file), manifest.earlier)
+    check_names(reader, manifest.streams)
     states = [
         read_state(reader, number, entry, layout, manifest.layout.required)
         for number, entry in enumerate(manifest.streams)
@@ -299,6 +301,7 @@ def replay(folder: Path | Folder, manifest: LiveManifest, content: Content, layo
     """Make the changes in the journal; returns bytes and number of its finished records. Raises MemoryFileError."""
     path, size, count = folder / manifest.journal, 0, 0
     for payload, end in records(path):
-        apply(payload, content.states, content.mapped, content.draws, layout, f"{path}: record {count}")
+        where = f"{path}: record {count}"
+        apply(payload, content.states, content.mapped, content.draws, layout, where, manifest.version)
         size, count = end, count + 1
     return size, count

@@ -1,8 +1,13 @@
 """What a write changed, as the payload of a journal record, and the way back from such a payload.
 
-Everything is physical, bit for bit: which rows of a tier stayed and the new rows behind them, the rows appended to the
-long-term store and the ids removed from it, counters, clock, sources, and the states of the generators. Replaying a
-record needs no decoder and draws nothing.
+Everything is physical, bit for bit: which rows of a list stayed and the new rows behind them, the rows appended to the
+long-term store and the ids removed from it, the mechanism's other tensors, clock, sources, texts, and the states of the
+generators. Replaying a record needs no decoder and draws nothing.
+
+The payload is a safetensors text. Its tensors are, of stream i, named as in files (``mplus.memory.files``):
+``<i>.rows.<list>.<layer>.stay``, places of the rows that stay, and ``<i>.rows.<list>.<layer>.<column>`` of those behind
+them; ``<i>.state.<name>``, ``<i>.sources.<column>``, ``<i>.text.<name>`` and ``<i>.tail.<name>``, as far as they have
+changed; ``<i>.store.<step>.<column>``, ids included; ``<i>.generator``. The facts in its metadata are JSON.
 """
 
 from __future__ import annotations
@@ -16,13 +21,20 @@ from attrs import evolve
 from torch import Tensor
 
 from mplus.errors import MemoryFileError, MemoryMismatchError
+from mplus.memory.durable.earlier_delta import in_present_form
+from mplus.memory.durable.manifest import VERSION
 from mplus.memory.keeping import Stayed
-from mplus.memory.stream import Source, StreamState
-from mplus.memory.texts import Texts
+from mplus.memory.source import encoded
+from mplus.memory.sources import SourceTable
+from mplus.memory.stream import StreamState
+from mplus.memory.texts import Texts, tail_from, tail_tensors
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.stores.disk.parts import pack, unpack
 from mplus.stores.mmap import MmapStore, Note
+
+FIRST_LIST = "stm"
+"""The list of rows of which a write says which rows stayed (``mplus.mechanisms.base.Absorbed.stayed``)."""
 
 
 def encode(
@@ -58,23 +70,23 @@ def encode(
 def _state(
     prefix: str, old: StreamState, new: StreamState, stayed: Sequence[Tensor] | None, tensors: dict[str, Tensor]
 ) -> dict[str, Any]:
-    for layer, (rows, now) in enumerate(zip(old.stm, new.stm, strict=True)):
-        _tier(f"{prefix}.stm.{layer}", rows, now, None if stayed is None else stayed[layer], tensors)
-    for layer, (rows, now) in enumerate(zip(old.pending, new.pending, strict=True)):
-        _tier(f"{prefix}.pending.{layer}", rows, now, torch.arange(min(len(rows), len(now))), tensors)
-    for layer, hidden in enumerate(new.newest):
-        tensors[f"{prefix}.newest.{layer}"] = hidden
-    for name, counter in new.counters.items():
-        if old.counters.get(name) is not counter:
-            tensors[f"{prefix}.counter.{name}"] = counter
-    sources = [
-        [number, source.name, source.tokens, source.chunks]
-        for number, source in enumerate(new.sources)
-        if number >= len(old.sources) or source != old.sources[number]
-    ]
-    fact = {"clock": new.clock, "sources": sources, "counters": list(new.counters)}
+    before = old.row_lists()
+    for name, parts in new.row_lists().items():
+        for layer, (rows, now) in enumerate(zip(before[name], parts, strict=True)):
+            grown = torch.arange(min(len(rows), len(now)))
+            stay = grown if name != FIRST_LIST else None if stayed is None else stayed[layer]
+            _tier(f"{prefix}.rows.{name}.{layer}", rows, now, stay, tensors)
+    known, named = old.tensors(), new.tensors()
+    tensors.update({f"{prefix}.state.{name}": now for name, now in named.items() if known.get(name) is not now})
+    changed, gone = new.sources.changed_since(old.sources)
+    if changed:
+        tensors.update({f"{prefix}.sources.{name}": column for name, column in encoded(changed).items()})
+    fact = {"clock": new.clock, "tensors": list(named), "next_source": new.sources.next_number, "gone": gone}
     if new.texts is not None:
         fact["texts"] = _texts(f"{prefix}.text", old.texts, new.texts, tensors)
+    if new.tail is not old.tail:
+        fact["tail"] = len(new.tail)
+        tensors.update({f"{prefix}.tail.{name}": tensor for name, tensor in tail_tensors(new.tail).items()})
     return fact
 
 
@@ -129,6 +141,7 @@ def apply(
     draws: list[Tensor],
     layout: StoreLayout,
     where: str,
+    version: int,
 ) -> None:
     """Make the change in ``payload``: in the lists ``states`` and ``draws``, and to ``stores``.
 
@@ -137,13 +150,17 @@ def apply(
         states, stores, draws: all streams, as they were before the change.
         layout: of the rows; says on which device short-term rows are.
         where: names the record in messages.
+        version: of the directory's format.
 
     Raises:
         MemoryFileError: it does not describe a change of these streams.
     """
     try:
         tensors, metadata = unpack(payload)
-        for key, fact in json.loads(metadata["change"]).items():
+        facts: dict[str, Any] = json.loads(metadata["change"])
+        if version < VERSION:
+            facts, tensors = in_present_form(facts, tensors, [state.sources.next_number for state in states])
+        for key, fact in facts.items():
             row = int(key)
             if "clock" in fact:
                 states[row] = _changed(f"{row}", states[row], fact, tensors, layout)
@@ -162,36 +179,36 @@ def _columns(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _changed(
     prefix: str, old: StreamState, fact: Mapping[str, Any], tensors: Mapping[str, Tensor], layout: StoreLayout
 ) -> StreamState:
-    def tier(name: str, rows: Sequence[MemoryRows]) -> tuple[MemoryRows, ...]:
-        return tuple(_rows(part, f"{prefix}.{name}.{layer}.", tensors, layout) for layer, part in enumerate(rows))
-
-    newest = tuple(
-        tensors[f"{prefix}.newest.{layer}"].to(layout.device)
-        for layer in range(layout.layers)
-        if f"{prefix}.newest.{layer}" in tensors
-    )
-    sources = list(old.sources)
-    for number, name, tokens, chunks in fact["sources"]:
-        sources[number : number + 1] = [Source(name, tokens, chunks)]
-    texts = None
+    rows = {
+        name: [_rows(part, f"{prefix}.rows.{name}.{layer}.", tensors, layout) for layer, part in enumerate(parts)]
+        for name, parts in old.row_lists().items()
+    }
+    named = {**old.tensors(), **_columns(tensors, f"{prefix}.state.")}
+    sources = old.sources.without(fact["gone"])
+    if changed := _columns(tensors, f"{prefix}.sources."):
+        for number, source in SourceTable.from_tensors(changed, fact["next_source"]).items():
+            sources = sources.having(number, source)
+    sources = evolve(sources, next_number=fact["next_source"])
+    numbers, texts, tail = sources.column("number"), None, old.tail
     if "texts" in fact:
-        more = Texts.from_tensors(_columns(tensors, f"{prefix}.text."), len(sources))
+        more = Texts.from_tensors(_columns(tensors, f"{prefix}.text."), numbers)
         texts = old.texts
         if texts is None or fact["texts"] != len(texts):
             kept = [] if texts is None else texts.chunks()[: fact["texts"]]
             texts = Texts.of(more.generator, kept)
         for text in more.chunks():
             texts = texts.appended(text)
-    counters = {**old.counters, **_columns(tensors, f"{prefix}.counter.")}
-    return evolve(
-        old,
-        stm=tier("stm", old.stm),
-        pending=tier("pending", old.pending),
+    if "tail" in fact:
+        tail = tail_from(_columns(tensors, f"{prefix}.tail."), numbers)
+    return StreamState.from_parts(
+        layout,
+        rows,
+        {name: named[name] for name in fact["tensors"]},
         clock=fact["clock"],
-        sources=tuple(sources),
-        newest=newest,
+        sources=sources,
         texts=texts,
-        counters={name: counters[name] for name in fact["counters"]},
+        tail=tail,
+        weights=old.weights,
     )
 
 

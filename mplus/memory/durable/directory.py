@@ -12,7 +12,7 @@ from mplus.errors import LiveMemoryError, MemoryFileError
 from mplus.memory.durable.checkpoint import Content, Written, publish, remove, remove_others, write_checkpoint
 from mplus.memory.durable.journal import Journal
 from mplus.memory.durable.lock import Lock
-from mplus.memory.durable.manifest import LiveManifest, read_live_manifest
+from mplus.memory.durable.manifest import VERSION, LiveManifest, read_live_manifest
 from mplus.memory.files import Facts
 from mplus.memory.folder import MANIFEST
 from mplus.stores.disk.filesystem import FileSystem
@@ -73,6 +73,11 @@ class Directory:
         self.manifest = manifest
         self.journal = Journal.resume(self.files, self.folder / manifest.journal, size, records)
         remove_others(self.files, self.folder, self._lock.owner, manifest)
+
+    @property
+    def in_earlier_version(self) -> bool:
+        """Whether the checkpoint is in an earlier format version, whose journal takes no records of this one."""
+        return self.manifest is not None and self.manifest.version < VERSION
 
     def check(self) -> None:
         """Raise LiveMemoryError where nothing can be written (any more)."""

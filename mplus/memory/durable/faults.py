@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from mplus.errors import MemoryFileError, MPlusError
+import torch
+
+from mplus.errors import MemoryFileError, MemoryMismatchError, MPlusError
 from mplus.memory.durable.checkpoint import Content
 from mplus.memory.durable.journal import records
 from mplus.memory.durable.manifest import LiveManifest, read_live_manifest
@@ -65,8 +67,13 @@ def file_faults(folder: Path | Folder, entry: FileEntry) -> Iterator[str]:
 def _values(folder: Path | Folder, manifest: LiveManifest, content: Content) -> Iterator[str]:
     """Rows whose values make no sense, though they are what was written."""
     for number, (state, store) in enumerate(zip(content.states, content.stores, strict=True)):
+        known = state.sources.column("number")
+        try:
+            state.sources.find(None)
+        except MemoryMismatchError as error:
+            yield f"{folder}: the sources of stream {number} must be as they were written: {error}"
         for layer in range(manifest.layout.layers):
-            places = [("stm", state.stm[layer]), ("pending", state.pending[layer])]
+            places = [(name, parts[layer]) for name, parts in state.row_lists().items() if layer < len(parts)]
             places += [("ltm", store.gather(layer, ids)) for ids in store.ids(layer).split(PIECE_ROWS)]
             for tier, rows in places:
                 where = f"{folder}: {tier} of layer {layer} in stream {number}"
@@ -76,5 +83,5 @@ def _values(folder: Path | Folder, manifest: LiveManifest, content: Content) -> 
                         yield f"{where} must have finite values in {name!r}"
                 if bool((rows.birth >= state.clock).any()):
                     yield f"{where} must have births below the clock, {state.clock}"
-                if not bool(((rows.source >= NO_SOURCE) & (rows.source < len(state.sources))).all()):
-                    yield f"{where} must have sources from {NO_SOURCE} to {len(state.sources) - 1}"
+                if not bool(((rows.source == NO_SOURCE) | torch.isin(rows.source, known)).all()):
+                    yield f"{where} must have sources that the stream has"

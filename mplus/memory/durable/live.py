@@ -20,9 +20,10 @@ from mplus.memory.durable.kinds import innermost
 from mplus.memory.engine import Engine
 from mplus.memory.files import Facts
 from mplus.memory.folder import writable
+from mplus.memory.forgetting import without_unused_sources
 from mplus.memory.keeping import Stayed
 from mplus.memory.memory import Memory
-from mplus.memory.stream import StreamState
+from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.writing import Made, Stream
 from mplus.stores.eviction import EvictionPolicy
 from mplus.stores.mmap import MmapStore
@@ -96,7 +97,9 @@ class LiveMemory(Memory):
         with self._write_lock, self._state_lock:
             token = object()  # not the states: these are what the last write began
             try:
-                self._replace(token, self._states, clean=False)
+                states = self._tidied(self._states)
+                self._replace(token, states, clean=False)
+                self._states = states
             except BaseException:
                 cast("Directory", self.directory).settle(token)
                 raise
@@ -135,10 +138,22 @@ class LiveMemory(Memory):
             store.notes = []
         self._draws = [generator.get_state() for generator in self.generators]
 
+    def _tidy(self, states: list[StreamState], stayed: Stayed | None) -> None:
+        if self._makes_checkpoint(stayed):
+            states[:] = self._tidied(states)
+
+    def _tidied(self, states: Sequence[StreamState]) -> tuple[StreamState, ...]:
+        """``states`` as a checkpoint has them: without sources of which nothing is held."""
+        views = map(StreamView, states, self._stores)
+        return tuple(without_unused_sources(view).state for view in views)
+
+    def _makes_checkpoint(self, stayed: Stayed | None) -> bool:
+        return stayed is None or self._own_directory().in_earlier_version
+
     def _keep(self, after: tuple[StreamState, ...], stayed: Stayed | None) -> None:
         directory = self._own_directory()
-        if stayed is None:
-            self._replace(after, after, clean=True)
+        if stayed is None or self._makes_checkpoint(stayed):
+            self._replace(after, after, clean=stayed is None)
             return
         draws = [generator.get_state() for generator in self.generators]
         moved = {row: draw for row, draw in enumerate(draws) if not torch.equal(draw, self._draws[row])}

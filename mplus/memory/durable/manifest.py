@@ -6,22 +6,36 @@ import re
 from pathlib import Path
 from typing import Any
 
-from attrs import define
+import attrs
+from attrs import define, field
 
 from mplus.errors import MemoryFileError
+from mplus.memory.entries import LayoutEntry, StreamEntry
 from mplus.memory.folder import MANIFEST
-from mplus.memory.manifest import LIVE_FORMAT, LayoutEntry, StreamEntry, from_file, to_text
+from mplus.memory.manifest import LIVE_FORMAT, check_streams, component, fingerprint, from_file, to_text
+from mplus.memory.sources import SourceTable
+from mplus.memory.structure import NOT_IN_FILES, check_name, named_like, whole
 from mplus.stores.disk.blocks import FileEntry
 from mplus.stores.disk.folder import Folder
 
-VERSION = 2
-"""Format version that is written, and the newest that is read. 1: block files have a CRC-32 for every 8 KiB (those that
-are not rewritten stay as they are in a directory of version 2), and rows are in no other form than they are read."""
+VERSION = 3
+"""Format version that is written, and the newest that is read.
+
+2: the manifest lists the sources; tensors and journal have the names of ``mplus.memory.earlier`` and
+``mplus.memory.durable.earlier_delta``.
+1: besides, block files have a CRC-32 for every 8 KiB (those that are not rewritten stay as they are in a directory of a
+later version), and rows are in no other form than they are read.
+"""
 STATE = "state-{}-{}.safetensors"
 JOURNAL = "journal-{}-{}.bin"
 ROWS = "rows-{}-{}.safetensors"
 NEW_MANIFEST = "manifest-{}.json.new"
 """Names of files: the memory's id (see ``lock.py``), and the checkpoint's number or, of rows, something random."""
+_STATE, _JOURNAL, _ROWS = (
+    r"state-([0-9a-f]{16}-)?\d+\.safetensors",
+    r"journal-([0-9a-f]{16}-)?\d+\.bin",
+    r"rows-([0-9a-f]{16}-)?[0-9a-f]+\.safetensors",
+)
 LOCK = "lock"
 OWN = re.compile(
     r"state-(?:([0-9a-f]{16})-)?\d+\.safetensors|rows-(?:([0-9a-f]{16})-)?[0-9a-f]+\.safetensors"
@@ -40,7 +54,7 @@ class StoreEntry:
     """
 
     files: tuple[FileEntry, ...]
-    next_ids: tuple[int, ...]
+    next_ids: tuple[int, ...] = field(validator=whole())
 
 
 @define(frozen=True, kw_only=True)
@@ -48,6 +62,7 @@ class LiveManifest:
     """A checkpoint without its rows.
 
     Attributes:
+        version: of the format.
         written_by: version of mplus that wrote it.
         number: of the checkpoint, growing.
         fingerprint: facts about the decoder that a memory depends on (``Engine.fingerprint``).
@@ -59,23 +74,26 @@ class LiveManifest:
         stores: one per batch row.
         journal: file of what happened since.
         store: what is around the mapped files and makes something else of rows; "mmap": nothing. (Version 1 has none.)
+        earlier: of format versions 1 and 2, the sources of each stream.
     """
 
+    version: int = VERSION
     written_by: str
-    number: int
-    fingerprint: dict[str, Any]
+    number: int = field(validator=whole())
+    fingerprint: dict[str, Any] = field(validator=fingerprint)
     layout: LayoutEntry
-    eviction: Any
-    bytes_budget: int | None = None
+    eviction: Any = field(validator=component)
+    bytes_budget: int | None = field(default=None, validator=attrs.validators.optional(whole(1)))
     streams: tuple[StreamEntry, ...]
     state: FileEntry
     stores: tuple[StoreEntry, ...]
-    journal: str
-    store: Any = "mmap"
+    journal: str = field(validator=named_like(_JOURNAL, JOURNAL.format("<id>", "<n>")))
+    store: Any = field(default="mmap", validator=component)
+    earlier: tuple[SourceTable, ...] = field(default=(), metadata=NOT_IN_FILES)
 
     def to_json(self) -> str:
         """The text of the file."""
-        return to_text(self, LIVE_FORMAT, VERSION)
+        return to_text(self, LIVE_FORMAT)
 
     @property
     def files(self) -> frozenset[str]:
@@ -98,20 +116,39 @@ def read_live_manifest(folder: Path | Folder) -> LiveManifest:
     """
     file = folder / MANIFEST
     manifest = from_file(file, LiveManifest, LIVE_FORMAT, VERSION, "a memory in a directory")
-    layers = manifest.layout.layers
-    if not len(manifest.streams) == len(manifest.stores) > 0:
-        raise MemoryFileError(
-            f"{file}: there must be one store for each stream, got {len(manifest.stores)} and {len(manifest.streams)}"
-        )
-    for number, (stream, store) in enumerate(zip(manifest.streams, manifest.stores, strict=True)):
-        for name, counts in (("stm", stream.stm), ("pending", stream.pending), ("ltm", stream.ltm)):
-            if len(counts) != layers or min(counts, default=0) < 0:
-                raise MemoryFileError(
-                    f"{file}: streams[{number}].{name} must count the rows of {layers} layers, got {list(counts)}"
-                )
-        if len(store.next_ids) != layers:
-            raise MemoryFileError(f"{file}: stores[{number}].next_ids must have {layers} entries")
-    for name in manifest.files:
-        if not OWN.fullmatch(name):
-            raise MemoryFileError(f"{file} must name files like {STATE.format('<id>', '<n>')!r}, got {name!r}")
+    try:
+        check_streams(manifest.streams, manifest.layout)
+        _check_files(manifest)
+    except ValueError as error:
+        raise MemoryFileError(f"{file} does not describe a memory: {error}") from error
     return manifest
+
+
+def _check_files(manifest: LiveManifest) -> None:
+    """Raise ValueError where what the manifest says of files contradicts itself, or the rest."""
+    layers = manifest.layout.layers
+    if len(manifest.streams) != len(manifest.stores):
+        raise ValueError(
+            f"there must be one store for each stream, got {len(manifest.stores)} and {len(manifest.streams)}"
+        )
+    _check_file(manifest.state, "state", _STATE, STATE)
+    smallest = sum(sum(map(sum, stream.rows.values())) + stream.sources for stream in manifest.streams)
+    if 8 * smallest > manifest.state.bytes:
+        raise ValueError(f"state must have the bytes of {smallest} rows and sources, got {manifest.state.bytes}")
+    for number, (stream, store) in enumerate(zip(manifest.streams, manifest.stores, strict=True)):
+        if stream.store != number:
+            raise ValueError(f"streams[{number}].store must be {number}, got {stream.store}")
+        if len(store.next_ids) != layers:
+            raise ValueError(f"stores[{number}].next_ids must have {layers} entries, got {len(store.next_ids)}")
+        for place, entry in enumerate(store.files):
+            _check_file(entry, f"stores[{number}].files[{place}]", _ROWS, ROWS)
+        size = sum(entry.bytes for entry in store.files)
+        if 8 * sum(stream.ltm) > size:
+            raise ValueError(f"stores[{number}] must have the bytes of {sum(stream.ltm)} rows, got {size}")
+
+
+def _check_file(entry: FileEntry, where: str, pattern: str, template: str) -> None:
+    check_name(f"{where}.file", entry.file, pattern, template.format("<id>", "<n>"))
+    check_name(f"{where}.sha256", entry.sha256, "[0-9a-f]{64}", "<64 hex digits>")
+    if entry.bytes < 0:
+        raise ValueError(f"{where}.bytes must be at least 0, got {entry.bytes}")

@@ -6,7 +6,7 @@ places. They are taken out at the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,8 +22,12 @@ from mplus.memory.durable.delta import apply
 from mplus.memory.durable.journal import recovered
 from mplus.memory.durable.kinds import innermost, kind_of
 from mplus.memory.durable.manifest import LiveManifest
+from mplus.memory.earlier import in_present_form
 from mplus.memory.files import layout_from
+from mplus.memory.source import Source
+from mplus.memory.sources import SourceTable
 from mplus.memory.stream import StreamState
+from mplus.memory.tensors import Tensors
 from mplus.memory.unpacking import COLUMNS, read_generator, read_state
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreLayout
@@ -61,11 +65,24 @@ class _Marking:
 
     def __init__(self, file: BlockFile, lost: list[str]) -> None:
         self.path, self._file, self._lost = file.path, file, lost
+        texts, self.nameless = self._damaged(".text."), self._damaged(".sources.")
+        self._gone = {
+            name
+            for name in file.stretches
+            if name.partition(".text.")[0] in texts or name.partition(".sources.")[0] in self.nameless
+        }
+        lost += [f"{self.path}: the kept texts of {stream}" for stream in sorted(texts)]
+        lost += [f"{self.path}: what the sources of {stream} are called" for stream in sorted(self.nameless)]
 
-        texts = [name for name in file.stretches if ".text." in name]
-        damaged = {name.partition(".text.")[0] for name in texts if not self._is_sound(name)}
-        self._gone = {name for name in texts if name.partition(".text.")[0] in damaged}
-        lost += [f"{self.path}: the kept texts of {stream}" for stream in sorted(damaged)]
+    def _damaged(self, mark: str) -> set[str]:
+        """Streams of which a tensor with this mark in its name is damaged."""
+        names = [name for name in self._file.stretches if mark in name]
+        return {name.partition(mark)[0] for name in names if not self._is_sound(name)}
+
+    def source_numbers(self, stream: str) -> list[Tensor]:
+        """Those that rows and texts of a stream have, ones that were not written perhaps among them."""
+        names = [name for name in self._file.stretches if name.startswith(f"{stream}.")]
+        return [self._file.unchecked(name) for name in names if name.endswith((".source", ".text.sources"))]
 
     @property
     def tensors(self) -> Mapping[str, object]:
@@ -92,6 +109,38 @@ class _Marking:
         return True
 
 
+class _Renamed:
+    """A file of which the sources of some streams are others."""
+
+    def __init__(self, file: Tensors, sources: Mapping[int, SourceTable]) -> None:
+        self.path, self.lasting, self._file = file.path, file.lasting, file
+        self._made = {
+            f"stream.{number}.sources.{name}": column
+            for number, table in sources.items()
+            for name, column in table.tensors().items()
+        }
+
+    @property
+    def tensors(self) -> Mapping[str, object]:
+        return {**self._file.tensors, **self._made}
+
+    def get(self, name: str) -> Tensor:
+        return self._made[name] if name in self._made else self._file.get(name)
+
+
+def sources_in(store: MemoryStore) -> list[Tensor]:
+    """Numbers of sources of the rows in a store, with repeats."""
+    pieces = [piece for layer in range(store.layout.layers) for piece in store.pieces(layer, "source")]
+    return [piece.columns["source"] for piece in pieces]
+
+
+def nameless(held: Sequence[Tensor], next_number: int) -> SourceTable:
+    """A table of the sources with the numbers in ``held``, whose names nobody knows any more."""
+    numbers = torch.cat([torch.empty(0, dtype=torch.int64), *held]).unique().tolist()
+    known = [number for number in numbers if 0 <= number < next_number]
+    return SourceTable.of({number: Source(f"source {number}, name lost", 0, 1) for number in known}, next_number)
+
+
 def _sound(file: BlockFile, prefix: str, rows: int, names: Iterable[str] = COLUMNS) -> Tensor:
     sound = torch.ones(rows, dtype=torch.bool)
     for name in ("id", *names):
@@ -110,16 +159,23 @@ def salvage(folder: Path | Folder, manifest: LiveManifest) -> Salvaged:
     found, layout = Salvaged(), layout_from(manifest.layout)
     mapped: list[MmapStore] = []
     file = BlockFile(folder / manifest.state.file, manifest.state)
-    reader = _Marking(file, found.lost)
+    marking = _Marking(file, found.lost)
+    tables: dict[int, SourceTable] = {}
     for number, entry in enumerate(manifest.streams):
-        found.states.append(read_state(reader, number, entry, layout, manifest.layout.required))
-        found.draws.append(read_generator(reader, number).get_state())
         found.stores.append(build_store(kind_of(Component.of(manifest.store)), layout))
         mapped.append(_store(folder, manifest, number, file, innermost(found.stores[-1]).layout, found.lost))
+        if (stream := f"stream.{number}") in marking.nameless:
+            numbers = [*marking.source_numbers(stream), *sources_in(mapped[-1])]
+            tables[number] = nameless(numbers, entry.next_source)
+    reader = _Renamed(in_present_form(marking, manifest.earlier), tables)
+    for number, entry in enumerate(manifest.streams):
+        own = attrs.evolve(entry, sources=len(tables[number])) if number in tables else entry
+        found.states.append(read_state(reader, number, own, layout, manifest.layout.required))
+        found.draws.append(read_generator(reader, number).get_state())
     path, count = folder / manifest.journal, 0
     try:
         for payload in recovered(path):
-            apply(payload, found.states, mapped, found.draws, layout, f"{path}: record {count}")
+            apply(payload, found.states, mapped, found.draws, layout, f"{path}: record {count}", manifest.version)
             count += 1
     except MemoryFileError as error:
         found.lost.append(f"what was written after the first {count} chunks of the journal ({error})")

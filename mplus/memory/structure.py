@@ -1,0 +1,151 @@
+"""Plain data, as JSON gives it, to attrs classes: strictly, and with every fault named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast, get_args
+
+import attrs
+import cattrs
+from cattrs.errors import AttributeValidationNote, ClassValidationError, ForbiddenExtraKeysError
+
+M = TypeVar("M")
+LARGEST = 2**63 - 1
+"""Largest whole number that is read."""
+
+
+def structured(plain: Any, cls: type[M], path: str) -> M:
+    """An instance of the attrs class ``cls`` from plain data.
+
+    Numbers, texts and flags are taken as they are and never converted, and there may be no fields but those of the
+    class.
+
+    Args:
+        plain: a dict.
+        cls: with annotations of plain types, attrs classes, tuples and dicts.
+        path: what the whole is called in messages.
+
+    Raises:
+        ValueError: it does not fit; names every fault with its field, rule and value.
+    """
+    try:
+        return converter(cls).structure(plain, cls)
+    except (cattrs.BaseValidationError, ForbiddenExtraKeysError, TypeError, ValueError) as error:
+        raise ValueError("; ".join(cattrs.transform_error(error, path, _described))) from error
+
+
+def unstructured(instance: Any) -> dict[str, Any]:
+    """Plain data that ``structured`` reads back; without fields of the class that are marked by ``NOT_IN_FILES``."""
+    plain: dict[str, Any] = converter(type(instance)).unstructure(instance)
+    return {name: value for name, value in plain.items() if name in _in_files(type(instance))}
+
+
+NOT_IN_FILES = {"file": False}
+"""``metadata`` of a field that is no part of the plain data."""
+
+
+def _in_files(cls: Any) -> dict[str, attrs.Attribute[Any]]:
+    return {field.name: field for field in attrs.fields(cls) if field.metadata.get("file", True)}
+
+
+def converter(cls: type) -> cattrs.BaseConverter:
+    """What reads and writes instances of ``cls``."""
+    # Not cattrs.Converter: an interrupt while that one generates code leaves the class unusable in this thread.
+    _resolve(cls)
+    made = cattrs.BaseConverter(detailed_validation=True)
+    made.register_unstructure_hook(tuple, list)
+    made.register_structure_hook_func(attrs.has, lambda plain, cls: _instance(made, plain, cls))
+    for kind, what in ((int, "a whole number"), (str, "a text"), (bool, "true or false")):
+        made.register_structure_hook(kind, _exactly(kind, what))
+    return made
+
+
+def _resolve(annotation: Any) -> None:
+    """Turn the written annotations of attrs classes into types, wherever they stand in ``annotation``."""
+    if isinstance(annotation, type) and attrs.has(annotation):
+        attrs.resolve_types(annotation)
+        for part in attrs.fields(annotation):
+            _resolve(part.type)
+    for part in get_args(annotation):
+        _resolve(part)
+
+
+def _exactly(kind: type, what: str) -> Callable[[Any, Any], Any]:
+    def check(plain: Any, _: Any) -> Any:
+        if type(plain) is not kind or (isinstance(plain, int) and abs(plain) > LARGEST):
+            raise ValueError(f"must be {what}, got {_short(plain)}")
+        return plain
+
+    return check
+
+
+def _instance(made: cattrs.BaseConverter, plain: Any, cls: Any) -> Any:
+    """As the hooks that ``cattrs.Converter`` generates with ``forbid_extra_keys`` and ``detailed_validation``."""
+    if not isinstance(plain, Mapping):
+        raise ValueError(f"must be a table of fields, got {_short(plain)}")  # noqa: TRY004 - as all faults of a file
+    fields = _in_files(cls)
+    values: dict[str, Any] = {}
+    errors: list[Exception] = []
+    for name, field in fields.items():
+        try:
+            if name in plain:
+                values[name] = made.structure(plain[name], cast("Any", field.type))
+            elif field.default is attrs.NOTHING:
+                raise ValueError("is missing")  # noqa: TRY301 - gets its note below, as the others do
+        except Exception as error:  # noqa: BLE001 - collected, and raised together
+            error.add_note(AttributeValidationNote(f"in {cls.__qualname__}", name, field.type))
+            errors.append(error)
+    if extra := {str(name) for name in plain if name not in fields}:
+        errors.append(ForbiddenExtraKeysError("", cls, extra))
+    if errors:
+        raise ClassValidationError(f"in {cls.__qualname__}", errors, cls)
+    return cls(**values)
+
+
+def _described(error: BaseException, kind: Any) -> str:
+    if isinstance(error, ForbiddenExtraKeysError):
+        return f"there is no field {', '.join(map(repr, sorted(error.extra_fields)))}"
+    if isinstance(error, TypeError | AttributeError):
+        return f"must be {'a table' if 'items' in str(error) else 'a list'} ({error})"
+    return str(error)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# ---------------------------------------------------------------------- rules
+
+
+def whole(least: int = 0, most: int = LARGEST) -> Any:
+    """Validator: a whole number in a range; of a tuple or the values of a dict, every one of them."""
+
+    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        values = value if isinstance(value, tuple) else [value]
+        for one in values:
+            if type(one) is not int or not least <= one <= most:
+                raise ValueError(f"{attribute.name} must be a whole number from {least} to {most}, got {_short(value)}")
+
+    return check
+
+
+def named_like(pattern: str, example: str) -> Any:
+    """Validator: a text of which all matches ``pattern``; messages give the ``example``."""
+
+    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        check_name(attribute.name, value, pattern, example)
+
+    return check
+
+
+def file_named(template: str, variable: str) -> Any:
+    """Validator: the name of a file, ``template`` with something that matches ``variable`` for its "{}"."""
+    return named_like(re.escape(template).replace(r"\{\}", variable), template.format("<n>"))
+
+
+def check_name(field: str, value: Any, pattern: str, example: str) -> None:
+    """Raise ValueError unless ``value`` is a text of which all matches ``pattern``."""
+    if not isinstance(value, str) or not re.fullmatch(pattern, value):
+        raise ValueError(f"{field} must be like {example!r}, got {_short(value)}")
