@@ -15,6 +15,7 @@ from torch.nn.functional import log_softmax
 from mplus.errors import InputError, MemoryMismatchError, NotSupported
 from mplus.evaluation.optional import need
 from mplus.hf.arguments import ReadArguments
+from mplus.hf.virtual_tokens import embedded_by
 from mplus.memory.memory import Memory
 from mplus.memory.progress import progress_bar
 
@@ -143,8 +144,10 @@ class MemoryLM(HFLM):  # type: ignore[misc]
         for place, row in enumerate(batch):
             ids[place, : len(row.ids)] = torch.tensor(row.ids)
         # Padding is on the right, where no token of the text sees it, and does not retrieve either.
-        with self._reading(query_tokens=[row.context for row in batch]):
-            scores = log_softmax(self._model_call(ids), dim=-1, dtype=self.softmax_dtype)
+        virtual_tokens = embedded_by(self.model)
+        with self._reading(query_tokens=[virtual_tokens + row.context for row in batch]):
+            logits = self._model_call(ids)[:, virtual_tokens:]
+        scores = log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
         return [scores[place, row.context - 1 : len(row.ids)] for place, row in enumerate(batch)]
 
     def _model_generate(self, *args: Any, **options: Any) -> Any:

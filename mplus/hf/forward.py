@@ -14,7 +14,7 @@ from attrs import evolve
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mplus.errors import ConfigError, InputError, MemoryMismatchError
+from mplus.errors import ConfigError, InputError, MemoryMismatchError, NotSupported
 from mplus.hf.arguments import DEFAULTS, ReadArguments, check_spelling
 from mplus.hf.engine import DecoderEngine
 from mplus.hf.passes import Pass, current_pass, run_in
@@ -115,6 +115,12 @@ def _read(model: Any, base: Any, arguments: ReadArguments, given: Reading | None
     else:
         check_weights(engine, reading, whole=text.shape[1] > 1)
     reading.retrieve_every = arguments.retrieve_every
+    one_by_one = reading.retrieve_every is not None and len(reading.views) > 1
+    if one_by_one and reading.look is not None and reading.look.names is not None and engine.own_attention.used:
+        raise NotSupported(
+            "forward with retrieve_every and adapter_names does not go with a retriever that ranks rows by the "
+            "decoder's attention: read one row at a time, or use the retriever 'linear'"
+        )
     if reading.retrieve_every is None:
         output = _run(engine, reading, base, inputs)
     else:

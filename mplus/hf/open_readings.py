@@ -44,10 +44,10 @@ class OpenReadings:
     def enter(self, arguments: ReadArguments, threads: bool) -> Iterator[None]:
         """Let calls of the decoder in this context read by ``arguments``."""
         entered = OpenReading(arguments, threading.get_ident(), threads)
-        with self._lock:
-            self._open = (*self._open, entered)
-        _ENTERED.set((*_ENTERED.get(), entered))
         try:
+            with self._lock:
+                self._open = (*self._open, entered)
+            _ENTERED.set((*_ENTERED.get(), entered))
             yield
         finally:
             # Not by a token: generators may leave their blocks in any order, and in other contexts.

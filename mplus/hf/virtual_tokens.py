@@ -25,8 +25,12 @@ def embedded_in_front(model: Any) -> int:
 
     A PeftModel prepares the inputs while it generates. Virtual tokens that are keys and values pass through no layer.
     """
-    outer = getattr(model.prepare_inputs_for_generation, "__self__", None)
-    config = getattr(outer, "active_peft_config", None)
+    return embedded_by(getattr(model.prepare_inputs_for_generation, "__self__", None))
+
+
+def embedded_by(peft_model: Any) -> int:
+    """Virtual tokens that ``peft_model`` puts in front of a text as embeddings; 0 for what is no PeftModel."""
+    config = getattr(peft_model, "active_peft_config", None)
     if config is None or not config.is_prompt_learning or config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
         return 0
     return int(config.num_virtual_tokens)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 import mplus
 from mplus.errors import ConfigError, InputError, MemoryMismatchError, MissingDependencyError
@@ -148,6 +148,23 @@ def test_a_long_context_loses_its_beginning() -> None:
     kept = (context + continuation)[-13:]
     expected = directly(kept[: -len(continuation)], continuation)[0]
     assert likelihood == pytest.approx(expected, abs=NOISE)
+
+
+def test_prompt_tuning_around_the_decoder() -> None:
+    tokenizer = parts()[1]
+    decoder = mplus.wrap(load_decoder(), mplus.MPlusConfig(chunk_tokens=48, retriever={"name": "linear", "width": 8}))
+    memory = decoder.new_memory(tokenizer=tokenizer)
+    memory.write("Once upon a time there was a little girl who lived near the sea with her dog Tim. " * 4)
+    model = get_peft_model(decoder, PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
+    one = MemoryLM(model, memory, tokenizer=tokenizer, batch_size=3)
+    found = one.loglikelihood(instances("loglikelihood", PAIRS[:3]), disable_tqdm=True)
+    for (likelihood, _), pair in zip(found, PAIRS, strict=False):
+        context, continuation = encoded(one, *pair)
+        text = torch.tensor([context + continuation])
+        with torch.no_grad():
+            logits = model(input_ids=text, memory=memory, query_tokens=3 + len(context)).logits[0, 3:]
+        chosen = logits[len(context) - 1 : -1].log_softmax(-1).gather(-1, text[0, len(context) :, None])
+        assert likelihood == pytest.approx(float(chosen.sum()), abs=NOISE)
 
 
 def test_a_peft_model_around_the_decoder() -> None:

@@ -82,6 +82,17 @@ def test_a_named_memory_wins_with_its_own_settings() -> None:
     assert all(torch.equal(one, expected) for one in found)
 
 
+def test_a_block_goes_before_the_memory_of_the_decoders_own_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, memory, other = shared()
+    expected = [model.generate(TEXT, memory=one, **GREEDY) for one in (memory, None)]
+    monkeypatch.setattr(model, "generation_config", copy.deepcopy(model.generation_config))
+    model.generation_config.memory = other
+    with model.reading(memory):
+        assert torch.equal(model.generate(TEXT, **GREEDY), expected[0])
+        with model.reading(None):
+            assert torch.equal(model.generate(TEXT, **GREEDY), expected[1])
+
+
 def in_plain(function: Any) -> Any:
     """The result of ``function`` outside of all blocks of this context."""
     return contextvars.Context().run(function)
