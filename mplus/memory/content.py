@@ -19,6 +19,7 @@ from mplus.memory.sharing import distinct, each
 from mplus.memory.stream import StreamState, StreamView
 from mplus.stores.base import MemoryStore
 from mplus.stores.eviction import EvictionPolicy
+from mplus.stores.process_lock import ProcessLock
 from mplus.stores.usage import Usage
 
 
@@ -60,8 +61,8 @@ class MemoryContent:
         if eviction.notes_reads:
             self._usage = tuple(usage) or tuple(Usage() for _ in self._states)
         self._version = 0
-        self._state_lock = threading.RLock()
-        self._write_lock = threading.RLock()
+        self._begun: Any = None
+        self._state_locks, self._write_locks = ProcessLock(threading.RLock), ProcessLock(threading.RLock)
 
     @property
     def batch_size(self) -> int:
@@ -76,11 +77,13 @@ class MemoryContent:
     @property
     def states(self) -> tuple[StreamState, ...]:
         """The present state of each stream (immutable)."""
+        self._arrive()
         return self._states
 
     @property
     def stores(self) -> tuple[MemoryStore, ...]:
         """The long-term store of each stream; changed only through the memory."""
+        self._arrive()
         return self._stores
 
     @property
@@ -101,7 +104,28 @@ class MemoryContent:
     @property
     def write_lock(self) -> threading.RLock:
         """Held by whoever writes."""
-        return self._write_lock
+        lock: threading.RLock = self._write_locks.here()
+        return lock
+
+    @property
+    def _write_lock(self) -> threading.RLock:
+        return self.write_lock
+
+    @property
+    def _state_lock(self) -> threading.RLock:
+        """Held by whoever changes the memory, or looks at all of it."""
+        self._arrive()
+        lock: threading.RLock = self._state_locks.here()
+        return lock
+
+    def _arrive(self) -> None:
+        """In a child that was just forked: undo what another thread of the parent had not finished."""
+        if self._state_locks.is_new:
+            with self._state_locks.here():
+                self._leave_to_parent()
+
+    def _leave_to_parent(self) -> None:
+        """See ``Keeping``."""
 
     @property
     def nbytes(self) -> int:

@@ -1,16 +1,42 @@
-"""What a memory that lives in a directory does about a change; others do nothing."""
+"""What a memory that lives in a directory does about a change; others do nothing. And the way back from a change."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
+from attrs import define, field
 from torch import Tensor
 
 from mplus.memory.content import MemoryContent
 from mplus.memory.stream import StreamState
+from mplus.stores.base import MemoryStore, StoreView
+from mplus.stores.usage import Usage
 
 Stayed = Mapping[int, Sequence[Tensor]]
 """By batch row, what ``Absorbed.stayed`` says of a write."""
+
+
+@define(eq=False)
+class Begun:
+    """What a memory was before a change that is under way.
+
+    Attributes:
+        stores, generators, usage: the ones it had.
+        snapshots, draws: of the stores and generators.
+        after: the states that the change makes; None: it has not come that far.
+        thread: makes the change.
+    """
+
+    stores: tuple[MemoryStore, ...]
+    generators: tuple[torch.Generator, ...]
+    usage: tuple[Usage | None, ...]
+    snapshots: Sequence[StoreView]
+    draws: Sequence[Tensor]
+    after: tuple[StreamState, ...] | None = None
+    thread: int = field(factory=threading.get_ident)
 
 
 class Keeping(MemoryContent):
@@ -31,3 +57,35 @@ class Keeping(MemoryContent):
     def _settled(self, after: tuple[StreamState, ...]) -> bool:
         """After an exception: whether the change to ``after`` is on disk for good; else it is not there at all."""
         return False
+
+    def _changing(self) -> Begun:
+        """Note what the memory is before a change."""
+        draws = [generator.get_state() for generator in self.generators]
+        snapshots = [store.snapshot() for store in self._stores]
+        self._begun: Begun | None = Begun(self._stores, self.generators, self._usage, snapshots, draws)
+        return self._begun
+
+    def _settle(self) -> None:
+        """End a change that an exception has cut off: it has come to be, or all is as before it."""
+        begun: Begun | None = self._begun
+        if begun is not None and self._states is not begun.after:
+            if begun.after is not None and self._settled(begun.after):
+                self._states, self._version = begun.after, self._version + 1
+            else:
+                self._go_back(begun)
+        self._begun = None
+
+    def _go_back(self, begun: Any) -> None:
+        self._stores, self.generators, self._usage = begun.stores, begun.generators, begun.usage
+        for store, snapshot in zip(begun.stores, begun.snapshots, strict=True):
+            store.restore(snapshot)
+        for generator, state in zip(begun.generators, begun.draws, strict=True):
+            generator.set_state(state)
+
+    def _leave_to_parent(self) -> None:
+        """In a child that was forked in the middle of a change of another thread: be as before the change."""
+        begun: Begun | None = self._begun
+        if begun is not None and begun.thread != threading.get_ident():
+            if self._states is not begun.after:
+                self._go_back(begun)
+            self._begun = None

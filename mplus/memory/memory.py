@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import torch
 from attrs import evolve
@@ -156,28 +156,20 @@ class Memory(Opens):
         """
         # No context manager of our own: an interrupt on the way into its exit would leave the change half done.
         with self._state_lock:
+            self._settle()  # an interrupt may have struck while the last change was being settled
             self._begin()
             self._stores = unshared(self._stores)
-            before = [store.snapshot() for store in self._stores]
-            draws = [generator.get_state() for generator in self.generators]
-            parts = self._stores, self.generators, self._usage
-            states, after = list(self._states), cast("tuple[StreamState, ...] | None", None)
+            states, begun = list(self._states), self._changing()
             try:
                 result = change(states)
                 self._tidy(states, stayed)
-                after = tuple(states)
-                self._keep(after, stayed)
-                self._states, self._version = after, self._version + 1
+                begun.after = tuple(states)
+                self._keep(begun.after, stayed)
+                self._states, self._version = begun.after, self._version + 1
             except BaseException:
-                if self._states is not after and after is not None and self._settled(after):
-                    self._states, self._version = after, self._version + 1
-                elif self._states is not after:
-                    self._stores, self.generators, self._usage = parts
-                    for store, snapshot in zip(self._stores, before, strict=True):
-                        store.restore(snapshot)
-                    for generator, state in zip(self.generators, draws, strict=True):
-                        generator.set_state(state)
+                self._settle()
                 raise
+            self._begun = None
             return result
 
     def keep_up(self, now: WeightsState | None = None, *, writing: Sequence[int] | None = None) -> None:

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +17,7 @@ from mplus.errors import NonFiniteError
 from mplus.retrievers.candidates import keys_of, needed
 from mplus.retrievers.ivf import POINTS_PER_CELL, IvfIndex, gpu_resources
 from mplus.stores.base import Origin, StoreView
+from mplus.stores.process_lock import ProcessLock
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Ready:
 class _Slot:
     """One index, the state of the layer it was last brought up to, and the lock without which nobody touches it."""
 
-    lock: Any = field(factory=Lock)
+    lock: ProcessLock = field(factory=ProcessLock)
     index: IvfIndex | None = None
     revision: int | None = None
 
@@ -68,7 +68,7 @@ class IndexShelf:
         self.gpu = gpu
         self._resources = gpu_resources() if gpu else None
         self._slots: WeakKeyDictionary[Origin, dict[int, _Slot]] = WeakKeyDictionary()
-        self._lock = Lock()
+        self._lock = ProcessLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return IndexShelf, (self.least, self.cells, self.outgrown, self.gpu)
@@ -84,12 +84,12 @@ class IndexShelf:
         if slot is None:
             yield None
             return
-        with slot.lock:
+        with slot.lock.here():
             yield self._brought_up(slot, store, layer)
 
     def follow(self, store: StoreView) -> None:
         """Bring the indexes that a store has up to its present rows."""
-        with self._lock:
+        with self._lock.here():
             layers = list(self._slots.get(store.origin, ())) if store.origin is not None else []
         for layer in layers:
             with self.ready(store, layer):
@@ -117,7 +117,7 @@ class IndexShelf:
         slot = self._slot(store, layer)
         if slot is None:
             return
-        with slot.lock:
+        with slot.lock.here():
             slot.index = IvfIndex.of(tensors, store.count(layer), _pieces(store, layer))
             slot.index.resources = self._resources
             slot.revision = store.revision(layer)
@@ -125,7 +125,7 @@ class IndexShelf:
     def _slot(self, store: StoreView, layer: int) -> _Slot | None:
         if store.origin is None:
             return None
-        with self._lock:
+        with self._lock.here():
             slots = self._slots.setdefault(store.origin, {})
             if store.count(layer) >= self.least:
                 return slots.setdefault(layer, _Slot())

@@ -9,7 +9,6 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Lock
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +24,7 @@ from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.merging import plan, rewritten
 from mplus.stores.disk.runs import Runs, holders
 from mplus.stores.layered import LayeredView, naming
+from mplus.stores.process_lock import ProcessLock
 
 
 class _Reading(LayeredView[Runs]):
@@ -212,11 +212,11 @@ class Scratch:
     def __init__(self, directory: str | None) -> None:
         self._given = None if directory is None else Path(directory).absolute()
         self._made: Path | None = None
-        self._lock = Lock()
+        self._lock = ProcessLock()
 
     def path(self) -> Path:
         """A name for a new file."""
-        with self._lock:
+        with self._lock.here():
             if self._given is not None:
                 try:
                     FileSystem().make_folder(self._given)

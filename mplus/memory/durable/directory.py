@@ -151,7 +151,7 @@ class Directory:
         One that was only begun is taken back. Where neither is possible, nothing can be written any more.
         """
         begun = self._begun
-        if begun is None or begun.token is not token:
+        if begun is None or begun.token is not token or self._process != os.getpid():
             return False
         failed, self.failed = self.failed, "it could not be taken back"  # holds if we are interrupted here
         if begun.written is None:

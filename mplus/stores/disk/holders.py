@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import contextmanager
-from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from mplus.stores.disk.blocks import BlockFile
 from mplus.stores.disk.checked import CheckedTensor
+from mplus.stores.process_lock import ProcessLock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,7 +56,7 @@ class Buffer:
             }
         self.capacity = capacity
         self._tip = 0
-        self._lock = Lock()
+        self._lock = ProcessLock()
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +65,7 @@ class Buffer:
 
     def claim(self, start: int, count: int) -> bool:
         """Reserve the places ``start .. start+count-1`` for the caller, unless anything from ``start`` on is taken."""
-        with self._lock:
+        with self._lock.here():
             if start != self._tip or start + count > self.capacity:
                 return False
             self._tip = start + count
@@ -94,7 +94,7 @@ class Buffer:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=Lock())
+        self.__dict__.update(state, _lock=ProcessLock())
 
 
 class LayerOfFile:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from threading import Lock
+from typing import Any
 
 import torch
 from attrs import define
 from torch import Tensor
 
 from mplus.stores.blocks import ordinary_tensors
+from mplus.stores.process_lock import ProcessLock
 
 WAYS = 16
 """Places that a row can go to."""
@@ -53,13 +54,12 @@ class RowCache:
     (int64, at least 0) and never change under one.
 
     Attributes:
-        lock: to be held.
         rows: how many are here.
     """
 
     def __init__(self, described: Described, budget: int, device: torch.device, *, pinned: bool = False) -> None:
         """``budget``: bytes, labels included. ``pinned``: the rows are in page-locked memory."""
-        self.lock = Lock()
+        self._lock = ProcessLock()
         self.rows = 0
         self.row_bytes = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in described.values())
         self.place_bytes = self.row_bytes + LABEL_BYTES
@@ -72,6 +72,11 @@ class RowCache:
         nothing = torch.empty(0, dtype=torch.int64)
         self._table = Table(0, nothing, nothing, (), ())
         self._clock = 0
+
+    @property
+    def lock(self) -> Any:
+        """To be held."""
+        return self._lock.here()
 
     @property
     def nbytes(self) -> int:

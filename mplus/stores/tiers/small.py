@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from threading import Lock, RLock
+from threading import RLock
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ from attrs import evolve
 
 from mplus.rows import MemoryRows
 from mplus.stores.blocks import Allocator, Block, block_columns, ordinary_tensors
+from mplus.stores.process_lock import ProcessLock
 from mplus.stores.slab_layer import SlabLayer
 from mplus.stores.slabs import Slab, SlabSizes
 
@@ -37,7 +38,7 @@ class Room(Allocator):
         self._pinned = pinned
         self._row_bytes = layout.row_bytes + 8
         # The garbage collector may give a block back in the middle of ``allocate``, in the same thread.
-        self._lock = RLock()
+        self._lock = ProcessLock(RLock)
 
     def has_room(self, rows: int) -> bool:
         """Whether a block of so many rows would fit now."""
@@ -46,7 +47,7 @@ class Room(Allocator):
     def allocate(self, rows: int) -> Block:
         """See ``Allocator.allocate``. Raises NoRoom."""
         size = rows * self._row_bytes
-        with self._lock:
+        with self._lock.here():
             if self.nbytes + size > self.budget:
                 raise NoRoom
             self.nbytes += size
@@ -64,7 +65,7 @@ class Room(Allocator):
         return block
 
     def _back(self, size: int) -> None:
-        with self._lock:
+        with self._lock.here():
             self.nbytes -= size
 
 
@@ -79,7 +80,7 @@ class Small:
         self._rooms = rooms
         self._layer = layer
         self._known = known
-        self._lock = Lock()
+        self._lock = ProcessLock()
 
     @property
     def room(self) -> Room | None:
@@ -89,7 +90,7 @@ class Small:
 
     def of(self, view: StoreView, layer: int) -> SlabLayer | None:
         """The columns of the rows of ``layer``, which ``view`` has; None: there is no room for them in any tier."""
-        with self._lock:
+        with self._lock.here():
             if not self._known:
                 self._layer = self._copied(view, layer, self._rooms)
                 self._known = True
