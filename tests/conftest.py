@@ -32,6 +32,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
 
 
+@pytest.fixture(autouse=True)
+def _proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `wrap` proves of a decoder is proved once for equal decoders; at night every time."""
+    if not NIGHTLY:
+        from tests import proofs  # imports torch, which reads OMP_NUM_THREADS then
+
+        proofs.patch(monkeypatch)
+
+
 def pytest_collection_finish() -> None:
     """Leave what was imported out of every later garbage collection: there is so much that each takes a second."""
     gc.collect()
