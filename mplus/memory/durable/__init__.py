@@ -3,10 +3,10 @@
 The directory holds, at any time, one **checkpoint** and a **journal** of what happened since:
 
 - ``manifest.json``: facts, and the names, sizes and digests of the files below (``manifest.py``);
-- ``state-<n>.safetensors``: short-term and pending rows, counters, generators (a block file, ``mplus.stores.disk``);
-- ``rows-<hex>.safetensors``: long-term rows, block files that never change (``mplus.stores.mmap``);
-- ``journal-<n>.bin``: a record for every chunk written since (``journal.py``, ``delta.py``);
-- ``lock``: held by the process that writes.
+- ``state-<id>-<n>.safetensors``: short-term and pending rows, counters, generators (a block file, ``mplus.stores.disk``);
+- ``rows-<id>-<hex>.safetensors``: long-term rows, block files that never change (``mplus.stores.mmap``);
+- ``journal-<id>-<n>.bin``: a record for every chunk written since (``journal.py``, ``delta.py``);
+- ``lock``: held by the process that writes; says the memory's id, which is in all names above.
 
 A write appends its record to the journal and syncs it before it shows in memory. When the journal has become long,
 when the memory is closed, and for every change other than a write (``forget``, ``reset``, weights that changed), a new
