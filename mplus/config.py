@@ -248,14 +248,18 @@ class MPlusConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> MPlusConfig:
-        """Read a ``.json`` or ``.toml`` file."""
+        """Read a ``.json`` or ``.toml`` file. Raises ConfigError where it is none, or as ``from_dict``."""
         path = Path(path)
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
         try:
+            text = content.decode("utf-8")
             data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} must be valid {path.suffix.lstrip('.').upper() or 'JSON'}: {error}") from error
-        return cls.from_dict(data)
+        try:
+            return cls.from_dict(data)
+        except RecursionError as error:  # read, but too deep to be looked at
+            raise ConfigError(f"{path} must hold a table of fields, got one of too many levels") from error
 
 
 def structure(cls: type[T], data: Mapping[str, Any]) -> T:

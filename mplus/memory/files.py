@@ -54,7 +54,7 @@ from mplus.memory.folder import (
 )
 from mplus.memory.forgetting import without_unused_sources
 from mplus.memory.made_with import made_with, with_weights
-from mplus.memory.manifest import Manifest, check_belongs, is_memory, read_manifest
+from mplus.memory.manifest import Manifest, check_belongs, is_memory, mechanism_in, read_manifest
 from mplus.memory.memory import Memory
 from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.tensors import TensorReader, write_tensors
@@ -84,7 +84,7 @@ class Facts:
     @property
     def mechanism(self) -> str:
         """Name of the mechanism."""
-        return Component.of(self.fingerprint.get("mechanism", "mplus")).name
+        return Component.of(mechanism_in(self.fingerprint)).name
 
     @staticmethod
     def of(engine: Engine, eviction: EvictionPolicy, budget: Budget, states: Sequence[StreamState]) -> Facts:

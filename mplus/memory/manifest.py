@@ -52,6 +52,11 @@ class Belonging(Protocol):
         """What the rows look like."""
 
 
+def mechanism_in(fingerprint: Mapping[str, Any]) -> Any:
+    """The mechanism in the facts about a decoder, by name or as a table with its options."""
+    return fingerprint.get("mechanism", "mplus")
+
+
 def component(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     """Validator: a component by name, or a table of its name and options."""
     try:
@@ -65,6 +70,7 @@ def fingerprint(instance: Any, attribute: attrs.Attribute[Any], value: dict[str,
     rows = value.get("memory_tokens_per_chunk", 1)
     if type(rows) is not int or rows < 1:
         raise ValueError(f"{attribute.name}.memory_tokens_per_chunk must be a whole number of at least 1, got {rows!r}")
+    component(instance, attribute, mechanism_in(value))
 
 
 @define(frozen=True, kw_only=True)
@@ -119,7 +125,7 @@ def read_manifest(path: str | Path | Folder, name: str = MANIFEST) -> Manifest:
     file = (path if isinstance(path, Folder) else Path(path)) / name
     manifest = from_file(file, Manifest, FORMAT, VERSION, "a saved memory")
     try:
-        check_streams(manifest.streams, manifest.layout)
+        check_streams(manifest.streams, manifest.layout, mechanism_of(manifest))
         _check_data(manifest)
     except ValueError as error:
         raise MemoryFileError(f"{file} does not describe a memory: {error}") from error
@@ -231,11 +237,20 @@ def _digest(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def check_streams(streams: Sequence[StreamEntry], layout: LayoutEntry) -> None:
-    """Raise ValueError where what a manifest says of streams contradicts itself."""
+def mechanism_of(manifest: Belonging) -> str:
+    """Name of the mechanism that a memory is of."""
+    return Component.of(mechanism_in(manifest.fingerprint)).name
+
+
+def check_streams(streams: Sequence[StreamEntry], layout: LayoutEntry, mechanism: str) -> None:
+    """Raise ValueError where what a manifest says of the streams of a mechanism contradicts itself."""
     if not streams:
         raise ValueError("streams must have at least one entry, got none")
     for number, stream in enumerate(streams):
+        if stream.mechanism != mechanism:
+            raise ValueError(
+                f"streams[{number}].mechanism must be that of the fingerprint, {mechanism!r}, got {stream.mechanism!r}"
+            )
         if len(stream.ltm) != layout.layers:
             raise ValueError(
                 f"streams[{number}].ltm must count the rows of {layout.layers} layers, got {list(stream.ltm)}"

@@ -12,7 +12,7 @@ from attrs import define, field
 from mplus.errors import MemoryFileError
 from mplus.memory.entries import LayoutEntry, StreamEntry
 from mplus.memory.folder import MANIFEST
-from mplus.memory.manifest import LIVE_FORMAT, check_streams, component, fingerprint, from_file, to_text
+from mplus.memory.manifest import LIVE_FORMAT, check_streams, component, fingerprint, from_file, mechanism_of, to_text
 from mplus.memory.sources import SourceTable
 from mplus.memory.structure import NOT_IN_FILES, check_name, named_like, whole
 from mplus.stores.disk.blocks import FileEntry
@@ -117,7 +117,7 @@ def read_live_manifest(folder: Path | Folder) -> LiveManifest:
     file = folder / MANIFEST
     manifest = from_file(file, LiveManifest, LIVE_FORMAT, VERSION, "a memory in a directory")
     try:
-        check_streams(manifest.streams, manifest.layout)
+        check_streams(manifest.streams, manifest.layout, mechanism_of(manifest))
         _check_files(manifest)
     except ValueError as error:
         raise MemoryFileError(f"{file} does not describe a memory: {error}") from error
