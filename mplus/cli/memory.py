@@ -93,7 +93,8 @@ TIERS = {"stm": "short-term"}
 def _stream_facts(stream: StreamEntry, sources: SourceTable) -> dict[str, object]:
     import attrs
 
-    return {**attrs.asdict(stream), "sources": [attrs.asdict(source) for source in sources.values()]}
+    facts = attrs.asdict(stream)
+    return {**facts, **facts.pop("rows"), "sources": [attrs.asdict(source) for source in sources.values()]}
 
 
 def _facts(manifest: Manifest) -> dict[str, object]:

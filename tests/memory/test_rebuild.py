@@ -285,7 +285,7 @@ def test_texts_are_values(steps: list[tuple[str, int, int]]) -> None:
         elif what == "without":
             values.append((texts.without(source), [text for text in listed if text[1] != source]))
         else:
-            values.append((Texts.from_tensors(texts.tensors(), 4), listed))
+            values.append((Texts.from_tensors(texts.tensors(), torch.arange(4)), listed))
     for texts, listed in values:
         assert [(text.ids.tolist(), text.source, text.turn) for text in texts.chunks()] == listed
         assert len(texts) == len(listed)
