@@ -22,7 +22,7 @@ from torch import Tensor
 import mplus
 from mplus.evaluation.circumstances import circumstances
 from mplus.evaluation.intervals import wilson
-from mplus.hf.saving import read_config
+from mplus.hf.auto import read_config
 from mplus.hf.shipped import RECALL_TINY, without_bars
 from mplus.memory import Memory
 from mplus.training.recall.episodes import Episode, draw_facts, make_episode

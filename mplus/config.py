@@ -33,6 +33,11 @@ def whole(minimum: int, optional: bool = False) -> Any:
     return check
 
 
+def size(minimum: int) -> Any:
+    """Validator: an int of at least ``minimum``, or None where it is left to be chosen."""
+    return attrs.validators.optional(whole(minimum))
+
+
 def number(minimum: float, below: float = float("inf")) -> Any:
     """Validator: a number in ``[minimum, below)``."""
 
@@ -59,6 +64,15 @@ def flag(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if not isinstance(value, bool):
         raise ConfigError(f"{attribute.name} must be True or False, got {value!r}")
 
+
+PUBLISHED = {
+    "chunk_tokens": 512,
+    "memory_tokens_per_chunk": 256,
+    "short_term_tokens": 10_240,
+    "retrieved_tokens": 2_560,
+}
+"""The published sizes, for an 8B decoder of 128k positions (M+ section 4.1)."""
+MIN_CHUNK_TOKENS = 16
 
 UNITS = {"": 1, "B": 1, **{f"{p}B": 1000 ** (i + 1) for i, p in enumerate(("k", "M", "G", "T"))}}
 UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate(("K", "M", "G", "T"))} | {"KB": 1000}
@@ -123,6 +137,14 @@ def _component(value: Any) -> Component:
     return Component.of(value)
 
 
+def _size(value: int | None) -> int:
+    return cast(int, value)
+
+
+def _both(*sizes: int | None) -> bool:
+    return None not in sizes
+
+
 @define(frozen=True, kw_only=True)
 class AdapterConfig:
     """The two LoRA adapters, "write" and "read" (M+ section 3.3; published: rank 16, alpha 32).
@@ -153,13 +175,16 @@ def _adapters(value: Any) -> Any:
 class MPlusConfig:
     """How a decoder writes, keeps and reads memory. Sizes are tokens per layer unless said otherwise.
 
-    The defaults are the published sizes for an 8B decoder (M+ section 4.1).
+    Sizes that are left out (None) get their numbers when a decoder is wrapped: ``PUBLISHED``, those of M+ section 4.1,
+    where the decoder has room for them, else smaller ones (``mplus.hf.sizes.resolve``). ``model.mplus_config`` holds
+    the numbers, and so does what is saved.
 
     Attributes:
         mechanism: "mplus" or "memoryllm" (no long-term memory), or a third party's.
         variant: "paper", or "published" to follow the released code to the letter.
         chunk_tokens: text tokens read by one write.
-        min_chunk_tokens: shorter chunks are joined with their neighbour, or refused where there is none.
+        min_chunk_tokens: shorter chunks are joined with their neighbour, or refused where there is none. Left out: 16,
+            but at most half of ``chunk_tokens``, so that every text of that length can be cut into chunks.
         memory_tokens_per_chunk: K, rows written per chunk.
         short_term_tokens: N, rows of short-term memory (STM).
         retrieved_tokens: K0, long-term rows brought back by a read.
@@ -185,11 +210,12 @@ class MPlusConfig:
 
     mechanism: Component = field(default=Component("mplus"), converter=_component)
     variant: Literal["paper", "published"] = field(default="paper", validator=one_of("paper", "published"))
-    chunk_tokens: int = field(default=512, validator=whole(1))
-    min_chunk_tokens: int = field(default=16, validator=whole(1))
-    memory_tokens_per_chunk: int = field(default=256, validator=whole(1))
-    short_term_tokens: int = field(default=10_240, validator=whole(1))
-    retrieved_tokens: int = field(default=2_560, validator=whole(0))
+    # None until ``wrap`` has resolved them; everything behind ``wrap`` has numbers, hence the type.
+    chunk_tokens: int = field(default=None, converter=_size, validator=size(1))
+    min_chunk_tokens: int = field(default=None, converter=_size, validator=size(1))
+    memory_tokens_per_chunk: int = field(default=None, converter=_size, validator=size(1))
+    short_term_tokens: int = field(default=None, converter=_size, validator=size(1))
+    retrieved_tokens: int = field(default=None, converter=_size, validator=size(0))
     long_term_tokens: int | None = field(default=150_000, validator=whole(0, optional=True))
     bytes_budget: int | str | None = field(default=None, validator=_budget)
     drop_per_layer: bool = field(default=True, validator=flag)
@@ -215,12 +241,14 @@ class MPlusConfig:
     )
 
     def __attrs_post_init__(self) -> None:
-        if self.memory_tokens_per_chunk > self.short_term_tokens:
+        if _both(self.memory_tokens_per_chunk, self.short_term_tokens) and (
+            self.memory_tokens_per_chunk > self.short_term_tokens
+        ):
             raise ConfigError(
                 "memory_tokens_per_chunk must not exceed short_term_tokens "
                 f"({self.short_term_tokens}), got {self.memory_tokens_per_chunk}: one write must fit into the STM"
             )
-        if self.min_chunk_tokens > self.chunk_tokens:
+        if _both(self.min_chunk_tokens, self.chunk_tokens) and self.min_chunk_tokens > self.chunk_tokens:
             raise ConfigError(
                 f"min_chunk_tokens must not exceed chunk_tokens ({self.chunk_tokens}), got {self.min_chunk_tokens}"
             )

@@ -36,7 +36,13 @@ class MissingDependencyError(MPlusError, ImportError):
 
 
 class NotSupported(MPlusError, ValueError):
-    """A decoder, or a way of calling it, cannot carry a memory; the message gives every reason."""
+    """A decoder, or a way of calling it, cannot carry a memory; the message gives every reason once.
+
+    Attributes:
+        details: where ``mplus.wrap`` tried several techniques, every finding against each of them.
+    """
+
+    details: tuple[str, ...] = ()
 
 
 class ArgumentError(MPlusError, TypeError):
@@ -102,3 +108,7 @@ class CheckpointError(MPlusError, ValueError):
 
 class TrainingError(MPlusError, RuntimeError):
     """A stage of a training did not reach what its recipe asks for."""
+
+
+class MemorySizeWarning(UserWarning):
+    """Sizes that were asked for need more positions than the decoder knows."""

@@ -21,8 +21,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"long_term_tokens": -1}, "long_term_tokens must be a whole number of at least 0, or None, got -1"),
     ({"variant": "mine"}, "variant must be one of 'paper', 'published', got 'mine'"),
     ({"drop_per_layer": 1}, "drop_per_layer must be True or False, got 1"),
-    ({"memory_tokens_per_chunk": 20_000}, "must not exceed short_term_tokens \\(10240\\), got 20000"),
-    ({"min_chunk_tokens": 600}, "min_chunk_tokens must not exceed chunk_tokens \\(512\\), got 600"),
+    (
+        {"memory_tokens_per_chunk": 20_000, "short_term_tokens": 10_240},
+        "must not exceed short_term_tokens \\(10240\\), got 20000",
+    ),
+    (
+        {"min_chunk_tokens": 600, "chunk_tokens": 512},
+        "min_chunk_tokens must not exceed chunk_tokens \\(512\\), got 600",
+    ),
     ({"memory_positions": "compressed"}, "position_span must be given exactly when memory_positions is 'compressed'"),
     ({"position_span": 4}, "position_span must be given exactly when memory_positions is 'compressed'"),
     ({"store": 3}, "an implementation must be a name or a table with a 'name' and its options, got 3"),
@@ -70,8 +76,10 @@ def test_json_and_toml_files(tmp_path: Path) -> None:
         MPlusConfig.from_file(tmp_path / "broken.toml")
 
 
-def test_the_defaults_are_the_published_sizes() -> None:
+def test_sizes_are_left_open_for_the_decoder() -> None:
     config = mplus.MPlusConfig()
-    assert (config.chunk_tokens, config.memory_tokens_per_chunk, config.short_term_tokens) == (512, 256, 10_240)
-    assert (config.retrieved_tokens, config.long_term_tokens) == (2_560, 150_000)
+    sizes = ("chunk_tokens", "min_chunk_tokens", "memory_tokens_per_chunk", "short_term_tokens", "retrieved_tokens")
+    assert [getattr(config, name) for name in sizes] == [None] * 5
+    assert mplus.MPlusConfig.from_dict(config.to_dict()) == config
+    assert config.long_term_tokens == 150_000
     assert config.adapters == AdapterConfig(rank=16, alpha=32.0)

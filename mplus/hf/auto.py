@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mplus.config import MPlusConfig
+from mplus.errors import CheckpointError, ConfigError
 
 MODEL_TYPE = "mplus"
 
@@ -38,6 +41,40 @@ class MPlusModelConfig(PreTrainedConfig):
     def memory_config(self) -> MPlusConfig:
         """The memory configuration."""
         return MPlusConfig.from_dict(self.mplus)
+
+
+def read_config(folder: Path) -> MPlusModelConfig:
+    """``config.json`` in ``folder``. Raises CheckpointError when it is missing or is not of an mplus model."""
+    try:
+        plain, _ = MPlusModelConfig.get_config_dict(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} must hold a readable config.json: {error}") from error
+    if plain.get("model_type") != MPlusModelConfig.model_type or not plain.get("mplus"):
+        found = plain.get("model_type")
+        raise CheckpointError(f"{folder} must hold a config.json with model_type 'mplus', got {found!r}")
+    return MPlusModelConfig.from_dict(plain)
+
+
+def as_memory_config(config: Any) -> MPlusConfig:
+    """What ``mplus.wrap`` takes as a config: an ``MPlusConfig``, its fields, or where it is kept; None: the default.
+
+    Raises:
+        ConfigError: it is none of these, or there is no such file.
+        CheckpointError: a folder without a saved model.
+    """
+    if config is None or isinstance(config, MPlusConfig):
+        return config or MPlusConfig()
+    if isinstance(config, Mapping):
+        return MPlusConfig.from_dict(config)
+    if not isinstance(config, str | Path):
+        raise ConfigError(
+            "config must be an MPlusConfig, a dict of its fields, or the path of a .json or .toml file or of a saved "
+            f"model, got {config!r:.80}"
+        )
+    path = Path(config)
+    if not path.exists():
+        raise ConfigError(f"config must be the path of a .json or .toml file or of a saved model, got {str(path)!r}")
+    return read_config(path).memory_config if path.is_dir() else MPlusConfig.from_file(path)
 
 
 class MPlusForCausalLM(PreTrainedModel):

@@ -143,15 +143,24 @@ def discover(model: Any) -> Anatomy:
     """Probe ``model`` (in eval mode for the moment) with four tokens.
 
     Raises:
-        NotSupported: no layer stack, no key/value cache, or attention that does not take its cache by keyword.
+        NotSupported: no layer stack, no key/value cache, attention that does not take its cache by keyword, or the
+            tokens cannot be read.
     """
     root, layers = find_layers(model)
     name = type(model).__name__
-    with in_eval_mode(model):
-        ids = torch.tensor([[1, 2, 3, 4]], device=input_device(model))
-        cache = _filled_cache(model, ids[:, :3])
-        with _tracing(root, cache) as trace:
-            model(input_ids=ids[:, 3:], attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    try:
+        with in_eval_mode(model):
+            ids = torch.tensor([[1, 2, 3, 4]], device=input_device(model))
+            cache = _filled_cache(model, ids[:, :3])
+            with _tracing(root, cache) as trace:
+                model(input_ids=ids[:, 3:], attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    except NotSupported:
+        raise
+    except Exception as error:
+        raise NotSupported(
+            f"{name} cannot read four plain tokens one after the other, with a cache, which is how mplus finds its "
+            f"attention: {type(error).__name__}: {error}"
+        ) from error
     home = {module: index for index, layer in enumerate(layers) for module in layer.modules()}
     specs: list[AttentionSpec] = []
     for attention in sorted((module for module in trace.updates if module in home), key=home.__getitem__):
@@ -195,7 +204,9 @@ def _spec(
     if keyword is None:
         raise NotSupported(f"{type(attention).__name__} does not take its key/value cache by keyword")
     positional = "hidden_states" not in kwargs
-    made_by = trace.maker(args[0] if positional else kwargs["hidden_states"])
+    states = args[0] if positional else kwargs["hidden_states"]
+    _check_width(attention, index, states, trace.calls.get(layers[index]))
+    made_by = trace.maker(states)
     norm = (
         made_by[0]
         if made_by is not None and home.get(made_by[0]) == index and made_by[0] is not layers[index]
@@ -220,6 +231,17 @@ def _spec(
     if spec.rotary is None:
         spec.rotates_inside = _rotates_inside(spec, args, kwargs)
     return spec
+
+
+def _check_width(attention: nn.Module, index: int, states: Tensor, call: Any) -> None:
+    """Raises NotSupported where attention reads more than the layer's hidden states, which rows of memory are."""
+    args, kwargs = call if call is not None else ((), {})
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if isinstance(hidden, Tensor) and hidden.shape[-1] != states.shape[-1]:
+        raise NotSupported(
+            f"{type(attention).__name__} of layer {index} attends to states of width {states.shape[-1]}, and the "
+            f"layer's hidden states, which memory is made of, have {hidden.shape[-1]}"
+        )
 
 
 def _rotates_inside(spec: AttentionSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

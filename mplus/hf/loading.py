@@ -9,9 +9,10 @@ import torch
 from transformers import AutoTokenizer
 
 from mplus.errors import CheckpointError
+from mplus.hf.auto import read_config
 from mplus.hf.hub import find_folder
 from mplus.hf.peft_saving import memory_folder
-from mplus.hf.saving import BASE, from_pretrained, read_config
+from mplus.hf.saving import BASE, from_pretrained
 from mplus.hf.shipped import without_bars
 
 

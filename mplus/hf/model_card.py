@@ -22,6 +22,7 @@ def model_card(model: Any, config: MPlusModelConfig, with_base: bool, tags: Sequ
         metadata.append(f"base_model: {base}")
     where = "with the decoder itself in `base/`" if with_base else "the decoder is loaded from where it came from"
     use = '"path/or/repository"' if with_base or base else '"path/or/repository", base="the decoder"'
+    elsewhere = "" if with_base else " Where it has been moved since, pass `base=` with its place."
     return "\n".join(
         [
             *metadata,
@@ -29,7 +30,7 @@ def model_card(model: Any, config: MPlusModelConfig, with_base: bool, tags: Sequ
             "",
             f"# {name} with an M+ memory",
             "",
-            f"Memory additions for {base or 'a ' + name}: {added:,} parameters; {where}.",
+            f"Memory additions for {base or 'a ' + name}: {added:,} parameters; {where}.{elsewhere}",
             "",
             "| | |",
             "|---|---|",
@@ -43,6 +44,9 @@ def model_card(model: Any, config: MPlusModelConfig, with_base: bool, tags: Sequ
             'memory.write("text to remember")',
             "model.generate(**inputs, memory=memory)",
             "```",
+            "",
+            "`AutoModelForCausalLM` and `pipeline` load it too, after `import mplus.hf`: that registers the model type",
+            "`mplus`, which transformers does not know by itself.",
             "",
             f"Made with mplus {mplus.__version__}. M+: arXiv 2502.00592.",
             "",

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mplus.errors import CheckpointError, NotSupported
 from mplus.hf.adapters import refuse_conflicts
-from mplus.hf.auto import MPlusModelConfig
+from mplus.hf.auto import MPlusModelConfig, read_config
 from mplus.hf.fingerprint import digest
 from mplus.hf.hub import COMMIT, find_folder, upload
 from mplus.hf.model_card import model_card
@@ -27,6 +27,8 @@ from mplus.hf.wrapping import wrap
 
 WEIGHTS = "model.safetensors"
 BASE = "base"
+HOW_TO_LOAD = "mplus.from_pretrained(folder), or the Auto classes of transformers after `import mplus.hf`"
+"""Said in config.json, since transformers knows the model type "mplus" only then."""
 
 
 def save_pretrained(
@@ -89,6 +91,7 @@ def _model_config(model: Any) -> MPlusModelConfig:
         base_model=model.config._name_or_path or None,
         base_config=model.config.to_dict(),
         architectures=["MPlusForCausalLM"],
+        how_to_load=HOW_TO_LOAD,
     )
 
 
@@ -144,24 +147,25 @@ def from_pretrained(
     return model
 
 
-def read_config(folder: Path) -> MPlusModelConfig:
-    """``config.json`` in ``folder``. Raises CheckpointError when it is missing or is not of an mplus model."""
-    try:
-        plain, _ = MPlusModelConfig.get_config_dict(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder} must hold a readable config.json: {error}") from error
-    if plain.get("model_type") != MPlusModelConfig.model_type or not plain.get("mplus"):
-        found = plain.get("model_type")
-        raise CheckpointError(f"{folder} must hold a config.json with model_type 'mplus', got {found!r}")
-    return MPlusModelConfig.from_dict(plain)
-
-
 def _base(base: Any, config: MPlusModelConfig, folder: Path, kwargs: dict[str, Any]) -> Any:
-    if base is None:
-        base = folder / BASE if (folder / BASE).is_dir() else config.base_model
-    if base is None:
-        raise CheckpointError(f"{folder} does not say which decoder it was made for: pass base=")
+    if base is None and not (folder / BASE).is_dir():
+        return _found_again(config.base_model, str(folder), kwargs)
+    base = folder / BASE if base is None else base
     return AutoModelForCausalLM.from_pretrained(base, **kwargs) if isinstance(base, str | Path) else base
+
+
+def _found_again(base_model: str | None, where: str, kwargs: Mapping[str, Any]) -> Any:
+    """The decoder that additions were saved for, from where it was then."""
+    if base_model is None:
+        raise CheckpointError(f"{where} does not say which decoder it was made for: pass base=")
+    try:
+        return AutoModelForCausalLM.from_pretrained(base_model, **kwargs)
+    except (OSError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"the decoder that {where} was made for cannot be loaded from {base_model!r}, where it was when that was "
+            f"saved ({first}): if it was moved or renamed, pass base= with its folder or the decoder itself"
+        ) from error
 
 
 def load_additions(model: Any, tensors: Mapping[str, Tensor], where: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +16,22 @@ from mplus.hf.forward import generating
 from mplus.hf.modes import in_eval_mode
 from mplus.hf.reading import Reading
 from mplus.hf.retrofit import Technique
+from mplus.hf.rounding import MARGIN, exceeds, measure_noise, observe, token_errors
 from mplus.memory.stream import StreamView
 from mplus.rows import MemoryRows
 from mplus.stores.ram import RamStore
 
 TOKENS = 8
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Largest error, relative to the standard deviation of the logits; narrower dtypes are judged by their mean error."""
-NARROW_TOLERANCE = 0.15
+TEXTS = 3
+"""Texts that a failed comparison is made with: a mistake shows in all, a router that rounding turned does not."""
+
+
+Found = tuple[float, bool, str]
+"""Error, whether it is no fault, and a remark."""
+
+
+class NotComparable(Exception):
+    """What a technique is compared with does not work in this decoder, so nothing is known about the technique."""
 
 
 @define(frozen=True)
@@ -31,8 +40,9 @@ class Check:
 
     Attributes:
         name: what was compared.
-        error: relative error found; None where nothing could be compared.
-        passed: whether it is within tolerance.
+        error: largest error of a token, relative to the standard deviation, in the logits or in what attention gives in
+            a layer; None where nothing could be compared.
+        passed: whether it is no more than rounding. True where nothing could be compared: that is no fault.
         remark: why a check was not applied, or what failed.
     """
 
@@ -41,14 +51,25 @@ class Check:
     passed: bool
     remark: str = ""
 
+    @property
+    def checked(self) -> bool:
+        """Whether something was compared."""
+        return self.error is not None or not self.passed
+
     def __str__(self) -> str:
-        found = self.remark or f"relative error {self.error:.2g}"
-        return f"{self.name}: {found}"
+        return f"{self.name}: {self.finding}"
+
+    @property
+    def finding(self) -> str:
+        """What was found, without the name."""
+        if not self.checked:
+            return f"not checked, {self.remark}"
+        return self.remark or f"relative error {self.error:.2g}"
 
 
-def check_ids(vocab_size: int, device: torch.device) -> Tensor:
-    """``[1, TOKENS]`` different ids of the vocabulary."""
-    return ((torch.arange(TOKENS, device=device) * 7 + 3) % vocab_size)[None]
+def check_ids(vocab_size: int, device: torch.device, text: int = 0) -> Tensor:
+    """``[1, TOKENS]`` different ids of the vocabulary; others for each ``text``."""
+    return ((torch.arange(TOKENS, device=device) * (7 + 4 * text) + 3 + text) % vocab_size)[None]
 
 
 @torch.no_grad()
@@ -67,32 +88,58 @@ class _Checks:
     def __init__(self, model: Any, base_logits: Tensor) -> None:
         self.model = model
         self.engine: DecoderEngine = model.mplus_engine
+        self.anatomy = self.engine.retrofit.anatomy
         self.base_logits = base_logits
         self.ids = check_ids(self.engine.vocab_size, self.engine.device)
-        self.tolerance = TOLERANCE.get(self.engine.dtype, NARROW_TOLERANCE)
 
     def run(self) -> list[Check]:
         """Every check; one that raises has failed."""
-        self.view = self._view()
-        steps = {
-            "no memory = base model, bit for bit": self._no_memory,
-            "memory acts": self._acts,
+        ready = self._tried("a few tokens run through the layers", self._prepare)
+        if not ready.passed:
+            return [ready]
+        comparisons = {
             "prefill and steps = full forward": self._steps,
             "left-padded row = row alone": self._padded,
             "attention function = cache view": self._techniques,
             "negative positions = offset positions": self._positions,
-            "a write gives finite rows": self._write,
         }
-        checks = []
-        for name, step in steps.items():
-            try:
-                error, remark = step()
-            except Exception as failure:  # noqa: BLE001 - the point is to find what a foreign model cannot do, and to say it
-                checks.append(Check(name, None, False, f"{type(failure).__name__}: {failure}"))
-                continue
-            passed = bool(remark) if error is None else error <= (0.0 if step == self._no_memory else self.tolerance)
-            checks.append(Check(name, error, passed, remark))
-        return checks
+        return [
+            self._tried("no memory = base model, bit for bit", self._no_memory),
+            self._tried("memory acts", self._acts),
+            *(self._tried(name, self._compared, compare) for name, compare in comparisons.items()),
+            self._tried("a write gives finite rows", self._write),
+        ]
+
+    def _prepare(self) -> Found:
+        self.view = self._view()
+        self.noise = measure_noise(self.anatomy, lambda: self.model(input_ids=self.ids).logits, self.engine.dtype)
+        return 0.0, True, ""
+
+    def _tried(self, name: str, step: Callable[..., Found], *args: Any) -> Check:
+        try:
+            return Check(name, *step(*args))
+        except NotComparable as reason:
+            return Check(name, None, True, str(reason))
+        except Exception as failure:  # noqa: BLE001 - the point is to find what a foreign model cannot do, and to say it
+            return Check(name, None, False, _short(failure))
+
+    def _compared(self, compare: Callable[[], Tensor]) -> Found:
+        """A comparison is made again, on other texts, where its errors are more than rounding."""
+        first = self.ids
+        found: list[float] = []
+        try:
+            for text in range(TEXTS):
+                self.ids = check_ids(self.engine.vocab_size, self.engine.device, text)
+                errors = compare()
+                found.append(float(errors.max()))
+                if not self._exceeds(errors):
+                    return found[-1], True, ""
+        finally:
+            self.ids = first
+        return found[0], False, ""
+
+    def _exceeds(self, errors: Tensor) -> bool:
+        return exceeds(errors, self.noise, self.engine.dtype)
 
     def _view(self) -> StreamView:
         """Memory of realistic rows: what the layers receive when other tokens are read."""
@@ -110,7 +157,7 @@ class _Checks:
         finally:
             for handle in handles:
                 handle.remove()
-        layout = self.engine.layout
+        layout = self.engine.layout_of("hidden")  # what new memories keep is settled after these checks
         stm = []
         for index in range(layout.layers):
             hidden = seen[index][0, : TOKENS - 3].to(layout.device)
@@ -122,46 +169,49 @@ class _Checks:
             evolve(state, stm=tuple(stm), pending=pending, clock=len(stm[0])), RamStore(layout).snapshot()
         )
 
-    def _read(self, rows: int = 1, memory: bool = True, **inputs: Any) -> Any:
+    def _read(self, rows: int = 1, memory: bool = True, **inputs: Any) -> list[Tensor]:
+        """What ``observe`` finds in a forward of the decoder."""
         reading = Reading(self.engine.mechanism, [self.view] * rows)
-        if not memory:
-            return self.model(**inputs)
-        with generating(self.model, reading):
-            return self.model(**inputs)
+        with generating(self.model, reading) if memory else _nothing():
+            return observe(self.anatomy, lambda: self.model(**inputs).logits)
 
-    def _error(self, a: Tensor, b: Tensor) -> float:
-        difference = (a.double() - b.double()).abs() / b.double().std().clamp(min=1e-12)
-        return float(difference.max() if self.engine.dtype in TOLERANCE else difference.mean())
-
-    def _no_memory(self) -> tuple[float | None, str]:
+    def _no_memory(self) -> Found:
         logits = self.model(input_ids=self.ids).logits
-        return (0.0 if torch.equal(logits, self.base_logits) else max(self._error(logits, self.base_logits), 1e-12)), ""
+        if torch.equal(logits, self.base_logits):
+            return 0.0, True, ""
+        return float(token_errors([logits], [self.base_logits]).max()), False, ""
 
-    def _acts(self) -> tuple[float | None, str]:
-        moved = self._error(self._read(input_ids=self.ids).logits, self.base_logits)
-        if moved <= self.tolerance:
-            return float("inf"), f"memory moves the logits by {moved:.2g} of their standard deviation only"
-        return 0.0, ""
+    def _acts(self) -> Found:
+        """What attention gives must move by more than rounding moves it, in one layer at least."""
+        effect = token_errors(self._read(input_ids=self.ids), self._read(memory=False, input_ids=self.ids)).amax(1)
+        moved = f"memory moves the logits by {float(effect[0]):.2g} of their standard deviation"
+        if bool((effect[1:] > MARGIN * self.noise[1:].amax(1)).any()):
+            return 0.0, True, moved
+        return float("inf"), False, f"{moved} only, no more than rounding does"
 
-    def _steps(self) -> tuple[float | None, str]:
-        error, own = (self._stepwise(memory) for memory in (True, False))
-        return _judged(error, own, self.tolerance, "steps with a cache")
+    def _steps(self) -> Tensor:
+        return self._unless_inconsistent(self._stepwise, "steps with a cache")
 
-    def _stepwise(self, memory: bool) -> float:
+    def _stepwise(self, memory: bool) -> Tensor:
         split = TOKENS - 2
         reading = Reading(self.engine.mechanism, [self.view])
-        full = self._read(memory=memory, input_ids=self.ids).logits
+        full = self._read(memory=memory, input_ids=self.ids)
+        cache: dict[str, Any] = {}
+
+        def step(tokens: Tensor) -> Tensor:
+            output = self.model(input_ids=tokens, use_cache=True, **cache)
+            cache["past_key_values"] = output.past_key_values
+            return output.logits
+
         with generating(self.model, reading) if memory else _nothing():
-            first = self.model(input_ids=self.ids[:, :split], use_cache=True)
-            step = {"past_key_values": first.past_key_values, "use_cache": True}
-            parts = [self.model(input_ids=token, **step).logits for token in self.ids[:, split:].split(1, 1)]
-        return self._error(torch.cat([first.logits, *parts], 1), full)
+            pieces = [self.ids[:, :split], *self.ids[:, split:].split(1, 1)]
+            parts = [observe(self.anatomy, partial(step, piece)) for piece in pieces]
+        return token_errors([torch.cat(part, 1) for part in zip(*parts, strict=True)], full)
 
-    def _padded(self) -> tuple[float | None, str]:
-        error, own = (self._padding(memory) for memory in (True, False))
-        return _judged(error, own, self.tolerance, "left padding")
+    def _padded(self) -> Tensor:
+        return self._unless_inconsistent(self._padding, "left padding")
 
-    def _padding(self, memory: bool) -> float:
+    def _padding(self, memory: bool) -> Tensor:
         short = self.ids[:, 3:]
         padded = torch.cat([self.ids[:, :3], short], 1)
         mask = torch.ones_like(padded)
@@ -172,26 +222,63 @@ class _Checks:
         }
         if not memory:
             inputs.update(self.engine.padded_positions(inputs["attention_mask"]))
-        logits = self._read(2, memory, **inputs).logits[1:, 3:]
-        return self._error(logits, self._read(memory=memory, input_ids=short).logits)
+        padded_row = [found[1:, 3:] for found in self._read(2, memory, **inputs)]
+        return token_errors(padded_row, self._read(memory=memory, input_ids=short))
 
-    def _techniques(self) -> tuple[float | None, str]:
+    def _unless_inconsistent(self, compare: Callable[[bool], Tensor], what: str) -> Tensor:
+        """A decoder that is inconsistent by itself cannot be expected to be consistent with memory."""
+        try:
+            errors = compare(True)
+        except Exception:
+            self._own(compare, what)
+            raise
+        if self._exceeds(errors) and self._exceeds(own := self._own(compare, what)):
+            raise NotComparable(f"the decoder itself differs by {float(own.max()):.2g} with {what}")
+        return errors
+
+    def _own(self, compare: Callable[[bool], Tensor], what: str) -> Tensor:
+        try:
+            return compare(False)
+        except Exception as failure:
+            raise NotComparable(f"the decoder itself fails with {what}: {_short(failure)}") from failure
+
+    def _techniques(self) -> Tensor:
         if self.engine.retrofit.technique == "cache_view":
-            return None, "the cache view is in use"
+            raise NotComparable("the cache view is in use")
         with self._as("cache_view", self.engine.retrofit.positions.offset):
-            view = self._read(input_ids=self.ids).logits
-        return self._error(self._read(input_ids=self.ids).logits, view), ""
+            try:
+                view = self._read(input_ids=self.ids)
+            except Exception as failure:
+                raise NotComparable(f"the cache view cannot run here: {_short(failure)}") from failure
+        errors = token_errors(self._read(input_ids=self.ids), view)
+        if self._exceeds(errors):
+            self._check_cache_view()
+        return errors
 
-    def _positions(self) -> tuple[float | None, str]:
+    def _check_cache_view(self) -> None:
+        """Raises NotComparable where the cache view does not even agree with itself (layers that share keys)."""
+        with self._as("cache_view", self.engine.retrofit.positions.offset):
+            for name, compare in {"step by step": self._stepwise, "with left padding": self._padding}.items():
+                try:
+                    wrong = self._exceeds(compare(True)) and not self._exceeds(compare(False))
+                except Exception as failure:
+                    raise NotComparable(f"the cache view fails {name}: {_short(failure)}") from failure
+                if wrong:
+                    raise NotComparable(f"the cache view is wrong itself, {name}")
+
+    def _positions(self) -> Tensor:
         retrofit = self.engine.retrofit
-        if retrofit.positions.offset or retrofit.anatomy.learned_positions or retrofit.anatomy.alibi:
-            return (
-                None,
-                "positions of text never move" if not retrofit.positions.offset else "offset positions are in use",
-            )
+        if retrofit.positions.offset:
+            raise NotComparable("offset positions are in use")
+        if retrofit.anatomy.learned_positions or retrofit.anatomy.alibi:
+            raise NotComparable("positions of text never move")
+        negative = self._read(input_ids=self.ids)
         with self._as(retrofit.technique, True):
-            offset = self._read(input_ids=self.ids).logits
-        return self._error(self._read(input_ids=self.ids).logits, offset), ""
+            try:
+                offset = self._read(input_ids=self.ids)
+            except Exception as failure:
+                raise NotComparable(f"offset positions cannot run here: {_short(failure)}") from failure
+        return token_errors(negative, offset)
 
     @contextmanager
     def _as(self, technique: Technique, offset: bool) -> Iterator[None]:
@@ -204,19 +291,16 @@ class _Checks:
         finally:
             retrofit.technique, retrofit.positions = before
 
-    def _write(self) -> tuple[float | None, str]:
+    def _write(self) -> Found:
         rows = self.engine.encode([self.view.state], self.ids)
         wrong = [layer for layer, made in enumerate(rows) if not bool(torch.isfinite(made).all())]
-        if len(rows) != self.engine.layout.layers or wrong:
-            return float("inf"), f"rows of layers {wrong} are not finite"
-        return 0.0, ""
+        if len(rows) != len(self.engine.retrofit.anatomy.specs) or wrong:
+            return float("inf"), False, f"rows of layers {wrong} are not finite"
+        return 0.0, True, "they are"
 
 
-def _judged(error: float, own: float, tolerance: float, what: str) -> tuple[float | None, str]:
-    """A decoder that is inconsistent by itself cannot be expected to be consistent with memory."""
-    if error > tolerance and own > tolerance:
-        return None, f"not applicable: the base model itself differs by {own:.2g} with {what}"
-    return error, ""
+def _short(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}"
 
 
 @contextmanager

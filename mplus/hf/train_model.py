@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mplus.config import MPlusConfig
 from mplus.errors import CheckpointError, ConfigError
-from mplus.hf.auto import MPlusModelConfig
+from mplus.hf.auto import MPlusModelConfig, read_config
 from mplus.hf.names import is_addition
-from mplus.hf.saving import BASE, WEIGHTS, load_additions, read_config
+from mplus.hf.saving import BASE, WEIGHTS, load_additions
 from mplus.hf.shipped import RECALL_TINY, STORIES260K, without_bars
 from mplus.hf.wrapping import wrap
 
@@ -47,7 +47,14 @@ def load_for_training(path: str, config: MPlusConfig, dtype: torch.dtype) -> Any
         base = folder / BASE if (folder / BASE).is_dir() else saved.base_model
         if base is None:
             raise CheckpointError(f"{folder} must hold its decoder in {BASE}/, or name one; it does neither")
-        model = wrap(_load(str(base), base, dtype), config)
+        try:
+            decoder = _load(str(base), base, dtype)
+        except ConfigError as error:
+            raise CheckpointError(
+                f"the decoder that {folder} was made for is not at {str(base)!r}, where it was when that was saved: "
+                "load both with mplus.from_pretrained(..., base=) and save them together, with save_base=True"
+            ) from error
+        model = wrap(decoder, config)
     _go_on(model, folder)
     return model
 

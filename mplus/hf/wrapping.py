@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import define
+from attrs import define, evolve, field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mplus.backends import BACKENDS
 from mplus.backends.choose import BackendChooser
-from mplus.config import MPlusConfig
+from mplus.config import PUBLISHED, MPlusConfig
 from mplus.errors import ConfigError, NotSupported
 from mplus.hf import attention, generation_config
 from mplus.hf.adapters import add_adapters, remove_adapters
+from mplus.hf.auto import as_memory_config
+from mplus.hf.begin_rows import begin_rows
 from mplus.hf.build import build_mechanism
 from mplus.hf.discovery import Anatomy, discover
 from mplus.hf.engine import DecoderEngine
@@ -27,9 +33,14 @@ from mplus.hf.positions import MemoryPositions
 from mplus.hf.projection import find_projection
 from mplus.hf.retrofit import AttentionHook, Retrofit
 from mplus.hf.self_check import Check, check_ids, self_check
+from mplus.hf.sizes import Room, chosen, resolve
+
+logger = logging.getLogger(__name__)
 
 MOVING_ROPE = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies depend on the largest position."""
+CAUSES = 3
+"""Causes that a refusal names; the rest is in its details."""
 
 
 @define(eq=False)
@@ -42,6 +53,7 @@ class Installed:
         hooks: handles of the attention hooks.
         checks: what the self-check found for the technique in use.
         rejected: reasons against the techniques tried before it.
+        asked: the config that ``wrap`` was given, with sizes left open.
     """
 
     base_attention: str
@@ -49,9 +61,16 @@ class Installed:
     hooks: list[Any]
     checks: list[Check]
     rejected: list[str]
+    asked: MPlusConfig = field(factory=MPlusConfig)
 
 
-def wrap(model: Any, config: MPlusConfig | None = None, *, check: bool = True, pool: Tensor | None = None) -> Any:
+def wrap(
+    model: Any,
+    config: MPlusConfig | Mapping[str, Any] | str | Path | None = None,
+    *,
+    check: bool = True,
+    pool: Tensor | None = None,
+) -> Any:
     """Give a decoder a memory, in place.
 
     Its class becomes a subclass of its own under the same name; with ``memory=None`` it computes what it computed
@@ -61,7 +80,9 @@ def wrap(model: Any, config: MPlusConfig | None = None, *, check: bool = True, p
         model: a ``PreTrainedModel`` with a causal language-model head, or a ``PeftModel`` around one. A ``PeftModel``
             that was put around a wrapped decoder, given without a config, only gets what one has that was wrapped:
             it saves the memory with its adapters, and prefix tuning works in ``forward``.
-        config: sizes and implementations; default: the published sizes.
+        config: sizes and implementations; also as plain data (``MPlusConfig.from_dict``), the path of a ``.json`` or
+            ``.toml`` file, or a folder that ``save_pretrained`` wrote. Sizes that are left out are the published ones
+            where half of the decoder's positions hold them, else smaller (``mplus.hf.sizes.resolve``).
         check: prove on a few tokens that reading and writing work; without it the first technique is taken on trust.
         pool: ``[L, N, d]`` short-term rows that every new memory starts from.
 
@@ -71,11 +92,14 @@ def wrap(model: Any, config: MPlusConfig | None = None, *, check: bool = True, p
     Raises:
         NotSupported: the decoder cannot carry a memory; the message gives every reason.
         ConfigError, UnknownNameError, PluginError: the config does not fit.
+
+    Warns:
+        MemorySizeWarning: sizes that are given need more positions than the decoder has.
     """
     if config is None and _is_peft(model) and "mplus_installed" in model.get_base_model().__dict__:
         change_class(model, peft_model_class(_plain_class(model)))
         return model
-    config = config if config is not None else MPlusConfig()
+    config = as_memory_config(config)
     decoder = _decoder(model)
     base_attention = decoder.config._attn_implementation or "eager"
     if base_attention not in attention.BASES:
@@ -87,10 +111,14 @@ def wrap(model: Any, config: MPlusConfig | None = None, *, check: bool = True, p
     anatomy = discover(decoder)
     positions = MemoryPositions(_layout(config, anatomy), config.position_span, offset=_moving_rope(decoder))
     retrofit = Retrofit(anatomy, "attention", positions, BackendChooser(config.backend))
+    asked = config
+    if pool is not None and config.short_term_tokens is None:
+        config = evolve(config, short_term_tokens=pool.shape[1])
+    config = resolve(config, Room.of(decoder, positions, placed=not anatomy.learned_positions), stacklevel=2)
     ids = check_ids(decoder.get_input_embeddings().weight.shape[0], input_device(decoder))
     base_logits = _logits(decoder, ids) if check else None
-    mechanism = build_mechanism(config, _begin_rows(decoder, anatomy), pool)
-    installed = Installed(base_attention, digest(decoder, "base"), [], [], [])
+    mechanism = build_mechanism(config, begin_rows(decoder, anatomy), pool)
+    installed = Installed(base_attention, digest(decoder, "base"), [], [], [], asked)
     _install(decoder, DecoderEngine(decoder, config, retrofit, mechanism), installed)
     try:
         if config.rope_inv_freq_dtype is not None:
@@ -104,7 +132,23 @@ def wrap(model: Any, config: MPlusConfig | None = None, *, check: bool = True, p
         raise
     if model is not decoder:
         change_class(model, peft_model_class(type(model)))
+    _say_sizes(decoder, installed)
     return model
+
+
+def _say_sizes(decoder: Any, installed: Installed) -> None:
+    """Log the sizes that were left open; as a warning where the published ones do not fit."""
+    sizes = chosen(installed.asked, decoder.mplus_config)
+    if sizes:
+        smaller = any(PUBLISHED.get(name, size) != size for name, size in sizes.items())
+        said = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        logger.log(
+            logging.WARNING if smaller else logging.INFO,
+            "sizes of the memory of %s that were left out%s: %s",
+            type(decoder).__name__,
+            ", smaller than published so that it takes half of the decoder's positions" if smaller else "",
+            said,
+        )
 
 
 def unwrap(model: Any) -> Any:
@@ -182,35 +226,6 @@ def _logits(decoder: Any, ids: Tensor) -> Tensor:
         return decoder(input_ids=ids).logits
 
 
-@torch.no_grad()
-def _begin_rows(decoder: Any, anatomy: Anatomy) -> Tensor:
-    """``[L, 1, d]``: what the first layer receives for BOS, else EOS, else the mean embedding, for every layer."""
-    config = decoder.config.get_text_config(decoder=True)
-    embedding = decoder.get_input_embeddings()
-    token = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
-    token = token[0] if isinstance(token, list | tuple) else token
-    if token is not None and 0 <= token < embedding.weight.shape[0]:
-        inputs = {"input_ids": torch.tensor([[token]], device=input_device(decoder))}
-    else:
-        every = embedding(torch.arange(embedding.weight.shape[0], device=input_device(decoder)))
-        inputs = {"inputs_embeds": every.float().mean(0).to(every)[None, None]}
-    seen: list[Tensor] = []
-    handle = anatomy.layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
-    try:
-        with in_eval_mode(decoder):
-            anatomy.decoder(**inputs, use_cache=False)
-    finally:
-        handle.remove()
-    if seen[0].dim() != 3:
-        raise NotSupported(
-            f"{type(decoder).__name__} gives its layers hidden states of shape {list(seen[0].shape)}; "
-            "memory rows need [batch, tokens, hidden size]"
-        )
-    return seen[0][:1, :1].expand(len(anatomy.specs), -1, -1).reshape(len(anatomy.specs), 1, -1).clone()
-
-
 def _install(decoder: Any, engine: DecoderEngine, installed: Installed) -> None:
     anatomy = engine.retrofit.anatomy
     if engine.config.adapters is not None:
@@ -239,6 +254,7 @@ def _choose_technique(decoder: Any, installed: Installed, base_logits: Tensor | 
     retrofit = engine.retrofit
     offsets = (True,) if retrofit.positions.offset else (False, True)
     interface = type(decoder)._can_set_attn_implementation()
+    failed: list[Check] = []
     for technique, offset in [(t, o) for o in offsets for t in ("attention", "cache_view")]:
         if technique == "attention" and not interface:
             continue
@@ -257,12 +273,27 @@ def _choose_technique(decoder: Any, installed: Installed, base_logits: Tensor | 
             base_logits if base_logits is not None else _logits(decoder, check_ids(engine.vocab_size, engine.device))
         )
         installed.checks = self_check(decoder, logits)
-        failed = [one for one in installed.checks if not one.passed]
-        if not failed:
+        found = [one for one in installed.checks if not one.passed]
+        if not found:
             return
         where = f"{technique.replace('_', ' ')}, {'offset' if offset else 'negative'} positions"
-        installed.rejected.extend(f"{where}: {one}" for one in failed)
-    raise NotSupported(f"{type(decoder).__name__} cannot carry a memory: " + "; ".join(installed.rejected))
+        installed.rejected.extend(f"{where}: {one}" for one in found)
+        failed.extend(found)
+    raise _refusal(type(decoder).__name__, failed, installed.rejected)
+
+
+def _refusal(name: str, failed: Sequence[Check], details: Sequence[str]) -> NotSupported:
+    """The error that says each cause once, whatever number of techniques, checks and layers it stopped."""
+    causes: dict[str, str] = {}
+    for one in failed:
+        raised = one.error is None  # what a decoder says has nothing to do with the check in which it says it
+        cause = one.remark if raised else str(one)
+        causes.setdefault(re.sub(r"\d+", "0", cause) if raised else one.name, cause)
+    said = list(causes.values())[:CAUSES] or list(details)
+    further = f"; {len(causes) - CAUSES} further reasons are in the error's details" if len(causes) > CAUSES else ""
+    error = NotSupported(f"{name} cannot carry a memory: {'; '.join(said)}{further}")
+    error.details = tuple(details)
+    return error
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from attrs import define
 
-from mplus.config import AdapterConfig, MPlusConfig
+from mplus.config import PUBLISHED, AdapterConfig, MPlusConfig
 from mplus.errors import CheckpointError, ConfigError
 
 RopeDtype = Literal["default", "bfloat16", "float16"] | None
@@ -116,6 +116,7 @@ class PublishedConfig:
         values: dict[str, Any] = {
             "mechanism": mechanism,
             "variant": "published",
+            "chunk_tokens": PUBLISHED["chunk_tokens"],
             "memory_tokens_per_chunk": self.tokens,
             "short_term_tokens": self.pool,
             "retrieved_tokens": self.retrieved,

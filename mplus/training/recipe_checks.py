@@ -79,7 +79,12 @@ def _check_memory(recipe: Recipe) -> None:
 
 
 def _check_data(recipe: Recipe) -> None:
-    most = recipe.memory.chunk_tokens
+    if recipe.memory.chunk_tokens is not None:  # else when the decoder is there
+        check_chunks(recipe, recipe.memory.chunk_tokens)
+
+
+def check_chunks(recipe: Recipe, most: int) -> None:
+    """Raises ConfigError where data has longer chunks than the ``most`` tokens that one write takes."""
     for name, data in recipe.data.items():
         sizes = getattr(data.parsed, "chunk_tokens", 0)
         longest = max(sizes) if isinstance(sizes, tuple) else sizes

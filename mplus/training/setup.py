@@ -15,6 +15,7 @@ from mplus.training.data.chance import Draws
 from mplus.training.data.documents import open_documents
 from mplus.training.parallel import rank, wait
 from mplus.training.recipe import Recipe
+from mplus.training.recipe_checks import check_chunks
 from mplus.training.recipe_tables import DataSet, NewTokenizer
 from mplus.training.turns import TurnSource
 
@@ -58,12 +59,18 @@ def _texts(recipe: Recipe, wanted: NewTokenizer) -> Iterator[str]:
 
 
 def make_model(recipe: Recipe, seed: int, tokenizer: Any) -> Any:
-    """The wrapped decoder, equal in all processes; torch's global generator is seeded."""
+    """The wrapped decoder, equal in all processes; torch's global generator is seeded.
+
+    Raises ConfigError where the data's chunks are longer than the decoder's.
+    """
     torch.manual_seed(derived(seed, "weights"))
-    model, build = recipe.model, recipe.model.build
+    wanted, build = recipe.model, recipe.model.build
     if build is not None:
-        return build_for_training(build.model_type, build.fields, build.init, recipe.memory, tokenizer)
-    return load_for_training(str(model.path), recipe.memory, getattr(torch, model.dtype))
+        model = build_for_training(build.model_type, build.fields, build.init, recipe.memory, tokenizer)
+    else:
+        model = load_for_training(str(wanted.path), recipe.memory, getattr(torch, wanted.dtype))
+    check_chunks(recipe, model.mplus_config.chunk_tokens)
+    return model
 
 
 def make_source(data: DataSet, *, tokenizer: Any, numbers: Sequence[int], seed: int) -> TurnSource:
