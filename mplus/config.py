@@ -72,7 +72,12 @@ PUBLISHED = {
     "retrieved_tokens": 2_560,
 }
 """The published sizes, for an 8B decoder of 128k positions (M+ section 4.1)."""
-MIN_CHUNK_TOKENS = 16
+
+
+def shortest_chunk(chunk_tokens: int) -> int:
+    """``min_chunk_tokens`` where it is left out: with more than half of a chunk not every text could be cut."""
+    return min(16, (chunk_tokens + 1) // 2)
+
 
 UNITS = {"": 1, "B": 1, **{f"{p}B": 1000 ** (i + 1) for i, p in enumerate(("k", "M", "G", "T"))}}
 UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate(("K", "M", "G", "T"))} | {"KB": 1000}
@@ -241,6 +246,8 @@ class MPlusConfig:
     )
 
     def __attrs_post_init__(self) -> None:
+        if self.min_chunk_tokens is None and self.chunk_tokens is not None:
+            object.__setattr__(self, "min_chunk_tokens", shortest_chunk(self.chunk_tokens))
         if _both(self.memory_tokens_per_chunk, self.short_term_tokens) and (
             self.memory_tokens_per_chunk > self.short_term_tokens
         ):

@@ -7,7 +7,7 @@ from typing import Any
 
 from attrs import define, evolve
 
-from mplus.config import MIN_CHUNK_TOKENS, PUBLISHED, MPlusConfig
+from mplus.config import PUBLISHED, MPlusConfig, shortest_chunk
 from mplus.errors import MemorySizeWarning
 from mplus.hf.positions import MemoryPositions
 from mplus.mechanisms import MECHANISMS
@@ -104,7 +104,7 @@ def resolve(config: MPlusConfig, room: Room, stacklevel: int = 2) -> MPlusConfig
     if given and not (room.holds(sizes, config) and room.takes(sizes)):
         warnings.warn(_complaint(sizes, config, room), MemorySizeWarning, stacklevel=stacklevel + 1)
     if config.min_chunk_tokens is None:
-        sizes["min_chunk_tokens"] = min(MIN_CHUNK_TOKENS, (sizes["chunk_tokens"] + 1) // 2)
+        sizes["min_chunk_tokens"] = shortest_chunk(sizes["chunk_tokens"])
     changed: dict[str, Any] = dict(sizes)
     return evolve(config, **changed)
 
