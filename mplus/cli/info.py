@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,12 +19,21 @@ PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "accel
 OPTIONAL = ("bitsandbytes", "bm25s", "faiss-cpu", "faiss-gpu", "matplotlib", "triton")
 
 
-def info(as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON instead.")] = False) -> None:
+def info(
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="Folder of a saved decoder with memory: load it and show what was chosen for it."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON instead.")] = False,
+) -> None:
     """Show versions, devices, registered implementations, and which attention backends run on which device.
 
-    What to add to a bug report.
+    What to add to a bug report. With MODEL, also the technique, positions and sizes of its memory, and what the
+    self-check finds.
     """
     facts = gather()
+    if model is not None:
+        facts["model"] = described(model)
     if as_json:
         print_json(facts)
         return
@@ -42,6 +52,9 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print the facts a
         where = f"{entry['device']}, {entry['dtype']}"
         verdict = "runs" if entry["usable"] else f"cannot run: {entry['reason']}"
         table.add_row(escape(f"backend {entry['backend']}"), escape(f"{where}: {verdict}"))
+    for line in facts.get("model", []):
+        name, _, value = line.partition(": ")
+        table.add_row(escape(name), escape(value))
     Console(highlight=False).print(table)
 
 
@@ -60,6 +73,16 @@ def gather() -> dict[str, Any]:
         "implementations": {registry.kind: registry.names() for registry in registries()},
         "backends": [entry for device in found for entry in backends_on(device["name"])],
     }
+
+
+def described(model: Path) -> list[str]:
+    """The lines of a saved decoder's ``mplus_summary``."""
+    from mplus.hf.saving import from_pretrained
+    from mplus.hf.shipped import without_bars
+
+    with without_bars():
+        summary: str = from_pretrained(model).mplus_summary()
+    return summary.splitlines()
 
 
 def devices() -> list[dict[str, str]]:

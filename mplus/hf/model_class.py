@@ -32,6 +32,12 @@ class MemoryModel:
         """The memory configuration this decoder was wrapped with."""
         return self.mplus_engine.config
 
+    def mplus_summary(self) -> str:
+        """A few lines for people: the technique, positions and sizes that ``wrap`` chose, and what its checks found."""
+        from mplus.hf.summary import summary
+
+        return summary(self)
+
     def new_memory(
         self,
         batch_size: int = 1,

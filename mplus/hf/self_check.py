@@ -16,7 +16,7 @@ from mplus.hf.forward import generating
 from mplus.hf.modes import in_eval_mode
 from mplus.hf.reading import Reading
 from mplus.hf.retrofit import Technique
-from mplus.hf.rounding import MARGIN, exceeds, measure_noise, observe, token_errors
+from mplus.hf.rounding import LAYER_MARGIN, exceeds, measure_noise, observe, token_errors
 from mplus.memory.stream import StreamView
 from mplus.rows import MemoryRows
 from mplus.stores.ram import RamStore
@@ -185,7 +185,7 @@ class _Checks:
         """What attention gives must move by more than rounding moves it, in one layer at least."""
         effect = token_errors(self._read(input_ids=self.ids), self._read(memory=False, input_ids=self.ids)).amax(1)
         moved = f"memory moves the logits by {float(effect[0]):.2g} of their standard deviation"
-        if bool((effect[1:] > MARGIN * self.noise[1:].amax(1)).any()):
+        if bool((effect[1:] > LAYER_MARGIN * self.noise[1:].amax(1)).any()):
             return 0.0, True, moved
         return float("inf"), False, f"{moved} only, no more than rounding does"
 

@@ -14,6 +14,8 @@ from mplus.mechanisms import MECHANISMS
 
 PARTS = 1 << 16
 """Steps in which sizes are scaled."""
+SIZES = (*PUBLISHED, "min_chunk_tokens")
+"""Fields of a config that may be left open."""
 NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length")
 """What configurations call the number of positions."""
 STRETCHED = ("yarn", "dynamic")
@@ -111,8 +113,7 @@ def resolve(config: MPlusConfig, room: Room, stacklevel: int = 2) -> MPlusConfig
 
 def chosen(asked: MPlusConfig, config: MPlusConfig) -> dict[str, int]:
     """The sizes of ``config`` that ``asked`` had left open, by name."""
-    names = (*PUBLISHED, "min_chunk_tokens")
-    return {name: getattr(config, name) for name in names if getattr(asked, name) is None}
+    return {name: getattr(config, name) for name in SIZES if getattr(asked, name) is None}
 
 
 def _scale(given: dict[str, int], config: MPlusConfig, room: Room) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import mplus
 from mplus.backends import BACKENDS
 from mplus.backends.reference import ReferenceBackend
 from mplus.cli import app
+from mplus.hf.shipped import RECALL_TINY
 
 
 class RefusingBackend(ReferenceBackend):
@@ -34,6 +36,13 @@ def info(*options):
     result = CliRunner().invoke(app, ["info", *options], env={"COLUMNS": "160"})
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+def test_what_was_chosen_for_a_saved_decoder():
+    shown = info(str(RECALL_TINY))
+    for line in ("technique +attention", "short_term_tokens +32", "memory acts +memory moves the logits by"):
+        assert re.search(line, shown), line
+    assert "short_term_tokens: 32" in json.loads(info(str(RECALL_TINY), "--json"))["model"]
 
 
 @pytest.fixture
