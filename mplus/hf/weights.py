@@ -52,7 +52,7 @@ class Look:
         return self.weights if self.names is None else self.each[self.names[row * repeats]]
 
 
-@define(frozen=True, eq=False)
+@define(eq=False)
 class Plan:
     """Where everything is, as long as no module and no parameter is exchanged.
 
@@ -61,7 +61,11 @@ class Plan:
         tuned: PEFT's layers.
         base, key_base: the weights besides adapters that rows, and retriever keys, go through.
         own, key_own: the same of our adapter for reading.
+        begin: the begin rows.
+        scales: of each projection that our adapters are on, by adapter.
+        adapter: ours for reading.
         adapters: by scope and adapter, its tensors; made when first asked for.
+        last: what was found last, and what it was found in.
     """
 
     modules: list[nn.Module]
@@ -71,7 +75,31 @@ class Plan:
     key_base: TensorGroup
     own: TensorGroup
     key_own: TensorGroup
+    begin: TensorGroup
+    scales: Sequence[dict[str, float]]
+    adapter: str | None
     adapters: dict[tuple[str, str], TensorGroup] = field(factory=dict)
+    last: tuple[Any, Look] | None = None
+    sampled: TensorGroup = field(init=False)
+    full: TensorGroup = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.sampled = TensorGroup(dict(self.base.named + self.key_base.named).items(), sampled=True)
+        parts = self.own.named + self.key_own.named + self.begin.named
+        self.full = TensorGroup(dict(parts).items(), sampled=False)
+
+    def marks(self, moment: object) -> tuple[Any, ...]:
+        """Changes when any number does that is looked at."""
+        names = dict.fromkeys(name for one in self.tuned for name in one.parts if self.may_act(one, name))
+        return self.sampled.mark(moment), self.full.mark(moment), *(self.group("all", n).mark(moment) for n in names)
+
+    def may_act(self, one: Tuned, name: str) -> bool:
+        """Whether an adapter acts in a layer, in all rows of a batch or in some."""
+        return name in (*active(one.module), *(adapter_names(self.tuned) or ()))
+
+    def own_scales(self) -> tuple[float, ...]:
+        """What the updates of our adapter for reading are multiplied by, of each projection."""
+        return tuple(scales[self.adapter] for scales in self.scales if self.adapter in scales)
 
     def group(self, scope: str, name: str) -> TensorGroup:
         """Tensors of adapter ``name`` in a scope: "projects", "keys", or "all"."""
@@ -106,12 +134,17 @@ class Watch:
             plan, moment = self._present(), object()
             switches = self.switches(plan)
             names = switches[0]
+            present = (switches, *plan.marks(moment))
+            if plan.last is not None and plan.last[0] == present:
+                return plan.last[1]
             each = {name: self._state(plan, moment, () if name == UNTOUCHED else (name,)) for name in set(names or ())}
             wanted = None if names is None else tuple(dict.fromkeys(names))
             acting = _in_order(plan, wanted, [name for one in plan.tuned for name in one.acting(wanted)])
             contents = tuple(plan.group("all", name).mark(moment) for name in acting)
-            begin = TensorGroup([("begin", self._engine.mechanism.additions.begin)], sampled=False).mark()
-            return Look(self._state(plan, moment, None), names, each, switches, acting, contents, begin)
+            begin = plan.begin.mark(moment)
+            look = Look(self._state(plan, moment, None), names, each, switches, acting, contents, begin)
+            plan.last = (present, look)
+            return look
 
     def with_adapters(self, names: Sequence[str]) -> WeightsState:
         """The weights as they would be if of the user's adapters just these acted."""
@@ -132,12 +165,14 @@ class Watch:
         plan = plan or self._plan
         if plan is None:
             return ()
-        return adapter_names(plan.tuned), *(_switch(one.module) for one in plan.tuned)
+        return adapter_names(plan.tuned), plan.own_scales(), *(_switch(one.module) for one in plan.tuned)
 
     def _state(self, plan: Plan, moment: object, wanted: tuple[str, ...] | None) -> WeightsState:
         adapter = self._engine.adapter("read")
+        scales = _summary([_plain(scale) for scale in plan.own_scales()] or [""])
         own = [
-            {adapter: group.digest(moment)} if adapter and not group.empty else {} for group in (plan.own, plan.key_own)
+            {adapter: f"{group.digest(moment)} x{scales}"} if adapter and not group.empty else {}
+            for group in (plan.own, plan.key_own)
         ]
         projecting = _adapters(plan, moment, "projects", wanted, own[0])
         keys = _adapters(plan, moment, "keys", wanted, own[1])
@@ -221,7 +256,9 @@ def make_plan(engine: DecoderEngine, modules: list[nn.Module], parameters: list[
     of_adapters = {id(tensor) for one in tuned for parts in one.parts.values() for _, tensor in parts}
     adapter = engine.adapter("read")
     (base, own), (key_base, key_own) = (_rest(roots, paths, of_adapters, adapter) for roots in (projecting, keying))
-    return Plan(modules, parameters, tuned, base, key_base, own, key_own)
+    begin = TensorGroup([("begin", engine.mechanism.additions.begin)], sampled=False)
+    scales = [one.scaling for spec in specs for one in adapted_projections(spec.attention)]
+    return Plan(modules, parameters, tuned, base, key_base, own, key_own, begin, scales, adapter)
 
 
 def _rest(
@@ -230,7 +267,6 @@ def _rest(
     """Weights that belong to no adapter, and our ``adapter``."""
     found: dict[int, tuple[str, Tensor]] = {}
     own: dict[int, tuple[str, Tensor]] = {}
-    facts: list[str] = []
     for root in roots:
         for name, tensor in root.named_parameters(prefix=paths[root]):
             plain = plain_name(name).replace(".original_module.", ".")
@@ -241,8 +277,7 @@ def _rest(
                     own.setdefault(id(tensor), (plain, tensor))
             else:
                 found.setdefault(id(tensor), (plain, tensor))
-        facts += [f"{one.scaling[adapter]}\n" for one in adapted_projections(root) if adapter in one.scaling]
-    return TensorGroup(found.values(), sampled=True), TensorGroup(own.values(), sampled=False, facts=facts)
+    return TensorGroup(found.values(), sampled=True), TensorGroup(own.values(), sampled=False)
 
 
 def follow_exchanged(specs: Sequence[Any]) -> None:
