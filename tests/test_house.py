@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import subprocess
 import sys
@@ -64,6 +65,7 @@ def room_of(module: str) -> str:
     return ".".join(module.split(".")[1:2])
 
 
+@functools.cache
 def imports(source: str) -> set[str]:
     """Every module a source imports, wherever the statement stands, and for ``from`` also each name below it."""
     found = set()

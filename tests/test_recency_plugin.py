@@ -95,6 +95,7 @@ def test_the_environment_can_leave_it_out(site):
     assert not answer(site, code, MPLUS_PLUGINS="another-package")
 
 
+@pytest.mark.nightly  # on every change test_docs_plugin_tutorial runs the same suite over the same plug-in
 def test_its_own_tests_pass(site):
     printed = python(site, "-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=FOLDER)
     assert " passed" in printed

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,26 +119,6 @@ def test_pipeline_from_a_folder(saved: Path) -> None:
 
 def test_tokenizer_next_to_the_model(saved: Path) -> None:
     assert AutoTokenizer.from_pretrained(saved)("w7 w9")["input_ids"] == [7, 9]
-
-
-SCRIPT = """
-import sys
-import mplus
-assert "transformers" not in sys.modules
-from transformers import AutoConfig, AutoModelForCausalLM
-try:
-    AutoConfig.from_pretrained(sys.argv[1])
-except (ValueError, KeyError):
-    pass
-else:
-    raise SystemExit("registered before mplus.hf was imported")
-import mplus.hf
-AutoModelForCausalLM.from_pretrained(sys.argv[1]).new_memory()
-"""
-
-
-def test_importing_mplus_hf_registers_and_importing_mplus_does_not(saved: Path) -> None:
-    subprocess.run([sys.executable, "-c", SCRIPT, str(saved)], check=True)
 
 
 def test_registering_twice_is_harmless() -> None:

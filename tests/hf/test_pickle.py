@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,23 +114,3 @@ def test_a_copy_of_a_peft_model_around_a_wrapped_decoder(way: Callable[[Any], An
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 10_000
     mplus.unwrap(twin)
     assert type(twin) is peft.PeftModelForCausalLM or type(twin).__name__ == "PeftModel"
-
-
-SCRIPT = """
-import sys
-import torch
-model = torch.load(sys.argv[1], weights_only=False)
-memory = model.new_memory()
-memory.write(torch.load(sys.argv[2])["chunks"])
-with torch.no_grad():
-    torch.save(model(torch.load(sys.argv[2])["text"], memory=memory).logits, sys.argv[3])
-"""
-
-
-def test_a_saved_model_works_in_a_process_that_never_wrapped_one(tmp_path: Path) -> None:
-    model = model_of("llama")
-    torch.save(model, tmp_path / "model.pt")
-    torch.save({"text": TEXT, "chunks": CHUNKS}, tmp_path / "inputs.pt")
-    files = [str(tmp_path / name) for name in ("model.pt", "inputs.pt", "logits.pt")]
-    subprocess.run([sys.executable, "-c", SCRIPT, *files], check=True, cwd=Path(mplus.__file__).parent.parent)
-    assert error(torch.load(tmp_path / "logits.pt"), remembering(model)) < 1e-5
