@@ -94,7 +94,7 @@ def _stream_facts(stream: StreamEntry, sources: SourceTable) -> dict[str, object
     import attrs
 
     facts = attrs.asdict(stream)
-    return {**facts, **facts.pop("rows"), "sources": [attrs.asdict(source) for source in sources.values()]}
+    return {**facts, **facts.pop("rows"), "sources": [attrs.asdict(source) for source in sources]}
 
 
 def _facts(manifest: Manifest) -> dict[str, object]:
@@ -171,7 +171,7 @@ def _sources(sources: SourceTable) -> Table:
     table.add_column("source")
     table.add_column("tokens", justify="right")
     table.add_column("chunks", justify="right")
-    for source in sources.values():
+    for source in sources:
         if source.chunks:
             table.add_row(escape(source.name or "(no name)"), f"{source.tokens:,}", f"{source.chunks:,}")
         else:

@@ -115,7 +115,7 @@ def harm(
             "short_term": [len(rows) for rows in state.stm],
             "long_term": [memory.stores[0].count(layer) for layer in range(len(state.stm))],
         },
-        "unrelated_tokens_written": sum(source.tokens for source in state.sources.values()),
+        "unrelated_tokens_written": sum(source.tokens for source in state.sources),
         "settings": {**attrs.asdict(options), "memory": model.mplus_config.to_dict()},
         "circumstances": circumstances(model=name, seeds={"memory": options.seed}),
     }

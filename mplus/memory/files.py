@@ -164,8 +164,16 @@ def replace(
     numbers: Sequence[int],
     facts: Facts,
     indexes: Sequence[Index] = (),
-) -> None:
-    """The part of ``save`` that needs the folder locked; ``numbers``: of each stream's store."""
+) -> list[str]:
+    """The part of ``save`` that needs the folder locked.
+
+    Args:
+        folder, views, draws, facts, indexes: as for ``save``.
+        numbers: of each stream's store.
+
+    Returns:
+        Names of files of the memory that was there before which could not be removed.
+    """
     others = _leftovers(folder)
     views = [without_unused_sources(view) for view in views]
     with writable(folder), temporary(folder) as rows, temporary(folder) as head, temporary(folder) as before:
@@ -196,7 +204,7 @@ def replace(
         FileSystem().sync_folder(folder)  # wherever a crash comes from here on, manifests name the new and the old rows
         rename(rows, name)
         rename(head, MANIFEST)
-        remove(folder, others - {name})
+        return remove(folder, others - {name})
 
 
 def load(

@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -125,8 +125,23 @@ def rename(path: PathAt, name: str) -> None:
     FileSystem().sync_folder(path.folder)
 
 
-def remove(folder: Folder, names: Collection[str]) -> None:
-    """Remove files that are there; one still in use somewhere may stay."""
-    for name in set(names) & set(folder.names()):
-        with suppress(OSError):
+def remove(folder: Folder, names: Collection[str]) -> list[str]:
+    """Remove files that are there; returns the names of those that could not be removed."""
+    left = []
+    for name in sorted(set(names) & set(folder.names())):
+        try:
             FileSystem().remove(folder / name)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            left.append(name)
+    return left
+
+
+def check_removed(folder: Path | Folder, left: Sequence[str]) -> None:
+    """Raise MemoryFileError where files ``left`` of an earlier state of a memory still hold what it has forgotten."""
+    if left:
+        raise MemoryFileError(
+            f"{folder}: the memory has forgotten what it was to forget, but {', '.join(left)} could not be removed and "
+            "may still hold it: remove what is left there"
+        )

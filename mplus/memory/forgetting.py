@@ -19,7 +19,7 @@ from mplus.stores.base import MemoryStore, StoreView
 def check_known(states: Sequence[StreamState], rows: Iterable[int], source: str | None) -> None:
     """Raises InputError, with the sources there are, unless one of the batch rows ``rows`` has this source."""
     if all(states[row].sources.find(source) is None for row in rows):
-        names = sorted({repr(entry.name) for state in states for entry in state.sources.values() if entry.chunks})
+        names = sorted({repr(entry.name) for state in states for entry in state.sources if entry.chunks})
         raise InputError(f"source must be one of this memory's sources ({', '.join(names) or 'none'}), got {source!r}")
 
 
@@ -59,7 +59,7 @@ def forget(
 
 def forgotten_names(state: StreamState) -> list[str | None]:
     """Names of sources of which nothing else is left, in order of first writing."""
-    return [entry.name for entry in state.sources.values() if not entry.chunks]
+    return [entry.name for entry in state.sources if not entry.chunks]
 
 
 def names_to_keep(

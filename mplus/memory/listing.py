@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
 from mplus.memory.report import SourceInfo
-from mplus.memory.source import Source
+from mplus.memory.sources import SourceTable
 from mplus.memory.stream import StreamView
 
 
@@ -35,18 +35,18 @@ def sources_of(view: StreamView, mechanism: Any) -> list[SourceInfo]:
 
 
 def listed(
-    sources: Mapping[int, Source], tiers: Sequence[Sequence[Held]], layers: int, clock: int, chunk_rows: int
+    sources: SourceTable, tiers: Sequence[Sequence[Held]], layers: int, clock: int, chunk_rows: int
 ) -> list[SourceInfo]:
     """The same from plain facts.
 
     Args:
-        sources: of the stream, by number.
+        sources: of the stream.
         tiers: short-term, pending and long-term rows, in as many parts as they lie in.
         layers: that the rows are spread over.
         clock: of the stream.
         chunk_rows: rows that a chunk leaves in a layer.
     """
-    numbers = torch.tensor(list(sources), dtype=torch.int64)
+    numbers = sources.column("number")
     counts = [torch.zeros(len(sources), dtype=torch.int64) for _ in tiers]
     newest, oldest = [-(2**63)] * len(sources), [2**63 - 1] * len(sources)
     for count, parts in zip(counts, tiers, strict=True):
@@ -61,7 +61,7 @@ def listed(
             *(tier[place] for tier in rows),
             *_ages(clock, newest[place], oldest[place], chunk_rows),
         )
-        for place, source in enumerate(sources.values())
+        for place, source in enumerate(sources)
         if source.chunks
     ]
 

@@ -9,7 +9,7 @@ from mplus.config import Component
 from mplus.memory.durable.apart import chosen, forget_live, live_sources
 from mplus.memory.earlier import in_present_form
 from mplus.memory.files import Facts, layout_from, replace, store_numbers
-from mplus.memory.folder import MANIFEST, hold, lock, mode_of
+from mplus.memory.folder import MANIFEST, check_removed, hold, lock, mode_of
 from mplus.memory.forgetting import forget
 from mplus.memory.listing import Held, listed, short_term
 from mplus.memory.manifest import LIVE_FORMAT, Manifest, is_memory, read_manifest
@@ -95,7 +95,8 @@ def forget_saved(
         report = forget(states, _own(stores, rows), rows, source, keep_name=keep_name)
         views = [StreamView(*parts) for parts in zip(states, stores, usage, strict=True)]
         draws = [generator.get_state() for generator in generators]
-        replace(here, views, draws, store_numbers(stores), _facts(manifest))
+        left = replace(here, views, draws, store_numbers(stores), _facts(manifest))
+        check_removed(here, left)
         return report
     finally:
         held.release()

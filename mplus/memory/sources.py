@@ -62,8 +62,10 @@ def _new_index() -> Index:
 
 
 @define(frozen=True, eq=False)
-class SourceTable(Mapping[int, Source]):
-    """Sources by number, in order of first writing. A number is given once: a source that is dropped leaves a gap.
+class SourceTable:
+    """Sources in order of first writing, and by number: ``for source in table``, ``table[number]``.
+
+    A number is given once: a source that is dropped leaves a gap. ``number in table`` tells whether there is one.
 
     Attributes:
         pages: the entries.
@@ -78,15 +80,28 @@ class SourceTable(Mapping[int, Source]):
     def __len__(self) -> int:
         return self._count
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Source]:
         for page in self.pages:
-            yield from page.entries
+            yield from page.entries.values()
+
+    def items(self) -> Iterator[tuple[int, Source]]:
+        """Number and source of every entry."""
+        for page in self.pages:
+            yield from page.entries.items()
+
+    def get(self, number: int) -> Source | None:
+        """The source of this number, if there is one."""
+        place = self._place(number)
+        return self.pages[place].entries.get(number) if place >= 0 else None
+
+    def __contains__(self, number: object) -> bool:
+        return isinstance(number, int) and self.get(number) is not None
 
     def __getitem__(self, number: int) -> Source:
-        place = self._place(number)
-        if place < 0:
+        found = self.get(number)
+        if found is None:
             raise KeyError(number)
-        return self.pages[place].entries[number]
+        return found
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SourceTable):

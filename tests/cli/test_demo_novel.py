@@ -22,6 +22,7 @@ from mplus.cli.novel import chapters
 from mplus.hf.shipped import load_decoder, load_tokenizer
 from mplus.hf.sources import RetrievedSource
 from mplus.memory.manifest import read_manifest
+from mplus.memory.saved import saved_tables
 from mplus.memory.verify import verify
 
 TOKENS = 6_000  # all of the first chapter, some of the second; more rows than the STM holds and a read retrieves
@@ -137,9 +138,9 @@ def test_what_is_kept(plain, folder):
     assert plain["saved"]["folder"] == str(folder)
     assert plain["saved"]["bytes"] == sum(file.stat().st_size for file in saved.iterdir())
     assert verify(saved) == []
-    [stream] = read_manifest(saved).streams  # as it was before the story was written
-    assert sum(source.tokens for source in stream.sources) == TOKENS
-    assert [source.name for source in stream.sources] == [name for name, _ in texts()]
+    _, [sources] = saved_tables(saved)  # as they were before the story was written
+    assert sum(source.tokens for source in sources) == TOKENS
+    assert [source.name for source in sources] == [name for name, _ in texts()]
 
 
 def test_the_screen_says_what_the_numbers_say(report):

@@ -82,7 +82,7 @@ def test_what_nothing_writes_yet_is_read_from_checkpoint_and_journal(tmp_path: P
     for _ in range(2):
         for row, state in enumerate(memory.states):
             assert [(part.ids.tolist(), part.source) for part in state.tail] == [([1, 51, 7], 0)] * (row == 0)
-            for source in state.sources.values():
+            for source in state.sources:
                 assert source == make_memory_v2.with_facts(source)
         memory.checkpoint()
     assert memory.forgotten(0) == []

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +16,7 @@ from mplus.errors import InputError, MemoryFileError
 from mplus.memory import Memory, sources
 from mplus.memory.saved import forget_saved, saved_sources
 from mplus.memory.verify import verify
+from mplus.stores.disk.filesystem import FileSystem
 from tests.durable.plain import CONFIGS, PlainModel, chunk, reopened
 from tests.fixtures import make_live_v2
 from tests.memory.tiny import content, difference
@@ -143,6 +145,36 @@ def test_the_name_of_a_write_that_was_taken_back(tmp_path: Path) -> None:
     memory.checkpoint()
     assert holding(tmp_path, NAMES[1]) == []
     assert [source.name for source in memory.sources()] == ["kept"]
+
+
+@pytest.mark.parametrize("how", ["live", "apart", "saved"])
+def test_a_file_that_cannot_be_removed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """What was to be forgotten stands in it; the memory has forgotten all the same."""
+    name, model, folder = NAMES[1], PlainModel(), tmp_path / "memory"
+    memory = written(folder, model, name)
+    if how == "apart":
+        memory.directory.close()
+    elif how == "saved":
+        folder = tmp_path / "saved"
+        memory.save(folder)
+    remove = FileSystem.remove
+
+    def refuse(files: FileSystem, path: Any) -> None:
+        if path.name.startswith(("state", "rows")):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        remove(files, path)
+
+    forget = memory.forget if how == "live" else partial(forget_saved, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystem, "remove", refuse)
+        with pytest.raises(MemoryFileError, match="could not be removed and may still"):
+            forget(name)
+    assert holding(folder, name) != []
+    assert [[source.name for source in stream] for stream in saved_sources(folder)] == [["kept"], ["kept"]]
+    if how == "live":
+        memory.write(chunk(1).expand(2, -1), source="kept")
+        memory.close()
+        assert holding(folder, name) == [], "the next checkpoint removes it"
 
 
 # ---------------------------------------------------------------------- many of them

@@ -39,12 +39,12 @@ def test_every_tensor_is_the_one_that_was_written(memory: mplus.Memory) -> None:
 def test_every_source_is_there(memory: mplus.Memory) -> None:
     """The number of the forgotten one was not given again."""
     time, expires = 1796083200.5, 1803859200.0
-    assert dict(memory.states[0].sources) == {
+    assert dict(memory.states[0].sources.items()) == {
         0: Source("Märchen", 60, 8, time=time, write_id="schreiben-1 é"),
         2: Source(None, 26, 4),
         3: Source("notes", 8, 1, expires=expires, pinned=True),
     }
-    assert dict(memory.states[1].sources) == {
+    assert dict(memory.states[1].sources.items()) == {
         0: Source("Märchen", 30, 4, time=time, write_id="schreiben-1 é"),
         1: Source(None, 9, 2),
         2: Source("gone, but for its name"),

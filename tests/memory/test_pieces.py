@@ -65,7 +65,7 @@ def test_pieces_are_fetched_one_ahead_and_in_another_thread() -> None:
     def pieces() -> Iterator[list[int]]:
         for number in range(6):
             # The piece before the last one fetched is written meanwhile; those before it are.
-            assert sum(source.tokens for source in memory.states[0].sources.values()) >= tiny.CHUNK * (number - 3)
+            assert sum(source.tokens for source in memory.states[0].sources) >= tiny.CHUNK * (number - 3)
             fetched.append(number)
             threads.add(threading.get_ident())
             yield [number] * tiny.CHUNK

@@ -64,7 +64,7 @@ def test_a_rebuilt_memory_is_one_written_without_the_source(name: str) -> None:
     version = memory.version
     report = memory.forget("a", mode="rebuild")
     tiny.assert_same(memory, other)
-    assert [entry.name for entry in memory.states[0].sources.values()] == ["b", "c"], "not even the name is left"
+    assert [entry.name for entry in memory.states[0].sources] == ["b", "c"], "not even the name is left"
     assert memory.version == version + 1
     assert (report.source, report.tokens, report.chunks) == ("a", 103, 3 + 3 + 2)
     assert report.rebuilt == sum(source.chunks for row in (0, 1) for source in memory.sources(row))

@@ -34,7 +34,7 @@ def test_what_is_written_to_a_file_is_read_from_it(entries: list[Source], gone: 
     table = SourceTable.of(dict(enumerate(entries)), 3 * PAGE).without(gone)
     found = again(table)
     assert found == table
-    assert dict(found) == {number: entry for number, entry in enumerate(entries) if number not in gone}
+    assert dict(found.items()) == {number: entry for number, entry in enumerate(entries) if number not in gone}
     assert found.tensors().keys() == table.tensors().keys()
     assert all(
         torch.equal(value.nan_to_num(), found.tensors()[name].nan_to_num()) for name, value in table.tensors().items()
@@ -64,13 +64,13 @@ def test_it_is_a_dictionary_whose_numbers_are_given_once(steps: list[tuple[str, 
             table = again(table)
         elif what == "fork":
             other, _ = table.written(f"elsewhere {which}", 1)  # takes the number that this one gives next
-            forks += [(table, expected), (other, dict(other))]
-        assert dict(table) == expected
+            forks += [(table, expected), (other, dict(other.items()))]
+        assert dict(table.items()) == expected
         assert [table.find(f"source {n}") for n in range(7)] == [
             next((n for n, entry in expected.items() if entry.name == f"source {name}"), None) for name in range(7)
         ]
     for fork, held in forks:
-        assert dict(fork) == held
+        assert dict(fork.items()) == held
 
 
 def test_one_write_copies_one_page() -> None:

@@ -104,6 +104,7 @@ def forget_live(
         with writable(folder):
             directory.resume(manifest, size, count)
             _replace(directory, manifest, content)
+        directory.check_removed()
         return report
     finally:
         directory.close()

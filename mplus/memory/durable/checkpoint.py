@@ -206,26 +206,34 @@ def _fresh(files: FileSystem, path: PathAt) -> PathAt:
     return path
 
 
-def remove(files: FileSystem, paths: Sequence[PathAt]) -> None:
-    """Remove files as far as that is possible; who opens the directory next looks for what is left."""
+def remove(files: FileSystem, paths: Sequence[PathAt]) -> list[str]:
+    """Remove files as far as that is possible; who opens the directory next looks for what is left.
+
+    Returns:
+        Names of those that are still there.
+    """
+    left = []
     for path in paths:
         try:
             files.remove(path)
-        except OSError:
+        except FileNotFoundError:
             continue
+        except OSError:
+            left.append(path.name)
+    return left
 
 
 def remove_others(
     files: FileSystem, folder: Folder, owner: str, manifest: LiveManifest, before: LiveManifest | None = None
-) -> None:
-    """Remove files of other checkpoints; one that is still in use somewhere may stay.
+) -> list[str]:
+    """Remove files of other checkpoints, and return the names of those that could not be removed.
 
     These are the ones that ``before`` names, and those whose names have the memory's id: what else is in the folder is
     not known to be the memory's, and stays.
     """
     owners = {owner, *map(owner_in, manifest.files)} - {None}
     gone = {name for name in folder.names() if owner_in(name) in owners or (before and name in before.files)}
-    remove(files, [folder / name for name in sorted(gone - manifest.files)])
+    return remove(files, [folder / name for name in sorted(gone - manifest.files)])
 
 
 # ---------------------------------------------------------------------- reading

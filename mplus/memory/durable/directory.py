@@ -14,7 +14,7 @@ from mplus.memory.durable.journal import Journal
 from mplus.memory.durable.lock import Lock
 from mplus.memory.durable.manifest import VERSION, LiveManifest, read_live_manifest
 from mplus.memory.files import Facts
-from mplus.memory.folder import MANIFEST
+from mplus.memory.folder import MANIFEST, check_removed, writable
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.folder import Folder
 
@@ -57,6 +57,8 @@ class Directory:
         self._lock = lock
         self._process = os.getpid()
         self._begun: Begun | None = None
+        self._left: list[str] = []
+        """Files of earlier checkpoints that could not be removed."""
 
     @property
     def path(self) -> Path:
@@ -143,7 +145,17 @@ class Directory:
         if journal is not None and journal is not written.journal:
             journal.close()
         if self.failed is None:  # else nobody knows which manifest a crash would leave: the files of both stay
-            remove_others(self.files, self.folder, self._lock.owner, written.manifest, before)
+            self._left = remove_others(self.files, self.folder, self._lock.owner, written.manifest, before)
+
+    def check_removed(self) -> None:
+        """See to it that files of earlier checkpoints are gone, and stay so after a crash.
+
+        Raises:
+            MemoryFileError: one is still there, with what was forgotten; the memory itself no longer has it.
+        """
+        check_removed(self.path, self._left)
+        with writable(self.path):
+            self.files.sync_folder(self.folder)
 
     def settle(self, token: object) -> bool:
         """After an exception: whether the change that makes ``token`` is on disk, and stays.

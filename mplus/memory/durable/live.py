@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from mplus.memory.folder import writable
 from mplus.memory.forgetting import without_unused_sources
 from mplus.memory.keeping import Stayed
 from mplus.memory.memory import Memory
+from mplus.memory.report import ForgetReport
 from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.writing import Made, Stream
 from mplus.stores.eviction import EvictionPolicy
@@ -85,6 +86,32 @@ class LiveMemory(Memory):
                 warnings.warn(
                     f"the journal goes on growing, since no checkpoint could be written: {error}", stacklevel=2
                 )
+
+    def forget(
+        self,
+        source: str | None,
+        row: int | None = None,
+        *,
+        mode: Literal["drop", "rebuild"] = "drop",
+        keep_name: bool = False,
+        progress: bool | None = None,
+    ) -> ForgetReport:
+        """As ``Memory.forget``; when it returns, no file holds what was forgotten.
+
+        Raises:
+            MemoryFileError: besides what ``Memory.forget`` raises: a file could not be removed. The memory has
+                forgotten all the same.
+        """
+        with self._write_lock:
+            report = super().forget(source, row, mode=mode, keep_name=keep_name, progress=progress)
+            self._own_directory().check_removed()
+        return report
+
+    def reset(self) -> None:
+        """As ``Memory.reset``; raises MemoryFileError as ``forget``."""
+        with self._write_lock:
+            super().reset()
+            self._own_directory().check_removed()
 
     def checkpoint(self) -> None:
         """Write a checkpoint now, so that the journal begins anew and the next opening is fast.
