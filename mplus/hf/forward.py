@@ -21,6 +21,7 @@ from mplus.hf.passes import Pass, current_pass, run_in
 from mplus.hf.pieces import read_in_pieces
 from mplus.hf.query import without_padding
 from mplus.hf.reading import Reading, one_per_row
+from mplus.hf.reading_as import mechanism_for_reads
 from mplus.hf.reading_checks import check_rows, check_weights, is_as_kept
 from mplus.hf.sources import retrieved_sources
 from mplus.hf.virtual_tokens import only_learned
@@ -214,7 +215,7 @@ def read(engine: DecoderEngine, memory: Any, rows: int, **options: Any) -> Readi
     elif prepared is not None and not all(is_as_kept(view, look) for view in streams):
         prepared = None
     keep = not torch.is_grad_enabled()
-    return Reading(engine.mechanism, views, memory, version, prepared, look, keep=keep, **options)
+    return Reading(mechanism_for_reads(engine), views, memory, version, prepared, look, keep=keep, **options)
 
 
 def check_cache(cache: Any, memory: Memory | None, reuse: bool) -> Reading | None:

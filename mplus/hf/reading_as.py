@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from attrs import define, evolve
@@ -25,6 +26,23 @@ class _Additions:
     retriever: Retriever | None
 
 
+@define(frozen=True, eq=False)
+class _StandIn:
+    """The mechanism that reads of the decoder behind ``engine`` go by inside one ``with`` block."""
+
+    engine: DecoderEngine
+    mechanism: MemoryMechanism
+
+
+_STAND_INS: ContextVar[tuple[_StandIn, ...]] = ContextVar("mplus_reading_as", default=())
+"""Of the blocks this context is in, of all models, outermost first."""
+
+
+def mechanism_for_reads(engine: DecoderEngine) -> MemoryMechanism:
+    """What reads in this context go by: the decoder's own mechanism, or that of the ``reading_as`` block around."""
+    return next((one.mechanism for one in reversed(_STAND_INS.get()) if one.engine is engine), engine.mechanism)
+
+
 @contextmanager
 def reading_as(
     model: Any,
@@ -34,7 +52,10 @@ def reading_as(
     query_tokens: int | None = None,
     make: Callable[[Any, Any, Any], MemoryMechanism] | None = None,
 ) -> Iterator[None]:
-    """Meanwhile, reads of ``model`` (in every thread) go by other settings. Write nothing meanwhile.
+    """Let reads of ``model`` inside the ``with`` block go by other settings.
+
+    They do so in the context (``contextvars``) that enters the block: other threads read as always. Writes go by the
+    decoder's own settings, inside the block too. Blocks may be nested: the inner one changes what the outer one says.
 
     Args:
         model: a wrapped decoder.
@@ -47,7 +68,7 @@ def reading_as(
         NotSupported: the decoder's mechanism retrieves nothing, so there is nothing to replace.
     """
     engine: DecoderEngine = model.mplus_engine
-    before = engine.mechanism
+    before = mechanism_for_reads(engine)
     if not before.uses_retriever:
         raise NotSupported(f"the mechanism {before.name!r} has no retriever that another one could stand in for")
     config = before.config
@@ -57,8 +78,18 @@ def reading_as(
         config = evolve(config, query_tokens=query_tokens)
     own = before.additions
     additions = _Additions(own.begin, own.mark, own.pool, own.retriever if retriever is None else retriever)
-    engine.mechanism = (make or type(before))(config, additions, before.options)  # type: ignore[arg-type]
+    own_class = make or type(before)
+    entered = _StandIn(engine, own_class(config, additions, before.options))  # type: ignore[arg-type]
     try:
-        yield
+        try:
+            _STAND_INS.set((*_STAND_INS.get(), entered))
+            yield
+        finally:
+            _leave(entered)
     finally:
-        engine.mechanism = before
+        _leave(entered)  # once more, for an interrupt may have struck the first time
+
+
+def _leave(entered: _StandIn) -> None:
+    # Not by a token: blocks may be left in any order, and in other contexts, by generators.
+    _STAND_INS.set(tuple(one for one in _STAND_INS.get() if one is not entered))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
 from mplus.errors import InputError, NotSupported
 from mplus.evaluation.stand_ins import Recency
-from mplus.hf.reading_as import reading_as
+from mplus.hf.reading_as import mechanism_for_reads, reading_as
 from mplus.memory.memory import Memory
 from mplus.stores.build import build_store
-from tests.memory.tiny import K0, content, difference, ids, prompts, variant, written
+from tests.memory.interruption import interrupted_everywhere
+from tests.memory.tiny import K0, assert_same, content, difference, ids, prompts, variant, written
 
 
 @pytest.fixture(params=["paper", "published"])
@@ -66,6 +69,79 @@ def test_everything_is_as_before_afterwards(memory):
     assert memory.engine.mechanism is mechanism
     assert difference(content(memory), before) == []
     memory.write([ids(16, seed) for seed in range(3)])
+
+
+def test_blocks_of_two_threads_that_overlap_leave_nothing_behind():
+    """A block that ends after another one, which began later, once put that one's settings back for good."""
+    memory = written("paper", [200])
+    usual, short = logits(memory), logits(memory, retrieved_tokens=0)
+    both, left = threading.Event(), threading.Event()
+    inside, errors = {}, []
+
+    def read(name, retrieved_tokens, wait, tell, after):
+        try:
+            with reading_as(memory.engine.model, retrieved_tokens=retrieved_tokens):
+                tell.set()
+                assert wait.wait(60)
+                inside[name] = logits(memory)
+            if after is not None:
+                after.set()
+        except BaseException as error:  # noqa: BLE001 - raised below
+            errors.append(error)
+
+    begun = threading.Event()
+    first = threading.Thread(target=read, args=("first", 0, both, begun, left))
+    first.start()
+    assert begun.wait(60)
+    assert torch.equal(logits(memory), usual), "other threads read as always"
+    second = threading.Thread(target=read, args=("second", 0, left, both, None))
+    second.start()
+    first.join()
+    second.join()
+    assert errors == []
+    assert torch.equal(inside["first"], short)
+    assert torch.equal(inside["second"], short)
+    assert torch.equal(logits(memory), usual)
+
+
+def test_what_is_written_inside_is_written_as_always():
+    memory, other = written("paper", [200]), written("paper", [200])
+    text = ids(60, 5)
+    other.write(text)
+    with reading_as(memory.engine.model, retriever=Recency(memory.engine.mechanism.additions.retriever.shape)):
+        memory.write(text)
+    assert_same(memory, other)
+
+
+def test_blocks_are_nested_and_may_be_left_in_any_order():
+    engine = variant("paper").mplus_engine
+    outer, inner = (reading_as(engine.model, **settings) for settings in ({"retrieved_tokens": 2}, {"query_tokens": 3}))
+    outer.__enter__()
+    inner.__enter__()
+    config = mechanism_for_reads(engine).config
+    assert (config.retrieved_tokens, config.query_tokens) == (2, 3)
+    outer.__exit__(None, None, None)
+    assert mechanism_for_reads(engine).config == config
+    inner.__exit__(None, None, None)
+    assert mechanism_for_reads(engine) is engine.mechanism
+    assert mechanism_for_reads(variant("published").mplus_engine) is variant("published").mplus_engine.mechanism
+
+
+def test_an_interrupt_at_any_line_leaves_the_block():
+    engine = variant("paper").mplus_engine
+
+    def read():
+        with reading_as(engine.model, retrieved_tokens=0):
+            assert mechanism_for_reads(engine).config.retrieved_tokens == 0
+
+    places = list(map(int, _checked(interrupted_everywhere(lambda: None, read, "hf/reading_as.py"), engine)))
+    assert len(places) > 20, "the whole of it was interrupted"
+
+
+def _checked(places, engine):
+    for place in places:
+        assert mechanism_for_reads(engine) is engine.mechanism, f"interrupted before line {place}"
+        yield place
 
 
 def test_a_mechanism_without_retrieval():

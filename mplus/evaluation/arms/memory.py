@@ -9,7 +9,7 @@ from typing import Any
 from mplus.evaluation.arms.base import Bench, Due, Reply, TextArm
 from mplus.evaluation.generating import answers
 from mplus.evaluation.oracle import OracleMechanism
-from mplus.hf.reading_as import reading_as
+from mplus.hf.reading_as import mechanism_for_reads, reading_as
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.memory.memory import Memory
 from mplus.retrievers.base import Retriever
@@ -63,7 +63,7 @@ class MemoryArm(TextArm):
 
     def _replies(self, streams: Memory, prompts: Sequence[Sequence[int]]) -> list[Reply | None]:
         bench = self.bench
-        mechanism = streams.engine.mechanism
+        mechanism = mechanism_for_reads(bench.model.mplus_engine)
         made = answers(bench.model, bench.tokenizer, prompts, bench.generation, streams)
         replies: list[Reply | None] = []
         for row, (view, prompt, one) in enumerate(zip(streams.snapshot(), prompts, made, strict=True)):
