@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from transformers import CompileConfig
 
 from tests import oracle
-from tests.architectures import BY_NAME
+from tests.architectures import BY_NAME, Architecture
 from tests.hf.references import TOLERANCE, error, ids, merged, stir
 from tests.retrofitted import CHUNK, Pair, retrofit
 
@@ -27,6 +28,12 @@ def _clean() -> Iterator[None]:
     with torch.no_grad():
         yield
     torch._dynamo.reset()
+
+
+def shallow(name: str) -> Architecture:
+    """With two layers: every layer takes as long to compile as the one before."""
+    architecture = BY_NAME[name]
+    return replace(architecture, options={**architecture.options, "num_hidden_layers": 2})
 
 
 def compiled(model: Any, what: str) -> Any:
@@ -60,7 +67,7 @@ def rows_of(pair: Pair, memory: Any) -> list[torch.Tensor]:
     ],
 )
 def test_compiled_decoders_write_and_read(name: str, what: str) -> None:
-    pair = retrofit(BY_NAME[name], long_term_tokens=0)
+    pair = retrofit(shallow(name), long_term_tokens=0)
     stir(pair.wrapped)
     alone, expected = pair.wrapped(TEXT).logits, pair.memory(chunks=2)
     reader = merged(pair.plain, pair.wrapped, "read")
@@ -77,7 +84,7 @@ def test_compiled_decoders_write_and_read(name: str, what: str) -> None:
 
 def test_static_cache_generation_that_compiles_by_itself() -> None:
     """What transformers does on its own on a GPU."""
-    pair = retrofit(BY_NAME["llama"], long_term_tokens=0)
+    pair = retrofit(shallow("llama"), long_term_tokens=0)
     stir(pair.wrapped)
     memory = pair.memory(chunks=2)
     config = CompileConfig(backend="eager", mode=None, fullgraph=False)
@@ -85,12 +92,12 @@ def test_static_cache_generation_that_compiles_by_itself() -> None:
     options = {"cache_implementation": "static", "compile_config": config, "max_new_tokens": 5, "do_sample": False}
     expected = oracle.generate_greedy(merged(pair.plain, pair.wrapped, "read"), TEXT, rows_of(pair, memory), 5)
     assert torch.equal(pair.wrapped.generate(TEXT, memory=memory, **options), expected)
-    alone = BY_NAME["llama"].build().generate(TEXT, max_new_tokens=5, do_sample=False)
+    alone = shallow("llama").build().generate(TEXT, max_new_tokens=5, do_sample=False)
     assert torch.equal(pair.wrapped.generate(TEXT, **options), alone)
 
 
 def test_one_graph_is_refused_by_torch_and_not_wrong() -> None:
-    pair = retrofit(BY_NAME["llama"], long_term_tokens=0)
+    pair = retrofit(shallow("llama"), long_term_tokens=0)
     memory = pair.memory(chunks=2)
     model = torch.compile(pair.wrapped, backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported):
