@@ -198,7 +198,7 @@ class MPlusConfig:
             short-term memory leaves of it sets the capacity of LTM, in place of ``long_term_tokens``. None: no budget.
         drop_per_layer: draw the rows that leave the STM independently per layer.
         query_tokens: retrieve with the first so many text tokens only; None: all of them. Scoring a text without
-            leaking its future needs a number here.
+            leaking its future needs a number here, or ``query_tokens`` or ``retrieve_every`` in the call.
         memory_positions: "sequential" (-P..-1), "compressed" (the same order squeezed into ``position_span``
             positions), "constant" (all at one position), or "auto": sequential, but constant under ALiBi.
         position_span: positions that compressed memory takes.
@@ -210,7 +210,7 @@ class MPlusConfig:
             there are adapters of the user on the projections) hidden.
         store, eviction, retriever: implementations with their options.
         backend: attention backend; "auto" picks the first usable one.
-        adapters: LoRA adapters, or None (in TOML: false) to train none.
+        adapters: LoRA adapters, or None (in TOML: false) to add none.
     """
 
     mechanism: Component = field(default=Component("mplus"), converter=_component)

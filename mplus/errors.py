@@ -36,7 +36,7 @@ class MissingDependencyError(MPlusError, ImportError):
 
 
 class NotSupported(MPlusError, ValueError):
-    """A decoder, or a way of calling it, cannot carry a memory; the message gives every reason once.
+    """A decoder, or a way of calling it, cannot carry a memory; the message says why.
 
     Attributes:
         details: where ``mplus.wrap`` tried several techniques, every finding against each of them.

@@ -213,7 +213,7 @@ class MemoryModel:
         save_base: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save what mplus added (adapters and additions) with a config and a model card.
+        """Save what mplus added (its adapters, begin rows, mark, retriever, pool) with a config and a model card.
 
         Args:
             save_directory: folder; made where missing.
@@ -224,8 +224,9 @@ class MemoryModel:
             kwargs: for saving the decoder (``max_shard_size`` and so on) and for the Hub (``repo_id`` and so on).
 
         Raises:
-            NotSupported: ``distributed_checkpoint`` was asked for, or ``save_base`` of a decoder that accelerate has
-                offloaded without a device map, which transformers does not save either.
+            NotSupported: ``distributed_checkpoint`` was asked for; ``save_base`` of a decoder that accelerate has
+                offloaded without a device map, which transformers does not save either; or adapters of the user are
+                merged, or have a name of ours.
         """
         from mplus.hf.saving import save_pretrained
 

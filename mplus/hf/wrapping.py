@@ -90,7 +90,7 @@ def wrap(
         ``model`` itself.
 
     Raises:
-        NotSupported: the decoder cannot carry a memory; the message gives every reason.
+        NotSupported: the decoder cannot carry a memory; the message says why, and ``details`` has every finding.
         ConfigError, UnknownNameError, PluginError: the config does not fit.
 
     Warns:

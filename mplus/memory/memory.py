@@ -60,7 +60,8 @@ class Memory(Opens):
         Raises:
             InputError: nothing to write, wrong batch size, ids outside the vocabulary, text too short; checked before
                 anything is written.
-            MemoryMismatchError: the decoder's dtype is not that of the memory.
+            MemoryMismatchError: the decoder's dtype is not that of the memory; or rows are kept as keys and values
+                only, and were made with other adapters or weights.
             NonFiniteError: the decoder gave NaN or Inf for a chunk; the chunks before it are kept, it is not.
 
         Whatever ends a write early, an interrupt included, leaves the chunks written before it and nothing else.
@@ -360,8 +361,9 @@ class Memory(Opens):
 
         Args:
             path: the folder given to ``save``.
-            model: the decoder, with the adapters and config that the memory was made with; store, eviction, budget
-                (``long_term_tokens``) and backend may differ.
+            model: the decoder, with what mplus added when the memory was made; store, eviction, capacity (but for
+                none), backend, chunk size and number of retrieved rows may differ. Under other adapters of the user
+                rows that have hidden states are projected anew, with a warning.
             tokenizer: lets ``write`` take text.
             store: keep the long-term rows in another store than the model's config names.
             eviction: another eviction policy than the memory had. Under "ttl" the lifetime of rows without one begins.
@@ -370,7 +372,8 @@ class Memory(Opens):
 
         Raises:
             MemoryFileError: missing, truncated, altered, foreign, or newer file.
-            MemoryMismatchError: made by another model, adapter, dtype or config; says what differs.
+            MemoryMismatchError: made by another model, dtype or config, or kept as keys and values only that were
+                made with other adapters or weights; says what differs.
             ConfigError: the budget is too small, or no number of bytes.
         """
         from mplus.memory.files import load

@@ -45,7 +45,7 @@ class Opens(Keeping):
 
         Args:
             path: made with its parents where it does not exist.
-            model: the wrapped decoder; of a memory that exists, with the adapters and config it was made with.
+            model: the wrapped decoder; of a memory that exists, the one it was made for, as for ``load``.
             batch_size: of a new memory (default 1); of one that exists it must be right, if given.
             tokenizer: lets ``write`` take text.
             seed, memory_rows, keep_text: of a new memory, as for ``new_memory``.
@@ -64,7 +64,7 @@ class Opens(Keeping):
 
         Raises:
             MemoryFileError: ``path`` cannot be read or written, is truncated, altered or foreign, or of a newer format.
-            MemoryMismatchError: made by another model, adapter, dtype or config, or with another batch size.
+            MemoryMismatchError: as ``load``, or made with another batch size.
             LiveMemoryError: it is open for writing already; says by which process.
             NotSupported: the store reads rows on the CPU only.
             ConfigError: an option breaks its rule, or the budget is too small.
