@@ -128,8 +128,13 @@ class Watch:
         self._plan = None
 
     def look(self) -> Look:
-        """The weights as they are now. Raises NotSupported for adapters that memory does not go with."""
-        self._engine.bring_additions()
+        """The weights as they are now.
+
+        Raises:
+            MemoryMismatchError: the decoder was unwrapped.
+            NotSupported: there are adapters that memory does not go with.
+        """
+        self._engine.check_wrapped()
         with self._lock:
             plan, moment = self._present(), object()
             switches = self.switches(plan)

@@ -18,7 +18,7 @@ from tests.memory import tiny
 if TYPE_CHECKING:
     from pathlib import Path
 
-CONTENT = "5a1c729abc7dd98636826b3e8c874c8ae36d76f7b7445132c64e63c800f139be"
+CONTENT = "725efb39096fb8259d3fe4b367def80504920d3f8907ae9ef73e45e353de4e2b"
 
 
 @pytest.fixture(scope="module")
