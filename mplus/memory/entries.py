@@ -10,10 +10,13 @@ from attrs import define, field
 
 from mplus.memory.folder import DATA
 from mplus.memory.structure import check_name, file_named, named_like, whole
+from mplus.stores.base import StoreLayout
 from mplus.stores.disk.parts import CODES
 
 MOST = 2**31 - 1
 """The most layers, or numbers in a row, that are read."""
+MOST_ROWS = 2**42
+"""The most rows per layer that a stream can have written: times of reads (``mplus.stores.usage``) are 2**20 as much."""
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -32,6 +35,12 @@ def _dtype(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
         raise ValueError(f"{attribute.name} must be one of {', '.join(DTYPES)}, got {value!r}")
 
 
+def _floating(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    _dtype(instance, attribute, value)
+    if not DTYPES[value].is_floating_point:
+        raise ValueError(f"{attribute.name} must be one of floating numbers, got {value!r}")
+
+
 def _row_counts(instance: StreamEntry, attribute: attrs.Attribute[Any], value: dict[str, tuple[int, ...]]) -> None:
     for name, counts in value.items():
         check_name(attribute.name, name, r"[A-Za-z_]\w*", "<word>")
@@ -48,15 +57,28 @@ class LayoutEntry:
     hidden_size: int = field(validator=whole(0, MOST))
     key_size: int = field(validator=whole(0, MOST))
     expiry: bool
-    dtype: str = field(validator=_dtype)
+    dtype: str = field(validator=_floating)
     projected_size: int = field(default=0, validator=whole(0, MOST))
     keeps_hidden: bool = True
 
     @property
-    def required(self) -> tuple[str, ...]:
-        """Columns that every row has."""
-        content = ("hidden",) * self.keeps_hidden + ("projected",) * bool(self.projected_size)
-        return ("birth", "source", *content)
+    def least_bytes(self) -> int:
+        """Bytes of a row in the columns that every row has, whole numbers and content."""
+        width = self.keeps_hidden * self.hidden_size + self.projected_size
+        return 16 + width * DTYPES[self.dtype].itemsize
+
+
+def layout_from(entry: LayoutEntry) -> StoreLayout:
+    """The layout that a manifest describes."""
+    return StoreLayout(
+        layers=entry.layers,
+        hidden_size=entry.hidden_size,
+        key_size=entry.key_size,
+        expiry=entry.expiry,
+        dtype=DTYPES[entry.dtype],
+        projected_size=entry.projected_size,
+        keeps_hidden=entry.keeps_hidden,
+    )
 
 
 @define(frozen=True, kw_only=True)
@@ -74,7 +96,7 @@ class StreamEntry:
     """
 
     mechanism: str
-    clock: int = field(validator=whole())
+    clock: int = field(validator=whole(0, MOST_ROWS))
     sources: int = field(validator=whole())
     next_source: int = field(validator=whole())
     rows: dict[str, tuple[int, ...]] = field(validator=_row_counts)

@@ -36,7 +36,7 @@ from mplus.errors import MemoryFileError
 from mplus.memory.budget import Budget
 from mplus.memory.earlier import in_present_form
 from mplus.memory.engine import Engine
-from mplus.memory.entries import DTYPES, DataEntry, LayoutEntry, StreamEntry, name_of
+from mplus.memory.entries import DataEntry, LayoutEntry, StreamEntry, name_of
 from mplus.memory.folder import (
     DATA,
     MANIFEST,
@@ -56,10 +56,11 @@ from mplus.memory.forgetting import without_unused_sources
 from mplus.memory.made_with import made_with, with_weights
 from mplus.memory.manifest import Manifest, check_belongs, is_memory, mechanism_in, read_manifest
 from mplus.memory.memory import Memory
+from mplus.memory.sound import check_fits
 from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.tensors import TensorReader, write_tensors
 from mplus.memory.texts import tail_tensors
-from mplus.memory.unpacking import check_names, read_index, read_streams, read_usage
+from mplus.memory.unpacking import check, check_names, read_index, read_streams, read_usage
 from mplus.stores.base import StoreLayout, StoreView
 from mplus.stores.build import build_eviction
 from mplus.stores.disk.filesystem import FileSystem
@@ -237,7 +238,7 @@ def load(
     try:
         manifest = read_manifest(here)
         layout = engine.layout
-        check_belongs(manifest, engine.fingerprint(manifest.fingerprint), layout.dtype, folder)
+        check_belongs(manifest, engine.fingerprint(manifest.fingerprint), layout, folder)
         policy = build_eviction(eviction or Component.of(manifest.eviction))
         # Rows stay what they were, whatever new memories of this decoder hold.
         layout = attrs.evolve(
@@ -253,6 +254,7 @@ def load(
             check_names(file, manifest.streams)
             lifetime = mechanism.lifetime(policy)
             states, stores, draws = read_streams(file, manifest, layout, store or engine.config.store, lifetime)
+            check(check_fits, states, engine, layout, where=f"{folder}")
             usage = [read_usage(file, n, one) for n, one in enumerate(stores)] if policy.notes_reads else []
             for entry, own in zip(manifest.streams, stores, strict=True):
                 mechanism.adopt_index(own, read_index(file, entry.store, layout.layers))
@@ -284,19 +286,6 @@ def layout_entry(layout: StoreLayout) -> LayoutEntry:
         dtype=name_of(layout.dtype),
         projected_size=layout.projected_size,
         keeps_hidden=layout.keeps_hidden,
-    )
-
-
-def layout_from(entry: LayoutEntry) -> StoreLayout:
-    """The layout that a manifest describes."""
-    return StoreLayout(
-        layers=entry.layers,
-        hidden_size=entry.hidden_size,
-        key_size=entry.key_size,
-        expiry=entry.expiry,
-        dtype=DTYPES[entry.dtype],
-        projected_size=entry.projected_size,
-        keeps_hidden=entry.keeps_hidden,
     )
 
 

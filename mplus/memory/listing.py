@@ -9,7 +9,7 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from mplus.errors import MemoryMismatchError
+from mplus.errors import MemoryFileError
 from mplus.memory.report import SourceInfo
 from mplus.memory.sources import SourceTable
 from mplus.memory.stream import StreamView
@@ -89,7 +89,7 @@ def _counted(part: Held, numbers: Tensor, newest: list[int], oldest: list[int]) 
     if len(sources) and not torch.equal(
         numbers[places.clamp(max=len(numbers) - 1)] if len(numbers) else numbers, sources
     ):
-        raise MemoryMismatchError("rows must come from sources of their stream, and some come from none: run verify")
+        raise MemoryFileError("rows must come from sources of their stream, and some come from none: run verify")
     for extremes, how in ((newest, "amax"), (oldest, "amin")):
         found = torch.tensor(extremes, dtype=torch.int64).scatter_reduce(0, places, births, how)
         extremes[:] = found.tolist()

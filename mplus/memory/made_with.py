@@ -9,11 +9,10 @@ from typing import Any
 
 from attrs import evolve
 
-from mplus.errors import MemoryFileError
 from mplus.memory.engine import Engine
 from mplus.memory.refreshing import holds_rows, unfit
 from mplus.memory.stream import StreamState
-from mplus.memory.weights_state import MADE_WITH, WeightsState
+from mplus.memory.weights_state import MADE_WITH, WeightsState, weights_of
 from mplus.stores.base import StoreView
 
 
@@ -42,11 +41,10 @@ def with_weights(
 
     Raises:
         MemoryMismatchError: the rows are keys and values only, which the decoder would make differently now.
-        MemoryFileError: the file says something else.
     """
     if MADE_WITH not in fingerprint:
         return list(states)
-    made = _parsed(fingerprint[MADE_WITH], len(states), where)
+    made = weights_of(fingerprint[MADE_WITH], len(states))
     now = engine.weights()
     known = [now]
     if len(set(map(repr, made))) > 1:  # written for batches in which each row has an adapter of its own
@@ -75,17 +73,3 @@ def with_weights(
             stacklevel=5,
         )
     return found
-
-
-def _parsed(facts: Any, streams: int, where: str | Path) -> list[WeightsState]:
-    try:
-        sets = [WeightsState.from_facts(one) for one in facts["sets"]]
-        numbers = [int(number) for number in facts["streams"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise MemoryFileError(f"{where}: fingerprint.{MADE_WITH} was altered: {error}: use another copy") from error
-    if len(numbers) != streams or not all(0 <= number < len(sets) for number in numbers):
-        raise MemoryFileError(
-            f"{where}: fingerprint.{MADE_WITH} must give each of {streams} streams one of {len(sets)} sets, "
-            f"got {numbers}"
-        )
-    return [sets[number] for number in numbers]

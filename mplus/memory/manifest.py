@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import attrs
-import torch
 from attrs import define, field
 
 from mplus.config import Component
@@ -19,7 +18,8 @@ from mplus.memory.entries import DataEntry, LayoutEntry, StreamEntry, name_of
 from mplus.memory.folder import MANIFEST
 from mplus.memory.sources import SourceTable
 from mplus.memory.structure import NOT_IN_FILES, structured, unstructured, whole
-from mplus.memory.weights_state import MADE_WITH
+from mplus.memory.weights_state import MADE_WITH, weights_of
+from mplus.stores.base import StoreLayout
 from mplus.stores.disk.folder import Folder, PathAt, path_at, read_file
 
 M = TypeVar("M")
@@ -51,6 +51,10 @@ class Belonging(Protocol):
     def layout(self) -> LayoutEntry:
         """What the rows look like."""
 
+    @property
+    def streams(self) -> tuple[StreamEntry, ...]:
+        """One per batch row."""
+
 
 def mechanism_in(fingerprint: Mapping[str, Any]) -> Any:
     """The mechanism in the facts about a decoder, by name or as a table with its options."""
@@ -67,6 +71,8 @@ def component(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> Non
 
 def fingerprint(instance: Any, attribute: attrs.Attribute[Any], value: dict[str, Any]) -> None:
     """Validator: facts about a decoder, of which those are looked at that are needed without it."""
+    if "mechanism" in value:
+        component(instance, attrs.fields_dict(type(instance))["fingerprint"], value["mechanism"])
     rows = value.get("memory_tokens_per_chunk", 1)
     if type(rows) is not int or rows < 1:
         raise ValueError(f"{attribute.name}.memory_tokens_per_chunk must be a whole number of at least 1, got {rows!r}")
@@ -125,7 +131,7 @@ def read_manifest(path: str | Path | Folder, name: str = MANIFEST) -> Manifest:
     file = (path if isinstance(path, Folder) else Path(path)) / name
     manifest = from_file(file, Manifest, FORMAT, VERSION, "a saved memory")
     try:
-        check_streams(manifest.streams, manifest.layout, mechanism_of(manifest))
+        check_streams(manifest)
         _check_data(manifest)
     except ValueError as error:
         raise MemoryFileError(f"{file} does not describe a memory: {error}") from error
@@ -184,9 +190,13 @@ def is_memory(folder: Path | Folder, form: str = FORMAT) -> bool:
     return plain is not None and plain.get("format") == form
 
 
-def check_belongs(manifest: Belonging, fingerprint: Mapping[str, Any], dtype: torch.dtype, where: str | Path) -> None:
-    """Raise MemoryMismatchError, with every fact that differs, unless the memory was made by this decoder."""
-    own = {**json.loads(json.dumps(fingerprint)), "dtype": name_of(dtype)}
+def check_belongs(manifest: Belonging, fingerprint: Mapping[str, Any], layout: StoreLayout, where: str | Path) -> None:
+    """Raise MemoryMismatchError, with every fact that differs, unless the memory was made by this decoder.
+
+    Raises MemoryFileError where a manifest says so and describes rows that the decoder, with this ``layout``, does not
+    make.
+    """
+    own = {**json.loads(json.dumps(fingerprint)), "dtype": name_of(layout.dtype)}
     earlier = {name: value for name, value in LEFT_OUT.items() if name in own}
     saved = {**earlier, **manifest.fingerprint, "dtype": manifest.layout.dtype}
     names = [*own, *(name for name in saved if name not in own)]
@@ -199,6 +209,12 @@ def check_belongs(manifest: Belonging, fingerprint: Mapping[str, Any], dtype: to
         raise MemoryMismatchError(
             f"{where} must be loaded by the model, adapters and config it was made with, but {'; '.join(differences)}"
         )
+    for name in ("layers", "hidden_size", "key_size"):
+        if getattr(manifest.layout, name) != getattr(layout, name):
+            raise MemoryFileError(
+                f"{where}: layout.{name} must be {getattr(layout, name)} as of the decoder it was made with, got "
+                f"{getattr(manifest.layout, name)}: the manifest was altered"
+            )
 
 
 def _read(file: Path | PathAt) -> bytes:
@@ -242,8 +258,9 @@ def mechanism_of(manifest: Belonging) -> str:
     return Component.of(mechanism_in(manifest.fingerprint)).name
 
 
-def check_streams(streams: Sequence[StreamEntry], layout: LayoutEntry, mechanism: str) -> None:
+def check_streams(manifest: Belonging) -> None:
     """Raise ValueError where what a manifest says of the streams of a mechanism contradicts itself."""
+    streams, layout, mechanism = manifest.streams, manifest.layout, mechanism_of(manifest)
     if not streams:
         raise ValueError("streams must have at least one entry, got none")
     for number, stream in enumerate(streams):
@@ -267,6 +284,8 @@ def check_streams(streams: Sequence[StreamEntry], layout: LayoutEntry, mechanism
             raise ValueError(
                 f"streams[{number}].sources must be at most next_source, {stream.next_source}, got {stream.sources}"
             )
+    if MADE_WITH in manifest.fingerprint:
+        weights_of(manifest.fingerprint[MADE_WITH], len(streams))
 
 
 def _check_data(manifest: Manifest) -> None:

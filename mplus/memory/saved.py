@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from mplus.config import Component
+from mplus.errors import MemoryFileError
 from mplus.memory.durable.apart import chosen, forget_live, live_sources
 from mplus.memory.earlier import in_present_form
-from mplus.memory.files import Facts, layout_from, replace, store_numbers
+from mplus.memory.entries import layout_from
+from mplus.memory.files import Facts, replace, store_numbers
 from mplus.memory.folder import MANIFEST, check_removed, hold, lock, mode_of
 from mplus.memory.forgetting import forget
 from mplus.memory.listing import Held, listed, short_term
 from mplus.memory.manifest import LIVE_FORMAT, Manifest, is_memory, read_manifest
 from mplus.memory.report import ForgetReport, SourceInfo
 from mplus.memory.sources import SourceTable
-from mplus.memory.stream import StreamView
+from mplus.memory.stream import ROW_LISTS, StreamView
 from mplus.memory.tensors import TensorReader, Tensors
 from mplus.memory.unpacking import check_names, read_sources, read_streams, read_usage
 from mplus.stores.base import MemoryStore
@@ -120,13 +124,23 @@ def _facts(manifest: Manifest) -> Facts:
     )
 
 
+def _held(file: Tensors, prefix: str, count: int) -> Held:
+    """Sources and births of the rows of one layer. Raises MemoryFileError: there are not so many of them."""
+    columns = [file.get(f"{prefix}.{name}") for name in ("source", "birth")]
+    for column in columns:
+        if column.dtype != torch.int64 or column.shape != (count,):
+            raise MemoryFileError(
+                f"{file.path}: {prefix} must have {count} sources and births, int64, got {column.dtype} "
+                f"{list(column.shape)}"
+            )
+    return Held(*columns)
+
+
 def _sources(file: Tensors, manifest: Manifest, number: int) -> list[SourceInfo]:
     stream = manifest.streams[number]
-    tiers: list[list[Held]] = []
-    for prefix in (f"stream.{number}.rows.stm", f"stream.{number}.rows.pending", f"store.{stream.store}"):
-        layers = range(manifest.layout.layers)
-        columns = [[file.get(f"{prefix}.{layer}.{name}") for name in ("source", "birth")] for layer in layers]
-        tiers.append([Held(*column) for column in columns])
+    counts = {f"stream.{number}.rows.{name}": stream.rows.get(name, ()) for name in ROW_LISTS}
+    counts[f"store.{stream.store}"] = stream.ltm
+    tiers = [[_held(file, f"{prefix}.{n}", count) for n, count in enumerate(found)] for prefix, found in counts.items()]
     tiers[0] = [short_term(rows, stream.clock) for rows in tiers[0]]
     rows = int(manifest.fingerprint.get("memory_tokens_per_chunk", 1))
     return listed(read_sources(file, number, stream), tiers, manifest.layout.layers, stream.clock, rows)

@@ -10,6 +10,7 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
+from mplus.memory.structure import LARGEST
 
 
 @define(frozen=True)
@@ -142,8 +143,8 @@ def check(columns: Mapping[str, Tensor], next_number: int) -> None:
     if bool((numbers.diff() <= 0).any()) or bool(((numbers < 0) | (numbers >= next_number)).any()):
         raise MemoryMismatchError(f"sources.number must grow from 0 to below {next_number}")
     for name in ("tokens", "chunks"):
-        if bool((columns[name] < 0).any()):
-            raise MemoryMismatchError(f"sources.{name} must be at least 0, got {int(columns[name].min())}")
+        if bool(((columns[name] < 0) | (columns[name] > LARGEST)).any()):
+            raise MemoryMismatchError(f"sources.{name} must be from 0 to {LARGEST}, got another number")
     for name in ("time", "expires"):
         if name in columns and bool(columns[name].isinf().any()):
             raise MemoryMismatchError(f"sources.{name} must be finite")

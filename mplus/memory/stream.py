@@ -10,6 +10,7 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
+from mplus.memory.sound import check_columns, check_newest
 from mplus.memory.sources import SourceTable
 from mplus.memory.texts import Text, Texts, Waiting
 from mplus.memory.weights_state import WeightsState
@@ -64,7 +65,7 @@ class StreamState:
             others: the other attributes.
 
         Raises:
-            MemoryMismatchError: a list is missing, there is one too many, or it has another number of layers.
+            MemoryMismatchError: a list or a tensor is missing, superfluous, or of another form than the layout's.
         """
         if rows.keys() != set(ROW_LISTS) or any(len(parts) != layout.layers for parts in rows.values()):
             found = {name: len(parts) for name, parts in rows.items()}
@@ -77,6 +78,11 @@ class StreamState:
             raise MemoryMismatchError(
                 f"a stream must have the tensors {newest} and counters, got {sorted(tensors.keys() - counters.keys())}"
             )
+        for name, parts in rows.items():
+            for layer, part in enumerate(parts):
+                check_columns(part.columns(), evolve(layout, expiry=False), f"{name} of layer {layer}")
+        for layer, name in enumerate(newest):
+            check_newest(tensors[name], rows["stm"][layer], layout, layer)
         return StreamState(
             stm=tuple(rows["stm"]),
             pending=tuple(rows["pending"]),

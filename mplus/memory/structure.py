@@ -11,8 +11,8 @@ import cattrs
 from cattrs.errors import AttributeValidationNote, ClassValidationError, ForbiddenExtraKeysError
 
 M = TypeVar("M")
-LARGEST = 2**63 - 1
-"""Largest whole number that is read."""
+LARGEST = 2**62
+"""Largest whole number that is read: one that can be added to within 64 bits."""
 
 
 def structured(plain: Any, cls: type[M], path: str) -> M:

@@ -10,6 +10,7 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
+from mplus.memory.structure import LARGEST
 
 if TYPE_CHECKING:
     from mplus.memory.stream import StreamState
@@ -106,8 +107,18 @@ class Texts:
         pieces, turns = _pieces(tensors, known), tensors["turns"]
         if turns.shape != tensors["sources"].shape or turns.dtype != torch.int64 or bool((turns.diff() <= 0).any()):
             raise MemoryMismatchError("turns must be int64, one per chunk, and grow from chunk to chunk")
+        if len(turns) and not 0 <= int(turns[0]) <= int(turns[-1]) <= LARGEST:
+            raise MemoryMismatchError(f"turns must be from 0 to {LARGEST}, got {int(turns[0])} to {int(turns[-1])}")
         texts = zip(pieces, tensors["sources"].tolist(), turns.tolist(), strict=True)
-        return Texts.of(tensors["generator"].clone(), (Text(*text) for text in texts))
+        return Texts.of(generator_in(tensors["generator"].clone()).get_state(), (Text(*text) for text in texts))
+
+
+def generator_in(state: Tensor) -> torch.Generator:
+    """A generator in this state. Raises MemoryMismatchError: it is none."""
+    try:
+        return torch.Generator().set_state(state)
+    except (RuntimeError, TypeError) as error:
+        raise MemoryMismatchError(f"must be the state of a torch.Generator: {error}") from error
 
 
 def next_turn(states: Sequence[StreamState]) -> int:
@@ -150,6 +161,8 @@ def _pieces(tensors: Mapping[str, Tensor], known: Tensor) -> Sequence[Tensor]:
         or any(t.dim() != 1 or t.dtype != torch.int64 for t in (lengths, sources))
     ):
         raise MemoryMismatchError("ids must be int32 [n], lengths and sources int64 [c]")
+    if bool((ids < 0).any()):
+        raise MemoryMismatchError(f"ids must be at least 0, got {int(ids.min())}")
     if (
         lengths.shape != sources.shape
         or bool((lengths < 1).any())

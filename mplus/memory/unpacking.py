@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from attrs import evolve
 from torch import Tensor
 
 from mplus.config import Component
 from mplus.errors import MemoryFileError, MemoryMismatchError
 from mplus.memory.entries import StreamEntry
 from mplus.memory.manifest import Manifest
+from mplus.memory.sound import check_columns, check_rows, check_values
 from mplus.memory.source import DTYPES as SOURCE_COLUMNS
 from mplus.memory.sources import SourceTable
 from mplus.memory.stream import StreamState
+from mplus.memory.structure import LARGEST
 from mplus.memory.tensors import Tensors
-from mplus.memory.texts import NAMES, TAIL_NAMES, Texts, Waiting, tail_from
+from mplus.memory.texts import NAMES, TAIL_NAMES, Texts, Waiting, generator_in, tail_from
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreLayout
 from mplus.stores.build import build_store
-from mplus.stores.usage import Usage
+from mplus.stores.usage import NEVER, Usage
 
 COLUMNS = ("hidden", "birth", "source", "key", "expiry", "projected")
 OF_STREAM = re.compile(
@@ -47,13 +50,16 @@ def read_streams(
     Raises:
         MemoryFileError: the file does not hold what the manifest says.
     """
-    required, entries = manifest.layout.required, manifest.streams
-    states = [read_state(file, number, entry, layout, required) for number, entry in enumerate(entries)]
+    entries = manifest.streams
+    states = [read_state(file, number, entry, layout) for number, entry in enumerate(entries)]
+    for number, state in enumerate(states):
+        check(check_values, state, where=f"{file.path}: stream {number}")
     made: dict[int, MemoryStore] = {}
     for state, entry in zip(states, entries, strict=True):
         if entry.store not in made:
             expires = None if manifest.layout.expiry else _expires(state, layout, lifetime)
-            made[entry.store] = _read_store(file, entry, kind, layout, required, expires)
+            made[entry.store] = _read_store(file, entry, kind, layout, expires)
+        _check_stored(made[entry.store], state, f"{file.path}: store.{entry.store}")
     return (
         states,
         [made[entry.store] for entry in entries],
@@ -77,25 +83,32 @@ def check_names(file: Tensors, streams: Sequence[StreamEntry]) -> None:
         )
 
 
-def read_rows(file: Tensors, prefix: str, count: int, required: Sequence[str]) -> MemoryRows:
-    """The rows of one layer. Raises MemoryFileError unless there are ``count`` in every column, ``required`` or not."""
-    columns = {column: f"{prefix}.{column}" for column in COLUMNS if f"{prefix}.{column}" in file.tensors}
-    for column in required:
-        columns.setdefault(column, f"{prefix}.{column}")  # missing: the reader says so
-    rows = {column: file.get(name) for column, name in columns.items()}
-    for column, values in rows.items():
-        if values.shape[:1] != (count,):
-            raise MemoryFileError(f"{file.path}: {columns[column]!r} must have {count} rows, got {list(values.shape)}")
-    return MemoryRows.of(rows)
+def read_rows(file: Tensors, prefix: str, count: int, layout: StoreLayout) -> MemoryRows:
+    """The rows of one layer. Raises MemoryFileError unless there are ``count`` and they look as ``layout`` says."""
+    columns = {name: file.get(f"{prefix}.{name}") for name in COLUMNS if f"{prefix}.{name}" in file.tensors}
+    check(check_columns, columns, layout, prefix, where=f"{file.path}")
+    if len(columns["birth"]) != count:
+        raise MemoryFileError(f"{file.path}: {prefix} must have {count} rows, got {len(columns['birth'])}")
+    return MemoryRows.of(columns)
 
 
-def read_state(
-    file: Tensors, number: int, entry: StreamEntry, layout: StoreLayout, required: Sequence[str]
-) -> StreamState:
-    """A stream, but for its long-term rows. Raises MemoryFileError where the file does not hold what ``entry`` says."""
+def check(check: Callable[..., object], *what: object, where: str) -> None:
+    """``check(*what)``; raises MemoryFileError where that raises MemoryMismatchError."""
+    try:
+        check(*what)
+    except MemoryMismatchError as error:
+        raise MemoryFileError(f"{where} must be what was written, and does not fit together: {error}") from error
+
+
+def read_state(file: Tensors, number: int, entry: StreamEntry, layout: StoreLayout) -> StreamState:
+    """A stream, but for its long-term rows, whose values are still to be looked at (``mplus.memory.sound``).
+
+    Raises MemoryFileError where the file does not hold what ``entry`` says.
+    """
+    form = evolve(layout, expiry=False)
     rows = {
         name: [
-            _kept(read_rows(file, f"stream.{number}.rows.{name}.{layer}", count, required), layout, file)
+            _kept(read_rows(file, f"stream.{number}.rows.{name}.{layer}", count, form), layout, file)
             for layer, count in enumerate(counts)
         ]
         for name, counts in entry.rows.items()
@@ -146,13 +159,12 @@ def _read_store(
     entry: StreamEntry,
     component: Component,
     layout: StoreLayout,
-    required: Sequence[str],
     expires: list[float] | None,
 ) -> MemoryStore:
     store = build_store(component, layout)
     for layer, count in enumerate(entry.ltm):
         prefix = f"store.{entry.store}.{layer}"
-        rows = read_rows(file, prefix, count, required)
+        rows = read_rows(file, prefix, count, evolve(layout, expiry=True))
         if not layout.expiry:
             rows = rows.replace(expiry=None)
         elif expires is not None:
@@ -164,15 +176,23 @@ def _read_store(
     return store
 
 
+def _check_stored(store: MemoryStore, state: StreamState, where: str) -> None:
+    """Raise MemoryFileError unless the rows of a store, all of them in memory, can be those of a stream."""
+    known = state.sources.column("number")
+    for layer in range(store.layout.layers):
+        for piece in store.pieces(layer, "birth", "source"):
+            rows = MemoryRows.of(piece.columns)
+            rows = rows if piece.live is None else rows.select(piece.live)
+            check(check_rows, rows, state.clock, known, f"layer {layer}", where=where)
+
+
 def read_generator(file: Tensors, number: int) -> torch.Generator:
-    """The generator of a stream."""
-    generator = torch.Generator()
+    """The generator of a stream. Raises MemoryFileError: there is none."""
     name = f"stream.{number}.generator"
     try:
-        generator.set_state(file.get(name).clone())
-    except (RuntimeError, TypeError) as error:
-        raise MemoryFileError(f"{file.path}: {name!r} must be the state of a torch.Generator: {error}") from error
-    return generator
+        return generator_in(file.get(name).clone())
+    except MemoryMismatchError as error:
+        raise MemoryFileError(f"{file.path}: {name!r} {error}") from error
 
 
 def read_texts(file: Tensors, number: int, known: Tensor) -> Texts | None:
@@ -185,8 +205,7 @@ def read_texts(file: Tensors, number: int, known: Tensor) -> Texts | None:
         return None
     try:
         texts = Texts.from_tensors({name: file.get(tensor) for name, tensor in names.items()}, known)
-        torch.Generator().set_state(texts.generator)
-    except (RuntimeError, TypeError, MemoryMismatchError) as error:
+    except MemoryMismatchError as error:
         raise MemoryFileError(
             f"{file.path}: stream.{number}.text must hold texts as they were kept: {error}"
         ) from error
@@ -210,11 +229,18 @@ def read_usage(file: Tensors, number: int, store: MemoryStore) -> Usage:
     for layer in range(store.layout.layers):
         name = f"stream.{number}.usage.{layer}"
         if name in file.tensors:
-            times, ids = file.get(name), store.ids(layer)
-            if times.shape != ids.shape or times.dtype != torch.int64:
-                raise MemoryFileError(f"{file.path}: {name!r} must have a time for each of {len(ids)} rows")
-            usage.replace(layer, ids, times)
+            usage.replace(layer, store.ids(layer), read_times(file, name, store.count(layer)))
     return usage
+
+
+def read_times(file: Tensors, name: str, count: int) -> Tensor:
+    """When each of so many rows was last retrieved. Raises MemoryFileError as ``get``."""
+    times = file.get(name)
+    if times.shape != (count,) or times.dtype != torch.int64:
+        raise MemoryFileError(f"{file.path}: {name!r} must have a time for each of {count} rows")
+    if not bool(((times == NEVER) | (times >= 0) & (times <= LARGEST)).all()):
+        raise MemoryFileError(f"{file.path}: {name!r} must have times from 0 to {LARGEST}")
+    return times
 
 
 def read_index(file: Tensors, store: int, layers: int) -> list[dict[str, Tensor]]:

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
+from attrs import evolve
 from torch import Tensor
 
 from mplus.errors import MemoryFileError, MemoryMismatchError
 from mplus.memory.durable.faults import faults
 from mplus.memory.earlier import in_present_form
-from mplus.memory.entries import LayoutEntry, StreamEntry
+from mplus.memory.entries import StreamEntry, layout_from
 from mplus.memory.folder import hold, lock
 from mplus.memory.manifest import LIVE_FORMAT, Manifest, is_memory, read_manifest
+from mplus.memory.sound import SHORT_TERM, finite, rules
+from mplus.memory.stream import StreamState
 from mplus.memory.tensors import TensorReader, Tensors, digest_of_file
-from mplus.memory.unpacking import check_names, read_generator, read_rows, read_sources, read_tail, read_texts
-from mplus.rows import NO_SOURCE, MemoryRows
-
-PIECE_ROWS = 1024
+from mplus.memory.unpacking import (
+    check,
+    check_names,
+    read_generator,
+    read_rows,
+    read_sources,
+    read_tail,
+    read_texts,
+    read_times,
+)
+from mplus.rows import MemoryRows
+from mplus.stores.base import StoreLayout
 
 
 def verify(path: str | Path) -> list[str]:
@@ -62,62 +74,76 @@ def _faults(manifest: Manifest, data: TensorReader, file: Tensors) -> Iterator[s
             known[number] = sources.column("number")
         except (MemoryFileError, MemoryMismatchError) as error:
             yield f"{file.path}: the sources of stream {number} must be as they were written: {error}"
-        yield from _stream(file, number, stream, manifest.layout, known[number])
+        yield from _stream(file, number, stream, layout_from(manifest.layout), known[number])
     for store in sorted({stream.store for stream in manifest.streams}):
         sharing = [number for number, stream in enumerate(manifest.streams) if stream.store == store]
         first = manifest.streams[sharing[0]]
-        clock = max(manifest.streams[number].clock for number in sharing)
+        clock = min(manifest.streams[number].clock for number in sharing)
+        parts = [numbers for number in sharing if (numbers := known[number]) is not None]
+        numbers, streams = torch.cat([torch.empty(0, dtype=torch.int64), *parts]).unique(return_counts=True)
+        common = numbers[streams == len(sharing)] if len(parts) == len(sharing) else None
+        layout = layout_from(manifest.layout)
         for layer, count in enumerate(first.ltm):
-            parts = [numbers for number in sharing if (numbers := known[number]) is not None]
-            numbers = torch.cat(parts) if len(parts) == len(sharing) else None
-            yield from _rows(file, f"store.{store}.{layer}", count, clock, numbers, manifest.layout.required)
+            found: list[MemoryRows] = []
+            yield from _rows(file, f"store.{store}.{layer}", count, clock, common, layout, found)
+            if found and found[0].columns().keys() != layout.columns().keys():
+                yield f"{file.path}: store.{store}.{layer} must have the columns {sorted(layout.columns())}"
 
 
 def _stream(
-    file: Tensors, number: int, stream: StreamEntry, layout: LayoutEntry, known: Tensor | None
+    file: Tensors, number: int, stream: StreamEntry, layout: StoreLayout, known: Tensor | None
 ) -> Iterator[str]:
     """``known``: numbers of its sources; None: these cannot be read."""
+    rows: dict[str, list[MemoryRows]] = {}
+    layout, tensors, mark = evolve(layout, expiry=False), {}, f"stream.{number}.state."
     for tier, counts in stream.rows.items():
+        found = rows.setdefault(tier, [])
         for layer, count in enumerate(counts):
             prefix = f"stream.{number}.rows.{tier}.{layer}"
-            yield from _rows(file, prefix, count, stream.clock, known, layout.required)
+            yield from _rows(file, prefix, count, stream.clock, known, layout, found, recent=tier == SHORT_TERM)
     for name in file.tensors:
-        if name.startswith(tuple(f"stream.{number}.{kind}." for kind in ("state", "usage"))):
-            yield from _fault(file.get, name)
+        if name.startswith(mark):
+            try:
+                tensors[name.removeprefix(mark)] = file.get(name)
+            except MemoryFileError as error:
+                yield str(error)
+    if all(len(found) == len(stream.rows[tier]) for tier, found in rows.items()):
+        yield from _fault(check, partial(StreamState.from_parts, layout), rows, tensors, where=f"{file.path}: {mark}*")
+    for layer, count in enumerate(stream.ltm):
+        if (name := f"stream.{number}.usage.{layer}") in file.tensors:
+            yield from _fault(read_times, file, name, count)
     if known is not None:
         yield from _fault(read_texts, file, number, known)
         yield from _fault(read_tail, file, number, known)
     yield from _fault(read_generator, file, number)
 
 
-def _fault(read: Callable[..., object], *what: object) -> Iterator[str]:
+def _fault(read: Callable[..., object], *what: object, **named: object) -> Iterator[str]:
     """What ``read(*what)`` says against the file, if anything."""
     try:
-        read(*what)
+        read(*what, **named)
     except MemoryFileError as error:
         yield str(error)
 
 
 def _rows(
-    file: Tensors, prefix: str, count: int, clock: int, known: Tensor | None, required: Sequence[str]
+    file: Tensors,
+    prefix: str,
+    count: int,
+    clock: int,
+    known: Tensor | None,
+    layout: StoreLayout,
+    found: list[MemoryRows],
+    *,
+    recent: bool = False,
 ) -> Iterator[str]:
+    """What is wrong with the rows of one layer; they go into ``found`` if they can be read."""
     try:
-        rows = read_rows(file, prefix, count, required)
+        rows = read_rows(file, prefix, count, layout)
     except MemoryFileError as error:
         yield str(error)
         return
-    for rule, wrong in _broken(rows, clock, known):
-        if wrong:
-            yield f"{file.path}: {prefix} must have {rule}, {wrong} of its {count} rows break it"
-
-
-def _broken(rows: MemoryRows, clock: int, known: Tensor | None) -> Iterator[tuple[str, int]]:
-    """Rules, and how many rows break each; ``known``: numbers of sources."""
-    for name in ("hidden", "key", "projected"):
-        column = rows.columns().get(name)
-        if column is not None:
-            pieces = column.split(PIECE_ROWS)  # the test takes as much room as what it looks at
-            yield f"finite values in {name!r}", sum(int((~piece.isfinite().all(1)).sum()) for piece in pieces)
-    yield f"births below the clock, {clock}", int((rows.birth >= clock).sum())
-    if known is not None:
-        yield "sources that the stream has", int(((rows.source != NO_SOURCE) & ~torch.isin(rows.source, known)).sum())
+    found.append(rows)
+    for rule, kept in (*finite(rows), *rules(rows, clock, known, recent=recent)):
+        if not bool(kept.all()):
+            yield f"{file.path}: {prefix} must have {rule}, {int((~kept).sum())} of its {count} rows break it"

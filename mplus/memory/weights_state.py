@@ -93,6 +93,22 @@ class WeightsState:
             raise ValueError(f"must say what rows were made with, got {facts!r}") from error
 
 
+def weights_of(facts: Any, streams: int) -> list[WeightsState]:
+    """What the rows of each of so many streams were made with, by a fingerprint's fact ``MADE_WITH``.
+
+    Raises ValueError when it is something else.
+    """
+    try:
+        sets, numbers = [WeightsState.from_facts(one) for one in facts["sets"]], list(facts["streams"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"fingerprint.{MADE_WITH} must give sets and streams, got {facts!r}") from error
+    if len(numbers) != streams or not all(type(number) is int and 0 <= number < len(sets) for number in numbers):
+        raise ValueError(
+            f"fingerprint.{MADE_WITH} must give each of {streams} streams one of {len(sets)} sets, got {numbers}"
+        )
+    return [sets[number] for number in numbers]
+
+
 def same(one: str, other: str) -> bool:
     """Whether two digests are of the same weights, as far as they tell."""
     return one == other or (one.startswith(PARTIAL) != other.startswith(PARTIAL))

@@ -15,7 +15,8 @@ from mplus.memory.durable.directory import Directory
 from mplus.memory.durable.lock import acquire
 from mplus.memory.durable.manifest import LiveManifest, read_live_manifest
 from mplus.memory.durable.opening import layout_of, read_present
-from mplus.memory.files import Facts, layout_from, stream_entry
+from mplus.memory.entries import layout_from
+from mplus.memory.files import Facts, stream_entry
 from mplus.memory.folder import MANIFEST, hold, mode_of, writable
 from mplus.memory.forgetting import forget, without_unused_sources
 from mplus.memory.listing import Held, listed, short_term, stored

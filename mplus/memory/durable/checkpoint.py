@@ -21,11 +21,14 @@ from mplus.memory.durable.manifest import JOURNAL, NEW_MANIFEST, ROWS, STATE, Li
 from mplus.memory.earlier import in_present_form
 from mplus.memory.files import Facts, Index, index_parts, layout_entry, stream_entry, stream_parts
 from mplus.memory.folder import MANIFEST
+from mplus.memory.sound import check_values
 from mplus.memory.stream import StreamState, StreamView
-from mplus.memory.unpacking import check_names, read_generator, read_index, read_state, read_usage
+from mplus.memory.unpacking import check, check_names, read_generator, read_index, read_state, read_usage
+from mplus.rows import NO_SOURCE
 from mplus.stores.base import MemoryStore, StoreLayout
 from mplus.stores.build import build_store
 from mplus.stores.disk.blocks import BlockFile, write_blocks
+from mplus.stores.disk.checked import Rule
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.folder import Folder, PathAt
 from mplus.stores.disk.holders import LayerOfFile
@@ -254,20 +257,23 @@ def read_checkpoint(folder: Path | Folder, manifest: LiveManifest, layout: Store
     file = BlockFile(folder / manifest.state.file, manifest.state)
     reader = in_present_form(Files(file), manifest.earlier)
     check_names(reader, manifest.streams)
-    states = [
-        read_state(reader, number, entry, layout, manifest.layout.required)
-        for number, entry in enumerate(manifest.streams)
-    ]
+    states = [read_state(reader, number, entry, layout) for number, entry in enumerate(manifest.streams)]
+    for number, state in enumerate(states):
+        check(check_values, state, where=f"{file.path}: stream {number}")
     draws = [read_generator(reader, number).get_state() for number in range(len(states))]
     stores: list[MemoryStore] = []
     for number, entry in enumerate(manifest.stores):
         whole = build_store(kind, layout)
         store = innermost(whole)
         kept = store.layout
-        opened = [BlockFile(folder / part.file, part) for part in entry.files]
+        rules = rules_of(manifest, number)
+        opened = [BlockFile(folder / part.file, part, rules) for part in entry.files]
         store.layers = tuple(
             Runs(kept, tuple(_runs(file, opened, number, layer, kept))) for layer in range(layout.layers)
         )
+        for runs in store.layers:
+            if runs.runs:
+                _ = runs.runs[-1].bounds  # what is appended must get larger ids; all others are looked at when read
         store.next_ids = list(entry.next_ids)
         counts = tuple(map(len, store.layers))
         if counts != manifest.streams[number].ltm:
@@ -281,17 +287,32 @@ def read_checkpoint(folder: Path | Folder, manifest: LiveManifest, layout: Store
     return Content(states, stores, draws, usage, indexes)
 
 
+def rules_of(manifest: LiveManifest, number: int) -> dict[str, Rule]:
+    """What ids, births and sources of the long-term rows of a stream must be, removed rows included."""
+    stream, found = manifest.streams[number], {}
+    for layer, next_id in enumerate(manifest.stores[number].next_ids):
+        found[f"{layer}.id"] = Rule(0, next_id - 1, ascending=True)
+        found[f"{layer}.birth"] = Rule(0, stream.clock - 1)
+        found[f"{layer}.source"] = Rule(NO_SOURCE, stream.next_source - 1)
+    return found
+
+
+def check_layer(file: BlockFile, layer: int, layout: StoreLayout) -> int:
+    """Number of rows in a layer of a file. Raises MemoryFileError unless they look as ``layout`` says."""
+    rows = file.rows(f"{layer}.id")
+    for name, (shape, dtype) in {"id": ((), torch.int64), **layout.columns()}.items():
+        stretch = file.stretch(f"{layer}.{name}")
+        if stretch.dtype != dtype or stretch.shape != (rows, *shape):
+            raise MemoryFileError(
+                f"{file.path}: tensor '{layer}.{name}' must be {dtype} {[rows, *shape]}, "
+                f"got {stretch.dtype} {list(stretch.shape)}"
+            )
+    return rows
+
+
 def _runs(state: BlockFile, opened: Sequence[BlockFile], stream: int, layer: int, layout: StoreLayout) -> Iterator[Run]:
-    described = {"id": ((), torch.int64), **layout.columns()}
     for place, file in enumerate(opened):
-        rows = file.rows(f"{layer}.id")
-        for name, (shape, dtype) in described.items():
-            stretch = file.stretch(f"{layer}.{name}")
-            if stretch.dtype != dtype or stretch.shape != (rows, *shape):
-                raise MemoryFileError(
-                    f"{file.path}: tensor '{layer}.{name}' must be {dtype} {[rows, *shape]}, "
-                    f"got {stretch.dtype} {list(stretch.shape)}"
-                )
+        rows = check_layer(file, layer, layout)
         name = live_name(stream, place, layer)
         live = torch.ones(rows, dtype=torch.bool)
         if name in state.stretches:

@@ -13,21 +13,24 @@ changed; ``<i>.store.<step>.<column>``, ids included; ``<i>.generator``. The fac
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from attrs import evolve
 from torch import Tensor
 
-from mplus.errors import MemoryFileError, MemoryMismatchError
+from mplus.errors import MemoryFileError
 from mplus.memory.durable.earlier_delta import in_present_form
 from mplus.memory.durable.manifest import VERSION
+from mplus.memory.entries import MOST_ROWS
 from mplus.memory.keeping import Stayed
+from mplus.memory.sound import check_columns
 from mplus.memory.source import encoded
 from mplus.memory.sources import SourceTable
 from mplus.memory.stream import StreamState
-from mplus.memory.texts import Texts, tail_from, tail_tensors
+from mplus.memory.structure import LARGEST
+from mplus.memory.texts import Texts, generator_in, tail_from, tail_tensors
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.stores.disk.parts import pack, unpack
@@ -160,20 +163,35 @@ def apply(
         facts: dict[str, Any] = json.loads(metadata["change"])
         if version < VERSION:
             facts, tensors = in_present_form(facts, tensors, [state.sources.next_number for state in states])
-        for key, fact in facts.items():
-            row = int(key)
+        for row, fact in _by_row(facts, len(states)):
             if "clock" in fact:
                 states[row] = _changed(f"{row}", states[row], fact, tensors, layout)
             for place, (what, layer) in enumerate(fact.get("store", ())):
                 _repeat(stores[row], what, layer, _columns(tensors, f"{row}.store.{place}."))
         for row in range(len(draws)):
-            draws[row] = tensors.get(f"{row}.generator", draws[row])
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, MemoryMismatchError) as error:
+            if f"{row}.generator" in tensors:
+                draws[row] = generator_in(tensors[f"{row}.generator"]).get_state()
+    except (
+        ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError
+    ) as error:  # fmt: skip
         raise MemoryFileError(f"{where} does not describe a change of this memory: {error!r}") from error
 
 
 def _columns(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _by_row(facts: Mapping[str, Any], streams: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    if unknown := facts.keys() - {f"{row}" for row in range(streams)}:
+        raise ValueError(f"it must change streams 0 to {streams - 1}, got {sorted(unknown)}")
+    return ((int(key), fact) for key, fact in facts.items())
+
+
+def _past(name: str, value: Any, least: int, most: int = LARGEST) -> int:
+    """``value``. Raises ValueError unless it is a whole number from ``least`` on."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+    return value
 
 
 def _changed(
@@ -184,19 +202,21 @@ def _changed(
         for name, parts in old.row_lists().items()
     }
     named = {**old.tensors(), **_columns(tensors, f"{prefix}.state.")}
-    sources = old.sources.without(fact["gone"])
+    clock = _past("clock", fact["clock"], old.clock, MOST_ROWS)
+    next_source = _past("next_source", fact["next_source"], old.sources.next_number)
+    sources = old.sources.without([_past("gone", number, 0) for number in fact["gone"]])
     if changed := _columns(tensors, f"{prefix}.sources."):
-        for number, source in SourceTable.from_tensors(changed, fact["next_source"]).items():
+        for number, source in SourceTable.from_tensors(changed, next_source).items():
             sources = sources.having(number, source)
-    sources = evolve(sources, next_number=fact["next_source"])
+    sources = evolve(sources, next_number=next_source)
     numbers, texts, tail = sources.column("number"), None, old.tail
     if "texts" in fact:
         more = Texts.from_tensors(_columns(tensors, f"{prefix}.text."), numbers)
-        texts = old.texts
-        if texts is None or fact["texts"] != len(texts):
-            kept = [] if texts is None else texts.chunks()[: fact["texts"]]
-            texts = Texts.of(more.generator, kept)
+        texts, stay = old.texts, _past("texts", fact["texts"], 0, 0 if old.texts is None else len(old.texts))
+        if texts is None or stay != len(texts):
+            texts = Texts.of(more.generator, [] if texts is None else texts.chunks()[:stay])
         for text in more.chunks():
+            _past("turn", text.turn, texts.last_turn + 1)
             texts = texts.appended(text)
     if "tail" in fact:
         tail = tail_from(_columns(tensors, f"{prefix}.tail."), numbers)
@@ -204,7 +224,7 @@ def _changed(
         layout,
         rows,
         {name: named[name] for name in fact["tensors"]},
-        clock=fact["clock"],
+        clock=clock,
         sources=sources,
         texts=texts,
         tail=tail,
@@ -217,13 +237,23 @@ def _rows(old: MemoryRows, prefix: str, tensors: Mapping[str, Tensor], layout: S
     if not columns:
         return old
     stay = columns.pop("stay")
+    if stay.dtype != torch.int64 or stay.dim() != 1 or bool((stay.diff() <= 0).any()):
+        raise ValueError(f"{prefix}stay must be ascending places of rows")
+    check_columns(columns, evolve(layout, expiry=False), prefix)
     new = MemoryRows.of({name: column.to(layout.device) for name, column in columns.items()})
     return MemoryRows.cat([old.select(stay), new]) if len(stay) else new
 
 
 def _repeat(store: MmapStore, what: str, layer: int, columns: dict[str, Tensor]) -> None:
-    ids = columns.pop("ids")
+    ids, layer = columns.pop("ids"), _past("layer", layer, 0, store.layout.layers - 1)
+    if ids.dtype != torch.int64 or ids.dim() != 1:
+        raise ValueError(f"ids must be int64 [n], got {ids.dtype} {list(ids.shape)}")
     if what == "append":
+        if len(ids) != len(columns["birth"]) or bool((ids.diff() <= 0).any()):
+            raise ValueError("ids of rows must ascend, one for each row")
+        if len(ids):
+            _past("the first id", int(ids[0]), store.next_ids[layer])
+            _past("the last id", int(ids[-1]), 0)
         store.append_as(layer, ids, MemoryRows.of(columns))
     elif what == "remove":
         store.remove(layer, ids)

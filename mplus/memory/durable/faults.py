@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from mplus.errors import MemoryFileError, MemoryMismatchError, MPlusError
 from mplus.memory.durable.checkpoint import Content
 from mplus.memory.durable.journal import records
 from mplus.memory.durable.manifest import LiveManifest, read_live_manifest
 from mplus.memory.durable.opening import read_directory
-from mplus.memory.files import layout_from
-from mplus.rows import NO_SOURCE
+from mplus.memory.entries import layout_from
+from mplus.memory.sound import PIECE_ROWS, SHORT_TERM, finite, rules
 from mplus.stores.disk.blocks import BlockFile, FileEntry
 from mplus.stores.disk.folder import Folder
-
-PIECE_ROWS = 1024
 
 
 def faults(folder: Path | Folder) -> Iterator[str]:
@@ -46,7 +42,10 @@ def faults(folder: Path | Folder) -> Iterator[str]:
     except MPlusError as error:  # all as it was written, and yet it does not fit together, or its store is not known
         yield str(error)
         return
-    yield from _values(folder, manifest, content)
+    try:
+        yield from _values(folder, manifest, content)
+    except MemoryFileError as error:  # what long-term rows say is looked at as they are read
+        yield str(error)
 
 
 def file_faults(folder: Path | Folder, entry: FileEntry) -> Iterator[str]:
@@ -77,11 +76,6 @@ def _values(folder: Path | Folder, manifest: LiveManifest, content: Content) -> 
             places += [("ltm", store.gather(layer, ids)) for ids in store.ids(layer).split(PIECE_ROWS)]
             for tier, rows in places:
                 where = f"{folder}: {tier} of layer {layer} in stream {number}"
-                for name in ("hidden", "key", "projected"):
-                    column = rows.columns().get(name)
-                    if column is not None and not bool(column.isfinite().all()):
-                        yield f"{where} must have finite values in {name!r}"
-                if bool((rows.birth >= state.clock).any()):
-                    yield f"{where} must have births below the clock, {state.clock}"
-                if not bool(((rows.source == NO_SOURCE) | torch.isin(rows.source, known)).all()):
-                    yield f"{where} must have sources that the stream has"
+                for rule, kept in (*finite(rows), *rules(rows, state.clock, known, recent=tier == SHORT_TERM)):
+                    if not bool(kept.all()):
+                        yield f"{where} must have {rule}, {int((~kept).sum())} of {len(rows)} rows break it"

@@ -12,7 +12,7 @@ from attrs import define, field
 from mplus.errors import MemoryFileError
 from mplus.memory.entries import LayoutEntry, StreamEntry
 from mplus.memory.folder import MANIFEST
-from mplus.memory.manifest import LIVE_FORMAT, check_streams, component, fingerprint, from_file, mechanism_of, to_text
+from mplus.memory.manifest import LIVE_FORMAT, check_streams, component, fingerprint, from_file, to_text
 from mplus.memory.sources import SourceTable
 from mplus.memory.structure import NOT_IN_FILES, check_name, named_like, whole
 from mplus.stores.disk.blocks import FileEntry
@@ -117,7 +117,7 @@ def read_live_manifest(folder: Path | Folder) -> LiveManifest:
     file = folder / MANIFEST
     manifest = from_file(file, LiveManifest, LIVE_FORMAT, VERSION, "a memory in a directory")
     try:
-        check_streams(manifest.streams, manifest.layout, mechanism_of(manifest))
+        check_streams(manifest)
         _check_files(manifest)
     except ValueError as error:
         raise MemoryFileError(f"{file} does not describe a memory: {error}") from error
@@ -132,9 +132,10 @@ def _check_files(manifest: LiveManifest) -> None:
             f"there must be one store for each stream, got {len(manifest.stores)} and {len(manifest.streams)}"
         )
     _check_file(manifest.state, "state", _STATE, STATE)
-    smallest = sum(sum(map(sum, stream.rows.values())) + stream.sources for stream in manifest.streams)
-    if 8 * smallest > manifest.state.bytes:
-        raise ValueError(f"state must have the bytes of {smallest} rows and sources, got {manifest.state.bytes}")
+    rows = sum(sum(map(sum, stream.rows.values())) for stream in manifest.streams)
+    sources = sum(stream.sources for stream in manifest.streams)
+    if rows * manifest.layout.least_bytes + 8 * sources > manifest.state.bytes:
+        raise ValueError(f"state must have the bytes of {rows} rows and {sources} sources, got {manifest.state.bytes}")
     for number, (stream, store) in enumerate(zip(manifest.streams, manifest.stores, strict=True)):
         if stream.store != number:
             raise ValueError(f"streams[{number}].store must be {number}, got {stream.store}")
@@ -142,6 +143,9 @@ def _check_files(manifest: LiveManifest) -> None:
             raise ValueError(f"stores[{number}].next_ids must have {layers} entries, got {len(store.next_ids)}")
         for place, entry in enumerate(store.files):
             _check_file(entry, f"stores[{number}].files[{place}]", _ROWS, ROWS)
+        names = [entry.file for entry in store.files]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stores[{number}].files must be different files, got {names}")
         size = sum(entry.bytes for entry in store.files)
         if 8 * sum(stream.ltm) > size:
             raise ValueError(f"stores[{number}] must have the bytes of {sum(stream.ltm)} rows, got {size}")

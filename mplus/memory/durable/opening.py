@@ -23,6 +23,8 @@ from mplus.memory.folder import MANIFEST, hold, prepare, writable
 from mplus.memory.made_with import with_weights
 from mplus.memory.manifest import check_belongs
 from mplus.memory.opened import JOURNAL_BYTES
+from mplus.memory.sound import check_fits, check_values
+from mplus.memory.unpacking import check
 from mplus.stores.base import StoreLayout
 from mplus.stores.build import build_eviction
 from mplus.stores.disk.filesystem import FileSystem
@@ -148,10 +150,12 @@ def _read(
     """As ``read_present``; refuses a memory of another decoder."""
 
     def layout(manifest: LiveManifest) -> StoreLayout:
-        check_belongs(manifest, engine.fingerprint(manifest.fingerprint), engine.layout.dtype, folder.path)
+        check_belongs(manifest, engine.fingerprint(manifest.fingerprint), engine.layout, folder.path)
         return layout_of(manifest, engine.layout, device)
 
-    return read_present(folder, layout, wanted)
+    manifest, content, done = read_present(folder, layout, wanted)
+    check(check_fits, content.states, engine, content.stores[0].layout, where=f"{folder}")
+    return manifest, content, done
 
 
 def read_present(
@@ -192,7 +196,10 @@ def read_directory(
     content = read_checkpoint(folder, manifest, layout, kind_of(wanted or kept, kept))
     for store in content.mapped:
         store.notes = []  # a store that somebody keeps moves nothing to files by itself
-    return content, replay(folder, manifest, content, layout)
+    done = replay(folder, manifest, content, layout)
+    for number, state in enumerate(content.states if done[1] else ()):
+        check(check_values, state, where=f"{folder}: stream {number}, by its journal,")
+    return content, done
 
 
 def layout_of(manifest: LiveManifest, layout: StoreLayout, device: torch.device) -> StoreLayout:

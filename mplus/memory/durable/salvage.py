@@ -10,27 +10,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-import attrs
 import torch
-from attrs import define, field
 from torch import Tensor
 
 from mplus.config import Component
 from mplus.errors import MemoryFileError
-from mplus.memory.durable.checkpoint import live_name
+from mplus.memory.durable.checkpoint import check_layer, live_name
 from mplus.memory.durable.delta import apply
 from mplus.memory.durable.journal import recovered
 from mplus.memory.durable.kinds import innermost, kind_of
 from mplus.memory.durable.manifest import LiveManifest
-from mplus.memory.earlier import in_present_form
-from mplus.memory.files import layout_from
-from mplus.memory.source import Source
-from mplus.memory.sources import SourceTable
-from mplus.memory.stream import StreamState
-from mplus.memory.tensors import Tensors
-from mplus.memory.unpacking import COLUMNS, read_generator, read_state
+from mplus.memory.earlier import in_present_form, renamed
+from mplus.memory.entries import layout_from
+from mplus.memory.salvaging import Salvaged, clean, read_sound_generator, read_sound_state
+from mplus.memory.unpacking import COLUMNS
 from mplus.rows import MemoryRows
-from mplus.stores.base import MemoryStore, StoreLayout
+from mplus.stores.base import StoreLayout
 from mplus.stores.build import build_store
 from mplus.stores.disk.blocks import BlockFile
 from mplus.stores.disk.folder import Folder
@@ -41,16 +36,6 @@ DAMAGED = -(2**62)
 PIECE_ROWS = 2**14
 
 
-@define(eq=False)
-class Salvaged:
-    """What is left, of each stream, and what was lost, in sentences."""
-
-    states: list[StreamState] = field(factory=list)
-    stores: list[MemoryStore] = field(factory=list)
-    draws: list[Tensor] = field(factory=list)
-    lost: list[str] = field(factory=list)
-
-
 class _Forgiving(MmapStore):
     """Lets rows be removed that are not there (any more)."""
 
@@ -59,92 +44,45 @@ class _Forgiving(MmapStore):
 
 
 class _Marking:
-    """The state file, damaged rows marked, other damaged tensors replaced."""
+    """The state file; damaged rows have the birth ``DAMAGED``."""
 
     lasting: ClassVar[bool] = True
 
-    def __init__(self, file: BlockFile, lost: list[str]) -> None:
-        self.path, self._file, self._lost = file.path, file, lost
-        texts, self.nameless = self._damaged(".text."), self._damaged(".sources.")
-        self._gone = {
-            name
-            for name in file.stretches
-            if name.partition(".text.")[0] in texts or name.partition(".sources.")[0] in self.nameless
-        }
-        lost += [f"{self.path}: the kept texts of {stream}" for stream in sorted(texts)]
-        lost += [f"{self.path}: what the sources of {stream} are called" for stream in sorted(self.nameless)]
-
-    def _damaged(self, mark: str) -> set[str]:
-        """Streams of which a tensor with this mark in its name is damaged."""
-        names = [name for name in self._file.stretches if mark in name]
-        return {name.partition(mark)[0] for name in names if not self._is_sound(name)}
-
-    def source_numbers(self, stream: str) -> list[Tensor]:
-        """Those that rows and texts of a stream have, ones that were not written perhaps among them."""
-        names = [name for name in self._file.stretches if name.startswith(f"{stream}.")]
-        return [self._file.unchecked(name) for name in names if name.endswith((".source", ".text.sources"))]
+    def __init__(self, file: BlockFile) -> None:
+        self.path, self._file = file.path, file
 
     @property
     def tensors(self) -> Mapping[str, object]:
-        return {name: where for name, where in self._file.stretches.items() if name not in self._gone}
+        """By name."""
+        return self._file.stretches
 
     def get(self, name: str) -> Tensor:
-        tensor = self._file.unchecked(name).clone()
+        """Columns of rows whatever they are, all else as it was written. Raises MemoryFileError where it is damaged."""
         prefix, _, column = name.rpartition(".")
-        if column == "birth":
-            tensor[~_sound(self._file, prefix, tensor.shape[0])] = DAMAGED
-        elif column not in COLUMNS and not self._is_sound(name):
-            if ".newest." in name:
-                self._lost.append(f"{self.path}: {name}, all of it; the next write reads fewer rows")
-                return tensor[:0]
-            self._lost.append(f"{self.path}: {name}, set to what it is in a new memory")
-            return torch.Generator().manual_seed(0).get_state() if column == "generator" else torch.zeros_like(tensor)
+        if ".rows." not in renamed(name) or column not in COLUMNS:
+            return self._file.read(name)
+        tensor = self._file.unchecked(name).clone()
+        if column == "birth" and tensor.dtype == torch.int64:
+            tensor[~_sound(self._file, prefix, self._file.rows(name), COLUMNS)] = DAMAGED
         return tensor
 
-    def _is_sound(self, name: str) -> bool:
-        try:
-            self._file.read(name)
-        except MemoryFileError:
-            return False
-        return True
+    def zeros_like(self, name: str) -> Tensor:
+        """What stands in for a tensor that was damaged, by its present name."""
+        names = {renamed(own): own for own in self._file.stretches}
+        return torch.zeros_like(self._file.unchecked(names[name]))
 
 
-class _Renamed:
-    """A file of which the sources of some streams are others."""
-
-    def __init__(self, file: Tensors, sources: Mapping[int, SourceTable]) -> None:
-        self.path, self.lasting, self._file = file.path, file.lasting, file
-        self._made = {
-            f"stream.{number}.sources.{name}": column
-            for number, table in sources.items()
-            for name, column in table.tensors().items()
-        }
-
-    @property
-    def tensors(self) -> Mapping[str, object]:
-        return {**self._file.tensors, **self._made}
-
-    def get(self, name: str) -> Tensor:
-        return self._made[name] if name in self._made else self._file.get(name)
+def _marked(nothing: MemoryRows, count: int) -> MemoryRows:
+    """``count`` damaged rows: those behind them keep their places."""
+    columns = {name: column.new_zeros(count, *column.shape[1:]) for name, column in nothing.columns().items()}
+    return MemoryRows.of({**columns, "birth": torch.full((count,), DAMAGED)})
 
 
-def sources_in(store: MemoryStore) -> list[Tensor]:
-    """Numbers of sources of the rows in a store, with repeats."""
-    pieces = [piece for layer in range(store.layout.layers) for piece in store.pieces(layer, "source")]
-    return [piece.columns["source"] for piece in pieces]
-
-
-def nameless(held: Sequence[Tensor], next_number: int) -> SourceTable:
-    """A table of the sources with the numbers in ``held``, whose names nobody knows any more."""
-    numbers = torch.cat([torch.empty(0, dtype=torch.int64), *held]).unique().tolist()
-    known = [number for number in numbers if 0 <= number < next_number]
-    return SourceTable.of({number: Source(f"source {number}, name lost", 0, 1) for number in known}, next_number)
-
-
-def _sound(file: BlockFile, prefix: str, rows: int, names: Iterable[str] = COLUMNS) -> Tensor:
+def _sound(file: BlockFile, prefix: str, rows: int, names: Iterable[str]) -> Tensor:
+    """``[rows]`` bool: which rows are what was written, in columns that have so many rows."""
     sound = torch.ones(rows, dtype=torch.bool)
     for name in ("id", *names):
-        if f"{prefix}.{name}" in file.stretches:
+        if f"{prefix}.{name}" in file.stretches and file.rows(f"{prefix}.{name}") == rows:
             sound &= file.sound_rows(f"{prefix}.{name}")
     return sound
 
@@ -159,30 +97,38 @@ def salvage(folder: Path | Folder, manifest: LiveManifest) -> Salvaged:
     found, layout = Salvaged(), layout_from(manifest.layout)
     mapped: list[MmapStore] = []
     file = BlockFile(folder / manifest.state.file, manifest.state)
-    marking = _Marking(file, found.lost)
-    tables: dict[int, SourceTable] = {}
+    marking = _Marking(file)
+    reader = in_present_form(marking, manifest.earlier)
     for number, entry in enumerate(manifest.streams):
         found.stores.append(build_store(kind_of(Component.of(manifest.store)), layout))
         mapped.append(_store(folder, manifest, number, file, innermost(found.stores[-1]).layout, found.lost))
-        if (stream := f"stream.{number}") in marking.nameless:
-            numbers = [*marking.source_numbers(stream), *sources_in(mapped[-1])]
-            tables[number] = nameless(numbers, entry.next_source)
-    reader = _Renamed(in_present_form(marking, manifest.earlier), tables)
-    for number, entry in enumerate(manifest.streams):
-        own = attrs.evolve(entry, sources=len(tables[number])) if number in tables else entry
-        found.states.append(read_state(reader, number, own, layout, manifest.layout.required))
-        found.draws.append(read_generator(reader, number).get_state())
+        state = read_sound_state(reader, number, entry, layout, mapped[-1], found.lost, _marked, marking.zeros_like)
+        found.states.append(state)
+        found.draws.append(read_sound_generator(reader, number, found.lost))
+    _replay(folder, manifest, found, mapped, layout)
+    for store, rows in zip(found.stores, mapped, strict=True):
+        innermost(store).layers = rows.layers
+    for number, (state, store) in enumerate(zip(found.states, found.stores, strict=True)):
+        found.states[number] = clean(number, state, store, found.lost)
+    return found
+
+
+def _replay(
+    folder: Path | Folder, manifest: LiveManifest, found: Salvaged, mapped: Sequence[MmapStore], layout: StoreLayout
+) -> None:
+    """Make the changes in the journal, each of them wholly, up to the first that cannot be made."""
     path, count = folder / manifest.journal, 0
+    before = list(found.states), list(found.draws), [store.layers for store in mapped]
     try:
         for payload in recovered(path):
             apply(payload, found.states, mapped, found.draws, layout, f"{path}: record {count}", manifest.version)
+            before = list(found.states), list(found.draws), [store.layers for store in mapped]
             count += 1
     except MemoryFileError as error:
         found.lost.append(f"what was written after the first {count} chunks of the journal ({error})")
-    for store, rows in zip(found.stores, mapped, strict=True):
-        innermost(store).layers = rows.layers
-    found.states[:] = [_cleaned(number, state, found.lost) for number, state in enumerate(found.states)]
-    return found
+        found.states[:], found.draws[:], layers = before
+        for store, kept in zip(mapped, layers, strict=True):
+            store.layers = kept
 
 
 def _store(
@@ -196,15 +142,15 @@ def _store(
             lost.append(f"long-term rows of stream {stream}: all that were in one file ({error})")
             continue
         for layer in range(layout.layers):
-            sound = _sound(file, f"{layer}", file.rows(f"{layer}.id"), layout.columns())
-            name = live_name(stream, place, layer)
-            live = torch.ones_like(sound)
-            if name in state.stretches:
-                live = state.unchecked(name) & state.sound_rows(name)
-                if not bool(state.sound_rows(name).all()):
-                    lost.append(
-                        f"{state.path}: {name}; rows of which nobody knows whether they were removed are left out"
-                    )
+            try:
+                rows = check_layer(file, layer, layout)
+                live = _live(state, live_name(stream, place, layer), rows, lost)
+            except MemoryFileError as error:
+                lost.append(f"long-term rows of layer {layer}, stream {stream}: all that were in one file ({error})")
+                continue
+            sound = _sound(file, f"{layer}", rows, layout.columns())
+            sound &= _ascending(file.unchecked(f"{layer}.id"), store.next_ids[layer], sound & live)
+            sound &= file.unchecked(f"{layer}.id") < manifest.stores[stream].next_ids[layer]
             if gone := int((live & ~sound).sum()):
                 lost.append(
                     f"{file.path}: {gone} of {int(live.sum())} long-term rows of layer {layer}, stream {stream}"
@@ -216,19 +162,22 @@ def _store(
     return store
 
 
-def _cleaned(number: int, state: StreamState, lost: list[str]) -> StreamState:
-    """Without damaged rows."""
-    stm, pending, newest = list(state.stm), list(state.pending), list(state.newest)
-    for layer, rows in enumerate(state.stm):
-        kept = rows.birth != DAMAGED
-        if not bool(kept.all()):
-            lost.append(f"{int((~kept).sum())} of {len(rows)} short-term rows of layer {layer}, stream {number}")
-            stm[layer] = rows.select(kept)
-            if newest:
-                newest[layer] = state.kept(layer, kept)
-    for layer, rows in enumerate(state.pending):
-        kept = rows.birth != DAMAGED
-        if not bool(kept.all()):
-            lost.append(f"{int((~kept).sum())} of {len(rows)} pending rows of layer {layer}, stream {number}")
-            pending[layer] = rows.select(kept)
-    return attrs.evolve(state, stm=tuple(stm), pending=tuple(pending), newest=tuple(newest))
+def _live(state: BlockFile, name: str, rows: int, lost: list[str]) -> Tensor:
+    """``[rows]`` bool: which rows were not removed, as far as somebody knows. Raises MemoryFileError: nobody does."""
+    if name not in state.stretches:
+        return torch.ones(rows, dtype=torch.bool)
+    live = state.unchecked(name)
+    if live.shape != (rows,) or live.dtype != torch.bool:
+        raise MemoryFileError(f"{state.path}: tensor {name!r} must be bool {[rows]}, got {list(live.shape)}")
+    known = state.sound_rows(name)
+    if not bool(known.all()):
+        lost.append(f"{state.path}: {name}; rows of which nobody knows whether they were removed are left out")
+    return live & known
+
+
+def _ascending(ids: Tensor, least: int, usable: Tensor) -> Tensor:
+    """``[n]`` bool: which of ``usable`` ids are at least ``least`` and larger than all usable ones before them."""
+    known = ids.masked_fill(~(usable & (ids >= least)), least - 1)
+    behind = known.cummax(0).values
+    before = torch.cat([torch.tensor([least - 1]), behind[:-1]]) if len(ids) else behind
+    return known > before

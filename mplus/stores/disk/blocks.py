@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from attrs import define
 from torch import Tensor
 
 from mplus.errors import MemoryFileError
-from mplus.stores.disk.checked import CheckedTensor
+from mplus.stores.disk.checked import CheckedTensor, Rule
 from mplus.stores.disk.filesystem import Bytes, FileSystem
 from mplus.stores.disk.folder import PathAt, open_file, path_of
 from mplus.stores.disk.parts import LONGEST_HEADER, Part, Stretch, by_evenness, header, parse_header, raw
@@ -153,9 +153,12 @@ class BlockFile:
         stretches: where each tensor lies, ``checksums`` left out.
     """
 
-    def __init__(self, path: Path | PathAt, entry: FileEntry) -> None:
-        """Map a file. Raises MemoryFileError: it is missing, truncated, foreign or altered in header or checksums."""
-        self.path, self.entry = path, entry
+    def __init__(self, path: Path | PathAt, entry: FileEntry, rules: Mapping[str, Rule] | None = None) -> None:
+        """Map a file; ``rules``: of tensors with one whole number in a row.
+
+        Raises MemoryFileError: it is missing, truncated, foreign or altered in header or checksums.
+        """
+        self.path, self.entry, self._rules = path, entry, rules or {}
         try:
             with os.fdopen(open_file(path), "rb") as file:
                 size = file.seek(0, 2)
@@ -204,8 +207,10 @@ class BlockFile:
         self._tensors: dict[str, CheckedTensor] = {}
 
     def rows(self, name: str) -> int:
-        """Length of a tensor's first dimension. Raises MemoryFileError: there is no such tensor."""
-        return self.stretch(name).shape[0]
+        """Length of a tensor's first dimension. Raises MemoryFileError: there is no such tensor, or it has none."""
+        if not (shape := self.stretch(name).shape):
+            raise MemoryFileError(f"{self.path}: tensor {name!r} must have rows, got a single number")
+        return shape[0]
 
     def stretch(self, name: str) -> Stretch:
         """Where a tensor lies. Raises MemoryFileError: there is no such tensor."""
@@ -232,6 +237,7 @@ class BlockFile:
                 checksums=kind,
                 sums=sums.view(kind.dtype).view(-1, kind.size // kind.dtype.itemsize),
                 good=self._good[blocks],
+                rule=self._rules.get(name),
             )
             found = self._tensors.setdefault(name, found)  # the one that whoever was faster has made
         return found

@@ -19,6 +19,19 @@ AT_A_TIME = 2**20
 is checked whole where as many rows are read as it has blocks."""
 
 
+@define(frozen=True)
+class Rule:
+    """What a column of whole numbers must be, by what is known of it elsewhere: from ``least`` to ``most``."""
+
+    least: int
+    most: int
+    ascending: bool = False
+
+    def __str__(self) -> str:
+        """In words."""
+        return f"{'ascending ' * self.ascending}numbers from {self.least} to {self.most}"
+
+
 @define(eq=False)
 class CheckedTensor:
     """Reads rows, and checks the blocks these lie in unless that was done before. For any number of threads.
@@ -31,6 +44,7 @@ class CheckedTensor:
         checksums: how they are made.
         sums: ``[blocks, k]``, what they were when the file was written.
         good: ``[blocks]`` bool, those that were checked; written to.
+        rule: what its numbers must be, besides what was written; None: anything. Blocks hold whole numbers then.
         row_bytes, block_bytes: of a row and of a block.
         whole: whether all blocks were checked.
     """
@@ -43,6 +57,7 @@ class CheckedTensor:
     checksums: Checksums
     sums: Tensor
     good: Tensor
+    rule: Rule | None = None
     row_bytes: int = field(init=False)
     block_bytes: int = field(init=False)
     whole: bool = field(init=False)
@@ -130,7 +145,25 @@ class CheckedTensor:
 
     def _check_data(self, data: Tensor, numbers: Tensor | slice) -> None:
         """Raise MemoryFileError unless ``data``, of the blocks with these numbers, is what was written; note it."""
-        self.note((self.checksums.of(data) == self.sums[numbers]).all(1), numbers)
+        right = (self.checksums.of(data) == self.sums[numbers]).all(1)
+        if self.rule is not None and bool(right.all()):
+            self._check_rule(self.rule, data.view(self.stretch.dtype), numbers)
+        self.note(right, numbers)
+
+    def _check_rule(self, rule: Rule, values: Tensor, numbers: Tensor | slice) -> None:
+        """Raise MemoryFileError where ``values``, of ascending ``numbers`` of blocks, break a rule."""
+        if isinstance(numbers, slice):
+            numbers = torch.arange(numbers.start, numbers.stop, device="cpu")
+        broken = int(values.min()) < rule.least or int(values.max()) > rule.most
+        if rule.ascending:
+            begins = numbers[numbers > 0] * (self.block_bytes // self.row_bytes)
+            broken |= bool((values[1:] <= values[:-1]).any())
+            broken |= bool((self.rows[begins] <= self.rows[begins - 1]).any())
+        if broken:
+            raise MemoryFileError(
+                f"{self.path}: tensor {self.name!r} must have {rule}, and has others: it was altered; use another "
+                "copy, or save what is sound with `mplus memory repair`"
+            )
 
     def note(self, right: Tensor, numbers: Tensor | slice) -> None:
         """Take in which of the blocks with these numbers (``[n]`` bool) are what was written.

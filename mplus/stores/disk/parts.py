@@ -140,9 +140,11 @@ def _stretch(entry: Any) -> Stretch:
     shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
         raise ValueError("sizes must be whole numbers of at least 0")
-    count = 1
+    count = largest = 1
     for number in shape:  # not through torch, whose sizes end at 2 ** 63
-        count *= number
+        count, largest = count * number, largest * max(number, 1)
+    if largest >= 2**60:
+        raise ValueError(f"{entry} is too large to be read")
     if end - begin != count * dtype.itemsize:
         raise ValueError(f"{entry} has another size than its shape says")
     return Stretch(dtype, shape, begin, end)

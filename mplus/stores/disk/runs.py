@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
+from mplus.errors import MemoryFileError
 from mplus.rows import MemoryRows
 from mplus.stores.base import Located
 from mplus.stores.disk.checked import take
@@ -169,7 +171,12 @@ class Runs:
 
     @cached_property
     def _lasts(self) -> Tensor:
-        return torch.tensor([run.bounds[1] for run in self.runs], dtype=torch.int64)
+        bounds = [run.bounds for run in self.runs]
+        if not all(first <= last for first, last in bounds) or not all(
+            before[1] < behind[0] for before, behind in pairwise(bounds)
+        ):
+            raise MemoryFileError(f"ids must ascend from one file of rows to the next, got {bounds}: they were altered")
+        return torch.tensor([last for _, last in bounds], dtype=torch.int64)
 
     def append(self, ids: Tensor, rows: MemoryRows) -> Runs:
         """These and copies of ``rows`` behind them, under ``ids`` (``[n]``, ascending, above those there are)."""
