@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from mplus.config import MPlusConfig
 from mplus.errors import CheckpointError, ConfigError
@@ -77,6 +87,17 @@ def as_memory_config(config: Any) -> MPlusConfig:
     return read_config(path).memory_config if path.is_dir() else MPlusConfig.from_file(path)
 
 
+def base_class_of(config: MPlusModelConfig) -> Any:
+    """The Auto class that makes the decoder inside: for text, or for images and text, as it was when it was saved."""
+    plain = config.base_config or {}
+    kind, made = str(plain.get("model_type")), (plain.get("architectures") or [None])[0]
+    text, image = (
+        names.get(kind) for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    )
+    sees = image is not None and text != made and (text is None or image == made)
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+
+
 class MPlusForCausalLM(PreTrainedModel):
     """What ``AutoModelForCausalLM`` calls for the model type "mplus"; it returns a wrapped decoder, never itself."""
 
@@ -99,7 +120,7 @@ class MPlusForCausalLM(PreTrainedModel):
         from mplus.hf.saving import base_config_of
         from mplus.hf.wrapping import wrap
 
-        return wrap(AutoModelForCausalLM.from_config(base_config_of(config), **kwargs), config.memory_config)
+        return wrap(base_class_of(config).from_config(base_config_of(config), **kwargs), config.memory_config)
 
 
 def register_auto_classes() -> None:

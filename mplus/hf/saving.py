@@ -11,11 +11,11 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from mplus.errors import CheckpointError, NotSupported
 from mplus.hf.adapters import refuse_conflicts
-from mplus.hf.auto import MPlusModelConfig, read_config
+from mplus.hf.auto import MPlusModelConfig, base_class_of, read_config
 from mplus.hf.fingerprint import digest
 from mplus.hf.hub import COMMIT, find_folder, upload
 from mplus.hf.model_card import model_card
@@ -89,7 +89,7 @@ def _model_config(model: Any) -> MPlusModelConfig:
     return MPlusModelConfig(
         mplus=model.mplus_config.to_dict(),
         base_model=model.config._name_or_path or None,
-        base_config=model.config.to_dict(),
+        base_config={**model.config.to_dict(), "architectures": [type(model).__name__]},
         architectures=["MPlusForCausalLM"],
         how_to_load=HOW_TO_LOAD,
     )
@@ -114,7 +114,7 @@ def from_pretrained(
             saved along are put on it, unless it has some.
         config: instead of the ``config.json`` there.
         check: run the self-check of ``mplus.wrap``.
-        kwargs: for ``AutoModelForCausalLM.from_pretrained`` of the decoder; and ``is_trainable``, whether adapters
+        kwargs: for ``from_pretrained`` of the decoder's Auto class; and ``is_trainable``, whether adapters
             saved along are to be trained, as in PEFT.
 
     Returns:
@@ -149,17 +149,18 @@ def from_pretrained(
 
 def _base(base: Any, config: MPlusModelConfig, folder: Path, kwargs: dict[str, Any]) -> Any:
     if base is None and not (folder / BASE).is_dir():
-        return _found_again(config.base_model, str(folder), kwargs)
+        return _found_again(config, str(folder), kwargs)
     base = folder / BASE if base is None else base
-    return AutoModelForCausalLM.from_pretrained(base, **kwargs) if isinstance(base, str | Path) else base
+    return base_class_of(config).from_pretrained(base, **kwargs) if isinstance(base, str | Path) else base
 
 
-def _found_again(base_model: str | None, where: str, kwargs: Mapping[str, Any]) -> Any:
+def _found_again(config: MPlusModelConfig, where: str, kwargs: Mapping[str, Any]) -> Any:
     """The decoder that additions were saved for, from where it was then."""
+    base_model = config.base_model
     if base_model is None:
         raise CheckpointError(f"{where} does not say which decoder it was made for: pass base=")
     try:
-        return AutoModelForCausalLM.from_pretrained(base_model, **kwargs)
+        return base_class_of(config).from_pretrained(base_model, **kwargs)
     except (OSError, ValueError) as error:
         first = str(error).partition("\n")[0]
         raise CheckpointError(

@@ -124,6 +124,24 @@ def test_abstention(folder, tmp_path):
     assert "combined.auroc" in result.stdout
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("command", ["retention", "retriever", "abstention", "harm"])
+def test_in_a_narrow_dtype(command, dtype, folder, tmp_path):
+    """Refused before: what memory does was held against the tolerance for errors."""
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    text.write_text("Once upon a time there was a little girl. " * 40)
+    other.write_text("The engine of the ship was loud and the sea was dark. " * 40)
+    pieces = ("--text", text, "--unrelated", other, "--text-tokens", 40, "--known-tokens", 8, "--pieces", 2)
+    given = {
+        "harm": ("--model", folder / "model", *pieces),
+        "retention": (*common(folder), "--ages", "3", "--arms", "mplus"),
+        "retriever": (*common(folder), "--ages", "3", "--retrieved-tokens", "2", "--retriever", "random"),
+        "abstention": (*common(folder), "--ages", "3"),
+    }
+    result = run(command, *given[command], "--dtype", dtype)
+    assert result.exit_code == 0, result.output
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

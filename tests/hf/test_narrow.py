@@ -16,7 +16,7 @@ from mplus.hf import rounding
 from mplus.hf.positions import MemoryPositions
 from mplus.hf.retrofit import AttentionHook, Retrofit
 from mplus.hf.shipped import RECALL_TINY, STORIES260K
-from tests.architectures import BY_NAME
+from tests.architectures import ARCHITECTURES, BY_NAME
 from tests.hf.references import ids
 from tests.retrofitted import config_for
 
@@ -62,7 +62,14 @@ def test_the_trained_decoder_with_memory_is_loaded(dtype: torch.dtype) -> None:
 
 
 @in_narrow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(a.name, marks=() if a.name in FAMILIES else pytest.mark.nightly)
+        for a in ARCHITECTURES
+        if a.refused is None
+    ],
+)
 def test_a_decoder_gets_the_technique_that_it_has_in_float32(name: str, dtype: torch.dtype) -> None:
     architecture = BY_NAME[name]
     chosen = []
@@ -72,6 +79,12 @@ def test_a_decoder_gets_the_technique_that_it_has_in_float32(name: str, dtype: t
         chosen.append((retrofit.technique, retrofit.positions, isinstance(model.mplus_engine.projection, str)))
     assert chosen[0] == chosen[1]
     remembers(model)
+
+
+@pytest.mark.parametrize(("name", "found"), [("gpt-neo", "left-padded row = row alone"), ("mpt", "memory acts")])
+def test_what_is_refused_in_float32_is_refused(name: str, found: str) -> None:
+    with pytest.raises(NotSupported, match=found):
+        mplus.wrap(BY_NAME[name].build().to(torch.bfloat16), config_for(BY_NAME[name]))
 
 
 # ---------------------------------------------------------------- planted mistakes

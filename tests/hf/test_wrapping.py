@@ -102,10 +102,15 @@ def test_layers_that_share_keys_leave_the_cache_view_unchecked() -> None:
     assert all(check.checked for check in whole.mplus_installed.checks)
 
 
-def test_a_text_configuration_without_bos() -> None:
+def test_a_text_configuration_without_bos(tmp_path: Path) -> None:
     model = qwen3_vl()
     assert not hasattr(model.config.get_text_config(decoder=True), "bos_token_id")
     reads_a_memory(mplus.wrap(model, SIZES))
+    model.save_pretrained(tmp_path, save_base=True)
+    for load in (mplus.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        loaded = load(tmp_path)
+        assert type(loaded).__name__ == type(model).__name__ == "Qwen3VLForConditionalGeneration"
+    reads_a_memory(loaded)
 
 
 def test_the_begin_row_is_that_of_bos_else_of_eos_else_of_the_mean_embedding() -> None:
