@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mplus.errors import NotSupported
 from mplus.hf import rounding
 from mplus.hf.positions import MemoryPositions
 from mplus.hf.retrofit import AttentionHook, Retrofit
+from mplus.hf.self_check import self_check
 from mplus.hf.shipped import RECALL_TINY, STORIES260K
 from tests.architectures import ARCHITECTURES, BY_NAME
 from tests.hf.references import ids
@@ -90,6 +92,12 @@ def test_what_is_refused_in_float32_is_refused(name: str, found: str) -> None:
 # ---------------------------------------------------------------- planted mistakes
 
 
+@pytest.fixture
+def proved_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was proved before the mistake was planted does not count."""
+    monkeypatch.setattr(sys.modules["mplus.hf.wrapping"], "self_check", self_check)
+
+
 def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is not seen."""
     monkeypatch.setattr(AttentionHook, "_with_memory", lambda self, active, args, kwargs: None)
@@ -116,6 +124,7 @@ def misplaced_behind_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Retrofit, "project", broken)
 
 
+@pytest.mark.usefixtures("proved_anew")
 @pytest.mark.parametrize(
     ("mistake", "found"),
     [
@@ -135,6 +144,7 @@ def test_a_broken_technique_is_refused(mistake: Any, found: str, decoder: str, m
     assert len(caught.value.details) >= 2
 
 
+@pytest.mark.usefixtures("proved_anew")
 @pytest.mark.parametrize("decoder", ["stories in bfloat16", "llama in float16"])
 def test_positions_that_are_one_off_are_not_used(decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     true = MemoryPositions.of_rows
