@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import mplus
-from mplus.errors import MemorySizeWarning
 from tests.architectures import VOCAB_SIZE, Architecture
 
 if TYPE_CHECKING:
@@ -100,9 +98,7 @@ class Pair:
 
 def retrofit(architecture: Architecture, implementation: str | None = None, seed: int = 0, **changes: Any) -> Pair:
     """Build both decoders with equal weights and wrap one."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MemorySizeWarning)  # some of these decoders know 16 positions, on purpose
-        wrapped = mplus.wrap(architecture.build(seed, implementation), config_for(architecture, **changes))
+    wrapped = mplus.wrap(architecture.build(seed, implementation), config_for(architecture, **changes))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
         wrapped.mplus.begin.copy_(torch.randn_like(wrapped.mplus.begin))

@@ -32,18 +32,22 @@ class Room:
         layout: where memory rows sit.
         decoder: name of its class.
         placed: whether memory rows have positions at all, which can then be compressed.
+        grows: rotary frequencies follow the longest sequence, so that no position is the last.
     """
 
     positions: int | None
     layout: MemoryPositions
     decoder: str
     placed: bool = True
+    grows: bool = False
 
     @staticmethod
     def of(decoder: Any, layout: MemoryPositions, *, placed: bool = True) -> Room:
         """The room in ``decoder``, by its configuration."""
-        positions = _known_positions(decoder.config.get_text_config(decoder=True))
-        return Room(None if layout.layout == "constant" else positions, layout, type(decoder).__name__, placed)
+        config = decoder.config.get_text_config(decoder=True)
+        positions = None if layout.layout == "constant" else _known_positions(config)
+        grows = _rotary(config).get("rope_type") == "dynamic"
+        return Room(positions, layout, type(decoder).__name__, placed, grows)
 
     @property
     def half(self) -> int | None:
@@ -75,11 +79,15 @@ def _retrieved(sizes: dict[str, int], config: MPlusConfig) -> int:
 def _known_positions(config: Any) -> int | None:
     """How many positions the decoder was made for. A sliding window is no limit: every layer sees all of memory."""
     known = next((value for name in NAMES if _is_count(value := getattr(config, name, None))), None)
-    scaling = getattr(config, "rope_parameters", None) or {}
+    scaling = _rotary(config)
     factor = scaling.get("factor")
     if known is None or scaling.get("rope_type") not in STRETCHED or not isinstance(factor, int | float):
         return known
     return max(known, int(factor * (scaling.get("original_max_position_embeddings") or known)))
+
+
+def _rotary(config: Any) -> dict[str, Any]:
+    return getattr(config, "rope_parameters", None) or {}
 
 
 def _is_count(value: Any) -> bool:
@@ -103,7 +111,7 @@ def resolve(config: MPlusConfig, room: Room, stacklevel: int = 2) -> MPlusConfig
     if "chunk_tokens" not in given and not room.takes(sizes):
         excess = room.written(sizes) - (room.positions or 0)
         sizes["chunk_tokens"] = max(sizes["chunk_tokens"] - excess, config.min_chunk_tokens or 1)
-    if given and not (room.holds(sizes, config) and room.takes(sizes)):
+    if given and not room.grows and not (room.holds(sizes, config) and room.takes(sizes)):
         warnings.warn(_complaint(sizes, config, room), MemorySizeWarning, stacklevel=stacklevel + 1)
     if config.min_chunk_tokens is None:
         sizes["min_chunk_tokens"] = shortest_chunk(sizes["chunk_tokens"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 import mplus
 import mplus.hf
@@ -87,6 +87,14 @@ def test_a_decoder_gets_the_technique_that_it_has_in_float32(name: str, dtype: t
 def test_what_is_refused_in_float32_is_refused(name: str, found: str) -> None:
     with pytest.raises(NotSupported, match=found):
         mplus.wrap(BY_NAME[name].build().to(torch.bfloat16), config_for(BY_NAME[name]))
+
+
+def test_memory_that_rounding_nearly_hides_is_seen() -> None:
+    """Bloom's attention gives its input besides, which is large in a new decoder, and rounded to bfloat16."""
+    config = BloomConfig(vocab_size=101, hidden_size=32, n_layer=2, n_head=4)
+    model = mplus.wrap(BloomForCausalLM(config).to(torch.bfloat16).eval(), SIZES)
+    (found,) = (check for check in model.mplus_installed.checks if check.name == "memory acts")
+    assert "about as much as rounding does" in str(found)
 
 
 # ---------------------------------------------------------------- planted mistakes
