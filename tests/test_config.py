@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import mplus
 from mplus.config import AdapterConfig, Component, MPlusConfig
-from mplus.errors import ConfigError
+from mplus.errors import CheckpointError, ConfigError
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"chunk_tokens": 0}, "chunk_tokens must be a whole number of at least 1, got 0"),
@@ -83,3 +83,22 @@ def test_sizes_are_left_open_for_the_decoder() -> None:
     assert mplus.MPlusConfig.from_dict(config.to_dict()) == config
     assert config.long_term_tokens == 150_000
     assert config.adapters == AdapterConfig(rank=16, alpha=32.0)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a": ' * 100_000, b"\xff{}", b"a = " + b"[" * 100_000])
+def test_files_that_are_too_deep_or_no_text(tmp_path: Path, content: bytes) -> None:
+    """Everything that reads somebody's configuration says which file it cannot read."""
+    from mplus.hf.auto import read_config
+    from mplus.interop.published_config import PublishedConfig
+    from mplus.training.recipe_files import read
+
+    for name in ("config.json", "config.toml"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=name):
+            MPlusConfig.from_file(tmp_path / name)
+    with pytest.raises(ConfigError, match=r"config\.toml"):
+        read(tmp_path / "config.toml")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        read_config(tmp_path)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        PublishedConfig.from_file(tmp_path / "config.json")

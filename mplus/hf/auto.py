@@ -57,7 +57,7 @@ def read_config(folder: Path) -> MPlusModelConfig:
     """``config.json`` in ``folder``. Raises CheckpointError when it is missing or is not of an mplus model."""
     try:
         plain, _ = MPlusModelConfig.get_config_dict(folder)
-    except OSError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder} must hold a readable config.json: {error}") from error
     if plain.get("model_type") != MPlusModelConfig.model_type or not plain.get("mplus"):
         found = plain.get("model_type")

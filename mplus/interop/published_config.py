@@ -81,7 +81,7 @@ class PublishedConfig:
             )
         try:
             plain = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} must be valid JSON: {error}") from error
         if not isinstance(plain, dict):
             raise CheckpointError(f"{path} must be a JSON object, got {plain!r:.40}")

@@ -74,10 +74,11 @@ def read(
         table = copy.deepcopy(dict(recipe))
     else:
         path = find(recipe)
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
         try:
+            text = content.decode("utf-8")
             table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} must be valid TOML: {error}") from error
     small = table.pop(DRY_RUN, None)
     if dry_run:

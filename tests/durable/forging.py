@@ -185,7 +185,7 @@ def do_everything(folder: Path, model: Any, scratch: Path) -> Outcome:
             found.step("change", lambda: change(memory))
             found.step("keep", memory.close if live else lambda: memory.save(scratch / "saved"))
     for what in (cli.show, cli_sources.sources):
-        found.step(what.__name__, lambda what=what: (what(folder), what(folder, as_json=True)))
+        found.step(what.__name__, lambda what=what: what(folder, as_json=True))
     if found.step("repair", lambda: repair(folder, scratch / "repaired")) is not None:
         found.step("verify repaired", lambda: check_sound(scratch / "repaired"))
         again = found.step("load repaired", lambda: Memory.load(scratch / "repaired", model))

@@ -15,10 +15,11 @@ from mplus.memory import Memory
 from tests.durable import forging, mutating
 from tests.durable.forging import do_everything
 from tests.durable.plain import PlainModel, chunk
+from tests.memory import tiny
 from tests.modes import on_every_change
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
     from pathlib import Path
 
 MODEL = PlainModel(
@@ -116,9 +117,17 @@ MANIFESTS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["live", "saved"])
-@pytest.mark.parametrize("what", MANIFESTS)
-def test_a_manifest_that_lies_is_refused(what: str, kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def in_turn(cases: Iterable[str], only_saved: Collection[str] = ()) -> list[tuple[str, str]]:
+    """Every case in a directory and saved; on every change, one after the other in one of these."""
+    found = []
+    for place, case in enumerate(cases):
+        kinds = ["saved"] if case in only_saved else ["live", "saved"]
+        found += [(kind, case) for kind in on_every_change([kinds[place % len(kinds)]], nightly=kinds)]
+    return found
+
+
+@pytest.mark.parametrize(("kind", "what"), in_turn(MANIFESTS))
+def test_a_manifest_that_lies_is_refused(kind: str, what: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder = shutil.copytree(request.getfixturevalue(kind), tmp_path / "memory")
     forging.forge_manifest(folder, MANIFESTS[what])
     assert refused(folder, tmp_path).faults != []
@@ -194,9 +203,7 @@ NEEDS_A_DECODER = {
 """Whoever has only the files cannot know what its mechanism keeps."""
 
 
-@pytest.mark.parametrize(
-    ("kind", "what"), [(kind, what) for what in STREAMS for kind in ("live", "saved")[what in REPLACED :]]
-)
+@pytest.mark.parametrize(("kind", "what"), in_turn(STREAMS, REPLACED))
 def test_a_stream_that_lies_is_refused(kind: str, what: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder = shutil.copytree(request.getfixturevalue(kind), tmp_path / "memory")
     forge = forging.forge_state if kind == "live" else forging.forge_data
@@ -329,7 +336,31 @@ def refused(folder: Path, scratch: Path) -> forging.Outcome:
     return found
 
 
-@pytest.mark.parametrize("seed", range(on_every_change(40, nightly=4000)))
+NEWEST = {
+    "more than there are rows": replaced("stream.0.state.newest.1", lambda rows: torch.cat([rows] * 9)),
+    "of another width": replaced("stream.0.state.newest.1", lambda rows: rows[:, 1:]),
+    "of another dtype": replaced("stream.0.state.newest.1", torch.Tensor.double),
+    "not there": lambda tensors: tensors.pop("stream.0.state.newest.1"),
+}
+
+
+@pytest.mark.parametrize("what", NEWEST)
+def test_hidden_states_for_the_next_write_that_lie_are_refused(what: str, tmp_path: Path) -> None:
+    """Of a real decoder, whose rows are keys and values."""
+    model = tiny.variant("paper")
+    memory = model.new_memory(memory_rows="projected")
+    memory.write(tiny.ids(100), source="a")
+    memory.save(tmp_path / "memory")
+    forging.forge_data(tmp_path / "memory", NEWEST[what])
+    found = do_everything(tmp_path / "memory", model, tmp_path)
+    assert found.raw == {}
+    assert isinstance(found.refused.get("open"), MemoryFileError)
+    assert found.faults != []
+    assert "read repaired" not in found.refused
+    assert "load repaired" not in found.refused
+
+
+@pytest.mark.parametrize("seed", range(on_every_change(12, nightly=2000)))
 def test_any_forgery_ends_well(seed: int, live: Path, saved: Path, tmp_path: Path) -> None:
     draw = random.Random(seed)
     folder = shutil.copytree(draw.choice([live, saved]), tmp_path / "memory")
