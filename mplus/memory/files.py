@@ -34,6 +34,7 @@ import mplus
 from mplus.config import Component
 from mplus.errors import MemoryFileError
 from mplus.memory.budget import Budget
+from mplus.memory.checks import check_device
 from mplus.memory.earlier import in_present_form
 from mplus.memory.engine import Engine
 from mplus.memory.entries import DataEntry, LayoutEntry, StreamEntry, name_of
@@ -246,7 +247,7 @@ def load(
             projected_size=manifest.layout.projected_size,
             keeps_hidden=manifest.layout.keeps_hidden,
             expiry=layout.expiry or policy.lifetime is not None,
-            device=layout.device if device is None else torch.device(device),
+            device=layout.device if device is None else check_device(device),
         )
         mechanism = engine.mechanism
         with TensorReader(here, manifest.data) as opened:

@@ -145,9 +145,12 @@ def test_a_disk_that_fails_at_any_call_leaves_it_as_it_was_or_without_the_source
         files.fail(at, lasting=at % 2 == 0, late=at % 3 == 0)
         try:
             forget_live(path, "b", None, files)
-        except MemoryFileError:
+        except MemoryFileError as error:
             outcomes.add("error")
-            if at % 2:  # it failed once, and could clean up
+            if "could not be removed" in str(error):  # forgotten all the same
+                outcomes.add("left")
+                assert difference(content(reopened(path, model)), less) == []
+            elif at % 2:  # it failed once, and could clean up
                 left = {file.name for file in path.iterdir() if not file.name.endswith(".new")} - {
                     "lock",
                     "manifest.json",
@@ -161,7 +164,7 @@ def test_a_disk_that_fails_at_any_call_leaves_it_as_it_was_or_without_the_source
         shutil.rmtree(path)
         if not files.failed:
             break
-    assert outcomes == {"error", True, False}
+    assert outcomes == {"error", "left", True, False}
     assert not files.failed
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mplus.config import Component
-from mplus.errors import MemoryMismatchError, NotSupported, UnknownNameError
+from mplus.errors import InputError, MemoryMismatchError, UnknownNameError
 from mplus.memory import Memory
 from mplus.memory.durable.kinds import coding_of, innermost, kind_of
 from mplus.memory.durable.manifest import read_live_manifest
@@ -193,9 +193,22 @@ def test_another_device_needs_tiers(tmp_path):
     ordinary = model.new_memory()
     written(ordinary, 0, 10)
     assert_same(reopened(tmp_path / "memory", model), ordinary)
-    for store in ("ram", QUANTIZED):
-        with pytest.raises(NotSupported, match=r"got device meta.*'tiered'"):
-            Memory.open(tmp_path / "other", PlainModel(store=store), device="meta")
+
+
+@pytest.mark.parametrize("store", ["ram", QUANTIZED, TIERS])
+def test_the_meta_device_is_refused(tmp_path, store):
+    """Its tensors have no values; whether the directory is there already or not."""
+    model = PlainModel(store=store)
+    with pytest.raises(InputError, match="meta device"):
+        Memory.open(tmp_path / "new", model, device="meta")
+    assert not (tmp_path / "new").exists()
+    with Memory.open(tmp_path / "memory", model) as memory:
+        written(memory, 0, 5)
+        memory.save(tmp_path / "saved")
+    with pytest.raises(InputError, match="meta device"):
+        Memory.open(tmp_path / "memory", model, device="meta")
+    with pytest.raises(InputError, match="meta device"):
+        Memory.load(tmp_path / "saved", model, device="meta")
 
 
 class TestKinds:

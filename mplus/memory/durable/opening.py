@@ -12,6 +12,7 @@ import torch
 from mplus.config import Component
 from mplus.errors import ConfigError, MemoryFileError, MemoryMismatchError
 from mplus.memory.budget import Budget
+from mplus.memory.checks import check_device
 from mplus.memory.durable.checkpoint import Content, read_checkpoint, replay
 from mplus.memory.durable.directory import Directory
 from mplus.memory.durable.kinds import kind_of
@@ -56,7 +57,7 @@ def open_memory(
     if isinstance(journal_bytes, bool) or not isinstance(journal_bytes, int) or journal_bytes < 1:
         raise ConfigError(f"journal_bytes must be a whole number of at least 1, got {journal_bytes!r}")
     engine, files = engine_of(model), files or FileSystem()
-    wanted, device = engine.config.store if store is None else Component.of(store), torch.device(device)
+    wanted, device = engine.config.store if store is None else Component.of(store), check_device(device)
     policy = None if eviction is None else Component.of(eviction)
     shared: dict[str, Any] = {"where": str(path), "journal_bytes": journal_bytes, "tokenizer": tokenizer}
     if read_only:
