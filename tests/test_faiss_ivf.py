@@ -28,6 +28,7 @@ from mplus.testing.projections import SmallAttention
 from mplus.testing.retrievers import SHAPE, RetrieverConformance
 from mplus.testing.strategies import draw_rows
 from tests.indexed import LAYOUT, WIDTH, append, check_best, check_scores, made, normal, select, store_of
+from tests.memory.interruption import interrupted_everywhere
 from tests.memory.tiny import build, prompts
 
 pytestmark = pytest.mark.two_computations
@@ -263,6 +264,30 @@ class TestIndex:
         found = select(retriever, store_of(keys), 60, torch.full((1, WIDTH), 1.0))
         assert len(found.ids) == 60
         assert {0, 1, 2} <= set(found.ids.tolist())
+
+    def test_a_change_of_the_index_that_is_interrupted(self):
+        """A row that an interrupt left in the index twice came back twice, one that it left out never."""
+        kept, state = normal(60), {}
+
+        def prepare():
+            store = state["store"] = store_of(kept)
+            retriever = state["retriever"] = made(least=3, cells=3, probes=3)
+            select(retriever, store, 20)
+            state["older"] = store.snapshot()
+            store.remove(0, store.ids(0)[10:30])
+            append(store, normal(30, 1))
+
+        places = interrupted_everywhere(
+            prepare, lambda: select(state["retriever"], state["store"], 20), "retrievers/ivf.py", most=60
+        )
+        counted = 0
+        for _ in places:
+            counted += 1
+            for view in (state["older"], state["store"], state["older"]):
+                found = select(state["retriever"], view, 20)
+                check_best(found, view, 20)
+                assert len(found.ids.unique()) == 20
+        assert counted > 20
 
     def test_it_lives_as_long_as_the_store_or_a_snapshot(self):
         retriever, store = made(least=50), store_of(normal(60))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,19 @@ from mplus.errors import NotSupported
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode; afterwards every module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        yield
+        try:
+            model.eval()
+            yield
+        finally:
+            _train(training)
     finally:
-        for module in training:
-            module.training = True
+        _train(training)  # once more, for an interrupt may have struck the first time
+
+
+def _train(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        module.training = True
 
 
 def execution_device(module: Any) -> torch.device:
@@ -86,9 +93,12 @@ def on_meta(module: nn.Module) -> bool:
 @contextmanager
 def with_attention(model: Any, implementation: str) -> Iterator[None]:
     """Another attention implementation, set without transformers' checks."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = implementation
+    config, before = model.config, model.config._attn_implementation
     try:
-        yield
+        try:
+            config._attn_implementation = implementation
+            yield
+        finally:
+            config._attn_implementation = before
     finally:
-        model.config._attn_implementation = before
+        config._attn_implementation = before  # as above

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +21,13 @@ class OpenReading:
 
     Attributes:
         arguments: what calls inside it read.
-        thread: number of the thread that entered it.
+        thread, process: numbers of the thread that entered it, and of its process.
         threads: calls from other threads read the same.
     """
 
     arguments: ReadArguments
     thread: int
+    process: int
     threads: bool
 
 
@@ -37,23 +39,27 @@ class OpenReadings:
     """The ``with`` blocks that are open for one decoder, in any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._open: tuple[OpenReading, ...] = ()
+        # No lock, which an interrupt could leave locked: single operations on a dict are indivisible.
+        self._open: dict[OpenReading, None] = {}
 
     @contextmanager
     def enter(self, arguments: ReadArguments, threads: bool) -> Iterator[None]:
         """Let calls of the decoder in this context read by ``arguments``."""
-        entered = OpenReading(arguments, threading.get_ident(), threads)
+        entered = OpenReading(arguments, threading.get_ident(), os.getpid(), threads)
         try:
-            with self._lock:
-                self._open = (*self._open, entered)
-            _ENTERED.set((*_ENTERED.get(), entered))
-            yield
+            try:
+                self._open[entered] = None
+                _ENTERED.set((*_ENTERED.get(), entered))
+                yield
+            finally:
+                self._leave(entered)
         finally:
-            # Not by a token: generators may leave their blocks in any order, and in other contexts.
-            with self._lock:
-                self._open = tuple(one for one in self._open if one is not entered)
-            _ENTERED.set(tuple(one for one in _ENTERED.get() if one is not entered))
+            self._leave(entered)  # once more, for an interrupt may have struck the first time
+
+    def _leave(self, entered: OpenReading) -> None:
+        # Not by a token: generators may leave their blocks in any order, and in other contexts.
+        self._open.pop(entered, None)
+        _ENTERED.set(tuple(one for one in _ENTERED.get() if one is not entered))
 
     def current(self) -> ReadArguments | None:
         """What a call in this context reads, or None where no block is open for it.
@@ -65,12 +71,14 @@ class OpenReadings:
 
     @torch.compiler.disable  # what it finds differs from call to call
     def _current(self) -> ReadArguments | None:
-        opened = self._open
+        opened = tuple(self._open)
         for entered in reversed(_ENTERED.get()):
             if any(one is entered for one in opened):
                 return entered.arguments
-        innermost = {one.thread: one for one in opened}
-        if threading.get_ident() in innermost:
+        here, process = threading.get_ident(), os.getpid()
+        # Of the threads of a parent process a forked child has but the one that forked.
+        innermost = {one.thread: one for one in opened if one.process == process or one.thread == here}
+        if here in innermost:
             return None  # another task of this thread opened it: contexts are its business
         match list(innermost.values()):
             case [one] if one.threads:

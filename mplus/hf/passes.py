@@ -131,11 +131,10 @@ class MemoryLayer:
         return output
 
     def forward(self, *args: Any, mplus_pass: Pass | None = None, **kwargs: Any) -> Any:
-        # Inside it: a recomputation may run in another thread, so the pass travels as an argument.
-        if mplus_pass is None:
+        # Inside it: a recomputation comes after the pass, maybe in another thread, so the pass travels as an argument.
+        if mplus_pass is None or mplus_pass is current_pass():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        with running(mplus_pass):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return run_in(mplus_pass, super().forward, *args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return rebuild, (memory_layer_class, type(self).__mplus_base__), self.__dict__  # type: ignore[attr-defined]

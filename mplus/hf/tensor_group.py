@@ -43,8 +43,7 @@ class TensorGroup:
         self._partial = len(self.named) < len(every) or any(hasattr(tensor, "to_local") for _, tensor in every)
         self._moment: object = None
         self._mark: tuple[Any, ...] = ()
-        self._seen: tuple[Any, ...] | None = None
-        self._digest = ""
+        self._digest: tuple[tuple[Any, ...] | None, str] = None, ""
 
     @torch.no_grad()
     def mark(self, moment: object = None) -> tuple[Any, ...]:
@@ -62,13 +61,14 @@ class TensorGroup:
     def digest(self, moment: object = None) -> str:
         """A digest of all numbers, the same wherever the tensors lie; computed when ``mark`` has changed."""
         mark = self.mark(moment)
-        if mark != self._seen:
+        seen, digest = self._digest
+        if mark != seen:
             found = hashlib.sha256("".join(self.facts).encode())
             for name, tensor in self.named:
                 found.update(f"{name} {list(tensor.shape)} {tensor.dtype} {_sums(tensor)}\n".encode())
-            self._digest = PARTIAL * self._partial + found.hexdigest()[:16]
-            self._seen = mark
-        return self._digest
+            digest = PARTIAL * self._partial + found.hexdigest()[:16]
+            self._digest = mark, digest
+        return digest
 
 
 def places(tensors: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:

@@ -16,6 +16,7 @@ from mplus.hf.names import is_adapter, plain_name
 from mplus.hf.tensor_group import TensorGroup
 from mplus.hf.tuned import Tuned, active, is_tuned, tuned_layer
 from mplus.memory.weights_state import AdapterState, WeightsState
+from mplus.stores.process_lock import ProcessLock
 
 if TYPE_CHECKING:
     from mplus.hf.engine import DecoderEngine
@@ -121,7 +122,7 @@ class Watch:
     def __init__(self, engine: DecoderEngine) -> None:
         self._engine = engine
         self._plan: Plan | None = None
-        self._lock = threading.Lock()
+        self._lock = ProcessLock(threading.RLock)
 
     def forget(self) -> None:
         """Let the next look read everything."""
@@ -135,7 +136,7 @@ class Watch:
             NotSupported: there are adapters that memory does not go with.
         """
         self._engine.check_wrapped()
-        with self._lock:
+        with self._lock.here():
             plan, moment = self._present(), object()
             switches = self.switches(plan)
             names = switches[0]
@@ -153,12 +154,12 @@ class Watch:
 
     def with_adapters(self, names: Sequence[str]) -> WeightsState:
         """The weights as they would be if of the user's adapters just these acted."""
-        with self._lock:
+        with self._lock.here():
             return self._state(self._present(), object(), tuple(names))
 
     def has_adapters_of_user(self) -> bool:
         """Whether the user has put adapters, active or not, on what memory rows go through."""
-        with self._lock:
+        with self._lock.here():
             return any(one.parts for one in self._present().tuned if one.projects)
 
     def look_at_names(self) -> tuple[str, ...] | None:

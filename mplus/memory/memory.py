@@ -187,9 +187,16 @@ class Memory(Opens):
         if out_of_date(self, now, writing):
             with self._write_lock:
                 due = out_of_date(self, now, writing)
-                self._change(lambda states: refresh(states, self._stores, self.engine, self._usage, due, now))
+                self._change(lambda states: self._refresh(states, due, now))
         if writing is not None:
             self._note_weights(now, writing)
+
+    def _refresh(self, states: list[StreamState], due: Sequence[int], now: WeightsState) -> None:
+        """Part of a change: rows get new ids, and notes on them move to copies, so that there is a way back."""
+        self._usage = tuple(
+            notes.fork() if notes is not None and row in due else notes for row, notes in enumerate(self._usage)
+        )
+        refresh(states, self._stores, self.engine, self._usage, due, now)
 
     def _note_weights(self, now: WeightsState, rows: Sequence[int]) -> None:
         """Rows that keep hidden states depend on what they were written with last; nothing that a read sees changes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,7 +42,8 @@ class Ready:
 class _Slot:
     """One index, the state of the layer it was last brought up to, and the lock without which nobody touches it."""
 
-    lock: ProcessLock = field(factory=ProcessLock)
+    # A traceback may keep a block of `ready` open that an interrupt has left: its thread must still come in.
+    lock: ProcessLock = field(factory=lambda: ProcessLock(threading.RLock))
     index: IvfIndex | None = None
     revision: int | None = None
 
@@ -118,9 +120,10 @@ class IndexShelf:
         if slot is None:
             return
         with slot.lock.here():
-            slot.index = IvfIndex.of(tensors, store.count(layer), _pieces(store, layer))
-            slot.index.resources = self._resources
-            slot.revision = store.revision(layer)
+            slot.index, slot.revision = None, None
+            index = IvfIndex.of(tensors, store.count(layer), _pieces(store, layer))
+            index.resources = self._resources
+            slot.index, slot.revision = index, store.revision(layer)
 
     def _slot(self, store: StoreView, layer: int) -> _Slot | None:
         if store.origin is None:
@@ -143,18 +146,18 @@ class IndexShelf:
         gone, new = (none, ids) if index is None else differences(index.ids, ids)
         if index is not None and self._is_older(slot, revision, index, ids):
             return Ready(index, gone, new)
+        slot.index, slot.revision = None, None  # whatever ends a change early leaves no index that is half changed
         try:
             if index is None or self._is_outgrown(index, len(ids), len(new)):
-                slot.index = index = self._trained(store, layer, ids)
+                index = self._trained(store, layer, ids)
             else:
                 index.remove(gone)
                 if len(new):
                     index.add(new, keys_of(store, layer, new))
         except NonFiniteError as error:
             logger.info("layer %d is searched exactly: %s", layer, error)
-            slot.index, slot.revision = None, None
             return None
-        slot.revision = revision
+        slot.index, slot.revision = index, revision
         return Ready(index, none, none)
 
     @staticmethod

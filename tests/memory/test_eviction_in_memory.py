@@ -156,6 +156,8 @@ def test_notes_move_with_rows_that_are_computed_anew() -> None:
     ids = memory.stores[0].ids(0).tolist()
     memory.keep_up()
     assert not set(ids) & set(memory.stores[0].ids(0).tolist())
+    usage = memory.snapshot()[0].usage
+    assert usage is not None
     after = [usage.times(layer, memory.stores[0].ids(layer)) for layer in range(3)]
     assert [times.tolist() for times in after] == [times.tolist() for times in before]
     assert any((times > NEVER).any() for times in after)
