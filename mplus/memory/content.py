@@ -127,6 +127,9 @@ class MemoryContent:
     def _leave_to_parent(self) -> None:
         """See ``Keeping``."""
 
+    def _settle_rest(self) -> None:
+        """See ``Keeping``."""
+
     @property
     def nbytes(self) -> int:
         """Bytes of all rows, short-term, pending and long-term (reserved capacity included); what is shared, once."""
@@ -154,6 +157,7 @@ class MemoryContent:
     def versioned_snapshot(self) -> tuple[int, tuple[StreamView, ...]]:
         """``version`` and ``snapshot`` of the same instant."""
         with self._state_lock:
+            self._settle_rest()
             views = map(StreamView, self._states, each(self._stores, lambda store: store.snapshot()), self._usage)
             return self._version, tuple(views)
 

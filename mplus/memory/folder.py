@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from mplus.errors import MemoryFileError
+from mplus.errors import ConfigError, MemoryFileError
 from mplus.memory.file_lock import FileLock
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.folder import FILE_MODE, Folder, PathAt
@@ -54,8 +54,9 @@ def hold(path: str | Path) -> Folder:
     path = Path(path)
     try:
         return Folder.open(path)
-    except OSError as error:
-        fault = "is missing" if error.errno in {errno.ENOENT, errno.ENOTDIR} else f"must be readable, got {error}"
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        missing = isinstance(error, OSError) and error.errno in {errno.ENOENT, errno.ENOTDIR}
+        fault = "is missing" if missing else f"must be readable, got {error}"
         raise MemoryFileError(f"{path / MANIFEST} {fault}: {path} must be a folder written by Memory.save") from error
 
 
@@ -70,10 +71,18 @@ def prepare(path: Path, file_mode: int = FILE_MODE, files: FileSystem | None = N
 
     Raises:
         MemoryFileError: it is a file, or cannot be created.
+        ConfigError: ``file_mode`` is none.
     """
-    if path.exists() and not path.is_dir():
-        raise MemoryFileError(f"{path} must be a folder, or not exist yet, to {purpose} a memory in; it is a file")
+    if isinstance(file_mode, bool) or not isinstance(file_mode, int) or file_mode & ~0o066 != FILE_MODE:
+        raise ConfigError(
+            "file_mode must be permission bits that let the owner read and write and nobody execute, 0o600 to 0o666, "
+            f"got {oct(file_mode) if isinstance(file_mode, int) else repr(file_mode)}"
+        )
     with writable(path):
+        if "\0" in str(path):
+            raise OSError(errno.EINVAL, "a null character in its path")
+        if path.exists() and not path.is_dir():
+            raise MemoryFileError(f"{path} must be a folder, or not exist yet, to {purpose} a memory in; it is a file")
         path = path.absolute()
         (files or FileSystem()).make_folder(path, file_mode)
         return Folder.open(path, file_mode)

@@ -28,6 +28,7 @@ class Begun:
         snapshots, draws: of the stores and generators.
         after: the states that the change makes; None: it has not come that far.
         thread: makes the change.
+        cut_off: whether an exception has ended it, and it is to be settled.
     """
 
     stores: tuple[MemoryStore, ...]
@@ -37,6 +38,7 @@ class Begun:
     draws: Sequence[Tensor]
     after: tuple[StreamState, ...] | None = None
     thread: int = field(factory=threading.get_ident)
+    cut_off: bool = False
 
 
 class Keeping(MemoryContent):
@@ -74,6 +76,12 @@ class Keeping(MemoryContent):
             else:
                 self._go_back(begun)
         self._begun = None
+
+    def _settle_rest(self) -> None:
+        """Settle what a further interrupt kept from being settled; a change that is under way is let be."""
+        begun: Begun | None = self._begun
+        if begun is not None and begun.cut_off:
+            self._settle()
 
     def _go_back(self, begun: Any) -> None:
         self._stores, self.generators, self._usage = begun.stores, begun.generators, begun.usage

@@ -180,8 +180,11 @@ def from_file(file: Path | PathAt, cls: type[M], form: str, newest: int, what: s
 def is_memory(folder: Path | Folder, form: str = FORMAT) -> bool:
     """Whether ``folder`` has a manifest of this format, of any version. Raises MemoryFileError if nobody can tell."""
     file = folder / MANIFEST
-    if not path_at(file).exists():
-        return False
+    try:
+        if not path_at(file).exists():
+            return False
+    except (OSError, ValueError) as error:
+        raise MemoryFileError(f"{file} must be a path that can be looked at, got {error}") from error
     text = _read(file)
     try:
         plain = _parse(text, file)

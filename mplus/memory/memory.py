@@ -168,6 +168,7 @@ class Memory(Opens):
                 self._keep(begun.after, stayed)
                 self._states, self._version = begun.after, self._version + 1
             except BaseException:
+                begun.cut_off = True
                 self._settle()
                 raise
             self._begun = None
@@ -282,6 +283,7 @@ class Memory(Opens):
         """An independent memory with the same content and the same future draws; of one batch row, or of all."""
         rows = range(self.batch_size) if row is None else [check_row(row, self.batch_size)]
         with self._state_lock:
+            self._settle_rest()
             return copied(self, rows, lambda store: store.fork())
 
     def __copy__(self) -> Memory:
@@ -313,6 +315,7 @@ class Memory(Opens):
         """
         chosen = check_rows(rows, self.batch_size)
         with self._state_lock:
+            self._settle_rest()
             return copied(self, chosen, lambda store: store.fork())
 
     def to(
@@ -328,6 +331,7 @@ class Memory(Opens):
         """
         target = check_target(device, dtype)
         with self._state_lock:
+            self._settle_rest()
             return moved(self, *target)
 
     def save(self, path: str | Path, *, file_mode: int = FILE_MODE) -> None:

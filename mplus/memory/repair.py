@@ -14,7 +14,7 @@ from mplus.memory.durable.salvage import salvage
 from mplus.memory.earlier import in_present_form, renamed
 from mplus.memory.entries import DTYPES, StreamEntry, TensorEntry, layout_from
 from mplus.memory.files import Facts, save
-from mplus.memory.folder import hold, lock
+from mplus.memory.folder import hold, lock, writable
 from mplus.memory.manifest import LIVE_FORMAT, Manifest, is_memory, read_manifest
 from mplus.memory.salvaging import Salvaged, clean, read_sound_generator, read_sound_state
 from mplus.memory.stream import StreamView
@@ -43,7 +43,9 @@ def repair(path: str | Path, out: str | Path) -> list[str]:
         MemoryFileError: nothing can be saved, because the manifest or the structure of the file with the short-term
             rows is damaged; or ``out`` cannot be written, or holds something.
     """
-    folder, out = hold(path), Path(out).absolute()
+    folder, out = hold(path), Path(out)
+    with writable(out):
+        out = out.absolute()
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise MemoryFileError(
             f"{out} must be empty or not exist yet, to put a repaired memory there: choose another path"

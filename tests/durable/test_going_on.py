@@ -170,20 +170,21 @@ def test_slow_syncs_and_interrupts_at_any_line(tmp_path: Path) -> None:
     assert struck > 6
 
 
-def test_an_interrupt_of_the_taking_back_is_made_good_by_the_next_change(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("second", ["truncate", "restore"])
+def test_an_interrupt_of_the_taking_back_is_made_good(tmp_path: Path, monkeypatch: Any, second: str) -> None:
     """Ctrl-C twice: the second one strikes while the memory goes back to what it was."""
-    memory, _ = written(tmp_path)
+    memory, twin = written(tmp_path)
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(FileSystem, "sync", interrupt)
-        patch.setattr(type(memory.stores[0]), "restore", interrupt)
+        patch.setattr(FileSystem if second == "truncate" else type(memory.stores[0]), second, interrupt)
         with pytest.raises(KeyboardInterrupt):
-            memory.write(chunk(50))
-    with pytest.raises(LiveMemoryError):
-        memory.write(chunk(51))
+            memory.write(chunk(50), source="interrupted")
+    assert_same(memory.fork(), twin)
+    check_what_follows(memory, twin, tmp_path)
     ordinary = MODEL.new_memory(store="mmap")
     ordinary.write(chunk(1))
     expected = ordinary.fork()

@@ -18,6 +18,9 @@ from mplus.memory.folder import MANIFEST, check_removed, writable
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.folder import Folder
 
+UNSETTLED = "it could not be taken back"
+"""Why nothing can be written while a change that failed has not been taken back."""
+
 
 @define(eq=False)
 class Begun:
@@ -102,7 +105,17 @@ class Directory:
         """Why what is written now would be somewhere else than where the memory is looked for; None: it would not."""
         if not self.folder.is_at_its_path():
             return "its folder was renamed, removed or replaced"
-        return self._lock.fault(self.folder) or (None if self.journal is None else self.journal.fault())
+        return self._lock.fault(self.folder) or self._gone() or (self.journal and self.journal.fault())
+
+    def _gone(self) -> str | None:
+        """Which file is gone without which what is written now could not be read; None: all are there."""
+        if self.manifest is None:
+            return None
+        try:
+            gone = {MANIFEST, *self.manifest.files}.difference(self.folder.names())
+        except OSError as error:
+            return f"its folder cannot be read: {error.strerror or error}"
+        return f"{', '.join(sorted(gone))} is gone" if gone else None
 
     @property
     def journal_bytes(self) -> int:
@@ -135,8 +148,12 @@ class Directory:
         written = write_checkpoint(self.files, self.folder, owner, content, facts, number, clean=clean)
         self._begun = Begun(token, 0, 0, written)
         self.check()  # writing all that took its time
-        publish(self.files, self.folder, owner, written.manifest)
-        self._adopt(written)
+        try:
+            publish(self.files, self.folder, owner, written.manifest)
+            self._adopt(written)
+        except OSError:
+            if not self.settle(token) or self.failed is not None:
+                raise  # else the manifest was found in place and could be synced: what failed has been made good
 
     def _adopt(self, written: Written) -> None:
         before, self.manifest = self.manifest, written.manifest
@@ -165,7 +182,8 @@ class Directory:
         begun = self._begun
         if begun is None or begun.token is not token or self._process != os.getpid():
             return False
-        failed, self.failed = self.failed, "it could not be taken back"  # holds if we are interrupted here
+        failed = None if self.failed == UNSETTLED else self.failed
+        self.failed = UNSETTLED  # holds if we are interrupted here, until we are called again
         if begun.written is None:
             self._take_back(begun)
             kept = False
@@ -208,7 +226,11 @@ class Directory:
 
     def close(self) -> None:
         """Give files and lock back; idempotent."""
-        if self.journal is not None:
-            self.journal.close()
-        self._lock.file.release()
-        self.folder.close()
+        try:
+            if self.journal is not None:
+                self.journal.close()
+        finally:  # an interrupt leaves no lock behind
+            try:
+                self._lock.file.release()
+            finally:
+                self.folder.close()

@@ -21,6 +21,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -107,6 +108,8 @@ class Journal:
             return f"{self.path.name} is gone: {error.strerror or error}"
         if not os.path.samestat(named, own):
             return f"{self.path.name} is another file than the one that was opened"
+        if own.st_nlink > 1:
+            return f"{self.path.name} has got a second name, and what that is would be written to as well"
         if own.st_size != self.size:
             return f"{self.path.name} has {own.st_size} bytes, and {self.size} were written"
         return None
@@ -115,7 +118,8 @@ class Journal:
         """Give the file back; idempotent."""
         handle, self._handle = self._handle, None
         if handle is not None:
-            self._files.close(handle)
+            with suppress(OSError):  # the descriptor is given back all the same, and every record was synced
+                self._files.close(handle)
 
     def _open(self) -> int:
         if self._handle is None:

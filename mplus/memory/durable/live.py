@@ -72,7 +72,9 @@ class LiveMemory(Memory):
         """Raise LiveMemoryError where nothing can be written."""
         if self.directory is None:
             raise LiveMemoryError(f"{self._where} was opened with read_only=True: open it for writing")
-        self.directory.check()
+        with self._state_lock:
+            self._settle_rest()
+            self.directory.check()
 
     def take_in(self, streams: Sequence[Stream], made: Sequence[Made], ids: Tensor, turn: int) -> None:
         """As ``Memory.take_in``; when it returns, the chunk is on disk."""
@@ -144,6 +146,8 @@ class LiveMemory(Memory):
             return
         with self._write_lock:
             try:
+                with self._state_lock:
+                    self._settle_rest()
                 if self.directory.journal_bytes and not self.directory.closed and self.directory.failed is None:
                     self.checkpoint()
             finally:

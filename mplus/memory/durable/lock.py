@@ -95,20 +95,37 @@ def _read(handle: int) -> bytes:
 
 def is_ours(content: bytes) -> bool:
     """Whether a lock holds this."""
-    return len(content) <= LONGEST and CONTENT.fullmatch(content) is not None
+    return len(content) <= LONGEST and (CONTENT.fullmatch(content) is not None or _is_begun(content))
+
+
+def _is_begun(content: bytes) -> bool:
+    """Whether this is the beginning of the first line, or nothing: a crash came before the id was on disk."""
+    begun = content.rstrip(b"\0")
+    return b"mplus-lock ".startswith(begun) or re.fullmatch(rb"mplus-lock [0-9a-f]{0,16}", begun) is not None
 
 
 def owner_of(folder: Folder) -> str | None:
     """The memory's id; None: there is no lock of ours, or none with an id."""
+    found = CONTENT.fullmatch(_content(folder) or b"")
+    return found[1].decode() if found and found[1] else None
+
+
+def is_new(folder: Folder) -> bool:
+    """Whether there is no lock, or one that a crash has left before the memory had an id."""
+    path = folder / LOCK
+    return not path.exists() or ((content := _content(folder)) is not None and _is_begun(content))
+
+
+def _content(folder: Folder) -> bytes | None:
+    """What the lock holds; None: there is none, or it is no file."""
     path = folder / LOCK
     if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
         return None
     handle = open_file(path)
     try:
-        found = CONTENT.fullmatch(_read(handle))
+        return _read(handle)
     finally:
         os.close(handle)
-    return found[1].decode() if found and found[1] else None
 
 
 def _signed(files: FileSystem, folder: Folder, handle: int) -> str:

@@ -17,8 +17,16 @@ from mplus.memory.durable.checkpoint import Content, read_checkpoint, replay
 from mplus.memory.durable.directory import Directory
 from mplus.memory.durable.kinds import kind_of
 from mplus.memory.durable.live import LiveMemory
-from mplus.memory.durable.lock import acquire, owner_of
-from mplus.memory.durable.manifest import LOCK, LiveManifest, owner_in, read_live_manifest
+from mplus.memory.durable.lock import acquire, is_new, owner_of
+from mplus.memory.durable.manifest import (
+    JOURNAL,
+    LOCK,
+    NEW_MANIFEST,
+    STATE,
+    LiveManifest,
+    owner_in,
+    read_live_manifest,
+)
 from mplus.memory.engine import Engine, engine_of
 from mplus.memory.folder import MANIFEST, hold, prepare, writable
 from mplus.memory.made_with import with_weights
@@ -29,7 +37,7 @@ from mplus.memory.unpacking import check
 from mplus.stores.base import StoreLayout
 from mplus.stores.build import build_eviction
 from mplus.stores.disk.filesystem import FileSystem
-from mplus.stores.disk.folder import FILE_MODE, Folder
+from mplus.stores.disk.folder import FILE_MODE, Folder, PathAt
 
 TRIES = 20
 """How often a reader begins anew when the writer replaces the checkpoint under its eyes."""
@@ -136,13 +144,27 @@ def _check_own(folder: Folder) -> None:
         read_live_manifest(folder)
         return
     with writable(folder):
-        owner = owner_of(folder)
-        foreign = [name for name in folder.names() if name != LOCK and (owner is None or owner_in(name) != owner)]
+        owner, begun = owner_of(folder), is_new(folder)
+        names = [name for name in folder.names() if name != LOCK or not (owner or begun)]
+        foreign = [name for name in names if owner is None or owner_in(name) != owner]
+        kept = [name for name in names if not _is_leftover(folder / name, owner)]
+    if kept and not foreign:
+        raise MemoryFileError(
+            f"{folder / MANIFEST} is missing, and without it {', '.join(map(repr, kept[:3]))}"
+            f"{', ...' if len(kept) > 3 else ''} cannot be read: put it back, or choose another path for a new memory"
+        )
     if foreign:
         raise MemoryFileError(
             f"{folder} must be empty or hold a memory that lives there, got a folder with "
             f"{', '.join(map(repr, foreign[:3]))}{', ...' if len(foreign) > 3 else ''}: choose another path"
         )
+
+
+def _is_leftover(path: PathAt, owner: str | None) -> bool:
+    """Whether a file may be what a crash left of the first checkpoint, before which nothing was acknowledged."""
+    if path.name == JOURNAL.format(owner, 0):
+        return path.stat().st_size == 0
+    return path.name in {STATE.format(owner, 0), NEW_MANIFEST.format(owner)}
 
 
 def _read(
