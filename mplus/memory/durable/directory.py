@@ -170,6 +170,8 @@ class Directory:
         Raises:
             MemoryFileError: one is still there, with what was forgotten; the memory itself no longer has it.
         """
+        if self._left:
+            self._left = remove(self.files, [self.folder / name for name in self._left])
         check_removed(self.path, self._left)
         with writable(self.path):
             self.files.sync_folder(self.folder)
