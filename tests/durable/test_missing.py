@@ -178,3 +178,17 @@ def test_a_manifest_whose_rename_was_reported_as_failed_counts(tmp_path: Path) -
     memory.directory.close()
     assert verify(tmp_path) == []
     assert [source.name for source in reopened(tmp_path, MODEL).sources()] == ["a", "c"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_file_of_which_one_layer_has_lost_all_rows(tmp_path: Path, seed: int) -> None:
+    """Each layer lets other rows go, so that a file may have rows of some layers only."""
+    model = PlainModel(long_term_tokens=7, memory_tokens_per_chunk=2, short_term_tokens=5, eviction="reservoir")
+    memory = Memory.open(tmp_path, model, seed=seed, journal_bytes=1)
+    for number in range(25):
+        memory.write(chunk(number)[:1], source="ab"[number % 2])
+        assert_same(reopened(tmp_path, model), memory)
+    memory.close()
+    assert verify(tmp_path) == []
+    assert repair(tmp_path, tmp_path / "out") == []
+    assert_same(Memory.load(tmp_path / "out", model, store="mmap"), memory)

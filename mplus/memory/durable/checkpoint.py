@@ -171,16 +171,17 @@ def _state_parts(content: Content, layers: Sequence[Sequence[Runs]]) -> Iterator
         yield from stream_parts(number, view, draw)
         if content.indexes:
             yield from index_parts(number, content.indexes[number])
-        order = {id(file): place for place, file in enumerate(files_of(layers[number]))}
+        files = files_of(layers[number])
         for layer, runs in enumerate(layers[number]):
-            for run in runs.runs:
-                holder = run.holder
-                if isinstance(holder, LayerOfFile):
-                    rows = holder.file.rows(f"{holder.layer}.id")
-                    if run.count < rows:
-                        live = torch.zeros(rows, dtype=torch.bool)
+            left = {id(run.holder.file): run for run in runs.runs if isinstance(run.holder, LayerOfFile)}
+            for place, file in enumerate(files):
+                run = left.get(id(file))  # None: this layer has no row in the file any more, and others have
+                count = file.rows(f"{layer}.id")
+                if (0 if run is None else run.count) < count:
+                    live = torch.zeros(count, dtype=torch.bool)
+                    if run is not None:
                         live[run.places] = True
-                        yield Part.whole(live_name(number, order[id(holder.file)], layer), live)
+                    yield Part.whole(live_name(number, place, layer), live)
 
 
 def live_name(stream: int, file: int, layer: int) -> str:
