@@ -209,7 +209,7 @@ def test_a_lock_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "memory").mkdir()
     lock = tmp_path / "memory" / "lock"
     lock.write_text("pid=5; host=here")
-    with pytest.raises(MemoryFileError, match="must be empty or hold a memory that lives there, got .* 'lock'"):
+    with pytest.raises(MemoryFileError, match=r"must be empty or hold a memory that lives there, got .* 'lock'"):
         Memory.open(tmp_path / "memory", MODEL)
     assert lock.read_text() == "pid=5; host=here"
 
