@@ -105,7 +105,7 @@ class Directory:
         """Why what is written now would be somewhere else than where the memory is looked for; None: it would not."""
         if not self.folder.is_at_its_path():
             return "its folder was renamed, removed or replaced"
-        return self._lock.fault(self.folder) or self._gone() or (self.journal and self.journal.fault())
+        return self._lock.fault(self.folder) or self._gone() or (None if self.journal is None else self.journal.fault())
 
     def _gone(self) -> str | None:
         """Which file is gone without which what is written now could not be read; None: all are there."""
