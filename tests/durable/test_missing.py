@@ -192,3 +192,22 @@ def test_a_file_of_which_one_layer_has_lost_all_rows(tmp_path: Path, seed: int) 
     assert verify(tmp_path) == []
     assert repair(tmp_path, tmp_path / "out") == []
     assert_same(Memory.load(tmp_path / "out", model, store="mmap"), memory)
+
+
+def test_forgetting_whose_removals_could_not_be_synced_says_what_has_come_to_be(tmp_path: Path) -> None:
+    class Unsynced(Watched):
+        fails = False
+
+        def before(self, call: int, what: str) -> None:
+            if what == "remove":
+                self.fails = True
+            elif what == "sync_folder" and self.fails:
+                raise OSError(5, "Input/output error")
+
+    files = Unsynced()
+    memory = written(tmp_path, files=files)
+    files.fails = False
+    with pytest.raises(MemoryFileError, match="has forgotten what it was to forget, and its files are removed"):
+        memory.forget("b")
+    memory.directory.close()
+    assert [source.name for source in reopened(tmp_path, MODEL).sources()] == ["a"]

@@ -14,7 +14,7 @@ from mplus.memory.durable.journal import Journal
 from mplus.memory.durable.lock import Lock
 from mplus.memory.durable.manifest import VERSION, LiveManifest, read_live_manifest
 from mplus.memory.files import Facts
-from mplus.memory.folder import MANIFEST, check_removed, writable
+from mplus.memory.folder import MANIFEST, check_removed
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.folder import Folder
 
@@ -173,8 +173,13 @@ class Directory:
         if self._left:
             self._left = remove(self.files, [self.folder / name for name in self._left])
         check_removed(self.path, self._left)
-        with writable(self.path):
+        try:
             self.files.sync_folder(self.folder)
+        except OSError as error:
+            raise MemoryFileError(
+                f"{self.path}: the memory has forgotten what it was to forget, and its files are removed, but they may "
+                f"come back when the power is lost now ({error.strerror or error}): open it again then"
+            ) from error
 
     def settle(self, token: object) -> bool:
         """After an exception: whether the change that makes ``token`` is on disk, and stays.
