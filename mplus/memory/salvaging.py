@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mplus.errors import MemoryFileError, MemoryMismatchError
 from mplus.memory.entries import StreamEntry
-from mplus.memory.sound import PIECE_ROWS, SHORT_TERM, check_newest, sound
+from mplus.memory.sound import PIECE_ROWS, check_newest, sound
 from mplus.memory.source import Source
 from mplus.memory.sources import SourceTable
 from mplus.memory.stream import StreamState
@@ -22,6 +22,8 @@ from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreLayout
 
 T = TypeVar("T")
+SHORT_TERM = "stm"
+"""The list of rows that ``newest`` has hidden states of."""
 
 
 @define(eq=False)
@@ -110,7 +112,7 @@ def clean(number: int, state: StreamState, store: MemoryStore, lost: list[str]) 
     newest = list(state.newest)
     for name, parts in rows.items():
         for layer, part in enumerate(parts):
-            kept = sound(part, state.clock, known, recent=name == SHORT_TERM)
+            kept = sound(part, state.clock, known)
             if not bool(kept.all()):
                 called = "short-term" if name == SHORT_TERM else name
                 lost.append(f"{int((~kept).sum())} of {len(part)} {called} rows of layer {layer}, stream {number}")

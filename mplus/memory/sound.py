@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from mplus.memory.engine import Engine
     from mplus.memory.stream import StreamState
 
-SHORT_TERM = "stm"
-"""The list of rows whose births may count back from the clock."""
 FURTHEST_BACK = 2**31
+"""How many rows before the first one of its own clock a memory may begin with."""
 PIECE_ROWS = 1024
 OPTIONAL = frozenset({"key", "expiry"})
 """Columns that rows of a layout that has them may lack."""
@@ -59,21 +58,18 @@ def check_newest(newest: Tensor, rows: MemoryRows, layout: StoreLayout, layer: i
         )
 
 
-def rules(rows: MemoryRows, clock: int, known: Tensor | None, *, recent: bool = False) -> Iterator[tuple[str, Tensor]]:
+def rules(rows: MemoryRows, clock: int, known: Tensor | None) -> Iterator[tuple[str, Tensor]]:
     """Each rule that the births and sources of rows keep to, in words, and ``[n]`` bool: which of them do.
 
     Args:
         rows: any.
         clock: of their stream.
         known: ``[m]`` int64, ascending: the numbers of its sources; None: nobody knows.
-        recent: the rows are short-term ones.
     """
     births, sources = rows.birth, rows.source.cpu()
-    back = (births < 0) & (births >= -FURTHEST_BACK)
-    if recent and int(back.sum()) > int((births >= 0).sum()):  # all of them, or none ("release" ages)
-        yield "births that count back from the clock", back
-    else:
-        yield f"births below the clock, {clock}, and none below 0", (births >= 0) & (births < clock)
+    # Below 0: rows that an imported memory or a pool began with, and short-term ones that count back ("release" ages).
+    right = (births >= -FURTHEST_BACK) & (births < clock)
+    yield f"births below the clock, {clock}, and none below {-FURTHEST_BACK}", right
     if known is not None:
         of_a_source = torch.zeros_like(sources, dtype=torch.bool)
         if len(known):
@@ -90,17 +86,17 @@ def finite(rows: MemoryRows) -> Iterator[tuple[str, Tensor]]:
             yield f"finite values in {name!r}", torch.cat([piece.isfinite().all(1) for piece in pieces])
 
 
-def sound(rows: MemoryRows, clock: int, known: Tensor, *, recent: bool = False) -> Tensor:
+def sound(rows: MemoryRows, clock: int, known: Tensor) -> Tensor:
     """``[n]`` bool: which rows keep to all of ``rules`` and ``finite``."""
     kept = torch.ones(len(rows), dtype=torch.bool, device=rows.birth.device)
-    for _, right in (*rules(rows, clock, known, recent=recent), *finite(rows)):
+    for _, right in (*rules(rows, clock, known), *finite(rows)):
         kept &= right
     return kept
 
 
-def check_rows(rows: MemoryRows, clock: int, known: Tensor, where: str, *, recent: bool = False) -> None:
+def check_rows(rows: MemoryRows, clock: int, known: Tensor, where: str) -> None:
     """Raise MemoryMismatchError where a row breaks one of ``rules``."""
-    for rule, kept in rules(rows, clock, known, recent=recent):
+    for rule, kept in rules(rows, clock, known):
         if not bool(kept.all()):
             raise MemoryMismatchError(f"{where} must have {rule}, {int((~kept).sum())} of {len(rows)} rows break it")
 
@@ -113,7 +109,7 @@ def check_values(state: StreamState) -> None:
     known = state.sources.column("number")
     for name, parts in state.row_lists().items():
         for layer, rows in enumerate(parts):
-            check_rows(rows, state.clock, known, f"{name} of layer {layer}", recent=name == SHORT_TERM)
+            check_rows(rows, state.clock, known, f"{name} of layer {layer}")
 
 
 def check_fits(states: Sequence[StreamState], engine: Engine, layout: StoreLayout) -> None:

@@ -16,7 +16,7 @@ from mplus.memory.earlier import in_present_form
 from mplus.memory.entries import StreamEntry, layout_from
 from mplus.memory.folder import hold, lock
 from mplus.memory.manifest import LIVE_FORMAT, Manifest, is_memory, read_manifest
-from mplus.memory.sound import SHORT_TERM, finite, rules
+from mplus.memory.sound import finite, rules
 from mplus.memory.stream import StreamState
 from mplus.memory.tensors import TensorReader, Tensors, digest_of_file
 from mplus.memory.unpacking import (
@@ -100,7 +100,7 @@ def _stream(
         found = rows.setdefault(tier, [])
         for layer, count in enumerate(counts):
             prefix = f"stream.{number}.rows.{tier}.{layer}"
-            yield from _rows(file, prefix, count, stream.clock, known, layout, found, recent=tier == SHORT_TERM)
+            yield from _rows(file, prefix, count, stream.clock, known, layout, found)
     for name in file.tensors:
         if name.startswith(mark):
             try:
@@ -134,8 +134,6 @@ def _rows(
     known: Tensor | None,
     layout: StoreLayout,
     found: list[MemoryRows],
-    *,
-    recent: bool = False,
 ) -> Iterator[str]:
     """What is wrong with the rows of one layer; they go into ``found`` if they can be read."""
     try:
@@ -144,6 +142,6 @@ def _rows(
         yield str(error)
         return
     found.append(rows)
-    for rule, kept in (*finite(rows), *rules(rows, clock, known, recent=recent)):
+    for rule, kept in (*finite(rows), *rules(rows, clock, known)):
         if not bool(kept.all()):
             yield f"{file.path}: {prefix} must have {rule}, {int((~kept).sum())} of its {count} rows break it"

@@ -160,7 +160,7 @@ STREAMS = {
     "a source that there is not": one("stream.0.rows.stm.1.source", 77),
     "a source below none": one("stream.0.rows.stm.1.source", -2),
     "a birth after the clock": one("stream.1.rows.stm.0.birth", 2**45),
-    "a negative birth": one("stream.0.rows.stm.0.birth", -5),
+    "a birth long before the first": one("stream.0.rows.stm.0.birth", -(2**40)),
     "births as floats": replaced("stream.0.rows.stm.0.birth", torch.Tensor.float),
     "a row too few in a column": replaced("stream.0.rows.stm.0.hidden", lambda rows: rows[1:]),
     "rows of another width": replaced("stream.0.rows.stm.0.hidden", lambda rows: rows[:, 1:]),
@@ -224,7 +224,7 @@ LONG_TERM = {
     "a source that there never was": one("1.source", 2**40),
     "a source below none": one("1.source", -2),
     "a birth after the clock": one("1.birth", 2**40),
-    "a negative birth": one("1.birth", -1),
+    "a birth long before the first": one("1.birth", -(2**40)),
     "an id twice": replaced("1.id", lambda ids: ids[:1].expand(len(ids))),
     "ids from the last to the first": replaced("1.id", lambda ids: ids.flip(0)),
     "an id after the next": one("1.id", 2**62, at=-1),
@@ -249,7 +249,7 @@ def test_long_term_rows_that_lie_are_refused_when_they_are_read(what: str, live:
 SAVED_ROWS = {
     "a source that there is not": one("store.0.1.source", 77),
     "a birth after the clock": one("store.0.1.birth", 2**40),
-    "a negative birth": one("store.1.1.birth", -1),
+    "a birth long before the first": one("store.1.1.birth", -(2**40)),
     "keys of another width": replaced("store.0.1.key", lambda keys: keys[:, 1:]),
     "a row too few in a column": replaced("store.0.1.source", lambda rows: rows[1:]),
 }

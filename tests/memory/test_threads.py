@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +134,9 @@ def test_a_reader_sees_one_state_of_a_memory_that_is_being_written(name: str) ->
         try:
             for chunk in range(chunks):
                 memory.write(tiny.ids(16, chunk))
+                deadline = time.monotonic() + 20  # a busy machine may let the reader wait for long
+                while len(seen) <= chunk // 4 and time.monotonic() < deadline:
+                    time.sleep(0.001)
         finally:
             writing.clear()
 

@@ -21,7 +21,7 @@ from mplus.memory.durable.manifest import JOURNAL, NEW_MANIFEST, ROWS, STATE, Li
 from mplus.memory.earlier import in_present_form
 from mplus.memory.files import Facts, Index, index_parts, layout_entry, stream_entry, stream_parts
 from mplus.memory.folder import MANIFEST
-from mplus.memory.sound import check_values
+from mplus.memory.sound import FURTHEST_BACK, check_values
 from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.unpacking import check, check_names, read_generator, read_index, read_state, read_usage
 from mplus.rows import NO_SOURCE
@@ -293,7 +293,7 @@ def rules_of(manifest: LiveManifest, number: int) -> dict[str, Rule]:
     stream, found = manifest.streams[number], {}
     for layer, next_id in enumerate(manifest.stores[number].next_ids):
         found[f"{layer}.id"] = Rule(0, next_id - 1, ascending=True)
-        found[f"{layer}.birth"] = Rule(0, stream.clock - 1)
+        found[f"{layer}.birth"] = Rule(-FURTHEST_BACK, stream.clock - 1)
         found[f"{layer}.source"] = Rule(NO_SOURCE, stream.next_source - 1)
     return found
 

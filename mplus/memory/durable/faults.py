@@ -11,7 +11,7 @@ from mplus.memory.durable.journal import records
 from mplus.memory.durable.manifest import LiveManifest, read_live_manifest
 from mplus.memory.durable.opening import read_directory
 from mplus.memory.entries import layout_from
-from mplus.memory.sound import PIECE_ROWS, SHORT_TERM, finite, rules
+from mplus.memory.sound import PIECE_ROWS, finite, rules
 from mplus.stores.disk.blocks import BlockFile, FileEntry
 from mplus.stores.disk.folder import Folder
 
@@ -76,6 +76,6 @@ def _values(folder: Path | Folder, manifest: LiveManifest, content: Content) -> 
             places += [("ltm", store.gather(layer, ids)) for ids in store.ids(layer).split(PIECE_ROWS)]
             for tier, rows in places:
                 where = f"{folder}: {tier} of layer {layer} in stream {number}"
-                for rule, kept in (*finite(rows), *rules(rows, state.clock, known, recent=tier == SHORT_TERM)):
+                for rule, kept in (*finite(rows), *rules(rows, state.clock, known)):
                     if not bool(kept.all()):
                         yield f"{where} must have {rule}, {int((~kept).sum())} of {len(rows)} rows break it"
