@@ -10,7 +10,7 @@ export PYTHON
 # Once installed, nothing here needs the network.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint type pytest docs test-matrix test-nightly test-cpus clean
+.PHONY: demo test lint type pytest docs package test-matrix test-nightly test-cpus clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt tools/environment.sh
 	tools/environment.sh $(VENV)
@@ -21,7 +21,7 @@ demo: $(VENV)/.installed  ## Tell a small decoder facts, ask for them much later
 	$(VENV)/bin/mplus demo --plot build/mplus-demo.png
 
 test: $(VENV)/.installed  ## Everything a change must pass
-	$(MAKE) -j 2 type lint docs
+	$(MAKE) -j 2 type lint docs package
 	$(MAKE) pytest
 
 lint: $(VENV)/.installed
@@ -37,6 +37,9 @@ pytest: $(VENV)/.installed
 
 docs: $(VENV)/.installed  ## The documentation, in site/
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+package: $(VENV)/.installed  ## The sdist and the wheel, in dist/, and the wheel tried in an environment of its own
+	$(VENV)/bin/python -m tools.package
 
 test-matrix:  ## The tests with the oldest supported transformers and with the newest release
 	tools/environment.sh .venv-transformers-oldest transformers==$(OLDEST_TRANSFORMERS)
