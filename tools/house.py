@@ -1,0 +1,337 @@
+"""Count what the shape of the code costs its readers: import circles, crowded folders, untyped seams, long trips.
+
+python -m tools.house [--root FOLDER] [--json] [--write-path] [--list NAME]
+
+Counts are of the files of ``mplus/``; folders are counted in ``tests/`` too. Each row of the table is one function, and
+its docstring says what counts. Everything but ``--write-path`` only parses files, so that ``--root`` can name any
+checkout; ``--write-path`` runs the ``mplus`` that Python finds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import io
+import json
+import re
+import sys
+import tempfile
+import tokenize
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import median
+from types import CodeType, FrameType
+from typing import TypeVar
+
+import attrs
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "mplus"
+MOST_FILES = 15
+FEW_LINES = 6
+STATE = {"stm", "pending", "newest"}
+"""The fields of the M+ mechanism's own state."""
+OWNERS = ("mplus.mechanisms", "mplus.interop")
+"""Rooms that may name those fields: the mechanism's own, and the published model's, whose tensors are called so."""
+NO_VERB = re.compile(r"(What|How|Whether|Of|As|Those|The same|See)\b")
+"""Openings of a docstring that says a relation, where a function needs a verb and a class a noun."""
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Node = TypeVar("Node", bound=ast.AST)
+
+
+@attrs.frozen
+class Module:
+    """A file of the package: its path below the root, its text and its syntax tree."""
+
+    path: Path
+    source: str
+    tree: ast.Module
+
+    @property
+    def is_package(self) -> bool:
+        """Whether it is an ``__init__.py``."""
+        return self.path.name == "__init__.py"
+
+    def nodes(self, kind: type[Node]) -> Iterator[Node]:
+        """Yield the nodes of a kind, at any depth."""
+        return (node for node in ast.walk(self.tree) if isinstance(node, kind))
+
+    def functions(self) -> Iterator[Function]:
+        """Yield all functions and methods, at any depth."""
+        yield from self.nodes(ast.FunctionDef)
+        yield from self.nodes(ast.AsyncFunctionDef)
+
+
+Modules = Mapping[str, Module]
+
+
+def read_modules(root: Path = ROOT) -> dict[str, Module]:
+    """Parse every file of the package; by dotted name, a package's without ``__init__``."""
+    modules = {}
+    for file in sorted((root / PACKAGE).rglob("*.py")):
+        path = file.relative_to(root)
+        parts = path.parts[:-1] if path.name == "__init__.py" else path.with_suffix("").parts
+        source = file.read_text(encoding="utf-8")
+        modules[".".join(parts)] = Module(path, source, ast.parse(source))
+    return modules
+
+
+def exports(modules: Modules) -> dict[str, str]:
+    """Return the public names that ``mplus/__init__.py`` imports, each with the module it is imported from."""
+    nodes = modules[PACKAGE].nodes(ast.ImportFrom)
+    return {alias.name: node.module for node in nodes if node.module and node.module in modules for alias in node.names}
+
+
+def import_graph(modules: Modules) -> dict[str, set[str]]:
+    """Map each module to the modules it imports: at its top, inside functions and under ``TYPE_CHECKING``.
+
+    Two imports are not what they seem. ``mplus/__init__.py`` exports lazily: it is left out of the graph, and
+    ``mplus.wrap`` counts as an import of the module behind ``wrap``. And a public type may stand in annotations
+    everywhere: under ``TYPE_CHECKING``, a name that ``mplus/__init__.py`` exports does not count, except in an
+    ``__init__.py``, where it is a lazy export too.
+    """
+    public = exports(modules)
+    graph = {name: set(_imported(module, modules, public)) - {name, PACKAGE} for name, module in modules.items()}
+    return {**graph, PACKAGE: set()}
+
+
+def _imported(module: Module, modules: Modules, public: Mapping[str, str]) -> Iterator[str]:
+    guards = [node for node in module.nodes(ast.If) if "TYPE_CHECKING" in ast.unparse(node.test)]
+    guarded = {node for guard in guards for part in guard.body for node in ast.walk(part)}
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if node in guarded and alias.name in public and not module.is_package:
+                    continue
+                submodule = f"{node.module}.{alias.name}"
+                origin = public.get(alias.name, PACKAGE) if node.module == PACKAGE else node.module or ""
+                yield from {submodule if submodule in modules else origin} & modules.keys()
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == PACKAGE:
+            yield public.get(node.attr, PACKAGE)
+
+
+def circles(modules: Modules) -> list[list[str]]:
+    """Return the import circles: largest sets of modules that all import one another, directly or through others."""
+    graph = import_graph(modules)
+    reached = {name: _reach(graph, name) for name in graph}
+    found = {tuple(sorted(other for other in reached[name] if name in reached[other])) for name in graph}
+    return sorted(list(circle) for circle in found - {()})
+
+
+def _reach(graph: Mapping[str, set[str]], start: str) -> set[str]:
+    seen: set[str] = set()
+    waiting = [start]
+    while waiting:
+        new = graph[waiting.pop()] - seen
+        seen |= new
+        waiting.extend(new)
+    return seen
+
+
+def one_importer(modules: Modules) -> list[str]:
+    """Return the modules, packages apart, that exactly one other module imports."""
+    importers = Counter(name for imported in import_graph(modules).values() for name in imported)
+    return [name for name, module in modules.items() if importers[name] == 1 and not module.is_package]
+
+
+def crowded_folders(root: Path = ROOT) -> dict[str, int]:
+    """Return the folders of ``mplus/`` and ``tests/`` with more than 15 ``.py`` files of their own, and how many."""
+    counts = Counter(
+        str(file.parent.relative_to(root)) for top in (PACKAGE, "tests") for file in (root / top).rglob("*.py")
+    )
+    return {folder: count for folder, count in sorted(counts.items()) if count > MOST_FILES}
+
+
+def state_users(modules: Modules, *, strict: bool = True) -> list[str]:
+    """Return the modules outside ``mechanisms/`` and ``interop/`` that name a field of M+'s state.
+
+    As an attribute or a keyword of a call; ``strict``: also as a parameter or as a whole string.
+    """
+    inside = tuple(f"{owner}." for owner in OWNERS)
+    return [
+        name
+        for name, module in modules.items()
+        if not f"{name}.".startswith(inside) and STATE & set(_field_names(module, strict=strict))
+    ]
+
+
+def _field_names(module: Module, *, strict: bool) -> Iterator[object]:
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.keyword) or (strict and isinstance(node, ast.arg)):
+            yield node.arg
+        elif strict and isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def called_once(modules: Modules) -> list[str]:
+    """Return the module-level functions of at most 6 lines, decorators apart, that are called at most once.
+
+    A call counts for every function with the name that is called, ``f()`` or ``module.f()``; naming a function without
+    calling it does not count.
+    """
+    functions = [node.func for module in modules.values() for node in module.nodes(ast.Call)]
+    calls = Counter(
+        function.id if isinstance(function, ast.Name) else function.attr
+        for function in functions
+        if isinstance(function, ast.Name | ast.Attribute)
+    )
+    return [
+        f"{name}.{node.name}"
+        for name, module in modules.items()
+        for node in module.tree.body
+        if isinstance(node, Function) and calls[node.name] <= 1 and _length(node) <= FEW_LINES
+    ]
+
+
+def untyped(modules: Modules) -> list[str]:
+    """Return the annotations (of parameters, results and variables) that say ``Any``, as a part of a type too.
+
+    Returned as well: ``object`` in an annotation, except of ``__eq__``; each alias, at the top of a module, of a type
+    with ``Any`` in it, and each annotation that names such an alias.
+    """
+    found = {
+        f"{name}:{node.lineno} {target.id}": target.id
+        for name, module in modules.items()
+        for node in module.tree.body
+        if isinstance(node, ast.Assign) and "Any" in _names(node.value)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    loose = {"Any", "object", *found.values()}
+    return [*found, *(place for place, node in _annotations(modules) if loose & _names(node))]
+
+
+def _annotations(modules: Modules) -> Iterator[tuple[str, ast.expr]]:
+    for name, module in modules.items():
+        equal = [node for node in module.nodes(ast.FunctionDef) if node.name == "__eq__"]
+        exempt = {argument for node in equal for argument in node.args.args}
+        for node in ast.walk(module.tree):
+            if isinstance(node, Function):
+                annotation = node.returns
+            elif isinstance(node, ast.arg | ast.AnnAssign) and node not in exempt:
+                annotation = node.annotation
+            else:
+                continue
+            if annotation is not None:
+                yield f"{name}:{node.lineno} {ast.unparse(annotation)}", annotation
+
+
+def _names(node: ast.AST) -> set[str]:
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+
+
+def no_verb(modules: Modules) -> list[str]:
+    """Return the classes and functions whose docstring begins with one of the openings of ``NO_VERB``."""
+    return [
+        f"{name}:{node.lineno} {node.name}"
+        for name, module in modules.items()
+        for node in (*module.nodes(ast.ClassDef), *module.functions())
+        if NO_VERB.match(ast.get_docstring(node) or "")
+    ]
+
+
+def function_lengths(modules: Modules) -> list[int]:
+    """Return the lines of every function and method, from ``def`` to the end, docstring included."""
+    return [_length(function) for module in modules.values() for function in module.functions()]
+
+
+def _length(node: Function) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def comment_share(modules: Modules) -> float:
+    """Return the comments, whole lines and ends of lines, per line that is not blank."""
+    readers = [io.StringIO(module.source).readline for module in modules.values()]
+    comments = sum(token.type == tokenize.COMMENT for read in readers for token in tokenize.generate_tokens(read))
+    written = sum(bool(line.strip()) for module in modules.values() for line in module.source.splitlines())
+    return comments / written
+
+
+LISTS = {listed.__name__: listed for listed in (circles, state_users, called_once, untyped, one_importer, no_verb)}
+"""Functions whose finds can be printed one by one."""
+
+
+def measure(root: Path = ROOT) -> dict[str, float]:
+    """Return every number of a checkout that needs no running, by the name of its row."""
+    modules = read_modules(root)
+    lengths = [len(module.source.splitlines()) for module in modules.values()]
+    return {
+        "import circles": len(circles(modules)),
+        "modules in import circles": sum(map(len, circles(modules))),
+        "folders over 15 files": len(crowded_folders(root)),
+        "files that touch .stm, .pending, .newest": len(state_users(modules, strict=False)),
+        "the same, parameters and strings too": len(state_users(modules)),
+        "functions called at most once, at most 6 lines": len(called_once(modules)),
+        "Any, its aliases, object": len(untyped(modules)),
+        "files": len(lengths),
+        "median lines of a file": median(lengths),
+        "most lines of a file": max(lengths),
+        "functions": len(function_lengths(modules)),
+        "median lines of a function": median(function_lengths(modules)),
+        "comments per 100 lines": round(100 * comment_share(modules), 1),
+        "files with one importer": len(one_importer(modules)),
+        "docstrings that begin with no verb": len(no_verb(modules)),
+    }
+
+
+def write_path() -> dict[str, int]:
+    """Return what one write to a memory in a directory runs: calls into ``mplus/``, distinct functions and files.
+
+    The memory is of the 5-layer decoder that comes with mplus, and the text is one chunk of at most 128 tokens.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import mplus
+
+    home = Path(mplus.__file__).parent
+    decoder = str(home / "data" / "stories260K")
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    model = AutoModelForCausalLM.from_pretrained(decoder)
+    mplus.wrap(model, mplus.MPlusConfig(chunk_tokens=128, memory_tokens_per_chunk=16, short_term_tokens=64))
+    text = "Once upon a time a girl named Lily found a red stone in the garden. " * 4
+    calls: Counter[CodeType] = Counter()
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and home in Path(frame.f_code.co_filename).parents:
+            calls[frame.f_code] += 1
+
+    with tempfile.TemporaryDirectory() as folder, mplus.Memory.open(folder, model, tokenizer=tokenizer) as memory:
+        sys.setprofile(count)
+        try:
+            memory.write(text, source="Lily")
+        finally:
+            sys.setprofile(None)
+    return {
+        "calls in one write": calls.total(),
+        "functions in one write": len(calls),
+        "files in one write": len({code.co_filename for code in calls}),
+    }
+
+
+def main() -> None:
+    """Print the numbers of a checkout, as a table or as JSON."""
+    parser = argparse.ArgumentParser(description="Count what the shape of the code costs its readers.")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the checkout to count; default: this one")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--write-path", action="store_true", help="also run one write of the mplus that Python finds")
+    parser.add_argument("--list", choices=LISTS, help="print what is counted, not how much of it there is")
+    asked = parser.parse_args()
+    if asked.list:
+        print(*LISTS[asked.list](read_modules(asked.root)), sep="\n")
+        return
+    numbers = {**measure(asked.root), **(write_path() if asked.write_path else {})}
+    if asked.json:
+        print(json.dumps(numbers, indent=2))
+    else:
+        for name, number in numbers.items():
+            print(f"{name:<48}{number:>8g}")
+
+
+if __name__ == "__main__":
+    main()
