@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mplus.stores.disk.sums import DIVIDED, LARGEST_ROW, PRESENT, WIDE, Crc32, WeightedSums, weights
+from mplus.stores.disk.checksums import DIVIDED, LARGEST_ROW, PRESENT, WIDE, Crc32, WeightedSums, weights
 
 WHOLE = 2**64
 

@@ -10,9 +10,10 @@ import pytest
 
 import mplus
 from mplus.backends import BACKENDS
+from mplus.eviction import EVICTION
 from mplus.mechanisms import MECHANISMS
 from mplus.retrievers import RETRIEVERS
-from mplus.stores import EVICTION, STORES
+from mplus.stores import STORES
 from mplus.training.data import SOURCES
 from mplus.training.objectives import OBJECTIVES
 

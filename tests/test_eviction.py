@@ -7,9 +7,9 @@ from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mplus.stores import EVICTION
+from mplus.eviction import EVICTION
+from mplus.eviction.base import FifoEviction
 from mplus.stores.base import StoreLayout
-from mplus.stores.eviction import FifoEviction
 from mplus.stores.ram import RamStore
 from mplus.testing.eviction import EvictionConformance
 from mplus.testing.registered import suites

@@ -12,13 +12,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mplus.errors import ConfigError
+from mplus.eviction.lru import LruEviction
+from mplus.eviction.reservoir import ReservoirEviction, scramble
+from mplus.eviction.topk_rows import first_rows
+from mplus.eviction.ttl import TtlEviction
+from mplus.stores.access_log import NEVER, READS, SPARE, Usage
 from mplus.stores.base import Piece, StoreLayout
-from mplus.stores.choosing import first_rows
-from mplus.stores.eviction_lru import LruEviction
-from mplus.stores.eviction_reservoir import ReservoirEviction, scramble
-from mplus.stores.eviction_ttl import TtlEviction
 from mplus.stores.ram import RamStore
-from mplus.stores.usage import NEVER, READS, SPARE, Usage
 from mplus.testing.strategies import CONFORMANCE, draw_rows
 
 LAYOUT = StoreLayout(layers=2, hidden_size=1, expiry=True)

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mplus.stores import eviction_reservoir
+from mplus.eviction import reservoir
+from mplus.eviction.reservoir import ReservoirEviction, scramble, scrambled
 from mplus.stores.base import StoreLayout
-from mplus.stores.eviction_reservoir import ReservoirEviction, scramble, scrambled
 from mplus.stores.mmap import MmapStore
 from mplus.stores.ram import RamStore
 from mplus.testing.strategies import CONFORMANCE, draw_rows
@@ -48,8 +48,8 @@ def sorted_out(store: Any, excess: int, seed: int) -> list[int]:
 def test_as_sorting_all_rows(make, least, steps, births, seed):
     """However rows came and went, with equal numbers among them or not."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eviction_reservoir, "LEAST", least)
-        patch.setattr(eviction_reservoir, "AHEAD", 1)
+        patch.setattr(reservoir, "LEAST", least)
+        patch.setattr(reservoir, "AHEAD", 1)
         policy = ReservoirEviction(ReservoirEviction.Options(seed=seed))
         stores = [make()]
         snapshot = stores[0].snapshot()
@@ -89,7 +89,7 @@ def test_numbers_are_computed_for_new_rows(make, monkeypatch):
     rows = draw_rows(LAYOUT, 1000, 0)
     store.append(0, rows.replace(birth=torch.arange(1000)))
     policy.select(store, 0, 4)
-    monkeypatch.setattr(eviction_reservoir, "scramble", counting)
+    monkeypatch.setattr(reservoir, "scramble", counting)
     for turn in range(10):
         birth = torch.arange(1000 + 4 * turn, 1004 + 4 * turn)
         store.append(0, draw_rows(LAYOUT, 4, turn).replace(birth=birth))

@@ -20,10 +20,10 @@ from mplus.errors import ConfigError, MissingDependencyError
 from mplus.mechanisms.pending import PendingView
 from mplus.registry import Registry
 from mplus.retrievers.faiss_ivf import FaissIvfRetriever
+from mplus.retrievers.index_cache import cells_for
 from mplus.retrievers.linear import LinearRetriever
-from mplus.retrievers.shelf import cells_for
 from mplus.stores.ram import RamStore
-from mplus.stores.slab_store import SlabView
+from mplus.stores.slabs.store import SlabView
 from mplus.testing.projections import SmallAttention
 from mplus.testing.retrievers import SHAPE, RetrieverConformance
 from mplus.testing.strategies import draw_rows

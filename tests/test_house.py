@@ -26,6 +26,7 @@ FLOORS = [
     {"errors", "plugins", "registry", "rows"},
     {"config"},
     {"stores", "retrievers", "backends"},
+    {"eviction"},
     {"memory"},
     {"mechanisms"},
     {"hf"},
@@ -50,9 +51,9 @@ TENANTS = {
     "lm_eval": {"evaluation"},
     "matplotlib": {"evaluation"},
 }
-INDEXED = {f"mplus.retrievers.{name}" for name in ("faiss_ivf", "ivf", "shelf")}
+INDEXED = {f"mplus.retrievers.{name}" for name in ("faiss_ivf", "ivf", "index_cache")}
 """Modules that are imported with faiss only."""
-STATE = {"rows", "memory", "stores", "retrievers", "backends", "mechanisms"}
+STATE = {"rows", "memory", "stores", "eviction", "retrievers", "backends", "mechanisms"}
 """Rooms that hold or compute the memory itself: tensors only."""
 
 
@@ -282,7 +283,7 @@ def test_everything_below_hf_works_without_transformers():
 
 def test_importing_a_registry_imports_no_implementation():
     loaded = in_subprocess(
-        "import json, sys, mplus.stores, mplus.retrievers, mplus.backends, mplus.mechanisms\n"
+        "import json, sys, mplus.stores, mplus.eviction, mplus.retrievers, mplus.backends, mplus.mechanisms\n"
         "import mplus.training.data, mplus.training.objectives\n"
         "print(json.dumps(sorted(sys.modules)))"
     )

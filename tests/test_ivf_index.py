@@ -12,8 +12,8 @@ import torch
 from mplus.errors import InputError, NotSupported
 from mplus.retrievers import ivf
 from mplus.retrievers.base import Selection
+from mplus.retrievers.index_cache import differences
 from mplus.retrievers.ivf import IvfIndex
-from mplus.retrievers.shelf import differences
 from tests.indexed import append, check_alike, check_best, made, normal, select, store_of
 
 pytestmark = pytest.mark.two_computations

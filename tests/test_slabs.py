@@ -11,12 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mplus.stores import blocks
 from mplus.stores.base import StoreLayout, smallest
-from mplus.stores.blocks import Block, RamAllocator
 from mplus.stores.ram import RamStore
-from mplus.stores.slab_layer import SlabLayer
-from mplus.stores.slabs import Slab, SlabSizes
+from mplus.stores.slabs import block
+from mplus.stores.slabs.block import Block, RamAllocator
+from mplus.stores.slabs.layer import SlabLayer
+from mplus.stores.slabs.slab import Slab, SlabSizes
 from mplus.testing.strategies import CONFORMANCE, draw_rows
 from tests.test_stores import CountWrites
 
@@ -140,7 +140,7 @@ class TestSeam:
 class TestMemoryIsUsedAgain:
     @pytest.fixture(autouse=True)
     def small_columns_too(self, monkeypatch):
-        monkeypatch.setattr(blocks, "KEPT_BYTES", 1)
+        monkeypatch.setattr(block, "KEPT_BYTES", 1)
 
     @staticmethod
     def pointers(block: Block) -> dict[str, int]:
@@ -192,7 +192,7 @@ class TestMemoryIsUsedAgain:
                 made.append(size)
             return allocate(*size, **options)
 
-        monkeypatch.setattr(blocks.torch, "empty", counted)
+        monkeypatch.setattr(block.torch, "empty", counted)
         for step in range(200):
             store.append(0, piece)
             if store.count(0) > 256:
@@ -249,4 +249,4 @@ def test_a_limited_layer_keeps_within_its_bytes_even_where_columns_are_large():
         if excess > 0:
             store.remove(0, store.ids(0)[:excess])
         assert store.nbytes <= store.bytes_for(400) == 450 * store.bytes_per_row
-    assert max(slab.block.nbytes for slab in store.slab_layers[0].slabs) > blocks.KEPT_BYTES
+    assert max(slab.block.nbytes for slab in store.slab_layers[0].slabs) > block.KEPT_BYTES

@@ -11,13 +11,13 @@ from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from mplus.errors import ConfigError, MemoryFileError, NotSupported
-from mplus.stores.disk.blocks import BlockFile, write_blocks
+from mplus.stores.disk.block_file import BlockFile, write_blocks
+from mplus.stores.disk.checksums import FIRST, PRESENT, WIDE, WeightedSums
+from mplus.stores.disk.compaction import files_of
 from mplus.stores.disk.filesystem import FileSystem
-from mplus.stores.disk.holders import LayerOfFile
-from mplus.stores.disk.merging import files_of
-from mplus.stores.disk.parts import Part
-from mplus.stores.disk.runs import Run, Runs
-from mplus.stores.disk.sums import FIRST, PRESENT, WIDE, WeightedSums
+from mplus.stores.disk.safetensors_io import Part
+from mplus.stores.disk.segment_source import LayerOfFile
+from mplus.stores.disk.segments import Run, Runs
 from mplus.stores.mmap import MmapStore
 from mplus.testing.store_model import LAYOUT, StoreMachine
 from mplus.testing.stores import StoreConformance
@@ -143,7 +143,7 @@ def test_a_block_is_checked_when_it_is_first_read_and_once(tmp_path, monkeypatch
 @pytest.mark.parametrize(("width", "block", "spoiled"), [(257, 2056, range(8, 10)), (77, 2**16, range(212, 426))])
 def test_rows_that_share_blocks_are_checked_with_these(tmp_path, monkeypatch, width, block, spoiled):
     """Two of 1,028 bytes in a block of whole words; narrow ones in a block of 64 KiB, which cuts through two."""
-    monkeypatch.setattr("mplus.stores.disk.checked.AT_A_TIME", 4096)  # above that, only what is read is checked
+    monkeypatch.setattr("mplus.stores.disk.verified.AT_A_TIME", 4096)  # above that, only what is read is checked
     layout, count = attrs.evolve(LAYOUT, hidden_size=width), spoiled.stop + 1
     store = MmapStore(layout, MmapStore.Options(directory=str(tmp_path), bytes_in_memory=1000))
     ids, rows = store.append(0, draw_rows(layout, count, 1)), draw_rows(layout, count, 1).hidden

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mplus.errors import ConfigError, MemoryMismatchError
 from mplus.stores import STORES
 from mplus.stores.base import StoreLayout
-from mplus.stores.blocks import Block, RamAllocator
 from mplus.stores.ram import RamStore
+from mplus.stores.slabs.block import Block, RamAllocator
 from mplus.testing.registered import suites
 from mplus.testing.stores import StoreConformance
 from mplus.testing.strategies import CONFORMANCE, draw_rows

@@ -15,7 +15,7 @@ from hypothesis.stateful import invariant, rule, run_state_machine_as_test
 from mplus.stores.ram import RamStore
 from mplus.stores.tiered import TieredStore
 from mplus.stores.tiers import cache as caches
-from mplus.stores.tiers import small as smalls
+from mplus.stores.tiers import resident as smalls
 from mplus.stores.tiers.cache import RowCache
 from mplus.testing.store_model import StoreMachine
 from mplus.testing.strategies import CONFORMANCE

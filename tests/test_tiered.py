@@ -16,9 +16,9 @@ from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.stores.ram import RamStore
 from mplus.stores.tiered import TieredStore
-from mplus.stores.tiers import family
-from mplus.stores.tiers.small import Small
-from mplus.stores.tiers.travel import Arrival, Travel
+from mplus.stores.tiers import shared_cache
+from mplus.stores.tiers.resident import Small
+from mplus.stores.tiers.transfer import Arrival, Travel
 from mplus.testing.stores import StoreConformance
 from mplus.testing.strategies import draw_rows
 from tests.memory import tiny
@@ -172,7 +172,7 @@ def test_what_travels_is_awaited_when_it_is_looked_at(monkeypatch):
         return torch.empty(*shape, **named)
 
     without_pinning.empty = empty
-    monkeypatch.setattr(family, "torch", without_pinning)
+    monkeypatch.setattr(shared_cache, "torch", without_pinning)
     monkeypatch.setattr(Arrival, "await_", lambda own, columns: log.append(f"awaited {own.event}"))
     for wanted in ([100, 3, 60], [100, 20, 150, 2, 60, 101], [*range(90, 130), 5, 40]):
         places = torch.tensor(wanted)

@@ -8,11 +8,12 @@ import torch
 from attrs import define, evolve
 from torch import Tensor
 
+from mplus.eviction.build import build_eviction
 from mplus.memory.memory import Memory
 from mplus.memory.stream import StreamState
 from mplus.rows import NO_SOURCE, MemoryRows
 from mplus.stores.base import MemoryStore
-from mplus.stores.build import build_eviction, build_store
+from mplus.stores.build import build_store
 
 PIECE = 16_384
 """Rows made, and keys projected, at a time."""

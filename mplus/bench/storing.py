@@ -15,13 +15,14 @@ from mplus.bench.presets import Preset
 from mplus.bench.record import arm_entry, measured
 from mplus.bench.timing import Arm, in_rounds, ratio
 from mplus.config import Component, MPlusConfig, options_of
+from mplus.eviction.build import build_eviction
 from mplus.mechanisms.additions import MemoryAdditions
 from mplus.mechanisms.mplus import MPlusMechanism
 from mplus.memory.stream import StreamState
 from mplus.memory.write_context import Keys, WriteContext
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
-from mplus.stores.build import build_eviction, build_store
+from mplus.stores.build import build_store
 
 ROWS = (10_000, 100_000, 1_000_000)
 """Rows of a layer."""

@@ -44,9 +44,10 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="Print the list
 def registries() -> list[Registry[Any]]:
     """Every registry of mplus."""
     from mplus.backends import BACKENDS
+    from mplus.eviction import EVICTION
     from mplus.mechanisms import MECHANISMS
     from mplus.retrievers import RETRIEVERS
-    from mplus.stores import EVICTION, STORES
+    from mplus.stores import STORES
     from mplus.training.data import SOURCES
     from mplus.training.objectives import OBJECTIVES
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from mplus.config import Component, MPlusConfig, options_of
 from mplus.errors import ConfigError
+from mplus.eviction import EVICTION
+from mplus.eviction.build import build_eviction
 from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.additions import MemoryAdditions
 from mplus.mechanisms.base import MemoryMechanism
@@ -20,8 +22,8 @@ from mplus.memory.memory import Memory
 from mplus.memory.texts import Texts
 from mplus.retrievers import RETRIEVERS
 from mplus.retrievers.base import Retriever, RetrieverShape
-from mplus.stores import EVICTION, STORES
-from mplus.stores.build import build_eviction, build_store
+from mplus.stores import STORES
+from mplus.stores.build import build_store
 
 if TYPE_CHECKING:
     from mplus.hf.engine import DecoderEngine

@@ -16,7 +16,7 @@ from mplus.hf.names import is_adapter, plain_name
 from mplus.hf.tensor_group import TensorGroup
 from mplus.hf.tuned import Tuned, active, is_tuned, tuned_layer
 from mplus.memory.weights_state import AdapterState, WeightsState
-from mplus.stores.process_lock import ProcessLock
+from mplus.stores.disk.process_lock import ProcessLock
 
 if TYPE_CHECKING:
     from mplus.hf.engine import DecoderEngine

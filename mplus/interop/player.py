@@ -9,6 +9,7 @@ from attrs import define, evolve
 from torch import Tensor
 
 from mplus.errors import CheckpointError
+from mplus.eviction.base import EvictionPolicy
 from mplus.hf.engine import DecoderEngine, DensePlan, WriteSource
 from mplus.hf.forward import generating
 from mplus.hf.passes import Pass, running
@@ -22,7 +23,6 @@ from mplus.memory.write_context import WriteContext
 from mplus.retrievers.linear import LinearRetriever
 from mplus.rows import NO_SOURCE, MemoryRows
 from mplus.stores.base import MemoryStore
-from mplus.stores.eviction import EvictionPolicy
 
 
 @define(frozen=True, eq=False)

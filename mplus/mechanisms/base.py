@@ -13,12 +13,12 @@ from torch import Tensor
 
 from mplus.config import MPlusConfig
 from mplus.errors import InputError
+from mplus.eviction.base import EvictionPolicy
 from mplus.mechanisms.additions import MemoryAdditions
 from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.write_context import WriteContext
 from mplus.rows import NO_SOURCE, MemoryRows
 from mplus.stores.base import Located, MemoryStore, StoreLayout, StoreView
-from mplus.stores.eviction import EvictionPolicy
 
 logger = logging.getLogger(__name__)
 

@@ -11,14 +11,14 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.config import number, one_of, whole
+from mplus.eviction.base import EvictionPolicy
+from mplus.eviction.ttl import TtlEviction
 from mplus.mechanisms.base import MemoryMechanism, Retrieved
 from mplus.mechanisms.pending import PendingView
 from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.write_context import WriteContext
 from mplus.rows import MemoryRows
 from mplus.stores.base import Column, Content, StoreLayout, StoreView
-from mplus.stores.eviction import EvictionPolicy
-from mplus.stores.eviction_ttl import TtlEviction
 
 
 class MPlusMechanism(MemoryMechanism):

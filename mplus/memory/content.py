@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from attrs import evolve
 
+from mplus.eviction.base import EvictionPolicy
 from mplus.memory.budget import Budget
 from mplus.memory.checks import check_row
 from mplus.memory.engine import Engine
@@ -17,10 +18,9 @@ from mplus.memory.listing import sources_of
 from mplus.memory.report import SourceInfo
 from mplus.memory.sharing import distinct, each
 from mplus.memory.stream import StreamState, StreamView
+from mplus.stores.access_log import Usage
 from mplus.stores.base import MemoryStore
-from mplus.stores.eviction import EvictionPolicy
-from mplus.stores.process_lock import ProcessLock
-from mplus.stores.usage import Usage
+from mplus.stores.disk.process_lock import ProcessLock
 
 
 class MemoryContent:

@@ -11,12 +11,13 @@ from attrs import define, field
 from mplus.memory.folder import DATA
 from mplus.memory.structure import check_name, file_named, named_like, whole
 from mplus.stores.base import StoreLayout
-from mplus.stores.disk.parts import CODES
+from mplus.stores.disk.safetensors_io import CODES
 
 MOST = 2**31 - 1
 """The most layers, or numbers in a row, that are read."""
 MOST_ROWS = 2**42
-"""The most rows per layer that a stream can have written: times of reads (``mplus.stores.usage``) are 2**20 as much."""
+"""The most rows per layer that a stream can have written; access times (``mplus.stores.access_log``) go to 2**20 as
+much."""
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -33,6 +33,8 @@ from torch import Tensor
 import mplus
 from mplus.config import Component
 from mplus.errors import MemoryFileError
+from mplus.eviction.base import EvictionPolicy
+from mplus.eviction.build import build_eviction
 from mplus.memory.budget import Budget
 from mplus.memory.checks import check_device
 from mplus.memory.earlier import in_present_form
@@ -63,11 +65,9 @@ from mplus.memory.tensors import TensorReader, write_tensors
 from mplus.memory.texts import tail_tensors
 from mplus.memory.unpacking import check, check_names, read_index, read_streams, read_usage
 from mplus.stores.base import StoreLayout, StoreView
-from mplus.stores.build import build_eviction
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.folder import FILE_MODE, Folder, PathAt, open_file, read_file
-from mplus.stores.disk.parts import Part
-from mplus.stores.eviction import EvictionPolicy
+from mplus.stores.disk.safetensors_io import Part
 
 PIECE_BYTES = 2**26
 """Long-term rows are taken out of their store so many bytes at a time."""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mplus.memory.content import MemoryContent
 from mplus.memory.stream import StreamState
+from mplus.stores.access_log import Usage
 from mplus.stores.base import MemoryStore, StoreView
-from mplus.stores.usage import Usage
 
 Stayed = Mapping[int, Sequence[Tensor]]
 """By batch row, what ``Absorbed.stayed`` says of a write."""

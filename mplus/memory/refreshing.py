@@ -14,8 +14,8 @@ from mplus.memory.engine import Engine
 from mplus.memory.stream import StreamState
 from mplus.memory.weights_state import WeightsState
 from mplus.rows import MemoryRows
+from mplus.stores.access_log import Usage
 from mplus.stores.base import MemoryStore, StoreView
-from mplus.stores.usage import Usage
 
 if TYPE_CHECKING:
     from mplus.memory.memory import Memory

@@ -104,7 +104,7 @@ def check_rows(rows: MemoryRows, clock: int, known: Tensor, where: str) -> None:
 def check_values(state: StreamState) -> None:
     """Raise MemoryMismatchError unless births and sources of all rows but the long-term ones can be those of a stream.
 
-    (What long-term rows say is checked as it is read: see ``mplus.stores.disk.checked.Rule``.)
+    (What long-term rows say is checked as it is read: see ``mplus.stores.disk.verified.Rule``.)
     """
     known = state.sources.column("number")
     for name, parts in state.row_lists().items():

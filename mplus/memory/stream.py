@@ -15,8 +15,8 @@ from mplus.memory.sources import SourceTable
 from mplus.memory.texts import Text, Texts, Waiting
 from mplus.memory.weights_state import WeightsState
 from mplus.rows import MemoryRows
+from mplus.stores.access_log import Usage
 from mplus.stores.base import StoreLayout, StoreView
-from mplus.stores.usage import Usage
 
 ROW_LISTS = ("stm", "pending")
 """Names of the lists of rows that ``StreamState`` keeps, each with a part for every layer."""

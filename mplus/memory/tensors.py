@@ -16,7 +16,7 @@ from torch import Tensor
 from mplus.errors import MemoryFileError
 from mplus.memory.entries import DTYPES, DataEntry, TensorEntry, name_of
 from mplus.stores.disk.folder import Folder, PathAt, open_file, path_of
-from mplus.stores.disk.parts import CODES, Part, header, in_order, raw
+from mplus.stores.disk.safetensors_io import CODES, Part, header, in_order, raw
 
 PIECE_BYTES = 2**26
 """Bytes of a file hashed at a time."""

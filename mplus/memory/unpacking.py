@@ -21,9 +21,9 @@ from mplus.memory.structure import LARGEST
 from mplus.memory.tensors import Tensors
 from mplus.memory.texts import NAMES, TAIL_NAMES, Texts, Waiting, generator_in, tail_from
 from mplus.rows import MemoryRows
+from mplus.stores.access_log import NEVER, Usage
 from mplus.stores.base import MemoryStore, StoreLayout
 from mplus.stores.build import build_store
-from mplus.stores.usage import NEVER, Usage
 
 COLUMNS = ("hidden", "birth", "source", "key", "expiry", "projected")
 OF_STREAM = re.compile(

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from attrs import define
 from torch import Tensor
 
+from mplus.eviction.base import EvictionPolicy
+from mplus.stores.access_log import Usage
 from mplus.stores.base import MemoryStore
-from mplus.stores.eviction import EvictionPolicy
-from mplus.stores.usage import Usage
 
 Draw = Callable[[int], Tensor]
 """``draw(n)``: a uniform random permutation of 0..n-1, int64 on the CPU."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from mplus.config import flag, number, whole
 from mplus.retrievers.base import RetrieverShape, Selection, check_selection
 from mplus.retrievers.candidates import keys_of, rank, same_store
+from mplus.retrievers.index_cache import IndexShelf, Ready
 from mplus.retrievers.linear import LinearRetriever
-from mplus.retrievers.shelf import IndexShelf, Ready
 from mplus.stores.base import StoreView
 
 

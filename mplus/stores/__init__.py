@@ -1,4 +1,4 @@
-"""Long-term storage of memory rows, and the policies that make room in it."""
+"""Long-term storage of memory rows."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from mplus.registry import Registry
 
 if TYPE_CHECKING:
     from mplus.stores.base import MemoryStore
-    from mplus.stores.eviction import EvictionPolicy
 
-__all__ = ["EVICTION", "STORES"]
+__all__ = ["STORES"]
 
 STORES: Registry[MemoryStore] = Registry(
     "store",
@@ -21,17 +20,5 @@ STORES: Registry[MemoryStore] = Registry(
         "mmap": "mplus.stores.mmap:MmapStore",
         "quantized": "mplus.stores.quantized:QuantizedStore",
         "tiered": "mplus.stores.tiered:TieredStore",
-    },
-)
-
-EVICTION: Registry[EvictionPolicy] = Registry(
-    "eviction policy",
-    group="mplus.eviction",
-    base="mplus.stores.eviction:EvictionPolicy",
-    builtin={
-        "fifo": "mplus.stores.eviction:FifoEviction",
-        "lru": "mplus.stores.eviction_lru:LruEviction",
-        "reservoir": "mplus.stores.eviction_reservoir:ReservoirEviction",
-        "ttl": "mplus.stores.eviction_ttl:TtlEviction",
     },
 )

@@ -19,12 +19,12 @@ from mplus.config import whole
 from mplus.errors import ConfigError, MemoryMismatchError, NotSupported
 from mplus.rows import MemoryRows
 from mplus.stores.base import Column, Content, MemoryStore, Origin, Piece, StoreLayout, StoreView
-from mplus.stores.disk.blocks import BlockFile
+from mplus.stores.disk.block_file import BlockFile
+from mplus.stores.disk.compaction import plan, rewritten
 from mplus.stores.disk.filesystem import FileSystem
-from mplus.stores.disk.merging import plan, rewritten
-from mplus.stores.disk.runs import Runs, holders
-from mplus.stores.layered import LayeredView, naming
-from mplus.stores.process_lock import ProcessLock
+from mplus.stores.disk.process_lock import ProcessLock
+from mplus.stores.disk.segments import Runs, holders
+from mplus.stores.slabs.view import LayeredView, naming
 
 
 class _Reading(LayeredView[Runs]):

@@ -10,13 +10,13 @@ from attrs import define, field
 from mplus.config import whole
 from mplus.errors import ConfigError
 from mplus.stores.base import MemoryStore
-from mplus.stores.blocks import RamAllocator
-from mplus.stores.slab_store import SlabStore
-from mplus.stores.slabs import SlabSizes
+from mplus.stores.slabs.block import RamAllocator
+from mplus.stores.slabs.slab import SlabSizes
+from mplus.stores.slabs.store import SlabStore
 
 if TYPE_CHECKING:
     from mplus.stores.base import StoreLayout
-    from mplus.stores.blocks import Allocator
+    from mplus.stores.slabs.block import Allocator
 
 
 def _above_one(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:

@@ -34,12 +34,12 @@ from mplus.errors import MemoryMismatchError
 from mplus.rows import MemoryRows
 from mplus.stores.base import Column, Content, Located, MemoryStore, Piece, StoreLayout, StoreView
 from mplus.stores.build import build_store
-from mplus.stores.tiers.family import Lineage, TierReport, Tiers, content_of
-from mplus.stores.tiers.small import Small
-from mplus.stores.tiers.travel import Arrival, Arriving, on_device
+from mplus.stores.tiers.resident import Small
+from mplus.stores.tiers.shared_cache import Lineage, TierReport, Tiers, content_of
+from mplus.stores.tiers.transfer import Arrival, Arriving, on_device
 
 if TYPE_CHECKING:
-    from mplus.stores.slab_layer import SlabLayer
+    from mplus.stores.slabs.layer import SlabLayer
 
 
 class _Reading(StoreView):

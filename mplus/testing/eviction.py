@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mplus.eviction.base import EvictionPolicy
 from mplus.stores.base import MemoryStore, StoreLayout
-from mplus.stores.eviction import EvictionPolicy
 from mplus.stores.ram import RamStore
 from mplus.testing.strategies import CONFORMANCE, draw_rows, layouts, sizes
 

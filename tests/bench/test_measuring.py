@@ -21,7 +21,7 @@ from mplus.bench.record import failed
 from mplus.bench.tables import opening, refused, sheets
 from mplus.cli import app
 from mplus.errors import NotSupported
-from mplus.stores.eviction import FifoEviction
+from mplus.eviction.base import FifoEviction
 
 TINY = preset("tiny")
 CPU = torch.device("cpu")

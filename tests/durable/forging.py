@@ -24,10 +24,10 @@ from mplus.memory.saved import forget_saved
 from mplus.memory.structure import unstructured
 from mplus.memory.tensors import write_tensors
 from mplus.memory.verify import verify
-from mplus.stores.disk.blocks import BlockFile, FileEntry, write_blocks
+from mplus.stores.disk.block_file import BlockFile, FileEntry, write_blocks
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.folder import Folder
-from mplus.stores.disk.parts import Part, pack, unpack
+from mplus.stores.disk.safetensors_io import Part, pack, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,8 +11,8 @@ import torch
 from mplus.memory import Memory
 from mplus.memory.durable.manifest import VERSION, read_live_manifest
 from mplus.memory.verify import verify
-from mplus.stores.disk.blocks import BlockFile
-from mplus.stores.disk.sums import FIRST, PRESENT
+from mplus.stores.disk.block_file import BlockFile
+from mplus.stores.disk.checksums import FIRST, PRESENT
 from tests.fixtures import make_live_v1, make_live_v2, make_live_v3, make_memory_v2
 from tests.fixtures.make_memory_v1 import build_model, text
 from tests.memory.tiny import assert_same, content

@@ -18,7 +18,7 @@ from mplus.memory.verify import verify
 from mplus.stores import STORES
 from mplus.stores.base import StoreLayout
 from mplus.stores.build import build_store
-from mplus.stores.disk.blocks import BlockFile
+from mplus.stores.disk.block_file import BlockFile
 from mplus.stores.mmap import MmapStore
 from mplus.stores.quantized import QuantizedStore
 from mplus.stores.ram import RamStore

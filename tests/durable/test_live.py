@@ -17,7 +17,7 @@ from mplus.errors import ConfigError, InputError, LiveMemoryError, MemoryFileErr
 from mplus.memory import Memory
 from mplus.memory.durable.live import LiveMemory
 from mplus.memory.durable.opening import open_memory
-from mplus.stores.disk.merging import files_of
+from mplus.stores.disk.compaction import files_of
 from tests.conftest import NIGHTLY
 from tests.durable.disks import Failing
 from tests.durable.plain import PlainModel, chunk, reopened

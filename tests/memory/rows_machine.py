@@ -21,8 +21,8 @@ from hypothesis.stateful import (
 )
 
 import mplus
+from mplus.eviction.base import EvictionPolicy
 from mplus.stores.base import StoreView
-from mplus.stores.eviction import EvictionPolicy
 from tests.memory.counting import LAYERS, WIDTH, CountedModel, CountingEngine, counting_config
 from tests.modes import on_every_change
 

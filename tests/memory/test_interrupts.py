@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mplus.stores.eviction import FifoEviction
+from mplus.eviction.base import FifoEviction
 from tests.memory import tiny
 from tests.memory.interruption import interrupted_by_signals, interrupted_everywhere
 from tests.modes import on_every_change

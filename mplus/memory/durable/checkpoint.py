@@ -25,18 +25,18 @@ from mplus.memory.sound import FURTHEST_BACK, check_values
 from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.unpacking import check, check_names, read_generator, read_index, read_state, read_usage
 from mplus.rows import NO_SOURCE
+from mplus.stores.access_log import Usage
 from mplus.stores.base import MemoryStore, StoreLayout
 from mplus.stores.build import build_store
-from mplus.stores.disk.blocks import BlockFile, write_blocks
-from mplus.stores.disk.checked import Rule
+from mplus.stores.disk.block_file import BlockFile, write_blocks
+from mplus.stores.disk.compaction import files_of, plan, rewritten
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.folder import Folder, PathAt
-from mplus.stores.disk.holders import LayerOfFile
-from mplus.stores.disk.merging import files_of, plan, rewritten
-from mplus.stores.disk.parts import Part
-from mplus.stores.disk.runs import Run, Runs
+from mplus.stores.disk.safetensors_io import Part
+from mplus.stores.disk.segment_source import LayerOfFile
+from mplus.stores.disk.segments import Run, Runs
+from mplus.stores.disk.verified import Rule
 from mplus.stores.mmap import MmapStore
-from mplus.stores.usage import Usage
 
 
 @define(eq=False)

@@ -33,7 +33,7 @@ from mplus.memory.structure import LARGEST
 from mplus.memory.texts import Texts, generator_in, tail_from, tail_tensors
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
-from mplus.stores.disk.parts import pack, unpack
+from mplus.stores.disk.safetensors_io import pack, unpack
 from mplus.stores.mmap import MmapStore, Note
 
 FIRST_LIST = "stm"

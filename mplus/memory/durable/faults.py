@@ -12,7 +12,7 @@ from mplus.memory.durable.manifest import LiveManifest, read_live_manifest
 from mplus.memory.durable.opening import read_directory
 from mplus.memory.entries import layout_from
 from mplus.memory.sound import PIECE_ROWS, finite, rules
-from mplus.stores.disk.blocks import BlockFile, FileEntry
+from mplus.stores.disk.block_file import BlockFile, FileEntry
 from mplus.stores.disk.folder import Folder
 
 

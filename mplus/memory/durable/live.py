@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mplus.errors import LiveMemoryError, MemoryFileError
+from mplus.eviction.base import EvictionPolicy
 from mplus.memory.budget import Budget
 from mplus.memory.durable.checkpoint import Content
 from mplus.memory.durable.delta import encode
@@ -26,7 +27,6 @@ from mplus.memory.memory import Memory
 from mplus.memory.report import ForgetReport
 from mplus.memory.stream import StreamState, StreamView
 from mplus.memory.writing import Made, Stream
-from mplus.stores.eviction import EvictionPolicy
 from mplus.stores.mmap import MmapStore
 
 

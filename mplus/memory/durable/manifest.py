@@ -15,7 +15,7 @@ from mplus.memory.folder import MANIFEST
 from mplus.memory.manifest import LIVE_FORMAT, check_streams, component, fingerprint, from_file, to_text
 from mplus.memory.sources import SourceTable
 from mplus.memory.structure import NOT_IN_FILES, check_name, named_like, whole
-from mplus.stores.disk.blocks import FileEntry
+from mplus.stores.disk.block_file import FileEntry
 from mplus.stores.disk.folder import Folder
 
 VERSION = 3

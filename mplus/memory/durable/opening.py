@@ -11,6 +11,7 @@ import torch
 
 from mplus.config import Component
 from mplus.errors import ConfigError, MemoryFileError, MemoryMismatchError
+from mplus.eviction.build import build_eviction
 from mplus.memory.budget import Budget
 from mplus.memory.checks import check_device
 from mplus.memory.durable.checkpoint import Content, read_checkpoint, replay
@@ -35,7 +36,6 @@ from mplus.memory.opened import JOURNAL_BYTES
 from mplus.memory.sound import check_fits, check_values
 from mplus.memory.unpacking import check
 from mplus.stores.base import StoreLayout
-from mplus.stores.build import build_eviction
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.folder import FILE_MODE, Folder, PathAt
 

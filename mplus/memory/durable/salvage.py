@@ -27,7 +27,7 @@ from mplus.memory.unpacking import COLUMNS
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.stores.build import build_store
-from mplus.stores.disk.blocks import BlockFile
+from mplus.stores.disk.block_file import BlockFile
 from mplus.stores.disk.folder import Folder
 from mplus.stores.mmap import MmapStore
 

@@ -10,10 +10,10 @@ import torch
 from attrs import evolve
 
 from mplus.rows import MemoryRows
-from mplus.stores.blocks import Allocator, Block, block_columns, ordinary_tensors
-from mplus.stores.process_lock import ProcessLock
-from mplus.stores.slab_layer import SlabLayer
-from mplus.stores.slabs import Slab, SlabSizes
+from mplus.stores.disk.process_lock import ProcessLock
+from mplus.stores.slabs.block import Allocator, Block, block_columns, ordinary_tensors
+from mplus.stores.slabs.layer import SlabLayer
+from mplus.stores.slabs.slab import Slab, SlabSizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

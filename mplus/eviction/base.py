@@ -9,8 +9,8 @@ import torch
 from attrs import define
 from torch import Tensor
 
+from mplus.stores.access_log import Usage
 from mplus.stores.base import Piece, StoreView, smallest
-from mplus.stores.usage import Usage
 
 
 class EvictionPolicy(ABC):

@@ -1,8 +1,8 @@
 """Block files: safetensors whose last tensor holds a checksum for every row, or few KiB, of the others.
 
-The tensor ``checksums`` (U8) has the checksum (``mplus.stores.disk.sums``) of each block of every other tensor, in the
-order of their places; a tensor's last block may be shorter, and no block holds bytes of two tensors. The metadata says
-which kind of checksum it is. Whoever refers to a file keeps its size and a SHA-256 over header and checksums: with
+The tensor ``checksums`` (U8) has the checksum (``mplus.stores.disk.checksums``) of each block of every other tensor, in
+the order of their places; a tensor's last block may be shorter, and no block holds bytes of two tensors. The metadata
+says which kind of checksum it is. Whoever refers to a file keeps its size and a SHA-256 over header and checksums: with
 these, everything in the file is known to be what was written.
 
 The blocks are this small because rows are picked from all over a file, and each first touch costs its whole block.
@@ -22,11 +22,11 @@ from attrs import define
 from torch import Tensor
 
 from mplus.errors import MemoryFileError
-from mplus.stores.disk.checked import CheckedTensor, Rule
+from mplus.stores.disk.checksums import FIRST, PRESENT, Checksums, Scheme
 from mplus.stores.disk.filesystem import Bytes, FileSystem
 from mplus.stores.disk.folder import PathAt, open_file, path_of
-from mplus.stores.disk.parts import LONGEST_HEADER, Part, Stretch, by_evenness, header, parse_header, raw
-from mplus.stores.disk.sums import FIRST, PRESENT, Checksums, Scheme
+from mplus.stores.disk.safetensors_io import LONGEST_HEADER, Part, Stretch, by_evenness, header, parse_header, raw
+from mplus.stores.disk.verified import CheckedTensor, Rule
 
 BUFFER_BYTES = 2**18
 PAGE_BYTES = 4096

@@ -14,8 +14,8 @@ from torch import Tensor
 from mplus.errors import MemoryFileError
 from mplus.rows import MemoryRows
 from mplus.stores.base import Located
-from mplus.stores.disk.checked import take
-from mplus.stores.disk.holders import Buffer, Holder
+from mplus.stores.disk.segment_source import Buffer, Holder
+from mplus.stores.disk.verified import take
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from mplus.stores.disk.blocks import BlockFile
-from mplus.stores.disk.checked import CheckedTensor
-from mplus.stores.process_lock import ProcessLock
+from mplus.stores.disk.block_file import BlockFile
+from mplus.stores.disk.process_lock import ProcessLock
+from mplus.stores.disk.verified import CheckedTensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,7 +40,7 @@ class Holder(Protocol):
         """A whole column where it lies, of which only what stands at ``places`` may be read."""
 
     def column(self, name: str) -> CheckedTensor | Tensor:
-        """A whole column, for ``mplus.stores.disk.checked.take``."""
+        """A whole column, for ``mplus.stores.disk.verified.take``."""
 
 
 class Buffer:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mplus.eviction.base import EvictionPolicy
+from mplus.eviction.topk_rows import first_rows
+from mplus.stores.access_log import READS, Usage
 from mplus.stores.base import Piece, StoreView, smallest
-from mplus.stores.choosing import first_rows
-from mplus.stores.eviction import EvictionPolicy
-from mplus.stores.usage import READS, Usage
 
 
 class LruEviction(EvictionPolicy):

@@ -9,9 +9,9 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.config import number
+from mplus.eviction.base import EvictionPolicy
+from mplus.eviction.topk_rows import first_rows
 from mplus.stores.base import Piece, StoreView, smallest
-from mplus.stores.choosing import first_rows
-from mplus.stores.eviction import EvictionPolicy
 
 EXPIRED = 0.01
 """A row leaves when its remaining merges fall to this or below (published constant)."""

@@ -10,9 +10,9 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.errors import MemoryFileError
+from mplus.stores.disk.checksums import Checksums, WeightedSums
 from mplus.stores.disk.folder import PathAt
-from mplus.stores.disk.parts import Stretch
-from mplus.stores.disk.sums import Checksums, WeightedSums
+from mplus.stores.disk.safetensors_io import Stretch
 
 AT_A_TIME = 2**20
 """Bytes checked at a time: so many stay in a processor's cache between one sum and the next. A tensor that has no more

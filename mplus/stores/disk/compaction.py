@@ -9,12 +9,12 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from mplus.stores.disk.blocks import BlockFile, FileEntry, write_blocks
+from mplus.stores.disk.block_file import BlockFile, FileEntry, write_blocks
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.folder import Folder, PathAt
-from mplus.stores.disk.holders import Holder, LayerOfFile
-from mplus.stores.disk.parts import Part
-from mplus.stores.disk.runs import Run, Runs
+from mplus.stores.disk.safetensors_io import Part
+from mplus.stores.disk.segment_source import Holder, LayerOfFile
+from mplus.stores.disk.segments import Run, Runs
 
 LARGEST_MERGED = 2**30
 """Bytes of rows from which a file is not merged with its neighbours any more."""

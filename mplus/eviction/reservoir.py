@@ -7,9 +7,9 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.config import whole
+from mplus.eviction.base import EvictionPolicy
+from mplus.eviction.topk_rows import first_rows
 from mplus.stores.base import Piece, StoreView
-from mplus.stores.choosing import first_rows
-from mplus.stores.eviction import EvictionPolicy
 
 
 class ReservoirEviction(EvictionPolicy):

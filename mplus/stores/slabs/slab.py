@@ -9,12 +9,12 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.stores.base import Located, Piece
-from mplus.stores.blocks import ordinary_tensors
+from mplus.stores.slabs.block import ordinary_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mplus.stores.blocks import Block
+    from mplus.stores.slabs.block import Block
 
 
 @define(frozen=True, eq=False)

@@ -10,10 +10,10 @@ from attrs import define, evolve
 from torch import Tensor
 
 from mplus.stores.base import StoreLayout
-from mplus.stores.blocks import ordinary_tensors
+from mplus.stores.slabs.block import ordinary_tensors
 from mplus.stores.tiers.cache import RowCache
-from mplus.stores.tiers.small import Room
-from mplus.stores.tiers.travel import Arrival, Travel
+from mplus.stores.tiers.resident import Room
+from mplus.stores.tiers.transfer import Arrival, Travel
 
 Columns = Mapping[str, Tensor]
 OWNER_BITS = 40

@@ -10,15 +10,15 @@ from attrs import define, evolve
 from torch import Tensor
 
 from mplus.rows import MemoryRows
-from mplus.stores.blocks import ordinary_tensors
-from mplus.stores.slabs import Found, Slab
+from mplus.stores.slabs.block import ordinary_tensors
+from mplus.stores.slabs.slab import Found, Slab
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from mplus.stores.base import Located, Piece, StoreLayout
-    from mplus.stores.blocks import Allocator, Block
-    from mplus.stores.slabs import SlabSizes
+    from mplus.stores.slabs.block import Allocator, Block
+    from mplus.stores.slabs.slab import SlabSizes
 
 
 _FIELDS = ("layout", "sizes", "allocator", "slabs", "next_id", "revision")

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
 from mplus.stores.base import Column, Content, MemoryStore, Origin, Piece, StoreLayout, StoreView
-from mplus.stores.layered import LayeredView, naming
-from mplus.stores.slab_layer import SlabLayer
-from mplus.stores.slabs import places_for
+from mplus.stores.slabs.layer import SlabLayer
+from mplus.stores.slabs.slab import places_for
+from mplus.stores.slabs.view import LayeredView, naming
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mplus.rows import MemoryRows
-    from mplus.stores.blocks import Allocator
-    from mplus.stores.slabs import SlabSizes
+    from mplus.stores.slabs.block import Allocator
+    from mplus.stores.slabs.slab import SlabSizes
 
 
 class _Layers(LayeredView[SlabLayer]):
