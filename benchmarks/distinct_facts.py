@@ -15,7 +15,7 @@ from attrs import define
 from torch import Tensor
 
 from mplus.errors import ConfigError
-from mplus.memory.progress import progress_bar
+from mplus.memory.writing.progress import progress_bar
 from mplus.training.dense import DenseDecoder
 from mplus.training.picking import ScorePicker
 from mplus.training.recall.episodes import Episode, lay_out

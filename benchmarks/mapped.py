@@ -33,9 +33,9 @@ from mplus.config import Component, MPlusConfig
 from mplus.evaluation.circumstances import circumstances
 from mplus.hf.bench_models import random_llama
 from mplus.memory import Memory
-from mplus.memory.durable.live import LiveMemory
+from mplus.memory.directory.durable_memory import LiveMemory
 from mplus.memory.opened import JOURNAL_BYTES
-from mplus.memory.stream import StreamState
+from mplus.memory.state import StreamState
 from mplus.rows import NO_SOURCE, MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.stores.build import build_store

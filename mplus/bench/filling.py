@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mplus.eviction.build import build_eviction
 from mplus.memory.memory import Memory
-from mplus.memory.stream import StreamState
+from mplus.memory.state import StreamState
 from mplus.rows import NO_SOURCE, MemoryRows
 from mplus.stores.base import MemoryStore
 from mplus.stores.build import build_store

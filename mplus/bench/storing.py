@@ -18,8 +18,8 @@ from mplus.config import Component, MPlusConfig, options_of
 from mplus.eviction.build import build_eviction
 from mplus.mechanisms.additions import MemoryAdditions
 from mplus.mechanisms.mplus import MPlusMechanism
-from mplus.memory.stream import StreamState
-from mplus.memory.write_context import Keys, WriteContext
+from mplus.memory.state import StreamState
+from mplus.memory.writing.context import Keys, WriteContext
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.stores.build import build_store

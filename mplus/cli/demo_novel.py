@@ -43,8 +43,8 @@ def demo_novel(
     from mplus.cli.demo_show import show
     from mplus.cli.novel import chapters
     from mplus.hf.shipped import load_tokenizer, without_bars
-    from mplus.memory.files import check_place
-    from mplus.memory.folder import prepare
+    from mplus.memory.format.folder import prepare
+    from mplus.memory.format.save import check_place
 
     torch.set_num_threads(threads)
     if out is not None:  # a folder that cannot take the memory is found out before the work, not after it

@@ -18,8 +18,8 @@ from mplus.cli.demo_report import DemoReport, LayerRows, Positions, RetrievedFro
 from mplus.cli.novel import AUTHOR, TITLE, Chapter
 from mplus.hf.shipped import load_decoder
 from mplus.memory import Memory
-from mplus.memory.chunking import split
-from mplus.memory.progress import progress_bar
+from mplus.memory.writing.chunking import split
+from mplus.memory.writing.progress import progress_bar
 
 PROMPT = "Mary put the old key into the door of the secret garden and"
 STORY_TOKENS = 64

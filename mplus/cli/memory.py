@@ -13,11 +13,11 @@ from mplus.cli.output import counts, print_json, size
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mplus.memory.durable.apart import Present
-    from mplus.memory.durable.manifest import LiveManifest
-    from mplus.memory.entries import StreamEntry
-    from mplus.memory.manifest import Manifest
-    from mplus.memory.sources import SourceTable
+    from mplus.memory.directory.checkpoint_manifest import LiveManifest
+    from mplus.memory.directory.offline import Present
+    from mplus.memory.format.entries import StreamEntry
+    from mplus.memory.format.manifest import Manifest
+    from mplus.memory.sources.table import SourceTable
 
 Kept = Annotated[Path, typer.Argument(help="Folder written by Memory.save or Memory.open.", show_default=False)]
 Out = Annotated[Path, typer.Argument(help="Folder for what is sound; empty or new.", show_default=False)]
@@ -34,9 +34,9 @@ def show(
     """
     from rich.console import Console
 
-    from mplus.memory.durable.apart import present
-    from mplus.memory.manifest import LIVE_FORMAT, is_memory
-    from mplus.memory.saved import saved_tables
+    from mplus.memory.directory.offline import present
+    from mplus.memory.format.manifest import LIVE_FORMAT, is_memory
+    from mplus.memory.format.offline import saved_tables
 
     if is_memory(path, LIVE_FORMAT):
         held = present(path)
@@ -58,8 +58,8 @@ def show(
 
 def verify(path: Kept) -> None:
     """Read every byte of a memory on disk and check it against its checksums. Exit code 1: there are faults."""
-    from mplus.memory.manifest import LIVE_FORMAT, is_memory, read_manifest
-    from mplus.memory.verify import verify as faults_of
+    from mplus.memory.format.manifest import LIVE_FORMAT, is_memory, read_manifest
+    from mplus.memory.format.verify import verify as faults_of
 
     faults = faults_of(path)
     for fault in faults:
@@ -76,7 +76,7 @@ def verify(path: Kept) -> None:
 
 def repair(path: Kept, out: Out) -> None:
     """Save what is sound of a damaged memory as a new one. Exit code 1: something was lost, and is listed."""
-    from mplus.memory.repair import repair as saved
+    from mplus.memory.format.repair import repair as saved
 
     lost = saved(path, out)
     for part in lost:
@@ -99,7 +99,7 @@ def _stream_facts(stream: StreamEntry, sources: SourceTable) -> dict[str, object
 
 def _facts(manifest: Manifest) -> dict[str, object]:
     """Everything but the list of tensors."""
-    from mplus.memory.structure import unstructured
+    from mplus.memory.format.structure import unstructured
 
     plain = unstructured(manifest)
     plain["data"]["tensors"] = len(manifest.data.tensors)
@@ -108,7 +108,7 @@ def _facts(manifest: Manifest) -> dict[str, object]:
 
 def _live_facts(held: Present) -> dict[str, object]:
     """The manifest, with the streams as they are now, and what it does not say."""
-    from mplus.memory.structure import unstructured
+    from mplus.memory.format.structure import unstructured
 
     plain = unstructured(held.manifest)
     plain["journal"] = {"file": held.manifest.journal, "bytes": held.journal_bytes, "records": held.records}

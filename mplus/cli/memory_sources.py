@@ -23,7 +23,7 @@ def sources(
     import attrs
     from rich.console import Console
 
-    from mplus.memory.saved import saved_sources
+    from mplus.memory.format.offline import saved_sources
 
     streams = saved_sources(path)
     if as_json:
@@ -48,7 +48,7 @@ def forget(
     open for writing is refused.
     """
     from mplus.errors import InputError
-    from mplus.memory.saved import forget_saved
+    from mplus.memory.format.offline import forget_saved
 
     if unnamed == (source is not None):
         raise InputError(f"give the name of a source or --unnamed, got {source!r} and unnamed={unnamed}")

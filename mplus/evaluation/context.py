@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mplus.errors import InputError
-from mplus.memory.progress import progress_bar
+from mplus.memory.writing.progress import progress_bar
 from mplus.training.dense import DenseDecoder
 from mplus.training.picking import ScorePicker
 from mplus.training.streams import StreamBatch

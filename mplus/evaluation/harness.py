@@ -17,7 +17,7 @@ from mplus.evaluation.optional import need
 from mplus.hf.arguments import ReadArguments
 from mplus.hf.virtual_tokens import embedded_by
 from mplus.memory.memory import Memory
-from mplus.memory.progress import progress_bar
+from mplus.memory.writing.progress import progress_bar
 
 need("lm_eval", "evaluation by lm-evaluation-harness")
 from lm_eval.models.huggingface import HFLM  # noqa: E402 - now that its absence was reported

@@ -12,7 +12,7 @@ from mplus.errors import InputError
 from mplus.mechanisms.base import Retrieved
 from mplus.mechanisms.mplus import MPlusMechanism
 from mplus.mechanisms.pending import PendingView
-from mplus.memory.stream import StreamView
+from mplus.memory.state import StreamView
 from mplus.stores.base import StoreView
 
 

@@ -25,7 +25,7 @@ from mplus.evaluation.scoring import Scoring
 from mplus.evaluation.texts import Texts
 from mplus.evaluation.theory import curves
 from mplus.memory.memory import Memory
-from mplus.memory.progress import progress_bar
+from mplus.memory.writing.progress import progress_bar
 
 
 def _path(path: Any) -> Path | None:

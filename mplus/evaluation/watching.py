@@ -12,7 +12,7 @@ from torch import Tensor
 from mplus.evaluation.oracle import long_term, written_from
 from mplus.mechanisms.base import Retrieved
 from mplus.mechanisms.mplus import MPlusMechanism
-from mplus.memory.stream import StreamView
+from mplus.memory.state import StreamView
 
 
 @define(frozen=True, eq=False)

@@ -26,7 +26,7 @@ from mplus.hf.retrofit import Retrofit
 from mplus.hf.weights import Look, Watch
 from mplus.mechanisms.base import MemoryMechanism, WritePlan
 from mplus.memory.memory import Memory
-from mplus.memory.stream import StreamState
+from mplus.memory.state import StreamState
 from mplus.memory.weights_state import WeightsState
 from mplus.retrievers.base import Retriever
 from mplus.rows import MemoryRows

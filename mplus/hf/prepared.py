@@ -14,7 +14,7 @@ from mplus.backends.checks import check_finite
 from mplus.hf.projection import Projection
 from mplus.hf.rotation import Tables
 from mplus.mechanisms.base import Retrieved
-from mplus.memory.stream import StreamView
+from mplus.memory.state import StreamView
 
 
 @define(eq=False)

@@ -18,7 +18,7 @@ from mplus.hf.query import Recent, Window, first_tokens
 from mplus.hf.weights import Look
 from mplus.mechanisms.base import MemoryMechanism, Retrieved
 from mplus.memory.memory import Memory
-from mplus.memory.stream import StreamView
+from mplus.memory.state import StreamView
 
 
 @define(frozen=True, eq=False)

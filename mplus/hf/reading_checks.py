@@ -8,8 +8,8 @@ from mplus.errors import MemoryMismatchError, NotSupported
 from mplus.hf.engine import DecoderEngine
 from mplus.hf.reading import Reading
 from mplus.hf.weights import Look
-from mplus.memory.refreshing import holds_rows, unfit
-from mplus.memory.stream import StreamView
+from mplus.memory.sources.recompute import holds_rows, unfit
+from mplus.memory.state import StreamView
 
 
 def is_as_kept(view: StreamView, look: Look) -> bool:

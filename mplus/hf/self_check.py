@@ -17,7 +17,7 @@ from mplus.hf.modes import in_eval_mode
 from mplus.hf.reading import Reading
 from mplus.hf.retrofit import Technique
 from mplus.hf.rounding import LAYER_MARGIN, exceeds, measure_noise, observe, token_errors
-from mplus.memory.stream import StreamView
+from mplus.memory.state import StreamView
 from mplus.rows import MemoryRows
 from mplus.stores.ram import RamStore
 

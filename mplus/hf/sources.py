@@ -6,7 +6,7 @@ from attrs import define
 
 from mplus.hf.reading import Reading
 from mplus.mechanisms.base import Retrieved
-from mplus.memory.stream import StreamView
+from mplus.memory.state import StreamView
 from mplus.rows import NO_SOURCE
 
 

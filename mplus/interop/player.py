@@ -18,8 +18,8 @@ from mplus.interop.trace import Recorded
 from mplus.mechanisms.base import Retrieved, WritePlan
 from mplus.mechanisms.mplus import MPlusMechanism
 from mplus.memory.memory import Memory
-from mplus.memory.stream import StreamState, StreamView
-from mplus.memory.write_context import WriteContext
+from mplus.memory.state import StreamState, StreamView
+from mplus.memory.writing.context import WriteContext
 from mplus.retrievers.linear import LinearRetriever
 from mplus.rows import NO_SOURCE, MemoryRows
 from mplus.stores.base import MemoryStore

@@ -15,8 +15,8 @@ from mplus.config import MPlusConfig
 from mplus.errors import InputError
 from mplus.eviction.base import EvictionPolicy
 from mplus.mechanisms.additions import MemoryAdditions
-from mplus.memory.stream import StreamState, StreamView
-from mplus.memory.write_context import WriteContext
+from mplus.memory.state import StreamState, StreamView
+from mplus.memory.writing.context import WriteContext
 from mplus.rows import NO_SOURCE, MemoryRows
 from mplus.stores.base import Located, MemoryStore, StoreLayout, StoreView
 

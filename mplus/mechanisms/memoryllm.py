@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mplus.config import flag
 from mplus.mechanisms.base import Absorbed, MemoryMechanism, WritePlan
-from mplus.memory.stream import StreamState, StreamView
-from mplus.memory.write_context import WriteContext
+from mplus.memory.state import StreamState, StreamView
+from mplus.memory.writing.context import WriteContext
 from mplus.rows import MemoryRows
 
 

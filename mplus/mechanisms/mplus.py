@@ -15,8 +15,8 @@ from mplus.eviction.base import EvictionPolicy
 from mplus.eviction.ttl import TtlEviction
 from mplus.mechanisms.base import MemoryMechanism, Retrieved
 from mplus.mechanisms.pending import PendingView
-from mplus.memory.stream import StreamState, StreamView
-from mplus.memory.write_context import WriteContext
+from mplus.memory.state import StreamState, StreamView
+from mplus.memory.writing.context import WriteContext
 from mplus.rows import MemoryRows
 from mplus.stores.base import Column, Content, StoreLayout, StoreView
 

@@ -9,7 +9,7 @@ from attrs import define, evolve
 
 from mplus.config import MPlusConfig, byte_count
 from mplus.errors import ConfigError
-from mplus.memory.stream import StreamState
+from mplus.memory.state import StreamState
 from mplus.stores.base import MemoryStore, StoreLayout
 
 

@@ -13,11 +13,11 @@ from mplus.eviction.base import EvictionPolicy
 from mplus.memory.budget import Budget
 from mplus.memory.checks import check_row
 from mplus.memory.engine import Engine
-from mplus.memory.forgetting import forgotten_names
-from mplus.memory.listing import sources_of
 from mplus.memory.report import SourceInfo
 from mplus.memory.sharing import distinct, each
-from mplus.memory.stream import StreamState, StreamView
+from mplus.memory.sources.forget import forgotten_names
+from mplus.memory.sources.listing import sources_of
+from mplus.memory.state import StreamState, StreamView
 from mplus.stores.access_log import Usage
 from mplus.stores.base import MemoryStore
 from mplus.stores.disk.process_lock import ProcessLock

@@ -11,7 +11,7 @@ from attrs import evolve
 from mplus.errors import MemoryPickleError
 from mplus.memory.budget import Budget
 from mplus.memory.sharing import each
-from mplus.memory.stream import StreamState
+from mplus.memory.state import StreamState
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mplus.config import MPlusConfig
 from mplus.errors import MemoryMismatchError
-from mplus.memory.stream import StreamState
+from mplus.memory.state import StreamState
 from mplus.memory.weights_state import WeightsState
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout

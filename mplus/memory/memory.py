@@ -15,21 +15,21 @@ from torch import Tensor
 from mplus.config import Component
 from mplus.errors import InputError
 from mplus.memory.checks import check_chunk, check_dtype, check_row, check_rows, check_target, check_vocabulary
-from mplus.memory.chunking import to_names
 from mplus.memory.copying import copied, moved, pickle_error
 from mplus.memory.engine import engine_of
-from mplus.memory.forgetting import forget, names_to_keep, with_names
-from mplus.memory.keeping import Stayed
 from mplus.memory.opened import Opens
-from mplus.memory.rebuilding import rebuilt
-from mplus.memory.refreshing import out_of_date, refresh
+from mplus.memory.persistence import Stayed
 from mplus.memory.report import ForgetReport, WriteReport
 from mplus.memory.sharing import distinct, unshared
-from mplus.memory.stream import StreamState
+from mplus.memory.sources.forget import forget, names_to_keep, with_names
+from mplus.memory.sources.rebuild import rebuilt
+from mplus.memory.sources.recompute import out_of_date, refresh
+from mplus.memory.state import StreamState
 from mplus.memory.texts import Texts
 from mplus.memory.weights_state import WeightsState
-from mplus.memory.write_context import WriteContext
-from mplus.memory.writing import Made, Stream, keys, write, write_streams
+from mplus.memory.writing.chunking import to_names
+from mplus.memory.writing.context import WriteContext
+from mplus.memory.writing.write import Made, Stream, keys, write, write_streams
 from mplus.stores.disk.folder import FILE_MODE
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ class Memory(Opens):
             InputError: as ``write``, and what ``pieces`` itself raises; the chunks written until then are kept.
             MemoryMismatchError, NonFiniteError: as ``write``.
         """
-        from mplus.memory.pipeline import write_pieces
+        from mplus.memory.writing.pieces import write_pieces
 
         return write_pieces(self, pieces, source, progress)
 
@@ -348,7 +348,7 @@ class Memory(Opens):
         Raises:
             MemoryFileError: ``path`` cannot be written, or holds something that is not a memory.
         """
-        from mplus.memory.files import Facts, save
+        from mplus.memory.format.save import Facts, save
 
         with self._state_lock:
             views = self.snapshot()
@@ -387,7 +387,7 @@ class Memory(Opens):
                 made with other adapters or weights; says what differs.
             ConfigError: the budget is too small, or no number of bytes.
         """
-        from mplus.memory.files import load
+        from mplus.memory.format.save import load
 
         return load(
             path,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mplus.memory.keeping import Keeping
+from mplus.memory.persistence import Keeping
 from mplus.stores.disk.folder import FILE_MODE
 
 if TYPE_CHECKING:
     import torch
 
-    from mplus.memory.durable.live import LiveMemory
+    from mplus.memory.directory.durable_memory import LiveMemory
     from mplus.stores.disk.filesystem import FileSystem
 
 JOURNAL_BYTES = 2**28
@@ -69,7 +69,7 @@ class Opens(Keeping):
             NotSupported: the store reads rows on the CPU only.
             ConfigError: an option breaks its rule, or the budget is too small.
         """
-        from mplus.memory.durable.opening import open_memory
+        from mplus.memory.directory.open import open_memory
 
         return open_memory(
             path,

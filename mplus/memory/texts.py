@@ -10,10 +10,10 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
-from mplus.memory.structure import LARGEST
+from mplus.memory.format.structure import LARGEST
 
 if TYPE_CHECKING:
-    from mplus.memory.stream import StreamState
+    from mplus.memory.state import StreamState
 
 
 @define(frozen=True, eq=False)

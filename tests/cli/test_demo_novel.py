@@ -21,9 +21,9 @@ from mplus.cli.demo_show import show
 from mplus.cli.novel import chapters
 from mplus.hf.shipped import load_decoder, load_tokenizer
 from mplus.hf.sources import RetrievedSource
-from mplus.memory.manifest import read_manifest
-from mplus.memory.saved import saved_tables
-from mplus.memory.verify import verify
+from mplus.memory.format.manifest import read_manifest
+from mplus.memory.format.offline import saved_tables
+from mplus.memory.format.verify import verify
 
 TOKENS = 6_000  # all of the first chapter, some of the second; more rows than the STM holds and a read retrieves
 

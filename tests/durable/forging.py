@@ -17,13 +17,13 @@ from mplus.cli import memory as cli
 from mplus.cli import memory_sources as cli_sources
 from mplus.errors import MPlusError
 from mplus.memory import Memory
-from mplus.memory.durable.journal import Journal, records
-from mplus.memory.manifest import LIVE_FORMAT, _digest, is_memory
-from mplus.memory.repair import repair
-from mplus.memory.saved import forget_saved
-from mplus.memory.structure import unstructured
-from mplus.memory.tensors import write_tensors
-from mplus.memory.verify import verify
+from mplus.memory.directory.journal import Journal, records
+from mplus.memory.format.manifest import LIVE_FORMAT, _digest, is_memory
+from mplus.memory.format.offline import forget_saved
+from mplus.memory.format.repair import repair
+from mplus.memory.format.structure import unstructured
+from mplus.memory.format.tensors import write_tensors
+from mplus.memory.format.verify import verify
 from mplus.stores.disk.block_file import BlockFile, FileEntry, write_blocks
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.folder import Folder

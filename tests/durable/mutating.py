@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mplus.memory.manifest import LIVE_FORMAT, is_memory
+from mplus.memory.format.manifest import LIVE_FORMAT, is_memory
 from tests.durable import forging
 
 if TYPE_CHECKING:

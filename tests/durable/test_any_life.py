@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import pytest
 
-    from mplus.memory.durable.live import LiveMemory
+    from mplus.memory.directory.durable_memory import LiveMemory
 
 
 class Copying(Watched):

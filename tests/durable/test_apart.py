@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from mplus.cli import app
 from mplus.errors import InputError, LiveMemoryError, MemoryFileError
 from mplus.memory import Memory
-from mplus.memory.durable.apart import forget_live
-from mplus.memory.durable.manifest import read_live_manifest
-from mplus.memory.saved import forget_saved, saved_sources
-from mplus.memory.verify import verify
+from mplus.memory.directory.checkpoint_manifest import read_live_manifest
+from mplus.memory.directory.offline import forget_live
+from mplus.memory.format.offline import forget_saved, saved_sources
+from mplus.memory.format.verify import verify
 from tests.durable.disks import Failing
 from tests.durable.plain import CONFIGS, PlainModel, chunk, reopened
 from tests.memory import tiny
@@ -26,7 +26,7 @@ from tests.memory.tiny import assert_same, content, difference
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mplus.memory.durable.live import LiveMemory
+    from mplus.memory.directory.durable_memory import LiveMemory
     from mplus.memory.report import SourceInfo
 
 

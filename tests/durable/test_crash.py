@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from mplus.memory.durable.live import LiveMemory
+    from mplus.memory.directory.durable_memory import LiveMemory
 
 MODEL = PlainModel()
 CHANGES: dict[str, Callable[[Any], object]] = {

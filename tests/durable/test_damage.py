@@ -10,9 +10,9 @@ import pytest
 
 from mplus.errors import MemoryFileError, MPlusError
 from mplus.memory import Memory
-from mplus.memory.durable.manifest import VERSION
-from mplus.memory.repair import repair
-from mplus.memory.verify import verify
+from mplus.memory.directory.checkpoint_manifest import VERSION
+from mplus.memory.format.repair import repair
+from mplus.memory.format.verify import verify
 from tests.conftest import NIGHTLY
 from tests.durable.plain import PlainModel, chunk, reopened
 from tests.memory.tiny import content, difference, raw
@@ -131,7 +131,7 @@ def test_verify_reports_all_faults(made, tmp_path):
 
 
 def test_a_damaged_record_in_the_middle_is_an_error_and_the_last_too(made, tmp_path):
-    from mplus.memory.durable.journal import records
+    from mplus.memory.directory.journal import records
 
     (journal,) = made[0].glob("journal-*")
     ends = [end for _, end in records(journal)]

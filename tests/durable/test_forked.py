@@ -12,7 +12,7 @@ import pytest
 
 from mplus.errors import LiveMemoryError
 from mplus.memory import Memory
-from mplus.memory.folder import hold, lock
+from mplus.memory.format.folder import hold, lock
 from mplus.stores.disk.filesystem import FileSystem
 from tests.durable.plain import PlainModel, chunk, reopened
 from tests.memory.tiny import assert_same, content, difference

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mplus.memory import Memory
-from mplus.memory.durable.manifest import VERSION, read_live_manifest
-from mplus.memory.verify import verify
+from mplus.memory.directory.checkpoint_manifest import VERSION, read_live_manifest
+from mplus.memory.format.verify import verify
 from mplus.stores.disk.block_file import BlockFile
 from mplus.stores.disk.checksums import FIRST, PRESENT
 from tests.fixtures import make_live_v1, make_live_v2, make_live_v3, make_memory_v2

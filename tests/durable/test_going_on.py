@@ -15,10 +15,10 @@ import pytest
 
 from mplus.errors import LiveMemoryError, MemoryFileError
 from mplus.memory import Memory
-from mplus.memory.durable.directory import Directory
-from mplus.memory.durable.journal import Journal, records, recovered
-from mplus.memory.repair import repair
-from mplus.memory.verify import verify
+from mplus.memory.directory.directory import Directory
+from mplus.memory.directory.journal import Journal, records, recovered
+from mplus.memory.format.repair import repair
+from mplus.memory.format.verify import verify
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.folder import Folder
 from tests.conftest import NIGHTLY
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from mplus.memory.durable.live import LiveMemory
+    from mplus.memory.directory.durable_memory import LiveMemory
 
 MODEL = PlainModel()
 

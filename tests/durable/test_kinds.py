@@ -11,10 +11,10 @@ import torch
 from mplus.config import Component
 from mplus.errors import InputError, MemoryMismatchError, UnknownNameError
 from mplus.memory import Memory
-from mplus.memory.durable.kinds import coding_of, innermost, kind_of
-from mplus.memory.durable.manifest import read_live_manifest
-from mplus.memory.repair import repair
-from mplus.memory.verify import verify
+from mplus.memory.directory.checkpoint_manifest import read_live_manifest
+from mplus.memory.directory.store_stack import coding_of, innermost, kind_of
+from mplus.memory.format.repair import repair
+from mplus.memory.format.verify import verify
 from mplus.stores import STORES
 from mplus.stores.base import StoreLayout
 from mplus.stores.build import build_store
@@ -33,7 +33,7 @@ from tests.memory.tiny import assert_same, content, difference
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mplus.memory.durable.live import LiveMemory
+    from mplus.memory.directory.durable_memory import LiveMemory
 
 QUANTIZED = {"name": "quantized", "group": 2}
 KINDS: dict[str, Any] = {

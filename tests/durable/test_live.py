@@ -15,8 +15,8 @@ import torch
 import mplus
 from mplus.errors import ConfigError, InputError, LiveMemoryError, MemoryFileError, MemoryMismatchError
 from mplus.memory import Memory
-from mplus.memory.durable.live import LiveMemory
-from mplus.memory.durable.opening import open_memory
+from mplus.memory.directory.durable_memory import LiveMemory
+from mplus.memory.directory.open import open_memory
 from mplus.stores.disk.compaction import files_of
 from tests.conftest import NIGHTLY
 from tests.durable.disks import Failing
@@ -149,7 +149,7 @@ def test_a_memory_that_is_let_go_releases_the_lock(tmp_path):
 
 def test_the_lock_dies_with_its_process(tmp_path):
     code = (
-        "import os, sys; from mplus.memory.durable.lock import acquire\n"
+        "import os, sys; from mplus.memory.directory.lock import acquire\n"
         "from mplus.stores.disk.filesystem import FileSystem; from mplus.stores.disk.folder import Folder\n"
         "held = acquire(FileSystem(), Folder.open(sys.argv[1])); print(os.getpid(), flush=True); sys.stdin.read()"
     )

@@ -9,9 +9,9 @@ import pytest
 
 from mplus.errors import ConfigError, LiveMemoryError, MemoryFileError, MPlusError
 from mplus.memory import Memory
-from mplus.memory.repair import repair
-from mplus.memory.saved import forget_saved, saved_sources
-from mplus.memory.verify import verify
+from mplus.memory.format.offline import forget_saved, saved_sources
+from mplus.memory.format.repair import repair
+from mplus.memory.format.verify import verify
 from mplus.stores.disk.filesystem import FileSystem
 from tests.durable.disks import Failing, Watched
 from tests.durable.plain import PlainModel, chunk, reopened
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from mplus.memory.durable.live import LiveMemory
+    from mplus.memory.directory.durable_memory import LiveMemory
 
 MODEL = PlainModel()
 

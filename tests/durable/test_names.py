@@ -13,9 +13,10 @@ import pytest
 
 from mplus.cli import app
 from mplus.errors import InputError, MemoryFileError
-from mplus.memory import Memory, sources
-from mplus.memory.saved import forget_saved, saved_sources
-from mplus.memory.verify import verify
+from mplus.memory import Memory
+from mplus.memory.format.offline import forget_saved, saved_sources
+from mplus.memory.format.verify import verify
+from mplus.memory.sources import table
 from mplus.stores.disk.filesystem import FileSystem
 from tests.durable.plain import CONFIGS, PlainModel, chunk, reopened
 from tests.fixtures import make_live_v2
@@ -192,8 +193,8 @@ def test_many_names_are_not_read_when_a_directory_is_opened(tmp_path: Path, monk
     sizes = [len((tmp_path / name / "manifest.json").read_bytes()) for name in ("one", "many")]
     assert abs(sizes[0] - sizes[1]) <= 20, "numbers may have more digits"
     decoded: list[Any] = []
-    decode = sources.decoded
-    monkeypatch.setattr(sources, "decoded", lambda columns: (decoded.append(columns), decode(columns))[1])
+    decode = table.decoded
+    monkeypatch.setattr(table, "decoded", lambda columns: (decoded.append(columns), decode(columns))[1])
     memory = reopened(tmp_path / "many", PlainModel(long_term_tokens=None))
     assert decoded == []
     assert [source.name for source in memory.sources()] == [f"conversation {number}" for number in range(150)]

@@ -11,9 +11,9 @@ import pytest
 
 from mplus.errors import LiveMemoryError, MemoryFileError, MPlusError
 from mplus.memory import Memory
-from mplus.memory.repair import repair
-from mplus.memory.saved import forget_saved, saved_sources
-from mplus.memory.verify import verify
+from mplus.memory.format.offline import forget_saved, saved_sources
+from mplus.memory.format.repair import repair
+from mplus.memory.format.verify import verify
 from tests.durable.plain import PlainModel, chunk, reopened
 from tests.memory.tiny import assert_same, content, difference
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from mplus.memory.durable.live import LiveMemory
+    from mplus.memory.directory.durable_memory import LiveMemory
 
 MODEL = PlainModel()
 
@@ -61,7 +61,7 @@ def test_another_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_save_goes_where_it_was_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mplus.memory import files
+    from mplus.memory.format import save as files
 
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
@@ -272,7 +272,7 @@ def test_foreign_files_beside_a_memory_stay(tmp_path: Path) -> None:
 
 
 def _named(path: Path) -> frozenset[str]:
-    from mplus.memory.durable.manifest import read_live_manifest
+    from mplus.memory.directory.checkpoint_manifest import read_live_manifest
 
     return read_live_manifest(path).files
 

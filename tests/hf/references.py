@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mplus.hf.forward import generating
 from mplus.hf.reading import Reading
-from mplus.memory.stream import StreamView
+from mplus.memory.state import StreamView
 from mplus.rows import MemoryRows
 from mplus.stores.ram import RamStore
 from tests import noise

@@ -13,7 +13,7 @@ import mplus
 from mplus.config import byte_count
 from mplus.errors import ConfigError
 from mplus.memory.budget import rows_bytes
-from mplus.memory.manifest import read_manifest
+from mplus.memory.format.manifest import read_manifest
 from mplus.stores import STORES
 from mplus.stores.ram import RamStore
 from tests.memory import tiny

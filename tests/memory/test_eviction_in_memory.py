@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mplus
-from mplus.memory.saved import forget_saved
+from mplus.memory.format.offline import forget_saved
 from mplus.stores.access_log import NEVER
 from tests.memory import tiny
 from tests.memory.counting import LAYERS, counting_memory, tiers

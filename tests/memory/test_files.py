@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 import mplus
-from mplus.memory.made_with import made_with
-from mplus.memory.manifest import read_manifest
-from mplus.memory.tensors import Part, write_tensors
-from mplus.memory.verify import verify
+from mplus.memory.format.made_with import made_with
+from mplus.memory.format.manifest import read_manifest
+from mplus.memory.format.tensors import Part, write_tensors
+from mplus.memory.format.verify import verify
 from mplus.stores import STORES
 from mplus.stores.ram import RamStore
 from tests.memory import tiny

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 import mplus
 from mplus.errors import MemoryFileError, MemoryMismatchError, UnknownNameError
-from mplus.memory import manifest as manifests
-from mplus.memory.verify import verify
+from mplus.memory.format import manifest as manifests
+from mplus.memory.format.verify import verify
 from tests.memory import tiny
 from tests.memory.interruption import copies_on_the_way, interrupted_by_signals
 

@@ -12,8 +12,8 @@ from attrs import evolve
 import mplus
 from mplus.errors import MemoryMismatchError
 from mplus.memory import SourceInfo
-from mplus.memory.manifest import read_manifest
-from mplus.memory.verify import verify
+from mplus.memory.format.manifest import read_manifest
+from mplus.memory.format.verify import verify
 from tests.fixtures import make_memory_v1 as made
 from tests.memory import tiny
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import mplus
-from mplus.memory.manifest import VERSION, read_manifest
-from mplus.memory.source import Source
-from mplus.memory.verify import verify
+from mplus.memory.format.manifest import VERSION, read_manifest
+from mplus.memory.format.verify import verify
+from mplus.memory.sources.source import Source
 from tests.fixtures import make_memory_v1, make_memory_v2
 from tests.memory import tiny
 

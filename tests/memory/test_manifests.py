@@ -13,10 +13,10 @@ import pytest
 from mplus.config import MPlusConfig
 from mplus.errors import ConfigError, MemoryFileError
 from mplus.memory import Memory
-from mplus.memory import manifest as manifests
-from mplus.memory.repair import repair
-from mplus.memory.saved import forget_saved, saved_sources
-from mplus.memory.verify import verify
+from mplus.memory.format import manifest as manifests
+from mplus.memory.format.offline import forget_saved, saved_sources
+from mplus.memory.format.repair import repair
+from mplus.memory.format.verify import verify
 from tests.durable.plain import PlainModel, chunk, reopened
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplus.errors import InputError
-from mplus.memory.chunking import split
-from mplus.memory.pipeline import Cutter
+from mplus.memory.writing.chunking import split
+from mplus.memory.writing.pieces import Cutter
 from tests.memory import tiny
 from tests.memory.test_write import tokenizer
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 import mplus
 from mplus.errors import InputError, NonFiniteError
 from mplus.memory import ForgetReport
-from mplus.memory.saved import forget_saved, saved_sources
+from mplus.memory.format.offline import forget_saved, saved_sources
+from mplus.memory.format.verify import verify
 from mplus.memory.texts import Text, Texts
-from mplus.memory.verify import verify
 from tests.memory import tiny
 from tests.memory.counting import LAYERS, counting_memory
 

@@ -10,7 +10,7 @@ import torch
 
 import mplus
 from mplus.errors import InputError
-from mplus.memory.verify import verify
+from mplus.memory.format.verify import verify
 from tests.memory import tiny
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplus.errors import MemoryMismatchError
-from mplus.memory import sources
-from mplus.memory.source import Source
-from mplus.memory.sources import PAGE, SourceTable
+from mplus.memory.sources import table as sources
+from mplus.memory.sources.source import Source
+from mplus.memory.sources.table import PAGE, SourceTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable

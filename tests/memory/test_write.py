@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mplus.errors import InputError
-from mplus.memory.chunking import split
+from mplus.memory.writing.chunking import split
 from tests.memory import tiny
 
 if TYPE_CHECKING:

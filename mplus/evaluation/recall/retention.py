@@ -24,7 +24,7 @@ from mplus.evaluation.recall.pickers import SelectPicker
 from mplus.evaluation.recall.telling import Telling, rounds
 from mplus.evaluation.report import Arm, Cell, Report
 from mplus.evaluation.theory import curves
-from mplus.memory.progress import progress_bar
+from mplus.memory.writing.progress import progress_bar
 from mplus.retrievers.base import Retriever
 from mplus.training.dense import DenseDecoder
 from mplus.training.picking import ScorePicker

@@ -1,0 +1,147 @@
+"""The lock of a directory: one writer at a time, for as long as its process lives; and the memory's id.
+
+The file ``lock`` says ``mplus-lock``, the id, and in a second line the process that has it. The id stands in the names
+of all files of the memory's checkpoints, and is on disk before the first of them is made: so those that a crash has
+left are known as the memory's own, and files of the same kind that are somebody else's are not taken for them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import stat
+
+from attrs import define
+
+from mplus.errors import LiveMemoryError, NotSupported
+from mplus.memory.directory.checkpoint_manifest import LOCK
+from mplus.memory.directory.file_lock import FileLock
+from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.disk.folder import Folder, open_file
+
+LONGEST = 64
+"""Bytes of the file; a longer one is somebody else's."""
+CONTENT = re.compile(rb"(?:mplus-lock ([0-9a-f]{16})\n)?(\d*)\n?\x00*")
+"""The file as this version, or earlier ones, write it; what was not synced may be missing, or zero."""
+
+
+@define(eq=False)
+class Lock:
+    """The lock, held.
+
+    Attributes:
+        file: open.
+        owner: the memory's id.
+    """
+
+    file: FileLock
+    owner: str
+
+    def fault(self, folder: Folder) -> str | None:
+        """Why somebody else could have locked ``folder`` meanwhile; None: nobody can."""
+        try:
+            named = (folder / LOCK).stat()
+        except OSError as error:
+            return f"its file {LOCK!r} is gone: {error.strerror or error}"
+        if self.file.handle is None or not os.path.samestat(named, os.fstat(self.file.handle)):
+            return f"its file {LOCK!r} is another one than was locked"
+        return None
+
+
+def acquire(files: FileSystem, folder: Folder) -> Lock:
+    """Take the lock, which is held until it is released or the process ends.
+
+    Raises:
+        LiveMemoryError: somebody has it; says who.
+        NotSupported: no such locks here.
+        OSError: the file cannot be made, or is not one that mplus has made.
+    """
+    try:
+        import fcntl  # noqa: F401 - whether it is there
+    except ImportError as error:
+        raise NotSupported("a memory in a directory needs flock, which this system does not have: save it") from error
+    file = FileLock(lambda: _opened(files, folder))
+    try:
+        handle = file.opened()
+        try:
+            file.take(wait=False)
+        except BlockingIOError as error:
+            found = CONTENT.fullmatch(_read(handle))
+            process = found[2].decode() if found and found[2] else "unknown"
+            raise LiveMemoryError(
+                f"{folder} may be open for writing once, and is by process {process}: close it there, or open it with "
+                "read_only=True"
+            ) from error
+        return Lock(file, _signed(files, folder, handle))
+    except BaseException:
+        file.release()
+        raise
+
+
+def _opened(files: FileSystem, folder: Folder) -> int:
+    path = folder / LOCK
+    if not path.exists():
+        try:
+            return files.create(path)
+        except FileExistsError:  # somebody was faster
+            pass
+    return files.extend(path)
+
+
+def _read(handle: int) -> bytes:
+    return os.pread(handle, LONGEST + 1, 0)
+
+
+def is_ours(content: bytes) -> bool:
+    """Whether a lock holds this."""
+    return len(content) <= LONGEST and (CONTENT.fullmatch(content) is not None or _is_begun(content))
+
+
+def _is_begun(content: bytes) -> bool:
+    """Whether this is the beginning of the first line, or nothing: a crash came before the id was on disk."""
+    begun = content.rstrip(b"\0")
+    return b"mplus-lock ".startswith(begun) or re.fullmatch(rb"mplus-lock [0-9a-f]{0,16}", begun) is not None
+
+
+def owner_of(folder: Folder) -> str | None:
+    """The memory's id; None: there is no lock of ours, or none with an id."""
+    found = CONTENT.fullmatch(_content(folder) or b"")
+    return found[1].decode() if found and found[1] else None
+
+
+def is_new(folder: Folder) -> bool:
+    """Whether there is no lock, or one that a crash has left before the memory had an id."""
+    path = folder / LOCK
+    return not path.exists() or ((content := _content(folder)) is not None and _is_begun(content))
+
+
+def _content(folder: Folder) -> bytes | None:
+    """What the lock holds; None: there is none, or it is no file."""
+    path = folder / LOCK
+    if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
+        return None
+    handle = open_file(path)
+    try:
+        return _read(handle)
+    finally:
+        os.close(handle)
+
+
+def _signed(files: FileSystem, folder: Folder, handle: int) -> str:
+    """Write the process into the file, and before that an id where there is none; returns the id."""
+    content = _read(handle)
+    if not is_ours(content):
+        raise OSError(f"{folder / LOCK} must be a lock that mplus has made, and holds something else")
+    found = CONTENT.fullmatch(content)
+    owner = found[1].decode() if found and found[1] else None
+    if owner is None:
+        owner = secrets.token_hex(8)
+        files.truncate(handle, 0)
+        files.write(handle, f"mplus-lock {owner}\n".encode())
+        files.sync(handle)
+        files.sync_folder(folder)
+    else:
+        files.truncate(handle, len(f"mplus-lock {owner}\n"))
+    files.write(handle, f"{os.getpid()}\n".encode())
+    return owner

@@ -1,0 +1,147 @@
+"""What can be asked of a memory in a directory, and taken out of it, without the decoder it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import attrs
+import torch
+from attrs import define
+
+from mplus.errors import InputError
+from mplus.memory.directory.checkpoint import Content
+from mplus.memory.directory.checkpoint_manifest import LiveManifest, read_live_manifest
+from mplus.memory.directory.directory import Directory
+from mplus.memory.directory.lock import acquire
+from mplus.memory.directory.open import layout_of, read_present
+from mplus.memory.format.entries import layout_from
+from mplus.memory.format.folder import MANIFEST, hold, mode_of, writable
+from mplus.memory.format.save import Facts, stream_entry
+from mplus.memory.report import ForgetReport, SourceInfo
+from mplus.memory.sources.forget import forget, without_unused_sources
+from mplus.memory.sources.listing import Held, listed, short_term, stored
+from mplus.memory.sources.table import SourceTable
+from mplus.memory.state import StreamView
+from mplus.stores.base import StoreLayout
+from mplus.stores.disk.filesystem import FileSystem
+
+
+@define(frozen=True, kw_only=True)
+class Present:
+    """What is in a directory, journal and all.
+
+    Attributes:
+        manifest: of its checkpoint, but with the streams as they are now.
+        sources: of each stream.
+        records, journal_bytes: of the journal.
+        disk_bytes: of all files.
+        texts_kept: whether texts are.
+    """
+
+    manifest: LiveManifest
+    sources: list[SourceTable]
+    records: int
+    journal_bytes: int
+    disk_bytes: int
+    texts_kept: bool
+
+
+def present(folder: Path) -> Present:
+    """What a memory in a directory holds, beside whoever writes. Raises MemoryFileError: it is damaged, or none."""
+    with hold(folder) as held:
+        manifest, content, (size, records) = read_present(held, _layout)
+    views = content.views()
+    rows = sum(entry.bytes for store in manifest.stores for entry in store.files)
+    streams = tuple(stream_entry(view, n, manifest.streams[n].mechanism) for n, view in enumerate(views))
+    return Present(
+        manifest=attrs.evolve(manifest, streams=streams),
+        sources=[state.sources for state in content.states],
+        records=records,
+        journal_bytes=size,
+        disk_bytes=rows + manifest.state.bytes + size,
+        texts_kept=any(state.texts is not None for state in content.states),
+    )
+
+
+def live_sources(folder: Path) -> list[list[SourceInfo]]:
+    """Of every stream what ``Memory.sources`` says. Raises MemoryFileError as ``present``."""
+    with hold(folder) as held:
+        manifest, content, _ = read_present(held, _layout)
+    chunk = int(manifest.fingerprint.get("memory_tokens_per_chunk", 1))
+    return [_sources(view, chunk) for view in content.views()]
+
+
+def forget_live(
+    folder: Path, source: str | None, row: int | None, files: FileSystem | None = None, *, keep_name: bool = False
+) -> ForgetReport:
+    """Take a source out of a memory in a directory, as ``LiveMemory.forget`` does.
+
+    After an error or a crash the directory is as before, or wholly without the source.
+
+    The retriever's indexes, which only the decoder's mechanism can change, are left out: the next read makes them anew.
+
+    Args:
+        folder: of the memory.
+        source: a name that was given to ``write``.
+        row: stream to take it out of; None: all.
+        files: what is done to files (for tests).
+        keep_name: as for ``Memory.forget``.
+
+    Raises:
+        MemoryFileError: as ``present``, or the folder cannot be written.
+        LiveMemoryError: somebody has it open for writing; says who.
+        InputError: no stream has this source, or there is no such stream.
+    """
+    files, held = files or FileSystem(), hold(folder)
+    read_live_manifest(held)  # before a lock is left in a folder of another kind
+    held.file_mode = mode_of(held / MANIFEST)
+    with writable(folder):
+        directory = Directory(held, files, acquire(files, held))
+    try:
+        manifest, content, (size, count) = read_present(held, _layout)
+        rows = chosen(row, len(content.states))
+        report = forget(content.states, content.stores, rows, source, keep_name=keep_name)
+        with writable(folder):
+            directory.resume(manifest, size, count)
+            _replace(directory, manifest, content)
+        directory.check_removed()
+        return report
+    finally:
+        directory.close()
+
+
+def chosen(row: int | None, streams: int) -> Sequence[int]:
+    """Numbers of the streams that are meant. Raises InputError: there is no such stream."""
+    if row is not None and row not in range(streams):
+        raise InputError(f"the stream must be one of 0 to {streams - 1}, got {row}")
+    return range(streams) if row is None else [row]
+
+
+def _replace(directory: Directory, manifest: LiveManifest, content: Content) -> None:
+    """A checkpoint of ``content``, without what was removed."""
+    facts = Facts(fingerprint=manifest.fingerprint, eviction=manifest.eviction, bytes_budget=manifest.bytes_budget)
+    layers = range(manifest.layout.layers)
+    noted = [notes if any(len(notes.at(n).ids) for n in layers) else None for notes in content.usage if notes]
+    states = [without_unused_sources(view).state for view in content.views()]
+    kept = Content(states, content.stores, content.draws, noted)
+    token = object()
+    try:
+        directory.checkpoint(token, kept, facts, clean=True)
+    except BaseException:
+        directory.settle(token)
+        raise
+
+
+def _sources(view: StreamView, chunk: int) -> list[SourceInfo]:
+    state, layers = view.state, range(view.store.layout.layers)
+    tiers = (
+        [short_term(Held(rows.source, rows.birth), state.clock) for rows in state.stm],
+        [Held(rows.source, rows.birth) for rows in state.pending],
+        [held for layer in layers for held in stored(view, layer)],
+    )
+    return listed(state.sources, tiers, len(layers), state.clock, chunk)
+
+
+def _layout(manifest: LiveManifest) -> StoreLayout:
+    return layout_of(manifest, layout_from(manifest.layout), torch.device("cpu"))

@@ -1,0 +1,244 @@
+"""Opening a directory: the memory that lives there, or a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+import torch
+
+from mplus.config import Component
+from mplus.errors import ConfigError, MemoryFileError, MemoryMismatchError
+from mplus.eviction.build import build_eviction
+from mplus.memory.budget import Budget
+from mplus.memory.checks import check_device
+from mplus.memory.directory.checkpoint import Content, read_checkpoint, replay
+from mplus.memory.directory.checkpoint_manifest import (
+    JOURNAL,
+    LOCK,
+    NEW_MANIFEST,
+    STATE,
+    LiveManifest,
+    owner_in,
+    read_live_manifest,
+)
+from mplus.memory.directory.directory import Directory
+from mplus.memory.directory.durable_memory import LiveMemory
+from mplus.memory.directory.lock import acquire, is_new, owner_of
+from mplus.memory.directory.store_stack import kind_of
+from mplus.memory.engine import Engine, engine_of
+from mplus.memory.format.folder import MANIFEST, hold, prepare, writable
+from mplus.memory.format.load import check
+from mplus.memory.format.made_with import with_weights
+from mplus.memory.format.manifest import check_belongs
+from mplus.memory.format.rules import check_fits, check_values
+from mplus.memory.opened import JOURNAL_BYTES
+from mplus.stores.base import StoreLayout
+from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.disk.folder import FILE_MODE, Folder, PathAt
+
+TRIES = 20
+"""How often a reader begins anew when the writer replaces the checkpoint under its eyes."""
+
+
+def open_memory(
+    path: str | Path,
+    model: Any,
+    *,
+    batch_size: int | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    store: Any = None,
+    eviction: Any = None,
+    bytes_budget: int | str | None = None,
+    memory_rows: Literal["projected", "hidden", "both"] | None = None,
+    keep_text: bool = False,
+    device: torch.device | str = "cpu",
+    read_only: bool = False,
+    journal_bytes: int = JOURNAL_BYTES,
+    file_mode: int = FILE_MODE,
+    files: FileSystem | None = None,
+) -> LiveMemory:
+    """``Memory.open``, which says what the arguments are and what is raised."""
+    if isinstance(journal_bytes, bool) or not isinstance(journal_bytes, int) or journal_bytes < 1:
+        raise ConfigError(f"journal_bytes must be a whole number of at least 1, got {journal_bytes!r}")
+    engine, files = engine_of(model), files or FileSystem()
+    wanted, device = engine.config.store if store is None else Component.of(store), check_device(device)
+    policy = None if eviction is None else Component.of(eviction)
+    shared: dict[str, Any] = {"where": str(path), "journal_bytes": journal_bytes, "tokenizer": tokenizer}
+    if read_only:
+        with hold(path) as folder:
+            manifest, content, (_, count) = _read(folder, engine, wanted, device)
+        _check_batch(batch_size, manifest, folder)
+        return _existing(engine, manifest, content, None, policy, bytes_budget, folder, shared, changed=count > 0)
+    folder = prepare(Path(path), file_mode, files, "keep")
+    _check_own(folder)  # before a lock is left in a folder of another kind
+    with writable(folder):
+        directory = Directory(folder, files, acquire(files, folder))
+    try:
+        _check_own(folder)  # somebody else may have been here until it was locked
+        if (folder / MANIFEST).exists():
+            manifest, content, (size, count) = _read(folder, engine, wanted, device)
+            _check_batch(batch_size, manifest, folder)
+            with writable(folder):
+                directory.resume(manifest, size, count)
+            return _existing(
+                engine, manifest, content, directory, policy, bytes_budget, folder, shared, changed=count > 0
+            )
+        new = model.new_memory(
+            1 if batch_size is None else batch_size,
+            tokenizer=tokenizer,
+            seed=seed,
+            store=kind_of(wanted),
+            eviction=policy,
+            device=device,
+            memory_rows=memory_rows,
+            bytes_budget=bytes_budget,
+            keep_text=keep_text,
+        )
+        draws = [generator.get_state() for generator in new.generators]
+        content = Content(list(new.states), list(new.stores), draws, [None] * new.batch_size)
+        memory = LiveMemory(engine, content, new.eviction, directory, budget=new.budget, **shared)
+        memory.checkpoint()
+        return memory
+    except BaseException:
+        directory.close()
+        raise
+
+
+def _existing(
+    engine: Engine,
+    manifest: LiveManifest,
+    content: Content,
+    directory: Directory | None,
+    eviction: Component | None,
+    bytes_budget: int | str | None,
+    folder: Folder,
+    shared: dict[str, Any],
+    *,
+    changed: bool,
+) -> LiveMemory:
+    """``changed``: by what stands in the journal, so that the saved indexes are of other rows."""
+    content.states = with_weights(content.states, content.stores, manifest.fingerprint, engine, folder.path)
+    policy = build_eviction(eviction or Component.of(manifest.eviction))
+    expiry = engine.layout.expiry or policy.lifetime is not None
+    if expiry != manifest.layout.expiry:
+        raise MemoryMismatchError(
+            f"{folder} holds rows {'with' if manifest.layout.expiry else 'without'} a lifetime, and the policy "
+            f"{policy.name!r} needs them {'with' if expiry else 'without'} one: save the memory and load it with that "
+            "policy"
+        )
+    wanted = manifest.bytes_budget if bytes_budget is None else bytes_budget
+    budget = Budget.of(wanted, engine.config, engine.mechanism, content.stores[0], len(content.stores))
+    if not changed:
+        for store, index in zip(content.stores, content.indexes, strict=True):
+            engine.mechanism.adopt_index(store, index)
+    return LiveMemory(engine, content, policy, directory, budget=budget, **shared)
+
+
+def _check_own(folder: Folder) -> None:
+    """Raise MemoryFileError unless ``folder`` holds a memory that lives there, what a crash left of one, or nothing."""
+    if (folder / MANIFEST).exists():
+        read_live_manifest(folder)
+        return
+    with writable(folder):
+        owner, begun = owner_of(folder), is_new(folder)
+        names = [name for name in folder.names() if name != LOCK or not (owner or begun)]
+        foreign = [name for name in names if owner is None or owner_in(name) != owner]
+        kept = [name for name in names if not _is_leftover(folder / name, owner)]
+    if kept and not foreign:
+        raise MemoryFileError(
+            f"{folder / MANIFEST} is missing, and without it {', '.join(map(repr, kept[:3]))}"
+            f"{', ...' if len(kept) > 3 else ''} cannot be read: put it back, or choose another path for a new memory"
+        )
+    if foreign:
+        raise MemoryFileError(
+            f"{folder} must be empty or hold a memory that lives there, got a folder with "
+            f"{', '.join(map(repr, foreign[:3]))}{', ...' if len(foreign) > 3 else ''}: choose another path"
+        )
+
+
+def _is_leftover(path: PathAt, owner: str | None) -> bool:
+    """Whether a file may be what a crash left of the first checkpoint, before which nothing was acknowledged."""
+    if path.name == JOURNAL.format(owner, 0):
+        return path.stat().st_size == 0
+    return path.name in {STATE.format(owner, 0), NEW_MANIFEST.format(owner)}
+
+
+def _read(
+    folder: Folder, engine: Engine, wanted: Component, device: torch.device
+) -> tuple[LiveManifest, Content, tuple[int, int]]:
+    """As ``read_present``; refuses a memory of another decoder."""
+
+    def layout(manifest: LiveManifest) -> StoreLayout:
+        check_belongs(manifest, engine.fingerprint(manifest.fingerprint), engine.layout, folder.path)
+        return layout_of(manifest, engine.layout, device)
+
+    manifest, content, done = read_present(folder, layout, wanted)
+    check(check_fits, content.states, engine, content.stores[0].layout, where=f"{folder}")
+    return manifest, content, done
+
+
+def read_present(
+    folder: Path | Folder, layout: Callable[[LiveManifest], StoreLayout], wanted: Component | None = None
+) -> tuple[LiveManifest, Content, tuple[int, int]]:
+    """Manifest, content, and bytes and number of the journal's records, though a writer may be at work.
+
+    Args:
+        folder: of the memory.
+        layout: of its rows.
+        wanted: the store asked for.
+
+    Raises:
+        MemoryFileError: it is damaged, or not a memory in a directory.
+        UnknownNameError, PluginError, ConfigError: as ``read_directory``.
+    """
+    for attempt in range(TRIES):
+        manifest = read_live_manifest(folder)
+        rows = layout(manifest)
+        try:
+            return manifest, *read_directory(folder, manifest, rows, wanted)
+        except MemoryFileError:
+            if attempt + 1 == TRIES or read_live_manifest(folder).number == manifest.number:
+                raise
+    raise AssertionError("unreachable")
+
+
+def read_directory(
+    folder: Path | Folder, manifest: LiveManifest, layout: StoreLayout, wanted: Component | None = None
+) -> tuple[Content, tuple[int, int]]:
+    """Content with what the journal adds, and bytes and number of its records; ``wanted``: the store asked for.
+
+    Raises:
+        MemoryFileError: a file is not what was written.
+        UnknownNameError, PluginError, ConfigError: there is no such store as the manifest names.
+    """
+    kept = Component.of(manifest.store)
+    content = read_checkpoint(folder, manifest, layout, kind_of(wanted or kept, kept))
+    for store in content.mapped:
+        store.notes = []  # a store that somebody keeps moves nothing to files by itself
+    done = replay(folder, manifest, content, layout)
+    for number, state in enumerate(content.states if done[1] else ()):
+        check(check_values, state, where=f"{folder}: stream {number}, by its journal,")
+    return content, done
+
+
+def layout_of(manifest: LiveManifest, layout: StoreLayout, device: torch.device) -> StoreLayout:
+    """Rows stay what they were, whatever new memories of this decoder hold."""
+    return attrs.evolve(
+        layout,
+        projected_size=manifest.layout.projected_size,
+        keeps_hidden=manifest.layout.keeps_hidden,
+        expiry=manifest.layout.expiry,
+        device=device,
+    )
+
+
+def _check_batch(batch_size: int | None, manifest: LiveManifest, folder: Folder) -> None:
+    if batch_size is not None and batch_size != len(manifest.streams):
+        raise MemoryMismatchError(
+            f"{folder} must be opened with its own batch_size, {len(manifest.streams)}, or without one, "
+            f"got {batch_size!r}"
+        )

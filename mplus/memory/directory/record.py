@@ -1,0 +1,261 @@
+"""What a write changed, as the payload of a journal record, and the way back from such a payload.
+
+Everything is physical, bit for bit: which rows of a list stayed and the new rows behind them, the rows appended to the
+long-term store and the ids removed from it, the mechanism's other tensors, clock, sources, texts, and the states of the
+generators. Replaying a record needs no decoder and draws nothing.
+
+The payload is a safetensors text. Its tensors are, of stream i, named as in files (``mplus.memory.format.save``):
+``<i>.rows.<list>.<layer>.stay``, places of the rows that stay, and ``<i>.rows.<list>.<layer>.<column>`` of those behind
+them; ``<i>.state.<name>``, ``<i>.sources.<column>``, ``<i>.text.<name>`` and ``<i>.tail.<name>``, as far as they have
+changed; ``<i>.store.<step>.<column>``, ids included; ``<i>.generator``. The facts in its metadata are JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from attrs import evolve
+from torch import Tensor
+
+from mplus.errors import MemoryFileError
+from mplus.memory.directory.checkpoint_manifest import VERSION
+from mplus.memory.directory.earlier_record import in_present_form
+from mplus.memory.format.entries import MOST_ROWS
+from mplus.memory.format.rules import check_columns
+from mplus.memory.format.structure import LARGEST
+from mplus.memory.persistence import Stayed
+from mplus.memory.sources.source import encoded
+from mplus.memory.sources.table import SourceTable
+from mplus.memory.state import StreamState
+from mplus.memory.texts import Texts, generator_in, tail_from, tail_tensors
+from mplus.rows import MemoryRows
+from mplus.stores.base import StoreLayout
+from mplus.stores.disk.safetensors_io import pack, unpack
+from mplus.stores.mmap import MmapStore, Note
+
+FIRST_LIST = "stm"
+"""The list of rows of which a write says which rows stayed (``mplus.mechanisms.base.Absorbed.stayed``)."""
+
+
+def encode(
+    before: Sequence[StreamState],
+    after: Sequence[StreamState],
+    stayed: Stayed,
+    notes: Sequence[Sequence[Note]],
+    draws: Mapping[int, Tensor],
+) -> list[bytes | memoryview]:
+    """The payload that turns the streams ``before`` into those ``after``.
+
+    Args:
+        before, after: states of all streams.
+        stayed: what is known of their short-term rows; everything is compared, so that it need not be right.
+        notes: what was done to each stream's store, in order.
+        draws: state of the generator of every stream whose generator has moved.
+    """
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    for row, (old, new) in enumerate(zip(before, after, strict=True)):
+        fact: dict[str, Any] = {}
+        if old is not new:
+            fact = _state(f"{row}", old, new, stayed.get(row), tensors)
+        if notes[row]:
+            fact["store"] = [_note(f"{row}.store.{place}", note, tensors) for place, note in enumerate(notes[row])]
+        if row in draws:
+            tensors[f"{row}.generator"] = draws[row]
+        if fact:
+            facts[str(row)] = fact
+    return pack(tensors, {"change": json.dumps(facts, separators=(",", ":"))})
+
+
+def _state(
+    prefix: str, old: StreamState, new: StreamState, stayed: Sequence[Tensor] | None, tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    before = old.row_lists()
+    for name, parts in new.row_lists().items():
+        for layer, (rows, now) in enumerate(zip(before[name], parts, strict=True)):
+            grown = torch.arange(min(len(rows), len(now)))
+            stay = grown if name != FIRST_LIST else None if stayed is None else stayed[layer]
+            _tier(f"{prefix}.rows.{name}.{layer}", rows, now, stay, tensors)
+    known, named = old.tensors(), new.tensors()
+    tensors.update({f"{prefix}.state.{name}": now for name, now in named.items() if known.get(name) is not now})
+    changed, gone = new.sources.changed_since(old.sources)
+    if changed:
+        tensors.update({f"{prefix}.sources.{name}": column for name, column in encoded(changed).items()})
+    fact = {"clock": new.clock, "tensors": list(named), "next_source": new.sources.next_number, "gone": gone}
+    if new.texts is not None:
+        fact["texts"] = _texts(f"{prefix}.text", old.texts, new.texts, tensors)
+    if new.tail is not old.tail:
+        fact["tail"] = len(new.tail)
+        tensors.update({f"{prefix}.tail.{name}": tensor for name, tensor in tail_tensors(new.tail).items()})
+    return fact
+
+
+def _texts(prefix: str, old: Texts | None, new: Texts, tensors: dict[str, Tensor]) -> int:
+    """How many of the old texts stay; the others of the new ones go into ``tensors``."""
+    grown = old is not None and old.shared is new.shared and len(old) <= len(new)
+    count = len(old) if old is not None and grown else 0
+    for name, tensor in Texts.of(new.generator, new.chunks(count)).tensors().items():
+        tensors[f"{prefix}.{name}"] = tensor
+    return count
+
+
+def _tier(prefix: str, old: MemoryRows, new: MemoryRows, stay: Tensor | None, tensors: dict[str, Tensor]) -> None:
+    """Places in ``old`` of the first rows of ``new``, and the rest of ``new``; nothing where all is as it was."""
+    if old is new:
+        return
+    if stay is None or not _begins_with(new, old, stay):
+        stay = torch.arange(0)
+    tensors[f"{prefix}.stay"] = stay
+    for name, column in new.columns().items():
+        tensors[f"{prefix}.{name}"] = column[stay.shape[0] :]
+
+
+def _begins_with(new: MemoryRows, old: MemoryRows, stay: Tensor) -> bool:
+    count, earlier, now = stay.shape[0], old.columns(), new.columns()
+    if count > len(new) or earlier.keys() != now.keys():
+        return False
+    return all(
+        earlier[name].dtype == column.dtype
+        and earlier[name].shape[1:] == column.shape[1:]
+        and _same_bits(earlier[name].index_select(0, stay.to(column.device)), column[:count])
+        for name, column in now.items()
+    )
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
+    return torch.equal(one.contiguous().view(whole), other.contiguous().view(whole))
+
+
+def _note(prefix: str, note: Note, tensors: dict[str, Tensor]) -> list[Any]:
+    tensors[f"{prefix}.ids"] = note.ids
+    for name, column in ({} if note.rows is None else note.rows.columns()).items():
+        tensors[f"{prefix}.{name}"] = column
+    return ["remove" if note.rows is None else "append", note.layer]
+
+
+def apply(
+    payload: bytes | memoryview,
+    states: list[StreamState],
+    stores: Sequence[MmapStore],
+    draws: list[Tensor],
+    layout: StoreLayout,
+    where: str,
+    version: int,
+) -> None:
+    """Make the change in ``payload``: in the lists ``states`` and ``draws``, and to ``stores``.
+
+    Args:
+        payload: what ``encode`` made.
+        states, stores, draws: all streams, as they were before the change.
+        layout: of the rows; says on which device short-term rows are.
+        where: names the record in messages.
+        version: of the directory's format.
+
+    Raises:
+        MemoryFileError: it does not describe a change of these streams.
+    """
+    try:
+        tensors, metadata = unpack(payload)
+        facts: dict[str, Any] = json.loads(metadata["change"])
+        if version < VERSION:
+            facts, tensors = in_present_form(facts, tensors, [state.sources.next_number for state in states])
+        for row, fact in _by_row(facts, len(states)):
+            if "clock" in fact:
+                states[row] = _changed(f"{row}", states[row], fact, tensors, layout)
+            for place, (what, layer) in enumerate(fact.get("store", ())):
+                _repeat(stores[row], what, layer, _columns(tensors, f"{row}.store.{place}."))
+        for row in range(len(draws)):
+            if f"{row}.generator" in tensors:
+                draws[row] = generator_in(tensors[f"{row}.generator"]).get_state()
+    except (
+        ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError
+    ) as error:  # fmt: skip
+        raise MemoryFileError(f"{where} does not describe a change of this memory: {error!r}") from error
+
+
+def _columns(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _by_row(facts: Mapping[str, Any], streams: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    if unknown := facts.keys() - {f"{row}" for row in range(streams)}:
+        raise ValueError(f"it must change streams 0 to {streams - 1}, got {sorted(unknown)}")
+    return ((int(key), fact) for key, fact in facts.items())
+
+
+def _past(name: str, value: Any, least: int, most: int = LARGEST) -> int:
+    """``value``. Raises ValueError unless it is a whole number from ``least`` on."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+    return value
+
+
+def _changed(
+    prefix: str, old: StreamState, fact: Mapping[str, Any], tensors: Mapping[str, Tensor], layout: StoreLayout
+) -> StreamState:
+    rows = {
+        name: [_rows(part, f"{prefix}.rows.{name}.{layer}.", tensors, layout) for layer, part in enumerate(parts)]
+        for name, parts in old.row_lists().items()
+    }
+    named = {**old.tensors(), **_columns(tensors, f"{prefix}.state.")}
+    clock = _past("clock", fact["clock"], old.clock, MOST_ROWS)
+    next_source = _past("next_source", fact["next_source"], old.sources.next_number)
+    sources = old.sources.without([_past("gone", number, 0) for number in fact["gone"]])
+    if changed := _columns(tensors, f"{prefix}.sources."):
+        for number, source in SourceTable.from_tensors(changed, next_source).items():
+            sources = sources.having(number, source)
+    sources = evolve(sources, next_number=next_source)
+    numbers, texts, tail = sources.column("number"), None, old.tail
+    if "texts" in fact:
+        more = Texts.from_tensors(_columns(tensors, f"{prefix}.text."), numbers)
+        texts, stay = old.texts, _past("texts", fact["texts"], 0, 0 if old.texts is None else len(old.texts))
+        if texts is None or stay != len(texts):
+            texts = Texts.of(more.generator, [] if texts is None else texts.chunks()[:stay])
+        for text in more.chunks():
+            _past("turn", text.turn, texts.last_turn + 1)
+            texts = texts.appended(text)
+    if "tail" in fact:
+        tail = tail_from(_columns(tensors, f"{prefix}.tail."), numbers)
+    return StreamState.from_parts(
+        layout,
+        rows,
+        {name: named[name] for name in fact["tensors"]},
+        clock=clock,
+        sources=sources,
+        texts=texts,
+        tail=tail,
+        weights=old.weights,
+    )
+
+
+def _rows(old: MemoryRows, prefix: str, tensors: Mapping[str, Tensor], layout: StoreLayout) -> MemoryRows:
+    columns = _columns(tensors, prefix)
+    if not columns:
+        return old
+    stay = columns.pop("stay")
+    if stay.dtype != torch.int64 or stay.dim() != 1 or bool((stay.diff() <= 0).any()):
+        raise ValueError(f"{prefix}stay must be ascending places of rows")
+    check_columns(columns, evolve(layout, expiry=False), prefix)
+    new = MemoryRows.of({name: column.to(layout.device) for name, column in columns.items()})
+    return MemoryRows.cat([old.select(stay), new]) if len(stay) else new
+
+
+def _repeat(store: MmapStore, what: str, layer: int, columns: dict[str, Tensor]) -> None:
+    ids, layer = columns.pop("ids"), _past("layer", layer, 0, store.layout.layers - 1)
+    if ids.dtype != torch.int64 or ids.dim() != 1:
+        raise ValueError(f"ids must be int64 [n], got {ids.dtype} {list(ids.shape)}")
+    if what == "append":
+        if len(ids) != len(columns["birth"]) or bool((ids.diff() <= 0).any()):
+            raise ValueError("ids of rows must ascend, one for each row")
+        if len(ids):
+            _past("the first id", int(ids[0]), store.next_ids[layer])
+            _past("the last id", int(ids[-1]), 0)
+        store.append_as(layer, ids, MemoryRows.of(columns))
+    elif what == "remove":
+        store.remove(layer, ids)
+    else:
+        raise ValueError(f"a change of a store must be 'append' or 'remove', got {what!r}")

@@ -1,0 +1,1 @@
+"""The file format of a saved memory: save, load, verify and repair it."""

@@ -1,0 +1,132 @@
+"""What a manifest says of rows, streams and tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import torch
+from attrs import define, field
+
+from mplus.memory.format.folder import DATA
+from mplus.memory.format.structure import check_name, file_named, named_like, whole
+from mplus.stores.base import StoreLayout
+from mplus.stores.disk.safetensors_io import CODES
+
+MOST = 2**31 - 1
+"""The most layers, or numbers in a row, that are read."""
+MOST_ROWS = 2**42
+"""The most rows per layer that a stream can have written; access times (``mplus.stores.access_log``) go to 2**20 as
+much."""
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """``torch.float32`` -> "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+DTYPES = {name_of(dtype): dtype for dtype in CODES}
+"""dtypes of tensors in files, by name."""
+
+SHA256 = named_like("[0-9a-f]{64}", "<64 hex digits>")
+
+
+def _dtype(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value not in DTYPES:
+        raise ValueError(f"{attribute.name} must be one of {', '.join(DTYPES)}, got {value!r}")
+
+
+def _floating(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    _dtype(instance, attribute, value)
+    if not DTYPES[value].is_floating_point:
+        raise ValueError(f"{attribute.name} must be one of floating numbers, got {value!r}")
+
+
+def _row_counts(instance: StreamEntry, attribute: attrs.Attribute[Any], value: dict[str, tuple[int, ...]]) -> None:
+    for name, counts in value.items():
+        check_name(attribute.name, name, r"[A-Za-z_]\w*", "<word>")
+        whole()(instance, attribute, counts)
+        if not counts:
+            raise ValueError(f"{attribute.name} must count the rows of every part of {name!r}, got none")
+
+
+@define(frozen=True, kw_only=True)
+class LayoutEntry:
+    """What the rows look like: see ``mplus.stores.base.StoreLayout``; ``dtype`` by name ("float32")."""
+
+    layers: int = field(validator=whole(1, MOST))
+    hidden_size: int = field(validator=whole(0, MOST))
+    key_size: int = field(validator=whole(0, MOST))
+    expiry: bool
+    dtype: str = field(validator=_floating)
+    projected_size: int = field(default=0, validator=whole(0, MOST))
+    keeps_hidden: bool = True
+
+    @property
+    def least_bytes(self) -> int:
+        """Bytes of a row in the columns that every row has, whole numbers and content."""
+        width = self.keeps_hidden * self.hidden_size + self.projected_size
+        return 16 + width * DTYPES[self.dtype].itemsize
+
+
+def layout_from(entry: LayoutEntry) -> StoreLayout:
+    """The layout that a manifest describes."""
+    return StoreLayout(
+        layers=entry.layers,
+        hidden_size=entry.hidden_size,
+        key_size=entry.key_size,
+        expiry=entry.expiry,
+        dtype=DTYPES[entry.dtype],
+        projected_size=entry.projected_size,
+        keeps_hidden=entry.keeps_hidden,
+    )
+
+
+@define(frozen=True, kw_only=True)
+class StreamEntry:
+    """One stream.
+
+    Attributes:
+        mechanism: whose rows and tensors they are, by name.
+        clock: rows written so far per layer.
+        sources: how many there are.
+        next_source: the number that the next new source gets.
+        rows: by the name of each list of rows, how many it has in each of its parts (layers, as a rule).
+        ltm: long-term rows in each layer.
+        store: number of its store; streams that share one have the same.
+    """
+
+    mechanism: str
+    clock: int = field(validator=whole(0, MOST_ROWS))
+    sources: int = field(validator=whole())
+    next_source: int = field(validator=whole())
+    rows: dict[str, tuple[int, ...]] = field(validator=_row_counts)
+    ltm: tuple[int, ...] = field(validator=whole())
+    store: int = field(validator=whole())
+
+
+@define(frozen=True, kw_only=True)
+class TensorEntry:
+    """One tensor of the data file: dtype by name, shape, and SHA-256 of its bytes (row-major, little-endian)."""
+
+    dtype: str = field(validator=_dtype)
+    shape: tuple[int, ...] = field(validator=whole())
+    sha256: str = field(validator=SHA256)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        size = DTYPES[self.dtype].itemsize
+        for length in self.shape:  # not through torch, whose sizes end at 2 ** 63
+            size *= length
+        return size
+
+
+@define(frozen=True, kw_only=True)
+class DataEntry:
+    """The data file beside the manifest: name, size in bytes, SHA-256 of all of it, and its tensors by name."""
+
+    file: str = field(validator=file_named(DATA, "[0-9a-f]+"))
+    bytes: int = field(validator=whole())
+    sha256: str = field(validator=SHA256)
+    tensors: dict[str, TensorEntry]

@@ -1,0 +1,253 @@
+"""From the data file of a saved memory to streams and stores."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from attrs import evolve
+from torch import Tensor
+
+from mplus.config import Component
+from mplus.errors import MemoryFileError, MemoryMismatchError
+from mplus.memory.format.entries import StreamEntry
+from mplus.memory.format.manifest import Manifest
+from mplus.memory.format.rules import check_columns, check_rows, check_values
+from mplus.memory.format.structure import LARGEST
+from mplus.memory.format.tensors import Tensors
+from mplus.memory.sources.source import DTYPES as SOURCE_COLUMNS
+from mplus.memory.sources.table import SourceTable
+from mplus.memory.state import StreamState
+from mplus.memory.texts import NAMES, TAIL_NAMES, Texts, Waiting, generator_in, tail_from
+from mplus.rows import MemoryRows
+from mplus.stores.access_log import NEVER, Usage
+from mplus.stores.base import MemoryStore, StoreLayout
+from mplus.stores.build import build_store
+
+COLUMNS = ("hidden", "birth", "source", "key", "expiry", "projected")
+OF_STREAM = re.compile(
+    r"stream\.(?P<stream>\d{1,9})\."
+    rf"(rows\.(?P<list>\w+)\.(?P<layer>\d{{1,9}})\.({'|'.join(COLUMNS)})|state\.[\w.]+|sources\.({'|'.join(SOURCE_COLUMNS)})"
+    rf"|text\.({'|'.join(NAMES)})|tail\.({'|'.join(TAIL_NAMES)})|usage\.\d+|live\.\d+\.\d+|generator)"
+)
+OF_STORE = re.compile(r"store\.(?P<store>\d{1,9})\.\d+\.\w+(\.\w+)*")
+"""Names of tensors."""
+
+
+def read_streams(
+    file: Tensors, manifest: Manifest, layout: StoreLayout, kind: Component, lifetime: float | None = None
+) -> tuple[list[StreamState], list[MemoryStore], list[torch.Generator]]:
+    """What is in a data file.
+
+    Args:
+        file: open.
+        manifest: beside it.
+        layout: of the rows that are wanted; ``expiry`` may differ from the file's.
+        kind: of store that long-term rows go to.
+        lifetime: what rows that the file gives none get, where the layout has ``expiry``.
+
+    Raises:
+        MemoryFileError: the file does not hold what the manifest says.
+    """
+    entries = manifest.streams
+    states = [read_state(file, number, entry, layout) for number, entry in enumerate(entries)]
+    for number, state in enumerate(states):
+        check(check_values, state, where=f"{file.path}: stream {number}")
+    made: dict[int, MemoryStore] = {}
+    for state, entry in zip(states, entries, strict=True):
+        if entry.store not in made:
+            expires = None if manifest.layout.expiry else _expires(state, layout, lifetime)
+            made[entry.store] = _read_store(file, entry, kind, layout, expires)
+        _check_stored(made[entry.store], state, f"{file.path}: store.{entry.store}")
+    return (
+        states,
+        [made[entry.store] for entry in entries],
+        [read_generator(file, number) for number in range(len(entries))],
+    )
+
+
+def check_names(file: Tensors, streams: Sequence[StreamEntry]) -> None:
+    """Raise MemoryFileError where a file holds a tensor that no such memory has."""
+    for name in file.tensors:
+        found = OF_STREAM.fullmatch(name)
+        if found is not None and int(found["stream"]) < len(streams):
+            parts = streams[int(found["stream"])].rows.get(found["list"] or "", ())
+            if found["list"] is None or int(found["layer"]) < len(parts):
+                continue
+        if found is None and (store := OF_STORE.fullmatch(name)) and int(store["store"]) < len(streams):
+            continue
+        raise MemoryFileError(
+            f"{file.path} must hold only tensors of a memory of {len(streams)} streams, got {name!r}: it was altered, "
+            "or written by a newer mplus"
+        )
+
+
+def read_rows(file: Tensors, prefix: str, count: int, layout: StoreLayout) -> MemoryRows:
+    """The rows of one layer. Raises MemoryFileError unless there are ``count`` and they look as ``layout`` says."""
+    columns = {name: file.get(f"{prefix}.{name}") for name in COLUMNS if f"{prefix}.{name}" in file.tensors}
+    check(check_columns, columns, layout, prefix, where=f"{file.path}")
+    if len(columns["birth"]) != count:
+        raise MemoryFileError(f"{file.path}: {prefix} must have {count} rows, got {len(columns['birth'])}")
+    return MemoryRows.of(columns)
+
+
+def check(check: Callable[..., object], *what: object, where: str) -> None:
+    """``check(*what)``; raises MemoryFileError where that raises MemoryMismatchError."""
+    try:
+        check(*what)
+    except MemoryMismatchError as error:
+        raise MemoryFileError(f"{where} must be what was written, and does not fit together: {error}") from error
+
+
+def read_state(file: Tensors, number: int, entry: StreamEntry, layout: StoreLayout) -> StreamState:
+    """A stream, but for its long-term rows, whose values are still to be looked at (``mplus.memory.format.rules``).
+
+    Raises MemoryFileError where the file does not hold what ``entry`` says.
+    """
+    form = evolve(layout, expiry=False)
+    rows = {
+        name: [
+            _kept(read_rows(file, f"stream.{number}.rows.{name}.{layer}", count, form), layout, file)
+            for layer, count in enumerate(counts)
+        ]
+        for name, counts in entry.rows.items()
+    }
+    tensors = {name: value if file.lasting else value.clone() for name, value in read_all(file, number, "state")}
+    sources = read_sources(file, number, entry)
+    numbers = sources.column("number")
+    texts, tail = read_texts(file, number, numbers), read_tail(file, number, numbers)
+    try:
+        return StreamState.from_parts(layout, rows, tensors, clock=entry.clock, sources=sources, texts=texts, tail=tail)
+    except MemoryMismatchError as error:
+        raise MemoryFileError(f"{file.path}: stream {number} does not fit together: {error}") from error
+
+
+def read_all(file: Tensors, number: int, kind: str) -> list[tuple[str, Tensor]]:
+    """All tensors ``stream.<number>.<kind>.<name>``, by this name. Raises MemoryFileError as ``get``."""
+    prefix = f"stream.{number}.{kind}."
+    return [(name.removeprefix(prefix), file.get(name)) for name in file.tensors if name.startswith(prefix)]
+
+
+def read_sources(file: Tensors, number: int, entry: StreamEntry) -> SourceTable:
+    """The sources of a stream. Raises MemoryFileError unless they are as ``entry`` says."""
+    try:
+        table = SourceTable.from_tensors(dict(read_all(file, number, "sources")), entry.next_source)
+    except MemoryMismatchError as error:
+        raise MemoryFileError(f"{file.path}: stream.{number}.sources is not as it was written: {error}") from error
+    if len(table) != entry.sources:
+        raise MemoryFileError(f"{file.path}: stream.{number} must have {entry.sources} sources, got {len(table)}")
+    return table
+
+
+def _kept(rows: MemoryRows, layout: StoreLayout, file: Tensors) -> MemoryRows:
+    """Rows that last when the file is closed."""
+    copy = not file.lasting
+    return MemoryRows.of({name: column.to(layout.device, copy=copy) for name, column in rows.columns().items()})
+
+
+def _expires(state: StreamState, layout: StoreLayout, lifetime: float | None) -> list[float] | None:
+    """When rows of each layer expire whose lifetime begins now; None: they do not."""
+    if not layout.expiry or lifetime is None:
+        return None
+    elapsed = state.counters.get("decayed", torch.zeros(layout.layers))
+    return [lifetime + float(value) for value in elapsed]
+
+
+def _read_store(
+    file: Tensors,
+    entry: StreamEntry,
+    component: Component,
+    layout: StoreLayout,
+    expires: list[float] | None,
+) -> MemoryStore:
+    store = build_store(component, layout)
+    for layer, count in enumerate(entry.ltm):
+        prefix = f"store.{entry.store}.{layer}"
+        rows = read_rows(file, prefix, count, evolve(layout, expiry=True))
+        if not layout.expiry:
+            rows = rows.replace(expiry=None)
+        elif expires is not None:
+            rows = rows.replace(expiry=torch.full((count,), expires[layer], dtype=torch.float64))
+        try:
+            store.append(layer, rows)
+        except ValueError as error:
+            raise MemoryFileError(f"{file.path}: {prefix} does not fit this memory: {error}") from error
+    return store
+
+
+def _check_stored(store: MemoryStore, state: StreamState, where: str) -> None:
+    """Raise MemoryFileError unless the rows of a store, all of them in memory, can be those of a stream."""
+    known = state.sources.column("number")
+    for layer in range(store.layout.layers):
+        for piece in store.pieces(layer, "birth", "source"):
+            rows = MemoryRows.of(piece.columns)
+            rows = rows if piece.live is None else rows.select(piece.live)
+            check(check_rows, rows, state.clock, known, f"layer {layer}", where=where)
+
+
+def read_generator(file: Tensors, number: int) -> torch.Generator:
+    """The generator of a stream. Raises MemoryFileError: there is none."""
+    name = f"stream.{number}.generator"
+    try:
+        return generator_in(file.get(name).clone())
+    except MemoryMismatchError as error:
+        raise MemoryFileError(f"{file.path}: {name!r} {error}") from error
+
+
+def read_texts(file: Tensors, number: int, known: Tensor) -> Texts | None:
+    """The kept texts of a stream with the sources ``known``, or None where none were kept.
+
+    Raises MemoryFileError unless they make sense.
+    """
+    names = {name: f"stream.{number}.text.{name}" for name in NAMES}
+    if not any(name in file.tensors for name in names.values()):
+        return None
+    try:
+        texts = Texts.from_tensors({name: file.get(tensor) for name, tensor in names.items()}, known)
+    except MemoryMismatchError as error:
+        raise MemoryFileError(
+            f"{file.path}: stream.{number}.text must hold texts as they were kept: {error}"
+        ) from error
+    return texts
+
+
+def read_tail(file: Tensors, number: int, known: Tensor) -> tuple[Waiting, ...]:
+    """The text of a stream that waits for more. Raises MemoryFileError unless it makes sense."""
+    names = {name: f"stream.{number}.tail.{name}" for name in TAIL_NAMES}
+    if not any(name in file.tensors for name in names.values()):
+        return ()
+    try:
+        return tail_from({name: file.get(tensor) for name, tensor in names.items()}, known)
+    except MemoryMismatchError as error:
+        raise MemoryFileError(f"{file.path}: stream.{number}.tail must hold text as it was kept: {error}") from error
+
+
+def read_usage(file: Tensors, number: int, store: MemoryStore) -> Usage:
+    """When the rows of a stream were last retrieved, as far as the file says. Raises MemoryFileError as ``get``."""
+    usage = Usage()
+    for layer in range(store.layout.layers):
+        name = f"stream.{number}.usage.{layer}"
+        if name in file.tensors:
+            usage.replace(layer, store.ids(layer), read_times(file, name, store.count(layer)))
+    return usage
+
+
+def read_times(file: Tensors, name: str, count: int) -> Tensor:
+    """When each of so many rows was last retrieved. Raises MemoryFileError as ``get``."""
+    times = file.get(name)
+    if times.shape != (count,) or times.dtype != torch.int64:
+        raise MemoryFileError(f"{file.path}: {name!r} must have a time for each of {count} rows")
+    if not bool(((times == NEVER) | (times >= 0) & (times <= LARGEST)).all()):
+        raise MemoryFileError(f"{file.path}: {name!r} must have times from 0 to {LARGEST}")
+    return times
+
+
+def read_index(file: Tensors, store: int, layers: int) -> list[dict[str, Tensor]]:
+    """Per layer, what the retriever's index of a store was made of; {} where none was saved."""
+    found = []
+    for layer in range(layers):
+        prefix = f"store.{store}.{layer}.index."
+        names = [name for name in file.tensors if name.startswith(prefix)]
+        found.append({name.removeprefix(prefix): file.get(name).clone() for name in names})
+    return found

@@ -1,0 +1,305 @@
+"""The manifest of a saved memory: all there is to know about it but the values of its tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import attrs
+from attrs import define, field
+
+from mplus.config import Component
+from mplus.errors import ConfigError, MemoryFileError, MemoryMismatchError
+from mplus.memory.format.earlier import upgraded
+from mplus.memory.format.entries import DataEntry, LayoutEntry, StreamEntry, name_of
+from mplus.memory.format.folder import MANIFEST
+from mplus.memory.format.structure import NOT_IN_FILES, structured, unstructured, whole
+from mplus.memory.sources.table import SourceTable
+from mplus.memory.weights_state import MADE_WITH, weights_of
+from mplus.stores.base import StoreLayout
+from mplus.stores.disk.folder import Folder, PathAt, path_at, read_file
+
+M = TypeVar("M")
+FORMAT = "mplus-memory"
+LIVE_FORMAT = "mplus-live-memory"
+HINTS = {
+    LIVE_FORMAT: " but a memory in a directory: Memory.open opens it",
+    FORMAT: " but a saved one: Memory.load reads it",
+}
+VERSION = 2
+"""Format version that is written, and the newest that is read. 1: the manifest lists the sources, and tensors have the
+names that ``mplus.memory.format.earlier`` knows."""
+
+DEEPEST = 64
+"""Levels of a manifest."""
+
+LEFT_OUT = {"retriever.score": "sigmoid_mean"}
+"""Facts that older files leave out, since nothing else was possible when they were written."""
+
+
+class Belonging(Protocol):
+    """A manifest of a memory of one decoder."""
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Facts about the decoder."""
+
+    @property
+    def layout(self) -> LayoutEntry:
+        """What the rows look like."""
+
+    @property
+    def streams(self) -> tuple[StreamEntry, ...]:
+        """One per batch row."""
+
+
+def mechanism_in(fingerprint: Mapping[str, Any]) -> Any:
+    """The mechanism in the facts about a decoder, by name or as a table with its options."""
+    return fingerprint.get("mechanism", "mplus")
+
+
+def component(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    """Validator: a component by name, or a table of its name and options."""
+    try:
+        Component.of(value)
+    except ConfigError as error:
+        raise ValueError(f"{attribute.name} must name a component: {error}") from error
+
+
+def fingerprint(instance: Any, attribute: attrs.Attribute[Any], value: dict[str, Any]) -> None:
+    """Validator: facts about a decoder, of which those are looked at that are needed without it."""
+    if "mechanism" in value:
+        component(instance, attrs.fields_dict(type(instance))["fingerprint"], value["mechanism"])
+    rows = value.get("memory_tokens_per_chunk", 1)
+    if type(rows) is not int or rows < 1:
+        raise ValueError(f"{attribute.name}.memory_tokens_per_chunk must be a whole number of at least 1, got {rows!r}")
+    component(instance, attribute, mechanism_in(value))
+
+
+@define(frozen=True, kw_only=True)
+class Manifest:
+    """A saved memory without its tensors.
+
+    Attributes:
+        version: of the format.
+        written_by: version of mplus that wrote it.
+        fingerprint: facts about the decoder that a memory depends on (``Engine.fingerprint``).
+        layout: what the rows look like.
+        eviction: policy of the long-term memory, by name or as a table with its options.
+        streams: one per batch row.
+        data: the file with the tensors.
+        bytes_budget: bytes that the memory may take in all, or None.
+        capacity: long-term rows per layer of a stream, as it was when saved; None: no limit, or an older file.
+        text_capacity: text tokens these hold, or None.
+        earlier: of format version 1, the sources of each stream.
+    """
+
+    version: int = VERSION
+    written_by: str
+    fingerprint: dict[str, Any] = field(validator=fingerprint)
+    layout: LayoutEntry
+    eviction: Any = field(validator=component)
+    streams: tuple[StreamEntry, ...]
+    data: DataEntry
+    bytes_budget: int | None = field(default=None, validator=attrs.validators.optional(whole(1)))
+    capacity: int | None = field(default=None, validator=attrs.validators.optional(whole()))
+    text_capacity: int | None = field(default=None, validator=attrs.validators.optional(whole()))
+    earlier: tuple[SourceTable, ...] = field(default=(), metadata=NOT_IN_FILES)
+
+    def to_json(self) -> str:
+        """The text of the file, with a digest of its own content."""
+        return to_text(self, FORMAT)
+
+
+def to_text(manifest: Any, form: str) -> str:
+    """A manifest (an attrs instance) as JSON, with its format and a digest of its own content."""
+    plain = {"format": form, **unstructured(manifest)}
+    return json.dumps({**plain, "digest": _digest(plain)}, indent=1) + "\n"
+
+
+def read_manifest(path: str | Path | Folder, name: str = MANIFEST) -> Manifest:
+    """Read the manifest of the memory saved in the folder ``path``; its tensors are not looked at.
+
+    ``name``: of its file, where a save was interrupted before it got its own.
+
+    Raises:
+        MemoryFileError: there is none, it was truncated or altered, is of a newer format, or is something else.
+    """
+    file = (path if isinstance(path, Folder) else Path(path)) / name
+    manifest = from_file(file, Manifest, FORMAT, VERSION, "a saved memory")
+    try:
+        check_streams(manifest)
+        _check_data(manifest)
+    except ValueError as error:
+        raise MemoryFileError(f"{file} does not describe a memory: {error}") from error
+    return manifest
+
+
+def from_file(file: Path | PathAt, cls: type[M], form: str, newest: int, what: str) -> M:
+    """Read what ``to_text`` wrote.
+
+    Args:
+        file: its path.
+        cls: attrs class of the manifest.
+        form, newest: its format, and the newest version that is read.
+        what: has this format, in words.
+
+    Raises:
+        MemoryFileError: as ``read_manifest``.
+    """
+    plain = _parse(_read(file), file)
+    if plain is None or plain.get("format") != form:
+        held = "something else" if plain is None else f"format {plain.get('format')!r}"
+        hint = HINTS.get(str(plain and plain.get("format")), "")
+        raise MemoryFileError(f"{file} must have format {form!r}, got {held}: this is not {what}{hint}")
+    version = plain.get("version")
+    if isinstance(version, int) and version > newest:
+        raise MemoryFileError(
+            f"{file} was written by format version {version}, this mplus reads up to {newest}: upgrade mplus"
+        )
+    if type(version) is not int or version < 1:
+        raise MemoryFileError(f"{file} must have a format version of at least 1, got {version!r}: it was altered")
+    expected, actual = plain.get("digest"), _digest(plain)
+    if expected != actual:
+        raise MemoryFileError(
+            f"{file} was altered after it was saved: its digest must be {expected}, got {actual}: use another copy"
+        )
+    content = {name: value for name, value in plain.items() if name not in ("format", "digest")}
+    try:
+        if version == newest:
+            return structured(content, cls, "manifest")
+        content, earlier = upgraded(content)
+        return attrs.evolve(structured(content, cls, "manifest"), earlier=earlier)  # type: ignore[misc]
+    except ValueError as error:
+        raise MemoryFileError(f"{file} does not describe a memory: {error}") from error
+
+
+def is_memory(folder: Path | Folder, form: str = FORMAT) -> bool:
+    """Whether ``folder`` has a manifest of this format, of any version. Raises MemoryFileError if nobody can tell."""
+    file = folder / MANIFEST
+    try:
+        if not path_at(file).exists():
+            return False
+    except (OSError, ValueError) as error:
+        raise MemoryFileError(f"{file} must be a path that can be looked at, got {error}") from error
+    text = _read(file)
+    try:
+        plain = _parse(text, file)
+    except MemoryFileError:
+        return False
+    return plain is not None and plain.get("format") == form
+
+
+def check_belongs(manifest: Belonging, fingerprint: Mapping[str, Any], layout: StoreLayout, where: str | Path) -> None:
+    """Raise MemoryMismatchError, with every fact that differs, unless the memory was made by this decoder.
+
+    Raises MemoryFileError where a manifest says so and describes rows that the decoder, with this ``layout``, does not
+    make.
+    """
+    own = {**json.loads(json.dumps(fingerprint)), "dtype": name_of(layout.dtype)}
+    earlier = {name: value for name, value in LEFT_OUT.items() if name in own}
+    saved = {**earlier, **manifest.fingerprint, "dtype": manifest.layout.dtype}
+    names = [*own, *(name for name in saved if name not in own)]
+    differences = [
+        f"{name} is {saved.get(name)!r} in the file and {own.get(name)!r} in the model"
+        for name in names
+        if name != MADE_WITH and saved.get(name) != own.get(name)
+    ]
+    if differences:
+        raise MemoryMismatchError(
+            f"{where} must be loaded by the model, adapters and config it was made with, but {'; '.join(differences)}"
+        )
+    for name in ("layers", "hidden_size", "key_size"):
+        if getattr(manifest.layout, name) != getattr(layout, name):
+            raise MemoryFileError(
+                f"{where}: layout.{name} must be {getattr(layout, name)} as of the decoder it was made with, got "
+                f"{getattr(manifest.layout, name)}: the manifest was altered"
+            )
+
+
+def _read(file: Path | PathAt) -> bytes:
+    try:
+        return read_file(file)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MemoryFileError(f"{file} is missing: {file.parent} must be a folder written by Memory.save") from error
+    except OSError as error:
+        raise MemoryFileError(f"{file} must be readable, got {error.strerror or error}") from error
+
+
+def _parse(text: bytes, file: Path | PathAt) -> dict[str, Any] | None:
+    """The JSON object in ``text``, or None where it is other JSON. Raises MemoryFileError where it is none."""
+    try:
+        plain = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise MemoryFileError(f"{file} must hold JSON, got {error}: it is truncated, altered or foreign") from error
+    if _depth_exceeds(plain, DEEPEST):
+        raise MemoryFileError(f"{file} must hold JSON of at most {DEEPEST} levels: it is altered or foreign")
+    return plain if isinstance(plain, dict) else None
+
+
+def _depth_exceeds(plain: Any, most: int) -> bool:
+    level = [plain] if isinstance(plain, dict | list) else []
+    for _ in range(most):
+        level = [part for one in level for part in (one.values() if isinstance(one, dict) else one)]
+        level = [part for part in level if isinstance(part, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _digest(plain: Mapping[str, Any]) -> str:
+    """SHA-256 of everything but the digest itself, however the text is laid out."""
+    content = {name: value for name, value in plain.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def mechanism_of(manifest: Belonging) -> str:
+    """Name of the mechanism that a memory is of."""
+    return Component.of(mechanism_in(manifest.fingerprint)).name
+
+
+def check_streams(manifest: Belonging) -> None:
+    """Raise ValueError where what a manifest says of the streams of a mechanism contradicts itself."""
+    streams, layout, mechanism = manifest.streams, manifest.layout, mechanism_of(manifest)
+    if not streams:
+        raise ValueError("streams must have at least one entry, got none")
+    for number, stream in enumerate(streams):
+        if stream.mechanism != mechanism:
+            raise ValueError(
+                f"streams[{number}].mechanism must be that of the fingerprint, {mechanism!r}, got {stream.mechanism!r}"
+            )
+        if len(stream.ltm) != layout.layers:
+            raise ValueError(
+                f"streams[{number}].ltm must count the rows of {layout.layers} layers, got {list(stream.ltm)}"
+            )
+        for name, counts in stream.rows.items():
+            if len(counts) > layout.layers:
+                raise ValueError(
+                    f"streams[{number}].rows[{name!r}] must count the rows of at most {layout.layers} layers, "
+                    f"got {list(counts)}"
+                )
+        if stream.store >= len(streams):
+            raise ValueError(f"streams[{number}].store must be below {len(streams)}, got {stream.store}")
+        if stream.sources > stream.next_source:
+            raise ValueError(
+                f"streams[{number}].sources must be at most next_source, {stream.next_source}, got {stream.sources}"
+            )
+    if MADE_WITH in manifest.fingerprint:
+        weights_of(manifest.fingerprint[MADE_WITH], len(streams))
+
+
+def _check_data(manifest: Manifest) -> None:
+    data, streams = manifest.data, manifest.streams
+    size = sum(entry.nbytes for entry in data.tensors.values())
+    if size > data.bytes:
+        raise ValueError(f"data.tensors must fit into the {data.bytes} bytes of {data.file}, got {size} bytes")
+    for number, stream in enumerate(streams):
+        first = streams[stream.store]
+        if first.store != stream.store or first.ltm != stream.ltm:
+            raise ValueError(
+                f"streams[{number}].ltm must be that of the stream whose store it shares, {list(first.ltm)}, "
+                f"got {list(stream.ltm)}"
+            )

@@ -1,0 +1,146 @@
+"""What can be asked of a memory on disk, and taken out of it, without the decoder it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mplus.config import Component
+from mplus.errors import MemoryFileError
+from mplus.memory.directory.offline import chosen, forget_live, live_sources
+from mplus.memory.format.earlier import in_present_form
+from mplus.memory.format.entries import layout_from
+from mplus.memory.format.folder import MANIFEST, check_removed, hold, lock, mode_of
+from mplus.memory.format.load import check_names, read_sources, read_streams, read_usage
+from mplus.memory.format.manifest import LIVE_FORMAT, Manifest, is_memory, read_manifest
+from mplus.memory.format.save import Facts, replace, store_numbers
+from mplus.memory.format.tensors import TensorReader, Tensors
+from mplus.memory.report import ForgetReport, SourceInfo
+from mplus.memory.sources.forget import forget
+from mplus.memory.sources.listing import Held, listed, short_term
+from mplus.memory.sources.table import SourceTable
+from mplus.memory.state import ROW_LISTS, StreamView
+from mplus.stores.base import MemoryStore
+
+
+def saved_sources(path: str | Path) -> list[list[SourceInfo]]:
+    """Of every stream of the memory in the folder ``path`` what ``Memory.sources`` says.
+
+    Of a saved memory only births and sources are read; of one that lives there, beside whoever writes, what an opening
+    reads.
+
+    Raises:
+        MemoryFileError: missing, truncated, altered, foreign, or newer file.
+    """
+    folder = Path(path)
+    if is_memory(folder, LIVE_FORMAT):
+        return live_sources(folder)
+    here = hold(folder)
+    held = lock(here, shared=True)
+    try:
+        manifest = read_manifest(here)
+        with TensorReader(here, manifest.data) as opened:
+            file = in_present_form(opened, manifest.earlier)
+            check_names(file, manifest.streams)
+            return [_sources(file, manifest, number) for number in range(len(manifest.streams))]
+    finally:
+        held.release()
+
+
+def saved_tables(path: str | Path) -> tuple[Manifest, list[SourceTable]]:
+    """The manifest of a saved memory, and the table of sources of each stream. Raises MemoryFileError."""
+    here = hold(Path(path))
+    held = lock(here, shared=True)
+    try:
+        manifest = read_manifest(here)
+        with TensorReader(here, manifest.data) as opened:
+            file = in_present_form(opened, manifest.earlier)
+            return manifest, [read_sources(file, number, entry) for number, entry in enumerate(manifest.streams)]
+    finally:
+        held.release()
+
+
+def forget_saved(
+    path: str | Path, source: str | None, row: int | None = None, *, keep_name: bool = False
+) -> ForgetReport:
+    """Write the memory in the folder ``path`` anew without the rows, texts and name of ``source``.
+
+    What is there stays whole until the new files are on disk, and then is removed. All long-term rows of a saved memory
+    pass through memory; of one that lives there, only files that hold such rows are written anew.
+
+    Args:
+        path: as given to ``Memory.save`` or ``Memory.open``.
+        source: a name that was given to ``write``.
+        row: stream to take it out of; None: all.
+        keep_name: as for ``Memory.forget``.
+
+    Raises:
+        MemoryFileError: as ``saved_sources``, or the folder cannot be written.
+        InputError: no stream has this source, or there is no such stream; nothing was changed.
+        LiveMemoryError: somebody has the directory open for writing; says who.
+    """
+    folder = Path(path)
+    if is_memory(folder, LIVE_FORMAT):
+        return forget_live(folder, source, row, keep_name=keep_name)
+    here = hold(folder)
+    held = lock(here)
+    try:
+        manifest = read_manifest(here)
+        here.file_mode = mode_of(here / MANIFEST)
+        rows = chosen(row, len(manifest.streams))
+        with TensorReader(here, manifest.data) as opened:
+            file = in_present_form(opened, manifest.earlier)
+            check_names(file, manifest.streams)
+            states, stores, generators = read_streams(file, manifest, layout_from(manifest.layout), Component("ram"))
+            noted = any(name.startswith("stream.") and ".usage." in name for name in file.tensors)
+            usage = [read_usage(file, n, store) if noted else None for n, store in enumerate(stores)]
+        report = forget(states, _own(stores, rows), rows, source, keep_name=keep_name)
+        views = [StreamView(*parts) for parts in zip(states, stores, usage, strict=True)]
+        draws = [generator.get_state() for generator in generators]
+        left = replace(here, views, draws, store_numbers(stores), _facts(manifest))
+        check_removed(here, left)
+        return report
+    finally:
+        held.release()
+
+
+def _own(stores: list[MemoryStore], rows: Sequence[int]) -> list[MemoryStore]:
+    """The same list, in which streams that lose rows share their store with no other."""
+    for row in rows:
+        if sum(store is stores[row] for store in stores) > 1:
+            stores[row] = stores[row].fork()
+    return stores
+
+
+def _facts(manifest: Manifest) -> Facts:
+    return Facts(
+        fingerprint=manifest.fingerprint,
+        eviction=manifest.eviction,
+        bytes_budget=manifest.bytes_budget,
+        capacity=manifest.capacity,
+        text_capacity=manifest.text_capacity,
+    )
+
+
+def _held(file: Tensors, prefix: str, count: int) -> Held:
+    """Sources and births of the rows of one layer. Raises MemoryFileError: there are not so many of them."""
+    columns = [file.get(f"{prefix}.{name}") for name in ("source", "birth")]
+    for column in columns:
+        if column.dtype != torch.int64 or column.shape != (count,):
+            raise MemoryFileError(
+                f"{file.path}: {prefix} must have {count} sources and births, int64, got {column.dtype} "
+                f"{list(column.shape)}"
+            )
+    return Held(*columns)
+
+
+def _sources(file: Tensors, manifest: Manifest, number: int) -> list[SourceInfo]:
+    stream = manifest.streams[number]
+    counts = {f"stream.{number}.rows.{name}": stream.rows.get(name, ()) for name in ROW_LISTS}
+    counts[f"store.{stream.store}"] = stream.ltm
+    tiers = [[_held(file, f"{prefix}.{n}", count) for n, count in enumerate(found)] for prefix, found in counts.items()]
+    tiers[0] = [short_term(rows, stream.clock) for rows in tiers[0]]
+    rows = int(manifest.fingerprint.get("memory_tokens_per_chunk", 1))
+    return listed(read_sources(file, number, stream), tiers, manifest.layout.layers, stream.clock, rows)

@@ -1,0 +1,144 @@
+"""What must hold of a stream that was read from files. Nothing behind these checks looks at it again.
+
+The form of tensors (``check_columns``, ``check_newest``) is checked wherever a ``StreamState`` is made of parts, their
+values (``check_values``) once all there is was read, and what the decoder's mechanism expects (``check_fits``) where
+there is a decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mplus.errors import MemoryMismatchError
+from mplus.rows import NO_SOURCE, MemoryRows
+from mplus.stores.base import StoreLayout
+
+if TYPE_CHECKING:
+    from mplus.memory.engine import Engine
+    from mplus.memory.state import StreamState
+
+FURTHEST_BACK = 2**31
+"""How many rows before the first one of its own clock a memory may begin with."""
+PIECE_ROWS = 1024
+OPTIONAL = frozenset({"key", "expiry"})
+"""Columns that rows of a layout that has them may lack."""
+
+
+def check_columns(columns: Mapping[str, Tensor], layout: StoreLayout, where: str) -> None:
+    """Raise MemoryMismatchError unless these are the columns of rows; ``OPTIONAL`` ones may be there or not.
+
+    Args:
+        columns: by name.
+        layout: of the rows.
+        where: they are, in messages.
+    """
+    described = layout.columns()
+    if not described.keys() - OPTIONAL <= columns.keys() <= described.keys():
+        raise MemoryMismatchError(f"{where} must have the columns {sorted(described)}, got {sorted(columns)}")
+    count = columns["birth"].shape[:1] or (0,)
+    for name, column in columns.items():
+        shape, dtype = described[name]
+        if column.dtype != dtype or column.shape != (*count, *shape):
+            raise MemoryMismatchError(
+                f"{where}: column {name!r} must be {dtype} {[*count, *shape]}, got {column.dtype} {list(column.shape)}"
+            )
+
+
+def check_newest(newest: Tensor, rows: MemoryRows, layout: StoreLayout, layer: int) -> None:
+    """Raise MemoryMismatchError unless ``newest`` are hidden states of some of the short-term ``rows`` of a layer."""
+    most = len(rows)
+    if newest.dtype != layout.dtype or newest.dim() != 2 or newest.shape[1] != layout.hidden_size or len(newest) > most:
+        raise MemoryMismatchError(
+            f"newest.{layer} must be {layout.dtype} [n, {layout.hidden_size}] with n of at most {most}, got "
+            f"{newest.dtype} {list(newest.shape)}"
+        )
+
+
+def rules(rows: MemoryRows, clock: int, known: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+    """Each rule that the births and sources of rows keep to, in words, and ``[n]`` bool: which of them do.
+
+    Args:
+        rows: any.
+        clock: of their stream.
+        known: ``[m]`` int64, ascending: the numbers of its sources; None: nobody knows.
+    """
+    births, sources = rows.birth, rows.source.cpu()
+    # Below 0: rows that an imported memory or a pool began with, and short-term ones that count back ("release" ages).
+    right = (births >= -FURTHEST_BACK) & (births < clock)
+    yield f"births below the clock, {clock}, and none below {-FURTHEST_BACK}", right
+    if known is not None:
+        of_a_source = torch.zeros_like(sources, dtype=torch.bool)
+        if len(known):
+            of_a_source = known[torch.searchsorted(known, sources).clamp(max=len(known) - 1)] == sources
+        yield "sources that the stream has", (of_a_source | (sources == NO_SOURCE)).to(births.device)
+
+
+def finite(rows: MemoryRows) -> Iterator[tuple[str, Tensor]]:
+    """The same of what rows hold."""
+    for name in ("hidden", "key", "projected"):
+        column = rows.columns().get(name)
+        if column is not None:
+            pieces = column.split(PIECE_ROWS)  # the test takes as much room as what it looks at
+            yield f"finite values in {name!r}", torch.cat([piece.isfinite().all(1) for piece in pieces])
+
+
+def sound(rows: MemoryRows, clock: int, known: Tensor) -> Tensor:
+    """``[n]`` bool: which rows keep to all of ``rules`` and ``finite``."""
+    kept = torch.ones(len(rows), dtype=torch.bool, device=rows.birth.device)
+    for _, right in (*rules(rows, clock, known), *finite(rows)):
+        kept &= right
+    return kept
+
+
+def check_rows(rows: MemoryRows, clock: int, known: Tensor, where: str) -> None:
+    """Raise MemoryMismatchError where a row breaks one of ``rules``."""
+    for rule, kept in rules(rows, clock, known):
+        if not bool(kept.all()):
+            raise MemoryMismatchError(f"{where} must have {rule}, {int((~kept).sum())} of {len(rows)} rows break it")
+
+
+def check_values(state: StreamState) -> None:
+    """Raise MemoryMismatchError unless births and sources of all rows but the long-term ones can be those of a stream.
+
+    (What long-term rows say is checked as it is read: see ``mplus.stores.disk.verified.Rule``.)
+    """
+    known = state.sources.column("number")
+    for name, parts in state.row_lists().items():
+        for layer, rows in enumerate(parts):
+            check_rows(rows, state.clock, known, f"{name} of layer {layer}")
+
+
+def check_fits(states: Sequence[StreamState], engine: Engine, layout: StoreLayout) -> None:
+    """Raise MemoryMismatchError unless each stream has what the decoder's mechanism keeps.
+
+    That is: the columns and counters of a new stream, and texts of ids in the vocabulary.
+    """
+    new = engine.new_state(layout)
+    counters = _forms(new.counters, 0)
+    columns = {name: [_forms(rows.columns(), 1) for rows in parts] for name, parts in new.row_lists().items()}
+    for number, state in enumerate(states):
+        if _forms(state.counters, 0) != counters:
+            raise MemoryMismatchError(
+                f"stream {number} must have the counters {counters}, got {_forms(state.counters, 0)}"
+            )
+        for name, parts in state.row_lists().items():
+            for layer, (rows, expected) in enumerate(zip(parts, columns[name], strict=True)):
+                if (found := _forms(rows.columns(), 1)) != expected:
+                    raise MemoryMismatchError(
+                        f"{name} of layer {layer} in stream {number} must have the columns {expected}, got {found}"
+                    )
+        ids = [text.ids for text in (() if state.texts is None else state.texts.chunks())]
+        ids += [part.ids for part in state.tail]
+        if not all(bool((part < engine.vocab_size).all()) for part in ids):
+            raise MemoryMismatchError(
+                f"the texts of stream {number} must have ids in the vocabulary, 0 to {engine.vocab_size - 1}"
+            )
+
+
+def _forms(tensors: Mapping[str, Tensor], leave_out: int) -> dict[str, Any]:
+    """dtype and shape of tensors, but for their first so many dimensions."""
+    return {name: (tensor.dtype, tuple(tensor.shape[leave_out:])) for name, tensor in sorted(tensors.items())}

@@ -1,0 +1,362 @@
+"""Saving a memory to a folder and reading it back.
+
+Format version 2 is a folder with ``manifest.json`` (``mplus.memory.format.manifest``) and the safetensors file it
+names. Its tensors are, of stream i (what is in brackets need not be there):
+
+- ``stream.<i>.rows.<list>.<layer>.<column>``: the lists of rows of the mechanism but for the long-term ones;
+- ``stream.<i>.state.<name>``: its other tensors;
+- ``stream.<i>.sources.<column>``: the table of sources (``mplus.memory.sources.source``);
+- [``stream.<i>.text.<name>``]: the texts that are kept;
+- [``stream.<i>.tail.<name>``]: text that waits for more;
+- [``stream.<i>.usage.<layer>``]: when rows were last retrieved;
+- ``stream.<i>.generator``.
+
+``store.<i>.<layer>.<column>`` are long-term rows, [``store.<i>.<layer>.index.<name>``] what the retriever's index is
+made of. A tensor of another name, or a field of the manifest that is not known, is refused. Ids of long-term rows are
+not kept: the store that a memory is read into gives new ones, in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from attrs import define
+from torch import Tensor
+
+import mplus
+from mplus.config import Component
+from mplus.errors import MemoryFileError
+from mplus.eviction.base import EvictionPolicy
+from mplus.eviction.build import build_eviction
+from mplus.memory.budget import Budget
+from mplus.memory.checks import check_device
+from mplus.memory.engine import Engine
+from mplus.memory.format.earlier import in_present_form
+from mplus.memory.format.entries import DataEntry, LayoutEntry, StreamEntry, name_of
+from mplus.memory.format.folder import (
+    DATA,
+    MANIFEST,
+    TEMPORARY_NAME,
+    check_free,
+    create,
+    flush,
+    hold,
+    lock,
+    prepare,
+    remove,
+    rename,
+    temporary,
+    writable,
+)
+from mplus.memory.format.load import check, check_names, read_index, read_streams, read_usage
+from mplus.memory.format.made_with import made_with, with_weights
+from mplus.memory.format.manifest import Manifest, check_belongs, is_memory, mechanism_in, read_manifest
+from mplus.memory.format.rules import check_fits
+from mplus.memory.format.tensors import TensorReader, write_tensors
+from mplus.memory.memory import Memory
+from mplus.memory.sources.forget import without_unused_sources
+from mplus.memory.state import StreamState, StreamView
+from mplus.memory.texts import tail_tensors
+from mplus.stores.base import StoreLayout, StoreView
+from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.disk.folder import FILE_MODE, Folder, PathAt, open_file, read_file
+from mplus.stores.disk.safetensors_io import Part
+
+PIECE_BYTES = 2**26
+"""Long-term rows are taken out of their store so many bytes at a time."""
+
+
+@define(frozen=True, kw_only=True)
+class Facts:
+    """What a manifest says of a memory besides its rows: see ``Manifest``."""
+
+    fingerprint: dict[str, Any]
+    eviction: Any
+    bytes_budget: int | None = None
+    capacity: int | None = None
+    text_capacity: int | None = None
+
+    @property
+    def mechanism(self) -> str:
+        """Name of the mechanism."""
+        return Component.of(mechanism_in(self.fingerprint)).name
+
+    @staticmethod
+    def of(engine: Engine, eviction: EvictionPolicy, budget: Budget, states: Sequence[StreamState]) -> Facts:
+        """Of a memory of the decoder behind ``engine`` with these streams."""
+        return Facts(
+            fingerprint={**engine.fingerprint(), **made_with(states)},
+            eviction=Component(eviction.name, attrs.asdict(eviction.options)).plain(),
+            bytes_budget=budget.bytes,
+            capacity=budget.capacity,
+            text_capacity=budget.text_tokens(engine.config),
+        )
+
+
+Index = Sequence[Mapping[str, Tensor]]
+"""Per layer, what the retriever's index of one store is made of."""
+
+
+def save(
+    folder: str | Path,
+    views: Sequence[StreamView],
+    draws: Sequence[Tensor],
+    facts: Facts,
+    indexes: Sequence[Index] = (),
+    file_mode: int = FILE_MODE,
+) -> None:
+    """Write one memory; an older one in ``folder`` stays whole until this one is on disk.
+
+    Args:
+        folder: created with its parents where it does not exist.
+        views: the streams.
+        draws: state of each stream's generator.
+        facts: of the memory.
+        indexes: of each stream's store, if there are.
+        file_mode: permission bits of the files.
+
+    Raises:
+        MemoryFileError: ``folder`` cannot be written, or holds something that is not a memory.
+    """
+    numbers = store_numbers([view.store for view in views])
+    here = prepare(Path(folder), file_mode)
+    held = lock(here)
+    try:
+        check_place(here)
+        replace(here, views, draws, numbers, facts, indexes)
+    finally:
+        held.release()
+        here.close()
+
+
+def check_place(folder: Folder) -> None:
+    """Raise MemoryFileError unless a memory can be saved in ``folder``: it is empty, or there is one."""
+    check_free(folder, is_memory(folder), _leftovers(folder))
+
+
+def _leftovers(folder: Folder) -> set[str]:
+    """Names of what interrupted saves left: temporary files, and the data files that manifests among these name."""
+    with writable(folder):
+        found = {name for name in folder.names() if TEMPORARY_NAME.fullmatch(name)}
+        for name in sorted(found):
+            with suppress(MemoryFileError):
+                if _is_json(folder / name):
+                    found.add(read_manifest(folder, name).data.file)
+    return found
+
+
+def _is_json(path: PathAt) -> bool:
+    """Whether a temporary file can be a manifest, and not rows, which may be too many to be read at once."""
+    with suppress(OSError), os.fdopen(open_file(path), "rb") as file:
+        return file.read(2) == b"{\n"
+    return False
+
+
+def replace(
+    folder: Folder,
+    views: Sequence[StreamView],
+    draws: Sequence[Tensor],
+    numbers: Sequence[int],
+    facts: Facts,
+    indexes: Sequence[Index] = (),
+) -> list[str]:
+    """The part of ``save`` that needs the folder locked.
+
+    Args:
+        folder, views, draws, facts, indexes: as for ``save``.
+        numbers: of each stream's store.
+
+    Returns:
+        Names of files of the memory that was there before which could not be removed.
+    """
+    others = _leftovers(folder)
+    views = [without_unused_sources(view) for view in views]
+    with writable(folder), temporary(folder) as rows, temporary(folder) as head, temporary(folder) as before:
+        with create(rows) as file:
+            digest, entries = write_tensors(file, [*_parts(views, draws, numbers), *_index_parts(numbers, indexes)])
+            size = file.tell()
+            flush(file)
+        name = DATA.format(digest[:32])
+        manifest = Manifest(
+            written_by=mplus.__version__,
+            fingerprint=facts.fingerprint,
+            layout=layout_entry(views[0].store.layout),
+            eviction=facts.eviction,
+            bytes_budget=facts.bytes_budget,
+            capacity=facts.capacity,
+            text_capacity=facts.text_capacity,
+            streams=tuple(stream_entry(view, n, facts.mechanism) for view, n in zip(views, numbers, strict=True)),
+            data=DataEntry(file=name, bytes=size, sha256=digest, tensors=entries),
+        )
+        with create(head) as file:
+            file.write(manifest.to_json().encode())
+            flush(file)
+        with suppress(MemoryFileError):  # one that is damaged names nothing that is known to be a memory's
+            others.add(read_manifest(folder).data.file)
+            with create(before) as file:
+                file.write(read_file(folder / MANIFEST))
+                flush(file)
+        FileSystem().sync_folder(folder)  # wherever a crash comes from here on, manifests name the new and the old rows
+        rename(rows, name)
+        rename(head, MANIFEST)
+        return remove(folder, others - {name})
+
+
+def load(
+    folder: str | Path,
+    engine: Engine,
+    *,
+    tokenizer: Any = None,
+    store: Component | None = None,
+    eviction: Component | None = None,
+    bytes_budget: int | str | None = None,
+    device: torch.device | str | None = None,
+) -> Memory:
+    """Read a memory for the decoder behind ``engine``; one tensor at a time, each checked against the manifest.
+
+    Args:
+        folder: as given to ``save``.
+        engine: must have the fingerprint that the memory was saved with.
+        tokenizer: lets ``Memory.write`` take text.
+        store: where long-term rows go; default: as the config says.
+        eviction: default: the policy the memory had.
+        bytes_budget: default: the budget the memory had, else that of the config.
+        device: where rows are kept; default: where the decoder's embedding is.
+
+    Raises:
+        MemoryFileError: missing, truncated, altered, foreign, or newer file.
+        MemoryMismatchError: made by another model, adapter, dtype or config.
+    """
+    here = hold(folder)
+    held = lock(here, shared=True)
+    try:
+        manifest = read_manifest(here)
+        layout = engine.layout
+        check_belongs(manifest, engine.fingerprint(manifest.fingerprint), layout, folder)
+        policy = build_eviction(eviction or Component.of(manifest.eviction))
+        # Rows stay what they were, whatever new memories of this decoder hold.
+        layout = attrs.evolve(
+            layout,
+            projected_size=manifest.layout.projected_size,
+            keeps_hidden=manifest.layout.keeps_hidden,
+            expiry=layout.expiry or policy.lifetime is not None,
+            device=layout.device if device is None else check_device(device),
+        )
+        mechanism = engine.mechanism
+        with TensorReader(here, manifest.data) as opened:
+            file = in_present_form(opened, manifest.earlier)
+            check_names(file, manifest.streams)
+            lifetime = mechanism.lifetime(policy)
+            states, stores, draws = read_streams(file, manifest, layout, store or engine.config.store, lifetime)
+            check(check_fits, states, engine, layout, where=f"{folder}")
+            usage = [read_usage(file, n, one) for n, one in enumerate(stores)] if policy.notes_reads else []
+            for entry, own in zip(manifest.streams, stores, strict=True):
+                mechanism.adopt_index(own, read_index(file, entry.store, layout.layers))
+        states = with_weights(states, stores, manifest.fingerprint, engine, folder)
+    finally:
+        held.release()
+        here.close()
+    wanted = manifest.bytes_budget if bytes_budget is None else bytes_budget
+    budget = Budget.of(wanted, engine.config, mechanism, stores[0], len(states))
+    return Memory(engine, states, stores, draws, policy, tokenizer, budget, usage)
+
+
+# ---------------------------------------------------------------------- out of a memory
+
+
+def store_numbers(stores: Sequence[StoreView]) -> list[int]:
+    """Number of each stream's store: streams that share one have the same."""
+    first: dict[int, int] = {}
+    return [first.setdefault(id(store), number) for number, store in enumerate(stores)]
+
+
+def layout_entry(layout: StoreLayout) -> LayoutEntry:
+    """What a manifest says about rows."""
+    return LayoutEntry(
+        layers=layout.layers,
+        hidden_size=layout.hidden_size,
+        key_size=layout.key_size,
+        expiry=layout.expiry,
+        dtype=name_of(layout.dtype),
+        projected_size=layout.projected_size,
+        keeps_hidden=layout.keeps_hidden,
+    )
+
+
+def stream_entry(view: StreamView, store: int, mechanism: str) -> StreamEntry:
+    """What a manifest says about a stream of a mechanism, whose store has this number."""
+    state = view.state
+    return StreamEntry(
+        mechanism=mechanism,
+        clock=state.clock,
+        sources=len(state.sources),
+        next_source=state.sources.next_number,
+        rows={name: tuple(map(len, parts)) for name, parts in state.row_lists().items()},
+        ltm=tuple(map(view.store.count, range(view.store.layout.layers))),
+        store=store,
+    )
+
+
+def _parts(views: Sequence[StreamView], draws: Sequence[Tensor], numbers: Sequence[int]) -> Iterator[Part]:
+    for i, (view, draw) in enumerate(zip(views, draws, strict=True)):
+        yield from stream_parts(i, view, draw)
+    for number, store in {number: view.store for number, view in zip(numbers, views, strict=True)}.items():
+        for layer in range(store.layout.layers):
+            count = store.count(layer)
+            for column, (shape, dtype) in store.layout.columns().items():
+                pieces = partial(_pieces, store, layer, column)
+                yield Part(f"store.{number}.{layer}.{column}", dtype, (count, *shape), pieces)
+
+
+def _index_parts(numbers: Sequence[int], indexes: Sequence[Index]) -> Iterator[Part]:
+    for number, index in dict(zip(numbers, indexes, strict=False)).items():
+        yield from index_parts(number, index)
+
+
+def index_parts(number: int, index: Index) -> Iterator[Part]:
+    """What the retriever's index of a store is made of."""
+    for layer, tensors in enumerate(index):
+        for name, tensor in tensors.items():
+            yield Part.whole(f"store.{number}.{layer}.index.{name}", tensor)
+
+
+def stream_parts(number: int, view: StreamView, draw: Tensor) -> Iterator[Part]:
+    """Everything of a stream but its long-term rows."""
+    for name, tensor in _of_stream(view):
+        yield Part.whole(f"stream.{number}.{name}", tensor)
+    yield Part.whole(f"stream.{number}.generator", draw)
+
+
+def _of_stream(view: StreamView) -> Iterator[tuple[str, Tensor]]:
+    state = view.state
+    for name, parts in state.row_lists().items():
+        for layer, rows in enumerate(parts):
+            for column, tensor in rows.columns().items():
+                yield f"rows.{name}.{layer}.{column}", tensor
+    found = {
+        "state": state.tensors(),
+        "sources": state.sources.tensors(),
+        "text": {} if state.texts is None else state.texts.tensors(),
+        "tail": tail_tensors(state.tail),
+    }
+    for kind, tensors in found.items():
+        for name, tensor in tensors.items():
+            yield f"{kind}.{name}", tensor
+    if view.usage is not None:
+        for layer in range(view.store.layout.layers):
+            yield f"usage.{layer}", view.usage.times(layer, view.store.ids(layer))
+
+
+def _pieces(store: StoreView, layer: int, column: Any) -> Iterable[Tensor]:
+    if column not in ("hidden", "projected"):
+        values = store.column(layer, column)
+        return [] if values is None else [values]
+    step = max(1, PIECE_BYTES // store.layout.row_bytes)
+    return (store.gather(layer, ids).columns()[column] for ids in store.ids(layer).split(step))

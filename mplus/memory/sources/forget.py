@@ -1,0 +1,140 @@
+"""Taking out of streams what was written from one source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from attrs import evolve
+from torch import Tensor
+
+from mplus.errors import InputError
+from mplus.memory.report import ForgetReport
+from mplus.memory.sources.listing import stored
+from mplus.memory.sources.source import Source
+from mplus.memory.state import StreamState, StreamView
+from mplus.stores.base import MemoryStore, StoreView
+
+
+def check_known(states: Sequence[StreamState], rows: Iterable[int], source: str | None) -> None:
+    """Raises InputError, with the sources there are, unless one of the batch rows ``rows`` has this source."""
+    if all(states[row].sources.find(source) is None for row in rows):
+        names = sorted({repr(entry.name) for state in states for entry in state.sources if entry.chunks})
+        raise InputError(f"source must be one of this memory's sources ({', '.join(names) or 'none'}), got {source!r}")
+
+
+def forget(
+    states: list[StreamState],
+    stores: Sequence[MemoryStore],
+    rows: Iterable[int],
+    source: str | None,
+    *,
+    keep_name: bool = False,
+) -> ForgetReport:
+    """Remove rows, texts and name of ``source`` from ``states``, in place in the list, and rows from ``stores``.
+
+    Args:
+        states: all streams of a memory.
+        stores: their stores.
+        rows: batch rows to look at.
+        source: a name that was given to ``write``.
+        keep_name: keep the name, as one of a source of which nothing else is left.
+
+    Raises:
+        InputError: none of these streams has this source.
+    """
+    rows = list(rows)
+    check_known(states, rows, source)
+    report = held(states, stores, rows, source)
+    for row in rows:
+        number = states[row].sources.find(source)
+        if number is None:
+            continue
+        state = states[row].without_source(number)
+        states[row] = evolve(state, sources=state.sources.having(number, Source(source))) if keep_name else state
+        for layer in range(stores[row].layout.layers):
+            stores[row].remove(layer, _written_from(stores[row], layer, number))
+    return report
+
+
+def forgotten_names(state: StreamState) -> list[str | None]:
+    """Names of sources of which nothing else is left, in order of first writing."""
+    return [entry.name for entry in state.sources if not entry.chunks]
+
+
+def names_to_keep(
+    states: Sequence[StreamState], rows: Iterable[int], source: str | None, *, keep_name: bool
+) -> list[list[str | None]]:
+    """For each stream the names that ``forgotten_names`` gives once ``source`` is forgotten in batch rows ``rows``."""
+    names = [forgotten_names(state) for state in states]
+    for row in rows:
+        kept = [name for name in names[row] if name != source]
+        known = states[row].sources.find(source) is not None
+        names[row] = [*kept, source] if keep_name and known else kept
+    return names
+
+
+def with_names(state: StreamState, names: Iterable[str | None]) -> StreamState:
+    """A stream that also knows these names, as ones of sources of which nothing else is left."""
+    sources = state.sources
+    for name in names:
+        if sources.find(name) is None:
+            sources = sources.having(sources.next_number, Source(name))
+    return evolve(state, sources=sources)
+
+
+def without_unused_sources(view: StreamView) -> StreamView:
+    """A stream that no longer knows sources of which it has no rows, texts or tail; names that were kept stay."""
+    numbers = view.state.sources.column("number")
+    unused = view.state.sources.column("chunks") > 0
+    for found in _numbers_in_use(view):
+        if not bool(unused.any()):
+            break
+        places = torch.searchsorted(numbers, found).clamp(max=len(numbers) - 1)
+        unused[places[numbers[places] == found]] = False
+    gone = numbers[unused].tolist()
+    state = evolve(view.state, sources=view.state.sources.without(gone)) if gone else view.state
+    return evolve(view, state=state)
+
+
+def _numbers_in_use(view: StreamView) -> Iterator[Tensor]:
+    """Numbers of sources, with repeats: of texts, and of rows list by list, those that are at hand first."""
+    state = view.state
+    texts = () if state.texts is None else state.texts.chunks()
+    yield torch.tensor([*(part.source for part in state.tail), *(text.source for text in texts)], dtype=torch.int64)
+    for parts in state.row_lists().values():
+        for rows in parts:
+            yield rows.source.cpu()
+    for layer in range(view.store.layout.layers):
+        for held in stored(view, layer):
+            yield held.sources.cpu()
+
+
+def held(
+    states: Sequence[StreamState], stores: Sequence[StoreView], rows: Iterable[int], source: str | None
+) -> ForgetReport:
+    """What ``forget`` would remove."""
+    layers = range(stores[0].layout.layers)
+    tokens = chunks = 0
+    short, waiting, long = ([0] * len(layers) for _ in range(3))
+    for row in rows:
+        state, store = states[row], stores[row]
+        number = state.sources.find(source)
+        if number is None:
+            continue
+        tokens += state.sources[number].tokens
+        chunks += state.sources[number].chunks
+        for layer in layers:
+            short[layer] += int((state.stm[layer].source == number).sum())
+            waiting[layer] += int((state.pending[layer].source == number).sum())
+            long[layer] += len(_written_from(store, layer, number))
+    return ForgetReport(source, tokens, chunks, tuple(short), tuple(waiting), tuple(long))
+
+
+def _written_from(store: StoreView, layer: int, number: int) -> Tensor:
+    """Ids of the rows of a layer that come from one source."""
+    found = []
+    for piece in store.pieces(layer, "source"):
+        own = piece.columns["source"] == number
+        found.append(piece.ids[own if piece.live is None else own & piece.live])
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)

@@ -1,0 +1,126 @@
+"""What rows keep besides hidden states, computed anew from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from attrs import evolve
+
+from mplus.errors import LiveMemoryError, MemoryMismatchError
+from mplus.memory.checks import check_finite
+from mplus.memory.engine import Engine
+from mplus.memory.state import StreamState
+from mplus.memory.weights_state import WeightsState
+from mplus.rows import MemoryRows
+from mplus.stores.access_log import Usage
+from mplus.stores.base import MemoryStore, StoreView
+
+if TYPE_CHECKING:
+    from mplus.memory.memory import Memory
+
+PIECE_ROWS = 2**14
+"""Rows taken out of a store at a time."""
+
+
+def out_of_date(memory: Memory, now: WeightsState, writing: Sequence[int] | None = None) -> list[int]:
+    """Batch rows of which something must be computed anew before they are read (or those in ``writing`` written).
+
+    Raises:
+        MemoryMismatchError: that needs hidden states, and the rows keep keys and values only.
+    """
+    rows = range(memory.batch_size) if writing is None else writing
+    return [row for row in rows if _is_due(memory, row, now, writing is not None)]
+
+
+def _is_due(memory: Memory, row: int, now: WeightsState, writing: bool) -> bool:
+    state, store = memory.states[row], memory.stores[row]
+    made, layout = state.weights, store.layout
+    if made is None or made is now or made == now:
+        return False
+    retrieval = bool(layout.key_size) and bool(made.of_retrieval(now))
+    projection = bool(layout.projected_size) and bool(made.of_projection(now))
+    if not retrieval and not projection:
+        return False
+    if not holds_rows(state, store):
+        return writing
+    if _is_unwritten(state, store, memory.engine):
+        return True
+    if not layout.keeps_hidden:
+        raise unfit(made, now, row)
+    return retrieval or writing or not _read_only(memory)
+
+
+def unfit(made: WeightsState, now: WeightsState, row: int, what: str = "this memory") -> MemoryMismatchError:
+    """The error for rows kept as keys and values that were made with other weights than those of ``now``."""
+    differences = made.of_projection(now) or made.of_retrieval(now)
+    return MemoryMismatchError(
+        f"the keys and values of {what} (batch row {row}) cannot be used: {'; '.join(differences)}: write it again, "
+        "go back to what it was made with, or make memories of a decoder whose adapters or weights change with "
+        "memory_rows='both' or 'hidden'"
+    )
+
+
+def holds_rows(state: StreamState, store: StoreView) -> bool:
+    """Whether a stream has any row."""
+    return any(map(len, (*state.stm, *state.pending))) or any(map(store.count, range(store.layout.layers)))
+
+
+def _is_unwritten(state: StreamState, store: MemoryStore, engine: Engine) -> bool:
+    """Whether a stream is as it was when it was new."""
+    new = engine.mechanism.new_state(store.layout)
+    return not state.sources and state.clock == new.clock and list(map(len, state.stm)) == list(map(len, new.stm))
+
+
+def _read_only(memory: Memory) -> bool:
+    """A memory in a directory that cannot be changed: its rows are projected by every read then."""
+    try:
+        memory.check_writable()
+    except LiveMemoryError:
+        return True
+    return False
+
+
+@torch.no_grad()
+def refresh(
+    states: list[StreamState],
+    stores: Sequence[MemoryStore],
+    engine: Engine,
+    usage: Sequence[Usage | None],
+    due: Sequence[int],
+    now: WeightsState,
+) -> None:
+    """Refresh all rows of the streams ``due``: in ``states``, in place in the list, and in ``stores``.
+
+    There they get new ids. Notes in ``usage`` move on to these. Streams that were never written begin anew.
+
+    Raises:
+        NonFiniteError: what is computed is NaN or Inf.
+    """
+    for row in due:
+        state, store, notes = states[row], stores[row], usage[row]
+        if _is_unwritten(state, store, engine):
+            states[row] = evolve(engine.new_state(store.layout), texts=state.texts, weights=now)
+            continue
+        stm = tuple(_refreshed(rows, layer, engine) for layer, rows in enumerate(state.stm))
+        pending = tuple(_refreshed(rows, layer, engine) for layer, rows in enumerate(state.pending))
+        states[row] = evolve(state, stm=stm, pending=pending, weights=now)
+        for layer in range(store.layout.layers):
+            times = None if notes is None else notes.times(layer, store.ids(layer))
+            for ids in store.ids(layer).clone().split(PIECE_ROWS):
+                rows = _refreshed(store.gather(layer, ids), layer, engine)
+                store.remove(layer, ids)
+                store.append(layer, rows)
+            if notes is not None and times is not None:
+                notes.replace(layer, store.ids(layer), times)
+
+
+def _refreshed(rows: MemoryRows, layer: int, engine: Engine) -> MemoryRows:
+    if not len(rows):
+        return rows
+    found = engine.refresh(rows, layer)
+    for column, what in ((found.key, "the retriever keys"), (found.projected, "keys and values")):
+        if column is not None:
+            check_finite(column, f"in {what} of layer {layer}")
+    return found

@@ -1,0 +1,94 @@
+"""Writing a document that arrives in pieces: the next one is fetched and tokenised while the last one is written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import define, evolve, field
+from torch import Tensor
+
+from mplus.errors import InputError
+from mplus.memory.checks import check_dtype, check_vocabulary
+from mplus.memory.report import WriteReport
+from mplus.memory.writing.chunking import split, to_names, to_rows
+from mplus.memory.writing.progress import LONG, progress_bar
+from mplus.memory.writing.write import Stream, write_streams
+
+if TYPE_CHECKING:
+    from mplus.memory.memory import Memory
+
+
+def write_pieces(memory: Memory, pieces: Iterable[Any], source: str | None, progress: bool | None) -> WriteReport:
+    """See ``Memory.write_pieces``."""
+    begun = time.perf_counter()
+    if memory.batch_size != 1:
+        raise InputError(
+            f"write_pieces writes to one stream, and this memory has {memory.batch_size}: use memory.select([row]), "
+            "or write with a text for each"
+        )
+    if isinstance(pieces, str | bytes | torch.Tensor) or not isinstance(pieces, Iterable):
+        raise InputError(f"pieces must be an iterable of texts or ids, got {type(pieces).__name__}")
+    (name,) = to_names(source, 1)
+    config, vocabulary = memory.engine.config, memory.engine.vocab_size
+    check_dtype(memory.dtype, memory.engine.layout.dtype)
+    memory.check_writable()
+    memory.keep_up(writing=[0])
+    report = WriteReport.nothing(1)
+    cutter = Cutter(config.chunk_tokens, config.min_chunk_tokens)
+    with memory.write_lock, progress_bar("writing", None, progress, steps=LONG) as advance:
+        for ids in _ahead(tokenised(pieces, memory.tokenizer)):
+            check_vocabulary(ids, vocabulary)
+            write_streams([Stream(memory, 0, cutter.cut(ids), name, report)], advance)
+        write_streams([Stream(memory, 0, cutter.rest(), name, report)], advance)
+    return evolve(report, seconds=time.perf_counter() - begun)
+
+
+def tokenised(pieces: Iterable[Any], tokenizer: Any) -> Iterator[Tensor]:
+    """``[n]`` int64 ids of each piece that is not empty. Raises InputError as ``to_rows``."""
+    for piece in pieces:
+        if not isinstance(piece, str) or piece:
+            (ids,) = to_rows(piece, 1, tokenizer)
+            if ids is not None:
+                yield ids
+
+
+@define(eq=False)
+class Cutter:
+    """Cuts ids that arrive bit by bit into the chunks that ``split`` cuts all of them into.
+
+    Attributes:
+        chunk_tokens, min_chunk_tokens: as for ``split``.
+        held: ids of which it is not settled yet how they are cut.
+    """
+
+    chunk_tokens: int
+    min_chunk_tokens: int
+    held: Tensor = field(factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    def cut(self, ids: Tensor) -> list[Tensor]:
+        """The chunks that are settled, whatever comes behind ``ids``."""
+        held = torch.cat([self.held, ids])
+        spare = self.chunk_tokens - self.min_chunk_tokens
+        # So many chunks may have to give a last, short one some of their tokens; without any to spare, none can.
+        givers = -(-(self.min_chunk_tokens - 1) // spare) if spare else 0
+        settled = max(0, (len(held) - 1) // self.chunk_tokens - givers)
+        chunks = list(held[: settled * self.chunk_tokens].split(self.chunk_tokens)) if settled else []
+        self.held = held[settled * self.chunk_tokens :].clone()
+        return chunks
+
+    def rest(self) -> list[Tensor]:
+        """The last chunks. Raises InputError as ``split``."""
+        return split(self.held, self.chunk_tokens, self.min_chunk_tokens)
+
+
+def _ahead(items: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same items, each made in another thread while its predecessor is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="mplus-tokenise") as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
