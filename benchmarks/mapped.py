@@ -31,7 +31,7 @@ from mplus.bench.presets import PRESETS
 from mplus.bench.timing import Arm, in_rounds, median, summary
 from mplus.config import Component, MPlusConfig
 from mplus.evaluation.circumstances import circumstances
-from mplus.hf.bench_models import random_llama
+from mplus.hf.decoders.bench_models import random_llama
 from mplus.memory import Memory
 from mplus.memory.directory.durable_memory import LiveMemory
 from mplus.memory.opened import JOURNAL_BYTES

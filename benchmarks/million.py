@@ -24,8 +24,8 @@ from attrs import define
 
 import mplus
 from mplus.evaluation.circumstances import circumstances
-from mplus.hf.auto import read_config
-from mplus.hf.shipped import RECALL_TINY, without_bars
+from mplus.hf.pretrained.auto import read_config
+from mplus.hf.pretrained.shipped import RECALL_TINY, without_bars
 from mplus.memory import Memory
 from mplus.training.recall.episodes import draw_facts, make_episode
 from mplus.training.recall.language import Language

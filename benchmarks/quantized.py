@@ -22,8 +22,8 @@ from torch import Tensor
 import mplus
 from mplus.evaluation.circumstances import circumstances
 from mplus.evaluation.intervals import wilson
-from mplus.hf.auto import read_config
-from mplus.hf.shipped import RECALL_TINY, without_bars
+from mplus.hf.pretrained.auto import read_config
+from mplus.hf.pretrained.shipped import RECALL_TINY, without_bars
 from mplus.memory import Memory
 from mplus.training.recall.episodes import Episode, draw_facts, make_episode
 from mplus.training.recall.language import Language

@@ -69,7 +69,7 @@ def measured(model: Any) -> dict[str, Any]:
 def attention_retriever(model: Any) -> Any:
     """The untrained retriever that scores rows by the layers' own attention."""
     from mplus.config import Component
-    from mplus.hf.build import build_retriever
+    from mplus.hf.model.build import build_retriever
 
     config = evolve(model.mplus_config, retriever=Component("attention"))
     retriever = build_retriever(config, model.mplus.begin)

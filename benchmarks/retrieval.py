@@ -37,7 +37,7 @@ from mplus.evaluation.recall.health import retriever_health
 from mplus.evaluation.recall.retention import retention
 from mplus.evaluation.recall.telling import Telling
 from mplus.evaluation.stand_ins import with_own_parameters
-from mplus.hf.shipped import load_recall
+from mplus.hf.pretrained.shipped import load_recall
 from mplus.retrievers.base import RetrieverShape
 from mplus.retrievers.centroid import CentroidRetriever
 from mplus.retrievers.faiss_ivf import FaissIvfRetriever

@@ -20,7 +20,7 @@ import torch
 import mplus
 from mplus.evaluation.circumstances import circumstances
 from mplus.evaluation.context import context_value
-from mplus.hf.shipped import load_tokenizer
+from mplus.hf.pretrained.shipped import load_tokenizer
 
 RECORD = Path(__file__).parent / "records" / "stories.json"
 CHUNK, CHUNKS, TEXT, KNOWN = 32, 8, 32, 8

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mplus.evaluation.circumstances import circumstances
-from mplus.hf.train_model import build_for_training, choose_trained, load_for_training
+from mplus.hf.decoders.train_model import build_for_training, choose_trained, load_for_training
 from mplus.training.dense import DenseDecoder
 from mplus.training.losses import RetrieverLoss
 from mplus.training.objectives import OBJECTIVES

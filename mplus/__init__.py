@@ -18,9 +18,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from mplus.config import MPlusConfig
-    from mplus.hf.saving import from_pretrained
-    from mplus.hf.static_reader import StaticReader
-    from mplus.hf.wrapping import unwrap, wrap
+    from mplus.hf.model.static_reader import StaticReader
+    from mplus.hf.model.wrapping import unwrap, wrap
+    from mplus.hf.pretrained.save import from_pretrained
     from mplus.memory import Memory, write_together
 
 _LAZY = {
@@ -30,7 +30,7 @@ _LAZY = {
     "wrap": "mplus.hf",
     "unwrap": "mplus.hf",
     "from_pretrained": "mplus.hf",
-    "StaticReader": "mplus.hf.static_reader",
+    "StaticReader": "mplus.hf.model.static_reader",
 }
 
 

@@ -181,8 +181,8 @@ class MPlusConfig:
     """How a decoder writes, keeps and reads memory. Sizes are tokens per layer unless said otherwise.
 
     Sizes that are left out (None) get their numbers when a decoder is wrapped: ``PUBLISHED``, those of M+ section 4.1,
-    where the decoder has room for them, else smaller ones (``mplus.hf.sizes.resolve``). ``model.mplus_config`` holds
-    the numbers, and so does what is saved.
+    where the decoder has room for them, else smaller ones (``mplus.hf.model.sizes.resolve``). ``model.mplus_config``
+    holds the numbers, and so does what is saved.
 
     Attributes:
         mechanism: "mplus" or "memoryllm" (no long-term memory), or a third party's.

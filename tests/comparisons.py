@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mplus.hf.reading_as import reading_as
+from mplus.hf.reading.override import reading_as
 from tests import oracle
 from tests.retrofitted import K, Pair
 

@@ -34,7 +34,7 @@ def proved_once(prove: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
 
 def patch(monkeypatch: Any) -> None:
     """Let `wrap` use it, if it has been imported."""
-    wrapping = sys.modules.get("mplus.hf.wrapping")
+    wrapping = sys.modules.get("mplus.hf.model.wrapping")
     if wrapping is not None:
         monkeypatch.setattr(wrapping, "self_check", proved_once(wrapping.self_check))
 

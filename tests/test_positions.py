@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mplus.hf.positions import MemoryPositions
+from mplus.hf.retrofit.positions import MemoryPositions
 from tests import noise, oracle
 from tests.architectures import BY_NAME
 from tests.comparisons import error

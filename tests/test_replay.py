@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from mplus.backends import BACKENDS
 from mplus.cli import app
 from mplus.errors import CheckpointError, UnknownNameError
-from mplus.hf.engine import DecoderEngine
+from mplus.hf.model.engine import DecoderEngine
 from mplus.interop import PublishedCheckpoint, replay
 from mplus.interop.comparison import EQUAL, MEASURED, TOLERANCE, CaseReport
 from mplus.interop.published_config import PublishedConfig

@@ -17,7 +17,7 @@ from mplus.bench.layers import prefix_keys_values
 from mplus.bench.presets import Preset
 from mplus.bench.published import PublishedRead
 from mplus.config import MPlusConfig
-from mplus.hf.bench_models import DecoderWeights, PrefixedCache, random_llama, twin, weights_of
+from mplus.hf.decoders.bench_models import DecoderWeights, PrefixedCache, random_llama, twin, weights_of
 from mplus.memory.memory import Memory
 
 PUBLISHED_SCORE = "sigmoid_mean"

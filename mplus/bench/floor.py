@@ -13,7 +13,7 @@ from mplus.bench.layers import finish, fused_norm, in_heads, rotary, rotate
 from mplus.bench.variants import VARIANTS, fastest
 
 if TYPE_CHECKING:
-    from mplus.hf.bench_models import DecoderWeights
+    from mplus.hf.decoders.bench_models import DecoderWeights
 
 
 class Floor:

@@ -12,7 +12,7 @@ from torch.nn.functional import linear, silu
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mplus.hf.bench_models import DecoderWeights, LayerWeights
+    from mplus.hf.decoders.bench_models import DecoderWeights, LayerWeights
 
 Norm = Callable[[Tensor, Tensor, float], Tensor]
 """``norm(hidden, weight, eps)``."""

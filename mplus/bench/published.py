@@ -17,7 +17,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from mplus.bench.layers import eager_norm, finish, in_heads, rotary, rotate
 
 if TYPE_CHECKING:
-    from mplus.hf.bench_models import DecoderWeights
+    from mplus.hf.decoders.bench_models import DecoderWeights
 
 
 @define(frozen=True, eq=False)

@@ -15,7 +15,7 @@ import torch
 import mplus
 from mplus.cli.demo_report import Continuation, Saved
 from mplus.errors import MPlusError
-from mplus.hf.shipped import load_tokenizer
+from mplus.hf.pretrained.shipped import load_tokenizer
 from mplus.memory import Memory
 
 TOKENS = 48

@@ -42,7 +42,7 @@ def demo_novel(
     from mplus.cli.demo_run import run, tokenize
     from mplus.cli.demo_show import show
     from mplus.cli.novel import chapters
-    from mplus.hf.shipped import load_tokenizer, without_bars
+    from mplus.hf.pretrained.shipped import load_tokenizer, without_bars
     from mplus.memory.format.folder import prepare
     from mplus.memory.format.save import check_place
 

@@ -14,7 +14,7 @@ from mplus.cli.demo_talk import Answer, Talk
 from mplus.evaluation.recall.retention import retention
 from mplus.evaluation.recall.telling import Telling
 from mplus.evaluation.report import Report
-from mplus.hf.shipped import load_recall
+from mplus.hf.pretrained.shipped import load_recall
 from mplus.memory import Memory
 from mplus.training.recall.episodes import draw_facts, make_episode
 from mplus.training.recall.language import Language

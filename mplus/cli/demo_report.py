@@ -14,7 +14,7 @@ class Positions:
 
     Attributes:
         trained: positions the decoder was trained with.
-        layout: layout of memory rows (``mplus.hf.positions.MemoryPositions``).
+        layout: layout of memory rows (``mplus.hf.retrofit.positions.MemoryPositions``).
         writing: positions that the longest write takes: begin row, context rows and one chunk of text.
         reading: positions that the longest read takes: begin row, retrieved rows, short-term rows and text.
     """

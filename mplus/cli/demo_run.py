@@ -16,7 +16,7 @@ import mplus
 from mplus.cli.demo_continue import save_and_continue
 from mplus.cli.demo_report import DemoReport, LayerRows, Positions, RetrievedFrom, Story, Timing
 from mplus.cli.novel import AUTHOR, TITLE, Chapter
-from mplus.hf.shipped import load_decoder
+from mplus.hf.pretrained.shipped import load_decoder
 from mplus.memory import Memory
 from mplus.memory.writing.chunking import split
 from mplus.memory.writing.progress import progress_bar

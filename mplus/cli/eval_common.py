@@ -74,7 +74,7 @@ def prepare(model: Path, tokenizer: str | None, device: str | None, dtype: str, 
     import torch
 
     from mplus.errors import ConfigError
-    from mplus.hf.loading import load_with_tokenizer
+    from mplus.hf.pretrained.load import load_with_tokenizer
 
     if dtype not in {"auto", "float32", "bfloat16", "float16"}:
         raise ConfigError(f"dtype must be one of auto, float32, bfloat16, float16, got {dtype!r}")

@@ -26,8 +26,8 @@ def load(recipe: str, model: Path | None, threads: int | None) -> Any:
     import torch
 
     from mplus.errors import ConfigError
-    from mplus.hf.loading import load_with_tokenizer
-    from mplus.hf.shipped import load_recall
+    from mplus.hf.pretrained.load import load_with_tokenizer
+    from mplus.hf.pretrained.shipped import load_recall
 
     if recipe not in RECIPES:
         raise ConfigError(f"--recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")

@@ -19,7 +19,7 @@ from mplus.evaluation.generating import Generated, Generation, answers
 from mplus.evaluation.retention import RetentionOptions, check_chunks, told
 from mplus.evaluation.texts import Texts
 from mplus.evaluation.watching import Seen, WatchingMechanism, scores
-from mplus.hf.reading_as import reading_as
+from mplus.hf.reading.override import reading_as
 from mplus.mechanisms.mplus import MPlusMechanism
 from mplus.memory.memory import Memory
 

@@ -14,8 +14,8 @@ from torch.nn.functional import log_softmax
 
 from mplus.errors import InputError, MemoryMismatchError, NotSupported
 from mplus.evaluation.optional import need
-from mplus.hf.arguments import ReadArguments
-from mplus.hf.virtual_tokens import embedded_by
+from mplus.hf.reading.arguments import ReadArguments
+from mplus.hf.reading.virtual_tokens import embedded_by
 from mplus.memory.memory import Memory
 from mplus.memory.writing.progress import progress_bar
 

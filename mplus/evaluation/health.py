@@ -23,7 +23,7 @@ from mplus.evaluation.shortcuts import Shortcuts
 from mplus.evaluation.stand_ins import retriever_for
 from mplus.evaluation.texts import Texts
 from mplus.evaluation.watching import Rows, Seen, WatchingMechanism, count_rows, scores
-from mplus.hf.reading_as import reading_as
+from mplus.hf.reading.override import reading_as
 from mplus.memory.memory import Memory
 from mplus.retrievers.base import Retriever
 

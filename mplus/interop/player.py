@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mplus.errors import CheckpointError
 from mplus.eviction.base import EvictionPolicy
-from mplus.hf.engine import DecoderEngine, DensePlan, WriteSource
-from mplus.hf.forward import generating
-from mplus.hf.passes import Pass, running
-from mplus.hf.reading import Reading
+from mplus.hf.model.engine import DecoderEngine, DensePlan, WriteSource
+from mplus.hf.reading.forward import generating
+from mplus.hf.reading.reading import Reading
+from mplus.hf.retrofit.context import Pass, running
 from mplus.interop.trace import Recorded
 from mplus.mechanisms.base import Retrieved, WritePlan
 from mplus.mechanisms.mplus import MPlusMechanism

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mplus.config import MPlusConfig
 from mplus.errors import CheckpointError
-from mplus.hf.published_model import addition_names, empty_llama, fill, finish, set_addition, weight_shapes
-from mplus.hf.wrapping import wrap
+from mplus.hf.decoders.published_model import addition_names, empty_llama, fill, finish, set_addition, weight_shapes
+from mplus.hf.model.wrapping import wrap
 from mplus.interop.names import LTM, Place, places, unused
 from mplus.interop.published_config import PublishedConfig, RopeDtype
 from mplus.interop.tensors import WEIGHTS, TensorFiles

@@ -9,7 +9,7 @@ import attrs
 import torch
 
 from mplus.config import AdapterConfig, Component, MPlusConfig
-from mplus.hf.train_model import build_for_training
+from mplus.hf.decoders.train_model import build_for_training
 from mplus.training.dense import DenseDecoder
 from mplus.training.losses import RetrieverLoss
 from mplus.training.objectives.base import Objective, Outcome

@@ -10,9 +10,9 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.backends.base import Segment
-from mplus.hf.discovery import AttentionSpec
-from mplus.hf.engine import DecoderEngine
-from mplus.hf.passes import Prefix, Project
+from mplus.hf.model.engine import DecoderEngine
+from mplus.hf.retrofit.context import Prefix, Project
+from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.training.picking import Picker
 from mplus.training.streams import StreamBatch
 

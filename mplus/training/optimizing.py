@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mplus.hf.train_model import is_of_retriever
+from mplus.hf.decoders.train_model import is_of_retriever
 from mplus.training.recipe_tables import Optimizer
 from mplus.training.sharding import whole
 

@@ -10,7 +10,7 @@ from attrs import define
 from torch import nn
 
 from mplus.errors import ConfigError, NotSupported, TrainingError
-from mplus.hf.train_model import choose_trained, save_trained
+from mplus.hf.decoders.train_model import choose_trained, save_trained
 from mplus.training.checkpoint import CheckpointStore, Saved
 from mplus.training.metrics import MetricsLog
 from mplus.training.parallel import rank, wait

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from mplus.hf.bpe_tokenizer import train_tokenizer
-from mplus.hf.train_model import build_for_training, load_for_training, load_tokenizer
+from mplus.hf.decoders.bpe_tokenizer import train_tokenizer
+from mplus.hf.decoders.train_model import build_for_training, load_for_training, load_tokenizer
 from mplus.training.data import SOURCES
 from mplus.training.data.chance import Draws
 from mplus.training.data.documents import open_documents

@@ -12,7 +12,7 @@ import torch
 from attrs import define
 from torch import Tensor, nn
 
-from mplus.hf.train_model import split_modules
+from mplus.hf.decoders.train_model import split_modules
 from mplus.training.dense import DenseDecoder
 from mplus.training.losses import RetrieverLoss
 from mplus.training.objectives.base import Objective

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mplus.errors import ConfigError, InputError
-from mplus.hf.engine import DecoderEngine, DensePlan
+from mplus.hf.model.engine import DecoderEngine, DensePlan
 from mplus.training.long_term import LongTermRows
 
 CHOICES = 1 << 40

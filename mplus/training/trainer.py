@@ -14,7 +14,7 @@ from attrs import define, field
 from torch.nn.parallel import DistributedDataParallel
 
 from mplus.errors import MPlusError, NonFiniteError
-from mplus.hf.train_model import base_digest, choose_trained, set_checkpointing
+from mplus.hf.decoders.train_model import base_digest, choose_trained, set_checkpointing
 from mplus.training.bar import stage_bar
 from mplus.training.checkpoint import CheckpointStore, Facts, Saved, random_state, set_random_state
 from mplus.training.curriculum import Curriculum, Plan

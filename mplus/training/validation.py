@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mplus.hf.modes import in_eval_mode
+from mplus.hf.model.modes import in_eval_mode
 from mplus.training.checkpoint import random_state, set_random_state
 from mplus.training.metrics import Means
 from mplus.training.parallel import rank

@@ -19,8 +19,8 @@ from mplus.cli.demo_run import STORY_TOKENS, demo_config, read_novel, retrieved_
 from mplus.cli.demo_run import write_novel as write
 from mplus.cli.demo_show import show
 from mplus.cli.novel import chapters
-from mplus.hf.shipped import load_decoder, load_tokenizer
-from mplus.hf.sources import RetrievedSource
+from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
+from mplus.hf.reading.retrieved_sources import RetrievedSource
 from mplus.memory.format.manifest import read_manifest
 from mplus.memory.format.offline import saved_tables
 from mplus.memory.format.verify import verify

@@ -13,7 +13,7 @@ from mplus.cli import app
 from mplus.cli.eval_common import assignment, numbers
 from mplus.errors import ConfigError
 from mplus.evaluation.report import ARMS, Report
-from mplus.hf.shipped import load_decoder, load_tokenizer
+from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
 from tests.evaluation import data
 
 

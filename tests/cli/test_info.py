@@ -15,7 +15,7 @@ import mplus
 from mplus.backends import BACKENDS
 from mplus.backends.reference import ReferenceBackend
 from mplus.cli import app
-from mplus.hf.shipped import RECALL_TINY
+from mplus.hf.pretrained.shipped import RECALL_TINY
 
 
 class RefusingBackend(ReferenceBackend):

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import mplus
 from mplus.cli import app
-from mplus.hf.shipped import load_decoder, load_tokenizer
+from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
 
 LAYERS, ROWS = 5, 8
 

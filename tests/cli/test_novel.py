@@ -10,7 +10,7 @@ import pytest
 
 from mplus.cli.demo_run import tokenize
 from mplus.cli.novel import FILE, chapters
-from mplus.hf.shipped import STORIES260K, load_decoder, load_tokenizer
+from mplus.hf.pretrained.shipped import STORIES260K, load_decoder, load_tokenizer
 
 
 @pytest.mark.parametrize("folder", [STORIES260K, FILE.parent], ids=["stories260K", "novels"])

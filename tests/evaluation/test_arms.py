@@ -18,7 +18,7 @@ from mplus.evaluation.generating import answers
 from mplus.evaluation.oracle import OracleMechanism
 from mplus.evaluation.report import ARMS
 from mplus.evaluation.stand_ins import Recency, retriever_for
-from mplus.hf.reading_as import reading_as
+from mplus.hf.reading.override import reading_as
 from mplus.retrievers.random import RandomRetriever
 from tests.evaluation.bench import bench
 from tests.memory.tiny import K0, N, build

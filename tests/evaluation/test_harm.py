@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from mplus.errors import ConfigError, InputError
 from mplus.evaluation.harm import HarmOptions, harm
 from mplus.evaluation.texts import Texts
-from mplus.hf.reading_as import reading_as
+from mplus.hf.reading.override import reading_as
 from tests.evaluation.bench import SmallTokenizer, model
 from tests.memory.tiny import K0, N, build, rounding
 

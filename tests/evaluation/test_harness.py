@@ -14,7 +14,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 import mplus
 from mplus.errors import ConfigError, InputError, MemoryMismatchError, MissingDependencyError
 from mplus.evaluation.harness import MemoryLM
-from mplus.hf.shipped import load_decoder, load_tokenizer
+from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
 from tests.hf.references import TOLERANCE
 
 pytestmark = pytest.mark.two_computations

@@ -9,7 +9,7 @@ import torch
 
 from mplus.errors import InputError
 from mplus.evaluation.oracle import OracleMechanism, long_term, written_from
-from mplus.hf.reading_as import reading_as
+from mplus.hf.reading.override import reading_as
 from tests.memory.tiny import K0, ids, prompts, variant
 
 

@@ -10,7 +10,7 @@ import torch
 from mplus.errors import ConfigError, UnknownNameError
 from mplus.evaluation.stand_ins import Rekeyed, retriever_for, usable, with_own_parameters
 from mplus.evaluation.watching import WatchingMechanism
-from mplus.hf.reading_as import reading_as
+from mplus.hf.reading.override import reading_as
 from mplus.retrievers.scores import SCORES
 from mplus.testing.retrievers import exact_scores
 from mplus.testing.rounding import check_ranking

@@ -16,7 +16,7 @@ from mplus.evaluation.protocols.key_value import KeyValue
 from mplus.evaluation.retention import RetentionOptions, told
 from mplus.evaluation.texts import Texts
 from mplus.evaluation.watching import Rows, WatchingMechanism, count_rows, scores
-from mplus.hf.reading_as import reading_as
+from mplus.hf.reading.override import reading_as
 from tests.architectures import BY_NAME
 from tests.evaluation import data
 from tests.evaluation.bench import CHUNK, SmallTokenizer, bench, model

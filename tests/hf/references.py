@@ -10,8 +10,8 @@ from attrs import evolve
 from peft import LoraConfig, inject_adapter_in_model
 from transformers.pytorch_utils import Conv1D
 
-from mplus.hf.forward import generating
-from mplus.hf.reading import Reading
+from mplus.hf.reading.forward import generating
+from mplus.hf.reading.reading import Reading
 from mplus.memory.state import StreamView
 from mplus.rows import MemoryRows
 from mplus.stores.ram import RamStore

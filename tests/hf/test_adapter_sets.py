@@ -12,9 +12,9 @@ import torch
 from peft.utils.hotswap import hotswap_adapter
 
 from mplus.errors import MemoryMismatchError
-from mplus.hf.shipped import load_decoder
-from mplus.hf.static_reader import StaticReader
-from mplus.hf.tensor_group import TensorGroup
+from mplus.hf.adapters.tensor_group import TensorGroup
+from mplus.hf.model.static_reader import StaticReader
+from mplus.hf.pretrained.shipped import load_decoder
 from mplus.memory import Memory
 from tests.comparisons import TOLERANCE, error
 from tests.hf.adapter_sets import (

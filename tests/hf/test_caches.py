@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from mplus.errors import MemoryMismatchError
-from mplus.hf.sources import retrieved_sources
+from mplus.hf.reading.retrieved_sources import retrieved_sources
 from tests import oracle
 from tests.architectures import BY_NAME
 from tests.hf.references import TOLERANCE, error, ids, merged, stir

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mplus
-from mplus.hf.names import is_addition
-from mplus.hf.saving import load_additions
+from mplus.hf.adapters.names import is_addition
+from mplus.hf.pretrained.save import load_additions
 from tests.architectures import BY_NAME
 from tests.hf.references import TOLERANCE, aligned, error, ids, stir
 from tests.retrofitted import CHUNK, config_for, retrofit

@@ -11,8 +11,8 @@ import threading
 import pytest
 import torch
 
-from mplus.hf.modes import in_eval_mode, with_attention
-from mplus.hf.passes import current_pass
+from mplus.hf.model.modes import in_eval_mode, with_attention
+from mplus.hf.retrofit.context import current_pass
 from mplus.mechanisms.mplus import MPlusMechanism
 from tests.memory.interruption import interrupted_everywhere
 from tests.memory.tiny import assert_same, build, ids, prompts, raw, variant, written
@@ -114,7 +114,7 @@ def test_an_interrupt_at_any_line_closes_a_reading_block():
         with model.reading(memory()):
             pass
 
-    for place in interrupted_everywhere(lambda: None, enter, "hf/open_readings.py", most=200):
+    for place in interrupted_everywhere(lambda: None, enter, "hf/reading/open_readings.py", most=200):
         assert model.mplus_engine.readings.current() is None, f"interrupted before line {place}"
         counted += 1
     assert counted > 10
@@ -130,7 +130,7 @@ def test_an_interrupt_at_any_line_brings_a_model_back_to_its_mode():
             pass
 
     try:
-        for place in interrupted_everywhere(lambda: None, work, "hf/modes.py", most=60):
+        for place in interrupted_everywhere(lambda: None, work, "hf/model/modes.py", most=60):
             assert [module.training for module in model.modules()] == modes, f"interrupted before line {place}"
             assert model.config._attn_implementation == attention, f"interrupted before line {place}"
     finally:
@@ -151,7 +151,7 @@ def test_a_backward_pass_that_is_interrupted_while_it_computes_layers_anew():
         losses.append(model(prompts(1), memory=own, labels=prompts(1), use_cache=False).loss)
 
     counted = 0
-    for _ in interrupted_everywhere(prepare, lambda: losses.pop().backward(), "hf/passes.py", most=24):
+    for _ in interrupted_everywhere(prepare, lambda: losses.pop().backward(), "hf/retrofit/context.py", most=24):
         counted += 1  # `interrupted_everywhere` looks whether the thread is still in a pass
     assert counted > 10
     model.eval()
@@ -184,7 +184,7 @@ def test_notes_on_what_was_read_survive_a_read_that_cannot_compute_rows_anew():
             twins[-1].keep_up()
 
         unchanged = 0
-        for _ in interrupted_everywhere(prepare, keep_up, "memory/refreshing.py", most=20):
+        for _ in interrupted_everywhere(prepare, keep_up, "memory/sources/recompute.py", most=20):
             unchanged += twins[-1].version == 0
             assert notes(twins[-1]) == before
         assert unchanged > 10

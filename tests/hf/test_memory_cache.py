@@ -14,8 +14,8 @@ from transformers.cache_utils import DynamicLayer
 
 from mplus.backends import BACKENDS
 from mplus.backends.base import AttentionRequest, Segment
-from mplus.hf import memory_cache
-from mplus.hf.memory_cache import MemoryCacheLayer, memory_in_cache
+from mplus.hf.retrofit import memory_cache
+from mplus.hf.retrofit.memory_cache import MemoryCacheLayer, memory_in_cache
 from tests.architectures import BY_NAME
 from tests.hf.references import TOLERANCE, error, ids, stir
 from tests.retrofitted import retrofit
@@ -185,7 +185,7 @@ def test_steps_behind_a_kept_prefix_give_the_logits_of_a_whole_read(monkeypatch:
         reading = cache._mplus_reading
         plain = DynamicCache(config=pair.wrapped.config)
         plain._mplus_reading = copy.deepcopy(reading)
-        monkeypatch.setattr("mplus.hf.retrofit.memory_in_cache", lambda *_: None)
+        monkeypatch.setattr("mplus.hf.retrofit.hooks.memory_in_cache", lambda *_: None)
         pair.wrapped(text[:, :9], memory=memory, past_key_values=plain)
         for place in range(9, 12):
             expected = pair.wrapped(text[:, place : place + 1], memory=memory, past_key_values=plain).logits

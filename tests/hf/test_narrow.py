@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 import mplus
 import mplus.hf
 from mplus.errors import NotSupported
-from mplus.hf import rounding
-from mplus.hf.positions import MemoryPositions
-from mplus.hf.retrofit import AttentionHook, Retrofit
-from mplus.hf.self_check import self_check
-from mplus.hf.shipped import RECALL_TINY, STORIES260K
+from mplus.hf.model import rounding
+from mplus.hf.model.self_check import self_check
+from mplus.hf.pretrained.shipped import RECALL_TINY, STORIES260K
+from mplus.hf.retrofit.hooks import AttentionHook, Retrofit
+from mplus.hf.retrofit.positions import MemoryPositions
 from tests.architectures import ARCHITECTURES, BY_NAME
 from tests.hf.references import ids
 from tests.retrofitted import config_for
@@ -103,7 +103,7 @@ def test_memory_that_rounding_nearly_hides_is_seen() -> None:
 @pytest.fixture
 def proved_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was proved before the mistake was planted does not count."""
-    monkeypatch.setattr(sys.modules["mplus.hf.wrapping"], "self_check", self_check)
+    monkeypatch.setattr(sys.modules["mplus.hf.model.wrapping"], "self_check", self_check)
 
 
 def unseen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 
 import mplus
 from mplus.errors import MemoryMismatchError, NotSupported
-from mplus.hf.own_attention import OwnAttention
+from mplus.hf.retrofit.attention_probe import OwnAttention
 from mplus.retrievers.attention import AttentionRetriever
 from mplus.retrievers.base import RetrieverShape
 from tests.architectures import ARCHITECTURES, BY_NAME, Architecture

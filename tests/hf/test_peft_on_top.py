@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import mplus
 from mplus.errors import NotSupported
-from mplus.hf.names import is_addition
-from mplus.hf.shipped import load_decoder, load_tokenizer
+from mplus.hf.adapters.names import is_addition
+from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
 from tests.hf.references import ids
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import mplus
 from mplus.errors import CheckpointError
-from mplus.hf.loading import load_with_tokenizer
-from mplus.hf.names import is_addition
-from mplus.hf.shipped import load_decoder, load_tokenizer
+from mplus.hf.adapters.names import is_addition
+from mplus.hf.pretrained.load import load_with_tokenizer
+from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
 from tests.hf.references import error, ids, stir
 from tests.hf.test_peft_on_top import KINDS, SIZES, STORY, TASK, moved
 

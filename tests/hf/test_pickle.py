@@ -14,7 +14,7 @@ import torch
 
 import mplus
 from mplus.errors import MemoryMismatchError
-from mplus.hf.passes import MemoryLayer
+from mplus.hf.retrofit.context import MemoryLayer
 from tests.architectures import BY_NAME
 from tests.hf.references import error, ids, stir
 from tests.retrofitted import CHUNK, config_for, retrofit

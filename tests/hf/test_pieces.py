@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import mplus
 from mplus.errors import ConfigError, InputError, NotSupported
-from mplus.hf.shipped import load_decoder, load_tokenizer
+from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
 from tests.architectures import BY_NAME
 from tests.hf.references import TOLERANCE, error, ids, stir
 from tests.hf.test_query_tokens import padded

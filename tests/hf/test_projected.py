@@ -10,8 +10,8 @@ import torch
 
 import mplus
 from mplus.errors import ConfigError, InputError, MemoryMismatchError, NotSupported
-from mplus.hf.projection import Projection
-from mplus.hf.retrofit import Retrofit
+from mplus.hf.retrofit.hooks import Retrofit
+from mplus.hf.retrofit.projection import Projection
 from tests.architectures import BY_NAME
 from tests.comparisons import TOLERANCE, error
 from tests.retrofitted import CHUNK, K, Pair, retrofit

@@ -12,8 +12,8 @@ from transformers import DynamicCache
 
 import mplus
 from mplus.errors import MemoryMismatchError
-from mplus.hf.forward import generating
-from mplus.hf.shipped import load_decoder, load_tokenizer
+from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
+from mplus.hf.reading.forward import generating
 from tests.hf.references import TOLERANCE, error
 from tests.hf.test_peft_on_top import SIZES, STORY
 

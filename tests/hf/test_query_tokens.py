@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from mplus.errors import ArgumentError, ConfigError, InputError
-from mplus.hf.query import without_padding
+from mplus.hf.reading.query_tokens import without_padding
 from tests import oracle
 from tests.architectures import BOS, BY_NAME
 from tests.hf.references import TOLERANCE, error, ids, merged, stir

@@ -9,7 +9,7 @@ import torch
 
 from mplus.errors import InputError, NotSupported
 from mplus.evaluation.stand_ins import Recency
-from mplus.hf.reading_as import mechanism_for_reads, reading_as
+from mplus.hf.reading.override import mechanism_for_reads, reading_as
 from mplus.memory.memory import Memory
 from mplus.stores.build import build_store
 from tests.memory.interruption import interrupted_everywhere
@@ -134,7 +134,7 @@ def test_an_interrupt_at_any_line_leaves_the_block():
         with reading_as(engine.model, retrieved_tokens=0):
             assert mechanism_for_reads(engine).config.retrieved_tokens == 0
 
-    places = list(map(int, _checked(interrupted_everywhere(lambda: None, read, "hf/reading_as.py"), engine)))
+    places = list(map(int, _checked(interrupted_everywhere(lambda: None, read, "hf/reading/override.py"), engine)))
     assert len(places) > 20, "the whole of it was interrupted"
 
 

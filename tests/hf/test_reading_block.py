@@ -21,7 +21,7 @@ from transformers import GenerationConfig, Trainer, TrainingArguments, pipeline
 
 import mplus
 from mplus.errors import ConfigError, MemoryMismatchError, NotSupported
-from mplus.hf.shipped import load_decoder, load_tokenizer
+from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
 from tests.architectures import BY_NAME
 from tests.hf.references import TOLERANCE, error, ids
 from tests.retrofitted import retrofit

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mplus
 from mplus.errors import CheckpointError, NotSupported
-from mplus.hf.shipped import load_decoder, load_tokenizer
+from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
 from tests.architectures import BY_NAME
 from tests.hf.references import TOLERANCE, aligned, error, ids, stir
 from tests.retrofitted import CHUNK, config_for, retrofit

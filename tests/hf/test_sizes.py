@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import mplus
 from mplus.config import PUBLISHED
 from mplus.errors import ConfigError, MemorySizeWarning
-from mplus.hf.positions import MemoryPositions
-from mplus.hf.shipped import load_decoder
-from mplus.hf.sizes import Room, resolve
+from mplus.hf.model.sizes import Room, resolve
+from mplus.hf.pretrained.shipped import load_decoder
+from mplus.hf.retrofit.positions import MemoryPositions
 from tests.architectures import BY_NAME, VOCAB_SIZE
 from tests.hf.references import ids
 

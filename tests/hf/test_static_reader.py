@@ -9,7 +9,7 @@ import torch
 
 import mplus
 from mplus.errors import InputError, MemoryMismatchError, NotSupported
-from mplus.hf.static_reader import StaticReader
+from mplus.hf.model.static_reader import StaticReader
 from tests.architectures import BY_NAME
 from tests.hf.references import TOLERANCE, error, ids, stir
 from tests.retrofitted import Pair, retrofit

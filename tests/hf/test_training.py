@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 import mplus
-from mplus.hf.names import is_addition
+from mplus.hf.adapters.names import is_addition
 from tests.architectures import BY_NAME
 from tests.hf.references import ids, stir, write_and_read
 from tests.retrofitted import CHUNK, config_for, retrofit

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import mplus
-from mplus.hf.names import is_addition
-from mplus.hf.shipped import load_tokenizer
+from mplus.hf.adapters.names import is_addition
+from mplus.hf.pretrained.shipped import load_tokenizer
 from tests.hf.test_peft_on_top import SIZES, STORY
 
 if TYPE_CHECKING:

@@ -198,12 +198,12 @@ def test_frequencies_that_are_not_there_leave_the_decoder_alone() -> None:
 
 
 def test_a_decoder_that_fails_its_self_check_is_given_back_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mplus.hf.self_check import Check
+    from mplus.hf.model.self_check import Check
 
     model = BY_NAME["llama"].build()
     before, attention = settled(model), model.config._attn_implementation
     monkeypatch.setattr(
-        sys.modules["mplus.hf.wrapping"], "self_check", lambda *_: [Check("reading", 0.5, passed=False)]
+        sys.modules["mplus.hf.model.wrapping"], "self_check", lambda *_: [Check("reading", 0.5, passed=False)]
     )
     with pytest.raises(NotSupported, match=r"cannot carry a memory: .*reading: relative error 0\.5"):
         mplus.wrap(model, config_for(BY_NAME["llama"]))

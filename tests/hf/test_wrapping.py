@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import mplus
 from mplus.errors import CheckpointError, NotSupported
-from mplus.hf.begin_rows import begin_rows
-from mplus.hf.discovery import discover
-from mplus.hf.self_check import Check
-from mplus.hf.wrapping import _refusal
+from mplus.hf.model.begin_rows import begin_rows
+from mplus.hf.model.self_check import Check
+from mplus.hf.model.wrapping import _refusal
+from mplus.hf.retrofit.discovery import discover
 from tests.architectures import BY_NAME, VOCAB_SIZE
 from tests.hf.references import error, ids
 from tests.retrofitted import SIZES

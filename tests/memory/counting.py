@@ -8,7 +8,7 @@ import torch
 from attrs import define, field
 
 from mplus.config import Component, MPlusConfig
-from mplus.hf.build import build_mechanism, new_memory
+from mplus.hf.model.build import build_mechanism, new_memory
 from mplus.memory.weights_state import WeightsState
 from mplus.stores.base import StoreLayout
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mplus.hf.passes import current_pass
+from mplus.hf.retrofit.context import current_pass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import mplus
-from mplus.hf.reading_as import reading_as
+from mplus.hf.reading.override import reading_as
 from mplus.testing.rounding import InFloat64, allowed
 from tests.architectures import BY_NAME, VOCAB_SIZE
 

@@ -10,7 +10,7 @@ import torch
 
 from mplus.config import structure
 from mplus.errors import CheckpointError, ConfigError, InputError
-from mplus.hf.shipped import load_tokenizer
+from mplus.hf.pretrained.shipped import load_tokenizer
 from mplus.training.data import SOURCES
 from mplus.training.data.document_turns import DocumentTurns
 from mplus.training.data.documents import DocumentOptions, open_documents

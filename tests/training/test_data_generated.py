@@ -9,7 +9,7 @@ import torch
 
 from mplus.config import structure
 from mplus.errors import ConfigError, InputError
-from mplus.hf.shipped import load_tokenizer
+from mplus.hf.pretrained.shipped import load_tokenizer
 from mplus.training.data import SOURCES
 from mplus.training.data.questions import people
 from mplus.training.turns import IGNORED, NO_ONE

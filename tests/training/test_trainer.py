@@ -12,8 +12,8 @@ from attrs import define, evolve, field
 
 import mplus
 from mplus.errors import CheckpointError, ConfigError, NonFiniteError, NotSupported, TrainingError
-from mplus.hf.shipped import load_decoder
-from mplus.hf.train_model import choose_trained
+from mplus.hf.decoders.train_model import choose_trained
+from mplus.hf.pretrained.shipped import load_decoder
 from mplus.training import train
 from mplus.training.data.documents import DocumentOptions, open_documents
 from mplus.training.dense import DenseDecoder

@@ -9,7 +9,7 @@ from typing import Any
 from mplus.evaluation.arms.base import Bench, Due, Reply, TextArm
 from mplus.evaluation.generating import answers
 from mplus.evaluation.oracle import OracleMechanism
-from mplus.hf.reading_as import mechanism_for_reads, reading_as
+from mplus.hf.reading.override import mechanism_for_reads, reading_as
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.memory.memory import Memory
 from mplus.retrievers.base import Retriever

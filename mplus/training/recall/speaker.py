@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mplus.errors import InputError
-from mplus.hf.word_tokenizer import word_tokenizer
+from mplus.hf.decoders.word_tokenizer import word_tokenizer
 from mplus.training.recall import words
 from mplus.training.recall.language import Language
 

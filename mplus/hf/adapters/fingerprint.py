@@ -1,0 +1,96 @@
+"""What a memory depends on, as plain data that can be compared and explained."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mplus.config import MPlusConfig
+from mplus.hf.adapters.names import is_addition, plain_name
+from mplus.hf.adapters.peft_layers import adapter_parts, is_tuned
+from mplus.memory.weights_state import MADE_WITH
+from mplus.retrievers.base import Retriever
+from mplus.stores.base import StoreLayout
+
+SAMPLES = 64
+"""Values read of every base tensor; adapters and additions are read in full."""
+
+Group = Literal["base", "adapters", "lora", "additions"]
+
+CONTENT_FIELDS = ("mechanism", "variant", "memory_tokens_per_chunk", "short_term_tokens")
+"""Config fields that shape what is stored; another store, budget or backend never locks a memory out."""
+
+
+def fingerprint(
+    model: nn.Module,
+    config: MPlusConfig,
+    layout: StoreLayout,
+    retriever: Retriever | None,
+    saved: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Facts by name: layout, config, retriever, and one digest each of base weights, our adapters and additions.
+
+    Files that do not say what their rows were made with have a digest of all LoRA adapters in place of ours; ``saved``
+    are the facts of the file, if there is one.
+    """
+    plain = config.to_dict()
+    ours: Group = "adapters" if saved is None or MADE_WITH in saved else "lora"
+    return {
+        "layers": layout.layers,
+        "hidden_size": layout.hidden_size,
+        "key_size": layout.key_size,
+        **{name: plain[name] for name in CONTENT_FIELDS},
+        **{f"retriever.{name}": fact for name, fact in (retriever.facts() if retriever is not None else {}).items()},
+        "base": digest(model, "base"),
+        "adapters": digest(model, ours),
+        "additions": digest(model, "additions"),
+    }
+
+
+def digest(model: nn.Module, group: Group) -> str:
+    """A digest of one group of parameters: the decoder's own, adapters of mplus or all of LoRA, or what mplus added."""
+    found = hashlib.sha256()
+    of_user = _of_user(model) if group == "base" else set()
+    for name, tensor in sorted(_plain_names(model), key=lambda pair: pair[0]):
+        if _belongs(name, group) and id(tensor) not in of_user:
+            found.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
+            found.update(_content(tensor, sampled=group == "base"))
+    return found.hexdigest()[:32]
+
+
+def _belongs(name: str, group: Group) -> bool:
+    if name.startswith("mplus."):
+        return group == "additions"
+    if ".lora_" in name:
+        return group == "lora" or (group == "adapters" and is_addition(name))
+    return group == "base"
+
+
+def _of_user(model: nn.Module) -> set[int]:
+    """Ids of tensors that adapters of any kind have."""
+    return {
+        id(parameter)
+        for module in filter(is_tuned, model.modules())
+        for parts in adapter_parts(module).values()
+        for _, parameter in parts
+    }
+
+
+def _plain_names(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters under the names they have without LoRA, so that a base keeps its digest when adapters come."""
+    named = [*model.named_parameters()]
+    return [(plain_name(name).replace(".original_module.", "."), tensor) for name, tensor in named]
+
+
+def _content(tensor: Tensor, sampled: bool) -> bytes:
+    if tensor.device.type == "meta":
+        return b"meta"
+    flat = tensor.detach().flatten()
+    if sampled and flat.shape[0] > SAMPLES:
+        flat = flat[torch.linspace(0, flat.shape[0] - 1, SAMPLES, dtype=torch.float64).long().to(flat.device)]
+    flat = flat.cpu().contiguous()
+    return bytes(flat.view(torch.uint8).numpy()) if flat.dtype != torch.bool else bytes(flat.numpy())

@@ -1,0 +1,334 @@
+"""Which weights a decoder projects memory rows with: adapters that act, and the numbers in everything."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from attrs import define, field
+from torch import Tensor, nn
+
+from mplus.errors import NotSupported
+from mplus.hf.adapters.lora import adapted_projections
+from mplus.hf.adapters.names import is_adapter, plain_name
+from mplus.hf.adapters.peft_layers import Tuned, active, is_tuned, tuned_layer
+from mplus.hf.adapters.tensor_group import TensorGroup
+from mplus.memory.weights_state import AdapterState, WeightsState
+from mplus.stores.disk.process_lock import ProcessLock
+
+if TYPE_CHECKING:
+    from mplus.hf.model.engine import DecoderEngine
+
+
+UNTOUCHED = "__base__"
+"""What PEFT calls no adapter in ``adapter_names``."""
+
+
+@define(frozen=True, eq=False)
+class Look:
+    """What was found at one moment.
+
+    Attributes:
+        weights: with the adapters that are active.
+        names: the adapter of each batch row, where the call around says so (PEFT's ``adapter_names``); else None.
+        each: by name in ``names``, the weights with that adapter alone.
+        switches: which adapters are switched on where, with which scaling.
+        acting: adapters of the user that act anywhere in the decoder.
+        contents: of these, as far as another look of this process can tell.
+        begin: the same of the begin rows.
+    """
+
+    weights: WeightsState
+    names: tuple[str, ...] | None
+    each: Mapping[str, WeightsState]
+    switches: tuple[Any, ...]
+    acting: tuple[str, ...]
+    contents: tuple[Any, ...]
+    begin: tuple[Any, ...]
+
+    def of_row(self, row: int, repeats: int) -> WeightsState:
+        """The weights that stream ``row`` is read with, where each stream has ``repeats`` batch rows."""
+        return self.weights if self.names is None else self.each[self.names[row * repeats]]
+
+
+@define(eq=False)
+class Plan:
+    """Where everything is, as long as no module and no parameter is exchanged.
+
+    Attributes:
+        modules, parameters: all that the decoder has.
+        tuned: PEFT's layers.
+        base, key_base: the weights besides adapters that rows, and retriever keys, go through.
+        own, key_own: the same of our adapter for reading.
+        begin: the begin rows.
+        scales: of each projection that our adapters are on, by adapter.
+        adapter: ours for reading.
+        adapters: by scope and adapter, its tensors; made when first asked for.
+        last: what was found last, and what it was found in.
+    """
+
+    modules: list[nn.Module]
+    parameters: list[Tensor | None]
+    tuned: list[Tuned]
+    base: TensorGroup
+    key_base: TensorGroup
+    own: TensorGroup
+    key_own: TensorGroup
+    begin: TensorGroup
+    scales: Sequence[dict[str, float]]
+    adapter: str | None
+    adapters: dict[tuple[str, str], TensorGroup] = field(factory=dict)
+    last: tuple[Any, Look] | None = None
+    sampled: TensorGroup = field(init=False)
+    full: TensorGroup = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.sampled = TensorGroup(dict(self.base.named + self.key_base.named).items(), sampled=True)
+        parts = self.own.named + self.key_own.named + self.begin.named
+        self.full = TensorGroup(dict(parts).items(), sampled=False)
+
+    def marks(self, moment: object) -> tuple[Any, ...]:
+        """Changes when any number does that is looked at."""
+        names = dict.fromkeys(name for one in self.tuned for name in one.parts if self.may_act(one, name))
+        return self.sampled.mark(moment), self.full.mark(moment), *(self.group("all", n).mark(moment) for n in names)
+
+    def may_act(self, one: Tuned, name: str) -> bool:
+        """Whether an adapter acts in a layer, in all rows of a batch or in some."""
+        return name in (*active(one.module), *(adapter_names(self.tuned) or ()))
+
+    def own_scales(self) -> tuple[float, ...]:
+        """What the updates of our adapter for reading are multiplied by, of each projection."""
+        return tuple(scales[self.adapter] for scales in self.scales if self.adapter in scales)
+
+    def group(self, scope: str, name: str) -> TensorGroup:
+        """Tensors of adapter ``name`` in a scope: "projects", "keys", or "all"."""
+        if (scope, name) not in self.adapters:
+            layers = [one for one in self.tuned if name in one.parts and (scope == "all" or getattr(one, scope))]
+            facts = [f"{one.path} {fact}\n" for one in layers for fact in one.facts.get(name, ())]
+            named = [(f"{one.path}.{part}", tensor) for one in layers for part, tensor in one.parts[name]]
+            self.adapters[scope, name] = TensorGroup(named, sampled=False, facts=facts)
+        return self.adapters[scope, name]
+
+
+class Watch:
+    """Looks at a wrapped decoder's weights; what nobody changed is not read again.
+
+    All numbers of the adapters that act are read by every look, of other weights ``SAMPLES`` of each tensor: some code
+    writes through ``tensor.data``, which leaves no trace.
+    """
+
+    def __init__(self, engine: DecoderEngine) -> None:
+        self._engine = engine
+        self._plan: Plan | None = None
+        self._lock = ProcessLock(threading.RLock)
+
+    def forget(self) -> None:
+        """Let the next look read everything."""
+        self._plan = None
+
+    def look(self) -> Look:
+        """The weights as they are now.
+
+        Raises:
+            MemoryMismatchError: the decoder was unwrapped.
+            NotSupported: there are adapters that memory does not go with.
+        """
+        self._engine.check_wrapped()
+        with self._lock.here():
+            plan, moment = self._present(), object()
+            switches = self.switches(plan)
+            names = switches[0]
+            present = (switches, *plan.marks(moment))
+            if plan.last is not None and plan.last[0] == present:
+                return plan.last[1]
+            each = {name: self._state(plan, moment, () if name == UNTOUCHED else (name,)) for name in set(names or ())}
+            wanted = None if names is None else tuple(dict.fromkeys(names))
+            acting = _in_order(plan, wanted, [name for one in plan.tuned for name in one.acting(wanted)])
+            contents = tuple(plan.group("all", name).mark(moment) for name in acting)
+            begin = plan.begin.mark(moment)
+            look = Look(self._state(plan, moment, None), names, each, switches, acting, contents, begin)
+            plan.last = (present, look)
+            return look
+
+    def with_adapters(self, names: Sequence[str]) -> WeightsState:
+        """The weights as they would be if of the user's adapters just these acted."""
+        with self._lock.here():
+            return self._state(self._present(), object(), tuple(names))
+
+    def has_adapters_of_user(self) -> bool:
+        """Whether the user has put adapters, active or not, on what memory rows go through."""
+        with self._lock.here():
+            return any(one.parts for one in self._present().tuned if one.projects)
+
+    def look_at_names(self) -> tuple[str, ...] | None:
+        """``Look.names``."""
+        return None if self._plan is None else adapter_names(self._plan.tuned)
+
+    def switches(self, plan: Plan | None = None) -> tuple[Any, ...]:
+        """``Look.switches``: no tensor is read. With the names of each batch row in front."""
+        plan = plan or self._plan
+        if plan is None:
+            return ()
+        return adapter_names(plan.tuned), plan.own_scales(), *(_switch(one.module) for one in plan.tuned)
+
+    def _state(self, plan: Plan, moment: object, wanted: tuple[str, ...] | None) -> WeightsState:
+        adapter = self._engine.adapter("read")
+        scales = _summary([_plain(scale) for scale in plan.own_scales()] or [""])
+        own = [
+            {adapter: f"{group.digest(moment)} x{scales}"} if adapter and not group.empty else {}
+            for group in (plan.own, plan.key_own)
+        ]
+        projecting = _adapters(plan, moment, "projects", wanted, own[0])
+        keys = _adapters(plan, moment, "keys", wanted, own[1])
+        return WeightsState(projecting, plan.base.digest(moment), keys, plan.key_base.digest(moment))
+
+    def _present(self) -> Plan:
+        modules = _tree(self._engine.model)
+        parameters: list[Tensor | None] = [tensor for module in modules for tensor in module._parameters.values()]
+        plan = self._plan
+        if plan is None or plan.modules != modules or list(map(id, plan.parameters)) != list(map(id, parameters)):
+            follow_exchanged(self._engine.retrofit.anatomy.specs)
+            plan = self._plan = make_plan(self._engine, modules, parameters)
+        return plan
+
+
+def adapter_names(tuned: Sequence[Tuned]) -> tuple[str, ...] | None:
+    """The adapter of each batch row, where PEFT has been told."""
+    for one in tuned:
+        for hook in one.module._forward_pre_hooks.values():
+            if isinstance(hook, partial) and "adapter_names" in hook.keywords:
+                return tuple(hook.keywords["adapter_names"])
+    return None
+
+
+def _switch(layer: Any) -> tuple[Any, ...]:
+    names, scaling = active(layer), getattr(layer, "scaling", None)
+    scales = () if not isinstance(scaling, dict) else tuple(map(_plain, scaling.values()))
+    return layer._disable_adapters, tuple(names), tuple(layer.merged_adapters), scales
+
+
+def _adapters(
+    plan: Plan, moment: object, scope: str, wanted: tuple[str, ...] | None, own: dict[str, str]
+) -> AdapterState:
+    """What acts in a scope, of the adapters ``wanted`` (None: the active ones); ``own``: contents of ours."""
+    scales: dict[str, list[str]] = {}
+    acts: dict[str, None] = {}
+    for one in plan.tuned:
+        if getattr(one, scope):
+            acting, scaling = one.acting(wanted), getattr(one.module, "scaling", None)
+            acts.update(dict.fromkeys(acting))
+            merged = " merged" if one.module.merged_adapters else ""
+            for name in one.parts:
+                scale = _plain(scaling.get(name)) if isinstance(scaling, dict) else ""
+                scales.setdefault(name, []).append(f"{scale}{merged}" if name in acting else "off")
+    names = _in_order(plan, wanted, acts)
+    contents = {**own, **{name: plan.group(scope, name).digest(moment) for name in names}}
+    return AdapterState(names, {name: _summary(scales[name]) for name in names}, contents)
+
+
+def _in_order(plan: Plan, wanted: tuple[str, ...] | None, acting: Iterable[str]) -> tuple[str, ...]:
+    """Those that act, in the order in which they are switched on."""
+    found = set(acting)
+    order = active(plan.tuned[0].module) if wanted is None and plan.tuned else wanted or ()
+    return tuple(dict.fromkeys(name for name in (*order, *sorted(found)) if name in found))
+
+
+def _summary(scales: Sequence[str]) -> str:
+    """One number where all layers agree, else those of each layer."""
+    return scales[0] if len(set(scales)) == 1 else ", ".join(scales)
+
+
+def _plain(value: Any) -> str:
+    return f"{float(value):.9g}" if isinstance(value, int | float | Tensor) else str(value)
+
+
+# ---------------------------------------------------------------------- where everything is
+
+
+def make_plan(engine: DecoderEngine, modules: list[nn.Module], parameters: list[Tensor | None]) -> Plan:
+    """Sort out the parameters of the decoder behind ``engine``, which has these ``modules`` and ``parameters``."""
+    specs = engine.retrofit.anatomy.specs
+    norms = [spec.norm for spec in specs if spec.norm is not None]
+    projecting = [*norms, *(spec.attention for spec in specs)]
+    retriever = engine.mechanism.additions.retriever
+    keying: list[nn.Module] = []
+    if retriever is not None and engine.mechanism.key_size:
+        keying = [*(projecting if engine.own_attention.used else norms), retriever]
+    inside = {"projects": _inside(projecting), "keys": _inside(keying)}
+    paths = {module: name for name, module in engine.model.named_modules()}
+    tuned = [tuned_layer(m, paths[m], **{k: m in part for k, part in inside.items()}) for m in modules if is_tuned(m)]
+    of_adapters = {id(tensor) for one in tuned for parts in one.parts.values() for _, tensor in parts}
+    adapter = engine.adapter("read")
+    (base, own), (key_base, key_own) = (_rest(roots, paths, of_adapters, adapter) for roots in (projecting, keying))
+    begin = TensorGroup([("begin", engine.mechanism.additions.begin)], sampled=False)
+    scales = [one.scaling for spec in specs for one in adapted_projections(spec.attention)]
+    return Plan(modules, parameters, tuned, base, key_base, own, key_own, begin, scales, adapter)
+
+
+def _rest(
+    roots: Sequence[nn.Module], paths: Mapping[nn.Module, str], adapters: set[int], adapter: str | None
+) -> tuple[TensorGroup, TensorGroup]:
+    """Weights that belong to no adapter, and our ``adapter``."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    own: dict[int, tuple[str, Tensor]] = {}
+    for root in roots:
+        for name, tensor in root.named_parameters(prefix=paths[root]):
+            plain = plain_name(name).replace(".original_module.", ".")
+            if id(tensor) in adapters:
+                continue
+            if is_adapter(plain):
+                if f".{adapter}." in plain:
+                    own.setdefault(id(tensor), (plain, tensor))
+            else:
+                found.setdefault(id(tensor), (plain, tensor))
+    return TensorGroup(found.values(), sampled=True), TensorGroup(own.values(), sampled=False)
+
+
+def follow_exchanged(specs: Sequence[Any]) -> None:
+    """Let every spec have the norm that its layer has now: PEFT puts others in the place of those it trains.
+
+    Raises:
+        NotSupported: the attention module itself was exchanged, which took the memory with it.
+    """
+    for spec in specs:
+        chain = _chain(spec.layer, spec.attention)
+        if chain is None or any(map(is_tuned, chain[:-1])):
+            raise NotSupported(
+                f"the attention module of layer {spec.layer_index} was exchanged or copied by PEFT (modules_to_save), "
+                "and memory cannot follow it: adapt projections instead"
+            )
+        if spec.norm is not None:
+            norms = _chain(spec.layer, spec.norm)
+            while norms is None and is_tuned(spec.norm):  # PEFT has taken away what it had put there
+                spec.norm = getattr(spec.norm, "base_layer", None) or spec.norm.original_module
+                norms = _chain(spec.layer, spec.norm)
+            if norms is None:
+                raise NotSupported(f"the norm of layer {spec.layer_index} was exchanged after mplus.wrap: wrap again")
+            spec.norm = next((module for module in norms if is_tuned(module)), spec.norm)
+
+
+def _chain(root: nn.Module, wanted: nn.Module) -> list[nn.Module] | None:
+    """The modules from below ``root`` down to ``wanted``; None: it is not there."""
+    for child in root._modules.values():
+        if child is wanted:
+            return [wanted]
+        below = None if child is None else _chain(child, wanted)
+        if child is not None and below is not None:
+            return [child, *below]
+    return None
+
+
+def _inside(roots: Sequence[nn.Module]) -> set[nn.Module]:
+    return {module for root in roots for module in root.modules()}
+
+
+def _tree(root: nn.Module) -> list[nn.Module]:
+    """All modules; ``root.modules()`` is several times slower."""
+    found, waiting = [], [root]
+    while waiting:
+        module = waiting.pop()
+        found.append(module)
+        waiting.extend([child for child in module._modules.values() if child is not None][::-1])
+    return found

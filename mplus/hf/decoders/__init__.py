@@ -1,0 +1,1 @@
+"""Decoders and tokenizers built for training, measurements and published checkpoints."""

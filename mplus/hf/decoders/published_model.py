@@ -1,0 +1,79 @@
+"""A Llama without weights, to be filled one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from mplus.errors import CheckpointError
+from mplus.hf.adapters.names import is_addition
+
+NOT_THE_DECODERS = ("_name_or_path", "architectures", "dtype", "transformers_version")
+OLD_KEYS = ("rope_scaling", "rope_theta")
+"""Keys of older Llama configurations, which transformers still reads."""
+
+
+def empty_llama(
+    plain: Mapping[str, Any], *, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+) -> Any:
+    """A Llama in eval mode whose parameters take no memory yet; its buffers (rotary frequencies) are ready.
+
+    Args:
+        plain: a Llama configuration as plain data; keys that are not a Llama's are left out.
+        dtype: dtype of the parameters.
+        attn_implementation: as in transformers.
+
+    Raises:
+        CheckpointError: transformers refuses the configuration.
+    """
+    known = {*LlamaConfig().to_dict(), *OLD_KEYS} - set(NOT_THE_DECODERS)
+    try:
+        config = LlamaConfig(**{key: value for key, value in plain.items() if key in known and key != "model_type"})
+        with init_empty_weights(include_buffers=False):
+            model = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"config.json must describe a Llama that transformers can build: {error}") from error
+    return model.eval()
+
+
+def weight_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the decoder's weights by name, without those that are tied to others."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def fill(model: nn.Module, name: str, tensor: Tensor, device: torch.device) -> None:
+    """Give the parameter ``name`` memory on ``device`` and the values of ``tensor``, in the dtype of the model."""
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    empty = module.get_parameter(last)
+    content = torch.empty(empty.shape, dtype=empty.dtype, device=device)
+    content.copy_(tensor)
+    setattr(module, last, nn.Parameter(content))
+
+
+def finish(model: Any, folder: Path, device: torch.device) -> None:
+    """Tie what is tied, bring the buffers to ``device``, and read ``generation_config.json`` where there is one."""
+    model.tie_weights()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+@torch.no_grad()
+def set_addition(model: Any, name: str, tensor: Tensor) -> None:
+    """Copy a published tensor into what ``wrap`` added: begin rows, mark, retriever or an adapter."""
+    model.get_parameter(name).copy_(tensor)
+
+
+def addition_names(model: Any) -> set[str]:
+    """Names of the parameters that ``wrap`` added."""
+    return {name for name, _ in model.named_parameters() if is_addition(name)}

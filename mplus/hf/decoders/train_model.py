@@ -1,0 +1,218 @@
+"""The decoder a training starts from: loaded, or built from nothing; and which of its weights are trained."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from mplus.config import MPlusConfig
+from mplus.errors import CheckpointError, ConfigError
+from mplus.hf.adapters.names import is_addition
+from mplus.hf.model.wrapping import wrap
+from mplus.hf.pretrained.auto import MPlusModelConfig, read_config
+from mplus.hf.pretrained.save import BASE, WEIGHTS, load_additions
+from mplus.hf.pretrained.shipped import RECALL_TINY, STORIES260K, without_bars
+
+SHIPPED = {"stories260K": STORIES260K, "recall-tiny": RECALL_TINY}
+"""Decoders that come with the package, by the name a recipe gives them."""
+
+BEGIN_STD, MARK_STD, EMBEDDING_STD = 0.5, 0.1, 0.05
+"""Of new begin rows, mark and tied embeddings under init "mimetic"."""
+
+
+def load_for_training(path: str, config: MPlusConfig, dtype: torch.dtype) -> Any:
+    """A decoder from a folder or the Hub, wrapped for ``config``.
+
+    If it is one that mplus saved, its adapters, begin rows, mark and retriever go on from where they were. A saved
+    decoder without a retriever gets a new one.
+
+    Raises:
+        ConfigError: there is no such decoder.
+        CheckpointError: what was saved with it does not fit ``config``.
+    """
+    where = SHIPPED.get(path, path)
+    folder = Path(where)
+    with without_bars():
+        if not (folder / WEIGHTS).is_file() or not _is_memory_model(folder):
+            return wrap(_load(path, where, dtype), config)
+        saved = read_config(folder)
+        base = folder / BASE if (folder / BASE).is_dir() else saved.base_model
+        if base is None:
+            raise CheckpointError(f"{folder} must hold its decoder in {BASE}/, or name one; it does neither")
+        try:
+            decoder = _load(str(base), base, dtype)
+        except ConfigError as error:
+            raise CheckpointError(
+                f"the decoder that {folder} was made for is not at {str(base)!r}, where it was when that was saved: "
+                "load both with mplus.from_pretrained(..., base=) and save them together, with save_base=True"
+            ) from error
+        model = wrap(decoder, config)
+    _go_on(model, folder)
+    return model
+
+
+def _is_memory_model(folder: Path) -> bool:
+    plain, _ = MPlusModelConfig.get_config_dict(folder)
+    return plain.get("model_type") == MPlusModelConfig.model_type
+
+
+def _load(path: str, where: Any, dtype: torch.dtype) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
+    except (OSError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        raise ConfigError(f"path must be a decoder that transformers can load, got {path!r}: {first}") from error
+
+
+def _go_on(model: Any, folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    saved = load_file(folder / WEIGHTS)
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("mplus.retriever.")}
+    if not any(name.startswith("mplus.retriever.") for name in saved):
+        saved.update(own)
+    if not own:
+        saved = {name: tensor for name, tensor in saved.items() if not name.startswith("mplus.retriever.")}
+    saved.pop("mplus.pool", None)  # training starts from empty memories
+    load_additions(model, saved, str(folder))
+
+
+def build_for_training(
+    model_type: str, fields: Mapping[str, Any], init: Literal["default", "mimetic"], config: MPlusConfig, tokenizer: Any
+) -> Any:
+    """A decoder with new weights, wrapped for ``config``. Random numbers come from torch's global generator.
+
+    Args:
+        model_type: as in a transformers configuration ("llama").
+        fields: of that configuration; what a tokenizer knows (vocabulary size, special tokens) is taken from it.
+        init: "default": that of transformers. "mimetic": attention starts as matching (keys as queries) and copying
+            (output the transpose of values), which gets a small decoder past the step of learning to look back.
+        config: of the memory.
+        tokenizer: or None.
+
+    Raises:
+        ConfigError: no such model type, a field it does not have, or one that "mimetic" cannot start.
+    """
+    try:
+        known = AutoConfig.for_model(model_type).to_dict()
+    except ValueError as error:
+        raise ConfigError(f"model_type must be one that transformers knows, got {model_type!r}") from error
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+            raise ConfigError(f"{name!r} is not a field of a {model_type} configuration{hint}")
+    try:
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(model_type, **{**_of_tokenizer(tokenizer), **fields}), dtype=torch.float32
+        )
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ConfigError(f"a {model_type} with {dict(fields)} cannot be built: {error}") from error
+    if init == "mimetic":
+        start_mimetic(model)
+    wrap(model, config)
+    if init == "mimetic":
+        nn.init.normal_(model.mplus.begin, std=BEGIN_STD)
+        nn.init.normal_(model.mplus.mark, std=MARK_STD)
+    return model
+
+
+def _of_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    if tokenizer is None:
+        return {}
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in special}}
+
+
+@torch.no_grad()
+def start_mimetic(model: Any) -> None:
+    """See ``build_for_training``; for attention and MLP modules with the names that Llama has.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    attentions = [m for m in model.modules() if all(hasattr(m, f"{name}_proj") for name in "qkvo")]
+    downs = [m.down_proj for m in model.modules() if isinstance(getattr(m, "down_proj", None), nn.Linear)]
+    if not attentions or not downs:
+        raise ConfigError(
+            f"init 'mimetic' needs attention with q_proj, k_proj, v_proj and o_proj and MLPs with down_proj, which "
+            f"{type(model).__name__} has not: use init = 'default'"
+        )
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight is not head:
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+    if head is embedding:
+        nn.init.normal_(embedding, std=EMBEDDING_STD)
+    for attention in attentions:
+        queries, keys, values = (getattr(attention, f"{name}_proj").weight for name in "qkv")
+        size = attention.head_dim
+        groups = queries.shape[0] // keys.shape[0]
+        keys.copy_(queries.view(-1, groups, size, queries.shape[1])[:, 0].reshape(keys.shape))
+        nn.init.orthogonal_(values)
+        spread = values.view(-1, 1, size, values.shape[1]).expand(-1, groups, -1, -1)
+        attention.o_proj.weight.copy_(spread.reshape(-1, values.shape[1]).T / groups)
+    for down in downs:
+        down.weight.mul_(1 / math.sqrt(2 * len(downs)))
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer in a folder, on the Hub, or of a shipped decoder. Raises ConfigError when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(SHIPPED.get(name, name))
+    except (OSError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        raise ConfigError(f"tokenizer must be one that transformers can load, got {name!r}: {first}") from error
+
+
+def choose_trained(model: Any, parameters: Literal["adapters", "all"]) -> dict[str, nn.Parameter]:
+    """Let ``adapters`` (and begin rows, mark, retriever) or ``all`` be trained, in float32; the rest is frozen.
+
+    Returns:
+        What is trained, by name.
+    """
+    for name, parameter in model.named_parameters():
+        wanted = (parameters == "all" or is_addition(name)) and parameter.is_floating_point()
+        parameter.requires_grad_(wanted)
+        if wanted:  # steps of 1e-5 of a weight would be lost in half precision
+            parameter.data = parameter.data.float()
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def is_of_retriever(name: str) -> bool:
+    """Whether a parameter of this name is part of the retriever."""
+    return name.startswith("mplus.retriever.")
+
+
+def save_trained(model: Any, folder: Path, tokenizer: Any, *, save_base: bool) -> None:
+    """Write a model that ``mplus.from_pretrained`` reads, and its tokenizer."""
+    with without_bars():
+        model.save_pretrained(folder, save_base=save_base)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def set_checkpointing(model: Any) -> None:
+    """Compute activations again in backward rather than keep them."""
+    # The older name is deprecated, the newer one not everywhere.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def split_modules(model: Any) -> Any:
+    """Names of the layer classes that sharding treats as one piece."""
+    return model._no_split_modules
+
+
+def base_digest(model: Any) -> str:
+    """Digest of the decoder's own weights as they were when it was wrapped."""
+    return str(model.mplus_installed.base_digest)

@@ -1,0 +1,298 @@
+"""The class of a wrapped decoder: the decoder's own, whose ``forward`` and ``generate`` also take ``memory``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from mplus.config import Component, MPlusConfig
+from mplus.errors import NotSupported
+from mplus.hf.model.engine import DecoderEngine
+from mplus.hf.model.modes import with_attention
+from mplus.hf.reading import generation_config
+from mplus.hf.reading.arguments import DEFAULTS, ReadArguments
+from mplus.hf.reading.forward import check_memory, forward_with_memory
+from mplus.hf.retrofit import attention
+from mplus.hf.retrofit.context import rebuild, subclass
+from mplus.memory.memory import Memory
+
+
+class MemoryModel:
+    """Mixed into a wrapped decoder's class."""
+
+    mplus_engine: DecoderEngine
+    mplus_installed: Any
+
+    @property
+    def mplus_config(self) -> MPlusConfig:
+        """The memory configuration this decoder was wrapped with."""
+        return self.mplus_engine.config
+
+    def mplus_summary(self) -> str:
+        """A few lines for people: the technique, positions and sizes that ``wrap`` chose, and what its checks found."""
+        from mplus.hf.model.summary import summary
+
+        return summary(self)
+
+    def new_memory(
+        self,
+        batch_size: int = 1,
+        *,
+        tokenizer: Any = None,
+        seed: int = 0,
+        store: Any = None,
+        eviction: Any = None,
+        bytes_budget: int | str | None = None,
+        device: torch.device | str | None = None,
+        memory_rows: Any = None,
+        keep_text: bool = False,
+    ) -> Memory:
+        """A new memory for this decoder.
+
+        Args:
+            batch_size: number of independent streams.
+            tokenizer: lets ``Memory.write`` take text.
+            seed: stream i draws the rows that leave its STM from a generator seeded with ``seed + i``.
+            store, eviction: override the config, as a name or ``{"name": ..., option: value}``.
+            bytes_budget: bytes that the whole memory may take, all layers and streams together, as a number or "8GiB";
+                overrides the config, its ``long_term_tokens`` too. ``memory.capacity`` says what that comes to.
+            device: where the rows are kept; default: where the decoder's embedding is.
+            memory_rows: "projected", "hidden" or "both": keep another form of the rows than the config says.
+            keep_text: keep the ids of all that is written, so that ``memory.forget(source, mode="rebuild")`` can write
+                the memory again without a source.
+
+        Raises:
+            ConfigError: a batch size below 1, a budget that is too small, or a bad option.
+            NotSupported: rows of this decoder cannot be kept like that.
+            UnknownNameError: no such store or eviction policy.
+        """
+        from mplus.hf.model.build import new_memory
+
+        return new_memory(
+            self.mplus_engine,
+            batch_size,
+            tokenizer,
+            seed,
+            _component(store),
+            _component(eviction),
+            device,
+            memory_rows,
+            bytes_budget,
+            keep_text,
+        )
+
+    def generate(
+        self,
+        *args: Any,
+        memory: Memory | None = None,
+        query_tokens: int | Sequence[int] | None = None,
+        retrieve_every: int | None = None,
+        output_sources: bool | None = None,
+        reuse_memory_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """``generate`` of the decoder, reading ``memory`` as it is at the call.
+
+        Each of the arguments below may also stand in a ``GenerationConfig``, in that of the call or in the decoder's
+        own, ``model.generation_config``; an argument that is not None goes first, then the config of the call, then the
+        block of ``reading`` around it. Copies of a config refer to the same memory, and what is made of it as text or a
+        file leaves the memory out.
+
+        Args:
+            memory: one stream per prompt, or one for all prompts; None everywhere, and no ``reading`` around the call:
+                the decoder alone.
+            query_tokens: retrieve with the first so many tokens of each prompt, padding not counted; one number, or
+                one per prompt. None: as configured, by default with all. Has no effect on a prompt whose cache was
+                begun before: rows were retrieved then.
+            retrieve_every: besides once per prompt, retrieve anew after so many generated tokens.
+            output_sources: with ``return_dict_in_generate=True``, the result gets ``memory_sources``: for every batch
+                row and memory layer the rows retrieved last (``mplus.hf.reading.retrieved_sources.RetrievedSource``).
+            reuse_memory_cache: accept ``past_key_values`` made under an older state of the memory, and read that one.
+
+        Raises:
+            ArgumentError: a keyword is one of these, misspelt.
+            ConfigError, InputError: one of them breaks its rule.
+            NotSupported: a way of generating that memory cannot follow; the message names it.
+            MemoryMismatchError: batch sizes, model or cache do not fit the memory.
+        """
+        from mplus.hf.reading.generation import generate
+
+        own = {
+            "memory": memory,
+            "query_tokens": query_tokens,
+            "retrieve_every": retrieve_every,
+            "output_sources": output_sources,
+            "reuse_memory_cache": reuse_memory_cache,
+        }
+        return generate(self, super().generate, own, args, kwargs)  # type: ignore[misc]
+
+    def reading(
+        self,
+        memory: Memory | None,
+        *,
+        query_tokens: int | Sequence[int] | None = None,
+        retrieve_every: int | None = None,
+        reuse_memory_cache: bool = False,
+        threads: bool = False,
+    ) -> AbstractContextManager[None]:
+        """Let every call of this decoder inside the ``with`` block read ``memory``, whoever makes the call.
+
+        It holds for this decoder, in the context (``contextvars``) that enters the block. A call that names a memory
+        itself reads that one by its own arguments; other arguments of a call replace those of the block. Blocks may
+        be nested: the innermost counts.
+
+        Args:
+            memory: of one stream, for any batch, or of one per batch row; None: the decoder alone.
+            query_tokens, retrieve_every, reuse_memory_cache: of every call; see ``generate``.
+            threads: calls in other threads read the memory too, unless these are in a block of their own. Otherwise
+                such a call raises NotSupported while the block is open.
+
+        Raises:
+            ConfigError: an argument breaks its rule.
+            MemoryMismatchError: the memory belongs to another decoder.
+        """
+        if memory is not None:
+            check_memory(self.mplus_engine, memory)
+        arguments = ReadArguments(
+            memory=memory,
+            query_tokens=query_tokens,
+            retrieve_every=retrieve_every,
+            reuse_memory_cache=reuse_memory_cache,
+        )
+        return self.mplus_engine.readings.enter(arguments, threads)
+
+    def generate_batch(self, *args: Any, memory: Memory | None = None, **kwargs: Any) -> Any:
+        """As in transformers: continuous batching, for the decoder alone. Raises NotSupported with a memory."""
+        from mplus.hf.reading.generation import Settings
+
+        own = {} if memory is None else {"memory": memory}
+        if Settings(self, args, {**kwargs, **own}).read_arguments(self).memory is not None:
+            raise NotSupported(
+                "generate_batch (continuous batching) keeps keys and values of many texts in pages and leaves no place "
+                "for memory in front of a text: use generate"
+            )
+        with with_attention(self, self.mplus_installed.base_attention):
+            return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, within ``generate_batch``. Raises NotSupported otherwise: a manager outlives the call."""
+        if self.config._attn_implementation.startswith(attention.PREFIX):  # type: ignore[attr-defined]
+            raise NotSupported(
+                "continuous batching in a wrapped decoder goes through generate_batch; or use mplus.unwrap first"
+            )
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+
+    def weights_changed(self) -> None:
+        """Say that weights were changed in a way that leaves no trace: the next read or write looks at all of them.
+
+        Before every prompt mplus looks at all numbers of the adapters that act, and at ``data_ptr()``, the count of
+        in-place changes and 64 numbers of every other weight that memory rows go through. Only a change through
+        ``weight.data[...] = ...``, which is not counted, to none of the numbers looked at needs this call.
+        """
+        self.mplus_engine.watch.forget()
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; with others than "eager" and "sdpa" memory is refused from then on."""
+        wanted = attn_implementation
+        if wanted in attention.BASES and self.mplus_engine.retrofit.technique == "attention":
+            self.mplus_installed.base_attention = wanted
+            wanted = attention.PREFIX + wanted
+        super().set_attn_implementation(wanted, *args, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Any = None,
+        push_to_hub: bool = False,
+        *,
+        save_base: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save what mplus added (its adapters, begin rows, mark, retriever, pool) with a config and a model card.
+
+        Args:
+            save_directory: folder; made where missing.
+            is_main_process, state_dict, push_to_hub: as in transformers. Adapters that ``add_adapter`` put into
+                the decoder are saved in ``adapters/``; those of a ``PeftModel`` are not: one that was given to
+                ``mplus.wrap`` saves them with its own ``save_pretrained``.
+            save_base: save the decoder too, in ``base/``, where transformers can load it without mplus.
+            kwargs: for saving the decoder (``max_shard_size`` and so on) and for the Hub (``repo_id`` and so on).
+
+        Raises:
+            NotSupported: ``distributed_checkpoint`` was asked for; ``save_base`` of a decoder that accelerate has
+                offloaded without a device map, which transformers does not save either; or adapters of the user are
+                merged, or have a name of ours.
+        """
+        from mplus.hf.pretrained.save import save_pretrained
+
+        save_pretrained(self, save_directory, is_main_process, state_dict, push_to_hub, save_base, kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        save_base: bool = False,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+    ) -> Any:
+        """Save as ``save_pretrained`` does and upload that, with its model card; arguments as in transformers."""
+        from mplus.hf.pretrained.save import push_to_hub
+
+        hub = {"private": private, "token": token, "create_pr": create_pr, "revision": revision}
+        hub.update(commit_message=commit_message, commit_description=commit_description)
+        return push_to_hub(self, repo_id, save_base, hub, {"max_shard_size": max_shard_size, "tags": tags})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return rebuild, (memory_model_class, type(self).__mplus_base__), self.__dict__  # type: ignore[attr-defined]
+
+
+def _component(value: Any) -> Component | None:
+    return None if value is None else Component.of(value)
+
+
+def memory_model_class(base: type) -> type:
+    """``base`` with ``MemoryModel`` mixed in, and the arguments of a read in the signature of ``forward``."""
+    attention.register()  # here, since a model of this class may come out of a pickle in a new process
+    generation_config.register()
+
+    @functools.wraps(base.forward)  # type: ignore[attr-defined]
+    def forward(
+        self: Any,
+        *args: Any,
+        memory: Memory | None = None,
+        query_tokens: int | Sequence[int] | None = None,
+        retrieve_every: int | None = None,
+        output_sources: bool = False,
+        reuse_memory_cache: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        asked = {
+            "memory": memory,
+            "query_tokens": query_tokens,
+            "retrieve_every": retrieve_every,
+            "output_sources": output_sources,
+            "reuse_memory_cache": reuse_memory_cache,
+        }
+        return forward_with_memory(self, base, asked, args, kwargs)
+
+    signature = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default) for name, default in DEFAULTS.items()
+    ]
+    parameters = list(signature.parameters.values())
+    at = len(parameters) - any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    # generate() checks keywords, and Trainer drops data columns, by this signature.
+    forward.__signature__ = signature.replace(parameters=[*parameters[:at], *extra, *parameters[at:]])  # type: ignore[attr-defined]
+    return subclass(base, MemoryModel, forward=forward)

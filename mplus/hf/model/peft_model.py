@@ -1,0 +1,135 @@
+"""A user's own ``PeftModel`` around a wrapped decoder."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from mplus.hf.adapters.lora import refuse_conflicts
+from mplus.hf.pretrained.peft_folders import DESCRIPTION, MEMORY, add_to_card, describe_adapters
+from mplus.hf.reading.virtual_tokens import mark_learned
+from mplus.hf.retrofit.context import rebuild, subclass
+
+
+class PeftMemoryModel:
+    """Mixed into the class of a PeftModel around a wrapped decoder."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, save_base: bool = False, **kwargs: Any) -> None:
+        """As in PEFT, and what mplus added besides, in ``mplus/``; ``mplus.from_pretrained`` loads both.
+
+        Args:
+            save_directory: folder; made where missing.
+            args, kwargs: as in PEFT; ``max_shard_size`` is for the decoder.
+            save_base: save the decoder too, in ``mplus/base/``.
+
+        Raises:
+            NotSupported: adapters are merged, or have a name of ours.
+        """
+        model: Any = self
+        refuse_conflicts(model)
+        base: Any = type(self).__mplus_base__  # type: ignore[attr-defined]
+        call = inspect.signature(base.save_pretrained).bind(self, save_directory, *args, **kwargs)
+        base.save_pretrained(*call.args, **call.kwargs)
+        call.apply_defaults()
+        main, names = call.arguments["is_main_process"], call.arguments["selected_adapters"]
+        folder, state = Path(save_directory), kwargs.get("state_dict")
+        prefix = "base_model." if model.active_peft_config.is_prompt_learning else "base_model.model."
+        inner = (
+            None
+            if state is None
+            else {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        )
+        shards = {name: kwargs[name] for name in ("max_shard_size",) if name in kwargs}
+        decoder = model.get_base_model()
+        decoder.save_pretrained(folder / MEMORY, main, inner, save_base=save_base, **shards)
+        if main:
+            saved = list(model.peft_config) if names is None else list(names)
+            describe_adapters(model, saved, model.active_adapters, folder / MEMORY)
+            add_to_card(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        save_base: bool = False,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+    ) -> Any:
+        """Save as ``save_pretrained`` does and upload that; arguments as in transformers."""
+        from mplus.hf.pretrained.save import push_to_hub
+
+        hub = {"private": private, "token": token, "create_pr": create_pr, "revision": revision}
+        hub.update(commit_message=commit_message, commit_description=commit_description)
+        return push_to_hub(self, repo_id, save_base, hub, {"max_shard_size": max_shard_size})
+
+    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """As in PEFT; to an adapter that is there, what mplus added comes back as well where it was saved along.
+
+        That is how a trainer goes on from a checkpoint.
+        """
+        model: Any = self
+        there = adapter_name in model.peft_config
+        result = super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+        if there:
+            _load_additions(model, adapter_name, Path(model_id))
+        return result
+
+    def get_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """As in PEFT; the decoder learns that keys and values of prefix tuning are none of a text."""
+        return mark_learned(super().get_prompt(*args, **kwargs))  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return rebuild, (peft_model_class, type(self).__mplus_base__), self.__dict__  # type: ignore[attr-defined]
+
+
+def peft_model_class(base: type) -> type:
+    """``base`` with ``PeftMemoryModel`` mixed in, and a ``forward`` that goes on from a cache."""
+    signature = inspect.signature(base.forward)  # type: ignore[attr-defined]
+
+    @functools.wraps(base.forward)  # type: ignore[attr-defined]
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        reads = kwargs.get("memory") is not None or getattr(cache, "_mplus_reading", None) is not None
+        if reads and self.active_peft_config.is_prompt_learning and cache is not None and cache.get_seq_length():
+            return _go_on(self, cache, signature.bind_partial(self, *args, **kwargs))
+        return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    return subclass(base, PeftMemoryModel, forward=forward)
+
+
+def _load_additions(model: Any, adapter: str, folder: Path) -> None:
+    """Load what was saved with an adapter that was in ``folder``."""
+    from mplus.hf.pretrained.save import WEIGHTS, load_additions
+
+    where = (folder if adapter == "default" else folder.parent) / MEMORY
+    if (where / DESCRIPTION).is_file():
+        load_additions(model, load_file(where / WEIGHTS), str(where))
+
+
+def _go_on(model: Any, cache: Any, call: inspect.BoundArguments) -> Any:
+    """A forward of prompt learning behind a cache, which has the virtual tokens already.
+
+    PEFT would drop the cache, or put them in once more.
+    """
+    _, *named = call.arguments.items()
+    inputs = dict(named)
+    inputs.update(inputs.pop("kwargs", {}))
+    inputs.pop("task_ids", None)
+    virtual = model.active_peft_config.num_virtual_tokens
+    text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.shape[1] + virtual == cache.get_seq_length() + text.shape[1]:
+        inputs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], virtual), mask], 1)
+    if inputs.get("position_ids") is not None:
+        inputs["position_ids"] = inputs["position_ids"] + virtual
+    return model.base_model(**inputs)

@@ -1,0 +1,334 @@
+"""``wrap`` and ``unwrap``: put memory on a decoder in place, and take it off again."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import define, evolve, field
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mplus.backends import BACKENDS
+from mplus.backends.choose import BackendChooser
+from mplus.config import PUBLISHED, MPlusConfig
+from mplus.errors import ConfigError, NotSupported
+from mplus.hf.adapters.fingerprint import digest
+from mplus.hf.adapters.lora import add_adapters, remove_adapters
+from mplus.hf.model.begin_rows import begin_rows
+from mplus.hf.model.build import build_mechanism
+from mplus.hf.model.engine import DecoderEngine
+from mplus.hf.model.model_class import memory_model_class
+from mplus.hf.model.modes import has_values, in_eval_mode, input_device
+from mplus.hf.model.peft_model import PeftMemoryModel, peft_model_class
+from mplus.hf.model.self_check import Check, check_ids, self_check
+from mplus.hf.model.sizes import Room, chosen, resolve
+from mplus.hf.pretrained.auto import as_memory_config
+from mplus.hf.reading import generation_config
+from mplus.hf.retrofit import attention
+from mplus.hf.retrofit.context import carry_memory, change_class, drop_memory
+from mplus.hf.retrofit.discovery import Anatomy, discover
+from mplus.hf.retrofit.hooks import AttentionHook, Retrofit
+from mplus.hf.retrofit.positions import MemoryPositions
+from mplus.hf.retrofit.projection import find_projection
+
+logger = logging.getLogger(__name__)
+
+MOVING_ROPE = ("dynamic", "longrope")
+"""Rotary embeddings whose frequencies depend on the largest position."""
+CAUSES = 3
+"""Causes that a refusal names; the rest is in its details."""
+
+
+@define(eq=False)
+class Installed:
+    """What ``unwrap`` needs to know; kept as ``model.mplus_installed``.
+
+    Attributes:
+        base_attention: the attention implementation the decoder had.
+        base_digest: digest of its own weights.
+        hooks: handles of the attention hooks.
+        checks: what the self-check found for the technique in use.
+        rejected: reasons against the techniques tried before it.
+        asked: the config that ``wrap`` was given, with sizes left open.
+    """
+
+    base_attention: str
+    base_digest: str
+    hooks: list[Any]
+    checks: list[Check]
+    rejected: list[str]
+    asked: MPlusConfig = field(factory=MPlusConfig)
+
+
+def wrap(
+    model: Any,
+    config: MPlusConfig | Mapping[str, Any] | str | Path | None = None,
+    *,
+    check: bool = True,
+    pool: Tensor | None = None,
+) -> Any:
+    """Give a decoder a memory, in place.
+
+    Its class becomes a subclass of its own under the same name; with ``memory=None`` it computes what it computed
+    before, bit for bit. The weights are not changed; begin rows, mark, retriever and LoRA adapters are added.
+
+    Args:
+        model: a ``PreTrainedModel`` with a causal language-model head, or a ``PeftModel`` around one. A ``PeftModel``
+            that was put around a wrapped decoder, given without a config, only gets what one has that was wrapped:
+            it saves the memory with its adapters, and prefix tuning works in ``forward``.
+        config: sizes and implementations; also as plain data (``MPlusConfig.from_dict``), the path of a ``.json`` or
+            ``.toml`` file, or a folder that ``save_pretrained`` wrote. Sizes that are left out are the published ones
+            where half of the decoder's positions hold them, else smaller (``mplus.hf.model.sizes.resolve``).
+        check: prove on a few tokens that reading and writing work; without it the first technique is taken on trust.
+        pool: ``[L, N, d]`` short-term rows that every new memory starts from.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        NotSupported: the decoder cannot carry a memory; the message says why, and ``details`` has every finding.
+        ConfigError, UnknownNameError, PluginError: the config does not fit.
+
+    Warns:
+        MemorySizeWarning: sizes that are given need more positions than the decoder has.
+    """
+    if config is None and _is_peft(model) and "mplus_installed" in model.get_base_model().__dict__:
+        change_class(model, peft_model_class(_plain_class(model)))
+        return model
+    config = as_memory_config(config)
+    decoder = _decoder(model)
+    base_attention = decoder.config._attn_implementation or "eager"
+    if base_attention not in attention.BASES:
+        raise NotSupported(
+            f"attn_implementation must be one of {', '.join(attention.BASES)}, got {base_attention!r}: "
+            "load the model with attn_implementation='sdpa'"
+        )
+    BACKENDS.get(config.backend) if config.backend != "auto" else None
+    anatomy = discover(decoder)
+    positions = MemoryPositions(_layout(config, anatomy), config.position_span, offset=_moving_rope(decoder))
+    retrofit = Retrofit(anatomy, "attention", positions, BackendChooser(config.backend))
+    asked = config
+    if pool is not None and config.short_term_tokens is None:
+        config = evolve(config, short_term_tokens=pool.shape[1])
+    config = resolve(config, Room.of(decoder, positions, placed=not anatomy.learned_positions), stacklevel=2)
+    ids = check_ids(decoder.get_input_embeddings().weight.shape[0], input_device(decoder))
+    base_logits = _logits(decoder, ids) if check else None
+    mechanism = build_mechanism(config, begin_rows(decoder, anatomy), pool)
+    installed = Installed(base_attention, digest(decoder, "base"), [], [], [], asked)
+    _install(decoder, DecoderEngine(decoder, config, retrofit, mechanism), installed)
+    try:
+        if config.rope_inv_freq_dtype is not None:
+            round_frequencies(decoder, getattr(torch, config.rope_inv_freq_dtype))
+        _choose_technique(decoder, installed, base_logits if config.rope_inv_freq_dtype is None else None, check)
+        if mechanism.additions.retriever is not None:
+            decoder.mplus_engine.bind(mechanism.additions.retriever)
+        _choose_rows(decoder)
+    except BaseException:
+        unwrap(decoder)
+        raise
+    if model is not decoder:
+        change_class(model, peft_model_class(type(model)))
+    _say_sizes(decoder, installed)
+    return model
+
+
+def _say_sizes(decoder: Any, installed: Installed) -> None:
+    """Log the sizes that were left open; as a warning where the published ones do not fit."""
+    sizes = chosen(installed.asked, decoder.mplus_config)
+    if sizes:
+        smaller = any(PUBLISHED.get(name, size) != size for name, size in sizes.items())
+        said = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        logger.log(
+            logging.WARNING if smaller else logging.INFO,
+            "sizes of the memory of %s that were left out%s: %s",
+            type(decoder).__name__,
+            ", smaller than published so that it takes half of the decoder's positions" if smaller else "",
+            said,
+        )
+
+
+def unwrap(model: Any) -> Any:
+    """Take everything off that ``wrap`` put on, in place; memories made for the decoder no longer work.
+
+    Returns ``model`` itself. Raises NotSupported when it is not wrapped.
+    """
+    decoder = model.get_base_model() if _is_peft(model) else model
+    installed: Installed | None = decoder.__dict__.get("mplus_installed")
+    if installed is None:
+        raise NotSupported(f"{type(model).__name__} is not wrapped by mplus.wrap")
+    engine: DecoderEngine = decoder.mplus_engine
+    for handle in installed.hooks:
+        handle.remove()
+    for layer in engine.retrofit.anatomy.layers:
+        drop_memory(layer)
+    if engine.config.adapters is not None:
+        remove_adapters(decoder)
+    if engine.config.rope_inv_freq_dtype is not None:
+        restore_frequencies(decoder)
+    _use_attention(decoder, installed.base_attention)
+    generation_config.drop_memory(decoder)
+    del decoder._modules["mplus"]
+    for name in ("mplus_engine", "mplus_installed"):
+        del decoder.__dict__[name]
+    change_class(decoder, type(decoder).__mplus_base__)
+    if issubclass(type(model), PeftMemoryModel):
+        change_class(model, type(model).__mplus_base__)
+    return model
+
+
+def _decoder(model: Any) -> Any:
+    decoder = model.get_base_model() if _is_peft(model) else model
+    name = type(decoder).__name__
+    if not isinstance(decoder, PreTrainedModel) or not decoder.can_generate():
+        raise NotSupported(f"wrap takes a transformers model with a causal language-model head, got {name}")
+    if decoder.config.is_encoder_decoder:
+        raise NotSupported(f"{name} is an encoder-decoder; mplus wraps decoders")
+    if "mplus_installed" in decoder.__dict__:
+        raise NotSupported(f"{name} is wrapped already: use mplus.unwrap first")
+    if not has_values(decoder):
+        raise NotSupported(
+            f"{name} has weights on the meta device, which have no values: load it first, and wrap outside of "
+            "accelerate's init_empty_weights"
+        )
+    return decoder
+
+
+def _is_peft(model: Any) -> bool:
+    return hasattr(model, "get_base_model") and hasattr(model, "peft_config")
+
+
+def _plain_class(model: Any) -> type:
+    """The class that a PeftModel had before ``wrap``."""
+    found: type = getattr(type(model), "__mplus_base__", type(model))
+    return found
+
+
+def _layout(config: MPlusConfig, anatomy: Anatomy) -> Any:
+    if config.memory_positions == "auto":
+        # With ALiBi a distance of thousands of rows hides memory from every head.
+        return "constant" if anatomy.alibi else "sequential"
+    return config.memory_positions
+
+
+def _moving_rope(decoder: Any) -> bool:
+    parameters = getattr(decoder.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    tables = [parameters, *(table for table in parameters.values() if isinstance(table, dict))]
+    return any(table.get("rope_type") in MOVING_ROPE for table in tables)
+
+
+@torch.no_grad()
+def _logits(decoder: Any, ids: Tensor) -> Tensor:
+    with in_eval_mode(decoder):
+        return decoder(input_ids=ids).logits
+
+
+def _install(decoder: Any, engine: DecoderEngine, installed: Installed) -> None:
+    anatomy = engine.retrofit.anatomy
+    if engine.config.adapters is not None:
+        add_adapters(decoder, anatomy, engine.config.adapters)  # first: it may refuse, and nothing has changed then
+    memory_index = {spec.layer_index: spec.memory_index for spec in anatomy.specs}
+    for index, layer in enumerate(anatomy.layers):
+        carry_memory(layer, memory_index.get(index))
+    for spec in anatomy.specs:
+        hook = AttentionHook(engine.retrofit, spec)
+        installed.hooks.append(spec.attention.register_forward_pre_hook(hook, with_kwargs=True))
+    decoder.add_module("mplus", engine.mechanism.additions)
+    engine.mechanism.additions.train(decoder.training)
+    change_class(decoder, memory_model_class(type(decoder)))
+    decoder.__dict__["mplus_engine"] = engine
+    decoder.__dict__["mplus_installed"] = installed
+
+
+def _use_attention(decoder: PreTrainedModel, implementation: str) -> None:
+    if decoder.config._attn_implementation != implementation:
+        PreTrainedModel.set_attn_implementation(decoder, implementation)  # a wrapped decoder's own keeps to ours
+
+
+def _choose_technique(decoder: Any, installed: Installed, base_logits: Tensor | None, check: bool) -> None:
+    """Try the techniques in order of preference; keep the first that passes its self-check."""
+    engine: DecoderEngine = decoder.mplus_engine
+    retrofit = engine.retrofit
+    offsets = (True,) if retrofit.positions.offset else (False, True)
+    interface = type(decoder)._can_set_attn_implementation()
+    failed: list[Check] = []
+    for technique, offset in [(t, o) for o in offsets for t in ("attention", "cache_view")]:
+        if technique == "attention" and not interface:
+            continue
+        if technique == "cache_view" and engine.config.backend != "auto":
+            installed.rejected.append(
+                f"cache view: the decoder attends by itself, so backend {engine.config.backend!r} cannot run"
+            )
+            continue
+        retrofit.technique = technique  # type: ignore[assignment]
+        retrofit.positions = MemoryPositions(retrofit.positions.layout, retrofit.positions.span, offset)
+        prefix = attention.PREFIX if technique == "attention" else ""
+        _use_attention(decoder, prefix + installed.base_attention)
+        if not check:
+            return
+        logits = (
+            base_logits if base_logits is not None else _logits(decoder, check_ids(engine.vocab_size, engine.device))
+        )
+        installed.checks = self_check(decoder, logits)
+        found = [one for one in installed.checks if not one.passed]
+        if not found:
+            return
+        where = f"{technique.replace('_', ' ')}, {'offset' if offset else 'negative'} positions"
+        installed.rejected.extend(f"{where}: {one}" for one in found)
+        failed.extend(found)
+    raise _refusal(type(decoder).__name__, failed, installed.rejected)
+
+
+def _refusal(name: str, failed: Sequence[Check], details: Sequence[str]) -> NotSupported:
+    """The error that says each cause once, whatever number of techniques, checks and layers it stopped."""
+    causes: dict[str, str] = {}
+    for one in failed:
+        raised = one.error is None  # what a decoder says has nothing to do with the check in which it says it
+        cause = one.remark if raised else str(one)
+        causes.setdefault(re.sub(r"\d+", "0", cause) if raised else one.name, cause)
+    said = list(causes.values())[:CAUSES] or list(details)
+    further = f"; {len(causes) - CAUSES} further reasons are in the error's details" if len(causes) > CAUSES else ""
+    error = NotSupported(f"{name} cannot carry a memory: {'; '.join(said)}{further}")
+    error.details = tuple(details)
+    return error
+
+
+@torch.no_grad()
+def _choose_rows(decoder: Any) -> None:
+    """Find out how rows can be kept. Raises NotSupported when the config asks for what cannot be had."""
+    engine: DecoderEngine = decoder.mplus_engine
+    begin: Tensor = engine.mechanism.additions.begin
+    some = torch.randn(4, begin.shape[2], generator=torch.Generator().manual_seed(0)).to(begin)
+    rows = [(some * (row.float().std() or 1.0)).to(begin)[None] for row in begin]
+    try:
+        with in_eval_mode(decoder):
+            engine.projection = find_projection(engine.retrofit, engine.adapter("read"), rows)
+    except Exception as error:  # noqa: BLE001 - whatever a foreign model does then, it works with hidden states
+        engine.projection = f"trying to failed with {type(error).__name__}: {error}"
+    engine.layout_of(engine.memory_rows)
+
+
+def round_frequencies(decoder: nn.Module, dtype: torch.dtype) -> None:
+    """Round rotary frequencies to ``dtype`` and back; released M+ checkpoints were trained that way."""
+    found = 0
+    for module in decoder.modules():
+        for name in [name for name, _ in module.named_buffers(recurse=False) if name.endswith("inv_freq")]:
+            frequencies = getattr(module, name)
+            module.__dict__.setdefault("_mplus_frequencies", {})[name] = frequencies
+            setattr(module, name, frequencies.to(dtype).to(frequencies.dtype))
+            found += 1
+    if not found:
+        raise ConfigError(
+            f"rope_inv_freq_dtype needs rotary embeddings with an inv_freq buffer; {type(decoder).__name__} has none"
+        )
+
+
+def restore_frequencies(decoder: nn.Module) -> None:
+    """Undo ``round_frequencies``."""
+    for module in decoder.modules():
+        for name, frequencies in module.__dict__.pop("_mplus_frequencies", {}).items():
+            setattr(module, name, frequencies)

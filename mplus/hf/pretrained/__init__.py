@@ -1,0 +1,1 @@
+"""Save and load wrapped decoders, from folders and from the Hub."""

@@ -1,0 +1,69 @@
+"""The README.md that is saved with a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mplus
+from mplus.hf.adapters.names import is_addition
+from mplus.hf.pretrained.auto import MPlusModelConfig
+
+
+def model_card(model: Any, config: MPlusModelConfig, with_base: bool, tags: Sequence[str] | None = None) -> str:
+    """A model card with Hub metadata, sizes and three lines of use."""
+    name, base = type(model).__name__, config.base_model
+    added = sum(parameter.numel() for key, parameter in model.named_parameters() if is_addition(key))
+    labels = json.dumps(["mplus", "long-term-memory", *(tags or ())])  # JSON is YAML
+    metadata = ["---", "library_name: mplus", "pipeline_tag: text-generation", f"tags: {labels}"]
+    if base and not Path(base).exists():  # the Hub wants a repository here
+        metadata.append(f"base_model: {base}")
+    where = "with the decoder itself in `base/`" if with_base else "the decoder is loaded from where it came from"
+    use = '"path/or/repository"' if with_base or base else '"path/or/repository", base="the decoder"'
+    elsewhere = "" if with_base else " Where it has been moved since, pass `base=` with its place."
+    return "\n".join(
+        [
+            *metadata,
+            "---",
+            "",
+            f"# {name} with an M+ memory",
+            "",
+            f"Memory additions for {base or 'a ' + name}: {added:,} parameters; {where}.{elsewhere}",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {label} | {value} |" for label, value in _sizes(model).items()),
+            "",
+            "```python",
+            "import mplus",
+            "",
+            f"model = mplus.from_pretrained({use})",
+            "memory = model.new_memory(tokenizer=tokenizer)",
+            'memory.write("text to remember")',
+            "model.generate(**inputs, memory=memory)",
+            "```",
+            "",
+            "`AutoModelForCausalLM` and `pipeline` load it too, after `import mplus.hf`: that registers the model type",
+            "`mplus`, which transformers does not know by itself.",
+            "",
+            f"Made with mplus {mplus.__version__}. M+: arXiv 2502.00592.",
+            "",
+        ]
+    )
+
+
+def _sizes(model: Any) -> dict[str, str]:
+    config = model.mplus_config
+    sizes = {
+        "mechanism": f"{config.mechanism.name}, variant {config.variant}",
+        "read per write": f"{config.chunk_tokens:,} text tokens",
+        "written per layer": f"{config.memory_tokens_per_chunk:,} rows",
+        "short-term rows per layer": f"{config.short_term_tokens:,}",
+    }
+    if model.mplus_engine.mechanism.uses_retriever and config.long_term_tokens != 0:
+        limit = config.long_term_tokens
+        sizes["long-term rows per layer"] = "no limit" if limit is None else f"{limit:,}"
+        sizes["retrieved rows per layer"] = f"{config.retrieved_tokens:,} with `{config.retriever.name}`"
+    return sizes

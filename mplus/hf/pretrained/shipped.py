@@ -1,0 +1,53 @@
+"""The trained decoders that come with the package.
+
+"stories260K" is a Llama of 260,032 parameters that tells children's stories and knows no memory. "recall-tiny" was
+trained with its memory to answer questions in the little language of ``mplus.training.recall``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from mplus.hf.pretrained.save import from_pretrained
+
+STORIES260K = Path(__file__).parents[2] / "data" / "stories260K"
+"""Folder of the decoder and its tokenizer, with licence and provenance; trained with 512 positions."""
+
+RECALL_TINY = STORIES260K.parent / "recall-tiny"
+"""Folder of the trained decoder with memory (``save_pretrained``) and its tokenizer."""
+
+
+def load_recall() -> tuple[Any, Any]:
+    """A new copy of "recall-tiny" with its memory, on the CPU and in eval mode, and its tokenizer."""
+    with without_bars():
+        model = from_pretrained(RECALL_TINY, local_files_only=True).eval()
+        return model, AutoTokenizer.from_pretrained(RECALL_TINY, local_files_only=True)
+
+
+def load_decoder() -> Any:
+    """A new copy of the decoder, on the CPU and in eval mode. Needs no network."""
+    with without_bars():
+        return AutoModelForCausalLM.from_pretrained(STORIES260K, local_files_only=True).eval()
+
+
+def load_tokenizer() -> Any:
+    """Its tokenizer."""
+    return AutoTokenizer.from_pretrained(STORIES260K, local_files_only=True)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Let transformers load and save without progress bars meanwhile: for a megabyte they only flicker."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Reads: one forward or one generation of a wrapped decoder with a memory."""

@@ -1,0 +1,279 @@
+"""One forward of a wrapped decoder: which memory it reads, and whether its cache belongs to that memory."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from functools import lru_cache, partial
+from typing import Any, TypeVar
+
+import torch
+from attrs import evolve
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mplus.errors import ConfigError, InputError, MemoryMismatchError, NotSupported
+from mplus.hf.model.engine import DecoderEngine
+from mplus.hf.reading.arguments import DEFAULTS, ReadArguments, check_spelling
+from mplus.hf.reading.checks import check_rows, check_weights, is_as_kept
+from mplus.hf.reading.override import mechanism_for_reads
+from mplus.hf.reading.pieces import read_in_pieces
+from mplus.hf.reading.query_tokens import without_padding
+from mplus.hf.reading.reading import Reading, one_per_row
+from mplus.hf.reading.retrieved_sources import retrieved_sources
+from mplus.hf.reading.virtual_tokens import only_learned
+from mplus.hf.retrofit.context import Pass, current_pass, run_in
+from mplus.memory.memory import Memory
+
+T = TypeVar("T")
+_GENERATING: ContextVar[tuple[Any, Reading] | None] = ContextVar("mplus_generating", default=None)
+"""The model and reading of the generation this thread is in: inner forwards use it, other models do not see it."""
+
+
+@contextmanager
+def generating(model: Any, reading: Reading) -> Iterator[None]:
+    """Let forwards of ``model`` in this thread read ``reading``; where nobody interrupts, see ``generate_in``."""
+    token = _GENERATING.set((model, reading))
+    try:
+        yield
+    finally:
+        _GENERATING.reset(token)
+
+
+def generate_in(model: Any, reading: Reading, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """``function(*args, **kwargs)``, in which forwards of ``model`` read ``reading``; see ``run_in``."""
+    context = copy_context()
+    context.run(_GENERATING.set, (model, reading))
+    return context.run(function, *args, **kwargs)
+
+
+def is_generating(model: Any) -> bool:
+    """Whether this thread is in a generation of ``model`` with a memory."""
+    generation = _GENERATING.get()
+    return generation is not None and generation[0] is model
+
+
+def forward_with_memory(
+    model: Any, base: Any, asked: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """``base.forward`` reading a memory: that of the generation around it, of the call, or of ``model.reading``.
+
+    Args:
+        model: the wrapped decoder.
+        base: its class before it was wrapped.
+        asked: the arguments of the call that mplus added; see ``ReadArguments``.
+        args, kwargs: the others.
+
+    Raises:
+        ArgumentError: a keyword is one of ours, misspelt.
+        ConfigError, InputError: an argument breaks its rule.
+        MemoryMismatchError: batch, model or cache do not fit the memory.
+        NotSupported: another thread is in ``model.reading``, or a way of calling that memory cannot follow.
+    """
+    generation = _GENERATING.get()
+    if generation is not None and generation[0] is model:
+        return _read(model, base, ReadArguments(), generation[1], _by_name(base, args, kwargs))
+    if not torch.compiler.is_compiling():
+        check_spelling(kwargs, base)
+    plain = all(value is DEFAULTS[name] for name, value in asked.items())
+    # A pass of mplus itself, such as a write, knows what it reads, whatever block it runs in.
+    arguments = None if plain and current_pass() is not None else arguments_of(model, asked)
+    if arguments is None or arguments.memory is None:
+        if kwargs.get("past_key_values") is not None:
+            check_cache(kwargs["past_key_values"], None, arguments is not None and arguments.reuse_memory_cache)
+        return base.forward(model, *args, **kwargs)
+    return _read(model, base, arguments, None, _by_name(base, args, kwargs))
+
+
+def arguments_of(model: Any, asked: dict[str, Any]) -> ReadArguments | None:
+    """What a call reads: as it asks, and where it names no memory, what the block of ``model.reading`` around it says.
+
+    None where nothing is asked and there is no block.
+    """
+    changed = {name: value for name, value in asked.items() if value is not DEFAULTS[name]}
+    around = None if "memory" in changed else model.mplus_engine.readings.current()
+    if around is not None:
+        return evolve(around, **changed) if changed else around
+    return ReadArguments(**changed) if changed else None
+
+
+@torch.compiler.disable  # a compiled model reads uncompiled: what it reads differs from call to call
+def _read(model: Any, base: Any, arguments: ReadArguments, given: Reading | None, inputs: dict[str, Any]) -> Any:
+    engine: DecoderEngine = model.mplus_engine
+    engine.check_attention()
+    if given is not None:
+        return _run(engine, given, base, inputs)
+    as_dict = inputs.get("return_dict") is not False and getattr(model.config, "return_dict", True)
+    if arguments.output_sources and not as_dict:
+        raise ConfigError("output_sources needs return_dict=True: a tuple has no place for them")
+    text = _text(inputs)
+    reading = check_cache(inputs.get("past_key_values"), arguments.memory, arguments.reuse_memory_cache)
+    if reading is None:
+        reading = read(engine, arguments.memory, text.shape[0])
+        ask(reading, model, arguments, None if inputs.get("attention_mask") is not None else inputs.get("input_ids"))
+    else:
+        check_weights(engine, reading, whole=text.shape[1] > 1)
+    reading.retrieve_every = arguments.retrieve_every
+    one_by_one = reading.retrieve_every is not None and len(reading.views) > 1
+    if one_by_one and reading.look is not None and reading.look.names is not None and engine.own_attention.used:
+        raise NotSupported(
+            "forward with retrieve_every and adapter_names does not go with a retriever that ranks rows by the "
+            "decoder's attention: read one row at a time, or use the retriever 'linear'"
+        )
+    if reading.retrieve_every is None:
+        output = _run(engine, reading, base, inputs)
+    else:
+        output = read_in_pieces(model, reading, inputs, partial(_run, engine, reading, base, piece=True))
+        output = output if as_dict else output.to_tuple()
+    if arguments.output_sources:
+        output.memory_sources = retrieved_sources(reading)
+    return output
+
+
+def ask(
+    reading: Reading, model: Any, arguments: ReadArguments, unmasked: Tensor | None, virtual_tokens: int = 0
+) -> None:
+    """Say with which tokens a new reading retrieves.
+
+    Args:
+        reading: for one forward or generation.
+        model: the wrapped decoder.
+        arguments: of the call.
+        unmasked: ids ``[B, T]`` that came without a mask; None: there is a mask, or there are no ids.
+        virtual_tokens: learned embeddings in front of the text, which retrieve with it and are not counted.
+
+    Raises:
+        InputError: ``query_tokens`` are not one per row.
+    """
+    counts = arguments.query_tokens_of(len(reading.views))
+    if unmasked is not None and not isinstance(counts, tuple):
+        padding_id = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
+        reading.query_mask = pad(without_padding(unmasked, padding_id), (virtual_tokens, 0), value=True)
+    if counts is not None and virtual_tokens:
+        counts = tuple(one + virtual_tokens for one in counts) if isinstance(counts, tuple) else counts + virtual_tokens
+    reading.query_tokens = counts
+
+
+def _run(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[str, Any], piece: bool = False) -> Any:
+    """One forward of the decoder."""
+    output = run_in(_read_pass(engine, reading, base, inputs, piece), base.forward, engine.model, **inputs)
+    for holder in (inputs.get("past_key_values"), getattr(output, "past_key_values", None)):
+        if holder is not None:
+            holder._mplus_reading = reading
+    return output
+
+
+@lru_cache(maxsize=64)  # looked up for every token
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
+def _by_name(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of one ``forward``, each under its name."""
+    signature = _signature(base.forward)
+    _, *inputs = signature.bind_partial(None, *args, **kwargs).arguments.items()  # without self
+    named = dict(inputs)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
+    return named
+
+
+def check_memory(engine: DecoderEngine, memory: Any) -> None:
+    """Raises MemoryMismatchError when ``memory`` is none of this decoder, or has another dtype."""
+    if not isinstance(memory, Memory):
+        raise MemoryMismatchError(f"memory must be an mplus.Memory, got {type(memory).__name__}")
+    if memory.engine is not engine:
+        raise MemoryMismatchError(
+            "this memory belongs to another model: make it with this model's new_memory, "
+            "or save it and load it for this model"
+        )
+    if memory.dtype != engine.dtype:
+        raise MemoryMismatchError(
+            f"the memory holds {memory.dtype} and the model computes in {engine.dtype}: "
+            f"use memory.to(dtype={engine.dtype})"
+        )
+
+
+def read(engine: DecoderEngine, memory: Any, rows: int, **options: Any) -> Reading:
+    """A reading of ``memory`` for a batch of ``rows`` texts; a memory of one stream is read by all of them.
+
+    Raises:
+        MemoryMismatchError: it belongs to another decoder or has another dtype, or its streams are not as many as rows.
+    """
+    check_memory(engine, memory)
+    look = engine.watch.look()
+    if look.names is None:
+        memory.keep_up(look.weights)
+    version, streams = memory.versioned_snapshot()
+    views = one_per_row(streams, rows)
+    prepared = engine.prepared(memory, version, look)
+    if look.names is not None:
+        check_rows(engine, views, look)
+    elif prepared is not None and not all(is_as_kept(view, look) for view in streams):
+        prepared = None
+    keep = not torch.is_grad_enabled()
+    return Reading(mechanism_for_reads(engine), views, memory, version, prepared, look, keep=keep, **options)
+
+
+def check_cache(cache: Any, memory: Memory | None, reuse: bool) -> Reading | None:
+    """The reading a non-empty cache was made under, if ``memory`` is still in that state (or ``reuse``).
+
+    Raises:
+        MemoryMismatchError: the cache belongs to another state, or to none.
+    """
+    length = getattr(cache, "get_seq_length", None)
+    if length is None or int(length()) == 0:
+        return None
+    made_under: Reading | None = getattr(cache, "_mplus_reading", None)
+    if made_under is None and (memory is None or only_learned(cache)):
+        return None
+    if made_under is not None and (reuse or (memory is not None and made_under.is_of(memory))):
+        return made_under
+    was = "without a memory" if made_under is None else f"with version {made_under.version} of a memory"
+    now = "no memory" if memory is None else f"version {memory.version} of this memory"
+    raise MemoryMismatchError(
+        f"past_key_values was made {was}, the call reads {now}: start a new cache, "
+        "or pass reuse_memory_cache=True to go on reading what the cache was made with"
+        + ("" if made_under is not None else " (for prefix tuning of PEFT, pass the PeftModel to mplus.wrap)")
+    )
+
+
+def _text(inputs: dict[str, Any]) -> Tensor:
+    """Ids ``[B, T]`` or embeddings ``[B, T, d]`` of the text. Raises InputError where there are none."""
+    text = inputs.get("input_ids")
+    text = inputs.get("inputs_embeds") if text is None else text
+    if not isinstance(text, Tensor) or text.dim() < 2:
+        raise InputError(
+            "forward with a memory needs input_ids [B, T] or inputs_embeds [B, T, d], "
+            f"got {list(text.shape) if isinstance(text, Tensor) else text!r}"
+        )
+    return text
+
+
+def _read_pass(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[str, Any], piece: bool) -> Pass:
+    """The pass of one forward; completes ``position_ids`` in ``inputs`` where the decoder would count padding."""
+    text = _text(inputs)
+    rows, tokens = text.shape[:2]
+    repeats = reading.repeats(rows)
+    mask = inputs.get("attention_mask")
+    text_mask = None
+    takes_positions = "position_ids" in _signature(base.forward).parameters
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        padded = not bool(mask.all())
+        text_mask = mask[:, -tokens:].bool() if padded else None
+        if padded and takes_positions and inputs.get("position_ids") is None:
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+    offset: int | Tensor = 0
+    positions = engine.retrofit.positions
+    if positions.offset:
+        extents = [positions.extent(count) for count in reading.prefix_rows()]
+        offset = torch.tensor(extents, device=text.device)[:, None]
+        cache = inputs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if inputs.get("position_ids") is None:
+            inputs["position_ids"] = torch.arange(past, past + tokens, device=text.device).expand(rows, -1)
+        inputs["position_ids"] = inputs["position_ids"] + offset.repeat_interleave(repeats, 0)
+    return Pass(reading.source(text_mask, piece), engine.adapter("read"), text_offset=offset)

@@ -1,0 +1,142 @@
+"""A text read in pieces, each with what the text before it retrieves: as ``generate(retrieve_every=...)`` reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mplus.errors import InputError, NotSupported
+from mplus.hf.reading.query_tokens import first_tokens
+from mplus.hf.reading.reading import Reading
+
+_OF_TEXT = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids", "mm_token_type_ids")
+"""Arguments with one entry per token, in dimension 1."""
+_OF_LOSS = ("labels", "num_items_in_batch", "shift_labels", "ignore_index")
+"""Arguments of the loss, which is that of the whole text."""
+_OF_ALL = (*_OF_LOSS, "logits_to_keep", "attention_mask", "past_key_values", "cache_position")
+"""Further tensors that a text may come with."""
+
+
+def read_in_pieces(model: Any, reading: Reading, inputs: dict[str, Any], read: Callable[[dict[str, Any]], Any]) -> Any:
+    """The output of a forward over a text, read piece by piece through a key/value cache.
+
+    Args:
+        model: the wrapped decoder.
+        reading: with ``retrieve_every``.
+        inputs: arguments of ``forward``, by name.
+        read: runs one piece.
+
+    Raises:
+        NotSupported: the call asks for what pieces cannot give; the message names all of it.
+    """
+    refuse(model, inputs)
+    if not reading.retrieved:
+        configured = reading.mechanism.config.query_tokens
+        reading.query_tokens = reading.query_tokens or configured or 1
+        reading.context_tokens = reading.query_tokens
+    text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    total = text.shape[1]
+    mask = inputs.get("attention_mask")
+    starts = piece_starts(reading, text.shape[:2], None if mask is None else mask[:, -total:].bool().cpu())
+    shared = {name: value for name, value in inputs.items() if name not in (*_OF_LOSS, "logits_to_keep")}
+    shared.update(use_cache=True, return_dict=True)
+    outputs: list[Any] = []
+    for start, end in zip(starts, [*starts[1:], total], strict=True):
+        piece = dict(shared)
+        piece.update({name: inputs[name][:, start:end] for name in _OF_TEXT if inputs.get(name) is not None})
+        if mask is not None:
+            piece["attention_mask"] = mask[:, : mask.shape[1] - total + end]
+        if inputs.get("cache_position") is not None:
+            piece["cache_position"] = inputs["cache_position"][start:end]
+        if outputs:
+            piece["past_key_values"] = outputs[-1].past_key_values
+        outputs.append(read(piece))
+        if getattr(outputs[-1], "past_key_values", None) is None:
+            raise NotSupported(f"retrieve_every needs a key/value cache, and {type(model).__name__} returned none")
+    return _joined(model, outputs, inputs)
+
+
+def piece_starts(reading: Reading, shape: Sequence[int], text: Tensor | None) -> list[int]:
+    """Columns at which a piece begins: those in which some row has read ``retrieve_every`` tokens more.
+
+    Args:
+        reading: tells how many tokens each row has read since it last retrieved.
+        shape: B and T.
+        text: ``[B, T]`` bool on the CPU, False at padding; None: no padding.
+
+    Raises:
+        InputError: a row would retrieve anew while the context of another one is still being read.
+    """
+    every: Any = reading.retrieve_every
+    if text is None:
+        text = torch.ones(*shape, dtype=torch.bool)
+    waiting = torch.zeros(shape[0], 1, dtype=torch.int64)
+    begun = 0
+    if not reading.retrieved:
+        context = first_tokens(text, reading.context_tokens)
+        begun = int(context.any(0).nonzero().max()) + 1
+        text = text & ~context
+    elif reading.recent:
+        waiting = next(iter(reading.recent.values())).waiting.sum(1, keepdim=True)
+    due = (text & ((waiting + text.cumsum(1)) % every == 0)).any(0).nonzero().squeeze(1).tolist()
+    if due and due[0] < begun:
+        raise InputError(
+            "with retrieve_every the first query_tokens of all rows must be read before a row retrieves anew, but one "
+            f"does so in column {due[0]}, and those of another one end in column {begun - 1}: pad on the left, so that "
+            "they end together, or put rows of equal query_tokens into a batch"
+        )
+    return sorted({0, *due})
+
+
+def refuse(model: Any, inputs: dict[str, Any]) -> None:
+    """Raises NotSupported for what a text read in pieces cannot give."""
+    reasons = []
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        reasons.append("gradient checkpointing, which keeps no key/value cache from piece to piece")
+    config = model.config.get_text_config(decoder=True)
+    reasons += [
+        f"{name}, which is not one tensor per token"
+        for name in ("output_attentions", "output_router_logits")
+        if (inputs.get(name) if inputs.get(name) is not None else getattr(config, name, False))
+    ]
+    mask = inputs.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        reasons.append("an attention_mask other than [batch, tokens]")
+    reasons += [
+        f"{name}, which cannot be cut into pieces"
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and name not in (*_OF_TEXT, *_OF_ALL)
+    ]
+    if reasons:
+        raise NotSupported(
+            "forward with retrieve_every reads a text in pieces and does not go with " + "; with ".join(reasons)
+        )
+
+
+def _joined(model: Any, outputs: Sequence[Any], inputs: dict[str, Any]) -> Any:
+    """One output of the decoder's type out of those of all pieces."""
+    last = outputs[-1]
+    fields: dict[str, Any] = {}
+    for name, value in last.items():
+        parts = [output[name] for output in outputs]
+        if name == "past_key_values":
+            fields[name] = None if inputs.get("use_cache") is False else value
+        elif name == "hidden_states":
+            fields[name] = tuple(torch.cat(layer, 1) for layer in zip(*parts, strict=True))
+        elif name in {"logits", "last_hidden_state"}:
+            fields[name] = torch.cat(parts, 1)
+        else:
+            raise NotSupported(
+                f"forward with retrieve_every does not know how to join {name!r} of {type(last).__name__} of its pieces"
+            )
+    kept = inputs.get("logits_to_keep", 0)
+    if "logits" in fields:
+        fields["logits"] = fields["logits"][:, slice(-kept, None) if isinstance(kept, int) else kept]
+    if inputs.get("labels") is not None:
+        given = {name: inputs[name] for name in _OF_LOSS if inputs.get(name) is not None}
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        fields = {"loss": model.loss_function(logits=fields["logits"], vocab_size=vocabulary, **given), **fields}
+    return type(last)(**fields)

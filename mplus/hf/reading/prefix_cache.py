@@ -1,0 +1,181 @@
+"""What all reads of one state of a memory share: its short-term rows turned to their places, and what turns others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from attrs import define, evolve, field
+from torch import Tensor
+
+from mplus.backends.base import Segment
+from mplus.backends.checks import check_finite
+from mplus.hf.retrofit.projection import Projection
+from mplus.hf.retrofit.rotation import Tables
+from mplus.mechanisms.base import Retrieved
+from mplus.memory.state import StreamView
+
+
+@define(eq=False)
+class Prepared:
+    """Filled by the first read of a memory's state; the next ones only bring in what they retrieve.
+
+    Attributes:
+        projection: of the decoder.
+        begin: begin rows ``[L, 1, d]``.
+        version: of the memory.
+        weights: what tells the weights it was made with from others.
+        batch: rows of the batch it is for, where each has an adapter of its own; else None.
+        short_term, begins, tables: what was made so far.
+    """
+
+    projection: Projection
+    begin: Tensor
+    version: int
+    weights: Any
+    batch: int | None = None
+    short_term: dict[Any, Segment] = field(factory=dict)
+    begins: dict[int, Tensor] = field(factory=dict)
+    tables: dict[Any, Tables | None] = field(factory=dict)
+
+    def segments(
+        self,
+        layer: int,
+        views: Sequence[StreamView],
+        retrieved: Sequence[Retrieved | None],
+        prefixed: Sequence[bool],
+        like: Tensor,
+    ) -> tuple[Segment, ...]:
+        """``[begin | retrieved]`` and ``[STM]`` of every stream, ready to be attended to.
+
+        Args:
+            layer: index among the layers that carry memory.
+            views: one per stream.
+            retrieved: per stream, long-term rows.
+            prefixed: per stream, whether there is anything in front of the text.
+            like: gives dtype and device.
+        """
+        begins = [begin.to(like) for begin in self._begins(layer, len(views))]
+        pairs = list(zip(retrieved, prefixed, strict=True))
+        own = [1 + (0 if found is None else len(found.rows)) if there else 0 for found, there in pairs]
+        counts = [len(view.state.stm[layer]) for view in views]
+        only = retrieved[0] if len(views) == 1 else None
+        if only is not None and only.source is not None and _alike(only.source.parts[0][0], like):
+            tables = self._tables(layer, own[0], (own[0], counts[0]), like)
+            front = self.projection.picked(layer, begins[0], *only.source.together(), tables)
+        else:
+            parts = [
+                [begin, *_projected(found, like)] if there else []
+                for begin, (found, there) in zip(begins, pairs, strict=True)
+            ]
+            front = self._front(layer, parts, own, counts, like)
+        segments = (front, self._short_term(layer, views, own, counts, like))
+        return tuple(segment for segment in segments if segment.keys.shape[2])
+
+    def _begins(self, layer: int, streams: int) -> list[Tensor]:
+        """``[1, w]`` of every stream; not the same where each has an adapter of its own."""
+        if layer not in self.begins:
+            alike = 1 if self.batch is None else self.batch
+            self.begins[layer] = self.projection.rows(layer, self.begin[layer].expand(alike, -1, -1))
+        made = self.begins[layer]
+        return [made[0]] * streams if self.batch is None else list(made[:: self.batch // streams])
+
+    def _front(
+        self, layer: int, parts: Sequence[Sequence[Tensor]], own: Sequence[int], behind: Sequence[int], like: Tensor
+    ) -> Segment:
+        rows = max(own)
+        same = len(set(own)) == 1 and len(set(behind)) == 1
+        tables = self._tables(layer, rows, (own[0], behind[0]) if same else (tuple(own), tuple(behind)), like)
+        if len(parts) == 1:
+            pieces = [part[None] for part in parts[0]]
+        else:
+            pieces = [torch.stack([_padded(stream, rows, like, self.projection.size) for stream in parts])]
+        if not pieces:
+            return self._nothing(like)
+        segment = self.projection.turned(layer, pieces, tables)
+        check_finite("long-term memory", segment.keys, segment.values)
+        return _with_lengths(segment, own)
+
+    def _short_term(
+        self, layer: int, views: Sequence[StreamView], in_front: Sequence[int], counts: Sequence[int], like: Tensor
+    ) -> Segment:
+        states = [view.state.stm[layer] for view in views]
+        # Sequential positions count from the text backwards: what is in front of these rows does not move them.
+        compressed = self.projection.retrofit.positions.layout == "compressed"
+        key = (layer, tuple(in_front) if compressed else None, like.dtype, like.device)
+        if key not in self.short_term:
+            rows = max(counts)
+            if not rows:
+                return self._nothing(like)
+            shared = all(state is states[0] for state in states) and (not compressed or len(set(in_front)) == 1)
+            states = states[:1] if shared else states
+            projected: list[Any] = [state.projected for state in states]
+            pieces = torch.stack([_padded([part.to(like)], rows, like, self.projection.size) for part in projected])
+            tables = self._short_term_tables(layer, rows, in_front, counts, like)
+            segment = self.projection.turned(layer, [pieces], tables)
+            real = [counts[0]] if shared else counts
+            for row, count in enumerate(real):
+                check_finite("short-term memory", segment.keys[row, :, :count], segment.values[row, :, :count])
+            self.short_term[key] = _with_lengths(segment, counts)
+        return self.short_term[key]
+
+    def _short_term_tables(
+        self, layer: int, rows: int, in_front: Sequence[int], counts: Sequence[int], like: Tensor
+    ) -> Tables | None:
+        positions = self.projection.retrofit.positions
+        place = torch.arange(rows, device=like.device)
+        if len(set(counts)) == 1 and len(set(in_front)) == 1:
+            where = positions.of_rows(place + in_front[0], counts[0] + in_front[0])
+        else:
+            front, own = (torch.tensor(each, device=like.device)[:, None] for each in (in_front, counts))
+            where = positions.of_rows(place + front, own + front)
+        return self.projection.tables(layer, like, where)
+
+    def _tables(self, layer: int, rows: int, sizes: Any, like: Tensor) -> Tables | None:
+        """For the rows in front; alike in layers that turn alike, and in later reads of as many rows."""
+        key = (self.projection.table_key(layer), rows, sizes, like.dtype, like.device)
+        if key not in self.tables:
+            own, behind = sizes
+            total: Any = own + behind
+            if isinstance(own, tuple):
+                total = torch.tensor([a + b for a, b in zip(own, behind, strict=True)], device=like.device)[:, None]
+            where = self.projection.retrofit.positions.of_rows(torch.arange(rows, device=like.device), total)
+            self.tables[key] = self.projection.tables(layer, like, where)
+        return self.tables[key]
+
+    def _nothing(self, like: Tensor) -> Segment:
+        projection = self.projection
+        return Segment(
+            like.new_empty(1, projection.heads, 0, projection.width),
+            like.new_empty(1, projection.heads, 0, projection.value_width),
+        )
+
+
+def _projected(retrieved: Retrieved | None, like: Tensor) -> list[Tensor]:
+    """``[n, w]``, if there are any."""
+    if retrieved is None:
+        return []
+    if retrieved.source is not None:
+        column, places = retrieved.source.together()
+        return [column.index_select(0, places).to(like)]
+    found: Any = retrieved.rows.projected
+    return [found.to(like)]
+
+
+def _alike(column: Tensor, like: Tensor) -> bool:
+    return column.dtype == like.dtype and column.device == like.device
+
+
+def _padded(parts: Sequence[Tensor], rows: int, like: Tensor, size: int) -> Tensor:
+    """``[rows, w]``: one stream's parts, with zeros behind."""
+    present = sum(part.shape[0] for part in parts)
+    if present == rows and len(parts) == 1:
+        return parts[0]
+    return torch.cat([*parts, like.new_zeros(rows - present, size)])
+
+
+def _with_lengths(segment: Segment, counts: Sequence[int]) -> Segment:
+    if len(set(counts)) == 1:
+        return segment
+    return evolve(segment, lengths=torch.tensor(counts, device=segment.keys.device))

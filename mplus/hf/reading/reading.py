@@ -1,0 +1,299 @@
+"""Reading: the view of a memory that one forward or one generation works on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from attrs import define, evolve, field
+from torch import Tensor
+
+from mplus.backends.base import Segment
+from mplus.errors import InputError, MemoryMismatchError, NotSupported
+from mplus.hf.adapters.weights import Look
+from mplus.hf.reading.prefix_cache import Prepared
+from mplus.hf.reading.query_tokens import Recent, Window, first_tokens
+from mplus.hf.retrofit.context import Prefix, Project
+from mplus.hf.retrofit.discovery import AttentionSpec
+from mplus.mechanisms.base import MemoryMechanism, Retrieved
+from mplus.memory.memory import Memory
+from mplus.memory.state import StreamView
+
+
+@define(frozen=True, eq=False)
+class Repeated:
+    """``segments``: those ``of`` every stream, ``repeats`` times each."""
+
+    of: tuple[Segment, ...]
+    repeats: int
+    segments: tuple[Segment, ...]
+
+
+@define(eq=False)
+class Reading:
+    """A snapshot of a memory, which never changes, with what was retrieved and projected from it so far.
+
+    Attributes:
+        mechanism: decides what a layer sees.
+        views: one stream per batch row of the memory.
+        memory: the memory the views were taken from (None for a test pass), and its ``version`` then.
+        prepared: what reads of this state share, where rows are kept projected; else None.
+        look: the weights it began with; None for a test pass.
+        keep: remember projections for later tokens; off where gradients flow, because they must be recomputed.
+        repeats_allowed: a batch may hold several copies of each row in turn (beams, several samples).
+        prompt_tokens: retrieve with so many columns of the first forward only (the rest is guessed); None: with all.
+        query_tokens: of these, retrieve with the first so many tokens; one number, or one per stream. None: as
+            configured.
+        query_mask: ``[B, T]`` bool, False at what looks like padding in a text that came without a mask.
+        retrieve_every: retrieve anew after so many further tokens.
+        context_tokens: tokens of the first forward that do not count as further ones; as ``query_tokens``. None: all.
+        retrieved: what each memory layer retrieved last.
+        segments: what each memory layer sees in front of the text.
+        repeated: the same for a batch that holds several copies of each row.
+        recent: of each memory layer, the text since the last retrieval, where there is ``retrieve_every``.
+    """
+
+    mechanism: MemoryMechanism
+    views: Sequence[StreamView]
+    memory: Memory | None = None
+    version: int = -1
+    prepared: Prepared | None = None
+    look: Look | None = None
+    keep: bool = True
+    repeats_allowed: bool = False
+    prompt_tokens: int | None = None
+    query_tokens: int | tuple[int, ...] | None = None
+    query_mask: Tensor | None = None
+    retrieve_every: int | None = None
+    context_tokens: int | tuple[int, ...] | None = None
+    retrieved: dict[int, list[Retrieved | None]] = field(factory=dict)
+    segments: dict[int, tuple[Segment, ...]] = field(factory=dict)
+    repeated: dict[int, Repeated] = field(factory=dict)
+    recent: dict[int, Recent] = field(factory=dict)
+
+    def is_of(self, memory: Memory) -> bool:
+        """Whether ``memory`` is still in the state this reading was taken in."""
+        return self.memory is memory and self.version == memory.version
+
+    def __deepcopy__(self, memo: Any) -> Reading:
+        """A reading of the same memory: copying a key/value cache must not copy memory and model with it."""
+        recent = dict(self.recent)
+        return evolve(self, retrieved=dict(self.retrieved), segments=dict(self.segments), repeated={}, recent=recent)
+
+    def prefix_rows(self) -> list[int]:
+        """Rows in front of the text of each stream, in the layer that has most."""
+        return [self.mechanism.prefix_rows(view) for view in self.views]
+
+    def source(self, text_mask: Tensor | None, piece: bool = False) -> ReadSource:
+        """The prefix source of one forward.
+
+        Args:
+            text_mask: ``[B, T]`` bool of its text; None: no padding.
+            piece: it is a piece of a text that is read in pieces: only its first column may retrieve anew.
+        """
+        return ReadSource(self, text_mask, piece)
+
+    def repeats(self, rows: int) -> int:
+        """Copies of each stream in a batch of ``rows``. Raises MemoryMismatchError when they do not fit."""
+        streams = len(self.views)
+        # What one row read fits every copy of it: the cache of a prompt, repeated for several questions to it.
+        if rows == streams or (rows and rows % streams == 0 and (self.repeats_allowed or streams == 1)):
+            return rows // streams
+        raise _other_batch(rows, streams)
+
+
+def one_per_row(views: Sequence[StreamView], rows: int) -> Sequence[StreamView]:
+    """A view for every row of a batch; a memory of one stream is read by all of them, and nothing is copied.
+
+    Args:
+        views: of a memory, one per stream.
+        rows: texts in the batch, without beams and further samples of a prompt.
+
+    Raises:
+        MemoryMismatchError: the memory has several streams, and the batch has another number of rows.
+    """
+    if rows and len(views) == 1:
+        return [views[0]] * rows
+    if len(views) != rows:
+        raise _other_batch(rows, len(views))
+    return views
+
+
+def _other_batch(rows: int, streams: int) -> MemoryMismatchError:
+    return MemoryMismatchError(
+        f"the batch has {rows} rows and the memory {streams}: pass one row per stream, or choose streams for the rows "
+        "with memory.select (a memory of one stream is read by every row)"
+    )
+
+
+@define(eq=False)
+class ReadSource:
+    """Gives every layer ``[begin | retrieved | STM]`` (M+ section 3.3)."""
+
+    reading: Reading
+    text_mask: Tensor | None
+    piece: bool = False
+    _first: bool = field(init=False)
+    _query_mask: Tensor | None = field(default=None, init=False)
+    _window: Window | None = field(default=None, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._first = not self.reading.retrieved
+
+    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
+        reading, layer = self.reading, spec.memory_index
+        repeats = reading.repeats(hidden.shape[0])
+        if not any(map(reading.mechanism.has_prefix, reading.views)):
+            return ()
+        with torch.no_grad():
+            anew = self._retrieve_where_due(layer, hidden, repeats)
+        known = None if anew else reading.segments.get(layer)
+        if known is None:
+            known = self._made(layer, hidden, project)
+            if reading.keep:
+                reading.segments[layer] = known
+        return self._repeated(layer, known, repeats)
+
+    def _repeated(self, layer: int, segments: tuple[Segment, ...], repeats: int) -> tuple[Segment, ...]:
+        """The same tuple for the same segments, so that a cache that keeps them knows them again."""
+        if repeats == 1:
+            return segments
+        kept = self.reading.repeated.get(layer)
+        if kept is None or kept.of is not segments or kept.repeats != repeats:
+            kept = Repeated(segments, repeats, tuple(_repeat(segment, repeats) for segment in segments))
+            if self.reading.keep:
+                self.reading.repeated[layer] = kept
+        return kept.segments
+
+    def _made(self, layer: int, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
+        reading = self.reading
+        views, retrieved, prepared = reading.views, reading.retrieved[layer], reading.prepared
+        if prepared is None or not self._as_kept(prepared):
+            rows = assemble(reading.mechanism, views, layer, retrieved, hidden)
+            if reading.look is None or reading.look.names is None:
+                return (project(rows),)
+            # PEFT's layers count on the rows of the batch: each stream once for each of its copies.
+            repeats = len(reading.look.names) // len(views)
+            return (_every(project(_repeated_rows(rows, repeats)), repeats),)
+        with torch.no_grad():
+            prefixed = [reading.mechanism.has_prefix(view) for view in views]
+            return prepared.segments(layer, views, retrieved, prefixed, hidden)
+
+    def _as_kept(self, prepared: Prepared) -> bool:
+        """Whether rows are read as they were projected, rather than projected anew."""
+        if not self.reading.views[0].store.layout.keeps_hidden:
+            return True
+        # Where gradients flow the reading adapter learns by what it makes of the rows.
+        return self.reading.keep and prepared.projection.retrofit.technique == "attention"
+
+    def _retrieve_where_due(self, layer: int, hidden: Tensor, repeats: int) -> bool:
+        """Retrieve for a new text, and anew where enough tokens have come. Returns whether anything was retrieved."""
+        reading = self.reading
+        anew = layer not in reading.retrieved
+        if anew:
+            reading.retrieved[layer] = self._retrieve(layer, hidden[::repeats, : reading.prompt_tokens])
+        if reading.retrieve_every is None:
+            return anew
+        if repeats > 1:
+            raise NotSupported("retrieve_every needs a stream per row: what is retrieved is for one continuation")
+        window, before = self._due(hidden), reading.recent.get(layer)
+        text = hidden.detach() if before is None else torch.cat([before.hidden, hidden.detach()], 1)
+        if window.rows:
+            self._retrieve_anew(layer, text[window.rows, : window.queries.shape[1]], window)
+        rest = text[:, window.begin :].clone() if window.begin else text
+        reading.recent[layer] = Recent(rest, window.waiting)
+        return anew or bool(window.rows)
+
+    def _retrieve(self, layer: int, hidden: Tensor) -> list[Retrieved | None]:
+        mask = self._query_mask
+        if mask is None or mask.device != hidden.device:
+            mask = self._query_mask = self._tokens_asked_with(hidden)
+        return self.reading.mechanism.retrieve(layer, hidden, mask, self.reading.views)
+
+    def _tokens_asked_with(self, hidden: Tensor) -> Tensor:
+        """``[B, T]`` bool: the tokens that retrieve; the same in all layers."""
+        reading = self.reading
+        mask = self._text(hidden).to(hidden.device)
+        if not bool(mask.any(1).all()):
+            row = int((~mask.any(1)).nonzero()[0])
+            raise InputError(f"attention_mask must leave at least one token in every batch row, row {row} has none")
+        if reading.query_mask is not None:
+            mask = mask & reading.query_mask[:, : hidden.shape[1]].to(hidden.device)
+        limit = reading.query_tokens
+        return first_tokens(mask, reading.mechanism.config.query_tokens if limit is None else limit)
+
+    def _text(self, hidden: Tensor) -> Tensor:
+        """``[B, T]`` bool: which places of ``hidden`` ``[B, T, d]``, one row per stream, are text."""
+        if self.text_mask is None:
+            return torch.ones(hidden.shape[:2], dtype=torch.bool)
+        step = self.text_mask.shape[0] // hidden.shape[0]
+        return self.text_mask[::step, : hidden.shape[1]]
+
+    def _due(self, hidden: Tensor) -> Window:
+        """Which rows retrieve anew in this forward; the same in all layers."""
+        if self._window is None:
+            reading, text = self.reading, self._text(hidden).cpu()
+            first = 1 if self.piece else hidden.shape[1]
+            if self._first:
+                context = text if reading.context_tokens is None else first_tokens(text, reading.context_tokens)
+                text, first = text & ~context, 0
+            before = next(iter(reading.recent.values()), None)
+            every: Any = reading.retrieve_every
+            self._window = Window.of(None if before is None else before.waiting, text, first, every)
+        return self._window
+
+    def _retrieve_anew(self, layer: int, hidden: Tensor, window: Window) -> None:
+        """Exchange what the rows of ``window`` retrieved, with ``hidden`` ``[rows, T, d]`` as queries."""
+        reading = self.reading
+        queries = first_tokens(window.queries.to(hidden.device), reading.mechanism.config.query_tokens)
+        views = [reading.views[row] for row in window.rows]
+        now = list(reading.retrieved[layer])
+        for row, found in zip(window.rows, reading.mechanism.retrieve(layer, hidden, queries, views), strict=True):
+            now[row] = found
+        reading.retrieved[layer] = now
+
+
+def assemble(
+    mechanism: MemoryMechanism,
+    views: Sequence[StreamView],
+    layer: int,
+    retrieved: Sequence[Retrieved | None],
+    like: Tensor,
+) -> Prefix:
+    """``[begin | retrieved | STM]`` of every stream; device and dtype of ``like``."""
+    begin = mechanism.additions.begin[layer]
+    streams = []
+    for view, found in zip(views, retrieved, strict=True):
+        parts = [begin] if mechanism.has_prefix(view) else []
+        if found is not None:
+            parts.append(found.rows.need_hidden())
+        parts.append(view.state.stm[layer].need_hidden())
+        streams.append(torch.cat([part.to(like) for part in parts]))
+    return side_by_side(streams)
+
+
+def side_by_side(streams: Sequence[Tensor]) -> Prefix:
+    """Rows ``[P_b, d]`` of every stream as one prefix; shorter ones get filler behind."""
+    rows = max(part.shape[0] for part in streams)
+    if all(part.shape[0] == rows for part in streams):
+        return Prefix(torch.stack(list(streams)))
+    hidden = torch.stack([torch.nn.functional.pad(part, (0, 0, 0, rows - part.shape[0])) for part in streams])
+    return Prefix(hidden, torch.tensor([part.shape[0] for part in streams], device=hidden.device))
+
+
+def _repeated_rows(prefix: Prefix, repeats: int) -> Prefix:
+    lengths = None if prefix.lengths is None else prefix.lengths.repeat_interleave(repeats, 0)
+    return evolve(prefix, hidden=prefix.hidden.repeat_interleave(repeats, 0), lengths=lengths)
+
+
+def _every(segment: Segment, repeats: int) -> Segment:
+    lengths = None if segment.lengths is None else segment.lengths[::repeats]
+    return Segment(segment.keys[::repeats], segment.values[::repeats], lengths)
+
+
+def _repeat(segment: Segment, repeats: int) -> Segment:
+    if segment.keys.shape[0] == 1 and segment.lengths is None:
+        return segment  # batch 1 is shared by all rows
+    lengths = None if segment.lengths is None else segment.lengths.repeat_interleave(repeats, 0)
+    return Segment(segment.keys.repeat_interleave(repeats, 0), segment.values.repeat_interleave(repeats, 0), lengths)

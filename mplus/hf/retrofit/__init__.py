@@ -1,0 +1,1 @@
+"""Put memory into a decoder's attention: find its parts, run passes with a prefix, project and rotate rows."""

@@ -1,0 +1,113 @@
+"""The attention functions that mplus registers with transformers: the decoder's own, with memory as extra segments."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from attrs import define
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from mplus.backends.base import AttentionRequest, Segment
+from mplus.backends.choose import BackendChooser
+from mplus.errors import NotSupported
+from mplus.hf.retrofit.capture import Captured
+from mplus.hf.retrofit.memory_cache import MemoryInCache
+
+logger = logging.getLogger(__name__)
+BASES = ("eager", "sdpa")
+"""Attention implementations of transformers that a wrapped decoder may have been loaded with."""
+PREFIX = "mplus_"
+
+
+CAPTURE = object()
+"""Passed as ``mplus_memory``: do not attend, raise ``Captured``."""
+
+
+@define(frozen=True, eq=False)
+class AttendedMemory:
+    """Passed as ``mplus_memory``: a layer's memory, oldest first, what computes the attention, and memory with text."""
+
+    segments: tuple[Segment, ...]
+    chooser: BackendChooser
+    joined: MemoryInCache | None = None
+
+
+def register() -> None:
+    """Register ``mplus_eager`` and ``mplus_sdpa`` with their mask functions; harmless when done before."""
+    for base in BASES:
+        AttentionInterface.register(PREFIX + base, _with_memory(base))
+        # Without a mask function of the same name the mask would be None: no padding, no causality.
+        AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
+
+
+def _with_memory(base: str) -> Callable[..., Any]:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        mplus_memory: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if mplus_memory is None:
+            function = ALL_ATTENTION_FUNCTIONS[base] if base != "eager" else _eager(module)
+            return function(module, query, key, value, attention_mask, *args, **kwargs)
+        if mplus_memory is CAPTURE:
+            raise Captured(key, value, query, kwargs.get("scaling"))
+        return _attend(module, query, key, value, attention_mask, mplus_memory, base == "eager", kwargs)
+
+    return attention
+
+
+@torch.compiler.disable  # it cannot follow the objects that describe a request
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    memory: AttendedMemory,
+    need_weights: bool,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    if kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
+        which = "position_bias" if kwargs.get("position_bias") is not None else "cache (paged attention)"
+        raise NotSupported(f"{type(module).__name__} passes {which} to attention, which a memory cannot honour")
+    if mask is None and query.shape[2] > 1:
+        # A static cache hands over places that are not filled yet; they lie beyond the text.
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    scale = kwargs.get("scaling")
+    request = AttentionRequest(
+        queries=query,
+        keys=key,
+        values=value,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        segments=memory.segments,
+        mask=mask,
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+        dropout=kwargs.get("dropout", 0.0),
+        need_weights=need_weights,
+        joined=memory.joined if memory.joined is not None and memory.joined.fits(key) else None,
+    )
+    result = memory.chooser.choose(request).attend(request)
+    return result.output.transpose(1, 2).contiguous(), result.weights
+
+
+def _eager(module: nn.Module) -> Callable[..., Any]:
+    """The architecture's own eager attention: a function of the file that defines the attention class."""
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise NotSupported(
+        f"{type(module).__name__} has no eager_attention_forward; load the model with attn_implementation='sdpa'"
+    )

@@ -1,0 +1,189 @@
+"""One pass through the decoder with memory, and the decoder layers that carry it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from typing import Any, Protocol, TypeVar
+
+import torch
+from attrs import define, field
+from torch import Tensor, nn
+
+from mplus.backends.base import Segment
+from mplus.hf.retrofit.discovery import AttentionSpec
+
+T = TypeVar("T")
+
+
+@define(frozen=True, eq=False)
+class Prefix:
+    """Memory rows in front of one layer's text.
+
+    Attributes:
+        hidden: ``[B or 1, P, d]``, oldest first; shorter streams have filler behind their rows.
+        lengths: ``[B]`` int64, real rows of each stream, or None when all rows are real.
+        behind: further memory rows between these and the text.
+    """
+
+    hidden: Tensor
+    lengths: Tensor | None = None
+    behind: int = 0
+
+
+Project = Callable[[Prefix], Segment]
+"""Puts rows through a layer's own norm and projections."""
+
+
+class PrefixSource(Protocol):
+    """Where a pass gets its memory from."""
+
+    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
+        """What a layer sees in front of its text ``[B, T, d]`` (after the input norm), oldest first."""
+
+
+@define(frozen=True, eq=False)
+class Marks:
+    """What a write adds to the text of every layer.
+
+    Attributes:
+        mark: ``[1, 1, d]`` added to the last ``rows`` rows.
+        rows: how many rows the write makes.
+        reencoded: per memory layer ``[B, m, d]``: rows that take the first m places of the text.
+        made: filled with each memory layer's last ``rows`` outputs.
+    """
+
+    mark: Tensor
+    rows: int
+    reencoded: tuple[Tensor, ...] | None
+    made: dict[int, Tensor] = field(factory=dict)
+
+
+@define(frozen=True, eq=False)
+class Pass:
+    """One forward with memory. Immutable, so that a recomputation in backward sees what the forward saw.
+
+    Attributes:
+        source: gives every layer its prefix.
+        adapter: the LoRA adapter that is active, "write" or "read"; None where there are no adapters.
+        marks: what a write adds; None for a read.
+        text_offset: position of the first text token; one for all, or ``[streams, 1]`` int64.
+    """
+
+    source: PrefixSource
+    adapter: str | None
+    marks: Marks | None = None
+    text_offset: int | Tensor = 0
+
+
+_CURRENT: ContextVar[Pass | None] = ContextVar("mplus_pass", default=None)
+
+
+def current_pass() -> Pass | None:
+    """The pass this thread is in, if any."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def running(active: Pass | None) -> Iterator[None]:
+    """Make ``active`` the pass of this thread. Module state stays untouched, so threads do not meet.
+
+    Only inside ``run_in``, or where nobody interrupts: nothing can be done on every way out of a context manager.
+    """
+    token = _CURRENT.set(active)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def run_in(active: Pass | None, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """``function(*args, **kwargs)`` in the pass ``active``.
+
+    In a copy of the thread's context: an interrupt, at whatever line it comes, leaves the thread in no pass.
+    """
+    context = copy_context()
+    context.run(_CURRENT.set, active)
+    return context.run(function, *args, **kwargs)
+
+
+class MemoryLayer:
+    """Mixed into a decoder layer's class; does nothing outside a pass."""
+
+    _mplus_memory_index: int | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Outside gradient checkpointing: what is added and collected here is part of the recorded graph.
+        active = current_pass()
+        if active is None:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        index = self.__dict__["_mplus_memory_index"]
+        if active.marks is not None and index is not None:
+            if args:
+                args = (_marked(args[0], active.marks, index), *args[1:])
+            else:
+                kwargs["hidden_states"] = _marked(kwargs["hidden_states"], active.marks, index)
+        output = super().__call__(*args, mplus_pass=active, **kwargs)  # type: ignore[misc]
+        if active.marks is not None and index is not None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            active.marks.made[index] = hidden[:, -active.marks.rows :]
+        return output
+
+    def forward(self, *args: Any, mplus_pass: Pass | None = None, **kwargs: Any) -> Any:
+        # Inside it: a recomputation comes after the pass, maybe in another thread, so the pass travels as an argument.
+        if mplus_pass is None or mplus_pass is current_pass():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return run_in(mplus_pass, super().forward, *args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return rebuild, (memory_layer_class, type(self).__mplus_base__), self.__dict__  # type: ignore[attr-defined]
+
+
+def _marked(hidden: Tensor, marks: Marks, index: int) -> Tensor:
+    if marks.reencoded is not None:
+        rows = marks.reencoded[index].to(hidden)
+        hidden = torch.cat([rows, hidden[:, rows.shape[1] :]], 1)
+    split = hidden.shape[1] - marks.rows
+    return torch.cat([hidden[:, :split], hidden[:, split:] + marks.mark.to(hidden)], 1)
+
+
+def carry_memory(layer: nn.Module, memory_index: int | None) -> None:
+    """Make ``layer`` carry memory, in place; ``memory_index`` None: it only hands the pass on."""
+    layer.__dict__["_mplus_memory_index"] = memory_index
+    change_class(layer, memory_layer_class(type(layer)))
+
+
+def drop_memory(layer: nn.Module) -> None:
+    """Undo ``carry_memory``."""
+    layer.__dict__.pop("_mplus_memory_index", None)
+    change_class(layer, type(layer).__mplus_base__)  # type: ignore[attr-defined]
+
+
+def memory_layer_class(base: type) -> type:
+    """``base`` with ``MemoryLayer`` mixed in; it keeps the name, which device placement and sharding look up."""
+    return subclass(base, MemoryLayer)
+
+
+_SUBCLASSES: dict[tuple[type, type], type] = {}
+
+
+def subclass(base: type, mixin: type, **namespace: Any) -> type:
+    """The dynamic subclass of ``base`` with ``mixin`` in front, made once, under the name of ``base``."""
+    if (base, mixin) not in _SUBCLASSES:
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__mplus_base__": base}
+        _SUBCLASSES[base, mixin] = type(base.__name__, (mixin, base), {**names, **namespace})
+    return _SUBCLASSES[base, mixin]
+
+
+def change_class(module: nn.Module, cls: type) -> None:
+    """Change the class of a module in place, also under accelerate's hooks, which keep a bound ``forward``."""
+    module.__class__ = cls
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = cls.forward.__get__(module)  # type: ignore[attr-defined]
+
+
+def rebuild(make: Callable[[type], type], base: type) -> Any:
+    """A bare object of the class that ``make`` makes of ``base``: such classes have no name that pickle could find."""
+    cls: Any = make(base)
+    return cls.__new__(cls)

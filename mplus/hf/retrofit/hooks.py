@@ -1,0 +1,169 @@
+"""How memory gets into a decoder's attention: projection of rows by the layer's own modules, and the attention hook."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from attrs import define
+from torch import Tensor, nn
+
+from mplus.backends.base import Segment
+from mplus.backends.choose import BackendChooser
+from mplus.errors import NotSupported
+from mplus.hf.retrofit.attention import CAPTURE, AttendedMemory
+from mplus.hf.retrofit.cache_view import MemoryCacheView, mask_with_memory
+from mplus.hf.retrofit.capture import CaptureCache, Captured
+from mplus.hf.retrofit.context import Pass, Prefix, current_pass
+from mplus.hf.retrofit.discovery import Anatomy, AttentionSpec, rotary_at
+from mplus.hf.retrofit.memory_cache import memory_in_cache
+from mplus.hf.retrofit.positions import MemoryPositions
+
+Technique = Literal["attention", "cache_view"]
+
+
+@define(eq=False)
+class Retrofit:
+    """The choices made for one wrapped decoder.
+
+    Attributes:
+        anatomy: what the probe found.
+        technique: "attention": a registered attention function sees memory as a segment; "cache_view": the cache
+            shows it.
+        positions: where memory rows sit.
+        chooser: picks the attention backend (technique "attention" only).
+    """
+
+    anatomy: Anatomy
+    technique: Technique
+    positions: MemoryPositions
+    chooser: BackendChooser
+
+    def project(
+        self,
+        spec: AttentionSpec,
+        prefix: Prefix,
+        text_offset: int | Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Segment:
+        """Keys and values of memory rows, by the layer's own norm and attention module up to where it attends.
+
+        ``args`` and ``kwargs`` are those of the attention call the memory is for.
+        """
+        hidden = prefix.hidden if spec.norm is None else spec.norm(prefix.hidden)
+        rows = hidden.shape[1] if prefix.lengths is None else prefix.lengths[:, None]
+        place = torch.arange(hidden.shape[1], device=hidden.device)
+        positions = self.positions.of_rows(place, rows + prefix.behind, text_offset)
+        rotary = None
+        if spec.rotary_keyword is not None:
+            rotary = self._rotary(spec, hidden, positions, text_offset, args, kwargs)
+        captured = self.capture(spec, hidden, positions, rotary, args, kwargs)
+        return Segment(captured.keys, captured.values, prefix.lengths)
+
+    def capture(
+        self,
+        spec: AttentionSpec,
+        hidden: Tensor,
+        positions: Tensor,
+        rotary: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Captured:
+        """Run the attention module on ``hidden`` ``[B, P, d]`` up to where it attends.
+
+        ``positions`` are ``[B or 1, P]``, ``rotary`` the position embeddings for them; the rest of the call is that of
+        ``args`` and ``kwargs``.
+        """
+        kwargs = {**kwargs, "attention_mask": None}
+        if spec.rotary_keyword is not None:
+            kwargs[spec.rotary_keyword] = rotary
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = positions
+        if spec.hidden_positional:
+            args = (hidden, *args[1:])
+        else:
+            kwargs["hidden_states"] = hidden
+        if self.technique == "attention":
+            kwargs[spec.cache_keyword], kwargs["mplus_memory"] = None, CAPTURE
+        else:
+            kwargs[spec.cache_keyword] = CaptureCache()
+            if kwargs.get("alibi") is not None:
+                kwargs["alibi"] = kwargs["alibi"][..., :1]
+        try:
+            spec.attention.forward(*args, **kwargs)  # not __call__: the hook below is for text
+        except Captured as captured:
+            return captured.with_traceback(None)  # it would keep every tensor of these frames alive, in a cycle
+        raise NotSupported(f"{type(spec.attention).__name__} did not reach its attention function")
+
+    def _rotary(
+        self,
+        spec: AttentionSpec,
+        hidden: Tensor,
+        positions: Tensor,
+        text_offset: int | Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if not self.positions.offset:
+            return rotary_at(spec, hidden, positions)
+        # Frequencies may depend on the largest position: ask for the text's last one too, and cut it off.
+        text = args[0] if spec.hidden_positional else kwargs["hidden_states"]
+        last = positions.new_full((positions.shape[0], 1), text.shape[1] - 1) + text_offset
+        whole = rotary_at(spec, hidden, torch.cat([positions, last], 1))
+        return _map_tensors(whole, lambda t: t[:, :-1])
+
+    def alibi_with_memory(self, alibi: Tensor, memory: Segment) -> Tensor:
+        """Extend ``[B*H, 1, S]`` ALiBi biases over ``[memory | text]``; slope times position, per head."""
+        decoder: Any = self.anatomy.decoder
+        heads = decoder.config.num_attention_heads
+        two = decoder.build_alibi_tensor(torch.ones(1, 2, dtype=torch.int64, device=alibi.device), heads, alibi.dtype)
+        slopes = two[..., 1:2] - two[..., 0:1]  # [H, 1, 1]
+        rows = memory.keys.shape[2]
+        total = rows if memory.lengths is None else memory.lengths[:, None]
+        place = self.positions.of_rows(torch.arange(rows, device=alibi.device), total).to(alibi.dtype)
+        bias = slopes[None] * place[:, None, None, :]  # [B or 1, H, 1, P]
+        front = bias.expand(alibi.shape[0] // heads, -1, -1, -1).flatten(0, 1)
+        return torch.cat([front, alibi], -1)
+
+
+def _map_tensors(value: Any, change: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(_map_tensors(item, change) for item in value)
+    return change(value) if isinstance(value, Tensor) else value
+
+
+class AttentionHook:
+    """Forward pre-hook of one attention module: gives it the memory of the current pass, if there is one."""
+
+    def __init__(self, retrofit: Retrofit, spec: AttentionSpec) -> None:
+        self.retrofit = retrofit
+        self.spec = spec
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        active = current_pass()
+        return None if active is None else self._with_memory(active, args, kwargs)
+
+    @torch.compiler.disable  # projecting ends in an exception, which it cannot follow
+    def _with_memory(self, active: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        spec, retrofit = self.spec, self.retrofit
+        hidden = args[0] if spec.hidden_positional else kwargs["hidden_states"]
+        segments = active.source.prefix(
+            spec, hidden, lambda prefix: retrofit.project(spec, prefix, active.text_offset, args, kwargs)
+        )
+        if not segments:
+            return None
+        cache = kwargs.get(spec.cache_keyword)
+        if retrofit.technique == "attention":
+            joined = memory_in_cache(cache, spec.layer_index, segments, hidden.shape[0])
+            return args, {**kwargs, "mplus_memory": AttendedMemory(segments, retrofit.chooser, joined)}
+        (memory,) = segments  # only projections of one piece are made for this technique
+        queries = hidden.shape[1]
+        keys = queries if cache is None else cache.get_mask_sizes(queries, spec.layer_index)[0]
+        changed = {
+            spec.cache_keyword: MemoryCacheView(cache, memory),
+            "attention_mask": mask_with_memory(kwargs.get("attention_mask"), memory, queries, keys, hidden),
+        }
+        if kwargs.get("alibi") is not None:
+            changed["alibi"] = retrofit.alibi_with_memory(kwargs["alibi"], memory)
+        return args, {**kwargs, **changed}

@@ -1,0 +1,171 @@
+"""Keys and values of memory rows, made once when a row is written and kept with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from mplus.backends.base import Segment
+from mplus.backends.checks import check_finite
+from mplus.backends.triton.gather import gather_rotated, reasons_against_gathering
+from mplus.hf.retrofit.attention_probe import Nothing
+from mplus.hf.retrofit.context import Pass, run_in
+from mplus.hf.retrofit.discovery import AttentionSpec, rotary_at
+from mplus.hf.retrofit.hooks import Retrofit
+from mplus.hf.retrofit.rotation import Rotation, Tables, find_rotation
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mplus.hf.retrofit.capture import Captured
+
+CHECK_POSITIONS = (-7, -3, -2, -1)
+
+
+@define(frozen=True, eq=False)
+class Projection:
+    """What a layer makes of memory rows before it attends to them, but for the rotation of keys.
+
+    Attributes:
+        retrofit: how memory gets into the decoder's attention.
+        adapter: the LoRA adapter of reading, or None.
+        rotations: of each layer that carries memory.
+        heads, width, value_width: Hkv, D and Dv.
+    """
+
+    retrofit: Retrofit = field(repr=False)
+    adapter: str | None
+    rotations: tuple[Rotation, ...]
+    heads: int
+    width: int
+    value_width: int
+
+    @property
+    def size(self) -> int:
+        """Width of ``MemoryRows.projected``."""
+        return self.heads * (self.width + self.value_width)
+
+    @torch.no_grad()
+    def rows(self, layer: int, hidden: Tensor) -> Tensor:
+        """``[B, n, d]`` memory rows -> ``[B, n, Hkv (D + Dv)]``: keys, not rotated, and behind them values."""
+        if not hidden.shape[1]:
+            return hidden.new_empty(hidden.shape[0], 0, self.size)  # not every attention module takes no tokens
+        found = _still(self.retrofit, self.adapter, layer, hidden)
+        return torch.cat([found.keys.transpose(1, 2).flatten(2), found.values.transpose(1, 2).flatten(2)], -1)
+
+    def split(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, n, w]`` -> keys ``[B, Hkv, n, D]`` and values ``[B, Hkv, n, Dv]``, views."""
+        keys, values = projected.split([self.heads * self.width, self.heads * self.value_width], -1)
+        return (
+            keys.unflatten(-1, (self.heads, self.width)).transpose(1, 2),
+            values.unflatten(-1, (self.heads, self.value_width)).transpose(1, 2),
+        )
+
+    def tables(self, layer: int, like: Tensor, positions: Tensor) -> Tables | None:
+        """What ``turned`` needs for rows at ``positions`` ``[B or 1, P]``."""
+        return self.rotations[layer].tables(self.retrofit.anatomy.specs[layer], like, positions)
+
+    def table_key(self, layer: int) -> Any:
+        """Layers with the same key have the same tables."""
+        spec = self.retrofit.anatomy.specs[layer]
+        plain = [value for value in (*spec.rotary_args, *spec.rotary_kwargs.values()) if not isinstance(value, Tensor)]
+        return id(spec.rotary), repr(plain), self.rotations[layer]
+
+    def picked(self, layer: int, begin: Tensor, column: Tensor, places: Tensor, tables: Tables | None) -> Segment:
+        """``begin`` ``[1, w]`` and behind it the rows at ``places`` ``[n]`` of ``column`` ``[m, w]``, as a segment.
+
+        Rows are copied whole, and values stay as they lie in the copy: heads are far apart in a segment, and a
+        memory of many rows is slow to reach.
+
+        Raises:
+            InputError: a number is NaN or infinite.
+        """
+        rotation = self.rotations[layer]
+        width = max(self.width, self.value_width)
+        halves = None if rotation.pairs != "half" else tables
+        if halves is not None and not reasons_against_gathering(column, *halves, width):
+            return self._picked_by_kernel(layer, begin, column, places, halves)
+        rows = column.new_empty(1 + places.shape[0], self.size)
+        rows[0] = begin[0]
+        torch.index_select(column, 0, places, out=rows[1:])
+        check_finite("long-term memory", rows)
+        still, values = self.split(rows[None])
+        if tables is None:
+            return Segment(still, values)
+        keys = rows.new_empty(still.shape)
+        return Segment(rotation.apply(still, tables, keys), values)
+
+    def _picked_by_kernel(self, layer: int, begin: Tensor, column: Tensor, places: Tensor, tables: Tables) -> Segment:
+        """The same on a GPU, where one kernel picks, splits and rotates. Not run on a GPU yet."""
+        count = 1 + places.shape[0]
+        keys = column.new_empty(1, self.heads, count, self.width)
+        values = column.new_empty(1, self.heads, count, self.value_width)
+        still, values[:, :, :1] = self.split(begin[None])
+        cos, sin = tables
+        self.rotations[layer].apply(still, (cos[:, :1], sin[:, :1]), keys[:, :, :1])
+        gather_rotated(column, places, cos[0, 1:], sin[0, 1:], keys[0, :, 1:], values[0, :, 1:])
+        check_finite("long-term memory", keys, values)
+        return Segment(keys, values)
+
+    def turned(self, layer: int, parts: Sequence[Tensor], tables: Tables | None) -> Segment:
+        """Rows ``[B, n_i, w]``, one part behind the other, as a segment of attention."""
+        batch = max(part.shape[0] for part in parts)
+        count = sum(part.shape[1] for part in parts)
+        keys = parts[0].new_empty(batch, self.heads, count, self.width)
+        values = parts[0].new_empty(batch, self.heads, count, self.value_width)
+        start = 0
+        for part in parts:
+            place = slice(start, start + part.shape[1])
+            still, own = self.split(part.expand(batch, -1, -1))
+            here = None if tables is None else (tables[0][:, place], tables[1][:, place])
+            self.rotations[layer].apply(still, here, keys[:, :, place])
+            values[:, :, place] = own
+            start = place.stop
+        return Segment(keys, values)
+
+
+def find_projection(retrofit: Retrofit, adapter: str | None, rows: Sequence[Tensor]) -> Projection | str:
+    """How rows can be kept projected in this decoder, or why they cannot.
+
+    Args:
+        retrofit: as chosen for the decoder.
+        adapter: of reading.
+        rows: per layer that carries memory ``[1, 4, d]``, different rows to try it with.
+    """
+    if retrofit.technique != "attention":
+        return "the decoder computes attention by itself, so its keys cannot be had before they are turned"
+    if retrofit.positions.offset:
+        return "its rotary frequencies depend on the length of what is read"
+    rotations, shapes = [], set()
+    with torch.no_grad():
+        for spec, hidden in zip(retrofit.anatomy.specs, rows, strict=True):
+            still = _still(retrofit, adapter, spec.memory_index, hidden)
+            positions = torch.tensor([CHECK_POSITIONS], device=hidden.device)
+            turned = _capture(retrofit, adapter, spec, hidden, positions)
+            if not torch.equal(still.values, turned.values):
+                return f"{type(spec.attention).__name__} of layer {spec.layer_index} moves its values with positions"
+            rotation = find_rotation(spec, still.keys, turned.keys, hidden, positions)
+            if isinstance(rotation, str):
+                return rotation
+            rotations.append(rotation)
+            shapes.add((still.keys.shape[1], still.keys.shape[3], still.values.shape[3]))
+    if len(shapes) > 1:
+        return f"its layers have keys and values of different shapes, {sorted(shapes)} (heads, width, value width)"
+    return Projection(retrofit, adapter, tuple(rotations), *shapes.pop())
+
+
+def _still(retrofit: Retrofit, adapter: str | None, layer: int, hidden: Tensor) -> Captured:
+    positions = torch.zeros(1, hidden.shape[1], dtype=torch.int64, device=hidden.device)
+    return _capture(retrofit, adapter, retrofit.anatomy.specs[layer], hidden, positions)
+
+
+def _capture(
+    retrofit: Retrofit, adapter: str | None, spec: AttentionSpec, hidden: Tensor, positions: Tensor
+) -> Captured:
+    normed = hidden if spec.norm is None else spec.norm(hidden)
+    rotary = None if spec.rotary_keyword is None else rotary_at(spec, normed, positions)
+    active = Pass(Nothing(), adapter)
+    return run_in(active, retrofit.capture, spec, normed, positions, rotary, spec.args, spec.kwargs)
