@@ -15,12 +15,12 @@ from attrs import define
 from torch import Tensor
 
 from mplus.errors import ConfigError
+from mplus.facts.episodes import Episode, lay_out
+from mplus.facts.language import Language
 from mplus.memory.writing.progress import progress_bar
-from mplus.training.dense import DenseDecoder
-from mplus.training.picking import ScorePicker
-from mplus.training.recall.episodes import Episode, lay_out
-from mplus.training.recall.language import Language
-from mplus.training.streams import StreamBatch
+from mplus.training.batched.read import DenseDecoder
+from mplus.training.batched.selection import ScorePicker
+from mplus.training.batched.stream_batch import StreamBatch
 
 CHUNK_TOKENS, TAIL = 16, 4
 """As recall-tiny was trained."""

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from mplus.environment import run_info
 from mplus.interop import load_published
 from tools import recording
 
@@ -61,7 +62,7 @@ def main() -> int:
         size, largest = generate(Path(folder))
         runs = [measure(Path(folder), dtype, largest) for dtype in ("bfloat16", "float32")]
     record = {
-        **recording.circumstances(),
+        **run_info(),
         **{name: version(name) for name in ("safetensors", "accelerate")},
         "checkpoint": {"bytes": size, "dtype": "bfloat16"},
         "allowed_over_target_in_largest_tensors": ALLOWED,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import mplus
-from mplus.evaluation.circumstances import circumstances
+from mplus.environment import run_info
 from mplus.evaluation.recall.retention import retention
 from mplus.evaluation.recall.telling import Telling
 
@@ -73,7 +73,7 @@ def main() -> None:
         record = json.loads(RECORD.read_text(encoding="utf-8"))
     found = measure(mplus.from_pretrained(given.model).eval(), given.chunks, given.streams, given.rounds)
     record["measured"][str(given.chunks)] = found
-    record.update(model=given.model.name, circumstances=circumstances())
+    record.update(model=given.model.name, circumstances=run_info())
     record["text"] = sentence(record)
     RECORD.parent.mkdir(exist_ok=True)
     RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

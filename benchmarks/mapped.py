@@ -30,7 +30,7 @@ import mplus
 from mplus.bench.presets import PRESETS
 from mplus.bench.timing import Arm, in_rounds, median, summary
 from mplus.config import Component, MPlusConfig
-from mplus.evaluation.circumstances import circumstances
+from mplus.environment import run_info
 from mplus.hf.decoders.bench_models import random_llama
 from mplus.memory import Memory
 from mplus.memory.directory.durable_memory import LiveMemory
@@ -259,7 +259,7 @@ def main() -> None:
         "gigabytes": given.gigabytes,
         "rounds": given.rounds,
         "memories": found,
-        "circumstances": circumstances(),
+        "circumstances": run_info(),
     }
     given.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(record, indent=1) + "\n")

@@ -23,13 +23,13 @@ import torch
 from attrs import define
 
 import mplus
-from mplus.evaluation.circumstances import circumstances
+from mplus.environment import run_info
+from mplus.facts.episodes import draw_facts, make_episode
+from mplus.facts.language import Language
+from mplus.facts.speaker import recall_tokenizer
 from mplus.hf.pretrained.auto import read_config
 from mplus.hf.pretrained.shipped import RECALL_TINY, without_bars
 from mplus.memory import Memory
-from mplus.training.recall.episodes import draw_facts, make_episode
-from mplus.training.recall.language import Language
-from mplus.training.recall.speaker import recall_tokenizer
 
 RECORD = Path(__file__).parent / "records" / "million.json"
 FACT_TOKENS = 1000
@@ -188,7 +188,7 @@ def main() -> None:
         "bytes_in_memory": given.bytes_in_memory,
         "threads": given.threads,
         **found,
-        "circumstances": circumstances(),
+        "circumstances": run_info(),
     }
     given.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(record, indent=1) + "\n")

@@ -24,6 +24,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mplus
+from mplus.environment import run_info
 from tools import recording
 
 K, CHUNK, READ = 256, 512, 128
@@ -95,5 +96,5 @@ def bytes_beyond_rows(wrapped: Any, streams: int = 20) -> int:
 
 if __name__ == "__main__":
     result = measure(int(sys.argv[1]) if len(sys.argv) > 1 else 25)
-    path = recording.write("overhead.json", {**recording.circumstances(), **result})
+    path = recording.write("overhead.json", {**run_info(), **result})
     print(path.read_text(encoding="utf-8"))

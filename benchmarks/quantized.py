@@ -20,13 +20,13 @@ from attrs import define
 from torch import Tensor
 
 import mplus
-from mplus.evaluation.circumstances import circumstances
+from mplus.environment import run_info
 from mplus.evaluation.intervals import wilson
+from mplus.facts.episodes import Episode, draw_facts, make_episode
+from mplus.facts.language import Language
 from mplus.hf.pretrained.auto import read_config
 from mplus.hf.pretrained.shipped import RECALL_TINY, without_bars
 from mplus.memory import Memory
-from mplus.training.recall.episodes import Episode, draw_facts, make_episode
-from mplus.training.recall.language import Language
 
 RECORD = Path(__file__).parent / "records" / "quantized.json"
 RETRIEVED = 1
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--record", type=Path, default=RECORD)
     given = parser.parse_args()
     found = measure(given.memories, given.facts, given.retrieved_tokens)
-    record = {**found, "circumstances": circumstances()}
+    record = {**found, "circumstances": run_info()}
     given.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(record, indent=1) + "\n")
 

@@ -19,7 +19,7 @@ from typing import Any
 from attrs import evolve
 
 import mplus
-from mplus.evaluation.circumstances import circumstances
+from mplus.environment import run_info
 from mplus.evaluation.recall.abstaining import abstention
 from mplus.evaluation.recall.health import retriever_health
 from mplus.evaluation.recall.retention import retention
@@ -44,7 +44,7 @@ def trained(recipe: str, seed: int, folder: Path) -> dict[str, Any]:
             "seconds": round(time.perf_counter() - begun, 1),
             "restarts": result.restarts,
             "steps": result.steps,
-            "circumstances": circumstances(seed=seed),
+            "circumstances": run_info(seed=seed),
         }
         facts.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     found: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
@@ -91,7 +91,7 @@ def run(recipe: str, seeds: list[int], looked_at: list[int], keep: Path, record:
         whole = {
             "recipe": recipe,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "circumstances": circumstances(evaluation_seed=EVALUATION_SEED),
+            "circumstances": run_info(evaluation_seed=EVALUATION_SEED),
             "seeds_asked_for": seeds,
             "seeds_looked_at": looked_at,
             "seeds": found,

@@ -32,7 +32,7 @@ from torch import Tensor
 import mplus
 from benchmarks.distinct_facts import Asked, write_and_ask
 from mplus.bench.timing import Arm, in_rounds, ratio, summary
-from mplus.evaluation.circumstances import circumstances
+from mplus.environment import run_info
 from mplus.evaluation.recall.health import retriever_health
 from mplus.evaluation.recall.retention import retention
 from mplus.evaluation.recall.telling import Telling
@@ -62,7 +62,7 @@ INDEXES: dict[str, dict[str, int]] = {"faiss_ivf": {"least": 256}, "faiss_ivf-fe
 def save_keys(path: Path) -> None:
     """Write all the text, and keep keys and queries."""
     asked = write_and_ask(load_recall()[0], LAYER, MEMORIES, CHUNKS, QUESTIONS)
-    facts = {**asked.facts, "circumstances": circumstances(model="recall-tiny")}
+    facts = {**asked.facts, "circumstances": run_info(model="recall-tiny")}
     save_file({"keys": asked.keys, "queries": asked.queries.contiguous()}, path, {"facts": json.dumps(facts)})
 
 
@@ -227,7 +227,7 @@ def beside(path: Path, model: Any, found: dict[str, Any]) -> dict[str, Any]:
     """The record at ``path`` with what was found for the score of this model in it."""
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"by_score": {}}
     score = model.mplus_engine.mechanism.additions.retriever.facts()["score"]
-    record["by_score"][score] = {**found, "circumstances": circumstances(model=f"recall-tiny, {score}")}
+    record["by_score"][score] = {**found, "circumstances": run_info(model=f"recall-tiny, {score}")}
     return record
 
 
@@ -306,7 +306,7 @@ def main() -> None:
         found = speed(load_keys(given.keys), given.threads, given.rounds)
     else:
         found = sigmoid(50_000, 256, 8)
-    whole = {**found, "circumstances": circumstances(model="recall-tiny")}
+    whole = {**found, "circumstances": run_info(model="recall-tiny")}
     record.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import mplus
-from mplus.evaluation.circumstances import circumstances
+from mplus.environment import run_info
 from mplus.evaluation.recall.health import retriever_health
 from mplus.evaluation.recall.retention import retention
 from mplus.evaluation.recall.telling import Telling
+from mplus.facts.language import Language
 from mplus.training import train
-from mplus.training.recall.language import Language
-from mplus.training.recipe_files import read
+from mplus.training.recipe.files import read
 
 RECORD = Path(__file__).parent / "records" / "scores.json"
 WAYS = {
@@ -70,7 +70,7 @@ def measure(way: str, relations: int, seed: int, trained: Path | None) -> dict[s
         **{name: {str(cell.age): round(cell.accuracy, 4) for cell in arm.cells} for name, arm in arms.items()},
         "questions": arms["mplus"].cells[0].questions,
         "gold_recall_by_layer": ranked["gold_recall_by_layer"],
-        "circumstances": circumstances(seed=seed, evaluation_seed=EVALUATION_SEED),
+        "circumstances": run_info(seed=seed, evaluation_seed=EVALUATION_SEED),
     }
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import mplus
-from mplus.evaluation.circumstances import circumstances
+from mplus.environment import run_info
 from mplus.evaluation.context import context_value
 from mplus.hf.pretrained.shipped import load_tokenizer
 
@@ -74,7 +74,7 @@ def main() -> None:
         "data": given.text.name,
         "skipped_pieces": given.skip,
         **found,
-        "circumstances": circumstances(),
+        "circumstances": run_info(),
     }
     record["text"] = sentence(record)
     given.record.parent.mkdir(exist_ok=True)

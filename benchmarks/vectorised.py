@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
-from mplus.evaluation.circumstances import circumstances
+from mplus.environment import run_info
+from mplus.facts.language import Language
 from mplus.hf.decoders.train_model import build_for_training, choose_trained, load_for_training
-from mplus.training.dense import DenseDecoder
+from mplus.training.batched.read import DenseDecoder
+from mplus.training.batched.stream_batch import StreamBatch
+from mplus.training.data.generated.facts import RecallOptions, RecallTurns
 from mplus.training.losses import RetrieverLoss
 from mplus.training.objectives import OBJECTIVES
-from mplus.training.recall.language import Language
-from mplus.training.recall.turns import RecallOptions, RecallTurns
-from mplus.training.recipe_files import read
-from mplus.training.streams import StreamBatch
+from mplus.training.recipe.files import read
 
 RECORD = Path(__file__).parent / "records" / "vectorised.json"
 STREAMS, STEPS, WARM, REPEATS = 32, 20, 4, 5
@@ -108,7 +108,7 @@ def main() -> None:
     record = {
         "streams": STREAMS,
         "steps": STEPS,
-        "circumstances": circumstances(),
+        "circumstances": run_info(),
         "recall-tiny, all trained": compare(recall_decoder, "all"),
         "stories260K, adapters trained": compare(stories_decoder, "adapters"),
     }

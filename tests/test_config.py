@@ -90,7 +90,7 @@ def test_files_that_are_too_deep_or_no_text(tmp_path: Path, content: bytes) -> N
     """Everything that reads somebody's configuration says which file it cannot read."""
     from mplus.hf.pretrained.auto import read_config
     from mplus.interop.published_config import PublishedConfig
-    from mplus.training.recipe_files import read
+    from mplus.training.recipe.files import read
 
     for name in ("config.json", "config.toml"):
         (tmp_path / name).write_bytes(content)

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from mplus.training.objectives import OBJECTIVES
-from mplus.training.recipe_files import shipped
+from mplus.training.recipe.files import shipped
 from tests.test_docs_quickstart import BLOCK, expect
 
 PAGE = Path(__file__).parent.parent / "docs" / "training.md"

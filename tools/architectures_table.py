@@ -14,6 +14,7 @@ import torch
 from transformers import __version__ as transformers_version
 
 import mplus
+from mplus.environment import run_info
 from mplus.errors import NotSupported
 from tests import comparisons
 from tests.architectures import ARCHITECTURES, Architecture
@@ -157,7 +158,7 @@ def main(command: str) -> None:
     if command == "measure":
         with torch.no_grad():
             rows = {architecture.name: measure(architecture) for architecture in ARCHITECTURES}
-        record[transformers_version] = {**recording.circumstances(), "rows": rows}
+        record[transformers_version] = {**run_info(), "rows": rows}
         recording.write(RECORD, record)
     elif command == "render":
         PAGE.write_text(render(record), encoding="utf-8")

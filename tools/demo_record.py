@@ -12,6 +12,7 @@ import subprocess
 import sys
 from typing import Any
 
+from mplus.environment import run_info
 from tools import recording
 
 RECORD = "demo.json"
@@ -25,7 +26,7 @@ def measure() -> dict[str, Any]:
     done = subprocess.run(command, cwd=recording.ROOT, capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)
     del report["saved"]["folder"]  # a temporary one
-    return {**recording.circumstances(), **report}
+    return {**run_info(), **report}
 
 
 def load() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from mplus.bench.gate import FAILED, OK, Verdict
 from mplus.bench.machine import Machine
 from mplus.bench.presets import Preset
 from mplus.bench.timing import summary
-from mplus.training.circumstances import circumstances
+from mplus.environment import run_info
 
 Section = Callable[[Machine], dict[str, Any]]
 
@@ -57,7 +57,7 @@ def measured(
         "preset": attrs.asdict(preset, value_serializer=_plain),
         "prefix_rows": preset.prefix_rows,
         "settings": settings,
-        "circumstances": circumstances(**where),
+        "circumstances": run_info(**where),
         "gate": {name: verdict.plain() for name, verdict in verdicts.items()},
         "by_threads": by_threads,
     }

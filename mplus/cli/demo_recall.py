@@ -14,10 +14,10 @@ from mplus.cli.demo_talk import Answer, Talk
 from mplus.evaluation.recall.retention import retention
 from mplus.evaluation.recall.telling import Telling
 from mplus.evaluation.report import Report
+from mplus.facts.episodes import draw_facts, make_episode
+from mplus.facts.language import Language
 from mplus.hf.pretrained.shipped import load_recall
 from mplus.memory import Memory
-from mplus.training.recall.episodes import draw_facts, make_episode
-from mplus.training.recall.language import Language
 
 ARMS = ("none", "window", "memoryllm", "mplus-random", "mplus")
 AGES = (0, 1, 2, 4, 8, 16, 32, 64, 128)

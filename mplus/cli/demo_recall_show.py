@@ -11,7 +11,7 @@ from rich.table import Table
 from mplus.cli.demo_recall import RecallDemo, right
 from mplus.errors import ConfigError, MissingDependencyError
 from mplus.evaluation.tables import show as show_curves
-from mplus.training.recall import words
+from mplus.facts import words
 
 NO_FIGURE = "matplotlib is not installed, so there is no figure: pip install 'mplus[eval]'"
 

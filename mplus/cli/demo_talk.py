@@ -8,10 +8,10 @@ import torch
 from attrs import define
 from torch import Tensor
 
+from mplus.facts import words
+from mplus.facts.language import Language
+from mplus.facts.speaker import told_chunk
 from mplus.memory import Memory
-from mplus.training.recall import words
-from mplus.training.recall.language import Language
-from mplus.training.recall.speaker import told_chunk
 
 
 @define(frozen=True)

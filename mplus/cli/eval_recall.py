@@ -63,7 +63,7 @@ def recall_retention(
     threads: int | None,
 ) -> Report:
     """Accuracy over age for every arm."""
-    from mplus.evaluation.circumstances import circumstances
+    from mplus.environment import run_info
     from mplus.evaluation.recall.retention import retention
 
     decoder = load(recipe, model, threads)
@@ -72,7 +72,7 @@ def recall_retention(
         telling(recipe, ages, questions, held_out, seed),
         window_tokens=window_tokens or WINDOW,
         arms=arms,
-        circumstances=circumstances(model=recipe if model is None else model.name, seed=seed),
+        circumstances=run_info(model=recipe if model is None else model.name, seed=seed),
     )
 
 
@@ -93,7 +93,7 @@ def recall_health(
 ) -> dict[str, Any]:
     """What the retriever brings back, against others."""
     from mplus.cli.eval_common import retrievers
-    from mplus.evaluation.circumstances import circumstances
+    from mplus.environment import run_info
     from mplus.evaluation.recall.health import retriever_health
 
     decoder = load(recipe, model, threads)
@@ -101,16 +101,16 @@ def recall_health(
     others = retrievers(decoder, retriever)
     others.pop("random", None)  # there in any case
     found = retriever_health(decoder, told, retrieved_tokens=retrieved_tokens, retrievers=others)
-    return {**found, "circumstances": circumstances(model=recipe if model is None else model.name, seed=seed)}
+    return {**found, "circumstances": run_info(model=recipe if model is None else model.name, seed=seed)}
 
 
 def recall_abstention(
     recipe: str, model: Path | None, ages: Sequence[int] | None, seed: int, threads: int | None
 ) -> dict[str, Any]:
     """How well it can be told that a fact was never told."""
-    from mplus.evaluation.circumstances import circumstances
+    from mplus.environment import run_info
     from mplus.evaluation.recall.abstaining import abstention
 
     decoder = load(recipe, model, threads)
     found = abstention(decoder, telling(recipe, ages, QUESTIONS, held_out=False, seed=seed))
-    return {**found, "circumstances": circumstances(model=recipe if model is None else model.name, seed=seed)}
+    return {**found, "circumstances": run_info(model=recipe if model is None else model.name, seed=seed)}

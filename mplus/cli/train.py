@@ -50,7 +50,7 @@ def train(
 
     For several processes: accelerate launch -m mplus.cli train RECIPE, with DDP or FSDP2.
     """
-    from mplus.training.recipe_files import shipped
+    from mplus.training.recipe.files import shipped
 
     if names:
         print_json(shipped()) if as_json else print("\n".join(shipped()))
@@ -80,7 +80,7 @@ def _folder(recipe: str | None, settings: list[str] | None) -> Path:
     """``runs/NAME``."""
     if recipe is None:
         raise ConfigError("a recipe must be given, or a run to resume, got neither: mplus train --list shows recipes")
-    from mplus.training.recipe_files import find
+    from mplus.training.recipe.files import find
 
     return RUNS / str(parse(settings or []).get("name", find(recipe).stem))
 

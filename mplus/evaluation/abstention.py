@@ -10,10 +10,10 @@ import attrs
 import torch
 from torch import Tensor
 
+from mplus.environment import run_info
 from mplus.errors import InputError, NotSupported
 from mplus.evaluation.arms.base import Bench, Due
 from mplus.evaluation.calibration import compare
-from mplus.evaluation.circumstances import circumstances
 from mplus.evaluation.episodes import Protocol
 from mplus.evaluation.generating import Generated, Generation, answers
 from mplus.evaluation.retention import RetentionOptions, check_chunks, told
@@ -100,7 +100,7 @@ def abstention(
             "memory": model.mplus_config.to_dict(),
         },
         "deviations": list(protocol.deviations),
-        "circumstances": circumstances(model=name, seeds={"protocol": protocol.options.seed, "memory": options.seed}),
+        "circumstances": run_info(model=name, seeds={"protocol": protocol.options.seed, "memory": options.seed}),
     }
 
 

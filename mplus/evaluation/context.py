@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy
 
 from mplus.errors import InputError
 from mplus.memory.writing.progress import progress_bar
-from mplus.training.dense import DenseDecoder
-from mplus.training.picking import ScorePicker
-from mplus.training.streams import StreamBatch
+from mplus.training.batched.read import DenseDecoder
+from mplus.training.batched.selection import ScorePicker
+from mplus.training.batched.stream_batch import StreamBatch
 
 WAYS = ("window", "full", "memory", "empty", "unrelated")
 """How a text is read: alone ("window"), behind all that came before it ("full"), with a memory of that ("memory"),

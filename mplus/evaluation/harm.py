@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mplus.config import flag, whole
+from mplus.environment import run_info
 from mplus.errors import ConfigError, InputError
-from mplus.evaluation.circumstances import circumstances
 from mplus.evaluation.texts import Texts
 from mplus.memory.memory import Memory
 from mplus.memory.writing.progress import progress_bar
@@ -117,7 +117,7 @@ def harm(
         },
         "unrelated_tokens_written": sum(source.tokens for source in state.sources),
         "settings": {**attrs.asdict(options), "memory": model.mplus_config.to_dict()},
-        "circumstances": circumstances(model=name, seeds={"memory": options.seed}),
+        "circumstances": run_info(model=name, seeds={"memory": options.seed}),
     }
 
 

@@ -10,10 +10,10 @@ import attrs
 import torch
 from attrs import define, field
 
+from mplus.environment import run_info
 from mplus.errors import ConfigError
 from mplus.evaluation.abstention import check_mechanism
 from mplus.evaluation.arms.base import Bench, Due
-from mplus.evaluation.circumstances import circumstances
 from mplus.evaluation.episodes import Protocol
 from mplus.evaluation.generating import Generation, answers
 from mplus.evaluation.oracle import long_term
@@ -162,7 +162,7 @@ def health(
             "memory": model.mplus_config.to_dict(),
         },
         "deviations": list(protocol.deviations),
-        "circumstances": circumstances(model=name, seeds={"protocol": protocol.options.seed, "memory": options.seed}),
+        "circumstances": run_info(model=name, seeds={"protocol": protocol.options.seed, "memory": options.seed}),
     }
 
 

@@ -12,12 +12,12 @@ import torch
 from attrs import define, field
 
 from mplus.config import whole
+from mplus.environment import run_info
 from mplus.errors import ConfigError, InputError
 from mplus.evaluation.arms import ArmOptions, make_arms
 from mplus.evaluation.arms.base import Bench, Due, Reply, TextArm
 from mplus.evaluation.arms.snapkv import export, exported
 from mplus.evaluation.arms.text import Window
-from mplus.evaluation.circumstances import circumstances
 from mplus.evaluation.episodes import Episode, Protocol
 from mplus.evaluation.generating import Generation
 from mplus.evaluation.report import Arm, Cell, Report
@@ -149,7 +149,7 @@ def retention(
             "memory": config.to_dict(),
         },
         deviations=protocol.deviations,
-        circumstances=circumstances(
+        circumstances=run_info(
             model=name, seeds={"protocol": protocol.options.seed, "memory": options.seed, "arms": arms.seed}
         ),
     )

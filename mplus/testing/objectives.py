@@ -10,11 +10,11 @@ import torch
 
 from mplus.config import AdapterConfig, Component, MPlusConfig
 from mplus.hf.decoders.train_model import build_for_training
-from mplus.training.dense import DenseDecoder
+from mplus.training.batch import NO_ONE, Turn
+from mplus.training.batched.read import DenseDecoder
+from mplus.training.batched.stream_batch import StreamBatch
 from mplus.training.losses import RetrieverLoss
 from mplus.training.objectives.base import Objective, Outcome
-from mplus.training.streams import StreamBatch
-from mplus.training.turns import NO_ONE, Turn
 
 STREAMS, CHUNK, TOKENS, VOCABULARY = 2, 6, 7, 32
 

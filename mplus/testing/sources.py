@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from mplus.training.turns import IGNORED, NO_ONE, Turn, TurnSource
+from mplus.training.batch import IGNORED, NO_ONE, Turn, TurnSource
 
 STREAMS = 3
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 __all__ = ["TrainingResult", "train"]
 
 if TYPE_CHECKING:
-    from mplus.training.running import TrainingResult, train
+    from mplus.training.run import TrainingResult, train
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from mplus.training import running
+        from mplus.training import run as running
 
         return getattr(running, name)
     raise AttributeError(f"module 'mplus.training' has no attribute {name!r}")

@@ -19,7 +19,7 @@ from attrs import define
 
 from mplus.errors import CheckpointError
 from mplus.training.parallel import gathered, processes, rank, wait
-from mplus.training.recipe_files import differences
+from mplus.training.recipe.files import differences
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"

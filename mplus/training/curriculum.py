@@ -8,9 +8,9 @@ import attrs
 import torch
 from attrs import define, field
 
-from mplus.training.data.chance import Draws
-from mplus.training.recipe import Entry, Stage
-from mplus.training.turns import Turn
+from mplus.training.batch import Turn
+from mplus.training.data.counter_rng import Draws
+from mplus.training.recipe.recipe import Entry, Stage
 
 
 @define(frozen=True, eq=False)

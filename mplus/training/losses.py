@@ -13,11 +13,11 @@ from torch.nn.functional import cross_entropy, softplus
 from mplus.config import flag, number, one_of, whole
 from mplus.errors import ConfigError
 from mplus.retrievers.base import Retriever
+from mplus.training.batch import IGNORED, NO_ONE
 from mplus.training.parallel import mean_of
-from mplus.training.turns import IGNORED, NO_ONE
 
 if TYPE_CHECKING:
-    from mplus.training.dense import LayerRead, Read
+    from mplus.training.batched.read import LayerRead, Read
 
 EPSILON = 1e-5
 """Added to probabilities before their logarithm (published constant)."""

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mplus.environment import run_info
 from mplus.errors import CheckpointError
 from mplus.training.checkpoint import write_bytes
-from mplus.training.circumstances import circumstances
 from mplus.training.parallel import processes
 
 RECIPE, RESOLVED, RUN, METRICS = "recipe.toml", "recipe.json", "run.json", "metrics.jsonl"
@@ -59,7 +59,7 @@ class RunFolder:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"starts": []}
         if begun:
             found["starts"].append(
-                circumstances(command=sys.argv, processes=processes(), resumed_at=resumed_at, folder=str(Path.cwd()))
+                run_info(command=sys.argv, processes=processes(), resumed_at=resumed_at, folder=str(Path.cwd()))
             )
         found.update(seeds=list(seeds), restarts=len(seeds) - 1, **facts)
         with self.writing():

@@ -10,14 +10,14 @@ import torch
 
 from mplus.hf.decoders.bpe_tokenizer import train_tokenizer
 from mplus.hf.decoders.train_model import build_for_training, load_for_training, load_tokenizer
+from mplus.training.batch import TurnSource
 from mplus.training.data import SOURCES
-from mplus.training.data.chance import Draws
+from mplus.training.data.counter_rng import Draws
 from mplus.training.data.documents import open_documents
 from mplus.training.parallel import rank, wait
-from mplus.training.recipe import Recipe
-from mplus.training.recipe_checks import check_chunks
-from mplus.training.recipe_tables import DataSet, NewTokenizer
-from mplus.training.turns import TurnSource
+from mplus.training.recipe.checks import check_chunks
+from mplus.training.recipe.recipe import Recipe
+from mplus.training.recipe.tables import DataSet, NewTokenizer
 
 RECALL = "recall"
 """Name of the little language's tokenizer."""
@@ -39,7 +39,7 @@ def make_tokenizer(recipe: Recipe, folder: Path | None) -> Any:
         wait()
         return load_tokenizer(str(folder))
     if wanted == RECALL:
-        from mplus.training.recall.speaker import recall_tokenizer
+        from mplus.facts.speaker import recall_tokenizer
 
         return recall_tokenizer()
     if wanted is None and recipe.model.path is None:

@@ -13,11 +13,11 @@ from attrs import define
 from torch import Tensor, nn
 
 from mplus.hf.decoders.train_model import split_modules
-from mplus.training.dense import DenseDecoder
+from mplus.training.batch import Turn
+from mplus.training.batched.read import DenseDecoder
+from mplus.training.batched.stream_batch import StreamBatch
 from mplus.training.losses import RetrieverLoss
 from mplus.training.objectives.base import Objective
-from mplus.training.streams import StreamBatch
-from mplus.training.turns import Turn
 
 
 @define(frozen=True, eq=False)

@@ -15,18 +15,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mplus.errors import MPlusError, NonFiniteError
 from mplus.hf.decoders.train_model import base_digest, choose_trained, set_checkpointing
-from mplus.training.bar import stage_bar
+from mplus.training.batch import Turn, TurnSource
+from mplus.training.batched.stream_batch import StreamBatch
 from mplus.training.checkpoint import CheckpointStore, Facts, Saved, random_state, set_random_state
 from mplus.training.curriculum import Curriculum, Plan
 from mplus.training.metrics import Means, MetricsLog
-from mplus.training.optimizing import clip, make_optimizer, optimizer_state, rate_at, set_rate
+from mplus.training.optimizer import clip, make_optimizer, optimizer_state, rate_at, set_rate
 from mplus.training.parallel import gathered, processes, rank, sums
-from mplus.training.recipe import Entry, Recipe, Stage
+from mplus.training.progress import stage_bar
+from mplus.training.recipe.recipe import Entry, Recipe, Stage
 from mplus.training.setup import derived, make_model, make_source
 from mplus.training.sharding import is_sharded, like, whole
 from mplus.training.step import Job, TrainingStep
-from mplus.training.streams import StreamBatch
-from mplus.training.turns import Turn, TurnSource
 from mplus.training.validation import Validator
 
 

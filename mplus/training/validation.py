@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from mplus.hf.model.modes import in_eval_mode
+from mplus.training.batched.stream_batch import StreamBatch
 from mplus.training.checkpoint import random_state, set_random_state
 from mplus.training.metrics import Means
 from mplus.training.parallel import rank
-from mplus.training.recipe import Recipe, Validation
+from mplus.training.recipe.recipe import Recipe, Validation
 from mplus.training.setup import derived, make_source
 from mplus.training.step import Job, TrainingStep
-from mplus.training.streams import StreamBatch
 
 
 class Validator:

@@ -21,10 +21,10 @@ from mplus.cli.demo_recall_show import NO_FIGURE, save_figure, show
 from mplus.cli.demo_talk import Answer, Talk
 from mplus.errors import InputError, MissingDependencyError
 from mplus.evaluation.report import Report
+from mplus.facts import words
+from mplus.facts.language import Language
+from mplus.facts.speaker import recall_tokenizer
 from mplus.hf.pretrained import shipped
-from mplus.training.recall import words
-from mplus.training.recall.language import Language
-from mplus.training.recall.speaker import recall_tokenizer
 from tests.memory import tiny
 
 LANGUAGE = Language()

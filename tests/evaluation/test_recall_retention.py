@@ -27,13 +27,13 @@ from mplus.evaluation.recall.pickers import OraclePicker, RandomPicker, RecencyP
 from mplus.evaluation.recall.retention import retention, tell
 from mplus.evaluation.recall.telling import Round, Telling, rounds, untold_round
 from mplus.evaluation.stand_ins import with_own_parameters
+from mplus.facts.language import Language
 from mplus.stores.base import StoreLayout
 from mplus.testing.rounding import InFloat64, check_close
-from mplus.training.dense import DenseDecoder
-from mplus.training.long_term import LongTermRows
-from mplus.training.picking import ScorePicker
-from mplus.training.recall.language import Language
-from mplus.training.turns import NO_ONE
+from mplus.training.batch import NO_ONE
+from mplus.training.batched.long_term import LongTermRows
+from mplus.training.batched.read import DenseDecoder
+from mplus.training.batched.selection import ScorePicker
 
 pytestmark = pytest.mark.two_computations
 

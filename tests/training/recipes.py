@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from mplus.training.recipe_files import change
+from mplus.training.recipe.files import change
 
 FACTS = {"kind": "recall", "language": {"relations": 2, "firsts": 8, "lasts": 8}, "chunk_tokens": 12}
 

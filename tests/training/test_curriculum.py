@@ -6,9 +6,9 @@ import attrs
 import pytest
 import torch
 
+from mplus.training.batch import Turn
 from mplus.training.curriculum import Curriculum
-from mplus.training.recipe import Recipe
-from mplus.training.turns import Turn
+from mplus.training.recipe.recipe import Recipe
 from tests.training.recipes import recipe
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mplus.errors import ConfigError
-from mplus.training.data.bins import Bin, as_bins, bin_of, choose
-from mplus.training.data.chance import Draws
+from mplus.training.data.buckets import Bin, as_bins, bin_of, choose
+from mplus.training.data.counter_rng import Draws
 
 TABLES = [{"at_least": 100, "share": 1}, {"at_least": 10, "below": 50, "share": 3}]
 

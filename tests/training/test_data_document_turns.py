@@ -11,10 +11,10 @@ import torch
 from mplus.config import structure
 from mplus.errors import CheckpointError, ConfigError, InputError
 from mplus.hf.pretrained.shipped import load_tokenizer
+from mplus.training.batch import IGNORED, NO_ONE, Turn
 from mplus.training.data import SOURCES
 from mplus.training.data.document_turns import DocumentTurns
 from mplus.training.data.documents import DocumentOptions, open_documents
-from mplus.training.turns import IGNORED, NO_ONE, Turn
 from tests.letters import Letters, Stream, library, story
 
 BOOKS = library(400, 90, 3, 0, 700, 150, 55, 1200, 31, 260)

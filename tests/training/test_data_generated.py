@@ -10,9 +10,9 @@ import torch
 from mplus.config import structure
 from mplus.errors import ConfigError, InputError
 from mplus.hf.pretrained.shipped import load_tokenizer
+from mplus.training.batch import IGNORED, NO_ONE
 from mplus.training.data import SOURCES
-from mplus.training.data.questions import people
-from mplus.training.turns import IGNORED, NO_ONE
+from mplus.training.data.generated.questions import people
 from tests.letters import Letters
 from tests.training.test_data_document_turns import rows as text_rows
 from tests.training.test_data_document_turns import same

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mplus.errors import ConfigError
-from mplus.training.data.order import Order
+from mplus.training.data.sampler import Order
 from tests.letters import Stream, library
 
 COUNT = 23

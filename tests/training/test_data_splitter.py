@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplus.errors import ConfigError
-from mplus.training.data.chance import Draws, permuted
+from mplus.training.data.counter_rng import Draws, permuted
 from mplus.training.data.splitter import SplitRules, cut, longest_sum, split_document
 
 bounds = st.tuples(st.integers(1, 40), st.integers(0, 40)).map(lambda pair: (pair[0], pair[0] + pair[1]))

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from mplus.training import train
-from mplus.training.recipe_files import read, shipped
+from mplus.training.recipe.files import read, shipped
 from mplus.training.setup import make_model
 
 PUBLISHED = ("llama3-8b-stage1", "llama3-8b-stage2", "llama3-8b-stage3")

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from mplus.errors import ConfigError, NotSupported
-from mplus.training.dense import DenseDecoder
+from mplus.training.batch import NO_ONE, Turn
+from mplus.training.batched.read import DenseDecoder
+from mplus.training.batched.stream_batch import StreamBatch
 from mplus.training.losses import RetrieverLoss
 from mplus.training.objectives import OBJECTIVES
-from mplus.training.streams import StreamBatch
-from mplus.training.turns import NO_ONE, Turn
 from tests.memory import tiny
 
 pytestmark = pytest.mark.two_computations

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mplus.errors import ConfigError, InputError
-from mplus.training.recall import words
-from mplus.training.recall.episodes import draw_facts
-from mplus.training.recall.language import Language
-from mplus.training.recall.turns import RecallOptions, RecallTurns
-from mplus.training.turns import IGNORED, NO_ONE
+from mplus.facts import words
+from mplus.facts.episodes import draw_facts
+from mplus.facts.language import Language
+from mplus.training.batch import IGNORED, NO_ONE
+from mplus.training.data.generated.facts import RecallOptions, RecallTurns
 
 LANGUAGE = Language(relations=5)
 SMALL = Language(relations=3, firsts=10, lasts=10)

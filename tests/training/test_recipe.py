@@ -8,8 +8,8 @@ import tomllib
 import pytest
 
 from mplus.errors import ConfigError, UnknownNameError
-from mplus.training.recipe import Recipe
-from mplus.training.recipe_files import FOLDER, differences, find, read, shipped
+from mplus.training.recipe.files import FOLDER, differences, find, read, shipped
+from mplus.training.recipe.recipe import Recipe
 from tests.training.recipes import recipe
 
 

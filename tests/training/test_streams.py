@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mplus.errors import ConfigError, InputError
-from mplus.training.dense import DenseDecoder
-from mplus.training.picking import ScorePicker
-from mplus.training.streams import StreamBatch
+from mplus.training.batched.read import DenseDecoder
+from mplus.training.batched.selection import ScorePicker
+from mplus.training.batched.stream_batch import StreamBatch
 from tests.memory import tiny
 
 pytestmark = pytest.mark.two_computations

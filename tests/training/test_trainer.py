@@ -15,17 +15,17 @@ from mplus.errors import CheckpointError, ConfigError, NonFiniteError, NotSuppor
 from mplus.hf.decoders.train_model import choose_trained
 from mplus.hf.pretrained.shipped import load_decoder
 from mplus.training import train
+from mplus.training.batched.read import DenseDecoder
+from mplus.training.batched.selection import ScorePicker
+from mplus.training.batched.stream_batch import StreamBatch
 from mplus.training.data.documents import DocumentOptions, open_documents
-from mplus.training.dense import DenseDecoder
 from mplus.training.objectives import OBJECTIVES
 from mplus.training.objectives.base import Outcome
 from mplus.training.objectives.multi_chunk import MultiChunk
-from mplus.training.optimizing import clip, make_optimizer, rate_at
-from mplus.training.picking import ScorePicker
-from mplus.training.recipe_files import read
-from mplus.training.recipe_tables import Optimizer
-from mplus.training.running import check_accelerator
-from mplus.training.streams import StreamBatch
+from mplus.training.optimizer import clip, make_optimizer, rate_at
+from mplus.training.recipe.files import read
+from mplus.training.recipe.tables import Optimizer
+from mplus.training.run import check_accelerator
 from tests.memory import tiny
 from tests.training.recipes import recipe
 

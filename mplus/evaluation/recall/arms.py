@@ -13,11 +13,11 @@ from torch import Tensor
 from mplus.errors import MissingDependencyError
 from mplus.evaluation.recall.pickers import OraclePicker, RandomPicker, RecencyPicker
 from mplus.evaluation.recall.telling import Round, Telling
-from mplus.training.dense import DenseDecoder, Read
-from mplus.training.picking import Picker, ScorePicker
-from mplus.training.recall import words
-from mplus.training.recall.episodes import Episode
-from mplus.training.streams import StreamBatch
+from mplus.facts import words
+from mplus.facts.episodes import Episode
+from mplus.training.batched.read import DenseDecoder, Read
+from mplus.training.batched.selection import Picker, ScorePicker
+from mplus.training.batched.stream_batch import StreamBatch
 
 ID_BYTES = 8
 """Bytes of a token id that is kept as text."""

@@ -14,9 +14,9 @@ from mplus.evaluation.recall.retention import tell
 from mplus.evaluation.recall.telling import Round, Telling, rounds
 from mplus.evaluation.shortcuts import Shortcuts
 from mplus.retrievers.base import Retriever
-from mplus.training.dense import DenseDecoder, Read
-from mplus.training.picking import Picker, ScorePicker
-from mplus.training.streams import StreamBatch
+from mplus.training.batched.read import DenseDecoder, Read
+from mplus.training.batched.selection import Picker, ScorePicker
+from mplus.training.batched.stream_batch import StreamBatch
 
 
 class _Counter:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from mplus.evaluation.recall.retention import tell
 from mplus.evaluation.recall.telling import Round, Telling, rounds, untold_round
-from mplus.training.dense import DenseDecoder
-from mplus.training.picking import ScorePicker
-from mplus.training.recall import words
-from mplus.training.streams import StreamBatch
+from mplus.facts import words
+from mplus.training.batched.read import DenseDecoder
+from mplus.training.batched.selection import ScorePicker
+from mplus.training.batched.stream_batch import StreamBatch
 
 FEATURES = ("unknown_logit", "entropy", "confidence", "best_score", "score_margin")
 """What is looked at, in the order of the columns:

@@ -10,7 +10,7 @@ from mplus.retrievers.base import Retriever
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreLayout
 from mplus.stores.ram import RamStore
-from mplus.training.long_term import LongTermRows
+from mplus.training.batched.long_term import LongTermRows
 
 
 @define(frozen=True, eq=False)
@@ -22,7 +22,7 @@ class RandomPicker:
     def pick(
         self, layer: int, text: Tensor, queries: Tensor, rows: Tensor, ltm: LongTermRows, count: int
     ) -> tuple[Tensor, Tensor]:
-        """See ``mplus.training.picking.Picker``."""
+        """See ``mplus.training.batched.selection.Picker``."""
         drawn = torch.rand(*text.shape[:2], ltm.count, generator=self.generator).to(text.device)
         best = drawn.topk(count, dim=2)
         return best.indices, best.values
@@ -35,7 +35,7 @@ class RecencyPicker:
     def pick(
         self, layer: int, text: Tensor, queries: Tensor, rows: Tensor, ltm: LongTermRows, count: int
     ) -> tuple[Tensor, Tensor]:
-        """See ``mplus.training.picking.Picker``."""
+        """See ``mplus.training.batched.selection.Picker``."""
         best = ltm.birth.topk(count, dim=1)
         each = text.shape[1]
         return best.indices[:, None].expand(-1, each, -1), best.values.to(text.dtype)[:, None].expand(-1, each, -1)
@@ -55,7 +55,7 @@ class OraclePicker:
     def pick(
         self, layer: int, text: Tensor, queries: Tensor, rows: Tensor, ltm: LongTermRows, count: int
     ) -> tuple[Tensor, Tensor]:
-        """See ``mplus.training.picking.Picker``."""
+        """See ``mplus.training.batched.selection.Picker``."""
         asked = (ltm.source[:, None] == self.about[:, :, None]).to(text.dtype)
         drawn = torch.rand(asked.shape, generator=self.generator).to(text.device)
         best = (asked + drawn / 2).topk(count, dim=2)
@@ -79,7 +79,7 @@ class SelectPicker:
     def pick(
         self, layer: int, text: Tensor, queries: Tensor, rows: Tensor, ltm: LongTermRows, count: int
     ) -> tuple[Tensor, Tensor]:
-        """See ``mplus.training.picking.Picker``."""
+        """See ``mplus.training.batched.selection.Picker``."""
         places, scores = [], []
         for stream, store in enumerate(self.follow(layer, rows, ltm)):
             projected = self.retriever.project_queries(layer, text[stream])

@@ -24,12 +24,12 @@ from mplus.evaluation.recall.pickers import SelectPicker
 from mplus.evaluation.recall.telling import Telling, rounds
 from mplus.evaluation.report import Arm, Cell, Report
 from mplus.evaluation.theory import curves
+from mplus.facts.episodes import Episode
 from mplus.memory.writing.progress import progress_bar
 from mplus.retrievers.base import Retriever
-from mplus.training.dense import DenseDecoder
-from mplus.training.picking import ScorePicker
-from mplus.training.recall.episodes import Episode
-from mplus.training.streams import StreamBatch
+from mplus.training.batched.read import DenseDecoder
+from mplus.training.batched.selection import ScorePicker
+from mplus.training.batched.stream_batch import StreamBatch
 
 CONVERGED = 0.98
 """A plain window that answers less of what lies inside it is not drawn."""

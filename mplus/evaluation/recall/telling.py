@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mplus.config import flag, number, whole
 from mplus.errors import ConfigError
-from mplus.training.recall import words
-from mplus.training.recall.episodes import Episode, draw_facts, make_episode
-from mplus.training.recall.language import Language
-from mplus.training.turns import NO_ONE
+from mplus.facts import words
+from mplus.facts.episodes import Episode, draw_facts, make_episode
+from mplus.facts.language import Language
+from mplus.training.batch import NO_ONE
 
 FIRST_STREAM = 1_000_000
 """Evaluation streams are numbered from here on, so that they never are those of a training run."""

@@ -1,7 +1,7 @@
 """The trained decoders that come with the package.
 
 "stories260K" is a Llama of 260,032 parameters that tells children's stories and knows no memory. "recall-tiny" was
-trained with its memory to answer questions in the little language of ``mplus.training.recall``.
+trained with its memory to answer questions in the little language of ``mplus.facts``.
 """
 
 from __future__ import annotations

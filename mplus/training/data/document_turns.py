@@ -11,15 +11,15 @@ from attrs import define, field
 
 from mplus.config import flag, whole
 from mplus.errors import CheckpointError, ConfigError, InputError
-from mplus.training.data.bins import Bin, as_bins
-from mplus.training.data.chance import Draws
+from mplus.training.batch import Turn, TurnSource
+from mplus.training.data.buckets import Bin, as_bins
+from mplus.training.data.collate import Text, Windows, make_turn
+from mplus.training.data.counter_rng import Draws
 from mplus.training.data.documents import DocumentList, DocumentOptions, Documents, open_documents
+from mplus.training.data.iterator import Need, Passage, Walk
 from mplus.training.data.options import as_span, span, text
-from mplus.training.data.order import Order
-from mplus.training.data.stacking import Text, Windows, make_turn
+from mplus.training.data.sampler import Order
 from mplus.training.data.tokens import TokenCache, encode
-from mplus.training.data.walk import Need, Passage, Walk
-from mplus.training.turns import Turn, TurnSource
 
 
 def _query_tokens(instance: Any, attribute: Any, value: Any) -> None:

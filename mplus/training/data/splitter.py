@@ -5,7 +5,7 @@ from __future__ import annotations
 from attrs import define, field
 from torch import Tensor
 
-from mplus.training.data.chance import Draws
+from mplus.training.data.counter_rng import Draws
 from mplus.training.data.options import as_span, span
 
 

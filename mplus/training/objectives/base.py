@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from attrs import define, field
 from torch import Tensor
 
-from mplus.training.turns import Turn
+from mplus.training.batch import Turn
 
 if TYPE_CHECKING:
-    from mplus.training.dense import DenseDecoder
+    from mplus.training.batched.read import DenseDecoder
+    from mplus.training.batched.stream_batch import StreamBatch
     from mplus.training.losses import RetrieverLoss
-    from mplus.training.streams import StreamBatch
 
 
 @define(frozen=True, eq=False)

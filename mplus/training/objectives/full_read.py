@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mplus.training.batch import NO_ONE, Turn
+from mplus.training.batched.selection import ScorePicker
 from mplus.training.losses import RetrieverLoss, accuracy, token_loss
 from mplus.training.objectives.base import Outcome
-from mplus.training.picking import ScorePicker
-from mplus.training.turns import NO_ONE, Turn
 
 if TYPE_CHECKING:
-    from mplus.training.dense import DenseDecoder, Read
-    from mplus.training.streams import StreamBatch
+    from mplus.training.batched.read import DenseDecoder, Read
+    from mplus.training.batched.stream_batch import StreamBatch
 
 
 def write(streams: StreamBatch, turn: Turn) -> None:

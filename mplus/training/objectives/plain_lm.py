@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from mplus.training.batch import Turn
 from mplus.training.losses import RetrieverLoss
 from mplus.training.objectives.base import Objective, Outcome
 from mplus.training.objectives.full_read import full_read
-from mplus.training.turns import Turn
 
 if TYPE_CHECKING:
-    from mplus.training.dense import DenseDecoder
-    from mplus.training.streams import StreamBatch
+    from mplus.training.batched.read import DenseDecoder
+    from mplus.training.batched.stream_batch import StreamBatch
 
 
 class PlainLM(Objective):

@@ -8,13 +8,13 @@ from attrs import define, field
 
 from mplus.config import whole
 from mplus.errors import ConfigError
+from mplus.training.batch import Turn
 from mplus.training.losses import RetrieverLoss, accuracy, token_loss
 from mplus.training.objectives.base import Objective, Outcome
-from mplus.training.turns import Turn
 
 if TYPE_CHECKING:
-    from mplus.training.dense import DenseDecoder
-    from mplus.training.streams import StreamBatch
+    from mplus.training.batched.read import DenseDecoder
+    from mplus.training.batched.stream_batch import StreamBatch
 
 
 class Window(Objective):

@@ -8,7 +8,7 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from mplus.training.turns import IGNORED, Turn
+from mplus.training.batch import IGNORED, Turn
 
 
 @define(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mplus.errors import ConfigError
-from mplus.training.data.chance import permuted
+from mplus.training.data.counter_rng import permuted
 from mplus.training.data.documents import Document, DocumentList, Documents
 
 

@@ -1,4 +1,4 @@
-"""What a run, or a report about one, says of where and when it was made."""
+"""The environment of a run: versions, commit and device, for records and reports."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import mplus
 PACKAGES = ("torch", "transformers", "peft")
 
 
-def circumstances(**facts: Any) -> dict[str, Any]:
-    """Date, versions, commit, device and threads, and the ``facts`` of the caller (seeds, the model)."""
+def run_info(**facts: Any) -> dict[str, Any]:
+    """Return date, versions, commit, device and threads, and the ``facts`` of the caller (seeds, the model)."""
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "mplus": mplus.__version__,
@@ -32,7 +32,7 @@ def circumstances(**facts: Any) -> dict[str, Any]:
 
 
 def _commit() -> dict[str, Any]:
-    """The commit of mplus itself, where it runs from a checkout, and whether files differ from it."""
+    """Return the commit of mplus itself, where it runs from a checkout, and whether files differ from it."""
     root = Path(mplus.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return {"commit": None}

@@ -8,7 +8,7 @@ from attrs import define, field
 
 from mplus.config import whole
 from mplus.errors import ConfigError, InputError
-from mplus.training.recall import words
+from mplus.facts import words
 
 HELD_OUT = 5
 """One pair of names in so many is kept out of training, though each of its two words is trained."""

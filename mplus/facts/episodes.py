@@ -7,8 +7,8 @@ from attrs import define
 from torch import Tensor
 
 from mplus.errors import ConfigError
-from mplus.training.recall import words
-from mplus.training.recall.language import Language
+from mplus.facts import words
+from mplus.facts.language import Language
 
 
 @define(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mplus.errors import ConfigError, InputError
 from mplus.hf.model.engine import DecoderEngine, DensePlan
-from mplus.training.long_term import LongTermRows
+from mplus.training.batched.long_term import LongTermRows
 
 CHOICES = 1 << 40
 """Between the seeds of a stream's two generators."""

@@ -9,12 +9,12 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.errors import InputError
-from mplus.training.data.bins import Bin, bin_of, choose
-from mplus.training.data.chance import Draws
-from mplus.training.data.order import Order
+from mplus.training.batch import NO_ONE
+from mplus.training.data.buckets import Bin, bin_of, choose
+from mplus.training.data.counter_rng import Draws
+from mplus.training.data.sampler import Order
 from mplus.training.data.splitter import SplitRules, split_document
 from mplus.training.data.tokens import TokenCache
-from mplus.training.turns import NO_ONE
 
 WAITING = 16
 """Documents of one length bin that a stream sets aside while it looks for one of another bin."""

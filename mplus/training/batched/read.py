@@ -13,8 +13,8 @@ from mplus.backends.base import Segment
 from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.retrofit.context import Prefix, Project
 from mplus.hf.retrofit.discovery import AttentionSpec
-from mplus.training.picking import Picker
-from mplus.training.streams import StreamBatch
+from mplus.training.batched.selection import Picker
+from mplus.training.batched.stream_batch import StreamBatch
 
 Candidates = Callable[[int, Tensor], Tensor]
 """``candidates(layer, sources [B, n + m])`` -> ``[B, c]``: places of the rows, short-term before long-term, that a

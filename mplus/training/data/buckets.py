@@ -10,7 +10,7 @@ from attrs import define, field
 
 from mplus.config import number, structure, whole
 from mplus.errors import ConfigError
-from mplus.training.data.chance import Draws
+from mplus.training.data.counter_rng import Draws
 
 
 @define(frozen=True, kw_only=True)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from mplus.config import flag, number, one_of, structure, whole
 from mplus.errors import ConfigError, InputError
-from mplus.training.recall import words
-from mplus.training.recall.episodes import Episode, draw_facts, make_episode
-from mplus.training.recall.language import Language
-from mplus.training.turns import IGNORED, NO_ONE, Turn, TurnSource
+from mplus.facts import words
+from mplus.facts.episodes import Episode, draw_facts, make_episode
+from mplus.facts.language import Language
+from mplus.training.batch import IGNORED, NO_ONE, Turn, TurnSource
 
 
 def _language(value: Any) -> Any:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from mplus.config import number, structure, whole
 from mplus.errors import ConfigError, InputError
-from mplus.training.data.chance import Draws
+from mplus.training.batch import Turn, TurnSource
+from mplus.training.data.collate import Text, Windows, make_turn
+from mplus.training.data.counter_rng import Draws
 from mplus.training.data.documents import DocumentList, DocumentOptions, open_documents
 from mplus.training.data.options import as_span, share, span
-from mplus.training.data.stacking import Text, Windows, make_turn
 from mplus.training.data.tokens import TokenCache
-from mplus.training.turns import Turn, TurnSource
 
 SAME_FILLER = 128
 """Chunks that all streams fill from one document, so that few documents are encoded at a time."""

@@ -8,7 +8,7 @@ from attrs import define
 from torch import Tensor
 
 from mplus.retrievers.base import Retriever
-from mplus.training.long_term import LongTermRows
+from mplus.training.batched.long_term import LongTermRows
 
 
 class Picker(Protocol):

@@ -12,10 +12,10 @@ from typing import Any
 from attrs import define
 
 from mplus.errors import ConfigError, UnknownNameError
-from mplus.training.recipe import Recipe
-from mplus.training.recipe_tables import at
+from mplus.training.recipe.recipe import Recipe
+from mplus.training.recipe.tables import at
 
-FOLDER = Path(__file__).parent / "recipes"
+FOLDER = Path(__file__).parents[1] / "recipes"
 """The recipes that come with the package."""
 
 DRY_RUN = "dry_run"

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from mplus.config import flag
 from mplus.errors import ConfigError
-from mplus.training.data.chance import Draws, permuted
-from mplus.training.data.copying import shared
-from mplus.training.data.generated import GeneratedOptions, GeneratedTurns
+from mplus.facts import words
+from mplus.facts.language import HELD_OUT
+from mplus.training.batch import NO_ONE
+from mplus.training.data.collate import Text
+from mplus.training.data.counter_rng import Draws, permuted
+from mplus.training.data.generated.base import GeneratedOptions, GeneratedTurns
+from mplus.training.data.generated.copying import shared
 from mplus.training.data.options import share
-from mplus.training.data.stacking import Text
 from mplus.training.data.tokens import encode
-from mplus.training.recall import words
-from mplus.training.recall.language import HELD_OUT
-from mplus.training.turns import NO_ONE
 
 RELATIONS = {"colour": "favourite colour", "town": "home town", "pet": "pet", "fruit": "favourite fruit"}
 """Key of ``words.VALUES`` -> what it is called in a sentence."""

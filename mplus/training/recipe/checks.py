@@ -11,8 +11,8 @@ from mplus.errors import ConfigError
 from mplus.mechanisms import MECHANISMS
 from mplus.retrievers import RETRIEVERS
 from mplus.retrievers.base import Retriever
-from mplus.training.recipe import Entry, Recipe, Stage, Validation
-from mplus.training.recipe_tables import DataSet, NewTokenizer, at
+from mplus.training.recipe.recipe import Entry, Recipe, Stage, Validation
+from mplus.training.recipe.tables import DataSet, NewTokenizer, at
 
 PRECISION = 1e-6
 

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from mplus.config import whole
 from mplus.errors import ConfigError
-from mplus.training.data.chance import Draws
-from mplus.training.data.generated import GeneratedOptions, GeneratedTurns
+from mplus.facts import words
+from mplus.training.data.collate import Text
+from mplus.training.data.counter_rng import Draws
+from mplus.training.data.generated.base import GeneratedOptions, GeneratedTurns
 from mplus.training.data.options import as_span, span
-from mplus.training.data.stacking import Text
 from mplus.training.data.tokens import encode
-from mplus.training.recall import words
 
 WORDS = sorted({*words.FIRST_NAMES, *words.LAST_NAMES, *(word for some in words.VALUES.values() for word in some)})
 

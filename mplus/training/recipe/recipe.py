@@ -14,7 +14,7 @@ from mplus.training.data.options import share, text
 from mplus.training.losses import RetrieverLoss
 from mplus.training.objectives import OBJECTIVES
 from mplus.training.objectives.base import Objective
-from mplus.training.recipe_tables import (
+from mplus.training.recipe.tables import (
     Checkpoints,
     DataSet,
     Metrics,
@@ -201,7 +201,7 @@ class Recipe:
         Raises:
             ConfigError, UnknownNameError: a field, or fields together, break a rule; the message begins with the place.
         """
-        from mplus.training.recipe_checks import check
+        from mplus.training.recipe.checks import check
 
         with at(f"recipe {table.get('name', '?')!r}" if isinstance(table, Mapping) else "recipe"):
             values = dict(table) if isinstance(table, Mapping) else table

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mplus.errors import InputError
+from mplus.facts import words
+from mplus.facts.language import Language
 from mplus.hf.decoders.word_tokenizer import word_tokenizer
-from mplus.training.recall import words
-from mplus.training.recall.language import Language
 
 
 def recall_tokenizer(language: Language | None = None) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mplus.hf.decoders.train_model import is_of_retriever
-from mplus.training.recipe_tables import Optimizer
+from mplus.training.recipe.tables import Optimizer
 from mplus.training.sharding import whole
 
 

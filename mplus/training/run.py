@@ -14,8 +14,8 @@ from mplus.hf.decoders.train_model import choose_trained, save_trained
 from mplus.training.checkpoint import CheckpointStore, Saved
 from mplus.training.metrics import MetricsLog
 from mplus.training.parallel import rank, wait
-from mplus.training.recipe import Recipe
-from mplus.training.recipe_files import RecipeFile, read
+from mplus.training.recipe.files import RecipeFile, read
+from mplus.training.recipe.recipe import Recipe
 from mplus.training.run_folder import CHECKPOINTS, MODEL, TOKENIZER, RunFolder
 from mplus.training.setup import make_model, make_tokenizer
 from mplus.training.sharding import whole

@@ -1,0 +1,1 @@
+"""The memories of many streams as dense tensors, for training."""

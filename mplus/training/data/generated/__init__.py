@@ -1,0 +1,1 @@
+"""Sources of generated batches: copied words, questions about people, and the language of facts."""
