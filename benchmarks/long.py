@@ -18,8 +18,8 @@ from typing import Any
 
 import mplus
 from mplus.environment import run_info
+from mplus.evaluation.recall.facts import Telling
 from mplus.evaluation.recall.retention import retention
-from mplus.evaluation.recall.telling import Telling
 
 RECORD = Path(__file__).parent / "records" / "recall-long.json"
 AGES = (0, 8, 64, 128, 256, 500, 1000, 1500, 2000, 5000, 10_000, 20_000)

@@ -27,8 +27,7 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 import mplus
-from mplus.bench.presets import PRESETS
-from mplus.bench.timing import Arm, in_rounds, median, summary
+from mplus.bench.fixtures.presets import PRESETS
 from mplus.config import Component, MPlusConfig
 from mplus.environment import run_info
 from mplus.hf.decoders.bench_models import random_llama
@@ -39,6 +38,7 @@ from mplus.memory.state import StreamState
 from mplus.rows import NO_SOURCE, MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.stores.build import build_store
+from mplus.timing import Arm, in_rounds, median, summary
 
 RECORD = Path(__file__).parent / "records" / "store-mmap.json"
 SHAPE = PRESETS["llama3-8b"]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import mplus
 from mplus.environment import run_info
-from mplus.evaluation.intervals import wilson
+from mplus.evaluation.metrics.intervals import wilson
 from mplus.facts.episodes import Episode, draw_facts, make_episode
 from mplus.facts.language import Language
 from mplus.hf.pretrained.auto import read_config

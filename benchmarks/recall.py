@@ -20,10 +20,10 @@ from attrs import evolve
 
 import mplus
 from mplus.environment import run_info
-from mplus.evaluation.recall.abstaining import abstention
+from mplus.evaluation.recall.abstention import abstention
+from mplus.evaluation.recall.facts import Telling
 from mplus.evaluation.recall.health import retriever_health
 from mplus.evaluation.recall.retention import retention
-from mplus.evaluation.recall.telling import Telling
 from mplus.training import train
 
 RECORDS = Path(__file__).parent / "records"

@@ -31,12 +31,11 @@ from torch import Tensor
 
 import mplus
 from benchmarks.distinct_facts import Asked, write_and_ask
-from mplus.bench.timing import Arm, in_rounds, ratio, summary
 from mplus.environment import run_info
+from mplus.evaluation.recall.facts import Telling
 from mplus.evaluation.recall.health import retriever_health
 from mplus.evaluation.recall.retention import retention
-from mplus.evaluation.recall.telling import Telling
-from mplus.evaluation.stand_ins import with_own_parameters
+from mplus.evaluation.retriever_swap import with_own_parameters
 from mplus.hf.pretrained.shipped import load_recall
 from mplus.retrievers.base import RetrieverShape
 from mplus.retrievers.centroid import CentroidRetriever
@@ -47,6 +46,7 @@ from mplus.retrievers.scores import score_rows
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.stores.ram import RamStore
+from mplus.timing import Arm, in_rounds, ratio, summary
 
 RECORDS = Path(__file__).parent / "records"
 Way = Callable[[Tensor, int], Any]

@@ -17,9 +17,9 @@ from typing import Any
 
 import mplus
 from mplus.environment import run_info
+from mplus.evaluation.recall.facts import Telling
 from mplus.evaluation.recall.health import retriever_health
 from mplus.evaluation.recall.retention import retention
-from mplus.evaluation.recall.telling import Telling
 from mplus.facts.language import Language
 from mplus.training import train
 from mplus.training.recipe.files import read

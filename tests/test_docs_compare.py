@@ -6,7 +6,7 @@ import contextlib
 import io
 from pathlib import Path
 
-from mplus.evaluation.report import Report
+from mplus.evaluation.reports.report import Report
 from tests.test_docs_quickstart import BLOCK, expect
 
 PAGE = Path(__file__).parent.parent / "docs" / "compare.md"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mplus.backends import BACKENDS
-from mplus.evaluation.report import ARMS
+from mplus.evaluation.reports.report import ARMS
 from mplus.eviction import EVICTION
 from mplus.mechanisms import MECHANISMS
 from mplus.retrievers import RETRIEVERS

@@ -9,9 +9,9 @@ import json
 import re
 from typing import Any
 
-from mplus.evaluation.plots import draw
-from mplus.evaluation.pooling import pool
-from mplus.evaluation.report import Report
+from mplus.evaluation.reports.plots import draw
+from mplus.evaluation.reports.pooling import pool
+from mplus.evaluation.reports.report import Report
 from tools import recording
 
 RECORDS = recording.ROOT / "benchmarks" / "records"

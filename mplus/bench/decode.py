@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from mplus.bench.bed import PUBLISHED_SCORE, Bed
-from mplus.bench.contest import Contest
-from mplus.bench.gate import backend_names
+from mplus.bench.comparison import Contest
+from mplus.bench.correctness import backend_names
+from mplus.bench.fixtures.presets import Preset
+from mplus.bench.fixtures.setup import PUBLISHED_SCORE, Bed
 from mplus.bench.machine import Machine
-from mplus.bench.presets import Preset
+from mplus.bench.readers import PLAIN_WAYS, Reader, Way, judged, ways_with
 from mplus.bench.record import measured, with_first
-from mplus.bench.timing import Arm, in_rounds, ratio
-from mplus.bench.ways import PLAIN_WAYS, Reader, Way, judged, ways_with
+from mplus.timing import Arm, in_rounds, ratio
 
 STEPS = 64
 """Tokens behind one prompt."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from attrs import define
 
-from mplus.bench.timing import median, timed
+from mplus.timing import median, timed
 
 
 @define(frozen=True)

@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from mplus.bench import growth as growing
-from mplus.bench.bed import Bed
-from mplus.bench.contest import Contest
+from mplus.bench import read_scaling as growing
+from mplus.bench.comparison import Contest
+from mplus.bench.correctness import backend_names
 from mplus.bench.decode import STEPS, steps
-from mplus.bench.gate import backend_names
+from mplus.bench.fixtures.presets import Preset
+from mplus.bench.fixtures.setup import Bed
 from mplus.bench.machine import Machine
-from mplus.bench.presets import Preset
+from mplus.bench.readers import MEAN_DOT, PLAIN_WAYS, Way, judged, ways_with
 from mplus.bench.record import measured
-from mplus.bench.timing import Arm, in_rounds, ratio
-from mplus.bench.ways import MEAN_DOT, PLAIN_WAYS, Way, judged, ways_with
+from mplus.timing import Arm, in_rounds, ratio
 
 
 def measure(

@@ -10,11 +10,11 @@ import attrs
 import torch
 
 from mplus.bench import machine
-from mplus.bench.gate import FAILED, OK, Verdict
+from mplus.bench.correctness import FAILED, OK, Verdict
+from mplus.bench.fixtures.presets import Preset
 from mplus.bench.machine import Machine
-from mplus.bench.presets import Preset
-from mplus.bench.timing import summary
 from mplus.environment import run_info
+from mplus.timing import summary
 
 Section = Callable[[Machine], dict[str, Any]]
 

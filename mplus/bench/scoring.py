@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from mplus.backends.triton.score import reasons_against_scoring, sigmoid_means
-from mplus.bench.gate import OK, SKIPPED, Verdict
+from mplus.bench.correctness import OK, SKIPPED, Verdict
+from mplus.bench.fixtures.presets import Preset, check_room
 from mplus.bench.machine import Machine
-from mplus.bench.presets import Preset, check_room
 from mplus.bench.record import arm_entry, measured
-from mplus.bench.timing import Arm, in_rounds, median, ratio
 from mplus.retrievers.scores import SCORES, score_rows
+from mplus.timing import Arm, in_rounds, median, ratio
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
 """``scorer(queries [T, r], keys [M, r])`` -> ``[M]``."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mplus.cli.bench_common import Bench, measurement, positive
+from mplus.cli.bench_options import Bench, measurement, positive
 
 Record = dict[str, Any]
 
@@ -35,7 +35,7 @@ def read(
 @measurement()
 def write(bench: Bench) -> Record:
     """Time writing a chunk to several memories, one by one and in a batch, against the bare forward over it."""
-    from mplus.bench import writing
+    from mplus.bench import write as writing
 
     return writing.measure(*bench.how, bench.backends)
 
@@ -65,7 +65,7 @@ def store(
     ] = None,
 ) -> Record:
     """Time appending, evicting and merging a chunk's rows in one layer, while it is small and while it is large."""
-    from mplus.bench import storing
+    from mplus.bench import store as storing
 
     return storing.measure(*bench.how, name, positive(rows, "--rows"))
 
@@ -77,6 +77,6 @@ def attention(bench: Bench) -> Record:
     Backends get memory and text apart, as in a read; PyTorch's ways get them joined. The reference is among the
     backends unless others are named.
     """
-    from mplus.bench import attending
+    from mplus.bench import attention as attending
 
     return attending.measure(*bench.how, bench.backends)

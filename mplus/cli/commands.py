@@ -8,13 +8,13 @@ import typer
 
 import mplus
 from mplus.cli import bench as benching
-from mplus.cli.demo import demo
-from mplus.cli.demo_novel import demo_continue, demo_novel
+from mplus.cli.demo.command import demo
+from mplus.cli.demo.novel_command import demo_continue, demo_novel
 from mplus.cli.errors import ErrorLineGroup
-from mplus.cli.eval_abstention import abstention
-from mplus.cli.eval_harm import harm
-from mplus.cli.eval_retention import retention
-from mplus.cli.eval_retriever import retriever
+from mplus.cli.eval.abstention import abstention
+from mplus.cli.eval.harm import harm
+from mplus.cli.eval.retention import retention
+from mplus.cli.eval.retriever import retriever
 from mplus.cli.import_ import import_checkpoint
 from mplus.cli.info import info
 from mplus.cli.memory import repair, show, verify

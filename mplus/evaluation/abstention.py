@@ -13,12 +13,12 @@ from torch import Tensor
 from mplus.environment import run_info
 from mplus.errors import InputError, NotSupported
 from mplus.evaluation.arms.base import Bench, Due
-from mplus.evaluation.calibration import compare
 from mplus.evaluation.episodes import Protocol
 from mplus.evaluation.generating import Generated, Generation, answers
+from mplus.evaluation.metrics.calibration import compare
 from mplus.evaluation.retention import RetentionOptions, check_chunks, told
 from mplus.evaluation.texts import Texts
-from mplus.evaluation.watching import Seen, WatchingMechanism, scores
+from mplus.evaluation.tracing import Seen, WatchingMechanism, scores
 from mplus.hf.reading.override import reading_as
 from mplus.mechanisms.mplus import MPlusMechanism
 from mplus.memory.memory import Memory

@@ -20,10 +20,10 @@ from mplus.evaluation.arms.snapkv import export, exported
 from mplus.evaluation.arms.text import Window
 from mplus.evaluation.episodes import Episode, Protocol
 from mplus.evaluation.generating import Generation
-from mplus.evaluation.report import Arm, Cell, Report
-from mplus.evaluation.scoring import Scoring
+from mplus.evaluation.metrics.forgetting_curve import curves
+from mplus.evaluation.metrics.scoring import Scoring
+from mplus.evaluation.reports.report import Arm, Cell, Report
 from mplus.evaluation.texts import Texts
-from mplus.evaluation.theory import curves
 from mplus.memory.memory import Memory
 from mplus.memory.writing.progress import progress_bar
 

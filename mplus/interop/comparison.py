@@ -5,7 +5,7 @@ from __future__ import annotations
 from attrs import define, field
 from torch import Tensor
 
-from mplus.interop.player import Found, Player
+from mplus.interop.replay import Found, Player
 from mplus.interop.trace import Recorded, RecordedRetrieval
 
 TOLERANCE = 2e-5

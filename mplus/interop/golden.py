@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mplus.errors import CheckpointError
 from mplus.interop.comparison import CaseReport
-from mplus.interop.player import Heard, Permutations, Player
 from mplus.interop.published import PublishedCheckpoint
+from mplus.interop.replay import Heard, Permutations, Player
 from mplus.interop.trace import WEIGHTS, Step, Trace, find_cases
 
 Progress = Callable[[str, int, int], None]

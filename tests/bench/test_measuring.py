@@ -10,13 +10,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from mplus import timing
 from mplus.backends import BACKENDS
 from mplus.backends.base import AttentionResult
 from mplus.backends.sdpa import SdpaBackend
-from mplus.bench import attending, decode, read, scoring, storing, timing, writing
-from mplus.bench.gate import Verdict, check_backend
+from mplus.bench import attention, decode, read, scoring, store, write
+from mplus.bench.correctness import Verdict, check_backend
+from mplus.bench.fixtures.presets import Preset, check_room, preset
 from mplus.bench.machine import Machine
-from mplus.bench.presets import Preset, check_room, preset
 from mplus.bench.record import failed
 from mplus.bench.tables import opening, refused, sheets
 from mplus.cli import app
@@ -139,10 +140,10 @@ def test_growth_fills_short_term_memory_first(reads):
     ("kind", "measure"),
     [
         ("decode", decode.measure),
-        ("write", writing.measure),
+        ("write", write.measure),
         ("score", scoring.measure),
-        ("attention", attending.measure),
-        ("store", storing.measure),
+        ("attention", attention.measure),
+        ("store", store.measure),
     ],
 )
 def test_the_other_records(kind, measure):
@@ -197,16 +198,16 @@ def test_the_command_fails_when_something_was_wrong():
 
 
 def test_a_store_that_keeps_other_rows_gets_no_speed(monkeypatch):
-    assert storing.check(TINY, CPU, "ram").status == "ok"
+    assert store.check(TINY, CPU, "ram").status == "ok"
     newest = lambda self, store, layer, excess: store.ids(layer)[-excess:]  # noqa: E731
     monkeypatch.setattr(FifoEviction, "select", newest)
-    record = storing.measure(TINY, CPU, [1], 1)
+    record = store.measure(TINY, CPU, [1], 1)
     assert {entry["status"] for entry in record["by_threads"]["1"]["arms"].values()} == {"failed"}
     assert "other rows are left" in failed(record)["evict/256"]
 
 
 def test_layers_stay_at_their_capacity():
-    flow = storing.Flow(TINY, CPU, "ram", 500)
+    flow = store.Flow(TINY, CPU, "ram", 500)
     for turn in range(60):
         flow.prepare(turn)
         flow.append(turn)
@@ -263,7 +264,7 @@ def test_presets_that_need_a_gpu_say_so(monkeypatch):
 
 
 def test_room_is_checked_before_anything_is_made(monkeypatch):
-    monkeypatch.setattr("mplus.bench.presets.free_bytes", lambda device: 2**30)
+    monkeypatch.setattr("mplus.bench.fixtures.presets.free_bytes", lambda device: 2**30)
     with pytest.raises(NotSupported, match="GiB"):
         check_room(preset("llama3-8b"), CPU)
     check_room(TINY, CPU)

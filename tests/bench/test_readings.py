@@ -6,11 +6,11 @@ import pytest
 import torch
 from attrs import evolve
 
-from mplus.bench.bed import Bed
-from mplus.bench.filling import fill
-from mplus.bench.presets import preset
-from mplus.bench.variants import VARIANTS
-from mplus.bench.ways import PLAIN_WAYS, MemoryReader, ways_with
+from mplus.bench.baselines.variants import VARIANTS
+from mplus.bench.fixtures.presets import preset
+from mplus.bench.fixtures.random_memory import fill
+from mplus.bench.fixtures.setup import Bed
+from mplus.bench.readers import PLAIN_WAYS, MemoryReader, ways_with
 from mplus.testing.rounding import allowed
 
 pytestmark = pytest.mark.two_computations

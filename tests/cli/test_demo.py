@@ -14,13 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import mplus
-from mplus.cli import app, demo_recall
-from mplus.cli.demo_conversation import converse
-from mplus.cli.demo_recall import ARMS, ROUNDS, UNTOLD, Asked, RecallDemo, short_term_only, told_and_asked
-from mplus.cli.demo_recall_show import NO_FIGURE, save_figure, show
-from mplus.cli.demo_talk import Answer, Talk
+from mplus.cli import app
+from mplus.cli.demo import recall
+from mplus.cli.demo.chat import Answer, Talk
+from mplus.cli.demo.conversation import converse
+from mplus.cli.demo.recall import ARMS, ROUNDS, UNTOLD, Asked, RecallDemo, short_term_only, told_and_asked
+from mplus.cli.demo.recall_render import NO_FIGURE, save_figure, show
 from mplus.errors import InputError, MissingDependencyError
-from mplus.evaluation.report import Report
+from mplus.evaluation.reports.report import Report
 from mplus.facts import words
 from mplus.facts.language import Language
 from mplus.facts.speaker import recall_tokenizer
@@ -356,7 +357,7 @@ def test_without_matplotlib_there_is_no_figure_and_a_hint(monkeypatch, tmp_path)
     def missing(module, purpose):
         raise MissingDependencyError(f"{purpose} needs {module}")
 
-    monkeypatch.setattr("mplus.evaluation.plots.need", missing)
+    monkeypatch.setattr("mplus.evaluation.reports.plots.need", missing)
     report = report_of(RIGHT)
     assert save_figure(report, tmp_path / "figure.png") is None
     assert NO_FIGURE in " ".join(shown(report).split())
@@ -375,7 +376,7 @@ def test_without_matplotlib_there_is_no_figure_and_a_hint(monkeypatch, tmp_path)
     ],
 )
 def test_bad_options_are_refused_before_the_work(options, message, monkeypatch):
-    monkeypatch.setattr(demo_recall, "load_recall", None)
+    monkeypatch.setattr(recall, "load_recall", None)
     result = demo(*options)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())

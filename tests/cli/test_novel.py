@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from mplus.cli.demo_run import tokenize
-from mplus.cli.novel import FILE, chapters
+from mplus.cli.demo.novel import tokenize
+from mplus.cli.demo.novel_text import FILE, chapters
 from mplus.hf.pretrained.shipped import STORIES260K, load_decoder, load_tokenizer
 
 

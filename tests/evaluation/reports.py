@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mplus.evaluation.report import Arm, Cell, Report
-from mplus.evaluation.theory import curves
+from mplus.evaluation.metrics.forgetting_curve import curves
+from mplus.evaluation.reports.report import Arm, Cell, Report
 
 AGES = (0, 1, 2, 8, 16, 32, 64, 128)
 CHANCE = 1 / 32

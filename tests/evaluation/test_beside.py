@@ -6,9 +6,9 @@ import pytest
 from attrs import evolve
 
 from mplus.errors import InputError
-from mplus.evaluation.beside import beside
-from mplus.evaluation.plots import OTHER, STYLES, draw, styles
-from mplus.evaluation.tables import markdown
+from mplus.evaluation.reports.plots import OTHER, STYLES, draw, styles
+from mplus.evaluation.reports.side_by_side import beside
+from mplus.evaluation.reports.tables import markdown
 from tests.evaluation.reports import example
 
 SETTINGS = {"prompt": "colour of {name}", "rounds": 4}

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from mplus.errors import ConfigError, MissingDependencyError
-from mplus.evaluation.plots import caption, draw, drawn
-from mplus.evaluation.report import Report
+from mplus.evaluation.reports.plots import caption, draw, drawn
+from mplus.evaluation.reports.report import Report
 from tests.evaluation.reports import example
 
 

@@ -21,12 +21,12 @@ from mplus.evaluation.recall.arms import (
     bytes_of_short_term,
     right_answers,
 )
+from mplus.evaluation.recall.facts import Round, Telling, rounds, untold_round
 from mplus.evaluation.recall.health import retriever_health
-from mplus.evaluation.recall.knowing import FEATURES, signs
-from mplus.evaluation.recall.pickers import OraclePicker, RandomPicker, RecencyPicker, SelectPicker
 from mplus.evaluation.recall.retention import retention, tell
-from mplus.evaluation.recall.telling import Round, Telling, rounds, untold_round
-from mplus.evaluation.stand_ins import with_own_parameters
+from mplus.evaluation.recall.selection import OraclePicker, RandomPicker, RecencyPicker, SelectPicker
+from mplus.evaluation.recall.signals import FEATURES, signs
+from mplus.evaluation.retriever_swap import with_own_parameters
 from mplus.facts.language import Language
 from mplus.stores.base import StoreLayout
 from mplus.testing.rounding import InFloat64, check_close

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mplus.errors import ConfigError, InputError
-from mplus.evaluation.report import ARMS, Arm, Cell, Report
-from mplus.evaluation.tables import markdown, remarks, show, size
+from mplus.evaluation.reports.report import ARMS, Arm, Cell, Report
+from mplus.evaluation.reports.tables import markdown, remarks, show, size
 from tests.evaluation.reports import AGES, arm, example
 
 

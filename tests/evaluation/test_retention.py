@@ -12,9 +12,9 @@ from mplus.errors import ConfigError, InputError
 from mplus.evaluation.arms import ArmOptions
 from mplus.evaluation.arms.snapkv import exported
 from mplus.evaluation.generating import Generation
-from mplus.evaluation.protocols.key_value import KeyValue
-from mplus.evaluation.report import ARMS, Report
+from mplus.evaluation.reports.report import ARMS, Report
 from mplus.evaluation.retention import RetentionOptions, retention, told
+from mplus.evaluation.tasks.key_value import KeyValue
 from mplus.evaluation.texts import Texts
 from tests.evaluation import data
 from tests.evaluation.bench import CHUNK, SmallTokenizer, bench, model

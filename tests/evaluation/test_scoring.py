@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mplus.errors import ConfigError
-from mplus.evaluation.scoring import Scoring, f1, normalised
+from mplus.evaluation.metrics.scoring import Scoring, f1, normalised
 
 
 def test_cutting_at_the_first_stop():

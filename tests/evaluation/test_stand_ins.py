@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mplus.errors import ConfigError, UnknownNameError
-from mplus.evaluation.stand_ins import Rekeyed, retriever_for, usable, with_own_parameters
-from mplus.evaluation.watching import WatchingMechanism
+from mplus.evaluation.retriever_swap import Rekeyed, retriever_for, usable, with_own_parameters
+from mplus.evaluation.tracing import WatchingMechanism
 from mplus.hf.reading.override import reading_as
 from mplus.retrievers.scores import SCORES
 from mplus.testing.retrievers import exact_scores

@@ -12,10 +12,10 @@ from mplus.evaluation.abstention import FEATURES, abstention, attention_mass, fe
 from mplus.evaluation.arms.base import Due
 from mplus.evaluation.generating import Generation, answers
 from mplus.evaluation.health import Count, health
-from mplus.evaluation.protocols.key_value import KeyValue
 from mplus.evaluation.retention import RetentionOptions, told
+from mplus.evaluation.tasks.key_value import KeyValue
 from mplus.evaluation.texts import Texts
-from mplus.evaluation.watching import Rows, WatchingMechanism, count_rows, scores
+from mplus.evaluation.tracing import Rows, WatchingMechanism, count_rows, scores
 from mplus.hf.reading.override import reading_as
 from tests.architectures import BY_NAME
 from tests.evaluation import data

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mplus.errors import InputError, NotSupported
-from mplus.evaluation.stand_ins import Recency
+from mplus.evaluation.retriever_swap import Recency
 from mplus.hf.reading.override import mechanism_for_reads, reading_as
 from mplus.memory.memory import Memory
 from mplus.stores.build import build_store

@@ -15,8 +15,8 @@ from mplus.evaluation.arms.bm25 import BM25
 from mplus.evaluation.arms.memory import MemoryArm
 from mplus.evaluation.arms.snapkv import SnapKV
 from mplus.evaluation.arms.text import FullContext, NoMemory, Window
-from mplus.evaluation.report import ARMS, Arm
-from mplus.evaluation.stand_ins import Recency, retriever_for
+from mplus.evaluation.reports.report import ARMS, Arm
+from mplus.evaluation.retriever_swap import Recency, retriever_for
 from mplus.mechanisms.mplus import MPlusMechanism
 
 

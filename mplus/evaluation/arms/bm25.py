@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from mplus.evaluation.arms.base import Bench, Due
 from mplus.evaluation.arms.text import PromptArm
-from mplus.evaluation.optional import need
+from mplus.evaluation.extras import need
 
 
 class BM25(PromptArm):

@@ -11,8 +11,8 @@ from attrs import define
 from torch import Tensor
 
 from mplus.errors import MissingDependencyError
-from mplus.evaluation.recall.pickers import OraclePicker, RandomPicker, RecencyPicker
-from mplus.evaluation.recall.telling import Round, Telling
+from mplus.evaluation.recall.facts import Round, Telling
+from mplus.evaluation.recall.selection import OraclePicker, RandomPicker, RecencyPicker
 from mplus.facts import words
 from mplus.facts.episodes import Episode
 from mplus.training.batched.read import DenseDecoder, Read

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mplus.evaluation.ann_recall import Shortcuts
 from mplus.evaluation.recall.arms import MemoryArm, right_answers
-from mplus.evaluation.recall.pickers import RandomPicker, SelectPicker
+from mplus.evaluation.recall.facts import Round, Telling, rounds
 from mplus.evaluation.recall.retention import tell
-from mplus.evaluation.recall.telling import Round, Telling, rounds
-from mplus.evaluation.shortcuts import Shortcuts
+from mplus.evaluation.recall.selection import RandomPicker, SelectPicker
 from mplus.retrievers.base import Retriever
 from mplus.training.batched.read import DenseDecoder, Read
 from mplus.training.batched.selection import Picker, ScorePicker

@@ -10,6 +10,7 @@ import torch
 from attrs import asdict, define, field
 
 from mplus.errors import ConfigError, MissingDependencyError
+from mplus.evaluation.metrics.forgetting_curve import curves
 from mplus.evaluation.recall.arms import (
     BM25,
     Answered,
@@ -20,10 +21,9 @@ from mplus.evaluation.recall.arms import (
     Window,
     memory_arms,
 )
-from mplus.evaluation.recall.pickers import SelectPicker
-from mplus.evaluation.recall.telling import Telling, rounds
-from mplus.evaluation.report import Arm, Cell, Report
-from mplus.evaluation.theory import curves
+from mplus.evaluation.recall.facts import Telling, rounds
+from mplus.evaluation.recall.selection import SelectPicker
+from mplus.evaluation.reports.report import Arm, Cell, Report
 from mplus.facts.episodes import Episode
 from mplus.memory.writing.progress import progress_bar
 from mplus.retrievers.base import Retriever

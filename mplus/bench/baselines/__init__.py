@@ -1,0 +1,1 @@
+"""Plain implementations that mplus is measured against, and the roofline."""

@@ -1,0 +1,115 @@
+"""Attention of text over a prefix and itself by PyTorch's public means; the fastest is what others are held to."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from mplus.timing import Arm, in_rounds, median
+
+Variant = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``variant(queries [B, H, T, D], keys [B, Hkv, S, D], values)``: causal, aligned at the bottom right."""
+
+
+def bool_mask(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """A mask of booleans, heads in groups by the kernel."""
+    return _attend(queries, keys, values, _mask(queries, keys, None, 1))
+
+
+def float_mask(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """An additive mask, heads in groups by the kernel."""
+    return _attend(queries, keys, values, _mask(queries, keys, queries.dtype, 1))
+
+
+def lower_right(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """``causal_lower_right`` of PyTorch."""
+    bias = None if queries.shape[2] == 1 else causal_lower_right(queries.shape[2], keys.shape[2])
+    return _attend(queries, keys, values, bias)
+
+
+def packed(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The heads of a group as further rows of one head; a mask of booleans."""
+    return _packed(queries, keys, values, None)
+
+
+def packed_float(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """As ``packed``, with an additive mask."""
+    return _packed(queries, keys, values, queries.dtype)
+
+
+def written_out(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """As ``packed``, by two products and a softmax. Raises ValueError for more than ``FEW`` queries."""
+    batch, heads, length, width = queries.shape
+    if length > FEW:
+        raise ValueError(f"scores are written out for at most {FEW} queries, got {length}")
+    groups = heads // keys.shape[1]
+    rows = queries.reshape(batch, keys.shape[1], groups * length, width) * width**-0.5
+    scores = rows @ keys.mT
+    mask = _mask(queries, keys, queries.dtype, groups)
+    if mask is not None:
+        # Only the text has anything hidden.
+        scores[..., -length:] += mask[:, -length:]
+    attended: Tensor = scores.softmax(-1) @ values
+    return attended.reshape(batch, heads, length, width)
+
+
+FEW = 64
+"""Queries of which ``written_out`` takes no more: it holds all their scores."""
+
+VARIANTS: Mapping[str, Variant] = {
+    "bool mask": bool_mask,
+    "float mask": float_mask,
+    "causal_lower_right": lower_right,
+    "packed groups, bool mask": packed,
+    "packed groups, float mask": packed_float,
+    "packed groups, written out": written_out,
+}
+
+
+def fastest(queries: Tensor, keys: Tensor, values: Tensor, rounds: int = 3) -> tuple[str, dict[str, Any]]:
+    """The variant that is fastest for such a case, and the median of every one in milliseconds, or why it failed."""
+    found: dict[str, Any] = {}
+    arms = []
+    for name, variant in VARIANTS.items():
+        try:
+            variant(queries, keys, values)
+        except (RuntimeError, ValueError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+        else:
+            arms.append(Arm(name, lambda _, variant=variant: variant(queries, keys, values)))  # type: ignore[misc]
+    times = in_rounds(arms, rounds, queries.device)
+    found.update({name: round(1000 * median(taken), 4) for name, taken in times.items()})
+    return min(times, key=lambda name: median(times[name])), found
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Any) -> Tensor:
+    grouped = queries.shape[1] != keys.shape[1]
+    return scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
+
+
+def _packed(queries: Tensor, keys: Tensor, values: Tensor, dtype: torch.dtype | None) -> Tensor:
+    batch, heads, length, width = queries.shape
+    groups = heads // keys.shape[1]
+    rows = queries.reshape(batch, keys.shape[1], groups * length, width)
+    mask = _mask(queries, keys, dtype, groups)
+    return scaled_dot_product_attention(rows, keys, values, attn_mask=mask).reshape(batch, heads, length, width)
+
+
+def _mask(queries: Tensor, keys: Tensor, dtype: torch.dtype | None, groups: int) -> Tensor | None:
+    if queries.shape[2] == 1:
+        return None
+    return _made_mask(queries.shape[2], keys.shape[2], dtype, groups, queries.device)
+
+
+@functools.lru_cache(maxsize=8)
+def _made_mask(length: int, total: int, dtype: torch.dtype | None, groups: int, device: torch.device) -> Tensor:
+    visible = torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length).repeat(groups, 1)
+    if dtype is None:
+        return visible
+    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, -torch.inf)

@@ -1,0 +1,1 @@
+"""``mplus demo`` and ``mplus demo-novel``."""

@@ -1,0 +1,165 @@
+"""The demo: facts told once, many others after them, then questions; and the curves behind it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import torch
+from attrs import define
+
+from mplus.cli.demo.chat import Answer, Talk
+from mplus.evaluation.recall.facts import Telling
+from mplus.evaluation.recall.retention import retention
+from mplus.evaluation.reports.report import Report
+from mplus.facts.episodes import draw_facts, make_episode
+from mplus.facts.language import Language
+from mplus.hf.pretrained.shipped import load_recall
+from mplus.memory import Memory
+
+ARMS = ("none", "window", "memoryllm", "mplus-random", "mplus")
+AGES = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+ROUNDS = 8
+UNTOLD = 2
+"""Questions about facts that were never told."""
+
+
+@define(frozen=True, kw_only=True)
+class Asked:
+    """One question of the demo.
+
+    Attributes:
+        told_as: name the fact was told under; None where it never was told.
+        value: the right answer; None likewise.
+        age: chunks told since.
+        answer: with all of memory.
+        short_term: the answer without long-term memory (MemoryLLM).
+    """
+
+    told_as: str | None
+    value: str | None
+    age: int | None
+    answer: Answer
+    short_term: Answer
+
+    @property
+    def right(self) -> bool:
+        """Whether memory gave the right answer; for an untold fact that is "unknown"."""
+        return self.answer.words == (self.value or "unknown")
+
+
+@define(kw_only=True)
+class RecallDemo:
+    """What the demo found out.
+
+    Attributes:
+        parameters: of the decoder, with all that memory adds.
+        training_seconds: None where the shipped checkpoint was used.
+        facts, chunks, tokens: told in all.
+        long_term_rows, attended: rows kept per layer, and rows and tokens that an answer attends to.
+        asked: the questions.
+        curves: accuracy over age.
+        seed, threads, seconds: of this run.
+    """
+
+    parameters: int
+    training_seconds: float | None
+    facts: int
+    chunks: int
+    tokens: int
+    long_term_rows: int
+    attended: int
+    asked: list[Asked]
+    curves: Report
+    seed: int
+    threads: int
+    seconds: float = 0.0
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data."""
+        plain = attrs.asdict(self, filter=lambda attribute, _: attribute.name not in {"curves", "asked"})
+        asked = [{**attrs.asdict(one), "right": one.right} for one in self.asked]
+        return {**plain, "asked": asked, "curves": self.curves.plain()}
+
+
+def run(
+    *, train: bool, facts: int, distraction: int, streams: int, seed: int, threads: int, quiet: bool
+) -> tuple[RecallDemo, Talk]:
+    """Do all of it; returns what was found and the conversation, to go on with."""
+    model, tokenizer, seconds = trained(seed, quiet) if train else (*load_recall(), None)
+    model.eval()
+    conversation = Talk(model, tokenizer, Language(), seed)
+    asked = told_and_asked(conversation, facts, distraction, seed)
+    ages = tuple(age for age in AGES if age <= max(distraction, 16))
+    memory, config = conversation.memory, model.mplus_config
+    sizes = {"chunk_tokens": config.chunk_tokens, "tail": config.memory_tokens_per_chunk}
+    curves = retention(model, Telling(**sizes, ages=ages, streams=streams, rounds=ROUNDS, seed=seed + 1), arms=ARMS)
+    return (
+        RecallDemo(
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            training_seconds=seconds,
+            facts=facts,
+            chunks=facts + distraction,
+            tokens=(facts + distraction) * config.chunk_tokens,
+            long_term_rows=memory.stores[0].count(0),
+            attended=1 + min(config.retrieved_tokens, memory.stores[0].count(0)) + len(memory.states[0].stm[0]) + 4,
+            asked=asked,
+            curves=curves,
+            seed=seed,
+            threads=threads,
+        ),
+        conversation,
+    )
+
+
+def trained(seed: int, quiet: bool) -> tuple[Any, Any, float]:
+    """A decoder trained by the shipped recipe, its tokenizer, and the seconds that took."""
+    from mplus.training import train
+
+    begun = time.perf_counter()
+    result = train("recall-tiny", seed=seed, progress=False if quiet else None)
+    return result.model, result.tokenizer, time.perf_counter() - begun
+
+
+def told_and_asked(conversation: Talk, facts: int, distraction: int, seed: int) -> list[Asked]:
+    """Tell ``facts`` facts by name, then as many others as asked for, and put the questions."""
+    language, config = conversation.language, conversation.model.mplus_config
+    generator = torch.Generator().manual_seed(seed)
+    numbers = draw_facts(language, facts + distraction + UNTOLD, held_out=True, siblings=0.25, generator=generator)
+    sizes = {"chunk_tokens": config.chunk_tokens, "tail": config.memory_tokens_per_chunk}
+    episode = make_episode(language, numbers, **sizes, generator=generator)
+    told = facts + distraction
+    for place in range(told):
+        name = f"note {place + 1}" if place < facts else f"chunk {place + 1}"
+        conversation.write(episode.chunks[place], name)
+    without = short_term_only(conversation.memory)
+    asked = []
+    for place in [*range(facts), *range(told, told + UNTOLD)]:
+        question = " ".join(language.question(numbers[place]))
+        was_told = place < facts
+        asked.append(
+            Asked(
+                told_as=f"note {place + 1}" if was_told else None,
+                value=" ".join(language.value(numbers[place], episode.values[place])) if was_told else None,
+                age=told - 1 - place if was_told else None,
+                answer=conversation.ask(question),
+                short_term=conversation.ask(question, without),
+            )
+        )
+    return asked
+
+
+def short_term_only(memory: Memory) -> Memory:
+    """The same memory without its long-term rows."""
+    twin = memory.fork()
+    for store in twin.stores:
+        for layer in range(store.layout.layers):
+            store.remove(layer, store.ids(layer))
+    return twin
+
+
+def right(asked: Sequence[Asked]) -> int:
+    """How many were answered right."""
+    return sum(one.right for one in asked)

@@ -1,0 +1,1 @@
+"""``mplus eval``: one file per command."""

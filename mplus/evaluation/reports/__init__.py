@@ -1,0 +1,1 @@
+"""Reports of evaluations: one format, its tables and plots, and several reports as one."""

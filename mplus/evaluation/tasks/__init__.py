@@ -1,0 +1,21 @@
+"""Protocols over natural text: which data is told, and what is asked."""
+
+from __future__ import annotations
+
+from mplus.errors import UnknownNameError
+from mplus.evaluation.episodes import Protocol
+from mplus.evaluation.tasks.babi import Babi
+from mplus.evaluation.tasks.key_value import KeyValue
+from mplus.evaluation.tasks.natural_questions import NaturalQuestions
+from mplus.evaluation.tasks.squad import Squad
+
+__all__ = ["PROTOCOLS", "protocol"]
+
+PROTOCOLS: dict[str, type[Protocol]] = {cls.name: cls for cls in (Squad, NaturalQuestions, KeyValue, Babi)}
+
+
+def protocol(name: str) -> type[Protocol]:
+    """The protocol called ``name``. Raises UnknownNameError, which lists those there are."""
+    if name not in PROTOCOLS:
+        raise UnknownNameError(f"a protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}")
+    return PROTOCOLS[name]

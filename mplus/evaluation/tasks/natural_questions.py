@@ -1,0 +1,81 @@
+"""NaturalQuestions: a gold passage is told, then other passages, then its question."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from attrs import define, field
+
+from mplus.config import one_of, whole
+from mplus.errors import InputError
+from mplus.evaluation.episodes import Episode
+from mplus.evaluation.tasks.contexts import Asked, Context, ContextOptions, ContextProtocol, holds
+from mplus.evaluation.tasks.squad import squad_contexts, test_titles
+from mplus.evaluation.texts import read
+
+
+def _path(value: Any) -> Path | None:
+    return None if value is None else Path(value)
+
+
+class NaturalQuestions(ContextProtocol):
+    """Reads the open questions with gold passages of "Lost in the Middle" (``nq-open-oracle.jsonl[.gz]``)."""
+
+    @define(frozen=True, kw_only=True)
+    class Options(ContextOptions):
+        """Besides what a protocol over contexts can be told.
+
+        Attributes:
+            told: the gold "passage" of about 100 words, or the annotated "long_answer".
+            distraction: a SQuAD file whose train articles distract (as published, but for their being those of the
+                development set); None: gold passages of other questions.
+        """
+
+        answer_tokens: int | None = field(default=4, validator=whole(1, optional=True))
+        prompt: str = field(default="Question: {question}?\nAnswer:", validator=holds("{question}"))
+        told: Literal["passage", "long_answer"] = field(default="passage", validator=one_of("passage", "long_answer"))
+        distraction: Path | None = field(default=None, converter=_path)
+
+    options: Options
+    name = "natural-questions"
+
+    @property
+    def deviations(self) -> tuple[str, ...]:
+        return (
+            "questions are not filtered by whether another model can answer them",
+            "distraction: gold passages of other questions, not SQuAD"
+            if self.options.distraction is None
+            else "distraction is joined from articles of the SQuAD file given, not taken from SQuAD's train set",
+        )
+
+    def episodes(self) -> list[Episode]:
+        contexts = oracle_contexts(self.options.data, self.options.told)
+        if self.options.distraction is None:
+            return self.make(contexts, contexts)
+        others = squad_contexts(self.options.distraction)
+        test = test_titles(others)
+        return self.make(contexts, [context for context in others if context.title not in test])
+
+
+def oracle_contexts(path: Path, told: str) -> list[Context]:
+    """Every question with its gold passage, where that holds the first answer.
+
+    Raises:
+        InputError: the file cannot be read, or a line has another format.
+    """
+    contexts = []
+    for number, line in enumerate(read(path).splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            gold = next(context for context in entry["ctxs"] if context["isgold"])
+            text = gold["text"] if told == "passage" else entry["nq_annotated_gold"]["long_answer"]
+            answers = tuple(entry["answers"])
+            if answers and answers[0] in text:
+                contexts.append(Context(gold["title"], text, (Asked(entry["question"].strip(), answers),)))
+        except (ValueError, KeyError, TypeError, StopIteration) as error:
+            raise InputError(
+                f"line {number} of {path} must be a question of NaturalQuestions with its gold passage: {error!r}"
+            ) from error
+    return contexts
