@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from mplus.hf.decoders.train_model import is_of_retriever
+from mplus.training.parallel import full_tensor
 from mplus.training.recipe.tables import Optimizer
-from mplus.training.sharding import whole
 
 
 def make_optimizer(trained: Mapping[str, nn.Parameter], options: Optimizer) -> torch.optim.Optimizer:
@@ -59,7 +59,7 @@ def clip(optimizer: torch.optim.Optimizer, largest: float | None) -> list[float]
         if not gradients:
             norms.append(0.0)
             continue
-        norm = float(whole(torch.nn.utils.get_total_norm(gradients)))
+        norm = float(full_tensor(torch.nn.utils.get_total_norm(gradients)))
         if largest is not None and norm > largest:
             for gradient in gradients:
                 gradient.mul_(largest / norm)
@@ -71,7 +71,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) 
     """State of every trained parameter by name, gathered where it is sharded. All processes must call it."""
     return {
         names[parameter]: {
-            key: whole(value).detach().cpu() if isinstance(value, torch.Tensor) else value
+            key: full_tensor(value).detach().cpu() if isinstance(value, torch.Tensor) else value
             for key, value in state.items()
         }
         for group in optimizer.param_groups

@@ -1,4 +1,4 @@
-"""Several processes that train one model: what they have to agree on."""
+"""Several processes that train one model: sums over all of them, and parameters that are sharded over them (FSDP2)."""
 
 from __future__ import annotations
 
@@ -61,3 +61,30 @@ def _device() -> torch.device:
     """Where tensors must be for the processes to exchange them."""
     nccl = "nccl" in str(distributed.get_backend())
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether this process holds only a part of the tensor."""
+    return isinstance(tensor, _sharded_type())
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor. All processes must ask for a sharded one at the same time."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def shard_like(full: Tensor, target: Tensor) -> Tensor:
+    """Return ``full`` sharded over processes as ``target`` is, on its device."""
+    if not is_sharded(target):
+        return full.to(target.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Tensor = distribute_tensor(full.to(target.device), target.device_mesh, target.placements)  # type: ignore[attr-defined]
+    return sharded
+
+
+def _sharded_type() -> type:
+    from torch.distributed.tensor import DTensor  # takes a second to import: only where somebody trains
+
+    return DTensor

@@ -13,12 +13,11 @@ from mplus.errors import ConfigError, NotSupported, TrainingError
 from mplus.hf.decoders.train_model import choose_trained, save_trained
 from mplus.training.checkpoint import CheckpointStore, Saved
 from mplus.training.metrics import MetricsLog
-from mplus.training.parallel import rank, wait
+from mplus.training.parallel import full_tensor, rank, wait
 from mplus.training.recipe.files import RecipeFile, read
 from mplus.training.recipe.recipe import Recipe
 from mplus.training.run_folder import CHECKPOINTS, MODEL, TOKENIZER, RunFolder
 from mplus.training.setup import make_model, make_tokenizer
-from mplus.training.sharding import whole
 from mplus.training.trainer import Attempt, MissedGoal
 from mplus.training.validation import apart
 
@@ -259,7 +258,7 @@ class _Run:
         """The trained decoder as one whole, in eval mode."""
         if not attempt.sharded:
             return attempt.model.eval()
-        weights = {name: whole(parameter).detach().cpu() for parameter, name in attempt.trained.items()}
+        weights = {name: full_tensor(parameter).detach().cpu() for parameter, name in attempt.trained.items()}
         model = make_model(self.recipe, attempt.seed, self.tokenizer)
         trained: dict[str, nn.Parameter] = choose_trained(model, self.recipe.optimizer.parameters)
         for name, parameter in trained.items():

@@ -21,11 +21,10 @@ from mplus.training.checkpoint import CheckpointStore, Facts, Saved, random_stat
 from mplus.training.curriculum import Curriculum, Plan
 from mplus.training.metrics import Means, MetricsLog
 from mplus.training.optimizer import clip, make_optimizer, optimizer_state, rate_at, set_rate
-from mplus.training.parallel import gathered, processes, rank, sums
+from mplus.training.parallel import full_tensor, gathered, is_sharded, processes, rank, shard_like, sums
 from mplus.training.progress import stage_bar
 from mplus.training.recipe.recipe import Entry, Recipe, Stage
 from mplus.training.setup import derived, make_model, make_source
-from mplus.training.sharding import is_sharded, like, whole
 from mplus.training.step import Job, TrainingStep
 from mplus.training.validation import Validator
 
@@ -330,7 +329,7 @@ class Attempt:
             return
         place, names = self.place, self.trained
         shared = {
-            "weights": {name: whole(parameter).detach().cpu() for parameter, name in names.items()},
+            "weights": {name: full_tensor(parameter).detach().cpu() for parameter, name in names.items()},
             "optimizer": optimizer_state(self.optimizer, names),
         }
         position = {**attrs.asdict(place, recurse=False), "recent": list(place.recent)}
@@ -356,11 +355,11 @@ class Attempt:
             setattr(place, name, position[name])
         with torch.no_grad():
             for parameter, name in names.items():
-                parameter.copy_(like(saved.shared["weights"][name], parameter))
+                parameter.copy_(shard_like(saved.shared["weights"][name], parameter))
                 state = saved.shared["optimizer"].get(name)
                 if state is not None:
                     self.optimizer.state[parameter] = {
-                        key: like(value, parameter) if value.ndim else value for key, value in state.items()
+                        key: shard_like(value, parameter) if value.ndim else value for key, value in state.items()
                     }
         own = saved.own
         self.means.sums = own["means"]

@@ -20,8 +20,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 from mplus.testing.rounding import InFloat64
 from mplus.training import train, trainer
-from mplus.training.parallel import rank
-from mplus.training.sharding import whole
+from mplus.training.parallel import full_tensor, rank
 from tests.training.recipes import recipe
 
 PROCESSES = 2
@@ -74,7 +73,7 @@ class Watch:
             def clip(optimizer: Any, largest: Any) -> list[float]:
                 if not watch.gradients:
                     watch.gradients = {
-                        name: whole(parameter.grad).clone()
+                        name: full_tensor(parameter.grad).clone()
                         for parameter, name in names.items()
                         if parameter.grad is not None
                     }
