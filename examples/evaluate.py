@@ -7,8 +7,8 @@ The decoder that comes with mplus answers in a little language. For a decoder an
 from importlib.resources import files
 
 import mplus
+from mplus.evaluation.recall.facts import Telling
 from mplus.evaluation.recall.retention import retention
-from mplus.evaluation.recall.telling import Telling
 
 name = files("mplus") / "data" / "recall-tiny"  # or a decoder that you trained by the recipe "recall-tiny"
 model = mplus.from_pretrained(name).eval()
