@@ -20,7 +20,6 @@ from mplus.evaluation.retention import RetentionOptions, check_chunks, told
 from mplus.evaluation.texts import Texts
 from mplus.evaluation.tracing import Seen, WatchingMechanism, scores
 from mplus.hf.reading.override import reading_as
-from mplus.mechanisms.mplus import MPlusMechanism
 from mplus.memory.memory import Memory
 
 FEATURES = ("entropy", "top_probability", "likelihood", "best_score", "mean_score", "score_margin", "attention_mass")
@@ -105,12 +104,13 @@ def abstention(
 
 
 def check_mechanism(model: Any) -> None:
-    """Raises NotSupported unless the decoder retrieves as M+ does."""
-    mechanism = model.mplus_engine.mechanism
-    if not isinstance(mechanism, MPlusMechanism) or mechanism.config.long_term_tokens == 0:
+    """Raise NotSupported unless the decoder has M+ itself, with long-term memory: its reads are watched."""
+    config = model.mplus_config
+    name = config.mechanism.name
+    if name != "mplus" or config.long_term_tokens == 0:
         raise NotSupported(
-            f"this evaluation watches the retrieval of M+, and the decoder's mechanism is {mechanism.name!r}"
-            + (" without long-term memory" if isinstance(mechanism, MPlusMechanism) else "")
+            f"this evaluation watches the retrieval of M+, and the decoder's mechanism is {name!r}"
+            + (" without long-term memory" if name == "mplus" else "")
         )
 
 

@@ -103,6 +103,7 @@ def context_value(
 
     Raises:
         InputError: fewer than two documents are long enough.
+        ConfigError: a mechanism or setting that memories held as dense tensors would not follow.
     """
     needed = chunks * chunk_tokens + text_tokens
     usable = [ids[:needed] for ids in documents if len(ids) >= needed]
@@ -134,7 +135,7 @@ def _batch(
     chunks, chunk_tokens = shape
     split = chunks * chunk_tokens
     before, text = ids[:, :split].view(batch, chunks, chunk_tokens), ids[:, split:]
-    capacity = engine.config.long_term_tokens
+    capacity = engine.config.long_term_tokens if engine.mechanism.long_term else 0
     rows = (chunks + distraction) * engine.config.memory_tokens_per_chunk
     streams = [
         StreamBatch(engine, range(batch), seed=seed, long_term_tokens=rows if capacity is None else capacity)

@@ -17,7 +17,10 @@ from mplus.evaluation.arms.snapkv import SnapKV
 from mplus.evaluation.arms.text import FullContext, NoMemory, Window
 from mplus.evaluation.reports.report import ARMS, Arm
 from mplus.evaluation.retriever_swap import Recency, retriever_for
-from mplus.mechanisms.mplus import MPlusMechanism
+from mplus.training.batched.semantics import FOLLOWED
+
+WITHOUT_MEMORY = ("none", "window", "full-context", "snapkv", "bm25")
+"""Arms that run the decoder alone."""
 
 
 def _names(names: Any) -> tuple[str, ...]:
@@ -69,7 +72,9 @@ def make_arms(
 
     Raises:
         InputError: a file of answers belongs to another run.
+        NotSupported: an arm that reads memory was asked for, and would measure a mechanism under another one's name.
     """
+    _check_mechanism(bench.model.mplus_config.mechanism.name, options.arms)
     made: list[TextArm] = []
     skipped: list[Arm] = []
     for name in options.arms:
@@ -79,6 +84,17 @@ def make_arms(
         else:
             made.append(arm)
     return made, skipped
+
+
+def _check_mechanism(mechanism: str, arms: Sequence[str]) -> None:
+    """Raise NotSupported where arms are asked for that read memory by another mechanism than they are named after."""
+    reading = [name for name in arms if name not in WITHOUT_MEMORY]
+    if mechanism not in FOLLOWED and reading:
+        raise NotSupported(
+            f"the arms {', '.join(reading)} measure the mechanisms {' and '.join(map(repr, FOLLOWED))}, and the "
+            f"decoder's mechanism is {mechanism!r}: none of them would measure it under its own name. Ask for some of "
+            f"the arms {', '.join(WITHOUT_MEMORY)}, or measure it with a program of your own"
+        )
 
 
 def _make(name: str, bench: Bench, options: ArmOptions, questions: Sequence[Mapping[str, Any]]) -> TextArm | str:
@@ -114,8 +130,6 @@ def _memory_arm(name: str, bench: Bench, options: ArmOptions) -> TextArm | str:
     if name == "mplus":
         return MemoryArm(bench, name)
     if name == "mplus-oracle":
-        if not isinstance(mechanism, MPlusMechanism):
-            return f"the oracle stands in for the mechanism 'mplus' only, the decoder has {mechanism.name!r}"
         return MemoryArm(bench, name, oracle=True)
     if name == "mplus-recency":
         return MemoryArm(bench, name, retriever=Recency(mechanism.additions.retriever.shape))

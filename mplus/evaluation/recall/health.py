@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mplus.evaluation.abstention import check_mechanism
 from mplus.evaluation.ann_recall import Shortcuts
 from mplus.evaluation.recall.arms import MemoryArm, right_answers
 from mplus.evaluation.recall.facts import Round, Telling, rounds
@@ -91,7 +92,12 @@ def retriever_health(
     Returns:
         Plain data: per K0 what each of them finds, and per layer the standard deviation of the trained one's scores
         over the rows.
+
+    Raises:
+        NotSupported: the decoder's mechanism is not M+ with long-term memory.
+        ConfigError: a setting that streams would not follow.
     """
+    check_mechanism(model)
     trained = model.mplus_config.retrieved_tokens
     tried = [trained // 4, trained // 2, trained, 2 * trained, 4 * trained]
     tried = [k for k in tried if k > 0] if retrieved_tokens is None else list(retrieved_tokens)

@@ -76,8 +76,12 @@ class _Tally:
 
 @torch.no_grad()
 def tell(model: Any, telling: Telling, episodes: Sequence[Episode], long_term_tokens: int | None = None) -> Tellings:
-    """The streams of a telling, ready to be told; ``long_term_tokens`` None: that of the config."""
-    capacity = model.mplus_config.long_term_tokens if long_term_tokens is None else long_term_tokens
+    """The streams of a telling, ready to be told; ``long_term_tokens`` None: that of the config.
+
+    Raises ConfigError where streams would not do what the decoder's mechanism and settings do; it names them.
+    """
+    own = model.mplus_config.long_term_tokens if model.mplus_engine.mechanism.long_term else 0
+    capacity = own if long_term_tokens is None else long_term_tokens
     numbers = range(len(episodes))
     # Without a limit there is room for every row ever written.
     room = telling.chunks * model.mplus_config.memory_tokens_per_chunk if capacity is None else capacity
@@ -130,7 +134,7 @@ def retention(
         circumstances: device, versions, commit, for the report.
 
     Raises:
-        ConfigError: an arm that does not exist.
+        ConfigError: an arm that does not exist, or a mechanism or setting that streams would not follow.
     """
     wanted, skipped = _arms(model, telling, window_tokens, attention)
     wanted += [MemoryArm(f"mplus-{name}", SelectPicker(one)) for name, one in (retrievers or {}).items()]
@@ -187,13 +191,17 @@ def chance_of(telling: Telling, episodes: Sequence[Episode]) -> float:
 
 def _arms(model: Any, telling: Telling, window_tokens: int, attention: Any) -> tuple[list[Answerer], list[Arm]]:
     positions = int(model.config.max_position_embeddings)
-    made: list[Answerer] = [NoMemory(), Window(window_tokens), *memory_arms(model, telling.seed)]
+    reading = memory_arms(model, telling.seed)
+    without = "the decoder was wrapped without long-term memory"
+    lacking = [] if model.mplus_engine.mechanism.uses_retriever else [arm.name for arm in reading[1:]]
+    made: list[Answerer] = [NoMemory(), Window(window_tokens), *(arm for arm in reading if arm.name not in lacking)]
     skipped = [
+        *(Arm(name=name, status="skipped", reason=without) for name in lacking),
         Arm(
             name="snapkv",
             status="skipped",
             reason="kvpress cannot be installed beside this version of transformers; see benchmarks/snapkv",
-        )
+        ),
     ]
     if attention is None:
         skipped.append(Arm(name="mplus-attention", status="skipped", reason="no attention retriever was given"))

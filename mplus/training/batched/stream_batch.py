@@ -11,6 +11,7 @@ from torch import Tensor
 from mplus.errors import ConfigError, InputError
 from mplus.hf.model.engine import DecoderEngine, DensePlan
 from mplus.training.batched.long_term import LongTermRows
+from mplus.training.batched.semantics import check_semantics
 
 CHOICES = 1 << 40
 """Between the seeds of a stream's two generators."""
@@ -38,13 +39,14 @@ class StreamBatch:
         """``long_term_tokens`` 0: rows that leave the STM are gone. All streams start without rows.
 
         Raises:
-            ConfigError: no streams; or a variant or pool that only ``Memory`` follows.
+            ConfigError: no streams; or a variant, pool or setting that only ``Memory`` follows (``check_semantics``).
         """
         config = engine.config
         if not numbers:
             raise ConfigError("a StreamBatch must have at least one stream, got none")
         if config.variant != "paper":
             raise ConfigError(f"training follows variant 'paper', got {config.variant!r}: wrap with variant='paper'")
+        check_semantics(config, long_term=long_term_tokens > 0)
         if engine.mechanism.additions.pool is not None:
             raise ConfigError("training starts from empty memories, but this decoder came with a pool of rows")
         self.engine = engine

@@ -11,6 +11,7 @@ from mplus.errors import ConfigError
 from mplus.mechanisms import MECHANISMS
 from mplus.retrievers import RETRIEVERS
 from mplus.retrievers.base import Retriever
+from mplus.training.batched.semantics import check_semantics
 from mplus.training.recipe.recipe import Entry, Recipe, Stage, Validation
 from mplus.training.recipe.tables import DataSet, NewTokenizer, at
 
@@ -76,6 +77,7 @@ def _check_memory(recipe: Recipe) -> None:
             f"layer, got {recipe.memory.bytes_budget!r}: set long_term_tokens, and give the budget to new_memory of "
             "the trained decoder"
         )
+    check_semantics(recipe.memory, long_term=False)
 
 
 def _check_data(recipe: Recipe) -> None:
@@ -181,6 +183,8 @@ def _check_long_term(recipe: Recipe) -> None:
             "long_term must be false where memory.long_term_tokens is not a number of at least 1, got true and "
             f"{recipe.memory.long_term_tokens!r}"
         )
+    with at("long_term"):
+        check_semantics(recipe.memory, long_term=True)
 
 
 def _check_retriever(recipe: Recipe, stage: Stage) -> None:

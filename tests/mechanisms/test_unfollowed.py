@@ -1,0 +1,187 @@
+"""A mechanism or setting that training or an evaluation would not follow is refused by name before anything runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import mplus
+from mplus.cli import app
+from mplus.errors import ConfigError, NotSupported, UnknownNameError
+from mplus.evaluation.abstention import check_mechanism
+from mplus.evaluation.arms import ArmOptions, make_arms
+from mplus.evaluation.arms.base import Bench
+from mplus.evaluation.context import context_value
+from mplus.evaluation.recall.facts import Telling
+from mplus.evaluation.recall.health import retriever_health
+from mplus.evaluation.recall.retention import retention
+from mplus.evaluation.recall.signals import signs
+from mplus.facts.language import Language
+from mplus.mechanisms import MECHANISMS
+from mplus.mechanisms.mplus import MPlusMechanism
+from mplus.training.batched.stream_batch import StreamBatch
+from mplus.training.recipe.recipe import Recipe
+from tests.evaluation.bench import bench
+from tests.memory import tiny
+from tests.training.recipes import recipe
+
+TELLING = Telling(language=Language(relations=2, firsts=6, lasts=6), ages=(0, 2, 5), streams=2, rounds=1)
+NEVER_CALLED = (
+    r"mechanism must be 'mplus' or 'memoryllm' here, got 'diary' \(.*Diary.*\): training, .* of 'diary' would never be "
+    "called"
+)
+
+
+class Diary(MPlusMechanism):
+    """A mechanism of a plug-in: of the rows that leave short-term memory it keeps the first of each layer."""
+
+    name = "diary"
+    called = 0
+
+    def keep_dropped(self, state, dropped, context):
+        type(self).called += 1
+        return super().keep_dropped(state, [rows.select(torch.arange(min(1, len(rows)))) for rows in dropped], context)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    MECHANISMS.register("diary", Diary)
+    yield
+    MECHANISMS.unregister("diary")
+
+
+@pytest.fixture(scope="module")
+def decoder(registered):
+    return tiny.build(mechanism="diary")
+
+
+def test_the_plugin_works_as_a_memory(decoder):
+    """What is refused below is refused for what would not be called, not because the mechanism is broken."""
+    memory = decoder.new_memory()
+    memory.write(tiny.ids(5 * tiny.CHUNK))
+    assert Diary.called == 5
+    assert memory.stores[0].count(0) == 2  # of five writes two found the short-term memory full
+
+
+def test_a_recipe_is_refused_by_the_name_of_its_mechanism():
+    with pytest.raises(
+        ConfigError, match=f"^recipe 'tiny': memory: {NEVER_CALLED}.* Take one of the two, or train and measure"
+    ):
+        Recipe.from_dict(recipe(memory__mechanism="diary"))
+    with pytest.raises(UnknownNameError, match="mplus"):
+        Recipe.from_dict(recipe(memory__mechanism="mplsu"))
+
+
+def test_the_train_command_starts_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["train", "recall-tiny", "--dry-run", "--set", "memory.mechanism=diary"])
+    assert done.exit_code == 2, done.output
+    assert "'diary' would never be called" in " ".join(done.stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["retention", "abstention", "retriever"])
+def test_eval_commands_with_a_recipe_refuse_the_decoder(command, tmp_path):
+    """The decoder that comes with mplus, as if it had been trained with the plug-in."""
+    shutil.copytree(Path(mplus.__file__).parent / "data" / "recall-tiny", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["mplus"]["mechanism"] = "diary"
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    done = CliRunner().invoke(app, ["eval", command, "--recipe", "recall-tiny", "--model", str(tmp_path / "model")])
+    assert done.exit_code == 2, done.output
+    assert "'diary'" in done.stderr
+
+
+def test_evaluations_with_dense_memories_refuse_it(decoder):
+    for evaluation in (retention, signs):
+        with pytest.raises(ConfigError, match=NEVER_CALLED):
+            evaluation(decoder, TELLING)
+    with pytest.raises(ConfigError, match=NEVER_CALLED):
+        context_value(decoder, [tiny.ids(64)] * 2, chunks=2, chunk_tokens=8, text_tokens=8, known_tokens=4)
+    with pytest.raises(ConfigError, match=NEVER_CALLED):
+        StreamBatch(decoder.mplus_engine, [0], seed=0, long_term_tokens=0)
+    with pytest.raises(NotSupported, match=r"watches the retrieval of M\+, .* mechanism is 'diary'"):
+        retriever_health(decoder, TELLING)
+
+
+def test_evaluations_that_watch_reads_refuse_it_though_it_derives_from_mplus(decoder):
+    with pytest.raises(NotSupported, match=r"watches the retrieval of M\+, .* mechanism is 'diary'"):
+        check_mechanism(decoder)
+
+
+def test_no_arm_measures_it_under_the_name_of_another(decoder):
+    shared = bench()
+    table = Bench(decoder, shared.tokenizer, shared.texts, shared.generation, "\n")
+    with pytest.raises(NotSupported, match=r"the arms memoryllm, mplus, .* the decoder's mechanism is 'diary'"):
+        make_arms(table, ArmOptions(), [])
+    made, skipped = make_arms(table, ArmOptions(arms=("none", "window")), [])
+    assert [arm.name for arm in made] == ["none", "window"]
+    assert not skipped
+
+
+IGNORED = [
+    ({"memory__eviction": "lru"}, "eviction must be 'fifo' for streams with long-term memory, got 'lru'"),
+    (
+        {"memory__eviction": {"name": "ttl", "lifetime": 3.0}},
+        r"eviction must be 'fifo' .*, got \{'name': 'ttl', 'lifetime': 3.0\}",
+    ),
+    (
+        {"memory__mechanism": {"name": "mplus", "merge_every": 3, "lifetime": 4.0}},
+        "options of the mechanism 'mplus' must be left out here, got merge_every=3, lifetime=4.0: .* would ignore them",
+    ),
+    ({"memory__mechanism": {"name": "mplus", "short_ltm": "tile"}}, "got short_ltm='tile'"),
+    ({"memory__mechanism": "memoryllm"}, "mechanism 'memoryllm' has no long-term memory, and streams with one were"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), IGNORED)
+def test_settings_that_training_would_ignore_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=rf"stages: 1 \(second\): long_term: .*{message}"):
+        Recipe.from_dict(recipe(**settings))
+
+
+@pytest.mark.parametrize("settings", [settings for settings, _ in IGNORED])
+def test_settings_of_long_term_memory_matter_to_streams_that_have_one_only(settings):
+    changed = recipe(("stages.1.retriever_loss",), **settings, stages__1__long_term=False)
+    assert Recipe.from_dict(changed).memory.mechanism.name in {"mplus", "memoryllm"}
+    changed["validation"] = {"every_steps": 1, "long_term": True, "objectives": [{"name": "plain_lm", "data": "one"}]}
+    with pytest.raises(ConfigError, match=r"validation: long_term: (eviction|options|mechanism) "):
+        Recipe.from_dict(changed)
+
+
+def test_a_pool_filled_by_the_first_write_is_refused_everywhere():
+    tiled = recipe(
+        ("stages.1.retriever_loss",),
+        memory__mechanism={"name": "memoryllm", "tile_first": True},
+        stages__1__long_term=False,
+    )
+    with pytest.raises(ConfigError, match=r"options of the mechanism 'memoryllm' must be left out .* tile_first=True"):
+        Recipe.from_dict(tiled)
+
+
+def test_a_decoder_without_long_term_memory_is_measured_without_it():
+    config = LlamaConfig(
+        vocab_size=len(TELLING.language.vocabulary),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=96,
+    )
+    sizes = {**tiny.SIZES, "mechanism": "memoryllm", "adapters": None}
+    model = mplus.wrap(LlamaForCausalLM(config), mplus.MPlusConfig.from_dict(sizes), check=False).eval()
+    report = retention(model, TELLING)
+    by_name = {arm.name: arm for arm in report.arms}
+    assert by_name["memoryllm"].status == "ok"
+    assert report.settings["long_term_tokens"] == 0
+    for name in ("mplus", "mplus-random", "mplus-recency", "mplus-oracle"):
+        assert (by_name[name].status, by_name[name].reason) == (
+            "skipped",
+            "the decoder was wrapped without long-term memory",
+        )
