@@ -8,7 +8,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.modes import NIGHTLY
+from tests.helpers.modes import NIGHTLY
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Read by torch when it is imported: several workers with a thread per core each would wait for one another.
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `wrap` proves of a decoder is proved once for equal decoders; at night every time."""
     if not NIGHTLY:
-        from tests import proofs  # imports torch, which reads OMP_NUM_THREADS then
+        from tests.helpers import proofs  # imports torch, which reads OMP_NUM_THREADS then
 
         proofs.patch(monkeypatch)
 

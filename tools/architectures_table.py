@@ -16,9 +16,9 @@ from transformers import __version__ as transformers_version
 import mplus
 from mplus.environment import run_info
 from mplus.errors import NotSupported
-from tests import comparisons
-from tests.architectures import ARCHITECTURES, Architecture
-from tests.retrofitted import CHUNK, K, config_for, retrofit
+from tests.helpers import comparisons
+from tests.helpers.architectures import ARCHITECTURES, Architecture
+from tests.helpers.retrofitted import CHUNK, K, config_for, retrofit
 from tools import recording
 
 RECORD = "architectures.json"

@@ -1,6 +1,6 @@
 """Run the tests in their long modes and commit a record of the run under ``records/nightly``.
 
-``python tools/nightly.py`` runs all of them, ``python tools/nightly.py tests/durable`` some.
+``python tools/nightly.py`` runs all of them, ``python tools/nightly.py tests/memory/directory`` some.
 """
 
 from __future__ import annotations

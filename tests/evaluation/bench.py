@@ -7,8 +7,8 @@ import functools
 from mplus.evaluation.arms.base import Bench
 from mplus.evaluation.generating import Generation
 from mplus.evaluation.texts import Texts
-from tests.architectures import VOCAB_SIZE
 from tests.evaluation.data import WordTokenizer
+from tests.helpers.architectures import VOCAB_SIZE
 from tests.memory.tiny import build
 
 CHUNK = 16

@@ -15,8 +15,8 @@ from mplus.hf.reading.reading import Reading
 from mplus.memory.state import StreamView
 from mplus.rows import MemoryRows
 from mplus.stores.ram import RamStore
-from tests import noise
-from tests.architectures import VOCAB_SIZE
+from tests.helpers import noise
+from tests.helpers.architectures import VOCAB_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

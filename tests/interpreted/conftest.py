@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.interpreting import interpreter
+from tests.helpers.interpreting import interpreter
 
 __all__ = ["interpreter"]

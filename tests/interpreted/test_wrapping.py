@@ -13,9 +13,9 @@ from mplus.backends import BACKENDS
 from mplus.backends.triton.backend import TritonBackend
 from mplus.backends.triton.gather import gather_rotated, reasons_against_gathering
 from mplus.hf.retrofit import projection
-from tests.architectures import BY_NAME
+from tests.helpers.architectures import BY_NAME
+from tests.helpers.retrofitted import retrofit
 from tests.hf.references import ids, stir
-from tests.retrofitted import retrofit
 
 
 class Interpreted(TritonBackend):

@@ -23,8 +23,8 @@ from hypothesis.stateful import (
 import mplus
 from mplus.eviction.base import EvictionPolicy
 from mplus.stores.base import StoreView
+from tests.helpers.modes import on_every_change
 from tests.memory.counting import LAYERS, WIDTH, CountedModel, CountingEngine, counting_config
-from tests.modes import on_every_change
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

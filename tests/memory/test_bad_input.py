@@ -20,7 +20,7 @@ from mplus.errors import (
     UnknownNameError,
 )
 from mplus.stores import STORES
-from tests.architectures import BY_NAME, VOCAB_SIZE
+from tests.helpers.architectures import BY_NAME, VOCAB_SIZE
 from tests.memory import tiny
 
 if TYPE_CHECKING:

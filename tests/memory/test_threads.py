@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from tests.helpers.modes import on_every_change
 from tests.memory import tiny
-from tests.modes import on_every_change
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -12,7 +12,7 @@ import torch
 import mplus
 from mplus.hf.reading.override import reading_as
 from mplus.testing.rounding import InFloat64, allowed
-from tests.architectures import BY_NAME, VOCAB_SIZE
+from tests.helpers.architectures import BY_NAME, VOCAB_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests import gradients as checks
+from tests.helpers import gradients as checks
 from tests.mutants.planted import Subject, mutants
 
 BY_PARTS = mutants(

@@ -12,7 +12,7 @@ from mplus.testing.registered import suites as suites_of
 from mplus.testing.sources import STREAMS, SourceConformance
 from mplus.training.data import SOURCES
 from mplus.training.objectives import OBJECTIVES
-from tests.letters import Letters, library
+from tests.helpers.letters import Letters, library
 
 globals().update(suites_of(ObjectiveConformance, OBJECTIVES))
 globals()["TestWindowObjectiveConformance"].trains_additions = False

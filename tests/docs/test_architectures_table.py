@@ -1,0 +1,36 @@
+"""The table in the docs is what was measured, for every architecture and within the tolerances of the tests."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.helpers.architectures import ARCHITECTURES, BY_NAME
+from tests.helpers.comparisons import HYBRID_TOLERANCE, SEARCHES, TOLERANCE
+from tools import architectures_table, recording
+
+
+@pytest.fixture
+def record() -> dict[str, dict[str, dict[str, dict[str, object]]]]:
+    return json.loads((recording.ROOT / "records" / architectures_table.RECORD).read_text(encoding="utf-8"))
+
+
+def test_the_page_is_rendered_from_the_record(record: dict[str, dict[str, dict[str, dict[str, object]]]]) -> None:
+    assert architectures_table.render(record) == architectures_table.PAGE.read_text(encoding="utf-8")
+
+
+def test_the_record_is_complete_and_within_the_tolerances(
+    record: dict[str, dict[str, dict[str, dict[str, object]]]],
+) -> None:
+    assert len(record) >= 2, "both the oldest supported and the newest transformers are measured"
+    for run in record.values():
+        assert run["rows"].keys() == {architecture.name for architecture in ARCHITECTURES}
+        for name, row in run["rows"].items():
+            architecture = BY_NAME[name]
+            assert ("refused" in row) == (architecture.refused is not None)
+            if architecture.refused is not None:
+                continue
+            allowed = HYBRID_TOLERANCE if architecture.hybrid else TOLERANCE
+            assert all(row[column] is None or row[column] <= allowed for column in architectures_table.COLUMNS), name
+            assert row["generate"] == (sorted(SEARCHES) if architecture.stable_cache else None)

@@ -1,0 +1,108 @@
+"""Wrapped tiny decoders with a memory that matters, next to the same decoder unwrapped, to compare with `oracle`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import mplus
+from tests.helpers.architectures import VOCAB_SIZE, Architecture
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mplus.memory import Memory, StreamView
+
+K = 4
+CHUNK = 12
+SIZES: dict[str, Any] = {
+    "chunk_tokens": CHUNK,
+    "min_chunk_tokens": 1,
+    "memory_tokens_per_chunk": K,
+    "short_term_tokens": 10,
+    "retrieved_tokens": 6,
+    "long_term_tokens": 500,
+    "retriever": {"name": "linear", "width": 8},
+    "adapters": {"rank": 2},
+}
+
+
+def config_for(architecture: Architecture, **changes: Any) -> mplus.MPlusConfig:
+    """Small sizes; ALiBi with the positions the oracle knows."""
+    positions = {"memory_positions": "sequential"} if architecture.positions == "alibi" else {}
+    return mplus.MPlusConfig.from_dict({**SIZES, **positions, **changes})
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A wrapped decoder and the same one left alone.
+
+    Attributes:
+        wrapped: with random begin rows, mark and retriever; its LoRA adapters are new, hence without effect.
+        plain: in eager attention, as the oracle needs it.
+    """
+
+    wrapped: Any
+    plain: Any
+
+    def text(self, tokens: int, seed: int = 0) -> Tensor:
+        """``[1, tokens]`` random ids."""
+        return torch.randint(2, VOCAB_SIZE, (1, tokens), generator=torch.Generator().manual_seed(seed))
+
+    def forget_longest_sequence(self) -> None:
+        """Rotary embeddings that remember the longest sequence start anew from a short one."""
+        with torch.no_grad():
+            self.wrapped(input_ids=self.text(1))
+
+    def new_memory(self, **options: Any) -> Memory:
+        """An empty memory whose rows are read projected where this decoder allows it, and show their hidden states."""
+        projectable = not isinstance(self.wrapped.mplus_engine.projection, str)
+        return self.wrapped.new_memory(memory_rows="both" if projectable else "hidden", **options)
+
+    def memory(self, seed: int = 0, chunks: int = 6) -> Memory:
+        """A memory of ``chunks`` chunks: more than the STM holds, unless few are asked for."""
+        memory = self.new_memory(seed=seed)
+        memory.write(self.text(chunks * CHUNK, seed=100 + seed)[0], source=f"text {seed}")
+        return memory
+
+    @property
+    def begin(self) -> list[Tensor]:
+        """``[1, d]`` begin row of each layer."""
+        return list(self.wrapped.mplus.begin.detach())
+
+    @property
+    def mark(self) -> Tensor:
+        """``[d]``."""
+        return self.wrapped.mplus.mark.detach()[0, 0]
+
+    def retrieving(self, view: StreamView) -> Any:
+        """What the oracle needs to retrieve by itself: products with the mean query row by row, the best by birth."""
+
+        def prefix(layer: int, text: Tensor) -> Tensor:
+            stored = view.store.gather(layer, view.store.ids(layer))
+            query = self.wrapped.mplus.retriever.query_proj[layer](text[0]).mean(0)
+            scores = [(query @ key).item() for key in stored.key]
+            best = sorted(range(len(scores)), key=lambda j: (-scores[j], j))[: SIZES["retrieved_tokens"]]
+            best.sort(key=lambda j: int(stored.birth[j]))
+            return torch.cat([self.begin[layer], stored.hidden[best], view.state.stm[layer].hidden])
+
+        return prefix
+
+    @staticmethod
+    def rows(view: StreamView) -> int:
+        """Memory rows in front of the text."""
+        return 1 + min(SIZES["retrieved_tokens"], view.store.count(0)) + len(view.state.stm[0])
+
+
+def retrofit(architecture: Architecture, implementation: str | None = None, seed: int = 0, **changes: Any) -> Pair:
+    """Build both decoders with equal weights and wrap one."""
+    wrapped = mplus.wrap(architecture.build(seed, implementation), config_for(architecture, **changes))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        wrapped.mplus.begin.copy_(torch.randn_like(wrapped.mplus.begin))
+        wrapped.mplus.mark.copy_(0.5 * torch.randn_like(wrapped.mplus.mark))
+        for parameter in () if wrapped.mplus.retriever is None else wrapped.mplus.retriever.parameters():
+            parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
+    return Pair(wrapped, None if architecture.hybrid else architecture.build(seed, "eager"))

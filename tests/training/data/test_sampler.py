@@ -1,0 +1,86 @@
+"""Which document a stream takes when."""
+
+from __future__ import annotations
+
+import pytest
+
+from mplus.errors import ConfigError
+from mplus.training.data.sampler import Order
+from tests.helpers.letters import Stream, library
+
+COUNT = 23
+BOOKS = library(*range(1, COUNT + 1))
+
+
+def order(documents=BOOKS, *, seed=3, shuffle=True, streams=None, block=4):
+    return Order(documents, seed=seed, shuffle=shuffle, streams=streams, block=block)
+
+
+def taken(order, stream, places):
+    return [order.take(stream, place)[0] for place in places]
+
+
+def test_every_stream_goes_through_all_documents_in_an_order_of_its_own():
+    passes = [taken(order(), stream, range(turn * COUNT, (turn + 1) * COUNT)) for stream in (0, 7) for turn in (0, 1)]
+    for turn, found in zip((0, 1, 0, 1), passes, strict=True):
+        assert sorted(found) == list(range(turn * COUNT, (turn + 1) * COUNT))
+    assert len({tuple(number % COUNT for number in found) for found in passes}) == 4
+    assert taken(order(seed=4), 0, range(COUNT)) != passes[0]
+
+
+@pytest.mark.parametrize("documents", [BOOKS, "stream"])
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("streams", [1, 5, 40])
+def test_streams_share_the_documents_out(documents, shuffle, streams):
+    documents = Stream(BOOKS) if documents == "stream" else documents
+    dealt = order(documents, shuffle=shuffle, streams=streams)
+    each = 3 * COUNT // streams + 1
+    by_place = [dealt.take(stream, place) for place in range(each) for stream in range(streams)]
+    for number, index, document in by_place:
+        assert number % COUNT == index
+        assert document is BOOKS[index]
+    numbers = [number for number, _, _ in by_place]
+    for turn in range(3):
+        found = numbers[turn * COUNT : (turn + 1) * COUNT]
+        assert sorted(found) == list(range(turn * COUNT, (turn + 1) * COUNT))
+        assert (found == sorted(found)) == (not shuffle)
+
+
+def test_a_streamed_set_is_the_same_for_every_layout():
+    together = order(Stream(BOOKS), streams=6)
+    expected = {stream: taken(together, stream, range(12)) for stream in range(6)}
+    for numbers in ([0, 1], [5], [3, 2]):
+        alone = order(Stream(BOOKS), streams=6)
+        for place in range(12):
+            for stream in numbers:
+                assert alone.take(stream, place)[0] == expected[stream][place]
+
+
+def test_a_streamed_set_is_read_once_per_pass_and_let_go():
+    stream = Stream(BOOKS)
+    dealt = order(stream, streams=2)
+    for place in range(11):
+        for number in (0, 1):
+            dealt.take(number, place)
+        dealt.forget({0: place + 1, 1: place})
+        assert len(dealt._blocks._kept) <= 2
+    assert stream.read == COUNT - 1 + 1  # the last block of 3 tells that the end is there
+    assert stream.count == COUNT
+
+
+def test_a_streamed_set_goes_on_from_any_place():
+    expected = taken(order(Stream(BOOKS), streams=2), 1, range(40))
+    for place in (0, 5, 11, 12, 30):
+        stream = Stream(BOOKS)
+        stream.count = COUNT if place > 11 else None  # what a saved position knows
+        assert taken(order(stream, streams=2), 1, range(place, 40)) == expected[place:]
+
+
+def test_a_stream_number_beyond_the_end_of_a_streamed_set():
+    # 50 streams, 23 documents: this process's first document is in the third pass, and it never read the first.
+    assert order(Stream(BOOKS), streams=50, shuffle=False).take(48, 0)[1] == 48 % COUNT
+
+
+def test_a_streamed_set_must_be_dealt_out():
+    with pytest.raises(ConfigError, match="streams must be given for a streamed dataset"):
+        order(Stream(BOOKS))
