@@ -6,14 +6,14 @@ import html
 import inspect
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import typer.main
 
 from mplus.cli import app
-from tools import recording
 
-PAGE = recording.ROOT / "docs" / "cli.md"
+PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 PREAMBLE = """
 # Command line
 

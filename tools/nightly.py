@@ -1,4 +1,4 @@
-"""Run the tests in their long modes and commit a record of the run under ``records/nightly``.
+"""Run the tests in their long modes and commit a record of the run under ``benchmarks/nightly``.
 
 ``python tools/nightly.py`` runs all of them, ``python tools/nightly.py tests/memory/directory`` some.
 """
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
     }
-    file = ROOT / "records" / "nightly" / f"{started:%Y-%m-%dT%H%M%SZ}.json"
+    file = ROOT / "benchmarks" / "nightly" / f"{started:%Y-%m-%dT%H%M%SZ}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     git("add", "--", str(file))

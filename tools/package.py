@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 DIST = ROOT / "dist"
-LEFT_OUT = (".ci/", "records/")
+LEFT_OUT = (".ci/", "benchmarks/nightly/")
 """What is tracked and not in the sdist (pyproject.toml)."""
 DATA = ("py.typed", "data/recall-tiny/model.safetensors", "data/stories260K/model.safetensors")
 """Some of what is in the package and is no Python, by name, so that a list of files that are all missing is noticed."""

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
+from benchmarks.quality import architectures_table
+from benchmarks.records import load
 from tests.helpers.architectures import ARCHITECTURES, BY_NAME
 from tests.helpers.comparisons import HYBRID_TOLERANCE, SEARCHES, TOLERANCE
-from tools import architectures_table, recording
 
 
 @pytest.fixture
 def record() -> dict[str, dict[str, dict[str, dict[str, object]]]]:
-    return json.loads((recording.ROOT / "records" / architectures_table.RECORD).read_text(encoding="utf-8"))
+    return load("quality", "architectures")
 
 
 def test_the_page_is_rendered_from_the_record(record: dict[str, dict[str, dict[str, dict[str, object]]]]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
-from tools import cli_reference, recording
+from tools import cli_reference
 
-PAGES = [recording.ROOT / "README.md", *sorted((recording.ROOT / "docs").glob("*.md"))]
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {"demo", "demo-novel", "info", "plugins", "replay", "train", "import", "memory show", "memory verify"}
 COMMANDS |= {"memory forget", "memory repair", "memory sources"}
 COMMANDS |= {"eval retention", "eval harm", "eval retriever", "eval abstention"}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from tools import long_term_page
+from benchmarks.pages import long_term as long_term_page
 
 
 def test_the_page_is_made_from_the_records():
     page = long_term_page.PAGE.read_text(encoding="utf-8")
-    assert page == long_term_page.render(long_term_page.load()), "run: python -m tools.long_term_page"
+    assert page == long_term_page.render(long_term_page.load()), "run: python -m benchmarks.pages.long_term"
 
 
 def test_so_is_the_figure():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.speed import demo as demo_record
 from mplus.backends import BACKENDS
 from mplus.evaluation.reports.report import ARMS
 from mplus.eviction import EVICTION
@@ -17,7 +18,6 @@ from mplus.retrievers import RETRIEVERS
 from mplus.stores import STORES
 from mplus.training.data import SOURCES
 from mplus.training.objectives import OBJECTIVES
-from tools import demo_record
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,7 +63,7 @@ def test_make_demo_leaves_the_tree_as_it_was():
 def test_its_numbers_are_those_of_the_record():
     record = demo_record.load()
     assert record["saved"]["identical"] is True
-    assert demo_record.quote(record) in README, "run: python -m tools.demo_record render"
+    assert demo_record.quote(record) in README, "run: python -m benchmarks.speed.demo render"
 
 
 def test_rendering_replaces_the_quote_and_nothing_else():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from tools import retrieval_page
+from benchmarks.pages import retrieval as retrieval_page
 
 
 def test_the_page_is_made_from_the_records():
     page = retrieval_page.PAGE.read_text(encoding="utf-8")
-    assert page == retrieval_page.render(retrieval_page.load()), "run: python -m tools.retrieval_page"
+    assert page == retrieval_page.render(retrieval_page.load()), "run: python -m benchmarks.pages.retrieval"
 
 
 def test_so_is_the_figure():

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 
-from tools import speed_page
+from benchmarks.pages import speed as speed_page
 
 
 def test_the_page_is_made_from_the_records():
     page = speed_page.PAGE.read_text(encoding="utf-8")
-    assert page == speed_page.render(speed_page.load()), "run: python -m tools.speed_page"
+    assert page == speed_page.render(speed_page.load()), "run: python -m benchmarks.pages.speed"
 
 
 def test_the_figures_are_made_from_the_records():
     reads = {name: record for name, record in speed_page.load().items() if record["kind"] == "read"}
     for name, record in reads.items():
         written = (speed_page.FIGURES / speed_page.figure_name(name)).read_text(encoding="utf-8")
-        assert written == speed_page.figure(record), "run: python -m tools.speed_page"
+        assert written == speed_page.figure(record), "run: python -m benchmarks.pages.speed"
     figures = {path.name for path in speed_page.FIGURES.glob("speed-*.svg")}
     assert figures == {speed_page.figure_name(name) for name in reads}
 

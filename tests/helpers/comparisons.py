@@ -1,7 +1,7 @@
 """What is measured on every architecture: errors of a retrofitted decoder against the oracle, or against itself.
 
 Each function returns the largest absolute error between logits or rows of standard deviation one to three in float32;
-`tests/hf/retrofit/test_architectures.py` asserts on them and `tools/architectures_table.py` prints them.
+`tests/hf/retrofit/test_architectures.py` asserts on them and `benchmarks/quality/architectures_table.py` prints them.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def test_record_is_written_and_committed(repository):
     start = nightly.git("rev-parse", "HEAD")
     (repository / "unrelated.txt").write_text("changed")
     assert nightly.main(["-p", "no:cacheprovider", "-n", "0"]) == 1
-    [file] = (repository / "records" / "nightly").glob("*.json")
+    [file] = (repository / "benchmarks" / "nightly").glob("*.json")
     record = json.loads(file.read_text())
     assert record["tests"] == 6
     assert record["only"] == []
@@ -54,12 +54,12 @@ def test_record_is_written_and_committed(repository):
     assert record["modified"] is True
     assert record["pytest_status"] == 1
     assert set(record["versions"]) == set(nightly.PACKAGES)
-    assert nightly.git("show", "--name-only", "--format=", "HEAD") == f"records/nightly/{file.name}"
+    assert nightly.git("show", "--name-only", "--format=", "HEAD") == f"benchmarks/nightly/{file.name}"
     assert nightly.git("status", "--porcelain", "--untracked-files=no") == "M unrelated.txt"
 
 
 def test_some_of_the_tests(repository):
     assert nightly.main(["test_it.py::test_counting", "-p", "no:cacheprovider", "-n", "0"]) == 0
-    [file] = (repository / "records" / "nightly").glob("*.json")
+    [file] = (repository / "benchmarks" / "nightly").glob("*.json")
     record = json.loads(file.read_text())
     assert (record["tests"], record["only"]) == (1, ["test_it.py::test_counting"])

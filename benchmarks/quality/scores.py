@@ -1,6 +1,6 @@
 """The published retriever score and loss against the ones that are trained by default.
 
-    python -m benchmarks.scores 501 502          # adds to benchmarks/records/scores.json
+    python -m benchmarks.quality.scores 501 502          # adds to records/scores.json
 
 The recipe recall-tiny is trained with each score and loss, in the language of four relations and in one with a fifth
 whose values have two words; everything else is equal, the seeds too.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import mplus
+from benchmarks.records import record_path, write
 from mplus.environment import run_info
 from mplus.evaluation.recall.facts import Telling
 from mplus.evaluation.recall.health import retriever_health
@@ -24,7 +25,7 @@ from mplus.facts.language import Language
 from mplus.training import train
 from mplus.training.recipe.files import read
 
-RECORD = Path(__file__).parent / "records" / "scores.json"
+RECORD = record_path("quality", "scores")
 WAYS = {
     "mean_dot, contrastive": ("mean_dot", "contrastive"),
     "sigmoid_mean, contrastive": ("sigmoid_mean", "contrastive"),
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("seeds", type=int, nargs="+")
     parser.add_argument("--relations", type=int, nargs="+", default=[4, 5])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    parser.add_argument("--kept", type=Path, help="folder that benchmarks.recall kept its decoders in")
+    parser.add_argument("--kept", type=Path, help="folder that benchmarks.quality.recall kept its decoders in")
     parser.add_argument("--record", type=Path, default=RECORD)
     given = parser.parse_args()
     record: dict[str, Any] = json.loads(given.record.read_text(encoding="utf-8")) if given.record.exists() else {}
@@ -94,8 +95,7 @@ def main() -> None:
                 kept = given.kept / f"recall-tiny-{seed}" if same else None
                 place[str(seed)] = found = measure(way, relations, seed, kept)
                 print(relations, way, seed, found["mplus"], found["gold_recall_by_layer"], flush=True)
-                given.record.parent.mkdir(exist_ok=True)
-                given.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                write(given.record, record)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
-"""Retrieval from an index against scoring every row: time, recall and retention.
+"""Retrieval from an index against scoring every row: time and recall.
 
-    python -m benchmarks.retrieval keys KEYS              # writes a file of keys, some minutes
-    python -m benchmarks.retrieval sweep KEYS             # benchmarks/records/retrieval-sweep.json
-    python -m benchmarks.retrieval speed KEYS             # benchmarks/records/retrieval-speed.json
-    python -m benchmarks.retrieval retention              # benchmarks/records/retrieval-retention.json
-    mplus train recall-tiny --set memory.retriever.score=sigmoid_mean --seed 601 --out RUN
-    python -m benchmarks.retrieval retention --model RUN/model     # the same record, beside what is there
-    python -m benchmarks.retrieval sigmoid                # benchmarks/records/retrieval-sigmoid.json
+    python -m benchmarks.speed.retrieval keys KEYS     # writes a file of keys, some minutes
+    python -m benchmarks.speed.retrieval sweep KEYS    # writes records/retrieval-sweep.json
+    python -m benchmarks.speed.retrieval speed KEYS    # writes records/retrieval-speed.json
 
-Keys are those of one layer of recall-tiny (``benchmarks.distinct_facts``). Both sides rank by the score "mean_dot" of
-the same queries, one text at a time; times are taken in turns.
+Keys are those of one layer of recall-tiny (``benchmarks.speed.distinct_facts``). Both sides rank by the score
+"mean_dot" of the same queries, one text at a time; times are taken in turns. What an index costs in answers:
+``benchmarks.quality.retrieval``.
 """
 
 from __future__ import annotations
@@ -29,34 +26,24 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-import mplus
-from benchmarks.distinct_facts import Asked, write_and_ask
+from benchmarks.records import record_path, write
+from benchmarks.speed.distinct_facts import Asked, write_and_ask
 from mplus.environment import run_info
-from mplus.evaluation.recall.facts import Telling
-from mplus.evaluation.recall.health import retriever_health
-from mplus.evaluation.recall.retention import retention
-from mplus.evaluation.retriever_swap import with_own_parameters
 from mplus.hf.pretrained.shipped import load_recall
 from mplus.retrievers.base import RetrieverShape
-from mplus.retrievers.centroid import CentroidRetriever
 from mplus.retrievers.faiss_ivf import FaissIvfRetriever
 from mplus.retrievers.ivf import POINTS_PER_CELL, IvfIndex
 from mplus.retrievers.linear import LinearRetriever
-from mplus.retrievers.scores import score_rows
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.stores.ram import RamStore
 from mplus.timing import Arm, in_rounds, ratio, summary
 
-RECORDS = Path(__file__).parent / "records"
 Way = Callable[[Tensor, int], Any]
 """``way(queries [T, r], k)``: the best rows for one text."""
 COUNTS = (100_000, 300_000, 1_000_000, 2_000_000)
 WANTED = (16, 256, 2560)
 LAYER, MEMORIES, CHUNKS, QUESTIONS = 1, 128, 4096, 256
-AGES = (8, 32, 128, 512, 1024, 2000)
-INDEXES: dict[str, dict[str, int]] = {"faiss_ivf": {"least": 256}, "faiss_ivf-few": {"least": 256, "probes": 3}}
-"""So that streams of a few thousand rows have an index too; and so that it looks into 1 of 60 cells, as of millions."""
 
 
 def save_keys(path: Path) -> None:
@@ -200,114 +187,22 @@ def _update(indexed: FaissIvfRetriever, store: RamStore, query: Tensor, mask: Te
     return summary(seconds)
 
 
-def keep(model: Any, streams: int, rounds: int) -> dict[str, Any]:
-    """Accuracy over age with other retrievers in place of the trained one, all on the same streams and questions.
-
-    Beside it, at the last age, the share of the exact best rows that each of them finds, and its time.
-    """
-    telling = Telling(ages=AGES, streams=streams, rounds=rounds, seed=7)
-    others = {name: with_own_parameters(model, "faiss_ivf", **options) for name, options in INDEXES.items()}
-    others["centroid"] = with_own_parameters(model, "centroid")
-    arms = ["memoryllm", "mplus", "mplus-random", *(f"mplus-{name}" for name in others)]
-    rows = telling.chunks * model.mplus_config.memory_tokens_per_chunk
-    report = retention(model, telling, arms=arms, retrievers=others, long_term_tokens=rows)
-    old = Telling(ages=AGES[-1:], streams=streams, rounds=2, seed=7)
-    wanted = model.mplus_config.retrieved_tokens
-    health = retriever_health(model, old, retrieved_tokens=[wanted], retrievers=others, long_term_tokens=rows)
-    return {
-        "indexes": INDEXES,
-        "wanted": wanted,
-        "report": report.plain(),
-        "shortcuts": health["by_retrieved_tokens"][str(wanted)],
-        "long_term_rows": health["long_term_rows"],
-    }
-
-
-def beside(path: Path, model: Any, found: dict[str, Any]) -> dict[str, Any]:
-    """The record at ``path`` with what was found for the score of this model in it."""
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"by_score": {}}
-    score = model.mplus_engine.mechanism.additions.retriever.facts()["score"]
-    record["by_score"][score] = {**found, "circumstances": run_info(model=f"recall-tiny, {score}")}
-    return record
-
-
-def sigmoid(rows: int, tokens: int, draws: int, k: int = 256, width: int = 64) -> dict[str, Any]:
-    """Recall of the best rows by "sigmoid_mean" on drawn keys and queries: of 250 clusters, the text of a few.
-
-    Args:
-        rows, tokens: keys, and queries of a text.
-        draws: texts, each with keys of its own.
-        k: rows wanted.
-        width: of keys.
-    """
-    shape, found = RetrieverShape(layers=1, hidden_size=1), {}
-    options: dict[str, Any] = {"width": width, "score": "sigmoid_mean"}
-    for clusters, spread in ((0, 0.5), (0, 2.0), (6, 0.5), (6, 2.0), (60, 2.0), (60, 6.0)):
-        shares: dict[str, list[float]] = {"centroid": [], "faiss_ivf": []}
-        for draw in range(draws):
-            keys, text = _drawn(rows, tokens, width, clusters, spread, draw)
-            store, mask = stored(keys), torch.ones(1, tokens, dtype=torch.bool)
-            best = score_rows("sigmoid_mean", [text], keys)[0].topk(k).indices
-            for retriever in (
-                CentroidRetriever(shape, CentroidRetriever.Options(**options)),
-                FaissIvfRetriever(shape, FaissIvfRetriever.Options(**options)),
-            ):
-                (selection,) = retriever.select(0, text[None], mask, [store], k)
-                shares[retriever.name].append(float(torch.isin(best, selection.ids).float().mean()))
-        where = f"{clusters or 'no'} clusters, std {spread}"
-        found[where] = {
-            name: {"recall": round(statistics.mean(some), 3), "lowest": round(min(some), 3)}
-            for name, some in shares.items()
-        }
-        print(where, found[where], flush=True)
-    return {"recall": found, "rows": rows, "tokens": tokens, "draws": draws, "wanted": k, "width": width}
-
-
-def _drawn(rows: int, tokens: int, width: int, clusters: int, spread: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Keys and queries whose products have this standard deviation."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(count: int) -> Tensor:
-        return torch.randn(count, width, generator=generator)
-
-    keys, text = normal(rows), normal(tokens)
-    if clusters:
-        centers = normal(250)
-        keys = centers[torch.randint(250, (rows,), generator=generator)] + keys / 2
-        text = centers[torch.randint(clusters, (tokens,), generator=generator)] + text / 2
-    return keys, text * spread / (text @ keys[:1000].T).std()
-
-
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["keys", "sweep", "speed", "retention", "sigmoid"])
-    parser.add_argument("keys", type=Path, nargs="?", help="file of keys")
+    parser.add_argument("what", choices=["keys", "sweep", "speed"])
+    parser.add_argument("keys", type=Path, help="file of keys")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=24, help="queries timed; for retention, rounds of questions")
-    parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--model", type=Path, help="for retention: a model that recall-tiny was trained to")
-    parser.add_argument("--record", type=Path, help="default: benchmarks/records/retrieval-WHAT.json")
+    parser.add_argument("--rounds", type=int, default=24, help="queries timed")
+    parser.add_argument("--record", type=Path, help="default: records/retrieval-WHAT.json")
     given = parser.parse_args()
-    if given.what in ("keys", "sweep", "speed") and given.keys is None:
-        parser.error(f"{given.what} needs a file of keys")
     if given.what == "keys":
         save_keys(given.keys)
         return
-    record = given.record or RECORDS / f"retrieval-{given.what}.json"
-    if given.what == "retention":
-        model = load_recall()[0] if given.model is None else mplus.from_pretrained(given.model).eval()
-        found = beside(record, model, keep(model, given.streams, given.rounds))
-        record.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        return
-    if given.what == "sweep":
-        found = sweep(load_keys(given.keys), given.rounds)
-    elif given.what == "speed":
-        found = speed(load_keys(given.keys), given.threads, given.rounds)
-    else:
-        found = sigmoid(50_000, 256, 8)
-    whole = {**found, "circumstances": run_info(model="recall-tiny")}
-    record.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    asked = load_keys(given.keys)
+    found = sweep(asked, given.rounds) if given.what == "sweep" else speed(asked, given.threads, given.rounds)
+    record = given.record or record_path("speed", f"retrieval-{given.what}")
+    write(record, {**found, "circumstances": run_info(model="recall-tiny")})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train a recipe of the little language from several seeds and measure every one of them.
 
-    python -m benchmarks.recall recall-tiny 101 102 103 104 105     # writes benchmarks/records/recall-tiny.json
+    python -m benchmarks.quality.recall recall-tiny 101 102 103 104 105     # writes records/recall-tiny.json
 
 For each seed: training time and restarts, retention of all arms, retention for people never seen in training,
 retriever health, and abstention. The table has every seed that was asked for. With ``--keep FOLDER`` the trained
@@ -19,6 +19,7 @@ from typing import Any
 from attrs import evolve
 
 import mplus
+from benchmarks.records import record_path, write
 from mplus.environment import run_info
 from mplus.evaluation.recall.abstention import abstention
 from mplus.evaluation.recall.facts import Telling
@@ -26,7 +27,6 @@ from mplus.evaluation.recall.health import retriever_health
 from mplus.evaluation.recall.retention import retention
 from mplus.training import train
 
-RECORDS = Path(__file__).parent / "records"
 EVALUATION_SEED = 7
 OLD = (48, 64, 96, 128)
 """Ages at which the STM has dropped every fact: only retrieval can answer."""
@@ -96,7 +96,7 @@ def run(recipe: str, seeds: list[int], looked_at: list[int], keep: Path, record:
             "seeds_looked_at": looked_at,
             "seeds": found,
         }
-        record.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        write(record, whole)
 
 
 def line(seed: int, facts: dict[str, Any]) -> str:
@@ -122,10 +122,9 @@ def main() -> None:
     parser.add_argument("seeds", type=int, nargs="+")
     parser.add_argument("--keep", type=Path, help="folder for the trained decoders")
     parser.add_argument("--looked-at", type=int, nargs="*", default=[], help="seeds the recipe was made with")
-    parser.add_argument("--record", type=Path, help="file to write; default: benchmarks/records/RECIPE.json")
+    parser.add_argument("--record", type=Path, help="file to write; default: records/RECIPE.json")
     given = parser.parse_args()
-    record = given.record or RECORDS / f"{given.recipe}.json"
-    record.parent.mkdir(exist_ok=True)
+    record = given.record or record_path("quality", given.recipe)
     with tempfile.TemporaryDirectory() as folder:
         run(given.recipe, given.seeds, given.looked_at, given.keep or Path(folder), record)
 

@@ -1,7 +1,7 @@
 """Facts told thousands of chunks ago, with the number of attended rows unchanged.
 
-    python -m benchmarks.long mplus/data/recall-tiny            # writes benchmarks/records/recall-long.json
-    python -m benchmarks.long runs/recall-long/model --chunks 20000
+    python -m benchmarks.quality.recall_long mplus/data/recall-tiny      # writes records/recall-long.json
+    python -m benchmarks.quality.recall_long runs/recall-long/model --chunks 20000
 
 The decoder is one that was trained by recall-tiny or recall-long; only the capacity of long-term memory is raised, so
 that nothing is evicted.
@@ -10,18 +10,18 @@ that nothing is evicted.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import mplus
+from benchmarks.records import load, record_path, write
 from mplus.environment import run_info
 from mplus.evaluation.recall.facts import Telling
 from mplus.evaluation.recall.retention import retention
 
-RECORD = Path(__file__).parent / "records" / "recall-long.json"
+RECORD = record_path("quality", "recall-long")
 AGES = (0, 8, 64, 128, 256, 500, 1000, 1500, 2000, 5000, 10_000, 20_000)
 ARMS = ["memoryllm", "mplus", "mplus-random", "mplus-oracle"]
 
@@ -70,13 +70,12 @@ def main() -> None:
     given = parser.parse_args()
     record: dict[str, Any] = {"measured": {}}
     if RECORD.exists():
-        record = json.loads(RECORD.read_text(encoding="utf-8"))
+        record = load("quality", "recall-long")
     found = measure(mplus.from_pretrained(given.model).eval(), given.chunks, given.streams, given.rounds)
     record["measured"][str(given.chunks)] = found
     record.update(model=given.model.name, circumstances=run_info())
     record["text"] = sentence(record)
-    RECORD.parent.mkdir(exist_ok=True)
-    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write(RECORD, record)
     sys.stdout.write(record["text"] + "\n")
 
 

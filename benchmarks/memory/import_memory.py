@@ -1,6 +1,6 @@
 """Peak memory of loading a published checkpoint: generates one of 2 GB and loads it in a child process.
 
-    python -m benchmarks.import_memory       # writes records/import_memory.json
+    python -m benchmarks.memory.import_memory       # writes records/import_memory.json
 
 The rule: anonymous memory, above that of the process before loading, is at most the wrapped decoder and its memory plus
 1.3 times the largest tensor. Pages of the checkpoint's own files are not anonymous: the system can drop them any time.
@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.records import ROOT, record_path, write
 from mplus.environment import run_info
 from mplus.interop import load_published
-from tools import recording
 
 ALLOWED = 1.3
 LAYERS, WIDTH, INNER, VOCABULARY, HEADS, KV_HEADS = 12, 2048, 5632, 32000, 32, 8
@@ -68,7 +68,8 @@ def main() -> int:
         "allowed_over_target_in_largest_tensors": ALLOWED,
         "runs": runs,
     }
-    print(recording.write("import_memory.json", record).read_text(encoding="utf-8"))
+    write(record_path("memory", "import_memory"), record)
+    print(json.dumps(record, indent=1))
     return 0 if all(run["over_target_in_largest_tensors"] <= ALLOWED for run in runs) else 1
 
 
@@ -153,9 +154,9 @@ def load(folder: Path, dtype: str) -> None:
 
 def measure(folder: Path, dtype: str, largest: int) -> dict[str, Any]:
     """Load in a child process and watch its anonymous memory."""
-    command = [sys.executable, "-m", "benchmarks.import_memory", str(folder), dtype]
+    command = [sys.executable, "-m", "benchmarks.memory.import_memory", str(folder), dtype]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=recording.ROOT, stdin=pipe, stdout=pipe, text=True) as child:
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as child:
         if child.stdin is None or child.stdout is None or child.stdout.readline() != "ready\n":
             raise RuntimeError(f"the loading process did not start: exit status {child.wait()}")
         before = peak = anonymous(child.pid)

@@ -1,6 +1,6 @@
 """What rows in int8 and fp8 cost: answers, retrieved rows and logits beside those of the same memory unquantised.
 
-    python -m benchmarks.quantized                # writes benchmarks/records/quantized.json
+    python -m benchmarks.quality.quantized                # writes records/quantized.json
 
 recall-tiny in bfloat16 is told facts; every memory is written twice, with the same draws, once into "ram" and once into
 "quantized". It retrieves fewer rows than it was trained with, so that there is something to lose.
@@ -20,6 +20,7 @@ from attrs import define
 from torch import Tensor
 
 import mplus
+from benchmarks.records import record_path, write
 from mplus.environment import run_info
 from mplus.evaluation.metrics.intervals import wilson
 from mplus.facts.episodes import Episode, draw_facts, make_episode
@@ -28,7 +29,7 @@ from mplus.hf.pretrained.auto import read_config
 from mplus.hf.pretrained.shipped import RECALL_TINY, without_bars
 from mplus.memory import Memory
 
-RECORD = Path(__file__).parent / "records" / "quantized.json"
+RECORD = record_path("quality", "quantized")
 RETRIEVED = 1
 FORMATS = ("int8", "fp8")
 
@@ -131,7 +132,7 @@ def main() -> None:
     given = parser.parse_args()
     found = measure(given.memories, given.facts, given.retrieved_tokens)
     record = {**found, "circumstances": run_info()}
-    given.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write(given.record, record)
     sys.stdout.write(json.dumps(record, indent=1) + "\n")
 
 

@@ -1,6 +1,6 @@
 """Training on a batch of memories against one memory at a time, as the published code trains.
 
-    python -m benchmarks.vectorised            # writes benchmarks/records/vectorised.json
+    python -m benchmarks.speed.batched_training            # writes records/batched_training.json
 
 Same decoder, objective (single_context with retrieval and retriever loss), chunk lengths and number of optimiser
 steps; samples (one chunk written and its questions read by one stream) and text tokens per second. Runs are
@@ -10,17 +10,17 @@ interleaved and the median of the ratios is reported.
 from __future__ import annotations
 
 import json
-import statistics
 import sys
-import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from benchmarks.records import record_path, write
 from mplus.environment import run_info
 from mplus.facts.language import Language
 from mplus.hf.decoders.train_model import build_for_training, choose_trained, load_for_training
+from mplus.timing import Arm, in_rounds, median, ratio
 from mplus.training.batched.read import DenseDecoder
 from mplus.training.batched.stream_batch import StreamBatch
 from mplus.training.data.generated.facts import RecallOptions, RecallTurns
@@ -28,7 +28,7 @@ from mplus.training.losses import RetrieverLoss
 from mplus.training.objectives import OBJECTIVES
 from mplus.training.recipe.files import read
 
-RECORD = Path(__file__).parent / "records" / "vectorised.json"
+RECORD = record_path("speed", "batched_training")
 STREAMS, STEPS, WARM, REPEATS = 32, 20, 4, 5
 
 
@@ -38,7 +38,7 @@ class Loop:
     def __init__(self, model: Any, streams: int, parameters: Any) -> None:
         choose_trained(model, parameters)
         model.train()
-        self.decoder = DenseDecoder(model)
+        self.decoder, self.samples = DenseDecoder(model), streams
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, 1e-4)
         vocabulary = model.config.vocab_size
@@ -51,9 +51,9 @@ class Loop:
         if vocabulary < len(Language().vocabulary):
             raise ValueError(f"the decoder must know {len(Language().vocabulary)} words, it knows {vocabulary}")
 
-    def run(self, steps: int) -> float:
-        """Seconds for ``steps`` optimiser steps."""
-        begun = time.perf_counter()
+    @torch.enable_grad()
+    def run(self, steps: int) -> None:
+        """Take so many optimiser steps."""
         for _ in range(steps):
             turn = self.source.turn(1)
             if turn.fresh:
@@ -64,27 +64,23 @@ class Loop:
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             self.tokens = turn.chunks.numel() + int(turn.mask.sum())
-        return time.perf_counter() - begun
 
 
-def compare(make: Any, parameters: str) -> dict[str, Any]:
-    """Both ways of training one decoder; ``make`` builds it."""
-    batch, single = Loop(make(), STREAMS, parameters), Loop(make(), 1, parameters)
-    for loop in (batch, single):
+def compare(make: Callable[[], Any], parameters: str) -> dict[str, Any]:
+    """Train one decoder, which ``make`` builds, with many streams per step and with one, in turns."""
+    loops = {"batch": Loop(make(), STREAMS, parameters), "one": Loop(make(), 1, parameters)}
+    for loop in loops.values():
         loop.run(WARM + 64)  # past the first episode, so that long-term memory is in use
-    ratios, seconds = [], ([], [])  # type: ignore[var-annotated]
-    for _ in range(REPEATS):
-        together, alone = batch.run(STEPS), single.run(STEPS)
-        ratios.append(STREAMS * alone / together)
-        seconds[0].append(together / STEPS)
-        seconds[1].append(alone / STEPS)
-    step = [statistics.median(some) for some in seconds]
+    arms = [Arm(name, lambda _, loop=loop: loop.run(STEPS)) for name, loop in loops.items()]  # type: ignore[misc]
+    times = in_rounds(arms, REPEATS, torch.device("cpu"), warm=0)
+    gain = ratio(times, "one", "batch")
+    step = {name: median(taken) / STEPS for name, taken in times.items()}
     return {
-        "ratio": round(statistics.median(ratios), 2),
-        "ratios": [round(ratio, 2) for ratio in ratios],
-        "seconds_per_step": {"batch": round(step[0], 4), "one": round(step[1], 4)},
-        "samples_per_second": {"batch": round(STREAMS / step[0], 1), "one": round(1 / step[1], 1)},
-        "tokens_per_second": {"batch": round(batch.tokens / step[0]), "one": round(single.tokens / step[1])},
+        "ratio": None if gain is None else round(STREAMS * gain, 2),
+        "ratios": [round(STREAMS * one / batch, 2) for batch, one in zip(times["batch"], times["one"], strict=True)],
+        "seconds_per_step": {name: round(seconds, 4) for name, seconds in step.items()},
+        "samples_per_second": {name: round(loop.samples / step[name], 1) for name, loop in loops.items()},
+        "tokens_per_second": {name: round(loop.tokens / step[name]) for name, loop in loops.items()},
     }
 
 
@@ -112,8 +108,7 @@ def main() -> None:
         "recall-tiny, all trained": compare(recall_decoder, "all"),
         "stories260K, adapters trained": compare(stories_decoder, "adapters"),
     }
-    RECORD.parent.mkdir(exist_ok=True)
-    RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write(RECORD, record)
     sys.stdout.write(json.dumps(record, indent=2) + "\n")
 
 

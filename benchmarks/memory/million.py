@@ -1,7 +1,7 @@
 """A million tokens of novels behind a thousand tokens of facts, in a memory that lies on disk.
 
-    python -m benchmarks.million novels/*.txt.gz              # writes benchmarks/records/million.json
-    python -m benchmarks.million novels/*.txt --tokens 100000 --store ram
+    python -m benchmarks.memory.million novels/*.txt.gz              # writes records/million.json
+    python -m benchmarks.memory.million novels/*.txt --tokens 100000 --store ram
 
 The decoder is recall-tiny: it is told facts in its little language, reads the novels, and is asked for the facts now
 and then. Its tokenizer turns every word it does not know into a filler.
@@ -23,6 +23,7 @@ import torch
 from attrs import define
 
 import mplus
+from benchmarks.records import record_path, write
 from mplus.environment import run_info
 from mplus.facts.episodes import draw_facts, make_episode
 from mplus.facts.language import Language
@@ -31,7 +32,7 @@ from mplus.hf.pretrained.auto import read_config
 from mplus.hf.pretrained.shipped import RECALL_TINY, without_bars
 from mplus.memory import Memory
 
-RECORD = Path(__file__).parent / "records" / "million.json"
+RECORD = record_path("memory", "million")
 FACT_TOKENS = 1000
 ASKED_AFTER = (1_000, 3_000, 10_000, 30_000, 100_000, 200_000, 300_000, 500_000, 700_000, 1_000_000)
 PIECE = 4096
@@ -190,7 +191,7 @@ def main() -> None:
         **found,
         "circumstances": run_info(),
     }
-    given.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write(given.record, record)
     sys.stdout.write(json.dumps(record, indent=1) + "\n")
 
 

@@ -1,11 +1,10 @@
-"""Write ``docs/long-term.md`` and its figure from ``benchmarks/records``.
+"""Write ``docs/long-term.md`` and its figure from records.
 
-python -m tools.long_term_page
+python -m benchmarks.pages.long_term
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,16 +12,21 @@ from typing import Any
 
 import torch
 
+from benchmarks import records
+from benchmarks.pages.drawing import HEIGHT, LEFT, TOP, WIDTH, curve, picture, rule, text
+from benchmarks.records import ROOT
 from mplus.stores.base import StoreLayout
 from mplus.stores.quantized import QuantizedStore
 from mplus.stores.ram import RamStore
-from tools import recording
-from tools.drawing import HEIGHT, LEFT, TOP, WIDTH, curve, picture, rule, text
 
-RECORDS = recording.ROOT / "benchmarks" / "records"
-NAMES = {"million": "million", "quantized": "quantized", "append": "store-append", "mapped": "store-mmap"}
-PAGE = recording.ROOT / "docs" / "long-term.md"
-FIGURE = recording.ROOT / "docs" / "assets" / "million.svg"
+RECORDS = {
+    "million": ("memory", "million"),
+    "quantized": ("quality", "quantized"),
+    "append": ("speed", "bench-store-cpu"),
+    "mapped": ("speed", "mapped_files"),
+}
+PAGE = ROOT / "docs" / "long-term.md"
+FIGURE = ROOT / "docs" / "assets" / "million.svg"
 MIB = 2**20
 LLAMA3_8B = StoreLayout(
     layers=32, hidden_size=4096, key_size=256, dtype=torch.bfloat16, projected_size=2 * 8 * 128, keeps_hidden=False
@@ -31,20 +35,19 @@ LLAMA3_8B = StoreLayout(
 
 
 def load() -> dict[str, dict[str, Any]]:
-    """The records that were made, by short name."""
-    paths = {short: RECORDS / f"{name}.json" for short, name in NAMES.items()}
-    return {short: json.loads(path.read_text(encoding="utf-8")) for short, path in paths.items() if path.exists()}
+    """The records, by short name."""
+    return {short: records.load(*name) for short, name in RECORDS.items()}
 
 
-def render(records: Mapping[str, Mapping[str, Any]]) -> str:
+def render(found: Mapping[str, Mapping[str, Any]]) -> str:
     """The page."""
     opening = (
-        "# Long-term memory\n\nWhat stores cost and keep, measured; this page is made from `benchmarks/records` by "
-        "`python -m tools.long_term_page`. How they work: [Concepts](concepts.md), [Durability](durability.md); how "
-        "few rows are found among many: [Retrieval from an index](retrieval.md)."
+        "# Long-term memory\n\nWhat stores cost and keep, measured; this page is made from records by "
+        "`python -m benchmarks.pages.long_term`. How they work: [Concepts](concepts.md), [Durability](durability.md); "
+        "how few rows are found among many: [Retrieval from an index](retrieval.md)."
     )
     sections = {"million": million, "quantized": quantized, "append": append, "mapped": mapped}
-    made = [section(records[name]) for name, section in sections.items() if name in records]
+    made = [section(found[name]) for name, section in sections.items()]
     return "\n\n".join([opening, *made]) + "\n"
 
 
@@ -78,7 +81,7 @@ def million(record: Mapping[str, Any]) -> str:
             opening,
             "![Accuracy and gold recall over the tokens written](assets/million.svg)",
             table(head, rows),
-            closing + where(record, "python -m benchmarks.million"),
+            closing + where(record, "python -m benchmarks.memory.million"),
         ]
     )
 
@@ -112,7 +115,7 @@ def quantized(record: Mapping[str, Any]) -> str:
         f"either format, with scales, key, birth, source and id: {small / plain:.3f} of the {plain:,} it takes in "
         "bfloat16. "
     )
-    ending = closing + where(record, "python -m benchmarks.quantized")
+    ending = closing + where(record, "python -m benchmarks.quality.quantized")
     return "\n\n".join(["## Quantised rows", opening, table(head, rows), ending])
 
 
@@ -172,7 +175,7 @@ def mapped(record: Mapping[str, Any]) -> str:
         *("layers", "long-term rows per layer", "opening, ms: first / reading / writing"),
         *("`ram`, ms", "first touch, ms", "afterwards, ms", "load average"),
     ]
-    ending = where(record, "python -m benchmarks.mapped")
+    ending = where(record, "python -m benchmarks.speed.mapped_files")
     return "\n\n".join(["## A memory in files", opening_text, table(head, rows), ending])
 
 
@@ -213,10 +216,9 @@ def figure(record: Mapping[str, Any]) -> str:
 
 def write(page: Path = PAGE, image: Path = FIGURE) -> None:
     """Write all of it."""
-    records = load()
-    page.write_text(render(records), encoding="utf-8")
-    if "million" in records:
-        image.write_text(figure(records["million"]), encoding="utf-8")
+    found = load()
+    page.write_text(render(found), encoding="utf-8")
+    image.write_text(figure(found["million"]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How much of the context that a sliding window loses a memory wins back, in children's stories.
 
     mplus train stories --set 'data.*.paths=["FOLDER/train.jsonl"]'
-    python -m benchmarks.stories runs/stories/model FOLDER/valid.txt   # writes benchmarks/records/stories.json
+    python -m benchmarks.quality.stories runs/stories/model FOLDER/valid.txt   # writes records/stories.json
 
 The text is cut into pieces of 8 chunks of context and 32 tokens that follow; all ways predict the same last 24 of
 these. The same checkpoint is read with the memory of its own context and with a full one of other pieces.
@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 import mplus
+from benchmarks.records import record_path, write
 from mplus.environment import run_info
 from mplus.evaluation.context import context_value
 from mplus.hf.pretrained.shipped import load_tokenizer
 
-RECORD = Path(__file__).parent / "records" / "stories.json"
+RECORD = record_path("quality", "stories")
 CHUNK, CHUNKS, TEXT, KNOWN = 32, 8, 32, 8
 
 
@@ -77,8 +78,7 @@ def main() -> None:
         "circumstances": run_info(),
     }
     record["text"] = sentence(record)
-    given.record.parent.mkdir(exist_ok=True)
-    given.record.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write(given.record, record)
     sys.stdout.write(json.dumps(record, indent=2) + "\n")
 
 

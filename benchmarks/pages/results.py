@@ -1,31 +1,23 @@
-"""Write ``docs/results.md``, its figure and what the README quotes from ``benchmarks/records``.
+"""Write ``docs/results.md``, its figure and what the README quotes from records.
 
-python -m tools.results_page
+python -m benchmarks.pages.results
 """
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
+from benchmarks.records import ROOT, load
 from mplus.evaluation.reports.plots import draw
 from mplus.evaluation.reports.pooling import pool
 from mplus.evaluation.reports.report import Report
-from tools import recording
 
-RECORDS = recording.ROOT / "benchmarks" / "records"
-PAGE = recording.ROOT / "docs" / "results.md"
-FIGURE = recording.ROOT / "docs" / "assets" / "recall-tiny.svg"
-README = recording.ROOT / "README.md"
+PAGE = ROOT / "docs" / "results.md"
+FIGURE = ROOT / "docs" / "assets" / "recall-tiny.svg"
+README = ROOT / "README.md"
 QUOTE = re.compile(r"(?<=<!-- recall -->\n).*?(?=<!-- /recall -->\n)", re.DOTALL)
 AGES = ("0", "1", "4", "8", "16", "32", "64", "128")
-
-
-def load(name: str) -> dict[str, Any] | None:
-    """A record, or None where it was not made."""
-    path = RECORDS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def pooled(record: dict[str, Any]) -> Report:
@@ -67,7 +59,7 @@ def recall_tiny(record: dict[str, Any]) -> str:
     closing = (
         f"Measured on {where['device']}, torch {where['torch']}, transformers {where['transformers']}, commits "
         f"{commits}; the seconds are those of a shared machine. Settings and "
-        "every number: `benchmarks/records/recall-tiny.json`, made by `python -m benchmarks.recall`."
+        "every number: `benchmarks/quality/records/recall-tiny.json`, made by `python -m benchmarks.quality.recall`."
     )
     parts = [
         "## recall-tiny",
@@ -148,36 +140,23 @@ def _abstention(seeds: dict[str, Any]) -> str:
 
 def others() -> list[str]:
     """Sections on what else was measured, each as far as its record exists."""
-    parts = []
-    long = load("recall-long")
-    if long is not None:
-        parts.append("## recall-long\n\n" + long["text"])
-    stories = load("stories")
-    if stories is not None:
-        parts.append("## stories\n\n" + stories["text"])
-    speed = load("vectorised")
-    if speed is not None:
-        rows = [
-            "| decoder | ratio | samples/s, batch and one | tokens/s, batch and one |",
-            "| --- | ---: | ---: | ---: |",
-        ]
-        for name, facts in speed.items():
-            if isinstance(facts, dict) and "ratio" in facts:
-                samples, tokens = facts["samples_per_second"], facts["tokens_per_second"]
-                rows.append(
-                    f"| {name} | {facts['ratio']} | {samples['batch']:,} and {samples['one']:,} | "
-                    f"{tokens['batch']:,} and {tokens['one']:,} |"
-                )
-        parts.append(
-            f"## Training many memories at once\n\n{speed['streams']} streams per step against one, same objective, "
-            "chunks and number of steps, interleaved in one run "
-            f"({speed['circumstances']['device']}, {speed['circumstances']['threads']} thread(s)).\n\n"
-            + "\n".join(rows)
-        )
-    compared = load("scores")
-    if compared is not None:
-        parts.append("## Scores of the retriever\n\n" + scores(compared))
-    return parts
+    speed = load("speed", "batched_training")
+    rows = ["| decoder | ratio | samples/s, batch and one | tokens/s, batch and one |", "| --- | ---: | ---: | ---: |"]
+    for name, facts in speed.items():
+        if isinstance(facts, dict) and "ratio" in facts:
+            samples, tokens = facts["samples_per_second"], facts["tokens_per_second"]
+            rows.append(
+                f"| {name} | {facts['ratio']} | {samples['batch']:,} and {samples['one']:,} | "
+                f"{tokens['batch']:,} and {tokens['one']:,} |"
+            )
+    return [
+        "## recall-long\n\n" + load("quality", "recall-long")["text"],
+        "## stories\n\n" + load("quality", "stories")["text"],
+        f"## Training many memories at once\n\n{speed['streams']} streams per step against one, same objective, "
+        "chunks and number of steps, interleaved in one run "
+        f"({speed['circumstances']['device']}, {speed['circumstances']['threads']} thread(s)).\n\n" + "\n".join(rows),
+        "## Scores of the retriever\n\n" + scores(load("quality", "scores")),
+    ]
 
 
 def scores(record: dict[str, Any]) -> str:
@@ -204,12 +183,10 @@ def scores(record: dict[str, Any]) -> str:
 
 def render() -> str:
     """The page."""
-    record = load("recall-tiny")
-    if record is None:
-        raise SystemExit("benchmarks/records/recall-tiny.json is missing: run python -m benchmarks.recall")
+    record = load("quality", "recall-tiny")
     opening = (
-        "# Results\n\nWhat was measured, and nothing else; this page is made from `benchmarks/records` by "
-        "`python -m tools.results_page`. How to read it: [Evaluation](evaluation.md)."
+        "# Results\n\nWhat was measured, and nothing else; this page is made from `benchmarks/quality/records` by "
+        "`python -m benchmarks.pages.results`. How to read it: [Evaluation](evaluation.md)."
     )
     return "\n\n".join([opening, recall_tiny(record), *others()]) + "\n"
 
@@ -233,12 +210,11 @@ def quote(record: dict[str, Any]) -> str:
 
 def main() -> None:
     """Write all of it."""
-    record = load("recall-tiny")
+    record = load("quality", "recall-tiny")
     PAGE.write_text(render(), encoding="utf-8")
-    if record is not None:
-        draw(pooled(record), FIGURE)
-        page = README.read_text(encoding="utf-8")
-        README.write_text(QUOTE.sub(lambda _: quote(record), page), encoding="utf-8")
+    draw(pooled(record), FIGURE)
+    page = README.read_text(encoding="utf-8")
+    README.write_text(QUOTE.sub(lambda _: quote(record), page), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,20 @@
 """What wrapping and writing cost, as ratios measured side by side in one run.
 
-    python -m benchmarks.overhead            # writes records/overhead.json
+    python -m benchmarks.speed.overhead            # writes records/overhead.json
 
 1. A wrapped decoder of 100 M parameters with ``memory=None`` against the same decoder unwrapped, 128 tokens.
 2. Writing a chunk of 512 tokens (K = 256 rows, retriever keys included) against the decoder's forward over 512 + K
    tokens without logits.
 3. Bytes a memory takes beyond its rows.
 
-Pairs are interleaved, their order alternates, and the median of the ratios is reported.
+Each pair is timed in turns (``mplus.timing``), and the median of the ratios is reported.
 """
 
 from __future__ import annotations
 
 import copy
-import statistics
+import json
 import sys
-import time
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +23,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mplus
+from benchmarks.records import record_path, write
 from mplus.environment import run_info
-from tools import recording
+from mplus.timing import Arm, in_rounds, median, quantile, ratio
 
 K, CHUNK, READ = 256, 512, 128
 
@@ -45,24 +45,15 @@ def decoder() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def ratios(first: Callable[[], Any], second: Callable[[], Any], pairs: int) -> dict[str, float]:
-    """Median time of ``first`` over ``second``, pair by pair."""
-    first(), second()
-    found, times = [], ([], [])  # type: ignore[var-annotated]
-    for pair in range(pairs):
-        taken = [0.0, 0.0]
-        for which in (0, 1) if pair % 2 else (1, 0):
-            begun = time.perf_counter()
-            (first, second)[which]()
-            taken[which] = time.perf_counter() - begun
-            times[which].append(taken[which])
-        found.append(taken[0] / taken[1])
-    quartiles = statistics.quantiles(found, n=4)
+def compare(first: Callable[[], Any], second: Callable[[], Any], pairs: int) -> dict[str, Any]:
+    """Time both in turns; return the median of the ratios of ``first`` over ``second``, and both medians."""
+    times = in_rounds([Arm("first", lambda _: first()), Arm("second", lambda _: second())], pairs, torch.device("cpu"))
+    found = [one / other for one, other in zip(times["first"], times["second"], strict=True)]
     return {
-        "ratio": round(statistics.median(found), 4),
-        "ratio_quartiles": [round(quartiles[0], 4), round(quartiles[2], 4)],
-        "seconds": round(statistics.median(times[0]), 4),
-        "base_seconds": round(statistics.median(times[1]), 4),
+        "ratio": ratio(times, "first", "second"),
+        "ratio_quartiles": [round(quantile(found, share), 4) for share in (0.25, 0.75)],
+        "seconds": round(median(times["first"]), 4),
+        "base_seconds": round(median(times["second"]), 4),
         "pairs": pairs,
     }
 
@@ -77,8 +68,8 @@ def measure(pairs: int) -> dict[str, Any]:
     memory.write(torch.randint(8000, (CHUNK * 6,)))  # from here on every write drops rows into long-term memory
     return {
         "parameters": sum(p.numel() for p in base.parameters()),
-        "wrapped_without_memory": ratios(lambda: wrapped(input_ids=short), lambda: base(input_ids=short), pairs),
-        "write": ratios(lambda: memory.write_chunk(chunk), lambda: base.model(input_ids=long, use_cache=False), pairs),
+        "wrapped_without_memory": compare(lambda: wrapped(input_ids=short), lambda: base(input_ids=short), pairs),
+        "write": compare(lambda: memory.write_chunk(chunk), lambda: base.model(input_ids=long, use_cache=False), pairs),
         "bytes_beyond_rows": bytes_beyond_rows(wrapped),
     }
 
@@ -95,6 +86,6 @@ def bytes_beyond_rows(wrapped: Any, streams: int = 20) -> int:
 
 
 if __name__ == "__main__":
-    result = measure(int(sys.argv[1]) if len(sys.argv) > 1 else 25)
-    path = recording.write("overhead.json", {**run_info(), **result})
-    print(path.read_text(encoding="utf-8"))
+    record = {**run_info(), **measure(int(sys.argv[1]) if len(sys.argv) > 1 else 25)}
+    write(record_path("speed", "overhead"), record)
+    print(json.dumps(record, indent=1))

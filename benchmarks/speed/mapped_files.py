@@ -1,7 +1,7 @@
 """How fast a memory that lives in files opens, and how fast its rows are read from them beside rows in memory.
 
-    python -m benchmarks.mapped                   # writes benchmarks/records/store-mmap.json
-    python -m benchmarks.mapped --gigabytes 0.05 --layers 4 --record small.json
+    python -m benchmarks.speed.mapped_files                   # writes records/mapped_files.json
+    python -m benchmarks.speed.mapped_files --gigabytes 0.05 --layers 4 --record small.json
 
 A row is what Llama-3.1-8B keeps of one: keys and values of 8 heads of 128 numbers, a retriever key of 256, in bfloat16.
 Rows are drawn, and the decoder that the memory belongs to is narrow, since it never reads. With few layers each is
@@ -27,6 +27,7 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 import mplus
+from benchmarks.records import record_path, write
 from mplus.bench.fixtures.presets import PRESETS
 from mplus.config import Component, MPlusConfig
 from mplus.environment import run_info
@@ -40,7 +41,7 @@ from mplus.stores.base import StoreLayout
 from mplus.stores.build import build_store
 from mplus.timing import Arm, in_rounds, median, summary
 
-RECORD = Path(__file__).parent / "records" / "store-mmap.json"
+RECORD = record_path("speed", "mapped_files")
 SHAPE = PRESETS["llama3-8b"]
 CPU = torch.device("cpu")
 HIDDEN_SIZE = 256
@@ -261,7 +262,7 @@ def main() -> None:
         "memories": found,
         "circumstances": run_info(),
     }
-    given.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write(given.record, record)
     sys.stdout.write(json.dumps(record, indent=1) + "\n")
 
 

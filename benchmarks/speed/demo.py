@@ -1,7 +1,6 @@
 """Run the demo, record it, and quote it in the README.
 
-``python -m tools.demo_record measure`` writes ``records/demo.json``, ``python -m tools.demo_record render`` what the
-README says of it.
+``python -m benchmarks.speed.demo measure`` writes ``records/demo.json``; ``render`` writes what the README says of it.
 """
 
 from __future__ import annotations
@@ -12,18 +11,18 @@ import subprocess
 import sys
 from typing import Any
 
+from benchmarks.records import ROOT, record_path, write
+from benchmarks.records import load as load_record
 from mplus.environment import run_info
-from tools import recording
 
-RECORD = "demo.json"
-PAGE = recording.ROOT / "README.md"
+PAGE = ROOT / "README.md"
 QUOTE = re.compile(r"(?<=<!-- demo -->\n).*?(?=<!-- /demo -->\n)", re.DOTALL)
 
 
 def measure() -> dict[str, Any]:
     """What ``mplus demo-novel --json`` prints, with the circumstances of the run."""
     command = [sys.executable, "-m", "mplus.cli", "demo-novel", "--json"]
-    done = subprocess.run(command, cwd=recording.ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)
     del report["saved"]["folder"]  # a temporary one
     return {**run_info(), **report}
@@ -31,8 +30,7 @@ def measure() -> dict[str, Any]:
 
 def load() -> dict[str, Any]:
     """The record."""
-    record: dict[str, Any] = json.loads((recording.ROOT / "records" / RECORD).read_text(encoding="utf-8"))
-    return record
+    return load_record("speed", "demo")
 
 
 def quote(record: dict[str, Any]) -> str:
@@ -62,7 +60,7 @@ def render(page: str, record: dict[str, Any]) -> str:
 def main(command: str) -> None:
     """Run one of the two commands."""
     if command == "measure":
-        recording.write(RECORD, measure())
+        write(record_path("speed", "demo"), measure())
     elif command == "render":
         PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), load()), encoding="utf-8")
     else:

@@ -1,7 +1,7 @@
 """Write ``docs/speed.md`` and its figures from the records of ``mplus bench``.
 
-mplus bench read --json benchmarks/records/bench-read-cpu.json
-python -m tools.speed_page
+mplus bench read --json benchmarks/speed/records/bench-read-cpu.json
+python -m benchmarks.pages.speed
 
 Every ``bench-*.json`` in the folder becomes a section; commit before measuring, so that the record names the commit.
 """
@@ -14,24 +14,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.records import ROOT
 from mplus.bench.tables import Sheet, opening, refused, sheets
-from tools import recording
 
-RECORDS = recording.ROOT / "benchmarks" / "records"
-PAGE = recording.ROOT / "docs" / "speed.md"
-FIGURES = recording.ROOT / "docs" / "assets"
+RECORDS = ROOT / "benchmarks" / "speed" / "records"
+PAGE = ROOT / "docs" / "speed.md"
+FIGURES = ROOT / "docs" / "assets"
 HEADINGS = {
     "read": "Reading a prompt",
     "decode": "Single tokens",
     "write": "Writing",
     "score": "Scoring long-term rows",
     "attention": "Attention alone",
+    "store": "Appending, evicting, merging",
 }
 PREAMBLE = """
 # Speed
 
-What was measured, and nothing else; this page is made from `benchmarks/records` by `python -m tools.speed_page`, and
-the records by [`mplus bench read`](cli.md#mplus-bench-read) and its siblings. Decoders have random weights and
+What was measured, and nothing else; this page is made from `benchmarks/speed/records` by
+`python -m benchmarks.pages.speed`, and the records by
+[`mplus bench read`](cli.md#mplus-bench-read) and its siblings. Decoders have random weights and
 memories random rows: what a read costs does not depend on what they say.
 
 All ways to do one thing run in one process, in turns, with the same weights and the same prompts, and medians are
@@ -81,7 +83,7 @@ def _section(name: str, record: Mapping[str, Any]) -> list[str]:
     missing = refused(record)
     if missing:
         parts.append("\n".join(["Without a speed:", "", *(f"- {line}" for line in missing)]))
-    parts.append(f"Every number: `benchmarks/records/bench-{name}.json`.")
+    parts.append(f"Every number: `benchmarks/speed/records/bench-{name}.json`.")
     return parts
 
 

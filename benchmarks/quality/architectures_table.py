@@ -1,12 +1,11 @@
 """Measure every architecture and write the table in the docs.
 
-python -m tools.architectures_table measure     # adds this environment's transformers to records/architectures.json
-python -m tools.architectures_table render      # writes docs/architectures.md from the record
+python -m benchmarks.quality.architectures_table measure    # adds this environment's transformers to the record
+python -m benchmarks.quality.architectures_table render     # writes docs/architectures.md from the record
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
@@ -14,15 +13,14 @@ import torch
 from transformers import __version__ as transformers_version
 
 import mplus
+from benchmarks.records import ROOT, load, record_path, write
 from mplus.environment import run_info
 from mplus.errors import NotSupported
 from tests.helpers import comparisons
 from tests.helpers.architectures import ARCHITECTURES, Architecture
 from tests.helpers.retrofitted import CHUNK, K, config_for, retrofit
-from tools import recording
 
-RECORD = "architectures.json"
-PAGE = recording.ROOT / "docs" / "architectures.md"
+PAGE = ROOT / "docs" / "architectures.md"
 COLUMNS = ("read", "retrieve", "step", "write", "rows")
 
 
@@ -153,13 +151,12 @@ NOTES = """
 
 def main(command: str) -> None:
     """Run one of the two commands."""
-    path = recording.ROOT / "records" / RECORD
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    record = load("quality", "architectures")
     if command == "measure":
         with torch.no_grad():
             rows = {architecture.name: measure(architecture) for architecture in ARCHITECTURES}
         record[transformers_version] = {**run_info(), "rows": rows}
-        recording.write(RECORD, record)
+        write(record_path("quality", "architectures"), record)
     elif command == "render":
         PAGE.write_text(render(record), encoding="utf-8")
     else:

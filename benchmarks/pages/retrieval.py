@@ -1,29 +1,34 @@
-"""Write ``docs/retrieval.md`` and its figure from the records of ``benchmarks.retrieval``.
+"""Write ``docs/retrieval.md`` and its figure from the records of both ``retrieval`` programs.
 
-python -m benchmarks.retrieval speed KEYS
-python -m tools.retrieval_page
+python -m benchmarks.speed.retrieval speed KEYS
+python -m benchmarks.pages.retrieval
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tools import recording
-from tools.drawing import HEIGHT, LEFT, TOP, WIDTH, curve, picture, rule, text
+from benchmarks import records
+from benchmarks.pages.drawing import HEIGHT, LEFT, TOP, WIDTH, curve, picture, rule, text
+from benchmarks.records import ROOT
 
-RECORDS = recording.ROOT / "benchmarks" / "records"
-PAGE = recording.ROOT / "docs" / "retrieval.md"
-FIGURE = recording.ROOT / "docs" / "assets" / "retrieval.svg"
+RECORDS = {
+    "speed": ("speed", "retrieval-speed"),
+    "sweep": ("speed", "retrieval-sweep"),
+    "retention": ("quality", "retrieval-retention"),
+    "sigmoid": ("quality", "retrieval-sigmoid"),
+}
+PAGE = ROOT / "docs" / "retrieval.md"
+FIGURE = ROOT / "docs" / "assets" / "retrieval.svg"
 PREAMBLE = """
 # Retrieval from an index
 
-What was measured, and nothing else; this page is made from `benchmarks/records` by `python -m tools.retrieval_page`,
-and the records by `python -m benchmarks.retrieval`. What a shortcut costs on a memory of your own:
-[`mplus eval retriever`](evaluation.md#retriever-health).
+What was measured, and nothing else; this page is made by `python -m benchmarks.pages.retrieval` from the records of
+`python -m benchmarks.speed.retrieval` and `benchmarks.quality.retrieval`.
+What a shortcut costs on a memory of your own: [`mplus eval retriever`](evaluation.md#retriever-health).
 """
 BUSY = (
     "Above the number of cores, a load average means that other programs ran too: times are longer then, and two "
@@ -34,20 +39,15 @@ COLOURS = {"torch": "#999999", "faiss_flat": "#d55e00", "linear": "#e69f00", "fa
 
 
 def load() -> dict[str, dict[str, Any]]:
-    """The records there are, by what they measured."""
-    found = {}
-    for what in ("speed", "sweep", "retention", "sigmoid"):
-        path = RECORDS / f"retrieval-{what}.json"
-        if path.exists():
-            found[what] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    """The records, by what they measured."""
+    return {what: records.load(*name) for what, name in RECORDS.items()}
 
 
-def render(records: Mapping[str, Mapping[str, Any]]) -> str:
+def render(found: Mapping[str, Mapping[str, Any]]) -> str:
     """The page."""
     sections = {"speed": speed, "sweep": sweep, "retention": retention, "sigmoid": sigmoid}
-    parts = [section(records[what]) for what, section in sections.items() if what in records]
-    return "\n\n".join([PREAMBLE.strip(), *(parts or ["Nothing has been recorded yet."])]) + "\n"
+    parts = [section(found[what]) for what, section in sections.items()]
+    return "\n\n".join([PREAMBLE.strip(), *parts]) + "\n"
 
 
 def speed(record: Mapping[str, Any]) -> str:
@@ -240,10 +240,9 @@ def figure(record: Mapping[str, Any]) -> str:
 
 def write(page: Path = PAGE, picture: Path = FIGURE) -> None:
     """Write all of it."""
-    records = load()
-    page.write_text(render(records), encoding="utf-8")
-    if "speed" in records:
-        picture.write_text(figure(records["speed"]), encoding="utf-8")
+    found = load()
+    page.write_text(render(found), encoding="utf-8")
+    picture.write_text(figure(found["speed"]), encoding="utf-8")
 
 
 if __name__ == "__main__":
