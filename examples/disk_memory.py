@@ -20,7 +20,7 @@ with mplus.Memory.open("notes", model, tokenizer=tokenizer, bytes_budget="64MiB"
 # Later, in another program: long-term memory is mapped from its files, not read, so this takes no time.
 with mplus.Memory.open("notes", model, tokenizer=tokenizer) as memory:
     for source in memory.sources():
-        print(f"{source.name}: {source.tokens} tokens, {source.long_term_rows:.0f} long-term rows in each layer")
+        print(f"{source.name}: {source.tokens} tokens, {source.held['long-term']:.0f} long-term rows in each layer")
     prompt = tokenizer("One day, Lily", return_tensors="pt")
     story = model.generate(**prompt, memory=memory, max_new_tokens=20, do_sample=False)
     print(tokenizer.decode(story[0], skip_special_tokens=True))

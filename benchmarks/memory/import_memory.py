@@ -146,7 +146,8 @@ def load(folder: Path, dtype: str) -> None:
     model, memory = load_published(folder, dtype=getattr(torch, dtype))
     seconds = time.perf_counter() - started
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.state_dict().values()}
-    for rows in (*memory.states[0].stm, *memory.states[0].pending):  # the short-term rows are those of the model's pool
+    lists = memory.states[0].row_lists().values()
+    for rows in (rows for parts in lists for rows in parts):  # the short-term rows are those of the model's pool
         for column in rows.columns().values():
             storages[column.untyped_storage().data_ptr()] = column.untyped_storage().nbytes()
     print(json.dumps({"target_bytes": sum(storages.values()) + memory.stores[0].nbytes, "seconds": round(seconds, 1)}))

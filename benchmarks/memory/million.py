@@ -84,7 +84,7 @@ def asked(model: Any, memory: Memory, facts: Sequence[Fact]) -> dict[str, Any]:
     for fact, layers in zip(facts, said.memory_sources, strict=True):
         for layer, rows in enumerate(layers):
             found[layer] += sum(row.source == fact.source for row in rows)
-    stored = sum(kept[fact.source].long_term_rows for fact in facts)  # of one layer, on average
+    stored = sum(kept[fact.source].held["long-term"] for fact in facts)  # of one layer, on average
     return {
         "accuracy": right / len(facts),
         "gold_recall_by_layer": [round(count / stored, 4) if stored else None for count in found],

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from attrs import define, evolve, field
@@ -32,6 +32,7 @@ from mplus.bench.fixtures.presets import PRESETS
 from mplus.config import Component, MPlusConfig
 from mplus.environment import run_info
 from mplus.hf.decoders.bench_models import random_llama
+from mplus.mechanisms.short_term.state import ShortTermState
 from mplus.memory import Memory
 from mplus.memory.directory.durable_memory import LiveMemory
 from mplus.memory.opened import JOURNAL_BYTES
@@ -89,7 +90,8 @@ def fill(memory: LiveMemory, long_term: int, short_term: int, generator: torch.G
         stm = tuple(drawn(layout, places[long_term:], generator) for _ in range(layout.layers))
         count = memory.engine.config.memory_tokens_per_chunk
         newest = tuple(torch.ones(count, layout.hidden_size, dtype=layout.dtype) for _ in stm)
-        states[0] = evolve(states[0], stm=stm, newest=newest, clock=len(places))
+        state = cast("ShortTermState", states[0])
+        states[0] = evolve(state, stm=stm, newest=newest, clock=len(places))
 
     for births in parts:
         memory._change(lambda _, births=births: append(births))  # type: ignore[misc]  # noqa: SLF001

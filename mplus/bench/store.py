@@ -17,7 +17,6 @@ from mplus.config import Component, MPlusConfig, options_of
 from mplus.eviction.build import build_eviction
 from mplus.mechanisms.additions import MemoryAdditions
 from mplus.mechanisms.mplus import MPlusMechanism
-from mplus.memory.state import StreamState
 from mplus.memory.writing.context import Keys, WriteContext
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
@@ -116,11 +115,7 @@ class Flow:
         keys: Keys = lambda layer, hidden: None  # noqa: E731
         policy = build_eviction(config.eviction)
         self._context = WriteContext(self.merging, policy, torch.randperm, keys, capacity=rows)
-        counters = {
-            "decayed": torch.zeros(1, dtype=torch.float64),
-            "writes_since_merge": torch.zeros((), dtype=torch.int64),
-        }
-        self._state = StreamState(stm=(), pending=(), counters=counters)
+        self._state = self._mechanism.new_state(self._layout)
         self._incoming = self._next
 
     def arms(self) -> list[Arm]:
@@ -146,7 +141,7 @@ class Flow:
 
     def merge(self, turn: int) -> None:
         """A chunk's rows that were pending; others expire, and what is beyond the capacity is evicted."""
-        state = evolve(self._state, pending=(self._incoming.replace(expiry=None),))
+        state = self._mechanism.waiting(self._state, [self._incoming.replace(expiry=None)])
         self._state, _ = self._mechanism.merge(state, self._context)
 
     def _rows(self, count: int) -> MemoryRows:

@@ -37,6 +37,7 @@ def show(
     from mplus.memory.directory.offline import present
     from mplus.memory.format.manifest import LIVE_FORMAT, is_memory
     from mplus.memory.format.offline import saved_tables
+    from mplus.memory.plain_state import state_class
 
     if is_memory(path, LIVE_FORMAT):
         held = present(path)
@@ -50,7 +51,10 @@ def show(
     console = Console(highlight=False)
     console.print(table)
     for number, (stream, sources) in enumerate(zip(streams, tables, strict=True)):
-        tiers = [f"{counts(held)} {TIERS.get(name, name)}" for name, held in stream.rows.items()]
+        tiers = [
+            f"{counts(held)} {state_class(stream.mechanism).lists.get(name, name)}"
+            for name, held in stream.rows.items()
+        ]
         rows = ", ".join([*tiers, f"{counts(stream.ltm)} long-term"])
         console.print(f"\nstream {number}: {rows} rows per layer, {stream.clock:,} written", soft_wrap=True)
         console.print(_sources(sources))
@@ -84,10 +88,6 @@ def repair(path: Kept, out: Out) -> None:
     print(f"{out} holds {'what was sound of' if lost else 'all of'} {path}: Memory.load reads it")
     if lost:
         raise typer.Exit(1)
-
-
-TIERS = {"stm": "short-term"}
-"""What lists of rows are called, where it is not by their name."""
 
 
 def _stream_facts(stream: StreamEntry, sources: SourceTable) -> dict[str, object]:

@@ -55,8 +55,8 @@ def forget(
     report = forget_saved(path, source, stream, keep_name=keep_name)
     print(
         f"forgot {'text without a name' if source is None else repr(source)}: {report.tokens:,} tokens in "
-        f"{report.chunks:,} chunks; of its rows, per layer: {counts(report.short_term_rows)} short-term, "
-        f"{counts(report.pending_rows)} pending, {counts(report.long_term_rows)} long-term"
+        f"{report.chunks:,} chunks; of its rows, per layer: "
+        + ", ".join(f"{counts(rows)} {name}" for name, rows in report.held.items())
     )
 
 
@@ -66,20 +66,20 @@ def _table(stream: list[SourceInfo]) -> Table:
 
     table = Table(box=None)
     table.add_column("source")
-    for title in ("tokens", "chunks", "short-term", "pending", "long-term", "age in rows", "in chunks"):
+    names = list(stream[0].held) if stream else []
+    for title in ("tokens", "chunks", *names, "age in rows", "in chunks"):
         table.add_column(title, justify="right")
     for source in stream:
-        rows = (source.short_term_rows, source.pending_rows, source.long_term_rows)
         table.add_row(
             escape(source.name or "(no name)"),
             f"{source.tokens:,}",
             f"{source.chunks:,}",
-            *(f"{count:,.1f}" for count in rows),
+            *(f"{count:,.1f}" for count in source.held.values()),
             _span(source.newest_age, source.oldest_age),
             _span(source.newest_age_chunks, source.oldest_age_chunks),
         )
     return table
 
 
-def _span(newest: Any, oldest: Any) -> str:
-    return "" if newest is None else counts([newest, oldest])
+def _span(latest: Any, oldest: Any) -> str:
+    return "" if latest is None else counts([latest, oldest])

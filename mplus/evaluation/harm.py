@@ -112,8 +112,8 @@ def harm(
         "perplexity": {way: math.exp(float(one.mean())) for way, one in found.items()},
         "change_percent": {way: _change(found[way], found["none"]) for way in WAYS[1:]},
         "memory_rows_by_layer": {
-            "short_term": [len(rows) for rows in state.stm],
-            "long_term": [memory.stores[0].count(layer) for layer in range(len(state.stm))],
+            **{state.lists[name].replace("-", "_"): rows for name, rows in state.counts().items() if any(rows)},
+            "long_term": [memory.stores[0].count(layer) for layer in range(memory.stores[0].layout.layers)],
         },
         "unrelated_tokens_written": sum(source.tokens for source in state.sources),
         "settings": {**attrs.asdict(options), "memory": model.mplus_config.to_dict()},

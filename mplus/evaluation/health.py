@@ -18,7 +18,6 @@ from mplus.evaluation.arms.base import Bench, Due
 from mplus.evaluation.episodes import Protocol
 from mplus.evaluation.generating import Generation, answers
 from mplus.evaluation.metrics.scoring import Scoring
-from mplus.evaluation.oracle import long_term
 from mplus.evaluation.retention import RetentionOptions, check_chunks, told
 from mplus.evaluation.retriever_swap import retriever_for
 from mplus.evaluation.texts import Texts
@@ -191,7 +190,7 @@ def _ask(
             count.add(rows, scoring.is_correct(answer.text, one.question.answers))
             for layer in sorted(seen) if shortcuts is not None else ():
                 if rows[layer].stored:
-                    view, look = long_term(seen[layer].views[row], layer), slice(row, row + 1)
+                    view, look = seen[layer].searched(layer, row), slice(row, row + 1)
                     views = dict.fromkeys(shortcuts.retrievers, view)  # type: ignore[union-attr]
                     shortcuts.ask(layer, seen[layer].hidden[look], seen[layer].mask[look], views)  # type: ignore[union-attr]
             if spread is not None and engine.mechanism.key_size:

@@ -11,7 +11,6 @@ from torch import Tensor
 from mplus.errors import InputError
 from mplus.mechanisms.base import Retrieved
 from mplus.mechanisms.mplus import MPlusMechanism
-from mplus.mechanisms.pending import PendingView
 from mplus.memory.state import StreamView
 from mplus.stores.base import StoreView
 
@@ -36,7 +35,7 @@ class OracleMechanism(MPlusMechanism):
             return [None] * len(views)
         found: list[Retrieved | None] = []
         for view, names in zip(views, self.wanted, strict=True):
-            store = long_term(view, layer)
+            store = self.searched(view, layer)
             count = store.count(layer)
             if not count:
                 found.append(None)
@@ -49,12 +48,6 @@ class OracleMechanism(MPlusMechanism):
             ids = store.ids(layer)[by_id.values]
             found.append(self._in_order(store, layer, ids, best.values[by_id.indices]))
         return found
-
-
-def long_term(view: StreamView, layer: int) -> StoreView:
-    """The long-term rows of a stream, those that wait for a merge included."""
-    waiting = len(view.state.pending[layer])
-    return PendingView(view.store, view.state.pending) if waiting else view.store
 
 
 def written_from(view: StreamView, store: StoreView, layer: int, names: Collection[str]) -> Tensor:

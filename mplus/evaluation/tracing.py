@@ -9,10 +9,11 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from mplus.evaluation.oracle import long_term, written_from
-from mplus.mechanisms.base import Retrieved
+from mplus.evaluation.oracle import written_from
+from mplus.mechanisms.base import MemoryMechanism, Retrieved
 from mplus.mechanisms.mplus import MPlusMechanism
 from mplus.memory.state import StreamView
+from mplus.stores.base import StoreView
 
 
 @define(frozen=True, eq=False)
@@ -24,12 +25,18 @@ class Seen:
         mask: ``[B, T]`` bool, the tokens that retrieve.
         found: what came back.
         views: the streams it came from.
+        mechanism: retrieved.
     """
 
     hidden: Tensor
     mask: Tensor
     found: Sequence[Retrieved | None]
     views: Sequence[StreamView]
+    mechanism: MemoryMechanism
+
+    def searched(self, layer: int, row: int) -> StoreView:
+        """Return the rows of a layer that could have come back for batch row ``row``."""
+        return self.mechanism.searched(self.views[row], layer)
 
 
 class WatchingMechanism(MPlusMechanism):
@@ -41,7 +48,7 @@ class WatchingMechanism(MPlusMechanism):
 
     def retrieve(self, layer: int, hidden: Tensor, mask: Tensor, views: Sequence[StreamView]) -> list[Retrieved | None]:
         found = super().retrieve(layer, hidden, mask, views)
-        self.seen[layer] = Seen(hidden.detach(), mask, found, views)
+        self.seen[layer] = Seen(hidden.detach(), mask, found, views, self)
         return found
 
 
@@ -59,7 +66,7 @@ class Rows:
 def count_rows(layer: int, seen: Seen, row: int, names: Collection[str]) -> Rows:
     """Count for batch row ``row``, whose answer is in the sources ``names``."""
     view, found = seen.views[row], seen.found[row]
-    store = long_term(view, layer)
+    store, standing = seen.searched(layer, row), seen.mechanism.standing(view, layer)
     numbers = [number for number, source in view.state.sources.items() if source.name in names]
 
     def useful(column: Tensor) -> int:
@@ -70,7 +77,7 @@ def count_rows(layer: int, seen: Seen, row: int, names: Collection[str]) -> Rows
         useful=int(written_from(view, store, layer, names).sum()),
         retrieved=0 if found is None else len(found.ids),
         useful_retrieved=0 if found is None else useful(found.rows.source),
-        useful_short_term=useful(view.state.stm[layer].source),
+        useful_short_term=0 if standing is None else useful(standing.source),
     )
 
 
@@ -82,11 +89,11 @@ def scores(engine: Any, layer: int, seen: Seen, row: int, *, short_term: bool = 
         NotSupported: it does not score rows by queries and keys.
     """
     retriever = engine.mechanism.additions.retriever
-    view = seen.views[row]
-    stored = long_term(view, layer).keys(layer)
+    stored = seen.searched(layer, row).keys(layer)
     parts = [] if stored is None else [stored]
-    if short_term and len(view.state.stm[layer]):
-        parts.append(engine.keys(layer, view.state.stm[layer].need_hidden()))
+    standing = seen.mechanism.standing(seen.views[row], layer)
+    if short_term and standing is not None and len(standing):
+        parts.append(engine.keys(layer, standing.need_hidden()))
     queries = retriever.project_queries(layer, seen.hidden[row : row + 1])
     keys = torch.cat([part.to(queries.device) for part in parts])
     scored: Tensor = retriever.score(layer, queries, seen.mask[row : row + 1], keys[None])

@@ -68,23 +68,23 @@ class FifoEviction(EvictionPolicy):
         pieces = [piece for piece in store.pieces(layer, "birth") if len(piece.ids)]
         births = ids = torch.empty(0, dtype=torch.int64, device=store.layout.device)
         for piece in sorted(pieces, key=lambda piece: smallest(piece, "birth")):
-            newest = int(births[-1]) if len(ids) == excess else None
-            if newest is not None and smallest(piece, "birth") > newest:
+            latest = int(births[-1]) if len(ids) == excess else None
+            if latest is not None and smallest(piece, "birth") > latest:
                 break  # equal births may yet have lower ids
-            old, old_ids = _oldest(piece, excess, newest)
+            old, old_ids = _oldest(piece, excess, latest)
             births, ids = _in_order(torch.cat([births, old]), torch.cat([ids, old_ids]))
             births, ids = births[:excess], ids[:excess]
         return ids
 
 
-def _oldest(piece: Piece, count: int, newest: int | None) -> tuple[Tensor, Tensor]:
+def _oldest(piece: Piece, count: int, latest: int | None) -> tuple[Tensor, Tensor]:
     """Births and ids of all rows of a piece that may be among the ``count`` oldest of all, none born after ``newest``.
 
     In the order of their ids.
     """
     births = piece.columns["birth"]
     births = births if piece.live is None else births.masked_fill(~piece.live, torch.iinfo(births.dtype).max)
-    limit: int | Tensor = births.kthvalue(min(count, len(births))).values if newest is None else newest
+    limit: int | Tensor = births.kthvalue(min(count, len(births))).values if latest is None else latest
     old = births <= limit
     places = (old if piece.live is None else old & piece.live).nonzero().squeeze(1)
     return births[places], piece.ids[places]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from attrs import define, evolve
@@ -15,10 +15,12 @@ from mplus.hf.reading.forward import generating
 from mplus.hf.reading.reading import Reading
 from mplus.hf.retrofit.context import Pass, running
 from mplus.interop.trace import Recorded
-from mplus.mechanisms.base import Retrieved, WritePlan
+from mplus.mechanisms.base import Retrieved
 from mplus.mechanisms.mplus import MPlusMechanism
+from mplus.mechanisms.short_term.mechanism import RowMechanism, WritePlan
+from mplus.mechanisms.short_term.state import ShortTermState, state_of
 from mplus.memory.memory import Memory
-from mplus.memory.state import StreamState, StreamView
+from mplus.memory.state import StreamView
 from mplus.memory.writing.context import WriteContext
 from mplus.retrievers.linear import LinearRetriever
 from mplus.rows import NO_SOURCE, MemoryRows
@@ -76,7 +78,7 @@ class Player:
         """Start from the content of ``memory`` (batch size 1), which is left as it is."""
         self.model = model
         self.engine: DecoderEngine = model.mplus_engine
-        self.state: StreamState = memory.states[0]
+        self.state = cast("ShortTermState", memory.states[0])
         self.store: MemoryStore = memory.stores[0].fork()
         self._empty = self.store.fork()
         for layer in range(self._empty.layout.layers):
@@ -103,12 +105,14 @@ class Player:
         Returns:
             ``[1, L, k, d]`` the new rows; they enter the memory where ``update`` is set.
         """
-        plan = self.engine.mechanism.plan_write(self.state, ids.shape[1])
+        mechanism = cast("RowMechanism", self.engine.mechanism)
+        plan = mechanism.plan_write(self.state, ids.shape[1])
         if delta is not None and len(plan.context[0]):
             plan = evolve(plan, context=self._loose(delta))
         block = [rows[0] for rows in self.engine.encode_plans([plan], ids)]
         if update:
-            self.state = self.engine.mechanism.absorb(self.state, block, NO_SOURCE, self._context(draw)).state
+            absorbed = mechanism.absorb(self.state, block, NO_SOURCE, self._context(draw))
+            self.state = cast("ShortTermState", absorbed.state)
         return torch.stack(block)[None]
 
     @torch.no_grad()
@@ -196,7 +200,7 @@ class Player:
             if retrieved is None:
                 continue
             scored, ids = len(retrieved.scores) > 0, retrieved.ids
-            if not (scored and len(view.state.pending[layer])):
+            if not (scored and len(state_of(view).pending[layer])):
                 # Ids of the store number all rows it ever had; with pending rows they are positions already.
                 ids = torch.searchsorted(view.store.ids(layer), ids)
             ages = view.state.clock - 1 - retrieved.rows.birth

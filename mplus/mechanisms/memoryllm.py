@@ -10,13 +10,15 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.config import flag
-from mplus.mechanisms.base import Absorbed, MemoryMechanism, WritePlan
-from mplus.memory.state import StreamState, StreamView
+from mplus.mechanisms.base import Absorbed
+from mplus.mechanisms.short_term.mechanism import RowMechanism, WritePlan
+from mplus.mechanisms.short_term.state import ShortTermState, state_of
+from mplus.memory.state import StreamView
 from mplus.memory.writing.context import WriteContext
 from mplus.rows import MemoryRows
 
 
-class MemoryLLMMechanism(MemoryMechanism):
+class MemoryLLMMechanism(RowMechanism):
     """Writes as M+ does, reads ``[begin | STM | text]``."""
 
     @define(frozen=True, kw_only=True)
@@ -38,13 +40,13 @@ class MemoryLLMMechanism(MemoryMechanism):
     name = "memoryllm"
     uses_retriever = False
 
-    def plan_write(self, state: StreamState, tokens: int, reencode: bool = True) -> WritePlan:
+    def plan_write(self, state: ShortTermState, tokens: int, reencode: bool = True) -> WritePlan:
         plan = super().plan_write(state, tokens, reencode)
         if self._unfilled(state):
             return evolve(plan, begin=False, overlap=True)
         return plan
 
-    def absorb(self, state: StreamState, block: Sequence[Tensor], source: int, context: WriteContext) -> Absorbed:
+    def absorb(self, state: Any, block: Sequence[Tensor], source: int, context: WriteContext) -> Absorbed:
         if self._unfilled(state):
             n = self.config.short_term_tokens
             k = block[0].shape[0]
@@ -55,12 +57,12 @@ class MemoryLLMMechanism(MemoryMechanism):
         return super().absorb(state, block, source, context)
 
     def keep_dropped(
-        self, state: StreamState, dropped: Sequence[MemoryRows], context: WriteContext
-    ) -> tuple[StreamState, int]:
+        self, state: ShortTermState, dropped: Sequence[MemoryRows], context: WriteContext
+    ) -> tuple[ShortTermState, int]:
         return state, 0
 
     def has_prefix(self, view: StreamView) -> bool:
-        return not self._unfilled(view.state)
+        return not self._unfilled(state_of(view))
 
-    def _unfilled(self, state: StreamState) -> bool:
+    def _unfilled(self, state: ShortTermState) -> bool:
         return bool(self.options.tile_first) and not len(state.stm[0])

@@ -13,15 +13,17 @@ from torch import Tensor
 from mplus.config import number, one_of, whole
 from mplus.eviction.base import EvictionPolicy
 from mplus.eviction.ttl import TtlEviction
-from mplus.mechanisms.base import MemoryMechanism, Retrieved
+from mplus.mechanisms.base import Retrieved
 from mplus.mechanisms.pending import PendingView
-from mplus.memory.state import StreamState, StreamView
+from mplus.mechanisms.short_term.mechanism import RowMechanism
+from mplus.mechanisms.short_term.state import ShortTermState, state_of
+from mplus.memory.state import StreamView
 from mplus.memory.writing.context import WriteContext
 from mplus.rows import MemoryRows
 from mplus.stores.base import Column, Content, StoreLayout, StoreView
 
 
-class MPlusMechanism(MemoryMechanism):
+class MPlusMechanism(RowMechanism):
     """Reads ``[begin | retrieved LTM rows, oldest first | STM | text]``."""
 
     @define(frozen=True, kw_only=True)
@@ -67,8 +69,8 @@ class MPlusMechanism(MemoryMechanism):
             return 0
         return int(self.options.merge_every) * self.config.memory_tokens_per_chunk
 
-    def new_state(self, layout: StoreLayout) -> StreamState:
-        state = super().new_state(layout)
+    def _first_state(self, layout: StoreLayout) -> ShortTermState:
+        state = super()._first_state(layout)
         counters = {
             "writes_since_merge": torch.zeros((), dtype=torch.int64),
             "decayed": torch.zeros(layout.layers, dtype=torch.float64),
@@ -90,19 +92,15 @@ class MPlusMechanism(MemoryMechanism):
         clock = 0 if self.options.ages == "release" else state.clock
         return evolve(state, stm=stm, pending=pending, clock=clock, counters=counters)
 
-    def short_term_births(self, state: StreamState, layer: int) -> Tensor:
-        births = super().short_term_births(state, layer)
-        return births + state.clock if self.options.ages == "release" else births
-
-    def _births(self, state: StreamState, k: int) -> Tensor:
+    def _births(self, state: ShortTermState, k: int) -> Tensor:
         if self.options.ages == "release":
             # In the STM ages stand still: -1 - age within the chunk. The clock is added when a row leaves.
             return torch.arange(-k, 0, dtype=torch.int64)
         return super()._births(state, k)
 
     def keep_dropped(
-        self, state: StreamState, dropped: Sequence[MemoryRows], context: WriteContext
-    ) -> tuple[StreamState, int]:
+        self, state: ShortTermState, dropped: Sequence[MemoryRows], context: WriteContext
+    ) -> tuple[ShortTermState, int]:
         if self.config.long_term_tokens == 0:
             return state, 0
         leaving = [
@@ -118,7 +116,11 @@ class MPlusMechanism(MemoryMechanism):
         state = evolve(state, pending=pending, counters={**state.counters, "writes_since_merge": writes})
         return self.merge(state, context) if int(writes) >= self.options.merge_every else (state, 0)
 
-    def merge(self, state: StreamState, context: WriteContext) -> tuple[StreamState, int]:
+    def waiting(self, state: ShortTermState, rows: Sequence[MemoryRows]) -> ShortTermState:
+        """Return ``state`` with ``rows``, per layer, and no others waiting for the next merge."""
+        return evolve(state, pending=tuple(rows))
+
+    def merge(self, state: ShortTermState, context: WriteContext) -> tuple[ShortTermState, int]:
         """Move pending rows into long-term memory and let rows expire.
 
         Returns the new state and the rows evicted per layer.
@@ -129,7 +131,9 @@ class MPlusMechanism(MemoryMechanism):
         counters = {**state.counters, "writes_since_merge": torch.zeros((), dtype=torch.int64)}
         return evolve(state, pending=pending, counters=counters), evicted
 
-    def _store(self, state: StreamState, added: Sequence[MemoryRows], context: WriteContext) -> tuple[StreamState, int]:
+    def _store(
+        self, state: ShortTermState, added: Sequence[MemoryRows], context: WriteContext
+    ) -> tuple[ShortTermState, int]:
         """Append rows to long-term memory and let others expire or make room.
 
         Published rule: every row, new ones included, loses some of its lifetime; expired rows leave only if more rows
@@ -180,12 +184,13 @@ class MPlusMechanism(MemoryMechanism):
         scored: list[tuple[int, StoreView]] = []
         joined: dict[tuple[int, int], StoreView] = {}
         for row, view in enumerate(views):
+            pending = state_of(view).pending
             if self.options.short_ltm == "tile" and view.store.count(layer) < k:
                 found[row] = self._tile(view.store, layer, k)
-            elif len(view.state.pending[layer]):
+            elif len(pending[layer]):
                 # Rows that share what they hold share what is made of it: a retriever reads that once.
-                same = id(view.store), id(view.state.pending)
-                scored.append((row, joined.setdefault(same, PendingView(view.store, view.state.pending))))
+                same = id(view.store), id(pending)
+                scored.append((row, joined.setdefault(same, PendingView(view.store, pending))))
             elif view.store.count(layer):
                 scored.append((row, view.store))
         if scored:
@@ -203,13 +208,18 @@ class MPlusMechanism(MemoryMechanism):
             _note(view, layer, rows)
         return found
 
+    def searched(self, view: StreamView, layer: int) -> StoreView:
+        """Return the long-term rows of a layer, and those that wait for a merge."""
+        pending = state_of(view).pending
+        return PendingView(view.store, pending) if len(pending[layer]) else view.store
+
     def retrieved_rows(self, view: StreamView, layer: int) -> int:
         if self.config.long_term_tokens == 0:
             return 0
         merged, k = view.store.count(layer), self.config.retrieved_tokens
         if self.options.short_ltm == "tile":
             return k if merged else 0
-        return min(k, merged + len(view.state.pending[layer]))
+        return min(k, merged + len(state_of(view).pending[layer]))
 
     def _tile(self, store: StoreView, layer: int, k: int) -> Retrieved | None:
         ids = store.ids(layer)
@@ -248,7 +258,7 @@ def _note(view: StreamView, layer: int, rows: Retrieved | None) -> None:
     if view.usage is None or rows is None:
         return
     ids = rows.ids
-    if len(view.state.pending[layer]) and len(rows.scores):  # then these are places in a PendingView
+    if len(state_of(view).pending[layer]) and len(rows.scores):  # then these are places in a PendingView
         merged = view.store.ids(layer)
         ids = merged[ids[ids < len(merged)]]
     view.usage.note(layer, ids, view.state.clock)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from attrs import define, evolve
+from attrs import define
 
 from mplus.config import MPlusConfig, byte_count
 from mplus.errors import ConfigError
 from mplus.memory.state import StreamState
-from mplus.stores.base import MemoryStore, StoreLayout
+from mplus.stores.base import MemoryStore
 
 
 @define(frozen=True)
@@ -47,7 +47,7 @@ class Budget:
         if wanted is None:
             return Budget(config.long_term_tokens)
         budget, layout = byte_count(wanted), store.layout
-        fixed = layout.layers * fixed_bytes(config, mechanism, layout)
+        fixed = layout.layers * mechanism.reserve(layout)
         row = layout.layers * store.bytes_per_row
         least = fixed
         if mechanism.long_term:
@@ -76,15 +76,6 @@ def _rows_within(room: int, store: MemoryStore) -> int:
         middle = (fits + too_many) // 2
         fits, too_many = (middle, too_many) if store.bytes_for(middle) <= room else (fits, middle)
     return fits
-
-
-def fixed_bytes(config: MPlusConfig, mechanism: Any, layout: StoreLayout) -> int:
-    """The most that one layer of a stream takes besides its long-term rows."""
-    waiting = evolve(layout, expiry=False)
-    short = waiting if not layout.keeps_hidden else evolve(waiting, key_size=0)  # keys are made when rows leave
-    newest = 0 if layout.keeps_hidden else config.memory_tokens_per_chunk * layout.hidden_size * layout.dtype.itemsize
-    pending: int = mechanism.waiting_rows * waiting.row_bytes
-    return config.short_term_tokens * short.row_bytes + pending + newest
 
 
 def rows_bytes(states: Sequence[StreamState], stores: Sequence[MemoryStore]) -> int:

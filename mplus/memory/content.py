@@ -17,7 +17,7 @@ from mplus.memory.report import SourceInfo
 from mplus.memory.sharing import distinct, each
 from mplus.memory.sources.forget import forgotten_names
 from mplus.memory.sources.listing import sources_of
-from mplus.memory.state import StreamState, StreamView
+from mplus.memory.state import LONG_TERM, StreamState, StreamView
 from mplus.stores.access_log import Usage
 from mplus.stores.base import MemoryStore
 from mplus.stores.disk.process_lock import ProcessLock
@@ -171,7 +171,7 @@ class MemoryContent:
             InputError: there is no such batch row.
         """
         row = check_row(row, self.batch_size)
-        return sources_of(self.snapshot()[row], self.engine.mechanism)
+        return sources_of(self.snapshot()[row], self.engine.config.memory_tokens_per_chunk)
 
     def forgotten(self, row: int = 0) -> list[str | None]:
         """Names of sources of batch row ``row`` that ``forget(keep_name=True)`` left nothing of but the name.
@@ -185,11 +185,15 @@ class MemoryContent:
         return forgotten_names(self._states[row])
 
     def __repr__(self) -> str:
-        rows = ", ".join(
-            f"[{len(state.stm[0])} STM, {len(state.pending[0])} pending, {store.count(0)} LTM]"
-            for state, store in zip(self._states[:4], self._stores[:4], strict=True)
-        )
+        rows = ", ".join(map(_described, self._states[:4], self._stores[:4]))
         more = ", ..." if self.batch_size > 4 else ""
         limit = "" if self.capacity is None else f", at most {self.capacity} LTM ({self.text_capacity} text tokens)"
         kind, size = type(self).__name__, f"{self.nbytes / 2**20:.1f} MiB"
         return f"{kind}(batch_size={self.batch_size}, rows per layer: {rows}{more}{limit}, {size})"
+
+
+def _described(state: StreamState, store: MemoryStore) -> str:
+    """Return how many rows the first layer has, by what reports call them."""
+    counts = {state.lists.get(name, name): parts[0] for name, parts in state.counts().items() if parts}
+    counts[LONG_TERM] = store.count(0)
+    return f"[{', '.join(f'{count} {name}' for name, count in counts.items())}]"

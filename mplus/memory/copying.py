@@ -6,13 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from attrs import evolve
 
 from mplus.errors import MemoryPickleError
 from mplus.memory.budget import Budget
 from mplus.memory.sharing import each
 from mplus.memory.state import StreamState
-from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore
 
 if TYPE_CHECKING:
@@ -50,14 +48,8 @@ def moved(memory: Memory, device: torch.device | None, dtype: torch.dtype | None
     """Return a copy of a memory on another device or in another dtype; see ``Memory.to``."""
     where = memory.device if device is None else device
 
-    def move(rows: Sequence[MemoryRows]) -> tuple[MemoryRows, ...]:
-        return tuple(part.to(where, dtype) for part in rows)
-
-    def change(state: StreamState) -> StreamState:
-        newest = tuple(hidden.to(where, dtype) for hidden in state.newest)
-        return evolve(state, stm=move(state.stm), pending=move(state.pending), newest=newest)
-
-    return copied(memory, range(memory.batch_size), lambda store: store.to(device, dtype), change)
+    rows = range(memory.batch_size)
+    return copied(memory, rows, lambda store: store.to(device, dtype), lambda state: state.to(where, dtype))
 
 
 def pickle_error() -> MemoryPickleError:

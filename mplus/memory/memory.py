@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -119,7 +119,7 @@ class Memory(Opens):
             turn: see ``mplus.memory.texts.Text``.
         """
         tokens = ids.shape[1]
-        stayed: dict[int, Sequence[Tensor]] = {}
+        stayed: dict[int, Mapping[str, Sequence[Tensor]]] = {}
         moved: list[tuple[int, int]] = []
 
         def absorb(states: list[StreamState]) -> None:

@@ -15,8 +15,8 @@ from mplus.memory.state import StreamState
 from mplus.stores.access_log import Usage
 from mplus.stores.base import MemoryStore, StoreView
 
-Stayed = Mapping[int, Sequence[Tensor]]
-"""By batch row, what ``Absorbed.stayed`` says of a write."""
+Stayed = Mapping[int, Mapping[str, Sequence[Tensor]]]
+"""By batch row, what ``Absorbed.stayed`` says of a write: positions of rows that stayed, per list and layer."""
 
 
 @define(eq=False)

@@ -12,7 +12,8 @@ class SourceInfo:
     Attributes:
         name: the name given to ``write``, or None.
         tokens, chunks: how much text was written under that name.
-        short_term_rows, pending_rows, long_term_rows: rows still held, averaged over the layers.
+        held: rows still held, averaged over the layers: of each list of the mechanism ("short-term" and "pending" of
+            M+) and of the store ("long-term").
         newest_age, oldest_age: of the rows still held in any layer, in rows written since (0: nothing was written after
             the row); None where none is held.
         newest_age_chunks, oldest_age_chunks: the same in chunks of ``memory_tokens_per_chunk`` rows, rounded down.
@@ -21,9 +22,7 @@ class SourceInfo:
     name: str | None
     tokens: int
     chunks: int
-    short_term_rows: float
-    pending_rows: float
-    long_term_rows: float
+    held: dict[str, float]
     newest_age: int | None
     oldest_age: int | None
     newest_age_chunks: int | None
@@ -37,22 +36,20 @@ class ForgetReport:
     Attributes:
         source: the name that was forgotten.
         tokens, chunks: how much text had been written under it.
-        short_term_rows, pending_rows, long_term_rows: rows of it that were still held, in each layer.
+        held: rows of it that were still held, in each layer, named as in ``SourceInfo.held``.
         rebuilt: chunks that were written again; None where nothing was (``mode="drop"``).
     """
 
     source: str | None
     tokens: int
     chunks: int
-    short_term_rows: tuple[int, ...]
-    pending_rows: tuple[int, ...]
-    long_term_rows: tuple[int, ...]
+    held: dict[str, tuple[int, ...]]
     rebuilt: int | None = None
 
     @property
     def rows(self) -> int:
         """Rows in all layers together."""
-        return sum((*self.short_term_rows, *self.pending_rows, *self.long_term_rows))
+        return sum(map(sum, self.held.values()))
 
 
 @define(frozen=True)

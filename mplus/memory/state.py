@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
-from mplus.memory.format.rules import check_columns, check_newest
+from mplus.memory.format.rules import check_columns, forms
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.texts import Text, Texts, Waiting
 from mplus.memory.weights_state import WeightsState
@@ -18,127 +19,190 @@ from mplus.rows import MemoryRows
 from mplus.stores.access_log import Usage
 from mplus.stores.base import StoreLayout, StoreView
 
-ROW_LISTS = ("stm", "pending")
-"""Names of the lists of rows that ``StreamState`` keeps, each with a part for every layer."""
+LONG_TERM = "long-term"
+"""What reports call the rows of a stream's store."""
 
 
 @define(frozen=True, eq=False, kw_only=True)
-class StreamState:
+class StreamState(ABC):
     """Everything a stream remembers besides its store. Immutable: a write makes a new one.
 
-    Which rows and tensors the mechanism keeps is known here alone: files have them by the names that ``row_lists`` and
-    ``tensors`` give, and ``from_parts`` takes them back.
+    Each mechanism derives a class of its own (``MemoryMechanism.State``) with the rows and tensors it keeps. Everything
+    else knows these by name only: files and journals hold what ``row_lists`` and ``tensors`` give, and ``from_parts``
+    takes it back. The methods work without a decoder, so that a memory on disk can be listed, repaired and made to
+    forget without one.
+
+    Example:
+        >>> @define(frozen=True, eq=False, kw_only=True)
+        ... class Recent(StreamState):
+        ...     lists = {"recent": "recent"}
+        ...     recent: tuple[MemoryRows, ...]
+        ...
+        ...     def row_lists(self):
+        ...         return {"recent": self.recent}
+        ...
+        ...     def with_rows(self, rows):
+        ...         return evolve(self, recent=tuple(rows["recent"]))
 
     Attributes:
-        stm: short-term rows of each layer, oldest first (layers differ in length only after ``forget``).
-        pending: rows of each layer that left the STM and wait for the next merge; empty where there is no waiting.
+        lists: class attribute; the lists of rows by name, and what reports call their rows.
         clock: rows written so far per layer; the next birth index.
         sources: what was written, by source number.
-        newest: per layer ``[c, d]``, hidden states of the newest short-term rows (K of them, where there are as many),
-            which the next write reads; empty where the rows keep theirs.
-        counters: the mechanism's own numbers, each a small tensor.
         texts: what was written, where the memory keeps that; else None.
         tail: text that waits for more, to make up a chunk.
         weights: what keys and values, and retriever keys, were computed with; None where nobody knows.
     """
 
-    stm: tuple[MemoryRows, ...]
-    pending: tuple[MemoryRows, ...]
+    lists: ClassVar[Mapping[str, str]] = {}
+
     clock: int = 0
     sources: SourceTable = field(factory=SourceTable)
-    newest: tuple[Tensor, ...] = ()
-    counters: dict[str, Tensor] = field(factory=dict)
     texts: Texts | None = None
     tail: tuple[Waiting, ...] = ()
     weights: WeightsState | None = None
 
-    @staticmethod
+    # ------------------------------------------------------------------ what a mechanism's class defines
+
+    @abstractmethod
+    def row_lists(self) -> dict[str, tuple[MemoryRows, ...]]:
+        """Return all rows but those of the store, by name of their list, with a part for every layer."""
+
+    @abstractmethod
+    def with_rows(self, rows: Mapping[str, Sequence[MemoryRows]]) -> Self:
+        """Return this state with other rows in its lists, and nothing else changed."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all other tensors that belong to the mechanism, by name."""
+        return {}
+
+    @classmethod
     def from_parts(
-        layout: StoreLayout, rows: Mapping[str, Sequence[MemoryRows]], tensors: Mapping[str, Tensor], **others: Any
-    ) -> StreamState:
-        """The state whose ``row_lists`` and ``tensors`` these are.
+        cls, layout: StoreLayout, rows: Mapping[str, Sequence[MemoryRows]], tensors: Mapping[str, Tensor], **others: Any
+    ) -> Self:
+        """Make the state whose ``row_lists`` and ``tensors`` these are.
+
+        The default passes each list and each tensor to the field of its name.
 
         Args:
             layout: of the rows.
             rows: by name of the list.
             tensors: by name.
-            others: the other attributes.
+            others: the common attributes.
 
         Raises:
             MemoryMismatchError: a list or a tensor is missing, superfluous, or of another form than the layout's.
         """
-        if rows.keys() != set(ROW_LISTS) or any(len(parts) != layout.layers for parts in rows.values()):
-            found = {name: len(parts) for name, parts in rows.items()}
-            raise MemoryMismatchError(
-                f"a stream must have the lists of rows {', '.join(ROW_LISTS)} for {layout.layers} layers, got {found}"
-            )
-        newest = [f"newest.{layer}" for layer in range(0 if layout.keeps_hidden else layout.layers)]
-        counters = {name: value for name, value in tensors.items() if name.startswith("counter.")}
-        if set(newest) | counters.keys() != tensors.keys():
-            raise MemoryMismatchError(
-                f"a stream must have the tensors {newest} and counters, got {sorted(tensors.keys() - counters.keys())}"
-            )
-        for name, parts in rows.items():
-            for layer, part in enumerate(parts):
-                check_columns(part.columns(), evolve(layout, expiry=False), f"{name} of layer {layer}")
-        for layer, name in enumerate(newest):
-            check_newest(tensors[name], rows["stm"][layer], layout, layer)
-        return StreamState(
-            stm=tuple(rows["stm"]),
-            pending=tuple(rows["pending"]),
-            newest=tuple(tensors[name].to(layout.device) for name in newest),
-            counters={name.removeprefix("counter."): value for name, value in counters.items()},
-            **others,
+        cls.check_lists(layout, rows)
+        parts: dict[str, Any] = {name: tuple(lists) for name, lists in rows.items()}
+        try:
+            return cls(**{**parts, **tensors, **others})
+        except TypeError as error:
+            raise MemoryMismatchError(f"a {cls.__name__} cannot be made of its tensors: {error}") from error
+
+    def kept(self, places: Mapping[str, Sequence[Tensor]]) -> Self:
+        """Return this state with only the rows at ``places`` (per list and layer ``[n]`` bool, or int64 positions).
+
+        A class whose tensors say something of single rows overrides it, so that they stay in step.
+        """
+        lists = self.row_lists().items()
+        return self.with_rows(
+            {name: [rows.select(at) for rows, at in zip(parts, places[name], strict=True)] for name, parts in lists}
         )
 
-    def row_lists(self) -> dict[str, tuple[MemoryRows, ...]]:
-        """All rows but the long-term ones, by the name of their list, with a part for every layer."""
-        return {"stm": self.stm, "pending": self.pending}
+    def forgotten(self, number: int) -> Self:
+        """Return this state without what it holds of one source besides rows: its ids, sums or counts, say."""
+        return self
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All other tensors that belong to the mechanism, by name."""
-        newest = {f"newest.{layer}": hidden for layer, hidden in enumerate(self.newest)}
-        return {**newest, **{f"counter.{name}": value for name, value in self.counters.items()}}
+    def to(self, device: torch.device, dtype: torch.dtype | None) -> Self:
+        """Return this state on another device, its content in another dtype."""
+        return self.changed(lambda rows, name, layer: rows.to(device, dtype))
+
+    @property
+    def pass_key(self) -> Any:
+        """What must be equal in streams that share one write pass."""
+        return tuple(len(rows) for parts in self.row_lists().values() for rows in parts)
+
+    @classmethod
+    def births(cls, name: str, births: Tensor, clock: int) -> Tensor:
+        """Return ``births`` ``[n]`` of rows of a list as numbers below ``clock``, by which their age is known."""
+        return births
+
+    def expiry_clock(self, layers: int) -> Tensor:
+        """Return how far each layer's clock has come by which long-term rows expire, ``[layers]`` float64."""
+        return torch.zeros(layers, dtype=torch.float64)
+
+    @classmethod
+    def mended(
+        cls, layout: StoreLayout, rows: Mapping[str, Sequence[MemoryRows]], tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], list[tuple[str, MemoryMismatchError]]]:
+        """Return tensors that ``from_parts`` takes with ``rows``, some of which were damaged, and what that lost.
+
+        Returns:
+            The tensors, and a sentence with its reason for each one that was exchanged.
+        """
+        return dict(tensors), []
+
+    def check_like(self, new: StreamState, where: str) -> None:
+        """Raise MemoryMismatchError unless rows have the columns of a ``new`` state of the same mechanism."""
+        expected = new.row_lists()
+        for name, parts in self.row_lists().items():
+            for layer, (rows, other) in enumerate(zip(parts, expected[name], strict=True)):
+                found, wanted = forms(rows.columns(), 1), forms(other.columns(), 1)
+                if found != wanted:
+                    raise MemoryMismatchError(
+                        f"{name} of layer {layer} in {where} must have the columns {wanted}, got {found}"
+                    )
+
+    # ------------------------------------------------------------------ what follows from it
+
+    @classmethod
+    def check_lists(cls, layout: StoreLayout, rows: Mapping[str, Sequence[MemoryRows]]) -> None:
+        """Raise MemoryMismatchError unless ``rows`` has this class's lists, for every layer, as ``layout`` says."""
+        if rows.keys() != cls.lists.keys() or any(len(parts) != layout.layers for parts in rows.values()):
+            found = {name: len(parts) for name, parts in rows.items()}
+            raise MemoryMismatchError(
+                f"a stream must have the lists of rows {', '.join(cls.lists) or 'none'} for {layout.layers} layers, "
+                f"got {found}"
+            )
+        form = evolve(layout, expiry=False)
+        for name, parts in rows.items():
+            for layer, part in enumerate(parts):
+                check_columns(part.columns(), form, f"{name} of layer {layer}")
+
+    def changed(self, change: Callable[[MemoryRows, str, int], MemoryRows]) -> Self:
+        """Return this state with ``change(rows, list, layer)`` in the place of every part of its lists."""
+        lists = self.row_lists().items()
+        return self.with_rows(
+            {name: [change(rows, name, layer) for layer, rows in enumerate(parts)] for name, parts in lists}
+        )
+
+    def counts(self) -> dict[str, list[int]]:
+        """Return the number of rows of each list, layer by layer."""
+        return {name: [len(rows) for rows in parts] for name, parts in self.row_lists().items()}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the short-term and pending rows."""
-        return sum(rows.nbytes for rows in (*self.stm, *self.pending)) + sum(part.nbytes for part in self.newest)
+        """Bytes of all rows and tensors of the mechanism."""
+        rows = sum(rows.nbytes for parts in self.row_lists().values() for rows in parts)
+        return rows + sum(tensor.nbytes for tensor in self.tensors().values())
 
-    def context(self, layer: int, count: int) -> MemoryRows:
-        """The newest ``count`` short-term rows of a layer, oldest first, with their hidden states."""
-        rows = self.stm[layer]
-        rows = rows.select(slice(len(rows) - count, None))
-        if not self.newest:
-            return rows
-        hidden = self.newest[layer]
-        return rows.replace(hidden=hidden[hidden.shape[0] - count :])
-
-    def kept(self, layer: int, kept: Tensor) -> Tensor:
-        """What is left of ``newest`` when of this layer's short-term rows those at ``kept`` (bool or places) stay."""
-        hidden = self.newest[layer]
-        places = kept.nonzero().squeeze(1) if kept.dtype == torch.bool else kept
-        places = places - (len(self.stm[layer]) - hidden.shape[0])
-        return hidden[places[places >= 0].to(hidden.device)]
-
-    def with_source(self, name: str | None, tokens: int) -> tuple[StreamState, int]:
+    def with_source(self, name: str | None, tokens: int) -> tuple[Self, int]:
         """Count ``tokens`` of one chunk under ``name``; returns the new state and the source's number."""
         sources, number = self.sources.written(name, tokens)
         return evolve(self, sources=sources), number
 
-    def without_source(self, number: int) -> StreamState:
-        """This state without what came from one source, its name included."""
+    def without_source(self, number: int) -> Self:
+        """Return this state without what came from one source, its name included."""
+        lists = self.row_lists().items()
+        left = self.kept({name: [rows.source != number for rows in parts] for name, parts in lists})
         return evolve(
-            self,
-            stm=tuple(rows.select(rows.source != number) for rows in self.stm),
-            pending=tuple(rows.select(rows.source != number) for rows in self.pending),
-            newest=tuple(self.kept(layer, rows.source != number) for layer, rows in enumerate(self.stm) if self.newest),
+            left.forgotten(number),
             texts=None if self.texts is None else self.texts.without(number),
             tail=tuple(part for part in self.tail if part.source != number),
             sources=self.sources.without([number]),
         )
 
-    def with_text(self, ids: Tensor, source: int, turn: int) -> StreamState:
+    def with_text(self, ids: Tensor, source: int, turn: int) -> Self:
         """Keep the ids ``[n]`` of one chunk, where texts are kept."""
         if self.texts is None:
             return self
@@ -162,8 +226,8 @@ class StreamView:
 
 
 def alike(chunks: Sequence[Tensor], states: Sequence[StreamState]) -> list[list[int]]:
-    """Places of those that can share one pass: same chunk length, same number of short-term rows in every layer."""
+    """Places of those that can share one pass: same chunk length, same ``StreamState.pass_key``."""
     groups: dict[Any, list[int]] = {}
     for place, (ids, state) in enumerate(zip(chunks, states, strict=True)):
-        groups.setdefault((len(ids), tuple(len(rows) for rows in state.stm)), []).append(place)
+        groups.setdefault((len(ids), state.pass_key), []).append(place)
     return list(groups.values())

@@ -70,7 +70,7 @@ class StoreMachine(RuleBasedStateMachine):
             model.rows.append((row_id, rows.select(slice(place, place + 1))))
             model.last = row_id
 
-    @rule(which=sizes(3), layer=sizes(1), count=sizes(6), end=st.sampled_from(["oldest", "newest"]))
+    @rule(which=sizes(3), layer=sizes(1), count=sizes(6), end=st.sampled_from(["oldest", "latest"]))
     def remove_from_an_end(self, which: int, layer: int, count: int, end: str) -> None:
         """Remove the oldest or newest rows."""
         pair = self.stores[which % len(self.stores)]

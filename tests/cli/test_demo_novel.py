@@ -127,7 +127,7 @@ def test_the_continuation_is_identical_in_a_new_process(plain, report):
     assert saved["identical"] is True
     assert saved["here"] == saved["in_new_process"]
     assert len(saved["here"]["tokens"]) == resume.TOKENS
-    births = report.saved.here.short_term_births
+    births = report.saved.here.births
     clock = (report.chunks + 1) * report.config["memory_tokens_per_chunk"]
     assert len(births) == 5
     assert all(len(layer) == 128 and layer[-1] == clock - 1 for layer in births)

@@ -35,7 +35,7 @@ def test_sources(saved):
     lines = [line.split() for line in result.stdout.splitlines()]
     for source in memory.sources():
         name = (source.name or "(no name)").split()
-        rows = [f"{n:.1f}" for n in (source.short_term_rows, source.pending_rows, source.long_term_rows)]
+        rows = [f"{n:.1f}" for n in source.held.values()]
         ages = [f"{source.newest_age}-{source.oldest_age}", f"{source.newest_age_chunks}-{source.oldest_age_chunks}"]
         assert [*name, str(source.tokens), str(source.chunks), *rows, *ages] in lines
     assert json.loads(run("sources", folder, "--json").stdout) == [[attrs.asdict(s) for s in memory.sources()]]

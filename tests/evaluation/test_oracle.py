@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mplus.errors import InputError
-from mplus.evaluation.oracle import OracleMechanism, long_term, written_from
+from mplus.evaluation.oracle import OracleMechanism, written_from
 from mplus.hf.reading.override import reading_as
 from tests.memory.tiny import K0, ids, prompts, variant
 
@@ -39,7 +39,7 @@ def test_wanted_rows_come_back(name):
     for row, (found, names) in enumerate(zip(sources(memory, wanted), wanted, strict=True)):
         view = memory.snapshot()[row]
         for layer, retrieved in enumerate(found):
-            store = long_term(view, layer)
+            store = memory.engine.mechanism.searched(view, layer)
             there = int(written_from(view, store, layer, names).sum())
             assert there
             assert sum(source in names for source in retrieved) == min(there, K0)

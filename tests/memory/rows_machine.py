@@ -233,7 +233,7 @@ class Rows(RuleBasedStateMachine):
         for layer, before in enumerate(self.expected):
             mine = Counter(n for n in before if self.sources[n] == name)
             self.expected[layer] = before - mine
-            tiers = (report.short_term_rows, report.pending_rows, report.long_term_rows)
+            tiers = tuple(report.held.values())
             assert sum(tier[layer] for tier in tiers) == mine.total()
 
     @precondition(lambda self: self.memory.sources())

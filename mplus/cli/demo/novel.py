@@ -177,13 +177,13 @@ def retrieved_from(rows: Sequence[Any]) -> tuple[RetrievedFrom, ...]:
 def layer_rows(memory: Memory, retrieved: Sequence[Sequence[Any]]) -> tuple[LayerRows, ...]:
     """What each layer of the first stream holds, and the ages of what it retrieved."""
     state, store = memory.states[0], memory.stores[0]
-    counts = []
+    held = {state.lists[name]: counts for name, counts in state.counts().items()}
+    found = []
     for layer, rows in enumerate(retrieved):
         ages = [row.age for row in rows]
-        counts.append(
+        found.append(
             LayerRows(
-                short_term=len(state.stm[layer]),
-                pending=len(state.pending[layer]),
+                held={name: counts[layer] for name, counts in held.items()},
                 long_term=store.count(layer),
                 retrieved=len(ages),
                 newest_age=min(ages, default=None),
@@ -191,7 +191,7 @@ def layer_rows(memory: Memory, retrieved: Sequence[Sequence[Any]]) -> tuple[Laye
                 oldest_age=max(ages, default=None),
             )
         )
-    return tuple(counts)
+    return tuple(found)
 
 
 def positions(model: Any) -> Positions:

@@ -37,9 +37,8 @@ def show(report: DemoReport, kept: bool, console: Console | None = None) -> None
 
 def _kept(report: DemoReport) -> Table:
     config, places, layers = report.config, report.positions, report.layers
-    tiers = {
-        name: counts([getattr(layer, name) for layer in layers]) for name in ("short_term", "pending", "long_term")
-    }
+    held = [f"{counts([layer.held[name] for layer in layers])} {name}" for name in layers[0].held]
+    held.append(f"{counts([layer.long_term for layer in layers])} long-term rows per layer")
     table = Table.grid(padding=(0, 2))
     table.add_row("read", f"{report.tokens:,} tokens: {report.chapters} chapters, {report.chunks:,} chunks")
     table.add_row(
@@ -48,7 +47,7 @@ def _kept(report: DemoReport) -> Table:
     )
     table.add_row(
         "kept",
-        f"{tiers['short_term']} short-term, {tiers['pending']} pending, {tiers['long_term']} long-term rows per layer",
+        ", ".join(held),
     )
     table.add_row("size", f"{size(report.bytes)}, room for more rows included")
     table.add_row(
@@ -115,7 +114,7 @@ def _saved(report: DemoReport, kept: bool, console: Console) -> None:
     saved = report.saved
     verdict = "[green]yes[/]" if saved.identical else "[red]no[/]"
     same = sum(a == b for a, b in zip(saved.here.tokens, saved.in_new_process.tokens, strict=True))
-    rows = "the same" if saved.here.short_term_births == saved.in_new_process.short_term_births else "other"
+    rows = "the same" if saved.here.births == saved.in_new_process.births else "other"
     console.print(
         f"\n[bold]Saved[/] ({size(saved.bytes)}) and loaded in a new process; both wrote the story and told on:"
     )

@@ -58,8 +58,7 @@ class Timing:
 class LayerRows:
     """Rows one layer holds, and the ages in rows of what it retrieved for the story (None: nothing)."""
 
-    short_term: int
-    pending: int
+    held: dict[str, int]
     long_term: int
     retrieved: int
     newest_age: int | None
@@ -93,12 +92,12 @@ class Continuation:
 
     Attributes:
         text, tokens: what was told, greedily.
-        short_term_births: per layer, which rows the STM holds afterwards; the write drew which ones left.
+        births: of each list of rows and layer, which rows are held afterwards; the write drew which ones left.
     """
 
     text: str
     tokens: tuple[int, ...]
-    short_term_births: tuple[tuple[int, ...], ...]
+    births: tuple[tuple[int, ...], ...]
 
 
 @define(frozen=True, kw_only=True)

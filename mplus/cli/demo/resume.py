@@ -64,7 +64,9 @@ def continue_story(model: Any, memory: Memory, story: Sequence[int]) -> Continua
     return Continuation(
         text=tokenizer.decode(told),
         tokens=tuple(told.tolist()),
-        short_term_births=tuple(tuple(rows.birth.tolist()) for rows in memory.states[0].stm),
+        births=tuple(
+            tuple(rows.birth.tolist()) for parts in memory.states[0].row_lists().values() for rows in parts if len(rows)
+        ),
     )
 
 

@@ -72,8 +72,9 @@ class MemoryArm(TextArm):
         return replies
 
     def _state_bytes(self, streams: Memory, row: int) -> int:
-        short_term = sum(rows.nbytes for rows in streams.states[row].stm)
-        if self.retrieved_tokens == 0:
-            return short_term  # what it never reads, it would not keep
-        pending = sum(rows.nbytes for rows in streams.states[row].pending)
-        return short_term + pending + streams.stores[row].nbytes
+        view, layers = streams.snapshot()[row], range(streams.stores[row].layout.layers)
+        if self.retrieved_tokens == 0:  # what it never reads, it would not keep
+            mechanism = self.bench.model.mplus_engine.mechanism
+            return sum(0 if rows is None else rows.nbytes for rows in (mechanism.standing(view, n) for n in layers))
+        lists = view.state.row_lists().values()
+        return sum(rows.nbytes for parts in lists for rows in parts) + streams.stores[row].nbytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,7 +24,9 @@ from mplus.hf.retrofit.context import Marks, Pass, Prefix, PrefixSource, Project
 from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.hf.retrofit.hooks import Retrofit
 from mplus.hf.retrofit.projection import Projection
-from mplus.mechanisms.base import MemoryMechanism, WritePlan
+from mplus.mechanisms.base import MemoryMechanism
+from mplus.mechanisms.short_term.mechanism import RowMechanism, WritePlan
+from mplus.mechanisms.short_term.state import ShortTermState
 from mplus.memory.memory import Memory
 from mplus.memory.state import StreamState
 from mplus.memory.weights_state import WeightsState
@@ -136,29 +138,7 @@ class DecoderEngine:
     def new_state(self, layout: StoreLayout) -> StreamState:
         """See ``Engine.new_state``."""
         self.bring_additions()
-        state = self.mechanism.new_state(layout)
-        return evolve(
-            state,
-            stm=tuple(self._completed(layer, rows, layout) for layer, rows in enumerate(state.stm)),
-            newest=state.newest or self._newest(state.stm, layout),
-            weights=self.weights(),
-        )
-
-    def _newest(self, stm: Sequence[MemoryRows], layout: StoreLayout) -> tuple[Tensor, ...]:
-        if layout.keeps_hidden:
-            return ()
-        k = self.config.memory_tokens_per_chunk
-        return tuple(rows.need_hidden()[max(len(rows) - k, 0) :].clone() for rows in stm)
-
-    def _completed(self, layer: int, rows: MemoryRows, layout: StoreLayout) -> MemoryRows:
-        """Rows that have hidden states with the other columns that short-term rows of this layout have."""
-        if rows.hidden is None:
-            return rows
-        if layout.projected_size and rows.projected is None:
-            rows = rows.replace(projected=self.project(layer, rows.hidden[None])[0].to(rows.hidden))
-        if not layout.keeps_hidden:
-            rows = rows.replace(key=self.keys(layer, rows.need_hidden()), hidden=None)
-        return rows
+        return evolve(self.mechanism.new_state(layout, self), weights=self.weights())
 
     def project(self, layer: int, hidden: Tensor) -> Tensor:
         """See ``Engine.project``."""
@@ -212,7 +192,8 @@ class DecoderEngine:
                 "set_adapter and write outside of the call"
             )
         reencode = not self.retrofit.anatomy.hybrid  # a state-space layer would read the rows standing in for old ones
-        plans = [self.mechanism.plan_write(state, ids.shape[1], reencode) for state in states]
+        mechanism = cast("RowMechanism", self.mechanism)
+        plans = [mechanism.plan_write(cast("ShortTermState", state), ids.shape[1], reencode) for state in states]
         return self.encode_plans(plans, ids)
 
     def encode_plans(self, plans: Sequence[WritePlan], ids: Tensor) -> list[Tensor]:

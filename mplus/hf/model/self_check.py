@@ -158,16 +158,16 @@ class _Checks:
             for handle in handles:
                 handle.remove()
         layout = self.engine.layout_of("hidden")  # what new memories keep is settled after these checks
-        stm = []
+        held = []
         for index in range(layout.layers):
             hidden = seen[index][0, : TOKENS - 3].to(layout.device)
             numbers = torch.arange(len(hidden), device=layout.device)
-            stm.append(MemoryRows(hidden, numbers, torch.zeros_like(numbers)))
-        pending = tuple(rows.select(slice(0, 0)) for rows in stm)
+            held.append(MemoryRows(hidden, numbers, torch.zeros_like(numbers)))
         state = self.engine.mechanism.new_state(layout)
-        return StreamView(
-            evolve(state, stm=tuple(stm), pending=pending, clock=len(stm[0])), RamStore(layout).snapshot()
-        )
+        none = [rows.select(slice(0, 0)) for rows in held]
+        first = next(iter(state.row_lists()), None)
+        state = state.with_rows({name: held if name == first else none for name in state.row_lists()})
+        return StreamView(evolve(state, clock=len(held[0])), RamStore(layout).snapshot())
 
     def _read(self, rows: int = 1, memory: bool = True, view: StreamView | None = None, **inputs: Any) -> list[Tensor]:
         """What ``observe`` finds in a forward of the decoder."""

@@ -14,6 +14,7 @@ from mplus.backends.checks import check_finite
 from mplus.hf.retrofit.projection import Projection
 from mplus.hf.retrofit.rotation import Tables
 from mplus.mechanisms.base import Retrieved
+from mplus.mechanisms.short_term.state import state_of
 from mplus.memory.state import StreamView
 
 
@@ -59,7 +60,7 @@ class Prepared:
         begins = [begin.to(like) for begin in self._begins(layer, len(views))]
         pairs = list(zip(retrieved, prefixed, strict=True))
         own = [1 + (0 if found is None else len(found.rows)) if there else 0 for found, there in pairs]
-        counts = [len(view.state.stm[layer]) for view in views]
+        counts = [len(state_of(view).stm[layer]) for view in views]
         only = retrieved[0] if len(views) == 1 else None
         if only is not None and only.source is not None and _alike(only.source.parts[0][0], like):
             tables = self._tables(layer, own[0], (own[0], counts[0]), like)
@@ -100,7 +101,7 @@ class Prepared:
     def _short_term(
         self, layer: int, views: Sequence[StreamView], in_front: Sequence[int], counts: Sequence[int], like: Tensor
     ) -> Segment:
-        states = [view.state.stm[layer] for view in views]
+        states = [state_of(view).stm[layer] for view in views]
         # Sequential positions count from the text backwards: what is in front of these rows does not move them.
         compressed = self.projection.retrofit.positions.layout == "compressed"
         key = (layer, tuple(in_front) if compressed else None, like.dtype, like.device)

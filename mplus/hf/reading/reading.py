@@ -17,6 +17,7 @@ from mplus.hf.reading.query_tokens import Recent, Window, first_tokens
 from mplus.hf.retrofit.context import Prefix, Project
 from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.mechanisms.base import MemoryMechanism, Retrieved
+from mplus.mechanisms.short_term.state import state_of
 from mplus.memory.memory import Memory
 from mplus.memory.state import StreamView
 
@@ -268,7 +269,7 @@ def assemble(
         parts = [begin] if mechanism.has_prefix(view) else []
         if found is not None:
             parts.append(found.rows.need_hidden())
-        parts.append(view.state.stm[layer].need_hidden())
+        parts.append(state_of(view).stm[layer].need_hidden())
         streams.append(torch.cat([part.to(like) for part in parts]))
     return side_by_side(streams)
 

@@ -20,9 +20,8 @@ from mplus.memory.format.folder import MANIFEST, hold, mode_of, writable
 from mplus.memory.format.save import Facts, stream_entry
 from mplus.memory.report import ForgetReport, SourceInfo
 from mplus.memory.sources.forget import forget, without_unused_sources
-from mplus.memory.sources.listing import Held, listed, short_term, stored
+from mplus.memory.sources.listing import sources_of
 from mplus.memory.sources.table import SourceTable
-from mplus.memory.state import StreamView
 from mplus.stores.base import StoreLayout
 from mplus.stores.disk.filesystem import FileSystem
 
@@ -69,7 +68,7 @@ def live_sources(folder: Path) -> list[list[SourceInfo]]:
     with hold(folder) as held:
         manifest, content, _ = read_present(held, _layout)
     chunk = int(manifest.fingerprint.get("memory_tokens_per_chunk", 1))
-    return [_sources(view, chunk) for view in content.views()]
+    return [sources_of(view, chunk) for view in content.views()]
 
 
 def forget_live(
@@ -131,16 +130,6 @@ def _replace(directory: Directory, manifest: LiveManifest, content: Content) -> 
     except BaseException:
         directory.settle(token)
         raise
-
-
-def _sources(view: StreamView, chunk: int) -> list[SourceInfo]:
-    state, layers = view.state, range(view.store.layout.layers)
-    tiers = (
-        [short_term(Held(rows.source, rows.birth), state.clock) for rows in state.stm],
-        [Held(rows.source, rows.birth) for rows in state.pending],
-        [held for layer in layers for held in stored(view, layer)],
-    )
-    return listed(state.sources, tiers, len(layers), state.clock, chunk)
 
 
 def _layout(manifest: LiveManifest) -> StoreLayout:

@@ -36,9 +36,6 @@ from mplus.stores.base import StoreLayout
 from mplus.stores.disk.safetensors_io import pack, unpack
 from mplus.stores.mmap import MmapStore, Note
 
-FIRST_LIST = "stm"
-"""The list of rows of which a write says which rows stayed (``mplus.mechanisms.base.Absorbed.stayed``)."""
-
 
 def encode(
     before: Sequence[StreamState],
@@ -51,7 +48,8 @@ def encode(
 
     Args:
         before, after: states of all streams.
-        stayed: what is known of their short-term rows; everything is compared, so that it need not be right.
+        stayed: which rows of their lists stayed, as far as the mechanism says; everything is compared, so that it
+            need not be right.
         notes: what was done to each stream's store, in order.
         draws: state of the generator of every stream whose generator has moved.
     """
@@ -60,7 +58,7 @@ def encode(
     for row, (old, new) in enumerate(zip(before, after, strict=True)):
         fact: dict[str, Any] = {}
         if old is not new:
-            fact = _state(f"{row}", old, new, stayed.get(row), tensors)
+            fact = _state(f"{row}", old, new, stayed.get(row, {}), tensors)
         if notes[row]:
             fact["store"] = [_note(f"{row}.store.{place}", note, tensors) for place, note in enumerate(notes[row])]
         if row in draws:
@@ -71,13 +69,17 @@ def encode(
 
 
 def _state(
-    prefix: str, old: StreamState, new: StreamState, stayed: Sequence[Tensor] | None, tensors: dict[str, Tensor]
+    prefix: str,
+    old: StreamState,
+    new: StreamState,
+    stayed: Mapping[str, Sequence[Tensor]],
+    tensors: dict[str, Tensor],
 ) -> dict[str, Any]:
     before = old.row_lists()
     for name, parts in new.row_lists().items():
         for layer, (rows, now) in enumerate(zip(before[name], parts, strict=True)):
-            grown = torch.arange(min(len(rows), len(now)))
-            stay = grown if name != FIRST_LIST else None if stayed is None else stayed[layer]
+            # Of a list that the mechanism says nothing of, it is tried whether rows were only added behind others.
+            stay = stayed[name][layer] if name in stayed else torch.arange(min(len(rows), len(now)))
             _tier(f"{prefix}.rows.{name}.{layer}", rows, now, stay, tensors)
     known, named = old.tensors(), new.tensors()
     tensors.update({f"{prefix}.state.{name}": now for name, now in named.items() if known.get(name) is not now})
@@ -102,11 +104,11 @@ def _texts(prefix: str, old: Texts | None, new: Texts, tensors: dict[str, Tensor
     return count
 
 
-def _tier(prefix: str, old: MemoryRows, new: MemoryRows, stay: Tensor | None, tensors: dict[str, Tensor]) -> None:
+def _tier(prefix: str, old: MemoryRows, new: MemoryRows, stay: Tensor, tensors: dict[str, Tensor]) -> None:
     """Places in ``old`` of the first rows of ``new``, and the rest of ``new``; nothing where all is as it was."""
     if old is new:
         return
-    if stay is None or not _begins_with(new, old, stay):
+    if not _begins_with(new, old, stay):
         stay = torch.arange(0)
     tensors[f"{prefix}.stay"] = stay
     for name, column in new.columns().items():
@@ -220,7 +222,7 @@ def _changed(
             texts = texts.appended(text)
     if "tail" in fact:
         tail = tail_from(_columns(tensors, f"{prefix}.tail."), numbers)
-    return StreamState.from_parts(
+    return type(old).from_parts(
         layout,
         rows,
         {name: named[name] for name in fact["tensors"]},

@@ -16,6 +16,7 @@ from mplus.memory.format.manifest import Manifest
 from mplus.memory.format.rules import check_columns, check_rows, check_values
 from mplus.memory.format.structure import LARGEST
 from mplus.memory.format.tensors import Tensors
+from mplus.memory.plain_state import state_class
 from mplus.memory.sources.source import DTYPES as SOURCE_COLUMNS
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.state import StreamState
@@ -118,7 +119,9 @@ def read_state(file: Tensors, number: int, entry: StreamEntry, layout: StoreLayo
     numbers = sources.column("number")
     texts, tail = read_texts(file, number, numbers), read_tail(file, number, numbers)
     try:
-        return StreamState.from_parts(layout, rows, tensors, clock=entry.clock, sources=sources, texts=texts, tail=tail)
+        return state_class(entry.mechanism).from_parts(
+            layout, rows, tensors, clock=entry.clock, sources=sources, texts=texts, tail=tail
+        )
     except MemoryMismatchError as error:
         raise MemoryFileError(f"{file.path}: stream {number} does not fit together: {error}") from error
 
@@ -150,8 +153,7 @@ def _expires(state: StreamState, layout: StoreLayout, lifetime: float | None) ->
     """When rows of each layer expire whose lifetime begins now; None: they do not."""
     if not layout.expiry or lifetime is None:
         return None
-    elapsed = state.counters.get("decayed", torch.zeros(layout.layers))
-    return [lifetime + float(value) for value in elapsed]
+    return [lifetime + float(value) for value in state.expiry_clock(layout.layers)]
 
 
 def _read_store(

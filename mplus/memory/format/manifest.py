@@ -13,6 +13,7 @@ from attrs import define, field
 
 from mplus.config import Component
 from mplus.errors import ConfigError, MemoryFileError, MemoryMismatchError
+from mplus.mechanisms import MECHANISMS
 from mplus.memory.format.earlier import upgraded
 from mplus.memory.format.entries import DataEntry, LayoutEntry, StreamEntry, name_of
 from mplus.memory.format.folder import MANIFEST
@@ -138,7 +139,7 @@ def read_manifest(path: str | Path | Folder, name: str = MANIFEST) -> Manifest:
     return manifest
 
 
-def from_file(file: Path | PathAt, cls: type[M], form: str, newest: int, what: str) -> M:
+def from_file(file: Path | PathAt, cls: type[M], form: str, latest: int, what: str) -> M:
     """Read what ``to_text`` wrote.
 
     Args:
@@ -156,9 +157,9 @@ def from_file(file: Path | PathAt, cls: type[M], form: str, newest: int, what: s
         hint = HINTS.get(str(plain and plain.get("format")), "")
         raise MemoryFileError(f"{file} must have format {form!r}, got {held}: this is not {what}{hint}")
     version = plain.get("version")
-    if isinstance(version, int) and version > newest:
+    if isinstance(version, int) and version > latest:
         raise MemoryFileError(
-            f"{file} was written by format version {version}, this mplus reads up to {newest}: upgrade mplus"
+            f"{file} was written by format version {version}, this mplus reads up to {latest}: upgrade mplus"
         )
     if type(version) is not int or version < 1:
         raise MemoryFileError(f"{file} must have a format version of at least 1, got {version!r}: it was altered")
@@ -169,7 +170,7 @@ def from_file(file: Path | PathAt, cls: type[M], form: str, newest: int, what: s
         )
     content = {name: value for name, value in plain.items() if name not in ("format", "digest")}
     try:
-        if version == newest:
+        if version == latest:
             return structured(content, cls, "manifest")
         content, earlier = upgraded(content)
         return attrs.evolve(structured(content, cls, "manifest"), earlier=earlier)  # type: ignore[misc]
@@ -211,6 +212,7 @@ def check_belongs(manifest: Belonging, fingerprint: Mapping[str, Any], layout: S
     if differences:
         raise MemoryMismatchError(
             f"{where} must be loaded by the model, adapters and config it was made with, but {'; '.join(differences)}"
+            + _not_installed(mechanism_of(manifest))
         )
     for name in ("layers", "hidden_size", "key_size"):
         if getattr(manifest.layout, name) != getattr(layout, name):
@@ -218,6 +220,16 @@ def check_belongs(manifest: Belonging, fingerprint: Mapping[str, Any], layout: S
                 f"{where}: layout.{name} must be {getattr(layout, name)} as of the decoder it was made with, got "
                 f"{getattr(manifest.layout, name)}: the manifest was altered"
             )
+
+
+def _not_installed(mechanism: str) -> str:
+    """Return how to get a mechanism that is not there, as the end of a sentence; "" where it is."""
+    if mechanism in MECHANISMS.names():
+        return ""
+    return (
+        f"; the mechanism {mechanism!r} is not installed: a package announces it in the entry-point group "
+        f"{MECHANISMS.group!r}"
+    )
 
 
 def _read(file: Path | PathAt) -> bytes:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from attrs import evolve
 
 from mplus.config import Component
 from mplus.errors import MemoryFileError
@@ -17,11 +18,12 @@ from mplus.memory.format.load import check_names, read_sources, read_streams, re
 from mplus.memory.format.manifest import LIVE_FORMAT, Manifest, is_memory, read_manifest
 from mplus.memory.format.save import Facts, replace, store_numbers
 from mplus.memory.format.tensors import TensorReader, Tensors
+from mplus.memory.plain_state import state_class
 from mplus.memory.report import ForgetReport, SourceInfo
 from mplus.memory.sources.forget import forget
-from mplus.memory.sources.listing import Held, listed, short_term
+from mplus.memory.sources.listing import Held, listed
 from mplus.memory.sources.table import SourceTable
-from mplus.memory.state import ROW_LISTS, StreamView
+from mplus.memory.state import LONG_TERM, StreamView
 from mplus.stores.base import MemoryStore
 
 
@@ -138,9 +140,16 @@ def _held(file: Tensors, prefix: str, count: int) -> Held:
 
 def _sources(file: Tensors, manifest: Manifest, number: int) -> list[SourceInfo]:
     stream = manifest.streams[number]
-    counts = {f"stream.{number}.rows.{name}": stream.rows.get(name, ()) for name in ROW_LISTS}
-    counts[f"store.{stream.store}"] = stream.ltm
-    tiers = [[_held(file, f"{prefix}.{n}", count) for n, count in enumerate(found)] for prefix, found in counts.items()]
-    tiers[0] = [short_term(rows, stream.clock) for rows in tiers[0]]
+    state = state_class(stream.mechanism)
+
+    def held(prefix: str, counts: Sequence[int]) -> list[Held]:
+        return [_held(file, f"{prefix}.{layer}", count) for layer, count in enumerate(counts)]
+
+    tiers = {}
+    for name, counts in stream.rows.items():
+        found = held(f"stream.{number}.rows.{name}", counts)
+        on_clock = [evolve(rows, births=state.births(name, rows.births, stream.clock)) for rows in found]
+        tiers[state.lists.get(name, name)] = on_clock
+    tiers[LONG_TERM] = held(f"store.{stream.store}", stream.ltm)
     rows = int(manifest.fingerprint.get("memory_tokens_per_chunk", 1))
     return listed(read_sources(file, number, stream), tiers, manifest.layout.layers, stream.clock, rows)

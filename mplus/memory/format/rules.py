@@ -1,6 +1,6 @@
 """What must hold of a stream that was read from files. Nothing behind these checks looks at it again.
 
-The form of tensors (``check_columns``, ``check_newest``) is checked wherever a ``StreamState`` is made of parts, their
+The form of rows (``check_columns``) is checked wherever a state is made of parts (``StreamState.from_parts``), their
 values (``check_values``) once all there is was read, and what the decoder's mechanism expects (``check_fits``) where
 there is a decoder.
 """
@@ -46,16 +46,6 @@ def check_columns(columns: Mapping[str, Tensor], layout: StoreLayout, where: str
             raise MemoryMismatchError(
                 f"{where}: column {name!r} must be {dtype} {[*count, *shape]}, got {column.dtype} {list(column.shape)}"
             )
-
-
-def check_newest(newest: Tensor, rows: MemoryRows, layout: StoreLayout, layer: int) -> None:
-    """Raise MemoryMismatchError unless ``newest`` are hidden states of some of the short-term ``rows`` of a layer."""
-    most = len(rows)
-    if newest.dtype != layout.dtype or newest.dim() != 2 or newest.shape[1] != layout.hidden_size or len(newest) > most:
-        raise MemoryMismatchError(
-            f"newest.{layer} must be {layout.dtype} [n, {layout.hidden_size}] with n of at most {most}, got "
-            f"{newest.dtype} {list(newest.shape)}"
-        )
 
 
 def rules(rows: MemoryRows, clock: int, known: Tensor | None) -> Iterator[tuple[str, Tensor]]:
@@ -118,19 +108,8 @@ def check_fits(states: Sequence[StreamState], engine: Engine, layout: StoreLayou
     That is: the columns and counters of a new stream, and texts of ids in the vocabulary.
     """
     new = engine.new_state(layout)
-    counters = _forms(new.counters, 0)
-    columns = {name: [_forms(rows.columns(), 1) for rows in parts] for name, parts in new.row_lists().items()}
     for number, state in enumerate(states):
-        if _forms(state.counters, 0) != counters:
-            raise MemoryMismatchError(
-                f"stream {number} must have the counters {counters}, got {_forms(state.counters, 0)}"
-            )
-        for name, parts in state.row_lists().items():
-            for layer, (rows, expected) in enumerate(zip(parts, columns[name], strict=True)):
-                if (found := _forms(rows.columns(), 1)) != expected:
-                    raise MemoryMismatchError(
-                        f"{name} of layer {layer} in stream {number} must have the columns {expected}, got {found}"
-                    )
+        state.check_like(new, f"stream {number}")
         ids = [text.ids for text in (() if state.texts is None else state.texts.chunks())]
         ids += [part.ids for part in state.tail]
         if not all(bool((part < engine.vocab_size).all()) for part in ids):
@@ -139,6 +118,6 @@ def check_fits(states: Sequence[StreamState], engine: Engine, layout: StoreLayou
             )
 
 
-def _forms(tensors: Mapping[str, Tensor], leave_out: int) -> dict[str, Any]:
-    """dtype and shape of tensors, but for their first so many dimensions."""
+def forms(tensors: Mapping[str, Tensor], leave_out: int) -> dict[str, Any]:
+    """Return dtype and shape of each tensor, but for its first ``leave_out`` dimensions."""
     return {name: (tensor.dtype, tuple(tensor.shape[leave_out:])) for name, tensor in sorted(tensors.items())}

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mplus.errors import MemoryFileError, MemoryMismatchError
 from mplus.memory.format.entries import StreamEntry
-from mplus.memory.format.load import check, read_generator, read_rows, read_sources, read_tail, read_texts
-from mplus.memory.format.rules import PIECE_ROWS, check_newest, sound
+from mplus.memory.format.load import read_generator, read_rows, read_sources, read_tail, read_texts
+from mplus.memory.format.rules import PIECE_ROWS, sound
 from mplus.memory.format.tensors import Tensors
+from mplus.memory.plain_state import state_class
 from mplus.memory.sources.source import Source
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.state import StreamState
@@ -22,8 +23,6 @@ from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreLayout
 
 T = TypeVar("T")
-SHORT_TERM = "stm"
-"""The list of rows that ``newest`` has hidden states of."""
 
 
 @define(eq=False)
@@ -79,14 +78,19 @@ def read_sound_state(
             except MemoryFileError as error:
                 lost.append(f"{name}: set to zero ({error})")
                 tensors[name.removeprefix(mark)] = tensor_in_place(name)
-    _mend_newest(rows.get(SHORT_TERM, ()), tensors, layout, f"{file.path}: stream {number}", lost)
+    state = state_class(entry.mechanism)
+    where = f"{file.path}: stream {number}"
+    tensors, exchanged = state.mended(layout, rows, tensors)
+    lost += [
+        f"{what} ({where} must be what was written, and does not fit together: {error})" for what, error in exchanged
+    ]
     held = [*(part.source for parts in rows.values() for part in parts), *sources_in(store)]
     sources = _sources(file, number, entry, held, lost)
     numbers, nothing = sources.column("number"), tuple[Waiting, ...]()
     texts = _or_lost(lambda: read_texts(file, number, numbers), None, f"stream.{number}.text: {UNREADABLE}", lost)
     tail = _or_lost(lambda: read_tail(file, number, numbers), nothing, f"stream.{number}.tail: all of it", lost)
     try:
-        return StreamState.from_parts(
+        return state.from_parts(
             layout, rows, tensors, clock=entry.clock, sources=sources, texts=texts, tail=tail
         )  # fmt: skip
     except MemoryMismatchError as error:
@@ -108,23 +112,18 @@ def read_sound_generator(file: Tensors, number: int, lost: list[str]) -> Tensor:
 def clean(number: int, state: StreamState, store: MemoryStore, lost: list[str]) -> StreamState:
     """Take rows of impossible values, damaged ones among them, out of a stream and its store."""
     known = state.sources.column("number")
-    rows = {name: list(parts) for name, parts in state.row_lists().items()}
-    newest = list(state.newest)
-    for name, parts in rows.items():
-        for layer, part in enumerate(parts):
-            kept = sound(part, state.clock, known)
-            if not bool(kept.all()):
-                called = "short-term" if name == SHORT_TERM else name
-                lost.append(f"{int((~kept).sum())} of {len(part)} {called} rows of layer {layer}, stream {number}")
-                parts[layer] = part.select(kept)
-                if newest and name == SHORT_TERM:
-                    newest[layer] = state.kept(layer, kept)
+    places = {name: [sound(part, state.clock, known) for part in parts] for name, parts in state.row_lists().items()}
+    for name, kept in places.items():
+        for layer, right in enumerate(kept):
+            if not bool(right.all()):
+                called = state.lists.get(name, name)
+                lost.append(f"{int((~right).sum())} of {len(right)} {called} rows of layer {layer}, stream {number}")
     for layer in range(store.layout.layers):
         bad = [ids[~sound(store.gather(layer, ids), state.clock, known)] for ids in store.ids(layer).split(PIECE_ROWS)]
         if found := sum(map(len, bad)):
             lost.append(f"{found} long-term rows of impossible values in layer {layer}, stream {number}")
             store.remove(layer, torch.cat(bad))
-    return evolve(state, stm=tuple(rows["stm"]), pending=tuple(rows["pending"]), newest=tuple(newest))
+    return state.kept(places)
 
 
 def sources_in(store: MemoryStore) -> list[Tensor]:
@@ -142,20 +141,6 @@ def _empty(file: Tensors, prefix: str, layout: StoreLayout) -> MemoryRows:
     described = layout.columns()
     names = [name for name in described if name != "key" or f"{prefix}.key" in file.tensors]
     return MemoryRows.of({name: torch.empty(0, *described[name][0], dtype=described[name][1]) for name in names})
-
-
-def _mend_newest(
-    rows: Sequence[MemoryRows], tensors: dict[str, Tensor], layout: StoreLayout, where: str, lost: list[str]
-) -> None:
-    """Put nothing in the place of ``newest`` tensors that are not hidden states of short-term rows."""
-    for layer, part in enumerate(() if layout.keeps_hidden else rows):
-        name = f"newest.{layer}"
-        nothing = torch.empty(0, layout.hidden_size, dtype=layout.dtype)
-        try:
-            check(check_newest, tensors.setdefault(name, nothing), part, layout, layer, where=where)
-        except MemoryFileError as error:
-            lost.append(f"{name}, all of it; the next write reads fewer rows ({error})")
-            tensors[name] = nothing
 
 
 def _sources(file: Tensors, number: int, entry: StreamEntry, held: Sequence[Tensor], lost: list[str]) -> SourceTable:

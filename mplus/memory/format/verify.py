@@ -28,7 +28,7 @@ from mplus.memory.format.load import (
 from mplus.memory.format.manifest import LIVE_FORMAT, Manifest, is_memory, read_manifest
 from mplus.memory.format.rules import finite, rules
 from mplus.memory.format.tensors import TensorReader, Tensors, digest_of_file
-from mplus.memory.state import StreamState
+from mplus.memory.plain_state import state_class
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 
@@ -108,7 +108,13 @@ def _stream(
             except MemoryFileError as error:
                 yield str(error)
     if all(len(found) == len(stream.rows[tier]) for tier, found in rows.items()):
-        yield from _fault(check, partial(StreamState.from_parts, layout), rows, tensors, where=f"{file.path}: {mark}*")
+        yield from _fault(
+            check,
+            partial(state_class(stream.mechanism).from_parts, layout),
+            rows,
+            tensors,
+            where=f"{file.path}: {mark}*",
+        )
     for layer, count in enumerate(stream.ltm):
         if (name := f"stream.{number}.usage.{layer}") in file.tensors:
             yield from _fault(read_times, file, name, count)

@@ -12,7 +12,7 @@ from mplus.errors import InputError
 from mplus.memory.report import ForgetReport
 from mplus.memory.sources.listing import stored
 from mplus.memory.sources.source import Source
-from mplus.memory.state import StreamState, StreamView
+from mplus.memory.state import LONG_TERM, StreamState, StreamView
 from mplus.stores.base import MemoryStore, StoreView
 
 
@@ -116,7 +116,8 @@ def held(
     """What ``forget`` would remove."""
     layers = range(stores[0].layout.layers)
     tokens = chunks = 0
-    short, waiting, long = ([0] * len(layers) for _ in range(3))
+    names = {name: called for state in states for name, called in _names(state).items()}
+    rows_held = {called: [0] * len(layers) for called in (*names.values(), LONG_TERM)}
     for row in rows:
         state, store = states[row], stores[row]
         number = state.sources.find(source)
@@ -124,11 +125,17 @@ def held(
             continue
         tokens += state.sources[number].tokens
         chunks += state.sources[number].chunks
+        for name, parts in state.row_lists().items():
+            for layer, part in enumerate(parts):
+                rows_held[names[name]][layer] += int((part.source == number).sum())
         for layer in layers:
-            short[layer] += int((state.stm[layer].source == number).sum())
-            waiting[layer] += int((state.pending[layer].source == number).sum())
-            long[layer] += len(_written_from(store, layer, number))
-    return ForgetReport(source, tokens, chunks, tuple(short), tuple(waiting), tuple(long))
+            rows_held[LONG_TERM][layer] += len(_written_from(store, layer, number))
+    return ForgetReport(source, tokens, chunks, {name: tuple(counts) for name, counts in rows_held.items()})
+
+
+def _names(state: StreamState) -> dict[str, str]:
+    """Return what reports call the rows of each list of a stream."""
+    return {name: state.lists.get(name, name) for name in state.row_lists()}
 
 
 def _written_from(store: StoreView, layer: int, number: int) -> Tensor:

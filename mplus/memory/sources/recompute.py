@@ -64,13 +64,14 @@ def unfit(made: WeightsState, now: WeightsState, row: int, what: str = "this mem
 
 def holds_rows(state: StreamState, store: StoreView) -> bool:
     """Whether a stream has any row."""
-    return any(map(len, (*state.stm, *state.pending))) or any(map(store.count, range(store.layout.layers)))
+    held = any(count for parts in state.counts().values() for count in parts)
+    return held or any(map(store.count, range(store.layout.layers)))
 
 
 def _is_unwritten(state: StreamState, store: MemoryStore, engine: Engine) -> bool:
     """Whether a stream is as it was when it was new."""
     new = engine.mechanism.new_state(store.layout)
-    return not state.sources and state.clock == new.clock and list(map(len, state.stm)) == list(map(len, new.stm))
+    return not state.sources and state.clock == new.clock and state.counts() == new.counts()
 
 
 def _read_only(memory: Memory) -> bool:
@@ -103,9 +104,8 @@ def refresh(
         if _is_unwritten(state, store, engine):
             states[row] = evolve(engine.new_state(store.layout), texts=state.texts, weights=now)
             continue
-        stm = tuple(_refreshed(rows, layer, engine) for layer, rows in enumerate(state.stm))
-        pending = tuple(_refreshed(rows, layer, engine) for layer, rows in enumerate(state.pending))
-        states[row] = evolve(state, stm=stm, pending=pending, weights=now)
+        anew = state.changed(lambda rows, name, layer: _refreshed(rows, layer, engine))
+        states[row] = evolve(anew, weights=now)
         for layer in range(store.layout.layers):
             times = None if notes is None else notes.times(layer, store.ids(layer))
             for ids in store.ids(layer).clone().split(PIECE_ROWS):

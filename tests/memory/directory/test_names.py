@@ -206,7 +206,7 @@ def test_a_source_of_which_nothing_is_left_goes_with_the_next_checkpoint(tmp_pat
     for number in range(12):
         memory.write(chunk(number), source=f"conversation {number}")
     before = memory.sources()
-    held = [source for source in before if source.short_term_rows + source.pending_rows + source.long_term_rows]
+    held = [source for source in before if any(source.held.values())]
     assert 5 < len(held) < len(before) == 12
     memory.save(tmp_path / "saved")
     assert memory.sources() == before, "a save changes nothing"

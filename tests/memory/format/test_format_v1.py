@@ -51,14 +51,18 @@ def test_every_row_is_where_it_was(memory: mplus.Memory) -> None:
     assert [int(state.counters["writes_since_merge"]) for state in memory.states] == [1, 1, 1]
     assert [state.counters["decayed"].tolist() for state in memory.states] == [[7, 7], [3, 3], [0, 0]]
     assert memory.sources(0) == [
-        SourceInfo("Märchen", 90, 12, 0, 0, 1.5, *ages(memory, 0, "Märchen")),
-        SourceInfo(None, 71, 10, 7, 3, 20, *ages(memory, 0, None)),
+        SourceInfo("Märchen", 90, 12, held(0, 0, 1.5), *ages(memory, 0, "Märchen")),
+        SourceInfo(None, 71, 10, held(7, 3, 20), *ages(memory, 0, None)),
     ]
     assert memory.sources(1) == [
-        SourceInfo("Märchen", 80, 11, 7, 3, 23, *ages(memory, 1, "Märchen")),
-        SourceInfo(None, 9, 2, 0, 0, 6, *ages(memory, 1, None)),
+        SourceInfo("Märchen", 80, 11, held(7, 3, 23), *ages(memory, 1, "Märchen")),
+        SourceInfo(None, 9, 2, held(0, 0, 6), *ages(memory, 1, None)),
     ]
-    assert memory.sources(2) == [SourceInfo("notes", 5, 1, 3, 0, 0, 0, 2, 0, 0)]
+    assert memory.sources(2) == [SourceInfo("notes", 5, 1, held(3, 0, 0), 0, 2, 0, 0)]
+
+
+def held(short_term: float, pending: float, long_term: float) -> dict[str, float]:
+    return {"short-term": short_term, "pending": pending, "long-term": long_term}
 
 
 def ages(memory: mplus.Memory, row: int, name: str | None) -> list[int]:

@@ -201,9 +201,10 @@ def test_the_report_says_what_was_held(mode: Any) -> None:
         for place in range(3):
             expected[place].append(counts[place])
     assert all(map(any, expected)), "rows of the source are everywhere"
+    named = dict(zip(("short-term", "pending", "long-term"), map(tuple, expected), strict=True))
     report = memory.forget("a", mode=mode)
     rebuilt = 4 + 3 if mode == "rebuild" else None
-    assert report == ForgetReport("a", 100, 14, *map(tuple, expected), rebuilt)  # type: ignore[arg-type]
+    assert report == ForgetReport("a", 100, 14, named, rebuilt)
     assert report.rows == sum(map(sum, expected))
 
 
@@ -256,7 +257,7 @@ def test_streams_that_share_a_saved_store_part_when_one_forgets(tmp_path: Path) 
         memory.write(tiny.ids(150, number), name)
     memory.select([0, 0]).save(tmp_path)
     report = forget_saved(tmp_path, "a", 1)
-    assert sum(report.long_term_rows) > 0
+    assert sum(report.held["long-term"]) > 0
     both = mplus.Memory.load(tmp_path, model)
     tiny.assert_same(both.select([0]), memory)
     memory.forget("a")

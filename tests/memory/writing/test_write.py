@@ -187,9 +187,9 @@ def test_sources_count_what_was_written_and_what_is_left(memory: Memory) -> None
     found = {source.name: source for source in memory.sources()}
     assert [source.name for source in memory.sources()] == ["a", "b", None]
     assert (found["a"].tokens, found["a"].chunks, found[None].tokens) == (52, 4, 16)
-    kept = sum(source.short_term_rows + source.long_term_rows for source in found.values())
+    kept = sum(source.held["short-term"] + source.held["long-term"] for source in found.values())
     assert kept == memory.states[0].clock == 24
-    assert sum(source.short_term_rows for source in found.values()) == tiny.N
+    assert sum(source.held["short-term"] for source in found.values()) == tiny.N
 
 
 def test_one_source_for_each_row() -> None:

@@ -1,0 +1,190 @@
+"""RowMechanism: what M+ and MemoryLLM share, short-term rows of which a random few leave for others."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from attrs import define, evolve
+from torch import Tensor
+
+from mplus.mechanisms.base import Absorbed, Columns, MemoryMechanism
+from mplus.mechanisms.short_term.state import ShortTermState, state_of
+from mplus.memory.state import StreamView
+from mplus.memory.writing.context import WriteContext
+from mplus.rows import NO_SOURCE, MemoryRows
+from mplus.stores.base import StoreLayout
+
+
+@define(frozen=True, eq=False)
+class WritePlan:
+    """Which memory rows a write pass reads.
+
+    Attributes:
+        begin: put the begin row in front.
+        context: per layer, the newest rows to read, oldest first; as many in every layer.
+        reencoded: how many of the newest context rows are queries too (chunk shorter than K).
+        rows: how many new rows the pass makes.
+        overlap: layers hand on their new rows with the next layer's mark already added (published MemoryLLM only).
+    """
+
+    begin: bool
+    context: tuple[MemoryRows, ...]
+    reencoded: int
+    rows: int
+    overlap: bool = False
+
+
+class RowMechanism(MemoryMechanism):
+    """Writes the last K outputs of every layer, and reads ``[begin | retrieved | short-term]`` in front of the text."""
+
+    State: ClassVar[type[ShortTermState]] = ShortTermState
+
+    @property
+    def waiting_rows(self) -> int:
+        """The most rows that wait in a layer, between two merges, to get into long-term memory."""
+        return 0
+
+    def reserve(self, layout: StoreLayout) -> int:
+        """Return the bytes of a full STM, of all rows that can wait, and of the hidden states kept for a write."""
+        waiting = evolve(layout, expiry=False)
+        short = waiting if not layout.keeps_hidden else evolve(waiting, key_size=0)  # keys are made when rows leave
+        width = layout.hidden_size * layout.dtype.itemsize
+        newest = 0 if layout.keeps_hidden else self.config.memory_tokens_per_chunk * width
+        return self.config.short_term_tokens * short.row_bytes + self.waiting_rows * waiting.row_bytes + newest
+
+    def new_state(self, layout: StoreLayout, columns: Columns | None = None) -> ShortTermState:
+        """Return a fresh stream: the checkpoint's pool if it has one, else empty."""
+        state = self._first_state(layout)
+        if columns is None:
+            return state
+        stm = tuple(_completed(layer, rows, layout, columns) for layer, rows in enumerate(state.stm))
+        return evolve(state, stm=stm, newest=state.newest or self._newest(state.stm, layout))
+
+    def _newest(self, stm: Sequence[MemoryRows], layout: StoreLayout) -> tuple[Tensor, ...]:
+        if layout.keeps_hidden:
+            return ()
+        k = self.config.memory_tokens_per_chunk
+        return tuple(rows.need_hidden()[max(len(rows) - k, 0) :].clone() for rows in stm)
+
+    def _first_state(self, layout: StoreLayout) -> ShortTermState:
+        """Return a fresh stream whose rows, if any, have hidden states only."""
+        empty = tuple(self._empty(layout) for _ in range(layout.layers))
+        pool = self.additions.pool
+        if pool is None:
+            hidden = torch.empty(0, layout.hidden_size, dtype=layout.dtype, device=layout.device)
+            newest = () if layout.keeps_hidden else (hidden,) * layout.layers
+            return ShortTermState(stm=empty, pending=empty, newest=newest)
+        n = pool.shape[1]
+        births = torch.arange(n, dtype=torch.int64, device=layout.device)
+        source = torch.full((n,), NO_SOURCE, dtype=torch.int64, device=layout.device)
+        stm = tuple(MemoryRows(rows.to(layout.device, layout.dtype), births, source) for rows in pool.detach())
+        return ShortTermState(stm=stm, pending=empty, clock=n)
+
+    def _empty(self, layout: StoreLayout) -> MemoryRows:
+        """Short-term rows have a key from the start only where it cannot be made later, when they leave."""
+        return MemoryRows.empty(
+            layout.hidden_size if layout.keeps_hidden else 0,
+            key_size=0 if layout.keeps_hidden else layout.key_size,
+            projected_size=layout.projected_size,
+            dtype=layout.dtype,
+            device=layout.device,
+        )
+
+    def plan_write(self, state: ShortTermState, tokens: int, reencode: bool = True) -> WritePlan:
+        """Rows read and made by writing a chunk of ``tokens`` text tokens (published: newest K rows of the STM).
+
+        ``reencode`` False: a chunk shorter than K makes only as many rows as it has tokens.
+        """
+        k = self.config.memory_tokens_per_chunk
+        kept = (hidden.shape[0] for hidden in state.newest)
+        present = min(k, *(len(rows) for rows in state.stm), *kept)
+        context = tuple(state.context(layer, present) for layer in range(len(state.stm)))
+        reencoded = min(max(k - tokens, 0), present) if reencode else 0
+        return WritePlan(begin=True, context=context, reencoded=reencoded, rows=min(k, tokens + reencoded))
+
+    def absorb(self, state: Any, block: Sequence[Tensor], source: int, context: WriteContext) -> Absorbed:
+        """Take the new rows ``block`` (per layer ``[k, d]``), written from ``source``, into a stream."""
+        k = block[0].shape[0]
+        stm, dropped, newest, stayed = [], [], [], []
+        permutation: Tensor | None = None
+        for layer, (old, hidden) in enumerate(zip(state.stm, block, strict=True)):
+            excess = max(len(old) + k - self.config.short_term_tokens, 0)
+            if excess and (permutation is None or self.config.drop_per_layer or len(permutation) != len(old)):
+                permutation = context.draw(len(old))
+            stay, leave = _places(len(old), excess, permutation, old.birth.device)
+            new = self._new_rows(layer, hidden, source, state, old, context)
+            stm.append(MemoryRows.cat([old.select(stay), new]))  # a copy: the block is a view of all the pass computed
+            dropped.append(old.select(leave))
+            stayed.append(stay)
+            if state.newest:
+                own = torch.cat([state.newest_kept(layer, stay), hidden.to(state.newest[layer])])
+                newest.append(own[max(own.shape[0] - self.config.memory_tokens_per_chunk, 0) :].clone())
+        moved = evolve(state, stm=tuple(stm), newest=tuple(newest), clock=state.clock + k)
+        moved, evicted = self.keep_dropped(moved, dropped, context)
+        return Absorbed(moved, max(len(rows) for rows in dropped), evicted, {"stm": tuple(stayed)})
+
+    def _new_rows(
+        self, layer: int, hidden: Tensor, source: int, state: ShortTermState, like: MemoryRows, context: WriteContext
+    ) -> MemoryRows:
+        """Rows ``hidden`` ``[k, d]`` with the columns of the short-term rows ``like``."""
+        k, device = hidden.shape[0], like.birth.device
+        rows = MemoryRows(
+            hidden=None if like.hidden is None else hidden.to(like.hidden),
+            birth=self._births(state, k).to(device),
+            source=torch.full((k,), source, dtype=torch.int64, device=device),
+        )
+        if like.projected is not None:
+            rows = rows.replace(projected=context.projected[layer].to(like.projected))
+        if like.key is not None:
+            key = context.keys(layer, hidden)
+            rows = rows.replace(key=None if key is None else key.to(like.key))
+        return rows
+
+    def _births(self, state: ShortTermState, k: int) -> Tensor:
+        return torch.arange(state.clock, state.clock + k, dtype=torch.int64)
+
+    @abstractmethod
+    def keep_dropped(
+        self, state: ShortTermState, dropped: Sequence[MemoryRows], context: WriteContext
+    ) -> tuple[ShortTermState, int]:
+        """Where rows go that left the STM. Returns the new state and the rows evicted per layer."""
+
+    def has_prefix(self, view: StreamView) -> bool:
+        """Whether a read puts anything in front of the text (the begin row, at least)."""
+        return True
+
+    def prefix_rows(self, view: StreamView) -> int:
+        """Rows a read puts in front of the text, in the layer that has most."""
+        if not self.has_prefix(view):
+            return 0
+        return max(1 + self.retrieved_rows(view, layer) + len(rows) for layer, rows in enumerate(state_of(view).stm))
+
+    def retrieved_rows(self, view: StreamView, layer: int) -> int:
+        """Rows that ``retrieve`` brings back in one layer."""
+        return 0
+
+    def standing(self, view: StreamView, layer: int) -> MemoryRows:
+        """Return the short-term rows of a layer."""
+        return state_of(view).stm[layer]
+
+
+def _completed(layer: int, rows: MemoryRows, layout: StoreLayout, columns: Columns) -> MemoryRows:
+    """Return rows that have hidden states with the other columns that short-term rows of this layout have."""
+    if rows.hidden is None:
+        return rows
+    if layout.projected_size and rows.projected is None:
+        rows = rows.replace(projected=columns.project(layer, rows.hidden[None])[0].to(rows.hidden))
+    if not layout.keeps_hidden:
+        rows = rows.replace(key=columns.keys(layer, rows.need_hidden()), hidden=None)
+    return rows
+
+
+def _places(count: int, excess: int, permutation: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Places that stay and ``excess`` that leave, both in order (uniform random drop: MemoryLLM section 3.1.2)."""
+    if not excess or permutation is None:
+        return torch.arange(count, device=device), torch.arange(0, device=device)
+    stay, leave = permutation[: count - excess], permutation[count - excess :]
+    return stay.sort().values.to(device), leave.sort().values.to(device)

@@ -1,0 +1,84 @@
+"""A mechanism that shares nothing with M+: one mean row per chunk, and what the last chunk began with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import torch
+from attrs import define, evolve
+
+from mplus.mechanisms.base import Absorbed, Columns, MemoryMechanism
+from mplus.memory.state import StreamState
+from mplus.rows import MemoryRows
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from mplus.memory.state import StreamView
+    from mplus.memory.writing.context import WriteContext
+    from mplus.stores.base import StoreLayout
+
+KEPT = 3
+"""Means beside the store."""
+
+
+@define(frozen=True, eq=False, kw_only=True)
+class GistState(StreamState):
+    """The newest means of each layer, the first rows of the last chunk, and the source these are of."""
+
+    lists: ClassVar[Mapping[str, str]] = {"gists": "gist"}
+
+    gists: tuple[MemoryRows, ...]
+    last: Tensor
+    last_source: Tensor
+
+    def row_lists(self) -> dict[str, tuple[MemoryRows, ...]]:
+        return {"gists": self.gists}
+
+    def with_rows(self, rows: Mapping[str, Sequence[MemoryRows]]) -> Self:
+        return evolve(self, gists=tuple(rows["gists"]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"last": self.last, "last_source": self.last_source}
+
+    def forgotten(self, number: int) -> Self:
+        if int(self.last_source) != number:
+            return self
+        return evolve(self, last=self.last[:0].clone(), last_source=torch.tensor(-1))
+
+
+class GistMechanism(MemoryMechanism):
+    """Keeps the newest means, and moves older ones into the store."""
+
+    name = "gists"
+    State = GistState
+    uses_retriever = False
+
+    def new_state(self, layout: StoreLayout, columns: Columns | None = None) -> GistState:
+        none = MemoryRows.empty(layout.hidden_size, dtype=layout.dtype, device=layout.device)
+        last = torch.empty(0, layout.hidden_size, dtype=layout.dtype)
+        return GistState(gists=(none,) * layout.layers, last=last, last_source=torch.tensor(-1))
+
+    def absorb(self, state: GistState, block: Sequence[Tensor], source: int, context: WriteContext) -> Absorbed:
+        born, of = torch.tensor([state.clock]), torch.tensor([source])
+        gists, stayed, leaving = [], [], 0
+        for layer, (old, hidden) in enumerate(zip(state.gists, block, strict=True)):
+            leaving = max(len(old) + 1 - KEPT, 0)
+            if leaving:
+                context.store.append(layer, old.select(torch.arange(leaving)))
+            stay = torch.arange(leaving, len(old))
+            gists.append(MemoryRows.cat([old.select(stay), MemoryRows(hidden.mean(0, keepdim=True), born, of)]))
+            stayed.append(stay)
+        after = evolve(
+            state,
+            gists=tuple(gists),
+            last=block[0][:2].clone(),
+            last_source=torch.tensor(source),
+            clock=state.clock + 1,
+        )
+        return Absorbed(after, leaving, 0, {"gists": tuple(stayed)})
+
+    def prefix_rows(self, view: StreamView) -> int:
+        return len(view.state.row_lists()["gists"][0])
