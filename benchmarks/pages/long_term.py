@@ -43,8 +43,8 @@ def render(found: Mapping[str, Mapping[str, Any]]) -> str:
     """The page."""
     opening = (
         "# Long-term memory\n\nWhat stores cost and keep, measured; this page is made from records by "
-        "`python -m benchmarks.pages.long_term`. See also [How it works](how-it-works.md), [Durability](durability.md); "
-        "how few rows are found among many: [Retrieval from an index](retrieval.md)."
+        "`python -m benchmarks.pages.long_term`. See also [How it works](how-it-works.md) and "
+        "[Durability](durability.md); how few rows are found among many: [Retrieval from an index](retrieval.md)."
     )
     sections = {"million": million, "quantized": quantized, "append": append, "mapped": mapped}
     made = [section(found[name]) for name, section in sections.items()]
