@@ -90,14 +90,14 @@ def test_files_that_are_too_deep_or_no_text(tmp_path: Path, content: bytes) -> N
     """Everything that reads somebody's configuration says which file it cannot read."""
     from mplus.hf.pretrained.auto import read_config
     from mplus.interop.published_config import PublishedConfig
-    from mplus.training.recipe.files import read
+    from mplus.training.recipe.files import read_recipe
 
     for name in ("config.json", "config.toml"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ConfigError, match=name):
             MPlusConfig.from_file(tmp_path / name)
     with pytest.raises(ConfigError, match=r"config\.toml"):
-        read(tmp_path / "config.toml")
+        read_recipe(tmp_path / "config.toml")
     with pytest.raises(CheckpointError, match=r"config\.json"):
         read_config(tmp_path)
     with pytest.raises(CheckpointError, match=r"config\.json"):

@@ -23,7 +23,7 @@ from mplus.evaluation.recall.health import retriever_health
 from mplus.evaluation.recall.retention import retention
 from mplus.facts.language import Language
 from mplus.training import train
-from mplus.training.recipe.files import read
+from mplus.training.recipe.files import read_recipe
 
 RECORD = record_path("quality", "scores")
 WAYS = {
@@ -38,7 +38,7 @@ EVALUATION_SEED = 9
 
 def settings(score: str, loss: str, relations: int) -> dict[str, Any]:
     """What is changed in the recipe."""
-    recipe = read("recall-tiny").recipe
+    recipe = read_recipe("recall-tiny").recipe
     found: dict[str, Any] = {"memory.retriever.score": score}
     for place, stage in enumerate(recipe.stages):
         if stage.retriever_loss is not None:

@@ -23,10 +23,10 @@ from mplus.hf.decoders.train_model import build_for_training, choose_trained, lo
 from mplus.timing import Arm, in_rounds, median, ratio
 from mplus.training.batched.read import DenseDecoder
 from mplus.training.batched.stream_batch import StreamBatch
-from mplus.training.data.generated.facts import RecallOptions, RecallTurns
+from mplus.training.data.generated.facts import RecallBatches, RecallOptions
 from mplus.training.losses import RetrieverLoss
 from mplus.training.objectives import OBJECTIVES
-from mplus.training.recipe.files import read
+from mplus.training.recipe.files import read_recipe
 
 RECORD = record_path("speed", "batched_training")
 STREAMS, STEPS, WARM, REPEATS = 32, 20, 4, 5
@@ -43,7 +43,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(self.parameters, 1e-4)
         vocabulary = model.config.vocab_size
         options = RecallOptions(language=Language(), episode=64, ages="uniform")
-        self.source = RecallTurns(options, tokenizer=None, numbers=range(streams), seed=0)
+        self.source = RecallBatches(options, tokenizer=None, numbers=range(streams), seed=0)
         self.streams = StreamBatch(model.mplus_engine, range(streams), seed=0, long_term_tokens=256)
         self.objective = OBJECTIVES.get("single_context")()
         self.loss = RetrieverLoss(negatives="stream")
@@ -55,15 +55,15 @@ class Loop:
     def run(self, steps: int) -> None:
         """Take so many optimiser steps."""
         for _ in range(steps):
-            turn = self.source.turn(1)
-            if turn.fresh:
+            batch = self.source.next_batch(1)
+            if batch.reset:
                 self.streams.reset()
-            outcome = self.objective(self.decoder, self.streams, turn, self.loss)
+            outcome = self.objective(self.decoder, self.streams, batch, self.loss)
             self.optimizer.zero_grad()
             outcome.loss.backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
-            self.tokens = turn.chunks.numel() + int(turn.mask.sum())
+            self.tokens = batch.chunks.numel() + int(batch.mask.sum())
 
 
 def compare(make: Callable[[], Any], parameters: str) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def compare(make: Callable[[], Any], parameters: str) -> dict[str, Any]:
 
 def recall_decoder() -> Any:
     """The decoder of recall-tiny, new; everything is trained."""
-    recipe = read("recall-tiny").recipe
+    recipe = read_recipe("recall-tiny").recipe
     build = recipe.model.build
     if build is None:
         raise ValueError("recall-tiny builds its decoder")
@@ -95,7 +95,7 @@ def recall_decoder() -> Any:
 
 def stories_decoder() -> Any:
     """The shipped stories260K, frozen, with the memory of the recipe stories; adapters are trained."""
-    return load_for_training("stories260K", read("stories").recipe.memory, torch.float32)
+    return load_for_training("stories260K", read_recipe("stories").recipe.memory, torch.float32)
 
 
 def main() -> None:

@@ -50,10 +50,10 @@ def train(
 
     For several processes: accelerate launch -m mplus.cli train RECIPE, with DDP or FSDP2.
     """
-    from mplus.training.recipe.files import shipped
+    from mplus.training.recipe.files import shipped_recipes
 
     if names:
-        print_json(shipped()) if as_json else print("\n".join(shipped()))
+        print_json(shipped_recipes()) if as_json else print("\n".join(shipped_recipes()))
         return
     from torch import distributed
 
@@ -71,18 +71,19 @@ def train(
         progress=False if as_json else None,
     )
     if rank() == 0:
-        print_json(result.plain()) if as_json else _show(result)
+        print_json(result.to_dict()) if as_json else _show(result)
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def _folder(recipe: str | None, settings: list[str] | None) -> Path:
     """``runs/NAME``."""
+    from mplus.training.recipe.files import find_recipe
+
     if recipe is None:
         raise ConfigError("a recipe must be given, or a run to resume, got neither: mplus train --list shows recipes")
-    from mplus.training.recipe.files import find
 
-    return RUNS / str(parse(settings or []).get("name", find(recipe).stem))
+    return RUNS / str(parse(settings or []).get("name", find_recipe(recipe).stem))
 
 
 def parse(settings: list[str]) -> dict[str, Any]:

@@ -10,11 +10,11 @@ import torch
 
 from mplus.config import AdapterConfig, Component, MPlusConfig
 from mplus.hf.decoders.train_model import build_for_training
-from mplus.training.batch import NO_ONE, Turn
+from mplus.training.batch import NO_SOURCE, Batch
 from mplus.training.batched.read import DenseDecoder
 from mplus.training.batched.stream_batch import StreamBatch
 from mplus.training.losses import RetrieverLoss
-from mplus.training.objectives.base import Objective, Outcome
+from mplus.training.objectives.base import Objective, ObjectiveResult
 
 STREAMS, CHUNK, TOKENS, VOCABULARY = 2, 6, 7, 32
 
@@ -68,8 +68,8 @@ class ObjectiveConformance:
                 streams.write(torch.full((STREAMS, CHUNK), number + 2), torch.full((STREAMS,), number))
         return streams
 
-    def turn(self) -> Turn:
-        """A turn with as many chunks as the objective wants, and three texts: of the newest, of an older one, of none.
+    def batch(self) -> Batch:
+        """A batch with as many chunks as the objective wants, and three texts: of the newest, of an older one, of none.
 
         Where nothing is written both are about older chunks.
         """
@@ -83,23 +83,23 @@ class ObjectiveConformance:
         labels, window_labels = texts.clone(), windows.clone()
         labels[..., :2] = window_labels[..., :2] = -100
         newest = 10 + count - 1 if count else 4
-        return Turn(
+        return Batch(
             chunks=ids(STREAMS, count, CHUNK),
             sources=torch.arange(10, 10 + count).expand(STREAMS, -1),
             texts=texts,
             labels=labels,
             mask=torch.ones_like(texts, dtype=torch.bool),
-            queries=(torch.arange(TOKENS) < 2).expand_as(texts),
-            about=torch.tensor([[newest, 1, NO_ONE]] * STREAMS),
+            query_mask=(torch.arange(TOKENS) < 2).expand_as(texts),
+            text_sources=torch.tensor([[newest, 1, NO_SOURCE]] * STREAMS),
             windows=windows,
             window_labels=window_labels,
             window_mask=torch.ones_like(windows, dtype=torch.bool),
         )
 
-    def run(self, model: Any, streams: StreamBatch, turn: Turn | None = None) -> Outcome:
+    def run(self, model: Any, streams: StreamBatch, batch: Batch | None = None) -> ObjectiveResult:
         """One call, with a retriever loss that draws nothing."""
         loss = RetrieverLoss(candidates=64)
-        return self.make()(DenseDecoder(model), streams, turn or self.turn(), loss)
+        return self.make()(DenseDecoder(model), streams, batch or self.batch(), loss)
 
     # ------------------------------------------------------------------ tests
 
@@ -130,33 +130,39 @@ class ObjectiveConformance:
 
     def test_keeps_no_state(self) -> None:
         model = self.model()
-        objective, turn = self.make(), self.turn()
+        objective, batch = self.make(), self.batch()
         losses = [
-            objective(DenseDecoder(model), self.streams(model), turn, RetrieverLoss(candidates=64)).loss.item()
+            objective(DenseDecoder(model), self.streams(model), batch, RetrieverLoss(candidates=64)).loss.item()
             for _ in range(2)
         ]
         assert losses[0] == losses[1]
 
     def test_streams_do_not_see_each_other(self) -> None:
         """A change of what one stream is told and asked leaves the gradient at the other's texts as it is."""
-        model, turn = self.model(), self.turn()
+        model, batch = self.model(), self.batch()
         halves = []
         for other in (0, 1):
-            chunks, texts, windows = turn.chunks.clone(), turn.texts.clone(), turn.windows
+            chunks, texts, windows = batch.chunks.clone(), batch.texts.clone(), batch.windows
             assert windows is not None
             windows = windows.clone()
             for changed in (chunks, texts, windows):
                 changed[1] = (changed[1] + other) % VOCABULARY
-            labels = turn.labels.clone()
+            labels = batch.labels.clone()
             labels[1] = -100  # only the first stream is asked
-            silent = turn.window_labels
+            silent = batch.window_labels
             assert silent is not None
             silent = silent.clone()
             silent[1] = -100
-            about = turn.about.clone()
-            about[1] = NO_ONE
+            about = batch.text_sources.clone()
+            about[1] = NO_SOURCE
             changed_turn = attrs.evolve(
-                turn, chunks=chunks, texts=texts, windows=windows, labels=labels, window_labels=silent, about=about
+                batch,
+                chunks=chunks,
+                texts=texts,
+                windows=windows,
+                labels=labels,
+                window_labels=silent,
+                text_sources=about,
             )
             halves.append(self.run(model, self.streams(model), changed_turn).loss.item())
         assert math.isclose(halves[0], halves[1], rel_tol=1e-5)

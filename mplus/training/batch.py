@@ -1,4 +1,4 @@
-"""Turn: what a batch of streams writes and reads in one training step, and where turns come from."""
+"""Batch: what a batch of streams writes and reads in one training step, and where batches come from."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from attrs import define
 from torch import Tensor
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """Label of a token that is not predicted, as in transformers."""
 
-NO_ONE = -1
+NO_SOURCE = -1
 """Source of a text that nothing was written about."""
 
 
 @define(frozen=True, eq=False, kw_only=True)
-class Turn:
+class Batch:
     """B streams write C chunks each, then read R texts each.
 
     Attributes:
@@ -24,15 +24,15 @@ class Turn:
         sources: ``[B, C]`` int64, what each chunk tells of. A number means the same thing in every stream, and a
             stream does not write it again before it starts anew, unless the chunks belong together.
         texts: ``[B, R, T]`` int64, read after the chunks were written, independently of each other.
-        labels: ``[B, R, T]`` int64: the token itself where it is to be predicted from those before it, or ``IGNORED``.
+        labels: ``[B, R, T]`` int64: the token itself where it is predicted from those before it, else ``IGNORE_INDEX``.
         mask: ``[B, R, T]`` bool, False at padding, which is on the right.
-        about: ``[B, R]`` int64: the source a text continues or asks for; ``NO_ONE`` where none was written.
-        queries: ``[B, R, T]`` bool: the tokens that retrieval may see, so that it does not look at what is to be
+        about: ``[B, R]`` int64: the source a text continues or asks for; ``NO_SOURCE`` where none was written.
+        query_mask: ``[B, R, T]`` bool: the tokens that retrieval may see, so that it does not look at what is to be
             predicted; None: all that ``mask`` leaves.
-        answers: ``[B, R, T]`` bool: the labels that accuracy is about; None: all of them.
-        fresh: every stream forgets all before this turn.
+        answer_mask: ``[B, R, T]`` bool: the labels that accuracy is about; None: all of them.
+        fresh: every stream forgets all before this batch.
         windows: ``[B, S]`` int64: the newest chunks and a text as one plain text, for objectives without memory; or
-            None where the source has none. The label of padding is ``IGNORED``.
+            None where the source has none. The label of padding is ``IGNORE_INDEX``.
         window_labels: ``[B, S]`` int64, as ``labels``.
         window_mask: ``[B, S]`` bool, False at padding.
     """
@@ -42,25 +42,25 @@ class Turn:
     texts: Tensor
     labels: Tensor
     mask: Tensor
-    about: Tensor
-    queries: Tensor | None = None
-    answers: Tensor | None = None
-    fresh: bool = False
+    text_sources: Tensor
+    query_mask: Tensor | None = None
+    answer_mask: Tensor | None = None
+    reset: bool = False
     windows: Tensor | None = None
     window_labels: Tensor | None = None
     window_mask: Tensor | None = None
 
 
-class TurnSource(ABC):
-    """Makes turns for B streams.
+class BatchSource(ABC):
+    """Makes batches for B streams.
 
     What stream i gets depends on the seed and on its global number only, not on which process holds it or on the
     other streams, and a source that was restored goes on as the one that was saved would have.
     """
 
     @abstractmethod
-    def turn(self, chunks: int = 1, *, repeat: bool = False) -> Turn:
-        """The next turn.
+    def next_batch(self, chunks: int = 1, *, repeat: bool = False) -> Batch:
+        """The next batch.
 
         Args:
             chunks: C, chunks written by each stream, as far as the data has so many.

@@ -18,10 +18,10 @@ import torch
 from attrs import define
 
 from mplus.errors import CheckpointError
-from mplus.training.parallel import gathered, processes, rank, wait
+from mplus.training.parallel import barrier, gather_objects, rank, world_size
 from mplus.training.recipe.files import differences
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "checkpoint.json"
 SHARED = "training.pt"
 OWN = "process-{}.pt"
@@ -31,7 +31,7 @@ NOT_COMPARED = ("checkpoints", "metrics")
 
 
 @define(frozen=True, kw_only=True)
-class Facts:
+class RunIdentity:
     """What a checkpoint can be held to.
 
     Attributes:
@@ -70,7 +70,7 @@ def _some(found: list[str]) -> str:
 
 
 @define(frozen=True, eq=False)
-class Saved:
+class Checkpoint:
     """A checkpoint that was read: where from, its manifest, and what processes share and have of their own."""
 
     folder: Path
@@ -96,7 +96,7 @@ class CheckpointStore:
         found = [path.parent for path in self.folder.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")]
         return sorted(found, key=lambda path: path.name)
 
-    def save(self, name: str, facts: Facts, position: Mapping[str, Any], shared: Any, own: Any) -> Path:
+    def save(self, name: str, facts: RunIdentity, position: Mapping[str, Any], shared: Any, own: Any) -> Path:
         """Write a checkpoint under ``name``; names of later ones must be greater. All processes must call it.
 
         Args:
@@ -110,7 +110,7 @@ class CheckpointStore:
             CheckpointError: it could not be written, by whichever process; what was there before is as it was.
         """
         done = self.folder / name
-        temporary = self.folder / gathered(f"{TEMPORARY}{secrets.token_hex(4)}")[0]
+        temporary = self.folder / gather_objects(f"{TEMPORARY}{secrets.token_hex(4)}")[0]
         with self._together(temporary):
             if rank() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -141,9 +141,9 @@ class CheckpointStore:
             yield
         except OSError as error:
             trouble = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
-        found = [one for one in gathered(trouble) if one is not None]
+        found = [one for one in gather_objects(trouble) if one is not None]
         if found:
-            wait()
+            barrier()
             if rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             kept = self.all()
@@ -156,7 +156,7 @@ class CheckpointStore:
         for path in self.folder.glob(f"{TEMPORARY}*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def latest(self) -> Saved:
+    def latest(self) -> Checkpoint:
         """Read the newest checkpoint, and of what processes have of their own this one's.
 
         Raises:
@@ -173,12 +173,12 @@ class CheckpointStore:
         if manifest.get("format") != FORMAT:
             raise CheckpointError(f"{folder} must have format {FORMAT}, got {manifest.get('format')!r}")
         own = folder / OWN.format(rank())
-        if not own.exists() and manifest["processes"] != processes():
-            return Saved(folder, manifest, {}, {})  # the facts will say what is wrong
-        return Saved(folder, manifest, read(folder / SHARED), read(own))
+        if not own.exists() and manifest["processes"] != world_size():
+            return Checkpoint(folder, manifest, {}, {})  # the facts will say what is wrong
+        return Checkpoint(folder, manifest, read(folder / SHARED), read(own))
 
 
-def _plain(facts: Facts) -> dict[str, Any]:
+def _plain(facts: RunIdentity) -> dict[str, Any]:
     return {"recipe": facts.recipe, "base": facts.base, "shapes": facts.shapes, "processes": facts.processes}
 
 

@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy, softplus
 from mplus.config import flag, number, one_of, whole
 from mplus.errors import ConfigError
 from mplus.retrievers.base import Retriever
-from mplus.training.batch import IGNORED, NO_ONE
-from mplus.training.parallel import mean_of
+from mplus.training.batch import IGNORE_INDEX, NO_SOURCE
+from mplus.training.parallel import global_mean
 
 if TYPE_CHECKING:
     from mplus.training.batched.read import LayerRead, Read
@@ -29,31 +29,31 @@ NEVER = -1e30
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in nats of the tokens to be predicted; 0 where there are none.
 
-    Among several processes the mean of their losses is the mean over all their tokens (``mean_of``); so it is for the
-    retriever's losses.
+    Among several processes the mean of their losses is the mean over all their tokens (``global_mean``); so it is for
+    the retriever's losses.
 
     Args:
         logits: ``[..., T, V]``; those at t predict the token at t + 1.
-        labels: ``[..., T]`` int64, the token at t, or ``IGNORED``.
+        labels: ``[..., T]`` int64, the token at t, or ``IGNORE_INDEX``.
     """
     wanted = labels[..., 1:].flatten()
     predicted = logits[..., :-1, :].flatten(0, -2).float()
-    total = cross_entropy(predicted, wanted, ignore_index=IGNORED, reduction="sum")
-    return mean_of(total, (wanted != IGNORED).sum())
+    total = cross_entropy(predicted, wanted, ignore_index=IGNORE_INDEX, reduction="sum")
+    return global_mean(total, (wanted != IGNORE_INDEX).sum())
 
 
 @torch.no_grad()
-def accuracy(logits: Tensor, labels: Tensor, answers: Tensor | None = None) -> float:
+def accuracy(logits: Tensor, labels: Tensor, answer_mask: Tensor | None = None) -> float:
     """Share of texts whose every token to be predicted is the most probable one.
 
     Args:
         logits: ``[..., T, V]``.
         labels: ``[..., T]``, as for ``token_loss``.
-        answers: ``[..., T]`` bool, the labels that count; None: all of them. Texts without any are left out.
+        answer_mask: ``[..., T]`` bool, the labels that count; None: all of them. Texts without any are left out.
     """
-    counted = labels != IGNORED
-    if answers is not None:
-        counted = counted & answers
+    counted = labels != IGNORE_INDEX
+    if answer_mask is not None:
+        counted = counted & answer_mask
     counted = counted[..., 1:]
     right = (logits[..., :-1, :].argmax(-1) == labels[..., 1:]) | ~counted
     asked = counted.any(-1)
@@ -62,7 +62,7 @@ def accuracy(logits: Tensor, labels: Tensor, answers: Tensor | None = None) -> f
 
 @define(frozen=True, kw_only=True)
 class RetrieverLoss:
-    """How the retriever learns which rows a text needs: those written from what the text is about.
+    """How the retriever learns which rows a text needs: those written from what the text is text_sources.
 
     Attributes:
         kind: "contrastive": mean of ``-log`` of each such row's share in the softmax over it and the others; "bce":
@@ -72,7 +72,7 @@ class RetrieverLoss:
         detach: keep its gradient out of the decoder (M+ stage 3).
         negatives: "stream": a text's own stream gives the rows it is to be told from; "batch": all streams do, except
             rows written from the same source. With "batch" the loss depends on how many streams a process holds.
-        candidates: rows of each stream that are scored: all that its texts are about, then others at random.
+        candidates: rows of each stream that are scored: all that its texts are text_sources, then others at random.
         encoder_weight: factor on a second loss, of the same kind, in which the newest chunk's rows ask which of
             the candidates were written from its source (released code; the retriever needs ``encoder_queries``). For
             data in which several chunks have one source.
@@ -85,42 +85,44 @@ class RetrieverLoss:
     candidates: int = field(default=96, validator=whole(1))
     encoder_weight: float = field(default=0.0, validator=number(0))
 
-    def wanted(self, about: Tensor, generators: Sequence[torch.Generator]) -> Any:
-        """The ``candidates`` argument of ``DenseDecoder.read`` for texts ``about`` ``[B, R]``.
+    def wanted(self, text_sources: Tensor, generators: Sequence[torch.Generator]) -> Any:
+        """The ``candidates`` argument of ``DenseDecoder.read`` for texts ``text_sources`` ``[B, R]``.
 
         ``generators``: one per stream, so that a stream's candidates do not depend on the other streams.
         """
 
         def choose(layer: int, sources: Tensor) -> Tensor:
-            asked = (sources[:, None] == about[:, :, None]).any(1)
+            asked = (sources[:, None] == text_sources[:, :, None]).any(1)
             drawn = torch.stack([torch.rand(sources.shape[1], generator=generator) for generator in generators])
             rank = drawn.to(sources.device) + asked
             return rank.topk(min(self.candidates, sources.shape[1]), dim=1).indices
 
         return choose
 
-    def __call__(self, retriever: Retriever, read: Read, queries: Tensor, about: Tensor) -> Tensor:
+    def __call__(self, retriever: Retriever, read: Read, query_mask: Tensor, text_sources: Tensor) -> Tensor:
         """The loss, weighted, mean over layers.
 
         Args:
             retriever: with a differentiable ``score``.
             read: made with ``wanted``.
-            queries: ``[B, R, T]`` bool, the tokens that retrieve.
-            about: ``[B, R]`` int64; texts about ``NO_ONE``, or about what is no longer held, do not count.
+            query_mask: ``[B, R, T]`` bool, the tokens that retrieve.
+            about: ``[B, R]`` int64; texts about ``NO_SOURCE``, or about what is no longer held, do not count.
         """
         terms = []
         for layer, seen in read.layers.items():
-            term = self.weight * self._read_term(retriever, layer, seen, queries, about)
+            term = self.weight * self._read_term(retriever, layer, seen, query_mask, text_sources)
             if self.encoder_weight:
                 term = term + self.encoder_weight * self._write_term(retriever, layer, seen)
             terms.append(term)
         return torch.stack(terms).mean()
 
-    def _read_term(self, retriever: Retriever, layer: int, seen: LayerRead, queries: Tensor, about: Tensor) -> Tensor:
+    def _read_term(
+        self, retriever: Retriever, layer: int, seen: LayerRead, query_mask: Tensor, text_sources: Tensor
+    ) -> Tensor:
         text = seen.text.detach() if self.detach else seen.text
         batch, each, tokens, size = text.shape
         projected = retriever.project_queries(layer, text.reshape(batch * each, tokens, size))
-        return self._term(retriever, layer, seen, projected.view(batch, each, tokens, -1), queries, about)
+        return self._term(retriever, layer, seen, projected.view(batch, each, tokens, -1), query_mask, text_sources)
 
     def _write_term(self, retriever: Retriever, layer: int, seen: LayerRead) -> Tensor:
         newest, source = _there(seen.newest), _there(seen.newest_source)
@@ -129,13 +131,13 @@ class RetrieverLoss:
         return self._term(retriever, layer, seen, projected, everything, source[:, -1:])
 
     def _term(
-        self, retriever: Retriever, layer: int, seen: LayerRead, projected: Tensor, mask: Tensor, about: Tensor
+        self, retriever: Retriever, layer: int, seen: LayerRead, projected: Tensor, mask: Tensor, text_sources: Tensor
     ) -> Tensor:
-        """The loss of queries ``[B, R, T, r]`` for rows written from ``about`` ``[B, R]``."""
+        """The loss of queries ``[B, R, T, r]`` for rows written from ``text_sources`` ``[B, R]``."""
         rows, source = _there(seen.candidates), _there(seen.candidate_source)
         batch, each, tokens = projected.shape[:3]
         keys = _there(retriever.project_keys(layer, (rows.detach() if self.detach else rows).flatten(0, 1)))
-        positive = (source[:, None] == about[:, :, None]) & (about != NO_ONE)[:, :, None]
+        positive = (source[:, None] == text_sources[:, :, None]) & (text_sources != NO_SOURCE)[:, :, None]
         if self.negatives == "stream":
             scores = retriever.score(layer, projected, mask, keys.view(batch, -1, keys.shape[-1]))
             usable = torch.ones_like(positive)
@@ -143,10 +145,12 @@ class RetrieverLoss:
             flat = (1, batch * each)
             scores = retriever.score(layer, projected.view(*flat, tokens, -1), mask.reshape(*flat, tokens), keys[None])
             scores = scores.view(batch, each, -1)
-            own = torch.eye(batch, dtype=torch.bool, device=about.device).repeat_interleave(rows.shape[1], 1)[:, None]
-            same = source.flatten() == about[:, :, None]
+            own = torch.eye(batch, dtype=torch.bool, device=text_sources.device).repeat_interleave(rows.shape[1], 1)[
+                :, None
+            ]
+            same = source.flatten() == text_sources[:, :, None]
             usable = own | ~same
-            positive = own & same & (about != NO_ONE)[:, :, None]
+            positive = own & same & (text_sources != NO_SOURCE)[:, :, None]
         return (
             contrastive(scores, positive, usable)
             if self.kind == "contrastive"
@@ -176,7 +180,7 @@ def contrastive(scores: Tensor, positive: Tensor, usable: Tensor) -> Tensor:
     against = usable[counted] & ~wanted
     others = some.masked_fill(~against, NEVER).logsumexp(-1, keepdim=True)
     each = softplus(others - some).masked_fill(~wanted, 0).sum(-1) / wanted.sum(-1)
-    return mean_of(each.sum(), counted.sum())
+    return global_mean(each.sum(), counted.sum())
 
 
 def balanced_bce(scores: Tensor, positive: Tensor, usable: Tensor) -> Tensor:
@@ -187,6 +191,6 @@ def balanced_bce(scores: Tensor, positive: Tensor, usable: Tensor) -> Tensor:
     counted = positive.any(-1, keepdim=True)
     positive, negative = positive & counted, usable & ~positive & counted
     p = scores.float()
-    up = mean_of(-((p + EPSILON).log() * positive).sum(), positive.sum())
-    down = mean_of(-((1 - p + EPSILON).log() * negative).sum(), negative.sum())
+    up = global_mean(-((p + EPSILON).log() * positive).sum(), positive.sum())
+    down = global_mean(-((1 - p + EPSILON).log() * negative).sum(), negative.sum())
     return (up + down) / 2

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mplus.training.parallel import gathered
+from mplus.training.parallel import gather_objects
 from mplus.training.run_folder import METRICS, TENSORBOARD, RunFolder
 
 
-class Means:
-    """Means of metrics over steps, then over processes; a step that lacks a metric does not count for it."""
+class RunningMeans:
+    """RunningMeans of metrics over steps, then over processes; a step that lacks a metric does not count for it."""
 
     def __init__(self) -> None:
         self.sums: dict[str, list[float]] = {}
@@ -25,10 +25,10 @@ class Means:
             entry[0] += value
             entry[1] += 1
 
-    def take(self) -> dict[str, float]:
+    def reduce(self) -> dict[str, float]:
         """The means, over all processes, since the last call. All processes must call it."""
         total: dict[str, list[float]] = {}
-        for sums in gathered(self.sums):
+        for sums in gather_objects(self.sums):
             for name, (value, count) in sums.items():
                 entry = total.setdefault(name, [0.0, 0.0])
                 entry[0] += value

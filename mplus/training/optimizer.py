@@ -26,14 +26,14 @@ def make_optimizer(trained: Mapping[str, nn.Parameter], options: Optimizer) -> t
     )
 
 
-def set_rate(optimizer: torch.optim.Optimizer, share: float) -> float:
+def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> float:
     """Set every group to ``share`` of its top rate; returns the first group's."""
     for group in optimizer.param_groups:
         group["lr"] = group["top_rate"] * share
     return float(optimizer.param_groups[0]["lr"])
 
 
-def rate_at(options: Optimizer, steps: int) -> Callable[[int, int], float]:
+def make_schedule(options: Optimizer, steps: int) -> Callable[[int, int], float]:
     """``share(done, fallen)``: share of the top rate for the step after ``done`` steps in all, when the schedule is at
     ``fallen`` of its ``steps``.
     """
@@ -51,7 +51,7 @@ def rate_at(options: Optimizer, steps: int) -> Callable[[int, int], float]:
     return share
 
 
-def clip(optimizer: torch.optim.Optimizer, largest: float | None) -> list[float]:
+def clip_gradients(optimizer: torch.optim.Optimizer, largest: float | None) -> list[float]:
     """Scale the gradient of each group down to norm ``largest`` (None: leave it), and return the norms before."""
     norms = []
     for group in optimizer.param_groups:

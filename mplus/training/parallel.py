@@ -9,51 +9,51 @@ import torch
 from torch import Tensor, distributed
 
 
-def processes() -> int:
+def world_size() -> int:
     """How many processes train together; 1 where nothing was started to train with others."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def rank() -> int:
     """Number of this process, from 0."""
-    return distributed.get_rank() if processes() > 1 else 0
+    return distributed.get_rank() if world_size() > 1 else 0
 
 
-def wait() -> None:
+def barrier() -> None:
     """Wait for all processes to come here."""
-    if processes() > 1:
+    if world_size() > 1:
         distributed.barrier()
 
 
-def sums(values: Iterable[float]) -> list[float]:
+def sum_over_processes(values: Iterable[float]) -> list[float]:
     """Each value summed over all processes."""
     values = list(values)
-    if processes() == 1:
+    if world_size() == 1:
         return values
     together = torch.tensor(values, dtype=torch.float64, device=_device())
     distributed.all_reduce(together)
     return [float(value) for value in together]
 
 
-def gathered(value: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
     """What every process has, plain data, in order of rank."""
-    if processes() == 1:
+    if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * processes()
+    found: list[Any] = [None] * world_size()
     distributed.all_gather_object(found, value)
     return found
 
 
-def mean_of(total: Tensor, count: Tensor) -> Tensor:
+def global_mean(total: Tensor, count: Tensor) -> Tensor:
     """``total / count``; among several processes such that the mean of their results is sum of totals / sum of counts.
 
     Gradients are averaged over processes. With this each stream weighs as much as if one process held all of them,
     also where processes have different numbers of tokens to predict. 0 where nobody has anything.
     """
-    if processes() > 1:
+    if world_size() > 1:
         count = count.to(torch.float64)
         distributed.all_reduce(count)
-        count = count / processes()
+        count = count / world_size()
     return total / count.to(total.dtype) if bool(count) else total * 0.0
 
 

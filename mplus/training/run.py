@@ -11,15 +11,15 @@ from torch import nn
 
 from mplus.errors import ConfigError, NotSupported, TrainingError
 from mplus.hf.decoders.train_model import choose_trained, save_trained
-from mplus.training.checkpoint import CheckpointStore, Saved
+from mplus.training.checkpoint import Checkpoint, CheckpointStore
 from mplus.training.metrics import MetricsLog
-from mplus.training.parallel import full_tensor, rank, wait
-from mplus.training.recipe.files import RecipeFile, read
+from mplus.training.parallel import barrier, full_tensor, rank
+from mplus.training.recipe.files import RecipeFile, read_recipe
 from mplus.training.recipe.recipe import Recipe
 from mplus.training.run_folder import CHECKPOINTS, MODEL, TOKENIZER, RunFolder
 from mplus.training.setup import make_model, make_tokenizer
-from mplus.training.trainer import Attempt, MissedGoal
-from mplus.training.validation import apart
+from mplus.training.trainer import MissedGoal, Trainer
+from mplus.training.validation import isolated_rng
 
 
 @define(eq=False, kw_only=True)
@@ -30,12 +30,12 @@ class TrainingResult:
         model: the wrapped decoder, in eval mode.
         tokenizer: or None.
         recipe: as it was followed.
-        seed: the recipe's; ``seeds``: those of every attempt, the last one made the model.
+        seed: the recipe's; ``seeds``: those of every trainer, the last one made the model.
         restarts: how often all began anew, because a stage missed its goal.
         missed: what it missed, per restart.
         stages: per stage its name, steps, where it had a goal whether it was reached, and what its data skipped.
-        steps: optimiser steps of the last attempt.
-        seconds: spent in steps of the last attempt; ``seconds_in_all``: with those before restarts.
+        steps: optimiser steps of the last trainer.
+        seconds: spent in steps of the last trainer; ``seconds_in_all``: with those before restarts.
         records: lines of metrics.
         folder: of the run, or None.
     """
@@ -62,7 +62,7 @@ class TrainingResult:
             found.update({name: value for name, value in record.items() if isinstance(value, float)})
         return found
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As plain data, without model and records."""
         names = ("seed", "seeds", "restarts", "missed", "stages", "steps", "seconds", "seconds_in_all", "metrics")
         found = {name: getattr(self, name) for name in names}
@@ -107,7 +107,7 @@ def train(
     used = make_accelerator() if accelerator is None else accelerator
     check_accelerator(used)
     try:
-        with apart():
+        with isolated_rng():
             return _Run(found, out, resume, progress, used).result()
     finally:
         if accelerator is None:
@@ -120,8 +120,8 @@ def _read(
     if recipe is None:
         if resume is None:
             raise ConfigError("a recipe must be given, or a run to resume, got neither")
-        recipe = RunFolder(resume).resolved()
-    return read(recipe, settings=settings, steps=steps, dry_run=dry_run)
+        recipe = RunFolder(resume).load_recipe()
+    return read_recipe(recipe, settings=settings, steps=steps, dry_run=dry_run)
 
 
 def make_accelerator() -> Any:
@@ -156,19 +156,19 @@ class _Run:
     ) -> None:
         self.recipe = file.recipe
         self.progress, self.accelerator = progress, accelerator
-        place = out if resume is None else resume
-        self.folder = None if place is None else RunFolder(place)
+        path = out if resume is None else resume
+        self.folder = None if path is None else RunFolder(path)
         self.store: CheckpointStore | None = None
         if self.folder is not None:
             self.store = CheckpointStore(self.folder.path / CHECKPOINTS, self.recipe.checkpoints.keep)
-        self.saved: Saved | None = None
+        self.saved: Checkpoint | None = None
         if resume is not None and self.store is not None and self.folder is not None:
-            self.folder.resolved()
+            self.folder.load_recipe()
             self.saved = self.store.latest()
         elif self.folder is not None:
             if rank() == 0:
-                self.folder.create(file.text, self.recipe.plain())
-            wait()
+                self.folder.create(file.text, self.recipe.to_dict())
+            barrier()
         self.seeds: list[int] = []
         self.missed: list[str] = []
         self.spent = 0.0
@@ -179,16 +179,16 @@ class _Run:
         self.tokenizer = make_tokenizer(self.recipe, None if path is None else path / TOKENIZER)
         self.log = MetricsLog(self.folder if rank() == 0 else None) if rank() == 0 else None
         try:
-            attempt = self._attempts()
+            trainer = self._train()
         finally:
             if self.log is not None:
                 self.log.close()
-        model = self._model(attempt)
+        model = self._model(trainer)
         if path is not None:
             if rank() == 0:
                 save_trained(model, path / MODEL, self.tokenizer, save_base=self.recipe.optimizer.parameters == "all")
-            wait()
-        place = attempt.place
+            barrier()
+        state = trainer.state
         return TrainingResult(
             model=model,
             tokenizer=self.tokenizer,
@@ -197,69 +197,69 @@ class _Run:
             seeds=self.seeds,
             restarts=len(self.seeds) - 1,
             missed=self.missed,
-            stages=place.stages,
-            steps=place.step,
-            seconds=place.seconds,
-            seconds_in_all=self.spent + place.seconds,
+            stages=state.stages,
+            steps=state.step,
+            seconds=state.seconds,
+            seconds_in_all=self.spent + state.seconds,
             records=[] if self.log is None else self.log.records,
             folder=path,
         )
 
-    def _attempts(self) -> Attempt:
+    def _train(self) -> Trainer:
         """Attempts until one comes through."""
         number = 0 if self.saved is None else self.saved.manifest["attempt"]
         while True:
-            attempt = self._attempt(number)
+            trainer = self._make_trainer(number)
             try:
-                attempt.run()
-                self._note(attempt, finished=True)
-                return attempt
+                trainer.run()
+                self._note(trainer, finished=True)
+                return trainer
             except MissedGoal as error:
                 self.missed.append(str(error))
-                self.spent += attempt.place.seconds
-                stage = attempt.stage
+                self.spent += trainer.state.seconds
+                stage = trainer.stage
                 if stage.on_failure != "restart" or number >= self.recipe.restarts:
                     hint = f"; restarts: {number}" if stage.on_failure == "restart" else ""
                     raise TrainingError(f"{error}{hint}: raise its steps, or set on_failure or restarts") from error
                 number += 1
 
-    def _attempt(self, number: int) -> Attempt:
-        attempt = Attempt(self.recipe, number, self.accelerator, self.tokenizer, self.log, self.store, self.progress)
+    def _make_trainer(self, number: int) -> Trainer:
+        trainer = Trainer(self.recipe, number, self.accelerator, self.tokenizer, self.log, self.store, self.progress)
         saved, self.saved = self.saved, None
         if saved is not None:
-            attempt.load(saved)
+            trainer.load(saved)
             self.seeds, self.missed = list(saved.manifest["seeds"])[:-1], list(saved.manifest["missed"])
             self.spent = saved.manifest["spent"]
             if self.log is not None:
-                self.log.rewind(number, attempt.place.step)
-        self.seeds.append(attempt.seed)
-        attempt.history = {"seeds": self.seeds, "missed": self.missed, "spent": self.spent}
-        self._note(attempt, begun=not self.begun, resumed_at=None if saved is None else attempt.place.step)
+                self.log.rewind(number, trainer.state.step)
+        self.seeds.append(trainer.seed)
+        trainer.history = {"seeds": self.seeds, "missed": self.missed, "spent": self.spent}
+        self._note(trainer, begun=not self.begun, resumed_at=None if saved is None else trainer.state.step)
         self.begun = True
-        return attempt
+        return trainer
 
     def _note(
-        self, attempt: Attempt, *, begun: bool = False, resumed_at: int | None = None, finished: bool = False
+        self, trainer: Trainer, *, begun: bool = False, resumed_at: int | None = None, finished: bool = False
     ) -> None:
         if self.folder is None or rank() != 0:
             return
-        self.folder.note(
+        self.folder.update_run_info(
             seeds=self.seeds,
             begun=begun,
             resumed_at=resumed_at,
             missed=self.missed,
             finished=finished,
-            steps=attempt.place.step,
-            seconds=attempt.place.seconds,
+            steps=trainer.state.step,
+            seconds=trainer.state.seconds,
             tensorboard=self.log is not None and self.log.has_board,
         )
 
-    def _model(self, attempt: Attempt) -> Any:
+    def _model(self, trainer: Trainer) -> Any:
         """The trained decoder as one whole, in eval mode."""
-        if not attempt.sharded:
-            return attempt.model.eval()
-        weights = {name: full_tensor(parameter).detach().cpu() for parameter, name in attempt.trained.items()}
-        model = make_model(self.recipe, attempt.seed, self.tokenizer)
+        if not trainer.sharded:
+            return trainer.model.eval()
+        weights = {name: full_tensor(parameter).detach().cpu() for parameter, name in trainer.trained.items()}
+        model = make_model(self.recipe, trainer.seed, self.tokenizer)
         trained: dict[str, nn.Parameter] = choose_trained(model, self.recipe.optimizer.parameters)
         for name, parameter in trained.items():
             parameter.data.copy_(weights[name])

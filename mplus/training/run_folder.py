@@ -13,7 +13,7 @@ from typing import Any
 from mplus.environment import run_info
 from mplus.errors import CheckpointError
 from mplus.training.checkpoint import write_bytes
-from mplus.training.parallel import processes
+from mplus.training.parallel import world_size
 
 RECIPE, RESOLVED, RUN, METRICS = "recipe.toml", "recipe.json", "run.json", "metrics.jsonl"
 TENSORBOARD, CHECKPOINTS, MODEL, TOKENIZER = "tensorboard", "checkpoints", "model", "tokenizer"
@@ -41,9 +41,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if text is not None:
                 write_bytes(self.path / RECIPE, text.encode())
-            self.replace(RESOLVED, resolved)
+            self.write_json(RESOLVED, resolved)
 
-    def resolved(self) -> dict[str, Any]:
+    def load_recipe(self) -> dict[str, Any]:
         """The recipe of a run that was begun. Raises CheckpointError when there is none."""
         try:
             found: dict[str, Any] = json.loads((self.path / RESOLVED).read_text(encoding="utf-8"))
@@ -51,7 +51,7 @@ class RunFolder:
             raise CheckpointError(f"{self.path} must be the folder of a run, with {RESOLVED}: {error}") from error
         return found
 
-    def note(
+    def update_run_info(
         self, *, seeds: Sequence[int], resumed_at: int | None = None, begun: bool = False, **facts: Any
     ) -> dict[str, Any]:
         """Write ``run.json``: ``begun`` adds a start of the program, ``facts`` are about the whole run."""
@@ -59,14 +59,14 @@ class RunFolder:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"starts": []}
         if begun:
             found["starts"].append(
-                run_info(command=sys.argv, processes=processes(), resumed_at=resumed_at, folder=str(Path.cwd()))
+                run_info(command=sys.argv, processes=world_size(), resumed_at=resumed_at, folder=str(Path.cwd()))
             )
         found.update(seeds=list(seeds), restarts=len(seeds) - 1, **facts)
         with self.writing():
-            self.replace(RUN, found)
+            self.write_json(RUN, found)
         return dict(found)
 
-    def replace(self, name: str, content: Any) -> None:
+    def write_json(self, name: str, content: Any) -> None:
         """Write a file of JSON, in place of the one before it. Raises OSError."""
         temporary = self.path / f".{name}.tmp"
         try:
@@ -77,7 +77,7 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn what the operating system refuses into CheckpointError."""
+        """Batch what the operating system refuses into CheckpointError."""
         try:
             yield
         except OSError as error:

@@ -1,4 +1,4 @@
-"""What a recipe names, built: tokenizer, decoder, sources of turns."""
+"""What a recipe names, built: tokenizer, decoder, sources of batches."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 from mplus.hf.decoders.bpe_tokenizer import train_tokenizer
 from mplus.hf.decoders.train_model import build_for_training, load_for_training, load_tokenizer
-from mplus.training.batch import TurnSource
+from mplus.training.batch import BatchSource
 from mplus.training.data import SOURCES
-from mplus.training.data.counter_rng import Draws
+from mplus.training.data.counter_rng import CounterRNG
 from mplus.training.data.documents import open_documents
-from mplus.training.parallel import rank, wait
+from mplus.training.parallel import barrier, rank
 from mplus.training.recipe.checks import check_chunks
 from mplus.training.recipe.recipe import Recipe
 from mplus.training.recipe.tables import DataSet, NewTokenizer
@@ -23,9 +23,9 @@ RECALL = "recall"
 """Name of the little language's tokenizer."""
 
 
-def derived(*key: Any) -> int:
+def derive_seed(*key: Any) -> int:
     """A seed for the purpose that ``key`` names."""
-    return Draws(*key).below(1 << 31)
+    return CounterRNG(*key).below(1 << 31)
 
 
 def make_tokenizer(recipe: Recipe, folder: Path | None) -> Any:
@@ -36,7 +36,7 @@ def make_tokenizer(recipe: Recipe, folder: Path | None) -> Any:
             return train_tokenizer(_texts(recipe, wanted), wanted.vocabulary)
         if rank() == 0 and not folder.exists():
             train_tokenizer(_texts(recipe, wanted), wanted.vocabulary).save_pretrained(folder)
-        wait()
+        barrier()
         return load_tokenizer(str(folder))
     if wanted == RECALL:
         from mplus.facts.speaker import recall_tokenizer
@@ -63,7 +63,7 @@ def make_model(recipe: Recipe, seed: int, tokenizer: Any) -> Any:
 
     Raises ConfigError where the data's chunks are longer than the decoder's.
     """
-    torch.manual_seed(derived(seed, "weights"))
+    torch.manual_seed(derive_seed(seed, "weights"))
     wanted, build = recipe.model, recipe.model.build
     if build is not None:
         model = build_for_training(build.model_type, build.fields, build.init, recipe.memory, tokenizer)
@@ -73,8 +73,8 @@ def make_model(recipe: Recipe, seed: int, tokenizer: Any) -> Any:
     return model
 
 
-def make_source(data: DataSet, *, tokenizer: Any, numbers: Sequence[int], seed: int) -> TurnSource:
-    """The source of turns of a data set for the streams of this process."""
+def make_source(data: DataSet, *, tokenizer: Any, numbers: Sequence[int], seed: int) -> BatchSource:
+    """The source of batches of a data set for the streams of this process."""
     cls: Any = SOURCES.get(data.kind)
-    source: TurnSource = cls(data.parsed, tokenizer=tokenizer, numbers=numbers, seed=seed)
+    source: BatchSource = cls(data.parsed, tokenizer=tokenizer, numbers=numbers, seed=seed)
     return source

@@ -13,7 +13,7 @@ from attrs import define
 from torch import Tensor, nn
 
 from mplus.hf.decoders.train_model import split_modules
-from mplus.training.batch import Turn
+from mplus.training.batch import Batch
 from mplus.training.batched.read import DenseDecoder
 from mplus.training.batched.stream_batch import StreamBatch
 from mplus.training.losses import RetrieverLoss
@@ -21,23 +21,23 @@ from mplus.training.objectives.base import Objective
 
 
 @define(frozen=True, eq=False)
-class Job:
-    """One objective with its turn.
+class LossTerm:
+    """One objective with its batch.
 
     Attributes:
         label: in front of the names of its metrics.
-        objective, turn, weight, retriever_loss: what is computed, and how much it counts.
+        objective, batch, weight, retriever_loss: what is computed, and how much it counts.
     """
 
     label: str
     objective: Objective
-    turn: Turn
+    batch: Batch
     weight: float = 1.0
     retriever_loss: RetrieverLoss | None = None
 
 
 class TrainingStep(nn.Module):
-    """The decoder, called with streams and jobs rather than ids.
+    """The decoder, called with streams and terms rather than ids.
 
     Args:
         model: the wrapped decoder.
@@ -50,34 +50,34 @@ class TrainingStep(nn.Module):
         self.dtype = dtype
         self._no_split_modules = split_modules(model)  # read by accelerate when it shards the model
 
-    def forward(self, streams: StreamBatch, jobs: Sequence[Job]) -> tuple[Tensor, dict[str, float]]:
-        """The loss of all jobs, and their metrics.
+    def forward(self, streams: StreamBatch, terms: Sequence[LossTerm]) -> tuple[Tensor, dict[str, float]]:
+        """The loss of all terms, and their metrics.
 
-        A metric ``m`` of a job is found as ``label/m``, and as ``m`` where an earlier job has not taken the name.
+        A metric ``m`` of a term is found as ``label/m``, and as ``m`` where an earlier term has not taken the name.
         """
         decoder = DenseDecoder(self.model)
         device = decoder.engine.device
         losses, metrics = [], {}
         mixed = self.dtype != torch.float32
         with torch.autocast(device.type, dtype=self.dtype) if mixed else nullcontext():
-            for job in jobs:
-                outcome = job.objective(decoder, streams, on_device(job.turn, device), job.retriever_loss)
-                losses.append(job.weight * outcome.loss.float())
+            for term in terms:
+                outcome = term.objective(decoder, streams, on_device(term.batch, device), term.retriever_loss)
+                losses.append(term.weight * outcome.loss.float())
                 for name, value in outcome.metrics.items():
-                    if math.isnan(value):  # nothing in the turn that it could be about
+                    if math.isnan(value):  # nothing in the batch that it could be about
                         continue
-                    metrics[f"{job.label}/{name}"] = value
+                    metrics[f"{term.label}/{name}"] = value
                     metrics.setdefault(name, value)
         return torch.stack(losses).sum(), metrics
 
 
-def on_device(turn: Turn, device: torch.device) -> Turn:
-    """The turn with its tensors where the decoder is."""
-    if turn.chunks.device == device:
-        return turn
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors where the decoder is."""
+    if batch.chunks.device == device:
+        return batch
     moved: dict[str, Any] = {
         name: value.to(device, non_blocking=True)
-        for name, value in attrs.asdict(turn, recurse=False).items()
+        for name, value in attrs.asdict(batch, recurse=False).items()
         if isinstance(value, Tensor)
     }
-    return attrs.evolve(turn, **moved)
+    return attrs.evolve(batch, **moved)

@@ -1,4 +1,4 @@
-"""Attempt: one way through all stages of a recipe, from a seed or from a checkpoint."""
+"""Trainer: one way through all stages of a recipe, from a seed or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,17 +15,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mplus.errors import MPlusError, NonFiniteError
 from mplus.hf.decoders.train_model import base_digest, choose_trained, set_checkpointing
-from mplus.training.batch import Turn, TurnSource
+from mplus.training.batch import Batch, BatchSource
 from mplus.training.batched.stream_batch import StreamBatch
-from mplus.training.checkpoint import CheckpointStore, Facts, Saved, random_state, set_random_state
-from mplus.training.curriculum import Curriculum, Plan
-from mplus.training.metrics import Means, MetricsLog
-from mplus.training.optimizer import clip, make_optimizer, optimizer_state, rate_at, set_rate
-from mplus.training.parallel import full_tensor, gathered, is_sharded, processes, rank, shard_like, sums
+from mplus.training.checkpoint import Checkpoint, CheckpointStore, RunIdentity, random_state, set_random_state
+from mplus.training.curriculum import Curriculum, StepPlan
+from mplus.training.metrics import MetricsLog, RunningMeans
+from mplus.training.optimizer import clip_gradients, make_optimizer, make_schedule, optimizer_state, set_learning_rate
+from mplus.training.parallel import (
+    full_tensor,
+    gather_objects,
+    is_sharded,
+    rank,
+    shard_like,
+    sum_over_processes,
+    world_size,
+)
 from mplus.training.progress import stage_bar
 from mplus.training.recipe.recipe import Entry, Recipe, Stage
-from mplus.training.setup import derived, make_model, make_source
-from mplus.training.step import Job, TrainingStep
+from mplus.training.setup import derive_seed, make_model, make_source
+from mplus.training.step import LossTerm, TrainingStep
 from mplus.training.validation import Validator
 
 
@@ -34,11 +42,11 @@ class MissedGoal(MPlusError, RuntimeError):
 
 
 @define(eq=False)
-class Place:
-    """Where an attempt is: what changes from step to step besides weights, memories and data.
+class TrainerState:
+    """Where an attempt is: what changes from step to step besides weights, stage_data and data.
 
     Attributes:
-        stage, in_stage: number of the stage, and steps done in it.
+        stage, stage_step: number of the stage, and steps done in it.
         step: steps done in all stages.
         seconds: of training so far, those before a resume included.
         stages: what became of the stages that are over.
@@ -46,7 +54,7 @@ class Place:
     """
 
     stage: int = 0
-    in_stage: int = 0
+    stage_step: int = 0
     step: int = 0
     seconds: float = 0.0
     stages: list[dict[str, Any]] = field(factory=list)
@@ -54,15 +62,15 @@ class Place:
 
 
 @define(eq=False)
-class Memories:
+class StageData:
     """What a stage trains on, all of it this process's own."""
 
     streams: StreamBatch
-    sources: dict[str, TurnSource]
+    sources: dict[str, BatchSource]
     curriculum: Curriculum
 
 
-class Attempt:
+class Trainer:
     """Trains one decoder from one seed.
 
     Args:
@@ -90,16 +98,16 @@ class Attempt:
         progress: bool | None,
     ) -> None:
         self.recipe, self.number, self.store = recipe, number, store
-        self.seed = recipe.seed if not number else derived(recipe.seed, "attempt", number)
-        self.place, self.means = Place(), Means()
-        self.memories: Memories | None = None
+        self.seed = recipe.seed if not number else derive_seed(recipe.seed, "attempt", number)
+        self.state, self.means = TrainerState(), RunningMeans()
+        self.stage_data: StageData | None = None
         self.history: dict[str, Any] = {"seeds": [self.seed], "missed": [], "spent": 0.0}
         self._accelerator, self._tokenizer, self._log, self._progress = accelerator, tokenizer, log, progress
         self._begin_model()
         self._validator = None
         if recipe.validation is not None:
             self._validator = Validator(recipe, recipe.validation, tokenizer)
-        torch.manual_seed(derived(self.seed, "process", rank()))
+        torch.manual_seed(derive_seed(self.seed, "process", rank()))
         self._saved_at = time.monotonic()
 
     def _begin_model(self) -> None:
@@ -113,11 +121,11 @@ class Attempt:
         step = TrainingStep(model, getattr(torch, options.dtype))
         optimizer = make_optimizer(trained, options)
         self._wrapped, prepared = self._accelerator.prepare(step, optimizer)
-        # Under DDP the step is wrapped; FSDP2 shards it in place, and the optimiser gets the shards.
+        # Under DDP the step is wrapped; FSDP2 shards it in state, and the optimiser gets the shards.
         wrapped: Any = self._wrapped
         self.step: TrainingStep = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
         self.optimizer: torch.optim.Optimizer = getattr(prepared, "optimizer", prepared)
-        self._share = rate_at(options, options.schedule_steps or self.recipe.falling_steps)
+        self._share = make_schedule(options, options.schedule_steps or self.recipe.falling_steps)
         # Taken once: after a forward without backward a sharded module shows whole weights as its parameters.
         self.trained: dict[Any, str] = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         self.sharded = any(is_sharded(parameter) for parameter in self.trained)
@@ -130,7 +138,7 @@ class Attempt:
     @property
     def stage(self) -> Stage:
         """The stage it is in."""
-        return self.recipe.stages[self.place.stage]
+        return self.recipe.stages[self.state.stage]
 
     def run(self) -> None:
         """Train to the end.
@@ -140,32 +148,32 @@ class Attempt:
             NonFiniteError: the loss or a gradient is NaN or infinite.
             CheckpointError: a checkpoint could not be written.
         """
-        while self.place.stage < len(self.recipe.stages):
+        while self.state.stage < len(self.recipe.stages):
             self._run_stage()
 
     def _run_stage(self) -> None:
-        stage, place = self.stage, self.place
-        if self.memories is None:
-            self.memories = self._begin_memories(stage)
-            place.recent = deque(maxlen=stage.until.window if stage.until is not None else 0)
-        title = f"{stage.name} ({place.stage + 1}/{len(self.recipe.stages)})"
+        stage, state = self.stage, self.state
+        if self.stage_data is None:
+            self.stage_data = self._make_stage_data(stage)
+            state.recent = deque(maxlen=stage.until.window if stage.until is not None else 0)
+        title = f"{stage.name} ({state.stage + 1}/{len(self.recipe.stages)})"
         wanted = self._progress if rank() == 0 else False
         reached = False
-        with stage_bar(title, place.in_stage, stage.steps, wanted) as advance:
-            while place.in_stage < stage.steps and not reached:
+        with stage_bar(title, state.stage_step, stage.steps, wanted) as advance:
+            while state.stage_step < stage.steps and not reached:
                 begun = time.monotonic()
                 reached = self._one_step(stage)
-                place.seconds += time.monotonic() - begun
-                advance(self._report(last=reached or place.in_stage == stage.steps))
-                if not reached and place.in_stage < stage.steps:
+                state.seconds += time.monotonic() - begun
+                advance(self._report(last=reached or state.stage_step == stage.steps))
+                if not reached and state.stage_step < stage.steps:
                     self._checkpoint_if_due()
         self._end_stage(stage, reached)
 
     def _end_stage(self, stage: Stage, reached: bool) -> None:
-        place = self.place
-        summary: dict[str, Any] = {"name": stage.name, "steps": place.in_stage}
+        state = self.state
+        summary: dict[str, Any] = {"name": stage.name, "steps": state.stage_step}
         if stage.until is not None:
-            value = sum(place.recent) / max(len(place.recent), 1)
+            value = sum(state.recent) / max(len(state.recent), 1)
             summary |= {"metric": stage.until.metric, "value": value, "reached": reached}
             if not reached and stage.on_failure != "continue":
                 raise MissedGoal(
@@ -173,31 +181,31 @@ class Attempt:
                     f"{stage.steps} steps, got {value:.3f} (seed {self.seed})"
                 )
         skipped = self._skipped()
-        place.stages.append({**summary, **({"skipped": skipped} if skipped else {})})
-        place.stage, place.in_stage = place.stage + 1, 0
-        self.memories = None
+        state.stages.append({**summary, **({"skipped": skipped} if skipped else {})})
+        state.stage, state.stage_step = state.stage + 1, 0
+        self.stage_data = None
         self.save()
 
     def _skipped(self) -> dict[str, dict[str, int]]:
         """What data passed over in this stage, over all processes: data set -> reason -> count."""
-        sources = {} if self.memories is None else self.memories.sources
+        sources = {} if self.stage_data is None else self.stage_data.sources
         found: dict[str, Counter[str]] = {}
-        for counts in gathered({name: getattr(source, "skipped", {}) for name, source in sources.items()}):
+        for counts in gather_objects({name: getattr(source, "skipped", {}) for name, source in sources.items()}):
             for name, some in counts.items():
                 found.setdefault(name, Counter()).update(some)
         return {name: dict(counts) for name, counts in found.items() if counts}
 
-    def _begin_memories(self, stage: Stage) -> Memories:
+    def _make_stage_data(self, stage: Stage) -> StageData:
         count = stage.streams or self.recipe.streams
         numbers = range(rank() * count, (rank() + 1) * count)
         capacity = self.recipe.memory.long_term_tokens or 0
         names = sorted({str(entry.data) for entry in stage.objectives if entry.data is not None})
-        where = (self.seed, self.place.stage)
-        return Memories(
+        where = (self.seed, self.state.stage)
+        return StageData(
             StreamBatch(
                 self.model.mplus_engine,
                 numbers,
-                seed=derived(*where, "streams"),
+                seed=derive_seed(*where, "streams"),
                 long_term_tokens=capacity if stage.long_term else 0,
             ),
             {
@@ -205,177 +213,177 @@ class Attempt:
                     self.recipe.data[name],
                     tokenizer=self._tokenizer,
                     numbers=numbers,
-                    seed=derived(*where, "data", name),
+                    seed=derive_seed(*where, "data", name),
                 )
                 for name in names
             },
-            Curriculum(stage, derived(*where, "curriculum")),
+            Curriculum(stage, derive_seed(*where, "curriculum")),
         )
 
     def _one_step(self, stage: Stage) -> bool:
         """Do one step; returns whether the stage has reached what it waits for."""
-        assert self.memories is not None  # noqa: S101  (the caller began the stage)
-        place, curriculum = self.place, self.memories.curriculum
-        plan = curriculum.plan(place.in_stage)
-        main, jobs = self._jobs(stage, plan)
-        loss, metrics = self._wrapped(self.memories.streams, jobs)
+        assert self.stage_data is not None  # noqa: S101  (the caller began the stage)
+        state, curriculum = self.state, self.stage_data.curriculum
+        plan = curriculum.plan(state.stage_step)
+        main, terms = self._terms(stage, plan)
+        loss, metrics = self._wrapped(self.stage_data.streams, terms)
         self.optimizer.zero_grad(set_to_none=True)
         self._accelerator.backward(loss)
-        norms = clip(self.optimizer, self.recipe.optimizer.clip)
+        norms = clip_gradients(self.optimizer, self.recipe.optimizer.clip)
         value = loss.item()
-        self._check_finite(stage, [value, *norms], jobs[0].label)
-        rate = set_rate(self.optimizer, self._share(place.step, self._fallen()))
+        self._check_finite(stage, [value, *norms], terms[0].label)
+        rate = set_learning_rate(self.optimizer, self._share(state.step, self._fallen()))
         self.optimizer.step()
-        curriculum.done(plan, main)
-        place.in_stage += 1
-        place.step += 1
+        curriculum.record(plan, main)
+        state.stage_step += 1
+        state.step += 1
         self.means.add({"total_loss": value, "gradient_norm": norms[0], "learning_rate": rate, **metrics})
         return self._reached(stage, metrics)
 
     def _fallen(self) -> int:
         """How far the schedule is; a stage that ended early counts in full, so that the last step is the lowest."""
         if self.recipe.optimizer.schedule_steps is not None:
-            return self.place.step
-        return self.recipe.falling_steps_before(self.place.stage, self.place.in_stage)
+            return self.state.step
+        return self.recipe.falling_steps_before(self.state.stage, self.state.stage_step)
 
-    def _jobs(self, stage: Stage, plan: Plan) -> tuple[Turn, list[Job]]:
-        """The turn of the main objective, and all that the step computes."""
-        assert self.memories is not None  # noqa: S101  (the caller began the stage)
-        if plan.revisit and self.memories.curriculum.kept is not None and stage.revisit is not None:
-            turn = self.memories.curriculum.kept
-            jobs = [Job("revisit", revisiting(), turn, stage.revisit.weight, stage.retriever_loss)]
+    def _terms(self, stage: Stage, plan: StepPlan) -> tuple[Batch, list[LossTerm]]:
+        """The batch of the main objective, and all that the step computes."""
+        assert self.stage_data is not None  # noqa: S101  (the caller began the stage)
+        if plan.revisit and self.stage_data.curriculum.revisit_batch is not None and stage.revisit is not None:
+            batch = self.stage_data.curriculum.revisit_batch
+            terms = [LossTerm("revisit", revisiting(), batch, stage.revisit.weight, stage.retriever_loss)]
         else:
-            turn = self._turn(plan.main)
-            jobs = [self._job(stage, plan.main, turn)]
+            batch = self._next_batch(plan.main)
+            terms = [self._term(stage, plan.main, batch)]
         for entry in plan.beside:
             shared = entry.data is None or (entry.data == plan.main.data and not entry.objective.writes)
-            jobs.append(self._job(stage, entry, turn if shared else self._turn(entry)))
-        return turn, jobs
+            terms.append(self._term(stage, entry, batch if shared else self._next_batch(entry)))
+        return batch, terms
 
-    def _turn(self, entry: Entry) -> Turn:
-        assert self.memories is not None  # noqa: S101  (the caller began the stage)
+    def _next_batch(self, entry: Entry) -> Batch:
+        assert self.stage_data is not None  # noqa: S101  (the caller began the stage)
         objective = entry.objective
-        turn = self.memories.sources[str(entry.data)].turn(objective.chunks, repeat=objective.repeats)
-        if turn.fresh:
-            self.memories.streams.reset()
-            self.memories.curriculum.forget()
-        return turn
+        batch = self.stage_data.sources[str(entry.data)].next_batch(objective.chunks, repeat=objective.repeats)
+        if batch.reset:
+            self.stage_data.streams.reset()
+            self.stage_data.curriculum.reset()
+        return batch
 
     @staticmethod
-    def _job(stage: Stage, entry: Entry, turn: Turn) -> Job:
+    def _term(stage: Stage, entry: Entry, batch: Batch) -> LossTerm:
         alike = [other for other in stage.objectives if other.name == entry.name]
         label = entry.name if len(alike) == 1 else f"{entry.name}({entry.data})"
-        return Job(label, entry.objective, turn, entry.weight, stage.retriever_loss)
+        return LossTerm(label, entry.objective, batch, entry.weight, stage.retriever_loss)
 
     def _check_finite(self, stage: Stage, values: list[float], label: str) -> None:
         bad = float(not all(map(math.isfinite, values)))
-        if not sums([bad])[0]:
+        if not sum_over_processes([bad])[0]:
             return
         kept = [] if self.store is None else self.store.all()
         raise NonFiniteError(
             f"the loss and its gradient must be finite, got {values[0]:g} and gradient norms "
-            f"{', '.join(f'{norm:g}' for norm in values[1:])} at step {self.place.step + 1} (stage {stage.name!r}, "
-            f"step {self.place.in_stage + 1}, objective {label}); the step was not taken, "
+            f"{', '.join(f'{norm:g}' for norm in values[1:])} at step {self.state.step + 1} (stage {stage.name!r}, "
+            f"step {self.state.stage_step + 1}, objective {label}); the step was not taken, "
             + (f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written")
             + ": lower learning_rate or clip"
         )
 
     def _reached(self, stage: Stage, metrics: dict[str, float]) -> bool:
-        until, recent = stage.until, self.place.recent
+        until, recent = stage.until, self.state.recent
         if until is None:
             return False
         value = metrics.get(until.metric)
-        total, count = sums([value or 0.0, float(value is not None)])
+        total, count = sum_over_processes([value or 0.0, float(value is not None)])
         if count:
             recent.append(total / count)
         return len(recent) == until.window and sum(recent) / len(recent) >= until.at_least
 
     def _report(self, *, last: bool) -> dict[str, float] | None:
         """Write metrics and validate, where it is time to."""
-        place, metrics = self.place, None
-        if last or place.step % self.recipe.metrics.every_steps == 0:
-            metrics = self.means.take()
-            self._record({**metrics, "seconds": place.seconds})
+        state, metrics = self.state, None
+        if last or state.step % self.recipe.metrics.every_steps == 0:
+            metrics = self.means.reduce()
+            self._record({**metrics, "seconds": state.seconds})
         validation = self.recipe.validation
-        at_end = last and place.stage == len(self.recipe.stages) - 1
-        due = validation is not None and (at_end or place.step % validation.every_steps == 0)
+        at_end = last and state.stage == len(self.recipe.stages) - 1
+        due = validation is not None and (at_end or state.step % validation.every_steps == 0)
         if due and self._validator is not None:
             self._record(self._validator.run(self.step))
         return metrics
 
     def _record(self, metrics: dict[str, float]) -> None:
         if self._log is not None:
-            where = {"attempt": self.number, "step": self.place.step, "stage": self.stage.name}
+            where = {"attempt": self.number, "step": self.state.step, "stage": self.stage.name}
             self._log.write({**where, **metrics})
 
     def _checkpoint_if_due(self) -> None:
         options = self.recipe.checkpoints
-        due = options.every_steps is not None and self.place.step % options.every_steps == 0
+        due = options.every_steps is not None and self.state.step % options.every_steps == 0
         if options.every_minutes is not None:
             late = time.monotonic() - self._saved_at >= 60 * options.every_minutes
-            due = bool(sums([float(late and rank() == 0)])[0]) or due
+            due = bool(sum_over_processes([float(late and rank() == 0)])[0]) or due
         if due:
             self.save()
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> RunIdentity:
         """What a checkpoint of this attempt can be held to."""
-        recipe = json.loads(json.dumps(self.recipe.plain()))
-        return Facts(recipe=recipe, base=self._base, shapes=self._shapes, processes=processes())
+        recipe = json.loads(json.dumps(self.recipe.to_dict()))
+        return RunIdentity(recipe=recipe, base=self._base, shapes=self._shapes, processes=world_size())
 
     def save(self) -> None:
-        """Write a checkpoint, where there is a place for them. Raises CheckpointError."""
+        """Write a checkpoint, where there is a state for them. Raises CheckpointError."""
         if self.store is None:
             return
-        place, names = self.place, self.trained
+        state, names = self.state, self.trained
         shared = {
             "weights": {name: full_tensor(parameter).detach().cpu() for parameter, name in names.items()},
             "optimizer": optimizer_state(self.optimizer, names),
         }
-        position = {**attrs.asdict(place, recurse=False), "recent": list(place.recent)}
+        position = {**attrs.asdict(state, recurse=False), "recent": list(state.recent)}
         position |= {"attempt": self.number, "seed": self.seed, **self.history}
-        self.store.save(f"{self.number:02d}-{place.step:09d}", self.facts, position, shared, self._own())
+        self.store.save(f"{self.number:02d}-{state.step:09d}", self.facts, position, shared, self._own())
         self._saved_at = time.monotonic()
 
     def _own(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"random": random_state(), "means": self.means.sums, "memories": None}
-        if self.memories is not None:
-            found["memories"] = {
-                "streams": self.memories.streams.state_dict(),
-                "sources": {name: source.state_dict() for name, source in self.memories.sources.items()},
-                "curriculum": self.memories.curriculum.state_dict(),
+        found: dict[str, Any] = {"random": random_state(), "means": self.means.sums, "stage_data": None}
+        if self.stage_data is not None:
+            found["stage_data"] = {
+                "streams": self.stage_data.streams.state_dict(),
+                "sources": {name: source.state_dict() for name, source in self.stage_data.sources.items()},
+                "curriculum": self.stage_data.curriculum.state_dict(),
             }
         return found
 
-    def load(self, saved: Saved) -> None:
+    def load(self, saved: Checkpoint) -> None:
         """Go on from a checkpoint. Raises CheckpointError when it is of another recipe or model."""
         self.facts.check(saved.manifest, saved.folder)
-        position, place, names = saved.manifest, self.place, self.trained
-        for name in ("stage", "in_stage", "step", "seconds", "stages"):
-            setattr(place, name, position[name])
+        position, state, names = saved.manifest, self.state, self.trained
+        for name in ("stage", "stage_step", "step", "seconds", "stages"):
+            setattr(state, name, position[name])
         with torch.no_grad():
             for parameter, name in names.items():
                 parameter.copy_(shard_like(saved.shared["weights"][name], parameter))
-                state = saved.shared["optimizer"].get(name)
-                if state is not None:
+                moments = saved.shared["optimizer"].get(name)
+                if moments is not None:
                     self.optimizer.state[parameter] = {
-                        key: shard_like(value, parameter) if value.ndim else value for key, value in state.items()
+                        key: shard_like(value, parameter) if value.ndim else value for key, value in moments.items()
                     }
         own = saved.own
         self.means.sums = own["means"]
-        if own["memories"] is not None:
+        if own["stage_data"] is not None:
             stage = self.stage
-            self.memories = self._begin_memories(stage)
-            self.memories.streams.load_state_dict(own["memories"]["streams"])
-            for name, source in self.memories.sources.items():
-                source.load_state_dict(own["memories"]["sources"][name])
-            self.memories.curriculum.load_state_dict(own["memories"]["curriculum"])
-            place.recent = deque(position["recent"], maxlen=stage.until.window if stage.until is not None else 0)
+            self.stage_data = self._make_stage_data(stage)
+            self.stage_data.streams.load_state_dict(own["stage_data"]["streams"])
+            for name, source in self.stage_data.sources.items():
+                source.load_state_dict(own["stage_data"]["sources"][name])
+            self.stage_data.curriculum.load_state_dict(own["stage_data"]["curriculum"])
+            state.recent = deque(position["recent"], maxlen=stage.until.window if stage.until is not None else 0)
         set_random_state(own["random"])
 
 
 def revisiting() -> Any:
-    """The objective that reads a kept turn."""
+    """The objective that reads a kept batch."""
     from mplus.training.objectives import OBJECTIVES
 
     return OBJECTIVES.get("revisit")()

@@ -12,15 +12,15 @@ import torch
 from mplus.hf.model.modes import in_eval_mode
 from mplus.training.batched.stream_batch import StreamBatch
 from mplus.training.checkpoint import random_state, set_random_state
-from mplus.training.metrics import Means
+from mplus.training.metrics import RunningMeans
 from mplus.training.parallel import rank
 from mplus.training.recipe.recipe import Recipe, Validation
-from mplus.training.setup import derived, make_source
-from mplus.training.step import Job, TrainingStep
+from mplus.training.setup import derive_seed, make_source
+from mplus.training.step import LossTerm, TrainingStep
 
 
 class Validator:
-    """Computes the metrics of a recipe's ``validation``; the same turns every time.
+    """Computes the metrics of a recipe's ``validation``; the same batches every time.
 
     Args:
         recipe: with a validation.
@@ -38,7 +38,7 @@ class Validator:
                 recipe.data[str(entry.data)],
                 tokenizer=tokenizer,
                 numbers=self._numbers,
-                seed=derived(recipe.seed, "validation", place),
+                seed=derive_seed(recipe.seed, "validation", place),
             )
             for place, entry in enumerate(options.objectives)
         ]
@@ -46,9 +46,9 @@ class Validator:
 
     @torch.no_grad()
     def run(self, step: TrainingStep) -> dict[str, float]:
-        """Metrics as ``validation/OBJECTIVE/METRIC``, means over turns and processes. All processes must call it."""
-        means = Means()
-        with apart(), in_eval_mode(step):
+        """Metrics as ``validation/OBJECTIVE/METRIC``, means over batches and processes. All processes must call it."""
+        means = RunningMeans()
+        with isolated_rng(), in_eval_mode(step):
             for place, (entry, source) in enumerate(zip(self._options.objectives, self._sources, strict=True)):
                 source.load_state_dict(copy.deepcopy(self._begin[place]))
                 streams = self._streams(step)
@@ -57,25 +57,25 @@ class Validator:
                     label += f"({entry.data})"
                 for _ in range(self._options.steps):
                     objective = entry.objective
-                    turn = source.turn(objective.chunks, repeat=objective.repeats)
-                    if turn.fresh:
+                    batch = source.next_batch(objective.chunks, repeat=objective.repeats)
+                    if batch.reset:
                         streams.reset()
-                    _, metrics = step(streams, [Job(label, objective, turn)])
+                    _, metrics = step(streams, [LossTerm(label, objective, batch)])
                     means.add({name: value for name, value in metrics.items() if name.startswith(label)})
-        return means.take()
+        return means.reduce()
 
     def _streams(self, step: TrainingStep) -> StreamBatch:
         capacity = self._recipe.memory.long_term_tokens
         return StreamBatch(
             step.model.mplus_engine,
             self._numbers,
-            seed=derived(self._recipe.seed, "validation streams"),
+            seed=derive_seed(self._recipe.seed, "validation streams"),
             long_term_tokens=(capacity or 0) if self._options.long_term else 0,
         )
 
 
 @contextmanager
-def apart() -> Iterator[None]:
+def isolated_rng() -> Iterator[None]:
     """Whatever is drawn inside from the generators of the process, outside it was not."""
     before = random_state()
     try:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from mplus.training.objectives import OBJECTIVES
-from mplus.training.recipe.files import shipped
+from mplus.training.recipe.files import shipped_recipes
 from tests.docs.test_quickstart import BLOCK, expect
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
@@ -44,4 +44,4 @@ def rows(heading: str) -> set[str]:
 
 def test_the_tables_have_every_objective_and_recipe():
     assert rows("Stages") == set(OBJECTIVES.names()) - {"revisit"}, "revisit is a table of its own"
-    assert rows("Recipes that come with mplus") == set(shipped())
+    assert rows("Recipes that come with mplus") == set(shipped_recipes())

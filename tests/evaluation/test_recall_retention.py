@@ -30,7 +30,7 @@ from mplus.evaluation.retriever_swap import with_own_parameters
 from mplus.facts.language import Language
 from mplus.stores.base import StoreLayout
 from mplus.testing.rounding import InFloat64, check_close
-from mplus.training.batch import NO_ONE
+from mplus.training.batch import NO_SOURCE
 from mplus.training.batched.long_term import LongTermRows
 from mplus.training.batched.read import DenseDecoder
 from mplus.training.batched.selection import ScorePicker
@@ -99,7 +99,7 @@ def test_untold_facts_are_never_told():
     for row, episode in enumerate(episodes):
         facts = {LANGUAGE.fact(" ".join(spoken(text)[:4])) for text in asked.texts[row]}
         assert not facts & set(episode.facts)
-    assert bool((asked.about == NO_ONE).all())
+    assert bool((asked.about == NO_SOURCE).all())
 
 
 def test_an_answer_is_right_when_greedy_decoding_says_it():

@@ -62,7 +62,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.gradients: dict[str, torch.Tensor] = {}
-        self._clip, self._step = trainer.clip, trainer.Attempt._one_step
+        self._clip, self._step = trainer.clip_gradients, trainer.Trainer._one_step
 
     def __enter__(self) -> Self:
         watch = self
@@ -70,7 +70,7 @@ class Watch:
         def one_step(attempt: Any, stage: Any) -> bool:
             names = attempt.trained
 
-            def clip(optimizer: Any, largest: Any) -> list[float]:
+            def clip_gradients(optimizer: Any, largest: Any) -> list[float]:
                 if not watch.gradients:
                     watch.gradients = {
                         name: full_tensor(parameter.grad).clone()
@@ -79,14 +79,14 @@ class Watch:
                     }
                 return watch._clip(optimizer, largest)
 
-            trainer.clip = clip
+            trainer.clip_gradients = clip_gradients
             return watch._step(attempt, stage)
 
-        trainer.Attempt._one_step = one_step
+        trainer.Trainer._one_step = one_step
         return self
 
     def __exit__(self, *_: object) -> None:
-        trainer.clip, trainer.Attempt._one_step = self._clip, self._step
+        trainer.clip_gradients, trainer.Trainer._one_step = self._clip, self._step
 
 
 class Stopped(Exception):
@@ -105,14 +105,14 @@ def exact_gradients(folder: Path, streams: int) -> dict[str, torch.Tensor]:
         Watch() as watch,
         mock.patch.multiple(trainer, make_model=lambda *of: make(*of).double(), choose_trained=choose_wide),
     ):
-        one_step = trainer.Attempt._one_step
+        one_step = trainer.Trainer._one_step
 
         def first_step(attempt: Any, stage: Any) -> None:
             with InFloat64():
                 one_step(attempt, stage)
             raise Stopped
 
-        with mock.patch.object(trainer.Attempt, "_one_step", first_step), suppress(Stopped):
+        with mock.patch.object(trainer.Trainer, "_one_step", first_step), suppress(Stopped):
             train(table(streams), out=folder, progress=False)
     return watch.gradients
 
@@ -120,17 +120,17 @@ def exact_gradients(folder: Path, streams: int) -> dict[str, torch.Tensor]:
 def watched(folder: Path, streams: int, made: Any) -> dict[str, Any]:
     """Train until ``BREAK``, resume, and tell what came of it."""
     with Watch() as watch:
-        original = trainer.Attempt._one_step
+        original = trainer.Trainer._one_step
 
         def one_step(attempt: Any, stage: Any) -> bool:
-            if attempt.place.step == BREAK:
+            if attempt.state.step == BREAK:
                 raise Stopped
             return original(attempt, stage)
 
-        trainer.Attempt._one_step = one_step
+        trainer.Trainer._one_step = one_step
         with suppress(Stopped):
             train(table(streams), out=folder, accelerator=made, progress=False)
-        trainer.Attempt._one_step = original
+        trainer.Trainer._one_step = original
         result = train(table(streams), resume=folder, accelerator=made, progress=False)
     return {
         "gradients": watch.gradients,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from mplus.training.recipe.files import change
+from mplus.training.recipe.files import apply_settings
 
 FACTS = {"kind": "recall", "language": {"relations": 2, "firsts": 8, "lasts": 8}, "chunk_tokens": 12}
 
@@ -71,5 +71,5 @@ RECIPE: dict[str, Any] = {
 def recipe(remove: tuple[str, ...] = (), **settings: Any) -> dict[str, Any]:
     """The recipe with changes; dots in paths are written ``__``: ``stages__0__steps=2``."""
     table = copy.deepcopy(RECIPE)
-    change(table, {path.replace("__", "."): value for path, value in settings.items()}, remove)
+    apply_settings(table, {path.replace("__", "."): value for path, value in settings.items()}, remove)
     return table

@@ -15,11 +15,11 @@ import torch
 from mplus.errors import CheckpointError, TrainingError
 from mplus.training import checkpoint as module
 from mplus.training import train
-from mplus.training.checkpoint import CheckpointStore, Facts, read, write
-from mplus.training.trainer import Attempt
+from mplus.training.checkpoint import CheckpointStore, RunIdentity, read, write
+from mplus.training.trainer import Trainer
 from tests.training.recipes import recipe
 
-FACTS = Facts(recipe={"a": 1}, base=None, shapes={}, processes=1)
+FACTS = RunIdentity(recipe={"a": 1}, base=None, shapes={}, processes=1)
 EVERY = recipe(
     checkpoints__every_steps=1,
     checkpoints__keep=100,
@@ -34,14 +34,14 @@ class Stopped(Exception):
 
 def stop_at(monkeypatch, place):
     """Let training end, without a word, when it begins a step (from 0) of an attempt."""
-    original = Attempt._one_step
+    original = Trainer._one_step
 
     def one_step(self, stage):
-        if (self.number, self.place.step) == place:
+        if (self.number, self.state.step) == place:
             raise Stopped
         return original(self, stage)
 
-    monkeypatch.setattr(Attempt, "_one_step", one_step)
+    monkeypatch.setattr(Trainer, "_one_step", one_step)
 
 
 def timeless(records):
@@ -129,7 +129,7 @@ def test_another_recipe_is_refused(whole, settings, message):
 
 
 def test_another_model_or_layout_is_refused(tmp_path):
-    facts = Facts(recipe={}, base="abc", shapes={"w": [2, 3]}, processes=2)
+    facts = RunIdentity(recipe={}, base="abc", shapes={"w": [2, 3]}, processes=2)
     saved = {"recipe": {}, "base": "abc", "shapes": {"w": [2, 3]}, "processes": 2}
     facts.check(saved, tmp_path)
     facts.check({**saved, "recipe": {"metrics": 1}}, tmp_path)
@@ -238,7 +238,7 @@ def test_a_damaged_checkpoint_is_refused(whole, tmp_path):
     with pytest.raises(CheckpointError, match=r"checkpoint.json must be a complete file"):
         train(EVERY, resume=folder)
     (newest / "checkpoint.json").write_text('{"format": 99}')
-    with pytest.raises(CheckpointError, match=r"must have format 1, got 99"):
+    with pytest.raises(CheckpointError, match=r"must have format 2, got 99"):
         train(EVERY, resume=folder)
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(CheckpointError, match=r"must hold a checkpoint to go on from, it has none"):

@@ -6,7 +6,7 @@ import attrs
 import pytest
 import torch
 
-from mplus.training.batch import Turn
+from mplus.training.batch import Batch
 from mplus.training.curriculum import Curriculum
 from mplus.training.recipe.recipe import Recipe
 from tests.training.recipes import recipe
@@ -28,15 +28,15 @@ def stage_of(objectives, revisit=None, beside=()):
     return Recipe.from_dict(table).stages[1]
 
 
-def turn(number, chunks):
+def batch(number, chunks):
     text = torch.full((1, 1, 2), number)
-    return Turn(
+    return Batch(
         chunks=torch.zeros(1, chunks, 4, dtype=torch.int64),
         sources=torch.zeros(1, chunks, dtype=torch.int64),
         texts=text,
         labels=text,
         mask=torch.ones_like(text, dtype=torch.bool),
-        about=torch.full((1, 1), number),
+        text_sources=torch.full((1, 1), number),
     )
 
 
@@ -47,13 +47,13 @@ def simulate(stage, steps, seed=0):
         plan = curriculum.plan(step)
         if plan.revisit:
             names.append("revisit")
-            distances.append(wrote[-1] - wrote[int(curriculum.kept.about) + 1])
-            used = curriculum.kept
+            distances.append(wrote[-1] - wrote[int(curriculum.revisit_batch.text_sources) + 1])
+            used = curriculum.revisit_batch
         else:
             names.append(plan.main.name)
-            used = turn(step, plan.main.objective.chunks)
+            used = batch(step, plan.main.objective.chunks)
         wrote.append(wrote[-1] + (used.chunks.shape[1] > 0))
-        curriculum.done(plan, used)
+        curriculum.record(plan, used)
     return names, distances
 
 
@@ -92,9 +92,9 @@ def test_objectives_that_write_nothing_do_not_count():
 def test_forgetting_takes_the_kept_text_away():
     curriculum = Curriculum(stage_of({"two_chunk": 1.0}, {"probability": 1.0}), 0)
     for step in range(2):
-        curriculum.done(curriculum.plan(step), turn(step, 1))
+        curriculum.record(curriculum.plan(step), batch(step, 1))
     assert curriculum.plan(2).revisit
-    curriculum.forget()
+    curriculum.reset()
     assert not curriculum.plan(2).revisit
 
 
@@ -116,9 +116,13 @@ def test_a_restored_curriculum_goes_on_as_the_saved_one():
         twin = Curriculum(stage, 1)
         twin.load_state_dict(curriculum.state_dict())
         assert twin.plan(step) == plan or attrs.asdict(twin.plan(step)) == attrs.asdict(plan)
-        used = curriculum.kept if plan.revisit else turn(step, plan.main.objective.chunks)
-        curriculum.done(plan, used)
-        twin.done(plan, used)
-        assert (twin.gap, twin.last, twin.kept is None) == (curriculum.gap, curriculum.last, curriculum.kept is None)
-        if twin.kept is not None:
-            assert torch.equal(twin.kept.texts, curriculum.kept.texts)
+        used = curriculum.revisit_batch if plan.revisit else batch(step, plan.main.objective.chunks)
+        curriculum.record(plan, used)
+        twin.record(plan, used)
+        assert (twin.chunks_since, twin.last_was_revisit, twin.revisit_batch is None) == (
+            curriculum.chunks_since,
+            curriculum.last_was_revisit,
+            curriculum.revisit_batch is None,
+        )
+        if twin.revisit_batch is not None:
+            assert torch.equal(twin.revisit_batch.texts, curriculum.revisit_batch.texts)

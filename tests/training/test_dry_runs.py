@@ -7,7 +7,7 @@ import math
 import pytest
 
 from mplus.training import train
-from mplus.training.recipe.files import read, shipped
+from mplus.training.recipe.files import read_recipe, shipped_recipes
 from mplus.training.setup import make_model
 
 PUBLISHED = ("llama3-8b-stage1", "llama3-8b-stage2", "llama3-8b-stage3")
@@ -16,18 +16,18 @@ PUBLISHED = ("llama3-8b-stage1", "llama3-8b-stage2", "llama3-8b-stage3")
 @pytest.mark.parametrize(
     "name",
     # Stages 2 and 3 do all that stage 1 does, and more; what is particular to it is tested below.
-    [pytest.param(name, marks=pytest.mark.nightly if name == "llama3-8b-stage1" else ()) for name in shipped()],
+    [pytest.param(name, marks=pytest.mark.nightly if name == "llama3-8b-stage1" else ()) for name in shipped_recipes()],
 )
 def test_a_dry_run_does_every_stage(name):
     result = train(name, dry_run=True)
-    assert [stage["name"] for stage in result.stages] == [stage.name for stage in read(name).recipe.stages]
+    assert [stage["name"] for stage in result.stages] == [stage.name for stage in read_recipe(name).recipe.stages]
     assert math.isfinite(result.metrics["total_loss"])
     if result.recipe.stages[-1].retriever_loss is not None:
         assert any(name.endswith("retriever_loss") for name in result.metrics)
 
 
 def test_the_published_stages_have_the_published_sizes_and_rates():
-    one, two, three = (read(name).recipe for name in PUBLISHED)
+    one, two, three = (read_recipe(name).recipe for name in PUBLISHED)
     for recipe in (one, two, three):
         assert recipe.memory.chunk_tokens == 512
         assert recipe.memory.memory_tokens_per_chunk == 256
@@ -53,7 +53,7 @@ class Tokens:
 
 
 def test_small_gpu_has_at_most_16_million_parameters_with_everything():
-    recipe = read("small-gpu").recipe
+    recipe = read_recipe("small-gpu").recipe
     model = make_model(recipe, 0, Tokens())
     assert model.config.vocab_size == recipe.model.tokenizer.vocabulary
     assert sum(parameter.numel() for parameter in model.parameters()) <= 16_000_000

@@ -28,8 +28,8 @@ def test_accuracy_wants_every_answer_token_of_a_text():
     said = torch.tensor([[[1, 2, 0], [1, 3, 0], [2, 2, 0], [0, 0, 0]]])
     logits = torch.nn.functional.one_hot(said, 10).float()
     assert accuracy(logits, labels) == pytest.approx(1 / 3)
-    answers = torch.tensor([False, False, True]).expand_as(labels)
-    assert accuracy(logits, labels, answers) == pytest.approx(1 / 2)
+    answer_mask = torch.tensor([False, False, True]).expand_as(labels)
+    assert accuracy(logits, labels, answer_mask) == pytest.approx(1 / 2)
     assert math.isnan(accuracy(logits, torch.full_like(labels, -100)))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mplus.errors import ConfigError, NotSupported
-from mplus.training.batch import NO_ONE, Turn
+from mplus.training.batch import NO_SOURCE, Batch
 from mplus.training.batched.read import DenseDecoder
 from mplus.training.batched.stream_batch import StreamBatch
 from mplus.training.losses import RetrieverLoss
@@ -45,18 +45,18 @@ def group_of(name: str) -> str:
     return "decoder"
 
 
-def make_turn(seed=0, first=0):
+def collate(seed=0, first=0):
     generator = torch.Generator().manual_seed(seed)
     texts = torch.randint(2, tiny.VOCAB_SIZE, (STREAMS, TEXTS, TOKENS), generator=generator)
     sources = torch.arange(first, first + CHUNKS).expand(STREAMS, -1)
     windows = torch.randint(2, tiny.VOCAB_SIZE, (STREAMS, 9), generator=generator)
-    return Turn(
+    return Batch(
         chunks=torch.randint(2, tiny.VOCAB_SIZE, (STREAMS, CHUNKS, tiny.CHUNK), generator=generator),
         sources=sources,
         texts=texts,
         labels=texts.clone(),
         mask=torch.ones_like(texts, dtype=torch.bool),
-        about=torch.tensor([[first, first + 1, NO_ONE]] * STREAMS),
+        text_sources=torch.tensor([[first, first + 1, NO_SOURCE]] * STREAMS),
         windows=windows,
         window_labels=windows.clone(),
         window_mask=torch.ones_like(windows, dtype=torch.bool),
@@ -69,15 +69,15 @@ def prepared(**changes):
         parameter.requires_grad_(group_of(name) != "decoder")
     streams = StreamBatch(model.mplus_engine, range(STREAMS), seed=0, long_term_tokens=tiny.CAPACITY)
     with torch.no_grad():
-        for turn in range(5):
-            streams.write(torch.full((STREAMS, tiny.CHUNK), turn + 2), torch.full((STREAMS,), 100 + turn))
+        for batch in range(5):
+            streams.write(torch.full((STREAMS, tiny.CHUNK), batch + 2), torch.full((STREAMS,), 100 + batch))
     return model, streams
 
 
-def run(model, streams, name, turn=None, loss=None):
+def run(model, streams, name, batch=None, loss=None):
     cls = OBJECTIVES.get(name.split()[0])
     objective = cls(cls.Options(**OPTIONS.get(name, {})))
-    outcome = objective(DenseDecoder(model), streams, turn or make_turn(), loss or RetrieverLoss())
+    outcome = objective(DenseDecoder(model), streams, batch or collate(), loss or RetrieverLoss())
     return objective, outcome
 
 
@@ -90,7 +90,7 @@ def trained(model):
 @pytest.mark.parametrize("name", [name for name in TABLE if name != "window"])
 def test_which_parameters_get_gradient(name):
     model, streams = prepared()
-    _, outcome = run(model, streams, name, make_turn(first=103 if name == "revisit" else 0))
+    _, outcome = run(model, streams, name, collate(first=103 if name == "revisit" else 0))
     outcome.loss.backward()
     assert trained(model) == TABLE[name]
 
@@ -106,16 +106,21 @@ def test_a_window_trains_the_decoder_alone():
     _, outcome = run(model, streams, "window")
     outcome.loss.backward()
     assert trained(model) == {"decoder"}
-    bare = make_turn().windows
+    bare = collate().windows
     expected = model(input_ids=bare).logits[:, :-1].log_softmax(-1).gather(2, bare[:, 1:, None]).mean()
     torch.testing.assert_close(outcome.loss, -expected)
 
 
 def test_a_window_needs_data_that_makes_windows():
     model, streams = prepared()
-    turn = make_turn()
-    without = Turn(
-        chunks=turn.chunks, sources=turn.sources, texts=turn.texts, labels=turn.labels, mask=turn.mask, about=turn.about
+    batch = collate()
+    without = Batch(
+        chunks=batch.chunks,
+        sources=batch.sources,
+        texts=batch.texts,
+        labels=batch.labels,
+        mask=batch.mask,
+        text_sources=batch.text_sources,
     )
     with pytest.raises(ConfigError, match="'window' needs a data set that makes windows"):
         run(model, streams, "window", without)

@@ -1,4 +1,4 @@
-"""The little language, and the turns made of it."""
+"""The little language, and the batches made of it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mplus.errors import ConfigError, InputError
 from mplus.facts import words
 from mplus.facts.episodes import draw_facts
 from mplus.facts.language import Language
-from mplus.training.batch import IGNORED, NO_ONE
-from mplus.training.data.generated.facts import RecallOptions, RecallTurns
+from mplus.training.batch import IGNORE_INDEX, NO_SOURCE
+from mplus.training.data.generated.facts import RecallBatches, RecallOptions
 
 LANGUAGE = Language(relations=5)
 SMALL = Language(relations=3, firsts=10, lasts=10)
@@ -81,72 +81,72 @@ def test_siblings_are_facts_about_the_same_people():
     assert 85 < people(0.5) < 125
 
 
-def turns(**options):
+def batches(**options):
     seed, numbers = options.pop("seed", 0), options.pop("numbers", range(3))
-    return RecallTurns(RecallOptions(**{"language": LANGUAGE, **options}), tokenizer=None, numbers=numbers, seed=seed)
+    return RecallBatches(RecallOptions(**{"language": LANGUAGE, **options}), tokenizer=None, numbers=numbers, seed=seed)
 
 
 def test_what_is_told_is_what_is_asked():
-    source = turns(episode=6, questions=3, ages="mixed", window_tokens=32)
+    source = batches(episode=6, questions=3, ages="mixed", window_tokens=32)
     told = [{} for _ in range(3)]
     for step in range(12):
-        turn = source.turn(2)
-        assert turn.fresh == (step % 3 == 0)
-        if turn.fresh:
+        batch = source.next_batch(2)
+        assert batch.reset == (step % 3 == 0)
+        if batch.reset:
             told = [{} for _ in range(3)]
         for row in range(3):
-            for chunk, fact in zip(turn.chunks[row], turn.sources[row].tolist(), strict=True):
+            for chunk, fact in zip(batch.chunks[row], batch.sources[row].tolist(), strict=True):
                 text = spoken(chunk)
                 at = text.index(words.OF) - 1
                 assert LANGUAGE.fact(" ".join(text[at : at + 4])) == fact
                 assert set(text[-4:]) <= set(words.FILLERS), "the last tokens of a chunk are fillers"
                 told[row][fact] = text[at + 4 : text.index(words.STOP)]
-            for text, about, labels, queries, answers in zip(
-                turn.texts[row],
-                turn.about[row].tolist(),
-                turn.labels[row],
-                turn.queries[row],
-                turn.answers[row],
+            for text, about, labels, query_mask, answers in zip(
+                batch.texts[row],
+                batch.text_sources[row].tolist(),
+                batch.labels[row],
+                batch.query_mask[row],
+                batch.answer_mask[row],
                 strict=True,
             ):
                 said = spoken(text)
                 assert LANGUAGE.fact(" ".join(said[:4])) == about
                 assert said[4:] == told[row][about]
-                assert text[queries].tolist() == text[:4].tolist(), "retrieval must not see the answer"
-                assert spoken(labels[labels != IGNORED]) == told[row][about] == spoken(text[answers])
-            window = spoken(turn.windows[row])
+                assert text[query_mask].tolist() == text[:4].tolist(), "retrieval must not see the answer"
+                assert spoken(labels[labels != IGNORE_INDEX]) == told[row][about] == spoken(text[answers])
+            window = spoken(batch.windows[row])
             asked = LANGUAGE.fact(" ".join(window[32:36]))
             assert window[36:] == told[row][asked]
             assert " ".join(window[32:36]) in " ".join(window[:32])
-            labels = turn.window_labels[row]
-            assert spoken(labels[labels != IGNORED]) == window[36:]
+            labels = batch.window_labels[row]
+            assert spoken(labels[labels != IGNORE_INDEX]) == window[36:]
 
 
 def test_the_first_question_is_about_the_newest_chunk():
-    source = turns(episode=10, ages="recent")
+    source = batches(episode=10, ages="recent")
     for _ in range(10):
-        turn = source.turn(1)
-        assert torch.equal(turn.about[:, 0], turn.sources[:, -1])
+        batch = source.next_batch(1)
+        assert torch.equal(batch.text_sources[:, 0], batch.sources[:, -1])
 
 
 def test_names_can_be_predicted_as_well():
-    turn = turns(name_labels=True, episode=2, questions=2, ages="all").turn(2)
-    for text, labels, answers in zip(turn.texts[0], turn.labels[0], turn.answers[0], strict=True):
-        assert labels[labels != IGNORED].tolist() == text[text != 0][2:].tolist()
+    batch = batches(name_labels=True, episode=2, questions=2, ages="all").next_batch(2)
+    for text, labels, answers in zip(batch.texts[0], batch.labels[0], batch.answer_mask[0], strict=True):
+        assert labels[labels != IGNORE_INDEX].tolist() == text[text != 0][2:].tolist()
         assert spoken(text[answers]) == spoken(text)[4:]
 
 
 def test_untold_facts_have_the_answer_unknown():
-    source = turns(episode=30, questions=8, unknown=0.5)
+    source = batches(episode=30, questions=8, unknown=0.5)
     told, unknown, asked = [set() for _ in range(3)], 0, 0
     for _ in range(30):
-        turn = source.turn(1)
+        batch = source.next_batch(1)
         for row in range(3):
-            told[row].update(turn.sources[row].tolist())
-            for text, about in zip(turn.texts[row], turn.about[row].tolist(), strict=True):
+            told[row].update(batch.sources[row].tolist())
+            for text, about in zip(batch.texts[row], batch.text_sources[row].tolist(), strict=True):
                 fact = LANGUAGE.fact(" ".join(spoken(text)[:4]))
                 asked += 1
-                if about == NO_ONE:
+                if about == NO_SOURCE:
                     unknown += 1
                     assert spoken(text)[4:] == [words.UNKNOWN]
                     assert not LANGUAGE.held_out(fact)
@@ -157,23 +157,23 @@ def test_untold_facts_have_the_answer_unknown():
 
 
 def test_a_stream_is_the_same_in_every_process_layout():
-    together, alone = turns(numbers=range(4), episode=3), turns(numbers=[2], episode=3)
+    together, alone = batches(numbers=range(4), episode=3), batches(numbers=[2], episode=3)
     for _ in range(7):
-        first, second = together.turn(1), alone.turn(1)
+        first, second = together.next_batch(1), alone.next_batch(1)
         assert torch.equal(first.chunks[2:3], second.chunks)
         assert torch.equal(first.texts[2:3], second.texts)
 
 
 def test_a_saved_source_goes_on_bit_for_bit():
-    source = turns(episode=5, ages="mixed", unknown=0.3, window_tokens=16)
+    source = batches(episode=5, ages="mixed", unknown=0.3, window_tokens=16)
     for _ in range(7):
-        source.turn(1)
-    twin = turns(episode=5, ages="mixed", unknown=0.3, window_tokens=16, seed=9)
+        source.next_batch(1)
+    twin = batches(episode=5, ages="mixed", unknown=0.3, window_tokens=16, seed=9)
     twin.load_state_dict(source.state_dict())
     for _ in range(9):
-        first, second = source.turn(1), twin.turn(1)
-        assert first.fresh == second.fresh
-        for name in ("chunks", "sources", "texts", "labels", "about", "windows"):
+        first, second = source.next_batch(1), twin.next_batch(1)
+        assert first.reset == second.reset
+        for name in ("chunks", "sources", "texts", "labels", "text_sources", "windows"):
             assert torch.equal(getattr(first, name), getattr(second, name))
 
 
@@ -181,13 +181,13 @@ def test_bad_options_and_turns_are_refused():
     with pytest.raises(
         ConfigError, match=r"chunk_tokens - tail must be at least the 7 tokens of a sentence, got 8 - 4"
     ):
-        turns(chunk_tokens=8)
+        batches(chunk_tokens=8)
     with pytest.raises(ConfigError, match=r"window_tokens must be a multiple of chunk_tokens \(16\), got 40"):
-        turns(window_tokens=40)
+        batches(window_tokens=40)
     with pytest.raises(ConfigError, match="firsts must be at most 80, got 81"):
         Language(firsts=81)
-    source = turns(episode=3)
+    source = batches(episode=3)
     with pytest.raises(InputError, match=r"must have 1 to episode \(3\) chunks, got 4"):
-        source.turn(4)
+        source.next_batch(4)
     with pytest.raises(InputError, match="no repeat task"):
-        source.turn(1, repeat=True)
+        source.next_batch(1, repeat=True)

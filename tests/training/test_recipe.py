@@ -8,16 +8,16 @@ import tomllib
 import pytest
 
 from mplus.errors import ConfigError, UnknownNameError
-from mplus.training.recipe.files import FOLDER, differences, find, read, shipped
+from mplus.training.recipe.files import FOLDER, differences, find_recipe, read_recipe, shipped_recipes
 from mplus.training.recipe.recipe import Recipe
 from tests.training.recipes import recipe
 
 
 def test_plain_data_reads_back_as_the_same_recipe():
     made = Recipe.from_dict(recipe(validation={"every_steps": 5, "objectives": [{"name": "plain_lm", "data": "many"}]}))
-    plain = json.loads(json.dumps(made.plain()))
+    plain = json.loads(json.dumps(made.to_dict()))
     again = Recipe.from_dict(plain)
-    assert json.loads(json.dumps(again.plain())) == plain
+    assert json.loads(json.dumps(again.to_dict())) == plain
     assert again == made
     assert made.stages[1].revisit.renew == 0.5
     assert made.stages[0].objectives[0].objective.options.chunks == 2
@@ -146,7 +146,7 @@ def test_metrics_that_a_stage_has_can_be_waited_for():
 
 
 def test_settings_from_outside():
-    found = read(
+    found = read_recipe(
         recipe(),
         settings={"optimizer.learning_rate": 0.5, "stages.*.streams": 7, "stages.1.revisit.renew": 0.1},
         steps=3,
@@ -167,37 +167,37 @@ def test_settings_from_outside():
 )
 def test_settings_that_lead_nowhere(settings, message):
     with pytest.raises(ConfigError, match=message):
-        read(recipe(), settings=settings)
+        read_recipe(recipe(), settings=settings)
 
 
 def test_a_dry_run_is_what_the_recipe_says():
     table = recipe()
     with pytest.raises(ConfigError, match=r"recipe 'tiny' must have a table \[dry_run\]"):
-        read(table, dry_run=True)
+        read_recipe(table, dry_run=True)
     table["dry_run"] = {"remove": ["stages.1.revisit"], "set": {"stages.*.steps": 1, "streams": 1}}
-    assert read(table).recipe.stages[1].revisit is not None
-    small = read(table, dry_run=True, settings={"streams": 5}).recipe
+    assert read_recipe(table).recipe.stages[1].revisit is not None
+    small = read_recipe(table, dry_run=True, settings={"streams": 5}).recipe
     assert small.stages[1].revisit is None
     assert (small.steps, small.streams) == (2, 5)
     table["dry_run"]["remove"] = ["stages.1.revisits"]
     with pytest.raises(ConfigError, match=r"dry_run: 'stages.1.revisits' must be a setting of the recipe"):
-        read(table, dry_run=True)
+        read_recipe(table, dry_run=True)
 
 
 def test_files(tmp_path):
     with pytest.raises(UnknownNameError, match=r"a recipe must be a file or the name of a shipped one, got 'nowhere'"):
-        find("nowhere")
+        find_recipe("nowhere")
     path = tmp_path / "bad.toml"
     path.write_text("name = ", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"bad.toml must be valid TOML"):
-        read(path)
+        read_recipe(path)
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", shipped_recipes())
 def test_shipped_recipes_are_sound(name):
     text = (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
     assert tomllib.loads(text)["name"] == name
-    recipe = read(name).recipe
+    recipe = read_recipe(name).recipe
     assert recipe.name == name
 
 

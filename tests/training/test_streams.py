@@ -21,11 +21,11 @@ def written(model, *, streams=3, chunks=14, tokens=tiny.CHUNK, capacity=tiny.CAP
     memory = model.new_memory(batch_size=streams, seed=SEED)
     dense = StreamBatch(model.mplus_engine, range(streams), seed=SEED, long_term_tokens=capacity)
     generator = torch.Generator().manual_seed(7)
-    for turn in range(chunks):
+    for batch in range(chunks):
         ids = torch.randint(2, tiny.VOCAB_SIZE, (streams, tokens), generator=generator)
-        memory.write_chunk(ids, source=f"chunk {turn}")
+        memory.write_chunk(ids, source=f"chunk {batch}")
         with torch.no_grad():
-            dense.write(ids, torch.full((streams,), turn))
+            dense.write(ids, torch.full((streams,), batch))
     return memory, dense
 
 
@@ -82,10 +82,10 @@ def test_what_retrieval_may_not_see_does_not_change_what_is_picked():
     texts = torch.randint(2, tiny.VOCAB_SIZE, (3, 2, 6), generator=torch.Generator().manual_seed(1))
     other = texts.clone()
     other[..., 4:] = 2
-    queries = torch.arange(6).expand_as(texts) < 4
+    query_mask = torch.arange(6).expand_as(texts) < 4
     picker = ScorePicker(model.mplus_engine.mechanism.additions.retriever)
     with torch.no_grad():
-        first, second = (DenseDecoder(model).read(dense, t, queries=queries, picker=picker) for t in (texts, other))
+        first, second = (DenseDecoder(model).read(dense, t, queries=query_mask, picker=picker) for t in (texts, other))
         seeing = DenseDecoder(model).read(dense, other, picker=picker)
     assert all(torch.equal(first.layers[i].picked, second.layers[i].picked) for i in first.layers)
     assert any(not torch.equal(first.layers[i].picked, seeing.layers[i].picked) for i in first.layers)
@@ -96,10 +96,10 @@ def test_a_stream_does_the_same_in_every_process_layout():
     _, together = written(model)
     alone = StreamBatch(model.mplus_engine, [2], seed=SEED, long_term_tokens=tiny.CAPACITY)
     generator = torch.Generator().manual_seed(7)
-    for turn in range(14):
+    for batch in range(14):
         ids = torch.randint(2, tiny.VOCAB_SIZE, (3, tiny.CHUNK), generator=generator)
         with torch.no_grad():
-            alone.write(ids[2:], torch.tensor([turn]))
+            alone.write(ids[2:], torch.tensor([batch]))
     for layer in range(3):
         assert torch.equal(alone.stm_birth[layer][0], together.stm_birth[layer][2])
         torch.testing.assert_close(alone.stm[layer][0], together.stm[layer][2], rtol=0, atol=tiny.rounding())
@@ -123,8 +123,8 @@ def test_a_saved_state_goes_on_as_the_streams_would_have():
 def test_gradient_flows_through_short_term_rows_until_detached():
     model = tiny.build()
     dense = StreamBatch(model.mplus_engine, range(2), seed=0, long_term_tokens=8)
-    for turn in range(5):
-        dense.write(torch.randint(2, tiny.VOCAB_SIZE, (2, tiny.CHUNK)), torch.tensor([turn, turn]))
+    for batch in range(5):
+        dense.write(torch.randint(2, tiny.VOCAB_SIZE, (2, tiny.CHUNK)), torch.tensor([batch, batch]))
     assert all(rows.requires_grad for rows in dense.stm)
     assert not any(rows.hidden.requires_grad for rows in dense.ltm)
     dense.detach()

@@ -20,10 +20,10 @@ from mplus.training.batched.selection import ScorePicker
 from mplus.training.batched.stream_batch import StreamBatch
 from mplus.training.data.documents import DocumentOptions, open_documents
 from mplus.training.objectives import OBJECTIVES
-from mplus.training.objectives.base import Outcome
+from mplus.training.objectives.base import ObjectiveResult
 from mplus.training.objectives.multi_chunk import MultiChunk
-from mplus.training.optimizer import clip, make_optimizer, rate_at
-from mplus.training.recipe.files import read
+from mplus.training.optimizer import clip_gradients, make_optimizer, make_schedule
+from mplus.training.recipe.files import read_recipe
 from mplus.training.recipe.tables import Optimizer
 from mplus.training.run import check_accelerator
 from tests.memory import tiny
@@ -93,7 +93,7 @@ def test_what_a_run_says_of_itself(run):
     assert run.stages == [{"name": "first", "steps": 4}, {"name": "second", "steps": 8}]
     assert (run.steps, run.restarts, run.seeds, run.missed) == (12, 0, [3], [])
     assert 0 < run.seconds == run.seconds_in_all
-    assert json.loads(json.dumps(run.plain()))["recipe"] == "tiny"
+    assert json.loads(json.dumps(run.to_dict()))["recipe"] == "tiny"
     assert not run.model.training
 
 
@@ -172,8 +172,8 @@ def test_only_adapters_and_additions_are_trained():
     after = {name.replace(".base_layer.", "."): tensor for name, tensor in result.model.state_dict().items()}
     for name, tensor in base.items():
         assert torch.equal(after[name], tensor), name
-    fresh = train({**STORIES, "optimizer": {"learning_rate": 0.0}}).model.state_dict()
-    moved = {name for name, tensor in result.model.state_dict().items() if not torch.equal(tensor, fresh[name])}
+    untrained = train({**STORIES, "optimizer": {"learning_rate": 0.0}}).model.state_dict()
+    moved = {name for name, tensor in result.model.state_dict().items() if not torch.equal(tensor, untrained[name])}
     for part in (
         "lora_A.write",
         "lora_A.read",
@@ -226,7 +226,7 @@ def test_validation_changes_nothing():
     assert [record["step"] for record in found] == [1, 2, 3, 4]
     assert all("validation/multi_chunk/loss" in record for record in found)
     assert "loss" not in found[0]
-    # The same turns every time: only training changes what comes out.
+    # The same batches every time: only training changes what comes out.
     still = train({**STORIES, "validation": validation, "optimizer": {"learning_rate": 0.0}}, steps=2)
     losses = {r["validation/plain_lm/loss"] for r in still.records if "validation/plain_lm/loss" in r}
     assert len(losses) == 1
@@ -243,15 +243,15 @@ def broken():
             after: int = field(default=5)
             what: str = field(default="loss")
 
-        def __call__(self, decoder, streams, turn, retriever_loss):
+        def __call__(self, decoder, streams, batch, retriever_loss):
             calls.append(1)
-            outcome = super().__call__(decoder, streams, turn, retriever_loss)
+            outcome = super().__call__(decoder, streams, batch, retriever_loss)
             if len(calls) <= self.options.after:
                 return outcome
             extra = decoder.model.mplus.begin.sum() * 0.0
             if self.options.what == "gradient":  # finite, but its slope at 0 is not
-                return Outcome(outcome.loss + extra.square().sqrt(), outcome.metrics)
-            return Outcome(outcome.loss * float("nan"), outcome.metrics)
+                return ObjectiveResult(outcome.loss + extra.square().sqrt(), outcome.metrics)
+            return ObjectiveResult(outcome.loss * float("nan"), outcome.metrics)
 
     OBJECTIVES.register("breaking", Breaking)
     yield calls
@@ -327,17 +327,17 @@ def test_groups_rates_and_norms():
     assert (rest["lr"], retriever["lr"], rest["weight_decay"]) == (0.1, 0.5, 0.02)
     for name, scale in zip(trained, (3.0, 4.0, 0.0), strict=True):
         trained[name].grad = torch.full_like(trained[name], scale)
-    norms = clip(optimizer, 1.0)
+    norms = clip_gradients(optimizer, 1.0)
     assert norms == pytest.approx([4 * 3**0.5, 3 * 2**0.5])
     for group in (rest, retriever):  # each is clipped by its own norm
         squares = sum(float(p.grad.square().sum()) for p in group["params"])
         assert squares == pytest.approx(1.0)
-    assert clip(optimizer, None) == pytest.approx([1.0, 1.0])
+    assert clip_gradients(optimizer, None) == pytest.approx([1.0, 1.0])
 
 
 def test_schedules():
     def rates(**options):
-        share = rate_at(Optimizer(**options), 10)
+        share = make_schedule(Optimizer(**options), 10)
         return [share(step, step) for step in (0, 1, 4, 5, 10, 20)]
 
     assert rates(schedule="constant", warmup_steps=4) == pytest.approx([0.25, 0.5, 1, 1, 1, 1])
@@ -347,7 +347,7 @@ def test_schedules():
 
 
 def test_the_rate_falls_from_the_stage_that_is_named_whatever_the_others_took():
-    shipped = read("recall-tiny").recipe
+    shipped = read_recipe("recall-tiny").recipe
     names = [stage.name for stage in shipped.stages]
     last = shipped.stages[-1]
     assert shipped.optimizer.fall_from == last.name
@@ -367,7 +367,7 @@ def test_documents_that_are_too_short_are_counted_skipped_and_reported(tmp_path)
     objectives = [{"name": "two_chunk", "data": "novel"}]
     result = train(table, settings={"stages.0.objectives": objectives, "stages.0.steps": 12})
     assert result.stages[0]["skipped"]["novel"]["too_short"] > 2
-    assert result.plain()["stages"][0]["skipped"]["novel"]["unused_tokens"] > 0
+    assert result.to_dict()["stages"][0]["skipped"]["novel"]["unused_tokens"] > 0
 
 
 def test_a_new_tokenizer_comes_from_the_data_and_goes_with_the_run(tmp_path, page):

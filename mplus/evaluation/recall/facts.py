@@ -13,7 +13,7 @@ from mplus.errors import ConfigError
 from mplus.facts import words
 from mplus.facts.episodes import Episode, draw_facts, make_episode
 from mplus.facts.language import Language
-from mplus.training.batch import NO_ONE
+from mplus.training.batch import NO_SOURCE
 
 FIRST_STREAM = 1_000_000
 """Evaluation streams are numbered from here on, so that they never are those of a training run."""
@@ -84,7 +84,7 @@ class Round:
         texts: ``[B, A, T]`` int64: the question and its right answer, padded on the right.
         queries: ``[B, A, T]`` bool, the question's tokens.
         answers: ``[B, A, T]`` bool, the answer's tokens.
-        about: ``[B, A]`` int64, the fact; ``NO_ONE`` where it was never told.
+        about: ``[B, A]`` int64, the fact; ``NO_SOURCE`` where it was never told.
         age: ``[A]`` for each question its age in chunks; empty for untold facts.
     """
 
@@ -126,7 +126,7 @@ def untold_round(telling: Telling, episodes: Sequence[Episode], told: int, count
         rows.append(row)
     facts = torch.tensor(rows)
     answers = [[[words.UNKNOWN]] * count for _ in rows]
-    return _round(language, told, facts, answers, torch.full_like(facts, NO_ONE), ())
+    return _round(language, told, facts, answers, torch.full_like(facts, NO_SOURCE), ())
 
 
 def _round(

@@ -10,11 +10,11 @@ from attrs import define, field
 
 from mplus.config import number, structure, whole
 from mplus.errors import ConfigError
-from mplus.training.data.counter_rng import Draws
+from mplus.training.data.counter_rng import CounterRNG
 
 
 @define(frozen=True, kw_only=True)
-class Bin:
+class Bucket:
     """Documents of ``at_least`` and ``below`` so many tokens (None: no limit), and their ``share`` of all draws.
 
     Shares are relative: they need not add up to 1.
@@ -34,7 +34,7 @@ class Bin:
         )
 
 
-def as_bins(value: Any) -> Any:
+def as_buckets(value: Any) -> Any:
     """Converter: a list of tables to a tuple of bins, by length.
 
     Raises:
@@ -42,8 +42,8 @@ def as_bins(value: Any) -> Any:
     """
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ConfigError(f"bins must be a list of tables with at_least, below and share, got {value!r}")
-    bins = [structure(Bin, item) if isinstance(item, Mapping) else item for item in value]
-    if not all(isinstance(item, Bin) for item in bins):
+    bins = [structure(Bucket, item) if isinstance(item, Mapping) else item for item in value]
+    if not all(isinstance(item, Bucket) for item in bins):
         raise ConfigError(f"bins must be a list of tables with at_least, below and share, got {value!r}")
     bins.sort(key=lambda item: item.at_least)
     for item in bins:
@@ -55,9 +55,9 @@ def as_bins(value: Any) -> Any:
     return tuple(bins)
 
 
-def choose(bins: Sequence[Bin], draws: Draws) -> int:
+def choose(bins: Sequence[Bucket], draws: CounterRNG) -> int:
     """The place of a bin drawn by the shares."""
-    mark = draws.share() * sum(item.share for item in bins)
+    mark = draws.uniform() * sum(item.share for item in bins)
     for place, item in enumerate(bins):
         mark -= item.share
         if mark < 0:
@@ -65,6 +65,6 @@ def choose(bins: Sequence[Bin], draws: Draws) -> int:
     return len(bins) - 1
 
 
-def bin_of(bins: Sequence[Bin], tokens: int) -> int | None:
+def bucket_of(bins: Sequence[Bucket], tokens: int) -> int | None:
     """The place of the bin a document of ``tokens`` tokens belongs to; None: it belongs to none."""
     return next((place for place, item in enumerate(bins) if item.holds(tokens)), None)

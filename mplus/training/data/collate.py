@@ -1,4 +1,4 @@
-"""From each stream's pieces to the tensors of a turn."""
+"""From each stream's pieces to the tensors of a batch."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from mplus.training.batch import IGNORED, Turn
+from mplus.training.batch import IGNORE_INDEX, Batch
 
 
 @define(frozen=True, eq=False)
-class Text:
+class TextSample:
     """One text of one stream.
 
     Attributes:
         ids: ``[t]``.
-        about: source it is about.
+        source: what it continues or asks for.
         given: its first tokens, which are not to be predicted; at least 1.
         seen: its first tokens, which retrieval sees; None: all.
         answer: ``(start, end)`` of the tokens that accuracy is about; None: all that are predicted.
     """
 
     ids: Tensor
-    about: int
-    given: int = 1
-    seen: int | None = None
+    source: int
+    prompt_tokens: int = 1
+    query_tokens: int | None = None
     answer: tuple[int, int] | None = None
 
     def labels(self) -> Tensor:
         """``[t]``."""
         labels = self.ids.clone()
-        labels[: self.given] = IGNORED
+        labels[: self.prompt_tokens] = IGNORE_INDEX
         return labels
 
 
@@ -50,51 +50,51 @@ class Windows:
     tokens: int
     past: Sequence[Tensor]
     whole: bool
-    texts: Sequence[Text] | None = None
+    texts: Sequence[TextSample] | None = None
 
 
-def make_turn(
+def collate(
     chunks: Sequence[Sequence[Tensor]],
     sources: Sequence[Sequence[int]],
-    texts: Sequence[Sequence[Text]],
+    texts: Sequence[Sequence[TextSample]],
     chunk_tokens: int,
     windows: Windows | None = None,
     *,
-    fresh: bool = False,
-) -> Turn:
-    """A turn of B streams with C chunks of ``chunk_tokens`` and R texts each."""
+    reset: bool = False,
+) -> Batch:
+    """A batch of B streams with C chunks of ``chunk_tokens`` and R texts each."""
     streams = len(chunks)
     flat = [text for row in texts for text in row]
     shape = (streams, len(texts[0]), -1)
     lengths = torch.tensor([len(text.ids) for text in flat])
     places = torch.arange(int(lengths.max())).expand(len(flat), -1)
-    seen = [len(text.ids) if text.seen is None else text.seen for text in flat]
-    answers = None
+    seen = [len(text.ids) if text.query_tokens is None else text.query_tokens for text in flat]
+    answer_mask = None
     if any(text.answer is not None for text in flat):
-        spans = torch.tensor([text.answer or (text.given, len(text.ids)) for text in flat])
-        answers = ((places >= spans[:, :1]) & (places < spans[:, 1:])).view(shape)
+        spans = torch.tensor([text.answer or (text.prompt_tokens, len(text.ids)) for text in flat])
+        answer_mask = ((places >= spans[:, :1]) & (places < spans[:, 1:])).view(shape)
     written = (
         torch.stack([chunk for row in chunks for chunk in row]) if chunks[0] else torch.empty(0, dtype=torch.int64)
     )
     shown = {} if windows is None else _windows(windows, [row[0] for row in texts])
-    return Turn(
+    return Batch(
         chunks=written.view(streams, len(chunks[0]), chunk_tokens),
         sources=torch.tensor(sources, dtype=torch.int64).view(streams, len(chunks[0])),
         texts=_padded([text.ids for text in flat], 0).view(shape),
-        labels=_padded([text.labels() for text in flat], IGNORED).view(shape),
+        labels=_padded([text.labels() for text in flat], IGNORE_INDEX).view(shape),
         mask=(places < lengths[:, None]).view(shape),
-        about=torch.tensor([[text.about for text in row] for row in texts]),
-        queries=(places < torch.tensor(seen)[:, None]).view(shape),
-        answers=answers,
-        fresh=fresh,
+        text_sources=torch.tensor([[text.source for text in row] for row in texts]),
+        query_mask=(places < torch.tensor(seen)[:, None]).view(shape),
+        answer_mask=answer_mask,
+        reset=reset,
         **shown,
     )
 
 
-def _windows(windows: Windows, first: Sequence[Text]) -> dict[str, Tensor]:
+def _windows(windows: Windows, first: Sequence[TextSample]) -> dict[str, Tensor]:
     """``windows``, ``window_labels`` and ``window_mask`` ``[B, S]``, padded on the left."""
     ids = torch.zeros(len(windows.past), windows.tokens, dtype=torch.int64)
-    labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids, dtype=torch.bool)
+    labels, mask = torch.full_like(ids, IGNORE_INDEX), torch.zeros_like(ids, dtype=torch.bool)
     for row, (past, text) in enumerate(zip(windows.past, windows.texts or first, strict=True)):
         whole = torch.cat([past, text.ids])[-windows.tokens :]
         start = windows.tokens - len(whole)
@@ -102,7 +102,7 @@ def _windows(windows: Windows, first: Sequence[Text]) -> dict[str, Tensor]:
         if windows.whole:
             labels[row, start + 1 :] = whole[1:]
         else:
-            wanted = torch.cat([torch.full_like(past, IGNORED), text.labels()])[-windows.tokens :]
+            wanted = torch.cat([torch.full_like(past, IGNORE_INDEX), text.labels()])[-windows.tokens :]
             labels[row, start + 1 :] = wanted[1:]
     return {"windows": ids, "window_labels": labels, "window_mask": mask}
 

@@ -9,8 +9,8 @@ ROUNDS = 8
 """Fewer leave some orders of a few places more likely than others."""
 
 
-class Draws:
-    """Draws for one purpose, named by ``key`` (seed, stream, turn ...): the same key gives the same draws."""
+class CounterRNG:
+    """CounterRNG for one purpose, named by ``key`` (seed, stream, step ...): the same key gives the same draws."""
 
     def __init__(self, *key: Any) -> None:
         self._key = key
@@ -25,7 +25,7 @@ class Draws:
         """A whole number in ``[least, most]``."""
         return least + self.below(most - least + 1)
 
-    def share(self) -> float:
+    def uniform(self) -> float:
         """A number in ``[0, 1)``."""
         return self.below(1 << 53) / (1 << 53)
 
@@ -36,8 +36,8 @@ def permuted(place: int, count: int, *key: Any) -> int:
     mask = (1 << bits) - 1
     while True:  # a Feistel network permutes 4 ** bits places; walking on until one is below count permutes these
         left, right = place >> bits, place & mask
-        for turn in range(ROUNDS):
-            left, right = right, left ^ (_number(*key, turn, right) & mask)
+        for round_ in range(ROUNDS):
+            left, right = right, left ^ (_number(*key, round_, right) & mask)
         place = left << bits | right
         if place < count:
             return place

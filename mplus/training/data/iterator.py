@@ -1,4 +1,4 @@
-"""How one stream goes through its documents, and what it takes from them for a turn."""
+"""How one stream goes through its documents, and what it takes from them for a batch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.errors import InputError
-from mplus.training.batch import NO_ONE
-from mplus.training.data.buckets import Bin, bin_of, choose
-from mplus.training.data.counter_rng import Draws
-from mplus.training.data.sampler import Order
+from mplus.training.batch import NO_SOURCE
+from mplus.training.data.buckets import Bucket, bucket_of, choose
+from mplus.training.data.counter_rng import CounterRNG
+from mplus.training.data.sampler import DocumentSampler
 from mplus.training.data.splitter import SplitRules, split_document
 from mplus.training.data.tokens import TokenCache
 
@@ -21,8 +21,8 @@ WAITING = 16
 
 
 @define(frozen=True, eq=False, kw_only=True)
-class Need:
-    """What every stream takes in one turn.
+class BatchShape:
+    """What every stream takes in one batch.
 
     Attributes:
         chunks, chunk_tokens: C contexts of n tokens.
@@ -38,25 +38,25 @@ class Need:
 
 @define(frozen=True, eq=False, kw_only=True)
 class Passage:
-    """What one stream takes in one turn.
+    """What one stream takes in one batch.
 
     Attributes:
         chunks: C tensors ``[n]``.
         sources: C numbers of the documents they are from.
         target: ``[t]``, follows the last chunk in its document.
-        about: number of that document, or ``NO_ONE`` if nothing of it was written.
+        about: number of that document, or ``NO_SOURCE`` if nothing of it was written.
         past: what the stream has seen of that document before the target, at least its chunks.
     """
 
     chunks: list[Tensor]
     sources: list[int]
     target: Tensor
-    about: int
+    source: int
     past: Tensor
 
 
 @define(eq=False)
-class Walk:
+class DocumentIterator:
     """The way of one stream.
 
     Attributes:
@@ -77,11 +77,11 @@ class Walk:
     """
 
     stream: int
-    order: Order
+    order: DocumentSampler
     cache: TokenCache
     seed: int
     shortest: int
-    bins: tuple[Bin, ...] = ()
+    bins: tuple[Bucket, ...] = ()
     next: int = 0
     drawn: int = 0
     current: int | None = None
@@ -93,10 +93,10 @@ class Walk:
     skipped: Counter[str] = field(factory=Counter)
     _held: tuple[int, tuple[int, Tensor]] | None = None  # the current document, which the cache might let go
 
-    def follow(self, need: Need) -> Passage:
-        """Go on where the last turn ended: through a document, then into the next one.
+    def follow(self, need: BatchShape) -> Passage:
+        """Go on where the last batch ended: through a document, then into the next one.
 
-        The target is not passed: the next turn writes it. Where a document ends before C chunks and a target are
+        The target is not passed: the next batch writes it. Where a document ends before C chunks and a target are
         found, its whole chunks are taken, and the rest comes from the documents after it.
         """
         size, (least, most) = need.chunk_tokens, need.target_tokens
@@ -111,7 +111,7 @@ class Walk:
                 if not self.begun:  # streams begin at places of their own, lest all are at beginnings at once
                     self.begun = True
                     room = len(ids) - wanted * size - least
-                    self.offset = self.entered = Draws(self.seed, "enter", self.stream).below(max(1, room + 1))
+                    self.offset = self.entered = CounterRNG(self.seed, "enter", self.stream).below(max(1, room + 1))
             else:
                 number, ids = self._look(self.current)
             room = len(ids) - self.offset
@@ -131,14 +131,14 @@ class Walk:
             chunks=chunks,
             sources=sources,
             target=ids[self.offset : self.offset + most],
-            about=number if self.written else NO_ONE,
+            source=number if self.written else NO_SOURCE,
             past=ids[self.entered : self.offset],
         )
         if not need.chunks:  # nothing will write what is read now, so go on behind it
             self.offset += len(passage.target)
         return passage
 
-    def sample(self, need: Need) -> Passage:
+    def sample(self, need: BatchShape) -> Passage:
         """Take a new document: its end is the target, what precedes it the contexts (see ``split_document``).
 
         Where it has fewer than C contexts, those of the documents taken before it come first.
@@ -151,7 +151,7 @@ class Walk:
             number, ids = self._enter()
             entered = self._check_progress(entered, need)
             wanted = need.chunks - len(chunks)
-            split = split_document(ids, rules, Draws(self.seed, "split", self.stream, self.current))
+            split = split_document(ids, rules, CounterRNG(self.seed, "split", self.stream, self.current))
             if split is None:
                 self.skipped["too_short_for_turn"] += 1
                 continue
@@ -168,7 +168,7 @@ class Walk:
             chunks=chunks,
             sources=sources,
             target=split.target,
-            about=number if count else NO_ONE,
+            source=number if count else NO_SOURCE,
             past=ids[done - sum(map(len, contexts)) : done],
         )
 
@@ -209,7 +209,7 @@ class Walk:
         """Go to the beginning of the next document."""
         wanted = None
         if self.bins:
-            wanted = choose(self.bins, Draws(self.seed, "bin", self.stream, self.drawn))
+            wanted = choose(self.bins, CounterRNG(self.seed, "bin", self.stream, self.drawn))
             self.drawn += 1
         place = self.waiting[wanted].pop(0) if wanted is not None and self.waiting.get(wanted) else self._find(wanted)
         self.current, self.offset, self.entered, self.written = place, 0, 0, False
@@ -221,7 +221,7 @@ class Walk:
         while True:
             place, (_, ids) = self.next, self._look(self.next)
             self.next += 1
-            length, found = len(ids), bin_of(self.bins, len(ids))
+            length, found = len(ids), bucket_of(self.bins, len(ids))
             if length < self.shortest:
                 self.skipped["too_short" if length else "empty"] += 1
             elif self.bins and found is None:
@@ -240,7 +240,7 @@ class Walk:
                     f"{self.order.count}: give longer documents, or lower chunk_tokens, target_tokens or the bin"
                 )
 
-    def _check_progress(self, entered: int, need: Need) -> int:
+    def _check_progress(self, entered: int, need: BatchShape) -> int:
         """Count a document entered. Raises InputError when no document gives what is needed."""
         if self.order.count is not None and entered > self.order.count:
             raise InputError(

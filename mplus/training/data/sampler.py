@@ -9,7 +9,7 @@ from mplus.training.data.counter_rng import permuted
 from mplus.training.data.documents import Document, DocumentList, Documents
 
 
-class Order:
+class DocumentSampler:
     """The endless order in which streams take documents.
 
     With ``streams`` the documents are dealt out: stream i takes those at places i, i + streams, i + 2 streams ... of
@@ -45,13 +45,13 @@ class Order:
         if isinstance(self.documents, DocumentList):
             count = self.documents.count
             if self._streams is None:
-                turn, rest = divmod(place, count)
+                epoch, rest = divmod(place, count)
                 order = f"own {stream}"
             else:
-                turn, rest = divmod(stream + place * self._streams, count)
+                epoch, rest = divmod(stream + place * self._streams, count)
                 order = "dealt"
-            index = permuted(rest, count, self._seed, order, turn) if self._shuffle else rest
-            return turn * count + index, index, self.documents[index]
+            index = permuted(rest, count, self._seed, order, epoch) if self._shuffle else rest
+            return epoch * count + index, index, self.documents[index]
         return self._streamed(stream + place * (self._streams or 1))
 
     def forget(self, stream_places: dict[int, int]) -> None:
@@ -65,14 +65,14 @@ class Order:
             raise ConfigError("documents must be a list or a stream")
         while True:
             count = self.documents.count
-            turn, rest = (0, place) if count is None else divmod(place, count)
+            epoch, rest = (0, place) if count is None else divmod(place, count)
             block, inside = divmod(rest, blocks.size)
-            found = blocks.get(turn, block)
+            found = blocks.get(epoch, block)
             if inside < len(found):
                 if self._shuffle:
-                    inside = permuted(inside, len(found), self._seed, "block", turn, block)
+                    inside = permuted(inside, len(found), self._seed, "block", epoch, block)
                 index = block * blocks.size + inside
-                return turn * (self.documents.count or 0) + index, index, found[inside]
+                return epoch * (self.documents.count or 0) + index, index, found[inside]
 
 
 class _Blocks:
@@ -86,24 +86,24 @@ class _Blocks:
         self._next: tuple[int, int] | None = None
         self._jumped = False
 
-    def get(self, turn: int, block: int) -> list[Document]:
-        """Block ``block`` of pass ``turn``; shorter, or empty, at the end, where the number of documents is learnt."""
-        if (turn, block) not in self._kept:
-            if self._next is None or self._next[0] != turn or self._next[1] > block:
-                self._reader, self._next = self._documents.iterate(block * self.size), (turn, block)
+    def get(self, epoch: int, block: int) -> list[Document]:
+        """Block ``block`` of pass ``epoch``; shorter, or empty, at the end, where the number of documents is learnt."""
+        if (epoch, block) not in self._kept:
+            if self._next is None or self._next[0] != epoch or self._next[1] > block:
+                self._reader, self._next = self._documents.iterate(block * self.size), (epoch, block)
                 self._jumped = block > 0
             while self._next[1] <= block and self._read():
                 pass
-        return self._kept.get((turn, block), [])
+        return self._kept.get((epoch, block), [])
 
     def _read(self) -> bool:
         """Read the next block; False at the end."""
         if self._next is None:
             return False
-        turn, block = self._next
+        epoch, block = self._next
         found = [document for _, document in zip(range(self.size), self._reader, strict=False)]
-        self._kept[turn, block] = found
-        self._next = turn, block + 1
+        self._kept[epoch, block] = found
+        self._next = epoch, block + 1
         if len(found) < self.size and self._documents.count is None:
             past_the_end = self._jumped and not found  # nothing was read before, so the place says nothing
             before = sum(1 for _ in self._documents.iterate()) if past_the_end else block * self.size
@@ -113,6 +113,6 @@ class _Blocks:
 
     def forget(self, place: int) -> None:
         count = self._documents.count
-        turn, rest = (0, place) if count is None else divmod(place, count)
-        for key in [key for key in self._kept if key < (turn, rest // self.size)]:
+        epoch, rest = (0, place) if count is None else divmod(place, count)
+        for key in [key for key in self._kept if key < (epoch, rest // self.size)]:
             del self._kept[key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from attrs import define, field
 from torch import Tensor
 
-from mplus.training.data.counter_rng import Draws
+from mplus.training.data.counter_rng import CounterRNG
 from mplus.training.data.options import as_span, span
 
 
@@ -39,7 +39,7 @@ class Split:
     skipped: Tensor
 
 
-def split_document(ids: Tensor, rules: SplitRules, draws: Draws) -> Split | None:
+def split_document(ids: Tensor, rules: SplitRules, draws: CounterRNG) -> Split | None:
     """Split ``[m]`` ids as the released code does, but with every chunk within its bounds; None: too short.
 
     The target comes from the end. It is at most one chunk long, as a context is, in a document that is no longer
@@ -61,7 +61,7 @@ def split_document(ids: Tensor, rules: SplitRules, draws: Draws) -> Split | None
     return Split(contexts, ids[len(before) :], before[:skipped])
 
 
-def cut(ids: Tensor, least: int, most: int, draws: Draws) -> list[Tensor]:
+def cut(ids: Tensor, least: int, most: int, draws: CounterRNG) -> list[Tensor]:
     """Cut ``[m]`` ids into adjacent pieces of ``least`` to ``most`` tokens that reach to the end, in order.
 
     Each length but the last is uniform over those that leave a rest that can be cut. Tokens are left out in front

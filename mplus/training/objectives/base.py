@@ -1,4 +1,4 @@
-"""Objective: one way of making a loss from a turn."""
+"""Objective: one way of making a loss from a batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from attrs import define, field
 from torch import Tensor
 
-from mplus.training.batch import Turn
+from mplus.training.batch import Batch
 
 if TYPE_CHECKING:
     from mplus.training.batched.read import DenseDecoder
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @define(frozen=True, eq=False)
-class Outcome:
-    """What an objective made of a turn.
+class ObjectiveResult:
+    """What an objective made of a batch.
 
     Attributes:
         loss: scalar to minimise, with its graph.
@@ -30,7 +30,7 @@ class Outcome:
 
 
 class Objective(ABC):
-    """Turns a ``Turn`` into a loss; may write into the streams. Built as ``Objective(options)``; keeps no state.
+    """Batches a ``Batch`` into a loss; may write into the streams. Built as ``Objective(options)``; keeps no state.
 
     The parameters that get a gradient are part of what an objective is (published: training table, section 2.4 of
     the released code): each says so in its docstring, and a test holds it to that.
@@ -44,7 +44,7 @@ class Objective(ABC):
     repeats: ClassVar[bool] = False
     """Whether it asks its source for the repeat task."""
     needs_cache: ClassVar[bool] = False
-    """Whether it takes a turn seen before instead of a new one."""
+    """Whether it takes a batch seen before instead of a new one."""
     metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
     """Names of the metrics that every outcome may have."""
 
@@ -53,16 +53,16 @@ class Objective(ABC):
 
     @property
     def chunks(self) -> int:
-        """How many chunks a turn for this objective should have."""
+        """How many chunks a batch for this objective should have."""
         return int(getattr(self.options, "chunks", 0))
 
     @property
     def writes(self) -> bool:
-        """Whether it writes the turn's chunks into the streams."""
+        """Whether it writes the batch's chunks into the streams."""
         return self.chunks > 0
 
     @abstractmethod
     def __call__(
-        self, decoder: DenseDecoder, streams: StreamBatch, turn: Turn, retriever_loss: RetrieverLoss | None
-    ) -> Outcome:
-        """The loss of ``turn``; ``retriever_loss`` None: none is wanted."""
+        self, decoder: DenseDecoder, streams: StreamBatch, batch: Batch, retriever_loss: RetrieverLoss | None
+    ) -> ObjectiveResult:
+        """The loss of ``batch``; ``retriever_loss`` None: none is wanted."""

@@ -8,9 +8,9 @@ import torch
 from attrs import define, field
 
 from mplus.config import whole
-from mplus.training.batch import Turn
+from mplus.training.batch import Batch
 from mplus.training.losses import RetrieverLoss
-from mplus.training.objectives.base import Objective, Outcome
+from mplus.training.objectives.base import Objective, ObjectiveResult
 from mplus.training.objectives.full_read import full_read, write
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class MultiChunk(Objective):
 
     @define(frozen=True, kw_only=True)
     class Options(Objective.Options):
-        """``chunks``: chunks written, as far as a turn has so many."""
+        """``chunks``: chunks written, as far as a batch has so many."""
 
         chunks: int = field(default=2, validator=whole(1))
 
@@ -34,10 +34,10 @@ class MultiChunk(Objective):
     name: ClassVar[str] = "multi_chunk"
 
     def __call__(
-        self, decoder: DenseDecoder, streams: StreamBatch, turn: Turn, retriever_loss: RetrieverLoss | None
-    ) -> Outcome:
+        self, decoder: DenseDecoder, streams: StreamBatch, batch: Batch, retriever_loss: RetrieverLoss | None
+    ) -> ObjectiveResult:
         """See ``Objective``."""
         streams.detach()
         with torch.no_grad():
-            write(streams, turn)
-        return full_read(decoder, streams, turn, retriever_loss)
+            write(streams, batch)
+        return full_read(decoder, streams, batch, retriever_loss)

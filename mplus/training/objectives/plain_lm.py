@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from mplus.training.batch import Turn
+from mplus.training.batch import Batch
 from mplus.training.losses import RetrieverLoss
-from mplus.training.objectives.base import Objective, Outcome
+from mplus.training.objectives.base import Objective, ObjectiveResult
 from mplus.training.objectives.full_read import full_read
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ class PlainLM(Objective):
     name: ClassVar[str] = "plain_lm"
 
     def __call__(
-        self, decoder: DenseDecoder, streams: StreamBatch, turn: Turn, retriever_loss: RetrieverLoss | None
-    ) -> Outcome:
+        self, decoder: DenseDecoder, streams: StreamBatch, batch: Batch, retriever_loss: RetrieverLoss | None
+    ) -> ObjectiveResult:
         """See ``Objective``. What the texts are about was not written, so the retriever learns nothing."""
         streams.detach()
-        return full_read(decoder, streams, turn, None)
+        return full_read(decoder, streams, batch, None)

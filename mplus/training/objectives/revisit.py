@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from mplus.training.batch import Turn
+from mplus.training.batch import Batch
 from mplus.training.losses import RetrieverLoss
-from mplus.training.objectives.base import Objective, Outcome
+from mplus.training.objectives.base import Objective, ObjectiveResult
 from mplus.training.objectives.full_read import full_read
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Revisit(Objective):
-    """Read the texts of an earlier turn, whose chunks have aged meanwhile; write nothing (MemoryLLM section 3.2.3).
+    """Read the texts of an earlier batch, whose chunks have aged meanwhile; write nothing (MemoryLLM section 3.2.3).
 
     Gradients: read adapter, begin rows, retriever. It is what keeps old rows readable.
     """
@@ -24,8 +24,8 @@ class Revisit(Objective):
     needs_cache: ClassVar[bool] = True
 
     def __call__(
-        self, decoder: DenseDecoder, streams: StreamBatch, turn: Turn, retriever_loss: RetrieverLoss | None
-    ) -> Outcome:
-        """See ``Objective``; ``turn`` is the earlier one."""
+        self, decoder: DenseDecoder, streams: StreamBatch, batch: Batch, retriever_loss: RetrieverLoss | None
+    ) -> ObjectiveResult:
+        """See ``Objective``; ``batch`` is the earlier one."""
         streams.detach()
-        return full_read(decoder, streams, turn, retriever_loss)
+        return full_read(decoder, streams, batch, retriever_loss)

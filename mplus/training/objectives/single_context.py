@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 from attrs import define, field
 
 from mplus.config import whole
-from mplus.training.batch import Turn
+from mplus.training.batch import Batch
 from mplus.training.losses import RetrieverLoss
-from mplus.training.objectives.base import Objective, Outcome
+from mplus.training.objectives.base import Objective, ObjectiveResult
 from mplus.training.objectives.full_read import full_read, write
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ class SingleContext(Objective):
     name: ClassVar[str] = "single_context"
 
     def __call__(
-        self, decoder: DenseDecoder, streams: StreamBatch, turn: Turn, retriever_loss: RetrieverLoss | None
-    ) -> Outcome:
-        """See ``Objective``. The streams keep the graph of these writes until the next turn."""
+        self, decoder: DenseDecoder, streams: StreamBatch, batch: Batch, retriever_loss: RetrieverLoss | None
+    ) -> ObjectiveResult:
+        """See ``Objective``. The streams keep the graph of these writes until the next batch."""
         streams.detach()
-        write(streams, turn)
-        return full_read(decoder, streams, turn, retriever_loss)
+        write(streams, batch)
+        return full_read(decoder, streams, batch, retriever_loss)

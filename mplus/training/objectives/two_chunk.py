@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from attrs import define, field
 
 from mplus.config import one_of
-from mplus.training.batch import Turn
+from mplus.training.batch import Batch
 from mplus.training.losses import RetrieverLoss, accuracy, token_loss
-from mplus.training.objectives.base import Objective, Outcome
+from mplus.training.objectives.base import Objective, ObjectiveResult
 
 if TYPE_CHECKING:
     from mplus.training.batched.read import DenseDecoder
@@ -38,12 +38,14 @@ class TwoChunk(Objective):
         return 1
 
     def __call__(
-        self, decoder: DenseDecoder, streams: StreamBatch, turn: Turn, retriever_loss: RetrieverLoss | None
-    ) -> Outcome:
+        self, decoder: DenseDecoder, streams: StreamBatch, batch: Batch, retriever_loss: RetrieverLoss | None
+    ) -> ObjectiveResult:
         """See ``Objective``. Afterwards the streams hold the new rows, detached."""
         streams.detach()
-        block = streams.encode(turn.chunks[:, -1])
-        read = decoder.read_rows(block, turn.texts, self.options.reader)
-        loss = token_loss(read.logits, turn.labels)
-        streams.absorb([rows.detach() for rows in block], turn.sources[:, -1])
-        return Outcome(loss, {"loss": loss.item(), "accuracy": accuracy(read.logits, turn.labels, turn.answers)})
+        block = streams.encode(batch.chunks[:, -1])
+        read = decoder.read_rows(block, batch.texts, self.options.reader)
+        loss = token_loss(read.logits, batch.labels)
+        streams.absorb([rows.detach() for rows in block], batch.sources[:, -1])
+        return ObjectiveResult(
+            loss, {"loss": loss.item(), "accuracy": accuracy(read.logits, batch.labels, batch.answer_mask)}
+        )

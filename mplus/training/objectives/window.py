@@ -8,9 +8,9 @@ from attrs import define, field
 
 from mplus.config import whole
 from mplus.errors import ConfigError
-from mplus.training.batch import Turn
+from mplus.training.batch import Batch
 from mplus.training.losses import RetrieverLoss, accuracy, token_loss
-from mplus.training.objectives.base import Objective, Outcome
+from mplus.training.objectives.base import Objective, ObjectiveResult
 
 if TYPE_CHECKING:
     from mplus.training.batched.read import DenseDecoder
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class Window(Objective):
-    """Read the turn's newest chunks and a text as one plain text, without memory and adapters.
+    """Read the batch's newest chunks and a text as one plain text, without memory and adapters.
 
     Gradients: the decoder's own weights, where they are trained. It makes a baseline, or a decoder from nothing.
     """
 
     @define(frozen=True, kw_only=True)
     class Options(Objective.Options):
-        """``chunks``: chunks that a turn of its own has, for data that asks for what chunks tell; none is written."""
+        """``chunks``: chunks that a batch of its own has, for data that asks for what chunks tell; none is written."""
 
         chunks: int = field(default=0, validator=whole(0))
 
@@ -39,12 +39,12 @@ class Window(Objective):
         return False
 
     def __call__(
-        self, decoder: DenseDecoder, streams: StreamBatch, turn: Turn, retriever_loss: RetrieverLoss | None
-    ) -> Outcome:
-        """See ``Objective``. Raises ConfigError when the turn's source makes no windows."""
-        if turn.windows is None or turn.window_labels is None:
+        self, decoder: DenseDecoder, streams: StreamBatch, batch: Batch, retriever_loss: RetrieverLoss | None
+    ) -> ObjectiveResult:
+        """See ``Objective``. Raises ConfigError when the batch's source makes no windows."""
+        if batch.windows is None or batch.window_labels is None:
             raise ConfigError("objective 'window' needs a data set that makes windows: set its window size")
-        logits = decoder.plain(turn.windows, turn.window_mask)
-        loss = token_loss(logits, turn.window_labels)
-        found = accuracy(logits[:, None], turn.window_labels[:, None])
-        return Outcome(loss, {"window_loss": loss.item(), "window_accuracy": found})
+        logits = decoder.plain(batch.windows, batch.window_mask)
+        loss = token_loss(logits, batch.window_labels)
+        found = accuracy(logits[:, None], batch.window_labels[:, None])
+        return ObjectiveResult(loss, {"window_loss": loss.item(), "window_accuracy": found})

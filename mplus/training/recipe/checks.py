@@ -13,7 +13,7 @@ from mplus.retrievers import RETRIEVERS
 from mplus.retrievers.base import Retriever
 from mplus.training.batched.semantics import check_semantics
 from mplus.training.recipe.recipe import Entry, Recipe, Stage, Validation
-from mplus.training.recipe.tables import DataSet, NewTokenizer, at
+from mplus.training.recipe.tables import DataSet, NewTokenizer, error_prefix
 
 PRECISION = 1e-6
 
@@ -21,13 +21,13 @@ PRECISION = 1e-6
 def check(recipe: Recipe) -> None:
     """Raise ConfigError where settings contradict each other; the message begins with the place."""
     for where, rule in RULES.items():
-        with at(where):
+        with error_prefix(where):
             rule(recipe)
     for place, stage in enumerate(recipe.stages):
-        with at(f"stages: {place} ({stage.name})"):
+        with error_prefix(f"stages: {place} ({stage.name})"):
             _check_stage(recipe, stage)
     if recipe.validation is not None:
-        with at("validation"):
+        with error_prefix("validation"):
             _check_validation(recipe, recipe.validation)
 
 
@@ -112,7 +112,7 @@ RULES: dict[str, Callable[[Recipe], None]] = {
 
 def _check_stage(recipe: Recipe, stage: Stage) -> None:
     for place, entry in enumerate(stage.objectives):
-        with at(f"objectives: {place} ({entry.name})"):
+        with error_prefix(f"objectives: {place} ({entry.name})"):
             _check_entry(recipe, stage, entry)
     _check_probabilities(stage.main)
     _check_episodes(recipe, stage.objectives)
@@ -129,7 +129,7 @@ def _check_stage(recipe: Recipe, stage: Stage) -> None:
 
 def _check_entry(recipe: Recipe, stage: Stage, entry: Entry) -> None:
     if entry.objective.needs_cache:
-        raise ConfigError(f"{entry.name!r} takes turns seen before: set the table 'revisit' of the stage instead")
+        raise ConfigError(f"{entry.name!r} takes batches seen before: set the table 'revisit' of the stage instead")
     if entry.beside is not None and entry.probability is not None:
         raise ConfigError(f"one of probability and beside must be given, got {entry.probability} and {entry.beside}")
     if entry.data is not None:
@@ -137,7 +137,7 @@ def _check_entry(recipe: Recipe, stage: Stage, entry: Entry) -> None:
     elif entry.beside is None:
         raise ConfigError(f"data must name a data set ({', '.join(recipe.data)}), got None")
     elif entry.objective.writes:
-        raise ConfigError("data must be given for an objective that writes, else a turn would be written twice")
+        raise ConfigError("data must be given for an objective that writes, else a batch would be written twice")
     else:
         sets = [recipe.data[one.data] for one in stage.main if one.data in recipe.data]
     if entry.name == "window":
@@ -213,7 +213,7 @@ def _is_trainable(retriever: Component) -> bool:
 def _options(recipe: Recipe) -> dict[str, Any]:
     """Options of the retriever with their defaults."""
     cls = RETRIEVERS.get(recipe.memory.retriever.name)
-    with at("memory: retriever"):
+    with error_prefix("memory: retriever"):
         options = options_of(cls, {**cls.Options.defaults(recipe.memory.variant), **recipe.memory.retriever.options})
     return {"score": getattr(options, "score", None)}
 
@@ -238,13 +238,13 @@ def _check_until(stage: Stage) -> None:
 
 def _check_validation(recipe: Recipe, validation: Validation) -> None:
     for place, entry in enumerate(validation.objectives):
-        with at(f"objectives: {place} ({entry.name})"):
+        with error_prefix(f"objectives: {place} ({entry.name})"):
             if entry.probability is not None or entry.beside is not None:
                 raise ConfigError("probability and beside are for stages: every objective is validated by itself")
             if entry.data is None:
                 raise ConfigError(f"data must name a data set ({', '.join(recipe.data)}), got None")
             if entry.objective.needs_cache:
-                raise ConfigError(f"{entry.name!r} takes turns seen before, of which a validation has none")
+                raise ConfigError(f"{entry.name!r} takes batches seen before, of which a validation has none")
             _known(recipe, entry.data)
     if validation.long_term:
         _check_long_term(recipe)

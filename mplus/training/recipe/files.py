@@ -13,7 +13,7 @@ from attrs import define
 
 from mplus.errors import ConfigError, UnknownNameError
 from mplus.training.recipe.recipe import Recipe
-from mplus.training.recipe.tables import at
+from mplus.training.recipe.tables import error_prefix
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 """The recipes that come with the package."""
@@ -30,24 +30,26 @@ class RecipeFile:
     text: str | None = None
 
 
-def shipped() -> list[str]:
+def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
-def find(name: str | Path) -> Path:
+def find_recipe(name: str | Path) -> Path:
     """The file of a recipe: a path, or a shipped one's name. Raises UnknownNameError when there is none."""
     path = Path(name)
     if path.is_file():
         return path
-    if str(name) in shipped():
+    if str(name) in shipped_recipes():
         return FOLDER / f"{name}.toml"
-    near = difflib.get_close_matches(str(name), shipped())
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"shipped recipes: {', '.join(shipped())}"
+    near = difflib.get_close_matches(str(name), shipped_recipes())
+    hint = (
+        f"did you mean {' or '.join(map(repr, near))}?" if near else f"shipped recipes: {', '.join(shipped_recipes())}"
+    )
     raise UnknownNameError(f"a recipe must be a file or the name of a shipped one, got {str(name)!r}; {hint}")
 
 
-def read(
+def read_recipe(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     *,
     settings: Mapping[str, Any] | None = None,
@@ -69,11 +71,11 @@ def read(
     """
     text = None
     if isinstance(recipe, Recipe):
-        table = recipe.plain()
+        table = recipe.to_dict()
     elif isinstance(recipe, Mapping):
         table = copy.deepcopy(dict(recipe))
     else:
-        path = find(recipe)
+        path = find_recipe(recipe)
         content = path.read_bytes()
         try:
             text = content.decode("utf-8")
@@ -84,31 +86,31 @@ def read(
     if dry_run:
         if small is None:
             raise ConfigError(f"recipe {table.get('name', '?')!r} must have a table [dry_run] to be tried at tiny size")
-        with at(DRY_RUN):
-            change(table, small.get("set", {}), small.get("remove", ()))
-    change(table, settings or {})
+        with error_prefix(DRY_RUN):
+            apply_settings(table, small.get("set", {}), small.get("remove", ()))
+    apply_settings(table, settings or {})
     if steps is not None:
-        _cap(table, steps)
+        _cap_steps(table, steps)
     return RecipeFile(Recipe.from_dict(table), text)
 
 
-def change(table: dict[str, Any], settings: Mapping[str, Any], remove: Iterable[str] = ()) -> None:
+def apply_settings(table: dict[str, Any], settings: Mapping[str, Any], remove: Iterable[str] = ()) -> None:
     """Remove settings of a recipe's table, then set others, in place. Raises ConfigError when a path leads nowhere."""
     for path in remove:
-        for holder, key in _places(table, path, path.split(".")):
+        for holder, key in _targets(table, path, path.split(".")):
             if isinstance(holder, dict) and key not in holder:
                 raise ConfigError(f"{path!r} must be a setting of the recipe to be removed")
             del holder[key]
     for path, value in settings.items():
-        for holder, key in _places(table, path, path.split(".")):
+        for holder, key in _targets(table, path, path.split(".")):
             holder[key] = copy.deepcopy(value)
 
 
-def _places(holder: Any, path: str, keys: list[str]) -> list[tuple[Any, Any]]:
+def _targets(holder: Any, path: str, keys: list[str]) -> list[tuple[Any, Any]]:
     """What ``path`` ends in, tables or lists, with its last key there."""
     key, rest = keys[0], keys[1:]
     if isinstance(holder, dict):
-        return _places(holder.setdefault(key, {}), path, rest) if rest else [(holder, key)]
+        return _targets(holder.setdefault(key, {}), path, rest) if rest else [(holder, key)]
     if not isinstance(holder, list):
         raise ConfigError(f"{path!r} must be a path through tables of the recipe, which ends before {key!r}")
     if key != "*" and not (key.isdecimal() and int(key) < len(holder)):
@@ -116,10 +118,10 @@ def _places(holder: Any, path: str, keys: list[str]) -> list[tuple[Any, Any]]:
     places = range(len(holder)) if key == "*" else [int(key)]
     if not rest:
         return [(holder, place) for place in places]
-    return [found for place in places for found in _places(holder[place], path, rest)]
+    return [found for place in places for found in _targets(holder[place], path, rest)]
 
 
-def _cap(table: dict[str, Any], steps: int) -> None:
+def _cap_steps(table: dict[str, Any], steps: int) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"steps must be a whole number of at least 1, got {steps!r}")
     for stage in table.get("stages", ()):

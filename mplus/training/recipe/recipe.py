@@ -21,7 +21,7 @@ from mplus.training.recipe.tables import (
     ModelTable,
     NewTokenizer,
     Optimizer,
-    at,
+    error_prefix,
     plain_name,
 )
 
@@ -32,7 +32,7 @@ class Entry:
 
     Attributes:
         name: of the objective.
-        data: the data set its turns come from; None, for one that stands ``beside``: the main one's turn.
+        data: the data set its batches come from; None, for one that stands ``beside``: the main one's batch.
         probability: share of the steps it is the main objective of; those of a stage make 1. None, where it is the
             only one: 1.
         beside: instead, the share of the steps on which it is added to the main objective.
@@ -61,7 +61,7 @@ class Entry:
         cls = OBJECTIVES.get(table["name"])
         return Entry(**own, options=options, objective=cls(options_of(cls, options)))
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The table."""
         own = ("name", "data", "probability", "beside", "weight")
         return {**{name: getattr(self, name) for name in own}, **self.options}
@@ -138,7 +138,7 @@ class Validation:
 
     Attributes:
         every_steps: how often; also at the end.
-        steps: turns per objective.
+        steps: batches per objective.
         objectives: as in a stage, without ``probability`` and ``beside``.
         long_term: whether their streams have long-term memory.
         streams: of each process; None: the recipe's.
@@ -186,13 +186,13 @@ class Recipe:
         """Steps over which the learning rate falls: of all stages from ``optimizer.fall_from`` on."""
         return self.falling_steps_before(len(self.stages), 0)
 
-    def falling_steps_before(self, stage: int, in_stage: int) -> int:
-        """How many of those lie before step ``in_stage`` of stage number ``stage``; past stages count in full."""
+    def falling_steps_before(self, stage: int, stage_step: int) -> int:
+        """How many of those lie before step ``stage_step`` of stage number ``stage``; past stages count in full."""
         names = [one.name for one in self.stages]
         first = 0 if self.optimizer.fall_from is None else names.index(self.optimizer.fall_from)
         if stage < first:
             return 0
-        return sum(one.steps for one in self.stages[first:stage]) + in_stage
+        return sum(one.steps for one in self.stages[first:stage]) + stage_step
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Recipe:
@@ -203,23 +203,23 @@ class Recipe:
         """
         from mplus.training.recipe.checks import check
 
-        with at(f"recipe {table.get('name', '?')!r}" if isinstance(table, Mapping) else "recipe"):
+        with error_prefix(f"recipe {table.get('name', '?')!r}" if isinstance(table, Mapping) else "recipe"):
             values = dict(table) if isinstance(table, Mapping) else table
             for key, make in READERS.items():
                 if isinstance(values, dict) and values.get(key) is not None:
-                    with at(key):
+                    with error_prefix(key):
                         values[key] = make(values[key])
             recipe = structure(cls, values)
             check(recipe)
         return recipe
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data that ``from_dict`` reads back, with every default filled in but those of data and objectives."""
         found: dict[str, Any] = attrs.asdict(self, recurse=False)
         for name in ("optimizer", "checkpoints", "metrics"):
             found[name] = attrs.asdict(found[name])
         model = attrs.asdict(self.model, recurse=False)
-        model["build"] = None if self.model.build is None else self.model.build.plain()
+        model["build"] = None if self.model.build is None else self.model.build.to_dict()
         if isinstance(self.model.tokenizer, NewTokenizer):
             model["tokenizer"] = attrs.asdict(self.model.tokenizer)
         found["model"], found["memory"] = model, self.memory.to_dict()
@@ -230,7 +230,7 @@ class Recipe:
 
 
 def _plain_steps(thing: Stage | Validation) -> dict[str, Any]:
-    entries = [entry.plain() for entry in thing.objectives]
+    entries = [entry.to_dict() for entry in thing.objectives]
     return {**attrs.asdict(thing, filter=lambda attribute, _: attribute.name != "objectives"), "objectives": entries}
 
 
@@ -243,7 +243,7 @@ def _tables(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
         found = []
         for place, value in enumerate(values):
             named = f" ({value['name']})" if isinstance(value, Mapping) and "name" in value else ""
-            with at(f"{place}{named}"):
+            with error_prefix(f"{place}{named}"):
                 found.append(make(value))
         return tuple(found)
 
@@ -257,7 +257,7 @@ def _with_objectives(cls: Any, **readers: Any) -> Callable[[Any], Any]:
         values = dict(table) if isinstance(table, Mapping) else table
         for key, make in readers.items():
             if isinstance(values, dict) and values.get(key) is not None:
-                with at(key):
+                with error_prefix(key):
                     values[key] = make(values[key])
         return structure(cls, values)
 
@@ -273,7 +273,7 @@ def _data(tables: Any) -> dict[str, DataSet]:
         raise ConfigError(f"must be a table of data sets by name, got {tables!r}")
     found = {}
     for name, table in tables.items():
-        with at(name):
+        with error_prefix(name):
             found[name] = DataSet.of(table)
     return found
 

@@ -16,7 +16,7 @@ from mplus.training.data.options import as_texts, share, text, texts
 
 
 @contextmanager
-def at(where: str) -> Iterator[None]:
+def error_prefix(where: str) -> Iterator[None]:
     """Put the place in a recipe in front of what an error says."""
     try:
         yield
@@ -71,7 +71,7 @@ class Build:
         own = {key: value for key, value in table.items() if key in {"model_type", "init"}}
         return structure(Build, {**own, "fields": {key: value for key, value in table.items() if key not in own}})
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The table."""
         return {"model_type": self.model_type, "init": self.init, **self.fields}
 
@@ -116,10 +116,10 @@ class ModelTable:
         """Read a table."""
         values = dict(table)
         if isinstance(values.get("build"), Mapping):
-            with at("build"):
+            with error_prefix("build"):
                 values["build"] = Build.of(values["build"])
         if isinstance(values.get("tokenizer"), Mapping):
-            with at("tokenizer"):
+            with error_prefix("tokenizer"):
                 values["tokenizer"] = structure(NewTokenizer, values["tokenizer"])
         return structure(ModelTable, values)
 
@@ -185,7 +185,7 @@ class Metrics:
 
 @define(frozen=True, kw_only=True)
 class DataSet:
-    """A source of turns: its ``kind`` and that source's own ``options``."""
+    """A source of batches: its ``kind`` and that source's own ``options``."""
 
     kind: str
     options: dict[str, Any]

@@ -10,7 +10,7 @@ import torch
 from mplus.config import structure
 from mplus.errors import ConfigError, InputError
 from mplus.hf.pretrained.shipped import load_tokenizer
-from mplus.training.batch import IGNORED, NO_ONE
+from mplus.training.batch import IGNORE_INDEX, NO_SOURCE
 from mplus.training.data import SOURCES
 from mplus.training.data.generated.questions import people
 from tests.helpers.letters import Letters
@@ -38,14 +38,14 @@ def make(filler):
     return build
 
 
-def texts(turn):
+def texts(batch):
     """Per stream and question: the text and the part of it that is the answer."""
     return [
         [
             (Letters.text(ids[mask]), Letters.text(ids[answer]))
-            for ids, mask, answer in zip(turn.texts[place], turn.mask[place], turn.answers[place], strict=True)
+            for ids, mask, answer in zip(batch.texts[place], batch.mask[place], batch.answer_mask[place], strict=True)
         ]
-        for place in range(len(turn.texts))
+        for place in range(len(batch.texts))
     ]
 
 
@@ -53,12 +53,12 @@ def texts(turn):
 def test_every_answer_was_told_in_the_chunk_asked_about(make, kind):
     source, told = make(kind), {}
     for step in range(30):
-        turn = source.turn(1 + step % 3)
+        batch = source.next_batch(1 + step % 3)
         for place in range(3):
-            for number, chunk in zip(turn.sources[place].tolist(), turn.chunks[place], strict=True):
+            for number, chunk in zip(batch.sources[place].tolist(), batch.chunks[place], strict=True):
                 assert number not in told
                 told[number] = place, Letters.text(chunk)
-            for about, (text, answer) in zip(turn.about[place].tolist(), texts(turn)[place], strict=True):
+            for about, (text, answer) in zip(batch.text_sources[place].tolist(), texts(batch)[place], strict=True):
                 owner, chunk = told[about]
                 assert owner == place
                 assert answer.strip() in chunk
@@ -67,8 +67,8 @@ def test_every_answer_was_told_in_the_chunk_asked_about(make, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_are_running_text_with_something_told_between_sentences(make, kind):
-    turn = make(kind).turn(3)
-    for chunk in map(Letters.text, turn.chunks.flatten(0, 1)):
+    batch = make(kind).next_batch(3)
+    for chunk in map(Letters.text, batch.chunks.flatten(0, 1)):
         pattern = r"Note: [a-z ]+\." if kind == "copying" else r" ?[A-Z][^.!?]*(colour|town|pet|fruit)[^.!?]*\."
         found = list(re.finditer(pattern, chunk))
         assert len(found) == 1
@@ -79,16 +79,17 @@ def test_chunks_are_running_text_with_something_told_between_sentences(make, kin
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_are_the_answer_and_retrieval_sees_what_precedes_it(make, kind):
-    turn = make(kind).turn(2)
+    batch = make(kind).next_batch(2)
     for place in range(3):
-        for ids, labels, answers, queries, mask in zip(
-            *(getattr(turn, name)[place] for name in ("texts", "labels", "answers", "queries", "mask")), strict=True
+        for ids, labels, answer_mask, query_mask, mask in zip(
+            *(getattr(batch, name)[place] for name in ("texts", "labels", "answer_mask", "query_mask", "mask")),
+            strict=True,
         ):
-            predicted = labels != IGNORED
+            predicted = labels != IGNORE_INDEX
             assert torch.equal(labels[predicted], ids[predicted])
-            assert bool((answers <= predicted).all())
-            assert torch.equal(queries | predicted, mask)
-            assert not bool((queries & predicted).any())
+            assert bool((answer_mask <= predicted).all())
+            assert torch.equal(query_mask | predicted, mask)
+            assert not bool((query_mask & predicted).any())
             assert Letters.text(ids[predicted]).endswith(".")
             assert ids[~mask].sum() == 0
 
@@ -98,22 +99,22 @@ def test_a_restored_source_goes_on_as_the_saved_one(make, kind):
     first, second = make(kind, episode=7, window_tokens=512), make(kind, episode=7, window_tokens=512)
     for step in range(12):
         state = first.state_dict()
-        expected = first.turn(step % 3 + 1)
-        second.turn(1)
+        expected = first.next_batch(step % 3 + 1)
+        second.next_batch(1)
         second.load_state_dict(state)
-        assert same(second.turn(step % 3 + 1), expected)
+        assert same(second.next_batch(step % 3 + 1), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_gets_the_same_whatever_process_it_is_in(make, kind):
     together, alone = make(kind), make(kind, numbers=[2])
     for _ in range(6):
-        expected, found = together.turn(2), alone.turn(2)
+        expected, found = together.next_batch(2), alone.next_batch(2)
         assert torch.equal(found.chunks[0], expected.chunks[2])
         assert torch.equal(found.sources[0], expected.sources[2])
         assert texts(found)[0] == texts(expected)[2]
-    assert len({str(chunk.tolist()) for chunk in together.turn(1).chunks}) == 3
-    assert not torch.equal(make(kind, seed=2).turn(1).texts, make(kind).turn(1).texts)
+    assert len({str(chunk.tolist()) for chunk in together.next_batch(1).chunks}) == 3
+    assert not torch.equal(make(kind, seed=2).next_batch(1).texts, make(kind).next_batch(1).texts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,10 +122,10 @@ def test_ages_follow_the_options(make, kind):
     def ages(**options):
         source, found = make(kind, numbers=[0, 1, 2, 3], questions=5, **options), []
         for _ in range(80):
-            turn = source.turn(1)
-            newest = turn.sources[:, -1:]
-            assert torch.equal(turn.about[:, :1], newest)
-            found += (newest - turn.about[:, 1:]).flatten().tolist()
+            batch = source.next_batch(1)
+            newest = batch.sources[:, -1:]
+            assert torch.equal(batch.text_sources[:, :1], newest)
+            found += (newest - batch.text_sources[:, 1:]).flatten().tolist()
         return torch.tensor(found[300:], dtype=torch.float)
 
     recent = ages(mean_age=4.0, uniform=0.0)
@@ -139,26 +140,26 @@ def test_ages_follow_the_options(make, kind):
 def test_an_episode_starts_anew(make, kind):
     source, since = make(kind, episode=5, uniform=1.0), set()
     for step in range(20):
-        turn = source.turn(2)
-        assert turn.fresh == (step > 0 and step % 2 == 0)
-        since = set() if turn.fresh else since
-        since |= set(turn.sources.flatten().tolist())
-        assert set(turn.about.flatten().tolist()) <= since
+        batch = source.next_batch(2)
+        assert batch.reset == (step > 0 and step % 2 == 0)
+        since = set() if batch.reset else since
+        since |= set(batch.sources.flatten().tolist())
+        assert set(batch.text_sources.flatten().tolist()) <= since
     with pytest.raises(InputError, match=r"at most episode \(5\) chunks, got 6"):
-        source.turn(6)
+        source.next_batch(6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_windows_hold_the_chunk_that_is_asked_about(make, kind):
     source, told = make(kind, chunk_tokens=200, window_tokens=600), ["", "", ""]
     for step in range(8):
-        turn = source.turn(1)
+        batch = source.next_batch(1)
         for place in range(3):
-            told[place] += Letters.text(turn.chunks[place])
-            window = turn.windows[place][turn.window_mask[place]]
-            wanted = turn.window_labels[place] != IGNORED
-            assert torch.equal(turn.window_labels[place][wanted], turn.windows[place][wanted])
-            answer = Letters.text(turn.windows[place][wanted])
+            told[place] += Letters.text(batch.chunks[place])
+            window = batch.windows[place][batch.window_mask[place]]
+            wanted = batch.window_labels[place] != IGNORE_INDEX
+            assert torch.equal(batch.window_labels[place][wanted], batch.windows[place][wanted])
+            answer = Letters.text(batch.windows[place][wanted])
             chunks = Letters.text(window)[: 200 * min(step + 1, 2)]
             assert told[place].endswith(chunks)
             assert answer.strip(" .") in chunks
@@ -168,15 +169,15 @@ def test_windows_hold_the_chunk_that_is_asked_about(make, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_cannot_be_is_refused(make, kind):
     with pytest.raises(InputError, match="generated data has no repeat task"):
-        make(kind).turn(1, repeat=True)
-    with pytest.raises(InputError, match="the first turn of this data must have at least 1 chunk"):
-        make(kind).turn(0)
+        make(kind).next_batch(1, repeat=True)
+    with pytest.raises(InputError, match="the first batch of this data must have at least 1 chunk"):
+        make(kind).next_batch(0)
     with pytest.raises(ConfigError, match=r"chunk_tokens must be at least the .* of what is told, got 40"):
         make(kind, chunk_tokens=40)
     with pytest.raises(ConfigError, match="window_tokens must be 0 or at least chunk_tokens and a question"):
         make(kind, window_tokens=230)
     with pytest.raises(InputError, match=r"filler must have documents of at least .* tokens"):
-        make(kind, chunk_tokens=5000).turn(1)
+        make(kind, chunk_tokens=5000).next_batch(1)
     with pytest.raises(ConfigError, match="uniform must be a number from 0 to 1"):
         make(kind, uniform=1.1)
 
@@ -212,14 +213,14 @@ def test_facts_never_told_are_asked_for_and_the_answer_says_so(make):
     source = make("questions", unknown=0.5, questions=6)
     asked = older = 0
     for step in range(20):
-        turn = source.turn(1)
-        for stream, (about, row) in enumerate(zip(turn.about, texts(turn), strict=True)):
+        batch = source.next_batch(1)
+        for stream, (about, row) in enumerate(zip(batch.text_sources, texts(batch), strict=True)):
             facts = [source.fact(stream, place)[:2] for place in range(step + 1)]
             for number, (text, answer) in zip(about.tolist(), row, strict=True):
-                assert (number == NO_ONE) == (answer.strip() == "unknown")
-                asked += number == NO_ONE
-                older += number not in (NO_ONE, int(turn.sources[stream, -1]))
-                if number == NO_ONE:
+                assert (number == NO_SOURCE) == (answer.strip() == "unknown")
+                asked += number == NO_SOURCE
+                older += number not in (NO_SOURCE, int(batch.sources[stream, -1]))
+                if number == NO_SOURCE:
                     assert not any(f" {relation}" in text and name in text for relation, name in facts)
     assert 0.4 < asked / (asked + older) < 0.6
 
@@ -230,24 +231,24 @@ class First:
     def below(self, limit):
         return 0
 
-    def share(self):
+    def uniform(self):
         return 0.0
 
 
 def test_the_nearest_fact_not_told_comes_after_the_newest(make):
     source = make("questions", unknown=0.5)
-    source.turn(5)
+    source.next_batch(5)
     relation, name, _ = source.fact(0, 5)
     text = source.ask(0, 2, 77, First())
     assert Letters.text(text.ids) == f"Question: What is the {relation} of {name}? Answer: unknown."
-    assert text.about == NO_ONE
-    assert source.ask(0, 4, 77, First()).about == 77  # the newest is always told
+    assert text.source == NO_SOURCE
+    assert source.ask(0, 4, 77, First()).source == 77  # the newest is always told
 
 
 def test_the_words_of_a_question_can_be_predicted_too(make):
-    turn = make("questions", label_question=True).turn(1)
-    assert torch.equal(turn.labels[..., 1:] != IGNORED, turn.mask[..., 1:])
-    assert bool((turn.answers.sum(-1) < turn.mask.sum(-1) / 2).all())
+    batch = make("questions", label_question=True).next_batch(1)
+    assert torch.equal(batch.labels[..., 1:] != IGNORE_INDEX, batch.mask[..., 1:])
+    assert bool((batch.answer_mask.sum(-1) < batch.mask.sum(-1) / 2).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -255,10 +256,10 @@ def test_with_a_real_tokenizer_and_the_novel(kind):
     tokenizer = load_tokenizer()
     implementation = SOURCES.get(kind)
     source = implementation(structure(implementation.Options, {}), tokenizer=tokenizer, numbers=[0, 1], seed=0)
-    turn = source.turn(2)
+    batch = source.next_batch(2)
     for place in range(2):
-        chunk = tokenizer.decode(turn.chunks[place, -1])
-        answer = tokenizer.decode(turn.texts[place, 0][turn.answers[place, 0]]).strip()
+        chunk = tokenizer.decode(batch.chunks[place, -1])
+        answer = tokenizer.decode(batch.texts[place, 0][batch.answer_mask[place, 0]]).strip()
         assert len(answer) > 2
         assert answer in chunk
-    assert text_rows(turn)[0]["chunks"] != text_rows(turn)[1]["chunks"]
+    assert text_rows(batch)[0]["chunks"] != text_rows(batch)[1]["chunks"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mplus.errors import ConfigError
-from mplus.training.data.sampler import Order
+from mplus.training.data.sampler import DocumentSampler
 from tests.helpers.letters import Stream, library
 
 COUNT = 23
@@ -13,7 +13,7 @@ BOOKS = library(*range(1, COUNT + 1))
 
 
 def order(documents=BOOKS, *, seed=3, shuffle=True, streams=None, block=4):
-    return Order(documents, seed=seed, shuffle=shuffle, streams=streams, block=block)
+    return DocumentSampler(documents, seed=seed, shuffle=shuffle, streams=streams, block=block)
 
 
 def taken(order, stream, places):
@@ -21,9 +21,11 @@ def taken(order, stream, places):
 
 
 def test_every_stream_goes_through_all_documents_in_an_order_of_its_own():
-    passes = [taken(order(), stream, range(turn * COUNT, (turn + 1) * COUNT)) for stream in (0, 7) for turn in (0, 1)]
-    for turn, found in zip((0, 1, 0, 1), passes, strict=True):
-        assert sorted(found) == list(range(turn * COUNT, (turn + 1) * COUNT))
+    passes = [
+        taken(order(), stream, range(epoch * COUNT, (epoch + 1) * COUNT)) for stream in (0, 7) for epoch in (0, 1)
+    ]
+    for epoch, found in zip((0, 1, 0, 1), passes, strict=True):
+        assert sorted(found) == list(range(epoch * COUNT, (epoch + 1) * COUNT))
     assert len({tuple(number % COUNT for number in found) for found in passes}) == 4
     assert taken(order(seed=4), 0, range(COUNT)) != passes[0]
 
@@ -40,9 +42,9 @@ def test_streams_share_the_documents_out(documents, shuffle, streams):
         assert number % COUNT == index
         assert document is BOOKS[index]
     numbers = [number for number, _, _ in by_place]
-    for turn in range(3):
-        found = numbers[turn * COUNT : (turn + 1) * COUNT]
-        assert sorted(found) == list(range(turn * COUNT, (turn + 1) * COUNT))
+    for epoch in range(3):
+        found = numbers[epoch * COUNT : (epoch + 1) * COUNT]
+        assert sorted(found) == list(range(epoch * COUNT, (epoch + 1) * COUNT))
         assert (found == sorted(found)) == (not shuffle)
 
 

@@ -1,4 +1,4 @@
-"""GeneratedTurns: something is told in every chunk of running text, and asked for later."""
+"""GeneratedBatches: something is told in every chunk of running text, and asked for later."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mplus.config import number, structure, whole
 from mplus.errors import ConfigError, InputError
-from mplus.training.batch import Turn, TurnSource
-from mplus.training.data.collate import Text, Windows, make_turn
-from mplus.training.data.counter_rng import Draws
+from mplus.training.batch import Batch, BatchSource
+from mplus.training.data.collate import TextSample, Windows, collate
+from mplus.training.data.counter_rng import CounterRNG
 from mplus.training.data.documents import DocumentList, DocumentOptions, open_documents
 from mplus.training.data.options import as_span, share, span
 from mplus.training.data.tokens import TokenCache
@@ -37,12 +37,12 @@ class GeneratedOptions:
     Attributes:
         filler: documents whose passages fill the chunks (default: the novel that comes with mplus).
         chunk_tokens: of a chunk; one length or a pair ``[least, most]``.
-        questions: R, questions per turn. The first is about the newest chunk.
+        questions: R, questions per batch. The first is about the newest chunk.
         mean_age: the other ages, in chunks, are exponential with this mean ...
         uniform: ... or, this share of them, uniform over all that may be asked for.
         max_age: nothing told longer ago is asked for.
         episode: chunks a stream is told before it starts anew; None: it never does.
-        window_tokens: of the plain text of ``Turn.windows``, newest chunks and a question about them; 0: none.
+        window_tokens: of the plain text of ``Batch.windows``, newest chunks and a question about them; 0: none.
     """
 
     filler: DocumentOptions = field(factory=lambda: DocumentOptions(shipped="novel"), converter=_documents)
@@ -59,8 +59,8 @@ class GeneratedOptions:
             raise ConfigError("filler must be documents of which any can be had at once, got streaming=True")
 
 
-class GeneratedTurns(TurnSource):
-    """Base of sources that tell one thing per chunk; see ``TurnSource``.
+class GeneratedBatches(BatchSource):
+    """Base of sources that tell one thing per chunk; see ``BatchSource``.
 
     What is told in chunk j of a stream is a function of seed, stream and j, so nothing needs to be kept in order to
     ask for it later. A chunk's source is a number of its own.
@@ -84,7 +84,7 @@ class GeneratedTurns(TurnSource):
         self._tokenizer = tokenizer
         self._numbers = list(numbers)
         self._seed = seed
-        self._turn = self._told = self._begun = 0
+        self._step = self._told = self._begun = 0
         self._cache = TokenCache(tokenizer)
         documents = open_documents(options.filler)
         if not isinstance(documents, DocumentList):
@@ -109,55 +109,55 @@ class GeneratedTurns(TurnSource):
         """``[t]`` ids that tell what chunk ``place`` of ``stream`` is about."""
 
     @abstractmethod
-    def ask(self, stream: int, place: int, about: int, draws: Draws) -> Text:
+    def ask(self, stream: int, place: int, source: int, draws: CounterRNG) -> TextSample:
         """A question for it, with its answer; ``about`` is its source."""
 
     @abstractmethod
     def longest(self) -> tuple[int, int]:
         """The most tokens that ``tell`` and ``ask`` can have."""
 
-    def turn(self, chunks: int = 1, *, repeat: bool = False) -> Turn:
-        options, draws = self.options, Draws(self._seed, "lengths", self._turn)
+    def next_batch(self, chunks: int = 1, *, repeat: bool = False) -> Batch:
+        options, draws = self.options, CounterRNG(self._seed, "lengths", self._step)
         if repeat:
             raise InputError("generated data has no repeat task: take another objective, or data of kind 'documents'")
         if options.episode is not None and chunks > options.episode:
-            raise InputError(f"a turn of this data must have at most episode ({options.episode}) chunks, got {chunks}")
+            raise InputError(f"a batch of this data must have at most episode ({options.episode}) chunks, got {chunks}")
         if self._told == self._begun and not chunks:
-            raise InputError("the first turn of this data must have at least 1 chunk, got 0: nothing can be asked yet")
-        fresh = options.episode is not None and self._told - self._begun + chunks > options.episode
-        if fresh:
+            raise InputError("the first batch of this data must have at least 1 chunk, got 0: nothing can be asked yet")
+        reset = options.episode is not None and self._told - self._begun + chunks > options.episode
+        if reset:
             self._begun = self._told
         first, self._told = self._told, self._told + chunks
         size = draws.between(*options.chunk_tokens)
         places = range(first, self._told)
         asked = [self._questions(stream) for stream in self._numbers]
         windows = self._windows(size) if options.window_tokens else None
-        self._turn += 1
+        self._step += 1
         written = [[self._chunk(stream, place, size) for place in places] for stream in self._numbers]
         sources = [[self._source(stream, place) for place in places] for stream in self._numbers]
-        return make_turn(written, sources, asked, size, windows, fresh=fresh)
+        return collate(written, sources, asked, size, windows, reset=reset)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"turn": self._turn, "told": self._told, "begun": self._begun}
+        return {"batch": self._step, "told": self._told, "begun": self._begun}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._turn, self._told, self._begun = state["turn"], state["told"], state["begun"]
+        self._step, self._told, self._begun = state["batch"], state["told"], state["begun"]
 
     def _source(self, stream: int, place: int) -> int:
         return self.kind << 60 | (stream + 1) << 32 | place
 
-    def _questions(self, stream: int) -> list[Text]:
-        options, draws = self.options, Draws(self._seed, "ages", stream, self._turn)
+    def _questions(self, stream: int) -> list[TextSample]:
+        options, draws = self.options, CounterRNG(self._seed, "ages", stream, self._step)
         oldest = min(options.max_age, self._told - self._begun - 1)
         ages = [0]
         while len(ages) < options.questions:
-            if draws.share() < options.uniform:
+            if draws.uniform() < options.uniform:
                 ages.append(draws.below(oldest + 1))
             else:
-                ages.append(min(oldest, int(-math.log(1 - draws.share()) * options.mean_age)))
+                ages.append(min(oldest, int(-math.log(1 - draws.uniform()) * options.mean_age)))
         return [self._question(stream, self._told - 1 - age, draws) for age in ages]
 
-    def _question(self, stream: int, place: int, draws: Draws) -> Text:
+    def _question(self, stream: int, place: int, draws: CounterRNG) -> TextSample:
         return self.ask(stream, place, self._source(stream, place), draws)
 
     def _chunk(self, stream: int, place: int, size: int) -> Tensor:
@@ -165,15 +165,15 @@ class GeneratedTurns(TurnSource):
         told = self.tell(stream, place)
         if len(told) > size:
             raise InputError(f"what is told has {len(told)} tokens and chunk_tokens is {size}: raise chunk_tokens")
-        draws = Draws(self._seed, "filler", stream, place)
+        draws = CounterRNG(self._seed, "filler", stream, place)
         filler = self._passage(place, size - len(told), draws)
         ends = torch.isin(filler, self._stops).nonzero()[:, 0] + 1
         cut = int(ends[draws.below(len(ends))]) if len(ends) else draws.below(len(filler) + 1)
         return torch.cat([filler[:cut], told, filler[cut:]])
 
-    def _passage(self, place: int, size: int, draws: Draws) -> Tensor:
+    def _passage(self, place: int, size: int, draws: CounterRNG) -> Tensor:
         """``[size]`` adjacent tokens of a document."""
-        choice = Draws(self._seed, "document", place // SAME_FILLER)
+        choice = CounterRNG(self._seed, "document", place // SAME_FILLER)
         for _ in range(2 * self._filler.count + 10):
             index = choice.below(self._filler.count)
             ids = self._cache.ids(index, self._filler[index])
@@ -188,7 +188,7 @@ class GeneratedTurns(TurnSource):
         past, texts = [], []
         for stream in self._numbers:
             places = range(self._told - count, self._told)
-            draws = Draws(self._seed, "window", stream, self._turn)
+            draws = CounterRNG(self._seed, "window", stream, self._step)
             past.append(torch.cat([self._chunk(stream, place, size) for place in places]))
             texts.append(self._question(stream, places[draws.below(count)], draws))
         return Windows(self.options.window_tokens, past, whole=False, texts=texts)

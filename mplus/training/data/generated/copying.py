@@ -1,4 +1,4 @@
-"""CopyingTurns: words without meaning are noted in running text, and are to be said again later."""
+"""CopyingBatches: words without meaning are noted in running text, and are to be said again later."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 from mplus.config import whole
 from mplus.errors import ConfigError
 from mplus.facts import words
-from mplus.training.data.collate import Text
-from mplus.training.data.counter_rng import Draws
-from mplus.training.data.generated.base import GeneratedOptions, GeneratedTurns
+from mplus.training.data.collate import TextSample
+from mplus.training.data.counter_rng import CounterRNG
+from mplus.training.data.generated.base import GeneratedBatches, GeneratedOptions
 from mplus.training.data.options import as_span, span
 from mplus.training.data.tokens import encode
 
@@ -39,7 +39,7 @@ class CopyingOptions(GeneratedOptions):
             )
 
 
-class CopyingTurns(GeneratedTurns):
+class CopyingBatches(GeneratedBatches):
     """``Note: WORDS.`` tells, ``Repeat: FIRST WORDS`` asks for the rest; words are drawn anew for every chunk."""
 
     Options = CopyingOptions
@@ -48,25 +48,25 @@ class CopyingTurns(GeneratedTurns):
 
     def note(self, stream: int, place: int) -> list[str]:
         """The words noted in a chunk."""
-        draws = Draws(self._seed, "words", stream, place)
+        draws = CounterRNG(self._seed, "words", stream, place)
         return [WORDS[draws.below(len(WORDS))] for _ in range(draws.between(*self.options.words))]
 
     def tell(self, stream: int, place: int) -> Tensor:
         return encode(self._tokenizer, f"{NOTE} {' '.join(self.note(stream, place))}.")
 
-    def ask(self, stream: int, place: int, about: int, draws: Draws) -> Text:
-        return self._text(self.note(stream, place), about)
+    def ask(self, stream: int, place: int, source: int, draws: CounterRNG) -> TextSample:
+        return self._text(self.note(stream, place), source)
 
     def longest(self) -> tuple[int, int]:
         word = max(WORDS, key=lambda word: len(encode(self._tokenizer, f"{NOTE} {word}")))
         most = [word] * self.options.words[1]
         return len(encode(self._tokenizer, f"{NOTE} {' '.join(most)}.")), len(self._text(most, 0).ids)
 
-    def _text(self, note: list[str], about: int) -> Text:
+    def _text(self, note: list[str], source: int) -> TextSample:
         cue = f"{REPEAT} {' '.join(note[: self.options.cue_words])}"
         ids = encode(self._tokenizer, f"{REPEAT} {' '.join(note)}.")
         given = shared(ids, encode(self._tokenizer, cue))
-        return Text(ids, about=about, given=given, seen=given, answer=(given, len(ids)))
+        return TextSample(ids, source=source, prompt_tokens=given, query_tokens=given, answer=(given, len(ids)))
 
 
 def shared(first: Tensor, second: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""RecallTurns: facts are told chunk by chunk, and asked for at chosen ages."""
+"""RecallBatches: facts are told chunk by chunk, and asked for at chosen ages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mplus.errors import ConfigError, InputError
 from mplus.facts import words
 from mplus.facts.episodes import Episode, draw_facts, make_episode
 from mplus.facts.language import Language
-from mplus.training.batch import IGNORED, NO_ONE, Turn, TurnSource
+from mplus.training.batch import IGNORE_INDEX, NO_SOURCE, Batch, BatchSource
 
 
 def _language(value: Any) -> Any:
@@ -30,8 +30,8 @@ class RecallOptions:
         chunk_tokens: tokens of a chunk; one sentence among fillers.
         tail: fillers at the end of a chunk, where its rows are made (K).
         episode: chunks a stream is told before it starts anew.
-        questions: R, questions per turn.
-        ages: which facts are asked for, by the chunks told since: "all" of the turn's own in order, "recent"
+        questions: R, questions per batch.
+        ages: which facts are asked for, by the chunks told since: "all" of the batch's own in order, "recent"
             (exponential), "uniform" over the episode, or "mixed" (half recent, half uniform). But for "all", the first
             question is about the newest chunk.
         mean_age: mean of the exponential, in chunks.
@@ -41,7 +41,7 @@ class RecallOptions:
         unknown: share of questions whose fact was not told; the answer is the word "unknown".
         held_out: tell of people never seen in training.
         name_labels: also predict the names in a question, which helps to get started.
-        window_tokens: tokens of plain text in front of a question in ``Turn.windows``; 0: no windows.
+        window_tokens: tokens of plain text in front of a question in ``Batch.windows``; 0: no windows.
     """
 
     language: Language = field(factory=Language, converter=_language)
@@ -73,8 +73,8 @@ class RecallOptions:
             )
 
 
-class RecallTurns(TurnSource):
-    """Streams of facts in the little language; see ``TurnSource``. Fresh whenever an episode is over."""
+class RecallBatches(BatchSource):
+    """Streams of facts in the little language; see ``BatchSource``. Fresh whenever an episode is over."""
 
     Options = RecallOptions
 
@@ -95,7 +95,7 @@ class RecallTurns(TurnSource):
         self._told = options.episode
         self._id = language.ids
 
-    def turn(self, chunks: int = 1, *, repeat: bool = False) -> Turn:
+    def next_batch(self, chunks: int = 1, *, repeat: bool = False) -> Batch:
         """Tell ``chunks`` facts and ask ``questions`` of them.
 
         Raises:
@@ -105,9 +105,9 @@ class RecallTurns(TurnSource):
         if repeat:
             raise InputError("data of kind 'recall' has no repeat task: take another objective")
         if not 1 <= chunks <= options.episode:
-            raise InputError(f"a turn of this data must have 1 to episode ({options.episode}) chunks, got {chunks}")
-        fresh = self._told + chunks > options.episode
-        if fresh:
+            raise InputError(f"a batch of this data must have 1 to episode ({options.episode}) chunks, got {chunks}")
+        reset = self._told + chunks > options.episode
+        if reset:
             self._begin()
         first, self._told = self._told, self._told + chunks
         ages = [self._ages(generator, chunks) for generator in self._generators]
@@ -116,18 +116,18 @@ class RecallTurns(TurnSource):
             for generator, episode, row in zip(self._generators, self._episodes, ages, strict=True)
         ]
         texts = torch.tensor([[self._text(fact, answer) for fact, _, answer in row] for row in asked])
-        labels, answers = self._labels(texts)
+        labels, answer_mask = self._labels(texts)
         windows: dict[str, Tensor] = {} if not options.window_tokens else self._windows()
-        return Turn(
+        return Batch(
             chunks=torch.stack([episode.chunks[first : self._told] for episode in self._episodes]),
             sources=torch.tensor([episode.facts[first : self._told] for episode in self._episodes]),
             texts=texts,
             labels=labels,
             mask=texts != self._id[words.PAD],
-            queries=torch.arange(texts.shape[2]).expand_as(texts) < 4,
-            about=torch.tensor([[about for _, about, _ in row] for row in asked]),
-            answers=answers,
-            fresh=fresh,
+            query_mask=torch.arange(texts.shape[2]).expand_as(texts) < 4,
+            text_sources=torch.tensor([[source for _, source, _ in row] for row in asked]),
+            answer_mask=answer_mask,
+            reset=reset,
             **windows,
         )
 
@@ -154,7 +154,7 @@ class RecallTurns(TurnSource):
         return [int(age) for age in ages]
 
     def _asked(self, generator: torch.Generator, episode: Episode, ages: list[int]) -> list[tuple[int, int, list[str]]]:
-        """For each age: the fact asked for, what it is about, and the words of the answer."""
+        """For each age: the fact asked for, its source, and the words of the answer."""
         language, found = self.options.language, []
         draws = (
             torch.rand(len(ages), 2, generator=generator).tolist() if self.options.unknown else [[1.0, 0.0]] * len(ages)
@@ -164,7 +164,7 @@ class RecallTurns(TurnSource):
             fact = episode.facts[place]
             if absent < self.options.unknown:
                 fact = self._untold(episode, int(which * language.facts))
-                found.append((fact, NO_ONE, [words.UNKNOWN]))
+                found.append((fact, NO_SOURCE, [words.UNKNOWN]))
             else:
                 found.append((fact, fact, language.value(fact, episode.values[place])))
         return found
@@ -186,11 +186,11 @@ class RecallTurns(TurnSource):
 
     def _labels(self, texts: Tensor) -> tuple[Tensor, Tensor]:
         """Labels and which of them are answers."""
-        answers = (torch.arange(texts.shape[2]) >= 4).expand_as(texts) & (texts != self._id[words.PAD])
+        answer_mask = (torch.arange(texts.shape[2]) >= 4).expand_as(texts) & (texts != self._id[words.PAD])
         named = torch.arange(texts.shape[2]).expand_as(texts) >= 2
-        labelled = answers | named if self.options.name_labels else answers
+        labelled = answer_mask | named if self.options.name_labels else answer_mask
         labelled = labelled & (texts != self._id[words.PAD])
-        return torch.where(labelled, texts, torch.full_like(texts, IGNORED)), answers
+        return torch.where(labelled, texts, torch.full_like(texts, IGNORE_INDEX)), answer_mask
 
     def _windows(self) -> dict[str, Tensor]:
         """The newest chunks of each stream as text, with a question about one of them."""
@@ -205,8 +205,8 @@ class RecallTurns(TurnSource):
         windows = torch.stack(rows)
         mask = windows != pad
         labels, _ = self._labels(windows[:, None, -4 - options.language.value_tokens :])
-        before = torch.full((len(rows), windows.shape[1] - labels.shape[2]), IGNORED)
-        labels = torch.cat([before, torch.where(self._answer_places(labels), labels[:, 0], IGNORED)], 1)
+        before = torch.full((len(rows), windows.shape[1] - labels.shape[2]), IGNORE_INDEX)
+        labels = torch.cat([before, torch.where(self._answer_places(labels), labels[:, 0], IGNORE_INDEX)], 1)
         return {"windows": windows, "window_labels": labels, "window_mask": mask}
 
     @staticmethod

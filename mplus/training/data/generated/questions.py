@@ -1,4 +1,4 @@
-"""QuestionTurns: facts about people are told in running text, and asked for later."""
+"""QuestionBatches: facts about people are told in running text, and asked for later."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mplus.config import flag
 from mplus.errors import ConfigError
 from mplus.facts import words
 from mplus.facts.language import HELD_OUT
-from mplus.training.batch import NO_ONE
-from mplus.training.data.collate import Text
-from mplus.training.data.counter_rng import Draws, permuted
-from mplus.training.data.generated.base import GeneratedOptions, GeneratedTurns
+from mplus.training.batch import NO_SOURCE
+from mplus.training.data.collate import TextSample
+from mplus.training.data.counter_rng import CounterRNG, permuted
+from mplus.training.data.generated.base import GeneratedBatches, GeneratedOptions
 from mplus.training.data.generated.copying import shared
 from mplus.training.data.options import share
 from mplus.training.data.tokens import encode
@@ -67,7 +67,7 @@ def people(*, held_out: bool) -> list[str]:
     ]
 
 
-class QuestionTurns(GeneratedTurns):
+class QuestionBatches(GeneratedBatches):
     """``The pet of Anna Bell is fox.`` tells in one of several ways, a question with its answer asks in another.
 
     A fact comes back, with a new value, only after all other facts about the people of this data set.
@@ -87,22 +87,22 @@ class QuestionTurns(GeneratedTurns):
         relation, person = divmod(permuted(place % count, count, self._seed, "facts", stream), len(self._people))
         key = list(RELATIONS)[relation]
         values = words.VALUES[key]
-        value = values[Draws(self._seed, "value", stream, place).below(len(values))]
+        value = values[CounterRNG(self._seed, "value", stream, place).below(len(values))]
         return RELATIONS[key], self._people[person], value
 
     def tell(self, stream: int, place: int) -> Tensor:
         relation, name, value = self.fact(stream, place)
-        template = STATEMENTS[Draws(self._seed, "statement", stream, place).below(len(STATEMENTS))]
+        template = STATEMENTS[CounterRNG(self._seed, "statement", stream, place).below(len(STATEMENTS))]
         return encode(self._tokenizer, template.format(relation=relation, name=name, value=value))
 
-    def ask(self, stream: int, place: int, about: int, draws: Draws) -> Text:
+    def ask(self, stream: int, place: int, source: int, draws: CounterRNG) -> TextSample:
         template = QUESTIONS[draws.below(len(QUESTIONS))]
         newest = self._told - 1
-        if place != newest and draws.share() < self.options.unknown:
+        if place != newest and draws.uniform() < self.options.unknown:
             ahead = 1 + draws.below(len(self._people) * len(RELATIONS) // 2 - 1)
             relation, name, _ = self.fact(stream, newest + ahead)
-            return self._text(template, relation, name, words.UNKNOWN, NO_ONE)
-        return self._text(template, *self.fact(stream, place), about)
+            return self._text(template, relation, name, words.UNKNOWN, NO_SOURCE)
+        return self._text(template, *self.fact(stream, place), source)
 
     def longest(self) -> tuple[int, int]:
         def size(text: str) -> int:
@@ -120,9 +120,9 @@ class QuestionTurns(GeneratedTurns):
         told, asked = filled[: len(RELATIONS)], filled[len(RELATIONS) :]
         return max(size(text) for row in told for text in row), max(size(text) for row in asked for text in row)
 
-    def _text(self, template: str, relation: str, name: str, value: str, about: int) -> Text:
+    def _text(self, template: str, relation: str, name: str, value: str, source: int) -> TextSample:
         before = template.partition(" {value}")[0].format(relation=relation, name=name)
         ids = encode(self._tokenizer, f"{before} {value}.")
         start, end = (shared(ids, encode(self._tokenizer, text)) for text in (before, f"{before} {value}"))
         given = 1 if self.options.label_question else start
-        return Text(ids, about=about, given=given, seen=start, answer=(start, end))
+        return TextSample(ids, source=source, prompt_tokens=given, query_tokens=start, answer=(start, end))

@@ -1,4 +1,4 @@
-"""DocumentTurns: documents, read on and on by persistent streams."""
+"""DocumentBatches: documents, read on and on by persistent streams."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from attrs import define, field
 
 from mplus.config import flag, whole
 from mplus.errors import CheckpointError, ConfigError, InputError
-from mplus.training.batch import Turn, TurnSource
-from mplus.training.data.buckets import Bin, as_bins
-from mplus.training.data.collate import Text, Windows, make_turn
-from mplus.training.data.counter_rng import Draws
+from mplus.training.batch import Batch, BatchSource
+from mplus.training.data.buckets import Bucket, as_buckets
+from mplus.training.data.collate import TextSample, Windows, collate
+from mplus.training.data.counter_rng import CounterRNG
 from mplus.training.data.documents import DocumentList, DocumentOptions, Documents, open_documents
-from mplus.training.data.iterator import Need, Passage, Walk
+from mplus.training.data.iterator import BatchShape, DocumentIterator, Passage
 from mplus.training.data.options import as_span, span, text
-from mplus.training.data.sampler import Order
+from mplus.training.data.sampler import DocumentSampler
 from mplus.training.data.tokens import TokenCache, encode
 
 
@@ -30,13 +30,13 @@ def _query_tokens(instance: Any, attribute: Any, value: Any) -> None:
 
 
 @define(frozen=True, kw_only=True)
-class DocumentTurnsOptions(DocumentOptions):
+class DocumentBatchesOptions(DocumentOptions):
     """Options of ``DocumentOptions`` and these. Lengths are tokens; a pair is ``[least, most]``.
 
     Attributes:
-        chunk_tokens: of a chunk; one length or a pair. All chunks of a turn are equally long.
+        chunk_tokens: of a chunk; one length or a pair. All chunks of a batch are equally long.
         target_tokens: of the text that follows the chunks; one length or a pair.
-        consecutive: go through every document turn by turn, so that the memory holds its past. False: every turn
+        consecutive: go through every document batch by batch, so that the memory holds its past. False: every batch
             takes new documents, the target from the end of one and the chunks from just before it (published).
         shuffle: take documents in random order, another in every pass.
         streams: deal the documents out to so many streams, those of all processes; None: every stream goes through
@@ -46,7 +46,7 @@ class DocumentTurnsOptions(DocumentOptions):
         query_tokens: first tokens of a text that retrieval sees; they are not predicted. "random": of each text
             another number of them, and all are predicted (released code). None: it sees all, also what is to be
             predicted.
-        window_tokens: of the plain text of ``Turn.windows``; 0: none.
+        window_tokens: of the plain text of ``Batch.windows``; 0: none.
         repeat_instruction: in front of a text that asks for the chunks themselves.
         repeat_cue: tokens after the instruction that are not predicted, as they say which text to repeat.
     """
@@ -57,7 +57,7 @@ class DocumentTurnsOptions(DocumentOptions):
     shuffle: bool = field(default=True, validator=flag)
     streams: int | None = field(default=None, validator=whole(1, optional=True))
     shuffle_block: int = field(default=1024, validator=whole(1))
-    bins: tuple[Bin, ...] = field(default=(), converter=as_bins)
+    bins: tuple[Bucket, ...] = field(default=(), converter=as_buckets)
     query_tokens: int | Literal["random"] | None = field(default=None, validator=_query_tokens)
     window_tokens: int = field(default=0, validator=whole(0))
     repeat_instruction: str = field(default="Repeat:", validator=text)
@@ -75,14 +75,14 @@ class DocumentTurnsOptions(DocumentOptions):
 
     @property
     def shortest(self) -> int:
-        """Documents of fewer tokens have no chunk and target even in a turn of the shortest ones."""
+        """Documents of fewer tokens have no chunk and target even in a batch of the shortest ones."""
         return self.chunk_tokens[0] + self.target_tokens[0]
 
 
-class DocumentTurns(TurnSource):
-    """Chunks of documents and the text that follows them; see ``TurnSource``. Streams are never fresh.
+class DocumentBatches(BatchSource):
+    """Chunks of documents and the text that follows them; see ``BatchSource``. Streams are never fresh.
 
-    A chunk's source is its document: its number, plus the number of documents for every pass before. A turn has one
+    A chunk's source is its document: its number, plus the number of documents for every pass before. A batch has one
     text. Documents without room for a chunk and a target are skipped and counted.
 
     Args:
@@ -98,11 +98,11 @@ class DocumentTurns(TurnSource):
         MissingDependencyError: a dataset, and ``datasets`` is not installed.
     """
 
-    Options = DocumentTurnsOptions
+    Options = DocumentBatchesOptions
 
     def __init__(
         self,
-        options: DocumentTurnsOptions,
+        options: DocumentBatchesOptions,
         *,
         tokenizer: Any,
         numbers: Sequence[int],
@@ -113,12 +113,12 @@ class DocumentTurns(TurnSource):
             raise ConfigError(f"streams must be above every stream's number ({max(numbers)}), got {options.streams}")
         self.options = options
         self._seed = seed
-        self._turn = 0
+        self._step = 0
         self._documents = open_documents(options) if documents is None else documents
         self._instruction = encode(tokenizer, options.repeat_instruction)
         cache = TokenCache(tokenizer)
         self._check_lengths(cache)
-        order = Order(
+        order = DocumentSampler(
             self._documents,
             seed=seed,
             shuffle=options.shuffle,
@@ -126,7 +126,9 @@ class DocumentTurns(TurnSource):
             block=options.shuffle_block,
         )
         self._order = order
-        self._walks = [Walk(number, order, cache, seed, options.shortest, options.bins) for number in numbers]
+        self._walks = [
+            DocumentIterator(number, order, cache, seed, options.shortest, options.bins) for number in numbers
+        ]
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -139,16 +141,18 @@ class DocumentTurns(TurnSource):
             total.update(walk.skipped)
         return dict(total)
 
-    def turn(self, chunks: int = 1, *, repeat: bool = False) -> Turn:
+    def next_batch(self, chunks: int = 1, *, repeat: bool = False) -> Batch:
         options = self.options
         if repeat and not chunks:
             raise InputError("the repeat task needs at least 1 chunk, got chunks=0")
-        draws = Draws(self._seed, "lengths", self._turn)  # the same for all streams, as their tensors are stacked
+        draws = CounterRNG(self._seed, "lengths", self._step)  # the same for all streams, as their tensors are stacked
         size, longest = draws.between(*options.chunk_tokens), options.target_tokens[1]
         most = draws.between(*options.target_tokens) if options.consecutive else longest
-        need = Need(chunks=chunks, chunk_tokens=size, target_tokens=(options.target_tokens[0], most), first=repeat)
+        need = BatchShape(
+            chunks=chunks, chunk_tokens=size, target_tokens=(options.target_tokens[0], most), first=repeat
+        )
         passages = [walk.follow(need) if options.consecutive else walk.sample(need) for walk in self._walks]
-        self._turn += 1
+        self._step += 1
         self._order.forget({walk.stream: walk.oldest for walk in self._walks})
         texts = [
             self._repeat(passage, longest) if repeat else self._continue(passage, walk.stream)
@@ -157,13 +161,13 @@ class DocumentTurns(TurnSource):
         windows = None
         if options.window_tokens:
             windows = Windows(options.window_tokens, [p.past for p in passages], whole=not repeat)
-        return make_turn(
+        return collate(
             [p.chunks for p in passages], [p.sources for p in passages], [[text] for text in texts], size, windows
         )
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "turn": self._turn,
+            "batch": self._step,
             "documents": self._documents.count,
             "streams": {walk.stream: walk.state() for walk in self._walks},
         }
@@ -181,7 +185,7 @@ class DocumentTurns(TurnSource):
         missing = [walk.stream for walk in self._walks if walk.stream not in streams]
         if missing:
             raise CheckpointError(f"the saved data position must have every stream, it lacks {missing}")
-        self._turn = state["turn"]
+        self._step = state["batch"]
         self._documents.count = saved if count is None else count
         for walk in self._walks:
             walk.restore(streams[walk.stream])
@@ -201,17 +205,17 @@ class DocumentTurns(TurnSource):
             f"{index + 1} has {longest}: give longer documents, or lower chunk_tokens or target_tokens"
         )
 
-    def _continue(self, passage: Passage, stream: int) -> Text:
+    def _continue(self, passage: Passage, stream: int) -> TextSample:
         """The target; its first token has nothing before it that would predict it."""
         seen = self.options.query_tokens
         if seen == "random":
-            drawn = Draws(self._seed, "queries", self._turn, stream).between(1, len(passage.target) - 1)
-            return Text(passage.target, about=passage.about, seen=drawn)
-        return Text(passage.target, about=passage.about, given=seen or 1, seen=seen)
+            drawn = CounterRNG(self._seed, "queries", self._step, stream).between(1, len(passage.target) - 1)
+            return TextSample(passage.target, source=passage.source, query_tokens=drawn)
+        return TextSample(passage.target, source=passage.source, prompt_tokens=seen or 1, query_tokens=seen)
 
-    def _repeat(self, passage: Passage, longest: int) -> Text:
+    def _repeat(self, passage: Passage, longest: int) -> TextSample:
         """The chunks of the last document in the passage, as far as a text may be long."""
-        count = sum(1 for source in passage.sources if source == passage.about)
+        count = sum(1 for source in passage.sources if source == passage.source)
         ids = torch.cat([self._instruction, *passage.chunks[len(passage.chunks) - count :]])[:longest]
         given = len(self._instruction) + self.options.repeat_cue
         if len(ids) <= given:
@@ -219,4 +223,4 @@ class DocumentTurns(TurnSource):
                 f"a text that asks for a repetition must have more than the {given} tokens of instruction and cue, "
                 f"got {len(ids)}: raise chunk_tokens or target_tokens, or lower repeat_cue"
             )
-        return Text(ids, about=passage.about, given=given, seen=given)
+        return TextSample(ids, source=passage.source, prompt_tokens=given, query_tokens=given)
