@@ -26,7 +26,7 @@ from mplus.facts.language import Language
 from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.mplus import MPlusMechanism
 from mplus.training.batched.stream_batch import StreamBatch
-from mplus.training.recipe.recipe import Recipe
+from mplus.training.recipe.parse import parse_recipe
 from tests.evaluation.bench import bench
 from tests.memory import tiny
 from tests.training.recipes import recipe
@@ -73,9 +73,9 @@ def test_a_recipe_is_refused_by_the_name_of_its_mechanism():
     with pytest.raises(
         ConfigError, match=f"^recipe 'tiny': memory: {NEVER_CALLED}.* Take one of the two, or train and measure"
     ):
-        Recipe.from_dict(recipe(memory__mechanism="diary"))
+        parse_recipe(recipe(memory__mechanism="diary"))
     with pytest.raises(UnknownNameError, match="mplus"):
-        Recipe.from_dict(recipe(memory__mechanism="mplsu"))
+        parse_recipe(recipe(memory__mechanism="mplsu"))
 
 
 def test_the_train_command_starts_nothing(tmp_path, monkeypatch):
@@ -143,16 +143,16 @@ IGNORED = [
 @pytest.mark.parametrize(("settings", "message"), IGNORED)
 def test_settings_that_training_would_ignore_are_refused(settings, message):
     with pytest.raises(ConfigError, match=rf"stages: 1 \(second\): long_term: .*{message}"):
-        Recipe.from_dict(recipe(**settings))
+        parse_recipe(recipe(**settings))
 
 
 @pytest.mark.parametrize("settings", [settings for settings, _ in IGNORED])
 def test_settings_of_long_term_memory_matter_to_streams_that_have_one_only(settings):
     changed = recipe(("stages.1.retriever_loss",), **settings, stages__1__long_term=False)
-    assert Recipe.from_dict(changed).memory.mechanism.name in {"mplus", "memoryllm"}
+    assert parse_recipe(changed).memory.mechanism.name in {"mplus", "memoryllm"}
     changed["validation"] = {"every_steps": 1, "long_term": True, "objectives": [{"name": "plain_lm", "data": "one"}]}
     with pytest.raises(ConfigError, match=r"validation: long_term: (eviction|options|mechanism) "):
-        Recipe.from_dict(changed)
+        parse_recipe(changed)
 
 
 def test_a_pool_filled_by_the_first_write_is_refused_everywhere():
@@ -162,7 +162,7 @@ def test_a_pool_filled_by_the_first_write_is_refused_everywhere():
         stages__1__long_term=False,
     )
     with pytest.raises(ConfigError, match=r"options of the mechanism 'memoryllm' must be left out .* tile_first=True"):
-        Recipe.from_dict(tiled)
+        parse_recipe(tiled)
 
 
 def test_a_decoder_without_long_term_memory_is_measured_without_it():

@@ -86,10 +86,6 @@ NOT_YET = {
         "mplus.memory.format.rules",
         "mplus.memory.state",
         "mplus.memory.texts",
-        "mplus.training.data.documents",
-        "mplus.training.data.hugging_face",
-        "mplus.training.recipe.recipe",
-        "mplus.training.recipe.checks",
     },
     "crowded folders": set(),
     "fields of M+'s state": {

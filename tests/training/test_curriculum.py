@@ -8,7 +8,7 @@ import torch
 
 from mplus.training.batch import Batch
 from mplus.training.curriculum import Curriculum
-from mplus.training.recipe.recipe import Recipe
+from mplus.training.recipe.parse import parse_recipe
 from tests.training.recipes import recipe
 
 
@@ -25,7 +25,7 @@ def stage_of(objectives, revisit=None, beside=()):
     table["data"]["one"] = {**table["data"]["many"], "window_tokens": 100}
     table["stages"][0]["objectives"] = [{"name": "plain_lm", "data": "many"}]
     table["stages"][1]["revisit"] = revisit
-    return Recipe.from_dict(table).stages[1]
+    return parse_recipe(table).stages[1]
 
 
 def batch(number, chunks):

@@ -9,14 +9,14 @@ import pytest
 
 from mplus.errors import ConfigError, UnknownNameError
 from mplus.training.recipe.files import FOLDER, differences, find_recipe, read_recipe, shipped_recipes
-from mplus.training.recipe.recipe import Recipe
+from mplus.training.recipe.parse import parse_recipe
 from tests.training.recipes import recipe
 
 
 def test_plain_data_reads_back_as_the_same_recipe():
-    made = Recipe.from_dict(recipe(validation={"every_steps": 5, "objectives": [{"name": "plain_lm", "data": "many"}]}))
+    made = parse_recipe(recipe(validation={"every_steps": 5, "objectives": [{"name": "plain_lm", "data": "many"}]}))
     plain = json.loads(json.dumps(made.to_dict()))
-    again = Recipe.from_dict(plain)
+    again = parse_recipe(plain)
     assert json.loads(json.dumps(again.to_dict())) == plain
     assert again == made
     assert made.stages[1].revisit.renew == 0.5
@@ -116,10 +116,10 @@ BAD = [
 @pytest.mark.parametrize(("settings", "message"), BAD, ids=range(len(BAD)))
 def test_what_a_recipe_may_not_say(settings, message):
     if message is None:
-        Recipe.from_dict(recipe(**settings))
+        parse_recipe(recipe(**settings))
         return
     with pytest.raises((ConfigError, UnknownNameError), match=message):
-        Recipe.from_dict(recipe(**settings))
+        parse_recipe(recipe(**settings))
 
 
 def test_a_frozen_decoder_needs_adapters():
@@ -130,19 +130,19 @@ def test_a_frozen_decoder_needs_adapters():
         memory__adapters=None,
     )
     with pytest.raises(ConfigError, match=r"parameters must be 'all' where memory.adapters is None, got 'adapters'"):
-        Recipe.from_dict(table)
+        parse_recipe(table)
 
 
 def test_bce_goes_with_a_score_between_0_and_1():
     table = recipe(stages__1__retriever_loss__kind="bce", memory__retriever__score="sigmoid_mean")
-    assert Recipe.from_dict(table).stages[1].retriever_loss.kind == "bce"
+    assert parse_recipe(table).stages[1].retriever_loss.kind == "bce"
 
 
 def test_metrics_that_a_stage_has_can_be_waited_for():
     for metric in ("recall_1", "retriever_loss", "accuracy"):
-        Recipe.from_dict(recipe(stages__1__until={"metric": metric, "at_least": 0.5, "window": 2}))
+        parse_recipe(recipe(stages__1__until={"metric": metric, "at_least": 0.5, "window": 2}))
     with pytest.raises(ConfigError, match=r"until.metric must be one of accuracy, loss, window_accuracy, window_loss"):
-        Recipe.from_dict(recipe(stages__0__until={"metric": "recall_1", "at_least": 0.5, "window": 2}))
+        parse_recipe(recipe(stages__0__until={"metric": "recall_1", "at_least": 0.5, "window": 2}))
 
 
 def test_settings_from_outside():

@@ -18,7 +18,8 @@ from mplus.training import train
 from mplus.training.batched.read import DenseDecoder
 from mplus.training.batched.selection import ScorePicker
 from mplus.training.batched.stream_batch import StreamBatch
-from mplus.training.data.documents import DocumentOptions, open_documents
+from mplus.training.data.documents import DocumentOptions
+from mplus.training.data.files import open_documents
 from mplus.training.objectives import OBJECTIVES
 from mplus.training.objectives.base import ObjectiveResult
 from mplus.training.objectives.multi_chunk import MultiChunk

@@ -15,7 +15,8 @@ from mplus.training.batch import Batch, BatchSource
 from mplus.training.data.buckets import Bucket, as_buckets
 from mplus.training.data.collate import TextSample, Windows, collate
 from mplus.training.data.counter_rng import CounterRNG
-from mplus.training.data.documents import DocumentList, DocumentOptions, Documents, open_documents
+from mplus.training.data.documents import DocumentList, DocumentOptions, Documents
+from mplus.training.data.files import open_documents
 from mplus.training.data.iterator import BatchShape, DocumentIterator, Passage
 from mplus.training.data.options import as_span, span, text
 from mplus.training.data.sampler import DocumentSampler

@@ -21,7 +21,7 @@ OBJECTIVES: Registry[Objective] = Registry(
         "multi_chunk": "mplus.training.objectives.multi_chunk:MultiChunk",
         "single_context": "mplus.training.objectives.single_context:SingleContext",
         "revisit": "mplus.training.objectives.revisit:Revisit",
-        "repeat": "mplus.training.objectives.repeat:Repeat",
+        "repeat": "mplus.training.objectives.single_context:Repeat",
         "window": "mplus.training.objectives.window:Window",
     },
 )

@@ -1,4 +1,4 @@
-"""Single context: written with gradient into the pool, read with all of memory."""
+"""Single context and repeat: chunks written with gradient into the pool, texts read with all of memory."""
 
 from __future__ import annotations
 
@@ -41,3 +41,13 @@ class SingleContext(Objective):
         streams.detach()
         write(streams, batch)
         return full_read(decoder, streams, batch, retriever_loss)
+
+
+class Repeat(SingleContext):
+    """As ``single_context``, with texts that ask for the chunks word by word (released code: 10 % of the samples).
+
+    Gradients: as ``single_context``. It pushes towards storage without loss.
+    """
+
+    name: ClassVar[str] = "repeat"
+    repeats: ClassVar[bool] = True

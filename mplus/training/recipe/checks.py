@@ -183,7 +183,7 @@ def _check_long_term(recipe: Recipe) -> None:
             "long_term must be false where memory.long_term_tokens is not a number of at least 1, got true and "
             f"{recipe.memory.long_term_tokens!r}"
         )
-    with at("long_term"):
+    with error_prefix("long_term"):
         check_semantics(recipe.memory, long_term=True)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from attrs import define
 
 from mplus.errors import ConfigError, UnknownNameError
+from mplus.training.recipe.parse import parse_recipe
 from mplus.training.recipe.recipe import Recipe
 from mplus.training.recipe.tables import error_prefix
 
@@ -91,7 +92,7 @@ def read_recipe(
     apply_settings(table, settings or {})
     if steps is not None:
         _cap_steps(table, steps)
-    return RecipeFile(Recipe.from_dict(table), text)
+    return RecipeFile(parse_recipe(table), text)
 
 
 def apply_settings(table: dict[str, Any], settings: Mapping[str, Any], remove: Iterable[str] = ()) -> None:

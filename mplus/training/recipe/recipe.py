@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import attrs
 from attrs import define, field
 
-from mplus.config import MPlusConfig, flag, number, one_of, options_of, structure, whole
+from mplus.config import MPlusConfig, flag, number, one_of, options_of, whole
 from mplus.errors import ConfigError
 from mplus.training.data.options import share, text
 from mplus.training.losses import RetrieverLoss
@@ -21,7 +21,6 @@ from mplus.training.recipe.tables import (
     ModelTable,
     NewTokenizer,
     Optimizer,
-    error_prefix,
     plain_name,
 )
 
@@ -194,27 +193,8 @@ class Recipe:
             return 0
         return sum(one.steps for one in self.stages[first:stage]) + stage_step
 
-    @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> Recipe:
-        """Build from plain data.
-
-        Raises:
-            ConfigError, UnknownNameError: a field, or fields together, break a rule; the message begins with the place.
-        """
-        from mplus.training.recipe.checks import check
-
-        with error_prefix(f"recipe {table.get('name', '?')!r}" if isinstance(table, Mapping) else "recipe"):
-            values = dict(table) if isinstance(table, Mapping) else table
-            for key, make in READERS.items():
-                if isinstance(values, dict) and values.get(key) is not None:
-                    with error_prefix(key):
-                        values[key] = make(values[key])
-            recipe = structure(cls, values)
-            check(recipe)
-        return recipe
-
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that ``from_dict`` reads back, with every default filled in but those of data and objectives."""
+        """Return plain data that ``parse_recipe`` reads back, with all defaults but those of data and objectives."""
         found: dict[str, Any] = attrs.asdict(self, recurse=False)
         for name in ("optimizer", "checkpoints", "metrics"):
             found[name] = attrs.asdict(found[name])
@@ -232,64 +212,3 @@ class Recipe:
 def _plain_steps(thing: Stage | Validation) -> dict[str, Any]:
     entries = [entry.to_dict() for entry in thing.objectives]
     return {**attrs.asdict(thing, filter=lambda attribute, _: attribute.name != "objectives"), "objectives": entries}
-
-
-def _tables(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Reads a list of tables; the place of one in it goes in front of an error."""
-
-    def read(values: Any) -> Any:
-        if not isinstance(values, list | tuple) or not values:
-            raise ConfigError(f"must be a list of at least one table, got {values!r}")
-        found = []
-        for place, value in enumerate(values):
-            named = f" ({value['name']})" if isinstance(value, Mapping) and "name" in value else ""
-            with error_prefix(f"{place}{named}"):
-                found.append(make(value))
-        return tuple(found)
-
-    return read
-
-
-def _with_objectives(cls: Any, **readers: Any) -> Callable[[Any], Any]:
-    readers = {"objectives": _tables(Entry.of), **readers}
-
-    def read(table: Any) -> Any:
-        values = dict(table) if isinstance(table, Mapping) else table
-        for key, make in readers.items():
-            if isinstance(values, dict) and values.get(key) is not None:
-                with error_prefix(key):
-                    values[key] = make(values[key])
-        return structure(cls, values)
-
-    return read
-
-
-def _table_of(cls: Any) -> Callable[[Any], Any]:
-    return lambda table: structure(cls, table)
-
-
-def _data(tables: Any) -> dict[str, DataSet]:
-    if not isinstance(tables, Mapping):
-        raise ConfigError(f"must be a table of data sets by name, got {tables!r}")
-    found = {}
-    for name, table in tables.items():
-        with error_prefix(name):
-            found[name] = DataSet.of(table)
-    return found
-
-
-READERS: dict[str, Callable[[Any], Any]] = {
-    "model": ModelTable.of,
-    "memory": MPlusConfig.from_dict,
-    "optimizer": _table_of(Optimizer),
-    "checkpoints": _table_of(Checkpoints),
-    "metrics": _table_of(Metrics),
-    "data": _data,
-    "stages": _tables(
-        _with_objectives(
-            Stage, revisit=_table_of(Revisit), retriever_loss=_table_of(RetrieverLoss), until=_table_of(Until)
-        )
-    ),
-    "validation": _with_objectives(Validation),
-}
-"""Readers of the tables of a recipe."""

@@ -16,7 +16,8 @@ from mplus.errors import ConfigError, InputError
 from mplus.training.batch import Batch, BatchSource
 from mplus.training.data.collate import TextSample, Windows, collate
 from mplus.training.data.counter_rng import CounterRNG
-from mplus.training.data.documents import DocumentList, DocumentOptions, open_documents
+from mplus.training.data.documents import DocumentList, DocumentOptions
+from mplus.training.data.files import open_documents
 from mplus.training.data.options import as_span, share, span
 from mplus.training.data.tokens import TokenCache
 
