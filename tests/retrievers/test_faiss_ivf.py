@@ -382,7 +382,7 @@ class TestIndex:
 
 def test_without_faiss_its_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    for name in ("faiss_ivf", "shelf", "ivf"):
+    for name in ("faiss_ivf", "index_cache", "ivf"):
         monkeypatch.delitem(sys.modules, f"mplus.retrievers.{name}")
     registry = Registry(
         "retriever",

@@ -220,7 +220,7 @@ def test_an_interrupt_before_any_line_leaves_memory_and_directory_agreed(tmp_pat
     changes = [lambda: memory.write(chunk(3), source="b"), lambda: memory.forget("b"), memory.checkpoint]
     for change in changes:
         prepare = lambda: memory.write(chunk(7), source="b")  # noqa: E731
-        for place in interrupted_everywhere(prepare, change, "mplus/memory/durable", most=75 if NIGHTLY else 20):
+        for place in interrupted_everywhere(prepare, change, "mplus/memory/directory", most=75 if NIGHTLY else 20):
             interrupts += 1
             assert memory.directory.failed is None, place
             assert difference(content(reopened(tmp_path, MODEL)), content(memory)) == [], place

@@ -90,7 +90,8 @@ def generation(name: str, memory: mplus.Memory) -> list[Any]:
 CHILD = """
 import json, sys
 import mplus
-from tests.memory import test_files, tiny
+from tests.memory import tiny
+from tests.memory.format import test_files
 told = {}
 for name in tiny.VARIANTS:
     memory = mplus.Memory.load(f"{sys.argv[1]}/{name}", tiny.variant(name))
