@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from tests.helpers.architectures import BY_NAME, HYBRIDS, PURE, VOCAB_SIZE, WINDOW, Architecture, every
-from tests.references import attention_oracle as oracle
+from benchmarks.quality.architectures import oracle
+from benchmarks.quality.architectures.decoders import BY_NAME, HYBRIDS, PURE, VOCAB_SIZE, WINDOW, Architecture
+from tests.helpers.architectures import every
 from tests.references.llama import LlamaReference
 
 if TYPE_CHECKING:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.quality import architectures_table
+from benchmarks.pages import architectures as page
+from benchmarks.quality.architectures.comparisons import HYBRID_TOLERANCE, SEARCHES, TOLERANCE
+from benchmarks.quality.architectures.decoders import ARCHITECTURES, BY_NAME
+from benchmarks.quality.architectures.measure import COLUMNS
 from benchmarks.records import load
-from tests.helpers.architectures import ARCHITECTURES, BY_NAME
-from tests.helpers.comparisons import HYBRID_TOLERANCE, SEARCHES, TOLERANCE
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def record() -> dict[str, dict[str, dict[str, dict[str, object]]]]:
 
 
 def test_the_page_is_rendered_from_the_record(record: dict[str, dict[str, dict[str, dict[str, object]]]]) -> None:
-    assert architectures_table.render(record) == architectures_table.PAGE.read_text(encoding="utf-8")
+    assert page.render(record) == page.PAGE.read_text(encoding="utf-8"), "run: python -m benchmarks.pages.architectures"
 
 
 def test_the_record_is_complete_and_within_the_tolerances(
@@ -31,5 +32,5 @@ def test_the_record_is_complete_and_within_the_tolerances(
             if architecture.refused is not None:
                 continue
             allowed = HYBRID_TOLERANCE if architecture.hybrid else TOLERANCE
-            assert all(row[column] is None or row[column] <= allowed for column in architectures_table.COLUMNS), name
+            assert all(row[column] is None or row[column] <= allowed for column in COLUMNS), name
             assert row["generate"] == (sorted(SEARCHES) if architecture.stable_cache else None)

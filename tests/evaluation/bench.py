@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 
+from benchmarks.quality.architectures.decoders import VOCAB_SIZE
 from mplus.evaluation.arms.base import Bench
 from mplus.evaluation.generating import Generation
 from mplus.evaluation.texts import Texts
 from tests.evaluation.data import WordTokenizer
-from tests.helpers.architectures import VOCAB_SIZE
 from tests.memory.tiny import build
 
 CHUNK = 16

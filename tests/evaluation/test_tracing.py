@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from benchmarks.quality.architectures.decoders import BY_NAME
 from mplus.errors import ConfigError, InputError, NotSupported
 from mplus.evaluation.abstention import FEATURES, abstention, attention_mass, features
 from mplus.evaluation.arms.base import Due
@@ -19,7 +20,6 @@ from mplus.evaluation.tracing import Rows, WatchingMechanism, count_rows, scores
 from mplus.hf.reading.override import reading_as
 from tests.evaluation import data
 from tests.evaluation.bench import CHUNK, SmallTokenizer, bench, model
-from tests.helpers.architectures import BY_NAME
 from tests.memory.tiny import K0, SIZES, build, prompts, written
 
 pytestmark = pytest.mark.two_computations

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.quality.architectures import oracle
+from benchmarks.quality.architectures.decoders import BY_NAME, VOCAB_SIZE
 from mplus.testing.rounding import InFloat64, allowed
-from tests.helpers.architectures import BY_NAME, REPRESENTATIVE, VOCAB_SIZE
-from tests.references import attention_oracle as oracle
+from tests.helpers.architectures import REPRESENTATIVE
 
 if TYPE_CHECKING:
     from torch import Tensor

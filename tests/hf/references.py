@@ -10,13 +10,13 @@ from attrs import evolve
 from peft import LoraConfig, inject_adapter_in_model
 from transformers.pytorch_utils import Conv1D
 
+from benchmarks.quality.architectures.decoders import VOCAB_SIZE
 from mplus.hf.reading.forward import generating
 from mplus.hf.reading.reading import Reading
 from mplus.memory.state import StreamView
 from mplus.rows import MemoryRows
 from mplus.stores.ram import RamStore
 from tests.helpers import noise
-from tests.helpers.architectures import VOCAB_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

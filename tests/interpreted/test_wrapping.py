@@ -9,12 +9,12 @@ import torch
 
 pytest.importorskip("triton")
 
+from benchmarks.quality.architectures.decoders import BY_NAME
+from benchmarks.quality.architectures.retrofitted import retrofit
 from mplus.backends import BACKENDS
 from mplus.backends.triton.backend import TritonBackend
 from mplus.backends.triton.gather import gather_rotated, reasons_against_gathering
 from mplus.hf.retrofit import projection
-from tests.helpers.architectures import BY_NAME
-from tests.helpers.retrofitted import retrofit
 from tests.hf.references import ids, stir
 
 

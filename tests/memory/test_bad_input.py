@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import mplus
+from benchmarks.quality.architectures.decoders import BY_NAME, VOCAB_SIZE
 from mplus.errors import (
     ConfigError,
     InputError,
@@ -20,7 +21,6 @@ from mplus.errors import (
     UnknownNameError,
 )
 from mplus.stores import STORES
-from tests.helpers.architectures import BY_NAME, VOCAB_SIZE
 from tests.memory import tiny
 
 if TYPE_CHECKING:

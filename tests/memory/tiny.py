@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import mplus
+from benchmarks.quality.architectures.decoders import BY_NAME, VOCAB_SIZE
 from mplus.hf.reading.override import reading_as
 from mplus.testing.rounding import InFloat64, allowed
-from tests.helpers.architectures import BY_NAME, VOCAB_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,12 +11,12 @@ import pytest
 import torch
 from peft.utils.hotswap import hotswap_adapter
 
+from benchmarks.quality.architectures.comparisons import TOLERANCE, error
 from mplus.errors import MemoryMismatchError
 from mplus.hf.adapters.tensor_group import TensorGroup
 from mplus.hf.model.static_reader import StaticReader
 from mplus.hf.pretrained.shipped import load_decoder
 from mplus.memory import Memory
-from tests.helpers.comparisons import TOLERANCE, error
 from tests.hf.adapters.adapter_sets import (
     ASKED,
     QKV,

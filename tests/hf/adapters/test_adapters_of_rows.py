@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from benchmarks.quality.architectures.comparisons import TOLERANCE, error
 from mplus.errors import MemoryMismatchError, NotSupported
 from mplus.memory import Memory
-from tests.helpers.comparisons import TOLERANCE, error
 from tests.hf.adapters.adapter_sets import (
     ASKED,
     TEXT,

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 import mplus
+from benchmarks.quality.architectures import oracle
+from benchmarks.quality.architectures.decoders import BY_NAME
+from benchmarks.quality.architectures.retrofitted import CHUNK, K, Pair, config_for, retrofit
 from mplus.errors import ConfigError, NotSupported
-from tests.helpers.architectures import BY_NAME
-from tests.helpers.retrofitted import CHUNK, K, Pair, config_for, retrofit
 from tests.hf.references import TOLERANCE, error, ids, injected, merged, stir, write_and_read
-from tests.references import attention_oracle as oracle
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 import mplus
+from benchmarks.quality.architectures.decoders import BY_NAME
+from benchmarks.quality.architectures.retrofitted import CHUNK, config_for, retrofit
 from mplus.hf.adapters.names import is_addition
-from tests.helpers.architectures import BY_NAME
-from tests.helpers.retrofitted import CHUNK, config_for, retrofit
 from tests.hf.references import ids, stir, write_and_read
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import mplus
-from tests.helpers.architectures import Architecture
-from tests.helpers.retrofitted import CHUNK, K, config_for
+from benchmarks.quality.architectures import oracle
+from benchmarks.quality.architectures.decoders import Architecture
+from benchmarks.quality.architectures.retrofitted import CHUNK, K, config_for
 from tests.hf.references import error, ids, merged, stir
-from tests.references import attention_oracle as oracle
 
 pytest.importorskip("bitsandbytes")
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import CompileConfig
 
-from tests.helpers.architectures import BY_NAME, Architecture
-from tests.helpers.retrofitted import CHUNK, Pair, retrofit
+from benchmarks.quality.architectures import oracle
+from benchmarks.quality.architectures.decoders import BY_NAME, Architecture
+from benchmarks.quality.architectures.retrofitted import CHUNK, Pair, retrofit
 from tests.hf.references import TOLERANCE, error, ids, merged, stir
-from tests.references import attention_oracle as oracle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mplus
+from benchmarks.quality.architectures.decoders import BY_NAME
+from benchmarks.quality.architectures.retrofitted import CHUNK, config_for, retrofit
 from mplus.hf.adapters.names import is_addition
 from mplus.hf.pretrained.save import load_additions
-from tests.helpers.architectures import BY_NAME
-from tests.helpers.retrofitted import CHUNK, config_for, retrofit
 from tests.hf.references import TOLERANCE, aligned, error, ids, stir
 
 pytestmark = pytest.mark.two_computations

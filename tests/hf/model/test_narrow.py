@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 import mplus
 import mplus.hf
+from benchmarks.quality.architectures.decoders import ARCHITECTURES, BY_NAME
+from benchmarks.quality.architectures.retrofitted import config_for
 from mplus.errors import NotSupported
 from mplus.hf.model import rounding
 from mplus.hf.model.self_check import self_check
 from mplus.hf.pretrained.shipped import RECALL_TINY, STORIES260K
 from mplus.hf.retrofit.hooks import AttentionHook, Retrofit
 from mplus.hf.retrofit.positions import MemoryPositions
-from tests.helpers.architectures import ARCHITECTURES, BY_NAME
-from tests.helpers.retrofitted import config_for
 from tests.hf.references import ids
 
 NARROW = (torch.bfloat16, torch.float16)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import mplus
+from benchmarks.quality.architectures.decoders import BY_NAME
 from mplus.errors import InputError, MemoryMismatchError, NotSupported
-from tests.helpers.architectures import BY_NAME
 from tests.memory import tiny
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import mplus
+from benchmarks.quality.architectures.decoders import BY_NAME, VOCAB_SIZE
 from mplus.config import PUBLISHED
 from mplus.errors import ConfigError, MemorySizeWarning
 from mplus.hf.model.sizes import Room, resolve
 from mplus.hf.pretrained.shipped import load_decoder
 from mplus.hf.retrofit.positions import MemoryPositions
-from tests.helpers.architectures import BY_NAME, VOCAB_SIZE
 from tests.hf.references import ids
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import mplus
+from benchmarks.quality.architectures.decoders import BY_NAME
+from benchmarks.quality.architectures.retrofitted import Pair, retrofit
 from mplus.errors import InputError, MemoryMismatchError, NotSupported
 from mplus.hf.model.static_reader import StaticReader
-from tests.helpers.architectures import BY_NAME
-from tests.helpers.retrofitted import Pair, retrofit
 from tests.hf.references import TOLERANCE, error, ids, stir
 
 if TYPE_CHECKING:

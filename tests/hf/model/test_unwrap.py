@@ -12,9 +12,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import mplus
+from benchmarks.quality.architectures.decoders import BY_NAME, HYBRIDS, PURE, Architecture
+from benchmarks.quality.architectures.retrofitted import config_for, retrofit
 from mplus.errors import ConfigError, MemoryMismatchError, NotSupported, UnknownNameError
-from tests.helpers.architectures import BY_NAME, HYBRIDS, PURE, Architecture, every
-from tests.helpers.retrofitted import config_for, retrofit
+from tests.helpers.architectures import every
 from tests.hf.references import ids
 
 TEXT = ids(1, 9)

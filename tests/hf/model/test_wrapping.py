@@ -10,13 +10,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlamaForCausalLM
 
 import mplus
+from benchmarks.quality.architectures.decoders import BY_NAME, VOCAB_SIZE
+from benchmarks.quality.architectures.retrofitted import SIZES
 from mplus.errors import CheckpointError, NotSupported
 from mplus.hf.model.begin_rows import begin_rows
 from mplus.hf.model.self_check import Check
 from mplus.hf.model.wrapping import _refusal
 from mplus.hf.retrofit.discovery import discover
-from tests.helpers.architectures import BY_NAME, VOCAB_SIZE
-from tests.helpers.retrofitted import SIZES
 from tests.hf.references import error, ids
 
 TINY: dict[str, Any] = {

@@ -18,10 +18,10 @@ from transformers import (
 )
 
 import mplus
+from benchmarks.quality.architectures.decoders import BY_NAME, VOCAB_SIZE
+from benchmarks.quality.architectures.retrofitted import CHUNK, config_for, retrofit
 from mplus.errors import CheckpointError
 from mplus.hf import MPlusModelConfig
-from tests.helpers.architectures import BY_NAME, VOCAB_SIZE
-from tests.helpers.retrofitted import CHUNK, config_for, retrofit
 from tests.hf.references import ids, stir
 
 TEXT = ids(1, 9)

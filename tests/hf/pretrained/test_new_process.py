@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import mplus
-from tests.helpers.architectures import BY_NAME
-from tests.helpers.retrofitted import CHUNK, retrofit
+from benchmarks.quality.architectures.decoders import BY_NAME
+from benchmarks.quality.architectures.retrofitted import CHUNK, retrofit
 from tests.hf.references import TOLERANCE, error, ids, stir
 
 pytestmark = pytest.mark.two_computations

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import mplus
+from benchmarks.quality.architectures.decoders import BY_NAME
+from benchmarks.quality.architectures.retrofitted import CHUNK, config_for, retrofit
 from mplus.errors import MemoryMismatchError
 from mplus.hf.retrofit.context import MemoryLayer
-from tests.helpers.architectures import BY_NAME
-from tests.helpers.retrofitted import CHUNK, config_for, retrofit
 from tests.hf.references import error, ids, stir
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mplus
+from benchmarks.quality.architectures.decoders import BY_NAME
+from benchmarks.quality.architectures.retrofitted import CHUNK, config_for, retrofit
 from mplus.errors import CheckpointError, NotSupported
 from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
-from tests.helpers.architectures import BY_NAME
-from tests.helpers.retrofitted import CHUNK, config_for, retrofit
 from tests.hf.references import TOLERANCE, aligned, error, ids, stir
 
 TEXT = ids(1, 9)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from benchmarks.quality.architectures import oracle
+from benchmarks.quality.architectures.decoders import BY_NAME
+from benchmarks.quality.architectures.retrofitted import Pair, retrofit
 from mplus.errors import MemoryMismatchError
 from mplus.hf.reading.retrieved_sources import retrieved_sources
-from tests.helpers.architectures import BY_NAME
-from tests.helpers.retrofitted import Pair, retrofit
 from tests.hf.references import TOLERANCE, error, ids, merged, stir
-from tests.references import attention_oracle as oracle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

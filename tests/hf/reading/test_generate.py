@@ -13,11 +13,11 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from benchmarks.quality.architectures import oracle
+from benchmarks.quality.architectures.decoders import BY_NAME
+from benchmarks.quality.architectures.retrofitted import SIZES, Pair, retrofit
 from mplus.errors import ConfigError, MemoryMismatchError, NotSupported
-from tests.helpers.architectures import BY_NAME
-from tests.helpers.retrofitted import SIZES, Pair, retrofit
 from tests.hf.references import TOLERANCE, error, ids, merged, stir
-from tests.references import attention_oracle as oracle
 
 if TYPE_CHECKING:
     from torch import Tensor

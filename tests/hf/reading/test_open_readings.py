@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import GenerationConfig, Trainer, TrainingArguments, pipeline
 
 import mplus
+from benchmarks.quality.architectures.decoders import BY_NAME
+from benchmarks.quality.architectures.retrofitted import retrofit
 from mplus.errors import ConfigError, MemoryMismatchError, NotSupported
 from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
-from tests.helpers.architectures import BY_NAME
-from tests.helpers.retrofitted import retrofit
 from tests.hf.references import TOLERANCE, error, ids
 
 pytestmark = pytest.mark.two_computations

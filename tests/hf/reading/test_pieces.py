@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import mplus
+from benchmarks.quality.architectures.decoders import BY_NAME
+from benchmarks.quality.architectures.retrofitted import SIZES, Pair, retrofit
 from mplus.errors import ConfigError, InputError, NotSupported
 from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
-from tests.helpers.architectures import BY_NAME
-from tests.helpers.retrofitted import SIZES, Pair, retrofit
 from tests.hf.reading.test_query_tokens import padded
 from tests.hf.references import TOLERANCE, error, ids, stir
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from benchmarks.quality.architectures import oracle
+from benchmarks.quality.architectures.decoders import BOS, BY_NAME
+from benchmarks.quality.architectures.retrofitted import Pair, retrofit
 from mplus.errors import ArgumentError, ConfigError, InputError
 from mplus.hf.reading.query_tokens import without_padding
-from tests.helpers.architectures import BOS, BY_NAME
-from tests.helpers.retrofitted import Pair, retrofit
 from tests.hf.references import TOLERANCE, error, ids, merged, stir
-from tests.references import attention_oracle as oracle
 
 pytestmark = pytest.mark.two_computations
 

@@ -8,20 +8,13 @@ import pytest
 import torch
 
 import mplus
+from benchmarks.quality.architectures import comparisons
+from benchmarks.quality.architectures.comparisons import SEARCHES, WRITTEN
+from benchmarks.quality.architectures.decoders import BY_NAME, HYBRIDS, PURE, REFUSED, Architecture
+from benchmarks.quality.architectures.retrofitted import CHUNK, K, Pair, config_for, retrofit
 from mplus.errors import NotSupported
-from tests.helpers import comparisons, noise
-from tests.helpers.architectures import (
-    BY_NAME,
-    HYBRIDS,
-    PURE,
-    REFUSED,
-    Architecture,
-    every,
-    every_variant,
-    every_variant_with,
-)
-from tests.helpers.comparisons import SEARCHES, WRITTEN
-from tests.helpers.retrofitted import CHUNK, K, Pair, config_for, retrofit
+from tests.helpers import noise
+from tests.helpers.architectures import every, every_variant, every_variant_with
 
 pytestmark = pytest.mark.two_computations
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import mplus
+from benchmarks.quality.architectures.decoders import ARCHITECTURES, BY_NAME, Architecture
+from benchmarks.quality.architectures.retrofitted import CHUNK, SIZES, config_for, retrofit
 from mplus.errors import MemoryMismatchError, NotSupported
 from mplus.hf.retrofit.attention_probe import OwnAttention
 from mplus.retrievers.attention import AttentionRetriever
 from mplus.retrievers.base import RetrieverShape
-from tests.helpers.architectures import ARCHITECTURES, BY_NAME, Architecture
-from tests.helpers.retrofitted import CHUNK, SIZES, config_for, retrofit
 from tests.hf.references import ids, stir
 
 if TYPE_CHECKING:

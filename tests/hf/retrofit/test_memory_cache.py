@@ -12,12 +12,12 @@ from hypothesis import given
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from benchmarks.quality.architectures.decoders import BY_NAME
+from benchmarks.quality.architectures.retrofitted import retrofit
 from mplus.backends import BACKENDS
 from mplus.backends.base import AttentionRequest, Segment
 from mplus.hf.retrofit import memory_cache
 from mplus.hf.retrofit.memory_cache import MemoryCacheLayer, memory_in_cache
-from tests.helpers.architectures import BY_NAME
-from tests.helpers.retrofitted import retrofit
 from tests.hf.references import TOLERANCE, error, ids, stir
 
 pytestmark = pytest.mark.two_computations

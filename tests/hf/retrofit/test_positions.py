@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.quality.architectures import oracle as attention_oracle
+from benchmarks.quality.architectures.comparisons import error
+from benchmarks.quality.architectures.decoders import BY_NAME
+from benchmarks.quality.architectures.retrofitted import retrofit
 from mplus.hf.retrofit.positions import MemoryPositions
 from tests.helpers import noise
-from tests.helpers.architectures import BY_NAME
-from tests.helpers.comparisons import error
-from tests.helpers.retrofitted import retrofit
-from tests.references import attention_oracle
 
 pytestmark = pytest.mark.two_computations
 

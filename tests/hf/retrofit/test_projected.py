@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import mplus
+from benchmarks.quality.architectures.comparisons import TOLERANCE, error
+from benchmarks.quality.architectures.decoders import BY_NAME
+from benchmarks.quality.architectures.retrofitted import CHUNK, K, Pair, retrofit
 from mplus.errors import ConfigError, InputError, MemoryMismatchError, NotSupported
 from mplus.hf.retrofit.hooks import Retrofit
 from mplus.hf.retrofit.projection import Projection
-from tests.helpers.architectures import BY_NAME
-from tests.helpers.comparisons import TOLERANCE, error
-from tests.helpers.retrofitted import CHUNK, K, Pair, retrofit
 
 pytestmark = pytest.mark.two_computations
 

@@ -1,7 +1,7 @@
 """What is measured on every architecture: errors of a retrofitted decoder against the oracle, or against itself.
 
 Each function returns the largest absolute error between logits or rows of standard deviation one to three in float32;
-`tests/hf/retrofit/test_architectures.py` asserts on them and `benchmarks/quality/architectures_table.py` prints them.
+`measure.py` records them, and `tests/hf/retrofit/test_architectures.py` asserts on them.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.quality.architectures import oracle
+from benchmarks.quality.architectures.retrofitted import K, Pair
 from mplus.hf.reading.override import reading_as
-from tests.helpers.retrofitted import K, Pair
-from tests.references import attention_oracle as oracle
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tests.helpers.architectures import Architecture
+    from benchmarks.quality.architectures.decoders import Architecture
 
 TOLERANCE = 2e-5
 HYBRID_TOLERANCE = 1e-4
@@ -66,7 +66,7 @@ def write(pair: Pair, tokens: int, chunks: int) -> float:
     memory = pair.memory(chunks=chunks) if chunks else pair.new_memory()
     (state,) = memory.states
     ids = pair.text(tokens)
-    context = [rows.hidden[-K:] for rows in state.stm]
+    context = [rows.need_hidden()[-K:] for rows in state.stm]
     expected = oracle.write(pair.plain, ids, pair.begin, context, mark=pair.mark, k=K)
     pair.forget_longest_sequence()
     made = memory.engine.encode([state], ids)
@@ -107,7 +107,7 @@ def greedy_generation(pair: Pair) -> bool:
     (view,) = memory.snapshot()
     ids = pair.text(8)
     expected = oracle.generate_greedy(pair.plain, ids, _stm_rows(pair, view), 6)
-    return pair.wrapped.generate(ids, memory=memory, max_new_tokens=6).tolist() == expected.tolist()
+    return bool(pair.wrapped.generate(ids, memory=memory, max_new_tokens=6).tolist() == expected.tolist())
 
 
 def generation(pair: Pair, search: str) -> bool:

@@ -1,77 +1,19 @@
-"""Measure every architecture and write the table in the docs.
-
-python -m benchmarks.quality.architectures_table measure    # adds this environment's transformers to the record
-python -m benchmarks.quality.architectures_table render     # writes docs/architectures.md from the record
-"""
+"""Write ``docs/architectures.md``, the table of decoders that can carry a memory, from its record."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from transformers import __version__ as transformers_version
-
-import mplus
-from benchmarks.records import ROOT, load, record_path, write
-from mplus.environment import run_info
-from mplus.errors import NotSupported
-from tests.helpers import comparisons
-from tests.helpers.architectures import ARCHITECTURES, Architecture
-from tests.helpers.retrofitted import CHUNK, K, config_for, retrofit
+from benchmarks.quality.architectures.decoders import ARCHITECTURES
+from benchmarks.quality.architectures.measure import COLUMNS
+from benchmarks.records import ROOT, load
 
 PAGE = ROOT / "docs" / "architectures.md"
-COLUMNS = ("read", "retrieve", "step", "write", "rows")
 
 
-def measure(architecture: Architecture) -> dict[str, Any]:
-    """Errors of one architecture: the worst over its attention implementations and, for writes, chunk sizes."""
-    if architecture.refused is not None:
-        try:
-            mplus.wrap(architecture.build(), config_for(architecture))
-        except NotSupported as reason:
-            return {"refused": str(reason)}
-        raise SystemExit(f"{architecture.name} should have been refused")
-    row: dict[str, Any] = {"moved": None, **dict.fromkeys(COLUMNS), "generate": [], "implementations": []}
-    for implementation in architecture.implementations:
-        pair = retrofit(architecture, implementation)
-        found = pair.wrapped.mplus_engine.retrofit
-        row["technique"] = found.technique
-        row["positions"] = "offset" if found.positions.offset else found.positions.layout
-        row["implementations"].append(implementation)
-        projection = pair.wrapped.mplus_engine.projection
-        row["hidden_only"] = projection if isinstance(projection, str) else None
-        _measure(architecture, pair, row)
-    row["generate"] = sorted(set.intersection(*map(set, row["generate"]))) if row["generate"] else None
-    return row
-
-
-def _measure(architecture: Architecture, pair: Any, row: dict[str, Any]) -> None:
-    def worst(column: str, value: float) -> None:
-        row[column] = value if row[column] is None else max(row[column], value)
-
-    if architecture.hybrid:
-        worst("read", comparisons.techniques(pair))
-    else:
-        found, moved = comparisons.stm_read(pair)
-        worst("read", found)
-        row["moved"] = round(moved if row["moved"] is None else min(row["moved"], moved), 2)
-        pair.forget_longest_sequence()
-        worst("retrieve", comparisons.retrieval_read(pair))
-        for tokens in (CHUNK, K, K - 1, 1):
-            for chunks in (0, 1, 3):
-                pair.forget_longest_sequence()
-                worst("write", comparisons.write(pair, tokens, chunks))
-    if architecture.stable_cache:
-        worst("step", comparisons.steps(architecture, pair))
-        searches = [search for search in comparisons.SEARCHES if comparisons.generation(pair, search)]
-        row["generate"].append(searches)
-    if architecture.positions != "offset":
-        worst("rows", comparisons.padded_batch(pair))
-
-
-def render(record: dict[str, Any]) -> str:
-    """The docs page."""
+def render(record: Mapping[str, Any]) -> str:
+    """Return the page."""
     newest = max(record, key=lambda v: tuple(map(int, v.split(".")[:3])))
     run = record[newest]
     lines = [
@@ -149,19 +91,5 @@ NOTES = """
 """
 
 
-def main(command: str) -> None:
-    """Run one of the two commands."""
-    record = load("quality", "architectures")
-    if command == "measure":
-        with torch.no_grad():
-            rows = {architecture.name: measure(architecture) for architecture in ARCHITECTURES}
-        record[transformers_version] = {**run_info(), "rows": rows}
-        write(record_path("quality", "architectures"), record)
-    elif command == "render":
-        PAGE.write_text(render(record), encoding="utf-8")
-    else:
-        raise SystemExit(__doc__)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) == 2 else "")
+    PAGE.write_text(render(load("quality", "architectures")), encoding="utf-8")

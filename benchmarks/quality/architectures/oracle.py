@@ -129,7 +129,7 @@ def _run(
         mark: added to the last ``marked`` rows of every layer's input.
         place: positions of the placeholders, relative to the text.
     """
-    if model.config._attn_implementation != "eager":
+    if model.config._attn_implementation != "eager":  # noqa: SLF001 - transformers says it nowhere else
         raise ValueError("the oracle rewrites attention masks, which needs a model with attn_implementation='eager'")
     outputs: list[Tensor] = []
 
@@ -200,7 +200,7 @@ def _attention_input(layer: nn.Module, call: BoundArguments) -> Tensor:
     try:
         layer.forward(*call.args, **call.kwargs)
     except _AttentionReachedError as reached:
-        return reached.args[0]
+        return reached.args[0]  # type: ignore[no-any-return]
     finally:
         handle.remove()
     raise ValueError(f"{type(layer).__name__} did not call its attention")

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import mplus
-from tests.helpers.architectures import VOCAB_SIZE, Architecture
+from benchmarks.quality.architectures.decoders import VOCAB_SIZE, Architecture
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mplus.memory import Memory, StreamView
 
-K = 4
+K, RETRIEVED = 4, 6
 CHUNK = 12
 SIZES: dict[str, Any] = {
     "chunk_tokens": CHUNK,
     "min_chunk_tokens": 1,
     "memory_tokens_per_chunk": K,
     "short_term_tokens": 10,
-    "retrieved_tokens": 6,
+    "retrieved_tokens": RETRIEVED,
     "long_term_tokens": 500,
     "retriever": {"name": "linear", "width": 8},
     "adapters": {"rank": 2},
@@ -59,7 +59,9 @@ class Pair:
     def new_memory(self, **options: Any) -> Memory:
         """An empty memory whose rows are read projected where this decoder allows it, and show their hidden states."""
         projectable = not isinstance(self.wrapped.mplus_engine.projection, str)
-        return self.wrapped.new_memory(memory_rows="both" if projectable else "hidden", **options)
+        return self.wrapped.new_memory(  # type: ignore[no-any-return]
+            memory_rows="both" if projectable else "hidden", **options
+        )
 
     def memory(self, seed: int = 0, chunks: int = 6) -> Memory:
         """A memory of ``chunks`` chunks: more than the STM holds, unless few are asked for."""
@@ -75,7 +77,7 @@ class Pair:
     @property
     def mark(self) -> Tensor:
         """``[d]``."""
-        return self.wrapped.mplus.mark.detach()[0, 0]
+        return self.wrapped.mplus.mark.detach()[0, 0]  # type: ignore[no-any-return]
 
     def retrieving(self, view: StreamView) -> Any:
         """What the oracle needs to retrieve by itself: products with the mean query row by row, the best by birth."""
@@ -83,17 +85,17 @@ class Pair:
         def prefix(layer: int, text: Tensor) -> Tensor:
             stored = view.store.gather(layer, view.store.ids(layer))
             query = self.wrapped.mplus.retriever.query_proj[layer](text[0]).mean(0)
-            scores = [(query @ key).item() for key in stored.key]
-            best = sorted(range(len(scores)), key=lambda j: (-scores[j], j))[: SIZES["retrieved_tokens"]]
+            scores = [(query @ key).item() for key in stored.columns()["key"]]
+            best = sorted(range(len(scores)), key=lambda j: (-scores[j], j))[:RETRIEVED]
             best.sort(key=lambda j: int(stored.birth[j]))
-            return torch.cat([self.begin[layer], stored.hidden[best], view.state.stm[layer].hidden])
+            return torch.cat([self.begin[layer], stored.need_hidden()[best], view.state.stm[layer].need_hidden()])
 
         return prefix
 
     @staticmethod
     def rows(view: StreamView) -> int:
         """Memory rows in front of the text."""
-        return 1 + min(SIZES["retrieved_tokens"], view.store.count(0)) + len(view.state.stm[0])
+        return 1 + min(RETRIEVED, view.store.count(0)) + len(view.state.stm[0])
 
 
 def retrofit(architecture: Architecture, implementation: str | None = None, seed: int = 0, **changes: Any) -> Pair:
