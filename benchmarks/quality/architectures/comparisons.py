@@ -66,7 +66,7 @@ def write(pair: Pair, tokens: int, chunks: int) -> float:
     memory = pair.memory(chunks=chunks) if chunks else pair.new_memory()
     (state,) = memory.states
     ids = pair.text(tokens)
-    context = [rows.need_hidden()[-K:] for rows in state.stm]
+    context = [rows.need_hidden()[-K:] for rows in state.row_lists()["stm"]]
     expected = oracle.write(pair.plain, ids, pair.begin, context, mark=pair.mark, k=K)
     pair.forget_longest_sequence()
     made = memory.engine.encode([state], ids)

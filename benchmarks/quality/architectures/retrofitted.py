@@ -88,14 +88,15 @@ class Pair:
             scores = [(query @ key).item() for key in stored.columns()["key"]]
             best = sorted(range(len(scores)), key=lambda j: (-scores[j], j))[:RETRIEVED]
             best.sort(key=lambda j: int(stored.birth[j]))
-            return torch.cat([self.begin[layer], stored.need_hidden()[best], view.state.stm[layer].need_hidden()])
+            recent = view.state.row_lists()["stm"][layer]
+            return torch.cat([self.begin[layer], stored.need_hidden()[best], recent.need_hidden()])
 
         return prefix
 
     @staticmethod
     def rows(view: StreamView) -> int:
         """Memory rows in front of the text."""
-        return 1 + min(RETRIEVED, view.store.count(0)) + len(view.state.stm[0])
+        return 1 + min(RETRIEVED, view.store.count(0)) + len(view.state.row_lists()["stm"][0])
 
 
 def retrofit(architecture: Architecture, implementation: str | None = None, seed: int = 0, **changes: Any) -> Pair:
