@@ -9,15 +9,15 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from mplus.stores.access_log import Usage
-from mplus.stores.base import Piece, StoreView, smallest
+from mplus.stores.access_log import AccessLog
+from mplus.stores.base import Chunk, StoreView, chunk_min
 
 
 class EvictionPolicy(ABC):
     """Chooses rows to remove; built as ``Policy(options)``.
 
     Attributes:
-        notes_reads: the policy goes by what is retrieved, so a memory under it notes that (``using``).
+        needs_access_log: the policy goes by what is retrieved, so a memory under it notes that (``with_access_log``).
     """
 
     @define(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class EvictionPolicy(ABC):
         """Options of the implementation (attrs class; the base class has none)."""
 
     name: ClassVar[str]
-    notes_reads: ClassVar[bool] = False
+    needs_access_log: ClassVar[bool] = False
 
     def __init__(self, options: Any = None) -> None:
         self.options = options if options is not None else self.Options()
@@ -35,8 +35,8 @@ class EvictionPolicy(ABC):
         """Merges that a new row lives; None: rows leave only at capacity and carry no expiry."""
         return None
 
-    def using(self, usage: Usage | None) -> EvictionPolicy:
-        """This policy for the stream that ``usage`` has notes on; itself where it does not go by them."""
+    def with_access_log(self, access_log: AccessLog | None) -> EvictionPolicy:
+        """This policy for the stream that ``access_log`` has notes on; itself where it does not go by them."""
         return self
 
     @abstractmethod
@@ -64,30 +64,30 @@ class FifoEviction(EvictionPolicy):
     name = "fifo"
 
     def select(self, store: StoreView, layer: int, excess: int) -> Tensor:
-        """Looks through pieces from the one with the oldest row on, until no other can have a row that must leave."""
-        pieces = [piece for piece in store.pieces(layer, "birth") if len(piece.ids)]
+        """Looks through chunks from the one with the oldest row on, until no other can have a row that must leave."""
+        chunks = [chunk for chunk in store.chunks(layer, "birth") if len(chunk.ids)]
         births = ids = torch.empty(0, dtype=torch.int64, device=store.layout.device)
-        for piece in sorted(pieces, key=lambda piece: smallest(piece, "birth")):
+        for chunk in sorted(chunks, key=lambda chunk: chunk_min(chunk, "birth")):
             latest = int(births[-1]) if len(ids) == excess else None
-            if latest is not None and smallest(piece, "birth") > latest:
+            if latest is not None and chunk_min(chunk, "birth") > latest:
                 break  # equal births may yet have lower ids
-            old, old_ids = _oldest(piece, excess, latest)
+            old, old_ids = _oldest(chunk, excess, latest)
             births, ids = _in_order(torch.cat([births, old]), torch.cat([ids, old_ids]))
             births, ids = births[:excess], ids[:excess]
         return ids
 
 
-def _oldest(piece: Piece, count: int, latest: int | None) -> tuple[Tensor, Tensor]:
-    """Births and ids of all rows of a piece that may be among the ``count`` oldest of all, none born after ``newest``.
+def _oldest(chunk: Chunk, count: int, latest: int | None) -> tuple[Tensor, Tensor]:
+    """Births and ids of all rows of a chunk that may be among the ``count`` oldest of all, none born after ``latest``.
 
     In the order of their ids.
     """
-    births = piece.columns["birth"]
-    births = births if piece.live is None else births.masked_fill(~piece.live, torch.iinfo(births.dtype).max)
+    births = chunk.columns["birth"]
+    births = births if chunk.live is None else births.masked_fill(~chunk.live, torch.iinfo(births.dtype).max)
     limit: int | Tensor = births.kthvalue(min(count, len(births))).values if latest is None else latest
     old = births <= limit
-    places = (old if piece.live is None else old & piece.live).nonzero().squeeze(1)
-    return births[places], piece.ids[places]
+    places = (old if chunk.live is None else old & chunk.live).nonzero().squeeze(1)
+    return births[places], chunk.ids[places]
 
 
 def _in_order(births: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mplus.eviction.base import EvictionPolicy
-from mplus.eviction.topk_rows import first_rows
-from mplus.stores.access_log import READS, Usage
-from mplus.stores.base import Piece, StoreView, smallest
+from mplus.eviction.topk_rows import topk_rows
+from mplus.stores.access_log import READS, AccessLog
+from mplus.stores.base import Chunk, StoreView, chunk_min
 
 
 class LruEviction(EvictionPolicy):
@@ -22,28 +22,28 @@ class LruEviction(EvictionPolicy):
     """
 
     name = "lru"
-    notes_reads = True
+    needs_access_log = True
 
-    def __init__(self, options: Any = None, usage: Usage | None = None) -> None:
-        """``usage``: notes on the stream that rows are chosen from; None: nothing was ever retrieved."""
+    def __init__(self, options: Any = None, access_log: AccessLog | None = None) -> None:
+        """``access_log``: notes on the stream that rows are chosen from; None: nothing was ever retrieved."""
         super().__init__(options)
-        self.usage = usage
+        self.access_log = access_log
 
-    def using(self, usage: Usage | None) -> LruEviction:
-        return LruEviction(self.options, usage)
+    def with_access_log(self, access_log: AccessLog | None) -> LruEviction:
+        return LruEviction(self.options, access_log)
 
     def select(self, store: StoreView, layer: int, excess: int) -> Tensor:
-        usage = None if self.usage is None else self.usage.at(layer)
+        access_log = None if self.access_log is None else self.access_log.layer(layer)
 
-        def order(piece: Piece) -> Sequence[Tensor]:
-            births = piece.columns["birth"]
+        def order(chunk: Chunk) -> Sequence[Tensor]:
+            births = chunk.columns["birth"]
             used = (births + 1) * READS
-            if usage is not None:
-                used = torch.maximum(used, usage.times(piece.ids))
+            if access_log is not None:
+                used = torch.maximum(used, access_log.times(chunk.ids))
             return [used, births]
 
-        # A row is used no earlier than written, so most pieces need not be looked at.
-        def least(piece: Piece) -> float:
-            return (smallest(piece, "birth") + 1) * READS
+        # A row is used no earlier than written, so most chunks need not be looked at.
+        def least(chunk: Chunk) -> float:
+            return (chunk_min(chunk, "birth") + 1) * READS
 
-        return first_rows(store.pieces(layer, "birth"), excess, order, least)
+        return topk_rows(store.chunks(layer, "birth"), excess, order, least)

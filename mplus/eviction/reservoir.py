@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mplus.config import whole
 from mplus.eviction.base import EvictionPolicy
-from mplus.eviction.topk_rows import first_rows
-from mplus.stores.base import Piece, StoreView
+from mplus.eviction.topk_rows import topk_rows
+from mplus.stores.base import Chunk, StoreView
 
 
 class ReservoirEviction(EvictionPolicy):
@@ -36,13 +36,13 @@ class ReservoirEviction(EvictionPolicy):
 
     def select(self, store: StoreView, layer: int, excess: int) -> Tensor:
         """Looks at new rows, and at those that were next to leave when their slab was last looked through."""
-        pieces = [piece for piece in store.pieces(layer, "birth", "source") if len(piece.ids)]
-        draws, places = Draws(self.options.seed, layer), sum(len(piece.ids) for piece in pieces)
-        ahead = [max(LEAST, AHEAD * excess * len(piece.ids) // places) for piece in pieces]
-        found = [draws.first(*each) for each in zip(pieces, ahead, strict=True)]
+        chunks = [chunk for chunk in store.chunks(layer, "birth", "source") if len(chunk.ids)]
+        priorities, places = RandomPriorities(self.options.seed, layer), sum(len(chunk.ids) for chunk in chunks)
+        counts = [max(MIN_CANDIDATES, SPARE_FACTOR * excess * len(chunk.ids) // places) for chunk in chunks]
+        found = [priorities.candidates(*each) for each in zip(chunks, counts, strict=True)]
         while True:
-            pool = Piece(torch.cat([one.ids for one in found]), None, {"birth": torch.cat([one.keys for one in found])})
-            chosen = first_rows([pool], excess, lambda piece: [piece.columns["birth"]])
+            pool = Chunk(torch.cat([one.ids for one in found]), None, {"birth": torch.cat([one.keys for one in found])})
+            chosen = topk_rows([pool], excess, lambda chunk: [chunk.columns["birth"]])
             last = LARGEST
             if len(chosen) == excess:
                 last = int(pool.columns["birth"][torch.searchsorted(pool.ids, chosen)].max())
@@ -50,18 +50,18 @@ class ReservoirEviction(EvictionPolicy):
             if not short:
                 return chosen
             for place in short:
-                found[place] = draws.anew(pieces[place], max(excess, ahead[place]))
+                found[place] = priorities.recompute(chunks[place], max(excess, counts[place]))
 
 
-LEAST, AHEAD = 64, 16
-"""Rows of a piece that are kept as next to leave: some, and several times as many as leave now."""
+MIN_CANDIDATES, SPARE_FACTOR = 64, 16
+"""Rows of a chunk that are kept as next to leave: some, and several times as many as leave now."""
 
 LARGEST = 2**63 - 1
 
 
 @define(frozen=True, eq=False)
-class Next:
-    """The rows of a piece that leave first.
+class Candidates:
+    """The rows of a chunk that leave first.
 
     Attributes:
         ids: ``[n]`` int64, ascending; some may have left.
@@ -77,7 +77,7 @@ class Next:
 
 
 @define(frozen=True)
-class Draws:
+class RandomPriorities:
     """The random numbers of the rows of one layer."""
 
     seed: int
@@ -85,7 +85,7 @@ class Draws:
 
     @property
     def name(self) -> str:
-        """What pieces know ``Next`` by."""
+        """What chunks know ``Candidates`` by."""
         return f"next to leave, seed {self.seed}, layer {self.layer}"
 
     def keys(self, births: Tensor, sources: Tensor) -> Tensor:
@@ -93,38 +93,38 @@ class Draws:
         start = scrambled(scrambled(self.seed) ^ self.layer)
         return ~scramble(scramble(births ^ start) ^ sources)  # the largest number leaves first
 
-    def first(self, piece: Piece, count: int) -> Next:
-        """``anew``, but from what is known of the piece, as far as that goes: it may be fewer than ``count`` rows."""
-        known: Next | None = piece.inherited.get(self.name)
+    def candidates(self, chunk: Chunk, count: int) -> Candidates:
+        """Return the cached candidates, brought up to date (maybe fewer than ``count``), or recompute them."""
+        known: Candidates | None = chunk.inherited_cache.get(self.name)
         if known is None:
-            return self.anew(piece, count)
-        places = torch.searchsorted(piece.ids, known.ids).clamp(max=len(piece.ids) - 1)
-        there = piece.ids[places] == known.ids
-        if piece.live is not None:
-            there &= piece.live[places]
+            return self.recompute(chunk, count)
+        places = torch.searchsorted(chunk.ids, known.ids).clamp(max=len(chunk.ids) - 1)
+        there = chunk.ids[places] == known.ids
+        if chunk.live is not None:
+            there &= chunk.live[places]
         ids, keys = known.ids[there], known.keys[there]
-        last = int(piece.ids[-1])
+        last = int(chunk.ids[-1])
         if last > known.upto:
-            start = int(torch.searchsorted(piece.ids, known.upto, right=True))
-            new = self.keys(piece.columns["birth"][start:], piece.columns["source"][start:])
+            start = int(torch.searchsorted(chunk.ids, known.upto, right=True))
+            new = self.keys(chunk.columns["birth"][start:], chunk.columns["source"][start:])
             early = new <= known.bound
-            if piece.live is not None:
-                early &= piece.live[start:]
-            ids, keys = torch.cat([ids, piece.ids[start:][early]]), torch.cat([keys, new[early]])
-        piece.inherited[self.name] = found = Next(ids, keys, known.bound, max(last, known.upto))
+            if chunk.live is not None:
+                early &= chunk.live[start:]
+            ids, keys = torch.cat([ids, chunk.ids[start:][early]]), torch.cat([keys, new[early]])
+        chunk.inherited_cache[self.name] = found = Candidates(ids, keys, known.bound, max(last, known.upto))
         return found
 
-    def anew(self, piece: Piece, count: int) -> Next:
+    def recompute(self, chunk: Chunk, count: int) -> Candidates:
         """At least ``count`` rows, if there are so many; all are looked at."""
-        ids, keys = piece.ids, self.keys(piece.columns["birth"], piece.columns["source"])
-        if piece.live is not None:
-            ids, keys = ids[piece.live], keys[piece.live]
+        ids, keys = chunk.ids, self.keys(chunk.columns["birth"], chunk.columns["source"])
+        if chunk.live is not None:
+            ids, keys = ids[chunk.live], keys[chunk.live]
         bound = LARGEST
         if count < len(ids):
             bound = int(keys.kthvalue(count).values)
             early = keys <= bound
             ids, keys = ids[early], keys[early]
-        piece.inherited[self.name] = found = Next(ids, keys, bound, int(piece.ids[-1]))
+        chunk.inherited_cache[self.name] = found = Candidates(ids, keys, bound, int(chunk.ids[-1]))
         return found
 
 

@@ -1,4 +1,4 @@
-"""Finding the rows of a layer that come first in some order, one piece at a time and without sorting all of them."""
+"""Partial top-k: the rows of a layer that come first by some keys, one chunk at a time, without sorting all of them."""
 
 from __future__ import annotations
 
@@ -7,50 +7,51 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from mplus.stores.base import Piece
+from mplus.stores.base import Chunk
 
-Order = Callable[[Piece], Sequence[Tensor]]
-"""Keys ``[m]`` of the rows of a piece, the most important first; of equal rows the one with the lower id is first."""
+SortKeys = Callable[[Chunk], Sequence[Tensor]]
+"""Keys ``[m]`` of the rows of a chunk, the most important first; of equal rows the one with the lower id is first."""
 
 
-def first_rows(
-    pieces: Iterable[Piece], count: int, order: Order, least: Callable[[Piece], float] | None = None
+def topk_rows(
+    chunks: Iterable[Chunk], count: int, sort_keys: SortKeys, lower_bound: Callable[[Chunk], float] | None = None
 ) -> Tensor:
-    """Ids of the ``count`` rows that come first, ascending (``[count]`` int64, or of all rows where they are fewer).
+    """Return the ids of the ``count`` rows that come first, ascending: ``[count]`` int64, or all rows if fewer.
 
     Args:
-        pieces: of one layer, with the columns that ``order`` looks at.
+        chunks: of one layer, with the columns that ``sort_keys`` looks at.
         count: at least 0.
-        order: what rows are compared by; what it says of a place without a row does not matter.
-        least: the smallest first key that a row of a piece can have, where that is known without looking at them:
-            pieces whose rows cannot be among the first are left alone then.
+        sort_keys: gives the keys to compare by; what it gives for a place without a row does not matter.
+        lower_bound: the smallest first key that a row of a chunk can have, known without looking at them: chunks whose
+            rows cannot be among the first are skipped then.
     """
     ids: Tensor | None = None
     keys: list[Tensor] = []
-    pieces = [piece for piece in pieces if len(piece.ids)]
-    for piece in pieces if least is None else sorted(pieces, key=least):
-        if least is not None and ids is not None and len(ids) == count and (not count or least(piece) > keys[0].max()):
+    chunks = [chunk for chunk in chunks if len(chunk.ids)]
+    for chunk in chunks if lower_bound is None else sorted(chunks, key=lower_bound):
+        full = lower_bound is not None and ids is not None and len(ids) == count
+        if full and (not count or lower_bound(chunk) > keys[0].max()):  # type: ignore[misc]
             break  # with equal keys it may yet have lower ids
-        own_ids, own = piece.ids, list(order(piece))
-        places = None if piece.live is None else piece.live.nonzero().squeeze(1)
+        own_ids, own = chunk.ids, list(sort_keys(chunk))
+        places = None if chunk.live is None else chunk.live.nonzero().squeeze(1)
         if places is not None:
             own_ids, own = own_ids[places], [key[places] for key in own]
-        places = _first(own, count)
+        places = _smallest(own, count)
         own_ids, own = own_ids[places], [key[places] for key in own]
-        # What is kept so far is never more than `count` rows, however many pieces there are.
+        # What is kept so far is never more than `count` rows, however many chunks there are.
         ids = own_ids if ids is None else torch.cat([ids, own_ids])
         keys = own if not keys else [torch.cat(pair) for pair in zip(keys, own, strict=True)]
-        if least is not None:
+        if lower_bound is not None:  # chunks were not visited in the order of their ids
             by_id = ids.argsort()
             ids, keys = ids[by_id], [key[by_id] for key in keys]
         if ids.shape[0] > count:
-            places = _first(keys, count)
+            places = _smallest(keys, count)
             ids, keys = ids[places], [key[places] for key in keys]
     return torch.empty(0, dtype=torch.int64) if ids is None else ids
 
 
-def _first(keys: Sequence[Tensor], count: int) -> Tensor:
-    """Places, ascending, of the ``count`` smallest by the first key, among equals by the next, then by place."""
+def _smallest(keys: Sequence[Tensor], count: int) -> Tensor:
+    """Return places, ascending, of the ``count`` smallest by the first key, among equals by the next, then by place."""
     key = keys[0]
     if count >= key.shape[0]:
         return torch.arange(key.shape[0], device=key.device)
@@ -60,5 +61,5 @@ def _first(keys: Sequence[Tensor], count: int) -> Tensor:
     below, tied = (key < last).nonzero().squeeze(1), (key == last).nonzero().squeeze(1)
     wanted = count - below.shape[0]
     if len(keys) > 1 and wanted < tied.shape[0]:
-        tied = tied[_first([other[tied] for other in keys[1:]], wanted)]
+        tied = tied[_smallest([other[tied] for other in keys[1:]], wanted)]
     return torch.cat([below, tied[:wanted]]).sort().values

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mplus.config import number
 from mplus.eviction.base import EvictionPolicy
-from mplus.eviction.topk_rows import first_rows
-from mplus.stores.base import Piece, StoreView, smallest
+from mplus.eviction.topk_rows import topk_rows
+from mplus.stores.base import Chunk, StoreView, chunk_min
 
 EXPIRED = 0.01
 """A row leaves when its remaining merges fall to this or below (published constant)."""
@@ -46,18 +46,18 @@ class TtlEviction(EvictionPolicy):
     def expire(self, store: StoreView, layer: int, elapsed: float, spare: int) -> tuple[float, Tensor]:
         after = elapsed + self.options.decay
         gone = [torch.empty(0, dtype=torch.int64, device=store.layout.device)]
-        for piece in store.pieces(layer, "expiry"):
-            if len(piece.ids) and smallest(piece, "expiry") - after <= EXPIRED:  # others are not looked through
-                expired = (piece.columns["expiry"] - after) <= EXPIRED
-                gone.append(piece.ids[expired if piece.live is None else expired & piece.live])
+        for chunk in store.chunks(layer, "expiry"):
+            if len(chunk.ids) and chunk_min(chunk, "expiry") - after <= EXPIRED:  # others are not looked through
+                expired = (chunk.columns["expiry"] - after) <= EXPIRED
+                gone.append(chunk.ids[expired if chunk.live is None else expired & chunk.live])
         ids = torch.cat(gone)
         if store.count(layer) - ids.shape[0] <= spare:
             return elapsed, ids[:0]
         return after, ids
 
     def select(self, store: StoreView, layer: int, excess: int) -> Tensor:
-        def order(piece: Piece) -> Sequence[Tensor]:
-            return [piece.columns["expiry"], piece.columns["birth"]]
+        def order(chunk: Chunk) -> Sequence[Tensor]:
+            return [chunk.columns["expiry"], chunk.columns["birth"]]
 
-        pieces = store.pieces(layer, "expiry", "birth")
-        return first_rows(pieces, excess, order, least=lambda piece: smallest(piece, "expiry"))
+        chunks = store.chunks(layer, "expiry", "birth")
+        return topk_rows(chunks, excess, order, lower_bound=lambda chunk: chunk_min(chunk, "expiry"))

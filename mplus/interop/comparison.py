@@ -5,7 +5,7 @@ from __future__ import annotations
 from attrs import define, field
 from torch import Tensor
 
-from mplus.interop.replay import Found, Player
+from mplus.interop.replay import Found, Replay
 from mplus.interop.trace import Recorded, RecordedRetrieval
 
 TOLERANCE = 2e-5
@@ -62,7 +62,7 @@ class CaseReport:
         if not same:
             self.differences.setdefault(quantity, where)
 
-    def state(self, where: str, player: Player, recorded: Recorded) -> None:
+    def state(self, where: str, player: Replay, recorded: Recorded) -> None:
         """Compare a whole memory."""
         state = player.state
         if recorded.memory_ages is None:
@@ -79,7 +79,7 @@ class CaseReport:
                 self._long_term(place, player, layer, recorded)
                 self._pending(f"{place}, waiting", player, layer, recorded)
 
-    def _long_term(self, place: str, player: Player, layer: int, recorded: Recorded) -> None:
+    def _long_term(self, place: str, player: Replay, layer: int, recorded: Recorded) -> None:
         rows = player.store.gather(layer, player.store.ids(layer))
         self.measure("LTM", place, rows.need_hidden(), recorded.ltm[layer])
         self.measure("ages", place, player.state.clock - 1 - rows.birth, recorded.ltm_ages[layer])
@@ -90,7 +90,7 @@ class CaseReport:
             left = rows.expiry - player.state.counters["decayed"][layer]
             self.demand("recall frequencies", place, left.to(frequencies.dtype), frequencies)
 
-    def _pending(self, place: str, player: Player, layer: int, recorded: Recorded) -> None:
+    def _pending(self, place: str, player: Replay, layer: int, recorded: Recorded) -> None:
         rows = player.state.pending[layer]
         if recorded.pending is None or recorded.pending_keys is None or recorded.pending_ages is None:
             self.demand("counters", place, len(rows), 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from mplus.errors import CheckpointError
 from mplus.interop.comparison import CaseReport
 from mplus.interop.published import PublishedCheckpoint
-from mplus.interop.replay import Heard, Permutations, Player
+from mplus.interop.replay import Heard, Permutations, Replay
 from mplus.interop.trace import WEIGHTS, Step, Trace, find_cases
 
 Progress = Callable[[str, int, int], None]
@@ -71,7 +71,7 @@ def replay_cases(
         yield report
 
 
-def _player(trace: Trace, backend: str, dtype: torch.dtype) -> Player:
+def _player(trace: Trace, backend: str, dtype: torch.dtype) -> Replay:
     checkpoint = PublishedCheckpoint.open(trace.folder, WEIGHTS)
     if checkpoint.config.kind != trace.model:
         raise CheckpointError(
@@ -83,10 +83,10 @@ def _player(trace: Trace, backend: str, dtype: torch.dtype) -> Player:
         config={"backend": backend},
         attn_implementation="eager" if backend == "reference" else "sdpa",
     )
-    return Player(model, memory)
+    return Replay(model, memory)
 
 
-def _play(step: Step, player: Player, report: CaseReport) -> None:
+def _play(step: Step, player: Replay, report: CaseReport) -> None:
     where = f"step {step.index} ({step.kind})"
     draw = Permutations(step.randperm)
     if step.kind == "merge":
@@ -105,7 +105,7 @@ def _play(step: Step, player: Player, report: CaseReport) -> None:
     report.state(where, player, step.after)
 
 
-def _read(step: Step, player: Player, draw: Permutations) -> Heard:
+def _read(step: Step, player: Replay, draw: Permutations) -> Heard:
     if step.kind == "decode":
         return player.decode([_given(step, f"input_ids_{i}") for i in range(len(step.inputs))])
     ids = _given(step, "input_ids")

@@ -1,4 +1,4 @@
-"""Player: does what a golden trace says, with a wrapped decoder and the mechanism of its memory."""
+"""Replay: does what a golden trace says, with a wrapped decoder and the mechanism of its memory."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Permutations:
         return self._left.pop(0).to(torch.int64)
 
 
-class Player:
+class Replay:
     """One stream of memory that goes through the steps of a trace.
 
     Attributes:

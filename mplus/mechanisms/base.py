@@ -17,7 +17,7 @@ from mplus.mechanisms.additions import MemoryAdditions
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.context import WriteContext
 from mplus.rows import MemoryRows
-from mplus.stores.base import Located, MemoryStore, StoreLayout, StoreView
+from mplus.stores.base import Location, MemoryStore, StoreLayout, StoreView
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Retrieved:
     rows: MemoryRows
     ids: Tensor
     scores: Tensor
-    source: Located | None = None
+    source: Location | None = None
 
 
 @define(frozen=True)
@@ -133,7 +133,7 @@ class MemoryMechanism(ABC):
     def follow(self, store: MemoryStore) -> None:
         """Rows were removed from ``store`` for good: let go of what a retriever keeps of them."""
         if self.uses_retriever and self.additions.retriever is not None:
-            self.additions.retriever.follow(store)
+            self.additions.retriever.sync_index(store)
 
     def index_tensors(self, store: StoreView) -> list[dict[str, Tensor]]:
         """Per layer, what the retriever's index of these rows can be made of again; {} where there is none."""
@@ -147,7 +147,7 @@ class MemoryMechanism(ABC):
         for layer, found in enumerate(tensors):
             if retriever is not None and found:
                 try:
-                    retriever.adopt_index(layer, store, found)
+                    retriever.load_index(layer, store, found)
                 except InputError as error:
                     logger.info("the saved index of layer %d is not used, a new one will be made: %s", layer, error)
 

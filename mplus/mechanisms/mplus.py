@@ -171,7 +171,7 @@ class MPlusMechanism(RowMechanism):
             if excess > 0:
                 if context.usage is not None:
                     context.usage.trim(layer, store)  # rows that have left are never asked for again
-                store.remove(layer, context.eviction.using(context.usage).select(store, layer, excess))
+                store.remove(layer, context.eviction.with_access_log(context.usage).select(store, layer, excess))
                 evicted[layer] = excess
         return evicted
 
@@ -261,4 +261,4 @@ def _note(view: StreamView, layer: int, rows: Retrieved | None) -> None:
     if len(state_of(view).pending[layer]) and len(rows.scores):  # then these are places in a PendingView
         merged = view.store.ids(layer)
         ids = merged[ids[ids < len(merged)]]
-    view.usage.note(layer, ids, view.state.clock)
+    view.usage.record(layer, ids, view.state.clock)

@@ -9,7 +9,7 @@ from attrs import define
 from torch import Tensor
 
 from mplus.rows import MemoryRows
-from mplus.stores.base import Column, Content, Piece, StoreView
+from mplus.stores.base import Chunk, Column, Content, StoreView
 
 
 @define(eq=False)
@@ -35,22 +35,22 @@ class PendingView(StoreView):
         waiting = self.pending[layer].columns().get(name)
         return merged if merged is None or waiting is None else torch.cat([merged, waiting.to(merged)])
 
-    def pieces(self, layer: int, *names: Column | Content) -> list[Piece]:
-        """The pieces of the store, and the rows that wait; a place without a row has the id of the row before it."""
+    def chunks(self, layer: int, *names: Column | Content) -> list[Chunk]:
+        """The chunks of the store, and the rows that wait; a place without a row has the id of the row before it."""
         found, start = [], 0
-        for piece in self.store.pieces(layer, *names):
-            if piece.live is None:
-                ids = torch.arange(start, start + len(piece.ids), device=piece.ids.device)
-                start += len(piece.ids)
+        for chunk in self.store.chunks(layer, *names):
+            if chunk.live is None:
+                ids = torch.arange(start, start + len(chunk.ids), device=chunk.ids.device)
+                start += len(chunk.ids)
             else:
-                ids = piece.live.cumsum(0) + (start - 1)
-                start += int(piece.live.sum())
-            found.append(Piece(ids, piece.live, piece.columns))
+                ids = chunk.live.cumsum(0) + (start - 1)
+                start += int(chunk.live.sum())
+            found.append(Chunk(ids, chunk.live, chunk.columns))
         waiting = self.pending[layer].columns()
         columns = {name: waiting[name] for name in names if name in waiting}
         device = self.store.layout.device
         ids = torch.arange(start, start + len(self.pending[layer]), device=device)
-        return [*found, Piece(ids, None, {name: column.to(device) for name, column in columns.items()})]
+        return [*found, Chunk(ids, None, {name: column.to(device) for name, column in columns.items()})]
 
     def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column | Content] = ()) -> MemoryRows:
         merged = self.store.count(layer)

@@ -18,7 +18,7 @@ from mplus.memory.sharing import distinct, each
 from mplus.memory.sources.forget import forgotten_names
 from mplus.memory.sources.listing import sources_of
 from mplus.memory.state import LONG_TERM, StreamState, StreamView
-from mplus.stores.access_log import Usage
+from mplus.stores.access_log import AccessLog
 from mplus.stores.base import MemoryStore
 from mplus.stores.disk.process_lock import ProcessLock
 
@@ -43,7 +43,7 @@ class MemoryContent:
         eviction: EvictionPolicy,
         tokenizer: Any = None,
         budget: Budget | None = None,
-        usage: Sequence[Usage] = (),
+        usage: Sequence[AccessLog] = (),
     ) -> None:
         """``budget`` None: as many long-term rows as the config says. ``usage``: notes on each stream, if there are."""
         self.engine = engine
@@ -56,10 +56,10 @@ class MemoryContent:
         self._stores = tuple(stores)
         if self.budget.bytes is not None and self.budget.capacity is not None:
             for store in distinct(self._stores):
-                store.limit(self.budget.capacity)
-        self._usage: tuple[Usage | None, ...] = (None,) * len(self._states)
-        if eviction.notes_reads:
-            self._usage = tuple(usage) or tuple(Usage() for _ in self._states)
+                store.set_capacity(self.budget.capacity)
+        self._usage: tuple[AccessLog | None, ...] = (None,) * len(self._states)
+        if eviction.needs_access_log:
+            self._usage = tuple(usage) or tuple(AccessLog() for _ in self._states)
         self._version = 0
         self._begun: Any = None
         self._state_locks, self._write_locks = ProcessLock(threading.RLock), ProcessLock(threading.RLock)
@@ -87,7 +87,7 @@ class MemoryContent:
         return self._stores
 
     @property
-    def usage(self) -> tuple[Usage | None, ...]:
+    def usage(self) -> tuple[AccessLog | None, ...]:
         """Notes on what was retrieved from each stream, where the eviction policy goes by them."""
         return self._usage
 

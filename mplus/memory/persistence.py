@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mplus.memory.content import MemoryContent
 from mplus.memory.state import StreamState
-from mplus.stores.access_log import Usage
+from mplus.stores.access_log import AccessLog
 from mplus.stores.base import MemoryStore, StoreView
 
 Stayed = Mapping[int, Mapping[str, Sequence[Tensor]]]
@@ -33,7 +33,7 @@ class Begun:
 
     stores: tuple[MemoryStore, ...]
     generators: tuple[torch.Generator, ...]
-    usage: tuple[Usage | None, ...]
+    usage: tuple[AccessLog | None, ...]
     snapshots: Sequence[StoreView]
     draws: Sequence[Tensor]
     after: tuple[StreamState, ...] | None = None

@@ -16,7 +16,7 @@ from mplus.memory.sources.table import SourceTable
 from mplus.memory.texts import Text, Texts, Waiting
 from mplus.memory.weights_state import WeightsState
 from mplus.rows import MemoryRows
-from mplus.stores.access_log import Usage
+from mplus.stores.access_log import AccessLog
 from mplus.stores.base import StoreLayout, StoreView
 
 LONG_TERM = "long-term"
@@ -222,7 +222,7 @@ class StreamView:
 
     state: StreamState
     store: StoreView
-    usage: Usage | None = None
+    usage: AccessLog | None = None
 
 
 def alike(chunks: Sequence[Tensor], states: Sequence[StreamState]) -> list[list[int]]:

@@ -39,7 +39,7 @@ class AttentionRetriever(Retriever):
         self._decoder: Projections | None = None
         self._heads: tuple[Heads, ...] = ()
 
-    def bind(self, decoder: Projections) -> None:
+    def attach(self, decoder: Projections) -> None:
         """Take queries and keys from ``decoder``. Raises NotSupported where it does not give them away."""
         self._heads = tuple(decoder.heads(layer) for layer in range(self.shape.layers))
         self._decoder = decoder

@@ -87,7 +87,7 @@ class Retriever(nn.Module, ABC):
         """Width of the queries, where it is not that of the keys."""
         return self.key_size
 
-    def bind(self, decoder: Projections) -> None:
+    def attach(self, decoder: Projections) -> None:
         """Called once, when a decoder has been wrapped with this retriever; ``key_size`` may change here.
 
         Raises:
@@ -141,14 +141,14 @@ class Retriever(nn.Module, ABC):
         """Plain facts of the index that a read of ``layer`` is served by; {} where every row is looked at."""
         return {}
 
-    def follow(self, store: StoreView) -> None:
+    def sync_index(self, store: StoreView) -> None:
         """Bring what is kept of a store's rows, if anything is, up to date: nothing stays of rows that were removed."""
 
     def index_tensors(self, layer: int, store: StoreView) -> dict[str, Tensor]:
         """What an index over exactly these rows can be made of again, to be saved with them; {} where there is none."""
         return {}
 
-    def adopt_index(self, layer: int, store: StoreView, tensors: Mapping[str, Tensor]) -> None:
+    def load_index(self, layer: int, store: StoreView, tensors: Mapping[str, Tensor]) -> None:
         """Take over an index that was saved with these rows.
 
         Raises:

@@ -74,11 +74,11 @@ class CentroidRetriever(LinearRetriever):
     def _candidates(self, layer: int, texts: Sequence[Tensor], store: StoreView, wanted: int) -> list[Tensor]:
         """Ids of the rows that score best by the summary of each text."""
         summaries = [summarise(text.float(), self.options.centroids, self.options.steps) for text in texts]
-        pieces = store.pieces(layer, "key")
-        for piece in pieces:
-            needed(piece.columns.get("key"), layer)
+        chunks = store.chunks(layer, "key")
+        for chunk in chunks:
+            needed(chunk.columns.get("key"), layer)
         score = partial(weighted_sigmoids, summaries)
-        return [ids for ids, _ in best_rows(pieces, len(texts), wanted, score)]
+        return [ids for ids, _ in best_rows(chunks, len(texts), wanted, score)]
 
 
 def summarise(queries: Tensor, count: int, steps: int) -> tuple[Tensor, Tensor]:

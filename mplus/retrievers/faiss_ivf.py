@@ -12,7 +12,7 @@ from torch import Tensor
 from mplus.config import flag, number, whole
 from mplus.retrievers.base import RetrieverShape, Selection, check_selection
 from mplus.retrievers.candidates import keys_of, rank, same_store
-from mplus.retrievers.index_cache import IndexShelf, Ready
+from mplus.retrievers.index_cache import IndexCache, SyncedIndex
 from mplus.retrievers.linear import LinearRetriever
 from mplus.stores.base import StoreView
 
@@ -62,7 +62,7 @@ class FaissIvfRetriever(LinearRetriever):
     def __init__(self, shape: RetrieverShape, options: Any = None) -> None:
         super().__init__(shape, options)
         chosen = self.options
-        self.shelf = IndexShelf(max(chosen.least, chosen.cells or 1), chosen.cells, chosen.outgrown, chosen.gpu)
+        self.index_cache = IndexCache(max(chosen.least, chosen.cells or 1), chosen.cells, chosen.outgrown, chosen.gpu)
 
     def select(
         self, layer: int, queries: Tensor, query_mask: Tensor, stores: Sequence[StoreView], k: int
@@ -84,30 +84,30 @@ class FaissIvfRetriever(LinearRetriever):
 
     def index_facts(self, layer: int, store: StoreView) -> dict[str, Any]:
         """What a read of this layer is served by: the index's size, or {} where all rows are scored."""
-        with self.shelf.ready(store, layer) as ready:
+        with self.index_cache.synced(store, layer) as ready:
             if ready is None:
                 return {}
             index = ready.index
             return {"rows": len(index), "cells": index.cells, "trained_on": index.trained_on, "added": index.added}
 
-    def follow(self, store: StoreView) -> None:
+    def sync_index(self, store: StoreView) -> None:
         """See ``Retriever.follow``. No index is made that was not there."""
-        self.shelf.follow(store)
+        self.index_cache.sync(store)
 
     def index_tensors(self, layer: int, store: StoreView) -> dict[str, Tensor]:
         """The index of a layer as a few tensors, to be saved beside its rows; {} where there is none.
 
         They take 4 bytes a row and 4 r a cell: the keys are those of the rows.
         """
-        return self.shelf.tensors(store, layer)
+        return self.index_cache.tensors(store, layer)
 
-    def adopt_index(self, layer: int, store: StoreView, tensors: Mapping[str, Tensor]) -> None:
+    def load_index(self, layer: int, store: StoreView, tensors: Mapping[str, Tensor]) -> None:
         """Build a layer's index from what ``index_tensors`` gave for the same rows, instead of training it.
 
         Raises:
             InputError: the tensors are not of an index over these rows: leave them, and the next read trains one.
         """
-        self.shelf.adopt(store, layer, dict(tensors))
+        self.index_cache.load(store, layer, dict(tensors))
 
     @torch.no_grad()
     def _candidates(
@@ -117,17 +117,17 @@ class FaissIvfRetriever(LinearRetriever):
         means = [text.float().mean(0) for text in texts]
         if not all(bool(mean.isfinite().all()) for mean in means):
             return None
-        with self.shelf.ready(store, layer) as ready:
+        with self.index_cache.synced(store, layer) as ready:
             if ready is None:
                 return None
             # A few more than wanted: faiss adds products up in another order, which can turn close ones round.
             wanted = int(self.options.oversample * k) if self.options.score == "sigmoid_mean" else k + k // 16 + 4
             probes = self.options.probes or probes_for(ready, wanted)
-            besides = ready.besides
+            besides = ready.added
             others = keys_of(store, layer, besides).float().cpu() if len(besides) else None
             found = []
             for mean in means:
-                ids = ready.index.search(mean, wanted, probes, ready.without)
+                ids = ready.index.search(mean, wanted, probes, ready.removed)
                 keys = ready.index.keys(ids)
                 if others is not None:
                     ids, keys = torch.cat([ids, besides]), torch.cat([keys, others])
@@ -135,7 +135,7 @@ class FaissIvfRetriever(LinearRetriever):
             return found
 
 
-def probes_for(ready: Ready, wanted: int) -> int:
+def probes_for(ready: SyncedIndex, wanted: int) -> int:
     """Cells to look into for ``wanted`` rows."""
     index = ready.index
     return max(32, index.cells // 64, round(4 * wanted * index.cells / max(len(index), 1)))

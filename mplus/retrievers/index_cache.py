@@ -1,4 +1,4 @@
-"""IndexShelf: one index for every layer of every store that is read, kept up to date with the rows."""
+"""IndexCache: one index for every layer of every store that is read, kept up to date with the rows."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from torch import Tensor
 from mplus.errors import NonFiniteError
 from mplus.retrievers.candidates import keys_of, needed
 from mplus.retrievers.ivf import POINTS_PER_CELL, IvfIndex, gpu_resources
-from mplus.stores.base import Origin, StoreView
+from mplus.stores.base import Identity, StoreView
 from mplus.stores.disk.process_lock import ProcessLock
 
 logger = logging.getLogger(__name__)
 
 
 @define(frozen=True, eq=False)
-class Ready:
+class SyncedIndex:
     """An index that can answer for a view.
 
     Attributes:
         index: up to date for that view, but for the rows below.
-        without: ``[x]`` int64, rows of the index that the view does not have.
-        besides: ``[y]`` int64, rows of the view that the index does not have.
+        removed: ``[x]`` int64, rows of the index that the view does not have.
+        added: ``[y]`` int64, rows of the view that the index does not have.
     """
 
     index: IvfIndex
-    without: Tensor
-    besides: Tensor
+    removed: Tensor
+    added: Tensor
 
 
 @define(eq=False)
@@ -48,10 +48,10 @@ class _Slot:
     revision: int | None = None
 
 
-class IndexShelf:
+class IndexCache:
     """Makes indexes when there are rows enough, follows the rows, and starts anew when these have outgrown it.
 
-    An index lives as long as its store or any snapshot of it. Copies of a shelf, pickled ones too, are empty.
+    An index lives as long as its store or any snapshot of it. Copies of a cache, pickled ones too, are empty.
 
     Args:
         least: rows from which on a layer has an index.
@@ -69,14 +69,14 @@ class IndexShelf:
         self.outgrown = outgrown
         self.gpu = gpu
         self._resources = gpu_resources() if gpu else None
-        self._slots: WeakKeyDictionary[Origin, dict[int, _Slot]] = WeakKeyDictionary()
+        self._slots: WeakKeyDictionary[Identity, dict[int, _Slot]] = WeakKeyDictionary()
         self._lock = ProcessLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return IndexShelf, (self.least, self.cells, self.outgrown, self.gpu)
+        return IndexCache, (self.least, self.cells, self.outgrown, self.gpu)
 
     @contextmanager
-    def ready(self, store: StoreView, layer: int) -> Iterator[Ready | None]:
+    def synced(self, store: StoreView, layer: int) -> Iterator[SyncedIndex | None]:
         """The index for a view, to be used inside only; None where rows are few or their ids do not last.
 
         An index follows the newest view it is asked for. For an older one, such as a snapshot that a generation reads
@@ -89,12 +89,12 @@ class IndexShelf:
         with slot.lock.here():
             yield self._brought_up(slot, store, layer)
 
-    def follow(self, store: StoreView) -> None:
+    def sync(self, store: StoreView) -> None:
         """Bring the indexes that a store has up to its present rows."""
         with self._lock.here():
-            layers = list(self._slots.get(store.origin, ())) if store.origin is not None else []
+            layers = list(self._slots.get(store.identity, ())) if store.identity is not None else []
         for layer in layers:
-            with self.ready(store, layer):
+            with self.synced(store, layer):
                 pass
 
     def tensors(self, store: StoreView, layer: int) -> dict[str, Tensor]:
@@ -105,12 +105,12 @@ class IndexShelf:
         slot = self._slot(store, layer)
         if slot is None or slot.index is None:
             return {}  # saving rows is no reason to train one
-        with self.ready(store, layer) as ready:
-            if ready is None or len(ready.without) or len(ready.besides):
+        with self.synced(store, layer) as ready:
+            if ready is None or len(ready.removed) or len(ready.added):
                 return {}
             return ready.index.tensors()
 
-    def adopt(self, store: StoreView, layer: int, tensors: dict[str, Tensor]) -> None:
+    def load(self, store: StoreView, layer: int, tensors: dict[str, Tensor]) -> None:
         """Build the index of ``store`` from ``tensors`` of an equal one instead of training it.
 
         Raises:
@@ -121,15 +121,15 @@ class IndexShelf:
             return
         with slot.lock.here():
             slot.index, slot.revision = None, None
-            index = IvfIndex.of(tensors, store.count(layer), _pieces(store, layer))
+            index = IvfIndex.of(tensors, store.count(layer), _chunks(store, layer))
             index.resources = self._resources
             slot.index, slot.revision = index, store.revision(layer)
 
     def _slot(self, store: StoreView, layer: int) -> _Slot | None:
-        if store.origin is None:
+        if store.identity is None:
             return None
         with self._lock.here():
-            slots = self._slots.setdefault(store.origin, {})
+            slots = self._slots.setdefault(store.identity, {})
             if store.count(layer) >= self.least:
                 return slots.setdefault(layer, _Slot())
             slot, revision = slots.get(layer), store.revision(layer)
@@ -137,15 +137,15 @@ class IndexShelf:
                 del slots[layer]  # rows that were removed are not to be kept here
             return None
 
-    def _brought_up(self, slot: _Slot, store: StoreView, layer: int) -> Ready | None:
+    def _brought_up(self, slot: _Slot, store: StoreView, layer: int) -> SyncedIndex | None:
         none, revision = torch.empty(0, dtype=torch.int64), store.revision(layer)
         index = slot.index
         if index is not None and revision is not None and revision == slot.revision:
-            return Ready(index, none, none)
+            return SyncedIndex(index, none, none)
         ids = store.ids(layer).cpu()
         gone, new = (none, ids) if index is None else differences(index.ids, ids)
         if index is not None and self._is_older(slot, revision, index, ids):
-            return Ready(index, gone, new)
+            return SyncedIndex(index, gone, new)
         slot.index, slot.revision = None, None  # whatever ends a change early leaves no index that is half changed
         try:
             if index is None or self._is_outgrown(index, len(ids), len(new)):
@@ -158,7 +158,7 @@ class IndexShelf:
             logger.info("layer %d is searched exactly: %s", layer, error)
             return None
         slot.index, slot.revision = index, revision
-        return Ready(index, none, none)
+        return SyncedIndex(index, none, none)
 
     @staticmethod
     def _is_older(slot: _Slot, revision: int | None, index: IvfIndex, ids: Tensor) -> bool:
@@ -176,8 +176,8 @@ class IndexShelf:
         index = IvfIndex.train(_spread(store, layer, ids, cells * POINTS_PER_CELL), cells, len(ids))
         logger.info("layer %d: an index of %d cells was trained on %d rows", layer, index.cells, len(ids))
         index.resources = self._resources
-        for piece_ids, keys in _pieces(store, layer):
-            index.add(piece_ids, keys)
+        for part, keys in _chunks(store, layer):
+            index.add(part, keys)
         return index
 
 
@@ -211,8 +211,8 @@ def _spread(store: StoreView, layer: int, ids: Tensor, most: int) -> Tensor:
     return keys_of(store, layer, ids[torch.arange(count) * len(ids) // count])
 
 
-def _pieces(store: StoreView, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ids and keys of all rows, a piece at a time."""
-    for piece in store.pieces(layer, "key"):
-        keys = needed(piece.columns.get("key"), layer)
-        yield (piece.ids, keys) if piece.live is None else (piece.ids[piece.live], keys[piece.live])
+def _chunks(store: StoreView, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and keys of all rows, a chunk at a time."""
+    for chunk in store.chunks(layer, "key"):
+        keys = needed(chunk.columns.get("key"), layer)
+        yield (chunk.ids, keys) if chunk.live is None else (chunk.ids[chunk.live], keys[chunk.live])

@@ -98,7 +98,7 @@ class LinearRetriever(Retriever):
                 raise ValueError("the linear retriever needs rows with keys; this store was made without (key_size=0)")
             texts = [queries[row] if whole[row] else queries[row, query_mask[row]] for row in rows]
             score = partial(score_rows, self.options.score, texts)
-            for row, best in zip(rows, best_rows(store.pieces(layer, "key"), len(rows), k, score), strict=True):
+            for row, best in zip(rows, best_rows(store.chunks(layer, "key"), len(rows), k, score), strict=True):
                 found[row] = Selection(*best)
         return [found[row] for row in range(len(stores))]
 

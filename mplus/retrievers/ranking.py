@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mplus.errors import InputError
-from mplus.stores.base import Piece
+from mplus.stores.base import Chunk
 
 BLOCK = 2**16
 """Scores held at a time by ``best_rows``, all texts together; more where many rows are wanted."""
@@ -27,12 +27,12 @@ def top_places(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def best_rows(
-    pieces: Sequence[Piece], texts: int, k: int, score: Callable[[Tensor], Tensor]
+    chunks: Sequence[Chunk], texts: int, k: int, score: Callable[[Tensor], Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
     """The ``min(k, rows)`` best rows for each of several texts, a block of rows at a time.
 
     Args:
-        pieces: of a store, with the column "key".
+        chunks: of a store, with the column "key".
         texts: how many.
         k: largest number of rows for each.
         score: makes ``[texts, m]`` float32 of keys ``[m, r]``.
@@ -43,7 +43,7 @@ def best_rows(
     best: Tensor | None = None
     blocks: list[Tensor] = []
     start = 0
-    for ids, keys, live in _blocks(pieces, max(BLOCK // texts, 4 * k, 1)):
+    for ids, keys, live in _blocks(chunks, max(BLOCK // texts, 4 * k, 1)):
         scores = score(keys).to(ids.device)
         scores = scores if live is None else scores[:, live]
         positions = torch.arange(start, start + scores.shape[-1], device=ids.device)
@@ -75,13 +75,13 @@ def _promising(scores: Tensor, best: Tensor, k: int) -> Tensor | None:
     return (scores[0] > lowest).nonzero().squeeze(1) if bool(lowest > -torch.inf) else None
 
 
-def _blocks(pieces: Sequence[Piece], rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+def _blocks(chunks: Sequence[Chunk], rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Ids, keys, and the places among them where rows are (None: all), of up to ``rows`` places at a time."""
-    for piece in pieces:
-        for low in range(0, len(piece.ids), rows):
+    for chunk in chunks:
+        for low in range(0, len(chunk.ids), rows):
             own = slice(low, low + rows)
-            live = None if piece.live is None else piece.live[own].nonzero().squeeze(1)
-            yield piece.ids[own], piece.columns["key"][own], live
+            live = None if chunk.live is None else chunk.live[own].nonzero().squeeze(1)
+            yield chunk.ids[own], chunk.columns["key"][own], live
 
 
 def _ranks(scores: Tensor, positions: Tensor) -> Tensor:

@@ -79,41 +79,41 @@ class StoreLayout:
 
 
 @define(frozen=True, eq=False)
-class Piece:
-    """Rows of one layer that lie together; the pieces of a layer, in order, hold all of its rows.
+class Chunk:
+    """Rows of one layer that lie together; the chunks of a layer, in order, hold all of its rows.
 
     Attributes:
-        ids: ``[m]`` int64, ascending, also from piece to piece.
+        ids: ``[m]`` int64, ascending, also from chunk to chunk.
         live: ``[m]`` bool, False where a row was removed and its place holds anything; None: there are no such places.
         columns: name -> ``[m, ...]``, the columns that were asked for and that the layout has.
-        known: what readers found out about these rows and keep with them, by names of their own; it is there again
-            in the next ``pieces`` while the rows stay the same ones, if the store can.
-        inherited: what readers found out that stays true of any part of these rows, others behind them or not. It is
-            there again, a copy of its own, in pieces made of this one by removing and appending, if the store can.
+        cache: what readers found out about these rows and keep with them, by names of their own; it is there again
+            in the next ``chunks`` while the rows stay the same ones, if the store can.
+        inherited_cache: what readers found out that stays true of any part of these rows, whether or not others follow
+            them. A copy of it is in every chunk made of this one by removing and appending, if the store can.
     """
 
     ids: Tensor
     live: Tensor | None
     columns: Mapping[str, Tensor]
-    known: dict[str, Any] = field(factory=dict)
-    inherited: dict[str, Any] = field(factory=dict)
+    cache: dict[str, Any] = field(factory=dict)
+    inherited_cache: dict[str, Any] = field(factory=dict)
 
 
-def smallest(piece: Piece, name: Literal["birth", "expiry"]) -> float:
-    """The smallest number in a column of a piece that has it and is not empty; computed once while its rows last."""
+def chunk_min(chunk: Chunk, name: Literal["birth", "expiry"]) -> float:
+    """Return the smallest number in a column that the chunk has; kept in its ``cache``. The chunk must not be empty."""
     key = f"smallest {name}"
-    if key not in piece.known:
-        column = piece.columns[name]
-        if piece.live is not None:
+    if key not in chunk.cache:
+        column = chunk.columns[name]
+        if chunk.live is not None:
             largest = torch.inf if column.is_floating_point() else torch.iinfo(column.dtype).max
-            column = column.masked_fill(~piece.live, largest)
-        piece.known[key] = column.min().item()
-    found: float = piece.known[key]
+            column = column.masked_fill(~chunk.live, largest)
+        chunk.cache[key] = column.min().item()
+    found: float = chunk.cache[key]
     return found
 
 
 @define(frozen=True, eq=False)
-class Located:
+class Location:
     """Where the content of n rows lies that were looked for.
 
     Attributes:
@@ -125,7 +125,7 @@ class Located:
     parts: Sequence[tuple[Tensor, Tensor]]
     order: Tensor | None = None
 
-    def together(self) -> tuple[Tensor, Tensor]:
+    def contiguous(self) -> tuple[Tensor, Tensor]:
         """One column that has all the rows, and their places in it, in the order that was asked for.
 
         Nothing is copied where there is one part.
@@ -141,7 +141,7 @@ class Located:
         return rows, torch.arange(rows.shape[0], device=rows.device) if self.order is None else self.order
 
 
-class Origin:
+class Identity:
     """Identity of a store, to be compared and referred to weakly; it holds nothing."""
 
     __slots__ = ("__weakref__",)
@@ -154,12 +154,12 @@ class StoreView(ABC):
 
     Attributes:
         layout: what the rows look like.
-        origin: the same object for a store and its snapshots, another for every other store, forks included: what an
+        identity: the same object for a store and its snapshots, another for every other store, forks included: what an
             index made of a store's rows is kept under, weakly. None: ids do not outlast the view.
     """
 
     layout: StoreLayout
-    origin: Origin | None = None
+    identity: Identity | None = None
 
     @abstractmethod
     def ids(self, layer: int) -> Tensor:
@@ -189,7 +189,7 @@ class StoreView(ABC):
         """
         return None
 
-    def locate(self, layer: int, name: Content, ids: Tensor) -> Located | None:
+    def locate(self, layer: int, name: Content, ids: Tensor) -> Location | None:
         """Where the content of the rows with these ids (``[n]`` int64, n of at least 1, any order) lies.
 
         None where it does not lie anywhere as it is read; readers use ``gather`` then.
@@ -198,9 +198,9 @@ class StoreView(ABC):
             KeyError: an id is not in the store; a store may leave finding that to ``gather``.
         """
         column = self.content(layer, name)
-        return None if column is None else Located([(column, torch.searchsorted(self.ids(layer), ids))])
+        return None if column is None else Location([(column, torch.searchsorted(self.ids(layer), ids))])
 
-    def pieces(self, layer: int, *names: Column | Content) -> Sequence[Piece]:
+    def chunks(self, layer: int, *names: Column | Content) -> Sequence[Chunk]:
         """All rows of ``layer`` where they lie, without a copy if the store can: for reading over all of them.
 
         Args:
@@ -218,7 +218,7 @@ class StoreView(ABC):
                 found = self.column(layer, cast("Column", name))
             if found is not None:
                 columns[name] = found
-        return [Piece(ids, None, columns)]
+        return [Chunk(ids, None, columns)]
 
     def count(self, layer: int) -> int:
         """Number of rows of ``layer``."""
@@ -227,7 +227,7 @@ class StoreView(ABC):
     def revision(self, layer: int) -> int | None:
         """How often ``layer`` had changed by the time of this view; None where that is not counted.
 
-        Of two views of one ``origin``, an equal number means the same rows and a greater one a later moment, whether
+        Of two views of one ``identity``, an equal number means the same rows and a greater one a later moment, whether
         or not rows came back by ``restore`` in between.
         """
         return None
@@ -254,7 +254,7 @@ class MemoryStore(StoreView):
 
     def __init__(self, layout: StoreLayout, options: Any = None) -> None:
         self.layout = layout
-        self.origin: Origin | None = Origin()
+        self.identity: Identity | None = Identity()
         self.options = options if options is not None else self.Options()
 
     @property
@@ -263,13 +263,13 @@ class MemoryStore(StoreView):
         return self.layout.row_bytes + 8
 
     def bytes_for(self, rows: int) -> int:
-        """Bytes of a layer under ``limit(rows)``, at most: what the capacity under a budget is reckoned with.
+        """Bytes of a layer under ``set_capacity(rows)``, at most: what the capacity under a budget is reckoned with.
 
         By default the rows alone; it grows with ``rows``.
         """
         return rows * self.bytes_per_row
 
-    def limit(self, rows: int) -> None:
+    def set_capacity(self, rows: int) -> None:
         """Be told that no layer holds more than ``rows`` rows but while rows are added, before others leave for them.
 
         A store that reserves room keeps to ``bytes_for(rows)`` bytes for each layer from now on, as do its forks.

@@ -18,24 +18,24 @@ from torch import Tensor
 from mplus.config import whole
 from mplus.errors import ConfigError, MemoryMismatchError, NotSupported
 from mplus.rows import MemoryRows
-from mplus.stores.base import Column, Content, MemoryStore, Origin, Piece, StoreLayout, StoreView
+from mplus.stores.base import Chunk, Column, Content, Identity, MemoryStore, StoreLayout, StoreView
 from mplus.stores.disk.block_file import BlockFile
-from mplus.stores.disk.compaction import plan, rewritten
+from mplus.stores.disk.compaction import compact, plan_compaction
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.process_lock import ProcessLock
-from mplus.stores.disk.segments import Runs, holders
-from mplus.stores.slabs.view import LayeredView, naming
+from mplus.stores.disk.segments import SegmentedRows, segment_sources
+from mplus.stores.slabs.view import LayeredView, naming_layer
 
 
-class _Reading(LayeredView[Runs]):
-    """Reads one ``Runs`` per layer."""
+class _SegmentReader(LayeredView[SegmentedRows]):
+    """Reads one ``SegmentedRows`` per layer."""
 
-    def __init__(self, layout: StoreLayout, layers: Sequence[Runs]) -> None:
+    def __init__(self, layout: StoreLayout, layers: Sequence[SegmentedRows]) -> None:
         self.layout = layout
-        self.layers: tuple[Runs, ...] = tuple(layers)
+        self.layers: tuple[SegmentedRows, ...] = tuple(layers)
 
     @property
-    def values(self) -> Sequence[Runs]:
+    def values(self) -> Sequence[SegmentedRows]:
         """The layers as they are at this moment."""
         return self.layers
 
@@ -44,29 +44,34 @@ class _Reading(LayeredView[Runs]):
 
         In a file they would all have to be checked: ``locate`` and ``gather`` check those that are wanted.
         """
-        runs = self._layer(layer).runs
-        together = len(runs) == 1 and runs[0].live is None and runs[0].holder.in_memory
-        return runs[0].read(name) if together and name in self.layout.columns() else None
+        segments = self._layer(layer).segments
+        together = len(segments) == 1 and segments[0].live is None and segments[0].source.in_memory
+        return segments[0].read(name) if together and name in self.layout.columns() else None
 
-    def pieces(self, layer: int, *names: Column | Content) -> Sequence[Piece]:
-        """The runs of rows as they lie in files and in memory, without a copy."""
+    def chunks(self, layer: int, *names: Column | Content) -> Sequence[Chunk]:
+        """The segments of rows as they lie in files and in memory, without a copy."""
         present = [name for name in names if name in self.layout.columns()]
         return [
-            Piece(run.ids, run.live, {name: run.read(name) for name in present}, inherited=run.inherited)
-            for run in self._layer(layer).runs
+            Chunk(
+                segment.ids,
+                segment.live,
+                {name: segment.read(name) for name in present},
+                inherited_cache=segment.inherited_cache,
+            )
+            for segment in self._layer(layer).segments
         ]
 
 
-class MmapView(_Reading):
+class MmapView(_SegmentReader):
     """What an ``MmapStore`` held at one moment."""
 
-    def __init__(self, layout: StoreLayout, layers: Sequence[Runs], origin: Origin | None) -> None:
+    def __init__(self, layout: StoreLayout, layers: Sequence[SegmentedRows], identity: Identity | None) -> None:
         super().__init__(layout, layers)
-        self.origin = origin
+        self.identity = identity
 
 
 @define(frozen=True, eq=False)
-class Note:
+class Change:
     """``rows`` were appended to a layer under ``ids``, or, where ``rows`` is None, those with ``ids`` removed."""
 
     layer: int
@@ -74,12 +79,12 @@ class Note:
     rows: MemoryRows | None
 
 
-class MmapStore(_Reading, MemoryStore):
+class MmapStore(_SegmentReader, MemoryStore):
     """Rows in files that never change, the newest ones in memory until they are many enough for a file.
 
-    The store is made of sorted runs, as in a log-structured merge tree. Appending costs what it adds and, amortised,
-    a few rewritings of each row while it is young; removing marks rows, and a file of which less than half is left is
-    rewritten with the next one. Forks, snapshots and restores copy nothing. Rows are kept on the CPU.
+    The store is made of sorted segments, as in a log-structured merge tree. Appending costs what it adds and,
+    amortised, a few rewritings of each row while it is young; removing marks rows, and a file of which less than half
+    is left is rewritten with the next one. Forks, snapshots and restores copy nothing. Rows are kept on the CPU.
 
     By itself the store is **scratch space**: its files go when the store and all its forks and snapshots have gone. A
     memory that lasts is made by ``Memory.open``, whose directory keeps such files, or by ``Memory.save``.
@@ -110,9 +115,9 @@ class MmapStore(_Reading, MemoryStore):
                 "device='cpu', use the store 'ram', or read these through the store 'tiered'"
             )
         MemoryStore.__init__(self, layout, options)
-        _Reading.__init__(self, layout, [Runs(layout) for _ in range(layout.layers)])
+        _SegmentReader.__init__(self, layout, [SegmentedRows(layout) for _ in range(layout.layers)])
         self.next_ids = [0] * layout.layers
-        self.notes: list[Note] | None = None
+        self.changes: list[Change] | None = None
         """Not None: somebody keeps this store in a directory, moves its rows to files, and is told what is done."""
         self.scratch = Scratch(self.options.directory)
 
@@ -127,43 +132,43 @@ class MmapStore(_Reading, MemoryStore):
 
     def append_as(self, layer: int, ids: Tensor, rows: MemoryRows) -> None:
         """As ``append``, under given ids (``[n]`` int64, ascending, above all that were ever given in this layer)."""
-        runs = self._layer(layer)
+        segments = self._layer(layer)
         self.layout.check(rows)
         if not len(rows):
             return
-        grown = runs.append(ids, rows)
+        grown = segments.append(ids, rows)
         self.next_ids[layer] = int(ids[-1]) + 1  # before the rows show: an interrupt here leaves a gap, and no harm
         self.layers = (*self.layers[:layer], grown, *self.layers[layer + 1 :])
-        if self.notes is not None:
-            self.notes.append(Note(layer, ids, rows))
+        if self.changes is not None:
+            self.changes.append(Change(layer, ids, rows))
         elif self.bytes_in_memory > self.options.bytes_in_memory:
             self._spill()
 
     def remove(self, layer: int, ids: Tensor) -> None:
         """Mark rows as removed."""
-        with naming(layer):
+        with naming_layer(layer):
             left = self._layer(layer).remove(ids.cpu())
         self.layers = (*self.layers[:layer], left, *self.layers[layer + 1 :])
-        if self.notes is not None and len(ids):
-            self.notes.append(Note(layer, ids, None))
+        if self.changes is not None and len(ids):
+            self.changes.append(Change(layer, ids, None))
 
     @property
     def bytes_in_memory(self) -> int:
         """Bytes of the rows that are not in files."""
-        return sum(runs.bytes_in_memory for runs in self.layers)
+        return sum(segments.bytes_in_memory for segments in self.layers)
 
     def _spill(self) -> None:
         """Move the rows in memory to a file."""
-        for group in plan(self.layers):
+        for group in plan_compaction(self.layers):
             path = self.scratch.path()
-            self.layers = rewritten(self.layers, group, FileSystem(), path, sync=False)[0]
+            self.layers = compact(self.layers, group, FileSystem(), path, sync=False)[0]
             _remove_with(self.layers, path)
 
     # ------------------------------------------------------------------ copies
 
     def snapshot(self) -> MmapView:
         """A view of the present rows; it keeps what holds them alive."""
-        return MmapView(self.layout, self.layers, self.origin)
+        return MmapView(self.layout, self.layers, self.identity)
 
     def restore(self, snapshot: StoreView) -> None:
         """Go back to a snapshot. Raises MemoryMismatchError when it is of another kind of store or layout."""
@@ -187,15 +192,15 @@ class MmapStore(_Reading, MemoryStore):
         )
         if layout == self.layout:
             return self.fork()
-        store = self._with(layout, [Runs(layout) for _ in self.layers])
-        for layer, runs in enumerate(self.layers):
+        store = self._with(layout, [SegmentedRows(layout) for _ in self.layers])
+        for layer, segments in enumerate(self.layers):
             step = max(1, self.options.bytes_in_memory // (layout.row_bytes * layout.layers))
-            for ids in runs.ids.split(step):
-                store.append_as(layer, ids, runs.gather(ids).to(dtype=layout.dtype))
+            for ids in segments.ids.split(step):
+                store.append_as(layer, ids, segments.gather(ids).to(dtype=layout.dtype))
         store.next_ids = list(self.next_ids)
         return store
 
-    def _with(self, layout: StoreLayout, layers: Sequence[Runs]) -> MmapStore:
+    def _with(self, layout: StoreLayout, layers: Sequence[SegmentedRows]) -> MmapStore:
         store = type(self)(layout, self.options)
         store.layers, store.next_ids, store.scratch = tuple(layers), list(self.next_ids), self.scratch
         return store
@@ -203,7 +208,7 @@ class MmapStore(_Reading, MemoryStore):
     @property
     def nbytes(self) -> int:
         """Bytes of all rows, in files and in memory, spare capacity and removed rows included."""
-        return sum(holder.nbytes for holder in holders(self.layers))
+        return sum(source.nbytes for source in segment_sources(self.layers))
 
 
 class Scratch:
@@ -231,10 +236,10 @@ class Scratch:
         return (self._given or self._made or Path()) / f"rows-{secrets.token_hex(8)}.safetensors"
 
 
-def _remove_with(layers: Sequence[Runs], path: Path) -> None:
+def _remove_with(layers: Sequence[SegmentedRows], path: Path) -> None:
     """Let the file at ``path`` go with the last who looks at it."""
-    for holder in holders(layers):
-        file = getattr(holder, "file", None)
+    for source in segment_sources(layers):
+        file = getattr(source, "file", None)
         if isinstance(file, BlockFile) and file.path == path:
             weakref.finalize(file, _remove_file, path, os.getpid())
             return

@@ -12,7 +12,7 @@ from torch import Tensor
 from mplus.config import Component, flag, one_of, whole
 from mplus.errors import ConfigError, MemoryMismatchError
 from mplus.rows import MemoryRows
-from mplus.stores.base import Column, Content, MemoryStore, Piece, StoreLayout, StoreView
+from mplus.stores.base import Chunk, Column, Content, MemoryStore, StoreLayout, StoreView
 from mplus.stores.build import build_store
 from mplus.stores.quantizing import FORMATS, Format, arithmetic_of, groups_of, quantised, restored
 
@@ -80,8 +80,8 @@ class Coding:
 
 
 @define(frozen=True, eq=False)
-class _Decoding(Mapping[str, Tensor]):
-    """Columns of a piece; each is computed when it is asked for, and not kept."""
+class _DecodedColumns(Mapping[str, Tensor]):
+    """Columns of a chunk; each is computed when it is asked for, and not kept."""
 
     coding: Coding
     kept: Mapping[str, Tensor]
@@ -102,7 +102,7 @@ class _Decoding(Mapping[str, Tensor]):
         return len(self.names)
 
 
-class _Reading(StoreView):
+class _QuantizedReader(StoreView):
     """Reads quantised rows of an inner view."""
 
     coding: Coding
@@ -117,7 +117,7 @@ class _Reading(StoreView):
         return self.inner.count(layer)
 
     def column(self, layer: int, name: Column) -> Tensor | None:
-        """One column of all rows; what is quantised is computed anew each time: ``pieces`` need less memory."""
+        """One column of all rows; what is quantised is computed anew each time: ``chunks`` need less memory."""
         if name not in self.layout.columns():
             return None
         kept = {part: self.inner.column(layer, cast("Column", part)) for part in self.coding.needed([name])}
@@ -128,28 +128,28 @@ class _Reading(StoreView):
         unread = cast("list[Column]", self.coding.needed(leave_out))
         return self.coding.decode(self.inner.gather(layer, ids, unread))
 
-    def pieces(self, layer: int, *names: Column | Content) -> Sequence[Piece]:
-        """The pieces of the inner store; what is quantised is computed when a column of a piece is looked at."""
+    def chunks(self, layer: int, *names: Column | Content) -> Sequence[Chunk]:
+        """The chunks of the inner store; what is quantised is computed when a column of a chunk is looked at."""
         wanted = tuple(name for name in names if name in self.layout.columns())
         needed = cast("list[Column]", self.coding.needed(wanted))
         return [
-            evolve(piece, columns=_Decoding(self.coding, piece.columns, wanted))
-            for piece in self.inner.pieces(layer, *needed)
+            evolve(chunk, columns=_DecodedColumns(self.coding, chunk.columns, wanted))
+            for chunk in self.inner.chunks(layer, *needed)
         ]
 
 
-class QuantizedView(_Reading):
+class QuantizedView(_QuantizedReader):
     """What a ``QuantizedStore`` held at one moment."""
 
     def __init__(self, coding: Coding, inner: StoreView) -> None:
-        self.coding, self.inner, self.layout, self.origin = coding, inner, coding.layout, inner.origin
+        self.coding, self.inner, self.layout, self.identity = coding, inner, coding.layout, inner.identity
 
 
 def _component(value: Any) -> Component:
     return Component.of(value)
 
 
-class QuantizedStore(_Reading, MemoryStore):
+class QuantizedStore(_QuantizedReader, MemoryStore):
     """Hidden states, keys and values and retriever keys in 8 bits; birth, source, expiry and others as they are.
 
     Each row is divided into groups that share a scale, a power of two (so a store that is saved and loaded has the
@@ -240,9 +240,9 @@ class QuantizedStore(_Reading, MemoryStore):
         """Those of the inner store."""
         return self.inner.bytes_for(rows)
 
-    def limit(self, rows: int) -> None:
+    def set_capacity(self, rows: int) -> None:
         """Limit the inner store."""
-        self.inner.limit(rows)
+        self.inner.set_capacity(rows)
 
     @property
     def nbytes(self) -> int:
@@ -261,7 +261,7 @@ class QuantizedStore(_Reading, MemoryStore):
         return store
 
     def _hold(self, inner: MemoryStore) -> None:
-        self.inner, self.origin = inner, inner.origin
+        self.inner, self.identity = inner, inner.identity
 
 
 def _exponent(name: str) -> str:

@@ -14,9 +14,9 @@ crash loses nothing of it, and a memory in a directory keeps its promises. Rows 
 no invalidation; forks share the caches of their store, and know by ``Lineage`` which rows they share. A row may be in
 both tiers at a time: what the device lets go is then still near.
 
-**Prefetching.** ``locate`` sends rows to a GPU in a stream of their own and returns at once; ``Located.together`` lets
-the reading stream wait for them. This part was not run on a GPU. On a CPU both tiers are ordinary memory, and the rest
-is the same code.
+**Prefetching.** ``locate`` sends rows to a GPU in a stream of their own and returns at once; ``Location.contiguous``
+lets the reading stream wait for them. This part was not run on a GPU. On a CPU both tiers are ordinary memory, and the
+rest is the same code.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from torch import Tensor
 from mplus.config import Component, byte_count, number
 from mplus.errors import MemoryMismatchError
 from mplus.rows import MemoryRows
-from mplus.stores.base import Column, Content, Located, MemoryStore, Piece, StoreLayout, StoreView
+from mplus.stores.base import Chunk, Column, Content, Location, MemoryStore, StoreLayout, StoreView
 from mplus.stores.build import build_store
-from mplus.stores.tiers.resident import Small
-from mplus.stores.tiers.shared_cache import Lineage, TierReport, Tiers, content_of
-from mplus.stores.tiers.transfer import Arrival, Arriving, on_device
+from mplus.stores.tiers.resident import ResidentColumns
+from mplus.stores.tiers.shared_cache import Lineage, TierReport, Tiers, content_columns
+from mplus.stores.tiers.transfer import CopyEvent, PendingLocation, on_device
 
 if TYPE_CHECKING:
     from mplus.stores.slabs.layer import SlabLayer
 
 
-class _Reading(StoreView):
+class _TieredReader(StoreView):
     """Reads an inner view through tiers."""
 
     inner: StoreView
     shared: Tiers
     lineage: Lineage
-    small: Sequence[Small]
+    resident: Sequence[ResidentColumns]
 
     def ids(self, layer: int) -> Tensor:
         """``[m]`` int64, ascending."""
@@ -70,78 +70,78 @@ class _Reading(StoreView):
         column = small.column(name) if small is not None and known else self.inner.column(layer, name)
         return None if column is None else column.to(self.layout.device)
 
-    def pieces(self, layer: int, *names: Column | Content) -> Sequence[Piece]:
-        """Small columns where they lie; content is read from the store below, and does not come up for that."""
+    def chunks(self, layer: int, *names: Column | Content) -> Sequence[Chunk]:
+        """Resident columns where they lie; content is read from the store below, and does not come up for that."""
         small = self._small(layer)
-        if small is None or any(name in content_of(self.layout) for name in names):
-            found = self.inner.pieces(layer, *names)
+        if small is None or any(name in content_columns(self.layout) for name in names):
+            found = self.inner.chunks(layer, *names)
         else:
-            found = small.pieces(names)
-        return [on_device(piece, self.layout.device) for piece in found]
+            found = small.chunks(names)
+        return [on_device(chunk, self.layout.device) for chunk in found]
 
     def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column | Content] = ()) -> MemoryRows:
         """Copies of the rows with these ids, which come up. Raises KeyError naming a missing one."""
-        wanted = [name for name in content_of(self.layout) if name not in leave_out]
+        wanted = [name for name in content_columns(self.layout) if name not in leave_out]
         small = self._found(layer, ids, leave_out)
-        columns, places, arrival = self._content(layer, ids, wanted)
-        arrival.await_(columns.values())
+        columns, places, event = self._content(layer, ids, wanted)
+        event.wait(columns.values())
         if places is not None:
             columns = {name: column.index_select(0, places) for name, column in columns.items()}
         return MemoryRows.of({**small.columns(), **columns})
 
-    def locate(self, layer: int, name: Content, ids: Tensor) -> Located | None:
+    def locate(self, layer: int, name: Content, ids: Tensor) -> Location | None:
         """Copies of content that may be on their way yet. Raises KeyError as ``gather``."""
-        if name not in content_of(self.layout):
+        if name not in content_columns(self.layout):
             return None
         self._found(layer, ids, ("key", "expiry"))
-        columns, places, arrival = self._content(layer, ids, [name])
+        columns, places, event = self._content(layer, ids, [name])
         if places is None:
             places = torch.arange(len(ids), device=self.layout.device)
-        return Arriving([(columns[name], places)], arrival=arrival)
+        return PendingLocation([(columns[name], places)], event=event)
 
     def _found(self, layer: int, ids: Tensor, leave_out: Collection[str]) -> MemoryRows:
-        """Small columns of these rows. Raises KeyError naming one that is not there."""
+        """Resident columns of these rows. Raises KeyError naming one that is not there."""
         small = self._small(layer)
         try:
             if small is not None:
                 return small.gather(ids, leave_out).to(self.layout.device)
         except KeyError as error:
             raise KeyError(f"{error.args[0]} in layer {layer}") from None
-        unread = cast("list[Column]", [*leave_out, *content_of(self.layout)])
+        unread = cast("list[Column]", [*leave_out, *content_columns(self.layout)])
         return self.inner.gather(layer, ids, unread).to(self.layout.device)
 
     def _content(
         self, layer: int, ids: Tensor, names: Sequence[str]
-    ) -> tuple[dict[str, Tensor], Tensor | None, Arrival]:
+    ) -> tuple[dict[str, Tensor], Tensor | None, CopyEvent]:
         """Content of rows that are there, and their places in it; None: they are in the order of ``ids``."""
         if not names:
-            return {}, None, Arrival()
+            return {}, None, CopyEvent()
         ids, order = ids.cpu(), None
         if not bool((ids[1:] > ids[:-1]).all()):
             ids, order = ids.unique(return_inverse=True)
-        kept = {"birth", "source", *content_of(self.layout)}  # rows always have the first two
+        kept = {"birth", "source", *content_columns(self.layout)}  # rows always have the first two
         unread = cast("list[Column]", [name for name in self.layout.columns() if name not in kept])
 
         def below(places: Tensor) -> dict[str, Tensor]:
             return self.inner.gather(layer, ids[places], unread).columns()
 
-        columns, places, arrival = self.shared.read(layer, self.lineage.keys(layer, ids), names, below)
+        columns, places, event = self.shared.read(layer, self.lineage.keys(layer, ids), names, below)
         if order is not None:
             places = order if places is None else places[order]
-        return columns, None if places is None else places.to(self.layout.device), arrival
+        return columns, None if places is None else places.to(self.layout.device), event
 
     def _small(self, layer: int) -> SlabLayer | None:
         if not 0 <= layer < self.layout.layers:
             raise IndexError(f"layer must be in 0..{self.layout.layers - 1}, got {layer}")
-        return self.small[layer].of(self.inner, layer)
+        return self.resident[layer].of(self.inner, layer)
 
 
-class TieredView(_Reading):
+class TieredView(_TieredReader):
     """What a ``TieredStore`` held at one moment."""
 
     def __init__(self, store: TieredStore) -> None:
         self.layout, self.shared, self.lineage, self.token = store.layout, store.shared, store.lineage, store.token
-        self.inner, self.origin, self.small = store.inner.snapshot(), store.origin, tuple(store.small)
+        self.inner, self.identity, self.resident = store.inner.snapshot(), store.identity, tuple(store.resident)
 
 
 def _component(value: Any) -> Component:
@@ -153,7 +153,7 @@ def _bytes(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
         byte_count(value, attribute.name)
 
 
-class TieredStore(_Reading, MemoryStore):
+class TieredStore(_TieredReader, MemoryStore):
     """Rows in a store below, and those that are read in two tiers above it; see the module.
 
     A store and all its forks have their tiers, and the budgets of these, together. (Every stream of a memory has a
@@ -178,7 +178,7 @@ class TieredStore(_Reading, MemoryStore):
 
     options: Options
     inner: MemoryStore
-    small: list[Small]
+    resident: list[ResidentColumns]
     limits: Tensor | None
     """Of a fork without rows of its own: the ids from which on those will be its own, by layer."""
     token: object
@@ -192,8 +192,10 @@ class TieredStore(_Reading, MemoryStore):
         device, host = (byte_count(part) if part else 0 for part in (own.device_bytes, own.host_bytes))
         tiers = Tiers(layout, device, host, own.small_share)
         inner = build_store(own.inner, evolve(layout, device=torch.device("cpu")))
-        small = [Small(tiers.rooms) for _ in range(layout.layers)]  # the rows below may yet be read from files
-        self._hold(inner, tiers, Lineage.first(layout.layers, tiers.owner()), small)
+        resident = [
+            ResidentColumns(tiers.allocators) for _ in range(layout.layers)
+        ]  # the rows below may yet be read from files
+        self._hold(inner, tiers, Lineage.first(layout.layers, tiers.owner()), resident)
 
     # ------------------------------------------------------------------ changing
 
@@ -208,7 +210,7 @@ class TieredStore(_Reading, MemoryStore):
             kept = self.inner.gather(layer, ids)  # not ``rows``: a store may make something else of them
             self.shared.offer(layer, self.lineage.keys(layer, ids), kept.columns())
             before = before.appended(ids, kept)
-        self.small[layer] = before
+        self.resident[layer] = before
         return ids.to(self.layout.device)
 
     def remove(self, layer: int, ids: Tensor) -> None:
@@ -217,16 +219,16 @@ class TieredStore(_Reading, MemoryStore):
         try:
             self.inner.remove(layer, ids.cpu())
         except KeyError:
-            self.small[layer] = before
+            self.resident[layer] = before
             raise
-        self.small[layer] = before.removed(ids)
+        self.resident[layer] = before.removed(ids)
         self.shared.drop(layer, self.lineage.keys(layer, ids.unique()))
 
-    def _unknown(self, layer: int) -> Small:
+    def _unknown(self, layer: int) -> ResidentColumns:
         """Until a change is done, nothing is known of small columns: whoever interrupts it finds no wrong ones."""
         if not 0 <= layer < self.layout.layers:
             raise IndexError(f"layer must be in 0..{self.layout.layers - 1}, got {layer}")
-        before, self.small[layer] = self.small[layer], Small(self.shared.rooms)
+        before, self.resident[layer] = self.resident[layer], ResidentColumns(self.shared.allocators)
         return before
 
     # ------------------------------------------------------------------ copies
@@ -242,14 +244,14 @@ class TieredStore(_Reading, MemoryStore):
                 f"restore takes a snapshot of this store, a tiered one of {self.layout}, "
                 f"got a {type(snapshot).__name__} of {getattr(snapshot, 'layout', None)}"
             )
-        self.small = [Small(self.shared.rooms) for _ in self.small]
+        self.resident = [ResidentColumns(self.shared.allocators) for _ in self.resident]
         self.inner.restore(snapshot.inner)
-        self.small = list(snapshot.small)
+        self.resident = list(snapshot.resident)
 
     def fork(self) -> Self:
         """A store around a fork of the inner one, in the same tiers."""
         ids = [self.ids(layer)[-1:].cpu() for layer in range(self.layout.layers)]
-        fork = self._around(self.layout, self.inner.fork(), self.shared, self.lineage, list(self.small))
+        fork = self._around(self.layout, self.inner.fork(), self.shared, self.lineage, list(self.resident))
         # A number of its own is for a fork that is written: many are only read.
         fork.limits = torch.tensor([int(last) + 1 if len(last) else 0 for last in ids])
         return fork
@@ -266,20 +268,20 @@ class TieredStore(_Reading, MemoryStore):
         own = self.shared
         tiers = Tiers(layout, own.device.budget, own.host.budget, self.options.small_share)
         lineage = Lineage.first(layout.layers, tiers.owner())
-        small = [Small(tiers.rooms) for _ in self.small]
-        return self._around(layout, self.inner.to(dtype=dtype), tiers, lineage, small)
+        resident = [ResidentColumns(tiers.allocators) for _ in self.resident]
+        return self._around(layout, self.inner.to(dtype=dtype), tiers, lineage, resident)
 
     # ------------------------------------------------------------------ sizes
 
     def tiers(self) -> list[TierReport]:
         """What each tier holds, the fastest first, the store below last. Forks have their tiers together."""
-        small = dict.fromkeys(self.shared.rooms, 0)
+        small = dict.fromkeys(self.shared.allocators, 0)
         below = 0
-        for layer, part in enumerate(self.small):
-            if part.room is None:
+        for layer, part in enumerate(self.resident):
+            if part.allocator is None:
                 below += self.count(layer)
             else:
-                small[part.room] += self.count(layer)
+                small[part.allocator] += self.count(layer)
         last = TierReport(
             name=self.inner.name,
             budget=None,
@@ -299,9 +301,9 @@ class TieredStore(_Reading, MemoryStore):
         """In the store below."""
         return self.inner.bytes_for(rows)
 
-    def limit(self, rows: int) -> None:
+    def set_capacity(self, rows: int) -> None:
         """Limit the store below."""
-        self.inner.limit(rows)
+        self.inner.set_capacity(rows)
 
     @property
     def nbytes(self) -> int:
@@ -313,14 +315,14 @@ class TieredStore(_Reading, MemoryStore):
         self.inner.close()
 
     def _around(
-        self, layout: StoreLayout, inner: MemoryStore, tiers: Tiers, lineage: Lineage, small: list[Small]
+        self, layout: StoreLayout, inner: MemoryStore, tiers: Tiers, lineage: Lineage, resident: list[ResidentColumns]
     ) -> Self:
         store = object.__new__(type(self))
         MemoryStore.__init__(store, layout, self.options)
-        store._hold(inner, tiers, lineage, small)
+        store._hold(inner, tiers, lineage, resident)
         return store
 
-    def _hold(self, inner: MemoryStore, tiers: Tiers, lineage: Lineage, small: list[Small]) -> None:
-        self.inner, self.origin = inner, inner.origin
-        self.shared, self.lineage, self.small = tiers, lineage, small
+    def _hold(self, inner: MemoryStore, tiers: Tiers, lineage: Lineage, resident: list[ResidentColumns]) -> None:
+        self.inner, self.identity = inner, inner.identity
+        self.shared, self.lineage, self.resident = tiers, lineage, resident
         self.limits, self.token = None, object()

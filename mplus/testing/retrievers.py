@@ -56,7 +56,7 @@ class RetrieverConformance:
             torch.manual_seed(5)
             retriever = self.implementation(shape)
         assert isinstance(retriever, Retriever)
-        retriever.bind(SmallAttention(shape))
+        retriever.attach(SmallAttention(shape))
         return retriever
 
     def make_store(self, layout: StoreLayout) -> MemoryStore:

@@ -62,17 +62,17 @@ class StoreChecks:
         self.check_pieces(view, layer, ids, rows)
 
     def check_pieces(self, view: StoreView, layer: int, ids: Tensor, rows: MemoryRows) -> None:
-        """Raise AssertionError unless pieces hold these rows under these ids."""
+        """Raise AssertionError unless chunks hold these rows under these ids."""
         names = tuple(rows.columns())
         parts: dict[str, list[Tensor]] = {"id": [], **{name: [] for name in names}}
         newest = -1
-        for piece in view.pieces(layer, *cast("Any", names)):
-            every = piece.ids.tolist()
-            assert every == sorted(set(every)), "ids of a piece ascend"
-            assert not every or every[0] > newest, "ids ascend from piece to piece"
+        for chunk in view.chunks(layer, *cast("Any", names)):
+            every = chunk.ids.tolist()
+            assert every == sorted(set(every)), "ids of a chunk ascend"
+            assert not every or every[0] > newest, "ids ascend from chunk to chunk"
             newest = every[-1] if every else newest
-            for name, column in {"id": piece.ids, **piece.columns}.items():
-                parts[name].append(column if piece.live is None else column[piece.live])
+            for name, column in {"id": chunk.ids, **chunk.columns}.items():
+                parts[name].append(column if chunk.live is None else column[chunk.live])
         assert [row_id for part in parts.pop("id") for row_id in part.tolist()] == ids.tolist()
         for name, found in parts.items():
             self.check_column(name, torch.cat(found) if found else rows.columns()[name][:0], rows.columns()[name])
@@ -82,7 +82,7 @@ class StoreChecks:
         for name in CONTENT:
             located = view.locate(layer, name, ids) if len(ids) and name in rows.columns() else None
             if located is not None:
-                column, places = located.together()
+                column, places = located.contiguous()
                 self.check_column(name, column[places], rows.columns()[name])
 
     def check_all(self, view: StoreView, expected: MemoryRows, ids: Tensor, layer: int = 0) -> None:

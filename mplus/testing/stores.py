@@ -260,7 +260,7 @@ class StoreConformance(StoreChecks):
         self.check_all(store, rows, ids)
 
     def test_an_index_of_its_rows_knows_when_it_is_out_of_date(self) -> None:
-        """Views of one origin with one revision hold the same rows, and a greater revision is a later moment."""
+        """Views of one identity with one revision hold the same rows, and a greater revision is a later moment."""
         store, rows = self.make(LAYOUT), draw_rows(LAYOUT, 5, 1)
         views: list[StoreView] = [store.snapshot()]
         store.append(0, rows)
@@ -272,10 +272,10 @@ class StoreConformance(StoreChecks):
         store.remove(0, store.ids(0)[1:2])
         views.append(store.snapshot())
         for view in views:
-            assert view.origin is store.origin
-        assert store.fork().origin is None or store.fork().origin is not store.origin
-        if store.origin is not None:
-            assert weakref.ref(store.origin)() is store.origin
+            assert view.identity is store.identity
+        assert store.fork().identity is None or store.fork().identity is not store.identity
+        if store.identity is not None:
+            assert weakref.ref(store.identity)() is store.identity
         revisions = [view.revision(0) for view in views]
         if revisions[0] is None:
             assert revisions == [None] * len(views)
@@ -310,18 +310,18 @@ class StoreConformance(StoreChecks):
         same.append(0, rows)
         self.check_all(store, left, ids)
 
-    def test_readers_know_a_store_from_others_by_its_origin(self) -> None:
+    def test_readers_know_a_store_from_others_by_its_identity(self) -> None:
         store = self.make(LAYOUT)
         store.append(0, draw_rows(LAYOUT, 2, 1))
         snapshot, fork = store.snapshot(), store.fork()
-        if store.origin is None:
+        if store.identity is None:
             return  # ids are not kept under anything
-        assert snapshot.origin is store.origin
-        assert fork.origin is not store.origin
-        origin = store.origin
+        assert snapshot.identity is store.identity
+        assert fork.identity is not store.identity
+        identity = store.identity
         store.append(0, draw_rows(LAYOUT, 2, 2))
         store.restore(snapshot)
-        assert store.origin is origin
+        assert store.identity is identity
 
     def test_reports_its_size(self) -> None:
         store = self.make(LAYOUT)

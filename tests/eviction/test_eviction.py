@@ -65,8 +65,8 @@ def test_fifo_looks_only_where_old_rows_are():
     class Watching:
         layout = store.layout
 
-        def pieces(self, layer, *names):
-            return [evolve(piece, columns=Watched(piece.columns)) for piece in store.pieces(layer, *names)]
+        def chunks(self, layer, *names):
+            return [evolve(chunk, columns=Watched(chunk.columns)) for chunk in store.chunks(layer, *names)]
 
     assert FifoEviction().select(Watching(), 0, 3).tolist() == [0, 1, 2]
     assert looked == ["birth"] * 2, "the first two of ten slabs have rows born at 0"

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from mplus.errors import ConfigError
 from mplus.eviction.lru import LruEviction
 from mplus.eviction.reservoir import ReservoirEviction, scramble
-from mplus.eviction.topk_rows import first_rows
+from mplus.eviction.topk_rows import topk_rows
 from mplus.eviction.ttl import TtlEviction
-from mplus.stores.access_log import NEVER, READS, SPARE, Usage
-from mplus.stores.base import Piece, StoreLayout
+from mplus.stores.access_log import NEVER, READS, SPARE, AccessLog
+from mplus.stores.base import Chunk, StoreLayout
 from mplus.stores.ram import RamStore
 from mplus.testing.strategies import CONFORMANCE, draw_rows
 
@@ -38,27 +38,27 @@ def stored(births, layer=0, **columns):
 
 
 @CONFORMANCE
-@example(parts=[[(2, 0, True)], [(1, 0, True), (2, 0, True)]], count=2)  # the lower id is in the piece looked at last
+@example(parts=[[(2, 0, True)], [(1, 0, True), (2, 0, True)]], count=2)  # the lower id is in the chunk looked at last
 @given(
     parts=st.lists(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans()), max_size=7), max_size=5),
     count=st.integers(0, 40),
 )
 def test_the_first_rows_are_those_a_sort_would_put_first(parts, count):
-    pieces, listed, start = [], [], 0
+    chunks, listed, start = [], [], 0
     for part in parts:
         first, second, live = (torch.tensor([row[i] for row in part]) for i in range(3))
         ids = torch.arange(start, start + len(part)) * 2
         start += len(part)
-        whole = bool(live.all())  # a piece may say that there are no holes by having no mask
-        pieces.append(Piece(ids, None if whole else live.bool(), {"birth": first, "source": second}))
+        whole = bool(live.all())  # a chunk may say that there are no holes by having no mask
+        chunks.append(Chunk(ids, None if whole else live.bool(), {"birth": first, "source": second}))
         listed += [(*row[:2], number) for row, number in zip(part, ids.tolist(), strict=True) if row[2]]
 
-    def least(piece):
-        births = piece.columns["birth"] if piece.live is None else piece.columns["birth"][piece.live]
+    def least(chunk):
+        births = chunk.columns["birth"] if chunk.live is None else chunk.columns["birth"][chunk.live]
         return min(births.tolist(), default=9)
 
-    for known in (None, least, lambda piece: 0):
-        chosen = first_rows(pieces, count, lambda piece: [piece.columns["birth"], piece.columns["source"]], known)
+    for known in (None, least, lambda chunk: 0):
+        chosen = topk_rows(chunks, count, lambda chunk: [chunk.columns["birth"], chunk.columns["source"]], known)
         assert chosen.dtype == torch.int64
         assert chosen.tolist() == sorted(number for *_, number in sorted(listed)[:count])
 
@@ -107,18 +107,18 @@ def test_ttl_says_what_its_options_must_be():
 @given(rows=ROWS, reads=st.lists(st.lists(st.integers(0, 29), max_size=4), max_size=100), data=st.data())
 def test_lru_takes_what_was_not_used_for_longest(rows, reads, data):
     births = [birth for birth, _ in rows]
-    store, usage, clock = stored(births), Usage(), data.draw(st.integers(0, 6))
+    store, access_log, clock = stored(births), AccessLog(), data.draw(st.integers(0, 6))
     used = {number: (birth + 1, 0) for number, birth in enumerate(births)}  # written before any read at that clock
     for number, read in enumerate(reads, 1):
         ids = [row_id % len(rows) for row_id in read]
         clock += data.draw(st.integers(0, 1)) if number % 9 == 0 else 0
-        usage.note(0, torch.tensor(ids, dtype=torch.int64), clock)
+        access_log.record(0, torch.tensor(ids, dtype=torch.int64), clock)
         used.update({row_id: max(used[row_id], (clock, number)) for row_id in ids})
     excess = data.draw(st.integers(1, len(rows)))
     order = sorted(range(len(rows)), key=lambda row_id: (used[row_id], births[row_id], row_id))
-    assert LruEviction().using(usage).select(store, 0, excess).tolist() == sorted(order[:excess])
+    assert LruEviction().with_access_log(access_log).select(store, 0, excess).tolist() == sorted(order[:excess])
     other = [
-        LruEviction().using(usage).select(stored(births, layer=1), 1, excess),
+        LruEviction().with_access_log(access_log).select(stored(births, layer=1), 1, excess),
         LruEviction().select(store, 0, excess),
     ]
     unread = sorted(range(len(rows)), key=lambda row_id: (births[row_id], row_id))[:excess]
@@ -126,43 +126,47 @@ def test_lru_takes_what_was_not_used_for_longest(rows, reads, data):
 
 
 def test_notes_can_be_moved_dropped_and_forked():
-    usage, ids = Usage(), torch.tensor([3, 5, 8])
-    assert usage.times(1, ids).tolist() == [NEVER] * 3
-    usage.note(1, torch.tensor([8, 3]), 2)
-    usage.note(1, torch.tensor([3]), 2)
+    access_log, ids = AccessLog(), torch.tensor([3, 5, 8])
+    assert access_log.times(1, ids).tolist() == [NEVER] * 3
+    access_log.record(1, torch.tensor([8, 3]), 2)
+    access_log.record(1, torch.tensor([3]), 2)
     first, second = 2 * READS + 1, 2 * READS + 2
-    assert usage.times(1, ids).tolist() == [second, NEVER, first]
-    fork = usage.fork()
+    assert access_log.times(1, ids).tolist() == [second, NEVER, first]
+    fork = access_log.fork()
     fork.note(1, torch.tensor([5]), 4)
     store = stored([0] * 4, layer=1)
     store.append(1, draw_rows(LAYOUT, 2, 0))
     store.remove(1, torch.tensor([3]))
-    usage.trim(1, store)
-    assert usage.times(1, ids).tolist() == [second, NEVER, first], "a few notes too many do no harm"
-    usage.note(1, torch.arange(10_000, 10_000 + SPARE + 9), 2)
-    usage.trim(1, store)
+    access_log.trim(1, store)
+    assert access_log.times(1, ids).tolist() == [second, NEVER, first], "a few notes too many do no harm"
+    access_log.record(1, torch.arange(10_000, 10_000 + SPARE + 9), 2)
+    access_log.trim(1, store)
     late = torch.tensor([10_000])
-    assert usage.times(1, torch.cat([ids, late])).tolist() == [NEVER, NEVER, NEVER, NEVER]
-    usage.replace(1, torch.tensor([8]), torch.tensor([first]))
-    assert usage.times(1, ids).tolist() == [NEVER, NEVER, first]
+    assert access_log.times(1, torch.cat([ids, late])).tolist() == [NEVER, NEVER, NEVER, NEVER]
+    access_log.set_times(1, torch.tensor([8]), torch.tensor([first]))
+    assert access_log.times(1, ids).tolist() == [NEVER, NEVER, first]
     assert fork.times(1, ids).tolist() == [second, 4 * READS + 1, first]
-    usage.replace(1, torch.tensor([10, 11, 12]), fork.times(1, ids))
-    assert usage.times(1, torch.tensor([3, 10, 11, 12])).tolist() == [NEVER, second, 4 * READS + 1, first]
-    usage.note(1, torch.tensor([12]), 1)
-    assert usage.times(1, torch.tensor([12])).tolist() == [4 * READS + 2], "time goes on, whatever an old reader says"
+    access_log.set_times(1, torch.tensor([10, 11, 12]), fork.times(1, ids))
+    assert access_log.times(1, torch.tensor([3, 10, 11, 12])).tolist() == [NEVER, second, 4 * READS + 1, first]
+    access_log.record(1, torch.tensor([12]), 1)
+    assert access_log.times(1, torch.tensor([12])).tolist() == [4 * READS + 2], (
+        "time goes on, whatever an old reader says"
+    )
 
 
 def test_readers_in_many_threads_lose_no_note():
-    usage, threads, reads = Usage(), 8, 200
+    access_log, threads, reads = AccessLog(), 8, 200
     work = [
-        threading.Thread(target=lambda start=start: [usage.note(0, torch.tensor([start + i]), 0) for i in range(reads)])
+        threading.Thread(
+            target=lambda start=start: [access_log.record(0, torch.tensor([start + i]), 0) for i in range(reads)]
+        )
         for start in range(0, threads * reads, reads)
     ]
     for thread in work:
         thread.start()
     for thread in work:
         thread.join()
-    times = usage.times(0, torch.arange(threads * reads))
+    times = access_log.times(0, torch.arange(threads * reads))
     assert int(times.min()) > 0
     for start in range(0, threads * reads, reads):
         assert bool((times[start : start + reads].diff() > 0).all()), "in one thread later reads are later"

@@ -108,14 +108,14 @@ class Watched(EvictionPolicy):
     def __init__(self, policy: EvictionPolicy, removed: list[tuple[int, int]], fails_in: int | None = None) -> None:
         super().__init__(policy.options)
         self.policy, self.removed, self.fails_in = policy, removed, fails_in
-        self.name, self.notes_reads = policy.name, policy.notes_reads  # type: ignore[misc]
+        self.name, self.needs_access_log = policy.name, policy.needs_access_log  # type: ignore[misc]
 
     @property
     def lifetime(self) -> float | None:
         return self.policy.lifetime
 
-    def using(self, usage: Any) -> EvictionPolicy:
-        return Watched(self.policy.using(usage), self.removed, self.fails_in)
+    def with_access_log(self, usage: Any) -> EvictionPolicy:
+        return Watched(self.policy.with_access_log(usage), self.removed, self.fails_in)
 
     def select(self, store: StoreView, layer: int, excess: int) -> Tensor:
         return self.noted(store, layer, self.policy.select(store, layer, excess))

@@ -31,13 +31,13 @@ def test_rows_are_those_of_the_store_and_then_those_that_wait(count, waiting, go
     expected = MemoryRows.cat([store.gather(0, store.ids(0)).replace(expiry=None), pending])
     total = len(expected)
     assert view.ids(0).tolist() == list(range(total))
-    pieces = view.pieces(0, "key", "hidden")
-    live = [slice(None) if piece.live is None else piece.live for piece in pieces]
-    assert torch.cat([piece.ids[where] for piece, where in zip(pieces, live, strict=True)]).tolist() == list(
+    chunks = view.chunks(0, "key", "hidden")
+    live = [slice(None) if chunk.live is None else chunk.live for chunk in chunks]
+    assert torch.cat([chunk.ids[where] for chunk, where in zip(chunks, live, strict=True)]).tolist() == list(
         range(total)
     )
     for name in ("key", "hidden"):
-        found = torch.cat([piece.columns[name][where] for piece, where in zip(pieces, live, strict=True)])
+        found = torch.cat([chunk.columns[name][where] for chunk, where in zip(chunks, live, strict=True)])
         assert torch.equal(found, expected.columns()[name])
     places = torch.tensor(
         data.draw(st.lists(st.integers(0, total - 1), max_size=9)) if total else [], dtype=torch.int64

@@ -150,8 +150,8 @@ class TestSelection:
         """Places that hold no row are never brought back."""
 
         class Gaps(RamStore):
-            def pieces(self, layer, *names):
-                whole = super().pieces(layer, *names)[0]
+            def chunks(self, layer, *names):
+                whole = super().chunks(layer, *names)[0]
                 keys = torch.full((2 * len(whole.ids), 8), 100.0)
                 keys[::2] = whole.columns["key"]
                 live = torch.arange(len(keys)) % 2 == 0

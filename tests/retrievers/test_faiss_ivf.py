@@ -44,7 +44,7 @@ class Indexed(RetrieverConformance):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
             retriever = FaissIvfRetriever(shape, FaissIvfRetriever.Options(width=WIDTH, **self.options))
-        retriever.bind(SmallAttention(shape))
+        retriever.attach(SmallAttention(shape))
         return retriever
 
 
@@ -147,7 +147,7 @@ class Following(RuleBasedStateMachine):
 
     @invariant()
     def the_index_holds_what_its_ids_say(self):
-        for slots in self.indexed.shelf._slots.values():
+        for slots in self.indexed.index_cache._slots.values():
             for slot in slots.values():
                 if slot.index is not None:
                     assert slot.index._index.ntotal == len(slot.index.ids)
@@ -236,11 +236,11 @@ class TestIndex:
         gone = store.ids(0)[50:55].clone()  # the newest too
         store.remove(0, gone)
         select(retriever, store, 5)
-        slot = retriever.shelf._slots[store.origin][0]
+        slot = retriever.index_cache._slots[store.identity][0]
         assert not set(slot.index.ids.tolist()) & set(gone.tolist())
         store.remove(0, store.ids(0)[:10])
         select(retriever, store, 5)
-        assert retriever.shelf._slots[store.origin] == {}, "too few are left for an index"
+        assert retriever.index_cache._slots[store.identity] == {}, "too few are left for an index"
 
     def test_a_memory_that_forgets_lets_its_index_forget_at_once(self):
         """Without a read in between: nothing of what was forgotten stays in this process."""
@@ -251,8 +251,8 @@ class TestIndex:
             memory.write(ids, source=source, progress=False)
         with torch.no_grad():
             model(input_ids=prompts(1), memory=memory)
-        [store], slots = memory.stores, model.mplus_engine.mechanism.additions.retriever.shelf._slots
-        indexes = [slot.index for slot in slots[memory.stores[0].origin].values()]
+        [store], slots = memory.stores, model.mplus_engine.mechanism.additions.retriever.index_cache._slots
+        indexes = [slot.index for slot in slots[memory.stores[0].identity].values()]
         assert [len(index) for index in indexes] == [store.count(layer) for layer in range(3)]
         memory.forget("a")
         assert [index.ids.tolist() for index in indexes] == [store.ids(layer).tolist() for layer in range(3)]
@@ -296,10 +296,10 @@ class TestIndex:
         del store
         gc.collect()
         assert retriever.index_facts(0, view)["rows"] == 60
-        assert len(retriever.shelf._slots) == 1
+        assert len(retriever.index_cache._slots) == 1
         del view
         gc.collect()
-        assert len(retriever.shelf._slots) == 0
+        assert len(retriever.index_cache._slots) == 0
 
     def test_a_fork_has_an_index_of_its_own(self):
         retriever, store = made(least=50, cells=4, probes=4), store_of(normal(60))
@@ -333,7 +333,7 @@ class TestIndex:
         retriever, store = made(least=50, cells=4), store_of(normal(60))
         select(retriever, store, 5)
         other = duplicate(retriever)
-        assert len(other.shelf._slots) == 0
+        assert len(other.index_cache._slots) == 0
         check_best(select(other, store, 5), store, 5)
 
     def test_the_parameters_of_linear_are_taken(self):

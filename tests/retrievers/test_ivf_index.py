@@ -28,7 +28,7 @@ class TestSaving:
         tensors = retriever.index_tensors(0, store)
         other, again = made(least=50, cells=12, probes=2), store_of(store.keys(0))  # other ids
         with caplog.at_level(logging.INFO, "mplus"):
-            other.adopt_index(0, again, tensors)
+            other.load_index(0, again, tensors)
             found = select(other, again, 20)
         assert not caplog.records
         assert other.index_facts(0, again) == retriever.index_facts(0, store)
@@ -40,7 +40,7 @@ class TestSaving:
     def test_there_is_nothing_to_save_without_an_index(self):
         retriever, store = made(least=50), store_of(normal(20))
         assert retriever.index_tensors(0, store) == {}
-        retriever.adopt_index(0, store, made(least=5).index_tensors(0, store_of(normal(20))))
+        retriever.load_index(0, store, made(least=5).index_tensors(0, store_of(normal(20))))
         assert retriever.index_facts(0, store) == {}
 
     @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ class TestSaving:
         tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         other = made(least=50, cells=4)
         with pytest.raises(InputError, match=message):
-            other.adopt_index(0, store, tensors)
+            other.load_index(0, store, tensors)
         # The same code over the same keys.
         assert select(other, store, 5).ids.tolist() == select(retriever, store, 5).ids.tolist()
 
@@ -126,7 +126,7 @@ class TestGpu:
         copies.clear()
         tensors = retriever.index_tensors(0, store)
         other = copy.deepcopy(retriever)
-        other.adopt_index(0, store, tensors)
+        other.load_index(0, store, tensors)
         select(other, store, 5)
         assert len(copies) == 1
 

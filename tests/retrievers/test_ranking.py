@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mplus.errors import InputError
 from mplus.retrievers import ranking
 from mplus.retrievers.ranking import best_rows, top_places
-from mplus.stores.base import Piece
+from mplus.stores.base import Chunk
 from mplus.testing.rounding import allowed, check_ranking, error
 
 pytestmark = pytest.mark.two_computations
@@ -48,17 +48,17 @@ def test_rows_of_many_blocks_rank_like_rows_of_one(
     layers: list[list[tuple[float, float, bool]]], k: int, block: int, texts: int
 ) -> None:
     """A row's key is its score for each of two texts; rows that were removed lie between the others."""
-    pieces, rows, next_id = [], [], 7
+    chunks, rows, next_id = [], [], 7
     for places in layers:
         ids = torch.arange(next_id, next_id + 3 * len(places), 3)
         live = torch.tensor([there for _, _, there in places], dtype=torch.bool)
         keys = torch.tensor([place[:2] for place in places], dtype=torch.float32).reshape(-1, 2)
-        pieces.append(Piece(ids, None if bool(live.all()) else live, {"key": keys}))
+        chunks.append(Chunk(ids, None if bool(live.all()) else live, {"key": keys}))
         rows += [(int(i), place) for i, place in zip(ids, places, strict=True) if place[2]]
         next_id += 3 * len(places) + 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranking, "BLOCK", block)
-        found = best_rows(pieces, texts, k, lambda keys: keys.T[:texts].contiguous())
+        found = best_rows(chunks, texts, k, lambda keys: keys.T[:texts].contiguous())
     for text, (ids, best) in enumerate(found):
         scores = [place[text] for _, place in rows]
         expected = slow(scores, k)
@@ -80,7 +80,7 @@ def test_scores_of_many_rows_are_never_held_together() -> None:
     keys = torch.randn(3 * ranking.BLOCK // 8, 4, generator=torch.Generator().manual_seed(0))
     queries = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
     with Watch():
-        found = best_rows([Piece(torch.arange(len(keys)), None, {"key": keys})], 8, 5, lambda part: queries @ part.T)
+        found = best_rows([Chunk(torch.arange(len(keys)), None, {"key": keys})], 8, 5, lambda part: queries @ part.T)
     assert 0 < largest <= ranking.BLOCK + 8 * 5
     for (ids, best), query in zip(found, queries, strict=True):
         exact = keys.double() @ query.double()

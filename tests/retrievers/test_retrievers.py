@@ -196,7 +196,7 @@ class TestLinear:
 
             def pieces(self, layer, *names):
                 Counting.reads += "key" in names
-                return super().pieces(layer, *names)
+                return super().chunks(layer, *names)
 
         retriever = LinearRetriever(SHAPE, LinearRetriever.Options(width=5))
         layout = StoreLayout(layers=2, hidden_size=6, key_size=5)
@@ -268,7 +268,7 @@ class TestAttention:
     def test_scores_are_mean_shares_of_every_head_and_token(self, monkeypatch, layer, bound):
         monkeypatch.setattr(scores, "MAX_PRODUCTS", bound)
         own, retriever = SmallAttention(SHAPE), AttentionRetriever(SHAPE)
-        retriever.bind(own)
+        retriever.attach(own)
         generator = torch.Generator().manual_seed(layer)
         memory, hidden = torch.randn(30, 6, generator=generator), torch.randn(1, 7, 6, generator=generator)
         mask = torch.arange(7)[None] > 2
@@ -291,14 +291,14 @@ class TestAttention:
 
     def test_nothing_of_the_decoder_becomes_its_own(self):
         retriever = AttentionRetriever(SHAPE)
-        retriever.bind(SmallAttention(SHAPE))
+        retriever.attach(SmallAttention(SHAPE))
         assert list(retriever.parameters()) == []
         assert dict(retriever.state_dict()) == {}
         assert (retriever.key_size, retriever.query_size) == (8, 16)
 
     def test_a_store_without_keys_is_refused(self):
         retriever = AttentionRetriever(SHAPE)
-        retriever.bind(SmallAttention(SHAPE))
+        retriever.attach(SmallAttention(SHAPE))
         store = RamStore(StoreLayout(layers=2, hidden_size=6))
         with pytest.raises(ValueError, match="needs rows with keys"):
             retriever.select(0, torch.randn(1, 2, 16), text(1, 2), [store], 1)

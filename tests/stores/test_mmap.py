@@ -16,8 +16,8 @@ from mplus.stores.disk.checksums import FIRST, PRESENT, WIDE, WeightedSums
 from mplus.stores.disk.compaction import files_of
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.safetensors_io import Part
-from mplus.stores.disk.segment_source import LayerOfFile
-from mplus.stores.disk.segments import Run, Runs
+from mplus.stores.disk.segment_source import FileLayer
+from mplus.stores.disk.segments import RowSegment, SegmentedRows
 from mplus.stores.mmap import MmapStore
 from mplus.testing.store_model import LAYOUT, StoreMachine
 from mplus.testing.stores import StoreConformance
@@ -51,22 +51,22 @@ def test_rows_are_in_files_and_few_of_them(tmp_path):
     assert store.bytes_in_memory <= 1000
     assert 1 <= len(files_of(store.layers)) <= 9  # about log2 of how often rows were moved
     assert len(list((tmp_path / "new" / "folder").iterdir())) == len(files_of(store.layers))
-    pieces = store.pieces(0, "key")
-    assert torch.equal(torch.cat([piece.columns["key"] for piece in pieces]), store.keys(0))
+    chunks = store.chunks(0, "key")
+    assert torch.equal(torch.cat([chunk.columns["key"] for chunk in chunks]), store.keys(0))
     expected = torch.cat([draw_rows(LAYOUT, 5, number).key for number in range(0, 200, 2)])
     assert torch.equal(store.keys(0), expected)
 
 
 def test_a_row_is_written_a_few_times_only(tmp_path, monkeypatch):
     written = []
-    rewritten = MmapStore._spill.__globals__["rewritten"]
+    compact = MmapStore._spill.__globals__["compact"]
 
     def counting(*arguments, **options):
-        layers, entry = rewritten(*arguments, **options)
+        layers, entry = compact(*arguments, **options)
         written.append(entry.bytes)
         return layers, entry
 
-    monkeypatch.setitem(MmapStore._spill.__globals__, "rewritten", counting)
+    monkeypatch.setitem(MmapStore._spill.__globals__, "compact", counting)
     layout = attrs.evolve(LAYOUT, hidden_size=256)
     store = MmapStore(layout, MmapStore.Options(directory=str(tmp_path), bytes_in_memory=20_000))
     for number in range(256):
@@ -103,7 +103,7 @@ def test_room_is_given_back_when_most_of_a_file_was_removed(tmp_path):
 def altered(file, name, place):
     """Change a bit in a file that is mapped; the mapping shows it: the page was never written to."""
     with file.path.open("r+b") as opened:
-        opened.seek(file._begin + file.stretch(name).begin + place)
+        opened.seek(file._begin + file.span(name).begin + place)
         byte = opened.read(1)
         opened.seek(-1, 1)
         opened.write(bytes([byte[0] ^ 4]))
@@ -127,7 +127,7 @@ def test_a_block_is_checked_when_it_is_first_read_and_once(tmp_path, monkeypatch
     with pytest.raises(MemoryFileError, match=r"0\.hidden"):
         store.locate(0, "hidden", ids[5:8])
     with pytest.raises(MemoryFileError, match=r"0\.hidden"):
-        store.pieces(0, "hidden")
+        store.chunks(0, "hidden")
     assert list(file.damaged()) == [("0.hidden", 6 * WIDE, 7 * WIDE)]
     assert file.sound_rows("0.hidden").tolist() == [row != 6 for row in range(10)]
     checked, of = [], WeightedSums.of
@@ -172,18 +172,18 @@ def test_rows_that_share_blocks_are_checked_with_these(tmp_path, monkeypatch, wi
 def test_a_read_from_files_of_both_formats_and_from_memory(tmp_path, altered_file):
     """Each row is checked as its own file says; rows in memory not at all."""
     layout = attrs.evolve(LAYOUT, hidden_size=2048)  # a row is a block in both formats
-    store, pieces = MmapStore(layout), [draw_rows(layout, 5, number) for number in range(4)]
+    store, chunks = MmapStore(layout), [draw_rows(layout, 5, number) for number in range(4)]
     runs = []
     for number, scheme in enumerate((PRESENT, FIRST, PRESENT)):
-        columns = {"id": torch.arange(5 * number, 5 * number + 5), **pieces[number].columns()}
+        columns = {"id": torch.arange(5 * number, 5 * number + 5), **chunks[number].columns()}
         parts = [Part.whole(f"0.{name}", column) for name, column in columns.items()]
         path = tmp_path / f"{number}.safetensors"
         file = BlockFile(path, write_blocks(FileSystem(), path, parts, scheme=scheme))
-        runs.append(Run(LayerOfFile(file, 0), 0, 5, None, 5))
-    store.layers, store.next_ids[0] = (Runs(layout, tuple(runs)), *store.layers[1:]), 15
-    store.append(0, pieces[3])
+        runs.append(RowSegment(FileLayer(file, 0), 0, 5, None, 5))
+    store.layers, store.next_ids[0] = (SegmentedRows(layout, tuple(runs)), *store.layers[1:]), 15
+    store.append(0, chunks[3])
     altered(files_of(store.layers)[altered_file], "0.hidden", 3 * 8192 + 9)
-    whole, ids = torch.cat([piece.hidden for piece in pieces]), store.ids(0)
+    whole, ids = torch.cat([chunk.hidden for chunk in chunks]), store.ids(0)
     with pytest.raises(MemoryFileError, match=rf"{altered_file}.safetensors.* rows 3 to 3"):
         store.gather(0, ids)
     altered(files_of(store.layers)[altered_file], "0.hidden", 3 * 8192 + 9)
@@ -209,7 +209,7 @@ def test_wide_rows_start_where_pages_do(tmp_path):
     store.append(1, draw_rows(layout, 7, 1))
     (file,) = files_of(store.layers)
     assert file.unchecked("1.hidden").data_ptr() % 4096 == 0
-    for name in file.stretches:
+    for name in file.spans:
         tensor = file.unchecked(name)
         assert tensor.data_ptr() % tensor.element_size() == 0, name
 
@@ -232,9 +232,9 @@ def test_rows_are_located_where_they_lie():
     store = MmapStore(LAYOUT, MmapStore.Options(bytes_in_memory=2000))
     ids = torch.cat([store.append(0, draw_rows(LAYOUT, 5, number)) for number in range(30)])
     store.remove(0, ids[3:50:4])
-    assert len(store.layers[0].runs) > 2
+    assert len(store.layers[0].segments) > 2
     wanted = store.ids(0)[torch.randperm(store.count(0), generator=torch.Generator().manual_seed(0))]
-    column, places = store.locate(0, "hidden", wanted).together()
+    column, places = store.locate(0, "hidden", wanted).contiguous()
     assert torch.equal(column[places], store.gather(0, wanted).hidden)
     with pytest.raises(KeyError, match=str(int(ids[3]))):
         store.locate(0, "hidden", ids[:5])

@@ -141,18 +141,18 @@ class TestStore:
         store = QuantizedStore(LAYOUT, QuantizedStore.Options(inner={"name": "ram", "slab_rows": 8}))
         rows = draw_rows(LAYOUT, 30, 1)
         store.append(0, rows)
-        pieces = store.pieces(0, "key", "birth")
-        assert len(pieces) > 2
-        assert all(set(piece.columns) == {"key", "birth"} for piece in pieces)
+        chunks = store.chunks(0, "key", "birth")
+        assert len(chunks) > 2
+        assert all(set(chunk.columns) == {"key", "birth"} for chunk in chunks)
         expected, _ = in_8_bits(rows.key)
-        assert torch.equal(torch.cat([piece.columns["key"] for piece in pieces]).double(), expected)
+        assert torch.equal(torch.cat([chunk.columns["key"] for chunk in chunks]).double(), expected)
         with pytest.raises(KeyError, match="hidden"):
-            pieces[0].columns["hidden"]
-        assert "hidden" not in pieces[0].columns
+            chunks[0].columns["hidden"]
+        assert "hidden" not in chunks[0].columns
         decoded = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(quantized, "restored", lambda *arguments: decoded.append(arguments))
-            assert "key" in pieces[0].columns
+            assert "key" in chunks[0].columns
             assert decoded == [], "asking whether it is there computes nothing"
 
     def test_codes_survive_a_change_of_dtype(self):

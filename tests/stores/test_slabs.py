@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mplus.stores.base import StoreLayout, smallest
+from mplus.stores.base import StoreLayout, chunk_min
 from mplus.stores.ram import RamStore
 from mplus.stores.slabs import block
 from mplus.stores.slabs.block import Block, RamAllocator
@@ -233,16 +233,16 @@ class TestMemoryIsUsedAgain:
 def test_the_smallest_birth_is_that_of_a_row_that_is_there():
     store = new_store(slab_rows=16, expected_rows=16)
     store.append(0, draw_rows(LAYOUT, 5, 1).replace(birth=torch.tensor([7, 2, 9, 4, 8])))
-    assert smallest(store.pieces(0, "birth")[0], "birth") == 2
+    assert chunk_min(store.chunks(0, "birth")[0], "birth") == 2
     store.remove(0, torch.tensor([1]))
-    assert smallest(store.pieces(0, "birth")[0], "birth") == 4
+    assert chunk_min(store.chunks(0, "birth")[0], "birth") == 4
 
 
 def test_a_limited_layer_keeps_within_its_bytes_even_where_columns_are_large():
     """Memory that nobody uses is given back, not kept for later blocks."""
     layout = StoreLayout(layers=1, hidden_size=16_384)  # blocks of 25 rows have columns above ``KEPT_BYTES``
     store, rows = RamStore(layout), draw_rows(layout, 20, 0)
-    store.limit(400)
+    store.set_capacity(400)
     for _ in range(60):
         store.append(0, rows)
         excess = store.count(0) - 400

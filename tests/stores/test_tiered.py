@@ -17,8 +17,8 @@ from mplus.stores.base import StoreLayout
 from mplus.stores.ram import RamStore
 from mplus.stores.tiered import TieredStore
 from mplus.stores.tiers import shared_cache
-from mplus.stores.tiers.resident import Small
-from mplus.stores.tiers.transfer import Arrival, Travel
+from mplus.stores.tiers.resident import ResidentColumns
+from mplus.stores.tiers.transfer import CopyEvent, Transfer
 from mplus.testing.stores import StoreConformance
 from mplus.testing.strategies import draw_rows
 from tests.helpers.tiering import CONTENT_BYTES, LAYOUT, SMALL_BYTES, SMALL_SLABS, TIGHT, append, assert_same, tiered
@@ -121,7 +121,7 @@ class TestWhatIsReadComesUp:
             for order in (wanted, sorted(wanted)):
                 places = torch.tensor(order)
                 assert_same(store.gather(0, ids[places]), rows.select(places))
-                column, at = store.locate(0, "hidden", ids[places]).together()
+                column, at = store.locate(0, "hidden", ids[places]).contiguous()
                 assert torch.equal(column[at], rows.hidden[places])
 
     def test_removed_rows_make_room(self):
@@ -134,7 +134,7 @@ class TestWhatIsReadComesUp:
         store = tiered()
         ids = append(store, 9)
         for view in (store, store.snapshot()):
-            column, places = view.locate(0, "hidden", ids[[3, 3, 8, 0]]).together()
+            column, places = view.locate(0, "hidden", ids[[3, 3, 8, 0]]).contiguous()
             expected = draw_rows(LAYOUT, 9, 0).hidden[[3, 3, 8, 0]]
             assert torch.equal(column[places], expected)
             assert view.locate(0, "projected", ids) is None
@@ -142,7 +142,7 @@ class TestWhatIsReadComesUp:
                 view.locate(0, "hidden", torch.tensor([3, 77]))
 
 
-class PretendedTravel(Travel):
+class PretendedTransfer(Transfer):
     """As to a GPU, but that rows arrive at once: what is copied where, and what is waited for."""
 
     def __init__(self, log: list[str]) -> None:
@@ -150,21 +150,21 @@ class PretendedTravel(Travel):
         self.pinned, self.log = True, log
 
     @contextmanager
-    def beside(self):
+    def on_stream(self):
         yield
 
-    def sent(self, column: torch.Tensor) -> torch.Tensor:
+    def to_device(self, column: torch.Tensor) -> torch.Tensor:
         self.log.append("sent")
         return column.clone()
 
-    def arrival(self) -> Arrival:
-        return Arrival("event")
+    def event(self) -> CopyEvent:
+        return CopyEvent("event")
 
 
 def test_what_travels_is_awaited_when_it_is_looked_at(monkeypatch):
     store = tiered(device_bytes=2 * 16 * CONTENT_BYTES, host_bytes=2 * 48 * CONTENT_BYTES, small_share=0.0)
     ids, rows, log = append(store, 200), draw_rows(LAYOUT, 200, 0), []
-    store.shared.travel = PretendedTravel(log)
+    store.shared.transfer = PretendedTransfer(log)
     without_pinning = types.SimpleNamespace(**vars(torch))
 
     def empty(*shape, pin_memory, **named):
@@ -173,7 +173,7 @@ def test_what_travels_is_awaited_when_it_is_looked_at(monkeypatch):
 
     without_pinning.empty = empty
     monkeypatch.setattr(shared_cache, "torch", without_pinning)
-    monkeypatch.setattr(Arrival, "await_", lambda own, columns: log.append(f"awaited {own.event}"))
+    monkeypatch.setattr(CopyEvent, "wait", lambda own, columns: log.append(f"awaited {own.event}"))
     for wanted in ([100, 3, 60], [100, 20, 150, 2, 60, 101], [*range(90, 130), 5, 40]):
         places = torch.tensor(wanted)
         assert_same(store.gather(0, ids[places]), rows.select(places))
@@ -183,7 +183,7 @@ def test_what_travels_is_awaited_when_it_is_looked_at(monkeypatch):
     located = store.locate(0, "hidden", ids[places])
     assert log[0] == "pinned"
     assert log[-1] == "sent", "nothing is awaited yet"
-    column, at = located.together()
+    column, at = located.contiguous()
     assert log[-1] == "awaited event"
     assert torch.equal(column[at], rows.hidden[places])
 
@@ -216,9 +216,11 @@ class TestSmallColumns:
     def test_they_are_read_once_from_rows_that_were_there_before(self, monkeypatch):
         store = tiered(device_bytes=10**5)
         append(store, 30)
-        store.small = [Small(store.shared.rooms) for _ in store.small]  # as if a directory had been opened
+        store.resident = [
+            ResidentColumns(store.shared.allocators) for _ in store.resident
+        ]  # as if a directory had been opened
         store.remove(0, store.ids(0)[3:9])
-        store.small = [Small(store.shared.rooms) for _ in store.small]
+        store.resident = [ResidentColumns(store.shared.allocators) for _ in store.resident]
         left = torch.tensor([*range(3), *range(9, 30)])
         assert store.ids(0).tolist() == left.tolist()
         assert torch.equal(store.keys(0), draw_rows(LAYOUT, 30, 0).key[left])
@@ -226,7 +228,7 @@ class TestSmallColumns:
         monkeypatch.setattr(RamStore, "column", None)
         ids = append(store, 4, seed=1)
         assert torch.equal(store.keys(0)[-4:], draw_rows(LAYOUT, 4, 1).key)
-        assert store.snapshot().pieces(0, "key")
+        assert store.snapshot().chunks(0, "key")
         assert ids.tolist() == store.ids(0)[-4:].tolist()
 
 
@@ -285,7 +287,7 @@ class TestSharing:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(Small, step, interrupted)
+            patch.setattr(ResidentColumns, step, interrupted)
             with pytest.raises(KeyboardInterrupt):
                 append(store, 5, seed=1) if step == "appended" else store.remove(0, store.ids(0)[2:5])
         rows = MemoryRows.cat([draw_rows(LAYOUT, 10, 0), draw_rows(LAYOUT, 5, 1)])

@@ -302,7 +302,7 @@ class DecoderEngine:
 
     def bind(self, retriever: Retriever) -> None:
         """Let a retriever that was built for this decoder use its attention. Raises NotSupported where it cannot."""
-        retriever.bind(self.own_attention)
+        retriever.attach(self.own_attention)
 
     def fingerprint(self, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """See ``Engine.fingerprint``."""

@@ -64,7 +64,7 @@ class Prepared:
         only = retrieved[0] if len(views) == 1 else None
         if only is not None and only.source is not None and _alike(only.source.parts[0][0], like):
             tables = self._tables(layer, own[0], (own[0], counts[0]), like)
-            front = self.projection.picked(layer, begins[0], *only.source.together(), tables)
+            front = self.projection.picked(layer, begins[0], *only.source.contiguous(), tables)
         else:
             parts = [
                 [begin, *_projected(found, like)] if there else []
@@ -158,7 +158,7 @@ def _projected(retrieved: Retrieved | None, like: Tensor) -> list[Tensor]:
     if retrieved is None:
         return []
     if retrieved.source is not None:
-        column, places = retrieved.source.together()
+        column, places = retrieved.source.contiguous()
         return [column.index_select(0, places).to(like)]
     found: Any = retrieved.rows.projected
     return [found.to(like)]

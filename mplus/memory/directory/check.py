@@ -56,7 +56,7 @@ def file_faults(folder: Path | Folder, entry: FileEntry) -> Iterator[str]:
         yield str(error)
         return
     for name, begin, end in file.damaged():
-        width = max(1, file.stretch(name).row_bytes)
+        width = max(1, file.span(name).row_bytes)
         yield (
             f"{file.path}: tensor {name!r} must have the checksums it was written with, and has another in "
             f"rows {begin // width} to {(end - 1) // width}: it was altered"

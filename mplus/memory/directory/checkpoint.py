@@ -33,16 +33,16 @@ from mplus.memory.format.rules import FURTHEST_BACK, check_values
 from mplus.memory.format.save import Facts, Index, index_parts, layout_entry, stream_entry, stream_parts
 from mplus.memory.state import StreamState, StreamView
 from mplus.rows import NO_SOURCE
-from mplus.stores.access_log import Usage
+from mplus.stores.access_log import AccessLog
 from mplus.stores.base import MemoryStore, StoreLayout
 from mplus.stores.build import build_store
 from mplus.stores.disk.block_file import BlockFile, write_blocks
-from mplus.stores.disk.compaction import files_of, plan, rewritten
+from mplus.stores.disk.compaction import compact, files_of, plan_compaction
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.folder import Folder, PathAt
 from mplus.stores.disk.safetensors_io import Part
-from mplus.stores.disk.segment_source import LayerOfFile
-from mplus.stores.disk.segments import Run, Runs
+from mplus.stores.disk.segment_source import FileLayer
+from mplus.stores.disk.segments import RowSegment, SegmentedRows
 from mplus.stores.disk.verified import Rule
 from mplus.stores.mmap import MmapStore
 
@@ -54,7 +54,7 @@ class Content:
     states: list[StreamState]
     stores: list[MemoryStore]
     draws: list[Tensor]
-    usage: Sequence[Usage | None]
+    usage: Sequence[AccessLog | None]
     indexes: Sequence[Index] = ()
 
     @property
@@ -80,7 +80,7 @@ class Written:
 
     manifest: LiveManifest
     stores: list[MmapStore]
-    layers: list[tuple[Runs, ...]]
+    layers: list[tuple[SegmentedRows, ...]]
     journal: Journal
     made: list[PathAt]
 
@@ -102,7 +102,7 @@ class Files:
     @property
     def tensors(self) -> Mapping[str, object]:
         """By name."""
-        return self._file.stretches
+        return self._file.spans
 
     def get(self, name: str) -> Tensor:
         """One tensor. Raises MemoryFileError when it is missing or not the one that was written."""
@@ -139,10 +139,10 @@ def write_checkpoint(
         layers, entries = [], []
         for store in content.mapped:
             own = store.layers
-            for group in plan(own, clean=clean, home=folder):
+            for group in plan_compaction(own, clean=clean, home=folder):
                 path = folder / ROWS.format(owner, secrets.token_hex(8))
                 made.append(path)
-                own, _ = rewritten(own, group, files, path)
+                own, _ = compact(own, group, files, path)
             layers.append(own)
             rows = files_of(own)
             entries.append(StoreEntry(files=tuple(file.entry for file in rows), next_ids=tuple(store.next_ids)))
@@ -174,14 +174,14 @@ def write_checkpoint(
         raise
 
 
-def _state_parts(content: Content, layers: Sequence[Sequence[Runs]]) -> Iterator[Part]:
+def _state_parts(content: Content, layers: Sequence[Sequence[SegmentedRows]]) -> Iterator[Part]:
     for number, (view, draw) in enumerate(zip(content.views(), content.draws, strict=True)):
         yield from stream_parts(number, view, draw)
         if content.indexes:
             yield from index_parts(number, content.indexes[number])
         files = files_of(layers[number])
         for layer, runs in enumerate(layers[number]):
-            left = {id(run.holder.file): run for run in runs.runs if isinstance(run.holder, LayerOfFile)}
+            left = {id(run.source.file): run for run in runs.segments if isinstance(run.source, FileLayer)}
             for place, file in enumerate(files):
                 run = left.get(id(file))  # None: this layer has no row in the file any more, and others have
                 count = file.rows(f"{layer}.id")
@@ -278,11 +278,11 @@ def read_checkpoint(folder: Path | Folder, manifest: LiveManifest, layout: Store
         rules = rules_of(manifest, number)
         opened = [BlockFile(folder / part.file, part, rules) for part in entry.files]
         store.layers = tuple(
-            Runs(kept, tuple(_runs(file, opened, number, layer, kept))) for layer in range(layout.layers)
+            SegmentedRows(kept, tuple(_runs(file, opened, number, layer, kept))) for layer in range(layout.layers)
         )
         for runs in store.layers:
-            if runs.runs:
-                _ = runs.runs[-1].bounds  # what is appended must get larger ids; all others are looked at when read
+            if runs.segments:
+                _ = runs.segments[-1].bounds  # what is appended must get larger ids; all others are looked at when read
         store.next_ids = list(entry.next_ids)
         counts = tuple(map(len, store.layers))
         if counts != manifest.streams[number].ltm:
@@ -310,21 +310,23 @@ def check_layer(file: BlockFile, layer: int, layout: StoreLayout) -> int:
     """Number of rows in a layer of a file. Raises MemoryFileError unless they look as ``layout`` says."""
     rows = file.rows(f"{layer}.id")
     for name, (shape, dtype) in {"id": ((), torch.int64), **layout.columns()}.items():
-        stretch = file.stretch(f"{layer}.{name}")
-        if stretch.dtype != dtype or stretch.shape != (rows, *shape):
+        span = file.span(f"{layer}.{name}")
+        if span.dtype != dtype or span.shape != (rows, *shape):
             raise MemoryFileError(
                 f"{file.path}: tensor '{layer}.{name}' must be {dtype} {[rows, *shape]}, "
-                f"got {stretch.dtype} {list(stretch.shape)}"
+                f"got {span.dtype} {list(span.shape)}"
             )
     return rows
 
 
-def _runs(state: BlockFile, opened: Sequence[BlockFile], stream: int, layer: int, layout: StoreLayout) -> Iterator[Run]:
+def _runs(
+    state: BlockFile, opened: Sequence[BlockFile], stream: int, layer: int, layout: StoreLayout
+) -> Iterator[RowSegment]:
     for place, file in enumerate(opened):
         rows = check_layer(file, layer, layout)
         name = live_name(stream, place, layer)
         live = torch.ones(rows, dtype=torch.bool)
-        if name in state.stretches:
+        if name in state.spans:
             live = state.read(name).clone()
         if live.shape != (rows,) or live.dtype != torch.bool:
             raise MemoryFileError(f"{state.path}: tensor {name!r} must be bool {[rows]}, got {list(live.shape)}")
@@ -332,7 +334,7 @@ def _runs(state: BlockFile, opened: Sequence[BlockFile], stream: int, layer: int
         if len(left):
             first, last = int(left[0]), int(left[-1]) + 1
             whole = len(left) == last - first
-            yield Run(LayerOfFile(file, layer), first, last, None if whole else live[first:last], len(left))
+            yield RowSegment(FileLayer(file, layer), first, last, None if whole else live[first:last], len(left))
 
 
 def replay(folder: Path | Folder, manifest: LiveManifest, content: Content, layout: StoreLayout) -> tuple[int, int]:

@@ -166,7 +166,7 @@ class LiveMemory(Memory):
     def _begin(self) -> None:
         self.check_writable()
         for store in self._mapped():
-            store.notes = []
+            store.changes = []
         self._draws = [generator.get_state() for generator in self.generators]
 
     def _tidy(self, states: list[StreamState], stayed: Stayed | None) -> None:
@@ -188,7 +188,7 @@ class LiveMemory(Memory):
             return
         draws = [generator.get_state() for generator in self.generators]
         moved = {row: draw for row, draw in enumerate(draws) if not torch.equal(draw, self._draws[row])}
-        notes = [store.notes or () for store in self._mapped()]
+        notes = [store.changes or () for store in self._mapped()]
         with writable(directory.path):
             directory.append(after, encode(self._states, after, stayed, notes, moved))
 

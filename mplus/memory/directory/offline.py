@@ -121,7 +121,7 @@ def _replace(directory: Directory, manifest: LiveManifest, content: Content) -> 
     """A checkpoint of ``content``, without what was removed."""
     facts = Facts(fingerprint=manifest.fingerprint, eviction=manifest.eviction, bytes_budget=manifest.bytes_budget)
     layers = range(manifest.layout.layers)
-    noted = [notes if any(len(notes.at(n).ids) for n in layers) else None for notes in content.usage if notes]
+    noted = [notes if any(len(notes.layer(n).ids) for n in layers) else None for notes in content.usage if notes]
     states = [without_unused_sources(view).state for view in content.views()]
     kept = Content(states, content.stores, content.draws, noted)
     token = object()

@@ -218,7 +218,7 @@ def read_directory(
     kept = Component.of(manifest.store)
     content = read_checkpoint(folder, manifest, layout, kind_of(wanted or kept, kept))
     for store in content.mapped:
-        store.notes = []  # a store that somebody keeps moves nothing to files by itself
+        store.changes = []  # a store that somebody keeps moves nothing to files by itself
     done = replay(folder, manifest, content, layout)
     for number, state in enumerate(content.states if done[1] else ()):
         check(check_values, state, where=f"{folder}: stream {number}, by its journal,")

@@ -34,14 +34,14 @@ from mplus.memory.texts import Texts, generator_in, tail_from, tail_tensors
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.stores.disk.safetensors_io import pack, unpack
-from mplus.stores.mmap import MmapStore, Note
+from mplus.stores.mmap import Change, MmapStore
 
 
 def encode(
     before: Sequence[StreamState],
     after: Sequence[StreamState],
     stayed: Stayed,
-    notes: Sequence[Sequence[Note]],
+    notes: Sequence[Sequence[Change]],
     draws: Mapping[int, Tensor],
 ) -> list[bytes | memoryview]:
     """The payload that turns the streams ``before`` into those ``after``.
@@ -132,7 +132,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.contiguous().view(whole), other.contiguous().view(whole))
 
 
-def _note(prefix: str, note: Note, tensors: dict[str, Tensor]) -> list[Any]:
+def _note(prefix: str, note: Change, tensors: dict[str, Tensor]) -> list[Any]:
     tensors[f"{prefix}.ids"] = note.ids
     for name, column in ({} if note.rows is None else note.rows.columns()).items():
         tensors[f"{prefix}.{name}"] = column

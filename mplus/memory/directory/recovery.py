@@ -54,7 +54,7 @@ class _Marking:
     @property
     def tensors(self) -> Mapping[str, object]:
         """By name."""
-        return self._file.stretches
+        return self._file.spans
 
     def get(self, name: str) -> Tensor:
         """Columns of rows whatever they are, all else as it was written. Raises MemoryFileError where it is damaged."""
@@ -68,7 +68,7 @@ class _Marking:
 
     def zeros_like(self, name: str) -> Tensor:
         """What stands in for a tensor that was damaged, by its present name."""
-        names = {renamed(own): own for own in self._file.stretches}
+        names = {renamed(own): own for own in self._file.spans}
         return torch.zeros_like(self._file.unchecked(names[name]))
 
 
@@ -82,7 +82,7 @@ def _sound(file: BlockFile, prefix: str, rows: int, names: Iterable[str]) -> Ten
     """``[rows]`` bool: which rows are what was written, in columns that have so many rows."""
     sound = torch.ones(rows, dtype=torch.bool)
     for name in ("id", *names):
-        if f"{prefix}.{name}" in file.stretches and file.rows(f"{prefix}.{name}") == rows:
+        if f"{prefix}.{name}" in file.spans and file.rows(f"{prefix}.{name}") == rows:
             sound &= file.sound_rows(f"{prefix}.{name}")
     return sound
 
@@ -164,7 +164,7 @@ def _store(
 
 def _live(state: BlockFile, name: str, rows: int, lost: list[str]) -> Tensor:
     """``[rows]`` bool: which rows were not removed, as far as somebody knows. Raises MemoryFileError: nobody does."""
-    if name not in state.stretches:
+    if name not in state.spans:
         return torch.ones(rows, dtype=torch.bool)
     live = state.unchecked(name)
     if live.shape != (rows,) or live.dtype != torch.bool:

@@ -22,7 +22,7 @@ from mplus.memory.sources.table import SourceTable
 from mplus.memory.state import StreamState
 from mplus.memory.texts import NAMES, TAIL_NAMES, Texts, Waiting, generator_in, tail_from
 from mplus.rows import MemoryRows
-from mplus.stores.access_log import NEVER, Usage
+from mplus.stores.access_log import NEVER, AccessLog
 from mplus.stores.base import MemoryStore, StoreLayout
 from mplus.stores.build import build_store
 
@@ -182,7 +182,7 @@ def _check_stored(store: MemoryStore, state: StreamState, where: str) -> None:
     """Raise MemoryFileError unless the rows of a store, all of them in memory, can be those of a stream."""
     known = state.sources.column("number")
     for layer in range(store.layout.layers):
-        for piece in store.pieces(layer, "birth", "source"):
+        for piece in store.chunks(layer, "birth", "source"):
             rows = MemoryRows.of(piece.columns)
             rows = rows if piece.live is None else rows.select(piece.live)
             check(check_rows, rows, state.clock, known, f"layer {layer}", where=where)
@@ -225,13 +225,13 @@ def read_tail(file: Tensors, number: int, known: Tensor) -> tuple[Waiting, ...]:
         raise MemoryFileError(f"{file.path}: stream.{number}.tail must hold text as it was kept: {error}") from error
 
 
-def read_usage(file: Tensors, number: int, store: MemoryStore) -> Usage:
+def read_usage(file: Tensors, number: int, store: MemoryStore) -> AccessLog:
     """When the rows of a stream were last retrieved, as far as the file says. Raises MemoryFileError as ``get``."""
-    usage = Usage()
+    usage = AccessLog()
     for layer in range(store.layout.layers):
         name = f"stream.{number}.usage.{layer}"
         if name in file.tensors:
-            usage.replace(layer, store.ids(layer), read_times(file, name, store.count(layer)))
+            usage.set_times(layer, store.ids(layer), read_times(file, name, store.count(layer)))
     return usage
 
 

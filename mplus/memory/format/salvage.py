@@ -128,7 +128,7 @@ def clean(number: int, state: StreamState, store: MemoryStore, lost: list[str]) 
 
 def sources_in(store: MemoryStore) -> list[Tensor]:
     """Numbers of sources of the rows in a store, with repeats."""
-    pieces = [piece for layer in range(store.layout.layers) for piece in store.pieces(layer, "source")]
+    pieces = [piece for layer in range(store.layout.layers) for piece in store.chunks(layer, "source")]
     return [piece.columns["source"] for piece in pieces]
 
 

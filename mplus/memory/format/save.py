@@ -256,7 +256,7 @@ def load(
             lifetime = mechanism.lifetime(policy)
             states, stores, draws = read_streams(file, manifest, layout, store or engine.config.store, lifetime)
             check(check_fits, states, engine, layout, where=f"{folder}")
-            usage = [read_usage(file, n, one) for n, one in enumerate(stores)] if policy.notes_reads else []
+            usage = [read_usage(file, n, one) for n, one in enumerate(stores)] if policy.needs_access_log else []
             for entry, own in zip(manifest.streams, stores, strict=True):
                 mechanism.adopt_index(own, read_index(file, entry.store, layout.layers))
         states = with_weights(states, stores, manifest.fingerprint, engine, folder)

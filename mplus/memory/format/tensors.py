@@ -16,7 +16,7 @@ from torch import Tensor
 from mplus.errors import MemoryFileError
 from mplus.memory.format.entries import DTYPES, DataEntry, TensorEntry, name_of
 from mplus.stores.disk.folder import Folder, PathAt, open_file, path_of
-from mplus.stores.disk.safetensors_io import CODES, Part, header, in_order, raw
+from mplus.stores.disk.safetensors_io import CODES, Part, header, raw, sort_by_itemsize
 
 PIECE_BYTES = 2**26
 """Bytes of a file hashed at a time."""
@@ -28,7 +28,7 @@ def write_tensors(file: BinaryIO, parts: Sequence[Part]) -> tuple[str, dict[str,
     Returns:
         SHA-256 of the file, and what a manifest says about each tensor.
     """
-    parts = in_order(parts)
+    parts = sort_by_itemsize(parts)
     whole = hashlib.sha256()
     head = header(parts, {"format": "pt"})
     file.write(head)

@@ -141,7 +141,7 @@ def _names(state: StreamState) -> dict[str, str]:
 def _written_from(store: StoreView, layer: int, number: int) -> Tensor:
     """Ids of the rows of a layer that come from one source."""
     found = []
-    for piece in store.pieces(layer, "source"):
+    for piece in store.chunks(layer, "source"):
         own = piece.columns["source"] == number
         found.append(piece.ids[own if piece.live is None else own & piece.live])
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)

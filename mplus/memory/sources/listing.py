@@ -67,7 +67,7 @@ def listed(
 
 def stored(view: StreamView, layer: int) -> Iterator[Held]:
     """The long-term rows of a layer, in as many parts as they lie in."""
-    for piece in view.store.pieces(layer, "source", "birth"):
+    for piece in view.store.chunks(layer, "source", "birth"):
         places = slice(None) if piece.live is None else piece.live
         yield Held(piece.columns["source"][places], piece.columns["birth"][places])
 

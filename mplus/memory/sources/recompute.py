@@ -14,7 +14,7 @@ from mplus.memory.engine import Engine
 from mplus.memory.state import StreamState
 from mplus.memory.weights_state import WeightsState
 from mplus.rows import MemoryRows
-from mplus.stores.access_log import Usage
+from mplus.stores.access_log import AccessLog
 from mplus.stores.base import MemoryStore, StoreView
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def refresh(
     states: list[StreamState],
     stores: Sequence[MemoryStore],
     engine: Engine,
-    usage: Sequence[Usage | None],
+    usage: Sequence[AccessLog | None],
     due: Sequence[int],
     now: WeightsState,
 ) -> None:
@@ -113,7 +113,7 @@ def refresh(
                 store.remove(layer, ids)
                 store.append(layer, rows)
             if notes is not None and times is not None:
-                notes.replace(layer, store.ids(layer), times)
+                notes.set_times(layer, store.ids(layer), times)
 
 
 def _refreshed(rows: MemoryRows, layer: int, engine: Engine) -> MemoryRows:

@@ -8,7 +8,7 @@ from attrs import define
 from torch import Tensor
 
 from mplus.eviction.base import EvictionPolicy
-from mplus.stores.access_log import Usage
+from mplus.stores.access_log import AccessLog
 from mplus.stores.base import MemoryStore
 
 Draw = Callable[[int], Tensor]
@@ -39,4 +39,4 @@ class WriteContext:
     keys: Keys
     projected: Sequence[Tensor] = ()
     capacity: int | None = None
-    usage: Usage | None = None
+    usage: AccessLog | None = None

@@ -25,8 +25,16 @@ from mplus.errors import MemoryFileError
 from mplus.stores.disk.checksums import FIRST, PRESENT, Checksums, Scheme
 from mplus.stores.disk.filesystem import Bytes, FileSystem
 from mplus.stores.disk.folder import PathAt, open_file, path_of
-from mplus.stores.disk.safetensors_io import LONGEST_HEADER, Part, Stretch, by_evenness, header, parse_header, raw
-from mplus.stores.disk.verified import CheckedTensor, Rule
+from mplus.stores.disk.safetensors_io import (
+    LONGEST_HEADER,
+    Part,
+    TensorSpan,
+    header,
+    parse_header,
+    raw,
+    sort_by_alignment,
+)
+from mplus.stores.disk.verified import Rule, VerifiedTensor
 
 BUFFER_BYTES = 2**18
 PAGE_BYTES = 4096
@@ -58,7 +66,7 @@ def write_blocks(
         OSError: as the file system says.
         MemoryFileError: a part gave more or less than it said.
     """
-    parts = by_evenness(parts)
+    parts = sort_by_alignment(parts)
     kinds = [scheme.of(part.row_bytes) for part in parts]
     length = sum(_length(part.nbytes, kind) for part, kind in zip(parts, kinds, strict=True))
     table = Part(CHECKSUMS, torch.uint8, (length,), list)
@@ -150,7 +158,7 @@ class BlockFile:
     Attributes:
         path: of the file.
         entry: what was known of it beforehand.
-        stretches: where each tensor lies, ``checksums`` left out.
+        spans: where each tensor lies, ``checksums`` left out.
     """
 
     def __init__(self, path: Path | PathAt, entry: FileEntry, rules: Mapping[str, Rule] | None = None) -> None:
@@ -169,8 +177,8 @@ class BlockFile:
                 file.seek(0)
                 head = file.read(8)
                 head += file.read(min(int.from_bytes(head, "little"), LONGEST_HEADER))
-                self._begin, self.stretches, metadata = parse_header(head, size)
-                table = self.stretches.pop(CHECKSUMS)
+                self._begin, self.spans, metadata = parse_header(head, size)
+                table = self.spans.pop(CHECKSUMS)
                 file.seek(self._begin + table.begin)
                 sums = bytearray(file.read(table.end - table.begin))
                 # Private: nobody can write through it into the file, and torch takes no read-only mappings.
@@ -191,12 +199,12 @@ class BlockFile:
                 "it was altered"
             )
         self.scheme, self._sums_of, first, blocks = scheme, {}, 0, 0
-        for name, stretch in sorted(self.stretches.items(), key=lambda item: item[1].begin):
-            kind = scheme.of(stretch.row_bytes)
-            length = _length(stretch.end - stretch.begin, kind)
+        for name, span in sorted(self.spans.items(), key=lambda item: item[1].begin):
+            kind = scheme.of(span.row_bytes)
+            length = _length(span.end - span.begin, kind)
             self._sums_of[name] = kind, slice(first, first + length), slice(blocks, blocks + length // kind.size)
             first, blocks = first + length, blocks + length // kind.size
-            if (self._begin + stretch.begin) % stretch.dtype.itemsize:
+            if (self._begin + span.begin) % span.dtype.itemsize:
                 raise MemoryFileError(f"{path}: tensor {name!r} must begin at a multiple of its item size")
         if first != len(sums):
             raise MemoryFileError(f"{path} must have {first} bytes of checksums, got {len(sums)}")
@@ -204,35 +212,35 @@ class BlockFile:
             self._sums = torch.frombuffer(sums, dtype=torch.uint8) if sums else torch.empty(0, dtype=torch.uint8)
             self._good = torch.zeros(blocks, dtype=torch.bool)
             self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,))  # type: ignore[call-overload]
-        self._tensors: dict[str, CheckedTensor] = {}
+        self._tensors: dict[str, VerifiedTensor] = {}
 
     def rows(self, name: str) -> int:
         """Length of a tensor's first dimension. Raises MemoryFileError: there is no such tensor, or it has none."""
-        if not (shape := self.stretch(name).shape):
+        if not (shape := self.span(name).shape):
             raise MemoryFileError(f"{self.path}: tensor {name!r} must have rows, got a single number")
         return shape[0]
 
-    def stretch(self, name: str) -> Stretch:
+    def span(self, name: str) -> TensorSpan:
         """Where a tensor lies. Raises MemoryFileError: there is no such tensor."""
-        if name not in self.stretches:
+        if name not in self.spans:
             raise MemoryFileError(f"{self.path} must hold the tensor {name!r}, which is missing")
-        return self.stretches[name]
+        return self.spans[name]
 
-    def tensor(self, name: str) -> CheckedTensor:
+    def tensor(self, name: str) -> VerifiedTensor:
         """A tensor to read rows from. Raises MemoryFileError: there is none of this name."""
         found = self._tensors.get(name)
         if found is None:
-            stretch = self.stretch(name)
+            span = self.span(name)
             kind, places, blocks = self._sums_of[name]
-            data = self._bytes[self._begin + stretch.begin : self._begin + stretch.end]
+            data = self._bytes[self._begin + span.begin : self._begin + span.end]
             sums = self._sums[places]
             if sums.storage_offset() % kind.dtype.itemsize:
                 sums = sums.clone()
-            found = CheckedTensor(
+            found = VerifiedTensor(
                 path=self.path,
                 name=name,
-                stretch=stretch,
-                rows=data.view(stretch.dtype).view(stretch.shape),
+                span=span,
+                rows=data.view(span.dtype).view(span.shape),
                 data=data,
                 checksums=kind,
                 sums=sums.view(kind.dtype).view(-1, kind.size // kind.dtype.itemsize),
@@ -252,15 +260,15 @@ class BlockFile:
 
     def damaged(self) -> Iterator[tuple[str, int, int]]:
         """Read everything: name and byte range within its tensor of every block that is not what was written."""
-        for name in self.stretches:
+        for name in self.spans:
             tensor = self.tensor(name)
-            yield from ((name, *tensor.span(block)) for block in tensor.faults())
+            yield from ((name, *tensor.block_span(block)) for block in tensor.faults())
 
     def sound_rows(self, name: str) -> Tensor:
         """``[rows]`` bool: which rows of a tensor are what was written."""
         tensor = self.tensor(name)
-        sound, width = torch.ones(tensor.stretch.shape[0], dtype=torch.bool), max(tensor.stretch.row_bytes, 1)
+        sound, width = torch.ones(tensor.span.shape[0], dtype=torch.bool), max(tensor.span.row_bytes, 1)
         for block in tensor.faults():
-            begin, end = tensor.span(block)
+            begin, end = tensor.block_span(block)
             sound[begin // width : -(-end // width)] = False
         return sound

@@ -13,8 +13,8 @@ from mplus.stores.disk.block_file import BlockFile, FileEntry, write_blocks
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.folder import Folder, PathAt
 from mplus.stores.disk.safetensors_io import Part
-from mplus.stores.disk.segment_source import Holder, LayerOfFile
-from mplus.stores.disk.segments import Run, Runs
+from mplus.stores.disk.segment_source import FileLayer, SegmentSource
+from mplus.stores.disk.segments import RowSegment, SegmentedRows
 
 LARGEST_MERGED = 2**30
 """Bytes of rows from which a file is not merged with its neighbours any more."""
@@ -22,7 +22,7 @@ PIECE_BYTES = 2**24
 
 
 @define(frozen=True, eq=False)
-class _Stratum:
+class _FileRows:
     """All runs, of whatever layer, in one file; or all that are in memory."""
 
     keys: frozenset[int]
@@ -32,17 +32,19 @@ class _Stratum:
     in_memory: bool
 
 
-def file_of(holder: Holder) -> BlockFile | None:
-    """The file a holder's rows are in."""
-    return holder.file if isinstance(holder, LayerOfFile) else None
+def file_of(source: SegmentSource) -> BlockFile | None:
+    """The file a source's rows are in."""
+    return source.file if isinstance(source, FileLayer) else None
 
 
-def files_of(layers: Sequence[Runs]) -> list[BlockFile]:
+def files_of(layers: Sequence[SegmentedRows]) -> list[BlockFile]:
     """The files that rows are in, those with lower ids first."""
     return [file for file in _order(layers) if file is not None]
 
 
-def plan(layers: Sequence[Runs], *, clean: bool = False, home: Folder | None = None) -> list[frozenset[int]]:
+def plan_compaction(
+    layers: Sequence[SegmentedRows], *, clean: bool = False, home: Folder | None = None
+) -> list[frozenset[int]]:
     """Groups of files (by ``id`` of the ``BlockFile``; ``id(None)`` is the memory) to write anew as one file each.
 
     The rows in memory always go to a file. With them goes the newest file while it is not larger than what is behind
@@ -53,30 +55,30 @@ def plan(layers: Sequence[Runs], *, clean: bool = False, home: Folder | None = N
         clean: also rewrite every file with rows that were removed.
         home: also rewrite every file that is not in this folder; None: they may be anywhere.
     """
-    strata = [_stratum(layers, file) for file in _order(layers)]
+    tally = [_file_rows(layers, file) for file in _order(layers)]
     groups: list[frozenset[int]] = []
-    last = len(strata)
-    if strata and strata[-1].in_memory:
+    last = len(tally)
+    if tally and tally[-1].in_memory:
         last -= 1
-        group, size = strata[last].keys, strata[last].left
-        while last and strata[last - 1].left <= min(size, LARGEST_MERGED):
+        group, size = tally[last].keys, tally[last].left
+        while last and tally[last - 1].left <= min(size, LARGEST_MERGED):
             last -= 1
-            group, size = group | strata[last].keys, size + strata[last].left
+            group, size = group | tally[last].keys, size + tally[last].left
         groups.append(group)
 
-    def goes(stratum: _Stratum) -> bool:
-        away = home is not None and stratum.folder is not home
-        return away or (stratum.left < stratum.held if clean else 2 * stratum.left < stratum.held)
+    def goes(file: _FileRows) -> bool:
+        away = home is not None and file.folder is not home
+        return away or (file.left < file.held if clean else 2 * file.left < file.held)
 
-    return [stratum.keys for stratum in strata[:last] if goes(stratum)] + groups
+    return [file.keys for file in tally[:last] if goes(file)] + groups
 
 
-def _order(layers: Sequence[Runs]) -> list[BlockFile | None]:
+def _order(layers: Sequence[SegmentedRows]) -> list[BlockFile | None]:
     """Files from the oldest rows to the newest, None for memory: files are written for all layers at a time."""
     below: dict[int, set[int]] = {}
     named: dict[int, BlockFile | None] = {}
     for runs in layers:
-        files = list({id(file_of(run.holder)): file_of(run.holder) for run in runs.runs}.values())
+        files = list({id(file_of(run.source)): file_of(run.source) for run in runs.segments}.values())
         for place, file in enumerate(files):
             named[id(file)] = file
             below.setdefault(id(file), set()).update(id(other) for other in files[:place])
@@ -88,25 +90,25 @@ def _order(layers: Sequence[Runs]) -> list[BlockFile | None]:
     return sorted(order, key=lambda file: file is None)  # memory last, also where no layer has both
 
 
-def _stratum(layers: Sequence[Runs], file: BlockFile | None) -> _Stratum:
+def _file_rows(layers: Sequence[SegmentedRows], file: BlockFile | None) -> _FileRows:
     width = layers[0].layout.row_bytes + 8
-    left = sum(run.count for runs in layers for run in runs.runs if file_of(run.holder) is file)
+    left = sum(run.count for runs in layers for run in runs.segments if file_of(run.source) is file)
     held = left
     if file is not None:
-        held = sum(file.rows(name) for name in file.stretches if name.endswith(".id"))
+        held = sum(file.rows(name) for name in file.spans if name.endswith(".id"))
     folder = file.path.folder if file is not None and isinstance(file.path, PathAt) else None
-    return _Stratum(frozenset([id(file)]), left * width, held * width, folder, file is None)
+    return _FileRows(frozenset([id(file)]), left * width, held * width, folder, file is None)
 
 
-def rewritten(
-    layers: Sequence[Runs], group: frozenset[int], files: FileSystem, path: Path | PathAt, *, sync: bool = True
-) -> tuple[tuple[Runs, ...], FileEntry]:
+def compact(
+    layers: Sequence[SegmentedRows], group: frozenset[int], files: FileSystem, path: Path | PathAt, *, sync: bool = True
+) -> tuple[tuple[SegmentedRows, ...], FileEntry]:
     """Write the rows of a group to a new file at ``path``, and give the same rows and ids with that in their place.
 
     Raises:
         OSError, MemoryFileError: as ``write_blocks``; there is no such file then.
     """
-    chosen = [[run for run in runs.runs if id(file_of(run.holder)) in group] for runs in layers]
+    chosen = [[run for run in runs.segments if id(file_of(run.source)) in group] for runs in layers]
     parts = [part for layer, runs in enumerate(chosen) for part in _parts(layer, runs, layers[layer])]
     entry = write_blocks(files, path, parts, sync=sync)
     try:
@@ -117,7 +119,7 @@ def rewritten(
     return tuple(_replaced(runs, chosen[layer], file, layer) for layer, runs in enumerate(layers)), entry
 
 
-def _parts(layer: int, runs: Sequence[Run], whole: Runs) -> Iterator[Part]:
+def _parts(layer: int, runs: Sequence[RowSegment], whole: SegmentedRows) -> Iterator[Part]:
     count = sum(run.count for run in runs)
     described = {"id": ((), torch.int64), **whole.layout.columns()}
     for name, (shape, dtype) in described.items():
@@ -126,16 +128,16 @@ def _parts(layer: int, runs: Sequence[Run], whole: Runs) -> Iterator[Part]:
         def pieces(name: str = name, step: int = step) -> Iterator[Tensor]:
             for run in runs:
                 for places in run.places.split(step):
-                    yield run.holder.take(name, places)
+                    yield run.source.take(name, places)
 
         yield Part(f"{layer}.{name}", dtype, (count, *shape), pieces)
 
 
-def _replaced(runs: Runs, chosen: Sequence[Run], file: BlockFile, layer: int) -> Runs:
+def _replaced(runs: SegmentedRows, chosen: Sequence[RowSegment], file: BlockFile, layer: int) -> SegmentedRows:
     if not chosen:
         return runs
     count = sum(run.count for run in chosen)
-    gone, new = {id(run) for run in chosen}, Run(LayerOfFile(file, layer), 0, count, None, count)
-    at = next(place for place, run in enumerate(runs.runs) if id(run) in gone)
-    rest = [run for run in runs.runs if id(run) not in gone]
-    return Runs(runs.layout, (*rest[:at], new, *rest[at:]))
+    gone, new = {id(run) for run in chosen}, RowSegment(FileLayer(file, layer), 0, count, None, count)
+    at = next(place for place, run in enumerate(runs.segments) if id(run) in gone)
+    rest = [run for run in runs.segments if id(run) not in gone]
+    return SegmentedRows(runs.layout, (*rest[:at], new, *rest[at:]))

@@ -1,4 +1,4 @@
-"""Tensors as named stretches of bytes, in the layout of safetensors."""
+"""Tensors as named spans of bytes, in the layout of safetensors."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Part:
 
     @property
     def row_bytes(self) -> int:
-        """As of ``Stretch``."""
+        """As of ``TensorSpan``."""
         return torch.Size(self.shape[1:]).numel() * self.dtype.itemsize
 
     @staticmethod
@@ -63,7 +63,7 @@ class Part:
 
 
 @define(frozen=True)
-class Stretch:
+class TensorSpan:
     """Where a tensor lies: bytes ``begin .. end-1`` behind the header."""
 
     dtype: torch.dtype
@@ -77,12 +77,12 @@ class Stretch:
         return torch.Size(self.shape[1:]).numel() * self.dtype.itemsize
 
 
-def in_order(parts: Sequence[Part]) -> list[Part]:
+def sort_by_itemsize(parts: Sequence[Part]) -> list[Part]:
     """Wide types first: then every tensor starts at a multiple of its item size."""
     return sorted(parts, key=lambda part: -part.dtype.itemsize)
 
 
-def by_evenness(parts: Sequence[Part]) -> list[Part]:
+def sort_by_alignment(parts: Sequence[Part]) -> list[Part]:
     """Those first whose size is a multiple of a high power of 2: each then starts at a multiple of that.
 
     So it does at one of its item size, and wide rows start where pages of the system do, if the first tensor does.
@@ -105,7 +105,7 @@ def header(parts: Sequence[Part], metadata: Mapping[str, str], multiple: int = 8
     return len(text).to_bytes(8, "little") + text
 
 
-def parse_header(data: bytes | memoryview, size: int) -> tuple[int, dict[str, Stretch], dict[str, str]]:
+def parse_header(data: bytes | memoryview, size: int) -> tuple[int, dict[str, TensorSpan], dict[str, str]]:
     """Read the header in ``data``, the beginning of ``size`` bytes.
 
     Returns:
@@ -120,22 +120,22 @@ def parse_header(data: bytes | memoryview, size: int) -> tuple[int, dict[str, St
     try:
         described = json.loads(bytes(data[8 : 8 + length]).decode())
         metadata = dict(described.pop("__metadata__", {}))
-        stretches = {name: _stretch(entry) for name, entry in described.items()}
+        spans = {name: _stretch(entry) for name, entry in described.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"the header is damaged: {error}") from error
     if not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError(f"the header's metadata must be text, got {metadata}")
     end = 0
-    for name, stretch in sorted(stretches.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if stretch.begin != end:
-            raise ValueError(f"tensor {name!r} must begin at byte {end}, got {stretch.begin}")
-        end = stretch.end
+    for name, span in sorted(spans.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if span.begin != end:
+            raise ValueError(f"tensor {name!r} must begin at byte {end}, got {span.begin}")
+        end = span.end
     if 8 + length + end != size:
         raise ValueError(f"header and tensors have {8 + length + end} bytes, the whole has {size}")
-    return 8 + length, stretches, metadata
+    return 8 + length, spans, metadata
 
 
-def _stretch(entry: Any) -> Stretch:
+def _stretch(entry: Any) -> TensorSpan:
     begin, end = entry["data_offsets"]
     shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
@@ -147,7 +147,7 @@ def _stretch(entry: Any) -> Stretch:
         raise ValueError(f"{entry} is too large to be read")
     if end - begin != count * dtype.itemsize:
         raise ValueError(f"{entry} has another size than its shape says")
-    return Stretch(dtype, shape, begin, end)
+    return TensorSpan(dtype, shape, begin, end)
 
 
 def raw(tensor: Tensor) -> memoryview:
@@ -158,18 +158,18 @@ def raw(tensor: Tensor) -> memoryview:
 
 def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
     """Tensors as the pieces of one safetensors text; ``unpack`` reads them joined."""
-    parts = in_order([Part.whole(name, tensor) for name, tensor in tensors.items()])
+    parts = sort_by_itemsize([Part.whole(name, tensor) for name, tensor in tensors.items()])
     return [header(parts, metadata), *(raw(tensors[part.name]) for part in parts)]
 
 
 def unpack(data: bytes | memoryview) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors (copies) and metadata. Raises ValueError: it is damaged."""
-    begin, stretches, metadata = parse_header(data, len(data))
-    return {name: _tensor(data, begin, stretch) for name, stretch in stretches.items()}, metadata
+    begin, spans, metadata = parse_header(data, len(data))
+    return {name: _tensor(data, begin, span) for name, span in spans.items()}, metadata
 
 
-def _tensor(data: bytes | memoryview, begin: int, stretch: Stretch) -> Tensor:
-    if stretch.begin == stretch.end:
-        return torch.empty(stretch.shape, dtype=stretch.dtype)
-    content = bytearray(data[begin + stretch.begin : begin + stretch.end])
-    return torch.frombuffer(content, dtype=torch.uint8).view(stretch.dtype).reshape(stretch.shape)
+def _tensor(data: bytes | memoryview, begin: int, span: TensorSpan) -> Tensor:
+    if span.begin == span.end:
+        return torch.empty(span.shape, dtype=span.dtype)
+    content = bytearray(data[begin + span.begin : begin + span.end])
+    return torch.frombuffer(content, dtype=torch.uint8).view(span.dtype).reshape(span.shape)

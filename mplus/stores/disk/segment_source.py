@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mplus.stores.disk.block_file import BlockFile
 from mplus.stores.disk.process_lock import ProcessLock
-from mplus.stores.disk.verified import CheckedTensor
+from mplus.stores.disk.verified import VerifiedTensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mplus.stores.base import StoreLayout
 
 
-class Holder(Protocol):
+class SegmentSource(Protocol):
     """Columns by name, ``id`` among them. A place that was read never changes."""
 
     @property
@@ -39,7 +39,7 @@ class Holder(Protocol):
     def around(self, name: str, places: Tensor) -> Tensor:
         """A whole column where it lies, of which only what stands at ``places`` may be read."""
 
-    def column(self, name: str) -> CheckedTensor | Tensor:
+    def column(self, name: str) -> VerifiedTensor | Tensor:
         """A whole column, for ``mplus.stores.disk.verified.take``."""
 
 
@@ -97,7 +97,7 @@ class Buffer:
         self.__dict__.update(state, _lock=ProcessLock())
 
 
-class LayerOfFile:
+class FileLayer:
     """One layer of a block file, whose tensors are called ``<layer>.<column>``."""
 
     in_memory = False
@@ -110,8 +110,8 @@ class LayerOfFile:
     def nbytes(self) -> int:
         """Bytes of the layer's columns."""
         mark = f"{self.layer}."
-        stretches = [stretch for name, stretch in self.file.stretches.items() if name.startswith(mark)]
-        return sum(stretch.end - stretch.begin for stretch in stretches)
+        spans = [span for name, span in self.file.spans.items() if name.startswith(mark)]
+        return sum(span.end - span.begin for span in spans)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         return self.column(name).read(start, stop)
@@ -124,7 +124,7 @@ class LayerOfFile:
         tensor.check(places)
         return tensor.rows
 
-    def column(self, name: str) -> CheckedTensor:
+    def column(self, name: str) -> VerifiedTensor:
         return self.file.tensor(f"{self.layer}.{name}")
 
 

@@ -1,4 +1,4 @@
-"""CheckedTensor: a tensor in a mapped file, every block of which is checked when it is first read."""
+"""VerifiedTensor: a tensor in a mapped file, every block of which is checked when it is first read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from mplus.errors import MemoryFileError
 from mplus.stores.disk.checksums import Checksums, WeightedSums
 from mplus.stores.disk.folder import PathAt
-from mplus.stores.disk.safetensors_io import Stretch
+from mplus.stores.disk.safetensors_io import TensorSpan
 
 AT_A_TIME = 2**20
 """Bytes checked at a time: so many stay in a processor's cache between one sum and the next. A tensor that has no more
@@ -33,13 +33,13 @@ class Rule:
 
 
 @define(eq=False)
-class CheckedTensor:
+class VerifiedTensor:
     """Reads rows, and checks the blocks these lie in unless that was done before. For any number of threads.
 
     Attributes:
         path, name: of the file and of the tensor, for errors.
-        stretch: what the tensor is.
-        rows: ``stretch.shape``, mapped: as it lies in the file, whatever its checksums say. Not to be written to.
+        span: what the tensor is.
+        rows: ``span.shape``, mapped: as it lies in the file, whatever its checksums say. Not to be written to.
         data: ``[nbytes]`` uint8, the same memory.
         checksums: how they are made.
         sums: ``[blocks, k]``, what they were when the file was written.
@@ -51,7 +51,7 @@ class CheckedTensor:
 
     path: Path | PathAt
     name: str
-    stretch: Stretch
+    span: TensorSpan
     rows: Tensor
     data: Tensor
     checksums: Checksums
@@ -63,7 +63,7 @@ class CheckedTensor:
     whole: bool = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.row_bytes = self.stretch.row_bytes
+        self.row_bytes = self.span.row_bytes
         self.block_bytes = self.checksums.block_bytes
         self.whole = not len(self.sums)
 
@@ -126,7 +126,7 @@ class CheckedTensor:
             right = (found == self.sums[first : first + len(found)]).all(1)
             yield from ((~right).nonzero().squeeze(1) + first).tolist()
 
-    def span(self, block: int) -> tuple[int, int]:
+    def block_span(self, block: int) -> tuple[int, int]:
         """First byte of a block in the tensor, and the one behind its last."""
         begin = block * self.block_bytes
         return begin, min(begin + self.block_bytes, self.data.shape[0])
@@ -147,7 +147,7 @@ class CheckedTensor:
         """Raise MemoryFileError unless ``data``, of the blocks with these numbers, is what was written; note it."""
         right = (self.checksums.of(data) == self.sums[numbers]).all(1)
         if self.rule is not None and bool(right.all()):
-            self._check_rule(self.rule, data.view(self.stretch.dtype), numbers)
+            self._check_rule(self.rule, data.view(self.span.dtype), numbers)
         self.note(right, numbers)
 
     def _check_rule(self, rule: Rule, values: Tensor, numbers: Tensor | slice) -> None:
@@ -173,7 +173,7 @@ class CheckedTensor:
         if not bool(right.all()):
             if isinstance(numbers, slice):
                 numbers = torch.arange(numbers.start, numbers.stop, device="cpu")
-            begin, end = self.span(int(numbers[~right][0]))
+            begin, end = self.block_span(int(numbers[~right][0]))
             width = max(self.row_bytes, 1)
             raise MemoryFileError(
                 f"{self.path}: tensor {self.name!r} must have the checksums it was written with, and has another in "
@@ -184,13 +184,13 @@ class CheckedTensor:
         self.whole = bool(self.good.all())
 
 
-def take(parts: Sequence[tuple[CheckedTensor | Tensor, Tensor]], out: Tensor) -> None:
+def take(parts: Sequence[tuple[VerifiedTensor | Tensor, Tensor]], out: Tensor) -> None:
     """Copy the rows at ``places`` (``[n_i]`` int64) of every part to ``out``, one part behind the other.
 
-    Rows of a ``CheckedTensor`` are checked: where a row is a block, all copies in one go, since they are at hand.
+    Rows of a ``VerifiedTensor`` are checked: where a row is a block, all copies in one go, since they are at hand.
 
     Raises:
-        MemoryFileError: as ``CheckedTensor.read``.
+        MemoryFileError: as ``VerifiedTensor.read``.
     """
     unknown, end = [], 0
     for column, places in parts:

@@ -90,7 +90,7 @@ class Allocator(ABC):
         """Bytes that are kept for later blocks."""
         return 0
 
-    def keep_nothing(self) -> None:  # noqa: B027 - most keep nothing
+    def release_spare(self) -> None:  # noqa: B027 - most keep nothing
         """Keep no memory for later blocks from now on."""
 
 
@@ -118,7 +118,7 @@ class RamAllocator(Allocator):
             }
         return Block(columns, home=self)
 
-    def keep_nothing(self) -> None:
+    def release_spare(self) -> None:
         self._keeps = False
         self._spare.clear()
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from mplus.rows import MemoryRows
 from mplus.stores.slabs.block import ordinary_tensors
-from mplus.stores.slabs.slab import Found, Slab
+from mplus.stores.slabs.slab import Slab, SlabLocation
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from mplus.stores.base import Located, Piece, StoreLayout
+    from mplus.stores.base import Chunk, Location, StoreLayout
     from mplus.stores.slabs.block import Allocator, Block
     from mplus.stores.slabs.slab import SlabSizes
 
@@ -106,18 +106,18 @@ class SlabLayer:
         """``[m]`` int64, ascending."""
         return cast("Tensor", self.column("id"))
 
-    def pieces(self, names: Iterable[str]) -> list[Piece]:
-        """A piece for every slab."""
+    def chunks(self, names: Iterable[str]) -> list[Chunk]:
+        """A chunk for every slab."""
         wanted = tuple(name for name in names if name in self.layout.columns())
-        return [slab.piece(wanted) for slab in self.slabs]
+        return [slab.chunk(wanted) for slab in self.slabs]
 
-    def find(self, ids: Tensor) -> Found:
+    def find(self, ids: Tensor) -> SlabLocation:
         """Where the rows with these ids lie. Raises KeyError naming one that is not there."""
         ids = ids.to(self.layout.device)
         if not ids.shape[0]:
-            return Found([])
+            return SlabLocation([])
         if len(self.slabs) == 1:
-            return Found([(self.slabs[0], self.slabs[0].find(ids))])
+            return SlabLocation([(self.slabs[0], self.slabs[0].find(ids))])
         which, order = torch.searchsorted(self._lasts, ids), None
         if not bool((which[1:] >= which[:-1]).all()):
             by_slab = which.argsort(stable=True)
@@ -130,7 +130,7 @@ class SlabLayer:
             if count:
                 parts.append((slab, slab.find(ids[start : start + count])))
                 start += count
-        return Found(parts, order)
+        return SlabLocation(parts, order)
 
     @cached_property
     def _lasts(self) -> Tensor:
@@ -142,14 +142,14 @@ class SlabLayer:
         found, columns = self.find(ids), {}
         for name, (shape, dtype) in self.layout.columns().items():
             if name not in leave_out and found.parts:
-                column, places = found.of(name).together()
+                column, places = found.of(name).contiguous()
                 whole = len(found.parts) > 1 and found.order is None
                 columns[name] = column if whole else column.index_select(0, places)
             elif name not in leave_out:
                 columns[name] = torch.empty(0, *shape, dtype=dtype, device=self.layout.device)
         return MemoryRows.of(columns)
 
-    def locate(self, name: str, ids: Tensor) -> Located:
+    def locate(self, name: str, ids: Tensor) -> Location:
         """Where the rows with these ids lie. Raises KeyError as ``gather``."""
         return self.find(ids).of(name)
 
@@ -179,11 +179,11 @@ class SlabLayer:
                 _write(block, 0, columns, done, granted, next_id)
                 slabs.append(Slab(block, 0, granted, granted, None, granted, next_id, next_id + granted - 1))
             done, next_id = done + granted, next_id + granted
-        if self.sizes.limit is not None:
+        if self.sizes.capacity is not None:
             slabs = self._compacted(slabs, ())
         return evolve(self, slabs=tuple(slabs), next_id=next_id, revision=self.revision + 1)
 
-    def tightened(self) -> SlabLayer:
+    def compacted(self) -> SlabLayer:
         """The same rows in no more room than ``sizes`` allow."""
         return evolve(self, slabs=tuple(self._compacted(list(self.slabs), ())))
 

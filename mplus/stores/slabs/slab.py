@@ -8,7 +8,7 @@ import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
-from mplus.stores.base import Located, Piece
+from mplus.stores.base import Chunk, Location
 from mplus.stores.slabs.block import ordinary_tensors
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ class Slab:
         live: ``[end - start]`` bool, False where a row was removed; None: there are no such places.
         count: live rows, at least 1.
         first, last: ids at ``start`` and at ``end - 1``.
-        known: what readers found out about these rows and keep with them.
-        inherited: as in ``Piece``.
+        cache: what readers found out about these rows and keep with them.
+        inherited_cache: as in ``Chunk``.
     """
 
     block: Block
@@ -40,9 +40,9 @@ class Slab:
     count: int
     first: int
     last: int
-    known: dict[str, Any] = field(factory=dict, init=False, repr=False)
-    inherited: dict[str, Any] = field(factory=dict, init=False, repr=False)
-    _pieces: dict[tuple[str, ...], Piece] = field(factory=dict, init=False, repr=False)
+    cache: dict[str, Any] = field(factory=dict, init=False, repr=False)
+    inherited_cache: dict[str, Any] = field(factory=dict, init=False, repr=False)
+    _chunks: dict[tuple[str, ...], Chunk] = field(factory=dict, init=False, repr=False)
 
     @staticmethod
     def of(block: Block, start: int, stop: int, live: Tensor | None = None) -> Slab | None:
@@ -76,12 +76,12 @@ class Slab:
         """``[end - start, ...]``, a view; removed places hold anything."""
         return self.block.columns[name][self.start : self.end]
 
-    def piece(self, names: tuple[str, ...]) -> Piece:
-        """These columns as a piece, the same one every time."""
-        found = self._pieces.get(names)
+    def chunk(self, names: tuple[str, ...]) -> Chunk:
+        """These columns as a chunk, the same one every time."""
+        found = self._chunks.get(names)
         if found is None:
             columns = {name: self.column(name) for name in names}
-            found = self._pieces[names] = Piece(self.column("id"), self.live, columns, self.known, self.inherited)
+            found = self._chunks[names] = Chunk(self.column("id"), self.live, columns, self.cache, self.inherited_cache)
         return found
 
     def live_places(self) -> Tensor | None:
@@ -124,7 +124,7 @@ class Slab:
 
     def heir(self, slab: Slab) -> Slab:
         """``slab``, made of this one by removing and appending, with what is known of both."""
-        slab.inherited.update(self.inherited)
+        slab.inherited_cache.update(self.inherited_cache)
         return slab
 
     def _mask(self) -> Tensor:
@@ -132,20 +132,20 @@ class Slab:
 
 
 @define(frozen=True, eq=False)
-class Found:
+class SlabLocation:
     """Where rows lie that were looked for.
 
     Attributes:
         parts: slabs, and the places ``[n_i]`` int64 in the block of each.
-        order: as in ``Located``.
+        order: as in ``Location``.
     """
 
     parts: Sequence[tuple[Slab, Tensor]]
     order: Tensor | None = None
 
-    def of(self, name: str) -> Located:
+    def of(self, name: str) -> Location:
         """One column of these rows."""
-        return Located([(slab.block.columns[name], places) for slab, places in self.parts], self.order)
+        return Location([(slab.block.columns[name], places) for slab, places in self.parts], self.order)
 
 
 @define(frozen=True)
@@ -156,17 +156,17 @@ class SlabSizes:
         growth: factor by which a layer's room grows, above 1.
         most: rows of a block.
         expected: rows a layer is expected to hold; the first block has room for them, up to ``most``. 0: unknown.
-        limit: rows a layer holds at most when nothing is being written; it takes ``places_for`` them. None: no limit.
+        capacity: rows a layer holds at most when nothing is being written; it takes ``places_for`` them. None: any.
     """
 
     growth: float = 2.0
     most: int = 16384
     expected: int = 0
-    limit: int | None = None
+    capacity: int | None = None
 
-    def within(self, limit: int) -> SlabSizes:
+    def for_capacity(self, capacity: int) -> SlabSizes:
         """Blocks so small that two that are half empty are no more than what ``places_for`` leaves free."""
-        return evolve(self, most=min(self.most, (places_for(limit) - limit) // 2), limit=limit)
+        return evolve(self, most=min(self.most, (places_for(capacity) - capacity) // 2), capacity=capacity)
 
     @property
     def small(self) -> int:
@@ -183,8 +183,8 @@ class SlabSizes:
         return min(self.growth**2 * count + (self.least if count >= self.small else 0), self.reserved(count))
 
     def reserved(self, count: int) -> float:
-        """Places in all blocks of ``count`` rows, at most; more rows than ``limit`` are there for a moment only."""
-        return float("inf") if self.limit is None else places_for(self.limit) + max(0, count - self.limit)
+        """Places in all blocks of ``count`` rows, at most; more rows than ``capacity`` are there for a moment only."""
+        return float("inf") if self.capacity is None else places_for(self.capacity) + max(0, count - self.capacity)
 
 
 def places_for(rows: int) -> int:

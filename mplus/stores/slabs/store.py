@@ -10,10 +10,10 @@ from attrs import evolve
 from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
-from mplus.stores.base import Column, Content, MemoryStore, Origin, Piece, StoreLayout, StoreView
+from mplus.stores.base import Chunk, Column, Content, Identity, MemoryStore, StoreLayout, StoreView
 from mplus.stores.slabs.layer import SlabLayer
 from mplus.stores.slabs.slab import places_for
-from mplus.stores.slabs.view import LayeredView, naming
+from mplus.stores.slabs.view import LayeredView, naming_layer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mplus.stores.slabs.slab import SlabSizes
 
 
-class _Layers(LayeredView[SlabLayer]):
+class _SlabReader(LayeredView[SlabLayer]):
     """Reads one ``SlabLayer`` per layer.
 
     Attributes:
@@ -45,21 +45,21 @@ class _Layers(LayeredView[SlabLayer]):
         """Counted from 0."""
         return self._layer(layer).revision
 
-    def pieces(self, layer: int, *names: Column | Content) -> list[Piece]:
-        """A piece for every slab, without a copy."""
-        return self._layer(layer).pieces(names)
+    def chunks(self, layer: int, *names: Column | Content) -> list[Chunk]:
+        """A chunk for every slab, without a copy."""
+        return self._layer(layer).chunks(names)
 
 
-class SlabView(_Layers):
+class SlabView(_SlabReader):
     """What a ``SlabStore`` held at one moment."""
 
-    def __init__(self, layout: StoreLayout, slab_layers: Sequence[SlabLayer], origin: Origin | None) -> None:
+    def __init__(self, layout: StoreLayout, slab_layers: Sequence[SlabLayer], identity: Identity | None) -> None:
         self.layout = layout
         self.slab_layers = slab_layers
-        self.origin = origin
+        self.identity = identity
 
 
-class SlabStore(_Layers, MemoryStore):
+class SlabStore(_SlabReader, MemoryStore):
     """Rows in slabs of preallocated blocks.
 
     Appending and removing cost what they touch; snapshots, forks and restores share slabs, and copy none. Forks may
@@ -94,12 +94,12 @@ class SlabStore(_Layers, MemoryStore):
 
     def remove(self, layer: int, ids: Tensor) -> None:
         """Delete rows: new masks for the slabs that hold them, and now and then a slab is rewritten without them."""
-        with naming(layer):
+        with naming_layer(layer):
             self.slab_layers[layer] = self._layer(layer).remove(ids)
 
     def snapshot(self) -> SlabView:
         """A view of the present rows; it keeps their blocks alive."""
-        return SlabView(self.layout, tuple(self.slab_layers), self.origin)
+        return SlabView(self.layout, tuple(self.slab_layers), self.identity)
 
     def restore(self, snapshot: StoreView) -> None:
         """Go back to a snapshot. Raises MemoryMismatchError when it is of another kind of store or layout."""
@@ -133,12 +133,12 @@ class SlabStore(_Layers, MemoryStore):
         """A place for each row, and an eighth as many for blocks that are not full."""
         return places_for(rows) * self.bytes_per_row
 
-    def limit(self, rows: int) -> None:
+    def set_capacity(self, rows: int) -> None:
         """Make blocks that are small beside ``rows``, and keep none that nobody uses."""
-        sizes = self.sizes.within(rows)
+        sizes = self.sizes.for_capacity(rows)
         for layer in self.slab_layers:
-            layer.allocator.keep_nothing()
-        self.slab_layers = [evolve(layer, sizes=sizes).tightened() for layer in self.slab_layers]
+            layer.allocator.release_spare()
+        self.slab_layers = [evolve(layer, sizes=sizes).compacted() for layer in self.slab_layers]
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from mplus.stores.base import Column, Content, Located, StoreView
+from mplus.stores.base import Column, Content, Location, StoreView
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -32,7 +32,7 @@ class LayerValue(Protocol):
     def gather(self, ids: Tensor, leave_out: Collection[str] = ()) -> MemoryRows:
         """Copies of the rows with these ids. Raises KeyError naming one that is not there."""
 
-    def locate(self, name: str, ids: Tensor) -> Located:
+    def locate(self, name: str, ids: Tensor) -> Location:
         """Where the rows with these ids lie. Raises KeyError as ``gather``."""
 
 
@@ -61,14 +61,14 @@ class LayeredView(StoreView, Generic[L_co]):
 
     def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column | Content] = ()) -> MemoryRows:
         """Copies of the rows with these ids. Raises KeyError naming a missing one."""
-        with naming(layer):
+        with naming_layer(layer):
             return self._layer(layer).gather(ids, leave_out)
 
-    def locate(self, layer: int, name: Content, ids: Tensor) -> Located | None:
+    def locate(self, layer: int, name: Content, ids: Tensor) -> Location | None:
         """Where rows with these ids lie; nothing is copied. Raises KeyError naming a missing one."""
         if name not in self.layout.columns():
             return None
-        with naming(layer):
+        with naming_layer(layer):
             return self._layer(layer).locate(name, ids)
 
     def _layer(self, layer: int) -> L_co:
@@ -78,7 +78,7 @@ class LayeredView(StoreView, Generic[L_co]):
 
 
 @contextmanager
-def naming(layer: int) -> Iterator[None]:
+def naming_layer(layer: int) -> Iterator[None]:
     """Add the layer to what a KeyError says."""
     try:
         yield

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from mplus.stores.base import Piece, StoreLayout, StoreView
+    from mplus.stores.base import Chunk, StoreLayout, StoreView
 
 SIZES = SlabSizes(growth=1.25)
 
 
-class NoRoom(Exception):
+class BudgetExceeded(Exception):
     """A block would not fit into the budget."""
 
 
-class Room(Allocator):
+class BudgetedAllocator(Allocator):
     """Blocks on one device that together never take more than a budget."""
 
     def __init__(self, layout: StoreLayout, budget: int, *, pinned: bool = False) -> None:
@@ -45,11 +45,11 @@ class Room(Allocator):
         return self.nbytes + rows * self._row_bytes <= self.budget
 
     def allocate(self, rows: int) -> Block:
-        """See ``Allocator.allocate``. Raises NoRoom."""
+        """See ``Allocator.allocate``. Raises BudgetExceeded."""
         size = rows * self._row_bytes
         with self._lock.here():
             if self.nbytes + size > self.budget:
-                raise NoRoom
+                raise BudgetExceeded
             self.nbytes += size
         try:
             with ordinary_tensors():
@@ -69,76 +69,80 @@ class Room(Allocator):
             self.nbytes -= size
 
 
-class Small:
+class ResidentColumns:
     """The small columns of the rows that one layer has at one moment; shared by all who see these rows.
 
     They are copied by the first read. From then on they follow every change, rows that are appended bring them.
     """
 
-    def __init__(self, rooms: Sequence[Room], layer: SlabLayer | None = None, *, known: bool = False) -> None:
+    def __init__(
+        self, allocators: Sequence[BudgetedAllocator], layer: SlabLayer | None = None, *, known: bool = False
+    ) -> None:
         """``layer``: the columns, where they are known already; None: they fit nowhere."""
-        self._rooms = rooms
+        self._allocators = allocators
         self._layer = layer
         self._known = known
         self._lock = ProcessLock()
 
     @property
-    def room(self) -> Room | None:
+    def allocator(self) -> BudgetedAllocator | None:
         """The tier they are in; None: in none, or not looked at yet."""
-        room = None if self._layer is None else self._layer.allocator
-        return room if isinstance(room, Room) else None
+        found = None if self._layer is None else self._layer.allocator
+        return found if isinstance(found, BudgetedAllocator) else None
 
     def of(self, view: StoreView, layer: int) -> SlabLayer | None:
         """The columns of the rows of ``layer``, which ``view`` has; None: there is no room for them in any tier."""
         with self._lock.here():
             if not self._known:
-                self._layer = self._copied(view, layer, self._rooms)
+                self._layer = self._copied(view, layer, self._allocators)
                 self._known = True
             return self._layer
 
-    def appended(self, ids: Tensor, rows: MemoryRows) -> Small:
+    def appended(self, ids: Tensor, rows: MemoryRows) -> ResidentColumns:
         """With ``rows``, at least one, under ``ids`` behind them."""
-        names = self._rooms[0].layout.columns()
+        names = self._allocators[0].layout.columns()
         own = MemoryRows.of({name: column for name, column in rows.columns().items() if name in names})
         return self._changed(lambda layer: evolve(layer, next_id=int(ids[0])).append(own))
 
-    def removed(self, ids: Tensor) -> Small:
+    def removed(self, ids: Tensor) -> ResidentColumns:
         """Without the rows with ``ids``, which are there."""
         return self._changed(lambda layer: layer.remove(ids))
 
-    def _changed(self, change: Callable[[SlabLayer], SlabLayer]) -> Small:
+    def _changed(self, change: Callable[[SlabLayer], SlabLayer]) -> ResidentColumns:
         if not self._known:
-            return Small(self._rooms)
+            return ResidentColumns(self._allocators)
         if self._layer is None:
             # No tier had room; after some more or fewer rows it is looked at again by a read.
-            return Small(self._rooms)
+            return ResidentColumns(self._allocators)
         try:
-            return Small(self._rooms, change(self._layer), known=True)
-        except NoRoom:
-            return Small(self._rooms)
+            return ResidentColumns(self._allocators, change(self._layer), known=True)
+        except BudgetExceeded:
+            return ResidentColumns(self._allocators)
 
-    def _copied(self, view: StoreView, layer: int, rooms: Sequence[Room]) -> SlabLayer | None:
-        for room in rooms:
-            if not room.has_room(int(view.count(layer) * SIZES.growth**2)):  # or the next change would find it full
+    def _copied(self, view: StoreView, layer: int, allocators: Sequence[BudgetedAllocator]) -> SlabLayer | None:
+        for allocator in allocators:
+            if not allocator.has_room(
+                int(view.count(layer) * SIZES.growth**2)
+            ):  # or the next change would find it full
                 continue
             try:
-                return _copy(view.pieces(layer, *room.layout.columns()), room)  # type: ignore[arg-type]
-            except NoRoom:
+                return _copy(view.chunks(layer, *allocator.layout.columns()), allocator)  # type: ignore[arg-type]
+            except BudgetExceeded:
                 continue
         return None
 
 
-def _copy(pieces: Sequence[Piece], room: Room) -> SlabLayer:
+def _copy(chunks: Sequence[Chunk], allocator: BudgetedAllocator) -> SlabLayer:
     slabs: list[Slab] = []
-    for piece in pieces:
-        places = torch.arange(len(piece.ids)) if piece.live is None else piece.live.nonzero().squeeze(1)
+    for chunk in chunks:
+        places = torch.arange(len(chunk.ids)) if chunk.live is None else chunk.live.nonzero().squeeze(1)
         for part in places.split(SIZES.most):
             if len(part):
-                block = room.allocate(len(part))
+                block = allocator.allocate(len(part))
                 block.claim(0, len(part))
-                index = None if piece.live is None and len(part) == len(piece.ids) else part
-                block.write(0, {"id": piece.ids, **piece.columns}, index)
+                index = None if chunk.live is None and len(part) == len(chunk.ids) else part
+                block.write(0, {"id": chunk.ids, **chunk.columns}, index)
                 slab = Slab.of(block, 0, len(part))
                 slabs += [] if slab is None else [slab]
     next_id = slabs[-1].last + 1 if slabs else 0
-    return SlabLayer(room.layout, SIZES, room, tuple(slabs), next_id)
+    return SlabLayer(allocator.layout, SIZES, allocator, tuple(slabs), next_id)

@@ -12,23 +12,23 @@ from torch import Tensor
 from mplus.stores.base import StoreLayout
 from mplus.stores.slabs.block import ordinary_tensors
 from mplus.stores.tiers.cache import RowCache
-from mplus.stores.tiers.resident import Room
-from mplus.stores.tiers.transfer import Arrival, Travel
+from mplus.stores.tiers.resident import BudgetedAllocator
+from mplus.stores.tiers.transfer import CopyEvent, Transfer
 
 Columns = Mapping[str, Tensor]
 OWNER_BITS = 40
 """A key is the number of a store, and an id below this power of two."""
 
 
-def content_of(layout: StoreLayout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def content_columns(layout: StoreLayout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Columns that reads look at row by row: hidden states, keys and values, and what a coding keeps with them."""
     columns = layout.columns()
     return {name: columns[name] for name in columns if name.startswith(("hidden", "projected"))}
 
 
-def small_of(layout: StoreLayout, device: torch.device) -> StoreLayout:
+def resident_layout(layout: StoreLayout, device: torch.device) -> StoreLayout:
     """A layout of the other columns."""
-    extra = tuple(part for part in layout.extra if part[0] not in content_of(layout))
+    extra = tuple(part for part in layout.extra if part[0] not in content_columns(layout))
     return evolve(layout, keeps_hidden=False, projected_size=0, extra=extra, device=device)
 
 
@@ -60,26 +60,26 @@ class Tier:
         self, name: str, layout: StoreLayout, device: torch.device, budget: int, small: float, *, pinned: bool
     ) -> None:
         self.name, self.budget, self.hits = name, budget, 0
-        self.room = Room(small_of(layout, device), int(budget * small), pinned=pinned)
-        each = (budget - self.room.budget) // layout.layers
-        self.caches = [RowCache(content_of(layout), each, device, pinned=pinned) for _ in range(layout.layers)]
+        self.allocator = BudgetedAllocator(resident_layout(layout, device), int(budget * small), pinned=pinned)
+        each = (budget - self.allocator.budget) // layout.layers
+        self.caches = [RowCache(content_columns(layout), each, device, pinned=pinned) for _ in range(layout.layers)]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all places and blocks."""
-        return self.room.nbytes + sum(cache.nbytes for cache in self.caches)
+        return self.allocator.nbytes + sum(cache.nbytes for cache in self.caches)
 
 
 class Tiers:
     """Device above host above a store that has all rows. Rows that are read come up; nothing has to go down."""
 
     def __init__(self, layout: StoreLayout, device_bytes: int, host_bytes: int, small: float) -> None:
-        self.travel = Travel(layout.device)
+        self.transfer = Transfer(layout.device)
         host = torch.device("cpu")
         self.device = Tier("device", layout, layout.device, device_bytes, small, pinned=False)
-        self.host = Tier("host", layout, host, host_bytes, small, pinned=self.travel.pinned)
+        self.host = Tier("host", layout, host, host_bytes, small, pinned=self.transfer.pinned)
         self.below_hits = 0
-        self._names = content_of(layout)
+        self._names = content_columns(layout)
         self._owners = count()
 
     def owner(self) -> int:
@@ -87,9 +87,9 @@ class Tiers:
         return next(self._owners)
 
     @property
-    def rooms(self) -> Sequence[Room]:
+    def allocators(self) -> Sequence[BudgetedAllocator]:
         """For small columns, the fastest first."""
-        return self.device.room, self.host.room
+        return self.device.allocator, self.host.allocator
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +98,7 @@ class Tiers:
 
     def read(
         self, layer: int, keys: Tensor, names: Sequence[str], below: Callable[[Tensor], Columns]
-    ) -> tuple[dict[str, Tensor], Tensor | None, Arrival]:
+    ) -> tuple[dict[str, Tensor], Tensor | None, CopyEvent]:
         """Columns of the rows with ``keys`` ``[n]`` (none twice), on the device or on their way there.
 
         Args:
@@ -112,28 +112,28 @@ class Tiers:
             of ``keys``; and when they are there.
         """
         count, cache = len(keys), self.device.caches[layer]
-        with ordinary_tensors(), self.travel.beside():
-            found = {name: self._empty(name, count, self.travel.device) for name in names}
+        with ordinary_tensors(), self.transfer.on_stream():
+            found = {name: self._empty(name, count, self.transfer.device) for name in names}
             with cache.lock:
-                here, rest = _take(cache, keys, found, self.travel.device)
+                here, rest = _take(cache, keys, found, self.transfer.device)
             self.device.hits += len(here)
             if len(rest):
                 # On a CPU the lower rows are put where they are wanted at once.
                 lower = {
                     name: found[name][len(here) :]
-                    if name in found and not self.travel.pinned
+                    if name in found and not self.transfer.pinned
                     else self._empty(name, len(rest), torch.device("cpu"))
                     for name in self._names
                 }
                 rest = rest[self._from_host(layer, keys[rest], lower, lambda some: below(rest[some]))]
-                sent = {name: self.travel.sent(column) for name, column in lower.items()}
-                for name in names if self.travel.pinned else ():
+                sent = {name: self.transfer.to_device(column) for name, column in lower.items()}
+                for name in names if self.transfer.pinned else ():
                     found[name][len(here) :].copy_(sent[name])
                 with cache.lock:
                     cache.put(keys[rest], sent)
             order = torch.cat([here, rest])
             sorted_already = bool((order == torch.arange(count)).all())
-            return found, None if sorted_already else order.argsort(), self.travel.arrival()
+            return found, None if sorted_already else order.argsort(), self.transfer.event()
 
     def _from_host(self, layer: int, keys: Tensor, into: Columns, below: Callable[[Tensor], Columns]) -> Tensor:
         """Fill columns on the host; returns in which order the rows with ``keys`` are there."""
@@ -154,7 +154,7 @@ class Tiers:
     def _empty(self, name: str, count: int, device: torch.device) -> Tensor:
         shape, dtype = self._names[name]
         return torch.empty(
-            count, *shape, dtype=dtype, device=device, pin_memory=self.travel.pinned and device.type == "cpu"
+            count, *shape, dtype=dtype, device=device, pin_memory=self.transfer.pinned and device.type == "cpu"
         )
 
     def offer(self, layer: int, keys: Tensor, columns: Columns) -> None:
@@ -164,9 +164,9 @@ class Tiers:
         with ordinary_tensors():
             with host.lock:
                 host.put(keys, own, displace=False)
-            with self.travel.beside(), device.lock:
+            with self.transfer.on_stream(), device.lock:
                 if not device.full:
-                    device.put(keys, {name: self.travel.sent(own[name]) for name in own}, displace=False)
+                    device.put(keys, {name: self.transfer.to_device(own[name]) for name in own}, displace=False)
 
     def drop(self, layer: int, keys: Tensor) -> None:
         """Rows that were removed make room."""
@@ -174,7 +174,7 @@ class Tiers:
             with tier.caches[layer].lock:
                 tier.caches[layer].drop(keys)
 
-    def reports(self, small_rows: Mapping[Room, int]) -> list[TierReport]:
+    def reports(self, small_rows: Mapping[BudgetedAllocator, int]) -> list[TierReport]:
         """Of both; ``small_rows``: by room."""
         return [
             TierReport(
@@ -182,7 +182,7 @@ class Tiers:
                 budget=tier.budget,
                 nbytes=tier.nbytes,
                 rows=sum(cache.rows for cache in tier.caches),
-                small_rows=small_rows.get(tier.room, 0),
+                small_rows=small_rows.get(tier.allocator, 0),
                 hits=tier.hits,
             )
             for tier in (self.device, self.host)

@@ -13,14 +13,14 @@ import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
-from mplus.stores.base import Located, Piece
+from mplus.stores.base import Chunk, Location
 
 
-class Travel:
+class Transfer:
     """Copies to one device.
 
     On CUDA they run in a stream of their own, from page-locked memory: the device goes on with what it was given, and
-    whoever needs the rows lets its stream wait for them (``Arrival``).
+    whoever needs the rows lets its stream wait for them (``CopyEvent``).
 
     Attributes:
         device: where rows are wanted.
@@ -33,7 +33,7 @@ class Travel:
         self._stream: Any = None
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
+    def on_stream(self) -> Iterator[None]:
         """What is given to the device inside runs beside the present stream, which has made none of it."""
         if not self.pinned:
             yield
@@ -43,24 +43,24 @@ class Travel:
         with torch.cuda.stream(self._stream):
             yield
 
-    def sent(self, column: Tensor) -> Tensor:
+    def to_device(self, column: Tensor) -> Tensor:
         """A column on the device; does not wait for it."""
         if not self.pinned or column.device == self.device:
             return column
         return (column if column.is_pinned() else column.pin_memory()).to(self.device, non_blocking=True)
 
-    def arrival(self) -> Arrival:
+    def event(self) -> CopyEvent:
         """Of everything sent so far."""
-        return Arrival(self._stream.record_event() if self.pinned and self._stream is not None else None)
+        return CopyEvent(self._stream.record_event() if self.pinned and self._stream is not None else None)
 
 
 @define(frozen=True, eq=False)
-class Arrival:
-    """When rows that were sent can be used; ``event``: of the stream they travel in, None: now."""
+class CopyEvent:
+    """When rows that were sent can be used; ``event``: of the stream they are copied in, None: now."""
 
     event: Any = None
 
-    def await_(self, columns: Collection[Tensor]) -> None:
+    def wait(self, columns: Collection[Tensor]) -> None:
         """Let the present stream wait for ``columns``; the calling thread does not."""
         for column in columns if self.event is not None else ():
             stream = torch.cuda.current_stream(column.device)
@@ -69,18 +69,18 @@ class Arrival:
 
 
 @define(frozen=True, eq=False)
-class Arriving(Located):
-    """Content that may be on its way yet; ``arrival`` is awaited when it is looked at."""
+class PendingLocation(Location):
+    """Content that may be on its way yet; ``event`` is awaited when it is looked at."""
 
-    arrival: Arrival = field(factory=Arrival)
+    event: CopyEvent = field(factory=CopyEvent)
 
-    def together(self) -> tuple[Tensor, Tensor]:
-        self.arrival.await_([column for column, _ in self.parts])
-        return Located.together(self)
+    def contiguous(self) -> tuple[Tensor, Tensor]:
+        self.event.wait([column for column, _ in self.parts])
+        return Location.contiguous(self)
 
 
 @define(frozen=True, eq=False)
-class _Elsewhere(Mapping[str, Tensor]):
+class _MovedColumns(Mapping[str, Tensor]):
     """Columns that are moved to a device when they are looked at, and not kept."""
 
     columns: Mapping[str, Tensor]
@@ -99,9 +99,9 @@ class _Elsewhere(Mapping[str, Tensor]):
         return len(self.columns)
 
 
-def on_device(piece: Piece, device: torch.device) -> Piece:
-    """A piece as readers on ``device`` see it."""
-    if piece.ids.device == device:
-        return piece
-    live = None if piece.live is None else piece.live.to(device)
-    return evolve(piece, ids=piece.ids.to(device), live=live, columns=_Elsewhere(piece.columns, device))
+def on_device(chunk: Chunk, device: torch.device) -> Chunk:
+    """A chunk as readers on ``device`` see it."""
+    if chunk.ids.device == device:
+        return chunk
+    live = None if chunk.live is None else chunk.live.to(device)
+    return evolve(chunk, ids=chunk.ids.to(device), live=live, columns=_MovedColumns(chunk.columns, device))

@@ -89,7 +89,7 @@ def test_files_hold_codes_and_the_manifest_says_how(tmp_path):
     rows = 0
     for entry in manifest.stores[0].files:
         file = BlockFile(tmp_path / entry.file, entry)
-        dtypes = {name: file.stretch(f"0.{name}").dtype for name in ("hidden", "hidden_exponent", "key")}
+        dtypes = {name: file.span(f"0.{name}").dtype for name in ("hidden", "hidden_exponent", "key")}
         assert dtypes == {"hidden": torch.int8, "hidden_exponent": torch.int16, "key": torch.int8}
         rows += file.rows("0.id")
     assert rows >= memory.stores[0].count(0) > 0
@@ -161,7 +161,7 @@ def test_damage_is_found_and_the_rest_saved(tmp_path, name):
     path = tmp_path / "memory" / entry.file
     data = bytearray(path.read_bytes())
     behind_header = 8 + int.from_bytes(data[:8], "little")
-    data[behind_header + BlockFile(path, entry).stretch(f"0.{name}").begin] ^= 1
+    data[behind_header + BlockFile(path, entry).span(f"0.{name}").begin] ^= 1
     path.write_bytes(data)
     assert any(f"0.{name}" in fault for fault in verify(tmp_path / "memory"))
     assert repair(tmp_path / "memory", tmp_path / "repaired") != []

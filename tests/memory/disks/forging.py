@@ -77,7 +77,7 @@ def forge_data(folder: Path, change: Callable[[Tensors], object]) -> None:
 def blocks_of(folder: Path, entry: dict[str, Any]) -> Tensors:
     """The tensors of a block file that a manifest names."""
     file = BlockFile(folder / entry["file"], FileEntry(**entry))
-    return {name: file.unchecked(name).clone() for name in file.stretches}
+    return {name: file.unchecked(name).clone() for name in file.spans}
 
 
 def forge_blocks(
