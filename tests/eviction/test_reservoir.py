@@ -48,8 +48,8 @@ def sorted_out(store: Any, excess: int, seed: int) -> list[int]:
 def test_as_sorting_all_rows(make, least, steps, births, seed):
     """However rows came and went, with equal numbers among them or not."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reservoir, "LEAST", least)
-        patch.setattr(reservoir, "AHEAD", 1)
+        patch.setattr(reservoir, "MIN_CANDIDATES", least)
+        patch.setattr(reservoir, "SPARE_FACTOR", 1)
         policy = ReservoirEviction(ReservoirEviction.Options(seed=seed))
         stores = [make()]
         snapshot = stores[0].snapshot()

@@ -194,7 +194,7 @@ class TestLinear:
         class Counting(RamStore):
             reads = 0
 
-            def pieces(self, layer, *names):
+            def chunks(self, layer, *names):
                 Counting.reads += "key" in names
                 return super().chunks(layer, *names)
 

@@ -224,7 +224,7 @@ class TestSmallColumns:
         left = torch.tensor([*range(3), *range(9, 30)])
         assert store.ids(0).tolist() == left.tolist()
         assert torch.equal(store.keys(0), draw_rows(LAYOUT, 30, 0).key[left])
-        monkeypatch.setattr(RamStore, "pieces", None)
+        monkeypatch.setattr(RamStore, "chunks", None)
         monkeypatch.setattr(RamStore, "column", None)
         ids = append(store, 4, seed=1)
         assert torch.equal(store.keys(0)[-4:], draw_rows(LAYOUT, 4, 1).key)
