@@ -133,7 +133,7 @@ def test_notes_can_be_moved_dropped_and_forked():
     first, second = 2 * READS + 1, 2 * READS + 2
     assert access_log.times(1, ids).tolist() == [second, NEVER, first]
     fork = access_log.fork()
-    fork.note(1, torch.tensor([5]), 4)
+    fork.record(1, torch.tensor([5]), 4)
     store = stored([0] * 4, layer=1)
     store.append(1, draw_rows(LAYOUT, 2, 0))
     store.remove(1, torch.tensor([3]))
