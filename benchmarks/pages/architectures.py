@@ -1,9 +1,6 @@
-"""Write ``docs/architectures.md``, the table of decoders that can carry a memory, from its record."""
+"""The page ``docs/architectures.md``: which decoders can carry a memory."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 from benchmarks.quality.architectures.decoders import ARCHITECTURES
 from benchmarks.quality.architectures.measure import COLUMNS
@@ -12,8 +9,9 @@ from benchmarks.records import ROOT, load
 PAGE = ROOT / "docs" / "architectures.md"
 
 
-def render(record: Mapping[str, Any]) -> str:
+def render() -> str:
     """Return the page."""
+    record = load("quality", "architectures")
     newest = max(record, key=lambda v: tuple(map(int, v.split(".")[:3])))
     run = record[newest]
     lines = [
@@ -21,6 +19,7 @@ def render(record: Mapping[str, Any]) -> str:
         "",
         f"Measured with transformers {newest}, torch {run['torch']}, {run['device']}, on {run['date']}.",
         f"With transformers {', '.join(v for v in sorted(record) if v != newest)} all stay within the same tolerances.",
+        "Every number: `benchmarks/quality/records/architectures.json`.",
         "",
         "| decoder | attention | positions | moves logits by | read | retrieve | step | write | rows | generation |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -89,7 +88,3 @@ NOTES = """
   chunk writes one row per token there instead of re-encoding older rows.
 - Mixture-of-experts blocks get no LoRA adapters by default, their routers and experts are not plain projections.
 """
-
-
-if __name__ == "__main__":
-    PAGE.write_text(render(load("quality", "architectures")), encoding="utf-8")

@@ -1,8 +1,4 @@
-"""Write ``docs/retrieval.md`` and its figure from the records of both ``retrieval`` programs.
-
-python -m benchmarks.speed.retrieval speed KEYS
-python -m benchmarks.pages.retrieval
-"""
+"""The page ``docs/benchmarks/retrieval.md`` and its figure, from the records of both ``retrieval`` programs."""
 
 from __future__ import annotations
 
@@ -11,24 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import records
 from benchmarks.pages.drawing import HEIGHT, LEFT, TOP, WIDTH, curve, picture, rule, text
-from benchmarks.records import ROOT
+from benchmarks.pages.markdown import measured_on, table
+from benchmarks.records import ROOT, load
 
-RECORDS = {
-    "speed": ("speed", "retrieval-speed"),
-    "sweep": ("speed", "retrieval-sweep"),
-    "retention": ("quality", "retrieval-retention"),
-    "sigmoid": ("quality", "retrieval-sigmoid"),
-}
-PAGE = ROOT / "docs" / "retrieval.md"
+PAGE = ROOT / "docs" / "benchmarks" / "retrieval.md"
 FIGURE = ROOT / "docs" / "assets" / "retrieval.svg"
 PREAMBLE = """
 # Retrieval from an index
 
-What was measured, and nothing else; this page is made by `python -m benchmarks.pages.retrieval` from the records of
-`python -m benchmarks.speed.retrieval` and `benchmarks.quality.retrieval`.
-What a shortcut costs on a memory of your own: [`mplus eval retriever`](evaluation.md#retriever-health).
+This page is made by `python -m benchmarks.pages` from the records of `python -m benchmarks.speed.retrieval` and `python
+-m benchmarks.quality.retrieval`. What an index costs on a memory of your own: [`mplus eval
+retriever`](../evaluation.md#retriever-health).
 """
 BUSY = (
     "Above the number of cores, a load average means that other programs ran too: times are longer then, and two "
@@ -38,20 +28,24 @@ NAMES = ("torch", "faiss_flat", "linear", "faiss_ivf")
 COLOURS = {"torch": "#999999", "faiss_flat": "#d55e00", "linear": "#e69f00", "faiss_ivf": "#0072b2"}
 
 
-def load() -> dict[str, dict[str, Any]]:
-    """The records, by what they measured."""
-    return {what: records.load(*name) for what, name in RECORDS.items()}
+def render() -> str:
+    """Return the page."""
+    sections = [
+        speed(load("speed", "retrieval-speed")),
+        sweep(load("speed", "retrieval-sweep")),
+        retention(load("quality", "retrieval-retention")),
+        sigmoid(load("quality", "retrieval-sigmoid")),
+    ]
+    return "\n\n".join([PREAMBLE.strip(), *sections]) + "\n"
 
 
-def render(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page."""
-    sections = {"speed": speed, "sweep": sweep, "retention": retention, "sigmoid": sigmoid}
-    parts = [section(found[what]) for what, section in sections.items()]
-    return "\n\n".join([PREAMBLE.strip(), *parts]) + "\n"
+def figures() -> dict[Path, str]:
+    """Return the curves of selection times."""
+    return {FIGURE: figure(load("speed", "retrieval-speed"))}
 
 
 def speed(record: Mapping[str, Any]) -> str:
-    """Times and recall by rows, rows wanted and threads."""
+    """Tabulate times and recall by rows, rows wanted and threads."""
     head = ["rows", "threads", "K0", *(f"{name}, ms" for name in NAMES), "times as fast", "recall", "lowest"]
     rows = []
     for count, facts in record["by_rows"].items():
@@ -87,17 +81,17 @@ def speed(record: Mapping[str, Any]) -> str:
             "## Time and recall",
             opening,
             table(head, rows),
-            "![Milliseconds of a selection over the number of rows](assets/retrieval.svg)",
+            "![Milliseconds of a selection over the number of rows](../assets/retrieval.svg)",
             "Building an index from keys (training included), and a selection after 256 rows came and 256 left:",
             table(["rows", "cells", "build, s", "selection after a change, ms"], built),
-            closing(record, f"load average {min(loads):.1f} to {max(loads):.1f}"),
+            measured_on(record, "speed/retrieval-speed", f"load average {min(loads):.1f} to {max(loads):.1f}"),
             BUSY,
         ]
     )
 
 
 def sweep(record: Mapping[str, Any]) -> str:
-    """Recall and time by number of cells, and of cells looked into."""
+    """Tabulate recall and time by number of cells, and of cells searched."""
     rows = []
     for cells, facts in record["cells"].items():
         for share, found in facts.items():
@@ -120,13 +114,13 @@ def sweep(record: Mapping[str, Any]) -> str:
             "## Cells and probes",
             opening,
             table(["cells", "looked into", *(f"K0 = {int(k):,}" for k in wanted)], rows),
-            closing(record),
+            measured_on(record, "speed/retrieval-sweep"),
         ]
     )
 
 
 def retention(record: Mapping[str, Any]) -> str:
-    """Accuracy over age with other retrievers, for each score that a model was trained with."""
+    """Tabulate accuracy over age with other retrievers, for each score that a model was trained with."""
     parts = ["## Accuracy"]
     for score, found in record["by_score"].items():
         arms = [arm for arm in found["report"]["arms"] if arm["status"] == "ok"]
@@ -149,13 +143,13 @@ def retention(record: Mapping[str, Any]) -> str:
                 "them, by layer; the time is that of one text."
             ),
             _shortcuts(found["shortcuts"]),
-            closing(found),
+            measured_on(found, "quality/retrieval-retention"),
         ]
     return "\n\n".join(parts)
 
 
 def _shortcuts(found: Mapping[str, Any]) -> str:
-    """What retrievers find in each layer."""
+    """Tabulate what each retriever finds in each layer, and its time."""
 
     def by_layer(numbers: list[float | None], digits: int) -> str:
         return " / ".join("-" if number is None else f"{number:.{digits}f}" for number in numbers)
@@ -174,7 +168,7 @@ def _shortcuts(found: Mapping[str, Any]) -> str:
 
 
 def sigmoid(record: Mapping[str, Any]) -> str:
-    """Recall of shortcuts for the published score."""
+    """Tabulate the recall of approximate retrieval for the published score."""
     rows = [
         [
             where,
@@ -193,26 +187,13 @@ def sigmoid(record: Mapping[str, Any]) -> str:
             "## The score of the paper",
             opening,
             table(["keys and text", "faiss_ivf", "centroid"], rows),
-            closing(record),
+            measured_on(record, "quality/retrieval-sigmoid"),
         ]
     )
 
 
-def closing(record: Mapping[str, Any], more: str = "") -> str:
-    """Where and with what it was measured."""
-    where = record["circumstances"]
-    facts = [where["device"], f"torch {where['torch']}", f"commit {where['commit']}", *([more] if more else [])]
-    return ", ".join(facts) + "."
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; the first column is text."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def figure(record: Mapping[str, Any]) -> str:
-    """Median time of a selection of 256 rows over the number of rows, with one thread; both axes logarithmic."""
+    """Draw the median time of a selection of 256 rows over the number of rows, one thread; both axes logarithmic."""
     curves = {
         name: [
             (int(count), facts["1 threads"]["by_wanted"]["256"][name]["p50_ms"])
@@ -236,14 +217,3 @@ def figure(record: Mapping[str, Any]) -> str:
     for name, points in curves.items():
         parts += curve([place(*point) for point in points], COLOURS[name], name)
     return picture(parts, "rows of a layer; K0 = 256, one thread")
-
-
-def write(page: Path = PAGE, picture: Path = FIGURE) -> None:
-    """Write all of it."""
-    found = load()
-    page.write_text(render(found), encoding="utf-8")
-    picture.write_text(figure(found["speed"]), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write()

@@ -10,7 +10,7 @@ that nothing is evicted.
 from __future__ import annotations
 
 import argparse
-import sys
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -36,30 +36,6 @@ def measure(model: Any, chunks: int, streams: int, rounds: int) -> dict[str, Any
     return {"retention": report.plain(), "long_term_rows": rows, "seconds": round(time.perf_counter() - begun, 1)}
 
 
-def sentence(record: dict[str, Any]) -> str:
-    """What the page of results says."""
-    where, parts = record["circumstances"], []
-    for chunks, found in record["measured"].items():
-        arms = {arm["name"]: arm for arm in found["retention"]["arms"]}
-        memory = arms["mplus"]
-        ages = [
-            age for age in ("128", "500", "1000", "2000", "5000", "10000", "20000") if age in memory["accuracy_by_age"]
-        ]
-        cells = ", ".join(f"{memory['accuracy_by_age'][age]:.3f} at {int(age):,}" for age in ages)
-        oracle = arms["mplus-oracle"]["accuracy_by_age"][ages[-1]]
-        parts.append(
-            f"Streams of {int(chunks):,} chunks ({int(chunks) * 16:,} tokens, {found['long_term_rows']:,} long-term "
-            f"rows per layer), {memory['questions_by_age'][ages[0]]} questions at each age: mplus {cells} chunks ago, "
-            f"attending to {memory['tokens_attended']} rows and tokens; an oracle retriever {oracle:.3f} at the oldest."
-        )
-    return (
-        f"The decoder of `{record['model']}`, with room for every row. "
-        + " ".join(parts)
-        + f" {where['device']}, torch "
-        f"{where['torch']}, commit {where['commit']}."
-    )
-
-
 def main() -> None:
     """Run from the command line; another number of chunks is added to the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -74,9 +50,9 @@ def main() -> None:
     found = measure(mplus.from_pretrained(given.model).eval(), given.chunks, given.streams, given.rounds)
     record["measured"][str(given.chunks)] = found
     record.update(model=given.model.name, circumstances=run_info())
-    record["text"] = sentence(record)
     write(RECORD, record)
-    sys.stdout.write(record["text"] + "\n")
+    accuracies = {arm["name"]: arm["accuracy_by_age"] for arm in found["retention"]["arms"]}
+    print(json.dumps(accuracies, indent=1))
 
 
 if __name__ == "__main__":

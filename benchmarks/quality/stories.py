@@ -42,23 +42,6 @@ def measure(model: Any, texts: list[torch.Tensor]) -> dict[str, Any]:
     }
 
 
-def sentence(record: dict[str, Any]) -> str:
-    """What the page of results says."""
-    once, later, where = record["at_once"], record["after_16_other_chunks"], record["circumstances"]
-    (lost, lost_half), (won, won_half) = once["headroom_nats"], once["won_back_nats"]
-    harm, harm_later = (found["unrelated_memory_perplexity_percent"] for found in (once, later))
-    return (
-        "stories260K, frozen, with adapters trained by the recipe `stories`. Losing the "
-        f"{once['context_tokens']} tokens before a text costs {lost:.4f} nats per token (95 % interval "
-        f"±{lost_half:.4f}, {once['documents']:,} texts). Memory wins back {won:.4f} "
-        f"(±{won_half:.4f}), {once['won_back_share']:.0%} of "
-        f"it; after 16 chunks of other stories {later['won_back_share']:.0%}. The same checkpoint with a memory of "
-        f"other stories has {harm:+.2f} % perplexity against the decoder alone, and {harm_later:+.2f} % with a fuller "
-        "one. "
-        f"{where['device']}, torch {where['torch']}, commit {where['commit']}."
-    )
-
-
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,7 +60,6 @@ def main() -> None:
         **found,
         "circumstances": run_info(),
     }
-    record["text"] = sentence(record)
     write(given.record, record)
     sys.stdout.write(json.dumps(record, indent=2) + "\n")
 

@@ -23,8 +23,8 @@ class FaissIvfRetriever(LinearRetriever):
     For the score "mean_dot", which is an inner product, rows are missed only where they lie in cells that are not
     looked into. For "sigmoid_mean" the rows near the mean query are no more than a guess at those that many tokens
     like: on drawn keys, texts of 6 topics lost from 1 % to 39 % of the best rows, and where keys lie in no clusters
-    more than half (``docs/retrieval.md``). ``mplus eval retriever`` measures it on a memory of one's own, and
-    ``centroid`` is made for that score.
+    more than half (``docs/benchmarks/retrieval.md``). ``mplus eval retriever`` measures it on a memory of one's own,
+    and ``centroid`` is made for that score.
 
     The first read of a layer with ``least`` rows trains its index and says so in the log; later reads add and remove
     what has changed. Below that, and for rows whose ids do not last (those waiting for a merge), it reads as

@@ -1,7 +1,4 @@
-"""Write ``docs/long-term.md`` and its figure from records.
-
-python -m benchmarks.pages.long_term
-"""
+"""The page ``docs/benchmarks/memory.md`` and its figure: what a large memory takes, keeps and costs."""
 
 from __future__ import annotations
 
@@ -12,47 +9,47 @@ from typing import Any
 
 import torch
 
-from benchmarks import records
 from benchmarks.pages.drawing import HEIGHT, LEFT, TOP, WIDTH, curve, picture, rule, text
-from benchmarks.records import ROOT
+from benchmarks.pages.markdown import measured_on, table
+from benchmarks.records import ROOT, load
 from mplus.stores.base import StoreLayout
 from mplus.stores.quantized import QuantizedStore
 from mplus.stores.ram import RamStore
 
-RECORDS = {
-    "million": ("memory", "million"),
-    "quantized": ("quality", "quantized"),
-    "append": ("speed", "bench-store-cpu"),
-    "mapped": ("speed", "mapped_files"),
-}
-PAGE = ROOT / "docs" / "long-term.md"
+PAGE = ROOT / "docs" / "benchmarks" / "memory.md"
 FIGURE = ROOT / "docs" / "assets" / "million.svg"
 MIB = 2**20
 LLAMA3_8B = StoreLayout(
     layers=32, hidden_size=4096, key_size=256, dtype=torch.bfloat16, projected_size=2 * 8 * 128, keeps_hidden=False
 )
 """Long-term rows of Llama-3.1-8B."""
+PREAMBLE = """
+# Long-term memory
+
+What a large memory takes and keeps. This page is made from records by `python -m benchmarks.pages`. See also [How it
+works](../how-it-works.md) and [Durability](../durability.md); how few rows are found among many: [Retrieval from an
+index](retrieval.md); what changing a store costs: [Speed](speed.md#appending-evicting-merging).
+"""
 
 
-def load() -> dict[str, dict[str, Any]]:
-    """The records, by short name."""
-    return {short: records.load(*name) for short, name in RECORDS.items()}
+def render() -> str:
+    """Return the page."""
+    sections = [
+        million(load("memory", "million")),
+        quantized(load("quality", "quantized")),
+        mapped(load("speed", "mapped_files")),
+        loading(load("memory", "import_memory")),
+    ]
+    return "\n\n".join([PREAMBLE.strip(), *sections]) + "\n"
 
 
-def render(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page."""
-    opening = (
-        "# Long-term memory\n\nWhat stores cost and keep, measured; this page is made from records by "
-        "`python -m benchmarks.pages.long_term`. See also [How it works](how-it-works.md) and "
-        "[Durability](durability.md); how few rows are found among many: [Retrieval from an index](retrieval.md)."
-    )
-    sections = {"million": million, "quantized": quantized, "append": append, "mapped": mapped}
-    made = [section(found[name]) for name, section in sections.items()]
-    return "\n\n".join([opening, *made]) + "\n"
+def figures() -> dict[Path, str]:
+    """Return the curves of the million tokens."""
+    return {FIGURE: figure(load("memory", "million"))}
 
 
 def million(record: Mapping[str, Any]) -> str:
-    """A million tokens on disk."""
+    """Tabulate what is answered and retrieved while a million tokens are written to disk."""
     rows = []
     for count, found in record["after_tokens"].items():
         recall = " / ".join("-" if share is None else f"{share:.3f}" for share in found["gold_recall_by_layer"])
@@ -79,15 +76,15 @@ def million(record: Mapping[str, Any]) -> str:
         [
             "## A million tokens on disk",
             opening,
-            "![Accuracy and gold recall over the tokens written](assets/million.svg)",
+            "![Accuracy and gold recall over the tokens written](../assets/million.svg)",
             table(head, rows),
-            closing + where(record, "python -m benchmarks.memory.million"),
+            f"{closing}{measured_on(record, 'memory/million')}",
         ]
     )
 
 
 def quantized(record: Mapping[str, Any]) -> str:
-    """Rows in int8 and fp8."""
+    """Compare answers from rows in int8 and fp8 with those in bfloat16."""
     rows = [
         [
             name,
@@ -115,37 +112,12 @@ def quantized(record: Mapping[str, Any]) -> str:
         f"either format, with scales, key, birth, source and id: {small / plain:.3f} of the {plain:,} it takes in "
         "bfloat16. "
     )
-    ending = closing + where(record, "python -m benchmarks.quality.quantized")
+    ending = f"{closing}{measured_on(record, 'quality/quantized')}"
     return "\n\n".join(["## Quantised rows", opening, table(head, rows), ending])
 
 
-def append(record: Mapping[str, Any]) -> str:
-    """What changing a store costs while it grows."""
-    rows, settings = [], record["settings"]
-    for threads, section in record["by_threads"].items():
-        for name, found in section["arms"].items():
-            what, count = name.split("/")
-            times = [f"{found[key]:.3f}" for key in ("p20_ms", "p50_ms", "p80_ms")]
-            rows.append([threads, what, f"{int(count):,}", *times])
-    first = next(iter(record["by_threads"].values()))
-    ratios = ", ".join(f"{name.split('_')[0]} {ratio:.2f}" for name, ratio in first["ratios"].items())
-    load = " to ".join(f"{value:g}" for value in first["machine"]["load_average"])
-    opening = (
-        f"{settings['rows_per_chunk']} rows of {settings['row_bytes']:,} bytes in one layer of store "
-        f"`{settings['store']}`: appended; as many of the oldest births evicted by `fifo`; and both, in a merge of the "
-        'mechanism "mplus".'
-    )
-    closing = (
-        f"At 1,000,000 rows over 10,000, medians of ratios within a round: {ratios}. Load average {load}: where that "
-        "is above the number of cores, other programs ran too. "
-    )
-    head = ["threads", "what", "rows of the layer", "p20 ms", "p50 ms", "p80 ms"]
-    ending = closing + where(record, "mplus bench store")
-    return "\n\n".join(["## Appending, evicting, merging", opening, table(head, rows), ending])
-
-
 def mapped(record: Mapping[str, Any]) -> str:
-    """A memory in files, opened and read."""
+    """Tabulate opening a memory in files and reading rows from it."""
     rows = []
     for memory in record["memories"]:
         opening, reading = memory["opening"], memory["reading"]
@@ -175,24 +147,30 @@ def mapped(record: Mapping[str, Any]) -> str:
         *("layers", "long-term rows per layer", "opening, ms: first / reading / writing"),
         *("`ram`, ms", "first touch, ms", "afterwards, ms", "load average"),
     ]
-    ending = where(record, "python -m benchmarks.speed.mapped_files")
+    ending = measured_on(record, "speed/mapped_files")
     return "\n\n".join(["## A memory in files", opening_text, table(head, rows), ending])
 
 
-def where(record: Mapping[str, Any], command: str) -> str:
-    """On what it was measured."""
-    facts = record["circumstances"]
-    return f"{facts['device']}, torch {facts['torch']}, commit {facts['commit']}, by `{command}`."
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """In Markdown, numbers at the right."""
-    lines = [head, ["---:"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def loading(record: Mapping[str, Any]) -> str:
+    """Tabulate the anonymous memory that loading a published checkpoint takes."""
+    rows = []
+    for run in record["runs"]:
+        sizes = (run["target_bytes"], run["peak_bytes"] - run["before_bytes"], run["largest_tensor_bytes"])
+        over = f"{run['over_target_in_largest_tensors']:.2f}"
+        rows.append([run["dtype"], *(f"{size / MIB:,.0f}" for size in sizes), over])
+    size, stored = record["checkpoint"]["bytes"] / MIB, record["checkpoint"]["dtype"]
+    opening = (
+        f"A checkpoint in the published layout, {size:,.0f} MiB in {stored}, is loaded in a process of its own. Its "
+        "anonymous memory, beyond that before loading, may exceed the decoder and its memory by "
+        f"{record['allowed_over_target_in_largest_tensors']} times the largest tensor."
+    )
+    head = ["loaded as", "decoder and memory, MiB", "peak, MiB", "largest tensor, MiB", "excess in largest tensors"]
+    ending = measured_on(record, "memory/import_memory")
+    return "\n\n".join(["## Loading a published checkpoint", opening, table(head, rows), ending])
 
 
 def figure(record: Mapping[str, Any]) -> str:
-    """Accuracy, and gold recall of the layer that has least, over the tokens written (logarithmic)."""
+    """Draw accuracy, and gold recall of the worst layer, over the tokens written (logarithmic)."""
     found = {int(count): facts for count, facts in record["after_tokens"].items()}
     counts = list(found)
 
@@ -210,16 +188,5 @@ def figure(record: Mapping[str, Any]) -> str:
     parts += curve([place(*point) for point in recall], "#999999", "")
     answered = [(count, facts["accuracy"]) for count, facts in found.items()]
     parts += curve([place(*point) for point in answered], "#1f77b4", "")
-    parts.append(text(LEFT + 12, TOP + HEIGHT - 40, "blue: accuracy; grey: gold recall of the layer with least"))
+    parts.append(text(LEFT + 12, TOP + HEIGHT - 40, "blue: accuracy; grey: gold recall of the worst layer"))
     return picture(parts, f"tokens written behind {record['facts']} facts", room=40)
-
-
-def write(page: Path = PAGE, image: Path = FIGURE) -> None:
-    """Write all of it."""
-    found = load()
-    page.write_text(render(found), encoding="utf-8")
-    image.write_text(figure(found["million"]), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write()

@@ -1,0 +1,11 @@
+"""Write every page and figure that is made from records, and what the README quotes: ``python -m benchmarks.pages``."""
+
+from benchmarks.pages import architectures, index, memory, quality, readme, retrieval, speed
+
+for page in (index, quality, memory, speed, retrieval, architectures):
+    page.PAGE.write_text(page.render(), encoding="utf-8")
+for page in (memory, speed, retrieval):
+    for figure, drawn in page.figures().items():
+        figure.write_text(drawn, encoding="utf-8")
+quality.draw_figure()
+readme.PAGE.write_text(readme.render(readme.PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,60 @@
+"""The numbers that the README quotes, from the records of ``recall`` and ``demo``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.pages.quality import accuracies, pooled
+from benchmarks.records import ROOT, load
+
+PAGE = ROOT / "README.md"
+
+
+def render(page: str) -> str:
+    """Return the README with the quotes of the newest records."""
+    page = _replace(page, "recall", recall(load("quality", "recall-tiny")))
+    return _replace(page, "demo", demo(load("speed", "demo")))
+
+
+def _replace(page: str, mark: str, quote: str) -> str:
+    """Put a quote between ``<!-- mark -->`` and ``<!-- /mark -->``."""
+    between = re.compile(rf"(?<=<!-- {mark} -->\n).*?(?=<!-- /{mark} -->\n)", re.DOTALL)
+    return between.sub(lambda _: quote, page)
+
+
+def recall(record: Mapping[str, Any]) -> str:
+    """Return what is said of ``mplus demo``."""
+    report, seeds = pooled(record), record["seeds"]
+    memory = report.arm("mplus")
+    old = memory.at(128), report.arm("memoryllm").at(128), report.arm("mplus-random").at(128)
+    worst = min(accuracies(facts)["mplus"]["128"] for facts in seeds.values())
+    last, lost, drawn = (cell.accuracy if cell is not None else float("nan") for cell in old)
+    lines = [
+        f"`mplus demo`: a decoder of {record['parameters']:,} parameters, trained from nothing in minutes on a CPU, is",
+        f"told facts once. 128 chunks (2,048 tokens, a fact in each) later it answers {last:.1%} of the questions from",
+        f"memory, attending to {memory.tokens_attended} rows and tokens; without long-term memory {lost:.1%}, with",
+        f"random retrieval {drawn:.1%}, by chance {report.chance:.1%}. {len(seeds)} seeds, the worst at {worst:.1%}:",
+        "see [Benchmarks](docs/benchmarks/index.md).",
+    ]
+    return "".join(f"> {line}\n" for line in lines)
+
+
+def demo(record: Mapping[str, Any]) -> str:
+    """Return what is said of ``mplus demo-novel``."""
+    layer, write, read, saved = record["layers"][0], record["write"], record["read"], record["saved"]
+    rows = layer["short_term"] + layer["pending"] + layer["long_term"]
+    pairs = list(zip(saved["here"]["tokens"], saved["in_new_process"]["tokens"], strict=True))
+    return (
+        f"> `mplus demo-novel`: a decoder of {record['parameters']:,} parameters reads all of "
+        f"*{record['novel'].partition(' (')[0]}*, {record['tokens']:,} tokens.\n"
+        f"> It writes {write['tokens_per_second']:,.0f} tokens/s into memory "
+        f"(the decoder alone runs over them at {write['base_tokens_per_second']:,.0f}) and keeps\n"
+        f"> {rows:,} rows per layer, {record['bytes'] / 2**20:.0f} MiB. With retrieval from all of it, "
+        f"it reads {read['tokens_per_second']:,.0f} tokens/s\n"
+        f"> (alone: {read['base_tokens_per_second']:,.0f}). Saved and loaded in a new process, it generates the same "
+        f"{sum(a == b for a, b in pairs)} of {len(pairs)} tokens.\n"
+        f"> — {record['device']}, {record['threads']} thread{'s' if record['threads'] > 1 else ''}, "
+        f"torch {record['torch']}; {record['seconds']:.0f} s for the whole demo.\n"
+    )
