@@ -34,8 +34,7 @@ from mplus.environment import run_info
 from mplus.hf.decoders.bench_models import random_llama
 from mplus.mechanisms.short_term.state import ShortTermState
 from mplus.memory import Memory
-from mplus.memory.directory.durable_memory import LiveMemory
-from mplus.memory.opened import JOURNAL_BYTES
+from mplus.memory.directory import JOURNAL_BYTES
 from mplus.memory.state import StreamState
 from mplus.rows import NO_SOURCE, MemoryRows
 from mplus.stores.base import StoreLayout
@@ -70,10 +69,10 @@ def drawn(layout: StoreLayout, births: Tensor, generator: torch.Generator) -> Me
     return MemoryRows.of(columns)
 
 
-def fill(memory: LiveMemory, long_term: int, short_term: int, generator: torch.Generator) -> None:
+def fill(memory: Memory, long_term: int, short_term: int, generator: torch.Generator) -> None:
     """Draw so many rows in every layer, as many at a time as a journal takes before the next checkpoint.
 
-    Through the memory's private means for a change of any kind, which put it on disk: the public ones, of which
+    By ``Streams.change``, which makes a change of any kind and puts it on disk: the methods of ``Memory``, of which
     ``write`` alone adds rows, would have the decoder read thousands of chunks.
     """
     (store,) = memory.stores
@@ -94,8 +93,8 @@ def fill(memory: LiveMemory, long_term: int, short_term: int, generator: torch.G
         states[0] = evolve(state, stm=stm, newest=newest, clock=len(places))
 
     for births in parts:
-        memory._change(lambda _, births=births: append(births))  # type: ignore[misc]  # noqa: SLF001
-    memory._change(finish)  # noqa: SLF001
+        memory.streams.change(lambda _, births=births: append(births))  # type: ignore[misc]
+    memory.streams.change(finish)
 
 
 def files(folder: Path) -> Iterator[tuple[str, int]]:
@@ -113,9 +112,9 @@ class Opening:
 
     folder: Path
     model: Any
-    held: list[LiveMemory] = field(factory=list)
+    held: list[Memory] = field(factory=list)
 
-    def open(self, *, read_only: bool) -> LiveMemory:
+    def open(self, *, read_only: bool) -> Memory:
         """Open it."""
         self.held.append(Memory.open(self.folder, self.model, read_only=read_only))
         return self.held[-1]

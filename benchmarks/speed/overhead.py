@@ -81,7 +81,7 @@ def bytes_beyond_rows(wrapped: Any, streams: int = 20) -> int:
     memory = wrapped.new_memory(batch_size=streams)
     taken = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-    generators = sum(generator.get_state().numel() for generator in memory.generators)
+    generators = sum(generator.get_state().numel() for generator in memory.streams.generators)
     return int(taken + generators + memory.nbytes) // streams
 
 

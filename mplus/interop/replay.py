@@ -83,7 +83,7 @@ class Replay:
         self._empty = self.store.fork()
         for layer in range(self._empty.layout.layers):
             self._empty.remove(layer, self._empty.ids(layer))
-        self._eviction: EvictionPolicy = memory.eviction
+        self._eviction: EvictionPolicy = memory.streams.eviction
         self._capacity = memory.capacity
 
     @property

@@ -1,15 +1,19 @@
-"""What is checked before and while a memory is written."""
+"""Checks of arguments, of what a decoder computed, and of the form of rows."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mplus.errors import InputError, MemoryMismatchError, NonFiniteError
+from mplus.stores.base import StoreLayout
+
+OPTIONAL = frozenset({"key", "expiry"})
+"""Columns that rows of a layout that has them may lack."""
 
 
 def check_whole(ids: Tensor) -> None:
@@ -118,3 +122,28 @@ def check_finite(values: Tensor, where: str) -> None:
             f"what the decoder computes must be finite, got NaN or Inf {where}; the chunk was not written: "
             f"check the weights, or use a wider dtype than {values.dtype}"
         )
+
+
+def check_columns(columns: Mapping[str, Tensor], layout: StoreLayout, where: str) -> None:
+    """Raise MemoryMismatchError unless these are the columns of rows; ``OPTIONAL`` ones may be there or not.
+
+    Args:
+        columns: by name.
+        layout: of the rows.
+        where: they are, in messages.
+    """
+    described = layout.columns()
+    if not described.keys() - OPTIONAL <= columns.keys() <= described.keys():
+        raise MemoryMismatchError(f"{where} must have the columns {sorted(described)}, got {sorted(columns)}")
+    count = columns["birth"].shape[:1] or (0,)
+    for name, column in columns.items():
+        shape, dtype = described[name]
+        if column.dtype != dtype or column.shape != (*count, *shape):
+            raise MemoryMismatchError(
+                f"{where}: column {name!r} must be {dtype} {[*count, *shape]}, got {column.dtype} {list(column.shape)}"
+            )
+
+
+def forms(tensors: Mapping[str, Tensor], leave_out: int) -> dict[str, Any]:
+    """Return dtype and shape of each tensor, but for its first ``leave_out`` dimensions."""
+    return {name: (tensor.dtype, tuple(tensor.shape[leave_out:])) for name, tensor in sorted(tensors.items())}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,45 +10,41 @@ from mplus.errors import MemoryPickleError
 from mplus.memory.budget import Budget
 from mplus.memory.sharing import each
 from mplus.memory.state import StreamState
+from mplus.memory.transaction import Streams
 from mplus.stores.base import MemoryStore
-
-if TYPE_CHECKING:
-    from mplus.memory.memory import Memory
 
 
 def copied(
-    memory: Memory,
+    streams: Streams,
     rows: Sequence[int],
-    copy: Callable[[MemoryStore], MemoryStore],
+    copy: Callable[[MemoryStore], MemoryStore] = lambda store: store.fork(),
     change: Callable[[StreamState], StreamState] = lambda state: state,
-) -> Memory:
-    """Return an ordinary memory of some streams, which goes on independently; nobody changes ``memory`` meanwhile.
+) -> Streams:
+    """Return some of the streams as those of another memory, kept in memory only, which goes on independently.
 
     Args:
-        memory: where the streams are.
+        streams: where they are.
         rows: their batch rows; a row may come several times.
         copy: makes the store of the copy.
         change: makes the state of the copy.
     """
-    from mplus.memory.memory import Memory
+    with streams.state_lock:
+        streams.resolve_aborted()
+        states = each([streams.states[row] for row in rows], change)
+        stores = each([streams.stores[row] for row in rows], copy)
+        generators = [torch.Generator().set_state(streams.generators[row].get_state()) for row in rows]
+        usage = [notes.fork() for notes in map(streams.usage.__getitem__, rows) if notes is not None]
+    engine, budget = streams.engine, streams.budget
+    if budget.bytes is not None and stores[0].layout != streams.stores[0].layout:  # rows take another room there
+        budget = Budget.of(budget.bytes, engine.config, engine.mechanism, stores[0], len(streams))
+    return Streams(engine, states, stores, generators, streams.eviction, budget, usage)
 
-    states = each([memory.states[row] for row in rows], change)
-    stores = each([memory.stores[row] for row in rows], copy)
-    generators = [torch.Generator().set_state(memory.generators[row].get_state()) for row in rows]
-    budget = memory.budget
-    if budget.bytes is not None and stores[0].layout != memory.stores[0].layout:  # rows take another room there
-        engine = memory.engine
-        budget = Budget.of(budget.bytes, engine.config, engine.mechanism, stores[0], memory.batch_size)
-    usage = [notes.fork() for notes in map(memory.usage.__getitem__, rows) if notes is not None]
-    return Memory(memory.engine, states, stores, generators, memory.eviction, memory.tokenizer, budget, usage)
 
-
-def moved(memory: Memory, device: torch.device | None, dtype: torch.dtype | None) -> Memory:
-    """Return a copy of a memory on another device or in another dtype; see ``Memory.to``."""
-    where = memory.device if device is None else device
-
-    rows = range(memory.batch_size)
-    return copied(memory, rows, lambda store: store.to(device, dtype), lambda state: state.to(where, dtype))
+def moved(streams: Streams, device: torch.device | None, dtype: torch.dtype | None) -> Streams:
+    """Return a copy of all streams on another device or in another dtype; see ``Memory.to``."""
+    where = streams.device if device is None else device
+    rows = range(len(streams))
+    return copied(streams, rows, lambda store: store.to(device, dtype), lambda state: state.to(where, dtype))
 
 
 def pickle_error() -> MemoryPickleError:

@@ -3,78 +3,87 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
-from attrs import evolve
 from torch import Tensor
 
 from mplus.config import Component
 from mplus.errors import InputError
-from mplus.memory.checks import check_chunk, check_dtype, check_row, check_rows, check_target, check_vocabulary
+from mplus.memory.checks import check_row, check_rows, check_target
 from mplus.memory.copying import copied, moved, pickle_error
-from mplus.memory.engine import engine_of
-from mplus.memory.opened import Opens
-from mplus.memory.persistence import Stayed
-from mplus.memory.report import ForgetReport, WriteReport
-from mplus.memory.sharing import distinct, unshared
-from mplus.memory.sources.forget import forget, names_to_keep, with_names
-from mplus.memory.sources.rebuild import rebuilt
-from mplus.memory.sources.recompute import out_of_date, refresh
-from mplus.memory.state import StreamState
-from mplus.memory.texts import Texts
-from mplus.memory.weights_state import WeightsState
-from mplus.memory.writing.chunking import to_names
-from mplus.memory.writing.context import WriteContext
-from mplus.memory.writing.write import Made, Stream, keys, write, write_streams
+from mplus.memory.directory import JOURNAL_BYTES
+from mplus.memory.engine import Engine, engine_of
+from mplus.memory.report import ForgetReport, SourceInfo, WriteReport, describe
+from mplus.memory.sources.forget import forgotten_names
+from mplus.memory.sources.listing import sources_of
+from mplus.memory.sources.rebuild import drop_source, rebuild_without, reset
+from mplus.memory.state import StreamState, StreamView
+from mplus.memory.transaction import Streams
+from mplus.memory.writing.pieces import write_pieces
+from mplus.memory.writing.write import write, write_chunk
+from mplus.stores.base import MemoryStore
 from mplus.stores.disk.folder import FILE_MODE
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from mplus.memory.directory.directory import Directory
+    from mplus.stores.disk.filesystem import FileSystem
 
 
-class Memory(Opens):
-    """Short-term rows, long-term rows and where they came from; explicit state that is passed to a decoder.
+class Memory:
+    """Everything a decoder remembers of some texts: explicit state that is passed to it, never part of the model.
 
-    Made by ``model.new_memory`` or ``Memory.load``. Reading never changes it. A read works on a snapshot, so a write
-    in another thread does not disturb it; writes of one memory are serialised.
+    Made by ``model.new_memory``, ``Memory.load`` or ``Memory.open``. Reading never changes it, and works on a snapshot,
+    so that a write in another thread does not disturb it. Writes to one memory are made one after the other.
+
+    A memory that ``Memory.open`` returns lives in a directory: every chunk is on disk as soon as it has been written,
+    and ``forget`` and ``reset`` rewrite each file that held what is gone. Any change may then also raise
+    MemoryFileError (the disk is full, say; memory and directory are as before) or LiveMemoryError (opened for reading,
+    closed, or the disk failed in a way that leaves its state unknown; reading goes on). Copies live in memory only.
+
+    Example:
+        >>> memory = model.new_memory(tokenizer=tokenizer)
+        >>> memory.write("Ada's office is in room 12.", source="mail")
+        >>> model.generate(**question, memory=memory)
+
+    Attributes:
+        streams: the content, on which the parts of mplus that write, save and forget work.
+        tokenizer: turns text into ids for ``write``; may be None.
     """
+
+    def __init__(self, streams: Streams, tokenizer: Any = None) -> None:
+        self.streams = streams
+        self.tokenizer = tokenizer
 
     # ------------------------------------------------------------------ writing
 
     def write(
         self, data: Any, source: str | Sequence[str | None] | None = None, *, progress: bool | None = None
     ) -> WriteReport:
-        """Read text into memory, chunk by chunk.
+        """Read text into memory, chunk by chunk; an error or interrupt leaves the chunks before it, and nothing else.
 
         Args:
             data: a text; ids ``[n]`` or ``[B, n]``; or a list with a text, ids or None (skip) per batch row.
             source: name that ``sources``, ``forget`` and retrieval reports use; one, or one per batch row.
             progress: show a progress bar; None: for long writes in a terminal.
 
-        Returns:
-            What was written.
-
         Raises:
-            InputError: nothing to write, wrong batch size, ids outside the vocabulary, text too short; checked before
-                anything is written.
+            InputError: wrong batch size, ids outside the vocabulary, text too short or none; nothing was written.
             MemoryMismatchError: the decoder's dtype is not that of the memory; or rows are kept as keys and values
                 only, and were made with other adapters or weights.
-            NonFiniteError: the decoder gave NaN or Inf for a chunk; the chunks before it are kept, it is not.
-
-        Whatever ends a write early, an interrupt included, leaves the chunks written before it and nothing else.
+            NonFiniteError: the decoder gave NaN or Inf for a chunk, which was not written.
         """
         return write(self, data, source, progress)
 
     def write_pieces(
         self, pieces: Iterable[Any], source: str | None = None, *, progress: bool | None = None
     ) -> WriteReport:
-        """Read one long document that comes in pieces, say the lines of a file, without ever holding all of it.
+        """Read a long document that comes in pieces, say the lines of a file, without ever holding all of it.
 
-        The next piece is fetched and tokenised, in another thread, while the last one is written. Pieces are
-        tokenised each by itself; their ids are then cut into chunks as ``write`` cuts those of a whole text.
+        Another thread fetches and tokenises the next piece meanwhile. Chunks are cut as ``write`` cuts a whole text.
 
         Args:
             pieces: texts or ids ``[n]``, in order; empty ones are skipped. For a memory of one batch row.
@@ -82,132 +91,17 @@ class Memory(Opens):
             progress: show a progress bar; None: in a terminal.
 
         Raises:
-            InputError: as ``write``, and what ``pieces`` itself raises; the chunks written until then are kept.
-            MemoryMismatchError, NonFiniteError: as ``write``.
+            InputError, MemoryMismatchError, NonFiniteError: as ``write``; and what ``pieces`` itself raises. The chunks
+                written until then are kept.
         """
-        from mplus.memory.writing.pieces import write_pieces
-
-        return write_pieces(self, pieces, source, progress)
+        return write_pieces(self.streams, self.tokenizer, pieces, source, progress)
 
     def write_chunk(self, ids: Tensor, source: str | None = None) -> WriteReport:
         """Write one chunk ``[B, n]`` to every stream in one pass, without splitting.
 
-        Raises:
-            InputError: shape, vocabulary, or n outside ``min_chunk_tokens`` .. ``chunk_tokens``.
-            MemoryMismatchError, NonFiniteError: as ``write``; nothing was changed.
+        Raises as ``write``; InputError also where n is not in ``min_chunk_tokens`` .. ``chunk_tokens``.
         """
-        begun = time.perf_counter()
-        config = self.engine.config
-        check_chunk(ids, self.batch_size, config.min_chunk_tokens, config.chunk_tokens)
-        check_vocabulary(ids, self.engine.vocab_size)
-        names = to_names(source, self.batch_size)
-        check_dtype(self.dtype, self.engine.layout.dtype)
-        self.check_writable()
-        self.keep_up(writing=range(self.batch_size))
-        report = WriteReport.nothing(self.batch_size)
-        with self._write_lock:
-            write_streams([Stream(self, row, [ids[row]], names[row], report) for row in range(self.batch_size)])
-        return evolve(report, seconds=time.perf_counter() - begun)
-
-    def take_in(self, streams: Sequence[Stream], made: Sequence[Made], ids: Tensor, turn: int) -> None:
-        """Let streams of this memory take in the rows made of one chunk each; all or nothing. Part of a write.
-
-        Args:
-            streams: b of them.
-            made: what each gets.
-            ids: ``[b, n]``, their chunks.
-            turn: see ``mplus.memory.texts.Text``.
-        """
-        tokens = ids.shape[1]
-        stayed: dict[int, Mapping[str, Sequence[Tensor]]] = {}
-        moved: list[tuple[int, int]] = []
-
-        def absorb(states: list[StreamState]) -> None:
-            for stream, rows, text in zip(streams, made, ids, strict=True):
-                row = stream.row
-                state, number = states[row].with_source(stream.name, tokens)
-                state = state.with_text(text, number, turn)
-                context = self._context(row, rows.projected)
-                absorbed = self.engine.mechanism.absorb(state, rows.hidden, number, context)
-                states[row] = absorbed.state
-                if absorbed.stayed is not None:
-                    stayed[row] = absorbed.stayed
-                moved.append((absorbed.dropped, absorbed.evicted))
-
-        self._change(absorb, stayed)
-        for stream, (dropped, evicted) in zip(streams, moved, strict=True):
-            stream.report.count(stream.row, tokens, dropped, evicted)
-
-    def _context(self, row: int, projected: Sequence[Tensor]) -> WriteContext:
-        generator = self.generators[row]
-        return WriteContext(
-            store=self._stores[row],
-            eviction=self.eviction,
-            draw=lambda n: torch.randperm(n, generator=generator),
-            keys=lambda layer, hidden: keys(self.engine, layer, hidden),
-            projected=projected,
-            capacity=self.capacity,
-            usage=self._usage[row],
-        )
-
-    def _change(self, change: Callable[[list[StreamState]], T], stayed: Stayed | None = None) -> T:
-        """Let ``change`` alter a list of the states, and the stores; on any exception all is as before.
-
-        ``stayed``: of a write, filled by ``change``; None: it is another change.
-        """
-        # No context manager of our own: an interrupt on the way into its exit would leave the change half done.
-        with self._state_lock:
-            self._settle()  # an interrupt may have struck while the last change was being settled
-            self._begin()
-            self._stores = unshared(self._stores)
-            states, begun = list(self._states), self._changing()
-            try:
-                result = change(states)
-                self._tidy(states, stayed)
-                begun.after = tuple(states)
-                self._keep(begun.after, stayed)
-                self._states, self._version = begun.after, self._version + 1
-            except BaseException:
-                begun.cut_off = True
-                self._settle()
-                raise
-            self._begun = None
-            return result
-
-    def keep_up(self, now: WeightsState | None = None, *, writing: Sequence[int] | None = None) -> None:
-        """Compute anew what depends on weights that have changed since; called before every read and write.
-
-        Args:
-            now: what the decoder computes with; None: look.
-            writing: the batch rows that are to be written; None: all are to be read.
-
-        Raises:
-            MemoryMismatchError: that needs hidden states, and this memory keeps keys and values only.
-        """
-        now = self.engine.weights() if now is None else now
-        if out_of_date(self, now, writing):
-            with self._write_lock:
-                due = out_of_date(self, now, writing)
-                self._change(lambda states: self._refresh(states, due, now))
-        if writing is not None:
-            self._note_weights(now, writing)
-
-    def _refresh(self, states: list[StreamState], due: Sequence[int], now: WeightsState) -> None:
-        """Part of a change: rows get new ids, and notes on them move to copies, so that there is a way back."""
-        self._usage = tuple(
-            notes.fork() if notes is not None and row in due else notes for row, notes in enumerate(self._usage)
-        )
-        refresh(states, self._stores, self.engine, self._usage, due, now)
-
-    def _note_weights(self, now: WeightsState, rows: Sequence[int]) -> None:
-        """Rows that keep hidden states depend on what they were written with last; nothing that a read sees changes."""
-        with self._state_lock:
-            states = [
-                evolve(s, weights=now) if n in rows and s.weights != now else s for n, s in enumerate(self._states)
-            ]
-            self._states = tuple(states)
-
-    # ------------------------------------------------------------------ the rest of its life
+        return write_chunk(self.streams, ids, source)
 
     def forget(
         self,
@@ -220,81 +114,54 @@ class Memory(Opens):
     ) -> ForgetReport:
         """Remove every row written from ``source`` (in batch row ``row``, or in all), and its name.
 
-        With ``mode="drop"`` the STM grows back afterwards. Rows written *later* may have taken something over from the
-        rows removed, since a write reads the newest rows; they stay. Where only the newest rows have hidden states, and
-        these are removed, the next write reads fewer. With ``mode="rebuild"`` all other texts are written again from
-        the beginning, and the memory is what it would be had the source never been written. Forks and saved copies are
-        other memories, and keep their rows either way.
+        Rows written *later* may have taken something over from the rows removed, since a write reads the newest rows.
+        With ``mode="drop"`` they stay, and the STM grows back. With ``mode="rebuild"`` all other texts are written
+        again from the beginning: the memory is what it would be had the source never been written. Forks and saved
+        copies are other memories, and keep their rows either way.
 
         Args:
             source: a name that was given to ``write``.
             row: None: every batch row.
             mode: "drop", or "rebuild" for a memory that keeps its texts (``new_memory(keep_text=True)``). Rebuilding
-                takes about as long as writing did, needs room for a second memory, and happens wholly or not at all;
-                reads go on meanwhile.
-            keep_name: let the name be listed by ``forgotten`` from now on, and say in files that it was forgotten. Else
-                no trace of it is left in the memory; of one in a directory, in any of its files when this returns.
-                Forgetting the name once more removes it.
-            progress: show a progress bar when rebuilding; None: for long ones in a terminal.
-
-        Returns:
-            What was removed.
+                takes as long as writing did and needs room for a second memory; reads go on meanwhile.
+            keep_name: let ``forgotten`` list the name, and files say it. Else no trace of the source is left in the
+                memory, nor in any file of its directory. Forgetting the name once more removes it.
+            progress: as for ``write``.
 
         Raises:
-            InputError: no stream has this source (the message lists the ones there are), there is no such batch row
-                or mode, or the memory does not keep its texts.
+            InputError: no stream has this source, there is no such row or mode, or the memory keeps no texts.
             MemoryMismatchError, NonFiniteError: as ``write``, when rebuilding; nothing was changed.
+            MemoryFileError: a file could not be removed. The memory has forgotten all the same.
         """
-        if row is not None:
-            row = check_row(row, self.batch_size)
+        rows = range(self.batch_size) if row is None else [check_row(row, self.batch_size)]
         if mode not in ("drop", "rebuild"):
             raise InputError(f"mode must be 'drop' or 'rebuild', got {mode!r}")
-        rows = range(self.batch_size) if row is None else [row]
-        with self._write_lock:
+        with self.streams.write_lock:
             if mode == "drop":
-                dropped = self._change(lambda states: forget(states, self._stores, rows, source, keep_name=keep_name))
-                for store in distinct(self._stores):
-                    self.engine.mechanism.follow(store)
-                return dropped
-            other, report = rebuilt(self, rows, source, progress)
-            names = names_to_keep(self._states, rows, source, keep_name=keep_name)
-            self._change(lambda states: self._become(states, other, names))
-            return report
-
-    def _become(self, states: list[StreamState], other: Memory, names: Sequence[Sequence[str | None]]) -> None:
-        """Take over all that ``other`` holds, and keep ``names`` of each stream; part of a change."""
-        states[:] = map(with_names, other._states, names)
-        self._stores, self.generators, self._usage = other._stores, other.generators, other._usage
+                report = drop_source(self.streams, rows, source, keep_name=keep_name)
+            else:
+                report = rebuild_without(self.streams, rows, source, keep_name=keep_name, progress=progress)
+            self.streams.persistence.check_removed()
+        return report
 
     def reset(self) -> None:
-        """Back to a new memory, all names forgotten; the generators go on from where they are."""
-
-        def clear(states: list[StreamState]) -> None:
-            for row, store in enumerate(self._stores):
-                texts = None if states[row].texts is None else Texts.of(self.generators[row].get_state())
-                states[row] = evolve(self.engine.new_state(store.layout), texts=texts)
-                for layer in range(store.layout.layers):
-                    store.remove(layer, store.ids(layer))
-
-        with self._write_lock:
-            self._change(clear)
+        """Become a new memory, all names forgotten; the generators go on. Raises MemoryFileError as ``forget``."""
+        with self.streams.write_lock:
+            reset(self.streams)
+            self.streams.persistence.check_removed()
 
     def fork(self, row: int | None = None) -> Memory:
-        """An independent memory with the same content and the same future draws; of one batch row, or of all."""
+        """Return an independent memory with the same content and future draws; of one batch row, or of all."""
         rows = range(self.batch_size) if row is None else [check_row(row, self.batch_size)]
-        with self._state_lock:
-            self._settle_rest()
-            return copied(self, rows, lambda store: store.fork())
+        return Memory(copied(self.streams, rows), self.tokenizer)
 
-    def __copy__(self) -> Memory:
-        """Return a fork."""
-        return self.fork()
+    __copy__ = fork
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
         """Return a fork; where the decoder is copied along, it belongs to that copy."""
         twin, model = self.fork(), getattr(self.engine, "model", self.engine)
         if id(model) in memo or id(self.engine) in memo:
-            twin.engine = copy.deepcopy(self.engine, memo)
+            twin.streams.engine = copy.deepcopy(self.engine, memo)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -302,60 +169,45 @@ class Memory(Opens):
         raise pickle_error()
 
     def select(self, rows: Sequence[int] | Sequence[bool] | Tensor) -> Memory:
-        """An independent memory of these batch rows, in this order; a row may come several times.
+        """Return an independent memory of these batch rows, in this order; a row may come several times.
 
-        Copies of a row share everything until they are written, and are retrieved from together; each goes on as the
-        row itself would. (To read a memory of one stream with a batch, pass it as it is.)
+        Copies of a row share everything until written. (To read a memory of one stream with a batch, pass it as it is.)
 
         Args:
             rows: numbers, as a list or ``[n]`` tensor (of beams, say), or a mask with a bool for each batch row.
 
-        Raises:
-            InputError: no rows, or there is no such batch row. Negative numbers do not count from the end.
+        Raises InputError: no rows, or there is no such batch row (negative numbers do not count from the end).
         """
-        chosen = check_rows(rows, self.batch_size)
-        with self._state_lock:
-            self._settle_rest()
-            return copied(self, chosen, lambda store: store.fork())
+        return Memory(copied(self.streams, check_rows(rows, self.batch_size)), self.tokenizer)
 
     def to(
         self, device: torch.device | str | int | torch.dtype | Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Memory:
-        """A memory with the same content on another device or in another dtype (an independent copy).
+        """Return an independent copy on another device or in another dtype.
 
         Args:
             device, dtype: as of ``torch.Tensor.to``: a device, a floating dtype, or both; or a tensor that has both.
 
-        Raises:
-            InputError: rows cannot be kept in that dtype, or on the meta device.
+        Raises InputError: rows cannot be kept in that dtype, or on the meta device.
         """
-        target = check_target(device, dtype)
-        with self._state_lock:
-            self._settle_rest()
-            return moved(self, *target)
+        return Memory(moved(self.streams, *check_target(device, dtype)), self.tokenizer)
+
+    # ------------------------------------------------------------------ on disk
 
     def save(self, path: str | Path, *, file_mode: int = FILE_MODE) -> None:
         """Write a folder with a JSON manifest and safetensors; an older save there stays whole until this one is.
 
-        Writing goes on meanwhile; what is saved is the memory at the call.
-
         Args:
             path: of the folder; made with its parents where it does not exist.
-            file_mode: permission bits of the files, whatever the umask is. Only their owner can read them unless this
-                says otherwise: ``0o640`` shares them with the group. Folders that are made can be looked into
-                accordingly (``0o700``, ``0o750``); one that exists stays as it is.
+            file_mode: permission bits of the files, whatever the umask is: ``0o640`` shares them with the group, else
+                only their owner can read them. Folders that are made get bits to match; one that exists stays as it is.
 
         Raises:
             MemoryFileError: ``path`` cannot be written, or holds something that is not a memory.
         """
-        from mplus.memory.format.save import Facts, save
+        from mplus.memory.format.save import save_streams
 
-        with self._state_lock:
-            views = self.snapshot()
-            draws = [generator.get_state() for generator in self.generators]
-        facts = Facts.of(self.engine, self.eviction, self.budget, [view.state for view in views])
-        indexes = [self.engine.mechanism.index_tensors(view.store) for view in views]
-        save(path, views, draws, facts, indexes, file_mode)
+        save_streams(path, self.streams, file_mode)
 
     @staticmethod
     def load(
@@ -372,29 +224,177 @@ class Memory(Opens):
 
         Args:
             path: the folder given to ``save``.
-            model: the decoder, with what mplus added when the memory was made; store, eviction, capacity (but for
-                none), backend, chunk size and number of retrieved rows may differ. Under other adapters of the user
-                rows that have hidden states are projected anew, with a warning.
+            model: with what mplus added when the memory was made; store, eviction, capacity (but for none), backend,
+                chunk size and number of retrieved rows may differ. Under other adapters of the user rows that have
+                hidden states are projected anew, with a warning.
             tokenizer: lets ``write`` take text.
-            store: keep the long-term rows in another store than the model's config names.
+            store: another store for long-term rows than the model's config names.
             eviction: another eviction policy than the memory had. Under "ttl" the lifetime of rows without one begins.
             bytes_budget: another budget than the memory had (see ``new_memory``); it holds from the next write on.
             device: where the rows are kept; default: where the decoder's embedding is.
 
         Raises:
             MemoryFileError: missing, truncated, altered, foreign, or newer file.
-            MemoryMismatchError: made by another model, dtype or config, or kept as keys and values only that were
-                made with other adapters or weights; says what differs.
+            MemoryMismatchError: made by another model, dtype or config, or (keys and values only) with other adapters
+                or weights; says what differs.
             ConfigError: the budget is too small, or no number of bytes.
         """
-        from mplus.memory.format.save import load
+        from mplus.memory.format.load import load_streams
 
-        return load(
-            path,
-            engine_of(model),
-            tokenizer=tokenizer,
-            store=None if store is None else Component.of(store),
-            eviction=None if eviction is None else Component.of(eviction),
-            bytes_budget=bytes_budget,
-            device=device,
-        )
+        kind = None if store is None else Component.of(store)
+        policy = None if eviction is None else Component.of(eviction)
+        streams = load_streams(path, engine_of(model), kind, policy, bytes_budget, device)
+        return Memory(streams, tokenizer)
+
+    @staticmethod
+    def open(
+        path: str | Path,
+        model: Any,
+        *,
+        batch_size: int | None = None,
+        tokenizer: Any = None,
+        seed: int = 0,
+        store: Any = None,
+        eviction: Any = None,
+        bytes_budget: int | str | None = None,
+        memory_rows: Literal["projected", "hidden", "both"] | None = None,
+        keep_text: bool = False,
+        device: torch.device | str = "cpu",
+        read_only: bool = False,
+        journal_bytes: int = JOURNAL_BYTES,
+        file_mode: int = FILE_MODE,
+        files: FileSystem | None = None,
+    ) -> Memory:
+        """Open the memory that lives in the directory ``path``, or make a new one there; ``with`` closes it.
+
+        Args:
+            path: made with its parents where it does not exist.
+            model: the wrapped decoder; of a memory that exists, the one it was made for, as for ``load``.
+            batch_size: of a new memory (default 1); of one that exists it must be right, if given.
+            tokenizer: lets ``write`` take text.
+            seed, memory_rows, keep_text: of a new memory, as for ``new_memory``.
+            store: default: the config's; mapped files take the place of its innermost one. A store that changes rows
+                (``quantized``) stays as the directory was made, one that does not (``tiered``) is as given now.
+            eviction, bytes_budget: of a new memory, or others than the memory had.
+            device: where short-term rows are, and long-term rows are read; another one than the CPU needs a store
+                "tiered" (which was not run on a GPU).
+            read_only: read what is there now, beside a process that writes; changes are refused.
+            journal_bytes: write a new checkpoint when the journal is longer than this; opening reads all of it.
+            file_mode, files: permission bits of files that are written, as for ``save``; the file system (for tests).
+
+        Raises:
+            MemoryFileError: ``path`` cannot be read or written, is truncated, altered or foreign, or of a newer format.
+            MemoryMismatchError: as ``load``, or made with another batch size.
+            LiveMemoryError: it is open for writing already; says by which process.
+            NotSupported, ConfigError: the store reads rows on the CPU only; an option breaks its rule.
+        """
+        from mplus.memory.directory.open import open_streams
+
+        engine = engine_of(model)
+        new = partial(model.new_memory, seed=seed, memory_rows=memory_rows, keep_text=keep_text)
+        streams = open_streams(
+            path, engine, new, batch_size=batch_size, store=store, eviction=eviction, bytes_budget=bytes_budget,
+            device=device, read_only=read_only, journal_bytes=journal_bytes, file_mode=file_mode, files=files,
+        )  # fmt: skip
+        return Memory(streams, tokenizer)
+
+    @property
+    def directory(self) -> Directory | None:
+        """The files of a memory in a directory; None: it is in memory only, or was opened for reading."""
+        return cast("Directory | None", self.streams.persistence.directory)
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint now, so that the journal begins anew and the next opening is fast.
+
+        Raises MemoryFileError and LiveMemoryError (also where the memory lives in no directory); all is as before.
+        """
+        self.streams.checkpoint()
+
+    def close(self) -> None:
+        """Write a checkpoint if anything was written since the last one, and let others open the directory; idempotent.
+
+        Afterwards a memory in a directory can be read, but not changed. Raises MemoryFileError where the checkpoint
+        cannot be written: the directory is closed, and nothing is lost, since the journal has it.
+        """
+        self.streams.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ looking
+
+    @property
+    def engine(self) -> Engine:
+        """The wrapped decoder this memory belongs to."""
+        return self.streams.engine
+
+    @property
+    def batch_size(self) -> int:
+        """Number of independent streams B."""
+        return len(self.streams)
+
+    @property
+    def version(self) -> int:
+        """Number that grows with every change; a key/value cache made under one version does not fit another."""
+        return self.streams.version
+
+    @property
+    def states(self) -> tuple[StreamState, ...]:
+        """The present state of each stream (immutable)."""
+        return self.streams.states
+
+    @property
+    def stores(self) -> tuple[MemoryStore, ...]:
+        """The long-term store of each stream; changed only through the memory."""
+        return self.streams.stores
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are kept."""
+        return self.streams.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the rows."""
+        return self.streams.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows, short-term, pending and long-term (reserved capacity included); what is shared, once."""
+        return self.streams.nbytes
+
+    @property
+    def capacity(self) -> int | None:
+        """Long-term rows that each layer of a stream may hold after a write; None: no limit."""
+        return self.streams.budget.capacity
+
+    @property
+    def text_capacity(self) -> int | None:
+        """Text tokens whose rows the LTM of a stream has room for, if written in full chunks; None: no limit."""
+        return self.streams.budget.text_tokens(self.engine.config)
+
+    def snapshot(self) -> tuple[StreamView, ...]:
+        """Return an immutable view of every stream, taken at one instant."""
+        return self.streams.versioned_snapshot()[1]
+
+    def sources(self, row: int = 0) -> list[SourceInfo]:
+        """List the sources of batch row ``row``, in order of first writing, with the rows still held of each.
+
+        The next ``save`` or checkpoint drops sources of which no row, text or tail is held. Raises InputError: there is
+        no such batch row.
+        """
+        row = check_row(row, self.batch_size)
+        return sources_of(self.snapshot()[row], self.engine.config.memory_tokens_per_chunk)
+
+    def forgotten(self, row: int = 0) -> list[str | None]:
+        """List names of sources of batch row ``row`` that ``forget(keep_name=True)`` left nothing of but the name.
+
+        A name that is written again is no longer among them. Raises InputError: there is no such batch row.
+        """
+        return forgotten_names(self.states[check_row(row, self.batch_size)])
+
+    def __repr__(self) -> str:
+        return f"Memory({describe(self.streams)})"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from attrs import define
 
+from mplus.memory.state import LONG_TERM
+from mplus.memory.transaction import Streams
+
 
 @define(frozen=True)
 class SourceInfo:
@@ -86,3 +89,18 @@ class WriteReport:
     def tokens_per_second(self) -> float:
         """Text tokens of all batch rows written per second."""
         return sum(self.tokens) / self.seconds if self.seconds else float("inf")
+
+
+def describe(streams: Streams) -> str:
+    """Return size, limits and bytes of a memory in a line, for ``repr``."""
+    rows = []
+    for state, store in zip(streams.states[:4], streams.stores[:4], strict=True):
+        counts = {state.lists.get(name, name): parts[0] for name, parts in state.counts().items() if parts}
+        counts[LONG_TERM] = store.count(0)
+        rows.append(f"[{', '.join(f'{count} {name}' for name, count in counts.items())}]")
+    more = ", ..." if len(streams) > 4 else ""
+    limit, capacity = "", streams.budget.capacity
+    if capacity is not None:
+        limit = f", at most {capacity} LTM ({streams.budget.text_tokens(streams.engine.config)} text tokens)"
+    size = f"{streams.nbytes / 2**20:.1f} MiB"
+    return f"batch_size={len(streams)}, rows per layer: {', '.join(rows)}{more}{limit}, {size}"

@@ -11,7 +11,7 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
-from mplus.memory.format.rules import check_columns, forms
+from mplus.memory.checks import check_columns, forms
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.texts import Text, Texts, Waiting
 from mplus.memory.weights_state import WeightsState

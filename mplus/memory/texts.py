@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from attrs import define, evolve, field
@@ -11,9 +10,6 @@ from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
 from mplus.memory.format.structure import LARGEST
-
-if TYPE_CHECKING:
-    from mplus.memory.state import StreamState
 
 
 @define(frozen=True, eq=False)
@@ -119,11 +115,6 @@ def generator_in(state: Tensor) -> torch.Generator:
         return torch.Generator().set_state(state)
     except (RuntimeError, TypeError) as error:
         raise MemoryMismatchError(f"must be the state of a torch.Generator: {error}") from error
-
-
-def next_turn(states: Sequence[StreamState]) -> int:
-    """The turn of chunks that are now written to streams of one memory."""
-    return 1 + max((state.texts.last_turn for state in states if state.texts is not None), default=-1)
 
 
 NAMES = ("generator", "ids", "lengths", "sources", "turns")

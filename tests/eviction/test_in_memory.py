@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import mplus
 from mplus.memory.format.offline import forget_saved
+from mplus.memory.sources.recompute import refresh_if_stale
 from mplus.stores.access_log import NEVER
 from tests.memory import tiny
 from tests.memory.counting import LAYERS, counting_memory, tiers
@@ -154,7 +155,7 @@ def test_notes_move_with_rows_that_are_computed_anew() -> None:
     with torch.no_grad():
         next(model.mplus.retriever.parameters()).mul_(1.5)
     ids = memory.stores[0].ids(0).tolist()
-    memory.keep_up()
+    refresh_if_stale(memory.streams)
     assert not set(ids) & set(memory.stores[0].ids(0).tolist())
     usage = memory.snapshot()[0].usage
     assert usage is not None

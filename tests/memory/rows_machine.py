@@ -166,7 +166,7 @@ class Rows(RuleBasedStateMachine):
 
     def watched(self, memory: Any) -> Any:
         """The same memory, what its policy lets go noted."""
-        memory.eviction = Watched(memory.eviction, self.removed)
+        memory.streams.eviction = Watched(memory.streams.eviction, self.removed)
         return memory
 
     @rule(tokens=st.integers(1, 30), name=st.sampled_from(["a", "b", None]))
@@ -195,7 +195,7 @@ class Rows(RuleBasedStateMachine):
         """Chunks before the one whose rows nobody can make room for are there; of it, and after it, nothing is."""
         made = len(self.model.mplus_engine.made)
         self.removed.clear()
-        policy = self.memory.eviction
+        policy = self.memory.streams.eviction
         assert isinstance(policy, Watched)
         chunks = [7] * tokens
         while chunks:  # chunk by chunk, so that it is known what each of them let go
@@ -269,7 +269,7 @@ class Rows(RuleBasedStateMachine):
     def fork(self, leave: bool) -> None:
         """A fork holds the same; what happens to one of the two does not show in the other."""
         other: Memory = self.memory.fork()
-        if leave and type(self.memory) is type(other):
+        if leave and self.memory.directory is None:
             self.memory, other = other, self.memory
         self.keep(other)
         third = other.fork()
@@ -283,7 +283,7 @@ class Rows(RuleBasedStateMachine):
             self.memory.save(Path(folder) / "saved")
             loaded = self.watched(mplus.Memory.load(Path(folder) / "saved", self.model))
         assert held(loaded) == self.expected
-        if leave and type(self.memory) is type(loaded):
+        if leave and self.memory.directory is None:
             self.memory = loaded
         else:
             self.keep(loaded)

@@ -68,7 +68,7 @@ FIXED = 6 * ROW * LAYERS
 def test_the_capacity_is_what_short_term_memory_leaves() -> None:
     memory = counting_memory(**config_of(FIXED + room(11) * LAYERS + STORED * LAYERS - 1))
     assert (memory.capacity, memory.text_capacity) == (11, 11 * 8 // 2)
-    assert memory.budget.bytes == FIXED + (13 + 1) * STORED * LAYERS - 1
+    assert memory.streams.budget.bytes == FIXED + (13 + 1) * STORED * LAYERS - 1
     assert "at most 11 LTM (44 text tokens)" in repr(memory)
     memory.write([7] * 200)
     assert [memory.stores[0].count(layer) for layer in range(LAYERS)] == [11] * LAYERS
@@ -212,8 +212,8 @@ def test_a_budget_is_saved_and_can_be_another_when_loaded(tmp_path: Path) -> Non
     assert (manifest.bytes_budget, manifest.capacity) == (60_000, memory.capacity)
     assert manifest.text_capacity == memory.text_capacity
     again = mplus.Memory.load(tmp_path, model)
-    assert again.budget == memory.budget
-    assert again.fork().budget == again.select([0, 0]).budget == memory.budget
+    assert again.streams.budget == memory.streams.budget
+    assert again.fork().streams.budget == again.select([0, 0]).streams.budget == memory.streams.budget
     other = mplus.Memory.load(tmp_path, model, bytes_budget=40_000)
     assert other.capacity is not None
     assert memory.capacity is not None

@@ -211,7 +211,7 @@ def test_reset_gives_a_new_memory(
     follow(memory, history)
     memory.reset()
     assert memory.sources() == []
-    fresh.generators[0].set_state(memory.generators[0].get_state())  # the draws go on
+    fresh.streams.generators[0].set_state(memory.streams.generators[0].get_state())  # the draws go on
     tiny.assert_same(memory, fresh)
     memory.engine.made.clear()
     follow(memory, more)
@@ -340,7 +340,7 @@ def test_a_sequence_costs_less_than_a_megabyte_beyond_its_rows() -> None:
         tracemalloc.stop()
     python = (after - before) / len(memories)
     # What Python does not see: tensors that are no rows, and a generator.
-    tensors = [*memories[0].states[0].counters.values(), memories[0].generators[0].get_state()]
+    tensors = [*memories[0].states[0].counters.values(), memories[0].streams.generators[0].get_state()]
     rest = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     rows = sum(state.nbytes for state in memories[0].states)
     assert rows > 0

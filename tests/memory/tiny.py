@@ -101,7 +101,8 @@ def rounding(name: str = "paper") -> float:
 def content(memory: Memory) -> dict[str, Any]:
     """All a memory holds but the ids of its long-term rows, by name."""
     found: dict[str, Any] = {}
-    for i, (state, store, generator) in enumerate(zip(memory.states, memory.stores, memory.generators, strict=True)):
+    streams = memory.streams
+    for i, (state, store, generator) in enumerate(zip(streams.states, streams.stores, streams.generators, strict=True)):
         found[f"{i}.clock"], found[f"{i}.sources"] = state.clock, state.sources
         found[f"{i}.generator"] = generator.get_state()
         for name, counter in state.counters.items():

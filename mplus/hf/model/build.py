@@ -20,6 +20,7 @@ from mplus.memory.budget import Budget
 from mplus.memory.checks import check_device
 from mplus.memory.memory import Memory
 from mplus.memory.texts import Texts
+from mplus.memory.transaction import Streams
 from mplus.retrievers import RETRIEVERS
 from mplus.retrievers.base import Retriever, RetrieverShape
 from mplus.stores import STORES
@@ -86,4 +87,4 @@ def new_memory(
         states = [evolve(state, texts=kept) for state, kept in zip(states, texts, strict=True)]
     stores = [build_store(store or engine.config.store, layout) for _ in range(batch_size)]
     budget = Budget.of(bytes_budget, engine.config, engine.mechanism, stores[0], batch_size)
-    return Memory(engine, states, stores, generators, policy, tokenizer, budget)
+    return Memory(Streams(engine, states, stores, generators, policy, budget), tokenizer)

@@ -26,6 +26,7 @@ from mplus.hf.reading.retrieved_sources import retrieved_sources
 from mplus.hf.reading.virtual_tokens import only_learned
 from mplus.hf.retrofit.context import Pass, current_pass, run_in
 from mplus.memory.memory import Memory
+from mplus.memory.sources.recompute import refresh_if_stale
 
 T = TypeVar("T")
 _GENERATING: ContextVar[tuple[Any, Reading] | None] = ContextVar("mplus_generating", default=None)
@@ -206,8 +207,8 @@ def read(engine: DecoderEngine, memory: Any, rows: int, **options: Any) -> Readi
     check_memory(engine, memory)
     look = engine.watch.look()
     if look.names is None:
-        memory.keep_up(look.weights)
-    version, streams = memory.versioned_snapshot()
+        refresh_if_stale(memory.streams, look.weights)
+    version, streams = memory.streams.versioned_snapshot()
     views = one_per_row(streams, rows)
     prepared = engine.prepared(memory, version, look)
     if look.names is not None:

@@ -10,7 +10,7 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
-from mplus.memory.format.rules import forms
+from mplus.memory.checks import forms
 from mplus.memory.state import StreamState, StreamView
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout

@@ -15,3 +15,6 @@ checkpoint is written: new files, synced; an empty journal, synced; then the man
 synced too. Files of the one before are removed after that. No file that a manifest names is ever written to but
 the journal, and that only behind its last record: a crash can tear nothing that was acknowledged.
 """
+
+JOURNAL_BYTES = 2**28
+"""Length of a journal from which it is replaced by a checkpoint, where nothing else is asked for."""

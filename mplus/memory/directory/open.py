@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -25,54 +25,54 @@ from mplus.memory.directory.checkpoint_manifest import (
     read_live_manifest,
 )
 from mplus.memory.directory.directory import Directory
-from mplus.memory.directory.durable_memory import LiveMemory
 from mplus.memory.directory.lock import acquire, is_new, owner_of
+from mplus.memory.directory.persistence import DirectoryPersistence, ReadOnly
 from mplus.memory.directory.store_stack import kind_of
-from mplus.memory.engine import Engine, engine_of
+from mplus.memory.engine import Engine
 from mplus.memory.format.folder import MANIFEST, hold, prepare, writable
 from mplus.memory.format.load import check
 from mplus.memory.format.made_with import with_weights
 from mplus.memory.format.manifest import check_belongs
 from mplus.memory.format.rules import check_fits, check_values
-from mplus.memory.opened import JOURNAL_BYTES
+from mplus.memory.transaction import Persistence, Streams
 from mplus.stores.base import StoreLayout
 from mplus.stores.disk.filesystem import FileSystem
-from mplus.stores.disk.folder import FILE_MODE, Folder, PathAt
+from mplus.stores.disk.folder import Folder, PathAt
+
+if TYPE_CHECKING:
+    from mplus.memory.memory import Memory
 
 TRIES = 20
 """How often a reader begins anew when the writer replaces the checkpoint under its eyes."""
 
 
-def open_memory(
+def open_streams(
     path: str | Path,
-    model: Any,
+    engine: Engine,
+    new: Callable[..., Memory],
     *,
-    batch_size: int | None = None,
-    tokenizer: Any = None,
-    seed: int = 0,
-    store: Any = None,
-    eviction: Any = None,
-    bytes_budget: int | str | None = None,
-    memory_rows: Literal["projected", "hidden", "both"] | None = None,
-    keep_text: bool = False,
-    device: torch.device | str = "cpu",
-    read_only: bool = False,
-    journal_bytes: int = JOURNAL_BYTES,
-    file_mode: int = FILE_MODE,
-    files: FileSystem | None = None,
-) -> LiveMemory:
-    """``Memory.open``, which says what the arguments are and what is raised."""
+    batch_size: int | None,
+    store: Any,
+    eviction: Any,
+    bytes_budget: int | str | None,
+    device: torch.device | str,
+    read_only: bool,
+    journal_bytes: int,
+    file_mode: int,
+    files: FileSystem | None,
+) -> Streams:
+    """See ``Memory.open`` for the arguments and what is raised; ``new``: ``model.new_memory``."""
     if isinstance(journal_bytes, bool) or not isinstance(journal_bytes, int) or journal_bytes < 1:
         raise ConfigError(f"journal_bytes must be a whole number of at least 1, got {journal_bytes!r}")
-    engine, files = engine_of(model), files or FileSystem()
-    wanted, device = engine.config.store if store is None else Component.of(store), check_device(device)
+    wanted = engine.config.store if store is None else Component.of(store)
     policy = None if eviction is None else Component.of(eviction)
-    shared: dict[str, Any] = {"where": str(path), "journal_bytes": journal_bytes, "tokenizer": tokenizer}
+    device, files = check_device(device), files or FileSystem()
     if read_only:
         with hold(path) as folder:
             manifest, content, (_, count) = _read(folder, engine, wanted, device)
         _check_batch(batch_size, manifest, folder)
-        return _existing(engine, manifest, content, None, policy, bytes_budget, folder, shared, changed=count > 0)
+        persistence: Persistence = ReadOnly(str(path))
+        return _existing(engine, manifest, content, persistence, policy, bytes_budget, folder, changed=count > 0)
     folder = prepare(Path(path), file_mode, files, "keep")
     _check_own(folder)  # before a lock is left in a folder of another kind
     with writable(folder):
@@ -84,25 +84,18 @@ def open_memory(
             _check_batch(batch_size, manifest, folder)
             with writable(folder):
                 directory.resume(manifest, size, count)
-            return _existing(
-                engine, manifest, content, directory, policy, bytes_budget, folder, shared, changed=count > 0
-            )
-        new = model.new_memory(
+            persistence = DirectoryPersistence(directory, journal_bytes)
+            return _existing(engine, manifest, content, persistence, policy, bytes_budget, folder, changed=count > 0)
+        streams = new(
             1 if batch_size is None else batch_size,
-            tokenizer=tokenizer,
-            seed=seed,
             store=kind_of(wanted),
             eviction=policy,
             device=device,
-            memory_rows=memory_rows,
             bytes_budget=bytes_budget,
-            keep_text=keep_text,
-        )
-        draws = [generator.get_state() for generator in new.generators]
-        content = Content(list(new.states), list(new.stores), draws, [None] * new.batch_size)
-        memory = LiveMemory(engine, content, new.eviction, directory, budget=new.budget, **shared)
-        memory.checkpoint()
-        return memory
+        ).streams
+        streams.persistence = DirectoryPersistence(directory, journal_bytes)
+        streams.checkpoint()
+        return streams
     except BaseException:
         directory.close()
         raise
@@ -112,15 +105,14 @@ def _existing(
     engine: Engine,
     manifest: LiveManifest,
     content: Content,
-    directory: Directory | None,
+    persistence: Persistence,
     eviction: Component | None,
     bytes_budget: int | str | None,
     folder: Folder,
-    shared: dict[str, Any],
     *,
     changed: bool,
-) -> LiveMemory:
-    """``changed``: by what stands in the journal, so that the saved indexes are of other rows."""
+) -> Streams:
+    """Make streams of what a directory holds; ``changed``: the journal adds to the rows the saved indexes are of."""
     content.states = with_weights(content.states, content.stores, manifest.fingerprint, engine, folder.path)
     policy = build_eviction(eviction or Component.of(manifest.eviction))
     expiry = engine.layout.expiry or policy.lifetime is not None
@@ -135,7 +127,9 @@ def _existing(
     if not changed:
         for store, index in zip(content.stores, content.indexes, strict=True):
             engine.mechanism.adopt_index(store, index)
-    return LiveMemory(engine, content, policy, directory, budget=budget, **shared)
+    generators = [torch.Generator().set_state(draw) for draw in content.draws]
+    usage = [notes for notes in content.usage if notes is not None]
+    return Streams(engine, content.states, content.stores, generators, policy, budget, usage, persistence)
 
 
 def _check_own(folder: Folder) -> None:

@@ -21,16 +21,16 @@ from attrs import evolve
 from torch import Tensor
 
 from mplus.errors import MemoryFileError
+from mplus.memory.checks import check_columns
 from mplus.memory.directory.checkpoint_manifest import VERSION
 from mplus.memory.directory.earlier_record import in_present_form
 from mplus.memory.format.entries import MOST_ROWS
-from mplus.memory.format.rules import check_columns
 from mplus.memory.format.structure import LARGEST
-from mplus.memory.persistence import Stayed
 from mplus.memory.sources.source import encoded
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.state import StreamState
 from mplus.memory.texts import Texts, generator_in, tail_from, tail_tensors
+from mplus.memory.transaction import KeptPositions
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.stores.disk.safetensors_io import pack, unpack
@@ -40,7 +40,7 @@ from mplus.stores.mmap import Change, MmapStore
 def encode(
     before: Sequence[StreamState],
     after: Sequence[StreamState],
-    stayed: Stayed,
+    kept: KeptPositions,
     notes: Sequence[Sequence[Change]],
     draws: Mapping[int, Tensor],
 ) -> list[bytes | memoryview]:
@@ -48,7 +48,7 @@ def encode(
 
     Args:
         before, after: states of all streams.
-        stayed: which rows of their lists stayed, as far as the mechanism says; everything is compared, so that it
+        kept: which rows of their lists stayed, as far as the mechanism says; everything is compared, so that it
             need not be right.
         notes: what was done to each stream's store, in order.
         draws: state of the generator of every stream whose generator has moved.
@@ -58,7 +58,7 @@ def encode(
     for row, (old, new) in enumerate(zip(before, after, strict=True)):
         fact: dict[str, Any] = {}
         if old is not new:
-            fact = _state(f"{row}", old, new, stayed.get(row, {}), tensors)
+            fact = _state(f"{row}", old, new, kept.get(row, {}), tensors)
         if notes[row]:
             fact["store"] = [_note(f"{row}.store.{place}", note, tensors) for place, note in enumerate(notes[row])]
         if row in draws:
@@ -72,14 +72,14 @@ def _state(
     prefix: str,
     old: StreamState,
     new: StreamState,
-    stayed: Mapping[str, Sequence[Tensor]],
+    kept: Mapping[str, Sequence[Tensor]],
     tensors: dict[str, Tensor],
 ) -> dict[str, Any]:
     before = old.row_lists()
     for name, parts in new.row_lists().items():
         for layer, (rows, now) in enumerate(zip(before[name], parts, strict=True)):
             # Of a list that the mechanism says nothing of, it is tried whether rows were only added behind others.
-            stay = stayed[name][layer] if name in stayed else torch.arange(min(len(rows), len(now)))
+            stay = kept[name][layer] if name in kept else torch.arange(min(len(rows), len(now)))
             _tier(f"{prefix}.rows.{name}.{layer}", rows, now, stay, tensors)
     known, named = old.tensors(), new.tensors()
     tensors.update({f"{prefix}.state.{name}": now for name, now in named.items() if known.get(name) is not now})

@@ -1,9 +1,10 @@
-"""From the data file of a saved memory to streams and stores."""
+"""Reading a saved memory: from its folder to streams and stores."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from attrs import evolve
@@ -11,16 +12,24 @@ from torch import Tensor
 
 from mplus.config import Component
 from mplus.errors import MemoryFileError, MemoryMismatchError
+from mplus.eviction.build import build_eviction
+from mplus.memory.budget import Budget
+from mplus.memory.checks import check_columns, check_device
+from mplus.memory.engine import Engine
+from mplus.memory.format.earlier import in_present_form
 from mplus.memory.format.entries import StreamEntry
-from mplus.memory.format.manifest import Manifest
-from mplus.memory.format.rules import check_columns, check_rows, check_values
+from mplus.memory.format.folder import hold, lock
+from mplus.memory.format.made_with import with_weights
+from mplus.memory.format.manifest import Manifest, check_belongs, read_manifest
+from mplus.memory.format.rules import check_fits, check_rows, check_values
 from mplus.memory.format.structure import LARGEST
-from mplus.memory.format.tensors import Tensors
+from mplus.memory.format.tensors import TensorReader, Tensors
 from mplus.memory.plain_state import state_class
 from mplus.memory.sources.source import DTYPES as SOURCE_COLUMNS
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.state import StreamState
 from mplus.memory.texts import NAMES, TAIL_NAMES, Texts, Waiting, generator_in, tail_from
+from mplus.memory.transaction import Streams
 from mplus.rows import MemoryRows
 from mplus.stores.access_log import NEVER, AccessLog
 from mplus.stores.base import MemoryStore, StoreLayout
@@ -34,6 +43,62 @@ OF_STREAM = re.compile(
 )
 OF_STORE = re.compile(r"store\.(?P<store>\d{1,9})\.\d+\.\w+(\.\w+)*")
 """Names of tensors."""
+
+
+def load_streams(
+    folder: str | Path,
+    engine: Engine,
+    store: Component | None,
+    eviction: Component | None,
+    bytes_budget: int | str | None,
+    device: torch.device | str | None,
+) -> Streams:
+    """Read a memory for the decoder behind ``engine``; one tensor at a time, each checked against the manifest.
+
+    Args:
+        folder: as given to ``save``.
+        engine: must have the fingerprint that the memory was saved with.
+        store: where long-term rows go; None: as the config says.
+        eviction: None: the policy the memory had.
+        bytes_budget: None: the budget the memory had, else that of the config.
+        device: where rows are kept; None: where the decoder's embedding is.
+
+    Raises:
+        MemoryFileError: missing, truncated, altered, foreign, or newer file.
+        MemoryMismatchError: made by another model, adapter, dtype or config.
+    """
+    here = hold(folder)
+    held = lock(here, shared=True)
+    try:
+        manifest = read_manifest(here)
+        layout = engine.layout
+        check_belongs(manifest, engine.fingerprint(manifest.fingerprint), layout, folder)
+        policy = build_eviction(eviction or Component.of(manifest.eviction))
+        # Rows stay what they were, whatever new memories of this decoder hold.
+        layout = evolve(
+            layout,
+            projected_size=manifest.layout.projected_size,
+            keeps_hidden=manifest.layout.keeps_hidden,
+            expiry=layout.expiry or policy.lifetime is not None,
+            device=layout.device if device is None else check_device(device),
+        )
+        mechanism = engine.mechanism
+        with TensorReader(here, manifest.data) as opened:
+            file = in_present_form(opened, manifest.earlier)
+            check_names(file, manifest.streams)
+            lifetime = mechanism.lifetime(policy)
+            states, stores, generators = read_streams(file, manifest, layout, store or engine.config.store, lifetime)
+            check(check_fits, states, engine, layout, where=f"{folder}")
+            usage = [read_usage(file, n, one) for n, one in enumerate(stores)] if policy.needs_access_log else []
+            for entry, own in zip(manifest.streams, stores, strict=True):
+                mechanism.adopt_index(own, read_index(file, entry.store, layout.layers))
+        states = with_weights(states, stores, manifest.fingerprint, engine, folder)
+    finally:
+        held.release()
+        here.close()
+    wanted = manifest.bytes_budget if bytes_budget is None else bytes_budget
+    budget = Budget.of(wanted, engine.config, mechanism, stores[0], len(states))
+    return Streams(engine, states, stores, generators, policy, budget, usage)
 
 
 def read_streams(

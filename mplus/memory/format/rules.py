@@ -1,14 +1,14 @@
 """What must hold of a stream that was read from files. Nothing behind these checks looks at it again.
 
-The form of rows (``check_columns``) is checked wherever a state is made of parts (``StreamState.from_parts``), their
-values (``check_values``) once all there is was read, and what the decoder's mechanism expects (``check_fits``) where
-there is a decoder.
+The form of rows (``mplus.memory.checks.check_columns``) is checked wherever a state is made of parts
+(``StreamState.from_parts``), their values (``check_values``) once all there is was read, and what the decoder's
+mechanism expects (``check_fits``) where there is a decoder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,28 +24,6 @@ if TYPE_CHECKING:
 FURTHEST_BACK = 2**31
 """How many rows before the first one of its own clock a memory may begin with."""
 PIECE_ROWS = 1024
-OPTIONAL = frozenset({"key", "expiry"})
-"""Columns that rows of a layout that has them may lack."""
-
-
-def check_columns(columns: Mapping[str, Tensor], layout: StoreLayout, where: str) -> None:
-    """Raise MemoryMismatchError unless these are the columns of rows; ``OPTIONAL`` ones may be there or not.
-
-    Args:
-        columns: by name.
-        layout: of the rows.
-        where: they are, in messages.
-    """
-    described = layout.columns()
-    if not described.keys() - OPTIONAL <= columns.keys() <= described.keys():
-        raise MemoryMismatchError(f"{where} must have the columns {sorted(described)}, got {sorted(columns)}")
-    count = columns["birth"].shape[:1] or (0,)
-    for name, column in columns.items():
-        shape, dtype = described[name]
-        if column.dtype != dtype or column.shape != (*count, *shape):
-            raise MemoryMismatchError(
-                f"{where}: column {name!r} must be {dtype} {[*count, *shape]}, got {column.dtype} {list(column.shape)}"
-            )
 
 
 def rules(rows: MemoryRows, clock: int, known: Tensor | None) -> Iterator[tuple[str, Tensor]]:
@@ -116,8 +94,3 @@ def check_fits(states: Sequence[StreamState], engine: Engine, layout: StoreLayou
             raise MemoryMismatchError(
                 f"the texts of stream {number} must have ids in the vocabulary, 0 to {engine.vocab_size - 1}"
             )
-
-
-def forms(tensors: Mapping[str, Tensor], leave_out: int) -> dict[str, Any]:
-    """Return dtype and shape of each tensor, but for its first ``leave_out`` dimensions."""
-    return {name: (tensor.dtype, tuple(tensor.shape[leave_out:])) for name, tensor in sorted(tensors.items())}

@@ -1,4 +1,4 @@
-"""Saving a memory to a folder and reading it back.
+"""Saving a memory to a folder (``mplus.memory.format.load`` reads it back).
 
 Format version 2 is a folder with ``manifest.json`` (``mplus.memory.format.manifest``) and the safetensors file it
 names. Its tensors are, of stream i (what is in brackets need not be there):
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 from attrs import define
 from torch import Tensor
 
@@ -34,11 +33,8 @@ import mplus
 from mplus.config import Component
 from mplus.errors import MemoryFileError
 from mplus.eviction.base import EvictionPolicy
-from mplus.eviction.build import build_eviction
 from mplus.memory.budget import Budget
-from mplus.memory.checks import check_device
 from mplus.memory.engine import Engine
-from mplus.memory.format.earlier import in_present_form
 from mplus.memory.format.entries import DataEntry, LayoutEntry, StreamEntry, name_of
 from mplus.memory.format.folder import (
     DATA,
@@ -47,7 +43,6 @@ from mplus.memory.format.folder import (
     check_free,
     create,
     flush,
-    hold,
     lock,
     prepare,
     remove,
@@ -55,15 +50,13 @@ from mplus.memory.format.folder import (
     temporary,
     writable,
 )
-from mplus.memory.format.load import check, check_names, read_index, read_streams, read_usage
-from mplus.memory.format.made_with import made_with, with_weights
-from mplus.memory.format.manifest import Manifest, check_belongs, is_memory, mechanism_in, read_manifest
-from mplus.memory.format.rules import check_fits
-from mplus.memory.format.tensors import TensorReader, write_tensors
-from mplus.memory.memory import Memory
+from mplus.memory.format.made_with import made_with
+from mplus.memory.format.manifest import Manifest, is_memory, mechanism_in, read_manifest
+from mplus.memory.format.tensors import write_tensors
 from mplus.memory.sources.forget import without_unused_sources
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.texts import tail_tensors
+from mplus.memory.transaction import Streams
 from mplus.stores.base import StoreLayout, StoreView
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.folder import FILE_MODE, Folder, PathAt, open_file, read_file
@@ -102,6 +95,16 @@ class Facts:
 
 Index = Sequence[Mapping[str, Tensor]]
 """Per layer, what the retriever's index of one store is made of."""
+
+
+def save_streams(folder: str | Path, streams: Streams, file_mode: int = FILE_MODE) -> None:
+    """See ``Memory.save``."""
+    with streams.state_lock:
+        _, views = streams.versioned_snapshot()
+        draws = streams.draws()
+    facts = Facts.of(streams.engine, streams.eviction, streams.budget, [view.state for view in views])
+    indexes = [streams.engine.mechanism.index_tensors(view.store) for view in views]
+    save(folder, views, draws, facts, indexes, file_mode)
 
 
 def save(
@@ -207,65 +210,6 @@ def replace(
         rename(rows, name)
         rename(head, MANIFEST)
         return remove(folder, others - {name})
-
-
-def load(
-    folder: str | Path,
-    engine: Engine,
-    *,
-    tokenizer: Any = None,
-    store: Component | None = None,
-    eviction: Component | None = None,
-    bytes_budget: int | str | None = None,
-    device: torch.device | str | None = None,
-) -> Memory:
-    """Read a memory for the decoder behind ``engine``; one tensor at a time, each checked against the manifest.
-
-    Args:
-        folder: as given to ``save``.
-        engine: must have the fingerprint that the memory was saved with.
-        tokenizer: lets ``Memory.write`` take text.
-        store: where long-term rows go; default: as the config says.
-        eviction: default: the policy the memory had.
-        bytes_budget: default: the budget the memory had, else that of the config.
-        device: where rows are kept; default: where the decoder's embedding is.
-
-    Raises:
-        MemoryFileError: missing, truncated, altered, foreign, or newer file.
-        MemoryMismatchError: made by another model, adapter, dtype or config.
-    """
-    here = hold(folder)
-    held = lock(here, shared=True)
-    try:
-        manifest = read_manifest(here)
-        layout = engine.layout
-        check_belongs(manifest, engine.fingerprint(manifest.fingerprint), layout, folder)
-        policy = build_eviction(eviction or Component.of(manifest.eviction))
-        # Rows stay what they were, whatever new memories of this decoder hold.
-        layout = attrs.evolve(
-            layout,
-            projected_size=manifest.layout.projected_size,
-            keeps_hidden=manifest.layout.keeps_hidden,
-            expiry=layout.expiry or policy.lifetime is not None,
-            device=layout.device if device is None else check_device(device),
-        )
-        mechanism = engine.mechanism
-        with TensorReader(here, manifest.data) as opened:
-            file = in_present_form(opened, manifest.earlier)
-            check_names(file, manifest.streams)
-            lifetime = mechanism.lifetime(policy)
-            states, stores, draws = read_streams(file, manifest, layout, store or engine.config.store, lifetime)
-            check(check_fits, states, engine, layout, where=f"{folder}")
-            usage = [read_usage(file, n, one) for n, one in enumerate(stores)] if policy.needs_access_log else []
-            for entry, own in zip(manifest.streams, stores, strict=True):
-                mechanism.adopt_index(own, read_index(file, entry.store, layout.layers))
-        states = with_weights(states, stores, manifest.fingerprint, engine, folder)
-    finally:
-        held.release()
-        here.close()
-    wanted = manifest.bytes_budget if bytes_budget is None else bytes_budget
-    budget = Budget.of(wanted, engine.config, mechanism, stores[0], len(states))
-    return Memory(engine, states, stores, draws, policy, tokenizer, budget, usage)
 
 
 # ---------------------------------------------------------------------- out of a memory

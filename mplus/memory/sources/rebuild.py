@@ -1,9 +1,8 @@
-"""Writing a memory again from its kept texts, without those of one source."""
+"""Forgetting: of a source by dropping its rows or by writing all other texts again, or of everything."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from attrs import evolve
@@ -12,29 +11,63 @@ from torch import Tensor
 from mplus.errors import InputError
 from mplus.memory.checks import check_dtype
 from mplus.memory.report import ForgetReport, WriteReport
-from mplus.memory.sharing import unshared
-from mplus.memory.sources.forget import check_known, held
+from mplus.memory.sharing import distinct, unshared
+from mplus.memory.sources.forget import check_known, forget, held, names_to_keep, with_names
+from mplus.memory.sources.recompute import refresh_if_stale
 from mplus.memory.state import StreamState
 from mplus.memory.texts import Texts
+from mplus.memory.transaction import Streams
 from mplus.memory.writing.progress import progress_bar
-from mplus.memory.writing.write import Stream, write_streams
+from mplus.memory.writing.write import StreamWrite, write_streams
 from mplus.stores.base import MemoryStore
 
-if TYPE_CHECKING:
-    from mplus.memory.memory import Memory
+
+def drop_source(streams: Streams, rows: Sequence[int], source: str | None, *, keep_name: bool) -> ForgetReport:
+    """Remove the rows of ``source``, and nothing else; see ``Memory.forget``. Raises as that."""
+    report = streams.change(lambda states: forget(states, streams.stores, rows, source, keep_name=keep_name))
+    for store in distinct(streams.stores):
+        streams.engine.mechanism.follow(store)
+    return report
 
 
-def rebuilt(
-    memory: Memory, rows: Sequence[int], source: str | None, progress: bool | None
-) -> tuple[Memory, ForgetReport]:
-    """A memory that was written as ``memory`` was, but without ``source`` in the batch rows ``rows``.
+def reset(streams: Streams) -> None:
+    """Remove everything; see ``Memory.reset``."""
+
+    def clear(states: list[StreamState]) -> None:
+        for row, store in enumerate(streams.stores):
+            texts = None if states[row].texts is None else Texts.of(streams.generators[row].get_state())
+            states[row] = evolve(streams.engine.new_state(store.layout), texts=texts)
+            _empty(store)
+
+    streams.change(clear)
+
+
+def rebuild_without(
+    streams: Streams, rows: Sequence[int], source: str | None, *, keep_name: bool, progress: bool | None
+) -> ForgetReport:
+    """Replace all rows by those that writing the other texts makes; see ``Memory.forget``. Raises as that."""
+    other, report = _rebuilt(streams, rows, source, progress)
+    names = names_to_keep(streams.states, rows, source, keep_name=keep_name)
+
+    def become(states: list[StreamState]) -> None:
+        states[:] = map(with_names, other.states, names)
+        streams.adopt(other)
+
+    streams.change(become)
+    return report
+
+
+def _rebuilt(
+    streams: Streams, rows: Sequence[int], source: str | None, progress: bool | None
+) -> tuple[Streams, ForgetReport]:
+    """Return streams that were written as ``streams`` were, but without ``source`` in the batch rows ``rows``.
 
     Chunks that were due at once are again: what shared a pass then shares one now, but for what is left out. So the
     result is, bit for bit, what writing the other texts in the first place would have given. (Passes shared with other
     memories, by ``write_together``, are not shared again; sums over a batch may then round differently.)
 
     Args:
-        memory: stays as it is; the caller holds its write lock.
+        streams: stay as they are; the caller holds their write lock.
         rows: batch rows.
         source: a name that was given to ``write``.
         progress: as for ``Memory.forget``.
@@ -43,23 +76,23 @@ def rebuilt(
         InputError: no stream has this source, or the memory does not keep its texts.
         MemoryMismatchError, NonFiniteError: as ``Memory.write``.
     """
-    states = memory.states
+    states = streams.states
     check_known(states, rows, source)
-    if not memory.keeps_text:
+    if not streams.keeps_text:
         raise InputError(
             "mode='rebuild' needs the texts that were written, and this memory does not keep them: make memories with "
             "new_memory(keep_text=True), or use mode='drop'"
         )
-    memory.keep_up()
-    check_dtype(memory.dtype, memory.engine.layout.dtype)
-    report = held(states, memory.stores, rows, source)
+    refresh_if_stale(streams)
+    check_dtype(streams.dtype, streams.engine.layout.dtype)
+    report = held(states, streams.stores, rows, source)
     left_out = {row: states[row].sources.find(source) for row in rows}
     turns = _turns(states, left_out)
-    fresh, written = _blank(memory), WriteReport.nothing(memory.batch_size)
+    fresh, written = _blank(streams), WriteReport.nothing(len(streams))
     total = sum(len(ids) for turn in turns for _, _, ids in turn)
     with progress_bar("rebuilding", total, progress, steps=len(turns)) as advance:
         for turn in turns:
-            write_streams([Stream(fresh, row, [ids], name, written) for row, name, ids in turn], advance)
+            write_streams([StreamWrite(fresh, row, [ids], name, written) for row, name, ids in turn], advance)
     return fresh, evolve(report, rebuilt=sum(written.chunks))
 
 
@@ -76,20 +109,21 @@ def _turns(
     return [due[turn] for turn in sorted(due)]
 
 
-def _blank(memory: Memory) -> Memory:
-    """A memory without rows, like ``memory`` was when it was new: the same draws, kind of store, policy and budget."""
+def _blank(streams: Streams) -> Streams:
+    """Return streams without rows, like ``streams`` were when they were new, kept in memory only.
+
+    They have the same draws, kinds of store, policy and budget.
+    """
     states, generators = [], []
-    for state, store in zip(memory.states, memory.stores, strict=True):
+    for state, store in zip(streams.states, streams.stores, strict=True):
         if state.texts is not None:
             generators.append(torch.Generator().set_state(state.texts.generator))
-            states.append(evolve(memory.engine.new_state(store.layout), texts=Texts.of(state.texts.generator)))
-    stores = [_emptied(store.fork()) for store in unshared(memory.stores)]
-    from mplus.memory.memory import Memory  # not the type of a memory in a directory: this one is kept nowhere
-
-    return Memory(memory.engine, states, stores, generators, memory.eviction, memory.tokenizer, memory.budget)
+            states.append(evolve(streams.engine.new_state(store.layout), texts=Texts.of(state.texts.generator)))
+    stores = [_empty(store.fork()) for store in unshared(streams.stores)]
+    return Streams(streams.engine, states, stores, generators, streams.eviction, streams.budget)
 
 
-def _emptied(store: MemoryStore) -> MemoryStore:
+def _empty(store: MemoryStore) -> MemoryStore:
     for layer in range(store.layout.layers):
         store.remove(layer, store.ids(layer))
     return store

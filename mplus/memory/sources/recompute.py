@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from attrs import evolve
@@ -12,30 +11,40 @@ from mplus.errors import LiveMemoryError, MemoryMismatchError
 from mplus.memory.checks import check_finite
 from mplus.memory.engine import Engine
 from mplus.memory.state import StreamState
+from mplus.memory.transaction import Streams
 from mplus.memory.weights_state import WeightsState
 from mplus.rows import MemoryRows
-from mplus.stores.access_log import AccessLog
 from mplus.stores.base import MemoryStore, StoreView
-
-if TYPE_CHECKING:
-    from mplus.memory.memory import Memory
 
 PIECE_ROWS = 2**14
 """Rows taken out of a store at a time."""
 
 
-def out_of_date(memory: Memory, now: WeightsState, writing: Sequence[int] | None = None) -> list[int]:
-    """Batch rows of which something must be computed anew before they are read (or those in ``writing`` written).
+def refresh_if_stale(
+    streams: Streams, now: WeightsState | None = None, *, writing: Sequence[int] | None = None
+) -> None:
+    """See ``Memory.refresh_if_stale``; ``writing``: the batch rows that are to be written; None: all are to be read."""
+    now = streams.engine.weights() if now is None else now
+    if _stale(streams, now, writing):
+        with streams.write_lock:
+            stale = _stale(streams, now, writing)
+            streams.change(lambda states: _refresh(states, streams, stale, now))
+    if writing is not None:
+        streams.note_weights(now, writing)
+
+
+def _stale(streams: Streams, now: WeightsState, writing: Sequence[int] | None) -> list[int]:
+    """Return the batch rows of which something must be computed anew before they are read, or written.
 
     Raises:
         MemoryMismatchError: that needs hidden states, and the rows keep keys and values only.
     """
-    rows = range(memory.batch_size) if writing is None else writing
-    return [row for row in rows if _is_due(memory, row, now, writing is not None)]
+    rows = range(len(streams)) if writing is None else writing
+    return [row for row in rows if _is_stale(streams, row, now, writing is not None)]
 
 
-def _is_due(memory: Memory, row: int, now: WeightsState, writing: bool) -> bool:
-    state, store = memory.states[row], memory.stores[row]
+def _is_stale(streams: Streams, row: int, now: WeightsState, writing: bool) -> bool:
+    state, store = streams.states[row], streams.stores[row]
     made, layout = state.weights, store.layout
     if made is None or made is now or made == now:
         return False
@@ -45,11 +54,11 @@ def _is_due(memory: Memory, row: int, now: WeightsState, writing: bool) -> bool:
         return False
     if not holds_rows(state, store):
         return writing
-    if _is_unwritten(state, store, memory.engine):
+    if _is_unwritten(state, store, streams.engine):
         return True
     if not layout.keeps_hidden:
         raise unfit(made, now, row)
-    return retrieval or writing or not _read_only(memory)
+    return retrieval or writing or not _read_only(streams)
 
 
 def unfit(made: WeightsState, now: WeightsState, row: int, what: str = "this memory") -> MemoryMismatchError:
@@ -74,33 +83,28 @@ def _is_unwritten(state: StreamState, store: MemoryStore, engine: Engine) -> boo
     return not state.sources and state.clock == new.clock and state.counts() == new.counts()
 
 
-def _read_only(memory: Memory) -> bool:
+def _read_only(streams: Streams) -> bool:
     """A memory in a directory that cannot be changed: its rows are projected by every read then."""
     try:
-        memory.check_writable()
+        streams.check_writable()
     except LiveMemoryError:
         return True
     return False
 
 
 @torch.no_grad()
-def refresh(
-    states: list[StreamState],
-    stores: Sequence[MemoryStore],
-    engine: Engine,
-    usage: Sequence[AccessLog | None],
-    due: Sequence[int],
-    now: WeightsState,
-) -> None:
-    """Refresh all rows of the streams ``due``: in ``states``, in place in the list, and in ``stores``.
+def _refresh(states: list[StreamState], streams: Streams, stale: Sequence[int], now: WeightsState) -> None:
+    """Compute all rows of the streams ``stale`` anew: in ``states``, in place in the list, and in their stores.
 
-    There they get new ids. Notes in ``usage`` move on to these. Streams that were never written begin anew.
+    There they get new ids, and notes on them move on to these. Streams that were never written begin anew.
 
     Raises:
         NonFiniteError: what is computed is NaN or Inf.
     """
-    for row in due:
-        state, store, notes = states[row], stores[row], usage[row]
+    engine = streams.engine
+    streams.fork_usage(stale)
+    for row in stale:
+        state, store, notes = states[row], streams.stores[row], streams.usage[row]
         if _is_unwritten(state, store, engine):
             states[row] = evolve(engine.new_state(store.layout), texts=state.texts, weights=now)
             continue

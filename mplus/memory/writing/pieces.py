@@ -5,45 +5,43 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.errors import InputError
-from mplus.memory.checks import check_dtype, check_vocabulary
+from mplus.memory.checks import check_vocabulary
 from mplus.memory.report import WriteReport
+from mplus.memory.transaction import Streams
 from mplus.memory.writing.chunking import split, to_names, to_rows
 from mplus.memory.writing.progress import LONG, progress_bar
-from mplus.memory.writing.write import Stream, write_streams
-
-if TYPE_CHECKING:
-    from mplus.memory.memory import Memory
+from mplus.memory.writing.write import StreamWrite, prepare_write, write_streams
 
 
-def write_pieces(memory: Memory, pieces: Iterable[Any], source: str | None, progress: bool | None) -> WriteReport:
+def write_pieces(
+    streams: Streams, tokenizer: Any, pieces: Iterable[Any], source: str | None, progress: bool | None
+) -> WriteReport:
     """See ``Memory.write_pieces``."""
     begun = time.perf_counter()
-    if memory.batch_size != 1:
+    if len(streams) != 1:
         raise InputError(
-            f"write_pieces writes to one stream, and this memory has {memory.batch_size}: use memory.select([row]), "
+            f"write_pieces writes to one stream, and this memory has {len(streams)}: use memory.select([row]), "
             "or write with a text for each"
         )
     if isinstance(pieces, str | bytes | torch.Tensor) or not isinstance(pieces, Iterable):
         raise InputError(f"pieces must be an iterable of texts or ids, got {type(pieces).__name__}")
     (name,) = to_names(source, 1)
-    config, vocabulary = memory.engine.config, memory.engine.vocab_size
-    check_dtype(memory.dtype, memory.engine.layout.dtype)
-    memory.check_writable()
-    memory.keep_up(writing=[0])
+    config, vocabulary = streams.engine.config, streams.engine.vocab_size
+    prepare_write(streams, [0])
     report = WriteReport.nothing(1)
     cutter = Cutter(config.chunk_tokens, config.min_chunk_tokens)
-    with memory.write_lock, progress_bar("writing", None, progress, steps=LONG) as advance:
-        for ids in _ahead(tokenised(pieces, memory.tokenizer)):
+    with streams.write_lock, progress_bar("writing", None, progress, steps=LONG) as advance:
+        for ids in _ahead(tokenised(pieces, tokenizer)):
             check_vocabulary(ids, vocabulary)
-            write_streams([Stream(memory, 0, cutter.cut(ids), name, report)], advance)
-        write_streams([Stream(memory, 0, cutter.rest(), name, report)], advance)
+            write_streams([StreamWrite(streams, 0, cutter.cut(ids), name, report)], advance)
+        write_streams([StreamWrite(streams, 0, cutter.rest(), name, report)], advance)
     return evolve(report, seconds=time.perf_counter() - begun)
 
 

@@ -12,13 +12,14 @@ from attrs import define, evolve
 from torch import Tensor
 
 from mplus.errors import InputError, MemoryMismatchError, WriteTogetherError
-from mplus.memory.checks import check_dtype, check_finite, check_vocabulary
-from mplus.memory.content import MemoryContent
+from mplus.memory.checks import check_chunk, check_dtype, check_finite, check_vocabulary
 from mplus.memory.engine import Engine
 from mplus.memory.report import WriteReport
-from mplus.memory.state import alike
-from mplus.memory.texts import next_turn
+from mplus.memory.sources.recompute import refresh_if_stale
+from mplus.memory.state import StreamState, alike
+from mplus.memory.transaction import Streams
 from mplus.memory.writing.chunking import split, to_names, to_rows
+from mplus.memory.writing.context import WriteContext
 from mplus.memory.writing.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -26,17 +27,18 @@ if TYPE_CHECKING:
 
 
 @define(frozen=True, eq=False)
-class Stream:
-    """A stream of a memory, and what is to be written to it.
+class StreamWrite:
+    """A stream, and the text to write to it.
 
     Attributes:
-        memory, row: the stream.
-        chunks: ids of each chunk.
-        name: the source.
+        streams: of the memory.
+        row: the batch row of the stream.
+        chunks: ids ``[n]`` of each chunk.
+        name: of the source.
         report: of the memory; counts on.
     """
 
-    memory: Memory
+    streams: Streams
     row: int
     chunks: Sequence[Tensor]
     name: str | None
@@ -44,8 +46,13 @@ class Stream:
 
 
 @define(frozen=True, eq=False)
-class Made:
-    """Per layer what one stream gets of a pass: rows ``[k, d]``, and ``[k, w]`` where its rows are kept projected."""
+class NewRows:
+    """The rows that one pass made for one stream.
+
+    Attributes:
+        hidden: per layer ``[k, d]``.
+        projected: per layer ``[k, w]``, where the stream's rows are kept projected; else empty.
+    """
 
     hidden: tuple[Tensor, ...]
     projected: tuple[Tensor, ...]
@@ -124,154 +131,184 @@ def write_together(
     reports, failed = _write(memories, data, sources, progress)
     if failed and errors == "raise":
         raise WriteTogetherError.of(reports, failed)
-    return [failed.get(place, report) for place, report in enumerate(reports)]
+    return [failed.get(position, report) for position, report in enumerate(reports)]
 
 
 def _write(
     memories: Sequence[Memory], data: Sequence[Any], sources: Sequence[Any], progress: bool | None
 ) -> tuple[list[WriteReport], dict[int, Exception]]:
-    """What was written to each memory, and what failed, by place of the memory."""
+    """Return what was written to each memory, and what failed, by position of the memory in the list."""
     begun = time.perf_counter()
     reports, errors = [WriteReport.nothing(getattr(memory, "batch_size", 0)) for memory in memories], {}
-    streams: list[Stream] = []
-    places: dict[int, int] = {}
-    for place, memory in enumerate(memories):
+    writes: list[StreamWrite] = []
+    positions: dict[int, int] = {}
+    for position, memory in enumerate(memories):
         try:
-            _check_one(memories, place, places)
-            streams += _planned(memory, data[place], sources[place], reports[place])
-            places[id(memory)] = place
+            _check_one(memories, position, positions)
+            writes += _planned(memory, data[position], sources[position], reports[position])
+            positions[id(memory.streams)] = position
         except Exception as error:  # noqa: BLE001 - handed to the caller, once the others have been written
-            errors[place] = error
-    total = sum(len(ids) for stream in streams for ids in stream.chunks)
-    turns = max((len(stream.chunks) for stream in streams), default=0)
+            errors[position] = error
+    total = sum(len(ids) for write in writes for ids in write.chunks)
+    turns = max((len(write.chunks) for write in writes), default=0)
     with ExitStack() as held:
-        for _, place in sorted(places.items()):  # in one order everywhere, so that two calls cannot wait for each other
-            held.enter_context(memories[place].write_lock)
+        for _, position in sorted(positions.items()):  # in one order everywhere: two calls cannot wait for each other
+            held.enter_context(memories[position].streams.write_lock)
         with progress_bar("writing", total, progress, steps=turns) as advance:
-            failed = _write_all(streams, advance)
-    errors |= {places[key]: error for key, error in failed.items()}
+            failed = _write_all(writes, advance)
+    errors |= {positions[key]: error for key, error in failed.items()}
     seconds = time.perf_counter() - begun
     return [evolve(report, seconds=seconds) for report in reports], dict(sorted(errors.items()))
 
 
-def write_streams(streams: Sequence[Stream], advance: Callable[[int], None] = lambda tokens: None) -> None:
-    """Write all chunks of streams of one memory; the caller holds the write lock. Raises as ``Memory.write``."""
-    for error in _write_all(streams, advance).values():
-        raise error
-
-
-@torch.no_grad()
-def _write_all(streams: Sequence[Stream], advance: Callable[[int], None]) -> dict[int, Exception]:
-    """Write all chunks of all streams; the caller holds the write locks.
-
-    Returns:
-        What failed, by id of the memory: nothing more was written to that one.
-    """
-    failed: dict[int, Exception] = {}
-    for turn in range(max((len(stream.chunks) for stream in streams), default=0)):
-        present = [stream for stream in streams if turn < len(stream.chunks) and id(stream.memory) not in failed]
-        chunks = [stream.chunks[turn] for stream in present]
-        turns = {id(stream.memory): next_turn(stream.memory.states) for stream in present}
-        for group in alike(chunks, [stream.memory.states[stream.row] for stream in present]):
-            sound = [place for place in group if id(present[place].memory) not in failed]
-            if sound:
-                ids = torch.stack([chunks[place] for place in sound])
-                failed |= _write_pass([present[place] for place in sound], ids, turns)
-            advance(sum(len(chunks[place]) for place in group))
-    return failed
-
-
-def _check_one(memories: Sequence[Memory], place: int, written: Mapping[int, int]) -> None:
+def _check_one(memories: Sequence[Memory], position: int, written: Mapping[int, int]) -> None:
     """Refuse what is no memory, comes a second time, or belongs to another decoder than the first one."""
-    memory, first = memories[place], memories[0]
-    if not isinstance(memory, MemoryContent):
+    memory, first = memories[position], memories[0]
+    if not isinstance(getattr(memory, "streams", None), Streams):  # what only a Memory has; this room is below it
         raise InputError(f"memories must be instances of mplus.Memory, got {type(memory).__name__}")
-    if id(memory) in written:
+    if id(memory.streams) in written:
         raise InputError(
-            f"memories must be different ones, and this one comes at place {written[id(memory)]} already: "
+            f"memories must be different ones, and this one comes at place {written[id(memory.streams)]} already: "
             "write its texts one after the other"
         )
     if memory.engine is not getattr(first, "engine", memory.engine):
         raise MemoryMismatchError("memories that are written together must belong to one decoder, that of the first")
 
 
-def _planned(memory: Memory, data: Any, source: Any, report: WriteReport) -> list[Stream]:
-    rows = to_rows(data, memory.batch_size, memory.tokenizer)
-    names = to_names(source, memory.batch_size)
-    engine = memory.engine
-    check_dtype(memory.dtype, engine.layout.dtype)
-    memory.check_writable()
-    memory.keep_up(writing=[row for row, ids in enumerate(rows) if ids is not None])
-    config = engine.config
-    streams = []
+def _planned(memory: Memory, data: Any, source: Any, report: WriteReport) -> list[StreamWrite]:
+    """Check all that is to be written to a memory, and cut it into chunks."""
+    streams = memory.streams
+    rows = to_rows(data, len(streams), memory.tokenizer)
+    names = to_names(source, len(streams))
+    prepare_write(streams, [row for row, ids in enumerate(rows) if ids is not None])
+    engine, config = streams.engine, streams.engine.config
+    writes = []
     for row, ids in enumerate(rows):
         chunks: list[Tensor] = []
         if ids is not None:
             check_vocabulary(ids, engine.vocab_size)
             chunks = split(ids, config.chunk_tokens, config.min_chunk_tokens)
-        streams.append(Stream(memory, row, chunks, names[row], report))
-    return streams
+        writes.append(StreamWrite(streams, row, chunks, names[row], report))
+    return writes
 
 
-def _write_pass(streams: Sequence[Stream], ids: Tensor, turns: Mapping[int, int]) -> dict[int, Exception]:
+def prepare_write(streams: Streams, rows: Sequence[int]) -> None:
+    """Check that a memory can be written to, and bring the streams ``rows`` in line with the decoder's weights.
+
+    Raises:
+        LiveMemoryError: it cannot be changed.
+        MemoryMismatchError: it has another dtype than the decoder, or keys and values made with other weights.
+    """
+    check_dtype(streams.dtype, streams.engine.layout.dtype)
+    streams.check_writable()
+    refresh_if_stale(streams, writing=rows)
+
+
+def write_chunk(streams: Streams, ids: Tensor, source: Any) -> WriteReport:
+    """See ``Memory.write_chunk``."""
+    begun = time.perf_counter()
+    config, count = streams.engine.config, len(streams)
+    check_chunk(ids, count, config.min_chunk_tokens, config.chunk_tokens)
+    check_vocabulary(ids, streams.engine.vocab_size)
+    names = to_names(source, count)
+    prepare_write(streams, range(count))
+    report = WriteReport.nothing(count)
+    with streams.write_lock:
+        write_streams([StreamWrite(streams, row, [ids[row]], names[row], report) for row in range(count)])
+    return evolve(report, seconds=time.perf_counter() - begun)
+
+
+def write_streams(writes: Sequence[StreamWrite], advance: Callable[[int], None] = lambda tokens: None) -> None:
+    """Write all chunks of streams of one memory; the caller holds the write lock. Raises as ``Memory.write``."""
+    for error in _write_all(writes, advance).values():
+        raise error
+
+
+@torch.no_grad()
+def _write_all(writes: Sequence[StreamWrite], advance: Callable[[int], None]) -> dict[int, Exception]:
+    """Write all chunks of all streams; the caller holds the write locks.
+
+    Returns:
+        What failed, by id of the memory's ``Streams``: nothing more was written to that one.
+    """
+    failed: dict[int, Exception] = {}
+    for step in range(max((len(write.chunks) for write in writes), default=0)):
+        present = [write for write in writes if step < len(write.chunks) and id(write.streams) not in failed]
+        chunks = [write.chunks[step] for write in present]
+        turns = {id(write.streams): _next_turn(write.streams.states) for write in present}
+        for group in alike(chunks, [write.streams.states[write.row] for write in present]):
+            sound = [at for at in group if id(present[at].streams) not in failed]
+            if sound:
+                ids = torch.stack([chunks[at] for at in sound])
+                failed |= _write_pass([present[at] for at in sound], ids, turns)
+            advance(sum(len(chunks[at]) for at in group))
+    return failed
+
+
+def _next_turn(states: Sequence[StreamState]) -> int:
+    """Return the turn (see ``mplus.memory.texts.Text``) of chunks that are written now to streams of one memory."""
+    return 1 + max((state.texts.last_turn for state in states if state.texts is not None), default=-1)
+
+
+def _write_pass(writes: Sequence[StreamWrite], ids: Tensor, turns: Mapping[int, int]) -> dict[int, Exception]:
     """Write a chunk ``[B, n]`` in one pass to streams that read equally many context rows.
 
     Args:
-        streams: B of them.
+        writes: B of them.
         ids: the chunks.
-        turns: by id of the memory.
+        turns: by id of the memory's ``Streams``.
 
     Returns:
-        What failed, by id of the memory.
+        What failed, by the same id.
     """
-    memories = {id(stream.memory): stream.memory for stream in streams}
+    memories = {id(write.streams): write.streams for write in writes}
     try:
-        made, finite = _made(streams, ids)
+        made, finite = _encode(writes, ids)
     except Exception as error:  # noqa: BLE001 - handed to the caller, once the others have been written
         if len(memories) == 1:
             return dict.fromkeys(memories, error)
-        return _write_halves(streams, ids, turns, list(memories))
+        return _write_halves(writes, ids, turns, list(memories))
     failed: dict[int, Exception] = {}
-    for key, memory in memories.items():
-        own = [place for place, stream in enumerate(streams) if stream.memory is memory]
-        rows = [made[place] for place in own]
+    for key, streams in memories.items():
+        own = [at for at, write in enumerate(writes) if write.streams is streams]
+        rows = [made[at] for at in own]
         try:
             if not finite:
                 _check_finite(rows, ids.shape[1])
-            memory.take_in([streams[place] for place in own], rows, ids[own], turns[key])
+            apply_write(streams, [writes[at] for at in own], rows, ids[own], turns[key])
         except Exception as error:  # noqa: BLE001 - as above
             failed[key] = error
     return failed
 
 
 def _write_halves(
-    streams: Sequence[Stream], ids: Tensor, turns: Mapping[int, int], memories: Sequence[int]
+    writes: Sequence[StreamWrite], ids: Tensor, turns: Mapping[int, int], memories: Sequence[int]
 ) -> dict[int, Exception]:
     """Write in two passes what failed in one: a stream may have spoilt it for the others, or it was too large."""
     failed: dict[int, Exception] = {}
-    for part in (memories[: len(memories) // 2], memories[len(memories) // 2 :]):
-        own = [place for place, stream in enumerate(streams) if id(stream.memory) in part]
-        failed |= _write_pass([streams[place] for place in own], ids[own], turns)
+    for half in (memories[: len(memories) // 2], memories[len(memories) // 2 :]):
+        own = [at for at, write in enumerate(writes) if id(write.streams) in half]
+        failed |= _write_pass([writes[at] for at in own], ids[own], turns)
     return failed
 
 
-def _made(streams: Sequence[Stream], ids: Tensor) -> tuple[list[Made], bool]:
-    """What each stream gets of a chunk ``[B, n]``, and whether all of it is finite."""
-    engine = streams[0].memory.engine
-    states = [stream.memory.states[stream.row] for stream in streams]
+def _encode(writes: Sequence[StreamWrite], ids: Tensor) -> tuple[list[NewRows], bool]:
+    """Run the pass of a chunk ``[B, n]``; return each stream's new rows, and whether all of them are finite."""
+    engine = writes[0].streams.engine
+    states = [write.streams.states[write.row] for write in writes]
     blocks = engine.encode(states, ids.to(engine.device))
-    wanted = [bool(stream.memory.stores[stream.row].layout.projected_size) for stream in streams]
+    wanted = [bool(write.streams.stores[write.row].layout.projected_size) for write in writes]
     projected = [engine.project(layer, block) for layer, block in enumerate(blocks)] if any(wanted) else []
     finite = all(bool(torch.isfinite(block).all()) for block in (*blocks, *projected))
     made = [
-        Made(tuple(block[place] for block in blocks), tuple(block[place] for block in projected) if own else ())
-        for place, own in enumerate(wanted)
+        NewRows(tuple(block[at] for block in blocks), tuple(block[at] for block in projected) if own else ())
+        for at, own in enumerate(wanted)
     ]
     return made, finite
 
 
-def _check_finite(made: Sequence[Made], tokens: int) -> None:
-    """Raise NonFiniteError when there is NaN or Inf in what streams get of a chunk of ``tokens``."""
+def _check_finite(made: Sequence[NewRows], tokens: int) -> None:
+    """Raise NonFiniteError when there is NaN or Inf in the new rows of a chunk of ``tokens``."""
     of = f"for a chunk of {tokens} tokens"
     for rows in made:
         for layer, block in enumerate(rows.hidden):
@@ -280,8 +317,54 @@ def _check_finite(made: Sequence[Made], tokens: int) -> None:
             check_finite(block, f"in keys and values of layer {layer} {of}")
 
 
-def keys(engine: Engine, layer: int, hidden: Tensor) -> Tensor | None:
-    """Retriever keys of rows ``[m, d]``. Raises NonFiniteError when there is NaN or Inf in them."""
+def apply_write(
+    streams: Streams, writes: Sequence[StreamWrite], made: Sequence[NewRows], ids: Tensor, turn: int
+) -> None:
+    """Give streams of one memory the new rows of one chunk each, all or nothing; on disk when it returns.
+
+    Args:
+        streams: of the memory.
+        writes: b of them.
+        made: the new rows of each.
+        ids: ``[b, n]``, their chunks.
+        turn: see ``mplus.memory.texts.Text``.
+    """
+    tokens = ids.shape[1]
+    kept: dict[int, Mapping[str, Sequence[Tensor]]] = {}
+    counts: list[tuple[int, int]] = []
+
+    def absorb(states: list[StreamState]) -> None:
+        for write, rows, text in zip(writes, made, ids, strict=True):
+            row = write.row
+            state, number = states[row].with_source(write.name, tokens)
+            state = state.with_text(text, number, turn)
+            context = _context(streams, row, rows.projected)
+            absorbed = streams.engine.mechanism.absorb(state, rows.hidden, number, context)
+            states[row] = absorbed.state
+            kept[row] = absorbed.stayed
+            counts.append((absorbed.dropped, absorbed.evicted))
+
+    streams.change(absorb, kept)
+    for write, (dropped, evicted) in zip(writes, counts, strict=True):
+        write.report.count(write.row, tokens, dropped, evicted)
+    streams.persistence.after_write(streams)
+
+
+def _context(streams: Streams, row: int, projected: Sequence[Tensor]) -> WriteContext:
+    engine, generator = streams.engine, streams.generators[row]
+    return WriteContext(
+        store=streams.stores[row],
+        eviction=streams.eviction,
+        draw=lambda n: torch.randperm(n, generator=generator),
+        keys=lambda layer, hidden: _keys(engine, layer, hidden),
+        projected=projected,
+        capacity=streams.budget.capacity,
+        usage=streams.usage[row],
+    )
+
+
+def _keys(engine: Engine, layer: int, hidden: Tensor) -> Tensor | None:
+    """Return the retriever keys of rows ``[m, d]``. Raises NonFiniteError when there is NaN or Inf in them."""
     made = engine.keys(layer, hidden)
     if made is not None:
         check_finite(made, f"in the retriever keys of layer {layer}")

@@ -10,6 +10,7 @@ import torch
 from benchmarks.quality.architectures.comparisons import TOLERANCE, error
 from mplus.errors import MemoryMismatchError, NotSupported
 from mplus.memory import Memory
+from mplus.memory.transaction import Streams
 from tests.hf.adapters.adapter_sets import (
     ASKED,
     TEXT,
@@ -103,7 +104,8 @@ def test_a_saved_memory_under_other_adapters(model: Any, tmp_path: Path) -> None
         with pytest.warns(UserWarning, match=r"made under adapters \['anna'\], now \['bert'\].*projected anew"):
             memory = Memory.load(tmp_path / rows, model)
         fresh = model.new_memory(memory_rows="hidden")
-        fresh._states, fresh._stores = memory._states, memory._stores
+        parts = fresh.streams
+        fresh = Memory(Streams(parts.engine, memory.states, memory.stores, parts.generators, parts.eviction))
         assert error(logits(model, memory), logits(model, fresh)) <= TOLERANCE
         assert error(logits(model, memory), found[rows]) > 1e-3
     model.set_adapter("anna")

@@ -14,6 +14,7 @@ import torch
 from mplus.hf.model.modes import in_eval_mode, with_attention
 from mplus.hf.retrofit.context import current_pass
 from mplus.mechanisms.mplus import MPlusMechanism
+from mplus.memory.sources.recompute import refresh_if_stale
 from tests.helpers.modes import on_every_change
 from tests.memory.interruption import interrupted_everywhere
 from tests.memory.tiny import assert_same, build, ids, prompts, raw, variant, written
@@ -167,7 +168,7 @@ def test_notes_on_what_was_read_survive_a_read_that_cannot_compute_rows_anew():
     layers = range(own.stores[0].layout.layers)
 
     def notes(memory):
-        return [memory.usage[0].times(layer, memory.stores[0].ids(layer)).tolist() for layer in layers]
+        return [memory.streams.usage[0].times(layer, memory.stores[0].ids(layer)).tolist() for layer in layers]
 
     before = notes(own)
     assert all(len(set(times)) > 1 for times in before), "some rows were read and others not"
@@ -181,7 +182,7 @@ def test_notes_on_what_was_read_survive_a_read_that_cannot_compute_rows_anew():
             twins.append(own.fork())
 
         def keep_up():
-            twins[-1].keep_up()
+            refresh_if_stale(twins[-1].streams)
 
         unchanged = 0
         for _ in interrupted_everywhere(prepare, keep_up, "memory/sources/recompute.py", most=20):

@@ -11,6 +11,7 @@ from mplus.errors import InputError, NotSupported
 from mplus.evaluation.retriever_swap import Recency
 from mplus.hf.reading.override import mechanism_for_reads, reading_as
 from mplus.memory.memory import Memory
+from mplus.memory.transaction import Streams
 from mplus.stores.build import build_store
 from tests.memory.interruption import interrupted_everywhere
 from tests.memory.tiny import K0, assert_same, content, difference, ids, prompts, variant, written
@@ -36,7 +37,7 @@ def test_without_long_term_rows_it_is_a_read_of_the_short_term_memory_alone(memo
     waiting = [type(state)(stm=state.stm, pending=tuple(rows.select(torch.arange(0)) for rows in state.pending),
                            clock=state.clock, sources=state.sources, counters=state.counters)
                for state in memory.states]  # fmt: skip
-    short = Memory(memory.engine, waiting, empty, memory.generators, memory.eviction)
+    short = Memory(Streams(memory.engine, waiting, empty, memory.streams.generators, memory.streams.eviction))
     assert torch.equal(logits(memory, retrieved_tokens=0), logits(short))
     assert not torch.equal(logits(memory), logits(short))
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     import pytest
 
-    from mplus.memory.directory.durable_memory import LiveMemory
-
 
 class Copying(Watched):
     """At one call, copies a folder as it is then: before the call, or in the middle of it where it is a write."""
@@ -55,7 +53,7 @@ class LiveRows(Rows):
     """What can be done to any memory, and to a directory."""
 
     steps: ClassVar[list[int]] = [0]
-    memory: LiveMemory
+    memory: Memory
 
     def new_memory(self, store: str, seed: int) -> Memory:
         """A directory; how long its journal gets depends on the seed."""

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from mplus.memory.directory.durable_memory import LiveMemory
 
 MODEL = PlainModel()
 CHANGES: dict[str, Callable[[Any], object]] = {
@@ -30,7 +29,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 }
 
 
-def filled(path: Path, files: Any) -> LiveMemory:
+def filled(path: Path, files: Any) -> Memory:
     """Rows in every tier, in files and in the journal."""
     memory = Memory.open(path, MODEL, batch_size=2, files=files)
     for number in range(5):

@@ -31,17 +31,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from mplus.memory.directory.durable_memory import LiveMemory
 
 MODEL = PlainModel()
 
 
-def killed(memory: LiveMemory) -> None:
+def killed(memory: Memory) -> None:
     """What is left when a process is killed: nothing is written any more."""
     Directory.close(memory.directory)
 
 
-def check_what_follows(memory: LiveMemory, twin: Memory, path: Path) -> None:
+def check_what_follows(memory: Memory, twin: Memory, path: Path) -> None:
     """Five more writes, the end of the process, and a look at what is there."""
     for number in range(5):
         for one in (memory, twin):
@@ -53,7 +52,7 @@ def check_what_follows(memory: LiveMemory, twin: Memory, path: Path) -> None:
         assert_same(again, twin)
 
 
-def written(path: Path, **options: Any) -> tuple[LiveMemory, Memory]:
+def written(path: Path, **options: Any) -> tuple[Memory, Memory]:
     """A directory with rows in every tier and records in the journal, and an ordinary memory of the same content."""
     memory = Memory.open(path, MODEL, **options)
     for number in range(8):

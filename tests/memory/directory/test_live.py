@@ -15,8 +15,6 @@ import torch
 import mplus
 from mplus.errors import ConfigError, InputError, LiveMemoryError, MemoryFileError, MemoryMismatchError
 from mplus.memory import Memory
-from mplus.memory.directory.durable_memory import LiveMemory
-from mplus.memory.directory.open import open_memory
 from mplus.stores.disk.compaction import files_of
 from tests.conftest import NIGHTLY
 from tests.memory import tiny
@@ -31,11 +29,16 @@ if TYPE_CHECKING:
 MODEL = PlainModel()
 
 
-def written(path: Path, chunks: int = 9, **options) -> LiveMemory:
+def written(path: Path, chunks: int = 9, **options) -> Memory:
     memory = Memory.open(path, MODEL, **options)
     for number in range(chunks):
         memory.write(chunk(number), source="ab"[number % 2])
     return memory
+
+
+def policy(memory: Memory) -> tuple[object, ...]:
+    eviction = memory.streams.eviction
+    return eviction.name, eviction.options
 
 
 @pytest.mark.parametrize("name", tiny.VARIANTS)
@@ -214,13 +217,14 @@ def test_a_journal_that_cannot_become_a_checkpoint_goes_on_growing_and_says_so(t
     assert_same(reopened(tmp_path, MODEL), memory)
 
 
-def test_an_interrupt_before_any_line_leaves_memory_and_directory_agreed(tmp_path):
+@pytest.mark.parametrize("where", ["mplus/memory/directory", "mplus/memory/transaction"])
+def test_an_interrupt_before_any_line_leaves_memory_and_directory_agreed(tmp_path, where):
     memory = written(tmp_path, journal_bytes=10**9)
     interrupts = 0
     changes = [lambda: memory.write(chunk(3), source="b"), lambda: memory.forget("b"), memory.checkpoint]
     for change in changes:
         prepare = lambda: memory.write(chunk(7), source="b")  # noqa: E731
-        for place in interrupted_everywhere(prepare, change, "mplus/memory/directory", most=75 if NIGHTLY else 20):
+        for place in interrupted_everywhere(prepare, change, where, most=75 if NIGHTLY else 20):
             interrupts += 1
             assert memory.directory.failed is None, place
             assert difference(content(reopened(tmp_path, MODEL)), content(memory)) == [], place
@@ -240,7 +244,6 @@ def test_mistakes_cost_nothing(tmp_path):
 
 def test_it_is_offered_at_the_top_and_says_what_it_takes():
     assert mplus.Memory.open is Memory.open
-    assert inspect.signature(Memory.open) == inspect.signature(open_memory)
     described = inspect.getdoc(Memory.open)
     assert all(name in described.partition("Raises:")[0] for name in inspect.signature(Memory.open).parameters)
     with pytest.raises(TypeError, match="batchsize"):
@@ -272,11 +275,11 @@ def test_everything_a_memory_can_be_made_with_lasts(tmp_path, options, closed):
     else:
         memory.directory.close()  # as if it had been killed
     memory = Memory.open(tmp_path, model)
-    assert memory.budget == ordinary.budget
-    assert (memory.eviction.name, memory.eviction.options) == (ordinary.eviction.name, ordinary.eviction.options)
-    assert memory.keeps_text == ordinary.keeps_text
+    assert memory.streams.budget == ordinary.streams.budget
+    assert policy(memory) == policy(ordinary)
+    assert memory.streams.keeps_text == ordinary.streams.keeps_text
     for one in (memory, ordinary):
-        if one.keeps_text:
+        if one.streams.keeps_text:
             one.forget("1", mode="rebuild")
         one.write([tiny.ids(40, 50), tiny.ids(40, 51)], source="new")
     assert_same(memory, ordinary)

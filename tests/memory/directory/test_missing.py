@@ -21,12 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from mplus.memory.directory.durable_memory import LiveMemory
 
 MODEL = PlainModel()
 
 
-def written(path: Path, chunks: int = 12, **options: Any) -> LiveMemory:
+def written(path: Path, chunks: int = 12, **options: Any) -> Memory:
     """With rows in every tier, in the files of a checkpoint and in the journal."""
     memory = Memory.open(path, MODEL, **options)
     for number in range(chunks):

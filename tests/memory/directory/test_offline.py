@@ -26,11 +26,10 @@ from tests.memory.tiny import assert_same, content, difference
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mplus.memory.directory.durable_memory import LiveMemory
     from mplus.memory.report import SourceInfo
 
 
-def written(path: Path, model: PlainModel, **options: object) -> LiveMemory:
+def written(path: Path, model: PlainModel, **options: object) -> Memory:
     """Two streams and three sources, rows in every tier, a checkpoint and a journal behind it."""
     memory = Memory.open(path, model, batch_size=2, keep_text=True, **options)
     for number in range(9):

@@ -21,12 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from mplus.memory.directory.durable_memory import LiveMemory
 
 MODEL = PlainModel()
 
 
-def written(path: Path | str, chunks: int = 8, **options: Any) -> LiveMemory:
+def written(path: Path | str, chunks: int = 8, **options: Any) -> Memory:
     memory = Memory.open(path, MODEL, **options)
     for number in range(chunks):
         memory.write(chunk(number), source="ab"[number % 2])

@@ -33,7 +33,6 @@ from tests.memory.tiny import assert_same, content, difference
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mplus.memory.directory.durable_memory import LiveMemory
 
 QUANTIZED = {"name": "quantized", "group": 2}
 KINDS: dict[str, Any] = {
@@ -50,7 +49,7 @@ def written(memory: Memory, first: int, last: int) -> None:
         memory.write(chunk(number), source=f"{number % 3}")
 
 
-def killed(memory: LiveMemory) -> None:
+def killed(memory: Memory) -> None:
     memory.directory.close()
 
 

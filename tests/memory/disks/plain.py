@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mplus.memory import StreamState
-    from mplus.memory.directory.durable_memory import LiveMemory
 
 SIZES: dict[str, Any] = {
     "chunk_tokens": 8,
@@ -60,6 +59,6 @@ def chunk(number: int) -> Tensor:
     return torch.arange(number, number + 8) % 100
 
 
-def reopened(path: Path, model: Any = None) -> LiveMemory:
+def reopened(path: Path, model: Any = None) -> Memory:
     """What is in the directory, read only."""
     return Memory.open(path, model or PlainModel(), read_only=True)

@@ -20,6 +20,7 @@ from mplus.memory.format.made_with import made_with
 from mplus.memory.format.manifest import read_manifest
 from mplus.memory.format.tensors import Part, write_tensors
 from mplus.memory.format.verify import verify
+from mplus.memory.transaction import Streams
 from mplus.stores import STORES
 from mplus.stores.ram import RamStore
 from tests.memory import tiny
@@ -219,8 +220,9 @@ def test_the_tokenizer_and_the_device_are_given_anew(tmp_path: Path) -> None:
 
 def test_streams_that_share_a_store_share_it_again(tmp_path: Path) -> None:
     memory = tiny.written("paper", [150, 150])
+    parts = memory.streams
     shared = mplus.Memory(
-        memory.engine, memory.states, [memory.stores[0]] * 2, memory.generators, memory.eviction, memory.tokenizer
+        Streams(parts.engine, parts.states, [parts.stores[0]] * 2, parts.generators, parts.eviction), memory.tokenizer
     )
     for one in (shared.fork(), shared.to(dtype=torch.float64)):
         assert one.stores[0] is one.stores[1]

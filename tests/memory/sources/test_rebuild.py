@@ -98,7 +98,7 @@ def test_texts_are_saved_loaded_forked_and_forgotten_with_their_source(tmp_path:
         for _, kept in without([what], "b"):
             write(expected, kept, 10 * number)
     loaded = mplus.Memory.load(tmp_path / "saved", model)
-    assert loaded.keeps_text
+    assert loaded.streams.keeps_text
     fork = loaded.fork()
     write(fork, ((40, 40), ("late", "late")), 500)
     write(loaded, ((20, 0), ("other", "other")), 600)  # two futures of the same texts

@@ -83,7 +83,7 @@ def test_interrupted_inside(
         "encode": (memory.engine, "encode"),
         "append": (memory.stores[0], "append"),
         "remove": (memory.stores[0], "remove"),
-        "evict": (memory.eviction, "select"),
+        "evict": (memory.streams.eviction, "select"),
         "keys": (memory.engine, "keys"),
     }[place]
     call = chunk if place == "encode" else 3 * (chunk - 1) + layer
@@ -181,7 +181,7 @@ def test_any_failure_of_a_part_is_undone() -> None:
 
     memory = tiny.written("paper", [240, 240])
     before = tiny.content(memory)
-    memory.eviction = Failing()
+    memory.streams.eviction = Failing()
     with pytest.raises(RuntimeError, match="disk on fire"):
         memory.write([TEXT, TEXT])
     tiny.assert_content(memory, before)

@@ -20,6 +20,7 @@ from mplus.errors import (
     WriteTogetherError,
 )
 from mplus.memory import WriteReport
+from mplus.memory.writing import write as writing
 from tests.memory import tiny
 from tests.memory.disks.disks import Watched
 
@@ -285,15 +286,15 @@ def test_a_pass_that_fails_is_divided(model: Any, monkeypatch: pytest.MonkeyPatc
 
 def test_an_interrupt_ends_it_at_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memories, taken = [model.new_memory() for _ in range(3)], []
-    take_in = mplus.Memory.take_in
+    apply_write = writing.apply_write
 
-    def interrupted(self: Memory, *args: Any) -> None:
+    def interrupted(*args: Any) -> None:
         if len(taken) == 4:
             raise KeyboardInterrupt
-        taken.append(self)
-        take_in(self, *args)
+        taken.append(args)
+        apply_write(*args)
 
-    monkeypatch.setattr(mplus.Memory, "take_in", interrupted)
+    monkeypatch.setattr(writing, "apply_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         mplus.write_together(memories, [tiny.ids(48, seed) for seed in range(3)], errors="return")
     monkeypatch.undo()
