@@ -25,7 +25,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "write": lambda memory: memory.write([chunk(50), chunk(51)], source="new"),
     "forget": lambda memory: memory.forget("b"),
     "reset": lambda memory: memory.reset(),
-    "checkpoint": lambda memory: getattr(memory, "checkpoint", int)(),  # forks have nothing to do
+    "checkpoint": lambda memory: memory.directory and memory.checkpoint(),  # forks have nothing to do
 }
 
 

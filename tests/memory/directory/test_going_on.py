@@ -189,7 +189,7 @@ def test_an_interrupt_of_the_taking_back_is_made_good(tmp_path: Path, monkeypatc
     expected = ordinary.fork()
     with monkeypatch.context() as patch:
         patch.setattr(type(ordinary.stores[0]), "restore", interrupt)
-        patch.setattr(ordinary, "_keep", interrupt)
+        patch.setattr(ordinary.streams.persistence, "commit", interrupt)
         with pytest.raises(KeyboardInterrupt):
             ordinary.write(chunk(2))
     for one in (ordinary, expected):

@@ -242,6 +242,15 @@ def test_mistakes_cost_nothing(tmp_path):
     assert_same(reopened(tmp_path, MODEL), memory)
 
 
+def test_one_in_memory_only_is_closed_by_doing_nothing_and_has_no_checkpoint():
+    with MODEL.new_memory() as memory:
+        assert memory.directory is None
+        with pytest.raises(LiveMemoryError, match=r"Memory.open.* in memory only: use memory.save"):
+            memory.checkpoint()
+    memory.write(chunk(1))
+    assert memory.version == 1
+
+
 def test_it_is_offered_at_the_top_and_says_what_it_takes():
     assert mplus.Memory.open is Memory.open
     described = inspect.getdoc(Memory.open)
