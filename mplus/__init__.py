@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mplus.config import MPlusConfig
     from mplus.hf.model.static_reader import StaticReader
     from mplus.hf.model.wrapping import unwrap, wrap
-    from mplus.hf.pretrained.save import from_pretrained
+    from mplus.hf.pretrained.load import from_pretrained
     from mplus.memory import Memory, write_together
 
 _LAZY = {

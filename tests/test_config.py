@@ -88,7 +88,7 @@ def test_sizes_are_left_open_for_the_decoder() -> None:
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a": ' * 100_000, b"\xff{}", b"a = " + b"[" * 100_000])
 def test_files_that_are_too_deep_or_no_text(tmp_path: Path, content: bytes) -> None:
     """Everything that reads somebody's configuration says which file it cannot read."""
-    from mplus.hf.pretrained.auto import read_config
+    from mplus.hf.pretrained.config import read_config
     from mplus.interop.published_config import PublishedConfig
     from mplus.training.recipe.files import read_recipe
 

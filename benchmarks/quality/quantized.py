@@ -25,8 +25,9 @@ from mplus.environment import run_info
 from mplus.evaluation.metrics.intervals import wilson
 from mplus.facts.episodes import Episode, draw_facts, make_episode
 from mplus.facts.language import Language
-from mplus.hf.pretrained.auto import read_config
-from mplus.hf.pretrained.shipped import RECALL_TINY, without_bars
+from mplus.hf.pretrained.config import read_config
+from mplus.hf.pretrained.load import without_bars
+from mplus.hf.pretrained.shipped import RECALL_TINY
 from mplus.memory import Memory
 
 RECORD = record_path("quality", "quantized")

@@ -77,8 +77,7 @@ def gather() -> dict[str, Any]:
 
 def described(model: Path) -> list[str]:
     """The lines of a saved decoder's ``mplus_summary``."""
-    from mplus.hf.pretrained.save import from_pretrained
-    from mplus.hf.pretrained.shipped import without_bars
+    from mplus.hf.pretrained.load import from_pretrained, without_bars
 
     with without_bars():
         summary: str = from_pretrained(model).mplus_summary()

@@ -4,8 +4,9 @@ Importing it registers the Auto classes.
 """
 
 from mplus.hf.model.wrapping import unwrap, wrap
-from mplus.hf.pretrained.auto import MPlusForCausalLM, MPlusModelConfig, register_auto_classes
-from mplus.hf.pretrained.save import from_pretrained
+from mplus.hf.pretrained.auto import MPlusForCausalLM, register_auto_classes
+from mplus.hf.pretrained.config import MPlusModelConfig
+from mplus.hf.pretrained.load import from_pretrained
 
 __all__ = ["MPlusForCausalLM", "MPlusModelConfig", "from_pretrained", "unwrap", "wrap"]
 

@@ -42,7 +42,8 @@ def demo_novel(
     from mplus.cli.demo.novel_text import chapters
     from mplus.cli.demo.render import show
     from mplus.cli.demo.resume import MEMORY
-    from mplus.hf.pretrained.shipped import load_tokenizer, without_bars
+    from mplus.hf.pretrained.load import without_bars
+    from mplus.hf.pretrained.shipped import load_tokenizer
     from mplus.memory.format.folder import prepare
     from mplus.memory.format.save import check_place
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mplus.config import MPlusConfig
-from mplus.hf.adapters.names import is_addition, plain_name
+from mplus.hf.adapters.lora import is_addition, plain_name
 from mplus.hf.adapters.peft_layers import adapter_parts, is_tuned
 from mplus.memory.weights_state import MADE_WITH
 from mplus.retrievers.base import Retriever

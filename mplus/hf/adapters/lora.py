@@ -11,10 +11,12 @@ from transformers.pytorch_utils import Conv1D
 
 from mplus.config import AdapterConfig
 from mplus.errors import ConfigError, NotSupported
-from mplus.hf.adapters.names import ADAPTERS
 from mplus.hf.model.modes import execution_device
 from mplus.hf.retrofit.context import change_class, current_pass, rebuild, subclass
 from mplus.hf.retrofit.discovery import Anatomy
+
+ADAPTERS = ("write", "read")
+"""Names of the adapters."""
 
 FACTORS = ("lora_A", "lora_B", "lora_dropout")
 """What a projection with adapters has besides its weight, each by the name of the adapter."""
@@ -202,3 +204,18 @@ def _parts_of_peft(layer: nn.Module) -> set[nn.Module]:
         elif isinstance(module, AuxiliaryTrainingWrapper):
             found.update(module.modules())
     return found
+
+
+def plain_name(name: str) -> str:
+    """The name that a tensor has where no adapter of the user's, put there by PEFT, is around its module."""
+    return name.replace(".base_layer.", ".")
+
+
+def is_addition(name: str) -> bool:
+    """Whether mplus added the tensor of this name to a decoder."""
+    return name.startswith("mplus.") or is_adapter(name)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor of this name belongs to one of our LoRA adapters."""
+    return any(f".lora_{part}.{adapter}." in name for part in "AB" for adapter in ADAPTERS)

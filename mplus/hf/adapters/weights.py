@@ -5,21 +5,35 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from attrs import define, field
 from torch import Tensor, nn
 
 from mplus.errors import NotSupported
-from mplus.hf.adapters.lora import adapted_projections
-from mplus.hf.adapters.names import is_adapter, plain_name
+from mplus.hf.adapters.lora import adapted_projections, is_adapter, plain_name
 from mplus.hf.adapters.peft_layers import Tuned, active, is_tuned, tuned_layer
 from mplus.hf.adapters.tensor_group import TensorGroup
+from mplus.hf.retrofit.attention_probe import OwnAttention
+from mplus.hf.retrofit.hooks import Retrofit
+from mplus.mechanisms.base import MemoryMechanism
 from mplus.memory.weights_state import AdapterState, WeightsState
 from mplus.stores.disk.process_lock import ProcessLock
 
-if TYPE_CHECKING:
-    from mplus.hf.model.engine import DecoderEngine
+
+class WatchedDecoder(Protocol):
+    """What ``Watch`` needs of a ``DecoderEngine``, which is built on it."""
+
+    model: nn.Module
+    retrofit: Retrofit
+    mechanism: MemoryMechanism
+    own_attention: OwnAttention
+
+    def adapter(self, wanted: str) -> str | None:
+        """Return the LoRA adapter of a pass, "write" or "read", or None without adapters."""
+
+    def check_wrapped(self) -> None:
+        """Raise MemoryMismatchError when the decoder was unwrapped."""
 
 
 UNTOUCHED = "__base__"
@@ -119,7 +133,7 @@ class Watch:
     writes through ``tensor.data``, which leaves no trace.
     """
 
-    def __init__(self, engine: DecoderEngine) -> None:
+    def __init__(self, engine: WatchedDecoder) -> None:
         self._engine = engine
         self._plan: Plan | None = None
         self._lock = ProcessLock(threading.RLock)
@@ -247,7 +261,7 @@ def _plain(value: Any) -> str:
 # ---------------------------------------------------------------------- where everything is
 
 
-def make_plan(engine: DecoderEngine, modules: list[nn.Module], parameters: list[Tensor | None]) -> Plan:
+def make_plan(engine: WatchedDecoder, modules: list[nn.Module], parameters: list[Tensor | None]) -> Plan:
     """Sort out the parameters of the decoder behind ``engine``, which has these ``modules`` and ``parameters``."""
     specs = engine.retrofit.anatomy.specs
     norms = [spec.norm for spec in specs if spec.norm is not None]

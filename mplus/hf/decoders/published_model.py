@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from mplus.errors import CheckpointError
-from mplus.hf.adapters.names import is_addition
+from mplus.hf.adapters.lora import is_addition
 
 NOT_THE_DECODERS = ("_name_or_path", "architectures", "dtype", "transformers_version")
 OLD_KEYS = ("rope_scaling", "rope_theta")

@@ -15,11 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mplus.config import MPlusConfig
 from mplus.errors import CheckpointError, ConfigError
-from mplus.hf.adapters.names import is_addition
+from mplus.hf.adapters.lora import is_addition
 from mplus.hf.model.wrapping import wrap
-from mplus.hf.pretrained.auto import MPlusModelConfig, read_config
+from mplus.hf.pretrained.config import MPlusModelConfig, read_config
+from mplus.hf.pretrained.load import without_bars
 from mplus.hf.pretrained.save import BASE, WEIGHTS, load_additions
-from mplus.hf.pretrained.shipped import RECALL_TINY, STORIES260K, without_bars
+from mplus.hf.pretrained.shipped import RECALL_TINY, STORIES260K
 
 SHIPPED = {"stories260K": STORIES260K, "recall-tiny": RECALL_TINY}
 """Decoders that come with the package, by the name a recipe gives them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from attrs import evolve
@@ -13,6 +13,7 @@ from mplus.config import Component, MPlusConfig, options_of
 from mplus.errors import ConfigError
 from mplus.eviction import EVICTION
 from mplus.eviction.build import build_eviction
+from mplus.hf.model.engine import DecoderEngine
 from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.additions import MemoryAdditions
 from mplus.mechanisms.base import MemoryMechanism
@@ -25,9 +26,6 @@ from mplus.retrievers import RETRIEVERS
 from mplus.retrievers.base import Retriever, RetrieverShape
 from mplus.stores import STORES
 from mplus.stores.build import build_store
-
-if TYPE_CHECKING:
-    from mplus.hf.model.engine import DecoderEngine
 
 
 def build_mechanism(config: MPlusConfig, begin: Tensor, pool: Tensor | None = None) -> MemoryMechanism:

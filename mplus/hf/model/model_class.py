@@ -12,11 +12,15 @@ import torch
 
 from mplus.config import Component, MPlusConfig
 from mplus.errors import NotSupported
+from mplus.hf.model.build import new_memory
 from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.model.modes import with_attention
+from mplus.hf.model.summary import summary
+from mplus.hf.pretrained.save import push_to_hub, save_pretrained
 from mplus.hf.reading import generation_config
 from mplus.hf.reading.arguments import DEFAULTS, ReadArguments
 from mplus.hf.reading.forward import check_memory, forward_with_memory
+from mplus.hf.reading.generation import Settings, generate
 from mplus.hf.retrofit import attention
 from mplus.hf.retrofit.context import rebuild, subclass
 from mplus.memory.memory import Memory
@@ -35,8 +39,6 @@ class MemoryModel:
 
     def mplus_summary(self) -> str:
         """A few lines for people: the technique, positions and sizes that ``wrap`` chose, and what its checks found."""
-        from mplus.hf.model.summary import summary
-
         return summary(self)
 
     def new_memory(
@@ -71,8 +73,6 @@ class MemoryModel:
             NotSupported: rows of this decoder cannot be kept like that.
             UnknownNameError: no such store or eviction policy.
         """
-        from mplus.hf.model.build import new_memory
-
         return new_memory(
             self.mplus_engine,
             batch_size,
@@ -120,8 +120,6 @@ class MemoryModel:
             NotSupported: a way of generating that memory cannot follow; the message names it.
             MemoryMismatchError: batch sizes, model or cache do not fit the memory.
         """
-        from mplus.hf.reading.generation import generate
-
         own = {
             "memory": memory,
             "query_tokens": query_tokens,
@@ -168,8 +166,6 @@ class MemoryModel:
 
     def generate_batch(self, *args: Any, memory: Memory | None = None, **kwargs: Any) -> Any:
         """As in transformers: continuous batching, for the decoder alone. Raises NotSupported with a memory."""
-        from mplus.hf.reading.generation import Settings
-
         own = {} if memory is None else {"memory": memory}
         if Settings(self, args, {**kwargs, **own}).read_arguments(self).memory is not None:
             raise NotSupported(
@@ -229,8 +225,6 @@ class MemoryModel:
                 offloaded without a device map, which transformers does not save either; or adapters of the user are
                 merged, or have a name of ours.
         """
-        from mplus.hf.pretrained.save import save_pretrained
-
         save_pretrained(self, save_directory, is_main_process, state_dict, push_to_hub, save_base, kwargs)
 
     def push_to_hub(
@@ -248,8 +242,6 @@ class MemoryModel:
         tags: list[str] | None = None,
     ) -> Any:
         """Save as ``save_pretrained`` does and upload that, with its model card; arguments as in transformers."""
-        from mplus.hf.pretrained.save import push_to_hub
-
         hub = {"private": private, "token": token, "create_pr": create_pr, "revision": revision}
         hub.update(commit_message=commit_message, commit_description=commit_description)
         return push_to_hub(self, repo_id, save_base, hub, {"max_shard_size": max_shard_size, "tags": tags})

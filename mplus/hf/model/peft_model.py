@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from mplus.hf.adapters.lora import refuse_conflicts
 from mplus.hf.pretrained.peft_folders import DESCRIPTION, MEMORY, add_to_card, describe_adapters
+from mplus.hf.pretrained.save import WEIGHTS, load_additions, push_to_hub
 from mplus.hf.reading.virtual_tokens import mark_learned
 from mplus.hf.retrofit.context import rebuild, subclass
 
@@ -66,8 +67,6 @@ class PeftMemoryModel:
         max_shard_size: int | str = "50GB",
     ) -> Any:
         """Save as ``save_pretrained`` does and upload that; arguments as in transformers."""
-        from mplus.hf.pretrained.save import push_to_hub
-
         hub = {"private": private, "token": token, "create_pr": create_pr, "revision": revision}
         hub.update(commit_message=commit_message, commit_description=commit_description)
         return push_to_hub(self, repo_id, save_base, hub, {"max_shard_size": max_shard_size})
@@ -109,8 +108,6 @@ def peft_model_class(base: type) -> type:
 
 def _load_additions(model: Any, adapter: str, folder: Path) -> None:
     """Load what was saved with an adapter that was in ``folder``."""
-    from mplus.hf.pretrained.save import WEIGHTS, load_additions
-
     where = (folder if adapter == "default" else folder.parent) / MEMORY
     if (where / DESCRIPTION).is_file():
         load_additions(model, load_file(where / WEIGHTS), str(where))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mplus.config import MPlusConfig
+from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.model.sizes import SIZES, chosen
-
-if TYPE_CHECKING:
-    from mplus.hf.model.engine import DecoderEngine
 
 
 def summary(model: Any) -> str:

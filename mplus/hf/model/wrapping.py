@@ -27,7 +27,7 @@ from mplus.hf.model.modes import has_values, in_eval_mode, input_device
 from mplus.hf.model.peft_model import PeftMemoryModel, peft_model_class
 from mplus.hf.model.self_check import Check, check_ids, self_check
 from mplus.hf.model.sizes import Room, chosen, resolve
-from mplus.hf.pretrained.auto import as_memory_config
+from mplus.hf.pretrained.config import as_memory_config
 from mplus.hf.reading import generation_config
 from mplus.hf.retrofit import attention
 from mplus.hf.retrofit.context import carry_memory, change_class, drop_memory

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import mplus
-from mplus.hf.adapters.names import is_addition
-from mplus.hf.pretrained.auto import MPlusModelConfig
+from mplus.hf.adapters.lora import is_addition
+from mplus.hf.pretrained.config import MPlusModelConfig
 
 
 def model_card(model: Any, config: MPlusModelConfig, with_base: bool, tags: Sequence[str] | None = None) -> str:

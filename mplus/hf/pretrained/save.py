@@ -1,4 +1,4 @@
-"""Saving what mplus added to a decoder, and building the wrapped decoder again."""
+"""Save what mplus added to a decoder, and copy it back into a wrapped one."""
 
 from __future__ import annotations
 
@@ -8,21 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig
 
 from mplus.errors import CheckpointError, NotSupported
 from mplus.hf.adapters.fingerprint import digest
-from mplus.hf.adapters.lora import refuse_conflicts
-from mplus.hf.adapters.names import is_addition, plain_name
+from mplus.hf.adapters.lora import is_addition, plain_name, refuse_conflicts
 from mplus.hf.model.modes import on_meta, present
-from mplus.hf.model.wrapping import wrap
-from mplus.hf.pretrained.auto import MPlusModelConfig, base_class_of, read_config
-from mplus.hf.pretrained.hub import COMMIT, find_folder, upload
+from mplus.hf.pretrained.config import MPlusModelConfig
+from mplus.hf.pretrained.hub import COMMIT, upload
 from mplus.hf.pretrained.model_card import model_card
-from mplus.hf.pretrained.peft_folders import load_injected, memory_folder, save_injected, with_adapters
+from mplus.hf.pretrained.peft_folders import save_injected
 from mplus.hf.pretrained.unwrap_copy import plain_decoder
 
 WEIGHTS = "model.safetensors"
@@ -93,80 +89,6 @@ def _model_config(model: Any) -> MPlusModelConfig:
         architectures=["MPlusForCausalLM"],
         how_to_load=HOW_TO_LOAD,
     )
-
-
-def base_config_of(config: MPlusModelConfig) -> Any:
-    """The decoder's own configuration object."""
-    if not config.base_config or "model_type" not in config.base_config:
-        raise CheckpointError("config.json must hold base_config with a model_type, got " + repr(config.base_config))
-    plain = dict(config.base_config)
-    return AutoConfig.for_model(plain.pop("model_type"), **plain)
-
-
-def from_pretrained(
-    path: Any, *, base: Any = None, config: MPlusModelConfig | None = None, check: bool = True, **kwargs: Any
-) -> Any:
-    """Build a wrapped decoder from what ``save_pretrained`` wrote.
-
-    Args:
-        path: folder, or name of a repository on the Hub (``revision`` and ``subfolder`` are its own).
-        base: the decoder (a model, or where to load it from); default: saved along, else where it came from. Adapters
-            saved along are put on it, unless it has some.
-        config: instead of the ``config.json`` there.
-        check: run the self-check of ``mplus.wrap``.
-        kwargs: for ``from_pretrained`` of the decoder's Auto class; and ``is_trainable``, whether adapters
-            saved along are to be trained, as in PEFT.
-
-    Returns:
-        The wrapped decoder, or a wrapped ``PeftModel`` when one was saved.
-
-    Raises:
-        CheckpointError: no mplus model there, no way to find the decoder, or tensors that do not fit.
-    """
-    folder = find_folder(path, kwargs)
-    for name in ("revision", "subfolder"):
-        kwargs.pop(name, None)
-    trainable, inner = kwargs.pop("is_trainable", False), memory_folder(folder)
-    if not (inner / WEIGHTS).is_file():
-        adapters = (folder / "adapter_config.json").is_file()
-        raise CheckpointError(
-            f"{path} must hold {WEIGHTS}, which is missing"
-            + adapters * "; it holds an adapter of PEFT, for PeftModel.from_pretrained around a wrapped decoder"
-        )
-    config = config if config is not None else read_config(inner)
-    try:
-        additions = load_file(inner / WEIGHTS)
-    except SafetensorError as error:
-        raise CheckpointError(f"{inner / WEIGHTS} must be a whole safetensors file: {error}") from error
-    decoder = _base(base, config, inner, kwargs)
-    if inner != folder and not hasattr(decoder, "peft_config"):
-        decoder = with_adapters(decoder, folder, trainable)
-    load_injected(decoder, inner, trainable)
-    model = wrap(decoder, config.memory_config, pool=additions.get("mplus.pool"), check=check)
-    load_additions(model, additions, str(path))
-    return model
-
-
-def _base(base: Any, config: MPlusModelConfig, folder: Path, kwargs: dict[str, Any]) -> Any:
-    if base is None and not (folder / BASE).is_dir():
-        return _found_again(config, str(folder), kwargs)
-    base = folder / BASE if base is None else base
-    return base_class_of(config).from_pretrained(base, **kwargs) if isinstance(base, str | Path) else base
-
-
-def _found_again(config: MPlusModelConfig, where: str, kwargs: Mapping[str, Any]) -> Any:
-    """The decoder that additions were saved for, from where it was then."""
-    base_model = config.base_model
-    if base_model is None:
-        raise CheckpointError(f"{where} does not say which decoder it was made for: pass base=")
-    try:
-        return base_class_of(config).from_pretrained(base_model, **kwargs)
-    except (OSError, ValueError) as error:
-        first = str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"the decoder that {where} was made for cannot be loaded from {base_model!r}, where it was when that was "
-            f"saved ({first}): if it was moved or renamed, pass base= with its folder or the decoder itself"
-        ) from error
 
 
 def load_additions(model: Any, tensors: Mapping[str, Tensor], where: str) -> None:

@@ -6,15 +6,12 @@ trained with its memory to answer questions in the little language of ``mplus.fa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
-from mplus.hf.pretrained.save import from_pretrained
+from mplus.hf.pretrained.load import from_pretrained, without_bars
 
 STORIES260K = Path(__file__).parents[2] / "data" / "stories260K"
 """Folder of the decoder and its tokenizer, with licence and provenance; trained with 512 positions."""
@@ -39,15 +36,3 @@ def load_decoder() -> Any:
 def load_tokenizer() -> Any:
     """Its tokenizer."""
     return AutoTokenizer.from_pretrained(STORIES260K, local_files_only=True)
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Let transformers load and save without progress bars meanwhile: for a megabyte they only flicker."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import mplus
 from mplus.errors import NotSupported
-from mplus.hf.adapters.names import is_addition
+from mplus.hf.adapters.lora import is_addition
 from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
 from tests.hf.references import ids
 

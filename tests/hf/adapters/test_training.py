@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 import mplus
 from benchmarks.quality.architectures.decoders import BY_NAME
 from benchmarks.quality.architectures.retrofitted import CHUNK, config_for, retrofit
-from mplus.hf.adapters.names import is_addition
+from mplus.hf.adapters.lora import is_addition
 from tests.hf.references import ids, stir, write_and_read
 
 if TYPE_CHECKING:

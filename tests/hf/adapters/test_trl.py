@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import mplus
-from mplus.hf.adapters.names import is_addition
+from mplus.hf.adapters.lora import is_addition
 from mplus.hf.pretrained.shipped import load_tokenizer
 from tests.hf.adapters.test_peft_on_top import SIZES, STORY
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import mplus
 from benchmarks.quality.architectures.decoders import BY_NAME
 from benchmarks.quality.architectures.retrofitted import CHUNK, config_for, retrofit
-from mplus.hf.adapters.names import is_addition
+from mplus.hf.adapters.lora import is_addition
 from mplus.hf.pretrained.save import load_additions
 from tests.hf.references import TOLERANCE, aligned, error, ids, stir
 

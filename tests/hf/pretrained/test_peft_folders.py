@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import mplus
 from mplus.errors import CheckpointError
-from mplus.hf.adapters.names import is_addition
+from mplus.hf.adapters.lora import is_addition
 from mplus.hf.pretrained.load import load_with_tokenizer
 from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
 from tests.hf.adapters.test_peft_on_top import KINDS, SIZES, STORY, TASK, moved
