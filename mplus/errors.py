@@ -35,6 +35,10 @@ class MissingDependencyError(MPlusError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 
 
+class MechanismError(MPlusError, ValueError):
+    """A mechanism returned what its protocol does not allow; nothing was written."""
+
+
 class NotSupported(MPlusError, ValueError):
     """A decoder, or a way of calling it, cannot carry a memory; the message says why.
 

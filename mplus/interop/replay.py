@@ -10,18 +10,19 @@ from torch import Tensor
 
 from mplus.errors import CheckpointError
 from mplus.eviction.base import EvictionPolicy
-from mplus.hf.model.engine import DecoderEngine, DensePlan, WriteSource
+from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.reading.forward import generating
 from mplus.hf.reading.reading import Reading
-from mplus.hf.retrofit.context import Pass, running
 from mplus.interop.trace import Recorded
 from mplus.mechanisms.base import Retrieved
 from mplus.mechanisms.mplus import MPlusMechanism
-from mplus.mechanisms.short_term.mechanism import RowMechanism, WritePlan
+from mplus.mechanisms.short_term.mechanism import RowMechanism
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
+from mplus.mechanisms.short_term.write import WritePass, WritePlan
 from mplus.memory.memory import Memory
 from mplus.memory.state import StreamView
 from mplus.memory.writing.context import WriteContext
+from mplus.memory.writing.update import Update
 from mplus.retrievers.linear import LinearRetriever
 from mplus.rows import NO_SOURCE, MemoryRows
 from mplus.stores.base import MemoryStore
@@ -108,12 +109,13 @@ class Replay:
         mechanism = cast("RowMechanism", self.engine.mechanism)
         plan = mechanism.plan_write(self.state, ids.shape[1])
         if delta is not None and len(plan.context[0]):
-            plan = evolve(plan, context=self._loose(delta))
-        block = [rows[0] for rows in self.engine.encode_plans([plan], ids)]
+            plan = evolve(plan, context=self._block(delta))
+        found = WritePass(WritePlan.together([plan]), mechanism.additions).run(self.engine.decoder, ids)
+        block = Update(found).of(0)
         if update:
             absorbed = mechanism.absorb(self.state, block, NO_SOURCE, self._context(draw))
             self.state = cast("ShortTermState", absorbed.state)
-        return torch.stack(block)[None]
+        return torch.stack(block.hidden)[None]
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -137,14 +139,19 @@ class Replay:
     def forward_with_block(self, ids: Tensor, delta: Tensor) -> Heard:
         """Read ``ids`` with nothing but begin row and ``delta`` ``[1, L, k, d]`` in front."""
         begin = self.engine.mechanism.has_prefix(self.view)
-        context = self._loose(delta) if begin else tuple(rows.select(slice(0, 0)) for rows in self.state.stm)
-        plan = WritePlan(begin=begin, context=context, reencoded=0, rows=0)
+        context = self._block(delta) if begin else tuple(rows[:0] for rows in self._block(delta))
+        plan = WritePlan.together([WritePlan(begin=begin, context=context, reencoded=0, rows=0)])
         # The released code keeps the writing adapter for a block that is as long as one write makes it.
         whole = delta.shape[2] == self.engine.config.memory_tokens_per_chunk
-        adapter = self.engine.adapter("write" if whole else "read")
-        with torch.no_grad(), running(Pass(WriteSource(self.engine, DensePlan.of([plan])), adapter)):
-            output = self.model(input_ids=ids, output_hidden_states=True, use_cache=False)
-        return Heard((output.logits,), (), torch.stack(output.hidden_states))
+        with torch.no_grad():
+            found = self.engine.decoder.run(
+                ids,
+                prefix=WritePass(plan, self.engine.mechanism.additions).prefix,
+                prefix_rows=plan.prefix_rows,
+                adapter="write" if whole else "read",
+                collect=("logits", "hidden"),
+            )
+        return Heard((cast("Tensor", found.logits),), (), torch.stack(found.hidden_states))
 
     def forward_with_pool(self, ids: Tensor, delta: Tensor, draw: Permutations) -> Heard:
         """Read ``ids`` with ``delta`` ``[1, L, k, d]`` behind as many pool rows as leave room for it."""
@@ -257,6 +264,10 @@ class Replay:
         birth = torch.arange(len(hidden)) if ages is None else -1 - ages.to(torch.int64)
         source = torch.full((len(hidden),), NO_SOURCE, dtype=torch.int64)
         return MemoryRows(hidden, birth, source, keys).to(layout.device, layout.dtype)
+
+    def _block(self, delta: Tensor) -> tuple[Tensor, ...]:
+        """Return per layer ``[k, d]`` the hidden states of a block ``[1, L, k, d]``."""
+        return tuple(rows.need_hidden() for rows in self._loose(delta))
 
     def _loose(self, delta: Tensor) -> tuple[MemoryRows, ...]:
         """A block ``[1, L, k, d]`` as rows that belong to no memory."""

@@ -14,8 +14,10 @@ from mplus.config import MPlusConfig
 from mplus.errors import InputError
 from mplus.eviction.base import EvictionPolicy
 from mplus.mechanisms.additions import MemoryAdditions
+from mplus.mechanisms.decoder import Decoder, Text
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.context import WriteContext
+from mplus.memory.writing.update import Update
 from mplus.rows import MemoryRows
 from mplus.stores.base import Location, MemoryStore, StoreLayout, StoreView
 
@@ -127,8 +129,20 @@ class MemoryMechanism(ABC):
         """
 
     @abstractmethod
-    def absorb(self, state: StreamState, block: Sequence[Tensor], source: int, context: WriteContext) -> Absorbed:
-        """Take the new rows ``block`` (per layer ``[k, d]``), written from ``source``, into a stream."""
+    def write(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Update:
+        """Make new rows of one chunk of each stream; nothing of the streams may be changed.
+
+        Runs the passes it wants. Gradients flow where they are enabled.
+
+        Args:
+            decoder: runs passes.
+            views: the streams, equal in ``StreamState.pass_key``.
+            text: the chunks, of equal length.
+        """
+
+    @abstractmethod
+    def absorb(self, state: StreamState, update: Update, source: int, context: WriteContext) -> Absorbed:
+        """Take the new rows of one stream, written from ``source``, into its state and its store."""
 
     def follow(self, store: MemoryStore) -> None:
         """Rows were removed from ``store`` for good: let go of what a retriever keeps of them."""

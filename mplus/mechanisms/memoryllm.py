@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from attrs import define, evolve, field
-from torch import Tensor
 
 from mplus.config import flag
 from mplus.mechanisms.base import Absorbed
-from mplus.mechanisms.short_term.mechanism import RowMechanism, WritePlan
+from mplus.mechanisms.short_term.mechanism import RowMechanism
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
+from mplus.mechanisms.short_term.write import WritePlan
 from mplus.memory.state import StreamView
 from mplus.memory.writing.context import WriteContext
+from mplus.memory.writing.update import Update
 from mplus.rows import MemoryRows
 
 
@@ -46,15 +47,17 @@ class MemoryLLMMechanism(RowMechanism):
             return evolve(plan, begin=False, overlap=True)
         return plan
 
-    def absorb(self, state: Any, block: Sequence[Tensor], source: int, context: WriteContext) -> Absorbed:
+    def absorb(self, state: Any, update: Update, source: int, context: WriteContext) -> Absorbed:
         if self._unfilled(state):
             n = self.config.short_term_tokens
-            k = block[0].shape[0]
+            k = update.hidden[0].shape[0]
             # As often as it fits, and the rest of the pool with its last rows.
             place = torch.cat([torch.arange(n - n % k) % k, torch.arange(k - n % k, k)])
-            block = [hidden[place.to(hidden.device)] for hidden in block]
-            context = evolve(context, projected=tuple(rows[place.to(rows.device)] for rows in context.projected))
-        return super().absorb(state, block, source, context)
+            hidden, projected = (
+                tuple(rows[place.to(rows.device)] for rows in layers) for layers in (update.hidden, update.projected)
+            )
+            update = Update(hidden, projected)
+        return super().absorb(state, update, source, context)
 
     def keep_dropped(
         self, state: ShortTermState, dropped: Sequence[MemoryRows], context: WriteContext

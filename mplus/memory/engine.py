@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mplus.config import MPlusConfig
 from mplus.errors import MemoryMismatchError
-from mplus.memory.state import StreamState
+from mplus.memory.state import StreamState, StreamView
 from mplus.memory.weights_state import WeightsState
+from mplus.memory.writing.update import Update
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 
@@ -34,15 +35,13 @@ class Engine(Protocol):
     def device(self) -> torch.device:
         """Where input ids go."""
 
-    def encode(self, states: Sequence[StreamState], ids: Tensor) -> list[Tensor]:
-        """Run one write pass.
+    def write(self, views: Sequence[StreamView], ids: Tensor, tokenizer: Any = None) -> Update:
+        """Let the mechanism make rows of one chunk of each stream.
 
         Args:
-            states: one per batch row, each with as many context rows in every layer as the others.
+            views: of the streams, equal in ``StreamState.pass_key``.
             ids: ``[B, n]`` int64.
-
-        Returns:
-            Per layer ``[B, k, d]``: the new rows (k is K, or fewer while there is little to encode).
+            tokenizer: turns ids into text, if the memory has one.
         """
 
     def keys(self, layer: int, hidden: Tensor) -> Tensor | None:

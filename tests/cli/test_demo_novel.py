@@ -73,8 +73,8 @@ def test_counts(report):
     written = report.chunks * config.memory_tokens_per_chunk
     assert len(report.layers) == 5
     for layer in report.layers:
-        assert layer.short_term == config.short_term_tokens
-        assert layer.pending == 0
+        assert layer.held["short-term"] == config.short_term_tokens
+        assert layer.held["pending"] == 0
         assert layer.long_term == written - config.short_term_tokens
         assert layer.retrieved == config.retrieved_tokens
         assert 0 <= layer.newest_age <= layer.median_age <= layer.oldest_age < written

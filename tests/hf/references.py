@@ -90,7 +90,7 @@ def write_and_read(model: Any, chunks: Sequence[Tensor], text: Tensor) -> Tensor
     engine = model.mplus_engine
     state = engine.mechanism.new_state(engine.layout)
     for chunk in chunks:
-        made = engine.encode([state], chunk)
+        made = engine.write([StreamView(state, RamStore(engine.layout))], chunk).hidden
         births = torch.arange(state.clock, state.clock + made[0].shape[1])
         new = [MemoryRows(rows[0], births, torch.zeros_like(births)) for rows in made]
         stm = tuple(MemoryRows.cat([old, rows]) for old, rows in zip(state.stm, new, strict=True))

@@ -40,7 +40,7 @@ def mplus_folder(tmp_path):
 
 @torch.no_grad()
 def block(model, memory, ids):
-    return torch.stack([rows[0] for rows in model.mplus_engine.encode(memory.states, ids)])
+    return torch.stack(model.mplus_engine.write(memory.snapshot(), ids).of(0).hidden)
 
 
 def worst(ours, reference):

@@ -9,6 +9,7 @@ from attrs import define, evolve
 
 from mplus.mechanisms.base import Absorbed, Columns, MemoryMechanism
 from mplus.memory.state import StreamState
+from mplus.memory.writing.update import Update
 from mplus.rows import MemoryRows
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from mplus.mechanisms.decoder import Decoder, Text
     from mplus.memory.state import StreamView
     from mplus.memory.writing.context import WriteContext
     from mplus.stores.base import StoreLayout
@@ -61,7 +63,11 @@ class GistMechanism(MemoryMechanism):
         last = torch.empty(0, layout.hidden_size, dtype=layout.dtype)
         return GistState(gists=(none,) * layout.layers, last=last, last_source=torch.tensor(-1))
 
-    def absorb(self, state: GistState, block: Sequence[Tensor], source: int, context: WriteContext) -> Absorbed:
+    def write(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Update:
+        return Update(decoder.run(text.ids, collect={"outputs"}).outputs)
+
+    def absorb(self, state: GistState, update: Update, source: int, context: WriteContext) -> Absorbed:
+        block = update.hidden
         born, of = torch.tensor([state.clock]), torch.tensor([source])
         gists, stayed, leaving = [], [], 0
         for layer, (old, hidden) in enumerate(zip(state.gists, block, strict=True)):

@@ -10,6 +10,7 @@ from attrs import define, field
 from mplus.config import Component, MPlusConfig
 from mplus.hf.model.build import build_mechanism, new_memory
 from mplus.memory.weights_state import WeightsState
+from mplus.memory.writing.update import Update
 from mplus.stores.base import StoreLayout
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mplus.memory import Memory, StreamState
+    from mplus.memory.state import StreamView
 
 WIDTH = 4
 LAYERS = 3
@@ -58,6 +60,9 @@ class CountingEngine:
             block[:, stream, :, 2] = float(text[0])
         block[..., 1] = torch.arange(LAYERS)[:, None, None]
         return list(block)
+
+    def write(self, views: Sequence[StreamView], ids: Tensor, tokenizer: Any = None) -> Update:
+        return Update(tuple(self.encode([view.state for view in views], ids)))
 
     def keys(self, layer: int, hidden: Tensor) -> Tensor | None:
         retriever = self.mechanism.additions.retriever

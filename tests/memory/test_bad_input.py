@@ -20,6 +20,7 @@ from mplus.errors import (
     NonFiniteError,
     UnknownNameError,
 )
+from mplus.memory.writing.update import Update
 from mplus.stores import STORES
 from tests.memory import tiny
 
@@ -150,14 +151,14 @@ def test_the_chunks_before_a_bad_one_stay(monkeypatch: pytest.MonkeyPatch) -> No
     model = tiny.build()
     memory, expected = model.new_memory(), model.new_memory()
     expected.write(tiny.ids(48)[:32])
-    encode, calls = model.mplus_engine.encode, []
+    own, calls = model.mplus_engine.write, []
 
-    def overflowing(states: Any, ids: Any) -> Any:
+    def overflowing(views: Any, ids: Any, *rest: Any) -> Any:
         calls.append(ids)
-        blocks = encode(states, ids)
-        return [block * torch.inf for block in blocks] if len(calls) == 3 else blocks
+        made = own(views, ids, *rest)
+        return Update(tuple(block * torch.inf for block in made.hidden)) if len(calls) == 3 else made
 
-    monkeypatch.setattr(model.mplus_engine, "encode", overflowing)
+    monkeypatch.setattr(model.mplus_engine, "write", overflowing)
     with pytest.raises(NonFiniteError):
         memory.write(tiny.ids(48))
     tiny.assert_same(memory, expected)

@@ -151,7 +151,7 @@ def test_the_newest_rows_are_whole(config: dict[str, Any], history: list[tuple[s
     plan = memory.engine.mechanism.plan_write(memory.states[0], 5)
     present = min(config["memory_tokens_per_chunk"], *(len(rows) for rows in memory.states[0].stm))
     for layer, context in enumerate(plan.context):
-        assert numbers(context) == tiers(memory, layer)["stm"][-present:]
+        assert context[:, 0].tolist() == tiers(memory, layer)["stm"][-present:]
 
 
 @HISTORY

@@ -69,7 +69,7 @@ def write(pair: Pair, tokens: int, chunks: int) -> float:
     context = [rows.need_hidden()[-K:] for rows in state.row_lists()["stm"]]
     expected = oracle.write(pair.plain, ids, pair.begin, context, mark=pair.mark, k=K)
     pair.forget_longest_sequence()
-    made = memory.engine.encode([state], ids)
+    made = memory.engine.write(memory.snapshot(), ids).hidden
     return max(error(got[0], wanted) for got, wanted in zip(made, expected, strict=True))
 
 

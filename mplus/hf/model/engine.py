@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from attrs import define, evolve
+from attrs import evolve
 from torch import Tensor, nn
 
-from mplus.backends.base import Segment
 from mplus.config import MPlusConfig
 from mplus.errors import MemoryMismatchError, NotSupported
 from mplus.hf.adapters.fingerprint import fingerprint
 from mplus.hf.adapters.weights import Look, Watch
+from mplus.hf.model.decoder import WrappedDecoder
 from mplus.hf.model.modes import bring_back, input_device
 from mplus.hf.reading.open_readings import OpenReadings
 from mplus.hf.reading.prefix_cache import Prepared
 from mplus.hf.retrofit.attention import BASES, PREFIX
 from mplus.hf.retrofit.attention_probe import OwnAttention
-from mplus.hf.retrofit.context import Marks, Pass, Prefix, PrefixSource, Project, run_in
-from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.hf.retrofit.hooks import Retrofit
 from mplus.hf.retrofit.projection import Projection
 from mplus.mechanisms.base import MemoryMechanism
-from mplus.mechanisms.short_term.mechanism import RowMechanism, WritePlan
-from mplus.mechanisms.short_term.state import ShortTermState
+from mplus.mechanisms.decoder import Text
 from mplus.memory.memory import Memory
-from mplus.memory.state import StreamState
+from mplus.memory.state import StreamState, StreamView
 from mplus.memory.weights_state import WeightsState
+from mplus.memory.writing.update import Update
 from mplus.retrievers.base import Retriever
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
@@ -42,6 +40,7 @@ class DecoderEngine:
         model: the wrapped decoder.
         config: its memory configuration.
         retrofit: how memory gets into its attention.
+        decoder: the same decoder, seen from the mechanism.
         mechanism: the rules of its memories.
         projection: how rows are kept projected, or why they cannot be.
         readings: the blocks of ``model.reading`` that are open.
@@ -53,6 +52,7 @@ class DecoderEngine:
         self.retrofit = retrofit
         self.mechanism = mechanism
         self.projection: Projection | str = "the decoder was wrapped without a self-check"
+        self.decoder = WrappedDecoder(self)
         self.own_attention = OwnAttention(self)
         self.watch = Watch(self)
         self._prepared: WeakKeyDictionary[Memory, Prepared] = WeakKeyDictionary()
@@ -81,6 +81,12 @@ class DecoderEngine:
         """dtype of hidden states, hence of memory rows."""
         begin: Tensor = self.mechanism.additions.begin
         return begin.dtype
+
+    @property
+    def width(self) -> int:
+        """Width of hidden states."""
+        begin: Tensor = self.mechanism.additions.begin
+        return begin.shape[2]
 
     @property
     def vocab_size(self) -> int:
@@ -184,80 +190,15 @@ class DecoderEngine:
             return {}
         return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
 
-    def encode(self, states: Sequence[StreamState], ids: Tensor) -> list[Tensor]:
-        """See ``Engine.encode``. Gradients flow where they are enabled."""
+    def write(self, views: Sequence[StreamView], ids: Tensor, tokenizer: Any = None) -> Update:
+        """See ``Engine.write``. Gradients flow where they are enabled."""
         if self.watch.look_at_names() is not None:
             raise NotSupported(
                 "adapter_names is for reading: a memory is written with the adapters that are active, so use "
                 "set_adapter and write outside of the call"
             )
-        reencode = not self.retrofit.anatomy.hybrid  # a state-space layer would read the rows standing in for old ones
-        mechanism = cast("RowMechanism", self.mechanism)
-        plans = [mechanism.plan_write(cast("ShortTermState", state), ids.shape[1], reencode) for state in states]
-        return self.encode_plans(plans, ids)
-
-    def encode_plans(self, plans: Sequence[WritePlan], ids: Tensor) -> list[Tensor]:
-        """Run the write pass that ``plans`` describe (equal sizes in all of them) over ``ids`` ``[B, n]``.
-
-        Raises:
-            MemoryMismatchError: the decoder was unwrapped in the meantime.
-            NotSupported: it has been set to an attention implementation that memory does not go with.
-        """
-        return self.encode_batch(DensePlan.of(plans), ids)
-
-    @torch.compiler.disable  # as for reading
-    def encode_batch(self, plan: DensePlan, ids: Tensor) -> list[Tensor]:
-        """Run one write pass over ``ids`` ``[B, n]``; returns and raises as ``encode`` and ``encode_plans``."""
         self.check_wrapped()
-        self.check_attention()
-        additions = self.mechanism.additions
-        old = plan.reencoded
-        reencoded = tuple(rows[:, -old:] for rows in plan.context) if old else None
-        marks = Marks(additions.mark, plan.rows, reencoded)
-        offset = self._write_offset(plan) if self.retrofit.positions.offset else 0
-        active = Pass(WriteSource(self, plan), self.adapter("write"), marks, text_offset=offset)
-        batch, tokens = ids.shape
-        inputs: dict[str, Any] = {"input_ids": ids}
-        if old:
-            embedded = self.embedding(ids)
-            stand_in = embedded.new_zeros(batch, old, embedded.shape[-1])
-            inputs = {"inputs_embeds": torch.cat([stand_in, embedded], 1)}
-        if old and self.retrofit.anatomy.learned_positions:
-            place = torch.cat([ids.new_zeros(old), torch.arange(tokens, device=ids.device)])
-            inputs["position_ids"] = place.expand(batch, -1)
-        elif offset:
-            inputs["position_ids"] = torch.arange(offset, offset + old + tokens, device=ids.device).expand(batch, -1)
-        mask = torch.ones(batch, old + tokens, dtype=torch.int64, device=ids.device)
-        run_in(active, self.retrofit.anatomy.decoder, **inputs, attention_mask=mask, use_cache=False)
-        made = [marks.made[i] for i in range(len(self.retrofit.anatomy.specs))]
-        if plan.overlap:
-            made = [rows + additions.mark.to(rows) for rows in made[:-1]] + made[-1:]
-        return made
-
-    def read_batch(self, source: PrefixSource, ids: Tensor, prefix_rows: int, adapter: str | None) -> Tensor:
-        """Logits ``[Q, T, V]`` of texts ``[Q, T]`` that read what ``source`` gives them; gradients flow.
-
-        Padding belongs on the right, where no text token sees it. No cache is made.
-
-        Args:
-            source: the prefix of each layer.
-            ids: int64.
-            prefix_rows: rows that ``source`` puts in front of a text, in the layer that has most.
-            adapter: the LoRA adapter that is active.
-
-        Raises:
-            MemoryMismatchError, NotSupported: as ``encode_plans``.
-        """
-        self.check_wrapped()
-        self.check_attention()
-        inputs: dict[str, Any] = {"input_ids": ids}
-        offset = 0
-        if self.retrofit.positions.offset:
-            offset = self.retrofit.positions.extent(prefix_rows)
-            inputs["position_ids"] = torch.arange(offset, offset + ids.shape[1], device=ids.device).expand_as(ids)
-        model: Any = self.model
-        logits: Tensor = run_in(Pass(source, adapter, text_offset=offset), model, **inputs, use_cache=False).logits
-        return logits
+        return self.mechanism.write(self.decoder, views, Text(ids, tokenizer=tokenizer))
 
     def check_wrapped(self) -> None:
         """Raises MemoryMismatchError when the decoder was unwrapped."""
@@ -277,10 +218,6 @@ class DecoderEngine:
                 f"the decoder's attention implementation was set to {now!r}, which knows no memory: use "
                 f"model.set_attn_implementation with one of {', '.join(BASES)}"
             )
-
-    def _write_offset(self, plan: DensePlan) -> int:
-        rows = int(plan.begin) + plan.context[0].shape[1] - plan.reencoded
-        return self.retrofit.positions.extent(rows)
 
     def adapter(self, wanted: str) -> str | None:
         """The LoRA adapter of a pass: "write" or "read", or None without adapters."""
@@ -308,44 +245,3 @@ class DecoderEngine:
         """See ``Engine.fingerprint``."""
         model: Any = self.model
         return fingerprint(model, self.config, self.layout, model.mplus.retriever, saved)
-
-
-@define(frozen=True, eq=False)
-class DensePlan:
-    """A ``WritePlan`` for B streams at once.
-
-    Attributes:
-        context: per layer ``[B, c, d]``, the newest rows to read, oldest first.
-        begin, reencoded, rows, overlap: as in ``WritePlan``.
-    """
-
-    begin: bool
-    context: tuple[Tensor, ...]
-    reencoded: int
-    rows: int
-    overlap: bool = False
-
-    @staticmethod
-    def of(plans: Sequence[WritePlan]) -> DensePlan:
-        """The plans of several streams, equal in all sizes, as one."""
-        first = plans[0]
-        layers = range(len(first.context))
-        context = tuple(torch.stack([plan.context[layer].need_hidden() for plan in plans]) for layer in layers)
-        return DensePlan(first.begin, context, first.reencoded, first.rows, first.overlap)
-
-
-@define(eq=False)
-class WriteSource:
-    """Gives every layer ``[begin | context]`` without the rows that are queries themselves (M+ section 3.1)."""
-
-    engine: DecoderEngine
-    plan: DensePlan
-
-    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
-        layer, plan = spec.memory_index, self.plan
-        context = plan.context[layer]
-        context = context[:, : context.shape[1] - plan.reencoded].to(hidden)
-        if not plan.begin:
-            return (project(Prefix(context)),) if context.shape[1] else ()
-        begin = self.engine.mechanism.additions.begin[layer].to(hidden).expand(context.shape[0], -1, -1)
-        return (project(Prefix(torch.cat([begin, context], 1))),)

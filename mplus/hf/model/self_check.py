@@ -302,7 +302,7 @@ class _Checks:
             retrofit.technique, retrofit.positions = before
 
     def _write(self) -> Found:
-        rows = self.engine.encode([self.view.state], self.ids)
+        rows = self.engine.write([self.view], self.ids).hidden
         wrong = [layer for layer, made in enumerate(rows) if not bool(torch.isfinite(made).all())]
         if len(rows) != len(self.engine.retrofit.anatomy.specs) or wrong:
             return float("inf"), False, f"rows of layers {wrong} are not finite"

@@ -14,9 +14,9 @@ from mplus.errors import InputError, MemoryMismatchError, NotSupported
 from mplus.hf.adapters.weights import Look
 from mplus.hf.reading.prefix_cache import Prepared
 from mplus.hf.reading.query_tokens import Recent, Window, first_tokens
-from mplus.hf.retrofit.context import Prefix, Project
 from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.mechanisms.base import MemoryMechanism, Retrieved
+from mplus.mechanisms.decoder import Project, Rows
 from mplus.mechanisms.short_term.state import state_of
 from mplus.memory.memory import Memory
 from mplus.memory.state import StreamView
@@ -261,7 +261,7 @@ def assemble(
     layer: int,
     retrieved: Sequence[Retrieved | None],
     like: Tensor,
-) -> Prefix:
+) -> Rows:
     """``[begin | retrieved | STM]`` of every stream; device and dtype of ``like``."""
     begin = mechanism.additions.begin[layer]
     streams = []
@@ -274,16 +274,16 @@ def assemble(
     return side_by_side(streams)
 
 
-def side_by_side(streams: Sequence[Tensor]) -> Prefix:
+def side_by_side(streams: Sequence[Tensor]) -> Rows:
     """Rows ``[P_b, d]`` of every stream as one prefix; shorter ones get filler behind."""
     rows = max(part.shape[0] for part in streams)
     if all(part.shape[0] == rows for part in streams):
-        return Prefix(torch.stack(list(streams)))
+        return Rows(torch.stack(list(streams)))
     hidden = torch.stack([torch.nn.functional.pad(part, (0, 0, 0, rows - part.shape[0])) for part in streams])
-    return Prefix(hidden, torch.tensor([part.shape[0] for part in streams], device=hidden.device))
+    return Rows(hidden, torch.tensor([part.shape[0] for part in streams], device=hidden.device))
 
 
-def _repeated_rows(prefix: Prefix, repeats: int) -> Prefix:
+def _repeated_rows(prefix: Rows, repeats: int) -> Rows:
     lengths = None if prefix.lengths is None else prefix.lengths.repeat_interleave(repeats, 0)
     return evolve(prefix, hidden=prefix.hidden.repeat_interleave(repeats, 0), lengths=lengths)
 

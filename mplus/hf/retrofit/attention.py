@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from mplus.backends.base import AttentionRequest, Segment
+from mplus.backends.base import AttentionRequest, AttentionResult, Segment
 from mplus.backends.choose import BackendChooser
 from mplus.errors import NotSupported
 from mplus.hf.retrofit.capture import Captured
 from mplus.hf.retrofit.memory_cache import MemoryInCache
+from mplus.mechanisms.decoder import Compute
 
 logger = logging.getLogger(__name__)
 BASES = ("eager", "sdpa")
@@ -31,11 +32,23 @@ CAPTURE = object()
 
 @define(frozen=True, eq=False)
 class AttendedMemory:
-    """Passed as ``mplus_memory``: a layer's memory, oldest first, what computes the attention, and memory with text."""
+    """Passed as ``mplus_memory``: what a layer's attention is computed with.
+
+    Attributes:
+        segments: the layer's memory, oldest first.
+        chooser: picks what computes the attention.
+        joined: memory and text as one, where they are kept so.
+        attend: computes it in the mechanism's own way; None: what ``chooser`` picks does.
+    """
 
     segments: tuple[Segment, ...]
     chooser: BackendChooser
     joined: MemoryInCache | None = None
+    attend: Callable[[AttentionRequest, Compute], AttentionResult] | None = None
+
+    def compute(self, request: AttentionRequest) -> AttentionResult:
+        """Attend as usual."""
+        return self.chooser.choose(request).attend(request)
 
 
 def register() -> None:
@@ -98,7 +111,7 @@ def _attend(
         need_weights=need_weights,
         joined=memory.joined if memory.joined is not None and memory.joined.fits(key) else None,
     )
-    result = memory.chooser.choose(request).attend(request)
+    result = memory.compute(request) if memory.attend is None else memory.attend(request, memory.compute)
     return result.output.transpose(1, 2).contiguous(), result.weights
 
 

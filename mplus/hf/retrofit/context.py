@@ -7,33 +7,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from typing import Any, Protocol, TypeVar
 
-import torch
 from attrs import define, field
 from torch import Tensor, nn
 
 from mplus.backends.base import Segment
 from mplus.hf.retrofit.discovery import AttentionSpec
+from mplus.mechanisms.decoder import Attend, Edit, Project
 
 T = TypeVar("T")
-
-
-@define(frozen=True, eq=False)
-class Prefix:
-    """Memory rows in front of one layer's text.
-
-    Attributes:
-        hidden: ``[B or 1, P, d]``, oldest first; shorter streams have filler behind their rows.
-        lengths: ``[B]`` int64, real rows of each stream, or None when all rows are real.
-        behind: further memory rows between these and the text.
-    """
-
-    hidden: Tensor
-    lengths: Tensor | None = None
-    behind: int = 0
-
-
-Project = Callable[[Prefix], Segment]
-"""Puts rows through a layer's own norm and projections."""
 
 
 class PrefixSource(Protocol):
@@ -44,20 +25,24 @@ class PrefixSource(Protocol):
 
 
 @define(frozen=True, eq=False)
-class Marks:
-    """What a write adds to the text of every layer.
+class Collection:
+    """What a pass gathers of the layers that carry memory.
 
     Attributes:
-        mark: ``[1, 1, d]`` added to the last ``rows`` rows.
-        rows: how many rows the write makes.
-        reencoded: per memory layer ``[B, m, d]``: rows that take the first m places of the text.
-        made: filled with each memory layer's last ``rows`` outputs.
+        wants_inputs, wants_outputs: whether it gathers what they receive, and what they give.
+        last: only so many last rows; None: all.
+        inputs, outputs: by layer ``[B, T, d]``; filled by the pass.
     """
 
-    mark: Tensor
-    rows: int
-    reencoded: tuple[Tensor, ...] | None
-    made: dict[int, Tensor] = field(factory=dict)
+    wants_inputs: bool = False
+    wants_outputs: bool = False
+    last: int | None = None
+    inputs: dict[int, Tensor] = field(factory=dict)
+    outputs: dict[int, Tensor] = field(factory=dict)
+
+    def cut(self, hidden: Tensor) -> Tensor:
+        """Return the rows of ``[B, T, d]`` that are gathered."""
+        return hidden if self.last is None else hidden[:, hidden.shape[1] - self.last :]
 
 
 @define(frozen=True, eq=False)
@@ -67,14 +52,18 @@ class Pass:
     Attributes:
         source: gives every layer its prefix.
         adapter: the LoRA adapter that is active, "write" or "read"; None where there are no adapters.
-        marks: what a write adds; None for a read.
+        edit: changes what a layer that carries memory receives; None: nothing does.
+        collection: gathers what such layers receive and give; None: nothing is gathered.
         text_offset: position of the first text token; one for all, or ``[streams, 1]`` int64.
+        attend: computes attention in such layers; None: the decoder's backend does.
     """
 
     source: PrefixSource
     adapter: str | None
-    marks: Marks | None = None
+    edit: Edit | None = None
+    collection: Collection | None = None
     text_offset: int | Tensor = 0
+    attend: Attend | None = None
 
 
 _CURRENT: ContextVar[Pass | None] = ContextVar("mplus_pass", default=None)
@@ -118,16 +107,20 @@ class MemoryLayer:
         active = current_pass()
         if active is None:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        index = self.__dict__["_mplus_memory_index"]
-        if active.marks is not None and index is not None:
-            if args:
-                args = (_marked(args[0], active.marks, index), *args[1:])
-            else:
-                kwargs["hidden_states"] = _marked(kwargs["hidden_states"], active.marks, index)
+        index, collection = self.__dict__["_mplus_memory_index"], active.collection
+        if index is not None and (active.edit is not None or collection is not None):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if active.edit is not None:
+                hidden = active.edit(index, hidden)
+                if args:
+                    args = (hidden, *args[1:])
+                else:
+                    kwargs["hidden_states"] = hidden
+            if collection is not None and collection.wants_inputs:
+                collection.inputs[index] = collection.cut(hidden)
         output = super().__call__(*args, mplus_pass=active, **kwargs)  # type: ignore[misc]
-        if active.marks is not None and index is not None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            active.marks.made[index] = hidden[:, -active.marks.rows :]
+        if index is not None and collection is not None and collection.wants_outputs:
+            collection.outputs[index] = collection.cut(output[0] if isinstance(output, tuple) else output)
         return output
 
     def forward(self, *args: Any, mplus_pass: Pass | None = None, **kwargs: Any) -> Any:
@@ -138,14 +131,6 @@ class MemoryLayer:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return rebuild, (memory_layer_class, type(self).__mplus_base__), self.__dict__  # type: ignore[attr-defined]
-
-
-def _marked(hidden: Tensor, marks: Marks, index: int) -> Tensor:
-    if marks.reencoded is not None:
-        rows = marks.reencoded[index].to(hidden)
-        hidden = torch.cat([rows, hidden[:, rows.shape[1] :]], 1)
-    split = hidden.shape[1] - marks.rows
-    return torch.cat([hidden[:, :split], hidden[:, split:] + marks.mark.to(hidden)], 1)
 
 
 def carry_memory(layer: nn.Module, memory_index: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,10 +15,11 @@ from mplus.errors import NotSupported
 from mplus.hf.retrofit.attention import CAPTURE, AttendedMemory
 from mplus.hf.retrofit.cache_view import MemoryCacheView, mask_with_memory
 from mplus.hf.retrofit.capture import CaptureCache, Captured
-from mplus.hf.retrofit.context import Pass, Prefix, current_pass
+from mplus.hf.retrofit.context import Pass, current_pass
 from mplus.hf.retrofit.discovery import Anatomy, AttentionSpec, rotary_at
 from mplus.hf.retrofit.memory_cache import memory_in_cache
 from mplus.hf.retrofit.positions import MemoryPositions
+from mplus.mechanisms.decoder import Rows
 
 Technique = Literal["attention", "cache_view"]
 
@@ -42,7 +44,7 @@ class Retrofit:
     def project(
         self,
         spec: AttentionSpec,
-        prefix: Prefix,
+        prefix: Rows,
         text_offset: int | Tensor,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -151,12 +153,13 @@ class AttentionHook:
         segments = active.source.prefix(
             spec, hidden, lambda prefix: retrofit.project(spec, prefix, active.text_offset, args, kwargs)
         )
-        if not segments:
+        if not segments and active.attend is None:
             return None
         cache = kwargs.get(spec.cache_keyword)
         if retrofit.technique == "attention":
-            joined = memory_in_cache(cache, spec.layer_index, segments, hidden.shape[0])
-            return args, {**kwargs, "mplus_memory": AttendedMemory(segments, retrofit.chooser, joined)}
+            attend = None if active.attend is None else partial(active.attend, spec.memory_index)
+            joined = memory_in_cache(cache, spec.layer_index, segments, hidden.shape[0]) if segments else None
+            return args, {**kwargs, "mplus_memory": AttendedMemory(segments, retrofit.chooser, joined, attend)}
         (memory,) = segments  # only projections of one piece are made for this technique
         queries = hidden.shape[1]
         keys = queries if cache is None else cache.get_mask_sizes(queries, spec.layer_index)[0]

@@ -7,34 +7,18 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from attrs import define, evolve
+from attrs import evolve
 from torch import Tensor
 
 from mplus.mechanisms.base import Absorbed, Columns, MemoryMechanism
+from mplus.mechanisms.decoder import Decoder, Text
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
+from mplus.mechanisms.short_term.write import WritePass, WritePlan
 from mplus.memory.state import StreamView
 from mplus.memory.writing.context import WriteContext
+from mplus.memory.writing.update import Update
 from mplus.rows import NO_SOURCE, MemoryRows
 from mplus.stores.base import StoreLayout
-
-
-@define(frozen=True, eq=False)
-class WritePlan:
-    """Which memory rows a write pass reads.
-
-    Attributes:
-        begin: put the begin row in front.
-        context: per layer, the newest rows to read, oldest first; as many in every layer.
-        reencoded: how many of the newest context rows are queries too (chunk shorter than K).
-        rows: how many new rows the pass makes.
-        overlap: layers hand on their new rows with the next layer's mark already added (published MemoryLLM only).
-    """
-
-    begin: bool
-    context: tuple[MemoryRows, ...]
-    reencoded: int
-    rows: int
-    overlap: bool = False
 
 
 class RowMechanism(MemoryMechanism):
@@ -93,6 +77,12 @@ class RowMechanism(MemoryMechanism):
             device=layout.device,
         )
 
+    def write(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Update:
+        """Run one write pass over a chunk of every stream, which have equally many short-term rows."""
+        reencode = not decoder.shape.hybrid  # a state-space layer would read the rows standing in for old ones
+        plans = [self.plan_write(state_of(view), text.ids.shape[1], reencode) for view in views]
+        return Update(WritePass(WritePlan.together(plans), self.additions).run(decoder, text.ids))
+
     def plan_write(self, state: ShortTermState, tokens: int, reencode: bool = True) -> WritePlan:
         """Rows read and made by writing a chunk of ``tokens`` text tokens (published: newest K rows of the STM).
 
@@ -101,21 +91,20 @@ class RowMechanism(MemoryMechanism):
         k = self.config.memory_tokens_per_chunk
         kept = (hidden.shape[0] for hidden in state.newest)
         present = min(k, *(len(rows) for rows in state.stm), *kept)
-        context = tuple(state.context(layer, present) for layer in range(len(state.stm)))
+        context = tuple(state.context(layer, present).need_hidden() for layer in range(len(state.stm)))
         reencoded = min(max(k - tokens, 0), present) if reencode else 0
         return WritePlan(begin=True, context=context, reencoded=reencoded, rows=min(k, tokens + reencoded))
 
-    def absorb(self, state: Any, block: Sequence[Tensor], source: int, context: WriteContext) -> Absorbed:
-        """Take the new rows ``block`` (per layer ``[k, d]``), written from ``source``, into a stream."""
-        k = block[0].shape[0]
+    def absorb(self, state: Any, update: Update, source: int, context: WriteContext) -> Absorbed:
+        k = update.hidden[0].shape[0]
         stm, dropped, newest, stayed = [], [], [], []
         permutation: Tensor | None = None
-        for layer, (old, hidden) in enumerate(zip(state.stm, block, strict=True)):
+        for layer, (old, hidden) in enumerate(zip(state.stm, update.hidden, strict=True)):
             excess = max(len(old) + k - self.config.short_term_tokens, 0)
             if excess and (permutation is None or self.config.drop_per_layer or len(permutation) != len(old)):
                 permutation = context.draw(len(old))
             stay, leave = _places(len(old), excess, permutation, old.birth.device)
-            new = self._new_rows(layer, hidden, source, state, old, context)
+            new = self._new_rows(layer, update, source, state, old, context)
             stm.append(MemoryRows.cat([old.select(stay), new]))  # a copy: the block is a view of all the pass computed
             dropped.append(old.select(leave))
             stayed.append(stay)
@@ -127,17 +116,18 @@ class RowMechanism(MemoryMechanism):
         return Absorbed(moved, max(len(rows) for rows in dropped), evicted, {"stm": tuple(stayed)})
 
     def _new_rows(
-        self, layer: int, hidden: Tensor, source: int, state: ShortTermState, like: MemoryRows, context: WriteContext
+        self, layer: int, update: Update, source: int, state: ShortTermState, like: MemoryRows, context: WriteContext
     ) -> MemoryRows:
-        """Rows ``hidden`` ``[k, d]`` with the columns of the short-term rows ``like``."""
-        k, device = hidden.shape[0], like.birth.device
+        """Return the new rows of a layer with the columns of its short-term rows ``like``."""
+        hidden, device = update.hidden[layer], like.birth.device
+        k = hidden.shape[0]
         rows = MemoryRows(
             hidden=None if like.hidden is None else hidden.to(like.hidden),
             birth=self._births(state, k).to(device),
             source=torch.full((k,), source, dtype=torch.int64, device=device),
         )
         if like.projected is not None:
-            rows = rows.replace(projected=context.projected[layer].to(like.projected))
+            rows = rows.replace(projected=update.projected[layer].to(like.projected))
         if like.key is not None:
             key = context.keys(layer, hidden)
             rows = rows.replace(key=None if key is None else key.to(like.key))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from attrs import define
 from torch import Tensor
@@ -27,8 +27,7 @@ class WriteContext:
         eviction: chooses rows when the store is over its capacity.
         draw: source of random permutations.
         keys: makes retriever keys.
-        projected: per layer ``[k, w]``, keys and values of the new rows (``MemoryRows.projected``); empty where
-            rows have none.
+        ids: ``[n]`` int64, the text that the rows were made of.
         capacity: long-term rows that a layer may hold; None: no limit.
         usage: notes on what was retrieved, where ``eviction`` goes by them.
     """
@@ -37,6 +36,6 @@ class WriteContext:
     eviction: EvictionPolicy
     draw: Draw
     keys: Keys
-    projected: Sequence[Tensor] = ()
+    ids: Tensor | None = None
     capacity: int | None = None
     usage: AccessLog | None = None

@@ -16,11 +16,12 @@ from mplus.memory.checks import check_chunk, check_dtype, check_finite, check_vo
 from mplus.memory.engine import Engine
 from mplus.memory.report import WriteReport
 from mplus.memory.sources.recompute import refresh_if_stale
-from mplus.memory.state import StreamState, alike
+from mplus.memory.state import StreamState, StreamView, alike
 from mplus.memory.transaction import Streams
 from mplus.memory.writing.chunking import split, to_names, to_rows
 from mplus.memory.writing.context import WriteContext
 from mplus.memory.writing.progress import progress_bar
+from mplus.memory.writing.update import Update
 
 if TYPE_CHECKING:
     from mplus.memory.memory import Memory
@@ -36,6 +37,7 @@ class StreamWrite:
         chunks: ids ``[n]`` of each chunk.
         name: of the source.
         report: of the memory; counts on.
+        tokenizer: of the memory, if it has one.
     """
 
     streams: Streams
@@ -43,19 +45,13 @@ class StreamWrite:
     chunks: Sequence[Tensor]
     name: str | None
     report: WriteReport
+    tokenizer: Any = None
 
-
-@define(frozen=True, eq=False)
-class NewRows:
-    """The rows that one pass made for one stream.
-
-    Attributes:
-        hidden: per layer ``[k, d]``.
-        projected: per layer ``[k, w]``, where the stream's rows are kept projected; else empty.
-    """
-
-    hidden: tuple[Tensor, ...]
-    projected: tuple[Tensor, ...]
+    @property
+    def view(self) -> StreamView:
+        """What a write sees of the stream; not a snapshot, since the memory's write lock is held."""
+        streams, row = self.streams, self.row
+        return StreamView(streams.states[row], streams.stores[row], streams.usage[row])
 
 
 def write(memory: Memory, data: Any, source: Any, progress: bool | None) -> WriteReport:
@@ -273,8 +269,8 @@ def _write_pass(writes: Sequence[StreamWrite], ids: Tensor, turns: Mapping[int, 
         own = [at for at, write in enumerate(writes) if write.streams is streams]
         rows = [made[at] for at in own]
         try:
-            if not finite:
-                _check_finite(rows, ids.shape[1])
+            for update in () if finite else rows:
+                update.check_finite(ids.shape[1])
             apply_write(streams, [writes[at] for at in own], rows, ids[own], turns[key])
         except Exception as error:  # noqa: BLE001 - as above
             failed[key] = error
@@ -292,33 +288,23 @@ def _write_halves(
     return failed
 
 
-def _encode(writes: Sequence[StreamWrite], ids: Tensor) -> tuple[list[NewRows], bool]:
+def _encode(writes: Sequence[StreamWrite], ids: Tensor) -> tuple[list[Update], bool]:
     """Run the pass of a chunk ``[B, n]``; return each stream's new rows, and whether all of them are finite."""
-    engine = writes[0].streams.engine
-    states = [write.streams.states[write.row] for write in writes]
-    blocks = engine.encode(states, ids.to(engine.device))
-    wanted = [bool(write.streams.stores[write.row].layout.projected_size) for write in writes]
-    projected = [engine.project(layer, block) for layer, block in enumerate(blocks)] if any(wanted) else []
-    finite = all(bool(torch.isfinite(block).all()) for block in (*blocks, *projected))
-    made = [
-        NewRows(tuple(block[at] for block in blocks), tuple(block[at] for block in projected) if own else ())
-        for at, own in enumerate(wanted)
-    ]
-    return made, finite
-
-
-def _check_finite(made: Sequence[NewRows], tokens: int) -> None:
-    """Raise NonFiniteError when there is NaN or Inf in the new rows of a chunk of ``tokens``."""
-    of = f"for a chunk of {tokens} tokens"
-    for rows in made:
-        for layer, block in enumerate(rows.hidden):
-            check_finite(block, f"in layer {layer} {of}")
-        for layer, block in enumerate(rows.projected):
-            check_finite(block, f"in keys and values of layer {layer} {of}")
+    engine, tokenizers = writes[0].streams.engine, {id(write.tokenizer) for write in writes}
+    views = [write.view for write in writes]
+    update = engine.write(views, ids.to(engine.device), writes[0].tokenizer if len(tokenizers) == 1 else None)
+    layouts = [view.store.layout for view in views]
+    Update.check(update, engine.mechanism.name, len(writes), layouts)
+    wanted = [bool(layout.projected_size) for layout in layouts]
+    if any(wanted) and not update.projected:
+        update = evolve(update, projected=tuple(engine.project(n, rows) for n, rows in enumerate(update.hidden)))
+    each = [update.of(at) for at in range(len(writes))]
+    made = [rows if own else evolve(rows, projected=()) for rows, own in zip(each, wanted, strict=True)]
+    return made, update.finite
 
 
 def apply_write(
-    streams: Streams, writes: Sequence[StreamWrite], made: Sequence[NewRows], ids: Tensor, turn: int
+    streams: Streams, writes: Sequence[StreamWrite], made: Sequence[Update], ids: Tensor, turn: int
 ) -> None:
     """Give streams of one memory the new rows of one chunk each, all or nothing; on disk when it returns.
 
@@ -338,8 +324,7 @@ def apply_write(
             row = write.row
             state, number = states[row].with_source(write.name, tokens)
             state = state.with_text(text, number, turn)
-            context = _context(streams, row, rows.projected)
-            absorbed = streams.engine.mechanism.absorb(state, rows.hidden, number, context)
+            absorbed = streams.engine.mechanism.absorb(state, rows, number, _context(streams, row, text))
             states[row] = absorbed.state
             kept[row] = absorbed.stayed
             counts.append((absorbed.dropped, absorbed.evicted))
@@ -350,14 +335,14 @@ def apply_write(
     streams.persistence.after_write(streams)
 
 
-def _context(streams: Streams, row: int, projected: Sequence[Tensor]) -> WriteContext:
+def _context(streams: Streams, row: int, ids: Tensor) -> WriteContext:
     engine, generator = streams.engine, streams.generators[row]
     return WriteContext(
         store=streams.stores[row],
         eviction=streams.eviction,
         draw=lambda n: torch.randperm(n, generator=generator),
         keys=lambda layer, hidden: _keys(engine, layer, hidden),
-        projected=projected,
+        ids=ids,
         capacity=streams.budget.capacity,
         usage=streams.usage[row],
     )

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mplus.backends.base import Segment
 from mplus.hf.model.engine import DecoderEngine
-from mplus.hf.retrofit.context import Prefix, Project
 from mplus.hf.retrofit.discovery import AttentionSpec
+from mplus.mechanisms.decoder import Adapter, Project, Rows
 from mplus.training.batched.selection import Picker
 from mplus.training.batched.stream_batch import StreamBatch
 
@@ -92,15 +92,15 @@ class DenseDecoder:
         rows = 1 + streams.rows + max(min(k0 if picker else 0, ltm.count) for ltm in streams.ltm)
         queries = torch.ones_like(texts, dtype=torch.bool) if queries is None else queries
         source = StreamSource(self.engine, streams, queries, picker, candidates, k0)
-        return self._run(source, texts, rows, self.engine.adapter("read"), source.layers)
+        return self._run(source, texts, rows, "read", source.layers)
 
-    def read_rows(self, rows: Sequence[Tensor], texts: Tensor, adapter: str) -> Read:
+    def read_rows(self, rows: Sequence[Tensor], texts: Tensor, adapter: Adapter) -> Read:
         """Read texts ``[B, R, T]`` with the rows of one write only (per layer ``[B, k, d]``), keeping their graph.
 
         ``adapter`` is "write" or "read" (published: "write").
         """
         source = RowSource(self.engine, rows)
-        return self._run(source, texts, 1 + rows[0].shape[1], self.engine.adapter(adapter), {})
+        return self._run(source, texts, 1 + rows[0].shape[1], adapter, {})
 
     def plain(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits ``[B, S, V]`` of the decoder alone, without memory and adapters; ``mask`` ``[B, S]`` for padding."""
@@ -110,9 +110,13 @@ class DenseDecoder:
         logits: Tensor = self.model(**inputs, use_cache=False).logits
         return logits
 
-    def _run(self, source: Any, texts: Tensor, rows: int, adapter: str | None, layers: dict[int, LayerRead]) -> Read:
+    def _run(self, source: Any, texts: Tensor, rows: int, adapter: Adapter, layers: dict[int, LayerRead]) -> Read:
         batch, each, tokens = texts.shape
-        logits = self.engine.read_batch(source, texts.reshape(batch * each, tokens), rows, adapter)
+        ids = texts.reshape(batch * each, tokens)
+        found = self.engine.decoder.run(
+            ids, prefix=source.prefix, prefix_rows=rows, adapter=adapter, collect=("logits",)
+        )
+        logits: Any = found.logits
         return Read(logits.view(batch, each, tokens, -1), layers)
 
 
@@ -131,8 +135,9 @@ class StreamSource:
     k0: int
     layers: dict[int, LayerRead] = field(factory=dict)
 
-    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
-        layer, streams = spec.memory_index, self.streams
+    def prefix(self, layer: int, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
+        """See ``mplus.mechanisms.decoder.Prefix``."""
+        spec, streams = self.engine.retrofit.anatomy.specs[layer], self.streams
         batch, each = self.queries.shape[:2]
         # A recomputation repeats every step that is recorded for backward, but not the choices.
         seen = self._look(spec, hidden.view(batch, each, *hidden.shape[1:]), self.layers.get(layer))
@@ -145,10 +150,10 @@ class StreamSource:
             parts.append(ltm.gather(1, index).view(batch * each, -1, ltm.shape[2]).to(hidden))
         stm = streams.stm[layer].to(hidden)
         if self.engine.retrofit.positions.layout != "sequential" or not stm.shape[1]:
-            return (project(Prefix(torch.cat([*parts, stm.repeat_interleave(each, 0)], 1))),)
+            return (project(Rows(torch.cat([*parts, stm.repeat_interleave(each, 0)], 1))),)
         # The texts of a stream share its STM, so that is projected once.
-        front = project(Prefix(torch.cat(parts, 1), behind=stm.shape[1]))
-        back = project(Prefix(stm))
+        front = project(Rows(torch.cat(parts, 1), behind=stm.shape[1]))
+        back = project(Rows(stm))
         keys = torch.cat([front.keys, back.keys.repeat_interleave(each, 0)], 2)
         values = torch.cat([front.values, back.values.repeat_interleave(each, 0)], 2)
         return (Segment(keys, values),)
@@ -194,8 +199,9 @@ class RowSource:
     engine: DecoderEngine
     rows: Sequence[Tensor]
 
-    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
-        rows = self.rows[spec.memory_index].to(hidden)
+    def prefix(self, layer: int, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
+        """See ``mplus.mechanisms.decoder.Prefix``."""
+        rows = self.rows[layer].to(hidden)
         each = hidden.shape[0] // rows.shape[0]
-        begin = self.engine.mechanism.additions.begin[spec.memory_index].to(hidden).expand(hidden.shape[0], -1, -1)
-        return (project(Prefix(torch.cat([begin, rows.repeat_interleave(each, 0)], 1))),)
+        begin = self.engine.mechanism.additions.begin[layer].to(hidden).expand(hidden.shape[0], -1, -1)
+        return (project(Rows(torch.cat([begin, rows.repeat_interleave(each, 0)], 1))),)

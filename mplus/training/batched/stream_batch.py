@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mplus.errors import ConfigError, InputError
-from mplus.hf.model.engine import DecoderEngine, DensePlan
+from mplus.hf.model.engine import DecoderEngine
+from mplus.mechanisms.short_term.write import WritePass, WritePlan
 from mplus.training.batched.long_term import LongTermRows
 from mplus.training.batched.semantics import check_semantics
 
@@ -97,9 +98,9 @@ class StreamBatch:
         context = tuple(rows[:, rows.shape[1] - present :] for rows in self.stm)
         hybrid = self.engine.retrofit.anatomy.hybrid
         reencoded = 0 if hybrid else min(max(k - ids.shape[1], 0), present)
-        plan = DensePlan(True, context, reencoded, min(k, ids.shape[1] + reencoded))
-        block: list[Tensor] = self.engine.encode_batch(plan, ids.to(self.engine.device))
-        return block
+        plan = WritePlan(True, context, reencoded, min(k, ids.shape[1] + reencoded))
+        run = WritePass(plan, self.engine.mechanism.additions).run
+        return list(run(self.engine.decoder, ids.to(self.engine.device)))
 
     def absorb(self, block: Sequence[Tensor], source: Tensor) -> None:
         """Take new rows, per layer ``[B, k, d]``, written from ``source`` ``[B]``; a random few leave the full STM."""

@@ -115,7 +115,7 @@ def test_gradients_reach_both_adapters_and_only_them(base: Any) -> None:
         if parameter.is_floating_point():
             parameter.requires_grad_(".lora_" in name)
     engine = model.mplus_engine
-    rows = engine.encode([engine.mechanism.new_state(engine.layout)], TEXT)
+    rows = engine.write(model.new_memory().snapshot(), TEXT).hidden
     sum(row.square().mean() for row in rows).backward()
     memory = model.new_memory()
     memory.write(CHUNKS[:CHUNK])

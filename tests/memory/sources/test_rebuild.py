@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -145,16 +146,16 @@ def test_rebuilding_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for number, name in enumerate("abc"):
         memory.write(tiny.ids(50, number), name)
     before, version = tiny.content(memory), memory.version
-    own, calls = type(model.mplus_engine).encode, []
+    own, calls = type(model.mplus_engine).write, []
 
-    def encode(self: Any, states: Any, ids: Any) -> Any:
+    def write(self: Any, views: Any, ids: Any, tokenizer: Any = None) -> Any:
         calls.append(ids)
-        made = own(self, states, ids)
+        made = own(self, views, ids, tokenizer)
         if len(calls) == 4:
-            made[1] = made[1] * float("nan")
+            made = evolve(made, hidden=tuple(rows * float("nan") for rows in made.hidden))
         return made
 
-    monkeypatch.setattr(type(model.mplus_engine), "encode", encode)
+    monkeypatch.setattr(type(model.mplus_engine), "write", write)
     with pytest.raises(NonFiniteError):
         memory.forget("a", mode="rebuild")
     tiny.assert_content(memory, before)

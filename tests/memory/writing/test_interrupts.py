@@ -68,7 +68,7 @@ def expected(full: Memory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(("chunk", "layer"), [(1, 1), (1, 3), (2, 2), (3, 1), (3, 3)])
-@pytest.mark.parametrize("place", ["encode", "append", "remove", "evict", "keys"])
+@pytest.mark.parametrize("place", ["write", "append", "remove", "evict", "keys"])
 def test_interrupted_inside(
     place: str,
     chunk: int,
@@ -80,13 +80,13 @@ def test_interrupted_inside(
 ) -> None:
     memory = full.fork()
     owner, name = {
-        "encode": (memory.engine, "encode"),
+        "write": (memory.engine, "write"),
         "append": (memory.stores[0], "append"),
         "remove": (memory.stores[0], "remove"),
         "evict": (memory.streams.eviction, "select"),
         "keys": (memory.engine, "keys"),
     }[place]
-    call = chunk if place == "encode" else 3 * (chunk - 1) + layer
+    call = chunk if place == "write" else 3 * (chunk - 1) + layer
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, At(getattr(owner, name), call, after))
         with pytest.raises(KeyboardInterrupt):
@@ -103,7 +103,7 @@ def test_interrupted_between_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     first.write([TEXT[:16], None], source="late")
     both.write([TEXT[:16], TEXT[:16]], source="late")
     with monkeypatch.context() as patch:
-        patch.setattr(memory.engine, "encode", At(memory.engine.encode, 2))
+        patch.setattr(memory.engine, "write", At(memory.engine.write, 2))
         with pytest.raises(KeyboardInterrupt):
             memory.write([TEXT[:16], TEXT[:16]], source="late")
     tiny.assert_same(memory, first)

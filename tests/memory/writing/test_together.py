@@ -41,13 +41,13 @@ def model() -> Any:
 def passes(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Shapes of the ids of every write pass."""
     engine, seen = model.mplus_engine, []
-    encode = engine.encode
+    own = engine.write
 
-    def listen(states: Any, ids: torch.Tensor) -> Any:
+    def listen(views: Any, ids: torch.Tensor, *rest: Any) -> Any:
         seen.append(tuple(ids.shape))
-        return encode(states, ids)
+        return own(views, ids, *rest)
 
-    monkeypatch.setattr(engine, "encode", listen)
+    monkeypatch.setattr(engine, "write", listen)
     return seen
 
 
@@ -230,16 +230,16 @@ def test_alone_a_memory_raises_what_it_raised(model: Any) -> None:
 def test_what_is_not_finite_for_one_is_written_for_the_others(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the second chunk of one memory; all three share the pass."""
     memories, engine = [model.new_memory(seed=seed) for seed in range(3)], model.mplus_engine
-    encode, turns = engine.encode, []
+    own, turns = engine.write, []
 
-    def overflowing(states: Any, ids: Any) -> Any:
-        turns.append(len(states))
-        blocks = encode(states, ids)
+    def overflowing(views: Any, ids: Any, *rest: Any) -> Any:
+        turns.append(len(views))
+        made = own(views, ids, *rest)
         if len(turns) == 2:
-            blocks[1][1, 0, 0] = torch.nan
-        return blocks
+            made.hidden[1][1, 0, 0] = torch.nan
+        return made
 
-    monkeypatch.setattr(engine, "encode", overflowing)
+    monkeypatch.setattr(engine, "write", overflowing)
     texts = [tiny.ids(48, seed) for seed in range(3)]
     with pytest.raises(WriteTogetherError) as raised:
         mplus.write_together(memories, texts)
@@ -268,15 +268,15 @@ def test_numbers_that_are_not_finite_for_any_leave_all_alone(model: Any) -> None
 def test_a_pass_that_fails_is_divided(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it is too large, or one of its texts is to blame."""
     engine, sizes = model.mplus_engine, []
-    encode, texts = engine.encode, [tiny.ids(16, seed) for seed in range(5)]
+    own, texts = engine.write, [tiny.ids(16, seed) for seed in range(5)]
 
-    def failing(states: Any, ids: Any) -> Any:
+    def failing(views: Any, ids: Any, *rest: Any) -> Any:
         sizes.append(len(ids))
         if len(ids) > 2 or any(torch.equal(row, texts[3]) for row in ids):
             raise RuntimeError("out of memory")
-        return encode(states, ids)
+        return own(views, ids, *rest)
 
-    monkeypatch.setattr(engine, "encode", failing)
+    monkeypatch.setattr(engine, "write", failing)
     memories = [model.new_memory() for _ in texts]
     results = mplus.write_together(memories, texts, errors="return")
     assert [isinstance(result, RuntimeError) for result in results] == [False, False, False, True, False]

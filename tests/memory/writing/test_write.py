@@ -35,13 +35,13 @@ def memory() -> Memory:
 def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     """The ids of every write pass."""
     engine, seen = tiny.variant("paper").mplus_engine, []
-    encode = engine.encode
+    own = engine.write
 
-    def listen(states: Any, ids: Tensor) -> Any:
+    def listen(views: Any, ids: Tensor, *rest: Any) -> Any:
         seen.append(ids)
-        return encode(states, ids)
+        return own(views, ids, *rest)
 
-    monkeypatch.setattr(engine, "encode", listen)
+    monkeypatch.setattr(engine, "write", listen)
     return seen
 
 

@@ -1,0 +1,128 @@
+"""WrappedDecoder: passes of a wrapped decoder, as the mechanism of its memories asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import define
+from torch import Tensor
+
+from mplus.backends.base import Segment
+from mplus.errors import NotSupported
+from mplus.hf.retrofit.attention_probe import Nothing
+from mplus.hf.retrofit.context import Collection as Collecting
+from mplus.hf.retrofit.context import Pass, PrefixSource, run_in
+from mplus.hf.retrofit.discovery import AttentionSpec
+from mplus.mechanisms.decoder import Adapter, Attend, Collected, DecoderShape, Edit, PassResult, Prefix, Project
+
+if TYPE_CHECKING:
+    from mplus.hf.model.engine import DecoderEngine
+
+
+class WrappedDecoder:
+    """See ``mplus.mechanisms.decoder.Decoder``."""
+
+    def __init__(self, engine: DecoderEngine) -> None:
+        self._engine = engine
+
+    @property
+    def shape(self) -> DecoderShape:
+        engine, anatomy = self._engine, self._engine.retrofit.anatomy
+        return DecoderShape(
+            layers=len(anatomy.specs),
+            depth=len(anatomy.layers),
+            width=engine.width,
+            vocab_size=engine.vocab_size,
+            hybrid=anatomy.hybrid,
+            positions="learned" if anatomy.learned_positions else "alibi" if anatomy.alibi else "rotary",
+            dtype=engine.dtype,
+            device=engine.device,
+        )
+
+    def embed(self, ids: Tensor) -> Tensor:
+        found: Tensor = self._engine.embedding(ids)
+        return found
+
+    def project(self, layer: int, hidden: Tensor) -> Tensor:
+        return self._engine.project(layer, hidden)
+
+    def keys(self, layer: int, hidden: Tensor) -> Tensor | None:
+        return self._engine.keys(layer, hidden)
+
+    @torch.compiler.disable  # as for reading
+    def run(
+        self,
+        text: Tensor,
+        *,
+        prefix: Prefix | None = None,
+        prefix_rows: int = 0,
+        attend: Attend | None = None,
+        edit: Edit | None = None,
+        adapter: Adapter | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        collect: Collection[Collected] = (),
+        last: int | None = None,
+    ) -> PassResult:
+        engine = self._engine
+        engine.check_wrapped()
+        engine.check_attention()
+        if attend is not None and engine.retrofit.technique != "attention":
+            raise NotSupported(
+                f"{type(engine.model).__name__} computes attention by itself, so that {engine.mechanism.name!r} cannot "
+                "compute it in its own way: use another decoder"
+            )
+        offset = engine.retrofit.positions.extent(prefix_rows) if engine.retrofit.positions.offset else 0
+        batch, tokens = text.shape[:2]
+        if positions is None and offset:
+            positions = torch.arange(offset, offset + tokens, device=text.device)
+        inputs: dict[str, Any] = {"input_ids" if text.dim() == 2 else "inputs_embeds": text, "use_cache": False}
+        if positions is not None:
+            inputs["position_ids"] = positions.expand(batch, -1)
+        if mask is not None:
+            inputs["attention_mask"] = mask
+        names = frozenset(collect)
+        collection = Collecting("inputs" in names or "projected" in names, "outputs" in names, last)
+        source: PrefixSource = Nothing() if prefix is None else _Given(prefix)
+        named = None if adapter is None else engine.adapter(adapter)
+        active = Pass(source, named, edit=edit, collection=collection, text_offset=offset, attend=attend)
+        if "hidden" in names:
+            inputs["output_hidden_states"] = True
+        if "logits" not in names:
+            output: Any = run_in(active, engine.retrofit.anatomy.decoder, **inputs)
+            return self._result(output.last_hidden_state, output, names, collection, None)
+        output = run_in(active, engine.model, **inputs)
+        states = output.hidden_states or ()
+        return self._result(states[-1] if states else None, output, names, collection, output.logits)
+
+    def _result(
+        self, hidden: Any, output: Any, names: frozenset[Collected], collection: Collecting, logits: Tensor | None
+    ) -> PassResult:
+        inputs = _in_order(collection.inputs)
+        projected: tuple[Tensor, ...] = ()
+        if "projected" in names:
+            projected = tuple(self.project(layer, rows) for layer, rows in enumerate(inputs))
+        return PassResult(
+            hidden=hidden,
+            inputs=inputs if "inputs" in names else (),
+            outputs=_in_order(collection.outputs),
+            projected=projected,
+            hidden_states=tuple(output.hidden_states or ()) if "hidden" in names else (),
+            logits=logits,
+        )
+
+
+@define(frozen=True, eq=False)
+class _Given:
+    """A ``PrefixSource`` that asks a function by the number of the layer."""
+
+    given: Prefix
+
+    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
+        return self.given(spec.memory_index, hidden, project)
+
+
+def _in_order(by_layer: dict[int, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(by_layer[layer] for layer in sorted(by_layer))

@@ -1,0 +1,167 @@
+"""Decoder: what a wrapped decoder offers to the mechanism of its memories; ``mplus.hf`` provides it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, Literal, Protocol
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from mplus.backends.base import AttentionRequest, AttentionResult, Segment
+
+Collected = Literal["inputs", "outputs", "projected", "hidden", "logits"]
+"""What ``Decoder.run`` can bring back of a pass besides the final hidden state."""
+Adapter = Literal["write", "read"]
+"""Which of the LoRA adapters a pass runs with."""
+
+
+@define(frozen=True, eq=False)
+class Text:
+    """Text of one pass.
+
+    Attributes:
+        ids: ``[B, n]`` int64.
+        mask: ``[B, n]`` bool, False at padding; None: there is none.
+        tokenizer: turns ids into text again, where the memory has one.
+    """
+
+    ids: Tensor
+    mask: Tensor | None = None
+    tokenizer: Any = None
+
+
+@define(frozen=True)
+class DecoderShape:
+    """Sizes and abilities of a decoder.
+
+    Attributes:
+        layers: that carry memory; layers of a mechanism are numbered among these.
+        depth: all layers.
+        width: of hidden states.
+        vocab_size: ids lie in ``[0, vocab_size)``.
+        hybrid: some layers carry no memory (state-space layers, say) and see the text alone.
+        positions: "learned": added to the embeddings, so that nothing in attention can be moved; "alibi": distances
+            as biases; "rotary": everything else.
+        dtype: of hidden states.
+        device: where ids go.
+    """
+
+    layers: int
+    depth: int
+    width: int
+    vocab_size: int
+    hybrid: bool
+    positions: Literal["rotary", "learned", "alibi"]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@define(frozen=True, eq=False)
+class Rows:
+    """Rows to be put in front of one layer's text: what the layer would receive, not yet projected.
+
+    Attributes:
+        hidden: ``[B or 1, P, d]``, oldest first; shorter streams have filler behind their rows.
+        lengths: ``[B]`` int64, real rows of each stream, or None when all rows are real.
+        behind: further memory rows between these and the text.
+    """
+
+    hidden: Tensor
+    lengths: Tensor | None = None
+    behind: int = 0
+
+
+Project = Callable[[Rows], Segment]
+"""Puts rows through a layer's own norm and projections, and rotates keys to the rows' positions."""
+Prefix = Callable[[int, Tensor, Project], tuple[Segment, ...]]
+"""``prefix(layer, hidden [B, T, d], project)``: what a layer sees in front of its text, oldest first; () for nothing.
+``hidden`` is the text after the layer's input norm."""
+Compute = Callable[[AttentionRequest], AttentionResult]
+Attend = Callable[[int, AttentionRequest, Compute], AttentionResult]
+"""``attend(layer, request, compute)``: a layer's attention in the mechanism's own way; ``compute`` is the usual one."""
+Edit = Callable[[int, Tensor], Tensor]
+"""``edit(layer, hidden [B, T, d])``: what a layer receives in the place of ``hidden``."""
+
+
+@define(frozen=True, eq=False)
+class PassResult:
+    """What one pass left.
+
+    Attributes:
+        hidden: ``[B, T, d]``, after the final norm; None where there are logits and no ``hidden_states``.
+        inputs, outputs: of each layer that carries memory ``[B, T, d]``.
+        projected: of each such layer ``[B, T, Hkv (D + Dv)]``: keys of its inputs, not rotated, and behind them values.
+        hidden_states: of all layers, the embeddings first; the last one after the final norm.
+        logits: ``[B, T, V]``.
+
+    All but ``hidden`` are there if they were asked for; what is of a layer holds the last rows only where so many were.
+    """
+
+    hidden: Tensor | None
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
+    projected: tuple[Tensor, ...] = ()
+    hidden_states: tuple[Tensor, ...] = field(factory=tuple)
+    logits: Tensor | None = None
+
+
+class Decoder(Protocol):
+    """A wrapped decoder, seen from the mechanism of its memories.
+
+    Example:
+        >>> def write(self, decoder, views, text):
+        ...     found = decoder.run(text.ids, adapter="write", collect={"outputs"}, last=1)
+        ...     return Update(found.outputs)  # the last output of every layer, as one new row
+    """
+
+    @property
+    def shape(self) -> DecoderShape:
+        """Sizes and abilities."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the token embeddings ``[B, n, w]`` of ids ``[B, n]``."""
+
+    def run(
+        self,
+        text: Tensor,
+        *,
+        prefix: Prefix | None = None,
+        prefix_rows: int = 0,
+        attend: Attend | None = None,
+        edit: Edit | None = None,
+        adapter: Adapter | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        collect: Collection[Collected] = (),
+        last: int | None = None,
+    ) -> PassResult:
+        """Run one pass of the decoder over ``text``. Gradients flow where they are enabled; nothing is cached.
+
+        Args:
+            text: ids ``[B, T]`` int64, or embeddings ``[B, T, w]``.
+            prefix: gives every layer that carries memory what it sees in front of the text.
+            prefix_rows: rows that ``prefix`` gives, in the layer that has most.
+            attend: computes attention in these layers.
+            edit: changes what these layers receive.
+            adapter: that is switched on; None: none.
+            positions: ``[T]`` int64, of the text; None: from 0 on, or behind the prefix where that begins at 0.
+            mask: ``[B, T]``, 0 at padding.
+            collect: what is wanted of the pass.
+            last: of what is collected layer by layer, only so many last rows; None: all.
+
+        Raises:
+            MemoryMismatchError: the decoder was unwrapped in the meantime.
+            NotSupported: it has been set to an attention implementation that memory does not go with, or cannot do
+                what is asked (``attend`` where it computes attention by itself).
+        """
+
+    def project(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return ``MemoryRows.projected`` ``[B, n, Hkv (D + Dv)]`` of rows ``[B, n, d]`` that the layer would receive.
+
+        Raises NotSupported where a decoder's keys cannot be had before they are rotated.
+        """
+
+    def keys(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """Return retriever keys ``[m, r]`` of rows ``[m, d]``, or None where the retriever keeps none."""

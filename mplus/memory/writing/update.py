@@ -1,0 +1,77 @@
+"""Update: what a mechanism makes of one chunk of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from attrs import define
+from torch import Tensor
+
+from mplus.errors import MechanismError
+from mplus.memory.checks import check_finite
+from mplus.stores.base import StoreLayout
+
+
+@define(frozen=True, eq=False)
+class Update:
+    """New rows, oldest first, made of one chunk of every stream of a pass; or, after ``of``, of one stream.
+
+    Attributes:
+        hidden: of each layer of the layout ``[B, k, d]`` (of one stream ``[k, d]``); () where rows are kept projected
+            only and nothing else is made of them.
+        projected: of each layer ``[B, k, Hkv (D + Dv)]``, ``MemoryRows.projected``; () lets the memory project
+            ``hidden``, where it keeps rows projected.
+    """
+
+    hidden: tuple[Tensor, ...]
+    projected: tuple[Tensor, ...] = ()
+
+    def of(self, stream: int) -> Update:
+        """Return the rows of one stream: views of the tensors of all."""
+        return Update(tuple(rows[stream] for rows in self.hidden), tuple(rows[stream] for rows in self.projected))
+
+    @property
+    def finite(self) -> bool:
+        """Whether there is no NaN and no Inf in any row."""
+        return all(bool(torch.isfinite(rows).all()) for rows in (*self.hidden, *self.projected))
+
+    def check_finite(self, tokens: int) -> None:
+        """Raise NonFiniteError, with the layer, where there is NaN or Inf in rows made of a chunk of ``tokens``."""
+        for layer, rows in enumerate(self.hidden):
+            check_finite(rows, f"in layer {layer} for a chunk of {tokens} tokens")
+        for layer, rows in enumerate(self.projected):
+            check_finite(rows, f"in keys and values of layer {layer} for a chunk of {tokens} tokens")
+
+    def check(self, mechanism: str, streams: int, layouts: Sequence[StoreLayout]) -> None:
+        """Raise MechanismError unless these can be the rows of so many streams.
+
+        Args:
+            mechanism: its name, for messages.
+            streams: B.
+            layouts: of the streams' rows.
+        """
+        said = f"the mechanism {mechanism!r}: write must return"
+        if not isinstance(self, Update) or not (self.hidden or self.projected):
+            got = "none" if isinstance(self, Update) else type(self).__name__
+            raise MechanismError(f"{said} an Update with hidden states or projections of rows, got {got}")
+        for layout in layouts:
+            widths = {"hidden": (self.hidden, layout.hidden_size), "projected": (self.projected, layout.projected_size)}
+            if layout.keeps_hidden and not self.hidden:
+                raise MechanismError(f"{said} hidden states of rows, as these memories keep them, got projections only")
+            for name, (layers, width) in widths.items():
+                if layers:
+                    _check_layers(f"{said} {name} rows", layers, streams, layout.layers, width)
+        counts = {rows.shape[1] for rows in (*self.hidden, *self.projected)}
+        if len(counts) > 1:
+            raise MechanismError(f"{said} equally many rows for every layer, got {sorted(counts)}")
+
+
+def _check_layers(said: str, layers: Sequence[Tensor], streams: int, expected: int, width: int) -> None:
+    if len(layers) != expected:
+        raise MechanismError(f"{said} of the {expected} layers of its layout, got those of {len(layers)} layers")
+    for layer, rows in enumerate(layers):
+        if rows.dim() != 3 or rows.shape[0] != streams or rows.shape[2] != width or not rows.is_floating_point():
+            raise MechanismError(
+                f"{said} of layer {layer} as floating [{streams}, k, {width}], got {rows.dtype} {list(rows.shape)}"
+            )
