@@ -10,11 +10,12 @@ from typing import Any, ClassVar, Protocol
 from attrs import define, field
 from torch import Tensor
 
+from mplus.backends.base import Segment
 from mplus.config import MPlusConfig
 from mplus.errors import InputError
 from mplus.eviction.base import EvictionPolicy
 from mplus.mechanisms.additions import MemoryAdditions
-from mplus.mechanisms.decoder import Decoder, Text
+from mplus.mechanisms.decoder import Attended, Decoder, KeptProjection, Project, Text
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.context import WriteContext
 from mplus.memory.writing.update import Update
@@ -59,6 +60,24 @@ class Absorbed:
     stayed: Mapping[str, tuple[Tensor, ...]] = field(factory=dict)
 
 
+@define(frozen=True, eq=False)
+class Opened:
+    """What is ready for one read, of the whole text that it begins with and all tokens that follow.
+
+    Attributes:
+        views: one per batch row.
+        own: whatever the mechanism made for it.
+        text_offset: ``[B]`` int64, the position of the first text token, where it is not 0 (rows that sit at 0, 1, ...,
+            or learned positions behind a front); None: the decoder's configuration says.
+        prepared: what ``prepare`` made, where rows are read as they are kept; None: they are projected anew.
+    """
+
+    views: Sequence[StreamView]
+    own: Any = None
+    text_offset: Tensor | None = None
+    prepared: Any = None
+
+
 class Columns(Protocol):
     """Makes what rows keep besides hidden states."""
 
@@ -76,6 +95,9 @@ class MemoryMechanism(ABC):
         name: in configurations and files.
         State: the class of its streams' states.
         uses_retriever: whether it brings rows back with a retriever.
+        empty_is_base: whether a new memory leaves the decoder as it is, bit for bit; checked when a decoder is wrapped.
+        attends: whether ``prefix`` returns ``Attended``, so that attention must go through mplus.
+        keeps: the ``memory_rows`` that make sense for it.
     """
 
     @define(frozen=True, kw_only=True)
@@ -90,6 +112,9 @@ class MemoryMechanism(ABC):
     name: ClassVar[str]
     State: ClassVar[type[StreamState]]
     uses_retriever: ClassVar[bool] = True
+    empty_is_base: ClassVar[bool] = True
+    attends: ClassVar[bool] = False
+    keeps: ClassVar[frozenset[str]] = frozenset({"projected", "hidden", "both"})
 
     def __init__(self, config: MPlusConfig, additions: MemoryAdditions, options: Any) -> None:
         self.config = config
@@ -175,6 +200,39 @@ class MemoryMechanism(ABC):
             views: one per batch row.
         """
         return [None] * len(views)
+
+    def prepare(self, projection: KeptProjection, batch: int | None) -> Any:
+        """Return what all reads of one state of a memory share, or None; it is kept until the memory changes.
+
+        Args:
+            projection: of rows that are kept as keys and values.
+            batch: rows of the batch it is for, where each has an adapter of its own; else None.
+        """
+        return None
+
+    def open(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Opened:
+        """Get ready for one read, before its first pass: retrieve by the whole text, say, or make a soft prompt.
+
+        Args:
+            decoder: runs passes.
+            views: one per batch row.
+            text: of the first forward.
+        """
+        return Opened(views)
+
+    @abstractmethod
+    def prefix(
+        self, opened: Opened, layer: int, found: Sequence[Retrieved | None], hidden: Tensor, project: Project
+    ) -> tuple[Segment, ...] | Attended | None:
+        """Return what a layer sees in front of the text, oldest first; None: the layer is left alone.
+
+        Args:
+            opened: what ``open`` returned.
+            layer: index among the layers that carry memory.
+            found: what ``retrieve`` returned for this layer.
+            hidden: ``[B, T, d]``, the text after the layer's input norm; gives device and dtype.
+            project: projects rows, and rotates their keys to their positions.
+        """
 
     def has_prefix(self, view: StreamView) -> bool:
         """Return whether a read puts anything in front of the text."""

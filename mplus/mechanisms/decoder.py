@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -10,6 +10,7 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.backends.base import AttentionRequest, AttentionResult, Segment
+from mplus.errors import InputError
 
 Collected = Literal["inputs", "outputs", "projected", "hidden", "logits"]
 """What ``Decoder.run`` can bring back of a pass besides the final hidden state."""
@@ -22,14 +23,22 @@ class Text:
     """Text of one pass.
 
     Attributes:
-        ids: ``[B, n]`` int64.
+        ids: ``[B, n]`` int64; of a read that was given embeddings there are none.
         mask: ``[B, n]`` bool, False at padding; None: there is none.
         tokenizer: turns ids into text again, where the memory has one.
+        embedded: ``[B, n, w]``, the embeddings of a read that was given no ids.
     """
 
-    ids: Tensor
+    ids: Tensor | None
     mask: Tensor | None = None
     tokenizer: Any = None
+    embedded: Tensor | None = None
+
+    def need_ids(self) -> Tensor:
+        """Return ``ids``. Raises InputError where there are embeddings only."""
+        if self.ids is None:
+            raise InputError("this memory needs the ids of a text that is read with it, got embeddings: pass input_ids")
+        return self.ids
 
 
 @define(frozen=True)
@@ -66,21 +75,38 @@ class Rows:
         hidden: ``[B or 1, P, d]``, oldest first; shorter streams have filler behind their rows.
         lengths: ``[B]`` int64, real rows of each stream, or None when all rows are real.
         behind: further memory rows between these and the text.
+        positions: ``[B or 1, P]`` int64, where the rows sit on the position axis; None: right in front of the text, as
+            the decoder's configuration says (``memory_positions``).
     """
 
     hidden: Tensor
     lengths: Tensor | None = None
     behind: int = 0
+    positions: Tensor | None = None
 
 
 Project = Callable[[Rows], Segment]
 """Puts rows through a layer's own norm and projections, and rotates keys to the rows' positions."""
-Prefix = Callable[[int, Tensor, Project], tuple[Segment, ...]]
-"""``prefix(layer, hidden [B, T, d], project)``: what a layer sees in front of its text, oldest first; () for nothing.
-``hidden`` is the text after the layer's input norm."""
 Compute = Callable[[AttentionRequest], AttentionResult]
-Attend = Callable[[int, AttentionRequest, Compute], AttentionResult]
-"""``attend(layer, request, compute)``: a layer's attention in the mechanism's own way; ``compute`` is the usual one."""
+"""Attention as usual, by the decoder's backend."""
+Attend = Callable[[AttentionRequest, Compute], AttentionResult]
+"""A layer's attention in the mechanism's own way: a gate, a second softmax, a merge by log-sum-exp."""
+
+
+@define(frozen=True, eq=False)
+class Attended:
+    """A layer's memory, and the mechanism's own way to attend to it.
+
+    Refused where the decoder computes attention by itself (technique "cache_view").
+    """
+
+    segments: tuple[Segment, ...]
+    attend: Attend
+
+
+Prefix = Callable[[int, Tensor, Project], tuple[Segment, ...] | Attended | None]
+"""``prefix(layer, hidden [B, T, d], project)``: what a layer sees in front of its text, oldest first; None or () for
+nothing. ``hidden`` is the text after the layer's input norm."""
 Edit = Callable[[int, Tensor], Tensor]
 """``edit(layer, hidden [B, T, d])``: what a layer receives in the place of ``hidden``."""
 
@@ -107,6 +133,56 @@ class PassResult:
     logits: Tensor | None = None
 
 
+class RowPositions(Protocol):
+    """Where memory rows sit on the position axis; see ``mplus.hf.retrofit.positions.MemoryPositions``."""
+
+    @property
+    def layout(self) -> str:
+        """How they sit: "sequential", "compressed" or "constant"."""
+
+    def of_rows(self, place: Tensor, total: int | Tensor, text_offset: int | Tensor = 0) -> Tensor:
+        """Return ``[B or 1, P]`` int64 positions of the rows at ``place`` of ``total``, counted from the oldest."""
+
+
+class KeptProjection(Protocol):
+    """What turns rows kept as keys and values into segments: ``mplus.hf.retrofit.projection.Projection``."""
+
+    @property
+    def heads(self) -> int:
+        """Hkv."""
+
+    @property
+    def width(self) -> int:
+        """D."""
+
+    @property
+    def value_width(self) -> int:
+        """Dv."""
+
+    @property
+    def size(self) -> int:
+        """Width of ``MemoryRows.projected``."""
+
+    @property
+    def positions(self) -> RowPositions:
+        """Where rows sit."""
+
+    def rows(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return ``[B, n, Hkv (D + Dv)]`` of rows ``[B, n, d]``: keys, not rotated, and behind them values."""
+
+    def tables(self, layer: int, like: Tensor, positions: Tensor) -> Any:
+        """Return what ``turned`` rotates rows at ``positions`` with; None where nothing is rotated."""
+
+    def table_key(self, layer: int) -> Any:
+        """Return what is equal in layers that have the same tables."""
+
+    def picked(self, layer: int, begin: Tensor, column: Tensor, places: Tensor, tables: Any) -> Segment:
+        """Return ``begin`` ``[1, w]`` and behind it the rows at ``places`` of ``column`` ``[m, w]``, as a segment."""
+
+    def turned(self, layer: int, parts: Sequence[Tensor], tables: Any) -> Segment:
+        """Return rows ``[B, n_i, w]``, one part behind the other, as a segment."""
+
+
 class Decoder(Protocol):
     """A wrapped decoder, seen from the mechanism of its memories.
 
@@ -129,7 +205,6 @@ class Decoder(Protocol):
         *,
         prefix: Prefix | None = None,
         prefix_rows: int = 0,
-        attend: Attend | None = None,
         edit: Edit | None = None,
         adapter: Adapter | None = None,
         positions: Tensor | None = None,
@@ -143,7 +218,6 @@ class Decoder(Protocol):
             text: ids ``[B, T]`` int64, or embeddings ``[B, T, w]``.
             prefix: gives every layer that carries memory what it sees in front of the text.
             prefix_rows: rows that ``prefix`` gives, in the layer that has most.
-            attend: computes attention in these layers.
             edit: changes what these layers receive.
             adapter: that is switched on; None: none.
             positions: ``[T]`` int64, of the text; None: from 0 on, or behind the prefix where that begins at 0.
@@ -165,3 +239,12 @@ class Decoder(Protocol):
 
     def keys(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Return retriever keys ``[m, r]`` of rows ``[m, d]``, or None where the retriever keeps none."""
+
+
+def side_by_side(streams: Sequence[Tensor]) -> Rows:
+    """Return rows ``[P_b, d]`` of every stream as one; shorter ones get filler behind."""
+    rows = max(part.shape[0] for part in streams)
+    if all(part.shape[0] == rows for part in streams):
+        return Rows(torch.stack(list(streams)))
+    hidden = torch.stack([torch.nn.functional.pad(part, (0, 0, 0, rows - part.shape[0])) for part in streams])
+    return Rows(hidden, torch.tensor([part.shape[0] for part in streams], device=hidden.device))

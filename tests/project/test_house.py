@@ -69,8 +69,6 @@ NOT_YET = {
     "fields of M+'s state": {
         "mplus.bench.fixtures.random_memory",
         "mplus.evaluation.recall.arms",
-        "mplus.hf.reading.prefix_cache",
-        "mplus.hf.reading.reading",
         "mplus.memory.format.earlier",
         "mplus.training.batched.read",
         "mplus.training.losses",

@@ -10,12 +10,11 @@ from attrs import define
 from torch import Tensor
 
 from mplus.backends.base import Segment
-from mplus.errors import NotSupported
 from mplus.hf.retrofit.attention_probe import Nothing
 from mplus.hf.retrofit.context import Collection as Collecting
 from mplus.hf.retrofit.context import Pass, PrefixSource, run_in
 from mplus.hf.retrofit.discovery import AttentionSpec
-from mplus.mechanisms.decoder import Adapter, Attend, Collected, DecoderShape, Edit, PassResult, Prefix, Project
+from mplus.mechanisms.decoder import Adapter, Attended, Collected, DecoderShape, Edit, PassResult, Prefix, Project
 
 if TYPE_CHECKING:
     from mplus.hf.model.engine import DecoderEngine
@@ -58,7 +57,6 @@ class WrappedDecoder:
         *,
         prefix: Prefix | None = None,
         prefix_rows: int = 0,
-        attend: Attend | None = None,
         edit: Edit | None = None,
         adapter: Adapter | None = None,
         positions: Tensor | None = None,
@@ -69,11 +67,6 @@ class WrappedDecoder:
         engine = self._engine
         engine.check_wrapped()
         engine.check_attention()
-        if attend is not None and engine.retrofit.technique != "attention":
-            raise NotSupported(
-                f"{type(engine.model).__name__} computes attention by itself, so that {engine.mechanism.name!r} cannot "
-                "compute it in its own way: use another decoder"
-            )
         offset = engine.retrofit.positions.extent(prefix_rows) if engine.retrofit.positions.offset else 0
         batch, tokens = text.shape[:2]
         if positions is None and offset:
@@ -87,7 +80,7 @@ class WrappedDecoder:
         collection = Collecting("inputs" in names or "projected" in names, "outputs" in names, last)
         source: PrefixSource = Nothing() if prefix is None else _Given(prefix)
         named = None if adapter is None else engine.adapter(adapter)
-        active = Pass(source, named, edit=edit, collection=collection, text_offset=offset, attend=attend)
+        active = Pass(source, named, edit=edit, collection=collection, text_offset=offset)
         if "hidden" in names:
             inputs["output_hidden_states"] = True
         if "logits" not in names:
@@ -120,7 +113,7 @@ class _Given:
 
     given: Prefix
 
-    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
+    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...] | Attended | None:
         return self.given(spec.memory_index, hidden, project)
 
 

@@ -17,7 +17,6 @@ from mplus.hf.adapters.weights import Look, Watch
 from mplus.hf.model.decoder import WrappedDecoder
 from mplus.hf.model.modes import bring_back, input_device
 from mplus.hf.reading.open_readings import OpenReadings
-from mplus.hf.reading.prefix_cache import Prepared
 from mplus.hf.retrofit.attention import BASES, PREFIX
 from mplus.hf.retrofit.attention_probe import OwnAttention
 from mplus.hf.retrofit.hooks import Retrofit
@@ -55,7 +54,7 @@ class DecoderEngine:
         self.decoder = WrappedDecoder(self)
         self.own_attention = OwnAttention(self)
         self.watch = Watch(self)
-        self._prepared: WeakKeyDictionary[Memory, Prepared] = WeakKeyDictionary()
+        self._prepared: WeakKeyDictionary[Memory, tuple[Any, Any]] = WeakKeyDictionary()
         self.readings = OpenReadings()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -167,20 +166,19 @@ class DecoderEngine:
         """See ``Engine.weights``."""
         return self.watch.look().weights if adapters is None else self.watch.with_adapters(adapters)
 
-    def prepared(self, memory: Memory, version: int, look: Look) -> Prepared | None:
-        """What reads of ``memory`` in this version share; None where its rows are projected by every read."""
+    def prepared(self, memory: Memory, version: int, look: Look) -> Any:
+        """Return what reads of ``memory`` in this version share; None where its rows are projected by every read."""
         layout = memory.stores[0].layout
         if isinstance(self.projection, str) or not layout.projected_size:
             return None
-        if look.names is not None and layout.keeps_hidden:
+        if layout.keeps_hidden and (look.names is not None or self.retrofit.technique != "attention"):
             return None
         found = self._prepared.get(memory)
-        begin: Tensor = self.mechanism.additions.begin
-        weights = (look.weights, look.names, look.each, look.begin)
-        if found is None or found.version != version or found.weights != weights:
+        made_for = (version, look.weights, look.names, look.each, look.begin)
+        if found is None or found[0] != made_for:
             batch = None if look.names is None else len(look.names)
-            found = self._prepared[memory] = Prepared(self.projection, begin, version, weights, batch)
-        return found
+            found = self._prepared[memory] = (made_for, self.mechanism.prepare(self.projection, batch))
+        return found[1]
 
     def padded_positions(self, mask: Tensor) -> dict[str, Tensor]:
         """``position_ids`` that skip left padding of a ``[B, T]`` mask, for decoders that take them."""

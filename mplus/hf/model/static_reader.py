@@ -156,6 +156,8 @@ def reasons_against(model: Any) -> list[str]:
     retrofit, anatomy = engine.retrofit, engine.retrofit.anatomy
     if retrofit.technique != "attention":
         reasons.append("it computes attention by itself, and memory is put into its cache at every token")
+    if engine.mechanism.attends:
+        reasons.append(f"the memory {engine.mechanism.name!r} computes attention in its own way")
     if retrofit.positions.offset:
         reasons.append("its positions depend on the length of what is read")
     if anatomy.hybrid:
@@ -221,7 +223,7 @@ def _merge(projection: Any, adapter: str, twin: Any) -> None:
 def _joined(reading: Reading, index: int, layer: Any) -> tuple[Tensor, Tensor]:
     """Keys and values ``[B, Hkv, P+T, D]`` of memory and text in one layer."""
     text_keys, text_values = layer.keys, layer.values
-    segments = reading.segments.get(index, ())
+    segments: Any = reading.segments.get(index, ())  # no way of its own to attend: see reasons_against
     if any(segment.lengths is not None for segment in segments):
         raise NotSupported(
             "the streams of this memory have rows of different number, which a static cache has no mask for"

@@ -259,6 +259,12 @@ def _choose_technique(decoder: Any, installed: Installed, base_logits: Tensor | 
     for technique, offset in [(t, o) for o in offsets for t in ("attention", "cache_view")]:
         if technique == "attention" and not interface:
             continue
+        if technique == "cache_view" and engine.mechanism.attends:
+            installed.rejected.append(
+                f"cache view: the memory {engine.mechanism.name!r} computes attention in its own way, and the decoder "
+                "would attend by itself"
+            )
+            continue
         if technique == "cache_view" and engine.config.backend != "auto":
             installed.rejected.append(
                 f"cache view: the decoder attends by itself, so backend {engine.config.backend!r} cannot run"

@@ -25,6 +25,9 @@ from mplus.hf.reading.reading import Reading, one_per_row
 from mplus.hf.reading.retrieved_sources import retrieved_sources
 from mplus.hf.reading.virtual_tokens import only_learned
 from mplus.hf.retrofit.context import Pass, current_pass, run_in
+from mplus.hf.retrofit.positions import MemoryPositions
+from mplus.mechanisms.base import Opened
+from mplus.mechanisms.decoder import Text
 from mplus.memory.memory import Memory
 from mplus.memory.sources.recompute import refresh_if_stale
 
@@ -267,14 +270,27 @@ def _read_pass(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[
         text_mask = mask[:, -tokens:].bool() if padded else None
         if padded and takes_positions and inputs.get("position_ids") is None:
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+    front = Text(
+        ids=None if inputs.get("input_ids") is None else text[::repeats],
+        mask=None if text_mask is None else text_mask[::repeats],
+        tokenizer=None if reading.memory is None else reading.memory.tokenizer,
+        embedded=None if inputs.get("input_ids") is not None else text[::repeats],
+    )
+    opened = reading.open(engine.decoder, front)
     offset: int | Tensor = 0
     positions = engine.retrofit.positions
-    if positions.offset:
-        extents = [positions.extent(count) for count in reading.prefix_rows()]
-        offset = torch.tensor(extents, device=text.device)[:, None]
+    if positions.offset or opened.text_offset is not None:
+        offset = _text_offset(reading, opened, positions, text.device)
         cache = inputs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         if inputs.get("position_ids") is None:
             inputs["position_ids"] = torch.arange(past, past + tokens, device=text.device).expand(rows, -1)
         inputs["position_ids"] = inputs["position_ids"] + offset.repeat_interleave(repeats, 0)
     return Pass(reading.source(text_mask, piece), engine.adapter("read"), text_offset=offset)
+
+
+def _text_offset(reading: Reading, opened: Opened, positions: MemoryPositions, device: torch.device) -> Tensor:
+    """Return ``[streams, 1]`` int64, the position of the first text token: behind memory that sits at 0, 1, ..."""
+    if opened.text_offset is not None:
+        return opened.text_offset.to(device)[:, None]
+    return torch.tensor([positions.extent(rows) for rows in reading.prefix_rows()], device=device)[:, None]

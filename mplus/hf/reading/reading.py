@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,23 +13,24 @@ from torch import Tensor
 from mplus.backends.base import Segment
 from mplus.errors import InputError, MemoryMismatchError, NotSupported
 from mplus.hf.adapters.weights import Look
-from mplus.hf.reading.prefix_cache import Prepared
 from mplus.hf.reading.query_tokens import Recent, Window, first_tokens
 from mplus.hf.retrofit.discovery import AttentionSpec
-from mplus.mechanisms.base import MemoryMechanism, Retrieved
-from mplus.mechanisms.decoder import Project, Rows
-from mplus.mechanisms.short_term.state import state_of
+from mplus.mechanisms.base import MemoryMechanism, Opened, Retrieved
+from mplus.mechanisms.decoder import Attended, Decoder, Project, Rows, Text
 from mplus.memory.memory import Memory
 from mplus.memory.state import StreamView
+
+Front = tuple[Segment, ...] | Attended
+"""What a layer sees in front of the text."""
 
 
 @define(frozen=True, eq=False)
 class Repeated:
     """``segments``: those ``of`` every stream, ``repeats`` times each."""
 
-    of: tuple[Segment, ...]
+    of: Front
     repeats: int
-    segments: tuple[Segment, ...]
+    segments: Front
 
 
 @define(eq=False)
@@ -39,7 +41,8 @@ class Reading:
         mechanism: decides what a layer sees.
         views: one stream per batch row of the memory.
         memory: the memory the views were taken from (None for a test pass), and its ``version`` then.
-        prepared: what reads of this state share, where rows are kept projected; else None.
+        prepared: what reads of this state share, where rows are read as they are kept; else None.
+        opened: what the mechanism made ready for the first forward.
         look: the weights it began with; None for a test pass.
         keep: remember projections for later tokens; off where gradients flow, because they must be recomputed.
         repeats_allowed: a batch may hold several copies of each row in turn (beams, several samples).
@@ -59,7 +62,7 @@ class Reading:
     views: Sequence[StreamView]
     memory: Memory | None = None
     version: int = -1
-    prepared: Prepared | None = None
+    prepared: Any = None
     look: Look | None = None
     keep: bool = True
     repeats_allowed: bool = False
@@ -69,9 +72,27 @@ class Reading:
     retrieve_every: int | None = None
     context_tokens: int | tuple[int, ...] | None = None
     retrieved: dict[int, list[Retrieved | None]] = field(factory=dict)
-    segments: dict[int, tuple[Segment, ...]] = field(factory=dict)
+    segments: dict[int, Front] = field(factory=dict)
     repeated: dict[int, Repeated] = field(factory=dict)
     recent: dict[int, Recent] = field(factory=dict)
+    opened: Opened | None = None
+
+    def open(self, decoder: Decoder, text: Text) -> Opened:
+        """Let the mechanism get ready, at the first forward; return what it made."""
+        if self.opened is None:
+            self.opened = evolve(self.mechanism.open(decoder, self.views, text), prepared=self._as_kept())
+        return self.opened
+
+    def need_opened(self) -> Opened:
+        """Return what ``open`` made; of a reading that was made by hand, one that nothing was prepared for."""
+        if self.opened is None:
+            self.opened = Opened(self.views, prepared=self._as_kept())
+        return self.opened
+
+    def _as_kept(self) -> Any:
+        """Return ``prepared``, unless rows with hidden states are to be projected anew."""
+        # Where gradients flow the reading adapter learns by what it makes of the rows.
+        return self.prepared if self.keep or not self.views[0].store.layout.keeps_hidden else None
 
     def is_of(self, memory: Memory) -> bool:
         """Whether ``memory`` is still in the state this reading was taken in."""
@@ -130,7 +151,7 @@ def _other_batch(rows: int, streams: int) -> MemoryMismatchError:
 
 @define(eq=False)
 class ReadSource:
-    """Gives every layer ``[begin | retrieved | STM]`` (M+ section 3.3)."""
+    """Gives every layer what the mechanism puts in front of the text, and lets it retrieve where that is due."""
 
     reading: Reading
     text_mask: Tensor | None
@@ -142,7 +163,7 @@ class ReadSource:
     def __attrs_post_init__(self) -> None:
         self._first = not self.reading.retrieved
 
-    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
+    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...] | Attended:
         reading, layer = self.reading, spec.memory_index
         repeats = reading.repeats(hidden.shape[0])
         if not any(map(reading.mechanism.has_prefix, reading.views)):
@@ -156,37 +177,29 @@ class ReadSource:
                 reading.segments[layer] = known
         return self._repeated(layer, known, repeats)
 
-    def _repeated(self, layer: int, segments: tuple[Segment, ...], repeats: int) -> tuple[Segment, ...]:
+    def _repeated(self, layer: int, found: Front, repeats: int) -> Front:
         """The same tuple for the same segments, so that a cache that keeps them knows them again."""
         if repeats == 1:
-            return segments
+            return found
         kept = self.reading.repeated.get(layer)
-        if kept is None or kept.of is not segments or kept.repeats != repeats:
-            kept = Repeated(segments, repeats, tuple(_repeat(segment, repeats) for segment in segments))
+        if kept is None or kept.of is not found or kept.repeats != repeats:
+            segments = found.segments if isinstance(found, Attended) else found
+            copies = tuple(_repeat(segment, repeats) for segment in segments)
+            again = evolve(found, segments=copies) if isinstance(found, Attended) else copies
+            kept = Repeated(found, repeats, again)
             if self.reading.keep:
                 self.reading.repeated[layer] = kept
         return kept.segments
 
-    def _made(self, layer: int, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
+    def _made(self, layer: int, hidden: Tensor, project: Project) -> Front:
         reading = self.reading
-        views, retrieved, prepared = reading.views, reading.retrieved[layer], reading.prepared
-        if prepared is None or not self._as_kept(prepared):
-            rows = assemble(reading.mechanism, views, layer, retrieved, hidden)
-            if reading.look is None or reading.look.names is None:
-                return (project(rows),)
+        if reading.look is not None and reading.look.names is not None:
             # PEFT's layers count on the rows of the batch: each stream once for each of its copies.
-            repeats = len(reading.look.names) // len(views)
-            return (_every(project(_repeated_rows(rows, repeats)), repeats),)
-        with torch.no_grad():
-            prefixed = [reading.mechanism.has_prefix(view) for view in views]
-            return prepared.segments(layer, views, retrieved, prefixed, hidden)
-
-    def _as_kept(self, prepared: Prepared) -> bool:
-        """Whether rows are read as they were projected, rather than projected anew."""
-        if not self.reading.views[0].store.layout.keeps_hidden:
-            return True
-        # Where gradients flow the reading adapter learns by what it makes of the rows.
-        return self.reading.keep and prepared.projection.retrofit.technique == "attention"
+            repeats = len(reading.look.names) // len(reading.views)
+            project = partial(_projected_for_each, project, repeats)
+        opened = reading.need_opened()
+        found = reading.mechanism.prefix(opened, layer, reading.retrieved[layer], hidden, project)
+        return () if found is None else found
 
     def _retrieve_where_due(self, layer: int, hidden: Tensor, repeats: int) -> bool:
         """Retrieve for a new text, and anew where enough tokens have come. Returns whether anything was retrieved."""
@@ -255,42 +268,16 @@ class ReadSource:
         reading.retrieved[layer] = now
 
 
-def assemble(
-    mechanism: MemoryMechanism,
-    views: Sequence[StreamView],
-    layer: int,
-    retrieved: Sequence[Retrieved | None],
-    like: Tensor,
-) -> Rows:
-    """``[begin | retrieved | STM]`` of every stream; device and dtype of ``like``."""
-    begin = mechanism.additions.begin[layer]
-    streams = []
-    for view, found in zip(views, retrieved, strict=True):
-        parts = [begin] if mechanism.has_prefix(view) else []
-        if found is not None:
-            parts.append(found.rows.need_hidden())
-        parts.append(state_of(view).stm[layer].need_hidden())
-        streams.append(torch.cat([part.to(like) for part in parts]))
-    return side_by_side(streams)
-
-
-def side_by_side(streams: Sequence[Tensor]) -> Rows:
-    """Rows ``[P_b, d]`` of every stream as one prefix; shorter ones get filler behind."""
-    rows = max(part.shape[0] for part in streams)
-    if all(part.shape[0] == rows for part in streams):
-        return Rows(torch.stack(list(streams)))
-    hidden = torch.stack([torch.nn.functional.pad(part, (0, 0, 0, rows - part.shape[0])) for part in streams])
-    return Rows(hidden, torch.tensor([part.shape[0] for part in streams], device=hidden.device))
-
-
-def _repeated_rows(prefix: Rows, repeats: int) -> Rows:
-    lengths = None if prefix.lengths is None else prefix.lengths.repeat_interleave(repeats, 0)
-    return evolve(prefix, hidden=prefix.hidden.repeat_interleave(repeats, 0), lengths=lengths)
-
-
-def _every(segment: Segment, repeats: int) -> Segment:
-    lengths = None if segment.lengths is None else segment.lengths[::repeats]
-    return Segment(segment.keys[::repeats], segment.values[::repeats], lengths)
+def _projected_for_each(project: Project, repeats: int, rows: Rows) -> Segment:
+    """Project rows of which each stream stands in the batch ``repeats`` times, and return those of each stream."""
+    lengths = None if rows.lengths is None else rows.lengths.repeat_interleave(repeats, 0)
+    positions = rows.positions
+    if positions is not None and positions.shape[0] > 1:
+        positions = positions.repeat_interleave(repeats, 0)
+    hidden = rows.hidden.repeat_interleave(repeats, 0)
+    found = project(evolve(rows, hidden=hidden, lengths=lengths, positions=positions))
+    lengths = None if found.lengths is None else found.lengths[::repeats]
+    return Segment(found.keys[::repeats], found.values[::repeats], lengths)
 
 
 def _repeat(segment: Segment, repeats: int) -> Segment:

@@ -18,7 +18,7 @@ from mplus.backends.choose import BackendChooser
 from mplus.errors import NotSupported
 from mplus.hf.retrofit.capture import Captured
 from mplus.hf.retrofit.memory_cache import MemoryInCache
-from mplus.mechanisms.decoder import Compute
+from mplus.mechanisms.decoder import Attend
 
 logger = logging.getLogger(__name__)
 BASES = ("eager", "sdpa")
@@ -44,7 +44,7 @@ class AttendedMemory:
     segments: tuple[Segment, ...]
     chooser: BackendChooser
     joined: MemoryInCache | None = None
-    attend: Callable[[AttentionRequest, Compute], AttentionResult] | None = None
+    attend: Attend | None = None
 
     def compute(self, request: AttentionRequest) -> AttentionResult:
         """Attend as usual."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mplus.backends.base import Segment
 from mplus.hf.retrofit.discovery import AttentionSpec
-from mplus.mechanisms.decoder import Attend, Edit, Project
+from mplus.mechanisms.decoder import Attended, Edit, Project
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 class PrefixSource(Protocol):
     """Where a pass gets its memory from."""
 
-    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
+    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...] | Attended | None:
         """What a layer sees in front of its text ``[B, T, d]`` (after the input norm), oldest first."""
 
 
@@ -55,7 +55,6 @@ class Pass:
         edit: changes what a layer that carries memory receives; None: nothing does.
         collection: gathers what such layers receive and give; None: nothing is gathered.
         text_offset: position of the first text token; one for all, or ``[streams, 1]`` int64.
-        attend: computes attention in such layers; None: the decoder's backend does.
     """
 
     source: PrefixSource
@@ -63,7 +62,6 @@ class Pass:
     edit: Edit | None = None
     collection: Collection | None = None
     text_offset: int | Tensor = 0
-    attend: Attend | None = None
 
 
 _CURRENT: ContextVar[Pass | None] = ContextVar("mplus_pass", default=None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,7 +18,7 @@ from mplus.hf.retrofit.context import Pass, current_pass
 from mplus.hf.retrofit.discovery import Anatomy, AttentionSpec, rotary_at
 from mplus.hf.retrofit.memory_cache import memory_in_cache
 from mplus.hf.retrofit.positions import MemoryPositions
-from mplus.mechanisms.decoder import Rows
+from mplus.mechanisms.decoder import Attended, Rows
 
 Technique = Literal["attention", "cache_view"]
 
@@ -56,7 +55,9 @@ class Retrofit:
         hidden = prefix.hidden if spec.norm is None else spec.norm(prefix.hidden)
         rows = hidden.shape[1] if prefix.lengths is None else prefix.lengths[:, None]
         place = torch.arange(hidden.shape[1], device=hidden.device)
-        positions = self.positions.of_rows(place, rows + prefix.behind, text_offset)
+        positions = prefix.positions
+        if positions is None:
+            positions = self.positions.of_rows(place, rows + prefix.behind, text_offset)
         rotary = None
         if spec.rotary_keyword is not None:
             rotary = self._rotary(spec, hidden, positions, text_offset, args, kwargs)
@@ -150,16 +151,22 @@ class AttentionHook:
     def _with_memory(self, active: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         spec, retrofit = self.spec, self.retrofit
         hidden = args[0] if spec.hidden_positional else kwargs["hidden_states"]
-        segments = active.source.prefix(
+        found = active.source.prefix(
             spec, hidden, lambda prefix: retrofit.project(spec, prefix, active.text_offset, args, kwargs)
         )
-        if not segments and active.attend is None:
+        attend = found.attend if isinstance(found, Attended) else None
+        segments = found.segments if isinstance(found, Attended) else found or ()
+        if not segments and attend is None:
             return None
         cache = kwargs.get(spec.cache_keyword)
         if retrofit.technique == "attention":
-            attend = None if active.attend is None else partial(active.attend, spec.memory_index)
             joined = memory_in_cache(cache, spec.layer_index, segments, hidden.shape[0]) if segments else None
             return args, {**kwargs, "mplus_memory": AttendedMemory(segments, retrofit.chooser, joined, attend)}
+        if attend is not None:
+            raise NotSupported(
+                f"{type(spec.attention).__name__} computes attention by itself, so a memory cannot compute it in its "
+                "own way: use another decoder"
+            )
         (memory,) = segments  # only projections of one piece are made for this technique
         queries = hidden.shape[1]
         keys = queries if cache is None else cache.get_mask_sizes(queries, spec.layer_index)[0]

@@ -15,6 +15,7 @@ from mplus.hf.retrofit.attention_probe import Nothing
 from mplus.hf.retrofit.context import Pass, run_in
 from mplus.hf.retrofit.discovery import AttentionSpec, rotary_at
 from mplus.hf.retrofit.hooks import Retrofit
+from mplus.hf.retrofit.positions import MemoryPositions
 from mplus.hf.retrofit.rotation import Rotation, Tables, find_rotation
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class Projection:
     heads: int
     width: int
     value_width: int
+
+    @property
+    def positions(self) -> MemoryPositions:
+        """Where rows sit on the position axis."""
+        return self.retrofit.positions
 
     @property
     def size(self) -> int:

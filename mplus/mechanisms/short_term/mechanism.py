@@ -10,8 +10,10 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
-from mplus.mechanisms.base import Absorbed, Columns, MemoryMechanism
-from mplus.mechanisms.decoder import Decoder, Text
+from mplus.backends.base import Segment
+from mplus.mechanisms.base import Absorbed, Columns, MemoryMechanism, Opened, Retrieved
+from mplus.mechanisms.decoder import Decoder, KeptProjection, Project, Text, side_by_side
+from mplus.mechanisms.short_term.prefix_cache import Prepared
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
 from mplus.mechanisms.short_term.write import WritePass, WritePlan
 from mplus.memory.state import StreamView
@@ -25,6 +27,7 @@ class RowMechanism(MemoryMechanism):
     """Writes the last K outputs of every layer, and reads ``[begin | retrieved | short-term]`` in front of the text."""
 
     State: ClassVar[type[ShortTermState]] = ShortTermState
+    empty_is_base: ClassVar[bool] = False  # the begin row stands in front of every text
 
     @property
     def waiting_rows(self) -> int:
@@ -80,8 +83,9 @@ class RowMechanism(MemoryMechanism):
     def write(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Update:
         """Run one write pass over a chunk of every stream, which have equally many short-term rows."""
         reencode = not decoder.shape.hybrid  # a state-space layer would read the rows standing in for old ones
-        plans = [self.plan_write(state_of(view), text.ids.shape[1], reencode) for view in views]
-        return Update(WritePass(WritePlan.together(plans), self.additions).run(decoder, text.ids))
+        ids = text.need_ids()
+        plans = [self.plan_write(state_of(view), ids.shape[1], reencode) for view in views]
+        return Update(WritePass(WritePlan.together(plans), self.additions).run(decoder, ids))
 
     def plan_write(self, state: ShortTermState, tokens: int, reencode: bool = True) -> WritePlan:
         """Rows read and made by writing a chunk of ``tokens`` text tokens (published: newest K rows of the STM).
@@ -155,6 +159,28 @@ class RowMechanism(MemoryMechanism):
     def retrieved_rows(self, view: StreamView, layer: int) -> int:
         """Rows that ``retrieve`` brings back in one layer."""
         return 0
+
+    def prepare(self, projection: KeptProjection, batch: int | None) -> Prepared:
+        return Prepared(projection, self.additions.begin, batch)
+
+    def prefix(
+        self, opened: Opened, layer: int, found: Sequence[Retrieved | None], hidden: Tensor, project: Project
+    ) -> tuple[Segment, ...]:
+        """Return ``[begin | retrieved | short-term]`` of every stream (M+ section 3.3)."""
+        views = opened.views
+        if opened.prepared is not None:
+            with torch.no_grad():
+                prefixed = [self.has_prefix(view) for view in views]
+                segments: tuple[Segment, ...] = opened.prepared.segments(layer, views, found, prefixed, hidden)
+                return segments
+        streams = []
+        for view, retrieved in zip(views, found, strict=True):
+            parts: list[Tensor] = [self.additions.begin[layer]] if self.has_prefix(view) else []
+            if retrieved is not None:
+                parts.append(retrieved.rows.need_hidden())
+            parts.append(state_of(view).stm[layer].need_hidden())
+            streams.append(torch.cat([part.to(hidden) for part in parts]))
+        return (project(side_by_side(streams)),)
 
     def standing(self, view: StreamView, layer: int) -> MemoryRows:
         """Return the short-term rows of a layer."""

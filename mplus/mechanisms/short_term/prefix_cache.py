@@ -11,9 +11,8 @@ from torch import Tensor
 
 from mplus.backends.base import Segment
 from mplus.backends.checks import check_finite
-from mplus.hf.retrofit.projection import Projection
-from mplus.hf.retrofit.rotation import Tables
 from mplus.mechanisms.base import Retrieved
+from mplus.mechanisms.decoder import KeptProjection
 from mplus.mechanisms.short_term.state import state_of
 from mplus.memory.state import StreamView
 
@@ -25,20 +24,16 @@ class Prepared:
     Attributes:
         projection: of the decoder.
         begin: begin rows ``[L, 1, d]``.
-        version: of the memory.
-        weights: what tells the weights it was made with from others.
         batch: rows of the batch it is for, where each has an adapter of its own; else None.
         short_term, begins, tables: what was made so far.
     """
 
-    projection: Projection
+    projection: KeptProjection
     begin: Tensor
-    version: int
-    weights: Any
     batch: int | None = None
     short_term: dict[Any, Segment] = field(factory=dict)
     begins: dict[int, Tensor] = field(factory=dict)
-    tables: dict[Any, Tables | None] = field(factory=dict)
+    tables: dict[Any, Any] = field(factory=dict)
 
     def segments(
         self,
@@ -103,7 +98,7 @@ class Prepared:
     ) -> Segment:
         states = [state_of(view).stm[layer] for view in views]
         # Sequential positions count from the text backwards: what is in front of these rows does not move them.
-        compressed = self.projection.retrofit.positions.layout == "compressed"
+        compressed = self.projection.positions.layout == "compressed"
         key = (layer, tuple(in_front) if compressed else None, like.dtype, like.device)
         if key not in self.short_term:
             rows = max(counts)
@@ -123,8 +118,8 @@ class Prepared:
 
     def _short_term_tables(
         self, layer: int, rows: int, in_front: Sequence[int], counts: Sequence[int], like: Tensor
-    ) -> Tables | None:
-        positions = self.projection.retrofit.positions
+    ) -> Any:
+        positions = self.projection.positions
         place = torch.arange(rows, device=like.device)
         if len(set(counts)) == 1 and len(set(in_front)) == 1:
             where = positions.of_rows(place + in_front[0], counts[0] + in_front[0])
@@ -133,7 +128,7 @@ class Prepared:
             where = positions.of_rows(place + front, own + front)
         return self.projection.tables(layer, like, where)
 
-    def _tables(self, layer: int, rows: int, sizes: Any, like: Tensor) -> Tables | None:
+    def _tables(self, layer: int, rows: int, sizes: Any, like: Tensor) -> Any:
         """For the rows in front; alike in layers that turn alike, and in later reads of as many rows."""
         key = (self.projection.table_key(layer), rows, sizes, like.dtype, like.device)
         if key not in self.tables:
@@ -141,7 +136,7 @@ class Prepared:
             total: Any = own + behind
             if isinstance(own, tuple):
                 total = torch.tensor([a + b for a, b in zip(own, behind, strict=True)], device=like.device)[:, None]
-            where = self.projection.retrofit.positions.of_rows(torch.arange(rows, device=like.device), total)
+            where = self.projection.positions.of_rows(torch.arange(rows, device=like.device), total)
             self.tables[key] = self.projection.tables(layer, like, where)
         return self.tables[key]
 
