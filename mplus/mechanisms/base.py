@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from attrs import define, field
 from torch import Tensor
@@ -78,6 +78,10 @@ class Opened:
     prepared: Any = None
 
 
+Kept = Literal["projected", "hidden", "both"]
+"""What a memory keeps of a row: see ``MPlusConfig.memory_rows``."""
+
+
 class Columns(Protocol):
     """Makes what rows keep besides hidden states."""
 
@@ -114,7 +118,7 @@ class MemoryMechanism(ABC):
     uses_retriever: ClassVar[bool] = True
     empty_is_base: ClassVar[bool] = True
     attends: ClassVar[bool] = False
-    keeps: ClassVar[frozenset[str]] = frozenset({"projected", "hidden", "both"})
+    keeps: ClassVar[frozenset[Kept]] = frozenset({"projected", "hidden", "both"})
 
     def __init__(self, config: MPlusConfig, additions: MemoryAdditions, options: Any) -> None:
         self.config = config
@@ -168,6 +172,19 @@ class MemoryMechanism(ABC):
     @abstractmethod
     def absorb(self, state: StreamState, update: Update, source: int, context: WriteContext) -> Absorbed:
         """Take the new rows of one stream, written from ``source``, into its state and its store."""
+
+    def example(self, decoder: Decoder, ids: Tensor, context: WriteContext) -> StreamView:
+        """Return a stream to which ``ids`` ``[1, n]`` were written: what a decoder is checked with when it is wrapped.
+
+        Args:
+            decoder: runs passes.
+            ids: a few tokens.
+            context: of an empty store, whose layout is that of the stream.
+        """
+        new = self.new_state(context.store.layout, decoder)
+        state, source = new.with_source(None, ids.shape[1])
+        update = self.write(decoder, [StreamView(state, context.store)], Text(ids)).of(0)
+        return StreamView(self.absorb(state, update, source, context).state, context.store.snapshot())
 
     def follow(self, store: MemoryStore) -> None:
         """Rows were removed from ``store`` for good: let go of what a retriever keeps of them."""

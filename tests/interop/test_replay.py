@@ -22,6 +22,7 @@ from mplus.interop.published_config import PublishedConfig
 from mplus.interop.trace import STEPS, TENSORS, WEIGHTS, Trace
 from mplus.mechanisms.memoryllm import MemoryLLMMechanism
 from mplus.mechanisms.mplus import MPlusMechanism
+from mplus.memory.writing.update import Update
 
 pytestmark = pytest.mark.two_computations
 
@@ -178,13 +179,13 @@ def filled_with_first_rows(monkeypatch):
     """The pool of an empty MemoryLLM filled up with the first rows of the block, not with its last."""
     absorb, tiled = MemoryLLMMechanism.absorb, []
 
-    def wrong(self, state, block, source, context):
+    def wrong(self, state, update, source, context):
         if len(state.stm[0]):
-            return absorb(self, state, block, source, context)
-        tiled.append(len(block[0]))
+            return absorb(self, state, update, source, context)
+        tiled.append(len(update.hidden[0]))
         n = self.config.short_term_tokens
-        full = [hidden.repeat(-(-n // len(hidden)), 1)[:n] for hidden in block]
-        return absorb(self, state, full, source, context)
+        full = tuple(hidden.repeat(-(-n // len(hidden)), 1)[:n] for hidden in update.hidden)
+        return absorb(self, state, Update(full), source, context)
 
     monkeypatch.setattr(MemoryLLMMechanism, "absorb", wrong)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from attrs import define, evolve
 
-from mplus.mechanisms.base import Absorbed, Columns, MemoryMechanism
+from mplus.mechanisms.base import Absorbed, Columns, MemoryMechanism, Opened
+from mplus.mechanisms.decoder import Attended, Decoder, Project, Text, side_by_side
 from mplus.memory.state import StreamState
 from mplus.memory.writing.update import Update
 from mplus.rows import MemoryRows
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from mplus.mechanisms.decoder import Decoder, Text
+    from mplus.backends.base import Segment
     from mplus.memory.state import StreamView
     from mplus.memory.writing.context import WriteContext
     from mplus.stores.base import StoreLayout
@@ -86,5 +87,11 @@ class GistMechanism(MemoryMechanism):
         )
         return Absorbed(after, leaving, 0, {"gists": tuple(stayed)})
 
+    def prefix(
+        self, opened: Opened, layer: int, found: Sequence[Any], hidden: Tensor, project: Project
+    ) -> tuple[Segment, ...] | Attended:
+        lists = [view.state.row_lists()["gists"][layer].need_hidden().to(hidden) for view in opened.views]
+        return (project(side_by_side(lists)),)
+
     def prefix_rows(self, view: StreamView) -> int:
-        return len(view.state.row_lists()["gists"][0])
+        return max(map(len, view.state.row_lists()["gists"]))

@@ -3,27 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from attrs import define
-from torch import Tensor
+from torch import Tensor, nn
 
 from mplus.backends.base import Segment
 from mplus.hf.retrofit.attention_probe import Nothing
 from mplus.hf.retrofit.context import Collection as Collecting
 from mplus.hf.retrofit.context import Pass, PrefixSource, run_in
 from mplus.hf.retrofit.discovery import AttentionSpec
+from mplus.hf.retrofit.hooks import Retrofit
 from mplus.mechanisms.decoder import Adapter, Attended, Collected, DecoderShape, Edit, PassResult, Prefix, Project
 
-if TYPE_CHECKING:
-    from mplus.hf.model.engine import DecoderEngine
+
+class Wrapped(Protocol):
+    """The parts of ``DecoderEngine`` that passes need."""
+
+    model: nn.Module
+    retrofit: Retrofit
+
+    @property
+    def embedding(self) -> nn.Module: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    def project(self, layer: int, hidden: Tensor) -> Tensor: ...
+    def keys(self, layer: int, hidden: Tensor) -> Tensor | None: ...
+    def adapter(self, wanted: str) -> str | None: ...
+    def check_wrapped(self) -> None: ...
+    def check_attention(self) -> None: ...
 
 
 class WrappedDecoder:
     """See ``mplus.mechanisms.decoder.Decoder``."""
 
-    def __init__(self, engine: DecoderEngine) -> None:
+    def __init__(self, engine: Wrapped) -> None:
         self._engine = engine
 
     @property

@@ -11,7 +11,7 @@ from attrs import evolve
 from torch import Tensor, nn
 
 from mplus.config import MPlusConfig
-from mplus.errors import MemoryMismatchError, NotSupported
+from mplus.errors import ConfigError, MemoryMismatchError, NotSupported
 from mplus.hf.adapters.fingerprint import fingerprint
 from mplus.hf.adapters.weights import Look, Watch
 from mplus.hf.model.decoder import WrappedDecoder
@@ -95,9 +95,17 @@ class DecoderEngine:
     @property
     def memory_rows(self) -> Literal["projected", "hidden", "both"]:
         """What new memories keep of a row, by the config; see ``MPlusConfig.memory_rows``."""
-        wanted = self.config.memory_rows
+        wanted, keeps = self.config.memory_rows, self.mechanism.keeps
         if wanted != "auto":
+            if wanted not in keeps:
+                raise ConfigError(
+                    f"memory_rows must be one of {', '.join(map(repr, sorted(keeps)))} or 'auto' with the mechanism "
+                    f"{self.mechanism.name!r}, got {wanted!r}"
+                )
             return wanted
+        if len(keeps) == 1:
+            (only,) = keeps
+            return only
         hidden = self.mechanism.additions.begin.shape[2]
         smaller = isinstance(self.projection, Projection) and self.projection.size < hidden
         if not smaller or self.config.variant == "published":

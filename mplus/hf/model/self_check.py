@@ -11,6 +11,7 @@ import torch
 from attrs import define, evolve
 from torch import Tensor
 
+from mplus.eviction.build import build_eviction
 from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.model.modes import in_eval_mode
 from mplus.hf.model.rounding import LAYER_MARGIN, exceeds, measure_noise, observe, token_errors
@@ -18,7 +19,7 @@ from mplus.hf.reading.forward import generating
 from mplus.hf.reading.reading import Reading
 from mplus.hf.retrofit.hooks import Technique
 from mplus.memory.state import StreamView
-from mplus.rows import MemoryRows
+from mplus.memory.writing.context import WriteContext
 from mplus.stores.ram import RamStore
 
 TOKENS = 8
@@ -105,6 +106,11 @@ class _Checks:
         }
         return [
             self._tried("no memory = base model, bit for bit", self._no_memory),
+            *(
+                [self._tried("empty memory = base model, bit for bit", self._empty)]
+                if self.engine.mechanism.empty_is_base
+                else []  # it puts something in front of every text
+            ),
             self._tried("memory acts", self._acts),
             *(self._tried(name, self._compared, compare) for name, compare in comparisons.items()),
             self._tried("a write gives finite rows", self._write),
@@ -141,33 +147,21 @@ class _Checks:
     def _exceeds(self, errors: Tensor) -> bool:
         return exceeds(errors, self.noise, self.engine.dtype)
 
+    def _context(self) -> WriteContext:
+        """Return what a mechanism takes in rows with; what new memories keep of rows is settled after these checks."""
+        engine, generator = self.engine, torch.Generator().manual_seed(0)
+        layout = engine.layout_of("hidden" if "hidden" in engine.mechanism.keeps else engine.memory_rows)
+        return WriteContext(
+            store=RamStore(layout),
+            eviction=build_eviction(engine.config.eviction),
+            draw=lambda n: torch.randperm(n, generator=generator),
+            keys=engine.keys,
+        )
+
     def _view(self, ids: Tensor) -> StreamView:
-        """Memory of realistic rows: what the layers receive when ``ids``, other tokens, are read."""
-        seen: dict[int, Tensor] = {}
-        handles = []
-        for spec in self.engine.retrofit.anatomy.specs:
-            index = spec.memory_index
-
-            def keep(module: Any, args: Any, kwargs: Any, index: int = index) -> None:
-                seen[index] = args[0] if args else kwargs["hidden_states"]
-
-            handles.append(spec.layer.register_forward_pre_hook(keep, with_kwargs=True))
-        try:
-            self.model(input_ids=ids % self.engine.vocab_size)
-        finally:
-            for handle in handles:
-                handle.remove()
-        layout = self.engine.layout_of("hidden")  # what new memories keep is settled after these checks
-        held = []
-        for index in range(layout.layers):
-            hidden = seen[index][0, : TOKENS - 3].to(layout.device)
-            numbers = torch.arange(len(hidden), device=layout.device)
-            held.append(MemoryRows(hidden, numbers, torch.zeros_like(numbers)))
-        state = self.engine.mechanism.new_state(layout)
-        none = [rows.select(slice(0, 0)) for rows in held]
-        first = next(iter(state.row_lists()), None)
-        state = state.with_rows({name: held if name == first else none for name in state.row_lists()})
-        return StreamView(evolve(state, clock=len(held[0])), RamStore(layout).snapshot())
+        """Return a memory of other tokens, ``ids``."""
+        other = ids[:, : TOKENS - 3] % self.engine.vocab_size
+        return self.engine.mechanism.example(self.engine.decoder, other, self._context())
 
     def _read(self, rows: int = 1, memory: bool = True, view: StreamView | None = None, **inputs: Any) -> list[Tensor]:
         """What ``observe`` finds in a forward of the decoder."""
@@ -177,6 +171,15 @@ class _Checks:
 
     def _no_memory(self) -> Found:
         logits = self.model(input_ids=self.ids).logits
+        if torch.equal(logits, self.base_logits):
+            return 0.0, True, ""
+        return float(token_errors([logits], [self.base_logits]).max()), False, ""
+
+    def _empty(self) -> Found:
+        store = self._context().store
+        empty = StreamView(self.engine.mechanism.new_state(store.layout, self.engine.decoder), store.snapshot())
+        with generating(self.model, Reading(self.engine.mechanism, [empty])):
+            logits = self.model(input_ids=self.ids).logits
         if torch.equal(logits, self.base_logits):
             return 0.0, True, ""
         return float(token_errors([logits], [self.base_logits]).max()), False, ""

@@ -279,6 +279,8 @@ def _choose_technique(decoder: Any, installed: Installed, base_logits: Tensor | 
         logits = (
             base_logits if base_logits is not None else _logits(decoder, check_ids(engine.vocab_size, engine.device))
         )
+        if "hidden" not in engine.mechanism.keeps:  # then the checks need rows that are kept projected
+            _choose_rows(decoder)
         installed.checks = self_check(decoder, logits)
         found = [one for one in installed.checks if not one.passed]
         if not found:

@@ -286,7 +286,10 @@ def _read_pass(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[
         if inputs.get("position_ids") is None:
             inputs["position_ids"] = torch.arange(past, past + tokens, device=text.device).expand(rows, -1)
         inputs["position_ids"] = inputs["position_ids"] + offset.repeat_interleave(repeats, 0)
-    return Pass(reading.source(text_mask, piece), engine.adapter("read"), text_offset=offset)
+    mechanism = reading.mechanism
+    empty = mechanism.empty_is_base and not any(map(mechanism.has_prefix, reading.views))
+    adapter = None if empty else engine.adapter("read")
+    return Pass(reading.source(text_mask, piece), adapter, text_offset=offset)
 
 
 def _text_offset(reading: Reading, opened: Opened, positions: MemoryPositions, device: torch.device) -> Tensor:

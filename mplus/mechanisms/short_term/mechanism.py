@@ -87,6 +87,16 @@ class RowMechanism(MemoryMechanism):
         plans = [self.plan_write(state_of(view), ids.shape[1], reencode) for view in views]
         return Update(WritePass(WritePlan.together(plans), self.additions).run(decoder, ids))
 
+    def example(self, decoder: Decoder, ids: Tensor, context: WriteContext) -> StreamView:
+        """Return a stream whose short-term rows are what the layers receive for ``ids``."""
+        layout = context.store.layout
+        seen = decoder.run(ids, collect={"inputs"}).inputs
+        births = torch.arange(ids.shape[1], device=layout.device)
+        stm = tuple(MemoryRows(rows[0].to(layout.device), births, torch.zeros_like(births)) for rows in seen)
+        pending = tuple(rows.select(slice(0, 0)) for rows in stm)
+        state = evolve(self.new_state(layout), stm=stm, pending=pending, clock=len(births))
+        return StreamView(state, context.store.snapshot())
+
     def plan_write(self, state: ShortTermState, tokens: int, reencode: bool = True) -> WritePlan:
         """Rows read and made by writing a chunk of ``tokens`` text tokens (published: newest K rows of the STM).
 

@@ -40,8 +40,8 @@ def write_pieces(
     with streams.write_lock, progress_bar("writing", None, progress, steps=LONG) as advance:
         for ids in _ahead(tokenised(pieces, tokenizer)):
             check_vocabulary(ids, vocabulary)
-            write_streams([StreamWrite(streams, 0, cutter.cut(ids), name, report)], advance)
-        write_streams([StreamWrite(streams, 0, cutter.rest(), name, report)], advance)
+            write_streams([StreamWrite(streams, 0, cutter.cut(ids), name, report, tokenizer)], advance)
+        write_streams([StreamWrite(streams, 0, cutter.rest(), name, report, tokenizer)], advance)
     return evolve(report, seconds=time.perf_counter() - begun)
 
 

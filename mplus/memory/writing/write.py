@@ -184,7 +184,7 @@ def _planned(memory: Memory, data: Any, source: Any, report: WriteReport) -> lis
         if ids is not None:
             check_vocabulary(ids, engine.vocab_size)
             chunks = split(ids, config.chunk_tokens, config.min_chunk_tokens)
-        writes.append(StreamWrite(streams, row, chunks, names[row], report))
+        writes.append(StreamWrite(streams, row, chunks, names[row], report, memory.tokenizer))
     return writes
 
 

@@ -1,0 +1,134 @@
+"""A mechanism that shares nothing with M+ is written and read by a real decoder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from attrs import evolve
+
+import mplus
+from mplus.backends.base import AttentionRequest, AttentionResult
+from mplus.errors import ConfigError, NotSupported
+from mplus.mechanisms import MECHANISMS
+from mplus.mechanisms.decoder import Attended, Compute
+from tests.mechanisms.gists import GistMechanism
+from tests.memory import tiny
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from torch import Tensor
+
+
+class HalfMechanism(GistMechanism):
+    """Half of what attention gives is that without memory."""
+
+    name = "half"
+    attends = True
+
+    def prefix(self, *what: Any) -> Attended:
+        return Attended(super().prefix(*what), half)  # type: ignore[arg-type]
+
+
+def half(request: AttentionRequest, compute: Compute) -> AttentionResult:
+    without = compute(evolve(request, segments=(), joined=None)).output
+    return AttentionResult((compute(request).output + without) / 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed() -> Iterator[None]:
+    for mechanism in (GistMechanism, HalfMechanism):
+        MECHANISMS.register(mechanism.name, mechanism)
+    yield
+    for mechanism in (GistMechanism, HalfMechanism):
+        MECHANISMS.unregister(mechanism.name)
+
+
+def wrapped(name: str = "gists", architecture: str = "llama", **config: Any) -> Any:
+    model = tiny.BY_NAME[architecture].build(0)
+    sizes = {**tiny.SIZES, "memory_rows": "hidden", "adapters": None, **config}
+    return mplus.wrap(model, mplus.MPlusConfig.from_dict({**sizes, "mechanism": name}))
+
+
+@pytest.fixture(scope="module")
+def model(installed: None) -> Any:
+    return wrapped()
+
+
+def written(model: Any, rows: int = 1) -> mplus.Memory:
+    memory = model.new_memory(rows, seed=1)
+    for turn in range(2):
+        memory.write([tiny.ids(tiny.CHUNK, 10 * turn + row) for row in range(rows)], f"s{turn}")
+    return memory
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor, memory: Any = None, **options: Any) -> Tensor:
+    found: Tensor = model(ids, memory=memory, **options).logits
+    return found
+
+
+def test_an_empty_memory_leaves_the_decoder_as_it_is(model: Any) -> None:
+    text = tiny.prompts(2)
+    assert torch.equal(logits(model, text, model.new_memory(2)), logits(model, text))
+    assert "empty memory = base model, bit for bit" in {one.name for one in model.mplus_installed.checks if one.checked}
+
+
+def test_what_was_written_is_read(model: Any) -> None:
+    text, memory = tiny.prompts(2), written(model, 2)
+    both = logits(model, text, memory)
+    assert float((both - logits(model, text)).std()) > 100 * tiny.rounding()
+    for row in range(2):
+        alone = logits(model, text[row : row + 1], memory.select([row]))
+        assert float((both[row] - alone[0]).abs().max()) <= tiny.rounding()
+    padded = torch.cat([text[:, :3], text], 1)
+    mask = torch.ones_like(padded)
+    mask[:, :3] = 0
+    assert float((logits(model, padded, memory, attention_mask=mask)[:, 3:] - both).abs().max()) <= tiny.rounding()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_it_generates_as_full_forwards_do(model: Any, options: dict[str, Any]) -> None:
+    text, memory = tiny.prompts(1), written(model)
+    made = model.generate(text, memory=memory, max_new_tokens=4, do_sample=False, pad_token_id=0, **options)
+    if not options:
+        for place in range(text.shape[1], made.shape[1]):
+            assert int(logits(model, made[:, :place], memory)[0, -1].argmax()) == int(made[0, place])
+    assert made.shape == (1, text.shape[1] + 4)
+
+
+def test_it_is_loaded_and_forgotten(model: Any, tmp_path: Path) -> None:
+    memory, text = written(model), tiny.prompts(1)
+    memory.save(tmp_path / "m")
+    assert torch.equal(logits(model, text, mplus.Memory.load(tmp_path / "m", model)), logits(model, text, memory))
+    for name in ("s0", "s1"):
+        memory.forget(name)
+    assert torch.equal(logits(model, text, memory), logits(model, text))
+
+
+def test_it_attends_in_its_own_way() -> None:
+    model, text = wrapped("half"), tiny.prompts(1)
+    memory = written(model)
+    moved, plain = logits(model, text, memory), logits(model, text)
+    other = wrapped()
+    usual = logits(other, text, written(other))
+    assert float((moved - plain).std()) > 100 * tiny.rounding()
+    assert float((moved - usual).std()) > 100 * tiny.rounding()
+    beams = model.generate(text, memory=memory, max_new_tokens=3, num_beams=2, do_sample=False, pad_token_id=0)
+    assert beams.shape == (1, text.shape[1] + 3)
+
+
+def test_a_decoder_that_attends_by_itself_is_refused() -> None:
+    with pytest.raises(NotSupported) as raised:
+        wrapped("half", "bloom")
+    assert any("'half' computes attention in its own way" in one for one in raised.value.details)
+
+
+def test_rows_that_mean_nothing_to_it_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GistMechanism, "keeps", frozenset({"hidden"}))
+    with pytest.raises(ConfigError, match=r"memory_rows must be one of 'hidden' or 'auto' .* 'gists', got 'both'"):
+        wrapped(memory_rows="both")
+    assert wrapped(memory_rows="auto").new_memory().stores[0].layout.keeps_hidden
