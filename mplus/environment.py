@@ -14,7 +14,7 @@ import torch
 
 import mplus
 
-PACKAGES = ("torch", "transformers", "peft")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
 def run_info(**facts: Any) -> dict[str, Any]:
@@ -29,6 +29,17 @@ def run_info(**facts: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         **facts,
     }
+
+
+def load_average() -> float | None:
+    """Return the processes that wanted to run in the last minute, these included; None where that is not known.
+
+    More than there are cores disturb a timing.
+    """
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
 
 
 def _commit() -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Timing several ways of doing one thing in turns, so that what disturbs one of them disturbs all."""
+"""Interleaved timing: several implementations of one thing take turns, so that what disturbs one disturbs all.
+
+times = in_rounds([Arm("ours", lambda number: ours(inputs[number])), Arm("theirs", ...)], 9, device)
+ratio(times, "ours", "theirs")
+"""
 
 from __future__ import annotations
 
@@ -14,18 +18,18 @@ from attrs import define
 QUANTILES = (20, 50, 80)
 
 
-def _nothing(turn: int) -> None:
+def _nothing(number: int) -> None:
     pass
 
 
 @define(frozen=True, eq=False)
 class Arm:
-    """One way of doing it.
+    """One of the implementations that are timed.
 
     Attributes:
         name: in tables and records.
         run: is timed; gets the number of the round, so that all arms can take the same input in a round.
-        prepare: runs before it and is not timed.
+        prepare: runs before ``run``, with the same number, and is not timed.
     """
 
     name: str
@@ -34,13 +38,13 @@ class Arm:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for everything that was asked of a device."""
+    """Wait until a device has done everything that was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call."""
+    """Return the seconds of one call."""
     synchronise(device)
     begun = time.perf_counter()
     run()
@@ -50,16 +54,20 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
 
 @torch.no_grad()
 def in_rounds(arms: Sequence[Arm], rounds: int, device: torch.device, warm: int = 1) -> dict[str, list[float]]:
-    """Seconds of every arm in every round; each round starts with another arm. Further ``warm`` rounds come first."""
+    """Return the seconds of every arm in every round.
+
+    Each round starts with another arm. ``warm`` further rounds come first and are not counted. Gradients are off; an
+    arm that trains turns them on.
+    """
     times: dict[str, list[float]] = {arm.name: [] for arm in arms}
-    gc.freeze()  # what there is already need not be looked through between two runs
+    gc.freeze()  # the garbage collector need not look through what there is already between two runs
     try:
-        for turn in range(-warm, rounds):
-            first = turn % len(arms) if arms else 0
+        for number in range(-warm, rounds):
+            first = number % len(arms) if arms else 0
             for arm in (*arms[first:], *arms[:first]):
-                arm.prepare(turn + warm)
-                taken = timed(lambda arm=arm, turn=turn: arm.run(turn + warm), device)  # type: ignore[misc]
-                if turn >= 0:
+                arm.prepare(number + warm)
+                taken = timed(lambda arm=arm, number=number: arm.run(number + warm), device)  # type: ignore[misc]
+                if number >= 0:
                     times[arm.name].append(taken)
     finally:
         gc.unfreeze()
@@ -67,26 +75,26 @@ def in_rounds(arms: Sequence[Arm], rounds: int, device: torch.device, warm: int 
 
 
 def summary(seconds: Sequence[float]) -> dict[str, Any]:
-    """Quantiles in milliseconds and how many runs they are of."""
+    """Return quantiles in milliseconds, and the number of runs."""
     return {**{f"p{q}_ms": round(1000 * quantile(seconds, q / 100), 4) for q in QUANTILES}, "runs": len(seconds)}
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Linear between neighbours."""
+    """Return the quantile at ``share`` (0 to 1), linear between neighbours."""
     ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = int(place)
+    position = share * (len(ordered) - 1)
+    low = int(position)
     high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
 def ratio(times: Mapping[str, Sequence[float]], over: str, under: str) -> float | None:
-    """Median over the rounds of the time of ``over`` by that of ``under``; None where one was not measured."""
+    """Return the median over the rounds of ``over`` / ``under``; None where one of them was not timed."""
     if not times.get(over) or not times.get(under):
         return None
     return round(statistics.median(a / b for a, b in zip(times[over], times[under], strict=True)), 4)
 
 
 def median(seconds: Sequence[float]) -> float:
-    """Of times in seconds."""
+    """Return the median."""
     return statistics.median(seconds)

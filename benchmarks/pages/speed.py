@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.pages.drawing import bars
 from benchmarks.pages.markdown import measured_on, table
 from benchmarks.records import ROOT, load
-from mplus.bench.tables import Sheet, opening, refused, sheets
+from mplus.bench.tables import Table, opening, refused, tables
 
 PAGE = ROOT / "docs" / "benchmarks" / "speed.md"
 FIGURES = ROOT / "docs" / "assets"
@@ -61,14 +61,14 @@ def render() -> str:
 def section(name: str, record: Mapping[str, Any]) -> list[str]:
     """Return the paragraphs on one record: its first number of threads, or only its growth where it has that."""
     threads, first = next(iter(record["by_threads"].items()))
-    found = sheets({**record, "by_threads": {threads: first}})
+    found = tables({**record, "by_threads": {threads: first}})
     if record.get("growth"):
         found = found[-1:]
     parts = [opening(record)]
     if figure_path(name) in figures():
         parts.append(f"![Times of all variants](../{FIGURES.name}/{figure_path(name).name})")
     said: set[str] = set()
-    parts += [_markdown(sheet, said) for sheet in found]
+    parts += [_markdown(one, said) for one in found]
     skipped = [f"`{variant}`" for variant, facts in record["gate"].items() if facts["status"] == "skipped"]
     wrong = [line for line in refused(record) if ": failed: " in line]
     ending = f"Every number: `benchmarks/speed/records/bench-{name}.json`."
@@ -77,12 +77,12 @@ def section(name: str, record: Mapping[str, Any]) -> list[str]:
     return [*parts, *(["\n".join(f"- {line}" for line in wrong)] if wrong else []), ending]
 
 
-def _markdown(sheet: Sheet, said: set[str]) -> str:
-    """Return a sheet without what could not be measured, and without the notes in ``said``, which then has all."""
-    rows = [row for row in sheet.rows if "skipped" not in row]
-    notes = [note for note in sheet.notes if note not in said]
+def _markdown(found: Table, said: set[str]) -> str:
+    """Return a table without what could not be measured, and without the notes in ``said``, which then has all."""
+    rows = [row for row in found.rows if "skipped" not in row]
+    notes = [note for note in found.notes if note not in said]
     said.update(notes)
-    lines = [f"**{sheet.title}**", "", table(sheet.head, rows)]
+    lines = [f"**{found.title}**", "", table(found.head, rows)]
     return "\n".join([*lines, *(["", *(f"- {note}" for note in notes)] if notes else [])])
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import mplus
 from benchmarks.records import record_path, write
-from mplus.bench.fixtures.presets import PRESETS
+from mplus.bench.presets import PRESETS
 from mplus.config import Component, MPlusConfig
 from mplus.environment import run_info
 from mplus.hf.decoders.bench_models import random_llama

@@ -1,100 +1,115 @@
-"""The attention of one layer alone: every backend, and PyTorch's own ways with memory and text joined beforehand."""
+"""``mplus bench attention``: attention of one layer alone, by every backend and by PyTorch's own functions.
+
+Backends get memory and text apart, as in a read; PyTorch's functions get them joined.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mplus.backends.base import AttentionRequest
 from mplus.backends.choose import choose
 from mplus.backends.reference import ReferenceBackend
-from mplus.bench.baselines.variants import VARIANTS
-from mplus.bench.correctness import OK, Verdict, backend_names, check_backend, check_variant, request_of
-from mplus.bench.fixtures.presets import Preset
-from mplus.bench.machine import Machine
-from mplus.bench.record import arm_entry, measured
+from mplus.bench.attention_variants import VARIANTS
+from mplus.bench.correctness import (
+    OK,
+    CheckResult,
+    backend_names,
+    check_attention_variant,
+    check_backend,
+    random_request,
+)
+from mplus.bench.presets import Preset
+from mplus.bench.record import MachineRates, arm_entry, make_record
 from mplus.timing import Arm, in_rounds, median, ratio
+
+Case = tuple[int, int, int]
+"""Queries, memory rows and text keys."""
 
 
 def measure(
     preset: Preset, device: torch.device, threads: Sequence[int], repeats: int, backends: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """The record of ``mplus bench attention``."""
-    # Alone, the reference says how much the others gain.
+    """Return the record of ``mplus bench attention``."""
+    # The reference takes part unless others are named: here it says how much the others gain.
     names = [*backend_names(None), ReferenceBackend.name] if backends is None else backend_names(backends)
-    verdicts = {f"backend/{name}": check_backend(name, preset, device) for name in names}
-    verdicts.update({f"torch/{name}": check_variant(name, preset, device) for name in VARIANTS})
-
-    def section(machine: Machine) -> dict[str, Any]:
-        return {"cases": [_case(preset, device, case, verdicts, repeats, machine) for case in cases(preset)]}
-
-    return measured("attention", preset, device, threads, section, verdicts, repeats=repeats)
-
-
-def cases(preset: Preset) -> list[tuple[int, int, int]]:
-    """Queries, memory rows and text keys: a step behind a prompt, prompts over all of memory, and a write."""
+    results = {f"backend/{name}": check_backend(name, preset, device) for name in names}
+    results.update({f"torch/{name}": check_attention_variant(name, preset, device) for name in VARIANTS})
     rows = preset.prefix_rows
     step = (1, rows, preset.prompt + 1)
     write = (preset.chunk_tokens, 1 + preset.memory_tokens_per_chunk, preset.chunk_tokens)
-    return [step, *((length, rows, length) for length in preset.lengths), write]
+    cases = [step, *((length, rows, length) for length in preset.lengths), write]
+
+    def section(rates: MachineRates) -> dict[str, Any]:
+        return {"cases": [_time_case(preset, device, case, results, repeats, rates) for case in cases]}
+
+    return make_record("attention", preset, device, threads, section, results, repeats=repeats)
 
 
 @torch.no_grad()
-def _case(
+def _time_case(
     preset: Preset,
     device: torch.device,
-    case: tuple[int, int, int],
-    verdicts: Mapping[str, Verdict],
+    case: Case,
+    results: Mapping[str, CheckResult],
     repeats: int,
-    machine: Machine,
+    rates: MachineRates,
 ) -> dict[str, Any]:
-    request = request_of(preset, device, case, 0)
-    (memory,) = request.segments
-    keys, values = torch.cat([memory.keys, request.keys], 2), torch.cat([memory.values, request.values], 2)
-    arms, refused = [], {}
-    for name, verdict in verdicts.items():
-        if verdict.status != OK:
-            continue
-        kind, _, own = name.partition("/")
-        run = _of_backend(own, request) if kind == "backend" else _of_torch(own, request.queries, keys, values)
-        try:
-            run(0)
-        except (RuntimeError, ValueError) as error:  # of memory, say: other cases may still do
-            refused[name] = f"{type(error).__name__}: {error}"
-        else:
-            arms.append(Arm(name, run))
+    """Time everything that is right and can run one case."""
+    arms, refused = _arms(random_request(preset, device, case, 0), results)
     times = in_rounds(arms, repeats, device)
     flops, nbytes = work(preset, case)
     entries = {}
-    for name, verdict in verdicts.items():
+    for name, result in results.items():
         if name in refused:
             entries[name] = {"status": "skipped", "reason": refused[name]}
             continue
         taken = times.get(name)
-        share = machine.share(flops, nbytes, median(taken)) if taken else None
-        entries[name] = arm_entry(verdict, taken, share_of_roofline=share)
-    public = [name for name in times if name.startswith("torch/")]
-    best = min(public, key=lambda name: median(times[name]), default="none")
-    ratios = {f"{name}_over_torch": ratio(times, name, best) for name in times if name.startswith("backend/")}
-    facts = dict(zip(("queries", "memory_rows", "text_keys"), case, strict=True))
-    work_done = {"gflop": round(flops / 1e9, 4), "gbyte": round(nbytes / 1e9, 4)}
-    return {**facts, **work_done, "arms": entries, "best_of_torch": best, "ratios": ratios}
+        share = rates.roofline_share(flops, nbytes, median(taken)) if taken else None
+        entries[name] = arm_entry(result, taken, share_of_roofline=share)
+    best = min(
+        (name for name in times if name.startswith("torch/")), key=lambda name: median(times[name]), default="none"
+    )
+    return {
+        **dict(zip(("queries", "memory_rows", "text_keys"), case, strict=True)),
+        "gflop": round(flops / 1e9, 4),
+        "gbyte": round(nbytes / 1e9, 4),
+        "arms": entries,
+        "best_of_torch": best,
+        "ratios": {f"{name}_over_torch": ratio(times, name, best) for name in times if name.startswith("backend/")},
+    }
 
 
-def _of_backend(name: str, request: AttentionRequest) -> Any:
-    backend = choose(name, request)
-    return lambda _: backend.attend(request)
+def _arms(request: AttentionRequest, results: Mapping[str, CheckResult]) -> tuple[list[Arm], dict[str, str]]:
+    """Return what can run a request, and why the others cannot."""
+    (memory,) = request.segments
+    keys, values = torch.cat([memory.keys, request.keys], 2), torch.cat([memory.values, request.values], 2)
+
+    def function(name: str) -> Callable[[int], Any]:
+        kind, _, own = name.partition("/")
+        if kind == "torch":
+            return lambda _: VARIANTS[own](request.queries, keys, values)
+        backend = choose(own, request)
+        return lambda _: backend.attend(request)
+
+    arms, refused = [], {}
+    for name, result in results.items():
+        if result.status == OK:
+            run = function(name)
+            try:
+                run(0)
+            except (RuntimeError, ValueError) as error:  # of memory, say: other cases may still do
+                refused[name] = f"{type(error).__name__}: {error}"
+            else:
+                arms.append(Arm(name, run))
+    return arms, refused
 
 
-def _of_torch(name: str, queries: Tensor, keys: Tensor, values: Tensor) -> Any:
-    return lambda _: VARIANTS[name](queries, keys, values)
-
-
-def work(preset: Preset, case: tuple[int, int, int]) -> tuple[float, float]:
-    """Operations and bytes: causal text counts half, keys and values are read once, queries in and outputs out."""
+def work(preset: Preset, case: Case) -> tuple[float, float]:
+    """Return operations and bytes: causal text counts half, keys and values are read once, queries in, outputs out."""
     length, rows, text = case
     pairs = length * (rows + text - length) + length * (length + 1) / 2
     flops = 4 * pairs * preset.heads * preset.head_dim

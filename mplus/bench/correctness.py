@@ -1,7 +1,7 @@
-"""Correctness before speed: what is measured must first compute what it claims to, on a smaller case.
+"""Check that what is timed computes the right thing, on a smaller case of the same shapes.
 
-The tolerance is a comparison: at most twice the error that plain PyTorch makes in the same dtype, and a few units in
-the last place of the largest number.
+The truth is computed in float64. An error may be at most twice the one that plain PyTorch makes in the same dtype, and
+a few units in the last place of the largest number.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from mplus.backends import BACKENDS
 from mplus.backends.base import AttentionRequest, Segment
 from mplus.backends.choose import choose
 from mplus.backends.reference import ReferenceBackend
-from mplus.bench.baselines.variants import VARIANTS
-from mplus.bench.fixtures.presets import Preset
-from mplus.bench.fixtures.setup import Bed
+from mplus.bench.attention_variants import VARIANTS
+from mplus.bench.fixture import BenchmarkFixture
+from mplus.bench.presets import Preset
 from mplus.errors import MPlusError, NotSupported
 
 ULPS = 8
 CASES = ((1, 96, 1), (1, 96, 5), (16, 130, 16), (7, 33, 12))
-"""Queries, memory rows and text keys of the requests that a backend is tried with."""
+"""Queries, memory rows and text keys of the requests that attention is checked with."""
 
 OK, SKIPPED, FAILED = "ok", "skipped", "failed"
 
 
 @define
-class Verdict:
-    """What was found about one arm.
+class CheckResult:
+    """What was found out about one variant.
 
     Attributes:
         status: "ok"; "skipped": it cannot run here; "failed": it computes something else, and gets no speed.
         reason: why it is not ok.
-        checks: error and what was allowed, of every check.
+        checks: error and allowed error of every check.
     """
 
     status: str = OK
     reason: str | None = None
     checks: list[dict[str, Any]] = field(factory=list)
 
-    def plain(self) -> dict[str, Any]:
-        """For a record."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as records have it."""
         return {"status": self.status, **({"reason": self.reason} if self.reason else {}), "checks": self.checks}
 
     def compare(self, what: str, found: Tensor, truth: Tensor, plain: Tensor) -> None:
@@ -56,8 +56,8 @@ class Verdict:
             self.status = FAILED
             self.reason = f"{what}: differs from float64 by {error:.3g}, allowed are {allowed:.3g}"
 
-    def attempt(self, what: str, run: Callable[[], Tensor], truth: Tensor, plain: Tensor) -> None:
-        """Add a check of what ``run`` returns; whatever it raises is recorded."""
+    def check(self, what: str, run: Callable[[], Tensor], truth: Tensor, plain: Tensor) -> None:
+        """Add a check of what ``run`` returns, unless an earlier one failed; whatever it raises becomes the reason."""
         if self.status != OK:
             return
         try:
@@ -71,14 +71,14 @@ class Verdict:
             self.status, self.reason = FAILED, f"{what}: {type(error).__name__}: {error}"
 
 
-ASKED = (ReferenceBackend.name, "flex")
+ONLY_BY_NAME = (ReferenceBackend.name, "flex")
 """Measured only when named: the specification, and what without a GPU takes a second for a tiny request."""
 
 
 def backend_names(wanted: Iterable[str] | None) -> list[str]:
-    """Backends to measure: those named, or all registered but those in ``ASKED``. Raises UnknownNameError."""
+    """Return the backends to measure: those named, or all registered but ``ONLY_BY_NAME``. Raises UnknownNameError."""
     if wanted is None:
-        return [name for name in BACKENDS.names() if name not in ASKED]
+        return [name for name in BACKENDS.names() if name not in ONLY_BY_NAME]
     names = list(dict.fromkeys(wanted))
     for name in names:
         if name not in BACKENDS.names():
@@ -86,8 +86,8 @@ def backend_names(wanted: Iterable[str] | None) -> list[str]:
     return names
 
 
-def request_of(preset: Preset, device: torch.device, case: tuple[int, int, int], seed: int) -> AttentionRequest:
-    """A request of a layer's shapes: queries, memory rows and text keys as in ``CASES``."""
+def random_request(preset: Preset, device: torch.device, case: tuple[int, int, int], seed: int) -> AttentionRequest:
+    """Draw a request of a layer's shapes; ``case`` has queries, memory rows and text keys, as in ``CASES``."""
     length, rows, text = case
     generator = torch.Generator().manual_seed(seed)
 
@@ -104,7 +104,7 @@ def request_of(preset: Preset, device: torch.device, case: tuple[int, int, int],
 
 
 def plain_attention(request: AttentionRequest) -> Tensor:
-    """A causal request with ordinary operations in its own dtype: how much precision one may expect."""
+    """Attend with ordinary operations in the request's own dtype: how much precision one may expect."""
     keys = torch.cat([*(segment.keys for segment in request.segments), request.keys], 2)
     values = torch.cat([*(segment.values for segment in request.segments), request.values], 2)
     groups, length = request.queries.shape[1] // keys.shape[1], request.queries.shape[2]
@@ -115,85 +115,97 @@ def plain_attention(request: AttentionRequest) -> Tensor:
 
 
 def exact_attention(request: AttentionRequest) -> Tensor:
-    """The request by the reference backend in float64."""
+    """Attend with the reference backend in float64."""
     segments = tuple(Segment(part.keys.double(), part.values.double()) for part in request.segments)
     queries, keys, values = request.queries.double(), request.keys.double(), request.values.double()
-    return (
-        ReferenceBackend().attend(evolve(request, queries=queries, keys=keys, values=values, segments=segments)).output
-    )
+    double = evolve(request, queries=queries, keys=keys, values=values, segments=segments)
+    return ReferenceBackend().attend(double).output
 
 
-@torch.no_grad()
-def check_backend(name: str, preset: Preset, device: torch.device) -> Verdict:
-    """Try a backend with the requests of ``CASES``."""
-    verdict = Verdict()
-    for seed, case in enumerate(CASES):
-        request = request_of(preset, device, case, seed)
-
-        def run(request: AttentionRequest = request) -> Tensor:
-            return choose(name, request).attend(request).output
-
-        what = "attention of {} queries over {} rows and {} text keys".format(*case)
-        try:
-            verdict.attempt(what, run, exact_attention(request), plain_attention(request))
-        except MPlusError as error:
-            verdict.status, verdict.reason = SKIPPED, str(error)
-    return verdict
+def check_backend(name: str, preset: Preset, device: torch.device) -> CheckResult:
+    """Check a backend with requests of the shapes in ``CASES``."""
+    return _check_attention(lambda request: choose(name, request).attend(request).output, preset, device)
 
 
-@torch.no_grad()
-def check_variant(name: str, preset: Preset, device: torch.device) -> Verdict:
-    """The same for one of PyTorch's own ways."""
-    verdict = Verdict()
-    for seed, case in enumerate(CASES):
-        request = request_of(preset, device, case, seed)
+def check_attention_variant(name: str, preset: Preset, device: torch.device) -> CheckResult:
+    """Check one of PyTorch's own functions, which gets memory and text joined, in the same way."""
+
+    def attend(request: AttentionRequest) -> Tensor:
         (memory,) = request.segments
         keys, values = torch.cat([memory.keys, request.keys], 2), torch.cat([memory.values, request.values], 2)
+        return VARIANTS[name](request.queries, keys, values)
+
+    return _check_attention(attend, preset, device)
+
+
+@torch.no_grad()
+def _check_attention(attend: Callable[[AttentionRequest], Tensor], preset: Preset, device: torch.device) -> CheckResult:
+    result = CheckResult()
+    for seed, case in enumerate(CASES):
+        request = random_request(preset, device, case, seed)
         what = "attention of {} queries over {} rows and {} text keys".format(*case)
-        verdict.attempt(
-            what,
-            lambda keys=keys, values=values, request=request: VARIANTS[name](request.queries, keys, values),  # type: ignore[misc]
-            exact_attention(request),
-            plain_attention(request),
-        )
-    return verdict
+        try:
+            result.check(
+                what,
+                lambda request=request: attend(request),  # type: ignore[misc]
+                exact_attention(request),
+                plain_attention(request),
+            )
+        except MPlusError as error:
+            result.status, result.reason = SKIPPED, str(error)
+    return result
 
 
 @define(eq=False)
-class ReadGate:
-    """A smaller decoder of the same shapes, read in every way; float64 in the published way is the truth.
+class ReadCheck:
+    """A smaller decoder of the preset's shapes, by which reads are checked; the published read in float64 is the truth.
 
-    ``all_rows`` memories hold as many long-term rows as a read retrieves: then every way reads the same. Otherwise, in
-    float32, the memory holds more, and the ways that retrieve must pick the same rows.
+    Its memory holds as many long-term rows as a read retrieves, so that every variant reads the same rows. In float32
+    there is a second memory which holds more, where variants that retrieve must pick the same rows.
+
+    Attributes:
+        preset: of the measurement; ``preset.reduced()`` is checked.
+        device: where.
     """
 
     preset: Preset
     device: torch.device
-    beds: dict[bool, Bed] = field(factory=dict)
-    known: dict[tuple[bool, int], tuple[Tensor, Tensor, Tensor]] = field(factory=dict)
+    _fixtures: dict[bool, BenchmarkFixture] = field(factory=dict)
+    _expected: dict[tuple[bool, int], tuple[Tensor, Tensor, Tensor]] = field(factory=dict)
 
-    def bed(self, all_rows: bool) -> Bed:
-        """The decoder with one of the two memories."""
-        if all_rows not in self.beds:
-            reduced = self.preset.reduced()
-            rows = reduced.retrieved_tokens if all_rows else reduced.long_term_rows
-            self.beds[all_rows] = Bed(evolve(reduced, long_term_rows=rows), self.device, seed=1)
-        return self.beds[all_rows]
+    def check(
+        self,
+        read: Callable[[BenchmarkFixture], Callable[[Tensor], Tensor]],
+        retrieves: bool,
+        result: CheckResult,
+    ) -> CheckResult:
+        """Check reads of two lengths.
 
-    def check(self, read: Callable[[Bed], Callable[[Tensor], Tensor]], retrieves: bool, verdict: Verdict) -> Verdict:
-        """Check a way to read: ``read(bed)`` gives a function of ids ``[1, T]`` to logits ``[1, 1, V]``."""
+        Args:
+            read: ``read(fixture)`` gives a function of ids ``[1, T]`` to logits ``[1, 1, V]``.
+            retrieves: it must retrieve what the published read does.
+            result: the checks are added to it.
+        """
         memories = [True, False] if retrieves and self.preset.torch_dtype == torch.float32 else [True]
         for all_rows in memories:
-            bed = self.bed(all_rows)
+            fixture = self._fixture(all_rows)
             for length in (1, 9):
-                ids, truth, plain = self._expected(bed, all_rows, length)
+                ids, truth, plain = self._expect(fixture, all_rows, length)
                 what = f"logits of {length} tokens, {'all' if all_rows else 'the best'} long-term rows"
-                verdict.attempt(what, lambda bed=bed, ids=ids: read(bed)(ids), truth, plain)  # type: ignore[misc]
-        return verdict
+                result.check(what, lambda fixture=fixture, ids=ids: read(fixture)(ids), truth, plain)  # type: ignore[misc]
+        return result
 
-    def _expected(self, bed: Bed, all_rows: bool, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, and what the published way makes of them in float64 and in the dtype of the preset."""
-        if (all_rows, length) not in self.known:
-            ids = bed.prompts(length, 1)[0]
-            self.known[all_rows, length] = ids, bed.in_float64().read(ids), bed.published().read(ids)
-        return self.known[all_rows, length]
+    def _fixture(self, all_rows: bool) -> BenchmarkFixture:
+        """Return the decoder with one of the two memories."""
+        if all_rows not in self._fixtures:
+            reduced = self.preset.reduced()
+            rows = reduced.retrieved_tokens if all_rows else reduced.long_term_rows
+            self._fixtures[all_rows] = BenchmarkFixture(evolve(reduced, long_term_rows=rows), self.device, seed=1)
+        return self._fixtures[all_rows]
+
+    def _expect(self, fixture: BenchmarkFixture, all_rows: bool, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ids, and what the published read makes of them in float64 and in the dtype of the preset."""
+        if (all_rows, length) not in self._expected:
+            ids = fixture.prompts(length, 1)[0]
+            self._expected[all_rows, length] = ids, fixture.in_float64().read(ids), fixture.published().read(ids)
+        return self._expected[all_rows, length]

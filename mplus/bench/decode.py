@@ -1,4 +1,4 @@
-"""Single tokens behind a prompt, with a cache that grows."""
+"""``mplus bench decode``: single tokens behind a prompt, with a cache that grows."""
 
 from __future__ import annotations
 
@@ -7,54 +7,47 @@ from typing import Any
 
 import torch
 
-from mplus.bench.comparison import Contest
 from mplus.bench.correctness import backend_names
-from mplus.bench.fixtures.presets import Preset
-from mplus.bench.fixtures.setup import PUBLISHED_SCORE, Bed
-from mplus.bench.machine import Machine
-from mplus.bench.readers import PLAIN_WAYS, Reader, Way, judged, ways_with
-from mplus.bench.record import measured, with_first
+from mplus.bench.fixture import PUBLISHED_SCORE, BenchmarkFixture
+from mplus.bench.presets import Preset
+from mplus.bench.readers import BASELINES, Comparison, Reader, mplus_variants, verify
+from mplus.bench.record import MachineRates, make_record, with_headline
 from mplus.timing import Arm, in_rounds, ratio
 
 STEPS = 64
 """Tokens behind one prompt."""
 
 
-def decode_ways(backends: Sequence[str]) -> list[Way]:
-    """mplus with every backend, transformers, and the floor."""
-    memory = [way for backend in backends for way in ways_with(backend) if way.score == PUBLISHED_SCORE]
-    return [*memory, *(way for way in PLAIN_WAYS if way.name != "published")]
-
-
 def measure(
     preset: Preset, device: torch.device, threads: Sequence[int], repeats: int, backends: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """The record of ``mplus bench decode``."""
-    ways = decode_ways(backend_names(backends))
-    verdicts = judged(ways, preset, device)
-    bed = Bed(preset, device)
+    """Return the record of ``mplus bench decode``: mplus with every backend, transformers, and the bare layers."""
+    memory = [one for name in backend_names(backends) for one in mplus_variants(name) if one.score == PUBLISHED_SCORE]
+    variants = [*memory, *(one for one in BASELINES if one.name != "published")]
+    results = verify(variants, preset, device)
+    fixture = BenchmarkFixture(preset, device)
 
-    def section(machine: Machine) -> dict[str, Any]:
-        return steps(Contest.of(bed, ways, verdicts, preset.prompt + STEPS), repeats, machine)
+    def section(rates: MachineRates) -> dict[str, Any]:
+        return time_steps(Comparison.of(fixture, variants, results, preset.prompt + STEPS), repeats, rates)
 
-    record = measured("decode", preset, device, threads, section, verdicts, repeats=repeats, steps=STEPS)
-    return with_first(record, "best_backend", "ratios")
+    record = make_record("decode", preset, device, threads, section, results, repeats=repeats, steps=STEPS)
+    return with_headline(record, "best_backend", "ratios")
 
 
 @torch.no_grad()
-def steps(contest: Contest, repeats: int, machine: Machine) -> dict[str, Any]:
-    """Time ``STEPS`` steps behind each of ``repeats`` prompts, all ways in turns step by step."""
-    bed, preset = contest.bed, contest.bed.preset
-    prompts = bed.prompts(preset.prompt, repeats + 1)
-    tokens = bed.prompts(1, STEPS)
-    tried = contest.choose_floor(1, preset.prompt)
-    arms = [Arm(name, *_stepping(reader, prompts, tokens)) for name, reader in contest.readers.items()]
-    times = in_rounds(arms, repeats * STEPS, bed.device, warm=STEPS)
+def time_steps(comparison: Comparison, repeats: int, rates: MachineRates) -> dict[str, Any]:
+    """Time ``STEPS`` steps behind each of ``repeats`` prompts, all variants in turns step by step."""
+    fixture, preset = comparison.fixture, comparison.fixture.preset
+    prompts = fixture.prompts(preset.prompt, repeats + 1)
+    tokens = fixture.prompts(1, STEPS)
+    tried = comparison.choose_attention(1, preset.prompt)
+    arms = [_arm(name, reader, prompts, tokens) for name, reader in comparison.readers.items()]
+    times = in_rounds(arms, repeats * STEPS, fixture.device, warm=STEPS)
     flops, nbytes = work(preset)
-    backend = contest.best_backend(times)
+    backend = comparison.best_backend(times)
     name = f"mplus/{backend}"
     return {
-        "arms": contest.entries(times, lambda seconds: machine.share(flops, nbytes, seconds)),
+        "arms": comparison.entries(times, lambda seconds: rates.roofline_share(flops, nbytes, seconds)),
         "floor_attention": tried,
         "gflop": round(flops / 1e9, 4),
         "gbyte": round(nbytes / 1e9, 4),
@@ -66,20 +59,19 @@ def steps(contest: Contest, repeats: int, machine: Machine) -> dict[str, Any]:
     }
 
 
-def _stepping(reader: Reader, prompts: torch.Tensor, tokens: torch.Tensor) -> tuple[Any, Any]:
-    def run(turn: int) -> None:
-        reader.step(tokens[turn % STEPS])
+def _arm(name: str, reader: Reader, prompts: torch.Tensor, tokens: torch.Tensor) -> Arm:
+    """Return the arm of a reader, which reads the next prompt, not timed, before every ``STEPS`` steps."""
 
-    def prepare(turn: int) -> None:
-        if turn % STEPS == 0:
-            reader.before()
-            reader.read(prompts[turn // STEPS])
+    def prepare(number: int) -> None:
+        if number % STEPS == 0:
+            reader.reset()
+            reader.read(prompts[number // STEPS])
 
-    return run, prepare
+    return Arm(name, lambda number: reader.step(tokens[number % STEPS]), prepare)
 
 
 def work(preset: Preset) -> tuple[float, float]:
-    """Floating-point operations and bytes of one step: every weight once, keys and values of prefix and text once."""
+    """Return floating-point operations and bytes of one step: weights, and keys and values in front, once each."""
     width = preset.heads * preset.head_dim
     narrow = preset.key_heads * preset.head_dim
     linear = preset.hidden_size * (2 * width + 2 * narrow + 3 * preset.intermediate_size)

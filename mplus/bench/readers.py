@@ -1,53 +1,58 @@
-"""The ways of reading that are measured, each as a function of ids to logits and as single steps behind a prompt."""
+"""The variants of reading that are compared: mplus by backend, transformers, the bare layers, the published code.
+
+A ``ReadVariant`` makes a ``Reader`` for a fixture: a function of ids to logits, and single steps behind a prompt.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from attrs import define
+from attrs import define, evolve
 from torch import Tensor
 
-from mplus.bench.correctness import OK, ReadGate, Verdict, check_backend
-from mplus.bench.fixtures.presets import Preset
-from mplus.bench.fixtures.setup import PUBLISHED_SCORE, Bed
+from mplus.bench.correctness import OK, CheckResult, ReadCheck, check_backend
+from mplus.bench.fixture import PUBLISHED_SCORE, BenchmarkFixture
+from mplus.bench.presets import Preset
+from mplus.bench.record import arm_entry
+from mplus.timing import median
 
 MEAN_DOT = "mean_dot"
 
 
 class Reader(Protocol):
-    """One way of reading one memory."""
+    """An implementation of reading with one memory in front of the text."""
 
-    def before(self) -> None:
-        """What must be done before another prompt is read, and does not count."""
+    def reset(self) -> None:
+        """Forget the last prompt; called before the next one, and not timed."""
 
     def read(self, ids: Tensor) -> Tensor:
-        """Logits ``[1, 1, V]`` of the last of ``[1, T]`` tokens, read anew."""
+        """Return logits ``[1, 1, V]`` of the last of ``[1, T]`` tokens, with a new reading of the memory."""
 
     def step(self, ids: Tensor) -> Tensor:
-        """The same for ``[1, 1]`` tokens behind what was read since ``before``."""
+        """Return the same for ``[1, 1]`` tokens behind everything that was read since ``reset``."""
 
 
 class MemoryReader:
-    """mplus itself, through its public interface; every ``read`` is a new reading, retrieval included."""
+    """mplus itself, through its public interface; every ``read`` retrieves anew."""
 
     def __init__(self, model: Any, memory: Any) -> None:
         self.model, self.memory = model, memory
         self.cache: Any = None
 
-    def before(self) -> None:
+    def reset(self) -> None:
         """Drop the cache of the last prompt."""
         self.cache = None
 
     def read(self, ids: Tensor) -> Tensor:
-        """See ``Reader``."""
+        """Read a prompt, and keep its cache for steps."""
         output = self.model(input_ids=ids, memory=self.memory, logits_to_keep=1)
         self.cache = output.past_key_values
         return output.logits  # type: ignore[no-any-return]
 
     def step(self, ids: Tensor) -> Tensor:
-        """See ``Reader``."""
+        """Read one token behind the cache."""
         cache = self.cache
         return self.model(  # type: ignore[no-any-return]
             input_ids=ids, memory=self.memory, past_key_values=cache, logits_to_keep=1
@@ -57,34 +62,34 @@ class MemoryReader:
 class PrefixReader:
     """The decoder of transformers with a cache that begins with the prefix; nothing is retrieved."""
 
-    def __init__(self, bed: Bed) -> None:
-        self.model, self.prefix = bed.base, bed.prefixed_cache()
+    def __init__(self, fixture: BenchmarkFixture) -> None:
+        self.model, self.prefix = fixture.base, fixture.prefixed_cache()
 
-    def before(self) -> None:
+    def reset(self) -> None:
         """Cut the cache back to the prefix."""
         self.prefix.restore()
 
     def read(self, ids: Tensor) -> Tensor:
-        """See ``Reader``."""
+        """Read tokens behind the cache."""
         return self.model(input_ids=ids, past_key_values=self.prefix.cache, logits_to_keep=1).logits  # type: ignore[no-any-return]
 
     step = read
 
 
-class FloorReader:
-    """The layers written out over a buffer; nothing is retrieved."""
+class BareReader:
+    """The bare layers over a buffer of ready keys and values; nothing is retrieved."""
 
-    def __init__(self, bed: Bed, room: int) -> None:
-        self.floor = bed.floor(room)
+    def __init__(self, fixture: BenchmarkFixture, room: int) -> None:
+        self.layers = fixture.bare_layers(room)
         self.past = 0
 
-    def before(self) -> None:
+    def reset(self) -> None:
         """Go on behind the prefix."""
         self.past = 0
 
     def read(self, ids: Tensor) -> Tensor:
-        """See ``Reader``."""
-        logits = self.floor.read(ids, self.past)
+        """Read tokens behind those read before."""
+        logits = self.layers.read(ids, self.past)
         self.past += ids.shape[1]
         return logits
 
@@ -92,93 +97,89 @@ class FloorReader:
 
 
 class PublishedReader:
-    """The published way, which has no steps of its own here: they are those of a cache of transformers."""
+    """The published read, which has no steps of its own here: they are those of a cache of transformers."""
 
-    def __init__(self, bed: Bed) -> None:
-        self.read = bed.published().read
+    def __init__(self, fixture: BenchmarkFixture) -> None:
+        self.read = fixture.published().read
 
-    def before(self) -> None:
-        """Nothing is kept."""
+    def reset(self) -> None:
+        """Do nothing: a read keeps nothing."""
 
     def step(self, ids: Tensor) -> Tensor:
-        """Not measured."""
+        """Raise NotImplementedError: steps are not measured."""
         raise NotImplementedError
 
 
 @define(frozen=True, eq=False)
-class Way:
-    """A way of reading.
+class ReadVariant:
+    """One of the compared implementations of reading.
 
     Attributes:
         name: in tables and records.
-        make: builds the reader for a bed, with room for so many text tokens.
+        make: builds the reader for a fixture, with room for so many text tokens.
         backend, score: of mplus.
-        picks: it must retrieve what the published way does.
+        retrieves: it must retrieve what the published read does.
         compared: it reads the rows that all others read; where not, its backend's check stands for it.
     """
 
     name: str
-    make: Callable[[Bed, int], Reader]
+    make: Callable[[BenchmarkFixture, int], Reader]
     backend: str | None = None
     score: str | None = None
-    picks: bool = False
+    retrieves: bool = False
     compared: bool = True
 
 
-def ways_with(backend: str) -> list[Way]:
-    """mplus with a backend: with the published score, with ``mean_dot``, and with a prefix that is all short-term."""
+def mplus_variants(backend: str) -> list[ReadVariant]:
+    """Return mplus with a backend: by the published score, by ``mean_dot``, and with an all short-term prefix."""
 
-    def scored(score: str) -> Callable[[Bed, int], Reader]:
-        def make(bed: Bed, room: int) -> Reader:
-            model = bed.wrapped(backend, score)
-            return MemoryReader(model, bed.memory(model))
+    def by_score(score: str) -> Callable[[BenchmarkFixture, int], Reader]:
+        def make(fixture: BenchmarkFixture, room: int) -> Reader:
+            model = fixture.wrapped(backend, score)
+            return MemoryReader(model, fixture.memory(model))
 
         return make
 
-    def unretrieved(bed: Bed, room: int) -> Reader:
-        return MemoryReader(*bed.without_retrieval(backend))
+    def without_retrieval(fixture: BenchmarkFixture, room: int) -> Reader:
+        return MemoryReader(*fixture.without_retrieval(backend))
 
     return [
-        Way(f"mplus/{backend}", scored(PUBLISHED_SCORE), backend, PUBLISHED_SCORE, picks=True),
-        Way(f"mplus/{MEAN_DOT}/{backend}", scored(MEAN_DOT), backend, MEAN_DOT),
-        Way(f"mplus/no_retrieval/{backend}", unretrieved, backend, None, compared=False),
+        ReadVariant(f"mplus/{backend}", by_score(PUBLISHED_SCORE), backend, PUBLISHED_SCORE, retrieves=True),
+        ReadVariant(f"mplus/{MEAN_DOT}/{backend}", by_score(MEAN_DOT), backend, MEAN_DOT),
+        ReadVariant(f"mplus/no_retrieval/{backend}", without_retrieval, backend, None, compared=False),
     ]
 
 
-PLAIN_WAYS = (
-    Way("hf_prefix", lambda bed, room: PrefixReader(bed)),
-    Way("floor", FloorReader),
-    Way("published", lambda bed, room: PublishedReader(bed), score=PUBLISHED_SCORE, picks=True),
+BASELINES = (
+    ReadVariant("hf_prefix", lambda fixture, room: PrefixReader(fixture)),
+    ReadVariant("floor", BareReader),
+    ReadVariant("published", lambda fixture, room: PublishedReader(fixture), score=PUBLISHED_SCORE, retrieves=True),
 )
 
 
 @torch.no_grad()
-def judged(ways: Sequence[Way], preset: Preset, device: torch.device) -> dict[str, Verdict]:
-    """What the gate says about every way: its backend alone, then whole reads, at once and as a prompt and a step."""
-    gate = ReadGate(preset, device)
-    alone: dict[str, Verdict] = {}
-    verdicts = {}
-    for way in ways:
-        verdict = Verdict()
-        if way.backend is not None:
-            if way.backend not in alone:
-                alone[way.backend] = check_backend(way.backend, preset, device)
-            found = alone[way.backend]
-            verdict = Verdict(found.status, found.reason, list(found.checks))
-        if verdict.status == OK and way.compared:
-            gate.check(lambda bed, way=way: _whole(way, bed), way.picks, verdict)  # type: ignore[misc]
-            if way.name != "published":
-                gate.check(lambda bed, way=way: _in_two(way, bed), retrieves=False, verdict=verdict)  # type: ignore[misc]
-        verdicts[way.name] = verdict
-    return verdicts
+def verify(variants: Sequence[ReadVariant], preset: Preset, device: torch.device) -> dict[str, CheckResult]:
+    """Check every variant: its backend alone, then whole reads, at once and as a prompt and a step."""
+    reads = ReadCheck(preset, device)
+    backends: dict[str, CheckResult] = {}
+    results = {}
+    for variant in variants:
+        result = CheckResult()
+        if variant.backend is not None:
+            if variant.backend not in backends:
+                backends[variant.backend] = check_backend(variant.backend, preset, device)
+            alone = backends[variant.backend]
+            result = CheckResult(alone.status, alone.reason, list(alone.checks))
+        if result.status == OK and variant.compared:
+            reads.check(lambda fixture, make=variant.make: make(fixture, 16).read, variant.retrieves, result)  # type: ignore[misc]
+            if variant.name != "published":
+                reads.check(lambda fixture, make=variant.make: _in_two(make(fixture, 16)), False, result)  # type: ignore[misc]
+        results[variant.name] = result
+    return results
 
 
-def _whole(way: Way, bed: Bed) -> Callable[[Tensor], Tensor]:
-    return way.make(bed, 16).read
-
-
-def _in_two(way: Way, bed: Bed) -> Callable[[Tensor], Tensor]:
-    reader = way.make(bed, 16)
+def _in_two(reader: Reader) -> Callable[[Tensor], Tensor]:
+    """Return a read of all tokens but the last as a prompt and of the last as a step."""
 
     def read(ids: Tensor) -> Tensor:
         if ids.shape[1] == 1:
@@ -187,3 +188,70 @@ def _in_two(way: Way, bed: Bed) -> Callable[[Tensor], Tensor]:
         return reader.step(ids[:, -1:])
 
     return read
+
+
+@define(frozen=True, eq=False)
+class Comparison:
+    """Variants of reading one fixture.
+
+    Attributes:
+        fixture: what is read.
+        variants: all that a record has an entry for.
+        results: of their checks, by name.
+        readers: of the variants that are right, by name.
+    """
+
+    fixture: BenchmarkFixture
+    variants: Sequence[ReadVariant]
+    results: Mapping[str, CheckResult]
+    readers: Mapping[str, Reader]
+
+    @classmethod
+    def of(
+        cls,
+        fixture: BenchmarkFixture,
+        variants: Sequence[ReadVariant],
+        results: Mapping[str, CheckResult],
+        room: int,
+    ) -> Comparison:
+        """Make a new reader, for up to ``room`` text tokens, of every variant that is right."""
+        right = [variant for variant in variants if results[variant.name].status == OK]
+        return cls(fixture, variants, results, {variant.name: variant.make(fixture, room) for variant in right})
+
+    def only(self, wanted: Callable[[ReadVariant], bool]) -> Comparison:
+        """Return the comparison of those that are right and wanted."""
+        variants = [variant for variant in self.variants if variant.name in self.readers and wanted(variant)]
+        return evolve(self, variants=variants, readers={one.name: self.readers[one.name] for one in variants})
+
+    def choose_attention(self, length: int, past: int = 0) -> dict[str, Any]:
+        """Let the bare layers take the fastest attention for this length; return what was tried.
+
+        Args:
+            length: tokens read at once.
+            past: tokens in front of them, behind the prefix.
+        """
+        for reader in self.readers.values():
+            if isinstance(reader, BareReader):
+                return reader.layers.choose_attention(length, past)
+        return {}
+
+    def entries(
+        self, times: Mapping[str, Sequence[float]], share: Callable[[float], float] | None = None
+    ) -> dict[str, Any]:
+        """Return what a record says of every variant.
+
+        Args:
+            times: in seconds, by name.
+            share: makes the share of the roofline out of the median in seconds.
+        """
+        entries = {}
+        for variant in self.variants:
+            taken = times.get(variant.name)
+            facts = {} if share is None else {"share_of_roofline": share(median(taken)) if taken else None}
+            entries[variant.name] = arm_entry(self.results[variant.name], taken, **facts)
+        return entries
+
+    def best_backend(self, times: Mapping[str, Sequence[float]]) -> str | None:
+        """Return the backend with the lowest median among reads by the published score; None where none was timed."""
+        timed = [one for one in self.variants if one.score == PUBLISHED_SCORE and one.backend and times.get(one.name)]
+        return min(timed, key=lambda one: median(times[one.name])).backend if timed else None

@@ -1,4 +1,4 @@
-"""What changing long-term memory costs while a layer grows: appending, evicting and merging a chunk's rows."""
+"""``mplus bench store``: a chunk's rows appended, evicted and merged, in a small layer and in a large one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
-from mplus.bench.correctness import FAILED, Verdict
-from mplus.bench.fixtures.presets import Preset
-from mplus.bench.machine import Machine
-from mplus.bench.record import arm_entry, measured
+from mplus.bench.correctness import FAILED, CheckResult
+from mplus.bench.presets import Preset
+from mplus.bench.record import MachineRates, arm_entry, make_record
 from mplus.config import Component, MPlusConfig, options_of
 from mplus.eviction.build import build_eviction
 from mplus.mechanisms.additions import MemoryAdditions
@@ -39,7 +38,7 @@ def measure(
     store: str = "ram",
     sizes: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """The record of ``mplus bench store``.
+    """Return the record of ``mplus bench store``.
 
     Args:
         preset: gives the width of rows, the rows of a chunk, and the rows of short-term memory they come from.
@@ -50,25 +49,25 @@ def measure(
         sizes: rows of the layer; None: ``ROWS``.
     """
     sizes = sorted(sizes or (TINY_ROWS if preset.name == "tiny" else ROWS))
-    verdict = check(preset, device, store)
-    verdicts = {f"{kind}/{rows}": verdict for kind in KINDS for rows in sizes}
+    result = check(preset, device, store)
+    results = {f"{kind}/{rows}": result for kind in KINDS for rows in sizes}
 
-    def section(machine: Machine) -> dict[str, Any]:
-        arms = [arm for rows in sizes for arm in Flow(preset, device, store, rows).arms()]
+    def section(rates: MachineRates) -> dict[str, Any]:
+        arms = [arm for rows in sizes for arm in FullLayer(preset, device, store, rows).arms()]
         # Appending and evicting take turns, so that a layer stays at its capacity, whichever comes first in a round.
         times = in_rounds(arms, repeats, device, warm=3)
         found = {
             f"{kind}_at_{sizes[-1]}_over_{sizes[0]}": ratio(times, f"{kind}/{sizes[-1]}", f"{kind}/{sizes[0]}")
             for kind in KINDS
         }
-        return {"arms": {name: arm_entry(verdict, times[name]) for name in verdicts}, "ratios": found}
+        return {"arms": {name: arm_entry(result, times[name]) for name in results}, "ratios": found}
 
     facts = {"rows_per_chunk": preset.memory_tokens_per_chunk, "row_bytes": layout_of(preset, device).row_bytes}
-    return measured("store", preset, device, threads, section, verdicts, repeats=repeats, store=store, **facts)
+    return make_record("store", preset, device, threads, section, results, repeats=repeats, store=store, **facts)
 
 
 def layout_of(preset: Preset, device: torch.device) -> StoreLayout:
-    """Rows of one layer kept as keys and values, with retriever keys and an expiry."""
+    """Return the layout of one layer's rows: keys and values, retriever keys and an expiry."""
     return StoreLayout(
         layers=1,
         hidden_size=preset.hidden_size,
@@ -81,13 +80,15 @@ def layout_of(preset: Preset, device: torch.device) -> StoreLayout:
     )
 
 
-class Flow:
-    """A layer at its capacity: a chunk's rows come in, of random ages as short-term memory lets them go, others leave.
+class FullLayer:
+    """A layer at its capacity, to which a chunk's rows are added and from which as many leave.
+
+    The rows have the random ages at which short-term memory lets them go.
 
     Attributes:
         capacity: rows in the layer.
-        flowing: is appended to and evicted from.
-        merging: a store of the same rows, into which pending rows are merged, where as many expire.
+        flowing: the store that is appended to and evicted from.
+        merging: a store of the same rows, into which pending rows are merged and where as many expire.
     """
 
     def __init__(self, preset: Preset, device: torch.device, store: str, rows: int) -> None:
@@ -119,7 +120,7 @@ class Flow:
         self._incoming = self._next
 
     def arms(self) -> list[Arm]:
-        """One for each kind of change."""
+        """Return an arm for each kind of change."""
         return [
             Arm(f"append/{self.capacity}", self.append, self.prepare),
             Arm(f"evict/{self.capacity}", self.evict),
@@ -127,25 +128,25 @@ class Flow:
         ]
 
     def prepare(self, turn: int) -> None:
-        """Rows of the next chunk."""
+        """Make the rows of the next chunk."""
         self._incoming = self._aged(self._next)
 
     def append(self, turn: int) -> None:
-        """A chunk's rows."""
+        """Append a chunk's rows."""
         self.flowing.append(0, self._incoming.replace(expiry=self._incoming.birth.double()))
 
     def evict(self, turn: int) -> None:
-        """As many rows, the oldest."""
+        """Evict as many rows, the oldest."""
         policy = self._context.eviction
         self.flowing.remove(0, policy.select(self.flowing, 0, self._preset.memory_tokens_per_chunk))
 
     def merge(self, turn: int) -> None:
-        """A chunk's rows that were pending; others expire, and what is beyond the capacity is evicted."""
+        """Merge a chunk's pending rows; others expire, and what is beyond the capacity is evicted."""
         state = self._mechanism.waiting(self._state, [self._incoming.replace(expiry=None)])
         self._state, _ = self._mechanism.merge(state, self._context)
 
     def _rows(self, count: int) -> MemoryRows:
-        """Random content, without ages."""
+        """Draw rows without ages."""
         layout = self._layout
 
         def normal(width: int) -> Tensor:
@@ -155,25 +156,25 @@ class Flow:
         return MemoryRows(None, nought, nought, normal(layout.key_size), None, normal(layout.projected_size))
 
     def _aged(self, rows: MemoryRows) -> MemoryRows:
-        """The next rows that leave short-term memory; how long they were there is random (MemoryLLM section 3.1.2)."""
+        """Give rows the births of those that leave short-term memory after a random stay (MemoryLLM section 3.1.2)."""
         stay = torch.empty(len(rows)).exponential_(1 / self._preset.short_term_tokens, generator=self._generator)
         births = torch.arange(self._written, self._written + len(rows)) - stay.long()
         self._written += len(rows)
         return rows.replace(birth=births.to(self._layout.device))
 
 
-def check(preset: Preset, device: torch.device, store: str) -> Verdict:
-    """Whether the oldest rows leave a small layer, against a plain sort."""
-    verdict = Verdict()
-    flow = Flow(evolve(preset, memory_tokens_per_chunk=16, short_term_tokens=32), device, store, 100)
+def check(preset: Preset, device: torch.device, store: str) -> CheckResult:
+    """Check that the oldest rows leave a small layer, against a plain sort."""
+    result = CheckResult()
+    layer = FullLayer(evolve(preset, memory_tokens_per_chunk=16, short_term_tokens=32), device, store, 100)
     for turn in range(20):
-        flow.prepare(turn)
-        flow.append(turn)
-        births = flow.flowing.gather(0, flow.flowing.ids(0)).birth.tolist()
-        flow.evict(turn)
-        left = flow.flowing.gather(0, flow.flowing.ids(0)).birth.tolist()
-        flow.merge(turn)
-        if sorted(left) != sorted(births)[16:] or flow.merging.count(0) > 100:
-            verdict.status, verdict.reason = FAILED, f"after {turn + 1} chunks other rows are left than the youngest"
+        layer.prepare(turn)
+        layer.append(turn)
+        births = layer.flowing.gather(0, layer.flowing.ids(0)).birth.tolist()
+        layer.evict(turn)
+        left = layer.flowing.gather(0, layer.flowing.ids(0)).birth.tolist()
+        layer.merge(turn)
+        if sorted(left) != sorted(births)[16:] or layer.merging.count(0) > 100:
+            result.status, result.reason = FAILED, f"after {turn + 1} chunks other rows are left than the youngest"
             break
-    return verdict
+    return result

@@ -1,4 +1,4 @@
-"""Records as tables, for terminals and for pages."""
+"""Records as tables in plain text, for terminals and for pages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from attrs import define
 
 
 @define(frozen=True)
-class Sheet:
+class Table:
     """A table in plain text.
 
     Attributes:
@@ -25,19 +25,19 @@ class Sheet:
     notes: tuple[str, ...] = ()
 
 
-def sheets(record: Mapping[str, Any]) -> list[Sheet]:
-    """All tables of a record of any kind."""
+def tables(record: Mapping[str, Any]) -> list[Table]:
+    """Return all tables of a record of any kind."""
     found = []
     for threads, section in record["by_threads"].items():
         where = f"{threads} thread" if threads == "1" else f"{threads} threads"
-        found += [_with_machine(sheet, where, section["machine"]) for sheet in _KINDS[record["kind"]](record, section)]
+        found += [_with_machine(table, where, section["machine"]) for table in _KINDS[record["kind"]](record, section)]
     if record.get("growth"):
         found.append(_growth(record))
     return found
 
 
 def opening(record: Mapping[str, Any]) -> str:
-    """Where and with what it was measured, in a line or two."""
+    """Return a line or two on where and with what a record was measured."""
     preset, where = record["preset"], record["circumstances"]
     commit = f"{where['commit']}{' with changes' if where.get('modified') else ''}"
     return (
@@ -49,7 +49,7 @@ def opening(record: Mapping[str, Any]) -> str:
 
 
 def refused(record: Mapping[str, Any]) -> list[str]:
-    """A line for every arm that has no speed."""
+    """Return a line for every variant that has no speed."""
     return [
         f"{name}: {facts['status']}: {facts['reason']}"
         for name, facts in record["gate"].items()
@@ -57,14 +57,14 @@ def refused(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _with_machine(sheet: Sheet, where: str, machine: Mapping[str, Any]) -> Sheet:
+def _with_machine(table: Table, where: str, machine: Mapping[str, Any]) -> Table:
     rates = (
         f"the machine copies {machine['copy_gb_per_s']} GB/s, fills new memory at {machine['fresh_gb_per_s']} GB/s and "
         f"multiplies matrices at {machine['matmul_gflop_per_s']} GFLOP/s ({machine['matmul_dtype']})"
     )
     before, after = machine["load_average"]
     load = f"load average {before} before and {after} after"
-    return Sheet(f"{sheet.title}, {where}", sheet.head, sheet.rows, (*sheet.notes, rates, load))
+    return Table(f"{table.title}, {where}", table.head, table.rows, (*table.notes, rates, load))
 
 
 TIMES = ("p20 ms", "p50 ms", "p80 ms")
@@ -83,7 +83,7 @@ def _share(entry: Mapping[str, Any]) -> str:
 
 
 def _over(entry: Mapping[str, Any], base: Mapping[str, Any] | None) -> str:
-    """The median by that of another arm."""
+    """Return the median as a multiple of another variant's."""
     if base is None or entry["status"] != "ok" or base["status"] != "ok":
         return "-"
     return f"{entry['p50_ms'] / base['p50_ms']:.2f}"
@@ -94,7 +94,7 @@ def _ratios(found: Mapping[str, float | None]) -> str:
     return "; ".join(said) or "no ratios"
 
 
-def _read(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Sheet]:
+def _read(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Table]:
     found = []
     for length, facts in section["by_length"].items():
         arms = facts["arms"]
@@ -104,19 +104,19 @@ def _read(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Sheet]:
             f"the floor attends with: {facts['floor_attention'].get('won', '-')}",
         )
         title = f"Reading {length} tokens"
-        found.append(Sheet(title, ("way", *TIMES, "median by the floor's"), rows, notes))
+        found.append(Table(title, ("way", *TIMES, "median by the floor's"), rows, notes))
     return [*found, *_decode(record, section["decode"])]
 
 
-def _decode(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Sheet]:
+def _decode(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Table]:
     arms = section["arms"]
     rows = tuple((name, *_times(entry), _over(entry, arms.get("floor")), _share(entry)) for name, entry in arms.items())
     title = f"One token behind a prompt of {record['preset']['prompt']}"
     head = ("way", *TIMES, "median by the floor's", "of the roofline")
-    return [Sheet(title, head, rows, (f"backend {section['best_backend']}: {_ratios(section['ratios'])}",))]
+    return [Table(title, head, rows, (f"backend {section['best_backend']}: {_ratios(section['ratios'])}",))]
 
 
-def _write(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Sheet]:
+def _write(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Table]:
     rows = tuple(
         (name, *_times(entry), *(f"{entry[rate]:,.0f}" if rate in entry else "-" for rate in RATES))
         for name, entry in section["arms"].items()
@@ -124,13 +124,13 @@ def _write(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Sheet]
     settings = record["settings"]
     title = f"Writing {settings['chunk_tokens']} tokens to each of {settings['streams']} memories"
     head = ("way", *TIMES, "tokens/s", "rows/s")
-    return [Sheet(title, head, rows, (f"backend {section['best_backend']}: {_ratios(section['ratios'])}",))]
+    return [Table(title, head, rows, (f"backend {section['best_backend']}: {_ratios(section['ratios'])}",))]
 
 
 RATES = ("tokens_per_s", "rows_per_s")
 
 
-def _score(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Sheet]:
+def _score(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Table]:
     found = []
     for keys, by_length in section["by_rows"].items():
         rows = tuple(
@@ -141,22 +141,22 @@ def _score(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Sheet]
         )
         title = f"Scoring {int(keys):,} rows by keys of width {record['settings']['width']}"
         notes = ("the roofline is that of memory: keys that stay in caches can be faster",)
-        found.append(Sheet(title, ("queries", "score and way", *TIMES, "of the roofline"), rows, notes))
+        found.append(Table(title, ("queries", "score and way", *TIMES, "of the roofline"), rows, notes))
     return found
 
 
-def _attention(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Sheet]:
+def _attention(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Table]:
     found = []
     for case in section["cases"]:
         arms = case["arms"]
         best = arms.get(case["best_of_torch"])
         rows = tuple((name, *_times(entry), _over(entry, best), _share(entry)) for name, entry in arms.items())
         title = f"Attention of {case['queries']} queries over {case['memory_rows']:,} rows and {case['text_keys']} keys"
-        found.append(Sheet(title, ("way", *TIMES, "by the best of torch", "of the roofline"), rows))
+        found.append(Table(title, ("way", *TIMES, "by the best of torch", "of the roofline"), rows))
     return found
 
 
-def _growth(record: Mapping[str, Any]) -> Sheet:
+def _growth(record: Mapping[str, Any]) -> Table:
     columns = ("read/sigmoid_mean", "select/sigmoid_mean", "read/mean_dot", "select/mean_dot", "floor")
     rows = []
     for point in record["growth"]:
@@ -166,10 +166,10 @@ def _growth(record: Mapping[str, Any]) -> Sheet:
     missing = [point["reason"] for point in record["growth"] if point["status"] != "ok"]
     title = f"Reading {record['preset']['prompt']} tokens after more and more was written, medians in ms"
     head = ("tokens written", "short-term rows", "long-term rows", *columns)
-    return Sheet(title, head, tuple(rows), ("select: scoring and picking alone, in all layers", *missing))
+    return Table(title, head, tuple(rows), ("select: scoring and picking alone, in all layers", *missing))
 
 
-def _store(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Sheet]:
+def _store(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Table]:
     settings, arms = record["settings"], section["arms"]
     rows = tuple(
         (kind, f"{int(count):,}", *_times(arms[f"{kind}/{count}"]))
@@ -177,7 +177,7 @@ def _store(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Sheet]
     )
     title = f"Changing a layer of the store {settings['store']} by {settings['rows_per_chunk']} rows"
     note = f"rows of {settings['row_bytes']:,} bytes; medians of ratios within a round: {_ratios(section['ratios'])}"
-    return [Sheet(title, ("change", "rows of the layer", *TIMES), rows, (note,))]
+    return [Table(title, ("change", "rows of the layer", *TIMES), rows, (note,))]
 
 
 _KINDS = {"read": _read, "decode": _decode, "write": _write, "score": _score, "attention": _attention, "store": _store}

@@ -51,7 +51,7 @@ def decode(bench: Bench) -> Record:
 @measurement(backends=False)
 def score(bench: Bench) -> Record:
     """Time the retriever's scoring of long-term rows alone."""
-    from mplus.bench import scoring
+    from mplus.bench import score as scoring
 
     return scoring.measure(*bench.how)
 

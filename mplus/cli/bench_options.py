@@ -14,7 +14,7 @@ from attrs import define
 if TYPE_CHECKING:
     import torch
 
-    from mplus.bench.fixtures.presets import Preset
+    from mplus.bench.presets import Preset
 
 PresetName = Annotated[
     str, typer.Option("--preset", help="Decoder and memory: cpu (4 layers of width 512) or llama3-8b (for a GPU).")
@@ -119,8 +119,8 @@ def _prepared(
     import torch
     from attrs import evolve
 
-    from mplus.bench.fixtures.presets import device_for
-    from mplus.bench.fixtures.presets import preset as find
+    from mplus.bench.presets import device_for
+    from mplus.bench.presets import preset as find
     from mplus.errors import ConfigError
 
     chosen = find(preset)
@@ -153,21 +153,21 @@ def _finish(record: Mapping[str, Any], as_json: Path | None) -> None:
     from rich.table import Table
 
     from mplus.bench.record import failed
-    from mplus.bench.tables import opening, refused, sheets
+    from mplus.bench.tables import opening, refused, tables
 
     if as_json is not None:
         as_json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     console = Console(highlight=False)
     console.print(escape(opening(record)), soft_wrap=True)
-    for sheet in sheets(record):
-        table = Table(box=None, title=escape(sheet.title), title_justify="left", title_style="bold")
-        for place, head in enumerate(sheet.head):
-            table.add_column(escape(head), justify="left" if place == 0 else "right", no_wrap=place == 0)
-        for row in sheet.rows:
-            table.add_row(*map(escape, row))
+    for table in tables(record):
+        shown = Table(box=None, title=escape(table.title), title_justify="left", title_style="bold")
+        for column, head in enumerate(table.head):
+            shown.add_column(escape(head), justify="left" if column == 0 else "right", no_wrap=column == 0)
+        for row in table.rows:
+            shown.add_row(*map(escape, row))
         console.print()
-        console.print(table)
-        for note in sheet.notes:
+        console.print(shown)
+        for note in table.notes:
             console.print(escape(note), style="dim", soft_wrap=True)
     for line in refused(record):
         console.print(escape(line), soft_wrap=True)

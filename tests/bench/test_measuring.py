@@ -1,4 +1,4 @@
-"""Records, the gate in front of them, and the command. How long anything takes is nobody's business here."""
+"""Records of ``mplus bench``, the checks before anything is timed, and the command. No test asserts a time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from mplus import timing
 from mplus.backends import BACKENDS
 from mplus.backends.base import AttentionResult
 from mplus.backends.sdpa import SdpaBackend
-from mplus.bench import attention, decode, read, scoring, store, write
-from mplus.bench.correctness import Verdict, check_backend
-from mplus.bench.fixtures.presets import Preset, check_room, preset
-from mplus.bench.machine import Machine
-from mplus.bench.record import failed
-from mplus.bench.tables import opening, refused, sheets
+from mplus.bench import attention, decode, read, score, store, write
+from mplus.bench.correctness import CheckResult, check_backend
+from mplus.bench.presets import Preset, check_room, preset
+from mplus.bench.record import MachineRates, failed
+from mplus.bench.tables import opening, refused, tables
 from mplus.cli import app
 from mplus.errors import NotSupported
 from mplus.eviction.base import FifoEviction
@@ -96,8 +95,8 @@ def check_record(record, kind):
         assert {"copy_gb_per_s", "fresh_gb_per_s", "matmul_gflop_per_s"} <= set(section["machine"])
     assert failed(record) == {}
     assert opening(record)
-    for sheet in sheets(record):
-        assert all(len(row) == len(sheet.head) for row in sheet.rows)
+    for table in tables(record):
+        assert all(len(row) == len(table.head) for row in table.rows)
 
 
 BACKENDS_HERE = ("merge", "sdpa", "triton")
@@ -141,7 +140,7 @@ def test_growth_fills_short_term_memory_first(reads):
     [
         ("decode", decode.measure),
         ("write", write.measure),
-        ("score", scoring.measure),
+        ("score", score.measure),
         ("attention", attention.measure),
         ("store", store.measure),
     ],
@@ -207,20 +206,20 @@ def test_a_store_that_keeps_other_rows_gets_no_speed(monkeypatch):
 
 
 def test_layers_stay_at_their_capacity():
-    flow = store.Flow(TINY, CPU, "ram", 500)
+    layer = store.FullLayer(TINY, CPU, "ram", 500)
     for turn in range(60):
-        flow.prepare(turn)
-        flow.append(turn)
-        flow.evict(turn)
-        flow.merge(turn)
-        assert flow.flowing.count(0) == 500
-        assert 500 - 2 * TINY.memory_tokens_per_chunk <= flow.merging.count(0) <= 500
+        layer.prepare(turn)
+        layer.append(turn)
+        layer.evict(turn)
+        layer.merge(turn)
+        assert layer.flowing.count(0) == 500
+        assert 500 - 2 * TINY.memory_tokens_per_chunk <= layer.merging.count(0) <= 500
 
 
-def test_the_gate_sees_nan():
-    verdict = Verdict()
-    verdict.compare("it", torch.tensor([math.nan]), torch.ones(1, dtype=torch.float64), torch.ones(1))
-    assert verdict.status == "failed"
+def test_checks_see_nan():
+    result = CheckResult()
+    result.compare("it", torch.tensor([math.nan]), torch.ones(1, dtype=torch.float64), torch.ones(1))
+    assert result.status == "failed"
 
 
 def test_good_backends_pass():
@@ -264,7 +263,7 @@ def test_presets_that_need_a_gpu_say_so(monkeypatch):
 
 
 def test_room_is_checked_before_anything_is_made(monkeypatch):
-    monkeypatch.setattr("mplus.bench.fixtures.presets.free_bytes", lambda device: 2**30)
+    monkeypatch.setattr("mplus.bench.presets.free_bytes", lambda device: 2**30)
     with pytest.raises(NotSupported, match="GiB"):
         check_room(preset("llama3-8b"), CPU)
     check_room(TINY, CPU)
@@ -300,6 +299,6 @@ def test_every_arm_runs_in_every_round_and_first_in_some():
 
 
 def test_the_roofline_is_the_slower_of_the_two():
-    machine = Machine(bytes_per_second=10, fresh_bytes_per_second=10, flops_per_second=100, dtype="float32")
-    assert machine.share(flops=100, nbytes=20, seconds=4) == 0.5
-    assert machine.share(flops=800, nbytes=20, seconds=8) == 1.0
+    rates = MachineRates(bytes_per_second=10, fresh_bytes_per_second=10, flops_per_second=100, dtype="float32")
+    assert rates.roofline_share(flops=100, nbytes=20, seconds=4) == 0.5
+    assert rates.roofline_share(flops=800, nbytes=20, seconds=8) == 1.0

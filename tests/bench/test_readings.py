@@ -1,4 +1,4 @@
-"""All ways of reading that are timed read the same, and the ways of writing write the same."""
+"""All variants of reading that are timed read the same, and random memories are like written ones."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import pytest
 import torch
 from attrs import evolve
 
-from mplus.bench.baselines.variants import VARIANTS
-from mplus.bench.fixtures.presets import preset
-from mplus.bench.fixtures.random_memory import fill
-from mplus.bench.fixtures.setup import Bed
-from mplus.bench.readers import PLAIN_WAYS, MemoryReader, ways_with
+from mplus.bench.attention_variants import VARIANTS
+from mplus.bench.fixture import BenchmarkFixture, random_rows
+from mplus.bench.presets import preset
+from mplus.bench.readers import BASELINES, MemoryReader, mplus_variants
 from mplus.testing.rounding import allowed
 
 pytestmark = pytest.mark.two_computations
@@ -22,27 +21,27 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def every_row():
     """A memory of which every read retrieves all."""
-    return Bed(evolve(TINY, long_term_rows=TINY.retrieved_tokens), CPU)
+    return BenchmarkFixture(evolve(TINY, long_term_rows=TINY.retrieved_tokens), CPU)
 
 
 @pytest.fixture(scope="module")
 def some_rows():
-    return Bed(TINY, CPU)
+    return BenchmarkFixture(TINY, CPU)
 
 
 @pytest.fixture(scope="module")
 def close(every_row):
-    """How far two ways to read may be apart: see ``mplus.testing.rounding``."""
+    """How far two variants may be apart: see ``mplus.testing.rounding``."""
     ids = every_row.prompts(7, 1)[0]
     return {"rtol": 0.0, "atol": allowed(readers(every_row)["hf_prefix"].read(ids), every_row.in_float64().read(ids))}
 
 
-def readers(bed):
-    ways = [*ways_with("sdpa"), *ways_with("reference"), *PLAIN_WAYS]
-    return {way.name: way.make(bed, 32) for way in ways if way.compared}
+def readers(fixture):
+    variants = [*mplus_variants("sdpa"), *mplus_variants("reference"), *BASELINES]
+    return {one.name: one.make(fixture, 32) for one in variants if one.compared}
 
 
-def test_all_ways_read_the_same(every_row, close):
+def test_all_variants_read_the_same(every_row, close):
     ids = every_row.prompts(7, 1)[0]
     found = {name: reader.read(ids) for name, reader in readers(every_row).items()}
     assert set(found) >= {"mplus/sdpa", "mplus/mean_dot/sdpa", "mplus/reference", "hf_prefix", "floor", "published"}
@@ -59,13 +58,13 @@ def test_steps_go_on_where_the_prompt_ended(every_row, close):
         if name == "published":
             continue
         for _ in range(2):  # again, after what was read is forgotten
-            reader.before()
+            reader.reset()
             reader.read(ids[:, :7])
             reader.step(ids[:, 7:8])
             torch.testing.assert_close(reader.step(ids[:, 8:]).double(), exact, msg=name, **close)
 
 
-def test_the_published_way_retrieves_what_mplus_does(some_rows, close):
+def test_the_published_read_retrieves_what_mplus_does(some_rows, close):
     ids = some_rows.prompts(7, 1)[0]
     found = readers(some_rows)
     published = found["published"].read(ids)
@@ -83,7 +82,7 @@ def test_without_retrieval_the_prefix_is_as_long(some_rows):
     assert torch.isfinite(MemoryReader(model, memory).read(some_rows.prompts(3, 1)[0])).all()
 
 
-def test_the_beds_decoders_share_weights_and_rows(some_rows):
+def test_the_fixtures_decoders_share_weights_and_rows(some_rows):
     one, other = some_rows.wrapped("sdpa"), some_rows.wrapped("reference", "mean_dot")
     assert one.lm_head.weight is other.lm_head.weight is some_rows.base.lm_head.weight
     rows = [some_rows.memory(model).states[0].stm[0].hidden for model in (one, other)]
@@ -94,7 +93,7 @@ def test_the_beds_decoders_share_weights_and_rows(some_rows):
 
 def test_filled_memories_are_like_written_ones(some_rows):
     model = some_rows.wrapped("sdpa")
-    memory = fill(model.mplus_engine, 48, 20, seed=3).memory(model.mplus_engine, streams=2)
+    memory = random_rows(model.mplus_engine, 48, 20, seed=3).memory(model.mplus_engine, streams=2)
     written = memory.write(torch.randint(TINY.vocab_size, (2, TINY.chunk_tokens)))
     assert written.dropped_rows == [TINY.memory_tokens_per_chunk] * 2
     for state, store in zip(memory.states, memory.stores, strict=True):

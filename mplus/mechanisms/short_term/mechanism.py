@@ -50,6 +50,12 @@ class RowMechanism(MemoryMechanism):
         stm = tuple(_completed(layer, rows, layout, columns) for layer, rows in enumerate(state.stm))
         return evolve(state, stm=stm, newest=state.newest or self._newest(state.stm, layout))
 
+    def holding(self, layout: StoreLayout, rows: Sequence[MemoryRows], hidden: Sequence[Tensor]) -> ShortTermState:
+        """Return a new stream with the short-term ``rows`` of each layer, whose hidden states are ``[n, d]``."""
+        k = self.config.memory_tokens_per_chunk
+        newest = () if layout.keeps_hidden else tuple(part[max(len(part) - k, 0) :] for part in hidden)
+        return evolve(self.new_state(layout), stm=tuple(rows), newest=newest)
+
     def _newest(self, stm: Sequence[MemoryRows], layout: StoreLayout) -> tuple[Tensor, ...]:
         if layout.keeps_hidden:
             return ()

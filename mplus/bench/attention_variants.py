@@ -1,4 +1,4 @@
-"""Attention of text over a prefix and itself by PyTorch's public means; the fastest is what others are held to."""
+"""Attention of text over a prefix and itself by PyTorch's public functions; the fastest is what others are held to."""
 
 from __future__ import annotations
 
@@ -13,56 +13,60 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mplus.timing import Arm, in_rounds, median
 
-Variant = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionVariant = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``variant(queries [B, H, T, D], keys [B, Hkv, S, D], values)``: causal, aligned at the bottom right."""
 
 
 def bool_mask(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """A mask of booleans, heads in groups by the kernel."""
+    """Attend with a mask of booleans; the kernel groups the heads."""
     return _attend(queries, keys, values, _mask(queries, keys, None, 1))
 
 
 def float_mask(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """An additive mask, heads in groups by the kernel."""
+    """Attend with an additive mask; the kernel groups the heads."""
     return _attend(queries, keys, values, _mask(queries, keys, queries.dtype, 1))
 
 
 def lower_right(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """``causal_lower_right`` of PyTorch."""
+    """Attend with PyTorch's ``causal_lower_right``."""
     bias = None if queries.shape[2] == 1 else causal_lower_right(queries.shape[2], keys.shape[2])
     return _attend(queries, keys, values, bias)
 
 
 def packed(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The heads of a group as further rows of one head; a mask of booleans."""
+    """Attend with the heads of a group as further rows of one head, and a mask of booleans."""
     return _packed(queries, keys, values, None)
 
 
 def packed_float(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """As ``packed``, with an additive mask."""
+    """Attend as ``packed`` does, with an additive mask."""
     return _packed(queries, keys, values, queries.dtype)
 
 
 def written_out(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """As ``packed``, by two products and a softmax. Raises ValueError for more than ``FEW`` queries."""
+    """Attend with heads packed as in ``packed``, by two products and a softmax.
+
+    Raises:
+        ValueError: there are more than ``MOST_QUERIES`` queries.
+    """
     batch, heads, length, width = queries.shape
-    if length > FEW:
-        raise ValueError(f"scores are written out for at most {FEW} queries, got {length}")
+    if length > MOST_QUERIES:
+        raise ValueError(f"scores are written out for at most {MOST_QUERIES} queries, got {length}")
     groups = heads // keys.shape[1]
     rows = queries.reshape(batch, keys.shape[1], groups * length, width) * width**-0.5
     scores = rows @ keys.mT
     mask = _mask(queries, keys, queries.dtype, groups)
     if mask is not None:
-        # Only the text has anything hidden.
+        # Nothing of the prefix is hidden from any query.
         scores[..., -length:] += mask[:, -length:]
     attended: Tensor = scores.softmax(-1) @ values
     return attended.reshape(batch, heads, length, width)
 
 
-FEW = 64
-"""Queries of which ``written_out`` takes no more: it holds all their scores."""
+MOST_QUERIES = 64
+"""The most queries of ``written_out``, which holds all their scores."""
 
-VARIANTS: Mapping[str, Variant] = {
+VARIANTS: Mapping[str, AttentionVariant] = {
     "bool mask": bool_mask,
     "float mask": float_mask,
     "causal_lower_right": lower_right,
@@ -73,7 +77,7 @@ VARIANTS: Mapping[str, Variant] = {
 
 
 def fastest(queries: Tensor, keys: Tensor, values: Tensor, rounds: int = 3) -> tuple[str, dict[str, Any]]:
-    """The variant that is fastest for such a case, and the median of every one in milliseconds, or why it failed."""
+    """Return the fastest variant for such a case, and of each the median in milliseconds or why it failed."""
     found: dict[str, Any] = {}
     arms = []
     for name, variant in VARIANTS.items():
@@ -102,13 +106,15 @@ def _packed(queries: Tensor, keys: Tensor, values: Tensor, dtype: torch.dtype | 
 
 
 def _mask(queries: Tensor, keys: Tensor, dtype: torch.dtype | None, groups: int) -> Tensor | None:
+    """Return the causal mask ``[groups * T, S]``; None for a single query, which sees everything."""
     if queries.shape[2] == 1:
         return None
-    return _made_mask(queries.shape[2], keys.shape[2], dtype, groups, queries.device)
+    return _cached_mask(queries.shape[2], keys.shape[2], dtype, groups, queries.device)
 
 
+# Cached, so that making masks is not part of what is timed.
 @functools.lru_cache(maxsize=8)
-def _made_mask(length: int, total: int, dtype: torch.dtype | None, groups: int, device: torch.device) -> Tensor:
+def _cached_mask(length: int, total: int, dtype: torch.dtype | None, groups: int, device: torch.device) -> Tensor:
     visible = torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length).repeat(groups, 1)
     if dtype is None:
         return visible

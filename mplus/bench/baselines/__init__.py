@@ -1,1 +1,0 @@
-"""Plain implementations that mplus is measured against, and the roofline."""

@@ -1,0 +1,285 @@
+"""The fixture of a measurement: a decoder with random weights, wrapped in several ways, and a memory of random rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import torch
+from attrs import define, evolve, field
+from torch import Tensor
+
+import mplus
+from mplus.bench.baselines import BareLayers, PublishedRead, prefix_keys_values
+from mplus.bench.presets import Preset
+from mplus.config import MPlusConfig
+from mplus.eviction.build import build_eviction
+from mplus.hf.decoders.bench_models import DecoderWeights, PrefixedCache, random_llama, twin, weights_of
+from mplus.memory.memory import Memory
+from mplus.memory.state import StreamState
+from mplus.memory.transaction import Streams
+from mplus.rows import NO_SOURCE, MemoryRows
+from mplus.stores.base import MemoryStore, StoreLayout
+from mplus.stores.build import build_store
+
+PUBLISHED_SCORE = "sigmoid_mean"
+SPREAD = 2.0
+"""Standard deviation of the products of queries and keys."""
+BLOCK = 16_384
+"""Rows made, and keys projected, at a time."""
+
+
+@define(eq=False)
+class BenchmarkFixture:
+    """A decoder, a memory of random rows and prompts, from which all variants of a measurement are built.
+
+    The variants share weights and rows, so that they do the same work and memory is taken once.
+
+    Example:
+        >>> fixture = BenchmarkFixture(preset("tiny"), torch.device("cpu"))
+        >>> model = fixture.wrapped("sdpa")
+        >>> model(fixture.prompts(4, 1)[0], memory=fixture.memory(model)).logits.shape
+        torch.Size([1, 4, 64])
+
+    Attributes:
+        preset: the sizes.
+        device: where everything is.
+        seed: of weights, rows and prompts.
+        base: the decoder, as transformers has it; made when not given.
+        filled: short-term rows in the memory; None: as many as there may be.
+        keep: hold the long-term rows as plain tensors too, for ``published``.
+        weights: the decoder's tensors.
+    """
+
+    preset: Preset
+    device: torch.device
+    seed: int = 0
+    base: Any = None
+    filled: int | None = None
+    keep: bool = True
+    weights: DecoderWeights = field(init=False)
+    _first: Any = field(init=False)
+    _rows: RandomRows | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if self.base is None:
+            self.base = random_llama(self.preset.fields, self.preset.torch_dtype, self.device, self.seed)
+        self.weights = weights_of(self.base)
+        self._first = None
+        self._first = self.wrapped("auto")
+        _redraw(self._first.mplus.retriever, self.seed)
+
+    def wrapped(self, backend: str, score: str = PUBLISHED_SCORE, **changes: Any) -> Any:
+        """Wrap the decoder, with the begin rows and the retriever that every wrapped one has.
+
+        Args:
+            backend: of attention.
+            score: of the retriever.
+            changes: further fields of the ``MPlusConfig``.
+        """
+        retriever = {"name": "linear", "width": self.preset.retriever_width, "score": score}
+        config = MPlusConfig.from_dict({**self.preset.memory, "retriever": retriever, "backend": backend, **changes})
+        model = mplus.wrap(twin(self.base), config, check=False)
+        if self._first is not None:
+            model.mplus.load_state_dict(self._first.mplus.state_dict(), strict=False)
+        return model.requires_grad_(False)
+
+    @property
+    def rows(self) -> RandomRows:
+        """The memory's rows; made when first asked for."""
+        if self._rows is None:
+            preset = self.preset
+            self._rows = random_rows(
+                self._first.mplus_engine,
+                preset.short_term_tokens if self.filled is None else self.filled,
+                preset.long_term_rows,
+                self.seed,
+                oldest=preset.retrieved_tokens,
+                # The published code keeps long-term memory on the host.
+                kept_on=torch.device("cpu") if self.keep else None,
+            )
+        return self._rows
+
+    def memory(self, model: Any, streams: int = 1) -> Memory:
+        """Return a memory of the rows for a decoder from ``wrapped``."""
+        return self.rows.memory(model.mplus_engine, streams, self.seed)
+
+    def without_retrieval(self, backend: str) -> tuple[Any, Memory]:
+        """Return a decoder that retrieves nothing, and a memory with as long a prefix, all of it short-term."""
+        rows = self.preset.prefix_rows - 1
+        model = self.wrapped(backend, retrieved_tokens=0, long_term_tokens=0, short_term_tokens=rows)
+        return model, random_rows(model.mplus_engine, rows, 0, self.seed).memory(model.mplus_engine, 1, self.seed)
+
+    def prefix(self, short_term: int | None = None) -> list[Tensor]:
+        """Return what stands in front of the text in each layer, ``[P, d]``.
+
+        Args:
+            short_term: the begin row and so many of the newest short-term rows; None: the begin row, the oldest
+                long-term rows (as many as are retrieved) and all short-term rows.
+        """
+        begin = self._first.mplus.begin
+        prefixes = []
+        for layer, recent in enumerate(self.rows.short_term):
+            behind = [self.rows.oldest[layer], recent] if short_term is None else [recent[len(recent) - short_term :]]
+            prefixes.append(torch.cat([begin[layer].detach(), *behind]))
+        return prefixes
+
+    def bare_layers(self, room: int, rows: list[Tensor] | None = None, streams: int = 1) -> BareLayers:
+        """Return the bare layers over ``rows`` of every layer, or over ``prefix()``, with room for text tokens."""
+        keys, values = prefix_keys_values(self.weights, rows if rows is not None else self.prefix(), streams)
+        return BareLayers(self.weights, keys, values, room)
+
+    def prefixed_cache(self) -> PrefixedCache:
+        """Return ``prefix()`` as a cache of transformers."""
+        return PrefixedCache(*prefix_keys_values(self.weights, self.prefix()))
+
+    def published(self) -> PublishedRead:
+        """Return the published read of the rows."""
+        rows, retriever = self.rows, self._first.mplus.retriever
+        return PublishedRead(
+            weights=self.weights,
+            project=retriever.project_queries,
+            begin=[row.detach() for row in self._first.mplus.begin],
+            short_term=list(rows.short_term),
+            long_term=rows.long_term,
+            keys=rows.keys,
+            births=torch.arange(len(rows.long_term[0])),
+            retrieved_tokens=self.preset.retrieved_tokens,
+        )
+
+    def in_float64(self) -> PublishedRead:
+        """Return the published read in float64: what all variants approximate."""
+        read = self.published()
+        retriever = copy.deepcopy(self._first.mplus.retriever).double()
+
+        def double(parts: Sequence[Tensor]) -> list[Tensor]:
+            return [part.double() for part in parts]
+
+        return evolve(
+            read,
+            weights=in_double(self.weights),
+            project=retriever.project_queries,
+            begin=double(read.begin),
+            short_term=double(read.short_term),
+            long_term=double(read.long_term),
+            keys=double(read.keys),
+        )
+
+    def prompts(self, length: int, count: int, streams: int = 1) -> Tensor:
+        """Draw ids ``[count, streams, length]``."""
+        generator = torch.Generator().manual_seed(self.seed + length)
+        ids = torch.randint(self.preset.vocab_size, (count, streams, length), generator=generator)
+        return ids.to(self.device)
+
+
+@torch.no_grad()
+def _redraw(retriever: Any, seed: int) -> None:
+    """Draw projectors whose products differ clearly, so that rounding does not decide which rows are best."""
+    generator = torch.Generator().manual_seed(seed + 7)
+    for name, weight in retriever.named_parameters():
+        size = weight.shape[1] ** -0.5
+        if name.endswith(".2.weight"):  # behind a SiLU, whose output has a mean square of about 0.36
+            size *= (SPREAD / weight.shape[0] ** 0.5) ** 0.5 / 0.6
+        weight.copy_(size * torch.randn(weight.shape, generator=generator))
+
+
+def in_double(weights: DecoderWeights) -> DecoderWeights:
+    """Return the same weights in float64."""
+
+    def convert(holder: Any) -> Any:
+        values = {name: getattr(holder, name) for name in attrs.fields_dict(type(holder))}
+        return evolve(holder, **{name: value.double() for name, value in values.items() if isinstance(value, Tensor)})
+
+    double = convert(weights)
+    return evolve(double, layers=tuple(map(convert, weights.layers)))  # type: ignore[no-any-return]
+
+
+@define(frozen=True, eq=False)
+class RandomRows:
+    """Random rows of a stream, of which memories of several decoders with the same retriever are made.
+
+    Attributes:
+        state: the stream's.
+        store: its long-term rows, which are older than all others.
+        short_term: per layer ``[N, d]``, hidden states of the short-term rows.
+        oldest: per layer ``[n, d]``, those of the oldest long-term rows, as many as were asked for.
+        long_term: per layer ``[M, d]``, the long-term rows as plain tensors, where they were kept.
+        keys: per layer ``[M, r]``, theirs.
+    """
+
+    state: StreamState
+    store: MemoryStore
+    short_term: tuple[Tensor, ...]
+    oldest: tuple[Tensor, ...]
+    long_term: tuple[Tensor, ...] = ()
+    keys: tuple[Tensor, ...] = ()
+
+    def memory(self, engine: Any, streams: int = 1, seed: int = 0) -> Memory:
+        """Return a memory of ``streams`` independent streams, each with all rows."""
+        return Memory(
+            Streams(
+                engine,
+                [self.state] * streams,
+                [self.store.fork() for _ in range(streams)],
+                [torch.Generator().manual_seed(seed + row) for row in range(streams)],
+                build_eviction(engine.config.eviction),
+            )
+        )
+
+
+@torch.no_grad()
+def random_rows(
+    engine: Any, short_term: int, long_term: int, seed: int, oldest: int = 0, kept_on: torch.device | None = None
+) -> RandomRows:
+    """Draw rows of unit variance in every layer: a memory as large as wanted without writing thousands of chunks.
+
+    Args:
+        engine: of the decoder; its retriever makes the keys.
+        short_term, long_term: rows per layer.
+        seed: of the rows; a layer's do not depend on how many others there are.
+        oldest: keep hidden states of so many of the oldest long-term rows.
+        kept_on: keep the long-term rows and keys as tensors too, on this device.
+    """
+    layout = engine.layout
+    store = build_store(engine.config.store, layout)
+    recent_rows, hidden_kept, oldest_kept, rows_kept, keys_kept = [], [], [], [], []
+    for layer in range(layout.layers):
+        generator = torch.Generator(layout.device).manual_seed(seed * 1000 + layer)
+        recent = _random_hidden(short_term, layout, generator)
+        hidden_kept.append(recent)
+        recent_rows.append(_as_rows(engine, layer, recent, long_term, with_key=not layout.keeps_hidden))
+        hidden = _random_hidden(long_term, layout, generator)
+        oldest_kept.append(hidden[:oldest].clone())
+        keys = None
+        if long_term:
+            rows = _as_rows(engine, layer, hidden, 0, with_key=True)
+            store.append(layer, rows)
+            keys = rows.key
+        if kept_on is not None:
+            rows_kept.append(hidden.to(kept_on))
+            keys_kept.append(hidden.new_empty(long_term, 0) if keys is None else keys.to(kept_on))
+    state = evolve(engine.mechanism.holding(layout, recent_rows, hidden_kept), clock=long_term + short_term)
+    return RandomRows(state, store, tuple(hidden_kept), tuple(oldest_kept), tuple(rows_kept), tuple(keys_kept))
+
+
+def _random_hidden(count: int, layout: StoreLayout, generator: torch.Generator) -> Tensor:
+    """Draw ``[count, d]`` of unit variance, block by block, so that little is held in float32."""
+    made = torch.empty(count, layout.hidden_size, dtype=layout.dtype, device=layout.device)
+    for block in made.split(BLOCK):
+        block.copy_(torch.randn(block.shape, generator=generator, device=layout.device))
+    return made
+
+
+def _as_rows(engine: Any, layer: int, hidden: Tensor, birth: int, with_key: bool) -> MemoryRows:
+    """Return hidden states as rows with the columns of the engine's layout, born from ``birth`` on."""
+    layout, count = engine.layout, hidden.shape[0]
+    births = torch.arange(birth, birth + count, dtype=torch.int64, device=layout.device)
+    rows = MemoryRows(hidden if layout.keeps_hidden else None, births, torch.full_like(births, NO_SOURCE))
+    if layout.projected_size:
+        blocks = [engine.project(layer, block[None])[0] for block in hidden.split(BLOCK)]
+        rows = rows.replace(projected=torch.cat(blocks))
+    if with_key and layout.key_size:
+        rows = rows.replace(key=torch.cat([engine.keys(layer, block) for block in hidden.split(BLOCK)]))
+    return rows
