@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
+from mplus.environment import run_info
+
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy")
 SLOW = 1.0
 """Seconds from which a test is named in the record."""
 INTERPRETED = ("tests/interpreted", "tests/mutants")
@@ -49,14 +48,13 @@ def main(arguments: list[str]) -> int:
     record = {
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - clock),
-        "commit": git("rev-parse", "HEAD"),
-        "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
         "only": paths,
         "pytest_status": status,
         **outcome,
-        "device": device(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        **run_info(
+            commit=git("rev-parse", "HEAD"),
+            modified=bool(git("status", "--porcelain", "--untracked-files=no")),
+        ),
     }
     file = ROOT / "benchmarks" / "nightly" / f"{started:%Y-%m-%dT%H%M%SZ}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -100,14 +98,6 @@ def counts(case: ET.Element) -> dict[str, int]:
     """What a test says it made so many of (``record_property``): kills, mutants, steps."""
     found = {item.get("name", ""): item.get("value", "") for item in case.iter("property")}
     return {name: int(value) for name, value in found.items() if value.isdecimal()}
-
-
-def device() -> str:
-    """The machine in words: processor, cores, and the GPU where torch sees one."""
-    import torch
-
-    words = f"{platform.machine()}, {os.cpu_count()} cores"
-    return f"{words}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else f"{words}, no GPU"
 
 
 def git(*arguments: str) -> str:

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,6 @@ def main() -> int:
         runs = [measure(Path(folder), dtype, largest) for dtype in ("bfloat16", "float32")]
     record = {
         **run_info(),
-        **{name: version(name) for name in ("safetensors", "accelerate")},
         "checkpoint": {"bytes": size, "dtype": "bfloat16"},
         "allowed_over_target_in_largest_tensors": ALLOWED,
         "runs": runs,

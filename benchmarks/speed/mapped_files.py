@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import sys
 import tempfile
@@ -30,7 +29,7 @@ import mplus
 from benchmarks.records import record_path, write
 from mplus.bench.presets import PRESETS
 from mplus.config import Component, MPlusConfig
-from mplus.environment import run_info
+from mplus.environment import load_average, run_info
 from mplus.hf.decoders.bench_models import random_llama
 from mplus.mechanisms.short_term.state import ShortTermState
 from mplus.memory import Memory
@@ -198,7 +197,7 @@ class Reading:
 @torch.no_grad()
 def measure(gigabytes: float, layers: int, rounds: int, folder: Path, seed: int) -> dict[str, Any]:
     """Fill a memory in ``folder``, open it, and read from it."""
-    begun, load = time.perf_counter(), os.getloadavg()[0]
+    begun, load = time.perf_counter(), load_average()
     row_bytes = 2 * (2 * SHAPE.key_heads * SHAPE.head_dim + SHAPE.retriever_width) + 16
     rows = int(gigabytes * 1e9 / layers / (row_bytes + 8))
     short_term = min(SHAPE.short_term_tokens, rows // 2)
@@ -237,7 +236,7 @@ def measure(gigabytes: float, layers: int, rounds: int, folder: Path, seed: int)
             "after_over_ram": round(median(read["after"]) / median(read["ram"]), 4),
         },
         "faults_that_read_the_disk": resource.getrusage(resource.RUSAGE_SELF).ru_majflt - faults,
-        "load_average": [round(load, 2), round(os.getloadavg()[0], 2)],
+        "load_average": [load, load_average()],
     }
 
 

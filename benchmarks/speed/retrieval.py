@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.records import record_path, write
 from benchmarks.speed.distinct_facts import Asked, write_and_ask
-from mplus.environment import run_info
+from mplus.environment import load_average, run_info
 from mplus.hf.pretrained.shipped import load_recall
 from mplus.retrievers.base import RetrieverShape
 from mplus.retrievers.faiss_ivf import FaissIvfRetriever
@@ -135,13 +134,13 @@ def _speed(keys: Tensor, queries: Tensor, threads: Sequence[int], rounds: int) -
     for number in threads:
         torch.set_num_threads(number)
         faiss.omp_set_num_threads(number)
-        load, by_wanted = os.getloadavg()[0], {}
+        load, by_wanted = load_average(), {}
         for k in WANTED:
             by_wanted[str(k)] = {
                 **_timed(ways, queries, k, rounds),
                 **_recall(indexed, keys, queries[: rounds + 1], mask, view, k),
             }
-        facts[f"{number} threads"] = {"load_average": [load, os.getloadavg()[0]], "by_wanted": by_wanted}
+        facts[f"{number} threads"] = {"load_average": [load, load_average()], "by_wanted": by_wanted}
     torch.set_num_threads(1)
     facts["update"] = _update(indexed, store, queries[:1], mask, rounds)
     return facts
