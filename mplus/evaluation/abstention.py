@@ -13,10 +13,10 @@ from torch import Tensor
 from mplus.environment import run_info
 from mplus.errors import InputError, NotSupported
 from mplus.evaluation.arms.base import Bench, Due
-from mplus.evaluation.episodes import Protocol
 from mplus.evaluation.generating import Generated, Generation, answers
 from mplus.evaluation.metrics.calibration import compare
 from mplus.evaluation.retention import RetentionOptions, check_chunks, told
+from mplus.evaluation.tasks.base import Protocol
 from mplus.evaluation.texts import Texts
 from mplus.evaluation.tracing import Seen, WatchingMechanism, scores
 from mplus.hf.reading.override import reading_as

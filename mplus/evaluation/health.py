@@ -15,11 +15,11 @@ from mplus.errors import ConfigError
 from mplus.evaluation.abstention import check_mechanism
 from mplus.evaluation.ann_recall import Shortcuts
 from mplus.evaluation.arms.base import Bench, Due
-from mplus.evaluation.episodes import Protocol
 from mplus.evaluation.generating import Generation, answers
 from mplus.evaluation.metrics.scoring import Scoring
 from mplus.evaluation.retention import RetentionOptions, check_chunks, told
 from mplus.evaluation.retriever_swap import retriever_for
+from mplus.evaluation.tasks.base import Protocol
 from mplus.evaluation.texts import Texts
 from mplus.evaluation.tracing import Rows, Seen, WatchingMechanism, count_rows, scores
 from mplus.hf.reading.override import reading_as

@@ -18,11 +18,11 @@ from mplus.evaluation.arms import ArmOptions, make_arms
 from mplus.evaluation.arms.base import Bench, Due, Reply, TextArm
 from mplus.evaluation.arms.snapkv import export, exported
 from mplus.evaluation.arms.text import Window
-from mplus.evaluation.episodes import Episode, Protocol
 from mplus.evaluation.generating import Generation
 from mplus.evaluation.metrics.forgetting_curve import curves
 from mplus.evaluation.metrics.scoring import Scoring
 from mplus.evaluation.reports.report import Arm, Cell, Report
+from mplus.evaluation.tasks.base import Episode, Protocol
 from mplus.evaluation.texts import Texts
 from mplus.memory.memory import Memory
 from mplus.memory.writing.progress import progress_bar

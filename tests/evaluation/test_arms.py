@@ -13,11 +13,11 @@ from mplus.evaluation.arms.base import Due
 from mplus.evaluation.arms.bm25 import BM25
 from mplus.evaluation.arms.memory import MemoryArm
 from mplus.evaluation.arms.text import FullContext, NoMemory, Window
-from mplus.evaluation.episodes import Episode, Passage, Question
 from mplus.evaluation.generating import answers
 from mplus.evaluation.oracle import OracleMechanism
 from mplus.evaluation.reports.report import ARMS
 from mplus.evaluation.retriever_swap import Recency, retriever_for
+from mplus.evaluation.tasks.base import Episode, Passage, Question
 from mplus.hf.reading.override import reading_as
 from mplus.retrievers.random import RandomRetriever
 from tests.evaluation.bench import bench

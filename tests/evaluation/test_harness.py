@@ -13,7 +13,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 import mplus
 from mplus.errors import ConfigError, InputError, MemoryMismatchError, MissingDependencyError
-from mplus.evaluation.harness import MemoryLM
+from mplus.evaluation.lm_harness import MemoryLM
 from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
 from tests.hf.references import TOLERANCE
 
@@ -194,7 +194,7 @@ def test_what_is_refused() -> None:
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "mplus.evaluation.harness")
+    monkeypatch.delitem(sys.modules, "mplus.evaluation.lm_harness")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MissingDependencyError, match=r"needs the package 'lm_eval'.*pip install 'mplus\[lm-eval\]'"):
-        __import__("mplus.evaluation.harness")
+        __import__("mplus.evaluation.lm_harness")

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from mplus.errors import ConfigError, InputError, UnknownNameError
-from mplus.evaluation.episodes import Episode, Passage, Question, digest
 from mplus.evaluation.tasks import PROTOCOLS, protocol
+from mplus.evaluation.tasks.base import Episode, Passage, Question, digest
 from mplus.evaluation.texts import Texts
 from tests.evaluation import data
 from tests.evaluation.data import WordTokenizer

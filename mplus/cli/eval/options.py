@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from mplus.evaluation.episodes import Protocol
     from mplus.evaluation.reports.report import Report
+    from mplus.evaluation.tasks.base import Protocol
     from mplus.retrievers.base import Retriever
 
 Model = Annotated[

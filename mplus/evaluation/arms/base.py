@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from attrs import define
 
-from mplus.evaluation.episodes import Episode, Question
 from mplus.evaluation.generating import Generated, Generation
+from mplus.evaluation.tasks.base import Episode, Question
 from mplus.evaluation.texts import Texts
 from mplus.memory.memory import Memory
 

@@ -12,8 +12,8 @@ import attrs
 
 from mplus.errors import InputError
 from mplus.evaluation.arms.base import Bench, Due, Reply, TextArm
-from mplus.evaluation.episodes import Episode
 from mplus.evaluation.generating import Generation
+from mplus.evaluation.tasks.base import Episode
 from mplus.evaluation.texts import read
 from mplus.memory.memory import Memory
 

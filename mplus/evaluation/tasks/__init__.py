@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mplus.errors import UnknownNameError
-from mplus.evaluation.episodes import Protocol
 from mplus.evaluation.tasks.babi import Babi
+from mplus.evaluation.tasks.base import Protocol
 from mplus.evaluation.tasks.key_value import KeyValue
 from mplus.evaluation.tasks.natural_questions import NaturalQuestions
 from mplus.evaluation.tasks.squad import Squad

@@ -14,7 +14,7 @@ from attrs import define, field
 
 from mplus.config import one_of, whole
 from mplus.errors import InputError
-from mplus.evaluation.episodes import Episode, Passage, Protocol, Question
+from mplus.evaluation.tasks.base import Episode, Passage, Protocol, Question
 from mplus.evaluation.tasks.contexts import holds
 from mplus.evaluation.texts import read
 

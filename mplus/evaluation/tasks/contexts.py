@@ -11,7 +11,7 @@ from attrs import define, field
 
 from mplus.config import flag, one_of, whole
 from mplus.errors import ConfigError, InputError
-from mplus.evaluation.episodes import Episode, Passage, Protocol, Question
+from mplus.evaluation.tasks.base import Episode, Passage, Protocol, Question
 from mplus.evaluation.texts import Texts
 
 

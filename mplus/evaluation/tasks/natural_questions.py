@@ -10,7 +10,7 @@ from attrs import define, field
 
 from mplus.config import one_of, whole
 from mplus.errors import InputError
-from mplus.evaluation.episodes import Episode
+from mplus.evaluation.tasks.base import Episode
 from mplus.evaluation.tasks.contexts import Asked, Context, ContextOptions, ContextProtocol, holds
 from mplus.evaluation.tasks.squad import squad_contexts, test_titles
 from mplus.evaluation.texts import read

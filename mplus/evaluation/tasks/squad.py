@@ -11,7 +11,7 @@ from attrs import define, field
 
 from mplus.config import one_of
 from mplus.errors import InputError
-from mplus.evaluation.episodes import Episode
+from mplus.evaluation.tasks.base import Episode
 from mplus.evaluation.tasks.contexts import Asked, Context, ContextOptions, ContextProtocol
 from mplus.evaluation.texts import read
 

@@ -6,8 +6,8 @@ import pytest
 from attrs import evolve
 
 from mplus.errors import InputError
+from mplus.evaluation.reports.merge import beside
 from mplus.evaluation.reports.plots import OTHER, STYLES, draw, styles
-from mplus.evaluation.reports.side_by_side import beside
 from mplus.evaluation.reports.tables import markdown
 from tests.evaluation.reports.examples import example
 
