@@ -7,15 +7,18 @@ The decoder that comes with mplus answers in a little language. For a decoder an
 from importlib.resources import files
 
 import mplus
-from mplus.evaluation.recall.facts import Telling
-from mplus.evaluation.recall.retention import retention
+from mplus.evaluation.execution import ParallelStreams
+from mplus.evaluation.options import ArmOptions
+from mplus.evaluation.retention import retention
+from mplus.evaluation.tasks.facts import Facts
 
 name = files("mplus") / "data" / "recall-tiny"  # or a decoder that you trained by the recipe "recall-tiny"
 model = mplus.from_pretrained(name).eval()
 
 # An age is the number of facts told since. Eight streams are asked four times each: 32 questions at every age.
-told = Telling(ages=(0, 4, 16, 64), streams=8, rounds=4, seed=1)
-report = retention(model, told, arms=("none", "memoryllm", "mplus-random", "mplus"))
+task = Facts(ages=(0, 4, 16, 64), streams=8, rounds=4, seed=1)
+arms = ArmOptions(arms=("none", "memoryllm", "mplus-random", "mplus"))
+report = retention(ParallelStreams(model, task), arms)
 for arm in report.arms:
     print(f"{arm.name}: " + ", ".join(f"{cell.accuracy:.0%} at age {cell.age}" for cell in arm.cells))
 print(f"by chance: {report.chance:.0%}")

@@ -7,8 +7,8 @@ from typing import Any
 
 from benchmarks.pages.markdown import measured_on, table
 from benchmarks.records import ROOT, load
+from mplus.evaluation.reports.merge import pool
 from mplus.evaluation.reports.plots import draw
-from mplus.evaluation.reports.pooling import pool
 from mplus.evaluation.reports.report import Report
 
 PAGE = ROOT / "docs" / "benchmarks" / "quality.md"

@@ -21,10 +21,12 @@ from attrs import evolve
 import mplus
 from benchmarks.records import record_path, write
 from mplus.environment import run_info
-from mplus.evaluation.recall.abstention import abstention
-from mplus.evaluation.recall.facts import Telling
-from mplus.evaluation.recall.health import retriever_health
-from mplus.evaluation.recall.retention import retention
+from mplus.evaluation.abstention import abstention
+from mplus.evaluation.execution import ParallelStreams
+from mplus.evaluation.health import retriever_health
+from mplus.evaluation.options import ArmOptions
+from mplus.evaluation.retention import retention
+from mplus.evaluation.tasks.facts import Facts
 from mplus.training import train
 
 EVALUATION_SEED = 7
@@ -53,16 +55,18 @@ def trained(recipe: str, seed: int, folder: Path) -> dict[str, Any]:
 
 def measured(model: Any) -> dict[str, Any]:
     """All measurements of one decoder."""
-    telling = Telling(seed=EVALUATION_SEED)
-    report = retention(model, telling, attention=attention_retriever(model))
-    held_out = retention(model, evolve(telling, held_out=True), arms=["memoryllm", "mplus", "mplus-oracle"])
-    fewer = evolve(telling, rounds=4)
+    task = Facts(seed=EVALUATION_SEED)
+    report = retention(ParallelStreams(model, task, attention=attention_retriever(model)))
+    reading = ArmOptions(arms=("memoryllm", "mplus", "mplus-oracle"))
+    held_out = retention(ParallelStreams(model, evolve(task, held_out=True)), reading)
+    fewer = ParallelStreams(model, evolve(task, rounds=4))
+    old = ParallelStreams(model, evolve(task, rounds=4, ages=OLD))
     return {
         "retention": report.plain(),
         "held_out": held_out.plain(),
-        "health": retriever_health(model, evolve(fewer, ages=OLD), retrieved_tokens=[2, 4, 8, 16, 32]),
-        "abstention": abstention(model, fewer),
-        "abstention_when_old": abstention(model, evolve(fewer, ages=OLD)),
+        "health": retriever_health(old, retrieved_tokens=[2, 4, 8, 16, 32]),
+        "abstention": abstention(fewer),
+        "abstention_when_old": abstention(old),
     }
 
 

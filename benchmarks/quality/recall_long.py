@@ -18,8 +18,10 @@ from typing import Any
 import mplus
 from benchmarks.records import load, record_path, write
 from mplus.environment import run_info
-from mplus.evaluation.recall.facts import Telling
-from mplus.evaluation.recall.retention import retention
+from mplus.evaluation.execution import ParallelStreams
+from mplus.evaluation.options import ArmOptions
+from mplus.evaluation.retention import retention
+from mplus.evaluation.tasks.facts import Facts
 
 RECORD = record_path("quality", "recall-long")
 AGES = (0, 8, 64, 128, 256, 500, 1000, 1500, 2000, 5000, 10_000, 20_000)
@@ -29,10 +31,10 @@ ARMS = ["memoryllm", "mplus", "mplus-random", "mplus-oracle"]
 def measure(model: Any, chunks: int, streams: int, rounds: int) -> dict[str, Any]:
     """Retention up to an age of ``chunks``."""
     ages = tuple(age for age in AGES if age <= chunks)
-    telling = Telling(ages=ages, streams=streams, rounds=rounds, seed=11)
-    rows = telling.chunks * model.mplus_config.memory_tokens_per_chunk
+    task = Facts(ages=ages, streams=streams, rounds=rounds, seed=11)
+    rows = task.passages * model.mplus_config.memory_tokens_per_chunk
     begun = time.perf_counter()
-    report = retention(model, telling, arms=ARMS, long_term_tokens=rows)
+    report = retention(ParallelStreams(model, task, long_term_tokens=rows), ArmOptions(arms=ARMS))
     return {"retention": report.plain(), "long_term_rows": rows, "seconds": round(time.perf_counter() - begun, 1)}
 
 

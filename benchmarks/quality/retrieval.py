@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import evolve
 from torch import Tensor
 
 import mplus
 from benchmarks.records import record_path, write
 from benchmarks.speed.retrieval import stored
 from mplus.environment import run_info
-from mplus.evaluation.recall.facts import Telling
-from mplus.evaluation.recall.health import retriever_health
-from mplus.evaluation.recall.retention import retention
+from mplus.evaluation.execution import ParallelStreams
+from mplus.evaluation.health import retriever_health
+from mplus.evaluation.options import ArmOptions
+from mplus.evaluation.retention import retention
 from mplus.evaluation.retriever_swap import with_own_parameters
+from mplus.evaluation.tasks.facts import Facts
 from mplus.hf.pretrained.shipped import load_recall
 from mplus.retrievers.base import RetrieverShape
 from mplus.retrievers.centroid import CentroidRetriever
@@ -41,15 +44,15 @@ def keep(model: Any, streams: int, rounds: int) -> dict[str, Any]:
 
     Beside it, at the last age, the share of the exact best rows that each of them finds, and its time.
     """
-    telling = Telling(ages=AGES, streams=streams, rounds=rounds, seed=7)
+    task = Facts(ages=AGES, streams=streams, rounds=rounds, seed=7)
     others = {name: with_own_parameters(model, "faiss_ivf", **options) for name, options in INDEXES.items()}
     others["centroid"] = with_own_parameters(model, "centroid")
     arms = ["memoryllm", "mplus", "mplus-random", *(f"mplus-{name}" for name in others)]
-    rows = telling.chunks * model.mplus_config.memory_tokens_per_chunk
-    report = retention(model, telling, arms=arms, retrievers=others, long_term_tokens=rows)
-    old = Telling(ages=AGES[-1:], streams=streams, rounds=2, seed=7)
+    rows = task.passages * model.mplus_config.memory_tokens_per_chunk
+    report = retention(ParallelStreams(model, task, long_term_tokens=rows, retrievers=others), ArmOptions(arms=arms))
+    old = ParallelStreams(model, evolve(task, ages=AGES[-1:], rounds=2), long_term_tokens=rows, retrievers=others)
     wanted = model.mplus_config.retrieved_tokens
-    health = retriever_health(model, old, retrieved_tokens=[wanted], retrievers=others, long_term_tokens=rows)
+    health = retriever_health(old, retrieved_tokens=[wanted])
     return {
         "indexes": INDEXES,
         "wanted": wanted,

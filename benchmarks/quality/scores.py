@@ -15,12 +15,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from attrs import evolve
+
 import mplus
 from benchmarks.records import record_path, write
 from mplus.environment import run_info
-from mplus.evaluation.recall.facts import Telling
-from mplus.evaluation.recall.health import retriever_health
-from mplus.evaluation.recall.retention import retention
+from mplus.evaluation.execution import ParallelStreams
+from mplus.evaluation.health import retriever_health
+from mplus.evaluation.options import ArmOptions
+from mplus.evaluation.retention import retention
+from mplus.evaluation.tasks.facts import Facts
 from mplus.facts.language import Language
 from mplus.training import train
 from mplus.training.recipe.files import read_recipe
@@ -60,10 +64,11 @@ def measure(way: str, relations: int, seed: int, trained: Path | None) -> dict[s
             result = train("recall-tiny", settings=changes, seed=seed, out=Path(folder) / "run", progress=False)
             model = mplus.from_pretrained(Path(folder) / "run" / "model").eval()
         restarts, seconds = result.restarts, round(time.perf_counter() - begun, 1)
-    telling = Telling(language=Language(relations=relations), ages=AGES, rounds=8, seed=EVALUATION_SEED)
-    arms = {arm.name: arm for arm in retention(model, telling, arms=["mplus", "mplus-oracle"]).arms}
-    old = Telling(language=Language(relations=relations), ages=AGES[-2:], rounds=4, seed=EVALUATION_SEED)
-    health = retriever_health(model, old, retrieved_tokens=[model.mplus_config.retrieved_tokens])
+    task = Facts(language=Language(relations=relations), ages=AGES, rounds=8, seed=EVALUATION_SEED)
+    report = retention(ParallelStreams(model, task), ArmOptions(arms=("mplus", "mplus-oracle")))
+    arms = {arm.name: arm for arm in report.arms}
+    old = ParallelStreams(model, evolve(task, ages=AGES[-2:], rounds=4))
+    health = retriever_health(old, retrieved_tokens=[model.mplus_config.retrieved_tokens])
     (ranked,) = (found["trained"] for found in health["by_retrieved_tokens"].values())
     return {
         "seconds": seconds,

@@ -9,7 +9,7 @@ from mplus.errors import MissingDependencyError
 from mplus.registry import EXTRAS
 
 
-def need(module: str, purpose: str) -> ModuleType:
+def require_extra(module: str, purpose: str) -> ModuleType:
     """Import ``module``, a package of an extra or a part of one.
 
     Raises:

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from mplus.errors import InputError, MemoryMismatchError, NotSupported
-from mplus.evaluation.extras import need
+from mplus.evaluation.extras import require_extra
 from mplus.hf.reading.arguments import ReadArguments
 from mplus.hf.reading.virtual_tokens import embedded_by
 from mplus.memory.memory import Memory
 from mplus.memory.writing.progress import progress_bar
 
-need("lm_eval", "evaluation by lm-evaluation-harness")
+require_extra("lm_eval", "evaluation by lm-evaluation-harness")
 from lm_eval.models.huggingface import HFLM  # noqa: E402 - now that its absence was reported
 
 logger = logging.getLogger(__name__)

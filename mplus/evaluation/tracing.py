@@ -1,4 +1,4 @@
-"""Watching reads: what each layer asked, what came back, and how all rows would have scored."""
+"""Tracing of reads: what each layer asked, what came back, and how all rows would have scored."""
 
 from __future__ import annotations
 
@@ -9,11 +9,23 @@ import torch
 from attrs import define
 from torch import Tensor
 
+from mplus.errors import NotSupported
 from mplus.evaluation.oracle import written_from
 from mplus.mechanisms.base import MemoryMechanism, Retrieved
 from mplus.mechanisms.mplus import MPlusMechanism
 from mplus.memory.state import StreamView
 from mplus.stores.base import StoreView
+
+
+def check_mechanism(model: Any) -> None:
+    """Raise NotSupported unless the decoder has M+ itself, with long-term memory: its reads are traced."""
+    config = model.mplus_config
+    name = config.mechanism.name
+    if name != "mplus" or config.long_term_tokens == 0:
+        raise NotSupported(
+            f"this evaluation watches the retrieval of M+, and the decoder's mechanism is {name!r}"
+            + (" without long-term memory" if name == "mplus" else "")
+        )
 
 
 @define(frozen=True, eq=False)
@@ -39,7 +51,7 @@ class Seen:
         return self.mechanism.searched(self.views[row], layer)
 
 
-class WatchingMechanism(MPlusMechanism):
+class TracingMechanism(MPlusMechanism):
     """Retrieves as M+ does and keeps what it saw in ``seen``, by layer; the last retrieval counts."""
 
     def __init__(self, config: Any, additions: Any, options: Any, *, seen: dict[int, Seen]) -> None:
@@ -61,6 +73,11 @@ class Rows:
     retrieved: int
     useful_retrieved: int
     useful_short_term: int
+
+    def columns(self) -> Tensor:
+        """Return ``[5]`` int64, in the order of ``mplus.evaluation.execution.base.RowCounts``."""
+        rows = (self.useful, self.useful_retrieved, self.useful_short_term, self.stored, self.retrieved)
+        return torch.tensor(rows, dtype=torch.int64)
 
 
 def count_rows(layer: int, seen: Seen, row: int, names: Collection[str]) -> Rows:

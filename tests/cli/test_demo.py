@@ -357,7 +357,7 @@ def test_without_matplotlib_there_is_no_figure_and_a_hint(monkeypatch, tmp_path)
     def missing(module, purpose):
         raise MissingDependencyError(f"{purpose} needs {module}")
 
-    monkeypatch.setattr("mplus.evaluation.reports.plots.need", missing)
+    monkeypatch.setattr("mplus.evaluation.reports.plots.require_extra", missing)
     report = report_of(RIGHT)
     assert save_figure(report, tmp_path / "figure.png") is None
     assert NO_FIGURE in " ".join(shown(report).split())

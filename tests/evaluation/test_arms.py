@@ -8,19 +8,20 @@ from functools import partial
 import pytest
 
 from mplus.errors import InputError, UnknownNameError
-from mplus.evaluation.arms import ArmOptions, make_arms
-from mplus.evaluation.arms.base import Due
-from mplus.evaluation.arms.bm25 import BM25
-from mplus.evaluation.arms.memory import MemoryArm
-from mplus.evaluation.arms.text import FullContext, NoMemory, Window
+from mplus.evaluation.arms import make_arms
+from mplus.evaluation.arms.base import MemoryArm
+from mplus.evaluation.arms.text import BM25, FullContext, NoMemory, Window
+from mplus.evaluation.execution.base import Due, Moment
+from mplus.evaluation.execution.generated import Way
 from mplus.evaluation.generating import answers
+from mplus.evaluation.options import ArmOptions
 from mplus.evaluation.oracle import OracleMechanism
 from mplus.evaluation.reports.report import ARMS
 from mplus.evaluation.retriever_swap import Recency, retriever_for
 from mplus.evaluation.tasks.base import Episode, Passage, Question
 from mplus.hf.reading.override import reading_as
 from mplus.retrievers.random import RandomRetriever
-from tests.evaluation.bench import bench
+from tests.evaluation.bench import execution
 from tests.memory.tiny import K0, N, build
 
 pytestmark = pytest.mark.two_computations
@@ -53,7 +54,7 @@ def test_due():
 
 
 def test_what_is_put_in_front():
-    table = bench()
+    table = execution()
     assert NoMemory(table).context(due()) == []
     assert Window(table, 15).context(due(age=1)) == told(table, [0, 1])[-15:]
     assert Window(table, 100).context(due(age=1)) == told(table, [0, 1])
@@ -62,12 +63,12 @@ def test_what_is_put_in_front():
     room = len(full) + len(question) + table.generation.tokens
     assert FullContext(table, room).context(due()) == full
     assert FullContext(table, room - 1).context(due()) is None
-    with_begin = bench(bos=1)
+    with_begin = execution(bos=1)
     assert FullContext(with_begin, room).context(due()) is None
 
 
 def test_bm25_brings_the_best_passages_oldest_first():
-    table = bench()
+    table = execution()
     arm = BM25(table, passages=2)
     assert arm.ranked(due())[0] == 0
     assert arm.ranked(due(prompt="where do cats sleep"))[0] == 1
@@ -86,7 +87,7 @@ def test_bm25_brings_the_best_passages_oldest_first():
 
 
 def test_what_lies_inside_a_window():
-    table = bench()
+    table = execution()
     two = len(told(table, [0, 1]))
     assert Window(table, two).is_inside(due(age=1))
     assert not Window(table, two - 1).is_inside(due(age=1))
@@ -98,7 +99,7 @@ def test_what_lies_inside_a_window():
 
 
 def test_costs():
-    table = bench(bos=1)
+    table = execution(bos=1)
     memory = table.model.new_memory(batch_size=2)
     for _ in range(6):
         for text in TEXTS:
@@ -108,32 +109,34 @@ def test_costs():
     question = len(table.texts.ids(asked[0].question.prompt))
 
     def costs(arm):
-        return [(reply.state_bytes, reply.tokens_attended) for reply in arm.reply(asked, memory)]
+        return [(answer.state_bytes, answer.tokens_attended) for answer in arm.answers(Moment(asked, memory), asked)]
 
     assert costs(NoMemory(table)) == [(0, 1 + question)] * 2
     two, four = len(told(table, range(2))), len(told(table, range(4)))
     assert costs(FullContext(table, 256)) == [(8 * two, 1 + two + question), (8 * four, 1 + four + question)]
     assert costs(Window(table, 5)) == [(8 * 5, 1 + 5 + question)] * 2
     short_term = sum(rows.nbytes for rows in memory.states[0].stm)
-    assert costs(MemoryArm(table, "mplus")) == [(short_term + memory.stores[0].nbytes, 1 + K0 + N + question)] * 2
-    assert costs(MemoryArm(table, "memoryllm", retrieved_tokens=0)) == [(short_term, 1 + N + question)] * 2
+    assert (
+        costs(MemoryArm(table, "mplus", Way())) == [(short_term + memory.stores[0].nbytes, 1 + K0 + N + question)] * 2
+    )
+    assert costs(MemoryArm(table, "memoryllm", Way(retrieved_tokens=0))) == [(short_term, 1 + N + question)] * 2
 
 
 def test_no_memory_is_asked_once(monkeypatch):
-    table = bench()
+    table = execution()
     asked = []
     arm = NoMemory(table)
     monkeypatch.setattr(
-        "mplus.evaluation.arms.text.answers",
+        "mplus.evaluation.execution.generated.answers",
         lambda *args: asked.extend(args[2]) or [type("Made", (), {"text": "x"})() for _ in args[2]],
     )
-    replies = [*arm.reply([due(age=0), due(age=1)], None), *arm.reply([due(age=2)], None)]
-    assert [reply.text for reply in replies] == ["x"] * 3
+    found = [arm.answers(Moment(some, None), some) for some in ([due(age=0), due(age=1)], [due(age=2)])]
+    assert [answer.generated.text for some in found for answer in some] == ["x"] * 3
     assert len(asked) == 1
 
 
 def test_all_arms_and_why_some_cannot_run():
-    made, skipped = make_arms(bench(), ArmOptions(), [{"digest": "x"}])
+    made, skipped = make_arms(execution(), ArmOptions())
     reasons = {arm.name: arm.reason for arm in skipped}
     assert {arm.name for arm in made} | set(reasons) == set(ARMS)
     assert "benchmarks/snapkv" in reasons["snapkv"]
@@ -143,41 +146,41 @@ def test_all_arms_and_why_some_cannot_run():
 
 
 def test_a_decoder_without_long_term_memory():
-    table = bench()
+    table = execution()
     for changes in ({"mechanism": "memoryllm"}, {"long_term_tokens": 0}):
-        other = type(table)(build(**changes), table.tokenizer, table.texts, table.generation, table.separator)
-        made, skipped = make_arms(other, ArmOptions(arms=("memoryllm", "mplus", "mplus-oracle")), [{}])
+        other = execution(decoder=build(**changes))
+        made, skipped = make_arms(other, ArmOptions(arms=("memoryllm", "mplus", "mplus-oracle")))
         assert [arm.name for arm in made] == ["memoryllm"]
         assert {arm.reason for arm in skipped} == {"the decoder was wrapped without long-term memory"}
         memory = other.model.new_memory()
         memory.write([table.texts.ids(TEXTS[0])], source="s0", progress=False)
-        [reply] = made[0].reply([due(age=0)], memory)
-        assert reply.state_bytes == memory.nbytes
+        [answer] = made[0].answers(Moment([due(age=0)], memory), [due(age=0)])
+        assert answer.state_bytes == memory.nbytes
 
 
 def test_without_bm25s(monkeypatch):
     monkeypatch.setitem(sys.modules, "bm25s", None)
-    [skipped] = make_arms(bench(), ArmOptions(arms=("bm25",)), [{}])[1]
+    [skipped] = make_arms(execution(), ArmOptions(arms=("bm25",)))[1]
     assert "mplus[eval]" in skipped.reason
 
 
 def test_unknown_arms():
     with pytest.raises(UnknownNameError, match="snapkv, got 'oracle'"):
-        ArmOptions(arms=("oracle",))
+        make_arms(execution(), ArmOptions(arms=("oracle",)))
 
 
 @pytest.mark.parametrize(
     "name", ["memoryllm", "mplus", "mplus-random", "mplus-recency", "mplus-attention", "mplus-oracle"]
 )
 def test_a_memory_arm_says_what_the_decoder_says_reading_that_way(name):
-    table = bench(tokens=4)
+    table = execution(tokens=4)
     memory = table.model.new_memory(batch_size=2, seed=1)
     for turn in range(8):
         ids = [table.texts.ids(TEXTS[turn % 4]), table.texts.ids(TEXTS[(turn + 1) % 4])]
         memory.write(ids, source=[f"s{turn % 4}", f"s{(turn + 1) % 4}"], progress=False)
     asked = [Due(episode(), row, 0, 3) for row in (1, 0, 1)]
-    [arm] = make_arms(table, ArmOptions(arms=(name,), seed=3), [{}])[0]
-    replies = arm.reply(asked, memory)
+    [arm] = make_arms(table, ArmOptions(arms=(name,), seed=3))[0]
+    found = arm.answers(Moment(asked, memory), asked)
     shape = table.model.mplus.retriever.shape
     ways = {
         "memoryllm": {"retrieved_tokens": 0},
@@ -188,9 +191,9 @@ def test_a_memory_arm_says_what_the_decoder_says_reading_that_way(name):
         "mplus-oracle": {"make": partial(OracleMechanism, wanted=[{"s0"}])},
     }
     prompt = [table.texts.ids(asked[0].question.prompt)]
-    for one, reply in zip(asked, replies, strict=True):
+    for one, answer in zip(asked, found, strict=True):
         with reading_as(table.model, **ways[name]):
             [expected] = answers(table.model, table.tokenizer, prompt, table.generation, memory.select([one.row]))
-        assert reply.generated.ids == expected.ids
-        assert reply.text == expected.text
-        assert reply.generated.entropy == pytest.approx(expected.entropy, rel=1e-3)
+        assert answer.generated.ids == expected.ids
+        assert answer.generated.text == expected.text
+        assert answer.generated.entropy == pytest.approx(expected.entropy, rel=1e-3)

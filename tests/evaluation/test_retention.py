@@ -9,15 +9,16 @@ from attrs import evolve
 
 import mplus
 from mplus.errors import ConfigError, InputError
-from mplus.evaluation.arms import ArmOptions
-from mplus.evaluation.arms.snapkv import exported
+from mplus.evaluation.execution.export import exported
+from mplus.evaluation.execution.generated import GeneratedAnswers
 from mplus.evaluation.generating import Generation
+from mplus.evaluation.options import ArmOptions, RunOptions
 from mplus.evaluation.reports.report import ARMS, Report
-from mplus.evaluation.retention import RetentionOptions, retention, told
+from mplus.evaluation.retention import retention
 from mplus.evaluation.tasks.key_value import KeyValue
 from mplus.evaluation.texts import Texts
 from tests.evaluation import data
-from tests.evaluation.bench import CHUNK, SmallTokenizer, bench, model
+from tests.evaluation.bench import CHUNK, SmallTokenizer, execution, model
 from tests.evaluation.data import WordTokenizer
 from tests.memory.tiny import K0, SIZES, N
 
@@ -35,6 +36,7 @@ class Reader:
 
     def eval(self):
         """As of modules."""
+        return self
 
     def new_memory(self, **settings):
         return self
@@ -69,23 +71,17 @@ def protocol(tmp_path):
 def read(tmp_path, monkeypatch):
     """Runs the text arms with a ``Reader``."""
     reader = Reader()
-    monkeypatch.setattr("mplus.evaluation.arms.text.answers", reader.answers)
+    monkeypatch.setattr("mplus.evaluation.execution.generated.answers", reader.answers)
     protocol = make(tmp_path, reader.tokenizer)
     return lambda **settings: run(protocol, reader, reader.tokenizer, **settings)
 
 
 def run(protocol, decoder=None, tokenizer=None, **settings):
-    options = RetentionOptions(**settings.pop("options", {}))
+    options = RunOptions(**settings.pop("options", {}))
     arms = ArmOptions(**{"arms": TEXT_ARMS, "window_tokens": 40, "positions": 256, **settings.pop("arms", {})})
-    return retention(
-        decoder or model(),
-        tokenizer or SmallTokenizer(),
-        protocol,
-        options=options,
-        arms=arms,
-        generation=GENERATION,
-        progress=False,
-    )
+    decoder, tokenizer = decoder or model(), tokenizer or SmallTokenizer()
+    asked = GeneratedAnswers(decoder, tokenizer, protocol, options=options, generation=GENERATION)
+    return retention(asked, arms, progress=False)
 
 
 def test_accuracy_over_age(read):
@@ -123,14 +119,8 @@ def test_full_context_answers_only_where_everything_fits(read):
 
 
 def test_every_arm_with_a_real_decoder(protocol, tmp_path):
-    report = retention(
-        model(),
-        SmallTokenizer(),
-        protocol,
-        options=RetentionOptions(ages=(0, 8), export=tmp_path / "questions.jsonl"),
-        generation=GENERATION,
-        name="tiny",
-    )
+    options = RunOptions(ages=(0, 8), export=tmp_path / "questions.jsonl")
+    report = retention(execution(protocol, options=options, tokens=2), name="tiny")
     assert [arm.name for arm in report.arms] == list(ARMS)
     status = {arm.name: arm.status for arm in report.arms}
     assert {name for name, one in status.items() if one == "skipped"} == {"snapkv"}
@@ -208,22 +198,23 @@ def test_other_settings_are_other_questions(protocol):
 
 
 def test_streams_do_not_depend_on_how_many_there_are_at_a_time(protocol):
-    table, episodes = bench(), protocol.episodes()
     births = []
     for streams in (1, 3):
-        for due, memory in told(table, episodes, (8,), RetentionOptions(streams=streams, seed=5)):
-            births += [memory.states[one.row].stm[1].birth.tolist() for one in due if one.number == 0]
+        options = RunOptions(ages=(8,), streams=streams, seed=5)
+        for moment in execution(protocol, options=options).moments():
+            states = moment.memory.states
+            births += [states[one.row].stm[1].birth.tolist() for one in moment.due if one.number == 0]
     assert births[:4] == births[4:]
     assert births[0] != births[1]
 
 
 def test_ages():
-    assert RetentionOptions().chosen_ages(9) == (0, 1, 2, 4, 8)
-    assert RetentionOptions().chosen_ages(1) == (0,)
-    assert RetentionOptions(ages=[5, 0, 5]).chosen_ages(6) == (0, 5)
+    assert RunOptions().chosen_ages(9) == (0, 1, 2, 4, 8)
+    assert RunOptions().chosen_ages(1) == (0,)
+    assert RunOptions(ages=[5, 0, 5]).chosen_ages(6) == (0, 5)
     for ages in ((9,), (-1,), ()):
         with pytest.raises(ConfigError, match="from 0 to 8, one less than the passages told"):
-            RetentionOptions(ages=ages).chosen_ages(9)
+            RunOptions(ages=ages).chosen_ages(9)
 
 
 def test_passages_must_be_chunks(protocol):

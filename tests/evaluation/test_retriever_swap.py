@@ -9,7 +9,7 @@ import torch
 
 from mplus.errors import ConfigError, UnknownNameError
 from mplus.evaluation.retriever_swap import Rekeyed, retriever_for, usable, with_own_parameters
-from mplus.evaluation.tracing import WatchingMechanism
+from mplus.evaluation.tracing import TracingMechanism
 from mplus.hf.reading.override import reading_as
 from mplus.retrievers.scores import SCORES
 from mplus.testing.retrievers import exact_scores
@@ -117,7 +117,7 @@ def test_attention_finds_what_a_decoder_wrapped_with_it_finds():
     memory = written("paper", [200])
     model = memory.engine.model
     seen = {}
-    make = partial(WatchingMechanism, seen=seen)
+    make = partial(TracingMechanism, seen=seen)
     with torch.no_grad(), reading_as(model, retriever=retriever_for(model, "attention"), make=make):
         model(input_ids=prompts(1), memory=memory)
     own = other.mplus_engine.mechanism.additions.retriever

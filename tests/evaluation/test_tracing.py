@@ -9,17 +9,18 @@ import torch
 
 from benchmarks.quality.architectures.decoders import BY_NAME
 from mplus.errors import ConfigError, InputError, NotSupported
-from mplus.evaluation.abstention import FEATURES, abstention, attention_mass, features
-from mplus.evaluation.arms.base import Due
+from mplus.evaluation.abstention import abstention
+from mplus.evaluation.execution.base import Due, RowCounts, Trace
+from mplus.evaluation.execution.signs import FEATURES, attention_mass, features
 from mplus.evaluation.generating import Generation, answers
-from mplus.evaluation.health import Count, health
-from mplus.evaluation.retention import RetentionOptions, told
+from mplus.evaluation.health import HitCount, retriever_health
+from mplus.evaluation.options import RunOptions
 from mplus.evaluation.tasks.key_value import KeyValue
 from mplus.evaluation.texts import Texts
-from mplus.evaluation.tracing import Rows, WatchingMechanism, count_rows, scores
+from mplus.evaluation.tracing import TracingMechanism, count_rows, scores
 from mplus.hf.reading.override import reading_as
 from tests.evaluation import data
-from tests.evaluation.bench import CHUNK, SmallTokenizer, bench, model
+from tests.evaluation.bench import CHUNK, SmallTokenizer, execution, model
 from tests.memory.tiny import K0, SIZES, build, prompts, written
 
 pytestmark = pytest.mark.two_computations
@@ -38,7 +39,7 @@ def test_what_is_seen(name):
     memory = written(name, [200, 150])
     decoder, seen = memory.engine.model, {}
     usual = answers(decoder, SmallTokenizer(), prompts(2).tolist(), GENERATION, memory)
-    with reading_as(decoder, make=partial(WatchingMechanism, seen=seen)):
+    with reading_as(decoder, make=partial(TracingMechanism, seen=seen)):
         watched = answers(decoder, SmallTokenizer(), prompts(2).tolist(), GENERATION, memory)
     assert [one.ids for one in usual] == [one.ids for one in watched]
     assert sorted(seen) == [0, 1, 2]
@@ -63,14 +64,21 @@ def test_what_is_seen(name):
 
 
 def test_counting():
-    count = Count(2)
-    hit = Rows(stored=10, useful=4, retrieved=5, useful_retrieved=2, useful_short_term=0)
-    miss = Rows(stored=10, useful=4, retrieved=5, useful_retrieved=0, useful_short_term=0)
-    held = Rows(stored=10, useful=2, retrieved=5, useful_retrieved=0, useful_short_term=2)
-    count.add([hit, miss], right=True)
-    count.add([miss, miss], right=False)
-    count.add([held, miss], right=True)  # the STM may have answered: not counted by hit
-    count.add([miss, miss], right=True)
+    count = HitCount(2)
+    hit = {"stored": 10, "useful": 4, "retrieved": 5, "useful_retrieved": 2, "useful_short_term": 0}
+    miss = {**hit, "useful_retrieved": 0}
+    held = {**miss, "useful": 2, "useful_short_term": 2}  # the STM may have answered: not counted by hit
+
+    def add(*asked):
+        """Each question: its rows in the first and the second layer, and whether it was answered right."""
+        layers = [
+            RowCounts(**{name: torch.tensor([one[layer][name] for one in asked]) for name in hit}) for layer in (0, 1)
+        ]
+        count.add(Trace(layers, torch.tensor([one[2] for one in asked], dtype=torch.bool)))
+
+    add((hit, miss, True), (miss, miss, False))
+    add()
+    add((held, miss, True), (miss, miss, True))
     assert count.plain() == {
         "questions": 4,
         "accuracy": 0.75,
@@ -82,13 +90,12 @@ def test_counting():
         "questions_with_hit": 1,
         "questions_without_hit": 2,
     }
-    assert Count(1).plain()["accuracy"] is None
+    assert HitCount(1).plain()["accuracy"] is None
 
 
 def test_health(tmp_path):
-    report = health(
-        model(), SmallTokenizer(), protocol(tmp_path), options=RetentionOptions(ages=(8,)), generation=GENERATION
-    )
+    options = RunOptions(ages=(8,))
+    report = retriever_health(execution(protocol(tmp_path), options=options, tokens=1))
     assert report["trained_with"] == K0
     assert list(report["by_retrieved_tokens"]) == ["1", "3", "6", "12", "24"]
     for k, both in report["by_retrieved_tokens"].items():
@@ -100,32 +107,30 @@ def test_health(tmp_path):
     assert everything["own"]["gold_recall_by_layer"] == [1.0] * 3
     assert all(spread > 0 for spread in report["score_std_by_layer"])
     with pytest.raises(ConfigError, match=r"at least 1, got \[0\]"):
-        health(model(), SmallTokenizer(), protocol(tmp_path), retrieved_tokens=[0])
+        retriever_health(execution(protocol(tmp_path)), retrieved_tokens=[0])
     with pytest.raises(NotSupported, match="the decoder's mechanism is 'memoryllm'"):
-        health(build(mechanism="memoryllm"), SmallTokenizer(), protocol(tmp_path))
+        retriever_health(execution(protocol(tmp_path), build(mechanism="memoryllm")))
     with pytest.raises(NotSupported, match="'mplus' without long-term memory"):
-        health(build(long_term_tokens=0), SmallTokenizer(), protocol(tmp_path))
+        retriever_health(execution(protocol(tmp_path), build(long_term_tokens=0)))
 
 
 def test_abstention(tmp_path):
-    report = abstention(
-        model(), SmallTokenizer(), protocol(tmp_path), options=RetentionOptions(ages=(0, 8)), generation=GENERATION
-    )
+    report = abstention(execution(protocol(tmp_path), options=RunOptions(ages=(0, 8)), tokens=1))
     assert list(report["features"]) == list(FEATURES[:-1])  # no attention weights in this decoder
     assert report["calibrated_on"] == report["judged_on"] == {"told": 4, "not_told": 4}
     assert 0 <= report["combined"]["auroc"] <= 1
     assert set(report["combined"]["weights"]) == set(report["features"])
     with pytest.raises(InputError, match="got untold = 0 and 4 episodes"):
-        abstention(model(), SmallTokenizer(), protocol(tmp_path, untold=0))
+        abstention(execution(protocol(tmp_path, untold=0)))
 
 
 def test_features_by_hand(tmp_path):
-    made = protocol(tmp_path)
-    [(due, memory), *_] = list(told(bench(tokens=1), made.episodes()[:1], (8,), RetentionOptions()))
-    table = bench(tokens=1)
-    found = features(table, due, memory)
+    table = execution(protocol(tmp_path, episodes=1), options=RunOptions(ages=(8,)), tokens=1)
+    [moment] = table.moments()
+    prompts_ = [table.texts.ids(one.question.prompt) for one in moment.due]
+    memory, ids = moment.memory, prompts_[0]
+    found = features(model(), table.tokenizer, prompts_, memory.select([0, 0]), table.generation)
     assert found.shape == (2, len(FEATURES))
-    ids = table.texts.ids(due[0].question.prompt)
     with torch.no_grad():
         first = model()(input_ids=torch.tensor([ids]), memory=memory.select([0])).logits[0, -1].softmax(-1)
     assert float(found[0, 1]) == pytest.approx(float(first.max()), rel=1e-4)

@@ -14,24 +14,25 @@ from typer.testing import CliRunner
 import mplus
 from mplus.cli import app
 from mplus.errors import ConfigError, NotSupported, UnknownNameError
-from mplus.evaluation.abstention import check_mechanism
-from mplus.evaluation.arms import ArmOptions, make_arms
-from mplus.evaluation.arms.base import Bench
+from mplus.evaluation.abstention import abstention
+from mplus.evaluation.arms import make_arms
 from mplus.evaluation.context import context_value
-from mplus.evaluation.recall.facts import Telling
-from mplus.evaluation.recall.health import retriever_health
-from mplus.evaluation.recall.retention import retention
-from mplus.evaluation.recall.signals import signs
+from mplus.evaluation.execution import ParallelStreams
+from mplus.evaluation.health import retriever_health
+from mplus.evaluation.options import ArmOptions
+from mplus.evaluation.retention import retention
+from mplus.evaluation.tasks.facts import Facts
+from mplus.evaluation.tracing import check_mechanism
 from mplus.facts.language import Language
 from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.mplus import MPlusMechanism
 from mplus.training.batched.stream_batch import StreamBatch
 from mplus.training.recipe.parse import parse_recipe
-from tests.evaluation.bench import bench
+from tests.evaluation.bench import execution
 from tests.memory import tiny
 from tests.training.recipes import recipe
 
-TELLING = Telling(language=Language(relations=2, firsts=6, lasts=6), ages=(0, 2, 5), streams=2, rounds=1)
+FACTS = Facts(language=Language(relations=2, firsts=6, lasts=6), ages=(0, 2, 5), streams=2, rounds=1)
 NEVER_CALLED = (
     r"mechanism must be 'mplus' or 'memoryllm' here, got 'diary' \(.*Diary.*\): training, .* of 'diary' would never be "
     "called"
@@ -99,15 +100,15 @@ def test_eval_commands_with_a_recipe_refuse_the_decoder(command, tmp_path):
 
 
 def test_evaluations_with_dense_memories_refuse_it(decoder):
-    for evaluation in (retention, signs):
+    for evaluation in (retention, abstention):
         with pytest.raises(ConfigError, match=NEVER_CALLED):
-            evaluation(decoder, TELLING)
+            evaluation(ParallelStreams(decoder, FACTS))
     with pytest.raises(ConfigError, match=NEVER_CALLED):
         context_value(decoder, [tiny.ids(64)] * 2, chunks=2, chunk_tokens=8, text_tokens=8, known_tokens=4)
     with pytest.raises(ConfigError, match=NEVER_CALLED):
         StreamBatch(decoder.mplus_engine, [0], seed=0, long_term_tokens=0)
     with pytest.raises(NotSupported, match=r"watches the retrieval of M\+, .* mechanism is 'diary'"):
-        retriever_health(decoder, TELLING)
+        retriever_health(ParallelStreams(decoder, FACTS))
 
 
 def test_evaluations_that_watch_reads_refuse_it_though_it_derives_from_mplus(decoder):
@@ -116,11 +117,10 @@ def test_evaluations_that_watch_reads_refuse_it_though_it_derives_from_mplus(dec
 
 
 def test_no_arm_measures_it_under_the_name_of_another(decoder):
-    shared = bench()
-    table = Bench(decoder, shared.tokenizer, shared.texts, shared.generation, "\n")
+    table = execution(decoder=decoder)
     with pytest.raises(NotSupported, match=r"the arms memoryllm, mplus, .* the decoder's mechanism is 'diary'"):
-        make_arms(table, ArmOptions(), [])
-    made, skipped = make_arms(table, ArmOptions(arms=("none", "window")), [])
+        make_arms(table, ArmOptions())
+    made, skipped = make_arms(table, ArmOptions(arms=("none", "window")))
     assert [arm.name for arm in made] == ["none", "window"]
     assert not skipped
 
@@ -167,7 +167,7 @@ def test_a_pool_filled_by_the_first_write_is_refused_everywhere():
 
 def test_a_decoder_without_long_term_memory_is_measured_without_it():
     config = LlamaConfig(
-        vocab_size=len(TELLING.language.vocabulary),
+        vocab_size=len(FACTS.language.vocabulary),
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
@@ -176,7 +176,7 @@ def test_a_decoder_without_long_term_memory_is_measured_without_it():
     )
     sizes = {**tiny.SIZES, "mechanism": "memoryllm", "adapters": None}
     model = mplus.wrap(LlamaForCausalLM(config), mplus.MPlusConfig.from_dict(sizes), check=False).eval()
-    report = retention(model, TELLING)
+    report = retention(ParallelStreams(model, FACTS))
     by_name = {arm.name: arm for arm in report.arms}
     assert by_name["memoryllm"].status == "ok"
     assert report.settings["long_term_tokens"] == 0

@@ -67,7 +67,6 @@ NOT_YET = {
     "import circles": set(),
     "crowded folders": set(),
     "fields of M+'s state": {
-        "mplus.evaluation.recall.arms",
         "mplus.memory.format.earlier",
         "mplus.training.batched.read",
         "mplus.training.losses",

@@ -11,9 +11,11 @@ import torch
 from attrs import define
 
 from mplus.cli.demo.chat import Answer, Talk
-from mplus.evaluation.recall.facts import Telling
-from mplus.evaluation.recall.retention import retention
+from mplus.evaluation.execution import ParallelStreams
+from mplus.evaluation.options import ArmOptions
 from mplus.evaluation.reports.report import Report
+from mplus.evaluation.retention import retention
+from mplus.evaluation.tasks.facts import Facts
 from mplus.facts.episodes import draw_facts, make_episode
 from mplus.facts.language import Language
 from mplus.hf.pretrained.shipped import load_recall
@@ -95,7 +97,8 @@ def run(
     ages = tuple(age for age in AGES if age <= max(distraction, 16))
     memory, config = conversation.memory, model.mplus_config
     sizes = {"chunk_tokens": config.chunk_tokens, "tail": config.memory_tokens_per_chunk}
-    curves = retention(model, Telling(**sizes, ages=ages, streams=streams, rounds=ROUNDS, seed=seed + 1), arms=ARMS)
+    task = Facts(**sizes, ages=ages, streams=streams, rounds=ROUNDS, seed=seed + 1)
+    curves = retention(ParallelStreams(model, task), ArmOptions(arms=ARMS))
     return (
         RecallDemo(
             parameters=sum(parameter.numel() for parameter in model.parameters()),

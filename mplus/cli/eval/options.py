@@ -1,18 +1,22 @@
-"""What the commands of ``mplus eval`` share: options, loading, and where a report goes."""
+"""What the commands of ``mplus eval`` share: options, the execution made from them, and where a report goes."""
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from attrs import define
+
+from mplus.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mplus.evaluation.execution import GeneratedAnswers, ParallelStreams
     from mplus.evaluation.reports.report import Report
     from mplus.evaluation.tasks.base import Protocol
-    from mplus.retrievers.base import Retriever
 
 Model = Annotated[
     Path, typer.Option("--model", help="Decoder with memory: folder written by save_pretrained.", show_default=False)
@@ -37,7 +41,6 @@ Dtype = Annotated[str, typer.Option(help="Numbers to compute with: auto, float32
 ProtocolName = Annotated[
     str, typer.Option("--protocol", help="What is told and asked: squad, natural-questions, key-value, babi.")
 ]
-Data = Annotated[Path, typer.Option(help="File of the data set, as published.", show_default=False)]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -57,48 +60,153 @@ Tokens = Annotated[
 Streams = Annotated[int, typer.Option(min=1, help="Episodes at a time.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads for torch; default: torch's own choice.")]
-Retrievers = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--retriever",
-        metavar="NAME,NAME,...",
-        help="Retrievers to read with besides the decoder's own; default: all usable. One with options is given by "
-        "itself, as 'faiss_ivf least=64 probes=2'. May be repeated.",
-    ),
-]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the report as JSON to this file.")]
 
 
-def prepare(model: Path, tokenizer: str | None, device: str | None, dtype: str, threads: int | None) -> tuple[Any, Any]:
-    """The decoder and its tokenizer."""
-    import torch
+@define(frozen=True, kw_only=True)
+class EvalOptions:
+    """Options of every experiment, as they were given; the command says which were left out.
 
-    from mplus.errors import ConfigError
-    from mplus.hf.pretrained.load import load_with_tokenizer
+    Attributes:
+        model: folder of the decoder.
+        data: file of the data set.
+        recipe: instead of a data set, facts of the little language.
+        protocol, settings, episodes: what is told and asked.
+        ages: to ask at.
+        tokens: generated for an answer.
+        streams: episodes at a time.
+        seed: of everything that is drawn.
+        tokenizer, device, dtype, threads: how the decoder is loaded and computes.
+        as_json: file for the report.
+    """
 
-    if dtype not in {"auto", "float32", "bfloat16", "float16"}:
-        raise ConfigError(f"dtype must be one of auto, float32, bfloat16, float16, got {dtype!r}")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return load_with_tokenizer(model, tokenizer=tokenizer, device=device, dtype=dtype)
+    model: OptionalModel = None
+    data: OptionalData = None
+    recipe: RecipeName = None
+    protocol: ProtocolName = "squad"
+    settings: Set = None
+    episodes: Episodes = 100
+    ages: Ages = None
+    tokens: Tokens = None
+    streams: Streams = 8
+    seed: Seed = 0
+    tokenizer: Tokenizer = None
+    device: Device = None
+    dtype: Dtype = "auto"
+    threads: Threads = None
+    as_json: Json = None
+
+    @property
+    def name(self) -> str | None:
+        """What a report calls the model."""
+        return self.recipe if self.model is None else self.model.name
+
+    def parallel_streams(
+        self, questions: int, held_out: bool = False, usual_ages: tuple[int, ...] | None = None
+    ) -> ParallelStreams:
+        """Return facts of the language of ``--recipe`` with its decoder.
+
+        Args:
+            questions: at each age, rounded up to a multiple of the streams at a time.
+            held_out: tell of people never seen in training.
+            usual_ages: to ask at without ``--ages``; None: those of the recipe.
+
+        Raises:
+            ConfigError: a recipe of another language, or one whose decoder does not come with mplus.
+        """
+        from mplus.evaluation.execution import ParallelStreams
+        from mplus.evaluation.tasks.facts import Facts
+
+        decoder = self._recipe_decoder()
+        streams = min(PARALLEL, questions)
+        chosen: dict[str, Any] = {"streams": streams, "rounds": -(-questions // streams)}
+        ages = numbers(self.ages, "--ages") or usual_ages or (LONG_AGES if self.recipe == "recall-long" else None)
+        if ages is not None:
+            chosen["ages"] = ages
+        return ParallelStreams(decoder, Facts(**chosen, held_out=held_out, seed=self.seed))
+
+    def _recipe_decoder(self) -> Any:
+        """Return what a run of the recipe left at ``--model``, or the decoder that comes with mplus."""
+        from mplus.hf.pretrained.shipped import load_recall
+
+        if self.recipe not in RECIPES:
+            raise ConfigError(f"--recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
+        if self.model is not None:
+            return prepare(self.model, None, None, "auto", self.threads)[0].eval()
+        if self.recipe != "recall-tiny":
+            raise ConfigError(
+                f"the decoder of {self.recipe} does not come with mplus: train it, and give its folder as --model"
+            )
+        if self.threads is not None:
+            set_threads(self.threads)
+        return load_recall()[0]
+
+    def generated_answers(self, scoring: Any = None, export: Path | None = None, **given: Any) -> GeneratedAnswers:
+        """Return the data set with the decoder; ``given`` are further options of the protocol.
+
+        Raises:
+            ConfigError: there is no model or no data.
+        """
+        from mplus.evaluation.execution import GeneratedAnswers
+        from mplus.evaluation.generating import Generation
+        from mplus.evaluation.options import RunOptions
+
+        if self.model is None or self.data is None:
+            raise ConfigError("this needs --recipe, or --model and --data")
+        options = RunOptions(ages=numbers(self.ages, "--ages"), streams=self.streams, seed=self.seed, export=export)
+        decoder, tokenizer = prepare(self.model, self.tokenizer, self.device, self.dtype, self.threads)
+        given = {"data": self.data, "episodes": self.episodes, "seed": self.seed, **given}
+        made = make_protocol(self.protocol, tokenizer, self.settings, decoder.mplus_config.chunk_tokens, given)
+        generation = Generation.of(tokenizer, tokens=self.tokens or made.answer_tokens)
+        return GeneratedAnswers(decoder, tokenizer, made, options=options, generation=generation, scoring=scoring)
 
 
-def both(model: Path | None, data: Path | None) -> tuple[Path, Path]:
-    """Model and data. Raises ConfigError where one of them is missing."""
-    from mplus.errors import ConfigError
+def experiment(
+    before: Mapping[str, str], *, with_recipe: Sequence[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function that takes ``EvalOptions`` and options of its own.
 
-    if model is None or data is None:
-        raise ConfigError("this needs --recipe, or --model and --data")
-    return model, data
+    Args:
+        before: in ``--help``, the option of all experiments that each own one stands before; at the end without.
+        with_recipe: own options that mean something with ``--recipe``; the others are refused with it.
+    """
+
+    def command_of(run: Callable[..., None]) -> Callable[..., None]:
+        shared = inspect.signature(EvalOptions, eval_str=True).parameters
+        own = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
+        options: list[inspect.Parameter] = []
+        for option in shared.values():
+            options += [one for one in own if before.get(one.name) == option.name] + [option]
+        options += [one for one in own if one.name not in before]
+
+        def command(context: typer.Context, **given: Any) -> None:
+            check_given(context, given["recipe"], with_recipe)
+            run(EvalOptions(**{name: given.pop(name) for name in shared}), **given)
+
+        first = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        every = [first, *(option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options)]
+        command.__name__, command.__doc__ = run.__name__, run.__doc__
+        command.__annotations__ = {option.name: option.annotation for option in every}
+        # Typer makes the options of a command from its signature.
+        command.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+        return command
+
+    return command_of
 
 
-NO_DATA_SET = frozenset({"recipe", "model", "ages", "seed", "threads", "as_json"})
-"""Options of every command that mean something with ``--recipe``, by the names of their parameters."""
-LANGUAGE_ONLY = frozenset({"questions", "held_out"})
+RECIPES = ("recall-tiny", "recall-long")
+PARALLEL = 64
+"""Most streams of facts at a time; further questions are put to them later."""
+LONG_AGES = (0, 8, 32, 128, 500, 1000, 2000)
+QUESTIONS = 256
+"""About facts, at each age, for what needs no more."""
+WITH_RECIPE = frozenset({"recipe", "model", "ages", "seed", "threads", "as_json"})
+"""Options of every experiment that mean something with ``--recipe``."""
+RECIPE_ONLY = frozenset({"questions", "held_out"})
 """Options that mean something with ``--recipe`` only."""
 
 
-def check_given(context: typer.Context, recipe: str | None, *also: str) -> None:
+def check_given(context: typer.Context, recipe: str | None, also: Sequence[str]) -> None:
     """Refuse options that would change nothing.
 
     Args:
@@ -109,24 +217,40 @@ def check_given(context: typer.Context, recipe: str | None, *also: str) -> None:
     Raises:
         ConfigError: an option was given that only goes with a data set, or only with ``--recipe``; all are named.
     """
-    from mplus.errors import ConfigError
-
     sources = {option: context.get_parameter_source(str(option.name)) for option in context.command.params}
     given = [option for option, source in sources.items() if source is not None and source.name != "DEFAULT"]
     if recipe is None:
-        idle = [option for option in given if option.name in LANGUAGE_ONLY]
+        idle = [option for option in given if option.name in RECIPE_ONLY]
         advice = "about facts of the little language: give --recipe, or leave it out"
     else:
-        idle = [option for option in given if option.name not in NO_DATA_SET | LANGUAGE_ONLY | set(also)]
+        idle = [option for option in given if option.name not in WITH_RECIPE | RECIPE_ONLY | set(also)]
         advice = "about a data set: give --model and --data instead of --recipe, or leave it out"
     if idle:
         raise ConfigError(f"{', '.join(option.opts[0] for option in idle)}: {advice}")
 
 
+def prepare(model: Path, tokenizer: str | None, device: str | None, dtype: str, threads: int | None) -> tuple[Any, Any]:
+    """Return the decoder and its tokenizer."""
+    from mplus.hf.pretrained.load import load_with_tokenizer
+
+    if dtype not in {"auto", "float32", "bfloat16", "float16"}:
+        raise ConfigError(f"dtype must be one of auto, float32, bfloat16, float16, got {dtype!r}")
+    if threads is not None:
+        set_threads(threads)
+    return load_with_tokenizer(model, tokenizer=tokenizer, device=device, dtype=dtype)
+
+
+def set_threads(threads: int) -> None:
+    """Let torch compute with so many CPU threads."""
+    import torch
+
+    torch.set_num_threads(threads)
+
+
 def make_protocol(
     name: str, tokenizer: Any, settings: Sequence[str] | None, chunk_tokens: int, given: Mapping[str, Any]
 ) -> Protocol:
-    """The protocol with the options ``given`` and those of ``--set``; passages are as long as a chunk unless set."""
+    """Return the protocol with the options ``given`` and those of ``--set``; a passage is a chunk unless set."""
     from mplus.config import structure
     from mplus.evaluation.tasks import protocol
     from mplus.evaluation.texts import Texts
@@ -136,31 +260,8 @@ def make_protocol(
     return cls(structure(cls.Options, options), Texts(tokenizer))
 
 
-def retrievers(model: Any, given: Sequence[str] | None) -> dict[str, Retriever]:
-    """The retrievers that are asked for by ``--retriever``, by what was given; None: all usable ones.
-
-    Raises:
-        As ``mplus.evaluation.retriever_swap.retriever_for``.
-    """
-    from mplus.errors import ConfigError
-    from mplus.evaluation.retriever_swap import usable, with_own_parameters
-
-    if given is None:
-        return usable(model)
-    found = {}
-    for text in given:
-        for one in text.split(",") if "=" not in text else [text]:
-            words = one.split()
-            if not words:
-                raise ConfigError(f"--retriever must be names with commas between, or one with options, got {text!r}")
-            found[" ".join(words)] = with_own_parameters(model, words[0], **dict(map(assignment, words[1:])))
-    return found
-
-
 def assignment(text: str) -> tuple[str, Any]:
     """``name=value``: JSON where it is, else text. Raises ConfigError without an equals sign."""
-    from mplus.errors import ConfigError
-
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ConfigError(f"--set must be NAME=VALUE, got {text!r}")
@@ -172,8 +273,6 @@ def assignment(text: str) -> tuple[str, Any]:
 
 def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
     """``0,1,2``. Raises ConfigError, which names ``option``."""
-    from mplus.errors import ConfigError
-
     if text is None:
         return None
     try:

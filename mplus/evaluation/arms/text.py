@@ -1,64 +1,71 @@
-"""Arms that read what was told as text in front of the question: nothing, the newest part, or all of it."""
+"""Arms that read what was told as text in front of the question: nothing, the newest part, all of it, or the best."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from mplus.errors import InputError
-from mplus.evaluation.arms.base import ID_BYTES, Bench, Due, Reply, TextArm
-from mplus.evaluation.generating import answers
-from mplus.memory.memory import Memory
+from mplus.evaluation.arms.base import EvaluationArm
+from mplus.evaluation.execution.base import Answer, Due, Execution, Moment
+from mplus.evaluation.extras import require_extra
+from mplus.evaluation.tasks.base import Episode
 
 
-class PromptArm(TextArm):
+class TextArm(EvaluationArm):
     """The decoder alone, with a part of what was told in its prompt."""
 
-    def reply(self, due: Sequence[Due], memory: Memory) -> list[Reply | None]:
-        bench, generation = self.bench, self.bench.generation
+    def answers(self, moment: Moment, due: Sequence[Due]) -> list[Answer | None]:
         contexts = [self.context(one) for one in due]
-        places = [place for place, context in enumerate(contexts) if context is not None]
-        prompts = [
-            generation.prompt([*(contexts[place] or ()), *bench.texts.ids(due[place].question.prompt)], memory=False)
-            for place in places
-        ]
-        replies: list[Reply | None] = [None] * len(due)
-        made = answers(bench.model, bench.tokenizer, prompts, generation) if prompts else []
-        for place, prompt, one in zip(places, prompts, made, strict=True):
-            replies[place] = Reply(one.text, ID_BYTES * self.kept_tokens(due[place]), len(prompt), one)
-        return replies
+        fitting = [place for place, context in enumerate(contexts) if context is not None]
+        asked = [due[place] for place in fitting]
+        kept = [self.kept_tokens(one) for one in asked]
+        made = self.execution.answer(asked, [contexts[place] or () for place in fitting], kept)
+        found: list[Answer | None] = [None] * len(due)
+        for place, answer in zip(fitting, made, strict=True):
+            found[place] = answer
+        return found
 
     @abstractmethod
     def context(self, due: Due) -> list[int] | None:
-        """Ids in front of the question; None: it does not fit."""
+        """Return the ids in front of the question; None: it does not fit."""
 
     @abstractmethod
     def kept_tokens(self, due: Due) -> int:
-        """Tokens of what was told that have to be kept until the question."""
+        """Return how many tokens of what was told have to be kept until the question."""
 
-    def told(self, due: Due) -> list[int]:
-        """The ids of everything told so far, and of the separator behind it."""
-        separator = self.bench.separator
-        told = due.episode.passages[: due.told]
-        return [token for passage in told for token in self.bench.texts.ids(passage.text + separator)]
+    def last_told(self, due: Due, tokens: int | None = None) -> list[int]:
+        """Return the ids of the newest passages told, and of what is behind each: all of them, or ``tokens``."""
+        found: list[list[int]] = []
+        missing = tokens
+        for number in range(due.told - 1, -1, -1):
+            if missing is not None and missing <= 0:
+                break
+            found.append(self.execution.passage(due, number))
+            missing = None if missing is None else missing - len(found[-1])
+        ids = [token for passage in reversed(found) for token in passage]
+        return ids if tokens is None else ids[-tokens:]
+
+    def told_tokens(self, due: Due) -> int:
+        """Return how many tokens have been told so far."""
+        return sum(len(self.execution.passage(due, number)) for number in range(due.told))
 
 
-class NoMemory(PromptArm):
+class NoMemory(TextArm):
     """The question only: what the decoder knows by itself (borderline). Each question is asked once."""
 
     name: ClassVar[str] = "none"
 
-    def __init__(self, bench: Bench) -> None:
-        super().__init__(bench)
-        self._known: dict[tuple[int, int], Reply] = {}
+    def __init__(self, execution: Execution[Any, Any]) -> None:
+        super().__init__(execution)
+        self._known: dict[tuple[int, int], Answer | None] = {}
 
-    def reply(self, due: Sequence[Due], memory: Memory) -> list[Reply | None]:
+    def answers(self, moment: Moment, due: Sequence[Due]) -> list[Answer | None]:
         new = {(one.episode.number, one.number): one for one in due}
         new = {key: one for key, one in new.items() if key not in self._known}
-        for key, reply in zip(new, super().reply(list(new.values()), memory), strict=True):
-            if reply is not None:
-                self._known[key] = reply
+        self._known.update(zip(new, super().answers(moment, list(new.values())), strict=True))
         return [self._known[one.episode.number, one.number] for one in due]
 
     def context(self, due: Due) -> list[int]:
@@ -68,51 +75,130 @@ class NoMemory(PromptArm):
         return 0
 
 
-class Window(PromptArm):
+class Window(TextArm):
     """The last ``tokens`` tokens of what was told."""
 
     name: ClassVar[str] = "window"
 
-    def __init__(self, bench: Bench, tokens: int) -> None:
-        super().__init__(bench)
+    def __init__(self, execution: Execution[Any, Any], tokens: int) -> None:
+        super().__init__(execution)
         if tokens < 1:
             raise InputError(f"a window must have at least 1 token, got {tokens}")
         self.tokens = tokens
 
     def context(self, due: Due) -> list[int]:
-        return self.told(due)[-self.tokens :]
+        return self.last_told(due, self.tokens)
 
     def kept_tokens(self, due: Due) -> int:
-        return min(self.tokens, len(self.told(due)))
+        return len(self.context(due))
 
     def is_inside(self, due: Due) -> bool:
-        """Whether all passages that the answer needs lie in the window as a whole."""
-        separator = self.bench.separator
-        first = min(due.question.needs, default=0)
-        since = due.episode.passages[first : due.told]
-        return sum(self.bench.texts.count(passage.text + separator) for passage in since) <= self.tokens
+        """Return whether all passages that the answer needs lie in the window as a whole."""
+        room = self.tokens
+        for number in range(due.told - 1, min(due.question.needs, default=0) - 1, -1):
+            room -= len(self.execution.passage(due, number))
+            if room < 0:
+                return False
+        return True
 
     def settings(self) -> dict[str, Any]:
         return {"tokens": self.tokens}
 
 
-class FullContext(PromptArm):
-    """Everything told so far, where that and the answer fit into ``positions``."""
+class FullContext(TextArm):
+    """Everything told so far, where that and the answer fit into ``positions``.
+
+    Of passages of equal length, the newest that fit, if the needed ones are among them.
+    """
 
     name: ClassVar[str] = "full-context"
 
-    def __init__(self, bench: Bench, positions: int) -> None:
-        super().__init__(bench)
+    def __init__(self, execution: Execution[Any, Any], positions: int) -> None:
+        super().__init__(execution)
         self.positions = positions
 
     def context(self, due: Due) -> list[int] | None:
-        told = self.told(due)
-        question = self.bench.texts.ids(due.question.prompt)
-        whole = len(self.bench.generation.prompt([*told, *question], memory=False)) + self.bench.generation.tokens
-        return told if whole <= self.positions else None
+        room = self.positions - len(self.execution.question(due)) - self.execution.answer_tokens
+        if not self.execution.equal_passages:
+            told = self.last_told(due)
+            return told if len(told) <= room else None
+        first, ids = due.told, 0
+        while first and ids + len(self.execution.passage(due, first - 1)) <= room:
+            first -= 1
+            ids += len(self.execution.passage(due, first))
+        return self.last_told(due, ids) if min(due.question.needs) >= first else None
 
     def kept_tokens(self, due: Due) -> int:
-        return len(self.told(due))
+        return self.told_tokens(due)
 
     def settings(self) -> dict[str, Any]:
         return {"positions": self.positions}
+
+
+class BM25(TextArm):
+    """Classic text retrieval over everything told, as bm25s does it (Lucene's scores).
+
+    Args:
+        execution: of the evaluation; it says what words are (English without stop words, or words of the language).
+        passages: most passages put in front of the question, oldest first.
+        tokens: room for them; the best come first, and one that does not fit is left out, not cut. None: no limit.
+        positions: of the decoder; question, answer and passages must fit. None: no limit. Where no passage fits, the
+            question is not answered.
+
+    Raises:
+        MissingDependencyError: bm25s is not installed.
+    """
+
+    name: ClassVar[str] = "bm25"
+
+    def __init__(
+        self,
+        execution: Execution[Any, Any],
+        passages: int = 4,
+        tokens: int | None = None,
+        positions: int | None = None,
+    ) -> None:
+        super().__init__(execution)
+        self._bm25s: Any = require_extra("bm25s", "arm 'bm25'")
+        self._index = lru_cache(maxsize=1)(self._make_index)
+        self.passages = passages
+        self.tokens = tokens
+        self.positions = positions
+
+    def context(self, due: Due) -> list[int] | None:
+        room = float("inf") if self.tokens is None else self.tokens
+        if self.positions is not None:
+            question = len(self.execution.question(due)) + self.execution.answer_tokens
+            room = min(room, self.positions - question)
+        chosen: dict[int, list[int]] = {}
+        for place in self.ranked(due):
+            ids = self.execution.passage(due, place)
+            if sum(map(len, chosen.values())) + len(ids) <= room:
+                chosen[place] = ids
+            if len(chosen) == self.passages:
+                break
+        return None if not chosen else [token for place in sorted(chosen) for token in chosen[place]]
+
+    def kept_tokens(self, due: Due) -> int:
+        return self.told_tokens(due)
+
+    def ranked(self, due: Due) -> list[int]:
+        """Return the numbers of the told passages, best match first; where all are ranked, equals newest first."""
+        index = self._index(due.episode, due.told)
+        queries = self.execution.words([due.question.prompt])
+        if self.execution.equal_passages:
+            places, _ = index.retrieve(queries, k=min(self.passages, due.told), show_progress=False)
+            return [int(place) for place in places[0]]
+        [query] = queries
+        known = [word for word in query if word in index.vocab_dict]
+        scores = index.get_scores(known).tolist() if known else [0.0] * due.told
+        return sorted(range(due.told), key=lambda place: (-scores[place], -place))
+
+    def _make_index(self, episode: Episode, told: int) -> Any:
+        index = self._bm25s.BM25()
+        texts = [passage.text for passage in episode.passages[:told]]
+        index.index(self.execution.words(texts), show_progress=False)
+        return index
+
+    def settings(self) -> dict[str, Any]:
+        return {"passages": self.passages, "tokens": self.tokens, "method": "lucene", "k1": 1.5, "b": 0.75}

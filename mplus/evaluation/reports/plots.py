@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mplus.errors import ConfigError
-from mplus.evaluation.extras import need
+from mplus.evaluation.extras import require_extra
 from mplus.evaluation.reports.report import Arm, Report
 from mplus.evaluation.reports.tables import without_numbers
 
@@ -47,7 +47,7 @@ def draw(report: Report, *paths: str | Path) -> list[Path]:
     """
     targets = [Path(path) for path in paths]
     check_paths(targets)
-    matplotlib = need("matplotlib", "drawing a report")
+    matplotlib = require_extra("matplotlib", "drawing a report")
     # A salt instead of random ids, and no date: the same report gives the same file.
     with matplotlib.rc_context({"svg.hashsalt": "mplus", "font.size": 9, "path.simplify": False}):
         figure = _figure(report)
@@ -89,8 +89,8 @@ def drawn(report: Report) -> list[Arm]:
 def _figure(report: Report) -> Any:
     lines = textwrap.wrap(caption(report), 128)
     height = HEIGHT + LINE * len(lines)
-    figure = need("matplotlib.figure", "drawing a report").Figure(figsize=(WIDTH, height))
-    need("matplotlib.backends.backend_agg", "drawing a report").FigureCanvasAgg(figure)
+    figure = require_extra("matplotlib.figure", "drawing a report").Figure(figsize=(WIDTH, height))
+    require_extra("matplotlib.backends.backend_agg", "drawing a report").FigureCanvasAgg(figure)
     bottom = (LINE * len(lines) + 0.65) / height
     axes = figure.add_axes((0.08, bottom, 0.68, 1 - bottom - 0.6 / height))
     looks = styles([arm.name for arm in drawn(report)])

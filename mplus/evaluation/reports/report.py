@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Literal
 
 import attrs
@@ -12,7 +14,6 @@ from attrs import define, field
 
 from mplus.config import number, one_of, whole
 from mplus.errors import InputError
-from mplus.evaluation.metrics.intervals import wilson
 
 FORMAT = 1
 """Version of the JSON; a reader refuses newer ones."""
@@ -33,6 +34,28 @@ ARMS = (
 """Names of the arms, in the order of tables and legends."""
 
 Status = Literal["ok", "skipped", "not_converged"]
+
+
+def wilson(correct: int, questions: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return Wilson's score interval of a proportion; it stays honest near 0 and 1 and for few questions.
+
+    Raises:
+        InputError: no questions, more correct ones than there are, or a confidence outside (0, 1).
+    """
+    if questions < 1 or not 0 <= correct <= questions:
+        raise InputError(
+            f"an interval needs at least one question and 0 to that many correct ones, got {correct} of {questions}"
+        )
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence must lie between 0 and 1, got {confidence!r}")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share, weight = correct / questions, z * z / questions
+    centre = share + weight / 2
+    half = z * math.sqrt(share * (1 - share) / questions + weight / (4 * questions))
+    # Exactly 0 and 1 at the ends, where rounding would leave something over.
+    low = 0.0 if correct == 0 else max((centre - half) / (1 + weight), 0.0)
+    high = 1.0 if correct == questions else min((centre + half) / (1 + weight), 1.0)
+    return low, high
 
 
 @define(frozen=True, kw_only=True)

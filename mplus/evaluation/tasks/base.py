@@ -1,11 +1,8 @@
-"""Episodes: what a stream is told, one passage per write, and what it is asked about it later."""
+"""Task: what a stream is told, one passage per write, and what it is asked about it later."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,12 +31,14 @@ class Question:
         answers: accepted answers.
         needs: numbers of the passages that hold the answer; empty: it was never told.
         after: number of the passage that age is counted from: at age n, n passages have been told since.
+        ages: the ages it is asked at; None: all that the evaluation asks at.
     """
 
     prompt: str
     answers: tuple[str, ...]
     needs: tuple[int, ...]
     after: int
+    ages: tuple[int, ...] | None = None
 
     @property
     def told(self) -> bool:
@@ -65,17 +64,72 @@ class Episode:
                 )
 
 
-class Protocol(ABC):
-    """Makes episodes of a data set. Built as ``Protocol(options, texts)``; equal options give equal episodes.
+class Task(ABC):
+    """Makes the episodes of an evaluation; equal settings give equal episodes.
 
     Attributes:
         name: as in reports.
         answer_tokens: tokens that are generated for an answer unless the user says otherwise.
+        passages: told from the needed one on, that one included; the greatest age is one less.
+        passage_tokens: most tokens of a passage.
+        ages: the ages to ask at unless the user says otherwise; None: 0, 1, 2, 4, 8 and so on.
+        untold: whether some questions are about what was never told.
+        seed: of everything that is drawn.
     """
+
+    name: ClassVar[str]
+    answer_tokens: int
+    ages: tuple[int, ...] | None = None
+
+    @property
+    @abstractmethod
+    def passages(self) -> int:
+        """Return the passages told from the needed one on."""
+
+    @property
+    @abstractmethod
+    def passage_tokens(self) -> int:
+        """Return the most tokens of a passage."""
+
+    @property
+    @abstractmethod
+    def untold(self) -> bool:
+        """Return whether some questions are about what was never told."""
+
+    @property
+    @abstractmethod
+    def seed(self) -> int:
+        """Return the seed of everything that is drawn."""
+
+    @abstractmethod
+    def episodes(self) -> list[Episode]:
+        """Return all episodes.
+
+        Raises:
+            InputError: the data cannot be read, has another format, or has nothing that fits; says what.
+        """
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Return every setting as plain data."""
+
+    @property
+    def deviations(self) -> tuple[str, ...]:
+        """Return where it differs from what was published."""
+        return ()
+
+    @property
+    def chance(self) -> float | None:
+        """Return the accuracy of guessing; None where there is no such number. Known once there are episodes."""
+        return None
+
+
+class Protocol(Task):
+    """Makes the episodes of a data set. Built as ``Protocol(options, texts)``."""
 
     @define(frozen=True, kw_only=True)
     class Options:
-        """What every protocol can be told.
+        """Options of every protocol.
 
         Attributes:
             data: the file or folder to read.
@@ -97,38 +151,29 @@ class Protocol(ABC):
         untold: int = field(default=0, validator=whole(0))
         seed: int = field(default=0, validator=whole(0))
 
-    name: ClassVar[str]
     answer_tokens: int = 10
 
     def __init__(self, options: Any, texts: Texts) -> None:
         self.options = options
         self.texts = texts
 
-    @abstractmethod
-    def episodes(self) -> list[Episode]:
-        """All episodes.
-
-        Raises:
-            InputError: the data cannot be read, has another format, or has nothing that fits; says what.
-        """
+    @property
+    def passages(self) -> int:
+        return int(self.options.passages)
 
     @property
-    def deviations(self) -> tuple[str, ...]:
-        """Where it differs from what was published."""
-        return ()
+    def passage_tokens(self) -> int:
+        return int(self.options.passage_tokens)
 
     @property
-    def chance(self) -> float | None:
-        """Accuracy of guessing; None where there is no such number. Known once there are episodes."""
-        return None
+    def untold(self) -> bool:
+        return bool(self.options.untold)
+
+    @property
+    def seed(self) -> int:
+        return int(self.options.seed)
 
     def settings(self) -> dict[str, Any]:
-        """Every option as plain data; files by name only, since where they lie means nothing elsewhere."""
+        """Return every option as plain data; files by name only, since where they lie means nothing elsewhere."""
         plain = attrs.asdict(self.options)
         return {name: value.name if isinstance(value, Path) else value for name, value in plain.items()}
-
-
-def digest(episodes: Iterable[Episode]) -> str:
-    """A hash of everything told and asked: answers given elsewhere belong to episodes with the same one."""
-    plain = [attrs.asdict(episode) for episode in episodes]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mplus.errors import InputError
-from mplus.evaluation.metrics.intervals import wilson
-from mplus.evaluation.reports.pooling import pool
-from mplus.evaluation.reports.report import Arm, Cell, Report
+from mplus.evaluation.reports.merge import pool
+from mplus.evaluation.reports.report import Arm, Cell, Report, wilson
 
 
 def report(correct, status="ok", protocol="recall", name="mplus", borderline=0.1):

@@ -6,7 +6,7 @@ import pytest
 from attrs import evolve
 
 from mplus.errors import InputError
-from mplus.evaluation.reports.merge import beside
+from mplus.evaluation.reports.merge import side_by_side
 from mplus.evaluation.reports.plots import OTHER, STYLES, draw, styles
 from mplus.evaluation.reports.tables import markdown
 from tests.evaluation.reports.examples import example
@@ -22,7 +22,7 @@ def report(rows=32, **changes):
 
 def test_arms_are_found_under_their_new_names():
     first, second = report(), report(64)
-    both = beside({"small": (first, "mplus"), "large": (second, "mplus"), "mplus": (first, "memoryllm")})
+    both = side_by_side({"small": (first, "mplus"), "large": (second, "mplus"), "mplus": (first, "memoryllm")})
     assert [arm.name for arm in both.arms] == ["mplus", "small", "large"], "known names first, others as given"
     assert both.arm("small").cells == first.arm("mplus").cells
     assert both.arm("mplus").cells == first.arm("memoryllm").cells
@@ -31,7 +31,7 @@ def test_arms_are_found_under_their_new_names():
 
 def test_what_is_common_is_kept_and_what_is_not_is_told_apart():
     first, second = report(), report(64, borderline=0.5, circumstances={"device": "GPU"}, deviations=["another"])
-    both = beside({"small": (first, "mplus"), "large": (second, "mplus")})
+    both = side_by_side({"small": (first, "mplus"), "large": (second, "mplus")})
     assert both.settings == {
         **SETTINGS,
         "memory": {"small": {"short_term_tokens": 32}, "large": {"short_term_tokens": 64}},
@@ -42,7 +42,7 @@ def test_what_is_common_is_kept_and_what_is_not_is_told_apart():
     assert both.theory == first.theory
     assert both.deviations == ("other distractors", "another")
     assert "- memory.large.short_term_tokens: `64`" in markdown(both)
-    alone = beside({"small": (first, "mplus")})
+    alone = side_by_side({"small": (first, "mplus")})
     assert (alone.settings, alone.circumstances) == (first.settings, first.circumstances)
 
 
@@ -57,14 +57,14 @@ def test_what_is_common_is_kept_and_what_is_not_is_told_apart():
 )
 def test_other_questions_are_refused(changes, named):
     with pytest.raises(InputError, match=f"'one' and 'other' differ in .*{named}.*measure both with the same options"):
-        beside({"one": (report(), "mplus"), "other": (report(**changes), "mplus")})
+        side_by_side({"one": (report(), "mplus"), "other": (report(**changes), "mplus")})
 
 
 def test_nothing_and_a_missing_arm():
     with pytest.raises(InputError, match="at least one report"):
-        beside({})
+        side_by_side({})
     with pytest.raises(InputError, match="must have an arm 'bm25'"):
-        beside({"one": (report(), "bm25")})
+        side_by_side({"one": (report(), "bm25")})
 
 
 def test_arms_with_other_names_look_different(tmp_path):
@@ -73,7 +73,7 @@ def test_arms_with_other_names_look_different(tmp_path):
     assert len(set(looks.values())) == 3
     many = styles([f"arm {number}" for number in range(len(STYLES) + 2)])
     assert list(many.values())[-2:] == [OTHER, OTHER]
-    both = beside({"small": (report(), "mplus"), "large": (report(64), "mplus")})
+    both = side_by_side({"small": (report(), "mplus"), "large": (report(64), "mplus")})
     [path] = draw(both, tmp_path / "both.svg")
     text = path.read_text()
     assert STYLES["none"][0] in text

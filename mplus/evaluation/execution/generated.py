@@ -1,0 +1,392 @@
+"""GeneratedAnswers: texts are written into memories one chunk after the other, and each answer is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import attrs
+import torch
+from attrs import define
+from torch import Tensor
+
+from mplus.environment import run_info
+from mplus.errors import ConfigError, InputError, MissingDependencyError, NotSupported, UnknownNameError
+from mplus.evaluation.ann_recall import Shortcuts
+from mplus.evaluation.execution.base import (
+    ID_BYTES,
+    Advance,
+    Answer,
+    Due,
+    Execution,
+    Moment,
+    RowCounts,
+    Signals,
+    Trace,
+    due_by_place,
+)
+from mplus.evaluation.execution.export import export, exported
+from mplus.evaluation.execution.signs import FEATURES, features
+from mplus.evaluation.extras import require_extra
+from mplus.evaluation.generating import Generated, Generation, answers
+from mplus.evaluation.metrics.forgetting_curve import curves
+from mplus.evaluation.metrics.scoring import Scoring
+from mplus.evaluation.options import ArmOptions, RunOptions
+from mplus.evaluation.oracle import OracleMechanism
+from mplus.evaluation.reports.report import ARMS, Arm, Curve
+from mplus.evaluation.retriever_swap import Recency, retriever_for
+from mplus.evaluation.tasks.base import Task
+from mplus.evaluation.texts import Texts
+from mplus.evaluation.tracing import Seen, TracingMechanism, check_mechanism, count_rows, scores
+from mplus.hf.reading.override import mechanism_for_reads, reading_as
+from mplus.mechanisms.base import MemoryMechanism
+from mplus.memory.memory import Memory
+from mplus.retrievers.base import Retriever
+from mplus.training.batched.semantics import FOLLOWED
+
+WITHOUT_MEMORY = ("none", "window", "full-context", "snapkv", "bm25")
+"""Arms that run the decoder alone."""
+
+
+@define(frozen=True, eq=False)
+class Way:
+    """A way of reading memory.
+
+    Attributes:
+        retriever: stands in for the decoder's own; None: the decoder's own.
+        retrieved_tokens: K0; None: as configured; 0: short-term memory only (MemoryLLM).
+        oracle: bring back the rows that were written from the passages with the answer.
+    """
+
+    retriever: Retriever | None = None
+    retrieved_tokens: int | None = None
+    oracle: bool = False
+
+
+class GeneratedAnswers(Execution[Moment, Way]):
+    """Any task on any wrapped decoder, a batch of streams at a time, through ``Memory`` and ``generate``.
+
+    Example:
+        >>> execution = GeneratedAnswers(model, tokenizer, task, options=RunOptions(ages=(0, 8)))  # doctest: +SKIP
+        >>> retention(execution).save("report.json")  # doctest: +SKIP
+    """
+
+    features = FEATURES
+    own_retriever = "own"
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        task: Task,
+        *,
+        options: RunOptions | None = None,
+        generation: Generation | None = None,
+        scoring: Scoring | None = None,
+    ) -> None:
+        """Make the episodes and check that they fit the decoder.
+
+        Args:
+            model: a wrapped decoder; put into eval mode.
+            tokenizer: its tokenizer.
+            task: makes the episodes.
+            options, generation, scoring: settings; defaults are the classes' own, with the task's number of generated
+                tokens and the tokenizer's special ids.
+
+        Raises:
+            InputError: the data has nothing to tell, or a passage is too short for a chunk.
+            ConfigError: settings contradict each other or the decoder.
+        """
+        self.options, self.scoring = options or RunOptions(), scoring or Scoring()
+        self.generation = generation or Generation.of(tokenizer, tokens=task.answer_tokens)
+        self.model, self.tokenizer, self.task = model.eval(), tokenizer, task
+        self.texts = Texts(tokenizer)
+        chosen = self.options if self.options.ages is not None else attrs.evolve(self.options, ages=task.ages)
+        self.ages = chosen.chosen_ages(task.passages)
+        self.episodes = task.episodes()
+        self._retrievers: dict[str, Retriever | None] = {}
+        self._check_chunks()
+
+    def _check_chunks(self) -> None:
+        """Raise ConfigError or InputError unless every passage is one chunk, or ages in chunks would mean nothing."""
+        config = self.model.mplus_config
+        if self.task.passage_tokens > config.chunk_tokens:
+            raise ConfigError(
+                f"passage_tokens must not exceed the decoder's chunk_tokens ({config.chunk_tokens}), got "
+                f"{self.task.passage_tokens}: a passage is written as one chunk"
+            )
+        for episode in self.episodes:
+            for passage in episode.passages:
+                count = self.texts.count(passage.text)
+                if count < config.min_chunk_tokens:
+                    raise InputError(
+                        f"a passage must have at least the decoder's min_chunk_tokens ({config.min_chunk_tokens}), "
+                        f"{passage.source!r} of episode {episode.number} has {count}: raise passage_tokens, or take "
+                        "other data"
+                    )
+
+    @property
+    def steps(self) -> int:
+        return sum(len(episode.passages) for episode in self.episodes)
+
+    @torch.no_grad()
+    def moments(self, advance: Advance | None = None) -> Iterator[Moment]:
+        streams = self.options.streams
+        for start in range(0, len(self.episodes), streams):
+            batch = self.episodes[start : start + streams]
+            memory = self.model.new_memory(batch_size=len(batch), seed=self.options.seed + start)
+            due = due_by_place(batch, self.ages)
+            for place in range(max(len(episode.passages) for episode in batch)):
+                present = [episode.passages[place] if place < len(episode.passages) else None for episode in batch]
+                ids = [None if passage is None else self.texts.ids(passage.text) for passage in present]
+                sources = [None if passage is None else passage.source for passage in present]
+                memory.write(ids, source=sources, progress=False)
+                if place in due:
+                    yield Moment(due[place], memory)
+                if advance is not None:
+                    advance(sum(passage is not None for passage in present))
+
+    @property
+    def answer_tokens(self) -> int:
+        return self.generation.tokens
+
+    def passage(self, due: Due, number: int) -> list[int]:
+        return self.texts.ids(due.episode.passages[number].text + self.options.separator)
+
+    def question(self, due: Due) -> list[int]:
+        return self._prompt(due, memory=False)
+
+    def words(self, texts: Sequence[str]) -> list[list[str]]:
+        bm25s: Any = require_extra("bm25s", "arm 'bm25'")
+        found: list[list[str]] = bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
+        return found
+
+    def _prompt(self, due: Due, memory: bool, context: Sequence[int] = ()) -> list[int]:
+        return self.generation.prompt([*context, *self.texts.ids(due.question.prompt)], memory=memory)
+
+    @property
+    def arm_names(self) -> Sequence[str]:
+        return ARMS
+
+    def arm_options(self, options: ArmOptions) -> ArmOptions:
+        config = self.model.mplus_config
+        mechanism, wanted = config.mechanism.name, ARMS if options.arms is None else options.arms
+        reading = [name for name in wanted if name not in WITHOUT_MEMORY]
+        if mechanism not in FOLLOWED and reading:
+            raise NotSupported(
+                f"the arms {', '.join(reading)} measure the mechanisms {' and '.join(map(repr, FOLLOWED))}, and the "
+                f"decoder's mechanism is {mechanism!r}: none of them would measure it under its own name. Ask for "
+                f"some of the arms {', '.join(WITHOUT_MEMORY)}, or measure it with a program of your own"
+            )
+        window = options.window_tokens or 1 + config.retrieved_tokens + config.short_term_tokens
+        return attrs.evolve(options, window_tokens=window, bm25_passages=options.bm25_passages or 4)
+
+    def way(self, arm: str, options: ArmOptions) -> Way | str:
+        mechanism = self.model.mplus_engine.mechanism
+        retrieves = mechanism.uses_retriever and mechanism.config.long_term_tokens != 0
+        if arm == "memoryllm":
+            return Way(retrieved_tokens=0 if retrieves else None)
+        if not retrieves:
+            return "the decoder was wrapped without long-term memory"
+        if arm == "mplus":
+            return Way()
+        if arm == "mplus-oracle":
+            return Way(oracle=True)
+        if arm == "mplus-recency":
+            return Way(Recency(mechanism.additions.retriever.shape))
+        settings = {"seed": options.seed} if arm == "mplus-random" else {}
+        try:
+            return Way(retriever_for(self.model, arm.removeprefix("mplus-"), **settings))
+        except (NotSupported, UnknownNameError, MissingDependencyError) as error:
+            return str(error)
+
+    def read(self, moment: Moment, due: Sequence[Due], way: Way) -> list[Answer]:
+        found: list[Answer] = []
+        for part, streams in self._parts(moment, due):
+            make: Callable[[Any, Any, Any], MemoryMechanism] | None = None
+            if way.oracle:
+                make = partial(OracleMechanism, wanted=[one.sources() for one in part])
+            if way.retriever is None and way.retrieved_tokens is None and make is None:
+                found += self._read(part, streams, way)
+            else:
+                changes = {"retriever": way.retriever, "retrieved_tokens": way.retrieved_tokens, "make": make}
+                with reading_as(self.model, **changes):  # type: ignore[arg-type]
+                    found += self._read(part, streams, way)
+        return found
+
+    def _parts(self, moment: Moment, due: Sequence[Due]) -> Iterator[tuple[Sequence[Due], Memory]]:
+        """Yield as many questions as are answered at a time, each with the memory of its stream."""
+        for start in range(0, len(due), self.generation.batch):
+            part = due[start : start + self.generation.batch]
+            yield part, moment.memory.select([one.row for one in part])
+
+    def _read(self, due: Sequence[Due], streams: Memory, way: Way) -> list[Answer]:
+        mechanism = mechanism_for_reads(self.model.mplus_engine)
+        prompts = [self._prompt(one, memory=True) for one in due]
+        made = answers(self.model, self.tokenizer, prompts, self.generation, streams)
+        found = []
+        for row, (view, prompt) in enumerate(zip(streams.snapshot(), prompts, strict=True)):
+            attended = mechanism.prefix_rows(view) + len(prompt)
+            found.append(self.judged(due[row], made[row].text, _state_bytes(streams, row, way), attended, made[row]))
+        return found
+
+    def answer(self, due: Sequence[Due], contexts: Sequence[Sequence[int]], kept: Sequence[int]) -> list[Answer]:
+        prompts = [self._prompt(one, False, context) for one, context in zip(due, contexts, strict=True)]
+        made = answers(self.model, self.tokenizer, prompts, self.generation) if prompts else []
+        return [
+            self.judged(one, answer.text, ID_BYTES * count, len(prompt), answer)
+            for one, answer, count, prompt in zip(due, made, kept, prompts, strict=True)
+        ]
+
+    def judged(
+        self, due: Due, text: str, state_bytes: int | None, attended: int | None, generated: Generated | None = None
+    ) -> Answer:
+        """Return the answer that a text is: before stop strings are looked for."""
+        accepted = due.question.answers
+        scores_ = self.scoring.scores(text, accepted)
+        return Answer(self.scoring.is_correct(text, accepted), state_bytes, attended, scores_, generated)
+
+    def exported(self) -> list[dict[str, Any]]:
+        """Return the lines of the file of questions."""
+        return exported(self.episodes, self.ages, self.generation, self.options.separator)
+
+    def export_questions(self) -> None:
+        if self.options.export is not None:
+            export(self.options.export, self.exported())
+
+    def retriever_ways(self, retrievers: Mapping[str, Retriever] | None) -> dict[str, Retriever | None]:
+        check_mechanism(self.model)
+        own = self.model.mplus_engine.mechanism.additions.retriever
+        others = {"random": retriever_for(self.model, "random")} if retrievers is None else retrievers
+        self._retrievers = {self.own_retriever: own, **others}
+        return self._retrievers
+
+    def spread_tokens(self, tried: Sequence[int]) -> int:
+        return max(tried)
+
+    def traced(
+        self, moment: Moment, due: Sequence[Due], name: str, k: int, shortcuts: Shortcuts | None, spread: bool
+    ) -> Trace:
+        engine, correct = self.model.mplus_engine, []
+        layers = range(engine.layout.layers)
+        counts: list[list[Tensor]] = [[] for _ in layers]
+        spreads: list[list[float]] = [[] for _ in layers]
+        for part, streams in self._parts(moment, due):
+            seen: dict[int, Seen] = {}
+            make = partial(TracingMechanism, seen=seen)
+            prompts = [self._prompt(one, memory=True) for one in part]
+            with reading_as(self.model, retriever=self._retrievers[name], retrieved_tokens=k, make=make):
+                made = answers(self.model, self.tokenizer, prompts, self.generation, streams)
+            for row, (one, answer) in enumerate(zip(part, made, strict=True)):
+                correct.append(self.scoring.is_correct(answer.text, one.question.answers))
+                for layer in sorted(seen):
+                    rows = count_rows(layer, seen[layer], row, one.sources())
+                    counts[layer].append(rows.columns())
+                    if shortcuts is not None and rows.stored:
+                        views = dict.fromkeys(shortcuts.retrievers, seen[layer].searched(layer, row))
+                        look = slice(row, row + 1)
+                        shortcuts.ask(layer, seen[layer].hidden[look], seen[layer].mask[look], views)
+                    if spread and engine.mechanism.key_size and rows.stored > 1:
+                        every = scores(engine, layer, seen[layer], row, short_term=False)
+                        spreads[layer].append(float(every.std(correction=0)))
+        found = [RowCounts(*torch.stack(columns, 1)) for columns in counts if columns]
+        return Trace(found, torch.tensor(correct, dtype=torch.bool), spreads)
+
+    def signals(self) -> Iterator[Signals]:
+        check_mechanism(self.model)
+        if not self.task.untold or len(self.episodes) < 2:
+            raise InputError(
+                "abstention needs untold questions, and two episodes to calibrate on one and judge the other, "
+                f"got untold = {int(self.task.untold)} and {len(self.episodes)} episodes"
+            )
+        for moment in self.moments():
+            found = [
+                features(
+                    self.model,
+                    self.tokenizer,
+                    [self._prompt(one, memory=True) for one in part],
+                    streams,
+                    self.generation,
+                )
+                for part, streams in self._parts(moment, moment.due)
+            ]
+            yield Signals(
+                torch.cat(found),
+                torch.tensor([one.question.told for one in moment.due]),
+                torch.tensor([one.episode.number % 2 == 0 for one in moment.due]),
+            )
+
+    def run_info(self, name: str | None, **seeds: int) -> dict[str, Any]:
+        return run_info(model=name, seeds={"protocol": self.task.seed, "memory": self.options.seed, **seeds})
+
+    def age_tokens(self) -> dict[int, float]:
+        found: dict[int, list[int]] = {age: [] for age in self.ages}
+        for episode in self.episodes:
+            for question in episode.questions:
+                for age in self.ages:
+                    since = episode.passages[question.after + 1 : question.after + 1 + age]
+                    if question.told and len(since) == age:
+                        found[age].append(sum(self.texts.count(passage.text) for passage in since))
+        return {age: sum(counts) / len(counts) for age, counts in found.items() if counts}
+
+    def window_flaw(self, inside: Mapping[int, Sequence[bool]], tokens: int, least: float) -> str | None:
+        right = [correct for some in inside.values() for correct in some]
+        if not right:
+            return f"no answer lies inside its {tokens} tokens as a whole, so nothing shows that it can read"
+        share = sum(right) / len(right)
+        return (
+            None if share >= least else f"{share:.2f} of {len(right)} questions inside it, at least {least} are needed"
+        )
+
+    def curves(self, arms: Sequence[Arm], borderline: float | None) -> tuple[Curve, ...]:
+        config = self.model.mplus_config
+        best = next((arm.cells[0].accuracy for arm in arms if arm.name == "memoryllm" and arm.cells), 1.0)
+        guess = borderline if borderline is not None else self.task.chance or 0.0
+        sizes = config.memory_tokens_per_chunk, config.short_term_tokens
+        return curves(self.ages, *sizes, chance=guess, ceiling=max(best, guess))
+
+    def settings(self, options: ArmOptions, arms: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        harness = attrs.asdict(self.options)
+        harness.update(ages=self.ages, export=None if self.options.export is None else self.options.export.name)
+        return {
+            "protocol": self.task.settings(),
+            "episodes": len(self.episodes),
+            "scoring": attrs.asdict(self.scoring),
+            "generation": {"decoding": "greedy", **attrs.asdict(self.generation)},
+            "harness": harness,
+            "arms": {"window_converged": options.window_converged, **arms},
+            "memory": self.model.mplus_config.to_dict(),
+        }
+
+    def plain(self, kind: str, found: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+        more: dict[str, dict[str, Any]] = {
+            "retriever": {"scoring": attrs.asdict(self.scoring)},
+            "abstention": {"calibrated_on": "episodes with even numbers"},
+        }
+        return {
+            "format": 1,
+            "kind": kind,
+            "protocol": self.task.name,
+            **found,
+            "settings": {
+                "protocol": self.task.settings(),
+                "ages": list(self.ages),
+                "generation": attrs.asdict(self.generation),
+                **more[kind],
+                "memory": self.model.mplus_config.to_dict(),
+            },
+            "deviations": list(self.task.deviations),
+            "circumstances": self.run_info(name),
+        }
+
+
+def _state_bytes(streams: Memory, row: int, way: Way) -> int:
+    """Return the bytes of the rows that a stream keeps to be read this way."""
+    view, store = streams.snapshot()[row], streams.stores[row]
+    if way.retrieved_tokens == 0:  # what it never reads, it would not keep
+        mechanism = streams.engine.mechanism
+        standing = [mechanism.standing(view, layer) for layer in range(store.layout.layers)]
+        return sum(rows.nbytes for rows in standing if rows is not None)
+    lists = view.state.row_lists().values()
+    return sum(rows.nbytes for parts in lists for rows in parts) + store.nbytes

@@ -1,0 +1,357 @@
+"""ParallelStreams: many streams of facts as dense tensors; all questions of a moment are answered in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from mplus.environment import run_info
+from mplus.evaluation.ann_recall import Shortcuts
+from mplus.evaluation.execution.base import (
+    ID_BYTES,
+    Advance,
+    Answer,
+    Due,
+    Execution,
+    RowCounts,
+    Signals,
+    Trace,
+    due_by_place,
+)
+from mplus.evaluation.execution.selection import RandomPicker, RecencyPicker, SelectPicker
+from mplus.evaluation.execution.stream_moment import (
+    StreamMoment,
+    StreamWay,
+    bytes_of_long_term,
+    bytes_of_short_term,
+    right_answers,
+)
+from mplus.evaluation.metrics.forgetting_curve import curves
+from mplus.evaluation.options import ArmOptions
+from mplus.evaluation.reports.report import ARMS, Arm, Curve
+from mplus.evaluation.tasks.base import Episode
+from mplus.evaluation.tasks.facts import Facts
+from mplus.evaluation.tracing import check_mechanism
+from mplus.facts import words
+from mplus.retrievers.base import Retriever
+from mplus.training.batch import NO_SOURCE
+from mplus.training.batched.read import DenseDecoder, LayerRead, Read
+from mplus.training.batched.selection import Picker, ScorePicker
+from mplus.training.batched.stream_batch import StreamBatch
+
+QUESTION_TOKENS = 4
+WINDOW_TOKENS = 64
+"""Of the plain window, and of the chunks that BM25 brings, unless said otherwise."""
+SCORING = "right where every token of the value is the most probable one given the question and the tokens before it"
+
+
+@define(eq=False)
+class _RetrieverWay:
+    """What health reads with, and where other retrievers select what it read: None for chance."""
+
+    picker: Picker
+    selecting: SelectPicker | None = field(default=None)
+
+
+class ParallelStreams(Execution[StreamMoment, StreamWay]):
+    """Facts of the little language, for a decoder trained on it: vectorised over streams and questions.
+
+    It holds the rows that as many memories would hold, and answers as generating greedily would: the right answer is
+    read along with the question, and counts where each of its tokens is the most probable one.
+
+    Example:
+        >>> report = retention(ParallelStreams(model, Facts(ages=(0, 16), streams=8)))  # doctest: +SKIP
+    """
+
+    task: Facts
+    features = ("unknown_logit", "entropy", "confidence", "best_score", "score_margin")
+    """Signs, in the order of the columns:
+
+    - ``unknown_logit``: log-odds of the word "unknown" as the answer's first token;
+    - ``entropy``: of the answer's first token without the word "unknown", in nats;
+    - ``confidence``: probability of its best value, "unknown" left out;
+    - ``best_score``: the retriever's best score of any row, short-term rows included, mean over layers;
+    - ``score_margin``: the same, less the mean of all scores, in their standard deviations.
+    """
+    own_retriever = "trained"
+    moment_limits = {"full-context": 1, "bm25": 4}  # noqa: RUF012 - declared as ClassVar by the base
+    accuracy_digits = None
+    equal_passages = True
+
+    def __init__(
+        self,
+        model: Any,
+        task: Facts,
+        *,
+        long_term_tokens: int | None = None,
+        attention: Retriever | None = None,
+        retrievers: Mapping[str, Retriever] | None = None,
+    ) -> None:
+        """Draw what is told and asked.
+
+        Args:
+            model: wrapped, trained on the language of facts; put into eval mode.
+            task: what is told and asked.
+            long_term_tokens: capacity of the streams; None: that of the config.
+            attention: a retriever that scores by attention, for the arm "mplus-attention".
+            retrievers: read with in place of the trained one, each for an arm "mplus-NAME".
+        """
+        self.model, self.task, self.ages = model.eval(), task, task.ages
+        self.decoder = DenseDecoder(model)
+        config, mechanism = model.mplus_config, model.mplus_engine.mechanism
+        own = config.long_term_tokens if mechanism.long_term else 0
+        capacity = own if long_term_tokens is None else long_term_tokens
+        # Without a limit there is room for every row ever written.
+        self.long_term_tokens = task.passages * config.memory_tokens_per_chunk if capacity is None else capacity
+        self.attention, self.retrievers = attention, dict(retrievers or {})
+        self.unavailable = self._unavailable()
+        self._ways: dict[str, _RetrieverWay] = {}
+        self._held = 0
+
+    def _unavailable(self) -> dict[str, str]:
+        reasons = {"snapkv": "kvpress cannot be installed beside this version of transformers; see benchmarks/snapkv"}
+        if self.attention is None:
+            reasons["mplus-attention"] = "no attention retriever was given"
+        if not self.model.mplus_engine.mechanism.uses_retriever:
+            reading = ("mplus", "mplus-random", "mplus-recency", "mplus-oracle")
+            reasons.update(dict.fromkeys(reading, "the decoder was wrapped without long-term memory"))
+        return reasons
+
+    @property
+    def steps(self) -> int:
+        return self.task.passages
+
+    @torch.no_grad()
+    def moments(self, advance: Advance | None = None) -> Iterator[StreamMoment]:
+        yield from self._moments(self.task, self.task.episodes(), advance)
+
+    def _moments(self, task: Facts, episodes: Sequence[Episode], advance: Advance | None) -> Iterator[StreamMoment]:
+        engine = self.model.mplus_engine
+        streams = StreamBatch(engine, range(len(episodes)), seed=task.seed, long_term_tokens=self.long_term_tokens)
+        due = due_by_place(episodes, self.ages)
+        for place in range(task.passages):
+            ids = torch.stack([told.chunks[place] for told in task.told])
+            streams.write(ids, torch.full((len(episodes),), place))
+            if advance is not None:
+                advance(1)
+            self._held = streams.ltm[0].count
+            if place in due:
+                yield self._moment(due[place], streams)
+
+    def _moment(self, due: Sequence[Due], streams: StreamBatch) -> StreamMoment:
+        """Lay out the questions of all streams, equally many for each."""
+        longest, pad = QUESTION_TOKENS + self.task.language.value_tokens, self.task.language.ids[words.PAD]
+        asked = [self.task.ids(f"{one.question.prompt} {one.question.answers[0]}") for one in due]
+        texts = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in asked]).view(len(streams), -1, longest)
+        about = torch.tensor([one.question.needs[0] if one.question.told else NO_SOURCE for one in due])
+        place = torch.arange(longest).expand_as(texts)
+        queries = place < QUESTION_TOKENS
+        return StreamMoment(due, streams, texts, queries, ~queries & (texts != pad), about.view(len(streams), -1))
+
+    @property
+    def answer_tokens(self) -> int:
+        return self.task.language.value_tokens
+
+    def passage(self, due: Due, number: int) -> list[int]:
+        ids: list[int] = self.task.told[due.row].chunks[number].tolist()
+        return ids
+
+    def question(self, due: Due) -> list[int]:
+        return self.task.ids(due.question.prompt)
+
+    def words(self, texts: Sequence[str]) -> list[list[str]]:
+        return [text.split() for text in texts]
+
+    @property
+    def arm_names(self) -> Sequence[str]:
+        return (*ARMS, *(f"mplus-{name}" for name in self.retrievers))
+
+    def arm_options(self, options: ArmOptions) -> ArmOptions:
+        window = options.window_tokens or WINDOW_TOKENS
+        passages = options.bm25_passages or window // self.task.chunk_tokens
+        return attrs.evolve(options, window_tokens=window, bm25_passages=passages)
+
+    def way(self, arm: str, options: ArmOptions) -> StreamWay | str:
+        own = self.model.mplus_engine.mechanism.additions.retriever
+        if arm == "mplus":
+            return StreamWay(ScorePicker(own))
+        if arm == "mplus-random":
+            return StreamWay(RandomPicker(torch.Generator().manual_seed(self.task.seed)))
+        if arm == "mplus-recency":
+            return StreamWay(RecencyPicker())
+        if arm == "mplus-attention" and self.attention is not None:
+            return StreamWay(ScorePicker(self.attention))
+        name = arm.removeprefix("mplus-")
+        if name in self.retrievers:
+            return StreamWay(SelectPicker(self.retrievers[name]))
+        return StreamWay(oracle=arm == "mplus-oracle")  # "memoryllm": short-term memory only
+
+    def read(self, moment: StreamMoment, due: Sequence[Due], way: StreamWay) -> list[Answer]:
+        streams, picker = moment.memory, way.chosen(moment)
+        read = self.decoder.read(streams, moment.texts, queries=moment.queries, picker=picker)
+        seen = next(iter(read.layers.values()))
+        fetched = 0 if seen.picked is None else seen.picked.shape[2]
+        kept = bytes_of_short_term(streams) + (0 if picker is None else bytes_of_long_term(streams))
+        attended = 1 + fetched + streams.rows + QUESTION_TOKENS
+        return [Answer(right, kept, attended) for right in moment.right(read.logits).flatten().tolist()]
+
+    def answer(self, due: Sequence[Due], contexts: Sequence[Sequence[int]], kept: Sequence[int]) -> list[Answer]:
+        if not due:
+            return []
+        longest, pad = QUESTION_TOKENS + self.answer_tokens, self.task.language.ids[words.PAD]
+        asked = [self.task.ids(f"{one.question.prompt} {one.question.answers[0]}") for one in due]
+        texts = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in asked])
+        front = torch.tensor([list(context) for context in contexts], dtype=torch.int64)
+        logits = self.decoder.plain(torch.cat([front, texts], 1))[:, front.shape[1] :]
+        answers = (torch.arange(longest) >= QUESTION_TOKENS) & (texts != pad)
+        attended = front.shape[1] + QUESTION_TOKENS
+        right = right_answers(logits, texts, answers).tolist()
+        return [Answer(one, ID_BYTES * count, attended) for one, count in zip(right, kept, strict=True)]
+
+    def retriever_ways(self, retrievers: Mapping[str, Retriever] | None) -> dict[str, Retriever | None]:
+        check_mechanism(self.model)
+        own = self.model.mplus_engine.mechanism.additions.retriever
+        others = {"trained": own, **(self.retrievers if retrievers is None else retrievers)}
+        self._ways = {name: _RetrieverWay(picker, picker) for name, picker in _selecting(others).items()}
+        self._ways["trained"].picker = ScorePicker(own)
+        self._ways["random"] = _RetrieverWay(RandomPicker())
+        return {**others, "random": None}
+
+    def spread_tokens(self, tried: Sequence[int]) -> int:
+        return int(self.model.mplus_config.retrieved_tokens)
+
+    def traced(
+        self, moment: StreamMoment, due: Sequence[Due], name: str, k: int, shortcuts: Shortcuts | None, spread: bool
+    ) -> Trace:
+        streams, about, way = moment.memory, moment.about, self._ways[name]
+        read = self.decoder.read(streams, moment.texts, queries=moment.queries, picker=way.picker, retrieved_tokens=k)
+        layers, spreads = [], []
+        for layer, seen in read.layers.items():
+            picked = about.new_empty(*about.shape, 0) if seen.picked_source is None else seen.picked_source
+            columns = (
+                streams.ltm[layer].source[:, None] == about[:, :, None],
+                picked == about[:, :, None],
+                streams.stm_source[layer][:, None] == about[:, :, None],
+            )
+            layers.append(RowCounts(*(column.sum(2).flatten() for column in columns)))
+            if shortcuts is not None:
+                self._compare(moment, layer, seen, shortcuts)
+            if spread:
+                scores = way.picker.score(layer, seen.text, moment.queries, self._rows(streams, layer))  # type: ignore[attr-defined]
+                spreads.append([float(scores.float().std(2).mean())])
+        return Trace(layers, moment.right(read.logits).flatten(), spreads)
+
+    def _rows(self, streams: StreamBatch, layer: int) -> Tensor:
+        """Return the long-term rows ``[B, m, d]`` of a layer after its input norm."""
+        norm, rows = self.decoder.engine.retrofit.anatomy.specs[layer].norm, streams.ltm[layer].hidden
+        return rows if norm is None else norm(rows)
+
+    def _compare(self, moment: StreamMoment, layer: int, seen: LayerRead, shortcuts: Shortcuts) -> None:
+        """Let every retriever select for the first question of every stream."""
+        streams, rows = moment.memory, self._rows(moment.memory, layer)
+        if not rows.shape[1]:
+            return
+        following = {name: way.selecting for name, way in self._ways.items() if way.selecting is not None}
+        stores = {name: picker.follow(layer, rows, streams.ltm[layer]) for name, picker in following.items()}
+        for stream in range(len(streams)):
+            views = {name: some[stream] for name, some in stores.items()}
+            shortcuts.ask(layer, seen.text[stream, :1], moment.queries[stream, :1], views)
+
+    @torch.no_grad()
+    def signals(self) -> Iterator[Signals]:
+        """Tell other streams to calibrate on, then those that are judged, and ask about told and untold facts."""
+        for task, untold_seed in ((attrs.evolve(self.task, seed=self.task.seed + 1), 1), (self.task, 2)):
+            for moment in self._moments(task, task.episodes(untold_seed), None):
+                for told in (True, False):
+                    part = self._moment([one for one in moment.due if one.question.told is told], moment.memory)
+                    found, said_unknown = self._signs(part)
+                    count = len(part.due)
+                    calibrates = torch.full((count,), untold_seed == 1)
+                    yield Signals(found, torch.full((count,), told), calibrates, said_unknown)
+
+    def _signs(self, moment: StreamMoment) -> tuple[Tensor, Tensor]:
+        """Return ``[n, len(features)]``, and whether "unknown" is the most probable answer."""
+        retriever = self.model.mplus_engine.mechanism.additions.retriever
+        picker = None if retriever is None else ScorePicker(retriever)
+        read = self.decoder.read(
+            moment.memory, moment.texts, queries=moment.queries, picker=picker, candidates=_all_rows
+        )
+        first = read.logits[:, :, QUESTION_TOKENS - 1].float()
+        unknown = self.task.language.ids[words.UNKNOWN]
+        probability = first.softmax(-1)[:, :, unknown].clamp(1e-7, 1 - 1e-7)
+        others = first.clone()
+        others[:, :, unknown] = -torch.inf
+        shares = others.softmax(-1)
+        columns = [
+            probability.logit(),
+            -(shares * shares.clamp(min=1e-30).log()).sum(-1),
+            shares.max(-1).values,
+            *_best_and_margin(picker, read, moment.queries),
+        ]
+        return torch.stack([column.flatten() for column in columns], 1), (first.argmax(-1) == unknown).flatten()
+
+    def run_info(self, name: str | None, **seeds: int) -> dict[str, Any]:
+        return run_info(model=name, seed=self.task.seed)
+
+    def age_tokens(self) -> dict[int, float]:
+        return {age: float(age * self.task.chunk_tokens) for age in self.ages}
+
+    def window_flaw(self, inside: Mapping[int, Sequence[bool]], tokens: int, least: float) -> str | None:
+        worst = min((sum(some) / len(some) for some in inside.values()), default=1.0)
+        return None if worst >= least else f"accuracy inside the window is {worst:.3f}, below {least}"
+
+    def curves(self, arms: Sequence[Arm], borderline: float | None) -> tuple[Curve, ...]:
+        config = self.model.mplus_config
+        return curves(self.ages, config.memory_tokens_per_chunk, config.short_term_tokens, self.task.chance)
+
+    def settings(self, options: ArmOptions, arms: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        language = self.task.language
+        return {
+            **self.task.settings(),
+            "window_tokens": options.window_tokens,
+            "long_term_tokens": self.long_term_tokens,
+            "memory": self.model.mplus_config.to_dict(),
+            "prompt": " ".join(language.question(0)),
+            "told_as": " ".join(language.sentence(0, 0)),
+            "stop_strings": [],
+            "eos_token_ids": [],
+            "truncation": "none",
+            "scoring": SCORING,
+            "people": len(language.people[self.task.held_out]),
+        }
+
+    def plain(self, kind: str, found: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+        report = {"ages": list(self.ages), **found, "circumstances": self.run_info(name)}
+        if kind == "retriever":
+            report["long_term_rows"] = self._held
+            report["logit_std_by_layer"] = report.pop("score_std_by_layer")
+        return report
+
+
+def _selecting(retrievers: Mapping[str, Retriever]) -> dict[str, SelectPicker]:
+    return {name: SelectPicker(retriever) for name, retriever in retrievers.items()}
+
+
+def _all_rows(layer: int, sources: Tensor) -> Tensor:
+    return torch.arange(sources.shape[1], device=sources.device).expand(sources.shape[0], -1)
+
+
+def _best_and_margin(picker: ScorePicker | None, read: Read, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Return best score and margin ``[B, A]``, mean over layers; zeros without a retriever."""
+    best, margin = [], []
+    for layer, seen in read.layers.items():
+        if picker is None or seen.candidates is None:
+            continue
+        scores = picker.score(layer, seen.text, queries, seen.candidates).float()
+        top = scores.max(2).values
+        best.append(top)
+        margin.append((top - scores.mean(2)) / scores.std(2).clamp(min=1e-6))
+    if not best:
+        zero = torch.zeros(queries.shape[:2])
+        return zero, zero
+    return torch.stack(best).mean(0), torch.stack(margin).mean(0)

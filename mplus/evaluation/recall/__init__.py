@@ -1,1 +1,0 @@
-"""Retention in the little language of facts: thousands of questions at once, over dense streams."""
