@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from attrs import define, field
 
-from mplus.config import Component, MPlusConfig
-from mplus.hf.model.build import build_mechanism, new_memory
+from mplus.config import MPlusConfig
+from mplus.hf.model.build import build_mechanism
+from mplus.hf.model.model_class import MemoryModel
 from mplus.memory.weights_state import WeightsState
 from mplus.memory.writing.update import Update
 from mplus.stores.base import StoreLayout
@@ -85,10 +86,7 @@ class CountedModel:
         self.mplus_engine = engine
 
     def new_memory(self, batch_size: int = 1, **options: Any) -> Memory:
-        named = {"tokenizer": None, "seed": 0, "store": None, "eviction": None, "device": None, **options}
-        for name in ("store", "eviction"):
-            named[name] = None if named[name] is None else Component.of(named[name])
-        return new_memory(self.mplus_engine, batch_size, **named)
+        return MemoryModel.new_memory(self, batch_size, **options)
 
 
 def counting_config(**config: Any) -> MPlusConfig:

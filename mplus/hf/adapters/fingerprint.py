@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mplus.config import MPlusConfig
 from mplus.hf.adapters.lora import is_addition, plain_name
-from mplus.hf.adapters.peft_layers import adapter_parts, is_tuned
+from mplus.hf.adapters.peft_layers import adapter_parts, is_peft_module
 from mplus.memory.weights_state import MADE_WITH
 from mplus.retrievers.base import Retriever
 from mplus.stores.base import StoreLayout
@@ -74,7 +74,7 @@ def _of_user(model: nn.Module) -> set[int]:
     """Ids of tensors that adapters of any kind have."""
     return {
         id(parameter)
-        for module in filter(is_tuned, model.modules())
+        for module in filter(is_peft_module, model.modules())
         for parts in adapter_parts(module).values()
         for _, parameter in parts
     }

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mplus.config import AdapterConfig
 from mplus.errors import ConfigError, NotSupported
+from mplus.hf.adapters.peft_layers import is_adapter_layer
 from mplus.hf.model.modes import execution_device
 from mplus.hf.retrofit.context import change_class, current_pass, rebuild, subclass
 from mplus.hf.retrofit.discovery import Anatomy
@@ -45,6 +46,7 @@ class AdaptedProjection:
     to PEFT a decoder without adapters, and what it adds acts besides ours.
     """
 
+    weight: Tensor
     # The names of PEFT, which published checkpoints have as well.
     lora_A: nn.ModuleDict  # noqa: N815
     lora_B: nn.ModuleDict  # noqa: N815
@@ -171,7 +173,7 @@ def find_targets(model: nn.Module, anatomy: Anatomy, wanted: Sequence[str] | Non
 
 def refuse_conflicts(model: nn.Module) -> None:
     """Raises NotSupported when adapters of the user are merged, or have one of our names."""
-    for layer in filter(is_tuned, model.modules()):
+    for layer in filter(is_adapter_layer, model.modules()):
         tuned: Any = layer
         if tuned.merged:
             raise NotSupported(
@@ -184,20 +186,13 @@ def refuse_conflicts(model: nn.Module) -> None:
             )
 
 
-def is_tuned(module: nn.Module) -> bool:
-    """Whether ``module`` is a layer of PEFT, that is, an adapter of the user around a module of the decoder."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return isinstance(module, BaseTunerLayer)
-
-
 def _parts_of_peft(layer: nn.Module) -> set[nn.Module]:
     """What the user's adapters consist of: modules that are no part of the decoder, and copies trained in full."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     found: set[nn.Module] = set()
     for module in layer.modules():
-        if is_tuned(module):
+        if is_adapter_layer(module):
             tuned: Any = module
             decoders_own = set(tuned.base_layer.modules())
             found.update(part for part in module.modules() if part not in decoders_own)

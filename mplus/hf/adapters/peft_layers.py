@@ -41,8 +41,15 @@ def active(layer: Any) -> list[str]:
     return [chosen] if isinstance(chosen, str) else list(chosen)
 
 
-def is_tuned(module: Any) -> bool:
-    """Whether a module is one of PEFT's layers."""
+def is_adapter_layer(module: nn.Module) -> bool:
+    """Return whether ``module`` is one of PEFT's layers: an adapter of the user around a module of the decoder."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer)
+
+
+def is_peft_module(module: nn.Module) -> bool:
+    """Return whether PEFT put ``module`` around another: one of its layers, or what trains and saves it as a whole."""
     return hasattr(type(module), "adapter_layer_names")
 
 

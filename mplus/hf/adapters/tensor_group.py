@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,13 @@ FEW_BYTES = 2**16
 ODD = -7046029254386353131
 """An odd 64-bit number whose multiples are far apart."""
 
+Mark = tuple[tuple[tuple[int, int], ...] | int | bytes, ...]
+"""Places of tensors, and sums or bytes of their numbers."""
+
+
+class Moment:
+    """A time at which tensors are looked at once, however often they are asked for; told from others by identity."""
+
 
 class TensorGroup:
     """Tensors with their names.
@@ -41,12 +47,12 @@ class TensorGroup:
         self.facts = tuple(facts)
         self.empty = not every
         self._partial = len(self.named) < len(every) or any(hasattr(tensor, "to_local") for _, tensor in every)
-        self._moment: object = None
-        self._mark: tuple[Any, ...] = ()
-        self._digest: tuple[tuple[Any, ...] | None, str] = None, ""
+        self._moment: Moment | None = None
+        self._mark: Mark = ()
+        self._digest: tuple[Mark | None, str] = None, ""
 
     @torch.no_grad()
-    def mark(self, moment: object = None) -> tuple[Any, ...]:
+    def mark(self, moment: Moment | None = None) -> Mark:
         """Changes when a number that is looked at does; also when a tensor was moved or changed in place.
 
         At the same ``moment`` as before it is not computed again.
@@ -58,7 +64,7 @@ class TensorGroup:
             self._moment = moment
         return self._mark
 
-    def digest(self, moment: object = None) -> str:
+    def digest(self, moment: Moment | None = None) -> str:
         """A digest of all numbers, the same wherever the tensors lie; computed when ``mark`` has changed."""
         mark = self.mark(moment)
         seen, digest = self._digest
@@ -79,7 +85,7 @@ def places(tensors: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
 
 def _alike(tensors: Sequence[Tensor], sampled: bool) -> list[Tensor]:
     """The numbers to look at, one tensor for each device and dtype."""
-    groups: dict[Any, list[Tensor]] = {}
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         count = tensor.numel()
         if count:

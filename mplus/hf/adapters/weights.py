@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mplus.errors import NotSupported
 from mplus.hf.adapters.lora import adapted_projections, is_adapter, plain_name
-from mplus.hf.adapters.peft_layers import Tuned, active, is_tuned, tuned_layer
-from mplus.hf.adapters.tensor_group import TensorGroup
+from mplus.hf.adapters.peft_layers import Tuned, active, is_peft_module, tuned_layer
+from mplus.hf.adapters.tensor_group import Mark, Moment, TensorGroup
 from mplus.hf.retrofit.attention_probe import OwnAttention
 from mplus.hf.retrofit.hooks import Retrofit
 from mplus.mechanisms.base import MemoryMechanism
@@ -103,7 +103,7 @@ class Plan:
         parts = self.own.named + self.key_own.named + self.begin.named
         self.full = TensorGroup(dict(parts).items(), sampled=False)
 
-    def marks(self, moment: object) -> tuple[Any, ...]:
+    def marks(self, moment: Moment) -> tuple[Mark, ...]:
         """Changes when any number does that is looked at."""
         names = dict.fromkeys(name for one in self.tuned for name in one.parts if self.may_act(one, name))
         return self.sampled.mark(moment), self.full.mark(moment), *(self.group("all", n).mark(moment) for n in names)
@@ -151,7 +151,7 @@ class Watch:
         """
         self._engine.check_wrapped()
         with self._lock.here():
-            plan, moment = self._present(), object()
+            plan, moment = self._present(), Moment()
             switches = self.switches(plan)
             names = switches[0]
             present = (switches, *plan.marks(moment))
@@ -169,7 +169,7 @@ class Watch:
     def with_adapters(self, names: Sequence[str]) -> WeightsState:
         """The weights as they would be if of the user's adapters just these acted."""
         with self._lock.here():
-            return self._state(self._present(), object(), tuple(names))
+            return self._state(self._present(), Moment(), tuple(names))
 
     def has_adapters_of_user(self) -> bool:
         """Whether the user has put adapters, active or not, on what memory rows go through."""
@@ -187,7 +187,7 @@ class Watch:
             return ()
         return adapter_names(plan.tuned), plan.own_scales(), *(_switch(one.module) for one in plan.tuned)
 
-    def _state(self, plan: Plan, moment: object, wanted: tuple[str, ...] | None) -> WeightsState:
+    def _state(self, plan: Plan, moment: Moment, wanted: tuple[str, ...] | None) -> WeightsState:
         adapter = self._engine.adapter("read")
         scales = _summary([_plain(scale) for scale in plan.own_scales()] or [""])
         own = [
@@ -224,7 +224,7 @@ def _switch(layer: Any) -> tuple[Any, ...]:
 
 
 def _adapters(
-    plan: Plan, moment: object, scope: str, wanted: tuple[str, ...] | None, own: dict[str, str]
+    plan: Plan, moment: Moment, scope: str, wanted: tuple[str, ...] | None, own: dict[str, str]
 ) -> AdapterState:
     """What acts in a scope, of the adapters ``wanted`` (None: the active ones); ``own``: contents of ours."""
     scales: dict[str, list[str]] = {}
@@ -272,7 +272,9 @@ def make_plan(engine: WatchedDecoder, modules: list[nn.Module], parameters: list
         keying = [*(projecting if engine.own_attention.used else norms), retriever]
     inside = {"projects": _inside(projecting), "keys": _inside(keying)}
     paths = {module: name for name, module in engine.model.named_modules()}
-    tuned = [tuned_layer(m, paths[m], **{k: m in part for k, part in inside.items()}) for m in modules if is_tuned(m)]
+    tuned = [
+        tuned_layer(m, paths[m], **{k: m in part for k, part in inside.items()}) for m in modules if is_peft_module(m)
+    ]
     of_adapters = {id(tensor) for one in tuned for parts in one.parts.values() for _, tensor in parts}
     adapter = engine.adapter("read")
     (base, own), (key_base, key_own) = (_rest(roots, paths, of_adapters, adapter) for roots in (projecting, keying))
@@ -308,19 +310,19 @@ def follow_exchanged(specs: Sequence[Any]) -> None:
     """
     for spec in specs:
         chain = _chain(spec.layer, spec.attention)
-        if chain is None or any(map(is_tuned, chain[:-1])):
+        if chain is None or any(map(is_peft_module, chain[:-1])):
             raise NotSupported(
                 f"the attention module of layer {spec.layer_index} was exchanged or copied by PEFT (modules_to_save), "
                 "and memory cannot follow it: adapt projections instead"
             )
         if spec.norm is not None:
             norms = _chain(spec.layer, spec.norm)
-            while norms is None and is_tuned(spec.norm):  # PEFT has taken away what it had put there
+            while norms is None and is_peft_module(spec.norm):  # PEFT has taken away what it had put there
                 spec.norm = getattr(spec.norm, "base_layer", None) or spec.norm.original_module
                 norms = _chain(spec.layer, spec.norm)
             if norms is None:
                 raise NotSupported(f"the norm of layer {spec.layer_index} was exchanged after mplus.wrap: wrap again")
-            spec.norm = next((module for module in norms if is_tuned(module)), spec.norm)
+            spec.norm = next((module for module in norms if is_peft_module(module)), spec.norm)
 
 
 def _chain(root: nn.Module, wanted: nn.Module) -> list[nn.Module] | None:

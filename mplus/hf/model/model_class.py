@@ -4,57 +4,82 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from attrs import evolve
+from torch import Tensor
 
-from mplus.config import Component, MPlusConfig
-from mplus.errors import NotSupported
-from mplus.hf.model.build import new_memory
-from mplus.hf.model.engine import DecoderEngine
+from mplus.config import Component
+from mplus.errors import ConfigError, NotSupported
+from mplus.eviction.build import build_eviction
+from mplus.hf.model.installed import WrappedModel
 from mplus.hf.model.modes import with_attention
-from mplus.hf.model.summary import summary
-from mplus.hf.pretrained.save import push_to_hub, save_pretrained
+from mplus.hf.model.sizes import SIZES, chosen
+from mplus.hf.pretrained.save import PushToHub, save_pretrained
 from mplus.hf.reading import generation_config
 from mplus.hf.reading.arguments import DEFAULTS, ReadArguments
 from mplus.hf.reading.forward import check_memory, forward_with_memory
 from mplus.hf.reading.generation import Settings, generate
 from mplus.hf.retrofit import attention
 from mplus.hf.retrofit.context import rebuild, subclass
+from mplus.memory.budget import Budget
+from mplus.memory.checks import check_device
 from mplus.memory.memory import Memory
+from mplus.memory.texts import Texts
+from mplus.memory.transaction import Streams
+from mplus.stores.build import build_store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class MemoryModel:
-    """Mixed into a wrapped decoder's class."""
-
-    mplus_engine: DecoderEngine
-    mplus_installed: Any
-
-    @property
-    def mplus_config(self) -> MPlusConfig:
-        """The memory configuration this decoder was wrapped with."""
-        return self.mplus_engine.config
+class MemoryModel(PushToHub, WrappedModel):  # type: ignore[misc]
+    """The methods that a wrapped decoder has besides those of its class, or in place of them."""
 
     def mplus_summary(self) -> str:
-        """A few lines for people: the technique, positions and sizes that ``wrap`` chose, and what its checks found."""
-        return summary(self)
+        """Return a few lines for people: technique, positions and sizes that ``wrap`` chose, and what its checks found.
+
+        Example:
+            ```python
+            print(mplus.wrap(model).mplus_summary())
+            ```
+        """
+        engine, installed = self.mplus_engine, self.mplus_installed
+        positions = engine.retrofit.positions
+        kept = f"rows kept as: {engine.memory_rows}"
+        if isinstance(engine.projection, str):
+            kept += f" ({engine.projection})"
+        left_open = chosen(installed.asked, engine.config)
+        sizes = {name: f"{getattr(engine.config, name):,}{' (chosen)' * (name in left_open)}" for name in SIZES}
+        return "\n".join(
+            [
+                f"technique: {engine.retrofit.technique.replace('_', ' ')}",
+                f"positions of memory: {positions.layout}{', offset' if positions.offset else ''}",
+                kept,
+                *(f"{name}: {size}" for name, size in sizes.items()),
+                *map(str, installed.checks),
+                *(f"rejected: {reason}" for reason in installed.rejected),
+            ]
+        )
 
     def new_memory(
         self,
         batch_size: int = 1,
         *,
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         seed: int = 0,
-        store: Any = None,
-        eviction: Any = None,
+        store: Component | str | Mapping[str, Any] | None = None,
+        eviction: Component | str | Mapping[str, Any] | None = None,
         bytes_budget: int | str | None = None,
         device: torch.device | str | None = None,
-        memory_rows: Any = None,
+        memory_rows: Literal["projected", "hidden", "both"] | None = None,
         keep_text: bool = False,
     ) -> Memory:
-        """A new memory for this decoder.
+        """Make a memory for this decoder.
 
         Args:
             batch_size: number of independent streams.
@@ -73,18 +98,29 @@ class MemoryModel:
             NotSupported: rows of this decoder cannot be kept like that.
             UnknownNameError: no such store or eviction policy.
         """
-        return new_memory(
-            self.mplus_engine,
-            batch_size,
-            tokenizer,
-            seed,
-            _component(store),
-            _component(eviction),
-            device,
-            memory_rows,
-            bytes_budget,
-            keep_text,
+        engine = self.mplus_engine
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+        if memory_rows not in (None, "projected", "hidden", "both"):
+            raise ConfigError(f"memory_rows must be 'projected', 'hidden' or 'both', got {memory_rows!r}")
+        layout = engine.layout if memory_rows is None else engine.layout_of(memory_rows)
+        if not isinstance(keep_text, bool):
+            raise ConfigError(f"keep_text must be True or False, got {keep_text!r}")
+        policy = build_eviction(engine.config.eviction if eviction is None else Component.of(eviction))
+        layout = evolve(
+            layout,
+            expiry=layout.expiry or policy.lifetime is not None,
+            device=layout.device if device is None else check_device(device),
         )
+        generators = [torch.Generator().manual_seed(seed + row) for row in range(batch_size)]
+        states = [engine.new_state(layout) for _ in range(batch_size)]
+        if keep_text:
+            texts = [Texts.of(generator.get_state()) for generator in generators]
+            states = [evolve(state, texts=kept) for state, kept in zip(states, texts, strict=True)]
+        chosen_store = engine.config.store if store is None else Component.of(store)
+        stores = [build_store(chosen_store, layout) for _ in range(batch_size)]
+        budget = Budget.of(bytes_budget, engine.config, engine.mechanism, stores[0], batch_size)
+        return Memory(Streams(engine, states, stores, generators, policy, budget), tokenizer)
 
     def generate(
         self,
@@ -173,15 +209,15 @@ class MemoryModel:
                 "for memory in front of a text: use generate"
             )
         with with_attention(self, self.mplus_installed.base_attention):
-            return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+            return super().generate_batch(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, within ``generate_batch``. Raises NotSupported otherwise: a manager outlives the call."""
-        if self.config._attn_implementation.startswith(attention.PREFIX):  # type: ignore[attr-defined]
+        if self.config._attn_implementation.startswith(attention.PREFIX):
             raise NotSupported(
                 "continuous batching in a wrapped decoder goes through generate_batch; or use mplus.unwrap first"
             )
-        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        return super().init_continuous_batching(*args, **kwargs)
 
     def weights_changed(self) -> None:
         """Say that weights were changed in a way that leaves no trace: the next read or write looks at all of them.
@@ -198,13 +234,13 @@ class MemoryModel:
         if wanted in attention.BASES and self.mplus_engine.retrofit.technique == "attention":
             self.mplus_installed.base_attention = wanted
             wanted = attention.PREFIX + wanted
-        super().set_attn_implementation(wanted, *args, **kwargs)  # type: ignore[misc]
+        super().set_attn_implementation(wanted, *args, **kwargs)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
-        save_directory: Any,
+        save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
-        state_dict: Any = None,
+        state_dict: Mapping[str, Tensor] | None = None,
         push_to_hub: bool = False,
         *,
         save_base: bool = False,
@@ -227,41 +263,18 @@ class MemoryModel:
         """
         save_pretrained(self, save_directory, is_main_process, state_dict, push_to_hub, save_base, kwargs)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        save_base: bool = False,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str = "50GB",
-        tags: list[str] | None = None,
-    ) -> Any:
-        """Save as ``save_pretrained`` does and upload that, with its model card; arguments as in transformers."""
-        hub = {"private": private, "token": token, "create_pr": create_pr, "revision": revision}
-        hub.update(commit_message=commit_message, commit_description=commit_description)
-        return push_to_hub(self, repo_id, save_base, hub, {"max_shard_size": max_shard_size, "tags": tags})
-
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return rebuild, (memory_model_class, type(self).__mplus_base__), self.__dict__  # type: ignore[attr-defined]
+        return rebuild, (memory_model_class, type(self).__mplus_base__), self.__dict__
 
 
-def _component(value: Any) -> Component | None:
-    return None if value is None else Component.of(value)
-
-
-def memory_model_class(base: type) -> type:
+def memory_model_class(base: type[PreTrainedModel]) -> type:
     """``base`` with ``MemoryModel`` mixed in, and the arguments of a read in the signature of ``forward``."""
     attention.register()  # here, since a model of this class may come out of a pickle in a new process
     generation_config.register()
 
-    @functools.wraps(base.forward)  # type: ignore[attr-defined]
+    @functools.wraps(base.forward)
     def forward(
-        self: Any,
+        self: PreTrainedModel,
         *args: Any,
         memory: Memory | None = None,
         query_tokens: int | Sequence[int] | None = None,
@@ -279,12 +292,14 @@ def memory_model_class(base: type) -> type:
         }
         return forward_with_memory(self, base, asked, args, kwargs)
 
-    signature = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    signature = inspect.signature(base.forward)
     extra = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default) for name, default in DEFAULTS.items()
     ]
     parameters = list(signature.parameters.values())
     at = len(parameters) - any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     # generate() checks keywords, and Trainer drops data columns, by this signature.
-    forward.__signature__ = signature.replace(parameters=[*parameters[:at], *extra, *parameters[at:]])  # type: ignore[attr-defined]
+    forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*parameters[:at], *extra, *parameters[at:]]
+    )
     return subclass(base, MemoryModel, forward=forward)

@@ -1,120 +1,117 @@
-"""A user's own ``PeftModel`` around a wrapped decoder."""
+"""The class of a user's own ``PeftModel`` around a wrapped decoder."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers import Cache
 
 from mplus.hf.adapters.lora import refuse_conflicts
+from mplus.hf.model.installed import WrappedModel
 from mplus.hf.pretrained.peft_folders import DESCRIPTION, MEMORY, add_to_card, describe_adapters
-from mplus.hf.pretrained.save import WEIGHTS, load_additions, push_to_hub
+from mplus.hf.pretrained.save import WEIGHTS, PushToHub, load_additions
 from mplus.hf.reading.virtual_tokens import mark_learned
 from mplus.hf.retrofit.context import rebuild, subclass
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+else:
+    PeftModel = object  # the class that this is mixed into brings its own
 
-class PeftMemoryModel:
-    """Mixed into the class of a PeftModel around a wrapped decoder."""
 
-    def save_pretrained(self, save_directory: Any, *args: Any, save_base: bool = False, **kwargs: Any) -> None:
-        """As in PEFT, and what mplus added besides, in ``mplus/``; ``mplus.from_pretrained`` loads both.
+class PeftMemoryModel(PushToHub, PeftModel):
+    """The methods that a PeftModel around a wrapped decoder has in place of its own."""
+
+    __mplus_base__: ClassVar[type]
+    """The class it had before."""
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, save_base: bool = False, **kwargs: Any
+    ) -> None:
+        """Save as PEFT does, and what mplus added besides, in ``mplus/``; ``mplus.from_pretrained`` loads both.
 
         Args:
             save_directory: folder; made where missing.
-            args, kwargs: as in PEFT; ``max_shard_size`` is for the decoder.
+            args, kwargs: as in PEFT; ``max_shard_size`` and ``tags`` are for the decoder.
             save_base: save the decoder too, in ``mplus/base/``.
 
         Raises:
             NotSupported: adapters are merged, or have a name of ours.
         """
-        model: Any = self
-        refuse_conflicts(model)
-        base: Any = type(self).__mplus_base__  # type: ignore[attr-defined]
+        refuse_conflicts(self)
+        base = cast("type[PeftModel]", type(self).__mplus_base__)
         call = inspect.signature(base.save_pretrained).bind(self, save_directory, *args, **kwargs)
         base.save_pretrained(*call.args, **call.kwargs)
         call.apply_defaults()
         main, names = call.arguments["is_main_process"], call.arguments["selected_adapters"]
         folder, state = Path(save_directory), kwargs.get("state_dict")
-        prefix = "base_model." if model.active_peft_config.is_prompt_learning else "base_model.model."
+        prefix = "base_model." if self.active_peft_config.is_prompt_learning else "base_model.model."
         inner = (
             None
             if state is None
             else {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         )
-        shards = {name: kwargs[name] for name in ("max_shard_size",) if name in kwargs}
-        decoder = model.get_base_model()
+        shards = {name: kwargs[name] for name in ("max_shard_size", "tags") if name in kwargs}
+        decoder = cast("WrappedModel", self.get_base_model())
         decoder.save_pretrained(folder / MEMORY, main, inner, save_base=save_base, **shards)
         if main:
-            saved = list(model.peft_config) if names is None else list(names)
-            describe_adapters(model, saved, model.active_adapters, folder / MEMORY)
+            saved = list(self.peft_config) if names is None else list(names)
+            describe_adapters(self, saved, self.active_adapters, folder / MEMORY)
             add_to_card(folder)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        save_base: bool = False,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str = "50GB",
-    ) -> Any:
-        """Save as ``save_pretrained`` does and upload that; arguments as in transformers."""
-        hub = {"private": private, "token": token, "create_pr": create_pr, "revision": revision}
-        hub.update(commit_message=commit_message, commit_description=commit_description)
-        return push_to_hub(self, repo_id, save_base, hub, {"max_shard_size": max_shard_size})
-
-    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """As in PEFT; to an adapter that is there, what mplus added comes back as well where it was saved along.
+    def load_adapter(
+        self, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> _IncompatibleKeys:
+        """Load as PEFT does; to an adapter that is there, what mplus added comes back as well where it was saved along.
 
         That is how a trainer goes on from a checkpoint.
         """
-        model: Any = self
-        there = adapter_name in model.peft_config
-        result = super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+        there = adapter_name in self.peft_config
+        result: _IncompatibleKeys = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         if there:
-            _load_additions(model, adapter_name, Path(model_id))
+            _load_additions(self, adapter_name, Path(model_id))
         return result
 
-    def get_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        """As in PEFT; the decoder learns that keys and values of prefix tuning are none of a text."""
-        return mark_learned(super().get_prompt(*args, **kwargs))  # type: ignore[misc]
+    def get_prompt(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what PEFT does; the decoder learns that keys and values of prefix tuning are none of a text."""
+        return mark_learned(super().get_prompt(*args, **kwargs))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return rebuild, (peft_model_class, type(self).__mplus_base__), self.__dict__  # type: ignore[attr-defined]
+        return rebuild, (peft_model_class, type(self).__mplus_base__), self.__dict__
 
 
-def peft_model_class(base: type) -> type:
-    """``base`` with ``PeftMemoryModel`` mixed in, and a ``forward`` that goes on from a cache."""
-    signature = inspect.signature(base.forward)  # type: ignore[attr-defined]
+def peft_model_class(base: type[PeftModel]) -> type:
+    """Return ``base`` with ``PeftMemoryModel`` mixed in, and a ``forward`` that goes on from a cache."""
+    signature = inspect.signature(base.forward)
 
-    @functools.wraps(base.forward)  # type: ignore[attr-defined]
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(base.forward)
+    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         reads = kwargs.get("memory") is not None or getattr(cache, "_mplus_reading", None) is not None
         if reads and self.active_peft_config.is_prompt_learning and cache is not None and cache.get_seq_length():
             return _go_on(self, cache, signature.bind_partial(self, *args, **kwargs))
-        return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        return base.forward(self, *args, **kwargs)
 
     return subclass(base, PeftMemoryModel, forward=forward)
 
 
-def _load_additions(model: Any, adapter: str, folder: Path) -> None:
+def _load_additions(model: PeftModel, adapter: str, folder: Path) -> None:
     """Load what was saved with an adapter that was in ``folder``."""
     where = (folder if adapter == "default" else folder.parent) / MEMORY
     if (where / DESCRIPTION).is_file():
         load_additions(model, load_file(where / WEIGHTS), str(where))
 
 
-def _go_on(model: Any, cache: Any, call: inspect.BoundArguments) -> Any:
-    """A forward of prompt learning behind a cache, which has the virtual tokens already.
+def _go_on(model: PeftModel, cache: Cache, call: inspect.BoundArguments) -> Any:
+    """Run a forward of prompt learning behind a cache, which has the virtual tokens already.
 
     PEFT would drop the cache, or put them in once more.
     """

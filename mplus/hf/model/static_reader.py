@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from attrs import define
 from torch import Tensor, nn
-from transformers import StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers import PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mplus.errors import InputError, MemoryMismatchError, NotSupported
-from mplus.hf.adapters.lora import adapted_projections, is_tuned
-from mplus.hf.adapters.tensor_group import TensorGroup
+from mplus.hf.adapters.lora import AdaptedProjection, adapted_projections
+from mplus.hf.adapters.peft_layers import is_adapter_layer
+from mplus.hf.adapters.tensor_group import Mark, TensorGroup
 from mplus.hf.model.engine import DecoderEngine
-from mplus.hf.pretrained.unwrap_copy import PlainTree, plain_decoder
+from mplus.hf.model.installed import WrappedModel
+from mplus.hf.pretrained.unwrap_copy import plain_decoder
 from mplus.hf.reading.reading import Reading
 from mplus.memory.memory import Memory
 
@@ -40,8 +43,7 @@ class Prefilled:
     @property
     def room(self) -> int:
         """Tokens that there is room for yet."""
-        layer: Any = self.cache.layers[0]
-        return int(layer.max_cache_len) - self.memory_rows - self.text_tokens
+        return cast("StaticLayer", self.cache.layers[0]).max_cache_len - self.memory_rows - self.text_tokens
 
 
 class StaticReader:
@@ -73,14 +75,15 @@ class StaticReader:
         ```
     """
 
-    def __init__(self, model: Any, compile_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, model: WrappedModel, compile_options: Mapping[str, Any] | None = None) -> None:
         reasons = reasons_against(model)
         if reasons:
             raise NotSupported(f"{type(model).__name__} cannot read from a static cache: {'; '.join(reasons)}")
-        engine: DecoderEngine = model.mplus_engine
-        self._model, self._weights = model, engine.watch.look()
+        self._model, self._weights = model, model.mplus_engine.watch.look()
         self.decoder, self._merged = _plain(model), _merged_weights(model)
-        self._call: Any = self.decoder if compile_options is None else torch.compile(self.decoder, **compile_options)
+        self._call: Callable[..., CausalLMOutputWithPast] = self.decoder
+        if compile_options is not None:
+            self._call = torch.compile(self.decoder, **compile_options)
 
     @torch.no_grad()
     def prefill(
@@ -143,11 +146,11 @@ class StaticReader:
         # Text counts from 0, wherever it lies in the cache: memory has the places in front of it.
         place = torch.full_like(ids, state.text_tokens)
         output = self._call(input_ids=ids, position_ids=place, past_key_values=state.cache, use_cache=True)
-        state.logits, state.text_tokens = output.logits[:, -1].clone(), state.text_tokens + 1
+        state.logits, state.text_tokens = cast("Tensor", output.logits)[:, -1].clone(), state.text_tokens + 1
         return state.logits
 
 
-def reasons_against(model: Any) -> list[str]:
+def reasons_against(model: WrappedModel) -> list[str]:
     """Why a plain decoder with a static cache would not do what the wrapped ``model`` does; empty when it does."""
     engine: DecoderEngine | None = getattr(model, "mplus_engine", None)
     if engine is None:
@@ -172,23 +175,25 @@ def reasons_against(model: Any) -> list[str]:
     return reasons + _reasons_against_weights(model)
 
 
-def _reasons_against_weights(model: Any) -> list[str]:
+def _reasons_against_weights(model: WrappedModel) -> list[str]:
     reasons = []
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         reasons.append("accelerate moves its weights about")
-    if any(map(is_tuned, model.modules())):
+    if any(map(is_adapter_layer, model.modules())):
         reasons.append("it has adapters of your own: merge them before mplus.wrap")
     if any(not projection.weight.is_floating_point() for projection in adapted_projections(model)):
         reasons.append("weights that adapters belong to are quantised, so that nothing can be merged into them")
     return reasons
 
 
-def _plain(model: Any) -> Any:
+def _plain(model: WrappedModel) -> PreTrainedModel:
     """The decoder inside, fit to run: the reading adapter merged into copies, and no hook of ours."""
     decoder, tree = plain_decoder(model)
     adapter = model.mplus_engine.adapter("read")
-    for projection in adapted_projections(model) if adapter is not None else []:
-        _merge(projection, adapter, _twin(decoder, tree, projection))
+    copies = {original: path for path, original in tree.places.values()}
+    for projection in adapted_projections(model):
+        if adapter is not None:
+            _merge(projection, adapter, decoder.get_submodule(copies[projection]))
     ours = {handle.id for handle in model.mplus_installed.hooks}
     for module in decoder.modules():
         for name in ("_forward_hooks", "_forward_pre_hooks"):
@@ -196,13 +201,7 @@ def _plain(model: Any) -> Any:
     return decoder
 
 
-def _twin(decoder: Any, tree: PlainTree, projection: nn.Module) -> nn.Module:
-    path = next(place for place, module in tree.places.values() if module is projection)
-    found: nn.Module = decoder.get_submodule(path)
-    return found
-
-
-def _merged_weights(model: Any) -> tuple[Any, ...]:
+def _merged_weights(model: WrappedModel) -> tuple[Mark, Mark, tuple[float | None, ...]]:
     """Changes when a weight changes that the plain decoder has a copy of, or an adapter that is merged into it."""
     projections, adapter = adapted_projections(model), model.mplus_engine.adapter("read")
     own = [(name, tensor) for one in projections for name, tensor in one.named_parameters() if f".{adapter}." in name]
@@ -211,18 +210,18 @@ def _merged_weights(model: Any) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def _merge(projection: Any, adapter: str, twin: Any) -> None:
+def _merge(projection: AdaptedProjection, adapter: str, twin: nn.Module) -> None:
     """The weight of ``twin`` becomes a new one with ``alpha / r * B A`` in it."""
-    weight: Tensor = projection.weight
+    weight = projection.weight
     # The module's table of parameters is the wrapped decoder's too.
     twin.__dict__["_parameters"] = dict(twin._parameters)
     merged = weight + projection.update_weight(adapter).to(weight.dtype)
     twin._parameters["weight"] = nn.Parameter(merged, requires_grad=False)
 
 
-def _joined(reading: Reading, index: int, layer: Any) -> tuple[Tensor, Tensor]:
+def _joined(reading: Reading, index: int, layer: DynamicLayer) -> tuple[Tensor, Tensor]:
     """Keys and values ``[B, Hkv, P+T, D]`` of memory and text in one layer."""
-    text_keys, text_values = layer.keys, layer.values
+    text_keys, text_values = cast("Tensor", layer.keys), cast("Tensor", layer.values)
     segments: Any = reading.segments.get(index, ())  # no way of its own to attend: see reasons_against
     if any(segment.lengths is not None for segment in segments):
         raise NotSupported(
@@ -239,9 +238,10 @@ def _joined(reading: Reading, index: int, layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check_fits(cache: StaticCache, keys: Tensor) -> None:
-    layer: Any = cache.layers[0]
-    if layer.keys.shape[:2] != keys.shape[:2] or layer.max_cache_len < keys.shape[2]:
+    layer = cast("StaticLayer", cache.layers[0])
+    rows = cast("Tensor", layer.keys).shape[:2]
+    if rows != keys.shape[:2] or layer.max_cache_len < keys.shape[2]:
         raise InputError(
             f"into must have a cache of {keys.shape[0]} rows with room for {keys.shape[2]} keys, "
-            f"got {layer.keys.shape[0]} rows with room for {layer.max_cache_len}"
+            f"got {rows[0]} rows with room for {layer.max_cache_len}"
         )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
-from attrs import define, evolve, field
+from attrs import evolve
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 from mplus.backends import BACKENDS
 from mplus.backends.choose import BackendChooser
@@ -22,6 +26,7 @@ from mplus.hf.adapters.lora import add_adapters, remove_adapters
 from mplus.hf.model.begin_rows import begin_rows
 from mplus.hf.model.build import build_mechanism
 from mplus.hf.model.engine import DecoderEngine
+from mplus.hf.model.installed import Installed, WrappedModel, decoder_inside, is_peft_model
 from mplus.hf.model.model_class import memory_model_class
 from mplus.hf.model.modes import has_values, in_eval_mode, input_device
 from mplus.hf.model.peft_model import PeftMemoryModel, peft_model_class
@@ -32,10 +37,11 @@ from mplus.hf.reading import generation_config
 from mplus.hf.retrofit import attention
 from mplus.hf.retrofit.context import carry_memory, change_class, drop_memory
 from mplus.hf.retrofit.discovery import Anatomy, discover
-from mplus.hf.retrofit.hooks import AttentionHook, Retrofit
+from mplus.hf.retrofit.hooks import AttentionHook, Retrofit, Technique
 from mplus.hf.retrofit.positions import MemoryPositions
 from mplus.hf.retrofit.projection import find_projection
 
+Model = TypeVar("Model", bound=nn.Module)
 logger = logging.getLogger(__name__)
 
 MOVING_ROPE = ("dynamic", "longrope")
@@ -44,29 +50,8 @@ CAUSES = 3
 """Causes that a refusal names; the rest is in its details."""
 
 
-@define(eq=False)
-class Installed:
-    """What ``unwrap`` needs to know; kept as ``model.mplus_installed``.
-
-    Attributes:
-        base_attention: the attention implementation the decoder had.
-        base_digest: digest of its own weights.
-        hooks: handles of the attention hooks.
-        checks: what the self-check found for the technique in use.
-        rejected: reasons against the techniques tried before it.
-        asked: the config that ``wrap`` was given, with sizes left open.
-    """
-
-    base_attention: str
-    base_digest: str
-    hooks: list[Any]
-    checks: list[Check]
-    rejected: list[str]
-    asked: MPlusConfig = field(factory=MPlusConfig)
-
-
 def wrap(
-    model: Any,
+    model: PreTrainedModel | PeftModel,
     config: MPlusConfig | Mapping[str, Any] | str | Path | None = None,
     *,
     check: bool = True,
@@ -97,8 +82,8 @@ def wrap(
     Warns:
         MemorySizeWarning: sizes that are given need more positions than the decoder has.
     """
-    if config is None and _is_peft(model) and "mplus_installed" in model.get_base_model().__dict__:
-        change_class(model, peft_model_class(_plain_class(model)))
+    if config is None and is_peft_model(model) and "mplus_installed" in model.get_base_model().__dict__:
+        change_class(model, peft_model_class(getattr(type(model), "__mplus_base__", type(model))))
         return model
     config = as_memory_config(config)
     decoder = _decoder(model)
@@ -116,28 +101,28 @@ def wrap(
     if pool is not None and config.short_term_tokens is None:
         config = evolve(config, short_term_tokens=pool.shape[1])
     config = resolve(config, Room.of(decoder, positions, placed=not anatomy.learned_positions), stacklevel=2)
-    ids = check_ids(decoder.get_input_embeddings().weight.shape[0], input_device(decoder))
+    ids = check_ids(cast("nn.Embedding", decoder.get_input_embeddings()).weight.shape[0], input_device(decoder))
     base_logits = _logits(decoder, ids) if check else None
     mechanism = build_mechanism(config, begin_rows(decoder, anatomy), pool)
     installed = Installed(base_attention, digest(decoder, "base"), [], [], [], asked)
-    _install(decoder, DecoderEngine(decoder, config, retrofit, mechanism), installed)
+    wrapped = _install(decoder, DecoderEngine(decoder, config, retrofit, mechanism), installed)
     try:
         if config.rope_inv_freq_dtype is not None:
             round_frequencies(decoder, getattr(torch, config.rope_inv_freq_dtype))
-        _choose_technique(decoder, installed, base_logits if config.rope_inv_freq_dtype is None else None, check)
+        _choose_technique(wrapped, installed, base_logits if config.rope_inv_freq_dtype is None else None, check)
         if mechanism.additions.retriever is not None:
-            decoder.mplus_engine.bind(mechanism.additions.retriever)
-        _choose_rows(decoder)
+            wrapped.mplus_engine.bind(mechanism.additions.retriever)
+        _choose_rows(wrapped)
     except BaseException:
         unwrap(decoder)
         raise
-    if model is not decoder:
+    if is_peft_model(model):
         change_class(model, peft_model_class(type(model)))
-    _say_sizes(decoder, installed)
+    _say_sizes(wrapped, installed)
     return model
 
 
-def _say_sizes(decoder: Any, installed: Installed) -> None:
+def _say_sizes(decoder: WrappedModel, installed: Installed) -> None:
     """Log the sizes that were left open; as a warning where the published ones do not fit."""
     sizes = chosen(installed.asked, decoder.mplus_config)
     if sizes:
@@ -152,16 +137,15 @@ def _say_sizes(decoder: Any, installed: Installed) -> None:
         )
 
 
-def unwrap(model: Any) -> Any:
+def unwrap(model: Model) -> Model:
     """Take everything off that ``wrap`` put on, in place; memories made for the decoder no longer work.
 
     Returns ``model`` itself. Raises NotSupported when it is not wrapped.
     """
-    decoder = model.get_base_model() if _is_peft(model) else model
-    installed: Installed | None = decoder.__dict__.get("mplus_installed")
-    if installed is None:
+    if "mplus_installed" not in decoder_inside(model).__dict__:
         raise NotSupported(f"{type(model).__name__} is not wrapped by mplus.wrap")
-    engine: DecoderEngine = decoder.mplus_engine
+    decoder = cast("WrappedModel", decoder_inside(model))
+    engine, installed = decoder.mplus_engine, decoder.mplus_installed
     for handle in installed.hooks:
         handle.remove()
     for layer in engine.retrofit.anatomy.layers:
@@ -176,13 +160,13 @@ def unwrap(model: Any) -> Any:
     for name in ("mplus_engine", "mplus_installed"):
         del decoder.__dict__[name]
     change_class(decoder, type(decoder).__mplus_base__)
-    if issubclass(type(model), PeftMemoryModel):
+    if isinstance(model, PeftMemoryModel):
         change_class(model, type(model).__mplus_base__)
     return model
 
 
-def _decoder(model: Any) -> Any:
-    decoder = model.get_base_model() if _is_peft(model) else model
+def _decoder(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    decoder = decoder_inside(model)
     name = type(decoder).__name__
     if not isinstance(decoder, PreTrainedModel) or not decoder.can_generate():
         raise NotSupported(f"wrap takes a transformers model with a causal language-model head, got {name}")
@@ -198,36 +182,27 @@ def _decoder(model: Any) -> Any:
     return decoder
 
 
-def _is_peft(model: Any) -> bool:
-    return hasattr(model, "get_base_model") and hasattr(model, "peft_config")
-
-
-def _plain_class(model: Any) -> type:
-    """The class that a PeftModel had before ``wrap``."""
-    found: type = getattr(type(model), "__mplus_base__", type(model))
-    return found
-
-
-def _layout(config: MPlusConfig, anatomy: Anatomy) -> Any:
+def _layout(config: MPlusConfig, anatomy: Anatomy) -> Literal["sequential", "compressed", "constant"]:
     if config.memory_positions == "auto":
         # With ALiBi a distance of thousands of rows hides memory from every head.
         return "constant" if anatomy.alibi else "sequential"
     return config.memory_positions
 
 
-def _moving_rope(decoder: Any) -> bool:
+def _moving_rope(decoder: PreTrainedModel) -> bool:
     parameters = getattr(decoder.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     tables = [parameters, *(table for table in parameters.values() if isinstance(table, dict))]
     return any(table.get("rope_type") in MOVING_ROPE for table in tables)
 
 
 @torch.no_grad()
-def _logits(decoder: Any, ids: Tensor) -> Tensor:
+def _logits(decoder: PreTrainedModel, ids: Tensor) -> Tensor:
     with in_eval_mode(decoder):
-        return decoder(input_ids=ids).logits
+        logits: Tensor = decoder(input_ids=ids).logits
+        return logits
 
 
-def _install(decoder: Any, engine: DecoderEngine, installed: Installed) -> None:
+def _install(decoder: PreTrainedModel, engine: DecoderEngine, installed: Installed) -> WrappedModel:
     anatomy = engine.retrofit.anatomy
     if engine.config.adapters is not None:
         add_adapters(decoder, anatomy, engine.config.adapters)  # first: it may refuse, and nothing has changed then
@@ -242,6 +217,7 @@ def _install(decoder: Any, engine: DecoderEngine, installed: Installed) -> None:
     change_class(decoder, memory_model_class(type(decoder)))
     decoder.__dict__["mplus_engine"] = engine
     decoder.__dict__["mplus_installed"] = installed
+    return cast("WrappedModel", decoder)
 
 
 def _use_attention(decoder: PreTrainedModel, implementation: str) -> None:
@@ -249,14 +225,15 @@ def _use_attention(decoder: PreTrainedModel, implementation: str) -> None:
         PreTrainedModel.set_attn_implementation(decoder, implementation)  # a wrapped decoder's own keeps to ours
 
 
-def _choose_technique(decoder: Any, installed: Installed, base_logits: Tensor | None, check: bool) -> None:
+def _choose_technique(decoder: WrappedModel, installed: Installed, base_logits: Tensor | None, check: bool) -> None:
     """Try the techniques in order of preference; keep the first that passes its self-check."""
-    engine: DecoderEngine = decoder.mplus_engine
+    engine = decoder.mplus_engine
     retrofit = engine.retrofit
     offsets = (True,) if retrofit.positions.offset else (False, True)
     interface = type(decoder)._can_set_attn_implementation()
     failed: list[Check] = []
-    for technique, offset in [(t, o) for o in offsets for t in ("attention", "cache_view")]:
+    techniques: tuple[Technique, ...] = ("attention", "cache_view")
+    for offset, technique in itertools.product(offsets, techniques):
         if technique == "attention" and not interface:
             continue
         if technique == "cache_view" and engine.mechanism.attends:
@@ -270,7 +247,7 @@ def _choose_technique(decoder: Any, installed: Installed, base_logits: Tensor | 
                 f"cache view: the decoder attends by itself, so backend {engine.config.backend!r} cannot run"
             )
             continue
-        retrofit.technique = technique  # type: ignore[assignment]
+        retrofit.technique = technique
         retrofit.positions = MemoryPositions(retrofit.positions.layout, retrofit.positions.span, offset)
         prefix = attention.PREFIX if technique == "attention" else ""
         _use_attention(decoder, prefix + installed.base_attention)
@@ -306,9 +283,9 @@ def _refusal(name: str, failed: Sequence[Check], details: Sequence[str]) -> NotS
 
 
 @torch.no_grad()
-def _choose_rows(decoder: Any) -> None:
+def _choose_rows(decoder: WrappedModel) -> None:
     """Find out how rows can be kept. Raises NotSupported when the config asks for what cannot be had."""
-    engine: DecoderEngine = decoder.mplus_engine
+    engine = decoder.mplus_engine
     begin: Tensor = engine.mechanism.additions.begin
     some = torch.randn(4, begin.shape[2], generator=torch.Generator().manual_seed(0)).to(begin)
     rows = [(some * (row.float().std() or 1.0)).to(begin)[None] for row in begin]

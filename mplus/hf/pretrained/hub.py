@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mplus.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 COMMIT = ("commit_message", "commit_description", "create_pr", "revision")
 """What ``upload`` passes on to the commit."""
@@ -20,13 +24,13 @@ def upload(
     *,
     patterns: Sequence[str] | None = None,
     private: bool | None = None,
-    token: Any = None,
+    token: bool | str | None = None,
     **commit: Any,
-) -> Any:
+) -> CommitInfo:
     """Upload ``folder`` (or its files that match ``patterns``), creating the repository and branch where missing.
 
     Returns:
-        What ``HfApi.upload_folder`` returns.
+        The commit, as ``HfApi.upload_folder`` describes it.
     """
     from huggingface_hub import HfApi
 
@@ -39,8 +43,8 @@ def upload(
     return api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=patterns, **commit)  # type: ignore[arg-type]
 
 
-def find_folder(path: Any, lookup: Mapping[str, Any]) -> Path:
-    """The local folder of ``path``, after downloading where it names a repository.
+def find_folder(path: str | os.PathLike[str], lookup: Mapping[str, Any]) -> Path:
+    """Return the local folder of ``path``, downloaded where it names a repository.
 
     Raises:
         CheckpointError: neither a folder nor a repository that can be read.

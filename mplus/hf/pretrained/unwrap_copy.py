@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import cast
 
 from attrs import define, field
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from mplus.hf.adapters.lora import FACTORS, AdaptedProjection, is_tuned
+from mplus.hf.adapters.lora import FACTORS, AdaptedProjection
+from mplus.hf.adapters.peft_layers import is_peft_module
+from mplus.hf.model.installed import WrappedModel
 
 
 @define
@@ -25,9 +28,9 @@ class PlainTree:
     copies: dict[nn.Module, nn.Module] = field(factory=dict)
 
     def copy(self, module: nn.Module, path: str = "", plain_path: str = "") -> nn.Module:
-        """The copy of ``module``, which is called ``path`` in the original tree and ``plain_path`` in the copy."""
+        """Copy ``module``, which is called ``path`` in the original tree and ``plain_path`` in the copy."""
         for inner in ("base_layer", "original_module"):  # below PEFT's adapted modules, and those it trains in full
-            if inner in module._modules and _is_peft(module):
+            if inner in module._modules and is_peft_module(module):
                 return self.copy(module.get_submodule(inner), f"{path}.{inner}", plain_path)
         self.places[path] = (plain_path, module)
         if module not in self.copies:
@@ -45,7 +48,7 @@ class PlainTree:
         return self.copies[module]
 
     def plain_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a state dict of the original tree holds for the copy, under the names it has there."""
+        """Return the tensors of a state dict of the original tree that the copy has, by their names there."""
         result = {}
         for name, tensor in state.items():
             path, _, rest = name.rpartition(".")
@@ -59,10 +62,10 @@ class PlainTree:
         return result
 
 
-def plain_decoder(model: Any) -> tuple[Any, PlainTree]:
-    """The decoder inside the wrapped ``model``, and how its names came about. It shares all tensors; do not run it."""
+def plain_decoder(model: WrappedModel) -> tuple[PreTrainedModel, PlainTree]:
+    """Return the decoder inside ``model`` and the tree it was copied from. It shares all tensors; do not run it."""
     tree = PlainTree()
-    decoder: Any = tree.copy(model)
+    decoder = cast("PreTrainedModel", tree.copy(model))
     for name in ("mplus_engine", "mplus_installed", "peft_config"):
         decoder.__dict__.pop(name, None)
     decoder._hf_peft_config_loaded = False
@@ -73,9 +76,3 @@ def plain_decoder(model: Any) -> tuple[Any, PlainTree]:
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-def _is_peft(module: nn.Module) -> bool:
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return is_tuned(module) or isinstance(module, AuxiliaryTrainingWrapper)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
-from transformers import Cache
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+Prompt = TypeVar("Prompt", bound=Tensor | Cache)
 
 
-def mark_learned(prompt: Any) -> Any:
+def mark_learned(prompt: Prompt) -> Prompt:
     """``prompt`` itself, noted as learned when it is a cache: it holds virtual tokens and no text."""
     if isinstance(prompt, Cache):
         prompt._mplus_learned = prompt.get_seq_length()  # type: ignore[attr-defined]
     return prompt
 
 
-def only_learned(cache: Any) -> bool:
+def only_learned(cache: Cache) -> bool:
     """Whether a cache holds virtual tokens and nothing else, so that it depends on no memory."""
     learned = getattr(cache, "_mplus_learned", None)
     return learned is not None and int(cache.get_seq_length()) == learned
 
 
-def embedded_in_front(model: Any) -> int:
+def embedded_in_front(model: PreTrainedModel) -> int:
     """Virtual tokens that the PeftModel around ``model``, which is generating, puts in front of a prompt as embeddings.
 
     A PeftModel prepares the inputs while it generates. Virtual tokens that are keys and values pass through no layer.
