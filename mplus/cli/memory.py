@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mplus.memory.directory.checkpoint_manifest import LiveManifest
-    from mplus.memory.directory.offline import Present
+    from mplus.memory.directory.offline import DirectoryInfo
     from mplus.memory.format.entries import StreamEntry
     from mplus.memory.format.manifest import Manifest
     from mplus.memory.sources.table import SourceTable
@@ -34,13 +34,13 @@ def show(
     """
     from rich.console import Console
 
-    from mplus.memory.directory.offline import present
+    from mplus.memory.directory.offline import read_info
     from mplus.memory.format.manifest import LIVE_FORMAT, is_memory
     from mplus.memory.format.offline import saved_tables
     from mplus.memory.plain_state import state_class
 
     if is_memory(path, LIVE_FORMAT):
-        held = present(path)
+        held = read_info(path)
         facts, table, streams, tables = _live_facts(held), _live_decoder(held), held.manifest.streams, held.sources
     else:
         manifest, tables = saved_tables(path)
@@ -106,7 +106,7 @@ def _facts(manifest: Manifest) -> dict[str, object]:
     return plain
 
 
-def _live_facts(held: Present) -> dict[str, object]:
+def _live_facts(held: DirectoryInfo) -> dict[str, object]:
     """The manifest, with the streams as they are now, and what it does not say."""
     from mplus.memory.format.structure import unstructured
 
@@ -115,7 +115,7 @@ def _live_facts(held: Present) -> dict[str, object]:
     return {**plain, "bytes": held.disk_bytes, "texts_kept": held.texts_kept}
 
 
-def _live_decoder(held: Present) -> Table:
+def _live_decoder(held: DirectoryInfo) -> Table:
     """As ``_decoder``, of a memory in a directory."""
     manifest = held.manifest
     table = _heading(manifest, f"{size(held.disk_bytes)} in {len(manifest.files)} files")

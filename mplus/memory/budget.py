@@ -1,4 +1,4 @@
-"""How many long-term rows a memory may hold: by its config, or by a budget in bytes for all of the memory."""
+"""Budget: the limit of long-term memory, in rows by the config, or in bytes for all of the memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mplus.stores.base import MemoryStore
 
 @define(frozen=True)
 class Budget:
-    """What limits the long-term memory.
+    """The limit of the long-term memory.
 
     Attributes:
         capacity: rows per layer that the LTM of each stream may hold after a write; None: no limit.
@@ -28,7 +28,7 @@ class Budget:
 
     @staticmethod
     def of(wanted: Any, config: MPlusConfig, mechanism: Any, store: MemoryStore, streams: int) -> Budget:
-        """The limit of a new memory.
+        """Return the limit of a new memory.
 
         Each stream gets an equal share. Of it the rows of a full STM are taken, of as many pending rows as can wait
         for a merge, and the hidden states kept for the next write; long-term rows, and what their store reserves
@@ -63,14 +63,14 @@ class Budget:
         return Budget(capacity, budget)
 
     def text_tokens(self, config: MPlusConfig) -> int | None:
-        """Text tokens whose rows the LTM of a stream has room for, if written in full chunks; None: no limit."""
+        """Return how many text tokens, in full chunks, the LTM of a stream has room for; None: no limit."""
         if self.capacity is None:
             return None
         return self.capacity * config.chunk_tokens // config.memory_tokens_per_chunk
 
 
 def _rows_within(room: int, store: MemoryStore) -> int:
-    """The largest number of rows for which a layer of ``store`` takes no more than ``room`` bytes."""
+    """Return the largest number of rows for which a layer of ``store`` takes no more than ``room`` bytes."""
     fits, too_many = 0, room // store.bytes_per_row + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
@@ -79,6 +79,6 @@ def _rows_within(room: int, store: MemoryStore) -> int:
 
 
 def rows_bytes(states: Sequence[StreamState], stores: Sequence[MemoryStore]) -> int:
-    """Bytes of the rows a memory holds, without what its stores have reserved for more: what a budget limits."""
+    """Return the bytes of the rows a memory holds, which a budget limits, without what stores reserve for more."""
     stored = sum(store.count(layer) * store.bytes_per_row for store in stores for layer in range(store.layout.layers))
     return sum(state.nbytes for state in states) + stored

@@ -17,13 +17,13 @@ OPTIONAL = frozenset({"key", "expiry"})
 
 
 def check_whole(ids: Tensor) -> None:
-    """Raises InputError unless the dtype is one of whole numbers."""
+    """Raise InputError unless the dtype is one of whole numbers."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise InputError(f"ids must be whole numbers, got dtype {ids.dtype}")
 
 
 def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
-    """Raises InputError naming the first id outside ``[0, vocab_size)`` and its place."""
+    """Raise InputError naming the first id outside ``[0, vocab_size)`` and its place."""
     wrong = ((ids < 0) | (ids >= vocab_size)).nonzero()
     if len(wrong):
         place = wrong[0].tolist()
@@ -32,7 +32,7 @@ def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
 
 
 def check_chunk(ids: Any, batch_size: int, min_tokens: int, max_tokens: int) -> None:
-    """Raises InputError unless these are ids ``[batch_size, n]`` of a chunk that can be written as it is."""
+    """Raise InputError unless these are ids ``[batch_size, n]`` of a chunk that can be written as it is."""
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[0] != batch_size:
         got = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
         raise InputError(f"a chunk must be a tensor of shape [{batch_size}, n], got {got}")
@@ -108,7 +108,7 @@ def check_device(device: Any) -> torch.device:
 
 
 def check_dtype(memory: torch.dtype, model: torch.dtype) -> None:
-    """Raises MemoryMismatchError unless a memory holds what its decoder computes in."""
+    """Raise MemoryMismatchError unless a memory holds what its decoder computes in."""
     if memory != model:
         raise MemoryMismatchError(
             f"the memory holds {memory} and the model computes in {model}: use memory.to(dtype={model})"
@@ -116,7 +116,7 @@ def check_dtype(memory: torch.dtype, model: torch.dtype) -> None:
 
 
 def check_finite(values: Tensor, where: str) -> None:
-    """Raises NonFiniteError when there is NaN or Inf in what a decoder computed."""
+    """Raise NonFiniteError when there is NaN or Inf in what a decoder computed."""
     if not bool(torch.isfinite(values).all()):
         raise NonFiniteError(
             f"what the decoder computes must be finite, got NaN or Inf {where}; the chunk was not written: "

@@ -48,7 +48,7 @@ def moved(streams: Streams, device: torch.device | None, dtype: torch.dtype | No
 
 
 def pickle_error() -> MemoryPickleError:
-    """What to do instead of pickling a memory."""
+    """Return the error that says what to do instead of pickling a memory."""
     return MemoryPickleError(
         "a memory cannot be pickled (by pickle, torch.save, or to reach another process), since it belongs to one "
         "decoder: use memory.save(path) and mplus.Memory.load(path, model) there, or keep it in a directory and "

@@ -28,6 +28,10 @@ class Engine(Protocol):
         """Sizes, dtype and device of the rows this decoder makes."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of hidden states, hence of rows."""
+
+    @property
     def vocab_size(self) -> int:
         """Ids lie in ``[0, vocab_size)``."""
 

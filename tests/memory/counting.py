@@ -47,6 +47,7 @@ class CountingEngine:
         )
 
     vocab_size = 100
+    dtype = torch.float32
     device = torch.device("cpu")
 
     def encode(self, states: Sequence[StreamState], ids: Tensor) -> list[Tensor]:

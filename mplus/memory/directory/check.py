@@ -1,4 +1,4 @@
-"""What is wrong with a directory, all of it; and what is still sound."""
+"""Check a memory in a directory, every byte and every value (``mplus memory verify``)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mplus.errors import MemoryFileError, MemoryMismatchError, MPlusError
-from mplus.memory.directory.checkpoint import Content
+from mplus.memory.directory.checkpoint import CheckpointContent
 from mplus.memory.directory.checkpoint_manifest import LiveManifest, read_live_manifest
 from mplus.memory.directory.journal import records
 from mplus.memory.directory.open import read_directory
@@ -16,8 +16,8 @@ from mplus.stores.disk.block_file import BlockFile, FileEntry
 from mplus.stores.disk.folder import Folder
 
 
-def faults(folder: Path | Folder) -> Iterator[str]:
-    """Every fault of the memory that lives in ``folder``, a sentence each; nothing is changed.
+def directory_faults(folder: Path | Folder) -> Iterator[str]:
+    """Yield every fault of the memory that lives in ``folder``, a sentence each; nothing is changed.
 
     Reads every byte. A writer may be at work: what is checked is one checkpoint and its journal.
     """
@@ -49,7 +49,7 @@ def faults(folder: Path | Folder) -> Iterator[str]:
 
 
 def file_faults(folder: Path | Folder, entry: FileEntry) -> Iterator[str]:
-    """Every block of a file that is not what was written."""
+    """Yield a sentence for every block of a file that is not what was written."""
     try:
         file = BlockFile(folder / entry.file, entry)
     except MemoryFileError as error:
@@ -63,8 +63,8 @@ def file_faults(folder: Path | Folder, entry: FileEntry) -> Iterator[str]:
         )
 
 
-def _values(folder: Path | Folder, manifest: LiveManifest, content: Content) -> Iterator[str]:
-    """Rows whose values make no sense, though they are what was written."""
+def _values(folder: Path | Folder, manifest: LiveManifest, content: CheckpointContent) -> Iterator[str]:
+    """Yield a sentence for rows whose values make no sense, though they are what was written."""
     for number, (state, store) in enumerate(zip(content.states, content.stores, strict=True)):
         known = state.sources.column("number")
         try:

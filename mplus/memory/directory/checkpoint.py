@@ -25,12 +25,12 @@ from mplus.memory.directory.checkpoint_manifest import (
 )
 from mplus.memory.directory.journal import Journal, records
 from mplus.memory.directory.record import apply
-from mplus.memory.directory.store_stack import coding_of, innermost
+from mplus.memory.directory.store_stack import mapped_store, saved_stack
 from mplus.memory.format.earlier import in_present_form
 from mplus.memory.format.folder import MANIFEST
 from mplus.memory.format.load import check, check_names, read_generator, read_index, read_state, read_usage
 from mplus.memory.format.rules import FURTHEST_BACK, check_values
-from mplus.memory.format.save import Facts, Index, index_parts, layout_entry, stream_entry, stream_parts
+from mplus.memory.format.save import Index, ManifestHeader, index_parts, layout_entry, stream_entry, stream_parts
 from mplus.memory.state import StreamState, StreamView
 from mplus.rows import NO_SOURCE
 from mplus.stores.access_log import AccessLog
@@ -48,8 +48,8 @@ from mplus.stores.mmap import MmapStore
 
 
 @define(eq=False)
-class Content:
-    """All a memory in a directory holds: one of each for every stream, or no ``indexes``."""
+class CheckpointContent:
+    """Everything a memory in a directory holds, one entry for each stream; ``indexes`` may be left out."""
 
     states: list[StreamState]
     stores: list[MemoryStore]
@@ -59,16 +59,16 @@ class Content:
 
     @property
     def mapped(self) -> list[MmapStore]:
-        """What is innermost in each of the stores."""
-        return [innermost(store) for store in self.stores]
+        """The store of mapped files inside each of the stores."""
+        return [mapped_store(store) for store in self.stores]
 
     def views(self) -> list[StreamView]:
-        """The streams."""
+        """Return views of the streams."""
         return list(map(StreamView, self.states, self.stores, self.usage))
 
 
 @define(eq=False)
-class Written:
+class WrittenCheckpoint:
     """A checkpoint that is on disk, but for its manifest.
 
     Attributes:
@@ -84,14 +84,14 @@ class Written:
     journal: Journal
     made: list[PathAt]
 
-    def move_in(self) -> None:
+    def adopt_files(self) -> None:
         """Let the stores read the new files from now on."""
         for store, layers in zip(self.stores, self.layers, strict=True):
             store.layers = layers
 
 
-class Files:
-    """A block file as ``read_state`` reads it; short-term rows stay mapped, and are not copied."""
+class BlockTensors:
+    """Tensors of a block file as ``read_state`` takes them; short-term rows stay mapped, and are not copied."""
 
     lasting: ClassVar[bool] = True
 
@@ -105,7 +105,7 @@ class Files:
         return self._file.spans
 
     def get(self, name: str) -> Tensor:
-        """One tensor. Raises MemoryFileError when it is missing or not the one that was written."""
+        """Return one tensor. Raises MemoryFileError when it is missing or not the one that was written."""
         return self._file.read(name)
 
 
@@ -116,12 +116,12 @@ def write_checkpoint(
     files: FileSystem,
     folder: Folder,
     owner: str,
-    content: Content,
-    facts: Facts,
+    content: CheckpointContent,
+    header: ManifestHeader,
     number: int,
     *,
     clean: bool,
-) -> Written:
+) -> WrittenCheckpoint:
     """Write everything of a checkpoint but its manifest; on an error, nothing new is left.
 
     Args:
@@ -156,17 +156,17 @@ def write_checkpoint(
         manifest = LiveManifest(
             written_by=mplus.__version__,
             number=number,
-            fingerprint=facts.fingerprint,
+            fingerprint=header.fingerprint,
             layout=layout_entry(layout),
-            eviction=facts.eviction,
-            bytes_budget=facts.bytes_budget,
-            streams=tuple(stream_entry(view, i, facts.mechanism) for i, view in enumerate(content.views())),
+            eviction=header.eviction,
+            bytes_budget=header.bytes_budget,
+            streams=tuple(stream_entry(view, i, header.mechanism) for i, view in enumerate(content.views())),
             state=state,
             stores=tuple(entries),
             journal=path.name,
-            store=coding_of(content.stores[0]),
+            store=saved_stack(content.stores[0]),
         )
-        return Written(manifest, content.mapped, layers, journal, made)
+        return WrittenCheckpoint(manifest, content.mapped, layers, journal, made)
     except BaseException:
         if journal is not None:
             journal.close()
@@ -174,7 +174,7 @@ def write_checkpoint(
         raise
 
 
-def _state_parts(content: Content, layers: Sequence[Sequence[SegmentedRows]]) -> Iterator[Part]:
+def _state_parts(content: CheckpointContent, layers: Sequence[Sequence[SegmentedRows]]) -> Iterator[Part]:
     for number, (view, draw) in enumerate(zip(content.views(), content.draws, strict=True)):
         yield from stream_parts(number, view, draw)
         if content.indexes:
@@ -193,7 +193,10 @@ def _state_parts(content: Content, layers: Sequence[Sequence[SegmentedRows]]) ->
 
 
 def live_name(stream: int, file: int, layer: int) -> str:
-    """Tensor of the state file that says which rows in a layer of a stream's file were not removed; none: all."""
+    """Return the name of the state file's tensor with the rows that are left in a layer of a stream's file.
+
+    There is none where all of them are.
+    """
     return f"stream.{stream}.live.{file}.{layer}"
 
 
@@ -212,14 +215,14 @@ def publish(files: FileSystem, folder: Folder, owner: str, manifest: LiveManifes
 
 
 def _fresh(files: FileSystem, path: PathAt) -> PathAt:
-    """``path``, without what a checkpoint that never came to be may have left there."""
+    """Return ``path``, and remove what an unfinished checkpoint may have left there."""
     if path.exists():
         files.remove(path)
     return path
 
 
 def remove(files: FileSystem, paths: Sequence[PathAt]) -> list[str]:
-    """Remove files as far as that is possible; who opens the directory next looks for what is left.
+    """Remove files as far as that is possible; the next opening of the directory tries what is left again.
 
     Returns:
         Names of those that are still there.
@@ -251,8 +254,10 @@ def remove_others(
 # ---------------------------------------------------------------------- reading
 
 
-def read_checkpoint(folder: Path | Folder, manifest: LiveManifest, layout: StoreLayout, kind: Component) -> Content:
-    """What the manifest's checkpoint holds, without its journal; long-term rows are mapped, not read.
+def read_checkpoint(
+    folder: Path | Folder, manifest: LiveManifest, layout: StoreLayout, kind: Component
+) -> CheckpointContent:
+    """Read the manifest's checkpoint, without its journal; long-term rows are mapped, not read.
 
     Args:
         folder: the memory's.
@@ -264,7 +269,7 @@ def read_checkpoint(folder: Path | Folder, manifest: LiveManifest, layout: Store
         MemoryFileError: a file is missing, truncated, altered or does not fit the manifest.
     """
     file = BlockFile(folder / manifest.state.file, manifest.state)
-    reader = in_present_form(Files(file), manifest.earlier)
+    reader = in_present_form(BlockTensors(file), manifest.earlier)
     check_names(reader, manifest.streams)
     states = [read_state(reader, number, entry, layout) for number, entry in enumerate(manifest.streams)]
     for number, state in enumerate(states):
@@ -273,7 +278,7 @@ def read_checkpoint(folder: Path | Folder, manifest: LiveManifest, layout: Store
     stores: list[MemoryStore] = []
     for number, entry in enumerate(manifest.stores):
         whole = build_store(kind, layout)
-        store = innermost(whole)
+        store = mapped_store(whole)
         kept = store.layout
         rules = rules_of(manifest, number)
         opened = [BlockFile(folder / part.file, part, rules) for part in entry.files]
@@ -291,13 +296,13 @@ def read_checkpoint(folder: Path | Folder, manifest: LiveManifest, layout: Store
                 f"layer, got {list(counts)}"
             )
         stores.append(whole)
-    usage = [read_usage(reader, number, innermost(store)) for number, store in enumerate(stores)]
+    usage = [read_usage(reader, number, mapped_store(store)) for number, store in enumerate(stores)]
     indexes = [read_index(reader, number, layout.layers) for number in range(len(stores))]
-    return Content(states, stores, draws, usage, indexes)
+    return CheckpointContent(states, stores, draws, usage, indexes)
 
 
 def rules_of(manifest: LiveManifest, number: int) -> dict[str, Rule]:
-    """What ids, births and sources of the long-term rows of a stream must be, removed rows included."""
+    """Return the rules for ids, births and sources of a stream's long-term rows, removed ones included."""
     stream, found = manifest.streams[number], {}
     for layer, next_id in enumerate(manifest.stores[number].next_ids):
         found[f"{layer}.id"] = Rule(0, next_id - 1, ascending=True)
@@ -307,7 +312,7 @@ def rules_of(manifest: LiveManifest, number: int) -> dict[str, Rule]:
 
 
 def check_layer(file: BlockFile, layer: int, layout: StoreLayout) -> int:
-    """Number of rows in a layer of a file. Raises MemoryFileError unless they look as ``layout`` says."""
+    """Return the number of rows in a layer of a file. Raises MemoryFileError unless they look as ``layout`` says."""
     rows = file.rows(f"{layer}.id")
     for name, (shape, dtype) in {"id": ((), torch.int64), **layout.columns()}.items():
         span = file.span(f"{layer}.{name}")
@@ -337,8 +342,17 @@ def _runs(
             yield RowSegment(FileLayer(file, layer), first, last, None if whole else live[first:last], len(left))
 
 
-def replay(folder: Path | Folder, manifest: LiveManifest, content: Content, layout: StoreLayout) -> tuple[int, int]:
-    """Make the changes in the journal; returns bytes and number of its finished records. Raises MemoryFileError."""
+def replay(
+    folder: Path | Folder, manifest: LiveManifest, content: CheckpointContent, layout: StoreLayout
+) -> tuple[int, int]:
+    """Repeat the changes in the journal.
+
+    Returns:
+        Bytes and number of its finished records.
+
+    Raises:
+        MemoryFileError: a record is damaged, or describes no change of this memory.
+    """
     path, size, count = folder / manifest.journal, 0, 0
     for payload, end in records(path):
         where = f"{path}: record {count}"

@@ -1,4 +1,4 @@
-"""The manifest of a memory in a directory: what its checkpoint is made of."""
+"""LiveManifest: the manifest of a memory in a directory, which names the files of its checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VERSION = 3
 """Format version that is written, and the newest that is read.
 
 2: the manifest lists the sources; tensors and journal have the names of ``mplus.memory.format.earlier`` and
-``mplus.memory.directory.earlier_record``.
+``mplus.memory.directory.record``.
 1: besides, block files have a CRC-32 for every 8 KiB (those that are not rewritten stay as they are in a directory of a
 later version), and rows are in no other form than they are read.
 """
@@ -92,7 +92,7 @@ class LiveManifest:
     earlier: tuple[SourceTable, ...] = field(default=(), metadata=NOT_IN_FILES)
 
     def to_json(self) -> str:
-        """The text of the file."""
+        """Return the text of the file."""
         return to_text(self, LIVE_FORMAT)
 
     @property
@@ -103,7 +103,7 @@ class LiveManifest:
 
 
 def owner_in(name: str) -> str | None:
-    """The id of the memory to which a file belongs by its name; None: of none, or of one of an earlier version."""
+    """Return the id of the memory that a file belongs to by its name; None: of none, or of an earlier version."""
     found = OWN.fullmatch(name)
     return None if found is None else next((owner for owner in found.groups() if owner), None)
 

@@ -9,21 +9,28 @@ from pathlib import Path
 from attrs import define
 
 from mplus.errors import LiveMemoryError, MemoryFileError
-from mplus.memory.directory.checkpoint import Content, Written, publish, remove, remove_others, write_checkpoint
+from mplus.memory.directory.checkpoint import (
+    CheckpointContent,
+    WrittenCheckpoint,
+    publish,
+    remove,
+    remove_others,
+    write_checkpoint,
+)
 from mplus.memory.directory.checkpoint_manifest import VERSION, LiveManifest, read_live_manifest
 from mplus.memory.directory.journal import Journal
 from mplus.memory.directory.lock import Lock
 from mplus.memory.format.folder import MANIFEST, check_removed
-from mplus.memory.format.save import Facts
+from mplus.memory.format.save import ManifestHeader
 from mplus.stores.disk.filesystem import FileSystem
 from mplus.stores.disk.folder import Folder
 
-UNSETTLED = "it could not be taken back"
+UNRESOLVED = "it could not be taken back"
 """Why nothing can be written while a change that failed has not been taken back."""
 
 
 @define(eq=False)
-class Begun:
+class PendingChange:
     """A change that is on its way to disk.
 
     Attributes:
@@ -35,14 +42,14 @@ class Begun:
     token: object
     size: int
     records: int
-    written: Written | None = None
+    written: WrittenCheckpoint | None = None
 
 
 class Directory:
-    """What is on disk, and the one way to change it. Not for use by two threads at a time.
+    """The files of a memory, and the one way to change them. Not for use by two threads at a time.
 
     A change is begun by ``append`` or ``checkpoint`` and either finished, when these return, or taken back by
-    ``settle``. Files are reached through the open folder, and nothing is changed where its path, its lock or its
+    ``resolve``. Files are reached through the open folder, and nothing is changed where its path, its lock or its
     journal have come to be others.
 
     Attributes:
@@ -55,11 +62,13 @@ class Directory:
     def __init__(self, folder: Folder, files: FileSystem, lock: Lock) -> None:
         self.folder, self.files = folder, files
         self.manifest: LiveManifest | None = None
+        self._files: frozenset[str] = frozenset()
+        """Names of all files without which the memory cannot be read; looked for before every write."""
         self.journal: Journal | None = None
         self.failed: str | None = None
         self._lock = lock
         self._process = os.getpid()
-        self._begun: Begun | None = None
+        self._pending: PendingChange | None = None
         self._left: list[str] = []
         """Files of earlier checkpoints that could not be removed."""
 
@@ -70,18 +79,18 @@ class Directory:
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed; in a child of the process that opened it, always."""
+        """True once it was closed; in a child of the process that opened it, always."""
         return self._lock.file.handle is None
 
     def resume(self, manifest: LiveManifest, size: int, records: int) -> None:
-        """Go on behind the ``records`` records, ``size`` bytes, of a checkpoint's journal. Raises OSError."""
-        self.manifest = manifest
+        """Continue behind the ``records`` records, ``size`` bytes, of a checkpoint's journal. Raises OSError."""
+        self.manifest, self._files = manifest, frozenset({MANIFEST, *manifest.files})
         self.journal = Journal.resume(self.files, self.folder / manifest.journal, size, records)
         remove_others(self.files, self.folder, self._lock.owner, manifest)
 
     @property
     def in_earlier_version(self) -> bool:
-        """Whether the checkpoint is in an earlier format version, whose journal takes no records of this one."""
+        """True where the checkpoint has an earlier format version, whose journal takes no records of this one."""
         return self.manifest is not None and self.manifest.version < VERSION
 
     def check(self) -> None:
@@ -102,17 +111,17 @@ class Directory:
             )
 
     def _fault(self) -> str | None:
-        """Why what is written now would be somewhere else than where the memory is looked for; None: it would not."""
+        """Return why what is written now would not be found at the memory's path; None: it would be."""
         if not self.folder.is_at_its_path():
             return "its folder was renamed, removed or replaced"
         return self._lock.fault(self.folder) or self._gone() or (None if self.journal is None else self.journal.fault())
 
     def _gone(self) -> str | None:
-        """Which file is gone without which what is written now could not be read; None: all are there."""
+        """Return which files are gone that a reader needs; None: all are there."""
         if self.manifest is None:
             return None
         try:
-            gone = {MANIFEST, *self.manifest.files}.difference(self.folder.names())
+            gone = self._files.difference(self.folder.names())
         except OSError as error:
             return f"its folder cannot be read: {error.strerror or error}"
         return f"{', '.join(sorted(gone))} is gone" if gone else None
@@ -123,14 +132,14 @@ class Directory:
         return 0 if self.journal is None else self.journal.size
 
     def append(self, token: object, payload: Sequence[bytes | memoryview]) -> None:
-        """Make a change by a record in the journal. Raises OSError; then ``settle`` has to follow."""
+        """Make a change by a record in the journal. Raises OSError; then ``resolve`` has to follow."""
         if self.journal is None:
             raise LiveMemoryError(f"{self.path} has no checkpoint yet")
         self.check()
-        self._begun = Begun(token, self.journal.size, self.journal.records)
+        self._pending = PendingChange(token, self.journal.size, self.journal.records)
         self.journal.append(payload)
 
-    def checkpoint(self, token: object, content: Content, facts: Facts, *, clean: bool) -> None:
+    def checkpoint(self, token: object, content: CheckpointContent, header: ManifestHeader, *, clean: bool) -> None:
         """Make a change by a checkpoint, which holds all of ``content``.
 
         Args:
@@ -140,32 +149,33 @@ class Directory:
             clean: also rewrite files that hold rows which were removed.
 
         Raises:
-            OSError: then ``settle`` has to follow.
+            OSError: then ``resolve`` has to follow.
         """
         self.check()
         number = 0 if self.manifest is None else self.manifest.number + 1
         owner = self._lock.owner
-        written = write_checkpoint(self.files, self.folder, owner, content, facts, number, clean=clean)
-        self._begun = Begun(token, 0, 0, written)
+        written = write_checkpoint(self.files, self.folder, owner, content, header, number, clean=clean)
+        self._pending = PendingChange(token, 0, 0, written)
         self.check()  # writing all that took its time
         try:
             publish(self.files, self.folder, owner, written.manifest)
             self._adopt(written)
         except OSError:
-            if not self.settle(token) or self.failed is not None:
+            if not self.resolve(token) or self.failed is not None:
                 raise  # else the manifest was found in place and could be synced: what failed has been made good
 
-    def _adopt(self, written: Written) -> None:
-        before, self.manifest = self.manifest, written.manifest
+    def _adopt(self, written: WrittenCheckpoint) -> None:
+        names = frozenset({MANIFEST, *written.manifest.files})
+        before, self.manifest, self._files = self.manifest, written.manifest, names
         journal, self.journal = self.journal, written.journal
-        written.move_in()
+        written.adopt_files()
         if journal is not None and journal is not written.journal:
             journal.close()
         if self.failed is None:  # else nobody knows which manifest a crash would leave: the files of both stay
             self._left = remove_others(self.files, self.folder, self._lock.owner, written.manifest, before)
 
     def check_removed(self) -> None:
-        """See to it that files of earlier checkpoints are gone, and stay so after a crash.
+        """Make sure that files of earlier checkpoints are gone, and stay so after a crash.
 
         Raises:
             MemoryFileError: one is still there, with what was forgotten; the memory itself no longer has it.
@@ -181,26 +191,29 @@ class Directory:
                 f"come back when the power is lost now ({error.strerror or error}): open it again then"
             ) from error
 
-    def settle(self, token: object) -> bool:
-        """After an exception: whether the change that makes ``token`` is on disk, and stays.
+    def resolve(self, token: object) -> bool:
+        """Resolve the change that makes ``token`` after an exception: it stays on disk, or is taken back.
 
-        One that was only begun is taken back. Where neither is possible, nothing can be written any more.
+        Where neither is possible, nothing can be written any more.
+
+        Returns:
+            Whether the change is on disk, and stays.
         """
-        begun = self._begun
+        begun = self._pending
         if begun is None or begun.token is not token or self._process != os.getpid():
             return False
-        failed = None if self.failed == UNSETTLED else self.failed
-        self.failed = UNSETTLED  # holds if we are interrupted here, until we are called again
+        failed = None if self.failed == UNRESOLVED else self.failed
+        self.failed = UNRESOLVED  # holds if we are interrupted here, until we are called again
         if begun.written is None:
             self._take_back(begun)
             kept = False
         else:
-            kept = self._settle_checkpoint(begun.written)
-        self._begun = None
+            kept = self._resolve_checkpoint(begun.written)
+        self._pending = None
         self.failed = self.failed or failed
         return kept
 
-    def _take_back(self, begun: Begun) -> None:
+    def _take_back(self, begun: PendingChange) -> None:
         try:
             if self.journal is not None:
                 self.journal.cut(begun.size, begun.records)
@@ -209,8 +222,8 @@ class Directory:
         else:
             self.failed = None
 
-    def _settle_checkpoint(self, written: Written) -> bool:
-        """Whether the manifest on disk is that of ``written``; if it is, go on with that, if not, without it."""
+    def _resolve_checkpoint(self, written: WrittenCheckpoint) -> bool:
+        """Go on with ``written`` if the manifest on disk is its own, which is returned, else without it."""
         try:
             kept = (self.folder / MANIFEST).exists()
             kept = kept and read_live_manifest(self.folder).number == written.manifest.number
@@ -232,7 +245,7 @@ class Directory:
         return True
 
     def close(self) -> None:
-        """Give files and lock back; idempotent."""
+        """Release files and lock; idempotent."""
         try:
             if self.journal is not None:
                 self.journal.close()

@@ -29,14 +29,14 @@ class FileLock:
             self.handle = open_file()
 
     def take(self, *, shared: bool = False, wait: bool = True) -> None:
-        """Lock the file. Raises BlockingIOError: somebody has it, and we shall not wait; OSError: no locks here."""
+        """Lock the file. Raises BlockingIOError: held elsewhere, and this does not wait; OSError: no locks here."""
         import fcntl
 
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         fcntl.flock(self.opened(), kind if wait else kind | fcntl.LOCK_NB)
 
     def opened(self) -> int:
-        """The descriptor. Raises ValueError: it was closed."""
+        """Return the descriptor. Raises ValueError: it was closed."""
         if self.handle is None:
             raise ValueError("the file of a lock was closed")
         return self.handle

@@ -1,4 +1,4 @@
-"""Journal: what happened since the last checkpoint, one record per change, each on disk before it counts.
+"""Journal: the changes since the last checkpoint, a record for each, on disk before the change counts.
 
 A record is ``[head][payload]``, each padded to whole sectors of 512 bytes, the unit in which disks write. The head is
 a mark, the record's number, the payload's length, the CRC-32 of these, of every sector of the payload, and of the head
@@ -39,15 +39,15 @@ SEARCHED = 2**20
 """Bytes searched for records at a time."""
 
 
-def mark_of(name: str) -> bytes:
-    """What every record of the journal in the file ``name`` begins with."""
+def record_mark(name: str) -> bytes:
+    """Return the bytes that every record of the journal in the file ``name`` begins with."""
     if re.fullmatch(r"journal-\d+\.bin", name):
         return FIRST_MARK
     return MARK + hashlib.sha256(name.encode()).digest()[:16]
 
 
 class Journal:
-    """A journal that is written; made by ``create`` or ``resume``. All methods may raise OSError.
+    """A journal open for writing; made by ``create`` or ``resume``. All methods may raise OSError.
 
     Attributes:
         path: of the file.
@@ -58,12 +58,12 @@ class Journal:
     def __init__(self, files: FileSystem, path: PathAt, handle: int, size: int, records: int) -> None:
         self._files = files
         self._handle: int | None = handle
-        self._mark = mark_of(path.name)
+        self._mark = record_mark(path.name)
         self.path, self.size, self.records = path, size, records
 
     @staticmethod
     def create(files: FileSystem, path: PathAt) -> Journal:
-        """A new, empty journal, synced but for its name."""
+        """Create an empty journal; its contents are synced, its name is not."""
         journal = Journal(files, path, files.create(path), 0, 0)
         try:
             files.sync(journal._open())
@@ -74,7 +74,7 @@ class Journal:
 
     @staticmethod
     def resume(files: FileSystem, path: PathAt, size: int, records: int) -> Journal:
-        """Go on behind ``records`` records of ``size`` bytes; what stands behind them is cut off."""
+        """Open a journal behind its first ``records`` records, ``size`` bytes; cut off what stands behind them."""
         journal = Journal(files, path, files.extend(path), size, records)
         try:
             journal.cut(size, records)
@@ -101,7 +101,7 @@ class Journal:
         self.size, self.records = size, records
 
     def fault(self) -> str | None:
-        """Why what is appended would not stand behind the last record under the journal's name; None: it would."""
+        """Return why an appended record would not be found behind the last one; None: it would be."""
         try:
             named, own = self.path.stat(), os.fstat(self._open())
         except OSError as error:
@@ -115,7 +115,7 @@ class Journal:
         return None
 
     def close(self) -> None:
-        """Give the file back; idempotent."""
+        """Close the file; idempotent."""
         handle, self._handle = self._handle, None
         if handle is not None:
             with suppress(OSError):  # the descriptor is given back all the same, and every record was synced
@@ -147,7 +147,7 @@ def _padded(size: int) -> int:
 
 
 def records(path: Path | PathAt) -> Iterator[tuple[memoryview, int]]:
-    """Payload of each finished record, and where in the file it ends; an unfinished tail is left out.
+    """Yield the payload of each finished record, and where in the file it ends; leave out an unfinished tail.
 
     Raises:
         MemoryFileError: the file is missing, a record is damaged, or records stand behind an unfinished one.
@@ -169,8 +169,8 @@ def records(path: Path | PathAt) -> Iterator[tuple[memoryview, int]]:
         raise MemoryFileError(f"{path} must be a readable file, got {error.strerror or error}") from error
 
 
-def recovered(path: Path | PathAt) -> Iterator[memoryview]:
-    """As ``records``, but what stands behind a hole is read as well, as far as no record is missing.
+def recover_records(path: Path | PathAt) -> Iterator[memoryview]:
+    """Yield payloads as ``records`` does, also from behind a hole, as far as no record is missing.
 
     Raises:
         MemoryFileError: there is more than what was given until then, or there was.
@@ -204,23 +204,23 @@ def recovered(path: Path | PathAt) -> Iterator[memoryview]:
 
 @define(frozen=True)
 class _Found:
-    """A head: where it begins, and the number of its record."""
+    """Where the head of a record begins, and the number of the record."""
 
     begin: int
     number: int
 
 
 class _Reader:
-    """Reads records out of a file, as long as it was when this was made."""
+    """A reader of the records of a file, as long as the file was when this was made."""
 
     def __init__(self, file: BinaryIO, path: Path | PathAt) -> None:
         self._file, self._path = file, path
-        self._mark = mark_of(path.name)
+        self._mark = record_mark(path.name)
         self._size = file.seek(0, os.SEEK_END)
         self._facts = len(self._mark) + FACTS.size
 
     def record(self, begin: int, number: int) -> memoryview | None:
-        """The record ``number``, which begins here; None: it was never finished. The file is behind it afterwards."""
+        """Read the record ``number``, which begins at ``begin``, and move behind it; None: it was never finished."""
         self._file.seek(begin)
         first = self._file.read(min(SECTOR, self._size - begin))
         if len(first) < SECTOR or not any(first):
@@ -244,7 +244,7 @@ class _Reader:
         return data[:length] if whole else None
 
     def _read_facts(self, first: bytes) -> tuple[int, int] | None:
-        """Number and length of the record whose first sector this is; None: of none."""
+        """Return number and length of the record whose first sector this is; None: of none."""
         facts = first[: self._facts]
         checksum = int.from_bytes(first[self._facts : self._facts + 4], "little")
         if not facts.startswith(self._mark) or len(first) < self._facts + 4 or checksum != zlib.crc32(facts):
@@ -253,7 +253,7 @@ class _Reader:
         return number, length
 
     def behind(self, begin: int, number: int) -> Iterator[_Found]:
-        """Heads of records from ``number`` on behind an unfinished one, which begins at ``begin``.
+        """Yield the heads of records from ``number`` on behind an unfinished one, which begins at ``begin``.
 
         At any byte: what was appended behind a part of a sector stands where sectors do not begin.
         """
@@ -278,7 +278,7 @@ class _Reader:
             start += max(1, len(piece) - len(self._mark) + 1)
 
     def whole(self, found: _Found) -> memoryview | None:
-        """The payload of a record; None: it is damaged or unfinished. The file is behind it afterwards."""
+        """Read the payload of a record; None: it is damaged or unfinished. The file is behind it afterwards."""
         try:
             return self.record(found.begin, found.number)
         except MemoryFileError:
@@ -286,7 +286,7 @@ class _Reader:
 
 
 def _is_whole(data: memoryview, checksums: bytes, path: Path | PathAt, number: int) -> bool:
-    """Whether nothing is missing. Raises MemoryFileError where something was altered."""
+    """Return True if no byte is missing. Raises MemoryFileError where something was altered."""
     found, whole = _checksums(data), len(data) == len(checksums) // 4 * SECTOR
     for place, at in enumerate(range(0, len(data), SECTOR)):
         if found[4 * place : 4 * place + 4] != checksums[4 * place : 4 * place + 4]:

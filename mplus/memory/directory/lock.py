@@ -28,7 +28,7 @@ CONTENT = re.compile(rb"(?:mplus-lock ([0-9a-f]{16})\n)?(\d*)\n?\x00*")
 
 @define(eq=False)
 class Lock:
-    """The lock, held.
+    """The lock of a directory, held.
 
     Attributes:
         file: open.
@@ -39,7 +39,7 @@ class Lock:
     owner: str
 
     def fault(self, folder: Folder) -> str | None:
-        """Why somebody else could have locked ``folder`` meanwhile; None: nobody can."""
+        """Return why another process could have locked ``folder`` meanwhile; None: none can."""
         try:
             named = (folder / LOCK).stat()
         except OSError as error:
@@ -94,30 +94,30 @@ def _read(handle: int) -> bytes:
 
 
 def is_ours(content: bytes) -> bool:
-    """Whether a lock holds this."""
+    """Return True for the content of a lock."""
     return len(content) <= LONGEST and (CONTENT.fullmatch(content) is not None or _is_begun(content))
 
 
 def _is_begun(content: bytes) -> bool:
-    """Whether this is the beginning of the first line, or nothing: a crash came before the id was on disk."""
+    """Return True for nothing, or the beginning of the first line: a crash came before the id was on disk."""
     begun = content.rstrip(b"\0")
     return b"mplus-lock ".startswith(begun) or re.fullmatch(rb"mplus-lock [0-9a-f]{0,16}", begun) is not None
 
 
 def owner_of(folder: Folder) -> str | None:
-    """The memory's id; None: there is no lock of ours, or none with an id."""
+    """Return the memory's id; None: there is no lock of a memory, or none with an id."""
     found = CONTENT.fullmatch(_content(folder) or b"")
     return found[1].decode() if found and found[1] else None
 
 
 def is_new(folder: Folder) -> bool:
-    """Whether there is no lock, or one that a crash has left before the memory had an id."""
+    """Return True without a lock, or with one that a crash has left before the memory had an id."""
     path = folder / LOCK
     return not path.exists() or ((content := _content(folder)) is not None and _is_begun(content))
 
 
 def _content(folder: Folder) -> bytes | None:
-    """What the lock holds; None: there is none, or it is no file."""
+    """Return the content of the lock; None: there is none, or it is no file."""
     path = folder / LOCK
     if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
         return None

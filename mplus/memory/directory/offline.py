@@ -1,4 +1,4 @@
-"""What can be asked of a memory in a directory, and taken out of it, without the decoder it belongs to."""
+"""Describe a memory in a directory, list its sources and forget one, without the decoder it belongs to."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from attrs import define
 
 from mplus.errors import InputError
-from mplus.memory.directory.checkpoint import Content
+from mplus.memory.directory.checkpoint import CheckpointContent
 from mplus.memory.directory.checkpoint_manifest import LiveManifest, read_live_manifest
 from mplus.memory.directory.directory import Directory
 from mplus.memory.directory.lock import acquire
 from mplus.memory.directory.open import layout_of, read_present
 from mplus.memory.format.entries import layout_from
 from mplus.memory.format.folder import MANIFEST, hold, mode_of, writable
-from mplus.memory.format.save import Facts, stream_entry
+from mplus.memory.format.save import ManifestHeader, stream_entry
 from mplus.memory.report import ForgetReport, SourceInfo
 from mplus.memory.sources.forget import forget, without_unused_sources
 from mplus.memory.sources.listing import sources_of
@@ -27,8 +27,8 @@ from mplus.stores.disk.filesystem import FileSystem
 
 
 @define(frozen=True, kw_only=True)
-class Present:
-    """What is in a directory, journal and all.
+class DirectoryInfo:
+    """Contents of a directory, with what its journal adds.
 
     Attributes:
         manifest: of its checkpoint, but with the streams as they are now.
@@ -46,14 +46,14 @@ class Present:
     texts_kept: bool
 
 
-def present(folder: Path) -> Present:
-    """What a memory in a directory holds, beside whoever writes. Raises MemoryFileError: it is damaged, or none."""
+def read_info(folder: Path) -> DirectoryInfo:
+    """Describe a memory in a directory, while it may be written. Raises MemoryFileError: it is damaged, or none."""
     with hold(folder) as held:
         manifest, content, (size, records) = read_present(held, _layout)
     views = content.views()
     rows = sum(entry.bytes for store in manifest.stores for entry in store.files)
     streams = tuple(stream_entry(view, n, manifest.streams[n].mechanism) for n, view in enumerate(views))
-    return Present(
+    return DirectoryInfo(
         manifest=attrs.evolve(manifest, streams=streams),
         sources=[state.sources for state in content.states],
         records=records,
@@ -64,7 +64,7 @@ def present(folder: Path) -> Present:
 
 
 def live_sources(folder: Path) -> list[list[SourceInfo]]:
-    """Of every stream what ``Memory.sources`` says. Raises MemoryFileError as ``present``."""
+    """List the sources of every stream, as ``Memory.sources``. Raises MemoryFileError as ``read_info``."""
     with hold(folder) as held:
         manifest, content, _ = read_present(held, _layout)
     chunk = int(manifest.fingerprint.get("memory_tokens_per_chunk", 1))
@@ -74,7 +74,7 @@ def live_sources(folder: Path) -> list[list[SourceInfo]]:
 def forget_live(
     folder: Path, source: str | None, row: int | None, files: FileSystem | None = None, *, keep_name: bool = False
 ) -> ForgetReport:
-    """Take a source out of a memory in a directory, as ``LiveMemory.forget`` does.
+    """Forget a source of a memory in a directory, as ``Memory.forget`` does.
 
     After an error or a crash the directory is as before, or wholly without the source.
 
@@ -84,12 +84,12 @@ def forget_live(
         folder: of the memory.
         source: a name that was given to ``write``.
         row: stream to take it out of; None: all.
-        files: what is done to files (for tests).
+        files: the file system (for tests).
         keep_name: as for ``Memory.forget``.
 
     Raises:
         MemoryFileError: as ``present``, or the folder cannot be written.
-        LiveMemoryError: somebody has it open for writing; says who.
+        LiveMemoryError: it is open for writing; says by which process.
         InputError: no stream has this source, or there is no such stream.
     """
     files, held = files or FileSystem(), hold(folder)
@@ -111,24 +111,26 @@ def forget_live(
 
 
 def chosen(row: int | None, streams: int) -> Sequence[int]:
-    """Numbers of the streams that are meant. Raises InputError: there is no such stream."""
+    """Return the numbers of the streams to look at. Raises InputError: there is no such stream."""
     if row is not None and row not in range(streams):
         raise InputError(f"the stream must be one of 0 to {streams - 1}, got {row}")
     return range(streams) if row is None else [row]
 
 
-def _replace(directory: Directory, manifest: LiveManifest, content: Content) -> None:
-    """A checkpoint of ``content``, without what was removed."""
-    facts = Facts(fingerprint=manifest.fingerprint, eviction=manifest.eviction, bytes_budget=manifest.bytes_budget)
+def _replace(directory: Directory, manifest: LiveManifest, content: CheckpointContent) -> None:
+    """Write a checkpoint of ``content``, without what was removed."""
+    header = ManifestHeader(
+        fingerprint=manifest.fingerprint, eviction=manifest.eviction, bytes_budget=manifest.bytes_budget
+    )
     layers = range(manifest.layout.layers)
     noted = [notes if any(len(notes.layer(n).ids) for n in layers) else None for notes in content.usage if notes]
     states = [without_unused_sources(view).state for view in content.views()]
-    kept = Content(states, content.stores, content.draws, noted)
+    kept = CheckpointContent(states, content.stores, content.draws, noted)
     token = object()
     try:
-        directory.checkpoint(token, kept, facts, clean=True)
+        directory.checkpoint(token, kept, header, clean=True)
     except BaseException:
-        directory.settle(token)
+        directory.resolve(token)
         raise
 
 

@@ -1,4 +1,4 @@
-"""Opening a directory: the memory that lives there, or a new one."""
+"""Open a directory: read the memory that lives there, or make a new one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mplus.errors import ConfigError, MemoryFileError, MemoryMismatchError
 from mplus.eviction.build import build_eviction
 from mplus.memory.budget import Budget
 from mplus.memory.checks import check_device
-from mplus.memory.directory.checkpoint import Content, read_checkpoint, replay
+from mplus.memory.directory.checkpoint import CheckpointContent, read_checkpoint, replay
 from mplus.memory.directory.checkpoint_manifest import (
     JOURNAL,
     LOCK,
@@ -27,7 +27,7 @@ from mplus.memory.directory.checkpoint_manifest import (
 from mplus.memory.directory.directory import Directory
 from mplus.memory.directory.lock import acquire, is_new, owner_of
 from mplus.memory.directory.persistence import DirectoryPersistence, ReadOnly
-from mplus.memory.directory.store_stack import kind_of
+from mplus.memory.directory.store_stack import stack_of
 from mplus.memory.engine import Engine
 from mplus.memory.format.folder import MANIFEST, hold, prepare, writable
 from mplus.memory.format.load import check
@@ -78,7 +78,7 @@ def open_streams(
     with writable(folder):
         directory = Directory(folder, files, acquire(files, folder))
     try:
-        _check_own(folder)  # somebody else may have been here until it was locked
+        _check_own(folder)  # another process may have been here until it was locked
         if (folder / MANIFEST).exists():
             manifest, content, (size, count) = _read(folder, engine, wanted, device)
             _check_batch(batch_size, manifest, folder)
@@ -88,7 +88,7 @@ def open_streams(
             return _existing(engine, manifest, content, persistence, policy, bytes_budget, folder, changed=count > 0)
         streams = new(
             1 if batch_size is None else batch_size,
-            store=kind_of(wanted),
+            store=stack_of(wanted),
             eviction=policy,
             device=device,
             bytes_budget=bytes_budget,
@@ -104,7 +104,7 @@ def open_streams(
 def _existing(
     engine: Engine,
     manifest: LiveManifest,
-    content: Content,
+    content: CheckpointContent,
     persistence: Persistence,
     eviction: Component | None,
     bytes_budget: int | str | None,
@@ -155,7 +155,7 @@ def _check_own(folder: Folder) -> None:
 
 
 def _is_leftover(path: PathAt, owner: str | None) -> bool:
-    """Whether a file may be what a crash left of the first checkpoint, before which nothing was acknowledged."""
+    """Return True for a file that a crash may have left of the first checkpoint: nothing was acknowledged then."""
     if path.name == JOURNAL.format(owner, 0):
         return path.stat().st_size == 0
     return path.name in {STATE.format(owner, 0), NEW_MANIFEST.format(owner)}
@@ -163,8 +163,8 @@ def _is_leftover(path: PathAt, owner: str | None) -> bool:
 
 def _read(
     folder: Folder, engine: Engine, wanted: Component, device: torch.device
-) -> tuple[LiveManifest, Content, tuple[int, int]]:
-    """As ``read_present``; refuses a memory of another decoder."""
+) -> tuple[LiveManifest, CheckpointContent, tuple[int, int]]:
+    """Read what ``read_present`` does; refuse a memory of another decoder."""
 
     def layout(manifest: LiveManifest) -> StoreLayout:
         check_belongs(manifest, engine.fingerprint(manifest.fingerprint), engine.layout, folder.path)
@@ -177,8 +177,8 @@ def _read(
 
 def read_present(
     folder: Path | Folder, layout: Callable[[LiveManifest], StoreLayout], wanted: Component | None = None
-) -> tuple[LiveManifest, Content, tuple[int, int]]:
-    """Manifest, content, and bytes and number of the journal's records, though a writer may be at work.
+) -> tuple[LiveManifest, CheckpointContent, tuple[int, int]]:
+    """Read manifest, content, and bytes and number of the journal's records, while a writer may be at work.
 
     Args:
         folder: of the memory.
@@ -202,17 +202,17 @@ def read_present(
 
 def read_directory(
     folder: Path | Folder, manifest: LiveManifest, layout: StoreLayout, wanted: Component | None = None
-) -> tuple[Content, tuple[int, int]]:
-    """Content with what the journal adds, and bytes and number of its records; ``wanted``: the store asked for.
+) -> tuple[CheckpointContent, tuple[int, int]]:
+    """Read content with what the journal adds, and bytes and number of its records; ``wanted``: the store asked for.
 
     Raises:
         MemoryFileError: a file is not what was written.
         UnknownNameError, PluginError, ConfigError: there is no such store as the manifest names.
     """
     kept = Component.of(manifest.store)
-    content = read_checkpoint(folder, manifest, layout, kind_of(wanted or kept, kept))
+    content = read_checkpoint(folder, manifest, layout, stack_of(wanted or kept, kept))
     for store in content.mapped:
-        store.changes = []  # a store that somebody keeps moves nothing to files by itself
+        store.changes = []  # with a list of changes, a store moves nothing to files by itself
     done = replay(folder, manifest, content, layout)
     for number, state in enumerate(content.states if done[1] else ()):
         check(check_values, state, where=f"{folder}: stream {number}, by its journal,")
@@ -220,7 +220,7 @@ def read_directory(
 
 
 def layout_of(manifest: LiveManifest, layout: StoreLayout, device: torch.device) -> StoreLayout:
-    """Rows stay what they were, whatever new memories of this decoder hold."""
+    """Return the layout of rows as they were saved, whatever new memories of this decoder hold."""
     return attrs.evolve(
         layout,
         projected_size=manifest.layout.projected_size,

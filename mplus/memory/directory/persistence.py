@@ -1,4 +1,4 @@
-"""How the changes of a memory reach its directory: a journal record for each write, a checkpoint for all else."""
+"""DirectoryPersistence: puts a memory's writes into a journal, and all other changes into checkpoints."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from mplus.errors import LiveMemoryError, MemoryFileError
-from mplus.memory.directory.checkpoint import Content
+from mplus.memory.directory.checkpoint import CheckpointContent
 from mplus.memory.directory.directory import Directory
 from mplus.memory.directory.record import encode
-from mplus.memory.directory.store_stack import innermost
+from mplus.memory.directory.store_stack import mapped_store
 from mplus.memory.format.folder import writable
-from mplus.memory.format.save import Facts
+from mplus.memory.format.save import ManifestHeader
 from mplus.memory.sources.forget import without_unused_sources
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.transaction import InMemory, KeptPositions, Streams
@@ -23,7 +23,7 @@ from mplus.stores.mmap import MmapStore
 
 
 class ReadOnly(InMemory):
-    """The persistence of a memory whose directory was opened for reading: every change is refused."""
+    """The persistence of a memory whose directory was opened for reading: refuses every change."""
 
     def __init__(self, where: str) -> None:
         """``where``: the directory, in messages."""
@@ -96,16 +96,16 @@ class DirectoryPersistence:
 
     def _write_checkpoint(self, token: object, states: Sequence[StreamState], streams: Streams, *, clean: bool) -> None:
         indexes = [streams.engine.mechanism.index_tensors(store) for store in streams.stores]
-        content = Content(list(states), list(streams.stores), streams.draws(), streams.usage, indexes)
-        facts = Facts.of(streams.engine, streams.eviction, streams.budget, states)
+        content = CheckpointContent(list(states), list(streams.stores), streams.draws(), streams.usage, indexes)
+        header = ManifestHeader.of(streams.engine, streams.eviction, streams.budget, states)
         with writable(self.directory.path):
-            self.directory.checkpoint(token, content, facts, clean=clean)
+            self.directory.checkpoint(token, content, header, clean=clean)
         self._next_checkpoint = self.journal_bytes
 
     def committed(self, token: object) -> bool:
         """Return whether the change that makes ``token`` is on disk; one that was only begun is taken back."""
         # Not checked: what was begun is taken back in the files that are open, whatever came between.
-        return self.directory.settle(token)
+        return self.directory.resolve(token)
 
     def after_write(self, streams: Streams) -> None:
         """Write a checkpoint where the journal has become long."""
@@ -137,4 +137,4 @@ class DirectoryPersistence:
 
 
 def _mapped(streams: Streams) -> list[MmapStore]:
-    return [innermost(store) for store in streams.stores]
+    return [mapped_store(store) for store in streams.stores]

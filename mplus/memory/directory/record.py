@@ -23,10 +23,10 @@ from torch import Tensor
 from mplus.errors import MemoryFileError
 from mplus.memory.checks import check_columns
 from mplus.memory.directory.checkpoint_manifest import VERSION
-from mplus.memory.directory.earlier_record import in_present_form
+from mplus.memory.format.earlier import renamed
 from mplus.memory.format.entries import MOST_ROWS
 from mplus.memory.format.structure import LARGEST
-from mplus.memory.sources.source import encoded
+from mplus.memory.sources.source import Source, encoded
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.state import StreamState
 from mplus.memory.texts import Texts, generator_in, tail_from, tail_tensors
@@ -164,7 +164,7 @@ def apply(
         tensors, metadata = unpack(payload)
         facts: dict[str, Any] = json.loads(metadata["change"])
         if version < VERSION:
-            facts, tensors = in_present_form(facts, tensors, [state.sources.next_number for state in states])
+            facts, tensors = _upgraded(facts, tensors, [state.sources.next_number for state in states])
         for row, fact in _by_row(facts, len(states)):
             if "clock" in fact:
                 states[row] = _changed(f"{row}", states[row], fact, tensors, layout)
@@ -261,3 +261,31 @@ def _repeat(store: MmapStore, what: str, layer: int, columns: dict[str, Tensor])
         store.remove(layer, ids)
     else:
         raise ValueError(f"a change of a store must be 'append' or 'remove', got {what!r}")
+
+
+def _upgraded(
+    facts: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor], next_numbers: Sequence[int]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return facts and tensors of a record of format version 1 or 2 in the present form.
+
+    They have the tensors ``<i>.stm.<layer>.<column>``, likewise ``pending``, ``<i>.newest.<layer>`` and
+    ``<i>.counter.<name>``, and sources as a list in their facts.
+
+    Args:
+        facts, tensors: as they stand in the record.
+        next_numbers: of each stream, the number that its next new source gets.
+    """
+    found = {renamed(f"stream.{name}").removeprefix("stream."): tensor for name, tensor in tensors.items()}
+    present = {}
+    for row, fact in facts.items():
+        changed = dict(fact)
+        if "clock" in fact:
+            sources = {number: Source(*entry) for number, *entry in changed.pop("sources")}
+            if sources:
+                found.update({f"{row}.sources.{name}": column for name, column in encoded(sources).items()})
+            counters = [f"counter.{name}" for name in changed.pop("counters")]
+            newest = [name for name in (n.removeprefix(f"{row}.state.") for n in found) if name.startswith("newest.")]
+            changed |= {"tensors": [*newest, *counters], "gone": []}
+            changed["next_source"] = max([next_numbers[int(row)], *(number + 1 for number in sources)])
+        present[row] = changed
+    return present, found

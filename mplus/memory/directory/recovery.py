@@ -17,9 +17,9 @@ from mplus.config import Component
 from mplus.errors import MemoryFileError
 from mplus.memory.directory.checkpoint import check_layer, live_name
 from mplus.memory.directory.checkpoint_manifest import LiveManifest
-from mplus.memory.directory.journal import recovered
+from mplus.memory.directory.journal import recover_records
 from mplus.memory.directory.record import apply
-from mplus.memory.directory.store_stack import innermost, kind_of
+from mplus.memory.directory.store_stack import mapped_store, stack_of
 from mplus.memory.format.earlier import in_present_form, renamed
 from mplus.memory.format.entries import layout_from
 from mplus.memory.format.load import COLUMNS
@@ -100,14 +100,14 @@ def salvage(folder: Path | Folder, manifest: LiveManifest) -> Salvaged:
     marking = _Marking(file)
     reader = in_present_form(marking, manifest.earlier)
     for number, entry in enumerate(manifest.streams):
-        found.stores.append(build_store(kind_of(Component.of(manifest.store)), layout))
-        mapped.append(_store(folder, manifest, number, file, innermost(found.stores[-1]).layout, found.lost))
+        found.stores.append(build_store(stack_of(Component.of(manifest.store)), layout))
+        mapped.append(_store(folder, manifest, number, file, mapped_store(found.stores[-1]).layout, found.lost))
         state = read_sound_state(reader, number, entry, layout, mapped[-1], found.lost, _marked, marking.zeros_like)
         found.states.append(state)
         found.draws.append(read_sound_generator(reader, number, found.lost))
     _replay(folder, manifest, found, mapped, layout)
     for store, rows in zip(found.stores, mapped, strict=True):
-        innermost(store).layers = rows.layers
+        mapped_store(store).layers = rows.layers
     for number, (state, store) in enumerate(zip(found.states, found.stores, strict=True)):
         found.states[number] = clean(number, state, store, found.lost)
     return found
@@ -120,7 +120,7 @@ def _replay(
     path, count = folder / manifest.journal, 0
     before = list(found.states), list(found.draws), [store.layers for store in mapped]
     try:
-        for payload in recovered(path):
+        for payload in recover_records(path):
             apply(payload, found.states, mapped, found.draws, layout, f"{path}: record {count}", manifest.version)
             before = list(found.states), list(found.draws), [store.layers for store in mapped]
             count += 1

@@ -21,7 +21,7 @@ from mplus.stores.mmap import MmapStore
 INNERMOST = MmapStore.name
 
 
-def kind_of(wanted: Component, kept: Component | None = None) -> Component:
+def stack_of(wanted: Component, kept: Component | None = None) -> Component:
     """The store of a directory.
 
     Args:
@@ -38,13 +38,13 @@ def kind_of(wanted: Component, kept: Component | None = None) -> Component:
     return _around(wrapping)
 
 
-def coding_of(store: MemoryStore) -> str | dict[str, Any]:
+def saved_stack(store: MemoryStore) -> str | dict[str, Any]:
     """What a manifest says of a directory's store: all of it that makes something else of rows, and all options."""
     found = [Component(part.name, _facts(part.options)) for part in _parts(store)[:-1] if not part.transparent]
     return _around(found).plain()
 
 
-def innermost(store: MemoryStore) -> MmapStore:
+def mapped_store(store: MemoryStore) -> MmapStore:
     """The store of mapped files in a directory's store. Raises MemoryMismatchError: there is none."""
     found = _parts(store)[-1]
     if not isinstance(found, MmapStore):

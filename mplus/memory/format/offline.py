@@ -16,7 +16,7 @@ from mplus.memory.format.entries import layout_from
 from mplus.memory.format.folder import MANIFEST, check_removed, hold, lock, mode_of
 from mplus.memory.format.load import check_names, read_sources, read_streams, read_usage
 from mplus.memory.format.manifest import LIVE_FORMAT, Manifest, is_memory, read_manifest
-from mplus.memory.format.save import Facts, replace, store_numbers
+from mplus.memory.format.save import ManifestHeader, replace, store_numbers
 from mplus.memory.format.tensors import TensorReader, Tensors
 from mplus.memory.plain_state import state_class
 from mplus.memory.report import ForgetReport, SourceInfo
@@ -116,8 +116,8 @@ def _own(stores: list[MemoryStore], rows: Sequence[int]) -> list[MemoryStore]:
     return stores
 
 
-def _facts(manifest: Manifest) -> Facts:
-    return Facts(
+def _facts(manifest: Manifest) -> ManifestHeader:
+    return ManifestHeader(
         fingerprint=manifest.fingerprint,
         eviction=manifest.eviction,
         bytes_budget=manifest.bytes_budget,

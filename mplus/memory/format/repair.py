@@ -17,7 +17,7 @@ from mplus.memory.format.folder import hold, lock, writable
 from mplus.memory.format.load import read_rows
 from mplus.memory.format.manifest import LIVE_FORMAT, Manifest, is_memory, read_manifest
 from mplus.memory.format.salvage import Salvaged, clean, read_sound_generator, read_sound_state
-from mplus.memory.format.save import Facts, save
+from mplus.memory.format.save import ManifestHeader, save
 from mplus.memory.format.tensors import TensorReader, Tensors
 from mplus.memory.state import StreamView
 from mplus.rows import MemoryRows
@@ -53,7 +53,7 @@ def repair(path: str | Path, out: str | Path) -> list[str]:
     if is_memory(folder, LIVE_FORMAT):
         live = read_live_manifest(folder)
         found, budget = salvage(folder, live), live.bytes_budget
-        facts = Facts(fingerprint=live.fingerprint, eviction=live.eviction, bytes_budget=budget)
+        facts = ManifestHeader(fingerprint=live.fingerprint, eviction=live.eviction, bytes_budget=budget)
     else:
         held = lock(folder, shared=True)
         try:
@@ -62,7 +62,7 @@ def repair(path: str | Path, out: str | Path) -> list[str]:
         finally:
             held.release()
         budget = manifest.bytes_budget
-        facts = Facts(fingerprint=manifest.fingerprint, eviction=manifest.eviction, bytes_budget=budget)
+        facts = ManifestHeader(fingerprint=manifest.fingerprint, eviction=manifest.eviction, bytes_budget=budget)
     views = [StreamView(state, store) for state, store in zip(found.states, found.stores, strict=True)]
     save(out, views, found.draws, facts)
     return found.lost

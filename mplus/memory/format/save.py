@@ -67,7 +67,7 @@ PIECE_BYTES = 2**26
 
 
 @define(frozen=True, kw_only=True)
-class Facts:
+class ManifestHeader:
     """What a manifest says of a memory besides its rows: see ``Manifest``."""
 
     fingerprint: dict[str, Any]
@@ -82,9 +82,9 @@ class Facts:
         return Component.of(mechanism_in(self.fingerprint)).name
 
     @staticmethod
-    def of(engine: Engine, eviction: EvictionPolicy, budget: Budget, states: Sequence[StreamState]) -> Facts:
+    def of(engine: Engine, eviction: EvictionPolicy, budget: Budget, states: Sequence[StreamState]) -> ManifestHeader:
         """Of a memory of the decoder behind ``engine`` with these streams."""
-        return Facts(
+        return ManifestHeader(
             fingerprint={**engine.fingerprint(), **made_with(states)},
             eviction=Component(eviction.name, attrs.asdict(eviction.options)).plain(),
             bytes_budget=budget.bytes,
@@ -102,16 +102,16 @@ def save_streams(folder: str | Path, streams: Streams, file_mode: int = FILE_MOD
     with streams.state_lock:
         _, views = streams.versioned_snapshot()
         draws = streams.draws()
-    facts = Facts.of(streams.engine, streams.eviction, streams.budget, [view.state for view in views])
+    header = ManifestHeader.of(streams.engine, streams.eviction, streams.budget, [view.state for view in views])
     indexes = [streams.engine.mechanism.index_tensors(view.store) for view in views]
-    save(folder, views, draws, facts, indexes, file_mode)
+    save(folder, views, draws, header, indexes, file_mode)
 
 
 def save(
     folder: str | Path,
     views: Sequence[StreamView],
     draws: Sequence[Tensor],
-    facts: Facts,
+    header: ManifestHeader,
     indexes: Sequence[Index] = (),
     file_mode: int = FILE_MODE,
 ) -> None:
@@ -133,7 +133,7 @@ def save(
     held = lock(here)
     try:
         check_place(here)
-        replace(here, views, draws, numbers, facts, indexes)
+        replace(here, views, draws, numbers, header, indexes)
     finally:
         held.release()
         here.close()
@@ -167,7 +167,7 @@ def replace(
     views: Sequence[StreamView],
     draws: Sequence[Tensor],
     numbers: Sequence[int],
-    facts: Facts,
+    header: ManifestHeader,
     indexes: Sequence[Index] = (),
 ) -> list[str]:
     """The part of ``save`` that needs the folder locked.
@@ -189,13 +189,13 @@ def replace(
         name = DATA.format(digest[:32])
         manifest = Manifest(
             written_by=mplus.__version__,
-            fingerprint=facts.fingerprint,
+            fingerprint=header.fingerprint,
             layout=layout_entry(views[0].store.layout),
-            eviction=facts.eviction,
-            bytes_budget=facts.bytes_budget,
-            capacity=facts.capacity,
-            text_capacity=facts.text_capacity,
-            streams=tuple(stream_entry(view, n, facts.mechanism) for view, n in zip(views, numbers, strict=True)),
+            eviction=header.eviction,
+            bytes_budget=header.bytes_budget,
+            capacity=header.capacity,
+            text_capacity=header.text_capacity,
+            streams=tuple(stream_entry(view, n, header.mechanism) for view, n in zip(views, numbers, strict=True)),
             data=DataEntry(file=name, bytes=size, sha256=digest, tensors=entries),
         )
         with create(head) as file:

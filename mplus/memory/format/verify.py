@@ -11,7 +11,7 @@ from attrs import evolve
 from torch import Tensor
 
 from mplus.errors import MemoryFileError, MemoryMismatchError
-from mplus.memory.directory.check import faults
+from mplus.memory.directory.check import directory_faults
 from mplus.memory.format.earlier import in_present_form
 from mplus.memory.format.entries import StreamEntry, layout_from
 from mplus.memory.format.folder import hold, lock
@@ -42,7 +42,7 @@ def verify(path: str | Path) -> list[str]:
     try:
         folder = hold(path)
         if is_memory(folder, LIVE_FORMAT):
-            return list(faults(folder))
+            return list(directory_faults(folder))
     except MemoryFileError as error:
         return [str(error)]
     held = lock(folder, shared=True)

@@ -84,7 +84,7 @@ def _rebuilt(
             "new_memory(keep_text=True), or use mode='drop'"
         )
     refresh_if_stale(streams)
-    check_dtype(streams.dtype, streams.engine.layout.dtype)
+    check_dtype(streams.dtype, streams.engine.dtype)
     report = held(states, streams.stores, rows, source)
     left_out = {row: states[row].sources.find(source) for row in rows}
     turns = _turns(states, left_out)

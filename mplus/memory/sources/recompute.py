@@ -23,7 +23,17 @@ PIECE_ROWS = 2**14
 def refresh_if_stale(
     streams: Streams, now: WeightsState | None = None, *, writing: Sequence[int] | None = None
 ) -> None:
-    """See ``Memory.refresh_if_stale``; ``writing``: the batch rows that are to be written; None: all are to be read."""
+    """Compute anew what depends on weights that have changed since; every read and write calls it.
+
+    Args:
+        streams: of a memory.
+        now: what the decoder computes with; None: look.
+        writing: the batch rows that are to be written; None: all are to be read.
+
+    Raises:
+        MemoryMismatchError: that needs hidden states, and the rows keep keys and values only.
+        NonFiniteError: what is computed is NaN or Inf; nothing was changed.
+    """
     now = streams.engine.weights() if now is None else now
     if _stale(streams, now, writing):
         with streams.write_lock:

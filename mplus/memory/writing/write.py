@@ -195,7 +195,7 @@ def prepare_write(streams: Streams, rows: Sequence[int]) -> None:
         LiveMemoryError: it cannot be changed.
         MemoryMismatchError: it has another dtype than the decoder, or keys and values made with other weights.
     """
-    check_dtype(streams.dtype, streams.engine.layout.dtype)
+    check_dtype(streams.dtype, streams.engine.dtype)
     streams.check_writable()
     refresh_if_stale(streams, writing=rows)
 

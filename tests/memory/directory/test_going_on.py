@@ -16,7 +16,7 @@ import pytest
 from mplus.errors import LiveMemoryError, MemoryFileError
 from mplus.memory import Memory
 from mplus.memory.directory.directory import Directory
-from mplus.memory.directory.journal import Journal, records, recovered
+from mplus.memory.directory.journal import Journal, records, recover_records
 from mplus.memory.format.repair import repair
 from mplus.memory.format.verify import verify
 from mplus.stores.disk.filesystem import FileSystem
@@ -227,13 +227,13 @@ def test_records_behind_a_hole_are_damage_and_are_recovered(tmp_path: Path, name
     path.write_bytes(data[: ends[1]] + bytes(hole) + data[ends[1] :])
     with pytest.raises(MemoryFileError, match=r"record 2 must be what was written|record 2 stands behind it"):
         read(path)
-    assert [bytes(payload) for payload in recovered(path)] == payloads
+    assert [bytes(payload) for payload in recover_records(path)] == payloads
     path.write_bytes(data[: ends[1]] + bytes(hole) + data[ends[2] :])  # record 2 is gone
     with pytest.raises(MemoryFileError):
         read(path)
     found = []
     with pytest.raises(MemoryFileError, match="record 2"):
-        found.extend(bytes(payload) for payload in recovered(path))
+        found.extend(bytes(payload) for payload in recover_records(path))
     assert found == [] or found == payloads[:2]
     path.write_bytes(data[: ends[1]] + bytes(hole))
     assert read(path) == payloads[:2], "nothing stands behind it: it was never finished"

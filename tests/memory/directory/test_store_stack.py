@@ -12,7 +12,7 @@ from mplus.config import Component
 from mplus.errors import InputError, MemoryMismatchError, UnknownNameError
 from mplus.memory import Memory
 from mplus.memory.directory.checkpoint_manifest import read_live_manifest
-from mplus.memory.directory.store_stack import coding_of, innermost, kind_of
+from mplus.memory.directory.store_stack import mapped_store, saved_stack, stack_of
 from mplus.memory.format.repair import repair
 from mplus.memory.format.verify import verify
 from mplus.stores import STORES
@@ -222,24 +222,24 @@ class TestKinds:
         ],
     )
     def test_files_are_innermost(self, wanted, kept, expected):
-        found = kind_of(Component.of(wanted), None if kept is None else Component.of(kept))
+        found = stack_of(Component.of(wanted), None if kept is None else Component.of(kept))
         assert found == Component.of(expected)
 
     def test_what_is_kept_is_in_front_of_what_is_wanted(self):
         kept = Component.of({"name": "quantized", "format": "fp8", "group": 4, "keys": True, "inner": "mmap"})
-        assert kind_of(Component("ram"), kept) == kept
-        inside = kind_of(Component.of({"name": "quantized", "format": "fp8", "group": 4, "inner": TIERS}), kept)
+        assert stack_of(Component("ram"), kept) == kept
+        inside = stack_of(Component.of({"name": "quantized", "format": "fp8", "group": 4, "inner": TIERS}), kept)
         assert inside.options["inner"]["name"] == "tiered"
-        outside = kind_of(Component.of({"name": "quantized", "inner": TIERS}), kept)
+        outside = stack_of(Component.of({"name": "quantized", "inner": TIERS}), kept)
         assert outside.name == "tiered"
         assert Component.of(outside.options["inner"]) == kept
         layout = StoreLayout(layers=1, hidden_size=4)
         for kind in (kept, inside, outside):
-            assert Component.of(coding_of(build_store(kind, layout))) == kept
+            assert Component.of(saved_stack(build_store(kind, layout))) == kept
 
     def test_a_store_without_files_is_refused(self):
         with pytest.raises(MemoryMismatchError, match="around 'mmap', got 'ram'"):
-            innermost(RamStore(StoreLayout(layers=1, hidden_size=4)))
+            mapped_store(RamStore(StoreLayout(layers=1, hidden_size=4)))
 
 
 def test_a_decoder_reads_from_tiers_above_quantised_files(tmp_path: Path) -> None:
