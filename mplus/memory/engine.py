@@ -1,4 +1,4 @@
-"""What a memory needs of the decoder that writes it; ``mplus.hf`` provides it."""
+"""Engine: the interface of a memory to the decoder that writes it; ``mplus.hf`` provides it."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Engine(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Ids lie in ``[0, vocab_size)``."""
+        """Size of the vocabulary; ids lie in ``[0, vocab_size)``."""
 
     @property
     def device(self) -> torch.device:
-        """Where input ids go."""
+        """The device of input ids."""
 
     def write(self, views: Sequence[StreamView], ids: Tensor, tokenizer: Any = None) -> Update:
         """Let the mechanism make rows of one chunk of each stream.
@@ -49,26 +49,29 @@ class Engine(Protocol):
         """
 
     def keys(self, layer: int, hidden: Tensor) -> Tensor | None:
-        """Retriever keys ``[m, r]`` of rows ``[m, d]``, or None when the retriever keeps none."""
+        """Return the retriever keys ``[m, r]`` of rows ``[m, d]``, or None when the retriever keeps none."""
 
     def new_state(self, layout: StoreLayout) -> StreamState:
-        """A fresh stream, its rows (of a checkpoint's pool) with all columns of ``layout``."""
+        """Return a new stream, its rows (of a checkpoint's pool) with all columns of ``layout``."""
 
     def project(self, layer: int, hidden: Tensor) -> Tensor:
-        """``MemoryRows.projected`` ``[B, n, w]`` of rows ``[B, n, d]``; called where the layout has such a column."""
+        """Return ``MemoryRows.projected`` ``[B, n, w]`` of rows ``[B, n, d]``.
+
+        Called where the layout has such a column.
+        """
 
     def refresh(self, rows: MemoryRows, layer: int) -> MemoryRows:
-        """Rows with everything computed anew from their hidden states."""
+        """Return rows with everything computed anew from their hidden states."""
 
     def weights(self, adapters: Sequence[str] | None = None) -> WeightsState:
-        """The weights that projections and retriever keys are computed with now.
+        """Return the weights that projections and retriever keys are computed with now.
 
         Args:
             adapters: as they would be with these adapters of the user alone; None: with those that are active.
         """
 
     def fingerprint(self, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Facts that a memory depends on, as plain data: decoder, adapters, additions, content-shaping config.
+        """Return facts a memory depends on, as plain data: decoder, adapters, additions, content-shaping config.
 
         Args:
             saved: those of a file they are to be compared with, which may be of an older version.
@@ -76,7 +79,7 @@ class Engine(Protocol):
 
 
 def engine_of(model: Any) -> Engine:
-    """The engine of a wrapped decoder. Raises MemoryMismatchError for anything else."""
+    """Return the engine of a wrapped decoder. Raises MemoryMismatchError for anything else."""
     engine = getattr(model, "mplus_engine", None)
     if engine is None:
         raise MemoryMismatchError(f"a memory needs a decoder wrapped by mplus.wrap, got {type(model).__name__}")

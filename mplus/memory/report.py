@@ -1,4 +1,4 @@
-"""What ``Memory`` tells about itself and about a write."""
+"""Reports: on a source, a write, a forgetting, and a memory in one line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class SourceInfo:
 
 @define(frozen=True)
 class ForgetReport:
-    """What one ``forget`` removed, summed over the batch rows it looked at.
+    """Rows and texts that one ``forget`` removed, summed over the batch rows it looked at.
 
     Attributes:
         source: the name that was forgotten.
@@ -57,7 +57,7 @@ class ForgetReport:
 
 @define(frozen=True)
 class WriteReport:
-    """What one ``write`` did. Lists have one entry per batch row.
+    """Counts of one ``write``. Lists have one entry per batch row.
 
     Attributes:
         tokens: text tokens written.
@@ -75,7 +75,7 @@ class WriteReport:
 
     @staticmethod
     def nothing(streams: int) -> WriteReport:
-        """Nothing written yet to any of the ``streams``."""
+        """Return the report of a write to ``streams`` streams that has not begun."""
         return WriteReport([0] * streams, [0] * streams, [0] * streams, [0] * streams, 0.0)
 
     def count(self, row: int, tokens: int, dropped: int, evicted: int) -> None:

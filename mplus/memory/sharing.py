@@ -1,4 +1,4 @@
-"""Streams that hold the same rows share one store until one of them is written."""
+"""Sharing: streams that hold the same rows share one store until one of them is written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def each(parts: Sequence[S], make: Callable[[S], T]) -> list[T]:
-    """``make(part)`` for every stream's part; streams that share one share what is made of it."""
+    """Call ``make(part)`` for every stream's part; streams that share one share what is made of it."""
     made: dict[int, T] = {}
     for part in parts:
         if id(part) not in made:
@@ -21,12 +21,12 @@ def each(parts: Sequence[S], make: Callable[[S], T]) -> list[T]:
 
 
 def distinct(parts: Sequence[S]) -> list[S]:
-    """Each object once, in order."""
+    """Return each object once, in order."""
     return list({id(part): part for part in parts}.values())
 
 
 def unshared(stores: tuple[MemoryStore, ...]) -> tuple[MemoryStore, ...]:
-    """A store for each stream alone: the first keeps the one it shared, the others get forks."""
+    """Return a store for each stream alone: the first keeps the one it shared, the others get forks."""
     seen: set[int] = set()
     own: list[MemoryStore] = []
     for store in stores:

@@ -29,7 +29,7 @@ class Text:
 
 @define(frozen=True, eq=False)
 class Waiting:
-    """Text that is not written yet.
+    """Text that waits to be written, as it is too short for a chunk.
 
     Attributes:
         ids: ``[n]`` int32 on the CPU.
@@ -42,7 +42,7 @@ class Waiting:
 
 @define(frozen=True, eq=False)
 class Texts:
-    """What was written to a stream, in order. Immutable; later values share the texts of earlier ones.
+    """The texts written to a stream, in order. Immutable; later values share the texts of earlier ones.
 
     Attributes:
         generator: state of the stream's generator before the first of them was written.
@@ -58,33 +58,33 @@ class Texts:
         return self.count
 
     def chunks(self, first: int = 0) -> Sequence[Text]:
-        """All of them but the ``first`` so many, oldest first."""
+        """Return all chunks but the ``first`` so many, oldest first."""
         return [self.shared[number] for number in range(first, self.count)]
 
     @property
     def last_turn(self) -> int:
-        """Turn of the newest chunk; -1 where there is none."""
+        """The turn of the newest chunk; -1 where there is none."""
         return self.shared[self.count - 1].turn if self.count else -1
 
     def appended(self, text: Text) -> Texts:
-        """These and one more."""
+        """Return these texts and one more."""
         # Indivisible, so of two futures of this memory one goes on with the shared texts and the other with a copy.
         if self.shared.setdefault(self.count, text) is text:
             return evolve(self, count=self.count + 1)
         return Texts.of(self.generator, [*self.chunks(), text])
 
     def without(self, source: int) -> Texts:
-        """Those of all sources but one, in a list of their own."""
+        """Return the texts of all sources but one, sharing nothing."""
         return Texts.of(self.generator, (text for text in self.chunks() if text.source != source))
 
     @staticmethod
     def of(generator: Tensor, texts: Iterable[Text] = ()) -> Texts:
-        """Just these."""
+        """Return a value of just these texts, sharing nothing."""
         kept = dict(enumerate(texts))
         return Texts(generator, len(kept), kept)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it as tensors by name, for a file."""
+        """Return everything as tensors by name, for a file."""
         texts = self.chunks()
         return {
             "generator": self.generator,
@@ -96,7 +96,7 @@ class Texts:
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor], known: Tensor) -> Texts:
-        """What ``tensors`` gave, of the sources with the numbers ``known`` (``[n]`` int64).
+        """Make the value that ``tensors`` was called on, of the sources with the numbers ``known`` (``[n]`` int64).
 
         Raises MemoryMismatchError where they do not fit together.
         """
@@ -110,7 +110,7 @@ class Texts:
 
 
 def generator_in(state: Tensor) -> torch.Generator:
-    """A generator in this state. Raises MemoryMismatchError: it is none."""
+    """Return a generator in this state. Raises MemoryMismatchError: it is none."""
     try:
         return torch.Generator().set_state(state)
     except (RuntimeError, TypeError) as error:
@@ -126,7 +126,7 @@ TAIL_NAMES = ("ids", "lengths", "sources")
 
 
 def tail_tensors(tail: Sequence[Waiting]) -> dict[str, Tensor]:
-    """A tail as tensors by name, for a file; nothing where nothing waits."""
+    """Return a tail as tensors by name, for a file; nothing where nothing waits."""
     if not tail:
         return {}
     return {
@@ -137,14 +137,17 @@ def tail_tensors(tail: Sequence[Waiting]) -> dict[str, Tensor]:
 
 
 def tail_from(tensors: Mapping[str, Tensor], known: Tensor) -> tuple[Waiting, ...]:
-    """What ``tail_tensors`` gave, of the sources with the numbers ``known``. Raises MemoryMismatchError as texts do."""
+    """Return the tail that ``tail_tensors`` was given, of the sources with the numbers ``known``.
+
+    Raises MemoryMismatchError as texts do.
+    """
     if not tensors:
         return ()
     return tuple(map(Waiting, _pieces(tensors, known), tensors["sources"].tolist()))
 
 
 def _pieces(tensors: Mapping[str, Tensor], known: Tensor) -> Sequence[Tensor]:
-    """Copies of ``ids``, one for each of the ``lengths``; ``sources`` are checked too."""
+    """Return copies of ``ids``, one for each of the ``lengths``; ``sources`` are checked too."""
     ids, lengths, sources = (tensors[name] for name in TAIL_NAMES)
     if (
         ids.dim() != 1

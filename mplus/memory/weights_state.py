@@ -1,4 +1,4 @@
-"""Which weights the keys and values of rows come from, as plain data that can be compared, explained and saved."""
+"""WeightsState: the weights that rows were made with, as plain data to compare, explain and save."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class AdapterState:
     contents: Mapping[str, str] = field(factory=dict)
 
     def differences(self, now: AdapterState) -> list[str]:
-        """What sets ``now`` apart, in words; empty where nothing does."""
+        """Return the differences of ``now``, in words; empty where there are none."""
         if self.names != now.names:
             return [f"made under adapters {list(self.names)}, now {list(now.names)}"]
         found = [
@@ -63,17 +63,17 @@ class WeightsState:
     key_base: str = ""
 
     def of_projection(self, now: WeightsState) -> list[str]:
-        """What sets ``now`` apart for keys and values, in words."""
+        """Return the differences of ``now`` for keys and values, in words."""
         base = [] if same(self.base, now.base) else ["the weights of the base model have changed"]
         return self.adapters.differences(now.adapters) + base
 
     def of_retrieval(self, now: WeightsState) -> list[str]:
-        """What sets ``now`` apart for retriever keys, in words."""
+        """Return the differences of ``now`` for retriever keys, in words."""
         base = [] if same(self.key_base, now.key_base) else ["the weights of norms or of the retriever have changed"]
         return self.key_adapters.differences(now.key_adapters) + base
 
     def facts(self) -> dict[str, Any]:
-        """As plain data, for files."""
+        """Return the state as plain data, for files."""
         return {
             "adapters": _facts(self.adapters),
             "base": self.base,
@@ -83,7 +83,7 @@ class WeightsState:
 
     @staticmethod
     def from_facts(facts: Mapping[str, Any]) -> WeightsState:
-        """What ``facts`` was made of. Raises ValueError when it is something else."""
+        """Make the state of which ``facts`` returned this. Raises ValueError when it is something else."""
         try:
             return WeightsState(
                 _from_facts(facts["adapters"]), str(facts["base"]),
@@ -94,7 +94,7 @@ class WeightsState:
 
 
 def weights_of(facts: Any, streams: int) -> list[WeightsState]:
-    """What the rows of each of so many streams were made with, by a fingerprint's fact ``MADE_WITH``.
+    """Return what the rows of each of ``streams`` streams were made with, by a fingerprint's entry ``MADE_WITH``.
 
     Raises ValueError when it is something else.
     """
@@ -110,7 +110,7 @@ def weights_of(facts: Any, streams: int) -> list[WeightsState]:
 
 
 def same(one: str, other: str) -> bool:
-    """Whether two digests are of the same weights, as far as they tell."""
+    """Return True if two digests are of the same weights, as far as they tell."""
     return one == other or (one.startswith(PARTIAL) != other.startswith(PARTIAL))
 
 

@@ -1,4 +1,4 @@
-"""What a write changed, as the payload of a journal record, and the way back from such a payload.
+"""Encode what a write changed as the payload of a journal record, and apply such a payload.
 
 Everything is physical, bit for bit: which rows of a list stayed and the new rows behind them, the rows appended to the
 long-term store and the ids removed from it, the mechanism's other tensors, clock, sources, texts, and the states of the
@@ -44,7 +44,7 @@ def encode(
     notes: Sequence[Sequence[Change]],
     draws: Mapping[int, Tensor],
 ) -> list[bytes | memoryview]:
-    """The payload that turns the streams ``before`` into those ``after``.
+    """Return the payload that turns the streams ``before`` into those ``after``.
 
     Args:
         before, after: states of all streams.
@@ -96,7 +96,7 @@ def _state(
 
 
 def _texts(prefix: str, old: Texts | None, new: Texts, tensors: dict[str, Tensor]) -> int:
-    """How many of the old texts stay; the others of the new ones go into ``tensors``."""
+    """Return how many of the old texts stay; put the other new ones into ``tensors``."""
     grown = old is not None and old.shared is new.shared and len(old) <= len(new)
     count = len(old) if old is not None and grown else 0
     for name, tensor in Texts.of(new.generator, new.chunks(count)).tensors().items():
@@ -105,7 +105,7 @@ def _texts(prefix: str, old: Texts | None, new: Texts, tensors: dict[str, Tensor
 
 
 def _tier(prefix: str, old: MemoryRows, new: MemoryRows, stay: Tensor, tensors: dict[str, Tensor]) -> None:
-    """Places in ``old`` of the first rows of ``new``, and the rest of ``new``; nothing where all is as it was."""
+    """Put positions in ``old`` of the first rows of ``new``, and the rest of ``new``, into ``tensors``."""
     if old is new:
         return
     if not _begins_with(new, old, stay):
@@ -190,7 +190,7 @@ def _by_row(facts: Mapping[str, Any], streams: int) -> Iterator[tuple[int, Mappi
 
 
 def _past(name: str, value: Any, least: int, most: int = LARGEST) -> int:
-    """``value``. Raises ValueError unless it is a whole number from ``least`` on."""
+    """Return ``value``. Raises ValueError unless it is a whole number from ``least`` on."""
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
     return value

@@ -1,4 +1,4 @@
-"""What is sound in a directory, row by row.
+"""Recover what is sound of a damaged directory, row by row.
 
 Damaged rows are kept in place, with an impossible birth, while the journal is replayed: its records know rows by their
 places. They are taken out at the end.
@@ -37,14 +37,14 @@ PIECE_ROWS = 2**14
 
 
 class _Forgiving(MmapStore):
-    """Lets rows be removed that are not there (any more)."""
+    """A store from which rows may be removed that are not there (any more)."""
 
     def remove(self, layer: int, ids: Tensor) -> None:
         super().remove(layer, ids[torch.isin(ids, self.ids(layer))])
 
 
 class _Marking:
-    """The state file; damaged rows have the birth ``DAMAGED``."""
+    """Tensors of the state file; damaged rows have the birth ``DAMAGED``."""
 
     lasting: ClassVar[bool] = True
 
@@ -57,7 +57,10 @@ class _Marking:
         return self._file.spans
 
     def get(self, name: str) -> Tensor:
-        """Columns of rows whatever they are, all else as it was written. Raises MemoryFileError where it is damaged."""
+        """Return columns of rows whatever they are, all else as it was written.
+
+        Raises MemoryFileError where it is damaged.
+        """
         prefix, _, column = name.rpartition(".")
         if ".rows." not in renamed(name) or column not in COLUMNS:
             return self._file.read(name)
@@ -67,19 +70,19 @@ class _Marking:
         return tensor
 
     def zeros_like(self, name: str) -> Tensor:
-        """What stands in for a tensor that was damaged, by its present name."""
+        """Return zeros in place of a tensor that was damaged, by its present name."""
         names = {renamed(own): own for own in self._file.spans}
         return torch.zeros_like(self._file.unchecked(names[name]))
 
 
 def _marked(nothing: MemoryRows, count: int) -> MemoryRows:
-    """``count`` damaged rows: those behind them keep their places."""
+    """Return ``count`` damaged rows, for which those behind them keep their positions."""
     columns = {name: column.new_zeros(count, *column.shape[1:]) for name, column in nothing.columns().items()}
     return MemoryRows.of({**columns, "birth": torch.full((count,), DAMAGED)})
 
 
 def _sound(file: BlockFile, prefix: str, rows: int, names: Iterable[str]) -> Tensor:
-    """``[rows]`` bool: which rows are what was written, in columns that have so many rows."""
+    """Return ``[rows]`` bool: the rows that are what was written, in columns of ``rows`` rows."""
     sound = torch.ones(rows, dtype=torch.bool)
     for name in ("id", *names):
         if f"{prefix}.{name}" in file.spans and file.rows(f"{prefix}.{name}") == rows:
@@ -88,7 +91,7 @@ def _sound(file: BlockFile, prefix: str, rows: int, names: Iterable[str]) -> Ten
 
 
 def salvage(folder: Path | Folder, manifest: LiveManifest) -> Salvaged:
-    """All that is sound.
+    """Read all that is sound.
 
     Raises:
         MemoryFileError: the structure of the state file is damaged.
@@ -163,7 +166,10 @@ def _store(
 
 
 def _live(state: BlockFile, name: str, rows: int, lost: list[str]) -> Tensor:
-    """``[rows]`` bool: which rows were not removed, as far as somebody knows. Raises MemoryFileError: nobody does."""
+    """Return ``[rows]`` bool: the rows that were not removed, as far as it is known.
+
+    Raises MemoryFileError: unknown.
+    """
     if name not in state.spans:
         return torch.ones(rows, dtype=torch.bool)
     live = state.unchecked(name)
@@ -176,7 +182,7 @@ def _live(state: BlockFile, name: str, rows: int, lost: list[str]) -> Tensor:
 
 
 def _ascending(ids: Tensor, least: int, usable: Tensor) -> Tensor:
-    """``[n]`` bool: which of ``usable`` ids are at least ``least`` and larger than all usable ones before them."""
+    """Return ``[n]`` bool: the ``usable`` ids from ``least`` on that are larger than all usable ones before them."""
     known = ids.masked_fill(~(usable & (ids >= least)), least - 1)
     behind = known.cummax(0).values
     before = torch.cat([torch.tensor([least - 1]), behind[:-1]]) if len(ids) else behind

@@ -1,4 +1,4 @@
-"""Which store a directory has: mapped files innermost, and around them what is asked for.
+"""The store stack of a directory: mapped files innermost, and around them the stores asked for.
 
 A store that **wraps** another has it as ``inner``, in its options and as an attribute. One that makes something else of
 the rows (``quantized``) belongs to the directory: the files hold what it made, and the manifest says so with all its
@@ -22,7 +22,7 @@ INNERMOST = MmapStore.name
 
 
 def stack_of(wanted: Component, kept: Component | None = None) -> Component:
-    """The store of a directory.
+    """Return the store of a directory, with the stores inside it.
 
     Args:
         wanted: the store asked for. What is innermost there (``ram``, say) gives way to mapped files.
@@ -39,13 +39,13 @@ def stack_of(wanted: Component, kept: Component | None = None) -> Component:
 
 
 def saved_stack(store: MemoryStore) -> str | dict[str, Any]:
-    """What a manifest says of a directory's store: all of it that makes something else of rows, and all options."""
+    """Return the manifest's entry for a directory's store: each part that changes rows, with all options."""
     found = [Component(part.name, _facts(part.options)) for part in _parts(store)[:-1] if not part.transparent]
     return _around(found).plain()
 
 
 def mapped_store(store: MemoryStore) -> MmapStore:
-    """The store of mapped files in a directory's store. Raises MemoryMismatchError: there is none."""
+    """Return the store of mapped files in a directory's store. Raises MemoryMismatchError: there is none."""
     found = _parts(store)[-1]
     if not isinstance(found, MmapStore):
         raise MemoryMismatchError(
@@ -56,7 +56,7 @@ def mapped_store(store: MemoryStore) -> MmapStore:
 
 
 def _parts(store: MemoryStore) -> list[MemoryStore]:
-    """A store, the one it wraps, the one that wraps, and so on."""
+    """Return a store, the one it wraps, the one that this wraps, and so on."""
     parts: list[Any] = [store]
     while isinstance(inner := getattr(parts[-1], "inner", None), MemoryStore):
         parts.append(inner)
@@ -64,12 +64,12 @@ def _parts(store: MemoryStore) -> list[MemoryStore]:
 
 
 def _facts(options: Any) -> dict[str, Any]:
-    """All options of a store but ``inner``."""
+    """Return all options of a store but ``inner``."""
     return {name: value for name, value in attrs.asdict(options, recurse=False).items() if name != "inner"}
 
 
 def _wrapping(kind: Component) -> list[Component]:
-    """The stores around the innermost one, from outside in, all their options but ``inner`` written out."""
+    """Return the stores around the innermost one, from outside in, all their options but ``inner`` written out."""
     found = []
     inner: Any = kind
     while isinstance(inner, Component):

@@ -44,13 +44,13 @@ class EarlierStream:
     store: int
 
     def table(self) -> SourceTable:
-        """Its sources, without forgotten ones: whoever wrote them was not asked whether to keep the name."""
+        """Return its sources, without forgotten ones: that version did not ask whether to keep the name."""
         entries = {n: Source(entry.name, entry.tokens, entry.chunks) for n, entry in enumerate(self.sources)}
         return SourceTable.of({n: entry for n, entry in entries.items() if entry.chunks}, len(self.sources))
 
 
 def upgraded(plain: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[SourceTable, ...]]:
-    """The content of a manifest in the present form, and what it said of the sources of each stream.
+    """Return the content of a manifest in the present form, and the sources of each stream that it listed.
 
     Raises ValueError where it is not as it was written.
     """
@@ -94,7 +94,7 @@ class EarlierTensors:
 
     @property
     def tensors(self) -> Mapping[str, object]:
-        """By their present name."""
+        """Names of the tensors, as they are now."""
         return {**self._names, **self._made}
 
     def get(self, name: str) -> Tensor:
@@ -103,12 +103,12 @@ class EarlierTensors:
 
 
 def in_present_form(file: Tensors, sources: Sequence[SourceTable]) -> Tensors:
-    """``file``, whose manifest gave ``earlier`` sources, or none."""
+    """Return ``file``, whose manifest gave ``earlier`` sources or none, as one of the present version."""
     return EarlierTensors(file, sources) if sources else file
 
 
 def renamed(name: str) -> str:
-    """The present name of a tensor of a stream."""
+    """Return the present name of a tensor of a stream."""
     found = RENAMED.fullmatch(name)
     if found is None:
         return name

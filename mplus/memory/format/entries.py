@@ -1,4 +1,4 @@
-"""What a manifest says of rows, streams and tensors."""
+"""Entries of manifests: rows, streams and tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ much."""
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """``torch.float32`` -> "float32"."""
+    """Return the name of a dtype: ``torch.float32`` -> "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -52,7 +52,7 @@ def _row_counts(instance: StreamEntry, attribute: attrs.Attribute[Any], value: d
 
 @define(frozen=True, kw_only=True)
 class LayoutEntry:
-    """What the rows look like: see ``mplus.stores.base.StoreLayout``; ``dtype`` by name ("float32")."""
+    """The layout of the rows: see ``mplus.stores.base.StoreLayout``; ``dtype`` by name ("float32")."""
 
     layers: int = field(validator=whole(1, MOST))
     hidden_size: int = field(validator=whole(0, MOST))
@@ -64,13 +64,13 @@ class LayoutEntry:
 
     @property
     def least_bytes(self) -> int:
-        """Bytes of a row in the columns that every row has, whole numbers and content."""
+        """Return the bytes of a row in the columns that every row has, whole numbers and content."""
         width = self.keeps_hidden * self.hidden_size + self.projected_size
         return 16 + width * DTYPES[self.dtype].itemsize
 
 
 def layout_from(entry: LayoutEntry) -> StoreLayout:
-    """The layout that a manifest describes."""
+    """Return the layout that a manifest describes."""
     return StoreLayout(
         layers=entry.layers,
         hidden_size=entry.hidden_size,

@@ -23,7 +23,7 @@ TEMPORARY_NAME = re.compile(r"\.mplus-[0-9a-f]{16}\.tmp")
 
 
 def lock(folder: Folder, *, shared: bool = False) -> FileLock:
-    """Keep other threads and processes from saving into ``folder`` meanwhile, where the file system can lock.
+    """Lock ``folder`` against saves by other threads and processes, where the file system can.
 
     ``shared``: others may read at the same time. The lock ends with the process, so a crash leaves none behind.
 
@@ -89,7 +89,7 @@ def prepare(path: Path, file_mode: int = FILE_MODE, files: FileSystem | None = N
 
 
 def mode_of(path: PathAt) -> int:
-    """Permission bits of a file, for the one that takes its place. Raises MemoryFileError: it is gone."""
+    """Return the permission bits of a file, for the one that takes its place. Raises MemoryFileError: it is gone."""
     with writable(path.folder):
         return path.stat().st_mode & 0o666
 
@@ -108,7 +108,7 @@ def check_free(folder: Folder, is_memory: bool, leftovers: Collection[str]) -> N
 
 @contextmanager
 def temporary(folder: Folder) -> Iterator[PathAt]:
-    """A name in ``folder`` for a file that is being written; what has not been renamed by the end is removed."""
+    """Yield a name in ``folder`` for a file that is written; remove the file in the end unless it was renamed."""
     path = folder / TEMPORARY.format(secrets.token_hex(8))
     try:
         yield path

@@ -104,7 +104,7 @@ def load_streams(
 def read_streams(
     file: Tensors, manifest: Manifest, layout: StoreLayout, kind: Component, lifetime: float | None = None
 ) -> tuple[list[StreamState], list[MemoryStore], list[torch.Generator]]:
-    """What is in a data file.
+    """Read everything in a data file.
 
     Args:
         file: open.
@@ -150,7 +150,10 @@ def check_names(file: Tensors, streams: Sequence[StreamEntry]) -> None:
 
 
 def read_rows(file: Tensors, prefix: str, count: int, layout: StoreLayout) -> MemoryRows:
-    """The rows of one layer. Raises MemoryFileError unless there are ``count`` and they look as ``layout`` says."""
+    """Read the rows of one layer.
+
+    Raises MemoryFileError unless there are ``count`` and they look as ``layout`` says.
+    """
     columns = {name: file.get(f"{prefix}.{name}") for name in COLUMNS if f"{prefix}.{name}" in file.tensors}
     check(check_columns, columns, layout, prefix, where=f"{file.path}")
     if len(columns["birth"]) != count:
@@ -159,7 +162,7 @@ def read_rows(file: Tensors, prefix: str, count: int, layout: StoreLayout) -> Me
 
 
 def check(check: Callable[..., object], *what: object, where: str) -> None:
-    """``check(*what)``; raises MemoryFileError where that raises MemoryMismatchError."""
+    """Call ``check(*what)``; raise MemoryFileError where that raises MemoryMismatchError."""
     try:
         check(*what)
     except MemoryMismatchError as error:
@@ -167,7 +170,7 @@ def check(check: Callable[..., object], *what: object, where: str) -> None:
 
 
 def read_state(file: Tensors, number: int, entry: StreamEntry, layout: StoreLayout) -> StreamState:
-    """A stream, but for its long-term rows, whose values are still to be looked at (``mplus.memory.format.rules``).
+    """Read a stream but for its long-term rows; values are still to be checked (``mplus.memory.format.rules``).
 
     Raises MemoryFileError where the file does not hold what ``entry`` says.
     """
@@ -192,13 +195,13 @@ def read_state(file: Tensors, number: int, entry: StreamEntry, layout: StoreLayo
 
 
 def read_all(file: Tensors, number: int, kind: str) -> list[tuple[str, Tensor]]:
-    """All tensors ``stream.<number>.<kind>.<name>``, by this name. Raises MemoryFileError as ``get``."""
+    """Read all tensors ``stream.<number>.<kind>.<name>``, with ``<name>``. Raises MemoryFileError as ``get``."""
     prefix = f"stream.{number}.{kind}."
     return [(name.removeprefix(prefix), file.get(name)) for name in file.tensors if name.startswith(prefix)]
 
 
 def read_sources(file: Tensors, number: int, entry: StreamEntry) -> SourceTable:
-    """The sources of a stream. Raises MemoryFileError unless they are as ``entry`` says."""
+    """Read the sources of a stream. Raises MemoryFileError unless they are as ``entry`` says."""
     try:
         table = SourceTable.from_tensors(dict(read_all(file, number, "sources")), entry.next_source)
     except MemoryMismatchError as error:
@@ -209,13 +212,13 @@ def read_sources(file: Tensors, number: int, entry: StreamEntry) -> SourceTable:
 
 
 def _kept(rows: MemoryRows, layout: StoreLayout, file: Tensors) -> MemoryRows:
-    """Rows that last when the file is closed."""
+    """Return rows that outlast the file."""
     copy = not file.lasting
     return MemoryRows.of({name: column.to(layout.device, copy=copy) for name, column in rows.columns().items()})
 
 
 def _expires(state: StreamState, layout: StoreLayout, lifetime: float | None) -> list[float] | None:
-    """When rows of each layer expire whose lifetime begins now; None: they do not."""
+    """Return when rows of each layer expire whose lifetime begins now; None: they do not."""
     if not layout.expiry or lifetime is None:
         return None
     return [lifetime + float(value) for value in state.expiry_clock(layout.layers)]
@@ -254,7 +257,7 @@ def _check_stored(store: MemoryStore, state: StreamState, where: str) -> None:
 
 
 def read_generator(file: Tensors, number: int) -> torch.Generator:
-    """The generator of a stream. Raises MemoryFileError: there is none."""
+    """Read the generator of a stream. Raises MemoryFileError: there is none."""
     name = f"stream.{number}.generator"
     try:
         return generator_in(file.get(name).clone())
@@ -263,7 +266,7 @@ def read_generator(file: Tensors, number: int) -> torch.Generator:
 
 
 def read_texts(file: Tensors, number: int, known: Tensor) -> Texts | None:
-    """The kept texts of a stream with the sources ``known``, or None where none were kept.
+    """Read the kept texts of a stream with the sources ``known``, or None where none were kept.
 
     Raises MemoryFileError unless they make sense.
     """
@@ -280,7 +283,7 @@ def read_texts(file: Tensors, number: int, known: Tensor) -> Texts | None:
 
 
 def read_tail(file: Tensors, number: int, known: Tensor) -> tuple[Waiting, ...]:
-    """The text of a stream that waits for more. Raises MemoryFileError unless it makes sense."""
+    """Read the text of a stream that waits for more. Raises MemoryFileError unless it makes sense."""
     names = {name: f"stream.{number}.tail.{name}" for name in TAIL_NAMES}
     if not any(name in file.tensors for name in names.values()):
         return ()
@@ -291,7 +294,10 @@ def read_tail(file: Tensors, number: int, known: Tensor) -> tuple[Waiting, ...]:
 
 
 def read_usage(file: Tensors, number: int, store: MemoryStore) -> AccessLog:
-    """When the rows of a stream were last retrieved, as far as the file says. Raises MemoryFileError as ``get``."""
+    """Read when the rows of a stream were last retrieved, as far as the file says.
+
+    Raises MemoryFileError as ``get``.
+    """
     usage = AccessLog()
     for layer in range(store.layout.layers):
         name = f"stream.{number}.usage.{layer}"
@@ -301,7 +307,7 @@ def read_usage(file: Tensors, number: int, store: MemoryStore) -> AccessLog:
 
 
 def read_times(file: Tensors, name: str, count: int) -> Tensor:
-    """When each of so many rows was last retrieved. Raises MemoryFileError as ``get``."""
+    """Read when each of ``count`` rows was last retrieved. Raises MemoryFileError as ``get``."""
     times = file.get(name)
     if times.shape != (count,) or times.dtype != torch.int64:
         raise MemoryFileError(f"{file.path}: {name!r} must have a time for each of {count} rows")
@@ -311,7 +317,7 @@ def read_times(file: Tensors, name: str, count: int) -> Tensor:
 
 
 def read_index(file: Tensors, store: int, layers: int) -> list[dict[str, Tensor]]:
-    """Per layer, what the retriever's index of a store was made of; {} where none was saved."""
+    """Read the tensors of the retriever's index of a store, layer by layer; {} where none was saved."""
     found = []
     for layer in range(layers):
         prefix = f"store.{store}.{layer}.index."

@@ -1,4 +1,4 @@
-"""What the rows of each stream were made with, in a file and back."""
+"""Save and read the weights that the rows of each stream were made with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mplus.stores.base import StoreView
 
 
 def made_with(states: Sequence[StreamState]) -> dict[str, Any]:
-    """The fact of a fingerprint: the different states of weights, and the number of each stream's own."""
+    """Return the entry of a fingerprint: the different states of weights, and the number of each stream's own."""
     sets: list[WeightsState] = []
     numbers: list[int] = []
     for state in states:
@@ -35,7 +35,7 @@ def with_weights(
     engine: Engine,
     where: str | Path,
 ) -> list[StreamState]:
-    """Streams that were read from a file, with what their rows were made with; an older file does not say it.
+    """Return streams read from a file with the weights their rows were made with; an older file does not say it.
 
     Warns where rows have hidden states and the decoder computes with other adapters now: they are projected anew.
 

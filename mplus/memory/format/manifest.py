@@ -1,4 +1,4 @@
-"""The manifest of a saved memory: all there is to know about it but the values of its tensors."""
+"""Manifest: everything about a saved memory but the values of its tensors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LEFT_OUT = {"retriever.score": "sigmoid_mean"}
 
 
 class Belonging(Protocol):
-    """A manifest of a memory of one decoder."""
+    """The part of a manifest that says which decoder a memory belongs to."""
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
@@ -58,7 +58,7 @@ class Belonging(Protocol):
 
 
 def mechanism_in(fingerprint: Mapping[str, Any]) -> Any:
-    """The mechanism in the facts about a decoder, by name or as a table with its options."""
+    """Return the mechanism in the facts about a decoder, by name or as a table with its options."""
     return fingerprint.get("mechanism", "mplus")
 
 
@@ -111,12 +111,12 @@ class Manifest:
     earlier: tuple[SourceTable, ...] = field(default=(), metadata=NOT_IN_FILES)
 
     def to_json(self) -> str:
-        """The text of the file, with a digest of its own content."""
+        """Return the text of the file, with a digest of its own content."""
         return to_text(self, FORMAT)
 
 
 def to_text(manifest: Any, form: str) -> str:
-    """A manifest (an attrs instance) as JSON, with its format and a digest of its own content."""
+    """Return a manifest (an attrs instance) as JSON, with its format and a digest of its own content."""
     plain = {"format": form, **unstructured(manifest)}
     return json.dumps({**plain, "digest": _digest(plain)}, indent=1) + "\n"
 
@@ -179,7 +179,7 @@ def from_file(file: Path | PathAt, cls: type[M], form: str, latest: int, what: s
 
 
 def is_memory(folder: Path | Folder, form: str = FORMAT) -> bool:
-    """Whether ``folder`` has a manifest of this format, of any version. Raises MemoryFileError if nobody can tell."""
+    """Return True if ``folder`` has a manifest of this format, of any version. Raises MemoryFileError: unreadable."""
     file = folder / MANIFEST
     try:
         if not path_at(file).exists():
@@ -242,7 +242,7 @@ def _read(file: Path | PathAt) -> bytes:
 
 
 def _parse(text: bytes, file: Path | PathAt) -> dict[str, Any] | None:
-    """The JSON object in ``text``, or None where it is other JSON. Raises MemoryFileError where it is none."""
+    """Return the JSON object in ``text``; None where it is other JSON. Raises MemoryFileError where it is none."""
     try:
         plain = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -263,13 +263,13 @@ def _depth_exceeds(plain: Any, most: int) -> bool:
 
 
 def _digest(plain: Mapping[str, Any]) -> str:
-    """SHA-256 of everything but the digest itself, however the text is laid out."""
+    """Return the SHA-256 of everything but the digest itself, however the text is laid out."""
     content = {name: value for name, value in plain.items() if name != "digest"}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def mechanism_of(manifest: Belonging) -> str:
-    """Name of the mechanism that a memory is of."""
+    """Return the name of the mechanism of a memory."""
     return Component.of(mechanism_in(manifest.fingerprint)).name
 
 

@@ -1,4 +1,4 @@
-"""What can be asked of a memory on disk, and taken out of it, without the decoder it belongs to."""
+"""List the sources of a memory on disk and forget one, without the decoder it belongs to."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mplus.stores.base import MemoryStore
 
 
 def saved_sources(path: str | Path) -> list[list[SourceInfo]]:
-    """Of every stream of the memory in the folder ``path`` what ``Memory.sources`` says.
+    """List the sources of every stream of the memory in the folder ``path``, as ``Memory.sources`` does.
 
     Of a saved memory only births and sources are read; of one that lives there, beside whoever writes, what an opening
     reads.
@@ -52,7 +52,7 @@ def saved_sources(path: str | Path) -> list[list[SourceInfo]]:
 
 
 def saved_tables(path: str | Path) -> tuple[Manifest, list[SourceTable]]:
-    """The manifest of a saved memory, and the table of sources of each stream. Raises MemoryFileError."""
+    """Read the manifest of a saved memory, and the table of sources of each stream. Raises MemoryFileError."""
     here = hold(Path(path))
     held = lock(here, shared=True)
     try:
@@ -109,7 +109,7 @@ def forget_saved(
 
 
 def _own(stores: list[MemoryStore], rows: Sequence[int]) -> list[MemoryStore]:
-    """The same list, in which streams that lose rows share their store with no other."""
+    """Return the stores, in which streams that lose rows share theirs with no other."""
     for row in rows:
         if sum(store is stores[row] for store in stores) > 1:
             stores[row] = stores[row].fork()
@@ -127,7 +127,7 @@ def _facts(manifest: Manifest) -> ManifestHeader:
 
 
 def _held(file: Tensors, prefix: str, count: int) -> Held:
-    """Sources and births of the rows of one layer. Raises MemoryFileError: there are not so many of them."""
+    """Read sources and births of the rows of one layer. Raises MemoryFileError: there are not so many of them."""
     columns = [file.get(f"{prefix}.{name}") for name in ("source", "birth")]
     for column in columns:
         if column.dtype != torch.int64 or column.shape != (count,):

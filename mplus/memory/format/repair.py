@@ -1,4 +1,4 @@
-"""Saving what is sound of a damaged memory, without a decoder."""
+"""Repair: save what is sound of a damaged memory, without a decoder."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _salvage_saved(folder: Folder, manifest: Manifest) -> Salvaged:
 
 
 class _Described:
-    """A file, and what its manifest says of its tensors."""
+    """A file, and the entries its manifest has for its tensors."""
 
     def __init__(self, file: Tensors, described: Mapping[str, TensorEntry]) -> None:
         self.path, self._file = file.path, file
@@ -103,7 +103,7 @@ class _Described:
         return self._file.get(name)
 
     def zeros_like(self, name: str) -> Tensor:
-        """What stands in for a tensor that was damaged."""
+        """Return zeros in place of a tensor that was damaged."""
         entry = self._described[name]
         return torch.zeros(entry.shape, dtype=DTYPES[entry.dtype])
 

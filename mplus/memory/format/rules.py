@@ -1,4 +1,4 @@
-"""What must hold of a stream that was read from files. Nothing behind these checks looks at it again.
+"""Rules for streams that were read from files. Nothing behind these checks looks at them again.
 
 The form of rows (``mplus.memory.checks.check_columns``) is checked wherever a state is made of parts
 (``StreamState.from_parts``), their values (``check_values``) once all there is was read, and what the decoder's
@@ -27,7 +27,7 @@ PIECE_ROWS = 1024
 
 
 def rules(rows: MemoryRows, clock: int, known: Tensor | None) -> Iterator[tuple[str, Tensor]]:
-    """Each rule that the births and sources of rows keep to, in words, and ``[n]`` bool: which of them do.
+    """Yield each rule for births and sources of rows, in words, with ``[n]`` bool: the rows that keep it.
 
     Args:
         rows: any.
@@ -46,7 +46,7 @@ def rules(rows: MemoryRows, clock: int, known: Tensor | None) -> Iterator[tuple[
 
 
 def finite(rows: MemoryRows) -> Iterator[tuple[str, Tensor]]:
-    """The same of what rows hold."""
+    """Yield the rules for the content of rows, as ``rules`` does."""
     for name in ("hidden", "key", "projected"):
         column = rows.columns().get(name)
         if column is not None:
@@ -55,7 +55,7 @@ def finite(rows: MemoryRows) -> Iterator[tuple[str, Tensor]]:
 
 
 def sound(rows: MemoryRows, clock: int, known: Tensor) -> Tensor:
-    """``[n]`` bool: which rows keep to all of ``rules`` and ``finite``."""
+    """Return ``[n]`` bool: the rows that keep all of ``rules`` and ``finite``."""
     kept = torch.ones(len(rows), dtype=torch.bool, device=rows.birth.device)
     for _, right in (*rules(rows, clock, known), *finite(rows)):
         kept &= right

@@ -1,4 +1,4 @@
-"""Reading what is sound of a stream, whatever else its file holds; what is lost is told in sentences."""
+"""Read what is sound of a stream in a damaged file, and say in sentences what is lost."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @define(eq=False)
 class Salvaged:
-    """What is left, of each stream, and what was lost, in sentences."""
+    """The sound part of each stream of a damaged memory, and sentences on what was lost."""
 
     states: list[StreamState] = field(factory=list)
     stores: list[MemoryStore] = field(factory=list)
@@ -45,7 +45,7 @@ def read_sound_state(
     rows_in_place: Callable[[MemoryRows, int], MemoryRows],
     tensor_in_place: Callable[[str], Tensor],
 ) -> StreamState:
-    """A stream, its rows with whatever values they have (see ``clean``).
+    """Read a stream, its rows with whatever values they have (see ``clean``).
 
     Args:
         file: with the stream's tensors; raises MemoryFileError for those that are damaged.
@@ -101,7 +101,7 @@ UNREADABLE = "what was written can be read, but not written again"
 
 
 def read_sound_generator(file: Tensors, number: int, lost: list[str]) -> Tensor:
-    """State of the generator of a stream, or of a new one."""
+    """Read the state of the generator of a stream; of a new one where it is damaged."""
     try:
         return read_generator(file, number).get_state()
     except MemoryFileError as error:
@@ -110,7 +110,7 @@ def read_sound_generator(file: Tensors, number: int, lost: list[str]) -> Tensor:
 
 
 def clean(number: int, state: StreamState, store: MemoryStore, lost: list[str]) -> StreamState:
-    """Take rows of impossible values, damaged ones among them, out of a stream and its store."""
+    """Remove rows of impossible values, damaged ones among them, from a stream and its store."""
     known = state.sources.column("number")
     places = {name: [sound(part, state.clock, known) for part in parts] for name, parts in state.row_lists().items()}
     for name, kept in places.items():
@@ -127,7 +127,7 @@ def clean(number: int, state: StreamState, store: MemoryStore, lost: list[str]) 
 
 
 def sources_in(store: MemoryStore) -> list[Tensor]:
-    """Numbers of sources of the rows in a store, with repeats."""
+    """Return the source numbers of the rows in a store, with repeats."""
     pieces = [piece for layer in range(store.layout.layers) for piece in store.chunks(layer, "source")]
     return [piece.columns["source"] for piece in pieces]
 
@@ -137,7 +137,7 @@ def _copied(rows: MemoryRows) -> MemoryRows:
 
 
 def _empty(file: Tensors, prefix: str, layout: StoreLayout) -> MemoryRows:
-    """No rows, with the columns there are."""
+    """Return no rows, with the columns there are."""
     described = layout.columns()
     names = [name for name in described if name != "key" or f"{prefix}.key" in file.tensors]
     return MemoryRows.of({name: torch.empty(0, *described[name][0], dtype=described[name][1]) for name in names})
@@ -163,7 +163,7 @@ def _numbers(file: Tensors, name: str) -> Tensor:
 
 
 def _nameless(held: Sequence[Tensor], next_number: int) -> SourceTable:
-    """A table of the sources with the numbers in ``held``, whose names nobody knows any more."""
+    """Return a table of the sources with the numbers in ``held``, whose names are lost."""
     numbers = torch.cat([torch.empty(0, dtype=torch.int64), *held]).unique().tolist()
     known = [number for number in numbers if 0 <= number < next_number]
     return SourceTable.of({number: Source(f"source {number}, name lost", 0, 1) for number in known}, next_number)

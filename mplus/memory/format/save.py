@@ -68,7 +68,7 @@ PIECE_BYTES = 2**26
 
 @define(frozen=True, kw_only=True)
 class ManifestHeader:
-    """What a manifest says of a memory besides its rows: see ``Manifest``."""
+    """The entries of a manifest that say what a memory belongs to and how large it may be: see ``Manifest``."""
 
     fingerprint: dict[str, Any]
     eviction: Any
@@ -78,12 +78,12 @@ class ManifestHeader:
 
     @property
     def mechanism(self) -> str:
-        """Name of the mechanism."""
+        """The name of the mechanism."""
         return Component.of(mechanism_in(self.fingerprint)).name
 
     @staticmethod
     def of(engine: Engine, eviction: EvictionPolicy, budget: Budget, states: Sequence[StreamState]) -> ManifestHeader:
-        """Of a memory of the decoder behind ``engine`` with these streams."""
+        """Return the header for a memory that ``engine`` wrote, with the streams ``states``."""
         return ManifestHeader(
             fingerprint={**engine.fingerprint(), **made_with(states)},
             eviction=Component(eviction.name, attrs.asdict(eviction.options)).plain(),
@@ -98,7 +98,7 @@ Index = Sequence[Mapping[str, Tensor]]
 
 
 def save_streams(folder: str | Path, streams: Streams, file_mode: int = FILE_MODE) -> None:
-    """See ``Memory.save``."""
+    """Write a memory, as it is at the call, to a folder; see ``Memory.save``."""
     with streams.state_lock:
         _, views = streams.versioned_snapshot()
         draws = streams.draws()
@@ -145,7 +145,7 @@ def check_place(folder: Folder) -> None:
 
 
 def _leftovers(folder: Folder) -> set[str]:
-    """Names of what interrupted saves left: temporary files, and the data files that manifests among these name."""
+    """Return names of files that interrupted saves left: temporary ones, and data files that they name."""
     with writable(folder):
         found = {name for name in folder.names() if TEMPORARY_NAME.fullmatch(name)}
         for name in sorted(found):
@@ -156,7 +156,7 @@ def _leftovers(folder: Folder) -> set[str]:
 
 
 def _is_json(path: PathAt) -> bool:
-    """Whether a temporary file can be a manifest, and not rows, which may be too many to be read at once."""
+    """Return True if a temporary file can be a manifest, and not rows, too many to be read at once."""
     with suppress(OSError), os.fdopen(open_file(path), "rb") as file:
         return file.read(2) == b"{\n"
     return False
@@ -170,7 +170,7 @@ def replace(
     header: ManifestHeader,
     indexes: Sequence[Index] = (),
 ) -> list[str]:
-    """The part of ``save`` that needs the folder locked.
+    """Replace the memory in a folder that is locked.
 
     Args:
         folder, views, draws, facts, indexes: as for ``save``.
@@ -216,13 +216,13 @@ def replace(
 
 
 def store_numbers(stores: Sequence[StoreView]) -> list[int]:
-    """Number of each stream's store: streams that share one have the same."""
+    """Return the number of each stream's store; streams that share one have the same."""
     first: dict[int, int] = {}
     return [first.setdefault(id(store), number) for number, store in enumerate(stores)]
 
 
 def layout_entry(layout: StoreLayout) -> LayoutEntry:
-    """What a manifest says about rows."""
+    """Return the manifest's entry for the layout of rows."""
     return LayoutEntry(
         layers=layout.layers,
         hidden_size=layout.hidden_size,
@@ -235,7 +235,7 @@ def layout_entry(layout: StoreLayout) -> LayoutEntry:
 
 
 def stream_entry(view: StreamView, store: int, mechanism: str) -> StreamEntry:
-    """What a manifest says about a stream of a mechanism, whose store has this number."""
+    """Return the manifest's entry for a stream of a mechanism, whose store has this number."""
     state = view.state
     return StreamEntry(
         mechanism=mechanism,
@@ -265,14 +265,14 @@ def _index_parts(numbers: Sequence[int], indexes: Sequence[Index]) -> Iterator[P
 
 
 def index_parts(number: int, index: Index) -> Iterator[Part]:
-    """What the retriever's index of a store is made of."""
+    """Yield the tensors of the retriever's index of a store."""
     for layer, tensors in enumerate(index):
         for name, tensor in tensors.items():
             yield Part.whole(f"store.{number}.{layer}.index.{name}", tensor)
 
 
 def stream_parts(number: int, view: StreamView, draw: Tensor) -> Iterator[Part]:
-    """Everything of a stream but its long-term rows."""
+    """Yield all tensors of a stream but its long-term rows."""
     for name, tensor in _of_stream(view):
         yield Part.whole(f"stream.{number}.{name}", tensor)
     yield Part.whole(f"stream.{number}.generator", draw)

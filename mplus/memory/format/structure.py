@@ -16,7 +16,7 @@ LARGEST = 2**62
 
 
 def structured(plain: Any, cls: type[M], path: str) -> M:
-    """An instance of the attrs class ``cls`` from plain data.
+    """Make an instance of the attrs class ``cls`` from plain data.
 
     Numbers, texts and flags are taken as they are and never converted, and there may be no fields but those of the
     class.
@@ -36,7 +36,10 @@ def structured(plain: Any, cls: type[M], path: str) -> M:
 
 
 def unstructured(instance: Any) -> dict[str, Any]:
-    """Plain data that ``structured`` reads back; without fields of the class that are marked by ``NOT_IN_FILES``."""
+    """Return plain data that ``structured`` reads back.
+
+    Without fields of the class that are marked by ``NOT_IN_FILES``.
+    """
     plain: dict[str, Any] = converter(type(instance)).unstructure(instance)
     return {name: value for name, value in plain.items() if name in _in_files(type(instance))}
 
@@ -50,7 +53,7 @@ def _in_files(cls: Any) -> dict[str, attrs.Attribute[Any]]:
 
 
 def converter(cls: type) -> cattrs.BaseConverter:
-    """What reads and writes instances of ``cls``."""
+    """Return the converter that reads and writes instances of ``cls``."""
     # Not cattrs.Converter: an interrupt while that one generates code leaves the class unusable in this thread.
     _resolve(cls)
     made = cattrs.BaseConverter(detailed_validation=True)
@@ -81,7 +84,7 @@ def _exactly(kind: type, what: str) -> Callable[[Any, Any], Any]:
 
 
 def _instance(made: cattrs.BaseConverter, plain: Any, cls: Any) -> Any:
-    """As the hooks that ``cattrs.Converter`` generates with ``forbid_extra_keys`` and ``detailed_validation``."""
+    """Make an instance as ``cattrs.Converter`` does with ``forbid_extra_keys`` and ``detailed_validation``."""
     if not isinstance(plain, Mapping):
         raise ValueError(f"must be a table of fields, got {_short(plain)}")  # noqa: TRY004 - as all faults of a file
     fields = _in_files(cls)

@@ -1,4 +1,4 @@
-"""Tensors to and from a safetensors file, a piece at a time and with a checksum for each."""
+"""Write and read safetensors files, a piece at a time and with a checksum for each tensor."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class TensorReader:
 
 
 def digest_of_file(path: Path | PathAt) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     whole = hashlib.sha256()
     with os.fdopen(open_file(path), "rb") as file:
         while piece := file.read(PIECE_BYTES):

@@ -1,4 +1,4 @@
-"""Checking a saved memory from end to end, without a decoder."""
+"""Verify a saved memory from end to end, without a decoder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from mplus.stores.base import StoreLayout
 
 
 def verify(path: str | Path) -> list[str]:
-    """Faults of the memory in the folder ``path``, saved or living there, one sentence each; none: it is sound.
+    """Return the faults of the memory in the folder ``path``, a sentence each; none: it is sound.
 
     Reads every byte: the manifest, the checksums of the data file and of each tensor, and whether the values make
     sense (finite, written before the clock, from a known source).
@@ -125,7 +125,7 @@ def _stream(
 
 
 def _fault(read: Callable[..., object], *what: object, **named: object) -> Iterator[str]:
-    """What ``read(*what)`` says against the file, if anything."""
+    """Return the message of the error that ``read(*what)`` raises, if any."""
     try:
         read(*what, **named)
     except MemoryFileError as error:
@@ -141,7 +141,7 @@ def _rows(
     layout: StoreLayout,
     found: list[MemoryRows],
 ) -> Iterator[str]:
-    """What is wrong with the rows of one layer; they go into ``found`` if they can be read."""
+    """Yield faults of the rows of one layer; put the rows into ``found`` if they can be read."""
     try:
         rows = read_rows(file, prefix, count, layout)
     except MemoryFileError as error:

@@ -1,4 +1,4 @@
-"""Taking out of streams what was written from one source."""
+"""Forget: remove from streams what was written from one source."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def forget(
 
 
 def forgotten_names(state: StreamState) -> list[str | None]:
-    """Names of sources of which nothing else is left, in order of first writing."""
+    """Return the names of sources of which nothing else is left, in order of first writing."""
     return [entry.name for entry in state.sources if not entry.chunks]
 
 
@@ -75,7 +75,7 @@ def names_to_keep(
 
 
 def with_names(state: StreamState, names: Iterable[str | None]) -> StreamState:
-    """A stream that also knows these names, as ones of sources of which nothing else is left."""
+    """Return a stream that also lists these names, of sources of which nothing else is left."""
     sources = state.sources
     for name in names:
         if sources.find(name) is None:
@@ -84,7 +84,7 @@ def with_names(state: StreamState, names: Iterable[str | None]) -> StreamState:
 
 
 def without_unused_sources(view: StreamView) -> StreamView:
-    """A stream that no longer knows sources of which it has no rows, texts or tail; names that were kept stay."""
+    """Return a stream without sources of which it has no rows, texts or tail; names that were kept stay."""
     numbers = view.state.sources.column("number")
     unused = view.state.sources.column("chunks") > 0
     for found in _numbers_in_use(view):
@@ -98,7 +98,7 @@ def without_unused_sources(view: StreamView) -> StreamView:
 
 
 def _numbers_in_use(view: StreamView) -> Iterator[Tensor]:
-    """Numbers of sources, with repeats: of texts, and of rows list by list, those that are at hand first."""
+    """Yield numbers of sources, with repeats: of texts, and of rows list by list, the cheapest first."""
     state = view.state
     texts = () if state.texts is None else state.texts.chunks()
     yield torch.tensor([*(part.source for part in state.tail), *(text.source for text in texts)], dtype=torch.int64)
@@ -113,7 +113,7 @@ def _numbers_in_use(view: StreamView) -> Iterator[Tensor]:
 def held(
     states: Sequence[StreamState], stores: Sequence[StoreView], rows: Iterable[int], source: str | None
 ) -> ForgetReport:
-    """What ``forget`` would remove."""
+    """Count what ``forget`` would remove."""
     layers = range(stores[0].layout.layers)
     tokens = chunks = 0
     names = {name: called for state in states for name, called in _names(state).items()}
@@ -139,7 +139,7 @@ def _names(state: StreamState) -> dict[str, str]:
 
 
 def _written_from(store: StoreView, layer: int, number: int) -> Tensor:
-    """Ids of the rows of a layer that come from one source."""
+    """Return the ids of the rows of a layer that come from one source."""
     found = []
     for piece in store.chunks(layer, "source"):
         own = piece.columns["source"] == number

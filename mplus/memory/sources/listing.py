@@ -1,4 +1,4 @@
-"""The sources of a stream and what is still held of each."""
+"""List the sources of a stream, with the rows still held of each."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def listed(
 
 
 def stored(view: StreamView, layer: int) -> Iterator[Held]:
-    """The long-term rows of a layer, in as many parts as they lie in."""
+    """Yield the long-term rows of a layer, in as many parts as they lie in."""
     for piece in view.store.chunks(layer, "source", "birth"):
         places = slice(None) if piece.live is None else piece.live
         yield Held(piece.columns["source"][places], piece.columns["birth"][places])
 
 
 def _counted(part: Held, numbers: Tensor, latest: list[int], oldest: list[int]) -> Tensor:
-    """Rows of every source, of ascending ``numbers``; the extremes of births are updated in place."""
+    """Count the rows of every source, of ascending ``numbers``; the extremes of births are updated in place."""
     known = part.sources >= 0
     sources, births = part.sources[known].cpu(), part.births[known].cpu()
     places = torch.searchsorted(numbers, sources)

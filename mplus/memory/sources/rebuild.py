@@ -99,7 +99,7 @@ def _rebuilt(
 def _turns(
     states: Sequence[StreamState], left_out: dict[int, int | None]
 ) -> list[list[tuple[int, str | None, Tensor]]]:
-    """What is to be written in each turn: batch row, name of the source, ids ``[n]`` int64."""
+    """Return the chunks to write in each turn: batch row, name of the source, ids ``[n]`` int64."""
     due: dict[int, list[tuple[int, str | None, Tensor]]] = {}
     for row, state in enumerate(states):
         for text in () if state.texts is None else state.texts.chunks():

@@ -1,4 +1,4 @@
-"""What rows keep besides hidden states, computed anew from them."""
+"""Recompute what rows keep besides hidden states, where the weights have changed."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _is_stale(streams: Streams, row: int, now: WeightsState, writing: bool) -> b
 
 
 def unfit(made: WeightsState, now: WeightsState, row: int, what: str = "this memory") -> MemoryMismatchError:
-    """The error for rows kept as keys and values that were made with other weights than those of ``now``."""
+    """Return the error for rows kept as keys and values that were made with other weights than those of ``now``."""
     differences = made.of_projection(now) or made.of_retrieval(now)
     return MemoryMismatchError(
         f"the keys and values of {what} (batch row {row}) cannot be used: {'; '.join(differences)}: write it again, "
@@ -82,19 +82,19 @@ def unfit(made: WeightsState, now: WeightsState, row: int, what: str = "this mem
 
 
 def holds_rows(state: StreamState, store: StoreView) -> bool:
-    """Whether a stream has any row."""
+    """Return True if a stream has any row."""
     held = any(count for parts in state.counts().values() for count in parts)
     return held or any(map(store.count, range(store.layout.layers)))
 
 
 def _is_unwritten(state: StreamState, store: MemoryStore, engine: Engine) -> bool:
-    """Whether a stream is as it was when it was new."""
+    """Return True if a stream is as it was when it was new."""
     new = engine.mechanism.new_state(store.layout)
     return not state.sources and state.clock == new.clock and state.counts() == new.counts()
 
 
 def _read_only(streams: Streams) -> bool:
-    """A memory in a directory that cannot be changed: its rows are projected by every read then."""
+    """Return True for a memory in a directory that cannot be changed: every read then projects its rows."""
     try:
         streams.check_writable()
     except LiveMemoryError:

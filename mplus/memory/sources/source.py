@@ -1,4 +1,4 @@
-"""A source, and how sources are kept as tensors: a column for each of their facts."""
+"""Source: a text by its name, and sources as tensors, with a column for each of their fields."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ UNUSED = {"time": torch.nan, "expires": torch.nan, "pinned": False, "write_id_le
 
 
 def encoded(entries: Mapping[int, Source]) -> dict[str, Tensor]:
-    """Entries as columns."""
+    """Return entries as columns."""
     sources = list(entries.values())
     columns = {
         "number": torch.tensor(list(entries), dtype=torch.int64),
@@ -80,7 +80,7 @@ def encoded(entries: Mapping[int, Source]) -> dict[str, Tensor]:
 
 
 def decoded(columns: Mapping[str, Tensor]) -> dict[int, Source]:
-    """What ``encoded`` was given."""
+    """Return the entries that ``encoded`` was given."""
     numbers = columns["number"].tolist()
 
     def times(name: str) -> Sequence[float | None]:
@@ -102,7 +102,7 @@ def decoded(columns: Mapping[str, Tensor]) -> dict[int, Source]:
 
 
 def joined(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Columns one behind the other; optional ones are filled up where some parts have them."""
+    """Concatenate columns; optional ones are filled up where some parts have them."""
     parts = list(parts)
     found = {}
     for name, dtype in DTYPES.items():
@@ -124,7 +124,7 @@ class Columns:
     _ends: dict[str, Tensor] = field(factory=dict)
 
     def part(self, begin: int, end: int) -> dict[str, Tensor]:
-        """Those of entries ``begin .. end-1``, as views."""
+        """Return the columns of entries ``begin .. end-1``, as views."""
         found = {name: column[begin:end] for name, column in self.tensors.items() if name not in TEXTS}
         for name in TEXTS:
             if name in self.tensors:
@@ -169,7 +169,7 @@ def _check_shapes(columns: Mapping[str, Tensor]) -> None:
 
 
 def _check_texts(name: str, text: Tensor, lengths: Tensor) -> None:
-    """Without decoding the single ones: all are UTF-8 if the whole is, and none begins within a character."""
+    """Check without decoding single texts: all are UTF-8 if the whole is and none begins within a character."""
     if bool((lengths < -1).any()) or bool((lengths > len(text)).any()) or int(lengths.clamp(min=0).sum()) != len(text):
         raise MemoryMismatchError(f"sources.{name}_length must add up to {len(text)} bytes")
     try:
@@ -183,7 +183,7 @@ def _check_texts(name: str, text: Tensor, lengths: Tensor) -> None:
 
 
 def _coded(texts: Iterable[str | None]) -> tuple[Tensor, Tensor]:
-    """UTF-8 ``[bytes]``, one behind the other, and lengths ``[n]``; a lone surrogate is kept as it is."""
+    """Return UTF-8 ``[bytes]``, one behind the other, and lengths ``[n]``; a lone surrogate is kept as it is."""
     coded = [None if text is None else text.encode("utf-8", "surrogatepass") for text in texts]
     whole = b"".join(text for text in coded if text)
     bytes_of_all = torch.frombuffer(bytearray(whole), dtype=torch.uint8) if whole else torch.empty(0, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The sources of a stream: an immutable table that shares what it can with the tables it was made from."""
+"""SourceTable: the sources of a stream, immutable; it shares pages with the tables it was made from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGE = 64
 
 
 class Page:
-    """Some neighbouring entries of a table, by number in ascending order; as entries, as columns or both.
+    """Neighbouring entries of a table, by number in ascending order; as entries, as columns or both.
 
     Those of a file are decoded when they are first looked at.
     """
@@ -33,18 +33,18 @@ class Page:
 
     @staticmethod
     def of(entries: dict[int, Source]) -> Page:
-        """A page of at least one entry."""
+        """Return a page of at least one entry."""
         return Page(next(iter(entries)), entries, lambda: encoded(entries))
 
     @property
     def entries(self) -> dict[int, Source]:
-        """By number; not to be changed."""
+        """The entries by number; not to be changed."""
         if self._entries is None:
             self._entries = decoded(self.columns())
         return self._entries
 
     def columns(self) -> dict[str, Tensor]:
-        """See ``mplus.memory.sources.source.DTYPES``."""
+        """Return the entries as columns (``mplus.memory.sources.source.DTYPES``)."""
         if self._columns is None:
             self._columns = self._read()
         return self._columns
@@ -85,12 +85,12 @@ class SourceTable:
             yield from page.entries.values()
 
     def items(self) -> Iterator[tuple[int, Source]]:
-        """Number and source of every entry."""
+        """Yield number and source of every entry."""
         for page in self.pages:
             yield from page.entries.items()
 
     def get(self, number: int) -> Source | None:
-        """The source of this number, if there is one."""
+        """Return the source of this number, if there is one."""
         place = self._place(number)
         return self.pages[place].entries.get(number) if place >= 0 else None
 
@@ -114,7 +114,7 @@ class SourceTable:
         return f"SourceTable({len(self)} sources, next number {self.next_number})"
 
     def find(self, name: str | None) -> int | None:
-        """Number of the source of this name, in constant time but for the first call; None: there is none.
+        """Return the number of the source of this name, in constant time but for the first call; None: there is none.
 
         Raises MemoryMismatchError where two have one name.
         """
@@ -128,14 +128,14 @@ class SourceTable:
         return found if entry is not None and entry.name == name else None
 
     def written(self, name: str | None, tokens: int) -> tuple[SourceTable, int]:
-        """This table with one more chunk of ``tokens`` tokens under ``name``, and the source's number."""
+        """Return this table with one more chunk of ``tokens`` tokens under ``name``, and the source's number."""
         known = self.find(name)
         number = self.next_number if known is None else known
         entry = Source(name) if known is None else self[known]
         return self.having(number, evolve(entry, tokens=entry.tokens + tokens, chunks=entry.chunks + 1)), number
 
     def having(self, number: int, source: Source) -> SourceTable:
-        """This table with ``source`` under ``number``; one page is copied."""
+        """Return this table with ``source`` under ``number``; one page is copied."""
         place = self._place(number)
         known = place >= 0 and number in self.pages[place].entries
         if known:
@@ -166,7 +166,7 @@ class SourceTable:
         return (*self.pages[:place], Page.of(entries), *self.pages[place + 1 :])
 
     def without(self, numbers: Iterable[int]) -> SourceTable:
-        """This table but for some entries, of which nothing is left; their numbers are not given again."""
+        """Return this table but for some entries; their numbers are not given again."""
         gone = {number for number in numbers if number in self}
         if not gone:
             return self
@@ -179,7 +179,7 @@ class SourceTable:
         return SourceTable(tuple(pages), self.next_number, self._count - len(gone))
 
     def changed_since(self, earlier: SourceTable) -> tuple[dict[int, Source], list[int]]:
-        """Entries that ``earlier`` does not have, or has otherwise, and numbers that only it has."""
+        """Return entries that are new or changed since ``earlier``, and numbers that only ``earlier`` has."""
         same = {id(page) for page in earlier.pages} & {id(page) for page in self.pages}
         before = {n: entry for page in earlier.pages if id(page) not in same for n, entry in page.entries.items()}
         now = {n: entry for page in self.pages if id(page) not in same for n, entry in page.entries.items()}
@@ -187,16 +187,16 @@ class SourceTable:
         return changed, [number for number in before if number not in now]
 
     def column(self, name: str) -> Tensor:
-        """``[n]``: one of the columns that every table has; see ``mplus.memory.sources.source.DTYPES``."""
+        """Return one of the columns ``[n]`` that every table has; see ``mplus.memory.sources.source.DTYPES``."""
         return torch.cat([torch.empty(0, dtype=DTYPES[name]), *(page.columns()[name] for page in self.pages)])
 
     def tensors(self) -> dict[str, Tensor]:
-        """All entries as tensors by name, for a file; columns that no entry needs are left out."""
+        """Return all entries as tensors by name, for a file; columns that no entry needs are left out."""
         return joined([page.columns() for page in self.pages])
 
     @staticmethod
     def of(entries: Mapping[int, Source], next_number: int | None = None) -> SourceTable:
-        """Just these."""
+        """Return a table of these entries; ``next_number`` None: the one behind the last of them."""
         items = sorted(entries.items())
         pages = tuple(Page.of(dict(items[at : at + PAGE])) for at in range(0, len(items), PAGE))
         behind = items[-1][0] + 1 if items else 0
@@ -204,7 +204,7 @@ class SourceTable:
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor], next_number: int) -> SourceTable:
-        """What ``tensors`` gave. Nothing is decoded yet.
+        """Make a table of what ``tensors`` returned; nothing is decoded yet.
 
         Raises:
             MemoryMismatchError: they do not fit together.
@@ -219,5 +219,5 @@ class SourceTable:
         return SourceTable(pages, next_number, len(numbers))
 
     def _place(self, number: int) -> int:
-        """Place of the page that has this number, if one has; -1: it would come before the first."""
+        """Return the position of the page that has this number, if one has; -1: it would come before the first."""
         return bisect_right(self.pages, number, key=lambda page: page.first) - 1

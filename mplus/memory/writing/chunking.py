@@ -1,4 +1,4 @@
-"""From text or ids to chunks."""
+"""Cut texts or ids into chunks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def split(ids: Tensor, chunk_tokens: int, min_chunk_tokens: int) -> list[Tensor]
 
 
 def to_rows(data: Any, batch_size: int, tokenizer: Any) -> list[Tensor | None]:
-    """One ``[n]`` int64 tensor per batch row; None for a row with nothing to write.
+    """Return one ``[n]`` int64 tensor per batch row; None for a row with nothing to write.
 
     Args:
         data: a text, ids ``[n]`` or ``[B, n]`` (tensor or nested list), or a list with a text, ids or None per row.
@@ -90,7 +90,7 @@ def _to_ids(item: Any, tokenizer: Any) -> Tensor | None:
 
 
 def to_names(source: Any, batch_size: int) -> list[str | None]:
-    """The name of the source for each batch row. Raises InputError unless it is one name, or one per row."""
+    """Return the name of the source for each batch row. Raises InputError unless it is one name, or one per row."""
     several = isinstance(source, Sequence) and not isinstance(source, str | bytes)
     names = list(source) if several else [source] * batch_size
     if len(names) != batch_size:

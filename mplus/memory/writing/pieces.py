@@ -1,4 +1,4 @@
-"""Writing a document that arrives in pieces: the next one is fetched and tokenised while the last one is written."""
+"""Write a document that arrives in pieces: fetch and tokenise the next one while the last one is written."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write_pieces(
 
 
 def tokenised(pieces: Iterable[Any], tokenizer: Any) -> Iterator[Tensor]:
-    """``[n]`` int64 ids of each piece that is not empty. Raises InputError as ``to_rows``."""
+    """Yield ``[n]`` int64 ids of each piece that is not empty. Raises InputError as ``to_rows``."""
     for piece in pieces:
         if not isinstance(piece, str) or piece:
             (ids,) = to_rows(piece, 1, tokenizer)
@@ -56,11 +56,11 @@ def tokenised(pieces: Iterable[Any], tokenizer: Any) -> Iterator[Tensor]:
 
 @define(eq=False)
 class Cutter:
-    """Cuts ids that arrive bit by bit into the chunks that ``split`` cuts all of them into.
+    """A cutter of ids that arrive bit by bit, into the chunks that ``split`` cuts all of them into.
 
     Attributes:
         chunk_tokens, min_chunk_tokens: as for ``split``.
-        held: ids of which it is not settled yet how they are cut.
+        held: ids that may still be cut in more than one way.
     """
 
     chunk_tokens: int
@@ -68,10 +68,11 @@ class Cutter:
     held: Tensor = field(factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def cut(self, ids: Tensor) -> list[Tensor]:
-        """The chunks that are settled, whatever comes behind ``ids``."""
+        """Return the chunks that are certain, whatever comes behind ``ids``."""
         held = torch.cat([self.held, ids])
         spare = self.chunk_tokens - self.min_chunk_tokens
-        # So many chunks may have to give a last, short one some of their tokens; without any to spare, none can.
+        # ``split`` fills a last chunk that is too short from its neighbours, each of which can spare so many tokens:
+        # as many neighbours as that may take are held back. Where chunks have no tokens to spare, none are.
         givers = -(-(self.min_chunk_tokens - 1) // spare) if spare else 0
         settled = max(0, (len(held) - 1) // self.chunk_tokens - givers)
         chunks = list(held[: settled * self.chunk_tokens].split(self.chunk_tokens)) if settled else []
@@ -79,12 +80,12 @@ class Cutter:
         return chunks
 
     def rest(self) -> list[Tensor]:
-        """The last chunks. Raises InputError as ``split``."""
+        """Return the last chunks. Raises InputError as ``split``."""
         return split(self.held, self.chunk_tokens, self.min_chunk_tokens)
 
 
 def _ahead(items: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The same items, each made in another thread while its predecessor is in use."""
+    """Yield the same items, each made in another thread while its predecessor is in use."""
     with ThreadPoolExecutor(1, thread_name_prefix="mplus-tokenise") as pool:
         coming = pool.submit(next, items, None)
         while (item := coming.result()) is not None:

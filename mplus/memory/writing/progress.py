@@ -14,7 +14,7 @@ LONG = 16
 def progress_bar(
     title: str, total: int | None, wanted: bool | None, steps: int, unit: str = "tokens"
 ) -> Iterator[Callable[[int], None]]:
-    """Yields ``advance(units)``; ``total`` None: nobody knows. ``wanted`` None: for ``LONG`` steps, on a terminal."""
+    """Yield ``advance(units)``; ``total`` None: unknown. ``wanted`` None: for ``LONG`` steps, on a terminal."""
     if wanted is None:
         wanted = steps >= LONG and sys.stderr.isatty()
     if not wanted:

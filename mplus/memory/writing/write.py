@@ -1,4 +1,4 @@
-"""Writing: texts to streams, of one memory or of many, a chunk of each at a time in shared passes."""
+"""Write texts to streams, of one memory or of many, a chunk of each at a time in shared passes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class StreamWrite:
 
 
 def write(memory: Memory, data: Any, source: Any, progress: bool | None) -> WriteReport:
-    """See ``Memory.write``."""
+    """Write to one memory; see ``Memory.write``."""
     (report,), errors = _write([memory], [data], [source], progress)
     for error in errors.values():
         raise error
@@ -201,7 +201,7 @@ def prepare_write(streams: Streams, rows: Sequence[int]) -> None:
 
 
 def write_chunk(streams: Streams, ids: Tensor, source: Any) -> WriteReport:
-    """See ``Memory.write_chunk``."""
+    """Write one chunk to every stream; see ``Memory.write_chunk``."""
     begun = time.perf_counter()
     config, count = streams.engine.config, len(streams)
     check_chunk(ids, count, config.min_chunk_tokens, config.chunk_tokens)
