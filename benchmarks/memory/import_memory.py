@@ -56,7 +56,7 @@ CONFIG = {
 
 
 def main() -> int:
-    """Measure with the stored dtype and with a wider one; returns 1 when the rule is broken."""
+    """Measure with the stored dtype and with a wider one; return 1 when the rule is broken."""
     with tempfile.TemporaryDirectory() as folder:
         size, largest = generate(Path(folder))
         runs = [measure(Path(folder), dtype, largest) for dtype in ("bfloat16", "float32")]
@@ -95,7 +95,7 @@ def generate(folder: Path) -> tuple[int, int]:
 
 
 def rest() -> dict[str, tuple[int, ...]]:
-    """Shapes of what is not in a layer."""
+    """Return the shapes of what is not in a layer."""
     return {
         "model.embed_tokens.weight": (VOCABULARY, WIDTH),
         "lm_head.weight": (VOCABULARY, WIDTH),
@@ -107,7 +107,7 @@ def rest() -> dict[str, tuple[int, ...]]:
 
 
 def layer(number: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of one layer and its long-term memory."""
+    """Return the shapes of one layer and its long-term memory."""
     path, narrow = f"model.layers.{number}", WIDTH * KV_HEADS // HEADS
     shapes: dict[str, tuple[int, ...]] = {
         f"{path}.input_layernorm.weight": (WIDTH,),
@@ -137,7 +137,7 @@ def layer(number: int) -> dict[str, tuple[int, ...]]:
 
 
 def load(folder: Path, dtype: str) -> None:
-    """The child: say when everything is imported, wait for a line, load, and print the bytes of what was made."""
+    """Run the child: say when everything is imported, wait for a line, load, print the bytes of what was made."""
     print("ready", flush=True)
     sys.stdin.readline()
     started = time.perf_counter()
@@ -183,7 +183,7 @@ def measure(folder: Path, dtype: str, largest: int) -> dict[str, Any]:
 
 
 def anonymous(pid: int) -> int:
-    """Bytes of anonymous memory of a process (Linux); 0 when it has ended."""
+    """Return the bytes of anonymous memory of a process (Linux); 0 when it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except (FileNotFoundError, ProcessLookupError):

@@ -66,7 +66,7 @@ def told(memory: Memory, language: Language, chunk_tokens: int, tail: int, seed:
 
 
 def asked(model: Any, memory: Memory, facts: Sequence[Fact]) -> dict[str, Any]:
-    """Accuracy, and how many of a fact's long-term rows came back."""
+    """Ask for all facts; return accuracy, and how many of a fact's long-term rows came back."""
     begun = time.perf_counter()
     ids = torch.tensor([fact.question for fact in facts])
     said = model.generate(
@@ -95,7 +95,7 @@ def asked(model: Any, memory: Memory, facts: Sequence[Fact]) -> dict[str, Any]:
 
 
 def novels(paths: Sequence[Path], tokenizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The novels' ids, a few pages at a time, each with the name of its novel: a tokenised novel takes 100 MB."""
+    """Yield the novels' ids with their names, a few pages at a time: a tokenised novel takes 100 MB."""
     for path in paths:
         opened = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rt", encoding="utf-8") as file:
@@ -105,20 +105,20 @@ def novels(paths: Sequence[Path], tokenizer: Any) -> Iterator[tuple[str, torch.T
 
 
 def resident() -> dict[str, int]:
-    """Bytes of this process in memory: anonymous, and mapped from files."""
+    """Return the bytes of this process in memory: anonymous, and mapped from files."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     lines = dict(line.split(":", 1) for line in status.splitlines())
     return {name: int(lines[key].split()[0]) * 1024 for name, key in (("anonymous", "RssAnon"), ("file", "RssFile"))}
 
 
 def occupied(folder: Path) -> int:
-    """Bytes that the files in ``folder`` take on disk."""
+    """Return the bytes that the files in ``folder`` take on disk."""
     return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
 
 
 @torch.no_grad()
 def measure(paths: Sequence[Path], tokens: int, store: Any, folder: Path, seed: int) -> dict[str, Any]:
-    """Tell, write and ask."""
+    """Tell the facts, write the novels, and ask now and then."""
     settings = read_config(RECALL_TINY)
     settings.mplus["long_term_tokens"] = None  # nothing is evicted
     with without_bars():

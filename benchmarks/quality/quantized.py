@@ -37,7 +37,7 @@ FORMATS = ("int8", "fp8")
 
 @define(frozen=True, eq=False)
 class Answers:
-    """What one memory answered to every question.
+    """The answers of one memory to every question.
 
     Attributes:
         right: ``[n]`` bool.
@@ -71,7 +71,7 @@ def ask(model: Any, memory: Memory, language: Language, episode: Episode) -> Ans
 
 
 def compared(plain: Sequence[Answers], other: Sequence[Answers]) -> dict[str, Any]:
-    """Accuracy of both, question by question, and how far rows and logits lie apart."""
+    """Compare answers question by question, and say how far rows and logits lie apart."""
     right, changed = (torch.cat([part.right for part in parts]) for parts in (plain, other))
     logits, moved = (torch.cat([part.logits for part in parts]) for parts in (plain, other))
     pairs = [pair for one, two in zip(plain, other, strict=True) for pair in zip(one.rows, two.rows, strict=True)]

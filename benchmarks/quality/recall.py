@@ -35,7 +35,7 @@ OLD = (48, 64, 96, 128)
 
 
 def trained(recipe: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Train one seed into ``folder``, unless it was; what is known of that run."""
+    """Train one seed into ``folder``, unless it was trained before; return the facts of that run."""
     facts = folder / "trained.json"
     if not facts.exists():
         begun = time.perf_counter()
@@ -54,7 +54,7 @@ def trained(recipe: str, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def measured(model: Any) -> dict[str, Any]:
-    """All measurements of one decoder."""
+    """Make all measurements of one decoder."""
     task = Facts(seed=EVALUATION_SEED)
     report = retention(ParallelStreams(model, task, attention=attention_retriever(model)))
     reading = ArmOptions(arms=("memoryllm", "mplus", "mplus-oracle"))
@@ -71,7 +71,7 @@ def measured(model: Any) -> dict[str, Any]:
 
 
 def attention_retriever(model: Any) -> Any:
-    """The untrained retriever that scores rows by the layers' own attention."""
+    """Build the untrained retriever that scores rows by the layers' own attention."""
     from mplus.config import Component
     from mplus.hf.model.build import build_retriever
 
@@ -104,7 +104,7 @@ def run(recipe: str, seeds: list[int], looked_at: list[int], keep: Path, record:
 
 
 def line(seed: int, facts: dict[str, Any]) -> str:
-    """The most important figures of one seed."""
+    """Return the most important numbers of one seed."""
     arms = {arm["name"]: arm for arm in facts["retention"]["arms"]}
     held = {arm["name"]: arm for arm in facts["held_out"]["arms"]}["mplus"]["accuracy_by_age"]
 

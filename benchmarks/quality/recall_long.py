@@ -29,7 +29,7 @@ ARMS = ["memoryllm", "mplus", "mplus-random", "mplus-oracle"]
 
 
 def measure(model: Any, chunks: int, streams: int, rounds: int) -> dict[str, Any]:
-    """Retention up to an age of ``chunks``."""
+    """Measure retention up to an age of ``chunks``."""
     ages = tuple(age for age in AGES if age <= chunks)
     task = Facts(ages=ages, streams=streams, rounds=rounds, seed=11)
     rows = task.passages * model.mplus_config.memory_tokens_per_chunk

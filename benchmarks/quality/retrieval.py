@@ -40,7 +40,7 @@ INDEXES: dict[str, dict[str, int]] = {"faiss_ivf": {"least": 256}, "faiss_ivf-fe
 
 
 def keep(model: Any, streams: int, rounds: int) -> dict[str, Any]:
-    """Accuracy over age with other retrievers in place of the trained one, all on the same streams and questions.
+    """Measure accuracy over age with other retrievers in place of the trained one, on the same streams and questions.
 
     Beside it, at the last age, the share of the exact best rows that each of them finds, and its time.
     """
@@ -63,7 +63,7 @@ def keep(model: Any, streams: int, rounds: int) -> dict[str, Any]:
 
 
 def beside(path: Path, model: Any, found: dict[str, Any]) -> dict[str, Any]:
-    """The record at ``path`` with what was found for the score of this model in it."""
+    """Return the record at ``path`` with what was found for the score of this model added."""
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"by_score": {}}
     score = model.mplus_engine.mechanism.additions.retriever.facts()["score"]
     record["by_score"][score] = {**found, "circumstances": run_info(model=f"recall-tiny, {score}")}
@@ -71,7 +71,7 @@ def beside(path: Path, model: Any, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def sigmoid(rows: int, tokens: int, draws: int, k: int = 256, width: int = 64) -> dict[str, Any]:
-    """Recall of the best rows by "sigmoid_mean" on drawn keys and queries: of 250 clusters, the text of a few.
+    """Measure the recall of the best rows by "sigmoid_mean" on drawn keys of 250 clusters and texts of a few of them.
 
     Args:
         rows, tokens: keys, and queries of a text.
@@ -103,7 +103,7 @@ def sigmoid(rows: int, tokens: int, draws: int, k: int = 256, width: int = 64) -
 
 
 def _drawn(rows: int, tokens: int, width: int, clusters: int, spread: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Keys and queries whose products have this standard deviation."""
+    """Draw keys and queries whose products have this standard deviation."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(count: int) -> Tensor:

@@ -30,7 +30,7 @@ from mplus.training import train
 from mplus.training.recipe.files import read_recipe
 
 RECORD = record_path("quality", "scores")
-WAYS = {
+VARIANTS = {
     "mean_dot, contrastive": ("mean_dot", "contrastive"),
     "sigmoid_mean, contrastive": ("sigmoid_mean", "contrastive"),
     "sigmoid_mean, bce": ("sigmoid_mean", "bce"),
@@ -41,7 +41,7 @@ EVALUATION_SEED = 9
 
 
 def settings(score: str, loss: str, relations: int) -> dict[str, Any]:
-    """What is changed in the recipe."""
+    """Return the settings that are changed in the recipe."""
     recipe = read_recipe("recall-tiny").recipe
     found: dict[str, Any] = {"memory.retriever.score": score}
     for place, stage in enumerate(recipe.stages):
@@ -52,14 +52,14 @@ def settings(score: str, loss: str, relations: int) -> dict[str, Any]:
     return found
 
 
-def measure(way: str, relations: int, seed: int, trained: Path | None) -> dict[str, Any]:
-    """Train one way, unless ``trained`` has a model, and ask."""
+def measure(variant: str, relations: int, seed: int, trained: Path | None) -> dict[str, Any]:
+    """Train with one score and loss, unless ``trained`` has a model, and ask."""
     begun = time.perf_counter()
     if trained is not None:
         facts = json.loads((trained / "trained.json").read_text(encoding="utf-8"))
         model, restarts, seconds = mplus.from_pretrained(trained).eval(), facts["restarts"], facts["seconds"]
     else:
-        changes = settings(*WAYS[way], relations)
+        changes = settings(*VARIANTS[variant], relations)
         with tempfile.TemporaryDirectory() as folder:
             result = train("recall-tiny", settings=changes, seed=seed, out=Path(folder) / "run", progress=False)
             model = mplus.from_pretrained(Path(folder) / "run" / "model").eval()
@@ -85,21 +85,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("seeds", type=int, nargs="+")
     parser.add_argument("--relations", type=int, nargs="+", default=[4, 5])
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--kept", type=Path, help="folder that benchmarks.quality.recall kept its decoders in")
     parser.add_argument("--record", type=Path, default=RECORD)
     given = parser.parse_args()
     record: dict[str, Any] = json.loads(given.record.read_text(encoding="utf-8")) if given.record.exists() else {}
     for relations in given.relations:
         for seed in given.seeds:
-            for way in given.ways:
-                place = record.setdefault(f"{relations} relations", {}).setdefault(way, {})
+            for variant in given.variants:
+                place = record.setdefault(f"{relations} relations", {}).setdefault(variant, {})
                 if str(seed) in place:
                     continue
-                same = given.kept is not None and way == DEFAULT and relations == Language().relations
+                same = given.kept is not None and variant == DEFAULT and relations == Language().relations
                 kept = given.kept / f"recall-tiny-{seed}" if same else None
-                place[str(seed)] = found = measure(way, relations, seed, kept)
-                print(relations, way, seed, found["mplus"], found["gold_recall_by_layer"], flush=True)
+                place[str(seed)] = found = measure(variant, relations, seed, kept)
+                print(relations, variant, seed, found["mplus"], found["gold_recall_by_layer"], flush=True)
                 write(given.record, record)
 
 

@@ -28,13 +28,13 @@ CHUNK, CHUNKS, TEXT, KNOWN = 32, 8, 32, 8
 
 
 def pieces(text: str, tokenizer: Any) -> list[torch.Tensor]:
-    """The text as pieces of equal length, one behind the other."""
+    """Cut the text into pieces of equal length, one behind the other."""
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     return [piece for piece in ids.split(CHUNK * CHUNKS + TEXT) if len(piece) == CHUNK * CHUNKS + TEXT]
 
 
 def measure(model: Any, texts: list[torch.Tensor]) -> dict[str, Any]:
-    """With the story in short-term memory, and with enough told since that most of it is only in long-term memory."""
+    """Measure with the story in short-term memory, and after so much more that most of it is in long-term memory."""
     sizes = {"chunk_tokens": CHUNK, "chunks": CHUNKS, "text_tokens": TEXT, "known_tokens": KNOWN}
     return {
         "at_once": context_value(model, texts, **sizes).plain(),

@@ -85,7 +85,7 @@ def compare(make: Callable[[], Any], parameters: str) -> dict[str, Any]:
 
 
 def recall_decoder() -> Any:
-    """The decoder of recall-tiny, new; everything is trained."""
+    """Build the decoder of recall-tiny anew; everything is trained."""
     recipe = read_recipe("recall-tiny").recipe
     build = recipe.model.build
     if build is None:
@@ -94,7 +94,7 @@ def recall_decoder() -> Any:
 
 
 def stories_decoder() -> Any:
-    """The shipped stories260K, frozen, with the memory of the recipe stories; adapters are trained."""
+    """Load the shipped stories260K, frozen, with the memory of the recipe stories; adapters are trained."""
     return load_for_training("stories260K", read_recipe("stories").recipe.memory, torch.float32)
 
 

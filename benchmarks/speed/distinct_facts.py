@@ -28,7 +28,7 @@ CHUNK_TOKENS, TAIL = 16, 4
 
 @define(frozen=True, eq=False)
 class Asked:
-    """What one layer holds and is asked.
+    """The keys of one layer's rows, and the queries of questions about them.
 
     Attributes:
         keys: ``[m, r]`` in the order of writing.
@@ -42,7 +42,7 @@ class Asked:
 
 
 def tellings(language: Language, memories: int, chunks: int, seed: int) -> list[Episode]:
-    """What each memory is told: no sentence comes twice, in all of them together.
+    """Draw what each memory is told; no sentence comes twice, in all of them together.
 
     Raises:
         ConfigError: the language has too few sentences.
@@ -70,7 +70,7 @@ def tellings(language: Language, memories: int, chunks: int, seed: int) -> list[
 
 @torch.no_grad()
 def write_and_ask(model: Any, layer: int, memories: int, chunks: int, questions: int, seed: int = 0) -> Asked:
-    """Keys of all rows that are written in ``layer``, and queries of questions about facts told at any time.
+    """Return the keys of all rows written in ``layer``, and the queries of questions about facts told at any time.
 
     Args:
         model: recall-tiny or another decoder trained on the language, in eval mode.
@@ -111,7 +111,7 @@ def write_and_ask(model: Any, layer: int, memories: int, chunks: int, questions:
 def _queries(
     model: Any, layer: int, streams: StreamBatch, episodes: Sequence[Episode], language: Language, each: int, seed: int
 ) -> Tensor:
-    """``[memories * each, T, r]``: of questions about chunks that were told at random times."""
+    """Return queries ``[memories * each, T, r]`` of questions about chunks that were told at random times."""
     generator = torch.Generator().manual_seed(seed + 1)
     asked = []
     for episode in episodes:

@@ -49,7 +49,7 @@ PIECE = 4096
 
 
 def decoder(layers: int, short_term: int, seed: int) -> Any:
-    """A narrow decoder with the heads of ``SHAPE``, with a memory whose long-term rows have no limit."""
+    """Wrap a narrow decoder with the heads of ``SHAPE``, with a memory whose long-term rows have no limit."""
     shape = evolve(SHAPE, layers=layers, hidden_size=HIDDEN_SIZE, intermediate_size=HIDDEN_SIZE, vocab_size=512)
     retriever = {"name": "linear", "width": SHAPE.retriever_width}
     memory = {**shape.memory, "retriever": retriever, "memory_rows": "projected", "short_term_tokens": short_term}
@@ -58,7 +58,7 @@ def decoder(layers: int, short_term: int, seed: int) -> Any:
 
 
 def drawn(layout: StoreLayout, births: Tensor, generator: torch.Generator) -> MemoryRows:
-    """A row of random content for every birth."""
+    """Draw a row for every birth."""
     columns = {"birth": births, "source": torch.full_like(births, NO_SOURCE)}
     for name in layout.columns().keys() - columns.keys():
         shape, dtype = layout.columns()[name]
@@ -97,7 +97,7 @@ def fill(memory: Memory, long_term: int, short_term: int, generator: torch.Gener
 
 
 def files(folder: Path) -> Iterator[tuple[str, int]]:
-    """Names and bytes on disk of the files in ``folder``, each of which is read, so that the page cache has it."""
+    """Read every file in ``folder``, so that the page cache has it; yield names and bytes on disk."""
     for path in sorted(folder.iterdir()):
         with path.open("rb") as file:
             while file.read(2**24):
@@ -107,24 +107,24 @@ def files(folder: Path) -> Iterator[tuple[str, int]]:
 
 @define(eq=False)
 class Opening:
-    """Opens a memory again and again, and holds the last one opened."""
+    """A memory that is opened again and again; the last one opened is held."""
 
     folder: Path
     model: Any
     held: list[Memory] = field(factory=list)
 
     def open(self, *, read_only: bool) -> Memory:
-        """Open it."""
+        """Open the memory and hold it."""
         self.held.append(Memory.open(self.folder, self.model, read_only=read_only))
         return self.held[-1]
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close what is held."""
         while self.held:
             self.held.pop().close()
 
     def arms(self) -> list[Arm]:
-        """Opening for reading, and for writing."""
+        """Return the arms: opened for reading, and for writing."""
         return [
             Arm("read_only", lambda turn: self.open(read_only=True), lambda turn: self.close()),
             Arm("writing", lambda turn: self.open(read_only=False), lambda turn: self.close()),
@@ -133,7 +133,7 @@ class Opening:
 
 @define(eq=False)
 class Reading:
-    """Reads random rows of one layer from ``ram``, from files just opened, and from files all of which was read before.
+    """Reads of random rows of one layer: from ``ram``, from files just opened, and from files that were read before.
 
     Every reading asks for rows of its own, in ascending order as a decoder does, so that none finds what another has
     left in the caches of the processor.
@@ -179,14 +179,14 @@ class Reading:
         self._wanted = chosen.sort().values
 
     def reopen(self) -> None:
-        """An opening of which nothing was read."""
+        """Open the memory anew, so that nothing of it was read, and choose rows."""
         self.draw()
         self._fresh = None
         self.opening.close()
         (self._fresh,) = self.opening.open(read_only=True).stores
 
     def arms(self) -> list[Arm]:
-        """One for each."""
+        """Return an arm for each of the three."""
         return [
             Arm("ram", lambda turn: self.twin.gather(0, self._wanted), lambda turn: self.draw()),
             Arm("first", lambda turn: self._fresh.gather(self.layer, self._wanted), lambda turn: self.reopen()),

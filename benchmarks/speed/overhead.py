@@ -31,7 +31,7 @@ K, CHUNK, READ = 256, 512, 128
 
 
 def decoder() -> Any:
-    """A Llama of about 100 M parameters with random weights."""
+    """Build a Llama of about 100 M parameters with random weights."""
     config = LlamaConfig(
         vocab_size=8000,
         hidden_size=768,
@@ -60,7 +60,7 @@ def compare(first: Callable[[], Any], second: Callable[[], Any], pairs: int) -> 
 
 @torch.no_grad()
 def measure(pairs: int) -> dict[str, Any]:
-    """All three measurements."""
+    """Make all three measurements."""
     base = decoder()
     wrapped = mplus.wrap(copy.deepcopy(base), mplus.MPlusConfig(short_term_tokens=1024, retrieved_tokens=256))
     short, chunk, long = (torch.randint(8000, (1, n)) for n in (READ, CHUNK, CHUNK + K))
@@ -75,7 +75,7 @@ def measure(pairs: int) -> dict[str, Any]:
 
 
 def bytes_beyond_rows(wrapped: Any, streams: int = 20) -> int:
-    """Python memory of one empty stream: an empty memory holds no rows."""
+    """Return the bytes that Python takes for one empty stream, which holds no rows."""
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     memory = wrapped.new_memory(batch_size=streams)

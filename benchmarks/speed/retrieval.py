@@ -38,8 +38,8 @@ from mplus.stores.base import StoreLayout
 from mplus.stores.ram import RamStore
 from mplus.timing import Arm, in_rounds, ratio, summary
 
-Way = Callable[[Tensor, int], Any]
-"""``way(queries [T, r], k)``: the best rows for one text."""
+Selector = Callable[[Tensor, int], Any]
+"""``select(queries [T, r], k)``: the best rows for one text."""
 COUNTS = (100_000, 300_000, 1_000_000, 2_000_000)
 WANTED = (16, 256, 2560)
 LAYER, MEMORIES, CHUNKS, QUESTIONS = 1, 128, 4096, 256
@@ -53,13 +53,13 @@ def save_keys(path: Path) -> None:
 
 
 def load_keys(path: Path) -> Asked:
-    """What ``save_keys`` wrote."""
+    """Read what ``save_keys`` wrote."""
     with safe_open(path, "pt") as file:
         return Asked(file.get_tensor("keys"), file.get_tensor("queries"), json.loads(file.metadata()["facts"]))
 
 
 def stored(keys: Tensor) -> RamStore:
-    """A store of one layer with these keys."""
+    """Return a store of one layer with these keys."""
     store = RamStore(StoreLayout(layers=1, hidden_size=1, keeps_hidden=False, key_size=keys.shape[1]))
     for part in keys.split(2**16):
         numbers = torch.arange(len(part))
@@ -68,7 +68,7 @@ def stored(keys: Tensor) -> RamStore:
 
 
 def sweep(asked: Asked, rounds: int) -> dict[str, Any]:
-    """Recall and time for several numbers of cells, and of cells looked into, over all keys."""
+    """Measure recall and time for several numbers of cells and of cells searched, over all keys."""
     torch.set_num_threads(1)
     queries, count = asked.queries.mean(1)[:rounds], len(asked.keys)
     best = [(asked.keys @ query).topk(max(WANTED)).indices for query in queries]
@@ -104,7 +104,7 @@ def _searched(index: IvfIndex, queries: Tensor, best: Sequence[Tensor], probes: 
 
 
 def speed(asked: Asked, threads: Sequence[int], rounds: int) -> dict[str, Any]:
-    """A selection by ``faiss_ivf`` against exact ones, for several numbers of rows and of rows wanted."""
+    """Time a selection by ``faiss_ivf`` against exact ones, for several numbers of rows and of rows wanted."""
     by_rows = {}
     for count in COUNTS:
         if count <= len(asked.keys):
@@ -125,7 +125,7 @@ def _speed(keys: Tensor, queries: Tensor, threads: Sequence[int], rounds: int) -
     indexed.select(0, queries[:1], mask, [store], 1)
     facts: dict[str, Any] = {"build_s": round(time.perf_counter() - begun, 1), **indexed.index_facts(0, store)}
     view = store.snapshot()
-    ways: dict[str, Way] = {
+    selectors: dict[str, Selector] = {
         "torch": lambda query, k: (keys @ query.mean(0)).topk(k),
         "faiss_flat": lambda query, k: flat.search(query.mean(0)[None].numpy(), k),
         "linear": lambda query, k: linear.select(0, query[None], mask, [view], k),
@@ -137,7 +137,7 @@ def _speed(keys: Tensor, queries: Tensor, threads: Sequence[int], rounds: int) -
         load, by_wanted = load_average(), {}
         for k in WANTED:
             by_wanted[str(k)] = {
-                **_timed(ways, queries, k, rounds),
+                **_timed(selectors, queries, k, rounds),
                 **_recall(indexed, keys, queries[: rounds + 1], mask, view, k),
             }
         facts[f"{number} threads"] = {"load_average": [load, load_average()], "by_wanted": by_wanted}
@@ -146,13 +146,13 @@ def _speed(keys: Tensor, queries: Tensor, threads: Sequence[int], rounds: int) -
     return facts
 
 
-def _timed(ways: Mapping[str, Way], queries: Tensor, k: int, rounds: int) -> dict[str, Any]:
-    """Times of every way, and how many times as fast as the faster exact one of torch and faiss the index is."""
+def _timed(selectors: Mapping[str, Selector], queries: Tensor, k: int, rounds: int) -> dict[str, Any]:
+    """Time every variant, and the index against the faster exact one of torch and faiss."""
 
-    def arm(name: str, way: Way) -> Arm:
-        return Arm(name, lambda turn: way(queries[turn], k))
+    def arm(name: str, select: Selector) -> Arm:
+        return Arm(name, lambda number: select(queries[number], k))
 
-    times = in_rounds([arm(*item) for item in ways.items()], rounds, queries.device)
+    times = in_rounds([arm(*item) for item in selectors.items()], rounds, queries.device)
     fastest = min(("torch", "faiss_flat"), key=lambda name: statistics.median(times[name]))
     return {
         **{name: summary(taken) for name, taken in times.items()},
@@ -173,7 +173,7 @@ def _recall(
 
 
 def _update(indexed: FaissIvfRetriever, store: RamStore, query: Tensor, mask: Tensor, rounds: int) -> dict[str, Any]:
-    """A selection after 256 rows came and as many left, which the index has to follow first."""
+    """Time a selection after 256 rows came and as many left, which the index has to follow first."""
     rows = store.gather(0, store.ids(0)[:256])
     seconds = []
     for _ in range(min(rounds, 8)):

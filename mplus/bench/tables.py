@@ -104,7 +104,7 @@ def _read(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Table]:
             f"the floor attends with: {facts['floor_attention'].get('won', '-')}",
         )
         title = f"Reading {length} tokens"
-        found.append(Table(title, ("way", *TIMES, "median by the floor's"), rows, notes))
+        found.append(Table(title, ("variant", *TIMES, "times the floor"), rows, notes))
     return [*found, *_decode(record, section["decode"])]
 
 
@@ -112,7 +112,7 @@ def _decode(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Table
     arms = section["arms"]
     rows = tuple((name, *_times(entry), _over(entry, arms.get("floor")), _share(entry)) for name, entry in arms.items())
     title = f"One token behind a prompt of {record['preset']['prompt']}"
-    head = ("way", *TIMES, "median by the floor's", "of the roofline")
+    head = ("variant", *TIMES, "times the floor", "of the roofline")
     return [Table(title, head, rows, (f"backend {section['best_backend']}: {_ratios(section['ratios'])}",))]
 
 
@@ -123,7 +123,7 @@ def _write(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Table]
     )
     settings = record["settings"]
     title = f"Writing {settings['chunk_tokens']} tokens to each of {settings['streams']} memories"
-    head = ("way", *TIMES, "tokens/s", "rows/s")
+    head = ("variant", *TIMES, "tokens/s", "rows/s")
     return [Table(title, head, rows, (f"backend {section['best_backend']}: {_ratios(section['ratios'])}",))]
 
 
@@ -141,7 +141,7 @@ def _score(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Table]
         )
         title = f"Scoring {int(keys):,} rows by keys of width {record['settings']['width']}"
         notes = ("the roofline is that of memory: keys that stay in caches can be faster",)
-        found.append(Table(title, ("queries", "score and way", *TIMES, "of the roofline"), rows, notes))
+        found.append(Table(title, ("queries", "score and variant", *TIMES, "of the roofline"), rows, notes))
     return found
 
 
@@ -152,7 +152,7 @@ def _attention(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Ta
         best = arms.get(case["best_of_torch"])
         rows = tuple((name, *_times(entry), _over(entry, best), _share(entry)) for name, entry in arms.items())
         title = f"Attention of {case['queries']} queries over {case['memory_rows']:,} rows and {case['text_keys']} keys"
-        found.append(Table(title, ("way", *TIMES, "by the best of torch", "of the roofline"), rows))
+        found.append(Table(title, ("variant", *TIMES, "times the best of torch", "of the roofline"), rows))
     return found
 
 

@@ -1,4 +1,4 @@
-"""What is measured on every architecture: errors of a retrofitted decoder against the oracle, or against itself.
+"""Comparisons of a retrofitted decoder with the oracle, or with itself in another way.
 
 Each function returns the largest absolute error between logits or rows of standard deviation one to three in float32;
 `measure.py` records them, and `tests/hf/retrofit/test_architectures.py` asserts on them.
@@ -36,14 +36,14 @@ PROMPTS = (11, 7)
 
 
 def error(a: Tensor, b: Tensor) -> float:
-    """Largest absolute difference; the shapes must be equal."""
+    """Return the largest absolute difference. Raises ValueError for unequal shapes."""
     if a.shape != b.shape:
         raise ValueError(f"cannot compare shapes {list(a.shape)} and {list(b.shape)}")
     return (a - b).abs().max().item()
 
 
 def stm_read(pair: Pair) -> tuple[float, float]:
-    """Reading the STM against the oracle: the error, and by how much memory moves the logits."""
+    """Compare reading the STM with the oracle; return the error, and how much memory moves the logits."""
     memory = pair.memory(chunks=2)
     (view,) = memory.snapshot()
     ids = pair.text(9)
@@ -53,7 +53,7 @@ def stm_read(pair: Pair) -> tuple[float, float]:
 
 
 def retrieval_read(pair: Pair) -> float:
-    """Reading the STM and retrieved rows against the oracle, which retrieves by a loop of its own."""
+    """Compare reading the STM and retrieved rows with the oracle, which retrieves by a loop of its own."""
     memory = pair.memory()
     (view,) = memory.snapshot()
     ids = pair.text(9)
@@ -62,7 +62,7 @@ def retrieval_read(pair: Pair) -> float:
 
 
 def write(pair: Pair, tokens: int, chunks: int) -> float:
-    """Writing ``tokens`` tokens after ``chunks`` chunks against the oracle: the worst layer."""
+    """Compare writing ``tokens`` tokens after ``chunks`` chunks with the oracle; return the worst layer's error."""
     memory = pair.memory(chunks=chunks) if chunks else pair.new_memory()
     (state,) = memory.states
     ids = pair.text(tokens)
@@ -74,7 +74,7 @@ def write(pair: Pair, tokens: int, chunks: int) -> float:
 
 
 def steps(architecture: Architecture, pair: Pair) -> float:
-    """Prefill and steps with a cache against one full forward.
+    """Compare prefill and steps with a cache with one full forward.
 
     What is retrieved depends on the prompt; the full forward retrieves with the first ten tokens, as the prefill does.
     """
@@ -91,7 +91,7 @@ def steps(architecture: Architecture, pair: Pair) -> float:
 
 
 def padded_batch(pair: Pair) -> float:
-    """Two rows, one left-padded, with unequal memories, against each row alone: the worse row."""
+    """Compare two rows, one left-padded, with unequal memories, with each row alone; return the worse error."""
     ids, mask = _padded(pair)
     together = pair.wrapped(input_ids=ids, attention_mask=mask, memory=_unequal(pair)).logits
     worst = 0.0
@@ -102,7 +102,7 @@ def padded_batch(pair: Pair) -> float:
 
 
 def greedy_generation(pair: Pair) -> bool:
-    """Whether greedy generation gives the tokens of the oracle."""
+    """Return whether greedy generation gives the tokens of the oracle."""
     memory = pair.memory(chunks=2)
     (view,) = memory.snapshot()
     ids = pair.text(8)
@@ -111,7 +111,7 @@ def greedy_generation(pair: Pair) -> bool:
 
 
 def generation(pair: Pair, search: str) -> bool:
-    """Whether a padded batch generates the same with and without a cache, and (but for sampling) as each row alone."""
+    """Return whether a padded batch generates the same with and without a cache, and (but for sampling) row by row."""
     ids, mask = _padded(pair)
     memory = _unequal(pair)
     found = []
@@ -131,7 +131,7 @@ def generation(pair: Pair, search: str) -> bool:
 
 
 def techniques(pair: Pair) -> float:
-    """The registered attention function against the cache view: another way to the same numbers."""
+    """Compare the registered attention function with the cache view, another way to the same numbers."""
     memory, ids = pair.memory(), pair.text(9)
     by_function = pair.wrapped(input_ids=ids, memory=memory).logits
     retrofit = pair.wrapped.mplus_engine.retrofit

@@ -76,7 +76,7 @@ class Architecture:
         return ("eager", "sdpa") if self.sdpa else ("eager",)
 
     def build(self, seed: int = 0, attn_implementation: str | None = None) -> PreTrainedModel:
-        """A new model in eval mode; equal seeds give equal weights, whatever the attention implementation.
+        """Build a new model in eval mode; equal seeds give equal weights, whatever the attention implementation.
 
         Args:
             seed: of the random weights. The global random state is left as it was.

@@ -22,7 +22,7 @@ COLUMNS = ("read", "retrieve", "step", "write", "rows")
 
 
 def measure(architecture: Architecture) -> dict[str, Any]:
-    """Errors of one architecture: the worst over its attention implementations and, for writes, chunk sizes."""
+    """Return the errors of one architecture, the worst over attention implementations and, for writes, chunk sizes."""
     if architecture.refused is not None:
         try:
             mplus.wrap(architecture.build(), config_for(architecture))

@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {
 
 
 def config_for(architecture: Architecture, **changes: Any) -> mplus.MPlusConfig:
-    """Small sizes; ALiBi with the positions the oracle knows."""
+    """Return a configuration of small sizes; ALiBi with the positions that the oracle knows."""
     positions = {"memory_positions": "sequential"} if architecture.positions == "alibi" else {}
     return mplus.MPlusConfig.from_dict({**SIZES, **positions, **changes})
 
@@ -48,23 +48,23 @@ class Pair:
     plain: Any
 
     def text(self, tokens: int, seed: int = 0) -> Tensor:
-        """``[1, tokens]`` random ids."""
+        """Draw ids ``[1, tokens]``."""
         return torch.randint(2, VOCAB_SIZE, (1, tokens), generator=torch.Generator().manual_seed(seed))
 
     def forget_longest_sequence(self) -> None:
-        """Rotary embeddings that remember the longest sequence start anew from a short one."""
+        """Run one token: rotary embeddings that remember the longest sequence start anew from a short one."""
         with torch.no_grad():
             self.wrapped(input_ids=self.text(1))
 
     def new_memory(self, **options: Any) -> Memory:
-        """An empty memory whose rows are read projected where this decoder allows it, and show their hidden states."""
+        """Make an empty memory whose rows have hidden states and, where this decoder allows it, are read projected."""
         projectable = not isinstance(self.wrapped.mplus_engine.projection, str)
         return self.wrapped.new_memory(  # type: ignore[no-any-return]
             memory_rows="both" if projectable else "hidden", **options
         )
 
     def memory(self, seed: int = 0, chunks: int = 6) -> Memory:
-        """A memory of ``chunks`` chunks: more than the STM holds, unless few are asked for."""
+        """Make a memory of ``chunks`` chunks, by default more than the STM holds."""
         memory = self.new_memory(seed=seed)
         memory.write(self.text(chunks * CHUNK, seed=100 + seed)[0], source=f"text {seed}")
         return memory
@@ -80,7 +80,7 @@ class Pair:
         return self.wrapped.mplus.mark.detach()[0, 0]  # type: ignore[no-any-return]
 
     def retrieving(self, view: StreamView) -> Any:
-        """What the oracle needs to retrieve by itself: products with the mean query row by row, the best by birth."""
+        """Return what lets the oracle retrieve: products with the mean query row by row, the best sorted by birth."""
 
         def prefix(layer: int, text: Tensor) -> Tensor:
             stored = view.store.gather(layer, view.store.ids(layer))
@@ -95,7 +95,7 @@ class Pair:
 
     @staticmethod
     def rows(view: StreamView) -> int:
-        """Memory rows in front of the text."""
+        """Return the number of memory rows in front of the text."""
         return 1 + min(RETRIEVED, view.store.count(0)) + len(view.state.row_lists()["stm"][0])
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mplus import timing
 from mplus.backends import BACKENDS
 from mplus.backends.base import AttentionResult
 from mplus.backends.sdpa import SdpaBackend
@@ -274,28 +273,6 @@ def test_presets_have_the_sizes_they_are_named_for():
     assert cpu.prefix_rows == large.prefix_rows == 12_801
     assert isinstance(cpu, Preset)
     assert 90e9 < large.nbytes < 120e9
-
-
-def test_quantiles_and_ratios():
-    assert timing.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
-    assert timing.quantile([1.0, 2.0], 0.2) == pytest.approx(1.2)
-    times = {"a": [2.0, 6.0, 4.0], "b": [1.0, 2.0, 1.0]}
-    assert timing.ratio(times, "a", "b") == 3.0
-    assert timing.ratio(times, "a", "c") is None
-
-
-def test_every_arm_runs_in_every_round_and_first_in_some():
-    seen = []
-    arms = [
-        timing.Arm(name, lambda turn, name=name: seen.append((turn, name)), lambda turn: seen.append((turn, "prepare")))
-        for name in "abc"
-    ]
-    times = timing.in_rounds(arms, 3, CPU)
-    assert {name: len(taken) for name, taken in times.items()} == {"a": 3, "b": 3, "c": 3}
-    runs = [entry for entry in seen if entry[1] != "prepare"]
-    assert {turn for turn, _ in runs} == {0, 1, 2, 3}
-    assert {runs[start][1] for start in range(0, 12, 3)} == set("abc")
-    assert len(seen) == 24
 
 
 def test_the_roofline_is_the_slower_of_the_two():
