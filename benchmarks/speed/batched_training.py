@@ -21,11 +21,10 @@ from mplus.environment import run_info
 from mplus.facts.language import Language
 from mplus.hf.decoders.train_model import build_for_training, choose_trained, load_for_training
 from mplus.timing import Arm, in_rounds, median, ratio
-from mplus.training.batched.read import DenseDecoder
-from mplus.training.batched.stream_batch import StreamBatch
 from mplus.training.data.generated.facts import RecallBatches, RecallOptions
-from mplus.training.losses import RetrieverLoss
+from mplus.training.decoder import TrainedDecoder, make_batched_streams
 from mplus.training.objectives import OBJECTIVES
+from mplus.training.objectives.losses import RetrieverLoss
 from mplus.training.recipe.files import read_recipe
 
 RECORD = record_path("speed", "batched_training")
@@ -38,13 +37,13 @@ class Loop:
     def __init__(self, model: Any, streams: int, parameters: Any) -> None:
         choose_trained(model, parameters)
         model.train()
-        self.decoder, self.samples = DenseDecoder(model), streams
+        self.decoder, self.samples = TrainedDecoder(model), streams
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, 1e-4)
         vocabulary = model.config.vocab_size
         options = RecallOptions(language=Language(), episode=64, ages="uniform")
         self.source = RecallBatches(options, tokenizer=None, numbers=range(streams), seed=0)
-        self.streams = StreamBatch(model.mplus_engine, range(streams), seed=0, long_term_tokens=256)
+        self.streams = make_batched_streams(model.mplus_engine, range(streams), seed=0, long_term_tokens=256)
         self.objective = OBJECTIVES.get("single_context")()
         self.loss = RetrieverLoss(negatives="stream")
         self.tokens = 0

@@ -17,10 +17,10 @@ from torch import Tensor
 from mplus.errors import ConfigError
 from mplus.facts.episodes import Episode, lay_out
 from mplus.facts.language import Language
+from mplus.mechanisms.short_term.batched_streams import BatchedStreams
+from mplus.mechanisms.short_term.row_selection import ScoreSelector
 from mplus.memory.writing.progress import progress_bar
-from mplus.training.batched.read import DenseDecoder
-from mplus.training.batched.selection import ScorePicker
-from mplus.training.batched.stream_batch import StreamBatch
+from mplus.training.decoder import TrainedDecoder, make_batched_streams
 
 CHUNK_TOKENS, TAIL = 16, 4
 """As recall-tiny was trained."""
@@ -81,14 +81,14 @@ def write_and_ask(model: Any, layer: int, memories: int, chunks: int, questions:
     """
     language, engine, config = Language(), model.mplus_engine, model.mplus_config
     episodes = tellings(language, memories, chunks, seed)
-    streams = StreamBatch(engine, range(memories), seed=seed, long_term_tokens=config.long_term_tokens)
+    streams = make_batched_streams(engine, range(memories), seed=seed, long_term_tokens=config.long_term_tokens)
     rows = memories * config.memory_tokens_per_chunk
     keys = torch.empty(chunks * rows, engine.layout.key_size)
     with progress_bar("writing", chunks, None, chunks, unit="chunks") as advance:
         for place in range(chunks):
-            block = streams.encode(torch.stack([episode.chunks[place] for episode in episodes]))
-            streams.absorb(block, torch.tensor([episode.facts[place] for episode in episodes]))
-            keys[place * rows : (place + 1) * rows] = engine.keys(layer, block[layer].flatten(0, 1))
+            update = streams.encode(torch.stack([episode.chunks[place] for episode in episodes]))
+            streams.absorb(update, torch.tensor([episode.facts[place] for episode in episodes]))
+            keys[place * rows : (place + 1) * rows] = engine.keys(layer, update.hidden[layer].flatten(0, 1))
             advance(1)
     sentences = {pair for episode in episodes for pair in zip(episode.facts, episode.values, strict=True)}
     return Asked(
@@ -109,7 +109,13 @@ def write_and_ask(model: Any, layer: int, memories: int, chunks: int, questions:
 
 
 def _queries(
-    model: Any, layer: int, streams: StreamBatch, episodes: Sequence[Episode], language: Language, each: int, seed: int
+    model: Any,
+    layer: int,
+    streams: BatchedStreams,
+    episodes: Sequence[Episode],
+    language: Language,
+    each: int,
+    seed: int,
 ) -> Tensor:
     """Return queries ``[memories * each, T, r]`` of questions about chunks that were told at random times."""
     generator = torch.Generator().manual_seed(seed + 1)
@@ -120,7 +126,7 @@ def _queries(
         asked.append([[language.ids[word] for word in question] for question in questions])
     texts = torch.tensor(asked)
     retriever = model.mplus_engine.mechanism.additions.retriever
-    read = DenseDecoder(model).read(
-        streams, texts, queries=torch.ones_like(texts, dtype=torch.bool), picker=ScorePicker(retriever)
+    read = TrainedDecoder(model).read(
+        streams, texts, queries=torch.ones_like(texts, dtype=torch.bool), selector=ScoreSelector(retriever)
     )
     return retriever.project_queries(layer, read.layers[layer].text.flatten(0, 1))  # type: ignore[no-any-return]

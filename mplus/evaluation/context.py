@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mplus.errors import InputError
+from mplus.mechanisms.short_term.batched_streams import BatchedStreams
+from mplus.mechanisms.short_term.row_selection import ScoreSelector
 from mplus.memory.writing.progress import progress_bar
-from mplus.training.batched.read import DenseDecoder
-from mplus.training.batched.selection import ScorePicker
-from mplus.training.batched.stream_batch import StreamBatch
+from mplus.training.decoder import TrainedDecoder, make_batched_streams
 
 WAYS = ("window", "full", "memory", "empty", "unrelated")
 """How a text is read: alone ("window"), behind all that came before it ("full"), with a memory of that ("memory"),
@@ -111,7 +111,7 @@ def context_value(
         raise InputError(f"known_tokens must be at least 1 and below text_tokens ({text_tokens}), got {known_tokens}")
     if len(usable) < 2:
         raise InputError(f"at least 2 documents must have {needed} tokens, got {len(usable)} of {len(documents)}")
-    decoder = DenseDecoder(model)
+    decoder = TrainedDecoder(model)
     found: dict[str, list[Tensor]] = {way: [] for way in WAYS}
     with progress_bar("reading texts", len(usable), None, steps=len(usable) // batch_size + 1, unit="texts") as advance:
         for start in range(0, len(usable), batch_size):
@@ -129,7 +129,7 @@ def context_value(
 
 
 def _batch(
-    decoder: DenseDecoder, ids: Tensor, shape: tuple[int, int], known: int, distraction: int, seed: int
+    decoder: TrainedDecoder, ids: Tensor, shape: tuple[int, int], known: int, distraction: int, seed: int
 ) -> dict[str, Tensor]:
     engine, batch = decoder.engine, len(ids)
     chunks, chunk_tokens = shape
@@ -138,7 +138,7 @@ def _batch(
     capacity = engine.config.long_term_tokens if engine.mechanism.long_term else 0
     rows = (chunks + distraction) * engine.config.memory_tokens_per_chunk
     streams = [
-        StreamBatch(engine, range(batch), seed=seed, long_term_tokens=rows if capacity is None else capacity)
+        make_batched_streams(engine, range(batch), seed=seed, long_term_tokens=rows if capacity is None else capacity)
         for _ in range(3)
     ]
     related, empty, unrelated = streams
@@ -151,11 +151,11 @@ def _batch(
         related.write(other, everything)
         unrelated.write(other, everything)
     retriever = engine.mechanism.additions.retriever
-    picker = None if retriever is None else ScorePicker(retriever)
+    picker = None if retriever is None else ScoreSelector(retriever)
 
-    def with_memory(held: StreamBatch) -> Tensor:
+    def with_memory(held: BatchedStreams) -> Tensor:
         queries = (torch.arange(text.shape[1]) < known).expand(batch, 1, -1)
-        return _losses(decoder.read(held, text[:, None], queries=queries, picker=picker).logits[:, 0], text, known)
+        return _losses(decoder.read(held, text[:, None], queries=queries, selector=picker).logits[:, 0], text, known)
 
     return {
         "window": _losses(decoder.plain(text), text, known),

@@ -16,6 +16,7 @@ from mplus.errors import InputError
 from mplus.eviction.base import EvictionPolicy
 from mplus.mechanisms.additions import MemoryAdditions
 from mplus.mechanisms.decoder import Attended, Decoder, KeptProjection, Project, Text
+from mplus.mechanisms.streams import TrainingStreams
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.context import WriteContext
 from mplus.memory.writing.update import Update
@@ -258,6 +259,29 @@ class MemoryMechanism(ABC):
     @abstractmethod
     def prefix_rows(self, view: StreamView) -> int:
         """Return how many rows a read puts in front of the text, in the layer that has most."""
+
+    def streams(
+        self,
+        decoder: Decoder,
+        layout: StoreLayout,
+        numbers: Sequence[int],
+        *,
+        seed: int,
+        long_term: bool = True,
+    ) -> TrainingStreams | None:
+        """Return the memories of many streams, held together so that they are trained fast.
+
+        None, the default: they are trained by ``write``, ``absorb``, ``retrieve`` and ``prefix`` of each stream
+        (``mplus.mechanisms.separate_streams``), as they are.
+
+        Args:
+            decoder: runs passes.
+            layout: of the rows.
+            numbers: global number of each stream; seeds its draws.
+            seed: of all draws.
+            long_term: whether rows that leave short-term memory are kept, where a mechanism has one.
+        """
+        return None
 
     def standing(self, view: StreamView, layer: int) -> MemoryRows | None:
         """Return the rows of a layer that every read sees, whatever it retrieves; None where there are none."""

@@ -77,12 +77,14 @@ class Rows:
         behind: further memory rows between these and the text.
         positions: ``[B or 1, P]`` int64, where the rows sit on the position axis; None: right in front of the text, as
             the decoder's configuration says (``memory_positions``).
+        before: further memory rows in front of these.
     """
 
     hidden: Tensor
     lengths: Tensor | None = None
     behind: int = 0
     positions: Tensor | None = None
+    before: int = 0
 
 
 Project = Callable[[Rows], Segment]
@@ -236,6 +238,9 @@ class Decoder(Protocol):
 
         Raises NotSupported where a decoder's keys cannot be had before they are rotated.
         """
+
+    def normed(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return rows ``[..., d]`` after the layer's input norm: what its projections and a retriever are given."""
 
     def keys(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Return retriever keys ``[m, r]`` of rows ``[m, d]``, or None where the retriever keeps none."""

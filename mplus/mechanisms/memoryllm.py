@@ -39,6 +39,7 @@ class MemoryLLMMechanism(RowMechanism):
             return {"tile_first": True} if variant == "published" else {}
 
     name = "memoryllm"
+    batched = True
     uses_retriever = False
 
     def plan_write(self, state: ShortTermState, tokens: int, reencode: bool = True) -> WritePlan:

@@ -55,6 +55,7 @@ class MPlusMechanism(RowMechanism):
             return {"ages": "release", "merge_every": 60, "lifetime": 10.0, "short_ltm": "tile"}
 
     name = "mplus"
+    batched = True
 
     @property
     def expiry(self) -> bool:

@@ -10,11 +10,11 @@ import torch
 
 from mplus.config import AdapterConfig, Component, MPlusConfig
 from mplus.hf.decoders.train_model import build_for_training
+from mplus.mechanisms.short_term.batched_streams import BatchedStreams
 from mplus.training.batch import NO_SOURCE, Batch
-from mplus.training.batched.read import DenseDecoder
-from mplus.training.batched.stream_batch import StreamBatch
-from mplus.training.losses import RetrieverLoss
+from mplus.training.decoder import TrainedDecoder, make_batched_streams
 from mplus.training.objectives.base import Objective, ObjectiveResult
+from mplus.training.objectives.losses import RetrieverLoss
 
 STREAMS, CHUNK, TOKENS, VOCABULARY = 2, 6, 7, 32
 
@@ -60,9 +60,9 @@ class ObjectiveConformance:
                     torch.nn.init.normal_(parameter, std=0.2)
         return model.train()
 
-    def streams(self, model: Any) -> StreamBatch:
+    def streams(self, model: Any) -> BatchedStreams:
         """Streams whose short-term memory is full, with rows in long-term memory."""
-        streams = StreamBatch(model.mplus_engine, range(STREAMS), seed=0, long_term_tokens=16)
+        streams = make_batched_streams(model.mplus_engine, range(STREAMS), seed=0, long_term_tokens=16)
         with torch.no_grad():
             for number in range(5):
                 streams.write(torch.full((STREAMS, CHUNK), number + 2), torch.full((STREAMS,), number))
@@ -96,10 +96,10 @@ class ObjectiveConformance:
             window_mask=torch.ones_like(windows, dtype=torch.bool),
         )
 
-    def run(self, model: Any, streams: StreamBatch, batch: Batch | None = None) -> ObjectiveResult:
+    def run(self, model: Any, streams: BatchedStreams, batch: Batch | None = None) -> ObjectiveResult:
         """One call, with a retriever loss that draws nothing."""
         loss = RetrieverLoss(candidates=64)
-        return self.make()(DenseDecoder(model), streams, batch or self.batch(), loss)
+        return self.make()(TrainedDecoder(model), streams, batch or self.batch(), loss)
 
     # ------------------------------------------------------------------ tests
 
@@ -132,7 +132,7 @@ class ObjectiveConformance:
         model = self.model()
         objective, batch = self.make(), self.batch()
         losses = [
-            objective(DenseDecoder(model), self.streams(model), batch, RetrieverLoss(candidates=64)).loss.item()
+            objective(TrainedDecoder(model), self.streams(model), batch, RetrieverLoss(candidates=64)).loss.item()
             for _ in range(2)
         ]
         assert losses[0] == losses[1]

@@ -13,11 +13,11 @@ from attrs import define
 from torch import Tensor, nn
 
 from mplus.hf.decoders.train_model import split_modules
+from mplus.mechanisms.streams import TrainingStreams
 from mplus.training.batch import Batch
-from mplus.training.batched.read import DenseDecoder
-from mplus.training.batched.stream_batch import StreamBatch
-from mplus.training.losses import RetrieverLoss
+from mplus.training.decoder import TrainedDecoder
 from mplus.training.objectives.base import Objective
+from mplus.training.objectives.losses import RetrieverLoss
 
 
 @define(frozen=True, eq=False)
@@ -50,12 +50,12 @@ class TrainingStep(nn.Module):
         self.dtype = dtype
         self._no_split_modules = split_modules(model)  # read by accelerate when it shards the model
 
-    def forward(self, streams: StreamBatch, terms: Sequence[LossTerm]) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, streams: TrainingStreams, terms: Sequence[LossTerm]) -> tuple[Tensor, dict[str, float]]:
         """The loss of all terms, and their metrics.
 
         A metric ``m`` of a term is found as ``label/m``, and as ``m`` where an earlier term has not taken the name.
         """
-        decoder = DenseDecoder(self.model)
+        decoder = TrainedDecoder(self.model)
         device = decoder.engine.device
         losses, metrics = [], {}
         mixed = self.dtype != torch.float32

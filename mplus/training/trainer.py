@@ -15,10 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mplus.errors import MPlusError, NonFiniteError
 from mplus.hf.decoders.train_model import base_digest, choose_trained, set_checkpointing
+from mplus.mechanisms.streams import TrainingStreams
 from mplus.training.batch import Batch, BatchSource
-from mplus.training.batched.stream_batch import StreamBatch
 from mplus.training.checkpoint import Checkpoint, CheckpointStore, RunIdentity, random_state, set_random_state
 from mplus.training.curriculum import Curriculum, StepPlan
+from mplus.training.decoder import make_streams
 from mplus.training.metrics import MetricsLog, RunningMeans
 from mplus.training.optimizer import clip_gradients, make_optimizer, make_schedule, optimizer_state, set_learning_rate
 from mplus.training.parallel import (
@@ -65,7 +66,7 @@ class TrainerState:
 class StageData:
     """What a stage trains on, all of it this process's own."""
 
-    streams: StreamBatch
+    streams: TrainingStreams
     sources: dict[str, BatchSource]
     curriculum: Curriculum
 
@@ -198,15 +199,11 @@ class Trainer:
     def _make_stage_data(self, stage: Stage) -> StageData:
         count = stage.streams or self.recipe.streams
         numbers = range(rank() * count, (rank() + 1) * count)
-        capacity = self.recipe.memory.long_term_tokens or 0
         names = sorted({str(entry.data) for entry in stage.objectives if entry.data is not None})
         where = (self.seed, self.state.stage)
         return StageData(
-            StreamBatch(
-                self.model.mplus_engine,
-                numbers,
-                seed=derive_seed(*where, "streams"),
-                long_term_tokens=capacity if stage.long_term else 0,
+            make_streams(
+                self.model.mplus_engine, numbers, seed=derive_seed(*where, "streams"), long_term=stage.long_term
             ),
             {
                 name: make_source(

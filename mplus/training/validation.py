@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from mplus.hf.model.modes import in_eval_mode
-from mplus.training.batched.stream_batch import StreamBatch
+from mplus.mechanisms.streams import TrainingStreams
 from mplus.training.checkpoint import random_state, set_random_state
+from mplus.training.decoder import make_streams
 from mplus.training.metrics import RunningMeans
 from mplus.training.parallel import rank
 from mplus.training.recipe.recipe import Recipe, Validation
@@ -64,14 +65,9 @@ class Validator:
                     means.add({name: value for name, value in metrics.items() if name.startswith(label)})
         return means.reduce()
 
-    def _streams(self, step: TrainingStep) -> StreamBatch:
-        capacity = self._recipe.memory.long_term_tokens
-        return StreamBatch(
-            step.model.mplus_engine,
-            self._numbers,
-            seed=derive_seed(self._recipe.seed, "validation streams"),
-            long_term_tokens=(capacity or 0) if self._options.long_term else 0,
-        )
+    def _streams(self, step: TrainingStep) -> TrainingStreams:
+        seed = derive_seed(self._recipe.seed, "validation streams")
+        return make_streams(step.model.mplus_engine, self._numbers, seed=seed, long_term=self._options.long_term)
 
 
 @contextmanager

@@ -31,11 +31,11 @@ from mplus.evaluation.retriever_swap import with_own_parameters
 from mplus.evaluation.tasks.facts import Facts
 from mplus.facts.language import Language
 from mplus.hf.pretrained.shipped import load_recall
+from mplus.mechanisms.short_term.long_term_rows import LongTermRows
+from mplus.mechanisms.short_term.row_selection import ScoreSelector
 from mplus.stores.base import StoreLayout
 from mplus.testing.rounding import InFloat64, check_close
-from mplus.training.batched.long_term import LongTermRows
-from mplus.training.batched.read import DenseDecoder
-from mplus.training.batched.selection import ScorePicker
+from mplus.training.decoder import TrainedDecoder
 
 pytestmark = pytest.mark.two_computations
 
@@ -136,7 +136,7 @@ def test_it_counts_what_generating_counts():
 def test_an_answer_is_right_when_greedy_decoding_says_it():
     moment = last_moment()
     streams, asked = moment.memory, moment
-    decoder = DenseDecoder(model())
+    decoder = TrainedDecoder(model())
     with torch.no_grad():
         read = decoder.read(streams, asked.texts, queries=asked.queries)
         said = asked.texts.clone()
@@ -159,10 +159,12 @@ def test_the_oracle_brings_back_what_there_is_of_a_fact():
     moment = last_moment()
     streams, asked = moment.memory, moment
     with torch.no_grad():
-        read = DenseDecoder(model()).read(streams, asked.texts, queries=asked.queries, picker=OraclePicker(asked.about))
+        read = TrainedDecoder(model()).read(
+            streams, asked.texts, queries=asked.queries, selector=OraclePicker(asked.about)
+        )
     for layer, seen in read.layers.items():
         have = (streams.ltm[layer].source[:, None] == asked.about[:, :, None]).sum(2)
-        hit = (seen.picked_source == asked.about[:, :, None]).sum(2)
+        hit = (seen.selected_source == asked.about[:, :, None]).sum(2)
         assert torch.equal(hit, have)
     assert int(have.sum()) > 0
 
@@ -171,12 +173,12 @@ def test_recency_brings_back_the_newest_rows_and_random_differs_by_text():
     moment = last_moment()
     streams, asked = moment.memory, moment
     with torch.no_grad():
-        read = DenseDecoder(model()).read(streams, asked.texts, picker=RecencyPicker())
-        drawn = DenseDecoder(model()).read(streams, asked.texts, picker=RandomPicker())
+        read = TrainedDecoder(model()).read(streams, asked.texts, selector=RecencyPicker())
+        drawn = TrainedDecoder(model()).read(streams, asked.texts, selector=RandomPicker())
     for layer, seen in read.layers.items():
-        births = streams.ltm[layer].birth[:, None].expand(-1, 3, -1).gather(2, seen.picked)
+        births = streams.ltm[layer].birth[:, None].expand(-1, 3, -1).gather(2, seen.selected)
         assert torch.equal(births[:, 0], streams.ltm[layer].birth.sort(1).values[:, -6:])
-    picked = drawn.layers[0].picked
+    picked = drawn.layers[0].selected
     assert not torch.equal(picked[:, 0], picked[:, 1])
 
 
@@ -197,8 +199,8 @@ def test_text_arms_put_the_right_text_in_front():
 
 def test_the_window_arm_is_the_decoder_alone_over_the_text(monkeypatch):
     moment, seen = last_moment(), []
-    plain = DenseDecoder.plain
-    monkeypatch.setattr(DenseDecoder, "plain", lambda self, ids: seen.append(plain(self, ids)) or seen[-1])
+    plain = TrainedDecoder.plain
+    monkeypatch.setattr(TrainedDecoder, "plain", lambda self, ids: seen.append(plain(self, ids)) or seen[-1])
     execution = ParallelStreams(model(), FACTS)
     with torch.no_grad():
         answers = Window(execution, 32).answers(moment, moment.due)
@@ -272,8 +274,8 @@ def test_a_retriever_selects_from_stores_that_follow_the_streams():
         queries = torch.rand(2, 3, 4, generator=generator) < 0.7
         queries[..., 0] = True
         with torch.no_grad():
-            found, values = picker.pick(1, text, queries, rows.hidden, rows, 4)
-            expected, scores = ScorePicker(retriever).pick(1, text, queries, rows.hidden, rows, 4)
+            found, values = picker.select(1, text, queries, rows.hidden, rows, 4)
+            expected, scores = ScoreSelector(retriever).select(1, text, queries, rows.hidden, rows, 4)
         torch.testing.assert_close(values, scores)
         for other, own, score in zip(*(each.flatten().tolist() for each in (found, expected, scores)), strict=True):
             tied = (scores - score).abs() <= 8 * torch.finfo().eps * scores.abs().max()
@@ -315,7 +317,7 @@ def test_signs_cover_told_and_untold_questions_alike():
 
 def test_memory_arms_attend_to_the_rows_of_k0():
     moment = last_moment()
-    arm = MemoryArm(streams(), "mplus", StreamWay(ScorePicker(model().mplus_engine.mechanism.additions.retriever)))
+    arm = MemoryArm(streams(), "mplus", StreamWay(ScoreSelector(model().mplus_engine.mechanism.additions.retriever)))
     with torch.no_grad():
         answers = arm.answers(moment, moment.due)
     assert {one.tokens_attended for one in answers} == {1 + 6 + 12 + 4}

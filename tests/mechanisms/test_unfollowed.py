@@ -1,4 +1,4 @@
-"""A mechanism or setting that training or an evaluation would not follow is refused by name before anything runs."""
+"""A mechanism or setting that an evaluation or a loss would not follow is refused by name before anything runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mplus.evaluation.tracing import check_mechanism
 from mplus.facts.language import Language
 from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.mplus import MPlusMechanism
-from mplus.training.batched.stream_batch import StreamBatch
+from mplus.training.decoder import make_batched_streams
 from mplus.training.recipe.parse import parse_recipe
 from tests.evaluation.bench import execution
 from tests.memory import tiny
@@ -34,8 +34,8 @@ from tests.training.recipes import recipe
 
 FACTS = Facts(language=Language(relations=2, firsts=6, lasts=6), ages=(0, 2, 5), streams=2, rounds=1)
 NEVER_CALLED = (
-    r"mechanism must be 'mplus' or 'memoryllm' here, got 'diary' \(.*Diary.*\): training, .* of 'diary' would never be "
-    "called"
+    r"mechanism must be 'mplus' or 'memoryllm' here, got 'diary' \(.*Diary.*\): evaluations .* of 'diary' would never "
+    "be called"
 )
 
 
@@ -70,21 +70,12 @@ def test_the_plugin_works_as_a_memory(decoder):
     assert memory.stores[0].count(0) == 2  # of five writes two found the short-term memory full
 
 
-def test_a_recipe_is_refused_by_the_name_of_its_mechanism():
-    with pytest.raises(
-        ConfigError, match=f"^recipe 'tiny': memory: {NEVER_CALLED}.* Take one of the two, or train and measure"
-    ):
-        parse_recipe(recipe(memory__mechanism="diary"))
+def test_a_recipe_names_a_mechanism_that_there_is():
+    assert (
+        parse_recipe(recipe(("stages.1.retriever_loss",), memory__mechanism="diary")).memory.mechanism.name == "diary"
+    )
     with pytest.raises(UnknownNameError, match="mplus"):
         parse_recipe(recipe(memory__mechanism="mplsu"))
-
-
-def test_the_train_command_starts_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(app, ["train", "recall-tiny", "--dry-run", "--set", "memory.mechanism=diary"])
-    assert done.exit_code == 2, done.output
-    assert "'diary' would never be called" in " ".join(done.stderr.split())
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", ["retention", "abstention", "retriever"])
@@ -106,7 +97,7 @@ def test_evaluations_with_dense_memories_refuse_it(decoder):
     with pytest.raises(ConfigError, match=NEVER_CALLED):
         context_value(decoder, [tiny.ids(64)] * 2, chunks=2, chunk_tokens=8, text_tokens=8, known_tokens=4)
     with pytest.raises(ConfigError, match=NEVER_CALLED):
-        StreamBatch(decoder.mplus_engine, [0], seed=0, long_term_tokens=0)
+        make_batched_streams(decoder.mplus_engine, [0], seed=0, long_term_tokens=0)
     with pytest.raises(NotSupported, match=r"watches the retrieval of M\+, .* mechanism is 'diary'"):
         retriever_health(ParallelStreams(decoder, FACTS))
 
@@ -125,44 +116,27 @@ def test_no_arm_measures_it_under_the_name_of_another(decoder):
     assert not skipped
 
 
-IGNORED = [
-    ({"memory__eviction": "lru"}, "eviction must be 'fifo' for streams with long-term memory, got 'lru'"),
-    (
-        {"memory__eviction": {"name": "ttl", "lifetime": 3.0}},
-        r"eviction must be 'fifo' .*, got \{'name': 'ttl', 'lifetime': 3.0\}",
-    ),
-    (
-        {"memory__mechanism": {"name": "mplus", "merge_every": 3, "lifetime": 4.0}},
-        "options of the mechanism 'mplus' must be left out here, got merge_every=3, lifetime=4.0: .* would ignore them",
-    ),
-    ({"memory__mechanism": {"name": "mplus", "short_ltm": "tile"}}, "got short_ltm='tile'"),
-    ({"memory__mechanism": "memoryllm"}, "mechanism 'memoryllm' has no long-term memory, and streams with one were"),
+FOLLOWED = [
+    {"memory__eviction": "lru"},
+    {"memory__eviction": {"name": "ttl", "lifetime": 3.0}},
+    {"memory__mechanism": {"name": "mplus", "merge_every": 3, "lifetime": 4.0}},
+    {"memory__mechanism": {"name": "mplus", "short_ltm": "tile"}},
 ]
 
 
-@pytest.mark.parametrize(("settings", "message"), IGNORED)
-def test_settings_that_training_would_ignore_are_refused(settings, message):
-    with pytest.raises(ConfigError, match=rf"stages: 1 \(second\): long_term: .*{message}"):
+@pytest.mark.parametrize("settings", FOLLOWED, ids=str)
+def test_settings_that_batched_streams_would_ignore_go_without_a_retriever_loss(settings):
+    """Without one they are followed: ``tests/training/test_separate_streams.py``."""
+    assert parse_recipe(recipe(("stages.1.retriever_loss",), **settings)).stages[1].long_term
+    with pytest.raises(
+        ConfigError, match=r"stages: 1 \(second\): retriever_loss must be left out with memory\.mechanism"
+    ):
         parse_recipe(recipe(**settings))
 
 
-@pytest.mark.parametrize("settings", [settings for settings, _ in IGNORED])
-def test_settings_of_long_term_memory_matter_to_streams_that_have_one_only(settings):
-    changed = recipe(("stages.1.retriever_loss",), **settings, stages__1__long_term=False)
-    assert parse_recipe(changed).memory.mechanism.name in {"mplus", "memoryllm"}
-    changed["validation"] = {"every_steps": 1, "long_term": True, "objectives": [{"name": "plain_lm", "data": "one"}]}
-    with pytest.raises(ConfigError, match=r"validation: long_term: (eviction|options|mechanism) "):
-        parse_recipe(changed)
-
-
-def test_a_pool_filled_by_the_first_write_is_refused_everywhere():
-    tiled = recipe(
-        ("stages.1.retriever_loss",),
-        memory__mechanism={"name": "memoryllm", "tile_first": True},
-        stages__1__long_term=False,
-    )
-    with pytest.raises(ConfigError, match=r"options of the mechanism 'memoryllm' must be left out .* tile_first=True"):
-        parse_recipe(tiled)
+def test_long_term_memory_is_asked_of_a_mechanism_that_has_one():
+    with pytest.raises(ConfigError, match=r"\(second\): long_term: mechanism 'memoryllm' has no long-term memory"):
+        parse_recipe(recipe(("stages.1.retriever_loss",), memory__mechanism="memoryllm"))
 
 
 def test_a_decoder_without_long_term_memory_is_measured_without_it():

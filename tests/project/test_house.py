@@ -68,9 +68,6 @@ NOT_YET = {
     "crowded folders": set(),
     "fields of M+'s state": {
         "mplus.memory.format.earlier",
-        "mplus.training.batched.read",
-        "mplus.training.losses",
-        "mplus.training.batched.stream_batch",
     },
 }
 

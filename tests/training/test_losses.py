@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mplus.training.losses import accuracy, balanced_bce, contrastive, token_loss
+from mplus.training.objectives.losses import accuracy, balanced_bce, contrastive, token_loss
 
 pytestmark = pytest.mark.two_computations
 

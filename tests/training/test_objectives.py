@@ -7,10 +7,9 @@ import torch
 
 from mplus.errors import ConfigError, NotSupported
 from mplus.training.batch import NO_SOURCE, Batch
-from mplus.training.batched.read import DenseDecoder
-from mplus.training.batched.stream_batch import StreamBatch
-from mplus.training.losses import RetrieverLoss
+from mplus.training.decoder import TrainedDecoder, make_batched_streams
 from mplus.training.objectives import OBJECTIVES
+from mplus.training.objectives.losses import RetrieverLoss
 from tests.memory import tiny
 
 pytestmark = pytest.mark.two_computations
@@ -67,7 +66,7 @@ def prepared(**changes):
     model = tiny.build(**changes)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(group_of(name) != "decoder")
-    streams = StreamBatch(model.mplus_engine, range(STREAMS), seed=0, long_term_tokens=tiny.CAPACITY)
+    streams = make_batched_streams(model.mplus_engine, range(STREAMS), seed=0, long_term_tokens=tiny.CAPACITY)
     with torch.no_grad():
         for batch in range(5):
             streams.write(torch.full((STREAMS, tiny.CHUNK), batch + 2), torch.full((STREAMS,), 100 + batch))
@@ -77,7 +76,7 @@ def prepared(**changes):
 def run(model, streams, name, batch=None, loss=None):
     cls = OBJECTIVES.get(name.split()[0])
     objective = cls(cls.Options(**OPTIONS.get(name, {})))
-    outcome = objective(DenseDecoder(model), streams, batch or collate(), loss or RetrieverLoss())
+    outcome = objective(TrainedDecoder(model), streams, batch or collate(), loss or RetrieverLoss())
     return objective, outcome
 
 
@@ -181,7 +180,8 @@ def test_encoder_queries_learn_which_rows_come_from_the_newest_source(negatives)
 
 def prepared_like(model):
     _, streams = prepared()
-    streams.engine = model.mplus_engine
+    engine = model.mplus_engine
+    streams.decoder, streams.additions = engine.decoder, engine.mechanism.additions
     return model, streams
 
 

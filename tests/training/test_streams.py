@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from mplus.errors import ConfigError, InputError
-from mplus.training.batched.read import DenseDecoder
-from mplus.training.batched.selection import ScorePicker
-from mplus.training.batched.stream_batch import StreamBatch
+from mplus.mechanisms.short_term.row_selection import ScoreSelector
+from mplus.training.decoder import TrainedDecoder, make_batched_streams
 from tests.memory import tiny
 
 pytestmark = pytest.mark.two_computations
@@ -19,7 +18,7 @@ SEED = 3
 def written(model, *, streams=3, chunks=14, tokens=tiny.CHUNK, capacity=tiny.CAPACITY):
     """A memory and dense streams that were written the same chunks; drops fill the LTM past its capacity."""
     memory = model.new_memory(batch_size=streams, seed=SEED)
-    dense = StreamBatch(model.mplus_engine, range(streams), seed=SEED, long_term_tokens=capacity)
+    dense = make_batched_streams(model.mplus_engine, range(streams), seed=SEED, long_term_tokens=capacity)
     generator = torch.Generator().manual_seed(7)
     for batch in range(chunks):
         ids = torch.randint(2, tiny.VOCAB_SIZE, (streams, tokens), generator=generator)
@@ -69,11 +68,11 @@ def test_streams_are_read_as_memories_are(name):
     texts = torch.randint(2, tiny.VOCAB_SIZE, (3, 2, 5), generator=torch.Generator().manual_seed(1))
     retriever = model.mplus_engine.mechanism.additions.retriever
     with torch.no_grad():
-        read = DenseDecoder(model).read(dense, texts, picker=ScorePicker(retriever))
+        read = TrainedDecoder(model).read(dense, texts, selector=ScoreSelector(retriever))
         for place in range(2):
             expected = model(input_ids=texts[:, place], memory=memory).logits
             torch.testing.assert_close(read.logits[:, place], expected, rtol=0, atol=tiny.rounding())
-    assert all(seen.picked.shape == (3, 2, tiny.K0) for seen in read.layers.values())
+    assert all(seen.selected.shape == (3, 2, tiny.K0) for seen in read.layers.values())
 
 
 def test_what_retrieval_may_not_see_does_not_change_what_is_picked():
@@ -83,18 +82,20 @@ def test_what_retrieval_may_not_see_does_not_change_what_is_picked():
     other = texts.clone()
     other[..., 4:] = 2
     query_mask = torch.arange(6).expand_as(texts) < 4
-    picker = ScorePicker(model.mplus_engine.mechanism.additions.retriever)
+    picker = ScoreSelector(model.mplus_engine.mechanism.additions.retriever)
     with torch.no_grad():
-        first, second = (DenseDecoder(model).read(dense, t, queries=query_mask, picker=picker) for t in (texts, other))
-        seeing = DenseDecoder(model).read(dense, other, picker=picker)
-    assert all(torch.equal(first.layers[i].picked, second.layers[i].picked) for i in first.layers)
-    assert any(not torch.equal(first.layers[i].picked, seeing.layers[i].picked) for i in first.layers)
+        first, second = (
+            TrainedDecoder(model).read(dense, t, queries=query_mask, selector=picker) for t in (texts, other)
+        )
+        seeing = TrainedDecoder(model).read(dense, other, selector=picker)
+    assert all(torch.equal(first.layers[i].selected, second.layers[i].selected) for i in first.layers)
+    assert any(not torch.equal(first.layers[i].selected, seeing.layers[i].selected) for i in first.layers)
 
 
 def test_a_stream_does_the_same_in_every_process_layout():
     model = tiny.build()
     _, together = written(model)
-    alone = StreamBatch(model.mplus_engine, [2], seed=SEED, long_term_tokens=tiny.CAPACITY)
+    alone = make_batched_streams(model.mplus_engine, [2], seed=SEED, long_term_tokens=tiny.CAPACITY)
     generator = torch.Generator().manual_seed(7)
     for batch in range(14):
         ids = torch.randint(2, tiny.VOCAB_SIZE, (3, tiny.CHUNK), generator=generator)
@@ -108,7 +109,7 @@ def test_a_stream_does_the_same_in_every_process_layout():
 def test_a_saved_state_goes_on_as_the_streams_would_have():
     model = tiny.build()
     _, dense = written(model)
-    twin = StreamBatch(model.mplus_engine, range(3), seed=99, long_term_tokens=tiny.CAPACITY)
+    twin = make_batched_streams(model.mplus_engine, range(3), seed=99, long_term_tokens=tiny.CAPACITY)
     twin.load_state_dict(dense.state_dict())
     ids = torch.randint(2, tiny.VOCAB_SIZE, (3, tiny.CHUNK))
     with torch.no_grad():
@@ -122,7 +123,7 @@ def test_a_saved_state_goes_on_as_the_streams_would_have():
 
 def test_gradient_flows_through_short_term_rows_until_detached():
     model = tiny.build()
-    dense = StreamBatch(model.mplus_engine, range(2), seed=0, long_term_tokens=8)
+    dense = make_batched_streams(model.mplus_engine, range(2), seed=0, long_term_tokens=8)
     for batch in range(5):
         dense.write(torch.randint(2, tiny.VOCAB_SIZE, (2, tiny.CHUNK)), torch.tensor([batch, batch]))
     assert all(rows.requires_grad for rows in dense.stm)
@@ -134,11 +135,11 @@ def test_gradient_flows_through_short_term_rows_until_detached():
 def test_bad_streams_are_refused():
     model = tiny.build()
     with pytest.raises(ConfigError, match="at least one stream, got none"):
-        StreamBatch(model.mplus_engine, [], seed=0, long_term_tokens=0)
+        make_batched_streams(model.mplus_engine, [], seed=0, long_term_tokens=0)
     with pytest.raises(ConfigError, match="variant 'paper', got 'published'"):
-        StreamBatch(tiny.variant("published").mplus_engine, [0], seed=0, long_term_tokens=0)
-    dense = StreamBatch(model.mplus_engine, [0, 1], seed=0, long_term_tokens=0)
+        make_batched_streams(tiny.variant("published").mplus_engine, [0], seed=0, long_term_tokens=0)
+    dense = make_batched_streams(model.mplus_engine, [0, 1], seed=0, long_term_tokens=0)
     with pytest.raises(InputError, match=r"chunks must be \[2, 1 to chunk_tokens \(16\)\], got \[3, 4\]"):
         dense.write(torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ConfigError, match="must be 2 with 3 layers, got 1 with 3"):
-        dense.load_state_dict(StreamBatch(model.mplus_engine, [0], seed=0, long_term_tokens=0).state_dict())
+        dense.load_state_dict(make_batched_streams(model.mplus_engine, [0], seed=0, long_term_tokens=0).state_dict())

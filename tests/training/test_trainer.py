@@ -14,12 +14,11 @@ import mplus
 from mplus.errors import CheckpointError, ConfigError, NonFiniteError, NotSupported, TrainingError
 from mplus.hf.decoders.train_model import choose_trained
 from mplus.hf.pretrained.shipped import load_decoder
+from mplus.mechanisms.short_term.row_selection import ScoreSelector
 from mplus.training import train
-from mplus.training.batched.read import DenseDecoder
-from mplus.training.batched.selection import ScorePicker
-from mplus.training.batched.stream_batch import StreamBatch
 from mplus.training.data.documents import DocumentOptions
 from mplus.training.data.files import open_documents
+from mplus.training.decoder import TrainedDecoder, make_batched_streams
 from mplus.training.objectives import OBJECTIVES
 from mplus.training.objectives.base import ObjectiveResult
 from mplus.training.objectives.multi_chunk import MultiChunk
@@ -209,10 +208,10 @@ def test_a_frozen_decoder_may_be_in_half_precision():
     assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
     assert model.model.embed_tokens.weight.dtype == torch.bfloat16
     assert not model.model.embed_tokens.weight.requires_grad
-    streams = StreamBatch(model.mplus_engine, [0], seed=0, long_term_tokens=8)
+    streams = make_batched_streams(model.mplus_engine, [0], seed=0, long_term_tokens=8)
     for number in range(4):
         streams.write(tiny.prompts(1, tiny.CHUNK, number), torch.tensor([number]))
-    read = DenseDecoder(model).read(streams, tiny.prompts(1)[None], picker=ScorePicker(model.mplus.retriever))
+    read = TrainedDecoder(model).read(streams, tiny.prompts(1)[None], selector=ScoreSelector(model.mplus.retriever))
     read.logits.float().square().mean().backward()
     assert all(parameter.grad is not None for name, parameter in trained.items() if ".read." in name)
 

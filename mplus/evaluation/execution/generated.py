@@ -41,9 +41,9 @@ from mplus.evaluation.texts import Texts
 from mplus.evaluation.tracing import Seen, TracingMechanism, check_mechanism, count_rows, scores
 from mplus.hf.reading.override import mechanism_for_reads, reading_as
 from mplus.mechanisms.base import MemoryMechanism
+from mplus.mechanisms.short_term.batching import BATCHED
 from mplus.memory.memory import Memory
 from mplus.retrievers.base import Retriever
-from mplus.training.batched.semantics import FOLLOWED
 
 WITHOUT_MEMORY = ("none", "window", "full-context", "snapkv", "bm25")
 """Arms that run the decoder alone."""
@@ -173,9 +173,9 @@ class GeneratedAnswers(Execution[Moment, Way]):
         config = self.model.mplus_config
         mechanism, wanted = config.mechanism.name, ARMS if options.arms is None else options.arms
         reading = [name for name in wanted if name not in WITHOUT_MEMORY]
-        if mechanism not in FOLLOWED and reading:
+        if mechanism not in BATCHED and reading:
             raise NotSupported(
-                f"the arms {', '.join(reading)} measure the mechanisms {' and '.join(map(repr, FOLLOWED))}, and the "
+                f"the arms {', '.join(reading)} measure the mechanisms {' and '.join(map(repr, BATCHED))}, and the "
                 f"decoder's mechanism is {mechanism!r}: none of them would measure it under its own name. Ask for "
                 f"some of the arms {', '.join(WITHOUT_MEMORY)}, or measure it with a program of your own"
             )

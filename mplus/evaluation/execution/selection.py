@@ -6,11 +6,11 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
+from mplus.mechanisms.short_term.long_term_rows import LongTermRows
 from mplus.retrievers.base import Retriever
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreLayout
 from mplus.stores.ram import RamStore
-from mplus.training.batched.long_term import LongTermRows
 
 
 @define(frozen=True, eq=False)
@@ -19,10 +19,10 @@ class RandomPicker:
 
     generator: torch.Generator = field(factory=lambda: torch.Generator().manual_seed(0))
 
-    def pick(
+    def select(
         self, layer: int, text: Tensor, queries: Tensor, rows: Tensor, ltm: LongTermRows, count: int
     ) -> tuple[Tensor, Tensor]:
-        """See ``mplus.training.batched.selection.Picker``."""
+        """See ``mplus.mechanisms.short_term.row_selection.RowSelector``."""
         drawn = torch.rand(*text.shape[:2], ltm.count, generator=self.generator).to(text.device)
         best = drawn.topk(count, dim=2)
         return best.indices, best.values
@@ -32,10 +32,10 @@ class RandomPicker:
 class RecencyPicker:
     """The rows written last."""
 
-    def pick(
+    def select(
         self, layer: int, text: Tensor, queries: Tensor, rows: Tensor, ltm: LongTermRows, count: int
     ) -> tuple[Tensor, Tensor]:
-        """See ``mplus.training.batched.selection.Picker``."""
+        """See ``mplus.mechanisms.short_term.row_selection.RowSelector``."""
         best = ltm.birth.topk(count, dim=1)
         each = text.shape[1]
         return best.indices[:, None].expand(-1, each, -1), best.values.to(text.dtype)[:, None].expand(-1, each, -1)
@@ -52,10 +52,10 @@ class OraclePicker:
     about: Tensor
     generator: torch.Generator = field(factory=lambda: torch.Generator().manual_seed(0))
 
-    def pick(
+    def select(
         self, layer: int, text: Tensor, queries: Tensor, rows: Tensor, ltm: LongTermRows, count: int
     ) -> tuple[Tensor, Tensor]:
-        """See ``mplus.training.batched.selection.Picker``."""
+        """See ``mplus.mechanisms.short_term.row_selection.RowSelector``."""
         asked = (ltm.source[:, None] == self.about[:, :, None]).to(text.dtype)
         drawn = torch.rand(asked.shape, generator=self.generator).to(text.device)
         best = (asked + drawn / 2).topk(count, dim=2)
@@ -76,10 +76,10 @@ class SelectPicker:
     retriever: Retriever
     stores: list[MemoryStore] = field(factory=list)
 
-    def pick(
+    def select(
         self, layer: int, text: Tensor, queries: Tensor, rows: Tensor, ltm: LongTermRows, count: int
     ) -> tuple[Tensor, Tensor]:
-        """See ``mplus.training.batched.selection.Picker``."""
+        """See ``mplus.mechanisms.short_term.row_selection.RowSelector``."""
         places, scores = [], []
         for stream, store in enumerate(self.follow(layer, rows, ltm)):
             projected = self.retriever.project_queries(layer, text[stream])

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from mplus.evaluation.execution.base import ID_BYTES, Moment
 from mplus.evaluation.execution.selection import OraclePicker
-from mplus.training.batched.selection import Picker
-from mplus.training.batched.stream_batch import StreamBatch
+from mplus.mechanisms.short_term.batched_streams import BatchedStreams
+from mplus.mechanisms.short_term.row_selection import RowSelector
 
 
 @define(eq=False)
@@ -23,7 +23,7 @@ class StreamMoment(Moment):
         about: ``[B, A]`` int64, the number of the passage with the answer; ``NO_SOURCE`` where it was never told.
     """
 
-    memory: StreamBatch
+    memory: BatchedStreams
     texts: Tensor
     queries: Tensor
     answers: Tensor
@@ -43,24 +43,24 @@ class StreamWay:
         oracle: bring back those that the answer was written to.
     """
 
-    picker: Picker | None = None
+    picker: RowSelector | None = None
     oracle: bool = False
 
-    def chosen(self, moment: StreamMoment) -> Picker | None:
+    def chosen(self, moment: StreamMoment) -> RowSelector | None:
         """Return what brings rows back for these questions."""
         return OraclePicker(moment.about) if self.oracle else self.picker
 
 
-def bytes_of_short_term(streams: StreamBatch) -> int:
+def bytes_of_short_term(streams: BatchedStreams) -> int:
     """Return the bytes of one stream's short-term rows, source and birth included."""
-    layout = streams.engine.layout
+    layout = streams.layout
     row = layout.hidden_size * layout.dtype.itemsize + 2 * ID_BYTES
     return layout.layers * streams.rows * row
 
 
-def bytes_of_long_term(streams: StreamBatch) -> int:
+def bytes_of_long_term(streams: BatchedStreams) -> int:
     """Return the bytes of one stream's long-term rows: hidden, retriever key, source and birth."""
-    layout = streams.engine.layout
+    layout = streams.layout
     row = (layout.hidden_size + layout.key_size) * layout.dtype.itemsize + 2 * ID_BYTES
     return sum(rows.count * row for rows in streams.ltm)
 

@@ -38,11 +38,12 @@ from mplus.evaluation.tasks.base import Episode
 from mplus.evaluation.tasks.facts import Facts
 from mplus.evaluation.tracing import check_mechanism
 from mplus.facts import words
+from mplus.mechanisms.short_term.batched_streams import BatchedStreams
+from mplus.mechanisms.short_term.row_selection import RowSelector, ScoreSelector
+from mplus.mechanisms.streams import LayerRead, Read
 from mplus.retrievers.base import Retriever
 from mplus.training.batch import NO_SOURCE
-from mplus.training.batched.read import DenseDecoder, LayerRead, Read
-from mplus.training.batched.selection import Picker, ScorePicker
-from mplus.training.batched.stream_batch import StreamBatch
+from mplus.training.decoder import TrainedDecoder, make_batched_streams
 
 QUESTION_TOKENS = 4
 WINDOW_TOKENS = 64
@@ -54,7 +55,7 @@ SCORING = "right where every token of the value is the most probable one given t
 class _RetrieverWay:
     """What health reads with, and where other retrievers select what it read: None for chance."""
 
-    picker: Picker
+    picker: RowSelector
     selecting: SelectPicker | None = field(default=None)
 
 
@@ -102,7 +103,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
             retrievers: read with in place of the trained one, each for an arm "mplus-NAME".
         """
         self.model, self.task, self.ages = model.eval(), task, task.ages
-        self.decoder = DenseDecoder(model)
+        self.decoder = TrainedDecoder(model)
         config, mechanism = model.mplus_config, model.mplus_engine.mechanism
         own = config.long_term_tokens if mechanism.long_term else 0
         capacity = own if long_term_tokens is None else long_term_tokens
@@ -132,7 +133,9 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
 
     def _moments(self, task: Facts, episodes: Sequence[Episode], advance: Advance | None) -> Iterator[StreamMoment]:
         engine = self.model.mplus_engine
-        streams = StreamBatch(engine, range(len(episodes)), seed=task.seed, long_term_tokens=self.long_term_tokens)
+        streams = make_batched_streams(
+            engine, range(len(episodes)), seed=task.seed, long_term_tokens=self.long_term_tokens
+        )
         due = due_by_place(episodes, self.ages)
         for place in range(task.passages):
             ids = torch.stack([told.chunks[place] for told in task.told])
@@ -143,7 +146,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
             if place in due:
                 yield self._moment(due[place], streams)
 
-    def _moment(self, due: Sequence[Due], streams: StreamBatch) -> StreamMoment:
+    def _moment(self, due: Sequence[Due], streams: BatchedStreams) -> StreamMoment:
         """Lay out the questions of all streams, equally many for each."""
         longest, pad = QUESTION_TOKENS + self.task.language.value_tokens, self.task.language.ids[words.PAD]
         asked = [self.task.ids(f"{one.question.prompt} {one.question.answers[0]}") for one in due]
@@ -179,13 +182,13 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
     def way(self, arm: str, options: ArmOptions) -> StreamWay | str:
         own = self.model.mplus_engine.mechanism.additions.retriever
         if arm == "mplus":
-            return StreamWay(ScorePicker(own))
+            return StreamWay(ScoreSelector(own))
         if arm == "mplus-random":
             return StreamWay(RandomPicker(torch.Generator().manual_seed(self.task.seed)))
         if arm == "mplus-recency":
             return StreamWay(RecencyPicker())
         if arm == "mplus-attention" and self.attention is not None:
-            return StreamWay(ScorePicker(self.attention))
+            return StreamWay(ScoreSelector(self.attention))
         name = arm.removeprefix("mplus-")
         if name in self.retrievers:
             return StreamWay(SelectPicker(self.retrievers[name]))
@@ -193,9 +196,9 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
 
     def read(self, moment: StreamMoment, due: Sequence[Due], way: StreamWay) -> list[Answer]:
         streams, picker = moment.memory, way.chosen(moment)
-        read = self.decoder.read(streams, moment.texts, queries=moment.queries, picker=picker)
+        read = self.decoder.read(streams, moment.texts, queries=moment.queries, selector=picker)
         seen = next(iter(read.layers.values()))
-        fetched = 0 if seen.picked is None else seen.picked.shape[2]
+        fetched = 0 if seen.selected is None else seen.selected.shape[2]
         kept = bytes_of_short_term(streams) + (0 if picker is None else bytes_of_long_term(streams))
         attended = 1 + fetched + streams.rows + QUESTION_TOKENS
         return [Answer(right, kept, attended) for right in moment.right(read.logits).flatten().tolist()]
@@ -218,7 +221,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
         own = self.model.mplus_engine.mechanism.additions.retriever
         others = {"trained": own, **(self.retrievers if retrievers is None else retrievers)}
         self._ways = {name: _RetrieverWay(picker, picker) for name, picker in _selecting(others).items()}
-        self._ways["trained"].picker = ScorePicker(own)
+        self._ways["trained"].picker = ScoreSelector(own)
         self._ways["random"] = _RetrieverWay(RandomPicker())
         return {**others, "random": None}
 
@@ -229,10 +232,10 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
         self, moment: StreamMoment, due: Sequence[Due], name: str, k: int, shortcuts: Shortcuts | None, spread: bool
     ) -> Trace:
         streams, about, way = moment.memory, moment.about, self._ways[name]
-        read = self.decoder.read(streams, moment.texts, queries=moment.queries, picker=way.picker, retrieved_tokens=k)
+        read = self.decoder.read(streams, moment.texts, queries=moment.queries, selector=way.picker, retrieved_tokens=k)
         layers, spreads = [], []
         for layer, seen in read.layers.items():
-            picked = about.new_empty(*about.shape, 0) if seen.picked_source is None else seen.picked_source
+            picked = about.new_empty(*about.shape, 0) if seen.selected_source is None else seen.selected_source
             columns = (
                 streams.ltm[layer].source[:, None] == about[:, :, None],
                 picked == about[:, :, None],
@@ -246,7 +249,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
                 spreads.append([float(scores.float().std(2).mean())])
         return Trace(layers, moment.right(read.logits).flatten(), spreads)
 
-    def _rows(self, streams: StreamBatch, layer: int) -> Tensor:
+    def _rows(self, streams: BatchedStreams, layer: int) -> Tensor:
         """Return the long-term rows ``[B, m, d]`` of a layer after its input norm."""
         norm, rows = self.decoder.engine.retrofit.anatomy.specs[layer].norm, streams.ltm[layer].hidden
         return rows if norm is None else norm(rows)
@@ -277,9 +280,9 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
     def _signs(self, moment: StreamMoment) -> tuple[Tensor, Tensor]:
         """Return ``[n, len(features)]``, and whether "unknown" is the most probable answer."""
         retriever = self.model.mplus_engine.mechanism.additions.retriever
-        picker = None if retriever is None else ScorePicker(retriever)
+        picker = None if retriever is None else ScoreSelector(retriever)
         read = self.decoder.read(
-            moment.memory, moment.texts, queries=moment.queries, picker=picker, candidates=_all_rows
+            moment.memory, moment.texts, queries=moment.queries, selector=picker, candidates=_all_rows
         )
         first = read.logits[:, :, QUESTION_TOKENS - 1].float()
         unknown = self.task.language.ids[words.UNKNOWN]
@@ -341,7 +344,7 @@ def _all_rows(layer: int, sources: Tensor) -> Tensor:
     return torch.arange(sources.shape[1], device=sources.device).expand(sources.shape[0], -1)
 
 
-def _best_and_margin(picker: ScorePicker | None, read: Read, queries: Tensor) -> tuple[Tensor, Tensor]:
+def _best_and_margin(picker: ScoreSelector | None, read: Read, queries: Tensor) -> tuple[Tensor, Tensor]:
     """Return best score and margin ``[B, A]``, mean over layers; zeros without a retriever."""
     best, margin = [], []
     for layer, seen in read.layers.items():

@@ -68,6 +68,11 @@ class WrappedDecoder:
     def project(self, layer: int, hidden: Tensor) -> Tensor:
         return self._engine.project(layer, hidden)
 
+    def normed(self, layer: int, hidden: Tensor) -> Tensor:
+        norm = self._engine.retrofit.anatomy.specs[layer].norm
+        found: Tensor = hidden if norm is None else norm(hidden)
+        return found
+
     def keys(self, layer: int, hidden: Tensor) -> Tensor | None:
         return self._engine.keys(layer, hidden)
 

@@ -54,10 +54,10 @@ class Retrofit:
         """
         hidden = prefix.hidden if spec.norm is None else spec.norm(prefix.hidden)
         rows = hidden.shape[1] if prefix.lengths is None else prefix.lengths[:, None]
-        place = torch.arange(hidden.shape[1], device=hidden.device)
+        place = prefix.before + torch.arange(hidden.shape[1], device=hidden.device)
         positions = prefix.positions
         if positions is None:
-            positions = self.positions.of_rows(place, rows + prefix.behind, text_offset)
+            positions = self.positions.of_rows(place, prefix.before + rows + prefix.behind, text_offset)
         rotary = None
         if spec.rotary_keyword is not None:
             rotary = self._rotary(spec, hidden, positions, text_offset, args, kwargs)

@@ -13,9 +13,13 @@ from torch import Tensor
 from mplus.backends.base import Segment
 from mplus.mechanisms.base import Absorbed, Columns, MemoryMechanism, Opened, Retrieved
 from mplus.mechanisms.decoder import Decoder, KeptProjection, Project, Text, side_by_side
+from mplus.mechanisms.short_term.assembly import assemble
+from mplus.mechanisms.short_term.batched_streams import BatchedStreams
+from mplus.mechanisms.short_term.batching import can_be_batched
 from mplus.mechanisms.short_term.prefix_cache import Prepared
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
-from mplus.mechanisms.short_term.write import WritePass, WritePlan
+from mplus.mechanisms.short_term.write import WritePass, WritePlan, plan_write, split_order
+from mplus.mechanisms.streams import TrainingStreams
 from mplus.memory.state import StreamView
 from mplus.memory.writing.context import WriteContext
 from mplus.memory.writing.update import Update
@@ -24,9 +28,15 @@ from mplus.stores.base import StoreLayout
 
 
 class RowMechanism(MemoryMechanism):
-    """Writes the last K outputs of every layer, and reads ``[begin | retrieved | short-term]`` in front of the text."""
+    """Writes the last K outputs of every layer, and reads ``[begin | retrieved | short-term]`` in front of the text.
+
+    Attributes:
+        batched: whether the streams of a training may be held as one tensor per layer; a class that derives from M+ and
+            changes a rule leaves it False, and is then trained by its own methods.
+    """
 
     State: ClassVar[type[ShortTermState]] = ShortTermState
+    batched: ClassVar[bool] = False
     empty_is_base: ClassVar[bool] = False  # the begin row stands in front of every text
 
     @property
@@ -108,12 +118,11 @@ class RowMechanism(MemoryMechanism):
 
         ``reencode`` False: a chunk shorter than K makes only as many rows as it has tokens.
         """
-        k = self.config.memory_tokens_per_chunk
-        kept = (hidden.shape[0] for hidden in state.newest)
-        present = min(k, *(len(rows) for rows in state.stm), *kept)
-        context = tuple(state.context(layer, present).need_hidden() for layer in range(len(state.stm)))
-        reencoded = min(max(k - tokens, 0), present) if reencode else 0
-        return WritePlan(begin=True, context=context, reencoded=reencoded, rows=min(k, tokens + reencoded))
+        layers = range(len(state.stm))
+        newest = state.newest or tuple(rows.need_hidden() for rows in state.stm)
+        count = min(*(hidden.shape[0] for hidden in newest), *(len(rows) for rows in state.stm))
+        context = [newest[layer][newest[layer].shape[0] - count :] for layer in layers]
+        return plan_write(context, tokens, self.config.memory_tokens_per_chunk, reencode=reencode)
 
     def absorb(self, state: Any, update: Update, source: int, context: WriteContext) -> Absorbed:
         k = update.hidden[0].shape[0]
@@ -191,12 +200,30 @@ class RowMechanism(MemoryMechanism):
                 return segments
         streams = []
         for view, retrieved in zip(views, found, strict=True):
-            parts: list[Tensor] = [self.additions.begin[layer]] if self.has_prefix(view) else []
-            if retrieved is not None:
-                parts.append(retrieved.rows.need_hidden())
-            parts.append(state_of(view).stm[layer].need_hidden())
-            streams.append(torch.cat([part.to(hidden) for part in parts]))
+            begin = self.additions.begin[layer] if self.has_prefix(view) else None
+            long_term = None if retrieved is None else retrieved.rows.need_hidden()
+            short_term = state_of(view).stm[layer].need_hidden()
+            streams.append(assemble(begin, [long_term, short_term], hidden))
         return (project(side_by_side(streams)),)
+
+    def streams(
+        self,
+        decoder: Decoder,
+        layout: StoreLayout,
+        numbers: Sequence[int],
+        *,
+        seed: int,
+        long_term: bool = True,
+    ) -> TrainingStreams | None:
+        """Return streams that are held as one tensor per layer, where these follow the configuration."""
+        config = self.config
+        long_term = long_term and config.long_term_tokens != 0 and self.uses_retriever
+        # Of the class itself, not inherited: a class that derives from M+ may have changed any rule.
+        known = vars(type(self)).get("batched", False) and self.additions.pool is None
+        if not known or not can_be_batched(config, long_term=long_term):
+            return None
+        capacity = config.long_term_tokens or 0 if long_term else 0
+        return BatchedStreams(config, self.additions, decoder, layout, numbers, seed=seed, long_term_tokens=capacity)
 
     def standing(self, view: StreamView, layer: int) -> MemoryRows:
         """Return the short-term rows of a layer."""
@@ -215,8 +242,8 @@ def _completed(layer: int, rows: MemoryRows, layout: StoreLayout, columns: Colum
 
 
 def _places(count: int, excess: int, permutation: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Places that stay and ``excess`` that leave, both in order (uniform random drop: MemoryLLM section 3.1.2)."""
+    """Return the positions that stay and the ``excess`` that leave, both ascending, on ``device``."""
     if not excess or permutation is None:
         return torch.arange(count, device=device), torch.arange(0, device=device)
-    stay, leave = permutation[: count - excess], permutation[count - excess :]
-    return stay.sort().values.to(device), leave.sort().values.to(device)
+    stay, leave = split_order(permutation, excess)
+    return stay.to(device), leave.to(device)

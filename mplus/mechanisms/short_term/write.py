@@ -11,6 +11,7 @@ from torch import Tensor
 from mplus.backends.base import Segment
 from mplus.mechanisms.additions import MemoryAdditions
 from mplus.mechanisms.decoder import Decoder, Project, Rows
+from mplus.mechanisms.short_term.assembly import assemble
 
 
 @define(frozen=True, eq=False)
@@ -43,6 +44,35 @@ class WritePlan:
     def prefix_rows(self) -> int:
         """Rows in front of the text: all that are read, without those that are queries themselves."""
         return int(self.begin) + self.context[0].shape[-2] - self.reencoded
+
+
+def plan_write(newest: Sequence[Tensor], tokens: int, k: int, *, reencode: bool) -> WritePlan:
+    """Return the plan of a write of ``tokens`` text tokens that makes K = ``k`` rows (M+ section 3.1).
+
+    Args:
+        newest: per layer ``[..., n, d]``, hidden states of the newest short-term rows, oldest first; K are read.
+        tokens: of the chunk.
+        k: rows of a full chunk.
+        reencode: a chunk shorter than K has its newest old rows for queries too, so that there are K new rows; False:
+            it makes only as many rows as it has tokens.
+    """
+    present = min(k, *(hidden.shape[-2] for hidden in newest))
+    context = tuple(hidden[..., hidden.shape[-2] - present :, :] for hidden in newest)
+    reencoded = min(max(k - tokens, 0), present) if reencode else 0
+    return WritePlan(begin=True, context=context, reencoded=reencoded, rows=min(k, tokens + reencoded))
+
+
+def split_order(order: Tensor, excess: int) -> tuple[Tensor, Tensor]:
+    """Return the positions that stay and the ``excess`` that leave, both ascending.
+
+    The last of a random order leave: uniform random drop (MemoryLLM section 3.1.2).
+
+    Args:
+        order: ``[..., n]`` int64, a permutation of 0..n-1.
+        excess: how many leave.
+    """
+    count = order.shape[-1] - excess
+    return order[..., :count].sort(-1).values, order[..., count:].sort(-1).values
 
 
 @define(frozen=True, eq=False)
@@ -86,11 +116,10 @@ class WritePass:
     def prefix(self, layer: int, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
         """Return ``[begin | context]`` without the rows that are queries themselves."""
         context = self.plan.context[layer]
-        context = context[:, : context.shape[1] - self.plan.reencoded].to(hidden)
-        if not self.plan.begin:
-            return (project(Rows(context)),) if context.shape[1] else ()
-        begin = self.additions.begin[layer].to(hidden).expand(context.shape[0], -1, -1)
-        return (project(Rows(torch.cat([begin, context], 1))),)
+        context = context[:, : context.shape[1] - self.plan.reencoded]
+        begin = self.additions.begin[layer] if self.plan.begin else None
+        rows = assemble(begin, [context], hidden, batch=context.shape[:1])
+        return (project(Rows(rows)),) if rows.shape[1] else ()
 
     def _marked(self, layer: int, hidden: Tensor) -> Tensor:
         """Put re-encoded rows in the first places of the text, and add the mark to the last rows."""

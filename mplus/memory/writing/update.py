@@ -31,6 +31,10 @@ class Update:
         """Return the rows of one stream: views of the tensors of all."""
         return Update(tuple(rows[stream] for rows in self.hidden), tuple(rows[stream] for rows in self.projected))
 
+    def detach(self) -> Update:
+        """Return the same rows, cut off from the pass that made them."""
+        return Update(tuple(rows.detach() for rows in self.hidden), tuple(rows.detach() for rows in self.projected))
+
     @property
     def finite(self) -> bool:
         """Whether there is no NaN and no Inf in any row."""

@@ -11,9 +11,9 @@ from torch import Tensor
 from mplus.training.batch import Batch
 
 if TYPE_CHECKING:
-    from mplus.training.batched.read import DenseDecoder
-    from mplus.training.batched.stream_batch import StreamBatch
-    from mplus.training.losses import RetrieverLoss
+    from mplus.mechanisms.streams import TrainingStreams
+    from mplus.training.decoder import TrainedDecoder
+    from mplus.training.objectives.losses import RetrieverLoss
 
 
 @define(frozen=True, eq=False)
@@ -63,6 +63,6 @@ class Objective(ABC):
 
     @abstractmethod
     def __call__(
-        self, decoder: DenseDecoder, streams: StreamBatch, batch: Batch, retriever_loss: RetrieverLoss | None
+        self, decoder: TrainedDecoder, streams: TrainingStreams, batch: Batch, retriever_loss: RetrieverLoss | None
     ) -> ObjectiveResult:
         """The loss of ``batch``; ``retriever_loss`` None: none is wanted."""

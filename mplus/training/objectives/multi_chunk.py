@@ -9,13 +9,13 @@ from attrs import define, field
 
 from mplus.config import whole
 from mplus.training.batch import Batch
-from mplus.training.losses import RetrieverLoss
 from mplus.training.objectives.base import Objective, ObjectiveResult
 from mplus.training.objectives.full_read import full_read, write
+from mplus.training.objectives.losses import RetrieverLoss
 
 if TYPE_CHECKING:
-    from mplus.training.batched.read import DenseDecoder
-    from mplus.training.batched.stream_batch import StreamBatch
+    from mplus.mechanisms.streams import TrainingStreams
+    from mplus.training.decoder import TrainedDecoder
 
 
 class MultiChunk(Objective):
@@ -34,7 +34,7 @@ class MultiChunk(Objective):
     name: ClassVar[str] = "multi_chunk"
 
     def __call__(
-        self, decoder: DenseDecoder, streams: StreamBatch, batch: Batch, retriever_loss: RetrieverLoss | None
+        self, decoder: TrainedDecoder, streams: TrainingStreams, batch: Batch, retriever_loss: RetrieverLoss | None
     ) -> ObjectiveResult:
         """See ``Objective``."""
         streams.detach()

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from mplus.training.batch import Batch
-from mplus.training.losses import RetrieverLoss
 from mplus.training.objectives.base import Objective, ObjectiveResult
 from mplus.training.objectives.full_read import full_read
+from mplus.training.objectives.losses import RetrieverLoss
 
 if TYPE_CHECKING:
-    from mplus.training.batched.read import DenseDecoder
-    from mplus.training.batched.stream_batch import StreamBatch
+    from mplus.mechanisms.streams import TrainingStreams
+    from mplus.training.decoder import TrainedDecoder
 
 
 class PlainLM(Objective):
@@ -23,7 +23,7 @@ class PlainLM(Objective):
     name: ClassVar[str] = "plain_lm"
 
     def __call__(
-        self, decoder: DenseDecoder, streams: StreamBatch, batch: Batch, retriever_loss: RetrieverLoss | None
+        self, decoder: TrainedDecoder, streams: TrainingStreams, batch: Batch, retriever_loss: RetrieverLoss | None
     ) -> ObjectiveResult:
         """See ``Objective``. What the texts are about was not written, so the retriever learns nothing."""
         streams.detach()

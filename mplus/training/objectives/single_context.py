@@ -8,13 +8,13 @@ from attrs import define, field
 
 from mplus.config import whole
 from mplus.training.batch import Batch
-from mplus.training.losses import RetrieverLoss
 from mplus.training.objectives.base import Objective, ObjectiveResult
 from mplus.training.objectives.full_read import full_read, write
+from mplus.training.objectives.losses import RetrieverLoss
 
 if TYPE_CHECKING:
-    from mplus.training.batched.read import DenseDecoder
-    from mplus.training.batched.stream_batch import StreamBatch
+    from mplus.mechanisms.streams import TrainingStreams
+    from mplus.training.decoder import TrainedDecoder
 
 
 class SingleContext(Objective):
@@ -35,7 +35,7 @@ class SingleContext(Objective):
     name: ClassVar[str] = "single_context"
 
     def __call__(
-        self, decoder: DenseDecoder, streams: StreamBatch, batch: Batch, retriever_loss: RetrieverLoss | None
+        self, decoder: TrainedDecoder, streams: TrainingStreams, batch: Batch, retriever_loss: RetrieverLoss | None
     ) -> ObjectiveResult:
         """See ``Objective``. The streams keep the graph of these writes until the next batch."""
         streams.detach()

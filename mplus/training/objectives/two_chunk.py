@@ -8,12 +8,12 @@ from attrs import define, field
 
 from mplus.config import one_of
 from mplus.training.batch import Batch
-from mplus.training.losses import RetrieverLoss, accuracy, token_loss
 from mplus.training.objectives.base import Objective, ObjectiveResult
+from mplus.training.objectives.losses import RetrieverLoss, accuracy, token_loss
 
 if TYPE_CHECKING:
-    from mplus.training.batched.read import DenseDecoder
-    from mplus.training.batched.stream_batch import StreamBatch
+    from mplus.mechanisms.streams import TrainingStreams
+    from mplus.training.decoder import TrainedDecoder
 
 
 class TwoChunk(Objective):
@@ -38,14 +38,14 @@ class TwoChunk(Objective):
         return 1
 
     def __call__(
-        self, decoder: DenseDecoder, streams: StreamBatch, batch: Batch, retriever_loss: RetrieverLoss | None
+        self, decoder: TrainedDecoder, streams: TrainingStreams, batch: Batch, retriever_loss: RetrieverLoss | None
     ) -> ObjectiveResult:
         """See ``Objective``. Afterwards the streams hold the new rows, detached."""
         streams.detach()
-        block = streams.encode(batch.chunks[:, -1])
-        read = decoder.read_rows(block, batch.texts, self.options.reader)
+        update = streams.encode(batch.chunks[:, -1])
+        read = streams.read_update(update, batch.texts, self.options.reader)
         loss = token_loss(read.logits, batch.labels)
-        streams.absorb([rows.detach() for rows in block], batch.sources[:, -1])
+        streams.absorb(update.detach(), batch.sources[:, -1])
         return ObjectiveResult(
             loss, {"loss": loss.item(), "accuracy": accuracy(read.logits, batch.labels, batch.answer_mask)}
         )

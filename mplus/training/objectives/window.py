@@ -9,12 +9,12 @@ from attrs import define, field
 from mplus.config import whole
 from mplus.errors import ConfigError
 from mplus.training.batch import Batch
-from mplus.training.losses import RetrieverLoss, accuracy, token_loss
 from mplus.training.objectives.base import Objective, ObjectiveResult
+from mplus.training.objectives.losses import RetrieverLoss, accuracy, token_loss
 
 if TYPE_CHECKING:
-    from mplus.training.batched.read import DenseDecoder
-    from mplus.training.batched.stream_batch import StreamBatch
+    from mplus.mechanisms.streams import TrainingStreams
+    from mplus.training.decoder import TrainedDecoder
 
 
 class Window(Objective):
@@ -39,7 +39,7 @@ class Window(Objective):
         return False
 
     def __call__(
-        self, decoder: DenseDecoder, streams: StreamBatch, batch: Batch, retriever_loss: RetrieverLoss | None
+        self, decoder: TrainedDecoder, streams: TrainingStreams, batch: Batch, retriever_loss: RetrieverLoss | None
     ) -> ObjectiveResult:
         """See ``Objective``. Raises ConfigError when the batch's source makes no windows."""
         if batch.windows is None or batch.window_labels is None:

@@ -9,9 +9,10 @@ from typing import Any
 from mplus.config import Component, options_of
 from mplus.errors import ConfigError
 from mplus.mechanisms import MECHANISMS
+from mplus.mechanisms.short_term.batching import can_be_batched
+from mplus.mechanisms.short_term.mechanism import RowMechanism
 from mplus.retrievers import RETRIEVERS
 from mplus.retrievers.base import Retriever
-from mplus.training.batched.semantics import check_semantics
 from mplus.training.recipe.recipe import Entry, Recipe, Stage, Validation
 from mplus.training.recipe.tables import DataSet, NewTokenizer, error_prefix
 
@@ -77,7 +78,6 @@ def _check_memory(recipe: Recipe) -> None:
             f"layer, got {recipe.memory.bytes_budget!r}: set long_term_tokens, and give the budget to new_memory of "
             "the trained decoder"
         )
-    check_semantics(recipe.memory, long_term=False)
 
 
 def _check_data(recipe: Recipe) -> None:
@@ -183,8 +183,12 @@ def _check_long_term(recipe: Recipe) -> None:
             "long_term must be false where memory.long_term_tokens is not a number of at least 1, got true and "
             f"{recipe.memory.long_term_tokens!r}"
         )
-    with error_prefix("long_term"):
-        check_semantics(recipe.memory, long_term=True)
+    mechanism: Any = MECHANISMS.get(recipe.memory.mechanism.name)
+    if issubclass(mechanism, RowMechanism) and not mechanism.uses_retriever:
+        raise ConfigError(
+            f"long_term: mechanism {mechanism.name!r} has no long-term memory, and streams with one were asked for: "
+            "set long_term to false, or take the mechanism 'mplus'"
+        )
 
 
 def _check_retriever(recipe: Recipe, stage: Stage) -> None:
@@ -193,6 +197,12 @@ def _check_retriever(recipe: Recipe, stage: Stage) -> None:
         raise ConfigError(
             "retriever_loss must be left out where there is no retriever, got memory.mechanism "
             f"{memory.mechanism.name!r} with memory.long_term_tokens {memory.long_term_tokens}"
+        )
+    if not can_be_batched(memory, long_term=stage.long_term):
+        named = [f"mechanism {memory.mechanism.plain()!r}", f"eviction {memory.eviction.plain()!r}"]
+        raise ConfigError(
+            f"retriever_loss must be left out with memory.{' and memory.'.join(named)}: a retriever is trained on "
+            "memories that are held as dense tensors, of 'mplus' with its own options and eviction 'fifo' only"
         )
     if not _is_trainable(memory.retriever):
         raise ConfigError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from mplus.config import MPlusConfig, structure
 from mplus.errors import ConfigError
-from mplus.training.losses import RetrieverLoss
+from mplus.training.objectives.losses import RetrieverLoss
 from mplus.training.recipe.checks import check
 from mplus.training.recipe.recipe import Entry, Recipe, Revisit, Stage, Until, Validation
 from mplus.training.recipe.tables import Checkpoints, DataSet, Metrics, ModelTable, Optimizer, error_prefix

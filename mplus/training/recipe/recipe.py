@@ -11,9 +11,9 @@ from attrs import define, field
 from mplus.config import MPlusConfig, flag, number, one_of, options_of, whole
 from mplus.errors import ConfigError
 from mplus.training.data.options import share, text
-from mplus.training.losses import RetrieverLoss
 from mplus.training.objectives import OBJECTIVES
 from mplus.training.objectives.base import Objective
+from mplus.training.objectives.losses import RetrieverLoss
 from mplus.training.recipe.tables import (
     Checkpoints,
     DataSet,

@@ -7,14 +7,14 @@ from typing import Protocol
 from attrs import define
 from torch import Tensor
 
+from mplus.mechanisms.short_term.long_term_rows import LongTermRows
 from mplus.retrievers.base import Retriever
-from mplus.training.batched.long_term import LongTermRows
 
 
-class Picker(Protocol):
+class RowSelector(Protocol):
     """Chooses long-term rows for every text of every stream."""
 
-    def pick(
+    def select(
         self, layer: int, text: Tensor, queries: Tensor, rows: Tensor, ltm: LongTermRows, count: int
     ) -> tuple[Tensor, Tensor]:
         """Places ``[B, R, count]`` int64 in the long-term rows, in any order, and their scores.
@@ -30,12 +30,12 @@ class Picker(Protocol):
 
 
 @define(frozen=True, eq=False)
-class ScorePicker:
+class ScoreSelector:
     """The rows a retriever scores best, with keys made anew by its present weights."""
 
     retriever: Retriever
 
-    def pick(
+    def select(
         self, layer: int, text: Tensor, queries: Tensor, rows: Tensor, ltm: LongTermRows, count: int
     ) -> tuple[Tensor, Tensor]:
         best = self.score(layer, text, queries, rows).topk(count, dim=2)

@@ -17,7 +17,7 @@ from mplus.training.batch import IGNORE_INDEX, NO_SOURCE
 from mplus.training.parallel import global_mean
 
 if TYPE_CHECKING:
-    from mplus.training.batched.read import LayerRead, Read
+    from mplus.mechanisms.streams import LayerRead, Read
 
 EPSILON = 1e-5
 """Added to probabilities before their logarithm (published constant)."""
@@ -86,7 +86,7 @@ class RetrieverLoss:
     encoder_weight: float = field(default=0.0, validator=number(0))
 
     def wanted(self, text_sources: Tensor, generators: Sequence[torch.Generator]) -> Any:
-        """The ``candidates`` argument of ``DenseDecoder.read`` for texts ``text_sources`` ``[B, R]``.
+        """The ``candidates`` argument of ``TrainedDecoder.read`` for texts ``text_sources`` ``[B, R]``.
 
         ``generators``: one per stream, so that a stream's candidates do not depend on the other streams.
         """
@@ -125,7 +125,7 @@ class RetrieverLoss:
         return self._term(retriever, layer, seen, projected.view(batch, each, tokens, -1), query_mask, text_sources)
 
     def _write_term(self, retriever: Retriever, layer: int, seen: LayerRead) -> Tensor:
-        newest, source = _there(seen.newest), _there(seen.newest_source)
+        newest, source = _there(seen.recent), _there(seen.recent_source)
         projected = retriever.project_encoder_queries(layer, newest.detach() if self.detach else newest)[:, None]
         everything = torch.ones(projected.shape[:3], dtype=torch.bool, device=projected.device)
         return self._term(retriever, layer, seen, projected, everything, source[:, -1:])

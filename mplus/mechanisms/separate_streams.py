@@ -1,0 +1,235 @@
+"""SeparateStreams: training streams of any mechanism, by its own ``write``, ``absorb``, ``retrieve`` and ``prefix``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import evolve
+from torch import Tensor
+
+from mplus.backends.base import Segment
+from mplus.errors import ConfigError, InputError, NotSupported
+from mplus.eviction.build import build_eviction
+from mplus.mechanisms.decoder import Adapter, Attended, Decoder, KeptProjection, Project, Text
+from mplus.mechanisms.graph_store import GraphStore, detached
+from mplus.mechanisms.streams import Candidates, LayerRead, Read, TrainingStreams
+from mplus.memory.state import StreamState, StreamView, alike
+from mplus.memory.writing.context import WriteContext
+from mplus.memory.writing.update import Update
+from mplus.rows import MemoryRows
+from mplus.stores.access_log import AccessLog
+from mplus.stores.base import StoreLayout
+
+if TYPE_CHECKING:
+    from mplus.mechanisms.base import MemoryMechanism, Retrieved
+
+COMMON = ("clock", "sources", "texts", "tail", "weights")
+
+
+class SeparateStreams(TrainingStreams):
+    """One state and one store per stream, and a pass for those that can share it.
+
+    Every rule is the mechanism's own, options and eviction included, so that what is trained is what a user's memory
+    does; a mechanism whose many streams can be held as one tensor is faster with an answer of its own to ``streams``.
+
+    Args:
+        mechanism: of all streams.
+        decoder: runs its passes.
+        layout: of the rows.
+        numbers: global number of each stream.
+        seed: of all draws.
+        capacity: rows that a layer of a store may hold; None: no limit.
+        projection: of rows that are kept as keys and values; None: there are none.
+    """
+
+    def __init__(
+        self,
+        mechanism: MemoryMechanism,
+        decoder: Decoder,
+        layout: StoreLayout,
+        numbers: Sequence[int],
+        *,
+        seed: int,
+        capacity: int | None,
+        projection: KeptProjection | None = None,
+    ) -> None:
+        super().__init__(numbers, seed)
+        self.mechanism, self.decoder, self.layout = mechanism, decoder, layout
+        self.capacity, self.projection = capacity, projection
+        self._eviction = build_eviction(mechanism.config.eviction)
+        self.reset()
+
+    @property
+    def clock(self) -> int:  # type: ignore[override]
+        return self.states[0].clock
+
+    @property
+    def nbytes(self) -> int:
+        return sum(state.nbytes for state in self.states) + sum(store.nbytes for store in self.stores)
+
+    def reset(self) -> None:
+        streams = range(len(self))
+        self.states: list[StreamState] = [self.mechanism.new_state(self.layout, self.decoder) for _ in streams]
+        self.stores = [GraphStore(self._store_layout()) for _ in streams]
+        self._access_logs = [AccessLog() if self._eviction.needs_access_log else None for _ in streams]
+
+    def _store_layout(self) -> StoreLayout:
+        expires = self.mechanism.lifetime(self._eviction) is not None
+        return evolve(self.layout, expiry=self.layout.expiry or expires)
+
+    def detach(self) -> None:
+        self.states = [_rebuilt(state, self.layout) for state in self.states]
+        for store in self.stores:
+            store.detach()
+
+    def encode(self, ids: Tensor) -> Update:
+        most = self.mechanism.config.chunk_tokens
+        if ids.ndim != 2 or ids.shape[0] != len(self) or not 1 <= ids.shape[1] <= most:
+            raise InputError(f"chunks must be [{len(self)}, 1 to chunk_tokens ({most})], got {list(ids.shape)}")
+        ids, views = ids.to(self.layout.device), self._views()
+        groups = alike(list(ids), [view.state for view in views])
+        updates = [self._encode([views[row] for row in group], ids[group]) for group in groups]
+        order = torch.tensor([row for group in groups for row in group]).argsort()
+        if len({update_rows(update) for update in updates}) > 1:
+            raise NotSupported(
+                f"training needs equally many new rows for every stream, and the mechanism {self.mechanism.name!r} "
+                "makes different numbers of them"
+            )
+        joined = [
+            tuple(torch.cat(parts)[order.to(parts[0].device)] for parts in zip(*of, strict=True))
+            for of in ([update.hidden for update in updates], [update.projected for update in updates])
+        ]
+        return Update(*joined)
+
+    def _encode(self, views: Sequence[StreamView], ids: Tensor) -> Update:
+        update = self.mechanism.write(self.decoder, views, Text(ids))
+        Update.check(update, self.mechanism.name, len(views), [self.layout] * len(views))
+        if self.layout.projected_size and not update.projected:
+            projected = tuple(self.decoder.project(layer, rows) for layer, rows in enumerate(update.hidden))
+            update = evolve(update, projected=projected)
+        return update
+
+    def absorb(self, update: Update, source: Tensor) -> None:
+        for row, number in enumerate(source.tolist()):
+            context = self._context(self.stores[row], self.generators[row], self._access_logs[row])
+            self.states[row] = self.mechanism.absorb(self.states[row], update.of(row), number, context).state
+
+    def _context(self, store: GraphStore, generator: torch.Generator, access_log: AccessLog | None) -> WriteContext:
+        return WriteContext(
+            store=store,
+            eviction=self._eviction,
+            draw=lambda n: torch.randperm(n, generator=generator),
+            keys=self.decoder.keys,
+            capacity=self.capacity,
+            usage=access_log,
+        )
+
+    def read(self, texts: Tensor, *, queries: Tensor | None = None, candidates: Candidates | None = None) -> Read:
+        if candidates is not None:
+            raise NotSupported(
+                f"streams of the mechanism {self.mechanism.name!r} offer no candidates to a retriever loss: leave "
+                "retriever_loss out"
+            )
+        return self._read(self._views(), texts, queries, "read")
+
+    def read_update(self, update: Update, texts: Tensor, adapter: Adapter) -> Read:
+        views = []
+        for row in range(len(self)):
+            state, store = self.mechanism.new_state(self.layout, self.decoder), GraphStore(self._store_layout())
+            # A generator of its own: what is read by itself must not move the draws of the stream.
+            context = self._context(store, torch.Generator().manual_seed(row), None)
+            absorbed = self.mechanism.absorb(state, update.of(row), 0, context)
+            views.append(StreamView(absorbed.state, store.snapshot()))
+        return self._read(views, texts, None, adapter)
+
+    def _views(self) -> list[StreamView]:
+        parts = zip(self.states, self.stores, self._access_logs, strict=True)
+        return [StreamView(state, store.snapshot(), log) for state, store, log in parts]
+
+    def _read(self, streams: Sequence[StreamView], texts: Tensor, queries: Tensor | None, adapter: Adapter) -> Read:
+        batch, each, tokens = texts.shape
+        views = [view for view in streams for _ in range(each)]
+        ids = texts.flatten(0, 1)
+        mask = torch.ones_like(ids, dtype=torch.bool) if queries is None else queries.flatten(0, 1)
+        source = _TextPrefix(self, views, Text(ids, mask))
+        empty = self.mechanism.empty_is_base and not any(map(self.mechanism.has_prefix, views))
+        found = self.decoder.run(
+            ids,
+            prefix=source.prefix,
+            prefix_rows=max(map(self.mechanism.prefix_rows, views)),
+            adapter=None if empty else adapter,
+            collect={"logits"},
+        )
+        logits: Any = found.logits
+        layers = {layer: LayerRead(text.view(batch, each, tokens, -1)) for layer, text in source.texts.items()}
+        return Read(logits.view(batch, each, tokens, -1), layers)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "states": [_plain(state) for state in self.states],
+            "stores": [store.state_dict() for store in self.stores],
+            **self.generator_states(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if "states" not in state or len(state["states"]) != len(self):
+            raise ConfigError(
+                f"the saved streams must be {len(self)} of the mechanism {self.mechanism.name!r}, got "
+                f"{len(state['generators'])}" + ("" if "states" in state else " of another one")
+            )
+        device = self.layout.device
+        for row, saved in enumerate(state["states"]):
+            rows = {name: [MemoryRows.of(part).to(device) for part in parts] for name, parts in saved["lists"].items()}
+            new = type(self.states[row]).from_parts(self.layout, rows, saved["tensors"], clock=saved["clock"])
+            self.states[row] = new
+            self.stores[row].load_state_dict(state["stores"][row])
+        self.load_generator_states(state)
+
+
+class _TextPrefix:
+    """What every layer sees in front of texts. A recomputation in backward finds what the first pass retrieved."""
+
+    def __init__(self, streams: SeparateStreams, views: Sequence[StreamView], text: Text) -> None:
+        self.mechanism, self.views, self.mask = streams.mechanism, views, text.mask
+        opened = self.mechanism.open(streams.decoder, views, text)
+        if opened.text_offset is not None:
+            raise NotSupported(
+                f"training cannot put a text at the position that the mechanism {self.mechanism.name!r} gives it "
+                "(Opened.text_offset)"
+            )
+        kept = streams.projection
+        if kept is not None and not streams.layout.keeps_hidden:
+            opened = evolve(opened, prepared=self.mechanism.prepare(kept, None))
+        self.opened = opened
+        self.texts: dict[int, Tensor] = {}
+        self._found: dict[int, list[Retrieved | None]] = {}
+
+    def prefix(self, layer: int, hidden: Tensor, project: Project) -> tuple[Segment, ...] | Attended | None:
+        """See ``mplus.mechanisms.decoder.Prefix``."""
+        self.texts.setdefault(layer, hidden)
+        if not any(map(self.mechanism.has_prefix, self.views)):
+            return ()
+        if layer not in self._found:
+            with torch.no_grad():
+                mask: Any = self.mask
+                self._found[layer] = self.mechanism.retrieve(layer, hidden.detach(), mask, self.views)
+        return self.mechanism.prefix(self.opened, layer, self._found[layer], hidden, project)
+
+
+def update_rows(update: Update) -> int:
+    """Return how many new rows each layer of an update has."""
+    return (update.hidden or update.projected)[0].shape[1]
+
+
+def _rebuilt(state: StreamState, layout: StoreLayout) -> StreamState:
+    """Return a state whose rows and tensors have no graph."""
+    rows = {name: [detached(part) for part in parts] for name, parts in state.row_lists().items()}
+    tensors = {name: tensor.detach() for name, tensor in state.tensors().items()}
+    return type(state).from_parts(layout, rows, tensors, **{name: getattr(state, name) for name in COMMON})
+
+
+def _plain(state: StreamState) -> dict[str, Any]:
+    lists = {name: [detached(part).columns() for part in parts] for name, parts in state.row_lists().items()}
+    return {"lists": lists, "tensors": {n: t.detach() for n, t in state.tensors().items()}, "clock": state.clock}

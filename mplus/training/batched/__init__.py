@@ -1,1 +1,0 @@
-"""The memories of many streams as dense tensors, for training."""
