@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from mplus.mechanisms import MECHANISMS
 from mplus.retrievers import RETRIEVERS
+from mplus.testing.mechanisms import MechanismConformance
 from mplus.testing.retrievers import RetrieverConformance
+from tests.helpers.examples import classes_of
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -115,14 +118,21 @@ def test_the_written_retriever_brings_back_what_the_text_is_about(run, without_c
     assert about_the_cake["cake"] > 2 * about_the_cake["dog"]
 
 
-def cosine_retriever():
-    """The class of the example, taken out of its text, since to collect tests should not run the rest of it."""
-    tree = ast.parse((ROOT / "examples" / "write_a_retriever.py").read_text(encoding="utf-8"))
-    wanted = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef)]
-    names = {}
-    exec(compile(ast.Module(wanted, []), "write_a_retriever.py", "exec"), names)
-    return names["CosineRetriever"]
+@pytest.fixture
+def without_tokens():
+    yield
+    MECHANISMS.unregister("tokens")
+
+
+def test_the_written_mechanism_keeps_a_row_for_every_token(run, without_tokens):
+    said = run("write_a_mechanism")
+    assert "rows per layer: [26 long-term]" in said
+    assert said.strip().endswith("torch.Size([1, 7, 512])")
 
 
 class TestCosineRetriever(RetrieverConformance):
-    implementation = cosine_retriever()
+    implementation = classes_of("write_a_retriever")["CosineRetriever"]
+
+
+class TestTokenMemory(MechanismConformance):
+    implementation = classes_of("write_a_mechanism")["TokenMemory"]

@@ -1,0 +1,21 @@
+"""Every registered mechanism keeps to the rules of ``MechanismConformance``."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from mplus.mechanisms import MECHANISMS
+from mplus.testing.mechanisms import MechanismConformance
+from mplus.testing.registered import suites
+from tests.mechanisms.gists import GistMechanism
+
+
+class ShortTerm(MechanismConformance):
+    settings: ClassVar[dict[str, int]] = {"memory_tokens_per_chunk": 4, "short_term_tokens": 8}
+
+
+globals().update(suites(MechanismConformance, MECHANISMS, {"mplus": ShortTerm, "memoryllm": ShortTerm}))
+
+
+class TestGists(MechanismConformance):
+    implementation = GistMechanism
