@@ -8,8 +8,7 @@ import typer
 
 import mplus
 from mplus.cli import bench as benching
-from mplus.cli.demo.command import demo
-from mplus.cli.demo.novel_command import demo_continue, demo_novel
+from mplus.cli.demo.command import demo, demo_continue, demo_novel
 from mplus.cli.errors import ErrorLineGroup
 from mplus.cli.eval.abstention import abstention
 from mplus.cli.eval.harm import harm

@@ -16,10 +16,9 @@ from typer.testing import CliRunner
 import mplus
 from mplus.cli import app
 from mplus.cli.demo import recall
-from mplus.cli.demo.chat import Answer, Talk
-from mplus.cli.demo.conversation import converse
+from mplus.cli.demo.chat import Answer, Chat, converse
 from mplus.cli.demo.recall import ARMS, ROUNDS, UNTOLD, Asked, RecallDemo, short_term_only, told_and_asked
-from mplus.cli.demo.recall_render import NO_FIGURE, save_figure, show
+from mplus.cli.demo.render import NO_FIGURE, save_figure, show_recall
 from mplus.errors import InputError, MissingDependencyError
 from mplus.evaluation.reports.report import Report
 from mplus.facts import words
@@ -74,7 +73,7 @@ def shipped_here(folder, monkeypatch):
 
 @pytest.fixture
 def talk(folder):
-    return Talk(*shipped.load_recall(), LANGUAGE, 0)
+    return Chat(*shipped.load_recall(), LANGUAGE, 0)
 
 
 def demo(*options, **more):
@@ -141,7 +140,7 @@ def test_the_figure_is_written(ran):
 
 def test_the_seed_decides_what_is_told(talk):
     def questions(seed):
-        again = Talk(talk.model, talk._tokenizer, LANGUAGE, seed)
+        again = Chat(talk.model, talk._tokenizer, LANGUAGE, seed)
         return [one.answer.question for one in told_and_asked(again, 2, 3, seed)]
 
     assert questions(1) == questions(1) != questions(2)
@@ -322,7 +321,7 @@ def report_of(*asked, **changes):
 
 def shown(report, figure=None):
     console = Console(file=io.StringIO(), width=160, highlight=False)
-    show(report, figure, console)
+    show_recall(report, figure, console)
     return console.file.getvalue()
 
 

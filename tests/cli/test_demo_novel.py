@@ -14,12 +14,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mplus.cli import app
-from mplus.cli.demo import resume
+from mplus.cli.demo import novel
 from mplus.cli.demo.novel import STORY_TOKENS, demo_config, read_novel, retrieved_from, tell, tokenize, with_memory
 from mplus.cli.demo.novel import write_novel as write
-from mplus.cli.demo.novel_text import chapters
-from mplus.cli.demo.render import show
+from mplus.cli.demo.render import show_novel
 from mplus.cli.demo.report import DemoReport
+from mplus.hf.pretrained.novel import chapters
 from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
 from mplus.hf.reading.retrieved_sources import RetrievedSource
 from mplus.memory.format.manifest import read_manifest
@@ -61,7 +61,7 @@ def report(plain):
 
 def shown(report, kept=False):
     console = Console(file=io.StringIO(), width=160, highlight=False)
-    show(report, kept, console)
+    show_novel(report, kept, console)
     return console.file.getvalue()
 
 
@@ -102,7 +102,7 @@ def test_memory_and_text_stay_within_the_positions_of_the_decoder(report):
     memory = 1 + config["retrieved_tokens"] + config["short_term_tokens"]
     assert places.reading == memory + config["chunk_tokens"] <= places.trained
     prompt = len(load_tokenizer()(report.story.prompt)["input_ids"])
-    assert memory + prompt + STORY_TOKENS + resume.TOKENS <= places.trained
+    assert memory + prompt + STORY_TOKENS + novel.CONTINUATION_TOKENS <= places.trained
 
 
 def test_speeds(plain, report):
@@ -126,7 +126,7 @@ def test_the_continuation_is_identical_in_a_new_process(plain, report):
     saved = plain["saved"]
     assert saved["identical"] is True
     assert saved["here"] == saved["in_new_process"]
-    assert len(saved["here"]["tokens"]) == resume.TOKENS
+    assert len(saved["here"]["tokens"]) == novel.CONTINUATION_TOKENS
     births = report.saved.here.births
     clock = (report.chunks + 1) * report.config["memory_tokens_per_chunk"]
     assert len(births) == 5
@@ -135,7 +135,7 @@ def test_the_continuation_is_identical_in_a_new_process(plain, report):
 
 
 def test_what_is_kept(plain, folder):
-    saved = folder / resume.MEMORY
+    saved = folder / novel.MEMORY
     assert plain["saved"]["folder"] == str(folder)
     assert plain["saved"]["bytes"] == sum(file.stat().st_size for file in saved.iterdir())
     assert verify(saved) == []
@@ -162,10 +162,10 @@ def test_the_screen_says_what_the_numbers_say(report):
 
 def test_a_different_continuation_is_reported_and_fails(monkeypatch):
     def other(folder, threads):
-        told = resume.continue_saved(folder)
+        told = novel.continue_saved(folder)
         return cattrs.structure({**cattrs.unstructure(told), "tokens": [0, *told.tokens[1:]]}, type(told))
 
-    monkeypatch.setattr(resume, "_in_new_process", other)
+    monkeypatch.setattr(novel, "_in_new_process", other)
     result = run("--tokens", 512)
     assert result.exit_code == 1
     text = " ".join(result.stdout.split())
@@ -182,12 +182,12 @@ def in_this_process(monkeypatch):
         result = CliRunner().invoke(app, command[3:])
         return subprocess.CompletedProcess(command, result.exit_code, result.stdout, result.stderr)
 
-    monkeypatch.setattr(resume.subprocess, "run", run)
+    monkeypatch.setattr(novel.subprocess, "run", run)
 
 
 @pytest.mark.usefixtures("in_this_process")
 def test_a_process_that_fails_ends_the_demo_with_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(resume, "continue_saved", lambda folder: read_manifest(folder / "nothing"))
+    monkeypatch.setattr(novel, "continue_saved", lambda folder: read_manifest(folder / "nothing"))
     result = run("--tokens", 512, "--out", tmp_path)
     assert result.exit_code == 2
     [line] = [line for line in result.stderr.splitlines() if line.startswith("mplus: ")]

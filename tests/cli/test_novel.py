@@ -9,7 +9,7 @@ import re
 import pytest
 
 from mplus.cli.demo.novel import tokenize
-from mplus.cli.demo.novel_text import FILE, chapters
+from mplus.hf.pretrained.novel import FILE, chapters
 from mplus.hf.pretrained.shipped import STORIES260K, load_decoder, load_tokenizer
 
 

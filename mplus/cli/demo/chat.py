@@ -1,17 +1,25 @@
-"""Telling facts to a shipped decoder and asking for them: what the demo does, and what a person may do after it."""
+"""A chat in the little language of facts: what the demo tells and asks, and what a person may type after it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from attrs import define
 from torch import Tensor
 
+from mplus.errors import InputError
 from mplus.facts import words
 from mplus.facts.language import Language
 from mplus.facts.speaker import told_chunk
 from mplus.memory import Memory
+
+HELP = """
+Tell a fact:  colour of ada baker red .
+Ask for one:  colour of ada baker
+Relations are {relations}; end with an empty line.
+"""
 
 
 @define(frozen=True)
@@ -33,8 +41,8 @@ class Answer:
     known: float
 
 
-class Talk:
-    """A conversation in the little language with one memory.
+class Chat:
+    """Tells facts to one memory, and asks for them.
 
     Attributes:
         model: the wrapped decoder.
@@ -88,3 +96,27 @@ class Talk:
             age=None if best is None else best.age // k,
             known=1 - unknown,
         )
+
+
+def converse(chat: Chat, read: Callable[[str], str] = input, say: Callable[[str], None] = print) -> None:
+    """Read lines until an empty one or the end of input; what is wrong is said, and the conversation goes on."""
+    say(HELP.format(relations=", ".join(chat.language.relation_names)))
+    turns = 0
+    while True:
+        try:
+            line = read("> ").strip(" ?.\t")
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not line:
+            return
+        turns += 1
+        try:
+            if len(line.split()) <= 4:
+                answer = chat.ask(line)
+                age = "" if answer.age is None else f", {answer.age} chunks ago"
+                say(f"{answer.words}   (known: {answer.known:.2f}; best row: {answer.source or '-'}{age})")
+            else:
+                chat.tell(line, f"you {turns}")
+                say("told.")
+        except InputError as error:
+            say(str(error))

@@ -10,7 +10,7 @@ import attrs
 import torch
 from attrs import define
 
-from mplus.cli.demo.chat import Answer, Talk
+from mplus.cli.demo.chat import Answer, Chat
 from mplus.evaluation.execution import ParallelStreams
 from mplus.evaluation.options import ArmOptions
 from mplus.evaluation.reports.report import Report
@@ -88,14 +88,14 @@ class RecallDemo:
 
 def run(
     *, train: bool, facts: int, distraction: int, streams: int, seed: int, threads: int, quiet: bool
-) -> tuple[RecallDemo, Talk]:
-    """Do all of it; returns what was found and the conversation, to go on with."""
+) -> tuple[RecallDemo, Chat]:
+    """Do all of it; returns what was found and the chat, to go on with."""
     model, tokenizer, seconds = trained(seed, quiet) if train else (*load_recall(), None)
     model.eval()
-    conversation = Talk(model, tokenizer, Language(), seed)
-    asked = told_and_asked(conversation, facts, distraction, seed)
+    chat = Chat(model, tokenizer, Language(), seed)
+    asked = told_and_asked(chat, facts, distraction, seed)
     ages = tuple(age for age in AGES if age <= max(distraction, 16))
-    memory, config = conversation.memory, model.mplus_config
+    memory, config = chat.memory, model.mplus_config
     sizes = {"chunk_tokens": config.chunk_tokens, "tail": config.memory_tokens_per_chunk}
     task = Facts(**sizes, ages=ages, streams=streams, rounds=ROUNDS, seed=seed + 1)
     curves = retention(ParallelStreams(model, task), ArmOptions(arms=ARMS))
@@ -113,7 +113,7 @@ def run(
             seed=seed,
             threads=threads,
         ),
-        conversation,
+        chat,
     )
 
 
@@ -126,9 +126,9 @@ def trained(seed: int, quiet: bool) -> tuple[Any, Any, float]:
     return result.model, result.tokenizer, time.perf_counter() - begun
 
 
-def told_and_asked(conversation: Talk, facts: int, distraction: int, seed: int) -> list[Asked]:
+def told_and_asked(chat: Chat, facts: int, distraction: int, seed: int) -> list[Asked]:
     """Tell ``facts`` facts by name, then as many others as asked for, and put the questions."""
-    language, config = conversation.language, conversation.model.mplus_config
+    language, config = chat.language, chat.model.mplus_config
     generator = torch.Generator().manual_seed(seed)
     numbers = draw_facts(language, facts + distraction + UNTOLD, held_out=True, siblings=0.25, generator=generator)
     sizes = {"chunk_tokens": config.chunk_tokens, "tail": config.memory_tokens_per_chunk}
@@ -136,8 +136,8 @@ def told_and_asked(conversation: Talk, facts: int, distraction: int, seed: int) 
     told = facts + distraction
     for place in range(told):
         name = f"note {place + 1}" if place < facts else f"chunk {place + 1}"
-        conversation.write(episode.chunks[place], name)
-    without = short_term_only(conversation.memory)
+        chat.write(episode.chunks[place], name)
+    without = short_term_only(chat.memory)
     asked = []
     for place in [*range(facts), *range(told, told + UNTOLD)]:
         question = " ".join(language.question(numbers[place]))
@@ -147,8 +147,8 @@ def told_and_asked(conversation: Talk, facts: int, distraction: int, seed: int) 
                 told_as=f"note {place + 1}" if was_told else None,
                 value=" ".join(language.value(numbers[place], episode.values[place])) if was_told else None,
                 age=told - 1 - place if was_told else None,
-                answer=conversation.ask(question),
-                short_term=conversation.ask(question, without),
+                answer=chat.ask(question),
+                short_term=chat.ask(question, without),
             )
         )
     return asked

@@ -29,7 +29,7 @@ class Chapter:
 
 
 def chapters(file: Path = FILE) -> list[Chapter]:
-    """The chapters in order; together they are the novel without its title page."""
+    """Return the chapters in order; together they are the novel without its title page."""
     with gzip.open(file, "rt", encoding="utf-8") as opened:
         text = opened.read()
     headings = list(_HEADING.finditer(text))
