@@ -19,11 +19,15 @@ class Segment:
         values: ``[B or 1, Hkv, P, Dv]``.
         lengths: ``[B]`` int64, how many rows of each batch row are real; those behind them are filler and may hold
             anything. None when all rows are real.
+        bias: ``[B or 1, Hkv or 1, P]`` floating, added to the scores of each key after the soft cap; None: nothing.
+            The logarithm of a weight w makes a key count as w equal ones. Finite at real rows; fillers may hold
+            anything.
     """
 
     keys: Tensor
     values: Tensor
     lengths: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def valid(self) -> Tensor | None:
@@ -91,9 +95,14 @@ class AttentionBackend(ABC):
     """Computes ``softmax(scale * Q [Km|Kt]^T + mask) [Vm|Vt]``; stateless. ``reference`` is the specification.
 
     Both methods get requests that ``mplus.backends.checks.check_request`` has found to be well formed.
+
+    Attributes:
+        name: what a configuration calls it.
+        supports_key_bias: whether it adds ``Segment.bias``; requests with one never reach a backend that does not.
     """
 
     name: ClassVar[str]
+    supports_key_bias: ClassVar[bool] = False
 
     @abstractmethod
     def unsupported_reasons(self, request: AttentionRequest) -> list[str]:

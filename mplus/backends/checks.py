@@ -30,19 +30,43 @@ def check_request(request: AttentionRequest) -> None:
     for name, part in _tensors(request).items():
         if part.device != device:
             raise InputError(f"{name} must be on the device of the queries ({device}), got {part.device}")
+    for index, segment in enumerate(request.segments):
+        if segment.bias is not None and not torch.compiler.is_compiling():  # a look at numbers would break the graph
+            valid = segment.valid
+            real = segment.bias if valid is None else segment.bias.masked_fill(~valid[:, None], 0)
+            check_finite(f"segments[{index}].bias", real)
 
 
-def mixed_dtypes(request: AttentionRequest, taker: str) -> list[str]:
-    """Reasons against keys and values of another dtype than the queries; ``taker`` is what takes one dtype only."""
+def mixed_dtypes(request: AttentionRequest, taker: str, *, biases: bool = False) -> list[str]:
+    """Return reasons against keys and values of another dtype than the queries.
+
+    Args:
+        request: what is to be computed.
+        taker: what takes one dtype only, for the message.
+        biases: whether ``Segment.bias`` must have that dtype, too.
+    """
     parts = {"keys": request.keys, "values": request.values}
     for index, segment in enumerate(request.segments):
         parts[f"segments[{index}].keys"] = segment.keys
         parts[f"segments[{index}].values"] = segment.values
+        if biases and segment.bias is not None:
+            parts[f"segments[{index}].bias"] = segment.bias
     wanted = request.queries.dtype
     return [
         f"{name} are {part.dtype} and queries {wanted}: {taker} takes one dtype"
         for name, part in parts.items()
         if part.dtype != wanted
+    ]
+
+
+def learned_biases(request: AttentionRequest, taker: str) -> list[str]:
+    """Return reasons against each ``Segment.bias`` that requires a gradient, which ``taker`` does not give."""
+    if not torch.is_grad_enabled():
+        return []
+    return [
+        f"segments[{index}].bias requires a gradient, which {taker} does not give"
+        for index, segment in enumerate(request.segments)
+        if segment.bias is not None and segment.bias.requires_grad
     ]
 
 
@@ -93,6 +117,17 @@ def _check_segment(name: str, segment: Segment, request: AttentionRequest) -> No
     lengths = segment.lengths
     if lengths is not None and (tuple(lengths.shape) != (batch,) or lengths.dtype != torch.int64):
         raise InputError(f"{name}.lengths must be [{batch}] int64, got {list(lengths.shape)} {lengths.dtype}")
+    if segment.bias is not None:
+        _check_bias(f"{name}.bias", segment.bias, segment, batch)
+
+
+def _check_bias(name: str, bias: Tensor, segment: Segment, batch: int) -> None:
+    key_heads, rows = segment.keys.shape[1:3]
+    sizes = ((1, batch), (1, key_heads), (rows,))
+    if bias.dim() != 3 or any(size not in allowed for size, allowed in zip(bias.shape, sizes, strict=True)):
+        raise InputError(f"{name} must be [1 or {batch}, 1 or {key_heads}, {rows}], got {list(bias.shape)}")
+    if not bias.is_floating_point():
+        raise InputError(f"{name} must be floating point, got {bias.dtype}")
 
 
 def _check_options(request: AttentionRequest) -> None:
@@ -131,4 +166,5 @@ def _tensors(request: AttentionRequest) -> dict[str, Tensor]:
         named[f"segments[{index}].keys"] = segment.keys
         named[f"segments[{index}].values"] = segment.values
         named[f"segments[{index}].lengths"] = segment.lengths
+        named[f"segments[{index}].bias"] = segment.bias
     return {name: tensor for name, tensor in named.items() if tensor is not None}

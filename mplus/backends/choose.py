@@ -51,7 +51,7 @@ class BackendChooser:
         refused: dict[str, list[str]] = {}
         for name in self._candidates():
             backend = self._instance(name)
-            reasons = backend.unsupported_reasons(request)
+            reasons = backend.unsupported_reasons(request) or _reasons_against_bias(backend, request)
             if not reasons:
                 self._log(name, refused)
                 return backend
@@ -85,6 +85,17 @@ class BackendChooser:
         logger.info("attention backend %r (%s): %s", name, BACKENDS.origin(name), why)
 
 
+def _reasons_against_bias(backend: AttentionBackend, request: AttentionRequest) -> list[str]:
+    """Return why ``backend`` may not get a request some of whose segments have a bias; empty when it may."""
+    if backend.supports_key_bias:
+        return []
+    return [
+        f"segments[{index}].bias {list(segment.bias.shape)}: the backend does not say that it adds one"
+        for index, segment in enumerate(request.segments)
+        if segment.bias is not None
+    ]
+
+
 def choose(name: str, request: AttentionRequest) -> AttentionBackend:
     """``BackendChooser(name).choose(request)``, for a single request."""
     return BackendChooser(name).choose(request)
@@ -93,7 +104,9 @@ def choose(name: str, request: AttentionRequest) -> AttentionBackend:
 def describe(request: AttentionRequest) -> str:
     """Shapes and dtypes of a request in one line."""
     segments = [
-        f"{_shape(segment.keys)}{'' if segment.lengths is None else ' with fillers'}" for segment in request.segments
+        f"{_shape(segment.keys)}{'' if segment.lengths is None else ' with fillers'}"
+        f"{'' if segment.bias is None else ' with a bias'}"
+        for segment in request.segments
     ]
     mask = "causal" if request.mask is None else f"{_shape(request.mask)}"
     return (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mplus.backends.base import AttentionBackend, AttentionRequest, AttentionResult
-from mplus.backends.checks import mixed_dtypes
+from mplus.backends.checks import learned_biases, mixed_dtypes
 from mplus.backends.joined import joined_bias, joined_keys_values, joined_visibility
 
 
@@ -22,6 +22,7 @@ class FlexBackend(AttentionBackend):
     """
 
     name: ClassVar[str] = "flex"
+    supports_key_bias: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._compiled: Callable[..., Any] | None = None
@@ -40,6 +41,7 @@ class FlexBackend(AttentionBackend):
         learning = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
         if learning and queries.device.type == "cpu":
             reasons.append("a tensor requires a gradient, and FlexAttention has none on a CPU")
+        reasons += learned_biases(request, "FlexAttention")
         return reasons
 
     def attend(self, request: AttentionRequest) -> AttentionResult:

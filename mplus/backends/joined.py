@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from mplus.backends.base import AttentionRequest
+    from mplus.backends.base import AttentionRequest, Segment
 
 
 def joined_keys_values(request: AttentionRequest) -> tuple[Tensor, Tensor]:
@@ -45,12 +45,36 @@ def joined_visibility(request: AttentionRequest) -> Tensor:
 
 
 def joined_bias(request: AttentionRequest) -> Tensor | None:
-    """``[1 or B, 1 or H, T, P+S]``: what an additive mask adds, 0 at memory and masked text; None if there is none."""
+    """Return what is added to the scores, ``[1 or B, 1 or H, 1 or T, P+S]``; None: nothing.
+
+    At memory that is ``Segment.bias``, at text what an additive mask says; 0 at fillers and masked text.
+    """
+    text = text_bias(request)
+    memory = sum(segment.keys.shape[2] for segment in request.segments)
+    if all(segment.bias is None for segment in request.segments):
+        return None if text is None else torch.nn.functional.pad(text, (memory, 0))
+    parts = [_segment_bias(request, segment) for segment in request.segments]
+    if text is None:
+        text = parts[0].new_zeros(1, 1, 1, request.keys.shape[2])
+    sizes = torch.broadcast_shapes(*(part.shape[:3] for part in (*parts, text)))
+    return torch.cat([part.expand(*sizes, -1) for part in (*parts, text)], dim=-1)
+
+
+def text_bias(request: AttentionRequest) -> Tensor | None:
+    """Return what an additive mask adds, ``[1 or B, 1 or H, T, S]``, 0 where it hides; None if there is none."""
     if request.mask is None or request.mask.dtype == torch.bool:
         return None
-    memory = sum(segment.keys.shape[2] for segment in request.segments)
-    bias = _four_dimensions(request).masked_fill(~_masked_visibility(request), 0)
-    return torch.nn.functional.pad(bias, (memory, 0))
+    return _four_dimensions(request).masked_fill(~_masked_visibility(request), 0)
+
+
+def _segment_bias(request: AttentionRequest, segment: Segment) -> Tensor:
+    """Return ``[1 or B, 1 or H, 1, P]``, 0 at fillers."""
+    if segment.bias is None:
+        return request.queries.new_zeros(1, 1, 1, segment.keys.shape[2])
+    bias, valid = segment.bias, segment.valid
+    if bias.shape[1] > 1:
+        bias = bias.repeat_interleave(request.queries.shape[1] // bias.shape[1], dim=1)
+    return (bias if valid is None else bias.masked_fill(~valid[:, None], 0))[:, :, None]
 
 
 def may_see_nothing(request: AttentionRequest) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mplus.backends.base import AttentionBackend, AttentionRequest, AttentionResult
+from mplus.backends.checks import learned_biases
 from mplus.backends.parts import Part, mergeable, parts_of
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class MergeBackend(AttentionBackend):
     """
 
     name: ClassVar[str] = "merge"
+    supports_key_bias: ClassVar[bool] = True
 
     def unsupported_reasons(self, request: AttentionRequest) -> list[str]:
         """What the kernel lacks: other devices, soft caps, dropout, weights, mixed dtypes, values of another width."""
@@ -36,6 +38,7 @@ class MergeBackend(AttentionBackend):
             reasons.append("need_weights=True: the kernel does not return its weights")
         if request.mask is not None and request.mask.requires_grad:
             reasons.append("mask requires a gradient, which the kernel does not give")
+        reasons += learned_biases(request, "the kernel")
         return reasons
 
     def attend(self, request: AttentionRequest) -> AttentionResult:

@@ -65,8 +65,9 @@ def partial_backward(
     scale: float,
     softcap: float | None = None,
     visible: Visibility | None = None,
+    bias: Tensor | None = None,
     chunk: int = 1024,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """What one part of the keys contributes to the gradients. Exact; scores are computed again, a chunk at a time.
 
     Differentiating a merge of partial attentions part by part, each with the output and the log-sum-exp of its own,
@@ -81,11 +82,12 @@ def partial_backward(
         scale: factor on the scores.
         softcap: as in ``AttentionRequest``.
         visible: which of the keys each query sees; None: all of them.
+        bias: ``[B or 1, Hkv or 1, N]``, as in ``Segment``; None: nothing is added to the scores.
         chunk: keys at a time; ``[B, H, T, chunk]`` numbers are held.
 
     Returns:
-        Gradients of queries, keys and values in float32, or float64 where the queries are; those of the queries have
-        to be summed over the parts.
+        Gradients of queries, keys, values and bias (None where there is none) in float32, or float64 where the queries
+        are; those of the queries have to be summed over the parts.
     """
     batch, heads, length, width = queries.shape
     key_heads, rows = keys.shape[1], keys.shape[2]
@@ -101,6 +103,7 @@ def partial_backward(
     inner = folded(delta)[..., None]
     grad_queries = torch.zeros_like(q)
     grad_keys, grad_values = (torch.zeros(part.shape, dtype=dtype, device=part.device) for part in (keys, values))
+    grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=dtype, device=bias.device)
     with torch.autocast(queries.device.type, enabled=False):  # it would take the products to half precision
         for start in range(0, rows, chunk):
             stop = min(start + chunk, rows)
@@ -117,16 +120,22 @@ def partial_backward(
             if softcap is not None:
                 capped = torch.tanh(scores / softcap)
                 scores, slope = softcap * capped, scale * (1 - capped**2)
+            if bias is not None:
+                scores = scores + bias[:, :, None, start:stop].to(dtype)  # NaN at fillers goes with their weights
             weights = (scores - whole).exp()
             if hidden is not None:
                 spread = weights.view(batch, key_heads, heads // key_heads, length, stop - start)
                 hidden = hidden[:, :, None] if hidden.shape[1] == 1 else hidden.unflatten(1, (key_heads, -1))
                 weights = spread.masked_fill(hidden, 0).view_as(weights)
-            grad_scores = weights * (grad @ v.mT - inner) * slope
+            grad_scores = weights * (grad @ v.mT - inner)
+            if bias is not None and grad_bias is not None:
+                # Behind the soft cap, so before its slope; summed over the queries, and over what shares the bias.
+                grad_bias[:, :, start:stop] = grad_scores.sum(2).sum_to_size(*bias.shape[:2], stop - start)
+            grad_scores = grad_scores * slope
             grad_queries += grad_scores @ k
             grad_keys[:, :, start:stop] = _like(grad_scores.mT @ q, keys)
             grad_values[:, :, start:stop] = _like(weights.mT @ grad, values)
-    return grad_queries.view(batch, heads, length, width), grad_keys, grad_values
+    return grad_queries.view(batch, heads, length, width), grad_keys, grad_values, grad_bias
 
 
 def _like(gradient: Tensor, part: Tensor) -> Tensor:

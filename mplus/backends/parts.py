@@ -9,7 +9,7 @@ from attrs import define, evolve
 from torch import Tensor
 
 from mplus.backends.checks import mixed_dtypes
-from mplus.backends.joined import joined_bias, text_visibility
+from mplus.backends.joined import text_bias, text_visibility
 
 if TYPE_CHECKING:
     from mplus.backends.base import AttentionRequest
@@ -29,7 +29,7 @@ def mergeable(request: AttentionRequest) -> list[str]:
         reasons.append(f"torch {torch.__version__} has no attention kernel for the CPU that returns log-sum-exps")
     if queries.dtype not in DTYPES:
         reasons.append(f"queries are {queries.dtype}: the kernel takes {', '.join(map(str, DTYPES))}")
-    reasons += mixed_dtypes(request, "the kernel")
+    reasons += mixed_dtypes(request, "the kernel", biases=True)
     if request.values.shape[-1] != queries.shape[-1]:
         reasons.append(
             f"values have width {request.values.shape[-1]} and keys {queries.shape[-1]}: the kernel takes one width"
@@ -47,6 +47,7 @@ class Part:
         count: only the first so many keys are real.
         bias: ``[B or 1, H or 1, T, S]`` added to the scores, -inf where nothing is seen; None: all keys are seen, or
             with ``causal`` those up to a query's own place.
+        key_bias: ``[B or 1, Hkv or 1, 1, P]`` added to the scores of each key, whatever the query; of memory only.
         blind: ``[B or 1, H or 1, T]`` bool, queries that see none of the keys; None: there are none.
         causal: key s is seen by the queries from s on.
     """
@@ -56,6 +57,7 @@ class Part:
     rows: slice | None = None
     count: int | None = None
     bias: Tensor | None = None
+    key_bias: Tensor | None = None
     blind: Tensor | None = None
     causal: bool = False
 
@@ -80,7 +82,7 @@ class Part:
         mine = queries if self.rows is None else queries[self.rows]
         keys, values = self._own(keys), self._own(values)
         if self._packed:
-            output, lse = _kernel(pack(mine, keys), keys, values, None, causal=False, scale=scale)
+            output, lse = _kernel(pack(mine, keys), keys, values, self.key_bias, causal=False, scale=scale)
             output, lse = unpack(output, mine.shape), unpack(lse, mine.shape[:3])
         else:
             keys, values = (_per_query_head(rows, heads) for rows in (keys, values))
@@ -113,7 +115,7 @@ class Part:
         if self._packed:
             shape, packed = q.shape, (pack(part, k) for part in (dout, q, o, lse))
             dout, q, o, lse = packed
-            dq, dk, dv = _kernel_backward(dout, q, k, v, o, lse, None, causal=False, scale=scale)
+            dq, dk, dv = _kernel_backward(dout, q, k, v, o, lse, self.key_bias, causal=False, scale=scale)
             dq = unpack(dq, shape)
         else:
             groups = heads // k.shape[1]
@@ -146,21 +148,35 @@ def parts_of(request: AttentionRequest) -> list[Part]:
     """Memory, oldest first, and text."""
     if request.joined is not None and request.queries.shape[2] == 1 and request.joined.worthwhile:
         text = _text(request)
-        if text.keys is request.keys and not text.partial and text.bias is None:  # the token sees all text
+        biased = any(segment.bias is not None for segment in request.segments)
+        plain = text.keys is request.keys and not text.partial and text.bias is None  # the token sees all text
+        if plain and not biased:
             return [Part(*request.joined.keys_values())]
     parts: list[Part] = []
     for segment in request.segments:
-        if not segment.keys.shape[2]:
+        count, bias = segment.keys.shape[2], segment.bias
+        if not count:
             continue
-        if segment.lengths is None:
-            parts.append(Part(segment.keys, segment.values))
+        # Rows of a batch that share keys are packed into one, which cannot have a bias for each.
+        apart = bias is not None and bias.shape[0] > segment.keys.shape[0]
+        if segment.lengths is None and not apart:
+            parts.append(Part(segment.keys, segment.values, key_bias=_key_bias(bias)))
             continue
+        counts = [count] * request.queries.shape[0] if segment.lengths is None else segment.lengths.tolist()
         parts += [
-            Part(segment.keys, segment.values, slice(row, row + 1), count)
-            for row, count in enumerate(segment.lengths.tolist())
-            if count
+            Part(segment.keys, segment.values, slice(row, row + 1), real, key_bias=_key_bias(bias, row, real))
+            for row, real in enumerate(counts)
+            if real
         ]
     return [*parts, _text(request)]
+
+
+def _key_bias(bias: Tensor | None, row: int | None = None, count: int | None = None) -> Tensor | None:
+    """Return a segment's bias, of one batch row and its real keys where these are given, as the kernel takes it."""
+    if bias is None:
+        return None
+    own = bias if row is None or bias.shape[0] == 1 else bias[row : row + 1]
+    return own[:, :, None, :count].contiguous()
 
 
 def _text(request: AttentionRequest) -> Part:
@@ -175,8 +191,8 @@ def _text(request: AttentionRequest) -> Part:
     if plain and length == 1 and request.window is not None:
         return Part(keys[:, :, -request.window :], values[:, :, -request.window :])
     visible = text_visibility(request)
-    added = joined_bias(request)
-    bias = torch.zeros((), dtype=request.queries.dtype) if added is None else added[..., -text:]
+    added = text_bias(request)
+    bias = torch.zeros((), dtype=request.queries.dtype) if added is None else added
     blind = ~visible.any(-1)
     bias = bias.to(request.queries.dtype).masked_fill(~visible, -torch.inf)
     bias = bias[(None,) * (4 - bias.dim())]

@@ -19,6 +19,7 @@ class ReferenceBackend(AttentionBackend):
     """
 
     name: ClassVar[str] = "reference"
+    supports_key_bias: ClassVar[bool] = True
 
     def unsupported_reasons(self, request: AttentionRequest) -> list[str]:
         """Empty for every request."""

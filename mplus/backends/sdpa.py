@@ -19,6 +19,7 @@ class SdpaBackend(AttentionBackend):
     """
 
     name: ClassVar[str] = "sdpa"
+    supports_key_bias: ClassVar[bool] = True
 
     def unsupported_reasons(self, request: AttentionRequest) -> list[str]:
         """Soft caps, sinks, returned weights and mixed dtypes, where the request has them."""
@@ -29,7 +30,7 @@ class SdpaBackend(AttentionBackend):
             reasons.append(f"sinks {list(request.sinks.shape)}: scaled_dot_product_attention has no sink logits")
         if request.need_weights:
             reasons.append("need_weights=True: scaled_dot_product_attention does not return its weights")
-        return reasons + mixed_dtypes(request, "scaled_dot_product_attention")
+        return reasons + mixed_dtypes(request, "scaled_dot_product_attention", biases=True)
 
     def attend(self, request: AttentionRequest) -> AttentionResult:
         """Compute the request. Queries that see nothing yield zeros."""
@@ -58,7 +59,7 @@ class SdpaBackend(AttentionBackend):
 def _mask(request: AttentionRequest) -> tuple[Tensor | None, bool, Tensor | None]:
     """``attn_mask``, ``is_causal``, and where the request allows them the queries ``[., ., T, 1]`` that see nothing."""
     plain = request.mask is None and request.window is None and request.padding is None
-    if plain and all(segment.lengths is None for segment in request.segments):
+    if plain and all(segment.lengths is None and segment.bias is None for segment in request.segments):
         length, text = request.queries.shape[2], request.keys.shape[2]
         if length == 1:
             return None, False, None

@@ -32,6 +32,8 @@ def exact_attention(request: AttentionRequest) -> tuple[Tensor, Tensor]:
                 if request.softcap is not None:
                     logits = request.softcap * torch.tanh(logits / request.softcap)
                 logits = logits + torch.tensor(bias, dtype=torch.float64)
+                if (added := _key_bias(request, b, h)) is not None:
+                    logits = logits + added[places]
                 if request.sinks is not None:
                     logits = torch.cat([logits, request.sinks[h].double().cpu()[None]])
                 share = torch.softmax(logits, 0)[: len(places)]
@@ -51,6 +53,8 @@ def plain_attention(request: AttentionRequest) -> Tensor:
             for t in range(length):
                 places, bias = _seen(request, b, h, t)
                 seen[b, h, t, places] = torch.tensor(bias, dtype=seen.dtype)
+                if (added := _key_bias(request, b, h)) is not None:
+                    seen[b, h, t, places] += added[places].to(seen.dtype)
             head_keys, head_values = _head(request, b, h)
             keys.append(head_keys.to(seen.dtype).nan_to_num())
             values.append(head_values.to(seen.dtype).nan_to_num())
@@ -59,11 +63,12 @@ def plain_attention(request: AttentionRequest) -> Tensor:
     scores = request.queries.cpu() @ all_keys.transpose(-1, -2) * request.scale
     if request.softcap is not None:
         scores = request.softcap * torch.tanh(scores / request.softcap)
-    scores = scores + seen
+    blind = (seen == -torch.inf).all(-1, keepdim=True)
+    scores = (scores + seen).masked_fill(blind, 0)  # a softmax of nothing is NaN, in the gradient too
     if request.sinks is not None:
         column = request.sinks.cpu()[None, :, None, None].expand(batch, heads, length, 1)
         scores = torch.cat([scores, column], -1)
-    weights: Tensor = torch.softmax(scores, -1).nan_to_num()[..., : seen.shape[-1]]
+    weights: Tensor = torch.softmax(scores, -1)[..., : seen.shape[-1]].masked_fill(blind, 0)
     return weights @ all_values
 
 
@@ -74,6 +79,20 @@ def _head(request: AttentionRequest, b: int, h: int) -> tuple[Tensor, Tensor]:
     values = [segment.values[b % segment.values.shape[0], head] for segment in request.segments]
     joined = torch.cat([*keys, request.keys[b, head]]), torch.cat([*values, request.values[b, head]])
     return joined[0].double().cpu(), joined[1].double().cpu()
+
+
+def _key_bias(request: AttentionRequest, b: int, h: int) -> Tensor | None:
+    """``[P+S]`` float64 on the CPU: what is added to the score of each key, 0 at text; None: nothing."""
+    if all(segment.bias is None for segment in request.segments):
+        return None
+    head = h // (request.queries.shape[1] // request.keys.shape[1])
+    parts = [
+        torch.zeros(segment.keys.shape[2], dtype=torch.float64)
+        if segment.bias is None
+        else segment.bias[b % segment.bias.shape[0], head % segment.bias.shape[1]].double().cpu()
+        for segment in request.segments
+    ]
+    return torch.cat([*parts, torch.zeros(request.keys.shape[2], dtype=torch.float64)])
 
 
 def _seen(request: AttentionRequest, b: int, h: int, t: int) -> tuple[list[int], list[float]]:

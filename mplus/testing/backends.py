@@ -138,7 +138,9 @@ class BackendConformance:
 
     def test_mixed_dtypes(self) -> None:
         request = self.build(RequestShape())
-        low = tuple(Segment(part.keys.bfloat16(), part.values.bfloat16(), part.lengths) for part in request.segments)
+        low = tuple(
+            attrs.evolve(part, keys=part.keys.bfloat16(), values=part.values.bfloat16()) for part in request.segments
+        )
         self.check(attrs.evolve(request, segments=low), "bfloat16")
 
     @pytest.mark.parametrize("mask", ["bool", "additive", "smallest"])
@@ -212,17 +214,58 @@ class BackendConformance:
     @given(shape=request_shapes())
     def test_gradients(self, shape: RequestShape) -> None:
         """Towards queries, text and memory: those of exact attention; zero, not NaN, at filler rows."""
-        request = self.build(shape)
+        self.check_gradients(self.build(shape))
+
+    def check_gradients(self, request: AttentionRequest) -> None:
+        """Raise AssertionError unless gradients are those of exact attention, where the backend accepts to give any.
+
+        They may be off by several times what rounding the inputs, or the arithmetic of plain torch, makes of them.
+        """
         learning = attrs.evolve(request, queries=request.queries.clone().requires_grad_())
         if self.check_reasons(learning):
             return
-        actual, expected = (_gradients(request, attend) for attend in (self._attend, _attend_exactly))
-        moved = _gradients(_nudged(request), _attend_exactly)
+        also = () if self.check_reasons(_learned_bias(request)) else ("bias",)
+        actual, expected = (_gradients(request, attend, *also) for attend in (self._attend, _attend_exactly))
+        others = [
+            _gradients(_nudged(request), _attend_exactly, *also),
+            _gradients(request, plain_attention, *also),
+        ]
         for name, gradient in actual.items():
             wanted = expected[name].double()
             scale = max(1.0, float(wanted.abs().max())) if wanted.numel() else 1.0
             few = TINY * torch.finfo(gradient.dtype).eps * scale
-            assert _error(gradient, wanted) <= rounding.FACTOR * _error(moved[name], wanted.cpu()) + few, name
+            worst = max(_error(other[name], wanted.cpu()) for other in others)
+            assert _error(gradient, wanted) <= rounding.FACTOR * worst + few, name
+
+    @CONFORMANCE
+    @given(
+        shape=request_shapes(sinks=False),
+        bias=st.sampled_from(["one", "rows", "heads", "all"]),
+        softcap=st.sampled_from([None, 2.0]),
+        data=st.data(),
+    )
+    def test_bias_of_keys(self, shape: RequestShape, bias: str, softcap: float | None, data: st.DataObject) -> None:
+        """Added to the scores of memory behind the soft cap; NaN at fillers does not matter."""
+        shape = attrs.evolve(shape, bias=bias)
+        request = self.build(shape, data.draw(st.sampled_from(self.dtypes)), softcap=softcap)
+        if any(segment.bias is not None for segment in request.segments) and not self.make().supports_key_bias:
+            return
+        self.check(request)
+        if softcap is None:
+            self.check_gradients(self.build(shape))
+
+    def test_a_key_with_the_bias_log_2_counts_as_two(self) -> None:
+        request = self.build(RequestShape(segments=(3,)), torch.float32)
+        if not self.make().supports_key_bias:
+            return
+        (memory,) = request.segments
+        first = [0, 0, 1, 2]
+        twice = Segment(memory.keys[:, :, first], memory.values[:, :, first])
+        weight = torch.tensor([2.0, 1.0, 1.0], device=self.device).log()[None, None]
+        weighted = attrs.evolve(request, segments=(attrs.evolve(memory, bias=weight),))
+        expected = exact_attention(attrs.evolve(request, segments=(twice,)))[0]
+        self.check_reasons(weighted)
+        assert _error(self.make().attend(weighted).output, expected) <= _allowed(weighted, expected)
 
     def _attend(self, request: AttentionRequest) -> Tensor:
         return self.make().attend(request).output
@@ -292,6 +335,7 @@ def _tensors(request: AttentionRequest) -> dict[str, Tensor]:
         named[f"segments[{index}].keys"] = segment.keys
         named[f"segments[{index}].values"] = segment.values
         named[f"segments[{index}].lengths"] = segment.lengths
+        named[f"segments[{index}].bias"] = segment.bias
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
@@ -305,7 +349,11 @@ def _with_fillers(request: AttentionRequest, value: float) -> tuple[Segment, ...
             continue
         filler = ~valid[:, None, :, None]
         segments.append(
-            Segment(segment.keys.masked_fill(filler, value), segment.values.masked_fill(filler, value), segment.lengths)
+            attrs.evolve(
+                segment,
+                keys=segment.keys.masked_fill(filler, value),
+                values=segment.values.masked_fill(filler, value),
+            )
         )
     return tuple(segments)
 
@@ -321,7 +369,12 @@ def _batch_row(request: AttentionRequest, row: int) -> AttentionRequest:
         values=pick(request.values),
         mask=None if request.mask is None else pick(request.mask),
         segments=tuple(
-            Segment(pick(s.keys), pick(s.values), None if s.lengths is None else s.lengths[row : row + 1])
+            Segment(
+                pick(s.keys),
+                pick(s.values),
+                None if s.lengths is None else s.lengths[row : row + 1],
+                None if s.bias is None else pick(s.bias),
+            )
             for s in request.segments
         ),
         padding=None if request.padding is None else request.padding[row : row + 1],
@@ -329,7 +382,7 @@ def _batch_row(request: AttentionRequest, row: int) -> AttentionRequest:
 
 
 def _nudged(request: AttentionRequest) -> AttentionRequest:
-    """With every query, key and value moved by a unit in the last place."""
+    """With every query, key, value and bias moved by a unit in the last place."""
 
     def move(values: Tensor) -> Tensor:
         return rounding.nudged(values, values.dtype, seed=1).to(values)
@@ -339,7 +392,10 @@ def _nudged(request: AttentionRequest) -> AttentionRequest:
         queries=move(request.queries),
         keys=move(request.keys),
         values=move(request.values),
-        segments=tuple(Segment(move(s.keys), move(s.values), s.lengths) for s in request.segments),
+        segments=tuple(
+            attrs.evolve(s, keys=move(s.keys), values=move(s.values), bias=None if s.bias is None else move(s.bias))
+            for s in request.segments
+        ),
     )
 
 
@@ -347,15 +403,29 @@ def _attend_exactly(request: AttentionRequest) -> Tensor:
     return exact_attention(request)[0]
 
 
-def _gradients(request: AttentionRequest, attend: Any) -> dict[str, Tensor]:
-    """Gradients of a weighted sum of the output."""
+def _learned_bias(request: AttentionRequest) -> AttentionRequest:
+    """The request with every bias of memory asking for a gradient."""
+    segments = tuple(
+        segment if segment.bias is None else attrs.evolve(segment, bias=segment.bias.clone().requires_grad_())
+        for segment in request.segments
+    )
+    return attrs.evolve(request, segments=segments)
+
+
+def _gradients(request: AttentionRequest, attend: Any, *also: str) -> dict[str, Tensor]:
+    """Gradients of a weighted sum of the output towards queries, keys and values, and what ``also`` names."""
     leaves = {
         name: tensor.clone().requires_grad_()
         for name, tensor in _tensors(request).items()
-        if name.endswith(("keys", "queries", "values"))
+        if name.endswith(("keys", "queries", "values", *also))
     }
     segments = tuple(
-        Segment(leaves[f"segments[{index}].keys"], leaves[f"segments[{index}].values"], segment.lengths)
+        attrs.evolve(
+            segment,
+            keys=leaves[f"segments[{index}].keys"],
+            values=leaves[f"segments[{index}].values"],
+            bias=leaves.get(f"segments[{index}].bias", segment.bias),
+        )
         for index, segment in enumerate(request.segments)
     )
     output = attend(

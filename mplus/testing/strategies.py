@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import define
+from attrs import define, evolve
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,6 +15,8 @@ from mplus.rows import NO_SOURCE, MemoryRows
 from mplus.stores.base import StoreLayout
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hypothesis.strategies import SearchStrategy
 
 CONFORMANCE = settings(
@@ -88,6 +90,8 @@ class RequestShape:
         segments: P of each segment.
         fillers: per segment "none", "some" (rows behind the real ones, which hold NaN) or "all".
         shared: memory has batch 1.
+        bias: that memory has for each key: "none", "one" for the whole batch and all heads, "rows" (another for each
+            batch row), "heads" (for each head of the keys) or "all" (both); with rows, NaN at fillers.
         mask: "causal" (None), "bool", "additive" (with -inf), "smallest" (with the smallest finite number) or
             "padded": bool, with the first text keys of batch row 0 and the queries there masked entirely.
         per_head: the mask differs from head to head.
@@ -108,6 +112,7 @@ class RequestShape:
     segments: tuple[int, ...] = (5,)
     fillers: tuple[str, ...] = ("none",)
     shared: bool = False
+    bias: str = "none"
     mask: str = "causal"
     per_head: bool = False
     sinks: bool = False
@@ -140,6 +145,8 @@ class RequestShape:
                     keys[filler[:, None].expand(-1, self.key_heads, -1)] = torch.nan
                     values[filler[:, None].expand(-1, self.key_heads, -1)] = torch.nan
             segments.append(Segment(keys, values, lengths))
+        if self.bias != "none":
+            segments = [evolve(segment, bias=self._bias(segment, normal)) for segment in segments]
         built: dict[str, Any] = {
             "queries": normal(self.batch, heads, self.queries, self.width) * 2,
             "keys": normal(self.batch, self.key_heads, text, self.width),
@@ -154,6 +161,15 @@ class RequestShape:
         if self.padding:
             built["padding"] = (torch.arange(self.batch, device=device) * self.padding) % (text + 1)
         return AttentionRequest(**{**built, **changes})
+
+    def _bias(self, segment: Segment, normal: Callable[..., Tensor]) -> Tensor:
+        """``[B or 1, Hkv or 1, P]``."""
+        rows, heads = self.bias in ("rows", "all"), self.bias in ("heads", "all")
+        count = segment.keys.shape[2]
+        bias = normal(self.batch if rows else 1, self.key_heads if heads else 1, count) * 2
+        if rows and segment.valid is not None:
+            bias[(~segment.valid)[:, None].expand_as(bias)] = torch.nan
+        return bias
 
     def _mask(self, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str) -> Tensor | None:
         if self.mask == "causal":

@@ -60,6 +60,12 @@ def test_a_malformed_request_is_refused(changes: dict[str, Any], message: str) -
         (Segment(SEGMENT.keys.to("meta"), SEGMENT.values), r"segments\[0\]\.keys must be on the device .* got meta"),
         (Segment(SEGMENT.keys, SEGMENT.values, torch.tensor([1])), r"segments\[0\]\.lengths must be \[2\] int64"),
         (Segment(SEGMENT.keys, SEGMENT.values, ones(2)), r"lengths must be \[2\] int64, got \[2\] torch.float32"),
+        (attrs.evolve(SEGMENT, bias=ones(5)), r"segments\[0\]\.bias must be \[1 or 2, 1 or 2, 5\], got \[5\]"),
+        (attrs.evolve(SEGMENT, bias=ones(2, 4, 5)), r"bias must be \[1 or 2, 1 or 2, 5\], got \[2, 4, 5\]"),
+        (attrs.evolve(SEGMENT, bias=ones(2, 2, 1)), r"bias must be \[1 or 2, 1 or 2, 5\], got \[2, 2, 1\]"),
+        (attrs.evolve(SEGMENT, bias=ones(1, 1, 5).long()), r"bias must be floating point, got torch\.int64"),
+        (attrs.evolve(SEGMENT, bias=ones(1, 1, 5).to("meta")), r"bias must be on the device .* got meta"),
+        (attrs.evolve(SEGMENT, bias=-torch.inf * ones(1, 1, 5)), r"bias must be finite, got NaN or Inf in 5 of 5"),
     ],
 )
 def test_a_malformed_segment_is_refused(segment: Segment, message: str) -> None:
@@ -85,3 +91,10 @@ def test_a_well_formed_request_passes() -> None:
         for shared in (False, True):
             shape = RequestShape(mask=mask, shared=shared, segments=(0, 3), fillers=("none", "some"), sinks=True)
             check_request(shape.build(softcap=2.0, window=2, padding=torch.tensor([0, 1])))
+
+
+def test_a_bias_at_fillers_may_be_anything() -> None:
+    bias = ones(2, 1, 5)
+    bias[1, :, 3:] = torch.nan
+    segment = attrs.evolve(SEGMENT, lengths=torch.tensor([5, 3]), bias=bias)
+    assert choose("auto", attrs.evolve(REQUEST, segments=(segment,))).name == "merge"

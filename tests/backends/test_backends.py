@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import attrs
 import pytest
@@ -14,6 +15,7 @@ from mplus.backends import BACKENDS, merge, parts
 from mplus.backends.base import AttentionBackend, AttentionResult
 from mplus.backends.choose import BackendChooser, choose
 from mplus.backends.flex import FlexBackend
+from mplus.backends.joined import joined_keys_values
 from mplus.backends.merge import MergeBackend
 from mplus.backends.reference import ReferenceBackend
 from mplus.backends.sdpa import SdpaBackend
@@ -185,6 +187,13 @@ class TestMerge:
         leaves = [leaf.clone().requires_grad_() for leaf in leaves_of(request)]
         assert torch.autograd.gradcheck(lambda *given: MergeBackend().attend(rebuilt(request, given)).output, leaves)
 
+    @pytest.mark.parametrize("worthwhile", [True, False])
+    def test_one_token_with_a_bias_does_not_take_what_is_joined(self, worthwhile):
+        request = RequestShape(queries=1, bias="all").build()
+        joined = SimpleNamespace(worthwhile=worthwhile, keys_values=lambda: joined_keys_values(request))
+        found = MergeBackend().attend(attrs.evolve(request, joined=joined)).output
+        torch.testing.assert_close(found.double(), exact_attention(request)[0], atol=1e-6, rtol=0)
+
     def test_reasons_are_complete(self):
         request = RequestShape(softcap=30.0, value_width=3).build(need_weights=True, dropout=0.5)
         segment = attrs.evolve(request.segments[0], keys=request.segments[0].keys.half())
@@ -212,6 +221,8 @@ class TestFlex:
             RequestShape(mask="additive", per_head=True, softcap=2.0, sinks=True, fillers=("some",)),
             RequestShape(mask="padded", segments=(), fillers=(), sinks=True),
             RequestShape(mask="smallest", queries=6, past=0),
+            RequestShape(bias="all", segments=(3, 2), fillers=("some", "none")),
+            RequestShape(bias="heads", mask="additive", softcap=2.0, sinks=True),
         ],
     )
     def test_is_right(self, shape, dtype):
@@ -290,6 +301,29 @@ class TestChoosing:
         monkeypatch.setattr(ReferenceBackend, "unsupported_reasons", lambda self, request: ["not today"])
         with pytest.raises(NotSupported, match=r"merge: .*sdpa: sinks.*reference: not today.*picky: sinks: none of"):
             choose("auto", RequestShape(sinks=True, value_width=3).build())
+
+    def test_a_backend_that_does_not_say_that_it_adds_a_bias_gets_none(self, registry):
+        request = RequestShape(bias="heads").build()
+        assert isinstance(choose("picky", RequestShape().build()), Picky)
+        with pytest.raises(NotSupported, match=r"with a bias.* the backend does not say"):
+            choose("picky", request)
+
+    def test_a_bias_that_is_learned_goes_where_it_gets_a_gradient(self, registry):
+        request = RequestShape(bias="heads").build()
+        assert isinstance(choose("auto", request), MergeBackend)
+        (segment,) = request.segments
+        segment = attrs.evolve(segment, bias=segment.bias.requires_grad_())
+        assert isinstance(choose("auto", attrs.evolve(request, segments=(segment,))), SdpaBackend)
+
+    @pytest.mark.parametrize(("name", "dtypes"), [("merge", 1), ("sdpa", 1), ("reference", 0)])
+    def test_a_bias_of_another_dtype(self, registry, name, dtypes):
+        request = RequestShape(bias="one").build(torch.bfloat16)
+        (segment,) = request.segments
+        wide = attrs.evolve(request, segments=(attrs.evolve(segment, bias=segment.bias.float()),))
+        reasons = [
+            one for one in registry.get(name)().unsupported_reasons(wide) if "segments[0].bias are torch.f" in one
+        ]
+        assert len(reasons) == dtypes
 
     def test_an_unknown_name_is_refused_at_once(self, registry):
         with pytest.raises(UnknownNameError, match="sdpo"):

@@ -11,7 +11,7 @@ from mplus.backends.triton.kernels.score import score_kernel
 from tests.compiled.ahead import compiled
 
 NUMBERS = {16: "*bf16", 32: "*fp32"}
-SWITCHES = ("LENGTHS", "WINDOW", "PADDING", "SOFTCAP")
+SWITCHES = ("LENGTHS", "WINDOW", "PADDING", "SOFTCAP", "BIAS")
 
 
 def compile_attention(key, tiles, capability, *, segments=4, switches=True, aligned=True, ones=()):
@@ -39,7 +39,7 @@ def compile_attention(key, tiles, capability, *, segments=4, switches=True, alig
     tensors += ["queries", "text_keys", "text_values"]
     floats = dict.fromkeys(tensors, NUMBERS[bits])
     floats |= {"output": "*fp32", "log_sums": "*fp32", "score_scale": "fp32", "cap": "fp32"}
-    types = _types(attention_kernel, constants, floats, {"lengths": "*i64", "padding": "*i64"})
+    types = _types(attention_kernel, constants, floats, {"lengths": "*i64", "padding": "*i64", "bias": "*fp32"})
     strides = [name for name in types if name[1:2] == "_" or name[2:3] == "_"]
     return compiled(
         attention_kernel,

@@ -16,8 +16,9 @@ from mplus.testing.strategies import RequestShape
 
 
 def leaves_of(request):
-    """Queries, text, memory, sinks."""
-    segments = [part for segment in request.segments for part in (segment.keys, segment.values)]
+    """Queries, text, memory (keys, values and bias), sinks."""
+    parts = [part for segment in request.segments for part in (segment.keys, segment.values, segment.bias)]
+    segments = [part for part in parts if part is not None]
     sinks = [] if request.sinks is None else [request.sinks]
     return [request.queries, request.keys, request.values, *segments, *sinks]
 
@@ -25,15 +26,21 @@ def leaves_of(request):
 def rebuilt(request, leaves):
     """The request with other tensors, in the order of ``leaves_of``."""
     queries, keys, values, *rest = leaves
-    count = len(request.segments)
-    segments = tuple(Segment(*rest[2 * i : 2 * i + 2], request.segments[i].lengths) for i in range(count))
-    sinks = rest[2 * count] if request.sinks is not None else None
+    left = iter(rest)
+    segments = tuple(
+        Segment(next(left), next(left), segment.lengths, None if segment.bias is None else next(left))
+        for segment in request.segments
+    )
+    sinks = next(left) if request.sinks is not None else None
     return attrs.evolve(request, queries=queries, keys=keys, values=values, sinks=sinks, segments=segments)
 
 
 def without_nan(request):
     """The request with zeros in its filler rows, which differences of neighbours can be taken of."""
-    segments = tuple(Segment(s.keys.nan_to_num(), s.values.nan_to_num(), s.lengths) for s in request.segments)
+    segments = tuple(
+        Segment(s.keys.nan_to_num(), s.values.nan_to_num(), s.lengths, None if s.bias is None else s.bias.nan_to_num())
+        for s in request.segments
+    )
     return attrs.evolve(request, segments=segments)
 
 
@@ -82,10 +89,10 @@ def gradients_by_parts(module, request, grad_output, chunk, autocast=False):
     visible = module.text_visibility(length, text, torch.device("cpu"), window=request.window, padding=request.padding)
     if request.mask is not None:
         visible = lambda start, stop: request.mask[..., start:stop]  # noqa: E731
-    parts = [(request.keys, request.values, visible)]
-    parts += [(s.keys, s.values, module.memory_visibility(s.lengths)) for s in request.segments]
+    parts = [(request.keys, request.values, None, visible)]
+    parts += [(s.keys, s.values, s.bias, module.memory_visibility(s.lengths)) for s in request.segments]
     towards_queries, towards_rows = 0, []
-    for keys, values, seen in parts:
+    for keys, values, bias, seen in parts:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             part, *rows = module.partial_backward(
                 grad_output,
@@ -97,10 +104,11 @@ def gradients_by_parts(module, request, grad_output, chunk, autocast=False):
                 scale=request.scale,
                 softcap=request.softcap,
                 visible=seen,
+                bias=bias,
                 chunk=chunk,
             )
         towards_queries += part
-        towards_rows += rows
+        towards_rows += [row for row in rows if row is not None]
     sinks = [] if request.sinks is None else [module.sink_gradient(request.sinks, delta, log_sums)]
     return [towards_queries, *towards_rows, *sinks]
 
@@ -124,6 +132,8 @@ PART_CASES = {
     "shared": Case(RequestShape(shared=True, batch=3, segments=(4,), fillers=("none",))),
     "softcap": Case(RequestShape(softcap=0.7)),
     "sinks": Case(RequestShape(sinks=True)),
+    "bias": Case(RequestShape(segments=(3, 5), fillers=("some", "none"), bias="all", softcap=0.7, seed=3)),
+    "one bias": Case(RequestShape(segments=(4,), bias="one")),
     "mask per head": Case(RequestShape(mask="bool", per_head=True, segments=(), fillers=(), key_heads=2, groups=2)),
     "autocast": Case(RequestShape(), dtype=torch.float32, autocast=True),
 }
@@ -150,13 +160,23 @@ MERGE_CASES = {
     for fillers in ("none", "some")
     for mask in ("causal", "padded", "additive")
 }
+MERGE_CASES |= {
+    f"bias of {bias}, {'shared' if shared else 'own'} memory": RequestShape(
+        fillers=("none", "some"), shared=shared, bias=bias, **_LONGER
+    )
+    for shared in (False, True)
+    for bias in ("one", "rows", "all")
+}
 """name -> shape."""
 
 
 def check_merge(module, name):
     """Gradients of ``module.MergeBackend`` are those of the reference to the precision of float64."""
     request = without_nan(MERGE_CASES[name].build(torch.float64))
-    check_equal(gradients_of(module.MergeBackend(), request), gradients_of(ReferenceBackend(), request), 1e-12)
+    biases = {id(segment.bias) for segment in request.segments}  # the backend gives these no gradient
+    kept = [place for place, leaf in enumerate(leaves_of(request)) if id(leaf) not in biases]
+    found, wanted = (gradients_of(backend, request) for backend in (module.MergeBackend(), ReferenceBackend()))
+    check_equal([found[place] for place in kept], [wanted[place] for place in kept], 1e-12)
 
 
 def check_merge_of(parts, name):

@@ -6,7 +6,7 @@ import attrs
 import torch
 
 from mplus.backends.base import Segment
-from mplus.backends.joined import joined_keys_values, joined_visibility
+from mplus.backends.joined import joined_bias, joined_keys_values, joined_visibility
 from mplus.backends.triton.attention import merge, plain_attention
 from mplus.backends.triton.configs import Tiles
 from mplus.backends.triton.gather import plain_gather_rotated
@@ -43,7 +43,10 @@ def widened(request):
         queries=request.queries.double(),
         keys=request.keys.double(),
         values=request.values.double(),
-        segments=tuple(Segment(s.keys.double(), s.values.double(), s.lengths) for s in request.segments),
+        segments=tuple(
+            Segment(s.keys.double(), s.values.double(), s.lengths, None if s.bias is None else s.bias.double())
+            for s in request.segments
+        ),
     )
 
 
@@ -54,6 +57,8 @@ def attention_in_own_dtype(request):
     scores = request.queries @ keys.mT * request.scale
     if request.softcap is not None:
         scores = request.softcap * torch.tanh(scores / request.softcap)
+    bias = joined_bias(request)
+    scores = scores if bias is None else scores + bias
     scores = scores.masked_fill(~joined_visibility(request), -torch.inf)
     return scores.softmax(-1).nan_to_num(0.0) @ values
 
@@ -61,7 +66,7 @@ def attention_in_own_dtype(request):
 def check_attention(kernels, request, *, splits=1, tiles=SMALL):
     """Output and log-sum-exp of all splits are those of float64; nothing outside is read or written."""
     segments = tuple(
-        Segment(guarded(s.keys), guarded(s.values), s.lengths) for s in request.segments if s.keys.shape[2]
+        Segment(guarded(s.keys), guarded(s.values), s.lengths, s.bias) for s in request.segments if s.keys.shape[2]
     )
     inside = attrs.evolve(
         request,
@@ -98,6 +103,8 @@ ATTENTION_CASES = {
         3,
     ),
     "causal": (RequestShape(queries=21, past=2, segments=(), fillers=()), 1),
+    "bias": (RequestShape(queries=3, segments=(18, 5), fillers=("none", "some"), bias="all", softcap=2.0, seed=2), 2),
+    "one bias": (RequestShape(batch=2, queries=2, segments=(3,), bias="one"), 1),
     "window and padding": (RequestShape(queries=19, past=14, padding=17, window=7, segments=(2,)), 2),
 }
 """name -> shape and number of splits; small, each with something the others lack, cheap ones first."""

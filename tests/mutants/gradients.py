@@ -56,6 +56,9 @@ BY_PARTS = mutants(
     ("values by scores", "_like(weights.mT @ grad", "_like(grad_scores.mT @ grad", "plain"),
     ("mean over the batch", "gradient.sum(0, keepdim=True)", "gradient.mean(0, keepdim=True)", "shared"),
     ("one row of the batch", "gradient.sum(0, keepdim=True)", "gradient[:1]", "shared"),
+    ("no bias", "scores = scores + bias[", "scores = scores + 0 * bias[", "bias"),
+    ("bias of the first chunk", "bias[:, :, None, start:stop]", "bias[:, :, None, : stop - start]", "bias"),
+    ("the bias is capped", "grad_scores.sum(2).sum_to_size", "(grad_scores * slope).sum(2).sum_to_size", "bias"),
     ("half precision", "torch.autocast(queries.device.type, enabled=False)", "torch.enable_grad()", "autocast"),
 )
 
@@ -82,6 +85,9 @@ PARTS = mutants(
     ("heads and batch rows mixed", "dq = unpack(dq, shape)", "dq = dq.reshape(shape)"),
     ("what is hidden has weight", "o, lse, self.bias, self.causal", "o, lse, None, self.causal"),
     ("not causal", "o, lse, self.bias, self.causal", "o, lse, self.bias, False"),
+    ("bias is ignored", "keys), keys, values, self.key_bias", "keys), keys, values, None"),
+    ("no bias in the gradient", "o, lse, self.key_bias", "o, lse, None"),
+    ("bias of the first batch row", "bias[row : row + 1]", "bias[:1]"),
     ("rows of memory learn nothing", "self._own(whole).copy_(gradient)", "self._own(whole).zero_()"),
 )
 

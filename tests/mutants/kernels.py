@@ -63,6 +63,14 @@ ATTENTION = mutants(
     ("no soft cap", "_tanh(scores) * cap", "scores * cap", "softcap"),
     ("soft cap in base e", "softcap * LOG2_E", "softcap", "softcap"),
     ("scores in base e", "request.scale * LOG2_E if", "request.scale if", "memory"),
+    ("bias is ignored", "scores += added[None, :]", "scores += 0 * added[None, :]", "bias"),
+    ("bias in base e", "dim=-1) * LOG2_E", "dim=-1)", "bias"),
+    ("bias of the first batch row", "bias += b * a_b + h", "bias += h", "bias"),
+    ("bias of the first head", "b * a_b + h * a_h", "b * a_b", "bias"),
+    ("bias of the first segment", "bias + (before + start)", "bias + start", "bias"),
+    ("bias of the first block", "bias + (before + start)", "bias + before", "bias"),
+    ("bias at text", "if block < end_3:", "if block < blocks:", "bias"),
+    ("a shared bias is not shared", "0 if size == 1 else stride", "1 if size == 1 else stride", "one bias"),
     ("values read as keys", "value_base + start", "key_base + start", "memory"),
 )
 

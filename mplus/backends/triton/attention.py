@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mplus.backends.base import AttentionRequest, Segment
-from mplus.backends.joined import joined_keys_values, joined_visibility
+from mplus.backends.joined import joined_bias, joined_keys_values, joined_visibility
 from mplus.backends.partial_backward import (
     memory_visibility,
     partial_backward,
@@ -32,6 +32,8 @@ def plain_attention(request: AttentionRequest) -> tuple[Tensor, Tensor]:
     scores = request.queries.to(dtype) @ keys.mT * request.scale
     if request.softcap is not None:
         scores = request.softcap * torch.tanh(scores / request.softcap)
+    bias = joined_bias(request)
+    scores = scores if bias is None else scores + bias
     scores = scores.masked_fill(~joined_visibility(request), -torch.inf)
     log_sums = scores.logsumexp(-1)
     return (scores - log_sums[..., None]).exp().nan_to_num(0.0) @ values, log_sums
@@ -70,7 +72,7 @@ def forward(
     queries, keys, values = request.queries, request.keys, request.values
     batch, heads, length, width = queries.shape
     segments = tuple(
-        Segment(_adjacent(segment.keys), _adjacent(segment.values), segment.lengths)
+        Segment(_adjacent(segment.keys), _adjacent(segment.values), segment.lengths, segment.bias)
         for segment in request.segments
         if segment.keys.shape[2]
     )
@@ -96,7 +98,7 @@ def forward(
 
 def attend(request: AttentionRequest) -> Tensor:
     """Output ``[B, H, T, Dv]`` in the dtype of the queries; differentiable, once."""
-    parts = [part for segment in request.segments for part in (segment.keys, segment.values)]
+    parts = [part for segment in request.segments for part in (segment.keys, segment.values, segment.bias)]
     apply: Any = _Attention.apply  # which torch does not type
     output: Tensor = apply(request, request.queries, request.keys, request.values, request.sinks, *parts)
     return output
@@ -122,12 +124,12 @@ class _Attention(torch.autograd.Function):
         lengths, (queries, keys, values, sinks, *memory) = rest[: ctx.segments], rest[ctx.segments :]
         delta = row_products(grad_output, output)
         text = text_visibility(queries.shape[2], keys.shape[2], queries.device, window=ctx.window, padding=padding)
-        parts = [(keys, values, text)]
-        parts += [(*memory[2 * i : 2 * i + 2], memory_visibility(lengths[i])) for i in range(ctx.segments)]
+        parts = [(keys, values, None, text)]
+        parts += [(*memory[3 * i : 3 * i + 3], memory_visibility(lengths[i])) for i in range(ctx.segments)]
         grad_queries = torch.zeros_like(delta[..., None])
-        gradients: list[Tensor] = []
-        for part_keys, part_values, visible in parts:
-            grad_part, *grad_pair = partial_backward(
+        gradients: list[Tensor | None] = []
+        for part_keys, part_values, bias, visible in parts:
+            grad_part, *grads = partial_backward(
                 grad_output,
                 queries,
                 part_keys,
@@ -137,11 +139,15 @@ class _Attention(torch.autograd.Function):
                 scale=ctx.scale,
                 softcap=ctx.softcap,
                 visible=visible,
+                bias=bias,
             )
             grad_queries = grad_queries + grad_part
-            gradients += [grad.to(part.dtype) for grad, part in zip(grad_pair, (part_keys, part_values), strict=True)]
+            gradients += [
+                None if grad is None else grad.to(part.dtype)
+                for grad, part in zip(grads, (part_keys, part_values, bias), strict=True)
+            ]
         grad_sinks = None if sinks is None else sink_gradient(sinks, delta, log_sums).to(sinks.dtype)
-        return (None, grad_queries.to(queries.dtype), *gradients[:2], grad_sinks, *gradients[2:])
+        return (None, grad_queries.to(queries.dtype), *gradients[:2], grad_sinks, *gradients[3:])
 
 
 def _with_sinks(output: Tensor, log_sums: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ class TritonBackend(AttentionBackend):
     """
 
     name: ClassVar[str] = "triton"
+    supports_key_bias: ClassVar[bool] = True
 
     def __init__(self, *, interpret: bool = False) -> None:
         self.interpret = interpret

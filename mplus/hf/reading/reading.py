@@ -281,7 +281,11 @@ def _projected_for_each(project: Project, repeats: int, rows: Rows) -> Segment:
 
 
 def _repeat(segment: Segment, repeats: int) -> Segment:
-    if segment.keys.shape[0] == 1 and segment.lengths is None:
-        return segment  # batch 1 is shared by all rows
-    lengths = None if segment.lengths is None else segment.lengths.repeat_interleave(repeats, 0)
-    return Segment(segment.keys.repeat_interleave(repeats, 0), segment.values.repeat_interleave(repeats, 0), lengths)
+    lengths, bias = segment.lengths, segment.bias
+    if bias is not None and bias.shape[0] > 1:
+        bias = bias.repeat_interleave(repeats, 0)
+    if segment.keys.shape[0] == 1 and lengths is None:  # batch 1 is shared by all rows
+        return segment if bias is segment.bias else evolve(segment, bias=bias)
+    lengths = None if lengths is None else lengths.repeat_interleave(repeats, 0)
+    keys, values = (part.repeat_interleave(repeats, 0) for part in (segment.keys, segment.values))
+    return Segment(keys, values, lengths, bias)

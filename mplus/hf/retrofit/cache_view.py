@@ -9,12 +9,23 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from mplus.backends.base import Segment
+from mplus.errors import NotSupported
 
 
 class MemoryCacheView(Cache):
-    """Passes text to ``inner`` (None: no cache) and returns ``[memory | text]``; memory never enters ``inner``."""
+    """Passes text to ``inner`` (None: no cache) and returns ``[memory | text]``; memory never enters ``inner``.
+
+    Raises:
+        NotSupported: the memory has a bias for each key, which attention that is not mplus's own cannot add.
+    """
 
     def __init__(self, inner: Cache | None, memory: Segment) -> None:
+        if memory.bias is not None:
+            raise NotSupported(
+                f"the technique 'cache_view' shows a decoder keys and values only, got a memory with a bias "
+                f"{list(memory.bias.shape)} for each key: use a decoder that runs with the technique 'attention', or "
+                "a memory without a bias"
+            )
         self.inner, self.memory = inner, memory
 
     @property

@@ -33,14 +33,15 @@ def _real_rows(lengths, index, b, batch, rows, LENGTHS: tl.constexpr):
 @triton.jit
 def attention_kernel(
     queries, text_keys, text_values, keys_0, values_0, keys_1, values_1, keys_2, values_2, keys_3, values_3,
-    lengths, padding, output, log_sums,
+    lengths, padding, bias, output, log_sums,
     q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n,
     k0_b, k0_h, k0_n, v0_b, v0_h, v0_n, k1_b, k1_h, k1_n, v1_b, v1_h, v1_n,
     k2_b, k2_h, k2_n, v2_b, v2_h, v2_n, k3_b, k3_h, k3_n, v3_b, v3_h, v3_n,
-    o_s, o_b, o_h, o_t, l_s, l_b, l_h,
+    o_s, o_b, o_h, o_t, l_s, l_b, l_h, a_b, a_h,
     batch, length, text, rows_0, rows_1, rows_2, rows_3, window, score_scale, cap,
     KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     SEGMENTS: tl.constexpr, LENGTHS: tl.constexpr, WINDOW: tl.constexpr, PADDING: tl.constexpr, SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PADDED_WIDTH: tl.constexpr, PADDED_VALUE_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +50,8 @@ def attention_kernel(
     The keys form a row of blocks, [segment 0 | .. | text], of which a split owns a range. A block never spans two
     segments. What a query sees of its block is an interval, ``low`` to ``high``, for memory and text alike.
 
-    ``score_scale`` is the factor on the products and ``cap`` the soft cap, both such that exp2 follows.
+    ``score_scale`` is the factor on the products and ``cap`` the soft cap, both such that exp2 follows, as ``bias`` is:
+    one number for each row of all segments, these one behind the other.
     """
     b = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     h = (tl.program_id(1) % KV_HEADS).to(tl.int64)
@@ -70,6 +72,8 @@ def attention_kernel(
     if UPCAST:
         q = q.to(tl.float32)
 
+    if BIAS:
+        bias += b * a_b + h * a_h
     text_keys += b * k_b + h * k_h
     text_values += b * v_b + h * v_h
     end_0 = 0
@@ -123,30 +127,35 @@ def attention_kernel(
         in_text = block >= end_3
         start = text_first + (block - end_3) * KEYS
         count = text_end
+        before = 0  # rows of the segments in front of this one
         key_base, value_base = text_keys, text_values
         key_stride, value_stride = k_n, v_n
         if SEGMENTS > 3:
             here = block < end_3
             start = tl.where(here, (block - end_2) * KEYS, start)
             count = tl.where(here, count_3, count)
+            before = tl.where(here, rows_0 + rows_1 + rows_2, before)
             key_base, value_base = tl.where(here, keys_3, key_base), tl.where(here, values_3, value_base)
             key_stride, value_stride = tl.where(here, k3_n, key_stride), tl.where(here, v3_n, value_stride)
         if SEGMENTS > 2:
             here = block < end_2
             start = tl.where(here, (block - end_1) * KEYS, start)
             count = tl.where(here, count_2, count)
+            before = tl.where(here, rows_0 + rows_1, before)
             key_base, value_base = tl.where(here, keys_2, key_base), tl.where(here, values_2, value_base)
             key_stride, value_stride = tl.where(here, k2_n, key_stride), tl.where(here, v2_n, value_stride)
         if SEGMENTS > 1:
             here = block < end_1
             start = tl.where(here, (block - end_0) * KEYS, start)
             count = tl.where(here, count_1, count)
+            before = tl.where(here, rows_0, before)
             key_base, value_base = tl.where(here, keys_1, key_base), tl.where(here, values_1, value_base)
             key_stride, value_stride = tl.where(here, k1_n, key_stride), tl.where(here, v1_n, value_stride)
         if SEGMENTS > 0:
             here = block < end_0
             start = tl.where(here, block * KEYS, start)
             count = tl.where(here, count_0, count)
+            before = tl.where(here, 0, before)
             key_base, value_base = tl.where(here, keys_0, key_base), tl.where(here, values_0, value_base)
             key_stride, value_stride = tl.where(here, k0_n, key_stride), tl.where(here, v0_n, value_stride)
 
@@ -162,6 +171,10 @@ def attention_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * score_scale
         if SOFTCAP:
             scores = _tanh(scores) * cap
+        if BIAS:  # noqa: SIM102 - a constant, which decides what is compiled
+            if block < end_3:  # text has none; a branch, since a mask for it costs registers that there are not
+                added = tl.load(bias + (before + start) + place, mask=stored, other=0.0)
+                scores += added[None, :]
         high = tl.where(in_text, own, count - 1)
         seen = (start + place)[None, :] <= high[:, None]
         if WINDOW or PADDING:
@@ -212,7 +225,7 @@ def launch(
     groups = heads // key_heads
     filled = [*segments, *[Segment(keys, values)] * (MOST_SEGMENTS - len(segments))]
     pairs = [part for segment in filled for part in (segment.keys, segment.values)]
-    lengths = _lengths(segments, batch)
+    lengths, bias = _lengths(segments, batch), _bias(segments)
     softcap = request.softcap
     grid = (triton.cdiv(length * groups, tiles.rows), batch * key_heads, output.shape[0])
     with on_device(queries):
@@ -220,16 +233,17 @@ def launch(
             queries, keys, values, *pairs,
             queries if lengths is None else lengths,
             queries if request.padding is None else request.padding,
+            queries if bias is None else bias,
             output, log_sums,
             *queries.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
             *[stride for part in pairs for stride in _strides(part)],
-            *output.stride()[:4], *log_sums.stride()[:3],
+            *output.stride()[:4], *log_sums.stride()[:3], *((0, 0) if bias is None else _bias_strides(bias)),
             batch, length, text, *[segment.keys.shape[2] for segment in filled], request.window or 0,
             request.scale * LOG2_E if softcap is None else request.scale / softcap,
             0.0 if softcap is None else softcap * LOG2_E,
             KV_HEADS=key_heads, GROUPS=groups, WIDTH=width, VALUE_WIDTH=value_width,
             SEGMENTS=len(segments), LENGTHS=lengths is not None, WINDOW=request.window is not None,
-            PADDING=request.padding is not None, SOFTCAP=softcap is not None,
+            PADDING=request.padding is not None, SOFTCAP=softcap is not None, BIAS=bias is not None,
             ROWS=tiles.rows, KEYS=tiles.keys, PADDED_WIDTH=padded(width), PADDED_VALUE_WIDTH=padded(value_width),
             PRECISION="ieee", UPCAST=needs_upcast(queries.dtype),
             num_warps=tiles.warps, num_stages=tiles.stages,
@@ -253,3 +267,21 @@ def _lengths(segments: tuple[Segment, ...], batch: int) -> torch.Tensor | None:
             for segment in segments
         ]
     )
+
+
+def _bias(segments: tuple[Segment, ...]) -> torch.Tensor | None:
+    """Return ``[1 or B, 1 or Hkv, rows of all segments]`` float32 for exp2, 0 where one has none; None: all."""
+    given = next((segment.bias for segment in segments if segment.bias is not None), None)
+    if given is None:
+        return None
+    parts = [
+        given.new_zeros(1, 1, segment.keys.shape[2]) if segment.bias is None else segment.bias for segment in segments
+    ]
+    shape = torch.broadcast_shapes(*(part.shape[:2] for part in parts))
+    return torch.cat([part.float().expand(*shape, -1) for part in parts], dim=-1) * LOG2_E
+
+
+def _bias_strides(bias: torch.Tensor) -> tuple[int, int]:
+    """Return the strides over batch and heads, 0 where these share their numbers."""
+    b, h = (0 if size == 1 else stride for size, stride in zip(bias.shape[:2], bias.stride()[:2], strict=True))
+    return b, h
