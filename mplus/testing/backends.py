@@ -14,6 +14,15 @@ from torch import Tensor
 from mplus.backends.base import AttentionBackend, AttentionRequest, Segment
 from mplus.testing import rounding
 from mplus.testing.attention import exact_attention, plain_attention
+from mplus.testing.requests import (
+    batch_row,
+    gradients_of,
+    nudged,
+    simplest,
+    tensors_of,
+    with_fillers,
+    with_learned_bias,
+)
 from mplus.testing.strategies import CONFORMANCE, RequestShape, request_shapes
 
 TINY = 8
@@ -57,7 +66,7 @@ class BackendConformance:
         assert isinstance(reasons, list)
         assert all(isinstance(reason, str) and reason.strip() for reason in reasons)
         uneven = request.values.shape[-1] != request.queries.shape[-1]
-        if reasons and named and not (uneven and self.make().unsupported_reasons(_simplest(request)) == reasons):
+        if reasons and named and not (uneven and self.make().unsupported_reasons(simplest(request)) == reasons):
             assert any(all(word in reason for word in named) for reason in reasons), (
                 f"no reason names {named}: {reasons}"
             )
@@ -193,7 +202,7 @@ class BackendConformance:
         if self.check_reasons(request):
             return
         outputs = [
-            self.make().attend(attrs.evolve(request, segments=_with_fillers(request, value))).output
+            self.make().attend(attrs.evolve(request, segments=with_fillers(request, value))).output
             for value in (0.0, garbage)
         ]
         assert torch.equal(*outputs)
@@ -203,7 +212,7 @@ class BackendConformance:
     def test_a_batch_row_is_as_alone(self, shape: RequestShape, row: int) -> None:
         assume(row < shape.batch)
         request = self.build(shape)
-        alone = _batch_row(request, row)
+        alone = batch_row(request, row)
         if self.check_reasons(request) or self.check_reasons(alone):
             return
         self.check_output(alone)
@@ -224,11 +233,11 @@ class BackendConformance:
         learning = attrs.evolve(request, queries=request.queries.clone().requires_grad_())
         if self.check_reasons(learning):
             return
-        also = () if self.check_reasons(_learned_bias(request)) else ("bias",)
-        actual, expected = (_gradients(request, attend, *also) for attend in (self._attend, _attend_exactly))
+        also = () if self.check_reasons(with_learned_bias(request)) else ("bias",)
+        actual, expected = (gradients_of(request, attend, *also) for attend in (self._attend, _attend_exactly))
         others = [
-            _gradients(_nudged(request), _attend_exactly, *also),
-            _gradients(request, plain_attention, *also),
+            gradients_of(nudged(request), _attend_exactly, *also),
+            gradients_of(request, plain_attention, *also),
         ]
         for name, gradient in actual.items():
             wanted = expected[name].double()
@@ -296,13 +305,8 @@ class BackendConformance:
         backend = self.make()
         first, second = backend.attend(request), backend.attend(request)
         assert torch.equal(first.output, second.output)
-        for name, tensor in _tensors(request).items():
-            assert torch.equal(tensor.nan_to_num(), _tensors(same)[name].nan_to_num()), f"{name} was changed"
-
-
-def _simplest(request: AttentionRequest) -> AttentionRequest:
-    """The request without anything that it could do without."""
-    return attrs.evolve(request, mask=None, softcap=None, sinks=None, dropout=0.0, need_weights=False)
+        for name, tensor in tensors_of(request).items():
+            assert torch.equal(tensor.nan_to_num(), tensors_of(same)[name].nan_to_num()), f"{name} was changed"
 
 
 def _error(actual: Tensor, exact: Tensor) -> float:
@@ -322,123 +326,5 @@ def _largest(request: AttentionRequest) -> float:
     return max(float(part.nan_to_num().abs().max()) for part in values if part.numel())
 
 
-def _tensors(request: AttentionRequest) -> dict[str, Tensor]:
-    named: dict[str, Tensor | None] = {
-        "queries": request.queries,
-        "keys": request.keys,
-        "values": request.values,
-        "mask": request.mask,
-        "sinks": request.sinks,
-        "padding": request.padding,
-    }
-    for index, segment in enumerate(request.segments):
-        named[f"segments[{index}].keys"] = segment.keys
-        named[f"segments[{index}].values"] = segment.values
-        named[f"segments[{index}].lengths"] = segment.lengths
-        named[f"segments[{index}].bias"] = segment.bias
-    return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-
-def _with_fillers(request: AttentionRequest, value: float) -> tuple[Segment, ...]:
-    """The segments with ``value`` in every filler row."""
-    segments = []
-    for segment in request.segments:
-        valid = segment.valid
-        if valid is None:
-            segments.append(segment)
-            continue
-        filler = ~valid[:, None, :, None]
-        segments.append(
-            attrs.evolve(
-                segment,
-                keys=segment.keys.masked_fill(filler, value),
-                values=segment.values.masked_fill(filler, value),
-            )
-        )
-    return tuple(segments)
-
-
-def _batch_row(request: AttentionRequest, row: int) -> AttentionRequest:
-    def pick(tensor: Tensor) -> Tensor:
-        return tensor if tensor.shape[0] == 1 else tensor[row : row + 1]
-
-    return attrs.evolve(
-        request,
-        queries=pick(request.queries),
-        keys=pick(request.keys),
-        values=pick(request.values),
-        mask=None if request.mask is None else pick(request.mask),
-        segments=tuple(
-            Segment(
-                pick(s.keys),
-                pick(s.values),
-                None if s.lengths is None else s.lengths[row : row + 1],
-                None if s.bias is None else pick(s.bias),
-            )
-            for s in request.segments
-        ),
-        padding=None if request.padding is None else request.padding[row : row + 1],
-    )
-
-
-def _nudged(request: AttentionRequest) -> AttentionRequest:
-    """With every query, key, value and bias moved by a unit in the last place."""
-
-    def move(values: Tensor) -> Tensor:
-        return rounding.nudged(values, values.dtype, seed=1).to(values)
-
-    return attrs.evolve(
-        request,
-        queries=move(request.queries),
-        keys=move(request.keys),
-        values=move(request.values),
-        segments=tuple(
-            attrs.evolve(s, keys=move(s.keys), values=move(s.values), bias=None if s.bias is None else move(s.bias))
-            for s in request.segments
-        ),
-    )
-
-
 def _attend_exactly(request: AttentionRequest) -> Tensor:
     return exact_attention(request)[0]
-
-
-def _learned_bias(request: AttentionRequest) -> AttentionRequest:
-    """The request with every bias of memory asking for a gradient."""
-    segments = tuple(
-        segment if segment.bias is None else attrs.evolve(segment, bias=segment.bias.clone().requires_grad_())
-        for segment in request.segments
-    )
-    return attrs.evolve(request, segments=segments)
-
-
-def _gradients(request: AttentionRequest, attend: Any, *also: str) -> dict[str, Tensor]:
-    """Gradients of a weighted sum of the output towards queries, keys and values, and what ``also`` names."""
-    leaves = {
-        name: tensor.clone().requires_grad_()
-        for name, tensor in _tensors(request).items()
-        if name.endswith(("keys", "queries", "values", *also))
-    }
-    segments = tuple(
-        attrs.evolve(
-            segment,
-            keys=leaves[f"segments[{index}].keys"],
-            values=leaves[f"segments[{index}].values"],
-            bias=leaves.get(f"segments[{index}].bias", segment.bias),
-        )
-        for index, segment in enumerate(request.segments)
-    )
-    output = attend(
-        attrs.evolve(
-            request, queries=leaves["queries"], keys=leaves["keys"], values=leaves["values"], segments=segments
-        )
-    )
-    if not output.requires_grad:  # no query saw anything
-        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(3)).to(output)
-    with torch.autograd.set_detect_anomaly(mode=True):  # NaN must not appear on the way either
-        found = torch.autograd.grad((output * weight).sum(), list(leaves.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(leaf) if gradient is None else gradient
-        for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
-    }

@@ -60,7 +60,7 @@ def test_it_is_read_as_it_is(model: Any) -> None:
     prepared = model.mplus_engine._prepared[memory]
     assert torch.equal(model.generate(TEXT, generation_config=config), expected)
     assert torch.equal(model.generate(TEXT, config), expected)
-    assert len(memory.streams.usage[0].at(0).ids), "reads are noted in the memory itself"
+    assert len(memory.streams.usage[0].layer(0).ids), "reads are noted in the memory itself"
     assert model.mplus_engine._prepared[memory] is prepared
     assert config.memory is memory
     memory.write(tiny.ids(60, 5))
@@ -213,4 +213,4 @@ def test_a_pipeline() -> None:
     expected = write(texts, batch_size=2, memory=memory, **options)
     memory.streams.usage[0]._layers.clear()
     assert write(texts, batch_size=2, generation_config=GenerationConfig(memory=memory, **options)) == expected
-    assert len(memory.streams.usage[0].at(0).ids), "reads are noted in the memory itself"
+    assert len(memory.streams.usage[0].layer(0).ids), "reads are noted in the memory itself"

@@ -113,8 +113,8 @@ def test_reads_of_every_row_are_noted_in_the_memory() -> None:
     expected = set()
     for twin, text in zip(own, TEXTS, strict=True):
         read(twin, text[None])
-        expected |= set(twin.streams.usage[0].at(0).ids.tolist())
-    assert set(notes.at(0).ids.tolist()) == expected
+        expected |= set(twin.streams.usage[0].layer(0).ids.tolist())
+    assert set(notes.layer(0).ids.tolist()) == expected
 
 
 def test_the_cache_of_one_prompt_serves_several_questions() -> None:
