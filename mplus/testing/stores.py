@@ -14,8 +14,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreLayout, StoreView
-from mplus.testing.store_checks import StoreChecks
-from mplus.testing.store_model import LAYOUT, StoreMachine
+from mplus.testing.store_model import LAYOUT, StoreChecks, StoreMachine
 from mplus.testing.strategies import CONFORMANCE, draw_rows, layouts
 
 WITH_EXTRA = attrs.evolve(
