@@ -176,6 +176,10 @@ def _adapters(value: Any) -> Any:
     return structure(AdapterConfig, value) if isinstance(value, Mapping) else value
 
 
+ADAPTERS = AdapterConfig()
+"""The adapters of a config that says nothing of them; a mechanism that needs none goes without this very object."""
+
+
 @define(frozen=True, kw_only=True)
 class MPlusConfig:
     """How a decoder writes, keeps and reads memory. Sizes are tokens per layer unless said otherwise.
@@ -185,7 +189,8 @@ class MPlusConfig:
     holds the numbers, and so does what is saved.
 
     Attributes:
-        mechanism: "mplus" or "memoryllm" (no long-term memory), or a third party's.
+        mechanism: "mplus", "memoryllm" (no long-term memory) or "kv" (keys and values of the text's own tokens), or a
+            third party's.
         variant: "paper", or "published" to follow the released code to the letter.
         chunk_tokens: text tokens read by one write.
         min_chunk_tokens: shorter chunks are joined with their neighbour, or refused where there is none. Left out: 16,
@@ -210,7 +215,8 @@ class MPlusConfig:
             there are adapters of the user on the projections) hidden.
         store, eviction, retriever: implementations with their options.
         backend: attention backend; "auto" picks the first usable one.
-        adapters: LoRA adapters, or None (in TOML: false) to add none.
+        adapters: LoRA adapters, or None (in TOML: false) to add none. Left out: those of ``AdapterConfig()``, or none
+            with a mechanism that has nothing to train ("kv").
     """
 
     mechanism: Component = field(default=Component("mplus"), converter=_component)
@@ -240,7 +246,7 @@ class MPlusConfig:
     retriever: Component = field(default=Component("linear"), converter=_component)
     backend: str = field(default="auto", validator=attrs.validators.instance_of(str))
     adapters: AdapterConfig | None = field(
-        factory=AdapterConfig,
+        default=ADAPTERS,
         converter=_adapters,
         validator=attrs.validators.optional(attrs.validators.instance_of(AdapterConfig)),
     )

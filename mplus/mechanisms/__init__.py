@@ -18,5 +18,6 @@ MECHANISMS: Registry[MemoryMechanism] = Registry(
     builtin={
         "mplus": "mplus.mechanisms.mplus:MPlusMechanism",
         "memoryllm": "mplus.mechanisms.memoryllm:MemoryLLMMechanism",
+        "kv": "mplus.mechanisms.kv.mechanism:KvMechanism",
     },
 )

@@ -7,11 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
-from attrs import define, field
+from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.backends.base import Segment
-from mplus.config import MPlusConfig
+from mplus.config import PUBLISHED, MPlusConfig
 from mplus.errors import InputError
 from mplus.eviction.base import EvictionPolicy
 from mplus.mechanisms.additions import MemoryAdditions
@@ -103,6 +103,8 @@ class MemoryMechanism(ABC):
         empty_is_base: whether a new memory leaves the decoder as it is, bit for bit; checked when a decoder is wrapped.
         attends: whether ``prefix`` returns ``Attended``, so that attention must go through mplus.
         keeps: the ``memory_rows`` that make sense for it.
+        sizes: that a config may leave open, as they are where a decoder has positions for them.
+        retrieves_once: whether it chooses in ``open`` what a text reads, and never again: ``retrieve_every`` is refused.
     """
 
     @define(frozen=True, kw_only=True)
@@ -120,6 +122,21 @@ class MemoryMechanism(ABC):
     empty_is_base: ClassVar[bool] = True
     attends: ClassVar[bool] = False
     keeps: ClassVar[frozenset[Kept]] = frozenset({"projected", "hidden", "both"})
+    sizes: ClassVar[Mapping[str, int]] = PUBLISHED
+    retrieves_once: ClassVar[bool] = False
+
+    @classmethod
+    def settle(cls, config: MPlusConfig, room: int | None) -> MPlusConfig | None:
+        """Return ``config`` with this mechanism's own numbers for what it leaves open; None: those of M+.
+
+        Args:
+            config: as it was given to ``wrap``.
+            room: positions of the decoder that memory should take at most; None: there is no limit.
+
+        Raises:
+            ConfigError: a field is set that means nothing to this mechanism.
+        """
+        return None
 
     def __init__(self, config: MPlusConfig, additions: MemoryAdditions, options: Any) -> None:
         self.config = config
@@ -185,7 +202,8 @@ class MemoryMechanism(ABC):
         new = self.new_state(context.store.layout, decoder)
         state, source = new.with_source(None, ids.shape[1])
         update = self.write(decoder, [StreamView(state, context.store)], Text(ids)).of(0)
-        return StreamView(self.absorb(state, update, source, context).state, context.store.snapshot())
+        absorbed = self.absorb(state, update, source, evolve(context, ids=ids[0]))
+        return StreamView(absorbed.state, context.store.snapshot())
 
     def follow(self, store: MemoryStore) -> None:
         """Rows were removed from ``store`` for good: let go of what a retriever keeps of them."""

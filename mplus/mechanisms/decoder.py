@@ -27,12 +27,14 @@ class Text:
         mask: ``[B, n]`` bool, False at padding; None: there is none.
         tokenizer: turns ids into text again, where the memory has one.
         embedded: ``[B, n, w]``, the embeddings of a read that was given no ids.
+        query: ``[B, n]`` bool, of a read: the tokens to retrieve with (``query_tokens``); None: all that are text.
     """
 
     ids: Tensor | None
     mask: Tensor | None = None
     tokenizer: Any = None
     embedded: Tensor | None = None
+    query: Tensor | None = None
 
     def need_ids(self) -> Tensor:
         """Return ``ids``. Raises InputError where there are embeddings only."""
@@ -55,6 +57,7 @@ class DecoderShape:
             as biases; "rotary": everything else.
         dtype: of hidden states.
         device: where ids go.
+        first_token: that begins a text: BOS, else EOS; None: there is neither.
     """
 
     layers: int
@@ -65,6 +68,7 @@ class DecoderShape:
     positions: Literal["rotary", "learned", "alibi"]
     dtype: torch.dtype
     device: torch.device
+    first_token: int | None = None
 
 
 @define(frozen=True, eq=False)
@@ -197,6 +201,10 @@ class Decoder(Protocol):
     @property
     def shape(self) -> DecoderShape:
         """Sizes and abilities."""
+
+    @property
+    def kept(self) -> KeptProjection:
+        """What makes segments of rows that were kept as keys and values. Raises NotSupported where they cannot be."""
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the token embeddings ``[B, n, w]`` of ids ``[B, n]``."""

@@ -17,7 +17,7 @@ from mplus.memory.texts import Text, Texts, Waiting
 from mplus.memory.weights_state import WeightsState
 from mplus.rows import MemoryRows
 from mplus.stores.access_log import AccessLog
-from mplus.stores.base import StoreLayout, StoreView
+from mplus.stores.base import MemoryStore, StoreLayout, StoreView
 
 LONG_TERM = "long-term"
 """What reports call the rows of a stream's store."""
@@ -141,6 +141,16 @@ class StreamState(ABC):
             The tensors, and a sentence with its reason for each one that was exchanged.
         """
         return dict(tensors), []
+
+    def mended_with(self, store: MemoryStore) -> tuple[Self, list[str]]:
+        """Bring this state and the rows of ``store`` into step, some of which were damaged and are gone.
+
+        A class whose tensors say something of rows of the store overrides it.
+
+        Returns:
+            The state, and a sentence for each thing that was lost.
+        """
+        return self, []
 
     def check_like(self, new: StreamState, where: str) -> None:
         """Raise MemoryMismatchError unless rows have the columns of a ``new`` state of the same mechanism."""

@@ -12,8 +12,8 @@ from mplus.hf.model.modes import in_eval_mode, input_device
 from mplus.hf.retrofit.discovery import Anatomy
 
 
-def _first_token(decoder: Any) -> int | None:
-    """BOS, else EOS, as far as the configurations have one: text configurations need not."""
+def first_token(decoder: Any) -> int | None:
+    """Return BOS, else EOS, as far as the configurations have one: text configurations need not."""
     configs = (
         decoder.config.get_text_config(decoder=True),
         decoder.config,
@@ -32,7 +32,7 @@ def _first_token(decoder: Any) -> int | None:
 def begin_rows(decoder: Any, anatomy: Anatomy) -> Tensor:
     """``[L, 1, d]``: what the first layer receives for BOS, else EOS, else the mean embedding, for every layer."""
     embedding = decoder.get_input_embeddings()
-    token = _first_token(decoder)
+    token = first_token(decoder)
     if token is not None and 0 <= token < embedding.weight.shape[0]:
         inputs = {"input_ids": torch.tensor([[token]], device=input_device(decoder))}
     else:

@@ -10,12 +10,23 @@ from attrs import define
 from torch import Tensor, nn
 
 from mplus.backends.base import Segment
+from mplus.hf.model.begin_rows import first_token
 from mplus.hf.retrofit.attention_probe import Nothing
 from mplus.hf.retrofit.context import Collection as Collecting
 from mplus.hf.retrofit.context import Pass, PrefixSource, run_in
 from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.hf.retrofit.hooks import Retrofit
-from mplus.mechanisms.decoder import Adapter, Attended, Collected, DecoderShape, Edit, PassResult, Prefix, Project
+from mplus.mechanisms.decoder import (
+    Adapter,
+    Attended,
+    Collected,
+    DecoderShape,
+    Edit,
+    KeptProjection,
+    PassResult,
+    Prefix,
+    Project,
+)
 
 
 class Wrapped(Protocol):
@@ -34,6 +45,7 @@ class Wrapped(Protocol):
     def width(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
+    def need_projection(self) -> KeptProjection: ...
     def project(self, layer: int, hidden: Tensor) -> Tensor: ...
     def keys(self, layer: int, hidden: Tensor) -> Tensor | None: ...
     def adapter(self, wanted: str) -> str | None: ...
@@ -59,7 +71,12 @@ class WrappedDecoder:
             positions="learned" if anatomy.learned_positions else "alibi" if anatomy.alibi else "rotary",
             dtype=engine.dtype,
             device=engine.device,
+            first_token=first_token(engine.model),
         )
+
+    @property
+    def kept(self) -> KeptProjection:
+        return self._engine.need_projection()
 
     def embed(self, ids: Tensor) -> Tensor:
         found: Tensor = self._engine.embedding(ids)

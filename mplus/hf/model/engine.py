@@ -122,9 +122,12 @@ class DecoderEngine:
         size = 0
         if memory_rows != "hidden":
             if isinstance(self.projection, str):
+                other = "use 'hidden' or 'auto'"
+                if "hidden" not in self.mechanism.keeps:
+                    other = f"the mechanism {self.mechanism.name!r} needs them, so use another one"
                 raise NotSupported(
                     f"memory_rows={memory_rows!r} cannot be had with {type(self.model).__name__}: {self.projection}; "
-                    "use 'hidden' or 'auto'"
+                    f"{other}"
                 )
             size = self.projection.size
         begin = self.mechanism.additions.begin
@@ -155,10 +158,14 @@ class DecoderEngine:
 
     def project(self, layer: int, hidden: Tensor) -> Tensor:
         """See ``Engine.project``."""
+        begin = self.mechanism.additions.begin
+        return self.need_projection().rows(layer, hidden.to(begin.device)).to(hidden.device)
+
+    def need_projection(self) -> Projection:
+        """Return how rows are kept projected. Raises NotSupported where they cannot be."""
         if isinstance(self.projection, str):
             raise NotSupported(f"rows cannot be kept projected in {type(self.model).__name__}: {self.projection}")
-        begin = self.mechanism.additions.begin
-        return self.projection.rows(layer, hidden.to(begin.device)).to(hidden.device)
+        return self.projection
 
     def refresh(self, rows: MemoryRows, layer: int) -> MemoryRows:
         """See ``Engine.refresh``."""

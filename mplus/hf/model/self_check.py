@@ -305,9 +305,11 @@ class _Checks:
             retrofit.technique, retrofit.positions = before
 
     def _write(self) -> Found:
-        rows = self.engine.write([self.view], self.ids).hidden
-        wrong = [layer for layer, made in enumerate(rows) if not bool(torch.isfinite(made).all())]
-        if len(rows) != len(self.engine.retrofit.anatomy.specs) or wrong:
+        update = self.engine.write([self.view], self.ids)
+        update.check(self.engine.mechanism.name, 1, [self.view.store.layout])
+        rows = zip(*(part for part in (update.hidden, update.projected) if part), strict=True)
+        wrong = [layer for layer, made in enumerate(rows) if not all(bool(torch.isfinite(one).all()) for one in made)]
+        if wrong:
             return float("inf"), False, f"rows of layers {wrong} are not finite"
         return 0.0, True, "they are"
 

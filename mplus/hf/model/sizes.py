@@ -14,8 +14,6 @@ from mplus.mechanisms import MECHANISMS
 
 PARTS = 1 << 16
 """Steps in which sizes are scaled."""
-SIZES = (*PUBLISHED, "min_chunk_tokens")
-"""Fields of a config that may be left open."""
 NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length")
 """What configurations call the number of positions."""
 STRETCHED = ("yarn", "dynamic")
@@ -100,9 +98,16 @@ def resolve(config: MPlusConfig, room: Room, stacklevel: int = 2) -> MPlusConfig
     The published sizes, if a read's memory, ``1 + retrieved_tokens + short_term_tokens`` rows, takes at most half of
     the decoder's positions with them. Else all sizes that are open are scaled together, until it takes half.
 
+    A mechanism may have other defaults (``MemoryMechanism.settle``).
+
     Warns:
         MemorySizeWarning: sizes that are given do not fit.
     """
+    settled = MECHANISMS.get(config.mechanism.name).settle(config, room.half)
+    if settled is not None:
+        if room.half is not None and settled.retrieved_tokens > room.half and not room.grows:
+            warnings.warn(_too_many(settled.retrieved_tokens, room), MemorySizeWarning, stacklevel=stacklevel + 1)
+        return settled
     given = {name: getattr(config, name) for name in PUBLISHED if getattr(config, name) is not None}
     scale = _scale(given, config, room)
     if scale is None:  # what is given does not fit by itself: the rest is as it would be without
@@ -121,7 +126,12 @@ def resolve(config: MPlusConfig, room: Room, stacklevel: int = 2) -> MPlusConfig
 
 def chosen(asked: MPlusConfig, config: MPlusConfig) -> dict[str, int]:
     """The sizes of ``config`` that ``asked`` had left open, by name."""
-    return {name: getattr(config, name) for name in SIZES if getattr(asked, name) is None}
+    return {name: getattr(config, name) for name in names(config) if getattr(asked, name) is None}
+
+
+def names(config: MPlusConfig) -> tuple[str, ...]:
+    """The sizes that a config with this mechanism may leave open."""
+    return (*MECHANISMS.get(config.mechanism.name).sizes, "min_chunk_tokens")
 
 
 def _scale(given: dict[str, int], config: MPlusConfig, room: Room) -> int | None:
@@ -149,6 +159,14 @@ def _scaled(scale: int, given: dict[str, int], config: MPlusConfig) -> dict[str,
         least = min(2 * sizes["memory_tokens_per_chunk"], PUBLISHED["chunk_tokens"])
         sizes["chunk_tokens"] = max(sizes["chunk_tokens"], least, config.min_chunk_tokens or 1)
     return sizes
+
+
+def _too_many(retrieved: int, room: Room) -> str:
+    return (
+        f"a read puts up to retrieved_tokens ({retrieved:,}) rows in front of the text and {room.decoder} knows "
+        f"{room.positions:,} positions, of which memory should take at most half, {room.half:,}: use a smaller number, "
+        "or leave it out"
+    )
 
 
 def _complaint(sizes: dict[str, int], config: MPlusConfig, room: Room) -> str:

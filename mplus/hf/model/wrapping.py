@@ -126,13 +126,15 @@ def _say_sizes(decoder: WrappedModel, installed: Installed) -> None:
     """Log the sizes that were left open; as a warning where the published ones do not fit."""
     sizes = chosen(installed.asked, decoder.mplus_config)
     if sizes:
-        smaller = any(PUBLISHED.get(name, size) != size for name, size in sizes.items())
+        usual = decoder.mplus_engine.mechanism.sizes
+        smaller = any(usual.get(name, size) != size for name, size in sizes.items())
         said = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        than = "published" if usual is PUBLISHED else "usual"
         logger.log(
             logging.WARNING if smaller else logging.INFO,
             "sizes of the memory of %s that were left out%s: %s",
             type(decoder).__name__,
-            ", smaller than published so that it takes half of the decoder's positions" if smaller else "",
+            f", smaller than {than} so that it takes half of the decoder's positions" if smaller else "",
             said,
         )
 

@@ -21,7 +21,7 @@ from mplus.hf.reading.checks import check_rows, check_weights, is_as_kept
 from mplus.hf.reading.override import mechanism_for_reads
 from mplus.hf.reading.pieces import read_in_pieces
 from mplus.hf.reading.query_tokens import without_padding
-from mplus.hf.reading.reading import Reading, one_per_row
+from mplus.hf.reading.reading import Reading, ReadSource, one_per_row
 from mplus.hf.reading.retrieved_sources import retrieved_sources
 from mplus.hf.reading.virtual_tokens import only_learned
 from mplus.hf.retrofit.context import Pass, current_pass, run_in
@@ -150,7 +150,13 @@ def ask(
 
     Raises:
         InputError: ``query_tokens`` are not one per row.
+        NotSupported: it should retrieve anew, and the mechanism does not.
     """
+    if arguments.retrieve_every is not None and reading.mechanism.retrieves_once:
+        raise NotSupported(
+            f"retrieve_every does not go with the mechanism {reading.mechanism.name!r}, which chooses once what a text "
+            "reads: leave it out"
+        )
     counts = arguments.query_tokens_of(len(reading.views))
     if unmasked is not None and not isinstance(counts, tuple):
         padding_id = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
@@ -270,13 +276,8 @@ def _read_pass(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[
         text_mask = mask[:, -tokens:].bool() if padded else None
         if padded and takes_positions and inputs.get("position_ids") is None:
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
-    front = Text(
-        ids=None if inputs.get("input_ids") is None else text[::repeats],
-        mask=None if text_mask is None else text_mask[::repeats],
-        tokenizer=None if reading.memory is None else reading.memory.tokenizer,
-        embedded=None if inputs.get("input_ids") is not None else text[::repeats],
-    )
-    opened = reading.open(engine.decoder, front)
+    source = reading.source(text_mask, piece)
+    opened = reading.opened or _open(engine, reading, source, text[::repeats])
     offset: int | Tensor = 0
     positions = engine.retrofit.positions
     if positions.offset or opened.text_offset is not None:
@@ -289,7 +290,20 @@ def _read_pass(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[
     mechanism = reading.mechanism
     empty = mechanism.empty_is_base and not any(map(mechanism.has_prefix, reading.views))
     adapter = None if empty else engine.adapter("read")
-    return Pass(reading.source(text_mask, piece), adapter, text_offset=offset)
+    return Pass(source, adapter, text_offset=offset)
+
+
+def _open(engine: DecoderEngine, reading: Reading, source: ReadSource, text: Tensor) -> Opened:
+    """Let the mechanism get ready for the first forward, of ids ``[B, T]`` or embeddings ``[B, T, w]``."""
+    asked = any(map(reading.mechanism.has_prefix, reading.views))
+    front = Text(
+        ids=text if text.dim() == 2 else None,
+        mask=None if source.text_mask is None else source.text_mask[:: source.text_mask.shape[0] // text.shape[0]],
+        tokenizer=None if reading.memory is None else reading.memory.tokenizer,
+        embedded=None if text.dim() == 2 else text,
+        query=source.asked(text) if asked else None,
+    )
+    return reading.open(engine.decoder, front)
 
 
 def _text_offset(reading: Reading, opened: Opened, positions: MemoryPositions, device: torch.device) -> Tensor:

@@ -225,6 +225,12 @@ class ReadSource:
             mask = self._query_mask = self._tokens_asked_with(hidden)
         return self.reading.mechanism.retrieve(layer, hidden, mask, self.reading.views)
 
+    def asked(self, text: Tensor) -> Tensor:
+        """Return ``[B, T]`` bool: the tokens of ``text`` ``[B, T, ...]``, a row per stream, that retrieve."""
+        guessed = text.shape[1] if self.reading.prompt_tokens is None else self.reading.prompt_tokens
+        mask = self._query_mask = self._tokens_asked_with(text[:, :guessed])
+        return torch.nn.functional.pad(mask, (0, text.shape[1] - mask.shape[1]), value=False)
+
     def _tokens_asked_with(self, hidden: Tensor) -> Tensor:
         """``[B, T]`` bool: the tokens that retrieve; the same in all layers."""
         reading = self.reading

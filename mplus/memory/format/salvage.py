@@ -123,7 +123,9 @@ def clean(number: int, state: StreamState, store: MemoryStore, lost: list[str]) 
         if found := sum(map(len, bad)):
             lost.append(f"{found} long-term rows of impossible values in layer {layer}, stream {number}")
             store.remove(layer, torch.cat(bad))
-    return state.kept(places)
+    state, gone = state.kept(places).mended_with(store)
+    lost += [f"{what}, stream {number}" for what in gone]
+    return state
 
 
 def sources_in(store: MemoryStore) -> list[Tensor]:

@@ -1,0 +1,90 @@
+"""Front: the rows that stand in front of a text, turned to the positions they have there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from mplus.backends.base import Segment
+from mplus.backends.checks import check_finite
+from mplus.mechanisms.decoder import KeptProjection
+from mplus.memory.state import StreamView
+
+
+@define(frozen=True, eq=False)
+class Front:
+    """``[begin | chunks]`` of every stream, at consecutive positions that end in front of the text.
+
+    Attributes:
+        kept: turns rows into segments.
+        views: the streams.
+        places: per stream ``[n_i]`` int64, which of its rows, in that order.
+        begin: per layer ``[1, b, w]``, the keys and values of the tokens that begin every text.
+        begins: per stream, whether they stand in front of its rows.
+        at_zero: rows sit at 0, 1, ... and the text behind them; else at -P..-1 and the text from 0 on.
+        tables: what rotates keys, by the kind of layer; filled as layers ask.
+    """
+
+    kept: KeptProjection
+    views: Sequence[StreamView]
+    places: Sequence[Tensor]
+    begin: Sequence[Tensor]
+    begins: Sequence[bool]
+    at_zero: bool
+    tables: dict[Any, Any] = field(factory=dict)
+
+    @property
+    def counts(self) -> Tensor:
+        """``[B]`` int64, rows in front of each stream's text."""
+        first = self.begin[0].shape[1] if self.begin else 0
+        counts = [first * begins + len(places) for begins, places in zip(self.begins, self.places, strict=True)]
+        return torch.tensor(counts)
+
+    def segments(self, layer: int, hidden: Tensor) -> tuple[Segment, ...]:
+        """Return what a layer sees; () where no stream has anything.
+
+        Args:
+            layer: index among the layers that carry memory.
+            hidden: ``[B, T, d]``, the text, which gives dtype and device.
+        """
+        counts = self.counts
+        most = int(counts.max())
+        if not most:
+            return ()
+        streams = [self._rows(layer, stream, hidden) for stream in range(len(self.views))]
+        rows = torch.stack([torch.nn.functional.pad(one, (0, 0, 0, most - one.shape[0])) for one in streams])
+        check_finite("keys and values of a memory", rows)
+        segment = self.kept.turned(layer, [rows], self._tables(layer, counts, hidden))
+        if bool((counts == most).all()):
+            return (segment,)
+        return (Segment(segment.keys, segment.values, counts.to(hidden.device)),)
+
+    def _rows(self, layer: int, stream: int, hidden: Tensor) -> Tensor:
+        """Return ``[P_i, w]``, the rows of one stream as they are kept."""
+        parts = [self.begin[layer][0]] if self.begin and self.begins[stream] else []
+        places, store = self.places[stream], self.views[stream].store
+        if len(places):
+            ids = store.ids(layer)
+            ids = ids[places.to(ids.device)]
+            found = store.locate(layer, "projected", ids)
+            if found is None:
+                rows = store.gather(layer, ids, leave_out=("birth", "source", "key", "expiry")).columns()["projected"]
+            else:
+                column, where = found.contiguous()
+                rows = column.index_select(0, where)
+            parts.append(rows)
+        if not parts:
+            return hidden.new_empty(0, self.kept.size)
+        return torch.cat([part.to(hidden) for part in parts])
+
+    def _tables(self, layer: int, counts: Tensor, hidden: Tensor) -> Any:
+        key = (self.kept.table_key(layer), hidden.dtype, hidden.device)
+        if key not in self.tables:
+            place = torch.arange(int(counts.max()))[None]
+            positions = place.expand(len(counts), -1) if self.at_zero else place - counts[:, None]
+            self.tables[key] = self.kept.tables(layer, hidden, positions.to(hidden.device))
+        return self.tables[key]

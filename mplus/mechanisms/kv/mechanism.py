@@ -1,0 +1,241 @@
+"""KvMechanism: keys and values of the text's own tokens, brought back by whole chunks in front of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from attrs import define, evolve, field
+from torch import Tensor
+
+from mplus.backends.base import Segment
+from mplus.config import ADAPTERS, Component, MPlusConfig, number, one_of, shortest_chunk, whole
+from mplus.errors import ConfigError
+from mplus.mechanisms.base import Absorbed, Columns, Kept, MemoryMechanism, Opened, Retrieved
+from mplus.mechanisms.decoder import Adapter, Decoder, Project, Text
+from mplus.mechanisms.kv.front import Front
+from mplus.mechanisms.kv.search import bm25, choose
+from mplus.mechanisms.kv.state import KvState, state_of
+from mplus.memory.state import StreamState, StreamView
+from mplus.memory.writing.context import WriteContext
+from mplus.memory.writing.update import Update
+from mplus.rows import MemoryRows
+from mplus.stores.base import StoreLayout
+
+UNUSED = {
+    "short_term_tokens": (None, "there is no short-term memory"),
+    "variant": ("paper", "there are no published weights to follow"),
+    "drop_per_layer": (True, "nothing is dropped at random"),
+    "memory_positions": ("auto", "the rows sit at consecutive positions in front of the text"),
+    "position_span": (None, "the rows sit at consecutive positions in front of the text"),
+    "retriever": (Component("linear"), "whole chunks are chosen, by the options of the mechanism"),
+}
+"""Fields of a config that mean nothing here: their values when they are left out, and why."""
+
+
+def _ids(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check_ids(instance: Any, attribute: Any, value: Any) -> None:
+    sound = isinstance(value, tuple) and all(type(one) is int and one >= 0 for one in value)
+    if value is not None and not sound:
+        raise ConfigError(f"begin must be a list of token ids, or None, got {value!r}")
+
+
+def _share(instance: Any, attribute: Any, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ConfigError(f"{attribute.name} must be a number from 0 to 1, got {value!r}")
+
+
+class KvMechanism(MemoryMechanism):
+    """Keeps un-rotated keys and values of every token written, and reads ``[begin | retrieved chunks | text]``.
+
+    A row is a token. A read brings back whole chunks, the same in all layers, chosen once by its first forward; a
+    memory without chunks puts nothing in front of the text. Nothing is trained.
+
+    Example:
+        >>> import mplus
+        >>> config = mplus.MPlusConfig(mechanism="kv", chunk_tokens=128, retrieved_tokens=1024)
+    """
+
+    @define(frozen=True, kw_only=True)
+    class Options:
+        """Options of the memory of keys and values.
+
+        Attributes:
+            behind: chunks written before it that a chunk is read behind when it is written; 0: none, so that its rows
+                hold nothing of other sources; None: all there are.
+            begin: ids of the tokens in front of all memory, which every text begins with (of a chat, say); None: the
+                decoder's BOS, else EOS, if it has one.
+            order: of the chunks that are brought back: as "written", or by "score", the best one next to the text.
+            k1, b: of BM25, by whose scores over token ids chunks are chosen.
+        """
+
+        behind: int | None = field(default=0, validator=whole(0, optional=True))
+        begin: tuple[int, ...] | None = field(default=None, converter=_ids, validator=_check_ids)
+        order: str = field(default="written", validator=one_of("written", "score"))
+        k1: float = field(default=1.5, validator=number(0))
+        b: float = field(default=0.75, validator=_share)
+
+        @classmethod
+        def defaults(cls, variant: str) -> dict[str, Any]:
+            """Return nothing: there is one variant."""
+            return {}
+
+    name = "kv"
+    State: ClassVar[type[StreamState]] = KvState
+    uses_retriever = False
+    keeps: ClassVar[frozenset[Kept]] = frozenset({"projected"})
+    sizes: ClassVar[Mapping[str, int]] = {"chunk_tokens": 128, "retrieved_tokens": 1024}
+    retrieves_once = True
+
+    @classmethod
+    def settle(cls, config: MPlusConfig, room: int | None) -> MPlusConfig:
+        for name, (left_out, why) in UNUSED.items():
+            if getattr(config, name) != left_out:
+                raise ConfigError(
+                    f"{name} means nothing to the mechanism {cls.name!r} ({why}), got {getattr(config, name)!r}: "
+                    "leave it out"
+                )
+        most = cls.sizes["retrieved_tokens"] if room is None else min(cls.sizes["retrieved_tokens"], room)
+        retrieved: int | None = config.retrieved_tokens
+        chunk = config.chunk_tokens
+        if chunk is None:
+            chunk = max(min(cls.sizes["chunk_tokens"], most // 2 if retrieved is None else retrieved), 1)
+        retrieved = max(most, chunk) if retrieved is None else retrieved
+        if config.memory_tokens_per_chunk not in (None, chunk):
+            raise ConfigError(
+                f"memory_tokens_per_chunk means nothing to the mechanism {cls.name!r} (every token is a row, so it is "
+                f"chunk_tokens, {chunk}), got {config.memory_tokens_per_chunk}: leave it out"
+            )
+        for name, size in (("retrieved_tokens", retrieved), ("long_term_tokens", config.long_term_tokens)):
+            if size is not None and size < chunk:
+                raise ConfigError(
+                    f"{name} must be at least chunk_tokens ({chunk}) with the mechanism {cls.name!r}, which keeps and "
+                    f"brings back whole chunks, got {size}"
+                )
+        return evolve(
+            config,
+            chunk_tokens=chunk,
+            min_chunk_tokens=config.min_chunk_tokens or shortest_chunk(chunk),
+            memory_tokens_per_chunk=chunk,
+            retrieved_tokens=retrieved,
+            adapters=None if config.adapters is ADAPTERS else config.adapters,
+        )
+
+    @property
+    def long_term(self) -> bool:
+        return True
+
+    def new_state(self, layout: StoreLayout, columns: Columns | None = None) -> KvState:
+        if layout.expiry:
+            raise ConfigError(
+                f"eviction must be a policy by which rows leave at capacity with the mechanism {self.name!r}, which "
+                "merges nothing, so that no lifetime would run out: use 'fifo', say"
+            )
+        return KvState.empty()
+
+    def write(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Update:
+        """Run one pass over a chunk of every stream, behind the chunks before it that ``behind`` says."""
+        ids = text.need_ids()
+        places = [self._before(state_of(view)) for view in views]
+        front = self._front(decoder, views, places, [True] * len(views), "write")
+        counts, positions = front.counts.to(ids.device), None
+        if front.at_zero:
+            positions = counts[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        found = decoder.run(
+            ids,
+            prefix=lambda layer, hidden, project: front.segments(layer, hidden),
+            prefix_rows=int(counts.max()),
+            adapter="write",
+            positions=positions,
+            collect={"projected"},
+        )
+        return Update((), found.projected)
+
+    def absorb(self, state: Any, update: Update, source: int, context: WriteContext) -> Absorbed:
+        ids = context.ids
+        if ids is None or ids.shape[0] != update.projected[0].shape[0]:
+            rows = update.projected[0].shape[0]
+            raise ConfigError(f"absorb needs the ids of the {rows} tokens that the rows were made of, got {ids!r}")
+        device, dtype = context.store.layout.device, context.store.layout.dtype
+        births = torch.arange(state.clock, state.clock + ids.shape[0], device=device)
+        for layer, made in enumerate(update.projected):
+            rows = MemoryRows(None, births, torch.full_like(births, source), projected=made.to(device, dtype))
+            context.store.append(layer, rows)
+        after, evicted = self._evict(state.with_chunk(ids, source), context)
+        return Absorbed(after, 0, evicted)
+
+    def open(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Opened:
+        """Choose the chunks that this text reads, by its own tokens."""
+        if not any(map(self.has_prefix, views)):
+            return Opened(views)
+        ids = text.need_ids()
+        asked = text.query if text.query is not None else text.mask
+        places = []
+        for stream, view in enumerate(views):
+            state = state_of(view)
+            state.check_store(view)
+            query = ids[stream] if asked is None else ids[stream][asked[stream].to(ids.device)]
+            places.append(self._retrieved(view, query) if self.has_prefix(view) else torch.empty(0, dtype=torch.int64))
+        front = self._front(decoder, views, places, [len(found) > 0 for found in places], "read")
+        return Opened(views, own=front, text_offset=front.counts if front.at_zero else None)
+
+    def prefix(
+        self, opened: Opened, layer: int, found: Sequence[Retrieved | None], hidden: Tensor, project: Project
+    ) -> tuple[Segment, ...] | None:
+        return None if opened.own is None else opened.own.segments(layer, hidden)
+
+    def has_prefix(self, view: StreamView) -> bool:
+        return state_of(view).tokens > 0
+
+    def prefix_rows(self, view: StreamView) -> int:
+        """Return the most rows that a text can bring back, and the begin rows."""
+        tokens = min(state_of(view).tokens, self.config.retrieved_tokens)
+        return tokens + len(self.options.begin or (0,)) if tokens else 0
+
+    def _before(self, state: KvState) -> Tensor:
+        """Return the places of the chunks that the next one is read behind."""
+        chunks = torch.arange(len(state.chunk_length))
+        behind = len(chunks) if self.options.behind is None else self.options.behind
+        return state.places(chunks[max(len(chunks) - behind, 0) :])
+
+    def _retrieved(self, view: StreamView, query: Tensor) -> Tensor:
+        """Return the places of the chunks that ``query`` ``[q]`` brings back, in the order in which they are read."""
+        state = state_of(view)
+        scores = bm25(state, query, self.options.k1, self.options.b)
+        chosen = choose(state, scores, self.config.retrieved_tokens)
+        chosen = chosen.sort().values if self.options.order == "written" else chosen.flip(0)
+        places = state.places(chosen)
+        if view.usage is not None:
+            view.usage.record(0, view.store.ids(0)[places.to(view.store.layout.device)], state.clock)
+        return places
+
+    def _front(
+        self, decoder: Decoder, views: Sequence[StreamView], places: Sequence[Tensor], begins: list[bool], how: Adapter
+    ) -> Front:
+        kept, shape = decoder.kept, decoder.shape
+        first = (shape.first_token,) if shape.first_token is not None else ()
+        ids = torch.tensor([first if self.options.begin is None else self.options.begin], dtype=torch.int64)
+        begin = decoder.run(ids.to(shape.device), adapter=how, collect={"projected"}).projected if ids.numel() else ()
+        return Front(kept, views, places, begin, begins, shape.positions == "learned" or kept.positions.offset)
+
+    def _evict(self, state: KvState, context: WriteContext) -> tuple[KvState, int]:
+        """Let whole chunks leave, those of the rows that the policy names, until the rest is within the capacity."""
+        store, capacity, before = context.store, context.capacity, state.tokens
+        policy = context.eviction.with_access_log(context.usage)
+        while capacity is not None and state.tokens > capacity:
+            if context.usage is not None:
+                context.usage.trim(0, store)
+            place = torch.searchsorted(store.ids(0), policy.select(store, 0, 1)).cpu()
+            chunk = torch.searchsorted(state.chunk_offset, place, right=True) - 1
+            places = state.places(chunk)
+            for layer in range(store.layout.layers):
+                ids = store.ids(layer)
+                store.remove(layer, ids[places.to(ids.device)])
+            kept = torch.ones_like(state.chunk_length, dtype=torch.bool)
+            kept[chunk] = False
+            state = state.with_chunks(kept)
+        return state, before - state.tokens

@@ -1,0 +1,39 @@
+"""Wrapped tiny decoders with a memory of keys and values, and the same decoders left alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import mplus
+from benchmarks.quality.architectures.decoders import BOS, BY_NAME, VOCAB_SIZE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHUNK, RETRIEVED, CAPACITY = 8, 24, 40
+
+
+def wrapped(architecture: str = "llama", implementation: str | None = None, **changes: Any) -> Any:
+    """A decoder of the table of architectures; ``changes`` of the config, or options of the mechanism."""
+    options = {name: changes.pop(name) for name in ("behind", "begin", "order", "k1", "b") if name in changes}
+    sizes = {"chunk_tokens": CHUNK, "min_chunk_tokens": 1, "retrieved_tokens": RETRIEVED, "long_term_tokens": CAPACITY}
+    config = {**sizes, "mechanism": {"name": "kv", **options}, **changes}
+    return mplus.wrap(BY_NAME[architecture].build(0, implementation), config)
+
+
+def text(tokens: int, seed: int = 0) -> Tensor:
+    """``[tokens]`` random ids."""
+    return torch.randint(2, VOCAB_SIZE, (tokens,), generator=torch.Generator().manual_seed(seed))
+
+
+def whole(*parts: Tensor) -> Tensor:
+    """``[1, n]``: BOS, and behind it all parts."""
+    return torch.cat([torch.tensor([BOS]), *parts])[None]
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor, memory: Any = None, **options: Any) -> Tensor:
+    found: Tensor = model(ids, memory=memory, **options).logits
+    return found
