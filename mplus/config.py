@@ -246,7 +246,7 @@ class MPlusConfig:
     retriever: Component = field(default=Component("linear"), converter=_component)
     backend: str = field(default="auto", validator=attrs.validators.instance_of(str))
     adapters: AdapterConfig | None = field(
-        default=ADAPTERS,
+        default=cast("AdapterConfig | None", ADAPTERS),
         converter=_adapters,
         validator=attrs.validators.optional(attrs.validators.instance_of(AdapterConfig)),
     )

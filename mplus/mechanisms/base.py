@@ -104,7 +104,7 @@ class MemoryMechanism(ABC):
         attends: whether ``prefix`` returns ``Attended``, so that attention must go through mplus.
         keeps: the ``memory_rows`` that make sense for it.
         sizes: that a config may leave open, as they are where a decoder has positions for them.
-        retrieves_once: whether it chooses in ``open`` what a text reads, and never again: ``retrieve_every`` is refused.
+        retrieves_once: whether it chooses in ``open`` what a text reads, and never again: no ``retrieve_every``.
     """
 
     @define(frozen=True, kw_only=True)

@@ -146,6 +146,10 @@ class RowPositions(Protocol):
     def layout(self) -> str:
         """How they sit: "sequential", "compressed" or "constant"."""
 
+    @property
+    def offset(self) -> bool:
+        """Whether memory sits at 0, 1, ... and the text behind it."""
+
     def of_rows(self, place: Tensor, total: int | Tensor, text_offset: int | Tensor = 0) -> Tensor:
         """Return ``[B or 1, P]`` int64 positions of the rows at ``place`` of ``total``, counted from the oldest."""
 

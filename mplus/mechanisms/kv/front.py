@@ -72,7 +72,7 @@ class Front:
             ids = ids[places.to(ids.device)]
             found = store.locate(layer, "projected", ids)
             if found is None:
-                rows = store.gather(layer, ids, leave_out=("birth", "source", "key", "expiry")).columns()["projected"]
+                rows = store.gather(layer, ids, leave_out=("key", "expiry")).columns()["projected"]
             else:
                 column, where = found.contiguous()
                 rows = column.index_select(0, where)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mplus.backends.base import Segment
 from mplus.config import ADAPTERS, Component, MPlusConfig, number, one_of, shortest_chunk, whole
-from mplus.errors import ConfigError
+from mplus.errors import ConfigError, InputError
 from mplus.mechanisms.base import Absorbed, Columns, Kept, MemoryMechanism, Opened, Retrieved
 from mplus.mechanisms.decoder import Adapter, Decoder, Project, Text
 from mplus.mechanisms.kv.front import Front
@@ -157,9 +157,9 @@ class KvMechanism(MemoryMechanism):
 
     def absorb(self, state: Any, update: Update, source: int, context: WriteContext) -> Absorbed:
         ids = context.ids
-        if ids is None or ids.shape[0] != update.projected[0].shape[0]:
-            rows = update.projected[0].shape[0]
-            raise ConfigError(f"absorb needs the ids of the {rows} tokens that the rows were made of, got {ids!r}")
+        count = update.projected[0].shape[0]
+        if ids is None or ids.shape[0] != count:
+            raise InputError(f"absorb needs the ids of the {count} tokens that the rows were made of, got {ids!r}")
         device, dtype = context.store.layout.device, context.store.layout.dtype
         births = torch.arange(state.clock, state.clock + ids.shape[0], device=device)
         for layer, made in enumerate(update.projected):

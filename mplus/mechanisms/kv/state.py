@@ -97,7 +97,8 @@ class KvState(StreamState):
         cls.check_lists(layout, rows)
         if tensors.keys() != set(NAMES):
             raise MemoryMismatchError(f"a table of chunks must have the tensors {NAMES}, got {sorted(tensors)}")
-        state = cls(**{name: tensor.cpu() for name, tensor in tensors.items()}, **others)
+        parts: dict[str, Any] = {name: tensor.cpu() for name, tensor in tensors.items()}
+        state = cls(**parts, **others)
         state._check()
         return state
 
