@@ -18,7 +18,7 @@ from mplus.errors import ConfigError, NotSupported
 from mplus.eviction.build import build_eviction
 from mplus.hf.model.installed import WrappedModel
 from mplus.hf.model.modes import with_attention
-from mplus.hf.model.sizes import SIZES, chosen
+from mplus.hf.model.sizes import chosen, names
 from mplus.hf.pretrained.save import PushToHub, save_pretrained
 from mplus.hf.reading import generation_config
 from mplus.hf.reading.arguments import DEFAULTS, ReadArguments
@@ -54,7 +54,10 @@ class MemoryModel(PushToHub, WrappedModel):  # type: ignore[misc]
         if isinstance(engine.projection, str):
             kept += f" ({engine.projection})"
         left_open = chosen(installed.asked, engine.config)
-        sizes = {name: f"{getattr(engine.config, name):,}{' (chosen)' * (name in left_open)}" for name in SIZES}
+        sizes = {
+            name: f"{getattr(engine.config, name):,}{' (chosen)' * (name in left_open)}"
+            for name in names(engine.config)
+        }
         return "\n".join(
             [
                 f"technique: {engine.retrofit.technique.replace('_', ' ')}",
