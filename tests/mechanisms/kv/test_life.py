@@ -215,10 +215,10 @@ def test_a_saved_memory_is_listed_and_forgets_without_a_decoder(model: Any, tmp_
     memory = written(model)
     memory.save(tmp_path / "saved")
     assert [source.name for source in saved_sources(tmp_path / "saved")[0]] == ["s0", "s1", "s2"]
-    forget_saved(tmp_path / "saved", "s1", tmp_path / "less")
+    forget_saved(tmp_path / "saved", "s1")
     memory.forget("s1")
-    assert content(mplus.Memory.load(tmp_path / "less", model)) == content(memory)
-    verify(tmp_path / "less")
+    assert content(mplus.Memory.load(tmp_path / "saved", model)) == content(memory)
+    verify(tmp_path / "saved")
 
 
 def test_a_fork_goes_its_own_way(model: Any) -> None:
