@@ -2,11 +2,12 @@
 
 The directory holds, at any time, one **checkpoint** and a **journal** of what happened since:
 
-- ``manifest.json``: facts, and the names, sizes and digests of the files below (``manifest.py``);
+- ``manifest.json``: what the memory belongs to, and the names, sizes and digests of the files below
+  (``checkpoint_manifest.py``);
 - ``state-<id>-<n>.safetensors``: short-term and pending rows, sources, counters, generators (a block file, see
   ``mplus.stores.disk``);
 - ``rows-<id>-<hex>.safetensors``: long-term rows, block files that never change (``mplus.stores.mmap``);
-- ``journal-<id>-<n>.bin``: a record for every chunk written since (``journal.py``, ``delta.py``);
+- ``journal-<id>-<n>.bin``: a record for every chunk written since (``journal.py``, ``record.py``);
 - ``lock``: held by the process that writes; says the memory's id, which is in all names above.
 
 A write appends its record to the journal and syncs it before it shows in memory. When the journal has become long,
