@@ -12,7 +12,7 @@ from mplus.evaluation.arms import make_arms
 from mplus.evaluation.arms.base import MemoryArm
 from mplus.evaluation.arms.text import BM25, FullContext, NoMemory, Window
 from mplus.evaluation.execution.base import Due, Moment
-from mplus.evaluation.execution.generated import Way
+from mplus.evaluation.execution.ways import Way
 from mplus.evaluation.generating import answers
 from mplus.evaluation.options import ArmOptions
 from mplus.evaluation.oracle import OracleMechanism

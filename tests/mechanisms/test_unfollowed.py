@@ -78,16 +78,41 @@ def test_a_recipe_names_a_mechanism_that_there_is():
         parse_recipe(recipe(memory__mechanism="mplsu"))
 
 
-@pytest.mark.parametrize("command", ["retention", "abstention", "retriever"])
-def test_eval_commands_with_a_recipe_refuse_the_decoder(command, tmp_path):
+@pytest.fixture(scope="module")
+def trained(registered, tmp_path_factory):
     """The decoder that comes with mplus, as if it had been trained with the plug-in."""
-    shutil.copytree(Path(mplus.__file__).parent / "data" / "recall-tiny", tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    folder = tmp_path_factory.mktemp("trained") / "model"
+    shutil.copytree(Path(mplus.__file__).parent / "data" / "recall-tiny", folder)
+    config = json.loads((folder / "config.json").read_text())
     config["mplus"]["mechanism"] = "diary"
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    done = CliRunner().invoke(app, ["eval", command, "--recipe", "recall-tiny", "--model", str(tmp_path / "model")])
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def evaluate(command, trained, *options):
+    return CliRunner().invoke(app, ["eval", command, "--recipe", "recall-tiny", "--model", str(trained), *options])
+
+
+@pytest.mark.parametrize("command", ["abstention", "retriever"])
+def test_eval_commands_that_watch_reads_refuse_the_decoder(command, trained):
+    done = evaluate(command, trained, "--ages", "0")
     assert done.exit_code == 2, done.output
     assert "'diary'" in done.stderr
+
+
+def test_eval_retention_measures_it_under_its_own_name(trained, tmp_path):
+    written, report = Diary.called, tmp_path / "report.json"
+    done = evaluate("retention", trained, "--questions", "2", "--ages", "0,9", "--json", str(report))
+    assert done.exit_code == 0, done.output
+    assert Diary.called > written
+    arms = {arm["name"]: arm for arm in json.loads(report.read_text())["arms"]}
+    assert set(arms) == {"none", "window", "bm25", "full-context", "snapkv", "diary"}
+    assert arms["diary"]["questions_by_age"] == {"0": 2, "9": 2}
+    assert arms["diary"]["correct_by_age"]["0"] == 2  # short-term memory alone can answer
+    assert arms["diary"]["state_bytes"] > 0
+    done = evaluate("retention", trained, "--questions", "2", "--arms", "mplus")
+    assert done.exit_code == 2
+    assert "none of them would measure it" in " ".join(done.stderr.split())
 
 
 def test_evaluations_with_dense_memories_refuse_it(decoder):
@@ -109,11 +134,14 @@ def test_evaluations_that_watch_reads_refuse_it_though_it_derives_from_mplus(dec
 
 def test_no_arm_measures_it_under_the_name_of_another(decoder):
     table = execution(decoder=decoder)
-    with pytest.raises(NotSupported, match=r"the arms memoryllm, mplus, .* the decoder's mechanism is 'diary'"):
-        make_arms(table, ArmOptions())
+    with pytest.raises(NotSupported, match=r"the arms memoryllm, mplus measure .* the decoder's mechanism is 'diary'"):
+        make_arms(table, ArmOptions(arms=("memoryllm", "mplus")))
     made, skipped = make_arms(table, ArmOptions(arms=("none", "window")))
     assert [arm.name for arm in made] == ["none", "window"]
     assert not skipped
+    made, skipped = make_arms(table, ArmOptions())
+    assert [arm.name for arm in made] == ["none", "window", "full-context", "bm25", "diary"]
+    assert [arm.name for arm in skipped] == ["snapkv"]
 
 
 FOLLOWED = [

@@ -20,6 +20,6 @@ def abstention(
     """
     from mplus.evaluation.abstention import abstention as run
 
-    facts = options.recipe is not None
-    execution = options.parallel_streams(QUESTIONS) if facts else options.generated_answers(untold=untold)
+    with_recipe = options.recipe is not None
+    execution = options.facts(QUESTIONS) if with_recipe else options.generated_answers(untold=untold)
     show_plain(run(execution, name=options.name), options.as_json)

@@ -14,9 +14,10 @@ from attrs import define
 from mplus.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mplus.evaluation.execution import GeneratedAnswers, ParallelStreams
+    from mplus.evaluation.execution import Execution, GeneratedAnswers
     from mplus.evaluation.reports.report import Report
     from mplus.evaluation.tasks.base import Protocol
+    from mplus.evaluation.tasks.facts import Facts
 
 Model = Annotated[
     Path, typer.Option("--model", help="Decoder with memory: folder written by save_pretrained.", show_default=False)
@@ -101,9 +102,9 @@ class EvalOptions:
         """What a report calls the model."""
         return self.recipe if self.model is None else self.model.name
 
-    def parallel_streams(
+    def facts(
         self, questions: int, held_out: bool = False, usual_ages: tuple[int, ...] | None = None
-    ) -> ParallelStreams:
+    ) -> Execution[Any, Any]:
         """Return facts of the language of ``--recipe`` with its decoder.
 
         Args:
@@ -116,6 +117,7 @@ class EvalOptions:
         """
         from mplus.evaluation.execution import ParallelStreams
         from mplus.evaluation.tasks.facts import Facts
+        from mplus.mechanisms.short_term.batching import BATCHED
 
         decoder = self._recipe_decoder()
         streams = min(PARALLEL, questions)
@@ -123,7 +125,10 @@ class EvalOptions:
         ages = numbers(self.ages, "--ages") or usual_ages or (LONG_AGES if self.recipe == "recall-long" else None)
         if ages is not None:
             chosen["ages"] = ages
-        return ParallelStreams(decoder, Facts(**chosen, held_out=held_out, seed=self.seed))
+        task = Facts(**chosen, held_out=held_out, seed=self.seed)
+        if decoder.mplus_config.mechanism.name in BATCHED:
+            return ParallelStreams(decoder, task)
+        return _generated_facts(decoder, task)
 
     def _recipe_decoder(self) -> Any:
         """Return what a run of the recipe left at ``--model``, or the decoder that comes with mplus."""
@@ -159,6 +164,24 @@ class EvalOptions:
         made = make_protocol(self.protocol, tokenizer, self.settings, decoder.mplus_config.chunk_tokens, given)
         generation = Generation.of(tokenizer, tokens=self.tokens or made.answer_tokens)
         return GeneratedAnswers(decoder, tokenizer, made, options=options, generation=generation, scoring=scoring)
+
+
+def _generated_facts(decoder: Any, task: Facts) -> GeneratedAnswers:
+    """Return facts told to memories of any mechanism, and answered by generating."""
+    from mplus.evaluation.execution import GeneratedAnswers
+    from mplus.evaluation.generating import Generation
+    from mplus.evaluation.metrics.scoring import Scoring
+    from mplus.evaluation.options import RunOptions
+    from mplus.facts.speaker import recall_tokenizer
+
+    return GeneratedAnswers(
+        decoder,
+        recall_tokenizer(task.language),
+        task,
+        options=RunOptions(streams=PARALLEL, separator=" ", seed=task.seed),
+        generation=Generation(tokens=task.answer_tokens, batch=PARALLEL),
+        scoring=Scoring(correct="exact"),
+    )
 
 
 def experiment(

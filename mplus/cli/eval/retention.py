@@ -80,7 +80,7 @@ def retention(
         seed=options.seed,
     )
     if options.recipe is not None:
-        report = run(options.parallel_streams(questions, held_out), wanted, name=options.name)
+        report = run(options.facts(questions, held_out), wanted, name=options.name)
     else:
         scoring = Scoring(
             correct=correct,  # type: ignore[arg-type]  # checked there

@@ -40,10 +40,10 @@ def retriever(
     from mplus.evaluation.health import retriever_health
 
     tried = numbers(retrieved_tokens, "--retrieved-tokens")
-    facts = options.recipe is not None
-    execution = options.parallel_streams(QUESTIONS, usual_ages=OLD) if facts else options.generated_answers()
+    with_recipe = options.recipe is not None
+    execution = options.facts(QUESTIONS, usual_ages=OLD) if with_recipe else options.generated_answers()
     others = retrievers(execution.model, retriever)
-    if facts:
+    if with_recipe:
         others.pop("random", None)  # there in any case
     report = retriever_health(execution, retrieved_tokens=tried, retrievers=others, name=options.name)
     show_plain(report, options.as_json)

@@ -26,11 +26,11 @@ def make_arms(execution: Execution[Any, Any], options: ArmOptions) -> tuple[list
         InputError: a file of answers belongs to another run.
         NotSupported: an arm that reads memory was asked for, and would measure a mechanism under another one's name.
     """
-    wanted = execution.arm_names if options.arms is None else options.arms
-    for name in wanted:
+    for name in options.arms or ():
         if name not in execution.arm_names:
             raise UnknownNameError(f"an arm must be one of {', '.join(execution.arm_names)}, got {name!r}")
     options = execution.arm_options(options)
+    wanted = execution.arm_names if options.arms is None else options.arms
     made: list[EvaluationArm] = []
     skipped: list[Arm] = []
     for name in wanted:

@@ -8,11 +8,10 @@ from typing import Any
 
 import attrs
 import torch
-from attrs import define
 from torch import Tensor
 
 from mplus.environment import run_info
-from mplus.errors import ConfigError, InputError, MissingDependencyError, NotSupported, UnknownNameError
+from mplus.errors import ConfigError, InputError, NotSupported
 from mplus.evaluation.ann_recall import Shortcuts
 from mplus.evaluation.execution.base import (
     ID_BYTES,
@@ -28,6 +27,7 @@ from mplus.evaluation.execution.base import (
 )
 from mplus.evaluation.execution.export import export, exported
 from mplus.evaluation.execution.signs import FEATURES, features
+from mplus.evaluation.execution.ways import Way, find_way, state_bytes
 from mplus.evaluation.extras import require_extra
 from mplus.evaluation.generating import Generated, Generation, answers
 from mplus.evaluation.metrics.forgetting_curve import curves
@@ -35,7 +35,7 @@ from mplus.evaluation.metrics.scoring import Scoring
 from mplus.evaluation.options import ArmOptions, RunOptions
 from mplus.evaluation.oracle import OracleMechanism
 from mplus.evaluation.reports.report import ARMS, Arm, Curve
-from mplus.evaluation.retriever_swap import Recency, retriever_for
+from mplus.evaluation.retriever_swap import retriever_for
 from mplus.evaluation.tasks.base import Task
 from mplus.evaluation.texts import Texts
 from mplus.evaluation.tracing import Seen, TracingMechanism, check_mechanism, count_rows, scores
@@ -47,21 +47,6 @@ from mplus.retrievers.base import Retriever
 
 WITHOUT_MEMORY = ("none", "window", "full-context", "snapkv", "bm25")
 """Arms that run the decoder alone."""
-
-
-@define(frozen=True, eq=False)
-class Way:
-    """A way of reading memory.
-
-    Attributes:
-        retriever: stands in for the decoder's own; None: the decoder's own.
-        retrieved_tokens: K0; None: as configured; 0: short-term memory only (MemoryLLM).
-        oracle: bring back the rows that were written from the passages with the answer.
-    """
-
-    retriever: Retriever | None = None
-    retrieved_tokens: int | None = None
-    oracle: bool = False
 
 
 class GeneratedAnswers(Execution[Moment, Way]):
@@ -167,39 +152,33 @@ class GeneratedAnswers(Execution[Moment, Way]):
 
     @property
     def arm_names(self) -> Sequence[str]:
-        return ARMS
+        return ARMS if self._own is None else (*ARMS, self._own)
+
+    @property
+    def _own(self) -> str | None:
+        """The name of a mechanism that is an arm of its own; None for M+ and MemoryLLM, which several arms measure."""
+        name = self.model.mplus_config.mechanism.name
+        return None if name in BATCHED else str(name)
 
     def arm_options(self, options: ArmOptions) -> ArmOptions:
-        config = self.model.mplus_config
-        mechanism, wanted = config.mechanism.name, ARMS if options.arms is None else options.arms
-        reading = [name for name in wanted if name not in WITHOUT_MEMORY]
-        if mechanism not in BATCHED and reading:
+        config, passages = self.model.mplus_config, options.bm25_passages or 4
+        if self._own is None:
+            window = options.window_tokens or 1 + config.retrieved_tokens + config.short_term_tokens
+            return attrs.evolve(options, window_tokens=window, bm25_passages=passages)
+        usable = (*WITHOUT_MEMORY, self._own)
+        wanted = usable if options.arms is None else options.arms
+        reading = [name for name in wanted if name in ARMS and name not in WITHOUT_MEMORY]
+        if reading:
             raise NotSupported(
                 f"the arms {', '.join(reading)} measure the mechanisms {' and '.join(map(repr, BATCHED))}, and the "
-                f"decoder's mechanism is {mechanism!r}: none of them would measure it under its own name. Ask for "
-                f"some of the arms {', '.join(WITHOUT_MEMORY)}, or measure it with a program of your own"
+                f"decoder's mechanism is {self._own!r}: none of them would measure it under its own name. Ask for "
+                f"some of the arms {', '.join(usable)}"
             )
-        window = options.window_tokens or 1 + config.retrieved_tokens + config.short_term_tokens
-        return attrs.evolve(options, window_tokens=window, bm25_passages=options.bm25_passages or 4)
+        window = options.window_tokens or config.chunk_tokens
+        return attrs.evolve(options, arms=wanted, window_tokens=window, bm25_passages=passages)
 
     def way(self, arm: str, options: ArmOptions) -> Way | str:
-        mechanism = self.model.mplus_engine.mechanism
-        retrieves = mechanism.uses_retriever and mechanism.config.long_term_tokens != 0
-        if arm == "memoryllm":
-            return Way(retrieved_tokens=0 if retrieves else None)
-        if not retrieves:
-            return "the decoder was wrapped without long-term memory"
-        if arm == "mplus":
-            return Way()
-        if arm == "mplus-oracle":
-            return Way(oracle=True)
-        if arm == "mplus-recency":
-            return Way(Recency(mechanism.additions.retriever.shape))
-        settings = {"seed": options.seed} if arm == "mplus-random" else {}
-        try:
-            return Way(retriever_for(self.model, arm.removeprefix("mplus-"), **settings))
-        except (NotSupported, UnknownNameError, MissingDependencyError) as error:
-            return str(error)
+        return Way() if arm == self._own else find_way(self.model, arm, options)
 
     def read(self, moment: Moment, due: Sequence[Due], way: Way) -> list[Answer]:
         found: list[Answer] = []
@@ -228,7 +207,7 @@ class GeneratedAnswers(Execution[Moment, Way]):
         found = []
         for row, (view, prompt) in enumerate(zip(streams.snapshot(), prompts, strict=True)):
             attended = mechanism.prefix_rows(view) + len(prompt)
-            found.append(self.judged(due[row], made[row].text, _state_bytes(streams, row, way), attended, made[row]))
+            found.append(self.judged(due[row], made[row].text, state_bytes(streams, row, way), attended, made[row]))
         return found
 
     def answer(self, due: Sequence[Due], contexts: Sequence[Sequence[int]], kept: Sequence[int]) -> list[Answer]:
@@ -340,6 +319,8 @@ class GeneratedAnswers(Execution[Moment, Way]):
         )
 
     def curves(self, arms: Sequence[Arm], borderline: float | None) -> tuple[Curve, ...]:
+        if self._own is not None:
+            return ()  # they are those of a short-term memory from which rows are dropped at random
         config = self.model.mplus_config
         best = next((arm.cells[0].accuracy for arm in arms if arm.name == "memoryllm" and arm.cells), 1.0)
         guess = borderline if borderline is not None else self.task.chance or 0.0
@@ -379,14 +360,3 @@ class GeneratedAnswers(Execution[Moment, Way]):
             "deviations": list(self.task.deviations),
             "circumstances": self.run_info(name),
         }
-
-
-def _state_bytes(streams: Memory, row: int, way: Way) -> int:
-    """Return the bytes of the rows that a stream keeps to be read this way."""
-    view, store = streams.snapshot()[row], streams.stores[row]
-    if way.retrieved_tokens == 0:  # what it never reads, it would not keep
-        mechanism = streams.engine.mechanism
-        standing = [mechanism.standing(view, layer) for layer in range(store.layout.layers)]
-        return sum(rows.nbytes for rows in standing if rows is not None)
-    lists = view.state.row_lists().values()
-    return sum(rows.nbytes for parts in lists for rows in parts) + store.nbytes
