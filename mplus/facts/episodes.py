@@ -34,7 +34,7 @@ def draw_facts(
     generator: torch.Generator,
     one_relation: bool = False,
 ) -> list[int]:
-    """``count`` different facts.
+    """Draw ``count`` different facts.
 
     Args:
         held_out: take names never seen together in training, else only those seen.
@@ -94,7 +94,7 @@ def lay_out(
     tail: int,
     generator: torch.Generator,
 ) -> Episode:
-    """As ``make_episode``, with the ``values`` that are given; None: drawn."""
+    """Lay sentences out as ``make_episode`` does, with the ``values`` that are given; None: drawn."""
     count = len(facts)
     ids = language.ids
     fillers = torch.tensor([ids[word] for word in words.FILLERS])

@@ -91,37 +91,37 @@ class Language:
         return (*words.VALUES, words.NUMBER)[: self.relations]
 
     def relation(self, fact: int) -> str:
-        """The relation of a fact."""
+        """Return the relation of a fact."""
         return self.relation_names[fact // self.names]
 
     def held_out(self, fact: int) -> bool:
-        """Whether the fact's two names are never seen together in training."""
+        """Return whether the fact's two names are never seen together in training."""
         first, last = divmod(fact % self.names, self.lasts)
         return (first + last) % HELD_OUT == HELD_OUT - 1
 
     def question(self, fact: int) -> list[str]:
-        """The four words that ask for a fact."""
+        """Return the four words that ask for a fact."""
         first, last = divmod(fact % self.names, self.lasts)
         return [self.relation(fact), words.OF, words.FIRST_NAMES[first], words.LAST_NAMES[last]]
 
     def values(self, fact: int) -> int:
-        """How many values a fact can have; a guess is right once in so many."""
+        """Return how many values a fact can have; a guess is right once in so many."""
         relation = self.relation(fact)
         return len(words.TENS) * len(words.UNITS) if relation == words.NUMBER else len(words.VALUES[relation])
 
     def value(self, fact: int, number: int) -> list[str]:
-        """The words of value ``number``, below ``values``, of a fact."""
+        """Return the words of value ``number``, below ``values``, of a fact."""
         relation = self.relation(fact)
         if relation != words.NUMBER:
             return [words.VALUES[relation][number]]
         return [words.TENS[number // len(words.UNITS)], words.UNITS[number % len(words.UNITS)]]
 
     def sentence(self, fact: int, number: int) -> list[str]:
-        """The words that tell a fact."""
+        """Return the words that tell a fact."""
         return [*self.question(fact), *self.value(fact, number), words.STOP]
 
     def fact(self, question: str) -> int:
-        """The number of the fact that a question of four words asks for.
+        """Return the number of the fact that a question of four words asks for.
 
         Raises:
             InputError: it is no question of this language; the message says what one looks like.

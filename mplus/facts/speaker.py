@@ -14,13 +14,13 @@ from mplus.hf.decoders.word_tokenizer import word_tokenizer
 
 
 def recall_tokenizer(language: Language | None = None) -> Any:
-    """The tokenizer of the language; every word it does not know becomes a filler."""
+    """Return the tokenizer of the language; every word it does not know becomes a filler."""
     vocabulary = (language or Language()).vocabulary
     return word_tokenizer(vocabulary, unknown=words.FILLERS[0], pad=words.PAD, begin=words.BEGIN)
 
 
 def told_chunk(language: Language, sentence: str, chunk_tokens: int, generator: torch.Generator) -> Tensor:
-    """``[chunk_tokens]`` ids: a sentence that tells a fact, with fillers around it as in training.
+    """Return ids ``[chunk_tokens]``: a sentence that tells a fact, with fillers around it as in training.
 
     Raises:
         InputError: it tells no fact of this language; the message says what one looks like.

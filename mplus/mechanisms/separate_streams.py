@@ -92,7 +92,7 @@ class SeparateStreams(TrainingStreams):
         groups = alike(list(ids), [view.state for view in views])
         updates = [self._encode([views[row] for row in group], ids[group]) for group in groups]
         order = torch.tensor([row for group in groups for row in group]).argsort()
-        if len({update_rows(update) for update in updates}) > 1:
+        if len({rows.shape[1] for update in updates for rows in (*update.hidden, *update.projected)}) > 1:
             raise NotSupported(
                 f"training needs equally many new rows for every stream, and the mechanism {self.mechanism.name!r} "
                 "makes different numbers of them"
@@ -189,7 +189,10 @@ class SeparateStreams(TrainingStreams):
 
 
 class _TextPrefix:
-    """What every layer sees in front of texts. A recomputation in backward finds what the first pass retrieved."""
+    """Gives every layer what it sees in front of texts.
+
+    A recomputation in backward (gradient checkpointing) finds what the first pass retrieved.
+    """
 
     def __init__(self, streams: SeparateStreams, views: Sequence[StreamView], text: Text) -> None:
         self.mechanism, self.views, self.mask = streams.mechanism, views, text.mask
@@ -216,11 +219,6 @@ class _TextPrefix:
                 mask: Any = self.mask
                 self._found[layer] = self.mechanism.retrieve(layer, hidden.detach(), mask, self.views)
         return self.mechanism.prefix(self.opened, layer, self._found[layer], hidden, project)
-
-
-def update_rows(update: Update) -> int:
-    """Return how many new rows each layer of an update has."""
-    return (update.hidden or update.projected)[0].shape[1]
 
 
 def _rebuilt(state: StreamState, layout: StoreLayout) -> StreamState:

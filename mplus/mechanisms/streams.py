@@ -24,7 +24,7 @@ before those that retrieval chooses from, that a retriever loss wants to score."
 
 @define(eq=False)
 class LayerRead:
-    """What one layer read.
+    """The texts of one layer, and the rows that it read for them.
 
     Attributes:
         text: ``[B, R, T, d]``, the texts after the layer's input norm, with their graph.

@@ -60,7 +60,7 @@ class BatchSource(ABC):
 
     @abstractmethod
     def next_batch(self, chunks: int = 1, *, repeat: bool = False) -> Batch:
-        """The next batch.
+        """Make the next batch.
 
         Args:
             chunks: C, chunks written by each stream, as far as the data has so many.
@@ -72,7 +72,7 @@ class BatchSource(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Position and random state as plain data and tensors."""
+        """Return position and random state as plain data and tensors."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ NOT_COMPARED = ("checkpoints", "metrics")
 
 @define(frozen=True, kw_only=True)
 class RunIdentity:
-    """What a checkpoint can be held to.
+    """Recipe, model and processes of a run: what must be the same when it goes on from a checkpoint.
 
     Attributes:
         recipe: plain data, as JSON reads it back.
@@ -92,7 +92,7 @@ class CheckpointStore:
         self.keep = keep
 
     def all(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
+        """Return the complete checkpoints, oldest first."""
         found = [path.parent for path in self.folder.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")]
         return sorted(found, key=lambda path: path.name)
 
@@ -230,7 +230,7 @@ def sync(folder: Path) -> None:
 
 
 def read(path: Path) -> Any:
-    """What ``write`` wrote, on the CPU. Raises CheckpointError when it is damaged."""
+    """Return what ``write`` wrote, on the CPU. Raises CheckpointError when it is damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
@@ -238,7 +238,7 @@ def read(path: Path) -> Any:
 
 
 def damaged(path: Path, error: BaseException) -> CheckpointError:
-    """The error for a file that cannot be read."""
+    """Return the error for a file that cannot be read."""
     first = str(error).partition("\n")[0]
     return CheckpointError(
         f"{path} must be a complete file of a checkpoint, got {first}: remove {path.parent} to go on from "
@@ -247,7 +247,7 @@ def damaged(path: Path, error: BaseException) -> CheckpointError:
 
 
 def random_state() -> dict[str, Any]:
-    """The states of the generators that belong to the process: torch's and Python's."""
+    """Return the states of the generators that belong to the process: torch's and Python's."""
     found: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         found["cuda"] = torch.cuda.get_rng_state()

@@ -15,7 +15,7 @@ from mplus.training.recipe.recipe import Entry, Stage
 
 @define(frozen=True, eq=False)
 class StepPlan:
-    """What one step does.
+    """The objectives of one step.
 
     Attributes:
         main: the objective that was drawn.
@@ -52,7 +52,7 @@ class Curriculum:
     _renew: bool = field(default=False, init=False)
 
     def plan(self, step: int) -> StepPlan:
-        """What step ``step`` (from 0) of the stage does; nothing changes but for the renewal it decides on."""
+        """Return what step ``step`` (from 0) of the stage does; changes only whether a text is renewed after it."""
         draws = CounterRNG(self.seed, "objective", step)
         main = self._main(draws.uniform())
         again, renew = draws.uniform(), draws.uniform()
@@ -76,7 +76,7 @@ class Curriculum:
         return [entry for entry in entries if entry.probability][-1]  # sums of floats can stay below 1
 
     def reset(self) -> None:
-        """The streams forgot everything: there is nothing to read again."""
+        """Drop the kept text, since the streams forgot everything."""
         self.revisit_batch, self.chunks_since, self.last_was_revisit = None, 0, True
 
     def record(self, plan: StepPlan, batch: Batch) -> None:
@@ -87,11 +87,14 @@ class Curriculum:
             if not self.last_was_revisit:
                 self.chunks_since += batch.chunks.shape[1]
             elif self.revisit_batch is None or self._renew:
-                self.revisit_batch, self.chunks_since = _text_of(batch), 0
+                # Without its chunks, which are not written again.
+                none, sources = batch.chunks[:, :0], torch.empty_like(batch.sources[:, :0])
+                self.revisit_batch = attrs.evolve(batch, chunks=none, sources=sources, reset=False)
+                self.chunks_since = 0
         self.last_was_revisit = plan.revisit
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that later steps depend on, as tensors and plain data."""
+        """Return everything that later steps depend on, as tensors and plain data."""
         kept = None if self.revisit_batch is None else attrs.asdict(self.revisit_batch, recurse=False)
         return {"kept": kept, "gap": self.chunks_since, "last": self.last_was_revisit}
 
@@ -99,8 +102,3 @@ class Curriculum:
         """Go on from a saved state."""
         self.revisit_batch = None if state["kept"] is None else Batch(**state["kept"])
         self.chunks_since, self.last_was_revisit = state["gap"], state["last"]
-
-
-def _text_of(batch: Batch) -> Batch:
-    """The batch without its chunks, which are not written again."""
-    return attrs.evolve(batch, chunks=batch.chunks[:, :0], sources=torch.empty_like(batch.sources[:, :0]), reset=False)

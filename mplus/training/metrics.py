@@ -26,7 +26,7 @@ class RunningMeans:
             entry[1] += 1
 
     def reduce(self) -> dict[str, float]:
-        """The means, over all processes, since the last call. All processes must call it."""
+        """Return the means over all processes since the last call. All processes must call it."""
         total: dict[str, list[float]] = {}
         for sums in gather_objects(self.sums):
             for name, (value, count) in sums.items():
@@ -92,6 +92,6 @@ class MetricsLog:
             self._path.write_text(text, encoding="utf-8")
 
     def close(self) -> None:
-        """No more will come."""
+        """Close TensorBoard's file."""
         if self._board is not None:
             self._board.close()

@@ -68,7 +68,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, largest: float | None) -> l
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, dict[str, Any]]:
-    """State of every trained parameter by name, gathered where it is sharded. All processes must call it."""
+    """Return the state of every trained parameter by name, whole where it is sharded. All processes must call it."""
     return {
         names[parameter]: {
             key: full_tensor(value).detach().cpu() if isinstance(value, torch.Tensor) else value

@@ -10,12 +10,12 @@ from torch import Tensor, distributed
 
 
 def world_size() -> int:
-    """How many processes train together; 1 where nothing was started to train with others."""
+    """Return how many processes train together; 1 where nothing was started to train with others."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return distributed.get_rank() if world_size() > 1 else 0
 
 
@@ -26,7 +26,7 @@ def barrier() -> None:
 
 
 def sum_over_processes(values: Iterable[float]) -> list[float]:
-    """Each value summed over all processes."""
+    """Return each value summed over all processes."""
     values = list(values)
     if world_size() == 1:
         return values
@@ -36,7 +36,7 @@ def sum_over_processes(values: Iterable[float]) -> list[float]:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """What every process has, plain data, in order of rank."""
+    """Return what every process has, plain data, in order of rank."""
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
@@ -58,7 +58,7 @@ def global_mean(total: Tensor, count: Tensor) -> Tensor:
 
 
 def _device() -> torch.device:
-    """Where tensors must be for the processes to exchange them."""
+    """Return where tensors must be for the processes to exchange them."""
     nccl = "nccl" in str(distributed.get_backend())
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 

@@ -12,7 +12,7 @@ Advance = Callable[[Mapping[str, float] | None], None]
 
 @contextmanager
 def stage_bar(title: str, done: int, total: int, wanted: bool | None) -> Iterator[Advance]:
-    """Yields ``advance(metrics or None)``, to be called once a step. ``wanted`` None: only on a terminal."""
+    """Show a bar; yields ``advance(metrics or None)``, to be called once a step. ``wanted`` None: on a terminal."""
     if wanted is None:
         wanted = sys.stderr.isatty()
     if not wanted:

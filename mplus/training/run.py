@@ -24,7 +24,7 @@ from mplus.training.validation import isolated_rng
 
 @define(eq=False, kw_only=True)
 class TrainingResult:
-    """What came of a training.
+    """A trained decoder, and the course of its training.
 
     Attributes:
         model: the wrapped decoder, in eval mode.
@@ -63,7 +63,7 @@ class TrainingResult:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, without model and records."""
+        """Return plain data, without model and records."""
         names = ("seed", "seeds", "restarts", "missed", "stages", "steps", "seconds", "seconds_in_all", "metrics")
         found = {name: getattr(self, name) for name in names}
         return {"recipe": self.recipe.name, **found, "folder": None if self.folder is None else str(self.folder)}
@@ -125,7 +125,7 @@ def _read(
 
 
 def make_accelerator() -> Any:
-    """An accelerator for a ``TrainingStep``: parameters may be unused in a step, and precision is the recipe's."""
+    """Make an accelerator for a ``TrainingStep``: parameters may be unused, and precision is the recipe's."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
@@ -133,7 +133,7 @@ def make_accelerator() -> Any:
 
 
 def check_accelerator(accelerator: Any) -> None:
-    """Raises NotSupported for ways of training in parallel that are not supported."""
+    """Raise NotSupported for ways of training in parallel that are not supported."""
     kind = accelerator.distributed_type.value
     sharded = kind == "FSDP" and accelerator.is_fsdp2
     if not (sharded or kind in {"NO", "MULTI_CPU", "MULTI_GPU"}):
@@ -255,7 +255,7 @@ class _Run:
         )
 
     def _model(self, trainer: Trainer) -> Any:
-        """The trained decoder as one whole, in eval mode."""
+        """Return the trained decoder as one whole, in eval mode."""
         if not trainer.sharded:
             return trainer.model.eval()
         weights = {name: full_tensor(parameter).detach().cpu() for parameter, name in trainer.trained.items()}

@@ -44,7 +44,7 @@ class RunFolder:
             self.write_json(RESOLVED, resolved)
 
     def load_recipe(self) -> dict[str, Any]:
-        """The recipe of a run that was begun. Raises CheckpointError when there is none."""
+        """Return the recipe of a run that was begun. Raises CheckpointError when there is none."""
         try:
             found: dict[str, Any] = json.loads((self.path / RESOLVED).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

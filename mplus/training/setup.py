@@ -24,7 +24,7 @@ RECALL = "recall"
 
 
 def derive_seed(*key: Any) -> int:
-    """A seed for the purpose that ``key`` names."""
+    """Return a seed for the purpose that ``key`` names."""
     return CounterRNG(*key).below(1 << 31)
 
 
@@ -59,7 +59,7 @@ def _texts(recipe: Recipe, wanted: NewTokenizer) -> Iterator[str]:
 
 
 def make_model(recipe: Recipe, seed: int, tokenizer: Any) -> Any:
-    """The wrapped decoder, equal in all processes; torch's global generator is seeded.
+    """Build the wrapped decoder, equal in all processes; torch's global generator is seeded.
 
     Raises ConfigError where the data's chunks are longer than the decoder's.
     """
@@ -74,7 +74,7 @@ def make_model(recipe: Recipe, seed: int, tokenizer: Any) -> Any:
 
 
 def make_source(data: DataSet, *, tokenizer: Any, numbers: Sequence[int], seed: int) -> BatchSource:
-    """The source of batches of a data set for the streams of this process."""
+    """Build the source of batches of a data set for the streams of this process."""
     cls: Any = SOURCES.get(data.kind)
     source: BatchSource = cls(data.parsed, tokenizer=tokenizer, numbers=numbers, seed=seed)
     return source

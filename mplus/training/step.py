@@ -51,7 +51,7 @@ class TrainingStep(nn.Module):
         self._no_split_modules = split_modules(model)  # read by accelerate when it shards the model
 
     def forward(self, streams: TrainingStreams, terms: Sequence[LossTerm]) -> tuple[Tensor, dict[str, float]]:
-        """The loss of all terms, and their metrics.
+        """Return the loss of all terms, and their metrics.
 
         A metric ``m`` of a term is found as ``label/m``, and as ``m`` where an earlier term has not taken the name.
         """
@@ -72,7 +72,7 @@ class TrainingStep(nn.Module):
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors where the decoder is."""
+    """Return the batch with its tensors where the decoder is."""
     if batch.chunks.device == device:
         return batch
     moved: dict[str, Any] = {

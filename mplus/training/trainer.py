@@ -21,6 +21,7 @@ from mplus.training.checkpoint import Checkpoint, CheckpointStore, RunIdentity, 
 from mplus.training.curriculum import Curriculum, StepPlan
 from mplus.training.decoder import make_streams
 from mplus.training.metrics import MetricsLog, RunningMeans
+from mplus.training.objectives import OBJECTIVES
 from mplus.training.optimizer import clip_gradients, make_optimizer, make_schedule, optimizer_state, set_learning_rate
 from mplus.training.parallel import (
     full_tensor,
@@ -64,7 +65,7 @@ class TrainerState:
 
 @define(eq=False)
 class StageData:
-    """What a stage trains on, all of it this process's own."""
+    """Streams, data and curriculum of one stage, all of them this process's own."""
 
     streams: TrainingStreams
     sources: dict[str, BatchSource]
@@ -188,7 +189,7 @@ class Trainer:
         self.save()
 
     def _skipped(self) -> dict[str, dict[str, int]]:
-        """What data passed over in this stage, over all processes: data set -> reason -> count."""
+        """Return what data passed over in this stage, over all processes: data set -> reason -> count."""
         sources = {} if self.stage_data is None else self.stage_data.sources
         found: dict[str, Counter[str]] = {}
         for counts in gather_objects({name: getattr(source, "skipped", {}) for name, source in sources.items()}):
@@ -218,7 +219,7 @@ class Trainer:
         )
 
     def _one_step(self, stage: Stage) -> bool:
-        """Do one step; returns whether the stage has reached what it waits for."""
+        """Do one step, and return whether the stage has reached what it waits for."""
         assert self.stage_data is not None  # noqa: S101  (the caller began the stage)
         state, curriculum = self.state, self.stage_data.curriculum
         plan = curriculum.plan(state.stage_step)
@@ -244,11 +245,12 @@ class Trainer:
         return self.recipe.falling_steps_before(self.state.stage, self.state.stage_step)
 
     def _terms(self, stage: Stage, plan: StepPlan) -> tuple[Batch, list[LossTerm]]:
-        """The batch of the main objective, and all that the step computes."""
+        """Return the batch of the main objective, and all that the step computes."""
         assert self.stage_data is not None  # noqa: S101  (the caller began the stage)
         if plan.revisit and self.stage_data.curriculum.revisit_batch is not None and stage.revisit is not None:
             batch = self.stage_data.curriculum.revisit_batch
-            terms = [LossTerm("revisit", revisiting(), batch, stage.revisit.weight, stage.retriever_loss)]
+            objective = OBJECTIVES.get("revisit")()
+            terms = [LossTerm("revisit", objective, batch, stage.revisit.weight, stage.retriever_loss)]
         else:
             batch = self._next_batch(plan.main)
             terms = [self._term(stage, plan.main, batch)]
@@ -273,6 +275,7 @@ class Trainer:
         return LossTerm(label, entry.objective, batch, entry.weight, stage.retriever_loss)
 
     def _check_finite(self, stage: Stage, values: list[float], label: str) -> None:
+        # Summed over processes, so that all of them stop at the same step.
         bad = float(not all(map(math.isfinite, values)))
         if not sum_over_processes([bad])[0]:
             return
@@ -377,10 +380,3 @@ class Trainer:
             self.stage_data.curriculum.load_state_dict(own["stage_data"]["curriculum"])
             state.recent = deque(position["recent"], maxlen=stage.until.window if stage.until is not None else 0)
         set_random_state(own["random"])
-
-
-def revisiting() -> Any:
-    """The objective that reads a kept batch."""
-    from mplus.training.objectives import OBJECTIVES
-
-    return OBJECTIVES.get("revisit")()

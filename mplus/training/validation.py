@@ -47,7 +47,7 @@ class Validator:
 
     @torch.no_grad()
     def run(self, step: TrainingStep) -> dict[str, float]:
-        """Metrics as ``validation/OBJECTIVE/METRIC``, means over batches and processes. All processes must call it."""
+        """Return metrics as ``validation/OBJECTIVE/METRIC``, means over batches and processes. All must call it."""
         means = RunningMeans()
         with isolated_rng(), in_eval_mode(step):
             for place, (entry, source) in enumerate(zip(self._options.objectives, self._sources, strict=True)):

@@ -25,7 +25,7 @@ class Bucket:
     share: float = field(default=1.0, validator=number(1e-9))
 
     def holds(self, tokens: int) -> bool:
-        """Whether a document of ``tokens`` tokens belongs here."""
+        """Return whether a document of ``tokens`` tokens belongs here."""
         return tokens >= self.at_least and (self.below is None or tokens < self.below)
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ def as_buckets(value: Any) -> Any:
 
 
 def choose(bins: Sequence[Bucket], draws: CounterRNG) -> int:
-    """The place of a bin drawn by the shares."""
+    """Draw a bucket by the shares, and return its index."""
     mark = draws.uniform() * sum(item.share for item in bins)
     for place, item in enumerate(bins):
         mark -= item.share
@@ -66,5 +66,5 @@ def choose(bins: Sequence[Bucket], draws: CounterRNG) -> int:
 
 
 def bucket_of(bins: Sequence[Bucket], tokens: int) -> int | None:
-    """The place of the bin a document of ``tokens`` tokens belongs to; None: it belongs to none."""
+    """Return the index of the bucket of a document of ``tokens`` tokens; None: it belongs to none."""
     return next((place for place, item in enumerate(bins) if item.holds(tokens)), None)

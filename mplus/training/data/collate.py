@@ -30,7 +30,7 @@ class TextSample:
     answer: tuple[int, int] | None = None
 
     def labels(self) -> Tensor:
-        """``[t]``."""
+        """Return ``[t]`` int64: the ids that are to be predicted, and ``IGNORE_INDEX`` for the prompt."""
         labels = self.ids.clone()
         labels[: self.prompt_tokens] = IGNORE_INDEX
         return labels
@@ -62,7 +62,7 @@ def collate(
     *,
     reset: bool = False,
 ) -> Batch:
-    """A batch of B streams with C chunks of ``chunk_tokens`` and R texts each."""
+    """Return a batch of B streams with C chunks of ``chunk_tokens`` and R texts each."""
     streams = len(chunks)
     flat = [text for row in texts for text in row]
     shape = (streams, len(texts[0]), -1)
@@ -92,7 +92,7 @@ def collate(
 
 
 def _windows(windows: Windows, first: Sequence[TextSample]) -> dict[str, Tensor]:
-    """``windows``, ``window_labels`` and ``window_mask`` ``[B, S]``, padded on the left."""
+    """Return ``windows``, ``window_labels`` and ``window_mask`` ``[B, S]``, padded on the left."""
     ids = torch.zeros(len(windows.past), windows.tokens, dtype=torch.int64)
     labels, mask = torch.full_like(ids, IGNORE_INDEX), torch.zeros_like(ids, dtype=torch.bool)
     for row, (past, text) in enumerate(zip(windows.past, windows.texts or first, strict=True)):

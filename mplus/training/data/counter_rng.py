@@ -17,21 +17,21 @@ class CounterRNG:
         self._count = 0
 
     def below(self, limit: int) -> int:
-        """A whole number in ``[0, limit)``."""
+        """Return a whole number in ``[0, limit)``."""
         self._count += 1
         return _number(*self._key, self._count) % limit
 
     def between(self, least: int, most: int) -> int:
-        """A whole number in ``[least, most]``."""
+        """Return a whole number in ``[least, most]``."""
         return least + self.below(most - least + 1)
 
     def uniform(self) -> float:
-        """A number in ``[0, 1)``."""
+        """Return a number in ``[0, 1)``."""
         return self.below(1 << 53) / (1 << 53)
 
 
 def permuted(place: int, count: int, *key: Any) -> int:
-    """Where ``place`` of ``range(count)`` comes in the order named by ``key``, without making the whole order."""
+    """Return where ``place`` of ``range(count)`` comes in the order named by ``key``, without making all of it."""
     bits = max(1, ((count - 1).bit_length() + 1) // 2)
     mask = (1 << bits) - 1
     while True:  # a Feistel network permutes 4 ** bits places; walking on until one is below count permutes these

@@ -207,7 +207,7 @@ class DocumentBatches(BatchSource):
         )
 
     def _continue(self, passage: Passage, stream: int) -> TextSample:
-        """The target; its first token has nothing before it that would predict it."""
+        """Return the target; its first token has nothing before it that would predict it."""
         seen = self.options.query_tokens
         if seen == "random":
             drawn = CounterRNG(self._seed, "queries", self._step, stream).between(1, len(passage.target) - 1)
@@ -215,7 +215,7 @@ class DocumentBatches(BatchSource):
         return TextSample(passage.target, source=passage.source, prompt_tokens=seen or 1, query_tokens=seen)
 
     def _repeat(self, passage: Passage, longest: int) -> TextSample:
-        """The chunks of the last document in the passage, as far as a text may be long."""
+        """Return the chunks of the last document in the passage, as far as a text may be long."""
         count = sum(1 for source in passage.sources if source == passage.source)
         ids = torch.cat([self._instruction, *passage.chunks[len(passage.chunks) - count :]])[:longest]
         given = len(self._instruction) + self.options.repeat_cue

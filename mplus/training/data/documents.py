@@ -71,7 +71,7 @@ class Documents(ABC):
 
     @abstractmethod
     def iterate(self, start: int = 0) -> Iterator[Document]:
-        """Document ``start`` and all after it."""
+        """Yield document ``start`` and all after it."""
 
 
 class DocumentList(Documents):
@@ -89,7 +89,7 @@ class DocumentList(Documents):
 
 
 def text_of(record: Any, text_field: str, name: str) -> str:
-    """The text of a record. Raises InputError when the record has no such field or it holds no text."""
+    """Return the text of a record. Raises InputError when the record has no such field or it holds no text."""
     found = record.get(text_field) if isinstance(record, dict) else None
     if not isinstance(found, str):
         fields = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__

@@ -16,7 +16,7 @@ SUFFIXES = {".txt": "text", ".jsonl": "jsonl"}
 
 
 def open_documents(options: DocumentOptions) -> Documents:
-    """The documents that ``options`` name. Files are read whole; datasets as the package ``datasets`` does it.
+    """Return the documents that ``options`` name. Files are read whole; datasets as the package ``datasets`` does it.
 
     Raises:
         ConfigError: a path that names nothing, or a file whose format is not known.
@@ -30,12 +30,8 @@ def open_documents(options: DocumentOptions) -> Documents:
     else:
         found = DocumentList(_read_files(options))
     if found.count == 0:
-        raise InputError(f"the data set is empty: no document in {_where(options)}")
+        raise InputError(f"the data set is empty: no document in {options.dataset or ', '.join(options.paths)}")
     return found
-
-
-def _where(options: DocumentOptions) -> str:
-    return options.dataset or ", ".join(options.paths)
 
 
 def _read_files(options: DocumentOptions) -> list[Document]:
@@ -50,7 +46,7 @@ def _read_files(options: DocumentOptions) -> list[Document]:
 
 
 def find_files(paths: Sequence[str], format: str = "auto") -> list[Path]:  # noqa: A002 - the name of the option
-    """The files that ``paths`` name, in this order, sorted within a folder or pattern, each once.
+    """Return the files that ``paths`` name, in this order, sorted within a folder or pattern, each once.
 
     Raises:
         ConfigError: a path names nothing, or under "auto" a file of no known ending is named.
@@ -63,7 +59,10 @@ def find_files(paths: Sequence[str], format: str = "auto") -> list[Path]:  # noq
         elif given.is_file():
             files = [given]
         else:
-            files = sorted(file for file in _matching(given) if file.is_file())
+            # Path.glob takes relative patterns only.
+            root = Path(given.anchor)
+            matching = root.glob(str(given.relative_to(root) if given.anchor else given))
+            files = sorted(file for file in matching if file.is_file())
         if not files:
             raise ConfigError(f"paths must name files that exist, and {path!r} names none")
         for file in files:
@@ -74,12 +73,6 @@ def find_files(paths: Sequence[str], format: str = "auto") -> list[Path]:  # noq
                 )
             found[file] = None
     return list(found)
-
-
-def _matching(pattern: Path) -> Iterator[Path]:
-    root = Path(pattern.anchor)
-    relative = pattern.relative_to(root) if pattern.anchor else pattern
-    return root.glob(str(relative))
 
 
 def _format(file: Path) -> str | None:

@@ -12,7 +12,7 @@ from mplus.training.data.documents import Document, DocumentList, DocumentOption
 
 
 def open_dataset(options: DocumentOptions) -> Documents:
-    """The dataset that ``options`` name.
+    """Return the dataset that ``options`` name.
 
     Raises:
         MissingDependencyError: ``datasets`` is not installed.

@@ -22,7 +22,7 @@ WAITING = 16
 
 @define(frozen=True, eq=False, kw_only=True)
 class BatchShape:
-    """What every stream takes in one batch.
+    """The numbers of chunks and tokens that every stream takes for one batch.
 
     Attributes:
         chunks, chunk_tokens: C contexts of n tokens.
@@ -38,7 +38,7 @@ class BatchShape:
 
 @define(frozen=True, eq=False, kw_only=True)
 class Passage:
-    """What one stream takes in one batch.
+    """Chunks and target of one stream for one batch.
 
     Attributes:
         chunks: C tensors ``[n]``.
@@ -57,7 +57,7 @@ class Passage:
 
 @define(eq=False)
 class DocumentIterator:
-    """The way of one stream.
+    """The way of one stream through its documents.
 
     Attributes:
         stream: its global number.
@@ -173,7 +173,7 @@ class DocumentIterator:
         )
 
     def state(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the position as plain data."""
         return {
             "next": self.next,
             "drawn": self.drawn,
@@ -211,12 +211,13 @@ class DocumentIterator:
         if self.bins:
             wanted = choose(self.bins, CounterRNG(self.seed, "bin", self.stream, self.drawn))
             self.drawn += 1
+        # A document set aside earlier comes before any new one.
         place = self.waiting[wanted].pop(0) if wanted is not None and self.waiting.get(wanted) else self._find(wanted)
         self.current, self.offset, self.entered, self.written = place, 0, 0, False
         return self._look(place)
 
     def _find(self, wanted: int | None) -> int:
-        """The place of the next document that is long enough and in the bin wanted."""
+        """Return the place of the next document that is long enough and in the bin wanted."""
         passed = 0
         while True:
             place, (_, ids) = self.next, self._look(self.next)

@@ -37,7 +37,7 @@ class DocumentSampler:
         return self.documents.count
 
     def take(self, stream: int, place: int) -> tuple[int, int, Document]:
-        """Document ``place`` of a stream, counted from 0 without end.
+        """Return document ``place`` of a stream, counted from 0 without end.
 
         Returns:
             a number that differs from one pass to the next, the document's number in its set, the document.

@@ -80,5 +80,5 @@ def cut(ids: Tensor, least: int, most: int, draws: CounterRNG) -> list[Tensor]:
 
 
 def longest_sum(tokens: int, least: int, most: int) -> int:
-    """The most tokens, up to ``tokens``, that pieces of ``least`` to ``most`` tokens can make up."""
+    """Return the most tokens, up to ``tokens``, that pieces of ``least`` to ``most`` tokens can make up."""
     return min(tokens, tokens // least * most)

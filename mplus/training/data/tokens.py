@@ -13,7 +13,7 @@ from mplus.training.data.documents import Document
 
 
 def encode(tokenizer: Any, text: str) -> Tensor:
-    """``[n]`` int64 ids of a text, without special tokens.
+    """Return ``[n]`` int64 ids of a text, without special tokens.
 
     Raises:
         ConfigError: there is no tokenizer.
@@ -34,7 +34,7 @@ class TokenCache:
         self._size = 0
 
     def ids(self, index: int, document: Document) -> Tensor:
-        """``[n]`` ids of ``document``, which is number ``index`` of its set."""
+        """Return ``[n]`` ids of ``document``, which is number ``index`` of its set."""
         if index in self._kept:
             self._kept.move_to_end(index)
             return self._kept[index]

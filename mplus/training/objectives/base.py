@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @define(frozen=True, eq=False)
 class ObjectiveResult:
-    """What an objective made of a batch.
+    """Loss and metrics of one batch.
 
     Attributes:
         loss: scalar to minimise, with its graph.
@@ -65,4 +65,4 @@ class Objective(ABC):
     def __call__(
         self, decoder: TrainedDecoder, streams: TrainingStreams, batch: Batch, retriever_loss: RetrieverLoss | None
     ) -> ObjectiveResult:
-        """The loss of ``batch``; ``retriever_loss`` None: none is wanted."""
+        """Return the loss of ``batch``; ``retriever_loss`` None: none is wanted."""

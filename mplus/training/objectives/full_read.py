@@ -26,7 +26,7 @@ def write(streams: TrainingStreams, batch: Batch) -> None:
 def full_read(
     decoder: TrainedDecoder, streams: TrainingStreams, batch: Batch, retriever_loss: RetrieverLoss | None
 ) -> ObjectiveResult:
-    """The loss of the batch's texts, read with begin row, retrieved rows and STM, plus the retriever's loss."""
+    """Return the loss of the batch's texts, read with begin row, retrieved rows and STM, plus the retriever's loss."""
     query_mask = batch.mask if batch.query_mask is None else batch.query_mask & batch.mask
     retriever = decoder.engine.mechanism.additions.retriever
     candidates = None

@@ -27,7 +27,7 @@ NEVER = -1e30
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of the tokens to be predicted; 0 where there are none.
+    """Return the mean cross-entropy in nats of the tokens to be predicted; 0 where there are none.
 
     Among several processes the mean of their losses is the mean over all their tokens (``global_mean``); so it is for
     the retriever's losses.
@@ -44,7 +44,7 @@ def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(logits: Tensor, labels: Tensor, answer_mask: Tensor | None = None) -> float:
-    """Share of texts whose every token to be predicted is the most probable one.
+    """Return the share of texts whose every token to be predicted is the most probable one.
 
     Args:
         logits: ``[..., T, V]``.
@@ -100,7 +100,7 @@ class RetrieverLoss:
         return choose
 
     def __call__(self, retriever: Retriever, read: Read, query_mask: Tensor, text_sources: Tensor) -> Tensor:
-        """The loss, weighted, mean over layers.
+        """Return the weighted loss, its mean over layers.
 
         Args:
             retriever: with a differentiable ``score``.
@@ -133,7 +133,7 @@ class RetrieverLoss:
     def _term(
         self, retriever: Retriever, layer: int, seen: LayerRead, projected: Tensor, mask: Tensor, text_sources: Tensor
     ) -> Tensor:
-        """The loss of queries ``[B, R, T, r]`` for rows written from ``text_sources`` ``[B, R]``."""
+        """Return the loss of queries ``[B, R, T, r]`` for rows written from ``text_sources`` ``[B, R]``."""
         rows, source = _there(seen.candidates), _there(seen.candidate_source)
         batch, each, tokens = projected.shape[:3]
         keys = _there(retriever.project_keys(layer, (rows.detach() if self.detach else rows).flatten(0, 1)))
@@ -159,14 +159,14 @@ class RetrieverLoss:
 
 
 def _there(tensor: Tensor | None) -> Tensor:
-    """What a read made for a retriever loss."""
+    """Return what a read made for a retriever loss. Raises ConfigError where it made nothing."""
     if tensor is None:
         raise ConfigError("a retriever loss needs a read made with its own candidates, and a retriever with keys")
     return tensor
 
 
 def contrastive(scores: Tensor, positive: Tensor, usable: Tensor) -> Tensor:
-    """``-log`` of the softmax share of a positive row among itself and all negative ones.
+    """Return ``-log`` of the softmax share of a positive row among itself and all negative ones.
 
     Mean over a text's positive rows, then over the texts that have any; 0 where none has. Every positive row counts by
     itself: were their shares added up, one row found would be enough, and the others would be left to chance.
@@ -184,7 +184,7 @@ def contrastive(scores: Tensor, positive: Tensor, usable: Tensor) -> Tensor:
 
 
 def balanced_bce(scores: Tensor, positive: Tensor, usable: Tensor) -> Tensor:
-    """Half the mean of ``-log p`` over positive rows plus half that of ``-log (1 - p)`` over the others (published).
+    """Return half the mean of ``-log p`` over positive rows plus half that of ``-log (1 - p)`` over the others.
 
     Texts without a positive row do not count; an empty class contributes 0. Arguments as for ``contrastive``.
     """

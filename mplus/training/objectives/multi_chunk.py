@@ -36,7 +36,7 @@ class MultiChunk(Objective):
     def __call__(
         self, decoder: TrainedDecoder, streams: TrainingStreams, batch: Batch, retriever_loss: RetrieverLoss | None
     ) -> ObjectiveResult:
-        """See ``Objective``."""
+        """Write without gradient and read; see ``Objective``."""
         streams.detach()
         with torch.no_grad():
             write(streams, batch)

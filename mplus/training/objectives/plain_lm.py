@@ -25,6 +25,6 @@ class PlainLM(Objective):
     def __call__(
         self, decoder: TrainedDecoder, streams: TrainingStreams, batch: Batch, retriever_loss: RetrieverLoss | None
     ) -> ObjectiveResult:
-        """See ``Objective``. What the texts are about was not written, so the retriever learns nothing."""
+        """Read only; see ``Objective``. What the texts need was not written, so the retriever learns nothing."""
         streams.detach()
         return full_read(decoder, streams, batch, None)

@@ -26,6 +26,6 @@ class Revisit(Objective):
     def __call__(
         self, decoder: TrainedDecoder, streams: TrainingStreams, batch: Batch, retriever_loss: RetrieverLoss | None
     ) -> ObjectiveResult:
-        """See ``Objective``; ``batch`` is the earlier one."""
+        """Read ``batch``, the earlier one; see ``Objective``."""
         streams.detach()
         return full_read(decoder, streams, batch, retriever_loss)

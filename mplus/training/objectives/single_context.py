@@ -37,14 +37,14 @@ class SingleContext(Objective):
     def __call__(
         self, decoder: TrainedDecoder, streams: TrainingStreams, batch: Batch, retriever_loss: RetrieverLoss | None
     ) -> ObjectiveResult:
-        """See ``Objective``. The streams keep the graph of these writes until the next batch."""
+        """Write and read; see ``Objective``. The streams keep the graph of these writes until the next batch."""
         streams.detach()
         write(streams, batch)
         return full_read(decoder, streams, batch, retriever_loss)
 
 
 class Repeat(SingleContext):
-    """As ``single_context``, with texts that ask for the chunks word by word (released code: 10 % of the samples).
+    """Do as ``single_context`` does, with texts that ask for the chunks word by word (released code: 10 % of samples).
 
     Gradients: as ``single_context``. It pushes towards storage without loss.
     """

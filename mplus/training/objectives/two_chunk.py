@@ -40,7 +40,7 @@ class TwoChunk(Objective):
     def __call__(
         self, decoder: TrainedDecoder, streams: TrainingStreams, batch: Batch, retriever_loss: RetrieverLoss | None
     ) -> ObjectiveResult:
-        """See ``Objective``. Afterwards the streams hold the new rows, detached."""
+        """Encode one chunk and read its rows; see ``Objective``. Afterwards the streams hold the new rows, detached."""
         streams.detach()
         update = streams.encode(batch.chunks[:, -1])
         read = streams.read_update(update, batch.texts, self.options.reader)

@@ -41,7 +41,7 @@ class Window(Objective):
     def __call__(
         self, decoder: TrainedDecoder, streams: TrainingStreams, batch: Batch, retriever_loss: RetrieverLoss | None
     ) -> ObjectiveResult:
-        """See ``Objective``. Raises ConfigError when the batch's source makes no windows."""
+        """Read plain text; see ``Objective``. Raises ConfigError when the batch's source makes no windows."""
         if batch.windows is None or batch.window_labels is None:
             raise ConfigError("objective 'window' needs a data set that makes windows: set its window size")
         logits = decoder.plain(batch.windows, batch.window_mask)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mplus.config import Component, options_of
+from mplus.config import options_of
 from mplus.errors import ConfigError
 from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.short_term.batching import can_be_batched
@@ -86,7 +86,7 @@ def _check_data(recipe: Recipe) -> None:
 
 
 def check_chunks(recipe: Recipe, most: int) -> None:
-    """Raises ConfigError where data has longer chunks than the ``most`` tokens that one write takes."""
+    """Raise ConfigError where data has longer chunks than the ``most`` tokens that one write takes."""
     for name, data in recipe.data.items():
         sizes = getattr(data.parsed, "chunk_tokens", 0)
         longest = max(sizes) if isinstance(sizes, tuple) else sizes
@@ -204,11 +204,14 @@ def _check_retriever(recipe: Recipe, stage: Stage) -> None:
             f"retriever_loss must be left out with memory.{' and memory.'.join(named)}: a retriever is trained on "
             "memories that are held as dense tensors, of 'mplus' with its own options and eviction 'fifo' only"
         )
-    if not _is_trainable(memory.retriever):
+    if RETRIEVERS.get(memory.retriever.name).score is Retriever.score:
         raise ConfigError(
             f"retriever_loss must be left out, as the retriever {memory.retriever.name!r} cannot be trained"
         )
-    score = _options(recipe).get("score")
+    cls = RETRIEVERS.get(memory.retriever.name)
+    with error_prefix("memory: retriever"):
+        options = options_of(cls, {**cls.Options.defaults(memory.variant), **memory.retriever.options})
+    score = getattr(options, "score", None)
     if loss is not None and loss.kind == "bce" and score not in {None, "sigmoid_mean"}:
         raise ConfigError(
             f"retriever_loss: kind 'bce' needs scores between 0 and 1, got memory.retriever.score {score!r}: use kind "
@@ -216,20 +219,8 @@ def _check_retriever(recipe: Recipe, stage: Stage) -> None:
         )
 
 
-def _is_trainable(retriever: Component) -> bool:
-    return RETRIEVERS.get(retriever.name).score is not Retriever.score
-
-
-def _options(recipe: Recipe) -> dict[str, Any]:
-    """Options of the retriever with their defaults."""
-    cls = RETRIEVERS.get(recipe.memory.retriever.name)
-    with error_prefix("memory: retriever"):
-        options = options_of(cls, {**cls.Options.defaults(recipe.memory.variant), **recipe.memory.retriever.options})
-    return {"score": getattr(options, "score", None)}
-
-
 def metrics_of(stage: Stage) -> tuple[str, ...]:
-    """Names of the metrics that ``until`` can ask for, and patterns of those that come per layer."""
+    """Return the names of the metrics that ``until`` can ask for, and patterns of those that come per layer."""
     names = {name for entry in stage.objectives for name in entry.objective.metrics}
     if stage.retriever_loss is not None:
         names.add("retriever_loss")

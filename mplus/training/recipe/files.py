@@ -32,12 +32,12 @@ class RecipeFile:
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Return the names of the recipes that come with the package."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def find_recipe(name: str | Path) -> Path:
-    """The file of a recipe: a path, or a shipped one's name. Raises UnknownNameError when there is none."""
+    """Return the file of a recipe: a path, or a shipped one's name. Raises UnknownNameError when there is none."""
     path = Path(name)
     if path.is_file():
         return path
@@ -108,7 +108,7 @@ def apply_settings(table: dict[str, Any], settings: Mapping[str, Any], remove: I
 
 
 def _targets(holder: Any, path: str, keys: list[str]) -> list[tuple[Any, Any]]:
-    """What ``path`` ends in, tables or lists, with its last key there."""
+    """Return the tables and lists that ``path`` ends in, with its last key there."""
     key, rest = keys[0], keys[1:]
     if isinstance(holder, dict):
         return _targets(holder.setdefault(key, {}), path, rest) if rest else [(holder, key)]
@@ -133,7 +133,7 @@ def _cap_steps(table: dict[str, Any], steps: int) -> None:
 
 
 def differences(then: Any, now: Any, where: str = "") -> list[str]:
-    """What differs between two recipes' plain data: ``"optimizer.learning_rate: 0.1 then, 0.2 now"``."""
+    """Return the differences of two recipes' plain data: ``"optimizer.learning_rate: 0.1 then, 0.2 now"``."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         keys = sorted(then.keys() | now.keys())
         pairs = [(f"{where}.{key}" if where else str(key), then.get(key), now.get(key)) for key in keys]

@@ -72,7 +72,7 @@ class Build:
         return structure(Build, {**own, "fields": {key: value for key, value in table.items() if key not in own}})
 
     def to_dict(self) -> dict[str, Any]:
-        """The table."""
+        """Return the table."""
         return {"model_type": self.model_type, "init": self.init, **self.fields}
 
 

@@ -33,7 +33,7 @@ def _documents(value: Any) -> Any:
 
 @define(frozen=True, kw_only=True)
 class GeneratedOptions:
-    """How often, how late and among what things are told and asked for.
+    """Options of generated data: filler, chunk lengths, and how often and how late questions come.
 
     Attributes:
         filler: documents whose passages fill the chunks (default: the novel that comes with mplus).
@@ -107,15 +107,15 @@ class GeneratedBatches(BatchSource):
 
     @abstractmethod
     def tell(self, stream: int, place: int) -> Tensor:
-        """``[t]`` ids that tell what chunk ``place`` of ``stream`` is about."""
+        """Return the ids ``[t]`` of the statement in chunk ``place`` of ``stream``."""
 
     @abstractmethod
     def ask(self, stream: int, place: int, source: int, draws: CounterRNG) -> TextSample:
-        """A question for it, with its answer; ``about`` is its source."""
+        """Return a question for that statement, with its answer; ``source`` is that of its chunk."""
 
     @abstractmethod
     def longest(self) -> tuple[int, int]:
-        """The most tokens that ``tell`` and ``ask`` can have."""
+        """Return the most tokens that ``tell`` and ``ask`` can have."""
 
     def next_batch(self, chunks: int = 1, *, repeat: bool = False) -> Batch:
         options, draws = self.options, CounterRNG(self._seed, "lengths", self._step)
@@ -162,7 +162,7 @@ class GeneratedBatches(BatchSource):
         return self.ask(stream, place, self._source(stream, place), draws)
 
     def _chunk(self, stream: int, place: int, size: int) -> Tensor:
-        """``[size]``: what is told, between sentences of the filler where there is a place between them."""
+        """Return ``[size]`` ids: the statement between two sentences of the filler, where it has any end of one."""
         told = self.tell(stream, place)
         if len(told) > size:
             raise InputError(f"what is told has {len(told)} tokens and chunk_tokens is {size}: raise chunk_tokens")
@@ -173,7 +173,7 @@ class GeneratedBatches(BatchSource):
         return torch.cat([filler[:cut], told, filler[cut:]])
 
     def _passage(self, place: int, size: int, draws: CounterRNG) -> Tensor:
-        """``[size]`` adjacent tokens of a document."""
+        """Return ``[size]`` adjacent tokens of a document."""
         choice = CounterRNG(self._seed, "document", place // SAME_FILLER)
         for _ in range(2 * self._filler.count + 10):
             index = choice.below(self._filler.count)
@@ -184,7 +184,7 @@ class GeneratedBatches(BatchSource):
         raise InputError(f"filler must have documents of at least {size} tokens, got {self._filler.count} shorter ones")
 
     def _windows(self, size: int) -> Windows:
-        """Newest chunks and a question about one of them."""
+        """Return the newest chunks and a question about one of them."""
         count = min(self._window_chunks, self._told - self._begun)
         past, texts = [], []
         for stream in self._numbers:

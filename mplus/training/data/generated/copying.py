@@ -47,7 +47,7 @@ class CopyingBatches(GeneratedBatches):
     options: CopyingOptions
 
     def note(self, stream: int, place: int) -> list[str]:
-        """The words noted in a chunk."""
+        """Return the words noted in a chunk."""
         draws = CounterRNG(self._seed, "words", stream, place)
         return [WORDS[draws.below(len(WORDS))] for _ in range(draws.between(*self.options.words))]
 
@@ -70,7 +70,7 @@ class CopyingBatches(GeneratedBatches):
 
 
 def shared(first: Tensor, second: Tensor) -> int:
-    """How many ids two texts begin with in common."""
+    """Return how many ids two texts begin with in common."""
     count = min(len(first), len(second))
     different = (first[:count] != second[:count]).nonzero()
     return int(different[0]) if len(different) else count

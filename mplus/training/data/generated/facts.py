@@ -23,7 +23,7 @@ def _language(value: Any) -> Any:
 
 @define(frozen=True, kw_only=True)
 class RecallOptions:
-    """How facts are told and asked for.
+    """Options of data in the little language: sizes, and how facts are told and asked for.
 
     Attributes:
         language: sizes of the language.
@@ -170,7 +170,7 @@ class RecallBatches(BatchSource):
         return found
 
     def _untold(self, episode: Episode, start: int) -> int:
-        """The first fact from ``start`` on that this episode never tells, of the people it is about."""
+        """Return the first fact from ``start`` on that this episode never tells, of the people it is about."""
         language, told = self.options.language, set(episode.facts)
         for step in range(language.facts):
             fact = (start + step) % language.facts
@@ -185,7 +185,7 @@ class RecallBatches(BatchSource):
         return [self._id[word] for word in given]
 
     def _labels(self, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels and which of them are answers."""
+        """Return labels and which of them are answers."""
         answer_mask = (torch.arange(texts.shape[2]) >= 4).expand_as(texts) & (texts != self._id[words.PAD])
         named = torch.arange(texts.shape[2]).expand_as(texts) >= 2
         labelled = answer_mask | named if self.options.name_labels else answer_mask
@@ -193,7 +193,7 @@ class RecallBatches(BatchSource):
         return torch.where(labelled, texts, torch.full_like(texts, IGNORE_INDEX)), answer_mask
 
     def _windows(self) -> dict[str, Tensor]:
-        """The newest chunks of each stream as text, with a question about one of them."""
+        """Return the newest chunks of each stream as text, with a question about one of them."""
         options, pad = self.options, self._id[words.PAD]
         seen = min(options.window_tokens // options.chunk_tokens, self._told)
         rows = []

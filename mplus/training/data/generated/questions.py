@@ -58,7 +58,7 @@ class QuestionOptions(GeneratedOptions):
 
 
 def people(*, held_out: bool) -> list[str]:
-    """Full names; one pair in five is held out."""
+    """Return full names; one pair in five is held out."""
     return [
         f"{first.capitalize()} {last.capitalize()}"
         for row, first in enumerate(words.FIRST_NAMES)
@@ -82,7 +82,7 @@ class QuestionBatches(GeneratedBatches):
         return people(held_out=self.options.held_out)
 
     def fact(self, stream: int, place: int) -> tuple[str, str, str]:
-        """Relation, name and value told in a chunk."""
+        """Return relation, name and value told in a chunk."""
         count = len(self._people) * len(RELATIONS)
         relation, person = divmod(permuted(place % count, count, self._seed, "facts", stream), len(self._people))
         key = list(RELATIONS)[relation]
