@@ -112,7 +112,8 @@ def test_classes(used: dict[str, Any]) -> None:
     for cls in changed:
         mixin = cls.__mro__[1]
         listed = next(re.split(r" \| ", line)[2] for line in PAGE.splitlines() if f"| `{mixin.__name__}` |" in line)
-        methods = {name for name, value in [*vars(mixin).items(), *vars(cls).items()] if _is_method(name, value)}
+        ours = [cls, *(one for one in mixin.__mro__ if one.__module__.startswith("mplus."))]
+        methods = {name for one in ours for name, value in vars(one).items() if _is_method(name, value)}
         assert methods == set(re.findall(r"`(\w+)`", listed))
         assert ("pickling" in listed) == ("__reduce_ex__" in vars(mixin))
     cache = prefixed.get_prompt(1)
