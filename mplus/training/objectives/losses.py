@@ -62,7 +62,7 @@ def accuracy(logits: Tensor, labels: Tensor, answer_mask: Tensor | None = None) 
 
 @define(frozen=True, kw_only=True)
 class RetrieverLoss:
-    """How the retriever learns which rows a text needs: those written from what the text is text_sources.
+    """Trains the retriever to find the rows that a text needs: those written from its source.
 
     Attributes:
         kind: "contrastive": mean of ``-log`` of each such row's share in the softmax over it and the others; "bce":
@@ -72,7 +72,7 @@ class RetrieverLoss:
         detach: keep its gradient out of the decoder (M+ stage 3).
         negatives: "stream": a text's own stream gives the rows it is to be told from; "batch": all streams do, except
             rows written from the same source. With "batch" the loss depends on how many streams a process holds.
-        candidates: rows of each stream that are scored: all that its texts are text_sources, then others at random.
+        candidates: rows of each stream that are scored: all that its texts need, then others at random.
         encoder_weight: factor on a second loss, of the same kind, in which the newest chunk's rows ask which of
             the candidates were written from its source (released code; the retriever needs ``encoder_queries``). For
             data in which several chunks have one source.
