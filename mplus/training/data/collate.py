@@ -18,8 +18,8 @@ class TextSample:
     Attributes:
         ids: ``[t]``.
         source: what it continues or asks for.
-        given: its first tokens, which are not to be predicted; at least 1.
-        seen: its first tokens, which retrieval sees; None: all.
+        prompt_tokens: its first tokens, which are not to be predicted; at least 1.
+        query_tokens: its first tokens, which retrieval sees; None: all.
         answer: ``(start, end)`` of the tokens that accuracy is about; None: all that are predicted.
     """
 

@@ -44,7 +44,7 @@ class Passage:
         chunks: C tensors ``[n]``.
         sources: C numbers of the documents they are from.
         target: ``[t]``, follows the last chunk in its document.
-        about: number of that document, or ``NO_SOURCE`` if nothing of it was written.
+        source: number of that document, or ``NO_SOURCE`` if nothing of it was written.
         past: what the stream has seen of that document before the target, at least its chunks.
     """
 

@@ -106,7 +106,7 @@ class RetrieverLoss:
             retriever: with a differentiable ``score``.
             read: made with ``wanted``.
             query_mask: ``[B, R, T]`` bool, the tokens that retrieve.
-            about: ``[B, R]`` int64; texts about ``NO_SOURCE``, or about what is no longer held, do not count.
+            text_sources: ``[B, R]`` int64; texts about ``NO_SOURCE``, or about what is no longer held, do not count.
         """
         terms = []
         for layer, seen in read.layers.items():
