@@ -26,11 +26,11 @@ class Batch:
         texts: ``[B, R, T]`` int64, read after the chunks were written, independently of each other.
         labels: ``[B, R, T]`` int64: the token itself where it is predicted from those before it, else ``IGNORE_INDEX``.
         mask: ``[B, R, T]`` bool, False at padding, which is on the right.
-        about: ``[B, R]`` int64: the source a text continues or asks for; ``NO_SOURCE`` where none was written.
+        text_sources: ``[B, R]`` int64: the source a text continues or asks for; ``NO_SOURCE`` where none was written.
         query_mask: ``[B, R, T]`` bool: the tokens that retrieval may see, so that it does not look at what is to be
             predicted; None: all that ``mask`` leaves.
         answer_mask: ``[B, R, T]`` bool: the labels that accuracy is about; None: all of them.
-        fresh: every stream forgets all before this batch.
+        reset: every stream forgets all before this batch.
         windows: ``[B, S]`` int64: the newest chunks and a text as one plain text, for objectives without memory; or
             None where the source has none. The label of padding is ``IGNORE_INDEX``.
         window_labels: ``[B, S]`` int64, as ``labels``.
