@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,11 @@ from mplus.hf.adapters.peft_layers import is_adapter_layer
 from mplus.hf.model.modes import execution_device
 from mplus.hf.retrofit.context import change_class, current_pass, rebuild, subclass
 from mplus.hf.retrofit.discovery import Anatomy
+
+if TYPE_CHECKING:
+    from torch.nn import Linear as Projection
+else:
+    Projection = object  # the class that is adapted brings its own
 
 ADAPTERS = ("write", "read")
 """Names of the adapters."""
@@ -38,24 +43,24 @@ class LowRankFactor(nn.Module):
         return nn.functional.linear(x.to(self.weight.dtype), self.weight)
 
 
-class AdaptedProjection:
-    """Mixed into the class of a projection: adds the update of the adapter of the current pass.
+class AdaptedProjection(Projection):
+    """A projection, linear or ``Conv1D``, that adds the update of the adapter of the current pass.
 
     These are no layers of PEFT. PEFT cannot tell whose its layers are: it would leave a decoder trainable that has
     some, save our factors with a user's adapter, and drop or disable ours with it. As it is, a decoder with memory is
     to PEFT a decoder without adapters, and what it adds acts besides ours.
     """
 
-    weight: Tensor
+    __mplus_base__: ClassVar[type]
     # The names of PEFT, which published checkpoints have as well.
     lora_A: nn.ModuleDict  # noqa: N815
     lora_B: nn.ModuleDict  # noqa: N815
     lora_dropout: nn.ModuleDict
     scaling: dict[str, float]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As without adapters, outside of a pass."""
-        result: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """Project ``[..., in]`` to ``[..., out]``; outside of a pass as without adapters."""
+        result: Tensor = super().forward(x, *args, **kwargs)
         active = current_pass()
         if active is None or active.adapter is None:
             return result
@@ -64,17 +69,17 @@ class AdaptedProjection:
         return (result + update).to(result.dtype)
 
     def update_weight(self, name: str) -> Tensor:
-        """What the adapter ``name`` adds to the weight, as it lies there."""
-        up, down = (self.get_parameter(f"{factor}.{name}.weight") for factor in ("lora_B", "lora_A"))  # type: ignore[attr-defined]
+        """Return what the adapter ``name`` adds to the weight, in the orientation of the weight."""
+        up, down = (self.get_parameter(f"{factor}.{name}.weight") for factor in ("lora_B", "lora_A"))
         update: Tensor = up @ down * self.scaling[name]
         return update.T if isinstance(self, Conv1D) else update
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return rebuild, (adapted_class, type(self).__mplus_base__), self.__dict__  # type: ignore[attr-defined]
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        return rebuild, (adapted_class, type(self).__mplus_base__), self.__dict__
 
 
 def adapted_class(base: type) -> type:
-    """``base`` with ``AdaptedProjection`` mixed in; it keeps the name, by which quantised layers are known."""
+    """Return ``base`` with ``AdaptedProjection`` mixed in; it keeps the name, by which quantised layers are known."""
     return subclass(base, AdaptedProjection)
 
 
@@ -94,13 +99,16 @@ def add_adapters(model: nn.Module, anatomy: Anatomy, config: AdapterConfig) -> N
             _add(projection, name, config)
 
 
-def _add(projection: Any, name: str, config: AdapterConfig) -> None:
-    if not isinstance(projection, AdaptedProjection):
+def _add(module: nn.Module, name: str, config: AdapterConfig) -> None:
+    projection = cast("AdaptedProjection", module)
+    if not isinstance(module, AdaptedProjection):
         for part in FACTORS:
             projection.add_module(part, nn.ModuleDict())
         projection.scaling = {}
         change_class(projection, adapted_class(type(projection)))
-    outputs, inputs = _features(projection)
+    # Not by the shape of the weight where that is quantised: it has another one.
+    convolution = isinstance(module, Conv1D)
+    inputs, outputs = projection.weight.shape if convolution else (projection.in_features, projection.out_features)
     down, up = nn.Linear(inputs, config.rank, bias=False).weight, nn.Linear(config.rank, outputs, bias=False).weight
     nn.init.kaiming_uniform_(down, a=5**0.5)
     nn.init.zeros_(up)
@@ -109,19 +117,11 @@ def _add(projection: Any, name: str, config: AdapterConfig) -> None:
     dtype = weight.dtype if weight.is_floating_point() and weight.dtype.itemsize > 1 else torch.float32
     for part, factor in (("lora_A", down), ("lora_B", up)):
         made = LowRankFactor(factor.detach().to(execution_device(projection), dtype))
-        projection.get_submodule(part)[name] = made
+        cast("nn.ModuleDict", projection.get_submodule(part))[name] = made
     projection.lora_dropout[name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
     projection.scaling[name] = config.alpha / config.rank
     for part in FACTORS:
         projection.get_submodule(part).train(projection.training)
-
-
-def _features(projection: Any) -> tuple[int, int]:
-    """Outputs and inputs; a quantised weight has another shape."""
-    if isinstance(projection, Conv1D):
-        inputs, outputs = projection.weight.shape
-        return outputs, inputs
-    return projection.out_features, projection.in_features
 
 
 def remove_adapters(model: nn.Module) -> None:
@@ -133,13 +133,13 @@ def remove_adapters(model: nn.Module) -> None:
         del projection.scaling
 
 
-def adapted_projections(model: nn.Module) -> list[Any]:
-    """The projections in ``model`` that have adapters of ours."""
+def adapted_projections(model: nn.Module) -> list[AdaptedProjection]:
+    """Return the projections in ``model`` that have adapters of ours."""
     return [module for module in model.modules() if isinstance(module, AdaptedProjection)]
 
 
 def find_targets(model: nn.Module, anatomy: Anatomy, wanted: Sequence[str] | None = None) -> list[nn.Module]:
-    """The projections to adapt in the layers that carry memory.
+    """Find the projections to adapt in the layers that carry memory.
 
     Args:
         wanted: ends of names; None: attention and dense MLPs. Mixture-of-experts blocks are then left alone: their
@@ -172,9 +172,8 @@ def find_targets(model: nn.Module, anatomy: Anatomy, wanted: Sequence[str] | Non
 
 
 def refuse_conflicts(model: nn.Module) -> None:
-    """Raises NotSupported when adapters of the user are merged, or have one of our names."""
-    for layer in filter(is_adapter_layer, model.modules()):
-        tuned: Any = layer
+    """Raise NotSupported when adapters of the user are merged, or have one of our names."""
+    for tuned in filter(is_adapter_layer, model.modules()):
         if tuned.merged:
             raise NotSupported(
                 "adapters of your own must not be merged for this: use unmerge_adapter, or merge_and_unload, first"
@@ -187,14 +186,13 @@ def refuse_conflicts(model: nn.Module) -> None:
 
 
 def _parts_of_peft(layer: nn.Module) -> set[nn.Module]:
-    """What the user's adapters consist of: modules that are no part of the decoder, and copies trained in full."""
+    """Return the modules of the user's adapters: those that are no part of the decoder, and copies trained in full."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     found: set[nn.Module] = set()
     for module in layer.modules():
         if is_adapter_layer(module):
-            tuned: Any = module
-            decoders_own = set(tuned.base_layer.modules())
+            decoders_own = set(module.get_submodule("base_layer").modules())
             found.update(part for part in module.modules() if part not in decoders_own)
         elif isinstance(module, AuxiliaryTrainingWrapper):
             found.update(module.modules())
@@ -202,15 +200,15 @@ def _parts_of_peft(layer: nn.Module) -> set[nn.Module]:
 
 
 def plain_name(name: str) -> str:
-    """The name that a tensor has where no adapter of the user's, put there by PEFT, is around its module."""
+    """Return the name that a tensor has where no adapter of the user's, put there by PEFT, is around its module."""
     return name.replace(".base_layer.", ".")
 
 
 def is_addition(name: str) -> bool:
-    """Whether mplus added the tensor of this name to a decoder."""
+    """Return whether mplus added the tensor of this name to a decoder."""
     return name.startswith("mplus.") or is_adapter(name)
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a tensor of this name belongs to one of our LoRA adapters."""
+    """Return whether a tensor of this name belongs to one of our LoRA adapters."""
     return any(f".lora_{part}.{adapter}." in name for part in "AB" for adapter in ADAPTERS)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from attrs import define, field
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    class PeftLayer(BaseTunerLayer, nn.Module):
+        """A layer of PEFT's as it stands in a decoder."""
+
+    PeftModule = PeftLayer | AuxiliaryTrainingWrapper
+
 
 @define(frozen=True, eq=False)
-class Tuned:
-    """A layer of PEFT's.
+class AdaptedLayer:
+    """A module of PEFT's, and what each adapter has there.
 
     Attributes:
         module: the layer, or what PEFT puts around a module that is trained and saved as a whole.
@@ -21,7 +30,7 @@ class Tuned:
         projects, keys: whether memory rows, and retriever keys, go through it.
     """
 
-    module: Any
+    module: PeftModule
     path: str
     parts: Mapping[str, Sequence[tuple[str, Tensor]]] = field(repr=False)
     facts: Mapping[str, Sequence[str]] = field(repr=False)
@@ -29,41 +38,41 @@ class Tuned:
     keys: bool
 
     def acting(self, wanted: tuple[str, ...] | None) -> list[str]:
-        """Adapters of the user that act here, of those ``wanted`` (None: of those that are active)."""
+        """Return the adapters of the user that act here, of those ``wanted`` (None: of those that are active)."""
         if self.module._disable_adapters:
             return []
         return [name for name in (active(self.module) if wanted is None else wanted) if name in self.parts]
 
 
-def active(layer: Any) -> list[str]:
-    """Adapters that are switched on in one of PEFT's layers, whatever pass this is."""
+def active(layer: PeftModule) -> list[str]:
+    """Return the adapters that are switched on in one of PEFT's layers, whatever pass this is."""
     chosen = layer._active_adapter
     return [chosen] if isinstance(chosen, str) else list(chosen)
 
 
-def is_adapter_layer(module: nn.Module) -> bool:
+def is_adapter_layer(module: nn.Module) -> TypeGuard[PeftLayer]:
     """Return whether ``module`` is one of PEFT's layers: an adapter of the user around a module of the decoder."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return isinstance(module, BaseTunerLayer)
 
 
-def is_peft_module(module: nn.Module) -> bool:
+def is_peft_module(module: nn.Module) -> TypeGuard[PeftModule]:
     """Return whether PEFT put ``module`` around another: one of its layers, or what trains and saves it as a whole."""
     return hasattr(type(module), "adapter_layer_names")
 
 
-def tuned_layer(module: Any, path: str, projects: bool, keys: bool) -> Tuned:
-    """What one of PEFT's layers holds; the arguments are those of ``Tuned``."""
+def adapted_layer(module: PeftModule, path: str, projects: bool, keys: bool) -> AdaptedLayer:
+    """Describe what one of PEFT's modules holds; the arguments are those of ``AdaptedLayer``."""
     facts: dict[str, list[str]] = {}
     for attribute, name, value in _entries(module):
         if isinstance(value, bool | int | float | str) and attribute != "scaling":
             facts.setdefault(name, []).append(f"{attribute}={value!r}")
-    return Tuned(module, path.replace(".base_layer", ""), adapter_parts(module), facts, projects, keys)
+    return AdaptedLayer(module, path.replace(".base_layer", ""), adapter_parts(module), facts, projects, keys)
 
 
-def adapter_parts(module: Any) -> dict[str, list[tuple[str, Tensor]]]:
-    """By adapter, name and tensor of all that it has in one of PEFT's layers."""
+def adapter_parts(module: PeftModule) -> dict[str, list[tuple[str, Tensor]]]:
+    """Return, by adapter, name and tensor of all that it has in one of PEFT's modules."""
     parts: dict[str, list[tuple[str, Tensor]]] = {}
     for attribute, name, value in _entries(module):
         if isinstance(value, nn.Module):
@@ -74,8 +83,8 @@ def adapter_parts(module: Any) -> dict[str, list[tuple[str, Tensor]]]:
     return parts
 
 
-def _entries(module: Any) -> Iterator[tuple[str, str, Any]]:
-    """Attribute, adapter, and what the adapter has under that attribute."""
+def _entries(module: PeftModule) -> Iterator[tuple[str, str, Any]]:
+    """Yield attribute, adapter, and what the adapter has under that attribute."""
     for attribute in (*module.adapter_layer_names, *module.other_param_names):
         # What has a dot in its name belongs to a layer inside, which comes by itself.
         table: Any = None if "." in attribute else getattr(module, attribute, None)

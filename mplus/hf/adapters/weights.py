@@ -5,20 +5,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from attrs import define, field
 from torch import Tensor, nn
 
 from mplus.errors import NotSupported
 from mplus.hf.adapters.lora import adapted_projections, is_adapter, plain_name
-from mplus.hf.adapters.peft_layers import Tuned, active, is_peft_module, tuned_layer
+from mplus.hf.adapters.peft_layers import AdaptedLayer, active, adapted_layer, is_peft_module
 from mplus.hf.adapters.tensor_group import Mark, Moment, TensorGroup
 from mplus.hf.retrofit.attention_probe import OwnAttention
+from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.hf.retrofit.hooks import Retrofit
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.memory.weights_state import AdapterState, WeightsState
 from mplus.stores.disk.process_lock import ProcessLock
+
+if TYPE_CHECKING:
+    from mplus.hf.adapters.peft_layers import PeftModule
 
 
 class WatchedDecoder(Protocol):
@@ -39,6 +43,13 @@ class WatchedDecoder(Protocol):
 UNTOUCHED = "__base__"
 """What PEFT calls no adapter in ``adapter_names``."""
 
+Switch = tuple[bool, tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+Switches = tuple[tuple[str, ...] | None, tuple[float, ...], tuple[Switch, ...]]
+"""The adapter of each batch row, the scales of ours, and how each module of PEFT's is switched.
+
+Switched, that is: whether its adapters are off, which are active, which are merged, and their scales.
+"""
+
 
 @define(frozen=True, eq=False)
 class Look:
@@ -57,10 +68,10 @@ class Look:
     weights: WeightsState
     names: tuple[str, ...] | None
     each: Mapping[str, WeightsState]
-    switches: tuple[Any, ...]
+    switches: Switches
     acting: tuple[str, ...]
-    contents: tuple[Any, ...]
-    begin: tuple[Any, ...]
+    contents: tuple[Mark, ...]
+    begin: Mark
 
     def of_row(self, row: int, repeats: int) -> WeightsState:
         """The weights that stream ``row`` is read with, where each stream has ``repeats`` batch rows."""
@@ -85,7 +96,7 @@ class Plan:
 
     modules: list[nn.Module]
     parameters: list[Tensor | None]
-    tuned: list[Tuned]
+    tuned: list[AdaptedLayer]
     base: TensorGroup
     key_base: TensorGroup
     own: TensorGroup
@@ -94,7 +105,7 @@ class Plan:
     scales: Sequence[dict[str, float]]
     adapter: str | None
     adapters: dict[tuple[str, str], TensorGroup] = field(factory=dict)
-    last: tuple[Any, Look] | None = None
+    last: tuple[tuple[Switches, tuple[Mark, ...]], Look] | None = None
     sampled: TensorGroup = field(init=False)
     full: TensorGroup = field(init=False)
 
@@ -108,7 +119,7 @@ class Plan:
         names = dict.fromkeys(name for one in self.tuned for name in one.parts if self.may_act(one, name))
         return self.sampled.mark(moment), self.full.mark(moment), *(self.group("all", n).mark(moment) for n in names)
 
-    def may_act(self, one: Tuned, name: str) -> bool:
+    def may_act(self, one: AdaptedLayer, name: str) -> bool:
         """Whether an adapter acts in a layer, in all rows of a batch or in some."""
         return name in (*active(one.module), *(adapter_names(self.tuned) or ()))
 
@@ -152,9 +163,9 @@ class Watch:
         self._engine.check_wrapped()
         with self._lock.here():
             plan, moment = self._present(), Moment()
-            switches = self.switches(plan)
+            switches = cast("Switches", self.switches(plan))
             names = switches[0]
-            present = (switches, *plan.marks(moment))
+            present = (switches, plan.marks(moment))
             if plan.last is not None and plan.last[0] == present:
                 return plan.last[1]
             each = {name: self._state(plan, moment, () if name == UNTOUCHED else (name,)) for name in set(names or ())}
@@ -180,12 +191,12 @@ class Watch:
         """``Look.names``."""
         return None if self._plan is None else adapter_names(self._plan.tuned)
 
-    def switches(self, plan: Plan | None = None) -> tuple[Any, ...]:
+    def switches(self, plan: Plan | None = None) -> Switches | None:
         """``Look.switches``: no tensor is read. With the names of each batch row in front."""
         plan = plan or self._plan
         if plan is None:
-            return ()
-        return adapter_names(plan.tuned), plan.own_scales(), *(_switch(one.module) for one in plan.tuned)
+            return None
+        return adapter_names(plan.tuned), plan.own_scales(), tuple(_switch(one.module) for one in plan.tuned)
 
     def _state(self, plan: Plan, moment: Moment, wanted: tuple[str, ...] | None) -> WeightsState:
         adapter = self._engine.adapter("read")
@@ -208,7 +219,7 @@ class Watch:
         return plan
 
 
-def adapter_names(tuned: Sequence[Tuned]) -> tuple[str, ...] | None:
+def adapter_names(tuned: Sequence[AdaptedLayer]) -> tuple[str, ...] | None:
     """The adapter of each batch row, where PEFT has been told."""
     for one in tuned:
         for hook in one.module._forward_pre_hooks.values():
@@ -217,7 +228,7 @@ def adapter_names(tuned: Sequence[Tuned]) -> tuple[str, ...] | None:
     return None
 
 
-def _switch(layer: Any) -> tuple[Any, ...]:
+def _switch(layer: PeftModule) -> Switch:
     names, scaling = active(layer), getattr(layer, "scaling", None)
     scales = () if not isinstance(scaling, dict) else tuple(map(_plain, scaling.values()))
     return layer._disable_adapters, tuple(names), tuple(layer.merged_adapters), scales
@@ -273,7 +284,7 @@ def make_plan(engine: WatchedDecoder, modules: list[nn.Module], parameters: list
     inside = {"projects": _inside(projecting), "keys": _inside(keying)}
     paths = {module: name for name, module in engine.model.named_modules()}
     tuned = [
-        tuned_layer(m, paths[m], **{k: m in part for k, part in inside.items()}) for m in modules if is_peft_module(m)
+        adapted_layer(m, paths[m], **{k: m in part for k, part in inside.items()}) for m in modules if is_peft_module(m)
     ]
     of_adapters = {id(tensor) for one in tuned for parts in one.parts.values() for _, tensor in parts}
     adapter = engine.adapter("read")
@@ -302,7 +313,7 @@ def _rest(
     return TensorGroup(found.values(), sampled=True), TensorGroup(own.values(), sampled=False)
 
 
-def follow_exchanged(specs: Sequence[Any]) -> None:
+def follow_exchanged(specs: Sequence[AttentionSpec]) -> None:
     """Let every spec have the norm that its layer has now: PEFT puts others in the place of those it trains.
 
     Raises:
@@ -316,13 +327,14 @@ def follow_exchanged(specs: Sequence[Any]) -> None:
                 "and memory cannot follow it: adapt projections instead"
             )
         if spec.norm is not None:
-            norms = _chain(spec.layer, spec.norm)
-            while norms is None and is_peft_module(spec.norm):  # PEFT has taken away what it had put there
-                spec.norm = getattr(spec.norm, "base_layer", None) or spec.norm.original_module
-                norms = _chain(spec.layer, spec.norm)
+            norm: nn.Module = spec.norm
+            norms = _chain(spec.layer, norm)
+            while norms is None and is_peft_module(norm):  # PEFT has taken away what it had put there
+                norm = cast("nn.Module", getattr(norm, "base_layer", None) or norm.original_module)
+                norms = _chain(spec.layer, norm)
             if norms is None:
                 raise NotSupported(f"the norm of layer {spec.layer_index} was exchanged after mplus.wrap: wrap again")
-            spec.norm = next((module for module in norms if is_peft_module(module)), spec.norm)
+            spec.norm = next((module for module in norms if is_peft_module(module)), norm)
 
 
 def _chain(root: nn.Module, wanted: nn.Module) -> list[nn.Module] | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from attrs import define
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @define(frozen=True, eq=False)
@@ -50,8 +52,8 @@ class DecoderWeights:
     key_heads: int
 
 
-def random_llama(fields: Mapping[str, Any], dtype: torch.dtype, device: torch.device, seed: int) -> Any:
-    """A Llama with random weights, attention by ``sdpa``, in eval mode; its weights are made on ``device``."""
+def random_llama(fields: Mapping[str, Any], dtype: torch.dtype, device: torch.device, seed: int) -> LlamaForCausalLM:
+    """Make a Llama with random weights, attention by ``sdpa``, in eval mode; its weights are made on ``device``."""
     before = torch.get_default_dtype()
     torch.manual_seed(seed)
     torch.set_default_dtype(dtype)
@@ -61,17 +63,18 @@ def random_llama(fields: Mapping[str, Any], dtype: torch.dtype, device: torch.de
     finally:
         torch.set_default_dtype(before)
     model.set_attn_implementation("sdpa")
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
-def twin(model: Any) -> Any:
-    """Modules of their own around the same tensors, so that one of the two can be wrapped."""
+def twin(model: Model) -> Model:
+    """Copy the modules around the same tensors, so that one of the two can be wrapped."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 
 
-def weights_of(model: Any) -> DecoderWeights:
-    """The tensors of a Llama, wrapped or not."""
+def weights_of(model: LlamaForCausalLM) -> DecoderWeights:
+    """Return the tensors of a Llama, wrapped or not."""
     layers = []
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -97,7 +100,7 @@ def weights_of(model: Any) -> DecoderWeights:
         frequencies=model.model.rotary_emb.inv_freq,
         eps=config.rms_norm_eps,
         heads=config.num_attention_heads,
-        key_heads=config.num_key_value_heads,
+        key_heads=config.num_key_value_heads or config.num_attention_heads,
     )
 
 
@@ -117,6 +120,5 @@ class PrefixedCache:
 
     def restore(self) -> None:
         """Forget what was read since; nothing is copied."""
-        layers: list[Any] = self.cache.layers
-        for layer, (key, value) in zip(layers, self._prefix, strict=True):
-            layer.keys, layer.values = key, value
+        for layer, (key, value) in zip(self.cache.layers, self._prefix, strict=True):
+            layer.keys, layer.values = key, value  # type: ignore[union-attr]

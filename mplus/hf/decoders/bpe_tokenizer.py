@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -15,8 +14,8 @@ SMALLEST = 256 + 2
 """One for every byte, and two special tokens."""
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer of ``vocabulary`` tokens, ``<s>`` and ``</s>`` among them.
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of ``vocabulary`` tokens, ``<s>`` and ``</s>`` among them.
 
     Raises:
         ConfigError: fewer tokens than bytes.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mplus.errors import CheckpointError
 from mplus.hf.adapters.lora import is_addition
@@ -21,8 +21,8 @@ OLD_KEYS = ("rope_scaling", "rope_theta")
 
 def empty_llama(
     plain: Mapping[str, Any], *, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
-) -> Any:
-    """A Llama in eval mode whose parameters take no memory yet; its buffers (rotary frequencies) are ready.
+) -> LlamaForCausalLM:
+    """Build a Llama in eval mode whose parameters take no memory yet; its buffers (rotary frequencies) are ready.
 
     Args:
         plain: a Llama configuration as plain data; keys that are not a Llama's are left out.
@@ -36,14 +36,17 @@ def empty_llama(
     try:
         config = LlamaConfig(**{key: value for key, value in plain.items() if key in known and key != "model_type"})
         with init_empty_weights(include_buffers=False):
-            model = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+            model: LlamaForCausalLM = LlamaForCausalLM._from_config(
+                config, dtype=dtype, attn_implementation=attn_implementation
+            )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"config.json must describe a Llama that transformers can build: {error}") from error
-    return model.eval()
+    model.eval()
+    return model
 
 
-def weight_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of the decoder's weights by name, without those that are tied to others."""
+def weight_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the decoder's weights by name, without those that are tied to others."""
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
@@ -58,7 +61,7 @@ def fill(model: nn.Module, name: str, tensor: Tensor, device: torch.device) -> N
     setattr(module, last, nn.Parameter(content))
 
 
-def finish(model: Any, folder: Path, device: torch.device) -> None:
+def finish(model: PreTrainedModel, folder: Path, device: torch.device) -> None:
     """Tie what is tied, bring the buffers to ``device``, and read ``generation_config.json`` where there is one."""
     model.tie_weights()
     for module in model.modules():
@@ -69,11 +72,11 @@ def finish(model: Any, folder: Path, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def set_addition(model: Any, name: str, tensor: Tensor) -> None:
+def set_addition(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Copy a published tensor into what ``wrap`` added: begin rows, mark, retriever or an adapter."""
     model.get_parameter(name).copy_(tensor)
 
 
-def addition_names(model: Any) -> set[str]:
-    """Names of the parameters that ``wrap`` added."""
+def addition_names(model: nn.Module) -> set[str]:
+    """Return the names of the parameters that ``wrap`` added."""
     return {name for name, _ in model.named_parameters() if is_addition(name)}

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mplus.config import MPlusConfig
 from mplus.errors import CheckpointError, ConfigError
 from mplus.hf.adapters.lora import is_addition
+from mplus.hf.model.installed import WrappedModel
 from mplus.hf.model.wrapping import wrap
 from mplus.hf.pretrained.config import MPlusModelConfig, read_config
 from mplus.hf.pretrained.load import without_bars
@@ -29,8 +31,8 @@ BEGIN_STD, MARK_STD, EMBEDDING_STD = 0.5, 0.1, 0.05
 """Of new begin rows, mark and tied embeddings under init "mimetic"."""
 
 
-def load_for_training(path: str, config: MPlusConfig, dtype: torch.dtype) -> Any:
-    """A decoder from a folder or the Hub, wrapped for ``config``.
+def load_for_training(path: str, config: MPlusConfig, dtype: torch.dtype) -> WrappedModel:
+    """Load a decoder from a folder or the Hub and wrap it for ``config``.
 
     If it is one that mplus saved, its adapters, begin rows, mark and retriever go on from where they were. A saved
     decoder without a retriever gets a new one.
@@ -43,7 +45,8 @@ def load_for_training(path: str, config: MPlusConfig, dtype: torch.dtype) -> Any
     folder = Path(where)
     with without_bars():
         if not (folder / WEIGHTS).is_file() or not _is_memory_model(folder):
-            return wrap(_load(path, where, dtype), config)
+            wrapped: WrappedModel = wrap(_load(path, where, dtype), config)
+            return wrapped
         saved = read_config(folder)
         base = folder / BASE if (folder / BASE).is_dir() else saved.base_model
         if base is None:
@@ -55,7 +58,7 @@ def load_for_training(path: str, config: MPlusConfig, dtype: torch.dtype) -> Any
                 f"the decoder that {folder} was made for is not at {str(base)!r}, where it was when that was saved: "
                 "load both with mplus.from_pretrained(..., base=) and save them together, with save_base=True"
             ) from error
-        model = wrap(decoder, config)
+        model: WrappedModel = wrap(decoder, config)
     _go_on(model, folder)
     return model
 
@@ -65,7 +68,7 @@ def _is_memory_model(folder: Path) -> bool:
     return plain.get("model_type") == MPlusModelConfig.model_type
 
 
-def _load(path: str, where: Any, dtype: torch.dtype) -> Any:
+def _load(path: str, where: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
     except (OSError, ValueError) as error:
@@ -73,9 +76,7 @@ def _load(path: str, where: Any, dtype: torch.dtype) -> Any:
         raise ConfigError(f"path must be a decoder that transformers can load, got {path!r}: {first}") from error
 
 
-def _go_on(model: Any, folder: Path) -> None:
-    from safetensors.torch import load_file
-
+def _go_on(model: WrappedModel, folder: Path) -> None:
     saved = load_file(folder / WEIGHTS)
     own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("mplus.retriever.")}
     if not any(name.startswith("mplus.retriever.") for name in saved):
@@ -87,9 +88,13 @@ def _go_on(model: Any, folder: Path) -> None:
 
 
 def build_for_training(
-    model_type: str, fields: Mapping[str, Any], init: Literal["default", "mimetic"], config: MPlusConfig, tokenizer: Any
-) -> Any:
-    """A decoder with new weights, wrapped for ``config``. Random numbers come from torch's global generator.
+    model_type: str,
+    fields: Mapping[str, Any],
+    init: Literal["default", "mimetic"],
+    config: MPlusConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> WrappedModel:
+    """Build a decoder with new weights and wrap it for ``config``. Random numbers come from torch's global generator.
 
     Args:
         model_type: as in a transformers configuration ("llama").
@@ -119,14 +124,14 @@ def build_for_training(
         raise ConfigError(f"a {model_type} with {dict(fields)} cannot be built: {error}") from error
     if init == "mimetic":
         start_mimetic(model)
-    wrap(model, config)
+    model = wrap(model, config)
     if init == "mimetic":
         nn.init.normal_(model.mplus.begin, std=BEGIN_STD)
         nn.init.normal_(model.mplus.mark, std=MARK_STD)
     return model
 
 
-def _of_tokenizer(tokenizer: Any) -> dict[str, Any]:
+def _of_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int | None]:
     if tokenizer is None:
         return {}
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -134,40 +139,44 @@ def _of_tokenizer(tokenizer: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def start_mimetic(model: Any) -> None:
-    """See ``build_for_training``; for attention and MLP modules with the names that Llama has.
+def start_mimetic(model: PreTrainedModel) -> None:
+    """Start attention as matching and copying (see ``build_for_training``), where modules are called as in a Llama.
 
     Raises:
         ConfigError: there are none.
     """
     attentions = [m for m in model.modules() if all(hasattr(m, f"{name}_proj") for name in "qkvo")]
-    downs = [m.down_proj for m in model.modules() if isinstance(getattr(m, "down_proj", None), nn.Linear)]
+    downs = [
+        m.get_parameter("down_proj.weight")
+        for m in model.modules()
+        if isinstance(getattr(m, "down_proj", None), nn.Linear)
+    ]
     if not attentions or not downs:
         raise ConfigError(
             f"init 'mimetic' needs attention with q_proj, k_proj, v_proj and o_proj and MLPs with down_proj, which "
             f"{type(model).__name__} has not: use init = 'default'"
         )
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings().weight
+    inputs, outputs = model.get_input_embeddings(), cast("nn.Module", model.get_output_embeddings())
+    embedding, head = inputs.get_parameter("weight"), outputs.get_parameter("weight")
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight is not head:
             nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
     if head is embedding:
         nn.init.normal_(embedding, std=EMBEDDING_STD)
     for attention in attentions:
-        queries, keys, values = (getattr(attention, f"{name}_proj").weight for name in "qkv")
-        size = attention.head_dim
+        queries, keys, values, output = (attention.get_parameter(f"{name}_proj.weight") for name in "qkvo")
+        size = cast("int", attention.head_dim)
         groups = queries.shape[0] // keys.shape[0]
         keys.copy_(queries.view(-1, groups, size, queries.shape[1])[:, 0].reshape(keys.shape))
         nn.init.orthogonal_(values)
         spread = values.view(-1, 1, size, values.shape[1]).expand(-1, groups, -1, -1)
-        attention.o_proj.weight.copy_(spread.reshape(-1, values.shape[1]).T / groups)
+        output.copy_(spread.reshape(-1, values.shape[1]).T / groups)
     for down in downs:
-        down.weight.mul_(1 / math.sqrt(2 * len(downs)))
+        down.mul_(1 / math.sqrt(2 * len(downs)))
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer in a folder, on the Hub, or of a shipped decoder. Raises ConfigError when there is none."""
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in a folder, on the Hub, or of a shipped decoder. Raises ConfigError when there is none."""
     try:
         return AutoTokenizer.from_pretrained(SHIPPED.get(name, name))
     except (OSError, ValueError) as error:
@@ -175,7 +184,7 @@ def load_tokenizer(name: str) -> Any:
         raise ConfigError(f"tokenizer must be one that transformers can load, got {name!r}: {first}") from error
 
 
-def choose_trained(model: Any, parameters: Literal["adapters", "all"]) -> dict[str, nn.Parameter]:
+def choose_trained(model: nn.Module, parameters: Literal["adapters", "all"]) -> dict[str, nn.Parameter]:
     """Let ``adapters`` (and begin rows, mark, retriever) or ``all`` be trained, in float32; the rest is frozen.
 
     Returns:
@@ -190,11 +199,13 @@ def choose_trained(model: Any, parameters: Literal["adapters", "all"]) -> dict[s
 
 
 def is_of_retriever(name: str) -> bool:
-    """Whether a parameter of this name is part of the retriever."""
+    """Return whether a parameter of this name is part of the retriever."""
     return name.startswith("mplus.retriever.")
 
 
-def save_trained(model: Any, folder: Path, tokenizer: Any, *, save_base: bool) -> None:
+def save_trained(
+    model: WrappedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, *, save_base: bool
+) -> None:
     """Write a model that ``mplus.from_pretrained`` reads, and its tokenizer."""
     with without_bars():
         model.save_pretrained(folder, save_base=save_base)
@@ -202,18 +213,18 @@ def save_trained(model: Any, folder: Path, tokenizer: Any, *, save_base: bool) -
         tokenizer.save_pretrained(folder)
 
 
-def set_checkpointing(model: Any) -> None:
+def set_checkpointing(model: PreTrainedModel) -> None:
     """Compute activations again in backward rather than keep them."""
     # The older name is deprecated, the newer one not everywhere.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
-def split_modules(model: Any) -> Any:
-    """Names of the layer classes that sharding treats as one piece."""
+def split_modules(model: PreTrainedModel) -> Collection[str] | None:
+    """Return the names of the layer classes that sharding treats as one piece."""
     return model._no_split_modules
 
 
-def base_digest(model: Any) -> str:
-    """Digest of the decoder's own weights as they were when it was wrapped."""
-    return str(model.mplus_installed.base_digest)
+def base_digest(model: WrappedModel) -> str:
+    """Return the digest of the decoder's own weights as they were when it was wrapped."""
+    return model.mplus_installed.base_digest

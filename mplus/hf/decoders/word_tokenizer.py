@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -11,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from mplus.errors import ConfigError
 
 
-def word_tokenizer(vocabulary: Sequence[str], *, unknown: str, pad: str, begin: str) -> Any:
-    """A fast tokenizer that lower-cases, cuts at white space and punctuation, and knows only ``vocabulary``.
+def word_tokenizer(vocabulary: Sequence[str], *, unknown: str, pad: str, begin: str) -> PreTrainedTokenizerFast:
+    """Make a fast tokenizer that lower-cases, cuts at white space and punctuation, and knows only ``vocabulary``.
 
     Args:
         vocabulary: the words; the id of each is its place.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mplus.errors import NotSupported
 from mplus.hf.model.modes import in_eval_mode, input_device
 from mplus.hf.retrofit.discovery import Anatomy
 
 
-def first_token(decoder: Any) -> int | None:
+def first_token(decoder: PreTrainedModel) -> int | None:
     """Return BOS, else EOS, as far as the configurations have one: text configurations need not."""
     configs = (
         decoder.config.get_text_config(decoder=True),
@@ -29,9 +30,9 @@ def first_token(decoder: Any) -> int | None:
 
 
 @torch.no_grad()
-def begin_rows(decoder: Any, anatomy: Anatomy) -> Tensor:
+def begin_rows(decoder: PreTrainedModel, anatomy: Anatomy) -> Tensor:
     """``[L, 1, d]``: what the first layer receives for BOS, else EOS, else the mean embedding, for every layer."""
-    embedding = decoder.get_input_embeddings()
+    embedding = cast("nn.Embedding", decoder.get_input_embeddings())
     token = first_token(decoder)
     if token is not None and 0 <= token < embedding.weight.shape[0]:
         inputs = {"input_ids": torch.tensor([[token]], device=input_device(decoder))}

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mplus.errors import NotSupported
 
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards every module is in the mode it was in."""
+    """Set eval mode; afterwards every module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     try:
         try:
@@ -31,20 +32,20 @@ def _train(modules: Iterable[nn.Module]) -> None:
         module.training = True
 
 
-def execution_device(module: Any) -> torch.device:
-    """The device of a module's weight, or the one accelerate brings it to for a call."""
-    device: torch.device = module.weight.device
+def execution_device(module: nn.Module) -> torch.device:
+    """Return the device of a module's weight, or the one accelerate brings it to for a call."""
+    device = cast("Tensor", module.weight).device
     hook = getattr(module, "_hf_hook", None)
     return torch.device(hook.execution_device) if device.type == "meta" and hook is not None else device
 
 
-def input_device(model: Any) -> torch.device:
-    """Where input ids go."""
-    return execution_device(model.get_input_embeddings())
+def input_device(model: nn.Module) -> torch.device:
+    """Return where input ids go."""
+    return execution_device(cast("PreTrainedModel", model).get_input_embeddings())
 
 
 def has_values(model: nn.Module) -> bool:
-    """Whether every weight has values, here or where accelerate has put them, and new ones would."""
+    """Return whether every weight has values, here or where accelerate has put them, and new ones would."""
     new = nn.Module()
     new.register_parameter("weight", nn.Parameter(torch.zeros(1)))  # on the meta device within init_empty_weights
     absent = (module for module in model.modules() if any(p.device.type == "meta" for p in module.parameters(False)))
@@ -70,7 +71,7 @@ def bring_back(module: nn.Module, what: str) -> None:
 
 
 def present(model: nn.Module, state: Mapping[str, Tensor], wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The ``wanted`` tensors of a state dict of ``model``; what accelerate has offloaded is brought for a moment."""
+    """Return the ``wanted`` tensors of a state dict of ``model``; offloaded ones are brought back for a moment."""
     found = {name: tensor.detach() for name, tensor in state.items() if wanted(name)}
     absent = [name for name, tensor in found.items() if tensor.device.type == "meta"]
     if absent:
@@ -86,13 +87,13 @@ def present(model: nn.Module, state: Mapping[str, Tensor], wanted: Callable[[str
 
 
 def on_meta(module: nn.Module) -> bool:
-    """Whether something in a module has no values here."""
+    """Return whether something in a module has no values here."""
     return any(tensor.device.type == "meta" for tensor in (*module.parameters(), *module.buffers()))
 
 
 @contextmanager
-def with_attention(model: Any, implementation: str) -> Iterator[None]:
-    """Another attention implementation, set without transformers' checks."""
+def with_attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Set another attention implementation for a moment, without transformers' checks."""
     config, before = model.config, model.config._attn_implementation
     try:
         try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from attrs import define, evolve
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from mplus.config import PUBLISHED, MPlusConfig, shortest_chunk
 from mplus.errors import MemorySizeWarning
@@ -23,7 +25,7 @@ place, says; for others configurations say the number that was reached."""
 
 @define(frozen=True)
 class Room:
-    """How many positions a decoder knows, and how many of them memory takes.
+    """The positions that a decoder knows, and how many of them memory takes.
 
     Attributes:
         positions: that it was made for; None: it does not say, or distance does not enter its attention (ALiBi).
@@ -40,8 +42,8 @@ class Room:
     grows: bool = False
 
     @staticmethod
-    def of(decoder: Any, layout: MemoryPositions, *, placed: bool = True) -> Room:
-        """The room in ``decoder``, by its configuration."""
+    def of(decoder: PreTrainedModel, layout: MemoryPositions, *, placed: bool = True) -> Room:
+        """Return the room in ``decoder``, by its configuration."""
         config = decoder.config.get_text_config(decoder=True)
         positions = None if layout.layout == "constant" else _known_positions(config)
         grows = _rotary(config).get("rope_type") == "dynamic"
@@ -53,19 +55,19 @@ class Room:
         return None if self.positions is None else max(self.positions // 2, 2)
 
     def taken(self, sizes: dict[str, int], config: MPlusConfig) -> int:
-        """Positions that a read's memory rows take: 1 + K0 + N, unless they are compressed."""
+        """Return the positions that a read's memory rows take: 1 + K0 + N, unless they are compressed."""
         return self.layout.extent(1 + _retrieved(sizes, config) + sizes["short_term_tokens"])
 
     def written(self, sizes: dict[str, int]) -> int:
-        """Positions that a write takes: begin row, context and chunk."""
+        """Return the positions that a write takes: begin row, context and chunk."""
         return self.layout.extent(1 + sizes["memory_tokens_per_chunk"]) + sizes["chunk_tokens"]
 
     def holds(self, sizes: dict[str, int], config: MPlusConfig) -> bool:
-        """Whether the memory of a read takes at most half of the positions."""
+        """Return whether the memory of a read takes at most half of the positions."""
         return self.half is None or self.taken(sizes, config) <= self.half
 
     def takes(self, sizes: dict[str, int]) -> bool:
-        """Whether a write takes at most all positions."""
+        """Return whether a write takes at most all positions."""
         return self.positions is None or self.written(sizes) <= self.positions
 
 
@@ -74,9 +76,10 @@ def _retrieved(sizes: dict[str, int], config: MPlusConfig) -> int:
     return sizes["retrieved_tokens"] if retrieves else 0
 
 
-def _known_positions(config: Any) -> int | None:
-    """How many positions the decoder was made for. A sliding window is no limit: every layer sees all of memory."""
-    known = next((value for name in NAMES if _is_count(value := getattr(config, name, None))), None)
+def _known_positions(config: PreTrainedConfig) -> int | None:
+    """Return how many positions the decoder was made for. A sliding window is no limit: all layers see all memory."""
+    given = [getattr(config, name, None) for name in NAMES]
+    known = next((n for n in given if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
     scaling = _rotary(config)
     factor = scaling.get("factor")
     if known is None or scaling.get("rope_type") not in STRETCHED or not isinstance(factor, int | float):
@@ -84,16 +87,12 @@ def _known_positions(config: Any) -> int | None:
     return max(known, int(factor * (scaling.get("original_max_position_embeddings") or known)))
 
 
-def _rotary(config: Any) -> dict[str, Any]:
+def _rotary(config: PreTrainedConfig) -> Mapping[str, Any]:
     return getattr(config, "rope_parameters", None) or {}
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 def resolve(config: MPlusConfig, room: Room, stacklevel: int = 2) -> MPlusConfig:
-    """``config`` with a number for every size that it leaves open.
+    """Give ``config`` a number for every size that it leaves open.
 
     The published sizes, if a read's memory, ``1 + retrieved_tokens + short_term_tokens`` rows, takes at most half of
     the decoder's positions with them. Else all sizes that are open are scaled together, until it takes half.
@@ -125,17 +124,17 @@ def resolve(config: MPlusConfig, room: Room, stacklevel: int = 2) -> MPlusConfig
 
 
 def chosen(asked: MPlusConfig, config: MPlusConfig) -> dict[str, int]:
-    """The sizes of ``config`` that ``asked`` had left open, by name."""
+    """Return the sizes of ``config`` that ``asked`` had left open, by name."""
     return {name: getattr(config, name) for name in names(config) if getattr(asked, name) is None}
 
 
 def names(config: MPlusConfig) -> tuple[str, ...]:
-    """The sizes that a config with this mechanism may leave open."""
+    """Return the sizes that a config with this mechanism may leave open."""
     return (*MECHANISMS.get(config.mechanism.name).sizes, "min_chunk_tokens")
 
 
 def _scale(given: dict[str, int], config: MPlusConfig, room: Room) -> int | None:
-    """The largest scale, of ``PARTS``, at which everything fits; None where nothing does."""
+    """Return the largest scale, of ``PARTS``, at which everything fits; None where nothing does."""
     if not room.holds(_scaled(0, given, config), config):
         return None
     fits, fails = 0, PARTS + 1
@@ -149,7 +148,7 @@ def _scale(given: dict[str, int], config: MPlusConfig, room: Room) -> int | None
 
 
 def _scaled(scale: int, given: dict[str, int], config: MPlusConfig) -> dict[str, int]:
-    """The sizes that are given, and the published ones at ``scale``, of ``PARTS``, for the others."""
+    """Return the sizes that are given, and the published ones at ``scale``, of ``PARTS``, for the others."""
     sizes = {name: given.get(name, max(1, size * scale // PARTS)) for name, size in PUBLISHED.items()}
     if "short_term_tokens" not in given:
         sizes["short_term_tokens"] = max(sizes["short_term_tokens"], given.get("memory_tokens_per_chunk", 1))

@@ -206,7 +206,11 @@ def _merged_weights(model: WrappedModel) -> tuple[Mark, Mark, tuple[float | None
     projections, adapter = adapted_projections(model), model.mplus_engine.adapter("read")
     own = [(name, tensor) for one in projections for name, tensor in one.named_parameters() if f".{adapter}." in name]
     copied = TensorGroup([("weight", projection.weight) for projection in projections], sampled=True)
-    return copied.mark(), TensorGroup(own, sampled=False).mark(), tuple(one.scaling.get(adapter) for one in projections)
+    return (
+        copied.mark(),
+        TensorGroup(own, sampled=False).mark(),
+        tuple(one.scaling.get(str(adapter)) for one in projections),
+    )
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ class MPlusModelConfig(PreTrainedConfig):
 
 
 def read_config(folder: Path) -> MPlusModelConfig:
-    """``config.json`` in ``folder``. Raises CheckpointError when it is missing or is not of an mplus model."""
+    """Read ``config.json`` in ``folder``. Raises CheckpointError when it is missing or is not of an mplus model."""
     try:
         plain, _ = MPlusModelConfig.get_config_dict(folder)
     except (OSError, ValueError, RecursionError) as error:
@@ -59,8 +59,8 @@ def read_config(folder: Path) -> MPlusModelConfig:
     return MPlusModelConfig.from_dict(plain)
 
 
-def as_memory_config(config: Any) -> MPlusConfig:
-    """What ``mplus.wrap`` takes as a config: an ``MPlusConfig``, its fields, or where it is kept; None: the default.
+def as_memory_config(config: MPlusConfig | Mapping[str, Any] | str | Path | None) -> MPlusConfig:
+    """Read a config as ``mplus.wrap`` takes it: an ``MPlusConfig``, its fields, or where it is kept; None: the default.
 
     Raises:
         ConfigError: it is none of these, or there is no such file.
@@ -81,8 +81,8 @@ def as_memory_config(config: Any) -> MPlusConfig:
     return read_config(path).memory_config if path.is_dir() else MPlusConfig.from_file(path)
 
 
-def base_class_of(config: MPlusModelConfig) -> Any:
-    """The Auto class that makes the decoder inside: for text, or for images and text, as it was when it was saved."""
+def base_class_of(config: MPlusModelConfig) -> type[AutoModelForCausalLM | AutoModelForImageTextToText]:
+    """Return the Auto class that makes the decoder inside: for text, or for images and text, as when it was saved."""
     plain = config.base_config or {}
     kind, made = str(plain.get("model_type")), (plain.get("architectures") or [None])[0]
     text, image = (
@@ -92,8 +92,8 @@ def base_class_of(config: MPlusModelConfig) -> Any:
     return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
-def base_config_of(config: MPlusModelConfig) -> Any:
-    """The decoder's own configuration object."""
+def base_config_of(config: MPlusModelConfig) -> PreTrainedConfig:
+    """Return the decoder's own configuration object."""
     if not config.base_config or "model_type" not in config.base_config:
         raise CheckpointError("config.json must hold base_config with a model_type, got " + repr(config.base_config))
     plain = dict(config.base_config)

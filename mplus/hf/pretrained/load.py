@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from mplus.errors import CheckpointError
@@ -20,9 +21,19 @@ from mplus.hf.pretrained.hub import find_folder
 from mplus.hf.pretrained.peft_folders import load_injected, memory_folder, with_adapters
 from mplus.hf.pretrained.save import BASE, WEIGHTS, load_additions
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Where = str | os.PathLike[str]
+
 
 def from_pretrained(
-    path: Any, *, base: Any = None, config: MPlusModelConfig | None = None, check: bool = True, **kwargs: Any
+    path: Where,
+    *,
+    base: Where | PreTrainedModel | PeftModel | None = None,
+    config: MPlusModelConfig | None = None,
+    check: bool = True,
+    **kwargs: Any,
 ) -> Any:
     """Build a wrapped decoder from what ``save_pretrained`` wrote.
 
@@ -65,15 +76,23 @@ def from_pretrained(
     return model
 
 
-def _base(base: Any, config: MPlusModelConfig, folder: Path, kwargs: dict[str, Any]) -> Any:
+def _base(
+    base: Where | PreTrainedModel | PeftModel | None,
+    config: MPlusModelConfig,
+    folder: Path,
+    kwargs: Mapping[str, Any],
+) -> PreTrainedModel | PeftModel:
     if base is None and not (folder / BASE).is_dir():
         return _found_again(config, str(folder), kwargs)
     base = folder / BASE if base is None else base
-    return base_class_of(config).from_pretrained(base, **kwargs) if isinstance(base, str | Path) else base
+    if isinstance(base, str | os.PathLike):
+        loaded: PreTrainedModel = base_class_of(config).from_pretrained(base, **kwargs)
+        return loaded
+    return base
 
 
-def _found_again(config: MPlusModelConfig, where: str, kwargs: Mapping[str, Any]) -> Any:
-    """The decoder that additions were saved for, from where it was then."""
+def _found_again(config: MPlusModelConfig, where: str, kwargs: Mapping[str, Any]) -> PreTrainedModel:
+    """Load the decoder that additions were saved for, from where it was then."""
     base_model = config.base_model
     if base_model is None:
         raise CheckpointError(f"{where} does not say which decoder it was made for: pass base=")
@@ -88,9 +107,9 @@ def _found_again(config: MPlusModelConfig, where: str, kwargs: Mapping[str, Any]
 
 
 def load_with_tokenizer(
-    path: str | Path, *, tokenizer: str | Path | None = None, device: str | None = None, dtype: str = "auto"
-) -> tuple[Any, Any]:
-    """A wrapped decoder in eval mode, and its tokenizer.
+    path: Where, *, tokenizer: Where | None = None, device: str | None = None, dtype: str = "auto"
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load a wrapped decoder, in eval mode, and its tokenizer.
 
     Args:
         path: folder written by ``save_pretrained``, or a repository on the Hub.
@@ -110,9 +129,9 @@ def load_with_tokenizer(
         return model, _tokenizer(path, tokenizer)
 
 
-def _tokenizer(path: str | Path, named: str | Path | None) -> Any:
+def _tokenizer(path: Where, named: Where | None) -> PreTrainedTokenizerBase:
     if named is not None:
-        places: list[Any] = [named]
+        places: list[Where | None] = [named]
     else:
         folder = find_folder(path, {})
         inner = memory_folder(folder)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import mplus
 from mplus.hf.adapters.lora import is_addition
+from mplus.hf.model.installed import WrappedModel
 from mplus.hf.pretrained.config import MPlusModelConfig
 
 
-def model_card(model: Any, config: MPlusModelConfig, with_base: bool, tags: Sequence[str] | None = None) -> str:
-    """A model card with Hub metadata, sizes and three lines of use."""
+def model_card(
+    model: WrappedModel, config: MPlusModelConfig, with_base: bool, tags: Sequence[str] | None = None
+) -> str:
+    """Return a model card with Hub metadata, sizes and three lines of use."""
     name, base = type(model).__name__, config.base_model
     added = sum(parameter.numel() for key, parameter in model.named_parameters() if is_addition(key))
     labels = json.dumps(["mplus", "long-term-memory", *(tags or ())])  # JSON is YAML
@@ -54,7 +56,7 @@ def model_card(model: Any, config: MPlusModelConfig, with_base: bool, tags: Sequ
     )
 
 
-def _sizes(model: Any) -> dict[str, str]:
+def _sizes(model: WrappedModel) -> dict[str, str]:
     config = model.mplus_config
     sizes = {
         "mechanism": f"{config.mechanism.name}, variant {config.variant}",

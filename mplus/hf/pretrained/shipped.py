@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from mplus.hf.pretrained.load import from_pretrained, without_bars
 
@@ -20,19 +20,19 @@ RECALL_TINY = STORIES260K.parent / "recall-tiny"
 """Folder of the trained decoder with memory (``save_pretrained``) and its tokenizer."""
 
 
-def load_recall() -> tuple[Any, Any]:
-    """A new copy of "recall-tiny" with its memory, on the CPU and in eval mode, and its tokenizer."""
+def load_recall() -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load a new copy of "recall-tiny" with its memory, on the CPU and in eval mode, and its tokenizer."""
     with without_bars():
         model = from_pretrained(RECALL_TINY, local_files_only=True).eval()
         return model, AutoTokenizer.from_pretrained(RECALL_TINY, local_files_only=True)
 
 
 def load_decoder() -> Any:
-    """A new copy of the decoder, on the CPU and in eval mode. Needs no network."""
+    """Load a new copy of the decoder, on the CPU and in eval mode. Needs no network."""
     with without_bars():
         return AutoModelForCausalLM.from_pretrained(STORIES260K, local_files_only=True).eval()
 
 
-def load_tokenizer() -> Any:
-    """Its tokenizer."""
+def load_tokenizer() -> PreTrainedTokenizerBase:
+    """Load the tokenizer of that decoder."""
     return AutoTokenizer.from_pretrained(STORIES260K, local_files_only=True)
