@@ -258,7 +258,7 @@ def continue_story(model: Any, memory: Memory, story: Sequence[int]) -> Continua
         max_new_tokens=CONTINUATION_TOKENS,
     )[0, text.shape[1] :]
     return Continuation(
-        text=tokenizer.decode(told),
+        text=str(tokenizer.decode(told)),
         tokens=tuple(told.tolist()),
         births=tuple(
             tuple(rows.birth.tolist()) for parts in memory.states[0].row_lists().values() for rows in parts if len(rows)

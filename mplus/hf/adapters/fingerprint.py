@@ -1,4 +1,4 @@
-"""What a memory depends on, as plain data that can be compared and explained."""
+"""The fingerprint of a decoder: what a memory depends on, as plain data that can be compared and explained."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def fingerprint(
     retriever: Retriever | None,
     saved: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Facts by name: layout, config, retriever, and one digest each of base weights, our adapters and additions.
+    """Return facts by name: layout, config, retriever, and one digest each of base weights, our adapters and additions.
 
     Files that do not say what their rows were made with have a digest of all LoRA adapters in place of ours; ``saved``
     are the facts of the file, if there is one.
@@ -52,10 +52,12 @@ def fingerprint(
 
 
 def digest(model: nn.Module, group: Group) -> str:
-    """A digest of one group of parameters: the decoder's own, adapters of mplus or all of LoRA, or what mplus added."""
+    """Return a digest of a group of parameters: the decoder's own, our adapters or all of LoRA, or what mplus added."""
     found = hashlib.sha256()
     of_user = _of_user(model) if group == "base" else set()
-    for name, tensor in sorted(_plain_names(model), key=lambda pair: pair[0]):
+    # Under the names they have without PEFT, so that a base keeps its digest when adapters come.
+    named = [(plain_name(name).replace(".original_module.", "."), tensor) for name, tensor in model.named_parameters()]
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
         if _belongs(name, group) and id(tensor) not in of_user:
             found.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
             found.update(_content(tensor, sampled=group == "base"))
@@ -71,19 +73,13 @@ def _belongs(name: str, group: Group) -> bool:
 
 
 def _of_user(model: nn.Module) -> set[int]:
-    """Ids of tensors that adapters of any kind have."""
+    """Return the ids of tensors that adapters of any kind have."""
     return {
         id(parameter)
         for module in filter(is_peft_module, model.modules())
         for parts in adapter_parts(module).values()
         for _, parameter in parts
     }
-
-
-def _plain_names(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters under the names they have without LoRA, so that a base keeps its digest when adapters come."""
-    named = [*model.named_parameters()]
-    return [(plain_name(name).replace(".original_module.", "."), tensor) for name, tensor in named]
 
 
 def _content(tensor: Tensor, sampled: bool) -> bytes:

@@ -53,7 +53,7 @@ class TensorGroup:
 
     @torch.no_grad()
     def mark(self, moment: Moment | None = None) -> Mark:
-        """Changes when a number that is looked at does; also when a tensor was moved or changed in place.
+        """Return what changes when a number that is looked at does; also when a tensor was moved or changed in place.
 
         At the same ``moment`` as before it is not computed again.
         """
@@ -65,7 +65,7 @@ class TensorGroup:
         return self._mark
 
     def digest(self, moment: Moment | None = None) -> str:
-        """A digest of all numbers, the same wherever the tensors lie; computed when ``mark`` has changed."""
+        """Return a digest of all numbers, the same wherever the tensors lie; computed when ``mark`` has changed."""
         mark = self.mark(moment)
         seen, digest = self._digest
         if mark != seen:
@@ -78,13 +78,13 @@ class TensorGroup:
 
 
 def places(tensors: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
-    """Place and number of in-place changes of each tensor."""
+    """Return place and number of in-place changes of each tensor."""
     # A tensor made in inference mode counts no changes; outside of that mode it allows none either.
     return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
 
 def _alike(tensors: Sequence[Tensor], sampled: bool) -> list[Tensor]:
-    """The numbers to look at, one tensor for each device and dtype."""
+    """Return the numbers to look at, one tensor for each device and dtype."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         count = tensor.numel()
@@ -101,7 +101,7 @@ def _bits(numbers: Tensor) -> bytes:
 
 
 def _sum(numbers: Tensor) -> int:
-    """Products of all bits with odd numbers, added up, so that exchanging two changes it."""
+    """Return products of all bits with odd numbers, added up, so that exchanging two changes it."""
     rest = -numbers.nbytes % (8 * CHUNK) // numbers.itemsize
     padded = torch.cat([numbers, numbers.new_zeros(rest)]) if rest else numbers
     rows = padded.view(torch.int64).view(-1, CHUNK)
@@ -116,7 +116,7 @@ def _factors(count: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def _sums(tensor: Tensor) -> tuple[int, ...]:
-    """Sums over the bits of all numbers, read as whole numbers: any one that changes changes the first."""
+    """Return sums over the bits of all numbers, read as whole numbers: any one that changes changes the first."""
     first = second = torch.zeros((), dtype=torch.int64, device=tensor.device)
     whole = tensor.detach().contiguous().flatten().view(WHOLE[tensor.dtype.itemsize])
     for number, piece in enumerate(whole.split(PIECE)):

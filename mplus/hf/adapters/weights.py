@@ -1,4 +1,4 @@
-"""Which weights a decoder projects memory rows with: adapters that act, and the numbers in everything."""
+"""Watching weights: those that a decoder projects memory rows with, the adapters that act and the numbers in both."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class WatchedDecoder(Protocol):
-    """What ``Watch`` needs of a ``DecoderEngine``, which is built on it."""
+    """The parts of a ``DecoderEngine`` that ``Watch``, on which it is built, looks at."""
 
     model: nn.Module
     retrofit: Retrofit
@@ -53,7 +53,7 @@ Switched, that is: whether its adapters are off, which are active, which are mer
 
 @define(frozen=True, eq=False)
 class Look:
-    """What was found at one moment.
+    """The weights and adapters as they were at one moment.
 
     Attributes:
         weights: with the adapters that are active.
@@ -74,7 +74,7 @@ class Look:
     begin: Mark
 
     def of_row(self, row: int, repeats: int) -> WeightsState:
-        """The weights that stream ``row`` is read with, where each stream has ``repeats`` batch rows."""
+        """Return the weights that stream ``row`` is read with, where each stream has ``repeats`` batch rows."""
         return self.weights if self.names is None else self.each[self.names[row * repeats]]
 
 
@@ -120,15 +120,15 @@ class Plan:
         return self.sampled.mark(moment), self.full.mark(moment), *(self.group("all", n).mark(moment) for n in names)
 
     def may_act(self, one: AdaptedLayer, name: str) -> bool:
-        """Whether an adapter acts in a layer, in all rows of a batch or in some."""
+        """Return whether an adapter acts in a layer, in all rows of a batch or in some."""
         return name in (*active(one.module), *(adapter_names(self.tuned) or ()))
 
     def own_scales(self) -> tuple[float, ...]:
-        """What the updates of our adapter for reading are multiplied by, of each projection."""
+        """Return what the updates of our adapter for reading are multiplied by, of each projection."""
         return tuple(scales[self.adapter] for scales in self.scales if self.adapter in scales)
 
     def group(self, scope: str, name: str) -> TensorGroup:
-        """Tensors of adapter ``name`` in a scope: "projects", "keys", or "all"."""
+        """Return the tensors of adapter ``name`` in a scope: "projects", "keys", or "all"."""
         if (scope, name) not in self.adapters:
             layers = [one for one in self.tuned if name in one.parts and (scope == "all" or getattr(one, scope))]
             facts = [f"{one.path} {fact}\n" for one in layers for fact in one.facts.get(name, ())]
@@ -154,7 +154,7 @@ class Watch:
         self._plan = None
 
     def look(self) -> Look:
-        """The weights as they are now.
+        """Return the weights as they are now.
 
         Raises:
             MemoryMismatchError: the decoder was unwrapped.
@@ -178,21 +178,21 @@ class Watch:
             return look
 
     def with_adapters(self, names: Sequence[str]) -> WeightsState:
-        """The weights as they would be if of the user's adapters just these acted."""
+        """Return the weights as they would be if of the user's adapters just these acted."""
         with self._lock.here():
             return self._state(self._present(), Moment(), tuple(names))
 
     def has_adapters_of_user(self) -> bool:
-        """Whether the user has put adapters, active or not, on what memory rows go through."""
+        """Return whether the user has put adapters, active or not, on what memory rows go through."""
         with self._lock.here():
             return any(one.parts for one in self._present().tuned if one.projects)
 
     def look_at_names(self) -> tuple[str, ...] | None:
-        """``Look.names``."""
+        """Return ``Look.names``."""
         return None if self._plan is None else adapter_names(self._plan.tuned)
 
     def switches(self, plan: Plan | None = None) -> Switches | None:
-        """``Look.switches``: no tensor is read. With the names of each batch row in front."""
+        """Return ``Look.switches``; no tensor is read."""
         plan = plan or self._plan
         if plan is None:
             return None
@@ -220,7 +220,7 @@ class Watch:
 
 
 def adapter_names(tuned: Sequence[AdaptedLayer]) -> tuple[str, ...] | None:
-    """The adapter of each batch row, where PEFT has been told."""
+    """Return the adapter of each batch row, where PEFT has been told."""
     for one in tuned:
         for hook in one.module._forward_pre_hooks.values():
             if isinstance(hook, partial) and "adapter_names" in hook.keywords:
@@ -237,7 +237,7 @@ def _switch(layer: PeftModule) -> Switch:
 def _adapters(
     plan: Plan, moment: Moment, scope: str, wanted: tuple[str, ...] | None, own: dict[str, str]
 ) -> AdapterState:
-    """What acts in a scope, of the adapters ``wanted`` (None: the active ones); ``own``: contents of ours."""
+    """Return what acts in a scope, of the adapters ``wanted`` (None: the active ones); ``own``: contents of ours."""
     scales: dict[str, list[str]] = {}
     acts: dict[str, None] = {}
     for one in plan.tuned:
@@ -254,14 +254,14 @@ def _adapters(
 
 
 def _in_order(plan: Plan, wanted: tuple[str, ...] | None, acting: Iterable[str]) -> tuple[str, ...]:
-    """Those that act, in the order in which they are switched on."""
+    """Return the adapters that act, in the order in which they are switched on."""
     found = set(acting)
     order = active(plan.tuned[0].module) if wanted is None and plan.tuned else wanted or ()
     return tuple(dict.fromkeys(name for name in (*order, *sorted(found)) if name in found))
 
 
 def _summary(scales: Sequence[str]) -> str:
-    """One number where all layers agree, else those of each layer."""
+    """Return one number where all layers agree, else those of each layer."""
     return scales[0] if len(set(scales)) == 1 else ", ".join(scales)
 
 
@@ -297,7 +297,7 @@ def make_plan(engine: WatchedDecoder, modules: list[nn.Module], parameters: list
 def _rest(
     roots: Sequence[nn.Module], paths: Mapping[nn.Module, str], adapters: set[int], adapter: str | None
 ) -> tuple[TensorGroup, TensorGroup]:
-    """Weights that belong to no adapter, and our ``adapter``."""
+    """Return the weights that belong to no adapter, and our ``adapter``."""
     found: dict[int, tuple[str, Tensor]] = {}
     own: dict[int, tuple[str, Tensor]] = {}
     for root in roots:
@@ -338,7 +338,7 @@ def follow_exchanged(specs: Sequence[AttentionSpec]) -> None:
 
 
 def _chain(root: nn.Module, wanted: nn.Module) -> list[nn.Module] | None:
-    """The modules from below ``root`` down to ``wanted``; None: it is not there."""
+    """Return the modules from below ``root`` down to ``wanted``; None: it is not there."""
     for child in root._modules.values():
         if child is wanted:
             return [wanted]
@@ -353,7 +353,7 @@ def _inside(roots: Sequence[nn.Module]) -> set[nn.Module]:
 
 
 def _tree(root: nn.Module) -> list[nn.Module]:
-    """All modules; ``root.modules()`` is several times slower."""
+    """Return all modules; ``root.modules()`` is several times slower."""
     found, waiting = [], [root]
     while waiting:
         module = waiting.pop()

@@ -6,23 +6,24 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from mplus.errors import NotSupported
 from mplus.hf.model.modes import in_eval_mode, input_device
 from mplus.hf.retrofit.discovery import Anatomy
 
 
-def first_token(decoder: PreTrainedModel) -> int | None:
+def first_token(decoder: nn.Module) -> int | None:
     """Return BOS, else EOS, as far as the configurations have one: text configurations need not."""
+    config = cast("PreTrainedConfig", decoder.config)
     configs = (
-        decoder.config.get_text_config(decoder=True),
-        decoder.config,
+        config.get_text_config(decoder=True),
+        config,
         getattr(decoder, "generation_config", None),
     )
     for name in ("bos_token_id", "eos_token_id"):
-        for config in configs:
-            token = getattr(config, name, None)
+        for one in configs:
+            token = getattr(one, name, None)
             token = token[0] if isinstance(token, list | tuple) and token else token
             if isinstance(token, int):
                 return token
@@ -31,7 +32,7 @@ def first_token(decoder: PreTrainedModel) -> int | None:
 
 @torch.no_grad()
 def begin_rows(decoder: PreTrainedModel, anatomy: Anatomy) -> Tensor:
-    """``[L, 1, d]``: what the first layer receives for BOS, else EOS, else the mean embedding, for every layer."""
+    """Return ``[L, 1, d]``, what the first layer gets for BOS, else EOS, else the mean embedding, for every layer."""
     embedding = cast("nn.Embedding", decoder.get_input_embeddings())
     token = first_token(decoder)
     if token is not None and 0 <= token < embedding.weight.shape[0]:

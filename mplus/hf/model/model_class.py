@@ -23,7 +23,7 @@ from mplus.hf.pretrained.save import PushToHub, save_pretrained
 from mplus.hf.reading import generation_config
 from mplus.hf.reading.arguments import DEFAULTS, ReadArguments
 from mplus.hf.reading.forward import check_memory, forward_with_memory
-from mplus.hf.reading.generation import Settings, generate
+from mplus.hf.reading.generation import GenerateCall, generate
 from mplus.hf.retrofit import attention
 from mplus.hf.retrofit.context import rebuild, subclass
 from mplus.memory.budget import Budget
@@ -100,6 +100,12 @@ class MemoryModel(PushToHub, WrappedModel):  # type: ignore[misc]
             ConfigError: a batch size below 1, a budget that is too small, or a bad option.
             NotSupported: rows of this decoder cannot be kept like that.
             UnknownNameError: no such store or eviction policy.
+
+        Example:
+            ```python
+            memory = model.new_memory(tokenizer=tokenizer, bytes_budget="2GiB", eviction="lru")
+            memory.write(document, source="handbook.pdf")
+            ```
         """
         engine = self.mplus_engine
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -158,6 +164,17 @@ class MemoryModel(PushToHub, WrappedModel):  # type: ignore[misc]
             ConfigError, InputError: one of them breaks its rule.
             NotSupported: a way of generating that memory cannot follow; the message names it.
             MemoryMismatchError: batch sizes, model or cache do not fit the memory.
+
+        Example:
+            ```python
+            output = model.generate(
+                **tokenizer("Who has the key?", return_tensors="pt"),
+                memory=memory,
+                output_sources=True,
+                return_dict_in_generate=True,
+            )
+            print(tokenizer.decode(output.sequences[0]), output.memory_sources[0])
+            ```
         """
         own = {
             "memory": memory,
@@ -166,7 +183,7 @@ class MemoryModel(PushToHub, WrappedModel):  # type: ignore[misc]
             "output_sources": output_sources,
             "reuse_memory_cache": reuse_memory_cache,
         }
-        return generate(self, super().generate, own, args, kwargs)  # type: ignore[misc]
+        return generate(self, self.mplus_engine, type(self).__mplus_base__, own, args, kwargs)
 
     def reading(
         self,
@@ -192,6 +209,12 @@ class MemoryModel(PushToHub, WrappedModel):  # type: ignore[misc]
         Raises:
             ConfigError: an argument breaks its rule.
             MemoryMismatchError: the memory belongs to another decoder.
+
+        Example:
+            ```python
+            with model.reading(memory):
+                pipeline("text-generation", model=model, tokenizer=tokenizer)("Who has the key?")
+            ```
         """
         if memory is not None:
             check_memory(self.mplus_engine, memory)
@@ -204,9 +227,13 @@ class MemoryModel(PushToHub, WrappedModel):  # type: ignore[misc]
         return self.mplus_engine.readings.enter(arguments, threads)
 
     def generate_batch(self, *args: Any, memory: Memory | None = None, **kwargs: Any) -> Any:
-        """As in transformers: continuous batching, for the decoder alone. Raises NotSupported with a memory."""
+        """Generate by continuous batching, as in transformers, with the decoder alone.
+
+        Raises:
+            NotSupported: it would read a memory.
+        """
         own = {} if memory is None else {"memory": memory}
-        if Settings(self, args, {**kwargs, **own}).read_arguments(self).memory is not None:
+        if GenerateCall(self, args, {**kwargs, **own}).read_arguments(self.mplus_engine.readings).memory is not None:
             raise NotSupported(
                 "generate_batch (continuous batching) keeps keys and values of many texts in pages and leaves no place "
                 "for memory in front of a text: use generate"
@@ -215,7 +242,11 @@ class MemoryModel(PushToHub, WrappedModel):  # type: ignore[misc]
             return super().generate_batch(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, within ``generate_batch``. Raises NotSupported otherwise: a manager outlives the call."""
+        """Make a manager as in transformers, within ``generate_batch``.
+
+        Raises:
+            NotSupported: it is called elsewhere, where the manager would outlive the call.
+        """
         if self.config._attn_implementation.startswith(attention.PREFIX):
             raise NotSupported(
                 "continuous batching in a wrapped decoder goes through generate_batch; or use mplus.unwrap first"
@@ -232,7 +263,7 @@ class MemoryModel(PushToHub, WrappedModel):  # type: ignore[misc]
         self.mplus_engine.watch.forget()
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; with others than "eager" and "sdpa" memory is refused from then on."""
+        """Set it as in transformers; with others than "eager" and "sdpa" memory is refused from then on."""
         wanted = attn_implementation
         if wanted in attention.BASES and self.mplus_engine.retrofit.technique == "attention":
             self.mplus_installed.base_attention = wanted
@@ -260,6 +291,8 @@ class MemoryModel(PushToHub, WrappedModel):  # type: ignore[misc]
             kwargs: for saving the decoder (``max_shard_size`` and so on) and for the Hub (``repo_id`` and so on).
 
         Raises:
+            CheckpointError: the folder holds a decoder of an earlier ``save_base``, which would be loaded with what is
+                saved now.
             NotSupported: ``distributed_checkpoint`` was asked for; ``save_base`` of a decoder that accelerate has
                 offloaded without a device map, which transformers does not save either; or adapters of the user are
                 merged, or have a name of ours.
@@ -271,7 +304,7 @@ class MemoryModel(PushToHub, WrappedModel):  # type: ignore[misc]
 
 
 def memory_model_class(base: type[PreTrainedModel]) -> type:
-    """``base`` with ``MemoryModel`` mixed in, and the arguments of a read in the signature of ``forward``."""
+    """Return ``base`` with ``MemoryModel`` mixed in, and the arguments of a read in the signature of ``forward``."""
     attention.register()  # here, since a model of this class may come out of a pickle in a new process
     generation_config.register()
 

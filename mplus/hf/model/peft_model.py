@@ -77,7 +77,10 @@ class PeftMemoryModel(PushToHub, PeftModel):
         there = adapter_name in self.peft_config
         result: _IncompatibleKeys = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         if there:
-            _load_additions(self, adapter_name, Path(model_id))
+            folder = Path(model_id)
+            where = (folder if adapter_name == "default" else folder.parent) / MEMORY
+            if (where / DESCRIPTION).is_file():
+                load_additions(self, load_file(where / WEIGHTS), str(where))
         return result
 
     def get_prompt(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -101,13 +104,6 @@ def peft_model_class(base: type[PeftModel]) -> type:
         return base.forward(self, *args, **kwargs)
 
     return subclass(base, PeftMemoryModel, forward=forward)
-
-
-def _load_additions(model: PeftModel, adapter: str, folder: Path) -> None:
-    """Load what was saved with an adapter that was in ``folder``."""
-    where = (folder if adapter == "default" else folder.parent) / MEMORY
-    if (where / DESCRIPTION).is_file():
-        load_additions(model, load_file(where / WEIGHTS), str(where))
 
 
 def _go_on(model: PeftModel, cache: Cache, call: inspect.BoundArguments) -> Any:

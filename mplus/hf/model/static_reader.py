@@ -26,7 +26,7 @@ from mplus.memory.memory import Memory
 
 @define(eq=False)
 class Prefilled:
-    """What a prompt behind a memory has left; changed by ``StaticReader.step``.
+    """The static cache that a prompt behind a memory has left; changed by ``StaticReader.step``.
 
     Attributes:
         cache: per layer ``[memory | text | room]``.
@@ -151,7 +151,7 @@ class StaticReader:
 
 
 def reasons_against(model: WrappedModel) -> list[str]:
-    """Why a plain decoder with a static cache would not do what the wrapped ``model`` does; empty when it does."""
+    """Return why a plain decoder with a static cache would not do what ``model`` does; empty when it does."""
     engine: DecoderEngine | None = getattr(model, "mplus_engine", None)
     if engine is None:
         return ["it is not wrapped"]
@@ -187,7 +187,7 @@ def _reasons_against_weights(model: WrappedModel) -> list[str]:
 
 
 def _plain(model: WrappedModel) -> PreTrainedModel:
-    """The decoder inside, fit to run: the reading adapter merged into copies, and no hook of ours."""
+    """Return the decoder inside, fit to run: the reading adapter merged into copies, and no hook of ours."""
     decoder, tree = plain_decoder(model)
     adapter = model.mplus_engine.adapter("read")
     copies = {original: path for path, original in tree.places.values()}
@@ -202,7 +202,7 @@ def _plain(model: WrappedModel) -> PreTrainedModel:
 
 
 def _merged_weights(model: WrappedModel) -> tuple[Mark, Mark, tuple[float | None, ...]]:
-    """Changes when a weight changes that the plain decoder has a copy of, or an adapter that is merged into it."""
+    """Return marks of the weights that the plain decoder has copies of, and of the adapter merged into them."""
     projections, adapter = adapted_projections(model), model.mplus_engine.adapter("read")
     own = [(name, tensor) for one in projections for name, tensor in one.named_parameters() if f".{adapter}." in name]
     copied = TensorGroup([("weight", projection.weight) for projection in projections], sampled=True)
@@ -215,7 +215,7 @@ def _merged_weights(model: WrappedModel) -> tuple[Mark, Mark, tuple[float | None
 
 @torch.no_grad()
 def _merge(projection: AdaptedProjection, adapter: str, twin: nn.Module) -> None:
-    """The weight of ``twin`` becomes a new one with ``alpha / r * B A`` in it."""
+    """Give ``twin`` a weight of its own with ``alpha / r * B A`` in it."""
     weight = projection.weight
     # The module's table of parameters is the wrapped decoder's too.
     twin.__dict__["_parameters"] = dict(twin._parameters)
@@ -224,7 +224,7 @@ def _merge(projection: AdaptedProjection, adapter: str, twin: nn.Module) -> None
 
 
 def _joined(reading: Reading, index: int, layer: DynamicLayer) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[B, Hkv, P+T, D]`` of memory and text in one layer."""
+    """Return keys and values ``[B, Hkv, P+T, D]`` of memory and text in one layer."""
     text_keys, text_values = cast("Tensor", layer.keys), cast("Tensor", layer.values)
     segments: Any = reading.segments.get(index, ())  # no way of its own to attend: see reasons_against
     if any(segment.lengths is not None for segment in segments):

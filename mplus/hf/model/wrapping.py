@@ -36,11 +36,12 @@ from mplus.hf.pretrained.config import as_memory_config
 from mplus.hf.reading import generation_config
 from mplus.hf.retrofit import attention
 from mplus.hf.retrofit.context import carry_memory, change_class, drop_memory
-from mplus.hf.retrofit.discovery import Anatomy, discover
+from mplus.hf.retrofit.discovery import discover
 from mplus.hf.retrofit.hooks import AttentionHook, Retrofit, Technique
 from mplus.hf.retrofit.positions import MemoryPositions
 from mplus.hf.retrofit.projection import find_projection
 
+Layout = Literal["sequential", "compressed", "constant"]
 Model = TypeVar("Model", bound=nn.Module)
 logger = logging.getLogger(__name__)
 
@@ -76,11 +77,21 @@ def wrap(
         ``model`` itself.
 
     Raises:
-        NotSupported: the decoder cannot carry a memory; the message says why, and ``details`` has every finding.
+        NotSupported: the decoder cannot carry a memory; the message says why, and ``details`` has every finding. Or
+            adapters of your own are merged into it, or have a name of ours, "write" or "read"; with ``adapters=None``
+            in the config only ``save_pretrained`` refuses these.
         ConfigError, UnknownNameError, PluginError: the config does not fit.
 
     Warns:
         MemorySizeWarning: sizes that are given need more positions than the decoder has.
+
+    Example:
+        ```python
+        model = mplus.wrap(AutoModelForCausalLM.from_pretrained("meta-llama/Llama-3.1-8B"))
+        memory = model.new_memory(tokenizer=tokenizer)
+        memory.write("The key is under the blue stone.", source="garden")
+        model.generate(**tokenizer("Where is the key?", return_tensors="pt"), memory=memory)
+        ```
     """
     if config is None and is_peft_model(model) and "mplus_installed" in model.get_base_model().__dict__:
         change_class(model, peft_model_class(getattr(type(model), "__mplus_base__", type(model))))
@@ -95,7 +106,11 @@ def wrap(
         )
     BACKENDS.get(config.backend) if config.backend != "auto" else None
     anatomy = discover(decoder)
-    positions = MemoryPositions(_layout(config, anatomy), config.position_span, offset=_moving_rope(decoder))
+    # With ALiBi a distance of thousands of rows hides memory from every head.
+    layout: Layout = "constant" if anatomy.alibi else "sequential"
+    if config.memory_positions != "auto":
+        layout = config.memory_positions
+    positions = MemoryPositions(layout, config.position_span, offset=_moving_rope(decoder))
     retrofit = Retrofit(anatomy, "attention", positions, BackendChooser(config.backend))
     asked = config
     if pool is not None and config.short_term_tokens is None:
@@ -142,7 +157,17 @@ def _say_sizes(decoder: WrappedModel, installed: Installed) -> None:
 def unwrap(model: Model) -> Model:
     """Take everything off that ``wrap`` put on, in place; memories made for the decoder no longer work.
 
-    Returns ``model`` itself. Raises NotSupported when it is not wrapped.
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        NotSupported: it is not wrapped.
+
+    Example:
+        ```python
+        memory.save("memory")  # before: it cannot be read without the decoder it was made for
+        model = mplus.unwrap(model)
+        ```
     """
     if "mplus_installed" not in decoder_inside(model).__dict__:
         raise NotSupported(f"{type(model).__name__} is not wrapped by mplus.wrap")
@@ -182,13 +207,6 @@ def _decoder(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
             "accelerate's init_empty_weights"
         )
     return decoder
-
-
-def _layout(config: MPlusConfig, anatomy: Anatomy) -> Literal["sequential", "compressed", "constant"]:
-    if config.memory_positions == "auto":
-        # With ALiBi a distance of thousands of rows hides memory from every head.
-        return "constant" if anatomy.alibi else "sequential"
-    return config.memory_positions
 
 
 def _moving_rope(decoder: PreTrainedModel) -> bool:
@@ -271,7 +289,7 @@ def _choose_technique(decoder: WrappedModel, installed: Installed, base_logits: 
 
 
 def _refusal(name: str, failed: Sequence[Check], details: Sequence[str]) -> NotSupported:
-    """The error that says each cause once, whatever number of techniques, checks and layers it stopped."""
+    """Return the error that says each cause once, whatever number of techniques, checks and layers it stopped."""
     causes: dict[str, str] = {}
     for one in failed:
         raised = one.error is None  # what a decoder says has nothing to do with the check in which it says it

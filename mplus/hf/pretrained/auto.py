@@ -12,13 +12,13 @@ from mplus.hf.pretrained.load import from_pretrained
 
 
 class MPlusForCausalLM(PreTrainedModel):
-    """What ``AutoModelForCausalLM`` calls for the model type "mplus"; it returns a wrapped decoder, never itself."""
+    """The class that ``AutoModelForCausalLM`` finds for the model type "mplus"; it makes wrapped decoders only."""
 
     config_class = MPlusModelConfig
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As ``mplus.from_pretrained``."""
+        """Load a wrapped decoder, as ``mplus.from_pretrained`` does."""
         for name in ("_from_auto", "adapter_kwargs"):
             kwargs.pop(name, None)  # about the repository of the additions, not about the decoder's
         attention = getattr(kwargs.get("config"), "_attn_implementation", None)

@@ -51,6 +51,12 @@ def from_pretrained(
 
     Raises:
         CheckpointError: no mplus model there, no way to find the decoder, or tensors that do not fit.
+
+    Example:
+        ```python
+        model.save_pretrained("decoder-with-memory", save_base=True)
+        model = mplus.from_pretrained("decoder-with-memory", dtype=torch.bfloat16)
+        ```
     """
     folder = find_folder(path, kwargs)
     for name in ("revision", "subfolder"):
@@ -68,7 +74,7 @@ def from_pretrained(
     except SafetensorError as error:
         raise CheckpointError(f"{inner / WEIGHTS} must be a whole safetensors file: {error}") from error
     decoder = _base(base, config, inner, kwargs)
-    if inner != folder and not hasattr(decoder, "peft_config"):
+    if inner != folder and isinstance(decoder, PreTrainedModel) and not hasattr(decoder, "peft_config"):
         decoder = with_adapters(decoder, folder, trainable)
     load_injected(decoder, inner, trainable)
     model = wrap(decoder, config.memory_config, pool=additions.get("mplus.pool"), check=check)

@@ -6,13 +6,19 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mplus.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTuner
 
 MEMORY = "mplus"
 """Below PEFT's folder: the folder of what mplus added, the same as that of a decoder without adapters."""
@@ -35,23 +41,23 @@ model = mplus.from_pretrained("path/or/repository")
 
 
 def memory_folder(folder: Path) -> Path:
-    """Where ``folder`` holds what mplus added: below a user's adapters, or in itself."""
+    """Return where ``folder`` holds what mplus added: below a user's adapters, or in itself."""
     return folder / MEMORY if (folder / MEMORY / "config.json").is_file() else folder
 
 
 def adapter_folder(folder: Path, name: str) -> Path:
-    """Where PEFT saves the adapter ``name``."""
+    """Return where PEFT saves the adapter ``name``."""
     return folder if name == "default" else folder / name
 
 
-def describe_adapters(model: Any, names: list[str], active: list[str], folder: Path) -> None:
+def describe_adapters(model: nn.Module, names: list[str], active: list[str], folder: Path) -> None:
     """Write what PEFT does not save of adapters: their names, which act, and scales that were changed."""
     chosen = [name for name in active if name in names]
     described = {"adapters": names, "active": chosen, "scaling": _changed_scales(model, names)}
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
-def save_injected(decoder: Any, folder: Path, state: Mapping[str, Tensor]) -> list[str]:
+def save_injected(decoder: PreTrainedModel, folder: Path, state: Mapping[str, Tensor]) -> list[str]:
     """Save the adapters that ``add_adapter`` of transformers put into a decoder, if any; the files to be uploaded."""
     from peft import get_peft_model_state_dict
 
@@ -66,7 +72,7 @@ def save_injected(decoder: Any, folder: Path, state: Mapping[str, Tensor]) -> li
     return [DESCRIPTION, f"{INJECTED}/*"]
 
 
-def load_injected(decoder: Any, folder: Path, trainable: bool) -> None:
+def load_injected(decoder: PreTrainedModel | PeftModel, folder: Path, trainable: bool) -> None:
     """Put the adapters that ``save_injected`` left in ``folder``, if any, into a decoder.
 
     Raises:
@@ -74,7 +80,7 @@ def load_injected(decoder: Any, folder: Path, trainable: bool) -> None:
     """
     from peft import PeftConfig, set_peft_model_state_dict
 
-    if not (folder / INJECTED).is_dir() or hasattr(decoder, "peft_config"):
+    if not (folder / INJECTED).is_dir() or not isinstance(decoder, PreTrainedModel) or hasattr(decoder, "peft_config"):
         return
     names, active, scaling = _read(folder / DESCRIPTION, folder / INJECTED, injected=True)
     for name in names:  # load_adapter of transformers draws the adapters anew that are there already
@@ -96,8 +102,8 @@ def add_to_card(folder: Path) -> None:
         card.write_text(text.rstrip("\n") + "\n" + CARD, encoding="utf-8")
 
 
-def with_adapters(decoder: Any, folder: Path, trainable: bool) -> Any:
-    """A PeftModel around ``decoder`` with the adapters in ``folder``, those active that were.
+def with_adapters(decoder: PreTrainedModel, folder: Path, trainable: bool) -> PeftModel:
+    """Put a PeftModel around ``decoder`` with the adapters in ``folder``, those active that were.
 
     Raises:
         CheckpointError: ``adapters.json`` cannot be read, or adapters that it names are missing.
@@ -109,26 +115,26 @@ def with_adapters(decoder: Any, folder: Path, trainable: bool) -> Any:
     options: dict[str, Any] = {
         name: {"is_trainable": trainable, **_dtype(adapter_folder(folder, name))} for name in names
     }
-    model: Any = PeftModel.from_pretrained(decoder, adapter_folder(folder, first), adapter_name=first, **options[first])
+    model = PeftModel.from_pretrained(decoder, adapter_folder(folder, first), adapter_name=first, **options[first])
     for name in others:
         model.load_adapter(adapter_folder(folder, name), name, **options[name])
     if not model.active_peft_config.is_prompt_learning:
-        model.base_model.set_adapter(active, inference_mode=not trainable)
+        cast("BaseTuner", model.base_model).set_adapter(active, inference_mode=not trainable)
     if len(active) == 1:
         model.active_adapter = active[0]
     _set_scales(model, scaling)
     return model
 
 
-def _set_scales(model: Any, scaling: Mapping[str, Mapping[str, float]]) -> None:
+def _set_scales(model: nn.Module, scaling: Mapping[str, Mapping[str, float]]) -> None:
     for path, scales in scaling.items():
-        model.get_submodule(path).scaling.update(scales)
+        cast("LoraLayer", model.get_submodule(path)).scaling.update(scales)
 
 
 def _read(
     where: Path, folder: Path, injected: bool = False
 ) -> tuple[list[str], list[str], dict[str, dict[str, float]]]:
-    """Names of the adapters in ``folder``, those that act, and their changed scales, from the file ``where``."""
+    """Read from ``where`` the names of the adapters in ``folder``, those that act, and their changed scales."""
     try:
         described = json.loads(where.read_text(encoding="utf-8"))
         names, active, scaling = (described[key] for key in ("adapters", "active", "scaling"))
@@ -151,8 +157,8 @@ def _dtype(folder: Path) -> dict[str, bool]:
     return {"autocast_adapter_dtype": not dtypes <= {"BF16", "F16"}}
 
 
-def _changed_scales(model: Any, names: list[str]) -> dict[str, dict[str, float]]:
-    """Scales of LoRA that are not those of the configurations, by layer and adapter."""
+def _changed_scales(model: nn.Module, names: list[str]) -> dict[str, dict[str, float]]:
+    """Return the scales of LoRA that are not those of the configurations, by layer and adapter."""
     from peft.tuners.lora import LoraLayer
 
     changed: dict[str, dict[str, float]] = {}

@@ -36,7 +36,7 @@ HOW_TO_LOAD = "mplus.from_pretrained(folder), or the Auto classes of transformer
 
 
 class Saving(Protocol):
-    """What has a ``save_pretrained`` that can save the decoder along."""
+    """A model whose ``save_pretrained`` can save the decoder along."""
 
     def save_pretrained(
         self, save_directory: str, *, save_base: bool, max_shard_size: int | str | None, tags: list[str] | None
@@ -53,7 +53,11 @@ def save_pretrained(
     save_base: bool,
     options: dict[str, Any],
 ) -> None:
-    """See ``MemoryModel.save_pretrained``."""
+    """Save the additions of ``model``, and with ``save_base`` the decoder; see ``MemoryModel.save_pretrained``.
+
+    Args:
+        options: keywords for saving the decoder and for the Hub; emptied of the latter.
+    """
     if options.get("distributed_checkpoint"):
         raise NotSupported("distributed_checkpoint is not supported with memory: pass a gathered state_dict")
     refuse_conflicts(model)
@@ -65,6 +69,11 @@ def save_pretrained(
     hub = {name: options.pop(name) for name in ("repo_id", "private", *COMMIT) if name in options}
     tags = options.pop("tags", None)
     folder = Path(directory)
+    if not save_base and (folder / BASE).is_dir():
+        raise CheckpointError(
+            f"{folder} must not hold a decoder of an earlier save, in {BASE}/, when saving without save_base: it would "
+            "be loaded with these additions, so use save_base=True, remove it, or choose another folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if save_base:
         decoder, tree = plain_decoder(model)

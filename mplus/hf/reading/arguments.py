@@ -7,7 +7,7 @@ import inspect
 import operator
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, fields
 from transformers import GenerationConfig
@@ -15,12 +15,17 @@ from transformers import GenerationConfig
 from mplus.config import flag, whole
 from mplus.errors import ArgumentError, ConfigError, InputError
 
+if TYPE_CHECKING:
+    from attrs import Attribute
+
+    from mplus import Memory
+
 SIMILAR = 0.7
 """Least ``difflib`` ratio at which an unknown argument counts as one of ours, misspelt."""
 
 
 def _counts(value: Any) -> Any:
-    """A whole number stays one; a sequence or tensor of them becomes a tuple."""
+    """Keep a whole number; make a tuple of a sequence or tensor of them."""
     if value is None or isinstance(value, int | str):
         return value
     try:
@@ -30,7 +35,7 @@ def _counts(value: Any) -> Any:
         return value
 
 
-def _positive_counts(instance: Any, attribute: Any, value: Any) -> None:
+def _positive_counts(instance: ReadArguments, attribute: Attribute[int], value: Any) -> None:
     if value is None:
         return
     for count in value if isinstance(value, tuple) else (value,):
@@ -43,7 +48,7 @@ def _positive_counts(instance: Any, attribute: Any, value: Any) -> None:
 
 @define(frozen=True, kw_only=True, eq=False)
 class ReadArguments:
-    """What one call reads, and how.
+    """The memory that one call reads, and how.
 
     Attributes:
         memory: one stream per batch row, or one for all of them; None: the decoder alone.
@@ -57,7 +62,7 @@ class ReadArguments:
         ConfigError: a value breaks its rule.
     """
 
-    memory: Any = None
+    memory: Memory | None = None
     query_tokens: int | tuple[int, ...] | None = field(default=None, converter=_counts, validator=_positive_counts)
     retrieve_every: int | None = field(default=None, validator=whole(1, optional=True))
     output_sources: bool = field(default=False, validator=flag)
@@ -101,7 +106,7 @@ def _meant(name: str) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def _known(base: Any) -> frozenset[str]:
-    """Arguments of the decoder's own methods, and settings of generation."""
-    methods = (base.forward, base.generate, base.prepare_inputs_for_generation)
+def _known(base: type) -> frozenset[str]:
+    """Return the arguments of the decoder's own methods, and settings of generation."""
+    methods = [getattr(base, name) for name in ("forward", "generate", "prepare_inputs_for_generation")]
     return frozenset(vars(GenerationConfig())).union(*(inspect.signature(method).parameters for method in methods))

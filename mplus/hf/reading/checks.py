@@ -1,4 +1,4 @@
-"""Whether the decoder still computes with the weights that a memory's rows, or a key/value cache, were made with."""
+"""Check that the decoder still computes with the weights that a memory's rows, or a key/value cache, were made with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mplus.memory.state import StreamView
 
 
 def is_as_kept(view: StreamView, look: Look) -> bool:
-    """Whether a stream's keys and values are what the decoder would make of its rows now."""
+    """Return whether a stream's keys and values are what the decoder would make of its rows now."""
     return view.state.weights is None or not view.state.weights.of_projection(look.weights)
 
 

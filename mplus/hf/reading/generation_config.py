@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec
 
 from attrs import define
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from mplus.memory.memory import Memory
+
+P = ParamSpec("P")
 
 
 @define(frozen=True, eq=False)
 class MemoryReference:
-    """What a generation config holds in place of a memory: its copies refer to the same memory."""
+    """The value that a generation config holds in place of a memory: its copies refer to the same memory."""
 
     memory: Memory
 
@@ -32,7 +34,7 @@ class MemoryReference:
 class MemorySetting:
     """The attribute ``memory`` of ``GenerationConfig``; values that are no memory are kept as they are anywhere."""
 
-    def __get__(self, config: Any, owner: type | None = None) -> Any:
+    def __get__(self, config: GenerationConfig | None, owner: type | None = None) -> Any:
         if config is None:
             return self
         try:
@@ -41,10 +43,10 @@ class MemorySetting:
             raise AttributeError(f"{type(config).__name__!r} object has no attribute 'memory'") from None
         return value.memory if isinstance(value, MemoryReference) else value
 
-    def __set__(self, config: Any, value: Any) -> None:
+    def __set__(self, config: GenerationConfig, value: Any) -> None:
         config.__dict__["memory"] = MemoryReference(value) if isinstance(value, Memory) else value
 
-    def __delete__(self, config: Any) -> None:
+    def __delete__(self, config: GenerationConfig) -> None:
         if config.__dict__.pop("memory", config) is config:
             raise AttributeError("memory")
 
@@ -58,17 +60,17 @@ def register() -> None:
     configs.to_dict, configs.memory = _without_memory(configs.to_dict), MemorySetting()
 
 
-def drop_memory(model: Any) -> None:
+def drop_memory(model: PreTrainedModel) -> None:
     """Take a memory out of a decoder's own generation config, if there is one."""
-    config: Any = getattr(model, "generation_config", None)
-    if isinstance(getattr(config, "memory", None), Memory):
+    config = getattr(model, "generation_config", None)
+    if config is not None and isinstance(getattr(config, "memory", None), Memory):
         del config.memory
 
 
-def _without_memory(to_dict: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+def _without_memory(to_dict: Callable[P, dict[str, Any]]) -> Callable[P, dict[str, Any]]:
     @functools.wraps(to_dict)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        plain = to_dict(self, *args, **kwargs)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+        plain = to_dict(*args, **kwargs)
         if isinstance(plain.get("memory"), MemoryReference):
             del plain["memory"]
         return plain

@@ -62,7 +62,7 @@ class OpenReadings:
         _ENTERED.set(tuple(one for one in _ENTERED.get() if one is not entered))
 
     def current(self) -> ReadArguments | None:
-        """What a call in this context reads, or None where no block is open for it.
+        """Return what a call in this context reads, or None where no block is open for it.
 
         Raises:
             NotSupported: only other threads have opened blocks, and not for all threads.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import cast
 
 from attrs import define, evolve
-from torch import Tensor
+from torch import Tensor, nn
 
 from mplus.errors import NotSupported
 from mplus.hf.model.engine import DecoderEngine
@@ -39,18 +39,18 @@ _STAND_INS: ContextVar[tuple[_StandIn, ...]] = ContextVar("mplus_reading_as", de
 
 
 def mechanism_for_reads(engine: DecoderEngine) -> MemoryMechanism:
-    """What reads in this context go by: the decoder's own mechanism, or that of the ``reading_as`` block around."""
+    """Return the mechanism that reads in this context go by: the decoder's own, or that of a ``reading_as`` block."""
     return next((one.mechanism for one in reversed(_STAND_INS.get()) if one.engine is engine), engine.mechanism)
 
 
 @contextmanager
 def reading_as(
-    model: Any,
+    model: nn.Module,
     *,
     retriever: Retriever | None = None,
     retrieved_tokens: int | None = None,
     query_tokens: int | None = None,
-    make: Callable[[Any, Any, Any], MemoryMechanism] | None = None,
+    make: Callable[..., MemoryMechanism] | None = None,
 ) -> Iterator[None]:
     """Let reads of ``model`` inside the ``with`` block go by other settings.
 
@@ -67,7 +67,7 @@ def reading_as(
     Raises:
         NotSupported: the decoder's mechanism retrieves nothing, so there is nothing to replace.
     """
-    engine: DecoderEngine = model.mplus_engine
+    engine = cast("DecoderEngine", model.mplus_engine)
     before = mechanism_for_reads(engine)
     if not before.uses_retriever:
         raise NotSupported(f"the mechanism {before.name!r} has no retriever that another one could stand in for")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 from mplus.errors import InputError, NotSupported
 from mplus.hf.reading.query_tokens import first_tokens
@@ -20,8 +22,10 @@ _OF_ALL = (*_OF_LOSS, "logits_to_keep", "attention_mask", "past_key_values", "ca
 """Further tensors that a text may come with."""
 
 
-def read_in_pieces(model: Any, reading: Reading, inputs: dict[str, Any], read: Callable[[dict[str, Any]], Any]) -> Any:
-    """The output of a forward over a text, read piece by piece through a key/value cache.
+def read_in_pieces(
+    model: PreTrainedModel, reading: Reading, inputs: Mapping[str, Any], read: Callable[[dict[str, Any]], ModelOutput]
+) -> ModelOutput:
+    """Return the output of a forward over a text, read piece by piece through a key/value cache.
 
     Args:
         model: the wrapped decoder.
@@ -43,7 +47,7 @@ def read_in_pieces(model: Any, reading: Reading, inputs: dict[str, Any], read: C
     starts = piece_starts(reading, text.shape[:2], None if mask is None else mask[:, -total:].bool().cpu())
     shared = {name: value for name, value in inputs.items() if name not in (*_OF_LOSS, "logits_to_keep")}
     shared.update(use_cache=True, return_dict=True)
-    outputs: list[Any] = []
+    outputs: list[ModelOutput] = []
     for start, end in zip(starts, [*starts[1:], total], strict=True):
         piece = dict(shared)
         piece.update({name: inputs[name][:, start:end] for name in _OF_TEXT if inputs.get(name) is not None})
@@ -52,15 +56,15 @@ def read_in_pieces(model: Any, reading: Reading, inputs: dict[str, Any], read: C
         if inputs.get("cache_position") is not None:
             piece["cache_position"] = inputs["cache_position"][start:end]
         if outputs:
-            piece["past_key_values"] = outputs[-1].past_key_values
+            piece["past_key_values"] = outputs[-1]["past_key_values"]
         outputs.append(read(piece))
         if getattr(outputs[-1], "past_key_values", None) is None:
             raise NotSupported(f"retrieve_every needs a key/value cache, and {type(model).__name__} returned none")
-    return _joined(model, outputs, inputs)
+    return _join(model, outputs, inputs)
 
 
 def piece_starts(reading: Reading, shape: Sequence[int], text: Tensor | None) -> list[int]:
-    """Columns at which a piece begins: those in which some row has read ``retrieve_every`` tokens more.
+    """Return the columns at which a piece begins: those in which some row has read ``retrieve_every`` tokens more.
 
     Args:
         reading: tells how many tokens each row has read since it last retrieved.
@@ -70,7 +74,7 @@ def piece_starts(reading: Reading, shape: Sequence[int], text: Tensor | None) ->
     Raises:
         InputError: a row would retrieve anew while the context of another one is still being read.
     """
-    every: Any = reading.retrieve_every
+    every = reading.retrieve_every or 1
     if text is None:
         text = torch.ones(*shape, dtype=torch.bool)
     waiting = torch.zeros(shape[0], 1, dtype=torch.int64)
@@ -91,8 +95,8 @@ def piece_starts(reading: Reading, shape: Sequence[int], text: Tensor | None) ->
     return sorted({0, *due})
 
 
-def refuse(model: Any, inputs: dict[str, Any]) -> None:
-    """Raises NotSupported for what a text read in pieces cannot give."""
+def refuse(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """Raise NotSupported for what a text read in pieces cannot give."""
     reasons = []
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         reasons.append("gradient checkpointing, which keeps no key/value cache from piece to piece")
@@ -116,8 +120,8 @@ def refuse(model: Any, inputs: dict[str, Any]) -> None:
         )
 
 
-def _joined(model: Any, outputs: Sequence[Any], inputs: dict[str, Any]) -> Any:
-    """One output of the decoder's type out of those of all pieces."""
+def _join(model: PreTrainedModel, outputs: Sequence[ModelOutput], inputs: Mapping[str, Any]) -> ModelOutput:
+    """Join the outputs of all pieces into one of the decoder's type."""
     last = outputs[-1]
     fields: dict[str, Any] = {}
     for name, value in last.items():

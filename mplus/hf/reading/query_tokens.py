@@ -1,4 +1,4 @@
-"""Which tokens of a text retrieve."""
+"""The tokens of a text that retrieve."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def without_padding(ids: Tensor, padding_id: int | None = None) -> Tensor:
-    """``[B, T]`` bool, False at what looks like right padding in ``ids`` ``[B, T]`` that came without a mask.
+    """Return ``[B, T]`` bool, False at what looks like right padding in ``ids`` ``[B, T]`` that came without a mask.
 
     That is a run of one id at the end of a row, of two tokens or more, or of one that is ``padding_id``. A row that is
     one run altogether keeps all of its tokens.
@@ -24,7 +24,7 @@ def without_padding(ids: Tensor, padding_id: int | None = None) -> Tensor:
 
 
 def first_tokens(mask: Tensor, count: int | tuple[int, ...] | None) -> Tensor:
-    """``mask`` ``[B, T]`` bool with the first ``count`` of its tokens only; one number, or one per row."""
+    """Return ``mask`` ``[B, T]`` bool with the first ``count`` of its tokens only; one number, or one per row."""
     if count is None:
         return mask
     most = torch.tensor(count, device=mask.device)
@@ -46,7 +46,7 @@ class Recent:
 
 @define(frozen=True, eq=False)
 class Window:
-    """Which rows of a batch retrieve anew in one forward, and with which tokens: the same in all layers.
+    """The rows of a batch that retrieve anew in one forward, and their tokens: the same in all layers.
 
     Attributes:
         rows: those that retrieve.
@@ -62,7 +62,7 @@ class Window:
 
     @staticmethod
     def of(waiting: Tensor | None, text: Tensor, first: int, every: int) -> Window:
-        """The window of a forward.
+        """Find the window of a forward.
 
         Args:
             waiting: ``Recent.waiting`` so far; None: nothing.

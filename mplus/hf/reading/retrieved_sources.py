@@ -1,4 +1,4 @@
-"""What a generation retrieved, and from where."""
+"""The rows that a generation retrieved, and the sources they come from."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RetrievedSource:
 
 
 def retrieved_sources(reading: Reading) -> list[list[list[RetrievedSource]]]:
-    """For every batch row of the memory and every memory layer, the rows retrieved last, oldest first."""
+    """Return, for every batch row of the memory and every memory layer, the rows retrieved last, oldest first."""
     streams: list[list[list[RetrievedSource]]] = []
     for row, view in enumerate(reading.views):
         layers = []

@@ -11,20 +11,20 @@ Prompt = TypeVar("Prompt", bound=Tensor | Cache)
 
 
 def mark_learned(prompt: Prompt) -> Prompt:
-    """``prompt`` itself, noted as learned when it is a cache: it holds virtual tokens and no text."""
+    """Return ``prompt`` itself, noted as learned when it is a cache: it holds virtual tokens and no text."""
     if isinstance(prompt, Cache):
         prompt._mplus_learned = prompt.get_seq_length()  # type: ignore[attr-defined]
     return prompt
 
 
 def only_learned(cache: Cache) -> bool:
-    """Whether a cache holds virtual tokens and nothing else, so that it depends on no memory."""
+    """Return whether a cache holds virtual tokens and nothing else, so that it depends on no memory."""
     learned = getattr(cache, "_mplus_learned", None)
     return learned is not None and int(cache.get_seq_length()) == learned
 
 
 def embedded_in_front(model: PreTrainedModel) -> int:
-    """Virtual tokens that the PeftModel around ``model``, which is generating, puts in front of a prompt as embeddings.
+    """Return how many virtual tokens the PeftModel around ``model``, which generates, embeds in front of a prompt.
 
     A PeftModel prepares the inputs while it generates. Virtual tokens that are keys and values pass through no layer.
     """
@@ -32,7 +32,7 @@ def embedded_in_front(model: PreTrainedModel) -> int:
 
 
 def embedded_by(peft_model: Any) -> int:
-    """Virtual tokens that ``peft_model`` puts in front of a text as embeddings; 0 for what is no PeftModel."""
+    """Return how many virtual tokens ``peft_model`` embeds in front of a text; 0 for what is no PeftModel."""
     config = getattr(peft_model, "active_peft_config", None)
     if config is None or not config.is_prompt_learning or config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
         return 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import peft
 import pytest
 import torch
+from attrs import evolve
 from safetensors.torch import load_file
 
 import mplus
@@ -252,6 +253,19 @@ def test_a_merged_adapter_is_refused() -> None:
     outer.merge_adapter()
     with pytest.raises(NotSupported, match="merged"):
         mplus.wrap(outer, config_for(BY_NAME["llama"]))
+
+
+def test_a_merged_adapter_beside_none_of_ours_is_refused_when_saving(tmp_path: Path) -> None:
+    outer = users_own(BY_NAME["llama"].build())
+    outer.merge_adapter()
+    mplus.wrap(outer, evolve(config_for(BY_NAME["llama"]), adapters=None))
+    for model in (outer, outer.get_base_model()):
+        with pytest.raises(NotSupported, match="merged"):
+            model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    outer.unmerge_adapter()
+    with pytest.warns(UserWarning, match="weights have changed since mplus.wrap"):
+        outer.save_pretrained(tmp_path)
 
 
 def reading(model: Any, memory: Any) -> Tensor:

@@ -63,6 +63,20 @@ def test_additions_and_base_come_back_bit_for_bit(name: str, tmp_path: Path) -> 
     assert torch.equal(loaded(TEXT).logits, BY_NAME[name].build()(TEXT).logits)
 
 
+def test_a_decoder_of_an_earlier_save_is_not_left_to_be_loaded(tmp_path: Path) -> None:
+    model = trained()
+    model.save_pretrained(tmp_path, save_base=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(2)
+        model.mplus.begin.mul_(2)
+    with pytest.raises(CheckpointError, match="save_base=True, remove it, or choose another folder"):
+        model.save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    model.save_pretrained(tmp_path, save_base=True)
+    assert torch.equal(remembering(again(tmp_path)), remembering(model))
+
+
 @pytest.mark.parametrize(
     "name", ["llama", "gpt2", "mixtral", "gpt-oss", "deepseek-v3", "falcon-new", "bloom", "qwen3-next"]
 )
