@@ -138,7 +138,8 @@ def _names(value: Iterable[str] | None) -> tuple[str, ...] | None:
     return None if value is None else tuple(value)
 
 
-def _component(value: Any) -> Component:
+def as_component(value: Any) -> Component:
+    """Convert a name, or a table with a name and options, to a Component: for fields of attrs classes."""
     return Component.of(value)
 
 
@@ -219,7 +220,7 @@ class MPlusConfig:
             with a mechanism that has nothing to train ("kv").
     """
 
-    mechanism: Component = field(default=Component("mplus"), converter=_component)
+    mechanism: Component = field(default=Component("mplus"), converter=as_component)
     variant: Literal["paper", "published"] = field(default="paper", validator=one_of("paper", "published"))
     # None until ``wrap`` has resolved them; everything behind ``wrap`` has numbers, hence the type.
     chunk_tokens: int = field(default=None, converter=_size, validator=size(1))
@@ -241,9 +242,9 @@ class MPlusConfig:
     memory_rows: Literal["auto", "projected", "hidden", "both"] = field(
         default="auto", validator=one_of("auto", "projected", "hidden", "both")
     )
-    store: Component = field(default=Component("ram"), converter=_component)
-    eviction: Component = field(default=Component("fifo"), converter=_component)
-    retriever: Component = field(default=Component("linear"), converter=_component)
+    store: Component = field(default=Component("ram"), converter=as_component)
+    eviction: Component = field(default=Component("fifo"), converter=as_component)
+    retriever: Component = field(default=Component("linear"), converter=as_component)
     backend: str = field(default="auto", validator=attrs.validators.instance_of(str))
     adapters: AdapterConfig | None = field(
         default=cast("AdapterConfig | None", ADAPTERS),

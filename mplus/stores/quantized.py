@@ -9,12 +9,13 @@ import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
-from mplus.config import Component, flag, one_of, whole
+from mplus.config import Component, as_component, flag, one_of, whole
 from mplus.errors import ConfigError, MemoryMismatchError
 from mplus.rows import MemoryRows
 from mplus.stores.base import Chunk, Column, Content, MemoryStore, StoreLayout, StoreView
 from mplus.stores.build import build_store
 from mplus.stores.quantizing import FORMATS, Format, arithmetic_of, groups_of, quantised, restored
+from mplus.stores.wrapping import WrappingStore, WrappingView
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,19 +103,14 @@ class _DecodedColumns(Mapping[str, Tensor]):
         return len(self.names)
 
 
-class _QuantizedReader(StoreView):
+class _QuantizedReader(WrappingView):
     """Reads quantised rows of an inner view."""
 
     coding: Coding
-    inner: StoreView
 
     def ids(self, layer: int) -> Tensor:
-        """Those of the inner store."""
+        """Return ``[m]`` int64, ascending: those of the inner view."""
         return self.inner.ids(layer)
-
-    def count(self, layer: int) -> int:
-        """Number of rows."""
-        return self.inner.count(layer)
 
     def column(self, layer: int, name: Column) -> Tensor | None:
         """One column of all rows; what is quantised is computed anew each time: ``chunks`` need less memory."""
@@ -145,11 +141,7 @@ class QuantizedView(_QuantizedReader):
         self.coding, self.inner, self.layout, self.identity = coding, inner, coding.layout, inner.identity
 
 
-def _component(value: Any) -> Component:
-    return Component.of(value)
-
-
-class QuantizedStore(_QuantizedReader, MemoryStore):
+class QuantizedStore(_QuantizedReader, WrappingStore):
     """Hidden states, keys and values and retriever keys in 8 bits; birth, source, expiry and others as they are.
 
     Each row is divided into groups that share a scale, a power of two (so a store that is saved and loaded has the
@@ -169,13 +161,12 @@ class QuantizedStore(_QuantizedReader, MemoryStore):
             keys: whether retriever keys are quantised, too; otherwise they stay in the dtype the store was made with.
         """
 
-        inner: Component = field(default=Component("ram"), converter=_component)
+        inner: Component = field(default=Component("ram"), converter=as_component)
         format: Literal["int8", "fp8"] = field(default="int8", validator=one_of(*FORMATS))
         group: int = field(default=64, validator=whole(1))
         keys: bool = field(default=True, validator=flag)
 
     options: Options
-    inner: MemoryStore
     name: ClassVar[str] = "quantized"
 
     def __init__(self, layout: StoreLayout, options: Any = None) -> None:
@@ -230,28 +221,6 @@ class QuantizedStore(_QuantizedReader, MemoryStore):
             arithmetic=torch.promote_types(self.coding.arithmetic, arithmetic_of(layout.dtype)),
         )
         return self._around(self.inner.to(device), coding)
-
-    @property
-    def bytes_per_row(self) -> int:
-        """Codes, exponents, what is not quantised, and the id."""
-        return self.inner.bytes_per_row
-
-    def bytes_for(self, rows: int) -> int:
-        """Those of the inner store."""
-        return self.inner.bytes_for(rows)
-
-    def set_capacity(self, rows: int) -> None:
-        """Limit the inner store."""
-        self.inner.set_capacity(rows)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the inner store: codes, exponents and all else."""
-        return self.inner.nbytes
-
-    def close(self) -> None:
-        """Close the inner store."""
-        self.inner.close()
 
     def _around(self, inner: MemoryStore, coding: Coding) -> Self:
         store = object.__new__(type(self))

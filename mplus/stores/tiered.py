@@ -29,7 +29,7 @@ import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
-from mplus.config import Component, byte_count, number
+from mplus.config import Component, as_component, byte_count, number
 from mplus.errors import MemoryMismatchError
 from mplus.rows import MemoryRows
 from mplus.stores.base import Chunk, Column, Content, Location, MemoryStore, StoreLayout, StoreView
@@ -37,15 +37,15 @@ from mplus.stores.build import build_store
 from mplus.stores.tiers.resident import ResidentColumns
 from mplus.stores.tiers.shared_cache import Lineage, TierReport, Tiers, content_columns
 from mplus.stores.tiers.transfer import CopyEvent, PendingLocation, on_device
+from mplus.stores.wrapping import WrappingStore, WrappingView
 
 if TYPE_CHECKING:
     from mplus.stores.slabs.layer import SlabLayer
 
 
-class _TieredReader(StoreView):
+class _TieredReader(WrappingView):
     """Reads an inner view through tiers."""
 
-    inner: StoreView
     shared: Tiers
     lineage: Lineage
     resident: Sequence[ResidentColumns]
@@ -54,14 +54,6 @@ class _TieredReader(StoreView):
         """``[m]`` int64, ascending."""
         small = self._small(layer)
         return (self.inner.ids(layer) if small is None else small.ids).to(self.layout.device)
-
-    def count(self, layer: int) -> int:
-        """Number of rows."""
-        return self.inner.count(layer)
-
-    def revision(self, layer: int) -> int | None:
-        """As the store below counts it."""
-        return self.inner.revision(layer)
 
     def column(self, layer: int, name: Column) -> Tensor | None:
         """One column in the order of ``ids``."""
@@ -144,16 +136,12 @@ class TieredView(_TieredReader):
         self.inner, self.identity, self.resident = store.inner.snapshot(), store.identity, tuple(store.resident)
 
 
-def _component(value: Any) -> Component:
-    return Component.of(value)
-
-
 def _bytes(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if value != 0 or isinstance(value, bool):
         byte_count(value, attribute.name)
 
 
-class TieredStore(_TieredReader, MemoryStore):
+class TieredStore(_TieredReader, WrappingStore):
     """Rows in a store below, and those that are read in two tiers above it; see the module.
 
     A store and all its forks have their tiers, and the budgets of these, together. (Every stream of a memory has a
@@ -171,13 +159,12 @@ class TieredStore(_TieredReader, MemoryStore):
             small_share: part of each budget for columns that every read looks at in full.
         """
 
-        inner: Component = field(default=Component("mmap"), converter=_component)
+        inner: Component = field(default=Component("mmap"), converter=as_component)
         device_bytes: int | str = field(default="1GiB", validator=_bytes)
         host_bytes: int | str = field(default="4GiB", validator=_bytes)
         small_share: float = field(default=0.5, validator=number(0, 1))
 
     options: Options
-    inner: MemoryStore
     resident: list[ResidentColumns]
     limits: Tensor | None
     """Of a fork without rows of its own: the ids from which on those will be its own, by layer."""
@@ -293,26 +280,9 @@ class TieredStore(_TieredReader, MemoryStore):
         return [*self.shared.reports(small), last]
 
     @property
-    def bytes_per_row(self) -> int:
-        """In the store below; tiers have their own budgets."""
-        return self.inner.bytes_per_row
-
-    def bytes_for(self, rows: int) -> int:
-        """In the store below."""
-        return self.inner.bytes_for(rows)
-
-    def set_capacity(self, rows: int) -> None:
-        """Limit the store below."""
-        self.inner.set_capacity(rows)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the store below and of both tiers."""
         return self.inner.nbytes + self.shared.nbytes
-
-    def close(self) -> None:
-        """Close the inner store."""
-        self.inner.close()
 
     def _around(
         self, layout: StoreLayout, inner: MemoryStore, tiers: Tiers, lineage: Lineage, resident: list[ResidentColumns]
