@@ -62,10 +62,12 @@ def _sizes(model: WrappedModel) -> dict[str, str]:
         "mechanism": f"{config.mechanism.name}, variant {config.variant}",
         "read per write": f"{config.chunk_tokens:,} text tokens",
         "written per layer": f"{config.memory_tokens_per_chunk:,} rows",
-        "short-term rows per layer": f"{config.short_term_tokens:,}",
     }
-    if model.mplus_engine.mechanism.uses_retriever and config.long_term_tokens != 0:
-        limit = config.long_term_tokens
+    mechanism = model.mplus_engine.mechanism
+    if "short_term_tokens" in mechanism.sizes:
+        sizes["short-term rows per layer"] = f"{config.short_term_tokens:,}"
+    if mechanism.long_term:
+        limit, how = config.long_term_tokens, f" with `{config.retriever.name}`" if mechanism.uses_retriever else ""
         sizes["long-term rows per layer"] = "no limit" if limit is None else f"{limit:,}"
-        sizes["retrieved rows per layer"] = f"{config.retrieved_tokens:,} with `{config.retriever.name}`"
+        sizes["retrieved rows per layer"] = f"{config.retrieved_tokens:,}{how}"
     return sizes

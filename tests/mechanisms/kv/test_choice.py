@@ -1,0 +1,136 @@
+"""Which chunks come back, and which settings mean nothing to a memory of keys and values."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import mplus
+from mplus.config import AdapterConfig
+from mplus.errors import ConfigError, MemorySizeWarning
+from mplus.mechanisms.kv.search import bm25, choose
+from mplus.mechanisms.kv.state import KvState
+from tests.mechanisms.kv.memories import logits, text, wrapped
+from tests.memory import tiny
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+
+def state_with(*chunks: list[int]) -> KvState:
+    state = KvState.empty()
+    for chunk in chunks:
+        state = state.with_chunk(torch.tensor(chunk), 0)
+    return state
+
+
+def by_hand(chunks: list[list[int]], query: set[int], k1: float, b: float) -> list[float]:
+    mean = sum(map(len, chunks)) / len(chunks)
+    scores = []
+    for chunk in chunks:
+        score = 0.0
+        for word in query:
+            among = sum(word in other for other in chunks)
+            rarity = math.log(1 + (len(chunks) - among + 0.5) / (among + 0.5))
+            count = chunk.count(word)
+            score += rarity * count * (k1 + 1) / (count + k1 * (1 - b + b * len(chunk) / mean))
+        scores.append(score)
+    return scores
+
+
+@pytest.mark.parametrize(("k1", "b"), [(1.5, 0.75), (0.5, 0.0), (3.0, 1.0)])
+def test_scores_are_those_of_bm25(k1: float, b: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    chunks = [torch.randint(0, 12, (n,), generator=generator).tolist() for n in (3, 9, 1, 7, 7)]
+    for query in ([4, 4, 7, 40], [40], list(range(12)), [0]):
+        found = bm25(state_with(*chunks), torch.tensor(query), k1, b)
+        assert found.tolist() == pytest.approx(by_hand(chunks, set(query), k1, b))
+
+
+@pytest.mark.parametrize(
+    ("most", "scores", "wanted"),
+    [
+        (7, [1.0, 3.0, 2.0], [1, 2]),
+        (5, [1.0, 3.0, 2.0], [1]),  # the next one does not fit, nor the one after
+        (6, [1.0, 3.0, 0.5], [1]),
+        (9, [1.0, 3.0, 0.5], [1, 0]),
+        (99, [0.0, 0.0, 0.0], [2, 1, 0]),  # among equals the newer first
+    ],
+)
+def test_whole_chunks_are_taken_while_they_fit(most: int, scores: list[float], wanted: list[int]) -> None:
+    state = state_with([1] * 4, [2] * 5, [3] * 2)
+    chosen = choose(state, torch.tensor(scores), most)
+    assert chosen.tolist() == wanted
+    assert int(state.chunk_length[chosen].sum()) <= most
+
+
+def test_places_are_those_of_the_chunks_in_that_order() -> None:
+    state = state_with([1] * 4, [2] * 5, [3] * 2)
+    assert state.places(torch.tensor([2, 0])).tolist() == [9, 10, 0, 1, 2, 3]
+    assert state.places(torch.tensor([], dtype=torch.int64)).tolist() == []
+
+
+def test_the_best_chunk_stands_next_to_the_text_if_asked_for() -> None:
+    model = wrapped(order="score")
+    memory = model.new_memory()
+    for turn in range(3):
+        memory.write(text(8, turn), f"s{turn}")
+    asked = memory.states[0].token_ids[:8].long()
+    assert model.mplus_engine.mechanism._retrieved(memory.snapshot()[0], asked)[-8:].tolist() == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"short_term_tokens": 9}, "short_term_tokens means nothing to the mechanism 'kv' .* got 9: leave it out"),
+        ({"memory_tokens_per_chunk": 3}, "memory_tokens_per_chunk means nothing to the mechanism 'kv' .*got 3"),
+        ({"drop_per_layer": False}, "drop_per_layer means nothing"),
+        ({"memory_positions": "constant"}, "memory_positions means nothing"),
+        ({"memory_positions": "compressed", "position_span": 4}, "memory_positions means nothing"),
+        ({"retriever": "random"}, "retriever means nothing"),
+        ({"variant": "published"}, "variant means nothing"),
+        ({"memory_rows": "hidden"}, "memory_rows must be one of 'projected' or 'auto'"),
+        ({"retrieved_tokens": 4}, r"retrieved_tokens must be at least chunk_tokens \(8\)"),
+        ({"long_term_tokens": 0}, r"long_term_tokens must be at least chunk_tokens \(8\)"),
+        ({"begin": [1.5]}, "begin must be a list of token ids"),
+        ({"begin": "no"}, "begin must be a list of token ids"),
+        ({"b": 2}, "b must be a number from 0 to 1"),
+        ({"behind": -1}, "behind must be a whole number of at least 0"),
+    ],
+)
+def test_what_means_nothing_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        wrapped(**change)
+
+
+def test_sizes_left_open_are_its_own() -> None:
+    model = mplus.wrap(tiny.BY_NAME["llama"].build(0), {"mechanism": "kv"})
+    config = model.mplus_config
+    assert (config.chunk_tokens, config.retrieved_tokens, config.min_chunk_tokens) == (64, 128, 16)
+    assert (config.memory_tokens_per_chunk, config.short_term_tokens, config.adapters) == (64, None, None)
+    assert "short_term" not in model.mplus_summary()
+    with pytest.warns(MemorySizeWarning, match=r"retrieved_tokens \(200\) rows .* 256 positions"):
+        mplus.wrap(tiny.BY_NAME["llama"].build(0), {"mechanism": "kv", "retrieved_tokens": 200})
+
+
+def test_adapters_that_are_asked_for_are_added() -> None:
+    assert wrapped(adapters=AdapterConfig()).mplus_config.adapters == AdapterConfig()
+    assert not [name for name, _ in wrapped().named_parameters() if ".lora_" in name]
+
+
+def test_a_wrapped_decoder_is_saved_and_loaded_with_it(tmp_path: Path) -> None:
+    model = wrapped(behind=2, begin=[3, 4])
+    memory = model.new_memory()
+    memory.write(text(20), "a")
+    before: Tensor = logits(model, text(7, 9)[None], memory)
+    memory.save(tmp_path / "memory")
+    model.save_pretrained(tmp_path / "model")
+    again = mplus.from_pretrained(tmp_path / "model")
+    assert again.mplus_config == model.mplus_config
+    found = logits(again, text(7, 9)[None], mplus.Memory.load(tmp_path / "memory", again))
+    assert float((found - before).abs().max()) <= tiny.rounding()
