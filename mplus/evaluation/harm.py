@@ -134,7 +134,7 @@ def _pieces(ids: Sequence[int], options: HarmOptions) -> Tensor:
 def _filled(model: Any, ids: Sequence[int], options: HarmOptions, progress: bool | None) -> Memory:
     """A memory of as much unrelated text as is wanted."""
     config = model.mplus_config
-    rows = config.short_term_tokens + (config.long_term_tokens or 0)
+    rows = (config.short_term_tokens or 0) + (config.long_term_tokens or 0)
     enough = -(-rows // config.memory_tokens_per_chunk) * config.chunk_tokens
     if config.long_term_tokens is None:
         enough = len(ids)

@@ -161,6 +161,10 @@ class MemoryMechanism(ABC):
         """Return the most bytes that one layer of a stream takes besides its store: what a budget sets aside."""
         return 0
 
+    def bytes_beside(self, rows: int) -> int:
+        """Return the most bytes of a stream's state that come with ``rows`` long-term rows a layer: a table, say."""
+        return 0
+
     @property
     def key_size(self) -> int:
         """Width of retriever keys; 0 where none are kept."""

@@ -52,6 +52,7 @@ class Budget:
         least = fixed
         if mechanism.long_term:
             least += layout.layers * store.bytes_for(config.memory_tokens_per_chunk)
+            least += mechanism.bytes_beside(config.memory_tokens_per_chunk)
         if budget < streams * least:
             raise ConfigError(
                 f"bytes_budget must be at least {streams * least:,} bytes for {streams} "
@@ -59,7 +60,7 @@ class Budget:
                 f"long-term row in all layers, {config.memory_tokens_per_chunk} rows a chunk, and room between rows), "
                 f"got {wanted!r}: give more, or lower short_term_tokens"
             )
-        capacity = _rows_within((budget // streams - fixed) // layout.layers, store) if mechanism.long_term else 0
+        capacity = _rows_within(budget // streams - fixed, store, mechanism) if mechanism.long_term else 0
         return Budget(capacity, budget)
 
     def text_tokens(self, config: MPlusConfig) -> int | None:
@@ -69,12 +70,16 @@ class Budget:
         return self.capacity * config.chunk_tokens // config.memory_tokens_per_chunk
 
 
-def _rows_within(room: int, store: MemoryStore) -> int:
-    """Return the largest number of rows for which a layer of ``store`` takes no more than ``room`` bytes."""
-    fits, too_many = 0, room // store.bytes_per_row + 1
+def _rows_within(room: int, store: MemoryStore, mechanism: Any) -> int:
+    """Return the largest number of long-term rows a layer for which a stream takes no more than ``room`` bytes."""
+
+    def taken(rows: int) -> int:
+        return store.layout.layers * store.bytes_for(rows) + int(mechanism.bytes_beside(rows))
+
+    fits, too_many = 0, room // (store.layout.layers * store.bytes_per_row) + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        fits, too_many = (middle, too_many) if store.bytes_for(middle) <= room else (fits, middle)
+        fits, too_many = (middle, too_many) if taken(middle) <= room else (fits, middle)
     return fits
 
 

@@ -324,6 +324,8 @@ class GeneratedAnswers(Execution[Moment, Way]):
         config = self.model.mplus_config
         best = next((arm.cells[0].accuracy for arm in arms if arm.name == "memoryllm" and arm.cells), 1.0)
         guess = borderline if borderline is not None else self.task.chance or 0.0
+        if config.short_term_tokens is None:  # nothing is dropped at random, so no law of it
+            return ()
         sizes = config.memory_tokens_per_chunk, config.short_term_tokens
         return curves(self.ages, *sizes, chance=guess, ceiling=max(best, guess))
 

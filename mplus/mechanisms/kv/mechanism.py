@@ -129,6 +129,10 @@ class KvMechanism(MemoryMechanism):
     def long_term(self) -> bool:
         return True
 
+    def bytes_beside(self, rows: int) -> int:
+        """Return the bytes of the chunk table: 4 for every token, and 24 for every chunk."""
+        return 4 * rows + 24 * -(-rows // self.config.min_chunk_tokens)
+
     def new_state(self, layout: StoreLayout, columns: Columns | None = None) -> KvState:
         if layout.expiry:
             raise ConfigError(

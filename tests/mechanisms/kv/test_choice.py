@@ -130,7 +130,7 @@ def test_a_wrapped_decoder_is_saved_and_loaded_with_it(tmp_path: Path) -> None:
     before: Tensor = logits(model, text(7, 9)[None], memory)
     memory.save(tmp_path / "memory")
     model.save_pretrained(tmp_path / "model")
-    again = mplus.from_pretrained(tmp_path / "model")
+    again = mplus.from_pretrained(tmp_path / "model", base=tiny.BY_NAME["llama"].build(0))
     assert again.mplus_config == model.mplus_config
     found = logits(again, text(7, 9)[None], mplus.Memory.load(tmp_path / "memory", again))
     assert float((found - before).abs().max()) <= tiny.rounding()

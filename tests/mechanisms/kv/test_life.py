@@ -9,6 +9,7 @@ import torch
 
 import mplus
 from mplus.errors import ConfigError, InputError, MemoryMismatchError, NotSupported
+from mplus.memory.budget import rows_bytes
 from mplus.memory.format.offline import forget_saved, saved_sources
 from mplus.memory.format.repair import repair
 from mplus.memory.format.verify import verify
@@ -161,6 +162,18 @@ def test_any_policy_lets_chunks_leave_whole(policy: str) -> None:
         assert [store.column(layer, "birth").tolist() for layer in range(3)] == [births] * 3
         assert state.tokens <= CAPACITY
     assert state.clock > CAPACITY
+
+
+def test_a_budget_holds_rows_and_table(model: Any) -> None:
+    budget = 24_000
+    memory = model.new_memory(2, seed=1, bytes_budget=budget)
+    most = 0
+    for turn in range(24):
+        memory.write([text(1 + turn % 8, turn), text(8, turn)], f"s{turn}")
+        most = max(most, rows_bytes(memory.states, memory.stores))
+    assert 0.6 * budget <= most <= budget  # a chunk leaves whole, a third of what fits here
+    with pytest.raises(ConfigError, match="bytes_budget must be at least"):
+        model.new_memory(bytes_budget=2_000)
 
 
 def test_a_lifetime_is_refused(model: Any) -> None:
