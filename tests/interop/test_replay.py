@@ -150,7 +150,7 @@ def unsorted_drop(monkeypatch):
     own = torch.Tensor.sort
 
     def sort(self, *args, **kwargs):
-        drawn = self.dtype == torch.int64 and self.dim() == 1 and not args and not kwargs
+        drawn = self.dtype == torch.int64 and self.dim() == 1 and args in ((), (-1,)) and kwargs in ({}, {"dim": -1})
         return type("Sorted", (), {"values": self}) if drawn else own(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "sort", sort)
