@@ -110,7 +110,7 @@ def _stream(
     if all(len(found) == len(stream.rows[tier]) for tier, found in rows.items()):
         yield from _fault(
             check,
-            partial(state_class(stream.mechanism).from_parts, layout),
+            partial(state_class(stream.mechanism).from_parts, layout, clock=stream.clock),
             rows,
             tensors,
             where=f"{file.path}: {mark}*",
