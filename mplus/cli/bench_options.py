@@ -54,7 +54,7 @@ class Bench:
 
     @property
     def how(self) -> tuple[Preset, torch.device, list[int], int]:
-        """What ``measure`` functions take first."""
+        """Return what ``measure`` functions take first."""
         return self.preset, self.device, self.threads, self.repeats
 
 
@@ -134,7 +134,7 @@ def _prepared(
 
 
 def positive(text: str | None, option: str) -> list[int] | None:
-    """``1,2``; None where nothing was given. Raises ConfigError, which names ``option``."""
+    """Parse ``1,2``; None where nothing was given. Raises ConfigError, which names ``option``."""
     from mplus.cli.eval.options import numbers
     from mplus.errors import ConfigError
 

@@ -68,7 +68,7 @@ def import_checkpoint(
 
 
 def found(checkpoint: PublishedCheckpoint) -> dict[str, str]:
-    """What a checkpoint holds, for people."""
+    """Describe what a checkpoint holds, for people."""
     config, adapters = checkpoint.config, checkpoint.config.adapters
     facts = {
         "kind": "M+" if config.kind == "mplus" else "MemoryLLM",

@@ -59,7 +59,7 @@ def info(
 
 
 def gather() -> dict[str, Any]:
-    """All of it as plain data."""
+    """Return all of it as plain data."""
     from mplus.cli.plugins import registries
 
     found = devices()
@@ -76,7 +76,7 @@ def gather() -> dict[str, Any]:
 
 
 def described(model: Path) -> list[str]:
-    """The lines of a saved decoder's ``mplus_summary``."""
+    """Return the lines of a saved decoder's ``mplus_summary``."""
     from mplus.hf.pretrained.load import from_pretrained, without_bars
 
     with without_bars():
@@ -85,7 +85,7 @@ def described(model: Path) -> list[str]:
 
 
 def devices() -> list[dict[str, str]]:
-    """The CPU and every accelerator torch sees, as torch calls them, described."""
+    """Return the CPU and every accelerator torch sees, as torch calls them, described."""
     import torch
 
     found = [{"name": "cpu", "description": f"{platform.machine()}, {torch.get_num_threads()} threads"}]
@@ -101,7 +101,7 @@ def devices() -> list[dict[str, str]]:
 
 
 def backends_on(device: str) -> list[dict[str, Any]]:
-    """For every backend whether it runs on a device, in the dtype models are usually run in there, and if not why."""
+    """Return for every backend whether it runs on a device, in the dtype models usually have there, and if not why."""
     import torch
 
     from mplus.backends import BACKENDS
@@ -123,7 +123,7 @@ def backends_on(device: str) -> list[dict[str, Any]]:
 
 
 def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot run a small causal request with memory; None: it did."""
+    """Return why a backend cannot run a small causal request with memory; None: it did."""
     import torch
 
     from mplus.backends import BACKENDS

@@ -98,7 +98,7 @@ def _stream_facts(stream: StreamEntry, sources: SourceTable) -> dict[str, object
 
 
 def _facts(manifest: Manifest) -> dict[str, object]:
-    """Everything but the list of tensors."""
+    """Return everything but the list of tensors."""
     from mplus.memory.format.structure import unstructured
 
     plain = unstructured(manifest)
@@ -107,7 +107,7 @@ def _facts(manifest: Manifest) -> dict[str, object]:
 
 
 def _live_facts(held: DirectoryInfo) -> dict[str, object]:
-    """The manifest, with the streams as they are now, and what it does not say."""
+    """Return the manifest, with the streams as they are now, and what it does not say."""
     from mplus.memory.format.structure import unstructured
 
     plain = unstructured(held.manifest)
@@ -116,7 +116,7 @@ def _live_facts(held: DirectoryInfo) -> dict[str, object]:
 
 
 def _live_decoder(held: DirectoryInfo) -> Table:
-    """As ``_decoder``, of a memory in a directory."""
+    """Return what ``_decoder`` returns, of a memory in a directory."""
     manifest = held.manifest
     table = _heading(manifest, f"{size(held.disk_bytes)} in {len(manifest.files)} files")
     table.add_row("journal", f"{held.records:,} records since the last checkpoint, {size(held.journal_bytes)}")
@@ -127,7 +127,7 @@ def _live_decoder(held: DirectoryInfo) -> Table:
 
 
 def _decoder(manifest: Manifest) -> Table:
-    """What the memory is made of, and what its decoder must be."""
+    """Return what the memory is made of, and what its decoder must be."""
     table = _heading(manifest, f"{size(manifest.data.bytes)} in {manifest.data.file}")
     if manifest.capacity is not None:
         budget = "" if manifest.bytes_budget is None else f" (budget {size(manifest.bytes_budget)})"

@@ -42,7 +42,7 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="Print the list
 
 
 def registries() -> list[Registry[Any]]:
-    """Every registry of mplus."""
+    """Return every registry of mplus."""
     from mplus.backends import BACKENDS
     from mplus.eviction import EVICTION
     from mplus.mechanisms import MECHANISMS
@@ -55,7 +55,7 @@ def registries() -> list[Registry[Any]]:
 
 
 def implementations() -> list[dict[str, Any]]:
-    """Kind, name, origin and error (None: none) of every implementation."""
+    """Return kind, name, origin and error (None: none) of every implementation."""
     _import_torch()
     return [
         {"kind": registry.kind, "name": entry.name, "origin": entry.origin, "error": entry.error}

@@ -56,7 +56,7 @@ def replay(
 
 
 def _table(report: CaseReport, tolerance: float) -> Table:
-    """Everything that was compared in one case; what is off, with the place of its largest or first difference."""
+    """Tabulate what was compared in one case; what is off, with the place of its largest or first difference."""
     from rich.table import Table
 
     from mplus.interop.comparison import EQUAL, MEASURED

@@ -77,7 +77,7 @@ def train(
 
 
 def _folder(recipe: str | None, settings: list[str] | None) -> Path:
-    """``runs/NAME``."""
+    """Return ``runs/NAME``."""
     from mplus.training.recipe.files import find_recipe
 
     if recipe is None:
@@ -87,7 +87,7 @@ def _folder(recipe: str | None, settings: list[str] | None) -> Path:
 
 
 def parse(settings: list[str]) -> dict[str, Any]:
-    """``["a.b=1"]`` -> ``{"a.b": 1}``. Raises ConfigError for what has no path or no value."""
+    """Parse ``["a.b=1"]`` to ``{"a.b": 1}``. Raises ConfigError for what has no path or no value."""
     found: dict[str, Any] = {}
     for setting in settings:
         path, sign, value = setting.partition("=")

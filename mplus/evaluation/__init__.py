@@ -1,1 +1,1 @@
-"""Measuring a memory: retention over age, harm to the decoder, retriever health, abstention; one report for all."""
+"""Evaluation of a memory: retention over age, retriever health, abstention, harm to the decoder, value of context."""

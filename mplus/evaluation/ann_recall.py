@@ -1,4 +1,4 @@
-"""What a shortcut costs and saves: retrievers against the exact best rows, on the same queries, in turns."""
+"""Recall and time of approximate retrieval, against the exact best rows of the same queries."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Shortcuts:
                 sums.best += len(exact.ids)
 
     def _exact(self, layer: int, hidden: Tensor, mask: Tensor, view: StoreView) -> Selection | None:
-        """The best rows by the score of the decoder's own retriever; None where it has none."""
+        """Return the best rows by the score of the decoder's own retriever; None where it has none."""
         keys = view.keys(layer)
         try:
             every = hidden.new_empty(view.count(layer), 0) if keys is None else keys.to(hidden.device)
@@ -87,7 +87,7 @@ class Shortcuts:
         return top_k(scores.to(view.ids(layer).device), view.ids(layer), self.k)
 
     def plain(self) -> dict[str, dict[str, Any]]:
-        """For each retriever: share of the exact best rows that it finds, and the time of a selection.
+        """Return for each retriever the share of the exact best rows that it finds, and the time of a selection.
 
         The time is the median over texts, in milliseconds, of one text; None for a retriever that has no keys kept with
         these rows and makes them anew. ``index_by_layer`` has {} where every row was looked at.

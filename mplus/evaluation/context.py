@@ -1,4 +1,4 @@
-"""What lost context is worth to a language model, and how much of it a memory wins back."""
+"""The value of lost context to a language model, and how much of it a memory wins back."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ class ContextValue:
     context_tokens: int
 
     def loss(self, way: str) -> float:
-        """Mean over documents."""
+        """Return the mean over documents."""
         return float(self.losses[way].mean())
 
     def difference(self, first: str, second: str) -> tuple[float, float]:
-        """Mean of ``first - second`` over documents, and half its 95 % interval (paired, normal)."""
+        """Return the mean of ``first - second`` over documents, and half its 95 % interval (paired, normal)."""
         pairs = self.losses[first] - self.losses[second]
         half = 1.96 * float(pairs.std()) / math.sqrt(len(pairs)) if len(pairs) > 1 else float("inf")
         return float(pairs.mean()), half
 
     @property
     def won_back(self) -> float:
-        """Share of the headroom (window - full) that the memory wins; NaN where context is worth nothing."""
+        """Return the share of the headroom (window - full) that the memory wins; NaN where context is worth nothing."""
         headroom = self.difference("window", "full")[0]
         return self.difference("window", "memory")[0] / headroom if headroom > 0 else float("nan")
 
     @property
     def harm_percent(self) -> float:
-        """Change of perplexity by an unrelated full memory against the decoder alone, in percent."""
+        """Return the change of perplexity by an unrelated full memory against the decoder alone, in percent."""
         return 100 * (math.exp(self.difference("unrelated", "window")[0]) - 1)
 
     def plain(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return this as plain data."""
         headroom, memory, harm = (
             self.difference(*pair) for pair in (("window", "full"), ("window", "memory"), ("unrelated", "window"))
         )
@@ -151,11 +151,11 @@ def _batch(
         related.write(other, everything)
         unrelated.write(other, everything)
     retriever = engine.mechanism.additions.retriever
-    picker = None if retriever is None else ScoreSelector(retriever)
+    selector = None if retriever is None else ScoreSelector(retriever)
 
     def with_memory(held: BatchedStreams) -> Tensor:
         queries = (torch.arange(text.shape[1]) < known).expand(batch, 1, -1)
-        return _losses(decoder.read(held, text[:, None], queries=queries, selector=picker).logits[:, 0], text, known)
+        return _losses(decoder.read(held, text[:, None], queries=queries, selector=selector).logits[:, 0], text, known)
 
     return {
         "window": _losses(decoder.plain(text), text, known),
@@ -167,6 +167,6 @@ def _batch(
 
 
 def _losses(logits: Tensor, text: Tensor, known: int) -> Tensor:
-    """``[D]`` mean loss of the tokens after the first ``known``."""
+    """Return ``[D]`` mean loss of the tokens after the first ``known``."""
     flat = cross_entropy(logits[:, :-1].flatten(0, 1).double(), text[:, 1:].flatten(), reduction="none")
     return flat.view(len(text), -1)[:, known - 1 :].mean(1)

@@ -38,13 +38,13 @@ class Generation:
 
     @classmethod
     def of(cls, tokenizer: Any, **settings: Any) -> Generation:
-        """With the ids of ``tokenizer``, but for what ``settings`` say."""
+        """Make settings with the ids of ``tokenizer``, but for what ``settings`` say."""
         eos = getattr(tokenizer, "eos_token_id", None)
         known = {"eos": () if eos is None else (eos,), "bos": getattr(tokenizer, "bos_token_id", None)}
         return cls(**{**known, **settings})
 
     def prompt(self, ids: Sequence[int], memory: bool) -> list[int]:
-        """``ids`` with the begin-of-sequence id where that belongs."""
+        """Return ``ids`` with the begin-of-sequence id where that belongs."""
         bos = self.bos if self.bos_with_memory or not memory else None
         return [*ids] if bos is None else [bos, *ids]
 
@@ -74,7 +74,7 @@ class Generated:
 def answers(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], generation: Generation, memory: Memory | None = None
 ) -> list[Generated]:
-    """One answer per prompt.
+    """Generate one answer per prompt.
 
     Args:
         model: a decoder; with ``memory`` a wrapped one.
@@ -145,6 +145,6 @@ def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the tensors in a key/value cache; 0 where it is not made of layers."""
+    """Return the bytes of the tensors in a key/value cache; 0 where it is not made of layers."""
     layers = getattr(cache, "layers", None) or []
     return sum(value.nbytes for layer in layers for value in vars(layer).values() if isinstance(value, Tensor))

@@ -122,7 +122,7 @@ def harm(
 
 
 def _pieces(ids: Sequence[int], options: HarmOptions) -> Tensor:
-    """``[n, text_tokens]``."""
+    """Cut held-out text into pieces ``[n, text_tokens]``."""
     count = min(len(ids) // options.text_tokens, options.pieces)
     if count < 1:
         raise InputError(
@@ -132,7 +132,7 @@ def _pieces(ids: Sequence[int], options: HarmOptions) -> Tensor:
 
 
 def _filled(model: Any, ids: Sequence[int], options: HarmOptions, progress: bool | None) -> Memory:
-    """A memory of as much unrelated text as is wanted."""
+    """Write as much unrelated text as is wanted into a new memory."""
     config = model.mplus_config
     rows = (config.short_term_tokens or 0) + (config.long_term_tokens or 0)
     enough = -(-rows // config.memory_tokens_per_chunk) * config.chunk_tokens
@@ -145,7 +145,7 @@ def _filled(model: Any, ids: Sequence[int], options: HarmOptions, progress: bool
 
 
 def _losses(model: Any, pieces: Tensor, options: HarmOptions, memory: Memory | None) -> Tensor:
-    """``[n]`` float64: mean loss of each piece's tokens from ``known_tokens`` on."""
+    """Return ``[n]`` float64: mean loss of each piece's tokens from ``known_tokens`` on."""
     begin = options.bos is not None and (memory is None or options.bos_with_memory)
     device = model.get_input_embeddings().weight.device
     text = pieces.to(device)
@@ -159,7 +159,7 @@ def _losses(model: Any, pieces: Tensor, options: HarmOptions, memory: Memory | N
 
 
 def _change(one: Tensor, none: Tensor) -> dict[str, Any]:
-    """Change of perplexity in percent, and its 95 % interval over pieces."""
+    """Return the change of perplexity in percent, and its 95 % interval over pieces."""
     pairs = one - none
     mean = float(pairs.mean())
     half = 1.96 * float(pairs.std()) / math.sqrt(len(pairs)) if len(pairs) > 1 else None

@@ -82,7 +82,7 @@ class MemoryLM(HFLM):  # type: ignore[misc]
             raise NotSupported(f"a memory is read by causal decoders only, got backend={self.backend!r}")
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """As in ``HFLM``; see ``rolling_retrieve_every``."""
+        """Score texts without a context, as in ``HFLM``; see ``rolling_retrieve_every``."""
         self._every = self.rolling_retrieve_every
         try:
             found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
@@ -93,7 +93,7 @@ class MemoryLM(HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, override_bs: Any = None
     ) -> list[tuple[float, bool]]:
-        """As in ``HFLM``, whose cache of logits knows no contexts: equal texts with unequal contexts are two rows."""
+        """Score as ``HFLM``, whose cache of logits knows no contexts: equal texts of unequal contexts are two rows."""
         asking: dict[Row, list[int]] = {}
         for place, (_, context, continuation) in enumerate(requests):
             asking.setdefault(self._row(context, continuation), []).append(place)
@@ -111,7 +111,7 @@ class MemoryLM(HFLM):  # type: ignore[misc]
         return [answers[place] for place in range(len(requests))]
 
     def _row(self, context: list[int], continuation: list[int]) -> Row:
-        """The text to read, cut on the left to the positions of the decoder."""
+        """Return the text to read, cut on the left to the positions of the decoder."""
         if not context or not 0 < len(continuation) <= self.max_length:
             raise InputError(
                 f"a request must have a context and a continuation of at most {self.max_length} tokens, got "
@@ -126,7 +126,7 @@ class MemoryLM(HFLM):  # type: ignore[misc]
         return Row(len(text) - len(continuation), tuple(text[:-1]))
 
     def _batches(self, rows: list[Row], requests: Sequence[Any], override_bs: Any) -> Iterator[list[Row]]:
-        """Longest first; where continuations retrieve, of equal context, so that they do so together."""
+        """Yield batches, longest first; where continuations retrieve, of equal context, so that they do so together."""
         together = self._every is not None
         rows.sort(key=lambda row: (row.context if together else 0, len(row.ids)), reverse=True)
         size = self.batch_size
@@ -139,7 +139,7 @@ class MemoryLM(HFLM):  # type: ignore[misc]
             yield batch
 
     def _scores(self, batch: Sequence[Row]) -> list[Tensor]:
-        """Of every row, log-probabilities ``[n, V]`` of each token of its continuation."""
+        """Return for every row log-probabilities ``[n, V]`` of each token of its continuation."""
         ids = torch.zeros(len(batch), max(len(row.ids) for row in batch), dtype=torch.int64, device=self.device)
         for place, row in enumerate(batch):
             ids[place, : len(row.ids)] = torch.tensor(row.ids)
@@ -151,12 +151,12 @@ class MemoryLM(HFLM):  # type: ignore[misc]
         return [scores[place, row.context - 1 : len(row.ids)] for place, row in enumerate(batch)]
 
     def _model_generate(self, *args: Any, **options: Any) -> Any:
-        """As in ``HFLM``."""
+        """Generate as in ``HFLM``."""
         with self._reading():
             return super()._model_generate(*args, **options)
 
     def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
-        """As in ``HFLM``, with the room that memory takes."""
+        """Find the batch size as in ``HFLM``, with the room that memory takes."""
         with self._reading():
             size: int = super()._detect_batch_size(requests, pos)
         return size
@@ -169,7 +169,7 @@ class MemoryLM(HFLM):  # type: ignore[misc]
 
 
 def _answer(scores: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
-    """Log-likelihood of a continuation, and whether greedy decoding gives it."""
+    """Return the log-likelihood of a continuation, and whether greedy decoding gives it."""
     expected = torch.tensor(continuation, device=scores.device)
     chosen = scores.gather(-1, expected[:, None])
     return float(chosen.sum()), bool((scores.argmax(-1) == expected).all())

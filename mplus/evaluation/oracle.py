@@ -51,7 +51,7 @@ class OracleMechanism(MPlusMechanism):
 
 
 def written_from(view: StreamView, store: StoreView, layer: int, names: Collection[str]) -> Tensor:
-    """``[m]`` float32: 1 at the long-term rows of ``layer`` that were written from one of the sources ``names``."""
+    """Return ``[m]`` float32: 1 at the long-term rows of a layer that were written from sources ``names``."""
     numbers = [number for number, source in view.state.sources.items() if source.name in names]
     column = store.column(layer, "source")
     if column is None:

@@ -19,7 +19,7 @@ from mplus.stores.base import Column, Content, StoreView
 
 
 def retriever_for(model: Any, name: str, **options: Any) -> Retriever:
-    """A new retriever for a wrapped decoder, to read rows that were written without it.
+    """Make a retriever for a wrapped decoder, to read rows that were written without it.
 
     Raises:
         UnknownNameError, MissingDependencyError, PluginError: see ``Registry.get``.
@@ -37,7 +37,7 @@ def retriever_for(model: Any, name: str, **options: Any) -> Retriever:
 
 
 def with_own_parameters(model: Any, name: str, **options: Any) -> Retriever:
-    """A new retriever for a wrapped decoder, with the parameters of the decoder's own where it can take them.
+    """Make a retriever for a wrapped decoder, with the parameters of the decoder's own where it can take them.
 
     Then it reads the keys that rows were written with: "centroid" or "faiss_ivf" where the decoder has "linear".
     Options that both have are those of the decoder's own unless given. Otherwise as ``retriever_for``.
@@ -63,7 +63,7 @@ def with_own_parameters(model: Any, name: str, **options: Any) -> Retriever:
 
 
 def usable(model: Any) -> dict[str, Retriever]:
-    """One of every registered retriever that can read this decoder's memories, its own name left out.
+    """Make one of every registered retriever that can read this decoder's memories, its own name left out.
 
     Left out too: what needs a package that is not installed, what is broken, what this decoder does not give enough
     for, and what would have to be trained first.
@@ -94,7 +94,7 @@ class Recency(Retriever):
     def select(
         self, layer: int, queries: Tensor, query_mask: Tensor, stores: Sequence[StoreView], k: int
     ) -> list[Selection]:
-        """The ``min(k, count)`` newest rows of ``layer``; the scores are their births."""
+        """Return the ``min(k, count)`` newest rows of ``layer``; the scores are their births."""
         check_selection(queries, query_mask, stores, k)
         found = []
         for store in stores:
@@ -123,21 +123,21 @@ class Rekeyed(Retriever):
 
     @property
     def query_size(self) -> int:
-        """As ``inner``."""
+        """Return what ``inner`` returns."""
         return self.inner.query_size
 
     def project_queries(self, layer: int, hidden: Tensor) -> Tensor:
-        """As ``inner``."""
+        """Return what ``inner`` returns."""
         return self.inner.project_queries(layer, hidden)
 
     def project_keys(self, layer: int, hidden: Tensor) -> Tensor | None:
-        """As ``inner``."""
+        """Return what ``inner`` returns."""
         return self.inner.project_keys(layer, hidden)
 
     def select(
         self, layer: int, queries: Tensor, query_mask: Tensor, stores: Sequence[StoreView], k: int
     ) -> list[Selection]:
-        """As ``inner``; a store given for several rows is given on as one, so that it is read once."""
+        """Select as ``inner``; a store given for several rows is given on as one, so that it is read once."""
         views: dict[int, StoreView] = {}
         for store in stores:
             views.setdefault(id(store), _Keyed(store, self._keys))
@@ -158,7 +158,7 @@ class _Keyed(StoreView):
 
     @property
     def layout(self):  # type: ignore[no-untyped-def, override]
-        """Layout of the store."""
+        """Return the layout of the store."""
         return self.store.layout
 
     def ids(self, layer: int) -> Tensor:

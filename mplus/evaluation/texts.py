@@ -22,15 +22,15 @@ class Texts:
         self._known = lru_cache(maxsize=2**14)(self._tokenize)
 
     def ids(self, text: str) -> list[int]:
-        """The ids of a text."""
+        """Return the ids of a text."""
         return list(self._known(text))
 
     def count(self, text: str) -> int:
-        """Its number of tokens."""
+        """Return how many tokens a text has."""
         return len(self._known(text))
 
     def cut(self, text: str, limit: int) -> str:
-        """The longest beginning of whole words that has at most ``limit`` tokens."""
+        """Return the longest beginning of whole words that has at most ``limit`` tokens."""
         if self.count(text) <= limit:
             return text
         ends = [match.end() for match in _WORD.finditer(text)]
@@ -42,7 +42,7 @@ class Texts:
         return text[: ends[low - 1]].rstrip() if low else ""
 
     def join(self, texts: Iterable[str], limit: int) -> Iterator[str]:
-        """Passages of at most ``limit`` tokens, each as many of ``texts`` as it takes, the last of them cut."""
+        """Yield passages of at most ``limit`` tokens, each as many of ``texts`` as it takes, the last of them cut."""
         pieces: list[str] = []
         for text in texts:
             pieces.append(text)
@@ -56,7 +56,7 @@ class Texts:
 
 
 def read(path: Path) -> str:
-    """A UTF-8 file, unpacked where its name ends in ``.gz``. Raises InputError when it cannot be read."""
+    """Read a UTF-8 file, unpacked where its name ends in ``.gz``. Raises InputError when it cannot be read."""
     try:
         if path.suffix == ".gz":
             with gzip.open(path, "rt", encoding="utf-8") as opened:

@@ -100,7 +100,7 @@ def count_rows(layer: int, seen: Seen, row: int, names: Collection[str]) -> Rows
 
 @torch.no_grad()
 def scores(engine: Any, layer: int, seen: Seen, row: int, *, short_term: bool = True) -> Tensor:
-    """``[m]`` float32: what the decoder's retriever gives every long-term row, and every short-term one if asked.
+    """Return ``[m]`` float32, the retriever's score of every long-term row, and every short-term one if asked.
 
     Raises:
         NotSupported: it does not score rows by queries and keys.

@@ -39,7 +39,7 @@ class Language:
 
     @cached_property
     def vocabulary(self) -> tuple[str, ...]:
-        """All words; a word's id is its place. The same for every choice of sizes."""
+        """Return all words; a word's id is its place. The same for every choice of sizes."""
         values = [word for some in words.VALUES.values() for word in some]
         return (
             *(words.PAD, words.BEGIN, words.UNKNOWN, words.OF, words.STOP),
@@ -54,32 +54,32 @@ class Language:
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """Word -> id."""
+        """Return word -> id."""
         return {word: place for place, word in enumerate(self.vocabulary)}
 
     @property
     def names(self) -> int:
-        """Number of people."""
+        """Return the number of people."""
         return self.firsts * self.lasts
 
     @property
     def facts(self) -> int:
-        """Number of facts."""
+        """Return the number of facts."""
         return self.relations * self.names
 
     @property
     def value_tokens(self) -> int:
-        """Words of the longest value."""
+        """Return how many words the longest value has."""
         return 2 if self.relations == 5 else 1
 
     @property
     def sentence_tokens(self) -> int:
-        """Words of the longest sentence."""
+        """Return how many words the longest sentence has."""
         return 5 + self.value_tokens
 
     @cached_property
     def people(self) -> dict[bool, list[int]]:
-        """Numbers of the people who are held out of training (True), and of those who are not (False)."""
+        """Return the numbers of the people who are held out of training (True), and of those who are not (False)."""
         found: dict[bool, list[int]] = {True: [], False: []}
         for person in range(self.names):
             found[self.held_out(person)].append(person)
@@ -87,7 +87,7 @@ class Language:
 
     @property
     def relation_names(self) -> tuple[str, ...]:
-        """The relations."""
+        """Return the relations."""
         return (*words.VALUES, words.NUMBER)[: self.relations]
 
     def relation(self, fact: int) -> str:

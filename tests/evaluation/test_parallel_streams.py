@@ -15,7 +15,7 @@ from mplus.evaluation.abstention import abstention
 from mplus.evaluation.arms.base import MemoryArm
 from mplus.evaluation.arms.text import BM25, FullContext, NoMemory, Window
 from mplus.evaluation.execution import GeneratedAnswers, ParallelStreams
-from mplus.evaluation.execution.selection import OraclePicker, RandomPicker, RecencyPicker, SelectPicker
+from mplus.evaluation.execution.selection import OracleSelector, RandomSelector, RecencySelector, SelectSelector
 from mplus.evaluation.execution.stream_moment import (
     StreamWay,
     bytes_of_long_term,
@@ -160,7 +160,7 @@ def test_the_oracle_brings_back_what_there_is_of_a_fact():
     streams, asked = moment.memory, moment
     with torch.no_grad():
         read = TrainedDecoder(model()).read(
-            streams, asked.texts, queries=asked.queries, selector=OraclePicker(asked.about)
+            streams, asked.texts, queries=asked.queries, selector=OracleSelector(asked.about)
         )
     for layer, seen in read.layers.items():
         have = (streams.ltm[layer].source[:, None] == asked.about[:, :, None]).sum(2)
@@ -173,8 +173,8 @@ def test_recency_brings_back_the_newest_rows_and_random_differs_by_text():
     moment = last_moment()
     streams, asked = moment.memory, moment
     with torch.no_grad():
-        read = TrainedDecoder(model()).read(streams, asked.texts, selector=RecencyPicker())
-        drawn = TrainedDecoder(model()).read(streams, asked.texts, selector=RandomPicker())
+        read = TrainedDecoder(model()).read(streams, asked.texts, selector=RecencySelector())
+        drawn = TrainedDecoder(model()).read(streams, asked.texts, selector=RandomSelector())
     for layer, seen in read.layers.items():
         births = streams.ltm[layer].birth[:, None].expand(-1, 3, -1).gather(2, seen.selected)
         assert torch.equal(births[:, 0], streams.ltm[layer].birth.sort(1).values[:, -6:])
@@ -263,7 +263,7 @@ def test_a_retriever_selects_from_stores_that_follow_the_streams():
     retriever = model().mplus_engine.mechanism.additions.retriever
     layout = StoreLayout(layers=2, hidden_size=retriever.shape.hidden_size)
     rows = LongTermRows(2, layout, capacity=9)
-    picker = SelectPicker(retriever)
+    selector = SelectSelector(retriever)
     generator = torch.Generator().manual_seed(0)
     births = torch.stack([torch.randperm(40, generator=generator) for _ in range(2)])
     for turn in range(8):
@@ -274,7 +274,7 @@ def test_a_retriever_selects_from_stores_that_follow_the_streams():
         queries = torch.rand(2, 3, 4, generator=generator) < 0.7
         queries[..., 0] = True
         with torch.no_grad():
-            found, values = picker.select(1, text, queries, rows.hidden, rows, 4)
+            found, values = selector.select(1, text, queries, rows.hidden, rows, 4)
             expected, scores = ScoreSelector(retriever).select(1, text, queries, rows.hidden, rows, 4)
         torch.testing.assert_close(values, scores)
         for other, own, score in zip(*(each.flatten().tolist() for each in (found, expected, scores)), strict=True):

@@ -47,7 +47,7 @@ MODEL, MEMORY, IDS = "model", "memory", "story.json"
 
 
 def demo_config() -> mplus.MPlusConfig:
-    """Sizes for a decoder of 512 positions: a write takes 1 + 32 + 256 of them, a read 1 + 96 + 128 + text."""
+    """Return sizes for a decoder of 512 positions: a write takes 1 + 32 + 256, a read 1 + 96 + 128 + text."""
     return mplus.MPlusConfig(
         chunk_tokens=256,
         min_chunk_tokens=8,
@@ -98,7 +98,7 @@ def run(texts: Sequence[tuple[str, Tensor]], tokenizer: Any, *, seed: int, threa
 
 
 def tokenize(chapters: Sequence[Chapter], tokenizer: Any, limit: int | None = None) -> list[tuple[str, Tensor]]:
-    """Name and ids ``[n]`` int64 of each chapter; of all together only the first ``limit`` tokens."""
+    """Return name and ids ``[n]`` int64 of each chapter; of all together only the first ``limit`` tokens."""
     texts, left = [], sys.maxsize if limit is None else limit
     for chapter in chapters:
         ids = torch.tensor(tokenizer(chapter.text, add_special_tokens=False, verbose=False)["input_ids"][:left])
@@ -110,7 +110,7 @@ def tokenize(chapters: Sequence[Chapter], tokenizer: Any, limit: int | None = No
 
 
 def with_memory(decoder: Any, seed: int) -> Any:
-    """The decoder, wrapped in place; the retriever's weights are random and depend on ``seed`` alone."""
+    """Wrap the decoder in place; the retriever's weights are random and depend on ``seed`` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return mplus.wrap(decoder, demo_config())
@@ -156,14 +156,14 @@ def read_novel(base: Any, model: Any, memory: Memory, ids: Tensor) -> Timing:
 
 
 def timed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-    """Seconds that a call took."""
+    """Return the seconds that a call took."""
     started = time.perf_counter()
     function(*args, **kwargs)
     return time.perf_counter() - started
 
 
 def tell(base: Any, model: Any, memory: Memory, tokenizer: Any) -> tuple[Story, list[int], list[list[Any]]]:
-    """A story with memory and without; its ids, and per layer the rows retrieved for it."""
+    """Tell a story with memory and without; return it, its ids, and per layer the rows retrieved for it."""
     prompt = tokenizer(PROMPT, return_tensors="pt")
     inputs = {"input_ids": prompt["input_ids"], "attention_mask": prompt["attention_mask"]}
     greedy = {"do_sample": False, "max_new_tokens": STORY_TOKENS}
@@ -182,7 +182,7 @@ def tell(base: Any, model: Any, memory: Memory, tokenizer: Any) -> tuple[Story, 
 
 
 def retrieved_from(rows: Sequence[Any]) -> tuple[RetrievedFrom, ...]:
-    """Retrieved rows by source, the largest share first."""
+    """Return retrieved rows by source, the largest share first."""
     ages: dict[str | None, list[int]] = {}
     for row in rows:
         ages.setdefault(row.source, []).append(row.age)
@@ -194,7 +194,7 @@ def retrieved_from(rows: Sequence[Any]) -> tuple[RetrievedFrom, ...]:
 
 
 def layer_rows(memory: Memory, retrieved: Sequence[Sequence[Any]]) -> tuple[LayerRows, ...]:
-    """What each layer of the first stream holds, and the ages of what it retrieved."""
+    """Return what each layer of the first stream holds, and the ages of what it retrieved."""
     state, store = memory.states[0], memory.stores[0]
     held = {state.lists[name]: counts for name, counts in state.counts().items()}
     found = []
@@ -214,7 +214,7 @@ def layer_rows(memory: Memory, retrieved: Sequence[Sequence[Any]]) -> tuple[Laye
 
 
 def positions(model: Any) -> Positions:
-    """Positions that the longest write and the longest read of this demo take."""
+    """Return the positions that the longest write and the longest read of this demo take."""
     config = model.mplus_config
     return Positions(
         trained=model.config.max_position_embeddings,
@@ -267,7 +267,7 @@ def continue_story(model: Any, memory: Memory, story: Sequence[int]) -> Continua
 
 
 def _in_new_process(folder: Path, threads: int) -> Continuation:
-    """What ``continue_saved`` returns in a Python process of its own."""
+    """Return what ``continue_saved`` returns in a Python process of its own."""
     command = [sys.executable, "-m", "mplus.cli", "demo-continue", str(folder), "--threads", str(threads)]
     child = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own program
     if child.returncode:

@@ -48,7 +48,7 @@ class Asked:
 
     @property
     def right(self) -> bool:
-        """Whether memory gave the right answer; for an untold fact that is "unknown"."""
+        """Return whether memory gave the right answer; for an untold fact that is "unknown"."""
         return self.answer.words == (self.value or "unknown")
 
 
@@ -80,7 +80,7 @@ class RecallDemo:
     seconds: float = 0.0
 
     def plain(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return this as plain data."""
         plain = attrs.asdict(self, filter=lambda attribute, _: attribute.name not in {"curves", "asked"})
         asked = [{**attrs.asdict(one), "right": one.right} for one in self.asked]
         return {**plain, "asked": asked, "curves": self.curves.plain()}
@@ -118,7 +118,7 @@ def run(
 
 
 def trained(seed: int, quiet: bool) -> tuple[Any, Any, float]:
-    """A decoder trained by the shipped recipe, its tokenizer, and the seconds that took."""
+    """Train a decoder by the shipped recipe; return it, its tokenizer, and the seconds that took."""
     from mplus.training import train
 
     begun = time.perf_counter()
@@ -155,7 +155,7 @@ def told_and_asked(chat: Chat, facts: int, distraction: int, seed: int) -> list[
 
 
 def short_term_only(memory: Memory) -> Memory:
-    """The same memory without its long-term rows."""
+    """Return the same memory without its long-term rows."""
     twin = memory.fork()
     for store in twin.stores:
         for layer in range(store.layout.layers):
@@ -164,5 +164,5 @@ def short_term_only(memory: Memory) -> Memory:
 
 
 def right(asked: Sequence[Asked]) -> int:
-    """How many were answered right."""
+    """Return how many were answered right."""
     return sum(one.right for one in asked)

@@ -152,7 +152,7 @@ def _speeds(report: DemoReport) -> Table:
 
 
 def _retrieved(report: DemoReport, console: Console) -> None:
-    """Which rows each layer brought back for the story, and from which chapters."""
+    """Print which rows each layer brought back for the story, and from which chapters."""
     sources = report.story.sources
     if not sources:
         console.print("\nNothing was retrieved: all rows are still in short-term memory.")

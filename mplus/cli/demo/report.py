@@ -40,16 +40,16 @@ class Timing:
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed with memory."""
+        """Return the speed with memory."""
         return self.tokens / self.seconds
 
     @property
     def base_tokens_per_second(self) -> float:
-        """Speed without."""
+        """Return the speed without."""
         return self.tokens / self.base_seconds
 
     def plain(self) -> dict[str, float]:
-        """As plain data, speeds included."""
+        """Return this as plain data, speeds included."""
         speeds = {"tokens_per_second": self.tokens_per_second, "base_tokens_per_second": self.base_tokens_per_second}
         return {**attrs.asdict(self), **speeds}
 
@@ -111,7 +111,7 @@ class Saved:
 
     @property
     def identical(self) -> bool:
-        """Whether both processes told the same tokens and kept the same rows."""
+        """Return whether both processes told the same tokens and kept the same rows."""
         return self.here == self.in_new_process
 
 
@@ -147,7 +147,7 @@ class DemoReport:
     seconds: float
 
     def plain(self) -> dict[str, Any]:
-        """As plain data, with the facts that are computed from others."""
+        """Return this as plain data, with what is computed from other facts."""
         plain = attrs.asdict(self)
         plain["write"], plain["read"] = self.write.plain(), self.read.plain()
         plain["saved"]["identical"] = self.saved.identical

@@ -99,7 +99,7 @@ class EvalOptions:
 
     @property
     def name(self) -> str | None:
-        """What a report calls the model."""
+        """Return what a report calls the model."""
         return self.recipe if self.model is None else self.model.name
 
     def facts(
@@ -284,7 +284,7 @@ def make_protocol(
 
 
 def assignment(text: str) -> tuple[str, Any]:
-    """``name=value``: JSON where it is, else text. Raises ConfigError without an equals sign."""
+    """Parse ``name=value``: JSON where it is, else text. Raises ConfigError without an equals sign."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ConfigError(f"--set must be NAME=VALUE, got {text!r}")
@@ -295,7 +295,7 @@ def assignment(text: str) -> tuple[str, Any]:
 
 
 def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
-    """``0,1,2``. Raises ConfigError, which names ``option``."""
+    """Parse ``0,1,2``. Raises ConfigError, which names ``option``."""
     if text is None:
         return None
     try:

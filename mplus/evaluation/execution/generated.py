@@ -156,7 +156,7 @@ class GeneratedAnswers(Execution[Moment, Way]):
 
     @property
     def _own(self) -> str | None:
-        """The name of a mechanism that is an arm of its own; None for M+ and MemoryLLM, which several arms measure."""
+        """Return the name of a mechanism that is an arm of its own; None for M+ and MemoryLLM."""
         name = self.model.mplus_config.mechanism.name
         return None if name in BATCHED else str(name)
 

@@ -14,7 +14,7 @@ from mplus.stores.ram import RamStore
 
 
 @define(frozen=True, eq=False)
-class RandomPicker:
+class RandomSelector:
     """Any rows, whatever the text says; the floor."""
 
     generator: torch.Generator = field(factory=lambda: torch.Generator().manual_seed(0))
@@ -22,27 +22,27 @@ class RandomPicker:
     def select(
         self, layer: int, text: Tensor, queries: Tensor, rows: Tensor, ltm: LongTermRows, count: int
     ) -> tuple[Tensor, Tensor]:
-        """See ``mplus.mechanisms.short_term.row_selection.RowSelector``."""
+        """Select rows, see ``mplus.mechanisms.short_term.row_selection.RowSelector``."""
         drawn = torch.rand(*text.shape[:2], ltm.count, generator=self.generator).to(text.device)
         best = drawn.topk(count, dim=2)
         return best.indices, best.values
 
 
 @define(frozen=True, eq=False)
-class RecencyPicker:
+class RecencySelector:
     """The rows written last."""
 
     def select(
         self, layer: int, text: Tensor, queries: Tensor, rows: Tensor, ltm: LongTermRows, count: int
     ) -> tuple[Tensor, Tensor]:
-        """See ``mplus.mechanisms.short_term.row_selection.RowSelector``."""
+        """Select rows, see ``mplus.mechanisms.short_term.row_selection.RowSelector``."""
         best = ltm.birth.topk(count, dim=1)
         each = text.shape[1]
         return best.indices[:, None].expand(-1, each, -1), best.values.to(text.dtype)[:, None].expand(-1, each, -1)
 
 
 @define(frozen=True, eq=False)
-class OraclePicker:
+class OracleSelector:
     """The rows that were written from what a text is about, then any others; the ceiling. It needs the labels.
 
     Attributes:
@@ -55,7 +55,7 @@ class OraclePicker:
     def select(
         self, layer: int, text: Tensor, queries: Tensor, rows: Tensor, ltm: LongTermRows, count: int
     ) -> tuple[Tensor, Tensor]:
-        """See ``mplus.mechanisms.short_term.row_selection.RowSelector``."""
+        """Select rows, see ``mplus.mechanisms.short_term.row_selection.RowSelector``."""
         asked = (ltm.source[:, None] == self.about[:, :, None]).to(text.dtype)
         drawn = torch.rand(asked.shape, generator=self.generator).to(text.device)
         best = (asked + drawn / 2).topk(count, dim=2)
@@ -63,7 +63,7 @@ class OraclePicker:
 
 
 @define(eq=False)
-class SelectPicker:
+class SelectSelector:
     """The rows a retriever selects from stores that follow the streams of one telling: as in a read of memories.
 
     Keys are made by the retriever when a row comes, so its weights must stay what they are.
@@ -79,7 +79,7 @@ class SelectPicker:
     def select(
         self, layer: int, text: Tensor, queries: Tensor, rows: Tensor, ltm: LongTermRows, count: int
     ) -> tuple[Tensor, Tensor]:
-        """See ``mplus.mechanisms.short_term.row_selection.RowSelector``."""
+        """Select rows, see ``mplus.mechanisms.short_term.row_selection.RowSelector``."""
         places, scores = [], []
         for stream, store in enumerate(self.follow(layer, rows, ltm)):
             projected = self.retriever.project_queries(layer, text[stream])

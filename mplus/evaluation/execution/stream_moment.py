@@ -6,7 +6,7 @@ from attrs import define
 from torch import Tensor
 
 from mplus.evaluation.execution.base import ID_BYTES, Moment
-from mplus.evaluation.execution.selection import OraclePicker
+from mplus.evaluation.execution.selection import OracleSelector
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams
 from mplus.mechanisms.short_term.row_selection import RowSelector
 
@@ -39,16 +39,16 @@ class StreamWay:
     """A way of reading streams.
 
     Attributes:
-        picker: brings long-term rows back; None: none are read.
+        selector: brings long-term rows back; None: none are read.
         oracle: bring back those that the answer was written to.
     """
 
-    picker: RowSelector | None = None
+    selector: RowSelector | None = None
     oracle: bool = False
 
     def chosen(self, moment: StreamMoment) -> RowSelector | None:
         """Return what brings rows back for these questions."""
-        return OraclePicker(moment.about) if self.oracle else self.picker
+        return OracleSelector(moment.about) if self.oracle else self.selector
 
 
 def bytes_of_short_term(streams: BatchedStreams) -> int:

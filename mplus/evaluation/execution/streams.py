@@ -23,7 +23,7 @@ from mplus.evaluation.execution.base import (
     Trace,
     due_by_place,
 )
-from mplus.evaluation.execution.selection import RandomPicker, RecencyPicker, SelectPicker
+from mplus.evaluation.execution.selection import RandomSelector, RecencySelector, SelectSelector
 from mplus.evaluation.execution.stream_moment import (
     StreamMoment,
     StreamWay,
@@ -55,8 +55,8 @@ SCORING = "right where every token of the value is the most probable one given t
 class _RetrieverWay:
     """What health reads with, and where other retrievers select what it read: None for chance."""
 
-    picker: RowSelector
-    selecting: SelectPicker | None = field(default=None)
+    selector: RowSelector
+    selecting: SelectSelector | None = field(default=None)
 
 
 class ParallelStreams(Execution[StreamMoment, StreamWay]):
@@ -184,22 +184,22 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
         if arm == "mplus":
             return StreamWay(ScoreSelector(own))
         if arm == "mplus-random":
-            return StreamWay(RandomPicker(torch.Generator().manual_seed(self.task.seed)))
+            return StreamWay(RandomSelector(torch.Generator().manual_seed(self.task.seed)))
         if arm == "mplus-recency":
-            return StreamWay(RecencyPicker())
+            return StreamWay(RecencySelector())
         if arm == "mplus-attention" and self.attention is not None:
             return StreamWay(ScoreSelector(self.attention))
         name = arm.removeprefix("mplus-")
         if name in self.retrievers:
-            return StreamWay(SelectPicker(self.retrievers[name]))
+            return StreamWay(SelectSelector(self.retrievers[name]))
         return StreamWay(oracle=arm == "mplus-oracle")  # "memoryllm": short-term memory only
 
     def read(self, moment: StreamMoment, due: Sequence[Due], way: StreamWay) -> list[Answer]:
-        streams, picker = moment.memory, way.chosen(moment)
-        read = self.decoder.read(streams, moment.texts, queries=moment.queries, selector=picker)
+        streams, selector = moment.memory, way.chosen(moment)
+        read = self.decoder.read(streams, moment.texts, queries=moment.queries, selector=selector)
         seen = next(iter(read.layers.values()))
         fetched = 0 if seen.selected is None else seen.selected.shape[2]
-        kept = bytes_of_short_term(streams) + (0 if picker is None else bytes_of_long_term(streams))
+        kept = bytes_of_short_term(streams) + (0 if selector is None else bytes_of_long_term(streams))
         attended = 1 + fetched + streams.rows + QUESTION_TOKENS
         return [Answer(right, kept, attended) for right in moment.right(read.logits).flatten().tolist()]
 
@@ -220,9 +220,9 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
         check_mechanism(self.model)
         own = self.model.mplus_engine.mechanism.additions.retriever
         others = {"trained": own, **(self.retrievers if retrievers is None else retrievers)}
-        self._ways = {name: _RetrieverWay(picker, picker) for name, picker in _selecting(others).items()}
-        self._ways["trained"].picker = ScoreSelector(own)
-        self._ways["random"] = _RetrieverWay(RandomPicker())
+        self._ways = {name: _RetrieverWay(selector, selector) for name, selector in _selecting(others).items()}
+        self._ways["trained"].selector = ScoreSelector(own)
+        self._ways["random"] = _RetrieverWay(RandomSelector())
         return {**others, "random": None}
 
     def spread_tokens(self, tried: Sequence[int]) -> int:
@@ -232,7 +232,9 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
         self, moment: StreamMoment, due: Sequence[Due], name: str, k: int, shortcuts: Shortcuts | None, spread: bool
     ) -> Trace:
         streams, about, way = moment.memory, moment.about, self._ways[name]
-        read = self.decoder.read(streams, moment.texts, queries=moment.queries, selector=way.picker, retrieved_tokens=k)
+        read = self.decoder.read(
+            streams, moment.texts, queries=moment.queries, selector=way.selector, retrieved_tokens=k
+        )
         layers, spreads = [], []
         for layer, seen in read.layers.items():
             picked = about.new_empty(*about.shape, 0) if seen.selected_source is None else seen.selected_source
@@ -245,7 +247,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
             if shortcuts is not None:
                 self._compare(moment, layer, seen, shortcuts)
             if spread:
-                scores = way.picker.score(layer, seen.text, moment.queries, self._rows(streams, layer))  # type: ignore[attr-defined]
+                scores = way.selector.score(layer, seen.text, moment.queries, self._rows(streams, layer))  # type: ignore[attr-defined]
                 spreads.append([float(scores.float().std(2).mean())])
         return Trace(layers, moment.right(read.logits).flatten(), spreads)
 
@@ -260,7 +262,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
         if not rows.shape[1]:
             return
         following = {name: way.selecting for name, way in self._ways.items() if way.selecting is not None}
-        stores = {name: picker.follow(layer, rows, streams.ltm[layer]) for name, picker in following.items()}
+        stores = {name: selector.follow(layer, rows, streams.ltm[layer]) for name, selector in following.items()}
         for stream in range(len(streams)):
             views = {name: some[stream] for name, some in stores.items()}
             shortcuts.ask(layer, seen.text[stream, :1], moment.queries[stream, :1], views)
@@ -280,9 +282,9 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
     def _signs(self, moment: StreamMoment) -> tuple[Tensor, Tensor]:
         """Return ``[n, len(features)]``, and whether "unknown" is the most probable answer."""
         retriever = self.model.mplus_engine.mechanism.additions.retriever
-        picker = None if retriever is None else ScoreSelector(retriever)
+        selector = None if retriever is None else ScoreSelector(retriever)
         read = self.decoder.read(
-            moment.memory, moment.texts, queries=moment.queries, selector=picker, candidates=_all_rows
+            moment.memory, moment.texts, queries=moment.queries, selector=selector, candidates=_all_rows
         )
         first = read.logits[:, :, QUESTION_TOKENS - 1].float()
         unknown = self.task.language.ids[words.UNKNOWN]
@@ -294,7 +296,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
             probability.logit(),
             -(shares * shares.clamp(min=1e-30).log()).sum(-1),
             shares.max(-1).values,
-            *_best_and_margin(picker, read, moment.queries),
+            *_best_and_margin(selector, read, moment.queries),
         ]
         return torch.stack([column.flatten() for column in columns], 1), (first.argmax(-1) == unknown).flatten()
 
@@ -336,21 +338,21 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
         return report
 
 
-def _selecting(retrievers: Mapping[str, Retriever]) -> dict[str, SelectPicker]:
-    return {name: SelectPicker(retriever) for name, retriever in retrievers.items()}
+def _selecting(retrievers: Mapping[str, Retriever]) -> dict[str, SelectSelector]:
+    return {name: SelectSelector(retriever) for name, retriever in retrievers.items()}
 
 
 def _all_rows(layer: int, sources: Tensor) -> Tensor:
     return torch.arange(sources.shape[1], device=sources.device).expand(sources.shape[0], -1)
 
 
-def _best_and_margin(picker: ScoreSelector | None, read: Read, queries: Tensor) -> tuple[Tensor, Tensor]:
+def _best_and_margin(selector: ScoreSelector | None, read: Read, queries: Tensor) -> tuple[Tensor, Tensor]:
     """Return best score and margin ``[B, A]``, mean over layers; zeros without a retriever."""
     best, margin = [], []
     for layer, seen in read.layers.items():
-        if picker is None or seen.candidates is None:
+        if selector is None or seen.candidates is None:
             continue
-        scores = picker.score(layer, seen.text, queries, seen.candidates).float()
+        scores = selector.score(layer, seen.text, queries, seen.candidates).float()
         top = scores.max(2).values
         best.append(top)
         margin.append((top - scores.mean(2)) / scores.std(2).clamp(min=1e-6))

@@ -1,1 +1,1 @@
-"""Numbers from answers: scores, intervals, AUROC, calibration, and the forgetting curve of theory."""
+"""Numbers from answers: scores, AUROC and calibration, and the forgetting curve of theory."""

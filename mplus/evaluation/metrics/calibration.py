@@ -84,12 +84,12 @@ class Logistic:
         return cls(mean, scale, weights.detach(), bias.detach())
 
     def probability(self, features: Tensor) -> Tensor:
-        """``[n]`` float64, that the answer was told, where as many were as were not."""
+        """Return the probability ``[n]`` float64 that the answer was told, where as many were as were not."""
         return (((features.double() - self.mean) / self.scale) @ self.weights + self.bias).sigmoid()
 
 
 def threshold(scores: Tensor, told: Tensor) -> float:
-    """The score from which on to answer: the best mean of "answers what was told" and "abstains from the rest".
+    """Find the score from which on to answer: the best mean of "answers what was told" and "abstains from the rest".
 
     It lies halfway between two scores; of several that are equally good the lowest is taken.
     """
@@ -120,7 +120,7 @@ class Abstention:
 
     @property
     def accuracy(self) -> float:
-        """Mean of ``answered`` and ``abstained``."""
+        """Return the mean of ``answered`` and ``abstained``."""
         return (self.answered + self.abstained) / 2
 
 

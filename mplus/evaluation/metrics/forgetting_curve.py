@@ -1,4 +1,4 @@
-"""What a full short-term memory must forget: every write replaces K of its N rows, drawn at random."""
+"""Forgetting curves of a full short-term memory: every write replaces K of its N rows, drawn at random."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mplus.evaluation.reports.report import Curve
 
 
 def one_row(age: int, new_rows: int, short_term: int) -> float:
-    """``(1 - K/N)^age``: the chance that a given row is still there (MemoryLLM section 3.1.2).
+    """Return ``(1 - K/N)^age``, the chance that a given row is still there (MemoryLLM section 3.1.2).
 
     Raises:
         InputError: unless 1 <= K <= N and age >= 0.
@@ -23,7 +23,7 @@ def one_row(age: int, new_rows: int, short_term: int) -> float:
 
 
 def any_row(age: int, new_rows: int, short_term: int, carriers: int | None = None) -> float:
-    """``1 - (1 - (1 - K/N)^age)^c``: the chance that any of the c rows which carry the fact is still there.
+    """Return ``1 - (1 - (1 - K/N)^age)^c``, the chance that any of the c rows which carry the fact is still there.
 
     Args:
         age: writes since the fact's own.
@@ -38,14 +38,14 @@ def any_row(age: int, new_rows: int, short_term: int, carriers: int | None = Non
 
 
 def with_chance(known: float, chance: float, ceiling: float = 1.0) -> float:
-    """Accuracy where a fact is known with probability ``known``: then ``ceiling``, else ``chance``."""
+    """Return the accuracy where a fact is known with probability ``known``: then ``ceiling``, else ``chance``."""
     return chance + known * (ceiling - chance)
 
 
 def curves(
     ages: Iterable[int], new_rows: int, short_term: int, chance: float = 0.0, ceiling: float = 1.0
 ) -> tuple[Curve, ...]:
-    """Both laws over ``ages``: from ``ceiling``, the accuracy where the fact is known, down to ``chance``."""
+    """Return both laws over ``ages``: from ``ceiling``, the accuracy where the fact is known, down to ``chance``."""
     ages = list(ages)
     best = "" if ceiling == 1 else f", known facts answered at {ceiling:.3g}"
     guess = f" + chance {chance:.3g}{best}" if chance else best

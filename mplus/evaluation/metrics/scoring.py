@@ -1,4 +1,4 @@
-"""Whether a generated text answers a question."""
+"""Scores of a generated text against the accepted answers."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class Scoring:
     stop: tuple[str, ...] = field(default=("\n",), converter=_stops)
 
     def cut(self, text: str) -> str:
-        """``text`` up to the first stop string, without the blanks around it."""
+        """Return ``text`` up to the first stop string, without the blanks around it."""
         ends = [text.find(stop) for stop in self.stop if stop in text]
         return text[: min(ends, default=len(text))].strip()
 
     def is_correct(self, text: str, answers: Sequence[str]) -> bool:
-        """Whether ``text``, which is cut first, holds or is one of ``answers``."""
+        """Return whether ``text``, which is cut first, holds or is one of ``answers``."""
         return any(self._matches(self.cut(text), answer) for answer in answers)
 
     def scores(self, text: str, answers: Sequence[str]) -> dict[str, float]:
-        """``exact_match`` and ``f1`` of words as SQuAD defines them, the best over ``answers``."""
+        """Return ``exact_match`` and ``f1`` of words as SQuAD defines them, the best over ``answers``."""
         text = self.cut(text)
         return {
             "exact_match": float(any(normalised(text) == normalised(answer) for answer in answers)),
@@ -66,12 +66,12 @@ class Scoring:
 
 
 def normalised(text: str) -> str:
-    """Lower case, without punctuation and articles, one blank between words (SQuAD)."""
+    """Return a text in lower case, without punctuation and articles, one blank between words (SQuAD)."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def f1(text: str, answer: str) -> float:
-    """F1 of the words of ``text`` against those of ``answer``, both normalised (SQuAD)."""
+    """Return the F1 of the words of ``text`` against those of ``answer``, both normalised (SQuAD)."""
     given, wanted = normalised(text).split(), normalised(answer).split()
     if not given or not wanted:
         return float(given == wanted)

@@ -58,7 +58,7 @@ def side_by_side(reports: Mapping[str, tuple[Report, str]]) -> Report:
 
 
 def _differences(one: Report, other: Report) -> list[str]:
-    """Names of what two reports do not agree on."""
+    """Return the names of what two reports do not agree on."""
     plain = [
         flat({"protocol": report.protocol, "age_tokens": {str(a): t for a, t in report.age_tokens.items()}})
         | flat({key: value for key, value in report.settings.items() if key not in OWN})
@@ -68,7 +68,7 @@ def _differences(one: Report, other: Report) -> list[str]:
 
 
 def _common(values: list[Any], otherwise: Any) -> Any:
-    """The value that all are equal to, or ``otherwise``."""
+    """Return the value that all are equal to, or ``otherwise``."""
     return values[0] if all(value == values[0] for value in values) else otherwise
 
 

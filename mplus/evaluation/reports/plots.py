@@ -66,7 +66,7 @@ def check_paths(paths: Iterable[Path]) -> None:
 
 
 def caption(report: Report) -> str:
-    """What stands under the figure."""
+    """Return what stands under the figure."""
     parts = [f"Accuracy over age ({report.protocol}); bands are 95 % intervals."]
     if report.theory:
         laws = "; ".join(f"{curve.name} {curve.formula}" for curve in report.theory)
@@ -82,7 +82,7 @@ def caption(report: Report) -> str:
 
 
 def drawn(report: Report) -> list[Arm]:
-    """The arms that get a curve."""
+    """Return the arms that get a curve."""
     return [arm for arm in report.arms if arm.status == "ok" and arm.cells]
 
 
@@ -109,7 +109,7 @@ def _figure(report: Report) -> Any:
 
 
 def styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each: its own, or one that none of the others has; ``OTHER`` where those have run out."""
+    """Choose colour and marker of each: its own, or one that no other has; ``OTHER`` where those have run out."""
     free = iter([style for name, style in STYLES.items() if name not in names])
     return {name: STYLES.get(name) or next(free, OTHER) for name in names}
 
@@ -136,7 +136,7 @@ def _axes(axes: Any, report: Report) -> None:
 
 
 def _ages(axes: Any, report: Report, ages: Sequence[int], labels: Sequence[str], title: str) -> None:
-    """Ages grow by factors, and 0 is one of them."""
+    """Lay out an axis of ages, which grow by factors from 0 on."""
     axes.set_xscale("symlog", base=2, linthresh=1, linscale=0.6)
     last = max(report.ages, default=1)
     axes.set_xlim(-0.2, last * 1.15 if last else 1)
@@ -146,7 +146,7 @@ def _ages(axes: Any, report: Report, ages: Sequence[int], labels: Sequence[str],
 
 
 def _apart(ages: Sequence[int]) -> list[int]:
-    """The ages whose labels have room beside each other; the greatest is always one of them."""
+    """Return the ages whose labels have room beside each other; the greatest is always one of them."""
     kept: list[int] = []
     step = math.log2(1 + max(ages, default=0)) / 14
     for age in reversed(ages):

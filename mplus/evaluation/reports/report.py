@@ -83,17 +83,17 @@ class Cell:
 
     @property
     def accuracy(self) -> float:
-        """Share of questions answered right."""
+        """Return the share of questions answered right."""
         return self.correct / self.questions
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % confidence interval of the accuracy (Wilson)."""
+        """Return the 95 % confidence interval of the accuracy (Wilson)."""
         return wilson(self.correct, self.questions)
 
 
 def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON would give it back, so that a report read again equals the one that was written."""
+    """Return facts as JSON would give them back, so that a report read again equals the one that was written."""
     try:
         plain: dict[str, Any] = json.loads(json.dumps(facts))
     except (TypeError, ValueError) as error:
@@ -135,20 +135,20 @@ class Arm:
 
     @property
     def state_bytes(self) -> int | None:
-        """The most bytes kept at any age."""
+        """Return the most bytes kept at any age."""
         return max((cell.state_bytes for cell in self.cells if cell.state_bytes is not None), default=None)
 
     @property
     def tokens_attended(self) -> int | None:
-        """The most rows and tokens attended at any age."""
+        """Return the most rows and tokens attended at any age."""
         return max((cell.tokens_attended for cell in self.cells if cell.tokens_attended is not None), default=None)
 
     def at(self, age: int) -> Cell | None:
-        """The cell of one age, if there is one."""
+        """Return the cell of one age, if there is one."""
         return next((cell for cell in self.cells if cell.age == age), None)
 
     def plain(self) -> dict[str, Any]:
-        """As plain data; ages are text, as JSON wants its keys."""
+        """Return this as plain data; ages are text, as JSON wants its keys."""
 
         def by_age(value: Callable[[Cell], Any]) -> dict[str, Any]:
             return {str(cell.age): value(cell) for cell in self.cells if value(cell) is not None}
@@ -205,7 +205,7 @@ class Curve:
     accuracy_by_age: dict[int, float]
 
     def plain(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return this as plain data."""
         by_age = {str(age): value for age, value in self.accuracy_by_age.items()}
         return {"name": self.name, "formula": self.formula, "accuracy_by_age": by_age}
 
@@ -262,18 +262,18 @@ class Report:
 
     @property
     def ages(self) -> list[int]:
-        """Every age in chunks that some arm was asked at, ascending."""
+        """Return every age in chunks that some arm was asked at, ascending."""
         return sorted({cell.age for arm in self.arms for cell in arm.cells})
 
     def arm(self, name: str) -> Arm:
-        """The arm called ``name``. Raises InputError when there is none."""
+        """Return the arm called ``name``. Raises InputError when there is none."""
         found = next((arm for arm in self.arms if arm.name == name), None)
         if found is None:
             raise InputError(f"the report must have an arm {name!r}, it has {', '.join(a.name for a in self.arms)}")
         return found
 
     def reach(self, name: str, at_least: float = 0.9) -> float | None:
-        """How far back an arm knows, as a multiple of what it attends to: age in tokens / rows and tokens attended.
+        """Return how far back an arm knows, as a multiple of what it attends to: age in tokens / attended ones.
 
         Taken at the greatest age up to which accuracy is at least ``at_least`` at every age measured; None: there is
         no such age, or it was not measured what the arm attends to.
@@ -288,7 +288,7 @@ class Report:
         return self.age_tokens[last.age] / last.tokens_attended
 
     def plain(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return this as plain data."""
         return {
             "format": FORMAT,
             "kind": "retention",

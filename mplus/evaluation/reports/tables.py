@@ -15,7 +15,7 @@ from mplus.evaluation.reports.report import Arm, Report
 
 
 def grid(report: Report, ages: Sequence[int] | None = None) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the arms with status "ok" and of theory, for all ages or some."""
+    """Return the headings and rows of the arms with status "ok" and of theory, for all ages or some."""
     ages = report.ages if ages is None else ages
     head = ["arm", *map(str, ages), "state", "attended"]
     rows = []
@@ -30,7 +30,7 @@ def grid(report: Report, ages: Sequence[int] | None = None) -> tuple[list[str], 
 
 
 def markdown(report: Report) -> str:
-    """A Markdown table of accuracy over age; under it remarks, settings and circumstances."""
+    """Return a Markdown table of accuracy over age; under it remarks, settings and circumstances."""
     head, rows = grid(report)
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
@@ -68,7 +68,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def _fitting(report: Report, ages: Sequence[int], console: Console) -> list[Sequence[int]]:
-    """Ages in as few parts as the console is wide enough for."""
+    """Return the ages in as few parts as the console is wide enough for."""
     wide = console.options.update(max_width=10_000)
     for parts in range(1, len(ages) + 1):
         size_of = -(-len(ages) // parts)
@@ -91,7 +91,7 @@ def _table(report: Report, ages: Sequence[int]) -> Table:
 
 
 def remarks(report: Report) -> list[str]:
-    """What the numbers of the table do not say: chance, spread, formulas, arms without numbers, deviations."""
+    """Return what the numbers of the table do not say: chance, formulas, arms without numbers, deviations."""
     found = []
     for name, value in (("chance", report.chance), ("borderline (told nothing)", report.borderline)):
         if value is not None:
@@ -108,12 +108,12 @@ def remarks(report: Report) -> list[str]:
 
 
 def without_numbers(arm: Arm) -> str:
-    """``window: not converged (0.71 inside itself)``."""
+    """Return for example ``window: not converged (0.71 inside itself)``."""
     return f"{arm.name}: {arm.status.replace('_', ' ')} ({arm.reason})"
 
 
 def flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested facts as ``name.of.fact`` -> JSON of its value."""
+    """Flatten nested facts to ``name.of.fact`` -> JSON of its value."""
     found: dict[str, str] = {}
     for name, value in facts.items():
         if isinstance(value, Mapping) and value:
@@ -124,7 +124,7 @@ def flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def size(count: int | None) -> str:
-    """Bytes in the unit that fits."""
+    """Format bytes in the unit that fits."""
     if count is None:
         return ""
     value = float(count)
@@ -142,7 +142,7 @@ def _row(arm: Arm, ages: Sequence[int]) -> list[str]:
 
 
 def _short(cell: str) -> str:
-    """``.97`` and ``2.0k``: room is scarce on a terminal."""
+    """Format a number like ``.97`` or ``2.0k``: room is scarce on a terminal."""
     if "." in cell:
         return "1.0" if cell == "1.00" else cell.removeprefix("0")
     if "," not in cell:
@@ -152,7 +152,7 @@ def _short(cell: str) -> str:
 
 
 def _share(value: float | None) -> str:
-    """Two places, never rounded up to 1."""
+    """Format a share with two places, never rounded up to 1."""
     return "" if value is None else f"{value if value == 1 else min(value, 0.99):.2f}"
 
 

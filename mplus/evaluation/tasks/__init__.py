@@ -1,4 +1,4 @@
-"""Protocols over natural text: which data is told, and what is asked."""
+"""Tasks: what is told and asked, of public data sets and of the little language of facts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROTOCOLS: dict[str, type[Protocol]] = {cls.name: cls for cls in (Squad, Natural
 
 
 def protocol(name: str) -> type[Protocol]:
-    """The protocol called ``name``. Raises UnknownNameError, which lists those there are."""
+    """Return the protocol called ``name``. Raises UnknownNameError, which lists those there are."""
     if name not in PROTOCOLS:
         raise UnknownNameError(f"a protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}")
     return PROTOCOLS[name]

@@ -71,7 +71,7 @@ class Babi(Protocol):
 
     @property
     def chance(self) -> float | None:
-        """Guessing among the answers that occur in the task; None before ``episodes``."""
+        """Return the accuracy of guessing among the answers that occur in the task; None before ``episodes``."""
         return self._chance
 
     def episodes(self) -> list[Episode]:
@@ -119,7 +119,7 @@ class Babi(Protocol):
         return Episode(number=number, passages=tuple(passages), questions=tuple(asked))
 
     def _hide(self, text: str, sentences: Sequence[str], rng: random.Random) -> str:
-        """``text`` cut so that the sentences go into it, each behind a sentence of the text, in their order."""
+        """Cut ``text`` so that the sentences go into it, each behind a sentence of the text, in their order."""
         limit = self.options.passage_tokens
         room = sum(self.texts.count(" " + sentence) for sentence in sentences)
         while room < limit:
@@ -137,7 +137,7 @@ class Babi(Protocol):
         )
 
     def _book(self, novels: Sequence[Sequence[str]], rng: random.Random) -> Iterator[str]:
-        """Passages of one novel from some place on, and of further ones after its end."""
+        """Yield passages of one novel from some place on, and of further ones after its end."""
 
         def paragraphs() -> Iterator[str]:
             novel = rng.choice(novels)
@@ -149,13 +149,13 @@ class Babi(Protocol):
 
 
 def _places(sentences: int, spread: int) -> list[int]:
-    """Which of at most ``spread`` passages each sentence is told in: evenly, in order."""
+    """Return which of at most ``spread`` passages each sentence is told in: evenly, in order."""
     spread = min(spread, sentences)
     return [number * spread // sentences for number in range(sentences)]
 
 
 def babi_stories(path: Path) -> list[Story]:
-    """Every question of a task file with the sentences before it, in order.
+    """Return every question of a task file with the sentences before it, in order.
 
     Raises:
         InputError: the file cannot be read, or a line has another format.
@@ -183,7 +183,7 @@ def babi_stories(path: Path) -> list[Story]:
 
 
 def novel_paragraphs(path: Path, split: str) -> list[list[str]]:
-    """The paragraphs of every novel. Raises InputError when there is none, or one cannot be read."""
+    """Return the paragraphs of every novel. Raises InputError when there is none, or one cannot be read."""
     files = sorted([*path.glob("*.txt"), *path.glob("*.txt.gz")]) if path.is_dir() else [path]
     index = path / INDEX
     if path.is_dir() and index.exists() and split != "all":

@@ -42,7 +42,7 @@ class Question:
 
     @property
     def told(self) -> bool:
-        """Whether the answer is in the passages at all."""
+        """Return whether the answer is in the passages at all."""
         return bool(self.needs)
 
 

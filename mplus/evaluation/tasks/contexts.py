@@ -33,7 +33,7 @@ class Context:
 
 
 def holds(placeholder: str) -> Any:
-    """Validator: a text with ``placeholder`` in it."""
+    """Make a validator of texts: they must have ``placeholder`` in them."""
 
     def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
         if not isinstance(value, str) or placeholder not in value:
@@ -70,7 +70,7 @@ class ContextProtocol(Protocol):
     options: ContextOptions
 
     def make(self, contexts: Sequence[Context], distraction: Sequence[Context]) -> list[Episode]:
-        """Episodes about ``contexts`` in random order, each with ``distraction`` before and after it.
+        """Make episodes about ``contexts`` in random order, each with ``distraction`` before and after it.
 
         Raises:
             InputError: no context fits, or there is nothing to distract with.
@@ -124,7 +124,7 @@ class ContextProtocol(Protocol):
         )
 
     def _distraction(self, contexts: Sequence[Context], avoid: Sequence[str], number: int) -> Iterator[str]:
-        """Passages of full length, of contexts in random order, over and over."""
+        """Yield passages of full length, of contexts in random order, over and over."""
         options = self.options
         texts = [context.text for context in contexts if not any(answer in context.text for answer in avoid)]
         if not texts:
@@ -139,7 +139,7 @@ class ContextProtocol(Protocol):
 
 
 def joined(texts: Texts, pieces: Sequence[str], template: str, limit: int) -> Iterator[str]:
-    """Passages of ``limit`` tokens (or a few less, where the next word would be too much), without end."""
+    """Yield passages of ``limit`` tokens (or a few less, where the next word would be too much), without end."""
 
     def endless() -> Iterator[str]:
         while True:

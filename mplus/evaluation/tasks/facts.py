@@ -105,7 +105,7 @@ class Facts(Task):
 
     @cached_property
     def told(self) -> list[Told]:
-        """What each stream is told, as numbers of facts and ids."""
+        """Return what each stream is told, as numbers of facts and ids."""
         streams = []
         for stream in range(self.streams):
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + FIRST_STREAM + stream) % 2**63)

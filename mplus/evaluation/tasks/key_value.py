@@ -116,7 +116,7 @@ def _key(rng: random.Random) -> str:
 
 
 def key_value_records(path: Path) -> list[list[Pair]]:
-    """The pairs of every record. Raises InputError when the file cannot be read or a line has another format."""
+    """Return the pairs of every record. Raises InputError when the file cannot be read or a line has another format."""
     records = []
     for number, line in enumerate(read(path).splitlines(), 1):
         try:

@@ -60,7 +60,7 @@ class NaturalQuestions(ContextProtocol):
 
 
 def oracle_contexts(path: Path, told: str) -> list[Context]:
-    """Every question with its gold passage, where that holds the first answer.
+    """Return every question with its gold passage, where that holds the first answer.
 
     Raises:
         InputError: the file cannot be read, or a line has another format.

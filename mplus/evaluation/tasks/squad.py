@@ -47,7 +47,7 @@ class Squad(ContextProtocol):
 
 
 def squad_contexts(path: Path) -> list[Context]:
-    """Every paragraph of a file in the official format, in order.
+    """Return every paragraph of a file in the official format, in order.
 
     Raises:
         InputError: it cannot be read, or has another format.
@@ -72,5 +72,5 @@ def squad_contexts(path: Path) -> list[Context]:
 
 
 def test_titles(contexts: Sequence[Context]) -> set[str]:
-    """The titles of the test articles: in alphabetical order the fourth, the eighth and so on."""
+    """Return the titles of the test articles: in alphabetical order the fourth, the eighth and so on."""
     return set(sorted({context.title for context in contexts})[EVERY - 1 :: EVERY])
