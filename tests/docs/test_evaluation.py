@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-from pathlib import Path
+from tests.helpers.pages import DOCS, run_page
 
-from tests.docs.test_quickstart import BLOCK, expect
-
-PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
+PAGE = DOCS / "evaluation.md"
 
 
 def test_every_block_does_what_the_page_says(tmp_path, monkeypatch):
-    page = PAGE.read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": "evaluation"}
-    printed, shown = io.StringIO(), 0
-    for block in BLOCK.finditer(page):
-        if block["language"] == "python":
-            printed = io.StringIO()
-            code = compile("\n" * page[: block.start("text")].count("\n") + block["text"], str(PAGE), "exec")
-            with contextlib.redirect_stdout(printed):
-                exec(code, names)
-        else:
-            expect(block["text"], printed.getvalue())
-            shown += 1
+    _, shown = run_page(PAGE)
     assert shown == 3
     assert {path.name for path in tmp_path.iterdir()} == {"pairs.jsonl", "report.json", "report.png", "report.svg"}

@@ -198,7 +198,8 @@ class KvMechanism(MemoryMechanism):
     def prefix_rows(self, view: StreamView) -> int:
         """Return the most rows that a text can bring back, and the begin rows."""
         tokens = min(state_of(view).tokens, self.config.retrieved_tokens)
-        return tokens + len(self.options.begin or (0,)) if tokens else 0
+        begin = 1 if self.options.begin is None else len(self.options.begin)
+        return tokens + begin if tokens else 0
 
     def _before(self, state: KvState) -> Tensor:
         """Return the places of the chunks that the next one is read behind."""

@@ -150,6 +150,17 @@ def test_whole_chunks_leave_at_capacity(model: Any) -> None:
         assert store.column(layer, "birth").tolist() == list(range(19, 52))
 
 
+@pytest.mark.parametrize(("begin", "rows"), [([], 11), (None, 12), ([5, 6], 13)])
+def test_prefix_rows_count_the_begin_rows_there_are(begin: list[int] | None, rows: int) -> None:
+    model = wrapped(begin=begin)
+    memory = model.new_memory(seed=1)
+    memory.write(text(11))
+    [view] = memory.streams.versioned_snapshot()[1]
+    assert model.mplus_engine.mechanism.prefix_rows(view) == rows
+    out = model(text(4)[None], memory=memory, use_cache=True)
+    assert torch.isfinite(out.logits).all()
+
+
 @pytest.mark.parametrize("policy", ["fifo", "lru", "reservoir"])
 def test_any_policy_lets_chunks_leave_whole(policy: str) -> None:
     model = wrapped(eviction=policy)
