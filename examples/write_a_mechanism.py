@@ -7,11 +7,7 @@ from attrs import define, evolve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mplus
-from mplus.mechanisms import MECHANISMS
-from mplus.mechanisms.base import Absorbed, MemoryMechanism, Update
-from mplus.mechanisms.decoder import side_by_side
-from mplus.memory.state import StreamState
-from mplus.rows import MemoryRows
+from mplus.mechanisms import MECHANISMS, Absorbed, MemoryMechanism, MemoryRows, StreamState, Update, side_by_side
 
 
 @define(frozen=True, eq=False, kw_only=True)

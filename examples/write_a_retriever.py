@@ -11,8 +11,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mplus
-from mplus.retrievers import RETRIEVERS
-from mplus.retrievers.base import Retriever, check_selection, top_k
+from mplus.retrievers import RETRIEVERS, Retriever, check_selection, top_k
 
 
 class CosineRetriever(Retriever):

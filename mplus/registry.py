@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import sys
 import threading
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -270,3 +271,34 @@ def _describe(thing: object) -> str:
     if isinstance(thing, type):
         return f"{thing.__module__}:{thing.__qualname__}"
     return f"{thing!r} of type {type(thing).__name__}"
+
+
+def lazy_exports(
+    package: str, where: Mapping[str, Sequence[str]]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return ``__getattr__`` and ``__dir__`` of a package that imports a name when it is first asked for.
+
+    So one import says everything that a plug-in needs, and the package itself stays light.
+
+    Args:
+        package: name of the package that exports.
+        where: by module, the names that are defined there.
+
+    Example:
+        >>> __getattr__, __dir__ = lazy_exports("zoo", {"math": ("sqrt",)})
+        >>> __getattr__("sqrt")(9.0)
+        3.0
+    """
+    modules = {name: module for module, names in where.items() for name in names}
+
+    def find(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        found = getattr(importlib.import_module(modules[name]), name)
+        setattr(sys.modules[package], name, found)
+        return found
+
+    def names() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *modules})
+
+    return find, names

@@ -1,15 +1,38 @@
-"""The policies that make room in long-term memory."""
+"""Policies that make room in long-term memory by name, and the names one needs to write another.
+
+A policy derives from ``EvictionPolicy``. ``topk_rows`` chooses rows by sort keys without sorting all of them, and
+``AccessLog`` knows when rows were last read. ``mplus.testing.eviction.EvictionConformance`` tries a policy.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mplus.registry import Registry
+from mplus.registry import Registry, lazy_exports
 
 if TYPE_CHECKING:
-    from mplus.eviction.base import EvictionPolicy
+    from mplus.config import flag, number, one_of, options_of, whole
+    from mplus.eviction.base import EvictionPolicy, FifoEviction
+    from mplus.eviction.topk import SortKeys, topk_rows
+    from mplus.stores.access_log import AccessLog
+    from mplus.stores.base import Chunk, StoreView, chunk_min
 
-__all__ = ["EVICTION"]
+__all__ = [
+    "EVICTION",
+    "AccessLog",
+    "Chunk",
+    "EvictionPolicy",
+    "FifoEviction",
+    "SortKeys",
+    "StoreView",
+    "chunk_min",
+    "flag",
+    "number",
+    "one_of",
+    "options_of",
+    "topk_rows",
+    "whole",
+]
 
 EVICTION: Registry[EvictionPolicy] = Registry(
     "eviction policy",
@@ -20,5 +43,16 @@ EVICTION: Registry[EvictionPolicy] = Registry(
         "lru": "mplus.eviction.lru:LruEviction",
         "reservoir": "mplus.eviction.reservoir:ReservoirEviction",
         "ttl": "mplus.eviction.ttl:TtlEviction",
+    },
+)
+
+__getattr__, __dir__ = lazy_exports(
+    "mplus.eviction",
+    {
+        "mplus.config": ("flag", "number", "one_of", "options_of", "whole"),
+        "mplus.eviction.base": ("EvictionPolicy", "FifoEviction"),
+        "mplus.eviction.topk": ("SortKeys", "topk_rows"),
+        "mplus.stores.access_log": ("AccessLog",),
+        "mplus.stores.base": ("Chunk", "StoreView", "chunk_min"),
     },
 )

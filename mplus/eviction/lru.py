@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mplus.eviction.base import EvictionPolicy
-from mplus.eviction.topk_rows import topk_rows
+from mplus.eviction.topk import topk_rows
 from mplus.stores.access_log import READS, AccessLog
 from mplus.stores.base import Chunk, StoreView, chunk_min
 

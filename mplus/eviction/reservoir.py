@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mplus.config import whole
 from mplus.eviction.base import EvictionPolicy
-from mplus.eviction.topk_rows import topk_rows
+from mplus.eviction.topk import topk_rows
 from mplus.stores.base import Chunk, StoreView
 
 

@@ -1,15 +1,81 @@
-"""What is written when a chunk is read, and what each layer sees of it later."""
+"""Mechanisms of memory by name, and the names one needs to write another.
+
+A mechanism derives from ``MemoryMechanism``, and the state of its streams from ``StreamState``.
+``mplus.testing.mechanisms.MechanismConformance`` tries a mechanism.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mplus.registry import Registry
+from mplus.registry import Registry, lazy_exports
 
 if TYPE_CHECKING:
-    from mplus.mechanisms.base import MemoryMechanism
+    from mplus.backends.base import Segment
+    from mplus.config import MPlusConfig, flag, number, one_of, options_of, whole
+    from mplus.mechanisms.additions import MemoryAdditions
+    from mplus.mechanisms.base import Absorbed, Columns, Kept, MemoryMechanism, Opened, Retrieved
+    from mplus.mechanisms.decoder import (
+        Adapter,
+        Attended,
+        Collected,
+        Decoder,
+        DecoderShape,
+        Edit,
+        PassResult,
+        Prefix,
+        Project,
+        Rows,
+        Text,
+        side_by_side,
+    )
+    from mplus.mechanisms.streams import LayerRead, Read, TrainingStreams
+    from mplus.memory.state import StreamState, StreamView
+    from mplus.memory.writing.context import WriteContext
+    from mplus.memory.writing.update import Update
+    from mplus.rows import MemoryRows
+    from mplus.stores.base import MemoryStore, StoreLayout, StoreView
 
-__all__ = ["MECHANISMS"]
+__all__ = [
+    "MECHANISMS",
+    "Absorbed",
+    "Adapter",
+    "Attended",
+    "Collected",
+    "Columns",
+    "Decoder",
+    "DecoderShape",
+    "Edit",
+    "Kept",
+    "LayerRead",
+    "MPlusConfig",
+    "MemoryAdditions",
+    "MemoryMechanism",
+    "MemoryRows",
+    "MemoryStore",
+    "Opened",
+    "PassResult",
+    "Prefix",
+    "Project",
+    "Read",
+    "Retrieved",
+    "Rows",
+    "Segment",
+    "StoreLayout",
+    "StoreView",
+    "StreamState",
+    "StreamView",
+    "Text",
+    "TrainingStreams",
+    "Update",
+    "WriteContext",
+    "flag",
+    "number",
+    "one_of",
+    "options_of",
+    "side_by_side",
+    "whole",
+]
 
 MECHANISMS: Registry[MemoryMechanism] = Registry(
     "mechanism",
@@ -19,5 +85,35 @@ MECHANISMS: Registry[MemoryMechanism] = Registry(
         "mplus": "mplus.mechanisms.mplus:MPlusMechanism",
         "memoryllm": "mplus.mechanisms.memoryllm:MemoryLLMMechanism",
         "kv": "mplus.mechanisms.kv.mechanism:KvMechanism",
+    },
+)
+
+__getattr__, __dir__ = lazy_exports(
+    "mplus.mechanisms",
+    {
+        "mplus.backends.base": ("Segment",),
+        "mplus.config": ("MPlusConfig", "flag", "number", "one_of", "options_of", "whole"),
+        "mplus.mechanisms.additions": ("MemoryAdditions",),
+        "mplus.mechanisms.base": ("Absorbed", "Columns", "Kept", "MemoryMechanism", "Opened", "Retrieved"),
+        "mplus.mechanisms.decoder": (
+            "Adapter",
+            "Attended",
+            "Collected",
+            "Decoder",
+            "DecoderShape",
+            "Edit",
+            "PassResult",
+            "Prefix",
+            "Project",
+            "Rows",
+            "Text",
+            "side_by_side",
+        ),
+        "mplus.mechanisms.streams": ("LayerRead", "Read", "TrainingStreams"),
+        "mplus.memory.state": ("StreamState", "StreamView"),
+        "mplus.memory.writing.context": ("WriteContext",),
+        "mplus.memory.writing.update": ("Update",),
+        "mplus.rows": ("MemoryRows",),
+        "mplus.stores.base": ("MemoryStore", "StoreLayout", "StoreView"),
     },
 )

@@ -1,15 +1,30 @@
-"""What a memory is trained on: documents of any kind, and generated texts, as sources of batches."""
+"""Data that a memory is trained on, as sources of batches by name, and the names one needs to write another.
+
+A source derives from ``BatchSource``; ``mplus.testing.sources.SourceConformance`` tries it.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mplus.registry import Registry
+from mplus.registry import Registry, lazy_exports
 
 if TYPE_CHECKING:
-    from mplus.training.batch import BatchSource
+    from mplus.config import flag, number, one_of, options_of, whole
+    from mplus.training.batch import Batch, BatchSource
+    from mplus.training.data.counter_rng import CounterRNG
 
-__all__ = ["SOURCES"]
+__all__ = [
+    "SOURCES",
+    "Batch",
+    "BatchSource",
+    "CounterRNG",
+    "flag",
+    "number",
+    "one_of",
+    "options_of",
+    "whole",
+]
 
 SOURCES: Registry[BatchSource] = Registry(
     "data source",
@@ -20,5 +35,14 @@ SOURCES: Registry[BatchSource] = Registry(
         "copying": "mplus.training.data.generated.copying:CopyingBatches",
         "questions": "mplus.training.data.generated.questions:QuestionBatches",
         "recall": "mplus.training.data.generated.facts:RecallBatches",
+    },
+)
+
+__getattr__, __dir__ = lazy_exports(
+    "mplus.training.data",
+    {
+        "mplus.config": ("flag", "number", "one_of", "options_of", "whole"),
+        "mplus.training.batch": ("Batch", "BatchSource"),
+        "mplus.training.data.counter_rng": ("CounterRNG",),
     },
 )

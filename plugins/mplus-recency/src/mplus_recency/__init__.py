@@ -7,8 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mplus.retrievers.base import Retriever, Selection, check_selection, top_k
-from mplus.stores.base import StoreView
+from mplus.retrievers import Retriever, Selection, StoreView, check_selection, top_k
 
 __all__ = ["RecencyRetriever"]
 
