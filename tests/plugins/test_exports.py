@@ -31,7 +31,8 @@ def test_type_checkers_see_the_names_that_are_there(kind):
     typed = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in typed.body for alias in node.names}
     registry, *names = package.__all__
-    assert registry.isupper() and set(names) == seen.keys()
+    assert registry.isupper()
+    assert set(names) == seen.keys()
     for name, module in seen.items():
         assert getattr(package, name) is getattr(importlib.import_module(module), name)
 
