@@ -6,10 +6,10 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, cast
 
 import attrs
 import cattrs
@@ -19,50 +19,64 @@ from mplus.errors import ConfigError
 
 T = TypeVar("T")
 
+JsonValue: TypeAlias = "str | int | float | bool | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
+"""Plain data, as JSON and TOML hold it."""
 
-def whole(minimum: int, optional: bool = False) -> Any:
-    """Validator: an int of at least ``minimum`` (or None)."""
 
-    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if optional and value is None:
-            return
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            rule = f"a whole number of at least {minimum}" + (", or None" if optional else "")
+class Validator(Protocol):
+    """Checks the value of a field of an attrs class."""
+
+    def __call__(self, instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        """Raise ConfigError, which names field, rule and value, where the rule is broken."""
+
+
+def must_be(rule: str, holds: Callable[[JsonValue], bool]) -> Validator:
+    """Return a validator that raises ``ConfigError("FIELD must be RULE, got VALUE")`` unless ``holds(value)``."""
+
+    def check(instance: Any, attribute: attrs.Attribute[Any], value: JsonValue) -> None:
+        if not holds(value):
             raise ConfigError(f"{attribute.name} must be {rule}, got {value!r}")
 
     return check
 
 
-def size(minimum: int) -> Any:
-    """Validator: an int of at least ``minimum``, or None where it is left to be chosen."""
-    return attrs.validators.optional(whole(minimum))
+def is_whole(value: JsonValue, minimum: int) -> bool:
+    """Return whether ``value`` is an int, and no bool, of at least ``minimum``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-def number(minimum: float, below: float = float("inf")) -> Any:
-    """Validator: a number in ``[minimum, below)``."""
-
-    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value < below:
-            upper = "" if below == float("inf") else f" and below {below}"
-            raise ConfigError(f"{attribute.name} must be a number of at least {minimum}{upper}, got {value!r}")
-
-    return check
+def is_number(value: JsonValue, minimum: float) -> bool:
+    """Return whether ``value`` is an int or float, and no bool, of at least ``minimum``."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= minimum
 
 
-def one_of(*choices: Any) -> Any:
-    """Validator: one of ``choices``."""
-
-    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if value not in choices:
-            raise ConfigError(f"{attribute.name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-    return check
+def whole(minimum: int, optional: bool = False) -> Validator:
+    """Return a validator: an int of at least ``minimum`` (or None)."""
+    rule = f"a whole number of at least {minimum}" + (", or None" if optional else "")
+    return must_be(rule, lambda value: (optional and value is None) or is_whole(value, minimum))
 
 
-def flag(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    """Validator: True or False."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{attribute.name} must be True or False, got {value!r}")
+def size(minimum: int) -> Validator:
+    """Return a validator: an int of at least ``minimum``, or None where it is left to be chosen."""
+    return must_be(f"a whole number of at least {minimum}", lambda value: value is None or is_whole(value, minimum))
+
+
+def number(minimum: float, below: float = float("inf")) -> Validator:
+    """Return a validator: a number in ``[minimum, below)``."""
+    upper = "" if below == float("inf") else f" and below {below}"
+    return must_be(
+        f"a number of at least {minimum}{upper}",
+        lambda value: isinstance(value, int | float) and is_number(value, minimum) and value < below,
+    )
+
+
+def one_of(*choices: JsonValue) -> Validator:
+    """Return a validator: one of ``choices``."""
+    return must_be(f"one of {', '.join(map(repr, choices))}", lambda value: value in choices)
+
+
+flag = must_be("True or False", lambda value: isinstance(value, bool))
+"""Validator: True or False."""
 
 
 PUBLISHED = {
@@ -75,7 +89,7 @@ PUBLISHED = {
 
 
 def shortest_chunk(chunk_tokens: int) -> int:
-    """``min_chunk_tokens`` where it is left out: with more than half of a chunk not every text could be cut."""
+    """Return ``min_chunk_tokens`` where it is left out: with more than half of a chunk not every text could be cut."""
     return min(16, (chunk_tokens + 1) // 2)
 
 
@@ -84,8 +98,8 @@ UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate(("K", "M", "G", "T"))}
 """Bytes in a unit, by its name."""
 
 
-def byte_count(value: Any, name: str = "bytes_budget") -> int:
-    """A number of bytes from an int or a text such as "512MiB", "8GiB" or "1.5GB".
+def byte_count(value: JsonValue, name: str = "bytes_budget") -> int:
+    """Return the number of bytes that an int or a text such as "512MiB", "8GiB" or "1.5GB" says.
 
     Raises ConfigError, which calls it ``name``, for others.
     """
@@ -102,11 +116,6 @@ def byte_count(value: Any, name: str = "bytes_budget") -> int:
     )
 
 
-def _budget(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None:
-        byte_count(value)
-
-
 @define(frozen=True)
 class Component:
     """An implementation by its registered ``name``, with that implementation's own ``options``.
@@ -115,30 +124,30 @@ class Component:
     """
 
     name: str
-    options: dict[str, Any] = field(factory=dict)
+    options: dict[str, JsonValue] = field(factory=dict)
 
     @staticmethod
-    def of(value: Any) -> Component:
+    def of(value: JsonValue | Component) -> Component:
         """Read ``"name"``, ``{"name": ..., option: value}`` or a Component."""
         if isinstance(value, Component):
             return value
         if isinstance(value, str):
             return Component(value)
-        if isinstance(value, Mapping) and isinstance(value.get("name"), str):
-            options = {key: option for key, option in value.items() if key != "name"}
-            return Component(value["name"], options)
+        name = value.get("name") if isinstance(value, Mapping) else None
+        if isinstance(value, Mapping) and isinstance(name, str):
+            return Component(name, {key: option for key, option in value.items() if key != "name"})
         raise ConfigError(f"an implementation must be a name or a table with a 'name' and its options, got {value!r}")
 
-    def plain(self) -> str | dict[str, Any]:
-        """The form a configuration file uses."""
+    def plain(self) -> str | dict[str, JsonValue]:
+        """Return the form that a configuration file uses."""
         return {"name": self.name, **self.options} if self.options else self.name
 
 
-def _names(value: Iterable[str] | None) -> tuple[str, ...] | None:
+def _names(value: Sequence[str] | None) -> tuple[str, ...] | None:
     return None if value is None else tuple(value)
 
 
-def as_component(value: Any) -> Component:
+def as_component(value: JsonValue | Component) -> Component:
     """Convert a name, or a table with a name and options, to a Component: for fields of attrs classes."""
     return Component.of(value)
 
@@ -171,10 +180,11 @@ class AdapterConfig:
     shared: bool = field(default=False, validator=flag)
 
 
-def _adapters(value: Any) -> Any:
+def _adapters(value: AdapterConfig | Mapping[str, JsonValue] | bool | None) -> AdapterConfig | None:
     if value is False:  # TOML has no word for None
         return None
-    return structure(AdapterConfig, value) if isinstance(value, Mapping) else value
+    # True, say, is left for the validator to refuse.
+    return structure(AdapterConfig, value) if isinstance(value, Mapping) else cast("AdapterConfig | None", value)
 
 
 ADAPTERS = AdapterConfig()
@@ -183,11 +193,19 @@ ADAPTERS = AdapterConfig()
 
 @define(frozen=True, kw_only=True)
 class MPlusConfig:
-    """How a decoder writes, keeps and reads memory. Sizes are tokens per layer unless said otherwise.
+    """Configuration of a memory: how a decoder writes, keeps and reads it. Sizes are tokens per layer.
 
     Sizes that are left out (None) get their numbers when a decoder is wrapped: ``PUBLISHED``, those of M+ section 4.1,
     where the decoder has room for them, else smaller ones (``mplus.hf.model.sizes.resolve``). ``model.mplus_config``
     holds the numbers, and so does what is saved.
+
+    Example:
+        >>> from mplus import MPlusConfig
+        >>> config = MPlusConfig(chunk_tokens=128, retriever={"name": "linear", "width": 64})
+        >>> config.retriever
+        Component(name='linear', options={'width': 64})
+        >>> MPlusConfig.from_dict(config.to_dict()) == config
+        True
 
     Attributes:
         mechanism: "mplus", "memoryllm" (no long-term memory) or "kv" (keys and values of the text's own tokens), or a
@@ -229,7 +247,7 @@ class MPlusConfig:
     short_term_tokens: int = field(default=None, converter=_size, validator=size(1))
     retrieved_tokens: int = field(default=None, converter=_size, validator=size(0))
     long_term_tokens: int | None = field(default=150_000, validator=whole(0, optional=True))
-    bytes_budget: int | str | None = field(default=None, validator=_budget)
+    bytes_budget: int | str | None = field(default=None)
     drop_per_layer: bool = field(default=True, validator=flag)
     query_tokens: int | None = field(default=None, validator=whole(1, optional=True))
     memory_positions: Literal["auto", "sequential", "compressed", "constant"] = field(
@@ -253,6 +271,8 @@ class MPlusConfig:
     )
 
     def __attrs_post_init__(self) -> None:
+        if self.bytes_budget is not None:
+            byte_count(self.bytes_budget)
         if self.min_chunk_tokens is None and self.chunk_tokens is not None:
             object.__setattr__(self, "min_chunk_tokens", shortest_chunk(self.chunk_tokens))
         if _both(self.memory_tokens_per_chunk, self.short_term_tokens) and (
@@ -272,17 +292,17 @@ class MPlusConfig:
                 f"got memory_positions={self.memory_positions!r} and position_span={self.position_span!r}"
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data that ``from_dict`` reads back."""
-        return cast(dict[str, Any], _converter().unstructure(self))
+    def to_dict(self) -> dict[str, JsonValue]:
+        """Return plain data that ``from_dict`` reads back."""
+        return cast("dict[str, JsonValue]", _converter().unstructure(self))
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> MPlusConfig:
+    def from_dict(cls, data: Mapping[str, JsonValue]) -> MPlusConfig:
         """Build from plain data. Raises ConfigError naming an unknown key and the nearest known ones."""
         return structure(cls, data)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """JSON text; also written to ``path`` when given."""
+        """Return JSON text; also written to ``path`` when given."""
         text = json.dumps(self.to_dict(), indent=2) + "\n"
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
@@ -327,8 +347,8 @@ def structure(cls: type[T], data: Mapping[str, Any]) -> T:
         raise ConfigError(f"{cls.__qualname__}: {error}") from error
 
 
-def options_of(implementation: Any, options: Mapping[str, Any]) -> Any:
-    """The implementation's own ``Options`` from a component's option table. Raises ConfigError as ``structure``."""
+def options_of(implementation: Any, options: Mapping[str, JsonValue]) -> Any:
+    """Build the implementation's own ``Options`` from a component's table. Raises ConfigError as ``structure``."""
     return structure(implementation.Options, options)
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import mplus
 from mplus.config import AdapterConfig, Component, MPlusConfig
 from mplus.errors import CheckpointError, ConfigError
+from tests.helpers.docstrings import run_examples
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"chunk_tokens": 0}, "chunk_tokens must be a whole number of at least 1, got 0"),
@@ -74,6 +75,10 @@ def test_json_and_toml_files(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("chunk_tokens =")
     with pytest.raises(ConfigError, match=r"broken\.toml must be valid TOML"):
         MPlusConfig.from_file(tmp_path / "broken.toml")
+
+
+def test_the_example_of_the_class_does_what_it_says() -> None:
+    run_examples(MPlusConfig)
 
 
 def test_sizes_are_left_open_for_the_decoder() -> None:

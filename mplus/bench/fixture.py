@@ -79,7 +79,7 @@ class BenchmarkFixture:
             score: of the retriever.
             changes: further fields of the ``MPlusConfig``.
         """
-        retriever = {"name": "linear", "width": self.preset.retriever_width, "score": score}
+        retriever: dict[str, str | int] = {"name": "linear", "width": self.preset.retriever_width, "score": score}
         config = MPlusConfig.from_dict({**self.preset.memory, "retriever": retriever, "backend": backend, **changes})
         model = mplus.wrap(twin(self.base), config, check=False)
         if self._first is not None:
