@@ -31,6 +31,10 @@ class PluginError(MPlusError, ImportError):
     """A third-party implementation was asked for and could not be loaded."""
 
 
+class DownloadError(MPlusError, OSError):
+    """A file could not be downloaded, or came damaged; what came of it is kept where the next try can go on."""
+
+
 class MissingDependencyError(MPlusError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 

@@ -14,6 +14,7 @@ from mplus.cli.eval.abstention import abstention
 from mplus.cli.eval.harm import harm
 from mplus.cli.eval.retention import retention
 from mplus.cli.eval.retriever import retriever
+from mplus.cli.get import get
 from mplus.cli.import_ import import_checkpoint
 from mplus.cli.info import info
 from mplus.cli.memory import repair, show, verify
@@ -50,6 +51,7 @@ def _app() -> typer.Typer:
     commands.command()(demo)
     commands.command()(demo_novel)
     commands.command(hidden=True)(demo_continue)
+    commands.command()(get)
     commands.command()(info)
     commands.command()(plugins)
     commands.command()(replay)
