@@ -37,7 +37,7 @@ def index(monkeypatch):
     index = Index()
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802 - named by the library
+        def do_GET(self):
             if self.path == "/simple/some-model/":
                 kind, text = index.page()
                 self._answer(200, kind, text.encode())
