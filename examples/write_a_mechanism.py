@@ -24,7 +24,7 @@ class NothingButTheStore(StreamState):
 class TokenMemory(MemoryMechanism):
     """Says what a chunk leaves (write), where it is kept (absorb), and what a layer sees of it (prefix)."""
 
-    name, State, uses_retriever, keeps = "tokens", NothingButTheStore, False, frozenset({"hidden"})
+    name, State, keeps = "tokens", NothingButTheStore, frozenset({"hidden"})
 
     def new_state(self, layout, columns=None):
         return NothingButTheStore()

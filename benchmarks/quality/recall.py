@@ -73,10 +73,12 @@ def measured(model: Any) -> dict[str, Any]:
 def attention_retriever(model: Any) -> Any:
     """Build the untrained retriever that scores rows by the layers' own attention."""
     from mplus.config import Component
-    from mplus.hf.model.build import build_retriever
+    from mplus.retrievers.base import RetrieverShape
+    from mplus.retrievers.build import build_retriever
 
     config = evolve(model.mplus_config, retriever=Component("attention"))
-    retriever = build_retriever(config, model.mplus.begin)
+    shape = model.mplus_engine.shape
+    retriever = build_retriever(config, RetrieverShape(layers=shape.layers, hidden_size=shape.width))
     model.mplus_engine.bind(retriever)
     return retriever
 

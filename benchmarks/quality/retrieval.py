@@ -65,7 +65,7 @@ def keep(model: Any, streams: int, rounds: int) -> dict[str, Any]:
 def beside(path: Path, model: Any, found: dict[str, Any]) -> dict[str, Any]:
     """Return the record at ``path`` with what was found for the score of this model added."""
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"by_score": {}}
-    score = model.mplus_engine.mechanism.additions.retriever.facts()["score"]
+    score = model.mplus_engine.mechanism.retriever.facts()["score"]
     record["by_score"][score] = {**found, "circumstances": run_info(model=f"recall-tiny, {score}")}
     return record
 

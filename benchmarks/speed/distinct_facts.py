@@ -125,7 +125,7 @@ def _queries(
         questions = [language.question(episode.facts[place]) for place in chosen]
         asked.append([[language.ids[word] for word in question] for question in questions])
     texts = torch.tensor(asked)
-    retriever = model.mplus_engine.mechanism.additions.retriever
+    retriever = model.mplus_engine.mechanism.retriever
     read = TrainedDecoder(model).read(
         streams, texts, queries=torch.ones_like(texts, dtype=torch.bool), selector=ScoreSelector(retriever)
     )

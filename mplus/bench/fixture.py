@@ -69,7 +69,7 @@ class BenchmarkFixture:
         self.weights = weights_of(self.base)
         self._first = None
         self._first = self.wrapped("auto")
-        _redraw(self._first.mplus.retriever, self.seed)
+        _redraw(self._first.mplus_engine.mechanism.retriever, self.seed)
 
     def wrapped(self, backend: str, score: str = PUBLISHED_SCORE, **changes: Any) -> Any:
         """Wrap the decoder, with the begin rows and the retriever that every wrapped one has.
@@ -137,7 +137,7 @@ class BenchmarkFixture:
 
     def published(self) -> PublishedRead:
         """Return the published read of the rows."""
-        rows, retriever = self.rows, self._first.mplus.retriever
+        rows, retriever = self.rows, self._first.mplus_engine.mechanism.retriever
         return PublishedRead(
             weights=self.weights,
             project=retriever.project_queries,
@@ -152,7 +152,7 @@ class BenchmarkFixture:
     def in_float64(self) -> PublishedRead:
         """Return the published read in float64: what all variants approximate."""
         read = self.published()
-        retriever = copy.deepcopy(self._first.mplus.retriever).double()
+        retriever = copy.deepcopy(self._first.mplus_engine.mechanism.retriever).double()
 
         def double(parts: Sequence[Tensor]) -> list[Tensor]:
             return [part.double() for part in parts]

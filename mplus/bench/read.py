@@ -160,7 +160,7 @@ def _time_after(whole: BenchmarkFixture, tokens: int, backend: str, repeats: int
 
 def _selecting(fixture: BenchmarkFixture, model: Any) -> Callable[[int], Sequence[Any]]:
     """Return a function that only retrieves, in all layers, for as many queries as the prompt has tokens."""
-    preset, retriever = fixture.preset, model.mplus.retriever
+    preset, retriever = fixture.preset, model.mplus_engine.mechanism.retriever
     view = fixture.rows.store.snapshot()
     generator = torch.Generator().manual_seed(fixture.seed)
     text = torch.randn(1, preset.prompt, preset.hidden_size, generator=generator).to(fixture.device, preset.torch_dtype)

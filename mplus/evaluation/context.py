@@ -150,7 +150,7 @@ def _batch(
         other = before.roll(2 + place // chunks, 0)[:, place % chunks]
         related.write(other, everything)
         unrelated.write(other, everything)
-    retriever = engine.mechanism.additions.retriever
+    retriever = engine.mechanism.retriever
     selector = None if retriever is None else ScoreSelector(retriever)
 
     def with_memory(held: BatchedStreams) -> Tensor:

@@ -27,10 +27,9 @@ def retriever_for(model: Any, name: str, **options: Any) -> Retriever:
         NotSupported: it needs something of the decoder that this one does not give.
     """
     engine = model.mplus_engine
-    begin = engine.mechanism.additions.begin
-    shape = RetrieverShape(layers=begin.shape[0], hidden_size=begin.shape[2])
+    shape = RetrieverShape(layers=engine.shape.layers, hidden_size=engine.shape.width)
     cls = RETRIEVERS.get(name)
-    retriever = cls(shape, options_of(cls, options)).to(device=begin.device, dtype=begin.dtype)
+    retriever = cls(shape, options_of(cls, options)).to(device=engine.device, dtype=engine.dtype)
     engine.bind(retriever)
     norms = [spec.norm for spec in engine.retrofit.anatomy.specs]
     return Rekeyed(retriever, norms) if retriever.key_size else retriever
@@ -46,14 +45,13 @@ def with_own_parameters(model: Any, name: str, **options: Any) -> Retriever:
         As ``retriever_for``.
     """
     engine = model.mplus_engine
-    own, cls = engine.mechanism.additions.retriever, RETRIEVERS.get(name)
+    own, cls = engine.mechanism.retriever, RETRIEVERS.get(name)
     state = {} if own is None else own.state_dict()
     if not state:
         return retriever_for(model, name, **options)
     known = {attribute.name for attribute in attrs.fields(cls.Options)}
     same = {key: value for key, value in attrs.asdict(own.options).items() if key in known}
-    begin = engine.mechanism.additions.begin
-    retriever = cls(own.shape, options_of(cls, {**same, **options})).to(device=begin.device, dtype=begin.dtype)
+    retriever = cls(own.shape, options_of(cls, {**same, **options})).to(device=engine.device, dtype=engine.dtype)
     if _shapes(retriever.state_dict()) != _shapes(state):
         return retriever_for(model, name, **options)
     retriever.load_state_dict(state)
@@ -68,7 +66,7 @@ def usable(model: Any) -> dict[str, Retriever]:
     Left out too: what needs a package that is not installed, what is broken, what this decoder does not give enough
     for, and what would have to be trained first.
     """
-    own = model.mplus_engine.mechanism.additions.retriever
+    own = model.mplus_engine.mechanism.retriever
     found = {}
     for name in RETRIEVERS.names():
         if own is not None and name == own.name:

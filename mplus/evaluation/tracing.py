@@ -105,7 +105,7 @@ def scores(engine: Any, layer: int, seen: Seen, row: int, *, short_term: bool = 
     Raises:
         NotSupported: it does not score rows by queries and keys.
     """
-    retriever = engine.mechanism.additions.retriever
+    retriever = engine.mechanism.retriever
     stored = seen.searched(layer, row).keys(layer)
     parts = [] if stored is None else [stored]
     standing = seen.mechanism.standing(seen.views[row], layer)

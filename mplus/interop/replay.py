@@ -146,7 +146,7 @@ class Replay:
         with torch.no_grad():
             found = self.engine.decoder.run(
                 ids,
-                prefix=WritePass(plan, self.engine.mechanism.additions).prefix,
+                prefix=WritePass(plan, cast("RowMechanism", self.engine.mechanism).additions).prefix,
                 prefix_rows=plan.prefix_rows,
                 adapter="write" if whole else "read",
                 collect=("logits", "hidden"),
@@ -217,7 +217,7 @@ class Replay:
     @torch.no_grad()
     def pool_scores(self, hidden_states: Tensor) -> Tensor:
         """``[L, 1, N]`` what the retriever would score the pool rows with, for text ``[L+1, 1, n, d]``."""
-        retriever = self.engine.mechanism.additions.retriever
+        retriever = self.engine.mechanism.retriever
         if not isinstance(retriever, LinearRetriever):
             raise CheckpointError("stm_retriever_weights need a model with a trained retriever")
         scores = []

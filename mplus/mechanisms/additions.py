@@ -1,4 +1,4 @@
-"""The parameters that a memory adds to a decoder."""
+"""The parameters of M+ and MemoryLLM."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mplus.retrievers.base import Retriever
 
 
 class MemoryAdditions(nn.Module):
-    """Everything trained besides the LoRA adapters; lives in the wrapped decoder as ``model.mplus``.
+    """What M+ and MemoryLLM train besides the LoRA adapters; lives in the wrapped decoder as ``model.mplus``.
 
     Attributes:
         begin: ``[L, 1, d]`` begin row of each layer that carries memory.

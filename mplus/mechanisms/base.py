@@ -7,19 +7,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from attrs import define, evolve, field
-from torch import Tensor
+from torch import Tensor, nn
 
 from mplus.backends.base import Segment
 from mplus.config import PUBLISHED, MPlusConfig
-from mplus.errors import InputError
+from mplus.errors import ConfigError, InputError
 from mplus.eviction.base import EvictionPolicy
-from mplus.mechanisms.additions import MemoryAdditions
-from mplus.mechanisms.decoder import Attended, Decoder, KeptProjection, Project, Text
+from mplus.mechanisms.decoder import Attended, Decoder, DecoderShape, KeptProjection, Project, Text
 from mplus.mechanisms.streams import TrainingStreams
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.context import WriteContext
 from mplus.memory.writing.update import Update
+from mplus.retrievers.base import Retriever
 from mplus.rows import MemoryRows
 from mplus.stores.base import Location, MemoryStore, StoreLayout, StoreView
 
@@ -97,9 +98,11 @@ class MemoryMechanism(ABC):
     """The rules of one memory. Holds no state of any memory; built as ``Mechanism(config, additions, options)``.
 
     Attributes:
+        additions: the module that ``build`` made: its own parameters.
+        retriever: the module of that name among these, if there is one, which brings rows back.
         name: in configurations and files.
         State: the class of its streams' states.
-        uses_retriever: whether it brings rows back with a retriever.
+        uses_retriever: whether ``build`` makes a retriever where there is long-term memory.
         empty_is_base: whether a new memory leaves the decoder as it is, bit for bit; checked when a decoder is wrapped.
         attends: whether ``prefix`` returns ``Attended``, so that attention must go through mplus.
         keeps: the ``memory_rows`` that make sense for it.
@@ -118,7 +121,7 @@ class MemoryMechanism(ABC):
 
     name: ClassVar[str]
     State: ClassVar[type[StreamState]]
-    uses_retriever: ClassVar[bool] = True
+    uses_retriever: ClassVar[bool] = False
     empty_is_base: ClassVar[bool] = True
     attends: ClassVar[bool] = False
     keeps: ClassVar[frozenset[Kept]] = frozenset({"projected", "hidden", "both"})
@@ -138,10 +141,43 @@ class MemoryMechanism(ABC):
         """
         return None
 
-    def __init__(self, config: MPlusConfig, additions: MemoryAdditions, options: Any) -> None:
+    @classmethod
+    def build(cls, shape: DecoderShape, config: MPlusConfig, options: Any) -> nn.Module:
+        """Make the parameters that this mechanism adds to a decoder; by default there are none.
+
+        They live at ``model.mplus``, are brought to the decoder's dtype and device, and are trained, saved and part of
+        its fingerprint. A retriever among them is called ``retriever``.
+
+        Args:
+            shape: of the decoder.
+            config: of the memory.
+            options: of this mechanism.
+        """
+        return nn.Module()
+
+    def __init__(self, config: MPlusConfig, additions: nn.Module, options: Any) -> None:
         self.config = config
         self.additions = additions
         self.options = options
+        self.retriever: Retriever | None = getattr(additions, "retriever", None)
+
+    def start_from(self, pool: Tensor) -> None:
+        """Let every new memory start from ``pool`` ``[L, N, d]``, rows that came with a checkpoint.
+
+        Raises:
+            ConfigError: new memories of this mechanism are empty.
+        """
+        raise ConfigError(
+            f"pool means nothing to the mechanism {self.name!r}, whose new memories are empty: leave it out"
+        )
+
+    def draw_parameters(self) -> None:  # noqa: B027
+        """Draw own parameters for a decoder that is trained from nothing; by default those of ``build`` stay."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """dtype of new rows; None: that of the decoder's hidden states."""
+        return None
 
     @property
     def expiry(self) -> bool:
@@ -151,7 +187,7 @@ class MemoryMechanism(ABC):
     @property
     def long_term(self) -> bool:
         """Whether there is a long-term memory at all."""
-        return self.uses_retriever and self.config.long_term_tokens != 0
+        return self.config.long_term_tokens != 0
 
     def lifetime(self, eviction: EvictionPolicy) -> float | None:
         """Merges that new long-term rows of a memory under ``eviction`` live; None: they do not expire."""
@@ -168,7 +204,7 @@ class MemoryMechanism(ABC):
     @property
     def key_size(self) -> int:
         """Width of retriever keys; 0 where none are kept."""
-        return self.additions.retriever.key_size if self.uses_retriever and self.additions.retriever is not None else 0
+        return 0 if self.retriever is None else self.retriever.key_size
 
     @abstractmethod
     def new_state(self, layout: StoreLayout, columns: Columns | None = None) -> StreamState:
@@ -211,22 +247,20 @@ class MemoryMechanism(ABC):
 
     def follow(self, store: MemoryStore) -> None:
         """Rows were removed from ``store`` for good: let go of what a retriever keeps of them."""
-        if self.uses_retriever and self.additions.retriever is not None:
-            self.additions.retriever.sync_index(store)
+        if self.retriever is not None:
+            self.retriever.sync_index(store)
 
     def index_tensors(self, store: StoreView) -> list[dict[str, Tensor]]:
         """Per layer, what the retriever's index of these rows can be made of again; {} where there is none."""
-        retriever = self.additions.retriever if self.uses_retriever else None
-        layers = range(store.layout.layers)
+        retriever, layers = self.retriever, range(store.layout.layers)
         return [{} if retriever is None else retriever.index_tensors(layer, store) for layer in layers]
 
     def adopt_index(self, store: StoreView, tensors: Sequence[Mapping[str, Tensor]]) -> None:
         """Let the retriever take over what ``index_tensors`` gave for these rows, or make its index anew."""
-        retriever = self.additions.retriever if self.uses_retriever else None
         for layer, found in enumerate(tensors):
-            if retriever is not None and found:
+            if self.retriever is not None and found:
                 try:
-                    retriever.load_index(layer, store, found)
+                    self.retriever.load_index(layer, store, found)
                 except InputError as error:
                     logger.info("the saved index of layer %d is not used, a new one will be made: %s", layer, error)
 
@@ -249,6 +283,10 @@ class MemoryMechanism(ABC):
             batch: rows of the batch it is for, where each has an adapter of its own; else None.
         """
         return None
+
+    def prepare_tensors(self) -> dict[str, Tensor]:
+        """Return own tensors that ``prepare`` computes with, by name: if one changes, it is called again."""
+        return {}
 
     def open(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Opened:
         """Get ready for one read, before its first pass: retrieve by the whole text, say, or make a soft prompt.

@@ -43,7 +43,7 @@ class Text:
         return self.ids
 
 
-@define(frozen=True)
+@define(frozen=True, eq=False)
 class DecoderShape:
     """Sizes and abilities of a decoder.
 
@@ -51,23 +51,36 @@ class DecoderShape:
         layers: that carry memory; layers of a mechanism are numbered among these.
         depth: all layers.
         width: of hidden states.
+        embedding_width: of token embeddings, which a decoder may widen before its first layer.
+        heads, key_heads: of attention, H and Hkv, as the decoder's configuration says; None: it does not.
+        head_size, value_size: of one head's key and value, D and Dv; from there too.
+        max_positions: that the decoder was made for; None: its configuration does not say.
         vocab_size: ids lie in ``[0, vocab_size)``.
         hybrid: some layers carry no memory (state-space layers, say) and see the text alone.
         positions: "learned": added to the embeddings, so that nothing in attention can be moved; "alibi": distances
             as biases; "rotary": everything else.
         dtype: of hidden states.
         device: where ids go.
+        begin: ``[L, 1, d]``, what each layer that carries memory would receive for the token that begins a text, as
+            it was when the decoder was wrapped.
         first_token: that begins a text: BOS, else EOS; None: there is neither.
     """
 
     layers: int
     depth: int
     width: int
+    embedding_width: int
+    heads: int | None
+    key_heads: int | None
+    head_size: int | None
+    value_size: int | None
+    max_positions: int | None
     vocab_size: int
     hybrid: bool
     positions: Literal["rotary", "learned", "alibi"]
     dtype: torch.dtype
     device: torch.device
+    begin: Tensor
     first_token: int | None = None
 
 

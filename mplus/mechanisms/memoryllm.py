@@ -40,7 +40,6 @@ class MemoryLLMMechanism(RowMechanism):
 
     name = "memoryllm"
     batched = True
-    uses_retriever = False
 
     def plan_write(self, state: ShortTermState, tokens: int, reencode: bool = True) -> WritePlan:
         plan = super().plan_write(state, tokens, reencode)

@@ -56,6 +56,7 @@ class MPlusMechanism(RowMechanism):
 
     name = "mplus"
     batched = True
+    uses_retriever = True
 
     @property
     def expiry(self) -> bool:
@@ -180,7 +181,7 @@ class MPlusMechanism(RowMechanism):
         k = self.config.retrieved_tokens
         if self.config.long_term_tokens == 0 or k == 0:
             return [None] * len(views)
-        retriever: Any = self.additions.retriever  # built with every mechanism that uses one
+        retriever: Any = self.retriever  # built where there is long-term memory
         found: list[Retrieved | None] = [None] * len(views)
         scored: list[tuple[int, StoreView]] = []
         joined: dict[tuple[int, int], StoreView] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -79,7 +79,7 @@ def make_batched_streams(
     """
     return BatchedStreams(
         engine.config,
-        engine.mechanism.additions,
+        cast("RowMechanism", engine.mechanism).additions,
         engine.decoder,
         engine.layout_of("hidden"),
         numbers,

@@ -260,7 +260,7 @@ def test_health_counts_what_is_retrieved():
 
 def test_a_retriever_selects_from_stores_that_follow_the_streams():
     """Rows come and go in the streams, in no particular order: what is picked are the best of those that are there."""
-    retriever = model().mplus_engine.mechanism.additions.retriever
+    retriever = model().mplus_engine.mechanism.retriever
     layout = StoreLayout(layers=2, hidden_size=retriever.shape.hidden_size)
     rows = LongTermRows(2, layout, capacity=9)
     selector = SelectSelector(retriever)
@@ -317,7 +317,7 @@ def test_signs_cover_told_and_untold_questions_alike():
 
 def test_memory_arms_attend_to_the_rows_of_k0():
     moment = last_moment()
-    arm = MemoryArm(streams(), "mplus", StreamWay(ScoreSelector(model().mplus_engine.mechanism.additions.retriever)))
+    arm = MemoryArm(streams(), "mplus", StreamWay(ScoreSelector(model().mplus_engine.mechanism.retriever)))
     with torch.no_grad():
         answers = arm.answers(moment, moment.due)
     assert {one.tokens_attended for one in answers} == {1 + 6 + 12 + 4}

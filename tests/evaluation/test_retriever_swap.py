@@ -54,7 +54,7 @@ def test_another_width_of_keys_ranks_by_its_own_keys():
 
 def test_a_retriever_that_takes_the_parameters_of_the_own_one_reads_its_keys():
     model = variant("paper")
-    own = model.mplus_engine.mechanism.additions.retriever
+    own = model.mplus_engine.mechanism.retriever
     memory = written("paper", [200])
     views = [view.store for view in memory.snapshot()]
     hidden = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
@@ -106,7 +106,7 @@ def test_rekeying_with_the_same_keys_changes_nothing():
         with torch.no_grad():
             usual = model(input_ids=prompts(1), memory=memory).logits
             norms = [layer.input_layernorm for layer in model.model.layers]
-            with reading_as(model, retriever=Rekeyed(memory.engine.mechanism.additions.retriever, norms)):
+            with reading_as(model, retriever=Rekeyed(memory.engine.mechanism.retriever, norms)):
                 again = model(input_ids=prompts(1), memory=memory).logits
         torch.testing.assert_close(again, usual, atol=rounding(name), rtol=0)
 
@@ -120,7 +120,7 @@ def test_attention_finds_what_a_decoder_wrapped_with_it_finds():
     make = partial(TracingMechanism, seen=seen)
     with torch.no_grad(), reading_as(model, retriever=retriever_for(model, "attention"), make=make):
         model(input_ids=prompts(1), memory=memory)
-    own = other.mplus_engine.mechanism.additions.retriever
+    own = other.mplus_engine.mechanism.retriever
     for layer, one in seen.items():
         hidden = memory.stores[0].gather(layer, memory.stores[0].ids(layer)).hidden
         norm = other.model.layers[layer].input_layernorm

@@ -57,7 +57,6 @@ class GistMechanism(MemoryMechanism):
 
     name = "gists"
     State = GistState
-    uses_retriever = False
 
     def new_state(self, layout: StoreLayout, columns: Columns | None = None) -> GistState:
         none = MemoryRows.empty(layout.hidden_size, dtype=layout.dtype, device=layout.device)

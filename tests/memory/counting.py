@@ -8,8 +8,9 @@ import torch
 from attrs import define, field
 
 from mplus.config import MPlusConfig
-from mplus.hf.model.build import build_mechanism
 from mplus.hf.model.model_class import MemoryModel
+from mplus.mechanisms.build import build_mechanism
+from mplus.mechanisms.decoder import DecoderShape
 from mplus.memory.weights_state import WeightsState
 from mplus.memory.writing.update import Update
 from mplus.stores.base import StoreLayout
@@ -24,6 +25,23 @@ if TYPE_CHECKING:
 
 WIDTH = 4
 LAYERS = 3
+SHAPE = DecoderShape(
+    layers=LAYERS,
+    depth=LAYERS,
+    width=WIDTH,
+    embedding_width=WIDTH,
+    heads=1,
+    key_heads=1,
+    head_size=WIDTH,
+    value_size=WIDTH,
+    max_positions=None,
+    vocab_size=100,
+    hybrid=False,
+    positions="rotary",
+    dtype=torch.float32,
+    device=torch.device("cpu"),
+    begin=torch.zeros(LAYERS, 1, WIDTH),
+)
 
 
 @define(eq=False)
@@ -38,7 +56,7 @@ class CountingEngine:
     def __attrs_post_init__(self) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.mechanism = build_mechanism(self.config, torch.zeros(LAYERS, 1, WIDTH))
+            self.mechanism = build_mechanism(self.config, SHAPE)
 
     @property
     def layout(self) -> StoreLayout:
@@ -67,7 +85,7 @@ class CountingEngine:
         return Update(tuple(self.encode([view.state for view in views], ids)))
 
     def keys(self, layer: int, hidden: Tensor) -> Tensor | None:
-        retriever = self.mechanism.additions.retriever
+        retriever = self.mechanism.retriever
         return None if retriever is None else retriever.project_keys(layer, hidden).detach()
 
     def new_state(self, layout: StoreLayout) -> StreamState:

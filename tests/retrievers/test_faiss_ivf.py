@@ -251,7 +251,7 @@ class TestIndex:
             memory.write(ids, source=source, progress=False)
         with torch.no_grad():
             model(input_ids=prompts(1), memory=memory)
-        [store], slots = memory.stores, model.mplus_engine.mechanism.additions.retriever.index_cache._slots
+        [store], slots = memory.stores, model.mplus_engine.mechanism.retriever.index_cache._slots
         indexes = [slot.index for slot in slots[memory.stores[0].identity].values()]
         assert [len(index) for index in indexes] == [store.count(layer) for layer in range(3)]
         memory.forget("a")

@@ -66,7 +66,7 @@ def test_streams_are_read_as_memories_are(name):
     model = tiny.build(**changes).eval()
     memory, dense = written(model)
     texts = torch.randint(2, tiny.VOCAB_SIZE, (3, 2, 5), generator=torch.Generator().manual_seed(1))
-    retriever = model.mplus_engine.mechanism.additions.retriever
+    retriever = model.mplus_engine.mechanism.retriever
     with torch.no_grad():
         read = TrainedDecoder(model).read(dense, texts, selector=ScoreSelector(retriever))
         for place in range(2):
@@ -82,7 +82,7 @@ def test_what_retrieval_may_not_see_does_not_change_what_is_picked():
     other = texts.clone()
     other[..., 4:] = 2
     query_mask = torch.arange(6).expand_as(texts) < 4
-    picker = ScoreSelector(model.mplus_engine.mechanism.additions.retriever)
+    picker = ScoreSelector(model.mplus_engine.mechanism.retriever)
     with torch.no_grad():
         first, second = (
             TrainedDecoder(model).read(dense, t, queries=query_mask, selector=picker) for t in (texts, other)

@@ -236,7 +236,7 @@ class GeneratedAnswers(Execution[Moment, Way]):
 
     def retriever_ways(self, retrievers: Mapping[str, Retriever] | None) -> dict[str, Retriever | None]:
         check_mechanism(self.model)
-        own = self.model.mplus_engine.mechanism.additions.retriever
+        own = self.model.mplus_engine.mechanism.retriever
         others = {"random": retriever_for(self.model, "random")} if retrievers is None else retrievers
         self._retrievers = {self.own_retriever: own, **others}
         return self._retrievers

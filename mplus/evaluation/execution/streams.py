@@ -180,7 +180,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
         return attrs.evolve(options, window_tokens=window, bm25_passages=passages)
 
     def way(self, arm: str, options: ArmOptions) -> StreamWay | str:
-        own = self.model.mplus_engine.mechanism.additions.retriever
+        own = self.model.mplus_engine.mechanism.retriever
         if arm == "mplus":
             return StreamWay(ScoreSelector(own))
         if arm == "mplus-random":
@@ -218,7 +218,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
 
     def retriever_ways(self, retrievers: Mapping[str, Retriever] | None) -> dict[str, Retriever | None]:
         check_mechanism(self.model)
-        own = self.model.mplus_engine.mechanism.additions.retriever
+        own = self.model.mplus_engine.mechanism.retriever
         others = {"trained": own, **(self.retrievers if retrievers is None else retrievers)}
         self._ways = {name: _RetrieverWay(selector, selector) for name, selector in _selecting(others).items()}
         self._ways["trained"].selector = ScoreSelector(own)
@@ -281,7 +281,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
 
     def _signs(self, moment: StreamMoment) -> tuple[Tensor, Tensor]:
         """Return ``[n, len(features)]``, and whether "unknown" is the most probable answer."""
-        retriever = self.model.mplus_engine.mechanism.additions.retriever
+        retriever = self.model.mplus_engine.mechanism.retriever
         selector = None if retriever is None else ScoreSelector(retriever)
         read = self.decoder.read(
             moment.memory, moment.texts, queries=moment.queries, selector=selector, candidates=_all_rows

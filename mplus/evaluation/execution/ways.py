@@ -41,7 +41,7 @@ def find_way(model: Any, arm: str, options: ArmOptions) -> Way | str:
     if arm == "mplus-oracle":
         return Way(oracle=True)
     if arm == "mplus-recency":
-        return Way(Recency(mechanism.additions.retriever.shape))
+        return Way(Recency(mechanism.retriever.shape))
     settings = {"seed": options.seed} if arm == "mplus-random" else {}
     try:
         return Way(retriever_for(model, arm.removeprefix("mplus-"), **settings))

@@ -38,6 +38,10 @@ def fingerprint(
     are the facts of the file, if there is one.
     """
     plain = config.to_dict()
+    added = digest(model, "additions")
+    if saved is not None and not any(name.startswith("mplus.") for name, _ in model.named_parameters()):
+        # Nothing can differ. Earlier versions made begin rows for every mechanism, and took their digest.
+        added = saved.get("additions", added)
     ours: Group = "adapters" if saved is None or MADE_WITH in saved else "lora"
     return {
         "layers": layout.layers,
@@ -47,7 +51,7 @@ def fingerprint(
         **{f"retriever.{name}": fact for name, fact in (retriever.facts() if retriever is not None else {}).items()},
         "base": digest(model, "base"),
         "adapters": digest(model, ours),
-        "additions": digest(model, "additions"),
+        "additions": added,
     }
 
 

@@ -62,7 +62,7 @@ class Look:
         switches: which adapters are switched on where, with which scaling.
         acting: adapters of the user that act anywhere in the decoder.
         contents: of these, as far as another look of this process can tell.
-        begin: the same of the begin rows.
+        preparing: the same of the mechanism's tensors that prepared reads are made with.
     """
 
     weights: WeightsState
@@ -71,7 +71,7 @@ class Look:
     switches: Switches
     acting: tuple[str, ...]
     contents: tuple[Mark, ...]
-    begin: Mark
+    preparing: Mark
 
     def of_row(self, row: int, repeats: int) -> WeightsState:
         """Return the weights that stream ``row`` is read with, where each stream has ``repeats`` batch rows."""
@@ -87,7 +87,7 @@ class Plan:
         tuned: PEFT's layers.
         base, key_base: the weights besides adapters that rows, and retriever keys, go through.
         own, key_own: the same of our adapter for reading.
-        begin: the begin rows.
+        preparing: the mechanism's tensors that prepared reads are made with.
         scales: of each projection that our adapters are on, by adapter.
         adapter: ours for reading.
         adapters: by scope and adapter, its tensors; made when first asked for.
@@ -101,7 +101,7 @@ class Plan:
     key_base: TensorGroup
     own: TensorGroup
     key_own: TensorGroup
-    begin: TensorGroup
+    preparing: TensorGroup
     scales: Sequence[dict[str, float]]
     adapter: str | None
     adapters: dict[tuple[str, str], TensorGroup] = field(factory=dict)
@@ -111,7 +111,7 @@ class Plan:
 
     def __attrs_post_init__(self) -> None:
         self.sampled = TensorGroup(dict(self.base.named + self.key_base.named).items(), sampled=True)
-        parts = self.own.named + self.key_own.named + self.begin.named
+        parts = self.own.named + self.key_own.named + self.preparing.named
         self.full = TensorGroup(dict(parts).items(), sampled=False)
 
     def marks(self, moment: Moment) -> tuple[Mark, ...]:
@@ -172,8 +172,8 @@ class Watch:
             wanted = None if names is None else tuple(dict.fromkeys(names))
             acting = _in_order(plan, wanted, [name for one in plan.tuned for name in one.acting(wanted)])
             contents = tuple(plan.group("all", name).mark(moment) for name in acting)
-            begin = plan.begin.mark(moment)
-            look = Look(self._state(plan, moment, None), names, each, switches, acting, contents, begin)
+            preparing = plan.preparing.mark(moment)
+            look = Look(self._state(plan, moment, None), names, each, switches, acting, contents, preparing)
             plan.last = (present, look)
             return look
 
@@ -277,7 +277,7 @@ def make_plan(engine: WatchedDecoder, modules: list[nn.Module], parameters: list
     specs = engine.retrofit.anatomy.specs
     norms = [spec.norm for spec in specs if spec.norm is not None]
     projecting = [*norms, *(spec.attention for spec in specs)]
-    retriever = engine.mechanism.additions.retriever
+    retriever = engine.mechanism.retriever
     keying: list[nn.Module] = []
     if retriever is not None and engine.mechanism.key_size:
         keying = [*(projecting if engine.own_attention.used else norms), retriever]
@@ -289,9 +289,9 @@ def make_plan(engine: WatchedDecoder, modules: list[nn.Module], parameters: list
     of_adapters = {id(tensor) for one in tuned for parts in one.parts.values() for _, tensor in parts}
     adapter = engine.adapter("read")
     (base, own), (key_base, key_own) = (_rest(roots, paths, of_adapters, adapter) for roots in (projecting, keying))
-    begin = TensorGroup([("begin", engine.mechanism.additions.begin)], sampled=False)
+    preparing = TensorGroup(engine.mechanism.prepare_tensors().items(), sampled=False)
     scales = [one.scaling for spec in specs for one in adapted_projections(spec.attention)]
-    return Plan(modules, parameters, tuned, base, key_base, own, key_own, begin, scales, adapter)
+    return Plan(modules, parameters, tuned, base, key_base, own, key_own, preparing, scales, adapter)
 
 
 def _rest(

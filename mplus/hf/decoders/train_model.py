@@ -27,8 +27,8 @@ from mplus.hf.pretrained.shipped import RECALL_TINY, STORIES260K
 SHIPPED = {"stories260K": STORIES260K, "recall-tiny": RECALL_TINY}
 """Decoders that come with the package, by the name a recipe gives them."""
 
-BEGIN_STD, MARK_STD, EMBEDDING_STD = 0.5, 0.1, 0.05
-"""Of new begin rows, mark and tied embeddings under init "mimetic"."""
+EMBEDDING_STD = 0.05
+"""Of tied embeddings under init "mimetic"."""
 
 
 def load_for_training(path: str, config: MPlusConfig, dtype: torch.dtype) -> WrappedModel:
@@ -126,8 +126,7 @@ def build_for_training(
         start_mimetic(model)
     model = wrap(model, config)
     if init == "mimetic":
-        nn.init.normal_(model.mplus.begin, std=BEGIN_STD)
-        nn.init.normal_(model.mplus.mark, std=MARK_STD)
+        model.mplus_engine.mechanism.draw_parameters()
     return model
 
 
@@ -185,7 +184,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def choose_trained(model: nn.Module, parameters: Literal["adapters", "all"]) -> dict[str, nn.Parameter]:
-    """Let ``adapters`` (and begin rows, mark, retriever) or ``all`` be trained, in float32; the rest is frozen.
+    """Let ``adapters`` (and the mechanism's own parameters) or ``all`` be trained, in float32; the rest is frozen.
 
     Returns:
         What is trained, by name.

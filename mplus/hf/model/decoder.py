@@ -6,11 +6,10 @@ from collections.abc import Collection
 from typing import Any, Protocol
 
 import torch
-from attrs import define
+from attrs import define, evolve
 from torch import Tensor, nn
 
 from mplus.backends.base import Segment
-from mplus.hf.model.begin_rows import first_token
 from mplus.hf.retrofit.attention_probe import Nothing
 from mplus.hf.retrofit.context import Collection as Collecting
 from mplus.hf.retrofit.context import Pass, PrefixSource, run_in
@@ -34,15 +33,14 @@ class Wrapped(Protocol):
 
     model: nn.Module
     retrofit: Retrofit
+    shape: DecoderShape
 
     @property
     def embedding(self) -> nn.Module: ...
     @property
     def device(self) -> torch.device: ...
     @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def width(self) -> int: ...
+    def hidden_dtype(self) -> torch.dtype: ...
     @property
     def vocab_size(self) -> int: ...
     def need_projection(self) -> KeptProjection: ...
@@ -61,18 +59,8 @@ class WrappedDecoder:
 
     @property
     def shape(self) -> DecoderShape:
-        engine, anatomy = self._engine, self._engine.retrofit.anatomy
-        return DecoderShape(
-            layers=len(anatomy.specs),
-            depth=len(anatomy.layers),
-            width=engine.width,
-            vocab_size=engine.vocab_size,
-            hybrid=anatomy.hybrid,
-            positions="learned" if anatomy.learned_positions else "alibi" if anatomy.alibi else "rotary",
-            dtype=engine.dtype,
-            device=engine.device,
-            first_token=first_token(engine.model),
-        )
+        engine = self._engine
+        return evolve(engine.shape, vocab_size=engine.vocab_size, dtype=engine.hidden_dtype, device=engine.device)
 
     @property
     def kept(self) -> KeptProjection:

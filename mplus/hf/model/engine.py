@@ -22,7 +22,7 @@ from mplus.hf.retrofit.attention_probe import OwnAttention
 from mplus.hf.retrofit.hooks import Retrofit
 from mplus.hf.retrofit.projection import Projection
 from mplus.mechanisms.base import MemoryMechanism
-from mplus.mechanisms.decoder import Text
+from mplus.mechanisms.decoder import DecoderShape, Text
 from mplus.memory.memory import Memory
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.weights_state import WeightsState
@@ -41,15 +41,25 @@ class DecoderEngine:
         retrofit: how memory gets into its attention.
         decoder: the same decoder, seen from the mechanism.
         mechanism: the rules of its memories.
+        shape: of the decoder, as it was when it was wrapped.
         projection: how rows are kept projected, or why they cannot be.
         readings: the blocks of ``model.reading`` that are open.
     """
 
-    def __init__(self, model: nn.Module, config: MPlusConfig, retrofit: Retrofit, mechanism: MemoryMechanism) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: MPlusConfig,
+        retrofit: Retrofit,
+        mechanism: MemoryMechanism,
+        shape: DecoderShape,
+    ) -> None:
         self.model = model
         self.config = config
         self.retrofit = retrofit
         self.mechanism = mechanism
+        self.shape = shape
+        self._embedded_as = self._embedding_dtype
         self.projection: Projection | str = "the decoder was wrapped without a self-check"
         self.decoder = WrappedDecoder(self)
         self.own_attention = OwnAttention(self)
@@ -77,15 +87,20 @@ class DecoderEngine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of hidden states, hence of memory rows."""
-        begin: Tensor = self.mechanism.additions.begin
-        return begin.dtype
+        """dtype of memory rows: that of hidden states, unless the mechanism says another one."""
+        return self.mechanism.dtype or self.hidden_dtype
 
     @property
-    def width(self) -> int:
-        """Width of hidden states."""
-        begin: Tensor = self.mechanism.additions.begin
-        return begin.shape[2]
+    def hidden_dtype(self) -> torch.dtype:
+        """dtype of hidden states: as it was seen by ``wrap``, or what the decoder was converted to since."""
+        now = self._embedding_dtype
+        return self.shape.dtype if now == self._embedded_as else now
+
+    @property
+    def _embedding_dtype(self) -> torch.dtype:
+        weight: Any = self.embedding.weight
+        dtype: torch.dtype = weight.dtype
+        return dtype
 
     @property
     def vocab_size(self) -> int:
@@ -106,8 +121,7 @@ class DecoderEngine:
         if len(keeps) == 1:
             (only,) = keeps
             return only
-        hidden = self.mechanism.additions.begin.shape[2]
-        smaller = isinstance(self.projection, Projection) and self.projection.size < hidden
+        smaller = isinstance(self.projection, Projection) and self.projection.size < self.shape.width
         if not smaller or self.config.variant == "published":
             return "hidden"
         # Keys and values are bound to the adapters they were made with, hidden states are not.
@@ -130,15 +144,14 @@ class DecoderEngine:
                     f"{other}"
                 )
             size = self.projection.size
-        begin = self.mechanism.additions.begin
         return StoreLayout(
             projected_size=size,
             keeps_hidden=memory_rows != "projected",
-            layers=begin.shape[0],
-            hidden_size=begin.shape[2],
+            layers=self.shape.layers,
+            hidden_size=self.shape.width,
             key_size=self.mechanism.key_size,
             expiry=self.mechanism.expiry,
-            dtype=begin.dtype,
+            dtype=self.dtype,
             device=self.device,
         )
 
@@ -158,8 +171,7 @@ class DecoderEngine:
 
     def project(self, layer: int, hidden: Tensor) -> Tensor:
         """See ``Engine.project``."""
-        begin = self.mechanism.additions.begin
-        return self.need_projection().rows(layer, hidden.to(begin.device)).to(hidden.device)
+        return self.need_projection().rows(layer, hidden.to(self.device)).to(hidden.device)
 
     def need_projection(self) -> Projection:
         """Return how rows are kept projected. Raises NotSupported where they cannot be."""
@@ -189,7 +201,7 @@ class DecoderEngine:
         if layout.keeps_hidden and (look.names is not None or self.retrofit.technique != "attention"):
             return None
         found = self._prepared.get(memory)
-        made_for = (version, look.weights, look.names, look.each, look.begin)
+        made_for = (version, look.weights, look.names, look.each, look.preparing)
         if found is None or found[0] != made_for:
             batch = None if look.names is None else len(look.names)
             found = self._prepared[memory] = (made_for, self.mechanism.prepare(self.projection, batch))
@@ -241,12 +253,12 @@ class DecoderEngine:
 
     def keys(self, layer: int, hidden: Tensor) -> Tensor | None:
         """See ``Engine.keys``: the layer's input norm, then the retriever's key projection."""
-        retriever = self.mechanism.additions.retriever
+        retriever = self.mechanism.retriever
         if retriever is None or not self.mechanism.key_size:
             return None
         norm = self.retrofit.anatomy.specs[layer].norm
-        where: Tensor = next(retriever.parameters(), self.mechanism.additions.begin)
-        rows = hidden.to(where.device)
+        weight = next(retriever.parameters(), None)
+        rows = hidden.to(self.device if weight is None else weight.device)
         keys = retriever.project_keys(layer, rows if norm is None else norm(rows))
         return None if keys is None else keys.to(hidden)
 
@@ -256,5 +268,4 @@ class DecoderEngine:
 
     def fingerprint(self, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """See ``Engine.fingerprint``."""
-        model: Any = self.model
-        return fingerprint(model, self.config, self.layout, model.mplus.retriever, saved)
+        return fingerprint(self.model, self.config, self.layout, self.mechanism.retriever, saved)

@@ -11,7 +11,6 @@ from torch.utils.hooks import RemovableHandle
 from mplus.config import MPlusConfig
 from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.model.self_check import Check
-from mplus.mechanisms.additions import MemoryAdditions
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -49,7 +48,7 @@ class WrappedModel(Decoder):
     """A decoder of transformers with the attributes that ``wrap`` puts on it.
 
     Attributes:
-        mplus: what was added to its weights: begin rows, mark, retriever, pool.
+        mplus: the mechanism's own parameters: of M+ begin rows, mark, retriever and pool.
         mplus_engine: what memories and reads work with.
         mplus_installed: the record of the ``wrap``.
     """
@@ -57,7 +56,7 @@ class WrappedModel(Decoder):
     __mplus_base__: ClassVar[type]
     """The class it had before."""
 
-    mplus: MemoryAdditions
+    mplus: nn.Module
     mplus_engine: DecoderEngine
     mplus_installed: Installed
 

@@ -45,7 +45,7 @@ class Room:
     def of(decoder: PreTrainedModel, layout: MemoryPositions, *, placed: bool = True) -> Room:
         """Return the room in ``decoder``, by its configuration."""
         config = decoder.config.get_text_config(decoder=True)
-        positions = None if layout.layout == "constant" else _known_positions(config)
+        positions = None if layout.layout == "constant" else known_positions(config)
         grows = _rotary(config).get("rope_type") == "dynamic"
         return Room(positions, layout, type(decoder).__name__, placed, grows)
 
@@ -76,7 +76,7 @@ def _retrieved(sizes: dict[str, int], config: MPlusConfig) -> int:
     return sizes["retrieved_tokens"] if retrieves else 0
 
 
-def _known_positions(config: PreTrainedConfig) -> int | None:
+def known_positions(config: PreTrainedConfig) -> int | None:
     """Return how many positions the decoder was made for. A sliding window is no limit: all layers see all memory."""
     given = [getattr(config, name, None) for name in NAMES]
     known = next((n for n in given if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)

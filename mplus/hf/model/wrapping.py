@@ -23,14 +23,13 @@ from mplus.config import PUBLISHED, MPlusConfig
 from mplus.errors import ConfigError, NotSupported
 from mplus.hf.adapters.fingerprint import digest
 from mplus.hf.adapters.lora import add_adapters, remove_adapters
-from mplus.hf.model.begin_rows import begin_rows
-from mplus.hf.model.build import build_mechanism
 from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.model.installed import Installed, WrappedModel, decoder_inside, is_peft_model
 from mplus.hf.model.model_class import memory_model_class
 from mplus.hf.model.modes import has_values, in_eval_mode, input_device
 from mplus.hf.model.peft_model import PeftMemoryModel, peft_model_class
 from mplus.hf.model.self_check import Check, check_ids, self_check
+from mplus.hf.model.shape import decoder_shape
 from mplus.hf.model.sizes import Room, chosen, resolve
 from mplus.hf.pretrained.config import as_memory_config
 from mplus.hf.reading import generation_config
@@ -40,6 +39,8 @@ from mplus.hf.retrofit.discovery import discover
 from mplus.hf.retrofit.hooks import AttentionHook, Retrofit, Technique
 from mplus.hf.retrofit.positions import MemoryPositions
 from mplus.hf.retrofit.projection import find_projection
+from mplus.mechanisms import MECHANISMS
+from mplus.mechanisms.build import build_mechanism
 
 Layout = Literal["sequential", "compressed", "constant"]
 Model = TypeVar("Model", bound=nn.Module)
@@ -61,7 +62,8 @@ def wrap(
     """Give a decoder a memory, in place.
 
     Its class becomes a subclass of its own under the same name; with ``memory=None`` it computes what it computed
-    before, bit for bit. The weights are not changed; begin rows, mark, retriever and LoRA adapters are added.
+    before, bit for bit. The weights are not changed; the mechanism's own parameters (begin rows, mark and retriever of
+    M+) and LoRA adapters are added.
 
     Args:
         model: a ``PreTrainedModel`` with a causal language-model head, or a ``PeftModel`` around one. A ``PeftModel``
@@ -71,7 +73,7 @@ def wrap(
             ``.toml`` file, or a folder that ``save_pretrained`` wrote. Sizes that are left out are the published ones
             where half of the decoder's positions hold them, else smaller (``mplus.hf.model.sizes.resolve``).
         check: prove on a few tokens that reading and writing work; without it the first technique is taken on trust.
-        pool: ``[L, N, d]`` short-term rows that every new memory starts from.
+        pool: ``[L, N, d]`` short-term rows that every new memory starts from, where the mechanism has such rows.
 
     Returns:
         ``model`` itself.
@@ -113,20 +115,22 @@ def wrap(
     positions = MemoryPositions(layout, config.position_span, offset=_moving_rope(decoder))
     retrofit = Retrofit(anatomy, "attention", positions, BackendChooser(config.backend))
     asked = config
-    if pool is not None and config.short_term_tokens is None:
+    sizes = MECHANISMS.get(config.mechanism.name).sizes
+    if pool is not None and config.short_term_tokens is None and "short_term_tokens" in sizes:
         config = evolve(config, short_term_tokens=pool.shape[1])
     config = resolve(config, Room.of(decoder, positions, placed=not anatomy.learned_positions), stacklevel=2)
     ids = check_ids(cast("nn.Embedding", decoder.get_input_embeddings()).weight.shape[0], input_device(decoder))
     base_logits = _logits(decoder, ids) if check else None
-    mechanism = build_mechanism(config, begin_rows(decoder, anatomy), pool)
+    shape = decoder_shape(decoder, anatomy)
+    mechanism = build_mechanism(config, shape, pool)
     installed = Installed(base_attention, digest(decoder, "base"), [], [], [], asked)
-    wrapped = _install(decoder, DecoderEngine(decoder, config, retrofit, mechanism), installed)
+    wrapped = _install(decoder, DecoderEngine(decoder, config, retrofit, mechanism, shape), installed)
     try:
         if config.rope_inv_freq_dtype is not None:
             round_frequencies(decoder, getattr(torch, config.rope_inv_freq_dtype))
         _choose_technique(wrapped, installed, base_logits if config.rope_inv_freq_dtype is None else None, check)
-        if mechanism.additions.retriever is not None:
-            wrapped.mplus_engine.bind(mechanism.additions.retriever)
+        if mechanism.retriever is not None:
+            wrapped.mplus_engine.bind(mechanism.retriever)
         _choose_rows(wrapped)
     except BaseException:
         unwrap(decoder)
@@ -306,7 +310,7 @@ def _refusal(name: str, failed: Sequence[Check], details: Sequence[str]) -> NotS
 def _choose_rows(decoder: WrappedModel) -> None:
     """Find out how rows can be kept. Raises NotSupported when the config asks for what cannot be had."""
     engine = decoder.mplus_engine
-    begin: Tensor = engine.mechanism.additions.begin
+    begin = engine.shape.begin
     some = torch.randn(4, begin.shape[2], generator=torch.Generator().manual_seed(0)).to(begin)
     rows = [(some * (row.float().std() or 1.0)).to(begin)[None] for row in begin]
     try:

@@ -31,6 +31,8 @@ else:
 
 WEIGHTS = "model.safetensors"
 BASE = "base"
+UNUSED = {"mplus.begin", "mplus.mark"}
+"""What earlier versions saved for every mechanism, used or not."""
 HOW_TO_LOAD = "mplus.from_pretrained(folder), or the Auto classes of transformers after `import mplus.hf`"
 """Said in config.json, since transformers knows the model type "mplus" only then."""
 
@@ -154,6 +156,7 @@ def load_additions(model: nn.Module, tensors: Mapping[str, Tensor], where: str) 
     decoder = decoder_inside(model)
     named = {plain_name(name): (name, tensor) for name, tensor in decoder.state_dict().items() if is_addition(name)}
     expected = {name: tensor for name, (_, tensor) in named.items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if name in expected or name not in UNUSED}
     missing, foreign = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     wrong = [name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape]
     if missing or foreign or wrong:

@@ -8,22 +8,12 @@ from contextvars import ContextVar
 from typing import cast
 
 from attrs import define, evolve
-from torch import Tensor, nn
+from torch import nn
 
 from mplus.errors import NotSupported
 from mplus.hf.model.engine import DecoderEngine
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.retrievers.base import Retriever
-
-
-@define(frozen=True, eq=False)
-class _Additions:
-    """The additions of a decoder, but for the retriever."""
-
-    begin: Tensor
-    mark: Tensor
-    pool: Tensor | None
-    retriever: Retriever | None
 
 
 @define(frozen=True, eq=False)
@@ -76,10 +66,9 @@ def reading_as(
         config = evolve(config, retrieved_tokens=retrieved_tokens)
     if query_tokens is not None:
         config = evolve(config, query_tokens=query_tokens)
-    own = before.additions
-    additions = _Additions(own.begin, own.mark, own.pool, own.retriever if retriever is None else retriever)
-    own_class = make or type(before)
-    entered = _StandIn(engine, own_class(config, additions, before.options))  # type: ignore[arg-type]
+    mechanism = (make or type(before))(config, before.additions, before.options)
+    mechanism.retriever = before.retriever if retriever is None else retriever
+    entered = _StandIn(engine, mechanism)
     try:
         try:
             _STAND_INS.set((*_STAND_INS.get(), entered))

@@ -41,7 +41,8 @@ class OwnAttention:
     @torch.no_grad()
     def heads(self, layer: int) -> Heads:
         """See ``Projections``; found by projecting a row twice."""
-        row: Tensor = self._engine.mechanism.additions.begin[layer]
+        engine = self._engine
+        row: Tensor = engine.shape.begin[layer].to(engine.device, engine.hidden_dtype)
         spec: AttentionSpec = self._engine.retrofit.anatomy.specs[layer]
         who = f"{type(spec.attention).__name__} of layer {spec.layer_index}"
         try:

@@ -86,7 +86,6 @@ class KvMechanism(MemoryMechanism):
 
     name = "kv"
     State: ClassVar[type[StreamState]] = KvState
-    uses_retriever = False
     keeps: ClassVar[frozenset[Kept]] = frozenset({"projected"})
     sizes: ClassVar[Mapping[str, int]] = {"chunk_tokens": 128, "retrieved_tokens": 1024}
     retrieves_once = True
@@ -124,10 +123,6 @@ class KvMechanism(MemoryMechanism):
             retrieved_tokens=retrieved,
             adapters=None if config.adapters is ADAPTERS else config.adapters,
         )
-
-    @property
-    def long_term(self) -> bool:
-        return True
 
     def bytes_beside(self, rows: int) -> int:
         """Return the bytes of the chunk table: 4 for every token, and 24 for every chunk."""

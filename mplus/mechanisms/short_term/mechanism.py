@@ -8,11 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 from attrs import evolve
-from torch import Tensor
+from torch import Tensor, nn
 
 from mplus.backends.base import Segment
+from mplus.config import MPlusConfig
+from mplus.mechanisms.additions import MemoryAdditions
 from mplus.mechanisms.base import Absorbed, Columns, MemoryMechanism, Opened, Retrieved
-from mplus.mechanisms.decoder import Decoder, KeptProjection, Project, Text, side_by_side
+from mplus.mechanisms.decoder import Decoder, DecoderShape, KeptProjection, Project, Text, side_by_side
 from mplus.mechanisms.short_term.assembly import assemble
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams
 from mplus.mechanisms.short_term.batching import can_be_batched
@@ -23,8 +25,13 @@ from mplus.mechanisms.streams import TrainingStreams
 from mplus.memory.state import StreamView
 from mplus.memory.writing.context import WriteContext
 from mplus.memory.writing.update import Update
+from mplus.retrievers.base import RetrieverShape
+from mplus.retrievers.build import build_retriever
 from mplus.rows import NO_SOURCE, MemoryRows
 from mplus.stores.base import StoreLayout
+
+BEGIN_STD, MARK_STD = 0.5, 0.1
+"""Of begin rows and mark of a decoder that is trained from nothing."""
 
 
 class RowMechanism(MemoryMechanism):
@@ -38,6 +45,31 @@ class RowMechanism(MemoryMechanism):
     State: ClassVar[type[ShortTermState]] = ShortTermState
     batched: ClassVar[bool] = False
     empty_is_base: ClassVar[bool] = False  # the begin row stands in front of every text
+    additions: MemoryAdditions
+
+    @classmethod
+    def build(cls, shape: DecoderShape, config: MPlusConfig, options: Any) -> MemoryAdditions:
+        """Make begin rows, the mark, and the retriever that ``config`` names, where there is long-term memory."""
+        retriever = None
+        if cls.uses_retriever and config.long_term_tokens != 0:
+            retriever = build_retriever(config, RetrieverShape(layers=shape.layers, hidden_size=shape.width))
+        return MemoryAdditions(shape.begin, retriever)
+
+    def start_from(self, pool: Tensor) -> None:
+        self.additions.pool = pool
+
+    def draw_parameters(self) -> None:
+        nn.init.normal_(self.additions.begin, std=BEGIN_STD)
+        nn.init.normal_(self.additions.mark, std=MARK_STD)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the begin rows, which training keeps in float32 whatever the decoder is in."""
+        return self.additions.begin.dtype
+
+    @property
+    def long_term(self) -> bool:
+        return self.uses_retriever and super().long_term
 
     @property
     def waiting_rows(self) -> int:
@@ -187,6 +219,9 @@ class RowMechanism(MemoryMechanism):
 
     def prepare(self, projection: KeptProjection, batch: int | None) -> Prepared:
         return Prepared(projection, self.additions.begin, batch)
+
+    def prepare_tensors(self) -> dict[str, Tensor]:
+        return {"begin": self.additions.begin}
 
     def prefix(
         self, opened: Opened, layer: int, found: Sequence[Retrieved | None], hidden: Tensor, project: Project

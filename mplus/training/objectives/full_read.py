@@ -28,7 +28,7 @@ def full_read(
 ) -> ObjectiveResult:
     """Return the loss of the batch's texts, read with begin row, retrieved rows and STM, plus the retriever's loss."""
     query_mask = batch.mask if batch.query_mask is None else batch.query_mask & batch.mask
-    retriever = decoder.engine.mechanism.additions.retriever
+    retriever = decoder.engine.mechanism.retriever
     candidates = None
     if retriever_loss is not None and retriever is not None:
         candidates = retriever_loss.wanted(batch.text_sources, streams.choices)

@@ -13,8 +13,8 @@ import mplus
 from benchmarks.quality.architectures.decoders import BY_NAME, VOCAB_SIZE
 from benchmarks.quality.architectures.retrofitted import SIZES
 from mplus.errors import CheckpointError, NotSupported
-from mplus.hf.model.begin_rows import begin_rows
 from mplus.hf.model.self_check import Check
+from mplus.hf.model.shape import begin_rows, decoder_shape
 from mplus.hf.model.wrapping import _refusal
 from mplus.hf.retrofit.discovery import discover
 from tests.hf.references import error, ids
@@ -123,6 +123,23 @@ def test_the_begin_row_is_that_of_bos_else_of_eos_else_of_the_mean_embedding() -
         rows = begin_rows(model, anatomy)
         assert rows.shape == (3, 1, 32)
         assert torch.allclose(rows[0, 0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "opt-post-norm"])
+def test_the_shape_of_a_decoder_is_that_of_what_it_computes(name: str) -> None:
+    model: Any = BY_NAME[name].build()
+    shape = decoder_shape(model, discover(model))
+    wrapped = mplus.wrap(model, SIZES)
+    engine = wrapped.mplus_engine
+    kept, found = engine.need_projection(), engine.decoder.run(torch.tensor([[3, 4]]), collect={"inputs"})
+    assert (shape.key_heads, shape.head_size, shape.value_size) == (kept.heads, kept.width, kept.value_width)
+    assert (len(found.inputs), found.inputs[0].shape[2]) == (shape.layers, shape.width)
+    assert engine.decoder.embed(torch.tensor([[3]])).shape[2] == shape.embedding_width
+    assert shape.begin.shape == (shape.layers, 1, shape.width)
+    assert shape.max_positions == model.config.max_position_embeddings
+    for dtype in (torch.bfloat16, torch.float64):
+        wrapped.to(dtype)
+        assert engine.decoder.shape.dtype == engine.decoder.run(torch.tensor([[3]])).hidden.dtype == dtype
 
 
 @pytest.mark.parametrize("rows", ["projected", "both"])

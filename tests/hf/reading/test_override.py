@@ -43,7 +43,7 @@ def test_without_long_term_rows_it_is_a_read_of_the_short_term_memory_alone(memo
 
 
 def test_the_own_retriever_changes_nothing_and_others_do(memory):
-    retriever = memory.engine.mechanism.additions.retriever
+    retriever = memory.engine.mechanism.retriever
     usual = logits(memory)
     assert torch.equal(logits(memory, retriever=retriever), usual)
     assert torch.equal(logits(memory, retrieved_tokens=K0), usual)
@@ -54,7 +54,7 @@ def test_the_own_retriever_changes_nothing_and_others_do(memory):
 
 def test_recency_brings_back_the_newest_rows():
     memory = written("paper", [200])
-    with reading_as(memory.engine.model, retriever=Recency(memory.engine.mechanism.additions.retriever.shape)):
+    with reading_as(memory.engine.model, retriever=Recency(memory.engine.mechanism.retriever.shape)):
         output = memory.engine.model.generate(
             input_ids=prompts(1), memory=memory, max_new_tokens=1, return_dict_in_generate=True, output_sources=True
         )
@@ -109,7 +109,7 @@ def test_what_is_written_inside_is_written_as_always():
     memory, other = written("paper", [200]), written("paper", [200])
     text = ids(60, 5)
     other.write(text)
-    with reading_as(memory.engine.model, retriever=Recency(memory.engine.mechanism.additions.retriever.shape)):
+    with reading_as(memory.engine.model, retriever=Recency(memory.engine.mechanism.retriever.shape)):
         memory.write(text)
     assert_same(memory, other)
 

@@ -235,6 +235,24 @@ def test_it_is_saved_loaded_opened_and_goes_on(model: Any, tmp_path: Path) -> No
         assert content(kept) == content(memory)
 
 
+def test_what_earlier_versions_saved_with_unused_begin_rows_is_loaded(tmp_path: Path) -> None:
+    model = wrapped()
+    for name in ("begin", "mark"):
+        model.mplus.register_parameter(name, torch.nn.Parameter(torch.ones(3, 1, 32)))
+    memory = written(model)
+    memory.save(tmp_path / "memory")
+    model.save_pretrained(tmp_path / "model", save_base=True)
+    loaded = mplus.from_pretrained(tmp_path / "model")
+    assert not dict(loaded.mplus.named_parameters())
+    again = mplus.Memory.load(tmp_path / "memory", loaded)
+    assert torch.equal(logits(loaded, prompts(), again), logits(model, prompts(), memory))
+
+
+def test_a_pool_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="pool means nothing to the mechanism 'kv'"):
+        mplus.wrap(tiny.BY_NAME["llama"].build(0), {"mechanism": "kv"}, pool=torch.zeros(3, 4, 32))
+
+
 def test_a_saved_memory_is_listed_and_forgets_without_a_decoder(model: Any, tmp_path: Path) -> None:
     memory = written(model)
     memory.save(tmp_path / "saved")

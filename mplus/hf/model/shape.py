@@ -1,4 +1,4 @@
-"""The rows that stand in front of all memory: what every layer receives for the token that begins a text."""
+"""The shape of a decoder: its sizes and abilities, and what its layers receive for the token that begins a text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mplus.errors import NotSupported
 from mplus.hf.model.modes import in_eval_mode, input_device
+from mplus.hf.model.sizes import known_positions
 from mplus.hf.retrofit.discovery import Anatomy
+from mplus.mechanisms.decoder import DecoderShape
 
 
 def first_token(decoder: nn.Module) -> int | None:
@@ -28,6 +30,43 @@ def first_token(decoder: nn.Module) -> int | None:
             if isinstance(token, int):
                 return token
     return None
+
+
+def decoder_shape(decoder: PreTrainedModel, anatomy: Anatomy) -> DecoderShape:
+    """Return what mechanisms are told of a decoder; runs one pass of a token."""
+    config = decoder.config.get_text_config(decoder=True)
+    begin, embedding = begin_rows(decoder, anatomy), cast("nn.Embedding", decoder.get_input_embeddings()).weight
+    heads, key_heads, head_size, value_size = _attention_sizes(config, begin.shape[2])
+    return DecoderShape(
+        layers=len(anatomy.specs),
+        depth=len(anatomy.layers),
+        width=begin.shape[2],
+        embedding_width=embedding.shape[1],
+        heads=heads,
+        key_heads=key_heads,
+        head_size=head_size,
+        value_size=value_size,
+        max_positions=known_positions(config),
+        vocab_size=embedding.shape[0],
+        hybrid=anatomy.hybrid,
+        positions="learned" if anatomy.learned_positions else "alibi" if anatomy.alibi else "rotary",
+        dtype=begin.dtype,
+        device=input_device(decoder),
+        begin=begin,
+        first_token=first_token(decoder),
+    )
+
+
+def _attention_sizes(config: PreTrainedConfig, width: int) -> tuple[int | None, int | None, int | None, int | None]:
+    """Return H, Hkv, D and Dv as far as a configuration says one number for all layers."""
+    try:
+        heads = getattr(config, "num_attention_heads", None)
+        size = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
+        size = size or (width // heads if heads else None)
+        key_heads = getattr(config, "num_key_value_heads", None) or heads
+        return heads, key_heads, size, getattr(config, "v_head_dim", None) or size
+    except RuntimeError:  # transformers gives no number that differs from layer to layer
+        return None, None, None, None
 
 
 @torch.no_grad()

@@ -1,0 +1,45 @@
+"""Build the mechanism that a config names, with its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from mplus.config import MPlusConfig, options_of
+from mplus.errors import MechanismError
+from mplus.eviction import EVICTION
+from mplus.mechanisms import MECHANISMS
+from mplus.mechanisms.base import MemoryMechanism
+from mplus.mechanisms.decoder import DecoderShape
+from mplus.stores import STORES
+
+
+def build_mechanism(config: MPlusConfig, shape: DecoderShape, pool: Tensor | None = None) -> MemoryMechanism:
+    """Build the mechanism of ``config`` for a decoder, with new parameters in the decoder's dtype, on its device.
+
+    Args:
+        config: of the memory.
+        shape: of the decoder.
+        pool: ``[L, N, d]``, rows that every new memory starts from; None: there are none.
+
+    Raises:
+        UnknownNameError, PluginError, MissingDependencyError: the registry has no such implementation.
+        ConfigError: an option of an implementation breaks its rule, or the mechanism takes no ``pool``.
+        MechanismError: what the mechanism built is no module.
+    """
+    cls = MECHANISMS.get(config.mechanism.name)
+    defaults: Mapping[str, Any] = cls.Options.defaults(config.variant)
+    options = options_of(cls, {**defaults, **config.mechanism.options})
+    STORES.get(config.store.name)
+    EVICTION.get(config.eviction.name)
+    additions = cls.build(shape, config, options)
+    if not isinstance(additions, nn.Module):
+        raise MechanismError(
+            f"the mechanism {cls.name!r}: build must return a torch.nn.Module, got {type(additions).__name__}"
+        )
+    mechanism = cls(config, additions.to(shape.begin), options)
+    if pool is not None:
+        mechanism.start_from(pool)
+    return mechanism
