@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from mplus.memory.state import StreamState, StreamView
     from mplus.memory.writing.context import WriteContext
     from mplus.memory.writing.update import Update
+    from mplus.retrievers.base import Retriever, RetrieverShape
+    from mplus.retrievers.build import build_retriever
     from mplus.rows import MemoryRows
     from mplus.stores.base import MemoryStore, StoreLayout, StoreView
 
@@ -59,6 +61,8 @@ __all__ = [
     "Project",
     "Read",
     "Retrieved",
+    "Retriever",
+    "RetrieverShape",
     "Rows",
     "Segment",
     "StoreLayout",
@@ -69,6 +73,7 @@ __all__ = [
     "TrainingStreams",
     "Update",
     "WriteContext",
+    "build_retriever",
     "flag",
     "number",
     "one_of",
@@ -113,6 +118,8 @@ __getattr__, __dir__ = lazy_exports(
         "mplus.memory.state": ("StreamState", "StreamView"),
         "mplus.memory.writing.context": ("WriteContext",),
         "mplus.memory.writing.update": ("Update",),
+        "mplus.retrievers.base": ("Retriever", "RetrieverShape"),
+        "mplus.retrievers.build": ("build_retriever",),
         "mplus.rows": ("MemoryRows",),
         "mplus.stores.base": ("MemoryStore", "StoreLayout", "StoreView"),
     },
