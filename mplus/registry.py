@@ -1,4 +1,4 @@
-"""One registry for every kind of implementation that a configuration can name."""
+"""Registries: one for every kind of implementation, or of file, that a configuration or a command can name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import inspect
 import sys
 import threading
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -18,6 +19,7 @@ from mplus import plugins
 from mplus.errors import ConfigError, DuplicateNameError, MissingDependencyError, PluginError, UnknownNameError
 
 T = TypeVar("T")
+V = TypeVar("V")
 
 EXTRAS: Mapping[str, str] = {
     "bm25s": "eval",
@@ -50,17 +52,16 @@ class _Claim:
     target: object = None
 
 
-class Registry(Generic[T]):
-    """Implementations of one interface by name: built in, from plug-ins, or registered by the program.
+class NameRegistry(ABC, Generic[V]):
+    """What stands behind the names of one kind: built in, from plug-ins, or registered by the program.
 
     Targets are imported when asked for, plug-ins are looked up on first need, and a broken plug-in or a name
     claimed twice raises only when that name is asked for. Safe to use from several threads.
 
     Args:
-        kind: the interface in one word, for messages ("store").
-        group: entry point group in which plug-ins announce implementations ("mplus.stores").
-        base: ``module:attribute`` of the class that every implementation must derive from.
-        builtin: name -> ``module:attribute`` of the implementations that come with mplus.
+        kind: what is named, in one word, for messages ("store").
+        group: entry point group in which plug-ins announce more ("mplus.stores").
+        builtin: name -> what comes with mplus under it, ``module:attribute`` or the value itself.
         reserved: names that mean something else where this kind is configured, so nobody may claim them.
         discover: finds the plug-ins of a group.
     """
@@ -70,32 +71,34 @@ class Registry(Generic[T]):
         kind: str,
         *,
         group: str,
-        base: str,
-        builtin: Mapping[str, str] | None = None,
+        builtin: Mapping[str, str | V] | None = None,
         reserved: Collection[str] = (),
         discover: Callable[[str], list[plugins.Plugin]] = plugins.discover,
     ) -> None:
         self.kind = kind
         self.group = group
-        self._base = base
         self._reserved = frozenset(reserved)
         self._discover = discover
         self._lock = threading.RLock()
         self._claims: dict[str, list[_Claim]] = {}
         self._registered: dict[str, _Claim] = {}
-        self._loaded: dict[_Claim, type[T]] = {}
+        self._loaded: dict[_Claim, V] = {}
         self._discovered = False
         for name, target in (builtin or {}).items():
-            self._claims[name] = [_Claim(f"mplus ({target})", _importer(target), target=target)]
+            self._claims[name] = [_Claim(f"mplus ({_shown(target)})", _loader(target), target=target)]
 
-    def get(self, name: str) -> type[T]:
-        """The implementation called ``name``, imported now if it was not before.
+    @abstractmethod
+    def _check(self, name: str, claim: _Claim, found: object) -> V:
+        """Return what a claim was found to stand for. Raises PluginError where it is nothing of this kind."""
+
+    def get(self, name: str) -> V:
+        """Return what is called ``name``, imported now if it was not before.
 
         Raises:
             UnknownNameError: nobody claims the name; the message has near names and the list.
             DuplicateNameError: several claim it; the message has their origins.
             MissingDependencyError: it needs a package that is not installed; the message has the extra.
-            PluginError: it cannot be imported or is not an implementation of the interface.
+            PluginError: it cannot be imported or is nothing of this kind.
         """
         claim = self._claim(name)
         with self._lock:
@@ -109,29 +112,29 @@ class Registry(Generic[T]):
             return self._loaded.setdefault(claim, implementation)
 
     def names(self) -> list[str]:
-        """All names that are claimed, sorted. Nothing is imported."""
+        """Return all names that are claimed, sorted. Nothing is imported."""
         with self._lock:
             return sorted(self._known())
 
     def origin(self, name: str) -> str:
-        """Where the implementation called ``name`` comes from. Raises as ``get`` does, except for loading."""
+        """Return where the implementation called ``name`` comes from. Raises as ``get`` does, except for loading."""
         return self._claim(name).origin
 
     def entries(self) -> list[RegistryEntry]:
-        """Every claim on every name with its error, if any. Imports the implementations to find out."""
+        """Return every claim on every name with its error, if any. Imports the implementations to find out."""
         with self._lock:
             names = sorted(self._known())
         return [entry for name in names for entry in self._entries_of(name)]
 
-    def register(self, name: str, target: type[T] | str) -> None:
-        """Let ``name`` stand for a class, or for ``module:attribute`` imported on first use, in this process.
+    def register(self, name: str, target: V | str) -> None:
+        """Let ``name`` stand for a value, or for ``module:attribute`` imported on first use, in this process.
 
         Registering the same target again changes nothing.
 
         Raises:
-            ConfigError: ``name`` is reserved or not a name, or ``target`` is neither a class nor ``module:attribute``.
+            ConfigError: ``name`` is reserved or not a name, or ``target`` is text that is no ``module:attribute``.
             DuplicateNameError: the name is taken; the message has both origins.
-            PluginError: the class does not implement the interface.
+            PluginError: the value is nothing of this kind.
         """
         if not isinstance(name, str) or not name or name.split() != [name]:
             raise ConfigError(f"the name of a {self.kind} must be a non-empty string without spaces, got {name!r}")
@@ -142,9 +145,8 @@ class Registry(Generic[T]):
             if not module or not attribute:
                 raise ConfigError(f"a {self.kind} is registered as a class or 'module:attribute', got {target!r}")
         caller = traceback.extract_stack(limit=2)[0]
-        shown = target if isinstance(target, str) else _describe(target)
-        origin = f"registered at {Path(caller.filename).name}:{caller.lineno} ({shown})"
-        claim = _Claim(origin, _importer(target) if isinstance(target, str) else lambda: target, target=target)
+        origin = f"registered at {Path(caller.filename).name}:{caller.lineno} ({_shown(target)})"
+        claim = _Claim(origin, _loader(target), target=target)
         if not isinstance(target, str):
             self._check(name, claim, target)
         with self._lock:
@@ -186,12 +188,12 @@ class Registry(Generic[T]):
                 raise self._duplicate(name, claims)
             return claims[0]
 
-    def _load(self, name: str, claim: _Claim) -> type[T]:
+    def _load(self, name: str, claim: _Claim) -> V:
         """Import and check. A plug-in may fail in any way, also by calling ``sys.exit``."""
         if claim.error is not None:
             raise PluginError(f"{self.kind} {name!r} of {claim.origin} is broken: {claim.error}")
         try:
-            implementation = claim.load()
+            found = claim.load()
         except ImportError as error:
             missing = (error.name or "").partition(".")[0]
             if missing in EXTRAS:
@@ -203,19 +205,7 @@ class Registry(Generic[T]):
             raise self._broken(name, claim, error) from error
         except (Exception, SystemExit) as error:
             raise self._broken(name, claim, error) from error
-        return self._check(name, claim, implementation)
-
-    def _check(self, name: str, claim: _Claim, implementation: object) -> type[T]:
-        base = cast("type[T]", _importer(self._base)())
-        if not (isinstance(implementation, type) and issubclass(implementation, base)):
-            raise PluginError(
-                f"{self.kind} {name!r} of {claim.origin} must be a subclass of {_describe(base)}, "
-                f"got {_describe(implementation)}"
-            )
-        if inspect.isabstract(implementation):
-            missing = ", ".join(sorted(cast(Any, implementation).__abstractmethods__))
-            raise PluginError(f"{self.kind} {name!r} of {claim.origin} leaves abstract methods undefined: {missing}")
-        return implementation
+        return self._check(name, claim, found)
 
     def _entries_of(self, name: str) -> list[RegistryEntry]:
         with self._lock:
@@ -254,8 +244,57 @@ class Registry(Generic[T]):
         return UnknownNameError(message)
 
 
-def _importer(target: str) -> Callable[[], object]:
-    """A function that imports ``module:attribute``."""
+class Registry(NameRegistry[type[T]], Generic[T]):
+    """Implementations of one interface by name.
+
+    Args:
+        base: ``module:attribute`` of the class that every implementation must derive from.
+        others: see ``NameRegistry``.
+
+    Example:
+        >>> STORES = Registry("store", group="mplus.stores", base="mplus.stores.base:MemoryStore")
+        >>> STORES.register("mine", "my_package:MyStore")
+    """
+
+    def __init__(self, kind: str, *, base: str, **others: Any) -> None:
+        super().__init__(kind, **others)
+        self._base = base
+
+    def _check(self, name: str, claim: _Claim, found: object) -> type[T]:
+        base = cast("type[T]", _loader(self._base)())
+        if not (isinstance(found, type) and issubclass(found, base)):
+            raise PluginError(
+                f"{self.kind} {name!r} of {claim.origin} must be a subclass of {_describe(base)}, "
+                f"got {_describe(found)}"
+            )
+        if inspect.isabstract(found):
+            missing = ", ".join(sorted(cast(Any, found).__abstractmethods__))
+            raise PluginError(f"{self.kind} {name!r} of {claim.origin} leaves abstract methods undefined: {missing}")
+        return found
+
+
+class FileRegistry(NameRegistry[Path]):
+    """Files by name; a package announces a ``pathlib.Path`` of its own.
+
+    Example:
+        >>> RECIPES = FileRegistry("recipe", group="mplus.recipes")
+        >>> RECIPES.register("mine", Path("mine.toml"))
+    """
+
+    def _check(self, name: str, claim: _Claim, found: object) -> Path:
+        if not isinstance(found, Path):
+            raise PluginError(
+                f"{self.kind} {name!r} of {claim.origin} must be the pathlib.Path of a file, got {_describe(found)}"
+            )
+        if not found.is_file():
+            raise PluginError(f"{self.kind} {name!r} of {claim.origin} must be a file that exists, got {str(found)!r}")
+        return found
+
+
+def _loader(target: object) -> Callable[[], object]:
+    """Return a function that imports ``module:attribute``, or gives any other target."""
+    if not isinstance(target, str):
+        return lambda: target
 
     def load() -> object:
         module, _, attribute = target.partition(":")
@@ -265,6 +304,12 @@ def _importer(target: str) -> Callable[[], object]:
         return found
 
     return load
+
+
+def _shown(target: object) -> str:
+    if isinstance(target, Path):
+        return target.name
+    return target if isinstance(target, str) else _describe(target)
 
 
 def _describe(thing: object) -> str:

@@ -11,11 +11,11 @@ import typer
 from mplus.cli.output import print_json
 
 if TYPE_CHECKING:
-    from mplus.registry import Registry
+    from mplus.registry import NameRegistry
 
 
 def plugins(as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON instead.")] = False) -> None:
-    """List every implementation a config or recipe can name, where it comes from, and what is wrong with broken ones.
+    """List everything a config, recipe or command can name, where it comes from, and what is wrong with broken ones.
 
     Each is imported to find out. MPLUS_PLUGINS in the environment limits third-party packages to those it names.
     """
@@ -41,17 +41,19 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="Print the list
         console.print(f"- {entry['error']}", markup=False, soft_wrap=True)
 
 
-def registries() -> list[Registry[Any]]:
+def registries() -> list[NameRegistry[Any]]:
     """Return every registry of mplus."""
     from mplus.backends import BACKENDS
     from mplus.eviction import EVICTION
+    from mplus.interop.golden import REPLAYS
     from mplus.mechanisms import MECHANISMS
     from mplus.retrievers import RETRIEVERS
     from mplus.stores import STORES
     from mplus.training.data import SOURCES
     from mplus.training.objectives import OBJECTIVES
+    from mplus.training.recipe import RECIPES
 
-    return [MECHANISMS, STORES, EVICTION, RETRIEVERS, BACKENDS, OBJECTIVES, SOURCES]
+    return [MECHANISMS, STORES, EVICTION, RETRIEVERS, BACKENDS, OBJECTIVES, SOURCES, RECIPES, REPLAYS]
 
 
 def implementations() -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""``mplus replay``: does everything that was recorded of the published code again, and compares."""
+"""``mplus replay``: do everything again that was recorded of published code, and compare."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mplus.interop.comparison import CaseReport
+    from mplus.interop.golden import CaseReport
 
 NOTHING = "none in this case"
 
@@ -23,16 +23,16 @@ def replay(
         bool, typer.Option("--reset", help="Start every step from the recorded state instead of the own one.")
     ] = False,
 ) -> None:
-    """Replay golden traces of the published code with variant "published" and compare.
+    """Replay golden traces of published code and compare: those of M+ and MemoryLLM with variant "published".
 
-    Exits with status 1 when an error exceeds 2e-5, or when retrieved ids, generated tokens, counters or recall
-    frequencies differ.
+    Each case is played by the trace player of the model in its steps.json; a package announces one for a model of its
+    own in the entry-point group mplus.replays. Exits with status 1 when an error exceeds 2e-5, or when something
+    differs that must be equal, such as retrieved ids, generated tokens, counters or recall frequencies.
     """
     import torch
     from rich.console import Console
 
-    from mplus.interop.comparison import TOLERANCE
-    from mplus.interop.golden import replay_cases
+    from mplus.interop.golden import TOLERANCE, replay_cases
 
     console = Console()
     reports = []
@@ -59,21 +59,14 @@ def _table(report: CaseReport, tolerance: float) -> Table:
     """Tabulate what was compared in one case; what is off, with the place of its largest or first difference."""
     from rich.table import Table
 
-    from mplus.interop.comparison import EQUAL, MEASURED
-
     table = Table(box=None, show_header=False)
-    for quantity in MEASURED:
-        error = report.errors.get(quantity)
-        off = error is not None and error > tolerance
-        result = NOTHING if error is None else f"max abs error {error:.1e}"
-        table.add_row(quantity, result, report.differences.get(quantity, "") if off else "", style=_style(error, off))
-    for quantity in EQUAL:
-        same = report.equal.get(quantity)
-        result = NOTHING if same is None else "equal" if same else "different"
-        off = same is False
-        table.add_row(quantity, result, report.differences.get(quantity, "") if off else "", style=_style(same, off))
+    for quantity in report.quantities:
+        error, same = report.errors.get(quantity), report.equal.get(quantity)
+        off = same is False or (error is not None and error > tolerance)
+        if error is not None:
+            result = f"max abs error {error:.1e}"
+        else:
+            result = NOTHING if same is None else "equal" if same else "different"
+        style = "red" if off else "dim" if result == NOTHING else None
+        table.add_row(quantity, result, report.differences.get(quantity, "") if off else "", style=style)
     return table
-
-
-def _style(found: object, off: bool) -> str | None:
-    return "red" if off else "dim" if found is None else None

@@ -1,4 +1,4 @@
-"""``mplus train``: a decoder learns to use its memory."""
+"""``mplus train``: train a decoder to use its memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="A TOML file, or the name of a shipped recipe; none: that of --resume.", show_default=False
+            help="A TOML file, or the name of a recipe of mplus or of another package; none: that of --resume.",
+            show_default=False,
         ),
     ] = None,
     out: Annotated[
@@ -43,17 +44,19 @@ def train(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="The most steps of each stage.", show_default=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Try the recipe at the tiny size it gives.")] = False,
-    names: Annotated[bool, typer.Option("--list", help="List the shipped recipes.")] = False,
+    names: Annotated[
+        bool, typer.Option("--list", help="List the names of recipes, those of other packages too.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what came of it as JSON.")] = False,
 ) -> None:
     """Train a decoder to use its memory.
 
     For several processes: accelerate launch -m mplus.cli train RECIPE, with DDP or FSDP2.
     """
-    from mplus.training.recipe.files import shipped_recipes
+    from mplus.training.recipe import RECIPES
 
     if names:
-        print_json(shipped_recipes()) if as_json else print("\n".join(shipped_recipes()))
+        print_json(RECIPES.names()) if as_json else print("\n".join(RECIPES.names()))
         return
     from torch import distributed
 
@@ -77,13 +80,14 @@ def train(
 
 
 def _folder(recipe: str | None, settings: list[str] | None) -> Path:
-    """Return ``runs/NAME``."""
+    """Return ``runs/NAME``, NAME as in ``--set``, else the name of the file or the recipe."""
     from mplus.training.recipe.files import find_recipe
 
     if recipe is None:
         raise ConfigError("a recipe must be given, or a run to resume, got neither: mplus train --list shows recipes")
 
-    return RUNS / str(parse(settings or []).get("name", find_recipe(recipe).stem))
+    path = find_recipe(recipe)
+    return RUNS / str(parse(settings or []).get("name", path.stem if Path(recipe).is_file() else recipe))
 
 
 def parse(settings: list[str]) -> dict[str, Any]:

@@ -1,7 +1,21 @@
-"""Published checkpoints and golden traces of the published code."""
+"""Published checkpoints, and traces of published code that are played again and compared."""
 
-from mplus.interop.comparison import CaseReport
-from mplus.interop.golden import replay
-from mplus.interop.published import PublishedCheckpoint, load_published
+from __future__ import annotations
 
-__all__ = ["CaseReport", "PublishedCheckpoint", "load_published", "replay"]
+from typing import TYPE_CHECKING
+
+from mplus.registry import lazy_exports
+
+if TYPE_CHECKING:
+    from mplus.interop.golden import REPLAYS, CaseReport, TracePlayer, replay
+    from mplus.interop.published import PublishedCheckpoint, load_published
+
+__all__ = ["REPLAYS", "CaseReport", "PublishedCheckpoint", "TracePlayer", "load_published", "replay"]
+
+__getattr__, __dir__ = lazy_exports(
+    "mplus.interop",
+    {
+        "mplus.interop.golden": ("REPLAYS", "CaseReport", "TracePlayer", "replay"),
+        "mplus.interop.published": ("PublishedCheckpoint", "load_published"),
+    },
+)

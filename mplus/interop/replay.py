@@ -13,7 +13,7 @@ from mplus.eviction.base import EvictionPolicy
 from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.reading.forward import generating
 from mplus.hf.reading.reading import Reading
-from mplus.interop.trace import Recorded
+from mplus.interop.trace import Permutations, Recorded
 from mplus.mechanisms.base import Retrieved
 from mplus.mechanisms.mplus import MPlusMechanism
 from mplus.mechanisms.short_term.mechanism import RowMechanism
@@ -46,25 +46,6 @@ class Heard:
     found: tuple[Found, ...]
     hidden_states: Tensor | None = None
     sequences: Tensor | None = None
-
-
-class Permutations:
-    """Hands out recorded permutations in the place of random ones."""
-
-    def __init__(self, recorded: Tensor | None) -> None:
-        """``recorded`` is ``[calls, n]`` or None."""
-        self._left: list[Tensor] = [] if recorded is None else list(recorded)
-
-    def __len__(self) -> int:
-        """How many were not asked for yet."""
-        return len(self._left)
-
-    def __call__(self, n: int) -> Tensor:
-        """The next one. Raises CheckpointError when there is none, or one of another length."""
-        if not self._left or len(self._left[0]) != n:
-            have = f"one of {len(self._left[0])}" if self._left else "no further one"
-            raise CheckpointError(f"randperm must hold a permutation of {n} rows at this point, the trace has {have}")
-        return self._left.pop(0).to(torch.int64)
 
 
 class Replay:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import torch
 from attrs import define
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mplus.errors import CheckpointError
+from mplus.interop.golden import STEPS, read_json
 
-STEPS = "steps.json"
 TENSORS = "trace.safetensors"
 WEIGHTS = "state_dict.safetensors"
 FORMAT = 1
@@ -89,6 +89,25 @@ class Step:
     after: Recorded
 
 
+class Permutations:
+    """Hands out recorded permutations in the place of random ones."""
+
+    def __init__(self, recorded: Tensor | None) -> None:
+        """``recorded`` is ``[calls, n]`` or None."""
+        self._left: list[Tensor] = [] if recorded is None else list(recorded)
+
+    def __len__(self) -> int:
+        """How many were not asked for yet."""
+        return len(self._left)
+
+    def __call__(self, n: int) -> Tensor:
+        """The next one. Raises CheckpointError when there is none, or one of another length."""
+        if not self._left or len(self._left[0]) != n:
+            have = f"one of {len(self._left[0])}" if self._left else "no further one"
+            raise CheckpointError(f"randperm must hold a permutation of {n} rows at this point, the trace has {have}")
+        return self._left.pop(0).to(torch.int64)
+
+
 class Trace:
     """The trace of one case.
 
@@ -101,7 +120,7 @@ class Trace:
     def __init__(self, folder: Path) -> None:
         """Raises CheckpointError when a file is missing, damaged or of another format."""
         self.folder = folder
-        self._plain = _json(folder / STEPS)
+        self._plain = read_json(folder / STEPS)
         if self._plain.get("format") != FORMAT:
             raise CheckpointError(f"format in {folder / STEPS} must be {FORMAT}, got {self._plain.get('format')!r}")
         self._tensors = _safetensors(folder / TENSORS)
@@ -180,27 +199,6 @@ class Trace:
             raise CheckpointError(f"{self.folder / TENSORS} must have a tensor {name!r}, which {STEPS} refers to")
         tensor = self._tensors[name]
         return tensor if rows is None else tensor[:, :rows]
-
-
-def find_cases(folder: str | Path) -> list[Path]:
-    """``folder`` if it is a case, else the cases in it, by name. Raises CheckpointError when there is none."""
-    folder = Path(folder)
-    if (folder / STEPS).is_file():
-        return [folder]
-    cases = sorted(path.parent for path in folder.glob(f"*/{STEPS}"))
-    if not cases:
-        raise CheckpointError(f"{folder} must hold golden traces ({STEPS}), itself or in folders, and holds none")
-    return cases
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} must be a readable JSON file: {error}") from error
-    if not isinstance(plain, dict):
-        raise CheckpointError(f"{path} must be a JSON object")
-    return cast("dict[str, Any]", plain)
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:

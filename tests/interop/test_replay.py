@@ -17,9 +17,10 @@ from mplus.cli import app
 from mplus.errors import CheckpointError, UnknownNameError
 from mplus.hf.model.engine import DecoderEngine
 from mplus.interop import PublishedCheckpoint, replay
-from mplus.interop.comparison import EQUAL, MEASURED, TOLERANCE, CaseReport
+from mplus.interop.golden import REPLAYS, STEPS, TOLERANCE, CaseReport, TracePlayer
 from mplus.interop.published_config import PublishedConfig
-from mplus.interop.trace import STEPS, TENSORS, WEIGHTS, Trace
+from mplus.interop.published_player import EQUAL, MEASURED
+from mplus.interop.trace import TENSORS, WEIGHTS, Trace
 from mplus.mechanisms.memoryllm import MemoryLLMMechanism
 from mplus.mechanisms.mplus import MPlusMechanism
 from mplus.memory.writing.update import Update
@@ -306,7 +307,11 @@ def test_a_changed_number_in_a_trace_is_found(tensor, quantity, kind, case):
     ("change", "message"),
     [
         (lambda plain: plain.update(format=2), "format in .* must be 1, got 2"),
-        (lambda plain: plain.update(model="rwkv"), "model in .* must be 'mplus' or 'memoryllm', got 'rwkv'"),
+        (lambda plain: plain.update(model=None), "model in .* must be the name of a model, got None"),
+        (
+            lambda plain: plain.update(model="rwkv"),
+            r"model in .* must be one of 'memoryllm', 'mplus', got 'rwkv': install the package .* 'mplus\.replays'",
+        ),
         (lambda plain: plain["steps"][3].update(kind="forget"), "kind of step 3 .* got 'forget'"),
         (lambda plain: plain["steps"][3].pop("state_after"), "must have 'state_after'"),
         (lambda plain: plain["steps"][0]["outputs"].clear(), r"step 0 \(forward\) must have an output 'logits'"),
@@ -347,6 +352,60 @@ def test_refusals(case):
     shutil.copyfile(GOLDENS / "mplus_b" / WEIGHTS, case / WEIGHTS)
     with pytest.raises(CheckpointError, match="must be of the model 'memoryllm', got 'mplus'"):
         replay(case)
+
+
+# ---------------------------------------------------------------- players of other models
+
+
+class CountingPlayer(TracePlayer):
+    """Plays the numbers that a case has in ``values``; the last one is played wrong."""
+
+    quantities = ("value", "place", "colour")
+
+    def __init__(self, folder, backend, dtype):
+        super().__init__(folder, backend, dtype)
+        self.values = json.loads((folder / STEPS).read_text())["values"]
+
+    def __len__(self):
+        return len(self.values)
+
+    def play(self, report, *, reset=False):
+        for place, value in enumerate(self.values):
+            ours = value if reset or place + 1 < len(self) else value + 1
+            report.measure("value", f"step {place}", torch.tensor([float(ours)]), torch.tensor([float(value)]))
+            report.demand("place", f"step {place}", place, place)
+            yield
+
+
+@pytest.fixture
+def counted_case(tmp_path):
+    (tmp_path / "numbers").mkdir()
+    (tmp_path / "numbers" / STEPS).write_text(json.dumps({"model": "counting", "values": [3, 1, 4]}))
+    return tmp_path / "numbers"
+
+
+def test_a_case_is_played_by_the_player_of_its_model(counted_case):
+    REPLAYS.register("counting", CountingPlayer)
+    try:
+        right = CliRunner().invoke(app, ["replay", str(counted_case), "--reset"])
+        assert right.exit_code == 0, right.output
+        assert "numbers: passed, 3 steps replayed (auto, float32)" in right.output
+        wrong = CliRunner().invoke(app, ["replay", str(counted_case)])
+    finally:
+        REPLAYS.unregister("counting")
+    assert wrong.exit_code == 1
+    rows = [line.split() for line in wrong.output.splitlines()]
+    assert ["value", "max", "abs", "error", "1.0e+00", "step", "2"] in rows
+    assert ["place", "equal"] in rows
+    assert ["colour", "none", "in", "this", "case"] in rows
+
+
+def test_a_case_of_a_model_that_nothing_plays_says_what_is_missing(counted_case):
+    refused = CliRunner().invoke(app, ["replay", str(counted_case)])
+    assert refused.exit_code == 2
+    message = " ".join(refused.stderr.split())
+    assert "got 'counting': install the package that announces a trace player of this name" in message
+    assert "entry-point group 'mplus.replays'" in message
 
 
 # ---------------------------------------------------------------- the public surface

@@ -12,7 +12,7 @@ import pytest
 
 from mplus.errors import ConfigError, DuplicateNameError, MissingDependencyError, PluginError, UnknownNameError
 from mplus.plugins import Plugin
-from mplus.registry import EXTRAS, Registry, RegistryEntry
+from mplus.registry import EXTRAS, FileRegistry, Registry, RegistryEntry
 
 
 class Shape(ABC):
@@ -356,3 +356,29 @@ def test_a_module_may_register_while_another_thread_imports_it(tmp_path, monkeyp
     assert not any(thread.is_alive() for thread in threads), "deadlock"
     assert found[0] is shared.registry.get("second")
     del sys.modules["registers_itself"]
+
+
+def test_files_are_named_too(tmp_path):
+    (tmp_path / "a.toml").touch()
+    (tmp_path / "b.toml").touch()
+    missing, text = tmp_path / "gone.toml", str(tmp_path / "a.toml")
+    found = [plugin("b", lambda: tmp_path / "b.toml"), plugin("gone", lambda: missing), plugin("text", lambda: text)]
+    registry = FileRegistry(
+        "recipe", group="test.recipes", builtin={"a": tmp_path / "a.toml"}, discover=lambda group: found
+    )
+    assert registry.names() == ["a", "b", "gone", "text"]
+    assert (registry.get("a"), registry.get("b")) == (tmp_path / "a.toml", tmp_path / "b.toml")
+    assert registry.origin("a") == "mplus (a.toml)"
+    with pytest.raises(
+        PluginError, match=r"recipe 'gone' of other-shapes 2\.1 .* must be a file that exists, got '.*gone"
+    ):
+        registry.get("gone")
+    with pytest.raises(
+        PluginError, match=r"'text' of .* must be the pathlib\.Path of a file, got '.*a\.toml' of type str"
+    ):
+        registry.get("text")
+    assert [entry.name for entry in registry.entries() if entry.error] == ["gone", "text"]
+    with pytest.raises(PluginError, match="must be a file that exists"):
+        registry.register("another", missing)
+    registry.register("c", tmp_path / "b.toml")
+    assert registry.get("c") == tmp_path / "b.toml"

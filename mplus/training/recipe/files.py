@@ -1,4 +1,4 @@
-"""Recipes as files: shipped ones by name, settings changed from outside, dry runs."""
+"""Recipes as files: by name, with settings changed from outside, and as dry runs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from typing import Any
 from attrs import define
 
 from mplus.errors import ConfigError, UnknownNameError
+from mplus.training.recipe import FOLDER, RECIPES
 from mplus.training.recipe.parse import parse_recipe
 from mplus.training.recipe.recipe import Recipe
 from mplus.training.recipe.tables import error_prefix
-
-FOLDER = Path(__file__).parents[1] / "recipes"
-"""The recipes that come with the package."""
 
 DRY_RUN = "dry_run"
 """Table of a recipe that says how to try it at tiny size: ``remove``, a list of settings, and ``set``, a table."""
@@ -37,17 +35,24 @@ def shipped_recipes() -> list[str]:
 
 
 def find_recipe(name: str | Path) -> Path:
-    """Return the file of a recipe: a path, or a shipped one's name. Raises UnknownNameError when there is none."""
+    """Return the file of a recipe: a path, or that of a recipe of mplus or of another package by its name.
+
+    Raises:
+        UnknownNameError: there is none.
+        DuplicateNameError, PluginError: see ``NameRegistry.get``.
+    """
     path = Path(name)
     if path.is_file():
         return path
-    if str(name) in shipped_recipes():
-        return FOLDER / f"{name}.toml"
-    near = difflib.get_close_matches(str(name), shipped_recipes())
-    hint = (
-        f"did you mean {' or '.join(map(repr, near))}?" if near else f"shipped recipes: {', '.join(shipped_recipes())}"
+    known = RECIPES.names()
+    if str(name) in known:
+        return RECIPES.get(str(name))
+    near = difflib.get_close_matches(str(name), known)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known recipes: {', '.join(known)}."
+    raise UnknownNameError(
+        f"a recipe must be a file or the name of a shipped one, got {str(name)!r}; {hint} A package announces others "
+        f"in the entry-point group {RECIPES.group!r}"
     )
-    raise UnknownNameError(f"a recipe must be a file or the name of a shipped one, got {str(name)!r}; {hint}")
 
 
 def read_recipe(
@@ -60,7 +65,7 @@ def read_recipe(
     """Read a recipe and change it.
 
     Args:
-        recipe: a file, the name of a shipped recipe, or its content.
+        recipe: a file, the name of a recipe (``RECIPES``), or its content.
         settings: dotted path -> value, as ``{"optimizer.learning_rate": 1e-4, "stages.0.steps": 10}``; ``*`` stands
             for every element of a list.
         steps: the most steps of each stage.
