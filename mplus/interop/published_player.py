@@ -14,7 +14,7 @@ from mplus.interop.golden import CaseReport, TracePlayer
 from mplus.interop.trace import WEIGHTS, Permutations, Recorded, RecordedRetrieval, Step, Trace
 
 if TYPE_CHECKING:
-    from mplus.interop.replay import Found, Heard, Replay
+    from mplus.interop.published_stream import Found, Heard, PublishedStream
 
 MEASURED = ("logits", "hidden states", "new tokens", "memory", "LTM", "ages", "keys", "scores")
 """What may differ by rounding; waiting rows count as LTM."""
@@ -34,7 +34,7 @@ class PublishedPlayer(TracePlayer):
 
     def __init__(self, folder: Path, backend: str, dtype: torch.dtype) -> None:
         from mplus.interop.published import PublishedCheckpoint  # with transformers, which naming a player needs not
-        from mplus.interop.replay import Replay
+        from mplus.interop.published_stream import PublishedStream
 
         super().__init__(folder, backend, dtype)
         self.trace = Trace(folder)
@@ -49,7 +49,7 @@ class PublishedPlayer(TracePlayer):
             config={"backend": backend},
             attn_implementation="eager" if backend == "reference" else "sdpa",
         )
-        self.stream = Replay(model, memory)
+        self.stream = PublishedStream(model, memory)
 
     def __len__(self) -> int:
         return len(self.trace)
@@ -65,7 +65,7 @@ class PublishedPlayer(TracePlayer):
             yield
 
 
-def _play(step: Step, stream: Replay, report: CaseReport) -> None:
+def _play(step: Step, stream: PublishedStream, report: CaseReport) -> None:
     where = f"step {step.index} ({step.kind})"
     draw = Permutations(step.randperm)
     if step.kind == "merge":
@@ -84,7 +84,7 @@ def _play(step: Step, stream: Replay, report: CaseReport) -> None:
     compare_state(report, where, stream, step.after)
 
 
-def _read(step: Step, stream: Replay, draw: Permutations) -> Heard:
+def _read(step: Step, stream: PublishedStream, draw: Permutations) -> Heard:
     if step.kind == "decode":
         return stream.decode([_given(step, f"input_ids_{i}") for i in range(len(step.inputs))])
     ids = _given(step, "input_ids")
@@ -144,7 +144,7 @@ def _compare_retrieval(
             report.measure("scores", place, one.retrieved.scores, scores[one.ids])
 
 
-def compare_state(report: CaseReport, where: str, stream: Replay, recorded: Recorded) -> None:
+def compare_state(report: CaseReport, where: str, stream: PublishedStream, recorded: Recorded) -> None:
     """Compare a whole memory."""
     state = stream.state
     if recorded.memory_ages is None:
@@ -162,7 +162,7 @@ def compare_state(report: CaseReport, where: str, stream: Replay, recorded: Reco
             _compare_pending(report, f"{place}, waiting", stream, layer, recorded)
 
 
-def _compare_long_term(report: CaseReport, place: str, stream: Replay, layer: int, recorded: Recorded) -> None:
+def _compare_long_term(report: CaseReport, place: str, stream: PublishedStream, layer: int, recorded: Recorded) -> None:
     rows = stream.store.gather(layer, stream.store.ids(layer))
     report.measure("LTM", place, rows.need_hidden(), recorded.ltm[layer])
     report.measure("ages", place, stream.state.clock - 1 - rows.birth, recorded.ltm_ages[layer])
@@ -174,7 +174,7 @@ def _compare_long_term(report: CaseReport, place: str, stream: Replay, layer: in
         report.demand("recall frequencies", place, left.to(frequencies.dtype), frequencies)
 
 
-def _compare_pending(report: CaseReport, place: str, stream: Replay, layer: int, recorded: Recorded) -> None:
+def _compare_pending(report: CaseReport, place: str, stream: PublishedStream, layer: int, recorded: Recorded) -> None:
     rows = stream.state.pending[layer]
     if recorded.pending is None or recorded.pending_keys is None or recorded.pending_ages is None:
         report.demand("counters", place, len(rows), 0)

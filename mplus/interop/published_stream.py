@@ -1,4 +1,4 @@
-"""Replay: does what a golden trace says, with a wrapped decoder and the mechanism of its memory."""
+"""PublishedStream: do what a golden trace says, with a wrapped decoder and the mechanism of its memory."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Heard:
     sequences: Tensor | None = None
 
 
-class Replay:
+class PublishedStream:
     """One stream of memory that goes through the steps of a trace.
 
     Attributes:
