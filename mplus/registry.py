@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar, cast
 from attrs import define
 
 from mplus import plugins
+from mplus.config import Component, options_of
 from mplus.errors import ConfigError, DuplicateNameError, MissingDependencyError, PluginError, UnknownNameError
 
 T = TypeVar("T")
@@ -110,6 +111,15 @@ class NameRegistry(ABC, Generic[V]):
         implementation = self._load(name, claim)
         with self._lock:
             return self._loaded.setdefault(claim, implementation)
+
+    def build(self, component: Component, *arguments: object) -> T:
+        """Make an instance of the implementation that ``component`` names, of ``arguments`` and its options.
+
+        Raises as ``get``; ConfigError where an option breaks its rule.
+        """
+        implementation = cast(Any, self.get(component.name))
+        built: T = implementation(*arguments, options_of(implementation, component.options))
+        return built
 
     def names(self) -> list[str]:
         """Return all names that are claimed, sorted. Nothing is imported."""

@@ -280,8 +280,8 @@ def measure(root: Path = ROOT) -> dict[str, float]:
     }
 
 
-def write_path() -> dict[str, int]:
-    """Return what one write to a memory in a directory runs: calls into ``mplus/``, distinct functions and files.
+def write_calls() -> Counter[tuple[str, str]]:
+    """Count the calls into ``mplus/`` of one write to a memory in a directory, by file and function, in first order.
 
     The memory is of the 5-layer decoder that comes with mplus, and the text is one chunk of at most 128 tokens.
     """
@@ -295,11 +295,11 @@ def write_path() -> dict[str, int]:
     model = AutoModelForCausalLM.from_pretrained(decoder)
     mplus.wrap(model, mplus.MPlusConfig(chunk_tokens=128, memory_tokens_per_chunk=16, short_term_tokens=64))
     text = "Once upon a time a girl named Lily found a red stone in the garden. " * 4
-    calls: Counter[CodeType] = Counter()
+    codes: Counter[CodeType] = Counter()
 
     def count(frame: FrameType, event: str, _: object) -> None:
-        if event == "call" and home in Path(frame.f_code.co_filename).parents:
-            calls[frame.f_code] += 1
+        if event == "call" and frame.f_code.co_filename.startswith(f"{home}/"):
+            codes[frame.f_code] += 1
 
     with tempfile.TemporaryDirectory() as folder, mplus.Memory.open(folder, model, tokenizer=tokenizer) as memory:
         sys.setprofile(count)
@@ -307,10 +307,27 @@ def write_path() -> dict[str, int]:
             memory.write(text, source="Lily")
         finally:
             sys.setprofile(None)
+    calls: Counter[tuple[str, str]] = Counter()
+    for code, number in codes.items():
+        calls[str(Path(code.co_filename).relative_to(home)), f"{code.co_qualname} :{code.co_firstlineno}"] += number
+    return calls
+
+
+def write_trip() -> list[str]:
+    """Return the files that one write runs through, in order of first call, each with its functions and their calls."""
+    by_file: dict[str, list[str]] = {}
+    for (file, function), number in write_calls().items():
+        by_file.setdefault(file, []).append(f"    {number:4} {function}")
+    return [f"{file}\n" + "\n".join(functions) for file, functions in by_file.items()]
+
+
+def write_path() -> dict[str, int]:
+    """Return how many calls into ``mplus/``, distinct functions and files one write runs (see ``write_calls``)."""
+    calls = write_calls()
     return {
         "calls in one write": calls.total(),
         "functions in one write": len(calls),
-        "files in one write": len({code.co_filename for code in calls}),
+        "files in one write": len({file for file, _ in calls}),
     }
 
 
@@ -320,10 +337,12 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout to count; default: this one")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--write-path", action="store_true", help="also run one write of the mplus that Python finds")
-    parser.add_argument("--list", choices=LISTS, help="print what is counted, not how much of it there is")
+    parser.add_argument(
+        "--list", choices=[*LISTS, "write_path"], help="print what is counted, not how much of it there is"
+    )
     asked = parser.parse_args()
     if asked.list:
-        print(*LISTS[asked.list](read_modules(asked.root)), sep="\n")
+        print(*(write_trip() if asked.list == "write_trip" else LISTS[asked.list](read_modules(asked.root))), sep="\n")
         return
     numbers = {**measure(asked.root), **(write_path() if asked.write_path else {})}
     if asked.json:

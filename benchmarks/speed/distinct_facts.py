@@ -19,7 +19,7 @@ from mplus.facts.episodes import Episode, lay_out
 from mplus.facts.language import Language
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams
 from mplus.mechanisms.short_term.row_selection import ScoreSelector
-from mplus.memory.writing.progress import progress_bar
+from mplus.memory.report import progress_bar
 from mplus.training.decoder import TrainedDecoder, make_batched_streams
 
 CHUNK_TOKENS, TAIL = 16, 4

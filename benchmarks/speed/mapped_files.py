@@ -36,8 +36,8 @@ from mplus.memory import Memory
 from mplus.memory.directory import JOURNAL_BYTES
 from mplus.memory.state import StreamState
 from mplus.rows import NO_SOURCE, MemoryRows
+from mplus.stores import STORES
 from mplus.stores.base import StoreLayout
-from mplus.stores.build import build_store
 from mplus.timing import Arm, in_rounds, median, summary
 
 RECORD = record_path("speed", "mapped_files")
@@ -159,7 +159,7 @@ class Reading:
     def __attrs_post_init__(self) -> None:
         memory = Memory.open(self.opening.folder, self.opening.model, read_only=True)
         (self.kept,) = memory.stores
-        self.twin = build_store(Component.of("ram"), evolve(self.kept.layout, layers=1))
+        self.twin = STORES.build(Component.of("ram"), evolve(self.kept.layout, layers=1))
         for ids in self.kept.ids(self.layer).split(PIECE):
             self.twin.append(0, self.kept.gather(self.layer, ids))
 

@@ -15,14 +15,14 @@ import mplus
 from mplus.bench.baselines import BareLayers, PublishedRead, prefix_keys_values
 from mplus.bench.presets import Preset
 from mplus.config import MPlusConfig
-from mplus.eviction.build import build_eviction
+from mplus.eviction import EVICTION
 from mplus.hf.decoders.bench_models import DecoderWeights, PrefixedCache, random_llama, twin, weights_of
 from mplus.memory.memory import Memory
 from mplus.memory.state import StreamState
 from mplus.memory.transaction import Streams
 from mplus.rows import NO_SOURCE, MemoryRows
+from mplus.stores import STORES
 from mplus.stores.base import MemoryStore, StoreLayout
-from mplus.stores.build import build_store
 
 PUBLISHED_SCORE = "sigmoid_mean"
 SPREAD = 2.0
@@ -224,7 +224,7 @@ class RandomRows:
                 [self.state] * streams,
                 [self.store.fork() for _ in range(streams)],
                 [torch.Generator().manual_seed(seed + row) for row in range(streams)],
-                build_eviction(engine.config.eviction),
+                EVICTION.build(engine.config.eviction),
             )
         )
 
@@ -243,7 +243,7 @@ def random_rows(
         kept_on: keep the long-term rows and keys as tensors too, on this device.
     """
     layout = engine.layout
-    store = build_store(engine.config.store, layout)
+    store = STORES.build(engine.config.store, layout)
     recent_rows, hidden_kept, oldest_kept, rows_kept, keys_kept = [], [], [], [], []
     for layer in range(layout.layers):
         generator = torch.Generator(layout.device).manual_seed(seed * 1000 + layer)

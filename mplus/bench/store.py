@@ -13,13 +13,13 @@ from mplus.bench.correctness import FAILED, CheckResult
 from mplus.bench.presets import Preset
 from mplus.bench.record import MachineRates, arm_entry, make_record
 from mplus.config import Component, MPlusConfig, options_of
-from mplus.eviction.build import build_eviction
+from mplus.eviction import EVICTION
 from mplus.mechanisms.additions import MemoryAdditions
 from mplus.mechanisms.mplus import MPlusMechanism
-from mplus.memory.writing.context import Keys, WriteContext
+from mplus.memory.writing.update import Keys, WriteContext
 from mplus.rows import MemoryRows
+from mplus.stores import STORES
 from mplus.stores.base import StoreLayout
-from mplus.stores.build import build_store
 from mplus.timing import Arm, in_rounds, ratio
 
 ROWS = (10_000, 100_000, 1_000_000)
@@ -105,7 +105,7 @@ class FullLayer:
         )
         options = options_of(MPlusMechanism, config.mechanism.options)
         self._mechanism = MPlusMechanism(config, MemoryAdditions(torch.zeros(1, 1, 1), None), options)
-        self.flowing = build_store(Component.of(store), self._layout)
+        self.flowing = STORES.build(Component.of(store), self._layout)
         content = self._rows(min(FILLED, rows))
         for start in range(0, rows, FILLED):
             part = self._aged(content.select(slice(0, min(FILLED, rows - start))))
@@ -114,7 +114,7 @@ class FullLayer:
         self._next = content.select(slice(0, chunk))
         self.merging = self.flowing.fork()
         keys: Keys = lambda layer, hidden: None  # noqa: E731
-        policy = build_eviction(config.eviction)
+        policy = EVICTION.build(config.eviction)
         self._context = WriteContext(self.merging, policy, torch.randperm, keys, capacity=rows)
         self._state = self._mechanism.new_state(self._layout)
         self._incoming = self._next

@@ -35,9 +35,9 @@ def show(
     from rich.console import Console
 
     from mplus.memory.directory.offline import read_info
+    from mplus.memory.format.entries import state_class
     from mplus.memory.format.manifest import LIVE_FORMAT, is_memory
     from mplus.memory.format.offline import saved_tables
-    from mplus.memory.plain_state import state_class
 
     if is_memory(path, LIVE_FORMAT):
         held = read_info(path)

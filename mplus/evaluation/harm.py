@@ -17,7 +17,7 @@ from mplus.environment import run_info
 from mplus.errors import ConfigError, InputError
 from mplus.evaluation.texts import Texts
 from mplus.memory.memory import Memory
-from mplus.memory.writing.progress import progress_bar
+from mplus.memory.report import progress_bar
 
 WAYS = ("none", "empty", "unrelated")
 """The decoder alone; with an empty memory; with a memory full of unrelated text."""

@@ -17,7 +17,7 @@ from mplus.evaluation.extras import require_extra
 from mplus.hf.reading.arguments import ReadArguments
 from mplus.hf.reading.virtual_tokens import embedded_by
 from mplus.memory.memory import Memory
-from mplus.memory.writing.progress import progress_bar
+from mplus.memory.report import progress_bar
 
 require_extra("lm_eval", "evaluation by lm-evaluation-harness")
 from lm_eval.models.huggingface import HFLM  # noqa: E402 - now that its absence was reported

@@ -15,7 +15,7 @@ from mplus.evaluation.arms.text import Window
 from mplus.evaluation.execution.base import Answer, Due, Execution, Moment
 from mplus.evaluation.options import ArmOptions
 from mplus.evaluation.reports.report import Arm, Cell, Report
-from mplus.memory.writing.progress import progress_bar
+from mplus.memory.report import progress_bar
 
 
 @torch.no_grad()

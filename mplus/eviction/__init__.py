@@ -12,8 +12,7 @@ from mplus.registry import Registry, lazy_exports
 
 if TYPE_CHECKING:
     from mplus.config import flag, number, one_of, options_of, whole
-    from mplus.eviction.base import EvictionPolicy, FifoEviction
-    from mplus.eviction.topk import SortKeys, topk_rows
+    from mplus.eviction.base import EvictionPolicy, FifoEviction, SortKeys, topk_rows
     from mplus.stores.access_log import AccessLog
     from mplus.stores.base import Chunk, StoreView, chunk_min
 
@@ -50,8 +49,7 @@ __getattr__, __dir__ = lazy_exports(
     "mplus.eviction",
     {
         "mplus.config": ("flag", "number", "one_of", "options_of", "whole"),
-        "mplus.eviction.base": ("EvictionPolicy", "FifoEviction"),
-        "mplus.eviction.topk": ("SortKeys", "topk_rows"),
+        "mplus.eviction.base": ("EvictionPolicy", "FifoEviction", "SortKeys", "topk_rows"),
         "mplus.stores.access_log": ("AccessLog",),
         "mplus.stores.base": ("Chunk", "StoreView", "chunk_min"),
     },

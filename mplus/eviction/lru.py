@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mplus.eviction.base import EvictionPolicy
-from mplus.eviction.topk import topk_rows
+from mplus.eviction.base import EvictionPolicy, topk_rows
 from mplus.stores.access_log import READS, AccessLog
 from mplus.stores.base import Chunk, StoreView, chunk_min
 

@@ -7,8 +7,7 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.config import whole
-from mplus.eviction.base import EvictionPolicy
-from mplus.eviction.topk import topk_rows
+from mplus.eviction.base import EvictionPolicy, topk_rows
 from mplus.stores.base import Chunk, StoreView
 
 

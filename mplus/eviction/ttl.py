@@ -9,8 +9,7 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.config import number
-from mplus.eviction.base import EvictionPolicy
-from mplus.eviction.topk import topk_rows
+from mplus.eviction.base import EvictionPolicy, topk_rows
 from mplus.stores.base import Chunk, StoreView, chunk_min
 
 EXPIRED = 0.01

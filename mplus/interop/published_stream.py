@@ -21,8 +21,7 @@ from mplus.mechanisms.short_term.state import ShortTermState, state_of
 from mplus.mechanisms.short_term.write import WritePass, WritePlan
 from mplus.memory.memory import Memory
 from mplus.memory.state import StreamView
-from mplus.memory.writing.context import WriteContext
-from mplus.memory.writing.update import Update
+from mplus.memory.writing.update import Update, WriteContext
 from mplus.retrievers.linear import LinearRetriever
 from mplus.rows import NO_SOURCE, MemoryRows
 from mplus.stores.base import MemoryStore

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     )
     from mplus.mechanisms.streams import LayerRead, Read, TrainingStreams
     from mplus.memory.state import StreamState, StreamView
-    from mplus.memory.writing.context import WriteContext
-    from mplus.memory.writing.update import Update
+    from mplus.memory.writing.update import Update, WriteContext
     from mplus.retrievers.base import Retriever, RetrieverShape
     from mplus.retrievers.build import build_retriever
     from mplus.rows import MemoryRows
@@ -116,7 +115,7 @@ __getattr__, __dir__ = lazy_exports(
         ),
         "mplus.mechanisms.streams": ("LayerRead", "Read", "TrainingStreams"),
         "mplus.memory.state": ("StreamState", "StreamView"),
-        "mplus.memory.writing.context": ("WriteContext",),
+        "mplus.memory.writing.update": ("WriteContext",),
         "mplus.memory.writing.update": ("Update",),
         "mplus.retrievers.base": ("Retriever", "RetrieverShape"),
         "mplus.retrievers.build": ("build_retriever",),

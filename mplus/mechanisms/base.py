@@ -18,8 +18,7 @@ from mplus.eviction.base import EvictionPolicy
 from mplus.mechanisms.decoder import Attended, Decoder, DecoderShape, KeptProjection, Project, Text
 from mplus.mechanisms.streams import TrainingStreams
 from mplus.memory.state import StreamState, StreamView
-from mplus.memory.writing.context import WriteContext
-from mplus.memory.writing.update import Update
+from mplus.memory.writing.update import Update, WriteContext
 from mplus.retrievers.base import Retriever
 from mplus.rows import MemoryRows
 from mplus.stores.base import Location, MemoryStore, StoreLayout, StoreView

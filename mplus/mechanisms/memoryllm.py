@@ -14,8 +14,7 @@ from mplus.mechanisms.short_term.mechanism import RowMechanism
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
 from mplus.mechanisms.short_term.write import WritePlan
 from mplus.memory.state import StreamView
-from mplus.memory.writing.context import WriteContext
-from mplus.memory.writing.update import Update
+from mplus.memory.writing.update import Update, WriteContext
 from mplus.rows import MemoryRows
 
 

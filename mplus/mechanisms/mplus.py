@@ -18,7 +18,7 @@ from mplus.mechanisms.pending import PendingView
 from mplus.mechanisms.short_term.mechanism import RowMechanism
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
 from mplus.memory.state import StreamView
-from mplus.memory.writing.context import WriteContext
+from mplus.memory.writing.update import WriteContext
 from mplus.rows import MemoryRows
 from mplus.stores.base import Column, Content, StoreLayout, StoreView
 

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from mplus.backends.base import Segment
 from mplus.errors import ConfigError, InputError, NotSupported
-from mplus.eviction.build import build_eviction
+from mplus.eviction import EVICTION
 from mplus.mechanisms.decoder import Adapter, Attended, Decoder, KeptProjection, Project, Text
 from mplus.mechanisms.graph_store import GraphStore, detached
 from mplus.mechanisms.streams import Candidates, LayerRead, Read, TrainingStreams
 from mplus.memory.state import StreamState, StreamView, alike
-from mplus.memory.writing.context import WriteContext
-from mplus.memory.writing.update import Update
+from mplus.memory.writing.update import Update, WriteContext
 from mplus.rows import MemoryRows
 from mplus.stores.access_log import AccessLog
 from mplus.stores.base import StoreLayout
@@ -58,7 +57,7 @@ class SeparateStreams(TrainingStreams):
         super().__init__(numbers, seed)
         self.mechanism, self.decoder, self.layout = mechanism, decoder, layout
         self.capacity, self.projection = capacity, projection
-        self._eviction = build_eviction(mechanism.config.eviction)
+        self._eviction = EVICTION.build(mechanism.config.eviction)
         self.reset()
 
     @property

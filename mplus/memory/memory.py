@@ -13,8 +13,7 @@ from torch import Tensor
 
 from mplus.config import Component
 from mplus.errors import InputError
-from mplus.memory.checks import check_row, check_rows, check_target
-from mplus.memory.copying import copied, moved, pickle_error
+from mplus.memory.copying import check_row, check_rows, check_target, copied, moved, pickle_error
 from mplus.memory.directory import JOURNAL_BYTES
 from mplus.memory.engine import Engine, engine_of
 from mplus.memory.report import ForgetReport, SourceInfo, WriteReport, describe
@@ -26,11 +25,11 @@ from mplus.memory.transaction import Streams
 from mplus.memory.writing.pieces import write_pieces
 from mplus.memory.writing.write import write, write_chunk
 from mplus.stores.base import MemoryStore
-from mplus.stores.disk.folder import FILE_MODE
+from mplus.stores.disk.files import FILE_MODE
 
 if TYPE_CHECKING:
     from mplus.memory.directory.directory import Directory
-    from mplus.stores.disk.filesystem import FileSystem
+    from mplus.stores.disk.files import FileSystem
 
 
 class Memory:

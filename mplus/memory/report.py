@@ -1,11 +1,18 @@
-"""Reports: on a source, a write, a forgetting, and a memory in one line."""
+"""Reports: on a source, a write, a forgetting, and a memory in one line; and a progress bar for long writes."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from attrs import define
 
 from mplus.memory.state import LONG_TERM
 from mplus.memory.transaction import Streams
+
+LONG = 16
+"""Chunks from which a bar is shown in a terminal when nobody asked."""
 
 
 @define(frozen=True)
@@ -104,3 +111,22 @@ def describe(streams: Streams) -> str:
         limit = f", at most {capacity} LTM ({streams.budget.text_tokens(streams.engine.config)} text tokens)"
     size = f"{streams.nbytes / 2**20:.1f} MiB"
     return f"batch_size={len(streams)}, rows per layer: {', '.join(rows)}{more}{limit}, {size}"
+
+
+@contextmanager
+def progress_bar(
+    title: str, total: int | None, wanted: bool | None, steps: int, unit: str = "tokens"
+) -> Iterator[Callable[[int], None]]:
+    """Yield ``advance(units)``; ``total`` None: unknown. ``wanted`` None: for ``LONG`` steps, on a terminal."""
+    if wanted is None:
+        wanted = steps >= LONG and sys.stderr.isatty()
+    if not wanted:
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.advance(task, done)

@@ -10,8 +10,7 @@ import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
-from mplus.errors import MemoryMismatchError
-from mplus.memory.checks import check_columns, forms
+from mplus.errors import MemoryMismatchError, NotSupported
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.texts import Text, Texts, Waiting
 from mplus.memory.weights_state import WeightsState
@@ -21,6 +20,10 @@ from mplus.stores.base import MemoryStore, StoreLayout, StoreView
 
 LONG_TERM = "long-term"
 """What reports call the rows of a stream's store."""
+
+
+OPTIONAL = frozenset({"key", "expiry"})
+"""Columns that rows of a layout that has them may lack."""
 
 
 @define(frozen=True, eq=False, kw_only=True)
@@ -220,6 +223,45 @@ class StreamState(ABC):
         return evolve(self, texts=self.texts.appended(text))
 
 
+@define(frozen=True, eq=False, kw_only=True)
+class PlainState(StreamState):
+    """What a file holds of a stream whose mechanism is not installed: rows and tensors by name, as they are.
+
+    Attributes:
+        rows: the lists of rows.
+        named: the other tensors.
+    """
+
+    rows: dict[str, tuple[MemoryRows, ...]] = field(factory=dict)
+    named: dict[str, Tensor] = field(factory=dict)
+
+    def row_lists(self) -> dict[str, tuple[MemoryRows, ...]]:
+        return self.rows
+
+    def with_rows(self, rows: Mapping[str, Sequence[MemoryRows]]) -> Self:
+        return evolve(self, rows={name: tuple(parts) for name, parts in rows.items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.named
+
+    @classmethod
+    def from_parts(
+        cls, layout: StoreLayout, rows: Mapping[str, Sequence[MemoryRows]], tensors: Mapping[str, Tensor], **others: Any
+    ) -> Self:
+        """Take any lists and tensors."""
+        lists = {name: tuple(parts) for name, parts in rows.items()}
+        return cls(rows=lists, named=dict(tensors), **others)
+
+    def forgotten(self, number: int) -> Self:
+        """Raise NotSupported where there are tensors: only their mechanism knows what they hold of a source."""
+        if self.named:
+            raise NotSupported(
+                f"forgetting needs the mechanism that the memory was made with, which alone knows what its tensors "
+                f"{', '.join(sorted(self.named))} hold of a source: install its package (mplus info names it)"
+            )
+        return self
+
+
 @define(frozen=True, eq=False)
 class StreamView:
     """What a read sees of one stream: an immutable state and an immutable view of its store.
@@ -241,3 +283,31 @@ def alike(chunks: Sequence[Tensor], states: Sequence[StreamState]) -> list[list[
     for place, (ids, state) in enumerate(zip(chunks, states, strict=True)):
         groups.setdefault((len(ids), state.pass_key), []).append(place)
     return list(groups.values())
+
+
+# ---------------------------------------------------------------------- the form of rows
+
+
+def check_columns(columns: Mapping[str, Tensor], layout: StoreLayout, where: str) -> None:
+    """Raise MemoryMismatchError unless these are the columns of rows; ``OPTIONAL`` ones may be there or not.
+
+    Args:
+        columns: by name.
+        layout: of the rows.
+        where: they are, in messages.
+    """
+    described = layout.columns()
+    if not described.keys() - OPTIONAL <= columns.keys() <= described.keys():
+        raise MemoryMismatchError(f"{where} must have the columns {sorted(described)}, got {sorted(columns)}")
+    count = columns["birth"].shape[:1] or (0,)
+    for name, column in columns.items():
+        shape, dtype = described[name]
+        if column.dtype != dtype or column.shape != (*count, *shape):
+            raise MemoryMismatchError(
+                f"{where}: column {name!r} must be {dtype} {[*count, *shape]}, got {column.dtype} {list(column.shape)}"
+            )
+
+
+def forms(tensors: Mapping[str, Tensor], leave_out: int) -> dict[str, Any]:
+    """Return dtype and shape of each tensor, but for its first ``leave_out`` dimensions."""
+    return {name: (tensor.dtype, tuple(tensor.shape[leave_out:])) for name, tensor in sorted(tensors.items())}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from attrs import define, evolve, field
@@ -14,13 +14,13 @@ from mplus.errors import LiveMemoryError
 from mplus.eviction.base import EvictionPolicy
 from mplus.memory.budget import Budget
 from mplus.memory.engine import Engine
-from mplus.memory.sharing import distinct, each, unshared
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.weights_state import WeightsState
 from mplus.stores.access_log import AccessLog
 from mplus.stores.base import MemoryStore, StoreView
-from mplus.stores.disk.process_lock import ProcessLock
+from mplus.stores.disk.locks import ProcessLock
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 KeptPositions = Mapping[int, Mapping[str, Sequence[Tensor]]]
@@ -49,16 +49,17 @@ class Transaction:
     aborted: bool = False
 
 
-class Persistence(Protocol):
-    """Where the changes of a memory are kept besides the memory itself. ``Streams`` calls it, with its locks held.
+class Persistence:
+    """Where the changes of a memory are kept besides the memory itself: nowhere, unless a subclass overrides all this.
 
-    A change calls ``begin``, then ``tidy`` and ``commit`` once it has made new states; where an exception ends it,
-    ``committed`` says whether it happened all the same. ``InMemory`` does nothing in any of these.
+    ``Streams`` calls it with its locks held. A change calls ``begin``, then ``tidy`` and ``commit`` once it has made
+    new states; where an exception ends it, ``committed`` says whether it happened all the same.
+
+    Attributes:
+        directory: the files of the memory (``mplus.memory.directory.directory.Directory``); None: there are none.
     """
 
-    @property
-    def directory(self) -> Any:
-        """The files of the memory (``mplus.memory.directory.directory.Directory``, above this room); None: no files."""
+    directory: Any = None
 
     def check_writable(self) -> None:
         """Raise LiveMemoryError where the memory cannot be changed."""
@@ -79,7 +80,14 @@ class Persistence(Protocol):
         """Put a change on disk; it shows in memory after that. ``streams`` has the states from before it."""
 
     def checkpoint(self, token: object, states: Sequence[StreamState], streams: Streams) -> None:
-        """Put ``states`` on disk as a whole, with the stores and generators of ``streams``, as the change ``token``."""
+        """Put ``states`` on disk as a whole, with the stores and generators of ``streams``, as the change ``token``.
+
+        Raises LiveMemoryError where there is no directory.
+        """
+        raise LiveMemoryError(
+            "a checkpoint needs a memory that lives in a directory (Memory.open), and this one is in memory only: "
+            "use memory.save(path)"
+        )
 
     def committed(self, token: object) -> bool:
         """Resolve a commit or checkpoint that an exception has ended.
@@ -87,6 +95,7 @@ class Persistence(Protocol):
         Returns:
             Whether the change that makes ``token`` is on disk for good; else it is not there at all.
         """
+        return False
 
     def after_write(self, streams: Streams) -> None:
         """Do what is due once a chunk has been written; called without the state lock."""
@@ -97,48 +106,10 @@ class Persistence(Protocol):
     @property
     def has_journal(self) -> bool:
         """Whether something was written since the last checkpoint, and a checkpoint can be."""
+        return False
 
     def close(self) -> None:
         """Release files and locks; idempotent."""
-
-
-class InMemory:
-    """The persistence of a memory that is kept nowhere else: nothing is written."""
-
-    directory: None = None
-    has_journal: bool = False
-
-    def check_writable(self) -> None:
-        """Return: it can be changed."""
-
-    def begin(self, streams: Streams) -> None:
-        """Do nothing."""
-
-    def tidy(self, states: list[StreamState], streams: Streams, kept: KeptPositions | None) -> None:
-        """Keep the states as they are."""
-
-    def commit(self, after: tuple[StreamState, ...], streams: Streams, kept: KeptPositions | None) -> None:
-        """Do nothing."""
-
-    def checkpoint(self, token: object, states: Sequence[StreamState], streams: Streams) -> None:
-        """Raise LiveMemoryError: there is no directory."""
-        raise LiveMemoryError(
-            "a checkpoint needs a memory that lives in a directory (Memory.open), and this one is in memory only: "
-            "use memory.save(path)"
-        )
-
-    def committed(self, token: object) -> bool:
-        """Return False: a change that an exception has ended is taken back."""
-        return False
-
-    def after_write(self, streams: Streams) -> None:
-        """Do nothing."""
-
-    def check_removed(self) -> None:
-        """Return: there are no files."""
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 class Streams:
@@ -171,7 +142,7 @@ class Streams:
         self.engine = engine
         self.eviction = eviction
         self.budget = Budget(engine.config.long_term_tokens) if budget is None else budget
-        self.persistence: Persistence = InMemory() if persistence is None else persistence
+        self.persistence = Persistence() if persistence is None else persistence
         self.generators = tuple(generators)
         self.version = 0
         now = engine.weights() if any(state.weights is None for state in states) else None
@@ -367,3 +338,30 @@ class Streams:
                     if self._states is not transaction.after:
                         self._roll_back(transaction)
                     self._transaction = None
+
+
+# ---------------------------------------------------------------------- streams that share a store
+
+
+def each(parts: Sequence[S], make: Callable[[S], T]) -> list[T]:
+    """Call ``make(part)`` for every stream's part; streams that share one share what is made of it."""
+    made: dict[int, T] = {}
+    for part in parts:
+        if id(part) not in made:
+            made[id(part)] = make(part)
+    return [made[id(part)] for part in parts]
+
+
+def distinct(parts: Sequence[S]) -> list[S]:
+    """Return each object once, in order."""
+    return list({id(part): part for part in parts}.values())
+
+
+def unshared(stores: tuple[MemoryStore, ...]) -> tuple[MemoryStore, ...]:
+    """Return a store for each stream alone: the first keeps the one it shared, the others get forks."""
+    seen: set[int] = set()
+    own: list[MemoryStore] = []
+    for store in stores:
+        own.append(store.fork() if id(store) in seen else store)
+        seen.add(id(store))
+    return tuple(own)

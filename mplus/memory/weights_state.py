@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from attrs import define, field
@@ -91,6 +91,18 @@ class WeightsState:
             )  # fmt: skip
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"must say what rows were made with, got {facts!r}") from error
+
+
+def made_with(weights: Iterable[WeightsState | None]) -> dict[str, Any]:
+    """Return the entry of a fingerprint: the different states among those of streams, and the number of each."""
+    sets: list[WeightsState] = []
+    numbers: list[int] = []
+    for each in weights:
+        known = each or WeightsState()
+        if known not in sets:
+            sets.append(known)
+        numbers.append(sets.index(known))
+    return {MADE_WITH: {"sets": [known.facts() for known in sets], "streams": numbers}}
 
 
 def weights_of(facts: Any, streams: int) -> list[WeightsState]:

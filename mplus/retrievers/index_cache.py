@@ -18,7 +18,7 @@ from mplus.errors import NonFiniteError
 from mplus.retrievers.candidates import keys_of, needed
 from mplus.retrievers.ivf import POINTS_PER_CELL, IvfIndex, gpu_resources
 from mplus.stores.base import Identity, StoreView
-from mplus.stores.disk.process_lock import ProcessLock
+from mplus.stores.disk.locks import ProcessLock
 
 logger = logging.getLogger(__name__)
 

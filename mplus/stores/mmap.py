@@ -21,10 +21,10 @@ from mplus.rows import MemoryRows
 from mplus.stores.base import Chunk, Column, Content, Identity, MemoryStore, StoreLayout, StoreView
 from mplus.stores.disk.block_file import BlockFile
 from mplus.stores.disk.compaction import compact, plan_compaction
-from mplus.stores.disk.filesystem import FileSystem
-from mplus.stores.disk.process_lock import ProcessLock
+from mplus.stores.disk.files import FileSystem
+from mplus.stores.disk.locks import ProcessLock
 from mplus.stores.disk.segments import SegmentedRows, segment_sources
-from mplus.stores.slabs.view import LayeredView, naming_layer
+from mplus.stores.layered import LayeredView, naming_layer
 
 
 class _SegmentReader(LayeredView[SegmentedRows]):

@@ -12,8 +12,8 @@ from torch import Tensor
 from mplus.config import Component, as_component, flag, one_of, whole
 from mplus.errors import ConfigError, MemoryMismatchError
 from mplus.rows import MemoryRows
+from mplus.stores import STORES
 from mplus.stores.base import Chunk, Column, Content, MemoryStore, StoreLayout, StoreView
-from mplus.stores.build import build_store
 from mplus.stores.quantizing import FORMATS, Format, arithmetic_of, groups_of, quantised, restored
 from mplus.stores.wrapping import WrappingStore, WrappingView
 
@@ -180,7 +180,7 @@ class QuantizedStore(_QuantizedReader, WrappingStore):
             )
         form = FORMATS[self.options.format]
         self.coding = Coding(layout, form, self.options.group, names, arithmetic_of(layout.dtype), layout.dtype)
-        self._hold(build_store(self.options.inner, self.coding.inner))
+        self._hold(STORES.build(self.options.inner, self.coding.inner))
 
     def append(self, layer: int, rows: MemoryRows) -> Tensor:
         """Copies of ``rows`` in 8 bits. Raises InputError for another layout, NonFiniteError for NaN or Inf."""

@@ -32,8 +32,8 @@ from torch import Tensor
 from mplus.config import Component, as_component, byte_count, number
 from mplus.errors import MemoryMismatchError
 from mplus.rows import MemoryRows
+from mplus.stores import STORES
 from mplus.stores.base import Chunk, Column, Content, Location, MemoryStore, StoreLayout, StoreView
-from mplus.stores.build import build_store
 from mplus.stores.tiers.resident import ResidentColumns
 from mplus.stores.tiers.shared_cache import Lineage, TierReport, Tiers, content_columns
 from mplus.stores.tiers.transfer import CopyEvent, PendingLocation, on_device
@@ -178,7 +178,7 @@ class TieredStore(_TieredReader, WrappingStore):
         own = self.options
         device, host = (byte_count(part) if part else 0 for part in (own.device_bytes, own.host_bytes))
         tiers = Tiers(layout, device, host, own.small_share)
-        inner = build_store(own.inner, evolve(layout, device=torch.device("cpu")))
+        inner = STORES.build(own.inner, evolve(layout, device=torch.device("cpu")))
         resident = [
             ResidentColumns(tiers.allocators) for _ in range(layout.layers)
         ]  # the rows below may yet be read from files

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import mplus
 from mplus.memory.format.offline import forget_saved
-from mplus.memory.sources.recompute import refresh_if_stale
+from mplus.memory.recompute import refresh_if_stale
 from mplus.stores.access_log import NEVER
 from tests.memory import tiny
 from tests.memory.counting import LAYERS, counting_memory, tiers

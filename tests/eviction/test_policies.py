@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mplus.errors import ConfigError
+from mplus.eviction.base import topk_rows
 from mplus.eviction.lru import LruEviction
 from mplus.eviction.reservoir import ReservoirEviction, scramble
-from mplus.eviction.topk import topk_rows
 from mplus.eviction.ttl import TtlEviction
 from mplus.stores.access_log import NEVER, READS, SPARE, AccessLog
 from mplus.stores.base import Chunk, StoreLayout

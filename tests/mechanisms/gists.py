@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from mplus.backends.base import Segment
     from mplus.memory.state import StreamView
-    from mplus.memory.writing.context import WriteContext
+    from mplus.memory.writing.update import WriteContext
     from mplus.stores.base import StoreLayout
 
 KEPT = 3

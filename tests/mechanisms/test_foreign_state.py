@@ -12,10 +12,11 @@ from mplus.config import MPlusConfig
 from mplus.errors import MemoryMismatchError, NotSupported
 from mplus.mechanisms import MECHANISMS
 from mplus.memory import Memory
+from mplus.memory.format.entries import state_class
 from mplus.memory.format.offline import forget_saved, saved_sources
 from mplus.memory.format.repair import repair
 from mplus.memory.format.verify import verify
-from mplus.memory.plain_state import PlainState, state_class
+from mplus.memory.state import PlainState
 from tests.mechanisms.gists import KEPT, GistMechanism, GistState
 from tests.memory.counting import LAYERS, WIDTH, CountedModel, CountingEngine
 

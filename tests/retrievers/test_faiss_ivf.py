@@ -22,8 +22,7 @@ from mplus.registry import Registry
 from mplus.retrievers.faiss_ivf import FaissIvfRetriever
 from mplus.retrievers.index_cache import cells_for
 from mplus.retrievers.linear import LinearRetriever
-from mplus.stores.ram import RamStore
-from mplus.stores.slabs.store import SlabView
+from mplus.stores.ram import RamStore, SlabView
 from mplus.testing.projections import SmallAttention
 from mplus.testing.retrievers import SHAPE, RetrieverConformance
 from mplus.testing.strategies import draw_rows

@@ -14,7 +14,7 @@ from mplus.errors import ConfigError, MemoryFileError, NotSupported
 from mplus.stores.disk.block_file import BlockFile, write_blocks
 from mplus.stores.disk.checksums import FIRST, PRESENT, WIDE, WeightedSums
 from mplus.stores.disk.compaction import files_of
-from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.disk.files import FileSystem
 from mplus.stores.disk.safetensors_io import Part
 from mplus.stores.disk.segment_source import FileLayer
 from mplus.stores.disk.segments import RowSegment, SegmentedRows

@@ -30,8 +30,8 @@ from mplus.errors import MPlusError
 from mplus.hf.pretrained.novel import AUTHOR, TITLE, Chapter
 from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
 from mplus.memory import Memory
+from mplus.memory.report import progress_bar
 from mplus.memory.writing.chunking import split
-from mplus.memory.writing.progress import progress_bar
 
 PROMPT = "Mary put the old key into the door of the secret garden and"
 STORY_TOKENS = 64

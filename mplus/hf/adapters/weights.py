@@ -19,7 +19,7 @@ from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.hf.retrofit.hooks import Retrofit
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.memory.weights_state import AdapterState, WeightsState
-from mplus.stores.disk.process_lock import ProcessLock
+from mplus.stores.disk.locks import ProcessLock
 
 if TYPE_CHECKING:
     from mplus.hf.adapters.peft_layers import PeftModule

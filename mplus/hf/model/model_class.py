@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mplus.config import Component
 from mplus.errors import ConfigError, NotSupported
-from mplus.eviction.build import build_eviction
+from mplus.eviction import EVICTION
 from mplus.hf.model.installed import WrappedModel
 from mplus.hf.model.modes import with_attention
 from mplus.hf.model.sizes import chosen, names
@@ -27,11 +27,11 @@ from mplus.hf.reading.generation import GenerateCall, generate
 from mplus.hf.retrofit import attention
 from mplus.hf.retrofit.context import rebuild, subclass
 from mplus.memory.budget import Budget
-from mplus.memory.checks import check_device
+from mplus.memory.copying import check_device
 from mplus.memory.memory import Memory
 from mplus.memory.texts import Texts
 from mplus.memory.transaction import Streams
-from mplus.stores.build import build_store
+from mplus.stores import STORES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,7 +115,7 @@ class MemoryModel(PushToHub, WrappedModel):  # type: ignore[misc]
         layout = engine.layout if memory_rows is None else engine.layout_of(memory_rows)
         if not isinstance(keep_text, bool):
             raise ConfigError(f"keep_text must be True or False, got {keep_text!r}")
-        policy = build_eviction(engine.config.eviction if eviction is None else Component.of(eviction))
+        policy = EVICTION.build(engine.config.eviction if eviction is None else Component.of(eviction))
         layout = evolve(
             layout,
             expiry=layout.expiry or policy.lifetime is not None,
@@ -127,7 +127,7 @@ class MemoryModel(PushToHub, WrappedModel):  # type: ignore[misc]
             texts = [Texts.of(generator.get_state()) for generator in generators]
             states = [evolve(state, texts=kept) for state, kept in zip(states, texts, strict=True)]
         chosen_store = engine.config.store if store is None else Component.of(store)
-        stores = [build_store(chosen_store, layout) for _ in range(batch_size)]
+        stores = [STORES.build(chosen_store, layout) for _ in range(batch_size)]
         budget = Budget.of(bytes_budget, engine.config, engine.mechanism, stores[0], batch_size)
         return Memory(Streams(engine, states, stores, generators, policy, budget), tokenizer)
 

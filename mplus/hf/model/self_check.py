@@ -11,7 +11,7 @@ import torch
 from attrs import define, evolve
 from torch import Tensor
 
-from mplus.eviction.build import build_eviction
+from mplus.eviction import EVICTION
 from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.model.modes import in_eval_mode
 from mplus.hf.model.rounding import LAYER_MARGIN, exceeds, measure_noise, observe, token_errors
@@ -19,7 +19,7 @@ from mplus.hf.reading.forward import generating
 from mplus.hf.reading.reading import Reading
 from mplus.hf.retrofit.hooks import Technique
 from mplus.memory.state import StreamView
-from mplus.memory.writing.context import WriteContext
+from mplus.memory.writing.update import WriteContext
 from mplus.stores.ram import RamStore
 
 TOKENS = 8
@@ -153,7 +153,7 @@ class _Checks:
         layout = engine.layout_of("hidden" if "hidden" in engine.mechanism.keeps else engine.memory_rows)
         return WriteContext(
             store=RamStore(layout),
-            eviction=build_eviction(engine.config.eviction),
+            eviction=EVICTION.build(engine.config.eviction),
             draw=lambda n: torch.randperm(n, generator=generator),
             keys=engine.keys,
         )

@@ -8,7 +8,7 @@ from mplus.errors import MemoryMismatchError, NotSupported
 from mplus.hf.adapters.weights import Look
 from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.reading.reading import Reading
-from mplus.memory.sources.recompute import holds_rows, unfit
+from mplus.memory.recompute import holds_rows, unfit
 from mplus.memory.state import StreamView
 
 

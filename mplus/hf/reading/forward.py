@@ -29,7 +29,7 @@ from mplus.hf.retrofit.positions import MemoryPositions
 from mplus.mechanisms.base import Opened
 from mplus.mechanisms.decoder import Text
 from mplus.memory.memory import Memory
-from mplus.memory.sources.recompute import refresh_if_stale
+from mplus.memory.recompute import refresh_if_stale
 
 T = TypeVar("T")
 _GENERATING: ContextVar[tuple[Any, Reading] | None] = ContextVar("mplus_generating", default=None)

@@ -18,8 +18,7 @@ from mplus.mechanisms.kv.front import Front
 from mplus.mechanisms.kv.search import bm25, choose
 from mplus.mechanisms.kv.state import KvState, state_of
 from mplus.memory.state import StreamState, StreamView
-from mplus.memory.writing.context import WriteContext
-from mplus.memory.writing.update import Update
+from mplus.memory.writing.update import Update, WriteContext
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 

@@ -23,8 +23,7 @@ from mplus.mechanisms.short_term.state import ShortTermState, state_of
 from mplus.mechanisms.short_term.write import WritePass, WritePlan, plan_write, split_order
 from mplus.mechanisms.streams import TrainingStreams
 from mplus.memory.state import StreamView
-from mplus.memory.writing.context import WriteContext
-from mplus.memory.writing.update import Update
+from mplus.memory.writing.update import Update, WriteContext
 from mplus.retrievers.base import RetrieverShape
 from mplus.retrievers.build import build_retriever
 from mplus.rows import NO_SOURCE, MemoryRows

@@ -10,8 +10,7 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
-from mplus.memory.checks import forms
-from mplus.memory.state import StreamState, StreamView
+from mplus.memory.state import StreamState, StreamView, forms
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 

@@ -13,7 +13,7 @@ from mplus.memory.directory.open import read_directory
 from mplus.memory.format.entries import layout_from
 from mplus.memory.format.rules import PIECE_ROWS, finite, rules
 from mplus.stores.disk.block_file import BlockFile, FileEntry
-from mplus.stores.disk.folder import Folder
+from mplus.stores.disk.files import Folder
 
 
 def directory_faults(folder: Path | Folder) -> Iterator[str]:

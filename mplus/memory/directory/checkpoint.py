@@ -25,7 +25,6 @@ from mplus.memory.directory.checkpoint_manifest import (
 )
 from mplus.memory.directory.journal import Journal, records
 from mplus.memory.directory.record import apply
-from mplus.memory.directory.store_stack import mapped_store, saved_stack
 from mplus.memory.format.earlier import in_present_form
 from mplus.memory.format.folder import MANIFEST
 from mplus.memory.format.load import check, check_names, read_generator, read_index, read_state, read_usage
@@ -33,18 +32,18 @@ from mplus.memory.format.rules import FURTHEST_BACK, check_values
 from mplus.memory.format.save import Index, ManifestHeader, index_parts, layout_entry, stream_entry, stream_parts
 from mplus.memory.state import StreamState, StreamView
 from mplus.rows import NO_SOURCE
+from mplus.stores import STORES
 from mplus.stores.access_log import AccessLog
 from mplus.stores.base import MemoryStore, StoreLayout
-from mplus.stores.build import build_store
 from mplus.stores.disk.block_file import BlockFile, write_blocks
 from mplus.stores.disk.compaction import compact, files_of, plan_compaction
-from mplus.stores.disk.filesystem import FileSystem
-from mplus.stores.disk.folder import Folder, PathAt
+from mplus.stores.disk.files import FileSystem, Folder, PathAt
 from mplus.stores.disk.safetensors_io import Part
 from mplus.stores.disk.segment_source import FileLayer
 from mplus.stores.disk.segments import RowSegment, SegmentedRows
 from mplus.stores.disk.verified import Rule
 from mplus.stores.mmap import MmapStore
+from mplus.stores.stack import mapped_store, saved_stack
 
 
 @define(eq=False)
@@ -277,7 +276,7 @@ def read_checkpoint(
     draws = [read_generator(reader, number).get_state() for number in range(len(states))]
     stores: list[MemoryStore] = []
     for number, entry in enumerate(manifest.stores):
-        whole = build_store(kind, layout)
+        whole = STORES.build(kind, layout)
         store = mapped_store(whole)
         kept = store.layout
         rules = rules_of(manifest, number)

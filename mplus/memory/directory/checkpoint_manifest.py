@@ -16,7 +16,7 @@ from mplus.memory.format.manifest import LIVE_FORMAT, check_streams, component, 
 from mplus.memory.format.structure import NOT_IN_FILES, check_name, named_like, whole
 from mplus.memory.sources.table import SourceTable
 from mplus.stores.disk.block_file import FileEntry
-from mplus.stores.disk.folder import Folder
+from mplus.stores.disk.files import Folder
 
 VERSION = 3
 """Format version that is written, and the newest that is read.

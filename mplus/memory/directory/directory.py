@@ -22,8 +22,7 @@ from mplus.memory.directory.journal import Journal
 from mplus.memory.directory.lock import Lock
 from mplus.memory.format.folder import MANIFEST, check_removed
 from mplus.memory.format.save import ManifestHeader
-from mplus.stores.disk.filesystem import FileSystem
-from mplus.stores.disk.folder import Folder
+from mplus.stores.disk.files import FileSystem, Folder
 
 UNRESOLVED = "it could not be taken back"
 """Why nothing can be written while a change that failed has not been taken back."""

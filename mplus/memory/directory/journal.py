@@ -28,8 +28,7 @@ from typing import BinaryIO
 from attrs import define
 
 from mplus.errors import MemoryFileError
-from mplus.stores.disk.filesystem import FileSystem
-from mplus.stores.disk.folder import PathAt, open_file
+from mplus.stores.disk.files import FileSystem, PathAt, open_file
 
 SECTOR = 512
 FIRST_MARK, MARK = b"mplus-j1", b"mplus-j2"

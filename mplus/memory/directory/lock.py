@@ -16,9 +16,8 @@ from attrs import define
 
 from mplus.errors import LiveMemoryError, NotSupported
 from mplus.memory.directory.checkpoint_manifest import LOCK
-from mplus.memory.directory.file_lock import FileLock
-from mplus.stores.disk.filesystem import FileSystem
-from mplus.stores.disk.folder import Folder, open_file
+from mplus.stores.disk.files import FileSystem, Folder, open_file
+from mplus.stores.disk.locks import FileLock
 
 LONGEST = 64
 """Bytes of the file; a longer one is somebody else's."""

@@ -23,7 +23,7 @@ from mplus.memory.sources.forget import forget, without_unused_sources
 from mplus.memory.sources.listing import sources_of
 from mplus.memory.sources.table import SourceTable
 from mplus.stores.base import StoreLayout
-from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.disk.files import FileSystem
 
 
 @define(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ import torch
 
 from mplus.config import Component
 from mplus.errors import ConfigError, MemoryFileError, MemoryMismatchError
-from mplus.eviction.build import build_eviction
+from mplus.eviction import EVICTION
 from mplus.memory.budget import Budget
-from mplus.memory.checks import check_device
+from mplus.memory.copying import check_device
 from mplus.memory.directory.checkpoint import CheckpointContent, read_checkpoint, replay
 from mplus.memory.directory.checkpoint_manifest import (
     JOURNAL,
@@ -27,17 +27,16 @@ from mplus.memory.directory.checkpoint_manifest import (
 from mplus.memory.directory.directory import Directory
 from mplus.memory.directory.lock import acquire, is_new, owner_of
 from mplus.memory.directory.persistence import DirectoryPersistence, ReadOnly
-from mplus.memory.directory.store_stack import stack_of
 from mplus.memory.engine import Engine
 from mplus.memory.format.folder import MANIFEST, hold, prepare, writable
 from mplus.memory.format.load import check
-from mplus.memory.format.made_with import with_weights
 from mplus.memory.format.manifest import check_belongs
 from mplus.memory.format.rules import check_fits, check_values
+from mplus.memory.recompute import with_weights
 from mplus.memory.transaction import Persistence, Streams
 from mplus.stores.base import StoreLayout
-from mplus.stores.disk.filesystem import FileSystem
-from mplus.stores.disk.folder import Folder, PathAt
+from mplus.stores.disk.files import FileSystem, Folder, PathAt
+from mplus.stores.stack import stack_of
 
 if TYPE_CHECKING:
     from mplus.memory.memory import Memory
@@ -114,7 +113,7 @@ def _existing(
 ) -> Streams:
     """Make streams of what a directory holds; ``changed``: the journal adds to the rows the saved indexes are of."""
     content.states = with_weights(content.states, content.stores, manifest.fingerprint, engine, folder.path)
-    policy = build_eviction(eviction or Component.of(manifest.eviction))
+    policy = EVICTION.build(eviction or Component.of(manifest.eviction))
     expiry = engine.layout.expiry or policy.lifetime is not None
     if expiry != manifest.layout.expiry:
         raise MemoryMismatchError(

@@ -13,16 +13,16 @@ from mplus.errors import LiveMemoryError, MemoryFileError
 from mplus.memory.directory.checkpoint import CheckpointContent
 from mplus.memory.directory.directory import Directory
 from mplus.memory.directory.record import encode
-from mplus.memory.directory.store_stack import mapped_store
 from mplus.memory.format.folder import writable
 from mplus.memory.format.save import ManifestHeader
 from mplus.memory.sources.forget import without_unused_sources
 from mplus.memory.state import StreamState, StreamView
-from mplus.memory.transaction import InMemory, KeptPositions, Streams
+from mplus.memory.transaction import KeptPositions, Persistence, Streams
 from mplus.stores.mmap import MmapStore
+from mplus.stores.stack import mapped_store
 
 
-class ReadOnly(InMemory):
+class ReadOnly(Persistence):
     """The persistence of a memory whose directory was opened for reading: refuses every change."""
 
     def __init__(self, where: str) -> None:
@@ -42,7 +42,7 @@ class ReadOnly(InMemory):
         self.check_writable()
 
 
-class DirectoryPersistence:
+class DirectoryPersistence(Persistence):
     """The persistence of a memory that lives in a directory: what was written is on disk before it shows in memory.
 
     A write appends a record to the journal; every other change writes a checkpoint, without the rows that are gone.
@@ -51,6 +51,8 @@ class DirectoryPersistence:
         directory: its files.
         journal_bytes: a new checkpoint is written when the journal is longer than this.
     """
+
+    directory: Directory
 
     def __init__(self, directory: Directory, journal_bytes: int) -> None:
         self.directory = directory

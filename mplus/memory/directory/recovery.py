@@ -19,17 +19,17 @@ from mplus.memory.directory.checkpoint import check_layer, live_name
 from mplus.memory.directory.checkpoint_manifest import LiveManifest
 from mplus.memory.directory.journal import recover_records
 from mplus.memory.directory.record import apply
-from mplus.memory.directory.store_stack import mapped_store, stack_of
 from mplus.memory.format.earlier import in_present_form, renamed
 from mplus.memory.format.entries import layout_from
 from mplus.memory.format.load import COLUMNS
 from mplus.memory.format.salvage import Salvaged, clean, read_sound_generator, read_sound_state
 from mplus.rows import MemoryRows
+from mplus.stores import STORES
 from mplus.stores.base import StoreLayout
-from mplus.stores.build import build_store
 from mplus.stores.disk.block_file import BlockFile
-from mplus.stores.disk.folder import Folder
+from mplus.stores.disk.files import Folder
 from mplus.stores.mmap import MmapStore
+from mplus.stores.stack import mapped_store, stack_of
 
 DAMAGED = -(2**62)
 """Birth of a row that is not what was written."""
@@ -103,7 +103,7 @@ def salvage(folder: Path | Folder, manifest: LiveManifest) -> Salvaged:
     marking = _Marking(file)
     reader = in_present_form(marking, manifest.earlier)
     for number, entry in enumerate(manifest.streams):
-        found.stores.append(build_store(stack_of(Component.of(manifest.store)), layout))
+        found.stores.append(STORES.build(stack_of(Component.of(manifest.store)), layout))
         mapped.append(_store(folder, manifest, number, file, mapped_store(found.stores[-1]).layout, found.lost))
         state = read_sound_state(reader, number, entry, layout, mapped[-1], found.lost, _marked, marking.zeros_like)
         found.states.append(state)

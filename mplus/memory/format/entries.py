@@ -1,4 +1,4 @@
-"""Entries of manifests: rows, streams and tensors."""
+"""Entries of manifests: rows, streams and tensors; and the class of the states that a stream's entry names."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import attrs
 import torch
 from attrs import define, field
 
+from mplus.errors import DuplicateNameError, MissingDependencyError, PluginError, UnknownNameError
+from mplus.mechanisms import MECHANISMS
 from mplus.memory.format.folder import DATA
 from mplus.memory.format.structure import check_name, file_named, named_like, whole
+from mplus.memory.state import PlainState, StreamState
 from mplus.stores.base import StoreLayout
 from mplus.stores.disk.safetensors_io import CODES
 
@@ -130,3 +133,12 @@ class DataEntry:
     bytes: int = field(validator=whole())
     sha256: str = field(validator=SHA256)
     tensors: dict[str, TensorEntry]
+
+
+def state_class(mechanism: str) -> type[StreamState]:
+    """Return the class of the states of a mechanism; ``PlainState`` where it is not installed, or broken."""
+    try:
+        found: type[StreamState] = MECHANISMS.get(mechanism).State
+    except (UnknownNameError, DuplicateNameError, PluginError, MissingDependencyError):
+        return PlainState
+    return found

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mplus.errors import ConfigError, MemoryFileError
-from mplus.memory.directory.file_lock import FileLock
-from mplus.stores.disk.filesystem import FileSystem
-from mplus.stores.disk.folder import FILE_MODE, Folder, PathAt
+from mplus.stores.disk.files import FILE_MODE, FileSystem, Folder, PathAt
+from mplus.stores.disk.locks import FileLock
 
 MANIFEST = "manifest.json"
 DATA = "rows-{}.safetensors"

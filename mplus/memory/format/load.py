@@ -12,28 +12,27 @@ from torch import Tensor
 
 from mplus.config import Component
 from mplus.errors import MemoryFileError, MemoryMismatchError
-from mplus.eviction.build import build_eviction
+from mplus.eviction import EVICTION
 from mplus.memory.budget import Budget
-from mplus.memory.checks import check_columns, check_device
+from mplus.memory.copying import check_device
 from mplus.memory.engine import Engine
 from mplus.memory.format.earlier import in_present_form
-from mplus.memory.format.entries import StreamEntry
+from mplus.memory.format.entries import StreamEntry, state_class
 from mplus.memory.format.folder import hold, lock
-from mplus.memory.format.made_with import with_weights
 from mplus.memory.format.manifest import Manifest, check_belongs, read_manifest
 from mplus.memory.format.rules import check_fits, check_rows, check_values
 from mplus.memory.format.structure import LARGEST
 from mplus.memory.format.tensors import TensorReader, Tensors
-from mplus.memory.plain_state import state_class
+from mplus.memory.recompute import with_weights
 from mplus.memory.sources.source import DTYPES as SOURCE_COLUMNS
 from mplus.memory.sources.table import SourceTable
-from mplus.memory.state import StreamState
+from mplus.memory.state import StreamState, check_columns
 from mplus.memory.texts import NAMES, TAIL_NAMES, Texts, Waiting, generator_in, tail_from
 from mplus.memory.transaction import Streams
 from mplus.rows import MemoryRows
+from mplus.stores import STORES
 from mplus.stores.access_log import NEVER, AccessLog
 from mplus.stores.base import MemoryStore, StoreLayout
-from mplus.stores.build import build_store
 
 COLUMNS = ("hidden", "birth", "source", "key", "expiry", "projected")
 OF_STREAM = re.compile(
@@ -73,7 +72,7 @@ def load_streams(
         manifest = read_manifest(here)
         layout = engine.layout
         check_belongs(manifest, engine.fingerprint(manifest.fingerprint), layout, folder)
-        policy = build_eviction(eviction or Component.of(manifest.eviction))
+        policy = EVICTION.build(eviction or Component.of(manifest.eviction))
         # Rows stay what they were, whatever new memories of this decoder hold.
         layout = evolve(
             layout,
@@ -231,7 +230,7 @@ def _read_store(
     layout: StoreLayout,
     expires: list[float] | None,
 ) -> MemoryStore:
-    store = build_store(component, layout)
+    store = STORES.build(component, layout)
     for layer, count in enumerate(entry.ltm):
         prefix = f"store.{entry.store}.{layer}"
         rows = read_rows(file, prefix, count, evolve(layout, expiry=True))

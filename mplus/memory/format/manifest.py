@@ -21,7 +21,7 @@ from mplus.memory.format.structure import NOT_IN_FILES, structured, unstructured
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.weights_state import MADE_WITH, weights_of
 from mplus.stores.base import StoreLayout
-from mplus.stores.disk.folder import Folder, PathAt, path_at, read_file
+from mplus.stores.disk.files import Folder, PathAt, path_at, read_file
 
 M = TypeVar("M")
 FORMAT = "mplus-memory"

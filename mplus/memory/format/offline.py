@@ -12,13 +12,12 @@ from mplus.config import Component
 from mplus.errors import MemoryFileError
 from mplus.memory.directory.offline import chosen, forget_live, live_sources
 from mplus.memory.format.earlier import in_present_form
-from mplus.memory.format.entries import layout_from
+from mplus.memory.format.entries import layout_from, state_class
 from mplus.memory.format.folder import MANIFEST, check_removed, hold, lock, mode_of
 from mplus.memory.format.load import check_names, read_sources, read_streams, read_usage
 from mplus.memory.format.manifest import LIVE_FORMAT, Manifest, is_memory, read_manifest
 from mplus.memory.format.save import ManifestHeader, replace, store_numbers
 from mplus.memory.format.tensors import TensorReader, Tensors
-from mplus.memory.plain_state import state_class
 from mplus.memory.report import ForgetReport, SourceInfo
 from mplus.memory.sources.forget import forget
 from mplus.memory.sources.listing import Held, listed

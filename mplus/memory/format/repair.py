@@ -22,7 +22,7 @@ from mplus.memory.format.tensors import TensorReader, Tensors
 from mplus.memory.state import StreamView
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
-from mplus.stores.disk.folder import Folder
+from mplus.stores.disk.files import Folder
 from mplus.stores.mmap import MmapStore
 
 

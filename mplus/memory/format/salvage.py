@@ -10,11 +10,10 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.errors import MemoryFileError, MemoryMismatchError
-from mplus.memory.format.entries import StreamEntry
+from mplus.memory.format.entries import StreamEntry, state_class
 from mplus.memory.format.load import read_generator, read_rows, read_sources, read_tail, read_texts
 from mplus.memory.format.rules import PIECE_ROWS, sound
 from mplus.memory.format.tensors import Tensors
-from mplus.memory.plain_state import state_class
 from mplus.memory.sources.source import Source
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.state import StreamState

@@ -5,7 +5,7 @@ names. Its tensors are, of stream i (what is in brackets need not be there):
 
 - ``stream.<i>.rows.<list>.<layer>.<column>``: the lists of rows of the mechanism but for the long-term ones;
 - ``stream.<i>.state.<name>``: its other tensors;
-- ``stream.<i>.sources.<column>``: the table of sources (``mplus.memory.sources.source``);
+- ``stream.<i>.sources.<column>``: the table of sources (``mplus.memory.sources.table``);
 - [``stream.<i>.text.<name>``]: the texts that are kept;
 - [``stream.<i>.tail.<name>``]: text that waits for more;
 - [``stream.<i>.usage.<layer>``]: when rows were last retrieved;
@@ -50,16 +50,15 @@ from mplus.memory.format.folder import (
     temporary,
     writable,
 )
-from mplus.memory.format.made_with import made_with
 from mplus.memory.format.manifest import Manifest, is_memory, mechanism_in, read_manifest
 from mplus.memory.format.tensors import write_tensors
 from mplus.memory.sources.forget import without_unused_sources
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.texts import tail_tensors
 from mplus.memory.transaction import Streams
+from mplus.memory.weights_state import made_with
 from mplus.stores.base import StoreLayout, StoreView
-from mplus.stores.disk.filesystem import FileSystem
-from mplus.stores.disk.folder import FILE_MODE, Folder, PathAt, open_file, read_file
+from mplus.stores.disk.files import FILE_MODE, FileSystem, Folder, PathAt, open_file, read_file
 from mplus.stores.disk.safetensors_io import Part
 
 PIECE_BYTES = 2**26
@@ -85,7 +84,7 @@ class ManifestHeader:
     def of(engine: Engine, eviction: EvictionPolicy, budget: Budget, states: Sequence[StreamState]) -> ManifestHeader:
         """Return the header for a memory that ``engine`` wrote, with the streams ``states``."""
         return ManifestHeader(
-            fingerprint={**engine.fingerprint(), **made_with(states)},
+            fingerprint={**engine.fingerprint(), **made_with(state.weights for state in states)},
             eviction=Component(eviction.name, attrs.asdict(eviction.options)).plain(),
             bytes_budget=budget.bytes,
             capacity=budget.capacity,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mplus.errors import MemoryFileError
 from mplus.memory.format.entries import DTYPES, DataEntry, TensorEntry, name_of
-from mplus.stores.disk.folder import Folder, PathAt, open_file, path_of
+from mplus.stores.disk.files import Folder, PathAt, open_file, path_of
 from mplus.stores.disk.safetensors_io import CODES, Part, header, raw, sort_by_itemsize
 
 PIECE_BYTES = 2**26

@@ -13,7 +13,7 @@ from torch import Tensor
 from mplus.errors import MemoryFileError, MemoryMismatchError
 from mplus.memory.directory.check import directory_faults
 from mplus.memory.format.earlier import in_present_form
-from mplus.memory.format.entries import StreamEntry, layout_from
+from mplus.memory.format.entries import StreamEntry, layout_from, state_class
 from mplus.memory.format.folder import hold, lock
 from mplus.memory.format.load import (
     check,
@@ -28,7 +28,6 @@ from mplus.memory.format.load import (
 from mplus.memory.format.manifest import LIVE_FORMAT, Manifest, is_memory, read_manifest
 from mplus.memory.format.rules import finite, rules
 from mplus.memory.format.tensors import TensorReader, Tensors, digest_of_file
-from mplus.memory.plain_state import state_class
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 

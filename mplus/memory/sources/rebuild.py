@@ -9,16 +9,13 @@ from attrs import evolve
 from torch import Tensor
 
 from mplus.errors import InputError
-from mplus.memory.checks import check_dtype
-from mplus.memory.report import ForgetReport, WriteReport
-from mplus.memory.sharing import distinct, unshared
+from mplus.memory.recompute import refresh_if_stale
+from mplus.memory.report import ForgetReport, WriteReport, progress_bar
 from mplus.memory.sources.forget import check_known, forget, held, names_to_keep, with_names
-from mplus.memory.sources.recompute import refresh_if_stale
 from mplus.memory.state import StreamState
 from mplus.memory.texts import Texts
-from mplus.memory.transaction import Streams
-from mplus.memory.writing.progress import progress_bar
-from mplus.memory.writing.write import StreamWrite, write_streams
+from mplus.memory.transaction import Streams, distinct, unshared
+from mplus.memory.writing.write import StreamWrite, check_dtype, write_streams
 from mplus.stores.base import MemoryStore
 
 

@@ -1,4 +1,4 @@
-"""Cut texts or ids into chunks."""
+"""Cut texts or ids into chunks, and check that they can be written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mplus.errors import InputError
-from mplus.memory.checks import check_whole
 
 
 def split(ids: Tensor, chunk_tokens: int, min_chunk_tokens: int) -> list[Tensor]:
@@ -99,3 +98,34 @@ def to_names(source: Any, batch_size: int) -> list[str | None]:
         if name is not None and not isinstance(name, str):
             raise InputError(f"source must be a text or None, got {name!r} ({type(name).__name__})")
     return names
+
+
+# ---------------------------------------------------------------------- checks
+
+
+def check_whole(ids: Tensor) -> None:
+    """Raise InputError unless the dtype is one of whole numbers."""
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise InputError(f"ids must be whole numbers, got dtype {ids.dtype}")
+
+
+def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
+    """Raise InputError naming the first id outside ``[0, vocab_size)`` and its place."""
+    wrong = ((ids < 0) | (ids >= vocab_size)).nonzero()
+    if len(wrong):
+        place = wrong[0].tolist()
+        where = f"at position {place[-1]}" + (f" of batch row {place[0]}" if len(place) > 1 else "")
+        raise InputError(f"ids must lie in the vocabulary, 0 to {vocab_size - 1}, got {int(ids[tuple(place)])} {where}")
+
+
+def check_chunk(ids: Any, batch_size: int, min_tokens: int, max_tokens: int) -> None:
+    """Raise InputError unless these are ids ``[batch_size, n]`` of a chunk that can be written as it is."""
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[0] != batch_size:
+        got = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+        raise InputError(f"a chunk must be a tensor of shape [{batch_size}, n], got {got}")
+    check_whole(ids)
+    if not min_tokens <= ids.shape[1] <= max_tokens:
+        raise InputError(
+            f"a chunk must have min_chunk_tokens to chunk_tokens ({min_tokens} to {max_tokens}) tokens, "
+            f"got {ids.shape[1]}: use write, which splits and joins"
+        )

@@ -12,11 +12,9 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.errors import InputError
-from mplus.memory.checks import check_vocabulary
-from mplus.memory.report import WriteReport
+from mplus.memory.report import LONG, WriteReport, progress_bar
 from mplus.memory.transaction import Streams
-from mplus.memory.writing.chunking import split, to_names, to_rows
-from mplus.memory.writing.progress import LONG, progress_bar
+from mplus.memory.writing.chunking import check_vocabulary, split, to_names, to_rows
 from mplus.memory.writing.write import StreamWrite, prepare_write, write_streams
 
 

@@ -1,16 +1,17 @@
-"""Update: what a mechanism makes of one chunk of text."""
+"""What a mechanism makes of one chunk of text (``Update``), and what it may use to store it (``WriteContext``)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from attrs import define
 from torch import Tensor
 
-from mplus.errors import MechanismError
-from mplus.memory.checks import check_finite
-from mplus.stores.base import StoreLayout
+from mplus.errors import MechanismError, NonFiniteError
+from mplus.eviction.base import EvictionPolicy
+from mplus.stores.access_log import AccessLog
+from mplus.stores.base import MemoryStore, StoreLayout
 
 
 @define(frozen=True, eq=False)
@@ -79,3 +80,42 @@ def _check_layers(said: str, layers: Sequence[Tensor], streams: int, expected: i
             raise MechanismError(
                 f"{said} of layer {layer} as floating [{streams}, k, {width}], got {rows.dtype} {list(rows.shape)}"
             )
+
+
+def check_finite(values: Tensor, where: str) -> None:
+    """Raise NonFiniteError when there is NaN or Inf in what a decoder computed."""
+    if not bool(torch.isfinite(values).all()):
+        raise NonFiniteError(
+            f"what the decoder computes must be finite, got NaN or Inf {where}; the chunk was not written: "
+            f"check the weights, or use a wider dtype than {values.dtype}"
+        )
+
+
+Draw = Callable[[int], Tensor]
+"""``draw(n)``: a uniform random permutation of 0..n-1, int64 on the CPU."""
+
+Keys = Callable[[int, Tensor], Tensor | None]
+"""``keys(layer, hidden [m, d])``: retriever keys ``[m, r]``, or None."""
+
+
+@define(frozen=True, eq=False)
+class WriteContext:
+    """What a mechanism may use and change while a stream takes in new rows.
+
+    Attributes:
+        store: the stream's long-term rows; the caller undoes changes if anything fails.
+        eviction: chooses rows when the store is over its capacity.
+        draw: source of random permutations.
+        keys: makes retriever keys.
+        ids: ``[n]`` int64, the text that the rows were made of.
+        capacity: long-term rows that a layer may hold; None: no limit.
+        usage: notes on what was retrieved, where ``eviction`` goes by them.
+    """
+
+    store: MemoryStore
+    eviction: EvictionPolicy
+    draw: Draw
+    keys: Keys
+    ids: Tensor | None = None
+    capacity: int | None = None
+    usage: AccessLog | None = None

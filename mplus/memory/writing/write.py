@@ -12,16 +12,13 @@ from attrs import define, evolve
 from torch import Tensor
 
 from mplus.errors import InputError, MemoryMismatchError, WriteTogetherError
-from mplus.memory.checks import check_chunk, check_dtype, check_finite, check_vocabulary
 from mplus.memory.engine import Engine
-from mplus.memory.report import WriteReport
-from mplus.memory.sources.recompute import refresh_if_stale
+from mplus.memory.recompute import refresh_if_stale
+from mplus.memory.report import WriteReport, progress_bar
 from mplus.memory.state import StreamState, StreamView, alike
 from mplus.memory.transaction import Streams
-from mplus.memory.writing.chunking import split, to_names, to_rows
-from mplus.memory.writing.context import WriteContext
-from mplus.memory.writing.progress import progress_bar
-from mplus.memory.writing.update import Update
+from mplus.memory.writing.chunking import check_chunk, check_vocabulary, split, to_names, to_rows
+from mplus.memory.writing.update import Update, WriteContext, check_finite
 
 if TYPE_CHECKING:
     from mplus.memory.memory import Memory
@@ -198,6 +195,14 @@ def prepare_write(streams: Streams, rows: Sequence[int]) -> None:
     check_dtype(streams.dtype, streams.engine.dtype)
     streams.check_writable()
     refresh_if_stale(streams, writing=rows)
+
+
+def check_dtype(memory: torch.dtype, model: torch.dtype) -> None:
+    """Raise MemoryMismatchError unless a memory holds what its decoder computes in."""
+    if memory != model:
+        raise MemoryMismatchError(
+            f"the memory holds {memory} and the model computes in {model}: use memory.to(dtype={model})"
+        )
 
 
 def write_chunk(streams: Streams, ids: Tensor, source: Any) -> WriteReport:

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from mplus.errors import MemoryFileError
 from mplus.stores.disk.checksums import FIRST, PRESENT, Checksums, Scheme
-from mplus.stores.disk.filesystem import Bytes, FileSystem
-from mplus.stores.disk.folder import PathAt, open_file, path_of
+from mplus.stores.disk.files import Bytes, FileSystem, PathAt, open_file, path_of
 from mplus.stores.disk.safetensors_io import (
     LONGEST_HEADER,
     Part,

@@ -10,8 +10,7 @@ from attrs import define
 from torch import Tensor
 
 from mplus.stores.disk.block_file import BlockFile, FileEntry, write_blocks
-from mplus.stores.disk.filesystem import FileSystem
-from mplus.stores.disk.folder import Folder, PathAt
+from mplus.stores.disk.files import FileSystem, Folder, PathAt
 from mplus.stores.disk.safetensors_io import Part
 from mplus.stores.disk.segment_source import FileLayer, SegmentSource
 from mplus.stores.disk.segments import RowSegment, SegmentedRows

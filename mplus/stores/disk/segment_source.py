@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mplus.stores.disk.block_file import BlockFile
-from mplus.stores.disk.process_lock import ProcessLock
+from mplus.stores.disk.locks import ProcessLock
 from mplus.stores.disk.verified import VerifiedTensor
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mplus.errors import MemoryFileError
 from mplus.stores.disk.checksums import Checksums, WeightedSums
-from mplus.stores.disk.folder import PathAt
+from mplus.stores.disk.files import PathAt
 from mplus.stores.disk.safetensors_io import TensorSpan
 
 AT_A_TIME = 2**20

@@ -9,7 +9,7 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from mplus.stores.disk.process_lock import ProcessLock
+from mplus.stores.disk.locks import ProcessLock
 from mplus.stores.slabs.block import ordinary_tensors
 
 WAYS = 16

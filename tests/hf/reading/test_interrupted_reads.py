@@ -14,7 +14,7 @@ import torch
 from mplus.hf.model.modes import in_eval_mode, with_attention
 from mplus.hf.retrofit.context import current_pass
 from mplus.mechanisms.mplus import MPlusMechanism
-from mplus.memory.sources.recompute import refresh_if_stale
+from mplus.memory.recompute import refresh_if_stale
 from tests.helpers.modes import on_every_change
 from tests.memory.interruption import interrupted_everywhere
 from tests.memory.tiny import assert_same, build, ids, prompts, raw, variant, written
@@ -185,7 +185,7 @@ def test_notes_on_what_was_read_survive_a_read_that_cannot_compute_rows_anew():
             refresh_if_stale(twins[-1].streams)
 
         unchanged = 0
-        for _ in interrupted_everywhere(prepare, keep_up, "memory/sources/recompute.py", most=20):
+        for _ in interrupted_everywhere(prepare, keep_up, "memory/recompute.py", most=20):
             unchanged += twins[-1].version == 0
             assert notes(twins[-1]) == before
         assert unchanged > 10

@@ -12,7 +12,7 @@ from mplus.evaluation.retriever_swap import Recency
 from mplus.hf.reading.override import mechanism_for_reads, reading_as
 from mplus.memory.memory import Memory
 from mplus.memory.transaction import Streams
-from mplus.stores.build import build_store
+from mplus.stores import STORES
 from tests.memory.interruption import interrupted_everywhere
 from tests.memory.tiny import K0, assert_same, content, difference, ids, prompts, variant, written
 
@@ -33,7 +33,7 @@ def logits(memory, **settings):
 
 
 def test_without_long_term_rows_it_is_a_read_of_the_short_term_memory_alone(memory):
-    empty = [build_store(memory.engine.config.store, store.layout) for store in memory.stores]
+    empty = [STORES.build(memory.engine.config.store, store.layout) for store in memory.stores]
     waiting = [type(state)(stm=state.stm, pending=tuple(rows.select(torch.arange(0)) for rows in state.pending),
                            clock=state.clock, sources=state.sources, counters=state.counters)
                for state in memory.states]  # fmt: skip

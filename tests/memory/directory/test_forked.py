@@ -13,7 +13,7 @@ import pytest
 from mplus.errors import LiveMemoryError
 from mplus.memory import Memory
 from mplus.memory.format.folder import hold, lock
-from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.disk.files import FileSystem
 from tests.memory.disks.plain import PlainModel, chunk, reopened
 from tests.memory.tiny import assert_same, content, difference
 

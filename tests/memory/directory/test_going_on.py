@@ -19,8 +19,7 @@ from mplus.memory.directory.directory import Directory
 from mplus.memory.directory.journal import Journal, records, recover_records
 from mplus.memory.format.repair import repair
 from mplus.memory.format.verify import verify
-from mplus.stores.disk.filesystem import FileSystem
-from mplus.stores.disk.folder import Folder
+from mplus.stores.disk.files import FileSystem, Folder
 from tests.conftest import NIGHTLY
 from tests.memory.disks.disks import Failing
 from tests.memory.disks.plain import PlainModel, chunk, reopened

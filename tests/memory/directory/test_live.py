@@ -153,7 +153,7 @@ def test_a_memory_that_is_let_go_releases_the_lock(tmp_path):
 def test_the_lock_dies_with_its_process(tmp_path):
     code = (
         "import os, sys; from mplus.memory.directory.lock import acquire\n"
-        "from mplus.stores.disk.filesystem import FileSystem; from mplus.stores.disk.folder import Folder\n"
+        "from mplus.stores.disk.files import FileSystem; from mplus.stores.disk.files import Folder\n"
         "held = acquire(FileSystem(), Folder.open(sys.argv[1])); print(os.getpid(), flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]

@@ -12,7 +12,7 @@ from mplus.memory import Memory
 from mplus.memory.format.offline import forget_saved, saved_sources
 from mplus.memory.format.repair import repair
 from mplus.memory.format.verify import verify
-from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.disk.files import FileSystem
 from tests.memory.disks.disks import Failing, Watched
 from tests.memory.disks.plain import PlainModel, chunk, reopened
 from tests.memory.tiny import assert_same

@@ -17,7 +17,7 @@ from mplus.memory import Memory
 from mplus.memory.format.offline import forget_saved, saved_sources
 from mplus.memory.format.verify import verify
 from mplus.memory.sources import table
-from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.disk.files import FileSystem
 from tests.fixtures import make_live_v2
 from tests.memory.disks.plain import CONFIGS, PlainModel, chunk, reopened
 from tests.memory.tiny import content, difference

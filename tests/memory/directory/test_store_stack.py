@@ -12,16 +12,15 @@ from mplus.config import Component
 from mplus.errors import InputError, MemoryMismatchError, UnknownNameError
 from mplus.memory import Memory
 from mplus.memory.directory.checkpoint_manifest import read_live_manifest
-from mplus.memory.directory.store_stack import mapped_store, saved_stack, stack_of
 from mplus.memory.format.repair import repair
 from mplus.memory.format.verify import verify
 from mplus.stores import STORES
 from mplus.stores.base import StoreLayout
-from mplus.stores.build import build_store
 from mplus.stores.disk.block_file import BlockFile
 from mplus.stores.mmap import MmapStore
 from mplus.stores.quantized import QuantizedStore
 from mplus.stores.ram import RamStore
+from mplus.stores.stack import mapped_store, saved_stack, stack_of
 from mplus.stores.tiered import TieredStore
 from tests.fixtures import make_live_v2_int8
 from tests.fixtures.make_live_v1 import write
@@ -235,7 +234,7 @@ class TestKinds:
         assert Component.of(outside.options["inner"]) == kept
         layout = StoreLayout(layers=1, hidden_size=4)
         for kind in (kept, inside, outside):
-            assert Component.of(saved_stack(build_store(kind, layout))) == kept
+            assert Component.of(saved_stack(STORES.build(kind, layout))) == kept
 
     def test_a_store_without_files_is_refused(self):
         with pytest.raises(MemoryMismatchError, match="around 'mmap', got 'ram'"):

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from attrs import define, field
 
-from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.disk.files import FileSystem
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mplus.stores.disk.folder import Folder, PathAt
+    from mplus.stores.disk.files import Folder, PathAt
 
 
 SECTOR = 512

@@ -25,8 +25,7 @@ from mplus.memory.format.structure import unstructured
 from mplus.memory.format.tensors import write_tensors
 from mplus.memory.format.verify import verify
 from mplus.stores.disk.block_file import BlockFile, FileEntry, write_blocks
-from mplus.stores.disk.filesystem import FileSystem
-from mplus.stores.disk.folder import Folder
+from mplus.stores.disk.files import FileSystem, Folder
 from mplus.stores.disk.safetensors_io import Part, pack, unpack
 
 if TYPE_CHECKING:

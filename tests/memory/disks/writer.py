@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from mplus.memory import Memory
-from mplus.stores.disk.filesystem import FileSystem
+from mplus.stores.disk.files import FileSystem
 from tests.memory.disks.disks import Deadly
 from tests.memory.disks.plain import CONFIGS, PlainModel, chunk
 

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 import mplus
-from mplus.memory.format.made_with import made_with
 from mplus.memory.format.manifest import read_manifest
 from mplus.memory.format.tensors import Part, write_tensors
 from mplus.memory.format.verify import verify
 from mplus.memory.transaction import Streams
+from mplus.memory.weights_state import made_with
 from mplus.stores import STORES
 from mplus.stores.ram import RamStore
 from tests.memory import tiny
@@ -238,7 +238,7 @@ def test_the_manifest_tells_what_is_there(tmp_path: Path) -> None:
     memory.save(tmp_path)
     manifest = read_manifest(tmp_path)
     assert manifest.written_by == mplus.__version__
-    facts = {**memory.engine.fingerprint(), **made_with(memory.states)}
+    facts = {**memory.engine.fingerprint(), **made_with(state.weights for state in memory.states)}
     assert manifest.fingerprint == json.loads(json.dumps(facts))
     assert manifest.layout.dtype == "float32"
     assert manifest.eviction == "fifo"

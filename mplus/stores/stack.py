@@ -1,4 +1,4 @@
-"""The store stack of a directory: mapped files innermost, and around them the stores asked for.
+"""The stack of stores of a directory: mapped files innermost, and around them the stores asked for.
 
 A store that **wraps** another has it as ``inner``, in its options and as an attribute. One that makes something else of
 the rows (``quantized``) belongs to the directory: the files hold what it made, and the manifest says so with all its

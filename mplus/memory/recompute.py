@@ -1,18 +1,21 @@
-"""Recompute what rows keep besides hidden states, where the weights have changed."""
+"""Recompute what rows keep besides hidden states, where the weights are others than those that made it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from attrs import evolve
 
 from mplus.errors import LiveMemoryError, MemoryMismatchError
-from mplus.memory.checks import check_finite
 from mplus.memory.engine import Engine
 from mplus.memory.state import StreamState
 from mplus.memory.transaction import Streams
-from mplus.memory.weights_state import WeightsState
+from mplus.memory.weights_state import MADE_WITH, WeightsState, weights_of
+from mplus.memory.writing.update import check_finite
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreView
 
@@ -137,4 +140,51 @@ def _refreshed(rows: MemoryRows, layer: int, engine: Engine) -> MemoryRows:
     for column, what in ((found.key, "the retriever keys"), (found.projected, "keys and values")):
         if column is not None:
             check_finite(column, f"in {what} of layer {layer}")
+    return found
+
+
+def with_weights(
+    states: Sequence[StreamState],
+    stores: Sequence[StoreView],
+    fingerprint: Mapping[str, Any],
+    engine: Engine,
+    where: str | Path,
+) -> list[StreamState]:
+    """Return streams read from a file with the weights their rows were made with; an older file does not say it.
+
+    Warns where rows have hidden states and the decoder computes with other adapters now: they are projected anew.
+
+    Raises:
+        MemoryMismatchError: the rows are keys and values only, which the decoder would make differently now.
+    """
+    if MADE_WITH not in fingerprint:
+        return list(states)
+    made = weights_of(fingerprint[MADE_WITH], len(states))
+    now = engine.weights()
+    known = [now]
+    if len(set(map(repr, made))) > 1:  # written for batches in which each row has an adapter of its own
+        known += [engine.weights([name]) for name in dict.fromkeys(n for one in made for n in one.adapters.names)]
+        known.append(engine.weights([]))
+    found: list[StreamState] = []
+    others: dict[str, list[int]] = {}
+    for row, (state, store, weights) in enumerate(zip(states, stores, made, strict=True)):
+        projection, retrieval = weights.of_projection(now), weights.of_retrieval(now)
+        stale = bool(store.layout.projected_size and projection) or bool(store.layout.key_size and retrieval)
+        if not holds_rows(state, store):
+            found.append(evolve(state, weights=weights if stale else now))
+        elif store.layout.keeps_hidden:
+            found.append(evolve(state, weights=weights if stale else now))
+            if stale or projection:
+                others.setdefault("; ".join(projection or retrieval), []).append(row)
+        else:
+            fitting = [one for one in known if not weights.of_projection(one) and not weights.of_retrieval(one)]
+            if not fitting:
+                raise unfit(weights, now, row, str(where))
+            found.append(evolve(state, weights=fitting[0]))
+    for difference, rows in others.items():
+        warnings.warn(
+            f"{where} (batch rows {', '.join(map(str, rows))}): {difference}; its rows have hidden states and are "
+            "projected anew",
+            stacklevel=5,
+        )
     return found
