@@ -112,15 +112,6 @@ class NameRegistry(ABC, Generic[V]):
         with self._lock:
             return self._loaded.setdefault(claim, implementation)
 
-    def build(self, component: Component, *arguments: object) -> T:
-        """Make an instance of the implementation that ``component`` names, of ``arguments`` and its options.
-
-        Raises as ``get``; ConfigError where an option breaks its rule.
-        """
-        implementation = cast(Any, self.get(component.name))
-        built: T = implementation(*arguments, options_of(implementation, component.options))
-        return built
-
     def names(self) -> list[str]:
         """Return all names that are claimed, sorted. Nothing is imported."""
         with self._lock:
@@ -269,6 +260,15 @@ class Registry(NameRegistry[type[T]], Generic[T]):
     def __init__(self, kind: str, *, base: str, **others: Any) -> None:
         super().__init__(kind, **others)
         self._base = base
+
+    def build(self, component: Component, *arguments: object) -> T:
+        """Make an instance of the implementation that ``component`` names, of ``arguments`` and its options.
+
+        Raises as ``get``; ConfigError where an option breaks its rule.
+        """
+        implementation = cast(Any, self.get(component.name))
+        built: T = implementation(*arguments, options_of(implementation, component.options))
+        return built
 
     def _check(self, name: str, claim: _Claim, found: object) -> type[T]:
         base = cast("type[T]", _loader(self._base)())
