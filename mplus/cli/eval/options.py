@@ -40,7 +40,11 @@ Tokenizer = Annotated[
 Device = Annotated[str | None, typer.Option(help="Device to compute on, cuda for instance; default: the CPU.")]
 Dtype = Annotated[str, typer.Option(help="Numbers to compute with: auto, float32, bfloat16, float16.")]
 ProtocolName = Annotated[
-    str, typer.Option("--protocol", help="What is told and asked: squad, natural-questions, key-value, babi.")
+    str,
+    typer.Option(
+        "--protocol",
+        help="What is told and asked: squad, natural-questions, key-value, babi, notes, needles, conversations.",
+    ),
 ]
 Set = Annotated[
     list[str] | None,
@@ -156,11 +160,13 @@ class EvalOptions:
         from mplus.evaluation.generating import Generation
         from mplus.evaluation.options import RunOptions
 
-        if self.model is None or self.data is None:
+        if self.model is None or (self.data is None and needs_data(self.protocol)):
             raise ConfigError("this needs --recipe, or --model and --data")
         options = RunOptions(ages=numbers(self.ages, "--ages"), streams=self.streams, seed=self.seed, export=export)
         decoder, tokenizer = prepare(self.model, self.tokenizer, self.device, self.dtype, self.threads)
-        given = {"data": self.data, "episodes": self.episodes, "seed": self.seed, **given}
+        given = {"episodes": self.episodes, "seed": self.seed, **given}
+        if self.data is not None:
+            given["data"] = self.data
         made = make_protocol(self.protocol, tokenizer, self.settings, decoder.mplus_config.chunk_tokens, given)
         generation = Generation.of(tokenizer, tokens=self.tokens or made.answer_tokens)
         return GeneratedAnswers(decoder, tokenizer, made, options=options, generation=generation, scoring=scoring)
@@ -281,6 +287,15 @@ def make_protocol(
     cls = protocol(name)
     options = {"passage_tokens": chunk_tokens, **given, **dict(map(assignment, settings or ()))}
     return cls(structure(cls.Options, options), Texts(tokenizer))
+
+
+def needs_data(name: str) -> bool:
+    """Return whether a protocol reads files; others can generate what is told."""
+    import attrs
+
+    from mplus.evaluation.tasks import protocol
+
+    return attrs.fields_dict(protocol(name).Options)["data"].default is attrs.NOTHING
 
 
 def assignment(text: str) -> tuple[str, Any]:

@@ -5,13 +5,18 @@ from __future__ import annotations
 from mplus.errors import UnknownNameError
 from mplus.evaluation.tasks.babi import Babi
 from mplus.evaluation.tasks.base import Protocol
+from mplus.evaluation.tasks.conversations import Conversations
 from mplus.evaluation.tasks.key_value import KeyValue
 from mplus.evaluation.tasks.natural_questions import NaturalQuestions
+from mplus.evaluation.tasks.needles import Needles
+from mplus.evaluation.tasks.notes import Notes
 from mplus.evaluation.tasks.squad import Squad
 
 __all__ = ["PROTOCOLS", "protocol"]
 
-PROTOCOLS: dict[str, type[Protocol]] = {cls.name: cls for cls in (Squad, NaturalQuestions, KeyValue, Babi)}
+PROTOCOLS: dict[str, type[Protocol]] = {
+    cls.name: cls for cls in (Squad, NaturalQuestions, KeyValue, Babi, Notes, Needles, Conversations)
+}
 
 
 def protocol(name: str) -> type[Protocol]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,13 +12,13 @@ from attrs import define, field
 
 from mplus.config import one_of, whole
 from mplus.errors import InputError
-from mplus.evaluation.tasks.base import Episode, Passage, Protocol, Question
+from mplus.evaluation.tasks.base import Episode, FileOptions, Passage, Protocol, Question
 from mplus.evaluation.tasks.contexts import holds
+from mplus.evaluation.tasks.novels import book_passages, novel_paragraphs
 from mplus.evaluation.texts import read
 
 TRAIN_QUESTIONS = 800
 """So many questions of a task train, the rest test."""
-INDEX = "INDEX.tsv"
 
 
 @define(frozen=True)
@@ -41,7 +39,7 @@ class Babi(Protocol):
     """
 
     @define(frozen=True, kw_only=True)
-    class Options(Protocol.Options):
+    class Options(FileOptions):
         """Besides what every protocol can be told.
 
         Attributes:
@@ -101,7 +99,7 @@ class Babi(Protocol):
         options = self.options
         places = _places(len(story.sentences), options.spread)
         spread = places[-1] + 1
-        book = self._book(novels, rng)
+        book = book_passages(self.texts, novels, options.passage_tokens, rng)
         passages = []
         for place in range(options.before + spread + options.passages - 1):
             told = [s for s, at in zip(story.sentences, places, strict=True) if at + options.before == place]
@@ -136,17 +134,6 @@ class Babi(Protocol):
             "spread the story further"
         )
 
-    def _book(self, novels: Sequence[Sequence[str]], rng: random.Random) -> Iterator[str]:
-        """Yield passages of one novel from some place on, and of further ones after its end."""
-
-        def paragraphs() -> Iterator[str]:
-            novel = rng.choice(novels)
-            yield from novel[rng.randrange(len(novel)) :]
-            while True:
-                yield from rng.choice(novels)
-
-        return self.texts.join(paragraphs(), self.options.passage_tokens)
-
 
 def _places(sentences: int, spread: int) -> list[int]:
     """Return which of at most ``spread`` passages each sentence is told in: evenly, in order."""
@@ -180,20 +167,3 @@ def babi_stories(path: Path) -> list[Story]:
     if not stories:
         raise InputError(f"{path} must have questions of bAbI, it has none")
     return stories
-
-
-def novel_paragraphs(path: Path, split: str) -> list[list[str]]:
-    """Return the paragraphs of every novel. Raises InputError when there is none, or one cannot be read."""
-    files = sorted([*path.glob("*.txt"), *path.glob("*.txt.gz")]) if path.is_dir() else [path]
-    index = path / INDEX
-    if path.is_dir() and index.exists() and split != "all":
-        rows = csv.DictReader(io.StringIO(read(index)), delimiter="\t")
-        wanted = {row["file"] for row in rows if row.get("split") == split}
-        files = [file for file in files if file.name in wanted]
-    novels = []
-    for file in files:
-        paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", read(file))]
-        novels.append([part for part in paragraphs if part])
-    if not any(novels):
-        raise InputError(f"{path} must be a novel, or a folder of novels of the {split} part, with text in them")
-    return [novel for novel in novels if novel]

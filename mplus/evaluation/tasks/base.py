@@ -125,14 +125,13 @@ class Task(ABC):
 
 
 class Protocol(Task):
-    """Makes the episodes of a data set. Built as ``Protocol(options, texts)``."""
+    """Makes the episodes of a data set, or of generated texts. Built as ``Protocol(options, texts)``."""
 
     @define(frozen=True, kw_only=True)
     class Options:
         """Options of every protocol.
 
         Attributes:
-            data: the file or folder to read.
             episodes: how many to make; fewer where the data has no more.
             passages: passages told from the needed one on, that one included; the greatest age is one less.
             before: passages of distraction told before it.
@@ -142,7 +141,6 @@ class Protocol(Task):
             seed: of everything that is drawn.
         """
 
-        data: Path = field(converter=Path)
         episodes: int = field(default=100, validator=whole(1))
         passages: int = field(default=33, validator=whole(1))
         before: int = field(default=0, validator=whole(0))
@@ -177,3 +175,10 @@ class Protocol(Task):
         """Return every option as plain data; files by name only, since where they lie means nothing elsewhere."""
         plain = attrs.asdict(self.options)
         return {name: value.name if isinstance(value, Path) else value for name, value in plain.items()}
+
+
+@define(frozen=True, kw_only=True)
+class FileOptions(Protocol.Options):
+    """Besides what every protocol can be told, ``data``: the file or folder to read."""
+
+    data: Path = field(converter=Path)

@@ -11,7 +11,7 @@ from attrs import define, field
 
 from mplus.config import flag, one_of, whole
 from mplus.errors import ConfigError, InputError
-from mplus.evaluation.tasks.base import Episode, Passage, Protocol, Question
+from mplus.evaluation.tasks.base import Episode, FileOptions, Passage, Protocol, Question
 from mplus.evaluation.texts import Texts
 
 
@@ -43,7 +43,7 @@ def holds(placeholder: str) -> Any:
 
 
 @define(frozen=True, kw_only=True)
-class ContextOptions(Protocol.Options):
+class ContextOptions(FileOptions):
     """Besides what every protocol can be told.
 
     Attributes:

@@ -11,7 +11,7 @@ from attrs import define, field
 
 from mplus.config import whole
 from mplus.errors import InputError
-from mplus.evaluation.tasks.base import Episode, Passage, Protocol, Question
+from mplus.evaluation.tasks.base import Episode, FileOptions, Passage, Protocol, Question
 from mplus.evaluation.tasks.contexts import holds
 from mplus.evaluation.texts import read
 
@@ -25,7 +25,7 @@ class KeyValue(Protocol):
     """
 
     @define(frozen=True, kw_only=True)
-    class Options(Protocol.Options):
+    class Options(FileOptions):
         """Besides what every protocol can be told.
 
         Attributes:

@@ -1,0 +1,91 @@
+"""Needles: one sentence hidden in a novel of a given length, at a given depth, and asked for at the end."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from attrs import define, field
+
+from mplus.config import one_of, whole
+from mplus.errors import ConfigError
+from mplus.evaluation.tasks.base import Episode, FileOptions, Passage, Protocol, Question
+from mplus.evaluation.tasks.contexts import holds
+from mplus.evaluation.tasks.novels import haystack, novel_paragraphs
+from mplus.evaluation.tasks.people import ATTRIBUTES, Split, draw_names, fill, half
+
+
+def _depths(instance: Any, attribute: Any, value: tuple[float, ...]) -> None:
+    if not value or not all(isinstance(depth, int | float) and 0 <= depth <= 1 for depth in value):
+        raise ConfigError(f"depths must be numbers from 0 (the beginning) to 1 (the end), got {value!r}")
+
+
+class Needles(Protocol):
+    """Makes haystacks of novels: ``episodes`` for every depth, each with a needle of its own.
+
+    One length a run: runs of several lengths, each with all depths, make a heat map. The age of a needle, the passages
+    told behind it, tells its depth.
+    """
+
+    @define(frozen=True, kw_only=True)
+    class Options(FileOptions):
+        """Options of needles; ``passages``, ``before``, ``questions`` and ``untold`` are not used.
+
+        Attributes:
+            data: novels: a text file (``.txt`` or ``.txt.gz``) or a folder of them.
+            tokens: of the haystack.
+            depths: where the needle lies, from 0, the beginning, to 1, the end.
+            episodes: of each depth.
+            split: of names, values, sentences and novels; see ``mplus.evaluation.tasks.people``.
+            prompt: how it is asked; ``{question}`` stands for the question.
+        """
+
+        tokens: int = field(default=20_000, validator=whole(1))
+        depths: tuple[float, ...] = field(default=(0, 0.25, 0.5, 0.75, 1), converter=tuple, validator=_depths)
+        episodes: int = field(default=5, validator=whole(1))
+        split: Split = field(default="test", validator=one_of("choose", "test"))
+        prompt: str = field(default="{question} Answer with one short sentence.", validator=holds("{question}"))
+
+    options: Options
+    name = "needles"
+    answer_tokens = 16
+    ages = (0,)
+
+    @property
+    def deviations(self) -> tuple[str, ...]:
+        return ("not a protocol of the paper: needles are sentences about invented people, haystacks are novels",)
+
+    @property
+    def passages(self) -> int:
+        """Return the most passages of an episode."""
+        return 2 + -(-2 * self.options.tokens // self.options.passage_tokens)
+
+    def episodes(self) -> list[Episode]:
+        options = self.options
+        rng = random.Random(f"{self.name}:{options.split}:{options.seed}")  # noqa: S311 - reproducible
+        books = novel_paragraphs(options.data, "test" if options.split == "test" else "train")
+        cases = [depth for depth in options.depths for _ in range(options.episodes)]
+        people = draw_names(len(cases), options.split, rng)
+        made = []
+        for number, (depth, person) in enumerate(zip(cases, people, strict=True)):
+            novel = list(haystack(self.texts, books, options.tokens, options.passage_tokens, rng))
+            made.append(self._episode(number, depth, person, novel, rng))
+        return made
+
+    def _episode(self, number: int, depth: float, person: str, novel: Sequence[str], rng: random.Random) -> Episode:
+        kind = rng.choice(list(ATTRIBUTES.values()))
+        value = rng.choice(half(kind.values, self.options.split))
+        needle = fill(rng.choice(half(kind.told, self.options.split)), person, value)
+        place = round(depth * len(novel))
+        told = [Passage(text=text, source=f"novel {at}") for at, text in enumerate(novel)]
+        told.insert(place, Passage(text=needle, source="needle"))
+        prompt = self.options.prompt.replace("{question}", fill(half(kind.asked, self.options.split)[0], person))
+        age = len(novel) - place
+        question = Question(prompt=prompt, answers=(value,), needs=(place,), after=place, ages=(age,))
+        return Episode(number=number, passages=tuple(told), questions=(question,))
+
+    def settings(self) -> dict[str, Any]:
+        """Return every option that is used."""
+        unused = {"passages", "before", "questions", "untold"}
+        return {name: value for name, value in super().settings().items() if name not in unused}
