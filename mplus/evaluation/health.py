@@ -29,14 +29,15 @@ def retriever_health(
     and how long it takes.
 
     Args:
-        execution: of a decoder with the mechanism "mplus" and a task; only told questions are asked. Ages at which the
-            fact has left the STM tell most.
+        execution: of a decoder and a task; only told questions are asked. Ages at which the fact has left the STM, of
+            a memory that has one, tell most.
         retrieved_tokens: the K0 to try; None: a quarter to four times that of the config.
         retrievers: read in place of the decoder's own, which is the first in any case; None: those of the execution.
         name: what the report calls the model.
 
     Raises:
-        NotSupported: another mechanism.
+        NotSupported: reads of the decoder's mechanism bring no rows back, or ``retrievers`` should stand in for one
+            that it does not have.
         ConfigError: a K0 below 1, or a setting that the execution would not follow.
     """
     configured = execution.model.mplus_config.retrieved_tokens
@@ -64,9 +65,9 @@ class _Comparison:
     ) -> None:
         self.execution, self.tried = execution, tried
         searching = {name: retriever for name, retriever in read_with.items() if retriever is not None}
-        own = searching[execution.own_retriever]
+        own = searching.get(execution.own_retriever)
         self.counts = {(name, k): HitCount(layers) for name in read_with for k in tried}
-        self.shortcuts = {k: Shortcuts(own, searching, k, layers) for k in tried}
+        self.shortcuts = {} if own is None else {k: Shortcuts(own, searching, k, layers) for k in tried}
         self.spreads: list[list[float]] = [[] for _ in range(layers)]
 
     def add(self, moment: Moment) -> None:
@@ -76,7 +77,7 @@ class _Comparison:
         spread_k = execution.spread_tokens(self.tried)
         for (name, k), count in self.counts.items():
             spread = name == own and k == spread_k
-            trace = execution.traced(moment, told, name, k, self.shortcuts[k] if name == own else None, spread)
+            trace = execution.traced(moment, told, name, k, self.shortcuts.get(k) if name == own else None, spread)
             count.add(trace)
             self._add_spread(trace)
         if spread_k not in self.tried:
@@ -88,13 +89,18 @@ class _Comparison:
 
     def plain(self) -> dict[str, Any]:
         """Return what each retriever found at each K0, and how far the scores of the own one lie apart."""
-        compared = {k: one.plain() for k, one in self.shortcuts.items()}
         names = dict.fromkeys(name for name, _ in self.counts)
+        compared: dict[tuple[str, int], dict[str, Any]] = {
+            (name, k): facts for k, one in self.shortcuts.items() for name, facts in one.plain().items()
+        }
         return {
             "score_std_by_layer": [_share(sum(values), len(values)) for values in self.spreads],
             "by_retrieved_tokens": {
                 str(k): {
-                    name: {**self.counts[name, k].plain(self.execution.accuracy_digits), **compared[k].get(name, {})}
+                    name: {
+                        **self.counts[name, k].plain(self.execution.accuracy_digits),
+                        **compared.get((name, k), {}),
+                    }
                     for name in names
                 }
                 for k in self.tried

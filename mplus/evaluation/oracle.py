@@ -3,57 +3,150 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import torch
+from attrs import define, field
 from torch import Tensor
 
 from mplus.errors import InputError
-from mplus.mechanisms.base import Retrieved
-from mplus.mechanisms.mplus import MPlusMechanism
+from mplus.hf.reading.override import WrappedMechanism
+from mplus.mechanisms.base import MemoryMechanism, Opened, Retrieved
+from mplus.mechanisms.decoder import Decoder, Text
 from mplus.memory.state import StreamView
-from mplus.stores.base import StoreView
+from mplus.rows import MemoryRows
+from mplus.stores.base import Column, Content, Identity, Location, StoreLayout, StoreView
 
 
-class OracleMechanism(MPlusMechanism):
+class OracleMechanism(WrappedMechanism):
     """Brings back the rows written from ``wanted`` sources, then others at random, as many as a read asks for.
 
+    Of a mechanism that chooses in ``open``, reads are opened as if of all other sources nothing had been written.
+
+    Example:
+        >>> from functools import partial
+        >>> with reading_as(model, around=partial(OracleMechanism, wanted=[{"Lily"}])):  # doctest: +SKIP
+        ...     model(**prompt, memory=memory)
+
     Args:
-        config, additions, options: of the mechanism it stands in for.
+        inner: the mechanism it stands in for.
         wanted: per batch row, the names of the sources.
     """
 
-    def __init__(self, config: Any, additions: Any, options: Any, *, wanted: Sequence[Collection[str]]) -> None:
-        super().__init__(config, additions, options)
+    def __init__(self, inner: MemoryMechanism, *, wanted: Sequence[Collection[str]]) -> None:
+        super().__init__(inner)
         self.wanted = wanted
 
+    def open(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Opened:
+        """Open a read, as ``MemoryMechanism.open``."""
+        if self.inner.retrieves_once:
+            self._check(views)
+            views = [
+                holding_only(view, names, self.inner.config.retrieved_tokens)
+                for view, names in zip(views, self.wanted, strict=True)
+            ]
+        return self.inner.open(decoder, views, text)
+
     def retrieve(self, layer: int, hidden: Tensor, mask: Tensor, views: Sequence[StreamView]) -> list[Retrieved | None]:
+        """Return the rows of a layer, as ``MemoryMechanism.retrieve``."""
+        self._check(views)
+        k = self.inner.config.retrieved_tokens
+        if self.inner.retrieves_once or not retrieves(self.inner) or k == 0:
+            return [None] * len(views)
+        return [self._chosen(view, layer, names, k) for view, names in zip(views, self.wanted, strict=True)]
+
+    def _check(self, views: Sequence[StreamView]) -> None:
         if len(views) != len(self.wanted):
             raise InputError(f"the oracle needs labels for every batch row, got {len(self.wanted)} for {len(views)}")
-        k = self.config.retrieved_tokens
-        if self.config.long_term_tokens == 0 or k == 0:
-            return [None] * len(views)
-        found: list[Retrieved | None] = []
-        for view, names in zip(views, self.wanted, strict=True):
-            store = self.searched(view, layer)
-            count = store.count(layer)
-            if not count:
-                found.append(None)
-                continue
-            useful = written_from(view, store, layer, names)
-            generator = torch.Generator().manual_seed(layer * 1_000_003 + count)
-            scores = useful + torch.rand(count, generator=generator).to(useful.device) / 2
-            best = scores.topk(min(k, count))
-            by_id = best.indices.sort()
-            ids = store.ids(layer)[by_id.values]
-            found.append(self._in_order(store, layer, ids, best.values[by_id.indices]))
-        return found
+
+    def _chosen(self, view: StreamView, layer: int, names: Collection[str], k: int) -> Retrieved | None:
+        store = self.inner.searched(view, layer)
+        count = store.count(layer)
+        if not count:
+            return None
+        useful = written_from(view, store, layer, names)
+        generator = torch.Generator().manual_seed(layer * 1_000_003 + count)
+        scores = useful + torch.rand(count, generator=generator).to(useful.device) / 2
+        best = scores.topk(min(k, count))
+        by_id = best.indices.sort()
+        return self.inner.bring_back(store, layer, store.ids(layer)[by_id.values], best.values[by_id.indices])
+
+
+def retrieves(mechanism: MemoryMechanism) -> bool:
+    """Return whether reads bring rows back: layer by layer, or once in ``open``."""
+    by_layer = type(mechanism).retrieve is not MemoryMechanism.retrieve
+    return mechanism.retrieves_once or (by_layer and mechanism.long_term)
 
 
 def written_from(view: StreamView, store: StoreView, layer: int, names: Collection[str]) -> Tensor:
     """Return ``[m]`` float32: 1 at the long-term rows of a layer that were written from sources ``names``."""
     numbers = [number for number, source in view.state.sources.items() if source.name in names]
+    return _among(_sources(store, layer), numbers).float()
+
+
+def holding_only(view: StreamView, names: Collection[str], rows: int) -> StreamView:
+    """Return a stream as if of all sources but ``names``, and others drawn at random, nothing had been written.
+
+    Args:
+        view: of the stream.
+        names: of the sources that stay in any case.
+        rows: others stay, too, as long as no more rows than these are left in the first layer.
+    """
+    held = _sources(view.store, 0)
+    known = dict(view.state.sources.items())
+    kept = {number for number, source in known.items() if source.name in names}
+    left = rows - sum(int((held == number).sum()) for number in kept)
+    others = sorted(known.keys() - kept)
+    for place in torch.randperm(len(others), generator=torch.Generator().manual_seed(len(held))).tolist():
+        size = int((held == others[place]).sum())
+        if 0 < size <= left:
+            kept.add(others[place])
+            left -= size
+    state = view.state
+    for number in known.keys() - kept:
+        state = state.without_source(number)
+    return StreamView(state, _Part(view.store, sorted(kept)))
+
+
+def _among(column: Tensor, numbers: Sequence[int]) -> Tensor:
+    return torch.isin(column, torch.tensor(numbers, dtype=column.dtype, device=column.device))
+
+
+def _sources(store: StoreView, layer: int) -> Tensor:
     column = store.column(layer, "source")
     if column is None:
         raise InputError("rows must say which source they were written from, these do not")
-    return torch.isin(column, torch.tensor(numbers, dtype=column.dtype, device=column.device)).float()
+    return column
+
+
+@define(eq=False)
+class _Part(StoreView):
+    """The rows of a store that were written from the sources ``numbers``."""
+
+    store: StoreView
+    numbers: Sequence[int]
+    identity: Identity | None = None
+    _live: dict[int, Tensor] = field(factory=dict)
+
+    @property
+    def layout(self) -> StoreLayout:  # type: ignore[override]  # an attribute there
+        """Return the layout of the store."""
+        return self.store.layout
+
+    def ids(self, layer: int) -> Tensor:
+        ids = self.store.ids(layer)
+        return ids[self._mask(layer).to(ids.device)]
+
+    def column(self, layer: int, name: Column) -> Tensor | None:
+        found = self.store.column(layer, name)
+        return None if found is None else found[self._mask(layer).to(found.device)]
+
+    def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column | Content] = ()) -> MemoryRows:
+        return self.store.gather(layer, ids, leave_out)
+
+    def locate(self, layer: int, name: Content, ids: Tensor) -> Location | None:
+        return self.store.locate(layer, name, ids)
+
+    def _mask(self, layer: int) -> Tensor:
+        if layer not in self._live:
+            self._live[layer] = _among(_sources(self.store, layer), self.numbers)
+        return self._live[layer]

@@ -24,15 +24,29 @@ def retriever_for(model: Any, name: str, **options: Any) -> Retriever:
     Raises:
         UnknownNameError, MissingDependencyError, PluginError: see ``Registry.get``.
         ConfigError: an option that it does not have.
-        NotSupported: it needs something of the decoder that this one does not give.
+        NotSupported: the decoder's mechanism has no retriever in whose place it could read, or it needs something of
+            the decoder or of the rows that there is not.
     """
     engine = model.mplus_engine
+    if not engine.mechanism.uses_retriever:
+        raise NotSupported(
+            f"the mechanism {engine.mechanism.name!r} has no retriever that another one could stand in for"
+        )
     shape = RetrieverShape(layers=engine.shape.layers, hidden_size=engine.shape.width)
     cls = RETRIEVERS.get(name)
     retriever = cls(shape, options_of(cls, options)).to(device=engine.device, dtype=engine.dtype)
     engine.bind(retriever)
     norms = [spec.norm for spec in engine.retrofit.anatomy.specs]
     return Rekeyed(retriever, norms) if retriever.key_size else retriever
+
+
+def check_new_memories(model: Any, retriever: Retriever) -> None:
+    """Raise NotSupported unless a retriever made for this decoder can search the rows of its new memories."""
+    if isinstance(retriever, Rekeyed) and model.mplus_engine.memory_rows == "projected":
+        raise NotSupported(
+            f"the retriever {retriever.inner.name!r} makes keys of its own from hidden states, and rows of this "
+            "decoder's memories are kept as keys and values only: wrap it with memory_rows='both' or 'hidden'"
+        )
 
 
 def with_own_parameters(model: Any, name: str, **options: Any) -> Retriever:
@@ -67,12 +81,13 @@ def usable(model: Any) -> dict[str, Retriever]:
     for, and what would have to be trained first.
     """
     own = model.mplus_engine.mechanism.retriever
-    found = {}
-    for name in RETRIEVERS.names():
+    found: dict[str, Retriever] = {}
+    for name in RETRIEVERS.names() if model.mplus_engine.mechanism.uses_retriever else ():
         if own is not None and name == own.name:
             continue
         try:
             retriever = with_own_parameters(model, name)
+            check_new_memories(model, retriever)
         except (MissingDependencyError, PluginError, DuplicateNameError, NotSupported):
             continue
         if not isinstance(retriever, Rekeyed) or not retriever.inner.state_dict():

@@ -6,25 +6,27 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from attrs import define
+from attrs import define, evolve
 from torch import Tensor
 
+from mplus.backends.base import Segment
 from mplus.errors import NotSupported
-from mplus.evaluation.oracle import written_from
-from mplus.mechanisms.base import MemoryMechanism, Retrieved
-from mplus.mechanisms.mplus import MPlusMechanism
+from mplus.evaluation.oracle import retrieves, written_from
+from mplus.hf.reading.override import WrappedMechanism
+from mplus.mechanisms.base import MemoryMechanism, Opened, Retrieved
+from mplus.mechanisms.decoder import Attended, Project
 from mplus.memory.state import StreamView
 from mplus.stores.base import StoreView
 
 
-def check_mechanism(model: Any) -> None:
-    """Raise NotSupported unless the decoder has M+ itself, with long-term memory: its reads are traced."""
-    config = model.mplus_config
-    name = config.mechanism.name
-    if name != "mplus" or config.long_term_tokens == 0:
+def check_retrieves(model: Any) -> None:
+    """Raise NotSupported unless reads of the decoder's memories bring rows back, so that there is something to see."""
+    mechanism = model.mplus_engine.mechanism
+    if not retrieves(mechanism):
+        without = " without long-term memory" if mechanism.uses_retriever else ""
         raise NotSupported(
-            f"this evaluation watches the retrieval of M+, and the decoder's mechanism is {name!r}"
-            + (" without long-term memory" if name == "mplus" else "")
+            "this evaluation watches what reads bring back, and the decoder's mechanism is "
+            f"{mechanism.name!r}{without}, whose reads bring nothing back"
         )
 
 
@@ -51,17 +53,26 @@ class Seen:
         return self.mechanism.searched(self.views[row], layer)
 
 
-class TracingMechanism(MPlusMechanism):
-    """Retrieves as M+ does and keeps what it saw in ``seen``, by layer; the last retrieval counts."""
+class TracingMechanism(WrappedMechanism):
+    """Notes in ``seen``, by layer, what reads bring back; the last retrieval counts."""
 
-    def __init__(self, config: Any, additions: Any, options: Any, *, seen: dict[int, Seen]) -> None:
-        super().__init__(config, additions, options)
+    def __init__(self, inner: MemoryMechanism, *, seen: dict[int, Seen]) -> None:
+        super().__init__(inner)
         self.seen = seen
 
     def retrieve(self, layer: int, hidden: Tensor, mask: Tensor, views: Sequence[StreamView]) -> list[Retrieved | None]:
-        found = super().retrieve(layer, hidden, mask, views)
-        self.seen[layer] = Seen(hidden.detach(), mask, found, views, self)
+        """Return the rows of a layer, as ``MemoryMechanism.retrieve``."""
+        found = self.inner.retrieve(layer, hidden, mask, views)
+        self.seen[layer] = Seen(hidden.detach(), mask, found, views, self.inner)
         return found
+
+    def prefix(
+        self, opened: Opened, layer: int, found: Sequence[Retrieved | None], hidden: Tensor, project: Project
+    ) -> tuple[Segment, ...] | Attended | None:
+        """Return what a layer sees, as ``MemoryMechanism.prefix``."""
+        if self.inner.retrieves_once:
+            self.seen[layer] = evolve(self.seen[layer], found=self.inner.retrieved(opened, layer))
+        return self.inner.prefix(opened, layer, found, hidden, project)
 
 
 @define(frozen=True, kw_only=True)
@@ -103,14 +114,16 @@ def scores(engine: Any, layer: int, seen: Seen, row: int, *, short_term: bool = 
     """Return ``[m]`` float32, the retriever's score of every long-term row, and every short-term one if asked.
 
     Raises:
-        NotSupported: it does not score rows by queries and keys.
+        NotSupported: there is no retriever, or it does not score rows by queries and keys.
     """
     retriever = engine.mechanism.retriever
+    if retriever is None:
+        raise NotSupported(f"the mechanism {engine.mechanism.name!r} has no retriever that scores rows")
     stored = seen.searched(layer, row).keys(layer)
     parts = [] if stored is None else [stored]
     standing = seen.mechanism.standing(seen.views[row], layer)
     if short_term and standing is not None and len(standing):
-        parts.append(engine.keys(layer, standing.need_hidden()))
+        parts.append(engine.keys(layer, standing.need_hidden()) if standing.key is None else standing.key)
     queries = retriever.project_queries(layer, seen.hidden[row : row + 1])
     keys = torch.cat([part.to(queries.device) for part in parts])
     scored: Tensor = retriever.score(layer, queries, seen.mask[row : row + 1], keys[None])

@@ -274,6 +274,27 @@ class MemoryMechanism(ABC):
         """
         return [None] * len(views)
 
+    def bring_back(self, store: StoreView, layer: int, ids: Tensor, scores: Tensor) -> Retrieved:
+        """Return rows of ``searched`` as ``retrieve`` does, oldest first: for whoever chooses in its place.
+
+        Args:
+            store: what ``searched`` gave.
+            layer: index among the layers that carry memory.
+            ids: ``[n]`` int64, ascending.
+            scores: ``[n]``, or empty.
+        """
+        rows = store.gather(layer, ids)
+        order = rows.birth.argsort(stable=True)
+        scores = scores[order.to(scores.device)] if len(scores) else scores
+        return Retrieved(rows.select(order), ids[order], scores)
+
+    def retrieved(self, opened: Opened, layer: int) -> list[Retrieved | None]:
+        """Return the rows of a layer that ``open`` chose, for each batch row; None where it chose none.
+
+        For reports: of a mechanism that chooses layer by layer, in ``retrieve``, these are all None.
+        """
+        return [None] * len(opened.views)
+
     def prepare(self, projection: KeptProjection, batch: int | None) -> Any:
         """Return what all reads of one state of a memory share, or None; it is kept until the memory changes.
 

@@ -203,7 +203,7 @@ class MPlusMechanism(RowMechanism):
             picks = retriever.select(layer, queries, mask, [store for _, store in scored], k)
             for (row, store), pick in zip(scored, picks, strict=True):
                 ids, by_id = torch.sort(pick.ids)
-                found[row] = self._in_order(
+                found[row] = self.bring_back(
                     store, layer, ids, pick.scores.index_select(0, by_id.to(pick.scores.device))
                 )
         for view, rows in zip(views, found, strict=True):
@@ -228,9 +228,9 @@ class MPlusMechanism(RowMechanism):
         if not len(ids):
             return None
         place = torch.arange(-k, 0, device=ids.device) % len(ids)
-        return self._in_order(store, layer, ids[place], torch.empty(0))
+        return self.bring_back(store, layer, ids[place], torch.empty(0))
 
-    def _in_order(self, store: StoreView, layer: int, ids: Tensor, scores: Tensor) -> Retrieved:
+    def bring_back(self, store: StoreView, layer: int, ids: Tensor, scores: Tensor) -> Retrieved:
         """Oldest birth first; among equals in the order of ``ids``, or against it for "release" ages."""
         if self.options.ages == "release":
             ids, scores = ids.flip(0), scores.flip(0)

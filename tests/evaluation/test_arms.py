@@ -70,12 +70,12 @@ def test_what_is_put_in_front():
 def test_bm25_brings_the_best_passages_oldest_first():
     table = execution()
     arm = BM25(table, passages=2)
-    assert arm.ranked(due())[0] == 0
-    assert arm.ranked(due(prompt="where do cats sleep"))[0] == 1
+    assert arm.ranked([due()])[0][0] == 0
+    assert arm.ranked([due(prompt="where do cats sleep")])[0][0] == 1
     assert arm.context(due(prompt="which red mill turns near the river")) == told(table, [0, 3])
     assert BM25(table, passages=1).context(due(prompt="where do cats sleep")) == told(table, [1])
     # Words nobody told: the newest come first, so that there is an order.
-    assert arm.ranked(due(prompt="zebra")) == [3, 2, 1, 0]
+    assert arm.ranked([due(prompt="zebra")]) == [[3, 2, 1, 0]]
     # Passages that have no room are left out, not cut.
     one = len(told(table, [0]))
     assert BM25(table, passages=4, tokens=one).context(due()) == told(table, [0])
@@ -83,7 +83,7 @@ def test_bm25_brings_the_best_passages_oldest_first():
     around = len(table.texts.ids(due().question.prompt)) + table.generation.tokens
     assert BM25(table, passages=4, positions=one + around).context(due()) == told(table, [0])
     assert BM25(table, passages=4, positions=one + around - 1).context(due()) is None
-    assert arm.ranked(due(age=1, prompt="which mill turns"))[0] in {0, 1}  # not told yet
+    assert arm.ranked([due(age=1, prompt="which mill turns")])[0][0] in {0, 1}  # not told yet
 
 
 def test_what_lies_inside_a_window():
@@ -188,7 +188,7 @@ def test_a_memory_arm_says_what_the_decoder_says_reading_that_way(name):
         "mplus-random": {"retriever": RandomRetriever(shape, RandomRetriever.Options(seed=3))},
         "mplus-recency": {"retriever": Recency(shape)},
         "mplus-attention": {"retriever": retriever_for(table.model, "attention")},
-        "mplus-oracle": {"make": partial(OracleMechanism, wanted=[{"s0"}])},
+        "mplus-oracle": {"around": partial(OracleMechanism, wanted=[{"s0"}])},
     }
     prompt = [table.texts.ids(asked[0].question.prompt)]
     for one, answer in zip(asked, found, strict=True):

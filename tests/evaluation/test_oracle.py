@@ -9,7 +9,7 @@ import torch
 
 from mplus.errors import InputError
 from mplus.evaluation.oracle import OracleMechanism, written_from
-from mplus.hf.reading.override import reading_as
+from mplus.hf.reading.override import mechanism_for_reads, reading_as
 from tests.memory.tiny import K0, ids, prompts, variant
 
 
@@ -25,7 +25,7 @@ def told(name):
 
 def sources(memory, wanted):
     model = memory.engine.model
-    with reading_as(model, make=partial(OracleMechanism, wanted=wanted)):
+    with reading_as(model, around=partial(OracleMechanism, wanted=wanted)):
         output = model.generate(
             input_ids=prompts(2), memory=memory, max_new_tokens=1, return_dict_in_generate=True, output_sources=True
         )
@@ -55,8 +55,8 @@ def test_without_labels_it_draws_at_random_and_always_the_same():
 
 def test_rows_stay_in_order_of_birth():
     memory = told("paper")
-    with reading_as(memory.engine.model, make=partial(OracleMechanism, wanted=[{"s3"}, {"s3"}])):
-        mechanism, views = memory.engine.mechanism, memory.snapshot()
+    with reading_as(memory.engine.model, around=partial(OracleMechanism, wanted=[{"s3"}, {"s3"}])):
+        mechanism, views = mechanism_for_reads(memory.engine), memory.snapshot()
         for layer in range(3):
             for found in mechanism.retrieve(layer, torch.zeros(2, 1, 32), torch.ones(2, 1, dtype=torch.bool), views):
                 assert torch.equal(found.rows.birth, found.rows.birth.sort().values)

@@ -117,8 +117,8 @@ def test_attention_finds_what_a_decoder_wrapped_with_it_finds():
     memory = written("paper", [200])
     model = memory.engine.model
     seen = {}
-    make = partial(TracingMechanism, seen=seen)
-    with torch.no_grad(), reading_as(model, retriever=retriever_for(model, "attention"), make=make):
+    tracing = partial(TracingMechanism, seen=seen)
+    with torch.no_grad(), reading_as(model, retriever=retriever_for(model, "attention"), around=tracing):
         model(input_ids=prompts(1), memory=memory)
     own = other.mplus_engine.mechanism.retriever
     for layer, one in seen.items():

@@ -39,7 +39,7 @@ def test_what_is_seen(name):
     memory = written(name, [200, 150])
     decoder, seen = memory.engine.model, {}
     usual = answers(decoder, SmallTokenizer(), prompts(2).tolist(), GENERATION, memory)
-    with reading_as(decoder, make=partial(TracingMechanism, seen=seen)):
+    with reading_as(decoder, around=partial(TracingMechanism, seen=seen)):
         watched = answers(decoder, SmallTokenizer(), prompts(2).tolist(), GENERATION, memory)
     assert [one.ids for one in usual] == [one.ids for one in watched]
     assert sorted(seen) == [0, 1, 2]
@@ -108,7 +108,7 @@ def test_health(tmp_path):
     assert all(spread > 0 for spread in report["score_std_by_layer"])
     with pytest.raises(ConfigError, match=r"at least 1, got \[0\]"):
         retriever_health(execution(protocol(tmp_path)), retrieved_tokens=[0])
-    with pytest.raises(NotSupported, match="the decoder's mechanism is 'memoryllm'"):
+    with pytest.raises(NotSupported, match="the decoder's mechanism is 'memoryllm', whose reads bring nothing back"):
         retriever_health(execution(protocol(tmp_path), build(mechanism="memoryllm")))
     with pytest.raises(NotSupported, match="'mplus' without long-term memory"):
         retriever_health(execution(protocol(tmp_path), build(long_term_tokens=0)))

@@ -126,12 +126,12 @@ def recomputed_keys(monkeypatch):
 
 def lower_id_first(monkeypatch):
     """The other order among rows of equal age."""
-    own = MPlusMechanism._in_order
+    own = MPlusMechanism.bring_back
 
     def in_order(self, store, layer, ids, scores):
         return own(self, store, layer, ids.flip(0), scores.flip(0))
 
-    monkeypatch.setattr(MPlusMechanism, "_in_order", in_order)
+    monkeypatch.setattr(MPlusMechanism, "bring_back", in_order)
 
 
 def ages_as_floats(monkeypatch):

@@ -22,7 +22,6 @@ from mplus.evaluation.health import retriever_health
 from mplus.evaluation.options import ArmOptions
 from mplus.evaluation.retention import retention
 from mplus.evaluation.tasks.facts import Facts
-from mplus.evaluation.tracing import check_mechanism
 from mplus.facts.language import Language
 from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.mplus import MPlusMechanism
@@ -93,11 +92,25 @@ def evaluate(command, trained, *options):
     return CliRunner().invoke(app, ["eval", command, "--recipe", "recall-tiny", "--model", str(trained), *options])
 
 
-@pytest.mark.parametrize("command", ["abstention", "retriever"])
-def test_eval_commands_that_watch_reads_refuse_the_decoder(command, trained):
-    done = evaluate(command, trained, "--ages", "0")
-    assert done.exit_code == 2, done.output
-    assert "'diary'" in done.stderr
+def test_eval_retriever_traces_what_it_brings_back(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("mplus.cli.eval.retriever.QUESTIONS", 4)
+    report = tmp_path / "report.json"
+    options = ("--ages", "9", "--retriever", "random", "--retrieved-tokens", "4", "--json", str(report))
+    done = evaluate("retriever", trained, *options)
+    assert done.exit_code == 0, done.output
+    found = json.loads(report.read_text())["by_retrieved_tokens"]["4"]
+    assert set(found) == {"own", "random"}
+    assert found["own"]["questions"] > 0
+
+
+def test_eval_abstention_asks_about_what_it_was_never_told(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("mplus.cli.eval.abstention.QUESTIONS", 4)
+    report = tmp_path / "report.json"
+    done = evaluate("abstention", trained, "--ages", "0,9", "--json", str(report))
+    assert done.exit_code == 0, done.output
+    found = json.loads(report.read_text())
+    assert found["judged_on"] == {"told": 4, "not_told": 4}
+    assert "best_score" in found["features"]
 
 
 def test_eval_retention_measures_it_under_its_own_name(trained, tmp_path):
@@ -106,7 +119,7 @@ def test_eval_retention_measures_it_under_its_own_name(trained, tmp_path):
     assert done.exit_code == 0, done.output
     assert Diary.called > written
     arms = {arm["name"]: arm for arm in json.loads(report.read_text())["arms"]}
-    assert set(arms) == {"none", "window", "bm25", "full-context", "snapkv", "diary"}
+    assert set(arms) == {"none", "window", "bm25", "full-context", "snapkv", "diary", "diary-oracle"}
     assert arms["diary"]["questions_by_age"] == {"0": 2, "9": 2}
     assert arms["diary"]["correct_by_age"]["0"] == 2  # short-term memory alone can answer
     assert arms["diary"]["state_bytes"] > 0
@@ -123,13 +136,8 @@ def test_evaluations_with_dense_memories_refuse_it(decoder):
         context_value(decoder, [tiny.ids(64)] * 2, chunks=2, chunk_tokens=8, text_tokens=8, known_tokens=4)
     with pytest.raises(ConfigError, match=NEVER_CALLED):
         make_batched_streams(decoder.mplus_engine, [0], seed=0, long_term_tokens=0)
-    with pytest.raises(NotSupported, match=r"watches the retrieval of M\+, .* mechanism is 'diary'"):
+    with pytest.raises(ConfigError, match=NEVER_CALLED):
         retriever_health(ParallelStreams(decoder, FACTS))
-
-
-def test_evaluations_that_watch_reads_refuse_it_though_it_derives_from_mplus(decoder):
-    with pytest.raises(NotSupported, match=r"watches the retrieval of M\+, .* mechanism is 'diary'"):
-        check_mechanism(decoder)
 
 
 def test_no_arm_measures_it_under_the_name_of_another(decoder):
@@ -140,7 +148,7 @@ def test_no_arm_measures_it_under_the_name_of_another(decoder):
     assert [arm.name for arm in made] == ["none", "window"]
     assert not skipped
     made, skipped = make_arms(table, ArmOptions())
-    assert [arm.name for arm in made] == ["none", "window", "full-context", "bm25", "diary"]
+    assert [arm.name for arm in made] == ["none", "window", "full-context", "bm25", "diary", "diary-oracle"]
     assert [arm.name for arm in skipped] == ["snapkv"]
 
 

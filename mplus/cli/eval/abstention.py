@@ -21,5 +21,5 @@ def abstention(
     from mplus.evaluation.abstention import abstention as run
 
     with_recipe = options.recipe is not None
-    execution = options.facts(QUESTIONS) if with_recipe else options.generated_answers(untold=untold)
+    execution = options.facts(QUESTIONS, untold=True) if with_recipe else options.generated_answers(untold=untold)
     show_plain(run(execution, name=options.name), options.as_json)

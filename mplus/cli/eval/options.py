@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from attrs import define
+from attrs import define, evolve
 
 from mplus.errors import ConfigError
 
@@ -107,7 +107,11 @@ class EvalOptions:
         return self.recipe if self.model is None else self.model.name
 
     def facts(
-        self, questions: int, held_out: bool = False, usual_ages: tuple[int, ...] | None = None
+        self,
+        questions: int,
+        held_out: bool = False,
+        usual_ages: tuple[int, ...] | None = None,
+        untold: bool = False,
     ) -> Execution[Any, Any]:
         """Return facts of the language of ``--recipe`` with its decoder.
 
@@ -115,6 +119,8 @@ class EvalOptions:
             questions: at each age, rounded up to a multiple of the streams at a time.
             held_out: tell of people never seen in training.
             usual_ages: to ask at without ``--ages``; None: those of the recipe.
+            untold: let answers that are generated be about facts that were never told, too; streams of M+ and
+                MemoryLLM are asked about these in any case.
 
         Raises:
             ConfigError: a recipe of another language, or one whose decoder does not come with mplus.
@@ -132,7 +138,7 @@ class EvalOptions:
         task = Facts(**chosen, held_out=held_out, seed=self.seed)
         if decoder.mplus_config.mechanism.name in BATCHED:
             return ParallelStreams(decoder, task)
-        return _generated_facts(decoder, task)
+        return _generated_facts(decoder, evolve(task, untold_seed=1) if untold else task)
 
     def _recipe_decoder(self) -> Any:
         """Return what a run of the recipe left at ``--model``, or the decoder that comes with mplus."""

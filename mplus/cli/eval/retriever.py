@@ -37,13 +37,14 @@ def retriever(
 
     For every retriever: gold recall, accuracy, the share of the exact best rows that it finds, and the time it takes.
     """
+    from mplus.evaluation.execution import ParallelStreams
     from mplus.evaluation.health import retriever_health
 
     tried = numbers(retrieved_tokens, "--retrieved-tokens")
     with_recipe = options.recipe is not None
     execution = options.facts(QUESTIONS, usual_ages=OLD) if with_recipe else options.generated_answers()
     others = retrievers(execution.model, retriever)
-    if with_recipe:
+    if isinstance(execution, ParallelStreams):
         others.pop("random", None)  # there in any case
     report = retriever_health(execution, retrieved_tokens=tried, retrievers=others, name=options.name)
     show_plain(report, options.as_json)

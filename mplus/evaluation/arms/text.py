@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from functools import lru_cache
+from itertools import groupby
 from typing import Any, ClassVar
 
 from mplus.errors import InputError
 from mplus.evaluation.arms.base import EvaluationArm
 from mplus.evaluation.execution.base import Answer, Due, Execution, Moment
 from mplus.evaluation.extras import require_extra
-from mplus.evaluation.tasks.base import Episode
 
 
 class TextArm(EvaluationArm):
     """The decoder alone, with a part of what was told in its prompt."""
 
     def answers(self, moment: Moment, due: Sequence[Due]) -> list[Answer | None]:
-        contexts = [self.context(one) for one in due]
+        contexts = self.contexts(due)
         fitting = [place for place, context in enumerate(contexts) if context is not None]
         asked = [due[place] for place in fitting]
         kept = [self.kept_tokens(one) for one in asked]
@@ -28,9 +27,13 @@ class TextArm(EvaluationArm):
             found[place] = answer
         return found
 
+    def contexts(self, due: Sequence[Due]) -> list[list[int] | None]:
+        """Return, for each question, the ids in front of it; None: they do not fit."""
+        return [self.context(one) for one in due]
+
     @abstractmethod
     def context(self, due: Due) -> list[int] | None:
-        """Return the ids in front of the question; None: it does not fit."""
+        """Return the ids in front of one question; None: they do not fit."""
 
     @abstractmethod
     def kept_tokens(self, due: Due) -> int:
@@ -50,6 +53,8 @@ class TextArm(EvaluationArm):
 
     def told_tokens(self, due: Due) -> int:
         """Return how many tokens have been told so far."""
+        if self.execution.equal_passages:
+            return due.told * len(self.execution.passage(due, 0))
         return sum(len(self.execution.passage(due, number)) for number in range(due.told))
 
 
@@ -122,11 +127,9 @@ class FullContext(TextArm):
         if not self.execution.equal_passages:
             told = self.last_told(due)
             return told if len(told) <= room else None
-        first, ids = due.told, 0
-        while first and ids + len(self.execution.passage(due, first - 1)) <= room:
-            first -= 1
-            ids += len(self.execution.passage(due, first))
-        return self.last_told(due, ids) if min(due.question.needs) >= first else None
+        size = len(self.execution.passage(due, 0))
+        count = min(max(room // size, 0), due.told)
+        return self.last_told(due, count * size) if min(due.question.needs) >= due.told - count else None
 
     def kept_tokens(self, due: Due) -> int:
         return self.told_tokens(due)
@@ -160,18 +163,29 @@ class BM25(TextArm):
     ) -> None:
         super().__init__(execution)
         self._bm25s: Any = require_extra("bm25s", "arm 'bm25'")
-        self._index = lru_cache(maxsize=1)(self._make_index)
         self.passages = passages
         self.tokens = tokens
         self.positions = positions
 
+    def contexts(self, due: Sequence[Due]) -> list[list[int] | None]:
+        found: list[list[int] | None] = []
+        for _, some in groupby(due, key=lambda one: (one.episode.number, one.told)):
+            together = list(some)  # of one stream at one moment: one index for all of them
+            found += map(self._joined, together, self.ranked(together))
+        return found
+
     def context(self, due: Due) -> list[int] | None:
+        [found] = self.contexts([due])
+        return found
+
+    def _joined(self, due: Due, ranked: Sequence[int]) -> list[int] | None:
+        """Return the ids of the best passages that fit, in the order in which they were told."""
         room = float("inf") if self.tokens is None else self.tokens
         if self.positions is not None:
             question = len(self.execution.question(due)) + self.execution.answer_tokens
             room = min(room, self.positions - question)
         chosen: dict[int, list[int]] = {}
-        for place in self.ranked(due):
+        for place in ranked:
             ids = self.execution.passage(due, place)
             if sum(map(len, chosen.values())) + len(ids) <= room:
                 chosen[place] = ids
@@ -182,23 +196,25 @@ class BM25(TextArm):
     def kept_tokens(self, due: Due) -> int:
         return self.told_tokens(due)
 
-    def ranked(self, due: Due) -> list[int]:
-        """Return the numbers of the told passages, best match first; where all are ranked, equals newest first."""
-        index = self._index(due.episode, due.told)
-        queries = self.execution.words([due.question.prompt])
-        if self.execution.equal_passages:
-            places, _ = index.retrieve(queries, k=min(self.passages, due.told), show_progress=False)
-            return [int(place) for place in places[0]]
-        [query] = queries
-        known = [word for word in query if word in index.vocab_dict]
-        scores = index.get_scores(known).tolist() if known else [0.0] * due.told
-        return sorted(range(due.told), key=lambda place: (-scores[place], -place))
+    def ranked(self, due: Sequence[Due]) -> list[list[int]]:
+        """Return, for questions to one stream at one moment, the numbers of the told passages, best match first.
 
-    def _make_index(self, episode: Episode, told: int) -> Any:
+        Where passages are equally long, of as many as are taken; else of all, equals newest first.
+        """
+        told = due[0].told
         index = self._bm25s.BM25()
-        texts = [passage.text for passage in episode.passages[:told]]
+        texts = [passage.text for passage in due[0].episode.passages[:told]]
         index.index(self.execution.words(texts), show_progress=False)
-        return index
+        queries = self.execution.words([one.question.prompt for one in due])
+        if self.execution.equal_passages:
+            places, _ = index.retrieve(queries, k=min(self.passages, told), show_progress=False)
+            return [[int(place) for place in row] for row in places]
+        found = []
+        for query in queries:
+            known = [word for word in query if word in index.vocab_dict]
+            scores = index.get_scores(known).tolist() if known else [0.0] * told
+            found.append(sorted(range(told), key=lambda place: (-scores[place], -place)))
+        return found
 
     def settings(self) -> dict[str, Any]:
         return {"passages": self.passages, "tokens": self.tokens, "method": "lucene", "k1": 1.5, "b": 0.75}

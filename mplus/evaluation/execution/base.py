@@ -252,7 +252,13 @@ class Execution(ABC, Generic[M, W]):
 
     @abstractmethod
     def retriever_ways(self, retrievers: Mapping[str, Retriever] | None) -> dict[str, Retriever | None]:
-        """Return what retriever health compares, by name, the decoder's own first; None stands for chance."""
+        """Return what retriever health compares, by name, the decoder's own first.
+
+        None stands for chance, or where a decoder has no retriever for the choice of its mechanism.
+
+        Raises:
+            NotSupported: reads bring nothing back.
+        """
 
     @abstractmethod
     def spread_tokens(self, tried: Sequence[int]) -> int:

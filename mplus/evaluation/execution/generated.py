@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,14 +33,13 @@ from mplus.evaluation.generating import Generated, Generation, answers
 from mplus.evaluation.metrics.forgetting_curve import curves
 from mplus.evaluation.metrics.scoring import Scoring
 from mplus.evaluation.options import ArmOptions, RunOptions
-from mplus.evaluation.oracle import OracleMechanism
+from mplus.evaluation.oracle import OracleMechanism, retrieves
 from mplus.evaluation.reports.report import ARMS, Arm, Curve
 from mplus.evaluation.retriever_swap import retriever_for
 from mplus.evaluation.tasks.base import Task
 from mplus.evaluation.texts import Texts
-from mplus.evaluation.tracing import Seen, TracingMechanism, check_mechanism, count_rows, scores
+from mplus.evaluation.tracing import Seen, TracingMechanism, check_retrieves, count_rows, scores
 from mplus.hf.reading.override import mechanism_for_reads, reading_as
-from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.short_term.batching import BATCHED
 from mplus.memory.memory import Memory
 from mplus.retrievers.base import Retriever
@@ -152,7 +151,7 @@ class GeneratedAnswers(Execution[Moment, Way]):
 
     @property
     def arm_names(self) -> Sequence[str]:
-        return ARMS if self._own is None else (*ARMS, self._own)
+        return ARMS if self._own is None else (*ARMS, *self._own_arms)
 
     @property
     def _own(self) -> str | None:
@@ -160,12 +159,18 @@ class GeneratedAnswers(Execution[Moment, Way]):
         name = self.model.mplus_config.mechanism.name
         return None if name in BATCHED else str(name)
 
+    @property
+    def _own_arms(self) -> tuple[str, ...]:
+        """Return the names of the arms that read memory by such a mechanism."""
+        name, mechanism = str(self._own), self.model.mplus_engine.mechanism
+        return (name, f"{name}-oracle") if retrieves(mechanism) else (name,)
+
     def arm_options(self, options: ArmOptions) -> ArmOptions:
         config, passages = self.model.mplus_config, options.bm25_passages or 4
         if self._own is None:
             window = options.window_tokens or 1 + config.retrieved_tokens + config.short_term_tokens
             return attrs.evolve(options, window_tokens=window, bm25_passages=passages)
-        usable = (*WITHOUT_MEMORY, self._own)
+        usable = (*WITHOUT_MEMORY, *self._own_arms)
         wanted = usable if options.arms is None else options.arms
         reading = [name for name in wanted if name in ARMS and name not in WITHOUT_MEMORY]
         if reading:
@@ -178,20 +183,16 @@ class GeneratedAnswers(Execution[Moment, Way]):
         return attrs.evolve(options, arms=wanted, window_tokens=window, bm25_passages=passages)
 
     def way(self, arm: str, options: ArmOptions) -> Way | str:
-        return Way() if arm == self._own else find_way(self.model, arm, options)
+        if self._own is not None:
+            return Way(oracle=arm != self._own)
+        return find_way(self.model, arm, options)
 
     def read(self, moment: Moment, due: Sequence[Due], way: Way) -> list[Answer]:
         found: list[Answer] = []
         for part, streams in self._parts(moment, due):
-            make: Callable[[Any, Any, Any], MemoryMechanism] | None = None
-            if way.oracle:
-                make = partial(OracleMechanism, wanted=[one.sources() for one in part])
-            if way.retriever is None and way.retrieved_tokens is None and make is None:
+            oracle = partial(OracleMechanism, wanted=[one.sources() for one in part]) if way.oracle else None
+            with reading_as(self.model, retriever=way.retriever, retrieved_tokens=way.retrieved_tokens, around=oracle):
                 found += self._read(part, streams, way)
-            else:
-                changes = {"retriever": way.retriever, "retrieved_tokens": way.retrieved_tokens, "make": make}
-                with reading_as(self.model, **changes):  # type: ignore[arg-type]
-                    found += self._read(part, streams, way)
         return found
 
     def _parts(self, moment: Moment, due: Sequence[Due]) -> Iterator[tuple[Sequence[Due], Memory]]:
@@ -235,10 +236,11 @@ class GeneratedAnswers(Execution[Moment, Way]):
             export(self.options.export, self.exported())
 
     def retriever_ways(self, retrievers: Mapping[str, Retriever] | None) -> dict[str, Retriever | None]:
-        check_mechanism(self.model)
-        own = self.model.mplus_engine.mechanism.retriever
-        others = {"random": retriever_for(self.model, "random")} if retrievers is None else retrievers
-        self._retrievers = {self.own_retriever: own, **others}
+        check_retrieves(self.model)
+        mechanism = self.model.mplus_engine.mechanism
+        if retrievers is None:
+            retrievers = {"random": retriever_for(self.model, "random")} if mechanism.uses_retriever else {}
+        self._retrievers = {self.own_retriever: mechanism.retriever, **retrievers}
         return self._retrievers
 
     def spread_tokens(self, tried: Sequence[int]) -> int:
@@ -253,13 +255,13 @@ class GeneratedAnswers(Execution[Moment, Way]):
         spreads: list[list[float]] = [[] for _ in layers]
         for part, streams in self._parts(moment, due):
             seen: dict[int, Seen] = {}
-            make = partial(TracingMechanism, seen=seen)
+            tracing = partial(TracingMechanism, seen=seen)
             prompts = [self._prompt(one, memory=True) for one in part]
-            with reading_as(self.model, retriever=self._retrievers[name], retrieved_tokens=k, make=make):
+            with reading_as(self.model, retriever=self._retrievers[name], retrieved_tokens=k, around=tracing):
                 made = answers(self.model, self.tokenizer, prompts, self.generation, streams)
             for row, (one, answer) in enumerate(zip(part, made, strict=True)):
                 correct.append(self.scoring.is_correct(answer.text, one.question.answers))
-                for layer in sorted(seen):
+                for layer in sorted(seen):  # all of them: something was told before anything is asked
                     rows = count_rows(layer, seen[layer], row, one.sources())
                     counts[layer].append(rows.columns())
                     if shortcuts is not None and rows.stored:
@@ -273,7 +275,6 @@ class GeneratedAnswers(Execution[Moment, Way]):
         return Trace(found, torch.tensor(correct, dtype=torch.bool), spreads)
 
     def signals(self) -> Iterator[Signals]:
-        check_mechanism(self.model)
         if not self.task.untold or len(self.episodes) < 2:
             raise InputError(
                 "abstention needs untold questions, and two episodes to calibrate on one and judge the other, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import attrs
@@ -36,7 +37,7 @@ from mplus.evaluation.options import ArmOptions
 from mplus.evaluation.reports.report import ARMS, Arm, Curve
 from mplus.evaluation.tasks.base import Episode
 from mplus.evaluation.tasks.facts import Facts
-from mplus.evaluation.tracing import check_mechanism
+from mplus.evaluation.tracing import check_retrieves
 from mplus.facts import words
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams
 from mplus.mechanisms.short_term.row_selection import RowSelector, ScoreSelector
@@ -161,8 +162,12 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
         return self.task.language.value_tokens
 
     def passage(self, due: Due, number: int) -> list[int]:
-        ids: list[int] = self.task.told[due.row].chunks[number].tolist()
-        return ids
+        return self._passages[due.row][number]
+
+    @cached_property
+    def _passages(self) -> list[list[list[int]]]:
+        """Return the ids of every chunk of each stream; as tensors they would be turned into lists time and again."""
+        return [told.chunks.tolist() for told in self.task.told]
 
     def question(self, due: Due) -> list[int]:
         return self.task.ids(due.question.prompt)
@@ -217,7 +222,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
         return [Answer(one, ID_BYTES * count, attended) for one, count in zip(right, kept, strict=True)]
 
     def retriever_ways(self, retrievers: Mapping[str, Retriever] | None) -> dict[str, Retriever | None]:
-        check_mechanism(self.model)
+        check_retrieves(self.model)
         own = self.model.mplus_engine.mechanism.retriever
         others = {"trained": own, **(self.retrievers if retrievers is None else retrievers)}
         self._ways = {name: _RetrieverWay(selector, selector) for name, selector in _selecting(others).items()}
@@ -270,8 +275,9 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
     @torch.no_grad()
     def signals(self) -> Iterator[Signals]:
         """Tell other streams to calibrate on, then those that are judged, and ask about told and untold facts."""
-        for task, untold_seed in ((attrs.evolve(self.task, seed=self.task.seed + 1), 1), (self.task, 2)):
-            for moment in self._moments(task, task.episodes(untold_seed), None):
+        for seed, untold_seed in ((self.task.seed + 1, 1), (self.task.seed, 2)):
+            task = attrs.evolve(self.task, seed=seed, untold_seed=untold_seed)
+            for moment in self._moments(task, task.episodes(), None):
                 for told in (True, False):
                     part = self._moment([one for one in moment.due if one.question.told is told], moment.memory)
                     found, said_unknown = self._signs(part)

@@ -8,7 +8,7 @@ from attrs import define
 
 from mplus.errors import MissingDependencyError, NotSupported, UnknownNameError
 from mplus.evaluation.options import ArmOptions
-from mplus.evaluation.retriever_swap import Recency, retriever_for
+from mplus.evaluation.retriever_swap import Recency, check_new_memories, retriever_for
 from mplus.memory.memory import Memory
 from mplus.retrievers.base import Retriever
 
@@ -44,7 +44,9 @@ def find_way(model: Any, arm: str, options: ArmOptions) -> Way | str:
         return Way(Recency(mechanism.retriever.shape))
     settings = {"seed": options.seed} if arm == "mplus-random" else {}
     try:
-        return Way(retriever_for(model, arm.removeprefix("mplus-"), **settings))
+        retriever = retriever_for(model, arm.removeprefix("mplus-"), **settings)
+        check_new_memories(model, retriever)
+        return Way(retriever)
     except (NotSupported, UnknownNameError, MissingDependencyError) as error:
         return str(error)
 

@@ -49,6 +49,7 @@ class Facts(Task):
         siblings: share of facts about a person of whom something else was told before.
         held_out: tell of people whose two names were never seen together in training.
         seed: of facts, values, fillers and of the draws of which rows leave the STM.
+        untold_seed: ask as many questions about facts that no stream is told, drawn with this seed; None: none.
     """
 
     name: ClassVar[str] = "recall"
@@ -63,6 +64,7 @@ class Facts(Task):
     siblings: float = field(default=0.25, validator=number(0, 1))
     held_out: bool = field(default=False, validator=flag)
     seed: int = field(default=0, validator=whole(0))
+    untold_seed: int | None = field(default=None, validator=whole(0, optional=True))
 
     def __attrs_post_init__(self) -> None:
         if not self.ages or list(self.ages) != sorted(set(self.ages)) or self.ages[0] < 0:
@@ -79,7 +81,7 @@ class Facts(Task):
 
     @property
     def untold(self) -> bool:
-        return False
+        return self.untold_seed is not None
 
     @property
     def answer_tokens(self) -> int:  # type: ignore[override]
@@ -101,7 +103,10 @@ class Facts(Task):
         return sum(shares) / len(shares)
 
     def settings(self) -> dict[str, Any]:
-        return asdict(self)
+        plain = asdict(self)
+        if self.untold_seed is None:
+            del plain["untold_seed"]
+        return plain
 
     @cached_property
     def told(self) -> list[Told]:
@@ -114,9 +119,9 @@ class Facts(Task):
             streams.append(make_episode(self.language, facts, **sizes, generator=generator))
         return streams
 
-    def episodes(self, untold_seed: int | None = None) -> list[Episode]:
+    def episodes(self) -> list[Episode]:
         """Return one episode a stream; with ``untold_seed`` as many questions about facts that it is never told."""
-        untold = [[] for _ in self.told] if untold_seed is None else self._untold(untold_seed)
+        untold = [[] for _ in self.told] if self.untold_seed is None else self._untold(self.untold_seed)
         return [self._episode(stream, told, untold[stream]) for stream, told in enumerate(self.told)]
 
     def ids(self, text: str) -> list[int]:

@@ -186,6 +186,18 @@ class KvMechanism(MemoryMechanism):
     ) -> tuple[Segment, ...] | None:
         return None if opened.own is None else opened.own.segments(layer, hidden)
 
+    def retrieved(self, opened: Opened, layer: int) -> list[Retrieved | None]:
+        """Return the tokens of the chunks that ``open`` chose, in the order in which they are read."""
+        found: list[Retrieved | None] = [None] * len(opened.views)
+        if opened.own is not None:
+            for stream, (view, places) in enumerate(zip(opened.views, opened.own.places, strict=True)):
+                if len(places):
+                    ids = view.store.ids(layer)
+                    ids = ids[places.to(ids.device)]
+                    rows = view.store.gather(layer, ids, leave_out=("key", "expiry", "projected"))
+                    found[stream] = Retrieved(rows.replace(projected=None), ids, torch.empty(0))
+        return found
+
     def has_prefix(self, view: StreamView) -> bool:
         return state_of(view).tokens > 0
 

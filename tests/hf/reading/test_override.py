@@ -9,12 +9,12 @@ import torch
 
 from mplus.errors import InputError, NotSupported
 from mplus.evaluation.retriever_swap import Recency
-from mplus.hf.reading.override import mechanism_for_reads, reading_as
+from mplus.hf.reading.override import WrappedMechanism, mechanism_for_reads, reading_as
 from mplus.memory.memory import Memory
 from mplus.memory.transaction import Streams
 from mplus.stores import STORES
 from tests.memory.interruption import interrupted_everywhere
-from tests.memory.tiny import K0, assert_same, content, difference, ids, prompts, variant, written
+from tests.memory.tiny import K0, assert_same, build, content, difference, ids, prompts, variant, written
 
 
 @pytest.fixture(params=["paper", "published"])
@@ -146,5 +146,28 @@ def _checked(places, engine):
 
 
 def test_a_mechanism_without_retrieval():
-    with pytest.raises(NotSupported, match="'memoryllm' has no retriever"), reading_as(variant("memoryllm")):
+    retriever = variant("paper").mplus_engine.mechanism.retriever
+    model = variant("memoryllm")
+    with pytest.raises(NotSupported, match="'memoryllm' has no retriever"), reading_as(model, retriever=retriever):
         raise AssertionError
+    model = build(mechanism="memoryllm", adapters=None)
+    memory = model.new_memory()
+    memory.write(ids(48))
+    with torch.no_grad(), reading_as(model, around=Silent):
+        silent = model(input_ids=prompts(1), memory=memory).logits
+    with torch.no_grad():
+        assert torch.equal(silent, model(input_ids=prompts(1)).logits)
+
+
+class Silent(WrappedMechanism):
+    def prefix(self, *given):
+        return None
+
+
+def test_one_mechanism_in_front_of_another_follows_the_blocks_inside(memory):
+    usual, one_token = logits(memory), logits(memory, query_tokens=1)
+    model = memory.engine.model
+    with reading_as(model, around=WrappedMechanism):
+        assert torch.equal(logits(memory), usual)
+        assert torch.equal(logits(memory, query_tokens=1), one_token)
+        assert isinstance(mechanism_for_reads(memory.engine), WrappedMechanism)
