@@ -247,7 +247,8 @@ class Decoder(Protocol):
             prefix_rows: rows that ``prefix`` gives, in the layer that has most.
             edit: changes what these layers receive.
             adapter: that is switched on; None: none.
-            positions: ``[T]`` int64, of the text; None: from 0 on, or behind the prefix where that begins at 0.
+            positions: ``[T]`` or ``[B, T]`` int64, of the text; None: from 0 on, or behind the prefix where that
+                begins at 0.
             mask: ``[B, T]``, 0 at padding.
             collect: what is wanted of the pass.
             last: of what is collected layer by layer, only so many last rows; None: all.

@@ -96,11 +96,11 @@ class SeparateStreams(TrainingStreams):
                 f"training needs equally many new rows for every stream, and the mechanism {self.mechanism.name!r} "
                 "makes different numbers of them"
             )
-        joined = [
+        hidden, projected = (
             tuple(torch.cat(parts)[order.to(parts[0].device)] for parts in zip(*of, strict=True))
             for of in ([update.hidden for update in updates], [update.projected for update in updates])
-        ]
-        return Update(*joined)
+        )
+        return Update(hidden, projected, ids)
 
     def _encode(self, views: Sequence[StreamView], ids: Tensor) -> Update:
         update = self.mechanism.write(self.decoder, views, Text(ids))
@@ -112,15 +112,19 @@ class SeparateStreams(TrainingStreams):
 
     def absorb(self, update: Update, source: Tensor) -> None:
         for row, number in enumerate(source.tolist()):
-            context = self._context(self.stores[row], self.generators[row], self._access_logs[row])
-            self.states[row] = self.mechanism.absorb(self.states[row], update.of(row), number, context).state
+            one = update.of(row)
+            context = self._context(self.stores[row], self.generators[row], self._access_logs[row], one.ids)
+            self.states[row] = self.mechanism.absorb(self.states[row], one, number, context).state
 
-    def _context(self, store: GraphStore, generator: torch.Generator, access_log: AccessLog | None) -> WriteContext:
+    def _context(
+        self, store: GraphStore, generator: torch.Generator, access_log: AccessLog | None, ids: Tensor | None
+    ) -> WriteContext:
         return WriteContext(
             store=store,
             eviction=self._eviction,
             draw=lambda n: torch.randperm(n, generator=generator),
             keys=self.decoder.keys,
+            ids=ids,
             capacity=self.capacity,
             usage=access_log,
         )
@@ -138,8 +142,9 @@ class SeparateStreams(TrainingStreams):
         for row in range(len(self)):
             state, store = self.mechanism.new_state(self.layout, self.decoder), GraphStore(self._store_layout())
             # A generator of its own: what is read by itself must not move the draws of the stream.
-            context = self._context(store, torch.Generator().manual_seed(row), None)
-            absorbed = self.mechanism.absorb(state, update.of(row), 0, context)
+            one = update.of(row)
+            context = self._context(store, torch.Generator().manual_seed(row), None, one.ids)
+            absorbed = self.mechanism.absorb(state, one, 0, context)
             views.append(StreamView(absorbed.state, store.snapshot()))
         return self._read(views, texts, None, adapter)
 
@@ -154,11 +159,13 @@ class SeparateStreams(TrainingStreams):
         mask = torch.ones_like(ids, dtype=torch.bool) if queries is None else queries.flatten(0, 1)
         source = _TextPrefix(self, views, Text(ids, mask))
         empty = self.mechanism.empty_is_base and not any(map(self.mechanism.has_prefix, views))
+        offset = source.opened.text_offset
         found = self.decoder.run(
             ids,
             prefix=source.prefix,
             prefix_rows=max(map(self.mechanism.prefix_rows, views)),
             adapter=None if empty else adapter,
+            positions=None if offset is None else offset.to(ids.device)[:, None] + torch.arange(tokens).to(ids.device),
             collect={"logits"},
         )
         logits: Any = found.logits
@@ -196,11 +203,6 @@ class _TextPrefix:
     def __init__(self, streams: SeparateStreams, views: Sequence[StreamView], text: Text) -> None:
         self.mechanism, self.views, self.mask = streams.mechanism, views, text.mask
         opened = self.mechanism.open(streams.decoder, views, text)
-        if opened.text_offset is not None:
-            raise NotSupported(
-                f"training cannot put a text at the position that the mechanism {self.mechanism.name!r} gives it "
-                "(Opened.text_offset)"
-            )
         kept = streams.projection
         if kept is not None and not streams.layout.keeps_hidden:
             opened = evolve(opened, prepared=self.mechanism.prepare(kept, None))

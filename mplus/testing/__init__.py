@@ -19,6 +19,9 @@ pytest.register_assert_rewrite(
         for module in (
             "backends",
             "eviction",
+            "mechanism_suite",
+            "mechanism_training",
+            "mechanisms",
             "objectives",
             "retrievers",
             "rounding",

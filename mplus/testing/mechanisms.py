@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import attrs
 import pytest
 import torch
-from torch import Tensor
 
 import mplus
-from mplus.config import MPlusConfig
 from mplus.errors import InputError
-from mplus.hf.pretrained.shipped import load_decoder
-from mplus.mechanisms import MECHANISMS
-from mplus.mechanisms.base import MemoryMechanism
 from mplus.memory.format.offline import saved_sources
 from mplus.memory.format.repair import repair
 from mplus.memory.format.verify import verify
-
-if TYPE_CHECKING:
-    from mplus.memory import Memory
-
-CHUNK, VOCABULARY = 16, 512
-TOLERANCE = 1e-9
-"""Largest difference of two ways to compute the same logits. They are of size 18 here, where a unit in the last place
-of float64 is 4e-15: this allows for 300,000 of them, and another stream's memory in place of its own takes them 4
-apart."""
+from mplus.testing.mechanism_suite import CHUNK, VOCABULARY, bytes_of, content_of, unequal
+from mplus.testing.mechanism_training import MechanismTraining
 
 
-class MechanismConformance:
+class MechanismConformance(MechanismTraining):
     """Subclass it in a test module and set ``implementation``.
 
-    All tests run on a small trained decoder that comes with mplus, in float64, so that what differs by more than
-    rounding differs for a reason.
-
-    Not tested yet: training and gradients, and the arm of ``mplus eval retention``.
+    All tests run on a small trained decoder that comes with mplus, in float64 unless ``dtype`` says otherwise, so that
+    what differs by more than rounding differs for a reason.
 
     Example:
         >>> class TestTokenMemory(MechanismConformance):
@@ -48,74 +33,8 @@ class MechanismConformance:
     Attributes:
         implementation: the mechanism class under test; it need not be registered.
         settings: of the memory, besides the mechanism; sizes such that a read retrieves all that the tests write.
+        dtype: of weights and computation.
     """
-
-    implementation: ClassVar[type[MemoryMechanism]]
-    settings: ClassVar[Mapping[str, Any]] = {}
-
-    # ------------------------------------------------------------------ helpers
-
-    @classmethod
-    def config(cls) -> MPlusConfig:
-        """Return the configuration that the decoder is wrapped with."""
-        sizes: dict[str, Any] = {"chunk_tokens": CHUNK, "min_chunk_tokens": 4, "long_term_tokens": 200}
-        if MPlusConfig.from_dict({"mechanism": cls.implementation.name}).adapters is not None:
-            sizes["adapters"] = None
-        if cls.implementation.uses_retriever:
-            sizes.update(retriever={"name": "linear", "width": 8}, retrieved_tokens=200)
-        if cls.implementation.keeps == frozenset({"hidden"}):
-            sizes["memory_rows"] = "hidden"
-        return MPlusConfig.from_dict({**sizes, **cls.settings, "mechanism": cls.implementation.name})
-
-    @classmethod
-    @contextmanager
-    def wrapped(cls) -> Iterator[Any]:
-        """Wrap the decoder; the mechanism is registered meanwhile."""
-        name = cls.implementation.name
-        known = name in MECHANISMS.names()
-        if not known:
-            MECHANISMS.register(name, cls.implementation)
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model = mplus.wrap(load_decoder().double(), cls.config())
-            yield model
-        finally:
-            if not known:
-                MECHANISMS.unregister(name)
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def model(cls) -> Iterator[Any]:
-        """The wrapped decoder that all tests of the class share."""
-        with cls.wrapped() as model:
-            yield model
-
-    def text(self, seed: int, tokens: int = CHUNK) -> Tensor:
-        """Return ids ``[tokens]``, equal for equal seeds."""
-        return torch.randint(3, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(seed))
-
-    def written(self, model: Any, *seeds: int, **options: Any) -> Memory:
-        """Return a memory of one stream with a chunk for each seed; sources are "s0", "s1", ..."""
-        memory: Memory = model.new_memory(seed=1, **options)
-        for number, seed in enumerate(seeds):
-            memory.write(self.text(seed), source=f"s{number}")
-        return memory
-
-    @torch.no_grad()
-    def logits(self, model: Any, ids: Tensor, memory: Memory | None = None, **options: Any) -> Tensor:
-        """Return logits ``[B, T, V]`` of ids ``[B, T]``."""
-        found: Tensor = model(ids, memory=memory, **options).logits
-        return found
-
-    def content(self, memory: Memory) -> list[dict[str, Any]]:
-        """Return all that each stream holds, by name: columns of rows, tensors, names of sources, the clock."""
-        return [_content(state, store) for state, store in zip(memory.states, memory.stores, strict=True)]
-
-    def differences(self, first: Memory, second: Memory) -> list[str]:
-        """Return what differs in two memories, bit for bit, by name."""
-        both = zip(self.content(first), self.content(second), strict=True)
-        return [f"stream {row}: {name}" for row, (one, two) in enumerate(both) for name in _unequal(one, two)]
 
     # ------------------------------------------------------------------ what it is
 
@@ -163,10 +82,10 @@ class MechanismConformance:
     def test_a_view_is_not_changed_by_later_writes(self, model: Any) -> None:
         memory = self.written(model, 1, 2)
         [view] = memory.streams.versioned_snapshot()[1]
-        before = _content(view.state, view.store)
+        before = content_of(view.state, view.store)
         memory.write(self.text(3), source="s2")
         memory.forget("s0")
-        assert _unequal(before, _content(view.state, view.store)) == []
+        assert unequal(before, content_of(view.state, view.store)) == []
 
     def test_streams_that_are_written_and_read_together_are_as_alone(self, model: Any) -> None:
         together = model.new_memory(2, seed=1)
@@ -177,7 +96,7 @@ class MechanismConformance:
         found = self.logits(model, ids, together)
         for row, memory in enumerate(alone):
             expected = self.logits(model, ids[row : row + 1], memory)
-            assert (found[row : row + 1] - expected).abs().max() < TOLERANCE
+            assert (found[row : row + 1] - expected).abs().max() <= self.tolerance(model)
 
     def test_padding_on_the_left_is_not_seen(self, model: Any) -> None:
         memory, ids = self.written(model, 1, 2).fork(0), self.text(7)[None]
@@ -185,7 +104,7 @@ class MechanismConformance:
         padded = torch.cat([torch.ones(1, 5, dtype=torch.int64), ids], 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         found = self.logits(model, padded, memory, attention_mask=mask, position_ids=positions)[:, 5:]
-        assert (found - self.logits(model, ids, memory)).abs().max() < TOLERANCE
+        assert (found - self.logits(model, ids, memory)).abs().max() <= self.tolerance(model)
 
     def test_tokens_with_a_cache_are_as_in_one_forward(self, model: Any) -> None:
         """Sizes are such that every read retrieves all there is."""
@@ -197,7 +116,7 @@ class MechanismConformance:
             for place in range(8, ids.shape[1]):
                 out = model(ids[:, place : place + 1], memory=memory, past_key_values=out.past_key_values)
                 found.append(out.logits)
-        assert (torch.cat(found, 1) - whole).abs().max() < TOLERANCE
+        assert (torch.cat(found, 1) - whole).abs().max() <= self.tolerance(model)
 
     # ------------------------------------------------------------------ files
 
@@ -247,11 +166,11 @@ class MechanismConformance:
         with mplus.Memory.open(tmp_path / "live", model, seed=1, keep_text=True) as memory:
             memory.write(self.text(1), source="s0")
             memory.write(secret, source="a name to be forgotten")
-            assert b"a name to be forgotten" in _all_bytes(tmp_path / "live")
+            assert b"a name to be forgotten" in bytes_of(tmp_path / "live")
             memory.forget("a name to be forgotten")
             memory.save(tmp_path / "saved")
         for folder in ("live", "saved"):
-            found = _all_bytes(tmp_path / folder)
+            found = bytes_of(tmp_path / folder)
             traces = {"its name": b"a name to be forgotten"}
             for dtype in (torch.int16, torch.int32, torch.int64):
                 traces[f"its ids as {dtype}"] = secret.to(dtype).numpy().tobytes()
@@ -293,30 +212,3 @@ def _failing(method: Callable[..., Any]) -> Callable[..., Any]:
         raise RuntimeError("as planned")
 
     return failing
-
-
-def _content(state: Any, store: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {"clock": state.clock, "sources": [source.name for source in state.sources]}
-    found |= state.tensors()
-    layers = range(store.layout.layers)
-    lists = {**state.row_lists(), "store": tuple(store.gather(layer, store.ids(layer)) for layer in layers)}
-    for name, parts in lists.items():
-        for layer, rows in enumerate(parts):
-            found |= {f"{name}, layer {layer}, {column}": values for column, values in rows.columns().items()}
-    return found
-
-
-def _unequal(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
-    """Return the names of what is in one of them only, or is not the same in both."""
-    shared = one.keys() & two.keys()
-    return sorted((one.keys() | two.keys()) - shared) + sorted(
-        name for name in shared if not _same(one[name], two[name])
-    )
-
-
-def _same(one: Any, two: Any) -> bool:
-    return torch.equal(one, two) if isinstance(one, Tensor) and isinstance(two, Tensor) else bool(one == two)
-
-
-def _all_bytes(folder: Path) -> bytes:
-    return b"\0".join(file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file())

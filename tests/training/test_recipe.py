@@ -123,15 +123,13 @@ def test_what_a_recipe_may_not_say(settings, message):
         parse_recipe(recipe(**settings))
 
 
-def test_a_frozen_decoder_needs_adapters():
-    table = recipe(
-        ("model.build", "model.tokenizer"),
-        model__path="stories260K",
-        optimizer__parameters="adapters",
-        memory__adapters=None,
-    )
-    with pytest.raises(ConfigError, match=r"parameters must be 'all' where memory.adapters is None, got 'adapters'"):
-        parse_recipe(table)
+def test_a_frozen_decoder_needs_adapters_or_a_mechanism_with_parameters():
+    frozen = {"model__path": "stories260K", "optimizer__parameters": "adapters", "memory__adapters": None}
+    without = ("model.build", "model.tokenizer", "stages.1.retriever_loss")
+    assert parse_recipe(recipe(without, **frozen)).memory.adapters is None
+    message = "parameters must be 'all' where memory.adapters is None, got 'adapters': the mechanism 'kv' has no"
+    with pytest.raises(ConfigError, match=message):
+        parse_recipe(recipe(without, **frozen, memory__mechanism="kv"))
 
 
 def test_bce_goes_with_a_score_between_0_and_1():

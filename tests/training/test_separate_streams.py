@@ -6,10 +6,10 @@ import math
 from collections import Counter
 from typing import ClassVar
 
-import attrs
 import pytest
 import torch
 
+import mplus
 from mplus.errors import ConfigError, InputError, NotSupported
 from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.mplus import MPlusMechanism
@@ -162,6 +162,29 @@ def test_a_mechanism_that_shares_nothing_with_mplus_reads_as_its_memory_does(gis
     assert not torch.allclose(expected, base, atol=1e-3), "the memory matters"
 
 
+def test_keys_and_values_are_read_as_their_memory_is():
+    """They need the ids of a chunk, and texts that begin where the mechanism says."""
+    sizes = {"chunk_tokens": tiny.CHUNK, "min_chunk_tokens": 1, "retrieved_tokens": 48, "long_term_tokens": 80}
+    model = tiny.BY_NAME["llama"].build(0)
+    model = mplus.wrap(model, {"mechanism": "kv", "adapters": {"rank": 2}, **sizes}).eval()
+    memory = model.new_memory(batch_size=STREAMS, seed=SEED)
+    streams = make_streams(model.mplus_engine, range(STREAMS), seed=SEED)
+    with torch.no_grad():
+        write(streams, 3)
+        for ids in chunks(3):
+            memory.write_chunk(ids)
+        read, base = streams.read(texts()).logits, model(input_ids=texts()[:, 1]).logits
+        expected = model(input_ids=texts()[:, 1], memory=memory).logits
+        torch.testing.assert_close(read[:, 1], expected, rtol=0, atol=tiny.rounding())
+        assert not torch.allclose(expected, base, atol=1e-3), "the memory matters"
+        one = streams.encode(chunks(1)[0])
+        alone = streams.read_update(one, texts(), "read").logits
+        memory.reset()
+        memory.write_chunk(chunks(1)[0])
+        expected = model(input_ids=texts()[:, 1], memory=memory).logits
+        torch.testing.assert_close(alone[:, 1], expected, rtol=0, atol=tiny.rounding())
+
+
 def test_gradients_flow_through_the_rows_of_a_store_until_detached(gists):
     streams = make_streams(gists.mplus_engine, range(STREAMS), seed=SEED)
     weight = gists.get_input_embeddings().weight.requires_grad_(True)
@@ -222,11 +245,5 @@ def test_what_separate_streams_cannot_do_is_refused_by_name(gists, monkeypatch):
         streams.write(torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(NotSupported, match="'gists' offer no candidates to a retriever loss"):
         streams.read(texts(), candidates=lambda layer, sources: sources)
-    opened = GistMechanism.open
-    monkeypatch.setattr(
-        GistMechanism, "open", lambda *args: attrs.evolve(opened(*args), text_offset=torch.ones(4, dtype=torch.int64))
-    )
-    with pytest.raises(NotSupported, match=r"'gists' gives it \(Opened.text_offset\)"):
-        streams.read(texts())
     with pytest.raises(ConfigError, match="at least one stream, got none"):
         make_streams(gists.mplus_engine, [], seed=0)

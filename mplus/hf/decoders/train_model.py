@@ -188,13 +188,23 @@ def choose_trained(model: nn.Module, parameters: Literal["adapters", "all"]) -> 
 
     Returns:
         What is trained, by name.
+
+    Raises:
+        ConfigError: there is nothing.
     """
     for name, parameter in model.named_parameters():
         wanted = (parameters == "all" or is_addition(name)) and parameter.is_floating_point()
         parameter.requires_grad_(wanted)
         if wanted:  # steps of 1e-5 of a weight would be lost in half precision
             parameter.data = parameter.data.float()
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
+        config = cast("MPlusConfig", model.mplus_config)
+        raise ConfigError(
+            f"the mechanism {config.mechanism.name!r} has no parameters of its own and memory.adapters is "
+            f"{config.adapters}, so there is nothing to train: set memory.adapters, or optimizer.parameters to 'all'"
+        )
+    return trained
 
 
 def is_of_retriever(name: str) -> bool:

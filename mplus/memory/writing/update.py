@@ -23,18 +23,23 @@ class Update:
             only and nothing else is made of them.
         projected: of each layer ``[B, k, Hkv (D + Dv)]``, ``MemoryRows.projected``; () lets the memory project
             ``hidden``, where it keeps rows projected.
+        ids: ``[B, n]`` (of one stream ``[n]``), the chunks, which streams in training take in later than they are
+            read; a mechanism leaves it out.
     """
 
     hidden: tuple[Tensor, ...]
     projected: tuple[Tensor, ...] = ()
+    ids: Tensor | None = None
 
     def of(self, stream: int) -> Update:
         """Return the rows of one stream: views of the tensors of all."""
-        return Update(tuple(rows[stream] for rows in self.hidden), tuple(rows[stream] for rows in self.projected))
+        hidden, projected = (tuple(rows[stream] for rows in parts) for parts in (self.hidden, self.projected))
+        return Update(hidden, projected, None if self.ids is None else self.ids[stream])
 
     def detach(self) -> Update:
         """Return the same rows, cut off from the pass that made them."""
-        return Update(tuple(rows.detach() for rows in self.hidden), tuple(rows.detach() for rows in self.projected))
+        hidden, projected = (tuple(rows.detach() for rows in parts) for parts in (self.hidden, self.projected))
+        return Update(hidden, projected, self.ids)
 
     @property
     def finite(self) -> bool:

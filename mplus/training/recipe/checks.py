@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from inspect import getattr_static
 from typing import Any
 
 from mplus.config import options_of
 from mplus.errors import ConfigError
 from mplus.mechanisms import MECHANISMS
+from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.short_term.batching import can_be_batched
 from mplus.mechanisms.short_term.mechanism import RowMechanism
 from mplus.retrievers import RETRIEVERS
@@ -54,8 +56,13 @@ def _check_model(recipe: Recipe) -> None:
 
 def _check_optimizer(recipe: Recipe) -> None:
     if recipe.optimizer.parameters == "adapters":
-        if recipe.memory.adapters is None:
-            raise ConfigError("parameters must be 'all' where memory.adapters is None, got 'adapters'")
+        mechanism: type[MemoryMechanism] = MECHANISMS.get(recipe.memory.mechanism.name)
+        builds_nothing = getattr_static(mechanism, "build") is getattr_static(MemoryMechanism, "build")
+        if recipe.memory.adapters is None and builds_nothing:
+            raise ConfigError(
+                "parameters must be 'all' where memory.adapters is None, got 'adapters': the mechanism "
+                f"{mechanism.name!r} has no parameters of its own that could be trained"
+            )
         if recipe.model.build is not None:
             raise ConfigError("parameters must be 'all' for a decoder that is built from nothing, got 'adapters'")
 

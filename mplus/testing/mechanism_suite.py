@@ -1,0 +1,167 @@
+"""MechanismSuite: what the tests of a mechanism share, a small trained decoder and memories of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+import mplus
+from mplus.config import MPlusConfig
+from mplus.hf.pretrained.shipped import load_decoder
+from mplus.mechanisms import MECHANISMS
+from mplus.mechanisms.base import MemoryMechanism
+from mplus.memory.state import StreamState
+from mplus.stores.base import StoreView
+from mplus.testing.rounding import FACTOR, InFloat64, allowed
+
+if TYPE_CHECKING:
+    from mplus.memory import Memory
+
+CHUNK, VOCABULARY = 16, 512
+TOLERANCE = 1e-9
+"""Largest difference of two ways to compute the same logits in float64. They are of size 18 here, where a unit in the
+last place is 4e-15: this allows for 300,000 of them, and another stream's memory in place of its own takes them 4
+apart."""
+
+Content = dict[str, Tensor | int | list[str | None]]
+"""What one stream holds, by name."""
+
+
+class MechanismSuite:
+    """Wraps the small trained decoder that comes with mplus, and writes memories of it.
+
+    Attributes:
+        implementation: the mechanism class under test; it need not be registered.
+        settings: of the memory, besides the mechanism; sizes such that a read retrieves all that the tests write.
+        dtype: of weights and computation.
+    """
+
+    implementation: ClassVar[type[MemoryMechanism]]
+    settings: ClassVar[Mapping[str, Any]] = {}
+    dtype: ClassVar[torch.dtype] = torch.float64
+
+    @classmethod
+    def memory_table(cls) -> dict[str, Any]:
+        """Return the fields of a configuration, as plain data."""
+        name = cls.implementation.name
+        sizes: dict[str, Any] = {"chunk_tokens": CHUNK, "min_chunk_tokens": 4, "long_term_tokens": 200}
+        if MPlusConfig.from_dict({"mechanism": name}).adapters is not None:
+            sizes["adapters"] = None
+        if cls.implementation.uses_retriever:
+            sizes.update(retriever={"name": "linear", "width": 8}, retrieved_tokens=200)
+        if cls.implementation.keeps == frozenset({"hidden"}):
+            sizes["memory_rows"] = "hidden"
+        return {**sizes, **cls.settings, "mechanism": name}
+
+    @classmethod
+    def config(cls, **changes: Any) -> MPlusConfig:
+        """Return the configuration that the decoder is wrapped with, with ``changes`` of its fields."""
+        return MPlusConfig.from_dict({**cls.memory_table(), **changes})
+
+    @classmethod
+    @contextmanager
+    def registered(cls) -> Iterator[None]:
+        """Let the name of the mechanism stand for it, unless it does so already."""
+        name = cls.implementation.name
+        known = name in MECHANISMS.names()
+        if not known:
+            MECHANISMS.register(name, cls.implementation)
+        try:
+            yield
+        finally:
+            if not known:
+                MECHANISMS.unregister(name)
+
+    @classmethod
+    @contextmanager
+    def wrapped(cls, dtype: torch.dtype | None = None, **changes: Any) -> Iterator[Any]:
+        """Wrap the decoder; the mechanism is registered meanwhile. ``changes`` are fields of the configuration."""
+        with cls.registered():
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = mplus.wrap(load_decoder().to(dtype or cls.dtype), cls.config(**changes))
+            yield model
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def model(cls) -> Iterator[Any]:
+        """The wrapped decoder that all tests of the class share."""
+        with cls.wrapped() as model:
+            yield model
+
+    def text(self, seed: int, tokens: int = CHUNK) -> Tensor:
+        """Return ids ``[tokens]``, equal for equal seeds."""
+        return torch.randint(3, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(seed))
+
+    def written(self, model: Any, *seeds: int, **options: Any) -> Memory:
+        """Return a memory of one stream with a chunk for each seed; sources are "s0", "s1", ..."""
+        memory: Memory = model.new_memory(seed=1, **options)
+        for number, seed in enumerate(seeds):
+            memory.write(self.text(seed), source=f"s{number}")
+        return memory
+
+    @torch.no_grad()
+    def logits(self, model: Any, ids: Tensor, memory: Memory | None = None, **options: Any) -> Tensor:
+        """Return logits ``[B, T, V]`` of ids ``[B, T]``."""
+        found: Tensor = model(ids, memory=memory, **options).logits
+        return found
+
+    def tolerance(self, model: Any) -> float:
+        """Return how far logits of two ways to compute them may be apart, which is measured but for float64.
+
+        Several times the distance of one of them from the same decoder, with the same weights, in float64: two chunks
+        written, each behind what came before, and a text read with them.
+        """
+        if self.dtype == torch.float64:
+            return TOLERANCE
+        ids = self.text(7)[None]
+        plain = self.logits(model, ids, self.written(model, 1, 2))
+        weights = {name: value.double() for name, value in model.state_dict().items() if value.is_floating_point()}
+        with self.wrapped(torch.float64) as wide:
+            wide.load_state_dict(weights, strict=False)
+            with InFloat64():
+                exact = self.logits(wide, ids, self.written(wide, 1, 2))
+        return allowed(plain, exact, factor=FACTOR)
+
+    def content(self, memory: Memory) -> list[Content]:
+        """Return all that each stream holds, by name: columns of rows, tensors, names of sources, the clock."""
+        return [content_of(state, store) for state, store in zip(memory.states, memory.stores, strict=True)]
+
+    def differences(self, first: Memory, second: Memory) -> list[str]:
+        """Return what differs in two memories, bit for bit, by name."""
+        both = zip(self.content(first), self.content(second), strict=True)
+        return [f"stream {row}: {name}" for row, (one, two) in enumerate(both) for name in unequal(one, two)]
+
+
+def content_of(state: StreamState, store: StoreView) -> Content:
+    """Return all that a stream holds, by name."""
+    found: Content = {"clock": state.clock, "sources": [source.name for source in state.sources]}
+    found |= state.tensors()
+    layers = range(store.layout.layers)
+    lists = {**state.row_lists(), "store": tuple(store.gather(layer, store.ids(layer)) for layer in layers)}
+    for name, parts in lists.items():
+        for layer, rows in enumerate(parts):
+            found |= {f"{name}, layer {layer}, {column}": values for column, values in rows.columns().items()}
+    return found
+
+
+def unequal(one: Content, two: Content) -> list[str]:
+    """Return the names of what is in one of them only, or is not the same in both."""
+    shared = one.keys() & two.keys()
+    missing = sorted((one.keys() | two.keys()) - shared)
+    return missing + sorted(name for name in shared if not _same(one[name], two[name]))
+
+
+def _same(one: object, two: object) -> bool:
+    return torch.equal(one, two) if isinstance(one, Tensor) and isinstance(two, Tensor) else bool(one == two)
+
+
+def bytes_of(folder: Path) -> bytes:
+    """Return the content of all files in a folder."""
+    return b"\0".join(file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file())
