@@ -19,8 +19,6 @@ pytest.register_assert_rewrite(
         for module in (
             "backends",
             "eviction",
-            "mechanism_suite",
-            "mechanism_training",
             "mechanisms",
             "objectives",
             "retrievers",

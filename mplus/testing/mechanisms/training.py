@@ -24,7 +24,7 @@ from mplus.facts.speaker import recall_tokenizer
 from mplus.hf.adapters.lora import is_addition
 from mplus.hf.decoders.train_model import choose_trained, is_of_retriever
 from mplus.mechanisms.base import MemoryMechanism
-from mplus.testing.mechanism_suite import CHUNK, MechanismSuite
+from mplus.testing.mechanisms.suite import CHUNK, MechanismSuite
 from mplus.training import train
 from mplus.training.decoder import make_streams
 from mplus.training.recipe.files import read_recipe

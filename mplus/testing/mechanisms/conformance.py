@@ -16,8 +16,8 @@ from mplus.errors import InputError
 from mplus.memory.format.offline import saved_sources
 from mplus.memory.format.repair import repair
 from mplus.memory.format.verify import verify
-from mplus.testing.mechanism_suite import CHUNK, VOCABULARY, bytes_of, content_of, unequal
-from mplus.testing.mechanism_training import MechanismTraining
+from mplus.testing.mechanisms.suite import CHUNK, VOCABULARY, bytes_of, content_of, unequal
+from mplus.testing.mechanisms.training import MechanismTraining
 
 
 class MechanismConformance(MechanismTraining):
