@@ -38,14 +38,14 @@ class Segment:
 
 
 class Joined(Protocol):
-    """Memory and text that are kept as one from call to call, for backends that attend to them as one."""
+    """Memory and text kept side by side in one tensor from call to call, for backends that attend to both at once."""
 
     @property
     def worthwhile(self) -> bool:
-        """Whether it pays to ask for them where a backend could do without: nothing is copied, or not often."""
+        """True where asking costs little (nothing is copied, or not often), so that a backend that need not ask may."""
 
     def keys_values(self) -> tuple[Tensor, Tensor]:
-        """Keys ``[B, Hkv, P+S, D]`` and values ``[B, Hkv, P+S, Dv]`` of the request, to be read only."""
+        """Return keys ``[B, Hkv, P+S, D]`` and values ``[B, Hkv, P+S, Dv]`` of the request, to be read only."""
 
 
 @define(frozen=True, eq=False, kw_only=True)
@@ -65,7 +65,7 @@ class AttentionRequest:
         sinks: ``[H]`` extra logits that take part in the softmax and carry no value.
         dropout: probability applied to the attention weights.
         need_weights: also return the weights ``[B, H, T, P+S]``.
-        joined: ``segments`` and text again, as one; None where they are not kept so.
+        joined: ``segments`` and text again, side by side in one tensor; None where they are not kept so.
     """
 
     queries: Tensor
@@ -94,19 +94,43 @@ class AttentionResult:
 class AttentionBackend(ABC):
     """Computes ``softmax(scale * Q [Km|Kt]^T + mask) [Vm|Vt]``; stateless. ``reference`` is the specification.
 
-    Both methods get requests that ``mplus.backends.checks.check_request`` has found to be well formed.
+    Both methods get requests that ``mplus.backends.check_request`` has found to be well formed.
 
     Attributes:
         name: what a configuration calls it.
         supports_key_bias: whether it adds ``Segment.bias``; requests with one never reach a backend that does not.
+        auto: whether ``backend="auto"`` may take it. Backends of plug-ins that say so are asked first, in the order of
+            their names.
+
+    Example:
+        Attention written out, for plain causal text; ``backend="auto"`` asks the next backend for everything else.
+
+        >>> from mplus.backends import AttentionBackend, AttentionResult, joined_keys_values, joined_visibility
+        >>> class PlainBackend(AttentionBackend):
+        ...     name, auto = "plain", True
+        ...
+        ...     def unsupported_reasons(self, request):
+        ...         refused = ("mask", "padding", "softcap", "sinks", "dropout", "need_weights")
+        ...         return [f"no {name}" for name in refused if getattr(request, name) not in (None, 0)]
+        ...
+        ...     def attend(self, request):
+        ...         groups = request.queries.shape[1] // request.keys.shape[1]
+        ...         keys, values = (part.repeat_interleave(groups, dim=1) for part in joined_keys_values(request))
+        ...         scores = request.scale * request.queries @ keys.mT
+        ...         hidden = ~joined_visibility(request)
+        ...         return AttentionResult(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values)
+        >>> one = torch.ones(1, 1, 1, 4)
+        >>> PlainBackend().attend(AttentionRequest(queries=one, keys=one, values=one, scale=0.5)).output
+        tensor([[[[1., 1., 1., 1.]]]])
     """
 
     name: ClassVar[str]
     supports_key_bias: ClassVar[bool] = False
+    auto: ClassVar[bool] = False
 
     @abstractmethod
     def unsupported_reasons(self, request: AttentionRequest) -> list[str]:
-        """Everything about ``request`` this backend cannot honour; empty when it can run it."""
+        """Return everything about ``request`` that this backend cannot honour; empty when it can run it."""
 
     @abstractmethod
     def attend(self, request: AttentionRequest) -> AttentionResult:

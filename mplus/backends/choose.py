@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mplus.backends import BACKENDS
 from mplus.backends.checks import check_request
-from mplus.errors import NotSupported
+from mplus.errors import MissingDependencyError, NotSupported, PluginError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,14 +20,19 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 ORDER = ("merge", "sdpa", "reference")
-"""What "auto" tries first; others follow, by name. ``triton`` is not among the first: no GPU has run it yet."""
+"""The backends of mplus that "auto" asks, in this order; "reference" refuses nothing.
+
+``flex`` pays where one shape is used often, and no GPU has run ``triton`` yet: both run where they are named.
+"""
 
 
 class BackendChooser:
     """Finds the backend for each request and keeps one instance of each; logs every backend it takes once.
 
     Args:
-        name: a registered backend, which then runs every request or refuses it, or "auto" for the first that can.
+        name: a registered backend, which then runs every request or refuses it, or "auto" for the first that can: of
+            plug-ins that have ``AttentionBackend.auto``, by name, then of ``ORDER``. A plug-in that is registered after
+            the first request is not asked.
 
     Raises:
         UnknownNameError: there is no such backend.
@@ -37,19 +42,22 @@ class BackendChooser:
         self.name = name
         self._instances: dict[str, AttentionBackend] = {}
         self._logged: set[str] = set()
-        if name != AUTO:
-            self._instance(name)
+        self._candidates = () if name == AUTO else (name,)
+        for candidate in self._candidates:
+            self._instance(candidate)
 
     def choose(self, request: AttentionRequest) -> AttentionBackend:
-        """The backend to run ``request`` with.
+        """Return the backend to run ``request`` with.
 
         Raises:
             InputError: the request is malformed, see ``check_request``.
             NotSupported: the named backend, or every backend, refuses; the message has the reasons and the shapes.
         """
         check_request(request)
+        if not self._candidates:  # plug-ins are looked for when they are needed, not when a decoder is wrapped
+            self._candidates = (*_plugins(), *ORDER)
         refused: dict[str, list[str]] = {}
-        for name in self._candidates():
+        for name in self._candidates:
             backend = self._instance(name)
             reasons = backend.unsupported_reasons(request) or _reasons_against_bias(backend, request)
             if not reasons:
@@ -59,13 +67,6 @@ class BackendChooser:
         what = "no attention backend can" if self.name == AUTO else f"attention backend {self.name!r} cannot"
         advice = "" if self.name == AUTO else "; backend='auto' takes one that can"
         raise NotSupported(f"{what} run {describe(request)}: {_listed(refused)}{advice}")
-
-    def _candidates(self) -> Iterator[str]:
-        if self.name != AUTO:
-            yield self.name
-            return
-        yield from ORDER
-        yield from (name for name in BACKENDS.names() if name not in ORDER)
 
     def _instance(self, name: str) -> AttentionBackend:
         if name not in self._instances:
@@ -80,9 +81,21 @@ class BackendChooser:
             why = "named in the configuration"
         elif refused:
             why = f"the first that can run the request; {_listed(refused)}"
+        elif name not in ORDER:
+            why = "a plug-in that asks to be taken first"
         else:
             why = "the first of the order of preference"
         logger.info("attention backend %r (%s): %s", name, BACKENDS.origin(name), why)
+
+
+def _plugins() -> Iterator[str]:
+    """Yield the backends besides those of ``ORDER`` that "auto" may take; one that is broken is left out and logged."""
+    for name in BACKENDS.names():
+        try:
+            if name not in ORDER and BACKENDS.get(name).auto:
+                yield name
+        except (PluginError, MissingDependencyError) as error:
+            logger.warning("backend 'auto' leaves one out: %s", error)
 
 
 def _reasons_against_bias(backend: AttentionBackend, request: AttentionRequest) -> list[str]:
@@ -97,12 +110,12 @@ def _reasons_against_bias(backend: AttentionBackend, request: AttentionRequest) 
 
 
 def choose(name: str, request: AttentionRequest) -> AttentionBackend:
-    """``BackendChooser(name).choose(request)``, for a single request."""
+    """Return the backend for a single request: ``BackendChooser(name).choose(request)``."""
     return BackendChooser(name).choose(request)
 
 
 def describe(request: AttentionRequest) -> str:
-    """Shapes and dtypes of a request in one line."""
+    """Say the shapes and dtypes of a request in one line."""
     segments = [
         f"{_shape(segment.keys)}{'' if segment.lengths is None else ' with fillers'}"
         f"{'' if segment.bias is None else ' with a bias'}"

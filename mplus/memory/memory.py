@@ -25,7 +25,6 @@ from mplus.memory.transaction import Streams
 from mplus.memory.writing.pieces import write_pieces
 from mplus.memory.writing.write import write, write_chunk
 from mplus.stores.base import MemoryStore
-from mplus.stores.disk.files import FILE_MODE
 
 if TYPE_CHECKING:
     from mplus.memory.directory.directory import Directory
@@ -193,13 +192,14 @@ class Memory:
 
     # ------------------------------------------------------------------ on disk
 
-    def save(self, path: str | Path, *, file_mode: int = FILE_MODE) -> None:
+    def save(self, path: str | Path, *, file_mode: int | None = None) -> None:
         """Write a folder with a JSON manifest and safetensors; an older save there stays whole until this one is.
 
         Args:
             path: of the folder; made with its parents where it does not exist.
-            file_mode: permission bits of the files, whatever the umask is: ``0o640`` shares them with the group, else
-                only their owner can read them. Folders that are made get bits to match; one that exists stays as it is.
+            file_mode: permission bits of the files, whatever the umask is: ``0o640`` shares them with the group. None:
+                those of an older save there, else only their owner can read them. Folders that are made get bits to
+                match; one that exists stays as it is.
 
         Raises:
             MemoryFileError: ``path`` cannot be written, or holds something that is not a memory.
@@ -261,7 +261,7 @@ class Memory:
         device: torch.device | str = "cpu",
         read_only: bool = False,
         journal_bytes: int = JOURNAL_BYTES,
-        file_mode: int = FILE_MODE,
+        file_mode: int | None = None,
         files: FileSystem | None = None,
     ) -> Memory:
         """Open the memory that lives in the directory ``path``, or make a new one there; ``with`` closes it.

@@ -282,9 +282,24 @@ class TestChoosing:
         assert isinstance(choose("auto", RequestShape(value_width=3).build()), SdpaBackend)
         assert isinstance(choose("auto", RequestShape(softcap=30.0).build()), ReferenceBackend)
 
-    def test_auto_comes_to_third_parties_by_name(self, registry, monkeypatch):
+    def test_auto_leaves_a_plugin_alone_that_does_not_ask_for_it(self, registry, monkeypatch):
+        assert not Picky.auto
         monkeypatch.setattr(ReferenceBackend, "unsupported_reasons", lambda self, request: ["not today"])
-        assert isinstance(choose("auto", RequestShape(softcap=30.0).build()), Picky)
+        with pytest.raises(NotSupported, match="reference: not today$"):
+            choose("auto", RequestShape(softcap=30.0).build())
+
+    def test_auto_asks_plugins_that_say_so_first_and_by_name(self, registry, monkeypatch, caplog):
+        class Another(Picky):
+            name = "another"
+
+        monkeypatch.setattr(Picky, "auto", True)
+        registry.register("another", Another)
+        registry.register("broken", "mplus_no_such_module:Backend")
+        with caplog.at_level("INFO", "mplus.backends.choose"):
+            assert type(choose("auto", RequestShape(softcap=30.0).build())) is Another
+        assert "backend 'auto' leaves one out: backend 'broken'" in caplog.text
+        assert "a plug-in that asks to be taken first" in caplog.text
+        assert isinstance(choose("auto", RequestShape(sinks=True).build()), MergeBackend)  # both refuse sinks
 
     def test_a_named_backend_runs_or_says_why_not(self, registry):
         assert isinstance(choose("picky", RequestShape(softcap=30.0).build()), Picky)
@@ -298,8 +313,9 @@ class TestChoosing:
         assert "memory [2, 2, 5, 4] float32 with fillers" in message
 
     def test_when_nobody_can_everybodys_reasons_are_given(self, registry, monkeypatch):
+        monkeypatch.setattr(Picky, "auto", True)
         monkeypatch.setattr(ReferenceBackend, "unsupported_reasons", lambda self, request: ["not today"])
-        with pytest.raises(NotSupported, match=r"merge: .*sdpa: sinks.*reference: not today.*picky: sinks: none of"):
+        with pytest.raises(NotSupported, match=r"picky: sinks: none of.*merge: .*sdpa: sinks.*reference: not today"):
             choose("auto", RequestShape(sinks=True, value_width=3).build())
 
     def test_a_backend_that_does_not_say_that_it_adds_a_bias_gets_none(self, registry):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mplus.config import MPlusConfig
 from mplus.hf.adapters.lora import is_addition, plain_name
 from mplus.hf.adapters.peft_layers import adapter_parts, is_peft_module
+from mplus.hf.model.modes import value_of
 from mplus.memory.weights_state import MADE_WITH
 from mplus.retrievers.base import Retriever
 from mplus.stores.base import StoreLayout
@@ -56,15 +57,23 @@ def fingerprint(
 
 
 def digest(model: nn.Module, group: Group) -> str:
-    """Return a digest of a group of parameters: the decoder's own, our adapters or all of LoRA, or what mplus added."""
+    """Return a digest of a group of parameters: the decoder's own, our adapters or all of LoRA, or what mplus added.
+
+    It is the same wherever the tensors lie; what accelerate has offloaded is read back, a tensor at a time.
+
+    Raises:
+        NotSupported: a tensor has no values.
+    """
     found = hashlib.sha256()
     of_user = _of_user(model) if group == "base" else set()
     # Under the names they have without PEFT, so that a base keeps its digest when adapters come.
-    named = [(plain_name(name).replace(".original_module.", "."), tensor) for name, tensor in model.named_parameters()]
-    for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        if _belongs(name, group) and id(tensor) not in of_user:
-            found.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
-            found.update(_content(tensor, sampled=group == "base"))
+    named = [(plain_name(name).replace(".original_module.", "."), name) for name, _ in model.named_parameters()]
+    for plain, name in sorted(named, key=lambda pair: pair[0]):
+        tensor = model.get_parameter(name)
+        if _belongs(plain, group) and id(tensor) not in of_user:
+            found.update(f"{plain}{list(tensor.shape)}{tensor.dtype}".encode())
+            # One tensor at a time: accelerate may have offloaded more of them than fit into memory.
+            found.update(_content(value_of(model, name) if tensor.is_meta else tensor, sampled=group == "base"))
     return found.hexdigest()[:32]
 
 
@@ -87,8 +96,6 @@ def _of_user(model: nn.Module) -> set[int]:
 
 
 def _content(tensor: Tensor, sampled: bool) -> bytes:
-    if tensor.device.type == "meta":
-        return b"meta"
     flat = tensor.detach().flatten()
     if sampled and flat.shape[0] > SAMPLES:
         flat = flat[torch.linspace(0, flat.shape[0] - 1, SAMPLES, dtype=torch.float64).long().to(flat.device)]

@@ -73,17 +73,27 @@ def bring_back(module: nn.Module, what: str) -> None:
 def present(model: nn.Module, state: Mapping[str, Tensor], wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     """Return the ``wanted`` tensors of a state dict of ``model``; offloaded ones are brought back for a moment."""
     found = {name: tensor.detach() for name, tensor in state.items() if wanted(name)}
-    absent = [name for name, tensor in found.items() if tensor.device.type == "meta"]
-    if absent:
-        from accelerate.utils import align_module_device
+    return {name: value_of(model, name) if tensor.is_meta else tensor for name, tensor in found.items()}
 
-        for path in {name.rpartition(".")[0] for name in absent}:
-            module = model.get_submodule(path)
-            with align_module_device(module):
-                for name in absent:
-                    if name.rpartition(".")[0] == path:
-                        found[name] = getattr(module, name.rpartition(".")[2]).detach().clone()
-    return found
+
+def value_of(model: nn.Module, name: str) -> Tensor:
+    """Return a copy of the parameter or buffer ``name`` that accelerate has offloaded.
+
+    Raises:
+        NotSupported: it has no values, here or where accelerate could have put them.
+    """
+    from accelerate.utils import align_module_device
+
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    with align_module_device(module):
+        tensor: Tensor = getattr(module, last)
+        if tensor.is_meta:
+            raise NotSupported(
+                f"{name} is on the meta device, where tensors have no values: load the values (mplus.from_pretrained, "
+                "or to_empty and load_state_dict) before anything is saved or loaded"
+            )
+        return tensor.detach().clone()
 
 
 def on_meta(module: nn.Module) -> bool:

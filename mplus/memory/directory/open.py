@@ -57,7 +57,7 @@ def open_streams(
     device: torch.device | str,
     read_only: bool,
     journal_bytes: int,
-    file_mode: int,
+    file_mode: int | None,
     files: FileSystem | None,
 ) -> Streams:
     """See ``Memory.open`` for the arguments and what is raised; ``new``: ``model.new_memory``."""

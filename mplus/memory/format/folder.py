@@ -59,12 +59,13 @@ def hold(path: str | Path) -> Folder:
         raise MemoryFileError(f"{path / MANIFEST} {fault}: {path} must be a folder written by Memory.save") from error
 
 
-def prepare(path: Path, file_mode: int = FILE_MODE, files: FileSystem | None = None, purpose: str = "save") -> Folder:
+def prepare(path: Path, file_mode: int | None = None, files: FileSystem | None = None, purpose: str = "save") -> Folder:
     """Create the folder ``path`` and its parents, and open it.
 
     Args:
         path: of the folder.
         file_mode: permission bits of files that are made in it; folders that are made can be looked into accordingly.
+            None: those of the memory that is there, else its owner's alone.
         files: does it.
         purpose: what is done with a memory there.
 
@@ -72,10 +73,11 @@ def prepare(path: Path, file_mode: int = FILE_MODE, files: FileSystem | None = N
         MemoryFileError: it is a file, or cannot be created.
         ConfigError: ``file_mode`` is none.
     """
-    if isinstance(file_mode, bool) or not isinstance(file_mode, int) or file_mode & ~0o066 != FILE_MODE:
+    wanted = FILE_MODE if file_mode is None else file_mode
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted & ~0o066 != FILE_MODE:
         raise ConfigError(
             "file_mode must be permission bits that let the owner read and write and nobody execute, 0o600 to 0o666, "
-            f"got {oct(file_mode) if isinstance(file_mode, int) else repr(file_mode)}"
+            f"got {oct(wanted) if isinstance(wanted, int) else repr(wanted)}"
         )
     with writable(path):
         if "\0" in str(path):
@@ -83,8 +85,11 @@ def prepare(path: Path, file_mode: int = FILE_MODE, files: FileSystem | None = N
         if path.exists() and not path.is_dir():
             raise MemoryFileError(f"{path} must be a folder, or not exist yet, to {purpose} a memory in; it is a file")
         path = path.absolute()
-        (files or FileSystem()).make_folder(path, file_mode)
-        return Folder.open(path, file_mode)
+        (files or FileSystem()).make_folder(path, wanted)
+        folder = Folder.open(path, wanted)
+        if file_mode is None and (folder / MANIFEST).exists():
+            folder.file_mode |= mode_of(folder / MANIFEST)
+        return folder
 
 
 def mode_of(path: PathAt) -> int:

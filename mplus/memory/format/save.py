@@ -58,7 +58,7 @@ from mplus.memory.texts import tail_tensors
 from mplus.memory.transaction import Streams
 from mplus.memory.weights_state import made_with
 from mplus.stores.base import StoreLayout, StoreView
-from mplus.stores.disk.files import FILE_MODE, FileSystem, Folder, PathAt, open_file, read_file
+from mplus.stores.disk.files import FileSystem, Folder, PathAt, open_file, read_file
 from mplus.stores.disk.safetensors_io import Part
 
 PIECE_BYTES = 2**26
@@ -96,7 +96,7 @@ Index = Sequence[Mapping[str, Tensor]]
 """Per layer, what the retriever's index of one store is made of."""
 
 
-def save_streams(folder: str | Path, streams: Streams, file_mode: int = FILE_MODE) -> None:
+def save_streams(folder: str | Path, streams: Streams, file_mode: int | None = None) -> None:
     """Write a memory, as it is at the call, to a folder; see ``Memory.save``."""
     with streams.state_lock:
         _, views = streams.versioned_snapshot()
@@ -112,7 +112,7 @@ def save(
     draws: Sequence[Tensor],
     header: ManifestHeader,
     indexes: Sequence[Index] = (),
-    file_mode: int = FILE_MODE,
+    file_mode: int | None = None,
 ) -> None:
     """Write one memory; an older one in ``folder`` stays whole until this one is on disk.
 
@@ -122,7 +122,7 @@ def save(
         draws: state of each stream's generator.
         facts: of the memory.
         indexes: of each stream's store, if there are.
-        file_mode: permission bits of the files.
+        file_mode: permission bits of the files; None: those of the save that is there, else their owner's alone.
 
     Raises:
         MemoryFileError: ``folder`` cannot be written, or holds something that is not a memory.

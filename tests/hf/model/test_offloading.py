@@ -153,3 +153,25 @@ def test_weights_in_shared_memory() -> None:
     expected = read(model, memory)
     model.share_memory()
     assert torch.equal(read(model, memory), expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_saved_memory_belongs_to_its_decoder_wherever_the_weights_are(way: str, tmp_path: Path) -> None:
+    model, whole = tiny.build(), tiny.variant("paper")
+    memory = written(whole, "hidden")
+    memory.save(tmp_path / "whole")
+    WAYS[way](model, tmp_path / "offloaded")
+    tiny.assert_content(mplus.Memory.load(tmp_path / "whole", model), tiny.content(memory))
+    written(model, "hidden").save(tmp_path / "elsewhere")
+    tiny.assert_content(mplus.Memory.load(tmp_path / "elsewhere", whole), tiny.content(memory))
+
+
+@pytest.mark.parametrize(("part", "named"), [("lora_A.read", "adapters"), ("mplus.begin", "additions")])
+def test_a_decoder_that_is_offloaded_is_told_from_another(part: str, named: str, tmp_path: Path) -> None:
+    model = tiny.build()
+    written(model, "hidden").save(tmp_path / "memory")
+    with torch.no_grad():
+        next(parameter for name, parameter in model.named_parameters() if part in name).mul_(1.5)
+    accelerate.disk_offload(model, tmp_path / "offloaded", "cpu")
+    with pytest.raises(MemoryMismatchError, match=f"{named} is"):
+        mplus.Memory.load(tmp_path / "memory", model)

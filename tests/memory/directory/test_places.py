@@ -293,6 +293,9 @@ def test_files_are_their_owners_alone(tmp_path: Path, umask: int) -> None:
             memory.save(tmp_path / "new" / "saved")
             with written(tmp_path / "new" / "shared", file_mode=0o640) as shared:
                 shared.save(tmp_path / "new" / "sent", file_mode=0o644)
+            with written(tmp_path / "new" / "shared") as again:  # opened and saved as it was made
+                again.checkpoint()
+                again.save(tmp_path / "new" / "sent")
         forget_saved(tmp_path / "new" / "sent", "b")
         forget_saved(tmp_path / "new" / "saved", "b")
         forget_saved(tmp_path / "new" / "live", "b")
