@@ -1,4 +1,4 @@
-"""What an attention request must be before any kernel may see it."""
+"""The rules of an attention request, checked before any kernel sees it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_request(request: AttentionRequest) -> None:
-    """Shapes, heads, devices and kinds of numbers.
+    """Check shapes, heads, devices and kinds of numbers.
 
     Kernels trust their arguments: some read out of bounds or end the process where these rules are broken.
 
@@ -154,7 +154,7 @@ def _check_options(request: AttentionRequest) -> None:
 
 
 def _tensors(request: AttentionRequest) -> dict[str, Tensor]:
-    """Every tensor of a request but the queries, by name."""
+    """Return every tensor of a request but the queries, by name."""
     named = {
         "keys": request.keys,
         "values": request.values,

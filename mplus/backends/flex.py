@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from mplus.backends.base import AttentionBackend, AttentionRequest, AttentionResult
 from mplus.backends.checks import learned_biases, mixed_dtypes
 from mplus.backends.joined import joined_bias, joined_keys_values, joined_visibility
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import AuxOutput
 
 
 class FlexBackend(AttentionBackend):
@@ -25,10 +28,10 @@ class FlexBackend(AttentionBackend):
     supports_key_bias: ClassVar[bool] = True
 
     def __init__(self) -> None:
-        self._compiled: Callable[..., Any] | None = None
+        self._compiled: Callable[..., tuple[Tensor, AuxOutput]] | None = None
 
     def unsupported_reasons(self, request: AttentionRequest) -> list[str]:
-        """Dropout, returned weights, mixed dtypes; and on a CPU, gradients."""
+        """Name dropout, returned weights and mixed dtypes; on a CPU, gradients too."""
         reasons = []
         if request.dropout:
             reasons.append(f"dropout={request.dropout}: FlexAttention drops nothing")
@@ -71,35 +74,30 @@ class FlexBackend(AttentionBackend):
         mask = None  # all scores are computed on a CPU, whatever the mask leaves out
         if device.type != "cpu":
             mask = create_block_mask(seen, batch, heads, length, keys.shape[2], device=str(device))
-        output, aux = self._flex(device)(
-            request.queries,
-            keys,
-            values,
-            score_mod=changed,
-            block_mask=mask,
-            scale=request.scale,
-            enable_gqa=heads != keys.shape[1],
-            return_aux=AuxRequest(lse=True),
-        )
-        if request.sinks is not None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*flex_attention called without torch.compile")  # on a CPU
+            output, aux = self._flex(device)(
+                request.queries,
+                keys,
+                values,
+                score_mod=changed,
+                block_mask=mask,
+                scale=request.scale,
+                enable_gqa=heads != keys.shape[1],
+                return_aux=AuxRequest(lse=True),
+            )
+        if request.sinks is not None and aux.lse is not None:
             # A sink takes its part of the softmax: exp(l) of exp(l) + exp(sink) is left to the keys.
             left = torch.sigmoid(aux.lse - request.sinks.to(aux.lse)[:, None]).unsqueeze(-1)
             output = output * left.to(output.dtype)
         return AttentionResult(output.masked_fill(blind, 0))
 
-    def _flex(self, device: torch.device) -> Callable[..., Any]:
+    def _flex(self, device: torch.device) -> Callable[..., tuple[Tensor, AuxOutput]]:
         from torch.nn.attention.flex_attention import flex_attention
 
+        plain = cast("Callable[..., tuple[Tensor, AuxOutput]]", flex_attention)  # with return_aux it returns both
         if device.type == "cpu":
-            return _uncompiled
+            return plain
         if self._compiled is None:
-            self._compiled = torch.compile(flex_attention, dynamic=True)
+            self._compiled = torch.compile(plain, dynamic=True)
         return self._compiled
-
-
-def _uncompiled(*args: Any, **kwargs: Any) -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*flex_attention called without torch.compile")  # that is meant
-        return flex_attention(*args, **kwargs)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def joined_keys_values(request: AttentionRequest) -> tuple[Tensor, Tensor]:
-    """Keys ``[B, Hkv, P+S, D]`` and values ``[B, Hkv, P+S, Dv]``: memory, then text; zeros at filler rows.
+    """Join keys to ``[B, Hkv, P+S, D]`` and values to ``[B, Hkv, P+S, Dv]``: memory, then text; zeros at filler rows.
 
     Filler rows may hold anything. NaN times a weight of zero is NaN, so it does not suffice to mask them.
     """
@@ -36,8 +36,14 @@ def joined_keys_values(request: AttentionRequest) -> tuple[Tensor, Tensor]:
 
 
 def joined_visibility(request: AttentionRequest) -> Tensor:
-    """``[1 or B, 1 or H, T, P+S]`` bool: which keys, memory and text, each query sees."""
-    parts = [_memory_visibility(request, index) for index in range(len(request.segments))]
+    """Return ``[1 or B, 1 or H, T, P+S]`` bool: which keys, memory and text, each query sees."""
+    device = request.queries.device
+    parts = [
+        torch.ones(1, 1, 1, segment.keys.shape[2], dtype=torch.bool, device=device)
+        if segment.valid is None
+        else segment.valid[:, None, None]
+        for segment in request.segments
+    ]
     parts.append(text_visibility(request))
     batch = max(part.shape[0] for part in parts)
     heads, length = parts[-1].shape[1:3]
@@ -45,7 +51,7 @@ def joined_visibility(request: AttentionRequest) -> Tensor:
 
 
 def joined_bias(request: AttentionRequest) -> Tensor | None:
-    """Return what is added to the scores, ``[1 or B, 1 or H, 1 or T, P+S]``; None: nothing.
+    """Return the numbers added to the scores, ``[1 or B, 1 or H, 1 or T, P+S]``; None: nothing is added.
 
     At memory that is ``Segment.bias``, at text what an additive mask says; 0 at fillers and masked text.
     """
@@ -61,14 +67,14 @@ def joined_bias(request: AttentionRequest) -> Tensor | None:
 
 
 def text_bias(request: AttentionRequest) -> Tensor | None:
-    """Return what an additive mask adds, ``[1 or B, 1 or H, T, S]``, 0 where it hides; None if there is none."""
+    """Return the numbers of an additive mask, ``[1 or B, 1 or H, T, S]``, 0 where it hides; None: no such mask."""
     if request.mask is None or request.mask.dtype == torch.bool:
         return None
     return _four_dimensions(request).masked_fill(~_masked_visibility(request), 0)
 
 
 def _segment_bias(request: AttentionRequest, segment: Segment) -> Tensor:
-    """Return ``[1 or B, 1 or H, 1, P]``, 0 at fillers."""
+    """Return the bias of one segment as ``[1 or B, 1 or H, 1, P]``, 0 at fillers."""
     if segment.bias is None:
         return request.queries.new_zeros(1, 1, 1, segment.keys.shape[2])
     bias, valid = segment.bias, segment.valid
@@ -77,22 +83,8 @@ def _segment_bias(request: AttentionRequest, segment: Segment) -> Tensor:
     return (bias if valid is None else bias.masked_fill(~valid[:, None], 0))[:, :, None]
 
 
-def may_see_nothing(request: AttentionRequest) -> bool:
-    """Whether there can be queries that see no key at all, as at padding."""
-    certain = any(segment.lengths is None and segment.keys.shape[2] for segment in request.segments)
-    return (request.mask is not None or request.padding is not None) and not certain
-
-
-def _memory_visibility(request: AttentionRequest, index: int) -> Tensor:
-    segment = request.segments[index]
-    valid = segment.valid
-    if valid is None:
-        return torch.ones(1, 1, 1, segment.keys.shape[2], dtype=torch.bool, device=request.queries.device)
-    return valid[:, None, None]
-
-
 def text_visibility(request: AttentionRequest) -> Tensor:
-    """``[1 or B, 1 or H, T, S]`` bool: which text keys each query sees."""
+    """Return ``[1 or B, 1 or H, T, S]`` bool: which text keys each query sees."""
     visible = _masked_visibility(request)
     length, text = request.queries.shape[2], request.keys.shape[2]
     place = torch.arange(text, device=request.queries.device)
@@ -117,7 +109,7 @@ def _masked_visibility(request: AttentionRequest) -> Tensor:
 
 
 def _four_dimensions(request: AttentionRequest) -> Tensor:
-    """The mask as ``[1 or B, 1 or H, T, S]``."""
+    """Return the mask as ``[1 or B, 1 or H, T, S]``."""
     assert request.mask is not None  # noqa: S101  (callers checked)
     mask = request.mask[(None,) * (4 - request.mask.ndim)]
     return mask.expand(-1, -1, request.queries.shape[2], request.keys.shape[2])

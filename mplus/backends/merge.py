@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mplus.backends.base import AttentionBackend, AttentionRequest, AttentionResult
 from mplus.backends.checks import learned_biases
@@ -28,7 +28,7 @@ class MergeBackend(AttentionBackend):
     supports_key_bias: ClassVar[bool] = True
 
     def unsupported_reasons(self, request: AttentionRequest) -> list[str]:
-        """What the kernel lacks: other devices, soft caps, dropout, weights, mixed dtypes, values of another width."""
+        """Name what the kernel lacks: other devices, soft caps, dropout, weights, mixed dtypes, narrower values."""
         reasons = mergeable(request)
         if request.softcap is not None:
             reasons.append(f"softcap={request.softcap}: the kernel cannot cap scores")
@@ -52,7 +52,7 @@ class MergeBackend(AttentionBackend):
 
 
 def _forward(queries: Tensor, sinks: Tensor | None, parts: Sequence[Part], scale: float) -> tuple[Tensor, Tensor]:
-    """Output ``[B, H, T, D]`` and the log-sum-exp ``[B, H, T]`` of all scores, sinks among them."""
+    """Return the output ``[B, H, T, D]`` and the log-sum-exp ``[B, H, T]`` of all scores, sinks among them."""
     found = [part.attend(queries, part.keys, part.values, scale) for part in parts]
     certain = any(not part.partial for part in parts)  # every query sees something
     if len(found) == 1 and sinks is None and certain:
@@ -70,6 +70,15 @@ def _forward(queries: Tensor, sinks: Tensor | None, parts: Sequence[Part], scale
     return (outputs.to(total.dtype) * shares).sum(0).to(queries.dtype), total
 
 
+class _Context(FunctionCtx):
+    """What the forward of ``_Merged`` leaves for its backward."""
+
+    scale: float
+    parts: list[Part]
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+
 class _Merged(torch.autograd.Function):
     """The merge with its gradient.
 
@@ -80,7 +89,7 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, scale: float, parts: Sequence[Part], queries: Tensor, sinks: Tensor | None, *tensors: Tensor
+        ctx: _Context, scale: float, parts: Sequence[Part], queries: Tensor, sinks: Tensor | None, *tensors: Tensor
     ) -> Tensor:
         output, total = _forward(queries, sinks, parts, scale)
         ctx.save_for_backward(queries, sinks, output, total, *tensors)
@@ -89,7 +98,7 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         queries, sinks, output, total, *tensors = ctx.saved_tensors
         gradient = gradient.contiguous()
         towards_queries = torch.zeros_like(queries, dtype=total.dtype)

@@ -13,7 +13,7 @@ Visibility = Callable[[int, int], Tensor | None]
 
 
 def memory_visibility(lengths: Tensor | None) -> Visibility:
-    """Every query sees the first ``lengths[b]`` rows of a segment; None: all of them."""
+    """Let every query see the first ``lengths[b]`` rows of a segment; None: all of them."""
 
     def visible(start: int, stop: int) -> Tensor | None:
         if lengths is None:
@@ -26,7 +26,7 @@ def memory_visibility(lengths: Tensor | None) -> Visibility:
 def text_visibility(
     length: int, text: int, device: torch.device, *, window: int | None = None, padding: Tensor | None = None
 ) -> Visibility:
-    """Causal, aligned at the bottom right, with window and padding, as in ``AttentionRequest``."""
+    """Let queries see text causally, with window and padding, as in ``AttentionRequest``."""
 
     def visible(start: int, stop: int) -> Tensor | None:
         place = torch.arange(start, stop, device=device)
@@ -43,13 +43,13 @@ def text_visibility(
 
 
 def row_products(grad_output: Tensor, output: Tensor) -> Tensor:
-    """``delta`` ``[B, H, T]``: the product of each output with its gradient, in float32 or better."""
+    """Return ``delta`` ``[B, H, T]``: the product of each output with its gradient, in float32 or better."""
     dtype = torch.promote_types(output.dtype, torch.float32)
     return (grad_output.to(dtype) * output.to(dtype)).sum(-1)
 
 
 def sink_gradient(sinks: Tensor, delta: Tensor, log_sums: Tensor) -> Tensor:
-    """Gradient ``[H]`` of the sinks: they take weight, and give nothing to the output."""
+    """Return the gradient ``[H]`` of the sinks: they take weight, and give nothing to the output."""
     column = sinks.to(log_sums.dtype)[:, None]
     return -((column - log_sums).exp() * delta).sum((0, 2))
 
@@ -68,7 +68,7 @@ def partial_backward(
     bias: Tensor | None = None,
     chunk: int = 1024,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What one part of the keys contributes to the gradients. Exact; scores are computed again, a chunk at a time.
+    """Compute the exact share of the gradients that one part of the keys has; scores are computed again, in chunks.
 
     Differentiating a merge of partial attentions part by part, each with the output and the log-sum-exp of its own,
     is wrong: the weights of a part depend on all parts. With those of the merged attention the parts are independent.
@@ -139,5 +139,5 @@ def partial_backward(
 
 
 def _like(gradient: Tensor, part: Tensor) -> Tensor:
-    """Summed over the batch where the part is shared by it."""
+    """Sum a gradient over the batch where the batch shares the part."""
     return gradient.sum(0, keepdim=True) if part.shape[0] == 1 else gradient

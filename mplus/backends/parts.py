@@ -20,7 +20,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def mergeable(request: AttentionRequest) -> list[str]:
-    """Why PyTorch's CPU kernel cannot attend to the parts of ``request``; empty when it can."""
+    """Return why PyTorch's CPU kernel cannot attend to the parts of ``request``; empty when it can."""
     queries = request.queries
     reasons = []
     if queries.device.type != "cpu":
@@ -63,21 +63,21 @@ class Part:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """What gradients go to."""
+        """The keys and values, which gradients go to."""
         return self.keys, self.values
 
     @property
     def partial(self) -> bool:
-        """Whether some queries do not attend to this part."""
+        """True where some queries do not attend to this part."""
         return self.rows is not None or self.blind is not None
 
     def without_tensors(self) -> Part:
-        """The same part, to be kept beside its tensors."""
+        """Return a copy without keys and values, to be kept for backward beside the tensors that autograd saves."""
         nothing = self.keys.new_empty(0)
         return evolve(self, keys=nothing, values=nothing)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Attention of ``[B, H, T, D]`` to this part alone: output, and log-sum-exp ``[B, H, T]``."""
+        """Attend with queries ``[B, H, T, D]`` to this part alone; return the output and log-sum-exp ``[B, H, T]``."""
         batch, heads, length, _ = queries.shape
         mine = queries if self.rows is None else queries[self.rows]
         keys, values = self._own(keys), self._own(values)
@@ -107,7 +107,7 @@ class Part:
         total: Tensor,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients towards queries, keys and values, given output and log-sum-exp of the whole attention."""
+        """Return gradients of queries, keys and values, given output and log-sum-exp of the whole attention."""
         heads = queries.shape[1]
         rows = slice(None) if self.rows is None else self.rows
         dout, q, o, lse = gradient[rows], queries[rows], output[rows], total[rows]
@@ -136,7 +136,7 @@ class Part:
         return part if self.count is None else part[:, :, : self.count]
 
     def _whole(self, gradient: Tensor, like: Tensor) -> Tensor:
-        """The gradient of ``_own``."""
+        """Spread a gradient of what ``_own`` took over the whole tensor, with zeros elsewhere."""
         if gradient.shape == like.shape:
             return gradient
         whole = torch.zeros_like(like)
@@ -145,7 +145,7 @@ class Part:
 
 
 def parts_of(request: AttentionRequest) -> list[Part]:
-    """Memory, oldest first, and text."""
+    """Return the parts of a request: memory, oldest first, and text."""
     if request.joined is not None and request.queries.shape[2] == 1 and request.joined.worthwhile:
         text = _text(request)
         biased = any(segment.bias is not None for segment in request.segments)
@@ -200,7 +200,7 @@ def _text(request: AttentionRequest) -> Part:
 
 
 def pack(part: Tensor, keys: Tensor) -> Tensor:
-    """``[B, H, T, ...]`` -> ``[B, Hkv, G T, ...]``, or ``[1, Hkv, B G T, ...]`` for keys that the batch shares."""
+    """Fold ``[B, H, T, ...]`` to ``[B, Hkv, G T, ...]``, or ``[1, Hkv, B G T, ...]`` for keys that the batch shares."""
     batch, heads, length = part.shape[:3]
     key_heads = keys.shape[1]
     if keys.shape[0] == batch:
@@ -210,7 +210,7 @@ def pack(part: Tensor, keys: Tensor) -> Tensor:
 
 
 def unpack(part: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of ``pack``, to ``shape`` ``[B, H, T, ...]``."""
+    """Undo ``pack``, to ``shape`` ``[B, H, T, ...]``."""
     batch, heads, length = shape[:3]
     if part.shape[0] == batch:
         return part.reshape(shape)

@@ -22,7 +22,7 @@ class ReferenceBackend(AttentionBackend):
     supports_key_bias: ClassVar[bool] = True
 
     def unsupported_reasons(self, request: AttentionRequest) -> list[str]:
-        """Empty for every request."""
+        """Return nothing: it can run every request."""
         return []
 
     def attend(self, request: AttentionRequest) -> AttentionResult:
@@ -47,7 +47,7 @@ def _per_query_head(part: Tensor, request: AttentionRequest) -> Tensor:
 
 
 def _softmax(scores: Tensor, visible: Tensor, sinks: Tensor | None) -> Tensor:
-    """Softmax over the visible scores and the sink of each head, without the sink's share."""
+    """Apply softmax over the visible scores and the sink of each head; the sink's share is left out."""
     count = scores.shape[-1]
     # A row of -inf only would be NaN, in the gradient too; it is computed as a row of zeros and then hidden.
     scores = scores.masked_fill(~visible, -torch.inf).masked_fill(~visible.any(-1, keepdim=True), 0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mplus.backends.base import AttentionBackend, AttentionRequest, AttentionResult
 from mplus.backends.checks import mixed_dtypes
-from mplus.backends.joined import joined_bias, joined_keys_values, joined_visibility, may_see_nothing
+from mplus.backends.joined import joined_bias, joined_keys_values, joined_visibility
 
 
 class SdpaBackend(AttentionBackend):
@@ -22,7 +22,7 @@ class SdpaBackend(AttentionBackend):
     supports_key_bias: ClassVar[bool] = True
 
     def unsupported_reasons(self, request: AttentionRequest) -> list[str]:
-        """Soft caps, sinks, returned weights and mixed dtypes, where the request has them."""
+        """Name soft caps, sinks, returned weights and mixed dtypes, where the request has them."""
         reasons = []
         if request.softcap is not None:
             reasons.append(f"softcap={request.softcap}: scaled_dot_product_attention cannot cap scores")
@@ -57,7 +57,7 @@ class SdpaBackend(AttentionBackend):
 
 
 def _mask(request: AttentionRequest) -> tuple[Tensor | None, bool, Tensor | None]:
-    """``attn_mask``, ``is_causal``, and where the request allows them the queries ``[., ., T, 1]`` that see nothing."""
+    """Return ``attn_mask``, ``is_causal``, and the queries ``[., ., T, 1]`` that see no key; None: there are none."""
     plain = request.mask is None and request.window is None and request.padding is None
     if plain and all(segment.lengths is None and segment.bias is None for segment in request.segments):
         length, text = request.queries.shape[2], request.keys.shape[2]
@@ -66,7 +66,8 @@ def _mask(request: AttentionRequest) -> tuple[Tensor | None, bool, Tensor | None
         if length == text and not any(segment.keys.shape[2] for segment in request.segments):
             return None, True, None
     visible, blind = joined_visibility(request), None
-    if may_see_nothing(request):
+    always = any(segment.lengths is None and segment.keys.shape[2] for segment in request.segments)
+    if not always and (request.mask is not None or request.padding is not None):
         # What kernels make of a row without a key differs, so such queries see everything and are cleared afterwards.
         blind = ~visible.any(-1, keepdim=True)
         visible = visible | blind

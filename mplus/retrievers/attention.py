@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mplus.config import JsonValue
 from mplus.errors import NotSupported
-from mplus.retrievers.base import Heads, Projections, Retriever, Selection, check_selection, top_k
+from mplus.retrievers.base import Heads, Projections, Retriever, RetrieverShape, Selection, check_selection, top_k
 from mplus.retrievers.scores import piece_rows
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class AttentionRetriever(Retriever):
 
     name: ClassVar[str] = "attention"
 
-    def __init__(self, shape: Any, options: Any = None) -> None:
+    def __init__(self, shape: RetrieverShape, options: Retriever.Options | None = None) -> None:
         super().__init__(shape, options)
         self._decoder: Projections | None = None
         self._heads: tuple[Heads, ...] = ()
@@ -47,27 +48,27 @@ class AttentionRetriever(Retriever):
 
     @property
     def query_size(self) -> int:
-        """Of the layer with the widest queries."""
+        """The width of the widest layer's queries."""
         return max((heads.queries * heads.width for heads in self._heads), default=0)
 
     def project_queries(self, layer: int, hidden: Tensor) -> Tensor:
-        """``[B, T, d]`` -> scaled queries of all heads ``[B, T, query_size]``, with zeros behind narrower ones."""
+        """Project ``[B, T, d]`` to scaled queries of all heads ``[B, T, query_size]``, zeros behind narrower ones."""
         queries = self._bound.queries(layer, hidden) * self._heads[layer].scale
         return pad(queries.flatten(-2), (0, self.query_size - queries[0, 0].numel()))
 
     def project_keys(self, layer: int, hidden: Tensor) -> Tensor:
-        """``[M, d]`` -> keys of all key heads ``[M, key_size]``, with zeros behind narrower ones."""
+        """Project ``[M, d]`` to keys of all key heads ``[M, key_size]``, with zeros behind narrower ones."""
         if not len(hidden):
             return hidden.new_empty(0, self.key_size)
         keys = self._bound.keys(layer, hidden[None])[0]
         return pad(keys.flatten(-2), (0, self.key_size - keys[0].numel()))
 
-    def facts(self) -> dict[str, Any]:
-        """Where the keys come from."""
+    def facts(self) -> dict[str, JsonValue]:
+        """Return where the keys come from."""
         return {"keys": "of the layer's attention, not rotated"}
 
     def score(self, layer: int, queries: Tensor, query_mask: Tensor, keys: Tensor) -> Tensor:
-        """See ``Retriever.score``; the softmax is over the ``m`` rows given."""
+        """Compute ``Retriever.score``; the softmax is over the ``m`` rows given."""
         dtype = torch.promote_types(queries.dtype, torch.float32)
         each = queries.ndim == keys.ndim + 1
         with torch.autocast(queries.device.type, enabled=False):
@@ -85,7 +86,7 @@ class AttentionRetriever(Retriever):
     def select(
         self, layer: int, queries: Tensor, query_mask: Tensor, stores: Sequence[StoreView], k: int
     ) -> list[Selection]:
-        """The ``min(k, count)`` rows with the largest share for each batch row; a store is read once."""
+        """Pick the ``min(k, count)`` rows with the largest share for each batch row; a store is read once."""
         check_selection(queries, query_mask, stores, k)
         distinct = {id(store): store for store in stores}
         read = {key: (store.ids(layer), store.keys(layer)) for key, store in distinct.items()}
@@ -99,7 +100,7 @@ class AttentionRetriever(Retriever):
 
     @torch.no_grad()
     def _shares(self, layer: int, text: Tensor, keys: Tensor) -> Tensor:
-        """``[m]`` for a text ``[T, query_size]`` and all rows ``[m, key_size]``, a piece of the rows at a time."""
+        """Return shares ``[m]`` for a text ``[T, query_size]`` and all rows ``[m, key_size]``, some rows at a time."""
         heads = self._heads[layer]
         queries = self._split(layer, text.float()).permute(1, 0, 2, 3).flatten(1, 2)  # [Hkv, T G, D]
         piece = piece_rows(queries.shape[0] * queries.shape[1], queries.device)
@@ -119,7 +120,7 @@ class AttentionRetriever(Retriever):
         return result
 
     def _split(self, layer: int, queries: Tensor) -> Tensor:
-        """``[..., query_size]`` -> ``[..., Hkv, G, D]``: the G heads that share each key head."""
+        """Split ``[..., query_size]`` into ``[..., Hkv, G, D]``: the G heads that share each key head."""
         heads = self._heads[layer]
         shape = (*queries.shape[:-1], heads.keys, heads.queries // heads.keys, heads.width)
         return queries[..., : heads.queries * heads.width].reshape(shape)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from attrs import define
 from torch import Tensor, nn
 
+from mplus.config import JsonValue
 from mplus.errors import InputError, NotSupported
 from mplus.retrievers.ranking import top_places
 from mplus.stores.base import StoreView
@@ -17,7 +18,7 @@ from mplus.stores.base import StoreView
 
 @define(frozen=True, kw_only=True)
 class RetrieverShape:
-    """Sizes a retriever is built for: ``layers`` that carry memory, their ``hidden_size`` d."""
+    """Sizes that a retriever is built for: ``layers`` that carry memory, and their ``hidden_size`` d."""
 
     layers: int
     hidden_size: int
@@ -25,7 +26,7 @@ class RetrieverShape:
 
 @define(frozen=True, eq=False)
 class Selection:
-    """What one batch row retrieves in one layer: ``ids`` ``[n]`` int64, best first, ``scores`` ``[n]`` float32."""
+    """The rows that one batch row retrieves in one layer: ``ids`` ``[n]`` int64, best first, ``scores`` float32."""
 
     ids: Tensor
     scores: Tensor
@@ -33,7 +34,7 @@ class Selection:
 
 @define(frozen=True)
 class Heads:
-    """Attention heads of a layer: H with ``queries``, Hkv with ``keys``, their ``width`` D, ``scale`` of products."""
+    """Attention heads of a layer: ``queries`` H and ``keys`` Hkv, their ``width`` D, and the ``scale`` of products."""
 
     queries: int
     keys: int
@@ -48,13 +49,13 @@ class Projections(Protocol):
     """
 
     def heads(self, layer: int) -> Heads:
-        """Sizes. Raises NotSupported when the decoder does not show its queries and keys."""
+        """Return the heads of a layer. Raises NotSupported when the decoder does not show its queries and keys."""
 
     def queries(self, layer: int, hidden: Tensor) -> Tensor:
-        """``[B, n, d]`` -> ``[B, n, H, D]``."""
+        """Project ``[B, n, d]`` to queries ``[B, n, H, D]``."""
 
     def keys(self, layer: int, hidden: Tensor) -> Tensor:
-        """``[B, n, d]`` -> ``[B, n, Hkv, D]``."""
+        """Project ``[B, n, d]`` to keys ``[B, n, Hkv, D]``."""
 
 
 class Retriever(nn.Module, ABC):
@@ -62,6 +63,25 @@ class Retriever(nn.Module, ABC):
 
     Built as ``Retriever(shape, options)``. Hidden states are those *after the layer's input norm*.
     Reading never changes a store, and equal input gives equal output.
+
+    Attributes:
+        name: in configurations.
+        key_size: width r of the keys kept with each row; 0 when the retriever needs none.
+
+    Example:
+        The newest rows first, whatever the text says:
+
+        >>> from mplus.retrievers import Retriever, RetrieverShape, check_selection, top_k
+        >>> class Newest(Retriever):
+        ...     name = "newest"
+        ...
+        ...     def select(self, layer, queries, query_mask, stores, k):
+        ...         check_selection(queries, query_mask, stores, k)
+        ...         return [top_k(store.column(layer, "birth").float(), store.ids(layer), k) for store in stores]
+        >>> retriever = Newest(RetrieverShape(layers=2, hidden_size=8))
+        >>> text = torch.ones(1, 3, 8)
+        >>> retriever.select(0, retriever.project_queries(0, text), torch.ones(1, 3, dtype=torch.bool), [store], 2)[0].ids
+        tensor([4, 3])
     """
 
     @define(frozen=True, kw_only=True)
@@ -69,41 +89,40 @@ class Retriever(nn.Module, ABC):
         """Options of the implementation (attrs class; the base class has none)."""
 
         @classmethod
-        def defaults(cls, variant: str) -> dict[str, Any]:
-            """Option values that differ from the class's own in this variant of the mechanism."""
+        def defaults(cls, variant: str) -> dict[str, JsonValue]:
+            """Return option values that differ from the class's own in this variant of the mechanism."""
             return {}
 
     name: ClassVar[str]
     key_size: int = 0
-    """Width r of the keys kept with each row; 0 when the retriever needs none."""
 
-    def __init__(self, shape: RetrieverShape, options: Any = None) -> None:
+    def __init__(self, shape: RetrieverShape, options: Options | None = None) -> None:
         super().__init__()
         self.shape = shape
         self.options = options if options is not None else self.Options()
 
     @property
     def query_size(self) -> int:
-        """Width of the queries, where it is not that of the keys."""
+        """The width of the queries: that of the keys, unless a retriever says otherwise."""
         return self.key_size
 
     def attach(self, decoder: Projections) -> None:
-        """Called once, when a decoder has been wrapped with this retriever; ``key_size`` may change here.
+        """Take what is needed of a decoder that has been wrapped with this retriever; ``key_size`` may change here.
 
         Raises:
             NotSupported: the retriever needs what this decoder does not give.
         """
 
     def project_queries(self, layer: int, hidden: Tensor) -> Tensor:
-        """``[B, T, d]`` -> queries ``[B, T, query_size]``. A retriever without keys returns width 0."""
+        """Project ``[B, T, d]`` to queries ``[B, T, query_size]``. A retriever without keys returns width 0."""
         return hidden.new_empty(*hidden.shape[:-1], 0)
 
     def project_keys(self, layer: int, hidden: Tensor) -> Tensor | None:
-        """``[M, d]`` -> keys ``[M, r]``, or None when ``key_size`` is 0. Called once, when a row leaves the STM."""
+        """Project ``[M, d]`` to keys ``[M, r]``; None when ``key_size`` is 0. Called once for a row, when it is stored."""
         return None
 
     def project_encoder_queries(self, layer: int, hidden: Tensor) -> Tensor:
-        """``[B, K, d]`` memory rows -> queries ``[B, K, r]`` for rows of the same source: for training only.
+        """Project memory rows ``[B, K, d]`` to queries ``[B, K, r]`` for rows of the same source: for training only.
 
         Raises:
             NotSupported: the retriever has no such projection.
@@ -114,7 +133,7 @@ class Retriever(nn.Module, ABC):
         )
 
     def score(self, layer: int, queries: Tensor, query_mask: Tensor, keys: Tensor) -> Tensor:
-        """What ``select`` ranks rows by, differentiable and in batches: for training.
+        """Compute the numbers that ``select`` ranks rows by, differentiable and in batches: for training.
 
         Args:
             layer: index among the layers that carry memory.
@@ -133,23 +152,23 @@ class Retriever(nn.Module, ABC):
             "use one that does, such as 'linear'"
         )
 
-    def facts(self) -> dict[str, Any]:
-        """Facts besides its parameters, as plain data, that a saved memory holds a model to: how keys are compared."""
+    def facts(self) -> dict[str, JsonValue]:
+        """Return how keys are compared, as plain data: with its parameters, what a saved memory holds a model to."""
         return {}
 
-    def index_facts(self, layer: int, store: StoreView) -> dict[str, Any]:
-        """Plain facts of the index that a read of ``layer`` is served by; {} where every row is looked at."""
+    def index_facts(self, layer: int, store: StoreView) -> dict[str, JsonValue]:
+        """Describe the index that serves reads of ``layer``, as plain data; {} where every row is looked at."""
         return {}
 
     def sync_index(self, store: StoreView) -> None:
-        """Bring what is kept of a store's rows, if anything is, up to date: nothing stays of rows that were removed."""
+        """Sync the index of a store, if there is one, with its rows: removed rows leave it."""
 
     def index_tensors(self, layer: int, store: StoreView) -> dict[str, Tensor]:
-        """What an index over exactly these rows can be made of again, to be saved with them; {} where there is none."""
+        """Return tensors to save with these rows, from which ``load_index`` makes their index again; {}: no index."""
         return {}
 
     def load_index(self, layer: int, store: StoreView, tensors: Mapping[str, Tensor]) -> None:
-        """Take over an index that was saved with these rows.
+        """Make the index from tensors that were saved with these rows.
 
         Raises:
             InputError: the tensors are not of an index over these rows: leave them, and it is made from the keys.
@@ -159,7 +178,7 @@ class Retriever(nn.Module, ABC):
     def select(
         self, layer: int, queries: Tensor, query_mask: Tensor, stores: Sequence[StoreView], k: int
     ) -> list[Selection]:
-        """The ``min(k, count)`` best rows of ``layer`` for each batch row.
+        """Pick the ``min(k, count)`` best rows of ``layer`` for each batch row.
 
         Args:
             layer: index among the layers that carry memory.
@@ -190,6 +209,6 @@ def check_selection(queries: Tensor, query_mask: Tensor, stores: Sequence[StoreV
 
 
 def top_k(scores: Tensor, ids: Tensor, k: int) -> Selection:
-    """The ``min(k, m)`` best of ``scores`` ``[m]`` (float32): score descending, ties by lowest position, NaN last."""
+    """Select the ``min(k, m)`` best of ``scores`` ``[m]`` float32: descending, ties by lowest position, NaN last."""
     places, best = top_places(scores, k)
     return Selection(ids[places], best)

@@ -13,7 +13,7 @@ from mplus.stores.base import StoreView
 
 
 def rank(score: str, text: Tensor, ids: Tensor, keys: Tensor, k: int) -> Selection:
-    """The ``min(k, n)`` best of some rows by a score, in float32: score descending, ties by lowest id.
+    """Select the ``min(k, n)`` best of some rows by a score, in float32: descending, ties by lowest id.
 
     Args:
         score: its name, of ``mplus.retrievers.scores``.
@@ -28,20 +28,20 @@ def rank(score: str, text: Tensor, ids: Tensor, keys: Tensor, k: int) -> Selecti
 
 
 def keys_of(store: StoreView, layer: int, ids: Tensor) -> Tensor:
-    """``[n, r]`` keys of the rows with these ids, wherever those are. Raises InputError where rows have none."""
+    """Gather keys ``[n, r]`` of the rows with these ids, wherever those are. Raises InputError where rows have none."""
     ids = ids.to(store.layout.device)
     return needed(store.gather(layer, ids, leave_out=("hidden", "projected", "expiry")).key, layer)
 
 
 def needed(keys: Tensor | None, layer: int) -> Tensor:
-    """``keys``. Raises InputError (a ValueError) where there are none."""
+    """Return ``keys``. Raises InputError (a ValueError) where there are none."""
     if keys is None:
         raise InputError(f"this retriever needs rows with keys; those of layer {layer} have none (key_size=0)")
     return keys
 
 
 def same_store(stores: Sequence[StoreView]) -> Iterator[tuple[StoreView, list[int]]]:
-    """Each store once, with the batch rows it is given for."""
+    """Yield each store once, with the batch rows it is given for."""
     shared: dict[int, list[int]] = {}
     for row, store in enumerate(stores):
         shared.setdefault(id(store), []).append(row)

@@ -50,7 +50,7 @@ class CentroidRetriever(LinearRetriever):
     def select(
         self, layer: int, queries: Tensor, query_mask: Tensor, stores: Sequence[StoreView], k: int
     ) -> list[Selection]:
-        """The ``min(k, count)`` best rows for each batch row, nearly; a store given for several rows is read once."""
+        """Pick nearly the ``min(k, count)`` best rows for each batch row; a store given for several is read once."""
         check_selection(queries, query_mask, stores, k)
         wanted = int(self.options.oversample * k)
         found: dict[int, Selection] = {}
@@ -72,7 +72,7 @@ class CentroidRetriever(LinearRetriever):
 
     @torch.no_grad()
     def _candidates(self, layer: int, texts: Sequence[Tensor], store: StoreView, wanted: int) -> list[Tensor]:
-        """Ids of the rows that score best by the summary of each text."""
+        """Return ids of the rows that score best by the summary of each text."""
         summaries = [summarise(text.float(), self.options.centroids, self.options.steps) for text in texts]
         chunks = store.chunks(layer, "key")
         for chunk in chunks:
@@ -82,7 +82,7 @@ class CentroidRetriever(LinearRetriever):
 
 
 def summarise(queries: Tensor, count: int, steps: int) -> tuple[Tensor, Tensor]:
-    """Centroids that stand for the queries of a text, by k-means from queries that are spread evenly over it.
+    """Summarise the queries of a text by centroids: k-means from queries that are spread evenly over it.
 
     Args:
         queries: ``[T, r]`` float32, T of at least 1.
@@ -108,7 +108,7 @@ def summarise(queries: Tensor, count: int, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def weighted_sigmoids(summaries: Sequence[tuple[Tensor, Tensor]], keys: Tensor) -> Tensor:
-    """``sum_c weight_c sigmoid(centroid_c . k)`` for each of several texts and every key.
+    """Compute ``sum_c weight_c sigmoid(centroid_c . k)`` for each of several texts and every key.
 
     Args:
         summaries: of each text, as ``summarise`` gives them.

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from attrs import define, field
 from torch import Tensor
 
-from mplus.config import flag, number, whole
-from mplus.retrievers.base import RetrieverShape, Selection, check_selection
+from mplus.config import JsonValue, flag, number, whole
+from mplus.retrievers.base import Retriever, RetrieverShape, Selection, check_selection
 from mplus.retrievers.candidates import keys_of, rank, same_store
-from mplus.retrievers.index_cache import IndexCache, SyncedIndex
+from mplus.retrievers.index_cache import IndexCache
 from mplus.retrievers.linear import LinearRetriever
 from mplus.stores.base import StoreView
 
@@ -59,7 +59,7 @@ class FaissIvfRetriever(LinearRetriever):
     options: Options
     name: ClassVar[str] = "faiss_ivf"
 
-    def __init__(self, shape: RetrieverShape, options: Any = None) -> None:
+    def __init__(self, shape: RetrieverShape, options: Retriever.Options | None = None) -> None:
         super().__init__(shape, options)
         chosen = self.options
         self.index_cache = IndexCache(max(chosen.least, chosen.cells or 1), chosen.cells, chosen.outgrown, chosen.gpu)
@@ -67,7 +67,7 @@ class FaissIvfRetriever(LinearRetriever):
     def select(
         self, layer: int, queries: Tensor, query_mask: Tensor, stores: Sequence[StoreView], k: int
     ) -> list[Selection]:
-        """``min(k, count)`` rows for each batch row, nearly the best; see the class."""
+        """Pick ``min(k, count)`` rows for each batch row, nearly the best; see the class."""
         check_selection(queries, query_mask, stores, k)
         found: dict[int, Selection] = {}
         for store, rows in same_store(stores):
@@ -82,8 +82,8 @@ class FaissIvfRetriever(LinearRetriever):
             found.update(zip(rows, selections, strict=True))
         return [found[row] for row in range(len(stores))]
 
-    def index_facts(self, layer: int, store: StoreView) -> dict[str, Any]:
-        """What a read of this layer is served by: the index's size, or {} where all rows are scored."""
+    def index_facts(self, layer: int, store: StoreView) -> dict[str, JsonValue]:
+        """Return the size of the index that serves reads of this layer; {} where all rows are scored."""
         with self.index_cache.synced(store, layer) as ready:
             if ready is None:
                 return {}
@@ -91,11 +91,11 @@ class FaissIvfRetriever(LinearRetriever):
             return {"rows": len(index), "cells": index.cells, "trained_on": index.trained_on, "added": index.added}
 
     def sync_index(self, store: StoreView) -> None:
-        """See ``Retriever.follow``. No index is made that was not there."""
+        """Bring the indexes of a store up to its rows. No index is made that was not there."""
         self.index_cache.sync(store)
 
     def index_tensors(self, layer: int, store: StoreView) -> dict[str, Tensor]:
-        """The index of a layer as a few tensors, to be saved beside its rows; {} where there is none.
+        """Return the index of a layer as a few tensors, to be saved beside its rows; {} where there is none.
 
         They take 4 bytes a row and 4 r a cell: the keys are those of the rows.
         """
@@ -113,7 +113,7 @@ class FaissIvfRetriever(LinearRetriever):
     def _candidates(
         self, layer: int, texts: Sequence[Tensor], store: StoreView, k: int
     ) -> list[tuple[Tensor, Tensor]] | None:
-        """Ids and keys to be ranked for each text; None without an index, and for a text that has no order of rows."""
+        """Find ids and keys to rank for each text; None: there is no index, or a query that is not finite."""
         means = [text.float().mean(0) for text in texts]
         if not all(bool(mean.isfinite().all()) for mean in means):
             return None
@@ -122,20 +122,16 @@ class FaissIvfRetriever(LinearRetriever):
                 return None
             # A few more than wanted: faiss adds products up in another order, which can turn close ones round.
             wanted = int(self.options.oversample * k) if self.options.score == "sigmoid_mean" else k + k // 16 + 4
-            probes = self.options.probes or probes_for(ready, wanted)
+            index = ready.index
+            enough = round(4 * wanted * index.cells / max(len(index), 1))  # cells that hold four times the rows wanted
+            probes = self.options.probes or max(32, index.cells // 64, enough)
             besides = ready.added
             others = keys_of(store, layer, besides).float().cpu() if len(besides) else None
             found = []
             for mean in means:
-                ids = ready.index.search(mean, wanted, probes, ready.removed)
-                keys = ready.index.keys(ids)
+                ids = index.search(mean, wanted, probes, ready.removed)
+                keys = index.keys(ids)
                 if others is not None:
                     ids, keys = torch.cat([ids, besides]), torch.cat([keys, others])
                 found.append((ids.to(store.layout.device), keys.to(mean.device)))
             return found
-
-
-def probes_for(ready: SyncedIndex, wanted: int) -> int:
-    """Cells to look into for ``wanted`` rows."""
-    index = ready.index
-    return max(32, index.cells // 64, round(4 * wanted * index.cells / max(len(index), 1)))

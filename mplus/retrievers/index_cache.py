@@ -7,7 +7,6 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -72,12 +71,12 @@ class IndexCache:
         self._slots: WeakKeyDictionary[Identity, dict[int, _Slot]] = WeakKeyDictionary()
         self._lock = ProcessLock()
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[IndexCache], tuple[int, int | None, float, bool]]:
         return IndexCache, (self.least, self.cells, self.outgrown, self.gpu)
 
     @contextmanager
     def synced(self, store: StoreView, layer: int) -> Iterator[SyncedIndex | None]:
-        """The index for a view, to be used inside only; None where rows are few or their ids do not last.
+        """Yield the index for a view, to be used inside only; None where rows are few or their ids do not last.
 
         An index follows the newest view it is asked for. For an older one, such as a snapshot that a generation reads
         while more is written, it stays as it is, and what the two do not have in common is named.
@@ -98,7 +97,7 @@ class IndexCache:
                 pass
 
     def tensors(self, store: StoreView, layer: int) -> dict[str, Tensor]:
-        """What an index of exactly the rows of ``store`` can be built from again; empty where there is none.
+        """Return tensors that an index of exactly the rows of ``store`` can be built from; empty where there is none.
 
         See ``IvfIndex.tensors``; ``cell`` is in the order of the rows.
         """
@@ -148,7 +147,7 @@ class IndexCache:
             return SyncedIndex(index, gone, new)
         slot.index, slot.revision = None, None  # whatever ends a change early leaves no index that is half changed
         try:
-            if index is None or self._is_outgrown(index, len(ids), len(new)):
+            if index is None or self._is_outgrown(index, len(new)):
                 index = self._trained(store, layer, ids)
             else:
                 index.remove(gone)
@@ -162,18 +161,20 @@ class IndexCache:
 
     @staticmethod
     def _is_older(slot: _Slot, revision: int | None, index: IvfIndex, ids: Tensor) -> bool:
-        """Whether a view is of an earlier moment than the index; by the newest row where changes are not counted."""
+        """Return whether a view is older than the index; judged by the newest row where changes are not counted."""
         if revision is not None and slot.revision is not None:
             return revision < slot.revision
         return len(index) > 0 and int(ids[-1]) < int(index.ids[-1])
 
-    def _is_outgrown(self, index: IvfIndex, rows: int, new: int) -> bool:
-        """Whether it was trained on far fewer rows than there have been since, those that left again included."""
+    def _is_outgrown(self, index: IvfIndex, new: int) -> bool:
+        """Return whether far more rows have come than it was trained on, those that left again included."""
         return index.added - index.trained_on + new > self.outgrown * index.trained_on
 
     def _trained(self, store: StoreView, layer: int, ids: Tensor) -> IvfIndex:
-        cells = self.cells or cells_for(len(ids))
-        index = IvfIndex.train(_spread(store, layer, ids, cells * POINTS_PER_CELL), cells, len(ids))
+        cells = self.cells or max(1, round(2 * math.sqrt(len(ids))))
+        count = min(len(ids), cells * POINTS_PER_CELL)
+        spread = ids[torch.arange(count) * len(ids) // count]  # evenly over all rows, old and new
+        index = IvfIndex.train(keys_of(store, layer, spread), cells, len(ids))
         logger.info("layer %d: an index of %d cells was trained on %d rows", layer, index.cells, len(ids))
         index.resources = self._resources
         for part, keys in _chunks(store, layer):
@@ -181,13 +182,8 @@ class IndexCache:
         return index
 
 
-def cells_for(rows: int) -> int:
-    """Cells of an index that is made for so many rows: about two square roots of them."""
-    return max(1, round(2 * math.sqrt(rows)))
-
-
 def differences(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids of ``old`` that are not in ``new``, and the reverse; both ascending."""
+    """Return ids of ``old`` that are not in ``new``, and the reverse; both ascending."""
     if len(old) and len(new):
         # As a rule the oldest left and new ones came: then nothing has to be looked for.
         first = int(torch.searchsorted(old, new[0]))
@@ -198,21 +194,15 @@ def differences(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _without(some: Tensor, others: Tensor) -> Tensor:
-    """``some`` but for ``others``, both ascending."""
+    """Return ``some`` without ``others``, both ascending."""
     if not len(others):
         return some
     places = torch.searchsorted(others, some).clamp(max=len(others) - 1)
     return some[others[places] != some]
 
 
-def _spread(store: StoreView, layer: int, ids: Tensor, most: int) -> Tensor:
-    """Keys of at most so many rows, spread evenly over all of them."""
-    count = min(len(ids), most)
-    return keys_of(store, layer, ids[torch.arange(count) * len(ids) // count])
-
-
 def _chunks(store: StoreView, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ids and keys of all rows, a chunk at a time."""
+    """Yield ids and keys of all rows, a chunk at a time."""
     for chunk in store.chunks(layer, "key"):
         keys = needed(chunk.columns.get("key"), layer)
         yield (chunk.ids, keys) if chunk.live is None else (chunk.ids[chunk.live], keys[chunk.live])

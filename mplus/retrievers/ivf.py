@@ -21,7 +21,7 @@ POINTS_PER_CELL = 64
 GPU_MOST = 2048
 """Rows that faiss finds on a GPU at a time, and cells that it looks into, without cuVS."""
 TRAINING_STEPS = 8
-"""Of k-means."""
+"""Steps of k-means."""
 
 
 class IvfIndex:
@@ -53,7 +53,7 @@ class IvfIndex:
 
     @staticmethod
     def train(keys: Tensor, cells: int, trained_on: int) -> IvfIndex:
-        """An index without rows, whose cells are found by k-means among ``keys`` ``[m, r]``, the same for equal keys.
+        """Make an index without rows, whose cells k-means finds among ``keys`` ``[m, r]``; equal keys give equal cells.
 
         Args:
             keys: ``POINTS_PER_CELL`` for each cell are enough.
@@ -92,7 +92,7 @@ class IvfIndex:
 
     @torch.no_grad()
     def add(self, ids: Tensor, keys: Tensor, cells: Tensor | None = None) -> None:
-        """Take rows with ``keys`` ``[n, r]`` and ``ids`` ``[n]``, ascending and larger than all before.
+        """Add rows with ``keys`` ``[n, r]`` and ``ids`` ``[n]``, ascending and larger than all before.
 
         Args:
             ids, keys: of the rows.
@@ -136,7 +136,7 @@ class IvfIndex:
 
     @torch.no_grad()
     def search(self, query: Tensor, count: int, probes: int, without: Tensor | None = None) -> Tensor:
-        """Ids ``[n]`` of ``min(count, rows)`` rows with large inner products, those of the cells looked into.
+        """Find ids ``[n]`` of ``min(count, rows)`` rows with large inner products, in the cells looked into.
 
         More cells than ``probes`` are looked into where these hold too few rows. A GPU is used where there is one for
         all but what it cannot do: more rows or cells than ``GPU_MOST``, rows left out.
@@ -173,14 +173,14 @@ class IvfIndex:
         return self._copy
 
     def keys(self, ids: Tensor) -> Tensor:
-        """``[n, r]`` float32 keys of the rows with these ids, which it holds."""
+        """Return float32 keys ``[n, r]`` of the rows with these ids, which it holds."""
         if not len(ids):
             return torch.empty(0, self._index.d)
         with _threads(1):
             return torch.from_numpy(self._index.reconstruct_batch(ids.cpu().contiguous().numpy()))
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it takes to build this index again from keys, at the cost of copying them.
+        """Return the tensors from which ``of`` builds this index again, given the keys.
 
         Returns:
             ``centers`` ``[cells, r]`` float32, ``cell`` ``[m]`` int32 in the order of ``ids``, and ``trained_on`` and
@@ -203,7 +203,7 @@ class IvfIndex:
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor], rows: int, pieces: Iterable[tuple[Tensor, Tensor]]) -> IvfIndex:
-        """The index that ``tensors`` are of, over the same ``rows``, which ``pieces`` give as ids and keys, in order.
+        """Build the index again that gave ``tensors``, over the same ``rows``: ``pieces`` are ids and keys, in order.
 
         Raises:
             InputError: the tensors cannot be those of an index over these keys; the message says why.
@@ -223,7 +223,7 @@ class IvfIndex:
 
 
 def gpu_resources() -> Any:
-    """What searches on a GPU share. Raises NotSupported where faiss sees none."""
+    """Return the resources that searches on a GPU share. Raises NotSupported where faiss sees no GPU."""
     if not faiss.get_num_gpus():
         raise NotSupported(
             "searching an index on a GPU takes a faiss that was built for GPUs and sees one, and this one sees none: "
@@ -233,7 +233,7 @@ def gpu_resources() -> Any:
 
 
 def _problem(tensors: Mapping[str, Tensor], rows: int) -> str | None:
-    """What is wrong with the tensors of an index over so many rows, if anything is: faiss itself looks at nothing."""
+    """Return what is wrong with the tensors of an index over so many rows, or None; faiss itself checks nothing."""
     missing = {"centers", "cell", "trained_on", "added"} - tensors.keys()
     if missing:
         return f"it must have {', '.join(sorted(missing))}, which are missing"
@@ -259,7 +259,7 @@ def _finite(keys: Tensor) -> Tensor:
 
 
 def _numpy(keys: Tensor) -> Any:
-    """A contiguous float32 array, without a copy where it is one already."""
+    """Return a contiguous float32 array, without a copy where it is one already."""
     return keys.to(device="cpu", dtype=torch.float32).contiguous().numpy()
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from attrs import define, field
 from torch import Tensor, nn
 
-from mplus.config import flag, one_of, whole
+from mplus.config import JsonValue, flag, one_of, whole
 from mplus.retrievers.base import Retriever, RetrieverShape, Selection, check_selection
 from mplus.retrievers.ranking import best_rows
 from mplus.retrievers.scores import SCORES, score_rows
@@ -45,14 +45,14 @@ class LinearRetriever(Retriever):
         encoder_queries: bool = field(default=False, validator=flag)
 
         @classmethod
-        def defaults(cls, variant: str) -> dict[str, Any]:
-            """The released code knows one score."""
+        def defaults(cls, variant: str) -> dict[str, JsonValue]:
+            """Return the one score that the released code knows, in that variant."""
             return {"score": "sigmoid_mean"} if variant == "published" else {}
 
     options: Options
     name: ClassVar[str] = "linear"
 
-    def __init__(self, shape: RetrieverShape, options: Any = None) -> None:
+    def __init__(self, shape: RetrieverShape, options: Retriever.Options | None = None) -> None:
         super().__init__(shape, options)
         self.key_size = self.options.width
         self.query_proj = nn.ModuleList(_projector(shape.hidden_size, self.options) for _ in range(shape.layers))
@@ -62,31 +62,31 @@ class LinearRetriever(Retriever):
             self.encoder_query_proj = nn.ModuleList(projectors)
 
     def project_queries(self, layer: int, hidden: Tensor) -> Tensor:
-        """``[B, T, d]`` -> ``[B, T, r]`` in the dtype of the projectors."""
+        """Project ``[B, T, d]`` to ``[B, T, r]`` in the dtype of the projectors."""
         return _project(self.query_proj[layer], hidden)
 
     def project_keys(self, layer: int, hidden: Tensor) -> Tensor:
-        """``[M, d]`` -> ``[M, r]`` in the dtype of the projectors."""
+        """Project ``[M, d]`` to ``[M, r]`` in the dtype of the projectors."""
         return _project(self.key_proj[layer], hidden)
 
     def project_encoder_queries(self, layer: int, hidden: Tensor) -> Tensor:
-        """``[B, K, d]`` -> ``[B, K, r]``. Raises NotSupported without ``encoder_queries``."""
+        """Project ``[B, K, d]`` to ``[B, K, r]``. Raises NotSupported without ``encoder_queries``."""
         if not self.options.encoder_queries:
             return super().project_encoder_queries(layer, hidden)
         return _project(self.encoder_query_proj[layer], hidden)
 
     def score(self, layer: int, queries: Tensor, query_mask: Tensor, keys: Tensor) -> Tensor:
-        """See ``Retriever.score``."""
+        """Compute the score of the options; see ``Retriever.score``."""
         return SCORES[self.options.score](queries, query_mask, keys)
 
-    def facts(self) -> dict[str, Any]:
-        """The score."""
+    def facts(self) -> dict[str, JsonValue]:
+        """Return the score's name."""
         return {"score": self.options.score}
 
     def select(
         self, layer: int, queries: Tensor, query_mask: Tensor, stores: Sequence[StoreView], k: int
     ) -> list[Selection]:
-        """The ``min(k, count)`` best rows for each batch row; a store given for several rows is read once."""
+        """Pick the ``min(k, count)`` best rows for each batch row; a store given for several rows is read once."""
         check_selection(queries, query_mask, stores, k)
         whole, shared = query_mask.all(1).tolist(), dict[int, list[int]]()
         for row, store in enumerate(stores):
@@ -104,7 +104,7 @@ class LinearRetriever(Retriever):
 
 
 def _project(projector: nn.Module, hidden: Tensor) -> Tensor:
-    """A decoder in another precision than its retriever (a quantised one, say) is legal."""
+    """Project in the retriever's precision, which may be another than the decoder's (a quantised one's, say)."""
     weight = next(projector.parameters())
     return projector(hidden.to(weight.dtype))  # type: ignore[no-any-return]
 
@@ -121,7 +121,7 @@ class Projection(nn.Module):
         self.weight = nn.Linear(inputs, outputs, bias=False).weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """See above."""
+        """Map ``[..., inputs]`` to ``[..., outputs]``."""
         return nn.functional.linear(x, self.weight)
 
 

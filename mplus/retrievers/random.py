@@ -37,7 +37,7 @@ class RandomRetriever(Retriever):
     def select(
         self, layer: int, queries: Tensor, query_mask: Tensor, stores: Sequence[StoreView], k: int
     ) -> list[Selection]:
-        """``min(k, count)`` random rows for each batch row; the scores are the numbers drawn."""
+        """Pick ``min(k, count)`` random rows for each batch row; the scores are the numbers drawn."""
         check_selection(queries, query_mask, stores, k)
         return [self._draw(layer, store, k) for store in stores]
 

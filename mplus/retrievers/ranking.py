@@ -1,4 +1,4 @@
-"""The best of many scores: score descending, ties by lowest position, NaN last; and of more rows than fit at once."""
+"""Ranking by score, also of more rows than fit at once: score descending, ties by lowest position, NaN last."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LOW = 0xFFFFFFFF
 
 
 def top_places(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Positions ``[min(k, m)]`` of the best of ``scores`` ``[m]`` float32, and the scores there; NaN as -inf.
+    """Find positions ``[min(k, m)]`` of the best of ``scores`` ``[m]`` float32, and the scores there; NaN as -inf.
 
     Raises:
         InputError: scores of another dtype.
@@ -29,7 +29,7 @@ def top_places(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def best_rows(
     chunks: Sequence[Chunk], texts: int, k: int, score: Callable[[Tensor], Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
-    """The ``min(k, rows)`` best rows for each of several texts, a block of rows at a time.
+    """Find the ``min(k, rows)`` best rows for each of several texts, a block of rows at a time.
 
     Args:
         chunks: of a store, with the column "key".
@@ -64,7 +64,7 @@ def best_rows(
 
 
 def _promising(scores: Tensor, best: Tensor, k: int) -> Tensor | None:
-    """Places of the scores that can still be among the ``k`` best of the only text; None: any can, or there are more.
+    """Find the scores that can still be among the ``k`` best of the only text; None: any can, or texts are several.
 
     Ranking takes several times as long as comparing, and behind the first blocks few rows are left.
     """
@@ -76,7 +76,7 @@ def _promising(scores: Tensor, best: Tensor, k: int) -> Tensor | None:
 
 
 def _blocks(chunks: Sequence[Chunk], rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Ids, keys, and the places among them where rows are (None: all), of up to ``rows`` places at a time."""
+    """Yield ids, keys, and the places among them where rows are (None: all), of up to ``rows`` places at a time."""
     for chunk in chunks:
         for low in range(0, len(chunk.ids), rows):
             own = slice(low, low + rows)
@@ -85,7 +85,7 @@ def _blocks(chunks: Sequence[Chunk], rows: int) -> Iterator[tuple[Tensor, Tensor
 
 
 def _ranks(scores: Tensor, positions: Tensor) -> Tensor:
-    """One whole number for each score, int64 of the same shape, that falls from better to worse.
+    """Turn each score into a whole number, int64 of the same shape, that falls from better to worse.
 
     ``torch.topk`` leaves the choice among equal scores open; these numbers are all different. The upper half is the
     score, the lower half its position.
@@ -97,22 +97,22 @@ def _ranks(scores: Tensor, positions: Tensor) -> Tensor:
 
 
 def _ascending(bits: Tensor) -> Tensor:
-    """Bits of float32 as int32 that order as the numbers do, and the other way round: those of negative ones fall."""
+    """Turn bits of float32 into int32 that order as the numbers do, and back: those of negative numbers fall."""
     return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
 
 
 def _unranked(ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions and scores."""
+    """Undo ``_ranks``: return positions and scores."""
     return _LOW - (ranks & _LOW), _ascending((ranks >> 32).int()).view(torch.float32)
 
 
 def _top(ranks: Tensor, k: int, last: bool = False) -> Tensor:
-    """The ``k`` best, if there are so many; in order the ``last`` time."""
+    """Return the ``k`` best, if there are so many; in order the ``last`` time."""
     return ranks.topk(min(k, ranks.shape[-1]), sorted=last).values
 
 
 def _ids_at(blocks: Sequence[Tensor], places: Tensor) -> Tensor:
-    """``[n]`` ids of the rows at ``places`` ``[n]``, which count on from block to block."""
+    """Return ids of the rows at ``places`` ``[n]``, which count on from block to block."""
     if len(blocks) == 1:
         return blocks[0].index_select(0, places)
     ids, start = torch.empty_like(places), 0

@@ -1,4 +1,4 @@
-"""How well rows of memory fit a text, from queries and keys: plain, differentiable, in float32 or better."""
+"""Scores of memory rows for a text, from queries and keys: plain, differentiable, in float32 or better."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_PRODUCTS_ON_A_DEVICE = 2**24
 
 
 def mean_dot(queries: Tensor, mask: Tensor, keys: Tensor) -> Tensor:
-    """``(mean_i q_i) . k``: one query vector for the text, so that an index of inner products can serve it.
+    """Compute ``(mean_i q_i) . k``: one query vector for the text, so that an index of inner products can serve it.
 
     Args:
         queries: ``[B, T, r]``, or ``[B, R, T, r]`` for R texts against the same rows; or without B.
@@ -40,7 +40,7 @@ def mean_dot(queries: Tensor, mask: Tensor, keys: Tensor) -> Tensor:
 
 
 def sigmoid_mean(queries: Tensor, mask: Tensor, keys: Tensor) -> Tensor:
-    """``mean_i sigmoid(q_i . k)``, between 0 and 1 (M+ section 3.2). Arguments and result as for ``mean_dot``."""
+    """Compute ``mean_i sigmoid(q_i . k)``, from 0 to 1 (M+ section 3.2). Arguments and result as for ``mean_dot``."""
     _check(queries, mask, keys)
     with torch.autocast(queries.device.type, enabled=False):
         queries, keys = _precise(queries, mask, keys)
@@ -52,7 +52,7 @@ SCORES: Mapping[str, Score] = {"mean_dot": mean_dot, "sigmoid_mean": sigmoid_mea
 
 @torch.no_grad()
 def score_rows(name: str, texts: Sequence[Tensor], keys: Tensor) -> Tensor:
-    """The score of every row for each of several texts, a piece of the rows at a time, without autograd.
+    """Score every row for each of several texts, a piece of the rows at a time, without autograd.
 
     Where queries and keys are on one NVIDIA GPU and triton is installed, a kernel computes "sigmoid_mean" in one go,
     with that device's approximation of the sigmoid.
@@ -91,7 +91,7 @@ def score_rows(name: str, texts: Sequence[Tensor], keys: Tensor) -> Tensor:
 
 
 def piece_rows(products: int, device: torch.device) -> int:
-    """How many rows are scored at a time where each of them makes so many ``products``."""
+    """Return how many rows to score at a time where each of them makes so many ``products``."""
     return max(1, (MAX_PRODUCTS if device.type == "cpu" else MAX_PRODUCTS_ON_A_DEVICE) // products)
 
 
@@ -108,18 +108,18 @@ def _check(queries: Tensor, mask: Tensor, keys: Tensor) -> None:
 
 
 def _precise(queries: Tensor, mask: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float32 or better; zeros at padding, so that nothing there takes part in a gradient either."""
+    """Return both in float32 or better, zeros at padding, so that nothing there takes part in a gradient either."""
     dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
     return queries.to(dtype).masked_fill(~mask[..., None], 0.0), keys.to(dtype)
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of ``[..., T, n]`` over the tokens of ``mask``; ``values`` are 0 elsewhere."""
+    """Return the mean of ``[..., T, n]`` over the tokens of ``mask``; ``values`` are 0 elsewhere."""
     return values.sum(-2) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
 def _products(queries: Tensor, keys: Tensor) -> Tensor:
-    """``[B, (R,) T, r]`` and ``[B, m, r]`` -> ``[B, (R,) T, m]``, without a copy of the keys for each of R texts."""
+    """Multiply ``[B, (R,) T, r]`` and ``[B, m, r]`` to ``[B, (R,) T, m]``; keys are not copied for each of R texts."""
     lead, rest = keys.shape[:-2], queries.shape[keys.ndim - 2 : -1]
     flat = queries.reshape(*lead, rest.numel(), queries.shape[-1])
     return (flat @ keys.mT).reshape(*lead, *rest, keys.shape[-2])

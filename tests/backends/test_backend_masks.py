@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplus.backends.base import AttentionRequest, Segment
-from mplus.backends.masks import without_mask
+from mplus.backends.triton.backend import without_mask
 from mplus.backends.reference import ReferenceBackend
 
 pytestmark = pytest.mark.two_computations

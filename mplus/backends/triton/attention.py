@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import attrs
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mplus.backends.base import AttentionRequest, Segment
 from mplus.backends.joined import joined_bias, joined_keys_values, joined_visibility
@@ -22,7 +22,7 @@ from mplus.backends.triton.configs import Tiles, attention_tiles, splits_for
 
 
 def plain_attention(request: AttentionRequest) -> tuple[Tensor, Tensor]:
-    """The specification of the kernel: output ``[B, H, T, Dv]`` and log-sum-exp ``[B, H, T]``, without sinks.
+    """Compute what the kernel must: output ``[B, H, T, Dv]`` and log-sum-exp ``[B, H, T]``, without sinks.
 
     In the dtype of the queries, at least float32. Where a query sees nothing, the output is 0 and the sum -inf.
     """
@@ -40,7 +40,7 @@ def plain_attention(request: AttentionRequest) -> tuple[Tensor, Tensor]:
 
 
 def merge(outputs: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Exact attention from that over each part of the keys.
+    """Merge attention over parts of the keys into exact attention over all of them.
 
     Args:
         outputs: ``[parts, B, H, T, Dv]``.
@@ -57,7 +57,9 @@ def merge(outputs: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor]:
 def forward(
     request: AttentionRequest, *, splits: int | None = None, tiles: Tiles | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Output ``[B, H, T, Dv]`` in the dtype of the queries and log-sum-exp ``[B, H, T]`` float32, sinks included.
+    """Run the kernel: output ``[B, H, T, Dv]`` in the dtype of the queries, log-sum-exp ``[B, H, T]`` float32.
+
+    Sinks are included in both.
 
     Args:
         splits: into how many parts the keys are split; None: as many as keep the device busy.
@@ -91,24 +93,35 @@ def forward(
     log_sums = queries.new_empty((splits, batch, heads, length), dtype=torch.float32)
     launch(request, segments, outputs, log_sums, tiles)
     output, log_sum = (outputs[0], log_sums[0]) if splits == 1 else merge(outputs, log_sums)
-    if request.sinks is not None:
-        output, log_sum = _with_sinks(output, log_sum, request.sinks)
+    if request.sinks is not None:  # they join the sum, and take their share of the weight away
+        column = request.sinks.to(log_sum)[:, None]
+        output = output * torch.sigmoid(log_sum - column)[..., None]
+        log_sum = torch.logaddexp(log_sum, column.expand_as(log_sum))
     return output.to(queries.dtype), log_sum
 
 
 def attend(request: AttentionRequest) -> Tensor:
-    """Output ``[B, H, T, Dv]`` in the dtype of the queries; differentiable, once."""
+    """Return the output ``[B, H, T, Dv]`` in the dtype of the queries; it can be differentiated once."""
     parts = [part for segment in request.segments for part in (segment.keys, segment.values, segment.bias)]
-    apply: Any = _Attention.apply  # which torch does not type
-    output: Tensor = apply(request, request.queries, request.keys, request.values, request.sinks, *parts)
-    return output
+    apply: Callable[..., Tensor] = _Attention.apply
+    return apply(request, request.queries, request.keys, request.values, request.sinks, *parts)
+
+
+class _Context(FunctionCtx):
+    """What the forward of ``_Attention`` leaves for its backward."""
+
+    segments: int
+    scale: float
+    softcap: float | None
+    window: int | None
+    saved_tensors: tuple[Tensor, ...]
 
 
 class _Attention(torch.autograd.Function):
     """Forward by the kernel, backward in torch, one part of the keys after the other."""
 
     @staticmethod
-    def forward(ctx: Any, request: AttentionRequest, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: _Context, request: AttentionRequest, *tensors: Tensor | None) -> Tensor:
         output, log_sums = forward(request)
         ctx.save_for_backward(
             output, log_sums, request.padding, *[segment.lengths for segment in request.segments], *tensors
@@ -119,7 +132,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         output, log_sums, padding, *rest = ctx.saved_tensors
         lengths, (queries, keys, values, sinks, *memory) = rest[: ctx.segments], rest[ctx.segments :]
         delta = row_products(grad_output, output)
@@ -148,12 +161,6 @@ class _Attention(torch.autograd.Function):
             ]
         grad_sinks = None if sinks is None else sink_gradient(sinks, delta, log_sums).to(sinks.dtype)
         return (None, grad_queries.to(queries.dtype), *gradients[:2], grad_sinks, *gradients[3:])
-
-
-def _with_sinks(output: Tensor, log_sums: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """The sinks join the sum and take their share of the weight away."""
-    column = sinks.to(log_sums)[:, None]
-    return output * torch.sigmoid(log_sums - column)[..., None], torch.logaddexp(log_sums, column.expand_as(log_sums))
 
 
 def _adjacent(part: Tensor) -> Tensor:

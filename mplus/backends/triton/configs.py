@@ -15,7 +15,7 @@ MOST_SEGMENTS = 4
 
 @define(frozen=True)
 class Tiles:
-    """How a kernel cuts its work.
+    """Sizes of the pieces that a kernel cuts its work into.
 
     Attributes:
         rows: query rows of a program: (token, head) pairs in attention, tokens in scoring, copied rows in the gather.
@@ -31,7 +31,7 @@ class Tiles:
 
 
 def padded(width: int) -> int:
-    """The power of two, at least 16, that a tile of ``width`` numbers takes."""
+    """Return the power of two, at least 16, that a tile of ``width`` numbers takes."""
     return max(16, 1 << (width - 1).bit_length())
 
 
@@ -64,23 +64,23 @@ GATHER: Mapping[int, Tiles] = {64: Tiles(32, 1, 4, 1), 256: Tiles(16, 1, 4, 1)}
 
 
 def attention_tiles(bits: int, width: int, rows: int) -> Tiles:
-    """For heads of ``width`` (the wider of keys and values) and ``rows`` query rows per KV head."""
+    """Return the tiles for heads of ``width`` (the wider of keys and values) and ``rows`` query rows per KV head."""
     wide = next(known for size, known, _ in ATTENTION if size == bits and known >= width)
     return ATTENTION[bits, wide, "few" if rows <= 16 else "many"]
 
 
 def score_tiles(bits: int, width: int) -> Tiles:
-    """For keys of ``width``."""
+    """Return the tiles for keys of ``width``."""
     return SCORE[bits, 64 if width <= 64 else 256]
 
 
 def gather_tiles(width: int) -> Tiles:
-    """For heads of ``width`` (the wider of keys and values)."""
+    """Return the tiles for heads of ``width`` (the wider of keys and values)."""
     return GATHER[64 if width <= 64 else 256]
 
 
 def splits_for(programs: int, blocks: int, processors: int) -> int:
-    """Into how many parts to split the keys so that ``programs`` leave none of the ``processors`` without work.
+    """Return how many parts to split the keys into, so that ``programs`` leave no processor without work.
 
     A split costs a pass over its partial output, so it gets at least two blocks of keys.
     """

@@ -13,7 +13,7 @@ DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 
 def plain_gather_rotated(rows: Tensor, indices: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> None:
-    """The specification of the kernel. Arguments as for ``gather_rotated``, any dtype and device."""
+    """Compute what the kernel must. Arguments as for ``gather_rotated``, any dtype and device."""
     _check(rows, indices, cos, sin, keys, values)
     heads, count, width = keys.shape
     picked = rows[indices]
@@ -79,7 +79,7 @@ def gather_rotated(
 def reasons_against_gathering(
     rows: Tensor, cos: Tensor, sin: Tensor, width: int, *, interpret: bool = False
 ) -> list[str]:
-    """Why the kernel cannot take these, with heads of ``width``; empty when it can."""
+    """Return why the kernel cannot take these, with heads of ``width``; empty when it can."""
     reasons = reasons_against(rows.device, interpret=interpret)
     reasons += [
         f"{name} is {part.dtype}: the kernel takes float16, bfloat16 and float32"

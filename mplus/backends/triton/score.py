@@ -13,7 +13,7 @@ DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 
 def plain_sigmoid_means(queries: Tensor, mask: Tensor | None, keys: Tensor) -> Tensor:
-    """The specification of the kernel. Arguments and result as for ``sigmoid_means``, any dtype and device."""
+    """Compute what the kernel must. Arguments and result as for ``sigmoid_means``, any dtype and device."""
     dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
     if mask is None:
         mask = torch.ones(queries.shape[:2], dtype=torch.bool, device=queries.device)
@@ -25,7 +25,7 @@ def plain_sigmoid_means(queries: Tensor, mask: Tensor | None, keys: Tensor) -> T
 def sigmoid_means(
     queries: Tensor, mask: Tensor | None, keys: Tensor, *, tiles: Tiles | None = None, interpret: bool = False
 ) -> Tensor:
-    """``mean_t sigmoid(q_t . k_j)`` over the tokens of each text (M+ section 3.2); the T x m products are never stored.
+    """Compute ``mean_t sigmoid(q_t . k_j)`` over the tokens of each text (M+ section 3.2); no products are stored.
 
     Args:
         queries: ``[B, T, r]`` in float16, bfloat16 or float32.
@@ -60,7 +60,7 @@ def sigmoid_means(
 
 
 def reasons_against_scoring(queries: Tensor, keys: Tensor, *, interpret: bool = False) -> list[str]:
-    """Why the kernel cannot take these; empty when it can."""
+    """Return why the kernel cannot take these; empty when it can."""
     reasons = reasons_against(queries.device, interpret=interpret)
     if keys.device != queries.device:
         reasons.append(f"queries are on {queries.device} and keys on {keys.device}")

@@ -1,4 +1,4 @@
-"""Whether the kernels can run where some tensors are. Importing this module does not import triton."""
+"""Reasons why the kernels cannot run where some tensors are. Importing this module does not import triton."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OLDEST = (8, 0)
 
 
 def reasons_against(device: torch.device, *, interpret: bool = False) -> list[str]:
-    """Why kernels cannot run on ``device``; empty when they can.
+    """Return why kernels cannot run on ``device``; empty when they can.
 
     Args:
         interpret: run on the CPU by Triton's interpreter, which TRITON_INTERPRET=1 turns on before triton is imported.
