@@ -42,7 +42,7 @@ class BackendChooser:
         self.name = name
         self._instances: dict[str, AttentionBackend] = {}
         self._logged: set[str] = set()
-        self._candidates = () if name == AUTO else (name,)
+        self._candidates: tuple[str, ...] = () if name == AUTO else (name,)
         for candidate in self._candidates:
             self._instance(candidate)
 

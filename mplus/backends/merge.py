@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from mplus.backends.base import AttentionBackend, AttentionRequest, AttentionResult
 from mplus.backends.checks import learned_biases
@@ -70,13 +70,15 @@ def _forward(queries: Tensor, sinks: Tensor | None, parts: Sequence[Part], scale
     return (outputs.to(total.dtype) * shares).sum(0).to(queries.dtype), total
 
 
-class _Context(FunctionCtx):
-    """What the forward of ``_Merged`` leaves for its backward."""
+class _Context(Protocol):
+    """The things that the forward of ``_Merged`` leaves for its backward."""
 
     scale: float
     parts: list[Part]
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
 
 class _Merged(torch.autograd.Function):

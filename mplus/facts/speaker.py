@@ -10,7 +10,7 @@ from torch import Tensor
 from mplus.errors import InputError
 from mplus.facts import words
 from mplus.facts.language import Language
-from mplus.hf.decoders.word_tokenizer import word_tokenizer
+from mplus.hf.decoders.tokenizers import word_tokenizer
 
 
 def recall_tokenizer(language: Language | None = None) -> Any:

@@ -79,8 +79,8 @@ class Retriever(nn.Module, ABC):
         ...         check_selection(queries, query_mask, stores, k)
         ...         return [top_k(store.column(layer, "birth").float(), store.ids(layer), k) for store in stores]
         >>> retriever = Newest(RetrieverShape(layers=2, hidden_size=8))
-        >>> text = torch.ones(1, 3, 8)
-        >>> retriever.select(0, retriever.project_queries(0, text), torch.ones(1, 3, dtype=torch.bool), [store], 2)[0].ids
+        >>> queries = retriever.project_queries(0, torch.ones(1, 3, 8))
+        >>> retriever.select(0, queries, torch.ones(1, 3, dtype=torch.bool), [store], 2)[0].ids
         tensor([4, 3])
     """
 
@@ -118,7 +118,7 @@ class Retriever(nn.Module, ABC):
         return hidden.new_empty(*hidden.shape[:-1], 0)
 
     def project_keys(self, layer: int, hidden: Tensor) -> Tensor | None:
-        """Project ``[M, d]`` to keys ``[M, r]``; None when ``key_size`` is 0. Called once for a row, when it is stored."""
+        """Project ``[M, d]`` to keys ``[M, r]``; None when ``key_size`` is 0. Called once a row, when it is stored."""
         return None
 
     def project_encoder_queries(self, layer: int, hidden: Tensor) -> Tensor:

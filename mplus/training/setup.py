@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mplus.hf.decoders.bpe_tokenizer import train_tokenizer
+from mplus.hf.decoders.tokenizers import train_tokenizer
 from mplus.hf.decoders.train_model import build_for_training, load_for_training, load_tokenizer
 from mplus.training.batch import BatchSource
 from mplus.training.data import SOURCES

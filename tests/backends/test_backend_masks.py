@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplus.backends.base import AttentionRequest, Segment
-from mplus.backends.triton.backend import without_mask
 from mplus.backends.reference import ReferenceBackend
+from mplus.backends.triton.backend import without_mask
 
 pytestmark = pytest.mark.two_computations
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplus.backends import BACKENDS, merge, parts
-from mplus.backends.base import AttentionBackend, AttentionResult
+from mplus.backends.base import AttentionBackend, AttentionRequest, AttentionResult
 from mplus.backends.choose import BackendChooser, choose
 from mplus.backends.flex import FlexBackend
 from mplus.backends.joined import joined_keys_values
@@ -25,6 +25,7 @@ from mplus.testing.attention import exact_attention, plain_attention
 from mplus.testing.backends import BackendConformance
 from mplus.testing.registered import suites
 from mplus.testing.strategies import CONFORMANCE, RequestShape, request_shapes
+from tests.helpers.docstrings import run_examples
 from tests.helpers.gradients import MERGE_CASES, check_merge, leaves_of, rebuilt, without_nan
 
 pytestmark = pytest.mark.two_computations
@@ -32,6 +33,10 @@ pytestmark = pytest.mark.two_computations
 globals().update(suites(BackendConformance, BACKENDS))
 del globals()["TestTritonBackendConformance"]  # runs on GPUs, or interpreted: tests/interpreted has its suite
 del globals()["TestFlexBackendConformance"]  # a second for every request on a CPU: TestFlex has some
+
+
+def test_the_example_of_the_class_does_what_it_says():
+    run_examples(AttentionBackend, torch=torch, AttentionRequest=AttentionRequest)
 
 
 class TestMeasure:
@@ -285,7 +290,7 @@ class TestChoosing:
     def test_auto_leaves_a_plugin_alone_that_does_not_ask_for_it(self, registry, monkeypatch):
         assert not Picky.auto
         monkeypatch.setattr(ReferenceBackend, "unsupported_reasons", lambda self, request: ["not today"])
-        with pytest.raises(NotSupported, match="reference: not today$"):
+        with pytest.raises(NotSupported, match=r"reference: not today$"):
             choose("auto", RequestShape(softcap=30.0).build())
 
     def test_auto_asks_plugins_that_say_so_first_and_by_name(self, registry, monkeypatch, caplog):

@@ -19,8 +19,7 @@ from mplus.cli.demo.novel import STORY_TOKENS, demo_config, read_novel, retrieve
 from mplus.cli.demo.novel import write_novel as write
 from mplus.cli.demo.render import show_novel
 from mplus.cli.demo.report import DemoReport
-from mplus.hf.pretrained.novel import chapters
-from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
+from mplus.hf.pretrained.shipped import chapters, load_decoder, load_tokenizer
 from mplus.hf.reading.retrieved_sources import RetrievedSource
 from mplus.memory.format.manifest import read_manifest
 from mplus.memory.format.offline import saved_tables

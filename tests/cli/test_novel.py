@@ -9,11 +9,10 @@ import re
 import pytest
 
 from mplus.cli.demo.novel import tokenize
-from mplus.hf.pretrained.novel import FILE, chapters
-from mplus.hf.pretrained.shipped import STORIES260K, load_decoder, load_tokenizer
+from mplus.hf.pretrained.shipped import NOVEL, STORIES260K, chapters, load_decoder, load_tokenizer
 
 
-@pytest.mark.parametrize("folder", [STORIES260K, FILE.parent], ids=["stories260K", "novels"])
+@pytest.mark.parametrize("folder", [STORIES260K, NOVEL.parent], ids=["stories260K", "novels"])
 def test_files_are_those_of_the_provenance(folder):
     stated = dict(
         reversed(line.split()[1:])
@@ -43,7 +42,7 @@ def test_the_decoder_tells_what_it_is_known_to_tell():
 
 
 def test_chapters():
-    novel = gzip.decompress(FILE.read_bytes()).decode("utf-8")
+    novel = gzip.decompress(NOVEL.read_bytes()).decode("utf-8")
     parts = chapters()
     assert len(parts) == 27 == len(re.findall("^CHAPTER ", novel, re.MULTILINE))
     assert novel == "THE SECRET GARDEN\n\n\n\n\n" + "".join(part.text for part in parts)

@@ -20,7 +20,6 @@ from mplus.errors import ConfigError, MissingDependencyError
 from mplus.mechanisms.pending import PendingView
 from mplus.registry import Registry
 from mplus.retrievers.faiss_ivf import FaissIvfRetriever
-from mplus.retrievers.index_cache import cells_for
 from mplus.retrievers.linear import LinearRetriever
 from mplus.stores.ram import RamStore, SlabView
 from mplus.testing.projections import SmallAttention
@@ -194,7 +193,7 @@ class TestIndex:
             select(retriever, store, 5)
         assert retriever.index_facts(0, store) == {
             "rows": 60,
-            "cells": cells_for(60),
+            "cells": 15,
             "trained_on": 60,
             "added": 60 + 120,
         }
@@ -202,7 +201,7 @@ class TestIndex:
         select(retriever, store, 5)
         assert retriever.index_facts(0, store) == {
             "rows": 100,
-            "cells": cells_for(100),
+            "cells": 20,
             "trained_on": 100,
             "added": 100,
         }

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mplus.errors import ConfigError, InputError, NotSupported
 from mplus.retrievers import RETRIEVERS, scores
 from mplus.retrievers.attention import AttentionRetriever
-from mplus.retrievers.base import RetrieverShape, top_k
+from mplus.retrievers.base import Retriever, RetrieverShape, top_k
 from mplus.retrievers.linear import LinearRetriever
 from mplus.retrievers.random import RandomRetriever
 from mplus.retrievers.scores import SCORES, score_rows
@@ -24,6 +24,7 @@ from mplus.testing.registered import suites
 from mplus.testing.retrievers import RetrieverConformance, exact_scores
 from mplus.testing.rounding import allowed, check_ranking, error, nudged
 from mplus.testing.strategies import CONFORMANCE, draw_rows
+from tests.helpers.docstrings import run_examples
 
 pytestmark = pytest.mark.two_computations
 
@@ -38,6 +39,10 @@ def store_of(keys: torch.Tensor, hidden_size: int = 6, layers: int = 2) -> RamSt
     for layer in range(layers):
         store.append(layer, draw_rows(layout, keys.shape[0], 0).replace(key=keys))
     return store
+
+
+def test_the_example_of_the_class_does_what_it_says():
+    run_examples(Retriever, torch=torch, store=store_of(torch.ones(5, 3)))
 
 
 def text(batch: int, length: int) -> torch.Tensor:

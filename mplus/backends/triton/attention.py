@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import attrs
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from mplus.backends.base import AttentionRequest, Segment
 from mplus.backends.joined import joined_bias, joined_keys_values, joined_visibility
 from mplus.backends.partial_backward import (
+    Visibility,
     memory_visibility,
     partial_backward,
     row_products,
@@ -107,14 +109,16 @@ def attend(request: AttentionRequest) -> Tensor:
     return apply(request, request.queries, request.keys, request.values, request.sinks, *parts)
 
 
-class _Context(FunctionCtx):
-    """What the forward of ``_Attention`` leaves for its backward."""
+class _Context(Protocol):
+    """The things that the forward of ``_Attention`` leaves for its backward."""
 
     segments: int
     scale: float
     softcap: float | None
     window: int | None
     saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
 
 class _Attention(torch.autograd.Function):
@@ -137,8 +141,10 @@ class _Attention(torch.autograd.Function):
         lengths, (queries, keys, values, sinks, *memory) = rest[: ctx.segments], rest[ctx.segments :]
         delta = row_products(grad_output, output)
         text = text_visibility(queries.shape[2], keys.shape[2], queries.device, window=ctx.window, padding=padding)
-        parts = [(keys, values, None, text)]
-        parts += [(*memory[3 * i : 3 * i + 3], memory_visibility(lengths[i])) for i in range(ctx.segments)]
+        parts: list[tuple[Tensor, Tensor, Tensor | None, Visibility]] = [(keys, values, None, text)]
+        for index, count in enumerate(lengths):
+            own = memory[3 * index : 3 * index + 3]  # the keys, values and bias of a segment
+            parts.append((own[0], own[1], own[2], memory_visibility(count)))
         grad_queries = torch.zeros_like(delta[..., None])
         gradients: list[Tensor | None] = []
         for part_keys, part_values, bias, visible in parts:
@@ -156,7 +162,7 @@ class _Attention(torch.autograd.Function):
             )
             grad_queries = grad_queries + grad_part
             gradients += [
-                None if grad is None else grad.to(part.dtype)
+                None if grad is None or part is None else grad.to(part.dtype)
                 for grad, part in zip(grads, (part_keys, part_values, bias), strict=True)
             ]
         grad_sinks = None if sinks is None else sink_gradient(sinks, delta, log_sums).to(sinks.dtype)

@@ -82,8 +82,7 @@ def demo_novel(
     from mplus.cli.demo.novel import MEMORY, run, tokenize
     from mplus.cli.demo.render import show_novel
     from mplus.hf.pretrained.load import without_bars
-    from mplus.hf.pretrained.novel import chapters
-    from mplus.hf.pretrained.shipped import load_tokenizer
+    from mplus.hf.pretrained.shipped import chapters, load_tokenizer
     from mplus.memory.format.folder import prepare
     from mplus.memory.format.save import check_place
 

@@ -27,8 +27,7 @@ from mplus.cli.demo.report import (
     Timing,
 )
 from mplus.errors import MPlusError
-from mplus.hf.pretrained.novel import AUTHOR, TITLE, Chapter
-from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
+from mplus.hf.pretrained.shipped import AUTHOR, TITLE, Chapter, load_decoder, load_tokenizer
 from mplus.memory import Memory
 from mplus.memory.report import progress_bar
 from mplus.memory.writing.chunking import split

@@ -1,18 +1,18 @@
-"""The fingerprint of a decoder: what a memory depends on, as plain data that can be compared and explained."""
+"""The fingerprint of a decoder: everything that a memory depends on, as plain data to compare and explain."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from mplus.config import MPlusConfig
+from mplus.config import JsonValue, MPlusConfig
 from mplus.hf.adapters.lora import is_addition, plain_name
 from mplus.hf.adapters.peft_layers import adapter_parts, is_peft_module
-from mplus.hf.model.modes import value_of
+from mplus.hf.model.offloading import value_of
 from mplus.memory.weights_state import MADE_WITH
 from mplus.retrievers.base import Retriever
 from mplus.stores.base import StoreLayout
@@ -31,12 +31,15 @@ def fingerprint(
     config: MPlusConfig,
     layout: StoreLayout,
     retriever: Retriever | None,
-    saved: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    saved: Mapping[str, JsonValue] | None = None,
+) -> dict[str, JsonValue]:
     """Return facts by name: layout, config, retriever, and one digest each of base weights, our adapters and additions.
 
-    Files that do not say what their rows were made with have a digest of all LoRA adapters in place of ours; ``saved``
-    are the facts of the file, if there is one.
+    Args:
+        model: a wrapped decoder.
+        config, layout, retriever: those it was wrapped with.
+        saved: the facts of a file to compare with, if there is one. Files of earlier versions, which do not say what
+            their rows were made with, have a digest of all LoRA adapters in place of ours.
     """
     plain = config.to_dict()
     added = digest(model, "additions")

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from mplus.config import AdapterConfig
 from mplus.errors import ConfigError, NotSupported
 from mplus.hf.adapters.peft_layers import is_adapter_layer
-from mplus.hf.model.modes import execution_device
+from mplus.hf.model.offloading import execution_device
 from mplus.hf.retrofit.context import change_class, current_pass, rebuild, subclass
 from mplus.hf.retrofit.discovery import Anatomy
 
@@ -22,10 +22,10 @@ else:
     Projection = object  # the class that is adapted brings its own
 
 ADAPTERS = ("write", "read")
-"""Names of the adapters."""
+"""Names of our adapters."""
 
 FACTORS = ("lora_A", "lora_B", "lora_dropout")
-"""What a projection with adapters has besides its weight, each by the name of the adapter."""
+"""Modules that a projection with adapters has besides its weight; each holds one part per adapter."""
 
 
 class LowRankFactor(nn.Module):
@@ -69,7 +69,7 @@ class AdaptedProjection(Projection):
         return (result + update).to(result.dtype)
 
     def update_weight(self, name: str) -> Tensor:
-        """Return what the adapter ``name`` adds to the weight, in the orientation of the weight."""
+        """Return the update of the adapter ``name``, in the orientation of the weight."""
         up, down = (self.get_parameter(f"{factor}.{name}.weight") for factor in ("lora_B", "lora_A"))
         update: Tensor = up @ down * self.scaling[name]
         return update.T if isinstance(self, Conv1D) else update

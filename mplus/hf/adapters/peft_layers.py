@@ -1,4 +1,4 @@
-"""PEFT's layers in a decoder: what each adapter has there, and which of them act."""
+"""PEFT's layers in a decoder: the tensors that each adapter has there, and which adapters act."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @define(frozen=True, eq=False)
 class AdaptedLayer:
-    """A module of PEFT's, and what each adapter has there.
+    """A module of PEFT's, with the tensors and facts of each adapter in it.
 
     Attributes:
-        module: the layer, or what PEFT puts around a module that is trained and saved as a whole.
+        module: the layer, or PEFT's wrapper around a module that is trained and saved as a whole.
         path: its name in the decoder.
-        parts: by adapter, name and tensor of all it has there.
-        facts: by adapter, plain text on it.
+        parts: by adapter, its tensors there, each with a name.
+        facts: by adapter, its settings there as text (``r=8``).
         projects, keys: whether memory rows, and retriever keys, go through it.
     """
 
@@ -58,12 +58,12 @@ def is_adapter_layer(module: nn.Module) -> TypeGuard[PeftLayer]:
 
 
 def is_peft_module(module: nn.Module) -> TypeGuard[PeftModule]:
-    """Return whether PEFT put ``module`` around another: one of its layers, or what trains and saves it as a whole."""
+    """Return whether PEFT put ``module`` around another: as an adapter layer, or to train and save it as a whole."""
     return hasattr(type(module), "adapter_layer_names")
 
 
 def adapted_layer(module: PeftModule, path: str, projects: bool, keys: bool) -> AdaptedLayer:
-    """Describe what one of PEFT's modules holds; the arguments are those of ``AdaptedLayer``."""
+    """Describe one of PEFT's modules; the arguments are those of ``AdaptedLayer``."""
     facts: dict[str, list[str]] = {}
     for attribute, name, value in _entries(module):
         if isinstance(value, bool | int | float | str) and attribute != "scaling":
@@ -72,7 +72,7 @@ def adapted_layer(module: PeftModule, path: str, projects: bool, keys: bool) -> 
 
 
 def adapter_parts(module: PeftModule) -> dict[str, list[tuple[str, Tensor]]]:
-    """Return, by adapter, name and tensor of all that it has in one of PEFT's modules."""
+    """Return the tensors of each adapter in one of PEFT's modules, with their names there."""
     parts: dict[str, list[tuple[str, Tensor]]] = {}
     for attribute, name, value in _entries(module):
         if isinstance(value, nn.Module):
@@ -84,9 +84,9 @@ def adapter_parts(module: PeftModule) -> dict[str, list[tuple[str, Tensor]]]:
 
 
 def _entries(module: PeftModule) -> Iterator[tuple[str, str, Any]]:
-    """Yield attribute, adapter, and what the adapter has under that attribute."""
+    """Yield the entries of PEFT's tables by adapter: attribute, adapter, and a module, tensor or setting."""
     for attribute in (*module.adapter_layer_names, *module.other_param_names):
-        # What has a dot in its name belongs to a layer inside, which comes by itself.
+        # An attribute with a dot in its name belongs to a layer inside, which comes by itself.
         table: Any = None if "." in attribute else getattr(module, attribute, None)
         for name in list(table.keys()) if hasattr(table, "keys") else ():
             yield attribute, name, table[name]

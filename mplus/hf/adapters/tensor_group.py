@@ -1,4 +1,4 @@
-"""Tensors whose numbers are looked at together: cheaply for every prompt, in full when something has changed."""
+"""Groups of tensors that are watched for changes: cheaply for every prompt, in full when something has changed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from torch import Tensor
 from mplus.memory.weights_state import PARTIAL
 
 WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Whole numbers of as many bytes."""
+"""Dtypes of whole numbers, by their bytes."""
 SAMPLES = 64
 """Numbers of a sampled tensor that are looked at, evenly spaced."""
 PIECE = 2**20
 """Numbers that are summed together."""
 CHUNK = 2**14
+"""Numbers in a row of the sums of a mark."""
 FEW_BYTES = 2**16
-"""So few are kept as they are."""
+"""Most bytes that a mark keeps as they are; of more it keeps a sum."""
 ODD = -7046029254386353131
 """An odd 64-bit number whose multiples are far apart."""
 
@@ -28,7 +29,7 @@ Mark = tuple[tuple[tuple[int, int], ...] | int | bytes, ...]
 
 
 class Moment:
-    """A time at which tensors are looked at once, however often they are asked for; told from others by identity."""
+    """A moment of looking: at one and the same moment a tensor is read once, however often it is asked for."""
 
 
 class TensorGroup:
@@ -53,7 +54,7 @@ class TensorGroup:
 
     @torch.no_grad()
     def mark(self, moment: Moment | None = None) -> Mark:
-        """Return what changes when a number that is looked at does; also when a tensor was moved or changed in place.
+        """Return a mark that differs once a number looked at has changed, or a tensor was moved or changed in place.
 
         At the same ``moment`` as before it is not computed again.
         """
@@ -101,7 +102,7 @@ def _bits(numbers: Tensor) -> bytes:
 
 
 def _sum(numbers: Tensor) -> int:
-    """Return products of all bits with odd numbers, added up, so that exchanging two changes it."""
+    """Return the sum of all bits times odd numbers, which also changes when two numbers are exchanged."""
     rest = -numbers.nbytes % (8 * CHUNK) // numbers.itemsize
     padded = torch.cat([numbers, numbers.new_zeros(rest)]) if rest else numbers
     rows = padded.view(torch.int64).view(-1, CHUNK)

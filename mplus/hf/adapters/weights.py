@@ -1,11 +1,11 @@
-"""Watching weights: those that a decoder projects memory rows with, the adapters that act and the numbers in both."""
+"""Watch: notices when the weights that memory rows go through change, or the adapters that act on them."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Protocol, cast
 
 from attrs import define, field
 from torch import Tensor, nn
@@ -20,9 +20,6 @@ from mplus.hf.retrofit.hooks import Retrofit
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.memory.weights_state import AdapterState, WeightsState
 from mplus.stores.disk.locks import ProcessLock
-
-if TYPE_CHECKING:
-    from mplus.hf.adapters.peft_layers import PeftModule
 
 
 class WatchedDecoder(Protocol):
@@ -58,11 +55,11 @@ class Look:
     Attributes:
         weights: with the adapters that are active.
         names: the adapter of each batch row, where the call around says so (PEFT's ``adapter_names``); else None.
-        each: by name in ``names``, the weights with that adapter alone.
+        each: for each of ``names``, the weights with that adapter alone.
         switches: which adapters are switched on where, with which scaling.
         acting: adapters of the user that act anywhere in the decoder.
-        contents: of these, as far as another look of this process can tell.
-        preparing: the same of the mechanism's tensors that prepared reads are made with.
+        contents: marks of the acting adapters, to compare with another look of this process.
+        preparing: a mark of the mechanism's tensors that prepared reads are made with.
     """
 
     weights: WeightsState
@@ -80,18 +77,18 @@ class Look:
 
 @define(eq=False)
 class Plan:
-    """Where everything is, as long as no module and no parameter is exchanged.
+    """The places of all weights and adapters, valid as long as no module and no parameter is exchanged.
 
     Attributes:
-        modules, parameters: all that the decoder has.
+        modules, parameters: all of the decoder.
         tuned: PEFT's layers.
         base, key_base: the weights besides adapters that rows, and retriever keys, go through.
-        own, key_own: the same of our adapter for reading.
+        own, key_own: the weights of our adapter for reading that rows, and retriever keys, go through.
         preparing: the mechanism's tensors that prepared reads are made with.
-        scales: of each projection that our adapters are on, by adapter.
-        adapter: ours for reading.
-        adapters: by scope and adapter, its tensors; made when first asked for.
-        last: what was found last, and what it was found in.
+        scales: the scales of our adapters on each projection, by adapter.
+        adapter: the name of ours for reading.
+        adapters: the tensors of the user's adapters by scope and adapter; made when first asked for.
+        last: the last look, and the switches and marks it was made from.
     """
 
     modules: list[nn.Module]
@@ -115,7 +112,7 @@ class Plan:
         self.full = TensorGroup(dict(parts).items(), sampled=False)
 
     def marks(self, moment: Moment) -> tuple[Mark, ...]:
-        """Changes when any number does that is looked at."""
+        """Return marks that differ once any number looked at has changed."""
         names = dict.fromkeys(name for one in self.tuned for name in one.parts if self.may_act(one, name))
         return self.sampled.mark(moment), self.full.mark(moment), *(self.group("all", n).mark(moment) for n in names)
 
@@ -124,7 +121,7 @@ class Plan:
         return name in (*active(one.module), *(adapter_names(self.tuned) or ()))
 
     def own_scales(self) -> tuple[float, ...]:
-        """Return what the updates of our adapter for reading are multiplied by, of each projection."""
+        """Return the scale of our adapter for reading on each projection."""
         return tuple(scales[self.adapter] for scales in self.scales if self.adapter in scales)
 
     def group(self, scope: str, name: str) -> TensorGroup:
@@ -138,7 +135,7 @@ class Plan:
 
 
 class Watch:
-    """Looks at a wrapped decoder's weights; what nobody changed is not read again.
+    """Looks at a wrapped decoder's weights; those that did not change are not read again.
 
     All numbers of the adapters that act are read by every look, of other weights ``SAMPLES`` of each tensor: some code
     writes through ``tensor.data``, which leaves no trace.
@@ -178,12 +175,12 @@ class Watch:
             return look
 
     def with_adapters(self, names: Sequence[str]) -> WeightsState:
-        """Return the weights as they would be if of the user's adapters just these acted."""
+        """Return the weights as they would be if just these adapters of the user acted."""
         with self._lock.here():
             return self._state(self._present(), Moment(), tuple(names))
 
     def has_adapters_of_user(self) -> bool:
-        """Return whether the user has put adapters, active or not, on what memory rows go through."""
+        """Return whether the user has adapters, active or not, on modules that memory rows go through."""
         with self._lock.here():
             return any(one.parts for one in self._present().tuned if one.projects)
 
@@ -196,7 +193,12 @@ class Watch:
         plan = plan or self._plan
         if plan is None:
             return None
-        return adapter_names(plan.tuned), plan.own_scales(), tuple(_switch(one.module) for one in plan.tuned)
+        switches = []
+        for layer in (one.module for one in plan.tuned):
+            scaling = getattr(layer, "scaling", None)
+            scales = tuple(map(_plain, scaling.values())) if isinstance(scaling, dict) else ()
+            switches.append((layer._disable_adapters, tuple(active(layer)), tuple(layer.merged_adapters), scales))
+        return adapter_names(plan.tuned), plan.own_scales(), tuple(switches)
 
     def _state(self, plan: Plan, moment: Moment, wanted: tuple[str, ...] | None) -> WeightsState:
         adapter = self._engine.adapter("read")
@@ -220,7 +222,7 @@ class Watch:
 
 
 def adapter_names(tuned: Sequence[AdaptedLayer]) -> tuple[str, ...] | None:
-    """Return the adapter of each batch row, where PEFT has been told."""
+    """Return the adapter of each batch row, where the call around passed PEFT's ``adapter_names``."""
     for one in tuned:
         for hook in one.module._forward_pre_hooks.values():
             if isinstance(hook, partial) and "adapter_names" in hook.keywords:
@@ -228,16 +230,10 @@ def adapter_names(tuned: Sequence[AdaptedLayer]) -> tuple[str, ...] | None:
     return None
 
 
-def _switch(layer: PeftModule) -> Switch:
-    names, scaling = active(layer), getattr(layer, "scaling", None)
-    scales = () if not isinstance(scaling, dict) else tuple(map(_plain, scaling.values()))
-    return layer._disable_adapters, tuple(names), tuple(layer.merged_adapters), scales
-
-
 def _adapters(
     plan: Plan, moment: Moment, scope: str, wanted: tuple[str, ...] | None, own: dict[str, str]
 ) -> AdapterState:
-    """Return what acts in a scope, of the adapters ``wanted`` (None: the active ones); ``own``: contents of ours."""
+    """Describe the adapters that act in a scope: those ``wanted`` (None: the active ones), and ``own``, ours."""
     scales: dict[str, list[str]] = {}
     acts: dict[str, None] = {}
     for one in plan.tuned:
@@ -265,11 +261,12 @@ def _summary(scales: Sequence[str]) -> str:
     return scales[0] if len(set(scales)) == 1 else ", ".join(scales)
 
 
-def _plain(value: Any) -> str:
+def _plain(value: float | Tensor | None) -> str:
+    """Write a scale so that it is the same wherever it is kept."""
     return f"{float(value):.9g}" if isinstance(value, int | float | Tensor) else str(value)
 
 
-# ---------------------------------------------------------------------- where everything is
+# ---------------------------------------------------------------------- the plan
 
 
 def make_plan(engine: WatchedDecoder, modules: list[nn.Module], parameters: list[Tensor | None]) -> Plan:

@@ -35,10 +35,10 @@ class DecoderWeights:
 
     Attributes:
         embedding, head: ``[V, d]``.
-        layers: of each layer.
-        norm: ``[d]``, before the head.
+        layers: the weights of each layer.
+        norm: ``[d]``, the norm before the head.
         frequencies: ``[D / 2]`` float32, of the rotary embedding.
-        eps: of the norms.
+        eps: the epsilon of the norms.
         heads, key_heads: H and Hkv.
     """
 
@@ -119,6 +119,6 @@ class PrefixedCache:
         self.restore()
 
     def restore(self) -> None:
-        """Forget what was read since; nothing is copied."""
+        """Drop all tokens read since; nothing is copied."""
         for layer, (key, value) in zip(self.cache.layers, self._prefix, strict=True):
             layer.keys, layer.values = key, value  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""A Llama without weights, to be filled one tensor at a time."""
+"""A Llama without weights, to be filled with published ones a tensor at a time."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mplus.errors import CheckpointError
 from mplus.hf.adapters.lora import is_addition
 
 NOT_THE_DECODERS = ("_name_or_path", "architectures", "dtype", "transformers_version")
+"""Keys of a Llama configuration that say where a checkpoint came from, and nothing about its decoder."""
 OLD_KEYS = ("rope_scaling", "rope_theta")
 """Keys of older Llama configurations, which transformers still reads."""
 

@@ -1,4 +1,4 @@
-"""The decoder a training starts from: loaded, or built from nothing; and which of its weights are trained."""
+"""The decoder that a training starts from: loaded, or built from nothing; and which of its weights are trained."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from mplus.config import MPlusConfig
+from mplus.config import JsonValue, MPlusConfig
 from mplus.errors import CheckpointError, ConfigError
 from mplus.hf.adapters.lora import is_addition
 from mplus.hf.model.installed import WrappedModel
@@ -28,7 +28,7 @@ SHIPPED = {"stories260K": STORIES260K, "recall-tiny": RECALL_TINY}
 """Decoders that come with the package, by the name a recipe gives them."""
 
 EMBEDDING_STD = 0.05
-"""Of tied embeddings under init "mimetic"."""
+"""Standard deviation of tied embeddings under init "mimetic"."""
 
 
 def load_for_training(path: str, config: MPlusConfig, dtype: torch.dtype) -> WrappedModel:
@@ -44,7 +44,8 @@ def load_for_training(path: str, config: MPlusConfig, dtype: torch.dtype) -> Wra
     where = SHIPPED.get(path, path)
     folder = Path(where)
     with without_bars():
-        if not (folder / WEIGHTS).is_file() or not _is_memory_model(folder):
+        plain = MPlusModelConfig.get_config_dict(folder)[0] if (folder / WEIGHTS).is_file() else {}
+        if plain.get("model_type") != MPlusModelConfig.model_type:
             wrapped: WrappedModel = wrap(_load(path, where, dtype), config)
             return wrapped
         saved = read_config(folder)
@@ -63,11 +64,6 @@ def load_for_training(path: str, config: MPlusConfig, dtype: torch.dtype) -> Wra
     return model
 
 
-def _is_memory_model(folder: Path) -> bool:
-    plain, _ = MPlusModelConfig.get_config_dict(folder)
-    return plain.get("model_type") == MPlusModelConfig.model_type
-
-
 def _load(path: str, where: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
@@ -77,6 +73,7 @@ def _load(path: str, where: str | Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _go_on(model: WrappedModel, folder: Path) -> None:
+    """Load saved additions; a retriever that only one of the two has stays as it is."""
     saved = load_file(folder / WEIGHTS)
     own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("mplus.retriever.")}
     if not any(name.startswith("mplus.retriever.") for name in saved):
@@ -89,7 +86,7 @@ def _go_on(model: WrappedModel, folder: Path) -> None:
 
 def build_for_training(
     model_type: str,
-    fields: Mapping[str, Any],
+    fields: Mapping[str, JsonValue],
     init: Literal["default", "mimetic"],
     config: MPlusConfig,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -98,7 +95,7 @@ def build_for_training(
 
     Args:
         model_type: as in a transformers configuration ("llama").
-        fields: of that configuration; what a tokenizer knows (vocabulary size, special tokens) is taken from it.
+        fields: of that configuration; vocabulary size and special tokens are taken from the tokenizer, if there is one.
         init: "default": that of transformers. "mimetic": attention starts as matching (keys as queries) and copying
             (output the transpose of values), which gets a small decoder past the step of learning to look back.
         config: of the memory.
@@ -116,9 +113,13 @@ def build_for_training(
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
             raise ConfigError(f"{name!r} is not a field of a {model_type} configuration{hint}")
+    sizes: dict[str, JsonValue] = {}
+    if tokenizer is not None:
+        special = ("bos_token_id", "eos_token_id", "pad_token_id")
+        sizes = {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in special}}
     try:
         model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(model_type, **{**_of_tokenizer(tokenizer), **fields}), dtype=torch.float32
+            AutoConfig.for_model(model_type, **{**sizes, **fields}), dtype=torch.float32
         )
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ConfigError(f"a {model_type} with {dict(fields)} cannot be built: {error}") from error
@@ -128,13 +129,6 @@ def build_for_training(
     if init == "mimetic":
         model.mplus_engine.mechanism.draw_parameters()
     return model
-
-
-def _of_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int | None]:
-    if tokenizer is None:
-        return {}
-    special = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in special}}
 
 
 @torch.no_grad()

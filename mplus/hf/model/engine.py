@@ -15,7 +15,7 @@ from mplus.errors import ConfigError, MemoryMismatchError, NotSupported
 from mplus.hf.adapters.fingerprint import fingerprint
 from mplus.hf.adapters.weights import Look, Watch
 from mplus.hf.model.decoder import WrappedDecoder
-from mplus.hf.model.modes import bring_back, input_device
+from mplus.hf.model.offloading import bring_back, input_device
 from mplus.hf.reading.open_readings import OpenReadings
 from mplus.hf.retrofit.attention import BASES, PREFIX
 from mplus.hf.retrofit.attention_probe import OwnAttention

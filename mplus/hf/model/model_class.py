@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from attrs import evolve
-from torch import Tensor
 
 from mplus.config import Component
 from mplus.errors import ConfigError, NotSupported
 from mplus.eviction import EVICTION
-from mplus.hf.model.installed import WrappedModel
 from mplus.hf.model.modes import with_attention
 from mplus.hf.model.sizes import chosen, names
-from mplus.hf.pretrained.save import PushToHub, save_pretrained
+from mplus.hf.pretrained.save import SavesAdditions
 from mplus.hf.reading import generation_config
 from mplus.hf.reading.arguments import DEFAULTS, ReadArguments
 from mplus.hf.reading.forward import check_memory, forward_with_memory
@@ -37,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class MemoryModel(PushToHub, WrappedModel):  # type: ignore[misc]
+class MemoryModel(SavesAdditions):
     """The methods that a wrapped decoder has besides those of its class, or in place of them."""
 
     def mplus_summary(self) -> str:
@@ -269,35 +266,6 @@ class MemoryModel(PushToHub, WrappedModel):  # type: ignore[misc]
             self.mplus_installed.base_attention = wanted
             wanted = attention.PREFIX + wanted
         super().set_attn_implementation(wanted, *args, **kwargs)
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        *,
-        save_base: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Save what mplus added (its adapters, begin rows, mark, retriever, pool) with a config and a model card.
-
-        Args:
-            save_directory: folder; made where missing.
-            is_main_process, state_dict, push_to_hub: as in transformers. Adapters that ``add_adapter`` put into
-                the decoder are saved in ``adapters/``; those of a ``PeftModel`` are not: one that was given to
-                ``mplus.wrap`` saves them with its own ``save_pretrained``.
-            save_base: save the decoder too, in ``base/``, where transformers can load it without mplus.
-            kwargs: for saving the decoder (``max_shard_size`` and so on) and for the Hub (``repo_id`` and so on).
-
-        Raises:
-            CheckpointError: the folder holds a decoder of an earlier ``save_base``, which would be loaded with what is
-                saved now.
-            NotSupported: ``distributed_checkpoint`` was asked for; ``save_base`` of a decoder that accelerate has
-                offloaded without a device map, which transformers does not save either; or adapters of the user are
-                merged, or have a name of ours.
-        """
-        save_pretrained(self, save_directory, is_main_process, state_dict, push_to_hub, save_base, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return rebuild, (memory_model_class, type(self).__mplus_base__), self.__dict__

@@ -1,4 +1,4 @@
-"""How far rounding alone moves what a decoder computes: measured, so that errors and effects can be told from it."""
+"""Measure how far rounding alone moves the results of a decoder, to tell errors and effects from it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MATMUL_UNITS = {"high": 2.0**-10, "medium": 2.0**-7}
 
 
 def unit(dtype: torch.dtype) -> float:
-    """The largest relative step between neighbours in ``dtype`` or in what parts of a decoder compute in."""
+    """Return the largest relative step between neighbours in ``dtype``, or in what parts of a decoder compute in."""
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)  # norms and rotary angles are in float32 always
     if dtype == torch.float32:
         return max(eps, MATMUL_UNITS.get(torch.get_float32_matmul_precision(), 0.0))
@@ -39,11 +39,11 @@ def unit(dtype: torch.dtype) -> float:
 
 
 def observe(anatomy: Anatomy, run: Callable[[], Tensor]) -> list[Tensor]:
-    """``run()``, the logits ``[B, T, V]`` of a forward, and behind it what attention gave in each layer with memory."""
+    """Return ``run()``, the logits ``[B, T, V]`` of a forward, and then the attention outputs of layers with memory."""
     found: dict[int, Tensor] = {}
 
-    def keep(index: int) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+    def keep(index: int) -> Callable[[nn.Module, tuple[object, ...], Tensor | tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[object, ...], output: Tensor | tuple[Tensor, ...]) -> None:
             found[index] = output[0] if isinstance(output, tuple | list) else output
 
         return hook
@@ -58,7 +58,7 @@ def observe(anatomy: Anatomy, run: Callable[[], Tensor]) -> list[Tensor]:
 
 
 def token_errors(values: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
-    """``[n, T]``: for each of n tensors ``[B, T, ...]`` the mean error of each token, by the standard deviation."""
+    """Return the mean error of each token by the standard deviation, ``[n, T]``, for n tensors ``[B, T, ...]``."""
     found = []
     for value, true in zip(values, reference, strict=True):
         difference = (value.double() - true.double()).abs() / true.double().std().clamp(min=1e-12)
@@ -67,7 +67,7 @@ def token_errors(values: Sequence[Tensor], reference: Sequence[Tensor]) -> Tenso
 
 
 def exceeds(errors: Tensor, noise: Tensor, dtype: torch.dtype) -> bool:
-    """Whether errors ``[n, T]`` of a computation are more than rounding: the worst token's, the second worst's and on.
+    """Return whether errors ``[n, T]`` are more than rounding: the worst token's, the second worst's and so on.
 
     Token by token, since rounding can turn a decision (the expert that a token goes to) for a few of them.
     """
@@ -79,7 +79,7 @@ def exceeds(errors: Tensor, noise: Tensor, dtype: torch.dtype) -> bool:
 
 @torch.no_grad()
 def measure_noise(anatomy: Anatomy, run: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
-    """``[n, T]``: how far rounding alone moves each token of what ``observe`` finds, the one it moves most first.
+    """Measure how far rounding alone moves each token of the tensors of ``observe``: ``[n, T]``, descending.
 
     The decoder is compared with itself where the input of each layer is off by one unit of ``dtype``.
     """

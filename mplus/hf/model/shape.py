@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mplus.errors import NotSupported
-from mplus.hf.model.modes import in_eval_mode, input_device
+from mplus.hf.model.modes import in_eval_mode
+from mplus.hf.model.offloading import input_device
 from mplus.hf.model.sizes import known_positions
 from mplus.hf.retrofit.discovery import Anatomy
 from mplus.mechanisms.decoder import DecoderShape

@@ -15,7 +15,7 @@ from mplus.hf.retrofit.positions import MemoryPositions
 from mplus.mechanisms import MECHANISMS
 
 PARTS = 1 << 16
-"""Steps in which sizes are scaled."""
+"""Steps in which sizes are scaled: a scale is a whole number of so many parts."""
 NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length")
 """What configurations call the number of positions."""
 STRETCHED = ("yarn", "dynamic")
@@ -28,9 +28,9 @@ class Room:
     """The positions that a decoder knows, and how many of them memory takes.
 
     Attributes:
-        positions: that it was made for; None: it does not say, or distance does not enter its attention (ALiBi).
+        positions: the number it was made for; None: it does not say, or distance does not enter its attention (ALiBi).
         layout: where memory rows sit.
-        decoder: name of its class.
+        decoder: name of the decoder's class.
         placed: whether memory rows have positions at all, which can then be compressed.
         grows: rotary frequencies follow the longest sequence, so that no position is the last.
     """
@@ -88,6 +88,7 @@ def known_positions(config: PreTrainedConfig) -> int | None:
 
 
 def _rotary(config: PreTrainedConfig) -> Mapping[str, Any]:
+    """Return the rotary embedding's settings; {}: it has none."""
     return getattr(config, "rope_parameters", None) or {}
 
 
@@ -129,7 +130,7 @@ def chosen(asked: MPlusConfig, config: MPlusConfig) -> dict[str, int]:
 
 
 def names(config: MPlusConfig) -> tuple[str, ...]:
-    """Return the sizes that a config with this mechanism may leave open."""
+    """Return the names of sizes that a config with this mechanism may leave open."""
     return (*MECHANISMS.get(config.mechanism.name).sizes, "min_chunk_tokens")
 
 

@@ -26,13 +26,13 @@ from mplus.memory.memory import Memory
 
 @define(eq=False)
 class Prefilled:
-    """The static cache that a prompt behind a memory has left; changed by ``StaticReader.step``.
+    """The static cache that holds a prompt and its memory; changed by ``StaticReader.step``.
 
     Attributes:
         cache: per layer ``[memory | text | room]``.
         logits: ``[B, V]`` of the newest token.
-        memory_rows: in front of the text.
-        text_tokens: text so far.
+        memory_rows: number of rows in front of the text.
+        text_tokens: number of text tokens so far.
     """
 
     cache: StaticCache
@@ -42,16 +42,17 @@ class Prefilled:
 
     @property
     def room(self) -> int:
-        """Tokens that there is room for yet."""
+        """Number of tokens that there is still room for."""
         return cast("StaticLayer", self.cache.layers[0]).max_cache_len - self.memory_rows - self.text_tokens
 
 
 class StaticReader:
     """Generates token by token without any code of mplus in the loop.
 
-    What a prompt retrieves is settled when the prompt has been read. So its memory goes into a static cache of
-    transformers, in front of the text, and a decoder of the original class goes on from there. That one shares all
-    weights with the wrapped decoder, but for those that the adapter of reading is merged into, which are copies.
+    The rows that a prompt retrieves are settled once the prompt has been read. So they go into a static cache of
+    transformers, in front of the text, and a decoder of the original class goes on from there. It shares all weights
+    with the wrapped decoder, except copies of those that the adapter for reading is merged into.
+
     ``torch.compile`` with ``fullgraph=True`` takes it, as it takes any decoder with a static cache, and CUDA graphs
     should: not run on a GPU yet. Rows of memory are copied once per prompt.
 
@@ -60,19 +61,19 @@ class StaticReader:
         compile_options: of ``torch.compile`` for the step; None: it is not compiled.
 
     Attributes:
-        decoder: the plain one. Change no weight of the wrapped one while this is in use.
+        decoder: the decoder of the original class. Change no weight of the wrapped one while this is in use.
 
     Raises:
         NotSupported: with the reasons; among them layers without memory, sliding windows, ALiBi, adapters of your own,
             quantised weights under an adapter.
 
     Example:
-        ```python
-        reader = StaticReader(model, {"mode": "reduce-overhead", "fullgraph": True})
-        state = reader.prefill(prompt, memory=memory, room=64)
-        while state.room:
-            logits = reader.step(state, state.logits.argmax(-1, keepdim=True))
-        ```
+        >>> reader = mplus.StaticReader(model)  # compiled with, say, {"mode": "reduce-overhead", "fullgraph": True}
+        >>> state = reader.prefill(prompt, memory=memory, room=4)
+        >>> while state.room:
+        ...     logits = reader.step(state, state.logits.argmax(-1, keepdim=True))
+        >>> state.text_tokens - prompt.shape[1]
+        4
     """
 
     def __init__(self, model: WrappedModel, compile_options: Mapping[str, Any] | None = None) -> None:
@@ -95,8 +96,8 @@ class StaticReader:
             input_ids: ``[B, T]`` int64 without padding, one row per stream of the memory.
             memory: what is read.
             room: further tokens to keep room for; with ``into`` there is what its cache has left.
-            into: what an earlier prompt left and nobody needs any more: its cache is used again, so that a compiled
-                step stays valid. Memory and prompt together must fit into it.
+            into: the state of an earlier prompt that is not needed any more: its cache is used again, so that a
+                compiled step stays valid. Memory and prompt together must fit into it.
 
         Raises:
             InputError: the prompt does not fit ``into``, or ``room`` is negative.

@@ -26,7 +26,8 @@ from mplus.hf.adapters.lora import add_adapters, remove_adapters
 from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.model.installed import Installed, WrappedModel, decoder_inside, is_peft_model
 from mplus.hf.model.model_class import memory_model_class
-from mplus.hf.model.modes import has_values, in_eval_mode, input_device
+from mplus.hf.model.modes import in_eval_mode
+from mplus.hf.model.offloading import has_values, input_device
 from mplus.hf.model.peft_model import PeftMemoryModel, peft_model_class
 from mplus.hf.model.self_check import Check, check_ids, self_check
 from mplus.hf.model.shape import decoder_shape

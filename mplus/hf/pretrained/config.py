@@ -1,4 +1,4 @@
-"""``config.json`` of a saved mplus model, and what ``mplus.wrap`` takes as a config."""
+"""``config.json`` of a saved mplus model, and the forms of config that ``mplus.wrap`` takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from mplus.config import MPlusConfig
+from mplus.config import JsonValue, MPlusConfig
 from mplus.errors import CheckpointError, ConfigError
 
 MODEL_TYPE = "mplus"
@@ -31,7 +31,7 @@ class MPlusModelConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        mplus: dict[str, Any] | None = None,
+        mplus: dict[str, JsonValue] | None = None,
         base_model: str | None = None,
         base_config: dict[str, Any] | None = None,
         **kwargs: Any,

@@ -1,4 +1,4 @@
-"""Up to the Hugging Face Hub, and down from it."""
+"""Uploads to the Hugging Face Hub, and downloads from it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 COMMIT = ("commit_message", "commit_description", "create_pr", "revision")
-"""What ``upload`` passes on to the commit."""
+"""Arguments that ``upload`` passes on to the commit."""
 LOOKUP = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
-"""Where and how to find a repository."""
+"""Arguments that say where and how to find a repository."""
 
 
 def upload(

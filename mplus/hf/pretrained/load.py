@@ -1,4 +1,4 @@
-"""``from_pretrained``: build a wrapped decoder from what was saved; commands load its tokenizer too."""
+"""``from_pretrained``, by itself and behind the Auto classes of transformers; commands load the tokenizer too."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from mplus.errors import CheckpointError
 from mplus.hf.model.wrapping import wrap
-from mplus.hf.pretrained.config import MPlusModelConfig, base_class_of, read_config
+from mplus.hf.pretrained.config import MODEL_TYPE, MPlusModelConfig, base_class_of, base_config_of, read_config
 from mplus.hf.pretrained.hub import find_folder
 from mplus.hf.pretrained.peft_folders import load_injected, memory_folder, with_adapters
 from mplus.hf.pretrained.save import BASE, WEIGHTS, load_additions
@@ -98,7 +98,7 @@ def _base(
 
 
 def _found_again(config: MPlusModelConfig, where: str, kwargs: Mapping[str, Any]) -> PreTrainedModel:
-    """Load the decoder that additions were saved for, from where it was then."""
+    """Load the decoder that additions were saved for, from the place it had then."""
     base_model = config.base_model
     if base_model is None:
         raise CheckpointError(f"{where} does not say which decoder it was made for: pass base=")
@@ -110,6 +110,32 @@ def _found_again(config: MPlusModelConfig, where: str, kwargs: Mapping[str, Any]
             f"the decoder that {where} was made for cannot be loaded from {base_model!r}, where it was when that was "
             f"saved ({first}): if it was moved or renamed, pass base= with its folder or the decoder itself"
         ) from error
+
+
+class MPlusForCausalLM(PreTrainedModel):
+    """The class that ``AutoModelForCausalLM`` finds for the model type "mplus"; it makes wrapped decoders only."""
+
+    config_class = MPlusModelConfig
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a wrapped decoder, as ``mplus.from_pretrained`` does."""
+        for name in ("_from_auto", "adapter_kwargs"):
+            kwargs.pop(name, None)  # about the repository of the additions, not about the decoder's
+        attention = getattr(kwargs.get("config"), "_attn_implementation", None)
+        if attention is not None:  # the Auto class has put it there
+            kwargs.setdefault("attn_implementation", attention)
+        return from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: MPlusModelConfig, **kwargs: Any) -> Any:
+        return wrap(base_class_of(config).from_config(base_config_of(config), **kwargs), config.memory_config)
+
+
+def register_auto_classes() -> None:
+    """Register with transformers; harmless when done before."""
+    AutoConfig.register(MODEL_TYPE, MPlusModelConfig, exist_ok=True)
+    AutoModelForCausalLM.register(MPlusModelConfig, MPlusForCausalLM, exist_ok=True)
 
 
 def load_with_tokenizer(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MEMORY = "mplus"
 """Below PEFT's folder: the folder of what mplus added, the same as that of a decoder without adapters."""
 DESCRIPTION = "adapters.json"
-"""In that folder: what PEFT does not save of adapters."""
+"""In that folder: the facts about adapters that PEFT does not save."""
 WEIGHTS = "adapter_model.safetensors"
 INJECTED = "adapters"
 """In that folder: a folder for each adapter that is in the decoder without a PeftModel around it."""
@@ -41,17 +41,17 @@ model = mplus.from_pretrained("path/or/repository")
 
 
 def memory_folder(folder: Path) -> Path:
-    """Return where ``folder`` holds what mplus added: below a user's adapters, or in itself."""
+    """Return the folder of what mplus added: below a user's adapters, or ``folder`` itself."""
     return folder / MEMORY if (folder / MEMORY / "config.json").is_file() else folder
 
 
 def adapter_folder(folder: Path, name: str) -> Path:
-    """Return where PEFT saves the adapter ``name``."""
+    """Return the folder in which PEFT saves the adapter ``name``."""
     return folder if name == "default" else folder / name
 
 
 def describe_adapters(model: nn.Module, names: list[str], active: list[str], folder: Path) -> None:
-    """Write what PEFT does not save of adapters: their names, which act, and scales that were changed."""
+    """Write the facts about adapters that PEFT does not save: their names, which act, and scales that were changed."""
     chosen = [name for name in active if name in names]
     described = {"adapters": names, "active": chosen, "scaling": _changed_scales(model, names)}
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
@@ -148,7 +148,10 @@ def _read(
 
 
 def _dtype(folder: Path) -> dict[str, bool]:
-    """PEFT makes new adapters float32, also in a decoder of 16 bits; one that was not comes back as it was."""
+    """Return the argument of PEFT that brings an adapter back in its dtype.
+
+    PEFT makes new adapters float32, also in a decoder of 16 bits.
+    """
     weights = folder / WEIGHTS
     if not weights.is_file():
         return {}

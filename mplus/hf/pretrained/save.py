@@ -1,25 +1,26 @@
-"""Save what mplus added to a decoder, and copy it back into a wrapped one."""
+"""Save what mplus added to a decoder, with a config and a model card; copy it back into a wrapped decoder."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import mplus
 from mplus.errors import CheckpointError, NotSupported
 from mplus.hf.adapters.fingerprint import digest
 from mplus.hf.adapters.lora import is_addition, plain_name, refuse_conflicts
 from mplus.hf.model.installed import WrappedModel, decoder_inside
-from mplus.hf.model.modes import on_meta, present
+from mplus.hf.model.offloading import on_meta, present
 from mplus.hf.pretrained.config import MPlusModelConfig
 from mplus.hf.pretrained.hub import COMMIT, upload
-from mplus.hf.pretrained.model_card import model_card
 from mplus.hf.pretrained.peft_folders import save_injected
 from mplus.hf.pretrained.unwrap_copy import plain_decoder
 
@@ -44,62 +45,6 @@ class Saving(Protocol):
         self, save_directory: str, *, save_base: bool, max_shard_size: int | str | None, tags: list[str] | None
     ) -> None:
         """Save into a folder."""
-
-
-def save_pretrained(
-    model: WrappedModel,
-    directory: str | os.PathLike[str],
-    is_main_process: bool,
-    state_dict: Mapping[str, Tensor] | None,
-    push_to_hub: bool,
-    save_base: bool,
-    options: dict[str, Any],
-) -> None:
-    """Save the additions of ``model``, and with ``save_base`` the decoder; see ``MemoryModel.save_pretrained``.
-
-    Args:
-        options: keywords for saving the decoder and for the Hub; emptied of the latter.
-    """
-    if options.get("distributed_checkpoint"):
-        raise NotSupported("distributed_checkpoint is not supported with memory: pass a gathered state_dict")
-    refuse_conflicts(model)
-    if save_base and state_dict is None and not hasattr(model, "hf_device_map") and on_meta(model):
-        raise NotSupported(
-            "transformers cannot save a decoder that accelerate has offloaded without a device map: bring it back with "
-            "accelerate.hooks.remove_hook_from_submodules(model), or save without save_base"
-        )
-    hub = {name: options.pop(name) for name in ("repo_id", "private", *COMMIT) if name in options}
-    tags = options.pop("tags", None)
-    folder = Path(directory)
-    if not save_base and (folder / BASE).is_dir():
-        raise CheckpointError(
-            f"{folder} must not hold a decoder of an earlier save, in {BASE}/, when saving without save_base: it would "
-            "be loaded with these additions, so use save_base=True, remove it, or choose another folder"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    if save_base:
-        decoder, tree = plain_decoder(model)
-        plain = None if state_dict is None else tree.plain_state(state_dict)
-        decoder.save_pretrained(folder / BASE, is_main_process=is_main_process, state_dict=plain, **options)
-    elif not on_meta(model) and digest(model, "base") != model.mplus_installed.base_digest:
-        warnings.warn(
-            "the decoder's own weights have changed since mplus.wrap and are not saved with the additions: "
-            "use save_pretrained(..., save_base=True)",
-            stacklevel=3,
-        )
-    if not is_main_process:
-        return
-    state = model.state_dict() if state_dict is None else state_dict
-    additions = present(model, state, is_addition)
-    additions = {plain_name(name): tensor.contiguous() for name, tensor in additions.items()}
-    save_file(additions, folder / WEIGHTS, metadata={"format": "pt"})
-    adapters = save_injected(model, folder, state)
-    config = _model_config(model)
-    config.save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(model, config, save_base, tags), encoding="utf-8")
-    if push_to_hub:
-        patterns = [WEIGHTS, "config.json", "README.md", *adapters, *([f"{BASE}/*"] if save_base else [])]
-        upload(folder, hub.pop("repo_id", folder.name), patterns=patterns, token=options.get("token"), **hub)
 
 
 class PushToHub(PushToHubMixin):
@@ -141,6 +86,84 @@ class PushToHub(PushToHubMixin):
             )
 
 
+class SavesAdditions(PushToHub, WrappedModel):  # type: ignore[misc]
+    """The part of a wrapped decoder's class that saves what mplus added to it."""
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        *,
+        save_base: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save what mplus added (its adapters, begin rows, mark, retriever, pool) with a config and a model card.
+
+        Args:
+            save_directory: folder; made where missing.
+            is_main_process, state_dict, push_to_hub: as in transformers. Adapters that ``add_adapter`` put into
+                the decoder are saved in ``adapters/``; those of a ``PeftModel`` are not: one that was given to
+                ``mplus.wrap`` saves them with its own ``save_pretrained``.
+            save_base: save the decoder too, in ``base/``, where transformers can load it without mplus.
+            kwargs: for saving the decoder (``max_shard_size`` and so on) and for the Hub (``repo_id`` and so on).
+
+        Raises:
+            CheckpointError: the folder holds a decoder of an earlier ``save_base``, which would be loaded with what is
+                saved now.
+            NotSupported: ``distributed_checkpoint`` was asked for; ``save_base`` of a decoder that accelerate has
+                offloaded without a device map, which transformers does not save either; or adapters of the user are
+                merged, or have a name of ours.
+        """
+        folder = Path(save_directory)
+        if kwargs.get("distributed_checkpoint"):
+            raise NotSupported("distributed_checkpoint is not supported with memory: pass a gathered state_dict")
+        refuse_conflicts(self)
+        if save_base:
+            _check_can_save_base(self, state_dict)
+        elif (folder / BASE).is_dir():
+            raise CheckpointError(
+                f"{folder} must not hold a decoder of an earlier save, in {BASE}/, when saving without save_base: it "
+                "would be loaded with these additions, so use save_base=True, remove it, or choose another folder"
+            )
+        hub = {name: kwargs.pop(name) for name in ("repo_id", "private", *COMMIT) if name in kwargs}
+        tags = kwargs.pop("tags", None)
+        folder.mkdir(parents=True, exist_ok=True)
+        if save_base:
+            decoder, tree = plain_decoder(self)
+            plain = None if state_dict is None else tree.plain_state(state_dict)
+            decoder.save_pretrained(folder / BASE, is_main_process=is_main_process, state_dict=plain, **kwargs)
+        elif not on_meta(self) and digest(self, "base") != self.mplus_installed.base_digest:
+            warnings.warn(
+                "the decoder's own weights have changed since mplus.wrap and are not saved with the additions: "
+                "use save_pretrained(..., save_base=True)",
+                stacklevel=2,
+            )
+        if not is_main_process:
+            return
+        state = self.state_dict() if state_dict is None else state_dict
+        additions = present(self, state, is_addition)
+        additions = {plain_name(name): tensor.contiguous() for name, tensor in additions.items()}
+        save_file(additions, folder / WEIGHTS, metadata={"format": "pt"})
+        adapters = save_injected(self, folder, state)
+        config = _model_config(self)
+        config.save_pretrained(folder)
+        (folder / "README.md").write_text(_model_card(self, config, save_base, tags), encoding="utf-8")
+        if push_to_hub:
+            patterns = [WEIGHTS, "config.json", "README.md", *adapters, *([f"{BASE}/*"] if save_base else [])]
+            upload(folder, hub.pop("repo_id", folder.name), patterns=patterns, token=kwargs.get("token"), **hub)
+
+
+def _check_can_save_base(model: WrappedModel, state_dict: Mapping[str, Tensor] | None) -> None:
+    """Raise NotSupported where the decoder's own weights are offloaded and nothing says where they are."""
+    if state_dict is None and not hasattr(model, "hf_device_map") and on_meta(model):
+        raise NotSupported(
+            "transformers cannot save a decoder that accelerate has offloaded without a device map: bring it back with "
+            "accelerate.hooks.remove_hook_from_submodules(model), or save without save_base"
+        )
+
+
 def _model_config(model: WrappedModel) -> MPlusModelConfig:
     return MPlusModelConfig(
         mplus=model.mplus_config.to_dict(),
@@ -149,6 +172,68 @@ def _model_config(model: WrappedModel) -> MPlusModelConfig:
         architectures=["MPlusForCausalLM"],
         how_to_load=HOW_TO_LOAD,
     )
+
+
+def _model_card(
+    model: WrappedModel, config: MPlusModelConfig, with_base: bool, tags: Sequence[str] | None = None
+) -> str:
+    """Return a model card with Hub metadata, sizes and three lines of use."""
+    name, base = type(model).__name__, config.base_model
+    added = sum(parameter.numel() for key, parameter in model.named_parameters() if is_addition(key))
+    labels = json.dumps(["mplus", "long-term-memory", *(tags or ())])  # JSON is YAML
+    metadata = ["---", "library_name: mplus", "pipeline_tag: text-generation", f"tags: {labels}"]
+    if base and not Path(base).exists():  # the Hub wants a repository here
+        metadata.append(f"base_model: {base}")
+    where = "with the decoder itself in `base/`" if with_base else "the decoder is loaded from where it came from"
+    use = '"path/or/repository"' if with_base or base else '"path/or/repository", base="the decoder"'
+    elsewhere = "" if with_base else " Where it has been moved since, pass `base=` with its place."
+    return "\n".join(
+        [
+            *metadata,
+            "---",
+            "",
+            f"# {name} with an M+ memory",
+            "",
+            f"Memory additions for {base or 'a ' + name}: {added:,} parameters; {where}.{elsewhere}",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {label} | {value} |" for label, value in _sizes(model).items()),
+            "",
+            "```python",
+            "import mplus",
+            "",
+            f"model = mplus.from_pretrained({use})",
+            "memory = model.new_memory(tokenizer=tokenizer)",
+            'memory.write("text to remember")',
+            "model.generate(**inputs, memory=memory)",
+            "```",
+            "",
+            "`AutoModelForCausalLM` and `pipeline` load it too, after `import mplus.hf`: that registers the model type",
+            "`mplus`, which transformers does not know by itself.",
+            "",
+            f"Made with mplus {mplus.__version__}. M+: arXiv 2502.00592.",
+            "",
+        ]
+    )
+
+
+def _sizes(model: WrappedModel) -> dict[str, str]:
+    """Return the sizes that the model card says, those that mean something to the mechanism."""
+    config = model.mplus_config
+    sizes = {
+        "mechanism": f"{config.mechanism.name}, variant {config.variant}",
+        "read per write": f"{config.chunk_tokens:,} text tokens",
+        "written per layer": f"{config.memory_tokens_per_chunk:,} rows",
+    }
+    mechanism = model.mplus_engine.mechanism
+    if "short_term_tokens" in mechanism.sizes:
+        sizes["short-term rows per layer"] = f"{config.short_term_tokens:,}"
+    if mechanism.long_term:
+        limit, how = config.long_term_tokens, f" with `{config.retriever.name}`" if mechanism.uses_retriever else ""
+        sizes["long-term rows per layer"] = "no limit" if limit is None else f"{limit:,}"
+        sizes["retrieved rows per layer"] = f"{config.retrieved_tokens:,}{how}"
+    return sizes
 
 
 def load_additions(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

@@ -1,4 +1,4 @@
-"""The trained decoders that come with the package.
+"""The trained decoders and the novel that come with the package.
 
 "stories260K" is a Llama of 260,032 parameters that tells children's stories and knows no memory. "recall-tiny" was
 trained with its memory to answer questions in the little language of ``mplus.facts``.
@@ -6,18 +6,30 @@ trained with its memory to answer questions in the little language of ``mplus.fa
 
 from __future__ import annotations
 
+import gzip
+import re
 from pathlib import Path
 from typing import Any
 
+from attrs import define
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from mplus.hf.pretrained.load import from_pretrained, without_bars
 
-STORIES260K = Path(__file__).parents[2] / "data" / "stories260K"
+DATA = Path(__file__).parents[2] / "data"
+
+STORIES260K = DATA / "stories260K"
 """Folder of the decoder and its tokenizer, with licence and provenance; trained with 512 positions."""
 
-RECALL_TINY = STORIES260K.parent / "recall-tiny"
+RECALL_TINY = DATA / "recall-tiny"
 """Folder of the trained decoder with memory (``save_pretrained``) and its tokenizer."""
+
+TITLE = "The Secret Garden"
+AUTHOR = "Frances Hodgson Burnett, 1911"
+NOVEL = DATA / "novels" / "Burnett_Garden_1911.txt.gz"
+"""The novel, compressed text."""
+
+_HEADING = re.compile(r"^CHAPTER [IVXLC]+\n+(.+)\n", re.MULTILINE)
 
 
 def load_recall() -> tuple[Any, PreTrainedTokenizerBase]:
@@ -28,11 +40,36 @@ def load_recall() -> tuple[Any, PreTrainedTokenizerBase]:
 
 
 def load_decoder() -> Any:
-    """Load a new copy of the decoder, on the CPU and in eval mode. Needs no network."""
+    """Load a new copy of "stories260K", without memory, on the CPU and in eval mode."""
     with without_bars():
         return AutoModelForCausalLM.from_pretrained(STORIES260K, local_files_only=True).eval()
 
 
 def load_tokenizer() -> PreTrainedTokenizerBase:
-    """Load the tokenizer of that decoder."""
+    """Load the tokenizer of "stories260K"."""
     return AutoTokenizer.from_pretrained(STORIES260K, local_files_only=True)
+
+
+@define(frozen=True)
+class Chapter:
+    """One chapter of the novel.
+
+    Attributes:
+        name: number and title, for example ``chapter 7: THE KEY TO THE GARDEN``.
+        text: the whole chapter, heading included.
+    """
+
+    name: str
+    text: str
+
+
+def chapters(file: Path = NOVEL) -> list[Chapter]:
+    """Return the chapters of the novel in order; together they are all of it but the title page."""
+    with gzip.open(file, "rt", encoding="utf-8") as opened:
+        text = opened.read()
+    headings = list(_HEADING.finditer(text))
+    ends = [heading.start() for heading in headings[1:]] + [len(text)]
+    return [
+        Chapter(f"chapter {number}: {heading[1].strip()}", text[heading.start() : end])
+        for number, (heading, end) in enumerate(zip(headings, ends, strict=True), 1)
+    ]

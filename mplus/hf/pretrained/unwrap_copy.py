@@ -17,11 +17,11 @@ from mplus.hf.model.installed import WrappedModel
 
 @define
 class PlainTree:
-    """Copies a tree of modules, sharing all tensors, and takes adapters (a user's as well as ours) out of it.
+    """A copy of a tree of modules that shares all tensors and has no adapters, neither a user's nor ours.
 
     Attributes:
-        places: for the path of every copied module in the original tree, its path in the copy and the original itself.
-        copies: the copies by original.
+        places: by path of a copied module in the original tree, its path in the copy, and the original module.
+        copies: the copies, by original module.
     """
 
     places: dict[str, tuple[str, nn.Module]] = field(factory=dict)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from mplus.errors import NotSupported
-from mplus.hf.model.modes import in_eval_mode, input_device
+from mplus.hf.model.modes import in_eval_mode
+from mplus.hf.model.offloading import input_device
 from mplus.hf.retrofit.capture import CaptureCache, Captured
 
 

@@ -12,6 +12,7 @@ from benchmarks.quality.architectures.decoders import BY_NAME
 from benchmarks.quality.architectures.retrofitted import Pair, retrofit
 from mplus.errors import InputError, MemoryMismatchError, NotSupported
 from mplus.hf.model.static_reader import StaticReader
+from tests.helpers.docstrings import run_examples
 from tests.hf.references import TOLERANCE, error, ids, stir
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def test_steps_are_those_of_the_wrapped_decoder(name: str) -> None:
     alone = pair.wrapped(prompt).logits
     assert error(reader.decoder(prompt).logits, alone) > TOLERANCE, "the reading adapter is merged"
     assert torch.equal(pair.wrapped(prompt).logits, alone), "and the wrapped decoder is as it was"
+    run_examples(StaticReader, mplus=mplus, model=pair.wrapped, memory=memory, prompt=prompt)
 
 
 def test_one_graph_serves_prompt_after_prompt() -> None:
