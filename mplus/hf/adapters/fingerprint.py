@@ -42,7 +42,7 @@ def fingerprint(
             their rows were made with, have a digest of all LoRA adapters in place of ours.
     """
     plain = config.to_dict()
-    added = digest(model, "additions")
+    added: JsonValue = digest(model, "additions")
     if saved is not None and not any(name.startswith("mplus.") for name, _ in model.named_parameters()):
         # Nothing can differ. Earlier versions made begin rows for every mechanism, and took their digest.
         added = saved.get("additions", added)
