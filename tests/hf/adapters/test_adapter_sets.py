@@ -42,6 +42,12 @@ def model() -> Any:
     return wrapped()
 
 
+@pytest.fixture(scope="module")
+def shared() -> Any:
+    """A model whose tests take back every change, and say so."""
+    return wrapped()
+
+
 # ---------------------------------------------------------------- what may change
 
 
@@ -109,8 +115,8 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_rows_are_refused_or_computed_anew(model: Any, name: str) -> None:
-    change, message = CHANGES[name]
+def test_rows_are_refused_or_computed_anew(shared: Any, name: str) -> None:
+    model, (change, message) = shared, CHANGES[name]
     hidden, both, projected = (written(model, rows) for rows in ("hidden", "both", "projected"))
     before = logits(model, projected)
     kept = logits(model, both), logits(model, hidden)
@@ -270,7 +276,8 @@ def without_change(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def test_a_cache_is_not_continued_with_other_adapters(model: Any) -> None:
+def test_a_cache_is_not_continued_with_other_adapters(shared: Any) -> None:
+    model = shared
     for rows in ("hidden", "both"):
         memory = written(model, rows)
         cache = model(input_ids=ASKED, memory=memory, use_cache=True).past_key_values
@@ -297,7 +304,7 @@ def test_adapters_beside_attention_end_a_cache_too(model: Any) -> None:
             model(input_ids=ASKED[:, :1], memory=memory, past_key_values=cache)
 
 
-def test_nothing_is_looked_at_for_a_token(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_looked_at_for_a_token(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
     mark = TensorGroup.mark
 
@@ -306,6 +313,7 @@ def test_nothing_is_looked_at_for_a_token(model: Any, monkeypatch: pytest.Monkey
         return mark(self, moment)
 
     monkeypatch.setattr(TensorGroup, "mark", count)
+    model = shared
     memory = written(model, "projected")
     found = []
     for tokens in (1, 9):
@@ -352,7 +360,8 @@ def test_a_static_reader_notices_what_it_has_copied() -> None:
         reader.prefill(ASKED, memory=memory, room=2)
 
 
-def test_another_begin_row_is_read_at_once(model: Any) -> None:
+def test_another_begin_row_is_read_at_once(shared: Any) -> None:
+    model = shared
     memory = written(model, "projected")
     before = logits(model, memory)
     with edited(model, "mplus.begin", -2.0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,14 @@ def same(model: Any, other: Any) -> bool:
     return all(map(torch.equal, said(other), expected))
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A model with a LoRA adapter and the folder that it was saved in; no test changes either."""
+    model, folder = adapted(), tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder, save_base=True)
+    return model, folder
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA", "IA3", "modules_to_save", "VeRA", "prefix", "p-tuning"])
 def test_adapter_and_memory_come_back_bit_for_bit(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -100,10 +109,9 @@ def test_an_adapter_in_half_precision_stays_so(tmp_path: Path) -> None:
     assert same(model, loaded)
 
 
-def test_what_is_trainable_after_loading(tmp_path: Path) -> None:
-    adapted().save_pretrained(tmp_path, save_base=True)
+def test_what_is_trainable_after_loading(saved: tuple[Any, Path]) -> None:
     for trainable in (False, True):
-        loaded = mplus.from_pretrained(tmp_path, check=False, is_trainable=trainable)
+        loaded = mplus.from_pretrained(saved[1], check=False, is_trainable=trainable)
         named = {name: parameter.requires_grad for name, parameter in loaded.named_parameters()}
         assert {value for name, value in named.items() if ".default." in name} == {trainable}
         ours = [name for name in named if is_addition(name.removeprefix("base_model.model."))]
@@ -134,9 +142,9 @@ def test_a_base_is_found_again_handed_over_or_named_as_missing(tmp_path: Path) -
         mplus.from_pretrained(tmp_path / "nameless")
 
 
-def test_peft_loads_the_adapter_alone_and_mplus_the_memory_alone(tmp_path: Path) -> None:
-    model = adapted()
-    model.save_pretrained(tmp_path, save_base=True)
+def test_peft_loads_the_adapter_alone_and_mplus_the_memory_alone(saved: tuple[Any, Path], tmp_path: Path) -> None:
+    model, folder = saved
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     TOKENIZER.save_pretrained(tmp_path)
     alone = peft.PeftModel.from_pretrained(load_decoder(), tmp_path)
     assert torch.equal(alone(**PROMPT).logits, model(**PROMPT).logits)
@@ -169,8 +177,8 @@ def test_a_folder_of_an_adapter_alone_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["garbled", "missing"])
-def test_a_damaged_folder_says_what_is_wrong(what: str, tmp_path: Path) -> None:
-    adapted().save_pretrained(tmp_path, save_base=True)
+def test_a_damaged_folder_says_what_is_wrong(what: str, saved: tuple[Any, Path], tmp_path: Path) -> None:
+    shutil.copytree(saved[1], tmp_path, dirs_exist_ok=True)
     described = tmp_path / "mplus" / "adapters.json"
     described.write_text("[1" if what == "garbled" else '{"adapters": ["other"], "active": [], "scaling": {}}')
     with pytest.raises(CheckpointError, match=r"must name the adapters" if what == "garbled" else "'other'"):
@@ -190,7 +198,9 @@ def test_merged_for_good_and_loaded_around_the_merged_decoder(tmp_path: Path) ->
         assert error(found, one) < 1e-6
 
 
-def test_pushing_uploads_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pushing_uploads_the_same_files(
+    saved: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
     uploaded: list[set[str]] = []
@@ -210,7 +220,7 @@ def test_pushing_uploads_the_same_files(tmp_path: Path, monkeypatch: pytest.Monk
         return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    model = adapted()
+    model, _ = saved
     assert model.push_to_hub("tiny", token="t", save_base=True, max_shard_size="200KB") == "commit"
     model.save_pretrained(tmp_path, save_base=True, max_shard_size="200KB")
     assert uploaded == [names(tmp_path)]
