@@ -96,8 +96,14 @@ def run(
     asked = told_and_asked(chat, facts, distraction, seed)
     ages = tuple(age for age in AGES if age <= max(distraction, 16))
     memory, config = chat.memory, model.mplus_config
-    sizes = {"chunk_tokens": config.chunk_tokens, "tail": config.memory_tokens_per_chunk}
-    task = Facts(**sizes, ages=ages, streams=streams, rounds=ROUNDS, seed=seed + 1)
+    task = Facts(
+        chunk_tokens=config.chunk_tokens,
+        tail=config.memory_tokens_per_chunk,
+        ages=ages,
+        streams=streams,
+        rounds=ROUNDS,
+        seed=seed + 1,
+    )
     curves = retention(ParallelStreams(model, task), ArmOptions(arms=ARMS))
     return (
         RecallDemo(

@@ -24,6 +24,8 @@ from mplus.hf.pretrained.save import BASE, WEIGHTS, load_additions
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from mplus.hf.model.model_class import MemoryModel
+
 Where = str | os.PathLike[str]
 
 
@@ -140,7 +142,7 @@ def register_auto_classes() -> None:
 
 def load_with_tokenizer(
     path: Where, *, tokenizer: Where | None = None, device: str | None = None, dtype: str = "auto"
-) -> tuple[Any, PreTrainedTokenizerBase]:
+) -> tuple[MemoryModel, PreTrainedTokenizerBase]:
     """Load a wrapped decoder, in eval mode, and its tokenizer.
 
     Args:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import gzip
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import define
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from mplus.hf.pretrained.load import from_pretrained, without_bars
+
+if TYPE_CHECKING:
+    from mplus.hf.model.model_class import MemoryModel
 
 DATA = Path(__file__).parents[2] / "data"
 
@@ -32,14 +35,14 @@ NOVEL = DATA / "novels" / "Burnett_Garden_1911.txt.gz"
 _HEADING = re.compile(r"^CHAPTER [IVXLC]+\n+(.+)\n", re.MULTILINE)
 
 
-def load_recall() -> tuple[Any, PreTrainedTokenizerBase]:
+def load_recall() -> tuple[MemoryModel, PreTrainedTokenizerBase]:
     """Load a new copy of "recall-tiny" with its memory, on the CPU and in eval mode, and its tokenizer."""
     with without_bars():
         model = from_pretrained(RECALL_TINY, local_files_only=True).eval()
         return model, AutoTokenizer.from_pretrained(RECALL_TINY, local_files_only=True)
 
 
-def load_decoder() -> Any:
+def load_decoder() -> Any:  # transformers types ``to`` so that no dtype is taken
     """Load a new copy of "stories260K", without memory, on the CPU and in eval mode."""
     with without_bars():
         return AutoModelForCausalLM.from_pretrained(STORIES260K, local_files_only=True).eval()

@@ -13,7 +13,7 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _tanh(x):
-    """Of float32: a series near 0, where the quotient of exponentials would lose its leading digits."""
+    """Compute tanh in float32: near 0 by a series, where the quotient of exponentials would lose its leading digits."""
     square = x * x
     near = x * (1.0 + square * (-0.3333333333 + square * (0.1333333333 + square * (-0.0539682540))))
     small = tl.exp2(tl.abs(x) * -2.8853900817779268)
@@ -23,7 +23,7 @@ def _tanh(x):
 
 @triton.jit
 def _real_rows(lengths, index, b, batch, rows, LENGTHS: tl.constexpr):
-    """How many rows of a segment are real in batch row ``b``."""
+    """Return the number of real rows of a segment in batch row ``b``."""
     if LENGTHS:
         real = tl.load(lengths + index * batch + b)
         rows = tl.maximum(tl.minimum(real, rows), 0).to(tl.int32)

@@ -1,4 +1,4 @@
-"""How well rows of memory fit texts, without the products of every query with every key in memory."""
+"""Scores of memory rows for texts, without holding the products of every query with every key."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ from mplus.backends.triton.kernels.shared import INTERPRETED, NUMBERS, needs_upc
 
 @triton.jit
 def _sigmoid(x, ONE_INSTRUCTION: tl.constexpr):
-    """Of float32. As a hyperbolic tangent it takes one instruction of the special function unit instead of two."""
+    """Compute a sigmoid in float32; as a tanh it takes one instruction of the special function unit instead of two."""
     if ONE_INSTRUCTION:
         tanh = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=tl.float32, is_pure=True, pack=1
@@ -27,7 +27,7 @@ def score_kernel(
     WIDTH: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PADDED_WIDTH: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr, ONE_INSTRUCTION: tl.constexpr,
 ):  # fmt: skip
-    """One program: KEYS keys, which stay while all tokens of a text pass by. Sums are in float32."""
+    """Score KEYS keys in one program: they stay while all tokens of a text pass by. Sums are in float32."""
     b = tl.program_id(1).to(tl.int64)
     wide = tl.arange(0, PADDED_WIDTH)
     inside = (wide < WIDTH)[None, :]
