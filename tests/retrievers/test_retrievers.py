@@ -42,7 +42,9 @@ def store_of(keys: torch.Tensor, hidden_size: int = 6, layers: int = 2) -> RamSt
 
 
 def test_the_example_of_the_class_does_what_it_says():
-    run_examples(Retriever, torch=torch, store=store_of(torch.ones(5, 3)))
+    store = RamStore(StoreLayout(layers=2, hidden_size=6))
+    store.append(0, draw_rows(store.layout, 5, 0).replace(birth=torch.arange(5)))
+    run_examples(Retriever, torch=torch, store=store)
 
 
 def text(batch: int, length: int) -> torch.Tensor:

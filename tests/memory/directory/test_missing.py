@@ -113,7 +113,7 @@ def test_a_journal_that_gets_a_second_name_is_not_written_to(tmp_path: Path) -> 
     memory.directory.close()
 
 
-@pytest.mark.parametrize("mode", [0, 0o400, 0o4600, 0o700, -1, True, "0600", None])
+@pytest.mark.parametrize("mode", [0, 0o400, 0o4600, 0o700, -1, True, "0600"])
 def test_a_file_mode_is_checked(tmp_path: Path, mode: Any) -> None:
     for work in (
         lambda: Memory.open(tmp_path / "memory", MODEL, file_mode=mode),
