@@ -11,7 +11,7 @@ from torch import Tensor
 from mplus.errors import CheckpointError
 from mplus.eviction.base import EvictionPolicy
 from mplus.hf.model.engine import DecoderEngine
-from mplus.hf.reading.forward import generating
+from mplus.hf.reading.generating import generating
 from mplus.hf.reading.reading import Reading
 from mplus.interop.trace import Permutations, Recorded
 from mplus.mechanisms.base import Retrieved

@@ -1,7 +1,8 @@
 """Mechanisms of memory by name, and the names one needs to write another.
 
-A mechanism derives from ``MemoryMechanism``, and the state of its streams from ``StreamState``.
-``mplus.testing.mechanisms.MechanismConformance`` tries a mechanism.
+A mechanism derives from ``MemoryMechanism``, and the state of its streams from ``StreamState``; or, where its memories
+are made of text, from ``TextMechanism``. ``mplus.testing.mechanisms.MechanismConformance`` and
+``mplus.testing.text_mechanisms.TextMechanismConformance`` try one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from mplus.backends.base import Segment
     from mplus.config import MPlusConfig, flag, number, one_of, options_of, whole
     from mplus.mechanisms.additions import MemoryAdditions
-    from mplus.mechanisms.base import Absorbed, Columns, Kept, MemoryMechanism, Opened, Retrieved
+    from mplus.mechanisms.base import Kept, MemoryMechanism, Opened, Retrieved
     from mplus.mechanisms.decoder import (
         Adapter,
         Attended,
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
         Text,
         side_by_side,
     )
+    from mplus.mechanisms.root import Absorbed, Columns, Mechanism
     from mplus.mechanisms.streams import LayerRead, Read, TrainingStreams
+    from mplus.mechanisms.text.mechanism import Ask, Recalled, TextMechanism, TokenBudget
+    from mplus.mechanisms.text.state import Entry, EntryState
     from mplus.memory.state import StreamState, StreamView
     from mplus.memory.writing.update import Update, WriteContext
     from mplus.retrievers.base import Retriever, RetrieverShape
@@ -41,15 +45,19 @@ __all__ = [
     "MECHANISMS",
     "Absorbed",
     "Adapter",
+    "Ask",
     "Attended",
     "Collected",
     "Columns",
     "Decoder",
     "DecoderShape",
     "Edit",
+    "Entry",
+    "EntryState",
     "Kept",
     "LayerRead",
     "MPlusConfig",
+    "Mechanism",
     "MemoryAdditions",
     "MemoryMechanism",
     "MemoryRows",
@@ -59,6 +67,7 @@ __all__ = [
     "Prefix",
     "Project",
     "Read",
+    "Recalled",
     "Retrieved",
     "Retriever",
     "RetrieverShape",
@@ -69,6 +78,8 @@ __all__ = [
     "StreamState",
     "StreamView",
     "Text",
+    "TextMechanism",
+    "TokenBudget",
     "TrainingStreams",
     "Update",
     "WriteContext",
@@ -81,14 +92,15 @@ __all__ = [
     "whole",
 ]
 
-MECHANISMS: Registry[MemoryMechanism] = Registry(
+MECHANISMS: Registry[Mechanism] = Registry(
     "mechanism",
     group="mplus.mechanisms",
-    base="mplus.mechanisms.base:MemoryMechanism",
+    base="mplus.mechanisms.root:Mechanism",
     builtin={
         "mplus": "mplus.mechanisms.mplus:MPlusMechanism",
         "memoryllm": "mplus.mechanisms.memoryllm:MemoryLLMMechanism",
         "kv": "mplus.mechanisms.kv.mechanism:KvMechanism",
+        "notes": "mplus.mechanisms.notes:NotesMechanism",
     },
 )
 
@@ -98,7 +110,7 @@ __getattr__, __dir__ = lazy_exports(
         "mplus.backends.base": ("Segment",),
         "mplus.config": ("MPlusConfig", "flag", "number", "one_of", "options_of", "whole"),
         "mplus.mechanisms.additions": ("MemoryAdditions",),
-        "mplus.mechanisms.base": ("Absorbed", "Columns", "Kept", "MemoryMechanism", "Opened", "Retrieved"),
+        "mplus.mechanisms.base": ("Kept", "MemoryMechanism", "Opened", "Retrieved"),
         "mplus.mechanisms.decoder": (
             "Adapter",
             "Attended",
@@ -113,7 +125,10 @@ __getattr__, __dir__ = lazy_exports(
             "Text",
             "side_by_side",
         ),
+        "mplus.mechanisms.root": ("Absorbed", "Columns", "Mechanism"),
         "mplus.mechanisms.streams": ("LayerRead", "Read", "TrainingStreams"),
+        "mplus.mechanisms.text.mechanism": ("Ask", "Recalled", "TextMechanism", "TokenBudget"),
+        "mplus.mechanisms.text.state": ("Entry", "EntryState"),
         "mplus.memory.state": ("StreamState", "StreamView"),
         "mplus.memory.writing.update": ("Update", "WriteContext"),
         "mplus.retrievers.base": ("Retriever", "RetrieverShape"),

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
-from attrs import define, evolve, field
+from attrs import define, evolve
 from torch import Tensor, nn
 
 from mplus.backends.base import Segment
-from mplus.config import PUBLISHED, MPlusConfig
+from mplus.config import MPlusConfig
 from mplus.errors import ConfigError, InputError
-from mplus.eviction.base import EvictionPolicy
+from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.decoder import Attended, Decoder, DecoderShape, KeptProjection, Project, Text
+from mplus.mechanisms.root import Absorbed, Mechanism
 from mplus.mechanisms.streams import TrainingStreams
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.update import Update, WriteContext
@@ -43,24 +44,6 @@ class Retrieved:
     source: Location | None = None
 
 
-@define(frozen=True)
-class Absorbed:
-    """What a write did to a stream.
-
-    Attributes:
-        state: the new one.
-        dropped, evicted: rows that left the STM and the LTM.
-        stayed: by list of rows, per layer, the positions in the old list of the rows that stayed, in order; in the new
-            list they come first. Of a list that is left out it is tried whether rows only came behind the old ones. A
-            memory in a directory writes down the other rows.
-    """
-
-    state: StreamState
-    dropped: int
-    evicted: int
-    stayed: Mapping[str, tuple[Tensor, ...]] = field(factory=dict)
-
-
 @define(frozen=True, eq=False)
 class Opened:
     """What is ready for one read, of the whole text that it begins with and all tokens that follow.
@@ -83,62 +66,24 @@ Kept = Literal["projected", "hidden", "both"]
 """What a memory keeps of a row: see ``MPlusConfig.memory_rows``."""
 
 
-class Columns(Protocol):
-    """Makes what rows keep besides hidden states."""
-
-    def project(self, layer: int, hidden: Tensor) -> Tensor:
-        """Return ``MemoryRows.projected`` ``[B, n, w]`` of rows ``[B, n, d]``."""
-
-    def keys(self, layer: int, hidden: Tensor) -> Tensor | None:
-        """Return retriever keys ``[m, r]`` of rows ``[m, d]``, or None where none are kept."""
-
-
-class MemoryMechanism(ABC):
+class MemoryMechanism(Mechanism):
     """The rules of one memory. Holds no state of any memory; built as ``Mechanism(config, additions, options)``.
 
     Attributes:
         additions: the module that ``build`` made: its own parameters.
         retriever: the module of that name among these, if there is one, which brings rows back.
-        name: in configurations and files.
-        State: the class of its streams' states.
         uses_retriever: whether ``build`` makes a retriever where there is long-term memory.
         empty_is_base: whether a new memory leaves the decoder as it is, bit for bit; checked when a decoder is wrapped.
         attends: whether ``prefix`` returns ``Attended``, so that attention must go through mplus.
         keeps: the ``memory_rows`` that make sense for it.
-        sizes: that a config may leave open, as they are where a decoder has positions for them.
         retrieves_once: whether it chooses in ``open`` what a text reads, and never again: no ``retrieve_every``.
     """
 
-    @define(frozen=True, kw_only=True)
-    class Options:
-        """Options of the mechanism (attrs class; the base class has none)."""
-
-        @classmethod
-        def defaults(cls, variant: str) -> dict[str, Any]:
-            """Option values that differ from the class's own in this variant."""
-            return {}
-
-    name: ClassVar[str]
-    State: ClassVar[type[StreamState]]
     uses_retriever: ClassVar[bool] = False
     empty_is_base: ClassVar[bool] = True
     attends: ClassVar[bool] = False
     keeps: ClassVar[frozenset[Kept]] = frozenset({"projected", "hidden", "both"})
-    sizes: ClassVar[Mapping[str, int]] = PUBLISHED
     retrieves_once: ClassVar[bool] = False
-
-    @classmethod
-    def settle(cls, config: MPlusConfig, room: int | None) -> MPlusConfig | None:
-        """Return ``config`` with this mechanism's own numbers for what it leaves open; None: those of M+.
-
-        Args:
-            config: as it was given to ``wrap``.
-            room: positions of the decoder that memory should take at most; None: there is no limit.
-
-        Raises:
-            ConfigError: a field is set that means nothing to this mechanism.
-        """
-        return None
 
     @classmethod
     def build(cls, shape: DecoderShape, config: MPlusConfig, options: Any) -> nn.Module:
@@ -170,7 +115,7 @@ class MemoryMechanism(ABC):
             f"pool means nothing to the mechanism {self.name!r}, whose new memories are empty: leave it out"
         )
 
-    def draw_parameters(self) -> None:  # noqa: B027
+    def draw_parameters(self) -> None:
         """Draw own parameters for a decoder that is trained from nothing; by default those of ``build`` stay."""
 
     @property
@@ -188,10 +133,6 @@ class MemoryMechanism(ABC):
         """Whether there is a long-term memory at all."""
         return self.config.long_term_tokens != 0
 
-    def lifetime(self, eviction: EvictionPolicy) -> float | None:
-        """Merges that new long-term rows of a memory under ``eviction`` live; None: they do not expire."""
-        return None
-
     def reserve(self, layout: StoreLayout) -> int:
         """Return the most bytes that one layer of a stream takes besides its store: what a budget sets aside."""
         return 0
@@ -204,15 +145,6 @@ class MemoryMechanism(ABC):
     def key_size(self) -> int:
         """Width of retriever keys; 0 where none are kept."""
         return 0 if self.retriever is None else self.retriever.key_size
-
-    @abstractmethod
-    def new_state(self, layout: StoreLayout, columns: Columns | None = None) -> StreamState:
-        """Return a fresh stream.
-
-        Args:
-            layout: of its rows.
-            columns: makes the columns of rows that a stream begins with; None: there are only their hidden states.
-        """
 
     @abstractmethod
     def write(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Update:
@@ -370,3 +302,19 @@ class MemoryMechanism(ABC):
     def searched(self, view: StreamView, layer: int) -> StoreView:
         """Return the rows of a layer that ``retrieve`` chooses from."""
         return view.store
+
+
+def memory_mechanism(name: str) -> type[MemoryMechanism]:
+    """Return the mechanism of memories of rows that has this name.
+
+    Raises:
+        ConfigError: it is one of memories of text.
+        UnknownNameError, DuplicateNameError, PluginError, MissingDependencyError: as ``Registry.get``.
+    """
+    found = MECHANISMS.get(name)
+    if not issubclass(found, MemoryMechanism):
+        raise ConfigError(
+            f"mechanism must be one whose memories are made of rows here, got {name!r}, whose memories are made of "
+            "text: nothing of it is trained, and it is measured with memory.write and generate(..., memory=memory)"
+        )
+    return found

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from mplus.config import MPlusConfig, options_of
 from mplus.errors import MechanismError
 from mplus.eviction import EVICTION
-from mplus.mechanisms import MECHANISMS
-from mplus.mechanisms.base import MemoryMechanism
+from mplus.mechanisms.base import MemoryMechanism, memory_mechanism
 from mplus.mechanisms.decoder import DecoderShape
 from mplus.stores import STORES
 
@@ -26,10 +25,11 @@ def build_mechanism(config: MPlusConfig, shape: DecoderShape, pool: Tensor | Non
 
     Raises:
         UnknownNameError, PluginError, MissingDependencyError: the registry has no such implementation.
-        ConfigError: an option of an implementation breaks its rule, or the mechanism takes no ``pool``.
+        ConfigError: an option of an implementation breaks its rule, the mechanism takes no ``pool``, or its memories
+            are made of text.
         MechanismError: what the mechanism built is no module.
     """
-    cls = MECHANISMS.get(config.mechanism.name)
+    cls = memory_mechanism(config.mechanism.name)
     defaults: Mapping[str, Any] = cls.Options.defaults(config.variant)
     options = options_of(cls, {**defaults, **config.mechanism.options})
     STORES.get(config.store.name)

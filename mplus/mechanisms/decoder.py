@@ -271,6 +271,23 @@ class Decoder(Protocol):
     def keys(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Return retriever keys ``[m, r]`` of rows ``[m, d]``, or None where the retriever keeps none."""
 
+    def ask(
+        self, tokenizer: Any, prompt: str, tokens: int, stop: Sequence[str] = (), choices: Sequence[str] = ()
+    ) -> str:
+        """Return what greedy decoding, without memory, puts behind ``prompt``.
+
+        Args:
+            tokenizer: turns texts into ids and back.
+            prompt: any text.
+            tokens: generated at most.
+            stop: texts before the first of which the answer ends.
+            choices: if any, the answer is one of these, chosen token by token among those that are left.
+
+        Raises:
+            InputError: the prompt and what is to be generated do not fit into the decoder's positions, or a choice has
+                no tokens.
+        """
+
 
 def side_by_side(streams: Sequence[Tensor]) -> Rows:
     """Return rows ``[P_b, d]`` of every stream as one; shorter ones get filler behind."""

@@ -9,7 +9,7 @@ import torch
 from attrs import define, evolve, field
 
 from mplus.config import flag
-from mplus.mechanisms.base import Absorbed
+from mplus.mechanisms.root import Absorbed
 from mplus.mechanisms.short_term.mechanism import RowMechanism
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
 from mplus.mechanisms.short_term.write import WritePlan

@@ -46,6 +46,8 @@ def moved(streams: Streams, device: torch.device | None, dtype: torch.dtype | No
     """Return a copy of all streams on another device or in another dtype; see ``Memory.to``."""
     where = streams.device if device is None else device
     rows = range(len(streams))
+    if streams.engine.writes_text:  # text is on no device, and has no dtype
+        return copied(streams, rows)
     return copied(streams, rows, lambda store: store.to(device, dtype), lambda state: state.to(where, dtype))
 
 

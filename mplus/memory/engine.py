@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from mplus.config import MPlusConfig
 from mplus.errors import MemoryMismatchError
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.weights_state import WeightsState
-from mplus.memory.writing.update import Update
+from mplus.memory.writing.passages import Passage
+from mplus.memory.writing.update import NewEntries, Update
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 
@@ -21,7 +22,9 @@ class Engine(Protocol):
     """A wrapped decoder, seen from its memories."""
 
     config: MPlusConfig
-    mechanism: Any  # MemoryMechanism; typed there, because mechanisms build on memory
+    mechanism: Any  # Mechanism; typed there, because mechanisms build on memory
+    writes_text: ClassVar[bool]
+    """Whether its memories are made of text, and written with ``write_text``."""
 
     @property
     def layout(self) -> StoreLayout:
@@ -46,6 +49,21 @@ class Engine(Protocol):
             views: of the streams, equal in ``StreamState.pass_key``.
             ids: ``[B, n]`` int64.
             tokenizer: turns ids into text, if the memory has one.
+        """
+
+    def write_text(self, views: Sequence[StreamView], passages: Sequence[Passage]) -> NewEntries:
+        """Let the mechanism make entries of a passage of each stream, where ``writes_text``.
+
+        Args:
+            views: of the streams.
+            passages: one of each.
+        """
+
+    def check_options(self, **given: Any) -> None:
+        """Raise ConfigError where an argument of ``new_memory``, ``load`` or ``open`` means nothing to the mechanism.
+
+        Args:
+            given: by name; None where it was left out.
         """
 
     def keys(self, layer: int, hidden: Tensor) -> Tensor | None:

@@ -242,8 +242,8 @@ class Memory:
 
         kind = None if store is None else Component.of(store)
         policy = None if eviction is None else Component.of(eviction)
-        streams = load_streams(path, engine_of(model), kind, policy, bytes_budget, device)
-        return Memory(streams, tokenizer)
+        (engine := engine_of(model)).check_options(store=store, eviction=eviction, bytes_budget=bytes_budget)
+        return Memory(load_streams(path, engine, kind, policy, bytes_budget, device), tokenizer)
 
     @staticmethod
     def open(
@@ -289,7 +289,7 @@ class Memory:
         """
         from mplus.memory.directory.open import open_streams
 
-        engine = engine_of(model)
+        (engine := engine_of(model)).check_options(store=store, eviction=eviction, bytes_budget=bytes_budget)
         new = partial(model.new_memory, seed=seed, memory_rows=memory_rows, keep_text=keep_text)
         streams = open_streams(
             path, engine, new, batch_size=batch_size, store=store, eviction=eviction, bytes_budget=bytes_budget,

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from mplus.registry import Registry
 
 
-def suites(suite: type, registry: Registry[Any], special: Mapping[str, type] | None = None) -> dict[str, type]:
+def suites(
+    suite: type, registry: Registry[Any], special: Mapping[str, type] | None = None, *, of: type = object
+) -> dict[str, type]:
     """One subclass of ``suite`` per registered implementation, by the name under which pytest collects it.
 
     Put into a test module's namespace (``globals().update(suites(StoreConformance, STORES))``), every
@@ -20,9 +22,12 @@ def suites(suite: type, registry: Registry[Any], special: Mapping[str, type] | N
         suite: the suite.
         registry: the implementations.
         special: by name, subclasses of ``suite`` for implementations that need one.
+        of: only implementations that derive from this class.
     """
     made: dict[str, type] = {}
     for name in registry.names():
+        if not issubclass(registry.get(name), of):
+            continue
         title = "Test" + "".join(part.capitalize() for part in name.replace("-", "_").split("_")) + suite.__name__
         made[title] = type(title, ((special or {}).get(name, suite),), {"implementation": registry.get(name)})
     return made

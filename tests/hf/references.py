@@ -11,7 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.quality.architectures.decoders import VOCAB_SIZE
-from mplus.hf.reading.forward import generating
+from mplus.hf.reading.generating import generating
 from mplus.hf.reading.reading import Reading
 from mplus.memory.state import StreamView
 from mplus.rows import MemoryRows

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from mplus.mechanisms import MECHANISMS
+from mplus.mechanisms.base import MemoryMechanism
 from mplus.testing.mechanisms import MechanismConformance
 from mplus.testing.registered import suites
 from tests.mechanisms.gists import GistMechanism
@@ -14,7 +15,8 @@ class ShortTerm(MechanismConformance):
     settings: ClassVar[dict[str, int]] = {"memory_tokens_per_chunk": 4, "short_term_tokens": 8}
 
 
-globals().update(suites(MechanismConformance, MECHANISMS, {"mplus": ShortTerm, "memoryllm": ShortTerm}))
+SPECIAL = {"mplus": ShortTerm, "memoryllm": ShortTerm}
+globals().update(suites(MechanismConformance, MECHANISMS, SPECIAL, of=MemoryMechanism))
 
 
 class TestGists(MechanismConformance):

@@ -10,7 +10,7 @@ import torch
 from attrs import define, evolve
 
 from mplus.errors import MPlusError
-from mplus.mechanisms.base import Absorbed
+from mplus.mechanisms.root import Absorbed
 from mplus.memory.writing.update import Update
 from mplus.testing.mechanisms import MechanismConformance
 from tests.helpers.examples import classes_of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from mplus.hf.retrofit.context import Collection as Collecting
 from mplus.hf.retrofit.context import Pass, PrefixSource, run_in
 from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.hf.retrofit.hooks import Retrofit
+from mplus.hf.text.ask import ask
 from mplus.mechanisms.decoder import (
     Adapter,
     Attended,
@@ -80,6 +81,13 @@ class WrappedDecoder:
 
     def keys(self, layer: int, hidden: Tensor) -> Tensor | None:
         return self._engine.keys(layer, hidden)
+
+    def ask(
+        self, tokenizer: Any, prompt: str, tokens: int, stop: Sequence[str] = (), choices: Sequence[str] = ()
+    ) -> str:
+        self._engine.check_wrapped()
+        model: Any = self._engine.model
+        return ask(model, type(model).__mplus_base__, tokenizer, prompt, tokens, stop, choices)
 
     @torch.compiler.disable  # as for reading
     def run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,7 +26,8 @@ from mplus.mechanisms.decoder import DecoderShape, Text
 from mplus.memory.memory import Memory
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.weights_state import WeightsState
-from mplus.memory.writing.update import Update
+from mplus.memory.writing.passages import Passage
+from mplus.memory.writing.update import NewEntries, Update
 from mplus.retrievers.base import Retriever
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
@@ -45,6 +46,8 @@ class DecoderEngine:
         projection: how rows are kept projected, or why they cannot be.
         readings: the blocks of ``model.reading`` that are open.
     """
+
+    writes_text: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -224,6 +227,13 @@ class DecoderEngine:
             )
         self.check_wrapped()
         return self.mechanism.write(self.decoder, views, Text(ids, tokenizer=tokenizer))
+
+    def write_text(self, views: Sequence[StreamView], passages: Sequence[Passage]) -> NewEntries:
+        """Raise NotSupported: these memories are made of rows."""
+        raise NotSupported(f"memories of the mechanism {self.mechanism.name!r} are made of rows, not of text")
+
+    def check_options(self, **given: Any) -> None:
+        """See ``Engine.check_options``: all of them mean something."""
 
     def check_wrapped(self) -> None:
         """Raises MemoryMismatchError when the decoder was unwrapped."""

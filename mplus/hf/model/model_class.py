@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -274,6 +274,17 @@ class MemoryModel(SavesAdditions):
 def memory_model_class(base: type[PreTrainedModel]) -> type:
     """Return ``base`` with ``MemoryModel`` mixed in, and the arguments of a read in the signature of ``forward``."""
     attention.register()  # here, since a model of this class may come out of a pickle in a new process
+    return reading_class(base, MemoryModel, forward_with_memory)
+
+
+def reading_class(base: type[PreTrainedModel], mixin: type[MemoryModel], read: Callable[..., Any]) -> type:
+    """Return ``base`` with ``mixin`` in front, and a ``forward`` that takes the arguments of a read.
+
+    Args:
+        base: class of the decoder.
+        mixin: its further methods.
+        read: called with the decoder, ``base``, these arguments, and the others of the call.
+    """
     generation_config.register()
 
     @functools.wraps(base.forward)
@@ -294,7 +305,7 @@ def memory_model_class(base: type[PreTrainedModel]) -> type:
             "output_sources": output_sources,
             "reuse_memory_cache": reuse_memory_cache,
         }
-        return forward_with_memory(self, base, asked, args, kwargs)
+        return read(self, base, asked, args, kwargs)
 
     signature = inspect.signature(base.forward)
     extra = [
@@ -306,4 +317,4 @@ def memory_model_class(base: type[PreTrainedModel]) -> type:
     forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*parameters[:at], *extra, *parameters[at:]]
     )
-    return subclass(base, MemoryModel, forward=forward)
+    return subclass(base, mixin, forward=forward)

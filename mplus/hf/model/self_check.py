@@ -15,7 +15,7 @@ from mplus.eviction import EVICTION
 from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.model.modes import in_eval_mode
 from mplus.hf.model.rounding import LAYER_MARGIN, exceeds, measure_noise, observe, token_errors
-from mplus.hf.reading.forward import generating
+from mplus.hf.reading.generating import generating
 from mplus.hf.reading.reading import Reading
 from mplus.hf.retrofit.hooks import Technique
 from mplus.memory.state import StreamView

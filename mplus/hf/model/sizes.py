@@ -13,6 +13,7 @@ from mplus.config import PUBLISHED, MPlusConfig, shortest_chunk
 from mplus.errors import MemorySizeWarning
 from mplus.hf.retrofit.positions import MemoryPositions
 from mplus.mechanisms import MECHANISMS
+from mplus.mechanisms.base import memory_mechanism
 
 PARTS = 1 << 16
 """Steps in which sizes are scaled: a scale is a whole number of so many parts."""
@@ -72,7 +73,7 @@ class Room:
 
 
 def _retrieved(sizes: dict[str, int], config: MPlusConfig) -> int:
-    retrieves = config.long_term_tokens != 0 and MECHANISMS.get(config.mechanism.name).uses_retriever
+    retrieves = config.long_term_tokens != 0 and memory_mechanism(config.mechanism.name).uses_retriever
     return sizes["retrieved_tokens"] if retrieves else 0
 
 

@@ -40,8 +40,10 @@ from mplus.hf.retrofit.discovery import discover
 from mplus.hf.retrofit.hooks import AttentionHook, Retrofit, Technique
 from mplus.hf.retrofit.positions import MemoryPositions
 from mplus.hf.retrofit.projection import find_projection
+from mplus.hf.text.wrapping import unwrap_for_text, wrap_for_text
 from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.build import build_mechanism
+from mplus.mechanisms.text.mechanism import TextMechanism
 
 Layout = Literal["sequential", "compressed", "constant"]
 Model = TypeVar("Model", bound=nn.Module)
@@ -64,7 +66,8 @@ def wrap(
 
     Its class becomes a subclass of its own under the same name; with ``memory=None`` it computes what it computed
     before, bit for bit. The weights are not changed; the mechanism's own parameters (begin rows, mark and retriever of
-    M+) and LoRA adapters are added.
+    M+) and LoRA adapters are added. For memories of text ("notes") nothing is added and no layer is touched, so that
+    every decoder can have them.
 
     Args:
         model: a ``PreTrainedModel`` with a causal language-model head, or a ``PeftModel`` around one. A ``PeftModel``
@@ -101,6 +104,18 @@ def wrap(
         return model
     config = as_memory_config(config)
     decoder = _decoder(model)
+    kind = MECHANISMS.get(config.mechanism.name)
+    if issubclass(kind, TextMechanism):
+        wrap_for_text(decoder, config, kind, pool)
+    else:
+        _wrap_for_rows(decoder, config, check, pool)
+    if is_peft_model(model):
+        change_class(model, peft_model_class(type(model)))
+    return model
+
+
+def _wrap_for_rows(decoder: PreTrainedModel, config: MPlusConfig, check: bool, pool: Tensor | None) -> None:
+    """Let a decoder make and read memories of rows, in its layers; arguments and errors as of ``wrap``."""
     base_attention = decoder.config._attn_implementation or "eager"
     if base_attention not in attention.BASES:
         raise NotSupported(
@@ -119,7 +134,7 @@ def wrap(
     sizes = MECHANISMS.get(config.mechanism.name).sizes
     if pool is not None and config.short_term_tokens is None and "short_term_tokens" in sizes:
         config = evolve(config, short_term_tokens=pool.shape[1])
-    config = resolve(config, Room.of(decoder, positions, placed=not anatomy.learned_positions), stacklevel=2)
+    config = resolve(config, Room.of(decoder, positions, placed=not anatomy.learned_positions), stacklevel=3)
     ids = check_ids(cast("nn.Embedding", decoder.get_input_embeddings()).weight.shape[0], input_device(decoder))
     base_logits = _logits(decoder, ids) if check else None
     shape = decoder_shape(decoder, anatomy)
@@ -136,10 +151,7 @@ def wrap(
     except BaseException:
         unwrap(decoder)
         raise
-    if is_peft_model(model):
-        change_class(model, peft_model_class(type(model)))
     _say_sizes(wrapped, installed)
-    return model
 
 
 def _say_sizes(decoder: WrappedModel, installed: Installed) -> None:
@@ -178,6 +190,11 @@ def unwrap(model: Model) -> Model:
         raise NotSupported(f"{type(model).__name__} is not wrapped by mplus.wrap")
     decoder = cast("WrappedModel", decoder_inside(model))
     engine, installed = decoder.mplus_engine, decoder.mplus_installed
+    if engine.writes_text:
+        unwrap_for_text(decoder)
+        if isinstance(model, PeftMemoryModel):
+            change_class(model, type(model).__mplus_base__)
+        return model
     for handle in installed.hooks:
         handle.remove()
     for layer in engine.retrofit.anatomy.layers:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar, copy_context
+from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from attrs import evolve
@@ -18,6 +16,7 @@ from mplus.errors import ConfigError, InputError, MemoryMismatchError, NotSuppor
 from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.reading.arguments import DEFAULTS, ReadArguments, check_spelling
 from mplus.hf.reading.checks import check_rows, check_weights, is_as_kept
+from mplus.hf.reading.generating import generation_of
 from mplus.hf.reading.override import mechanism_for_reads
 from mplus.hf.reading.pieces import read_in_pieces
 from mplus.hf.reading.query_tokens import without_padding
@@ -28,35 +27,9 @@ from mplus.hf.retrofit.context import Pass, current_pass, run_in
 from mplus.hf.retrofit.positions import MemoryPositions
 from mplus.mechanisms.base import Opened
 from mplus.mechanisms.decoder import Text
+from mplus.memory.engine import Engine
 from mplus.memory.memory import Memory
 from mplus.memory.recompute import refresh_if_stale
-
-T = TypeVar("T")
-_GENERATING: ContextVar[tuple[Any, Reading] | None] = ContextVar("mplus_generating", default=None)
-"""The model and reading of the generation this thread is in: inner forwards use it, other models do not see it."""
-
-
-@contextmanager
-def generating(model: Any, reading: Reading) -> Iterator[None]:
-    """Let forwards of ``model`` in this thread read ``reading``; where nobody interrupts, see ``generate_in``."""
-    token = _GENERATING.set((model, reading))
-    try:
-        yield
-    finally:
-        _GENERATING.reset(token)
-
-
-def generate_in(model: Any, reading: Reading, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """``function(*args, **kwargs)``, in which forwards of ``model`` read ``reading``; see ``run_in``."""
-    context = copy_context()
-    context.run(_GENERATING.set, (model, reading))
-    return context.run(function, *args, **kwargs)
-
-
-def is_generating(model: Any) -> bool:
-    """Whether this thread is in a generation of ``model`` with a memory."""
-    generation = _GENERATING.get()
-    return generation is not None and generation[0] is model
 
 
 def forward_with_memory(
@@ -76,9 +49,11 @@ def forward_with_memory(
         MemoryMismatchError: batch, model or cache do not fit the memory.
         NotSupported: another thread is in ``model.reading``, or a way of calling that memory cannot follow.
     """
-    generation = _GENERATING.get()
-    if generation is not None and generation[0] is model:
-        return _read(model, base, ReadArguments(), generation[1], _by_name(base, args, kwargs))
+    generation = generation_of(model)
+    if generation is not None and generation.reading is None:
+        return base.forward(model, *args, **kwargs)
+    if generation is not None:
+        return _read(model, base, ReadArguments(), generation.reading, by_name(base, args, kwargs))
     if not torch.compiler.is_compiling():
         check_spelling(kwargs, base)
     plain = all(value is DEFAULTS[name] for name, value in asked.items())
@@ -88,7 +63,7 @@ def forward_with_memory(
         if kwargs.get("past_key_values") is not None:
             check_cache(kwargs["past_key_values"], None, arguments is not None and arguments.reuse_memory_cache)
         return base.forward(model, *args, **kwargs)
-    return _read(model, base, arguments, None, _by_name(base, args, kwargs))
+    return _read(model, base, arguments, None, by_name(base, args, kwargs))
 
 
 def arguments_of(model: Any, asked: dict[str, Any]) -> ReadArguments | None:
@@ -176,13 +151,14 @@ def _run(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[str, A
 
 
 @lru_cache(maxsize=64)  # looked up for every token
-def _signature(forward: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(forward)
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature of a method of a decoder."""
+    return inspect.signature(function)
 
 
-def _by_name(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of one ``forward``, each under its name."""
-    signature = _signature(base.forward)
+def by_name(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of one ``forward``, each under its name."""
+    signature = signature_of(base.forward)
     _, *inputs = signature.bind_partial(None, *args, **kwargs).arguments.items()  # without self
     named = dict(inputs)
     for parameter in signature.parameters.values():
@@ -191,7 +167,7 @@ def _by_name(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
     return named
 
 
-def check_memory(engine: DecoderEngine, memory: Any) -> None:
+def check_memory(engine: Engine, memory: Any) -> None:
     """Raises MemoryMismatchError when ``memory`` is none of this decoder, or has another dtype."""
     if not isinstance(memory, Memory):
         raise MemoryMismatchError(f"memory must be an mplus.Memory, got {type(memory).__name__}")
@@ -270,7 +246,7 @@ def _read_pass(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[
     repeats = reading.repeats(rows)
     mask = inputs.get("attention_mask")
     text_mask = None
-    takes_positions = "position_ids" in _signature(base.forward).parameters
+    takes_positions = "position_ids" in signature_of(base.forward).parameters
     if isinstance(mask, Tensor) and mask.dim() == 2:
         padded = not bool(mask.all())
         text_mask = mask[:, -tokens:].bool() if padded else None

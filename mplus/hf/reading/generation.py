@@ -14,7 +14,8 @@ from mplus.errors import ConfigError, NotSupported
 from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.reading.arguments import DEFAULTS, ReadArguments, check_spelling
 from mplus.hf.reading.checks import check_weights
-from mplus.hf.reading.forward import ask, check_cache, generate_in, is_generating, read
+from mplus.hf.reading.forward import ask, check_cache, read
+from mplus.hf.reading.generating import generate_in, is_generating
 from mplus.hf.reading.open_readings import OpenReadings
 from mplus.hf.reading.retrieved_sources import retrieved_sources
 from mplus.hf.reading.virtual_tokens import embedded_in_front

@@ -12,11 +12,12 @@ from torch import Tensor
 from mplus.backends.base import Segment
 from mplus.config import ADAPTERS, Component, MPlusConfig, number, one_of, shortest_chunk, whole
 from mplus.errors import ConfigError, InputError
-from mplus.mechanisms.base import Absorbed, Columns, Kept, MemoryMechanism, Opened, Retrieved
+from mplus.mechanisms.base import Kept, MemoryMechanism, Opened, Retrieved
 from mplus.mechanisms.decoder import Adapter, Decoder, Project, Text
 from mplus.mechanisms.kv.front import Front
-from mplus.mechanisms.kv.search import bm25, choose
 from mplus.mechanisms.kv.state import KvState, state_of
+from mplus.mechanisms.root import Absorbed, Columns
+from mplus.mechanisms.search import bm25, choose
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.update import Update, WriteContext
 from mplus.rows import MemoryRows
@@ -216,8 +217,8 @@ class KvMechanism(MemoryMechanism):
     def _retrieved(self, view: StreamView, query: Tensor) -> Tensor:
         """Return the places of the chunks that ``query`` ``[q]`` brings back, in the order in which they are read."""
         state = state_of(view)
-        scores = bm25(state, query, self.options.k1, self.options.b)
-        chosen = choose(state, scores, self.config.retrieved_tokens)
+        scores = bm25(state.chunk_length, state.token_ids, query, self.options.k1, self.options.b)
+        chosen = choose(state.chunk_length, scores, self.config.retrieved_tokens)
         chosen = chosen.sort().values if self.options.order == "written" else chosen.flip(0)
         places = state.places(chosen)
         if view.usage is not None:

@@ -9,6 +9,7 @@ import attrs
 from mplus.config import Component, MPlusConfig, options_of
 from mplus.errors import ConfigError
 from mplus.mechanisms import MECHANISMS
+from mplus.mechanisms.base import memory_mechanism
 
 BATCHED = ("mplus", "memoryllm")
 """Mechanisms whose streams can be held together."""
@@ -32,7 +33,7 @@ def check_batched(memory: MPlusConfig, *, long_term: bool) -> None:
             f"retrieve of {name!r} would never be called. Take one of the two, or measure {name!r} with another "
             "evaluation, or with a program of your own, by memory.write and model(..., memory=memory)"
         )
-    if long_term and not MECHANISMS.get(name).uses_retriever:
+    if long_term and not memory_mechanism(name).uses_retriever:
         raise ConfigError(
             f"mechanism {name!r} has no long-term memory, and streams with one were asked for: "
             "set long_term to false and long_term_tokens to 0, or take the mechanism 'mplus'"

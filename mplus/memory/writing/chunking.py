@@ -48,6 +48,14 @@ def to_rows(data: Any, batch_size: int, tokenizer: Any) -> list[Tensor | None]:
     Raises:
         InputError: wrong batch size, wrong type, nothing to write at all, or text without a tokenizer.
     """
+    rows = [_to_ids(item, tokenizer) for item in to_items(data, batch_size)]
+    if all(row is None for row in rows):
+        raise InputError("there is nothing to write: the text or ids are empty")
+    return rows
+
+
+def to_items(data: Any, batch_size: int) -> list[Any]:
+    """Return what ``data`` has for each batch row: a text, ids or None. Raises InputError as ``to_rows``."""
     several = isinstance(data, Sequence) and not isinstance(data, str | bytes | bytearray)
     if isinstance(data, Tensor):
         if data.dim() not in (1, 2):
@@ -61,10 +69,7 @@ def to_rows(data: Any, batch_size: int, tokenizer: Any) -> list[Tensor | None]:
         raise InputError(f"write takes text, ids or a list of them, got {type(data).__name__}")
     if items and len(items) != batch_size:
         raise InputError(f"write needs one text per batch row ({batch_size}), got {len(items)}")
-    rows = [_to_ids(item, tokenizer) for item in items]
-    if all(row is None for row in rows):
-        raise InputError("there is nothing to write: the text or ids are empty")
-    return rows
+    return items
 
 
 def _to_ids(item: Any, tokenizer: Any) -> Tensor | None:
@@ -76,6 +81,11 @@ def _to_ids(item: Any, tokenizer: Any) -> Tensor | None:
         if tokenizer is None:
             raise InputError("writing text needs a tokenizer: pass tokenizer= to new_memory or load, or write ids")
         item = tokenizer(item, add_special_tokens=False, verbose=False)["input_ids"]  # longer than a prompt, on purpose
+    return checked_ids(item)
+
+
+def checked_ids(item: Any) -> Tensor | None:
+    """Return the ids of one batch row as ``[n]`` int64; None: there are none. Raises InputError: they are no ids."""
     try:
         ids = torch.as_tensor(item)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:

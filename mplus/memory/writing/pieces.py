@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +15,8 @@ from mplus.errors import InputError
 from mplus.memory.report import LONG, WriteReport, progress_bar
 from mplus.memory.transaction import Streams
 from mplus.memory.writing.chunking import check_vocabulary, split, to_names, to_rows
-from mplus.memory.writing.write import StreamWrite, prepare_write, write_streams
+from mplus.memory.writing.passages import PassageCutter, to_text
+from mplus.memory.writing.write import StreamWrite, passage_write, prepare_write, write_streams
 
 
 def write_pieces(
@@ -36,11 +37,36 @@ def write_pieces(
     report = WriteReport.nothing(1)
     cutter = Cutter(config.chunk_tokens, config.min_chunk_tokens)
     with streams.write_lock, progress_bar("writing", None, progress, steps=LONG) as advance:
+        if streams.engine.writes_text:
+            _write_texts(streams, tokenizer, pieces, name, report, advance)
+            return evolve(report, seconds=time.perf_counter() - begun)
         for ids in _ahead(tokenised(pieces, tokenizer)):
             check_vocabulary(ids, vocabulary)
             write_streams([StreamWrite(streams, 0, cutter.cut(ids), name, report, tokenizer)], advance)
         write_streams([StreamWrite(streams, 0, cutter.rest(), name, report, tokenizer)], advance)
     return evolve(report, seconds=time.perf_counter() - begun)
+
+
+def _write_texts(
+    streams: Streams,
+    tokenizer: Any,
+    pieces: Iterable[Any],
+    name: str | None,
+    report: WriteReport,
+    advance: Callable[[int], None],
+) -> None:
+    """Write the pieces of a text to the stream of a memory of text."""
+    cutter, before = PassageCutter(tokenizer, streams.engine.config.chunk_tokens), ""
+
+    def parts() -> Iterator[list[str]]:
+        for piece in pieces:
+            yield cutter.add(to_text(piece, tokenizer) or "")
+        yield cutter.rest()
+
+    for passages in parts():
+        write = passage_write(streams, 0, passages, name, report, tokenizer, before)
+        write_streams([write], advance)
+        before = write.passages[-1] if write.passages else before
 
 
 def tokenised(pieces: Iterable[Any], tokenizer: Any) -> Iterator[Tensor]:

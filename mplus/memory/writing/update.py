@@ -1,4 +1,4 @@
-"""What a mechanism makes of one chunk of text (``Update``), and what it may use to store it (``WriteContext``)."""
+"""What a mechanism makes of a chunk of text (``Update``, ``NewEntries``), and what it may use to store it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,46 @@ from mplus.errors import MechanismError, NonFiniteError
 from mplus.eviction.base import EvictionPolicy
 from mplus.stores.access_log import AccessLog
 from mplus.stores.base import MemoryStore, StoreLayout
+
+Fields = tuple[str, ...]
+"""The texts of one entry of a memory of text: one of a note, three of a triple."""
+
+
+@define(frozen=True, eq=False)
+class NewEntries:
+    """New entries of a memory of text, in order, made of one passage of every stream; or, after ``of``, of one stream.
+
+    Attributes:
+        entries: of each stream, the fields of its entries.
+    """
+
+    entries: tuple[tuple[Fields, ...], ...]
+
+    def of(self, stream: int) -> NewEntries:
+        """Return the entries of one stream."""
+        return NewEntries((self.entries[stream],))
+
+    @property
+    def finite(self) -> bool:
+        """Whether it can be written; text always can."""
+        return True
+
+    def check_finite(self, tokens: int) -> None:
+        """Return: there are no numbers."""
+
+    def check(self, mechanism: str) -> None:
+        """Raise MechanismError unless every entry is a tuple of texts, and not all of them are empty.
+
+        Args:
+            mechanism: its name, for messages.
+        """
+        for made in self.entries:
+            for one in made:
+                if not isinstance(one, tuple) or not all(isinstance(text, str) for text in one) or not any(one):
+                    raise MechanismError(
+                        f"the mechanism {mechanism!r}: write must return entries, a tuple of texts each of which one "
+                        f"at least is not empty, got {one!r:.80}"
+                    )
 
 
 @define(frozen=True, eq=False)

@@ -11,14 +11,15 @@ import torch
 from attrs import define, evolve
 from torch import Tensor
 
-from mplus.errors import InputError, MemoryMismatchError, WriteTogetherError
+from mplus.errors import InputError, MemoryMismatchError, NotSupported, WriteTogetherError
 from mplus.memory.engine import Engine
 from mplus.memory.recompute import refresh_if_stale
 from mplus.memory.report import WriteReport, progress_bar
 from mplus.memory.state import StreamState, StreamView, alike
 from mplus.memory.transaction import Streams
 from mplus.memory.writing.chunking import check_chunk, check_vocabulary, split, to_names, to_rows
-from mplus.memory.writing.update import Update, WriteContext, check_finite
+from mplus.memory.writing.passages import Passage, cut, to_texts, with_ids
+from mplus.memory.writing.update import NewEntries, Update, WriteContext, check_finite
 
 if TYPE_CHECKING:
     from mplus.memory.memory import Memory
@@ -35,6 +36,8 @@ class StreamWrite:
         name: of the source.
         report: of the memory; counts on.
         tokenizer: of the memory, if it has one.
+        passages: the text of each chunk, where the memory is one of text.
+        before: the passage in front of the first one.
     """
 
     streams: Streams
@@ -43,6 +46,13 @@ class StreamWrite:
     name: str | None
     report: WriteReport
     tokenizer: Any = None
+    passages: Sequence[str] = ()
+    before: str = ""
+
+    def passage(self, step: int) -> Passage:
+        """Return the text of one chunk, of a memory of text."""
+        before = self.passages[step - 1] if step else self.before
+        return Passage(self.passages[step], self.name, before, self.tokenizer)
 
     @property
     def view(self) -> StreamView:
@@ -170,9 +180,15 @@ def _check_one(memories: Sequence[Memory], position: int, written: Mapping[int, 
 
 def _planned(memory: Memory, data: Any, source: Any, report: WriteReport) -> list[StreamWrite]:
     """Check all that is to be written to a memory, and cut it into chunks."""
-    streams = memory.streams
-    rows = to_rows(data, len(streams), memory.tokenizer)
+    streams, tokenizer = memory.streams, memory.tokenizer
     names = to_names(source, len(streams))
+    if streams.engine.writes_text:
+        texts = to_texts(data, len(streams), tokenizer)
+        prepare_write(streams, [row for row, text in enumerate(texts) if text is not None])
+        most = streams.engine.config.chunk_tokens
+        parts = [[] if text is None else cut(text, tokenizer, most) for text in texts]
+        return [passage_write(streams, row, parts[row], names[row], report, tokenizer) for row in range(len(streams))]
+    rows = to_rows(data, len(streams), tokenizer)
     prepare_write(streams, [row for row, ids in enumerate(rows) if ids is not None])
     engine, config = streams.engine, streams.engine.config
     writes = []
@@ -181,8 +197,25 @@ def _planned(memory: Memory, data: Any, source: Any, report: WriteReport) -> lis
         if ids is not None:
             check_vocabulary(ids, engine.vocab_size)
             chunks = split(ids, config.chunk_tokens, config.min_chunk_tokens)
-        writes.append(StreamWrite(streams, row, chunks, names[row], report, memory.tokenizer))
+        writes.append(StreamWrite(streams, row, chunks, names[row], report, tokenizer))
     return writes
+
+
+def passage_write(
+    streams: Streams,
+    row: int,
+    passages: Sequence[str],
+    name: str | None,
+    report: WriteReport,
+    tokenizer: Any,
+    before: str = "",
+) -> StreamWrite:
+    """Return what writes passages to a stream of a memory of text. Raises InputError: ids outside the vocabulary."""
+    found = with_ids(passages, tokenizer)
+    for _, ids in found:
+        check_vocabulary(ids, streams.engine.vocab_size)
+    chunks, texts = [ids for _, ids in found], [text for text, _ in found]
+    return StreamWrite(streams, row, chunks, name, report, tokenizer, texts, before)
 
 
 def prepare_write(streams: Streams, rows: Sequence[int]) -> None:
@@ -209,6 +242,8 @@ def write_chunk(streams: Streams, ids: Tensor, source: Any) -> WriteReport:
     """Write one chunk to every stream; see ``Memory.write_chunk``."""
     begun = time.perf_counter()
     config, count = streams.engine.config, len(streams)
+    if streams.engine.writes_text:
+        raise NotSupported("write_chunk is for one pass of the decoder, and a memory of text runs none: use write")
     check_chunk(ids, count, config.min_chunk_tokens, config.chunk_tokens)
     check_vocabulary(ids, streams.engine.vocab_size)
     names = to_names(source, count)
@@ -241,7 +276,7 @@ def _write_all(writes: Sequence[StreamWrite], advance: Callable[[int], None]) ->
             sound = [at for at in group if id(present[at].streams) not in failed]
             if sound:
                 ids = torch.stack([chunks[at] for at in sound])
-                failed |= _write_pass([present[at] for at in sound], ids, turns)
+                failed |= _write_pass([present[at] for at in sound], ids, turns, step)
             advance(sum(len(chunks[at]) for at in group))
     return failed
 
@@ -251,24 +286,27 @@ def _next_turn(states: Sequence[StreamState]) -> int:
     return 1 + max((state.texts.last_turn for state in states if state.texts is not None), default=-1)
 
 
-def _write_pass(writes: Sequence[StreamWrite], ids: Tensor, turns: Mapping[int, int]) -> dict[int, Exception]:
+def _write_pass(
+    writes: Sequence[StreamWrite], ids: Tensor, turns: Mapping[int, int], step: int
+) -> dict[int, Exception]:
     """Write a chunk ``[B, n]`` in one pass to streams that read equally many context rows.
 
     Args:
         writes: B of them.
         ids: the chunks.
         turns: by id of the memory's ``Streams``.
+        step: number of the chunk in each of the writes.
 
     Returns:
         What failed, by the same id.
     """
     memories = {id(write.streams): write.streams for write in writes}
     try:
-        made, finite = _encode(writes, ids)
+        made, finite = _encode(writes, ids, step)
     except Exception as error:  # noqa: BLE001 - handed to the caller, once the others have been written
         if len(memories) == 1:
             return dict.fromkeys(memories, error)
-        return _write_halves(writes, ids, turns, list(memories))
+        return _write_halves(writes, ids, turns, step, list(memories))
     failed: dict[int, Exception] = {}
     for key, streams in memories.items():
         own = [at for at, write in enumerate(writes) if write.streams is streams]
@@ -283,20 +321,24 @@ def _write_pass(writes: Sequence[StreamWrite], ids: Tensor, turns: Mapping[int, 
 
 
 def _write_halves(
-    writes: Sequence[StreamWrite], ids: Tensor, turns: Mapping[int, int], memories: Sequence[int]
+    writes: Sequence[StreamWrite], ids: Tensor, turns: Mapping[int, int], step: int, memories: Sequence[int]
 ) -> dict[int, Exception]:
     """Write in two passes what failed in one: a stream may have spoilt it for the others, or it was too large."""
     failed: dict[int, Exception] = {}
     for half in (memories[: len(memories) // 2], memories[len(memories) // 2 :]):
         own = [at for at, write in enumerate(writes) if id(write.streams) in half]
-        failed |= _write_pass([writes[at] for at in own], ids[own], turns)
+        failed |= _write_pass([writes[at] for at in own], ids[own], turns, step)
     return failed
 
 
-def _encode(writes: Sequence[StreamWrite], ids: Tensor) -> tuple[list[Update], bool]:
-    """Run the pass of a chunk ``[B, n]``; return each stream's new rows, and whether all of them are finite."""
+def _encode(writes: Sequence[StreamWrite], ids: Tensor, step: int) -> tuple[list[Update] | list[NewEntries], bool]:
+    """Run the pass of a chunk ``[B, n]``; return what it makes of each stream's, and whether all of it is finite."""
     engine, tokenizers = writes[0].streams.engine, {id(write.tokenizer) for write in writes}
     views = [write.view for write in writes]
+    if engine.writes_text:
+        new = engine.write_text(views, [write.passage(step) for write in writes])
+        new.check(engine.mechanism.name)
+        return [new.of(at) for at in range(len(writes))], True
     update = engine.write(views, ids.to(engine.device), writes[0].tokenizer if len(tokenizers) == 1 else None)
     layouts = [view.store.layout for view in views]
     Update.check(update, engine.mechanism.name, len(writes), layouts)
@@ -309,14 +351,14 @@ def _encode(writes: Sequence[StreamWrite], ids: Tensor) -> tuple[list[Update], b
 
 
 def apply_write(
-    streams: Streams, writes: Sequence[StreamWrite], made: Sequence[Update], ids: Tensor, turn: int
+    streams: Streams, writes: Sequence[StreamWrite], made: Sequence[Update | NewEntries], ids: Tensor, turn: int
 ) -> None:
     """Give streams of one memory the new rows of one chunk each, all or nothing; on disk when it returns.
 
     Args:
         streams: of the memory.
         writes: b of them.
-        made: the new rows of each.
+        made: the new rows, or entries, of each.
         ids: ``[b, n]``, their chunks.
         turn: see ``mplus.memory.texts.Text``.
     """

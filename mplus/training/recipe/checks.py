@@ -9,8 +9,8 @@ from typing import Any
 
 from mplus.config import options_of
 from mplus.errors import ConfigError
-from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.base import MemoryMechanism
+from mplus.mechanisms.build import memory_mechanism
 from mplus.mechanisms.short_term.batching import can_be_batched
 from mplus.mechanisms.short_term.mechanism import RowMechanism
 from mplus.retrievers import RETRIEVERS
@@ -56,7 +56,7 @@ def _check_model(recipe: Recipe) -> None:
 
 def _check_optimizer(recipe: Recipe) -> None:
     if recipe.optimizer.parameters == "adapters":
-        mechanism: type[MemoryMechanism] = MECHANISMS.get(recipe.memory.mechanism.name)
+        mechanism = memory_mechanism(recipe.memory.mechanism.name)
         builds_nothing = getattr_static(mechanism, "build") is getattr_static(MemoryMechanism, "build")
         if recipe.memory.adapters is None and builds_nothing:
             raise ConfigError(
@@ -77,6 +77,7 @@ def _check_optimizer(recipe: Recipe) -> None:
 
 
 def _check_memory(recipe: Recipe) -> None:
+    memory_mechanism(recipe.memory.mechanism.name)
     if recipe.memory.variant != "paper":
         raise ConfigError(f"variant must be 'paper' for training, got {recipe.memory.variant!r}")
     if recipe.memory.bytes_budget is not None:
@@ -190,7 +191,7 @@ def _check_long_term(recipe: Recipe) -> None:
             "long_term must be false where memory.long_term_tokens is not a number of at least 1, got true and "
             f"{recipe.memory.long_term_tokens!r}"
         )
-    mechanism: Any = MECHANISMS.get(recipe.memory.mechanism.name)
+    mechanism = memory_mechanism(recipe.memory.mechanism.name)
     if issubclass(mechanism, RowMechanism) and not mechanism.uses_retriever:
         raise ConfigError(
             f"long_term: mechanism {mechanism.name!r} has no long-term memory, and streams with one were asked for: "
@@ -200,7 +201,7 @@ def _check_long_term(recipe: Recipe) -> None:
 
 def _check_retriever(recipe: Recipe, stage: Stage) -> None:
     loss, memory = stage.retriever_loss, recipe.memory
-    if memory.long_term_tokens == 0 or not MECHANISMS.get(memory.mechanism.name).uses_retriever:
+    if memory.long_term_tokens == 0 or not memory_mechanism(memory.mechanism.name).uses_retriever:
         raise ConfigError(
             "retriever_loss must be left out where there is no retriever, got memory.mechanism "
             f"{memory.mechanism.name!r} with memory.long_term_tokens {memory.long_term_tokens}"

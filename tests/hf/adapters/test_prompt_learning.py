@@ -13,7 +13,7 @@ from transformers import DynamicCache
 import mplus
 from mplus.errors import MemoryMismatchError
 from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
-from mplus.hf.reading.forward import generating
+from mplus.hf.reading.generating import generating
 from tests.hf.adapters.test_peft_on_top import SIZES, STORY
 from tests.hf.references import TOLERANCE, error
 

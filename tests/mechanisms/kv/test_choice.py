@@ -11,8 +11,8 @@ import torch
 import mplus
 from mplus.config import AdapterConfig
 from mplus.errors import ConfigError, MemorySizeWarning
-from mplus.mechanisms.kv.search import bm25, choose
 from mplus.mechanisms.kv.state import KvState
+from mplus.mechanisms.search import bm25, choose
 from tests.mechanisms.kv.memories import logits, text, wrapped
 from tests.memory import tiny
 
@@ -48,7 +48,8 @@ def test_scores_are_those_of_bm25(k1: float, b: float) -> None:
     generator = torch.Generator().manual_seed(0)
     chunks = [torch.randint(0, 12, (n,), generator=generator).tolist() for n in (3, 9, 1, 7, 7)]
     for query in ([4, 4, 7, 40], [40], list(range(12)), [0]):
-        found = bm25(state_with(*chunks), torch.tensor(query), k1, b)
+        state = state_with(*chunks)
+        found = bm25(state.chunk_length, state.token_ids, torch.tensor(query), k1, b)
         assert found.tolist() == pytest.approx(by_hand(chunks, set(query), k1, b))
 
 
@@ -64,7 +65,7 @@ def test_scores_are_those_of_bm25(k1: float, b: float) -> None:
 )
 def test_whole_chunks_are_taken_while_they_fit(most: int, scores: list[float], wanted: list[int]) -> None:
     state = state_with([1] * 4, [2] * 5, [3] * 2)
-    chosen = choose(state, torch.tensor(scores), most)
+    chosen = choose(state.chunk_length, torch.tensor(scores), most)
     assert chosen.tolist() == wanted
     assert int(state.chunk_length[chosen].sum()) <= most
 

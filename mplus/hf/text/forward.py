@@ -1,0 +1,154 @@
+"""One forward of a decoder with a memory of text: what is recalled is part of its input, and not of its output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mplus.errors import ConfigError, InputError, NotSupported
+from mplus.hf.reading.arguments import ReadArguments, check_spelling
+from mplus.hf.reading.forward import arguments_of, by_name, check_cache, check_memory, signature_of
+from mplus.hf.reading.generating import is_generating
+from mplus.hf.text.engine import TextEngine
+from mplus.hf.text.reading import TextReading, read, recall, refuse_for_text
+from mplus.memory.memory import Memory
+
+CACHES = ("past_key_values", "cache_params")
+"""What decoders call the argument that holds what they keep of a text."""
+
+
+def forward_with_text(
+    model: Any, base: Any, asked: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run ``base.forward`` with what a memory recalls: that of the call, or of ``model.reading``.
+
+    Logits and hidden states are those of the tokens that were given.
+
+    Args:
+        model: the wrapped decoder.
+        base: its class before it was wrapped.
+        asked: the arguments of the call that mplus added; see ``ReadArguments``.
+        args, kwargs: the others.
+
+    Raises:
+        ArgumentError, ConfigError, InputError: an argument breaks its rule.
+        MemoryMismatchError: batch, model or cache do not fit the memory.
+        NotSupported: another thread is in ``model.reading``, or the call has what recalled text does not go with.
+    """
+    if is_generating(model):  # the generation has put it into the prompt
+        return base.forward(model, *args, **kwargs)
+    if not torch.compiler.is_compiling():
+        check_spelling(kwargs, base)
+    arguments = arguments_of(model, asked)
+    inputs = by_name(base, args, kwargs)
+    if arguments is None or arguments.memory is None:
+        for cache in filter(None, map(inputs.get, CACHES)):
+            check_cache(cache, None, arguments is not None and arguments.reuse_memory_cache)
+        return base.forward(model, *args, **kwargs)
+    return _read(model, base, arguments, arguments.memory, inputs)
+
+
+@torch.compiler.disable  # what is recalled differs from call to call
+def _read(model: Any, base: Any, arguments: ReadArguments, memory: Memory, inputs: dict[str, Any]) -> Any:
+    engine: TextEngine = model.mplus_engine
+    check_memory(engine, memory)
+    refuse_for_text(engine, arguments)
+    as_dict = inputs.get("return_dict") is not False and getattr(model.config, "return_dict", True)
+    if arguments.output_sources and not as_dict:
+        raise ConfigError("output_sources needs return_dict=True: a tuple has no place for them")
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        raise InputError(
+            "a memory of text is read by ids [B, T], and what is recalled goes between them: pass input_ids, got "
+            f"{list(ids.shape) if isinstance(ids, Tensor) else ids!r}"
+        )
+    inputs["return_dict"] = True
+    kept: Any = None
+    for cache in filter(None, map(inputs.get, CACHES)):
+        kept = check_cache(cache, memory, arguments.reuse_memory_cache)
+    reading: TextReading = kept or read(memory, len(ids))
+    if kept is not None:
+        output = _go_on(model, base, reading, inputs)
+    else:
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.shape != ids.shape:
+            raise InputError(f"attention_mask must be {list(ids.shape)} as input_ids, got {list(mask.shape)}")
+        recall(engine, reading, ids, mask, arguments, 0)
+        output = _begin(model, base, reading, inputs)
+    for name in CACHES:
+        holder = getattr(output, name, None)
+        if holder is not None:
+            holder._mplus_reading = reading
+    if arguments.output_sources:
+        output.memory_sources = reading.sources()
+    return output if as_dict else output.to_tuple()
+
+
+def _begin(model: Any, base: Any, reading: TextReading, inputs: dict[str, Any]) -> Any:
+    """Run the forward that recalled text is put into."""
+    spliced = reading.spliced
+    if spliced is None:
+        return base.forward(model, **inputs)
+    rows, tokens = spliced.kept.shape
+    given = _per_token(inputs, rows, tokens)
+    if given:
+        raise NotSupported(f"a memory of text does not go with {', '.join(given)} of each token: leave it out")
+    positions = inputs.pop("position_ids", None)
+    if "position_ids" in signature_of(base.forward).parameters:
+        if positions is None and spliced.mask is not None:
+            mask = inputs.get("attention_mask")
+            mask = torch.ones_like(spliced.kept) if mask is None else mask
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        if positions is not None:
+            inputs["position_ids"] = spliced.positions(positions.expand(rows, -1))
+    labels, last = inputs.pop("labels", None), inputs.pop("logits_to_keep", 0)
+    if labels is not None:
+        moved = labels.new_full(spliced.ids.shape, -100)
+        inputs["labels"] = moved.scatter(1, spliced.kept, labels)
+    inputs.update(input_ids=spliced.ids, attention_mask=spliced.mask)
+    output = base.forward(model, **inputs)
+    kept = spliced.kept if isinstance(last, Tensor) or not last else spliced.kept[:, -last:]
+    output.logits = _columns(output.logits, kept if not isinstance(last, Tensor) else kept[:, last])
+    if getattr(output, "hidden_states", None) is not None:
+        output.hidden_states = tuple(_columns(one, spliced.kept) for one in output.hidden_states)
+    return output
+
+
+def _columns(values: Tensor, columns: Tensor) -> Tensor:
+    """Return ``[B, t, ...]``: of every row of ``values`` ``[B, T, ...]``, the columns ``[B, t]``."""
+    return values[torch.arange(len(columns), device=values.device)[:, None], columns.to(values.device)]
+
+
+def _per_token(inputs: dict[str, Any], rows: int, tokens: int) -> list[str]:
+    """Return the names of further arguments that have a value for each token."""
+    known = {"input_ids", "attention_mask", "position_ids", "labels"}
+    return [
+        name
+        for name, value in inputs.items()
+        if name not in known and isinstance(value, Tensor) and tuple(value.shape[:2]) == (rows, tokens)
+    ]
+
+
+def _go_on(model: Any, base: Any, reading: TextReading, inputs: dict[str, Any]) -> Any:
+    """Run a forward behind a cache, in which the recalled text is."""
+    spliced = reading.spliced
+    if spliced is not None:
+        tokens = inputs["input_ids"].shape[1]
+        mask = inputs.get("attention_mask")
+        if mask is not None:
+            past = spliced.kept.shape[1]
+            first = torch.ones_like(spliced.ids) if spliced.mask is None else spliced.mask
+            mask = torch.cat([first, mask[:, past:].to(torch.int64)], 1)
+        elif spliced.mask is not None:
+            cache = next(filter(None, map(inputs.get, CACHES)))
+            behind = int(cache.get_seq_length()) + tokens - spliced.ids.shape[1]
+            mask = torch.cat([spliced.mask, spliced.mask.new_ones(len(spliced.mask), behind)], 1)
+        if mask is not None:
+            inputs["attention_mask"] = mask
+        if inputs.get("position_ids") is not None:
+            inputs["position_ids"] = inputs["position_ids"] + spliced.inserted[:, None]
+        elif mask is not None and "position_ids" in signature_of(base.forward).parameters:
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+    return base.forward(model, **inputs)

@@ -1,0 +1,185 @@
+"""``generate`` with a memory of text: recalled text in front, calls answered; the result is prompt and visible text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from attrs import define, field
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from mplus.errors import ConfigError, InputError, NotSupported
+from mplus.hf.reading.arguments import check_spelling
+from mplus.hf.reading.forward import check_memory, signature_of
+from mplus.hf.reading.generating import generate_in, is_generating
+from mplus.hf.reading.generation import GenerateCall, refuse
+from mplus.hf.text.calls import Continuation, refuse_for_calls
+from mplus.hf.text.engine import TextEngine
+from mplus.hf.text.reading import TextReading, read, recall, refuse_for_text
+
+USUAL = 20
+"""Tokens that transformers generates where no number is given."""
+PROMPT = ("inputs", "input_ids", "attention_mask")
+"""Arguments of ``generate`` that are the prompt."""
+PIECES = ("max_new_tokens", "max_length", "min_new_tokens", "min_length", "return_dict_in_generate")
+"""Settings that are of a whole text, and not of a piece of it."""
+
+
+def generate_with_text(
+    model: PreTrainedModel,
+    engine: TextEngine,
+    base: type,
+    own: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Generate as ``TextMemoryModel.generate`` describes; arguments as of ``mplus.hf.reading.generation.generate``."""
+    check_spelling(kwargs, base)
+    call = GenerateCall(model, args, {**kwargs, **{name: value for name, value in own.items() if value is not None}})
+    check_spelling(getattr(call.configs[0], "__dict__", ()), base)
+    arguments = call.read_arguments(engine.readings)
+    base_generate: Callable[..., Any] = partial(base.generate, model)  # type: ignore[attr-defined]
+    if arguments.memory is None or is_generating(model):
+        return base_generate(*args, **kwargs)
+    check_memory(engine, arguments.memory)
+    refuse(call, None)
+    refuse_for_text(engine, arguments)
+    if arguments.output_sources and not call["return_dict_in_generate"]:
+        raise ConfigError(
+            "output_sources needs return_dict_in_generate=True: a tensor of sequences has no place for them"
+        )
+    names = list(signature_of(base.generate).parameters)[1:]  # type: ignore[attr-defined]
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    ids, mask = _prompts(call, named)
+    reading = read(arguments.memory, len(ids))
+    calls = engine.mechanism.opens is not None and any(map(len, reading.states))
+    if calls:
+        refuse_for_calls(call)
+    new = _new_tokens(call, ids.shape[1])
+    recall(engine, reading, ids, mask, arguments, new)
+    settings = {name: value for name, value in named.items() if name not in PROMPT}
+    generate = partial(generate_in, model, None, base_generate)
+    if calls:
+        output = _with_calls(engine, reading, generate, call, ids, mask, settings, new)
+    elif reading.spliced is not None:
+        output = _with_recalled(reading, generate, call, ids, settings)
+    else:
+        output = generate(*args, **kwargs)
+    if arguments.output_sources:
+        output.memory_sources = reading.sources()
+    return output
+
+
+def _prompts(call: GenerateCall, named: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Return ids ``[B, T]`` of the prompts, and their mask as transformers would make it.
+
+    Raises:
+        InputError: there are no ids, or a mask of another shape.
+        NotSupported: there is a cache.
+    """
+    ids = named.get("input_ids") if named.get("inputs") is None else named["inputs"]
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or named.get("inputs_embeds") is not None or not ids.shape[1]:
+        raise InputError(
+            "a memory of text is read by ids [B, T], and what is recalled goes between them: pass input_ids, got "
+            f"{list(ids.shape) if isinstance(ids, Tensor) else ids!r}"
+        )
+    if named.get("past_key_values") is not None or named.get("cache_params") is not None:
+        raise NotSupported(
+            "generate with a memory of text begins with the whole prompt, into which recalled text goes: leave out the "
+            "cache, and pass the text so far as the prompt"
+        )
+    mask = named.get("attention_mask")
+    padding, ends = call["pad_token_id"], call["eos_token_id"]
+    if mask is None and padding is not None and padding not in (ends if isinstance(ends, list) else [ends]):
+        mask = None if bool((ids != padding).all()) else (ids != padding).long()
+    if mask is not None and mask.shape != ids.shape:
+        raise InputError(f"attention_mask must be {list(ids.shape)} as the prompts, got {list(mask.shape)}")
+    return ids, mask
+
+
+def _new_tokens(call: GenerateCall, prompt: int) -> int:
+    """Return how many tokens may be generated behind a prompt of so many."""
+    if call["max_new_tokens"] is not None:
+        return int(call["max_new_tokens"])
+    return USUAL if call["max_length"] is None else max(int(call["max_length"]) - prompt, 1)
+
+
+def _with_recalled(
+    reading: TextReading, generate: Callable[..., Any], call: GenerateCall, ids: Tensor, settings: dict[str, Any]
+) -> Any:
+    """Generate behind prompts with recalled text in them, and put the prompts alone in front of the result."""
+    spliced = reading.spliced
+    if spliced is None:
+        raise InputError("there is nothing to put into the prompts")
+    for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        if call[name] and call[instead] is None:
+            settings[name] = int(call[name]) + spliced.width
+    if settings.get("streamer") is not None:
+        settings["streamer"] = _WithoutRecalled(settings["streamer"], ids)
+    output = generate(spliced.ids, attention_mask=spliced.mask, **settings)
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    prompts = ids.repeat_interleave(len(sequences) // len(ids), 0)
+    sequences = torch.cat([prompts, sequences[:, spliced.ids.shape[1] :]], 1)
+    if isinstance(output, Tensor):
+        return sequences
+    output.sequences = sequences
+    if getattr(output, "past_key_values", None) is not None:
+        output.past_key_values._mplus_reading = reading
+    return output
+
+
+@define(eq=False)
+class _WithoutRecalled(BaseStreamer):
+    """Shows a streamer the prompt as it was given, and what is generated.
+
+    Attributes:
+        streamer: of the call.
+        prompt: ids ``[B, T]``.
+    """
+
+    streamer: BaseStreamer
+    prompt: Tensor
+    _begun: bool = field(default=False, init=False)
+
+    def put(self, value: Tensor) -> None:
+        """Hand tokens on; in place of the first ones, the prompt."""
+        self.streamer.put(value if self._begun else self.prompt.cpu())
+        self._begun = True
+
+    def end(self) -> None:
+        """Hand on the end."""
+        self.streamer.end()
+
+
+def _with_calls(
+    engine: TextEngine,
+    reading: TextReading,
+    generate: Callable[..., Tensor],
+    call: GenerateCall,
+    ids: Tensor,
+    mask: Tensor | None,
+    settings: dict[str, Any],
+    new: int,
+) -> Any:
+    """Generate prompt by prompt, since calls come at different times."""
+    pieces = {name: settings.pop(name, None) for name in ("logits_processor", "stopping_criteria")}
+    generate = partial(generate, **{name: value for name, value in settings.items() if name not in PIECES})
+    whole, found = reading.spliced, []
+    work, seen = (ids, mask) if whole is None else (whole.ids, whole.mask)
+    for row, prompt in enumerate(work):
+        context = (prompt if seen is None else prompt[seen[row].bool()]).tolist()
+        found.append(Continuation(engine, reading, row, generate, context, new, pieces).run())
+    longest, padding = max(map(len, found)), call["pad_token_id"]
+    filler = (reading.tokenizer.pad_token_id if padding is None else padding) or 0
+    rows = ids.new_tensor([[*row, *[filler] * (longest - len(row))] for row in found])
+    sequences = torch.cat([ids, rows.view(len(ids), longest)], 1)
+    return (
+        GenerateDecoderOnlyOutput(sequences=cast("torch.LongTensor", sequences))
+        if call["return_dict_in_generate"]
+        else sequences
+    )

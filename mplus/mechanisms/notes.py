@@ -1,0 +1,113 @@
+"""NotesMechanism: passages of what was written, the best of which are put in front of the prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from mplus.config import number, one_of, whole
+from mplus.errors import ConfigError
+from mplus.mechanisms.search import bm25, choose
+from mplus.mechanisms.text.mechanism import Ask, Recalled, TextMechanism, TokenBudget
+from mplus.mechanisms.text.state import Entry
+from mplus.memory.writing.update import Fields
+
+WORD = re.compile(r"\w+")
+
+
+def _template(instance: Any, attribute: Any, value: Any) -> None:
+    try:
+        framed = value.format(text="{text}", source="{source}") if isinstance(value, str) else ""
+    except (KeyError, IndexError, ValueError):
+        framed = ""
+    if "{text}" not in framed:
+        raise ConfigError(f"template must be a text with {{text}}, and perhaps {{source}}, in it, got {value!r}")
+
+
+def _share(instance: Any, attribute: Any, value: Any) -> None:
+    number(0)(instance, attribute, value)
+    if value > 1:
+        raise ConfigError(f"{attribute.name} must be a number from 0 to 1, got {value!r}")
+
+
+class NotesMechanism(TextMechanism):
+    """Keeps the text as it is, in passages, and puts those in front of the prompt that share most words with it.
+
+    A passage that shares no word with the prompt is not recalled. Nothing is trained, and no pass of the decoder is
+    run.
+
+    Example:
+        >>> import mplus
+        >>> config = mplus.MPlusConfig(mechanism={"name": "notes", "passages": 2, "place": "turn"})
+    """
+
+    @define(frozen=True, kw_only=True)
+    class Options(TextMechanism.Options):
+        """Options of the memory of notes.
+
+        Attributes:
+            passages: recalled at most.
+            budget_tokens: that they may have together, with what frames them.
+            template: how each of them stands in the prompt: ``{text}`` is the passage, ``{source}`` its source.
+            order: of the passages: as "written", or by "score", the best one next to the prompt.
+            place: in front of the prompt ("start", behind BOS), or of what the user says last ("turn").
+            k1, b: of BM25, by whose scores over words passages are chosen.
+        """
+
+        passages: int = field(default=4, validator=whole(1))
+        budget_tokens: int = field(default=512, validator=whole(1))
+        template: str = field(default="{text}\n", validator=_template)
+        order: str = field(default="score", validator=one_of("written", "score"))
+        place: str = field(default="start", validator=one_of("start", "turn"))
+        k1: float = field(default=1.5, validator=number(0))
+        b: float = field(default=0.75, validator=_share)
+
+    name = "notes"
+
+    @property
+    def place(self) -> Literal["start", "turn"]:
+        return cast('Literal["start", "turn"]', self.options.place)
+
+    def write(self, entries: Sequence[Entry], passage: str, before: str, ask: Ask) -> Sequence[Fields]:
+        """Keep the passage, without the white space around it."""
+        return [(passage.strip(),)]
+
+    def recall(self, entries: Sequence[Entry], prompt: str, ask: Ask, budget: TokenBudget) -> Recalled:
+        """Return the passages with the best scores that fit, each in its frame."""
+        scores = _scores(entries, prompt, self.options.k1, self.options.b)
+        able = scores.nonzero().squeeze(1)
+        best = able[scores[able].argsort(descending=True)[: 4 * self.options.passages]].sort().values
+        framed = {place: self._framed(entries[place]) for place in best.tolist()}
+        lengths = torch.tensor([budget.count(text) for text in framed.values()], dtype=torch.int64)
+        chosen = choose(lengths, scores[best], min(self.options.budget_tokens, budget.tokens))
+        places = best[chosen[: self.options.passages]].flip(0)
+        if self.options.order == "written":
+            places = places.sort().values
+        return Recalled(
+            "".join(framed[place] for place in places.tolist()),
+            tuple(entries[place] for place in places.tolist()),
+            tuple(scores[places].tolist()),
+        )
+
+    def _framed(self, entry: Entry) -> str:
+        text: str = self.options.template.format(text=entry.fields[0], source=entry.source or "")
+        return text
+
+
+def _scores(entries: Sequence[Entry], prompt: str, k1: float, b: float) -> Tensor:
+    """Return ``[n]`` float64, what each entry has to do with the words of the prompt."""
+    asked = {word: place for place, word in enumerate(dict.fromkeys(WORD.findall(prompt.lower())))}
+    if not asked:
+        return torch.zeros(len(entries), dtype=torch.float64)
+    other = len(asked)
+    words = [[asked.get(word, other) for word in WORD.findall(entry.fields[0].lower())] for entry in entries]
+    lengths = torch.tensor([len(one) for one in words], dtype=torch.int64)
+    ids = torch.tensor([word for one in words for word in one], dtype=torch.int32)
+    if not len(ids):
+        return torch.zeros(len(entries), dtype=torch.float64)
+    return bm25(lengths, ids, torch.arange(other), k1, b)

@@ -1,0 +1,109 @@
+"""Mechanism: what the life of a memory asks of its mechanism, be it one of rows or one of text."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+from attrs import define, field
+from torch import Tensor
+
+from mplus.config import PUBLISHED, MPlusConfig
+from mplus.eviction.base import EvictionPolicy
+from mplus.memory.state import StreamState
+from mplus.memory.writing.update import WriteContext
+from mplus.stores.base import MemoryStore, StoreLayout, StoreView
+
+
+@define(frozen=True)
+class Absorbed:
+    """What a write did to a stream.
+
+    Attributes:
+        state: the new one.
+        dropped, evicted: rows that left the STM and the LTM.
+        stayed: by list of rows, per layer, the positions in the old list of the rows that stayed, in order; in the new
+            list they come first. Of a list that is left out it is tried whether rows only came behind the old ones. A
+            memory in a directory writes down the other rows.
+    """
+
+    state: StreamState
+    dropped: int
+    evicted: int
+    stayed: Mapping[str, tuple[Tensor, ...]] = field(factory=dict)
+
+
+class Columns(Protocol):
+    """Makes what rows keep besides hidden states."""
+
+    def project(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return ``MemoryRows.projected`` ``[B, n, w]`` of rows ``[B, n, d]``."""
+
+    def keys(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """Return retriever keys ``[m, r]`` of rows ``[m, d]``, or None where none are kept."""
+
+
+class Mechanism(ABC):
+    """The rules of one memory, which hold no state of any memory: a ``MemoryMechanism`` or a ``TextMechanism``.
+
+    Attributes:
+        name: in configurations and files.
+        State: the class of its streams' states.
+        sizes: that a config may leave open, as they are where a decoder has positions for them.
+    """
+
+    @define(frozen=True, kw_only=True)
+    class Options:
+        """Options of the mechanism (attrs class; the base class has none)."""
+
+        @classmethod
+        def defaults(cls, variant: str) -> dict[str, Any]:
+            """Option values that differ from the class's own in this variant."""
+            return {}
+
+    name: ClassVar[str]
+    State: ClassVar[type[StreamState]]
+    sizes: ClassVar[Mapping[str, int]] = PUBLISHED
+
+    @classmethod
+    def settle(cls, config: MPlusConfig, room: int | None) -> MPlusConfig | None:
+        """Return ``config`` with this mechanism's own numbers for what it leaves open; None: those of M+.
+
+        Args:
+            config: as it was given to ``wrap``.
+            room: positions of the decoder that memory should take at most; None: there is no limit.
+
+        Raises:
+            ConfigError: a field is set that means nothing to this mechanism.
+        """
+        return None
+
+    @abstractmethod
+    def new_state(self, layout: StoreLayout, columns: Columns | None = None) -> StreamState:
+        """Return a fresh stream.
+
+        Args:
+            layout: of its rows.
+            columns: makes the columns of rows that a stream begins with; None: there are only their hidden states.
+        """
+
+    @abstractmethod
+    def absorb(self, state: StreamState, update: Any, source: int, context: WriteContext) -> Absorbed:
+        """Take what ``write`` made for one stream, from the text of ``source``, into its state and its store."""
+
+    def lifetime(self, eviction: EvictionPolicy) -> float | None:
+        """Merges that new long-term rows of a memory under ``eviction`` live; None: they do not expire."""
+        return None
+
+    def follow(self, store: MemoryStore) -> None:  # noqa: B027 - most keep nothing elsewhere
+        """Rows were removed from ``store`` for good: let go of what is kept of them elsewhere."""
+
+    def index_tensors(self, store: StoreView) -> list[dict[str, Tensor]]:
+        """Per layer, what an index of these rows can be made of again; {} where there is none."""
+        return [{} for _ in range(store.layout.layers)]
+
+    def adopt_index(  # noqa: B027 - most have no index
+        self, store: StoreView, tensors: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        """Take over what ``index_tensors`` gave for these rows, or make an index anew."""

@@ -1,0 +1,151 @@
+"""Cut a text into passages, for a memory of text: sentences that follow one another, up to a number of tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from attrs import define
+from torch import Tensor
+
+from mplus.errors import InputError
+from mplus.memory.writing.chunking import checked_ids, to_items
+
+SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+|\n\s*")
+WORD_END = re.compile(r"\s+")
+
+
+@define(frozen=True, eq=False)
+class Passage:
+    """A passage that is to be written.
+
+    Attributes:
+        text: as it was given.
+        source: name of its source.
+        before: the passage in front of it in the same write; "" for the first one.
+        tokenizer: of the memory.
+    """
+
+    text: str
+    source: str | None
+    before: str
+    tokenizer: Any
+
+
+def to_texts(data: Any, batch_size: int, tokenizer: Any) -> list[str | None]:
+    """Return the text of each batch row; None for a row with nothing to write.
+
+    Args:
+        data: as for ``mplus.memory.writing.chunking.to_rows``; ids are turned into text.
+        batch_size: B of the memory.
+        tokenizer: of the memory.
+
+    Raises:
+        InputError: wrong batch size, wrong type, nothing to write at all, or no tokenizer.
+    """
+    found = [to_text(item, tokenizer) for item in to_items(data, batch_size)]
+    texts = [text if text is not None and text.strip() else None for text in found]
+    if all(text is None for text in texts):
+        raise InputError("there is nothing to write: the text or ids are empty")
+    return texts
+
+
+def to_text(item: Any, tokenizer: Any) -> str | None:
+    """Return the text of a text or ids; None: there is none. Raises InputError: no tokenizer, or wrong ids."""
+    if tokenizer is None:
+        raise InputError("a memory of text needs a tokenizer: pass tokenizer= to new_memory, load or open")
+    if item is not None and not isinstance(item, str):
+        ids = checked_ids(item)
+        return None if ids is None else str(tokenizer.decode(ids, skip_special_tokens=True))
+    return item or None
+
+
+def cut(text: str, tokenizer: Any, most: int) -> list[str]:
+    """Cut a text into passages of whole sentences, each filled up; together they are the text.
+
+    Args:
+        text: any.
+        tokenizer: counts tokens, sentence by sentence.
+        most: tokens of a passage. A longer sentence is cut between words, a longer word inside.
+    """
+    passages, held, size = [], "", 0
+    for piece, tokens, alone in _units(text, tokenizer, most):
+        if held and (alone or size + tokens > most):
+            passages.append(held)
+            held, size = "", 0
+        held, size = held + piece, size + tokens
+    return [*passages, held] if held else passages
+
+
+def _units(text: str, tokenizer: Any, most: int) -> Iterator[tuple[str, int, bool]]:
+    """Yield what must not be cut, its tokens, and whether a passage must begin with it."""
+    for sentence, tokens in _counted(_split(text, SENTENCE_END), tokenizer):
+        if tokens <= most:
+            yield sentence, tokens, False
+            continue
+        first = True
+        for word, count in _counted(_split(sentence, WORD_END), tokenizer):
+            for part, of_part in [(word, count)] if count <= most else _halves(word, tokenizer, most):
+                yield part, of_part, first
+                first = False
+
+
+def _halves(word: str, tokenizer: Any, most: int) -> Iterator[tuple[str, int]]:
+    ((_, count),) = _counted([word], tokenizer)
+    if count <= most or len(word) == 1:
+        yield word, count
+        return
+    for half in (word[: len(word) // 2], word[len(word) // 2 :]):
+        yield from _halves(half, tokenizer, most)
+
+
+def _split(text: str, end: re.Pattern[str]) -> list[str]:
+    ends = [found.end() for found in end.finditer(text)]
+    return [text[first:behind] for first, behind in zip([0, *ends], [*ends, len(text)], strict=True) if behind > first]
+
+
+def _counted(texts: Sequence[str], tokenizer: Any) -> list[tuple[str, int]]:
+    return [(text, len(ids)) for text, ids in zip(texts, token_ids(texts, tokenizer), strict=True)]
+
+
+def token_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Return the tokens of each text, without special ones."""
+    if not texts:
+        return []
+    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return found
+
+
+@define(eq=False)
+class PassageCutter:
+    """A cutter of text that arrives bit by bit, into the passages that ``cut`` makes of all of it.
+
+    Attributes:
+        tokenizer, most: as for ``cut``.
+        held: text that may still be cut in more than one way.
+    """
+
+    tokenizer: Any
+    most: int
+    held: str = ""
+
+    def add(self, text: str) -> list[str]:
+        """Return the passages that are certain, whatever comes behind ``text``."""
+        passages = cut(self.held + text, self.tokenizer, self.most)
+        self.held = passages.pop() if passages else ""
+        return passages
+
+    def rest(self) -> list[str]:
+        """Return the last passages."""
+        return cut(self.held, self.tokenizer, self.most)
+
+
+def with_ids(passages: Sequence[str], tokenizer: Any) -> list[tuple[str, Tensor]]:
+    """Return the passages that are more than white space, each with its tokens ``[n]`` int64."""
+    texts = [text for text in passages if text.strip()]
+    return [
+        (text, torch.tensor(ids, dtype=torch.int64))
+        for text, ids in zip(texts, token_ids(texts, tokenizer), strict=True)
+    ]
