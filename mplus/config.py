@@ -208,8 +208,8 @@ class MPlusConfig:
         True
 
     Attributes:
-        mechanism: "mplus", "memoryllm" (no long-term memory) or "kv" (keys and values of the text's own tokens), or a
-            third party's.
+        mechanism: "mplus", "memoryllm" (no long-term memory), "kv" (keys and values of the text's own tokens) or
+            "notes" (passages of text in front of the prompt), or a third party's.
         variant: "paper", or "published" to follow the released code to the letter.
         chunk_tokens: text tokens read by one write.
         min_chunk_tokens: shorter chunks are joined with their neighbour, or refused where there is none. Left out: 16,
