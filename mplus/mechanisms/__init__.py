@@ -1,8 +1,8 @@
 """Mechanisms of memory by name, and the names one needs to write another.
 
 A mechanism derives from ``MemoryMechanism``, and the state of its streams from ``StreamState``; or, where its memories
-are made of text, from ``TextMechanism``. ``mplus.testing.mechanisms.MechanismConformance`` and
-``mplus.testing.text_mechanisms.TextMechanismConformance`` try one.
+are made of text, from ``TextMechanism``. ``MechanismConformance`` and ``TextMechanismConformance`` of
+``mplus.testing.mechanisms`` try one.
 """
 
 from __future__ import annotations

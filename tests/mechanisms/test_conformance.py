@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.base import MemoryMechanism
-from mplus.testing.mechanisms import MechanismConformance
+from mplus.mechanisms.text.mechanism import TextMechanism
+from mplus.testing.mechanisms import MechanismConformance, TextMechanismConformance
 from mplus.testing.registered import suites
 from tests.mechanisms.gists import GistMechanism
 
@@ -17,6 +18,7 @@ class ShortTerm(MechanismConformance):
 
 SPECIAL = {"mplus": ShortTerm, "memoryllm": ShortTerm}
 globals().update(suites(MechanismConformance, MECHANISMS, SPECIAL, of=MemoryMechanism))
+globals().update(suites(TextMechanismConformance, MECHANISMS, of=TextMechanism))
 
 
 class TestGists(MechanismConformance):

@@ -9,7 +9,7 @@ import torch
 
 from mplus.config import Component
 from mplus.errors import ConfigError
-from mplus.eviction.build import build_eviction
+from mplus.eviction import EVICTION
 from mplus.hf.model.model_class import MemoryModel, reading_class
 from mplus.hf.model.sizes import chosen
 from mplus.hf.retrofit.context import rebuild
@@ -18,7 +18,7 @@ from mplus.hf.text.forward import forward_with_text
 from mplus.hf.text.generation import generate_with_text
 from mplus.memory.memory import Memory
 from mplus.memory.transaction import Streams
-from mplus.stores.build import build_store
+from mplus.stores import STORES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,9 +92,9 @@ class TextMemoryModel(MemoryModel):
         layout = engine.layout
         kind = engine.config.store if store is None else Component.of(store)
         states = [engine.new_state(layout) for _ in range(batch_size)]
-        stores = [build_store(kind, layout) for _ in range(batch_size)]
+        stores = [STORES.build(kind, layout) for _ in range(batch_size)]
         generators = [torch.Generator().manual_seed(seed + row) for row in range(batch_size)]
-        streams = Streams(engine, states, stores, generators, build_eviction(engine.config.eviction))
+        streams = Streams(engine, states, stores, generators, EVICTION.build(engine.config.eviction))
         return Memory(streams, tokenizer)
 
     def generate(

@@ -16,6 +16,7 @@ from mplus.config import MPlusConfig
 from mplus.hf.pretrained.shipped import load_decoder
 from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.base import MemoryMechanism
+from mplus.mechanisms.root import Mechanism
 from mplus.memory.state import StreamState
 from mplus.stores.base import StoreView
 from mplus.testing.rounding import FACTOR, InFloat64, allowed
@@ -40,24 +41,20 @@ class MechanismSuite:
         implementation: the mechanism class under test; it need not be registered.
         settings: of the memory, besides the mechanism; sizes such that a read retrieves all that the tests write.
         dtype: of weights and computation.
+        keeping: arguments with which a memory in a directory keeps all that it can.
+        asking: arguments of a read with which the beginning of a text brings back what all of it does.
     """
 
-    implementation: ClassVar[type[MemoryMechanism]]
+    implementation: ClassVar[type[Mechanism]]
     settings: ClassVar[Mapping[str, Any]] = {}
+    keeping: ClassVar[Mapping[str, Any]] = {}
+    asking: ClassVar[Mapping[str, Any]] = {}
     dtype: ClassVar[torch.dtype] = torch.float64
 
     @classmethod
     def memory_table(cls) -> dict[str, Any]:
         """Return the fields of a configuration, as plain data."""
-        name = cls.implementation.name
-        sizes: dict[str, Any] = {"chunk_tokens": CHUNK, "min_chunk_tokens": 4, "long_term_tokens": 200}
-        if MPlusConfig.from_dict({"mechanism": name}).adapters is not None:
-            sizes["adapters"] = None
-        if cls.implementation.uses_retriever:
-            sizes.update(retriever={"name": "linear", "width": 8}, retrieved_tokens=200)
-        if cls.implementation.keeps == frozenset({"hidden"}):
-            sizes["memory_rows"] = "hidden"
-        return {**sizes, **cls.settings, "mechanism": name}
+        return {**cls.settings, "mechanism": cls.implementation.name}
 
     @classmethod
     def config(cls, **changes: Any) -> MPlusConfig:
@@ -95,13 +92,33 @@ class MechanismSuite:
         with cls.wrapped() as model:
             yield model
 
-    def text(self, seed: int, tokens: int = CHUNK) -> Tensor:
-        """Return ids ``[tokens]``, equal for equal seeds."""
-        return torch.randint(3, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(seed))
+    def given(self) -> dict[str, Any]:
+        """Return arguments with which every memory is made, loaded and opened."""
+        return {}
+
+    def text(self, seed: int) -> Any:
+        """Return a text that can be written in one chunk, equal for equal seeds."""
+        raise NotImplementedError
+
+    def prompt(self, seed: int) -> Tensor:
+        """Return ids ``[T]`` of a text to read, equal for equal seeds; T is the same for all."""
+        raise NotImplementedError
+
+    def traces(self, text: Any) -> dict[str, bytes]:
+        """Return what no file may hold once ``text`` is forgotten, by name."""
+        raise NotImplementedError
+
+    def loaded(self, path: Path, model: Any) -> Memory:
+        """Return the memory that was saved in a folder."""
+        return mplus.Memory.load(path, model, **self.given())
+
+    def opened(self, path: Path, model: Any, **options: Any) -> Memory:
+        """Return the memory that lives in a folder."""
+        return mplus.Memory.open(path, model, **self.given(), **options)
 
     def written(self, model: Any, *seeds: int, **options: Any) -> Memory:
         """Return a memory of one stream with a chunk for each seed; sources are "s0", "s1", ..."""
-        memory: Memory = model.new_memory(seed=1, **options)
+        memory: Memory = model.new_memory(seed=1, **self.given(), **options)
         for number, seed in enumerate(seeds):
             memory.write(self.text(seed), source=f"s{number}")
         return memory
@@ -120,7 +137,7 @@ class MechanismSuite:
         """
         if self.dtype == torch.float64:
             return TOLERANCE
-        ids = self.text(7)[None]
+        ids = self.prompt(7)[None]
         plain = self.logits(model, ids, self.written(model, 1, 2))
         weights = {name: value.double() for name, value in model.state_dict().items() if value.is_floating_point()}
         with self.wrapped(torch.float64) as wide:
@@ -137,6 +154,42 @@ class MechanismSuite:
         """Return what differs in two memories, bit for bit, by name."""
         both = zip(self.content(first), self.content(second), strict=True)
         return [f"stream {row}: {name}" for row, (one, two) in enumerate(both) for name in unequal(one, two)]
+
+
+class RowSuite(MechanismSuite):
+    """The same for mechanisms whose memories are made of rows.
+
+    Attributes:
+        implementation: the mechanism class under test.
+    """
+
+    implementation: ClassVar[type[MemoryMechanism]]
+    keeping: ClassVar[Mapping[str, Any]] = {"keep_text": True}
+
+    @classmethod
+    def memory_table(cls) -> dict[str, Any]:
+        """Return the fields of a configuration, as plain data."""
+        name = cls.implementation.name
+        sizes: dict[str, Any] = {"chunk_tokens": CHUNK, "min_chunk_tokens": 4, "long_term_tokens": 200}
+        if MPlusConfig.from_dict({"mechanism": name}).adapters is not None:
+            sizes["adapters"] = None
+        if cls.implementation.uses_retriever:
+            sizes.update(retriever={"name": "linear", "width": 8}, retrieved_tokens=200)
+        if cls.implementation.keeps == frozenset({"hidden"}):
+            sizes["memory_rows"] = "hidden"
+        return {**sizes, **cls.settings, "mechanism": name}
+
+    def text(self, seed: int, tokens: int = CHUNK) -> Tensor:
+        """Return ids ``[tokens]``, equal for equal seeds."""
+        return torch.randint(3, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(seed))
+
+    def prompt(self, seed: int) -> Tensor:
+        return self.text(seed)
+
+    def traces(self, text: Tensor) -> dict[str, bytes]:
+        """Return the bytes of the ids, in every dtype that they may be kept in."""
+        dtypes = (torch.int16, torch.int32, torch.int64)
+        return {f"its ids as {dtype}": text.to(dtype).numpy().tobytes() for dtype in dtypes}
 
 
 def content_of(state: StreamState, store: StoreView) -> Content:

@@ -24,7 +24,7 @@ from mplus.facts.speaker import recall_tokenizer
 from mplus.hf.adapters.lora import is_addition
 from mplus.hf.decoders.train_model import choose_trained, is_of_retriever
 from mplus.mechanisms.base import MemoryMechanism
-from mplus.testing.mechanisms.suite import CHUNK, MechanismSuite
+from mplus.testing.mechanisms.suite import CHUNK, RowSuite
 from mplus.training import train
 from mplus.training.decoder import make_streams
 from mplus.training.recipe.files import read_recipe
@@ -34,7 +34,7 @@ STEPS = 3
 WORDS = "the dragon saw a red ball in the garden and told his friend about it . "
 
 
-class MechanismTraining(MechanismSuite):
+class MechanismTraining(RowSuite):
     """The tests of ``MechanismConformance`` that train and evaluate."""
 
     def recipe(self, folder: Path, **memory: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from inspect import getattr_static
-from typing import Any
 
 from mplus.config import options_of
 from mplus.errors import ConfigError
