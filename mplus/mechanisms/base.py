@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from mplus.backends.base import Segment
 from mplus.config import MPlusConfig
 from mplus.errors import ConfigError, InputError
-from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.decoder import Attended, Decoder, DecoderShape, KeptProjection, Project, Text
 from mplus.mechanisms.root import Absorbed, Mechanism
 from mplus.mechanisms.streams import TrainingStreams
@@ -302,19 +301,3 @@ class MemoryMechanism(Mechanism):
     def searched(self, view: StreamView, layer: int) -> StoreView:
         """Return the rows of a layer that ``retrieve`` chooses from."""
         return view.store
-
-
-def memory_mechanism(name: str) -> type[MemoryMechanism]:
-    """Return the mechanism of memories of rows that has this name.
-
-    Raises:
-        ConfigError: it is one of memories of text.
-        UnknownNameError, DuplicateNameError, PluginError, MissingDependencyError: as ``Registry.get``.
-    """
-    found = MECHANISMS.get(name)
-    if not issubclass(found, MemoryMechanism):
-        raise ConfigError(
-            f"mechanism must be one whose memories are made of rows here, got {name!r}, whose memories are made of "
-            "text: nothing of it is trained, and it is measured with memory.write and generate(..., memory=memory)"
-        )
-    return found

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from mplus.config import MPlusConfig, options_of
-from mplus.errors import MechanismError
+from mplus.errors import ConfigError, MechanismError
 from mplus.eviction import EVICTION
-from mplus.mechanisms.base import MemoryMechanism, memory_mechanism
+from mplus.mechanisms import MECHANISMS
+from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.decoder import DecoderShape
 from mplus.stores import STORES
 
@@ -43,3 +44,19 @@ def build_mechanism(config: MPlusConfig, shape: DecoderShape, pool: Tensor | Non
     if pool is not None:
         mechanism.start_from(pool)
     return mechanism
+
+
+def memory_mechanism(name: str) -> type[MemoryMechanism]:
+    """Return the mechanism of memories of rows that has this name.
+
+    Raises:
+        ConfigError: it is one of memories of text.
+        UnknownNameError, DuplicateNameError, PluginError, MissingDependencyError: as ``Registry.get``.
+    """
+    found = MECHANISMS.get(name)
+    if not issubclass(found, MemoryMechanism):
+        raise ConfigError(
+            f"mechanism must be one whose memories are made of rows here, got {name!r}, whose memories are made of "
+            "text: nothing of it is trained, and it is measured with memory.write and generate(..., memory=memory)"
+        )
+    return found

@@ -64,6 +64,7 @@ class CountingEngine:
             layers=LAYERS, hidden_size=WIDTH, key_size=self.mechanism.key_size, expiry=self.mechanism.expiry
         )
 
+    writes_text = False
     vocab_size = 100
     dtype = torch.float32
     device = torch.device("cpu")
@@ -83,6 +84,9 @@ class CountingEngine:
 
     def write(self, views: Sequence[StreamView], ids: Tensor, tokenizer: Any = None) -> Update:
         return Update(tuple(self.encode([view.state for view in views], ids)))
+
+    def check_options(self, **given: Any) -> None:
+        """All of them mean something."""
 
     def keys(self, layer: int, hidden: Tensor) -> Tensor | None:
         retriever = self.mechanism.retriever

@@ -13,7 +13,7 @@ from mplus.config import PUBLISHED, MPlusConfig, shortest_chunk
 from mplus.errors import MemorySizeWarning
 from mplus.hf.retrofit.positions import MemoryPositions
 from mplus.mechanisms import MECHANISMS
-from mplus.mechanisms.base import memory_mechanism
+from mplus.mechanisms.build import memory_mechanism
 
 PARTS = 1 << 16
 """Steps in which sizes are scaled: a scale is a whole number of so many parts."""

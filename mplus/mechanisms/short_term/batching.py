@@ -9,7 +9,7 @@ import attrs
 from mplus.config import Component, MPlusConfig, options_of
 from mplus.errors import ConfigError
 from mplus.mechanisms import MECHANISMS
-from mplus.mechanisms.base import memory_mechanism
+from mplus.mechanisms.build import memory_mechanism
 
 BATCHED = ("mplus", "memoryllm")
 """Mechanisms whose streams can be held together."""
