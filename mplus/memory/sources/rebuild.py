@@ -15,7 +15,8 @@ from mplus.memory.sources.forget import check_known, forget, held, names_to_keep
 from mplus.memory.state import StreamState
 from mplus.memory.texts import Texts
 from mplus.memory.transaction import Streams, distinct, unshared
-from mplus.memory.writing.write import StreamWrite, check_dtype, write_streams
+from mplus.memory.writing.plan import StreamWrite, check_dtype
+from mplus.memory.writing.write import write_streams
 from mplus.stores.base import MemoryStore
 
 

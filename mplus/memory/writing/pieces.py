@@ -16,7 +16,8 @@ from mplus.memory.report import LONG, WriteReport, progress_bar
 from mplus.memory.transaction import Streams
 from mplus.memory.writing.chunking import check_vocabulary, split, to_names, to_rows
 from mplus.memory.writing.passages import PassageCutter, to_text
-from mplus.memory.writing.write import StreamWrite, passage_write, prepare_write, write_streams
+from mplus.memory.writing.plan import StreamWrite, passage_write, prepare_write
+from mplus.memory.writing.write import write_streams
 
 
 def write_pieces(

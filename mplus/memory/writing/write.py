@@ -8,57 +8,20 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from attrs import define, evolve
+from attrs import evolve
 from torch import Tensor
 
 from mplus.errors import InputError, MemoryMismatchError, NotSupported, WriteTogetherError
 from mplus.memory.engine import Engine
-from mplus.memory.recompute import refresh_if_stale
 from mplus.memory.report import WriteReport, progress_bar
-from mplus.memory.state import StreamState, StreamView, alike
+from mplus.memory.state import StreamState, alike
 from mplus.memory.transaction import Streams
-from mplus.memory.writing.chunking import check_chunk, check_vocabulary, split, to_names, to_rows
-from mplus.memory.writing.passages import Passage, cut, to_texts, with_ids
+from mplus.memory.writing.chunking import check_chunk, check_vocabulary, to_names
+from mplus.memory.writing.plan import StreamWrite, planned, prepare_write
 from mplus.memory.writing.update import NewEntries, Update, WriteContext, check_finite
 
 if TYPE_CHECKING:
     from mplus.memory.memory import Memory
-
-
-@define(frozen=True, eq=False)
-class StreamWrite:
-    """A stream, and the text to write to it.
-
-    Attributes:
-        streams: of the memory.
-        row: the batch row of the stream.
-        chunks: ids ``[n]`` of each chunk.
-        name: of the source.
-        report: of the memory; counts on.
-        tokenizer: of the memory, if it has one.
-        passages: the text of each chunk, where the memory is one of text.
-        before: the passage in front of the first one.
-    """
-
-    streams: Streams
-    row: int
-    chunks: Sequence[Tensor]
-    name: str | None
-    report: WriteReport
-    tokenizer: Any = None
-    passages: Sequence[str] = ()
-    before: str = ""
-
-    def passage(self, step: int) -> Passage:
-        """Return the text of one chunk, of a memory of text."""
-        before = self.passages[step - 1] if step else self.before
-        return Passage(self.passages[step], self.name, before, self.tokenizer)
-
-    @property
-    def view(self) -> StreamView:
-        """What a write sees of the stream; not a snapshot, since the memory's write lock is held."""
-        streams, row = self.streams, self.row
-        return StreamView(streams.states[row], streams.stores[row], streams.usage[row])
 
 
 def write(memory: Memory, data: Any, source: Any, progress: bool | None) -> WriteReport:
@@ -148,7 +111,7 @@ def _write(
     for position, memory in enumerate(memories):
         try:
             _check_one(memories, position, positions)
-            writes += _planned(memory, data[position], sources[position], reports[position])
+            writes += planned(memory, data[position], sources[position], reports[position])
             positions[id(memory.streams)] = position
         except Exception as error:  # noqa: BLE001 - handed to the caller, once the others have been written
             errors[position] = error
@@ -176,66 +139,6 @@ def _check_one(memories: Sequence[Memory], position: int, written: Mapping[int, 
         )
     if memory.engine is not getattr(first, "engine", memory.engine):
         raise MemoryMismatchError("memories that are written together must belong to one decoder, that of the first")
-
-
-def _planned(memory: Memory, data: Any, source: Any, report: WriteReport) -> list[StreamWrite]:
-    """Check all that is to be written to a memory, and cut it into chunks."""
-    streams, tokenizer = memory.streams, memory.tokenizer
-    names = to_names(source, len(streams))
-    if streams.engine.writes_text:
-        texts = to_texts(data, len(streams), tokenizer)
-        prepare_write(streams, [row for row, text in enumerate(texts) if text is not None])
-        most = streams.engine.config.chunk_tokens
-        parts = [[] if text is None else cut(text, tokenizer, most) for text in texts]
-        return [passage_write(streams, row, parts[row], names[row], report, tokenizer) for row in range(len(streams))]
-    rows = to_rows(data, len(streams), tokenizer)
-    prepare_write(streams, [row for row, ids in enumerate(rows) if ids is not None])
-    engine, config = streams.engine, streams.engine.config
-    writes = []
-    for row, ids in enumerate(rows):
-        chunks: list[Tensor] = []
-        if ids is not None:
-            check_vocabulary(ids, engine.vocab_size)
-            chunks = split(ids, config.chunk_tokens, config.min_chunk_tokens)
-        writes.append(StreamWrite(streams, row, chunks, names[row], report, tokenizer))
-    return writes
-
-
-def passage_write(
-    streams: Streams,
-    row: int,
-    passages: Sequence[str],
-    name: str | None,
-    report: WriteReport,
-    tokenizer: Any,
-    before: str = "",
-) -> StreamWrite:
-    """Return what writes passages to a stream of a memory of text. Raises InputError: ids outside the vocabulary."""
-    found = with_ids(passages, tokenizer)
-    for _, ids in found:
-        check_vocabulary(ids, streams.engine.vocab_size)
-    chunks, texts = [ids for _, ids in found], [text for text, _ in found]
-    return StreamWrite(streams, row, chunks, name, report, tokenizer, texts, before)
-
-
-def prepare_write(streams: Streams, rows: Sequence[int]) -> None:
-    """Check that a memory can be written to, and bring the streams ``rows`` in line with the decoder's weights.
-
-    Raises:
-        LiveMemoryError: it cannot be changed.
-        MemoryMismatchError: it has another dtype than the decoder, or keys and values made with other weights.
-    """
-    check_dtype(streams.dtype, streams.engine.dtype)
-    streams.check_writable()
-    refresh_if_stale(streams, writing=rows)
-
-
-def check_dtype(memory: torch.dtype, model: torch.dtype) -> None:
-    """Raise MemoryMismatchError unless a memory holds what its decoder computes in."""
-    if memory != model:
-        raise MemoryMismatchError(
-            f"the memory holds {memory} and the model computes in {model}: use memory.to(dtype={model})"
-        )
 
 
 def write_chunk(streams: Streams, ids: Tensor, source: Any) -> WriteReport:
