@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from mplus.errors import InputError
-from mplus.hf.model.modes import in_eval_mode, input_device
+from mplus.hf.model.modes import in_eval_mode
+from mplus.hf.model.offloading import input_device
 from mplus.hf.model.sizes import known_positions
 from mplus.hf.reading.generating import generate_in
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mplus.config import MPlusConfig
 from mplus.errors import ConfigError, MemoryMismatchError, NotSupported
-from mplus.hf.model.modes import input_device
+from mplus.hf.model.offloading import input_device
 from mplus.hf.reading.open_readings import OpenReadings
 from mplus.hf.text.ask import ask
 from mplus.mechanisms.text.mechanism import ROWS, Ask, TextMechanism
