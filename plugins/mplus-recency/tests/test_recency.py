@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from mplus_recency import RecencyRetriever
 
-from mplus.retrievers import RETRIEVERS
-from mplus.retrievers.base import RetrieverShape
-from mplus.rows import MemoryRows
-from mplus.stores.base import StoreLayout
+from mplus.retrievers import RETRIEVERS, RetrieverShape
+from mplus.stores import MemoryRows, StoreLayout
 from mplus.stores.ram import RamStore
 from mplus.testing.retrievers import RetrieverConformance
 
