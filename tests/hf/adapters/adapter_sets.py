@@ -65,7 +65,7 @@ def wrapped(model: Any = None, **changes: Any) -> Any:
 
 def written(model: Any, rows: str, **options: Any) -> Memory:
     memory: Memory = model.new_memory(memory_rows=rows, **options)
-    memory.write(TEXT[:200])
+    memory.write(TEXT)
     return memory
 
 
