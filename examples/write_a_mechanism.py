@@ -3,31 +3,17 @@
 from importlib.resources import files
 
 import torch
-from attrs import define, evolve
+from attrs import evolve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mplus
-from mplus.mechanisms import MECHANISMS, Absorbed, MemoryMechanism, MemoryRows, StreamState, Update, side_by_side
-
-
-@define(frozen=True, eq=False, kw_only=True)
-class NothingButTheStore(StreamState):
-    """All rows lie in the store."""
-
-    def row_lists(self):
-        return {}
-
-    def with_rows(self, rows):
-        return self
+from mplus.mechanisms import MECHANISMS, Absorbed, MemoryMechanism, MemoryRows, Update, side_by_side
 
 
 class TokenMemory(MemoryMechanism):
     """Says what a chunk leaves (write), where it is kept (absorb), and what a layer sees of it (prefix)."""
 
-    name, State, keeps = "tokens", NothingButTheStore, frozenset({"hidden"})
-
-    def new_state(self, layout, columns=None):
-        return NothingButTheStore()
+    name, keeps = "tokens", frozenset({"hidden"})
 
     def write(self, decoder, views, text):
         return Update(decoder.run(text.ids, collect={"inputs"}).inputs)  # per layer [B, n, d]

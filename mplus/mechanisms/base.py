@@ -15,7 +15,7 @@ from mplus.backends.base import Segment
 from mplus.config import MPlusConfig
 from mplus.errors import ConfigError, InputError
 from mplus.mechanisms.decoder import Attended, Decoder, DecoderShape, KeptProjection, Project, Text
-from mplus.mechanisms.root import Absorbed, Mechanism
+from mplus.mechanisms.root import Absorbed, Columns, Mechanism
 from mplus.mechanisms.streams import TrainingStreams
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.update import Update, WriteContext
@@ -78,6 +78,7 @@ class MemoryMechanism(Mechanism):
         retrieves_once: whether it chooses in ``open`` what a text reads, and never again: no ``retrieve_every``.
     """
 
+    State: ClassVar[type[StreamState]] = StreamState
     uses_retriever: ClassVar[bool] = False
     empty_is_base: ClassVar[bool] = True
     attends: ClassVar[bool] = False
@@ -144,6 +145,46 @@ class MemoryMechanism(Mechanism):
     def key_size(self) -> int:
         """Width of retriever keys; 0 where none are kept."""
         return 0 if self.retriever is None else self.retriever.key_size
+
+    def layout(self, shape: DecoderShape, kept: Kept, projected_size: int) -> StoreLayout:
+        """Return what the rows of a memory look like, and how many lists of them a stream has.
+
+        By default there is a list for every layer that carries memory, of rows as wide as hidden states. A mechanism
+        that keeps the rows of one layer, or one list for all layers, says ``layers=1``, and one whose rows are
+        embeddings another ``hidden_size``: ``evolve(super().layout(shape, kept, projected_size), layers=1)``.
+
+        Args:
+            shape: of the decoder.
+            kept: what is kept of a row.
+            projected_size: width of a row's keys and values; 0 where they are not kept.
+        """
+        return StoreLayout(
+            layers=shape.layers,
+            hidden_size=shape.width,
+            key_size=self.key_size,
+            expiry=self.expiry,
+            dtype=self.dtype or shape.dtype,
+            device=shape.device,
+            projected_size=projected_size,
+            keeps_hidden=kept != "projected",
+        )
+
+    def layer_of(self, part: int) -> int:
+        """Return the layer, of those that carry memory, that projects rows of list ``part`` and makes their keys."""
+        return part
+
+    def capacity(self, rows: int) -> int:
+        """Return how many text tokens ``rows`` rows of a list hold; by default a row is a token."""
+        return rows
+
+    def new_state(self, layout: StoreLayout, columns: Columns | None = None) -> StreamState:
+        """Return a fresh stream; by default a ``State`` without anything.
+
+        Args:
+            layout: of its rows.
+            columns: makes the columns of rows that a stream begins with; None: there are only their hidden states.
+        """
+        return self.State()
 
     @abstractmethod
     def write(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Update:

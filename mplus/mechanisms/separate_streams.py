@@ -106,7 +106,8 @@ class SeparateStreams(TrainingStreams):
         update = self.mechanism.write(self.decoder, views, Text(ids))
         Update.check(update, self.mechanism.name, len(views), [self.layout] * len(views))
         if self.layout.projected_size and not update.projected:
-            projected = tuple(self.decoder.project(layer, rows) for layer, rows in enumerate(update.hidden))
+            layers = map(self.mechanism.layer_of, range(len(update.hidden)))
+            projected = tuple(map(self.decoder.project, layers, update.hidden))
             update = evolve(update, projected=projected)
         return update
 
@@ -123,7 +124,7 @@ class SeparateStreams(TrainingStreams):
             store=store,
             eviction=self._eviction,
             draw=lambda n: torch.randperm(n, generator=generator),
-            keys=self.decoder.keys,
+            keys=lambda part, hidden: self.decoder.keys(self.mechanism.layer_of(part), hidden),
             ids=ids,
             capacity=self.capacity,
             usage=access_log,

@@ -63,11 +63,9 @@ class Budget:
         capacity = _rows_within(budget // streams - fixed, store, mechanism) if mechanism.long_term else 0
         return Budget(capacity, budget)
 
-    def text_tokens(self, config: MPlusConfig) -> int | None:
-        """Return how many text tokens, in full chunks, the LTM of a stream has room for; None: no limit."""
-        if self.capacity is None:
-            return None
-        return self.capacity * config.chunk_tokens // config.memory_tokens_per_chunk
+    def text_tokens(self, mechanism: Any) -> int | None:
+        """Return how many text tokens the LTM of a stream has room for; None: no limit."""
+        return None if self.capacity is None else int(mechanism.capacity(self.capacity))
 
 
 def _rows_within(room: int, store: MemoryStore, mechanism: Any) -> int:

@@ -66,20 +66,20 @@ class Engine(Protocol):
             given: by name; None where it was left out.
         """
 
-    def keys(self, layer: int, hidden: Tensor) -> Tensor | None:
-        """Return the retriever keys ``[m, r]`` of rows ``[m, d]``, or None when the retriever keeps none."""
+    def keys(self, part: int, hidden: Tensor) -> Tensor | None:
+        """Return the retriever keys ``[m, r]`` of rows ``[m, d]`` of a list, or None when the retriever keeps none."""
 
     def new_state(self, layout: StoreLayout) -> StreamState:
         """Return a new stream, its rows (of a checkpoint's pool) with all columns of ``layout``."""
 
-    def project(self, layer: int, hidden: Tensor) -> Tensor:
-        """Return ``MemoryRows.projected`` ``[B, n, w]`` of rows ``[B, n, d]``.
+    def project(self, part: int, hidden: Tensor) -> Tensor:
+        """Return ``MemoryRows.projected`` ``[B, n, w]`` of rows ``[B, n, d]`` of a list.
 
         Called where the layout has such a column.
         """
 
-    def refresh(self, rows: MemoryRows, layer: int) -> MemoryRows:
-        """Return rows with everything computed anew from their hidden states."""
+    def refresh(self, rows: MemoryRows, part: int) -> MemoryRows:
+        """Return rows of a list with everything computed anew from their hidden states."""
 
     def weights(self, adapters: Sequence[str] | None = None) -> WeightsState:
         """Return the weights that projections and retriever keys are computed with now.

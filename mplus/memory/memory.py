@@ -373,7 +373,7 @@ class Memory:
     @property
     def text_capacity(self) -> int | None:
         """Text tokens whose rows the LTM of a stream has room for, if written in full chunks; None: no limit."""
-        return self.streams.budget.text_tokens(self.engine.config)
+        return self.streams.budget.text_tokens(self.engine.mechanism)
 
     def snapshot(self) -> tuple[StreamView, ...]:
         """Return an immutable view of every stream, taken at one instant."""

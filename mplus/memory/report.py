@@ -108,7 +108,7 @@ def describe(streams: Streams) -> str:
     more = ", ..." if len(streams) > 4 else ""
     limit, capacity = "", streams.budget.capacity
     if capacity is not None:
-        limit = f", at most {capacity} LTM ({streams.budget.text_tokens(streams.engine.config)} text tokens)"
+        limit = f", at most {capacity} LTM ({streams.budget.text_tokens(streams.engine.mechanism)} text tokens)"
     size = f"{streams.nbytes / 2**20:.1f} MiB"
     return f"batch_size={len(streams)}, rows per layer: {', '.join(rows)}{more}{limit}, {size}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -27,25 +26,20 @@ OPTIONAL = frozenset({"key", "expiry"})
 
 
 @define(frozen=True, eq=False, kw_only=True)
-class StreamState(ABC):
+class StreamState:
     """Everything a stream remembers besides its store. Immutable: a write makes a new one.
 
-    Each mechanism derives a class of its own (``MemoryMechanism.State``) with the rows and tensors it keeps. Everything
-    else knows these by name only: files and journals hold what ``row_lists`` and ``tensors`` give, and ``from_parts``
-    takes it back. The methods work without a decoder, so that a memory on disk can be listed, repaired and made to
-    forget without one.
+    A mechanism that keeps rows or tensors besides its store derives a class of its own (``MemoryMechanism.State``). It
+    has a field for each list of rows, under its name in ``lists``, and one for each of its ``tensors``. Everything else
+    knows these by name only: files and journals hold what ``row_lists`` and ``tensors`` give, and ``from_parts`` takes
+    it back. The methods work without a decoder, so that a memory on disk can be listed, repaired and made to forget
+    without one.
 
     Example:
         >>> @define(frozen=True, eq=False, kw_only=True)
         ... class Recent(StreamState):
         ...     lists = {"recent": "recent"}
-        ...     recent: tuple[MemoryRows, ...]
-        ...
-        ...     def row_lists(self):
-        ...         return {"recent": self.recent}
-        ...
-        ...     def with_rows(self, rows):
-        ...         return evolve(self, recent=tuple(rows["recent"]))
+        ...     recent: tuple[MemoryRows, ...]  # a part for every list of the layout
 
     Attributes:
         lists: class attribute; the lists of rows by name, and what reports call their rows.
@@ -66,13 +60,14 @@ class StreamState(ABC):
 
     # ------------------------------------------------------------------ what a mechanism's class defines
 
-    @abstractmethod
     def row_lists(self) -> dict[str, tuple[MemoryRows, ...]]:
-        """Return all rows but those of the store, by name of their list, with a part for every layer."""
+        """Return all rows but those of the store, by name of their list, with a part for every list of the layout."""
+        return {name: getattr(self, name) for name in self.lists}
 
-    @abstractmethod
     def with_rows(self, rows: Mapping[str, Sequence[MemoryRows]]) -> Self:
         """Return this state with other rows in its lists, and nothing else changed."""
+        lists: dict[str, Any] = {name: tuple(parts) for name, parts in rows.items()}
+        return evolve(self, **lists)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all other tensors that belong to the mechanism, by name."""

@@ -38,12 +38,6 @@ class GistState(StreamState):
     last: Tensor
     last_source: Tensor
 
-    def row_lists(self) -> dict[str, tuple[MemoryRows, ...]]:
-        return {"gists": self.gists}
-
-    def with_rows(self, rows: Mapping[str, Sequence[MemoryRows]]) -> Self:
-        return evolve(self, gists=tuple(rows["gists"]))
-
     def tensors(self) -> dict[str, Tensor]:
         return {"last": self.last, "last_source": self.last_source}
 

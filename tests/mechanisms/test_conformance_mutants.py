@@ -11,17 +11,18 @@ from attrs import define, evolve
 
 from mplus.errors import MPlusError
 from mplus.mechanisms.root import Absorbed
+from mplus.memory.state import StreamState
 from mplus.memory.writing.update import Update
 from mplus.testing.mechanisms import MechanismConformance
 from tests.helpers.examples import classes_of
 
 EXAMPLE = classes_of("write_a_mechanism")
-TokenMemory, NothingButTheStore = EXAMPLE["TokenMemory"], EXAMPLE["NothingButTheStore"]
+TokenMemory = EXAMPLE["TokenMemory"]
 side_by_side = EXAMPLE["side_by_side"]
 
 
 @define(frozen=True, eq=False, kw_only=True)
-class LastIds(NothingButTheStore):
+class LastIds(StreamState):
     """Keeps the ids of the last chunk, whatever is forgotten."""
 
     last: torch.Tensor

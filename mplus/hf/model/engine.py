@@ -147,16 +147,7 @@ class DecoderEngine:
                     f"{other}"
                 )
             size = self.projection.size
-        return StoreLayout(
-            projected_size=size,
-            keeps_hidden=memory_rows != "projected",
-            layers=self.shape.layers,
-            hidden_size=self.shape.width,
-            key_size=self.mechanism.key_size,
-            expiry=self.mechanism.expiry,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        return self.mechanism.layout(self.decoder.shape, memory_rows, size)
 
     def bring_additions(self) -> None:
         """Have what mplus added at hand. Raises NotSupported when it has no values.
@@ -172,8 +163,12 @@ class DecoderEngine:
         self.bring_additions()
         return evolve(self.mechanism.new_state(layout, self), weights=self.weights())
 
-    def project(self, layer: int, hidden: Tensor) -> Tensor:
+    def project(self, part: int, hidden: Tensor) -> Tensor:
         """See ``Engine.project``."""
+        return self.project_in(self.mechanism.layer_of(part), hidden)
+
+    def project_in(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return un-rotated keys and values ``[B, n, w]`` of rows ``[B, n, d]`` in a layer that carries memory."""
         return self.need_projection().rows(layer, hidden.to(self.device)).to(hidden.device)
 
     def need_projection(self) -> Projection:
@@ -182,14 +177,14 @@ class DecoderEngine:
             raise NotSupported(f"rows cannot be kept projected in {type(self.model).__name__}: {self.projection}")
         return self.projection
 
-    def refresh(self, rows: MemoryRows, layer: int) -> MemoryRows:
+    def refresh(self, rows: MemoryRows, part: int) -> MemoryRows:
         """See ``Engine.refresh``."""
         hidden = rows.need_hidden()
         changed: dict[str, Tensor | None] = {}
         if rows.projected is not None:
-            changed["projected"] = self.project(layer, hidden[None])[0].to(rows.projected)
+            changed["projected"] = self.project(part, hidden[None])[0].to(rows.projected)
         if rows.key is not None:
-            changed["key"] = self.keys(layer, hidden)
+            changed["key"] = self.keys(part, hidden)
         return rows.replace(**changed)
 
     def weights(self, adapters: Sequence[str] | None = None) -> WeightsState:
@@ -261,8 +256,12 @@ class DecoderEngine:
             return None
         return "write" if adapters.shared else wanted
 
-    def keys(self, layer: int, hidden: Tensor) -> Tensor | None:
-        """See ``Engine.keys``: the layer's input norm, then the retriever's key projection."""
+    def keys(self, part: int, hidden: Tensor) -> Tensor | None:
+        """See ``Engine.keys``."""
+        return self.keys_in(self.mechanism.layer_of(part), hidden)
+
+    def keys_in(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """Return retriever keys of rows ``[m, d]``: the layer's input norm, then the retriever's key projection."""
         retriever = self.mechanism.retriever
         if retriever is None or not self.mechanism.key_size:
             return None

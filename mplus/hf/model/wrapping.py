@@ -298,9 +298,7 @@ def _choose_technique(decoder: WrappedModel, installed: Installed, base_logits: 
         logits = (
             base_logits if base_logits is not None else _logits(decoder, check_ids(engine.vocab_size, engine.device))
         )
-        if "hidden" not in engine.mechanism.keeps:  # then the checks need rows that are kept projected
-            _choose_rows(decoder)
-        installed.checks = self_check(decoder, logits)
+        installed.checks = self_check(decoder, logits) if (unkept := _unkept(decoder)) is None else [unkept]
         found = [one for one in installed.checks if not one.passed]
         if not found:
             return
@@ -308,6 +306,17 @@ def _choose_technique(decoder: WrappedModel, installed: Installed, base_logits: 
         installed.rejected.extend(f"{where}: {one}" for one in found)
         failed.extend(found)
     raise _refusal(type(decoder).__name__, failed, installed.rejected)
+
+
+def _unkept(decoder: WrappedModel) -> Check | None:
+    """Return why rows cannot be kept as the mechanism needs them; None where the checks can go on."""
+    if "hidden" in decoder.mplus_engine.mechanism.keeps:
+        return None  # what is kept of rows is settled after the checks
+    try:
+        _choose_rows(decoder)
+    except NotSupported as error:
+        return Check("rows are kept as keys and values", None, False, str(error))
+    return None
 
 
 def _refusal(name: str, failed: Sequence[Check], details: Sequence[str]) -> NotSupported:

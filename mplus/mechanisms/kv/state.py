@@ -81,12 +81,6 @@ class KvState(StreamState):
         starts = (self.chunk_offset[chunks] - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
         return starts + torch.arange(starts.shape[0])
 
-    def row_lists(self) -> dict[str, tuple[MemoryRows, ...]]:
-        return {}
-
-    def with_rows(self, rows: Mapping[str, Sequence[MemoryRows]]) -> Self:
-        return self
-
     def tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in NAMES}
 

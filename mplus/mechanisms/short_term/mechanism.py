@@ -76,6 +76,10 @@ class RowMechanism(MemoryMechanism):
         """The most rows that wait in a layer, between two merges, to get into long-term memory."""
         return 0
 
+    def capacity(self, rows: int) -> int:
+        """Return the tokens of so many rows of full chunks, each of which leaves K."""
+        return rows * self.config.chunk_tokens // self.config.memory_tokens_per_chunk
+
     def reserve(self, layout: StoreLayout) -> int:
         """Return the bytes of a full STM, of all rows that can wait, and of the hidden states kept for a write."""
         waiting = evolve(layout, expiry=False)

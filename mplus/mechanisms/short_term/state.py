@@ -34,12 +34,6 @@ class ShortTermState(StreamState):
     newest: tuple[Tensor, ...] = ()
     counters: dict[str, Tensor] = field(factory=dict)
 
-    def row_lists(self) -> dict[str, tuple[MemoryRows, ...]]:
-        return {"stm": self.stm, "pending": self.pending}
-
-    def with_rows(self, rows: Mapping[str, Sequence[MemoryRows]]) -> Self:
-        return evolve(self, stm=tuple(rows["stm"]), pending=tuple(rows["pending"]))
-
     def tensors(self) -> dict[str, Tensor]:
         newest = {f"newest.{layer}": hidden for layer, hidden in enumerate(self.newest)}
         return {**newest, **{f"counter.{name}": value for name, value in self.counters.items()}}

@@ -88,7 +88,7 @@ class ManifestHeader:
             eviction=Component(eviction.name, attrs.asdict(eviction.options)).plain(),
             bytes_budget=budget.bytes,
             capacity=budget.capacity,
-            text_capacity=budget.text_tokens(engine.config),
+            text_capacity=budget.text_tokens(engine.mechanism),
         )
 
 
