@@ -135,7 +135,8 @@ def _filled(model: Any, ids: Sequence[int], options: HarmOptions, progress: bool
     """Write as much unrelated text as is wanted into a new memory."""
     config = model.mplus_config
     rows = (config.short_term_tokens or 0) + (config.long_term_tokens or 0)
-    enough = -(-rows // config.memory_tokens_per_chunk) * config.chunk_tokens
+    text = model.mplus_engine.mechanism.capacity(rows)
+    enough = -(-text // config.chunk_tokens) * config.chunk_tokens
     if config.long_term_tokens is None:
         enough = len(ids)
     wanted = enough if options.unrelated_tokens is None else options.unrelated_tokens
