@@ -231,7 +231,8 @@ def _sizes(model: WrappedModel) -> dict[str, str]:
         sizes["short-term rows per layer"] = f"{config.short_term_tokens:,}"
     if mechanism.long_term:
         limit, how = config.long_term_tokens, f" with `{config.retriever.name}`" if mechanism.uses_retriever else ""
-        sizes["long-term rows per layer"] = "no limit" if limit is None else f"{limit:,}"
+        held = "no limit" if limit is None else f"{limit:,}, those of {mechanism.capacity(limit):,} text tokens"
+        sizes["long-term rows per layer"] = held
         sizes["retrieved rows per layer"] = f"{config.retrieved_tokens:,}{how}"
     return sizes
 
