@@ -6,8 +6,8 @@ from torch import nn
 
 from mplus.backends.base import AttentionResult, Segment
 from mplus.mechanisms import Absorbed, Attended, MemoryMechanism, MemoryRows, Opened, Update
-from mplus.mechanisms.kv.search import bm25, choose
 from mplus.mechanisms.kv.state import KvState
+from mplus.mechanisms.search import bm25, choose
 
 
 class Gate(nn.Module):
@@ -61,10 +61,10 @@ class LayerBankMechanism(MemoryMechanism):
         rows = []
         for stream, view in enumerate(views):
             asked = text.ids[stream] if text.mask is None else text.ids[stream][text.mask[stream]]
-            places = torch.empty(0, dtype=torch.int64)
-            if view.state.tokens:
-                chosen = choose(view.state, bm25(view.state, asked, 1.5, 0.75), self.config.retrieved_tokens)
-                places = view.state.places(chosen.sort().values)
+            lengths, places = view.state.chunk_length, torch.empty(0, dtype=torch.int64)
+            if len(lengths):
+                scores = bm25(lengths, view.state.token_ids, asked, k1=1.5, b=0.75)
+                places = view.state.places(choose(lengths, scores, self.config.retrieved_tokens).sort().values)
             found = view.store.gather(0, view.store.ids(0)[places.to(view.store.layout.device)])
             rows.append(found.columns()["projected"])
         counts, kept = torch.tensor([len(one) for one in rows]), decoder.kept
