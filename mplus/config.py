@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeAlias, TypeGuard, TypeVar, cast
 
 import attrs
 import cattrs
@@ -30,24 +30,29 @@ class Validator(Protocol):
         """Raise ConfigError, which names field, rule and value, where the rule is broken."""
 
 
-def must_be(rule: str, holds: Callable[[JsonValue], bool]) -> Validator:
-    """Return a validator that raises ``ConfigError("FIELD must be RULE, got VALUE")`` unless ``holds(value)``."""
+def must_be(
+    rule: str, holds: Callable[[JsonValue], bool], shown: Callable[[JsonValue], JsonValue] = lambda value: value
+) -> Validator:
+    """Return a validator that raises ``ConfigError("FIELD must be RULE, got VALUE")`` unless ``holds(value)``.
+
+    ``shown`` makes of a value what a person gave, where a converter had changed it.
+    """
 
     def check(instance: Any, attribute: attrs.Attribute[Any], value: JsonValue) -> None:
         if not holds(value):
-            raise ConfigError(f"{attribute.name} must be {rule}, got {value!r}")
+            raise ConfigError(f"{attribute.name} must be {rule}, got {shown(value)!r}")
 
     return check
 
 
-def is_whole(value: JsonValue, minimum: int) -> bool:
+def is_whole(value: JsonValue, minimum: int) -> TypeGuard[int]:
     """Return whether ``value`` is an int, and no bool, of at least ``minimum``."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-def is_number(value: JsonValue, minimum: float) -> bool:
-    """Return whether ``value`` is an int or float, and no bool, of at least ``minimum``."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= minimum
+def is_number(value: JsonValue, minimum: float, maximum: float = float("inf")) -> TypeGuard[float]:
+    """Return whether ``value`` is an int or float, and no bool, in ``[minimum, maximum]``."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and minimum <= value <= maximum
 
 
 def whole(minimum: int, optional: bool = False) -> Validator:
@@ -66,7 +71,7 @@ def number(minimum: float, below: float = float("inf")) -> Validator:
     upper = "" if below == float("inf") else f" and below {below}"
     return must_be(
         f"a number of at least {minimum}{upper}",
-        lambda value: isinstance(value, int | float) and is_number(value, minimum) and value < below,
+        lambda value: is_number(value, minimum, below) and value != below,
     )
 
 

@@ -262,7 +262,8 @@ class Decoder(Protocol):
     def project(self, layer: int, hidden: Tensor) -> Tensor:
         """Return ``MemoryRows.projected`` ``[B, n, Hkv (D + Dv)]`` of rows ``[B, n, d]`` that the layer would receive.
 
-        Raises NotSupported where a decoder's keys cannot be had before they are rotated.
+        Gradients flow where they are enabled. Raises NotSupported where a decoder's keys cannot be had before they are
+        rotated.
         """
 
     def normed(self, layer: int, hidden: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from attrs import define
 from mplus.errors import CheckpointError
 from mplus.training.parallel import barrier, gather_objects, rank, world_size
 from mplus.training.recipe.files import differences
+from mplus.training.recipe.parse import parse_recipe
 
 FORMAT = 2
 MANIFEST = "checkpoint.json"
@@ -48,7 +49,9 @@ class RunIdentity:
 
     def check(self, saved: Mapping[str, Any], where: Path) -> None:
         """Raise CheckpointError when a checkpoint was made with another recipe, model or number of processes."""
-        then = {key: value for key, value in saved["recipe"].items() if key not in NOT_COMPARED}
+        # Read anew: an option that there was not when it was saved has its default.
+        read = json.loads(json.dumps(parse_recipe(saved["recipe"]).to_dict()))
+        then = {key: value for key, value in read.items() if key not in NOT_COMPARED}
         now = {key: value for key, value in self.recipe.items() if key not in NOT_COMPARED}
         found = differences(then, now)
         if found:

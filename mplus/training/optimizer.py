@@ -1,4 +1,8 @@
-"""Optimiser, learning rates and gradient norms of two groups: the retriever, and everything else that is trained."""
+"""Optimiser, learning rates and gradient norms: a group of parameters for each module that a mechanism adds.
+
+The modules are the children of ``model.mplus``, the retriever of M+ among them. Everything else that is trained (LoRA
+adapters, the mechanism's parameters that are in no module, the decoder) is one more group.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +13,44 @@ from typing import Any
 import torch
 from torch import nn
 
-from mplus.hf.decoders.train_model import is_of_retriever
+from mplus.errors import ConfigError
 from mplus.training.parallel import full_tensor
 from mplus.training.recipe.tables import Optimizer
 
 
 def make_optimizer(trained: Mapping[str, nn.Parameter], options: Optimizer) -> torch.optim.Optimizer:
-    """AdamW over ``trained``, with the retriever in a group of its own, where there is one."""
-    retriever = [parameter for name, parameter in trained.items() if is_of_retriever(name)]
-    rest = [parameter for name, parameter in trained.items() if not is_of_retriever(name)]
-    rate = options.learning_rate
-    own = rate if options.retriever_learning_rate is None else options.retriever_learning_rate
-    groups = [{"params": rest, "lr": rate, "top_rate": rate}, {"params": retriever, "lr": own, "top_rate": own}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=rate, betas=options.betas, weight_decay=options.weight_decay
-    )
+    """Return AdamW over ``trained`` (name -> parameter), with a group for each module of a mechanism.
 
+    A group has besides AdamW's own options ``module``, its name (the rest: ""), and ``top_rate``, the learning rate at
+    the top of the schedule.
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> float:
-    """Set every group to ``share`` of its top rate; returns the first group's."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["top_rate"] * share
-    return float(optimizer.param_groups[0]["lr"])
+    Raises:
+        ConfigError: ``learning_rates`` names a module that is not trained.
+    """
+    modules: dict[str, list[nn.Parameter]] = {"": []}
+    for name, parameter in trained.items():
+        added, *path = name.split(".")
+        module = path[0] if added == "mplus" and len(path) > 1 else ""
+        modules.setdefault(module, []).append(parameter)
+    for module in options.learning_rates:
+        if module not in modules:
+            known = ", ".join(map(repr, filter(None, modules))) or "none"
+            raise ConfigError(
+                f"optimizer: learning_rates must name modules that the mechanism trains ({known}), got {module!r}"
+            )
+    groups = [
+        {"params": parameters, "lr": rate, "top_rate": rate, "module": module}
+        for module, parameters in modules.items()
+        for rate in [options.rate_of(module)]
+        if parameters
+    ]
+    return torch.optim.AdamW(groups, betas=options.betas, weight_decay=options.weight_decay)
 
 
 def make_schedule(options: Optimizer, steps: int) -> Callable[[int, int], float]:
-    """``share(done, fallen)``: share of the top rate for the step after ``done`` steps in all, when the schedule is at
-    ``fallen`` of its ``steps``.
+    """Return ``share(done, fallen)``: the share of its top rate that a group has on the next step.
+
+    ``done`` steps were taken in all, and the schedule is at ``fallen`` of its ``steps``.
     """
 
     def share(done: int, fallen: int) -> float:
@@ -51,23 +66,20 @@ def make_schedule(options: Optimizer, steps: int) -> Callable[[int, int], float]
     return share
 
 
-def clip_gradients(optimizer: torch.optim.Optimizer, largest: float | None) -> list[float]:
-    """Scale the gradient of each group down to norm ``largest`` (None: leave it), and return the norms before."""
-    norms = []
+def clip_gradients(optimizer: torch.optim.Optimizer, largest: float | None) -> dict[str, float]:
+    """Scale the gradient of each group down to norm ``largest`` (None: leave it), and return module -> norm before."""
+    norms = {}
     for group in optimizer.param_groups:
         gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
-        if not gradients:
-            norms.append(0.0)
-            continue
-        norm = float(full_tensor(torch.nn.utils.get_total_norm(gradients)))
+        norm = float(full_tensor(torch.nn.utils.get_total_norm(gradients))) if gradients else 0.0
         if largest is not None and norm > largest:
             for gradient in gradients:
                 gradient.mul_(largest / norm)
-        norms.append(norm)
+        norms[group["module"]] = norm
     return norms
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, dict[str, Any]]:
+def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, dict[str, Any]]:
     """Return the state of every trained parameter by name, whole where it is sharded. All processes must call it."""
     return {
         names[parameter]: {

@@ -22,7 +22,7 @@ from mplus.training.curriculum import Curriculum, StepPlan
 from mplus.training.decoder import make_streams
 from mplus.training.metrics import MetricsLog, RunningMeans
 from mplus.training.objectives import OBJECTIVES
-from mplus.training.optimizer import clip_gradients, make_optimizer, make_schedule, optimizer_state, set_learning_rate
+from mplus.training.optimizer import clip_gradients, make_optimizer, make_schedule, optimizer_state
 from mplus.training.parallel import (
     full_tensor,
     gather_objects,
@@ -229,17 +229,30 @@ class Trainer:
         self._accelerator.backward(loss)
         norms = clip_gradients(self.optimizer, self.recipe.optimizer.clip)
         value = loss.item()
-        self._check_finite(stage, [value, *norms], terms[0].label)
-        rate = set_learning_rate(self.optimizer, self._share(state.step, self._fallen()))
+        self._check_finite(stage, [value, *norms.values()], terms[0].label)
+        share = self._share(state.step, self._fallen())
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["top_rate"] * share
         self.optimizer.step()
         curriculum.record(plan, main)
         state.stage_step += 1
         state.step += 1
-        self.means.add({"total_loss": value, "gradient_norm": norms[0], "learning_rate": rate, **metrics})
+        self.means.add({"total_loss": value, **self._group_metrics(norms), **metrics})
         return self._reached(stage, metrics)
 
+    def _group_metrics(self, norms: dict[str, float]) -> dict[str, float]:
+        """Return gradient norm and learning rate, those of a mechanism's module with its name behind."""
+        found: dict[str, float] = {}
+        for group in self.optimizer.param_groups:
+            behind = f"_{group['module']}" if group["module"] else ""
+            found |= {f"gradient_norm{behind}": norms[group["module"]], f"learning_rate{behind}": group["lr"]}
+        return found
+
     def _fallen(self) -> int:
-        """How far the schedule is; a stage that ended early counts in full, so that the last step is the lowest."""
+        """Return how far the schedule is.
+
+        A stage that ended early counts in full, so that the last step has the lowest rate.
+        """
         if self.recipe.optimizer.schedule_steps is not None:
             return self.state.step
         return self.recipe.falling_steps_before(self.state.stage, self.state.stage_step)

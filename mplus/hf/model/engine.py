@@ -163,12 +163,16 @@ class DecoderEngine:
         self.bring_additions()
         return evolve(self.mechanism.new_state(layout, self), weights=self.weights())
 
+    @torch.no_grad()
     def project(self, part: int, hidden: Tensor) -> Tensor:
-        """See ``Engine.project``."""
+        """See ``Engine.project``: of memories, which keep no graph."""
         return self.project_in(self.mechanism.layer_of(part), hidden)
 
     def project_in(self, layer: int, hidden: Tensor) -> Tensor:
-        """Return un-rotated keys and values ``[B, n, w]`` of rows ``[B, n, d]`` in a layer that carries memory."""
+        """Return un-rotated keys and values ``[B, n, w]`` of rows ``[B, n, d]`` in a layer that carries memory.
+
+        Gradients flow where they are enabled.
+        """
         return self.need_projection().rows(layer, hidden.to(self.device)).to(hidden.device)
 
     def need_projection(self) -> Projection:

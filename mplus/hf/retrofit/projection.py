@@ -54,9 +54,11 @@ class Projection:
         """Width of ``MemoryRows.projected``."""
         return self.heads * (self.width + self.value_width)
 
-    @torch.no_grad()
     def rows(self, layer: int, hidden: Tensor) -> Tensor:
-        """``[B, n, d]`` memory rows -> ``[B, n, Hkv (D + Dv)]``: keys, not rotated, and behind them values."""
+        """``[B, n, d]`` memory rows -> ``[B, n, Hkv (D + Dv)]``: keys, not rotated, and behind them values.
+
+        Gradients flow where they are enabled.
+        """
         if not hidden.shape[1]:
             return hidden.new_empty(hidden.shape[0], 0, self.size)  # not every attention module takes no tokens
         found = _still(self.retrofit, self.adapter, layer, hidden)

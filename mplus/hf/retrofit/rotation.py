@@ -50,7 +50,10 @@ class Rotation:
         else:
             first, second = slice(0, width, 2), slice(1, width, 2)
         turned = keys[..., :width]
-        torch.mul(turned, cos, out=out[..., :width])
+        if torch.is_grad_enabled() and turned.requires_grad:
+            out[..., :width] = turned * cos  # autograd cannot follow ``out=``
+        else:
+            torch.mul(turned, cos, out=out[..., :width])
         out[..., first].addcmul_(turned[..., second], sin[..., first], value=-1)
         out[..., second].addcmul_(turned[..., first], sin[..., second])
         if width < keys.shape[-1]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from attrs import define, field
 
-from mplus.config import flag, whole
+from mplus.config import flag, is_whole, must_be, whole
 from mplus.errors import CheckpointError, ConfigError, InputError
 from mplus.training.batch import Batch, BatchSource
 from mplus.training.data.buckets import Bucket, as_buckets
@@ -22,12 +22,10 @@ from mplus.training.data.options import as_span, span, text
 from mplus.training.data.sampler import DocumentSampler
 from mplus.training.data.tokens import TokenCache, encode
 
-
-def _query_tokens(instance: Any, attribute: Any, value: Any) -> None:
-    if isinstance(value, str) and value != "random":
-        raise ConfigError(f'query_tokens must be a whole number of at least 1, "random" or None, got {value!r}')
-    if not isinstance(value, str):
-        whole(1, optional=True)(instance, attribute, value)
+_query_tokens = must_be(
+    'a whole number of at least 1, "random" or None',
+    lambda value: value is None or value == "random" or is_whole(value, 1),
+)
 
 
 @define(frozen=True, kw_only=True)

@@ -3,53 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import cast
 
-import attrs
+from mplus.config import JsonValue, Validator, is_number, is_whole, must_be
 
-from mplus.errors import ConfigError
+text = must_be(
+    "a text that is not empty, or None", lambda value: value is None or (isinstance(value, str) and value != "")
+)
+"""Validator: a text that is not empty, or None."""
+
+texts = must_be(
+    "a list of texts that are not empty",
+    lambda value: isinstance(value, tuple) and all(isinstance(item, str) and item for item in value),
+)
+"""Validator: a tuple of texts."""
+
+share = must_be("a number from 0 to 1", lambda value: is_number(value, 0, 1))
+"""Validator: a number from 0 to 1."""
 
 
-def as_texts(value: Any) -> Any:
-    """Converter: one text, or a list of them, to a tuple."""
+def as_texts(value: str | Iterable[str]) -> tuple[str, ...]:
+    """Convert one text, or a list of them, to a tuple."""
     if isinstance(value, str):
         return (value,)
-    return tuple(value) if isinstance(value, Iterable) else value
+    # What is no list is left for the validator to refuse.
+    return tuple(value) if isinstance(value, Iterable) else cast("tuple[str, ...]", value)
 
 
-def texts(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    """Validator: a tuple of texts."""
-    if not isinstance(value, tuple) or not all(isinstance(item, str) and item for item in value):
-        raise ConfigError(f"{attribute.name} must be a list of texts that are not empty, got {value!r}")
+def as_span(value: int | Iterable[int]) -> tuple[int, int]:
+    """Convert ``n`` to ``(n, n)``, and a list of two to a tuple."""
+    return cast("tuple[int, int]", tuple(value) if isinstance(value, list | tuple) else (value, value))
 
 
-def text(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    """Validator: a text that is not empty, or None."""
-    if value is not None and (not isinstance(value, str) or not value):
-        raise ConfigError(f"{attribute.name} must be a text that is not empty, or None, got {value!r}")
+def span(minimum: int) -> Validator:
+    """Return a validator: ``(least, most)``, whole numbers with ``minimum <= least <= most``."""
 
+    def holds(value: JsonValue) -> bool:
+        if not isinstance(value, tuple) or len(value) != 2:
+            return False
+        least, most = value
+        return is_whole(least, minimum) and is_whole(most, minimum) and least <= most
 
-def share(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    """Validator: a number from 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ConfigError(f"{attribute.name} must be a number from 0 to 1, got {value!r}")
+    def shown(value: JsonValue) -> JsonValue:
+        same = isinstance(value, tuple) and len(value) == 2 and value[0] == value[1]
+        return value[0] if isinstance(value, tuple) and same else value
 
-
-def as_span(value: Any) -> Any:
-    """Converter: ``n`` to ``(n, n)``, and a list of two to a tuple."""
-    return tuple(value) if isinstance(value, list | tuple) else (value, value)
-
-
-def span(minimum: int) -> Any:
-    """Validator: ``(least, most)``, whole numbers with ``minimum <= least <= most``."""
-
-    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-        whole = isinstance(value, tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in value)
-        if not (whole and len(value) == 2 and minimum <= value[0] <= value[1]):
-            shown = value[0] if isinstance(value, tuple) and len(value) == 2 and value[0] == value[1] else value
-            raise ConfigError(
-                f"{attribute.name} must be a whole number of at least {minimum}, or two of them, the smaller first, "
-                f"got {shown!r}"
-            )
-
-    return check
+    return must_be(f"a whole number of at least {minimum}, or two of them, the smaller first", holds, shown)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mplus.config import MPlusConfig, structure
+import attrs
+
+from mplus.config import ADAPTERS, AdapterConfig, JsonValue, MPlusConfig, structure
 from mplus.errors import ConfigError
 from mplus.training.objectives.losses import RetrieverLoss
 from mplus.training.recipe.checks import check
@@ -74,9 +76,16 @@ def _data(tables: Any) -> dict[str, DataSet]:
     return found
 
 
+def _memory(table: Mapping[str, JsonValue]) -> MPlusConfig:
+    """Read the configuration of the memory; where it says nothing of adapters there are the default ones to train."""
+    config = MPlusConfig.from_dict(table)
+    # Not the very object: a mechanism that needs no adapters goes without that one (see ``mplus.config.ADAPTERS``).
+    return attrs.evolve(config, adapters=AdapterConfig()) if config.adapters is ADAPTERS else config
+
+
 READERS: dict[str, Callable[[Any], Any]] = {
     "model": ModelTable.of,
-    "memory": MPlusConfig.from_dict,
+    "memory": _memory,
     "optimizer": _table_of(Optimizer),
     "checkpoints": _table_of(Checkpoints),
     "metrics": _table_of(Metrics),

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import attrs
 from attrs import define, field
 
-from mplus.config import flag, number, one_of, options_of, structure, whole
+from mplus.config import JsonValue, flag, is_number, must_be, number, one_of, options_of, structure, whole
 from mplus.errors import ConfigError, UnknownNameError
 from mplus.training.data import SOURCES
 from mplus.training.data.options import as_texts, share, text, texts
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -24,31 +26,33 @@ def error_prefix(where: str) -> Iterator[None]:
         raise type(error)(f"{where}: {error}") from error
 
 
-def plain_name(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    """Validator: a name that can be part of a path."""
-    if not isinstance(value, str) or not value or set(value) & set("/\\ "):
-        raise ConfigError(f"{attribute.name} must be a name without spaces and slashes, got {value!r}")
+plain_name = must_be(
+    "a name without spaces and slashes",
+    lambda value: isinstance(value, str) and bool(value) and not set(value) & set("/\\ "),
+)
+"""Validator: a name that can be part of a path."""
+
+_two_shares = must_be(
+    "two numbers of at least 0 and below 1",
+    lambda value: (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in value)
+    ),
+)
+_rates = must_be(
+    "a table of numbers of at least 0, by the names of modules",
+    lambda value: isinstance(value, Mapping) and all(is_number(rate, 0) for rate in value.values()),
+)
+_positive = must_be("a number above 0", lambda value: value is None or (is_number(value, 0) and value != 0))
 
 
-def _betas(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _betas(value: Sequence[float]) -> tuple[float, float]:
+    return cast("tuple[float, float]", tuple(value) if isinstance(value, list) else value)
 
 
-def _two_shares(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    good = isinstance(value, tuple) and len(value) == 2
-    if not good or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in value):
-        raise ConfigError(f"{attribute.name} must be two numbers of at least 0 and below 1, got {value!r}")
-
-
-def none_of_false(value: Any) -> Any:
-    """Converter: False to None, for which TOML has no word."""
-    return None if value is False else value
-
-
-def positive(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    """Validator: a number above 0, or None."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
-        raise ConfigError(f"{attribute.name} must be a number above 0, got {value!r}")
+def _unless_false(value: T | Literal[False]) -> T | None:
+    return None if value is False else value  # TOML has no word for None
 
 
 @define(frozen=True, kw_only=True)
@@ -62,16 +66,16 @@ class Build:
     """
 
     model_type: str = field(validator=text)
-    fields: dict[str, Any] = field(factory=dict)
+    fields: dict[str, JsonValue] = field(factory=dict)
     init: Literal["default", "mimetic"] = field(default="default", validator=one_of("default", "mimetic"))
 
     @staticmethod
-    def of(table: Mapping[str, Any]) -> Build:
+    def of(table: Mapping[str, JsonValue]) -> Build:
         """Read ``model_type``, ``init`` and fields of the configuration from one table."""
         own = {key: value for key, value in table.items() if key in {"model_type", "init"}}
         return structure(Build, {**own, "fields": {key: value for key, value in table.items() if key not in own}})
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, JsonValue]:
         """Return the table."""
         return {"model_type": self.model_type, "init": self.init, **self.fields}
 
@@ -112,15 +116,16 @@ class ModelTable:
     tokenizer: str | NewTokenizer | None = field(default=None)
 
     @staticmethod
-    def of(table: Mapping[str, Any]) -> ModelTable:
+    def of(table: Mapping[str, JsonValue]) -> ModelTable:
         """Read a table."""
-        values = dict(table)
-        if isinstance(values.get("build"), Mapping):
+        values: dict[str, JsonValue | Build | NewTokenizer] = dict(table)
+        build, tokenizer = table.get("build"), table.get("tokenizer")
+        if isinstance(build, Mapping):
             with error_prefix("build"):
-                values["build"] = Build.of(values["build"])
-        if isinstance(values.get("tokenizer"), Mapping):
+                values["build"] = Build.of(build)
+        if isinstance(tokenizer, Mapping):
             with error_prefix("tokenizer"):
-                values["tokenizer"] = structure(NewTokenizer, values["tokenizer"])
+                values["tokenizer"] = structure(NewTokenizer, tokenizer)
         return structure(ModelTable, values)
 
 
@@ -129,11 +134,12 @@ class Optimizer:
     """AdamW and how fast it goes.
 
     Attributes:
-        parameters: "adapters": LoRA, begin rows, mark and retriever; "all": the decoder too.
+        parameters: "adapters": LoRA and the mechanism's own parameters; "all": the decoder too.
         learning_rate: at the top of the schedule.
-        retriever_learning_rate: of the retriever; None: the same.
+        learning_rates: of modules that the mechanism adds (children of ``model.mplus``), by name, where they differ.
+        retriever_learning_rate: the same for the module "retriever", as ``learning_rates`` has it; None: not given.
         betas, weight_decay: of AdamW; the decay is on all that is trained.
-        clip: largest norm of the gradient, of the retriever's and of everything else's; None (in TOML false): no
+        clip: largest norm of the gradient, of each of those modules and of everything else; None (in TOML false): no
             limit.
         warmup_steps: steps in which the rate rises to its top.
         schedule: how it falls: "cosine", "linear" or "constant".
@@ -146,10 +152,11 @@ class Optimizer:
 
     parameters: Literal["adapters", "all"] = field(default="adapters", validator=one_of("adapters", "all"))
     learning_rate: float = field(default=1e-3, validator=number(0))
+    learning_rates: dict[str, float] = field(factory=dict, validator=_rates)
     retriever_learning_rate: float | None = field(default=None, validator=attrs.validators.optional(number(0)))
     betas: tuple[float, float] = field(default=(0.9, 0.999), converter=_betas, validator=_two_shares)
     weight_decay: float = field(default=0.01, validator=number(0))
-    clip: float | None = field(default=1.0, converter=none_of_false, validator=positive)
+    clip: float | None = field(default=1.0, converter=_unless_false, validator=_positive)
     warmup_steps: int = field(default=0, validator=whole(0))
     schedule: Literal["cosine", "linear", "constant"] = field(
         default="cosine", validator=one_of("cosine", "linear", "constant")
@@ -159,6 +166,19 @@ class Optimizer:
     floor: float = field(default=0.1, validator=share)
     dtype: Literal["float32", "bfloat16"] = field(default="float32", validator=one_of("float32", "bfloat16"))
     gradient_checkpointing: bool = field(default=False, validator=flag)
+
+    def __attrs_post_init__(self) -> None:
+        if self.retriever_learning_rate is not None and "retriever" in self.learning_rates:
+            raise ConfigError(
+                "one of retriever_learning_rate and learning_rates.retriever must be given, got "
+                f"{self.retriever_learning_rate} and {self.learning_rates['retriever']}"
+            )
+
+    def rate_of(self, module: str) -> float:
+        """Return the learning rate at the top of a module that the mechanism adds ("": of everything else)."""
+        if module == "retriever" and self.retriever_learning_rate is not None:
+            return self.retriever_learning_rate
+        return self.learning_rates.get(module, self.learning_rate)
 
 
 @define(frozen=True, kw_only=True)
@@ -171,8 +191,8 @@ class Checkpoints:
         keep: how many of the newest stay.
     """
 
-    every_steps: int | None = field(default=1000, converter=none_of_false, validator=whole(1, optional=True))
-    every_minutes: float | None = field(default=None, validator=positive)
+    every_steps: int | None = field(default=1000, converter=_unless_false, validator=whole(1, optional=True))
+    every_minutes: float | None = field(default=None, validator=_positive)
     keep: int = field(default=2, validator=whole(1))
 
 
@@ -188,13 +208,14 @@ class DataSet:
     """A source of batches: its ``kind`` and that source's own ``options``."""
 
     kind: str
-    options: dict[str, Any]
-    parsed: Any = field(eq=False)
+    options: dict[str, JsonValue]
+    parsed: Any = field(eq=False)  # the Options of whichever source it is
 
     @staticmethod
-    def of(table: Any) -> DataSet:
+    def of(table: JsonValue) -> DataSet:
         """Read ``kind`` and options from one table."""
-        if not isinstance(table, Mapping) or not isinstance(table.get("kind"), str):
+        kind = table.get("kind") if isinstance(table, Mapping) else None
+        if not isinstance(table, Mapping) or not isinstance(kind, str):
             raise ConfigError(f"a data set must be a table with a 'kind' ({', '.join(SOURCES.names())}), got {table!r}")
         options = {key: value for key, value in table.items() if key != "kind"}
-        return DataSet(kind=table["kind"], options=options, parsed=options_of(SOURCES.get(table["kind"]), options))
+        return DataSet(kind=kind, options=options, parsed=options_of(SOURCES.get(kind), options))
