@@ -17,8 +17,8 @@ from torch import Tensor
 from mplus.errors import ConfigError
 from mplus.facts.episodes import Episode, lay_out
 from mplus.facts.language import Language
+from mplus.mechanisms.short_term.batched_prefix import ScoreSelector
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams
-from mplus.mechanisms.short_term.row_selection import ScoreSelector
 from mplus.memory.report import progress_bar
 from mplus.training.decoder import TrainedDecoder, make_batched_streams
 

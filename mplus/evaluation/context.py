@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mplus.errors import InputError
+from mplus.mechanisms.short_term.batched_prefix import ScoreSelector
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams
-from mplus.mechanisms.short_term.row_selection import ScoreSelector
 from mplus.memory.report import progress_bar
 from mplus.training.decoder import TrainedDecoder, make_batched_streams
 

@@ -19,8 +19,7 @@ from attrs import define
 
 from mplus.errors import CheckpointError
 from mplus.training.parallel import barrier, gather_objects, rank, world_size
-from mplus.training.recipe.files import differences
-from mplus.training.recipe.parse import parse_recipe
+from mplus.training.recipe.files import differences, parse_recipe
 
 FORMAT = 2
 MANIFEST = "checkpoint.json"

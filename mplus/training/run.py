@@ -18,8 +18,8 @@ from mplus.training.recipe.files import RecipeFile, read_recipe
 from mplus.training.recipe.recipe import Recipe
 from mplus.training.run_folder import CHECKPOINTS, MODEL, TOKENIZER, RunFolder
 from mplus.training.setup import make_model, make_tokenizer
+from mplus.training.step import isolated_rng
 from mplus.training.trainer import MissedGoal, Trainer
-from mplus.training.validation import isolated_rng
 
 
 @define(eq=False, kw_only=True)

@@ -13,7 +13,7 @@ from mplus.hf.decoders.train_model import build_for_training, load_for_training,
 from mplus.training.batch import BatchSource
 from mplus.training.data import SOURCES
 from mplus.training.data.counter_rng import CounterRNG
-from mplus.training.data.files import open_documents
+from mplus.training.data.documents import open_documents
 from mplus.training.parallel import barrier, rank
 from mplus.training.recipe.checks import check_chunks
 from mplus.training.recipe.recipe import Recipe

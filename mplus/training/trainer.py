@@ -20,7 +20,7 @@ from mplus.training.batch import Batch, BatchSource
 from mplus.training.checkpoint import Checkpoint, CheckpointStore, RunIdentity, random_state, set_random_state
 from mplus.training.curriculum import Curriculum, StepPlan
 from mplus.training.decoder import make_streams
-from mplus.training.metrics import MetricsLog, RunningMeans
+from mplus.training.metrics import MetricsLog, RunningMeans, stage_bar
 from mplus.training.objectives import OBJECTIVES
 from mplus.training.optimizer import clip_gradients, make_optimizer, make_schedule, optimizer_state
 from mplus.training.parallel import (
@@ -32,11 +32,9 @@ from mplus.training.parallel import (
     sum_over_processes,
     world_size,
 )
-from mplus.training.progress import stage_bar
 from mplus.training.recipe.recipe import Entry, Recipe, Stage
 from mplus.training.setup import derive_seed, make_model, make_source
-from mplus.training.step import LossTerm, TrainingStep
-from mplus.training.validation import Validator
+from mplus.training.step import LossTerm, TrainingStep, Validator
 
 
 class MissedGoal(MPlusError, RuntimeError):

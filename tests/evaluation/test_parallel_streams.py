@@ -32,8 +32,8 @@ from mplus.evaluation.retriever_swap import with_own_parameters
 from mplus.evaluation.tasks.facts import Facts
 from mplus.facts.language import Language
 from mplus.hf.pretrained.shipped import load_recall
+from mplus.mechanisms.short_term.batched_prefix import ScoreSelector
 from mplus.mechanisms.short_term.long_term_rows import LongTermRows
-from mplus.mechanisms.short_term.row_selection import ScoreSelector
 from mplus.stores.base import StoreLayout
 from mplus.testing.rounding import InFloat64, check_close
 from mplus.training.decoder import TrainedDecoder

@@ -26,7 +26,7 @@ from mplus.facts.language import Language
 from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.mplus import MPlusMechanism
 from mplus.training.decoder import make_batched_streams
-from mplus.training.recipe.parse import parse_recipe
+from mplus.training.recipe.files import parse_recipe
 from tests.evaluation.bench import execution
 from tests.memory import tiny
 from tests.training.recipes import recipe

@@ -8,7 +8,7 @@ import torch
 
 from mplus.training.batch import Batch
 from mplus.training.curriculum import Curriculum
-from mplus.training.recipe.parse import parse_recipe
+from mplus.training.recipe.files import parse_recipe
 from tests.training.recipes import recipe
 
 

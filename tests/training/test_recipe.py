@@ -9,8 +9,7 @@ import pytest
 
 from mplus.errors import ConfigError, UnknownNameError
 from mplus.training.recipe import FOLDER
-from mplus.training.recipe.files import differences, find_recipe, read_recipe, shipped_recipes
-from mplus.training.recipe.parse import parse_recipe
+from mplus.training.recipe.files import differences, find_recipe, parse_recipe, read_recipe, shipped_recipes
 from tests.training.recipes import recipe
 
 

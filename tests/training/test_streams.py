@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mplus.errors import ConfigError, InputError
-from mplus.mechanisms.short_term.row_selection import ScoreSelector
+from mplus.mechanisms.short_term.batched_prefix import ScoreSelector
 from mplus.training.decoder import TrainedDecoder, make_batched_streams
 from tests.memory import tiny
 

@@ -14,14 +14,13 @@ import mplus
 from mplus.errors import CheckpointError, ConfigError, NonFiniteError, NotSupported, TrainingError
 from mplus.hf.decoders.train_model import choose_trained
 from mplus.hf.pretrained.shipped import load_decoder
-from mplus.mechanisms.short_term.row_selection import ScoreSelector
+from mplus.mechanisms.short_term.batched_prefix import ScoreSelector
 from mplus.training import train
-from mplus.training.data.documents import DocumentOptions
-from mplus.training.data.files import open_documents
+from mplus.training.data.documents import DocumentOptions, open_documents
 from mplus.training.decoder import TrainedDecoder, make_batched_streams
 from mplus.training.objectives import OBJECTIVES
 from mplus.training.objectives.base import ObjectiveResult
-from mplus.training.objectives.multi_chunk import MultiChunk
+from mplus.training.objectives.full_read import MultiChunk
 from mplus.training.optimizer import clip_gradients, make_optimizer, make_schedule
 from mplus.training.recipe.files import read_recipe
 from mplus.training.recipe.tables import Optimizer

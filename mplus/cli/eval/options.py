@@ -127,7 +127,7 @@ class EvalOptions:
         """
         from mplus.evaluation.execution import ParallelStreams
         from mplus.evaluation.tasks.facts import Facts
-        from mplus.mechanisms.short_term.batching import BATCHED
+        from mplus.mechanisms.short_term.batched_streams import BATCHED
 
         decoder = self._recipe_decoder()
         streams = min(PARALLEL, questions)

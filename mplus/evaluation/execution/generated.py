@@ -40,7 +40,7 @@ from mplus.evaluation.tasks.base import Task
 from mplus.evaluation.texts import Texts
 from mplus.evaluation.tracing import Seen, TracingMechanism, check_retrieves, count_rows, scores
 from mplus.hf.reading.override import mechanism_for_reads, reading_as
-from mplus.mechanisms.short_term.batching import BATCHED
+from mplus.mechanisms.short_term.batched_streams import BATCHED
 from mplus.memory.memory import Memory
 from mplus.retrievers.base import Retriever
 

@@ -22,7 +22,7 @@ class RandomSelector:
     def select(
         self, layer: int, text: Tensor, queries: Tensor, rows: Tensor, ltm: LongTermRows, count: int
     ) -> tuple[Tensor, Tensor]:
-        """Select rows, see ``mplus.mechanisms.short_term.row_selection.RowSelector``."""
+        """Select rows, see ``mplus.mechanisms.short_term.batched_prefix.RowSelector``."""
         drawn = torch.rand(*text.shape[:2], ltm.count, generator=self.generator).to(text.device)
         best = drawn.topk(count, dim=2)
         return best.indices, best.values
@@ -35,7 +35,7 @@ class RecencySelector:
     def select(
         self, layer: int, text: Tensor, queries: Tensor, rows: Tensor, ltm: LongTermRows, count: int
     ) -> tuple[Tensor, Tensor]:
-        """Select rows, see ``mplus.mechanisms.short_term.row_selection.RowSelector``."""
+        """Select rows, see ``mplus.mechanisms.short_term.batched_prefix.RowSelector``."""
         best = ltm.birth.topk(count, dim=1)
         each = text.shape[1]
         return best.indices[:, None].expand(-1, each, -1), best.values.to(text.dtype)[:, None].expand(-1, each, -1)
@@ -55,7 +55,7 @@ class OracleSelector:
     def select(
         self, layer: int, text: Tensor, queries: Tensor, rows: Tensor, ltm: LongTermRows, count: int
     ) -> tuple[Tensor, Tensor]:
-        """Select rows, see ``mplus.mechanisms.short_term.row_selection.RowSelector``."""
+        """Select rows, see ``mplus.mechanisms.short_term.batched_prefix.RowSelector``."""
         asked = (ltm.source[:, None] == self.about[:, :, None]).to(text.dtype)
         drawn = torch.rand(asked.shape, generator=self.generator).to(text.device)
         best = (asked + drawn / 2).topk(count, dim=2)
@@ -79,7 +79,7 @@ class SelectSelector:
     def select(
         self, layer: int, text: Tensor, queries: Tensor, rows: Tensor, ltm: LongTermRows, count: int
     ) -> tuple[Tensor, Tensor]:
-        """Select rows, see ``mplus.mechanisms.short_term.row_selection.RowSelector``."""
+        """Select rows, see ``mplus.mechanisms.short_term.batched_prefix.RowSelector``."""
         places, scores = [], []
         for stream, store in enumerate(self.follow(layer, rows, ltm)):
             projected = self.retriever.project_queries(layer, text[stream])

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from mplus.evaluation.execution.base import ID_BYTES, Moment
 from mplus.evaluation.execution.selection import OracleSelector
+from mplus.mechanisms.short_term.batched_prefix import RowSelector
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams
-from mplus.mechanisms.short_term.row_selection import RowSelector
 
 
 @define(eq=False)

@@ -17,8 +17,7 @@ from mplus.mechanisms.base import MemoryMechanism, Opened, Retrieved
 from mplus.mechanisms.decoder import Decoder, DecoderShape, KeptProjection, Project, Text, side_by_side
 from mplus.mechanisms.root import Absorbed, Columns
 from mplus.mechanisms.short_term.assembly import assemble
-from mplus.mechanisms.short_term.batched_streams import BatchedStreams
-from mplus.mechanisms.short_term.batching import can_be_batched
+from mplus.mechanisms.short_term.batched_streams import BatchedStreams, can_be_batched
 from mplus.mechanisms.short_term.prefix_cache import Prepared
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
 from mplus.mechanisms.short_term.write import WritePass, WritePlan, plan_write, split_order

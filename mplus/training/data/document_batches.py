@@ -11,16 +11,13 @@ from attrs import define, field
 
 from mplus.config import flag, is_whole, must_be, whole
 from mplus.errors import CheckpointError, ConfigError, InputError
-from mplus.training.batch import Batch, BatchSource
-from mplus.training.data.buckets import Bucket, as_buckets
-from mplus.training.data.collate import TextSample, Windows, collate
+from mplus.training.batch import Batch, BatchSource, TextSample, Windows, collate
 from mplus.training.data.counter_rng import CounterRNG
-from mplus.training.data.documents import DocumentList, DocumentOptions, Documents
-from mplus.training.data.files import open_documents
+from mplus.training.data.documents import DocumentList, DocumentOptions, Documents, open_documents
 from mplus.training.data.iterator import BatchShape, DocumentIterator, Passage
 from mplus.training.data.options import as_span, span, text
-from mplus.training.data.sampler import DocumentSampler
-from mplus.training.data.tokens import TokenCache, encode
+from mplus.training.data.sampler import Bucket, DocumentSampler, as_buckets
+from mplus.training.data.tokens import TokenCache, Tokenizer, encode
 
 _query_tokens = must_be(
     'a whole number of at least 1, "random" or None',
@@ -103,7 +100,7 @@ class DocumentBatches(BatchSource):
         self,
         options: DocumentBatchesOptions,
         *,
-        tokenizer: Any,
+        tokenizer: Tokenizer | None,
         numbers: Sequence[int],
         seed: int,
         documents: Documents | None = None,
@@ -131,7 +128,9 @@ class DocumentBatches(BatchSource):
 
     @property
     def skipped(self) -> dict[str, int]:
-        """What this source's streams passed over: reason -> documents, and "unused_tokens" at ends of documents.
+        """Return what this source's streams passed over.
+
+        Reason -> documents, and "unused_tokens" at ends of documents.
 
         A document counts in every stream and pass that meets it.
         """

@@ -1,18 +1,17 @@
-"""How one stream goes through its documents, and what it takes from them for a batch."""
+"""DocumentIterator: the way of one stream through its documents, and what it takes from them for a batch."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TypedDict
 
 from attrs import define, field
 from torch import Tensor
 
 from mplus.errors import InputError
 from mplus.training.batch import NO_SOURCE
-from mplus.training.data.buckets import Bucket, bucket_of, choose
 from mplus.training.data.counter_rng import CounterRNG
-from mplus.training.data.sampler import DocumentSampler
+from mplus.training.data.sampler import Bucket, DocumentSampler, choose
 from mplus.training.data.splitter import SplitRules, split_document
 from mplus.training.data.tokens import TokenCache
 
@@ -53,6 +52,20 @@ class Passage:
     target: Tensor
     source: int
     past: Tensor
+
+
+class IteratorState(TypedDict):
+    """The position of a stream as plain data; see the attributes of ``DocumentIterator``."""
+
+    next: int
+    drawn: int
+    current: int | None
+    offset: int
+    entered: int
+    written: bool
+    begun: bool
+    waiting: dict[int, list[int]]
+    skipped: dict[str, int]
 
 
 @define(eq=False)
@@ -172,7 +185,7 @@ class DocumentIterator:
             past=ids[done - sum(map(len, contexts)) : done],
         )
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> IteratorState:
         """Return the position as plain data."""
         return {
             "next": self.next,
@@ -186,10 +199,11 @@ class DocumentIterator:
             "skipped": dict(self.skipped),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: IteratorState) -> None:
         """Go on from ``state``."""
-        for name in ("next", "drawn", "current", "offset", "entered", "written", "begun"):
-            setattr(self, name, state[name])
+        self.next, self.drawn, self.current = state["next"], state["drawn"], state["current"]
+        self.offset, self.entered = state["offset"], state["entered"]
+        self.written, self.begun = state["written"], state["begun"]
         self.waiting = {int(key): list(places) for key, places in state["waiting"].items()}
         self.skipped = Counter(state["skipped"])
 
@@ -222,7 +236,8 @@ class DocumentIterator:
         while True:
             place, (_, ids) = self.next, self._look(self.next)
             self.next += 1
-            length, found = len(ids), bucket_of(self.bins, len(ids))
+            length = len(ids)
+            found = next((index for index, one in enumerate(self.bins) if one.holds(length)), None)
             if length < self.shortest:
                 self.skipped["too_short" if length else "empty"] += 1
             elif self.bins and found is None:

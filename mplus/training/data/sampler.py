@@ -1,11 +1,15 @@
-"""Which document each stream takes when: the same whatever process a stream is in."""
+"""Which document each stream takes when, the same whatever process it is in; and of which length: buckets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
+from attrs import define, field
+
+from mplus.config import JsonValue, number, structure, whole
 from mplus.errors import ConfigError
-from mplus.training.data.counter_rng import permuted
+from mplus.training.data.counter_rng import CounterRNG, permuted
 from mplus.training.data.documents import Document, DocumentList, Documents
 
 
@@ -116,3 +120,56 @@ class _Blocks:
         epoch, rest = (0, place) if count is None else divmod(place, count)
         for key in [key for key in self._kept if key < (epoch, rest // self.size)]:
             del self._kept[key]
+
+
+@define(frozen=True, kw_only=True)
+class Bucket:
+    """Documents of ``at_least`` and ``below`` so many tokens (None: no limit), and their ``share`` of all draws.
+
+    Shares are relative: they need not add up to 1.
+    """
+
+    at_least: int = field(default=0, validator=whole(0))
+    below: int | None = field(default=None, validator=whole(1, optional=True))
+    share: float = field(default=1.0, validator=number(1e-9))
+
+    def holds(self, tokens: int) -> bool:
+        """Return whether a document of ``tokens`` tokens belongs here."""
+        return tokens >= self.at_least and (self.below is None or tokens < self.below)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.at_least} tokens and more" if self.below is None else f"{self.at_least} to {self.below - 1} tokens"
+        )
+
+
+def as_buckets(value: Sequence[Bucket | Mapping[str, JsonValue]]) -> tuple[Bucket, ...]:
+    """Convert a list of tables to a tuple of buckets, by length.
+
+    Raises:
+        ConfigError: a bin breaks a rule, is empty, or two of them overlap.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ConfigError(f"bins must be a list of tables with at_least, below and share, got {value!r}")
+    made = [structure(Bucket, item) if isinstance(item, Mapping) else item for item in value]
+    bins = [item for item in made if isinstance(item, Bucket)]
+    if len(bins) < len(made):
+        raise ConfigError(f"bins must be a list of tables with at_least, below and share, got {value!r}")
+    bins.sort(key=lambda item: item.at_least)
+    for item in bins:
+        if item.below is not None and item.below <= item.at_least:
+            raise ConfigError(f"below must be more than at_least ({item.at_least}) in a bin, got {item.below}")
+    for shorter, longer in pairwise(bins):
+        if shorter.below is None or shorter.below > longer.at_least:
+            raise ConfigError(f"bins must not overlap, and that of {shorter} and that of {longer} do")
+    return tuple(bins)
+
+
+def choose(bins: Sequence[Bucket], draws: CounterRNG) -> int:
+    """Draw a bucket by the shares, and return its index."""
+    mark = draws.uniform() * sum(item.share for item in bins)
+    for place, item in enumerate(bins):
+        mark -= item.share
+        if mark < 0:
+            return place
+    return len(bins) - 1

@@ -1,9 +1,10 @@
-"""Ids of texts, and a store of those used last."""
+"""Tokenizers as training sees them, ids of texts, and a store of those used last."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +13,20 @@ from mplus.errors import ConfigError
 from mplus.training.data.documents import Document
 
 
-def encode(tokenizer: Any, text: str) -> Tensor:
+class Tokenizer(Protocol):
+    """What turns text into ids; those of transformers do."""
+
+    def __call__(self, text: str, /, *, add_special_tokens: bool, verbose: bool) -> Mapping[str, list[int]]:
+        """Return the ids of a text as ``input_ids``."""
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return token -> id."""
+
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]:
+        """Return the ids of tokens."""
+
+
+def encode(tokenizer: Tokenizer | None, text: str) -> Tensor:
     """Return ``[n]`` int64 ids of a text, without special tokens.
 
     Raises:
@@ -27,7 +41,7 @@ def encode(tokenizer: Any, text: str) -> Tensor:
 class TokenCache:
     """Ids of documents by number, encoded when asked for; the ones used last are kept, up to ``limit`` tokens."""
 
-    def __init__(self, tokenizer: Any, limit: int = 4_000_000) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, limit: int = 4_000_000) -> None:
         self._tokenizer = tokenizer
         self._limit = limit
         self._kept: OrderedDict[int, Tensor] = OrderedDict()

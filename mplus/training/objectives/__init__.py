@@ -41,12 +41,12 @@ OBJECTIVES: Registry[Objective] = Registry(
     group="mplus.objectives",
     base="mplus.training.objectives.base:Objective",
     builtin={
-        "plain_lm": "mplus.training.objectives.plain_lm:PlainLM",
+        "plain_lm": "mplus.training.objectives.full_read:PlainLM",
         "two_chunk": "mplus.training.objectives.two_chunk:TwoChunk",
-        "multi_chunk": "mplus.training.objectives.multi_chunk:MultiChunk",
-        "single_context": "mplus.training.objectives.single_context:SingleContext",
-        "revisit": "mplus.training.objectives.revisit:Revisit",
-        "repeat": "mplus.training.objectives.single_context:Repeat",
+        "multi_chunk": "mplus.training.objectives.full_read:MultiChunk",
+        "single_context": "mplus.training.objectives.full_read:SingleContext",
+        "revisit": "mplus.training.objectives.full_read:Revisit",
+        "repeat": "mplus.training.objectives.full_read:Repeat",
         "window": "mplus.training.objectives.window:Window",
     },
 )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from attrs import define, field
 from torch import Tensor
 
+from mplus.config import whole
 from mplus.training.batch import NO_SOURCE, Batch
-from mplus.training.objectives.base import ObjectiveResult
+from mplus.training.objectives.base import Objective, ObjectiveResult
 from mplus.training.objectives.losses import RetrieverLoss, accuracy, token_loss
 
 if TYPE_CHECKING:
@@ -64,3 +66,97 @@ def recall(read: Read, text_sources: Tensor) -> dict[str, float]:
         hit = ((seen.selected_source == asked) & real).sum()
         found[f"recall_{layer}"] = float(hit / have) if int(have) else float("nan")
     return found
+
+
+class PlainLM(Objective):
+    """Read the texts with whatever memory there is; write nothing (published: 5 to 10 % of the steps).
+
+    Gradients: read adapter, begin rows. It keeps the reader from being led astray by memory that does not matter.
+    """
+
+    name: ClassVar[str] = "plain_lm"
+
+    def __call__(
+        self, decoder: TrainedDecoder, streams: TrainingStreams, batch: Batch, retriever_loss: RetrieverLoss | None
+    ) -> ObjectiveResult:
+        """Read only; see ``Objective``. What the texts need was not written, so the retriever learns nothing."""
+        streams.detach()
+        return full_read(decoder, streams, batch, None)
+
+
+class MultiChunk(Objective):
+    """Write up to ``chunks`` chunks into the streams, detached, and read the texts (M+ section 3.3, stage 3).
+
+    Gradients: read adapter, begin rows, retriever. The reader learns to find a few rows among many.
+    """
+
+    @define(frozen=True, kw_only=True)
+    class Options(Objective.Options):
+        """``chunks``: chunks written, as far as a batch has so many."""
+
+        chunks: int = field(default=2, validator=whole(1))
+
+    options: Options
+    name: ClassVar[str] = "multi_chunk"
+
+    def __call__(
+        self, decoder: TrainedDecoder, streams: TrainingStreams, batch: Batch, retriever_loss: RetrieverLoss | None
+    ) -> ObjectiveResult:
+        """Write without gradient and read; see ``Objective``."""
+        streams.detach()
+        with torch.no_grad():
+            write(streams, batch)
+        return full_read(decoder, streams, batch, retriever_loss)
+
+
+class SingleContext(Objective):
+    """Write chunks with gradient, let them enter the STM, and read the texts with all of memory.
+
+    Gradients: write adapter and mark, read adapter, begin rows, retriever. The only objective that trains the writer
+    against the reader that is used at inference, among rows that do not matter. The released code does it by
+    accident, for documents of one context in stages 1 and 2; here it is meant.
+    """
+
+    @define(frozen=True, kw_only=True)
+    class Options(Objective.Options):
+        """``chunks``: chunks written in a row, all with gradient."""
+
+        chunks: int = field(default=1, validator=whole(1))
+
+    options: Options
+    name: ClassVar[str] = "single_context"
+
+    def __call__(
+        self, decoder: TrainedDecoder, streams: TrainingStreams, batch: Batch, retriever_loss: RetrieverLoss | None
+    ) -> ObjectiveResult:
+        """Write and read; see ``Objective``. The streams keep the graph of these writes until the next batch."""
+        streams.detach()
+        write(streams, batch)
+        return full_read(decoder, streams, batch, retriever_loss)
+
+
+class Repeat(SingleContext):
+    """Do as ``single_context`` does, with texts that ask for the chunks word by word (released code: 10 % of samples).
+
+    Gradients: as ``single_context``. It pushes towards storage without loss.
+    """
+
+    name: ClassVar[str] = "repeat"
+    repeats: ClassVar[bool] = True
+
+
+class Revisit(Objective):
+    """Read the texts of an earlier batch, whose chunks have aged meanwhile; write nothing (MemoryLLM section 3.2.3).
+
+    Gradients: read adapter, begin rows, retriever. It is what keeps old rows readable.
+    """
+
+    name: ClassVar[str] = "revisit"
+    needs_cache: ClassVar[bool] = True
+
+    def __call__(
+        self, decoder: TrainedDecoder, streams: TrainingStreams, batch: Batch, retriever_loss: RetrieverLoss | None
+    ) -> ObjectiveResult:
+        """Read ``batch``, the earlier one; see ``Objective``."""
+        streams.detach()
+        return full_read(decoder, streams, batch, retriever_loss)

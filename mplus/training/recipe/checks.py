@@ -10,7 +10,7 @@ from mplus.config import options_of
 from mplus.errors import ConfigError
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.build import memory_mechanism
-from mplus.mechanisms.short_term.batching import can_be_batched
+from mplus.mechanisms.short_term.batched_streams import can_be_batched
 from mplus.mechanisms.short_term.mechanism import RowMechanism
 from mplus.retrievers import RETRIEVERS
 from mplus.retrievers.base import Retriever

@@ -1,21 +1,27 @@
-"""Recipes as files: by name, with settings changed from outside, and as dry runs."""
+"""Reading of recipes: by name, as files and as plain data, with settings changed from outside, and as dry runs."""
 
 from __future__ import annotations
 
 import copy
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from attrs import define
+import attrs
+from attrs import define, field
 
+from mplus.config import ADAPTERS, AdapterConfig, JsonValue, MPlusConfig, structure
 from mplus.errors import ConfigError, UnknownNameError
+from mplus.training.data.options import as_texts
+from mplus.training.objectives.losses import RetrieverLoss
 from mplus.training.recipe import FOLDER, RECIPES
-from mplus.training.recipe.parse import parse_recipe
-from mplus.training.recipe.recipe import Recipe
-from mplus.training.recipe.tables import error_prefix
+from mplus.training.recipe.checks import check
+from mplus.training.recipe.recipe import Entry, Recipe, Revisit, Stage, Until, Validation
+from mplus.training.recipe.tables import Checkpoints, DataSet, Metrics, ModelTable, Optimizer, as_table, error_prefix
+
+T = TypeVar("T")
 
 DRY_RUN = "dry_run"
 """Table of a recipe that says how to try it at tiny size: ``remove``, a list of settings, and ``set``, a table."""
@@ -27,6 +33,14 @@ class RecipeFile:
 
     recipe: Recipe
     text: str | None = None
+
+
+@define(frozen=True, kw_only=True)
+class _DryRun:
+    """Settings that are removed, and others that are set, to try a recipe at tiny size."""
+
+    set: dict[str, JsonValue] = field(factory=dict)
+    remove: tuple[str, ...] = field(default=(), converter=as_texts)
 
 
 def shipped_recipes() -> list[str]:
@@ -56,9 +70,9 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def read_recipe(
-    recipe: str | Path | Mapping[str, Any] | Recipe,
+    recipe: str | Path | Mapping[str, JsonValue] | Recipe,
     *,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, JsonValue] | None = None,
     steps: int | None = None,
     dry_run: bool = False,
 ) -> RecipeFile:
@@ -77,7 +91,7 @@ def read_recipe(
     """
     text = None
     if isinstance(recipe, Recipe):
-        table = recipe.to_dict()
+        table: dict[str, JsonValue] = recipe.to_dict()
     elif isinstance(recipe, Mapping):
         table = copy.deepcopy(dict(recipe))
     else:
@@ -93,14 +107,15 @@ def read_recipe(
         if small is None:
             raise ConfigError(f"recipe {table.get('name', '?')!r} must have a table [dry_run] to be tried at tiny size")
         with error_prefix(DRY_RUN):
-            apply_settings(table, small.get("set", {}), small.get("remove", ()))
+            changes = structure(_DryRun, as_table(small, "dry_run"))
+            apply_settings(table, changes.set, changes.remove)
     apply_settings(table, settings or {})
     if steps is not None:
         _cap_steps(table, steps)
     return RecipeFile(parse_recipe(table), text)
 
 
-def apply_settings(table: dict[str, Any], settings: Mapping[str, Any], remove: Iterable[str] = ()) -> None:
+def apply_settings(table: dict[str, JsonValue], settings: Mapping[str, JsonValue], remove: Iterable[str] = ()) -> None:
     """Remove settings of a recipe's table, then set others, in place. Raises ConfigError when a path leads nowhere."""
     for path in remove:
         for holder, key in _targets(table, path, path.split(".")):
@@ -112,7 +127,7 @@ def apply_settings(table: dict[str, Any], settings: Mapping[str, Any], remove: I
             holder[key] = copy.deepcopy(value)
 
 
-def _targets(holder: Any, path: str, keys: list[str]) -> list[tuple[Any, Any]]:
+def _targets(holder: JsonValue, path: str, keys: list[str]) -> list[tuple[Any, Any]]:
     """Return the tables and lists that ``path`` ends in, with its last key there."""
     key, rest = keys[0], keys[1:]
     if isinstance(holder, dict):
@@ -127,17 +142,19 @@ def _targets(holder: Any, path: str, keys: list[str]) -> list[tuple[Any, Any]]:
     return [found for place in places for found in _targets(holder[place], path, rest)]
 
 
-def _cap_steps(table: dict[str, Any], steps: int) -> None:
+def _cap_steps(table: dict[str, JsonValue], steps: int) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"steps must be a whole number of at least 1, got {steps!r}")
-    for stage in table.get("stages", ()):
-        if isinstance(stage, dict) and isinstance(stage.get("steps"), int):
-            stage["steps"] = min(stage["steps"], steps)
+    stages = table.get("stages", ())
+    for stage in stages if isinstance(stages, list) else ():  # what is none is refused later, with its place
+        most = stage.get("steps") if isinstance(stage, dict) else None
+        if isinstance(most, int):
+            stage["steps"] = most = min(most, steps)
             if isinstance(stage.get("until"), dict):
-                stage["until"]["window"] = min(stage["until"].get("window", 20), stage["steps"])
+                stage["until"]["window"] = min(stage["until"].get("window", 20), most)
 
 
-def differences(then: Any, now: Any, where: str = "") -> list[str]:
+def differences(then: JsonValue, now: JsonValue, where: str = "") -> list[str]:
     """Return the differences of two recipes' plain data: ``"optimizer.learning_rate: 0.1 then, 0.2 now"``."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         keys = sorted(then.keys() | now.keys())
@@ -147,3 +164,89 @@ def differences(then: Any, now: Any, where: str = "") -> list[str]:
     else:
         return [] if then == now else [f"{where}: {then!r} then, {now!r} now"]
     return [found for name, one, other in pairs for found in differences(one, other, name)]
+
+
+Reader = Callable[[JsonValue], Any]
+"""Makes of one table of a recipe what the class of the recipe has for it."""
+
+
+def parse_recipe(table: Mapping[str, JsonValue]) -> Recipe:
+    """Build a recipe from plain data.
+
+    Raises:
+        ConfigError, UnknownNameError: a field, or fields together, break a rule; the message begins with the place.
+    """
+    with error_prefix(f"recipe {table.get('name', '?')!r}" if isinstance(table, Mapping) else "recipe"):
+        recipe = _read(Recipe, table, READERS)
+        check(recipe)
+    return recipe
+
+
+def _read(cls: type[T], table: JsonValue, readers: Mapping[str, Reader]) -> T:
+    """Build ``cls`` from a table of which some fields are tables with a reader of their own."""
+    values: dict[str, Any] = dict(as_table(table, cls.__name__))
+    for key, make in readers.items():
+        if values.get(key) is not None:
+            with error_prefix(key):
+                values[key] = make(values[key])
+    return structure(cls, values)
+
+
+def _table_of(cls: type[T], **readers: Reader) -> Reader:
+    """Return a reader of a table of the fields of ``cls``."""
+    return lambda table: _read(cls, table, readers)
+
+
+def _tables(make: Reader) -> Reader:
+    """Return a reader of a list of tables; an error begins with the place of its table."""
+
+    def read(values: JsonValue) -> tuple[Any, ...]:
+        if not isinstance(values, list | tuple) or not values:
+            raise ConfigError(f"must be a list of at least one table, got {values!r}")
+        found = []
+        for place, value in enumerate(values):
+            named = f" ({value['name']})" if isinstance(value, Mapping) and "name" in value else ""
+            with error_prefix(f"{place}{named}"):
+                found.append(make(value))
+        return tuple(found)
+
+    return read
+
+
+def _data(tables: JsonValue) -> dict[str, DataSet]:
+    if not isinstance(tables, Mapping):
+        raise ConfigError(f"must be a table of data sets by name, got {tables!r}")
+    found = {}
+    for name, table in tables.items():
+        with error_prefix(name):
+            found[name] = DataSet.of(table)
+    return found
+
+
+def _memory(table: JsonValue) -> MPlusConfig:
+    """Read the configuration of the memory; where it says nothing of adapters there are the default ones to train."""
+    config = MPlusConfig.from_dict(as_table(table, MPlusConfig.__name__))
+    # Not the very object: a mechanism that needs no adapters goes without that one (see ``mplus.config.ADAPTERS``).
+    return attrs.evolve(config, adapters=AdapterConfig()) if config.adapters is ADAPTERS else config
+
+
+_OBJECTIVES = _tables(Entry.of)
+READERS: dict[str, Reader] = {
+    "model": ModelTable.of,
+    "memory": _memory,
+    "optimizer": _table_of(Optimizer),
+    "checkpoints": _table_of(Checkpoints),
+    "metrics": _table_of(Metrics),
+    "data": _data,
+    "stages": _tables(
+        _table_of(
+            Stage,
+            objectives=_OBJECTIVES,
+            revisit=_table_of(Revisit),
+            retriever_loss=_table_of(RetrieverLoss),
+            until=_table_of(Until),
+        )
+    ),
+    "validation": _table_of(Validation, objectives=_OBJECTIVES),
+}
+"""Readers of the tables of a recipe."""

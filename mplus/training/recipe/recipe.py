@@ -8,7 +8,7 @@ from typing import Any, Literal
 import attrs
 from attrs import define, field
 
-from mplus.config import MPlusConfig, flag, number, one_of, options_of, whole
+from mplus.config import JsonValue, MPlusConfig, flag, number, one_of, options_of, structure, whole
 from mplus.errors import ConfigError
 from mplus.training.data.options import share, text
 from mplus.training.objectives import OBJECTIVES
@@ -23,6 +23,9 @@ from mplus.training.recipe.tables import (
     Optimizer,
     plain_name,
 )
+
+ENTRY = ("name", "data", "probability", "beside", "weight")
+"""Fields of an objective's table; the others are its options."""
 
 
 @define(frozen=True, kw_only=True)
@@ -45,25 +48,25 @@ class Entry:
     probability: float | None = field(default=None, validator=attrs.validators.optional(share))
     beside: float | None = field(default=None, validator=attrs.validators.optional(share))
     weight: float = field(default=1.0, validator=number(0))
-    options: dict[str, Any] = field(factory=dict)
+    options: dict[str, JsonValue] = field(factory=dict)
     objective: Objective = field(eq=False)
 
     @staticmethod
-    def of(table: Any) -> Entry:
+    def of(table: JsonValue) -> Entry:
         """Read fields and options from one table."""
-        if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
+        name = table.get("name") if isinstance(table, Mapping) else None
+        if not isinstance(table, Mapping) or not isinstance(name, str):
             raise ConfigError(
                 f"an objective must be a table with a 'name' ({', '.join(OBJECTIVES.names())}), got {table!r}"
             )
-        own = {key: value for key, value in table.items() if key in {"name", "data", "probability", "beside", "weight"}}
-        options = {key: value for key, value in table.items() if key not in own}
-        cls = OBJECTIVES.get(table["name"])
-        return Entry(**own, options=options, objective=cls(options_of(cls, options)))
+        own = {key: value for key, value in table.items() if key in ENTRY}
+        options = {key: value for key, value in table.items() if key not in ENTRY}
+        cls = OBJECTIVES.get(name)
+        return structure(Entry, {**own, "options": options, "objective": cls(options_of(cls, options))})
 
-    def to_dict(self) -> dict[str, Any]:
-        """The table."""
-        own = ("name", "data", "probability", "beside", "weight")
-        return {**{name: getattr(self, name) for name in own}, **self.options}
+    def to_dict(self) -> dict[str, JsonValue]:
+        """Return the table."""
+        return {**{name: getattr(self, name) for name in ENTRY}, **self.options}
 
 
 @define(frozen=True, kw_only=True)
@@ -186,14 +189,14 @@ class Recipe:
         return self.falling_steps_before(len(self.stages), 0)
 
     def falling_steps_before(self, stage: int, stage_step: int) -> int:
-        """How many of those lie before step ``stage_step`` of stage number ``stage``; past stages count in full."""
+        """Return how many of those lie before step ``stage_step`` of stage ``stage``; past stages count in full."""
         names = [one.name for one in self.stages]
         first = 0 if self.optimizer.fall_from is None else names.index(self.optimizer.fall_from)
         if stage < first:
             return 0
         return sum(one.steps for one in self.stages[first:stage]) + stage_step
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, JsonValue]:
         """Return plain data that ``parse_recipe`` reads back, with all defaults but those of data and objectives."""
         found: dict[str, Any] = attrs.asdict(self, recurse=False)
         for name in ("optimizer", "checkpoints", "metrics"):
@@ -209,6 +212,6 @@ class Recipe:
         return found
 
 
-def _plain_steps(thing: Stage | Validation) -> dict[str, Any]:
+def _plain_steps(thing: Stage | Validation) -> dict[str, JsonValue]:
     entries = [entry.to_dict() for entry in thing.objectives]
     return {**attrs.asdict(thing, filter=lambda attribute, _: attribute.name != "objectives"), "objectives": entries}

@@ -26,6 +26,13 @@ def error_prefix(where: str) -> Iterator[None]:
         raise type(error)(f"{where}: {error}") from error
 
 
+def as_table(value: JsonValue, name: str) -> Mapping[str, JsonValue]:
+    """Return ``value``. Raises ConfigError, which calls it ``name``, where it is no table of fields."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} must be a table of fields, got {value!r}")
+    return value
+
+
 plain_name = must_be(
     "a name without spaces and slashes",
     lambda value: isinstance(value, str) and bool(value) and not set(value) & set("/\\ "),
@@ -116,10 +123,11 @@ class ModelTable:
     tokenizer: str | NewTokenizer | None = field(default=None)
 
     @staticmethod
-    def of(table: Mapping[str, JsonValue]) -> ModelTable:
+    def of(table: JsonValue) -> ModelTable:
         """Read a table."""
-        values: dict[str, JsonValue | Build | NewTokenizer] = dict(table)
-        build, tokenizer = table.get("build"), table.get("tokenizer")
+        plain = as_table(table, ModelTable.__name__)
+        build, tokenizer = plain.get("build"), plain.get("tokenizer")
+        values: dict[str, JsonValue | Build | NewTokenizer] = dict(plain)
         if isinstance(build, Mapping):
             with error_prefix("build"):
                 values["build"] = Build.of(build)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mplus.errors import ConfigError
-from mplus.training.data.buckets import Bucket, as_buckets, bucket_of, choose
 from mplus.training.data.counter_rng import CounterRNG
+from mplus.training.data.sampler import Bucket, as_buckets, bucket_of, choose
 
 TABLES = [{"at_least": 100, "share": 1}, {"at_least": 10, "below": 50, "share": 3}]
 

@@ -14,8 +14,7 @@ from mplus.hf.pretrained.shipped import load_tokenizer
 from mplus.training.batch import IGNORE_INDEX, NO_SOURCE, Batch
 from mplus.training.data import SOURCES
 from mplus.training.data.document_batches import DocumentBatches
-from mplus.training.data.documents import DocumentOptions
-from mplus.training.data.files import open_documents
+from mplus.training.data.documents import DocumentOptions, open_documents
 from tests.helpers.letters import Letters, Stream, library, story
 
 BOOKS = library(400, 90, 3, 0, 700, 150, 55, 1200, 31, 260)

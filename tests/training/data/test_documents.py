@@ -11,8 +11,7 @@ import pytest
 
 from mplus.config import structure
 from mplus.errors import ConfigError, InputError, MissingDependencyError
-from mplus.training.data.documents import DocumentList, DocumentOptions
-from mplus.training.data.files import open_documents
+from mplus.training.data.documents import DocumentList, DocumentOptions, open_documents
 
 
 def opened(**options):

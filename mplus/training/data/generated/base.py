@@ -11,15 +11,13 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from mplus.config import number, structure, whole
+from mplus.config import JsonValue, number, structure, whole
 from mplus.errors import ConfigError, InputError
-from mplus.training.batch import Batch, BatchSource
-from mplus.training.data.collate import TextSample, Windows, collate
+from mplus.training.batch import Batch, BatchSource, TextSample, Windows, collate
 from mplus.training.data.counter_rng import CounterRNG
-from mplus.training.data.documents import DocumentList, DocumentOptions
-from mplus.training.data.files import open_documents
+from mplus.training.data.documents import DocumentList, DocumentOptions, open_documents
 from mplus.training.data.options import as_span, share, span
-from mplus.training.data.tokens import TokenCache
+from mplus.training.data.tokens import TokenCache, Tokenizer
 
 SAME_FILLER = 128
 """Chunks that all streams fill from one document, so that few documents are encoded at a time."""
@@ -27,7 +25,7 @@ SAME_FILLER = 128
 STOPS = (".", "!", "?")
 
 
-def _documents(value: Any) -> Any:
+def _documents(value: DocumentOptions | Mapping[str, JsonValue]) -> DocumentOptions:
     return structure(DocumentOptions, value) if isinstance(value, Mapping) else value
 
 
@@ -80,7 +78,7 @@ class GeneratedBatches(BatchSource):
     kind: ClassVar[int]
     """Number of the class, 1 to 7, so that its sources are not those of other data."""
 
-    def __init__(self, options: Any, *, tokenizer: Any, numbers: Sequence[int], seed: int) -> None:
+    def __init__(self, options: GeneratedOptions, *, tokenizer: Tokenizer, numbers: Sequence[int], seed: int) -> None:
         self.options = options
         self._tokenizer = tokenizer
         self._numbers = list(numbers)

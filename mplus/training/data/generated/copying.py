@@ -8,7 +8,7 @@ from torch import Tensor
 from mplus.config import whole
 from mplus.errors import ConfigError
 from mplus.facts import words
-from mplus.training.data.collate import TextSample
+from mplus.training.batch import TextSample
 from mplus.training.data.counter_rng import CounterRNG
 from mplus.training.data.generated.base import GeneratedBatches, GeneratedOptions
 from mplus.training.data.options import as_span, span

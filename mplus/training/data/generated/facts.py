@@ -9,15 +9,16 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from mplus.config import flag, number, one_of, structure, whole
+from mplus.config import JsonValue, flag, number, one_of, structure, whole
 from mplus.errors import ConfigError, InputError
 from mplus.facts import words
 from mplus.facts.episodes import Episode, draw_facts, make_episode
 from mplus.facts.language import Language
 from mplus.training.batch import IGNORE_INDEX, NO_SOURCE, Batch, BatchSource
+from mplus.training.data.tokens import Tokenizer
 
 
-def _language(value: Any) -> Any:
+def _language(value: Language | Mapping[str, JsonValue]) -> Language:
     return structure(Language, value) if isinstance(value, Mapping) else value
 
 
@@ -78,7 +79,9 @@ class RecallBatches(BatchSource):
 
     Options = RecallOptions
 
-    def __init__(self, options: RecallOptions, *, tokenizer: Any, numbers: Sequence[int], seed: int) -> None:
+    def __init__(
+        self, options: RecallOptions, *, tokenizer: Tokenizer | None, numbers: Sequence[int], seed: int
+    ) -> None:
         """``tokenizer`` must be that of the language, or None to take its ids on trust.
 
         Raises:

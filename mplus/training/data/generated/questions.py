@@ -11,8 +11,7 @@ from mplus.config import flag
 from mplus.errors import ConfigError
 from mplus.facts import words
 from mplus.facts.language import HELD_OUT
-from mplus.training.batch import NO_SOURCE
-from mplus.training.data.collate import TextSample
+from mplus.training.batch import NO_SOURCE, TextSample
 from mplus.training.data.counter_rng import CounterRNG, permuted
 from mplus.training.data.generated.base import GeneratedBatches, GeneratedOptions
 from mplus.training.data.generated.copying import shared
