@@ -17,9 +17,10 @@ from typing import Any, BinaryIO, cast
 import torch
 from attrs import define
 
+from mplus.config import JsonValue
 from mplus.errors import CheckpointError
 from mplus.training.parallel import barrier, gather_objects, rank, world_size
-from mplus.training.recipe.files import differences, parse_recipe
+from mplus.training.recipe.files import differences
 
 FORMAT = 2
 MANIFEST = "checkpoint.json"
@@ -48,9 +49,7 @@ class RunIdentity:
 
     def check(self, saved: Mapping[str, Any], where: Path) -> None:
         """Raise CheckpointError when a checkpoint was made with another recipe, model or number of processes."""
-        # Read anew: an option that there was not when it was saved has its default.
-        read = json.loads(json.dumps(parse_recipe(saved["recipe"]).to_dict()))
-        then = {key: value for key, value in read.items() if key not in NOT_COMPARED}
+        then = {key: value for key, value in saved["recipe"].items() if key not in NOT_COMPARED}
         now = {key: value for key, value in self.recipe.items() if key not in NOT_COMPARED}
         found = differences(then, now)
         if found:
@@ -246,6 +245,12 @@ def damaged(path: Path, error: BaseException) -> CheckpointError:
         f"{path} must be a complete file of a checkpoint, got {first}: remove {path.parent} to go on from "
         "the one before"
     )
+
+
+def as_json(data: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """Return plain data as JSON reads it back, with lists for tuples."""
+    found: dict[str, JsonValue] = json.loads(json.dumps(data))
+    return found
 
 
 def random_state() -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import Counter, deque
@@ -17,7 +16,7 @@ from mplus.errors import MPlusError, NonFiniteError
 from mplus.hf.decoders.train_model import base_digest, choose_trained, set_checkpointing
 from mplus.mechanisms.streams import TrainingStreams
 from mplus.training.batch import Batch, BatchSource
-from mplus.training.checkpoint import Checkpoint, CheckpointStore, RunIdentity, random_state, set_random_state
+from mplus.training.checkpoint import Checkpoint, CheckpointStore, RunIdentity, as_json, random_state, set_random_state
 from mplus.training.curriculum import Curriculum, StepPlan
 from mplus.training.decoder import make_streams
 from mplus.training.metrics import MetricsLog, RunningMeans, stage_bar
@@ -32,6 +31,7 @@ from mplus.training.parallel import (
     sum_over_processes,
     world_size,
 )
+from mplus.training.recipe.files import parse_recipe
 from mplus.training.recipe.recipe import Entry, Recipe, Stage
 from mplus.training.setup import derive_seed, make_model, make_source
 from mplus.training.step import LossTerm, TrainingStep, Validator
@@ -339,8 +339,9 @@ class Trainer:
     @property
     def facts(self) -> RunIdentity:
         """What a checkpoint of this attempt can be held to."""
-        recipe = json.loads(json.dumps(self.recipe.to_dict()))
-        return RunIdentity(recipe=recipe, base=self._base, shapes=self._shapes, processes=world_size())
+        return RunIdentity(
+            recipe=as_json(self.recipe.to_dict()), base=self._base, shapes=self._shapes, processes=world_size()
+        )
 
     def save(self) -> None:
         """Write a checkpoint, where there is a state for them. Raises CheckpointError."""
@@ -368,7 +369,9 @@ class Trainer:
 
     def load(self, saved: Checkpoint) -> None:
         """Go on from a checkpoint. Raises CheckpointError when it is of another recipe or model."""
-        self.facts.check(saved.manifest, saved.folder)
+        # The recipe is read anew: an option that there was not when it was saved has its default.
+        recipe = as_json(parse_recipe(saved.manifest["recipe"]).to_dict())
+        self.facts.check({**saved.manifest, "recipe": recipe}, saved.folder)
         position, state, names = saved.manifest, self.state, self.trained
         for name in ("stage", "stage_step", "step", "seconds", "stages"):
             setattr(state, name, position[name])

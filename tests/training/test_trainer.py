@@ -327,11 +327,25 @@ def test_groups_rates_and_norms():
     for name, scale in zip(trained, (3.0, 4.0, 0.0), strict=True):
         trained[name].grad = torch.full_like(trained[name], scale)
     norms = clip_gradients(optimizer, 1.0)
-    assert norms == pytest.approx([4 * 3**0.5, 3 * 2**0.5])
+    assert norms == pytest.approx({"": 4 * 3**0.5, "retriever": 3 * 2**0.5})
     for group in (rest, retriever):  # each is clipped by its own norm
         squares = sum(float(p.grad.square().sum()) for p in group["params"])
         assert squares == pytest.approx(1.0)
-    assert clip_gradients(optimizer, None) == pytest.approx([1.0, 1.0])
+    assert clip_gradients(optimizer, None) == pytest.approx({"": 1.0, "retriever": 1.0})
+
+
+def test_any_module_of_a_mechanism_is_a_group_with_a_rate_of_its_own():
+    names = ("mplus.side.0.weight", "mplus.gate", "model.layers.0.weight", "mplus.side.1.bias", "mplus.topic.weight")
+    trained = {name: torch.nn.Parameter(torch.zeros(2)) for name in names}
+    optimizer = make_optimizer(trained, Optimizer(learning_rate=0.1, learning_rates={"side": 0.01}))
+    found = {group["module"]: (len(group["params"]), group["lr"]) for group in optimizer.param_groups}
+    assert found == {"": (2, 0.1), "side": (2, 0.01), "topic": (1, 0.1)}
+    with pytest.raises(ConfigError, match=r"learning_rates must name modules .* \('side', 'topic'\), got 'sides'"):
+        make_optimizer(trained, Optimizer(learning_rates={"sides": 0.01}))
+    with pytest.raises(ConfigError, match=r"one of retriever_learning_rate and learning_rates\.retriever"):
+        Optimizer(retriever_learning_rate=0.1, learning_rates={"retriever": 0.2})
+    with pytest.raises(ConfigError, match="learning_rates must be a table of numbers of at least 0"):
+        Optimizer(learning_rates={"side": -1.0})
 
 
 def test_schedules():
