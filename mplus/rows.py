@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -43,13 +43,20 @@ class MemoryRows:
 
     @staticmethod
     def of(columns: Mapping[str, Tensor]) -> MemoryRows:
-        """Rows with just these columns."""
-        own = {name: column for name, column in columns.items() if name in OWN_COLUMNS}
-        extra = {name: column for name, column in columns.items() if name not in OWN_COLUMNS}
-        return MemoryRows(**{"hidden": None, **own}, extra=extra)  # type: ignore[arg-type]
+        """Return rows with just these columns."""
+        given = columns.get
+        return MemoryRows(
+            given("hidden"),
+            columns["birth"],
+            columns["source"],
+            given("key"),
+            given("expiry"),
+            given("projected"),
+            {name: columns[name] for name in columns if name not in OWN_COLUMNS},
+        )
 
     def need_hidden(self) -> Tensor:
-        """``hidden``. Raises MemoryMismatchError where it is not kept."""
+        """Return ``hidden``. Raises MemoryMismatchError where it is not kept."""
         if self.hidden is None:
             raise MemoryMismatchError(
                 "these rows have no hidden states, only keys and values: make the memory with memory_rows='both' or "
@@ -66,7 +73,7 @@ class MemoryRows:
         return sum(t.numel() * t.element_size() for t in self.columns().values())
 
     def columns(self) -> dict[str, Tensor]:
-        """The columns that are present, by name."""
+        """Return the columns that are present, by name."""
         named = {
             "hidden": self.hidden,
             "birth": self.birth,
@@ -79,36 +86,50 @@ class MemoryRows:
         return {name: column for name, column in named.items() if column is not None}
 
     def select(self, index: Tensor | slice) -> MemoryRows:
-        """The rows at ``index`` (int64 positions, bool mask or slice), in that order."""
+        """Return the rows at ``index`` (int64 positions, bool mask or slice), in that order."""
         if isinstance(index, slice):
-            return MemoryRows.of({name: column[index] for name, column in self.columns().items()})
+            return self._each(lambda column: column[index])
         index = index.to(self.birth.device)
-        places = index.nonzero().squeeze(1) if index.dtype == torch.bool else index
-        # Not column[places]: on a CPU that is several times slower for wide rows.
-        return MemoryRows.of({name: column.index_select(0, places) for name, column in self.columns().items()})
+        positions = index.nonzero().squeeze(1) if index.dtype == torch.bool else index
+        # Not column[positions]: on a CPU that is several times slower for wide rows.
+        return self._each(lambda column: column.index_select(0, positions))
 
     def replace(self, **columns: Tensor | None) -> MemoryRows:
-        """The same rows with some columns exchanged."""
+        """Return the same rows with some columns exchanged."""
         return evolve(self, **cast("dict[str, Any]", columns))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryRows:
         """Move every column to ``device``; cast the floating ones that hold content to ``dtype``."""
-        moved = {name: column.to(device) for name, column in self.columns().items()}
-        for name in ("hidden", "key", "projected"):
-            if name in moved and dtype is not None:
-                moved[name] = moved[name].to(dtype)
-        return MemoryRows.of(moved)
+        moved = self._each(lambda column: column.to(device))
+        columns = moved.columns()
+        content = [name for name in ("hidden", "key", "projected") if name in columns and dtype is not None]
+        return moved.replace(**{name: columns[name].to(dtype) for name in content})
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> MemoryRows:
+        """Return rows with ``change(column)`` in the place of every column."""
+
+        def of(column: Tensor | None) -> Tensor | None:
+            return None if column is None else change(column)
+
+        return MemoryRows(
+            of(self.hidden),
+            change(self.birth),
+            change(self.source),
+            of(self.key),
+            of(self.expiry),
+            of(self.projected),
+            {name: change(column) for name, column in self.extra.items()},
+        )
 
     @staticmethod
     def cat(parts: Sequence[MemoryRows]) -> MemoryRows:
-        """All rows of ``parts``, in order. Raises ValueError when their columns differ."""
-        names = parts[0].columns().keys()
-        for part in parts[1:]:
-            if part.columns().keys() != names:
-                raise ValueError(
-                    f"rows to join must have the same columns, got {sorted(names)} and {sorted(part.columns())}"
-                )
-        return MemoryRows.of({name: torch.cat([part.columns()[name] for part in parts]) for name in names})
+        """Return all rows of ``parts``, in order. Raises ValueError when their columns differ."""
+        columns = [part.columns() for part in parts]
+        names = columns[0].keys()
+        for other in columns[1:]:
+            if other.keys() != names:
+                raise ValueError(f"rows to join must have the same columns, got {sorted(names)} and {sorted(other)}")
+        return MemoryRows.of({name: torch.cat([part[name] for part in columns]) for name in names})
 
     @staticmethod
     def empty(
@@ -120,7 +141,7 @@ class MemoryRows:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> MemoryRows:
-        """No rows, with the columns asked for (a size of 0: no such column)."""
+        """Return no rows, with the columns asked for (a size of 0: no such column)."""
         return MemoryRows(
             hidden=torch.empty(0, hidden_size, dtype=dtype, device=device) if hidden_size else None,
             birth=torch.empty(0, dtype=torch.int64, device=device),

@@ -19,6 +19,7 @@ class EvictionPolicy(ABC):
 
     Attributes:
         needs_access_log: the policy goes by what is retrieved, so a memory under it notes that (``with_access_log``).
+        lifetime: merges that a new row lives; None: rows leave only at capacity and carry no expiry.
     """
 
     @define(frozen=True, kw_only=True)
@@ -27,14 +28,10 @@ class EvictionPolicy(ABC):
 
     name: ClassVar[str]
     needs_access_log: ClassVar[bool] = False
+    lifetime: float | None = None
 
     def __init__(self, options: Any = None) -> None:
         self.options = options if options is not None else self.Options()
-
-    @property
-    def lifetime(self) -> float | None:
-        """Merges that a new row lives; None: rows leave only at capacity and carry no expiry."""
-        return None
 
     def with_access_log(self, access_log: AccessLog | None) -> EvictionPolicy:
         """This policy for the stream that ``access_log`` has notes on; itself where it does not go by them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from attrs import define, field
@@ -38,9 +39,9 @@ class TtlEviction(EvictionPolicy):
     options: Options
     name = "ttl"
 
-    @property
-    def lifetime(self) -> float | None:
-        return self.options.lifetime
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self.lifetime = self.options.lifetime
 
     def expire(self, store: StoreView, layer: int, elapsed: float, spare: int) -> tuple[float, Tensor]:
         after = elapsed + self.options.decay
