@@ -79,7 +79,7 @@ def attention_retriever(model: Any) -> Any:
     config = evolve(model.mplus_config, retriever=Component("attention"))
     shape = model.mplus_engine.shape
     retriever = build_retriever(config, RetrieverShape(layers=shape.layers, hidden_size=shape.width))
-    model.mplus_engine.bind(retriever)
+    model.mplus_engine.attach(retriever)
     return retriever
 
 

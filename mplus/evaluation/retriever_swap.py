@@ -35,7 +35,7 @@ def retriever_for(model: Any, name: str, **options: Any) -> Retriever:
     shape = RetrieverShape(layers=engine.shape.layers, hidden_size=engine.shape.width)
     cls = RETRIEVERS.get(name)
     retriever = cls(shape, options_of(cls, options)).to(device=engine.device, dtype=engine.dtype)
-    engine.bind(retriever)
+    engine.attach(retriever)
     norms = [spec.norm for spec in engine.retrofit.anatomy.specs]
     return Rekeyed(retriever, norms) if retriever.key_size else retriever
 
@@ -70,7 +70,7 @@ def with_own_parameters(model: Any, name: str, **options: Any) -> Retriever:
         return retriever_for(model, name, **options)
     retriever.load_state_dict(state)
     retriever.requires_grad_(False)
-    engine.bind(retriever)
+    engine.attach(retriever)
     return retriever.train(own.training)
 
 

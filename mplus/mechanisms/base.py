@@ -216,7 +216,7 @@ class MemoryMechanism(Mechanism):
         absorbed = self.absorb(state, update, source, evolve(context, ids=ids[0]))
         return StreamView(absorbed.state, context.store.snapshot())
 
-    def follow(self, store: MemoryStore) -> None:
+    def sync_index(self, store: MemoryStore) -> None:
         """Rows were removed from ``store`` for good: let go of what a retriever keeps of them."""
         if self.retriever is not None:
             self.retriever.sync_index(store)
@@ -226,7 +226,7 @@ class MemoryMechanism(Mechanism):
         retriever, layers = self.retriever, range(store.layout.layers)
         return [{} if retriever is None else retriever.index_tensors(layer, store) for layer in layers]
 
-    def adopt_index(self, store: StoreView, tensors: Sequence[Mapping[str, Tensor]]) -> None:
+    def load_index(self, store: StoreView, tensors: Sequence[Mapping[str, Tensor]]) -> None:
         """Let the retriever take over what ``index_tensors`` gave for these rows, or make its index anew."""
         for layer, found in enumerate(tensors):
             if self.retriever is not None and found:

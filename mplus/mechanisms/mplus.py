@@ -171,9 +171,9 @@ class MPlusMechanism(RowMechanism):
         for layer in range(store.layout.layers):
             excess = store.count(layer) - capacity
             if excess > 0:
-                if context.usage is not None:
-                    context.usage.trim(layer, store)  # rows that have left are never asked for again
-                store.remove(layer, context.eviction.with_access_log(context.usage).select(store, layer, excess))
+                if context.access_log is not None:
+                    context.access_log.trim(layer, store)  # rows that have left are never asked for again
+                store.remove(layer, context.eviction.with_access_log(context.access_log).select(store, layer, excess))
                 evicted[layer] = excess
         return evicted
 
@@ -257,10 +257,10 @@ def _expiring(rows: MemoryRows, expires: float) -> MemoryRows:
 
 def _note(view: StreamView, layer: int, rows: Retrieved | None) -> None:
     """That these rows were retrieved, where the eviction policy asks for it."""
-    if view.usage is None or rows is None:
+    if view.access_log is None or rows is None:
         return
     ids = rows.ids
     if len(state_of(view).pending[layer]) and len(rows.scores):  # then these are places in a PendingView
         merged = view.store.ids(layer)
         ids = merged[ids[ids < len(merged)]]
-    view.usage.record(layer, ids, view.state.clock)
+    view.access_log.record(layer, ids, view.state.clock)

@@ -127,7 +127,7 @@ class SeparateStreams(TrainingStreams):
             keys=lambda part, hidden: self.decoder.keys(self.mechanism.layer_of(part), hidden),
             ids=ids,
             capacity=self.capacity,
-            usage=access_log,
+            access_log=access_log,
         )
 
     def read(self, texts: Tensor, *, queries: Tensor | None = None, candidates: Candidates | None = None) -> Read:

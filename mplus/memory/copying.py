@@ -35,11 +35,11 @@ def copied(
         states = each([streams.states[row] for row in rows], change)
         stores = each([streams.stores[row] for row in rows], copy)
         generators = [torch.Generator().set_state(streams.generators[row].get_state()) for row in rows]
-        usage = [notes.fork() for notes in map(streams.usage.__getitem__, rows) if notes is not None]
+        access_logs = [notes.fork() for notes in map(streams.access_logs.__getitem__, rows) if notes is not None]
     engine, budget = streams.engine, streams.budget
     if budget.bytes is not None and stores[0].layout != streams.stores[0].layout:  # rows take another room there
         budget = Budget.of(budget.bytes, engine.config, engine.mechanism, stores[0], len(streams))
-    return Streams(engine, states, stores, generators, streams.eviction, budget, usage)
+    return Streams(engine, states, stores, generators, streams.eviction, budget, access_logs)
 
 
 def moved(streams: Streams, device: torch.device | None, dtype: torch.dtype | None) -> Streams:

@@ -115,9 +115,9 @@ def _refresh(states: list[StreamState], streams: Streams, stale: Sequence[int], 
         NonFiniteError: what is computed is NaN or Inf.
     """
     engine = streams.engine
-    streams.fork_usage(stale)
+    streams.fork_access_logs(stale)
     for row in stale:
-        state, store, notes = states[row], streams.stores[row], streams.usage[row]
+        state, store, notes = states[row], streams.stores[row], streams.access_logs[row]
         if _is_unwritten(state, store, engine):
             states[row] = evolve(engine.new_state(store.layout), texts=state.texts, weights=now)
             continue

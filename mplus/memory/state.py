@@ -264,12 +264,12 @@ class StreamView:
     Attributes:
         state: all but the long-term rows.
         store: these.
-        usage: where the read notes what it retrieves, if the eviction policy goes by that.
+        access_log: where the read notes what it retrieves, if the eviction policy goes by that.
     """
 
     state: StreamState
     store: StoreView
-    usage: AccessLog | None = None
+    access_log: AccessLog | None = None
 
 
 def alike(chunks: Sequence[Tensor], states: Sequence[StreamState]) -> list[list[int]]:

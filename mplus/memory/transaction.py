@@ -32,7 +32,7 @@ class Transaction:
     """A change that is under way, and what the streams were before it.
 
     Attributes:
-        stores, generators, usage: the ones there were.
+        stores, generators, access_logs: the ones there were.
         snapshots, draws: states of these stores and generators.
         after: the states that the change makes; None: it has not come that far.
         thread: id of the thread that makes the change.
@@ -41,7 +41,7 @@ class Transaction:
 
     stores: tuple[MemoryStore, ...]
     generators: tuple[torch.Generator, ...]
-    usage: tuple[AccessLog | None, ...]
+    access_logs: tuple[AccessLog | None, ...]
     snapshots: Sequence[StoreView]
     draws: Sequence[Tensor]
     after: tuple[StreamState, ...] | None = None
@@ -123,7 +123,7 @@ class Streams:
         budget: says what that is.
         persistence: where changes are kept.
         generators: one ``torch.Generator`` (CPU) per stream, for the mechanism's draws.
-        usage: notes on what was retrieved from each stream, where the eviction policy goes by them.
+        access_logs: notes on what was retrieved from each stream, where the eviction policy goes by them.
         version: grows with every change.
     """
 
@@ -135,7 +135,7 @@ class Streams:
         generators: Sequence[torch.Generator],
         eviction: EvictionPolicy,
         budget: Budget | None = None,
-        usage: Sequence[AccessLog] = (),
+        access_logs: Sequence[AccessLog] = (),
         persistence: Persistence | None = None,
     ) -> None:
         """``budget`` None: as many long-term rows as the config says. ``persistence`` None: in memory only."""
@@ -151,9 +151,9 @@ class Streams:
         if self.budget.bytes is not None and self.budget.capacity is not None:
             for store in distinct(self._stores):
                 store.set_capacity(self.budget.capacity)
-        self.usage: tuple[AccessLog | None, ...] = (None,) * len(self._states)
+        self.access_logs: tuple[AccessLog | None, ...] = (None,) * len(self._states)
         if eviction.needs_access_log:
-            self.usage = tuple(usage) or tuple(AccessLog() for _ in self._states)
+            self.access_logs = tuple(access_logs) or tuple(AccessLog() for _ in self._states)
         self._transaction: Transaction | None = None
         self._state_locks, self._write_locks = ProcessLock(threading.RLock), ProcessLock(threading.RLock)
 
@@ -202,7 +202,7 @@ class Streams:
         """Return ``version`` and an immutable view of every stream, of the same instant."""
         with self.state_lock:
             self.resolve_aborted()
-            views = map(StreamView, self._states, each(self._stores, lambda store: store.snapshot()), self.usage)
+            views = map(StreamView, self._states, each(self._stores, lambda store: store.snapshot()), self.access_logs)
             return self.version, tuple(views)
 
     @property
@@ -257,12 +257,12 @@ class Streams:
 
     def adopt(self, other: Streams) -> None:
         """Take over the stores, generators and notes of ``other``, which is not used any more; part of a change."""
-        self._stores, self.generators, self.usage = other.stores, other.generators, other.usage
+        self._stores, self.generators, self.access_logs = other.stores, other.generators, other.access_logs
 
-    def fork_usage(self, rows: Sequence[int]) -> None:
+    def fork_access_logs(self, rows: Sequence[int]) -> None:
         """Replace the notes on some streams by copies, so that there is a way back; part of a change."""
-        self.usage = tuple(
-            notes.fork() if notes is not None and row in rows else notes for row, notes in enumerate(self.usage)
+        self.access_logs = tuple(
+            notes.fork() if notes is not None and row in rows else notes for row, notes in enumerate(self.access_logs)
         )
 
     def note_weights(self, now: WeightsState, rows: Sequence[int]) -> None:
@@ -309,7 +309,7 @@ class Streams:
 
     def _begin(self) -> Transaction:
         snapshots = [store.snapshot() for store in self._stores]
-        self._transaction = Transaction(self._stores, self.generators, self.usage, snapshots, self.draws())
+        self._transaction = Transaction(self._stores, self.generators, self.access_logs, snapshots, self.draws())
         return self._transaction
 
     def _resolve(self) -> None:
@@ -323,7 +323,11 @@ class Streams:
         self._transaction = None
 
     def _roll_back(self, transaction: Transaction) -> None:
-        self._stores, self.generators, self.usage = transaction.stores, transaction.generators, transaction.usage
+        self._stores, self.generators, self.access_logs = (
+            transaction.stores,
+            transaction.generators,
+            transaction.access_logs,
+        )
         for store, snapshot in zip(transaction.stores, transaction.snapshots, strict=True):
             store.restore(snapshot)
         for generator, state in zip(transaction.generators, transaction.draws, strict=True):

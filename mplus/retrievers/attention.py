@@ -130,6 +130,6 @@ class AttentionRetriever(Retriever):
         if self._decoder is None:
             raise NotSupported(
                 f"the retriever {self.name!r} works with the attention of a decoder: wrap one with it, "
-                "or use model.mplus_engine.bind(retriever)"
+                "or use model.mplus_engine.attach(retriever)"
             )
         return self._decoder

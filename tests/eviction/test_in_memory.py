@@ -119,12 +119,12 @@ def test_other_policies_take_no_notes_and_a_file_without_them_is_read(lru_model:
     memory = tiny.variant("paper").new_memory()
     memory.write(tiny.ids(16 * 7))
     tiny.variant("paper")(tiny.prompts(1), memory=memory)
-    assert memory.snapshot()[0].usage is None
+    assert memory.snapshot()[0].access_log is None
     memory.save(tmp_path)
     again = mplus.Memory.load(tmp_path, tiny.variant("paper"), eviction="lru")
-    usage = again.snapshot()[0].usage
-    assert usage is not None
-    assert set(usage.times(0, again.stores[0].ids(0)).tolist()) == {NEVER}
+    access_log = again.snapshot()[0].access_log
+    assert access_log is not None
+    assert set(access_log.times(0, again.stores[0].ids(0)).tolist()) == {NEVER}
 
 
 def test_notes_of_pending_rows_name_the_rows_in_the_store() -> None:
@@ -133,13 +133,13 @@ def test_notes_of_pending_rows_name_the_rows_in_the_store() -> None:
     memory = model.new_memory()
     memory.write(tiny.ids(16 * 11))
     assert len(memory.states[0].pending[0])
-    store, usage = memory.stores[0], memory.snapshot()[0].usage
+    store, access_log = memory.stores[0], memory.snapshot()[0].access_log
     assert int(store.ids(0)[0]) == 0
     store.remove(0, store.ids(0)[:3])  # places and ids differ now
     read = retrieved(memory, tiny.prompts(1))
-    assert usage is not None
+    assert access_log is not None
     stored = store.gather(0, store.ids(0)).birth
-    noted = usage.times(0, store.ids(0)) > NEVER
+    noted = access_log.times(0, store.ids(0)) > NEVER
     assert set(stored[noted].tolist()) == read[0] & set(stored.tolist())
     assert noted.any()
 
@@ -149,17 +149,17 @@ def test_notes_move_with_rows_that_are_computed_anew() -> None:
     memory = model.new_memory()
     memory.write(tiny.ids(16 * 7))
     model(tiny.prompts(1), memory=memory)
-    usage = memory.snapshot()[0].usage
-    assert usage is not None
-    before = [usage.times(layer, memory.stores[0].ids(layer)) for layer in range(3)]
+    access_log = memory.snapshot()[0].access_log
+    assert access_log is not None
+    before = [access_log.times(layer, memory.stores[0].ids(layer)) for layer in range(3)]
     with torch.no_grad():
         next(model.mplus.retriever.parameters()).mul_(1.5)
     ids = memory.stores[0].ids(0).tolist()
     refresh_if_stale(memory.streams)
     assert not set(ids) & set(memory.stores[0].ids(0).tolist())
-    usage = memory.snapshot()[0].usage
-    assert usage is not None
-    after = [usage.times(layer, memory.stores[0].ids(layer)) for layer in range(3)]
+    access_log = memory.snapshot()[0].access_log
+    assert access_log is not None
+    after = [access_log.times(layer, memory.stores[0].ids(layer)) for layer in range(3)]
     assert [times.tolist() for times in after] == [times.tolist() for times in before]
     assert any((times > NEVER).any() for times in after)
 

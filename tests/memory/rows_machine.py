@@ -114,8 +114,8 @@ class Watched(EvictionPolicy):
     def lifetime(self) -> float | None:
         return self.policy.lifetime
 
-    def with_access_log(self, usage: Any) -> EvictionPolicy:
-        return Watched(self.policy.with_access_log(usage), self.removed, self.fails_in)
+    def with_access_log(self, access_log: Any) -> EvictionPolicy:
+        return Watched(self.policy.with_access_log(access_log), self.removed, self.fails_in)
 
     def select(self, store: StoreView, layer: int, excess: int) -> Tensor:
         return self.noted(store, layer, self.policy.select(store, layer, excess))

@@ -275,7 +275,7 @@ class DecoderEngine:
         keys = retriever.project_keys(layer, rows if norm is None else norm(rows))
         return None if keys is None else keys.to(hidden)
 
-    def bind(self, retriever: Retriever) -> None:
+    def attach(self, retriever: Retriever) -> None:
         """Let a retriever that was built for this decoder use its attention. Raises NotSupported where it cannot."""
         retriever.attach(self.own_attention)
 

@@ -146,7 +146,7 @@ def _wrap_for_rows(decoder: PreTrainedModel, config: MPlusConfig, check: bool, p
             round_frequencies(decoder, getattr(torch, config.rope_inv_freq_dtype))
         _choose_technique(wrapped, installed, base_logits if config.rope_inv_freq_dtype is None else None, check)
         if mechanism.retriever is not None:
-            wrapped.mplus_engine.bind(mechanism.retriever)
+            wrapped.mplus_engine.attach(mechanism.retriever)
         _choose_rows(wrapped)
     except BaseException:
         unwrap(decoder)

@@ -221,8 +221,8 @@ class KvMechanism(MemoryMechanism):
         chosen = choose(state.chunk_length, scores, self.config.retrieved_tokens)
         chosen = chosen.sort().values if self.options.order == "written" else chosen.flip(0)
         places = state.places(chosen)
-        if view.usage is not None:
-            view.usage.record(0, view.store.ids(0)[places.to(view.store.layout.device)], state.clock)
+        if view.access_log is not None:
+            view.access_log.record(0, view.store.ids(0)[places.to(view.store.layout.device)], state.clock)
         return places
 
     def _front(
@@ -237,10 +237,10 @@ class KvMechanism(MemoryMechanism):
     def _evict(self, state: KvState, context: WriteContext) -> tuple[KvState, int]:
         """Let whole chunks leave, those of the rows that the policy names, until the rest is within the capacity."""
         store, capacity, before = context.store, context.capacity, state.tokens
-        policy = context.eviction.with_access_log(context.usage)
+        policy = context.eviction.with_access_log(context.access_log)
         while capacity is not None and state.tokens > capacity:
-            if context.usage is not None:
-                context.usage.trim(0, store)
+            if context.access_log is not None:
+                context.access_log.trim(0, store)
             place = torch.searchsorted(store.ids(0), policy.select(store, 0, 1)).cpu()
             chunk = torch.searchsorted(state.chunk_offset, place, right=True) - 1
             places = state.places(chunk)

@@ -27,7 +27,7 @@ from mplus.memory.directory.journal import Journal, records
 from mplus.memory.directory.record import apply
 from mplus.memory.format.earlier import in_present_form
 from mplus.memory.format.folder import MANIFEST
-from mplus.memory.format.load import check, check_names, read_generator, read_index, read_state, read_usage
+from mplus.memory.format.load import check, check_names, read_access_log, read_generator, read_index, read_state
 from mplus.memory.format.rules import FURTHEST_BACK, check_values
 from mplus.memory.format.save import Index, ManifestHeader, index_parts, layout_entry, stream_entry, stream_parts
 from mplus.memory.state import StreamState, StreamView
@@ -53,7 +53,7 @@ class CheckpointContent:
     states: list[StreamState]
     stores: list[MemoryStore]
     draws: list[Tensor]
-    usage: Sequence[AccessLog | None]
+    access_logs: Sequence[AccessLog | None]
     indexes: Sequence[Index] = ()
 
     @property
@@ -63,7 +63,7 @@ class CheckpointContent:
 
     def views(self) -> list[StreamView]:
         """Return views of the streams."""
-        return list(map(StreamView, self.states, self.stores, self.usage))
+        return list(map(StreamView, self.states, self.stores, self.access_logs))
 
 
 @define(eq=False)
@@ -295,9 +295,9 @@ def read_checkpoint(
                 f"layer, got {list(counts)}"
             )
         stores.append(whole)
-    usage = [read_usage(reader, number, mapped_store(store)) for number, store in enumerate(stores)]
+    access_logs = [read_access_log(reader, number, mapped_store(store)) for number, store in enumerate(stores)]
     indexes = [read_index(reader, number, layout.layers) for number in range(len(stores))]
-    return CheckpointContent(states, stores, draws, usage, indexes)
+    return CheckpointContent(states, stores, draws, access_logs, indexes)
 
 
 def rules_of(manifest: LiveManifest, number: int) -> dict[str, Rule]:

@@ -123,7 +123,7 @@ def _replace(directory: Directory, manifest: LiveManifest, content: CheckpointCo
         fingerprint=manifest.fingerprint, eviction=manifest.eviction, bytes_budget=manifest.bytes_budget
     )
     layers = range(manifest.layout.layers)
-    noted = [notes if any(len(notes.layer(n).ids) for n in layers) else None for notes in content.usage if notes]
+    noted = [notes if any(len(notes.layer(n).ids) for n in layers) else None for notes in content.access_logs if notes]
     states = [without_unused_sources(view).state for view in content.views()]
     kept = CheckpointContent(states, content.stores, content.draws, noted)
     token = object()

@@ -125,10 +125,10 @@ def _existing(
     budget = Budget.of(wanted, engine.config, engine.mechanism, content.stores[0], len(content.stores))
     if not changed:
         for store, index in zip(content.stores, content.indexes, strict=True):
-            engine.mechanism.adopt_index(store, index)
+            engine.mechanism.load_index(store, index)
     generators = [torch.Generator().set_state(draw) for draw in content.draws]
-    usage = [notes for notes in content.usage if notes is not None]
-    return Streams(engine, content.states, content.stores, generators, policy, budget, usage, persistence)
+    access_logs = [notes for notes in content.access_logs if notes is not None]
+    return Streams(engine, content.states, content.stores, generators, policy, budget, access_logs, persistence)
 
 
 def _check_own(folder: Folder) -> None:

@@ -98,7 +98,7 @@ class DirectoryPersistence(Persistence):
 
     def _write_checkpoint(self, token: object, states: Sequence[StreamState], streams: Streams, *, clean: bool) -> None:
         indexes = [streams.engine.mechanism.index_tensors(store) for store in streams.stores]
-        content = CheckpointContent(list(states), list(streams.stores), streams.draws(), streams.usage, indexes)
+        content = CheckpointContent(list(states), list(streams.stores), streams.draws(), streams.access_logs, indexes)
         header = ManifestHeader.of(streams.engine, streams.eviction, streams.budget, states)
         with writable(self.directory.path):
             self.directory.checkpoint(token, content, header, clean=clean)

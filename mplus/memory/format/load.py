@@ -88,16 +88,18 @@ def load_streams(
             lifetime = mechanism.lifetime(policy)
             states, stores, generators = read_streams(file, manifest, layout, store or engine.config.store, lifetime)
             check(check_fits, states, engine, layout, where=f"{folder}")
-            usage = [read_usage(file, n, one) for n, one in enumerate(stores)] if policy.needs_access_log else []
+            access_logs = (
+                [read_access_log(file, n, one) for n, one in enumerate(stores)] if policy.needs_access_log else []
+            )
             for entry, own in zip(manifest.streams, stores, strict=True):
-                mechanism.adopt_index(own, read_index(file, entry.store, layout.layers))
+                mechanism.load_index(own, read_index(file, entry.store, layout.layers))
         states = with_weights(states, stores, manifest.fingerprint, engine, folder)
     finally:
         held.release()
         here.close()
     wanted = manifest.bytes_budget if bytes_budget is None else bytes_budget
     budget = Budget.of(wanted, engine.config, mechanism, stores[0], len(states))
-    return Streams(engine, states, stores, generators, policy, budget, usage)
+    return Streams(engine, states, stores, generators, policy, budget, access_logs)
 
 
 def read_streams(
@@ -292,17 +294,17 @@ def read_tail(file: Tensors, number: int, known: Tensor) -> tuple[Waiting, ...]:
         raise MemoryFileError(f"{file.path}: stream.{number}.tail must hold text as it was kept: {error}") from error
 
 
-def read_usage(file: Tensors, number: int, store: MemoryStore) -> AccessLog:
+def read_access_log(file: Tensors, number: int, store: MemoryStore) -> AccessLog:
     """Read when the rows of a stream were last retrieved, as far as the file says.
 
     Raises MemoryFileError as ``get``.
     """
-    usage = AccessLog()
+    access_log = AccessLog()
     for layer in range(store.layout.layers):
         name = f"stream.{number}.usage.{layer}"
         if name in file.tensors:
-            usage.set_times(layer, store.ids(layer), read_times(file, name, store.count(layer)))
-    return usage
+            access_log.set_times(layer, store.ids(layer), read_times(file, name, store.count(layer)))
+    return access_log
 
 
 def read_times(file: Tensors, name: str, count: int) -> Tensor:

@@ -14,7 +14,7 @@ from mplus.memory.directory.offline import chosen, forget_live, live_sources
 from mplus.memory.format.earlier import in_present_form
 from mplus.memory.format.entries import layout_from, state_class
 from mplus.memory.format.folder import MANIFEST, check_removed, hold, lock, mode_of
-from mplus.memory.format.load import check_names, read_sources, read_streams, read_usage
+from mplus.memory.format.load import check_names, read_access_log, read_sources, read_streams
 from mplus.memory.format.manifest import LIVE_FORMAT, Manifest, is_memory, read_manifest
 from mplus.memory.format.save import ManifestHeader, replace, store_numbers
 from mplus.memory.format.tensors import TensorReader, Tensors
@@ -96,9 +96,9 @@ def forget_saved(
             check_names(file, manifest.streams)
             states, stores, generators = read_streams(file, manifest, layout_from(manifest.layout), Component("ram"))
             noted = any(name.startswith("stream.") and ".usage." in name for name in file.tensors)
-            usage = [read_usage(file, n, store) if noted else None for n, store in enumerate(stores)]
+            access_logs = [read_access_log(file, n, store) if noted else None for n, store in enumerate(stores)]
         report = forget(states, _own(stores, rows), rows, source, keep_name=keep_name)
-        views = [StreamView(*parts) for parts in zip(states, stores, usage, strict=True)]
+        views = [StreamView(*parts) for parts in zip(states, stores, access_logs, strict=True)]
         draws = [generator.get_state() for generator in generators]
         left = replace(here, views, draws, store_numbers(stores), _facts(manifest))
         check_removed(here, left)

@@ -292,9 +292,9 @@ def _of_stream(view: StreamView) -> Iterator[tuple[str, Tensor]]:
     for kind, tensors in found.items():
         for name, tensor in tensors.items():
             yield f"{kind}.{name}", tensor
-    if view.usage is not None:
+    if view.access_log is not None:
         for layer in range(view.store.layout.layers):
-            yield f"usage.{layer}", view.usage.times(layer, view.store.ids(layer))
+            yield f"usage.{layer}", view.access_log.times(layer, view.store.ids(layer))
 
 
 def _pieces(store: StoreView, layer: int, column: Any) -> Iterable[Tensor]:

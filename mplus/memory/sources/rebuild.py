@@ -24,7 +24,7 @@ def drop_source(streams: Streams, rows: Sequence[int], source: str | None, *, ke
     """Remove the rows of ``source``, and nothing else; see ``Memory.forget``. Raises as that."""
     report = streams.change(lambda states: forget(states, streams.stores, rows, source, keep_name=keep_name))
     for store in distinct(streams.stores):
-        streams.engine.mechanism.follow(store)
+        streams.engine.mechanism.sync_index(store)
     return report
 
 

@@ -54,7 +54,7 @@ class StreamWrite:
     def view(self) -> StreamView:
         """What a write sees of the stream; not a snapshot, since the memory's write lock is held."""
         streams, row = self.streams, self.row
-        return StreamView(streams.states[row], streams.stores[row], streams.usage[row])
+        return StreamView(streams.states[row], streams.stores[row], streams.access_logs[row])
 
 
 def planned(memory: Memory, data: Any, source: Any, report: WriteReport) -> list[StreamWrite]:

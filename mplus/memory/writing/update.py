@@ -154,7 +154,7 @@ class WriteContext:
         keys: makes retriever keys.
         ids: ``[n]`` int64, the text that the rows were made of.
         capacity: long-term rows that a layer may hold; None: no limit.
-        usage: notes on what was retrieved, where ``eviction`` goes by them.
+        access_log: notes on what was retrieved, where ``eviction`` goes by them.
     """
 
     store: MemoryStore
@@ -163,4 +163,4 @@ class WriteContext:
     keys: Keys
     ids: Tensor | None = None
     capacity: int | None = None
-    usage: AccessLog | None = None
+    access_log: AccessLog | None = None

@@ -294,7 +294,7 @@ def _context(streams: Streams, row: int, ids: Tensor) -> WriteContext:
         keys=lambda layer, hidden: _keys(engine, layer, hidden),
         ids=ids,
         capacity=streams.budget.capacity,
-        usage=streams.usage[row],
+        access_log=streams.access_logs[row],
     )
 
 

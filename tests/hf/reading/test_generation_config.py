@@ -56,11 +56,11 @@ def test_it_is_read_as_it_is(model: Any) -> None:
     assert config.memory is memory
     expected, plain = model.generate(TEXT, memory=memory, **GREEDY), model.generate(TEXT, **GREEDY)
     assert not torch.equal(expected, plain)
-    memory.streams.usage[0]._layers.clear()
+    memory.streams.access_logs[0]._layers.clear()
     prepared = model.mplus_engine._prepared[memory]
     assert torch.equal(model.generate(TEXT, generation_config=config), expected)
     assert torch.equal(model.generate(TEXT, config), expected)
-    assert len(memory.streams.usage[0].layer(0).ids), "reads are noted in the memory itself"
+    assert len(memory.streams.access_logs[0].layer(0).ids), "reads are noted in the memory itself"
     assert model.mplus_engine._prepared[memory] is prepared
     assert config.memory is memory
     memory.write(tiny.ids(60, 5))
@@ -211,6 +211,6 @@ def test_a_pipeline() -> None:
     write = pipeline("text-generation", model=model, tokenizer=tokenizer)
     texts, options = ["Lily was", "One day a small dog", "The stone"], {"max_new_tokens": 8, "do_sample": False}
     expected = write(texts, batch_size=2, memory=memory, **options)
-    memory.streams.usage[0]._layers.clear()
+    memory.streams.access_logs[0]._layers.clear()
     assert write(texts, batch_size=2, generation_config=GenerationConfig(memory=memory, **options)) == expected
-    assert len(memory.streams.usage[0].layer(0).ids), "reads are noted in the memory itself"
+    assert len(memory.streams.access_logs[0].layer(0).ids), "reads are noted in the memory itself"

@@ -168,7 +168,7 @@ def test_notes_on_what_was_read_survive_a_read_that_cannot_compute_rows_anew():
     layers = range(own.stores[0].layout.layers)
 
     def notes(memory):
-        return [memory.streams.usage[0].times(layer, memory.stores[0].ids(layer)).tolist() for layer in layers]
+        return [memory.streams.access_logs[0].times(layer, memory.stores[0].ids(layer)).tolist() for layer in layers]
 
     before = notes(own)
     assert all(len(set(times)) > 1 for times in before), "some rows were read and others not"

@@ -107,13 +107,13 @@ def test_several_samples_of_each_prompt() -> None:
 
 def test_reads_of_every_row_are_noted_in_the_memory() -> None:
     memory = written("paper", eviction="lru")
-    (notes,) = memory.streams.usage
+    (notes,) = memory.streams.access_logs
     read(memory, TEXTS)
     own = [written("paper", eviction="lru") for _ in TEXTS]
     expected = set()
     for twin, text in zip(own, TEXTS, strict=True):
         read(twin, text[None])
-        expected |= set(twin.streams.usage[0].layer(0).ids.tolist())
+        expected |= set(twin.streams.access_logs[0].layer(0).ids.tolist())
     assert set(notes.layer(0).ids.tolist()) == expected
 
 

@@ -140,7 +140,7 @@ def test_reads_rows_of_another_retriever_once_it_knows_the_decoder() -> None:
     retriever = AttentionRetriever(RetrieverShape(layers=3, hidden_size=32))
     with pytest.raises(NotSupported, match=r"'attention' works with the attention of a decoder: .*bind\(retriever\)"):
         retriever.project_queries(0, torch.zeros(1, 2, 32))
-    model.mplus_engine.bind(retriever)
+    model.mplus_engine.attach(retriever)
     assert retriever.key_size == 16
     assert retriever.project_keys(1, torch.zeros(0, 32)).shape == (0, 16)
 

@@ -306,11 +306,11 @@ def test_when_rows_were_retrieved_lasts_from_checkpoint_to_checkpoint(tmp_path):
         with torch.no_grad():
             model(tiny.prompts(1), memory=memory)
         ids = memory.stores[0].ids(0)
-        times = memory.snapshot()[0].usage.times(0, ids)
+        times = memory.snapshot()[0].access_log.times(0, ids)
         assert len(times.unique()) > 1
         memory.checkpoint()
     again = Memory.open(tmp_path, model)
-    assert torch.equal(again.snapshot()[0].usage.times(0, ids), times)
+    assert torch.equal(again.snapshot()[0].access_log.times(0, ids), times)
 
 
 def test_a_policy_that_needs_other_rows_is_refused(tmp_path):

@@ -112,9 +112,9 @@ def test_when_rows_were_retrieved_stays_known(tmp_path):
     again = Memory.open(tmp_path, model, read_only=True)
     ids = again.stores[0].ids(0)
     assert 0 < len(ids) < len(memory.stores[0].ids(0))
-    times = again.snapshot()[0].usage.times(0, ids)
+    times = again.snapshot()[0].access_log.times(0, ids)
     assert len(times.unique()) > 1
-    assert torch.equal(times, memory.snapshot()[0].usage.times(0, ids))
+    assert torch.equal(times, memory.snapshot()[0].access_log.times(0, ids))
 
 
 def test_mistakes_change_nothing(tmp_path):
