@@ -96,14 +96,14 @@ class Mechanism(ABC):
         """Merges that new long-term rows of a memory under ``eviction`` live; None: they do not expire."""
         return None
 
-    def follow(self, store: MemoryStore) -> None:  # noqa: B027 - most keep nothing elsewhere
+    def sync_index(self, store: MemoryStore) -> None:  # noqa: B027 - most keep nothing elsewhere
         """Rows were removed from ``store`` for good: let go of what is kept of them elsewhere."""
 
     def index_tensors(self, store: StoreView) -> list[dict[str, Tensor]]:
         """Per layer, what an index of these rows can be made of again; {} where there is none."""
         return [{} for _ in range(store.layout.layers)]
 
-    def adopt_index(  # noqa: B027 - most have no index
+    def load_index(  # noqa: B027 - most have no index
         self, store: StoreView, tensors: Sequence[Mapping[str, Tensor]]
     ) -> None:
         """Take over what ``index_tensors`` gave for these rows, or make an index anew."""

@@ -28,7 +28,6 @@ from mplus.stores.base import MemoryStore
 
 if TYPE_CHECKING:
     from mplus.memory.directory.directory import Directory
-    from mplus.stores.disk.files import FileSystem
 
 
 class Memory:
@@ -262,7 +261,6 @@ class Memory:
         read_only: bool = False,
         journal_bytes: int = JOURNAL_BYTES,
         file_mode: int | None = None,
-        files: FileSystem | None = None,
     ) -> Memory:
         """Open the memory that lives in the directory ``path``, or make a new one there; ``with`` closes it.
 
@@ -279,7 +277,7 @@ class Memory:
                 "tiered" (which was not run on a GPU).
             read_only: read what is there now, beside a process that writes; changes are refused.
             journal_bytes: write a new checkpoint when the journal is longer than this; opening reads all of it.
-            file_mode, files: permission bits of files that are written, as for ``save``; the file system (for tests).
+            file_mode: permission bits of files that are written, as for ``save``.
 
         Raises:
             MemoryFileError: ``path`` cannot be read or written, is truncated, altered or foreign, or of a newer format.
@@ -293,7 +291,7 @@ class Memory:
         new = partial(model.new_memory, seed=seed, memory_rows=memory_rows, keep_text=keep_text)
         streams = open_streams(
             path, engine, new, batch_size=batch_size, store=store, eviction=eviction, bytes_budget=bytes_budget,
-            device=device, read_only=read_only, journal_bytes=journal_bytes, file_mode=file_mode, files=files,
+            device=device, read_only=read_only, journal_bytes=journal_bytes, file_mode=file_mode,
         )  # fmt: skip
         return Memory(streams, tokenizer)
 

@@ -84,7 +84,7 @@ def forget_live(
         folder: of the memory.
         source: a name that was given to ``write``.
         row: stream to take it out of; None: all.
-        files: the file system (for tests).
+        files: does what is done to files; None: the system.
         keep_name: as for ``Memory.forget``.
 
     Raises:

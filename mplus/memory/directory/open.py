@@ -58,14 +58,13 @@ def open_streams(
     read_only: bool,
     journal_bytes: int,
     file_mode: int | None,
-    files: FileSystem | None,
 ) -> Streams:
     """See ``Memory.open`` for the arguments and what is raised; ``new``: ``model.new_memory``."""
     if isinstance(journal_bytes, bool) or not isinstance(journal_bytes, int) or journal_bytes < 1:
         raise ConfigError(f"journal_bytes must be a whole number of at least 1, got {journal_bytes!r}")
     wanted = engine.config.store if store is None else Component.of(store)
     policy = None if eviction is None else Component.of(eviction)
-    device, files = check_device(device), files or FileSystem()
+    device, files = check_device(device), FileSystem()
     if read_only:
         with hold(path) as folder:
             manifest, content, (_, count) = _read(folder, engine, wanted, device)

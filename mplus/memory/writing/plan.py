@@ -106,7 +106,9 @@ def prepare_write(streams: Streams, rows: Sequence[int]) -> None:
     """
     check_dtype(streams.dtype, streams.engine.dtype)
     streams.check_writable()
-    refresh_if_stale(streams, writing=rows)
+    now = streams.engine.weights()
+    if any(streams.states[row].weights != now for row in rows):
+        refresh_if_stale(streams, now, writing=rows)
 
 
 def check_dtype(memory: torch.dtype, model: torch.dtype) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from mplus.memory import Memory
-from tests.memory.disks.disks import Watched
+from tests.memory.disks.disks import Watched, open_memory
 from tests.memory.rows_machine import CONFIGS, STORES, Held, Rows, follow, held
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class LiveRows(Rows):
 
     def opened(self, **options: Any) -> Any:
         """The directory, open for writing."""
-        return Memory.open(
+        return open_memory(
             self.path, self.model, store=self.store, journal_bytes=self.journal_bytes, files=self.files, **options
         )
 

@@ -11,7 +11,7 @@ import pytest
 from mplus.errors import LiveMemoryError, MemoryFileError
 from mplus.memory import Memory
 from tests.conftest import NIGHTLY
-from tests.memory.disks.disks import Failing, Forgetful, Short
+from tests.memory.disks.disks import Failing, Forgetful, Short, open_memory
 from tests.memory.disks.plain import PlainModel, chunk, reopened
 from tests.memory.tiny import assert_same, content, difference
 
@@ -31,7 +31,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 
 def filled(path: Path, files: Any) -> Memory:
     """Rows in every tier, in files and in the journal."""
-    memory = Memory.open(path, MODEL, batch_size=2, files=files)
+    memory = open_memory(path, MODEL, batch_size=2, files=files)
     for number in range(5):
         memory.write([chunk(number), chunk(number + 20)], source="ab"[number % 2])
     memory.checkpoint()
@@ -64,7 +64,7 @@ def test_a_change_that_fails_leaves_memory_and_directory_as_before(tmp_path, cha
     for place, (at, lasting, late) in enumerate(faults(calls)):
         path = shutil.copytree(tmp_path / "spare", tmp_path / str(place))
         files = Failing()
-        memory = Memory.open(path, MODEL, files=files)
+        memory = open_memory(path, MODEL, files=files)
         files.fail(at, lasting=lasting, late=late)
         raised = True
         try:
@@ -141,7 +141,7 @@ def test_loss_of_power_loses_nothing_acknowledged(tmp_path, record_property):
     files = Losing(folder, scratch, ways=8 if NIGHTLY else 2)
     new = MODEL.new_memory(batch_size=2)
     files.acknowledged = content(new)
-    memory = Memory.open(folder, MODEL, batch_size=2, journal_bytes=25_000, files=files)
+    memory = open_memory(folder, MODEL, batch_size=2, journal_bytes=25_000, files=files)
     twin = memory.fork()
     changes: list[Callable[[Any], object]] = [
         *(lambda m, n=n: m.write([chunk(n), chunk(n + 30)], source="ab"[n % 2]) for n in range(30 if NIGHTLY else 5)),
@@ -169,7 +169,7 @@ def test_the_loss_of_power_is_noticed_where_something_is_not_synced(tmp_path, mo
     scratch.mkdir()
     for missing in ("sync", "sync_folder"):
         files = Losing(folder, scratch, ways=1)
-        memory = Memory.open(folder, MODEL, batch_size=2, files=files)
+        memory = open_memory(folder, MODEL, batch_size=2, files=files)
         monkeypatch.setattr(files, missing, lambda handle: None)
         memory.write([chunk(1), chunk(2)])
         memory.checkpoint()

@@ -14,6 +14,7 @@ from mplus.errors import LiveMemoryError
 from mplus.memory import Memory
 from mplus.memory.format.folder import hold, lock
 from mplus.stores.disk.files import FileSystem
+from tests.memory.disks.disks import open_memory
 from tests.memory.disks.plain import PlainModel, chunk, reopened
 from tests.memory.tiny import assert_same, content, difference
 
@@ -134,7 +135,7 @@ def test_forked_in_the_middle_of_a_change_of_another_thread(tmp_path: Path, chan
             super().sync(handle)
 
     files = Waiting()
-    memory = Memory.open(tmp_path, MODEL, files=files)
+    memory = open_memory(tmp_path, MODEL, files=files)
     for number in range(8):
         memory.write(chunk(number), source="ab"[number % 2])
     held, twin = content(memory), memory.fork()

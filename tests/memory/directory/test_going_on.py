@@ -21,7 +21,7 @@ from mplus.memory.format.repair import repair
 from mplus.memory.format.verify import verify
 from mplus.stores.disk.files import FileSystem, Folder
 from tests.conftest import NIGHTLY
-from tests.memory.disks.disks import Failing
+from tests.memory.disks.disks import Failing, open_memory
 from tests.memory.disks.plain import PlainModel, chunk, reopened
 from tests.memory.interruption import interrupted_everywhere
 from tests.memory.tiny import assert_same, content, difference
@@ -53,7 +53,7 @@ def check_what_follows(memory: Memory, twin: Memory, path: Path) -> None:
 
 def written(path: Path, **options: Any) -> tuple[Memory, Memory]:
     """A directory with rows in every tier and records in the journal, and an ordinary memory of the same content."""
-    memory = Memory.open(path, MODEL, **options)
+    memory = open_memory(path, MODEL, **options)
     for number in range(8):
         memory.write(chunk(number), source="ab"[number % 2])
         if number == 5:
@@ -288,7 +288,7 @@ def children(path: Path, turns: int) -> Iterator[int]:
             try:
                 os.close(reader)
                 files = Failing()
-                memory = Memory.open(path, MODEL, files=files, journal_bytes=20_000)
+                memory = open_memory(path, MODEL, files=files, journal_bytes=20_000)
                 draw = random.Random(turn)
                 while True:
                     number = memory.states[0].clock // 4

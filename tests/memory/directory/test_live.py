@@ -18,7 +18,7 @@ from mplus.memory import Memory
 from mplus.stores.disk.compaction import files_of
 from tests.conftest import NIGHTLY
 from tests.memory import tiny
-from tests.memory.disks.disks import Failing
+from tests.memory.disks.disks import Failing, open_memory
 from tests.memory.disks.plain import PlainModel, chunk, reopened
 from tests.memory.interruption import interrupted_everywhere
 from tests.memory.tiny import assert_same, content, difference
@@ -30,7 +30,7 @@ MODEL = PlainModel()
 
 
 def written(path: Path, chunks: int = 9, **options) -> Memory:
-    memory = Memory.open(path, MODEL, **options)
+    memory = open_memory(path, MODEL, **options)
     for number in range(chunks):
         memory.write(chunk(number), source="ab"[number % 2])
     return memory

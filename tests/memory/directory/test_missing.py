@@ -13,7 +13,7 @@ from mplus.memory.format.offline import forget_saved, saved_sources
 from mplus.memory.format.repair import repair
 from mplus.memory.format.verify import verify
 from mplus.stores.disk.files import FileSystem
-from tests.memory.disks.disks import Failing, Watched
+from tests.memory.disks.disks import Failing, Watched, open_memory
 from tests.memory.disks.plain import PlainModel, chunk, reopened
 from tests.memory.tiny import assert_same
 
@@ -27,7 +27,7 @@ MODEL = PlainModel()
 
 def written(path: Path, chunks: int = 12, **options: Any) -> Memory:
     """With rows in every tier, in the files of a checkpoint and in the journal."""
-    memory = Memory.open(path, MODEL, **options)
+    memory = open_memory(path, MODEL, **options)
     for number in range(chunks):
         memory.write(chunk(number), source="ab"[number % 2])
         if number == 9:
@@ -71,7 +71,7 @@ def test_a_crash_at_any_call_of_the_first_opening_leaves_nothing_in_the_way(tmp_
         files = Dying()
         files.dies_at = at
         try:
-            Memory.open(tmp_path / f"{at}", MODEL, files=files).directory.close()
+            open_memory(tmp_path / f"{at}", MODEL, files=files).directory.close()
         except SystemExit:
             with written(tmp_path / f"{at}", 1):
                 pass

@@ -7,10 +7,13 @@ import os
 import random
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from attrs import define, field
 
+from mplus.memory import Memory
+from mplus.memory.directory import open as opening
 from mplus.stores.disk.files import FileSystem
 
 if TYPE_CHECKING:
@@ -20,6 +23,12 @@ if TYPE_CHECKING:
 
 
 SECTOR = 512
+
+
+def open_memory(path: Path, model: object, *, files: FileSystem | None = None, **options: Any) -> Memory:
+    """Open a memory as ``Memory.open`` does, with ``files`` in the place of the real file system."""
+    with patch.object(opening, "FileSystem", FileSystem if files is None else lambda: files):
+        return Memory.open(path, model, **options)
 
 
 class Watched(FileSystem):

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-from mplus.memory import Memory
 from mplus.stores.disk.files import FileSystem
-from tests.memory.disks.disks import Deadly
+from tests.memory.disks.disks import Deadly, open_memory
 from tests.memory.disks.plain import CONFIGS, PlainModel, chunk
 
 
@@ -24,7 +23,7 @@ def say(text: str) -> None:
 
 def write(folder: Path, model: PlainModel, at: int) -> None:
     """Write chunks, from the first that is not there yet, for ever."""
-    memory = Memory.open(folder, model, journal_bytes=30_000, files=Deadly(at) if at else FileSystem())
+    memory = open_memory(folder, model, journal_bytes=30_000, files=Deadly(at) if at else FileSystem())
     number = memory.states[0].clock // 4
     say("ready")
     while True:

@@ -22,7 +22,7 @@ from mplus.errors import (
 from mplus.memory import WriteReport
 from mplus.memory.writing import write as writing
 from tests.memory import tiny
-from tests.memory.disks.disks import Watched
+from tests.memory.disks.disks import Watched, open_memory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -142,7 +142,7 @@ class Full(Watched):
 
 def on_a_full_disk(model: Any, path: Any) -> Memory:
     disk = Full()
-    memory = mplus.Memory.open(path, model, files=disk)
+    memory = open_memory(path, model, files=disk)
     memory.write(tiny.ids(16))
     disk.full = True
     return memory
