@@ -6,12 +6,12 @@ import copy
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, SupportsIndex, cast
 
 import torch
 from torch import Tensor
 
-from mplus.config import Component
+from mplus.config import Component, JsonValue
 from mplus.errors import InputError
 from mplus.memory.copying import check_row, check_rows, check_target, copied, moved, pickle_error
 from mplus.memory.directory import JOURNAL_BYTES
@@ -22,6 +22,7 @@ from mplus.memory.sources.listing import sources_of
 from mplus.memory.sources.rebuild import drop_source, rebuild_without, reset
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.transaction import Streams
+from mplus.memory.writing.chunking import Ids, SourceNames, Tokenizer, WriteData
 from mplus.memory.writing.pieces import write_pieces
 from mplus.memory.writing.write import write, write_chunk
 from mplus.stores.base import MemoryStore
@@ -51,15 +52,13 @@ class Memory:
         tokenizer: turns text into ids for ``write``; may be None.
     """
 
-    def __init__(self, streams: Streams, tokenizer: Any = None) -> None:
+    def __init__(self, streams: Streams, tokenizer: Tokenizer | None = None) -> None:
         self.streams = streams
         self.tokenizer = tokenizer
 
     # ------------------------------------------------------------------ writing
 
-    def write(
-        self, data: Any, source: str | Sequence[str | None] | None = None, *, progress: bool | None = None
-    ) -> WriteReport:
+    def write(self, data: WriteData, source: SourceNames = None, *, progress: bool | None = None) -> WriteReport:
         """Read text into memory, chunk by chunk; an error or interrupt leaves the chunks before it, and nothing else.
 
         Args:
@@ -76,7 +75,7 @@ class Memory:
         return write(self, data, source, progress)
 
     def write_pieces(
-        self, pieces: Iterable[Any], source: str | None = None, *, progress: bool | None = None
+        self, pieces: Iterable[str | Ids], source: str | None = None, *, progress: bool | None = None
     ) -> WriteReport:
         """Read a long document that comes in pieces, say the lines of a file, without ever holding all of it.
 
@@ -161,7 +160,7 @@ class Memory:
             twin.streams.engine = copy.deepcopy(self.engine, memo)
         return twin
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         """Raise MemoryPickleError: a memory belongs to a decoder, and its rows may lie in files."""
         raise pickle_error()
 
@@ -212,9 +211,9 @@ class Memory:
         path: str | Path,
         model: Any,
         *,
-        tokenizer: Any = None,
-        store: Any = None,
-        eviction: Any = None,
+        tokenizer: Tokenizer | None = None,
+        store: JsonValue | Component = None,
+        eviction: JsonValue | Component = None,
         bytes_budget: int | str | None = None,
         device: torch.device | str | None = None,
     ) -> Memory:
@@ -250,10 +249,10 @@ class Memory:
         model: Any,
         *,
         batch_size: int | None = None,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         seed: int = 0,
-        store: Any = None,
-        eviction: Any = None,
+        store: JsonValue | Component = None,
+        eviction: JsonValue | Component = None,
         bytes_budget: int | str | None = None,
         memory_rows: Literal["projected", "hidden", "both"] | None = None,
         keep_text: bool = False,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
 
-from mplus.config import Component
+from mplus.config import Component, JsonValue
 from mplus.errors import ConfigError, MemoryFileError, MemoryMismatchError
 from mplus.eviction import EVICTION
 from mplus.memory.budget import Budget
@@ -51,8 +51,8 @@ def open_streams(
     new: Callable[..., Memory],
     *,
     batch_size: int | None,
-    store: Any,
-    eviction: Any,
+    store: JsonValue | Component,
+    eviction: JsonValue | Component,
     bytes_budget: int | str | None,
     device: torch.device | str,
     read_only: bool,

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from mplus.errors import InputError
+
+Ids: TypeAlias = Tensor | Sequence[int]
+"""Token ids ``[n]``."""
+WriteData: TypeAlias = str | Ids | Sequence[str | Ids | None]
+"""What ``Memory.write`` takes: a text, ids ``[n]`` or ``[B, n]``, or a list with a text, ids or None per batch row."""
+SourceNames: TypeAlias = str | Sequence[str | None] | None
+"""The name of a source, or one per batch row."""
+
+
+class Tokenizer(Protocol):
+    """Turns text into ids, as the tokenizers of transformers do."""
+
+    def __call__(self, text: str, /, *, add_special_tokens: bool, verbose: bool) -> Mapping[str, Any]:
+        """Return the ids of a text as ``input_ids``."""
 
 
 def split(ids: Tensor, chunk_tokens: int, min_chunk_tokens: int) -> list[Tensor]:
@@ -37,7 +51,7 @@ def split(ids: Tensor, chunk_tokens: int, min_chunk_tokens: int) -> list[Tensor]
     return chunks
 
 
-def to_rows(data: Any, batch_size: int, tokenizer: Any) -> list[Tensor | None]:
+def to_rows(data: WriteData, batch_size: int, tokenizer: Tokenizer | None) -> list[Tensor | None]:
     """Return one ``[n]`` int64 tensor per batch row; None for a row with nothing to write.
 
     Args:
@@ -54,17 +68,18 @@ def to_rows(data: Any, batch_size: int, tokenizer: Any) -> list[Tensor | None]:
     return rows
 
 
-def to_items(data: Any, batch_size: int) -> list[Any]:
+def to_items(data: WriteData, batch_size: int) -> list[str | Ids | None]:
     """Return what ``data`` has for each batch row: a text, ids or None. Raises InputError as ``to_rows``."""
-    several = isinstance(data, Sequence) and not isinstance(data, str | bytes | bytearray)
+    items: list[str | Ids | None]
     if isinstance(data, Tensor):
         if data.dim() not in (1, 2):
             raise InputError(f"ids must have shape [n] or [batch, n], got {list(data.shape)}")
-        items: list[Any] = [data] if data.dim() == 1 else list(data)
-    elif isinstance(data, str) or (several and data and all(isinstance(item, int) for item in data)):
+        items = [data] if data.dim() == 1 else list(data)
+    elif isinstance(data, str):
         items = [data]
-    elif several:
-        items = list(data)
+    elif isinstance(data, Sequence) and not isinstance(data, bytes | bytearray):
+        numbers = bool(data) and all(isinstance(item, int) for item in data)
+        items = cast("list[str | Ids | None]", [data] if numbers else list(data))
     else:
         raise InputError(f"write takes text, ids or a list of them, got {type(data).__name__}")
     if items and len(items) != batch_size:
@@ -72,7 +87,7 @@ def to_items(data: Any, batch_size: int) -> list[Any]:
     return items
 
 
-def _to_ids(item: Any, tokenizer: Any) -> Tensor | None:
+def _to_ids(item: str | Ids | None, tokenizer: Tokenizer | None) -> Tensor | None:
     if item is None:
         return None
     if isinstance(item, str):
@@ -80,11 +95,12 @@ def _to_ids(item: Any, tokenizer: Any) -> Tensor | None:
             return None
         if tokenizer is None:
             raise InputError("writing text needs a tokenizer: pass tokenizer= to new_memory or load, or write ids")
-        item = tokenizer(item, add_special_tokens=False, verbose=False)["input_ids"]  # longer than a prompt, on purpose
+        text = tokenizer(item, add_special_tokens=False, verbose=False)  # longer than a prompt, on purpose
+        return checked_ids(text["input_ids"])
     return checked_ids(item)
 
 
-def checked_ids(item: Any) -> Tensor | None:
+def checked_ids(item: Ids) -> Tensor | None:
     """Return the ids of one batch row as ``[n]`` int64; None: there are none. Raises InputError: they are no ids."""
     try:
         ids = torch.as_tensor(item)
@@ -98,10 +114,12 @@ def checked_ids(item: Any) -> Tensor | None:
     return ids.to(torch.int64)
 
 
-def to_names(source: Any, batch_size: int) -> list[str | None]:
+def to_names(source: SourceNames, batch_size: int) -> list[str | None]:
     """Return the name of the source for each batch row. Raises InputError unless it is one name, or one per row."""
-    several = isinstance(source, Sequence) and not isinstance(source, str | bytes)
-    names = list(source) if several else [source] * batch_size
+    if source is None or isinstance(source, str | bytes) or not isinstance(source, Sequence):
+        names: list[str | None] = [source] * batch_size
+    else:
+        names = list(source)
     if len(names) != batch_size:
         raise InputError(f"source must be one name or one per batch row ({batch_size}), got {len(names)} names")
     for name in names:
@@ -128,7 +146,7 @@ def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
         raise InputError(f"ids must lie in the vocabulary, 0 to {vocab_size - 1}, got {int(ids[tuple(place)])} {where}")
 
 
-def check_chunk(ids: Any, batch_size: int, min_tokens: int, max_tokens: int) -> None:
+def check_chunk(ids: Tensor, batch_size: int, min_tokens: int, max_tokens: int) -> None:
     """Raise InputError unless these are ids ``[batch_size, n]`` of a chunk that can be written as it is."""
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[0] != batch_size:
         got = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from attrs import define, evolve, field
@@ -14,14 +13,18 @@ from torch import Tensor
 from mplus.errors import InputError
 from mplus.memory.report import LONG, WriteReport, progress_bar
 from mplus.memory.transaction import Streams
-from mplus.memory.writing.chunking import check_vocabulary, split, to_names, to_rows
+from mplus.memory.writing.chunking import Ids, Tokenizer, check_vocabulary, split, to_names, to_rows
 from mplus.memory.writing.passages import PassageCutter, to_text
 from mplus.memory.writing.plan import StreamWrite, passage_write, prepare_write
 from mplus.memory.writing.write import write_streams
 
 
 def write_pieces(
-    streams: Streams, tokenizer: Any, pieces: Iterable[Any], source: str | None, progress: bool | None
+    streams: Streams,
+    tokenizer: Tokenizer | None,
+    pieces: Iterable[str | Ids],
+    source: str | None,
+    progress: bool | None,
 ) -> WriteReport:
     """See ``Memory.write_pieces``."""
     begun = time.perf_counter()
@@ -50,8 +53,8 @@ def write_pieces(
 
 def _write_texts(
     streams: Streams,
-    tokenizer: Any,
-    pieces: Iterable[Any],
+    tokenizer: Tokenizer | None,
+    pieces: Iterable[str | Ids],
     name: str | None,
     report: WriteReport,
     advance: Callable[[int], None],
@@ -70,7 +73,7 @@ def _write_texts(
         before = write.passages[-1] if write.passages else before
 
 
-def tokenised(pieces: Iterable[Any], tokenizer: Any) -> Iterator[Tensor]:
+def tokenised(pieces: Iterable[str | Ids], tokenizer: Tokenizer | None) -> Iterator[Tensor]:
     """Yield ``[n]`` int64 ids of each piece that is not empty. Raises InputError as ``to_rows``."""
     for piece in pieces:
         if not isinstance(piece, str) or piece:

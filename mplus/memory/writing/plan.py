@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from attrs import define
@@ -14,7 +14,7 @@ from mplus.memory.recompute import refresh_if_stale
 from mplus.memory.report import WriteReport
 from mplus.memory.state import StreamView
 from mplus.memory.transaction import Streams
-from mplus.memory.writing.chunking import check_vocabulary, split, to_names, to_rows
+from mplus.memory.writing.chunking import SourceNames, Tokenizer, WriteData, check_vocabulary, split, to_names, to_rows
 from mplus.memory.writing.passages import Passage, cut, to_texts, with_ids
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class StreamWrite:
     chunks: Sequence[Tensor]
     name: str | None
     report: WriteReport
-    tokenizer: Any = None
+    tokenizer: Tokenizer | None = None
     passages: Sequence[str] = ()
     before: str = ""
 
@@ -57,7 +57,7 @@ class StreamWrite:
         return StreamView(streams.states[row], streams.stores[row], streams.access_logs[row])
 
 
-def planned(memory: Memory, data: Any, source: Any, report: WriteReport) -> list[StreamWrite]:
+def planned(memory: Memory, data: WriteData, source: SourceNames, report: WriteReport) -> list[StreamWrite]:
     """Check all that is to be written to a memory, and cut it into chunks."""
     streams, tokenizer = memory.streams, memory.tokenizer
     names = to_names(source, len(streams))
@@ -86,7 +86,7 @@ def passage_write(
     passages: Sequence[str],
     name: str | None,
     report: WriteReport,
-    tokenizer: Any,
+    tokenizer: Tokenizer | None,
     before: str = "",
 ) -> StreamWrite:
     """Return what writes passages to a stream of a memory of text. Raises InputError: ids outside the vocabulary."""

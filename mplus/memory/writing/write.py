@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from attrs import evolve
@@ -16,7 +16,7 @@ from mplus.memory.engine import Engine
 from mplus.memory.report import WriteReport, progress_bar
 from mplus.memory.state import StreamState, alike
 from mplus.memory.transaction import Streams
-from mplus.memory.writing.chunking import check_chunk, check_vocabulary, to_names
+from mplus.memory.writing.chunking import SourceNames, WriteData, check_chunk, check_vocabulary, to_names
 from mplus.memory.writing.plan import StreamWrite, planned, prepare_write
 from mplus.memory.writing.update import NewEntries, Update, WriteContext, check_finite
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mplus.memory.memory import Memory
 
 
-def write(memory: Memory, data: Any, source: Any, progress: bool | None) -> WriteReport:
+def write(memory: Memory, data: WriteData, source: SourceNames, progress: bool | None) -> WriteReport:
     """Write to one memory; see ``Memory.write``."""
     (report,), errors = _write([memory], [data], [source], progress)
     for error in errors.values():
@@ -35,8 +35,8 @@ def write(memory: Memory, data: Any, source: Any, progress: bool | None) -> Writ
 @overload
 def write_together(
     memories: Sequence[Memory],
-    data: Sequence[Any],
-    sources: Sequence[Any] | None = None,
+    data: Sequence[WriteData],
+    sources: Sequence[SourceNames] | None = None,
     *,
     errors: Literal["raise"] = "raise",
     progress: bool | None = None,
@@ -46,8 +46,8 @@ def write_together(
 @overload
 def write_together(
     memories: Sequence[Memory],
-    data: Sequence[Any],
-    sources: Sequence[Any] | None = None,
+    data: Sequence[WriteData],
+    sources: Sequence[SourceNames] | None = None,
     *,
     errors: Literal["return"],
     progress: bool | None = None,
@@ -56,8 +56,8 @@ def write_together(
 
 def write_together(
     memories: Sequence[Memory],
-    data: Sequence[Any],
-    sources: Sequence[Any] | None = None,
+    data: Sequence[WriteData],
+    sources: Sequence[SourceNames] | None = None,
     *,
     errors: Literal["raise", "return"] = "raise",
     progress: bool | None = None,
@@ -101,7 +101,7 @@ def write_together(
 
 
 def _write(
-    memories: Sequence[Memory], data: Sequence[Any], sources: Sequence[Any], progress: bool | None
+    memories: Sequence[Memory], data: Sequence[WriteData], sources: Sequence[SourceNames], progress: bool | None
 ) -> tuple[list[WriteReport], dict[int, Exception]]:
     """Return what was written to each memory, and what failed, by position of the memory in the list."""
     begun = time.perf_counter()
@@ -141,7 +141,7 @@ def _check_one(memories: Sequence[Memory], position: int, written: Mapping[int, 
         raise MemoryMismatchError("memories that are written together must belong to one decoder, that of the first")
 
 
-def write_chunk(streams: Streams, ids: Tensor, source: Any) -> WriteReport:
+def write_chunk(streams: Streams, ids: Tensor, source: SourceNames) -> WriteReport:
     """Write one chunk to every stream; see ``Memory.write_chunk``."""
     begun = time.perf_counter()
     config, count = streams.engine.config, len(streams)

@@ -138,7 +138,7 @@ def test_is_saved_with_the_memory_and_the_model(tmp_path: Path) -> None:
 def test_reads_rows_of_another_retriever_once_it_knows_the_decoder() -> None:
     model = retrofit(BY_NAME["llama"]).wrapped
     retriever = AttentionRetriever(RetrieverShape(layers=3, hidden_size=32))
-    with pytest.raises(NotSupported, match=r"'attention' works with the attention of a decoder: .*bind\(retriever\)"):
+    with pytest.raises(NotSupported, match=r"'attention' works with the attention of a decoder: .*attach\(retriever\)"):
         retriever.project_queries(0, torch.zeros(1, 2, 32))
     model.mplus_engine.attach(retriever)
     assert retriever.key_size == 16
