@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -116,8 +116,8 @@ class StreamState:
         return self.changed(lambda rows, name, layer: rows.to(device, dtype))
 
     @property
-    def pass_key(self) -> Any:
-        """What must be equal in streams that share one write pass."""
+    def pass_key(self) -> Hashable:
+        """The value that must be equal in streams that share one write pass."""
         return tuple(len(rows) for parts in self.row_lists().values() for rows in parts)
 
     @classmethod
@@ -220,7 +220,7 @@ class StreamState:
 
 @define(frozen=True, eq=False, kw_only=True)
 class PlainState(StreamState):
-    """What a file holds of a stream whose mechanism is not installed: rows and tensors by name, as they are.
+    """The rows and tensors, by name, that a file holds of a stream whose mechanism is not installed.
 
     Attributes:
         rows: the lists of rows.
@@ -259,7 +259,7 @@ class PlainState(StreamState):
 
 @define(frozen=True, eq=False)
 class StreamView:
-    """What a read sees of one stream: an immutable state and an immutable view of its store.
+    """One stream as a read sees it: an immutable state and an immutable view of its store.
 
     Attributes:
         state: all but the long-term rows.
@@ -273,8 +273,8 @@ class StreamView:
 
 
 def alike(chunks: Sequence[Tensor], states: Sequence[StreamState]) -> list[list[int]]:
-    """Places of those that can share one pass: same chunk length, same ``StreamState.pass_key``."""
-    groups: dict[Any, list[int]] = {}
+    """Return groups of positions that can share one pass: same chunk length, same ``StreamState.pass_key``."""
+    groups: dict[tuple[int, Hashable], list[int]] = {}
     for place, (ids, state) in enumerate(zip(chunks, states, strict=True)):
         groups.setdefault((len(ids), state.pass_key), []).append(place)
     return list(groups.values())
@@ -303,6 +303,6 @@ def check_columns(columns: Mapping[str, Tensor], layout: StoreLayout, where: str
             )
 
 
-def forms(tensors: Mapping[str, Tensor], leave_out: int) -> dict[str, Any]:
+def forms(tensors: Mapping[str, Tensor], leave_out: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Return dtype and shape of each tensor, but for its first ``leave_out`` dimensions."""
     return {name: (tensor.dtype, tuple(tensor.shape[leave_out:])) for name, tensor in sorted(tensors.items())}

@@ -105,7 +105,7 @@ class Persistence:
 
     @property
     def has_journal(self) -> bool:
-        """Whether something was written since the last checkpoint, and a checkpoint can be."""
+        """True if something was written since the last checkpoint, and a checkpoint can be."""
         return False
 
     def close(self) -> None:
@@ -191,7 +191,7 @@ class Streams:
 
     @property
     def keeps_text(self) -> bool:
-        """Whether the ids of all that was written are kept."""
+        """True if the ids of all that was written are kept."""
         return all(state.texts is not None for state in self._states)
 
     def draws(self) -> list[Tensor]:

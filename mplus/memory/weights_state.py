@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TypedDict
 
 from attrs import define, field
 
@@ -11,6 +11,30 @@ MADE_WITH = "made_with"
 """Under this name a fingerprint says what the rows of each stream were made with."""
 PARTIAL = "partial "
 """Begins a digest that leaves out weights which were elsewhere (offloaded, sharded); it fits no other process."""
+
+
+class AdapterFacts(TypedDict):
+    """An ``AdapterState`` as plain data."""
+
+    names: list[str]
+    scaling: dict[str, str]
+    contents: dict[str, str]
+
+
+class WeightsFacts(TypedDict):
+    """A ``WeightsState`` as plain data."""
+
+    adapters: AdapterFacts
+    base: str
+    key_adapters: AdapterFacts
+    key_base: str
+
+
+class MadeWith(TypedDict):
+    """The entry of a fingerprint: different states of weights, and for each stream the number of its own."""
+
+    sets: list[WeightsFacts]
+    streams: list[int]
 
 
 @define(frozen=True)
@@ -72,7 +96,7 @@ class WeightsState:
         base = [] if same(self.key_base, now.key_base) else ["the weights of norms or of the retriever have changed"]
         return self.key_adapters.differences(now.key_adapters) + base
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> WeightsFacts:
         """Return the state as plain data, for files."""
         return {
             "adapters": _facts(self.adapters),
@@ -82,7 +106,7 @@ class WeightsState:
         }
 
     @staticmethod
-    def from_facts(facts: Mapping[str, Any]) -> WeightsState:
+    def from_facts(facts: WeightsFacts) -> WeightsState:
         """Make the state of which ``facts`` returned this. Raises ValueError when it is something else."""
         try:
             return WeightsState(
@@ -93,7 +117,7 @@ class WeightsState:
             raise ValueError(f"must say what rows were made with, got {facts!r}") from error
 
 
-def made_with(weights: Iterable[WeightsState | None]) -> dict[str, Any]:
+def made_with(weights: Iterable[WeightsState | None]) -> dict[str, MadeWith]:
     """Return the entry of a fingerprint: the different states among those of streams, and the number of each."""
     sets: list[WeightsState] = []
     numbers: list[int] = []
@@ -105,7 +129,7 @@ def made_with(weights: Iterable[WeightsState | None]) -> dict[str, Any]:
     return {MADE_WITH: {"sets": [known.facts() for known in sets], "streams": numbers}}
 
 
-def weights_of(facts: Any, streams: int) -> list[WeightsState]:
+def weights_of(facts: MadeWith, streams: int) -> list[WeightsState]:
     """Return what the rows of each of ``streams`` streams were made with, by a fingerprint's entry ``MADE_WITH``.
 
     Raises ValueError when it is something else.
@@ -126,11 +150,11 @@ def same(one: str, other: str) -> bool:
     return one == other or (one.startswith(PARTIAL) != other.startswith(PARTIAL))
 
 
-def _facts(adapters: AdapterState) -> dict[str, Any]:
+def _facts(adapters: AdapterState) -> AdapterFacts:
     return {"names": list(adapters.names), "scaling": dict(adapters.scaling), "contents": dict(adapters.contents)}
 
 
-def _from_facts(facts: Mapping[str, Any]) -> AdapterState:
+def _from_facts(facts: AdapterFacts) -> AdapterState:
     scaling, contents = facts["scaling"], facts["contents"]
     return AdapterState(
         tuple(map(str, facts["names"])),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -27,7 +27,7 @@ from mplus.memory.directory.journal import Journal, records
 from mplus.memory.directory.record import apply
 from mplus.memory.format.earlier import in_present_form
 from mplus.memory.format.folder import MANIFEST
-from mplus.memory.format.load import check, check_names, read_access_log, read_generator, read_index, read_state
+from mplus.memory.format.load import as_written, check_names, read_access_log, read_generator, read_index, read_state
 from mplus.memory.format.rules import FURTHEST_BACK, check_values
 from mplus.memory.format.save import Index, ManifestHeader, index_parts, layout_entry, stream_entry, stream_parts
 from mplus.memory.state import StreamState, StreamView
@@ -99,9 +99,8 @@ class BlockTensors:
         self._file = file
 
     @property
-    def tensors(self) -> Mapping[str, object]:
-        """By name."""
-        return self._file.spans
+    def names(self) -> Collection[str]:
+        return self._file.spans.keys()
 
     def get(self, name: str) -> Tensor:
         """Return one tensor. Raises MemoryFileError when it is missing or not the one that was written."""
@@ -272,7 +271,8 @@ def read_checkpoint(
     check_names(reader, manifest.streams)
     states = [read_state(reader, number, entry, layout) for number, entry in enumerate(manifest.streams)]
     for number, state in enumerate(states):
-        check(check_values, state, where=f"{file.path}: stream {number}")
+        with as_written(f"{file.path}: stream {number}"):
+            check_values(state)
     draws = [read_generator(reader, number).get_state() for number in range(len(states))]
     stores: list[MemoryStore] = []
     for number, entry in enumerate(manifest.stores):

@@ -29,7 +29,7 @@ from mplus.memory.directory.lock import acquire, is_new, owner_of
 from mplus.memory.directory.persistence import DirectoryPersistence, ReadOnly
 from mplus.memory.engine import Engine
 from mplus.memory.format.folder import MANIFEST, hold, prepare, writable
-from mplus.memory.format.load import check
+from mplus.memory.format.load import as_written
 from mplus.memory.format.manifest import check_belongs
 from mplus.memory.format.rules import check_fits, check_values
 from mplus.memory.recompute import with_weights
@@ -59,7 +59,7 @@ def open_streams(
     journal_bytes: int,
     file_mode: int | None,
 ) -> Streams:
-    """See ``Memory.open`` for the arguments and what is raised; ``new``: ``model.new_memory``."""
+    """Open the streams of a directory, or make new ones by ``new`` (``model.new_memory``); see ``Memory.open``."""
     if isinstance(journal_bytes, bool) or not isinstance(journal_bytes, int) or journal_bytes < 1:
         raise ConfigError(f"journal_bytes must be a whole number of at least 1, got {journal_bytes!r}")
     wanted = engine.config.store if store is None else Component.of(store)
@@ -169,7 +169,8 @@ def _read(
         return layout_of(manifest, engine.layout, device)
 
     manifest, content, done = read_present(folder, layout, wanted)
-    check(check_fits, content.states, engine, content.stores[0].layout, where=f"{folder}")
+    with as_written(f"{folder}"):
+        check_fits(content.states, engine, content.stores[0].layout)
     return manifest, content, done
 
 
@@ -213,7 +214,8 @@ def read_directory(
         store.changes = []  # with a list of changes, a store moves nothing to files by itself
     done = replay(folder, manifest, content, layout)
     for number, state in enumerate(content.states if done[1] else ()):
-        check(check_values, state, where=f"{folder}: stream {number}, by its journal,")
+        with as_written(f"{folder}: stream {number}, by its journal,"):
+            check_values(state)
     return content, done
 
 

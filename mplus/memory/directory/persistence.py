@@ -129,7 +129,7 @@ class DirectoryPersistence(Persistence):
 
     @property
     def has_journal(self) -> bool:
-        """Whether something was written since the last checkpoint, and a checkpoint can be."""
+        """True if something was written since the last checkpoint, and a checkpoint can be."""
         directory = self.directory
         return bool(directory.journal_bytes) and not directory.closed and directory.failed is None
 

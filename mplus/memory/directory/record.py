@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 from attrs import evolve
@@ -36,6 +36,27 @@ from mplus.stores.disk.safetensors_io import pack, unpack
 from mplus.stores.mmap import Change, MmapStore
 
 
+class StreamChange(TypedDict, total=False):
+    """What the facts of a record say of one stream.
+
+    Attributes:
+        clock, next_source: of the new state.
+        tensors: names of all its tensors.
+        gone: numbers of sources that it lacks.
+        texts: how many of the texts there were stay.
+        tail: how many texts wait in the new tail.
+        store: what was done to the store, "append" or "remove", and in which layer.
+    """
+
+    clock: int
+    next_source: int
+    tensors: list[str]
+    gone: list[int]
+    texts: int
+    tail: int
+    store: list[tuple[str, int]]
+
+
 def encode(
     before: Sequence[StreamState],
     after: Sequence[StreamState],
@@ -53,9 +74,9 @@ def encode(
         draws: state of the generator of every stream whose generator has moved.
     """
     tensors: dict[str, Tensor] = {}
-    facts: dict[str, Any] = {}
+    facts: dict[str, StreamChange] = {}
     for row, (old, new) in enumerate(zip(before, after, strict=True)):
-        fact: dict[str, Any] = {}
+        fact: StreamChange = {}
         if old is not new:
             fact = _state(f"{row}", old, new, kept.get(row, {}), tensors)
         if notes[row]:
@@ -73,7 +94,7 @@ def _state(
     new: StreamState,
     kept: Mapping[str, Sequence[Tensor]],
     tensors: dict[str, Tensor],
-) -> dict[str, Any]:
+) -> StreamChange:
     before = old.row_lists()
     for name, parts in new.row_lists().items():
         for layer, (rows, now) in enumerate(zip(before[name], parts, strict=True)):
@@ -85,7 +106,12 @@ def _state(
     changed, gone = new.sources.changed_since(old.sources)
     if changed:
         tensors.update({f"{prefix}.sources.{name}": column for name, column in encoded(changed).items()})
-    fact = {"clock": new.clock, "tensors": list(named), "next_source": new.sources.next_number, "gone": gone}
+    fact: StreamChange = {
+        "clock": new.clock,
+        "tensors": list(named),
+        "next_source": new.sources.next_number,
+        "gone": gone,
+    }
     if new.texts is not None:
         fact["texts"] = _texts(f"{prefix}.text", old.texts, new.texts, tensors)
     if new.tail is not old.tail:
@@ -131,11 +157,11 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.contiguous().view(whole), other.contiguous().view(whole))
 
 
-def _note(prefix: str, note: Change, tensors: dict[str, Tensor]) -> list[Any]:
+def _note(prefix: str, note: Change, tensors: dict[str, Tensor]) -> tuple[str, int]:
     tensors[f"{prefix}.ids"] = note.ids
     for name, column in ({} if note.rows is None else note.rows.columns()).items():
         tensors[f"{prefix}.{name}"] = column
-    return ["remove" if note.rows is None else "append", note.layer]
+    return "remove" if note.rows is None else "append", note.layer
 
 
 def apply(
@@ -161,7 +187,7 @@ def apply(
     """
     try:
         tensors, metadata = unpack(payload)
-        facts: dict[str, Any] = json.loads(metadata["change"])
+        facts: dict[str, StreamChange] = json.loads(metadata["change"])
         if version < VERSION:
             facts, tensors = _upgraded(facts, tensors, [state.sources.next_number for state in states])
         for row, fact in _by_row(facts, len(states)):
@@ -182,13 +208,13 @@ def _columns(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _by_row(facts: Mapping[str, Any], streams: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _by_row(facts: Mapping[str, StreamChange], streams: int) -> Iterator[tuple[int, StreamChange]]:
     if unknown := facts.keys() - {f"{row}" for row in range(streams)}:
         raise ValueError(f"it must change streams 0 to {streams - 1}, got {sorted(unknown)}")
     return ((int(key), fact) for key, fact in facts.items())
 
 
-def _past(name: str, value: Any, least: int, most: int = LARGEST) -> int:
+def _past(name: str, value: int, least: int, most: int = LARGEST) -> int:
     """Return ``value``. Raises ValueError unless it is a whole number from ``least`` on."""
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
@@ -196,7 +222,7 @@ def _past(name: str, value: Any, least: int, most: int = LARGEST) -> int:
 
 
 def _changed(
-    prefix: str, old: StreamState, fact: Mapping[str, Any], tensors: Mapping[str, Tensor], layout: StoreLayout
+    prefix: str, old: StreamState, fact: StreamChange, tensors: Mapping[str, Tensor], layout: StoreLayout
 ) -> StreamState:
     rows = {
         name: [_rows(part, f"{prefix}.rows.{name}.{layer}.", tensors, layout) for layer, part in enumerate(parts)]
@@ -264,7 +290,7 @@ def _repeat(store: MmapStore, what: str, layer: int, columns: dict[str, Tensor])
 
 def _upgraded(
     facts: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor], next_numbers: Sequence[int]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+) -> tuple[dict[str, StreamChange], dict[str, Tensor]]:
     """Return facts and tensors of a record of format version 1 or 2 in the present form.
 
     They have the tensors ``<i>.stm.<layer>.<column>``, likewise ``pending``, ``<i>.newest.<layer>`` and
@@ -275,7 +301,7 @@ def _upgraded(
         next_numbers: of each stream, the number that its next new source gets.
     """
     found = {renamed(f"stream.{name}").removeprefix("stream."): tensor for name, tensor in tensors.items()}
-    present = {}
+    present: dict[str, StreamChange] = {}
     for row, fact in facts.items():
         changed = dict(fact)
         if "clock" in fact:
@@ -286,5 +312,5 @@ def _upgraded(
             newest = [name for name in (n.removeprefix(f"{row}.state.") for n in found) if name.startswith("newest.")]
             changed |= {"tensors": [*newest, *counters], "gone": []}
             changed["next_source"] = max([next_numbers[int(row)], *(number + 1 for number in sources)])
-        present[row] = changed
+        present[row] = cast("StreamChange", changed)
     return present, found

@@ -6,7 +6,7 @@ places. They are taken out at the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -52,9 +52,8 @@ class _Marking:
         self.path, self._file = file.path, file
 
     @property
-    def tensors(self) -> Mapping[str, object]:
-        """By name."""
-        return self._file.spans
+    def names(self) -> Collection[str]:
+        return self._file.spans.keys()
 
     def get(self, name: str) -> Tensor:
         """Return columns of rows whatever they are, all else as it was written.

@@ -8,13 +8,12 @@ are named after these: ``stream.<i>.stm.<layer>.<column>``, likewise ``pending``
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
 from attrs import define, field
 from torch import Tensor
 
-from mplus.config import Component
+from mplus.config import Component, JsonValue
 from mplus.memory.format.structure import structured, whole
 from mplus.memory.format.tensors import Tensors
 from mplus.memory.sources.source import Source
@@ -49,14 +48,15 @@ class EarlierStream:
         return SourceTable.of({n: entry for n, entry in entries.items() if entry.chunks}, len(self.sources))
 
 
-def upgraded(plain: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[SourceTable, ...]]:
+def upgraded(plain: Mapping[str, JsonValue]) -> tuple[dict[str, JsonValue], tuple[SourceTable, ...]]:
     """Return the content of a manifest in the present form, and the sources of each stream that it listed.
 
     Raises ValueError where it is not as it was written.
     """
     named = plain.get("fingerprint")
     mechanism = Component.of(named.get("mechanism", "mplus") if isinstance(named, Mapping) else "mplus").name
-    streams, tables = [], []
+    streams: list[dict[str, JsonValue]] = []
+    tables: list[SourceTable] = []
     listed = plain.get("streams")
     for number, stream in enumerate(listed if isinstance(listed, Sequence) else ()):
         found = structured(stream, EarlierStream, f"manifest.streams[{number}]")
@@ -80,7 +80,7 @@ class EarlierTensors:
 
     def __init__(self, file: Tensors, sources: Sequence[SourceTable]) -> None:
         self.path, self._file = file.path, file
-        self._names = {renamed(name): name for name in file.tensors}
+        self._present = {renamed(name): name for name in file.names}
         self._made = {
             f"stream.{number}.sources.{name}": column
             for number, table in enumerate(sources)
@@ -89,17 +89,14 @@ class EarlierTensors:
 
     @property
     def lasting(self) -> bool:
-        """As of ``Tensors``."""
         return self._file.lasting
 
     @property
-    def tensors(self) -> Mapping[str, object]:
-        """Names of the tensors, as they are now."""
-        return {**self._names, **self._made}
+    def names(self) -> Collection[str]:
+        return {**self._present, **self._made}.keys()
 
     def get(self, name: str) -> Tensor:
-        """As of ``Tensors``."""
-        return self._made[name] if name in self._made else self._file.get(self._names.get(name, name))
+        return self._made[name] if name in self._made else self._file.get(self._present.get(name, name))
 
 
 def in_present_form(file: Tensors, sources: Sequence[SourceTable]) -> Tensors:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
 
-import attrs
 import torch
 from attrs import define, field
 
 from mplus.errors import DuplicateNameError, MissingDependencyError, PluginError, UnknownNameError
 from mplus.mechanisms import MECHANISMS
 from mplus.memory.format.folder import DATA
-from mplus.memory.format.structure import check_name, file_named, named_like, whole
+from mplus.memory.format.structure import check_name, check_whole, named_like, validator, whole
 from mplus.memory.state import PlainState, StreamState
 from mplus.stores.base import StoreLayout
 from mplus.stores.disk.safetensors_io import CODES
@@ -34,23 +33,25 @@ DTYPES = {name_of(dtype): dtype for dtype in CODES}
 SHA256 = named_like("[0-9a-f]{64}", "<64 hex digits>")
 
 
-def _dtype(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+def _check_dtype(name: str, value: str) -> None:
     if value not in DTYPES:
-        raise ValueError(f"{attribute.name} must be one of {', '.join(DTYPES)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {value!r}")
 
 
-def _floating(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    _dtype(instance, attribute, value)
+@validator
+def _floating(name: str, value: str) -> None:
+    _check_dtype(name, value)
     if not DTYPES[value].is_floating_point:
-        raise ValueError(f"{attribute.name} must be one of floating numbers, got {value!r}")
+        raise ValueError(f"{name} must be one of floating numbers, got {value!r}")
 
 
-def _row_counts(instance: StreamEntry, attribute: attrs.Attribute[Any], value: dict[str, tuple[int, ...]]) -> None:
-    for name, counts in value.items():
-        check_name(attribute.name, name, r"[A-Za-z_]\w*", "<word>")
-        whole()(instance, attribute, counts)
+@validator
+def _row_counts(name: str, value: dict[str, tuple[int, ...]]) -> None:
+    for rows, counts in value.items():
+        check_name(name, rows, r"[A-Za-z_]\w*", "<word>")
+        check_whole(name, counts)
         if not counts:
-            raise ValueError(f"{attribute.name} must count the rows of every part of {name!r}, got none")
+            raise ValueError(f"{name} must count the rows of every part of {rows!r}, got none")
 
 
 @define(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ class StreamEntry:
 class TensorEntry:
     """One tensor of the data file: dtype by name, shape, and SHA-256 of its bytes (row-major, little-endian)."""
 
-    dtype: str = field(validator=_dtype)
+    dtype: str = field(validator=validator(_check_dtype))
     shape: tuple[int, ...] = field(validator=whole())
     sha256: str = field(validator=SHA256)
 
@@ -129,7 +130,7 @@ class TensorEntry:
 class DataEntry:
     """The data file beside the manifest: name, size in bytes, SHA-256 of all of it, and its tensors by name."""
 
-    file: str = field(validator=file_named(DATA, "[0-9a-f]+"))
+    file: str = field(validator=named_like(re.escape(DATA).replace(r"\{\}", "[0-9a-f]+"), DATA.format("<n>")))
     bytes: int = field(validator=whole())
     sha256: str = field(validator=SHA256)
     tensors: dict[str, TensorEntry]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -87,7 +88,8 @@ def load_streams(
             check_names(file, manifest.streams)
             lifetime = mechanism.lifetime(policy)
             states, stores, generators = read_streams(file, manifest, layout, store or engine.config.store, lifetime)
-            check(check_fits, states, engine, layout, where=f"{folder}")
+            with as_written(f"{folder}"):
+                check_fits(states, engine, layout)
             access_logs = (
                 [read_access_log(file, n, one) for n, one in enumerate(stores)] if policy.needs_access_log else []
             )
@@ -120,7 +122,8 @@ def read_streams(
     entries = manifest.streams
     states = [read_state(file, number, entry, layout) for number, entry in enumerate(entries)]
     for number, state in enumerate(states):
-        check(check_values, state, where=f"{file.path}: stream {number}")
+        with as_written(f"{file.path}: stream {number}"):
+            check_values(state)
     made: dict[int, MemoryStore] = {}
     for state, entry in zip(states, entries, strict=True):
         if entry.store not in made:
@@ -136,7 +139,7 @@ def read_streams(
 
 def check_names(file: Tensors, streams: Sequence[StreamEntry]) -> None:
     """Raise MemoryFileError where a file holds a tensor that no such memory has."""
-    for name in file.tensors:
+    for name in file.names:
         found = OF_STREAM.fullmatch(name)
         if found is not None and int(found["stream"]) < len(streams):
             parts = streams[int(found["stream"])].rows.get(found["list"] or "", ())
@@ -155,17 +158,19 @@ def read_rows(file: Tensors, prefix: str, count: int, layout: StoreLayout) -> Me
 
     Raises MemoryFileError unless there are ``count`` and they look as ``layout`` says.
     """
-    columns = {name: file.get(f"{prefix}.{name}") for name in COLUMNS if f"{prefix}.{name}" in file.tensors}
-    check(check_columns, columns, layout, prefix, where=f"{file.path}")
+    columns = {name: file.get(f"{prefix}.{name}") for name in COLUMNS if f"{prefix}.{name}" in file.names}
+    with as_written(f"{file.path}"):
+        check_columns(columns, layout, prefix)
     if len(columns["birth"]) != count:
         raise MemoryFileError(f"{file.path}: {prefix} must have {count} rows, got {len(columns['birth'])}")
     return MemoryRows.of(columns)
 
 
-def check(check: Callable[..., object], *what: object, where: str) -> None:
-    """Call ``check(*what)``; raise MemoryFileError where that raises MemoryMismatchError."""
+@contextmanager
+def as_written(where: str) -> Iterator[None]:
+    """Raise MemoryFileError, which says where, for a MemoryMismatchError that is raised inside."""
     try:
-        check(*what)
+        yield
     except MemoryMismatchError as error:
         raise MemoryFileError(f"{where} must be what was written, and does not fit together: {error}") from error
 
@@ -198,7 +203,7 @@ def read_state(file: Tensors, number: int, entry: StreamEntry, layout: StoreLayo
 def read_all(file: Tensors, number: int, kind: str) -> list[tuple[str, Tensor]]:
     """Read all tensors ``stream.<number>.<kind>.<name>``, with ``<name>``. Raises MemoryFileError as ``get``."""
     prefix = f"stream.{number}.{kind}."
-    return [(name.removeprefix(prefix), file.get(name)) for name in file.tensors if name.startswith(prefix)]
+    return [(name.removeprefix(prefix), file.get(name)) for name in file.names if name.startswith(prefix)]
 
 
 def read_sources(file: Tensors, number: int, entry: StreamEntry) -> SourceTable:
@@ -254,7 +259,8 @@ def _check_stored(store: MemoryStore, state: StreamState, where: str) -> None:
         for piece in store.chunks(layer, "birth", "source"):
             rows = MemoryRows.of(piece.columns)
             rows = rows if piece.live is None else rows.select(piece.live)
-            check(check_rows, rows, state.clock, known, f"layer {layer}", where=where)
+            with as_written(where):
+                check_rows(rows, state.clock, known, f"layer {layer}")
 
 
 def read_generator(file: Tensors, number: int) -> torch.Generator:
@@ -272,7 +278,7 @@ def read_texts(file: Tensors, number: int, known: Tensor) -> Texts | None:
     Raises MemoryFileError unless they make sense.
     """
     names = {name: f"stream.{number}.text.{name}" for name in NAMES}
-    if not any(name in file.tensors for name in names.values()):
+    if not any(name in file.names for name in names.values()):
         return None
     try:
         texts = Texts.from_tensors({name: file.get(tensor) for name, tensor in names.items()}, known)
@@ -286,7 +292,7 @@ def read_texts(file: Tensors, number: int, known: Tensor) -> Texts | None:
 def read_tail(file: Tensors, number: int, known: Tensor) -> tuple[Waiting, ...]:
     """Read the text of a stream that waits for more. Raises MemoryFileError unless it makes sense."""
     names = {name: f"stream.{number}.tail.{name}" for name in TAIL_NAMES}
-    if not any(name in file.tensors for name in names.values()):
+    if not any(name in file.names for name in names.values()):
         return ()
     try:
         return tail_from({name: file.get(tensor) for name, tensor in names.items()}, known)
@@ -302,7 +308,7 @@ def read_access_log(file: Tensors, number: int, store: MemoryStore) -> AccessLog
     access_log = AccessLog()
     for layer in range(store.layout.layers):
         name = f"stream.{number}.usage.{layer}"
-        if name in file.tensors:
+        if name in file.names:
             access_log.set_times(layer, store.ids(layer), read_times(file, name, store.count(layer)))
     return access_log
 
@@ -322,6 +328,6 @@ def read_index(file: Tensors, store: int, layers: int) -> list[dict[str, Tensor]
     found = []
     for layer in range(layers):
         prefix = f"store.{store}.{layer}.index."
-        names = [name for name in file.tensors if name.startswith(prefix)]
+        names = [name for name in file.names if name.startswith(prefix)]
         found.append({name.removeprefix(prefix): file.get(name).clone() for name in names})
     return found

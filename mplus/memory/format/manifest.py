@@ -11,13 +11,13 @@ from typing import Any, Protocol, TypeVar
 import attrs
 from attrs import define, field
 
-from mplus.config import Component
+from mplus.config import Component, JsonValue
 from mplus.errors import ConfigError, MemoryFileError, MemoryMismatchError
 from mplus.mechanisms import MECHANISMS
 from mplus.memory.format.earlier import upgraded
 from mplus.memory.format.entries import DataEntry, LayoutEntry, StreamEntry, name_of
 from mplus.memory.format.folder import MANIFEST
-from mplus.memory.format.structure import NOT_IN_FILES, structured, unstructured, whole
+from mplus.memory.format.structure import NOT_IN_FILES, structured, unstructured, validator, whole
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.weights_state import MADE_WITH, weights_of
 from mplus.stores.base import StoreLayout
@@ -50,7 +50,7 @@ class Belonging(Protocol):
 
     @property
     def layout(self) -> LayoutEntry:
-        """What the rows look like."""
+        """The sizes and dtype of the rows."""
 
     @property
     def streams(self) -> tuple[StreamEntry, ...]:
@@ -62,22 +62,27 @@ def mechanism_in(fingerprint: Mapping[str, Any]) -> Any:
     return fingerprint.get("mechanism", "mplus")
 
 
-def component(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    """Validator: a component by name, or a table of its name and options."""
+@validator
+def component(name: str, value: JsonValue) -> None:
+    """Validate a component by name, or a table of its name and options."""
+    _check_component(name, value)
+
+
+@validator
+def fingerprint(name: str, value: dict[str, JsonValue]) -> None:
+    """Validate facts about a decoder, of which those are looked at that are needed without it."""
+    if "mechanism" in value:
+        _check_component("fingerprint", value["mechanism"])
+    rows = value.get("memory_tokens_per_chunk", 1)
+    if type(rows) is not int or rows < 1:
+        raise ValueError(f"{name}.memory_tokens_per_chunk must be a whole number of at least 1, got {rows!r}")
+
+
+def _check_component(name: str, value: JsonValue) -> None:
     try:
         Component.of(value)
     except ConfigError as error:
-        raise ValueError(f"{attribute.name} must name a component: {error}") from error
-
-
-def fingerprint(instance: Any, attribute: attrs.Attribute[Any], value: dict[str, Any]) -> None:
-    """Validator: facts about a decoder, of which those are looked at that are needed without it."""
-    if "mechanism" in value:
-        component(instance, attrs.fields_dict(type(instance))["fingerprint"], value["mechanism"])
-    rows = value.get("memory_tokens_per_chunk", 1)
-    if type(rows) is not int or rows < 1:
-        raise ValueError(f"{attribute.name}.memory_tokens_per_chunk must be a whole number of at least 1, got {rows!r}")
-    component(instance, attribute, mechanism_in(value))
+        raise ValueError(f"{name} must name a component: {error}") from error
 
 
 @define(frozen=True, kw_only=True)
@@ -102,7 +107,7 @@ class Manifest:
     written_by: str
     fingerprint: dict[str, Any] = field(validator=fingerprint)
     layout: LayoutEntry
-    eviction: Any = field(validator=component)
+    eviction: Any = field(validator=component)  # of any form that Component.of reads
     streams: tuple[StreamEntry, ...]
     data: DataEntry
     bytes_budget: int | None = field(default=None, validator=attrs.validators.optional(whole(1)))
@@ -115,7 +120,7 @@ class Manifest:
         return to_text(self, FORMAT)
 
 
-def to_text(manifest: Any, form: str) -> str:
+def to_text(manifest: attrs.AttrsInstance, form: str) -> str:
     """Return a manifest (an attrs instance) as JSON, with its format and a digest of its own content."""
     plain = {"format": form, **unstructured(manifest)}
     return json.dumps({**plain, "digest": _digest(plain)}, indent=1) + "\n"
@@ -252,7 +257,7 @@ def _parse(text: bytes, file: Path | PathAt) -> dict[str, Any] | None:
     return plain if isinstance(plain, dict) else None
 
 
-def _depth_exceeds(plain: Any, most: int) -> bool:
+def _depth_exceeds(plain: JsonValue, most: int) -> bool:
     level = [plain] if isinstance(plain, dict | list) else []
     for _ in range(most):
         level = [part for one in level for part in (one.values() if isinstance(one, dict) else one)]

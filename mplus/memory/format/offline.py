@@ -95,7 +95,7 @@ def forget_saved(
             file = in_present_form(opened, manifest.earlier)
             check_names(file, manifest.streams)
             states, stores, generators = read_streams(file, manifest, layout_from(manifest.layout), Component("ram"))
-            noted = any(name.startswith("stream.") and ".usage." in name for name in file.tensors)
+            noted = any(name.startswith("stream.") and ".usage." in name for name in file.names)
             access_logs = [read_access_log(file, n, store) if noted else None for n, store in enumerate(stores)]
         report = forget(states, _own(stores, rows), rows, source, keep_name=keep_name)
         views = [StreamView(*parts) for parts in zip(states, stores, access_logs, strict=True)]

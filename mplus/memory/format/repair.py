@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -96,8 +96,8 @@ class _Described:
         return self._file.lasting
 
     @property
-    def tensors(self) -> Mapping[str, object]:
-        return self._file.tensors
+    def names(self) -> Collection[str]:
+        return self._file.names
 
     def get(self, name: str) -> Tensor:
         return self._file.get(name)

@@ -70,7 +70,7 @@ def read_sound_state(
 
     rows = {name: [part(name, layer, n) for layer, n in enumerate(counts)] for name, counts in entry.rows.items()}
     tensors = {}
-    for name in file.tensors:
+    for name in file.names:
         if name.startswith(mark):
             try:
                 tensors[name.removeprefix(mark)] = file.get(name).clone()
@@ -140,7 +140,7 @@ def _copied(rows: MemoryRows) -> MemoryRows:
 def _empty(file: Tensors, prefix: str, layout: StoreLayout) -> MemoryRows:
     """Return no rows, with the columns there are."""
     described = layout.columns()
-    names = [name for name in described if name != "key" or f"{prefix}.key" in file.tensors]
+    names = [name for name in described if name != "key" or f"{prefix}.key" in file.names]
     return MemoryRows.of({name: torch.empty(0, *described[name][0], dtype=described[name][1]) for name in names})
 
 

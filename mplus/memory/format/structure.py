@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar, cast, get_args
 
 import attrs
 import cattrs
 from cattrs.errors import AttributeValidationNote, ClassValidationError, ForbiddenExtraKeysError
 
+from mplus.config import JsonValue, Validator
+
 M = TypeVar("M")
+V = TypeVar("V")
+A = TypeVar("A", bound=attrs.AttrsInstance)
 LARGEST = 2**62
 """Largest whole number that is read: one that can be added to within 64 bits."""
 
 
-def structured(plain: Any, cls: type[M], path: str) -> M:
+def structured(plain: JsonValue, cls: type[M], path: str) -> M:
     """Make an instance of the attrs class ``cls`` from plain data.
 
     Numbers, texts and flags are taken as they are and never converted, and there may be no fields but those of the
@@ -35,7 +40,7 @@ def structured(plain: Any, cls: type[M], path: str) -> M:
         raise ValueError("; ".join(cattrs.transform_error(error, path, _described))) from error
 
 
-def unstructured(instance: Any) -> dict[str, Any]:
+def unstructured(instance: attrs.AttrsInstance) -> dict[str, Any]:
     """Return plain data that ``structured`` reads back.
 
     Without fields of the class that are marked by ``NOT_IN_FILES``.
@@ -48,7 +53,7 @@ NOT_IN_FILES = {"file": False}
 """``metadata`` of a field that is no part of the plain data."""
 
 
-def _in_files(cls: Any) -> dict[str, attrs.Attribute[Any]]:
+def _in_files(cls: type[attrs.AttrsInstance]) -> dict[str, attrs.Attribute[Any]]:
     return {field.name: field for field in attrs.fields(cls) if field.metadata.get("file", True)}
 
 
@@ -74,8 +79,8 @@ def _resolve(annotation: Any) -> None:
         _resolve(part)
 
 
-def _exactly(kind: type, what: str) -> Callable[[Any, Any], Any]:
-    def check(plain: Any, _: Any) -> Any:
+def _exactly(kind: type, what: str) -> Callable[[JsonValue, type], JsonValue]:
+    def check(plain: JsonValue, _: type) -> JsonValue:
         if type(plain) is not kind or (isinstance(plain, int) and abs(plain) > LARGEST):
             raise ValueError(f"must be {what}, got {_short(plain)}")
         return plain
@@ -83,7 +88,7 @@ def _exactly(kind: type, what: str) -> Callable[[Any, Any], Any]:
     return check
 
 
-def _instance(made: cattrs.BaseConverter, plain: Any, cls: Any) -> Any:
+def _instance(made: cattrs.BaseConverter, plain: JsonValue, cls: type[A]) -> A:
     """Make an instance as ``cattrs.Converter`` does with ``forbid_extra_keys`` and ``detailed_validation``."""
     if not isinstance(plain, Mapping):
         raise ValueError(f"must be a table of fields, got {_short(plain)}")  # noqa: TRY004 - as all faults of a file
@@ -106,7 +111,7 @@ def _instance(made: cattrs.BaseConverter, plain: Any, cls: Any) -> Any:
     return cls(**values)
 
 
-def _described(error: BaseException, kind: Any) -> str:
+def _described(error: BaseException, kind: type | None) -> str:
     if isinstance(error, ForbiddenExtraKeysError):
         return f"there is no field {', '.join(map(repr, sorted(error.extra_fields)))}"
     if isinstance(error, TypeError | AttributeError):
@@ -114,7 +119,7 @@ def _described(error: BaseException, kind: Any) -> str:
     return str(error)
 
 
-def _short(value: Any) -> str:
+def _short(value: JsonValue) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -122,33 +127,33 @@ def _short(value: Any) -> str:
 # ---------------------------------------------------------------------- rules
 
 
-def whole(least: int = 0, most: int = LARGEST) -> Any:
-    """Validator: a whole number in a range; of a tuple or the values of a dict, every one of them."""
+def validator(check: Callable[[str, V], None]) -> Validator:
+    """Return the validator of a field that calls ``check(name of the field, value)``, which raises ValueError."""
 
-    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-        values = value if isinstance(value, tuple) else [value]
-        for one in values:
-            if type(one) is not int or not least <= one <= most:
-                raise ValueError(f"{attribute.name} must be a whole number from {least} to {most}, got {_short(value)}")
+    def validate(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        check(attribute.name, value)
 
-    return check
+    return validate
 
 
-def named_like(pattern: str, example: str) -> Any:
-    """Validator: a text of which all matches ``pattern``; messages give the ``example``."""
-
-    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-        check_name(attribute.name, value, pattern, example)
-
-    return check
+def whole(least: int = 0, most: int = LARGEST) -> Validator:
+    """Return a validator: a whole number in a range; of a tuple, every one of them."""
+    return validator(partial(check_whole, least=least, most=most))
 
 
-def file_named(template: str, variable: str) -> Any:
-    """Validator: the name of a file, ``template`` with something that matches ``variable`` for its "{}"."""
-    return named_like(re.escape(template).replace(r"\{\}", variable), template.format("<n>"))
+def check_whole(field: str, value: int | tuple[int, ...], *, least: int = 0, most: int = LARGEST) -> None:
+    """Raise ValueError unless ``value`` is a whole number in a range, or a tuple of such."""
+    for one in value if isinstance(value, tuple) else (value,):
+        if type(one) is not int or not least <= one <= most:
+            raise ValueError(f"{field} must be a whole number from {least} to {most}, got {_short(value)}")
 
 
-def check_name(field: str, value: Any, pattern: str, example: str) -> None:
+def named_like(pattern: str, example: str) -> Validator:
+    """Return a validator: a text of which all matches ``pattern``; messages give the ``example``."""
+    return validator(partial(check_name, pattern=pattern, example=example))
+
+
+def check_name(field: str, value: str, pattern: str, example: str) -> None:
     """Raise ValueError unless ``value`` is a text of which all matches ``pattern``."""
     if not isinstance(value, str) or not re.fullmatch(pattern, value):
         raise ValueError(f"{field} must be like {example!r}, got {_short(value)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, ClassVar, Protocol, Self
@@ -63,14 +63,14 @@ class Tensors(Protocol):
 
     @property
     def lasting(self) -> bool:
-        """Whether tensors outlast the reader; where not, what is kept has to be copied."""
+        """True if tensors outlast the reader; where they do not, what is kept has to be copied."""
 
     @property
-    def tensors(self) -> Mapping[str, object]:
-        """By name."""
+    def names(self) -> Collection[str]:
+        """The names of its tensors."""
 
     def get(self, name: str) -> Tensor:
-        """One tensor on the CPU. Raises MemoryFileError when it is missing or not the one that was saved."""
+        """Return one tensor on the CPU. Raises MemoryFileError when it is missing or not the one that was saved."""
 
 
 class TensorReader:
@@ -112,16 +112,16 @@ class TensorReader:
         self._file.__exit__(kind, error, trace)
 
     @property
-    def tensors(self) -> Mapping[str, object]:
-        """Names of the tensors that the manifest lists."""
-        return self.data.tensors
+    def names(self) -> Collection[str]:
+        """The names of the tensors that the manifest lists."""
+        return self.data.tensors.keys()
 
-    def names(self) -> set[str]:
-        """Names of the tensors in the file."""
+    def names_in_file(self) -> set[str]:
+        """Return the names of the tensors in the file, listed or not."""
         return set(self._names)
 
     def get(self, name: str) -> Tensor:
-        """One tensor on the CPU. Raises MemoryFileError when it is missing or not the one that was saved."""
+        """Return one tensor on the CPU. Raises MemoryFileError when it is missing or not the one that was saved."""
         entry = self.data.tensors.get(name)
         if entry is None or name not in self._names:
             raise MemoryFileError(f"{self.path} must hold the tensor {name!r}, which is missing: it was altered")

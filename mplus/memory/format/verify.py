@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from mplus.memory.format.earlier import in_present_form
 from mplus.memory.format.entries import StreamEntry, layout_from, state_class
 from mplus.memory.format.folder import hold, lock
 from mplus.memory.format.load import (
-    check,
+    as_written,
     check_names,
     read_generator,
     read_rows,
@@ -48,22 +48,24 @@ def verify(path: str | Path) -> list[str]:
     try:
         manifest = read_manifest(folder)
         with TensorReader(folder, manifest.data) as file:
-            return list(_faults(manifest, file, in_present_form(file, manifest.earlier)))
+            return _faults(manifest, file, in_present_form(file, manifest.earlier))
     except MemoryFileError as error:
         return [str(error)]
     finally:
         held.release()
 
 
-def _faults(manifest: Manifest, data: TensorReader, file: Tensors) -> Iterator[str]:
-    """``file`` is the data file in its present form."""
+def _faults(manifest: Manifest, data: TensorReader, file: Tensors) -> list[str]:
+    """Return the faults of a data file; ``file`` is ``data`` in the present form."""
+    faults: list[str] = []
     digest = digest_of_file(file.path)
     if digest != manifest.data.sha256:
-        yield f"{file.path} must have the SHA-256 {manifest.data.sha256}, got {digest}: it was altered"
-    superfluous = sorted(data.names() - manifest.data.tensors.keys())
+        faults.append(f"{file.path} must have the SHA-256 {manifest.data.sha256}, got {digest}: it was altered")
+    superfluous = sorted(data.names_in_file() - manifest.data.tensors.keys())
     if superfluous:
-        yield f"{file.path} must hold only the tensors in the manifest, got {superfluous[0]!r} too"
-    yield from _fault(check_names, file, manifest.streams)
+        faults.append(f"{file.path} must hold only the tensors in the manifest, got {superfluous[0]!r} too")
+    with _noting(faults):
+        check_names(file, manifest.streams)
     known: list[Tensor | None] = []
     for number, stream in enumerate(manifest.streams):
         known.append(None)
@@ -72,81 +74,82 @@ def _faults(manifest: Manifest, data: TensorReader, file: Tensors) -> Iterator[s
             sources.find(None)
             known[number] = sources.column("number")
         except (MemoryFileError, MemoryMismatchError) as error:
-            yield f"{file.path}: the sources of stream {number} must be as they were written: {error}"
-        yield from _stream(file, number, stream, layout_from(manifest.layout), known[number])
+            faults.append(f"{file.path}: the sources of stream {number} must be as they were written: {error}")
+        _check_stream(file, number, stream, layout_from(manifest.layout), known[number], faults)
     for store in sorted({stream.store for stream in manifest.streams}):
-        sharing = [number for number, stream in enumerate(manifest.streams) if stream.store == store]
-        first = manifest.streams[sharing[0]]
-        clock = min(manifest.streams[number].clock for number in sharing)
-        parts = [numbers for number in sharing if (numbers := known[number]) is not None]
-        numbers, streams = torch.cat([torch.empty(0, dtype=torch.int64), *parts]).unique(return_counts=True)
-        common = numbers[streams == len(sharing)] if len(parts) == len(sharing) else None
-        layout = layout_from(manifest.layout)
-        for layer, count in enumerate(first.ltm):
-            found: list[MemoryRows] = []
-            yield from _rows(file, f"store.{store}.{layer}", count, clock, common, layout, found)
-            if found and found[0].columns().keys() != layout.columns().keys():
-                yield f"{file.path}: store.{store}.{layer} must have the columns {sorted(layout.columns())}"
+        _check_store(file, store, manifest, known, faults)
+    return faults
 
 
-def _stream(
-    file: Tensors, number: int, stream: StreamEntry, layout: StoreLayout, known: Tensor | None
-) -> Iterator[str]:
-    """``known``: numbers of its sources; None: these cannot be read."""
-    rows: dict[str, list[MemoryRows]] = {}
+@contextmanager
+def _noting(faults: list[str]) -> Iterator[None]:
+    """Put the message of a MemoryFileError that is raised inside into ``faults``."""
+    try:
+        yield
+    except MemoryFileError as error:
+        faults.append(str(error))
+
+
+def _check_store(
+    file: Tensors, store: int, manifest: Manifest, known: Sequence[Tensor | None], faults: list[str]
+) -> None:
+    """Check the long-term rows of a store; ``known``: for each stream the numbers of its sources, if they are known."""
+    sharing = [number for number, stream in enumerate(manifest.streams) if stream.store == store]
+    clock = min(manifest.streams[number].clock for number in sharing)
+    parts = [numbers for number in sharing if (numbers := known[number]) is not None]
+    numbers, streams = torch.cat([torch.empty(0, dtype=torch.int64), *parts]).unique(return_counts=True)
+    common = numbers[streams == len(sharing)] if len(parts) == len(sharing) else None
+    layout = layout_from(manifest.layout)
+    for layer, count in enumerate(manifest.streams[sharing[0]].ltm):
+        rows = _check_rows(file, f"store.{store}.{layer}", count, clock, common, layout, faults)
+        if rows is not None and rows.columns().keys() != layout.columns().keys():
+            faults.append(f"{file.path}: store.{store}.{layer} must have the columns {sorted(layout.columns())}")
+
+
+def _check_stream(
+    file: Tensors, number: int, stream: StreamEntry, layout: StoreLayout, known: Tensor | None, faults: list[str]
+) -> None:
+    """Check a stream but for sources and long-term rows; ``known``: numbers of its sources, if these are known."""
+    rows: dict[str, list[MemoryRows | None]] = {}
     layout, tensors, mark = evolve(layout, expiry=False), {}, f"stream.{number}.state."
     for tier, counts in stream.rows.items():
-        found = rows.setdefault(tier, [])
-        for layer, count in enumerate(counts):
-            prefix = f"stream.{number}.rows.{tier}.{layer}"
-            yield from _rows(file, prefix, count, stream.clock, known, layout, found)
-    for name in file.tensors:
+        rows[tier] = [
+            _check_rows(file, f"stream.{number}.rows.{tier}.{layer}", count, stream.clock, known, layout, faults)
+            for layer, count in enumerate(counts)
+        ]
+    for name in file.names:
         if name.startswith(mark):
-            try:
+            with _noting(faults):
                 tensors[name.removeprefix(mark)] = file.get(name)
-            except MemoryFileError as error:
-                yield str(error)
-    if all(len(found) == len(stream.rows[tier]) for tier, found in rows.items()):
-        yield from _fault(
-            check,
-            partial(state_class(stream.mechanism).from_parts, layout, clock=stream.clock),
-            rows,
-            tensors,
-            where=f"{file.path}: {mark}*",
-        )
+    readable = {tier: [part for part in parts if part is not None] for tier, parts in rows.items()}
+    if readable == rows:
+        with _noting(faults), as_written(f"{file.path}: {mark}*"):
+            state_class(stream.mechanism).from_parts(layout, readable, tensors, clock=stream.clock)
     for layer, count in enumerate(stream.ltm):
-        if (name := f"stream.{number}.usage.{layer}") in file.tensors:
-            yield from _fault(read_times, file, name, count)
+        if (name := f"stream.{number}.usage.{layer}") in file.names:
+            with _noting(faults):
+                read_times(file, name, count)
     if known is not None:
-        yield from _fault(read_texts, file, number, known)
-        yield from _fault(read_tail, file, number, known)
-    yield from _fault(read_generator, file, number)
+        with _noting(faults):
+            read_texts(file, number, known)
+        with _noting(faults):
+            read_tail(file, number, known)
+    with _noting(faults):
+        read_generator(file, number)
 
 
-def _fault(read: Callable[..., object], *what: object, **named: object) -> Iterator[str]:
-    """Return the message of the error that ``read(*what)`` raises, if any."""
-    try:
-        read(*what, **named)
-    except MemoryFileError as error:
-        yield str(error)
-
-
-def _rows(
-    file: Tensors,
-    prefix: str,
-    count: int,
-    clock: int,
-    known: Tensor | None,
-    layout: StoreLayout,
-    found: list[MemoryRows],
-) -> Iterator[str]:
-    """Yield faults of the rows of one layer; put the rows into ``found`` if they can be read."""
+def _check_rows(
+    file: Tensors, prefix: str, count: int, clock: int, known: Tensor | None, layout: StoreLayout, faults: list[str]
+) -> MemoryRows | None:
+    """Check the rows of one layer; returns them, or None where they cannot be read."""
     try:
         rows = read_rows(file, prefix, count, layout)
     except MemoryFileError as error:
-        yield str(error)
-        return
-    found.append(rows)
-    for rule, kept in (*finite(rows), *rules(rows, clock, known)):
-        if not bool(kept.all()):
-            yield f"{file.path}: {prefix} must have {rule}, {int((~kept).sum())} of its {count} rows break it"
+        faults.append(str(error))
+        return None
+    faults += [
+        f"{file.path}: {prefix} must have {rule}, {int((~kept).sum())} of its {count} rows break it"
+        for rule, kept in (*finite(rows), *rules(rows, clock, known))
+        if not bool(kept.all())
+    ]
+    return rows

@@ -26,7 +26,7 @@ def write_pieces(
     source: str | None,
     progress: bool | None,
 ) -> WriteReport:
-    """See ``Memory.write_pieces``."""
+    """Write a document that comes in pieces to a memory of one stream; see ``Memory.write_pieces``."""
     begun = time.perf_counter()
     if len(streams) != 1:
         raise InputError(

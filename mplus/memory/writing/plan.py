@@ -52,7 +52,7 @@ class StreamWrite:
 
     @property
     def view(self) -> StreamView:
-        """What a write sees of the stream; not a snapshot, since the memory's write lock is held."""
+        """The stream as a write sees it; no snapshot, since the memory's write lock is held."""
         streams, row = self.streams, self.row
         return StreamView(streams.states[row], streams.stores[row], streams.access_logs[row])
 

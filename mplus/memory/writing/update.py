@@ -83,7 +83,7 @@ class Update:
 
     @property
     def finite(self) -> bool:
-        """Whether there is no NaN and no Inf in any row."""
+        """True if there is no NaN and no Inf in any row."""
         return all(bool(torch.isfinite(rows).all()) for rows in (*self.hidden, *self.projected))
 
     def check_finite(self, tokens: int) -> None:
@@ -145,7 +145,7 @@ Keys = Callable[[int, Tensor], Tensor | None]
 
 @define(frozen=True, eq=False)
 class WriteContext:
-    """What a mechanism may use and change while a stream takes in new rows.
+    """The store, draws and limits that a mechanism may use and change while a stream takes in new rows.
 
     Attributes:
         store: the stream's long-term rows; the caller undoes changes if anything fails.
