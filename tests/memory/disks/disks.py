@@ -27,7 +27,8 @@ SECTOR = 512
 
 def open_memory(path: Path, model: object, *, files: FileSystem | None = None, **options: Any) -> Memory:
     """Open a memory as ``Memory.open`` does, with ``files`` in the place of the real file system."""
-    with patch.object(opening, "FileSystem", FileSystem if files is None else lambda: files):
+    given = iter([] if files is None else [files])  # once: what ``files`` does may open other memories meanwhile
+    with patch.object(opening, "FileSystem", lambda: next(given, None) or FileSystem()):
         return Memory.open(path, model, **options)
 
 
