@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from attrs import define
@@ -30,7 +30,7 @@ class EvictionPolicy(ABC):
     needs_access_log: ClassVar[bool] = False
     lifetime: float | None = None
 
-    def __init__(self, options: Any = None) -> None:
+    def __init__(self, options: EvictionPolicy.Options | None = None) -> None:
         self.options = options if options is not None else self.Options()
 
     def with_access_log(self, access_log: AccessLog | None) -> EvictionPolicy:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ class LruEviction(EvictionPolicy):
     name = "lru"
     needs_access_log = True
 
-    def __init__(self, options: Any = None, access_log: AccessLog | None = None) -> None:
+    def __init__(self, options: EvictionPolicy.Options | None = None, access_log: AccessLog | None = None) -> None:
         """``access_log``: notes on the stream that rows are chosen from; None: nothing was ever retrieved."""
         super().__init__(options)
         self.access_log = access_log

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from attrs import define, field
@@ -39,7 +38,7 @@ class TtlEviction(EvictionPolicy):
     options: Options
     name = "ttl"
 
-    def __init__(self, options: Any = None) -> None:
+    def __init__(self, options: EvictionPolicy.Options | None = None) -> None:
         super().__init__(options)
         self.lifetime = self.options.lifetime
 

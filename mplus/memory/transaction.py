@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -206,17 +207,15 @@ class Streams:
             return self.version, tuple(views)
 
     @property
-    def write_lock(self) -> threading.RLock:
+    def write_lock(self) -> AbstractContextManager[bool]:
         """The lock that a thread holds while it writes; taken before ``state_lock``."""
-        lock: threading.RLock = self._write_locks.here()
-        return lock
+        return self._write_locks.here()
 
     @property
-    def state_lock(self) -> threading.RLock:
+    def state_lock(self) -> AbstractContextManager[bool]:
         """The lock that a thread holds while it makes a change, or looks at more than one attribute."""
         self._enter_child()
-        lock: threading.RLock = self._state_locks.here()
-        return lock
+        return self._state_locks.here()
 
     # ------------------------------------------------------------------ changing
 

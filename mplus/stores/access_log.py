@@ -22,7 +22,7 @@ LOOSE = 64
 SPARE = 4096
 """Records of rows that have left that ``AccessLog.trim`` tolerates, since looking for them has a cost."""
 
-Record = tuple[Tensor, Tensor | int]
+LogEntry = tuple[Tensor, Tensor | int]
 """Ids ``[n]`` and when they were retrieved: ``[n]`` int64 with the ids ascending, or one time for all."""
 
 
@@ -30,11 +30,11 @@ Record = tuple[Tensor, Tensor | int]
 class _LayerLog:
     """Records by number; of several for one row the latest counts. ``now``: the time of the last read."""
 
-    records: dict[int, Record] = field(factory=dict)
+    records: dict[int, LogEntry] = field(factory=dict)
     now: int = NEVER
     numbers: count[int] = field(factory=count)
 
-    def exchange(self, old: dict[int, Record], new: Record) -> None:
+    def exchange(self, old: dict[int, LogEntry], new: LogEntry) -> None:
         """Put ``new`` in the place of ``old``; what other threads record meanwhile stays."""
         self.records[next(self.numbers)] = new
         for number in old:
@@ -83,7 +83,7 @@ class AccessLog:
         self._layers: dict[int, _LayerLog] = {}
 
     def record(self, layer: int, ids: Tensor, clock: int) -> None:
-        """Record that the rows ``ids`` (``[n]`` int64) of ``layer`` were retrieved after ``clock`` rows written."""
+        """LogEntry that the rows ``ids`` (``[n]`` int64) of ``layer`` were retrieved after ``clock`` rows written."""
         own = self._layers.setdefault(layer, _LayerLog())
         own.now = time = max(own.now + 1, clock * READS + 1)  # the same for reads at the very same time
         own.records[next(own.numbers)] = (ids.detach(), time)
@@ -130,7 +130,7 @@ class AccessLog:
         return twin
 
 
-def _merged(records: dict[int, Record]) -> tuple[Tensor, Tensor]:
+def _merged(records: dict[int, LogEntry]) -> tuple[Tensor, Tensor]:
     """Merge records into one: ids ``[n]`` ascending, and the last time of each."""
     ids, times = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     for rows, when in records.values():

@@ -78,6 +78,10 @@ class StoreLayout:
                 raise InputError(f"column {name!r} of {len(rows)} rows must be {wanted}, got {got}")
 
 
+class ChunkCache(dict[str, Any]):
+    """Whatever readers found out about the rows of a chunk, by names of their own."""
+
+
 @define(frozen=True, eq=False)
 class Chunk:
     """Rows of one layer that lie together; the chunks of a layer, in order, hold all of its rows.
@@ -95,8 +99,8 @@ class Chunk:
     ids: Tensor
     live: Tensor | None
     columns: Mapping[str, Tensor]
-    cache: dict[str, Any] = field(factory=dict)
-    inherited_cache: dict[str, Any] = field(factory=dict)
+    cache: ChunkCache = field(factory=ChunkCache)
+    inherited_cache: ChunkCache = field(factory=ChunkCache)
 
 
 def chunk_min(chunk: Chunk, name: Literal["birth", "expiry"]) -> float:
@@ -252,7 +256,7 @@ class MemoryStore(StoreView):
     transparent: ClassVar[bool] = False
     """Whether rows lie in another store, ``inner``, as they would without this one (a cache, say)."""
 
-    def __init__(self, layout: StoreLayout, options: Any = None) -> None:
+    def __init__(self, layout: StoreLayout, options: MemoryStore.Options | None = None) -> None:
         self.layout = layout
         self.identity: Identity | None = Identity()
         self.options = options if options is not None else self.Options()

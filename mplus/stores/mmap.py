@@ -9,7 +9,7 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from attrs import define, evolve, field
@@ -108,7 +108,7 @@ class MmapStore(_SegmentReader, MemoryStore):
     options: Options
     name: ClassVar[str] = "mmap"
 
-    def __init__(self, layout: StoreLayout, options: Any = None) -> None:
+    def __init__(self, layout: StoreLayout, options: MemoryStore.Options | None = None) -> None:
         if layout.device.type != "cpu":
             raise NotSupported(
                 f"the store 'mmap' keeps rows on the CPU, got device {layout.device}: make the memory with "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 
 import torch
 from attrs import define, evolve, field
@@ -169,7 +169,7 @@ class QuantizedStore(_QuantizedReader, WrappingStore):
     options: Options
     name: ClassVar[str] = "quantized"
 
-    def __init__(self, layout: StoreLayout, options: Any = None) -> None:
+    def __init__(self, layout: StoreLayout, options: MemoryStore.Options | None = None) -> None:
         MemoryStore.__init__(self, layout, options)
         names = tuple(name for name in WIDE if name in layout.columns() and (name != "key" or self.options.keys))
         taken = [name for name in map(_exponent, names) if name in layout.columns()]

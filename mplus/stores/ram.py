@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
-import attrs
 import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
-from mplus.config import whole
-from mplus.errors import ConfigError, MemoryMismatchError
+from mplus.config import JsonValue, must_be, whole
+from mplus.errors import MemoryMismatchError
 from mplus.rows import MemoryRows
 from mplus.stores.base import Chunk, Column, Content, Identity, MemoryStore, StoreLayout, StoreView
 from mplus.stores.layered import LayeredView, naming_layer
@@ -67,7 +66,7 @@ class SlabStore(_SlabReader, MemoryStore):
     A subclass says where blocks come from (``allocator``) and how large they are (``sizes``).
     """
 
-    def __init__(self, layout: StoreLayout, options: Any = None) -> None:
+    def __init__(self, layout: StoreLayout, options: MemoryStore.Options | None = None) -> None:
         MemoryStore.__init__(self, layout, options)
         sizes = self.sizes
         self.slab_layers: list[SlabLayer] = [
@@ -149,9 +148,8 @@ class SlabStore(_SlabReader, MemoryStore):
         return store
 
 
-def _above_one(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 < value < float("inf"):
-        raise ConfigError(f"{attribute.name} must be a finite number above 1, got {value!r}")
+def _is_above_one(value: JsonValue) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1 < value < float("inf")
 
 
 class RamStore(SlabStore):
@@ -169,7 +167,7 @@ class RamStore(SlabStore):
                 ``slab_rows``. 0: room grows with what is written.
         """
 
-        growth: float = field(default=2.0, validator=_above_one)
+        growth: float = field(default=2.0, validator=must_be("a finite number above 1", _is_above_one))
         slab_rows: int = field(default=16384, validator=whole(1))
         expected_rows: int = field(default=0, validator=whole(0))
 

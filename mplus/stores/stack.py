@@ -12,7 +12,7 @@ from typing import Any
 
 import attrs
 
-from mplus.config import Component, options_of
+from mplus.config import Component, JsonValue, options_of
 from mplus.errors import MemoryMismatchError
 from mplus.stores import STORES
 from mplus.stores.base import MemoryStore
@@ -38,7 +38,7 @@ def stack_of(wanted: Component, kept: Component | None = None) -> Component:
     return _around(wrapping)
 
 
-def saved_stack(store: MemoryStore) -> str | dict[str, Any]:
+def saved_stack(store: MemoryStore) -> str | dict[str, JsonValue]:
     """Return the manifest's entry for a directory's store: each part that changes rows, with all options."""
     found = [Component(part.name, _facts(part.options)) for part in _parts(store)[:-1] if not part.transparent]
     return _around(found).plain()
@@ -57,13 +57,13 @@ def mapped_store(store: MemoryStore) -> MmapStore:
 
 def _parts(store: MemoryStore) -> list[MemoryStore]:
     """Return a store, the one it wraps, the one that this wraps, and so on."""
-    parts: list[Any] = [store]
+    parts = [store]
     while isinstance(inner := getattr(parts[-1], "inner", None), MemoryStore):
         parts.append(inner)
     return parts
 
 
-def _facts(options: Any) -> dict[str, Any]:
+def _facts(options: attrs.AttrsInstance) -> dict[str, JsonValue]:
     """Return all options of a store but ``inner``."""
     return {name: value for name, value in attrs.asdict(options, recurse=False).items() if name != "inner"}
 

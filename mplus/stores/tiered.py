@@ -173,7 +173,7 @@ class TieredStore(_TieredReader, WrappingStore):
     name: ClassVar[str] = "tiered"
     transparent: ClassVar[bool] = True
 
-    def __init__(self, layout: StoreLayout, options: Any = None) -> None:
+    def __init__(self, layout: StoreLayout, options: MemoryStore.Options | None = None) -> None:
         MemoryStore.__init__(self, layout, options)
         own = self.options
         device, host = (byte_count(part) if part else 0 for part in (own.device_bytes, own.host_bytes))

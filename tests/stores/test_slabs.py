@@ -112,7 +112,7 @@ class TestSeam:
         allocator = RamAllocator(LAYOUT)
         slabs = []
         for columns, capacity, start, tip, live, end in facts:
-            block = Block({name: c.clone() for name, c in columns.items()}, home=allocator, label="x", taken=tip)
+            block = Block({name: c.clone() for name, c in columns.items()}, home=allocator, taken=tip)
             mask = None if live is None and end == tip else torch.zeros(tip - start, dtype=torch.bool)
             if mask is not None:
                 mask[: end - start] = True if live is None else live

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
 
 
 class ProcessLock:
@@ -17,20 +17,20 @@ class ProcessLock:
     half way.
     """
 
-    def __init__(self, make: Callable[[], Any] = threading.Lock) -> None:
+    def __init__(self, make: Callable[[], AbstractContextManager[bool]] = threading.Lock) -> None:
         """``make``: gives a lock, ``threading.Lock`` or ``threading.RLock``."""
         self._make = make
-        self._locks: dict[int, Any] = {os.getpid(): make()}
+        self._locks: dict[int, AbstractContextManager[bool]] = {os.getpid(): make()}
 
-    def here(self) -> Any:
-        """The lock of this process."""
+    def here(self) -> AbstractContextManager[bool]:
+        """Return the lock of this process."""
         process = os.getpid()
         lock = self._locks.get(process)
         return self._locks.setdefault(process, self._make()) if lock is None else lock
 
     @property
     def is_new(self) -> bool:
-        """Whether this is a child in which nobody has asked for the lock yet."""
+        """True in a child in which nobody has asked for the lock yet."""
         return os.getpid() not in self._locks
 
 
@@ -92,7 +92,7 @@ class FileLock:
 
 @functools.cache
 def _held() -> tuple[threading.RLock, weakref.WeakSet[FileLock]]:
-    """The locks of this process, and what keeps it from forking while one is opened; made with the first lock.
+    """Return the locks of this process, and what keeps it from forking while one is opened; made with the first lock.
 
     What happens when a process forks is a matter of the process, so that this cannot belong to one memory: what the
     interpreter is once told to do at a fork, it does for ever.

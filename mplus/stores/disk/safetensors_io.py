@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from attrs import define
@@ -31,6 +31,14 @@ LONGEST_HEADER = 2**27
 """Bytes; a file that claims more is not believed."""
 
 
+class HeaderEntry(TypedDict):
+    """What a header says of one tensor: its dtype by code, its shape, and where it lies behind the header."""
+
+    dtype: str
+    shape: Sequence[int]
+    data_offsets: Sequence[int]
+
+
 @define(frozen=True, eq=False)
 class Part:
     """A tensor to write: its facts first, its rows when they are asked for.
@@ -53,12 +61,12 @@ class Part:
 
     @property
     def row_bytes(self) -> int:
-        """As of ``TensorSpan``."""
+        """Bytes of one row along the first dimension."""
         return torch.Size(self.shape[1:]).numel() * self.dtype.itemsize
 
     @staticmethod
     def whole(name: str, tensor: Tensor) -> Part:
-        """A tensor in one piece."""
+        """Return the part that is a tensor in one piece."""
         return Part(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor])
 
 
@@ -78,12 +86,12 @@ class TensorSpan:
 
 
 def sort_by_itemsize(parts: Sequence[Part]) -> list[Part]:
-    """Wide types first: then every tensor starts at a multiple of its item size."""
+    """Sort wide types to the front: then every tensor starts at a multiple of its item size."""
     return sorted(parts, key=lambda part: -part.dtype.itemsize)
 
 
 def sort_by_alignment(parts: Sequence[Part]) -> list[Part]:
-    """Those first whose size is a multiple of a high power of 2: each then starts at a multiple of that.
+    """Sort the parts whose size is a multiple of a high power of 2 to the front: each starts at a multiple of that.
 
     So it does at one of its item size, and wide rows start where pages of the system do, if the first tensor does.
     """
@@ -91,11 +99,11 @@ def sort_by_alignment(parts: Sequence[Part]) -> list[Part]:
 
 
 def header(parts: Sequence[Part], metadata: Mapping[str, str], multiple: int = 8) -> bytes:
-    """What stands in front of the bytes of ``parts``: its own length, names, dtypes, shapes and places.
+    """Return what stands in front of the bytes of ``parts``: its own length, names, dtypes, shapes and places.
 
     Its size is made a multiple of ``multiple``, itself one of 8.
     """
-    described: dict[str, Any] = {"__metadata__": dict(metadata)}
+    described: dict[str, HeaderEntry | dict[str, str]] = {"__metadata__": dict(metadata)}
     end = 0
     for part in parts:
         begin, end = end, end + part.nbytes
@@ -120,7 +128,7 @@ def parse_header(data: bytes | memoryview, size: int) -> tuple[int, dict[str, Te
     try:
         described = json.loads(bytes(data[8 : 8 + length]).decode())
         metadata = dict(described.pop("__metadata__", {}))
-        spans = {name: _stretch(entry) for name, entry in described.items()}
+        spans = {name: _span(entry) for name, entry in described.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"the header is damaged: {error}") from error
     if not all(isinstance(text, str) for text in metadata.values()):
@@ -135,7 +143,7 @@ def parse_header(data: bytes | memoryview, size: int) -> tuple[int, dict[str, Te
     return 8 + length, spans, metadata
 
 
-def _stretch(entry: Any) -> TensorSpan:
+def _span(entry: HeaderEntry) -> TensorSpan:
     begin, end = entry["data_offsets"]
     shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
@@ -151,19 +159,19 @@ def _stretch(entry: Any) -> TensorSpan:
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, row-major; a view where it lies like that on the CPU already."""
+    """Return the bytes of a tensor, row-major; a view where it lies like that on the CPU already."""
     flat: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return memoryview(flat)
 
 
 def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
-    """Tensors as the pieces of one safetensors text; ``unpack`` reads them joined."""
+    """Return tensors as the pieces of one safetensors text; ``unpack`` reads them joined."""
     parts = sort_by_itemsize([Part.whole(name, tensor) for name, tensor in tensors.items()])
     return [header(parts, metadata), *(raw(tensors[part.name]) for part in parts)]
 
 
 def unpack(data: bytes | memoryview) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (copies) and metadata. Raises ValueError: it is damaged."""
+    """Return tensors (copies) and metadata. Raises ValueError: it is damaged."""
     begin, spans, metadata = parse_header(data, len(data))
     return {name: _tensor(data, begin, span) for name, span in spans.items()}, metadata
 

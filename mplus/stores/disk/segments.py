@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from attrs import define, evolve, field
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mplus.errors import MemoryFileError
 from mplus.rows import MemoryRows
-from mplus.stores.base import Location
+from mplus.stores.base import ChunkCache, Location
 from mplus.stores.disk.segment_source import Buffer, SegmentSource
 from mplus.stores.disk.verified import take
 
@@ -43,7 +43,7 @@ class RowSegment:
     stop: int
     live: Tensor | None
     count: int
-    inherited_cache: dict[str, Any] = field(factory=dict, init=False, repr=False)
+    inherited_cache: ChunkCache = field(factory=ChunkCache, init=False, repr=False)
 
     @property
     def ids(self) -> Tensor:

@@ -29,17 +29,13 @@ class Block:
         columns: name -> ``[capacity, ...]``; those of ``block_columns``.
         capacity: rows there is room for.
         home: the allocator it came from; a layer writes only into blocks of its own allocator.
-        label: what the allocator knows the block by (a file name, say); None: nothing.
     """
 
-    def __init__(
-        self, columns: Mapping[str, Tensor], *, home: Allocator | None = None, label: Any = None, taken: int = 0
-    ) -> None:
+    def __init__(self, columns: Mapping[str, Tensor], *, home: Allocator | None = None, taken: int = 0) -> None:
         """``taken``: places ``0 .. taken-1`` hold rows already."""
         self.columns = dict(columns)
         self.capacity = columns["id"].shape[0]
         self.home = home
-        self.label = label
         self._tip = taken
         self._claims: dict[int, object] = {}
 

@@ -8,7 +8,7 @@ import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
-from mplus.stores.base import Chunk, Location
+from mplus.stores.base import Chunk, ChunkCache, Location
 from mplus.stores.slabs.block import ordinary_tensors
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class Slab:
     count: int
     first: int
     last: int
-    cache: dict[str, Any] = field(factory=dict, init=False, repr=False)
-    inherited_cache: dict[str, Any] = field(factory=dict, init=False, repr=False)
+    cache: ChunkCache = field(factory=ChunkCache, init=False, repr=False)
+    inherited_cache: ChunkCache = field(factory=ChunkCache, init=False, repr=False)
     _chunks: dict[tuple[str, ...], Chunk] = field(factory=dict, init=False, repr=False)
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
 
 import torch
 from attrs import define
@@ -26,7 +26,7 @@ Described = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 @define(frozen=True, eq=False)
 class Table:
-    """What lies where: sets of ``ways`` places, all of a set in one block, blocks one behind the other.
+    """Places of a cache: sets of ``ways`` places, all of a set in one block, blocks one behind the other.
 
     Attributes:
         sets: how many there are.
@@ -74,8 +74,8 @@ class RowCache:
         self._clock = 0
 
     @property
-    def lock(self) -> Any:
-        """To be held."""
+    def lock(self) -> AbstractContextManager[bool]:
+        """The lock that a caller holds."""
         return self._lock.here()
 
     @property
@@ -85,7 +85,7 @@ class RowCache:
 
     @property
     def full(self) -> bool:
-        """Whether every place that the budget allows has a row."""
+        """True if every place that the budget allows has a row."""
         return self.rows == (self._first_sets << self._doublings) * self._ways
 
     def find(self, keys: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from attrs import define, evolve, field
@@ -30,11 +29,11 @@ class Transfer:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pinned = device.type == "cuda"
-        self._stream: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     @contextmanager
     def on_stream(self) -> Iterator[None]:
-        """What is given to the device inside runs beside the present stream, which has made none of it."""
+        """Run what is given to the device inside beside the present stream, which has made none of it."""
         if not self.pinned:
             yield
             return
@@ -44,13 +43,13 @@ class Transfer:
             yield
 
     def to_device(self, column: Tensor) -> Tensor:
-        """A column on the device; does not wait for it."""
+        """Return a column on the device; does not wait for it."""
         if not self.pinned or column.device == self.device:
             return column
         return (column if column.is_pinned() else column.pin_memory()).to(self.device, non_blocking=True)
 
     def event(self) -> CopyEvent:
-        """Of everything sent so far."""
+        """Return the event of everything that was sent so far."""
         return CopyEvent(self._stream.record_event() if self.pinned and self._stream is not None else None)
 
 
@@ -58,11 +57,13 @@ class Transfer:
 class CopyEvent:
     """When rows that were sent can be used; ``event``: of the stream they are copied in, None: now."""
 
-    event: Any = None
+    event: torch.cuda.Event | None = None
 
     def wait(self, columns: Collection[Tensor]) -> None:
         """Let the present stream wait for ``columns``; the calling thread does not."""
-        for column in columns if self.event is not None else ():
+        if self.event is None:
+            return
+        for column in columns:
             stream = torch.cuda.current_stream(column.device)
             stream.wait_event(self.event)
             column.record_stream(stream)
@@ -100,7 +101,7 @@ class _MovedColumns(Mapping[str, Tensor]):
 
 
 def on_device(chunk: Chunk, device: torch.device) -> Chunk:
-    """A chunk as readers on ``device`` see it."""
+    """Return a chunk as readers on ``device`` see it."""
     if chunk.ids.device == device:
         return chunk
     live = None if chunk.live is None else chunk.live.to(device)
