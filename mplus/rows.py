@@ -21,6 +21,14 @@ OWN_COLUMNS = frozenset({"hidden", "birth", "source", "key", "expiry", "projecte
 class MemoryRows:
     """n rows of one layer, in order. All columns have length n; columns are never modified in place.
 
+    Example:
+        >>> import torch
+        >>> births, sources = torch.arange(3), torch.tensor([0, 0, 1])
+        >>> rows = MemoryRows(hidden=torch.randn(3, 8), birth=births, source=sources)
+        >>> of_the_first_text = rows.select(rows.source == 0)
+        >>> len(of_the_first_text), sorted(of_the_first_text.columns())
+        (2, ['birth', 'hidden', 'source'])
+
     Attributes:
         hidden: ``[n, d]`` float, or None where they are not kept. Input-side hidden states: what a layer's norm, key
             and value projections read.

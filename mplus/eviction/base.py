@@ -17,6 +17,15 @@ from mplus.stores.base import Chunk, StoreView, chunk_min
 class EvictionPolicy(ABC):
     """Chooses rows to remove; built as ``Policy(options)``.
 
+    Example:
+        >>> class NewestFirst(EvictionPolicy):
+        ...     name = "newest"
+        ...
+        ...     def select(self, store, layer, excess):
+        ...         return topk_rows(store.chunks(layer, "birth"), excess, lambda chunk: [-chunk.columns["birth"]])
+        >>> NewestFirst().select(store, layer=0, excess=2)
+        tensor([1, 2])
+
     Attributes:
         needs_access_log: the policy goes by what is retrieved, so a memory under it notes that (``with_access_log``).
         lifetime: merges that a new row lives; None: rows leave only at capacity and carry no expiry.

@@ -44,8 +44,12 @@ class Memory:
 
     Example:
         >>> memory = model.new_memory(tokenizer=tokenizer)
-        >>> memory.write("Ada's office is in room 12.", source="mail")
-        >>> model.generate(**question, memory=memory)
+        >>> report = memory.write("Once upon a time Ada had an office in room 12, next to the stairs.", source="mail")
+        >>> answer = model.generate(**question, memory=memory, max_new_tokens=8)
+        >>> [source.name for source in memory.sources()]
+        ['mail']
+        >>> memory.forget("mail").chunks
+        1
 
     Attributes:
         streams: the content, on which the parts of mplus that write, save and forget work.

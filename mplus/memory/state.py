@@ -36,10 +36,13 @@ class StreamState:
     without one.
 
     Example:
+        >>> from attrs import define
         >>> @define(frozen=True, eq=False, kw_only=True)
         ... class Recent(StreamState):
         ...     lists = {"recent": "recent"}
-        ...     recent: tuple[MemoryRows, ...]  # a part for every list of the layout
+        ...     recent: tuple  # of MemoryRows, a part for every layer
+        >>> Recent(recent=(rows, rows)).counts()
+        {'recent': [3, 3]}
 
     Attributes:
         lists: class attribute; the lists of rows by name, and what reports call their rows.

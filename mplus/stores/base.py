@@ -246,6 +246,18 @@ class MemoryStore(StoreView):
 
     Subclasses are built as ``Store(layout, options)``, where ``options`` is an instance of ``Store.Options``.
     Methods that change the store either finish or leave it as it was.
+
+    Example:
+        >>> import torch
+        >>> from mplus.config import Component
+        >>> from mplus.stores import STORES, MemoryRows, StoreLayout
+        >>> store = STORES.build(Component("ram"), StoreLayout(layers=1, hidden_size=8))
+        >>> rows = MemoryRows(hidden=torch.randn(3, 8), birth=torch.arange(3), source=torch.zeros(3, dtype=torch.int64))
+        >>> ids = store.append(0, rows)
+        >>> before = store.snapshot()
+        >>> store.remove(0, ids[:1])
+        >>> store.count(0), before.count(0)
+        (2, 3)
     """
 
     @define(frozen=True, kw_only=True)
