@@ -45,7 +45,7 @@ class RegistryEntry:
 
 @define(frozen=True, eq=False)
 class _Claim:
-    """What a name stands for, not yet imported. ``error``: known to be unusable without importing it."""
+    """A claim on a name: what it stands for, not yet imported. ``error``: known to be unusable without that."""
 
     origin: str
     load: Callable[[], object]
@@ -54,7 +54,7 @@ class _Claim:
 
 
 class NameRegistry(ABC, Generic[V]):
-    """What stands behind the names of one kind: built in, from plug-ins, or registered by the program.
+    """Names of one kind, and what stands behind them: built in, from plug-ins, or registered by the program.
 
     Targets are imported when asked for, plug-ins are looked up on first need, and a broken plug-in or a name
     claimed twice raises only when that name is asked for. Safe to use from several threads.

@@ -43,7 +43,7 @@ class EvictionPolicy(ABC):
         self.options = options if options is not None else self.Options()
 
     def with_access_log(self, access_log: AccessLog | None) -> EvictionPolicy:
-        """This policy for the stream that ``access_log`` has notes on; itself where it does not go by them."""
+        """Return this policy for the stream that ``access_log`` notes; itself where it does not go by that."""
         return self
 
     @abstractmethod
@@ -51,7 +51,7 @@ class EvictionPolicy(ABC):
         """Ids of exactly ``excess`` rows of ``layer`` to remove (``[excess]`` int64, ``0 < excess <= count``)."""
 
     def expire(self, store: StoreView, layer: int, elapsed: float, spare: int) -> tuple[float, Tensor]:
-        """What a merge does besides adding rows, for policies under which rows have a ``lifetime``.
+        """Do what a merge does besides adding rows, for policies under which rows have a ``lifetime``.
 
         Args:
             store: holds the rows that are merged too, each with ``expiry``: its lifetime and what had elapsed then.
@@ -85,7 +85,7 @@ class FifoEviction(EvictionPolicy):
 
 
 def _oldest(chunk: Chunk, count: int, latest: int | None) -> tuple[Tensor, Tensor]:
-    """Births and ids of all rows of a chunk that may be among the ``count`` oldest of all, none born after ``latest``.
+    """Return births and ids of the rows of a chunk that may be among the ``count`` oldest, none born after ``latest``.
 
     In the order of their ids.
     """
@@ -98,7 +98,7 @@ def _oldest(chunk: Chunk, count: int, latest: int | None) -> tuple[Tensor, Tenso
 
 
 def _in_order(births: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Oldest first, ties by lowest id."""
+    """Sort the oldest first, ties by lowest id."""
     by_id = ids.argsort()
     order = by_id[births[by_id].argsort(stable=True)]
     return births[order], ids[order]

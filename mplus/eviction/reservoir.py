@@ -22,7 +22,7 @@ class ReservoirEviction(EvictionPolicy):
 
     @define(frozen=True, kw_only=True)
     class Options(EvictionPolicy.Options):
-        """What is drawn.
+        """Options of the draws.
 
         Attributes:
             seed: another seed, another sample.
@@ -34,7 +34,7 @@ class ReservoirEviction(EvictionPolicy):
     name = "reservoir"
 
     def select(self, store: StoreView, layer: int, excess: int) -> Tensor:
-        """Looks at new rows, and at those that were next to leave when their slab was last looked through."""
+        """Look at new rows, and at those that were next to leave when their slab was last looked through."""
         chunks = [chunk for chunk in store.chunks(layer, "birth", "source") if len(chunk.ids)]
         priorities, places = RandomPriorities(self.options.seed, layer), sum(len(chunk.ids) for chunk in chunks)
         counts = [max(MIN_CANDIDATES, SPARE_FACTOR * excess * len(chunk.ids) // places) for chunk in chunks]
@@ -84,11 +84,11 @@ class RandomPriorities:
 
     @property
     def name(self) -> str:
-        """What chunks know ``Candidates`` by."""
+        """The key of ``Candidates`` in the caches of chunks."""
         return f"next to leave, seed {self.seed}, layer {self.layer}"
 
     def keys(self, births: Tensor, sources: Tensor) -> Tensor:
-        """``[n]`` int64."""
+        """Return the keys ``[n]`` int64 of rows."""
         start = scrambled(scrambled(self.seed) ^ self.layer)
         return ~scramble(scramble(births ^ start) ^ sources)  # the largest number leaves first
 
@@ -114,7 +114,7 @@ class RandomPriorities:
         return found
 
     def recompute(self, chunk: Chunk, count: int) -> Candidates:
-        """At least ``count`` rows, if there are so many; all are looked at."""
+        """Return at least ``count`` rows, if there are so many; all are looked at."""
         ids, keys = chunk.ids, self.keys(chunk.columns["birth"], chunk.columns["source"])
         if chunk.live is not None:
             ids, keys = ids[chunk.live], keys[chunk.live]
@@ -132,7 +132,7 @@ STEP, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def scramble(values: Tensor) -> Tensor:
-    """Independent uniform numbers, int64, for different int64 ``values``; arithmetic is modulo 2**64."""
+    """Return independent uniform int64 for different int64 ``values``; arithmetic is modulo 2**64."""
     mixed: Tensor = values + _signed(STEP)
     for shift, factor in ((30, FIRST), (27, SECOND)):
         mixed = (mixed ^ _shifted(mixed, shift)) * _signed(factor)
@@ -141,12 +141,12 @@ def scramble(values: Tensor) -> Tensor:
 
 
 def scrambled(value: int) -> int:
-    """``scramble`` of one number."""
+    """Return ``scramble`` of one number."""
     return int(scramble(torch.tensor(_signed(value % 2**64))))
 
 
 def _shifted(values: Tensor, places: int) -> Tensor:
-    """Bits moved to the right, zeros coming in from the left: torch itself repeats the sign."""
+    """Shift bits to the right, zeros coming in from the left: torch itself repeats the sign."""
     moved: Tensor = (values >> places) & (2 ** (64 - places) - 1)
     return moved
 

@@ -24,7 +24,7 @@ class TtlEviction(EvictionPolicy):
 
     @define(frozen=True, kw_only=True)
     class Options(EvictionPolicy.Options):
-        """How long rows live.
+        """The lifetime of rows.
 
         Attributes:
             lifetime: merges after which a row expires (published: 10). Where rows do not wait for a merge, every write

@@ -83,7 +83,7 @@ class AccessLog:
         self._layers: dict[int, _LayerLog] = {}
 
     def record(self, layer: int, ids: Tensor, clock: int) -> None:
-        """LogEntry that the rows ``ids`` (``[n]`` int64) of ``layer`` were retrieved after ``clock`` rows written."""
+        """Record that the rows ``ids`` (``[n]`` int64) of ``layer`` were retrieved after ``clock`` rows written."""
         own = self._layers.setdefault(layer, _LayerLog())
         own.now = time = max(own.now + 1, clock * READS + 1)  # the same for reads at the very same time
         own.records[next(own.numbers)] = (ids.detach(), time)

@@ -19,7 +19,7 @@ Content = Literal["hidden", "projected"]
 
 @define(frozen=True, kw_only=True)
 class StoreLayout:
-    """What the rows of a store look like.
+    """The form of the rows of a store: sizes, dtypes and device.
 
     Attributes:
         layers: number of layers that carry memory.
@@ -51,7 +51,7 @@ class StoreLayout:
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.columns().values())
 
     def columns(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape of one row and dtype of every column of ``MemoryRows`` that rows of this layout carry."""
+        """Return the shape of one row and dtype of every column of ``MemoryRows`` that rows of this layout carry."""
         columns: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "birth": ((), torch.int64),
             "source": ((), torch.int64),
@@ -130,7 +130,7 @@ class Location:
     order: Tensor | None = None
 
     def contiguous(self) -> tuple[Tensor, Tensor]:
-        """One column that has all the rows, and their places in it, in the order that was asked for.
+        """Return one column that has all the rows, and their places in it, in the order that was asked for.
 
         Nothing is copied where there is one part.
         """
@@ -167,15 +167,15 @@ class StoreView(ABC):
 
     @abstractmethod
     def ids(self, layer: int) -> Tensor:
-        """``[m]`` int64, ascending: ids of the rows of ``layer``."""
+        """Return ``[m]`` int64, ascending: ids of the rows of ``layer``."""
 
     @abstractmethod
     def column(self, layer: int, name: Column) -> Tensor | None:
-        """One column of all rows in the order of ``ids``; None where the layout has no such column."""
+        """Return one column of all rows in the order of ``ids``; None where the layout has no such column."""
 
     @abstractmethod
     def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column | Content] = ()) -> MemoryRows:
-        """The rows with these ids (``[n]`` int64, any order, repeats allowed), in that order.
+        """Return the rows with these ids (``[n]`` int64, any order, repeats allowed), in that order.
 
         Args:
             layer: index among the layers that carry memory.
@@ -187,14 +187,14 @@ class StoreView(ABC):
         """
 
     def content(self, layer: int, name: Content) -> Tensor | None:
-        """What rows hold, of all of them in the order of ``ids``, where it lies as one tensor; None elsewhere.
+        """Return the content of all rows in the order of ``ids``, where it lies as one tensor; None elsewhere.
 
         Readers that get None use ``gather``. Nothing is copied.
         """
         return None
 
     def locate(self, layer: int, name: Content, ids: Tensor) -> Location | None:
-        """Where the content of the rows with these ids (``[n]`` int64, n of at least 1, any order) lies.
+        """Return where the content of the rows with these ids (``[n]`` int64, n of at least 1, any order) lies.
 
         None where it does not lie anywhere as it is read; readers use ``gather`` then.
 
@@ -205,7 +205,7 @@ class StoreView(ABC):
         return None if column is None else Location([(column, torch.searchsorted(self.ids(layer), ids))])
 
     def chunks(self, layer: int, *names: Column | Content) -> Sequence[Chunk]:
-        """All rows of ``layer`` where they lie, without a copy if the store can: for reading over all of them.
+        """Return all rows of ``layer`` where they lie, without a copy if the store can: for reading over all of them.
 
         Args:
             layer: index among the layers that carry memory.
@@ -225,11 +225,11 @@ class StoreView(ABC):
         return [Chunk(ids, None, columns)]
 
     def count(self, layer: int) -> int:
-        """Number of rows of ``layer``."""
+        """Return the number of rows of ``layer``."""
         return self.ids(layer).shape[0]
 
     def revision(self, layer: int) -> int | None:
-        """How often ``layer`` had changed by the time of this view; None where that is not counted.
+        """Return how often ``layer`` had changed by the time of this view; None where that is not counted.
 
         Of two views of one ``identity``, an equal number means the same rows and a greater one a later moment, whether
         or not rows came back by ``restore`` in between.
@@ -237,7 +237,7 @@ class StoreView(ABC):
         return None
 
     def keys(self, layer: int) -> Tensor | None:
-        """``[m, r]`` retriever keys of ``layer`` in the order of ``ids``, or None."""
+        """Return ``[m, r]`` retriever keys of ``layer`` in the order of ``ids``, or None."""
         return self.column(layer, "key")
 
 
@@ -279,7 +279,7 @@ class MemoryStore(StoreView):
         return self.layout.row_bytes + 8
 
     def bytes_for(self, rows: int) -> int:
-        """Bytes of a layer under ``set_capacity(rows)``, at most: what the capacity under a budget is reckoned with.
+        """Return the bytes of a layer under ``set_capacity(rows)``, at most: what a budget's capacity is reckoned with.
 
         By default the rows alone; it grows with ``rows``.
         """
@@ -308,7 +308,7 @@ class MemoryStore(StoreView):
 
     @abstractmethod
     def snapshot(self) -> StoreView:
-        """An immutable view of the present rows, taken without copying them."""
+        """Return an immutable view of the present rows, taken without copying them."""
 
     @abstractmethod
     def restore(self, snapshot: StoreView) -> None:
@@ -316,11 +316,11 @@ class MemoryStore(StoreView):
 
     @abstractmethod
     def fork(self) -> MemoryStore:
-        """An independent store with the same rows and ids; changing one never shows in the other."""
+        """Return an independent store with the same rows and ids; changing one never shows in the other."""
 
     @abstractmethod
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryStore:
-        """A store with the same rows and ids on another device or in another dtype."""
+        """Return a store with the same rows and ids on another device or in another dtype."""
 
     @property
     @abstractmethod

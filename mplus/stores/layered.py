@@ -27,13 +27,13 @@ class LayerValue(Protocol):
         """``[m]`` int64, ascending."""
 
     def column(self, name: str) -> Tensor | None:
-        """``[m, ...]``, one of the columns that the rows have."""
+        """Return ``[m, ...]``, one of the columns that the rows have."""
 
     def gather(self, ids: Tensor, leave_out: Collection[str] = ()) -> MemoryRows:
-        """Copies of the rows with these ids. Raises KeyError naming one that is not there."""
+        """Return copies of the rows with these ids. Raises KeyError naming one that is not there."""
 
     def locate(self, name: str, ids: Tensor) -> Location:
-        """Where the rows with these ids lie. Raises KeyError as ``gather``."""
+        """Return where the rows with these ids lie. Raises KeyError as ``gather``."""
 
 
 L_co = TypeVar("L_co", bound=LayerValue, covariant=True)
@@ -48,24 +48,24 @@ class LayeredView(StoreView, Generic[L_co]):
         """The layers as they are at this moment."""
 
     def ids(self, layer: int) -> Tensor:
-        """``[m]`` int64, ascending."""
+        """Return ``[m]`` int64, ascending."""
         return self._layer(layer).ids
 
     def column(self, layer: int, name: Column) -> Tensor | None:
-        """One column in the order of ``ids``, without a copy if its rows lie together."""
+        """Return one column in the order of ``ids``, without a copy if its rows lie together."""
         return self._layer(layer).column(name) if name in self.layout.columns() else None
 
     def count(self, layer: int) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return len(self._layer(layer))
 
     def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column | Content] = ()) -> MemoryRows:
-        """Copies of the rows with these ids. Raises KeyError naming a missing one."""
+        """Return copies of the rows with these ids. Raises KeyError naming a missing one."""
         with naming_layer(layer):
             return self._layer(layer).gather(ids, leave_out)
 
     def locate(self, layer: int, name: Content, ids: Tensor) -> Location | None:
-        """Where rows with these ids lie; nothing is copied. Raises KeyError naming a missing one."""
+        """Return where rows with these ids lie; nothing is copied. Raises KeyError naming a missing one."""
         if name not in self.layout.columns():
             return None
         with naming_layer(layer):

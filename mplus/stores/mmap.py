@@ -40,7 +40,7 @@ class _SegmentReader(LayeredView[SegmentedRows]):
         return self.layers
 
     def content(self, layer: int, name: Content) -> Tensor | None:
-        """A column of content in the order of ``ids`` where its rows lie together in memory; None elsewhere.
+        """Return a column in the order of ``ids`` where its rows lie together in memory; None elsewhere.
 
         In a file they would all have to be checked: ``locate`` and ``gather`` check those that are wanted.
         """
@@ -49,7 +49,7 @@ class _SegmentReader(LayeredView[SegmentedRows]):
         return segments[0].read(name) if together and name in self.layout.columns() else None
 
     def chunks(self, layer: int, *names: Column | Content) -> Sequence[Chunk]:
-        """The segments of rows as they lie in files and in memory, without a copy."""
+        """Return the segments of rows as they lie in files and in memory, without a copy."""
         present = [name for name in names if name in self.layout.columns()]
         return [
             Chunk(
@@ -63,7 +63,7 @@ class _SegmentReader(LayeredView[SegmentedRows]):
 
 
 class MmapView(_SegmentReader):
-    """What an ``MmapStore`` held at one moment."""
+    """The rows of an ``MmapStore`` at one moment."""
 
     def __init__(self, layout: StoreLayout, layers: Sequence[SegmentedRows], identity: Identity | None) -> None:
         super().__init__(layout, layers)
@@ -131,7 +131,7 @@ class MmapStore(_SegmentReader, MemoryStore):
         return ids
 
     def append_as(self, layer: int, ids: Tensor, rows: MemoryRows) -> None:
-        """As ``append``, under given ids (``[n]`` int64, ascending, above all that were ever given in this layer)."""
+        """Append rows under given ids (``[n]`` int64, ascending, above all that were ever given in this layer)."""
         segments = self._layer(layer)
         self.layout.check(rows)
         if not len(rows):
@@ -167,7 +167,7 @@ class MmapStore(_SegmentReader, MemoryStore):
     # ------------------------------------------------------------------ copies
 
     def snapshot(self) -> MmapView:
-        """A view of the present rows; it keeps what holds them alive."""
+        """Return a view of the present rows; it keeps what holds them alive."""
         return MmapView(self.layout, self.layers, self.identity)
 
     def restore(self, snapshot: StoreView) -> None:
@@ -180,11 +180,11 @@ class MmapStore(_SegmentReader, MemoryStore):
         self.layers = snapshot.layers
 
     def fork(self) -> MmapStore:
-        """A store that shares this one's files; what is appended to it stays out of them."""
+        """Return a store that shares this one's files; what is appended to it stays out of them."""
         return self._with(self.layout, self.layers)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MmapStore:
-        """The same rows and ids in another dtype; a fork when it does not change. Raises NotSupported: not the CPU."""
+        """Return the same rows and ids in another dtype, or a fork. Raises NotSupported: not the CPU."""
         layout = evolve(
             self.layout,
             device=self.layout.device if device is None else torch.device(device),
@@ -220,7 +220,7 @@ class Scratch:
         self._lock = ProcessLock()
 
     def path(self) -> Path:
-        """A name for a new file."""
+        """Return a name for a new file."""
         with self._lock.here():
             if self._given is not None:
                 try:

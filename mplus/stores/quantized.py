@@ -26,7 +26,7 @@ WIDE = ("hidden", "projected", "key")
 
 @define(frozen=True)
 class Coding:
-    """How a store of 8 bits keeps its columns.
+    """The form in which a store of 8 bits keeps its columns.
 
     Attributes:
         layout: of the rows as they are read.
@@ -55,7 +55,7 @@ class Coding:
         return evolve(self.layout, dtype=self.form.codes, key_dtype=key_dtype, extra=(*self.layout.extra, *exponents))
 
     def encode(self, rows: MemoryRows) -> MemoryRows:
-        """Rows as they are kept. Raises NonFiniteError for NaN or Inf in what is quantised."""
+        """Return rows as they are kept. Raises NonFiniteError for NaN or Inf in what is quantised."""
         columns = rows.columns()
         for name in self.names:
             columns[name], columns[_exponent(name)] = quantised(columns[name].detach(), self.form, self.group)
@@ -64,18 +64,18 @@ class Coding:
         return MemoryRows.of(columns)
 
     def needed(self, names: Collection[str]) -> list[str]:
-        """Columns that are kept, for those that are wanted."""
+        """Return the columns that are kept, for those that are wanted."""
         return [*names, *(_exponent(name) for name in self.names if name in names)]
 
     def decoded(self, name: str, kept: Mapping[str, Tensor]) -> Tensor:
-        """One column as it is read, from those that are kept."""
+        """Return one column as it is read, from those that are kept."""
         dtype = self.layout.dtype
         if name not in self.names:
             return kept[name].to(dtype) if name in WIDE else kept[name]
         return restored(kept[name], kept[_exponent(name)], self.form, self.group, dtype, self.arithmetic)
 
     def decode(self, rows: MemoryRows) -> MemoryRows:
-        """Rows as they are read, of the columns that are there."""
+        """Return rows as they are read, of the columns that are there."""
         kept = rows.columns()
         return MemoryRows.of({name: self.decoded(name, kept) for name in self.layout.columns() if name in kept})
 
@@ -113,19 +113,19 @@ class _QuantizedReader(WrappingView):
         return self.inner.ids(layer)
 
     def column(self, layer: int, name: Column) -> Tensor | None:
-        """One column of all rows; what is quantised is computed anew each time: ``chunks`` need less memory."""
+        """Return one column of all rows; what is quantised is computed anew each time: ``chunks`` need less memory."""
         if name not in self.layout.columns():
             return None
         kept = {part: self.inner.column(layer, cast("Column", part)) for part in self.coding.needed([name])}
         return self.coding.decoded(name, cast("dict[str, Tensor]", kept))
 
     def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column | Content] = ()) -> MemoryRows:
-        """Copies of the rows with these ids. Raises KeyError naming a missing one."""
+        """Return copies of the rows with these ids. Raises KeyError naming a missing one."""
         unread = cast("list[Column]", self.coding.needed(leave_out))
         return self.coding.decode(self.inner.gather(layer, ids, unread))
 
     def chunks(self, layer: int, *names: Column | Content) -> Sequence[Chunk]:
-        """The chunks of the inner store; what is quantised is computed when a column of a chunk is looked at."""
+        """Return the chunks of the inner store; quantised columns are computed when they are looked at."""
         wanted = tuple(name for name in names if name in self.layout.columns())
         needed = cast("list[Column]", self.coding.needed(wanted))
         return [
@@ -135,7 +135,7 @@ class _QuantizedReader(WrappingView):
 
 
 class QuantizedView(_QuantizedReader):
-    """What a ``QuantizedStore`` held at one moment."""
+    """The rows of a ``QuantizedStore`` at one moment."""
 
     def __init__(self, coding: Coding, inner: StoreView) -> None:
         self.coding, self.inner, self.layout, self.identity = coding, inner, coding.layout, inner.identity
@@ -183,7 +183,7 @@ class QuantizedStore(_QuantizedReader, WrappingStore):
         self._hold(STORES.build(self.options.inner, self.coding.inner))
 
     def append(self, layer: int, rows: MemoryRows) -> Tensor:
-        """Copies of ``rows`` in 8 bits. Raises InputError for another layout, NonFiniteError for NaN or Inf."""
+        """Append ``rows`` in 8 bits. Raises InputError for another layout, NonFiniteError for NaN or Inf."""
         self.layout.check(rows)
         return self.inner.append(layer, self.coding.encode(rows))
 
@@ -192,7 +192,7 @@ class QuantizedStore(_QuantizedReader, WrappingStore):
         self.inner.remove(layer, ids)
 
     def snapshot(self) -> QuantizedView:
-        """A view of the present rows."""
+        """Return a view of the present rows."""
         return QuantizedView(self.coding, self.inner.snapshot())
 
     def restore(self, snapshot: StoreView) -> None:
@@ -205,11 +205,11 @@ class QuantizedStore(_QuantizedReader, WrappingStore):
         self.inner.restore(snapshot.inner)
 
     def fork(self) -> Self:
-        """A store around a fork of the inner one."""
+        """Return a store around a fork of the inner one."""
         return self._around(self.inner.fork(), self.coding)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """The same codes elsewhere, or read as another dtype."""
+        """Return the same codes elsewhere, or read as another dtype."""
         layout = evolve(
             self.layout,
             device=self.layout.device if device is None else torch.device(device),

@@ -36,13 +36,13 @@ FORMATS: Mapping[str, Format] = {
 
 
 def groups_of(width: int, group: int) -> int:
-    """Groups that a row of ``width`` numbers has; the last one may be smaller."""
+    """Return the number of groups that a row of ``width`` numbers has; the last one may be smaller."""
     return -(-width // group)
 
 
 @torch.no_grad()
 def quantised(values: Tensor, form: Format, group: int) -> tuple[Tensor, Tensor]:
-    """Codes, and for each group the exponent e of the smallest scale ``2 ** e`` that no code outgrows.
+    """Return codes, and for each group the exponent e of the smallest scale ``2 ** e`` that no code outgrows.
 
     With a power of two for a scale, what reads back is exact in every floating dtype of at least 8 significant bits,
     and quantising it again changes nothing; the price is a scale up to twice as large as it would have to be.
@@ -82,7 +82,7 @@ def quantised(values: Tensor, form: Format, group: int) -> tuple[Tensor, Tensor]
 def restored(
     codes: Tensor, exponents: Tensor, form: Format, group: int, dtype: torch.dtype, arithmetic: torch.dtype
 ) -> Tensor:
-    """``[n, w]`` numbers in ``dtype``.
+    """Return ``[n, w]`` numbers in ``dtype``.
 
     Args:
         codes, exponents: as ``quantised`` returns them.
@@ -101,30 +101,30 @@ def restored(
 
 
 def arithmetic_of(dtype: torch.dtype) -> torch.dtype:
-    """In which numbers of ``dtype`` are quantised."""
+    """Return the dtype in which numbers of ``dtype`` are quantised."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _grouped(values: Tensor, group: int) -> Tensor:
-    """``[n, w]`` -> ``[n, groups, group]``, with zeros behind."""
+    """Reshape ``[n, w]`` to ``[n, groups, group]``, with zeros behind."""
     missing = -values.shape[1] % group
     values = torch.nn.functional.pad(values, (0, missing)) if missing else values
     return values.reshape(values.shape[0], values.shape[1] // group, group)
 
 
 def _exponents(values: Tensor) -> Tensor:
-    """The smallest whole e with ``2 ** e`` not below a value, from the bits of its representation; normal ones only."""
+    """Return the smallest whole e with ``2 ** e`` not below a value, from the bits of normal numbers."""
     words, fraction, bias = _bits(values.dtype)
     up = torch.bitwise_right_shift(values.view(words) + (2**fraction - 1), fraction)
     return (up.clamp(min=1) - bias).to(torch.int16)
 
 
 def _scales(exponents: Tensor, dtype: torch.dtype) -> Tensor:
-    """``2 ** e``, exactly."""
+    """Return ``2 ** e``, exactly."""
     words, fraction, bias = _bits(dtype)
     return torch.bitwise_left_shift(exponents.to(words) + bias, fraction).view(dtype)
 
 
 def _bits(dtype: torch.dtype) -> tuple[torch.dtype, int, int]:
-    """Integers of the same size, bits of the fraction, and what is added to exponents."""
+    """Return integers of the same size, bits of the fraction, and what is added to exponents."""
     return (torch.int64, 52, 1023) if dtype == torch.float64 else (torch.int32, 23, 127)

@@ -35,20 +35,20 @@ class _SlabReader(LayeredView[SlabLayer]):
         return self.slab_layers
 
     def content(self, layer: int, name: Content) -> Tensor | None:
-        """A column of content, where the rows lie together."""
+        """Return a column of content, where the rows lie together."""
         return self._layer(layer).content(name)
 
     def revision(self, layer: int) -> int:
-        """Counted from 0."""
+        """Return the number of changes to the layer, counted from 0."""
         return self._layer(layer).revision
 
     def chunks(self, layer: int, *names: Column | Content) -> list[Chunk]:
-        """A chunk for every slab, without a copy."""
+        """Return a chunk for every slab, without a copy."""
         return self._layer(layer).chunks(names)
 
 
 class SlabView(_SlabReader):
-    """What a ``SlabStore`` held at one moment."""
+    """The rows of a ``SlabStore`` at one moment."""
 
     def __init__(self, layout: StoreLayout, slab_layers: Sequence[SlabLayer], identity: Identity | None) -> None:
         self.layout = layout
@@ -75,12 +75,12 @@ class SlabStore(_SlabReader, MemoryStore):
 
     @abstractmethod
     def allocator(self, layout: StoreLayout, layer: int) -> Allocator:
-        """A new source of blocks for one layer, of a store with this layout."""
+        """Return a new source of blocks for one layer, of a store with this layout."""
 
     @property
     @abstractmethod
     def sizes(self) -> SlabSizes:
-        """How large blocks are made."""
+        """The sizes of blocks."""
 
     def append(self, layer: int, rows: MemoryRows) -> Tensor:
         """Copy ``rows`` in, cut off from their autograd history."""
@@ -95,7 +95,7 @@ class SlabStore(_SlabReader, MemoryStore):
             self.slab_layers[layer] = self._layer(layer).remove(ids)
 
     def snapshot(self) -> SlabView:
-        """A view of the present rows; it keeps their blocks alive."""
+        """Return a view of the present rows; it keeps their blocks alive."""
         return SlabView(self.layout, tuple(self.slab_layers), self.identity)
 
     def restore(self, snapshot: StoreView) -> None:
@@ -111,11 +111,11 @@ class SlabStore(_SlabReader, MemoryStore):
         ]
 
     def fork(self) -> Self:
-        """A store that shares this one's slabs."""
+        """Return a store that shares this one's slabs."""
         return self._with(self.layout, list(self.slab_layers))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """The same rows and ids elsewhere; a fork when neither device nor dtype changes."""
+        """Return the same rows and ids elsewhere; a fork when neither device nor dtype changes."""
         layout = evolve(
             self.layout,
             device=self.layout.device if device is None else torch.device(device),
@@ -127,7 +127,7 @@ class SlabStore(_SlabReader, MemoryStore):
         return self._with(layout, moved)
 
     def bytes_for(self, rows: int) -> int:
-        """A place for each row, and an eighth as many for blocks that are not full."""
+        """Return the bytes of a place for each row, and an eighth as many for blocks that are not full."""
         return places_for(rows) * self.bytes_per_row
 
     def set_capacity(self, rows: int) -> None:
@@ -157,7 +157,7 @@ class RamStore(SlabStore):
 
     @define(frozen=True, kw_only=True)
     class Options(MemoryStore.Options):
-        """How much room is kept.
+        """Room that is kept.
 
         Attributes:
             growth: factor by which a layer's room grows, up to ``slab_rows`` at a time. A layer takes at most the
@@ -176,9 +176,9 @@ class RamStore(SlabStore):
 
     @property
     def sizes(self) -> SlabSizes:
-        """As the options say."""
+        """The sizes that the options say."""
         return SlabSizes(self.options.growth, self.options.slab_rows, self.options.expected_rows)
 
     def allocator(self, layout: StoreLayout, layer: int) -> Allocator:
-        """Memory on the device of ``layout``."""
+        """Return blocks in memory, on the device of ``layout``."""
         return RamAllocator(layout)

@@ -51,19 +51,19 @@ class _TieredReader(WrappingView):
     resident: Sequence[ResidentColumns]
 
     def ids(self, layer: int) -> Tensor:
-        """``[m]`` int64, ascending."""
+        """Return ``[m]`` int64, ascending."""
         small = self._small(layer)
         return (self.inner.ids(layer) if small is None else small.ids).to(self.layout.device)
 
     def column(self, layer: int, name: Column) -> Tensor | None:
-        """One column in the order of ``ids``."""
+        """Return one column in the order of ``ids``."""
         small = self._small(layer)
         known = small is not None and name in small.layout.columns()
         column = small.column(name) if small is not None and known else self.inner.column(layer, name)
         return None if column is None else column.to(self.layout.device)
 
     def chunks(self, layer: int, *names: Column | Content) -> Sequence[Chunk]:
-        """Resident columns where they lie; content is read from the store below, and does not come up for that."""
+        """Return resident columns where they lie; content is read from the store below, and does not come up."""
         small = self._small(layer)
         if small is None or any(name in content_columns(self.layout) for name in names):
             found = self.inner.chunks(layer, *names)
@@ -72,7 +72,7 @@ class _TieredReader(WrappingView):
         return [on_device(chunk, self.layout.device) for chunk in found]
 
     def gather(self, layer: int, ids: Tensor, leave_out: Collection[Column | Content] = ()) -> MemoryRows:
-        """Copies of the rows with these ids, which come up. Raises KeyError naming a missing one."""
+        """Return copies of the rows with these ids, which come up. Raises KeyError naming a missing one."""
         wanted = [name for name in content_columns(self.layout) if name not in leave_out]
         small = self._found(layer, ids, leave_out)
         columns, places, event = self._content(layer, ids, wanted)
@@ -82,7 +82,7 @@ class _TieredReader(WrappingView):
         return MemoryRows.of({**small.columns(), **columns})
 
     def locate(self, layer: int, name: Content, ids: Tensor) -> Location | None:
-        """Copies of content that may be on their way yet. Raises KeyError as ``gather``."""
+        """Return copies of content that may be on their way yet. Raises KeyError as ``gather``."""
         if name not in content_columns(self.layout):
             return None
         self._found(layer, ids, ("key", "expiry"))
@@ -92,7 +92,7 @@ class _TieredReader(WrappingView):
         return PendingLocation([(columns[name], places)], event=event)
 
     def _found(self, layer: int, ids: Tensor, leave_out: Collection[str]) -> MemoryRows:
-        """Resident columns of these rows. Raises KeyError naming one that is not there."""
+        """Return resident columns of these rows. Raises KeyError naming one that is not there."""
         small = self._small(layer)
         try:
             if small is not None:
@@ -105,7 +105,7 @@ class _TieredReader(WrappingView):
     def _content(
         self, layer: int, ids: Tensor, names: Sequence[str]
     ) -> tuple[dict[str, Tensor], Tensor | None, CopyEvent]:
-        """Content of rows that are there, and their places in it; None: they are in the order of ``ids``."""
+        """Return the content of rows that are there, and their places in it; None: they are in the order of ``ids``."""
         if not names:
             return {}, None, CopyEvent()
         ids, order = ids.cpu(), None
@@ -129,7 +129,7 @@ class _TieredReader(WrappingView):
 
 
 class TieredView(_TieredReader):
-    """What a ``TieredStore`` held at one moment."""
+    """The rows of a ``TieredStore`` at one moment."""
 
     def __init__(self, store: TieredStore) -> None:
         self.layout, self.shared, self.lineage, self.token = store.layout, store.shared, store.lineage, store.token
@@ -187,7 +187,7 @@ class TieredStore(_TieredReader, WrappingStore):
     # ------------------------------------------------------------------ changing
 
     def append(self, layer: int, rows: MemoryRows) -> Tensor:
-        """Copies of ``rows``, in the store below and in free places above."""
+        """Append ``rows`` to the store below, and in free places above."""
         self.layout.check(rows)
         if self.limits is not None:
             self.lineage, self.limits = self.lineage.forked(self.limits, self.shared.owner()), None
@@ -212,7 +212,7 @@ class TieredStore(_TieredReader, WrappingStore):
         self.shared.drop(layer, self.lineage.keys(layer, ids.unique()))
 
     def _unknown(self, layer: int) -> ResidentColumns:
-        """Until a change is done, nothing is known of small columns: whoever interrupts it finds no wrong ones."""
+        """Forget small columns until a change is done: whoever interrupts it finds no wrong ones."""
         if not 0 <= layer < self.layout.layers:
             raise IndexError(f"layer must be in 0..{self.layout.layers - 1}, got {layer}")
         before, self.resident[layer] = self.resident[layer], ResidentColumns(self.shared.allocators)
@@ -221,7 +221,7 @@ class TieredStore(_TieredReader, WrappingStore):
     # ------------------------------------------------------------------ copies
 
     def snapshot(self) -> TieredView:
-        """A view of the present rows, through the same tiers."""
+        """Return a view of the present rows, through the same tiers."""
         return TieredView(self)
 
     def restore(self, snapshot: StoreView) -> None:
@@ -236,7 +236,7 @@ class TieredStore(_TieredReader, WrappingStore):
         self.resident = list(snapshot.resident)
 
     def fork(self) -> Self:
-        """A store around a fork of the inner one, in the same tiers."""
+        """Return a store around a fork of the inner one, in the same tiers."""
         ids = [self.ids(layer)[-1:].cpu() for layer in range(self.layout.layers)]
         fork = self._around(self.layout, self.inner.fork(), self.shared, self.lineage, list(self.resident))
         # A number of its own is for a fork that is written: many are only read.
@@ -244,7 +244,7 @@ class TieredStore(_TieredReader, WrappingStore):
         return fork
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """The same rows and ids for another device or in another dtype, with tiers of their own."""
+        """Return the same rows and ids for another device or in another dtype, with tiers of their own."""
         layout = evolve(
             self.layout,
             device=self.layout.device if device is None else torch.device(device),
@@ -261,7 +261,7 @@ class TieredStore(_TieredReader, WrappingStore):
     # ------------------------------------------------------------------ sizes
 
     def tiers(self) -> list[TierReport]:
-        """What each tier holds, the fastest first, the store below last. Forks have their tiers together."""
+        """Report on each tier, the fastest first, the store below last. Forks have their tiers together."""
         small = dict.fromkeys(self.shared.allocators, 0)
         below = 0
         for layer, part in enumerate(self.resident):

@@ -37,7 +37,7 @@ from mplus.stores.mmap import Change, MmapStore
 
 
 class StreamChange(TypedDict, total=False):
-    """What the facts of a record say of one stream.
+    """The facts of a record on one stream.
 
     Attributes:
         clock, next_source: of the new state.

@@ -65,7 +65,7 @@ def forgotten_names(state: StreamState) -> list[str | None]:
 def names_to_keep(
     states: Sequence[StreamState], rows: Iterable[int], source: str | None, *, keep_name: bool
 ) -> list[list[str | None]]:
-    """For each stream the names that ``forgotten_names`` gives once ``source`` is forgotten in batch rows ``rows``."""
+    """Return for each stream the names that ``forgotten_names`` gives once ``source`` is forgotten in ``rows``."""
     names = [forgotten_names(state) for state in states]
     for row in rows:
         kept = [name for name in names[row] if name != source]

@@ -42,7 +42,7 @@ CHECKSUMS = "checksums"
 
 @define(frozen=True)
 class FileEntry:
-    """What is kept of a block file elsewhere: its name, size in bytes, and SHA-256 of header and checksums."""
+    """An entry for a block file: its name, size in bytes, and SHA-256 of header and checksums."""
 
     file: str
     bytes: int
@@ -144,7 +144,7 @@ def _sums(kind: Checksums, data: Bytes) -> bytes:
 
 
 def _length(nbytes: int, kind: Checksums) -> int:
-    """Bytes of the checksums of a tensor."""
+    """Return the bytes of the checksums of a tensor."""
     return -(-nbytes // kind.block_bytes) * kind.size
 
 
@@ -214,19 +214,19 @@ class BlockFile:
         self._tensors: dict[str, VerifiedTensor] = {}
 
     def rows(self, name: str) -> int:
-        """Length of a tensor's first dimension. Raises MemoryFileError: there is no such tensor, or it has none."""
+        """Return a tensor's number of rows. Raises MemoryFileError: there is no such tensor, or it is a number."""
         if not (shape := self.span(name).shape):
             raise MemoryFileError(f"{self.path}: tensor {name!r} must have rows, got a single number")
         return shape[0]
 
     def span(self, name: str) -> TensorSpan:
-        """Where a tensor lies. Raises MemoryFileError: there is no such tensor."""
+        """Return where a tensor lies. Raises MemoryFileError: there is no such tensor."""
         if name not in self.spans:
             raise MemoryFileError(f"{self.path} must hold the tensor {name!r}, which is missing")
         return self.spans[name]
 
     def tensor(self, name: str) -> VerifiedTensor:
-        """A tensor to read rows from. Raises MemoryFileError: there is none of this name."""
+        """Return a tensor to read rows from. Raises MemoryFileError: there is none of this name."""
         found = self._tensors.get(name)
         if found is None:
             span = self.span(name)
@@ -250,11 +250,11 @@ class BlockFile:
         return found
 
     def read(self, name: str) -> Tensor:
-        """All of a tensor; checked. Raises MemoryFileError: it was altered, or there is none of this name."""
+        """Return all of a tensor; checked. Raises MemoryFileError: it was altered, or there is none of this name."""
         return self.tensor(name).all()
 
     def unchecked(self, name: str) -> Tensor:
-        """A tensor as it lies in the file, whatever its checksums say."""
+        """Return a tensor as it lies in the file, whatever its checksums say."""
         return self.tensor(name).rows
 
     def damaged(self) -> Iterator[tuple[str, int, int]]:
@@ -264,7 +264,7 @@ class BlockFile:
             yield from ((name, *tensor.block_span(block)) for block in tensor.faults())
 
     def sound_rows(self, name: str) -> Tensor:
-        """``[rows]`` bool: which rows of a tensor are what was written."""
+        """Return ``[rows]`` bool: which rows of a tensor are what was written."""
         tensor = self.tensor(name)
         sound, width = torch.ones(tensor.span.shape[0], dtype=torch.bool), max(tensor.span.row_bytes, 1)
         for block in tensor.faults():

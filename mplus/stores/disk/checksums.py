@@ -42,7 +42,7 @@ WORD = 8
 
 
 class Checksums(Protocol):
-    """What is kept of the blocks of a tensor.
+    """A kind of checksum of the blocks of a tensor.
 
     Attributes:
         size: bytes of one.
@@ -57,7 +57,7 @@ class Checksums(Protocol):
     def block_bytes(self) -> int: ...
 
     def of(self, data: Tensor) -> Tensor:
-        """``[blocks, k]`` of ``dtype``: those of the blocks of ``data``, ``[nbytes]`` uint8, at least one."""
+        """Return ``[blocks, k]`` of ``dtype``: those of the blocks of ``data``, ``[nbytes]`` uint8, at least one."""
 
 
 @define(frozen=True)
@@ -69,7 +69,7 @@ class Crc32:
     dtype: ClassVar[torch.dtype] = torch.int32
 
     def of(self, data: Tensor) -> Tensor:
-        """One block after the other."""
+        """Return the CRC of one block after the other."""
         view, step = memoryview(data.numpy()), self.block_bytes  # type: ignore[arg-type]
         sums = bytearray()
         for at in range(0, len(view), step):
@@ -86,7 +86,7 @@ class WeightedSums:
     dtype: ClassVar[torch.dtype] = torch.int64
 
     def of(self, data: Tensor) -> Tensor:
-        """Those of all blocks at a time."""
+        """Return the sums of all blocks at a time."""
         size = self.block_bytes
         lacking = -data.shape[0] % size
         if lacking or data.storage_offset() % WORD:
@@ -114,7 +114,7 @@ class Scheme:
 
 
 def _by_width(row_bytes: int) -> Checksums:
-    """``WeightedSums`` of the least whole number of wide rows that has whole words; CRC of narrow ones."""
+    """Return ``WeightedSums`` of the least number of wide rows that has whole words; the CRC of narrow ones."""
     if row_bytes < WIDE:
         return Crc32(NARROW_BLOCK)
     return WeightedSums(DIVIDED if row_bytes > LARGEST_ROW else row_bytes * WORD // gcd(WORD, row_bytes))
@@ -128,14 +128,14 @@ PRESENT = Scheme({"format": "mplus-blocks", "checksum": "weighted-sums, crc32"},
 
 @lru_cache(maxsize=16)
 def _constants(length: int) -> tuple[Tensor, Tensor]:
-    """For the words of a block, and for those that begin in the middle of them."""
+    """Return the constants of the words of a block, and of those that begin in the middle of them."""
     with torch.inference_mode(False):
         straight, between = weights(length).T.contiguous()
         return straight, between[:-1]
 
 
 def weights(count: int) -> Tensor:
-    """``[count, 2]`` int64, odd: the first numbers of the generator SplitMix64 from 0, two for each word of a block."""
+    """Return ``[count, 2]`` odd int64: the first numbers of SplitMix64 from 0, two for each word of a block."""
     number = torch.arange(1, 2 * count + 1, device="cpu") * -0x61C8864680B583EB
     number = (number ^ _right(number, 30)) * -0x40A7B892E31B1A47
     number = (number ^ _right(number, 27)) * -0x6B2FB644ECCEEE15
@@ -143,5 +143,5 @@ def weights(count: int) -> Tensor:
 
 
 def _right(number: Tensor, bits: int) -> Tensor:
-    """As without a sign."""
+    """Shift ``number`` to the right by ``bits``, as if it had no sign."""
     return (number >> bits) & ((1 << (64 - bits)) - 1)

@@ -32,19 +32,19 @@ class _FileRows:
 
 
 def file_of(source: SegmentSource) -> BlockFile | None:
-    """The file a source's rows are in."""
+    """Return the file a source's rows are in."""
     return source.file if isinstance(source, FileLayer) else None
 
 
 def files_of(layers: Sequence[SegmentedRows]) -> list[BlockFile]:
-    """The files that rows are in, those with lower ids first."""
+    """Return the files that rows are in, those with lower ids first."""
     return [file for file in _order(layers) if file is not None]
 
 
 def plan_compaction(
     layers: Sequence[SegmentedRows], *, clean: bool = False, home: Folder | None = None
 ) -> list[frozenset[int]]:
-    """Groups of files (by ``id`` of the ``BlockFile``; ``id(None)`` is the memory) to write anew as one file each.
+    """Return groups of files (by ``id`` of ``BlockFile``; ``id(None)``: memory) to write anew as one file each.
 
     The rows in memory always go to a file. With them goes the newest file while it is not larger than what is behind
     it (as in a binary counter: a row is rewritten about log2(n) times), and any file less than half of which is left.
@@ -73,7 +73,7 @@ def plan_compaction(
 
 
 def _order(layers: Sequence[SegmentedRows]) -> list[BlockFile | None]:
-    """Files from the oldest rows to the newest, None for memory: files are written for all layers at a time."""
+    """Return files from the oldest rows to the newest, None for memory: files are written for all layers at a time."""
     below: dict[int, set[int]] = {}
     named: dict[int, BlockFile | None] = {}
     for runs in layers:

@@ -33,7 +33,7 @@ Bytes = bytes | bytearray | memoryview
 
 
 def folder_mode(file_mode: int) -> int:
-    """Permission bits of a folder: whoever may read files may look them up. ``0o640`` -> ``0o750``."""
+    """Return the permission bits of a folder: whoever may read files may look them up. ``0o640`` -> ``0o750``."""
     return file_mode | (file_mode & 0o444) >> 2
 
 
@@ -66,11 +66,11 @@ class Folder:
         return str(self.path)
 
     def names(self) -> list[str]:
-        """What is in it, sorted. Raises OSError."""
+        """List the names in it, sorted. Raises OSError."""
         return sorted(os.listdir(self.path if self.handle is None else self.handle))  # noqa: PTH208 - of a descriptor
 
     def is_at_its_path(self) -> bool:
-        """Whether the path still leads to this directory."""
+        """Return True if the path still leads to this directory."""
         if self.handle is None:
             return self.path.is_dir()
         try:
@@ -118,7 +118,7 @@ class PathAt:
 
     @property
     def where(self) -> str:
-        """What functions of ``os`` take as path together with ``dir_fd``."""
+        """The path that functions of ``os`` take together with ``dir_fd``."""
         return os.fspath(self) if self.folder.handle is None else self.name
 
     @property
@@ -127,11 +127,11 @@ class PathAt:
         return self.folder.handle
 
     def stat(self) -> os.stat_result:
-        """Of the name itself, where it is a link of the link. Raises OSError."""
+        """Return the status of the name itself, where it is a link of the link. Raises OSError."""
         return os.stat(self.where, dir_fd=self.dir_fd, follow_symlinks=False)
 
     def exists(self) -> bool:
-        """Whether there is such a name, be it a link that leads nowhere."""
+        """Return True if there is such a name, be it a link that leads nowhere."""
         try:
             self.stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -140,12 +140,12 @@ class PathAt:
 
 
 def path_at(path: Path | PathAt) -> PathAt:
-    """``path`` relative to a folder: one that nobody holds, where it is an ordinary path."""
+    """Return ``path`` relative to a folder: one that nobody holds, where it is an ordinary path."""
     return path if isinstance(path, PathAt) else PathAt(Folder(path.absolute().parent, None), path.name)
 
 
 def open_file(path: Path | PathAt, flags: int = os.O_RDONLY) -> int:
-    """A descriptor of a regular file. ``flags`` may create it, with the permission bits of its folder.
+    """Return a descriptor of a regular file. ``flags`` may create it, with the permission bits of its folder.
 
     Raises:
         OSError: as ``os.open``; it is a link, a pipe, a device or a folder; or it is to be written to and has other
@@ -186,13 +186,13 @@ def _check_plain(at: PathAt, facts: os.stat_result, *, writing: bool) -> None:
 
 
 def read_file(path: Path | PathAt) -> bytes:
-    """All of a regular file. Raises OSError as ``open_file``."""
+    """Return all of a regular file. Raises OSError as ``open_file``."""
     with os.fdopen(open_file(path), "rb") as file:
         return file.read()
 
 
 def path_of(handle: int, path: Path | PathAt) -> str:
-    """A path to the open file ``handle`` for libraries that take nothing else; ``path``: where it was opened.
+    """Return a path to the open file ``handle``, for libraries that take nothing else; ``path``: where it was opened.
 
     Where the system has no paths to open files, it is looked for at ``path`` again. Raises OSError: it went.
     """
@@ -234,11 +234,11 @@ class FileSystem:
             self.sync_folder(folder.parent)
 
     def create(self, path: Path | PathAt) -> int:
-        """A descriptor of a new, empty file; writing goes to its end. Raises FileExistsError where there is one."""
+        """Return a descriptor of a new file; writing goes to its end. Raises FileExistsError where there is one."""
         return open_file(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_APPEND)
 
     def extend(self, path: Path | PathAt) -> int:
-        """A descriptor of a file that exists; writing goes to its end."""
+        """Return a descriptor of a file that exists; writing goes to its end."""
         return open_file(path, os.O_RDWR | os.O_APPEND)
 
     def write(self, handle: int, data: Bytes) -> None:

@@ -32,7 +32,7 @@ LONGEST_HEADER = 2**27
 
 
 class HeaderEntry(TypedDict):
-    """What a header says of one tensor: its dtype by code, its shape, and where it lies behind the header."""
+    """A header's entry for one tensor: its dtype by code, its shape, and where it lies behind the header."""
 
     dtype: str
     shape: Sequence[int]

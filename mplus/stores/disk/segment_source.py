@@ -28,19 +28,19 @@ class SegmentSource(Protocol):
 
     @property
     def in_memory(self) -> bool:
-        """Whether they take up memory of the process."""
+        """True if they take up memory of the process."""
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """``[stop - start, ...]``, where it lies."""
+        """Return ``[stop - start, ...]``, where it lies."""
 
     def take(self, name: str, places: Tensor) -> Tensor:
-        """``[n, ...]``, copies of what stands at ``places``."""
+        """Return ``[n, ...]``, copies of what stands at ``places``."""
 
     def around(self, name: str, places: Tensor) -> Tensor:
-        """A whole column where it lies, of which only what stands at ``places`` may be read."""
+        """Return a whole column where it lies, of which only what stands at ``places`` may be read."""
 
     def column(self, name: str) -> VerifiedTensor | Tensor:
-        """A whole column, for ``mplus.stores.disk.verified.take``."""
+        """Return a whole column, for ``mplus.stores.disk.verified.take``."""
 
 
 class Buffer:
@@ -130,6 +130,6 @@ class FileLayer:
 
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
-    """Tensors made inside can be written and differentiated through later, even in a caller's inference mode."""
+    """Make tensors that can be written and differentiated through later, even in a caller's inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         yield

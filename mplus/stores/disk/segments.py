@@ -51,11 +51,11 @@ class RowSegment:
         return self.source.read("id", self.start, self.stop)
 
     def read(self, name: str) -> Tensor:
-        """``[stop - start, ...]``, of removed rows too, where it lies."""
+        """Return ``[stop - start, ...]``, of removed rows too, where it lies."""
         return self.source.read(name, self.start, self.stop)
 
     def column(self, name: str) -> Tensor:
-        """``[count, ...]``; where it lies, if none was removed."""
+        """Return ``[count, ...]``; where it lies, if none was removed."""
         return self.read(name) if self.live is None else self.source.take(name, self.places)
 
     @property
@@ -72,7 +72,7 @@ class RowSegment:
         return int(first), int(last)
 
     def find(self, ids: Tensor) -> Tensor:
-        """Places in the source of the rows with these ids (``[n]`` int64, ascending, n of at least 1, none above all).
+        """Return the places in the source of the rows with these ids (``[n]`` int64, ascending, none above all).
 
         Raises KeyError naming one that is not there.
         """
@@ -91,7 +91,7 @@ class RowSegment:
         return places + self.start
 
     def without(self, places: Tensor) -> RowSegment | None:
-        """What is left without the rows at ``places`` (of the source; distinct, ascending, not removed yet)."""
+        """Return this segment without the rows at ``places`` (of the source; distinct, ascending, not removed yet)."""
         count = self.count - places.shape[0]
         if count == 0:
             return None
@@ -130,14 +130,14 @@ class SegmentedRows:
         return self.column("id")
 
     def column(self, name: str) -> Tensor:
-        """``[m, ...]``; where it lies if it is in one chunk."""
+        """Return ``[m, ...]``; where it lies if it is in one chunk."""
         if len(self.segments) == 1:
             return self.segments[0].column(name)
         shape, dtype = ((), torch.int64) if name == "id" else self.layout.columns()[name]
         return torch.cat([torch.empty(0, *shape, dtype=dtype), *(segment.column(name) for segment in self.segments)])
 
     def gather(self, ids: Tensor, leave_out: Collection[str] = ()) -> MemoryRows:
-        """Copies of the rows with these ids. Raises KeyError naming one that is not there."""
+        """Return copies of the rows with these ids. Raises KeyError naming one that is not there."""
         described = {name: facts for name, facts in self.layout.columns().items() if name not in leave_out}
         found, order = self._found(ids)
         columns = {}
@@ -149,12 +149,12 @@ class SegmentedRows:
         return MemoryRows.of(columns)
 
     def locate(self, name: str, ids: Tensor) -> Location:
-        """Where the rows with these ids lie. Raises KeyError as ``gather``."""
+        """Return where the rows with these ids lie. Raises KeyError as ``gather``."""
         found, order = self._found(ids)
         return Location([(segment.source.around(name, places), places) for segment, places in found], order)
 
     def _found(self, ids: Tensor) -> tuple[list[tuple[RowSegment, Tensor]], Tensor | None]:
-        """SegmentedRows that have any of ``ids``, and the places of these in the source; and ``Location.order``."""
+        """Return segments that have any of ``ids``, the places of these in the source, and ``Location.order``."""
         order, ids = None, ids.cpu()
         if not bool((ids[1:] >= ids[:-1]).all()):
             ids, ranks = ids.sort()
@@ -179,7 +179,7 @@ class SegmentedRows:
         return torch.tensor([last for _, last in bounds], dtype=torch.int64)
 
     def append(self, ids: Tensor, rows: MemoryRows) -> SegmentedRows:
-        """These and copies of ``rows`` behind them, under ``ids`` (``[n]``, ascending, above those there are)."""
+        """Return these and copies of ``rows`` behind them, under ``ids`` (``[n]``, ascending, above all others)."""
         count = len(rows)
         if count == 0:
             return self
@@ -200,7 +200,7 @@ class SegmentedRows:
         return self._with((*self.segments, RowSegment(buffer, 0, count, None, count)))
 
     def remove(self, ids: Tensor) -> SegmentedRows:
-        """These without the rows with ``ids`` (any order, repeats allowed). Raises KeyError as ``gather``."""
+        """Return these without the rows with ``ids`` (any order, repeats allowed). Raises KeyError as ``gather``."""
         changed: dict[int, RowSegment | None] = {}
         for segment, places in self._found(ids.unique())[0]:
             left = segment.without(places)
@@ -213,7 +213,7 @@ class SegmentedRows:
         return self._with(tuple(segment for segment in segments if segment is not None))
 
     def _shrunk(self, segment: RowSegment) -> RowSegment:
-        """A segment in a smaller buffer, where most of its own is unused; the rest as they are."""
+        """Return a segment in a smaller buffer, where most of its own is unused; others as they are."""
         if not isinstance(segment.source, Buffer) or segment.source.capacity <= max(4 * segment.count, SMALLEST_BUFFER):
             return segment
         buffer = Buffer(self.layout, 2 * segment.count)
@@ -232,5 +232,5 @@ class SegmentedRows:
 
 
 def segment_sources(segments: Iterable[SegmentedRows]) -> Sequence[SegmentSource]:
-    """Each source once."""
+    """Return each source once."""
     return list({id(segment.source): segment.source for layer in segments for segment in layer.segments}.values())

@@ -21,7 +21,7 @@ is checked whole where as many rows are read as it has blocks."""
 
 @define(frozen=True)
 class Rule:
-    """What a column of whole numbers must be, by what is known of it elsewhere: from ``least`` to ``most``."""
+    """Bounds of a column of whole numbers, by what is known of it elsewhere: from ``least`` to ``most``."""
 
     least: int
     most: int
@@ -68,20 +68,20 @@ class VerifiedTensor:
         self.whole = not len(self.sums)
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows ``start .. stop-1``, where they lie. Raises MemoryFileError: they are not what was written."""
+        """Return rows ``start .. stop-1``, where they lie. Raises MemoryFileError: they are not what was written."""
         if not self.whole and stop > start:
             width = self.row_bytes
             self._check_range(start * width // self.block_bytes, -(-stop * width // self.block_bytes))
         return self.rows[start:stop]
 
     def all(self) -> Tensor:
-        """Everything, where it lies. Raises MemoryFileError as ``read``."""
+        """Return everything, where it lies. Raises MemoryFileError as ``read``."""
         if not self.whole:
             self._check_range(0, len(self.sums))
         return self.rows
 
     def take(self, places: Tensor) -> Tensor:
-        """Copies of the rows at ``places`` (``[n]`` int64), in that order. Raises MemoryFileError as ``read``."""
+        """Return copies of the rows at ``places`` (``[n]`` int64), in that order. Raises as ``read``."""
         if not places.shape[0]:
             return self.rows.index_select(0, places)
         copies = self.rows.new_empty(places.shape[0], *self.rows.shape[1:])
@@ -90,7 +90,7 @@ class VerifiedTensor:
 
     @property
     def by_rows(self) -> bool:
-        """Whether every row is a block with ``WeightedSums``."""
+        """True if every row is a block with ``WeightedSums``."""
         return self.block_bytes == self.row_bytes and isinstance(self.checksums, WeightedSums)
 
     def check(self, places: Tensor) -> None:
@@ -127,12 +127,12 @@ class VerifiedTensor:
             yield from ((~right).nonzero().squeeze(1) + first).tolist()
 
     def block_span(self, block: int) -> tuple[int, int]:
-        """First byte of a block in the tensor, and the one behind its last."""
+        """Return the first byte of a block in the tensor, and the one behind its last."""
         begin = block * self.block_bytes
         return begin, min(begin + self.block_bytes, self.data.shape[0])
 
     def _in_pieces(self, first: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """Blocks ``first .. stop-1``, some at a time: the number of the first one, and their bytes."""
+        """Yield blocks ``first .. stop-1``, some at a time: the number of the first one, and their bytes."""
         size, step = self.block_bytes, max(1, AT_A_TIME // self.block_bytes)
         for start in range(first, stop, step):
             yield start, self.data[start * size : min(start + step, stop) * size]

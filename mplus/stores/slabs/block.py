@@ -79,7 +79,7 @@ class Allocator(ABC):
 
     @abstractmethod
     def allocate(self, rows: int) -> Block:
-        """An empty block with room for ``rows`` rows (at least 1) whose ``home`` is this allocator."""
+        """Return an empty block with room for ``rows`` rows (at least 1) whose ``home`` is this allocator."""
 
     @property
     def spare_bytes(self) -> int:
@@ -107,7 +107,7 @@ class RamAllocator(Allocator):
         self._numbers = count()
 
     def allocate(self, rows: int) -> Block:
-        """See ``Allocator.allocate``."""
+        """Return an empty block with room for ``rows`` rows (at least 1) whose ``home`` is this allocator."""
         with ordinary_tensors():
             columns = {
                 name: self._empty((rows, *shape), dtype) for name, (shape, dtype) in block_columns(self.layout).items()
@@ -162,12 +162,12 @@ class RamAllocator(Allocator):
 
 
 def block_columns(layout: StoreLayout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape of one row and dtype of every column of a block: those of the layout, and ``id``."""
+    """Return the shape of one row and dtype of every column of a block: those of the layout, and ``id``."""
     return {"id": ((), torch.int64), **layout.columns()}
 
 
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
-    """Tensors made inside can be written and differentiated through later, even in a caller's inference mode."""
+    """Make tensors that can be written and differentiated through later, even in a caller's inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         yield

@@ -75,7 +75,7 @@ class SlabLayer:
         return {}
 
     def column(self, name: str) -> Tensor | None:
-        """``[m, ...]``: one column of all rows, ``id`` included; None where the layout has no such column.
+        """Return ``[m, ...]``: one column of all rows, ``id`` included; None where the layout has no such column.
 
         A view where the rows lie together; copied once otherwise.
         """
@@ -97,7 +97,7 @@ class SlabLayer:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def content(self, name: str) -> Tensor | None:
-        """As ``column``, where that is a view."""
+        """Return a column as ``column`` does, where that is a view; None elsewhere."""
         together = not self.slabs or (len(self.slabs) == 1 and self.slabs[0].live is None)
         return self.column(name) if together else None
 
@@ -107,12 +107,12 @@ class SlabLayer:
         return cast("Tensor", self.column("id"))
 
     def chunks(self, names: Iterable[str]) -> list[Chunk]:
-        """A chunk for every slab."""
+        """Return a chunk for every slab."""
         wanted = tuple(name for name in names if name in self.layout.columns())
         return [slab.chunk(wanted) for slab in self.slabs]
 
     def find(self, ids: Tensor) -> SlabLocation:
-        """Where the rows with these ids lie. Raises KeyError naming one that is not there."""
+        """Return where the rows with these ids lie. Raises KeyError naming one that is not there."""
         ids = ids.to(self.layout.device)
         if not ids.shape[0]:
             return SlabLocation([])
@@ -138,7 +138,7 @@ class SlabLayer:
             return torch.tensor([slab.last for slab in self.slabs], dtype=torch.int64, device=self.layout.device)
 
     def gather(self, ids: Tensor, leave_out: Collection[str] = ()) -> MemoryRows:
-        """Copies of the rows with these ids. Raises KeyError naming one that is not there."""
+        """Return copies of the rows with these ids. Raises KeyError naming one that is not there."""
         found, columns = self.find(ids), {}
         for name, (shape, dtype) in self.layout.columns().items():
             if name not in leave_out and found.parts:
@@ -150,13 +150,13 @@ class SlabLayer:
         return MemoryRows.of(columns)
 
     def locate(self, name: str, ids: Tensor) -> Location:
-        """Where the rows with these ids lie. Raises KeyError as ``gather``."""
+        """Return where the rows with these ids lie. Raises KeyError as ``gather``."""
         return self.find(ids).of(name)
 
     # ------------------------------------------------------------------ changing
 
     def append(self, rows: MemoryRows) -> SlabLayer:
-        """This layer and copies of ``rows`` behind it. Raises InputError unless they have the layout's columns."""
+        """Return this layer and copies of ``rows`` behind it. Raises InputError where their columns are others."""
         self.layout.check(rows)
         slabs, columns, done, next_id = list(self.slabs), rows.columns(), 0, self.next_id
         count = len(self) + len(rows)
@@ -184,11 +184,11 @@ class SlabLayer:
         return evolve(self, slabs=tuple(slabs), next_id=next_id, revision=self.revision + 1)
 
     def compacted(self) -> SlabLayer:
-        """The same rows in no more room than ``sizes`` allow."""
+        """Return the same rows in no more room than ``sizes`` allow."""
         return evolve(self, slabs=tuple(self._compacted(list(self.slabs), ())))
 
     def remove(self, ids: Tensor) -> SlabLayer:
-        """This layer less the rows with these ids. Raises KeyError naming one that is not there."""
+        """Return this layer less the rows with these ids. Raises KeyError naming one that is not there."""
         gone = {id(slab): places for slab, places in self.find(ids.unique()).parts}
         if not gone:
             return self
@@ -202,12 +202,12 @@ class SlabLayer:
         return evolve(self, slabs=tuple(self._compacted(slabs, touched)), revision=self.revision + 1)
 
     def to(self, layout: StoreLayout, allocator: Allocator) -> SlabLayer:
-        """The same rows and ids in the dtype and on the device of ``layout``, in blocks of their own."""
+        """Return the same rows and ids in the dtype and on the device of ``layout``, in blocks of their own."""
         slabs = tuple(_moved([slab], slab.count, allocator) for slab in self.slabs)
         return evolve(self, layout=layout, allocator=allocator, slabs=slabs)
 
     def _room(self, tail: Slab | None, left: int) -> int:
-        """Rows of a new block, before ``left`` rows are appended."""
+        """Return the rows of a new block, before ``left`` rows are appended."""
         sizes = self.sizes
         room = sizes.expected
         if tail is not None:
@@ -218,7 +218,7 @@ class SlabLayer:
         return min(max(room, left), sizes.most)
 
     def _compacted(self, slabs: list[Slab], touched: Sequence[int]) -> list[Slab]:
-        """Slabs with few rows among their places are rewritten, small neighbours with them."""
+        """Rewrite slabs with few rows among their places, small neighbours with them."""
         for place in reversed(touched):
             if len(slabs[place]) > self.sizes.growth**2 * slabs[place].count:
                 self._rewrite(slabs, place)
@@ -241,7 +241,7 @@ class SlabLayer:
         slabs[low:high] = [self._rewritten(slabs[low:high], high == len(slabs))]
 
     def _joins(self, slab: Slab, neighbour: Slab) -> bool:
-        """Whether the neighbour of a slab that is rewritten moves with it: at most as much again is copied."""
+        """Return True if the neighbour of a slab that is rewritten moves with it: at most as much again is copied."""
         size = neighbour.count
         return size <= max(slab.count, self.sizes.least) and size + slab.count <= self.sizes.most // 2
 
@@ -249,18 +249,18 @@ class SlabLayer:
         return _moved(slabs, self._fitting(sum(slab.count for slab in slabs), last), self.allocator)
 
     def _fitting(self, count: int, last: bool) -> int:
-        """Rows of a block for ``count`` rows; more are to come only behind the last ones."""
+        """Return the rows of a block for ``count`` rows; more are to come only behind the last ones."""
         return max(count, min(int(self.sizes.growth * count), self.sizes.most)) if last else count
 
 
 def _write(block: Block, start: int, columns: Mapping[str, Tensor], done: int, granted: int, next_id: int) -> None:
-    """Rows ``done .. done+granted-1`` of ``columns`` into places of ``block``, with ids from ``next_id`` on."""
+    """Write rows ``done .. done+granted-1`` of ``columns`` to places of ``block``, with ids from ``next_id`` on."""
     ids = torch.arange(next_id, next_id + granted, device=block.columns["id"].device)
     block.write(start, {"id": ids, **{name: column[done : done + granted] for name, column in columns.items()}})
 
 
 def _moved(slabs: Sequence[Slab], capacity: int, allocator: Allocator) -> Slab:
-    """The rows of these slabs at the beginning of a block of their own."""
+    """Copy the rows of these slabs to the beginning of a block of their own."""
     count = sum(slab.count for slab in slabs)
     block = allocator.allocate(max(capacity, count))
     block.claim(0, count)

@@ -46,13 +46,13 @@ class Slab:
 
     @staticmethod
     def of(block: Block, start: int, stop: int, live: Tensor | None = None) -> Slab | None:
-        """A slab of the places ``start .. stop-1``, but for removed ones at both ends; None where no row is left."""
+        """Return a slab of the places ``start .. stop-1`` but for removed ends; None where no row is left."""
         count = stop - start if live is None else int(live.sum())
         return Slab._narrowed(block, start, stop, stop, live, count) if count else None
 
     @staticmethod
     def _narrowed(block: Block, start: int, end: int, tip: int, live: Tensor | None, count: int) -> Slab:
-        """Without removed places at the ends."""
+        """Return a slab without removed places at its ends."""
         if live is not None:
             low = 0 if bool(live[0]) else int(live.byte().argmax())  # the first
             high = end - start
@@ -73,11 +73,11 @@ class Slab:
         self.__init__(*state)  # type: ignore[misc]
 
     def column(self, name: str) -> Tensor:
-        """``[end - start, ...]``, a view; removed places hold anything."""
+        """Return ``[end - start, ...]``, a view; removed places hold anything."""
         return self.block.columns[name][self.start : self.end]
 
     def chunk(self, names: tuple[str, ...]) -> Chunk:
-        """These columns as a chunk, the same one every time."""
+        """Return these columns as a chunk, the same one every time."""
         found = self._chunks.get(names)
         if found is None:
             columns = {name: self.column(name) for name in names}
@@ -85,11 +85,11 @@ class Slab:
         return found
 
     def live_places(self) -> Tensor | None:
-        """Places of the live rows, counted from ``start``; None: all of them."""
+        """Return the places of the live rows, counted from ``start``; None: all of them."""
         return None if self.live is None else self.live.nonzero().squeeze(1)
 
     def find(self, ids: Tensor) -> Tensor:
-        """Places ``[n]`` in the block of the rows with these ids. Raises KeyError naming one that is not there."""
+        """Return places ``[n]`` in the block of the rows with these ids. Raises KeyError naming a missing one."""
         if self.last - self.first == len(self) - 1:
             places = ids - self.first
             known = (places >= 0) & (places < len(self))
@@ -104,7 +104,7 @@ class Slab:
         return places + self.start
 
     def extended(self, added: int, last: int) -> Slab:
-        """With the ``added`` places from the tip on, of which the last one has the id ``last``."""
+        """Return this slab with ``added`` places from the tip on, of which the last one has the id ``last``."""
         live, removed = self.live, self.tip - self.end
         if live is not None or removed:
             with ordinary_tensors():
@@ -114,7 +114,7 @@ class Slab:
         return self.heir(evolve(self, end=end, tip=end, live=live, count=self.count + added, last=last))
 
     def without(self, places: Tensor) -> Slab | None:
-        """This slab less the rows at ``places`` ``[n]`` of the block, live ones and none twice."""
+        """Return this slab less the rows at ``places`` ``[n]`` of the block, live ones and none twice."""
         count = self.count - places.shape[0]
         if not count:
             return None
@@ -123,7 +123,7 @@ class Slab:
             return self.heir(Slab._narrowed(self.block, self.start, self.end, self.tip, live, count))
 
     def heir(self, slab: Slab) -> Slab:
-        """``slab``, made of this one by removing and appending, with what is known of both."""
+        """Return ``slab``, made of this one by removing and appending, with what is known of both."""
         slab.inherited_cache.update(self.inherited_cache)
         return slab
 
@@ -144,13 +144,13 @@ class SlabLocation:
     order: Tensor | None = None
 
     def of(self, name: str) -> Location:
-        """One column of these rows."""
+        """Return one column of these rows."""
         return Location([(slab.block.columns[name], places) for slab, places in self.parts], self.order)
 
 
 @define(frozen=True)
 class SlabSizes:
-    """How large blocks are made.
+    """Sizes of blocks.
 
     Attributes:
         growth: factor by which a layer's room grows, above 1.
@@ -165,7 +165,7 @@ class SlabSizes:
     capacity: int | None = None
 
     def for_capacity(self, capacity: int) -> SlabSizes:
-        """Blocks so small that two that are half empty are no more than what ``places_for`` leaves free."""
+        """Return sizes by which two half-empty blocks take no more than what ``places_for`` leaves free."""
         return evolve(self, most=min(self.most, (places_for(capacity) - capacity) // 2), capacity=capacity)
 
     @property
@@ -179,14 +179,14 @@ class SlabSizes:
         return max(1, self.most // 16)
 
     def allowed(self, count: int) -> float:
-        """Places in all blocks of ``count`` rows, above which room is given back."""
+        """Return the places in all blocks of ``count`` rows, above which room is given back."""
         return min(self.growth**2 * count + (self.least if count >= self.small else 0), self.reserved(count))
 
     def reserved(self, count: int) -> float:
-        """Places in all blocks of ``count`` rows, at most; more rows than ``capacity`` are there for a moment only."""
+        """Return the most places of ``count`` rows; more than ``capacity`` are there for a moment only."""
         return float("inf") if self.capacity is None else places_for(self.capacity) + max(0, count - self.capacity)
 
 
 def places_for(rows: int) -> int:
-    """Places that a layer of at most ``rows`` rows takes: an eighth is for what is not full, at least two."""
+    """Return the places that a layer of at most ``rows`` rows takes: an eighth, at least two, are for blocks not full."""
     return rows + max(2, rows // 8)

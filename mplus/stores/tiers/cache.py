@@ -89,14 +89,14 @@ class RowCache:
         return self.rows == (self._first_sets << self._doublings) * self._ways
 
     def find(self, keys: Tensor) -> Tensor:
-        """``[n]`` int64: places of the rows with these keys ``[n]``, -1 where a row is not here. Marks them as used."""
+        """Return the places ``[n]`` of the rows with these keys, -1 where a row is not here. Marks them as used."""
         places = self._places(keys)
         self._clock += 1
         self._table.used[places[places >= 0]] = self._clock
         return places
 
     def parts(self, places: Tensor) -> Iterator[tuple[Mapping[str, Tensor], Tensor, Tensor]]:
-        """Blocks that have any of ``places``: columns, which of the places, and where in the block these are."""
+        """Yield blocks that have any of ``places``: columns, which of the places, and where in the block these are."""
         table = self._table
         if not len(places):
             return
@@ -110,7 +110,7 @@ class RowCache:
                 yield columns, which, places[which] - start
 
     def put(self, keys: Tensor, columns: Mapping[str, Tensor], *, displace: bool = True) -> None:
-        """Copies of rows, as far as there are places; those that are here already stay as they are.
+        """Put in copies of rows, as far as there are places; those that are here already stay as they are.
 
         Args:
             keys: ``[n]``, none twice.
@@ -171,14 +171,14 @@ class RowCache:
         self.rows += len(places)
 
     def _make_room(self, more: int) -> None:
-        """Room for ``more`` rows besides those that are here, so that few of a set are in each other's way."""
+        """Make room for ``more`` rows, so that few of a set are in each other's way."""
         if not self._table.sets:
             self._table = self._doubled()
         while len(self._table.blocks) <= self._doublings and self._table.sets * self._ways * 3 < (self.rows + more) * 4:
             self._table = self._doubled()
 
     def _doubled(self) -> Table:
-        """The present table and as many new places."""
+        """Return the present table and as many new places."""
         table = self._table
         new = table.sets or self._first_sets
         start, count = table.sets * self._ways, new * self._ways

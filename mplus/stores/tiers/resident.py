@@ -41,11 +41,11 @@ class BudgetedAllocator(Allocator):
         self._lock = ProcessLock(RLock)
 
     def has_room(self, rows: int) -> bool:
-        """Whether a block of so many rows would fit now."""
+        """Return True if a block of so many rows would fit now."""
         return self.nbytes + rows * self._row_bytes <= self.budget
 
     def allocate(self, rows: int) -> Block:
-        """See ``Allocator.allocate``. Raises BudgetExceeded."""
+        """Return a block as ``Allocator.allocate`` does. Raises BudgetExceeded."""
         size = rows * self._row_bytes
         with self._lock.here():
             if self.nbytes + size > self.budget:
@@ -91,7 +91,7 @@ class ResidentColumns:
         return found if isinstance(found, BudgetedAllocator) else None
 
     def of(self, view: StoreView, layer: int) -> SlabLayer | None:
-        """The columns of the rows of ``layer``, which ``view`` has; None: there is no room for them in any tier."""
+        """Return the columns of the rows of ``layer``, which ``view`` has; None: no tier has room for them."""
         with self._lock.here():
             if not self._known:
                 self._layer = self._copied(view, layer, self._allocators)
@@ -99,13 +99,13 @@ class ResidentColumns:
             return self._layer
 
     def appended(self, ids: Tensor, rows: MemoryRows) -> ResidentColumns:
-        """With ``rows``, at least one, under ``ids`` behind them."""
+        """Return these columns with ``rows``, at least one, under ``ids`` behind them."""
         names = self._allocators[0].layout.columns()
         own = MemoryRows.of({name: column for name, column in rows.columns().items() if name in names})
         return self._changed(lambda layer: evolve(layer, next_id=int(ids[0])).append(own))
 
     def removed(self, ids: Tensor) -> ResidentColumns:
-        """Without the rows with ``ids``, which are there."""
+        """Return these columns without the rows with ``ids``, which are there."""
         return self._changed(lambda layer: layer.remove(ids))
 
     def _changed(self, change: Callable[[SlabLayer], SlabLayer]) -> ResidentColumns:

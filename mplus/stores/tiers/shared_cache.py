@@ -21,20 +21,20 @@ OWNER_BITS = 40
 
 
 def content_columns(layout: StoreLayout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Columns that reads look at row by row: hidden states, keys and values, and what a coding keeps with them."""
+    """Return the columns that are read row by row: hidden states, keys and values, and what a coding adds."""
     columns = layout.columns()
     return {name: columns[name] for name in columns if name.startswith(("hidden", "projected"))}
 
 
 def resident_layout(layout: StoreLayout, device: torch.device) -> StoreLayout:
-    """A layout of the other columns."""
+    """Return a layout of the other columns."""
     extra = tuple(part for part in layout.extra if part[0] not in content_columns(layout))
     return evolve(layout, keeps_hidden=False, projected_size=0, extra=extra, device=device)
 
 
 @define(frozen=True, kw_only=True)
 class TierReport:
-    """What one tier holds.
+    """A report on one tier.
 
     Attributes:
         name: "device", "host", or the name of the store below, which has everything.
@@ -83,7 +83,7 @@ class Tiers:
         self._owners = count()
 
     def owner(self) -> int:
-        """A number for one more store."""
+        """Return a number for one more store."""
         return next(self._owners)
 
     @property
@@ -99,7 +99,7 @@ class Tiers:
     def read(
         self, layer: int, keys: Tensor, names: Sequence[str], below: Callable[[Tensor], Columns]
     ) -> tuple[dict[str, Tensor], Tensor | None, CopyEvent]:
-        """Columns of the rows with ``keys`` ``[n]`` (none twice), on the device or on their way there.
+        """Return the columns of the rows with ``keys`` ``[n]`` (none twice), on the device or on their way there.
 
         Args:
             layer: index among the layers that carry memory.
@@ -158,7 +158,7 @@ class Tiers:
         )
 
     def offer(self, layer: int, keys: Tensor, columns: Columns) -> None:
-        """New rows, on the host, for places that nobody has; what reads brought up stays."""
+        """Offer new rows, on the host, to places that nobody has; what reads brought up stays."""
         own = {name: columns[name] for name in self._names}
         host, device = self.host.caches[layer], self.device.caches[layer]
         with ordinary_tensors():
@@ -169,13 +169,13 @@ class Tiers:
                     device.put(keys, {name: self.transfer.to_device(own[name]) for name in own}, displace=False)
 
     def drop(self, layer: int, keys: Tensor) -> None:
-        """Rows that were removed make room."""
+        """Let rows go that were removed."""
         for tier in (self.device, self.host):
             with tier.caches[layer].lock:
                 tier.caches[layer].drop(keys)
 
     def reports(self, small_rows: Mapping[BudgetedAllocator, int]) -> list[TierReport]:
-        """Of both; ``small_rows``: by room."""
+        """Report on both tiers; ``small_rows``: by room."""
         return [
             TierReport(
                 name=tier.name,
@@ -217,15 +217,15 @@ class Lineage:
 
     @staticmethod
     def first(layers: int, owner: int) -> Lineage:
-        """Of a store that is no fork."""
+        """Return the lineage of a store that is no fork."""
         return Lineage(torch.tensor([owner]), torch.empty(layers, 0, dtype=torch.int64))
 
     def forked(self, limits: Tensor, owner: int) -> Lineage:
-        """Of a fork, whose own rows have ids from ``limits`` ``[layers]`` on."""
+        """Return the lineage of a fork, whose own rows have ids from ``limits`` ``[layers]`` on."""
         return Lineage(torch.cat([self.owners, torch.tensor([owner])]), torch.cat([self.limits, limits[:, None]], 1))
 
     def keys(self, layer: int, ids: Tensor) -> Tensor:
-        """``[n]`` keys in the caches of the rows with these ids ``[n]``, on the CPU."""
+        """Return ``[n]`` keys in the caches of the rows with these ids ``[n]``, on the CPU."""
         ids = ids.cpu()
         who = torch.searchsorted(self.limits[layer], ids, right=True)
         return (self.owners[who] << OWNER_BITS) | ids
