@@ -11,7 +11,7 @@ from attrs import evolve
 from torch import Tensor
 
 from mplus.errors import MemoryFileError, MemoryMismatchError
-from mplus.memory.directory.check import directory_faults
+from mplus.memory.directory.offline import directory_faults
 from mplus.memory.format.earlier import in_present_form
 from mplus.memory.format.entries import StreamEntry, layout_from, state_class
 from mplus.memory.format.folder import hold, lock

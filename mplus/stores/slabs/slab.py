@@ -188,5 +188,5 @@ class SlabSizes:
 
 
 def places_for(rows: int) -> int:
-    """Return the places that a layer of at most ``rows`` rows takes: an eighth, at least two, are for blocks not full."""
+    """Return the places that a layer of at most ``rows`` rows takes: an eighth, at least 2, are for blocks not full."""
     return rows + max(2, rows // 8)
