@@ -10,7 +10,7 @@ import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
-from mplus.config import JsonValue, must_be, whole
+from mplus.config import is_number, must_be, whole
 from mplus.errors import MemoryMismatchError
 from mplus.rows import MemoryRows
 from mplus.stores.base import Chunk, Column, Content, Identity, MemoryStore, StoreLayout, StoreView
@@ -148,10 +148,6 @@ class SlabStore(_SlabReader, MemoryStore):
         return store
 
 
-def _is_above_one(value: JsonValue) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 1 < value < float("inf")
-
-
 class RamStore(SlabStore):
     """Rows in memory; see ``SlabStore``."""
 
@@ -167,7 +163,12 @@ class RamStore(SlabStore):
                 ``slab_rows``. 0: room grows with what is written.
         """
 
-        growth: float = field(default=2.0, validator=must_be("a finite number above 1", _is_above_one))
+        growth: float = field(
+            default=2.0,
+            validator=must_be(
+                "a finite number above 1", lambda value: is_number(value, 1) and value not in (1, float("inf"))
+            ),
+        )
         slab_rows: int = field(default=16384, validator=whole(1))
         expected_rows: int = field(default=0, validator=whole(0))
 

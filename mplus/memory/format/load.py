@@ -127,7 +127,9 @@ def read_streams(
     made: dict[int, MemoryStore] = {}
     for state, entry in zip(states, entries, strict=True):
         if entry.store not in made:
-            expires = None if manifest.layout.expiry else _expires(state, layout, lifetime)
+            expires = None
+            if lifetime is not None and layout.expiry and not manifest.layout.expiry:  # their lifetime begins now
+                expires = [lifetime + float(value) for value in state.expiry_clock(layout.layers)]
             made[entry.store] = _read_store(file, entry, kind, layout, expires)
         _check_stored(made[entry.store], state, f"{file.path}: store.{entry.store}")
     return (
@@ -221,13 +223,6 @@ def _kept(rows: MemoryRows, layout: StoreLayout, file: Tensors) -> MemoryRows:
     """Return rows that outlast the file."""
     copy = not file.lasting
     return MemoryRows.of({name: column.to(layout.device, copy=copy) for name, column in rows.columns().items()})
-
-
-def _expires(state: StreamState, layout: StoreLayout, lifetime: float | None) -> list[float] | None:
-    """Return when rows of each layer expire whose lifetime begins now; None: they do not."""
-    if not layout.expiry or lifetime is None:
-        return None
-    return [lifetime + float(value) for value in state.expiry_clock(layout.layers)]
 
 
 def _read_store(

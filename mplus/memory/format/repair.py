@@ -20,7 +20,6 @@ from mplus.memory.format.salvage import Salvaged, clean, read_sound_generator, r
 from mplus.memory.format.save import ManifestHeader, save
 from mplus.memory.format.tensors import TensorReader, Tensors
 from mplus.memory.state import StreamView
-from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.stores.disk.files import Folder
 from mplus.stores.mmap import MmapStore
@@ -78,7 +77,9 @@ def _salvage_saved(folder: Folder, manifest: Manifest) -> Salvaged:
                 stores[entry.store] = _store(file, entry, layout, found.lost)
             store = stores[entry.store]
             found.stores.append(store)
-            state = read_sound_state(file, number, entry, layout, store, found.lost, _in_place, file.zeros_like)
+            state = read_sound_state(
+                file, number, entry, layout, store, found.lost, lambda nothing, count: nothing, file.zeros_like
+            )
             found.states.append(clean(number, state, store, found.lost))
             found.draws.append(read_sound_generator(file, number, found.lost))
     return found
@@ -106,10 +107,6 @@ class _Described:
         """Return zeros in place of a tensor that was damaged."""
         entry = self._described[name]
         return torch.zeros(entry.shape, dtype=DTYPES[entry.dtype])
-
-
-def _in_place(nothing: MemoryRows, count: int) -> MemoryRows:
-    return nothing
 
 
 def _store(file: Tensors, entry: StreamEntry, layout: StoreLayout, lost: list[str]) -> MmapStore:

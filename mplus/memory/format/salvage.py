@@ -83,7 +83,8 @@ def read_sound_state(
     lost += [
         f"{what} ({where} must be what was written, and does not fit together: {error})" for what, error in exchanged
     ]
-    held = [*(part.source for parts in rows.values() for part in parts), *sources_in(store)]
+    chunks = [chunk for layer in range(store.layout.layers) for chunk in store.chunks(layer, "source")]
+    held = [*(part.source for parts in rows.values() for part in parts), *(chunk.columns["source"] for chunk in chunks)]
     sources = _sources(file, number, entry, held, lost)
     numbers, nothing = sources.column("number"), tuple[Waiting, ...]()
     texts = _or_lost(lambda: read_texts(file, number, numbers), None, f"stream.{number}.text: {UNREADABLE}", lost)
@@ -125,12 +126,6 @@ def clean(number: int, state: StreamState, store: MemoryStore, lost: list[str]) 
     state, gone = state.kept(places).mended_with(store)
     lost += [f"{what}, stream {number}" for what in gone]
     return state
-
-
-def sources_in(store: MemoryStore) -> list[Tensor]:
-    """Return the source numbers of the rows in a store, with repeats."""
-    pieces = [piece for layer in range(store.layout.layers) for piece in store.chunks(layer, "source")]
-    return [piece.columns["source"] for piece in pieces]
 
 
 def _copied(rows: MemoryRows) -> MemoryRows:

@@ -182,7 +182,9 @@ def replace(
     views = [without_unused_sources(view) for view in views]
     with writable(folder), temporary(folder) as rows, temporary(folder) as head, temporary(folder) as before:
         with create(rows) as file:
-            digest, entries = write_tensors(file, [*_parts(views, draws, numbers), *_index_parts(numbers, indexes)])
+            saved = dict(zip(numbers, indexes, strict=False))  # there may be no indexes
+            index = [part for number, tensors in saved.items() for part in index_parts(number, tensors)]
+            digest, entries = write_tensors(file, [*_parts(views, draws, numbers), *index])
             size = file.tell()
             flush(file)
         name = DATA.format(digest[:32])
@@ -256,11 +258,6 @@ def _parts(views: Sequence[StreamView], draws: Sequence[Tensor], numbers: Sequen
             for column, (shape, dtype) in store.layout.columns().items():
                 pieces = partial(_pieces, store, layer, column)
                 yield Part(f"store.{number}.{layer}.{column}", dtype, (count, *shape), pieces)
-
-
-def _index_parts(numbers: Sequence[int], indexes: Sequence[Index]) -> Iterator[Part]:
-    for number, index in dict(zip(numbers, indexes, strict=False)).items():
-        yield from index_parts(number, index)
 
 
 def index_parts(number: int, index: Index) -> Iterator[Part]:

@@ -116,7 +116,7 @@ def held(
     """Count what ``forget`` would remove."""
     layers = range(stores[0].layout.layers)
     tokens = chunks = 0
-    names = {name: called for state in states for name, called in _names(state).items()}
+    names = {name: state.lists.get(name, name) for state in states for name in state.row_lists()}  # as reports say
     rows_held = {called: [0] * len(layers) for called in (*names.values(), LONG_TERM)}
     for row in rows:
         state, store = states[row], stores[row]
@@ -131,11 +131,6 @@ def held(
         for layer in layers:
             rows_held[LONG_TERM][layer] += len(_written_from(store, layer, number))
     return ForgetReport(source, tokens, chunks, {name: tuple(counts) for name, counts in rows_held.items()})
-
-
-def _names(state: StreamState) -> dict[str, str]:
-    """Return what reports call the rows of each list of a stream."""
-    return {name: state.lists.get(name, name) for name in state.row_lists()}
 
 
 def _written_from(store: StoreView, layer: int, number: int) -> Tensor:

@@ -57,10 +57,6 @@ class Index(NamedTuple):
     built: list[bool]
 
 
-def _new_index() -> Index:
-    return Index({}, [])
-
-
 @define(frozen=True, eq=False)
 class SourceTable:
     """Sources in order of first writing, and by number: ``for source in table``, ``table[number]``.
@@ -75,7 +71,7 @@ class SourceTable:
     pages: tuple[Page, ...] = ()
     next_number: int = 0
     _count: int = 0
-    _index: Index = field(factory=_new_index)
+    _index: Index = field(factory=lambda: Index({}, []))
 
     def __len__(self) -> int:
         return self._count
@@ -151,7 +147,7 @@ class SourceTable:
             pages,
             max(self.next_number, number + 1),
             self._count + (not known),
-            self._index if kept else _new_index(),
+            self._index if kept else Index({}, []),
         )
 
     def _with_new(self, place: int, number: int, source: Source) -> tuple[Page, ...]:

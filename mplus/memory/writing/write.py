@@ -287,20 +287,19 @@ def apply_write(
 
 def _context(streams: Streams, row: int, ids: Tensor) -> WriteContext:
     engine, generator = streams.engine, streams.generators[row]
+
+    def keys(layer: int, hidden: Tensor) -> Tensor | None:
+        made = engine.keys(layer, hidden)
+        if made is not None:
+            check_finite(made, f"in the retriever keys of layer {layer}")
+        return made
+
     return WriteContext(
         store=streams.stores[row],
         eviction=streams.eviction,
         draw=lambda n: torch.randperm(n, generator=generator),
-        keys=lambda layer, hidden: _keys(engine, layer, hidden),
+        keys=keys,
         ids=ids,
         capacity=streams.budget.capacity,
         access_log=streams.access_logs[row],
     )
-
-
-def _keys(engine: Engine, layer: int, hidden: Tensor) -> Tensor | None:
-    """Return the retriever keys of rows ``[m, d]``. Raises NonFiniteError when there is NaN or Inf in them."""
-    made = engine.keys(layer, hidden)
-    if made is not None:
-        check_finite(made, f"in the retriever keys of layer {layer}")
-    return made
