@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mplus.config import Component, JsonValue
 from mplus.errors import InputError
-from mplus.memory.copying import check_row, check_rows, check_target, copied, pickle_error
+from mplus.memory.copying import check_row, check_rows, check_target, copied, moved, pickle_error
 from mplus.memory.directory import JOURNAL_BYTES
 from mplus.memory.engine import Engine, engine_of
 from mplus.memory.report import ForgetReport, SourceInfo, WriteReport, describe
@@ -190,13 +190,7 @@ class Memory:
 
         Raises InputError: rows cannot be kept in that dtype, or on the meta device.
         """
-        target, dtype = check_target(device, dtype)
-        where = self.device if target is None else target
-        rows = range(self.batch_size)
-        streams = copied(
-            self.streams, rows, lambda store: store.to(target, dtype), lambda state: state.to(where, dtype)
-        )
-        return Memory(streams, self.tokenizer)
+        return Memory(moved(self.streams, *check_target(device, dtype)), self.tokenizer)
 
     # ------------------------------------------------------------------ on disk
 
