@@ -338,7 +338,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--write-path", action="store_true", help="also run one write of the mplus that Python finds")
     parser.add_argument(
-        "--list", choices=[*LISTS, "write_path"], help="print what is counted, not how much of it there is"
+        "--list", choices=[*LISTS, "write_trip"], help="print what is counted, not how much of it there is"
     )
     asked = parser.parse_args()
     if asked.list:
