@@ -12,7 +12,6 @@ from attrs import evolve
 from torch import Tensor
 
 from mplus.errors import InputError, MemoryMismatchError, NotSupported, WriteTogetherError
-from mplus.memory.engine import Engine
 from mplus.memory.report import WriteReport, progress_bar
 from mplus.memory.state import StreamState, alike
 from mplus.memory.transaction import Streams
