@@ -1,16 +1,24 @@
-"""Greedy answers to prompts, with or without memory, every setting explicit."""
+"""Answers: generated greedily from prompts, with or without memory, and scored against the accepted ones."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import hashlib
+import json
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
+import attrs
 import torch
 from attrs import define, field
 from torch import Tensor
 
-from mplus.config import flag, whole
+from mplus.config import flag, one_of, whole
 from mplus.errors import ConfigError
+from mplus.evaluation.tasks.base import Episode
 from mplus.memory.memory import Memory
 
 
@@ -148,3 +156,104 @@ def cache_bytes(cache: Any) -> int:
     """Return the bytes of the tensors in a key/value cache; 0 where it is not made of layers."""
     layers = getattr(cache, "layers", None) or []
     return sum(value.nbytes for layer in layers for value in vars(layer).values() if isinstance(value, Tensor))
+
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _stops(stops: Iterable[str]) -> tuple[str, ...]:
+    return tuple(stops)
+
+
+@define(frozen=True, kw_only=True)
+class Scoring:
+    """Every rule that decides whether an answer counts.
+
+    Attributes:
+        correct: "contains": an accepted answer is a part of the text (published); "contains_words": of whole words;
+            "exact": it is the text.
+        normalise: "none" compares letter by letter (published); "squad" without case, punctuation and articles.
+        stop: the text ends before the first of these.
+    """
+
+    correct: Literal["contains", "contains_words", "exact"] = field(
+        default="contains", validator=one_of("contains", "contains_words", "exact")
+    )
+    normalise: Literal["none", "squad"] = field(default="none", validator=one_of("none", "squad"))
+    stop: tuple[str, ...] = field(default=("\n",), converter=_stops)
+
+    def cut(self, text: str) -> str:
+        """Return ``text`` up to the first stop string, without the blanks around it."""
+        ends = [text.find(stop) for stop in self.stop if stop in text]
+        return text[: min(ends, default=len(text))].strip()
+
+    def is_correct(self, text: str, answers: Sequence[str]) -> bool:
+        """Return whether ``text``, which is cut first, holds or is one of ``answers``."""
+        return any(self._matches(self.cut(text), answer) for answer in answers)
+
+    def scores(self, text: str, answers: Sequence[str]) -> dict[str, float]:
+        """Return ``exact_match`` and ``f1`` of words as SQuAD defines them, the best over ``answers``."""
+        text = self.cut(text)
+        return {
+            "exact_match": float(any(normalised(text) == normalised(answer) for answer in answers)),
+            "f1": max((f1(text, answer) for answer in answers), default=0.0),
+        }
+
+    def _matches(self, text: str, answer: str) -> bool:
+        # An answer of articles and punctuation only would be nothing, and that is part of every text.
+        normalise = self.normalise == "squad" and normalised(answer) != ""
+        text, answer = (normalised(text), normalised(answer)) if normalise else (text, answer.strip())
+        if self.correct == "exact":
+            return text == answer
+        if self.correct == "contains_words":
+            return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text) is not None
+        return answer in text
+
+
+def normalised(text: str) -> str:
+    """Return a text in lower case, without punctuation and articles, one blank between words (SQuAD)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def f1(text: str, answer: str) -> float:
+    """Return the F1 of the words of ``text`` against those of ``answer``, both normalised (SQuAD)."""
+    given, wanted = normalised(text).split(), normalised(answer).split()
+    if not given or not wanted:
+        return float(given == wanted)
+    common = sum((Counter(given) & Counter(wanted)).values())
+    return 2 * common / (len(given) + len(wanted))
+
+
+FORMAT = 1
+"""Of the files of questions and answers of arms that run elsewhere (``benchmarks/snapkv``)."""
+
+
+def exported(
+    episodes: Sequence[Episode], ages: Sequence[int], generation: Generation, separator: str
+) -> list[dict[str, Any]]:
+    """Return the lines of a file of questions: first how to answer, with a digest of all, then one line per episode."""
+    lines = [
+        {
+            "episode": episode.number,
+            "passages": [passage.text for passage in episode.passages],
+            "questions": [
+                {
+                    "number": number,
+                    "prompt": question.prompt,
+                    "after": question.after,
+                    "ages": [age for age in ages if question.after + age < len(episode.passages)],
+                }
+                for number, question in enumerate(episode.questions)
+            ],
+        }
+        for episode in episodes
+    ]
+    how = {"format": FORMAT, "separator": separator, "generation": attrs.asdict(generation)}
+    text = json.dumps([how, lines], sort_keys=True)
+    return [{**how, "digest": hashlib.sha256(text.encode()).hexdigest()}, *lines]
+
+
+def export(path: str | Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write the file that ``benchmarks/snapkv`` answers."""
+    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -10,7 +10,7 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.errors import ConfigError
-from mplus.evaluation.ann_recall import Shortcuts
+from mplus.evaluation.execution.ann_recall import Shortcuts
 from mplus.evaluation.execution.base import Execution, Moment, RowCounts, Trace
 from mplus.retrievers.base import Retriever
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from mplus.errors import InputError, MemoryMismatchError, NotSupported
-from mplus.evaluation.extras import require_extra
+from mplus.evaluation import require_extra
 from mplus.hf.reading.arguments import ReadArguments
 from mplus.hf.reading.virtual_tokens import embedded_by
 from mplus.memory.memory import Memory

@@ -11,7 +11,6 @@ import mplus
 from benchmarks.quality.architectures.decoders import BY_NAME
 from mplus.errors import NotSupported
 from mplus.evaluation.abstention import abstention
-from mplus.evaluation.execution.signs import FEATURES
 from mplus.evaluation.harm import HarmOptions, harm
 from mplus.evaluation.health import retriever_health
 from mplus.evaluation.options import ArmOptions, RunOptions
@@ -20,7 +19,7 @@ from mplus.evaluation.retention import retention
 from mplus.evaluation.retriever_swap import retriever_for, usable
 from mplus.evaluation.tasks.key_value import KeyValue
 from mplus.evaluation.texts import Texts
-from mplus.evaluation.tracing import TracingMechanism, count_rows
+from mplus.evaluation.tracing import FEATURES, TracingMechanism, count_rows
 from mplus.hf.reading.override import reading_as
 from mplus.mechanisms import MECHANISMS
 from tests.evaluation import data

@@ -8,16 +8,14 @@ from functools import partial
 import pytest
 
 from mplus.errors import InputError, UnknownNameError
-from mplus.evaluation.arms import make_arms
-from mplus.evaluation.arms.base import MemoryArm
-from mplus.evaluation.arms.text import BM25, FullContext, NoMemory, Window
+from mplus.evaluation.arms import BM25, FullContext, MemoryArm, NoMemory, Window
 from mplus.evaluation.execution.base import Due, Moment
-from mplus.evaluation.execution.ways import Way
 from mplus.evaluation.generating import answers
 from mplus.evaluation.options import ArmOptions
 from mplus.evaluation.oracle import OracleMechanism
 from mplus.evaluation.reports.report import ARMS
-from mplus.evaluation.retriever_swap import Recency, retriever_for
+from mplus.evaluation.retention import make_arms
+from mplus.evaluation.retriever_swap import Recency, Way, retriever_for
 from mplus.evaluation.tasks.base import Episode, Passage, Question
 from mplus.hf.reading.override import reading_as
 from mplus.retrievers.random import RandomRetriever

@@ -9,9 +9,8 @@ from attrs import evolve
 
 import mplus
 from mplus.errors import ConfigError, InputError
-from mplus.evaluation.execution.export import exported
 from mplus.evaluation.execution.generated import GeneratedAnswers
-from mplus.evaluation.generating import Generation
+from mplus.evaluation.generating import Generation, exported
 from mplus.evaluation.options import ArmOptions, RunOptions
 from mplus.evaluation.reports.report import ARMS, Report
 from mplus.evaluation.retention import retention

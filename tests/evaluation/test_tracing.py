@@ -11,13 +11,12 @@ from benchmarks.quality.architectures.decoders import BY_NAME
 from mplus.errors import ConfigError, InputError, NotSupported
 from mplus.evaluation.abstention import abstention
 from mplus.evaluation.execution.base import Due, RowCounts, Trace
-from mplus.evaluation.execution.signs import FEATURES, attention_mass, features
 from mplus.evaluation.generating import Generation, answers
 from mplus.evaluation.health import HitCount, retriever_health
 from mplus.evaluation.options import RunOptions
 from mplus.evaluation.tasks.key_value import KeyValue
 from mplus.evaluation.texts import Texts
-from mplus.evaluation.tracing import TracingMechanism, count_rows, scores
+from mplus.evaluation.tracing import FEATURES, TracingMechanism, attention_mass, count_rows, features, scores
 from mplus.hf.reading.override import reading_as
 from tests.evaluation import data
 from tests.evaluation.bench import CHUNK, SmallTokenizer, execution, model

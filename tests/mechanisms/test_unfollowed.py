@@ -15,12 +15,11 @@ import mplus
 from mplus.cli import app
 from mplus.errors import ConfigError, NotSupported, UnknownNameError
 from mplus.evaluation.abstention import abstention
-from mplus.evaluation.arms import make_arms
 from mplus.evaluation.context import context_value
 from mplus.evaluation.execution import ParallelStreams
 from mplus.evaluation.health import retriever_health
 from mplus.evaluation.options import ArmOptions
-from mplus.evaluation.retention import retention
+from mplus.evaluation.retention import make_arms, retention
 from mplus.evaluation.tasks.facts import Facts
 from mplus.facts.language import Language
 from mplus.mechanisms import MECHANISMS

@@ -181,8 +181,7 @@ class EvalOptions:
 def _generated_facts(decoder: Any, task: Facts) -> GeneratedAnswers:
     """Return facts told to memories of any mechanism, and answered by generating."""
     from mplus.evaluation.execution import GeneratedAnswers
-    from mplus.evaluation.generating import Generation
-    from mplus.evaluation.metrics.scoring import Scoring
+    from mplus.evaluation.generating import Generation, Scoring
     from mplus.evaluation.options import RunOptions
     from mplus.facts.speaker import recall_tokenizer
 

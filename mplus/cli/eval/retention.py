@@ -63,7 +63,7 @@ def retention(
 
     Prints the table and every setting that decides it.
     """
-    from mplus.evaluation.metrics.scoring import Scoring
+    from mplus.evaluation.generating import Scoring
     from mplus.evaluation.options import ArmOptions
     from mplus.evaluation.reports.plots import check_paths
     from mplus.evaluation.retention import retention as run

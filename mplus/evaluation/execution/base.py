@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from attrs import define, field
 from torch import Tensor
 
-from mplus.evaluation.ann_recall import Shortcuts
+from mplus.evaluation.execution.ann_recall import Shortcuts
 from mplus.evaluation.generating import Generated
 from mplus.evaluation.options import ArmOptions
 from mplus.evaluation.reports.report import Arm, Curve

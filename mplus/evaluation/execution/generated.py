@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mplus.environment import run_info
 from mplus.errors import ConfigError, InputError, NotSupported
-from mplus.evaluation.ann_recall import Shortcuts
+from mplus.evaluation import require_extra
+from mplus.evaluation.execution.ann_recall import Shortcuts
 from mplus.evaluation.execution.base import (
     ID_BYTES,
     Advance,
@@ -25,20 +26,15 @@ from mplus.evaluation.execution.base import (
     Trace,
     due_by_place,
 )
-from mplus.evaluation.execution.export import export, exported
-from mplus.evaluation.execution.signs import FEATURES, features
-from mplus.evaluation.execution.ways import Way, find_way, state_bytes
-from mplus.evaluation.extras import require_extra
-from mplus.evaluation.generating import Generated, Generation, answers
-from mplus.evaluation.metrics.forgetting_curve import curves
-from mplus.evaluation.metrics.scoring import Scoring
+from mplus.evaluation.generating import Generated, Generation, Scoring, answers, export, exported
 from mplus.evaluation.options import ArmOptions, RunOptions
 from mplus.evaluation.oracle import OracleMechanism, retrieves
+from mplus.evaluation.reports.forgetting_curve import curves
 from mplus.evaluation.reports.report import ARMS, Arm, Curve
-from mplus.evaluation.retriever_swap import retriever_for
+from mplus.evaluation.retriever_swap import Way, find_way, retriever_for, state_bytes
 from mplus.evaluation.tasks.base import Task
 from mplus.evaluation.texts import Texts
-from mplus.evaluation.tracing import Seen, TracingMechanism, check_retrieves, count_rows, scores
+from mplus.evaluation.tracing import FEATURES, Seen, TracingMechanism, check_retrieves, count_rows, features, scores
 from mplus.hf.reading.override import mechanism_for_reads, reading_as
 from mplus.mechanisms.short_term.batched_streams import BATCHED
 from mplus.memory.memory import Memory

@@ -12,7 +12,7 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.environment import run_info
-from mplus.evaluation.ann_recall import Shortcuts
+from mplus.evaluation.execution.ann_recall import Shortcuts
 from mplus.evaluation.execution.base import (
     ID_BYTES,
     Advance,
@@ -24,16 +24,18 @@ from mplus.evaluation.execution.base import (
     Trace,
     due_by_place,
 )
-from mplus.evaluation.execution.selection import RandomSelector, RecencySelector, SelectSelector
-from mplus.evaluation.execution.stream_moment import (
+from mplus.evaluation.execution.stream_reading import (
+    RandomSelector,
+    RecencySelector,
+    SelectSelector,
     StreamMoment,
     StreamWay,
     bytes_of_long_term,
     bytes_of_short_term,
     right_answers,
 )
-from mplus.evaluation.metrics.forgetting_curve import curves
 from mplus.evaluation.options import ArmOptions
+from mplus.evaluation.reports.forgetting_curve import curves
 from mplus.evaluation.reports.report import ARMS, Arm, Curve
 from mplus.evaluation.tasks.base import Episode
 from mplus.evaluation.tasks.facts import Facts

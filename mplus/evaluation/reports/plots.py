@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mplus.errors import ConfigError
-from mplus.evaluation.extras import require_extra
+from mplus.evaluation import require_extra
 from mplus.evaluation.reports.report import Arm, Report
 from mplus.evaluation.reports.tables import without_numbers
 

@@ -7,10 +7,9 @@ from mplus.evaluation.tasks.babi import Babi
 from mplus.evaluation.tasks.base import Protocol
 from mplus.evaluation.tasks.conversations import Conversations
 from mplus.evaluation.tasks.key_value import KeyValue
-from mplus.evaluation.tasks.natural_questions import NaturalQuestions
 from mplus.evaluation.tasks.needles import Needles
 from mplus.evaluation.tasks.notes import Notes
-from mplus.evaluation.tasks.squad import Squad
+from mplus.evaluation.tasks.question_answering import NaturalQuestions, Squad
 
 __all__ = ["PROTOCOLS", "protocol"]
 

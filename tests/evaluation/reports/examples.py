@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mplus.evaluation.metrics.forgetting_curve import curves
+from mplus.evaluation.reports.forgetting_curve import curves
 from mplus.evaluation.reports.report import Arm, Cell, Report
 
 AGES = (0, 1, 2, 8, 16, 32, 64, 128)

@@ -1,4 +1,4 @@
-"""Reports beside each other: what is kept, what is told apart, and what may not be compared."""
+"""Reports beside each other, and pooled: what is kept, what is told apart, and what may not be compared."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import pytest
 from attrs import evolve
 
 from mplus.errors import InputError
-from mplus.evaluation.reports.merge import side_by_side
+from mplus.evaluation.reports.merge import pool, side_by_side
 from mplus.evaluation.reports.plots import OTHER, STYLES, draw, styles
+from mplus.evaluation.reports.report import Arm, Cell, Report, wilson
 from mplus.evaluation.reports.tables import markdown
 from tests.evaluation.reports.examples import example
 
@@ -78,3 +79,32 @@ def test_arms_with_other_names_look_different(tmp_path):
     text = path.read_text()
     assert STYLES["none"][0] in text
     assert STYLES["window"][0] in text
+
+
+def counted(correct, status="ok", protocol="recall", name="mplus", borderline=0.1):
+    cells = (Cell(age=0, questions=10, correct=correct, state_bytes=7), Cell(age=4, questions=10, correct=1))
+    reason = None if status == "ok" else "too little"
+    arm = Arm(name=name, status=status, reason=reason, cells=cells)
+    return Report(protocol=protocol, arms=(arm,), borderline=borderline)
+
+
+def test_counts_add_up_and_intervals_are_those_of_all_questions():
+    pooled = pool([counted(9), counted(5, borderline=0.3)])
+    cell = pooled.arm("mplus").at(0)
+    assert (cell.questions, cell.correct, cell.state_bytes) == (20, 14, 7)
+    assert cell.interval == wilson(14, 20)
+    assert pooled.arm("mplus").at(4).correct == 2
+    assert pooled.borderline == pytest.approx(0.2)
+
+
+def test_an_arm_must_be_good_in_every_report():
+    pooled = pool([counted(9), counted(1, status="not_converged")])
+    assert (pooled.arm("mplus").status, pooled.arm("mplus").reason) == ("not_converged", "too little")
+
+
+def test_reports_that_do_not_belong_together_are_refused():
+    with pytest.raises(InputError, match="at least one report to pool, got none"):
+        pool([])
+    for other in (counted(1, protocol="squad"), counted(1, name="none")):
+        with pytest.raises(InputError, match="same protocol and arms, got recall with mplus and"):
+            pool([counted(1), other])

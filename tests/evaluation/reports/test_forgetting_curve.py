@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mplus.errors import InputError
-from mplus.evaluation.metrics.forgetting_curve import any_row, curves, one_row, with_chance
+from mplus.evaluation.reports.forgetting_curve import any_row, curves, one_row, with_chance
 
 
 def test_by_hand():

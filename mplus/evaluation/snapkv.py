@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mplus.errors import InputError
-from mplus.evaluation.arms.base import EvaluationArm
+from mplus.evaluation.arms import EvaluationArm
 from mplus.evaluation.execution.base import Answer, Due, Moment
-from mplus.evaluation.execution.export import FORMAT
 from mplus.evaluation.execution.generated import GeneratedAnswers
+from mplus.evaluation.generating import FORMAT
 from mplus.evaluation.texts import read
 
 

@@ -13,19 +13,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mplus
 from mplus.errors import ConfigError, UnknownNameError
 from mplus.evaluation.abstention import abstention
-from mplus.evaluation.arms.base import MemoryArm
-from mplus.evaluation.arms.text import BM25, FullContext, NoMemory, Window
+from mplus.evaluation.arms import BM25, FullContext, MemoryArm, NoMemory, Window
 from mplus.evaluation.execution import GeneratedAnswers, ParallelStreams
-from mplus.evaluation.execution.selection import OracleSelector, RandomSelector, RecencySelector, SelectSelector
-from mplus.evaluation.execution.stream_moment import (
+from mplus.evaluation.execution.stream_reading import (
+    OracleSelector,
+    RandomSelector,
+    RecencySelector,
+    SelectSelector,
     StreamWay,
     bytes_of_long_term,
     bytes_of_short_term,
     right_answers,
 )
-from mplus.evaluation.generating import Generation
+from mplus.evaluation.generating import Generation, Scoring
 from mplus.evaluation.health import retriever_health
-from mplus.evaluation.metrics.scoring import Scoring
 from mplus.evaluation.options import ArmOptions, RunOptions
 from mplus.evaluation.retention import retention
 from mplus.evaluation.retriever_swap import with_own_parameters

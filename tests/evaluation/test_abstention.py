@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplus.errors import InputError
-from mplus.evaluation.metrics.calibration import Logistic, auroc, compare, judge, threshold
+from mplus.evaluation.abstention import Logistic, auroc, compare, judge, threshold
 
 SCORES = st.lists(st.integers(-5, 5) | st.floats(-3, 3, width=32), min_size=1, max_size=30)
 

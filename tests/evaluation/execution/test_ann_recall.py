@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mplus.evaluation.ann_recall import MOST, Shortcuts
+from mplus.evaluation.execution.ann_recall import MOST, Shortcuts
 from mplus.retrievers.base import Retriever, RetrieverShape, Selection
 from mplus.retrievers.faiss_ivf import FaissIvfRetriever
 from mplus.retrievers.linear import LinearRetriever

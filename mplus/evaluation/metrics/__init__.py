@@ -1,1 +1,0 @@
-"""Numbers from answers: scores, AUROC and calibration, and the forgetting curve of theory."""
