@@ -1,12 +1,180 @@
-"""``mplus bench``."""
+"""``mplus bench``: its commands, the options they share, and where a record goes."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from attrs import define
 
-from mplus.cli.bench_options import Bench, measurement, positive
+if TYPE_CHECKING:
+    import torch
+
+    from mplus.bench.presets import Preset
+
+
+PresetName = Annotated[
+    str, typer.Option("--preset", help="Decoder and memory: cpu (4 layers of width 512) or llama3-8b (for a GPU).")
+]
+Threads = Annotated[
+    str | None,
+    typer.Option(metavar="N,N,...", help="CPU threads for torch, one after the other; default: torch's own choice."),
+]
+Repeats = Annotated[int | None, typer.Option(min=1, help="Rounds; default: what the preset says.")]
+Backends = Annotated[
+    str | None,
+    typer.Option(metavar="NAME,NAME,...", help="Attention backends of mplus; default: all but reference and flex."),
+]
+LongTerm = Annotated[
+    int | None, typer.Option("--long-term", min=1, help="So many long-term rows, with retriever keys of width 256.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: what the preset is for.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the record as JSON to this file.")]
+
+
+@define(frozen=True)
+class Bench:
+    """What every measurement is told.
+
+    Attributes:
+        preset, device: with what, and where.
+        threads: of torch on the CPU, one section each.
+        repeats: rounds.
+        backends: of attention; None: those that are usual.
+    """
+
+    preset: Preset
+    device: torch.device
+    threads: list[int]
+    repeats: int
+    backends: list[str] | None = None
+
+    @property
+    def how(self) -> tuple[Preset, torch.device, list[int], int]:
+        """Return what ``measure`` functions take first."""
+        return self.preset, self.device, self.threads, self.repeats
+
+
+def measurement(
+    *, backends: bool = True, long_term: bool = False
+) -> Callable[[Callable[..., Mapping[str, Any]]], Callable[..., None]]:
+    """Make a command of a function that takes a ``Bench`` and options of its own, and returns a record.
+
+    The command has the options of every measurement besides. It writes the record and shows it; its exit code is 1
+    when an arm computed something else than it should.
+
+    Args:
+        backends: let attention backends be named.
+        long_term: let the number of long-term rows be set.
+    """
+
+    def command_of(measure: Callable[..., Mapping[str, Any]]) -> Callable[..., None]:
+        shared = dict(inspect.signature(_shared, eval_str=True).parameters)
+        as_json = shared.pop("as_json")
+        for name, wanted in (("backends", backends), ("long_term", long_term)):
+            if not wanted:
+                del shared[name]
+        own = list(inspect.signature(measure, eval_str=True).parameters.values())[1:]
+        options = [*shared.values(), *own, as_json]
+
+        def command(**given: Any) -> None:
+            file = given.pop("as_json")
+            bench = _prepared(**{name: given.pop(name) for name in shared})
+            _finish(measure(bench, **given), file)
+
+        command.__name__, command.__doc__ = measure.__name__, measure.__doc__
+        command.__annotations__ = {option.name: option.annotation for option in options}
+        # Typer makes the options of a command from its signature.
+        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
+        )
+        return command
+
+    return command_of
+
+
+def _shared(
+    preset: PresetName = "cpu",
+    threads: Threads = None,
+    repeats: Repeats = None,
+    backends: Backends = None,
+    device: Device = None,
+    long_term: LongTerm = None,
+    as_json: Json = None,
+) -> None:
+    """Options of every measurement."""
+
+
+def _prepared(
+    preset: str,
+    threads: str | None,
+    repeats: int | None,
+    device: str | None,
+    backends: str | None = None,
+    long_term: int | None = None,
+) -> Bench:
+    import torch
+    from attrs import evolve
+
+    from mplus.bench.presets import device_for
+    from mplus.bench.presets import preset as find
+    from mplus.errors import ConfigError
+
+    chosen = find(preset)
+    if long_term is not None:
+        chosen = evolve(chosen, long_term_rows=long_term, retriever_width=256)
+    counts = positive(threads, "--threads") or [torch.get_num_threads()]
+    if len(set(counts)) < len(counts):
+        raise ConfigError(f"--threads must be different numbers, got {threads!r}")
+    names = None if backends is None else [part.strip() for part in backends.split(",")]
+    return Bench(chosen, device_for(chosen, device), counts, repeats or chosen.repeats, names)
+
+
+def positive(text: str | None, option: str) -> list[int] | None:
+    """Parse ``1,2``; None where nothing was given. Raises ConfigError, which names ``option``."""
+    from mplus.cli.eval_options import numbers
+    from mplus.errors import ConfigError
+
+    found = numbers(text, option)
+    if found is None:
+        return None
+    if min(found) < 1:
+        raise ConfigError(f"{option} must be numbers of at least 1, got {text!r}")
+    return list(found)
+
+
+def _finish(record: Mapping[str, Any], as_json: Path | None) -> None:
+    """Write and show a record; exit code 1 when an arm was wrong."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from mplus.bench.record import failed
+    from mplus.bench.tables import opening, refused, tables
+
+    if as_json is not None:
+        as_json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    console = Console(highlight=False)
+    console.print(escape(opening(record)), soft_wrap=True)
+    for table in tables(record):
+        shown = Table(box=None, title=escape(table.title), title_justify="left", title_style="bold")
+        for column, head in enumerate(table.head):
+            shown.add_column(escape(head), justify="left" if column == 0 else "right", no_wrap=column == 0)
+        for row in table.rows:
+            shown.add_row(*map(escape, row))
+        console.print()
+        console.print(shown)
+        for note in table.notes:
+            console.print(escape(note), style="dim", soft_wrap=True)
+    for line in refused(record):
+        console.print(escape(line), soft_wrap=True)
+    if failed(record):
+        raise typer.Exit(1)
+
 
 Record = dict[str, Any]
 

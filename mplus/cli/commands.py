@@ -1,27 +1,43 @@
-"""The commands, put together."""
+"""The commands, put together, and how errors end them: one line instead of a traceback."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+import traceback
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import mplus
 from mplus.cli import bench as benching
 from mplus.cli.demo.command import demo, demo_continue, demo_novel
-from mplus.cli.errors import ErrorLineGroup
-from mplus.cli.eval.abstention import abstention
-from mplus.cli.eval.harm import harm
-from mplus.cli.eval.retention import retention
-from mplus.cli.eval.retriever import retriever
+from mplus.cli.evaluation import abstention, harm, retention, retriever
 from mplus.cli.get import get
 from mplus.cli.import_ import import_checkpoint
 from mplus.cli.info import info
-from mplus.cli.memory import repair, show, verify
-from mplus.cli.memory_sources import forget, sources
+from mplus.cli.memory import forget, repair, show, sources, verify
 from mplus.cli.plugins import plugins
 from mplus.cli.replay import replay
 from mplus.cli.train import train
+from mplus.errors import MPlusError
+
+
+EXIT_CODE = 2
+
+
+class ErrorLineGroup(TyperGroup):
+    """Commands of which an ``MPlusError`` becomes one line on stderr; ``--debug`` puts the traceback before it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except MPlusError as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            print(f"mplus: {error}".replace("\n", " "), file=sys.stderr)
+            raise typer.Exit(EXIT_CODE) from error
 
 
 def _print_version(wanted: bool) -> None:

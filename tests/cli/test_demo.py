@@ -16,8 +16,18 @@ from typer.testing import CliRunner
 import mplus
 from mplus.cli import app
 from mplus.cli.demo import recall
-from mplus.cli.demo.chat import Answer, Chat, converse
-from mplus.cli.demo.recall import ARMS, ROUNDS, UNTOLD, Asked, RecallDemo, short_term_only, told_and_asked
+from mplus.cli.demo.recall import (
+    ARMS,
+    ROUNDS,
+    UNTOLD,
+    Answer,
+    Asked,
+    Chat,
+    RecallDemo,
+    converse,
+    short_term_only,
+    told_and_asked,
+)
 from mplus.cli.demo.render import NO_FIGURE, save_figure, show_recall
 from mplus.errors import InputError, MissingDependencyError
 from mplus.evaluation.reports.report import Report

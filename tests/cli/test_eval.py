@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import mplus
 from mplus.cli import app
-from mplus.cli.eval.options import assignment, numbers
+from mplus.cli.eval_options import assignment, numbers
 from mplus.errors import ConfigError
 from mplus.evaluation.reports.report import ARMS, Report
 from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer

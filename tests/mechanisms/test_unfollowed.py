@@ -92,7 +92,7 @@ def evaluate(command, trained, *options):
 
 
 def test_eval_retriever_traces_what_it_brings_back(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("mplus.cli.eval.retriever.QUESTIONS", 4)
+    monkeypatch.setattr("mplus.cli.evaluation.QUESTIONS", 4)
     report = tmp_path / "report.json"
     options = ("--ages", "9", "--retriever", "random", "--retrieved-tokens", "4", "--json", str(report))
     done = evaluate("retriever", trained, *options)
@@ -103,7 +103,7 @@ def test_eval_retriever_traces_what_it_brings_back(trained, tmp_path, monkeypatc
 
 
 def test_eval_abstention_asks_about_what_it_was_never_told(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("mplus.cli.eval.abstention.QUESTIONS", 4)
+    monkeypatch.setattr("mplus.cli.evaluation.QUESTIONS", 4)
     report = tmp_path / "report.json"
     done = evaluate("abstention", trained, "--ages", "0,9", "--json", str(report))
     assert done.exit_code == 0, done.output

@@ -47,8 +47,7 @@ def demo(
     started = time.perf_counter()
     import torch
 
-    from mplus.cli.demo.chat import converse
-    from mplus.cli.demo.recall import run
+    from mplus.cli.demo.recall import converse, run
     from mplus.cli.demo.render import check_figure, save_figure, show_recall
 
     check_figure(plot)  # before the work, not after it

@@ -1,1 +1,0 @@
-"""``mplus eval``: one file per command."""
