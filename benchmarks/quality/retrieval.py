@@ -52,7 +52,7 @@ def keep(model: Any, streams: int, rounds: int) -> dict[str, Any]:
     report = retention(ParallelStreams(model, task, long_term_tokens=rows, retrievers=others), ArmOptions(arms=arms))
     old = ParallelStreams(model, evolve(task, ages=AGES[-1:], rounds=2), long_term_tokens=rows, retrievers=others)
     wanted = model.mplus_config.retrieved_tokens
-    health = retriever_health(old, retrieved_tokens=[wanted])
+    health: Any = retriever_health(old, retrieved_tokens=[wanted])
     return {
         "indexes": INDEXES,
         "wanted": wanted,

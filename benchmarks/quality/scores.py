@@ -68,7 +68,7 @@ def measure(variant: str, relations: int, seed: int, trained: Path | None) -> di
     report = retention(ParallelStreams(model, task), ArmOptions(arms=("mplus", "mplus-oracle")))
     arms = {arm.name: arm for arm in report.arms}
     old = ParallelStreams(model, evolve(task, ages=AGES[-2:], rounds=4))
-    health = retriever_health(old, retrieved_tokens=[model.mplus_config.retrieved_tokens])
+    health: Any = retriever_health(old, retrieved_tokens=[model.mplus_config.retrieved_tokens])
     (ranked,) = (found["trained"] for found in health["by_retrieved_tokens"].values())
     return {
         "seconds": seconds,

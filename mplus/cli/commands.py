@@ -22,7 +22,6 @@ from mplus.cli.replay import replay
 from mplus.cli.train import train
 from mplus.errors import MPlusError
 
-
 EXIT_CODE = 2
 
 

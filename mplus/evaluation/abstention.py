@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from attrs import define
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from mplus.config import JsonValue
 from mplus.errors import InputError
-from mplus.evaluation.execution.base import Execution, Signals
+from mplus.evaluation.execution.base import Execution, M, Signals, W
 
 
 @torch.no_grad()
-def abstention(execution: Execution[Any, Any], *, name: str | None = None) -> dict[str, Any]:
+def abstention(execution: Execution[M, W], *, name: str | None = None) -> dict[str, JsonValue]:
     """Compare signs of whether an answer is in memory, on questions that were told and on some that were not.
 
     Of data sets, episodes with even numbers calibrate and the others are judged; of facts, other streams calibrate.
@@ -175,7 +175,7 @@ def judge(scores: Tensor, told: Tensor, at: float, *, probability: bool = False)
     )
 
 
-def compare(features: Tensor, names: Sequence[str], told: Tensor, calibrate: Tensor) -> dict[str, Any]:
+def compare(features: Tensor, names: Sequence[str], told: Tensor, calibrate: Tensor) -> dict[str, JsonValue]:
     """Judge every feature by itself and all of them together.
 
     Args:
@@ -190,7 +190,7 @@ def compare(features: Tensor, names: Sequence[str], told: Tensor, calibrate: Ten
     """
     if features.shape[1] != len(names):
         raise InputError(f"there must be a name for every feature, got {len(names)} for {features.shape[1]}")
-    judged: dict[str, Any] = {}
+    judged: dict[str, JsonValue] = {}
     for column, name in enumerate(names):
         scores = features[:, column].double()
         known, truth = scores[calibrate], told[calibrate]
@@ -213,9 +213,14 @@ def compare(features: Tensor, names: Sequence[str], told: Tensor, calibrate: Ten
     }
 
 
-def _figures(result: Abstention) -> dict[str, Any]:
-    figures = {"auroc": result.auroc, "abstention_accuracy": result.abstained, "answered": result.answered}
-    figures |= {"balanced_accuracy": result.accuracy, "threshold": result.threshold}
+def _figures(result: Abstention) -> dict[str, JsonValue]:
+    figures: dict[str, JsonValue] = {
+        "auroc": result.auroc,
+        "abstention_accuracy": result.abstained,
+        "answered": result.answered,
+        "balanced_accuracy": result.accuracy,
+        "threshold": result.threshold,
+    }
     return figures if result.brier is None else {**figures, "brier": result.brier}
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import ClassVar, Generic
 
+from mplus.config import JsonValue
 from mplus.errors import InputError
 from mplus.evaluation import require_extra
-from mplus.evaluation.execution.base import Answer, Due, Execution, Moment
+from mplus.evaluation.execution.base import Answer, Due, Execution, M, W
 
 
-class EvaluationArm(ABC):
+class EvaluationArm(ABC, Generic[M, W]):
     """One way of answering. Built with an execution and its own settings.
 
     Attributes:
@@ -21,34 +22,34 @@ class EvaluationArm(ABC):
 
     name: ClassVar[str]
 
-    def __init__(self, execution: Execution[Any, Any]) -> None:
+    def __init__(self, execution: Execution[M, W]) -> None:
         self.execution = execution
 
     @abstractmethod
-    def answers(self, moment: Moment, due: Sequence[Due]) -> list[Answer | None]:
+    def answers(self, moment: M, due: Sequence[Due]) -> list[Answer | None]:
         """Answer ``due`` questions of a moment; None where this arm cannot, because something does not fit."""
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, JsonValue]:
         """Return the arm's own settings, as plain data."""
         return {}
 
 
-class MemoryArm(EvaluationArm):
+class MemoryArm(EvaluationArm[M, W]):
     """Reads memory in a ``way`` of the execution; all memory arms have the same weights and rows."""
 
-    def __init__(self, execution: Execution[Any, Any], name: str, way: object) -> None:
+    def __init__(self, execution: Execution[M, W], name: str, way: W) -> None:
         super().__init__(execution)
         self.name = name  # type: ignore[misc]
         self.way = way
 
-    def answers(self, moment: Moment, due: Sequence[Due]) -> list[Answer | None]:
+    def answers(self, moment: M, due: Sequence[Due]) -> list[Answer | None]:
         return list(self.execution.read(moment, due, self.way))
 
 
-class TextArm(EvaluationArm):
+class TextArm(EvaluationArm[M, W]):
     """The decoder alone, with a part of what was told in its prompt."""
 
-    def answers(self, moment: Moment, due: Sequence[Due]) -> list[Answer | None]:
+    def answers(self, moment: M, due: Sequence[Due]) -> list[Answer | None]:
         contexts = self.contexts(due)
         fitting = [place for place, context in enumerate(contexts) if context is not None]
         asked = [due[place] for place in fitting]
@@ -90,16 +91,16 @@ class TextArm(EvaluationArm):
         return sum(len(self.execution.passage(due, number)) for number in range(due.told))
 
 
-class NoMemory(TextArm):
+class NoMemory(TextArm[M, W]):
     """The question only: what the decoder knows by itself (borderline). Each question is asked once."""
 
     name: ClassVar[str] = "none"
 
-    def __init__(self, execution: Execution[Any, Any]) -> None:
+    def __init__(self, execution: Execution[M, W]) -> None:
         super().__init__(execution)
         self._known: dict[tuple[int, int], Answer | None] = {}
 
-    def answers(self, moment: Moment, due: Sequence[Due]) -> list[Answer | None]:
+    def answers(self, moment: M, due: Sequence[Due]) -> list[Answer | None]:
         new = {(one.episode.number, one.number): one for one in due}
         new = {key: one for key, one in new.items() if key not in self._known}
         self._known.update(zip(new, super().answers(moment, list(new.values())), strict=True))
@@ -112,12 +113,12 @@ class NoMemory(TextArm):
         return 0
 
 
-class Window(TextArm):
+class Window(TextArm[M, W]):
     """The last ``tokens`` tokens of what was told."""
 
     name: ClassVar[str] = "window"
 
-    def __init__(self, execution: Execution[Any, Any], tokens: int) -> None:
+    def __init__(self, execution: Execution[M, W], tokens: int) -> None:
         super().__init__(execution)
         if tokens < 1:
             raise InputError(f"a window must have at least 1 token, got {tokens}")
@@ -138,11 +139,11 @@ class Window(TextArm):
                 return False
         return True
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, JsonValue]:
         return {"tokens": self.tokens}
 
 
-class FullContext(TextArm):
+class FullContext(TextArm[M, W]):
     """Everything told so far, where that and the answer fit into ``positions``.
 
     Of passages of equal length, the newest that fit, if the needed ones are among them.
@@ -150,7 +151,7 @@ class FullContext(TextArm):
 
     name: ClassVar[str] = "full-context"
 
-    def __init__(self, execution: Execution[Any, Any], positions: int) -> None:
+    def __init__(self, execution: Execution[M, W], positions: int) -> None:
         super().__init__(execution)
         self.positions = positions
 
@@ -166,11 +167,11 @@ class FullContext(TextArm):
     def kept_tokens(self, due: Due) -> int:
         return self.told_tokens(due)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, JsonValue]:
         return {"positions": self.positions}
 
 
-class BM25(TextArm):
+class BM25(TextArm[M, W]):
     """Classic text retrieval over everything told, as bm25s does it (Lucene's scores).
 
     Args:
@@ -188,13 +189,13 @@ class BM25(TextArm):
 
     def __init__(
         self,
-        execution: Execution[Any, Any],
+        execution: Execution[M, W],
         passages: int = 4,
         tokens: int | None = None,
         positions: int | None = None,
     ) -> None:
         super().__init__(execution)
-        self._bm25s: Any = require_extra("bm25s", "arm 'bm25'")
+        self._bm25s = require_extra("bm25s", "arm 'bm25'")
         self.passages = passages
         self.tokens = tokens
         self.positions = positions
@@ -248,5 +249,5 @@ class BM25(TextArm):
             found.append(sorted(range(told), key=lambda place: (-scores[place], -place)))
         return found
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, JsonValue]:
         return {"passages": self.passages, "tokens": self.tokens, "method": "lucene", "k1": 1.5, "b": 0.75}

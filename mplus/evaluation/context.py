@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from attrs import define
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from mplus.config import JsonValue
 from mplus.errors import InputError
 from mplus.mechanisms.short_term.batched_prefix import ScoreSelector
+from mplus.hf.model.model_class import MemoryModel
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams
 from mplus.memory.report import progress_bar
 from mplus.training.decoder import TrainedDecoder, make_batched_streams
@@ -57,7 +58,7 @@ class ContextValue:
         """Return the change of perplexity by an unrelated full memory against the decoder alone, in percent."""
         return 100 * (math.exp(self.difference("unrelated", "window")[0]) - 1)
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> dict[str, JsonValue]:
         """Return this as plain data."""
         headroom, memory, harm = (
             self.difference(*pair) for pair in (("window", "full"), ("window", "memory"), ("unrelated", "window"))
@@ -77,7 +78,7 @@ class ContextValue:
 
 @torch.no_grad()
 def context_value(
-    model: Any,
+    model: MemoryModel,
     documents: Sequence[Tensor],
     *,
     chunk_tokens: int,

@@ -7,22 +7,24 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import attrs
 import torch
 from attrs import define, field
 from torch import Tensor
 
-from mplus.config import flag, one_of, whole
+from mplus.config import JsonValue, flag, one_of, whole
 from mplus.errors import ConfigError
 from mplus.evaluation.tasks.base import Episode
+from mplus.evaluation.texts import Tokenizer
+from mplus.hf.model.model_class import MemoryModel
 from mplus.memory.memory import Memory
 
 
-def _ids(ids: Any) -> tuple[int, ...]:
+def _ids(ids: Iterable[int]) -> tuple[int, ...]:
     return tuple(ids)
 
 
@@ -45,7 +47,7 @@ class Generation:
     batch: int = field(default=16, validator=whole(1))
 
     @classmethod
-    def of(cls, tokenizer: Any, **settings: Any) -> Generation:
+    def of(cls, tokenizer: Tokenizer, **settings: Any) -> Generation:
         """Make settings with the ids of ``tokenizer``, but for what ``settings`` say."""
         eos = getattr(tokenizer, "eos_token_id", None)
         known = {"eos": () if eos is None else (eos,), "bos": getattr(tokenizer, "bos_token_id", None)}
@@ -80,12 +82,16 @@ class Generated:
 
 @torch.no_grad()
 def answers(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], generation: Generation, memory: Memory | None = None
+    model: MemoryModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    generation: Generation,
+    memory: Memory | None = None,
 ) -> list[Generated]:
     """Generate one answer per prompt.
 
     Args:
-        model: a decoder; with ``memory`` a wrapped one.
+        model: a wrapped decoder.
         tokenizer: turns ids back into text.
         prompts: complete ids of each prompt, none empty.
         generation: the settings.
@@ -105,10 +111,14 @@ def answers(
 
 
 def _batch(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], generation: Generation, memory: Memory | None
+    model: MemoryModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    generation: Generation,
+    memory: Memory | None,
 ) -> list[Generated]:
     longest = max(map(len, prompts))
-    device = model.get_input_embeddings().weight.device
+    device = model.mplus_engine.device
     # Any id will do where the mask is 0.
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
@@ -119,11 +129,11 @@ def _batch(
         num_beams=1,
         max_new_tokens=generation.tokens,
         # An id that is never generated: where an answer ends is decided afterwards, for each row by itself.
-        eos_token_id=model.get_input_embeddings().weight.shape[0],
+        eos_token_id=model.mplus_engine.vocab_size,
         pad_token_id=0,
         return_dict_in_generate=True,
         output_logits=True,
-        **({} if memory is None else {"memory": memory}),
+        memory=memory,
     )
     logits = torch.stack(output.logits, 1).float().log_softmax(-1)  # [B, tokens, V]
     made = output.sequences[:, longest:]
@@ -229,11 +239,37 @@ FORMAT = 1
 """Of the files of questions and answers of arms that run elsewhere (``benchmarks/snapkv``)."""
 
 
+class ExportedHead(TypedDict):
+    """How to answer: the first line of a file of questions, with a digest of all."""
+
+    format: int
+    separator: str
+    generation: dict[str, JsonValue]
+    digest: str
+
+
+class ExportedQuestion(TypedDict):
+    """A question, and when it is asked."""
+
+    number: int
+    prompt: str
+    after: int
+    ages: list[int]
+
+
+class ExportedEpisode(TypedDict):
+    """An episode: every further line of a file of questions."""
+
+    episode: int
+    passages: list[str]
+    questions: list[ExportedQuestion]
+
+
 def exported(
     episodes: Sequence[Episode], ages: Sequence[int], generation: Generation, separator: str
-) -> list[dict[str, Any]]:
-    """Return the lines of a file of questions: first how to answer, with a digest of all, then one line per episode."""
-    lines = [
+) -> tuple[ExportedHead, list[ExportedEpisode]]:
+    """Return the lines of a file of questions: first how to answer, then one line per episode."""
+    lines: list[ExportedEpisode] = [
         {
             "episode": episode.number,
             "passages": [passage.text for passage in episode.passages],
@@ -251,9 +287,16 @@ def exported(
     ]
     how = {"format": FORMAT, "separator": separator, "generation": attrs.asdict(generation)}
     text = json.dumps([how, lines], sort_keys=True)
-    return [{**how, "digest": hashlib.sha256(text.encode()).hexdigest()}, *lines]
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    head: ExportedHead = {
+        "format": FORMAT,
+        "separator": separator,
+        "generation": attrs.asdict(generation),
+        "digest": digest,
+    }
+    return head, lines
 
 
-def export(path: str | Path, lines: Sequence[Mapping[str, Any]]) -> None:
+def export(path: str | Path, head: ExportedHead, episodes: Sequence[ExportedEpisode]) -> None:
     """Write the file that ``benchmarks/snapkv`` answers."""
-    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    Path(path).write_text("".join(json.dumps(line) + "\n" for line in (head, *episodes)), encoding="utf-8")

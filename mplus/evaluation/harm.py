@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import attrs
 import torch
@@ -12,10 +11,11 @@ from attrs import define, field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from mplus.config import flag, whole
+from mplus.config import JsonValue, flag, whole
 from mplus.environment import run_info
 from mplus.errors import ConfigError, InputError
-from mplus.evaluation.texts import Texts
+from mplus.evaluation.texts import Texts, Tokenizer
+from mplus.hf.model.model_class import MemoryModel
 from mplus.memory.memory import Memory
 from mplus.memory.report import progress_bar
 
@@ -59,15 +59,15 @@ class HarmOptions:
 
 @torch.no_grad()
 def harm(
-    model: Any,
-    tokenizer: Any,
+    model: MemoryModel,
+    tokenizer: Tokenizer,
     held_out: str,
     unrelated: str,
     *,
     options: HarmOptions | None = None,
     name: str | None = None,
     progress: bool | None = None,
-) -> dict[str, Any]:
+) -> dict[str, JsonValue]:
     """Perplexity of held-out text without memory, with an empty one, and with one full of unrelated text.
 
     Args:
@@ -87,7 +87,7 @@ def harm(
         InputError: a text is too short, or shares a piece with the other one.
     """
     options = options or HarmOptions()
-    model.eval()
+    model.train(False)
     texts = Texts(tokenizer)
     pieces = _pieces(texts.ids(held_out), options)
     if unrelated.strip() and unrelated.strip() in held_out:
@@ -102,7 +102,7 @@ def harm(
                 losses[way].append(_losses(model, batch, options, state))
             advance(len(batch))
     found = {way: torch.cat(parts) for way, parts in losses.items()}
-    state = memory.states[0]
+    stream = memory.states[0]
     return {
         "format": 1,
         "kind": "harm",
@@ -112,10 +112,10 @@ def harm(
         "perplexity": {way: math.exp(float(one.mean())) for way, one in found.items()},
         "change_percent": {way: _change(found[way], found["none"]) for way in WAYS[1:]},
         "memory_rows_by_layer": {
-            **{state.lists[name].replace("-", "_"): rows for name, rows in state.counts().items() if any(rows)},
+            **{stream.lists[name].replace("-", "_"): rows for name, rows in stream.counts().items() if any(rows)},
             "long_term": [memory.stores[0].count(layer) for layer in range(memory.stores[0].layout.layers)],
         },
-        "unrelated_tokens_written": sum(source.tokens for source in state.sources),
+        "unrelated_tokens_written": sum(source.tokens for source in stream.sources),
         "settings": {**attrs.asdict(options), "memory": model.mplus_config.to_dict()},
         "circumstances": run_info(model=name, seeds={"memory": options.seed}),
     }
@@ -131,7 +131,7 @@ def _pieces(ids: Sequence[int], options: HarmOptions) -> Tensor:
     return torch.tensor(ids[: count * options.text_tokens]).view(count, options.text_tokens)
 
 
-def _filled(model: Any, ids: Sequence[int], options: HarmOptions, progress: bool | None) -> Memory:
+def _filled(model: MemoryModel, ids: Sequence[int], options: HarmOptions, progress: bool | None) -> Memory:
     """Write as much unrelated text as is wanted into a new memory."""
     config = model.mplus_config
     rows = (config.short_term_tokens or 0) + (config.long_term_tokens or 0)
@@ -145,10 +145,10 @@ def _filled(model: Any, ids: Sequence[int], options: HarmOptions, progress: bool
     return memory
 
 
-def _losses(model: Any, pieces: Tensor, options: HarmOptions, memory: Memory | None) -> Tensor:
+def _losses(model: MemoryModel, pieces: Tensor, options: HarmOptions, memory: Memory | None) -> Tensor:
     """Return ``[n]`` float64: mean loss of each piece's tokens from ``known_tokens`` on."""
     begin = options.bos is not None and (memory is None or options.bos_with_memory)
-    device = model.get_input_embeddings().weight.device
+    device = model.mplus_engine.device
     text = pieces.to(device)
     if begin:
         text = torch.cat([torch.full_like(text[:, :1], options.bos or 0), text], 1)
@@ -159,7 +159,7 @@ def _losses(model: Any, pieces: Tensor, options: HarmOptions, memory: Memory | N
     return flat.view(len(text), -1).mean(1).cpu()
 
 
-def _change(one: Tensor, none: Tensor) -> dict[str, Any]:
+def _change(one: Tensor, none: Tensor) -> dict[str, JsonValue]:
     """Return the change of perplexity in percent, and its 95 % interval over pieces."""
     pairs = one - none
     mean = float(pairs.mean())

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Generic
 
 import torch
 from attrs import define, field
 from torch import Tensor
 
+from mplus.config import JsonValue
 from mplus.errors import ConfigError
 from mplus.evaluation.execution.ann_recall import Shortcuts
-from mplus.evaluation.execution.base import Execution, Moment, RowCounts, Trace
+from mplus.evaluation.execution.base import Execution, M, RowCounts, Trace, W
 from mplus.retrievers.base import Retriever
 
 
 @torch.no_grad()
 def retriever_health(
-    execution: Execution[Any, Any],
+    execution: Execution[M, W],
     *,
     retrieved_tokens: Sequence[int] | None = None,
     retrievers: Mapping[str, Retriever] | None = None,
     name: str | None = None,
-) -> dict[str, Any]:
+) -> dict[str, JsonValue]:
     """Measure gold recall per layer, P(any useful row), and accuracy with a hit and without, at several K0.
 
     Beside them, on the queries of the decoder's own reads: the share of the exact best rows that each retriever finds,
@@ -53,12 +54,12 @@ def retriever_health(
     return execution.plain("retriever", {"trained_with": configured, **comparison.plain()}, name)
 
 
-class _Comparison:
+class _Comparison(Generic[M, W]):
     """Several retrievers, each read with at every K0 tried."""
 
     def __init__(
         self,
-        execution: Execution[Any, Any],
+        execution: Execution[M, W],
         read_with: Mapping[str, Retriever | None],
         tried: Sequence[int],
         layers: int,
@@ -70,7 +71,7 @@ class _Comparison:
         self.shortcuts = {} if own is None else {k: Shortcuts(own, searching, k, layers) for k in tried}
         self.spreads: list[list[float]] = [[] for _ in range(layers)]
 
-    def add(self, moment: Moment) -> None:
+    def add(self, moment: M) -> None:
         """Read with every retriever at every K0."""
         execution, own = self.execution, self.execution.own_retriever
         told = [one for one in moment.due if one.question.told]
@@ -87,10 +88,10 @@ class _Comparison:
         for layer, values in enumerate(trace.spread):
             self.spreads[layer] += values
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> dict[str, JsonValue]:
         """Return what each retriever found at each K0, and how far the scores of the own one lie apart."""
         names = dict.fromkeys(name for name, _ in self.counts)
-        compared: dict[tuple[str, int], dict[str, Any]] = {
+        compared: dict[tuple[str, int], dict[str, JsonValue]] = {
             (name, k): facts for k, one in self.shortcuts.items() for name, facts in one.plain().items()
         }
         return {
@@ -159,7 +160,7 @@ class HitCount:
             self.stored[layer] += rows.stored.sum()
             self.retrieved[layer] += rows.retrieved.sum()
 
-    def plain(self, accuracy_digits: int | None = 4) -> dict[str, Any]:
+    def plain(self, accuracy_digits: int | None = 4) -> dict[str, JsonValue]:
         """Return shares; None where nothing was counted. Accuracy is in full where ``accuracy_digits`` is None."""
         without, with_hit = self.by_hit.tolist()
         accuracy = self.right / self.asked if self.asked else None

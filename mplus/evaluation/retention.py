@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Generic, cast
 
 import torch
 from attrs import define, field
 
+from mplus.config import JsonValue
 from mplus.errors import MissingDependencyError, UnknownNameError
 from mplus.evaluation.arms import BM25, EvaluationArm, FullContext, MemoryArm, NoMemory, Window
-from mplus.evaluation.execution.base import Answer, Due, Execution, Moment
+from mplus.evaluation.execution.base import Answer, Due, Execution, M, W
 from mplus.evaluation.execution.generated import GeneratedAnswers
 from mplus.evaluation.options import ArmOptions
 from mplus.evaluation.reports.report import Arm, Cell, Report
@@ -21,7 +22,7 @@ from mplus.memory.report import progress_bar
 
 @torch.no_grad()
 def retention(
-    execution: Execution[Any, Any],
+    execution: Execution[M, W],
     arms: ArmOptions | None = None,
     *,
     name: str | None = None,
@@ -74,7 +75,7 @@ def retention(
 
 
 @define(eq=False)
-class ArmResult:
+class ArmResult(Generic[M, W]):
     """Everything that one arm has answered so far.
 
     Attributes:
@@ -84,12 +85,12 @@ class ArmResult:
         seconds: spent answering.
     """
 
-    arm: EvaluationArm
+    arm: EvaluationArm[M, W]
     answers: dict[int, list[tuple[Due, Answer]]] = field(factory=dict)
     left_out: dict[int, int] = field(factory=dict)
     seconds: float = 0.0
 
-    def ask(self, moment: Moment, due: Sequence[Due]) -> None:
+    def ask(self, moment: M, due: Sequence[Due]) -> None:
         """Let the arm answer the questions of a moment."""
         begun = time.perf_counter()
         for one, answer in zip(due, self.arm.answers(moment, due), strict=True):
@@ -99,7 +100,7 @@ class ArmResult:
                 self.answers.setdefault(one.age, []).append((one, answer))
         self.seconds += time.perf_counter() - begun
 
-    def record(self, execution: Execution[Any, Any], converged: float) -> Arm:
+    def record(self, execution: Execution[M, W], converged: float) -> Arm:
         """Return the arm for a report. At an age where it could not answer every question it has no cell."""
         name, details = self.arm.name, self._details(execution)
         cells = tuple(_cell(age, answers) for age, answers in self.answers.items() if age not in self.left_out)
@@ -108,13 +109,13 @@ class ArmResult:
         flaw = self._flaw(self.arm, execution, converged) if isinstance(self.arm, Window) else None
         return Arm(name=name, status="not_converged" if flaw else "ok", reason=flaw, cells=cells, details=details)
 
-    def _details(self, execution: Execution[Any, Any]) -> dict[str, Any]:
-        details: dict[str, Any] = {"seconds": round(self.seconds, 3)}
+    def _details(self, execution: Execution[M, W]) -> dict[str, JsonValue]:
+        details: dict[str, JsonValue] = {"seconds": round(self.seconds, 3)}
         if self.left_out and not execution.equal_passages:  # else it is said in the deviations
             details["questions_that_do_not_fit"] = {str(age): count for age, count in sorted(self.left_out.items())}
         return details
 
-    def _flaw(self, window: Window, execution: Execution[Any, Any], converged: float) -> str | None:
+    def _flaw(self, window: Window[M, W], execution: Execution[M, W], converged: float) -> str | None:
         inside: dict[int, list[bool]] = {}
         for age, answers in self.answers.items():
             for due, answer in answers:
@@ -135,7 +136,7 @@ def _cell(age: int, answers: Sequence[tuple[Due, Answer]]) -> Cell:
     )
 
 
-def make_arms(execution: Execution[Any, Any], options: ArmOptions) -> tuple[list[EvaluationArm], list[Arm]]:
+def make_arms(execution: Execution[M, W], options: ArmOptions) -> tuple[list[EvaluationArm[M, W]], list[Arm]]:
     """Return the arms that can run, and a record with the reason of each one that cannot.
 
     Args:
@@ -152,7 +153,7 @@ def make_arms(execution: Execution[Any, Any], options: ArmOptions) -> tuple[list
             raise UnknownNameError(f"an arm must be one of {', '.join(execution.arm_names)}, got {name!r}")
     options = execution.arm_options(options)
     wanted = execution.arm_names if options.arms is None else options.arms
-    made: list[EvaluationArm] = []
+    made: list[EvaluationArm[M, W]] = []
     skipped: list[Arm] = []
     for name in wanted:
         arm = execution.unavailable.get(name) or _make(name, execution, options)
@@ -163,7 +164,7 @@ def make_arms(execution: Execution[Any, Any], options: ArmOptions) -> tuple[list
     return made, skipped
 
 
-def _make(name: str, execution: Execution[Any, Any], options: ArmOptions) -> EvaluationArm | str:
+def _make(name: str, execution: Execution[M, W], options: ArmOptions) -> EvaluationArm[M, W] | str:
     """Return the arm, or why it cannot run."""
     if name == "none":
         return NoMemory(execution)
@@ -183,12 +184,12 @@ def _make(name: str, execution: Execution[Any, Any], options: ArmOptions) -> Eva
     if name == "snapkv" and isinstance(execution, GeneratedAnswers):
         if options.snapkv_answers is None:
             return "it runs in an environment of its own (benchmarks/snapkv), and no file of its answers was given"
-        return SnapKV(execution, options.snapkv_answers)
+        return cast("EvaluationArm[M, W]", SnapKV(execution, options.snapkv_answers))
     way = execution.way(name, options)
     return way if isinstance(way, str) else MemoryArm(execution, name, way)
 
 
-def _positions(execution: Execution[Any, Any], options: ArmOptions) -> int | None:
+def _positions(execution: Execution[M, W], options: ArmOptions) -> int | None:
     if options.positions is not None:
         return options.positions
     config = execution.model.config.get_text_config(decoder=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import attrs
 import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-from mplus.config import options_of
+from mplus.config import JsonValue, options_of
 from mplus.errors import (
     DuplicateNameError,
     InputError,
@@ -20,6 +20,7 @@ from mplus.errors import (
     UnknownNameError,
 )
 from mplus.evaluation.options import ArmOptions
+from mplus.hf.model.model_class import MemoryModel
 from mplus.memory.memory import Memory
 from mplus.retrievers import RETRIEVERS
 from mplus.retrievers.base import Retriever, RetrieverShape, Selection, check_selection, top_k
@@ -27,7 +28,15 @@ from mplus.rows import MemoryRows
 from mplus.stores.base import Column, Content, StoreView
 
 
-def retriever_for(model: Any, name: str, **options: Any) -> Retriever:
+def own_retriever(model: MemoryModel) -> Retriever:
+    """Return the retriever of a decoder's mechanism. Raises NotSupported where it has none."""
+    mechanism = model.mplus_engine.mechanism
+    if mechanism.retriever is None:
+        raise NotSupported(f"the mechanism {mechanism.name!r} has no retriever that another one could stand in for")
+    return mechanism.retriever
+
+
+def retriever_for(model: MemoryModel, name: str, **options: JsonValue) -> Retriever:
     """Make a retriever for a wrapped decoder, to read rows that were written without it.
 
     Raises:
@@ -37,10 +46,7 @@ def retriever_for(model: Any, name: str, **options: Any) -> Retriever:
             the decoder or of the rows that there is not.
     """
     engine = model.mplus_engine
-    if not engine.mechanism.uses_retriever:
-        raise NotSupported(
-            f"the mechanism {engine.mechanism.name!r} has no retriever that another one could stand in for"
-        )
+    own_retriever(model)  # or there is none in whose place it could read
     shape = RetrieverShape(layers=engine.shape.layers, hidden_size=engine.shape.width)
     cls = RETRIEVERS.get(name)
     retriever = cls(shape, options_of(cls, options)).to(device=engine.device, dtype=engine.dtype)
@@ -49,7 +55,7 @@ def retriever_for(model: Any, name: str, **options: Any) -> Retriever:
     return Rekeyed(retriever, norms) if retriever.key_size else retriever
 
 
-def check_new_memories(model: Any, retriever: Retriever) -> None:
+def check_new_memories(model: MemoryModel, retriever: Retriever) -> None:
     """Raise NotSupported unless a retriever made for this decoder can search the rows of its new memories."""
     if isinstance(retriever, Rekeyed) and model.mplus_engine.memory_rows == "projected":
         raise NotSupported(
@@ -58,7 +64,7 @@ def check_new_memories(model: Any, retriever: Retriever) -> None:
         )
 
 
-def with_own_parameters(model: Any, name: str, **options: Any) -> Retriever:
+def with_own_parameters(model: MemoryModel, name: str, **options: JsonValue) -> Retriever:
     """Make a retriever for a wrapped decoder, with the parameters of the decoder's own where it can take them.
 
     Then it reads the keys that rows were written with: "centroid" or "faiss_ivf" where the decoder has "linear".
@@ -70,7 +76,7 @@ def with_own_parameters(model: Any, name: str, **options: Any) -> Retriever:
     engine = model.mplus_engine
     own, cls = engine.mechanism.retriever, RETRIEVERS.get(name)
     state = {} if own is None else own.state_dict()
-    if not state:
+    if own is None or not state:
         return retriever_for(model, name, **options)
     known = {attribute.name for attribute in attrs.fields(cls.Options)}
     same = {key: value for key, value in attrs.asdict(own.options).items() if key in known}
@@ -83,7 +89,7 @@ def with_own_parameters(model: Any, name: str, **options: Any) -> Retriever:
     return retriever.train(own.training)
 
 
-def usable(model: Any) -> dict[str, Retriever]:
+def usable(model: MemoryModel) -> dict[str, Retriever]:
     """Make one of every registered retriever that can read this decoder's memories, its own name left out.
 
     Left out too: what needs a package that is not installed, what is broken, what this decoder does not give enough
@@ -217,7 +223,7 @@ class Way:
     oracle: bool = False
 
 
-def find_way(model: Any, arm: str, options: ArmOptions) -> Way | str:
+def find_way(model: MemoryModel, arm: str, options: ArmOptions) -> Way | str:
     """Return the way in which an arm reads memories of M+ or MemoryLLM, or the reason why it cannot."""
     mechanism = model.mplus_engine.mechanism
     retrieves = mechanism.uses_retriever and mechanism.config.long_term_tokens != 0
@@ -230,7 +236,7 @@ def find_way(model: Any, arm: str, options: ArmOptions) -> Way | str:
     if arm == "mplus-oracle":
         return Way(oracle=True)
     if arm == "mplus-recency":
-        return Way(Recency(mechanism.retriever.shape))
+        return Way(Recency(own_retriever(model).shape))
     settings = {"seed": options.seed} if arm == "mplus-random" else {}
     try:
         retriever = retriever_for(model, arm.removeprefix("mplus-"), **settings)

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict
 
+from mplus.config import JsonValue
 from mplus.errors import InputError
 from mplus.evaluation.arms import EvaluationArm
-from mplus.evaluation.execution.base import Answer, Due, Moment
-from mplus.evaluation.execution.generated import GeneratedAnswers
-from mplus.evaluation.generating import FORMAT
+from mplus.evaluation.execution.base import Answer, Due
+from mplus.evaluation.execution.generated import GeneratedAnswers, MemoryMoment
+from mplus.evaluation.generating import FORMAT, ExportedEpisode
+from mplus.evaluation.retriever_swap import Way
 from mplus.evaluation.texts import read
 
 
-class SnapKV(EvaluationArm):
+class ExportedAnswer(TypedDict):
+    """A line of a file of answers, but for the first."""
+
+    id: str
+    text: str
+    state_bytes: int
+    tokens_attended: int
+
+
+class SnapKV(EvaluationArm[MemoryMoment, Way]):
     """Looks up answers that were generated elsewhere.
 
     Args:
@@ -30,40 +41,42 @@ class SnapKV(EvaluationArm):
 
     def __init__(self, execution: GeneratedAnswers, answers: Path) -> None:
         super().__init__(execution)
-        self._judged, questions = execution.judged, execution.exported()
-        head, *lines = _lines(answers)
-        if head.get("digest") != questions[0]["digest"]:
+        self._judged, (asked, episodes) = execution.judged, execution.exported()
+        head, lines = _lines(answers)
+        if head.get("digest") != asked["digest"]:
             raise InputError(
                 f"{answers} must answer the questions of this run, but theirs have another digest: export the "
                 "questions again with the same data, seed, ages and settings, and answer those"
             )
-        self.facts: dict[str, Any] = {name: value for name, value in head.items() if name not in {"digest", "format"}}
+        self.facts: dict[str, JsonValue] = {
+            name: value for name, value in head.items() if name not in {"digest", "format"}
+        }
         self._lines = {line["id"]: line for line in lines}
-        missing = [name for name in _ids(questions) if name not in self._lines]
+        missing = [name for name in _ids(episodes) if name not in self._lines]
         if missing:
             raise InputError(
                 f"{answers} must answer every question, {len(missing)} are missing, the first {missing[0]}"
             )
 
-    def answers(self, moment: Moment, due: Sequence[Due]) -> list[Answer | None]:
+    def answers(self, moment: MemoryMoment, due: Sequence[Due]) -> list[Answer | None]:
         lines = [self._lines[one.id] for one in due]
         return [
             self._judged(one, line["text"], line["state_bytes"], line["tokens_attended"])
             for one, line in zip(due, lines, strict=True)
         ]
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, JsonValue]:
         return self.facts
 
 
-def _ids(questions: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for line in questions[1:]:
+def _ids(episodes: Sequence[ExportedEpisode]) -> Iterator[str]:
+    for line in episodes:
         for question in line["questions"]:
             for age in question["ages"]:
                 yield f"{line['episode']}-{question['number']}-{age}"
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path) -> tuple[dict[str, JsonValue], list[ExportedAnswer]]:
     try:
         lines = [json.loads(line) for line in read(path).splitlines()]
         complete = all({"id", "text", "state_bytes", "tokens_attended"} <= line.keys() for line in lines[1:])
@@ -71,4 +84,4 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path} must have one JSON object a line: {error}") from error
     if not lines or lines[0].get("format") != FORMAT or not complete:
         raise InputError(f"{path} must be a file of answers in format {FORMAT}, as benchmarks/snapkv writes it")
-    return lines
+    return lines[0], lines[1:]

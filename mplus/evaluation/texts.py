@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import gzip
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from mplus.errors import InputError
 
 _WORD = re.compile(r"\S+\s*|^\s+")
 
 
+class Tokenizer(Protocol):
+    """What evaluations need of a tokenizer: those of transformers are such."""
+
+    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> Mapping[str, Sequence[int]]:
+        """Return the ids of a text as ``input_ids``."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Return the text of ids."""
+
+
 class Texts:
     """Counts, cuts and joins texts by a tokenizer, without special tokens."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._known = lru_cache(maxsize=2**14)(self._tokenize)
 

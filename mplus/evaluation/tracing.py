@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from attrs import define, evolve
@@ -14,6 +13,9 @@ from mplus.backends.base import Segment
 from mplus.errors import NotSupported
 from mplus.evaluation.generating import Generation, answers
 from mplus.evaluation.oracle import retrieves, written_from
+from mplus.evaluation.texts import Tokenizer
+from mplus.hf.model.engine import DecoderEngine
+from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.reading.override import WrappedMechanism, reading_as
 from mplus.mechanisms.base import MemoryMechanism, Opened, Retrieved
 from mplus.mechanisms.decoder import Attended, Project
@@ -22,7 +24,7 @@ from mplus.memory.state import StreamView
 from mplus.stores.base import StoreView
 
 
-def check_retrieves(model: Any) -> None:
+def check_retrieves(model: MemoryModel) -> None:
     """Raise NotSupported unless reads of the decoder's memories bring rows back, so that there is something to see."""
     mechanism = model.mplus_engine.mechanism
     if not retrieves(mechanism):
@@ -113,7 +115,7 @@ def count_rows(layer: int, seen: Seen, row: int, names: Collection[str]) -> Rows
 
 
 @torch.no_grad()
-def scores(engine: Any, layer: int, seen: Seen, row: int, *, short_term: bool = True) -> Tensor:
+def scores(engine: DecoderEngine, layer: int, seen: Seen, row: int, *, short_term: bool = True) -> Tensor:
     """Return ``[m]`` float32, the retriever's score of every long-term row, and every short-term one if asked.
 
     Raises:
@@ -126,7 +128,8 @@ def scores(engine: Any, layer: int, seen: Seen, row: int, *, short_term: bool = 
     parts = [] if stored is None else [stored]
     standing = seen.mechanism.standing(seen.views[row], layer)
     if short_term and standing is not None and len(standing):
-        parts.append(engine.keys(layer, standing.need_hidden()) if standing.key is None else standing.key)
+        made = engine.keys(layer, standing.need_hidden()) if standing.key is None else standing.key
+        parts += [] if made is None else [made]
     queries = retriever.project_queries(layer, seen.hidden[row : row + 1])
     keys = torch.cat([part.to(queries.device) for part in parts])
     scored: Tensor = retriever.score(layer, queries, seen.mask[row : row + 1], keys[None])
@@ -152,7 +155,7 @@ NO_SCORES = (float("nan"),) * 3
 
 
 def features(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], streams: Memory, generation: Generation
+    model: MemoryModel, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], streams: Memory, generation: Generation
 ) -> Tensor:
     """Return ``[n, len(FEATURES)]`` float32 for the prompts of n streams; NaN where this decoder cannot tell."""
     seen: dict[int, Seen] = {}
@@ -166,7 +169,7 @@ def features(
     return torch.tensor(rows)
 
 
-def _of_scores(engine: Any, seen: dict[int, Seen], row: int) -> tuple[float, float, float]:
+def _of_scores(engine: DecoderEngine, seen: dict[int, Seen], row: int) -> tuple[float, float, float]:
     layers = []
     for layer, one in seen.items():
         try:
@@ -181,12 +184,12 @@ def _of_scores(engine: Any, seen: dict[int, Seen], row: int) -> tuple[float, flo
     return best, mean, margin
 
 
-def attention_mass(model: Any, prompts: Sequence[Sequence[int]], memory: Memory) -> list[float]:
+def attention_mass(model: MemoryModel, prompts: Sequence[Sequence[int]], memory: Memory) -> list[float]:
     """Return for each prompt the share of its last token's attention that goes to memory; NaN without weights."""
     if model.mplus_installed.base_attention != "eager":
         return [float("nan")] * len(prompts)
     masses, first = [], 0 if model.mplus_engine.mechanism.empty_is_base else 1
-    device = model.get_input_embeddings().weight.device
+    device = model.mplus_engine.device
     for row, prompt in enumerate(prompts):  # one by one: no padding to tell from memory
         ids = torch.tensor([list(prompt)], device=device)
         output = model(input_ids=ids, memory=memory.select([row]), output_attentions=True, use_cache=False)

@@ -9,7 +9,8 @@ import pytest
 
 from mplus.errors import InputError, UnknownNameError
 from mplus.evaluation.arms import BM25, FullContext, MemoryArm, NoMemory, Window
-from mplus.evaluation.execution.base import Due, Moment
+from mplus.evaluation.execution.base import Due
+from mplus.evaluation.execution.generated import MemoryMoment
 from mplus.evaluation.generating import answers
 from mplus.evaluation.options import ArmOptions
 from mplus.evaluation.oracle import OracleMechanism
@@ -107,7 +108,9 @@ def test_costs():
     question = len(table.texts.ids(asked[0].question.prompt))
 
     def costs(arm):
-        return [(answer.state_bytes, answer.tokens_attended) for answer in arm.answers(Moment(asked, memory), asked)]
+        return [
+            (answer.state_bytes, answer.tokens_attended) for answer in arm.answers(MemoryMoment(asked, memory), asked)
+        ]
 
     assert costs(NoMemory(table)) == [(0, 1 + question)] * 2
     two, four = len(told(table, range(2))), len(told(table, range(4)))
@@ -128,7 +131,7 @@ def test_no_memory_is_asked_once(monkeypatch):
         "mplus.evaluation.execution.generated.answers",
         lambda *args: asked.extend(args[2]) or [type("Made", (), {"text": "x"})() for _ in args[2]],
     )
-    found = [arm.answers(Moment(some, None), some) for some in ([due(age=0), due(age=1)], [due(age=2)])]
+    found = [arm.answers(MemoryMoment(some, None), some) for some in ([due(age=0), due(age=1)], [due(age=2)])]
     assert [answer.generated.text for some in found for answer in some] == ["x"] * 3
     assert len(asked) == 1
 
@@ -152,7 +155,7 @@ def test_a_decoder_without_long_term_memory():
         assert {arm.reason for arm in skipped} == {"the decoder was wrapped without long-term memory"}
         memory = other.model.new_memory()
         memory.write([table.texts.ids(TEXTS[0])], source="s0", progress=False)
-        [answer] = made[0].answers(Moment([due(age=0)], memory), [due(age=0)])
+        [answer] = made[0].answers(MemoryMoment([due(age=0)], memory), [due(age=0)])
         assert answer.state_bytes == memory.nbytes
 
 
@@ -178,7 +181,7 @@ def test_a_memory_arm_says_what_the_decoder_says_reading_that_way(name):
         memory.write(ids, source=[f"s{turn % 4}", f"s{(turn + 1) % 4}"], progress=False)
     asked = [Due(episode(), row, 0, 3) for row in (1, 0, 1)]
     [arm] = make_arms(table, ArmOptions(arms=(name,), seed=3))[0]
-    found = arm.answers(Moment(asked, memory), asked)
+    found = arm.answers(MemoryMoment(asked, memory), asked)
     shape = table.model.mplus.retriever.shape
     ways = {
         "memoryllm": {"retrieved_tokens": 0},

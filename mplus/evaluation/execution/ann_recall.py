@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from attrs import define, field
 from torch import Tensor
 
+from mplus.config import JsonValue
 from mplus.errors import NotSupported
 from mplus.evaluation.retriever_swap import Rekeyed
 from mplus.retrievers.base import Retriever, Selection, top_k
@@ -28,7 +28,7 @@ class _Sums:
     seconds: list[float] = field(factory=list)
     shared: int = 0
     best: int = 0
-    index: dict[str, Any] = field(factory=dict)
+    index: dict[str, JsonValue] = field(factory=dict)
 
 
 class Shortcuts:
@@ -86,7 +86,7 @@ class Shortcuts:
             return None
         return top_k(scores.to(view.ids(layer).device), view.ids(layer), self.k)
 
-    def plain(self) -> dict[str, dict[str, Any]]:
+    def plain(self) -> dict[str, dict[str, JsonValue]]:
         """Return for each retriever the share of the exact best rows that it finds, and the time of a selection.
 
         The time is the median over texts, in milliseconds, of one text; None for a retriever that has no keys kept with

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from attrs import define, field
 from torch import Tensor
 
+from mplus.config import JsonValue
 from mplus.evaluation.execution.ann_recall import Shortcuts
 from mplus.evaluation.generating import Generated
 from mplus.evaluation.options import ArmOptions
 from mplus.evaluation.reports.report import Arm, Curve
 from mplus.evaluation.tasks.base import Episode, Question, Task
+from mplus.hf.model.model_class import MemoryModel
 from mplus.retrievers.base import Retriever
 
 Advance = Callable[[int], None]
@@ -65,15 +67,13 @@ class Due:
 
 @define(eq=False)
 class Moment:
-    """Questions that are due together, some passages having been told.
+    """Questions that are due together, some passages having been told. Each execution adds the memory as it is now.
 
     Attributes:
         due: the questions.
-        memory: all streams as they are now; read only.
     """
 
     due: Sequence[Due]
-    memory: Any
 
 
 @define(frozen=True, eq=False)
@@ -184,7 +184,7 @@ class Execution(ABC, Generic[M, W]):
     moment_limits: ClassVar[Mapping[str, int]] = {}
     accuracy_digits: ClassVar[int | None] = 4
     equal_passages: ClassVar[bool] = False
-    model: Any
+    model: MemoryModel
     task: Task
     ages: tuple[int, ...]
 
@@ -288,7 +288,7 @@ class Execution(ABC, Generic[M, W]):
     # Reports.
 
     @abstractmethod
-    def run_info(self, name: str | None, **seeds: int) -> dict[str, Any]:
+    def run_info(self, name: str | None, **seeds: int) -> dict[str, JsonValue]:
         """Return date, versions, device and seeds; ``name`` is that of the model, ``seeds`` are further ones."""
 
     @abstractmethod
@@ -310,9 +310,9 @@ class Execution(ABC, Generic[M, W]):
         """Return the forgetting curves to draw beside the arms."""
 
     @abstractmethod
-    def settings(self, options: ArmOptions, arms: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    def settings(self, options: ArmOptions, arms: Mapping[str, dict[str, JsonValue]]) -> dict[str, JsonValue]:
         """Return the settings for a report of retention; ``arms`` are those of each arm."""
 
     @abstractmethod
-    def plain(self, kind: str, found: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    def plain(self, kind: str, found: Mapping[str, JsonValue], name: str | None) -> dict[str, JsonValue]:
         """Return a report of another experiment, of the ``kind`` "retriever" or "abstention", as plain data."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import attrs
 import torch
+from attrs import define
 from torch import Tensor
 
+from mplus.config import JsonValue
 from mplus.environment import run_info
 from mplus.errors import ConfigError, InputError, NotSupported
 from mplus.evaluation import require_extra
@@ -26,15 +27,25 @@ from mplus.evaluation.execution.base import (
     Trace,
     due_by_place,
 )
-from mplus.evaluation.generating import Generated, Generation, Scoring, answers, export, exported
+from mplus.evaluation.generating import (
+    ExportedEpisode,
+    ExportedHead,
+    Generated,
+    Generation,
+    Scoring,
+    answers,
+    export,
+    exported,
+)
 from mplus.evaluation.options import ArmOptions, RunOptions
 from mplus.evaluation.oracle import OracleMechanism, retrieves
 from mplus.evaluation.reports.forgetting_curve import curves
 from mplus.evaluation.reports.report import ARMS, Arm, Curve
 from mplus.evaluation.retriever_swap import Way, find_way, retriever_for, state_bytes
 from mplus.evaluation.tasks.base import Task
-from mplus.evaluation.texts import Texts
+from mplus.evaluation.texts import Texts, Tokenizer
 from mplus.evaluation.tracing import FEATURES, Seen, TracingMechanism, check_retrieves, count_rows, features, scores
+from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.reading.override import mechanism_for_reads, reading_as
 from mplus.mechanisms.short_term.batched_streams import BATCHED
 from mplus.memory.memory import Memory
@@ -44,7 +55,18 @@ WITHOUT_MEMORY = ("none", "window", "full-context", "snapkv", "bm25")
 """Arms that run the decoder alone."""
 
 
-class GeneratedAnswers(Execution[Moment, Way]):
+@define(eq=False)
+class MemoryMoment(Moment):
+    """Questions to several streams.
+
+    Attributes:
+        memory: all streams as they are now; read only.
+    """
+
+    memory: Memory
+
+
+class GeneratedAnswers(Execution[MemoryMoment, Way]):
     """Any task on any wrapped decoder, a batch of streams at a time, through ``Memory`` and ``generate``.
 
     Example:
@@ -57,8 +79,8 @@ class GeneratedAnswers(Execution[Moment, Way]):
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: MemoryModel,
+        tokenizer: Tokenizer,
         task: Task,
         *,
         options: RunOptions | None = None,
@@ -80,7 +102,8 @@ class GeneratedAnswers(Execution[Moment, Way]):
         """
         self.options, self.scoring = options or RunOptions(), scoring or Scoring()
         self.generation = generation or Generation.of(tokenizer, tokens=task.answer_tokens)
-        self.model, self.tokenizer, self.task = model.eval(), tokenizer, task
+        self.model, self.tokenizer, self.task = model, tokenizer, task
+        self.model.train(False)
         self.texts = Texts(tokenizer)
         chosen = self.options if self.options.ages is not None else attrs.evolve(self.options, ages=task.ages)
         self.ages = chosen.chosen_ages(task.passages)
@@ -111,7 +134,7 @@ class GeneratedAnswers(Execution[Moment, Way]):
         return sum(len(episode.passages) for episode in self.episodes)
 
     @torch.no_grad()
-    def moments(self, advance: Advance | None = None) -> Iterator[Moment]:
+    def moments(self, advance: Advance | None = None) -> Iterator[MemoryMoment]:
         streams = self.options.streams
         for start in range(0, len(self.episodes), streams):
             batch = self.episodes[start : start + streams]
@@ -123,7 +146,7 @@ class GeneratedAnswers(Execution[Moment, Way]):
                 sources = [None if passage is None else passage.source for passage in present]
                 memory.write(ids, source=sources, progress=False)
                 if place in due:
-                    yield Moment(due[place], memory)
+                    yield MemoryMoment(due[place], memory)
                 if advance is not None:
                     advance(sum(passage is not None for passage in present))
 
@@ -138,7 +161,7 @@ class GeneratedAnswers(Execution[Moment, Way]):
         return self._prompt(due, memory=False)
 
     def words(self, texts: Sequence[str]) -> list[list[str]]:
-        bm25s: Any = require_extra("bm25s", "arm 'bm25'")
+        bm25s = require_extra("bm25s", "arm 'bm25'")
         found: list[list[str]] = bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
         return found
 
@@ -183,7 +206,7 @@ class GeneratedAnswers(Execution[Moment, Way]):
             return Way(oracle=arm != self._own)
         return find_way(self.model, arm, options)
 
-    def read(self, moment: Moment, due: Sequence[Due], way: Way) -> list[Answer]:
+    def read(self, moment: MemoryMoment, due: Sequence[Due], way: Way) -> list[Answer]:
         found: list[Answer] = []
         for part, streams in self._parts(moment, due):
             oracle = partial(OracleMechanism, wanted=[one.sources() for one in part]) if way.oracle else None
@@ -191,7 +214,7 @@ class GeneratedAnswers(Execution[Moment, Way]):
                 found += self._read(part, streams, way)
         return found
 
-    def _parts(self, moment: Moment, due: Sequence[Due]) -> Iterator[tuple[Sequence[Due], Memory]]:
+    def _parts(self, moment: MemoryMoment, due: Sequence[Due]) -> Iterator[tuple[Sequence[Due], Memory]]:
         """Yield as many questions as are answered at a time, each with the memory of its stream."""
         for start in range(0, len(due), self.generation.batch):
             part = due[start : start + self.generation.batch]
@@ -223,13 +246,13 @@ class GeneratedAnswers(Execution[Moment, Way]):
         scores_ = self.scoring.scores(text, accepted)
         return Answer(self.scoring.is_correct(text, accepted), state_bytes, attended, scores_, generated)
 
-    def exported(self) -> list[dict[str, Any]]:
+    def exported(self) -> tuple[ExportedHead, list[ExportedEpisode]]:
         """Return the lines of the file of questions."""
         return exported(self.episodes, self.ages, self.generation, self.options.separator)
 
     def export_questions(self) -> None:
         if self.options.export is not None:
-            export(self.options.export, self.exported())
+            export(self.options.export, *self.exported())
 
     def retriever_ways(self, retrievers: Mapping[str, Retriever] | None) -> dict[str, Retriever | None]:
         check_retrieves(self.model)
@@ -243,7 +266,7 @@ class GeneratedAnswers(Execution[Moment, Way]):
         return max(tried)
 
     def traced(
-        self, moment: Moment, due: Sequence[Due], name: str, k: int, shortcuts: Shortcuts | None, spread: bool
+        self, moment: MemoryMoment, due: Sequence[Due], name: str, k: int, shortcuts: Shortcuts | None, spread: bool
     ) -> Trace:
         engine, correct = self.model.mplus_engine, []
         layers = range(engine.layout.layers)
@@ -293,7 +316,7 @@ class GeneratedAnswers(Execution[Moment, Way]):
                 torch.tensor([one.episode.number % 2 == 0 for one in moment.due]),
             )
 
-    def run_info(self, name: str | None, **seeds: int) -> dict[str, Any]:
+    def run_info(self, name: str | None, **seeds: int) -> dict[str, JsonValue]:
         return run_info(model=name, seeds={"protocol": self.task.seed, "memory": self.options.seed, **seeds})
 
     def age_tokens(self) -> dict[int, float]:
@@ -326,7 +349,7 @@ class GeneratedAnswers(Execution[Moment, Way]):
         sizes = config.memory_tokens_per_chunk, config.short_term_tokens
         return curves(self.ages, *sizes, chance=guess, ceiling=max(best, guess))
 
-    def settings(self, options: ArmOptions, arms: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    def settings(self, options: ArmOptions, arms: Mapping[str, dict[str, JsonValue]]) -> dict[str, JsonValue]:
         harness = attrs.asdict(self.options)
         harness.update(ages=self.ages, export=None if self.options.export is None else self.options.export.name)
         return {
@@ -339,8 +362,8 @@ class GeneratedAnswers(Execution[Moment, Way]):
             "memory": self.model.mplus_config.to_dict(),
         }
 
-    def plain(self, kind: str, found: Mapping[str, Any], name: str | None) -> dict[str, Any]:
-        more: dict[str, dict[str, Any]] = {
+    def plain(self, kind: str, found: Mapping[str, JsonValue], name: str | None) -> dict[str, JsonValue]:
+        more: dict[str, dict[str, JsonValue]] = {
             "retriever": {"scoring": attrs.asdict(self.scoring)},
             "abstention": {"calibrated_on": "episodes with even numbers"},
         }

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
 
 import attrs
 import torch
 from attrs import define, field
 from torch import Tensor
 
+from mplus.config import JsonValue
 from mplus.environment import run_info
 from mplus.evaluation.execution.ann_recall import Shortcuts
 from mplus.evaluation.execution.base import (
@@ -37,11 +37,13 @@ from mplus.evaluation.execution.stream_reading import (
 from mplus.evaluation.options import ArmOptions
 from mplus.evaluation.reports.forgetting_curve import curves
 from mplus.evaluation.reports.report import ARMS, Arm, Curve
+from mplus.evaluation.retriever_swap import own_retriever
 from mplus.evaluation.tasks.base import Episode
 from mplus.evaluation.tasks.facts import Facts
 from mplus.evaluation.tracing import check_retrieves
 from mplus.facts import words
 from mplus.mechanisms.short_term.batched_prefix import RowSelector, ScoreSelector
+from mplus.hf.model.model_class import MemoryModel
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams
 from mplus.mechanisms.streams import LayerRead, Read
 from mplus.retrievers.base import Retriever
@@ -89,7 +91,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
 
     def __init__(
         self,
-        model: Any,
+        model: MemoryModel,
         task: Facts,
         *,
         long_term_tokens: int | None = None,
@@ -105,7 +107,8 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
             attention: a retriever that scores by attention, for the arm "mplus-attention".
             retrievers: read with in place of the trained one, each for an arm "mplus-NAME".
         """
-        self.model, self.task, self.ages = model.eval(), task, task.ages
+        self.model, self.task, self.ages = model, task, task.ages
+        self.model.train(False)
         self.decoder = TrainedDecoder(model)
         config, mechanism = model.mplus_config, model.mplus_engine.mechanism
         own = config.long_term_tokens if mechanism.long_term else 0
@@ -187,9 +190,8 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
         return attrs.evolve(options, window_tokens=window, bm25_passages=passages)
 
     def way(self, arm: str, options: ArmOptions) -> StreamWay | str:
-        own = self.model.mplus_engine.mechanism.retriever
         if arm == "mplus":
-            return StreamWay(ScoreSelector(own))
+            return StreamWay(ScoreSelector(own_retriever(self.model)))
         if arm == "mplus-random":
             return StreamWay(RandomSelector(torch.Generator().manual_seed(self.task.seed)))
         if arm == "mplus-recency":
@@ -225,7 +227,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
 
     def retriever_ways(self, retrievers: Mapping[str, Retriever] | None) -> dict[str, Retriever | None]:
         check_retrieves(self.model)
-        own = self.model.mplus_engine.mechanism.retriever
+        own = own_retriever(self.model)
         others = {"trained": own, **(self.retrievers if retrievers is None else retrievers)}
         self._ways = {name: _RetrieverWay(selector, selector) for name, selector in _selecting(others).items()}
         self._ways["trained"].selector = ScoreSelector(own)
@@ -308,7 +310,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
         ]
         return torch.stack([column.flatten() for column in columns], 1), (first.argmax(-1) == unknown).flatten()
 
-    def run_info(self, name: str | None, **seeds: int) -> dict[str, Any]:
+    def run_info(self, name: str | None, **seeds: int) -> dict[str, JsonValue]:
         return run_info(model=name, seed=self.task.seed)
 
     def age_tokens(self) -> dict[int, float]:
@@ -322,7 +324,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
         config = self.model.mplus_config
         return curves(self.ages, config.memory_tokens_per_chunk, config.short_term_tokens, self.task.chance)
 
-    def settings(self, options: ArmOptions, arms: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    def settings(self, options: ArmOptions, arms: Mapping[str, dict[str, JsonValue]]) -> dict[str, JsonValue]:
         language = self.task.language
         return {
             **self.task.settings(),
@@ -338,7 +340,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
             "people": len(language.people[self.task.held_out]),
         }
 
-    def plain(self, kind: str, found: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    def plain(self, kind: str, found: Mapping[str, JsonValue], name: str | None) -> dict[str, JsonValue]:
         report = {"ages": list(self.ages), **found, "circumstances": self.run_info(name)}
         if kind == "retriever":
             report["long_term_rows"] = self._held

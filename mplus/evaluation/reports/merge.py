@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 from attrs import evolve
 
@@ -11,6 +11,7 @@ from mplus.errors import InputError
 from mplus.evaluation.reports.report import Arm, Cell, Report
 from mplus.evaluation.reports.tables import flat
 
+V = TypeVar("V")
 OWN = ("memory", "arms", "window_tokens", "long_term_tokens")
 """Settings that belong to a memory. All others say what is told, asked and counted, and must agree."""
 
@@ -67,7 +68,7 @@ def _differences(one: Report, other: Report) -> list[str]:
     return sorted(name for name in plain[0].keys() | plain[1].keys() if plain[0].get(name) != plain[1].get(name))
 
 
-def _common(values: list[Any], otherwise: Any) -> Any:
+def _common(values: Sequence[V], otherwise: V) -> V:
     """Return the value that all are equal to, or ``otherwise``."""
     return values[0] if all(value == values[0] for value in values) else otherwise
 

@@ -6,12 +6,16 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mplus.errors import ConfigError
 from mplus.evaluation import require_extra
 from mplus.evaluation.reports.report import Arm, Report
 from mplus.evaluation.reports.tables import without_numbers
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg")
 WIDTH, HEIGHT, LINE = 7.8, 4.6, 0.17
@@ -86,10 +90,10 @@ def drawn(report: Report) -> list[Arm]:
     return [arm for arm in report.arms if arm.status == "ok" and arm.cells]
 
 
-def _figure(report: Report) -> Any:
+def _figure(report: Report) -> Figure:
     lines = textwrap.wrap(caption(report), 128)
     height = HEIGHT + LINE * len(lines)
-    figure = require_extra("matplotlib.figure", "drawing a report").Figure(figsize=(WIDTH, height))
+    figure: Figure = require_extra("matplotlib.figure", "drawing a report").Figure(figsize=(WIDTH, height))
     require_extra("matplotlib.backends.backend_agg", "drawing a report").FigureCanvasAgg(figure)
     bottom = (LINE * len(lines) + 0.65) / height
     axes = figure.add_axes((0.08, bottom, 0.68, 1 - bottom - 0.6 / height))
@@ -114,7 +118,7 @@ def styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     return {name: STYLES.get(name) or next(free, OTHER) for name in names}
 
 
-def _curve(axes: Any, arm: Arm, colour: str, marker: str) -> None:
+def _curve(axes: Axes, arm: Arm, colour: str, marker: str) -> None:
     ages = [cell.age for cell in arm.cells]
     shares = [cell.accuracy for cell in arm.cells]
     low, high = zip(*(cell.interval for cell in arm.cells), strict=True)
@@ -122,7 +126,7 @@ def _curve(axes: Any, arm: Arm, colour: str, marker: str) -> None:
     axes.plot(ages, shares, color=colour, marker=marker, markersize=4.5, linewidth=1.5, label=arm.name, zorder=3)
 
 
-def _axes(axes: Any, report: Report) -> None:
+def _axes(axes: Axes, report: Report) -> None:
     axes.set_ylim(-0.03, 1.05)
     axes.set_ylabel("accuracy")
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
@@ -135,7 +139,7 @@ def _axes(axes: Any, report: Report) -> None:
         _ages(axes.twiny(), report, ages, tokens, "age in tokens")
 
 
-def _ages(axes: Any, report: Report, ages: Sequence[int], labels: Sequence[str], title: str) -> None:
+def _ages(axes: Axes, report: Report, ages: Sequence[int], labels: Sequence[str], title: str) -> None:
     """Lay out an axis of ages, which grow by factors from 0 on."""
     axes.set_xscale("symlog", base=2, linthresh=1, linscale=0.6)
     last = max(report.ages, default=1)

@@ -7,14 +7,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Literal, TypedDict, TypeVar
 
 import attrs
 from attrs import define, field
 
-from mplus.config import number, one_of, whole
+from mplus.config import JsonValue, number, one_of, whole
 from mplus.errors import InputError
 
+T = TypeVar("T")
 FORMAT = 1
 """Version of the JSON; a reader refuses newer ones."""
 
@@ -34,6 +35,50 @@ ARMS = (
 """Names of the arms, in the order of tables and legends."""
 
 Status = Literal["ok", "skipped", "not_converged"]
+ByAge = Mapping[str, T]
+"""By age in chunks, which JSON wants as text."""
+
+
+class ArmFacts(TypedDict):
+    """An arm as plain data."""
+
+    name: str
+    status: Status
+    reason: str | None
+    accuracy_by_age: ByAge[float]
+    intervals_by_age: ByAge[list[float]]
+    questions_by_age: ByAge[int]
+    correct_by_age: ByAge[int]
+    scores_by_age: Mapping[str, ByAge[float]]
+    state_bytes: int | None
+    state_bytes_by_age: ByAge[int]
+    tokens_attended: int | None
+    tokens_attended_by_age: ByAge[int]
+    details: dict[str, JsonValue]
+
+
+class CurveFacts(TypedDict):
+    """A curve as plain data."""
+
+    name: str
+    formula: str
+    accuracy_by_age: ByAge[float]
+
+
+class ReportFacts(TypedDict):
+    """A report as plain data."""
+
+    format: int
+    kind: str
+    protocol: str
+    arms: list[ArmFacts]
+    age_tokens: ByAge[float]
+    chance: float | None
+    borderline: float | None
+    theory: list[CurveFacts]
+    settings: dict[str, JsonValue]
+    deviations: list[str]
+    circumstances: dict[str, JsonValue]
 
 
 def wilson(correct: int, questions: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -92,10 +137,10 @@ class Cell:
         return wilson(self.correct, self.questions)
 
 
-def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(facts: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Return facts as JSON would give them back, so that a report read again equals the one that was written."""
     try:
-        plain: dict[str, Any] = json.loads(json.dumps(facts))
+        plain: dict[str, JsonValue] = json.loads(json.dumps(facts))
     except (TypeError, ValueError) as error:
         raise InputError(f"the facts of a report must be plain data: {error}, got {facts!r}") from error
     return plain
@@ -121,7 +166,7 @@ class Arm:
     status: Status = field(default="ok", validator=one_of("ok", "skipped", "not_converged"))
     reason: str | None = None
     cells: tuple[Cell, ...] = field(default=(), converter=_by_age)
-    details: dict[str, Any] = field(factory=dict, converter=_plain)
+    details: dict[str, JsonValue] = field(factory=dict, converter=_plain)
 
     def __attrs_post_init__(self) -> None:
         if (self.status == "ok") != (self.reason is None):
@@ -147,11 +192,12 @@ class Arm:
         """Return the cell of one age, if there is one."""
         return next((cell for cell in self.cells if cell.age == age), None)
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> ArmFacts:
         """Return this as plain data; ages are text, as JSON wants its keys."""
 
-        def by_age(value: Callable[[Cell], Any]) -> dict[str, Any]:
-            return {str(cell.age): value(cell) for cell in self.cells if value(cell) is not None}
+        def by_age(value: Callable[[Cell], T | None]) -> dict[str, T]:
+            found = {str(cell.age): value(cell) for cell in self.cells}
+            return {age: one for age, one in found.items() if one is not None}
 
         names = sorted({name for cell in self.cells for name in cell.scores})
         return {
@@ -173,9 +219,9 @@ class Arm:
         }
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> Arm:
+    def from_plain(cls, plain: ArmFacts) -> Arm:
         """Read ``plain`` back; what follows from other numbers is computed anew."""
-        scores: dict[str, dict[str, float]] = plain["scores_by_age"]
+        scores = plain["scores_by_age"]
         cells = [
             Cell(
                 age=int(age),
@@ -204,13 +250,13 @@ class Curve:
     formula: str
     accuracy_by_age: dict[int, float]
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> CurveFacts:
         """Return this as plain data."""
         by_age = {str(age): value for age, value in self.accuracy_by_age.items()}
         return {"name": self.name, "formula": self.formula, "accuracy_by_age": by_age}
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> Curve:
+    def from_plain(cls, plain: CurveFacts) -> Curve:
         """Read ``plain`` back."""
         by_age = {int(age): value for age, value in plain["accuracy_by_age"].items()}
         return cls(name=plain["name"], formula=plain["formula"], accuracy_by_age=by_age)
@@ -251,9 +297,9 @@ class Report:
     chance: float | None = field(default=None, validator=attrs.validators.optional(number(0)))
     borderline: float | None = field(default=None, validator=attrs.validators.optional(number(0)))
     theory: tuple[Curve, ...] = field(default=(), converter=_curves)
-    settings: dict[str, Any] = field(factory=dict, converter=_plain)
+    settings: dict[str, JsonValue] = field(factory=dict, converter=_plain)
     deviations: tuple[str, ...] = field(default=(), converter=_texts)
-    circumstances: dict[str, Any] = field(factory=dict, converter=_plain)
+    circumstances: dict[str, JsonValue] = field(factory=dict, converter=_plain)
 
     def __attrs_post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
@@ -287,7 +333,7 @@ class Report:
             return None
         return self.age_tokens[last.age] / last.tokens_attended
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> ReportFacts:
         """Return this as plain data."""
         return {
             "format": FORMAT,
@@ -304,7 +350,7 @@ class Report:
         }
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> Report:
+    def from_plain(cls, plain: ReportFacts) -> Report:
         """Read ``plain`` back.
 
         Raises:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
+from mplus.config import JsonValue
 from mplus.evaluation.reports.report import Arm, Report
 
 
@@ -112,7 +112,7 @@ def without_numbers(arm: Arm) -> str:
     return f"{arm.name}: {arm.status.replace('_', ' ')} ({arm.reason})"
 
 
-def flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat(facts: Mapping[str, JsonValue], prefix: str = "") -> dict[str, str]:
     """Flatten nested facts to ``name.of.fact`` -> JSON of its value."""
     found: dict[str, str] = {}
     for name, value in facts.items():

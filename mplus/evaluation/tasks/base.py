@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import attrs
 from attrs import define, field
 
-from mplus.config import whole
+from mplus.config import JsonValue, whole
 from mplus.errors import InputError
 from mplus.evaluation.texts import Texts
 
@@ -110,7 +110,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, JsonValue]:
         """Return every setting as plain data."""
 
     @property
@@ -171,7 +171,7 @@ class Protocol(Task):
     def seed(self) -> int:
         return int(self.options.seed)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, JsonValue]:
         """Return every option as plain data; files by name only, since where they lie means nothing elsewhere."""
         plain = attrs.asdict(self.options)
         return {name: value.name if isinstance(value, Path) else value for name, value in plain.items()}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import attrs
 from attrs import define, field
 
-from mplus.config import flag, one_of, whole
-from mplus.errors import ConfigError, InputError
+from mplus.config import Validator, flag, must_be, one_of, whole
+from mplus.errors import InputError
 from mplus.evaluation.tasks.base import Episode, FileOptions, Passage, Protocol, Question
 from mplus.evaluation.texts import Texts
 
@@ -32,14 +31,9 @@ class Context:
     asked: tuple[Asked, ...] = ()
 
 
-def holds(placeholder: str) -> Any:
-    """Make a validator of texts: they must have ``placeholder`` in them."""
-
-    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if not isinstance(value, str) or placeholder not in value:
-            raise ConfigError(f"{attribute.name} must be a text with {placeholder} in it, got {value!r}")
-
-    return check
+def holds(placeholder: str) -> Validator:
+    """Return a validator of texts: they must have ``placeholder`` in them."""
+    return must_be(f"a text with {placeholder} in it", lambda value: isinstance(value, str) and placeholder in value)
 
 
 @define(frozen=True, kw_only=True)
@@ -149,5 +143,5 @@ def joined(texts: Texts, pieces: Sequence[str], template: str, limit: int) -> It
     return texts.join(endless(), limit)
 
 
-def _rng(*names: Any) -> random.Random:
+def _rng(*names: str | int) -> random.Random:
     return random.Random(":".join(map(str, names)))  # noqa: S311 - reproducible, not secret

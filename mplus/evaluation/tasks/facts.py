@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from attrs import asdict, define, field
 
-from mplus.config import flag, number, whole
+from mplus.config import JsonValue, flag, number, whole
 from mplus.errors import ConfigError
 from mplus.evaluation.tasks.base import Episode, Passage, Question, Task
 from mplus.facts import words
@@ -102,7 +102,7 @@ class Facts(Task):
         shares = [1 / self.language.values(fact) for stream in self.told for fact in stream.facts]
         return sum(shares) / len(shares)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, JsonValue]:
         plain = asdict(self)
         if self.untold_seed is None:
             del plain["untold_seed"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from attrs import define, field
 
@@ -76,7 +76,7 @@ def test_titles(contexts: Sequence[Context]) -> set[str]:
     return set(sorted({context.title for context in contexts})[EVERY - 1 :: EVERY])
 
 
-def _path(value: Any) -> Path | None:
+def _path(value: str | Path | None) -> Path | None:
     return None if value is None else Path(value)
 
 
