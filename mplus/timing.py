@@ -10,12 +10,10 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 import torch
 from attrs import define
-
-QUANTILES = (20, 50, 80)
 
 
 def _nothing(number: int) -> None:
@@ -33,8 +31,8 @@ class Arm:
     """
 
     name: str
-    run: Callable[[int], Any]
-    prepare: Callable[[int], Any] = _nothing
+    run: Callable[[int], object]
+    prepare: Callable[[int], object] = _nothing
 
 
 def synchronise(device: torch.device) -> None:
@@ -43,7 +41,7 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(run: Callable[[], Any], device: torch.device) -> float:
+def timed(run: Callable[[], object], device: torch.device) -> float:
     """Return the seconds of one call."""
     synchronise(device)
     begun = time.perf_counter()
@@ -74,9 +72,19 @@ def in_rounds(arms: Sequence[Arm], rounds: int, device: torch.device, warm: int 
     return times
 
 
-def summary(seconds: Sequence[float]) -> dict[str, Any]:
+class Summary(TypedDict):
+    """Quantiles in milliseconds, and the number of runs."""
+
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    runs: int
+
+
+def summary(seconds: Sequence[float]) -> Summary:
     """Return quantiles in milliseconds, and the number of runs."""
-    return {**{f"p{q}_ms": round(1000 * quantile(seconds, q / 100), 4) for q in QUANTILES}, "runs": len(seconds)}
+    low, middle, high = (round(1000 * quantile(seconds, share), 4) for share in (0.2, 0.5, 0.8))
+    return {"p20_ms": low, "p50_ms": middle, "p80_ms": high, "runs": len(seconds)}
 
 
 def quantile(values: Sequence[float], share: float) -> float:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from benchmarks.pages.drawing import bars
 from benchmarks.pages.markdown import measured_on, table
 from benchmarks.records import ROOT, load
+from mplus.bench.record import Record
 from mplus.bench.tables import Table, opening, refused, tables
 
 PAGE = ROOT / "docs" / "benchmarks" / "speed.md"
@@ -50,15 +51,15 @@ def render() -> str:
     """Return the page."""
     parts = [PREAMBLE.strip()]
     for name, heading in SHOWN.items():
-        parts += [f"## {heading}", *section(name, load("speed", f"bench-{name}"))]
+        parts += [f"## {heading}", *section(name, cast("Record", load("speed", f"bench-{name}")))]
     parts += ["## Wrapping and writing", overhead(load("speed", "overhead"))]
     parts += ["## Training many memories at once", training(load("speed", "batched_training"))]
     others = sorted({path.stem for path in FOLDER.glob("bench-*.json")} - {f"bench-{name}" for name in SHOWN})
-    lines = [f"- `{name}.json`: {opening(load('speed', name))}" for name in others]
+    lines = [f"- `{name}.json`: {opening(cast('Record', load('speed', name)))}" for name in others]
     return "\n\n".join([*parts, "## Further records", "\n".join(lines)]) + "\n"
 
 
-def section(name: str, record: Mapping[str, Any]) -> list[str]:
+def section(name: str, record: Record) -> list[str]:
     """Return the paragraphs on one record: its first number of threads, or only its growth where it has that."""
     threads, first = next(iter(record["by_threads"].items()))
     found = tables({**record, "by_threads": {threads: first}})

@@ -28,7 +28,7 @@ from torch import Tensor
 import mplus
 from benchmarks.records import record_path, write
 from mplus.bench.presets import PRESETS
-from mplus.config import Component, MPlusConfig
+from mplus.config import Component, JsonValue, MPlusConfig
 from mplus.environment import load_average, run_info
 from mplus.hf.decoders.bench_models import random_llama
 from mplus.mechanisms.short_term.state import ShortTermState
@@ -51,7 +51,7 @@ PIECE = 4096
 def decoder(layers: int, short_term: int, seed: int) -> Any:
     """Wrap a narrow decoder with the heads of ``SHAPE``, with a memory whose long-term rows have no limit."""
     shape = evolve(SHAPE, layers=layers, hidden_size=HIDDEN_SIZE, intermediate_size=HIDDEN_SIZE, vocab_size=512)
-    retriever = {"name": "linear", "width": SHAPE.retriever_width}
+    retriever: dict[str, JsonValue] = {"name": "linear", "width": SHAPE.retriever_width}
     memory = {**shape.memory, "retriever": retriever, "memory_rows": "projected", "short_term_tokens": short_term}
     base = random_llama(shape.fields, torch.bfloat16, CPU, seed)
     return mplus.wrap(base, MPlusConfig.from_dict(memory), check=False)

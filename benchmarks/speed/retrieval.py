@@ -36,7 +36,7 @@ from mplus.retrievers.linear import LinearRetriever
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.stores.ram import RamStore
-from mplus.timing import Arm, in_rounds, ratio, summary
+from mplus.timing import Arm, Summary, in_rounds, ratio, summary
 
 Selector = Callable[[Tensor, int], Any]
 """``select(queries [T, r], k)``: the best rows for one text."""
@@ -172,7 +172,7 @@ def _recall(
     return {"recall": round(statistics.mean(shares), 4), "lowest_recall": round(min(shares), 4)}
 
 
-def _update(indexed: FaissIvfRetriever, store: RamStore, query: Tensor, mask: Tensor, rounds: int) -> dict[str, Any]:
+def _update(indexed: FaissIvfRetriever, store: RamStore, query: Tensor, mask: Tensor, rounds: int) -> Summary:
     """Time a selection after 256 rows came and as many left, which the index has to follow first."""
     rows = store.gather(0, store.ids(0)[:256])
     seconds = []

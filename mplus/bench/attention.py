@@ -6,11 +6,11 @@ Backends get memory and text apart, as in a read; PyTorch's functions get them j
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from mplus.backends.base import AttentionRequest
+from mplus.backends.base import AttentionRequest, AttentionResult
 from mplus.backends.choose import choose
 from mplus.backends.reference import ReferenceBackend
 from mplus.bench.attention_variants import VARIANTS
@@ -23,7 +23,7 @@ from mplus.bench.correctness import (
     random_request,
 )
 from mplus.bench.presets import Preset
-from mplus.bench.record import MachineRates, arm_entry, make_record
+from mplus.bench.record import Entry, MachineRates, Record, Section, arm_entry, make_record
 from mplus.timing import Arm, in_rounds, median, ratio
 
 Case = tuple[int, int, int]
@@ -32,7 +32,7 @@ Case = tuple[int, int, int]
 
 def measure(
     preset: Preset, device: torch.device, threads: Sequence[int], repeats: int, backends: Sequence[str] | None = None
-) -> dict[str, Any]:
+) -> Record:
     """Return the record of ``mplus bench attention``."""
     # The reference takes part unless others are named: here it says how much the others gain.
     names = [*backend_names(None), ReferenceBackend.name] if backends is None else backend_names(backends)
@@ -43,7 +43,7 @@ def measure(
     write = (preset.chunk_tokens, 1 + preset.memory_tokens_per_chunk, preset.chunk_tokens)
     cases = [step, *((length, rows, length) for length in preset.lengths), write]
 
-    def section(rates: MachineRates) -> dict[str, Any]:
+    def section(rates: MachineRates) -> Section:
         return {"cases": [_time_case(preset, device, case, results, repeats, rates) for case in cases]}
 
     return make_record("attention", preset, device, threads, section, results, repeats=repeats)
@@ -57,24 +57,29 @@ def _time_case(
     results: Mapping[str, CheckResult],
     repeats: int,
     rates: MachineRates,
-) -> dict[str, Any]:
+) -> Section:
     """Time everything that is right and can run one case."""
     arms, refused = _arms(random_request(preset, device, case, 0), results)
     times = in_rounds(arms, repeats, device)
     flops, nbytes = work(preset, case)
-    entries = {}
+    entries: dict[str, Entry] = {}
     for name, result in results.items():
         if name in refused:
             entries[name] = {"status": "skipped", "reason": refused[name]}
             continue
         taken = times.get(name)
         share = rates.roofline_share(flops, nbytes, median(taken)) if taken else None
-        entries[name] = arm_entry(result, taken, share_of_roofline=share)
+        entries[name] = arm_entry(result, taken)
+        if share is not None:
+            entries[name]["share_of_roofline"] = share
+    queries, rows, keys = case
     best = min(
         (name for name in times if name.startswith("torch/")), key=lambda name: median(times[name]), default="none"
     )
     return {
-        **dict(zip(("queries", "memory_rows", "text_keys"), case, strict=True)),
+        "queries": queries,
+        "memory_rows": rows,
+        "text_keys": keys,
         "gflop": round(flops / 1e9, 4),
         "gbyte": round(nbytes / 1e9, 4),
         "arms": entries,
@@ -88,7 +93,7 @@ def _arms(request: AttentionRequest, results: Mapping[str, CheckResult]) -> tupl
     (memory,) = request.segments
     keys, values = torch.cat([memory.keys, request.keys], 2), torch.cat([memory.values, request.values], 2)
 
-    def function(name: str) -> Callable[[int], Any]:
+    def function(name: str) -> Callable[[int], Tensor | AttentionResult]:
         kind, _, own = name.partition("/")
         if kind == "torch":
             return lambda _: VARIANTS[own](request.queries, keys, values)

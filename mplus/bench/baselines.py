@@ -8,7 +8,7 @@ heads and ``Hkv`` key heads of width ``D``, ``V`` the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from attrs import define
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 Norm = Callable[[Tensor, Tensor, float], Tensor]
 """``norm(hidden, weight, eps)``."""
+
+
+class AttentionChoice(TypedDict, total=False):
+    """The attention that the bare layers take, and what each one tried took in milliseconds or why it failed."""
+
+    won: str
+    ms: dict[str, float | str]
 
 
 class BareLayers:
@@ -44,7 +51,7 @@ class BareLayers:
         self.keys, self.values = ([_with_room(part, room) for part in parts] for parts in (keys, values))
         self.variant = next(iter(VARIANTS))
 
-    def choose_attention(self, length: int, past: int = 0, rounds: int = 3) -> dict[str, Any]:
+    def choose_attention(self, length: int, past: int = 0, rounds: int = 3) -> AttentionChoice:
         """Take the fastest attention for ``length`` tokens behind ``past`` others; return what was tried, in ms."""
         keys, values = (part[0][:, :, : self.prefix + past + length] for part in (self.keys, self.values))
         batch, _, _, width = keys.shape

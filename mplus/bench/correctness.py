@@ -7,7 +7,7 @@ a few units in the last place of the largest number.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
 from attrs import define, evolve, field
@@ -29,6 +29,22 @@ CASES = ((1, 96, 1), (1, 96, 5), (16, 130, 16), (7, 33, 12))
 OK, SKIPPED, FAILED = "ok", "skipped", "failed"
 
 
+class Check(TypedDict):
+    """The error of one check, and the allowed one."""
+
+    check: str
+    error: float
+    allowed: float
+
+
+class CheckFacts(TypedDict):
+    """A ``CheckResult`` as records have it."""
+
+    status: str
+    reason: NotRequired[str]
+    checks: list[Check]
+
+
 @define
 class CheckResult:
     """What was found out about one variant.
@@ -41,11 +57,13 @@ class CheckResult:
 
     status: str = OK
     reason: str | None = None
-    checks: list[dict[str, Any]] = field(factory=list)
+    checks: list[Check] = field(factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> CheckFacts:
         """Return the result as records have it."""
-        return {"status": self.status, **({"reason": self.reason} if self.reason else {}), "checks": self.checks}
+        if not self.reason:
+            return {"status": self.status, "checks": self.checks}
+        return {"status": self.status, "reason": self.reason, "checks": self.checks}
 
     def compare(self, what: str, found: Tensor, truth: Tensor, plain: Tensor) -> None:
         """Add a check of ``found`` against ``truth`` (float64), with ``plain`` in the dtype of ``found``."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -11,7 +10,7 @@ from mplus.bench.correctness import backend_names
 from mplus.bench.fixture import PUBLISHED_SCORE, BenchmarkFixture
 from mplus.bench.presets import Preset
 from mplus.bench.readers import BASELINES, Comparison, Reader, mplus_variants, verify
-from mplus.bench.record import MachineRates, make_record, with_headline
+from mplus.bench.record import MachineRates, Record, Section, make_record, with_headline
 from mplus.timing import Arm, in_rounds, ratio
 
 STEPS = 64
@@ -20,22 +19,22 @@ STEPS = 64
 
 def measure(
     preset: Preset, device: torch.device, threads: Sequence[int], repeats: int, backends: Sequence[str] | None = None
-) -> dict[str, Any]:
+) -> Record:
     """Return the record of ``mplus bench decode``: mplus with every backend, transformers, and the bare layers."""
     memory = [one for name in backend_names(backends) for one in mplus_variants(name) if one.score == PUBLISHED_SCORE]
     variants = [*memory, *(one for one in BASELINES if one.name != "published")]
     results = verify(variants, preset, device)
     fixture = BenchmarkFixture(preset, device)
 
-    def section(rates: MachineRates) -> dict[str, Any]:
+    def section(rates: MachineRates) -> Section:
         return time_steps(Comparison.of(fixture, variants, results, preset.prompt + STEPS), repeats, rates)
 
     record = make_record("decode", preset, device, threads, section, results, repeats=repeats, steps=STEPS)
-    return with_headline(record, "best_backend", "ratios")
+    return with_headline(record)
 
 
 @torch.no_grad()
-def time_steps(comparison: Comparison, repeats: int, rates: MachineRates) -> dict[str, Any]:
+def time_steps(comparison: Comparison, repeats: int, rates: MachineRates) -> Section:
     """Time ``STEPS`` steps behind each of ``repeats`` prompts, all variants in turns step by step."""
     fixture, preset = comparison.fixture, comparison.fixture.preset
     prompts = fixture.prompts(preset.prompt, repeats + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import attrs
 import torch
@@ -14,17 +14,23 @@ from torch import Tensor
 import mplus
 from mplus.bench.baselines import BareLayers, PublishedRead, prefix_keys_values
 from mplus.bench.presets import Preset
-from mplus.config import MPlusConfig
+from mplus.config import JsonValue, MPlusConfig
+from mplus.evaluation.retriever_swap import own_retriever
 from mplus.eviction import EVICTION
-from mplus.hf.decoders.bench_models import DecoderWeights, PrefixedCache, random_llama, twin, weights_of
+from mplus.hf.decoders.bench_models import DecoderWeights, LayerWeights, PrefixedCache, random_llama, twin, weights_of
+from mplus.hf.model.engine import DecoderEngine
+from mplus.hf.model.model_class import MemoryModel
+from mplus.mechanisms.short_term.mechanism import RowMechanism
 from mplus.memory.memory import Memory
 from mplus.memory.state import StreamState
 from mplus.memory.transaction import Streams
+from mplus.retrievers.base import Retriever
 from mplus.rows import NO_SOURCE, MemoryRows
 from mplus.stores import STORES
 from mplus.stores.base import MemoryStore, StoreLayout
 
 PUBLISHED_SCORE = "sigmoid_mean"
+T = TypeVar("T", DecoderWeights, LayerWeights)
 SPREAD = 2.0
 """Standard deviation of the products of queries and keys."""
 BLOCK = 16_384
@@ -60,7 +66,7 @@ class BenchmarkFixture:
     filled: int | None = None
     keep: bool = True
     weights: DecoderWeights = field(init=False)
-    _first: Any = field(init=False)
+    _first: MemoryModel | None = field(init=False)
     _rows: RandomRows | None = None
 
     def __attrs_post_init__(self) -> None:
@@ -69,9 +75,14 @@ class BenchmarkFixture:
         self.weights = weights_of(self.base)
         self._first = None
         self._first = self.wrapped("auto")
-        _redraw(self._first.mplus_engine.mechanism.retriever, self.seed)
+        _redraw(own_retriever(self.first), self.seed)
 
-    def wrapped(self, backend: str, score: str = PUBLISHED_SCORE, **changes: Any) -> Any:
+    @property
+    def first(self) -> MemoryModel:
+        """The wrapped decoder that begin rows and retriever of all others are those of."""
+        return cast("MemoryModel", self._first)
+
+    def wrapped(self, backend: str, score: str = PUBLISHED_SCORE, **changes: JsonValue) -> MemoryModel:
         """Wrap the decoder, with the begin rows and the retriever that every wrapped one has.
 
         Args:
@@ -81,10 +92,11 @@ class BenchmarkFixture:
         """
         retriever: dict[str, str | int] = {"name": "linear", "width": self.preset.retriever_width, "score": score}
         config = MPlusConfig.from_dict({**self.preset.memory, "retriever": retriever, "backend": backend, **changes})
-        model = mplus.wrap(twin(self.base), config, check=False)
+        model: MemoryModel = mplus.wrap(twin(self.base), config, check=False)
         if self._first is not None:
-            model.mplus.load_state_dict(self._first.mplus.state_dict(), strict=False)
-        return model.requires_grad_(False)
+            model.mplus.load_state_dict(self.first.mplus.state_dict(), strict=False)
+        model.requires_grad_(False)
+        return model
 
     @property
     def rows(self) -> RandomRows:
@@ -92,7 +104,7 @@ class BenchmarkFixture:
         if self._rows is None:
             preset = self.preset
             self._rows = random_rows(
-                self._first.mplus_engine,
+                self.first.mplus_engine,
                 preset.short_term_tokens if self.filled is None else self.filled,
                 preset.long_term_rows,
                 self.seed,
@@ -102,11 +114,15 @@ class BenchmarkFixture:
             )
         return self._rows
 
-    def memory(self, model: Any, streams: int = 1) -> Memory:
+    @property
+    def _begin(self) -> Sequence[Tensor]:
+        return cast("Sequence[Tensor]", self.first.mplus.begin)
+
+    def memory(self, model: MemoryModel, streams: int = 1) -> Memory:
         """Return a memory of the rows for a decoder from ``wrapped``."""
         return self.rows.memory(model.mplus_engine, streams, self.seed)
 
-    def without_retrieval(self, backend: str) -> tuple[Any, Memory]:
+    def without_retrieval(self, backend: str) -> tuple[MemoryModel, Memory]:
         """Return a decoder that retrieves nothing, and a memory with as long a prefix, all of it short-term."""
         rows = self.preset.prefix_rows - 1
         model = self.wrapped(backend, retrieved_tokens=0, long_term_tokens=0, short_term_tokens=rows)
@@ -119,7 +135,7 @@ class BenchmarkFixture:
             short_term: the begin row and so many of the newest short-term rows; None: the begin row, the oldest
                 long-term rows (as many as are retrieved) and all short-term rows.
         """
-        begin = self._first.mplus.begin
+        begin = self._begin
         prefixes = []
         for layer, recent in enumerate(self.rows.short_term):
             behind = [self.rows.oldest[layer], recent] if short_term is None else [recent[len(recent) - short_term :]]
@@ -137,11 +153,11 @@ class BenchmarkFixture:
 
     def published(self) -> PublishedRead:
         """Return the published read of the rows."""
-        rows, retriever = self.rows, self._first.mplus_engine.mechanism.retriever
+        rows, retriever = self.rows, own_retriever(self.first)
         return PublishedRead(
             weights=self.weights,
             project=retriever.project_queries,
-            begin=[row.detach() for row in self._first.mplus.begin],
+            begin=[row.detach() for row in self._begin],
             short_term=list(rows.short_term),
             long_term=rows.long_term,
             keys=rows.keys,
@@ -152,7 +168,7 @@ class BenchmarkFixture:
     def in_float64(self) -> PublishedRead:
         """Return the published read in float64: what all variants approximate."""
         read = self.published()
-        retriever = copy.deepcopy(self._first.mplus_engine.mechanism.retriever).double()
+        retriever = copy.deepcopy(own_retriever(self.first)).double()
 
         def double(parts: Sequence[Tensor]) -> list[Tensor]:
             return [part.double() for part in parts]
@@ -175,7 +191,7 @@ class BenchmarkFixture:
 
 
 @torch.no_grad()
-def _redraw(retriever: Any, seed: int) -> None:
+def _redraw(retriever: Retriever, seed: int) -> None:
     """Draw projectors whose products differ clearly, so that rounding does not decide which rows are best."""
     generator = torch.Generator().manual_seed(seed + 7)
     for name, weight in retriever.named_parameters():
@@ -188,12 +204,13 @@ def _redraw(retriever: Any, seed: int) -> None:
 def in_double(weights: DecoderWeights) -> DecoderWeights:
     """Return the same weights in float64."""
 
-    def convert(holder: Any) -> Any:
+    def convert(holder: T) -> T:
         values = {name: getattr(holder, name) for name in attrs.fields_dict(type(holder))}
-        return evolve(holder, **{name: value.double() for name, value in values.items() if isinstance(value, Tensor)})
+        double: dict[str, Any] = {name: one.double() for name, one in values.items() if isinstance(one, Tensor)}
+        return evolve(holder, **double)
 
     double = convert(weights)
-    return evolve(double, layers=tuple(map(convert, weights.layers)))  # type: ignore[no-any-return]
+    return evolve(double, layers=tuple(map(convert, weights.layers)))
 
 
 @define(frozen=True, eq=False)
@@ -216,7 +233,7 @@ class RandomRows:
     long_term: tuple[Tensor, ...] = ()
     keys: tuple[Tensor, ...] = ()
 
-    def memory(self, engine: Any, streams: int = 1, seed: int = 0) -> Memory:
+    def memory(self, engine: DecoderEngine, streams: int = 1, seed: int = 0) -> Memory:
         """Return a memory of ``streams`` independent streams, each with all rows."""
         return Memory(
             Streams(
@@ -231,7 +248,12 @@ class RandomRows:
 
 @torch.no_grad()
 def random_rows(
-    engine: Any, short_term: int, long_term: int, seed: int, oldest: int = 0, kept_on: torch.device | None = None
+    engine: DecoderEngine,
+    short_term: int,
+    long_term: int,
+    seed: int,
+    oldest: int = 0,
+    kept_on: torch.device | None = None,
 ) -> RandomRows:
     """Draw rows of unit variance in every layer: a memory as large as wanted without writing thousands of chunks.
 
@@ -242,7 +264,7 @@ def random_rows(
         oldest: keep hidden states of so many of the oldest long-term rows.
         kept_on: keep the long-term rows and keys as tensors too, on this device.
     """
-    layout = engine.layout
+    layout, mechanism = engine.layout, cast("RowMechanism", engine.mechanism)
     store = STORES.build(engine.config.store, layout)
     recent_rows, hidden_kept, oldest_kept, rows_kept, keys_kept = [], [], [], [], []
     for layer in range(layout.layers):
@@ -260,7 +282,7 @@ def random_rows(
         if kept_on is not None:
             rows_kept.append(hidden.to(kept_on))
             keys_kept.append(hidden.new_empty(long_term, 0) if keys is None else keys.to(kept_on))
-    state = evolve(engine.mechanism.holding(layout, recent_rows, hidden_kept), clock=long_term + short_term)
+    state = evolve(mechanism.holding(layout, recent_rows, hidden_kept), clock=long_term + short_term)
     return RandomRows(state, store, tuple(hidden_kept), tuple(oldest_kept), tuple(rows_kept), tuple(keys_kept))
 
 
@@ -272,7 +294,7 @@ def _random_hidden(count: int, layout: StoreLayout, generator: torch.Generator) 
     return made
 
 
-def _as_rows(engine: Any, layer: int, hidden: Tensor, birth: int, with_key: bool) -> MemoryRows:
+def _as_rows(engine: DecoderEngine, layer: int, hidden: Tensor, birth: int, with_key: bool) -> MemoryRows:
     """Return hidden states as rows with the columns of the engine's layout, born from ``birth`` on."""
     layout, count = engine.layout, hidden.shape[0]
     births = torch.arange(birth, birth + count, dtype=torch.int64, device=layout.device)
@@ -281,5 +303,6 @@ def _as_rows(engine: Any, layer: int, hidden: Tensor, birth: int, with_key: bool
         blocks = [engine.project(layer, block[None])[0] for block in hidden.split(BLOCK)]
         rows = rows.replace(projected=torch.cat(blocks))
     if with_key and layout.key_size:
-        rows = rows.replace(key=torch.cat([engine.keys(layer, block) for block in hidden.split(BLOCK)]))
+        keys = [engine.keys(layer, block) for block in hidden.split(BLOCK)]
+        rows = rows.replace(key=torch.cat([part for part in keys if part is not None]))
     return rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from attrs import evolve
@@ -13,8 +12,11 @@ from mplus.bench.decode import STEPS, time_steps
 from mplus.bench.fixture import PUBLISHED_SCORE, BenchmarkFixture
 from mplus.bench.presets import Preset, check_room
 from mplus.bench.readers import BASELINES, MEAN_DOT, Comparison, MemoryReader, ReadVariant, mplus_variants, verify
-from mplus.bench.record import MachineRates, make_record
+from mplus.bench.record import GrowthPoint, MachineRates, Ratios, Record, Section, make_record
 from mplus.errors import NotSupported
+from mplus.evaluation.retriever_swap import own_retriever
+from mplus.hf.model.model_class import MemoryModel
+from mplus.retrievers.base import Selection
 from mplus.timing import Arm, in_rounds, median, ratio, summary
 
 WRITTEN = (10_000, 30_000, 100_000, 300_000, 1_000_000)
@@ -30,7 +32,7 @@ def measure(
     backends: Sequence[str] | None = None,
     lengths: Sequence[int] | None = None,
     growth: bool = False,
-) -> dict[str, Any]:
+) -> Record:
     """Return the record of ``mplus bench read``.
 
     Args:
@@ -49,7 +51,7 @@ def measure(
     room = max(*lengths, preset.prompt + STEPS)
     made: list[Comparison] = []
 
-    def section(rates: MachineRates) -> dict[str, Any]:
+    def section(rates: MachineRates) -> Section:
         if not made:  # readers are large, so that all numbers of threads share them
             made.append(Comparison.of(fixture, variants, results, room))
         (comparison,) = made
@@ -76,7 +78,7 @@ def _reads_all(variant: ReadVariant) -> bool:
     return variant.backend is None or variant.name == f"mplus/{variant.backend}"
 
 
-def _time_length(comparison: Comparison, length: int, repeats: int) -> dict[str, Any]:
+def _time_length(comparison: Comparison, length: int, repeats: int) -> Section:
     """Time all variants with prompts of one length; in a round all read the same prompt."""
     prompts = comparison.fixture.prompts(length, repeats + 1)
     tried = comparison.choose_attention(length)
@@ -98,7 +100,7 @@ def _time_length(comparison: Comparison, length: int, repeats: int) -> dict[str,
     }
 
 
-def _ratios(times: Mapping[str, Sequence[float]], backend: str | None) -> dict[str, float | None]:
+def _ratios(times: Mapping[str, Sequence[float]], backend: str | None) -> Ratios:
     """Return medians of the ratios within a round, for mplus with ``backend``."""
     memory, dot, bare = f"mplus/{backend}", f"mplus/{MEAN_DOT}/{backend}", f"mplus/no_retrieval/{backend}"
     return {
@@ -112,7 +114,7 @@ def _ratios(times: Mapping[str, Sequence[float]], backend: str | None) -> dict[s
     }
 
 
-def _measure_growth(fixture: BenchmarkFixture, backend: str, threads: int, repeats: int) -> list[dict[str, Any]]:
+def _measure_growth(fixture: BenchmarkFixture, backend: str, threads: int, repeats: int) -> list[GrowthPoint]:
     """Time a read after more and more was written; short-term memory and the rows retrieved are held fixed."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -123,12 +125,12 @@ def _measure_growth(fixture: BenchmarkFixture, backend: str, threads: int, repea
         torch.set_num_threads(before)
 
 
-def _time_after(whole: BenchmarkFixture, tokens: int, backend: str, repeats: int) -> dict[str, Any]:
+def _time_after(whole: BenchmarkFixture, tokens: int, backend: str, repeats: int) -> GrowthPoint:
     """Time the read and the retriever alone, by both scores, and the bare layers, after ``tokens`` were written."""
     rows = tokens * whole.preset.memory_tokens_per_chunk // whole.preset.chunk_tokens
     short = min(rows, whole.preset.short_term_tokens)
     preset = evolve(whole.preset, long_term_rows=rows - short)
-    facts: dict[str, Any] = {"written_tokens": tokens, "short_term_rows": short, "long_term_rows": rows - short}
+    facts: GrowthPoint = {"written_tokens": tokens, "short_term_rows": short, "long_term_rows": rows - short}
     try:
         check_room(preset, whole.device)
     except NotSupported as error:
@@ -158,9 +160,9 @@ def _time_after(whole: BenchmarkFixture, tokens: int, backend: str, repeats: int
     }
 
 
-def _selecting(fixture: BenchmarkFixture, model: Any) -> Callable[[int], Sequence[Any]]:
+def _selecting(fixture: BenchmarkFixture, model: MemoryModel) -> Callable[[int], list[list[Selection]]]:
     """Return a function that only retrieves, in all layers, for as many queries as the prompt has tokens."""
-    preset, retriever = fixture.preset, model.mplus_engine.mechanism.retriever
+    preset, retriever = fixture.preset, own_retriever(model)
     view = fixture.rows.store.snapshot()
     generator = torch.Generator().manual_seed(fixture.seed)
     text = torch.randn(1, preset.prompt, preset.hidden_size, generator=generator).to(fixture.device, preset.torch_dtype)

@@ -12,10 +12,13 @@ import torch
 from attrs import define, evolve
 from torch import Tensor
 
+from mplus.bench.baselines import AttentionChoice
 from mplus.bench.correctness import OK, CheckResult, ReadCheck, check_backend
 from mplus.bench.fixture import PUBLISHED_SCORE, BenchmarkFixture
 from mplus.bench.presets import Preset
-from mplus.bench.record import arm_entry
+from mplus.bench.record import Entry, arm_entry
+from mplus.hf.model.model_class import MemoryModel
+from mplus.memory.memory import Memory
 from mplus.timing import median
 
 MEAN_DOT = "mean_dot"
@@ -37,7 +40,7 @@ class Reader(Protocol):
 class MemoryReader:
     """mplus itself, through its public interface; every ``read`` retrieves anew."""
 
-    def __init__(self, model: Any, memory: Any) -> None:
+    def __init__(self, model: MemoryModel, memory: Memory) -> None:
         self.model, self.memory = model, memory
         self.cache: Any = None
 
@@ -223,7 +226,7 @@ class Comparison:
         variants = [variant for variant in self.variants if variant.name in self.readers and wanted(variant)]
         return evolve(self, variants=variants, readers={one.name: self.readers[one.name] for one in variants})
 
-    def choose_attention(self, length: int, past: int = 0) -> dict[str, Any]:
+    def choose_attention(self, length: int, past: int = 0) -> AttentionChoice:
         """Let the bare layers take the fastest attention for this length; return what was tried.
 
         Args:
@@ -237,18 +240,20 @@ class Comparison:
 
     def entries(
         self, times: Mapping[str, Sequence[float]], share: Callable[[float], float] | None = None
-    ) -> dict[str, Any]:
+    ) -> dict[str, Entry]:
         """Return what a record says of every variant.
 
         Args:
             times: in seconds, by name.
             share: makes the share of the roofline out of the median in seconds.
         """
-        entries = {}
+        entries: dict[str, Entry] = {}
         for variant in self.variants:
             taken = times.get(variant.name)
-            facts = {} if share is None else {"share_of_roofline": share(median(taken)) if taken else None}
-            entries[variant.name] = arm_entry(self.results[variant.name], taken, **facts)
+            entry = arm_entry(self.results[variant.name], taken)
+            if share is not None and taken and entry["status"] == OK:
+                entry["share_of_roofline"] = share(median(taken))
+            entries[variant.name] = entry
         return entries
 
     def best_backend(self, times: Mapping[str, Sequence[float]]) -> str | None:

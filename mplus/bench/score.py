@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from mplus.backends.triton.score import reasons_against_scoring, sigmoid_means
 from mplus.bench.correctness import OK, SKIPPED, CheckResult
 from mplus.bench.presets import Preset, check_room
-from mplus.bench.record import MachineRates, arm_entry, make_record
+from mplus.bench.record import Entry, MachineRates, Record, Section, arm_entry, make_record
 from mplus.retrievers.scores import SCORES, score_rows
 from mplus.timing import Arm, in_rounds, median, ratio
 
@@ -37,14 +36,14 @@ def scorers() -> dict[str, Scorer]:
     return found
 
 
-def measure(preset: Preset, device: torch.device, threads: Sequence[int], repeats: int) -> dict[str, Any]:
+def measure(preset: Preset, device: torch.device, threads: Sequence[int], repeats: int) -> Record:
     """Return the record of ``mplus bench score``."""
     check_room(preset, device)
     results = {name: check_scorer(name, scorer, preset, device) for name, scorer in scorers().items()}
     # In rounds the keys stay where they are, so all numbers of rows are views of the largest.
     queries, keys = draw(preset, device, max(LENGTHS), max(preset.score_rows))
 
-    def section(rates: MachineRates) -> dict[str, Any]:
+    def section(rates: MachineRates) -> Section:
         return {
             "by_rows": {
                 str(rows): {
@@ -70,16 +69,18 @@ def draw(preset: Preset, device: torch.device, length: int, rows: int, seed: int
 
 def _time_case(
     queries: Tensor, keys: Tensor, results: Mapping[str, CheckResult], repeats: int, rates: MachineRates
-) -> dict[str, Any]:
+) -> Section:
     """Time every scorer that is right, for these queries and keys."""
     right = {name: scorer for name, scorer in scorers().items() if results[name].status == OK}
     arms = [Arm(name, lambda _, scorer=scorer: scorer(queries, keys)) for name, scorer in right.items()]  # type: ignore[misc]
     times = in_rounds(arms, repeats, queries.device)
-    entries = {}
+    entries: dict[str, Entry] = {}
     for name, result in results.items():
         taken = times.get(name)
         share = rates.roofline_share(*work(name, queries, keys), median(taken)) if taken else None
-        entries[name] = arm_entry(result, taken, share_of_roofline=share)
+        entries[name] = arm_entry(result, taken)
+        if share is not None:
+            entries[name]["share_of_roofline"] = share
     ratios = {f"{score}_naive_over_mplus": ratio(times, f"{score}/naive", f"{score}/mplus") for score in SCORES}
     return {"arms": entries, "ratios": ratios}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from attrs import evolve
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from mplus.bench.correctness import FAILED, CheckResult
 from mplus.bench.presets import Preset
-from mplus.bench.record import MachineRates, arm_entry, make_record
+from mplus.bench.record import MachineRates, Record, Section, arm_entry, make_record
 from mplus.config import Component, MPlusConfig, options_of
 from mplus.eviction import EVICTION
 from mplus.mechanisms.additions import MemoryAdditions
@@ -37,7 +36,7 @@ def measure(
     repeats: int,
     store: str = "ram",
     sizes: Sequence[int] | None = None,
-) -> dict[str, Any]:
+) -> Record:
     """Return the record of ``mplus bench store``.
 
     Args:
@@ -52,7 +51,7 @@ def measure(
     result = check(preset, device, store)
     results = {f"{kind}/{rows}": result for kind in KINDS for rows in sizes}
 
-    def section(rates: MachineRates) -> dict[str, Any]:
+    def section(rates: MachineRates) -> Section:
         arms = [arm for rows in sizes for arm in FullLayer(preset, device, store, rows).arms()]
         # Appending and evicting take turns, so that a layer stays at its capacity, whichever comes first in a round.
         times = in_rounds(arms, repeats, device, warm=3)

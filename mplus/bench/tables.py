@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from attrs import define
+
+from mplus.bench.record import Entry, RateFacts, Record, Section
 
 
 @define(frozen=True)
@@ -25,7 +26,7 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-def tables(record: Mapping[str, Any]) -> list[Table]:
+def tables(record: Record) -> list[Table]:
     """Return all tables of a record of any kind."""
     found = []
     for threads, section in record["by_threads"].items():
@@ -36,7 +37,7 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
     return found
 
 
-def opening(record: Mapping[str, Any]) -> str:
+def opening(record: Record) -> str:
     """Return a line or two on where and with what a record was measured."""
     preset, where = record["preset"], record["circumstances"]
     commit = f"{where['commit']}{' with changes' if where.get('modified') else ''}"
@@ -48,7 +49,7 @@ def opening(record: Mapping[str, Any]) -> str:
     )
 
 
-def refused(record: Mapping[str, Any]) -> list[str]:
+def refused(record: Record) -> list[str]:
     """Return a line for every variant that has no speed."""
     return [
         f"{name}: {facts['status']}: {facts['reason']}"
@@ -57,7 +58,7 @@ def refused(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _with_machine(table: Table, where: str, machine: Mapping[str, Any]) -> Table:
+def _with_machine(table: Table, where: str, machine: RateFacts) -> Table:
     rates = (
         f"the machine copies {machine['copy_gb_per_s']} GB/s, fills new memory at {machine['fresh_gb_per_s']} GB/s and "
         f"multiplies matrices at {machine['matmul_gflop_per_s']} GFLOP/s ({machine['matmul_dtype']})"
@@ -70,19 +71,18 @@ def _with_machine(table: Table, where: str, machine: Mapping[str, Any]) -> Table
 TIMES = ("p20 ms", "p50 ms", "p80 ms")
 
 
-def _times(entry: Mapping[str, Any]) -> tuple[str, str, str]:
+def _times(entry: Entry) -> tuple[str, str, str]:
     if entry["status"] != "ok":
         return (entry["status"], "-", "-")
-    low, middle, high = (f"{entry[f'p{q}_ms']:.3f}" for q in (20, 50, 80))
-    return (low, middle, high)
+    return (f"{entry['p20_ms']:.3f}", f"{entry['p50_ms']:.3f}", f"{entry['p80_ms']:.3f}")
 
 
-def _share(entry: Mapping[str, Any]) -> str:
+def _share(entry: Entry) -> str:
     share = entry.get("share_of_roofline")
     return "-" if share is None else f"{share:.1%}"
 
 
-def _over(entry: Mapping[str, Any], base: Mapping[str, Any] | None) -> str:
+def _over(entry: Entry, base: Entry | None) -> str:
     """Return the median as a multiple of another variant's."""
     if base is None or entry["status"] != "ok" or base["status"] != "ok":
         return "-"
@@ -94,7 +94,7 @@ def _ratios(found: Mapping[str, float | None]) -> str:
     return "; ".join(said) or "no ratios"
 
 
-def _read(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Table]:
+def _read(record: Record, section: Section) -> list[Table]:
     found = []
     for length, facts in section["by_length"].items():
         arms = facts["arms"]
@@ -108,7 +108,7 @@ def _read(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Table]:
     return [*found, *_decode(record, section["decode"])]
 
 
-def _decode(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Table]:
+def _decode(record: Record, section: Section) -> list[Table]:
     arms = section["arms"]
     rows = tuple((name, *_times(entry), _over(entry, arms.get("floor")), _share(entry)) for name, entry in arms.items())
     title = f"One token behind a prompt of {record['preset']['prompt']}"
@@ -116,9 +116,9 @@ def _decode(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Table
     return [Table(title, head, rows, (f"backend {section['best_backend']}: {_ratios(section['ratios'])}",))]
 
 
-def _write(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Table]:
+def _write(record: Record, section: Section) -> list[Table]:
     rows = tuple(
-        (name, *_times(entry), *(f"{entry[rate]:,.0f}" if rate in entry else "-" for rate in RATES))
+        (name, *_times(entry), _rate(entry.get("tokens_per_s")), _rate(entry.get("rows_per_s")))
         for name, entry in section["arms"].items()
     )
     settings = record["settings"]
@@ -127,10 +127,11 @@ def _write(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Table]
     return [Table(title, head, rows, (f"backend {section['best_backend']}: {_ratios(section['ratios'])}",))]
 
 
-RATES = ("tokens_per_s", "rows_per_s")
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
 
 
-def _score(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Table]:
+def _score(record: Record, section: Section) -> list[Table]:
     found = []
     for keys, by_length in section["by_rows"].items():
         rows = tuple(
@@ -145,7 +146,7 @@ def _score(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Table]
     return found
 
 
-def _attention(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Table]:
+def _attention(record: Record, section: Section) -> list[Table]:
     found = []
     for case in section["cases"]:
         arms = case["arms"]
@@ -156,7 +157,7 @@ def _attention(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Ta
     return found
 
 
-def _growth(record: Mapping[str, Any]) -> Table:
+def _growth(record: Record) -> Table:
     columns = ("read/sigmoid_mean", "select/sigmoid_mean", "read/mean_dot", "select/mean_dot", "floor")
     rows = []
     for point in record["growth"]:
@@ -169,7 +170,7 @@ def _growth(record: Mapping[str, Any]) -> Table:
     return Table(title, head, tuple(rows), ("select: scoring and picking alone, in all layers", *missing))
 
 
-def _store(record: Mapping[str, Any], section: Mapping[str, Any]) -> list[Table]:
+def _store(record: Record, section: Section) -> list[Table]:
     settings, arms = record["settings"], section["arms"]
     rows = tuple(
         (kind, f"{int(count):,}", *_times(arms[f"{kind}/{count}"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from attrs import define, evolve
@@ -13,7 +13,8 @@ from mplus.bench.baselines import BareLayers, prefix_keys_values
 from mplus.bench.correctness import OK, CheckResult, backend_names, check_backend
 from mplus.bench.fixture import BenchmarkFixture, in_double
 from mplus.bench.presets import Preset
-from mplus.bench.record import MachineRates, arm_entry, make_record, with_headline
+from mplus.bench.record import Entry, MachineRates, Record, Section, arm_entry, make_record, with_headline
+from mplus.mechanisms.short_term.state import ShortTermState
 from mplus.memory.memory import Memory
 from mplus.timing import Arm, in_rounds, median, ratio
 
@@ -56,7 +57,7 @@ def with_less_long_term(preset: Preset) -> Preset:
 
 def measure(
     preset: Preset, device: torch.device, threads: Sequence[int], repeats: int, backends: Sequence[str] | None = None
-) -> dict[str, Any]:
+) -> Record:
     """Return the record of ``mplus bench write``."""
     preset = with_less_long_term(preset)
     chunk, streams = preset.chunk_tokens, preset.streams
@@ -68,7 +69,7 @@ def measure(
     bare = {name: fixture.bare_layers(chunk, context, count) for name, count in zip(PLAIN, (1, streams), strict=True)}
     writers = {name: Writer.of(fixture, name) for name, result in checks.items() if result.status == OK}
 
-    def section(rates: MachineRates) -> dict[str, Any]:
+    def section(rates: MachineRates) -> Section:
         tried = {name: layers.choose_attention(chunk) for name, layers in bare.items()}
         times = in_rounds(_arms(bare, writers, fixture.prompts(chunk, repeats + 1, streams)), repeats, device)
         best = min(writers, key=lambda name: median(times[f"mplus/batched/{name}"]), default=None)
@@ -85,7 +86,7 @@ def measure(
 
     settings = {"repeats": repeats, "streams": streams, "chunk_tokens": chunk}
     record = make_record("write", preset, device, threads, section, results, **settings)
-    return with_headline(record, "best_backend", "ratios")
+    return with_headline(record)
 
 
 def _arms(bare: Mapping[str, BareLayers], writers: Mapping[str, Writer], ids: Tensor) -> list[Arm]:
@@ -101,13 +102,13 @@ def _arms(bare: Mapping[str, BareLayers], writers: Mapping[str, Writer], ids: Te
     return arms
 
 
-def _entry(result: CheckResult, taken: Sequence[float] | None, preset: Preset) -> dict[str, Any]:
+def _entry(result: CheckResult, taken: Sequence[float] | None, preset: Preset) -> Entry:
     """Return the entry of one variant, with tokens and rows per second of all streams together."""
-    if not taken:
-        return arm_entry(result, taken)
-    numbers = {"tokens_per_s": preset.chunk_tokens, "rows_per_s": preset.memory_tokens_per_chunk}
-    rates = {name: round(preset.streams * count / median(taken), 1) for name, count in numbers.items()}
-    return arm_entry(result, taken, **rates)
+    entry = arm_entry(result, taken)
+    if taken and entry["status"] == OK:
+        entry["tokens_per_s"] = round(preset.streams * preset.chunk_tokens / median(taken), 1)
+        entry["rows_per_s"] = round(preset.streams * preset.memory_tokens_per_chunk / median(taken), 1)
+    return entry
 
 
 @torch.no_grad()
@@ -142,5 +143,5 @@ def check_write(backend: str, preset: Preset, device: torch.device) -> CheckResu
 
 def _newest(memory: Memory, count: int) -> Tensor:
     """Return hidden states ``[B, count, d]`` of the newest rows of the last layer, of every stream."""
-    states: Sequence[Any] = memory.states
+    states = cast("Sequence[ShortTermState]", memory.states)
     return torch.stack([state.context(-1, count).need_hidden() for state in states])

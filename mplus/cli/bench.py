@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from mplus.bench.presets import Preset
+    from mplus.bench.record import Record
 
 
 PresetName = Annotated[
@@ -61,7 +62,7 @@ class Bench:
 
 def measurement(
     *, backends: bool = True, long_term: bool = False
-) -> Callable[[Callable[..., Mapping[str, Any]]], Callable[..., None]]:
+) -> Callable[[Callable[..., Record]], Callable[..., None]]:
     """Make a command of a function that takes a ``Bench`` and options of its own, and returns a record.
 
     The command has the options of every measurement besides. It writes the record and shows it; its exit code is 1
@@ -72,7 +73,7 @@ def measurement(
         long_term: let the number of long-term rows be set.
     """
 
-    def command_of(measure: Callable[..., Mapping[str, Any]]) -> Callable[..., None]:
+    def command_of(measure: Callable[..., Record]) -> Callable[..., None]:
         shared = dict(inspect.signature(_shared, eval_str=True).parameters)
         as_json = shared.pop("as_json")
         for name, wanted in (("backends", backends), ("long_term", long_term)):
@@ -147,7 +148,7 @@ def positive(text: str | None, option: str) -> list[int] | None:
     return list(found)
 
 
-def _finish(record: Mapping[str, Any], as_json: Path | None) -> None:
+def _finish(record: Record, as_json: Path | None) -> None:
     """Write and show a record; exit code 1 when an arm was wrong."""
     from rich.console import Console
     from rich.markup import escape
@@ -174,9 +175,6 @@ def _finish(record: Mapping[str, Any], as_json: Path | None) -> None:
         console.print(escape(line), soft_wrap=True)
     if failed(record):
         raise typer.Exit(1)
-
-
-Record = dict[str, Any]
 
 
 @measurement(long_term=True)
