@@ -6,18 +6,22 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from attrs import define, evolve
 
+from mplus.config import JsonValue
 from mplus.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mplus.evaluation import texts
     from mplus.evaluation.execution import Execution, GeneratedAnswers
+    from mplus.evaluation.generating import Scoring
     from mplus.evaluation.reports.report import Report
     from mplus.evaluation.tasks.base import Protocol
     from mplus.evaluation.tasks.facts import Facts
+    from mplus.hf.model.model_class import MemoryModel
 
 Model = Annotated[
     Path, typer.Option("--model", help="Decoder with memory: folder written by save_pretrained.", show_default=False)
@@ -140,23 +144,26 @@ class EvalOptions:
             return ParallelStreams(decoder, task)
         return _generated_facts(decoder, evolve(task, untold_seed=1) if untold else task)
 
-    def _recipe_decoder(self) -> Any:
+    def _recipe_decoder(self) -> MemoryModel:
         """Return what a run of the recipe left at ``--model``, or the decoder that comes with mplus."""
         from mplus.hf.pretrained.shipped import load_recall
 
         if self.recipe not in RECIPES:
             raise ConfigError(f"--recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
         if self.model is not None:
-            return prepare(self.model, None, None, "auto", self.threads)[0].eval()
+            return prepare(self.model, None, None, "auto", self.threads)[0]
         if self.recipe != "recall-tiny":
             raise ConfigError(
                 f"the decoder of {self.recipe} does not come with mplus: train it, and give its folder as --model"
             )
         if self.threads is not None:
             set_threads(self.threads)
-        return load_recall()[0]
+        model: MemoryModel = load_recall()[0]
+        return model
 
-    def generated_answers(self, scoring: Any = None, export: Path | None = None, **given: Any) -> GeneratedAnswers:
+    def generated_answers(
+        self, scoring: Scoring | None = None, export: Path | None = None, **given: Any
+    ) -> GeneratedAnswers:
         """Return the data set with the decoder; ``given`` are further options of the protocol.
 
         Raises:
@@ -178,7 +185,7 @@ class EvalOptions:
         return GeneratedAnswers(decoder, tokenizer, made, options=options, generation=generation, scoring=scoring)
 
 
-def _generated_facts(decoder: Any, task: Facts) -> GeneratedAnswers:
+def _generated_facts(decoder: MemoryModel, task: Facts) -> GeneratedAnswers:
     """Return facts told to memories of any mechanism, and answered by generating."""
     from mplus.evaluation.execution import GeneratedAnswers
     from mplus.evaluation.generating import Generation, Scoring
@@ -263,7 +270,9 @@ def check_given(context: typer.Context, recipe: str | None, also: Sequence[str])
         raise ConfigError(f"{', '.join(option.opts[0] for option in idle)}: {advice}")
 
 
-def prepare(model: Path, tokenizer: str | None, device: str | None, dtype: str, threads: int | None) -> tuple[Any, Any]:
+def prepare(
+    model: Path, tokenizer: str | None, device: str | None, dtype: str, threads: int | None
+) -> tuple[MemoryModel, texts.Tokenizer]:
     """Return the decoder and its tokenizer."""
     from mplus.hf.pretrained.load import load_with_tokenizer
 
@@ -271,7 +280,8 @@ def prepare(model: Path, tokenizer: str | None, device: str | None, dtype: str, 
         raise ConfigError(f"dtype must be one of auto, float32, bfloat16, float16, got {dtype!r}")
     if threads is not None:
         set_threads(threads)
-    return load_with_tokenizer(model, tokenizer=tokenizer, device=device, dtype=dtype)
+    made = load_with_tokenizer(model, tokenizer=tokenizer, device=device, dtype=dtype)
+    return cast("tuple[MemoryModel, texts.Tokenizer]", made)
 
 
 def set_threads(threads: int) -> None:
@@ -282,7 +292,11 @@ def set_threads(threads: int) -> None:
 
 
 def make_protocol(
-    name: str, tokenizer: Any, settings: Sequence[str] | None, chunk_tokens: int, given: Mapping[str, Any]
+    name: str,
+    tokenizer: texts.Tokenizer,
+    settings: Sequence[str] | None,
+    chunk_tokens: int,
+    given: Mapping[str, JsonValue],
 ) -> Protocol:
     """Return the protocol with the options ``given`` and those of ``--set``; a passage is a chunk unless set."""
     from mplus.config import structure
@@ -303,7 +317,7 @@ def needs_data(name: str) -> bool:
     return attrs.fields_dict(protocol(name).Options)["data"].default is attrs.NOTHING
 
 
-def assignment(text: str) -> tuple[str, Any]:
+def assignment(text: str) -> tuple[str, JsonValue]:
     """Parse ``name=value``: JSON where it is, else text. Raises ConfigError without an equals sign."""
     name, equals, value = text.partition("=")
     if not equals or not name:
@@ -341,7 +355,7 @@ def show_report(report: Report, as_json: Path | None, plots: Sequence[Path] | No
     show(report, Console(highlight=False))
 
 
-def show_plain(facts: Mapping[str, Any], as_json: Path | None) -> None:
+def show_plain(facts: Mapping[str, JsonValue], as_json: Path | None) -> None:
     """Print any other report, fact by fact, and write it as JSON if wanted."""
     from rich.console import Console
     from rich.markup import escape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,6 +28,7 @@ from mplus.cli.eval_options import (
 from mplus.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mplus.hf.model.model_class import MemoryModel
     from mplus.retrievers.base import Retriever
 
 
@@ -150,7 +151,7 @@ def retriever(
     show_plain(report, options.as_json)
 
 
-def retrievers(model: Any, given: Sequence[str] | None) -> dict[str, Retriever]:
+def retrievers(model: MemoryModel, given: Sequence[str] | None) -> dict[str, Retriever]:
     """Return the retrievers that are asked for by ``--retriever``, by what was given; None: all usable ones.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NotRequired, TypedDict
 
 import typer
 
@@ -17,6 +17,26 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "accelerate")
 OPTIONAL = ("bitsandbytes", "bm25s", "faiss-cpu", "faiss-gpu", "matplotlib", "triton")
+
+
+class BackendFacts(TypedDict):
+    """Whether a backend runs on a device."""
+
+    backend: str
+    device: str
+    dtype: str
+    usable: bool
+    reason: str | None
+
+
+class Facts(TypedDict):
+    """What ``mplus info`` says."""
+
+    versions: dict[str, str | None]
+    devices: list[dict[str, str]]
+    implementations: dict[str, list[str]]
+    backends: list[BackendFacts]
+    model: NotRequired[list[str]]
 
 
 def info(
@@ -58,7 +78,7 @@ def info(
     Console(highlight=False).print(table)
 
 
-def gather() -> dict[str, Any]:
+def gather() -> Facts:
     """Return all of it as plain data."""
     from mplus.cli.plugins import registries
 
@@ -100,14 +120,14 @@ def devices() -> list[dict[str, str]]:
     return found
 
 
-def backends_on(device: str) -> list[dict[str, Any]]:
+def backends_on(device: str) -> list[BackendFacts]:
     """Return for every backend whether it runs on a device, in the dtype models usually have there, and if not why."""
     import torch
 
     from mplus.backends import BACKENDS
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    found = []
+    found: list[BackendFacts] = []
     for name in BACKENDS.names():
         reason = _why_not(name, torch.device(device), dtype)
         found.append(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mplus.cli.output import counts, print_json, size
+from mplus.config import JsonValue
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -92,14 +93,14 @@ def repair(path: Kept, out: Out) -> None:
         raise typer.Exit(1)
 
 
-def _stream_facts(stream: StreamEntry, sources: SourceTable) -> dict[str, object]:
+def _stream_facts(stream: StreamEntry, sources: SourceTable) -> dict[str, JsonValue]:
     import attrs
 
     facts = attrs.asdict(stream)
     return {**facts, **facts.pop("rows"), "sources": [attrs.asdict(source) for source in sources]}
 
 
-def _facts(manifest: Manifest) -> dict[str, object]:
+def _facts(manifest: Manifest) -> dict[str, JsonValue]:
     """Return everything but the list of tensors."""
     from mplus.memory.format.structure import unstructured
 
@@ -108,7 +109,7 @@ def _facts(manifest: Manifest) -> dict[str, object]:
     return plain
 
 
-def _live_facts(held: DirectoryInfo) -> dict[str, object]:
+def _live_facts(held: DirectoryInfo) -> dict[str, JsonValue]:
     """Return the manifest, with the streams as they are now, and what it does not say."""
     from mplus.memory.format.structure import unstructured
 
@@ -247,5 +248,5 @@ def _table(stream: list[SourceInfo]) -> Table:
     return table
 
 
-def _span(latest: Any, oldest: Any) -> str:
-    return "" if latest is None else counts([latest, oldest])
+def _span(latest: int | None, oldest: int | None) -> str:
+    return "" if latest is None or oldest is None else counts([latest, oldest])

@@ -27,7 +27,9 @@ from mplus.cli.demo.report import (
     Timing,
 )
 from mplus.errors import MPlusError
+from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.pretrained.shipped import AUTHOR, TITLE, Chapter, load_decoder, load_tokenizer
+from mplus.hf.reading.retrieved_sources import RetrievedSource
 from mplus.memory import Memory
 from mplus.memory.report import progress_bar
 from mplus.memory.writing.chunking import split
@@ -108,11 +110,12 @@ def tokenize(chapters: Sequence[Chapter], tokenizer: Any, limit: int | None = No
     return texts
 
 
-def with_memory(decoder: Any, seed: int) -> Any:
+def with_memory(decoder: Any, seed: int) -> MemoryModel:
     """Wrap the decoder in place; the retriever's weights are random and depend on ``seed`` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return mplus.wrap(decoder, demo_config())
+        wrapped: MemoryModel = mplus.wrap(decoder, demo_config())
+    return wrapped
 
 
 def write_novel(base: Any, memory: Memory, texts: Sequence[tuple[str, Tensor]]) -> tuple[Timing, int]:
@@ -142,7 +145,7 @@ def _forward_all(base: Any, chunks: Sequence[Tensor]) -> None:
 
 
 @torch.no_grad()
-def read_novel(base: Any, model: Any, memory: Memory, ids: Tensor) -> Timing:
+def read_novel(base: Any, model: MemoryModel, memory: Memory, ids: Tensor) -> Timing:
     """Run the decoder over chunks from all over the novel with memory (retrieval each time) and without, in turn."""
     chunks = list(ids.split(memory.engine.config.chunk_tokens))
     chunks = chunks[:: max(1, len(chunks) // READ_CHUNKS)][:READ_CHUNKS]
@@ -161,14 +164,16 @@ def timed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
     return time.perf_counter() - started
 
 
-def tell(base: Any, model: Any, memory: Memory, tokenizer: Any) -> tuple[Story, list[int], list[list[Any]]]:
+def tell(
+    base: Any, model: MemoryModel, memory: Memory, tokenizer: Any
+) -> tuple[Story, list[int], list[list[RetrievedSource]]]:
     """Tell a story with memory and without; return it, its ids, and per layer the rows retrieved for it."""
     prompt = tokenizer(PROMPT, return_tensors="pt")
     inputs = {"input_ids": prompt["input_ids"], "attention_mask": prompt["attention_mask"]}
-    greedy = {"do_sample": False, "max_new_tokens": STORY_TOKENS}
+    greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": STORY_TOKENS}
     output = model.generate(**inputs, **greedy, memory=memory, return_dict_in_generate=True, output_sources=True)
     alone = base.generate(**inputs, **greedy)
-    layers: list[list[Any]] = output.memory_sources[0]
+    layers: list[list[RetrievedSource]] = output.memory_sources[0]
     start = inputs["input_ids"].shape[1]
     story = Story(
         prompt=PROMPT,
@@ -180,7 +185,7 @@ def tell(base: Any, model: Any, memory: Memory, tokenizer: Any) -> tuple[Story, 
     return story, [token for token in output.sequences[0].tolist() if token not in special], layers
 
 
-def retrieved_from(rows: Sequence[Any]) -> tuple[RetrievedFrom, ...]:
+def retrieved_from(rows: Sequence[RetrievedSource]) -> tuple[RetrievedFrom, ...]:
     """Return retrieved rows by source, the largest share first."""
     ages: dict[str | None, list[int]] = {}
     for row in rows:
@@ -192,7 +197,7 @@ def retrieved_from(rows: Sequence[Any]) -> tuple[RetrievedFrom, ...]:
     return tuple(sorted(found, key=lambda entry: (-entry.rows, entry.newest_age)))
 
 
-def layer_rows(memory: Memory, retrieved: Sequence[Sequence[Any]]) -> tuple[LayerRows, ...]:
+def layer_rows(memory: Memory, retrieved: Sequence[Sequence[RetrievedSource]]) -> tuple[LayerRows, ...]:
     """Return what each layer of the first stream holds, and the ages of what it retrieved."""
     state, store = memory.states[0], memory.stores[0]
     held = {state.lists[name]: counts for name, counts in state.counts().items()}
@@ -212,7 +217,7 @@ def layer_rows(memory: Memory, retrieved: Sequence[Sequence[Any]]) -> tuple[Laye
     return tuple(found)
 
 
-def positions(model: Any) -> Positions:
+def positions(model: MemoryModel) -> Positions:
     """Return the positions that the longest write and the longest read of this demo take."""
     config = model.mplus_config
     return Positions(
@@ -223,7 +228,7 @@ def positions(model: Any) -> Positions:
     )
 
 
-def save_and_continue(model: Any, memory: Memory, story: Sequence[int], folder: Path, threads: int) -> Saved:
+def save_and_continue(model: MemoryModel, memory: Memory, story: Sequence[int], folder: Path, threads: int) -> Saved:
     """Save decoder, memory and the ids of the story, then go on telling it in this process and in a new one."""
     memory.save(folder / MEMORY)
     model.save_pretrained(folder / MODEL, save_base=True)
@@ -243,7 +248,7 @@ def continue_saved(folder: Path) -> Continuation:
     return continue_story(model, mplus.Memory.load(folder / MEMORY, model), story)
 
 
-def continue_story(model: Any, memory: Memory, story: Sequence[int]) -> Continuation:
+def continue_story(model: MemoryModel, memory: Memory, story: Sequence[int]) -> Continuation:
     """Write the story into memory, which draws rows that leave the STM, and go on telling it greedily."""
     tokenizer = load_tokenizer()
     memory.write(list(story), source=STORY, progress=False)

@@ -11,6 +11,7 @@ import torch
 from attrs import define
 from torch import Tensor
 
+from mplus.config import JsonValue
 from mplus.errors import InputError
 from mplus.evaluation.execution import ParallelStreams
 from mplus.evaluation.options import ArmOptions
@@ -21,6 +22,7 @@ from mplus.facts import words
 from mplus.facts.episodes import draw_facts, make_episode
 from mplus.facts.language import Language
 from mplus.facts.speaker import told_chunk
+from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.pretrained.shipped import load_recall
 from mplus.memory import Memory
 
@@ -59,7 +61,7 @@ class Chat:
         language: of the decoder.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, language: Language, seed: int) -> None:
+    def __init__(self, model: MemoryModel, tokenizer: Any, language: Language, seed: int) -> None:
         self.model = model
         self.language = language
         self.memory: Memory = model.new_memory(tokenizer=tokenizer, seed=seed)
@@ -189,7 +191,7 @@ class RecallDemo:
     threads: int
     seconds: float = 0.0
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> dict[str, JsonValue]:
         """Return this as plain data."""
         plain = attrs.asdict(self, filter=lambda attribute, _: attribute.name not in {"curves", "asked"})
         asked = [{**attrs.asdict(one), "right": one.right} for one in self.asked]
@@ -201,7 +203,7 @@ def run(
 ) -> tuple[RecallDemo, Chat]:
     """Do all of it; returns what was found and the chat, to go on with."""
     model, tokenizer, seconds = trained(seed, quiet) if train else (*load_recall(), None)
-    model.eval()
+    model.train(False)
     chat = Chat(model, tokenizer, Language(), seed)
     asked = told_and_asked(chat, facts, distraction, seed)
     ages = tuple(age for age in AGES if age <= max(distraction, 16))
@@ -233,7 +235,7 @@ def run(
     )
 
 
-def trained(seed: int, quiet: bool) -> tuple[Any, Any, float]:
+def trained(seed: int, quiet: bool) -> tuple[MemoryModel, Any, float]:
     """Train a decoder by the shipped recipe; return it, its tokenizer, and the seconds that took."""
     from mplus.training import train
 
