@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypedDict
 import torch
 from attrs import define
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, pad, scaled_dot_product_attention, silu
 
 from mplus.bench.attention_variants import VARIANTS, fastest
 
@@ -48,7 +48,7 @@ class BareLayers:
     def __init__(self, weights: DecoderWeights, keys: Sequence[Tensor], values: Sequence[Tensor], room: int) -> None:
         self.weights = weights
         self.prefix = keys[0].shape[2]
-        self.keys, self.values = ([_with_room(part, room) for part in parts] for parts in (keys, values))
+        self.keys, self.values = ([pad(part, (0, 0, 0, room)) for part in parts] for parts in (keys, values))
         self.variant = next(iter(VARIANTS))
 
     def choose_attention(self, length: int, past: int = 0, rounds: int = 3) -> AttentionChoice:
@@ -79,14 +79,6 @@ class BareLayers:
         if not head:
             return hidden
         return linear(fused_norm(hidden[:, -1:], weights.norm, weights.eps), weights.head)
-
-
-def _with_room(part: Tensor, room: int) -> Tensor:
-    """Return a buffer that begins with ``part`` and has ``room`` further rows."""
-    batch, heads, rows, width = part.shape
-    buffer = part.new_zeros(batch, heads, rows + room, width)
-    buffer[:, :, :rows] = part
-    return buffer
 
 
 @define(frozen=True, eq=False)

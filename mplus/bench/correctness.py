@@ -47,7 +47,7 @@ class CheckFacts(TypedDict):
 
 @define
 class CheckResult:
-    """What was found out about one variant.
+    """The outcome of the checks of one variant.
 
     Attributes:
         status: "ok"; "skipped": it cannot run here; "failed": it computes something else, and gets no speed.

@@ -11,7 +11,7 @@ from mplus.bench.correctness import backend_names
 from mplus.bench.decode import STEPS, time_steps
 from mplus.bench.fixture import PUBLISHED_SCORE, BenchmarkFixture
 from mplus.bench.presets import Preset, check_room
-from mplus.bench.readers import BASELINES, MEAN_DOT, Comparison, MemoryReader, ReadVariant, mplus_variants, verify
+from mplus.bench.readers import BASELINES, MEAN_DOT, Comparison, MemoryReader, mplus_variants, verify
 from mplus.bench.record import GrowthPoint, MachineRates, Ratios, Record, Section, make_record
 from mplus.errors import NotSupported
 from mplus.evaluation.retriever_swap import own_retriever
@@ -56,7 +56,9 @@ def measure(
             made.append(Comparison.of(fixture, variants, results, room))
         (comparison,) = made
         found = {str(length): _time_length(comparison, length, repeats) for length in lengths}
-        stepping = comparison.only(lambda variant: variant.name != "published" and _reads_all(variant))
+        stepping = comparison.only(
+            lambda one: one.name != "published" and (one.backend is None or one.name == f"mplus/{one.backend}")
+        )
         return {"by_length": found, "decode": time_steps(stepping, max(1, repeats // 2), rates)}
 
     record = make_record("read", preset, device, threads, section, results, repeats=repeats, lengths=lengths)
@@ -71,11 +73,6 @@ def measure(
     if growth:
         record["growth"] = _measure_growth(fixture, short["best_backend"] or "auto", threads[0], repeats)
     return record
-
-
-def _reads_all(variant: ReadVariant) -> bool:
-    """Return whether a variant is a baseline, or mplus by the published score."""
-    return variant.backend is None or variant.name == f"mplus/{variant.backend}"
 
 
 def _time_length(comparison: Comparison, length: int, repeats: int) -> Section:

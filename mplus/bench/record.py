@@ -28,7 +28,7 @@ class RateFacts(TypedDict):
 
 
 class Entry(TypedDict, total=False):
-    """What a record says of one variant: quantiles of its times, or why there are none."""
+    """One variant in a record: quantiles of its times, or why there are none."""
 
     status: Required[str]
     reason: str | None
@@ -46,7 +46,7 @@ Ratios = Mapping[str, float | None]
 
 
 class Section(TypedDict, total=False):
-    """What was measured with one number of threads; each kind of record has some of these facts.
+    """Everything measured with one number of threads; each kind of record has some of these facts.
 
     Attributes:
         arms: by name of the variant.

@@ -39,7 +39,7 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write the record as J
 
 @define(frozen=True)
 class Bench:
-    """What every measurement is told.
+    """The settings of every measurement.
 
     Attributes:
         preset, device: with what, and where.

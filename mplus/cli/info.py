@@ -20,7 +20,7 @@ OPTIONAL = ("bitsandbytes", "bm25s", "faiss-cpu", "faiss-gpu", "matplotlib", "tr
 
 
 class BackendFacts(TypedDict):
-    """Whether a backend runs on a device."""
+    """A backend on a device, and whether it runs there."""
 
     backend: str
     device: str
@@ -30,7 +30,7 @@ class BackendFacts(TypedDict):
 
 
 class Facts(TypedDict):
-    """What ``mplus info`` says."""
+    """The output of ``mplus info``."""
 
     versions: dict[str, str | None]
     devices: list[dict[str, str]]

@@ -140,7 +140,7 @@ def threshold(scores: Tensor, told: Tensor) -> float:
 
 @define(frozen=True, kw_only=True)
 class Abstention:
-    """How well a score decides to answer or to abstain, on questions it was not calibrated on.
+    """The quality of a score that decides to answer or to abstain, on questions it was not calibrated on.
 
     Attributes:
         auroc: of the score.

@@ -7,7 +7,8 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -18,19 +19,16 @@ from torch import Tensor
 
 from mplus.config import JsonValue, flag, one_of, whole
 from mplus.errors import ConfigError
+from mplus.evaluation.options import as_numbers, as_texts
 from mplus.evaluation.tasks.base import Episode
 from mplus.evaluation.texts import Tokenizer
 from mplus.hf.model.model_class import MemoryModel
 from mplus.memory.memory import Memory
 
 
-def _ids(ids: Iterable[int]) -> tuple[int, ...]:
-    return tuple(ids)
-
-
 @define(frozen=True, kw_only=True)
 class Generation:
-    """How answers are generated: greedily, always.
+    """Settings of answers, which are always generated greedily.
 
     Attributes:
         tokens: generated for each answer.
@@ -41,7 +39,7 @@ class Generation:
     """
 
     tokens: int = field(default=10, validator=whole(1))
-    eos: tuple[int, ...] = field(default=(), converter=_ids)
+    eos: tuple[int, ...] = field(default=(), converter=as_numbers)
     bos: int | None = field(default=None, validator=whole(0, optional=True))
     bos_with_memory: bool = field(default=False, validator=flag)
     batch: int = field(default=16, validator=whole(1))
@@ -143,7 +141,7 @@ def _batch(
     size = cache_bytes(output.past_key_values) / ids.shape[0] / (longest + generation.tokens - 1)
     found = []
     for row in range(len(prompts)):
-        kept = _until(made[row].tolist(), generation.eos)
+        kept = list(takewhile(lambda token: token not in generation.eos, made[row].tolist()))
         found.append(
             Generated(
                 text=tokenizer.decode(kept, skip_special_tokens=True),
@@ -157,11 +155,6 @@ def _batch(
     return found
 
 
-def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
-    places = [place for place, token in enumerate(ids) if token in ends]
-    return ids[: places[0]] if places else ids
-
-
 def cache_bytes(cache: Any) -> int:
     """Return the bytes of the tensors in a key/value cache; 0 where it is not made of layers."""
     layers = getattr(cache, "layers", None) or []
@@ -170,10 +163,6 @@ def cache_bytes(cache: Any) -> int:
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def _stops(stops: Iterable[str]) -> tuple[str, ...]:
-    return tuple(stops)
 
 
 @define(frozen=True, kw_only=True)
@@ -191,7 +180,7 @@ class Scoring:
         default="contains", validator=one_of("contains", "contains_words", "exact")
     )
     normalise: Literal["none", "squad"] = field(default="none", validator=one_of("none", "squad"))
-    stop: tuple[str, ...] = field(default=("\n",), converter=_stops)
+    stop: tuple[str, ...] = field(default=("\n",), converter=as_texts)
 
     def cut(self, text: str) -> str:
         """Return ``text`` up to the first stop string, without the blanks around it."""
@@ -240,7 +229,7 @@ FORMAT = 1
 
 
 class ExportedHead(TypedDict):
-    """How to answer: the first line of a file of questions, with a digest of all."""
+    """The first line of a file of questions: how to answer, with a digest of all."""
 
     format: int
     separator: str

@@ -25,7 +25,7 @@ WAYS = ("none", "empty", "unrelated")
 
 @define(frozen=True, kw_only=True)
 class HarmOptions:
-    """How perplexity is measured.
+    """Settings of the measurement of perplexity.
 
     Attributes:
         text_tokens: tokens of each piece of held-out text, the begin-of-sequence id not counted.

@@ -6,26 +6,25 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from attrs import define, field
+from attrs.converters import optional
 
 from mplus.config import number, whole
 from mplus.errors import ConfigError
 
 
-def _path(path: str | Path | None) -> Path | None:
-    return None if path is None else Path(path)
+def as_numbers(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Return numbers as a tuple: a converter of options, whose type mypy understands."""
+    return tuple(numbers)
 
 
-def _ages(ages: Iterable[int] | None) -> tuple[int, ...] | None:
-    return None if ages is None else tuple(ages)
-
-
-def _names(names: Iterable[str] | None) -> tuple[str, ...] | None:
-    return None if names is None else tuple(names)
+def as_texts(texts: Iterable[str]) -> tuple[str, ...]:
+    """Return texts as a tuple: a converter of options, whose type mypy understands."""
+    return tuple(texts)
 
 
 @define(frozen=True, kw_only=True)
 class RunOptions:
-    """How an evaluation over natural text runs.
+    """Settings of an evaluation over natural text.
 
     Attributes:
         ages: passages told between the last needed one and the question; None: 0, 1, 2, 4, 8 and so on.
@@ -35,11 +34,11 @@ class RunOptions:
         export: write the questions for SnapKV to this file.
     """
 
-    ages: tuple[int, ...] | None = field(default=None, converter=_ages)
+    ages: tuple[int, ...] | None = field(default=None, converter=optional(as_numbers))
     streams: int = field(default=8, validator=whole(1))
     separator: str = "\n"
     seed: int = field(default=0, validator=whole(0))
-    export: Path | None = field(default=None, converter=_path)
+    export: Path | None = field(default=None, converter=optional(Path))
 
     def chosen_ages(self, passages: int) -> tuple[int, ...]:
         """Return the ages to ask at. Raises ConfigError when one is beyond the ``passages`` that are told."""
@@ -55,7 +54,7 @@ class RunOptions:
 
 @define(frozen=True, kw_only=True)
 class ArmOptions:
-    """Which arms are wanted, and their settings.
+    """The arms that are wanted, and their settings.
 
     Attributes:
         arms: names; None: all there are.
@@ -68,11 +67,11 @@ class ArmOptions:
         seed: of the random retriever.
     """
 
-    arms: tuple[str, ...] | None = field(default=None, converter=_names)
+    arms: tuple[str, ...] | None = field(default=None, converter=optional(as_texts))
     window_tokens: int | None = field(default=None, validator=whole(1, optional=True))
     window_converged: float = field(default=0.98, validator=number(0, 1.01))
     bm25_passages: int | None = field(default=None, validator=whole(1, optional=True))
     bm25_tokens: int | None = field(default=None, validator=whole(1, optional=True))
     positions: int | None = field(default=None, validator=whole(1, optional=True))
-    snapkv_answers: Path | None = field(default=None, converter=_path)
+    snapkv_answers: Path | None = field(default=None, converter=optional(Path))
     seed: int = field(default=0, validator=whole(0))

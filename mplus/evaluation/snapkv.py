@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, TypedDict
 
@@ -12,7 +12,7 @@ from mplus.errors import InputError
 from mplus.evaluation.arms import EvaluationArm
 from mplus.evaluation.execution.base import Answer, Due
 from mplus.evaluation.execution.generated import GeneratedAnswers, MemoryMoment
-from mplus.evaluation.generating import FORMAT, ExportedEpisode
+from mplus.evaluation.generating import FORMAT
 from mplus.evaluation.retriever_swap import Way
 from mplus.evaluation.texts import read
 
@@ -52,7 +52,13 @@ class SnapKV(EvaluationArm[MemoryMoment, Way]):
             name: value for name, value in head.items() if name not in {"digest", "format"}
         }
         self._lines = {line["id"]: line for line in lines}
-        missing = [name for name in _ids(episodes) if name not in self._lines]
+        names = [
+            f"{line['episode']}-{question['number']}-{age}"
+            for line in episodes
+            for question in line["questions"]
+            for age in question["ages"]
+        ]
+        missing = [name for name in names if name not in self._lines]
         if missing:
             raise InputError(
                 f"{answers} must answer every question, {len(missing)} are missing, the first {missing[0]}"
@@ -67,13 +73,6 @@ class SnapKV(EvaluationArm[MemoryMoment, Way]):
 
     def settings(self) -> dict[str, JsonValue]:
         return self.facts
-
-
-def _ids(episodes: Sequence[ExportedEpisode]) -> Iterator[str]:
-    for line in episodes:
-        for question in line["questions"]:
-            for age in question["ages"]:
-                yield f"{line['episode']}-{question['number']}-{age}"
 
 
 def _lines(path: Path) -> tuple[dict[str, JsonValue], list[ExportedAnswer]]:

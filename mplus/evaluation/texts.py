@@ -15,7 +15,7 @@ _WORD = re.compile(r"\S+\s*|^\s+")
 
 
 class Tokenizer(Protocol):
-    """What evaluations need of a tokenizer: those of transformers are such."""
+    """The parts of a tokenizer that evaluations need; those of transformers have them."""
 
     def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> Mapping[str, Sequence[int]]:
         """Return the ids of a text as ``input_ids``."""

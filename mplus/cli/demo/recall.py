@@ -35,7 +35,7 @@ Relations are {relations}; end with an empty line.
 
 @define(frozen=True)
 class Answer:
-    """What the decoder answered to one question.
+    """An answer of the decoder to one question.
 
     Attributes:
         question: four words.
@@ -166,7 +166,7 @@ class Asked:
 
 @define(kw_only=True)
 class RecallDemo:
-    """What the demo found out.
+    """The findings of the demo.
 
     Attributes:
         parameters: of the decoder, with all that memory adds.

@@ -88,7 +88,7 @@ class Story:
 
 @define(frozen=True, kw_only=True)
 class Continuation:
-    """What a process does with a memory: it writes the story into it and goes on telling.
+    """The rest of a story, told by a process that writes its beginning into a memory first.
 
     Attributes:
         text, tokens: what was told, greedily.

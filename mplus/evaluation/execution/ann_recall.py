@@ -23,7 +23,7 @@ MOST = 64
 
 @define(eq=False)
 class _Sums:
-    """Of one retriever in one layer: seconds of each selection, rows in common with the exact best, and what read."""
+    """Sums of one retriever in one layer: seconds of selections, rows shared with the exact best, and its index."""
 
     seconds: list[float] = field(factory=list)
     shared: int = 0

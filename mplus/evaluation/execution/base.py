@@ -114,7 +114,7 @@ class RowCounts:
 
 @define(frozen=True, eq=False)
 class Trace:
-    """What reads of n questions retrieved, and what was answered.
+    """Rows that reads of n questions retrieved, and whether the answers were right.
 
     Attributes:
         layers: rows, by layer.

@@ -58,7 +58,7 @@ SCORING = "right where every token of the value is the most probable one given t
 
 @define(eq=False)
 class _RetrieverWay:
-    """What health reads with, and where other retrievers select what it read: None for chance."""
+    """A selector that health reads with, and one that selects for the same texts in turn; None for chance."""
 
     selector: RowSelector
     selecting: SelectSelector | None = field(default=None)
@@ -294,7 +294,11 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
         retriever = self.model.mplus_engine.mechanism.retriever
         selector = None if retriever is None else ScoreSelector(retriever)
         read = self.decoder.read(
-            moment.memory, moment.texts, queries=moment.queries, selector=selector, candidates=_all_rows
+            moment.memory,
+            moment.texts,
+            queries=moment.queries,
+            selector=selector,
+            candidates=lambda layer, sources: torch.arange(sources.shape[1]).expand(sources.shape[0], -1).to(sources),
         )
         first = read.logits[:, :, QUESTION_TOKENS - 1].float()
         unknown = self.task.language.ids[words.UNKNOWN]
@@ -350,10 +354,6 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
 
 def _selecting(retrievers: Mapping[str, Retriever]) -> dict[str, SelectSelector]:
     return {name: SelectSelector(retriever) for name, retriever in retrievers.items()}
-
-
-def _all_rows(layer: int, sources: Tensor) -> Tensor:
-    return torch.arange(sources.shape[1], device=sources.device).expand(sources.shape[0], -1)
 
 
 def _best_and_margin(selector: ScoreSelector | None, read: Read, queries: Tensor) -> tuple[Tensor, Tensor]:

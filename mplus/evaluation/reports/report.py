@@ -14,6 +14,7 @@ from attrs import define, field
 
 from mplus.config import JsonValue, number, one_of, whole
 from mplus.errors import InputError
+from mplus.evaluation.options import as_texts
 
 T = TypeVar("T")
 FORMAT = 1
@@ -244,7 +245,7 @@ class Arm:
 
 @define(frozen=True, kw_only=True)
 class Curve:
-    """What a formula predicts: ``accuracy_by_age`` of ``formula``."""
+    """The predictions of a formula: ``accuracy_by_age`` of ``formula``."""
 
     name: str
     formula: str
@@ -264,10 +265,6 @@ class Curve:
 
 def _curves(curves: Iterable[Curve]) -> tuple[Curve, ...]:
     return tuple(curves)
-
-
-def _texts(texts: Iterable[str]) -> tuple[str, ...]:
-    return tuple(texts)
 
 
 def _in_order(arms: Iterable[Arm]) -> tuple[Arm, ...]:
@@ -298,7 +295,7 @@ class Report:
     borderline: float | None = field(default=None, validator=attrs.validators.optional(number(0)))
     theory: tuple[Curve, ...] = field(default=(), converter=_curves)
     settings: dict[str, JsonValue] = field(factory=dict, converter=_plain)
-    deviations: tuple[str, ...] = field(default=(), converter=_texts)
+    deviations: tuple[str, ...] = field(default=(), converter=as_texts)
     circumstances: dict[str, JsonValue] = field(factory=dict, converter=_plain)
 
     def __attrs_post_init__(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cached_property
 from typing import ClassVar
 
@@ -11,6 +10,7 @@ from attrs import asdict, define, field
 
 from mplus.config import JsonValue, flag, number, whole
 from mplus.errors import ConfigError
+from mplus.evaluation.options import as_numbers
 from mplus.evaluation.tasks.base import Episode, Passage, Question, Task
 from mplus.facts import words
 from mplus.facts.episodes import Episode as Told
@@ -25,10 +25,6 @@ DEVIATIONS = (
     "several questions are put to one stream, at several moments, so they are not independent of each other",
     "full-context: only ages that fit into the decoder's positions; it and bm25 are slow and asked in the first rounds",
 )
-
-
-def _ages(ages: Iterable[int]) -> tuple[int, ...]:
-    return tuple(ages)
 
 
 @define(frozen=True, kw_only=True)
@@ -57,7 +53,7 @@ class Facts(Task):
     language: Language = field(factory=Language)
     chunk_tokens: int = field(default=16, validator=whole(8))
     tail: int = field(default=4, validator=whole(0))
-    ages: tuple[int, ...] = field(default=(0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128), converter=_ages)
+    ages: tuple[int, ...] = field(default=(0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128), converter=as_numbers)
     streams: int = field(default=64, validator=whole(1))
     rounds: int = field(default=16, validator=whole(1))
     between: int = field(default=2, validator=whole(1))

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from uuid import UUID
 
 from attrs import define, field
 
@@ -96,7 +97,7 @@ class KeyValue(Protocol):
             (key, (value,), (at,)) for key, value in rng.sample(list(packed[at]), count)
         ]
         # Never told: no key of the data, but made as those are.
-        asked += [(_key(rng), (), ()) for _ in range(self.options.untold)]
+        asked += [(str(UUID(int=rng.getrandbits(128))), (), ()) for _ in range(self.options.untold)]
         return Episode(
             number=number,
             passages=tuple(
@@ -108,11 +109,6 @@ class KeyValue(Protocol):
                 for key, answers, needs in asked
             ),
         )
-
-
-def _key(rng: random.Random) -> str:
-    digits = f"{rng.getrandbits(128):032x}"
-    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
 def key_value_records(path: Path) -> list[list[Pair]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from attrs import define, field
+from attrs.converters import optional
 
 from mplus.config import one_of, whole
 from mplus.errors import InputError
@@ -76,10 +77,6 @@ def test_titles(contexts: Sequence[Context]) -> set[str]:
     return set(sorted({context.title for context in contexts})[EVERY - 1 :: EVERY])
 
 
-def _path(value: str | Path | None) -> Path | None:
-    return None if value is None else Path(value)
-
-
 class NaturalQuestions(ContextProtocol):
     """Reads the open questions with gold passages of "Lost in the Middle" (``nq-open-oracle.jsonl[.gz]``)."""
 
@@ -96,7 +93,7 @@ class NaturalQuestions(ContextProtocol):
         answer_tokens: int | None = field(default=4, validator=whole(1, optional=True))
         prompt: str = field(default="Question: {question}?\nAnswer:", validator=holds("{question}"))
         told: Literal["passage", "long_answer"] = field(default="passage", validator=one_of("passage", "long_answer"))
-        distraction: Path | None = field(default=None, converter=_path)
+        distraction: Path | None = field(default=None, converter=optional(Path))
 
     options: Options
     name = "natural-questions"
