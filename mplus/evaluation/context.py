@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from mplus.config import JsonValue
 from mplus.errors import InputError
-from mplus.mechanisms.short_term.batched_prefix import ScoreSelector
 from mplus.hf.model.model_class import MemoryModel
+from mplus.mechanisms.short_term.batched_prefix import ScoreSelector
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams
 from mplus.memory.report import progress_bar
 from mplus.training.decoder import TrainedDecoder, make_batched_streams

@@ -7,9 +7,9 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.evaluation.execution.base import ID_BYTES, Moment
+from mplus.mechanisms.short_term.batched_prefix import RowSelector
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams
 from mplus.mechanisms.short_term.long_term_rows import LongTermRows
-from mplus.mechanisms.short_term.row_selection import RowSelector
 from mplus.retrievers.base import Retriever
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreLayout

@@ -42,8 +42,8 @@ from mplus.evaluation.tasks.base import Episode
 from mplus.evaluation.tasks.facts import Facts
 from mplus.evaluation.tracing import check_retrieves
 from mplus.facts import words
-from mplus.mechanisms.short_term.batched_prefix import RowSelector, ScoreSelector
 from mplus.hf.model.model_class import MemoryModel
+from mplus.mechanisms.short_term.batched_prefix import RowSelector, ScoreSelector
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams
 from mplus.mechanisms.streams import LayerRead, Read
 from mplus.retrievers.base import Retriever
