@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from benchmarks.quality.architectures.decoders import ARCHITECTURES
 from benchmarks.quality.architectures.measure import COLUMNS
 from benchmarks.records import ROOT, load
@@ -15,6 +18,10 @@ def render() -> str:
     newest = max(record, key=lambda v: tuple(map(int, v.split(".")[:3])))
     run = record[newest]
     lines = [
+        SUMMARY.strip(),
+        "",
+        *_summary(run["rows"]),
+        "",
         PREAMBLE.strip(),
         "",
         f"Measured with transformers {newest}, torch {run['torch']}, {run['device']}, on {run['date']}.",
@@ -46,19 +53,46 @@ def render() -> str:
     return "\n".join([*lines, *kept, "", "## Refused", "", *notes, "", NOTES.strip(), ""])
 
 
+def _summary(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a table that names the decoders by what came out."""
+    found: dict[str, dict[str, None]] = {answer: {} for answer in ANSWERS.values()}
+    for architecture in ARCHITECTURES:
+        row = rows[architecture.name]
+        found[ANSWERS["refused" if "refused" in row else row["technique"]]][f"`{architecture.name}`"] = None
+    return [
+        "| | decoders |",
+        "| --- | --- |",
+        *(f"| {answer} | {', '.join(names)} |" for answer, names in found.items()),
+    ]
+
+
+ANSWERS = {
+    "attention": "works",
+    "cache_view": "works, with memory in a view of the key/value cache",
+    "refused": "refused",
+}
+"""The technique of a record, or "refused": the words of the table."""
+
 HIDDEN = """
 Elsewhere a memory can keep the keys and values of its rows (`memory_rows`), and no read projects them again. Here every
 read projects the rows that it sees, for these reasons:
 """
 
 
-PREAMBLE = """
+SUMMARY = """
 # Architectures
 
-Whether a decoder can carry a memory is found out by running it, when it is wrapped: no list of names decides it. A
-decoder that cannot is refused with the reasons. The decoders below are tested with every change, as tiny random models
-in float32 whose logits have a standard deviation of one to three, against the *placeholder oracle*: the unmodified
-decoder, run over one extra position per memory row, whose hidden states are overwritten before every layer.
+Does your decoder work with a memory? `mplus.wrap` finds out by running it; no list of names decides it.
+A decoder whose layers cannot carry a memory is refused with the reasons. (A [memory of
+text](details/notes.md) works with every decoder that generates.) These were tried:
+"""
+
+PREAMBLE = """
+## How it is measured
+
+The decoders are tested with every change, as tiny random models in float32 whose logits have a standard deviation of
+one to three, against the *placeholder oracle*: the unmodified decoder, run over one extra position per memory row,
+whose hidden states are overwritten before every layer.
 
 The numbers are largest absolute errors of the logits (of the new rows, for writes) over all attention implementations.
 Allowed are 2e-05, for hybrids 1e-04.
