@@ -25,9 +25,14 @@ def upload(
     patterns: Sequence[str] | None = None,
     private: bool | None = None,
     token: bool | str | None = None,
-    **commit: Any,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
 ) -> CommitInfo:
     """Upload ``folder`` (or its files that match ``patterns``), creating the repository and branch where missing.
+
+    Other arguments are as in transformers.
 
     Returns:
         The commit, as ``HfApi.upload_folder`` describes it.
@@ -36,11 +41,17 @@ def upload(
 
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    branch = commit.get("revision")
-    if branch is not None and not branch.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=branch, exist_ok=True)
-    commit["commit_message"] = commit.get("commit_message") or "Upload model with an M+ memory"
-    return api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=patterns, **commit)  # type: ignore[arg-type]
+    if revision is not None and not revision.startswith("refs/pr"):  # pull requests are no branches
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=None if patterns is None else list(patterns),
+        commit_message=commit_message or "Upload model with an M+ memory",
+        commit_description=commit_description,
+        revision=revision,
+        create_pr=create_pr,
+    )
 
 
 def find_folder(path: str | os.PathLike[str], lookup: Mapping[str, Any]) -> Path:
