@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mplus.registry import Registry, lazy_exports
 
 if TYPE_CHECKING:
-    from mplus.config import flag, number, one_of, options_of, whole
+    from mplus.config import flag, must_be, number, one_of, options_of, whole
     from mplus.eviction.base import EvictionPolicy, FifoEviction, SortKeys, topk_rows
     from mplus.stores.access_log import AccessLog
     from mplus.stores.base import Chunk, StoreView, chunk_min
@@ -26,6 +26,7 @@ __all__ = [
     "StoreView",
     "chunk_min",
     "flag",
+    "must_be",
     "number",
     "one_of",
     "options_of",
@@ -48,7 +49,7 @@ EVICTION: Registry[EvictionPolicy] = Registry(
 __getattr__, __dir__ = lazy_exports(
     "mplus.eviction",
     {
-        "mplus.config": ("flag", "number", "one_of", "options_of", "whole"),
+        "mplus.config": ("flag", "must_be", "number", "one_of", "options_of", "whole"),
         "mplus.eviction.base": ("EvictionPolicy", "FifoEviction", "SortKeys", "topk_rows"),
         "mplus.stores.access_log": ("AccessLog",),
         "mplus.stores.base": ("Chunk", "StoreView", "chunk_min"),

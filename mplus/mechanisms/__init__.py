@@ -13,7 +13,7 @@ from mplus.registry import Registry, lazy_exports
 
 if TYPE_CHECKING:
     from mplus.backends.base import Segment
-    from mplus.config import MPlusConfig, flag, number, one_of, options_of, whole
+    from mplus.config import MPlusConfig, flag, must_be, number, one_of, options_of, whole
     from mplus.mechanisms.additions import MemoryAdditions
     from mplus.mechanisms.base import Kept, MemoryMechanism, Opened, Retrieved
     from mplus.mechanisms.decoder import (
@@ -85,6 +85,7 @@ __all__ = [
     "WriteContext",
     "build_retriever",
     "flag",
+    "must_be",
     "number",
     "one_of",
     "options_of",
@@ -108,7 +109,7 @@ __getattr__, __dir__ = lazy_exports(
     "mplus.mechanisms",
     {
         "mplus.backends.base": ("Segment",),
-        "mplus.config": ("MPlusConfig", "flag", "number", "one_of", "options_of", "whole"),
+        "mplus.config": ("MPlusConfig", "flag", "must_be", "number", "one_of", "options_of", "whole"),
         "mplus.mechanisms.additions": ("MemoryAdditions",),
         "mplus.mechanisms.base": ("Kept", "MemoryMechanism", "Opened", "Retrieved"),
         "mplus.mechanisms.decoder": (

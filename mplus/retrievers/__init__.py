@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mplus.registry import Registry, lazy_exports
 
 if TYPE_CHECKING:
-    from mplus.config import flag, number, one_of, options_of, whole
+    from mplus.config import flag, must_be, number, one_of, options_of, whole
     from mplus.retrievers.base import Heads, Projections, Retriever, RetrieverShape, Selection, check_selection, top_k
     from mplus.retrievers.ranking import best_rows
     from mplus.stores.base import Chunk, StoreView
@@ -29,6 +29,7 @@ __all__ = [
     "best_rows",
     "check_selection",
     "flag",
+    "must_be",
     "number",
     "one_of",
     "options_of",
@@ -52,7 +53,7 @@ RETRIEVERS: Registry[Retriever] = Registry(
 __getattr__, __dir__ = lazy_exports(
     "mplus.retrievers",
     {
-        "mplus.config": ("flag", "number", "one_of", "options_of", "whole"),
+        "mplus.config": ("flag", "must_be", "number", "one_of", "options_of", "whole"),
         "mplus.retrievers.base": (
             "Heads",
             "Projections",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mplus.registry import Registry, lazy_exports
 
 if TYPE_CHECKING:
-    from mplus.config import Component, as_component, flag, number, one_of, options_of, whole
+    from mplus.config import Component, as_component, flag, must_be, number, one_of, options_of, whole
     from mplus.rows import MemoryRows
     from mplus.stores.base import (
         Chunk,
@@ -44,6 +44,7 @@ __all__ = [
     "as_component",
     "chunk_min",
     "flag",
+    "must_be",
     "number",
     "one_of",
     "options_of",
@@ -65,7 +66,7 @@ STORES: Registry[MemoryStore] = Registry(
 __getattr__, __dir__ = lazy_exports(
     "mplus.stores",
     {
-        "mplus.config": ("Component", "as_component", "flag", "number", "one_of", "options_of", "whole"),
+        "mplus.config": ("Component", "as_component", "flag", "must_be", "number", "one_of", "options_of", "whole"),
         "mplus.rows": ("MemoryRows",),
         "mplus.stores.base": (
             "Chunk",

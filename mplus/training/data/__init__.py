@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mplus.registry import Registry, lazy_exports
 
 if TYPE_CHECKING:
-    from mplus.config import flag, number, one_of, options_of, whole
+    from mplus.config import flag, must_be, number, one_of, options_of, whole
     from mplus.training.batch import Batch, BatchSource
     from mplus.training.data.counter_rng import CounterRNG
 
@@ -20,6 +20,7 @@ __all__ = [
     "BatchSource",
     "CounterRNG",
     "flag",
+    "must_be",
     "number",
     "one_of",
     "options_of",
@@ -41,7 +42,7 @@ SOURCES: Registry[BatchSource] = Registry(
 __getattr__, __dir__ = lazy_exports(
     "mplus.training.data",
     {
-        "mplus.config": ("flag", "number", "one_of", "options_of", "whole"),
+        "mplus.config": ("flag", "must_be", "number", "one_of", "options_of", "whole"),
         "mplus.training.batch": ("Batch", "BatchSource"),
         "mplus.training.data.counter_rng": ("CounterRNG",),
     },

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mplus.registry import Registry, lazy_exports
 
 if TYPE_CHECKING:
-    from mplus.config import flag, number, one_of, options_of, whole
+    from mplus.config import flag, must_be, number, one_of, options_of, whole
     from mplus.mechanisms.streams import TrainingStreams
     from mplus.training.batch import Batch
     from mplus.training.decoder import TrainedDecoder
@@ -29,6 +29,7 @@ __all__ = [
     "accuracy",
     "flag",
     "full_read",
+    "must_be",
     "number",
     "one_of",
     "options_of",
@@ -54,7 +55,7 @@ OBJECTIVES: Registry[Objective] = Registry(
 __getattr__, __dir__ = lazy_exports(
     "mplus.training.objectives",
     {
-        "mplus.config": ("flag", "number", "one_of", "options_of", "whole"),
+        "mplus.config": ("flag", "must_be", "number", "one_of", "options_of", "whole"),
         "mplus.mechanisms.streams": ("TrainingStreams",),
         "mplus.training.batch": ("Batch",),
         "mplus.training.decoder": ("TrainedDecoder",),
