@@ -74,7 +74,7 @@ def test_every_make_target_exists(page):
 
 def test_every_extra_exists_and_is_listed():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert set(re.findall(r"`mplus\[([a-z-]+)\]`", README)) == project["optional-dependencies"].keys()
+    assert set(re.findall(r"`mplus\[([a-z0-9-]+)\]`", README)) == project["optional-dependencies"].keys()
 
 
 def test_the_table_has_every_implementation():
