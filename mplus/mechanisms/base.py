@@ -124,6 +124,15 @@ class MemoryMechanism(Mechanism):
         return None
 
     @property
+    def isolated_sources(self) -> bool:
+        """Whether rows of one source hold nothing of the text of another.
+
+        Where they do, as rows that are made while older ones are read, what a chunk took in of a source stays after
+        that source is forgotten; ``forget(source, mode="rebuild")`` takes it back.
+        """
+        return False
+
+    @property
     def expiry(self) -> bool:
         """Whether long-term rows carry an expiry."""
         return False

@@ -52,6 +52,7 @@ class GistMechanism(MemoryMechanism):
 
     name = "gists"
     State = GistState
+    isolated_sources = True
 
     def new_state(self, layout: StoreLayout, columns: Columns | None = None) -> GistState:
         none = MemoryRows.empty(layout.hidden_size, dtype=layout.dtype, device=layout.device)
@@ -80,6 +81,10 @@ class GistMechanism(MemoryMechanism):
             clock=state.clock + 1,
         )
         return Absorbed(after, leaving, 0, {"gists": tuple(stayed)})
+
+    def capacity(self, rows: int) -> int:
+        """A row is the mean of a chunk."""
+        return rows * self.config.chunk_tokens
 
     def prefix(
         self, opened: Opened, layer: int, found: Sequence[Any], hidden: Tensor, project: Project

@@ -1,19 +1,23 @@
-"""Every registered mechanism keeps to the rules of ``MechanismConformance``."""
+"""Every registered mechanism keeps to the rules of ``MechanismConformance``, or of ``TextMechanismConformance``."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
+
 from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.text.mechanism import TextMechanism
-from mplus.testing.mechanisms import MechanismConformance, TextMechanismConformance
+from mplus.testing.mechanisms import MechanismConformance, MechanismMemory, TextMechanismConformance
 from mplus.testing.registered import suites
 from tests.mechanisms.gists import GistMechanism
 
+SHORT_TERM = {"memory_tokens_per_chunk": 4, "short_term_tokens": 8}
+
 
 class ShortTerm(MechanismConformance):
-    settings: ClassVar[dict[str, int]] = {"memory_tokens_per_chunk": 4, "short_term_tokens": 8}
+    settings: ClassVar[dict[str, int]] = SHORT_TERM
 
 
 SPECIAL = {"mplus": ShortTerm, "memoryllm": ShortTerm}
@@ -23,3 +27,16 @@ globals().update(suites(TextMechanismConformance, MECHANISMS, of=TextMechanism))
 
 class TestGists(MechanismConformance):
     implementation = GistMechanism
+
+
+def in_dtype(dtype: torch.dtype) -> dict[str, type]:
+    """Return the tests of memories, of every mechanism, in numbers that people use."""
+    title = str(dtype).removeprefix("torch.").capitalize()
+    plain = type(f"Memory{title}", (MechanismMemory,), {"dtype": dtype})
+    short = type(f"Short{title}", (MechanismMemory,), {"dtype": dtype, "settings": SHORT_TERM})
+    found = suites(plain, MECHANISMS, {"mplus": short, "memoryllm": short}, of=MemoryMechanism)
+    return {**found, f"TestGists{title}": type(f"TestGists{title}", (plain,), {"implementation": GistMechanism})}
+
+
+globals().update(in_dtype(torch.float32))
+globals().update(in_dtype(torch.bfloat16))

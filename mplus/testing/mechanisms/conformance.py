@@ -1,4 +1,4 @@
-"""What every ``MemoryMechanism`` must do."""
+"""What every ``MemoryMechanism`` must do: ``MechanismConformance``."""
 
 from __future__ import annotations
 
@@ -10,25 +10,12 @@ import torch
 
 from mplus.errors import InputError
 from mplus.testing.mechanisms.life import MechanismLife
-from mplus.testing.mechanisms.suite import CHUNK, VOCABULARY
+from mplus.testing.mechanisms.suite import CHUNK, VOCABULARY, RowSuite
 from mplus.testing.mechanisms.training import MechanismTraining
 
 
-class MechanismConformance(MechanismLife, MechanismTraining):
-    """Subclass it in a test module and set ``implementation``.
-
-    All tests run on a small trained decoder that comes with mplus, in float64 unless ``dtype`` says otherwise, so that
-    what differs by more than rounding differs for a reason.
-
-    Example:
-        >>> class TestTokenMemory(MechanismConformance):
-        ...     implementation = TokenMemory
-
-    Attributes:
-        implementation: the mechanism class under test; it need not be registered.
-        settings: of the memory, besides the mechanism; sizes such that a read retrieves all that the tests write.
-        dtype: of weights and computation.
-    """
+class MechanismMemory(MechanismLife, RowSuite):
+    """The tests of ``MechanismConformance`` that need no training and no evaluation."""
 
     # ------------------------------------------------------------------ what it is
 
@@ -62,6 +49,34 @@ class MechanismConformance(MechanismLife, MechanismTraining):
         self.logits(model, self.text(7)[None], memory)
         assert max(seen) == model.mplus_engine.mechanism.prefix_rows(view)
 
+    def test_rows_hold_as_much_text_as_capacity_says(self, model: Any) -> None:
+        memory = self.written(model, 1, 2)
+        state, store = memory.states[0], memory.stores[0]
+        rows = [
+            store.count(layer) + sum(counts[layer] for counts in state.counts().values())
+            for layer in range(store.layout.layers)
+        ]
+        assert model.mplus_engine.mechanism.capacity(max(rows)) == 2 * CHUNK
+
+    # ------------------------------------------------------------------ forgetting what others took in
+
+    def test_rebuilding_takes_back_what_later_chunks_took_in(self, model: Any) -> None:
+        """What is left is, bit for bit, what writing the other texts would have given."""
+        memory, without = self.written(model, 1, 2, 3, keep_text=True), model.new_memory(seed=1, keep_text=True)
+        memory.forget("s1", mode="rebuild")
+        for number, seed in ((0, 1), (2, 3)):
+            without.write(self.text(seed), source=f"s{number}")
+        assert self.differences(memory, without) == []
+        assert [source.name for source in memory.sources()] == ["s0", "s2"]
+
+    def test_sources_are_isolated_or_it_says_that_they_are_not(self, model: Any) -> None:
+        """Where they are, forgetting one leaves the same rows whatever its text was, those written later included."""
+        first, second = self.written(model, 1, 2, 3), self.written(model, 1, 5, 3)
+        for memory in (first, second):
+            memory.forget("s1")
+        same = self.differences(first, second) == []
+        assert same or not model.mplus_engine.mechanism.isolated_sources
+
     # ------------------------------------------------------------------ what goes wrong
 
     def test_a_refused_text_changes_nothing(self, model: Any) -> None:
@@ -69,3 +84,21 @@ class MechanismConformance(MechanismLife, MechanismTraining):
         with pytest.raises(InputError):
             memory.write(torch.full((CHUNK,), VOCABULARY + 5), source="s2")
         assert self.differences(memory, other) == []
+
+
+class MechanismConformance(MechanismMemory, MechanismTraining):
+    """Subclass it in a test module and set ``implementation``.
+
+    All tests run on a small trained decoder that comes with mplus, in float64 unless ``dtype`` says otherwise, so that
+    what differs by more than rounding differs for a reason. How far two ways to compute the same may be apart in
+    another dtype is measured.
+
+    Example:
+        >>> class TestTokenMemory(MechanismConformance):
+        ...     implementation = TokenMemory
+
+    Attributes:
+        implementation: the mechanism class under test; it need not be registered.
+        settings: of the memory, besides the mechanism; sizes such that a read retrieves all that the tests write.
+        dtype: of weights and computation.
+    """

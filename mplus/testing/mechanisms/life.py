@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,18 @@ class MechanismLife(MechanismSuite):
         for folder in ("live", "killed"):
             with self.opened(tmp_path / folder, model, read_only=True) as memory:
                 assert self.differences(memory, expected) == []
+
+    def test_a_record_that_a_crash_tore_was_never_written(self, model: Any, tmp_path: Path) -> None:
+        with self.opened(tmp_path / "live", model, seed=1) as memory:
+            for number, seed in enumerate((1, 2, 3)):
+                memory.write(self.text(seed), source=f"s{number}")
+            shutil.copytree(tmp_path / "live", tmp_path / "killed")
+        [journal] = (tmp_path / "killed").glob("journal-*")
+        os.truncate(journal, journal.stat().st_size - 1)
+        with self.opened(tmp_path / "killed", model) as memory:
+            assert self.differences(memory, self.written(model, 1, 2)) == []
+            memory.write(self.text(3), source="s2")
+            assert self.differences(memory, self.written(model, 1, 2, 3)) == []
 
     def test_files_are_listed_verified_and_repaired_without_a_decoder(self, model: Any, tmp_path: Path) -> None:
         memory = self.written(model, 1, 2)
