@@ -124,6 +124,10 @@ class KvMechanism(MemoryMechanism):
             adapters=None if config.adapters is ADAPTERS else config.adapters,
         )
 
+    @property
+    def isolated_sources(self) -> bool:
+        return self.options.behind == 0
+
     def bytes_beside(self, rows: int) -> int:
         """Return the bytes of the chunk table: 4 for every token, and 24 for every chunk."""
         return 4 * rows + 24 * -(-rows // self.config.min_chunk_tokens)

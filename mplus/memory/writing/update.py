@@ -8,8 +8,9 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from mplus.errors import MechanismError, NonFiniteError
+from mplus.errors import MechanismError, MemoryMismatchError, NonFiniteError
 from mplus.eviction.base import EvictionPolicy
+from mplus.memory.state import StreamState
 from mplus.stores.access_log import AccessLog
 from mplus.stores.base import MemoryStore, StoreLayout
 
@@ -36,7 +37,7 @@ class NewEntries:
         """Whether it can be written; text always can."""
         return True
 
-    def check_finite(self, tokens: int) -> None:
+    def check_finite(self, tokens: int, mechanism: str) -> None:
         """Return: there are no numbers."""
 
     def check(self, mechanism: str) -> None:
@@ -86,12 +87,13 @@ class Update:
         """True if there is no NaN and no Inf in any row."""
         return all(bool(torch.isfinite(rows).all()) for rows in (*self.hidden, *self.projected))
 
-    def check_finite(self, tokens: int) -> None:
+    def check_finite(self, tokens: int, mechanism: str) -> None:
         """Raise NonFiniteError, with the layer, where there is NaN or Inf in rows made of a chunk of ``tokens``."""
+        made = f"for a chunk of {tokens} tokens (write of the mechanism {mechanism!r})"
         for layer, rows in enumerate(self.hidden):
-            check_finite(rows, f"in layer {layer} for a chunk of {tokens} tokens")
+            check_finite(rows, f"in layer {layer} {made}")
         for layer, rows in enumerate(self.projected):
-            check_finite(rows, f"in keys and values of layer {layer} for a chunk of {tokens} tokens")
+            check_finite(rows, f"in keys and values of layer {layer} {made}")
 
     def check(self, mechanism: str, streams: int, layouts: Sequence[StoreLayout]) -> None:
         """Raise MechanismError unless these can be the rows of so many streams.
@@ -115,6 +117,33 @@ class Update:
         counts = {rows.shape[1] for rows in (*self.hidden, *self.projected)}
         if len(counts) > 1:
             raise MechanismError(f"{said} equally many rows for every layer, got {sorted(counts)}")
+
+
+def check_absorbed(absorbed: object, given: StreamState, layout: StoreLayout, mechanism: str) -> None:
+    """Raise MechanismError unless ``absorb`` returned a state that ``given`` can become.
+
+    Args:
+        absorbed: what it returned.
+        given: the state that it was given.
+        layout: of the stream's rows.
+        mechanism: its name, for messages.
+    """
+    said = f"the mechanism {mechanism!r}: absorb must return"
+    state = getattr(absorbed, "state", None)
+    if not isinstance(state, type(given)):
+        got = type(absorbed).__name__ + ("" if state is None else f" of {type(state).__name__}")
+        raise MechanismError(f"{said} an Absorbed with a state of class {type(given).__name__}, got {got}")
+    if state.sources is not given.sources or state.texts is not given.texts or state.tail is not given.tail:
+        raise MechanismError(
+            f"{said} the state that it was given with changes (attrs.evolve), got one with sources, texts or a tail of "
+            "its own"
+        )
+    if state.clock < given.clock:
+        raise MechanismError(f"{said} a state whose clock is at least {given.clock}, as it was, got {state.clock}")
+    try:
+        state.check_lists(layout, state.row_lists())
+    except MemoryMismatchError as error:
+        raise MechanismError(f"{said} a state whose lists of rows are as its layout says: {error}") from error
 
 
 def _check_layers(said: str, layers: Sequence[Tensor], streams: int, expected: int, width: int) -> None:

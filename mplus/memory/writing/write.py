@@ -11,13 +11,13 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
-from mplus.errors import InputError, MemoryMismatchError, NotSupported, WriteTogetherError
+from mplus.errors import InputError, MechanismError, MemoryMismatchError, NotSupported, WriteTogetherError
 from mplus.memory.report import WriteReport, progress_bar
 from mplus.memory.state import StreamState, alike
 from mplus.memory.transaction import Streams
 from mplus.memory.writing.chunking import SourceNames, WriteData, check_chunk, check_vocabulary, to_names
 from mplus.memory.writing.plan import StreamWrite, planned, prepare_write
-from mplus.memory.writing.update import NewEntries, Update, WriteContext, check_finite
+from mplus.memory.writing.update import NewEntries, Update, WriteContext, check_absorbed, check_finite
 
 if TYPE_CHECKING:
     from mplus.memory.memory import Memory
@@ -215,7 +215,7 @@ def _write_pass(
         rows = [made[at] for at in own]
         try:
             for update in () if finite else rows:
-                update.check_finite(ids.shape[1])
+                update.check_finite(ids.shape[1], streams.engine.mechanism.name)
             apply_write(streams, [writes[at] for at in own], rows, ids[own], turns[key])
         except Exception as error:  # noqa: BLE001 - as above
             failed[key] = error
@@ -273,7 +273,7 @@ def apply_write(
             row = write.row
             state, number = states[row].with_source(write.name, tokens)
             state = state.with_text(text, number, turn)
-            absorbed = streams.engine.mechanism.absorb(state, rows, number, _context(streams, row, text))
+            absorbed = _absorb(streams, row, state, rows, number, text)
             states[row] = absorbed.state
             kept[row] = absorbed.stayed
             counts.append((absorbed.dropped, absorbed.evicted))
@@ -282,6 +282,19 @@ def apply_write(
     for write, (dropped, evicted) in zip(writes, counts, strict=True):
         write.report.count(write.row, tokens, dropped, evicted)
     streams.persistence.after_write(streams)
+
+
+def _absorb(
+    streams: Streams, row: int, state: StreamState, rows: Update | NewEntries, number: int, text: Tensor
+) -> Any:
+    """Let the mechanism take new rows into one stream. Raises MechanismError where that breaks a rule of rows."""
+    mechanism = streams.engine.mechanism
+    try:
+        absorbed = mechanism.absorb(state, rows, number, _context(streams, row, text))
+    except (IndexError, InputError) as error:  # of a store that was given rows it has no room for, say
+        raise MechanismError(f"the mechanism {mechanism.name!r}: absorb failed: {error}") from error
+    check_absorbed(absorbed, state, streams.stores[row].layout, mechanism.name)
+    return absorbed
 
 
 def _context(streams: Streams, row: int, ids: Tensor) -> WriteContext:
