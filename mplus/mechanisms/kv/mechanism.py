@@ -126,7 +126,7 @@ class KvMechanism(MemoryMechanism):
 
     @property
     def isolated_sources(self) -> bool:
-        return self.options.behind == 0
+        return bool(self.options.behind == 0)
 
     def bytes_beside(self, rows: int) -> int:
         """Return the bytes of the chunk table: 4 for every token, and 24 for every chunk."""
