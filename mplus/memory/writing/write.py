@@ -264,7 +264,7 @@ def apply_write(
         ids: ``[b, n]``, their chunks.
         turn: see ``mplus.memory.texts.Text``.
     """
-    tokens = ids.shape[1]
+    tokens, mechanism = ids.shape[1], streams.engine.mechanism
     kept: dict[int, Mapping[str, Sequence[Tensor]]] = {}
     counts: list[tuple[int, int]] = []
 
@@ -273,7 +273,11 @@ def apply_write(
             row = write.row
             state, number = states[row].with_source(write.name, tokens)
             state = state.with_text(text, number, turn)
-            absorbed = _absorb(streams, row, state, rows, number, text)
+            try:
+                absorbed = mechanism.absorb(state, rows, number, _context(streams, row, text))
+            except (IndexError, InputError) as error:  # of a store that was given rows it has no room for, say
+                raise MechanismError(f"the mechanism {mechanism.name!r}: absorb failed: {error}") from error
+            check_absorbed(absorbed, state, streams.stores[row].layout, mechanism.name)
             states[row] = absorbed.state
             kept[row] = absorbed.stayed
             counts.append((absorbed.dropped, absorbed.evicted))
@@ -282,19 +286,6 @@ def apply_write(
     for write, (dropped, evicted) in zip(writes, counts, strict=True):
         write.report.count(write.row, tokens, dropped, evicted)
     streams.persistence.after_write(streams)
-
-
-def _absorb(
-    streams: Streams, row: int, state: StreamState, rows: Update | NewEntries, number: int, text: Tensor
-) -> Any:
-    """Let the mechanism take new rows into one stream. Raises MechanismError where that breaks a rule of rows."""
-    mechanism = streams.engine.mechanism
-    try:
-        absorbed = mechanism.absorb(state, rows, number, _context(streams, row, text))
-    except (IndexError, InputError) as error:  # of a store that was given rows it has no room for, say
-        raise MechanismError(f"the mechanism {mechanism.name!r}: absorb failed: {error}") from error
-    check_absorbed(absorbed, state, streams.stores[row].layout, mechanism.name)
-    return absorbed
 
 
 def _context(streams: Streams, row: int, ids: Tensor) -> WriteContext:
