@@ -55,10 +55,9 @@ def from_pretrained(
         CheckpointError: no mplus model there, no way to find the decoder, or tensors that do not fit.
 
     Example:
-        ```python
-        model.save_pretrained("decoder-with-memory", save_base=True)
-        model = mplus.from_pretrained("decoder-with-memory", dtype=torch.bfloat16)
-        ```
+        >>> model.save_pretrained("decoder-with-memory", save_base=True)
+        >>> mplus.from_pretrained("decoder-with-memory", dtype=torch.bfloat16).dtype
+        torch.bfloat16
     """
     folder = find_folder(path, kwargs)
     for name in ("revision", "subfolder"):

@@ -67,9 +67,7 @@ class PushToHub(PushToHubMixin):
         """Save as ``save_pretrained`` does and upload that, with its model card; arguments as in transformers.
 
         Example:
-            ```python
-            model.push_to_hub("user/decoder-with-memory", save_base=True, private=True)
-            ```
+            >>> commit = model.push_to_hub("decoder-with-memory", save_base=True, private=True)
         """
         saving: Saving = self
         with tempfile.TemporaryDirectory() as folder:

@@ -20,6 +20,7 @@ from benchmarks.quality.architectures.decoders import BY_NAME
 from benchmarks.quality.architectures.retrofitted import CHUNK, config_for, retrofit
 from mplus.errors import CheckpointError, NotSupported
 from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
+from tests.helpers.docstrings import run_examples
 from tests.hf.references import TOLERANCE, aligned, error, ids, stir
 
 TEXT = ids(1, 9)
@@ -407,6 +408,16 @@ def test_push_to_hub(uploads: list[dict[str, Any]]) -> None:
     assert card.data.tags == ["mplus", "long-term-memory", "x"]
     loaded = again(upload["copy"], base=BY_NAME["llama"].build())
     assert torch.equal(remembering(loaded), remembering(model))
+
+
+def test_the_examples_do_what_they_say(
+    uploads: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = trained()
+    run_examples(mplus.from_pretrained, mplus=mplus, torch=torch, model=model)
+    run_examples(type(model).push_to_hub, model=model)
+    assert uploads[-1]["files"]
 
 
 def test_push_to_hub_with_the_base(uploads: list[dict[str, Any]]) -> None:
