@@ -94,7 +94,7 @@ def partial_backward(
     dtype = torch.promote_types(queries.dtype, torch.float32)
 
     def folded(part: Tensor) -> Tensor:
-        """``[B, H, T, ..]`` -> ``[B, Hkv, G * T, ..]``."""
+        """Fold ``[B, H, T, ..]`` to ``[B, Hkv, G * T, ..]``."""
         return part.to(dtype).reshape(batch, key_heads, heads // key_heads * length, *part.shape[3:])
 
     q, grad = folded(queries), folded(grad_output)

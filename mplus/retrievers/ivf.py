@@ -38,7 +38,7 @@ class IvfIndex:
     """
 
     def __init__(self, centers: Tensor, trained_on: int) -> None:
-        """Without rows. ``centers`` are ``[cells, r]`` float32 on the CPU, one for each cell."""
+        """Make an index without rows; ``centers`` ``[cells, r]`` float32 are on the CPU, one for each cell."""
         cells, width = centers.shape
         self._quantizer = faiss.IndexFlatIP(width)
         self._quantizer.add(_numpy(centers))

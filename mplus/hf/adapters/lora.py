@@ -39,7 +39,7 @@ class LowRankFactor(nn.Module):
         self.weight = nn.Parameter(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in]`` -> ``[..., out]`` in the dtype of the factor."""
+        """Map ``[..., in]`` to ``[..., out]`` in the dtype of the factor."""
         return nn.functional.linear(x.to(self.weight.dtype), self.weight)
 
 

@@ -45,7 +45,7 @@ def attention_kernel(
     ROWS: tl.constexpr, KEYS: tl.constexpr, PADDED_WIDTH: tl.constexpr, PADDED_VALUE_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS (token, head of the group) pairs of one KV head, over one split of the keys.
+    """Run one program: ROWS (token, head of the group) pairs of one KV head, over one split of the keys.
 
     The keys form a row of blocks, [segment 0 | .. | text], of which a split owns a range. A block never spans two
     segments. What a query sees of its block is an interval, ``low`` to ``high``, for memory and text alike.
@@ -251,13 +251,13 @@ def launch(
 
 
 def _strides(part: torch.Tensor) -> tuple[int, int, int]:
-    """Over batch, heads and rows; what is shared by the batch is found again in every row of it."""
+    """Return strides over batch, heads and rows; 0 over the batch where its rows share a tensor."""
     b, h, n, _ = part.stride()
     return (0 if part.shape[0] == 1 else b), h, n
 
 
 def _lengths(segments: tuple[Segment, ...], batch: int) -> torch.Tensor | None:
-    """``[segments, B]`` int64; None when all rows are real."""
+    """Return the lengths of segments, ``[segments, B]`` int64; None when all rows are real."""
     given = next((segment.lengths for segment in segments if segment.lengths is not None), None)
     if given is None:
         return None

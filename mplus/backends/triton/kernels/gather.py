@@ -14,7 +14,7 @@ def gather_kernel(
     HEADS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, ROTATED: tl.constexpr,
     ROWS: tl.constexpr, PADDED_WIDTH: tl.constexpr, PADDED_VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS rows of one head. Rotation is computed in float32 and rounded once."""
+    """Copy ROWS rows of one head in one program. Rotation is computed in float32 and rounded once."""
     h = tl.program_id(1).to(tl.int64)
     slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     real = slot < count
