@@ -70,9 +70,8 @@ def digest(model: nn.Module, group: Group) -> str:
     found = hashlib.sha256()
     of_user = _of_user(model) if group == "base" else set()
     # Under the names they have without PEFT, so that a base keeps its digest when adapters come.
-    named = [(plain_name(name).replace(".original_module.", "."), name) for name, _ in model.named_parameters()]
-    for plain, name in sorted(named, key=lambda pair: pair[0]):
-        tensor = model.get_parameter(name)
+    named = [(plain_name(name).replace(".original_module.", "."), name, one) for name, one in model.named_parameters()]
+    for plain, name, tensor in sorted(named, key=lambda one: one[0]):
         if _belongs(plain, group) and id(tensor) not in of_user:
             found.update(f"{plain}{list(tensor.shape)}{tensor.dtype}".encode())
             # One tensor at a time: accelerate may have offloaded more of them than fit into memory.
