@@ -84,15 +84,15 @@ class NotesMechanism(TextMechanism):
         best = able[scores[able].argsort(descending=True)[: 4 * self.options.passages]].sort().values
         framed = {place: self._framed(entries[place]) for place in best.tolist()}
         lengths = torch.tensor([budget.count(text) for text in framed.values()], dtype=torch.int64)
-        chosen = choose(lengths, scores[best], min(self.options.budget_tokens, budget.tokens))
-        places = best[chosen[: self.options.passages]].flip(0)
-        if self.options.order == "written":
-            places = places.sort().values
-        return Recalled(
-            "".join(framed[place] for place in places.tolist()),
-            tuple(entries[place] for place in places.tolist()),
-            tuple(scores[places].tolist()),
-        )
+        most = min(self.options.budget_tokens, budget.tokens)
+        chosen = best[choose(lengths, scores[best], most)[: self.options.passages]]
+        while True:
+            places = (chosen.sort().values if self.options.order == "written" else chosen.flip(0)).tolist()
+            text = "".join(framed[place] for place in places)
+            if budget.count(text) <= most:  # one behind the other they may have more tokens than each alone
+                break
+            chosen = chosen[:-1]
+        return Recalled(text, tuple(entries[place] for place in places), tuple(scores[places].tolist()))
 
     def _framed(self, entry: Entry) -> str:
         text: str = self.options.template.format(text=entry.fields[0], source=entry.source or "")

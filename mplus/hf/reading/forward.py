@@ -210,8 +210,7 @@ def check_cache(cache: Any, memory: Memory | None, reuse: bool) -> Reading | Non
     Raises:
         MemoryMismatchError: the cache belongs to another state, or to none.
     """
-    length = getattr(cache, "get_seq_length", None)
-    if length is None or int(length()) == 0:
+    if not _is_begun(cache):
         return None
     made_under: Reading | None = getattr(cache, "_mplus_reading", None)
     if made_under is None and (memory is None or only_learned(cache)):
@@ -225,6 +224,15 @@ def check_cache(cache: Any, memory: Memory | None, reuse: bool) -> Reading | Non
         "or pass reuse_memory_cache=True to go on reading what the cache was made with"
         + ("" if made_under is not None else " (for prefix tuning of PEFT, pass the PeftModel to mplus.wrap)")
     )
+
+
+def _is_begun(cache: Any) -> bool:
+    """Return whether a cache holds anything of a text."""
+    length = getattr(cache, "get_seq_length", None)
+    try:
+        return length is not None and int(length()) > 0
+    except ValueError:  # one of states alone has no length
+        return bool(cache.has_previous_state())
 
 
 def _text(inputs: dict[str, Any]) -> Tensor:

@@ -37,6 +37,30 @@ class Contains(StoppingCriteria):
         return torch.tensor(found, dtype=torch.bool, device=input_ids.device)
 
 
+def encoded(tokenizer: PreTrainedTokenizerBase, text: str, *, inside: bool) -> list[int]:
+    """Return the tokens of a piece of text, without special ones.
+
+    Args:
+        tokenizer: of the text.
+        text: any.
+        inside: it stands behind other text, so that no space is put in front of it, as some tokenizers do.
+    """
+    if not text:
+        return []
+    pieces = [ANCHOR, ANCHOR + text] if inside else [text]
+    *before, found = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
+    if not before:
+        return list(found)
+    (anchor,) = before
+    if found[: len(anchor)] != anchor:  # it joins with what follows
+        return encoded(tokenizer, text, inside=False)
+    return list(found[len(anchor) :])
+
+
+ANCHOR = "\n"
+"""Stands in front of a piece of text while it is turned into tokens."""
+
+
 @define(frozen=True)
 class Trie:
     """Choices as rows of tokens that may have beginnings in common.
@@ -77,7 +101,7 @@ def ask(
         tokenizer, prompt, tokens, stop, choices: as there.
     """
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=input_device(model))
-    choice_ids = [(choice, tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in choices]
+    choice_ids = [(choice, encoded(tokenizer, choice, inside=True)) for choice in choices]
     if not all(found for _, found in choice_ids):
         raise InputError(f"choices must have at least one token each, got {list(choices)!r}")
     longest = max((len(found) for _, found in choice_ids), default=tokens)

@@ -13,9 +13,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from mplus.errors import NotSupported
 from mplus.hf.model.sizes import known_positions
 from mplus.hf.reading.generation import GenerateCall
-from mplus.hf.text.ask import Contains
+from mplus.hf.text.ask import Contains, encoded
 from mplus.hf.text.engine import TextEngine
-from mplus.hf.text.reading import TextReading, check_recalled, encoded
+from mplus.hf.text.reading import TextReading, check_recalled
 
 
 def refuse_for_calls(call: GenerateCall) -> None:
@@ -81,15 +81,16 @@ class Continuation:
         """Generate the text; return the tokens of what is visible of it."""
         mechanism, tokenizer = self.engine.mechanism, self.reading.tokenizer
         opens = mechanism.opens or ""
+        mark = encoded(tokenizer, opens, inside=True)  # may begin with the last token of all, and is finished then
         for calls_left in range(mechanism.most_calls, -1, -1):
             start = len(self.context)
-            new = self._generated(self.context, self.left, Contains(tokenizer, [opens], start))
+            new = self._generated(self.context, self.left + len(mark), Contains(tokenizer, [opens], start))
             text = str(tokenizer.decode(new))
             at = text.find(opens)
             if at < 0:
-                return [*self.visible, *new]
+                return [*self.visible, *new[: self.left]]
             whole, head = self._before(new, text, at)
-            self.visible += head
+            self.visible += head[: self.left]
             self.left -= len(head)
             if not calls_left or self.left < 1:
                 break
@@ -98,11 +99,11 @@ class Continuation:
             answer = None if call is None else mechanism.answer(self.reading.states[self.row].entries(), call)
             self.banned = []
             if call is None or answer is None:
-                self.banned = [new[whole], encoded(tokenizer, opens)[0]]
+                self.banned = [new[whole], mark[0]]
                 continue
             check_recalled(self.engine, "answer", answer)
             self.reading.recalled[self.row].append(answer)
-            self.context += encoded(tokenizer, f"{opens}{call}{mechanism.closes}{answer.text}")
+            self.context += encoded(tokenizer, f"{opens}{call}{mechanism.closes}{answer.text}", inside=True)
         return self.visible
 
     def _before(self, new: list[int], text: str, at: int) -> tuple[int, list[int]]:
@@ -110,7 +111,7 @@ class Continuation:
         decode = self.reading.tokenizer.decode
         ends = [len(str(decode(new[:count]))) for count in range(len(new) + 1)]
         whole = max(count for count, end in enumerate(ends) if end <= at)
-        return whole, [*new[:whole], *encoded(self.reading.tokenizer, text[ends[whole] : at])]
+        return whole, [*new[:whole], *encoded(self.reading.tokenizer, text[ends[whole] : at], inside=True)]
 
     def _call(self, opened: list[int], start: int, opens: str) -> str | None:
         """Let a call be finished; return what stands in it, or None where it is malformed.

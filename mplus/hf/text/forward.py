@@ -64,6 +64,11 @@ def _read(model: Any, base: Any, arguments: ReadArguments, memory: Memory, input
             "a memory of text is read by ids [B, T], and what is recalled goes between them: pass input_ids, got "
             f"{list(ids.shape) if isinstance(ids, Tensor) else ids!r}"
         )
+    if inputs.get("state") is not None:
+        raise NotSupported(
+            "forward with a memory of text cannot go on from a state that is no cache of transformers, which does not "
+            "say what was recalled: use generate"
+        )
     inputs["return_dict"] = True
     kept: Any = None
     for cache in filter(None, map(inputs.get, CACHES)):
@@ -77,10 +82,9 @@ def _read(model: Any, base: Any, arguments: ReadArguments, memory: Memory, input
             raise InputError(f"attention_mask must be {list(ids.shape)} as input_ids, got {list(mask.shape)}")
         recall(engine, reading, ids, mask, arguments, 0)
         output = _begin(model, base, reading, inputs)
-    for name in CACHES:
-        holder = getattr(output, name, None)
-        if holder is not None:
-            holder._mplus_reading = reading
+    reading.columns += ids.shape[1] + (0 if kept or reading.spliced is None else reading.spliced.width)
+    for holder in filter(None, (getattr(output, name, None) for name in CACHES)):
+        holder._mplus_reading = reading
     if arguments.output_sources:
         output.memory_sources = reading.sources()
     return output if as_dict else output.to_tuple()
@@ -142,8 +146,7 @@ def _go_on(model: Any, base: Any, reading: TextReading, inputs: dict[str, Any]) 
             first = torch.ones_like(spliced.ids) if spliced.mask is None else spliced.mask
             mask = torch.cat([first, mask[:, past:].to(torch.int64)], 1)
         elif spliced.mask is not None:
-            cache = next(filter(None, map(inputs.get, CACHES)))
-            behind = int(cache.get_seq_length()) + tokens - spliced.ids.shape[1]
+            behind = reading.columns + tokens - spliced.ids.shape[1]
             mask = torch.cat([spliced.mask, spliced.mask.new_ones(len(spliced.mask), behind)], 1)
         if mask is not None:
             inputs["attention_mask"] = mask

@@ -10,6 +10,8 @@ from attrs import define
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mplus.hf.text.ask import encoded
+
 FIRST, REPLY, SECOND = "mplusfirst", "mplusreply", "mplussecond"
 """Messages by which the opening of a user turn is found in a chat template."""
 
@@ -24,7 +26,7 @@ def place_in(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], where: L
     """
     if where == "turn":
         opening = turn_opening(tokenizer)
-        ids = tokenizer(opening.rstrip(), add_special_tokens=False)["input_ids"] if opening.strip() else []
+        ids = encoded(tokenizer, opening.strip(), inside=True)
         for first in range(len(prompt) - len(ids), -1, -1) if ids else ():
             if list(prompt[first : first + len(ids)]) == ids:
                 return _behind_space(tokenizer, prompt, first + len(ids), opening[len(opening.rstrip()) :])

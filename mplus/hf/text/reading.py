@@ -16,6 +16,7 @@ from mplus.hf.reading.arguments import ReadArguments
 from mplus.hf.reading.query_tokens import first_tokens
 from mplus.hf.reading.reading import one_per_row
 from mplus.hf.reading.retrieved_sources import RetrievedSource
+from mplus.hf.text.ask import encoded
 from mplus.hf.text.engine import TextEngine
 from mplus.hf.text.places import Spliced, place_in
 from mplus.mechanisms.text.mechanism import Recalled, TokenBudget
@@ -33,6 +34,7 @@ class TextReading:
         states: of the stream of each prompt.
         recalled: for each prompt, oldest first: what was put in front of it, then answers to calls.
         spliced: the prompts with it; None: nothing was recalled.
+        columns: that forwards with one cache have read, padding and recalled text included.
     """
 
     memory: Memory
@@ -40,6 +42,7 @@ class TextReading:
     states: Sequence[EntryState]
     recalled: list[list[Recalled]] = field(factory=list)
     spliced: Spliced | None = None
+    columns: int = 0
 
     def is_of(self, memory: Memory) -> bool:
         """Return whether ``memory`` is still in the state this reading was taken in."""
@@ -109,9 +112,10 @@ def recall(
         query = asked[row].clone()
         if engine.mechanism.place == "turn" and place < len(places):
             query[: places[place]] = False
-        found = recalled(engine, reading.tokenizer, state, ids[row][query], len(prompt) + new)
+        inside = place > 0 and prompt[place - 1] != reading.tokenizer.bos_token_id
+        found = recalled(engine, reading.tokenizer, state, ids[row][query], len(prompt) + new, inside=inside)
         reading.recalled[row].append(found)
-        given.append(encoded(reading.tokenizer, found.text))
+        given.append(encoded(reading.tokenizer, found.text, inside=inside))
         columns.append(places[place] if place < len(places) else ids.shape[1])
     if any(given):
         padding = reading.tokenizer.pad_token_id or 0
@@ -119,7 +123,13 @@ def recall(
 
 
 def recalled(
-    engine: TextEngine, tokenizer: PreTrainedTokenizerBase, state: EntryState, query: Tensor, taken: int
+    engine: TextEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    state: EntryState,
+    query: Tensor,
+    taken: int,
+    *,
+    inside: bool,
 ) -> Recalled:
     """Return what the mechanism recalls of one stream.
 
@@ -129,6 +139,7 @@ def recalled(
         state: of the stream.
         query: ``[q]``, the tokens of the prompt to recall by.
         taken: positions that prompt and generated text take.
+        inside: it will stand behind other text.
 
     Raises:
         MechanismError: it is longer than it may be, or no ``Recalled``.
@@ -137,7 +148,7 @@ def recalled(
     most = 2**31 if positions is None else positions - taken
     if not len(state) or most < 1:
         return Recalled()
-    budget = TokenBudget(most, lambda text: len(encoded(tokenizer, text)))
+    budget = TokenBudget(most, lambda text: len(encoded(tokenizer, text, inside=inside)))
     prompt = str(tokenizer.decode(query, skip_special_tokens=True))
     found = engine.mechanism.recall(state.entries(), prompt, engine.asking(tokenizer), budget)
     check_recalled(engine, "recall", found)
@@ -163,12 +174,6 @@ def check_recalled(engine: TextEngine, method: str, found: Any) -> None:
             f"the mechanism {engine.mechanism.name!r}: {method} must return a score for each of its "
             f"{len(found.entries)} entries, or none, got {len(found.scores)}"
         )
-
-
-def encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the tokens of a text that stands inside another one."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
-    return ids
 
 
 def refuse_for_text(engine: TextEngine, arguments: ReadArguments) -> None:

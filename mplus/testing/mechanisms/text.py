@@ -32,7 +32,8 @@ MOST_CALLS = 64
 class TextMechanismConformance(MechanismLife):
     """Subclass it in a test module and set ``implementation``.
 
-    Texts are of the form "Quillon keeps the lamp in the barn.", prompts "Who keeps the lamp in the barn?".
+    Texts are of the form "Quillon keeps the lamp in the barn.", prompts "the one who keeps the lamp in
+    the barn", cut to the same number of tokens.
 
     Example:
         >>> class TestNotes(TextMechanismConformance):
@@ -62,7 +63,7 @@ class TextMechanismConformance(MechanismLife):
         return f"{NAMES[seed]} keeps the {THINGS[seed]} in the {PLACES[seed]}."
 
     def prompt(self, seed: int) -> Tensor:
-        text = f"Who keeps the {THINGS[seed]} in the {PLACES[seed]} when it is raining in the morning?"
+        text = f"the one who keeps the {THINGS[seed]} in the {PLACES[seed]} when it is raining in the morning"
         ids: Tensor = load_tokenizer()(text, return_tensors="pt")["input_ids"][0, :PROMPT_TOKENS]
         return ids
 
