@@ -190,7 +190,7 @@ def _model_card(
             *metadata,
             "---",
             "",
-            f"# {name} with an M+ memory",
+            f"# {name} with {'a memory of text' if model.mplus_engine.writes_text else 'an M+ memory'}",
             "",
             f"Memory additions for {base or 'a ' + name}: {added:,} parameters; {where}.{elsewhere}",
             "",
@@ -219,6 +219,8 @@ def _model_card(
 def _sizes(model: WrappedModel) -> dict[str, str]:
     """Return the sizes that the model card says, those that mean something to the mechanism."""
     config = model.mplus_config
+    if model.mplus_engine.writes_text:
+        return {"mechanism": config.mechanism.name, "passages": f"at most {config.chunk_tokens:,} text tokens"}
     sizes = {
         "mechanism": f"{config.mechanism.name}, variant {config.variant}",
         "read per write": f"{config.chunk_tokens:,} text tokens",

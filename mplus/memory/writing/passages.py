@@ -70,13 +70,49 @@ def cut(text: str, tokenizer: Any, most: int) -> list[str]:
         tokenizer: counts tokens, sentence by sentence.
         most: tokens of a passage. A longer sentence is cut between words, a longer word inside.
     """
-    passages, held, size = [], "", 0
-    for piece, tokens, alone in _units(text, tokenizer, most):
-        if held and (alone or size + tokens > most):
-            passages.append(held)
-            held, size = "", 0
-        held, size = held + piece, size + tokens
-    return [*passages, held] if held else passages
+    cutter = PassageCutter(tokenizer, most)
+    return [*cutter.add(text), *cutter.rest()]
+
+
+@define(eq=False)
+class PassageCutter:
+    """A cutter of text that arrives bit by bit, into the passages that ``cut`` makes of all of it.
+
+    Attributes:
+        tokenizer, most: as for ``cut``.
+        held: the passage that is being filled.
+        size: its tokens.
+        sentence: the beginning of the sentence behind it, of which the end has not come.
+    """
+
+    tokenizer: Any
+    most: int
+    held: str = ""
+    size: int = 0
+    sentence: str = ""
+
+    def add(self, text: str) -> list[str]:
+        """Return the passages that are full, whatever comes behind ``text``."""
+        text = self.sentence + text
+        ends = [found.end() for found in SENTENCE_END.finditer(text) if found.end() < len(text)]
+        end = ends[-1] if ends else 0
+        self.sentence = text[end:]
+        return self._filled(text[:end])
+
+    def rest(self) -> list[str]:
+        """Return the last passages."""
+        passages = self._filled(self.sentence)
+        return [*passages, self.held] if self.held else passages
+
+    def _filled(self, text: str) -> list[str]:
+        """Put whole sentences into passages; return those that are full."""
+        passages = []
+        for piece, tokens, alone in _units(text, self.tokenizer, self.most):
+            if self.held and (alone or self.size + tokens > self.most):
+                passages.append(self.held)
+                self.held, self.size = "", 0
+            self.held, self.size = self.held + piece, self.size + tokens
+        return passages
 
 
 def _units(text: str, tokenizer: Any, most: int) -> Iterator[tuple[str, int, bool]]:
@@ -116,30 +152,6 @@ def token_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
         return []
     found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return found
-
-
-@define(eq=False)
-class PassageCutter:
-    """A cutter of text that arrives bit by bit, into the passages that ``cut`` makes of all of it.
-
-    Attributes:
-        tokenizer, most: as for ``cut``.
-        held: text that may still be cut in more than one way.
-    """
-
-    tokenizer: Any
-    most: int
-    held: str = ""
-
-    def add(self, text: str) -> list[str]:
-        """Return the passages that are certain, whatever comes behind ``text``."""
-        passages = cut(self.held + text, self.tokenizer, self.most)
-        self.held = passages.pop() if passages else ""
-        return passages
-
-    def rest(self) -> list[str]:
-        """Return the last passages."""
-        return cut(self.held, self.tokenizer, self.most)
 
 
 def with_ids(passages: Sequence[str], tokenizer: Any) -> list[tuple[str, Tensor]]:

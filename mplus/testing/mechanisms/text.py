@@ -163,6 +163,7 @@ class TextMechanismConformance(MechanismLife):
         found = self.generated(model, ids, memory, logits_processor=[forced])
         text = tokenizer.decode(found[0, PROMPT_TOKENS:])
         assert opens is None or (opens not in text and answered)
+        assert self.implementation.most_calls <= MOST_CALLS  # positions of another decoder may go on
 
     # ------------------------------------------------------------------ what goes wrong
 
