@@ -106,7 +106,7 @@ def wrap(
     decoder = _decoder(model)
     kind = MECHANISMS.get(config.mechanism.name)
     if issubclass(kind, TextMechanism):
-        wrap_for_text(decoder, config, kind, pool)
+        wrap_for_text(decoder, config, kind, check, pool)
     else:
         _wrap_for_rows(decoder, config, check, pool)
     if is_peft_model(model):

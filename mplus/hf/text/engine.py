@@ -33,15 +33,20 @@ class TextEngine:
         model: the wrapped decoder.
         config: its memory configuration.
         mechanism: the rules of its memories.
+        sees_padding: whether the decoder sees padding that a mask hides, so that prompts of a batch must be equally
+            long with what is recalled.
         readings: the blocks of ``model.reading`` that are open.
     """
 
     writes_text: ClassVar[bool] = True
 
-    def __init__(self, model: PreTrainedModel, config: MPlusConfig, mechanism: TextMechanism) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: MPlusConfig, mechanism: TextMechanism, sees_padding: bool = False
+    ) -> None:
         self.model = model
         self.config = config
         self.mechanism = mechanism
+        self.sees_padding = sees_padding
         self.readings = OpenReadings()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def _read(model: Any, base: Any, arguments: ReadArguments, memory: Memory, input
         mask = inputs.get("attention_mask")
         if mask is not None and mask.shape != ids.shape:
             raise InputError(f"attention_mask must be {list(ids.shape)} as input_ids, got {list(mask.shape)}")
-        recall(engine, reading, ids, mask, arguments, 0)
+        recall(engine, reading, ids, mask, arguments)
         output = _begin(model, base, reading, inputs)
     reading.columns += ids.shape[1] + (0 if kept or reading.spliced is None else reading.spliced.width)
     for holder in filter(None, (getattr(output, name, None) for name in CACHES)):

@@ -61,7 +61,7 @@ def generate_with_text(
     if calls:
         refuse_for_calls(call)
     new = _new_tokens(call, ids.shape[1])
-    recall(engine, reading, ids, mask, arguments, new)
+    recall(engine, reading, ids, mask, arguments, new, together=not calls)
     settings = {name: value for name, value in named.items() if name not in PROMPT}
     generate = partial(generate_in, model, None, base_generate)
     if calls:

@@ -44,6 +44,7 @@ class TextMemoryModel(MemoryModel):
                 f"recalled text stands at: {where}",
                 *calls,
                 f"chunk_tokens: {tokens}{' (chosen)' * ('chunk_tokens' in chosen(installed.asked, engine.config))}",
+                *map(str, installed.checks),
             ]
         )
 

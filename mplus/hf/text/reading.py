@@ -83,7 +83,14 @@ def read(memory: Memory, rows: int) -> TextReading:
 
 
 def recall(
-    engine: TextEngine, reading: TextReading, ids: Tensor, mask: Tensor | None, arguments: ReadArguments, new: int
+    engine: TextEngine,
+    reading: TextReading,
+    ids: Tensor,
+    mask: Tensor | None,
+    arguments: ReadArguments,
+    new: int = 0,
+    *,
+    together: bool = True,
 ) -> None:
     """Let the mechanism put text into prompts; ``reading`` has them then.
 
@@ -94,10 +101,12 @@ def recall(
         mask: ``[B, T]``, 0 at padding; None: there is none.
         arguments: of the call.
         new: tokens that are to be generated.
+        together: the prompts are read in one batch.
 
     Raises:
         InputError: the memory has no tokenizer, or ``query_tokens`` are not one per row.
         MechanismError: what was recalled is longer than it may be.
+        NotSupported: prompts get texts of different lengths, and the decoder sees the padding between.
     """
     if not any(map(len, reading.states)):
         return
@@ -118,6 +127,11 @@ def recall(
         given.append(encoded(reading.tokenizer, found.text, inside=inside))
         columns.append(places[place] if place < len(places) else ids.shape[1])
     if any(given):
+        if together and engine.sees_padding and len(set(map(len, given))) > 1:
+            raise NotSupported(
+                f"{type(engine.model).__name__} sees padding that a mask hides, and the prompts of this batch get "
+                "texts of different lengths: read them one at a time"
+            )
         padding = reading.tokenizer.pad_token_id or 0
         reading.spliced = Spliced.of(ids, mask, given, columns, padding)
 

@@ -41,8 +41,8 @@ class MechanismLife(MechanismSuite):
 
     def test_streams_that_are_written_and_read_together_are_as_alone(self, model: Any) -> None:
         together = model.new_memory(2, seed=1, **self.given())
-        for chunks in ((1, 4), (2, 5)):
-            together.write([self.text(seed) for seed in chunks])
+        for number, chunks in enumerate(((1, 4), (2, 5))):
+            together.write([self.text(seed) for seed in chunks], source=f"s{number}")
         alone = [self.written(model, 1, 2), self.written(model, 4, 5)]
         ids = torch.stack([self.prompt(7), self.prompt(8)])
         found = self.logits(model, ids, together)

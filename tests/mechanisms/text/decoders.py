@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, RwkvConfig, RwkvForCausalLM
 
 import mplus
 from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
@@ -51,6 +51,21 @@ def mamba(seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MambaForCausalLM(config).double().eval()
+
+
+def rwkv() -> Any:
+    """A RWKV of two layers with random weights, which sees padding."""
+    config = RwkvConfig(
+        vocab_size=512,
+        hidden_size=32,
+        attention_hidden_size=32,
+        num_hidden_layers=2,
+        context_length=128,
+        bos_token_id=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return RwkvForCausalLM(config).eval()
 
 
 def wrapped(model: Any = None, mechanism: str = "notes", chunk_tokens: int | None = None, **options: Any) -> Any:

@@ -22,6 +22,7 @@ from tests.mechanisms.text.decoders import (
     mamba,
     noted,
     prompt,
+    rwkv,
     tokenizer,
     with_notes,
     wrapped,
@@ -241,6 +242,26 @@ class TestGenerate:
             continued(model, ids, memory, prefill_chunk_size=2)
         with pytest.raises(MemoryMismatchError, match="the batch has 2 rows and the memory 3"):
             continued(model, ids.expand(2, -1), noted(model, KEY, rows=3))
+
+
+class TestDecodersThatSeePadding:
+    def test_prompts_that_get_equally_much_are_read(self) -> None:
+        model, ids = wrapped(rwkv()), prompt().expand(2, -1)
+        memory = noted(model, KEY)
+        whole = by_hand(f"{KEY}\n", ids[:1])
+        expected = logits(model, whole)[:, -ids.shape[1] + 1 :]
+        assert torch.equal(logits(model, ids[:1], memory)[:, 1:], expected)
+        assert logits(model, ids, memory).shape[:2] == ids.shape
+        assert continued(model, ids, memory).shape == (2, ids.shape[1] + 8)
+
+    def test_others_are_refused(self) -> None:
+        model, ids = wrapped(rwkv()), prompt().expand(2, -1)
+        memory = model.new_memory(2, tokenizer=tokenizer())
+        memory.write([KEY, CAT], source="all")
+        with pytest.raises(NotSupported, match="RwkvForCausalLM sees padding that a mask hides"):
+            continued(model, ids, memory)
+        with pytest.raises(NotSupported, match="use generate"):
+            model(ids[:1], memory=memory.fork(0), state=[torch.zeros(1)])
 
 
 class TestPlace:
