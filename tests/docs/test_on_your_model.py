@@ -180,3 +180,22 @@ def test_nothing_is_left(used: dict[str, Any]) -> None:
     assert not hasattr(model.generation_config, "memory")
     for module in model.modules():
         assert not [name for name in dir(module) if "mplus" in name]
+
+
+def test_what_memories_of_text_put_on_it() -> None:
+    model = decoder()
+    before = what_is_on(model)
+    mplus.wrap(model, mplus.MPlusConfig(mechanism="notes"))
+    during = what_is_on(model)
+    assert during.keys() == before.keys()
+    changed = {path for path, one in during.items() if one != before[path]}
+    assert changed == {""}
+    mixin = during[""]["class"].__mro__[1]
+    attributes = during[""]["attributes"] - before[""]["attributes"]
+    assert {mixin.__name__, *attributes} == named("For memories of text")
+    listed = next(line for line in PAGE.splitlines() if f"| `{mixin.__name__}` |" in line).split("overrides")[1]
+    methods = {name for name, value in vars(mixin).items() if _is_method(name, value)} | {"forward"}
+    assert methods == set(re.findall(r"`(\w+)`", listed))
+    assert "pickling" in listed
+    mplus.unwrap(model)
+    assert what_is_on(model) == before
