@@ -1,6 +1,6 @@
 """Count what the shape of the code costs its readers: import circles, crowded folders, untyped seams, long trips.
 
-python -m tools.house [--root FOLDER] [--json] [--write-path] [--list NAME]
+python -m tools.house [--root FOLDER] [--json] [--write-path] [--list [NAME]]
 
 Counts are of the files of ``mplus/``; folders are counted in ``tests/`` too. Each row of the table is one function, and
 its docstring says what counts. Everything but ``--write-path`` only parses files, so that ``--root`` can name any
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import tokenize
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from types import CodeType, FrameType
@@ -247,14 +247,49 @@ def _length(node: Function) -> int:
 
 def comment_share(modules: Modules) -> float:
     """Return the comments, whole lines and ends of lines, per line that is not blank."""
-    readers = [io.StringIO(module.source).readline for module in modules.values()]
-    comments = sum(token.type == tokenize.COMMENT for read in readers for token in tokenize.generate_tokens(read))
     written = sum(bool(line.strip()) for module in modules.values() for line in module.source.splitlines())
-    return comments / written
+    return sum(map(_comments, modules.values())) / written
 
 
-LISTS = {listed.__name__: listed for listed in (circles, state_users, called_once, untyped, one_importer, no_verb)}
-"""Functions whose finds can be printed one by one."""
+def _comments(module: Module) -> int:
+    tokens = tokenize.generate_tokens(io.StringIO(module.source).readline)
+    return sum(token.type == tokenize.COMMENT for token in tokens)
+
+
+def files(modules: Modules) -> list[str]:
+    """Return every file with its number of lines, the longest first."""
+    return _ranked((len(module.source.splitlines()), str(module.path)) for module in modules.values())
+
+
+def functions(modules: Modules) -> list[str]:
+    """Return every function and method with its number of lines, the longest first."""
+    found = ((name, function) for name, module in modules.items() for function in module.functions())
+    return _ranked((_length(function), f"{name}:{function.lineno} {function.name}") for name, function in found)
+
+
+def comments(modules: Modules) -> list[str]:
+    """Return every file with its number of comments, the one with most first."""
+    return _ranked((_comments(module), str(module.path)) for module in modules.values())
+
+
+def _ranked(counts: Iterable[tuple[int, str]]) -> list[str]:
+    return [f"{count} {what}" for count, what in sorted(counts, key=lambda pair: (-pair[0], pair[1]))]
+
+
+LISTS = {
+    listed.__name__: listed
+    for listed in (circles, state_users, called_once, untyped, files, functions, comments, one_importer, no_verb)
+}
+"""Functions whose finds can be printed one by one; those of ``crowded_folders`` and ``write_trip`` can be, too."""
+
+
+def finds(name: str, root: Path) -> list[str]:
+    """Return what is behind one count, by the name of the function that finds it."""
+    if name == write_trip.__name__:
+        return write_trip()
+    if name == crowded_folders.__name__:
+        return _ranked((count, folder) for folder, count in crowded_folders(root).items())
+    return [str(found) for found in LISTS[name](read_modules(root))]
 
 
 def measure(root: Path = ROOT) -> dict[str, float]:
@@ -337,12 +372,20 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout to count; default: this one")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--write-path", action="store_true", help="also run one write of the mplus that Python finds")
+    names = [*LISTS, crowded_folders.__name__, write_trip.__name__]
     parser.add_argument(
-        "--list", choices=[*LISTS, "write_trip"], help="print what is counted, not how much of it there is"
+        "--list",
+        nargs="?",
+        const="all",
+        choices=[*names, "all"],
+        help="print what is counted, not how much of it there is; without a name, of all counts that need no running, "
+        "or with --write-path the files that one write runs through",
     )
     asked = parser.parse_args()
     if asked.list:
-        print(*(write_trip() if asked.list == "write_trip" else LISTS[asked.list](read_modules(asked.root))), sep="\n")
+        every = [write_trip.__name__] if asked.write_path else names[:-1]
+        for name in every if asked.list == "all" else [asked.list]:
+            print(*([f"== {name}"] if asked.list == "all" else []), *finds(name, asked.root), sep="\n")
         return
     numbers = {**measure(asked.root), **(write_path() if asked.write_path else {})}
     if asked.json:

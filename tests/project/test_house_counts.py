@@ -157,6 +157,28 @@ def test_what_is_counted_can_be_listed(root, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines() == ["mplus.memory.memory:2 Memory", "mplus.training:4 losses"]
 
 
-def test_one_write_is_counted():
+def test_everything_can_be_listed_at_once(root, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["house", "--root", str(root), "--list"])
+    house.main()
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.removeprefix("== ") for line in lines if line.startswith("== ")]
+    assert names == [*house.LISTS, "crowded_folders"]
+    assert lines[lines.index("== files") + 1] == "13 mplus/training.py"
+    assert lines[lines.index("== functions") + 1] == "7 mplus.training:4 losses"
+    assert lines[lines.index("== comments") + 1] == "1 mplus/memory/memory.py"
+    assert lines[-1] == f"{house.MOST_FILES + 1} tests"
+
+
+def test_one_write_is_counted_and_its_files_are_listed(monkeypatch, capsys):
+    calls = house.write_calls()
+    monkeypatch.setattr(house, "write_calls", lambda: calls)
     numbers = house.write_path()
     assert numbers["calls in one write"] > numbers["functions in one write"] > numbers["files in one write"] > 5
+    monkeypatch.setattr(sys, "argv", ["house", "--write-path", "--list"])
+    house.main()
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == "== write_trip"
+    files = [line for line in lines if not line.startswith(" ")]
+    assert len(files) == numbers["files in one write"]
+    assert len(lines) - len(files) == numbers["functions in one write"]
+    assert "memory/directory/journal.py" in files
