@@ -18,7 +18,8 @@ from mplus.config import JsonValue
 from mplus.evaluation.execution.ann_recall import Shortcuts
 from mplus.evaluation.generating import Generated
 from mplus.evaluation.options import ArmOptions
-from mplus.evaluation.reports.report import Arm, Curve
+from mplus.evaluation.reports.forgetting_curve import Curve
+from mplus.evaluation.reports.report import Arm
 from mplus.evaluation.tasks.base import Episode, Question, Task
 from mplus.hf.model.model_class import MemoryModel
 from mplus.retrievers.base import Retriever

@@ -39,8 +39,8 @@ from mplus.evaluation.generating import (
 )
 from mplus.evaluation.options import ArmOptions, RunOptions
 from mplus.evaluation.oracle import OracleMechanism, retrieves
-from mplus.evaluation.reports.forgetting_curve import curves
-from mplus.evaluation.reports.report import ARMS, Arm, Curve
+from mplus.evaluation.reports.forgetting_curve import Curve, curves
+from mplus.evaluation.reports.report import ARMS, Arm
 from mplus.evaluation.retriever_swap import Way, find_way, retriever_for, state_bytes
 from mplus.evaluation.tasks.base import Task
 from mplus.evaluation.texts import Texts, Tokenizer

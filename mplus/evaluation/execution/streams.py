@@ -35,8 +35,8 @@ from mplus.evaluation.execution.stream_reading import (
     right_answers,
 )
 from mplus.evaluation.options import ArmOptions
-from mplus.evaluation.reports.forgetting_curve import curves
-from mplus.evaluation.reports.report import ARMS, Arm, Curve
+from mplus.evaluation.reports.forgetting_curve import Curve, curves
+from mplus.evaluation.reports.report import ARMS, Arm
 from mplus.evaluation.retriever_swap import own_retriever
 from mplus.evaluation.tasks.base import Episode
 from mplus.evaluation.tasks.facts import Facts

@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypedDict
+
+from attrs import define
 
 from mplus.errors import InputError
-from mplus.evaluation.reports.report import Curve
+
+
+class CurveFacts(TypedDict):
+    """A curve as plain data."""
+
+    name: str
+    formula: str
+    accuracy_by_age: Mapping[str, float]
+
+
+@define(frozen=True, kw_only=True)
+class Curve:
+    """The predictions of a formula: ``accuracy_by_age`` of ``formula``."""
+
+    name: str
+    formula: str
+    accuracy_by_age: dict[int, float]
+
+    def plain(self) -> CurveFacts:
+        """Return this as plain data."""
+        by_age = {str(age): value for age, value in self.accuracy_by_age.items()}
+        return {"name": self.name, "formula": self.formula, "accuracy_by_age": by_age}
+
+    @classmethod
+    def from_plain(cls, plain: CurveFacts) -> Curve:
+        """Read ``plain`` back."""
+        by_age = {int(age): value for age, value in plain["accuracy_by_age"].items()}
+        return cls(name=plain["name"], formula=plain["formula"], accuracy_by_age=by_age)
 
 
 def one_row(age: int, new_rows: int, short_term: int) -> float:

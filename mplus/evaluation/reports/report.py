@@ -15,6 +15,7 @@ from attrs import define, field
 from mplus.config import JsonValue, number, one_of, whole
 from mplus.errors import InputError
 from mplus.evaluation.options import as_texts
+from mplus.evaluation.reports.forgetting_curve import Curve, CurveFacts
 
 T = TypeVar("T")
 FORMAT = 1
@@ -56,14 +57,6 @@ class ArmFacts(TypedDict):
     tokens_attended: int | None
     tokens_attended_by_age: ByAge[int]
     details: dict[str, JsonValue]
-
-
-class CurveFacts(TypedDict):
-    """A curve as plain data."""
-
-    name: str
-    formula: str
-    accuracy_by_age: ByAge[float]
 
 
 class ReportFacts(TypedDict):
@@ -241,26 +234,6 @@ class Arm:
             cells=tuple(cells),
             details=plain["details"],
         )
-
-
-@define(frozen=True, kw_only=True)
-class Curve:
-    """The predictions of a formula: ``accuracy_by_age`` of ``formula``."""
-
-    name: str
-    formula: str
-    accuracy_by_age: dict[int, float]
-
-    def plain(self) -> CurveFacts:
-        """Return this as plain data."""
-        by_age = {str(age): value for age, value in self.accuracy_by_age.items()}
-        return {"name": self.name, "formula": self.formula, "accuracy_by_age": by_age}
-
-    @classmethod
-    def from_plain(cls, plain: CurveFacts) -> Curve:
-        """Read ``plain`` back."""
-        by_age = {int(age): value for age, value in plain["accuracy_by_age"].items()}
-        return cls(name=plain["name"], formula=plain["formula"], accuracy_by_age=by_age)
 
 
 def _curves(curves: Iterable[Curve]) -> tuple[Curve, ...]:
