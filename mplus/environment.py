@@ -8,16 +8,16 @@ import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import mplus
+from mplus.config import JsonValue
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
-def run_info(**facts: Any) -> dict[str, Any]:
+def run_info(**facts: JsonValue) -> dict[str, JsonValue]:
     """Return date, versions, commit, device and threads, and the ``facts`` of the caller (seeds, the model)."""
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
@@ -42,7 +42,7 @@ def load_average() -> float | None:
         return None
 
 
-def _commit() -> dict[str, Any]:
+def _commit() -> dict[str, JsonValue]:
     """Return the commit of mplus itself, where it runs from a checkout, and whether files differ from it."""
     root = Path(mplus.__file__).resolve().parent.parent
     if not (root / ".git").exists():

@@ -11,7 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from mplus.config import JsonValue
 from mplus.errors import InputError
-from mplus.evaluation.execution.base import Execution, M, Signals, W
+from mplus.evaluation.execution.base import Execution, M, W
 
 
 @torch.no_grad()
@@ -30,7 +30,6 @@ def abstention(execution: Execution[M, W], *, name: str | None = None) -> dict[s
 
     Raises:
         InputError: the task asks nothing that was not told, or makes one episode only.
-        NotSupported: a mechanism whose reads cannot be traced.
         ConfigError: a setting that the execution would not follow.
     """
     found = list(execution.signals())
@@ -39,16 +38,14 @@ def abstention(execution: Execution[M, W], *, name: str | None = None) -> dict[s
     )
     present = [column for column in range(features.shape[1]) if not bool(features[:, column].isnan().all())]
     report = compare(features[:, present], [execution.features[column] for column in present], told, calibrates)
-    if all(part.said_unknown is not None for part in found):
-        report["said_unknown"] = _said_unknown(found)
+    said = [part.said_unknown[~part.calibrates] for part in found if part.said_unknown is not None]
+    if len(said) == len(found):  # how often the decoder says so of what was told, and of what was not
+        said_unknown, told = torch.cat(said), told[~calibrates]
+        report["said_unknown"] = {
+            "of_told": float(said_unknown[told].float().mean()),
+            "of_untold": float(said_unknown[~told].float().mean()),
+        }
     return execution.plain("abstention", report, name)
-
-
-def _said_unknown(found: list[Signals]) -> dict[str, float]:
-    """Return how often the decoder says so of what was told, and of what was not."""
-    judged = [(part.said_unknown[~part.calibrates], part.told[~part.calibrates]) for part in found]  # type: ignore[index]
-    said, told = (torch.cat(columns) for columns in zip(*judged, strict=True))
-    return {"of_told": float(said[told].float().mean()), "of_untold": float(said[~told].float().mean())}
 
 
 def auroc(positive: Tensor, negative: Tensor) -> float:
@@ -134,7 +131,10 @@ def threshold(scores: Tensor, told: Tensor) -> float:
     _check(scores[:, None], told)
     steps = scores.double().unique(sorted=True)
     cuts = torch.cat([steps[:1] - 1, (steps[:-1] + steps[1:]) / 2, steps[-1:] + 1])
-    right = [_balanced(scores, told, float(cut)) for cut in cuts]
+    right = []
+    for cut in cuts:
+        answers = scores.double() >= float(cut)
+        right.append((float(answers[told].double().mean()) + float((~answers[~told]).double().mean())) / 2)
     return float(cuts[right.index(max(right))])
 
 
@@ -222,11 +222,6 @@ def _figures(result: Abstention) -> dict[str, JsonValue]:
         "threshold": result.threshold,
     }
     return figures if result.brier is None else {**figures, "brier": result.brier}
-
-
-def _balanced(scores: Tensor, told: Tensor, at: float) -> float:
-    answers = scores.double() >= at
-    return (float(answers[told].double().mean()) + float((~answers[~told]).double().mean())) / 2
 
 
 def _check(features: Tensor, told: Tensor) -> None:

@@ -58,7 +58,8 @@ class ArmOptions:
 
     Attributes:
         arms: names; None: all there are.
-        window_tokens: of the plain window; None: as many as M+ attends to (begin row, K0 and N), and 64 for facts.
+        window_tokens: of the plain window; None: as many as M+ attends to (begin row, K0 and N), or another mechanism
+            (what it retrieves and keeps at hand, a chunk at least), and 64 for facts.
         window_converged: a window that answers a smaller share of what lies inside it is not to be compared with.
         bm25_passages, bm25_tokens: most passages in front of the question, and room for them; None: 4 (of facts, as
             many as the window holds), and as ``positions``.

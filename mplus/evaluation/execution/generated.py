@@ -198,7 +198,8 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
                 f"decoder's mechanism is {self._own!r}: none of them would measure it under its own name. Ask for "
                 f"some of the arms {', '.join(usable)}"
             )
-        window = options.window_tokens or config.chunk_tokens
+        retrieved = config.retrieved_tokens if retrieves(self.model.mplus_engine.mechanism) else 0
+        window = options.window_tokens or max(retrieved + (config.short_term_tokens or 0), config.chunk_tokens)
         return attrs.evolve(options, arms=wanted, window_tokens=window, bm25_passages=passages)
 
     def way(self, arm: str, options: ArmOptions) -> Way | str:
