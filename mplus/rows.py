@@ -38,7 +38,8 @@ class MemoryRows:
         expiry: ``[n]`` float64, or None. Merge count at which the row expires (eviction by time to live).
         projected: ``[n, Hkv (D + Dv)]`` float, or None where they are not kept. The layer's keys of the row, not
             rotated, and behind them its values, as the reading adapter makes them.
-        extra: further columns of a store that keeps rows in a form of its own, by name; empty everywhere else.
+        extra: further columns by name: of a mechanism whose layout has some, or of a store that keeps rows in a form
+            of its own.
     """
 
     hidden: Tensor | None

@@ -287,7 +287,10 @@ def alike(chunks: Sequence[Tensor], states: Sequence[StreamState]) -> list[list[
 
 
 def check_columns(columns: Mapping[str, Tensor], layout: StoreLayout, where: str) -> None:
-    """Raise MemoryMismatchError unless these are the columns of rows; ``OPTIONAL`` ones may be there or not.
+    """Raise MemoryMismatchError unless these are the columns of rows.
+
+    ``OPTIONAL`` ones, and the further ones of a layout (``StoreLayout.extra``), may be there or not: those rows that go
+    into the store must have the latter.
 
     Args:
         columns: by name.
@@ -295,7 +298,8 @@ def check_columns(columns: Mapping[str, Tensor], layout: StoreLayout, where: str
         where: they are, in messages.
     """
     described = layout.columns()
-    if not described.keys() - OPTIONAL <= columns.keys() <= described.keys():
+    optional = OPTIONAL | {name for name, _, _ in layout.extra}
+    if not described.keys() - optional <= columns.keys() <= described.keys():
         raise MemoryMismatchError(f"{where} must have the columns {sorted(described)}, got {sorted(columns)}")
     count = columns["birth"].shape[:1] or (0,)
     for name, column in columns.items():

@@ -10,11 +10,27 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from mplus.errors import InputError
-from mplus.rows import MemoryRows
+from mplus.errors import ConfigError, InputError
+from mplus.rows import OWN_COLUMNS, MemoryRows
 
 Column = Literal["birth", "source", "key", "expiry"]
 Content = Literal["hidden", "projected"]
+
+
+TAKEN = OWN_COLUMNS | {"id", "ids", "stay", "index"}
+"""Names that a further column of rows cannot have: those of other columns, and of what stands beside them in files."""
+
+
+def _check_extra(
+    instance: object, attribute: object, value: Sequence[tuple[str, tuple[int, ...], torch.dtype]]
+) -> None:
+    names = [name for name, _, _ in value]
+    wrong = [name for name in names if not name.isidentifier() or name in TAKEN or names.count(name) > 1]
+    if wrong:
+        raise ConfigError(
+            f"extra columns of a StoreLayout must have names of their own, which are words and none of "
+            f"{', '.join(sorted(TAKEN))}, got {wrong[0]!r}"
+        )
 
 
 @define(frozen=True, kw_only=True)
@@ -22,8 +38,8 @@ class StoreLayout:
     """The form of the rows of a store: sizes, dtypes and device.
 
     Attributes:
-        layers: number of layers that carry memory.
-        hidden_size: width d of ``MemoryRows.hidden``; of the decoder, also where hidden states are not kept.
+        layers: lists of rows; as a rule one for each layer that carries memory.
+        hidden_size: width d of ``MemoryRows.hidden``, also where hidden states are not kept.
         key_size: width r of ``MemoryRows.key``; 0 where rows have no key.
         expiry: whether rows carry ``MemoryRows.expiry``.
         dtype: dtype of ``hidden`` and ``key``.
@@ -31,7 +47,8 @@ class StoreLayout:
         projected_size: width of ``MemoryRows.projected``; 0 where rows have no projections.
         keeps_hidden: whether rows have ``MemoryRows.hidden``.
         key_dtype: dtype of ``key``, where it is another one; None: ``dtype``.
-        extra: name, shape of one row and dtype of each column in ``MemoryRows.extra``.
+        extra: name, shape of one row and dtype of each column in ``MemoryRows.extra``; none of them has the name of
+            another column.
     """
 
     layers: int
@@ -43,7 +60,7 @@ class StoreLayout:
     projected_size: int = 0
     keeps_hidden: bool = True
     key_dtype: torch.dtype | None = None
-    extra: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = ()
+    extra: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = field(default=(), validator=_check_extra)
 
     @property
     def row_bytes(self) -> int:

@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
+from attrs import evolve
 from safetensors.torch import load_file
 
 import mplus
-from mplus.errors import MechanismError, MemoryMismatchError
+from mplus.errors import ConfigError, MechanismError, MemoryMismatchError
 from mplus.hf.decoders.train_model import choose_trained
 from mplus.hf.pretrained.shipped import load_decoder
-from mplus.mechanisms import MECHANISMS
+from mplus.mechanisms import MECHANISMS, StoreLayout
 from mplus.memory.budget import rows_bytes
+from mplus.memory.format.repair import repair
+from mplus.memory.format.verify import verify
 from mplus.memory.writing.update import Update
 from mplus.testing.mechanisms import MechanismConformance
 from mplus.training.decoder import make_streams
@@ -26,8 +29,23 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+
+class CountedMechanism(SoftPromptMechanism):
+    """Keeps with every vector how many tokens its chunk had, and their mean and largest id."""
+
+    name = "counted"
+
+    def layout(self, shape: Any, kept: Any, projected_size: int) -> StoreLayout:
+        extra = (("tokens", (), torch.int32), ("ids_seen", (2,), torch.float32))
+        return evolve(super().layout(shape, kept, projected_size), extra=extra)
+
+    def further(self, ids: Tensor) -> dict[str, Tensor]:
+        seen = torch.stack([ids.float().mean(), ids.float().max()])
+        return {"tokens": torch.tensor([len(ids)], dtype=torch.int32), "ids_seen": seen[None]}
+
+
 CHUNK = 16
-EACH = (SoftPromptMechanism, LayerBankMechanism)
+EACH = (SoftPromptMechanism, LayerBankMechanism, CountedMechanism)
 
 
 class TestSoftPrompt(MechanismConformance):
@@ -37,6 +55,10 @@ class TestSoftPrompt(MechanismConformance):
 class TestLayerBank(MechanismConformance):
     implementation = LayerBankMechanism
     settings: ClassVar[dict[str, int]] = {"retrieved_tokens": 200}
+
+
+class TestCounted(MechanismConformance):
+    implementation = CountedMechanism
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -175,6 +197,32 @@ def test_rows_that_do_not_fit_its_layout_are_refused(what: str, model: Any, monk
         memory.write(ids(CHUNK, 5))
     monkeypatch.undo()
     assert torch.equal(logits(model, memory), before)
+
+
+@pytest.mark.parametrize("store", ["ram", "mmap", "tiered", "quantized"])
+def test_further_columns_are_kept_everywhere(store: str, tmp_path: Path) -> None:
+    model = wrapped(CountedMechanism)
+    with mplus.Memory.open(tmp_path / "live", model, store=store) as memory:
+        memory.write(ids(CHUNK, 0), source="first")
+        memory.checkpoint()
+        memory.write(ids(7, 1), source="second")
+        memory.write(ids(9, 2), source="third")
+        memory.forget("second")
+    with mplus.Memory.open(tmp_path / "live", model) as memory:
+        memory.save(tmp_path / "saved")
+    assert repair(tmp_path / "live", tmp_path / "mended") == verify(tmp_path / "live") == []
+    for folder in ("saved", "mended"):
+        assert verify(tmp_path / folder) == []
+        [kept] = mplus.Memory.load(tmp_path / folder, model, store=store).stores
+        rows = kept.gather(0, kept.ids(0))
+        assert rows.extra["tokens"].tolist() == [CHUNK, 9]
+        assert rows.extra["ids_seen"][:, 1].tolist() == [float(ids(CHUNK, 0).max()), float(ids(9, 2).max())]
+
+
+def test_a_further_column_cannot_take_the_name_of_another() -> None:
+    for name in ("hidden", "id", "two words"):
+        with pytest.raises(ConfigError, match=f"extra columns of a StoreLayout must have names .*got '{name}'"):
+            StoreLayout(layers=1, hidden_size=1, extra=((name, (), torch.int32),))
 
 
 def test_embeddings_narrower_than_layers() -> None:

@@ -139,7 +139,11 @@ class RowMechanism(MemoryMechanism):
         return Update(WritePass(WritePlan.together(plans), self.additions).run(decoder, ids))
 
     def example(self, decoder: Decoder, ids: Tensor, context: WriteContext) -> StreamView:
-        """Return a stream whose short-term rows are what the layers receive for ``ids``."""
+        """Return a stream whose short-term rows are what the layers receive for ``ids``.
+
+        Not by a write: a new stream can begin with a pool of thousands of rows, and MemoryLLM can fill all of its
+        memory with the first chunk, which every check would then read. What ``write`` makes is a check of its own.
+        """
         layout = context.store.layout
         seen = decoder.run(ids, collect={"inputs"}).inputs
         births = torch.arange(ids.shape[1], device=layout.device)

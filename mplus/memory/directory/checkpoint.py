@@ -268,7 +268,7 @@ def read_checkpoint(
     """
     file = BlockFile(folder / manifest.state.file, manifest.state)
     reader = in_present_form(BlockTensors(file), manifest.earlier)
-    check_names(reader, manifest.streams)
+    check_names(reader, manifest)
     states = [read_state(reader, number, entry, layout) for number, entry in enumerate(manifest.streams)]
     for number, state in enumerate(states):
         with as_written(f"{file.path}: stream {number}"):

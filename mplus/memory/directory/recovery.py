@@ -48,8 +48,9 @@ class _Marking:
 
     lasting: ClassVar[bool] = True
 
-    def __init__(self, file: BlockFile) -> None:
+    def __init__(self, file: BlockFile, layout: StoreLayout) -> None:
         self.path, self._file = file.path, file
+        self._columns = (*COLUMNS, *(name for name, _, _ in layout.extra))
 
     @property
     def names(self) -> Collection[str]:
@@ -61,11 +62,11 @@ class _Marking:
         Raises MemoryFileError where it is damaged.
         """
         prefix, _, column = name.rpartition(".")
-        if ".rows." not in renamed(name) or column not in COLUMNS:
+        if ".rows." not in renamed(name) or column not in self._columns:
             return self._file.read(name)
         tensor = self._file.unchecked(name).clone()
         if column == "birth" and tensor.dtype == torch.int64:
-            tensor[~_sound(self._file, prefix, self._file.rows(name), COLUMNS)] = DAMAGED
+            tensor[~_sound(self._file, prefix, self._file.rows(name), self._columns)] = DAMAGED
         return tensor
 
     def zeros_like(self, name: str) -> Tensor:
@@ -99,7 +100,7 @@ def salvage(folder: Path | Folder, manifest: LiveManifest) -> Salvaged:
     found, layout = Salvaged(), layout_from(manifest.layout)
     mapped: list[MmapStore] = []
     file = BlockFile(folder / manifest.state.file, manifest.state)
-    marking = _Marking(file)
+    marking = _Marking(file, layout)
     reader = in_present_form(marking, manifest.earlier)
     for number, entry in enumerate(manifest.streams):
         found.stores.append(STORES.build(stack_of(Component.of(manifest.store)), layout))

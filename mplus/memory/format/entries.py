@@ -10,9 +10,9 @@ from attrs import define, field
 from mplus.errors import DuplicateNameError, MissingDependencyError, PluginError, UnknownNameError
 from mplus.mechanisms import MECHANISMS
 from mplus.memory.format.folder import DATA
-from mplus.memory.format.structure import check_name, check_whole, named_like, validator, whole
+from mplus.memory.format.structure import ONLY_IF_SET, check_name, check_whole, named_like, validator, whole
 from mplus.memory.state import PlainState, StreamState
-from mplus.stores.base import StoreLayout
+from mplus.stores.base import TAKEN, StoreLayout
 from mplus.stores.disk.safetensors_io import CODES
 
 MOST = 2**31 - 1
@@ -54,6 +54,22 @@ def _row_counts(name: str, value: dict[str, tuple[int, ...]]) -> None:
             raise ValueError(f"{name} must count the rows of every part of {rows!r}, got none")
 
 
+@validator
+def _column_name(name: str, value: str) -> None:
+    check_name(name, value, r"[A-Za-z_]\w*", "<word>")
+    if value in TAKEN:
+        raise ValueError(f"{name} must be that of no other column, got {value!r}")
+
+
+@define(frozen=True, kw_only=True)
+class ColumnEntry:
+    """A further column of rows: its name, the shape of one row in it, and its dtype by name."""
+
+    name: str = field(validator=_column_name)
+    shape: tuple[int, ...] = field(validator=whole(1, MOST))
+    dtype: str = field(validator=validator(_check_dtype))
+
+
 @define(frozen=True, kw_only=True)
 class LayoutEntry:
     """The layout of the rows: see ``mplus.stores.base.StoreLayout``; ``dtype`` by name ("float32")."""
@@ -65,6 +81,7 @@ class LayoutEntry:
     dtype: str = field(validator=_floating)
     projected_size: int = field(default=0, validator=whole(0, MOST))
     keeps_hidden: bool = True
+    extra: tuple[ColumnEntry, ...] = field(default=(), metadata=ONLY_IF_SET)
 
     @property
     def least_bytes(self) -> int:
@@ -83,6 +100,7 @@ def layout_from(entry: LayoutEntry) -> StoreLayout:
         dtype=DTYPES[entry.dtype],
         projected_size=entry.projected_size,
         keeps_hidden=entry.keeps_hidden,
+        extra=tuple((column.name, column.shape, DTYPES[column.dtype]) for column in entry.extra),
     )
 
 

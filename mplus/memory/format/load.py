@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from mplus.memory.engine import Engine
 from mplus.memory.format.earlier import in_present_form
 from mplus.memory.format.entries import StreamEntry, state_class
 from mplus.memory.format.folder import hold, lock
-from mplus.memory.format.manifest import Manifest, check_belongs, read_manifest
+from mplus.memory.format.manifest import Belonging, Manifest, check_belongs, read_manifest
 from mplus.memory.format.rules import check_fits, check_rows, check_values
 from mplus.memory.format.structure import LARGEST
 from mplus.memory.format.tensors import TensorReader, Tensors
@@ -38,7 +38,7 @@ from mplus.stores.base import MemoryStore, StoreLayout
 COLUMNS = ("hidden", "birth", "source", "key", "expiry", "projected")
 OF_STREAM = re.compile(
     r"stream\.(?P<stream>\d{1,9})\."
-    rf"(rows\.(?P<list>\w+)\.(?P<layer>\d{{1,9}})\.({'|'.join(COLUMNS)})|state\.[\w.]+|sources\.({'|'.join(SOURCE_COLUMNS)})"
+    rf"(rows\.(?P<list>\w+)\.(?P<layer>\d{{1,9}})\.(?P<column>\w+)|state\.[\w.]+|sources\.({'|'.join(SOURCE_COLUMNS)})"
     rf"|text\.({'|'.join(NAMES)})|tail\.({'|'.join(TAIL_NAMES)})|usage\.\d+|live\.\d+\.\d+|generator)"
 )
 OF_STORE = re.compile(r"store\.(?P<store>\d{1,9})\.\d+\.\w+(\.\w+)*")
@@ -85,7 +85,7 @@ def load_streams(
         mechanism = engine.mechanism
         with TensorReader(here, manifest.data) as opened:
             file = in_present_form(opened, manifest.earlier)
-            check_names(file, manifest.streams)
+            check_names(file, manifest)
             lifetime = mechanism.lifetime(policy)
             states, stores, generators = read_streams(file, manifest, layout, store or engine.config.store, lifetime)
             with as_written(f"{folder}"):
@@ -139,13 +139,14 @@ def read_streams(
     )
 
 
-def check_names(file: Tensors, streams: Sequence[StreamEntry]) -> None:
+def check_names(file: Tensors, manifest: Belonging) -> None:
     """Raise MemoryFileError where a file holds a tensor that no such memory has."""
+    streams, columns = manifest.streams, {*COLUMNS, *(column.name for column in manifest.layout.extra)}
     for name in file.names:
         found = OF_STREAM.fullmatch(name)
         if found is not None and int(found["stream"]) < len(streams):
             parts = streams[int(found["stream"])].rows.get(found["list"] or "", ())
-            if found["list"] is None or int(found["layer"]) < len(parts):
+            if found["list"] is None or (int(found["layer"]) < len(parts) and found["column"] in columns):
                 continue
         if found is None and (store := OF_STORE.fullmatch(name)) and int(store["store"]) < len(streams):
             continue
@@ -160,7 +161,8 @@ def read_rows(file: Tensors, prefix: str, count: int, layout: StoreLayout) -> Me
 
     Raises MemoryFileError unless there are ``count`` and they look as ``layout`` says.
     """
-    columns = {name: file.get(f"{prefix}.{name}") for name in COLUMNS if f"{prefix}.{name}" in file.names}
+    names = (*COLUMNS, *(name for name, _, _ in layout.extra))
+    columns = {name: file.get(f"{prefix}.{name}") for name in names if f"{prefix}.{name}" in file.names}
     with as_written(f"{file.path}"):
         check_columns(columns, layout, prefix)
     if len(columns["birth"]) != count:

@@ -15,7 +15,7 @@ from mplus.config import Component, JsonValue
 from mplus.errors import ConfigError, MemoryFileError, MemoryMismatchError
 from mplus.mechanisms import MECHANISMS
 from mplus.memory.format.earlier import upgraded
-from mplus.memory.format.entries import DataEntry, LayoutEntry, StreamEntry, name_of
+from mplus.memory.format.entries import DataEntry, LayoutEntry, StreamEntry, layout_from, name_of
 from mplus.memory.format.folder import MANIFEST
 from mplus.memory.format.structure import NOT_IN_FILES, structured, unstructured, validator, whole
 from mplus.memory.sources.table import SourceTable
@@ -219,11 +219,12 @@ def check_belongs(manifest: Belonging, fingerprint: Mapping[str, Any], layout: S
             f"{where} must be loaded by the model, adapters and config it was made with, but {'; '.join(differences)}"
             + _not_installed(mechanism_of(manifest))
         )
-    for name in ("layers", "hidden_size", "key_size"):
-        if getattr(manifest.layout, name) != getattr(layout, name):
+    found = layout_from(manifest.layout)
+    for name in ("layers", "hidden_size", "key_size", "extra"):
+        if getattr(found, name) != getattr(layout, name):
             raise MemoryFileError(
                 f"{where}: layout.{name} must be {getattr(layout, name)} as of the decoder it was made with, got "
-                f"{getattr(manifest.layout, name)}: the manifest was altered"
+                f"{getattr(found, name)}: the manifest was altered"
             )
 
 

@@ -44,7 +44,7 @@ def saved_sources(path: str | Path) -> list[list[SourceInfo]]:
         manifest = read_manifest(here)
         with TensorReader(here, manifest.data) as opened:
             file = in_present_form(opened, manifest.earlier)
-            check_names(file, manifest.streams)
+            check_names(file, manifest)
             return [_sources(file, manifest, number) for number in range(len(manifest.streams))]
     finally:
         held.release()
@@ -93,7 +93,7 @@ def forget_saved(
         rows = chosen(row, len(manifest.streams))
         with TensorReader(here, manifest.data) as opened:
             file = in_present_form(opened, manifest.earlier)
-            check_names(file, manifest.streams)
+            check_names(file, manifest)
             states, stores, generators = read_streams(file, manifest, layout_from(manifest.layout), Component("ram"))
             noted = any(name.startswith("stream.") and ".usage." in name for name in file.names)
             access_logs = [read_access_log(file, n, store) if noted else None for n, store in enumerate(stores)]

@@ -35,7 +35,7 @@ from mplus.errors import MemoryFileError
 from mplus.eviction.base import EvictionPolicy
 from mplus.memory.budget import Budget
 from mplus.memory.engine import Engine
-from mplus.memory.format.entries import DataEntry, LayoutEntry, StreamEntry, name_of
+from mplus.memory.format.entries import ColumnEntry, DataEntry, LayoutEntry, StreamEntry, name_of
 from mplus.memory.format.folder import (
     DATA,
     MANIFEST,
@@ -232,6 +232,7 @@ def layout_entry(layout: StoreLayout) -> LayoutEntry:
         dtype=name_of(layout.dtype),
         projected_size=layout.projected_size,
         keeps_hidden=layout.keeps_hidden,
+        extra=tuple(ColumnEntry(name=name, shape=shape, dtype=name_of(dtype)) for name, shape, dtype in layout.extra),
     )
 
 
@@ -295,7 +296,8 @@ def _of_stream(view: StreamView) -> Iterator[tuple[str, Tensor]]:
 
 
 def _pieces(store: StoreView, layer: int, column: Any) -> Iterable[Tensor]:
-    if column not in ("hidden", "projected"):
+    further = {name for name, _, _ in store.layout.extra}
+    if column not in {"hidden", "projected", *further}:
         values = store.column(layer, column)
         return [] if values is None else [values]
     step = max(1, PIECE_BYTES // store.layout.row_bytes)

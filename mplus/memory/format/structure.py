@@ -51,6 +51,8 @@ def unstructured(instance: attrs.AttrsInstance) -> dict[str, Any]:
 
 NOT_IN_FILES = {"file": False}
 """``metadata`` of a field that is no part of the plain data."""
+ONLY_IF_SET = {"only_if_set": True}
+"""``metadata`` of a field that is left out of the plain data while it has its default."""
 
 
 def _in_files(cls: type[attrs.AttrsInstance]) -> dict[str, attrs.Attribute[Any]]:
@@ -63,6 +65,7 @@ def converter(cls: type) -> cattrs.BaseConverter:
     _resolve(cls)
     made = cattrs.BaseConverter(detailed_validation=True)
     made.register_unstructure_hook(tuple, list)
+    made.register_unstructure_hook_func(attrs.has, lambda instance: _plain(made, instance))
     made.register_structure_hook_func(attrs.has, lambda plain, cls: _instance(made, plain, cls))
     for kind, what in ((int, "a whole number"), (str, "a text"), (bool, "true or false")):
         made.register_structure_hook(kind, _exactly(kind, what))
@@ -86,6 +89,16 @@ def _exactly(kind: type, what: str) -> Callable[[JsonValue, type], JsonValue]:
         return plain
 
     return check
+
+
+def _plain(made: cattrs.BaseConverter, instance: Any) -> dict[str, Any]:
+    """Return the fields of an attrs instance as plain data, without those that need not be said."""
+    values = ((field, getattr(instance, field.name)) for field in attrs.fields(type(instance)))
+    return {
+        field.name: made.unstructure(value, unstructure_as=field.type)
+        for field, value in values
+        if not field.metadata.get("only_if_set") or value != field.default
+    }
 
 
 def _instance(made: cattrs.BaseConverter, plain: JsonValue, cls: type[A]) -> A:

@@ -65,7 +65,7 @@ def _faults(manifest: Manifest, data: TensorReader, file: Tensors) -> list[str]:
     if superfluous:
         faults.append(f"{file.path} must hold only the tensors in the manifest, got {superfluous[0]!r} too")
     with _noting(faults):
-        check_names(file, manifest.streams)
+        check_names(file, manifest)
     known: list[Tensor | None] = []
     for number, stream in enumerate(manifest.streams):
         known.append(None)
