@@ -24,7 +24,7 @@ class Engine(Protocol):
     config: MPlusConfig
     mechanism: Any  # Mechanism; typed there, because mechanisms build on memory
     writes_text: ClassVar[bool]
-    """Whether its memories are made of text, and written with ``write_text``."""
+    """True if its memories are made of text, and written with ``write_text``."""
 
     @property
     def layout(self) -> StoreLayout:

@@ -69,7 +69,7 @@ class Texts:
     def appended(self, text: Text) -> Texts:
         """Return these texts and one more."""
         # Indivisible, so of two futures of this memory one goes on with the shared texts and the other with a copy.
-        if self.shared.setdefault(self.count, text) is text:
+        if self.shared.setdefault(self.count, text) is text:  # nobody was here before
             return evolve(self, count=self.count + 1)
         return Texts.of(self.generator, [*self.chunks(), text])
 

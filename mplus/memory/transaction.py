@@ -239,12 +239,12 @@ class Streams:
         with self.state_lock:
             self._resolve()  # an interrupt may have struck while the last change was being resolved
             self.persistence.begin(self)
-            self._stores = unshared(self._stores)
+            self._stores = unshared(self._stores)  # copies of a row share a store until now
             states, transaction = list(self._states), self._begin()
             try:
                 result = change(states)
                 self.persistence.tidy(states, self, kept)
-                transaction.after = tuple(states)
+                transaction.after = tuple(states)  # the token by which ``committed`` knows this change
                 self.persistence.commit(transaction.after, self, kept)
                 self._states, self.version = transaction.after, self.version + 1
             except BaseException:
@@ -314,7 +314,7 @@ class Streams:
     def _resolve(self) -> None:
         """End a change that an exception has cut off: it has come to be, or all is as before it."""
         transaction = self._transaction
-        if transaction is not None and self._states is not transaction.after:
+        if transaction is not None and self._states is not transaction.after:  # else it had come to be already
             if transaction.after is not None and self.persistence.committed(transaction.after):
                 self._states, self.version = transaction.after, self.version + 1
             else:

@@ -136,7 +136,7 @@ class MmapStore(_SegmentReader, MemoryStore):
         self.layout.check(rows)
         if not len(rows):
             return
-        grown = segments.append(ids, rows)
+        grown = segments.append(ids, rows)  # an immutable value: what reads look at does not change
         self.next_ids[layer] = int(ids[-1]) + 1  # before the rows show: an interrupt here leaves a gap, and no harm
         self.layers = (*self.layers[:layer], grown, *self.layers[layer + 1 :])
         if self.changes is not None:

@@ -135,6 +135,7 @@ class Directory:
         if self.journal is None:
             raise LiveMemoryError(f"{self.path} has no checkpoint yet")
         self.check()
+        # Noted first: an interrupt in the middle of ``append`` has to know how far to go back.
         self._pending = PendingChange(token, self.journal.size, self.journal.records)
         self.journal.append(payload)
 

@@ -89,7 +89,7 @@ class Journal:
         data = b"".join((*payload, bytes(-length % SECTOR)))
         head = _head(self._mark, self.records, length, data)
         self._files.write(handle, head + data)
-        self._files.sync(handle)
+        self._files.sync(handle)  # before the write shows in memory: what a reader saw is on disk
         self.size, self.records = self.size + len(head) + len(data), self.records + 1
 
     def cut(self, size: int, records: int) -> None:

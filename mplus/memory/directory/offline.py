@@ -17,7 +17,7 @@ from mplus.memory.directory.journal import records
 from mplus.memory.directory.lock import acquire
 from mplus.memory.directory.open import layout_of, read_directory, read_present
 from mplus.memory.format.entries import layout_from
-from mplus.memory.format.folder import MANIFEST, hold, mode_of, writable
+from mplus.memory.format.folder import MANIFEST, hold, mode_of
 from mplus.memory.format.rules import PIECE_ROWS, finite, rules
 from mplus.memory.format.save import ManifestHeader, stream_entry
 from mplus.memory.report import ForgetReport, SourceInfo
@@ -26,7 +26,7 @@ from mplus.memory.sources.listing import sources_of
 from mplus.memory.sources.table import SourceTable
 from mplus.stores.base import StoreLayout
 from mplus.stores.disk.block_file import BlockFile, FileEntry
-from mplus.stores.disk.files import FileSystem, Folder
+from mplus.stores.disk.files import FileSystem, Folder, writable
 
 
 @define(frozen=True, kw_only=True)

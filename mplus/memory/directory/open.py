@@ -28,14 +28,14 @@ from mplus.memory.directory.directory import Directory
 from mplus.memory.directory.lock import acquire, is_new, owner_of
 from mplus.memory.directory.persistence import DirectoryPersistence, ReadOnly
 from mplus.memory.engine import Engine
-from mplus.memory.format.folder import MANIFEST, hold, prepare, writable
+from mplus.memory.format.folder import MANIFEST, hold, prepare
 from mplus.memory.format.load import as_written
 from mplus.memory.format.manifest import check_belongs
 from mplus.memory.format.rules import check_fits, check_values
 from mplus.memory.recompute import with_weights
 from mplus.memory.transaction import Persistence, Streams
 from mplus.stores.base import StoreLayout
-from mplus.stores.disk.files import FileSystem, Folder, PathAt
+from mplus.stores.disk.files import FileSystem, Folder, PathAt, writable
 from mplus.stores.stack import stack_of
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from mplus.errors import LiveMemoryError, MemoryFileError
 from mplus.memory.directory.checkpoint import CheckpointContent
 from mplus.memory.directory.directory import Directory
 from mplus.memory.directory.record import encode
-from mplus.memory.format.folder import writable
 from mplus.memory.format.save import ManifestHeader
 from mplus.memory.sources.forget import without_unused_sources
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.transaction import KeptPositions, Persistence, Streams
+from mplus.stores.disk.files import writable
 from mplus.stores.mmap import MmapStore
 from mplus.stores.stack import mapped_store
 

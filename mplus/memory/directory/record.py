@@ -77,7 +77,7 @@ def encode(
     facts: dict[str, StreamChange] = {}
     for row, (old, new) in enumerate(zip(before, after, strict=True)):
         fact: StreamChange = {}
-        if old is not new:
+        if old is not new:  # states are immutable: the same object says that nothing changed
             fact = _state(f"{row}", old, new, kept.get(row, {}), tensors)
         if notes[row]:
             fact["store"] = [_note(f"{row}.store.{place}", note, tensors) for place, note in enumerate(notes[row])]
@@ -102,6 +102,7 @@ def _state(
             stay = kept[name][layer] if name in kept else torch.arange(min(len(rows), len(now)))
             _tier(f"{prefix}.rows.{name}.{layer}", rows, now, stay, tensors)
     known, named = old.tensors(), new.tensors()
+    # Tensors of a state are never written in place, so that the same object has the same values.
     tensors.update({f"{prefix}.state.{name}": now for name, now in named.items() if known.get(name) is not now})
     changed, gone = new.sources.changed_since(old.sources)
     if changed:
@@ -133,7 +134,7 @@ def _tier(prefix: str, old: MemoryRows, new: MemoryRows, stay: Tensor, tensors: 
     """Put positions in ``old`` of the first rows of ``new``, and the rest of ``new``, into ``tensors``."""
     if old is new:
         return
-    if not _begins_with(new, old, stay):
+    if not _begins_with(new, old, stay):  # what the mechanism says is a hint: if it is wrong, all rows are recorded
         stay = torch.arange(0)
     tensors[f"{prefix}.stay"] = stay
     for name, column in new.columns().items():
@@ -153,6 +154,7 @@ def _begins_with(new: MemoryRows, old: MemoryRows, stay: Tensor) -> bool:
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
+    # As whole numbers: NaN differs from itself, and 0.0 equals -0.0.
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
     return torch.equal(one.contiguous().view(whole), other.contiguous().view(whole))
 
@@ -235,7 +237,7 @@ def _changed(
     if changed := _columns(tensors, f"{prefix}.sources."):
         for number, source in SourceTable.from_tensors(changed, next_source).items():
             sources = sources.having(number, source)
-    sources = evolve(sources, next_number=next_source)
+    sources = evolve(sources, next_number=next_source)  # larger than all, where a new source has gone again
     numbers, texts, tail = sources.column("number"), None, old.tail
     if "texts" in fact:
         more = Texts.from_tensors(_columns(tensors, f"{prefix}.text."), numbers)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mplus.errors import ConfigError, MemoryFileError
-from mplus.stores.disk.files import FILE_MODE, FileSystem, Folder, PathAt
+from mplus.stores.disk.files import FILE_MODE, FileSystem, Folder, PathAt, writable
 from mplus.stores.disk.locks import FileLock
 
 MANIFEST = "manifest.json"
@@ -34,18 +34,6 @@ def lock(folder: Folder, *, shared: bool = False) -> FileLock:
     with suppress(ImportError, OSError):  # no such locks here
         held.take(shared=shared)
     return held
-
-
-@contextmanager
-def writable(folder: Path | Folder) -> Iterator[None]:
-    """Turn what the operating system refuses into MemoryFileError."""
-    try:
-        yield
-    except OSError as error:
-        raise MemoryFileError(
-            f"{folder} must be a folder that can be written, got {error.strerror or error}"
-            f"{f' for {error.filename}' if error.filename else ''}: choose another path, or make room and allow writing"
-        ) from error
 
 
 def hold(path: str | Path) -> Folder:

@@ -13,7 +13,7 @@ from mplus.memory.directory.checkpoint_manifest import read_live_manifest
 from mplus.memory.directory.recovery import salvage
 from mplus.memory.format.earlier import in_present_form, renamed
 from mplus.memory.format.entries import DTYPES, StreamEntry, TensorEntry, layout_from
-from mplus.memory.format.folder import hold, lock, writable
+from mplus.memory.format.folder import hold, lock
 from mplus.memory.format.load import read_rows
 from mplus.memory.format.manifest import LIVE_FORMAT, Manifest, is_memory, read_manifest
 from mplus.memory.format.salvage import Salvaged, clean, read_sound_generator, read_sound_state
@@ -21,7 +21,7 @@ from mplus.memory.format.save import ManifestHeader, save
 from mplus.memory.format.tensors import TensorReader, Tensors
 from mplus.memory.state import StreamView
 from mplus.stores.base import StoreLayout
-from mplus.stores.disk.files import Folder
+from mplus.stores.disk.files import Folder, writable
 from mplus.stores.mmap import MmapStore
 
 

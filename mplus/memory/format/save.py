@@ -48,7 +48,6 @@ from mplus.memory.format.folder import (
     remove,
     rename,
     temporary,
-    writable,
 )
 from mplus.memory.format.manifest import Manifest, is_memory, mechanism_in, read_manifest
 from mplus.memory.format.tensors import write_tensors
@@ -58,7 +57,7 @@ from mplus.memory.texts import tail_tensors
 from mplus.memory.transaction import Streams
 from mplus.memory.weights_state import made_with
 from mplus.stores.base import StoreLayout, StoreView
-from mplus.stores.disk.files import FileSystem, Folder, PathAt, open_file, read_file
+from mplus.stores.disk.files import FileSystem, Folder, PathAt, open_file, read_file, writable
 from mplus.stores.disk.safetensors_io import Part
 
 PIECE_BYTES = 2**26

@@ -176,7 +176,7 @@ class SourceTable:
 
     def changed_since(self, earlier: SourceTable) -> tuple[dict[int, Source], list[int]]:
         """Return entries that are new or changed since ``earlier``, and numbers that only ``earlier`` has."""
-        same = {id(page) for page in earlier.pages} & {id(page) for page in self.pages}
+        same = {id(page) for page in earlier.pages} & {id(page) for page in self.pages}  # shared, hence unchanged
         before = {n: entry for page in earlier.pages if id(page) not in same for n, entry in page.entries.items()}
         now = {n: entry for page in self.pages if id(page) not in same for n, entry in page.entries.items()}
         changed = {number: entry for number, entry in now.items() if before.get(number) != entry}

@@ -107,6 +107,7 @@ def prepare_write(streams: Streams, rows: Sequence[int]) -> None:
     check_dtype(streams.dtype, streams.engine.dtype)
     streams.check_writable()
     now = streams.engine.weights()
+    # Nearly every write is made with the weights of the last one: then nothing has to be compared layer by layer.
     if any(streams.states[row].weights != now for row in rows):
         refresh_if_stale(streams, now, writing=rows)
 

@@ -34,7 +34,7 @@ class NewEntries:
 
     @property
     def finite(self) -> bool:
-        """Whether it can be written; text always can."""
+        """True: text can always be written."""
         return True
 
     def check_finite(self, tokens: int, mechanism: str) -> None:

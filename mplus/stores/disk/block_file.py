@@ -207,7 +207,9 @@ class BlockFile:
                 raise MemoryFileError(f"{path}: tensor {name!r} must begin at a multiple of its item size")
         if first != len(sums):
             raise MemoryFileError(f"{path} must have {first} bytes of checksums, got {len(sums)}")
-        with torch.inference_mode(False):
+        with torch.inference_mode(
+            False
+        ):  # made in a caller's inference mode, ``_good`` could not be written outside of it
             self._sums = torch.frombuffer(sums, dtype=torch.uint8) if sums else torch.empty(0, dtype=torch.uint8)
             self._good = torch.zeros(blocks, dtype=torch.bool)
             self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,))  # type: ignore[call-overload]
@@ -233,7 +235,7 @@ class BlockFile:
             kind, places, blocks = self._sums_of[name]
             data = self._bytes[self._begin + span.begin : self._begin + span.end]
             sums = self._sums[places]
-            if sums.storage_offset() % kind.dtype.itemsize:
+            if sums.storage_offset() % kind.dtype.itemsize:  # a view as wider numbers must begin at a multiple of them
                 sums = sums.clone()
             found = VerifiedTensor(
                 path=self.path,

@@ -83,7 +83,7 @@ def _order(layers: Sequence[SegmentedRows]) -> list[BlockFile | None]:
             below.setdefault(id(file), set()).update(id(other) for other in files[:place])
     order: list[BlockFile | None] = []
     while below:
-        key = next(key for key, before in below.items() if not before & below.keys())
+        key = next(key for key, before in below.items() if not before & below.keys())  # nothing left is older
         del below[key]
         order.append(named[key])
     return sorted(order, key=lambda file: file is None)  # memory last, also where no layer has both

@@ -13,11 +13,15 @@ import errno
 import os
 import stat
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from attrs import define, field
+
+from mplus.errors import MemoryFileError
 
 FILE_MODE = 0o600
 """Permission bits of files unless a caller asks to share them: their owner's alone."""
@@ -153,7 +157,7 @@ def open_file(path: Path | PathAt, flags: int = os.O_RDONLY) -> int:
     """
     at = path_at(path)
     wanted = at.folder.file_mode
-    if not NEVER_FOLLOW:
+    if not NEVER_FOLLOW:  # the system cannot refuse a link as it opens it
         _check_no_link(at)
     try:
         handle = os.open(at.where, flags | PLAIN | NO_WAIT, wanted, dir_fd=at.dir_fd)
@@ -202,6 +206,18 @@ def path_of(handle: int, path: Path | PathAt) -> str:
     if not os.path.samestat(path_at(path).stat(), os.fstat(handle)):
         raise OSError(errno.ESTALE, "another file, put there meanwhile", str(path))
     return os.fspath(path)
+
+
+@contextmanager
+def writable(folder: Path | Folder) -> Iterator[None]:
+    """Turn what the operating system refuses into MemoryFileError."""
+    try:
+        yield
+    except OSError as error:
+        raise MemoryFileError(
+            f"{folder} must be a folder that can be written, got {error.strerror or error}"
+            f"{f' for {error.filename}' if error.filename else ''}: choose another path, or make room and allow writing"
+        ) from error
 
 
 # ---------------------------------------------------------------------- changing files

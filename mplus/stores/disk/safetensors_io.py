@@ -109,7 +109,7 @@ def header(parts: Sequence[Part], metadata: Mapping[str, str], multiple: int = 8
         begin, end = end, end + part.nbytes
         described[part.name] = {"dtype": CODES[part.dtype], "shape": part.shape, "data_offsets": [begin, end]}
     text = json.dumps(described, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % multiple)
+    text += b" " * (-(8 + len(text)) % multiple)  # spaces behind JSON change nothing
     return len(text).to_bytes(8, "little") + text
 
 
@@ -146,7 +146,7 @@ def parse_header(data: bytes | memoryview, size: int) -> tuple[int, dict[str, Te
 def _span(entry: HeaderEntry) -> TensorSpan:
     begin, end = entry["data_offsets"]
     shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):  # True is an int, too
         raise ValueError("sizes must be whole numbers of at least 0")
     count = largest = 1
     for number in shape:  # not through torch, whose sizes end at 2 ** 63
@@ -177,7 +177,7 @@ def unpack(data: bytes | memoryview) -> tuple[dict[str, Tensor], dict[str, str]]
 
 
 def _tensor(data: bytes | memoryview, begin: int, span: TensorSpan) -> Tensor:
-    if span.begin == span.end:
+    if span.begin == span.end:  # frombuffer takes no empty buffer
         return torch.empty(span.shape, dtype=span.dtype)
     content = bytearray(data[begin + span.begin : begin + span.end])
     return torch.frombuffer(content, dtype=torch.uint8).view(span.dtype).reshape(span.shape)

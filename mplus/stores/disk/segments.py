@@ -97,9 +97,9 @@ class RowSegment:
             return None
         start, stop = self.start, self.stop
         if self.live is None:  # the usual cases, at a cost that does not grow with the segment
-            if int(places[-1]) == start + places.shape[0] - 1:
+            if int(places[-1]) == start + places.shape[0] - 1:  # the oldest rows leave, as under "fifo"
                 return evolve(self, start=start + places.shape[0], count=count)
-            if int(places[0]) == stop - places.shape[0]:
+            if int(places[0]) == stop - places.shape[0]:  # the newest rows leave
                 return evolve(self, stop=stop - places.shape[0], count=count)
         live = torch.ones(stop - start, dtype=torch.bool) if self.live is None else self.live.clone()
         live[places - start] = False
@@ -160,6 +160,7 @@ class SegmentedRows:
             ids, ranks = ids.sort()
             order = ranks.argsort()
         found, begin = [], 0
+        # Ids are sorted, so those of a segment are neighbours: only how many there are in each has to be known.
         *counts, beyond = torch.searchsorted(self._lasts, ids).bincount(minlength=len(self.segments) + 1).tolist()
         for segment, count in zip(self.segments, counts, strict=True):
             if count:

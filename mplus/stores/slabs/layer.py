@@ -171,7 +171,7 @@ class SlabLayer:
                 least = tail.count + left
                 room = max(min(int(self.sizes.growth * tail.count), free + tail.block.capacity), least)
                 slabs[-1] = _moved([tail], int(min(room, self.sizes.most)), self.allocator)
-                continue
+                continue  # into the place that there is now behind it
             else:
                 room = max(min(self._room(tail, left), free), min(left, self.sizes.most))
                 block = self.allocator.allocate(int(room))
@@ -179,7 +179,7 @@ class SlabLayer:
                 _write(block, 0, columns, done, granted, next_id)
                 slabs.append(Slab(block, 0, granted, granted, None, granted, next_id, next_id + granted - 1))
             done, next_id = done + granted, next_id + granted
-        if self.sizes.capacity is not None:
+        if self.sizes.capacity is not None:  # a budget also limits the room between rows
             slabs = self._compacted(slabs, ())
         return evolve(self, slabs=tuple(slabs), next_id=next_id, revision=self.revision + 1)
 
@@ -219,14 +219,16 @@ class SlabLayer:
 
     def _compacted(self, slabs: list[Slab], touched: Sequence[int]) -> list[Slab]:
         """Rewrite slabs with few rows among their places, small neighbours with them."""
-        for place in reversed(touched):
+        for place in reversed(
+            touched
+        ):  # from behind: a rewrite may join neighbours, and those in front keep their places
             if len(slabs[place]) > self.sizes.growth**2 * slabs[place].count:
                 self._rewrite(slabs, place)
         count = sum(slab.count for slab in slabs)
         while sum(slab.block.capacity for slab in slabs) > self.sizes.allowed(count):
             wasted = [slab.block.capacity - self._fitting(slab.count, slab is slabs[-1]) for slab in slabs]
             worst = max(range(len(slabs)), key=wasted.__getitem__)
-            if wasted[worst] <= 0:
+            if wasted[worst] <= 0:  # what is left over is rounding: no rewrite would give room back
                 break
             self._rewrite(slabs, worst)
         return slabs
