@@ -27,7 +27,7 @@ class Budget:
     bytes: int | None = None
 
     @staticmethod
-    def of(wanted: Any, config: MPlusConfig, mechanism: Any, store: MemoryStore, streams: int) -> Budget:
+    def of(wanted: int | str | None, config: MPlusConfig, mechanism: Any, store: MemoryStore, streams: int) -> Budget:
         """Return the limit of a new memory.
 
         Each stream gets an equal share. Of it the rows of a full STM are taken, of as many pending rows as can wait

@@ -12,6 +12,7 @@ from mplus.config import MPlusConfig
 from mplus.errors import MemoryMismatchError
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.weights_state import WeightsState
+from mplus.memory.writing.chunking import Tokenizer
 from mplus.memory.writing.passages import Passage
 from mplus.memory.writing.update import NewEntries, Update
 from mplus.rows import MemoryRows
@@ -42,7 +43,7 @@ class Engine(Protocol):
     def device(self) -> torch.device:
         """The device of input ids."""
 
-    def write(self, views: Sequence[StreamView], ids: Tensor, tokenizer: Any = None) -> Update:
+    def write(self, views: Sequence[StreamView], ids: Tensor, tokenizer: Tokenizer | None = None) -> Update:
         """Let the mechanism make rows of one chunk of each stream.
 
         Args:

@@ -19,10 +19,13 @@ SourceNames: TypeAlias = str | Sequence[str | None] | None
 
 
 class Tokenizer(Protocol):
-    """Turns text into ids, as the tokenizers of transformers do."""
+    """Turns text into ids and back, as the tokenizers of transformers do."""
 
-    def __call__(self, text: str, /, *, add_special_tokens: bool, verbose: bool) -> Mapping[str, Any]:
-        """Return the ids of a text as ``input_ids``."""
+    def __call__(self, text: str | list[str], /, *, add_special_tokens: bool, verbose: bool) -> Mapping[str, Any]:
+        """Return the ids of a text, or of each of several, as ``input_ids``."""
+
+    def decode(self, token_ids: Tensor, /, *, skip_special_tokens: bool) -> str | list[str]:
+        """Return the text of ids ``[n]``."""
 
 
 def split(ids: Tensor, chunk_tokens: int, min_chunk_tokens: int) -> list[Tensor]:

@@ -11,7 +11,7 @@ from attrs import define
 from torch import Tensor
 
 from mplus.errors import InputError
-from mplus.memory.writing.chunking import checked_ids, to_items
+from mplus.memory.writing.chunking import Ids, Tokenizer, WriteData, checked_ids, to_items
 
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+|\n\s*")
 WORD_END = re.compile(r"\s+")
@@ -34,7 +34,7 @@ class Passage:
     tokenizer: Any
 
 
-def to_texts(data: Any, batch_size: int, tokenizer: Any) -> list[str | None]:
+def to_texts(data: WriteData, batch_size: int, tokenizer: Tokenizer | None) -> list[str | None]:
     """Return the text of each batch row; None for a row with nothing to write.
 
     Args:
@@ -52,17 +52,23 @@ def to_texts(data: Any, batch_size: int, tokenizer: Any) -> list[str | None]:
     return texts
 
 
-def to_text(item: Any, tokenizer: Any) -> str | None:
+def to_text(item: str | Ids | None, tokenizer: Tokenizer | None) -> str | None:
     """Return the text of a text or ids; None: there is none. Raises InputError: no tokenizer, or wrong ids."""
-    if tokenizer is None:
-        raise InputError("a memory of text needs a tokenizer: pass tokenizer= to new_memory, load or open")
+    known = _needed(tokenizer)
     if item is not None and not isinstance(item, str):
         ids = checked_ids(item)
-        return None if ids is None else str(tokenizer.decode(ids, skip_special_tokens=True))
+        return None if ids is None else str(known.decode(ids, skip_special_tokens=True))
     return item or None
 
 
-def cut(text: str, tokenizer: Any, most: int) -> list[str]:
+def _needed(tokenizer: Tokenizer | None) -> Tokenizer:
+    """Return the tokenizer. Raises InputError: there is none."""
+    if tokenizer is None:
+        raise InputError("a memory of text needs a tokenizer: pass tokenizer= to new_memory, load or open")
+    return tokenizer
+
+
+def cut(text: str, tokenizer: Tokenizer | None, most: int) -> list[str]:
     """Cut a text into passages of whole sentences, each filled up; together they are the text.
 
     Args:
@@ -85,7 +91,7 @@ class PassageCutter:
         sentence: the beginning of the sentence behind it, of which the end has not come.
     """
 
-    tokenizer: Any
+    tokenizer: Tokenizer | None
     most: int
     held: str = ""
     size: int = 0
@@ -115,7 +121,7 @@ class PassageCutter:
         return passages
 
 
-def _units(text: str, tokenizer: Any, most: int) -> Iterator[tuple[str, int, bool]]:
+def _units(text: str, tokenizer: Tokenizer | None, most: int) -> Iterator[tuple[str, int, bool]]:
     """Yield what must not be cut, its tokens, and whether a passage must begin with it."""
     for sentence, tokens in _counted(_split(text, SENTENCE_END), tokenizer):
         if tokens <= most:
@@ -128,7 +134,7 @@ def _units(text: str, tokenizer: Any, most: int) -> Iterator[tuple[str, int, boo
                 first = False
 
 
-def _halves(word: str, tokenizer: Any, most: int) -> Iterator[tuple[str, int]]:
+def _halves(word: str, tokenizer: Tokenizer | None, most: int) -> Iterator[tuple[str, int]]:
     ((_, count),) = _counted([word], tokenizer)
     if count <= most or len(word) == 1:
         yield word, count
@@ -142,19 +148,19 @@ def _split(text: str, end: re.Pattern[str]) -> list[str]:
     return [text[first:behind] for first, behind in zip([0, *ends], [*ends, len(text)], strict=True) if behind > first]
 
 
-def _counted(texts: Sequence[str], tokenizer: Any) -> list[tuple[str, int]]:
+def _counted(texts: Sequence[str], tokenizer: Tokenizer | None) -> list[tuple[str, int]]:
     return [(text, len(ids)) for text, ids in zip(texts, token_ids(texts, tokenizer), strict=True)]
 
 
-def token_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+def token_ids(texts: Sequence[str], tokenizer: Tokenizer | None) -> list[list[int]]:
     """Return the tokens of each text, without special ones."""
     if not texts:
         return []
-    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    found: list[list[int]] = _needed(tokenizer)(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return found
 
 
-def with_ids(passages: Sequence[str], tokenizer: Any) -> list[tuple[str, Tensor]]:
+def with_ids(passages: Sequence[str], tokenizer: Tokenizer | None) -> list[tuple[str, Tensor]]:
     """Return the passages that are more than white space, each with its tokens ``[n]`` int64."""
     texts = [text for text in passages if text.strip()]
     return [
