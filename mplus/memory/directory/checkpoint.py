@@ -127,7 +127,7 @@ def write_checkpoint(
         folder: the memory's.
         owner: its id.
         content: what to write; rows that are in the folder's files already stay there.
-        facts: of the memory.
+        header: of the manifest, what it says of the memory as a whole.
         number: of the checkpoint, larger than of any before.
         clean: also rewrite files that hold rows which were removed.
     """

@@ -145,7 +145,7 @@ class Directory:
         Args:
             token: the object that the change makes.
             content: what to write.
-            facts: of the memory.
+            header: of the manifest, what it says of the memory as a whole.
             clean: also rewrite files that hold rows which were removed.
 
         Raises:

@@ -150,7 +150,7 @@ def from_file(file: Path | PathAt, cls: type[M], form: str, latest: int, what: s
     Args:
         file: its path.
         cls: attrs class of the manifest.
-        form, newest: its format, and the newest version that is read.
+        form, latest: its format, and the newest version that is read.
         what: has this format, in words.
 
     Raises:

@@ -119,7 +119,7 @@ def save(
         folder: created with its parents where it does not exist.
         views: the streams.
         draws: state of each stream's generator.
-        facts: of the memory.
+        header: of the manifest, what it says of the memory as a whole.
         indexes: of each stream's store, if there are.
         file_mode: permission bits of the files; None: those of the save that is there, else their owner's alone.
 
@@ -171,7 +171,7 @@ def replace(
     """Replace the memory in a folder that is locked.
 
     Args:
-        folder, views, draws, facts, indexes: as for ``save``.
+        folder, views, draws, header, indexes: as for ``save``.
         numbers: of each stream's store.
 
     Returns:
