@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from attrs import define, field
+from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.errors import ConfigError, InputError
@@ -82,6 +83,11 @@ class StoreLayout:
         if self.expiry:
             columns["expiry"] = ((), torch.float64)
         return {**columns, **{name: (shape, dtype) for name, shape, dtype in self.extra}}
+
+    def to(self, device: torch.device | str | None, dtype: torch.dtype | None) -> StoreLayout:
+        """Return the layout of the same rows on another device, or in another dtype; None: as it is."""
+        where = self.device if device is None else torch.device(device)
+        return evolve(self, device=where, dtype=self.dtype if dtype is None else dtype)
 
     def check(self, rows: MemoryRows) -> None:
         """Raise InputError (a ValueError) unless ``rows`` have exactly this layout's columns; any device will do."""
@@ -346,3 +352,10 @@ class MemoryStore(StoreView):
 
     def close(self) -> None:
         """Release what the store holds outside the process's memory (files, handles); idempotent."""
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Make tensors that can be written and differentiated through later, even in a caller's inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

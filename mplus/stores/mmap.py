@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from attrs import define, evolve, field
+from attrs import define, field
 from torch import Tensor
 
 from mplus.config import whole
@@ -185,11 +185,7 @@ class MmapStore(_SegmentReader, MemoryStore):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MmapStore:
         """Return the same rows and ids in another dtype, or a fork. Raises NotSupported: not the CPU."""
-        layout = evolve(
-            self.layout,
-            device=self.layout.device if device is None else torch.device(device),
-            dtype=self.layout.dtype if dtype is None else dtype,
-        )
+        layout = self.layout.to(device, dtype)
         if layout == self.layout:
             return self.fork()
         store = self._with(layout, [SegmentedRows(layout) for _ in self.layers])

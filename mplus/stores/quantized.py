@@ -210,11 +210,7 @@ class QuantizedStore(_QuantizedReader, WrappingStore):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Return the same codes elsewhere, or read as another dtype."""
-        layout = evolve(
-            self.layout,
-            device=self.layout.device if device is None else torch.device(device),
-            dtype=self.layout.dtype if dtype is None else dtype,
-        )
+        layout = self.layout.to(device, dtype)
         coding = evolve(
             self.coding,
             layout=layout,

@@ -116,11 +116,7 @@ class SlabStore(_SlabReader, MemoryStore):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Return the same rows and ids elsewhere; a fork when neither device nor dtype changes."""
-        layout = evolve(
-            self.layout,
-            device=self.layout.device if device is None else torch.device(device),
-            dtype=self.layout.dtype if dtype is None else dtype,
-        )
+        layout = self.layout.to(device, dtype)
         if layout == self.layout:
             return self.fork()
         moved = [layer.to(layout, self.allocator(layout, index)) for index, layer in enumerate(self.slab_layers)]

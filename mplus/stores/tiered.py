@@ -245,11 +245,7 @@ class TieredStore(_TieredReader, WrappingStore):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Return the same rows and ids for another device or in another dtype, with tiers of their own."""
-        layout = evolve(
-            self.layout,
-            device=self.layout.device if device is None else torch.device(device),
-            dtype=self.layout.dtype if dtype is None else dtype,
-        )
+        layout = self.layout.to(device, dtype)
         if layout == self.layout:
             return self.fork()
         own = self.shared

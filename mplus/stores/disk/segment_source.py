@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from mplus.stores.base import ordinary_tensors
 from mplus.stores.disk.block_file import BlockFile
 from mplus.stores.disk.locks import ProcessLock
 from mplus.stores.disk.verified import VerifiedTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from mplus.stores.base import StoreLayout
 
 
@@ -126,10 +124,3 @@ class FileLayer:
 
     def column(self, name: str) -> VerifiedTensor:
         return self.file.tensor(f"{self.layer}.{name}")
-
-
-@contextmanager
-def ordinary_tensors() -> Iterator[None]:
-    """Make tensors that can be written and differentiated through later, even in a caller's inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield

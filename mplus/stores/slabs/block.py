@@ -5,15 +5,16 @@ from __future__ import annotations
 import ctypes
 import weakref
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from mplus.stores.base import ordinary_tensors
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from mplus.stores.base import StoreLayout
 
@@ -164,10 +165,3 @@ class RamAllocator(Allocator):
 def block_columns(layout: StoreLayout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return the shape of one row and dtype of every column of a block: those of the layout, and ``id``."""
     return {"id": ((), torch.int64), **layout.columns()}
-
-
-@contextmanager
-def ordinary_tensors() -> Iterator[None]:
-    """Make tensors that can be written and differentiated through later, even in a caller's inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield

@@ -10,7 +10,7 @@ from attrs import define, evolve
 from torch import Tensor
 
 from mplus.rows import MemoryRows
-from mplus.stores.slabs.block import ordinary_tensors
+from mplus.stores.base import ordinary_tensors
 from mplus.stores.slabs.slab import Slab, SlabLocation
 
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
-from mplus.stores.base import Chunk, ChunkCache, Location
-from mplus.stores.slabs.block import ordinary_tensors
+from mplus.stores.base import Chunk, ChunkCache, Location, ordinary_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

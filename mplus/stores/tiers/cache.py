@@ -9,8 +9,8 @@ import torch
 from attrs import define
 from torch import Tensor
 
+from mplus.stores.base import ordinary_tensors
 from mplus.stores.disk.locks import ProcessLock
-from mplus.stores.slabs.block import ordinary_tensors
 
 WAYS = 16
 """Places that a row can go to."""

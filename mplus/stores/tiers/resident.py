@@ -10,8 +10,9 @@ import torch
 from attrs import evolve
 
 from mplus.rows import MemoryRows
+from mplus.stores.base import ordinary_tensors
 from mplus.stores.disk.locks import ProcessLock
-from mplus.stores.slabs.block import Allocator, Block, block_columns, ordinary_tensors
+from mplus.stores.slabs.block import Allocator, Block, block_columns
 from mplus.stores.slabs.layer import SlabLayer
 from mplus.stores.slabs.slab import Slab, SlabSizes
 

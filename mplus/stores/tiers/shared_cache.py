@@ -9,8 +9,7 @@ import torch
 from attrs import define, evolve
 from torch import Tensor
 
-from mplus.stores.base import StoreLayout
-from mplus.stores.slabs.block import ordinary_tensors
+from mplus.stores.base import StoreLayout, ordinary_tensors
 from mplus.stores.tiers.cache import RowCache
 from mplus.stores.tiers.resident import BudgetedAllocator
 from mplus.stores.tiers.transfer import CopyEvent, Transfer
