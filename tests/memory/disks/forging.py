@@ -14,7 +14,6 @@ from attrs import asdict, define, field
 from safetensors.torch import load_file
 
 from mplus.cli import memory as cli
-from mplus.cli import memory_sources as cli_sources
 from mplus.errors import MPlusError
 from mplus.memory import Memory
 from mplus.memory.directory.journal import Journal, records
@@ -183,7 +182,7 @@ def do_everything(folder: Path, model: Any, scratch: Path) -> Outcome:
         if memory is not None:
             found.step("change", lambda: change(memory))
             found.step("keep", memory.close if live else lambda: memory.save(scratch / "saved"))
-    for what in (cli.show, cli_sources.sources):
+    for what in (cli.show, cli.sources):
         found.step(what.__name__, lambda what=what: what(folder, as_json=True))
     if found.step("repair", lambda: repair(folder, scratch / "repaired")) is not None:
         found.step("verify repaired", lambda: check_sound(scratch / "repaired"))
