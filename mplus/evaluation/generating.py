@@ -30,6 +30,11 @@ from mplus.memory.memory import Memory
 class Generation:
     """Settings of answers, which are always generated greedily.
 
+    Example:
+        >>> generation = Generation(tokens=5, bos=1)
+        >>> generation.prompt([7, 8], memory=False), generation.prompt([7, 8], memory=True)
+        ([1, 7, 8], [7, 8])
+
     Attributes:
         tokens: generated for each answer.
         eos: end-of-sequence ids; an answer ends before the first of them.
@@ -168,6 +173,13 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 @define(frozen=True, kw_only=True)
 class Scoring:
     """Every rule that decides whether an answer counts.
+
+    Example:
+        >>> scoring = Scoring(correct="contains_words", normalise="squad")
+        >>> scoring.is_correct("In the Old Mill.", ["mill"]), scoring.is_correct("The miller.", ["mill"])
+        (True, False)
+        >>> scoring.scores("the old mill", ["mill"])["f1"]
+        0.6666666666666666
 
     Attributes:
         correct: "contains": an accepted answer is a part of the text (published); "contains_words": of whole words;

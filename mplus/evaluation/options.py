@@ -26,6 +26,10 @@ def as_texts(texts: Iterable[str]) -> tuple[str, ...]:
 class RunOptions:
     """Settings of an evaluation over natural text.
 
+    Example:
+        >>> RunOptions().chosen_ages(passages=9)
+        (0, 1, 2, 4, 8)
+
     Attributes:
         ages: passages told between the last needed one and the question; None: 0, 1, 2, 4, 8 and so on.
         streams: episodes at a time, as batch rows of one memory; results do not depend on it.

@@ -24,8 +24,12 @@ class OracleMechanism(WrappedMechanism):
 
     Example:
         >>> from functools import partial
-        >>> with reading_as(model, around=partial(OracleMechanism, wanted=[{"Lily"}])):  # doctest: +SKIP
-        ...     model(**prompt, memory=memory)
+        >>> from mplus.hf.reading.override import reading_as
+        >>> with torch.no_grad(), reading_as(model, around=partial(OracleMechanism, wanted=[{"s1"}])):
+        ...     found = model(input_ids=prompt, memory=memory, output_sources=True).memory_sources
+        >>> sources = {row.source for row in found[0][0]}
+        >>> "s1" in sources, len(sources)
+        (True, 3)
 
     Args:
         inner: the mechanism it stands in for.

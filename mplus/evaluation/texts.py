@@ -25,7 +25,13 @@ class Tokenizer(Protocol):
 
 
 class Texts:
-    """Counts, cuts and joins texts by a tokenizer, without special tokens."""
+    """Counts, cuts and joins texts by a tokenizer, without special tokens.
+
+    Example:
+        >>> texts = Texts(tokenizer)
+        >>> texts.count("Once upon a time"), texts.cut("Once upon a time", 3)
+        (4, 'Once upon a')
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer

@@ -59,7 +59,17 @@ class Seen:
 
 
 class TracingMechanism(WrappedMechanism):
-    """Notes in ``seen``, by layer, what reads bring back; the last retrieval counts."""
+    """Notes in ``seen``, by layer, what reads bring back; the last retrieval counts.
+
+    Example:
+        >>> from functools import partial
+        >>> from mplus.hf.reading.override import reading_as
+        >>> seen = {}
+        >>> with torch.no_grad(), reading_as(model, around=partial(TracingMechanism, seen=seen)):
+        ...     logits = model(input_ids=prompt, memory=memory).logits
+        >>> count_rows(0, seen[0], 0, names={"s1"}).useful_retrieved
+        8
+    """
 
     def __init__(self, inner: MemoryMechanism, *, seen: dict[int, Seen]) -> None:
         super().__init__(inner)

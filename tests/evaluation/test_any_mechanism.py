@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 
 import pytest
@@ -24,6 +25,7 @@ from mplus.hf.reading.override import reading_as
 from mplus.mechanisms import MECHANISMS
 from tests.evaluation import data
 from tests.evaluation.bench import CHUNK, SmallTokenizer, execution
+from tests.helpers.docstrings import run_examples
 from tests.mechanisms.gists import GistMechanism
 from tests.memory.tiny import SIZES, ids
 
@@ -196,3 +198,9 @@ def test_harm_of_each(kv, gists):
         assert report["nats_per_token"]["empty"] == report["nats_per_token"]["none"]
         assert report["nats_per_token"]["unrelated"] != report["nats_per_token"]["none"]
         assert report["memory_rows_by_layer"] == rows
+
+
+@pytest.mark.parametrize("thing", [OracleMechanism, TracingMechanism])
+def test_examples(kv, thing):
+    names = vars(importlib.import_module(thing.__module__))
+    run_examples(thing, **{**names, "model": kv, "prompt": ids(PASSAGE, 1)[None, :4], "memory": told(kv, 1)})

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from mplus.errors import ConfigError, UnknownNameError
-from mplus.evaluation.retriever_swap import Rekeyed, retriever_for, usable, with_own_parameters
-from mplus.evaluation.tracing import TracingMechanism
+from mplus.evaluation.options import ArmOptions
+from mplus.evaluation.retriever_swap import Rekeyed, find_way, retriever_for, usable, with_own_parameters
+from mplus.evaluation.tracing import TracingMechanism, scores
 from mplus.hf.reading.override import reading_as
 from mplus.retrievers.scores import SCORES
 from mplus.testing.retrievers import exact_scores
 from mplus.testing.rounding import check_ranking
-from tests.memory.tiny import K0, build, prompts, rounding, variant, written
+from tests.memory.tiny import K0, build, ids, prompts, rounding, variant, written
 
 pytestmark = pytest.mark.two_computations
 
@@ -129,3 +130,19 @@ def test_attention_finds_what_a_decoder_wrapped_with_it_finds():
             scores = own.score(layer, own.project_queries(layer, one.hidden), one.mask, keys[None])[0]
         best = memory.stores[0].ids(layer)[scores.argsort(descending=True)[:K0]]
         assert sorted(one.found[0].ids.tolist()) == sorted(best.tolist())
+
+
+def test_rows_without_hidden_states_are_searched_by_their_own_keys_only():
+    model = build(memory_rows="projected")
+    found = usable(model)
+    assert "random" in found
+    assert not any(isinstance(retriever, Rekeyed) for retriever in found.values())
+    assert "are kept as keys and values only" in find_way(model, "mplus-attention", ArmOptions())
+    memory, seen = model.new_memory(), {}
+    memory.write(ids(200), progress=False)
+    with torch.no_grad(), reading_as(model, around=partial(TracingMechanism, seen=seen)):
+        model(input_ids=prompts(1), memory=memory)
+    for layer, one in seen.items():
+        everything = scores(model.mplus_engine, layer, one, 0)
+        assert len(everything) == memory.stores[0].count(layer) + len(memory.states[0].stm[layer])
+        assert bool(everything.isfinite().all())

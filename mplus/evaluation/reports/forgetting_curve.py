@@ -20,7 +20,13 @@ class CurveFacts(TypedDict):
 
 @define(frozen=True, kw_only=True)
 class Curve:
-    """The predictions of a formula: ``accuracy_by_age`` of ``formula``."""
+    """The predictions of a formula: ``accuracy_by_age`` of ``formula``.
+
+    Example:
+        >>> any_of_k, one_row = curves(ages=(0, 2), new_rows=4, short_term=16)
+        >>> one_row.formula, one_row.accuracy_by_age
+        ('(1-4/16)^n', {0: 1.0, 2: 0.5625})
+    """
 
     name: str
     formula: str

@@ -101,6 +101,11 @@ def wilson(correct: int, questions: int, confidence: float = 0.95) -> tuple[floa
 class Cell:
     """One arm at one age.
 
+    Example:
+        >>> cell = Cell(age=4, questions=20, correct=15)
+        >>> cell.accuracy, [round(share, 2) for share in cell.interval]
+        (0.75, [0.53, 0.89])
+
     Attributes:
         age: chunks written after the last one that the answer needs.
         questions, correct: how many were asked and answered right.
@@ -248,6 +253,14 @@ def _in_order(arms: Iterable[Arm]) -> tuple[Arm, ...]:
 @define(frozen=True, kw_only=True)
 class Report:
     """Accuracy over age for every arm.
+
+    Example:
+        >>> arm = Arm(name="mplus", cells=(Cell(age=0, questions=20, correct=20, tokens_attended=40),))
+        >>> report = Report(protocol="squad", arms=(arm,), age_tokens={0: 0.0})
+        >>> report.arm("mplus").at(0).accuracy
+        1.0
+        >>> Report.from_plain(report.plain()) == report
+        True
 
     Attributes:
         protocol: what was told and asked ("recall", "squad", ...).
