@@ -25,9 +25,8 @@ from attrs import define
 import mplus
 from benchmarks.records import record_path, write
 from mplus.environment import run_info
-from mplus.facts.episodes import draw_facts, make_episode
+from mplus.facts.episodes import draw_facts, make_episode, recall_tokenizer
 from mplus.facts.language import Language
-from mplus.facts.speaker import recall_tokenizer
 from mplus.hf.pretrained.config import read_config
 from mplus.hf.pretrained.load import without_bars
 from mplus.hf.pretrained.shipped import RECALL_TINY

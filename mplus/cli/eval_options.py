@@ -190,7 +190,7 @@ def _generated_facts(decoder: MemoryModel, task: Facts) -> GeneratedAnswers:
     from mplus.evaluation.execution import GeneratedAnswers
     from mplus.evaluation.generating import Generation, Scoring
     from mplus.evaluation.options import RunOptions
-    from mplus.facts.speaker import recall_tokenizer
+    from mplus.facts.episodes import recall_tokenizer
 
     return GeneratedAnswers(
         decoder,

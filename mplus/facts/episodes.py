@@ -1,14 +1,16 @@
-"""Episode: the facts told to one stream, in chunks, until it starts anew."""
+"""Episode: the facts told to one stream, in chunks, until it starts anew; and text that a person types."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from attrs import define
 from torch import Tensor
 
-from mplus.errors import ConfigError
-from mplus.facts import words
-from mplus.facts.language import Language
+from mplus.errors import ConfigError, InputError
+from mplus.facts.language import BEGIN, FILLERS, PAD, STOP, Language
+from mplus.hf.decoders.tokenizers import word_tokenizer
 
 
 @define(frozen=True, eq=False)
@@ -97,7 +99,7 @@ def lay_out(
     """Lay sentences out as ``make_episode`` does, with the ``values`` that are given; None: drawn."""
     count = len(facts)
     ids = language.ids
-    fillers = torch.tensor([ids[word] for word in words.FILLERS])
+    fillers = torch.tensor([ids[word] for word in FILLERS])
     chunks = fillers[torch.randint(len(fillers), (count, chunk_tokens), generator=generator)]
     chance = torch.rand(count, 2, generator=generator).tolist()
     if values is None:
@@ -107,3 +109,31 @@ def lay_out(
         start = int(chance[place][1] * (chunk_tokens - tail - len(sentence) + 1))
         chunks[place, start : start + len(sentence)] = sentence
     return Episode(facts, values, chunks)
+
+
+def recall_tokenizer(language: Language | None = None) -> Any:
+    """Return the tokenizer of the language; every word it does not know becomes a filler."""
+    vocabulary = (language or Language()).vocabulary
+    return word_tokenizer(vocabulary, unknown=FILLERS[0], pad=PAD, begin=BEGIN)
+
+
+def told_chunk(language: Language, sentence: str, chunk_tokens: int, generator: torch.Generator) -> Tensor:
+    """Return ids ``[chunk_tokens]``: a sentence that tells a fact, with fillers around it as in training.
+
+    Raises:
+        InputError: it tells no fact of this language; the message says what one looks like.
+    """
+    spoken = sentence.lower().replace(STOP, " ").split()
+    fact = language.fact(" ".join(spoken[:4]))
+    value = spoken[4:]
+    accepted = [language.value(fact, number) for number in range(language.values(fact))]
+    if value not in accepted:
+        raise InputError(
+            f"a fact must end in a {language.relation(fact)}, such as {' '.join(accepted[0])} or "
+            f"{' '.join(accepted[-1])}, got {' '.join(value)!r}"
+        )
+    ids = [language.ids[word] for word in [*spoken, STOP]]
+    fillers = torch.tensor([language.ids[word] for word in FILLERS])
+    chunk = fillers[torch.randint(len(fillers), (chunk_tokens,), generator=generator)]
+    chunk[1 : 1 + len(ids)] = torch.tensor(ids)
+    return chunk

@@ -1,4 +1,4 @@
-"""Language: facts, the sentences that tell them and the questions that ask for them."""
+"""Language: the words of a little language, its facts, the sentences that tell them and the questions for them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,54 @@ from attrs import define, field
 
 from mplus.config import whole
 from mplus.errors import ConfigError, InputError
-from mplus.facts import words
+
+FIRST_NAMES = """
+ada agnes alan albert alma amos anna anton basil bella bert boris bruno cara carl clara cyril daisy dora edgar edith
+edwin ella elmer elsa emil emma enid erik ernst ethel eva felix flora frank freda fritz gerda grace greta gustav hanna
+harold heidi helen henry hilda hugo ida igor ingrid irma isaac ivan jacob jane jonas judith julia karl klara knut laura
+lena leon lotte louis lucy magnus marta max mila mina moritz nadia nina nora oscar paula peter
+""".split()
+
+LAST_NAMES = """
+abbott adler archer arnold baker barlow becker bennet bishop bolton bowen bradley brandt burton butler carver chandler
+clark cooper cramer dalton dawson dixon draper dreyer eaton ellis engel farmer fisher fletcher fowler foster frost
+fuller gardner gibson glover graham hagen hammer harper hobson holt hooper hunter jensen keller kramer lambert larsen
+lehmann marlow mason mercer meyer miller morgan morris murray nelson newton norton osborn palmer parker porter potter
+quinn reeves ritter rogers sawyer schmidt shaw sutton tanner taylor thatcher turner
+""".split()
+
+VALUES = {
+    "colour": """
+    amber azure beige black blue bronze brown copper crimson cyan gold green grey indigo ivory jade khaki lilac magenta
+    maroon mauve navy ochre pink purple red scarlet silver tan teal violet white
+    """.split(),
+    "town": """
+    athens bergen berlin bern boston brest bristol cairo cardiff cork delhi dover dublin essen geneva ghent lima lisbon
+    london lyon madrid malmo milan naples oslo oxford paris prague riga rome seoul turin
+    """.split(),
+    "pet": """
+    badger beaver canary cat cobra crab crow dog donkey duck eagle ferret fox frog goat goose hamster hare hawk heron
+    horse iguana lizard mouse otter owl parrot pony rabbit snail spider turtle
+    """.split(),
+    "fruit": """
+    almond apple apricot banana cherry citron coconut currant date fig grape guava kiwi kumquat lemon lime lychee mango
+    medlar melon mulberry nectarine nutmeg papaya peach pear plum pomelo quince raisin raspberry walnut
+    """.split(),
+}
+"""Relation -> the words of its values: 32 each, so a guess is right once in 32."""
+
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+UNITS = "one two three four five six seven eight".split()
+"""A number is two words, one of each set: 64 values, so a guess is right once in 64."""
+
+FILLERS = """
+<other> the and to a in that was he it his her she with as had you for at on not but be him they said is have from all
+which this
+""".split()
+"""Words that mean nothing here; every word that is not known becomes the first of them."""
+
+PAD, BEGIN, UNKNOWN, OF, STOP = "<pad>", "<s>", "unknown", "of", "."
+NUMBER = "number"
 
 HELD_OUT = 5
 """One pair of names in so many is kept out of training, though each of its two words is trained."""
@@ -32,7 +79,7 @@ class Language:
     lasts: int = field(default=80, validator=whole(1))
 
     def __attrs_post_init__(self) -> None:
-        limits = {"relations": 5, "firsts": len(words.FIRST_NAMES), "lasts": len(words.LAST_NAMES)}
+        limits = {"relations": 5, "firsts": len(FIRST_NAMES), "lasts": len(LAST_NAMES)}
         for name, most in limits.items():
             if getattr(self, name) > most:
                 raise ConfigError(f"{name} must be at most {most}, got {getattr(self, name)}")
@@ -40,16 +87,16 @@ class Language:
     @cached_property
     def vocabulary(self) -> tuple[str, ...]:
         """Return all words; a word's id is its place. The same for every choice of sizes."""
-        values = [word for some in words.VALUES.values() for word in some]
+        values = [word for some in VALUES.values() for word in some]
         return (
-            *(words.PAD, words.BEGIN, words.UNKNOWN, words.OF, words.STOP),
-            *(*words.VALUES, words.NUMBER),
-            *words.FIRST_NAMES,
-            *words.LAST_NAMES,
+            *(PAD, BEGIN, UNKNOWN, OF, STOP),
+            *(*VALUES, NUMBER),
+            *FIRST_NAMES,
+            *LAST_NAMES,
             *values,
-            *words.TENS,
-            *words.UNITS,
-            *words.FILLERS,
+            *TENS,
+            *UNITS,
+            *FILLERS,
         )
 
     @cached_property
@@ -88,7 +135,7 @@ class Language:
     @property
     def relation_names(self) -> tuple[str, ...]:
         """Return the relations."""
-        return (*words.VALUES, words.NUMBER)[: self.relations]
+        return (*VALUES, NUMBER)[: self.relations]
 
     def relation(self, fact: int) -> str:
         """Return the relation of a fact."""
@@ -102,23 +149,23 @@ class Language:
     def question(self, fact: int) -> list[str]:
         """Return the four words that ask for a fact."""
         first, last = divmod(fact % self.names, self.lasts)
-        return [self.relation(fact), words.OF, words.FIRST_NAMES[first], words.LAST_NAMES[last]]
+        return [self.relation(fact), OF, FIRST_NAMES[first], LAST_NAMES[last]]
 
     def values(self, fact: int) -> int:
         """Return how many values a fact can have; a guess is right once in so many."""
         relation = self.relation(fact)
-        return len(words.TENS) * len(words.UNITS) if relation == words.NUMBER else len(words.VALUES[relation])
+        return len(TENS) * len(UNITS) if relation == NUMBER else len(VALUES[relation])
 
     def value(self, fact: int, number: int) -> list[str]:
         """Return the words of value ``number``, below ``values``, of a fact."""
         relation = self.relation(fact)
-        if relation != words.NUMBER:
-            return [words.VALUES[relation][number]]
-        return [words.TENS[number // len(words.UNITS)], words.UNITS[number % len(words.UNITS)]]
+        if relation != NUMBER:
+            return [VALUES[relation][number]]
+        return [TENS[number // len(UNITS)], UNITS[number % len(UNITS)]]
 
     def sentence(self, fact: int, number: int) -> list[str]:
         """Return the words that tell a fact."""
-        return [*self.question(fact), *self.value(fact, number), words.STOP]
+        return [*self.question(fact), *self.value(fact, number), STOP]
 
     def fact(self, question: str) -> int:
         """Return the number of the fact that a question of four words asks for.
@@ -128,8 +175,8 @@ class Language:
         """
         given = question.lower().split()
         relations = self.relation_names
-        firsts, lasts = words.FIRST_NAMES[: self.firsts], words.LAST_NAMES[: self.lasts]
-        well_formed = len(given) == 4 and given[1] == words.OF
+        firsts, lasts = FIRST_NAMES[: self.firsts], LAST_NAMES[: self.lasts]
+        well_formed = len(given) == 4 and given[1] == OF
         if not (well_formed and given[0] in relations and given[2] in firsts and given[3] in lasts):
             raise InputError(
                 f"a question must be RELATION of FIRST LAST with a relation of {', '.join(relations)} and known names "

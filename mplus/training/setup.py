@@ -39,7 +39,7 @@ def make_tokenizer(recipe: Recipe, folder: Path | None) -> Any:
         barrier()
         return load_tokenizer(str(folder))
     if wanted == RECALL:
-        from mplus.facts.speaker import recall_tokenizer
+        from mplus.facts.episodes import recall_tokenizer
 
         return recall_tokenizer()
     if wanted is None and recipe.model.path is None:

@@ -31,9 +31,8 @@ from mplus.cli.demo.recall import (
 from mplus.cli.demo.render import NO_FIGURE, save_figure, show_recall
 from mplus.errors import InputError, MissingDependencyError
 from mplus.evaluation.reports.report import Report
-from mplus.facts import words
-from mplus.facts.language import Language
-from mplus.facts.speaker import recall_tokenizer
+from mplus.facts.episodes import recall_tokenizer
+from mplus.facts.language import FILLERS, LAST_NAMES, UNKNOWN, VALUES, Language
 from mplus.hf.pretrained import shipped
 from tests.memory import tiny
 
@@ -128,7 +127,7 @@ def test_facts_are_asked_for_and_so_are_some_that_were_never_told(ran):
         fact = LANGUAGE.fact(one["answer"]["question"])
         assert LANGUAGE.held_out(fact), "people the decoder has never met"
         if one["value"] is not None:
-            assert one["value"] in words.VALUES[LANGUAGE.relation(fact)]
+            assert one["value"] in VALUES[LANGUAGE.relation(fact)]
         assert one["right"] == (one["answer"]["words"] == (one["value"] or "unknown"))
         assert one["short_term"]["source"] is one["short_term"]["age"] is None
         assert one["answer"]["source"].split()[0] in {"note", "chunk"}
@@ -198,7 +197,7 @@ def test_an_answer_is_what_the_decoder_says_and_where_its_best_row_is_from(talk)
     answer = talk.ask("  Pet of ADA abbott ")
     assert answer.question == question
     assert answer.words == LANGUAGE.vocabulary[int(last.argmax())]
-    assert answer.known == pytest.approx(1 - float(last[LANGUAGE.ids[words.UNKNOWN]]), abs=1e-6)
+    assert answer.known == pytest.approx(1 - float(last[LANGUAGE.ids[UNKNOWN]]), abs=1e-6)
     assert (answer.source, answer.age) == (best.source, best.age // K)
 
 
@@ -276,7 +275,7 @@ def test_a_conversation(talk, end):
 
 
 def test_a_conversation_says_where_the_best_row_is_from(talk):
-    facts = [f"pet of ada {last} fox ." for last in words.LAST_NAMES[:5]]
+    facts = [f"pet of ada {last} fox ." for last in LAST_NAMES[:5]]
     said = []
     converse(talk, scripted([*facts, "pet of ada abbott"]), said.append)
     answer = talk.ask("pet of ada abbott")
@@ -291,7 +290,7 @@ def test_told_facts_are_laid_out_as_in_training(talk, monkeypatch):
     text = spoken(chunks[0]).split()
     assert len(text) == CHUNK
     assert " ".join(text[1:7]) == "town of emma fisher paris ."
-    assert {text[0], *text[7:]} <= set(words.FILLERS)
+    assert {text[0], *text[7:]} <= set(FILLERS)
 
 
 def test_talking_after_the_demo(tmp_path):

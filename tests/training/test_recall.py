@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mplus.errors import ConfigError, InputError
-from mplus.facts import words
 from mplus.facts.episodes import draw_facts
-from mplus.facts.language import Language
+from mplus.facts.language import FILLERS, FIRST_NAMES, LAST_NAMES, OF, STOP, UNKNOWN, VALUES, Language
 from mplus.training.batch import IGNORE_INDEX, NO_SOURCE
 from mplus.training.data.generated.facts import RecallBatches, RecallOptions
 
@@ -24,8 +23,8 @@ def spoken(ids):
 
 def test_every_word_is_in_one_set_only():
     assert len(set(LANGUAGE.vocabulary)) == len(LANGUAGE.vocabulary)
-    assert len(words.FIRST_NAMES) == len(words.LAST_NAMES) == 80
-    assert all(len(values) == 32 for values in words.VALUES.values())
+    assert len(FIRST_NAMES) == len(LAST_NAMES) == 80
+    assert all(len(values) == 32 for values in VALUES.values())
 
 
 @given(st.integers(0, LANGUAGE.facts - 1), st.data())
@@ -97,10 +96,10 @@ def test_what_is_told_is_what_is_asked():
         for row in range(3):
             for chunk, fact in zip(batch.chunks[row], batch.sources[row].tolist(), strict=True):
                 text = spoken(chunk)
-                at = text.index(words.OF) - 1
+                at = text.index(OF) - 1
                 assert LANGUAGE.fact(" ".join(text[at : at + 4])) == fact
-                assert set(text[-4:]) <= set(words.FILLERS), "the last tokens of a chunk are fillers"
-                told[row][fact] = text[at + 4 : text.index(words.STOP)]
+                assert set(text[-4:]) <= set(FILLERS), "the last tokens of a chunk are fillers"
+                told[row][fact] = text[at + 4 : text.index(STOP)]
             for text, about, labels, query_mask, answers in zip(
                 batch.texts[row],
                 batch.text_sources[row].tolist(),
@@ -148,7 +147,7 @@ def test_untold_facts_have_the_answer_unknown():
                 asked += 1
                 if about == NO_SOURCE:
                     unknown += 1
-                    assert spoken(text)[4:] == [words.UNKNOWN]
+                    assert spoken(text)[4:] == [UNKNOWN]
                     assert not LANGUAGE.held_out(fact)
                     assert fact not in source._episodes[row].facts
                 else:

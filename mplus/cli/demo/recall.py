@@ -18,10 +18,8 @@ from mplus.evaluation.options import ArmOptions
 from mplus.evaluation.reports.report import Report
 from mplus.evaluation.retention import retention
 from mplus.evaluation.tasks.facts import Facts
-from mplus.facts import words
-from mplus.facts.episodes import draw_facts, make_episode
-from mplus.facts.language import Language
-from mplus.facts.speaker import told_chunk
+from mplus.facts.episodes import draw_facts, make_episode, told_chunk
+from mplus.facts.language import UNKNOWN, Language
 from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.pretrained.shipped import load_recall
 from mplus.memory import Memory
@@ -95,14 +93,14 @@ class Chat:
             output_logits=True,
         )
         answer = said.sequences[0, prompt["input_ids"].shape[1] :].tolist()
-        unknown = float(said.logits[0][0].softmax(-1)[self.language.ids[words.UNKNOWN]])
+        unknown = float(said.logits[0][0].softmax(-1)[self.language.ids[UNKNOWN]])
         spoken = [self.language.vocabulary[token] for token in answer]
         rows = [row for layer in said.memory_sources[0] for row in layer if row.score is not None]
         best = max(rows, key=lambda row: row.score, default=None)
         k = self.model.mplus_config.memory_tokens_per_chunk
         return Answer(
             question=" ".join(question.lower().split()),
-            words=spoken[0] if spoken[0] == words.UNKNOWN else " ".join(spoken),
+            words=spoken[0] if spoken[0] == UNKNOWN else " ".join(spoken),
             source=None if best is None else best.source,
             age=None if best is None else best.age // k,
             known=1 - unknown,

@@ -14,7 +14,7 @@ from mplus.cli.demo.report import DemoReport
 from mplus.cli.output import counts, size
 from mplus.errors import ConfigError, MissingDependencyError
 from mplus.evaluation.reports.tables import show as show_curves
-from mplus.facts import words
+from mplus.facts.language import UNKNOWN
 
 SOURCES = 8
 """Sources listed by name; the rest are counted."""
@@ -65,7 +65,7 @@ def show_recall(report: RecallDemo, figure: Path | None, console: Console | None
     )
     console.print(
         f"Right: {right(told)} of {len(told)} told, {right(untold)} of {len(untold)} never told (the right answer is "
-        f"then '{words.UNKNOWN}').\n"
+        f"then '{UNKNOWN}').\n"
     )
     show_curves(attrs.evolve(report.curves, settings={}, circumstances={}), console)
     console.print("Every setting: mplus demo --json")
@@ -84,7 +84,7 @@ def _questions(report: RecallDemo) -> Table:
             one.answer.question,
             one.told_as or "never",
             "-" if one.age is None else str(one.age),
-            one.value or words.UNKNOWN,
+            one.value or UNKNOWN,
             f"[{mark}]{one.answer.words}[/]",
             one.short_term.words,
             one.answer.source or "-",

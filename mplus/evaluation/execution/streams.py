@@ -41,7 +41,7 @@ from mplus.evaluation.retriever_swap import own_retriever
 from mplus.evaluation.tasks.base import Episode
 from mplus.evaluation.tasks.facts import Facts
 from mplus.evaluation.tracing import check_retrieves
-from mplus.facts import words
+from mplus.facts.language import PAD, UNKNOWN
 from mplus.hf.model.model_class import MemoryModel
 from mplus.mechanisms.short_term.batched_prefix import RowSelector, ScoreSelector
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams
@@ -154,7 +154,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
 
     def _moment(self, due: Sequence[Due], streams: BatchedStreams) -> StreamMoment:
         """Lay out the questions of all streams, equally many for each."""
-        longest, pad = QUESTION_TOKENS + self.task.language.value_tokens, self.task.language.ids[words.PAD]
+        longest, pad = QUESTION_TOKENS + self.task.language.value_tokens, self.task.language.ids[PAD]
         asked = [self.task.ids(f"{one.question.prompt} {one.question.answers[0]}") for one in due]
         texts = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in asked]).view(len(streams), -1, longest)
         about = torch.tensor([one.question.needs[0] if one.question.told else NO_SOURCE for one in due])
@@ -215,7 +215,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
     def answer(self, due: Sequence[Due], contexts: Sequence[Sequence[int]], kept: Sequence[int]) -> list[Answer]:
         if not due:
             return []
-        longest, pad = QUESTION_TOKENS + self.answer_tokens, self.task.language.ids[words.PAD]
+        longest, pad = QUESTION_TOKENS + self.answer_tokens, self.task.language.ids[PAD]
         asked = [self.task.ids(f"{one.question.prompt} {one.question.answers[0]}") for one in due]
         texts = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in asked])
         front = torch.tensor([list(context) for context in contexts], dtype=torch.int64)
@@ -301,7 +301,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
             candidates=lambda layer, sources: torch.arange(sources.shape[1]).expand(sources.shape[0], -1).to(sources),
         )
         first = read.logits[:, :, QUESTION_TOKENS - 1].float()
-        unknown = self.task.language.ids[words.UNKNOWN]
+        unknown = self.task.language.ids[UNKNOWN]
         probability = first.softmax(-1)[:, :, unknown].clamp(1e-7, 1 - 1e-7)
         others = first.clone()
         others[:, :, unknown] = -torch.inf

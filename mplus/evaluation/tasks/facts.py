@@ -12,10 +12,9 @@ from mplus.config import JsonValue, flag, number, whole
 from mplus.errors import ConfigError
 from mplus.evaluation.options import as_numbers
 from mplus.evaluation.tasks.base import Episode, Passage, Question, Task
-from mplus.facts import words
 from mplus.facts.episodes import Episode as Told
 from mplus.facts.episodes import draw_facts, make_episode
-from mplus.facts.language import Language
+from mplus.facts.language import UNKNOWN, Language
 
 FIRST_STREAM = 1_000_000
 """Evaluation streams are numbered from here on, so that they never are those of a training run."""
@@ -156,6 +155,6 @@ class Facts(Task):
                     if fact not in known:
                         prompt, count = " ".join(language.question(fact)), count + 1
                         questions[stream].append(
-                            Question(prompt=prompt, answers=(words.UNKNOWN,), needs=(), after=end, ages=(0,))
+                            Question(prompt=prompt, answers=(UNKNOWN,), needs=(), after=end, ages=(0,))
                         )
         return questions

@@ -19,8 +19,8 @@ from mplus.evaluation.execution import GeneratedAnswers
 from mplus.evaluation.options import ArmOptions, RunOptions
 from mplus.evaluation.retention import retention
 from mplus.evaluation.tasks.facts import Facts
+from mplus.facts.episodes import recall_tokenizer
 from mplus.facts.language import Language
-from mplus.facts.speaker import recall_tokenizer
 from mplus.hf.adapters.lora import is_addition
 from mplus.hf.decoders.train_model import choose_trained, is_of_retriever
 from mplus.mechanisms.base import MemoryMechanism

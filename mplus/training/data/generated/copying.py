@@ -7,14 +7,14 @@ from torch import Tensor
 
 from mplus.config import whole
 from mplus.errors import ConfigError
-from mplus.facts import words
+from mplus.facts.language import FIRST_NAMES, LAST_NAMES, VALUES
 from mplus.training.batch import TextSample
 from mplus.training.data.counter_rng import CounterRNG
 from mplus.training.data.generated.base import GeneratedBatches, GeneratedOptions
 from mplus.training.data.options import as_span, span
 from mplus.training.data.tokens import encode
 
-WORDS = sorted({*words.FIRST_NAMES, *words.LAST_NAMES, *(word for some in words.VALUES.values() for word in some)})
+WORDS = sorted({*FIRST_NAMES, *LAST_NAMES, *(word for some in VALUES.values() for word in some)})
 
 NOTE, REPEAT = "Note:", "Repeat:"
 

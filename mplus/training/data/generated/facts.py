@@ -11,9 +11,8 @@ from torch import Tensor
 
 from mplus.config import JsonValue, flag, number, one_of, structure, whole
 from mplus.errors import ConfigError, InputError
-from mplus.facts import words
 from mplus.facts.episodes import Episode, draw_facts, make_episode
-from mplus.facts.language import Language
+from mplus.facts.language import PAD, UNKNOWN, Language
 from mplus.training.batch import IGNORE_INDEX, NO_SOURCE, Batch, BatchSource
 from mplus.training.data.tokens import Tokenizer
 
@@ -126,7 +125,7 @@ class RecallBatches(BatchSource):
             sources=torch.tensor([episode.facts[first : self._told] for episode in self._episodes]),
             texts=texts,
             labels=labels,
-            mask=texts != self._id[words.PAD],
+            mask=texts != self._id[PAD],
             query_mask=torch.arange(texts.shape[2]).expand_as(texts) < 4,
             text_sources=torch.tensor([[source for _, source, _ in row] for row in asked]),
             answer_mask=answer_mask,
@@ -167,7 +166,7 @@ class RecallBatches(BatchSource):
             fact = episode.facts[place]
             if absent < self.options.unknown:
                 fact = self._untold(episode, int(which * language.facts))
-                found.append((fact, NO_SOURCE, [words.UNKNOWN]))
+                found.append((fact, NO_SOURCE, [UNKNOWN]))
             else:
                 found.append((fact, fact, language.value(fact, episode.values[place])))
         return found
@@ -184,20 +183,20 @@ class RecallBatches(BatchSource):
     def _text(self, fact: int, answer: list[str]) -> list[int]:
         language = self.options.language
         given = [*language.question(fact), *answer]
-        given += [words.PAD] * (4 + language.value_tokens - len(given))
+        given += [PAD] * (4 + language.value_tokens - len(given))
         return [self._id[word] for word in given]
 
     def _labels(self, texts: Tensor) -> tuple[Tensor, Tensor]:
         """Return labels and which of them are answers."""
-        answer_mask = (torch.arange(texts.shape[2]) >= 4).expand_as(texts) & (texts != self._id[words.PAD])
+        answer_mask = (torch.arange(texts.shape[2]) >= 4).expand_as(texts) & (texts != self._id[PAD])
         named = torch.arange(texts.shape[2]).expand_as(texts) >= 2
         labelled = answer_mask | named if self.options.name_labels else answer_mask
-        labelled = labelled & (texts != self._id[words.PAD])
+        labelled = labelled & (texts != self._id[PAD])
         return torch.where(labelled, texts, torch.full_like(texts, IGNORE_INDEX)), answer_mask
 
     def _windows(self) -> dict[str, Tensor]:
         """Return the newest chunks of each stream as text, with a question about one of them."""
-        options, pad = self.options, self._id[words.PAD]
+        options, pad = self.options, self._id[PAD]
         seen = min(options.window_tokens // options.chunk_tokens, self._told)
         rows = []
         for generator, episode in zip(self._generators, self._episodes, strict=True):

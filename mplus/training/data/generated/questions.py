@@ -9,8 +9,7 @@ from torch import Tensor
 
 from mplus.config import flag
 from mplus.errors import ConfigError
-from mplus.facts import words
-from mplus.facts.language import HELD_OUT
+from mplus.facts.language import FIRST_NAMES, HELD_OUT, LAST_NAMES, UNKNOWN, VALUES
 from mplus.training.batch import NO_SOURCE, TextSample
 from mplus.training.data.counter_rng import CounterRNG, permuted
 from mplus.training.data.generated.base import GeneratedBatches, GeneratedOptions
@@ -19,7 +18,7 @@ from mplus.training.data.options import share
 from mplus.training.data.tokens import encode
 
 RELATIONS = {"colour": "favourite colour", "town": "home town", "pet": "pet", "fruit": "favourite fruit"}
-"""Key of ``words.VALUES`` -> what it is called in a sentence."""
+"""Key of ``VALUES`` -> what it is called in a sentence."""
 
 STATEMENTS = (
     "The {relation} of {name} is {value}.",
@@ -60,8 +59,8 @@ def people(*, held_out: bool) -> list[str]:
     """Return full names; one pair in five is held out."""
     return [
         f"{first.capitalize()} {last.capitalize()}"
-        for row, first in enumerate(words.FIRST_NAMES)
-        for column, last in enumerate(words.LAST_NAMES)
+        for row, first in enumerate(FIRST_NAMES)
+        for column, last in enumerate(LAST_NAMES)
         if ((row + column) % HELD_OUT == HELD_OUT - 1) == held_out
     ]
 
@@ -85,7 +84,7 @@ class QuestionBatches(GeneratedBatches):
         count = len(self._people) * len(RELATIONS)
         relation, person = divmod(permuted(place % count, count, self._seed, "facts", stream), len(self._people))
         key = list(RELATIONS)[relation]
-        values = words.VALUES[key]
+        values = VALUES[key]
         value = values[CounterRNG(self._seed, "value", stream, place).below(len(values))]
         return RELATIONS[key], self._people[person], value
 
@@ -100,17 +99,15 @@ class QuestionBatches(GeneratedBatches):
         if place != newest and draws.uniform() < self.options.unknown:
             ahead = 1 + draws.below(len(self._people) * len(RELATIONS) // 2 - 1)
             relation, name, _ = self.fact(stream, newest + ahead)
-            return self._text(template, relation, name, words.UNKNOWN, NO_SOURCE)
+            return self._text(template, relation, name, UNKNOWN, NO_SOURCE)
         return self._text(template, *self.fact(stream, place), source)
 
     def longest(self) -> tuple[int, int]:
         def size(text: str) -> int:
             return len(encode(self._tokenizer, text))
 
-        firsts, lasts = (
-            max((name.capitalize() for name in names), key=size) for names in (words.FIRST_NAMES, words.LAST_NAMES)
-        )
-        values = [max([*words.VALUES[key], words.UNKNOWN], key=size) for key in RELATIONS]
+        firsts, lasts = (max((name.capitalize() for name in names), key=size) for names in (FIRST_NAMES, LAST_NAMES))
+        values = [max([*VALUES[key], UNKNOWN], key=size) for key in RELATIONS]
         filled = [
             [template.format(relation=relation, name=f"{firsts} {lasts}", value=value) for template in templates]
             for templates in (STATEMENTS, QUESTIONS)
