@@ -1,8 +1,4 @@
-"""Interleaved timing: several implementations of one thing take turns, so that what disturbs one disturbs all.
-
-times = in_rounds([Arm("ours", lambda number: ours(inputs[number])), Arm("theirs", ...)], 9, device)
-ratio(times, "ours", "theirs")
-"""
+"""Interleaved timing: several implementations of one thing take turns, so that what disturbs one disturbs all."""
 
 from __future__ import annotations
 
@@ -23,6 +19,15 @@ def _nothing(number: int) -> None:
 @define(frozen=True, eq=False)
 class Arm:
     """One of the implementations that are timed.
+
+    Example:
+        >>> import torch
+        >>> from mplus.timing import Arm, in_rounds, ratio
+        >>> numbers = torch.rand(1000)
+        >>> arms = [Arm("sort", lambda number: numbers.sort()), Arm("max", lambda number: numbers.max())]
+        >>> times = in_rounds(arms, 9, torch.device("cpu"))
+        >>> len(times["sort"]), ratio(times, "sort", "max") > 0
+        (9, True)
 
     Attributes:
         name: in tables and records.

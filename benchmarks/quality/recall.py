@@ -41,7 +41,8 @@ def trained(recipe: str, seed: int, folder: Path) -> dict[str, Any]:
         begun = time.perf_counter()
         result = train(recipe, seed=seed, out=folder / "run", progress=False)
         result.model.save_pretrained(folder, save_base=True)
-        result.tokenizer.save_pretrained(folder)
+        if result.tokenizer is not None:
+            result.tokenizer.save_pretrained(folder)
         plain = {
             "seconds": round(time.perf_counter() - begun, 1),
             "restarts": result.restarts,

@@ -169,7 +169,8 @@ class SeparateStreams(TrainingStreams):
             positions=None if offset is None else offset.to(ids.device)[:, None] + torch.arange(tokens).to(ids.device),
             collect={"logits"},
         )
-        logits: Any = found.logits
+        logits = found.logits
+        assert logits is not None  # noqa: S101  (they were asked for)
         layers = {layer: LayerRead(text.view(batch, each, tokens, -1)) for layer, text in source.texts.items()}
         return Read(logits.view(batch, each, tokens, -1), layers)
 
@@ -202,7 +203,8 @@ class _TextPrefix:
     """
 
     def __init__(self, streams: SeparateStreams, views: Sequence[StreamView], text: Text) -> None:
-        self.mechanism, self.views, self.mask = streams.mechanism, views, text.mask
+        self.mechanism, self.views = streams.mechanism, views
+        self.mask = torch.ones_like(text.need_ids(), dtype=torch.bool) if text.mask is None else text.mask
         opened = self.mechanism.open(streams.decoder, views, text)
         kept = streams.projection
         if kept is not None and not streams.layout.keeps_hidden:
@@ -212,14 +214,13 @@ class _TextPrefix:
         self._found: dict[int, list[Retrieved | None]] = {}
 
     def prefix(self, layer: int, hidden: Tensor, project: Project) -> tuple[Segment, ...] | Attended | None:
-        """See ``mplus.mechanisms.decoder.Prefix``."""
+        """Return what a layer sees in front of its text: a ``mplus.mechanisms.decoder.Prefix``."""
         self.texts.setdefault(layer, hidden)
         if not any(map(self.mechanism.has_prefix, self.views)):
             return ()
         if layer not in self._found:
             with torch.no_grad():
-                mask: Any = self.mask
-                self._found[layer] = self.mechanism.retrieve(layer, hidden.detach(), mask, self.views)
+                self._found[layer] = self.mechanism.retrieve(layer, hidden.detach(), self.mask, self.views)
         return self.mechanism.prefix(self.opened, layer, self._found[layer], hidden, project)
 
 

@@ -147,7 +147,7 @@ class TrainingStreams(ABC):
         """Return the states of all generators, as ``load_generator_states`` takes them back."""
         return {name: [each.get_state() for each in getattr(self, name)] for name in ("generators", "choices")}
 
-    def load_generator_states(self, state: Mapping[str, Any]) -> None:
+    def load_generator_states(self, state: Mapping[str, Sequence[Tensor]]) -> None:
         """Set all generators to saved states."""
         for name in ("generators", "choices"):
             for generator, saved in zip(getattr(self, name), state[name], strict=True):

@@ -1,4 +1,4 @@
-"""Batch: what a batch of streams writes and reads in one training step, and where batches come from."""
+"""Batch: what streams write and read in one training step, where batches come from, and how they are put together."""
 
 from __future__ import annotations
 
@@ -54,7 +54,25 @@ class Batch:
 
 
 class BatchSource(ABC):
-    """Makes batches for B streams.
+    """Makes batches for B streams. Built as ``Source(options, tokenizer=, numbers=, seed=)``.
+
+    Example:
+        >>> import torch
+        >>> from mplus.training.batch import NO_SOURCE, BatchSource, TextSample, collate
+        >>> class Counting(BatchSource):
+        ...     def __init__(self, options, *, tokenizer, numbers, seed):
+        ...         self.numbers, self.step = list(numbers), 0
+        ...     def next_batch(self, chunks=1, *, repeat=False):
+        ...         self.step += 1
+        ...         rows = [[torch.arange(4) + number for _ in range(chunks)] for number in self.numbers]
+        ...         texts = [[TextSample(torch.arange(6) + number, source=NO_SOURCE)] for number in self.numbers]
+        ...         return collate(rows, [[self.step] * chunks for _ in rows], texts, chunk_tokens=4)
+        ...     def state_dict(self):
+        ...         return {"step": self.step}
+        ...     def load_state_dict(self, state):
+        ...         self.step = state["step"]
+        >>> Counting(None, tokenizer=None, numbers=range(2), seed=0).next_batch(3).chunks.shape
+        torch.Size([2, 3, 4])
 
     What stream i gets depends on the seed and on its global number only, not on which process holds it or on the
     other streams, and a source that was restored goes on as the one that was saved would have.

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import attrs
 import torch
 from attrs import define
 
@@ -21,6 +22,7 @@ from mplus.config import JsonValue
 from mplus.errors import CheckpointError
 from mplus.training.parallel import barrier, gather_objects, rank, world_size
 from mplus.training.recipe.files import differences
+from mplus.training.state import Manifest, Own, Position, RandomState, Shared
 
 FORMAT = 2
 MANIFEST = "checkpoint.json"
@@ -42,12 +44,12 @@ class RunIdentity:
         processes: how many trained together.
     """
 
-    recipe: dict[str, Any]
+    recipe: dict[str, JsonValue]
     base: str | None
     shapes: dict[str, list[int]]
     processes: int
 
-    def check(self, saved: Mapping[str, Any], where: Path) -> None:
+    def check(self, saved: Manifest, where: Path) -> None:
         """Raise CheckpointError when a checkpoint was made with another recipe, model or number of processes."""
         then = {key: value for key, value in saved["recipe"].items() if key not in NOT_COMPARED}
         now = {key: value for key, value in self.recipe.items() if key not in NOT_COMPARED}
@@ -75,9 +77,9 @@ class Checkpoint:
     """A checkpoint that was read: where from, its manifest, and what processes share and have of their own."""
 
     folder: Path
-    manifest: dict[str, Any]
-    shared: dict[str, Any]
-    own: dict[str, Any]
+    manifest: Manifest
+    shared: Shared
+    own: Own
 
 
 class CheckpointStore:
@@ -97,7 +99,7 @@ class CheckpointStore:
         found = [path.parent for path in self.folder.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")]
         return sorted(found, key=lambda path: path.name)
 
-    def save(self, name: str, facts: RunIdentity, position: Mapping[str, Any], shared: Any, own: Any) -> Path:
+    def save(self, name: str, facts: RunIdentity, position: Position, shared: Shared, own: Own) -> Path:
         """Write a checkpoint under ``name``; names of later ones must be greater. All processes must call it.
 
         Args:
@@ -121,7 +123,7 @@ class CheckpointStore:
             write(temporary / OWN.format(rank()), own)
             if rank() == 0:
                 write(temporary / SHARED, shared)
-                text = json.dumps({"format": FORMAT, **_plain(facts), **position}, indent=2) + "\n"
+                text = json.dumps({"format": FORMAT, **attrs.asdict(facts, recurse=False), **position}, indent=2) + "\n"
                 write_bytes(temporary / MANIFEST, text.encode())
         with self._together(temporary):
             if rank() == 0:
@@ -175,15 +177,12 @@ class CheckpointStore:
             raise CheckpointError(f"{folder} must have format {FORMAT}, got {manifest.get('format')!r}")
         own = folder / OWN.format(rank())
         if not own.exists() and manifest["processes"] != world_size():
-            return Checkpoint(folder, manifest, {}, {})  # the facts will say what is wrong
+            empty: Any = {}
+            return Checkpoint(folder, manifest, empty, empty)  # ``RunIdentity.check`` will say what is wrong
         return Checkpoint(folder, manifest, read(folder / SHARED), read(own))
 
 
-def _plain(facts: RunIdentity) -> dict[str, Any]:
-    return {"recipe": facts.recipe, "base": facts.base, "shapes": facts.shapes, "processes": facts.processes}
-
-
-def write(path: Path, content: Any) -> None:
+def write(path: Path, content: Shared | Own) -> None:
     """Write tensors and plain data, and wait until they are on disk. Raises OSError."""
     with path.open("wb") as file:
         watched = _Watched(file)
@@ -212,7 +211,7 @@ class _Watched(io.RawIOBase):
             raise
 
 
-def write_bytes(path: Path, content: Any) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file, and wait until it is on disk. Raises OSError."""
     with path.open("wb") as file:
         file.write(content)
@@ -253,15 +252,15 @@ def as_json(data: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     return found
 
 
-def random_state() -> dict[str, Any]:
+def random_state() -> RandomState:
     """Return the states of the generators that belong to the process: torch's and Python's."""
-    found: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    found: RandomState = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         found["cuda"] = torch.cuda.get_rng_state()
     return found
 
 
-def set_random_state(state: Mapping[str, Any]) -> None:
+def set_random_state(state: RandomState) -> None:
     """Undo what happened to these generators since ``random_state``."""
     torch.set_rng_state(state["torch"])
     version, numbers, rest = state["python"]

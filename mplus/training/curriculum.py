@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import attrs
 import torch
@@ -28,20 +28,28 @@ class StepPlan:
     beside: tuple[Entry, ...] = ()
 
 
+class CurriculumState(TypedDict):
+    """What a checkpoint has of a curriculum: ``revisit_batch`` by field, ``chunks_since``, ``last_was_revisit``."""
+
+    kept: dict[str, Any] | None
+    gap: int
+    last: bool
+
+
 @define(eq=False)
 class Curriculum:
-    """CounterRNG the objectives of a stage's steps, and keeps the batch that is to be read again.
+    """Draws the objectives of a stage's steps, and keeps the batch that is to be read again.
 
-    CounterRNG are a function of the seed and the step, so they are the same in every process. The rules for reading
+    Draws are a function of the seed and the step, so they are the same in every process. The rules for reading
     earlier texts again are those of the released training: never right after one was kept, nor twice in a row, nor on
     a step that would write nothing anyway.
 
     Attributes:
         stage: what it draws from.
         seed: of the draws.
-        kept: the batch to read again, or None.
-        gap: chunks written since it was kept, counted from the next writing step on.
-        last: whether the last writing step was a revisit, or nothing has been written yet.
+        revisit_batch: the batch to read again, or None.
+        chunks_since: chunks written since it was kept, counted from the next writing step on.
+        last_was_revisit: whether the last writing step was a revisit, or nothing has been written yet.
     """
 
     stage: Stage
@@ -93,12 +101,12 @@ class Curriculum:
                 self.chunks_since = 0
         self.last_was_revisit = plan.revisit
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> CurriculumState:
         """Return everything that later steps depend on, as tensors and plain data."""
         kept = None if self.revisit_batch is None else attrs.asdict(self.revisit_batch, recurse=False)
         return {"kept": kept, "gap": self.chunks_since, "last": self.last_was_revisit}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: CurriculumState) -> None:
         """Go on from a saved state."""
         self.revisit_batch = None if state["kept"] is None else Batch(**state["kept"])
         self.chunks_since, self.last_was_revisit = state["gap"], state["last"]

@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from mplus.hf.model.engine import DecoderEngine
+from mplus.hf.model.installed import WrappedModel
 from mplus.hf.retrofit.projection import Projection
 from mplus.mechanisms.separate_streams import SeparateStreams
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams
@@ -23,7 +24,7 @@ class TrainedDecoder:
         engine: its engine.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: WrappedModel) -> None:
         self.model = model
         self.engine: DecoderEngine = model.mplus_engine
 

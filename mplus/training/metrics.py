@@ -1,4 +1,4 @@
-"""Metrics of a run: means over steps and processes, lines of JSON, TensorBoard."""
+"""Metrics of a run: means over steps and processes, lines of JSON, TensorBoard, and a progress bar."""
 
 from __future__ import annotations
 
@@ -8,14 +8,25 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeAlias
 
 from mplus.training.parallel import gather_objects
 from mplus.training.run_folder import METRICS, TENSORBOARD, RunFolder
 
+Record: TypeAlias = dict[str, str | int | float]
+"""A line of metrics: ``attempt``, ``step``, ``stage``, and metrics by name."""
+
+
+class _Board(Protocol):
+    """``torch.utils.tensorboard.SummaryWriter``."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int, /) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
 
 class RunningMeans:
-    """RunningMeans of metrics over steps, then over processes; a step that lacks a metric does not count for it."""
+    """Means of metrics over steps, then over processes; a step that lacks a metric does not count for it."""
 
     def __init__(self) -> None:
         self.sums: dict[str, list[float]] = {}
@@ -47,9 +58,9 @@ class MetricsLog:
     """
 
     def __init__(self, folder: RunFolder | None) -> None:
-        self.records: list[dict[str, Any]] = []
+        self.records: list[Record] = []
         self._folder = folder
-        self._board: Any = None
+        self._board: _Board | None = None
         if folder is not None and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -58,14 +69,14 @@ class MetricsLog:
 
     @property
     def has_board(self) -> bool:
-        """Whether TensorBoard gets them too: where it is installed."""
+        """Return whether TensorBoard gets them too: where it is installed."""
         return self._board is not None
 
     @property
     def _path(self) -> Path | None:
         return None if self._folder is None else self._folder.path / METRICS
 
-    def write(self, record: Mapping[str, Any]) -> None:
+    def write(self, record: Record) -> None:
         """Take one record. Raises CheckpointError when it cannot be written."""
         self.records.append(dict(record))
         if self._folder is None or self._path is None:
@@ -74,9 +85,10 @@ class MetricsLog:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             if self._board is not None:
+                step = int(record["step"])
                 for name, value in record.items():
                     if isinstance(value, float):
-                        self._board.add_scalar(f"{record['attempt']}/{name}", value, record["step"])
+                        self._board.add_scalar(f"{record['attempt']}/{name}", value, step)
                 self._board.flush()
 
     def rewind(self, attempt: int, step: int) -> None:

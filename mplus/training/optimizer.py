@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mplus.errors import ConfigError
 from mplus.training.parallel import full_tensor
@@ -79,13 +78,12 @@ def clip_gradients(optimizer: torch.optim.Optimizer, largest: float | None) -> d
     return norms
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, dict[str, Any]]:
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
+) -> dict[str, dict[str, Tensor]]:
     """Return the state of every trained parameter by name, whole where it is sharded. All processes must call it."""
     return {
-        names[parameter]: {
-            key: full_tensor(value).detach().cpu() if isinstance(value, torch.Tensor) else value
-            for key, value in state.items()
-        }
+        names[parameter]: {key: full_tensor(value).detach().cpu() for key, value in state.items()}
         for group in optimizer.param_groups
         for parameter in group["params"]
         if (state := optimizer.state.get(parameter))

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from enum import Enum
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+
+T = TypeVar("T")
+
+
+class Accelerator(Protocol):
+    """What places a decoder and wraps it for several processes: ``accelerate.Accelerator``."""
+
+    @property
+    def is_fsdp2(self) -> bool: ...
+    @property
+    def distributed_type(self) -> Enum: ...
+    @property
+    def state(self) -> Any: ...
+    def prepare(self, *things: nn.Module | torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]: ...
+    def backward(self, loss: Tensor) -> None: ...
+    def free_memory(self) -> object: ...
 
 
 def world_size() -> int:
@@ -30,22 +47,25 @@ def sum_over_processes(values: Iterable[float]) -> list[float]:
     values = list(values)
     if world_size() == 1:
         return values
-    together = torch.tensor(values, dtype=torch.float64, device=_device())
+    # NCCL exchanges what lies on a GPU only.
+    nccl = "nccl" in str(distributed.get_backend())
+    device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+    together = torch.tensor(values, dtype=torch.float64, device=device)
     distributed.all_reduce(together)
     return [float(value) for value in together]
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: T) -> list[T]:
     """Return what every process has, plain data, in order of rank."""
     if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * world_size()
+    found: list[T | None] = [None] * world_size()
     distributed.all_gather_object(found, value)
-    return found
+    return cast("list[T]", found)
 
 
 def global_mean(total: Tensor, count: Tensor) -> Tensor:
-    """``total / count``; among several processes such that the mean of their results is sum of totals / sum of counts.
+    """Return ``total / count``; among several processes such that their mean is sum of totals / sum of counts.
 
     Gradients are averaged over processes. With this each stream weighs as much as if one process held all of them,
     also where processes have different numbers of tokens to predict. 0 where nobody has anything.
@@ -57,15 +77,11 @@ def global_mean(total: Tensor, count: Tensor) -> Tensor:
     return total / count.to(total.dtype) if bool(count) else total * 0.0
 
 
-def _device() -> torch.device:
-    """Return where tensors must be for the processes to exchange them."""
-    nccl = "nccl" in str(distributed.get_backend())
-    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-
-
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether this process holds only a part of the tensor."""
-    return isinstance(tensor, _sharded_type())
+    from torch.distributed.tensor import DTensor  # takes a second to import: only where somebody trains
+
+    return isinstance(tensor, DTensor)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -82,9 +98,3 @@ def shard_like(full: Tensor, target: Tensor) -> Tensor:
 
     sharded: Tensor = distribute_tensor(full.to(target.device), target.device_mesh, target.placements)  # type: ignore[attr-defined]
     return sharded
-
-
-def _sharded_type() -> type:
-    from torch.distributed.tensor import DTensor  # takes a second to import: only where somebody trains
-
-    return DTensor

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from attrs import define
 from torch import nn
 
+from mplus.config import JsonValue
 from mplus.errors import ConfigError, NotSupported, TrainingError
-from mplus.hf.decoders.train_model import choose_trained, save_trained
+from mplus.hf.decoders.train_model import TrainTokenizer, choose_trained, save_trained
+from mplus.hf.model.installed import WrappedModel
 from mplus.training.checkpoint import Checkpoint, CheckpointStore
-from mplus.training.metrics import MetricsLog
-from mplus.training.parallel import barrier, full_tensor, rank
+from mplus.training.metrics import MetricsLog, Record
+from mplus.training.parallel import Accelerator, barrier, full_tensor, rank
 from mplus.training.recipe.files import RecipeFile, read_recipe
 from mplus.training.recipe.recipe import Recipe
 from mplus.training.run_folder import CHECKPOINTS, MODEL, TOKENIZER, RunFolder
 from mplus.training.setup import make_model, make_tokenizer
+from mplus.training.state import History, StageSummary
 from mplus.training.step import isolated_rng
 from mplus.training.trainer import MissedGoal, Trainer
 
@@ -40,18 +43,18 @@ class TrainingResult:
         folder: of the run, or None.
     """
 
-    model: Any
-    tokenizer: Any
+    model: WrappedModel
+    tokenizer: TrainTokenizer | None
     recipe: Recipe
     seed: int
     seeds: list[int]
     restarts: int
     missed: list[str]
-    stages: list[dict[str, Any]]
+    stages: list[StageSummary]
     steps: int
     seconds: float
     seconds_in_all: float
-    records: list[dict[str, Any]]
+    records: list[Record]
     folder: Path | None
 
     @property
@@ -62,7 +65,7 @@ class TrainingResult:
             found.update({name: value for name, value in record.items() if isinstance(value, float)})
         return found
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, JsonValue]:
         """Return plain data, without model and records."""
         names = ("seed", "seeds", "restarts", "missed", "stages", "steps", "seconds", "seconds_in_all", "metrics")
         found = {name: getattr(self, name) for name in names}
@@ -70,16 +73,16 @@ class TrainingResult:
 
 
 def train(
-    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    recipe: str | Path | Mapping[str, JsonValue] | Recipe | None = None,
     *,
     out: str | Path | None = None,
     resume: str | Path | None = None,
     seed: int | None = None,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, JsonValue] | None = None,
     steps: int | None = None,
     dry_run: bool = False,
     progress: bool | None = None,
-    accelerator: Any = None,
+    accelerator: Accelerator | None = None,
 ) -> TrainingResult:
     """Train a decoder to use its memory.
 
@@ -115,7 +118,11 @@ def train(
 
 
 def _read(
-    recipe: Any, resume: str | Path | None, settings: Mapping[str, Any], steps: int | None, dry_run: bool
+    recipe: str | Path | Mapping[str, JsonValue] | Recipe | None,
+    resume: str | Path | None,
+    settings: Mapping[str, JsonValue],
+    steps: int | None,
+    dry_run: bool,
 ) -> RecipeFile:
     if recipe is None:
         if resume is None:
@@ -124,15 +131,16 @@ def _read(
     return read_recipe(recipe, settings=settings, steps=steps, dry_run=dry_run)
 
 
-def make_accelerator() -> Any:
+def make_accelerator() -> Accelerator:
     """Make an accelerator for a ``TrainingStep``: parameters may be unused, and precision is the recipe's."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    import accelerate
 
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision="no", kwargs_handlers=[unused])
+    unused = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
+    made: Accelerator = accelerate.Accelerator(mixed_precision="no", kwargs_handlers=[unused])
+    return made
 
 
-def check_accelerator(accelerator: Any) -> None:
+def check_accelerator(accelerator: Accelerator) -> None:
     """Raise NotSupported for ways of training in parallel that are not supported."""
     kind = accelerator.distributed_type.value
     sharded = kind == "FSDP" and accelerator.is_fsdp2
@@ -152,7 +160,7 @@ class _Run:
         out: str | Path | None,
         resume: str | Path | None,
         progress: bool | None,
-        accelerator: Any,
+        accelerator: Accelerator,
     ) -> None:
         self.recipe = file.recipe
         self.progress, self.accelerator = progress, accelerator
@@ -233,7 +241,7 @@ class _Run:
             if self.log is not None:
                 self.log.rewind(number, trainer.state.step)
         self.seeds.append(trainer.seed)
-        trainer.history = {"seeds": self.seeds, "missed": self.missed, "spent": self.spent}
+        trainer.history = History(self.seeds, self.missed, self.spent)
         self._note(trainer, begun=not self.begun, resumed_at=None if saved is None else trainer.state.step)
         self.begun = True
         return trainer
@@ -254,13 +262,13 @@ class _Run:
             tensorboard=self.log is not None and self.log.has_board,
         )
 
-    def _model(self, trainer: Trainer) -> Any:
+    def _model(self, trainer: Trainer) -> WrappedModel:
         """Return the trained decoder as one whole, in eval mode."""
         if not trainer.sharded:
-            return trainer.model.eval()
+            return cast("WrappedModel", trainer.model.train(False))
         weights = {name: full_tensor(parameter).detach().cpu() for parameter, name in trainer.trained.items()}
         model = make_model(self.recipe, trainer.seed, self.tokenizer)
         trained: dict[str, nn.Parameter] = choose_trained(model, self.recipe.optimizer.parameters)
         for name, parameter in trained.items():
             parameter.data.copy_(weights[name])
-        return model.eval()
+        return cast("WrappedModel", model.train(False))

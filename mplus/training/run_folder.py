@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from mplus.config import JsonValue
 from mplus.environment import run_info
 from mplus.errors import CheckpointError
 from mplus.training.checkpoint import write_bytes
@@ -30,7 +30,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def create(self, text: str | None, resolved: Mapping[str, Any]) -> None:
+    def create(self, text: str | None, resolved: Mapping[str, JsonValue]) -> None:
         """Begin a run. Raises CheckpointError when there is something in the folder, or it cannot be written."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise CheckpointError(
@@ -43,17 +43,17 @@ class RunFolder:
                 write_bytes(self.path / RECIPE, text.encode())
             self.write_json(RESOLVED, resolved)
 
-    def load_recipe(self) -> dict[str, Any]:
+    def load_recipe(self) -> dict[str, JsonValue]:
         """Return the recipe of a run that was begun. Raises CheckpointError when there is none."""
         try:
-            found: dict[str, Any] = json.loads((self.path / RESOLVED).read_text(encoding="utf-8"))
+            found: dict[str, JsonValue] = json.loads((self.path / RESOLVED).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path} must be the folder of a run, with {RESOLVED}: {error}") from error
         return found
 
     def update_run_info(
-        self, *, seeds: Sequence[int], resumed_at: int | None = None, begun: bool = False, **facts: Any
-    ) -> dict[str, Any]:
+        self, *, seeds: Sequence[int], resumed_at: int | None = None, begun: bool = False, **facts: JsonValue
+    ) -> dict[str, JsonValue]:
         """Write ``run.json``: ``begun`` adds a start of the program, ``facts`` are about the whole run."""
         path = self.path / RUN
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"starts": []}
@@ -66,7 +66,7 @@ class RunFolder:
             self.write_json(RUN, found)
         return dict(found)
 
-    def write_json(self, name: str, content: Any) -> None:
+    def write_json(self, name: str, content: JsonValue) -> None:
         """Write a file of JSON, in place of the one before it. Raises OSError."""
         temporary = self.path / f".{name}.tmp"
         try:
@@ -77,7 +77,7 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Batch what the operating system refuses into CheckpointError."""
+        """Turn what the operating system refuses into CheckpointError."""
         try:
             yield
         except OSError as error:

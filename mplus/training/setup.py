@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from mplus.hf.decoders.tokenizers import train_tokenizer
-from mplus.hf.decoders.train_model import build_for_training, load_for_training, load_tokenizer
+from mplus.hf.decoders.train_model import TrainTokenizer, build_for_training, load_for_training, load_tokenizer
+from mplus.hf.model.installed import WrappedModel
 from mplus.training.batch import BatchSource
 from mplus.training.data import SOURCES
-from mplus.training.data.counter_rng import CounterRNG
+from mplus.training.data.counter_rng import CounterRNG, Key
 from mplus.training.data.documents import open_documents
 from mplus.training.parallel import barrier, rank
 from mplus.training.recipe.checks import check_chunks
@@ -23,13 +24,13 @@ RECALL = "recall"
 """Name of the little language's tokenizer."""
 
 
-def derive_seed(*key: Any) -> int:
+def derive_seed(*key: Key) -> int:
     """Return a seed for the purpose that ``key`` names."""
     return CounterRNG(*key).below(1 << 31)
 
 
-def make_tokenizer(recipe: Recipe, folder: Path | None) -> Any:
-    """The tokenizer of a recipe, or None. A new one is kept in ``folder``, and taken from there when it is there."""
+def make_tokenizer(recipe: Recipe, folder: Path | None) -> TrainTokenizer | None:
+    """Return the tokenizer of a recipe, or None; a new one is kept in ``folder``, and taken from there later."""
     wanted = recipe.model.tokenizer
     if isinstance(wanted, NewTokenizer):
         if folder is None:
@@ -58,7 +59,7 @@ def _texts(recipe: Recipe, wanted: NewTokenizer) -> Iterator[str]:
                 break
 
 
-def make_model(recipe: Recipe, seed: int, tokenizer: Any) -> Any:
+def make_model(recipe: Recipe, seed: int, tokenizer: TrainTokenizer | None) -> WrappedModel:
     """Build the wrapped decoder, equal in all processes; torch's global generator is seeded.
 
     Raises ConfigError where the data's chunks are longer than the decoder's.
@@ -73,7 +74,7 @@ def make_model(recipe: Recipe, seed: int, tokenizer: Any) -> Any:
     return model
 
 
-def make_source(data: DataSet, *, tokenizer: Any, numbers: Sequence[int], seed: int) -> BatchSource:
+def make_source(data: DataSet, *, tokenizer: TrainTokenizer | None, numbers: Sequence[int], seed: int) -> BatchSource:
     """Build the source of batches of a data set for the streams of this process."""
     cls: Any = SOURCES.get(data.kind)
     source: BatchSource = cls(data.parsed, tokenizer=tokenizer, numbers=numbers, seed=seed)

@@ -1,4 +1,4 @@
-"""TrainingStep: one forward for all that a step computes, so that it can be wrapped for several processes."""
+"""TrainingStep: one forward for all that a step computes; and Validator, the same losses on other data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from attrs import define
 from torch import Tensor, nn
 
-from mplus.hf.decoders.train_model import split_modules
+from mplus.hf.decoders.train_model import TrainTokenizer, split_modules
+from mplus.hf.model.installed import WrappedModel
 from mplus.hf.model.modes import in_eval_mode
 from mplus.mechanisms.streams import TrainingStreams
 from mplus.training.batch import Batch
@@ -33,7 +34,10 @@ class LossTerm:
 
     Attributes:
         label: in front of the names of its metrics.
-        objective, batch, weight, retriever_loss: what is computed, and how much it counts.
+        objective: computes a loss.
+        batch: of what.
+        weight: factor on the loss.
+        retriever_loss: None: the retriever learns nothing.
     """
 
     label: str
@@ -51,7 +55,7 @@ class TrainingStep(nn.Module):
         dtype: what it computes in; float32 leaves everything as it is.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: WrappedModel, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.model = model
         self.dtype = dtype
@@ -99,7 +103,7 @@ class Validator:
         tokenizer: for its data.
     """
 
-    def __init__(self, recipe: Recipe, options: Validation, tokenizer: Any) -> None:
+    def __init__(self, recipe: Recipe, options: Validation, tokenizer: TrainTokenizer | None) -> None:
         self._recipe = recipe
         self._options = options
         count = options.streams or recipe.streams
@@ -142,7 +146,7 @@ class Validator:
 
 @contextmanager
 def isolated_rng() -> Iterator[None]:
-    """Whatever is drawn inside from the generators of the process, outside it was not."""
+    """Undo at the end what is drawn inside from the generators of the process."""
     before = random_state()
     try:
         yield

@@ -5,24 +5,26 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from typing import Any
+from typing import cast
 
-import attrs
 import torch
-from attrs import define, field
+from attrs import define
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mplus.errors import MPlusError, NonFiniteError
-from mplus.hf.decoders.train_model import base_digest, choose_trained, set_checkpointing
+from mplus.hf.decoders.train_model import TrainTokenizer, base_digest, choose_trained, set_checkpointing
+from mplus.hf.model.installed import WrappedModel
 from mplus.mechanisms.streams import TrainingStreams
 from mplus.training.batch import Batch, BatchSource
 from mplus.training.checkpoint import Checkpoint, CheckpointStore, RunIdentity, as_json, random_state, set_random_state
 from mplus.training.curriculum import Curriculum, StepPlan
 from mplus.training.decoder import make_streams
-from mplus.training.metrics import MetricsLog, RunningMeans, stage_bar
+from mplus.training.metrics import MetricsLog, Record, RunningMeans, stage_bar
 from mplus.training.objectives import OBJECTIVES
 from mplus.training.optimizer import clip_gradients, make_optimizer, make_schedule, optimizer_state
 from mplus.training.parallel import (
+    Accelerator,
     full_tensor,
     gather_objects,
     is_sharded,
@@ -34,31 +36,12 @@ from mplus.training.parallel import (
 from mplus.training.recipe.files import parse_recipe
 from mplus.training.recipe.recipe import Entry, Recipe, Stage
 from mplus.training.setup import derive_seed, make_model, make_source
+from mplus.training.state import History, Own, Position, Shared, StageSummary, TrainerState
 from mplus.training.step import LossTerm, TrainingStep, Validator
 
 
 class MissedGoal(MPlusError, RuntimeError):
     """A stage did not reach what it was to reach."""
-
-
-@define(eq=False)
-class TrainerState:
-    """Where an attempt is: what changes from step to step besides weights, stage_data and data.
-
-    Attributes:
-        stage, stage_step: number of the stage, and steps done in it.
-        step: steps done in all stages.
-        seconds: of training so far, those before a resume included.
-        stages: what became of the stages that are over.
-        recent: the newest values of the metric that the stage waits for.
-    """
-
-    stage: int = 0
-    stage_step: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    stages: list[dict[str, Any]] = field(factory=list)
-    recent: deque[float] = field(factory=deque)
 
 
 @define(eq=False)
@@ -91,8 +74,8 @@ class Trainer:
         self,
         recipe: Recipe,
         number: int,
-        accelerator: Any,
-        tokenizer: Any,
+        accelerator: Accelerator,
+        tokenizer: TrainTokenizer | None,
         log: MetricsLog | None,
         store: CheckpointStore | None,
         progress: bool | None,
@@ -101,7 +84,7 @@ class Trainer:
         self.seed = recipe.seed if not number else derive_seed(recipe.seed, "attempt", number)
         self.state, self.means = TrainerState(), RunningMeans()
         self.stage_data: StageData | None = None
-        self.history: dict[str, Any] = {"seeds": [self.seed], "missed": [], "spent": 0.0}
+        self.history = History(seeds=[self.seed])
         self._accelerator, self._tokenizer, self._log, self._progress = accelerator, tokenizer, log, progress
         self._begin_model()
         self._validator = None
@@ -122,16 +105,18 @@ class Trainer:
         optimizer = make_optimizer(trained, options)
         self._wrapped, prepared = self._accelerator.prepare(step, optimizer)
         # Under DDP the step is wrapped; FSDP2 shards it in state, and the optimiser gets the shards.
-        wrapped: Any = self._wrapped
-        self.step: TrainingStep = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
+        wrapped = self._wrapped.module if isinstance(self._wrapped, DistributedDataParallel) else self._wrapped
+        self.step = cast("TrainingStep", wrapped)
         self.optimizer: torch.optim.Optimizer = getattr(prepared, "optimizer", prepared)
         self._share = make_schedule(options, options.schedule_steps or self.recipe.falling_steps)
         # Taken once: after a forward without backward a sharded module shows whole weights as its parameters.
-        self.trained: dict[Any, str] = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
+        self.trained: dict[nn.Parameter, str] = {
+            p: name for name, p in self.model.named_parameters() if p.requires_grad
+        }
         self.sharded = any(is_sharded(parameter) for parameter in self.trained)
 
     @property
-    def model(self) -> Any:
+    def model(self) -> WrappedModel:
         """The wrapped decoder."""
         return self.step.model
 
@@ -171,17 +156,19 @@ class Trainer:
 
     def _end_stage(self, stage: Stage, reached: bool) -> None:
         state = self.state
-        summary: dict[str, Any] = {"name": stage.name, "steps": state.stage_step}
+        summary: StageSummary = {"name": stage.name, "steps": state.stage_step}
         if stage.until is not None:
             value = sum(state.recent) / max(len(state.recent), 1)
-            summary |= {"metric": stage.until.metric, "value": value, "reached": reached}
+            summary = {**summary, "metric": stage.until.metric, "value": value, "reached": reached}
             if not reached and stage.on_failure != "continue":
                 raise MissedGoal(
                     f"stage {stage.name!r} must reach {stage.until.metric} {stage.until.at_least:g} within "
                     f"{stage.steps} steps, got {value:.3f} (seed {self.seed})"
                 )
         skipped = self._skipped()
-        state.stages.append({**summary, **({"skipped": skipped} if skipped else {})})
+        if skipped:
+            summary["skipped"] = skipped
+        state.stages.append(summary)
         state.stage, state.stage_step = state.stage + 1, 0
         self.stage_data = None
         self.save()
@@ -324,7 +311,7 @@ class Trainer:
 
     def _record(self, metrics: dict[str, float]) -> None:
         if self._log is not None:
-            where = {"attempt": self.number, "step": self.state.step, "stage": self.stage.name}
+            where: Record = {"attempt": self.number, "step": self.state.step, "stage": self.stage.name}
             self._log.write({**where, **metrics})
 
     def _checkpoint_if_due(self) -> None:
@@ -338,27 +325,37 @@ class Trainer:
 
     @property
     def facts(self) -> RunIdentity:
-        """What a checkpoint of this attempt can be held to."""
-        return RunIdentity(
-            recipe=as_json(self.recipe.to_dict()), base=self._base, shapes=self._shapes, processes=world_size()
-        )
+        """Return what a checkpoint of this attempt can be held to."""
+        recipe = as_json(self.recipe.to_dict())
+        return RunIdentity(recipe=recipe, base=self._base, shapes=self._shapes, processes=world_size())
 
     def save(self) -> None:
         """Write a checkpoint, where there is a state for them. Raises CheckpointError."""
         if self.store is None:
             return
         state, names = self.state, self.trained
-        shared = {
+        shared: Shared = {
             "weights": {name: full_tensor(parameter).detach().cpu() for parameter, name in names.items()},
             "optimizer": optimizer_state(self.optimizer, names),
         }
-        position = {**attrs.asdict(state, recurse=False), "recent": list(state.recent)}
-        position |= {"attempt": self.number, "seed": self.seed, **self.history}
+        position: Position = {
+            "attempt": self.number,
+            "seed": self.seed,
+            "seeds": self.history.seeds,
+            "missed": self.history.missed,
+            "spent": self.history.spent,
+            "stage": state.stage,
+            "stage_step": state.stage_step,
+            "step": state.step,
+            "seconds": state.seconds,
+            "stages": state.stages,
+            "recent": list(state.recent),
+        }
         self.store.save(f"{self.number:02d}-{state.step:09d}", self.facts, position, shared, self._own())
         self._saved_at = time.monotonic()
 
-    def _own(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"random": random_state(), "means": self.means.sums, "stage_data": None}
+    def _own(self) -> Own:
+        found: Own = {"random": random_state(), "means": self.means.sums, "stage_data": None}
         if self.stage_data is not None:
             found["stage_data"] = {
                 "streams": self.stage_data.streams.state_dict(),
@@ -373,8 +370,8 @@ class Trainer:
         recipe = as_json(parse_recipe(saved.manifest["recipe"]).to_dict())
         self.facts.check({**saved.manifest, "recipe": recipe}, saved.folder)
         position, state, names = saved.manifest, self.state, self.trained
-        for name in ("stage", "stage_step", "step", "seconds", "stages"):
-            setattr(state, name, position[name])
+        state.stage, state.stage_step, state.step = position["stage"], position["stage_step"], position["step"]
+        state.seconds, state.stages = position["seconds"], position["stages"]
         with torch.no_grad():
             for parameter, name in names.items():
                 parameter.copy_(shard_like(saved.shared["weights"][name], parameter))

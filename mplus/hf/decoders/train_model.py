@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, TypeAlias, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -23,6 +23,9 @@ from mplus.hf.pretrained.config import MPlusModelConfig, read_config
 from mplus.hf.pretrained.load import without_bars
 from mplus.hf.pretrained.save import BASE, WEIGHTS, load_additions
 from mplus.hf.pretrained.shipped import RECALL_TINY, STORIES260K
+
+TrainTokenizer: TypeAlias = PreTrainedTokenizerBase
+"""What a training gives text to, and saves with its model."""
 
 SHIPPED = {"stories260K": STORIES260K, "recall-tiny": RECALL_TINY}
 """Decoders that come with the package, by the name a recipe gives them."""

@@ -67,7 +67,7 @@ class BatchedPrefix:
     layers: dict[int, LayerRead] = field(factory=dict)
 
     def prefix(self, layer: int, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
-        """See ``mplus.mechanisms.decoder.Prefix``."""
+        """Return what a layer sees in front of its texts: a ``mplus.mechanisms.decoder.Prefix``."""
         streams = self.streams
         batch, each = self.queries.shape[:2]
         # A recomputation repeats every step that is recorded for backward, but not the choices.
@@ -133,7 +133,7 @@ class RowSelector(Protocol):
     def select(
         self, layer: int, text: Tensor, queries: Tensor, rows: Tensor, ltm: LongTermRows, count: int
     ) -> tuple[Tensor, Tensor]:
-        """Places ``[B, R, count]`` int64 in the long-term rows, in any order, and their scores.
+        """Return places ``[B, R, count]`` int64 in the long-term rows, in any order, and their scores.
 
         Args:
             layer: index among the layers that carry memory.
@@ -147,7 +147,7 @@ class RowSelector(Protocol):
 
 @define(frozen=True, eq=False)
 class ScoreSelector:
-    """The rows a retriever scores best, with keys made anew by its present weights."""
+    """Chooses the rows that a retriever scores best, with keys made anew by its present weights."""
 
     retriever: Retriever
 
@@ -158,7 +158,7 @@ class ScoreSelector:
         return best.indices, best.values
 
     def score(self, layer: int, text: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
-        """``[B, R, m]``: the score of every row for every text."""
+        """Return ``[B, R, m]``, the score of every row for every text."""
         batch, each, tokens, size = text.shape
         keys = self.retriever.project_keys(layer, rows.flatten(0, 1)).view(*rows.shape[:2], -1)  # type: ignore[union-attr]
         projected = self.retriever.project_queries(layer, text.reshape(batch * each, tokens, size))

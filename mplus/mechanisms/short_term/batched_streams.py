@@ -257,7 +257,7 @@ def can_be_batched(memory: MPlusConfig, *, long_term: bool) -> bool:
 
 def changed_options(memory: MPlusConfig) -> list[str]:
     """Return ``name=value`` of the mechanism's options that differ from their defaults."""
-    cls: Any = MECHANISMS.get(memory.mechanism.name)
+    cls = MECHANISMS.get(memory.mechanism.name)
     options, defaults = options_of(cls, memory.mechanism.options), cls.Options()
     values = attrs.asdict(options)
     return [f"{name}={value!r}" for name, value in values.items() if value != getattr(defaults, name)]

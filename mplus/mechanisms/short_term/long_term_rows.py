@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,12 +85,12 @@ class LongTermRows:
     def _columns(self) -> tuple[Tensor, Tensor, Tensor]:
         return self._hidden, self._source, self._birth
 
-    def state_dict(self) -> dict[str, Any]:
-        """The rows as tensors of their own."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the rows as tensors of their own."""
         return {"hidden": self.hidden.clone(), "source": self.source.clone(), "birth": self.birth.clone()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The rows of a saved state instead of the present ones."""
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the rows of a saved state instead of the present ones."""
         device = self._hidden.device
         self._hidden, self._source, self._birth = (
             state[name].clone().to(device) for name in ("hidden", "source", "birth")

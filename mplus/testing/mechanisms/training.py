@@ -98,7 +98,7 @@ class MechanismTraining(RowSuite):
                 done = train(table, out=tmp_path / "run", progress=False)
             vectorised = self.implementation.streams is not MemoryMechanism.streams
             assert vectorised or {"write", "absorb", "prefix"} <= calls.keys(), f"training calls {dict(calls)} only"
-            losses = [record["total_loss"] for record in done.records]
+            losses = [float(record["total_loss"]) for record in done.records]
             assert len(losses) == STEPS
             assert all(map(math.isfinite, losses))
             fresh = make_model(read_recipe(table).recipe, done.seed, done.tokenizer)

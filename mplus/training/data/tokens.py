@@ -22,9 +22,6 @@ class Tokenizer(Protocol):
     def get_vocab(self) -> dict[str, int]:
         """Return token -> id."""
 
-    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]:
-        """Return the ids of tokens."""
-
 
 def encode(tokenizer: Tokenizer | None, text: str) -> Tensor:
     """Return ``[n]`` int64 ids of a text, without special tokens.

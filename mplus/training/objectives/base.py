@@ -30,10 +30,24 @@ class ObjectiveResult:
 
 
 class Objective(ABC):
-    """Batches a ``Batch`` into a loss; may write into the streams. Built as ``Objective(options)``; keeps no state.
+    """Makes a loss of a ``Batch``; may write into the streams. Built as ``Objective(options)``; keeps no state.
 
     The parameters that get a gradient are part of what an objective is (published: training table, section 2.4 of
     the released code): each says so in its docstring, and a test holds it to that.
+
+    Example:
+        >>> from mplus.training.objectives.base import Objective, ObjectiveResult
+        >>> from mplus.training.objectives.losses import token_loss
+        >>> class Recite(Objective):
+        ...     name = "recite"
+        ...     chunks = 1
+        ...     def __call__(self, decoder, streams, batch, retriever_loss):
+        ...         streams.detach()
+        ...         streams.write(batch.chunks[:, 0], batch.sources[:, 0])
+        ...         loss = token_loss(streams.read(batch.texts).logits, batch.labels)
+        ...         return ObjectiveResult(loss, {"loss": loss.item()})
+        >>> Recite().writes
+        True
     """
 
     @define(frozen=True, kw_only=True)
@@ -46,19 +60,19 @@ class Objective(ABC):
     needs_cache: ClassVar[bool] = False
     """Whether it takes a batch seen before instead of a new one."""
     metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
-    """Names of the metrics that every outcome may have."""
+    """Names of the metrics that every result may have."""
 
     def __init__(self, options: Any = None) -> None:
         self.options = options if options is not None else self.Options()
 
     @property
     def chunks(self) -> int:
-        """How many chunks a batch for this objective should have."""
+        """Return how many chunks a batch for this objective should have."""
         return int(getattr(self.options, "chunks", 0))
 
     @property
     def writes(self) -> bool:
-        """Whether it writes the batch's chunks into the streams."""
+        """Return whether it writes the batch's chunks into the streams."""
         return self.chunks > 0
 
     @abstractmethod

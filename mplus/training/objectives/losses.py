@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from attrs import define, field
@@ -17,7 +17,7 @@ from mplus.training.batch import IGNORE_INDEX, NO_SOURCE
 from mplus.training.parallel import global_mean
 
 if TYPE_CHECKING:
-    from mplus.mechanisms.streams import LayerRead, Read
+    from mplus.mechanisms.streams import Candidates, LayerRead, Read
 
 EPSILON = 1e-5
 """Added to probabilities before their logarithm (published constant)."""
@@ -85,10 +85,12 @@ class RetrieverLoss:
     candidates: int = field(default=96, validator=whole(1))
     encoder_weight: float = field(default=0.0, validator=number(0))
 
-    def wanted(self, text_sources: Tensor, generators: Sequence[torch.Generator]) -> Any:
-        """The ``candidates`` argument of ``TrainedDecoder.read`` for texts ``text_sources`` ``[B, R]``.
+    def wanted(self, text_sources: Tensor, generators: Sequence[torch.Generator]) -> Candidates:
+        """Return the ``candidates`` argument of ``TrainingStreams.read``.
 
-        ``generators``: one per stream, so that a stream's candidates do not depend on the other streams.
+        Args:
+            text_sources: ``[B, R]`` int64, of the texts that are read.
+            generators: one per stream, so that a stream's candidates do not depend on the other streams.
         """
 
         def choose(layer: int, sources: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import attrs
 from attrs import define, field
@@ -198,7 +198,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, JsonValue]:
         """Return plain data that ``parse_recipe`` reads back, with all defaults but those of data and objectives."""
-        found: dict[str, Any] = attrs.asdict(self, recurse=False)
+        found = attrs.asdict(self, recurse=False)
         for name in ("optimizer", "checkpoints", "metrics"):
             found[name] = attrs.asdict(found[name])
         model = attrs.asdict(self.model, recurse=False)

@@ -89,8 +89,8 @@ class RecallBatches(BatchSource):
         self.options = options
         language = options.language
         if tokenizer is not None:
-            found = tokenizer.convert_tokens_to_ids(list(language.vocabulary))
-            if list(found) != list(range(len(language.vocabulary))):
+            known = tokenizer.get_vocab()
+            if any(known.get(word) != place for place, word in enumerate(language.vocabulary)):
                 raise ConfigError("data of kind 'recall' needs the tokenizer of the little language: set it in [model]")
         self._generators = [torch.Generator().manual_seed(seed * 1_000_003 + stream) for stream in numbers]
         self._episodes: list[Episode] = []
