@@ -6,8 +6,13 @@ import pytest
 import torch
 
 from mplus import timing
+from tests.helpers.docstrings import run_examples
 
 CPU = torch.device("cpu")
+
+
+def test_the_example_does_what_it_says():
+    run_examples(timing.Arm)
 
 
 def test_quantiles_and_ratios():

@@ -29,7 +29,7 @@ class StepPlan:
 
 
 class CurriculumState(TypedDict):
-    """What a checkpoint has of a curriculum: ``revisit_batch`` by field, ``chunks_since``, ``last_was_revisit``."""
+    """State of a curriculum in a checkpoint: ``revisit_batch`` by field, ``chunks_since``, ``last_was_revisit``."""
 
     kept: dict[str, Any] | None
     gap: int

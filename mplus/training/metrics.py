@@ -13,7 +13,7 @@ from typing import Protocol, TypeAlias
 from mplus.training.parallel import gather_objects
 from mplus.training.run_folder import METRICS, TENSORBOARD, RunFolder
 
-Record: TypeAlias = dict[str, str | int | float]
+MetricsLine: TypeAlias = dict[str, str | int | float]
 """A line of metrics: ``attempt``, ``step``, ``stage``, and metrics by name."""
 
 
@@ -58,7 +58,7 @@ class MetricsLog:
     """
 
     def __init__(self, folder: RunFolder | None) -> None:
-        self.records: list[Record] = []
+        self.records: list[MetricsLine] = []
         self._folder = folder
         self._board: _Board | None = None
         if folder is not None and importlib.util.find_spec("tensorboard") is not None:
@@ -76,7 +76,7 @@ class MetricsLog:
     def _path(self) -> Path | None:
         return None if self._folder is None else self._folder.path / METRICS
 
-    def write(self, record: Record) -> None:
+    def write(self, record: MetricsLine) -> None:
         """Take one record. Raises CheckpointError when it cannot be written."""
         self.records.append(dict(record))
         if self._folder is None or self._path is None:

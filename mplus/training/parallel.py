@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any, Protocol, TypeVar, cast
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Accelerator(Protocol):
-    """What places a decoder and wraps it for several processes: ``accelerate.Accelerator``."""
+    """Places a decoder and wraps it for several processes: ``accelerate.Accelerator``."""
 
     @property
     def is_fsdp2(self) -> bool: ...
@@ -23,7 +23,7 @@ class Accelerator(Protocol):
     def state(self) -> Any: ...
     def prepare(self, *things: nn.Module | torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]: ...
     def backward(self, loss: Tensor) -> None: ...
-    def free_memory(self) -> object: ...
+    def free_memory(self) -> Sequence[None]: ...
 
 
 def world_size() -> int:

@@ -14,7 +14,7 @@ from mplus.errors import ConfigError, NotSupported, TrainingError
 from mplus.hf.decoders.train_model import TrainTokenizer, choose_trained, save_trained
 from mplus.hf.model.installed import WrappedModel
 from mplus.training.checkpoint import Checkpoint, CheckpointStore
-from mplus.training.metrics import MetricsLog, Record
+from mplus.training.metrics import MetricsLine, MetricsLog
 from mplus.training.parallel import Accelerator, barrier, full_tensor, rank
 from mplus.training.recipe.files import RecipeFile, read_recipe
 from mplus.training.recipe.recipe import Recipe
@@ -54,7 +54,7 @@ class TrainingResult:
     steps: int
     seconds: float
     seconds_in_all: float
-    records: list[Record]
+    records: list[MetricsLine]
     folder: Path | None
 
     @property

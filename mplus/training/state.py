@@ -50,7 +50,7 @@ class RandomState(TypedDict):
 
 
 class Shared(TypedDict):
-    """What all processes have alike: trained weights, and the optimiser's tensors for each of them, by name."""
+    """State that all processes have alike: trained weights, and the optimiser's tensors for each of them, by name."""
 
     weights: dict[str, Tensor]
     optimizer: dict[str, dict[str, Tensor]]
@@ -65,7 +65,7 @@ class StageState(TypedDict):
 
 
 class Own(TypedDict):
-    """What one process has of its own; ``stage_data`` is None between two stages."""
+    """State of one process; ``stage_data`` is None between two stages."""
 
     random: RandomState
     means: dict[str, list[float]]
@@ -73,7 +73,7 @@ class Own(TypedDict):
 
 
 class StageSummary(TypedDict):
-    """What became of a stage.
+    """Summary of a stage that is over.
 
     ``name`` and ``steps``; where it had a goal, its ``metric``, the ``value`` of that and whether it was ``reached``;
     and what its data ``skipped``, data set -> reason -> count.

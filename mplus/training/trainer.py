@@ -20,7 +20,7 @@ from mplus.training.batch import Batch, BatchSource
 from mplus.training.checkpoint import Checkpoint, CheckpointStore, RunIdentity, as_json, random_state, set_random_state
 from mplus.training.curriculum import Curriculum, StepPlan
 from mplus.training.decoder import make_streams
-from mplus.training.metrics import MetricsLog, Record, RunningMeans, stage_bar
+from mplus.training.metrics import MetricsLine, MetricsLog, RunningMeans, stage_bar
 from mplus.training.objectives import OBJECTIVES
 from mplus.training.optimizer import clip_gradients, make_optimizer, make_schedule, optimizer_state
 from mplus.training.parallel import (
@@ -311,7 +311,7 @@ class Trainer:
 
     def _record(self, metrics: dict[str, float]) -> None:
         if self._log is not None:
-            where: Record = {"attempt": self.number, "step": self.state.step, "stage": self.stage.name}
+            where: MetricsLine = {"attempt": self.number, "step": self.state.step, "stage": self.stage.name}
             self._log.write({**where, **metrics})
 
     def _checkpoint_if_due(self) -> None:

@@ -10,9 +10,18 @@ from mplus.config import structure
 from mplus.testing.objectives import ObjectiveConformance
 from mplus.testing.registered import suites as suites_of
 from mplus.testing.sources import STREAMS, SourceConformance
+from mplus.training.batch import BatchSource
 from mplus.training.data import SOURCES
 from mplus.training.objectives import OBJECTIVES
+from mplus.training.objectives.base import Objective
+from tests.helpers.docstrings import run_examples
 from tests.helpers.letters import Letters, library
+
+
+@pytest.mark.parametrize("interface", [BatchSource, Objective])
+def test_the_example_of_an_interface_does_what_it_says(interface):
+    run_examples(interface)
+
 
 globals().update(suites_of(ObjectiveConformance, OBJECTIVES))
 globals()["TestWindowObjectiveConformance"].trains_additions = False

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from mplus.config import JsonValue, MPlusConfig
 from mplus.errors import CheckpointError, ConfigError
-from mplus.hf.adapters.lora import is_addition
+from mplus.hf.adapters.lora import is_adapter, is_addition, plain_name
 from mplus.hf.model.installed import WrappedModel
 from mplus.hf.model.wrapping import wrap
 from mplus.hf.pretrained.config import MPlusModelConfig, read_config
@@ -37,8 +37,8 @@ EMBEDDING_STD = 0.05
 def load_for_training(path: str, config: MPlusConfig, dtype: torch.dtype) -> WrappedModel:
     """Load a decoder from a folder or the Hub and wrap it for ``config``.
 
-    If it is one that mplus saved, its adapters, begin rows, mark and retriever go on from where they were. A saved
-    decoder without a retriever gets a new one.
+    If it is one that mplus saved, its adapters and the mechanism's parameters go on from where they were. Adapters, or
+    a module such as the retriever, that were not saved with it begin anew.
 
     Raises:
         ConfigError: there is no such decoder.
@@ -76,15 +76,22 @@ def _load(path: str, where: str | Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _go_on(model: WrappedModel, folder: Path) -> None:
-    """Load saved additions; a retriever that only one of the two has stays as it is."""
+    """Load saved additions.
+
+    Adapters and modules of the mechanism that were not saved stay new; what this mechanism has no place for (a
+    retriever of another one, the rows that memories started from) is left out.
+    """
     saved = load_file(folder / WEIGHTS)
-    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("mplus.retriever.")}
-    if not any(name.startswith("mplus.retriever.") for name in saved):
-        saved.update(own)
-    if not own:
-        saved = {name: tensor for name, tensor in saved.items() if not name.startswith("mplus.retriever.")}
-    saved.pop("mplus.pool", None)  # training starts from empty memories
-    load_additions(model, saved, str(folder))
+    own = {plain_name(name): tensor for name, tensor in model.state_dict().items() if is_addition(name)}
+    there, wanted = ({_part(name) for name in tensors} for tensors in (saved, own))
+    kept = {name: tensor for name, tensor in saved.items() if is_adapter(name) or _part(name) in wanted}
+    new = {name: tensor for name, tensor in own.items() if _part(name) not in there}
+    load_additions(model, {**kept, **new}, str(folder))
+
+
+def _part(name: str) -> str:
+    """Return the part of what mplus adds that a tensor belongs to: the adapters, or one child of ``model.mplus``."""
+    return "adapters" if is_adapter(name) else name.split(".")[1]
 
 
 def build_for_training(

@@ -14,7 +14,7 @@ from mplus.training.data.documents import Document
 
 
 class Tokenizer(Protocol):
-    """What turns text into ids; those of transformers do."""
+    """Turns text into ids, as tokenizers of transformers do."""
 
     def __call__(self, text: str, /, *, add_special_tokens: bool, verbose: bool) -> Mapping[str, list[int]]:
         """Return the ids of a text as ``input_ids``."""

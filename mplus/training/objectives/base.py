@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from attrs import define, field
 from torch import Tensor
@@ -62,7 +62,7 @@ class Objective(ABC):
     metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
     """Names of the metrics that every result may have."""
 
-    def __init__(self, options: Any = None) -> None:
+    def __init__(self, options: Options | None = None) -> None:
         self.options = options if options is not None else self.Options()
 
     @property

@@ -25,7 +25,10 @@ def check(recipe: Recipe) -> None:
     for where, rule in RULES.items():
         with error_prefix(where):
             rule(recipe)
+    names = [stage.name for stage in recipe.stages]
     for place, stage in enumerate(recipe.stages):
+        if names.count(stage.name) > 1:
+            raise ConfigError(f"stages: every stage must have a name of its own, got {stage.name!r} twice")
         with error_prefix(f"stages: {place} ({stage.name})"):
             _check_stage(recipe, stage)
     if recipe.validation is not None:
@@ -101,19 +104,11 @@ def check_chunks(recipe: Recipe, most: int) -> None:
             raise ConfigError(f"{name}.chunk_tokens must be at most memory.chunk_tokens ({most}), got {longest}")
 
 
-def _check_names(recipe: Recipe) -> None:
-    names = [stage.name for stage in recipe.stages]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"every stage must have a name of its own, got {name!r} twice")
-
-
 RULES: dict[str, Callable[[Recipe], None]] = {
     "model": _check_model,
     "optimizer": _check_optimizer,
     "memory": _check_memory,
     "data": _check_data,
-    "stages": _check_names,
 }
 
 
@@ -123,7 +118,8 @@ def _check_stage(recipe: Recipe, stage: Stage) -> None:
             _check_entry(recipe, stage, entry)
     _check_probabilities(stage.main)
     _check_episodes(recipe, stage.objectives)
-    _check_revisit(stage)
+    if stage.revisit is not None and not any(entry.objective.writes for entry in stage.main):
+        raise ConfigError("revisit must go with an objective that writes, got none in this stage")
     if stage.long_term:
         _check_long_term(recipe)
     if stage.retriever_loss is not None:
@@ -179,11 +175,6 @@ def _check_episodes(recipe: Recipe, entries: Sequence[Entry]) -> None:
             )
 
 
-def _check_revisit(stage: Stage) -> None:
-    if stage.revisit is not None and not any(entry.objective.writes for entry in stage.main):
-        raise ConfigError("revisit must go with an objective that writes, got none in this stage")
-
-
 def _check_long_term(recipe: Recipe) -> None:
     if not recipe.memory.long_term_tokens:
         raise ConfigError(
@@ -226,18 +217,14 @@ def _check_retriever(recipe: Recipe, stage: Stage) -> None:
         )
 
 
-def metrics_of(stage: Stage) -> tuple[str, ...]:
-    """Return the names of the metrics that ``until`` can ask for, and patterns of those that come per layer."""
+def _check_until(stage: Stage) -> None:
+    until = stage.until
+    if until is None:
+        return
     names = {name for entry in stage.objectives for name in entry.objective.metrics}
     if stage.retriever_loss is not None:
         names.add("retriever_loss")
-    return (*sorted(names), *(["recall_[0-9]+"] if stage.long_term else []))
-
-
-def _check_until(stage: Stage) -> None:
-    until, known = stage.until, metrics_of(stage)
-    if until is None:
-        return
+    known = (*sorted(names), *(["recall_[0-9]+"] if stage.long_term else []))  # patterns
     if not any(re.fullmatch(name, until.metric) for name in known):
         raise ConfigError(f"until.metric must be one of {', '.join(known)}, got {until.metric!r}")
     if until.window > stage.steps:
