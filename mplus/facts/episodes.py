@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from attrs import define
 from torch import Tensor
 
 from mplus.errors import ConfigError, InputError
 from mplus.facts.language import BEGIN, FILLERS, PAD, STOP, Language
-from mplus.hf.decoders.tokenizers import WordTokenizer, word_tokenizer
+from mplus.hf.decoders.tokenizers import word_tokenizer
 
 
 @define(frozen=True, eq=False)
@@ -109,7 +111,7 @@ def lay_out(
     return Episode(facts, values, chunks)
 
 
-def recall_tokenizer(language: Language | None = None) -> WordTokenizer:
+def recall_tokenizer(language: Language | None = None) -> Any:
     """Return the tokenizer of the language; every word it does not know becomes a filler."""
     vocabulary = (language or Language()).vocabulary
     return word_tokenizer(vocabulary, unknown=FILLERS[0], pad=PAD, begin=BEGIN)

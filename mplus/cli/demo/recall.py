@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import torch
@@ -239,7 +239,7 @@ def trained(seed: int, quiet: bool) -> tuple[MemoryModel, Any, float]:
 
     begun = time.perf_counter()
     result = train("recall-tiny", seed=seed, progress=False if quiet else None)
-    return result.model, result.tokenizer, time.perf_counter() - begun
+    return cast("MemoryModel", result.model), result.tokenizer, time.perf_counter() - begun
 
 
 def told_and_asked(chat: Chat, facts: int, distraction: int, seed: int) -> list[Asked]:

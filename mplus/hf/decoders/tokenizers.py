@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -38,11 +37,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     )
 
 
-WordTokenizer: TypeAlias = PreTrainedTokenizerFast
-"""What ``word_tokenizer`` makes."""
-
-
-def word_tokenizer(vocabulary: Sequence[str], *, unknown: str, pad: str, begin: str) -> WordTokenizer:
+def word_tokenizer(vocabulary: Sequence[str], *, unknown: str, pad: str, begin: str) -> PreTrainedTokenizerFast:
     """Make a fast tokenizer that lower-cases, cuts at white space and punctuation, and knows only ``vocabulary``.
 
     Args:
