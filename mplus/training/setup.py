@@ -42,7 +42,8 @@ def make_tokenizer(recipe: Recipe, folder: Path | None) -> TrainTokenizer | None
     if wanted == RECALL:
         from mplus.facts.episodes import recall_tokenizer
 
-        return recall_tokenizer()
+        found: TrainTokenizer = recall_tokenizer()
+        return found
     if wanted is None and recipe.model.path is None:
         return None
     return load_tokenizer(wanted or recipe.model.path or "")
