@@ -16,6 +16,7 @@ from mplus.environment import run_info
 from mplus.errors import ConfigError, InputError
 from mplus.evaluation.texts import Texts, Tokenizer
 from mplus.hf.model.model_class import MemoryModel
+from mplus.hf.text.engine import refuse_text
 from mplus.memory.memory import Memory
 from mplus.memory.report import progress_bar
 
@@ -85,7 +86,9 @@ def harm(
 
     Raises:
         InputError: a text is too short, or shares a piece with the other one.
+        NotSupported: memories of the decoder are made of text.
     """
+    refuse_text(model, "this evaluation")
     options = options or HarmOptions()
     model.train(False)
     texts = Texts(tokenizer)

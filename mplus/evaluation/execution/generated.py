@@ -47,6 +47,7 @@ from mplus.evaluation.texts import Texts, Tokenizer
 from mplus.evaluation.tracing import FEATURES, Seen, TracingMechanism, check_retrieves, count_rows, features, scores
 from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.reading.override import mechanism_for_reads, reading_as
+from mplus.hf.text.engine import refuse_text
 from mplus.mechanisms.short_term.batched_streams import BATCHED
 from mplus.memory.memory import Memory
 from mplus.retrievers.base import Retriever
@@ -99,7 +100,9 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
         Raises:
             InputError: the data has nothing to tell, or a passage is too short for a chunk.
             ConfigError: settings contradict each other or the decoder.
+            NotSupported: memories of the decoder are made of text.
         """
+        refuse_text(model, "this evaluation")
         self.options, self.scoring = options or RunOptions(), scoring or Scoring()
         self.generation = generation or Generation.of(tokenizer, tokens=task.answer_tokens)
         self.model, self.tokenizer, self.task = model, tokenizer, task

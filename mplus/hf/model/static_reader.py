@@ -156,6 +156,8 @@ def reasons_against(model: WrappedModel) -> list[str]:
     engine: DecoderEngine | None = getattr(model, "mplus_engine", None)
     if engine is None:
         return ["it is not wrapped"]
+    if engine.writes_text:
+        return [f"memories of the mechanism {engine.mechanism.name!r} are made of text, which is read with the prompt"]
     reasons = []
     retrofit, anatomy = engine.retrofit, engine.retrofit.anatomy
     if retrofit.technique != "attention":

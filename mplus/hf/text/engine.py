@@ -139,3 +139,13 @@ class TextEngine:
 
     def _no_rows(self) -> NotSupported:
         return NotSupported(f"memories of the mechanism {self.mechanism.name!r} are made of text and have no such rows")
+
+
+def refuse_text(model: object, what: str) -> None:
+    """Raise NotSupported where memories of a wrapped decoder are made of text, and ``what`` knows rows only."""
+    engine = getattr(model, "mplus_engine", None)
+    if isinstance(engine, TextEngine):
+        raise NotSupported(
+            f"{what} is of memories that are made of rows, and those of the mechanism {engine.mechanism.name!r} are "
+            "made of text: use memory.write and generate(..., memory=memory)"
+        )
