@@ -16,14 +16,14 @@ class TokenMemory(MemoryMechanism):
     name, keeps = "tokens", frozenset({"hidden"})
 
     def write(self, decoder, views, text):
-        return Update(decoder.run(text.ids, collect={"inputs"}).inputs)  # per layer [B, n, d]
+        return Update(decoder.run(text.ids, adapter="write", collect={"inputs"}).inputs)  # per layer [B, n, d]
 
     def absorb(self, state, update, source, context):
         count = update.hidden[0].shape[0]
         births, sources = torch.arange(state.clock, state.clock + count), torch.full((count,), source)
         for layer, hidden in enumerate(update.hidden):
             context.store.append(layer, MemoryRows(hidden, births, sources))
-        return Absorbed(evolve(state, clock=state.clock + count), dropped=0, evicted=0)
+        return Absorbed(evolve(state, clock=state.clock + count), dropped=0, evicted=max(context.evict()))
 
     def prefix(self, opened, layer, found, hidden, project):
         rows = [view.store.gather(layer, view.store.ids(layer)).need_hidden().to(hidden) for view in opened.views]

@@ -154,28 +154,13 @@ class MPlusMechanism(RowMechanism):
                 expired[layer] = gone.shape[0]
         if policy.lifetime is not None:
             state = evolve(state, counters={**state.counters, "decayed": decayed})
-        return state, max(map(add, expired, self._evict(context)))
+        return state, max(map(add, expired, context.evict()))
 
     def countdown(self, eviction: EvictionPolicy) -> EvictionPolicy:
         """The policy by which rows of a memory under ``eviction`` expire, if they do: it, or that of the options."""
         if eviction.lifetime is not None or self.options.lifetime is None:
             return eviction
         return TtlEviction(TtlEviction.Options(lifetime=self.options.lifetime, decay=self.options.decay))
-
-    def _evict(self, context: WriteContext) -> list[int]:
-        """Bring every layer down to its capacity; returns the rows evicted from each."""
-        capacity, store = context.capacity, context.store
-        evicted = [0] * store.layout.layers
-        if capacity is None:
-            return evicted
-        for layer in range(store.layout.layers):
-            excess = store.count(layer) - capacity
-            if excess > 0:
-                if context.access_log is not None:
-                    context.access_log.trim(layer, store)  # rows that have left are never asked for again
-                store.remove(layer, context.eviction.with_access_log(context.access_log).select(store, layer, excess))
-                evicted[layer] = excess
-        return evicted
 
     def retrieve(self, layer: int, hidden: Tensor, mask: Tensor, views: Sequence[StreamView]) -> list[Retrieved | None]:
         k = self.config.retrieved_tokens

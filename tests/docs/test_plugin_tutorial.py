@@ -1,83 +1,40 @@
-"""The plug-in tutorial, done as it says: files written, commands run, output compared."""
+"""The tutorials that build a package of a plug-in: a retriever, and a mechanism with its recipe."""
 
 from __future__ import annotations
 
-import os
-import re
-import shlex
-import subprocess
-import sys
-import sysconfig
-from pathlib import Path
+import ast
+from typing import TYPE_CHECKING
 
-import pytest
+from tests.helpers.pages import BLOCK
+from tests.helpers.tutorial import ROOT, follow, make_environment
 
-ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "plugins.md"
-BLOCK = re.compile(r'^```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^```$', re.MULTILINE | re.DOTALL)
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
-@pytest.fixture
-def environment(tmp_path):
-    """Environment variables of a new virtual environment that sees mplus and what mplus needs, but not our plug-ins."""
-    folder = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-    bin_folder = folder / "bin"
-    site = subprocess.run(
-        [bin_folder / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    outer = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    Path(site, "outer.pth").write_text("\n".join([*sorted(outer), str(ROOT)]) + "\n", encoding="utf-8")
-    commands = {"pip": "-m pip", "pytest": "-m pytest", "mplus": "-c 'from mplus.cli import main; main()'"}
-    for command, arguments in commands.items():
-        script = bin_folder / command
-        script.write_text(f'#!/bin/sh\nexec {shlex.quote(str(bin_folder / "python"))} {arguments} "$@"\n')
-        script.chmod(0o755)
-    return {
-        **{name: value for name, value in os.environ.items() if name not in {"MPLUS_PLUGINS", "PYTHONPATH"}},
-        "PATH": os.pathsep.join([str(bin_folder), os.environ.get("PATH", os.defpath)]),
-        # What the package needs is there already; "0" is how pip spells that it must not be fetched again.
-        "PIP_NO_BUILD_ISOLATION": "0",
-        "PIP_NO_DEPS": "1",
-        "PIP_NO_INDEX": "1",
-        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-    }
+def test_every_block_about_a_retriever_does_what_the_page_says(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    assert {block["language"] for block in BLOCK.finditer(page)} == {"python", "toml", "bash", "text"}
+    assert follow(page, tmp_path / "work", make_environment(tmp_path / "venv")) >= 5
 
 
-def test_every_block_does_what_the_page_says(environment, tmp_path):
-    work = tmp_path / "work"
-    work.mkdir()
-    blocks = list(BLOCK.finditer(PAGE.read_text(encoding="utf-8")))
-    assert {block["language"] for block in blocks} == {"python", "toml", "bash", "text"}
-    printed = ""
-    commands = 0
-    for block in blocks:
-        if block["title"]:
-            file = work / block["title"]
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(block["text"], encoding="utf-8")
-        elif block["language"] == "bash":
-            printed = shell(block["text"], work, environment)
-            commands += 1
-        else:
-            assert block["language"] == "text", f"a block without a title is neither a file nor a command: {block[0]}"
-            expect(block["text"], printed)
-    assert commands >= 5
+def package_section() -> str:
+    """Return the part of the page about mechanisms that a newcomer types in."""
+    page = (ROOT / "docs" / "write-a-mechanism.md").read_text(encoding="utf-8")
+    return page.partition("\n## A package from nothing\n")[2].partition("\n## ")[0]
 
 
-def shell(commands, folder, environment):
-    result = subprocess.run(
-        ["/bin/sh", "-e", "-c", commands], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, f"{commands}\n{result.stdout}\n{result.stderr}"
-    return result.stdout
+def test_a_mechanism_written_by_the_page_conforms_trains_and_is_measured(tmp_path: Path) -> None:
+    assert follow(package_section(), tmp_path / "work", make_environment(tmp_path / "venv")) == 4
 
 
-def expect(lines, printed):
-    """Each line is part of a later line of the output than the one before it."""
-    rest = iter(printed.splitlines())
-    for line in lines.splitlines():
-        assert any(line in output for output in rest), f"{line!r} is not, or not in this place, in\n{printed}"
+def test_the_mechanism_of_the_page_is_short_and_that_of_the_example() -> None:
+    blocks = {block["title"]: block["text"] for block in BLOCK.finditer(package_section())}
+    page = blocks["mplus-tokens/src/mplus_tokens/__init__.py"]
+    assert len(page.splitlines()) <= 40
+    example = (ROOT / "examples" / "write_a_mechanism.py").read_text(encoding="utf-8")
+    classes = [
+        [ast.dump(node) for node in ast.parse(text).body if isinstance(node, ast.ClassDef)] for text in (page, example)
+    ]
+    assert len(classes[0]) == 1
+    assert classes[0] == classes[1]

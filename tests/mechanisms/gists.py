@@ -80,7 +80,7 @@ class GistMechanism(MemoryMechanism):
             last_source=torch.tensor(source),
             clock=state.clock + 1,
         )
-        return Absorbed(after, leaving, 0, {"gists": tuple(stayed)})
+        return Absorbed(after, leaving, max(context.evict()), {"gists": tuple(stayed)})
 
     def capacity(self, rows: int) -> int:
         """A row is the mean of a chunk."""

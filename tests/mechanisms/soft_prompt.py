@@ -67,9 +67,7 @@ class SoftPromptMechanism(MemoryMechanism):
         store, hidden = context.store, update.hidden[0].to(context.store.layout.device, context.store.layout.dtype)
         births, of = torch.tensor([state.clock]), torch.tensor([source])
         store.append(0, MemoryRows(hidden, births, of, extra=self.further(context.ids)))
-        excess = 0 if context.capacity is None else max(store.count(0) - context.capacity, 0)
-        if excess:
-            store.remove(0, context.eviction.select(store, 0, excess))
+        [excess] = context.evict()
         tail = context.ids[-SENSORY:].cpu().clone()
         return Absorbed(evolve(state, sensory=tail, of=torch.tensor(source), clock=state.clock + 1), 0, excess)
 

@@ -152,6 +152,15 @@ class HoldsHalf(TokenMemory):
         return rows // 2
 
 
+class Grows(TokenMemory):
+    """Keeps every row, however many there may be."""
+
+    name = "grows"
+
+    def absorb(self, state: Any, update: Update, source: int, context: Any) -> Absorbed:
+        return super().absorb(state, update, source, evolve(context, capacity=None))
+
+
 class LearnsNothing(TokenMemory):
     """Has a parameter that no gradient reaches."""
 
@@ -195,6 +204,7 @@ MUTANTS = [
     (Carries, "test_it_trains"),
     (ReadsWhileWriting, "test_sources_are_isolated_or_it_says_that_they_are_not"),
     (HoldsHalf, "test_rows_hold_as_much_text_as_capacity_says"),
+    (Grows, "test_no_list_of_the_store_grows_beyond_its_capacity"),
     (LearnsNothing, "test_gradients_reach_its_own_parameters_and_nothing_that_is_frozen"),
     (LearnsNothing, "test_it_trains"),
     (NamedAsABaseline, "test_it_is_an_arm_of_retention"),

@@ -193,3 +193,21 @@ class WriteContext:
     ids: Tensor | None = None
     capacity: int | None = None
     access_log: AccessLog | None = None
+
+    def evict(self) -> list[int]:
+        """Remove the rows of each list of the store that are beyond its capacity, as the eviction policy chooses.
+
+        Returns:
+            How many left each list.
+        """
+        store, evicted = self.store, [0] * self.store.layout.layers
+        if self.capacity is None:
+            return evicted
+        for layer in range(len(evicted)):
+            excess = store.count(layer) - self.capacity
+            if excess > 0:
+                if self.access_log is not None:
+                    self.access_log.trim(layer, store)  # rows that have left are never asked for again
+                store.remove(layer, self.eviction.with_access_log(self.access_log).select(store, layer, excess))
+                evicted[layer] = excess
+        return evicted

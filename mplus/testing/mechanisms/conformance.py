@@ -58,6 +58,11 @@ class MechanismMemory(MechanismLife, RowSuite):
         ]
         assert model.mplus_engine.mechanism.capacity(max(rows)) == 2 * CHUNK
 
+    def test_no_list_of_the_store_grows_beyond_its_capacity(self) -> None:
+        with self.wrapped(long_term_tokens=2 * CHUNK) as model:
+            store = self.written(model, 1, 2, 3, 4, 5).stores[0]
+            assert max(store.count(layer) for layer in range(store.layout.layers)) <= 2 * CHUNK
+
     # ------------------------------------------------------------------ forgetting what others took in
 
     def test_rebuilding_takes_back_what_later_chunks_took_in(self, model: Any) -> None:
