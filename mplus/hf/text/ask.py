@@ -93,7 +93,7 @@ def ask(
     stop: Sequence[str] = (),
     choices: Sequence[str] = (),
 ) -> str:
-    """See ``mplus.mechanisms.decoder.Decoder.ask``.
+    """Return what the decoder puts behind a prompt; see ``mplus.mechanisms.decoder.Decoder.ask``.
 
     Args:
         model: the wrapped decoder.

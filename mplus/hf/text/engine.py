@@ -74,11 +74,14 @@ class TextEngine:
         return int(weight.shape[0])
 
     def new_state(self, layout: StoreLayout) -> StreamState:
-        """See ``Engine.new_state``."""
+        """Return a new stream; see ``Engine.new_state``."""
         return evolve(self.mechanism.new_state(layout), weights=self.weights())
 
     def write_text(self, views: Sequence[StreamView], passages: Sequence[Passage]) -> NewEntries:
-        """See ``Engine.write_text``. Raises MemoryMismatchError where the decoder was unwrapped."""
+        """Let the mechanism make entries; see ``Engine.write_text``.
+
+        Raises MemoryMismatchError where the decoder was unwrapped.
+        """
         self.check_wrapped()
         made = []
         for view, passage in zip(views, passages, strict=True):
@@ -100,7 +103,7 @@ class TextEngine:
             )
 
     def check_options(self, **given: Any) -> None:
-        """See ``Engine.check_options``."""
+        """Refuse all that is about rows; see ``Engine.check_options``."""
         for name, value in given.items():
             if value is not None and value is not False:
                 raise ConfigError(

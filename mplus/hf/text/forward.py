@@ -42,12 +42,11 @@ def forward_with_text(
     if not torch.compiler.is_compiling():
         check_spelling(kwargs, base)
     arguments = arguments_of(model, asked)
-    inputs = by_name(base, args, kwargs)
     if arguments is None or arguments.memory is None:
-        for cache in filter(None, map(inputs.get, CACHES)):
+        for cache in filter(None, map(kwargs.get, CACHES)):
             check_cache(cache, None, arguments is not None and arguments.reuse_memory_cache)
         return base.forward(model, *args, **kwargs)
-    return _read(model, base, arguments, arguments.memory, inputs)
+    return _read(model, base, arguments, arguments.memory, by_name(base, args, kwargs))
 
 
 @torch.compiler.disable  # what is recalled differs from call to call

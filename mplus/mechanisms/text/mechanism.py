@@ -48,7 +48,7 @@ class Ask(Protocol):
 
 @define(frozen=True, eq=False)
 class TokenBudget:
-    """How long recalled text may be.
+    """The most tokens that recalled text may have, and a way to count them.
 
     Attributes:
         tokens: at most; what the decoder's positions leave beside the prompt and what is to be generated.

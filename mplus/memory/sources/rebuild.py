@@ -76,6 +76,11 @@ def _rebuilt(
     """
     states = streams.states
     check_known(states, rows, source)
+    if streams.engine.writes_text:
+        raise InputError(
+            "mode='rebuild' is for memories of rows, which may hold something of other sources; entries of a memory of "
+            "text are made of one source each: use mode='drop'"
+        )
     if not streams.keeps_text:
         raise InputError(
             "mode='rebuild' needs the texts that were written, and this memory does not keep them: make memories with "

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import mplus
 from mplus.cli import app
-from mplus.errors import ConfigError, MemoryMismatchError, NotSupported
+from mplus.errors import ConfigError, InputError, MemoryMismatchError, NotSupported
 from mplus.evaluation.execution import GeneratedAnswers
 from mplus.evaluation.harm import harm
 from mplus.evaluation.tasks.facts import Facts
@@ -85,6 +85,25 @@ class TestOtherDecoders:
             mplus.Memory.load(tmp_path / "rows", with_notes())
         with pytest.raises(MemoryMismatchError, match="belongs to another model"):
             with_notes()(prompt(), memory=other)
+
+
+class TestForgetting:
+    def test_rebuilding_is_not_needed(self) -> None:
+        memory = noted(with_notes(), KEY, CAT)
+        with pytest.raises(InputError, match="mode='rebuild' is for memories of rows"):
+            memory.forget("s0", mode="rebuild")
+        report = memory.forget("s0", keep_name=True)
+        assert (report.rows, report.held["entries"]) == (1, (1,))
+        assert (memory.forgotten(), texts(memory)) == (["s0"], [CAT])
+
+    def test_reset_leaves_nothing(self, tmp_path: Path) -> None:
+        with mplus.Memory.open(tmp_path / "notes", with_notes(), tokenizer=tokenizer()) as memory:
+            memory.write(SECRET, source="s0")
+            memory.reset()
+            assert texts(memory) == []
+            assert b"Zubrin" not in bytes_in(tmp_path / "notes")
+            memory.write(KEY, source="s1")
+            assert texts(memory) == [KEY]
 
 
 class TestFiles:
