@@ -19,8 +19,8 @@ from mplus.hf.reading.checks import check_rows, check_weights, is_as_kept
 from mplus.hf.reading.generating import generation_of
 from mplus.hf.reading.override import mechanism_for_reads
 from mplus.hf.reading.pieces import read_in_pieces
-from mplus.hf.reading.query_tokens import without_padding
-from mplus.hf.reading.reading import Reading, ReadSource, one_per_row
+from mplus.hf.reading.reading import Reading, one_per_row
+from mplus.hf.reading.retrieval import ReadSource, without_padding
 from mplus.hf.reading.retrieved_sources import retrieved_sources
 from mplus.hf.reading.virtual_tokens import only_learned
 from mplus.hf.retrofit.context import Pass, current_pass, run_in
@@ -260,7 +260,7 @@ def _read_pass(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[
         text_mask = mask[:, -tokens:].bool() if padded else None
         if padded and takes_positions and inputs.get("position_ids") is None:
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
-    source = reading.source(text_mask, piece)
+    source = ReadSource(reading, text_mask, piece)
     opened = reading.opened or _open(engine, reading, source, text[::repeats])
     offset: int | Tensor = 0
     positions = engine.retrofit.positions

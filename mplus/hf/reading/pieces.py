@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from mplus.errors import InputError, NotSupported
-from mplus.hf.reading.query_tokens import first_tokens
 from mplus.hf.reading.reading import Reading
+from mplus.hf.reading.retrieval import first_tokens
 
 _OF_TEXT = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids", "mm_token_type_ids")
 """Arguments with one entry per token, in dimension 1."""
@@ -83,8 +83,8 @@ def piece_starts(reading: Reading, shape: Sequence[int], text: Tensor | None) ->
         context = first_tokens(text, reading.context_tokens)
         begun = int(context.any(0).nonzero().max()) + 1
         text = text & ~context
-    elif reading.recent:
-        waiting = next(iter(reading.recent.values())).waiting.sum(1, keepdim=True)
+    elif reading.waiting is not None:
+        waiting = reading.waiting.sum(1, keepdim=True)
     due = (text & ((waiting + text.cumsum(1)) % every == 0)).any(0).nonzero().squeeze(1).tolist()
     if due and due[0] < begun:
         raise InputError(

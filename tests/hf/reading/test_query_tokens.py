@@ -14,7 +14,7 @@ from benchmarks.quality.architectures import oracle
 from benchmarks.quality.architectures.decoders import BOS, BY_NAME
 from benchmarks.quality.architectures.retrofitted import Pair, retrofit
 from mplus.errors import ArgumentError, ConfigError, InputError
-from mplus.hf.reading.query_tokens import without_padding
+from mplus.hf.reading.retrieval import without_padding
 from tests.hf.references import TOLERANCE, error, ids, merged, stir
 
 pytestmark = pytest.mark.two_computations
