@@ -131,7 +131,8 @@ class PublishedStream:
                 adapter="write" if whole else "read",
                 collect=("logits", "hidden"),
             )
-        return Heard((cast("Tensor", found.logits),), (), torch.stack(found.hidden_states))
+        states = torch.stack([*found.hidden_states[:-1], found.need_hidden()])  # published: the last one normed
+        return Heard((cast("Tensor", found.logits),), (), states)
 
     def forward_with_pool(self, ids: Tensor, delta: Tensor, draw: Permutations) -> Heard:
         """Read ``ids`` with ``delta`` ``[1, L, k, d]`` behind as many pool rows as leave room for it."""

@@ -14,9 +14,19 @@ from torch import Tensor, nn
 from mplus.backends.base import Segment
 from mplus.config import MPlusConfig
 from mplus.errors import ConfigError, InputError
-from mplus.mechanisms.decoder import Attended, Decoder, DecoderShape, KeptProjection, Project, Text
+from mplus.mechanisms.decoder import (
+    Attended,
+    Collected,
+    Decoder,
+    DecoderShape,
+    KeptProjection,
+    PassResult,
+    Project,
+    Text,
+)
 from mplus.mechanisms.root import Absorbed, Columns, Mechanism
 from mplus.mechanisms.streams import TrainingStreams
+from mplus.mechanisms.text_cache import TextCache
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.update import Update, WriteContext
 from mplus.retrievers.base import Retriever
@@ -53,12 +63,22 @@ class Opened:
         text_offset: ``[B]`` int64, the position of the first text token, where it is not 0 (rows that sit at 0, 1, ...,
             or learned positions behind a front); None: the decoder's configuration says.
         prepared: what ``prepare`` made, where rows are read as they are kept; None: they are projected anew.
+        settled: why nothing else can be read later on in this text (``reopen``); None: something else can.
     """
 
     views: Sequence[StreamView]
     own: Any = None
     text_offset: Tensor | None = None
     prepared: Any = None
+    settled: str | None = None
+
+    def views_of(self, rows: int) -> list[StreamView]:
+        """Return the view that each of ``rows`` batch rows reads.
+
+        In a pass a batch may have several copies of each stream, one behind the other: beams, or several samples.
+        """
+        copies = rows // len(self.views)
+        return [view for view in self.views for _ in range(copies)]
 
 
 Kept = Literal["projected", "hidden", "both"]
@@ -75,7 +95,7 @@ class MemoryMechanism(Mechanism):
         empty_is_base: whether a new memory leaves the decoder as it is, bit for bit; checked when a decoder is wrapped.
         attends: whether ``prefix`` returns ``Attended``, so that attention must go through mplus.
         keeps: the ``memory_rows`` that make sense for it.
-        retrieves_once: whether it chooses in ``open`` what a text reads, and never again: no ``retrieve_every``.
+        collect: what ``finish`` wants of a pass besides the final hidden state: "inputs", "outputs" or "hidden".
     """
 
     State: ClassVar[type[StreamState]] = StreamState
@@ -83,7 +103,7 @@ class MemoryMechanism(Mechanism):
     empty_is_base: ClassVar[bool] = True
     attends: ClassVar[bool] = False
     keeps: ClassVar[frozenset[Kept]] = frozenset({"projected", "hidden", "both"})
-    retrieves_once: ClassVar[bool] = False
+    collect: ClassVar[frozenset[Collected]] = frozenset()
 
     @classmethod
     def build(cls, shape: DecoderShape, config: MPlusConfig, options: Any) -> nn.Module:
@@ -299,6 +319,20 @@ class MemoryMechanism(Mechanism):
         """
         return Opened(views)
 
+    def reopen(self, decoder: Decoder, opened: Opened, text: Text, rows: Sequence[int]) -> Opened:
+        """Choose anew what the rest of a text reads; asked for when ``retrieve_every`` further tokens have come.
+
+        What a row reads may depend on its view and its text alone. So after beams were reordered, say, rows get what
+        they would have got by themselves. Text that was read before stays as it is in the decoder's cache.
+
+        Args:
+            decoder: runs passes.
+            opened: what was read so far, with a view for each batch row.
+            text: all text so far; its ``mask`` ends, in every row, with the token at which the row chooses anew.
+            rows: the batch rows that do so. What others read stays.
+        """
+        return opened
+
     @abstractmethod
     def prefix(
         self, opened: Opened, layer: int, found: Sequence[Retrieved | None], hidden: Tensor, project: Project
@@ -312,6 +346,37 @@ class MemoryMechanism(Mechanism):
             hidden: ``[B, T, d]``, the text after the layer's input norm; gives device and dtype.
             project: projects rows, and rotates their keys to their positions.
         """
+
+    def finish(self, opened: Opened, result: PassResult, cache: TextCache | None) -> Tensor:
+        """Return the final hidden state ``[B, T, d]`` that the decoder's head gets.
+
+        Called in every forward of a read, behind the decoder's final norm, with gradients where they are enabled.
+
+        Args:
+            opened: what ``open`` returned.
+            result: of the pass, with what ``collect`` names, and the text so far.
+            cache: what ``new_cache`` made for this text, to be filled by this method.
+        """
+        return result.need_hidden()
+
+    def new_cache(self) -> TextCache | None:
+        """Return what ``finish`` keeps of the tokens of one text; it goes with the decoder's key/value cache."""
+        return None
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether layers ask for rows with their own hidden states (``retrieve``)."""
+        return type(self).retrieve is not MemoryMechanism.retrieve
+
+    @property
+    def reopens(self) -> bool:
+        """Whether something else can be read later on in a text (``reopen``)."""
+        return type(self).reopen is not MemoryMechanism.reopen
+
+    @property
+    def finishes(self) -> bool:
+        """Whether it has a say in the final hidden state (``finish``)."""
+        return type(self).finish is not MemoryMechanism.finish
 
     def has_prefix(self, view: StreamView) -> bool:
         """Return whether a read puts anything in front of the text."""

@@ -28,6 +28,11 @@ class Text:
         tokenizer: turns ids into text again, where the memory has one.
         embedded: ``[B, n, w]``, the embeddings of a read that was given no ids.
         query: ``[B, n]`` bool, of a read: the tokens to retrieve with (``query_tokens``); None: all that are text.
+
+    Example:
+        >>> text = Text(torch.tensor([[0, 0, 7, 8]]), mask=torch.tensor([[False, False, True, True]]))
+        >>> text.positions
+        tensor([[0, 0, 0, 1]])
     """
 
     ids: Tensor | None
@@ -35,6 +40,15 @@ class Text:
     tokenizer: Any = None
     embedded: Tensor | None = None
     query: Tensor | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """``[B, n]`` int64, how many tokens stand before each one, padding not counted; 0 at left padding.
+
+        Raises InputError where there are neither ids nor a mask.
+        """
+        mask = torch.ones_like(self.need_ids(), dtype=torch.bool) if self.mask is None else self.mask
+        return (mask.cumsum(1) - 1).clamp(min=0)
 
     def need_ids(self) -> Tensor:
         """Return ``ids``. Raises InputError where there are embeddings only."""
@@ -138,8 +152,10 @@ class PassResult:
         hidden: ``[B, T, d]``, after the final norm; None where there are logits and no ``hidden_states``.
         inputs, outputs: of each layer that carries memory ``[B, T, d]``.
         projected: of each such layer ``[B, T, Hkv (D + Dv)]``: keys of its inputs, not rotated, and behind them values.
-        hidden_states: of all layers, the embeddings first; the last one after the final norm.
+        hidden_states: depth + 1 times ``[B, T, d]``: what the first layer receives, and what each layer gives; the last
+            one before the final norm.
         logits: ``[B, T, V]``.
+        text: of a read (``finish``): all text so far ``[B, S]``, whose last T tokens are those of this pass.
 
     All but ``hidden`` are there if they were asked for; what is of a layer holds the last rows only where so many were.
     """
@@ -150,6 +166,23 @@ class PassResult:
     projected: tuple[Tensor, ...] = ()
     hidden_states: tuple[Tensor, ...] = field(factory=tuple)
     logits: Tensor | None = None
+    text: Text | None = None
+
+    def need_hidden(self) -> Tensor:
+        """Return ``hidden``. Raises InputError where a pass has not left it."""
+        if self.hidden is None:
+            raise InputError("the final hidden state is wanted of a pass that left none: collect 'hidden'")
+        return self.hidden
+
+    def need_text(self) -> Text:
+        """Return ``text``. Raises InputError where a pass was not that of a read."""
+        if self.text is None:
+            raise InputError("the text so far is wanted of a pass that is no read: there is none")
+        return self.text
+
+
+Finish = Callable[[PassResult], Tensor]
+"""``finish(result)``: the final hidden state ``[B, T, d]`` that the head gets in the place of ``result.hidden``."""
 
 
 class RowPositions(Protocol):
@@ -238,6 +271,7 @@ class Decoder(Protocol):
         mask: Tensor | None = None,
         collect: Collection[Collected] = (),
         last: int | None = None,
+        finish: Finish | None = None,
     ) -> PassResult:
         """Run one pass of the decoder over ``text``. Gradients flow where they are enabled; nothing is cached.
 
@@ -252,8 +286,10 @@ class Decoder(Protocol):
             mask: ``[B, T]``, 0 at padding.
             collect: what is wanted of the pass.
             last: of what is collected layer by layer, only so many last rows; None: all.
+            finish: gives the final hidden state, from what is collected.
 
         Raises:
+            InputError: text and prefix together need more learned positions than the decoder has.
             MemoryMismatchError: the decoder was unwrapped in the meantime.
             NotSupported: it has been set to an attention implementation that memory does not go with, or cannot do
                 what is asked (``attend`` where it computes attention by itself).

@@ -12,7 +12,7 @@ from torch import Tensor
 from mplus.backends.base import Segment
 from mplus.errors import ConfigError, InputError, NotSupported
 from mplus.eviction import EVICTION
-from mplus.mechanisms.decoder import Adapter, Attended, Decoder, KeptProjection, Project, Text
+from mplus.mechanisms.decoder import Adapter, Attended, Decoder, KeptProjection, PassResult, Project, Text
 from mplus.mechanisms.graph_store import GraphStore, detached
 from mplus.mechanisms.streams import Candidates, LayerRead, Read, TrainingStreams
 from mplus.memory.state import StreamState, StreamView, alike
@@ -160,6 +160,7 @@ class SeparateStreams(TrainingStreams):
         mask = torch.ones_like(ids, dtype=torch.bool) if queries is None else queries.flatten(0, 1)
         source = _TextPrefix(self, views, Text(ids, mask))
         empty = self.mechanism.empty_is_base and not any(map(self.mechanism.has_prefix, views))
+        finish = source.finish if self.mechanism.finishes and not empty else None
         offset = source.opened.text_offset
         found = self.decoder.run(
             ids,
@@ -167,7 +168,8 @@ class SeparateStreams(TrainingStreams):
             prefix_rows=max(map(self.mechanism.prefix_rows, views)),
             adapter=None if empty else adapter,
             positions=None if offset is None else offset.to(ids.device)[:, None] + torch.arange(tokens).to(ids.device),
-            collect={"logits"},
+            collect={"logits", *self.mechanism.collect} if finish else {"logits"},
+            finish=finish,
         )
         logits = found.logits
         assert logits is not None  # noqa: S101  (they were asked for)
@@ -209,7 +211,7 @@ class _TextPrefix:
         kept = streams.projection
         if kept is not None and not streams.layout.keeps_hidden:
             opened = evolve(opened, prepared=self.mechanism.prepare(kept, None))
-        self.opened = opened
+        self.opened, self.text = opened, text
         self.texts: dict[int, Tensor] = {}
         self._found: dict[int, list[Retrieved | None]] = {}
 
@@ -222,6 +224,11 @@ class _TextPrefix:
             with torch.no_grad():
                 self._found[layer] = self.mechanism.retrieve(layer, hidden.detach(), self.mask, self.views)
         return self.mechanism.prefix(self.opened, layer, self._found[layer], hidden, project)
+
+    def finish(self, result: PassResult) -> Tensor:
+        """See ``mplus.mechanisms.decoder.Finish``."""
+        whole = Text(self.text.ids)  # the mask says which tokens retrieve: there is no padding
+        return self.mechanism.finish(self.opened, evolve(result, text=whole), self.mechanism.new_cache())
 
 
 def _rebuilt(state: StreamState, layout: StoreLayout) -> StreamState:

@@ -10,6 +10,7 @@ from attrs import define, evolve
 from torch import Tensor, nn
 
 from mplus.backends.base import Segment
+from mplus.errors import InputError
 from mplus.hf.retrofit.attention_probe import Nothing
 from mplus.hf.retrofit.context import Collection as Collecting
 from mplus.hf.retrofit.context import Pass, PrefixSource, run_in
@@ -22,6 +23,7 @@ from mplus.mechanisms.decoder import (
     Collected,
     DecoderShape,
     Edit,
+    Finish,
     KeptProjection,
     PassResult,
     Prefix,
@@ -102,6 +104,7 @@ class WrappedDecoder:
         mask: Tensor | None = None,
         collect: Collection[Collected] = (),
         last: int | None = None,
+        finish: Finish | None = None,
     ) -> PassResult:
         engine = self._engine
         engine.check_wrapped()
@@ -111,39 +114,36 @@ class WrappedDecoder:
         if positions is None and offset:
             positions = torch.arange(offset, offset + tokens, device=text.device)
         inputs: dict[str, Any] = {"input_ids" if text.dim() == 2 else "inputs_embeds": text, "use_cache": False}
+        most = engine.shape.max_positions if engine.shape.positions == "learned" else None
+        if positions is not None and most is not None and int(positions.max()) >= most:
+            raise InputError(
+                f"{type(engine.model).__name__} has {most} learned positions, and {tokens} tokens behind "
+                f"{int(positions.min())} rows of memory need {int(positions.max()) + 1}: use shorter chunks, or write "
+                "them behind fewer others"
+            )
         if positions is not None:
             inputs["position_ids"] = positions.expand(batch, -1)
         if mask is not None:
             inputs["attention_mask"] = mask
         names = frozenset(collect)
-        collection = Collecting("inputs" in names or "projected" in names, "outputs" in names, last)
+        collection = Collecting(names | {"inputs"} if "projected" in names else names, last)
         source: PrefixSource = Nothing() if prefix is None else _Given(prefix)
         named = None if adapter is None else engine.adapter(adapter)
-        active = Pass(source, named, edit=edit, collection=collection, text_offset=offset)
-        if "hidden" in names:
-            inputs["output_hidden_states"] = True
+        active = Pass(source, named, edit=edit, collection=collection, finish=finish, text_offset=offset)
         if "logits" not in names:
             output: Any = run_in(active, engine.retrofit.anatomy.decoder, **inputs)
-            return self._result(output.last_hidden_state, output, names, collection, None)
+            return self._result(collection.result(output.last_hidden_state), names)
+        if "hidden" in names:
+            inputs["output_hidden_states"] = True  # the last one is the only way to the final norm's
         output = run_in(active, engine.model, **inputs)
-        states = output.hidden_states or ()
-        return self._result(states[-1] if states else None, output, names, collection, output.logits)
+        states = output.hidden_states if "hidden" in names else None
+        return self._result(evolve(collection.result(states[-1] if states else None), logits=output.logits), names)
 
-    def _result(
-        self, hidden: Any, output: Any, names: frozenset[Collected], collection: Collecting, logits: Tensor | None
-    ) -> PassResult:
-        inputs = _in_order(collection.inputs)
-        projected: tuple[Tensor, ...] = ()
-        if "projected" in names:
-            projected = tuple(self.project(layer, rows) for layer, rows in enumerate(inputs))
-        return PassResult(
-            hidden=hidden,
-            inputs=inputs if "inputs" in names else (),
-            outputs=_in_order(collection.outputs),
-            projected=projected,
-            hidden_states=tuple(output.hidden_states or ()) if "hidden" in names else (),
-            logits=logits,
-        )
+    def _result(self, found: PassResult, names: frozenset[Collected]) -> PassResult:
+        if "projected" not in names:
+            return found
+        projected = tuple(self.project(layer, rows) for layer, rows in enumerate(found.inputs))
+        return evolve(found, projected=projected, inputs=found.inputs if "inputs" in names else ())
 
 
 @define(frozen=True, eq=False)
@@ -154,7 +154,3 @@ class _Given:
 
     def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...] | Attended | None:
         return self.given(spec.memory_index, hidden, project)
-
-
-def _in_order(by_layer: dict[int, Tensor]) -> tuple[Tensor, ...]:
-    return tuple(by_layer[layer] for layer in sorted(by_layer))

@@ -164,6 +164,8 @@ def reasons_against(model: WrappedModel) -> list[str]:
         reasons.append("it computes attention by itself, and memory is put into its cache at every token")
     if engine.mechanism.attends:
         reasons.append(f"the memory {engine.mechanism.name!r} computes attention in its own way")
+    if engine.mechanism.finishes:
+        reasons.append(f"the memory {engine.mechanism.name!r} changes the final hidden state of every token")
     if retrofit.positions.offset:
         reasons.append("its positions depend on the length of what is read")
     if anatomy.hybrid:

@@ -37,7 +37,7 @@ from mplus.hf.reading import generation_config
 from mplus.hf.retrofit import attention
 from mplus.hf.retrofit.context import carry_memory, change_class, drop_memory
 from mplus.hf.retrofit.discovery import discover
-from mplus.hf.retrofit.hooks import AttentionHook, Retrofit, Technique
+from mplus.hf.retrofit.hooks import AttentionHook, Retrofit, Technique, finish_pass
 from mplus.hf.retrofit.positions import MemoryPositions
 from mplus.hf.retrofit.projection import find_projection
 from mplus.hf.text.wrapping import unwrap_for_text, wrap_for_text
@@ -254,6 +254,8 @@ def _install(decoder: PreTrainedModel, engine: DecoderEngine, installed: Install
     for spec in anatomy.specs:
         hook = AttentionHook(engine.retrofit, spec)
         installed.hooks.append(spec.attention.register_forward_pre_hook(hook, with_kwargs=True))
+    if engine.mechanism.finishes:
+        installed.hooks.append(anatomy.decoder.register_forward_hook(finish_pass))
     decoder.add_module("mplus", engine.mechanism.additions)
     engine.mechanism.additions.train(decoder.training)
     change_class(decoder, memory_model_class(type(decoder)))

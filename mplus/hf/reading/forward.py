@@ -12,7 +12,7 @@ from attrs import evolve
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mplus.errors import ConfigError, InputError, MemoryMismatchError, NotSupported
+from mplus.errors import ConfigError, InputError, MechanismError, MemoryMismatchError, NotSupported
 from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.reading.arguments import DEFAULTS, ReadArguments, check_spelling
 from mplus.hf.reading.checks import check_rows, check_weights, is_as_kept
@@ -20,13 +20,14 @@ from mplus.hf.reading.generating import generation_of
 from mplus.hf.reading.override import mechanism_for_reads
 from mplus.hf.reading.pieces import read_in_pieces
 from mplus.hf.reading.reading import Reading, one_per_row
-from mplus.hf.reading.retrieval import ReadSource, without_padding
+from mplus.hf.reading.retrieval import ReadSource, reopen_where_due, without_padding
 from mplus.hf.reading.retrieved_sources import retrieved_sources
+from mplus.hf.reading.text_so_far import TextSoFar, follow, text_in
 from mplus.hf.reading.virtual_tokens import only_learned
-from mplus.hf.retrofit.context import Pass, current_pass, run_in
+from mplus.hf.retrofit.context import Collection, Pass, current_pass, run_in
 from mplus.hf.retrofit.positions import MemoryPositions
 from mplus.mechanisms.base import Opened
-from mplus.mechanisms.decoder import Text
+from mplus.mechanisms.decoder import PassResult, Text
 from mplus.memory.engine import Engine
 from mplus.memory.memory import Memory
 from mplus.memory.recompute import refresh_if_stale
@@ -127,7 +128,7 @@ def ask(
         InputError: ``query_tokens`` are not one per row.
         NotSupported: it should retrieve anew, and the mechanism does not.
     """
-    if arguments.retrieve_every is not None and reading.mechanism.retrieves_once:
+    if arguments.retrieve_every is not None and not (reading.mechanism.retrieves or reading.mechanism.reopens):
         raise NotSupported(
             f"retrieve_every does not go with the mechanism {reading.mechanism.name!r}, which chooses once what a text "
             "reads: leave it out"
@@ -143,10 +144,13 @@ def ask(
 
 def _run(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[str, Any], piece: bool = False) -> Any:
     """One forward of the decoder."""
-    output = run_in(_read_pass(engine, reading, base, inputs, piece), base.forward, engine.model, **inputs)
+    active, so_far = _read_pass(engine, reading, base, inputs, piece)
+    output = run_in(active, base.forward, engine.model, **inputs)
     for holder in (inputs.get("past_key_values"), getattr(output, "past_key_values", None)):
         if holder is not None:
             holder._mplus_reading = reading
+            if so_far is not None:
+                follow(holder, so_far)
     return output
 
 
@@ -247,11 +251,16 @@ def _text(inputs: dict[str, Any]) -> Tensor:
     return text
 
 
-def _read_pass(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[str, Any], piece: bool) -> Pass:
-    """The pass of one forward; completes ``position_ids`` in ``inputs`` where the decoder would count padding."""
+def _read_pass(
+    engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[str, Any], piece: bool
+) -> tuple[Pass, TextSoFar | None]:
+    """Return the pass of one forward, and the text with it, where the mechanism wants to know.
+
+    Completes ``position_ids`` in ``inputs`` where the decoder would count padding, or its text is elsewhere.
+    """
     text = _text(inputs)
     rows, tokens = text.shape[:2]
-    repeats = reading.repeats(rows)
+    reading.repeats(rows)
     mask = inputs.get("attention_mask")
     text_mask = None
     takes_positions = "position_ids" in signature_of(base.forward).parameters
@@ -260,34 +269,100 @@ def _read_pass(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[
         text_mask = mask[:, -tokens:].bool() if padded else None
         if padded and takes_positions and inputs.get("position_ids") is None:
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
-    source = ReadSource(reading, text_mask, piece)
-    opened = reading.opened or _open(engine, reading, source, text[::repeats])
+    source, mechanism = ReadSource(reading, text_mask, piece), reading.mechanism
+    so_far = None
+    if mechanism.reopens or mechanism.finishes:
+        so_far = text_in(inputs.get("past_key_values")) or TextSoFar.empty(rows, text.device, mechanism.new_cache())
+        so_far = so_far.with_tokens(text, text_mask)
+    if reading.opened is None:
+        _open(engine, reading, source, text, so_far)
+    elif so_far is not None and reading.reopens:
+        reopen_where_due(reading, engine.decoder, so_far, tokens, piece)
+    opened = reading.need_opened()
+    if opened.settled is not None and reading.reopens:
+        raise NotSupported(f"retrieve_every does not go with the mechanism {mechanism.name!r} here: {opened.settled}")
     offset: int | Tensor = 0
     positions = engine.retrofit.positions
     if positions.offset or opened.text_offset is not None:
         offset = _text_offset(reading, opened, positions, text.device)
-        cache = inputs.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
-        if inputs.get("position_ids") is None:
-            inputs["position_ids"] = torch.arange(past, past + tokens, device=text.device).expand(rows, -1)
-        inputs["position_ids"] = inputs["position_ids"] + offset.repeat_interleave(repeats, 0)
-    mechanism = reading.mechanism
-    empty = mechanism.empty_is_base and not any(map(mechanism.has_prefix, reading.views))
-    adapter = None if empty else engine.adapter("read")
-    return Pass(source, adapter, text_offset=offset)
+        inputs["position_ids"] = _moved_positions(engine, reading, inputs, offset, takes_positions)
+    if mechanism.empty_is_base and not any(map(mechanism.has_prefix, reading.views)):
+        return Pass(source, None, text_offset=offset), so_far
+    collection, finish = None, None
+    if so_far is not None and mechanism.finishes:
+        collection, finish = Collection(mechanism.collect), partial(_finish, reading, so_far)
+    adapter = engine.adapter("read")
+    return Pass(source, adapter, collection=collection, finish=finish, text_offset=offset), so_far
 
 
-def _open(engine: DecoderEngine, reading: Reading, source: ReadSource, text: Tensor) -> Opened:
-    """Let the mechanism get ready for the first forward, of ids ``[B, T]`` or embeddings ``[B, T, w]``."""
+def _open(engine: DecoderEngine, reading: Reading, source: ReadSource, text: Tensor, so_far: TextSoFar | None) -> None:
+    """Let the mechanism get ready for the first forward, of ids ``[B, T]`` or embeddings ``[B, T, w]``.
+
+    Guessed tokens (of an assistant) are not shown to it.
+    """
+    repeats, prompt = reading.repeats(text.shape[0]), slice(None, reading.prompt_tokens)
     asked = any(map(reading.mechanism.has_prefix, reading.views))
+    query = source.asked(text[::repeats]) if asked else None
+    if repeats > 1 and reading.reopens:
+        reading.spread(text.shape[0])
+        query, repeats = None if query is None else query.repeat_interleave(repeats, 0), 1
+    own = text[::repeats, prompt]
     front = Text(
-        ids=text if text.dim() == 2 else None,
-        mask=None if source.text_mask is None else source.text_mask[:: source.text_mask.shape[0] // text.shape[0]],
+        ids=own if text.dim() == 2 else None,
+        mask=None if source.text_mask is None else source.text_mask[::repeats, prompt],
         tokenizer=None if reading.memory is None else reading.memory.tokenizer,
-        embedded=None if text.dim() == 2 else text,
-        query=source.asked(text) if asked else None,
+        embedded=None if text.dim() == 2 else own,
+        query=None if query is None else query[:, prompt],
     )
-    return reading.open(engine.decoder, front)
+    reading.open(engine.decoder, front)
+    if so_far is not None and query is not None:
+        so_far.begin(query.repeat_interleave(repeats, 0), own.shape[1], reading.context_tokens)
+
+
+def _moved_positions(
+    engine: DecoderEngine, reading: Reading, inputs: dict[str, Any], offset: Tensor, takes_positions: bool
+) -> Tensor:
+    """Return the positions ``[B, T]`` of a text that begins at ``offset`` ``[streams, 1]``.
+
+    Raises:
+        NotSupported: the decoder takes no positions.
+        InputError: it has learned fewer, or a generation would need more.
+    """
+    rows, tokens = _text(inputs).shape[:2]
+    name = type(engine.model).__name__
+    if not takes_positions:
+        raise NotSupported(
+            f"{name} takes no position_ids, so the mechanism {reading.mechanism.name!r} cannot put a text behind its "
+            "rows: use another decoder"
+        )
+    cache, positions = inputs.get("past_key_values"), inputs.get("position_ids")
+    if positions is None:
+        past = 0 if cache is None else int(cache.get_seq_length())
+        positions = torch.arange(past, past + tokens, device=offset.device).expand(rows, -1)
+    moved: Tensor = positions + offset.repeat_interleave(reading.repeats(rows), 0)
+    most = engine.shape.max_positions if engine.shape.positions == "learned" else None
+    if most is not None:
+        needed = int(moved.max()) + reading.further_tokens + 1
+        reading.further_tokens = 0
+        if needed > most:
+            raise InputError(
+                f"{name} has {most} learned positions, and the text behind {int(offset.max())} rows of memory needs "
+                f"{needed}: use a shorter text, fewer new tokens, or a smaller retrieved_tokens"
+            )
+    return moved
+
+
+def _finish(reading: Reading, so_far: TextSoFar, result: PassResult) -> Tensor:
+    """Let the mechanism give the final hidden state."""
+    tokenizer = None if reading.memory is None else reading.memory.tokenizer
+    before, mechanism = result.need_hidden(), reading.mechanism
+    hidden = mechanism.finish(reading.need_opened(), evolve(result, text=so_far.whole(tokenizer)), so_far.own)
+    if hidden.shape != before.shape or hidden.dtype != before.dtype:
+        raise MechanismError(
+            f"the mechanism {mechanism.name!r} must return the final hidden state as {before.dtype} "
+            f"{list(before.shape)} from finish, got {hidden.dtype} {list(hidden.shape)}"
+        )
+    return hidden
 
 
 def _text_offset(reading: Reading, opened: Opened, positions: MemoryPositions, device: torch.device) -> Tensor:

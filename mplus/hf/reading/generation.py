@@ -17,6 +17,7 @@ from mplus.hf.reading.checks import check_weights
 from mplus.hf.reading.forward import ask, check_cache, read
 from mplus.hf.reading.generating import generate_in, is_generating
 from mplus.hf.reading.open_readings import OpenReadings
+from mplus.hf.reading.override import mechanism_for_reads
 from mplus.hf.reading.retrieved_sources import retrieved_sources
 from mplus.hf.reading.virtual_tokens import embedded_in_front
 
@@ -76,6 +77,12 @@ class GenerateCall:
         given = self._prompt("inputs", "input_ids")
         return given if given is None or given.dim() == 2 else None
 
+    def further_tokens(self, prompt: int) -> int:
+        """Return how many tokens may be read behind a prompt of so many tokens: all new ones but the last."""
+        new, longest = self["max_new_tokens"], self["max_length"]
+        most = new if new is not None else 0 if longest is None else longest - prompt
+        return max(most - 1, 0)
+
     def _prompt(self, *names: str) -> Tensor | None:
         places = [self.args[0] if self.args else None, *(self.kwargs.get(name) for name in names)]
         return next((prompt for prompt in places if prompt is not None and prompt.shape[1]), None)
@@ -105,7 +112,8 @@ def generate(
     base_generate = partial(base.generate, model)  # type: ignore[attr-defined]
     if arguments.memory is None:
         return base_generate(*args, **kwargs)
-    refuse(call, arguments.retrieve_every)
+    mechanism = mechanism_for_reads(engine)
+    refuse(call, arguments.retrieve_every, follows_beams=mechanism.reopens and not mechanism.retrieves)
     if arguments.output_sources and not call["return_dict_in_generate"]:
         raise ConfigError(
             "output_sources needs return_dict_in_generate=True: a tensor of sequences has no place for them"
@@ -120,6 +128,7 @@ def generate(
     else:
         check_weights(engine, reading)
     reading.retrieve_every, reading.prompt_tokens = arguments.retrieve_every, tokens + virtual
+    reading.further_tokens = call.further_tokens(tokens)
     reading.repeats(prompts)
     # From here on further rows are copies of a prompt (beams, several samples), and no gradient is wanted.
     reading.repeats_allowed, reading.keep = True, True
@@ -129,8 +138,14 @@ def generate(
     return output
 
 
-def refuse(call: GenerateCall, retrieve_every: int | None) -> None:
-    """Raise NotSupported for ways of generating that memory cannot follow."""
+def refuse(call: GenerateCall, retrieve_every: int | None, *, follows_beams: bool = False) -> None:
+    """Raise NotSupported for ways of generating that memory cannot follow.
+
+    Args:
+        call: the call.
+        retrieve_every: as it asks.
+        follows_beams: what is retrieved anew may differ between the beams or samples of one prompt.
+    """
     reasons = []
     if call["prefill_chunk_size"] is not None:
         reasons.append("prefill_chunk_size would retrieve with the first piece of the prompt only")
@@ -142,7 +157,7 @@ def refuse(call: GenerateCall, retrieve_every: int | None) -> None:
         reasons += [
             f"retrieve_every needs {name}=1: what is retrieved is for one continuation of a prompt"
             for name in ("num_beams", "num_return_sequences")
-            if (call[name] or 1) > 1
+            if (call[name] or 1) > 1 and not follows_beams
         ]
         reasons += [
             f"retrieve_every does not go with {name}: guessed tokens would retrieve as well"

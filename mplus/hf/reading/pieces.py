@@ -12,7 +12,7 @@ from transformers.utils.generic import ModelOutput
 
 from mplus.errors import InputError, NotSupported
 from mplus.hf.reading.reading import Reading
-from mplus.hf.reading.retrieval import first_tokens
+from mplus.hf.reading.text_so_far import TextSoFar, first_tokens, text_in
 
 _OF_TEXT = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids", "mm_token_type_ids")
 """Arguments with one entry per token, in dimension 1."""
@@ -37,14 +37,15 @@ def read_in_pieces(
         NotSupported: the call asks for what pieces cannot give; the message names all of it.
     """
     refuse(model, inputs)
-    if not reading.retrieved:
+    if reading.opened is None:
         configured = reading.mechanism.config.query_tokens
         reading.query_tokens = reading.query_tokens or configured or 1
         reading.context_tokens = reading.query_tokens
     text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     total = text.shape[1]
     mask = inputs.get("attention_mask")
-    starts = piece_starts(reading, text.shape[:2], None if mask is None else mask[:, -total:].bool().cpu())
+    so_far = text_in(inputs.get("past_key_values"))
+    starts = piece_starts(reading, text.shape[:2], None if mask is None else mask[:, -total:].bool().cpu(), so_far)
     shared = {name: value for name, value in inputs.items() if name not in (*_OF_LOSS, "logits_to_keep")}
     shared.update(use_cache=True, return_dict=True)
     outputs: list[ModelOutput] = []
@@ -63,13 +64,16 @@ def read_in_pieces(
     return _join(model, outputs, inputs)
 
 
-def piece_starts(reading: Reading, shape: Sequence[int], text: Tensor | None) -> list[int]:
+def piece_starts(
+    reading: Reading, shape: Sequence[int], text: Tensor | None, so_far: TextSoFar | None = None
+) -> list[int]:
     """Return the columns at which a piece begins: those in which some row has read ``retrieve_every`` tokens more.
 
     Args:
         reading: tells how many tokens each row has read since it last retrieved.
         shape: B and T.
         text: ``[B, T]`` bool on the CPU, False at padding; None: no padding.
+        so_far: the text in front of this one, where a mechanism reopens.
 
     Raises:
         InputError: a row would retrieve anew while the context of another one is still being read.
@@ -79,12 +83,14 @@ def piece_starts(reading: Reading, shape: Sequence[int], text: Tensor | None) ->
         text = torch.ones(*shape, dtype=torch.bool)
     waiting = torch.zeros(shape[0], 1, dtype=torch.int64)
     begun = 0
-    if not reading.retrieved:
+    if reading.opened is None:
         context = first_tokens(text, reading.context_tokens)
         begun = int(context.any(0).nonzero().max()) + 1
         text = text & ~context
     elif reading.waiting is not None:
         waiting = reading.waiting.sum(1, keepdim=True)
+    elif so_far is not None and reading.reopens:
+        waiting = so_far.waiting(so_far.tokens)[:, None].cpu()
     due = (text & ((waiting + text.cumsum(1)) % every == 0)).any(0).nonzero().squeeze(1).tolist()
     if due and due[0] < begun:
         raise InputError(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.backends.base import Segment
-from mplus.errors import MemoryMismatchError
+from mplus.errors import MechanismError, MemoryMismatchError
 from mplus.hf.adapters.weights import Look
 from mplus.mechanisms.base import MemoryMechanism, Opened, Retrieved
 from mplus.mechanisms.decoder import Attended, Decoder, Text
@@ -47,6 +48,7 @@ class Reading:
             configured.
         query_mask: ``[B, T]`` bool, False at what looks like padding in a text that came without a mask.
         retrieve_every: retrieve anew after so many further tokens.
+        further_tokens: that a generation may read after the first forward.
         context_tokens: tokens of the first forward that do not count as further ones; as ``query_tokens``. None: all.
         retrieved: what each memory layer retrieved last.
         segments: what each memory layer sees in front of the text.
@@ -68,6 +70,7 @@ class Reading:
     query_tokens: int | tuple[int, ...] | None = None
     query_mask: Tensor | None = None
     retrieve_every: int | None = None
+    further_tokens: int = 0
     context_tokens: int | tuple[int, ...] | None = None
     retrieved: dict[int, list[Retrieved | None]] = field(factory=dict)
     segments: dict[int, Front] = field(factory=dict)
@@ -92,6 +95,36 @@ class Reading:
         """Return ``prepared``, unless rows with hidden states are to be projected anew."""
         # Where gradients flow the reading adapter learns by what it makes of the rows.
         return self.prepared if self.keep or not self.views[0].store.layout.keeps_hidden else None
+
+    @property
+    def reopens(self) -> bool:
+        """Whether the mechanism chooses anew what the text reads as more of it comes."""
+        mechanism = self.mechanism
+        return self.retrieve_every is not None and mechanism.reopens and any(map(mechanism.has_prefix, self.views))
+
+    def spread(self, rows: int) -> None:
+        """Give each of ``rows`` batch rows a view of its own, so that beams can read different things."""
+        copies = self.repeats(rows)
+        self.views = [view for view in self.views for _ in range(copies)]
+        for layer, found in self.retrieved.items():
+            self.retrieved[layer] = [one for one in found for _ in range(copies)]
+
+    def exchange(self, opened: Opened) -> None:
+        """Read what ``opened`` says from here on.
+
+        Raises:
+            MechanismError: the text would have to move, whose keys in the cache cannot.
+        """
+        before, now = (None if one is None else one.text_offset for one in (self.opened, opened))
+        stays = before is now or (before is not None and now is not None and torch.equal(before, now))
+        if not stays:
+            raise MechanismError(
+                f"the mechanism {self.mechanism.name!r} must leave Opened.text_offset as it is in reopen, since text "
+                f"that was read cannot move, got {now} after {before}"
+            )
+        self.opened = evolve(opened, prepared=self._as_kept())
+        self.segments.clear()
+        self.repeated.clear()
 
     def is_of(self, memory: Memory) -> bool:
         """Whether ``memory`` is still in the state this reading was taken in."""

@@ -12,9 +12,10 @@ from torch import Tensor
 from mplus.backends.base import Segment
 from mplus.errors import InputError, NotSupported
 from mplus.hf.reading.reading import Front, Reading, Repeated
+from mplus.hf.reading.text_so_far import TextSoFar, first_tokens
 from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.mechanisms.base import Retrieved
-from mplus.mechanisms.decoder import Attended, Project, Rows
+from mplus.mechanisms.decoder import Attended, Decoder, Project, Rows
 
 
 @define(eq=False)
@@ -35,7 +36,7 @@ class ReadSource:
     _window: Window | None = field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._first = not self.reading.retrieved
+        self._first = self.reading.opened is None
 
     def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...] | Attended:
         reading, layer = self.reading, spec.memory_index
@@ -81,7 +82,7 @@ class ReadSource:
         anew = layer not in reading.retrieved
         if anew:
             reading.retrieved[layer] = self._retrieve(layer, hidden[::repeats, : reading.prompt_tokens])
-        if reading.retrieve_every is None:
+        if reading.retrieve_every is None or not reading.mechanism.retrieves:
             return anew
         if repeats > 1:
             raise NotSupported("retrieve_every needs a stream per row: what is retrieved is for one continuation")
@@ -147,6 +148,36 @@ class ReadSource:
         reading.retrieved[layer] = now
 
 
+def reopen_where_due(reading: Reading, decoder: Decoder, text: TextSoFar, new: int, piece: bool) -> None:
+    """Let the mechanism choose anew for the rows of which enough tokens have come.
+
+    Args:
+        reading: with ``retrieve_every``, of a mechanism that ``reopens``.
+        decoder: what the mechanism may run passes with.
+        text: all of the text, that of this forward included.
+        new: tokens of this forward.
+        piece: only the first of these is looked at.
+    """
+    mechanism, rows = reading.mechanism, text.mask.shape[0]
+    tokenizer = None if reading.memory is None else reading.memory.tokenizer
+    end = text.tokens - new + (1 if piece else new)
+    due = text.waiting(end) >= (reading.retrieve_every or 1)
+    opened, all_rows = reading.need_opened(), text.rearranged
+    if len(reading.views) != rows:
+        reading.spread(rows)
+        opened, all_rows = mechanism.open(decoder, reading.views, text.opened(tokenizer)), True
+    text.rearranged = False
+    anew = due.nonzero().squeeze(1).tolist()
+    if all_rows and (anew or text.reopened):
+        anew = list(range(rows))
+    if anew:
+        text.chosen, text.reopened = torch.where(due, end, text.chosen), True
+        limit = mechanism.config.query_tokens
+        opened = mechanism.reopen(decoder, opened, text.until_chosen(tokenizer, limit), anew)
+    if opened is not reading.opened:
+        reading.exchange(opened)
+
+
 def _projected_for_each(project: Project, repeats: int, rows: Rows) -> Segment:
     """Project rows of which each stream stands in the batch ``repeats`` times, and return those of each stream."""
     lengths = None if rows.lengths is None else rows.lengths.repeat_interleave(repeats, 0)
@@ -184,14 +215,6 @@ def without_padding(ids: Tensor, padding_id: int | None = None) -> Tensor:
     if padding_id is not None:
         padding = padding | (last == padding_id)
     return ~(run & padding & (length < tokens))
-
-
-def first_tokens(mask: Tensor, count: int | tuple[int, ...] | None) -> Tensor:
-    """Return ``mask`` ``[B, T]`` bool with the first ``count`` of its tokens only; one number, or one per row."""
-    if count is None:
-        return mask
-    most = torch.tensor(count, device=mask.device)
-    return mask & (mask.cumsum(1) <= (most[:, None] if most.dim() else most))
 
 
 @define(frozen=True, eq=False)

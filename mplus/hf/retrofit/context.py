@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mplus.backends.base import Segment
 from mplus.hf.retrofit.discovery import AttentionSpec
-from mplus.mechanisms.decoder import Attended, Edit, Project
+from mplus.mechanisms.decoder import Attended, Collected, Edit, Finish, PassResult, Project
 
 T = TypeVar("T")
 
@@ -26,23 +26,42 @@ class PrefixSource(Protocol):
 
 @define(frozen=True, eq=False)
 class Collection:
-    """What a pass gathers of the layers that carry memory.
+    """What a pass gathers of the decoder's layers.
 
     Attributes:
-        wants_inputs, wants_outputs: whether it gathers what they receive, and what they give.
-        last: only so many last rows; None: all.
+        names: of ``PassResult``: "inputs" and "outputs" of the layers that carry memory, "hidden" of all layers.
+        last: only so many last rows of inputs and outputs; None: all.
         inputs, outputs: by layer ``[B, T, d]``; filled by the pass.
+        hidden_states: ``[B, T, d]`` each: what the first layer receives, and what each layer gives.
     """
 
-    wants_inputs: bool = False
-    wants_outputs: bool = False
+    names: frozenset[Collected]
     last: int | None = None
     inputs: dict[int, Tensor] = field(factory=dict)
     outputs: dict[int, Tensor] = field(factory=dict)
+    hidden_states: list[Tensor] = field(factory=list)
 
-    def cut(self, hidden: Tensor) -> Tensor:
-        """Return the rows of ``[B, T, d]`` that are gathered."""
+    def entered(self, layer: int | None, hidden: Tensor) -> None:
+        """Take note of what a layer receives; ``layer`` None: it carries no memory."""
+        if "hidden" in self.names and not self.hidden_states:
+            self.hidden_states.append(hidden)
+        if layer is not None and "inputs" in self.names:
+            self.inputs[layer] = self._last_rows(hidden)
+
+    def left(self, layer: int | None, hidden: Tensor) -> None:
+        """Take note of what a layer gives."""
+        if "hidden" in self.names:
+            self.hidden_states.append(hidden)
+        if layer is not None and "outputs" in self.names:
+            self.outputs[layer] = self._last_rows(hidden)
+
+    def _last_rows(self, hidden: Tensor) -> Tensor:
         return hidden if self.last is None else hidden[:, hidden.shape[1] - self.last :]
+
+    def result(self, hidden: Tensor | None) -> PassResult:
+        """Return what was gathered, with the final hidden state."""
+        inputs, outputs = (tuple(found[layer] for layer in sorted(found)) for found in (self.inputs, self.outputs))
+        return PassResult(hidden, inputs, outputs, hidden_states=tuple(self.hidden_states))
 
 
 @define(frozen=True, eq=False)
@@ -53,7 +72,8 @@ class Pass:
         source: gives every layer its prefix.
         adapter: the LoRA adapter that is active, "write" or "read"; None where there are no adapters.
         edit: changes what a layer that carries memory receives; None: nothing does.
-        collection: gathers what such layers receive and give; None: nothing is gathered.
+        collection: gathers what layers receive and give; None: nothing is gathered.
+        finish: gives the final hidden state, from what is gathered; None: it is the decoder's.
         text_offset: position of the first text token; one for all, or ``[streams, 1]`` int64.
     """
 
@@ -61,6 +81,7 @@ class Pass:
     adapter: str | None
     edit: Edit | None = None
     collection: Collection | None = None
+    finish: Finish | None = None
     text_offset: int | Tensor = 0
 
 
@@ -105,20 +126,20 @@ class MemoryLayer:
         active = current_pass()
         if active is None:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        index, collection = self.__dict__["_mplus_memory_index"], active.collection
-        if index is not None and (active.edit is not None or collection is not None):
+        index, collection, edit = self.__dict__["_mplus_memory_index"], active.collection, active.edit
+        if edit is not None or collection is not None:
             hidden = args[0] if args else kwargs["hidden_states"]
-            if active.edit is not None:
-                hidden = active.edit(index, hidden)
+            if edit is not None and index is not None:
+                hidden = edit(index, hidden)
                 if args:
                     args = (hidden, *args[1:])
                 else:
                     kwargs["hidden_states"] = hidden
-            if collection is not None and collection.wants_inputs:
-                collection.inputs[index] = collection.cut(hidden)
+            if collection is not None:
+                collection.entered(index, hidden)
         output = super().__call__(*args, mplus_pass=active, **kwargs)  # type: ignore[misc]
-        if index is not None and collection is not None and collection.wants_outputs:
-            collection.outputs[index] = collection.cut(output[0] if isinstance(output, tuple) else output)
+        if collection is not None:
+            collection.left(index, output[0] if isinstance(output, tuple) else output)
         return output
 
     def forward(self, *args: Any, mplus_pass: Pass | None = None, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from mplus.errors import NotSupported
 from mplus.hf.retrofit.attention import CAPTURE, AttendedMemory
 from mplus.hf.retrofit.cache_view import MemoryCacheView, mask_with_memory
 from mplus.hf.retrofit.capture import CaptureCache, Captured
-from mplus.hf.retrofit.context import Pass, current_pass
+from mplus.hf.retrofit.context import Collection, Pass, current_pass
 from mplus.hf.retrofit.discovery import Anatomy, AttentionSpec, rotary_at
 from mplus.hf.retrofit.memory_cache import memory_in_cache
 from mplus.hf.retrofit.positions import MemoryPositions
@@ -177,3 +177,16 @@ class AttentionHook:
         if kwargs.get("alibi") is not None:
             changed["alibi"] = retrofit.alibi_with_memory(kwargs["alibi"], memory)
         return args, {**kwargs, **changed}
+
+
+def finish_pass(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Exchange the final hidden state for the one that the current pass gives: a forward hook of the layers' module."""
+    active = current_pass()
+    if active is None or active.finish is None:
+        return None
+    collection = Collection(frozenset()) if active.collection is None else active.collection
+    hidden = active.finish(collection.result(output[0]))
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    output["last_hidden_state"] = hidden
+    return output

@@ -88,7 +88,6 @@ class KvMechanism(MemoryMechanism):
     State: ClassVar[type[StreamState]] = KvState
     keeps: ClassVar[frozenset[Kept]] = frozenset({"projected"})
     sizes: ClassVar[Mapping[str, int]] = {"chunk_tokens": 128, "retrieved_tokens": 1024}
-    retrieves_once = True
 
     @classmethod
     def settle(cls, config: MPlusConfig, room: int | None) -> MPlusConfig:
@@ -175,16 +174,35 @@ class KvMechanism(MemoryMechanism):
         """Choose the chunks that this text reads, by its own tokens."""
         if not any(map(self.has_prefix, views)):
             return Opened(views)
-        ids = text.need_ids()
-        asked = text.query if text.query is not None else text.mask
-        places = []
-        for stream, view in enumerate(views):
-            state = state_of(view)
-            state.check_store(view)
-            query = ids[stream] if asked is None else ids[stream][asked[stream].to(ids.device)]
-            places.append(self._retrieved(view, query) if self.has_prefix(view) else torch.empty(0, dtype=torch.int64))
+        for view in views:
+            state_of(view).check_store(view)
+        places = [self._chosen(view, text, row) for row, view in enumerate(views)]
         front = self._front(decoder, views, places, [len(found) > 0 for found in places], "read")
-        return Opened(views, own=front, text_offset=front.counts if front.at_zero else None)
+        if not front.at_zero:
+            return Opened(views, own=front)
+        settled = "its rows sit at positions 0, 1, ... and the text behind them, so others cannot take their place"
+        return Opened(views, own=front, text_offset=front.counts, settled=settled)
+
+    def reopen(self, decoder: Decoder, opened: Opened, text: Text, rows: Sequence[int]) -> Opened:
+        """Exchange the chunks of ``rows`` for those that the text so far brings back.
+
+        Text stays at positions 0, 1, ..., and the new chunks end in front of it, as if they had been there all along.
+        """
+        if opened.own is None:
+            return opened
+        front: Front = opened.own
+        places = list(front.places)
+        for row in rows:
+            places[row] = self._chosen(opened.views[row], text, row)
+        front = evolve(front, places=places, begins=[len(found) > 0 for found in places], tables={})
+        return evolve(opened, own=front)
+
+    def _chosen(self, view: StreamView, text: Text, row: int) -> Tensor:
+        """Return the places ``[n]`` of the chunks that row ``row`` of a text brings back."""
+        if not self.has_prefix(view):
+            return torch.empty(0, dtype=torch.int64)
+        ids, asked = text.need_ids()[row], text.query if text.query is not None else text.mask
+        return self._retrieved(view, ids if asked is None else ids[asked[row].to(ids.device)])
 
     def prefix(
         self, opened: Opened, layer: int, found: Sequence[Retrieved | None], hidden: Tensor, project: Project

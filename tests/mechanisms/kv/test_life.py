@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mplus
-from mplus.errors import ConfigError, InputError, MemoryMismatchError, NotSupported
+from mplus.errors import ConfigError, InputError, MemoryMismatchError
 from mplus.memory.budget import rows_bytes
 from mplus.memory.format.offline import forget_saved, saved_sources
 from mplus.memory.format.repair import repair
@@ -127,12 +127,19 @@ def test_query_tokens_decide_what_comes_back(model: Any) -> None:
     assert torch.equal(logits(model, changed, memory, query_tokens=8)[:, :8], first[:, :8])
 
 
-def test_retrieve_every_is_refused_by_name(model: Any) -> None:
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
+def test_a_generation_may_bring_back_other_chunks_on_the_way(model: Any, options: dict[str, Any]) -> None:
     memory = written(model)
-    with pytest.raises(NotSupported, match="retrieve_every does not go with the mechanism 'kv'"):
-        logits(model, prompts(), memory, retrieve_every=4)
-    with pytest.raises(NotSupported, match="retrieve_every does not go with the mechanism 'kv'"):
-        model.generate(prompts(), memory=memory, retrieve_every=4, max_new_tokens=2)
+    ids = memory.states[0].token_ids[11:16].long()[None]
+    settings: dict[str, Any] = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, **options}
+    made = model.generate(ids, memory=memory, retrieve_every=2, **settings)
+    scored = logits(model, made, memory, query_tokens=5, retrieve_every=2)
+    if not options:
+        assert scored[0, 4:-1].argmax(-1).tolist() == made[0, 5:].tolist()
+    text = torch.cat([ids, memory.states[0].token_ids[22:30].long()[None]], 1)  # the second half is of s2
+    once, anew = (logits(model, text, memory, query_tokens=5, **every) for every in ({}, {"retrieve_every": 4}))
+    assert float((once[:, :8] - anew[:, :8]).abs().max()) < 1e-4
+    assert float((once[:, 8:] - anew[:, 8:]).abs().max()) > 1e-2
 
 
 def test_embeddings_alone_are_refused(model: Any) -> None:
