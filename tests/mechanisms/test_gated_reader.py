@@ -205,9 +205,12 @@ def test_a_cache_that_is_copied_cut_or_repeated_goes_on_as_the_text_it_holds() -
         cache.batch_repeat_interleave(2)
         other = text[:, PROMPT + 2 :].flip(1)
         both = model(torch.cat([text[:, PROMPT + 2 :], other]), past_key_values=cache, **options).logits
+        cache.batch_select_indices(torch.tensor([1]))
+        further = model(text[:, :1], past_key_values=cache, **options).logits
     assert error(both[:1], whole[:, PROMPT + 2 :]) < 1e-3
-    changed = torch.cat([text[:, : PROMPT + 2], other], 1)
-    assert error(both[1:], read(model, changed, memory)[:, PROMPT + 2 :]) < 1e-3
+    changed = read(model, torch.cat([text[:, : PROMPT + 2], other, text[:, :1]], 1), memory)
+    assert error(both[1:], changed[:, PROMPT + 2 : -1]) < 1e-3
+    assert error(further, changed[:, -1:]) < 1e-3
 
 
 def test_gates_of_the_layers_that_read_and_adapters_get_gradients() -> None:

@@ -15,6 +15,7 @@ from mplus.hf.model.static_reader import StaticReader
 from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
 from mplus.mechanisms import MECHANISMS
 from mplus.testing.rounding import InFloat64, allowed, error
+from mplus.training.decoder import make_streams
 from tests.mechanisms.side_network import BANK_LAYER, CUTS, HEADS, SIZE, TOP, SideMechanism
 
 if TYPE_CHECKING:
@@ -217,3 +218,13 @@ def test_a_final_hidden_state_of_another_shape_is_refused_by_name(monkeypatch: p
 def test_a_static_cache_is_refused_by_name() -> None:
     with pytest.raises(NotSupported, match="the memory 'side' changes the final hidden state of every token"):
         StaticReader(wrapped())
+
+
+def test_training_reads_what_a_forward_reads() -> None:
+    model, text = wrapped(), ids(ASKED)
+    found = make_streams(model.mplus_engine, [0], seed=0).read(text[None]).logits[0]
+    assert close(found, logits(model, text, model.new_memory()))
+    found.logsumexp(-1).sum().backward()
+    layers = dict(model.mplus.side.layers.named_parameters())
+    assert [name for name, one in layers.items() if one.grad is None or not bool(one.grad.any())] == []
+    model.zero_grad()

@@ -26,7 +26,7 @@ from mplus.hf.reading.text_so_far import TextSoFar, follow, text_in
 from mplus.hf.reading.virtual_tokens import only_learned
 from mplus.hf.retrofit.context import Collection, Pass, current_pass, run_in
 from mplus.hf.retrofit.positions import MemoryPositions
-from mplus.mechanisms.base import Opened
+from mplus.mechanisms.base import MemoryMechanism, Opened
 from mplus.mechanisms.decoder import PassResult, Text
 from mplus.memory.engine import Engine
 from mplus.memory.memory import Memory
@@ -284,7 +284,7 @@ def _read_pass(
     offset: int | Tensor = 0
     positions = engine.retrofit.positions
     if positions.offset or opened.text_offset is not None:
-        offset = _text_offset(reading, opened, positions, text.device)
+        offset = _text_offset(mechanism, opened, positions, text.device)
         inputs["position_ids"] = _moved_positions(engine, reading, inputs, offset, takes_positions)
     if mechanism.empty_is_base and not any(map(mechanism.has_prefix, reading.views)):
         return Pass(source, None, text_offset=offset), so_far
@@ -303,9 +303,9 @@ def _open(engine: DecoderEngine, reading: Reading, source: ReadSource, text: Ten
     repeats, prompt = reading.repeats(text.shape[0]), slice(None, reading.prompt_tokens)
     asked = any(map(reading.mechanism.has_prefix, reading.views))
     query = source.asked(text[::repeats]) if asked else None
-    if repeats > 1 and reading.reopens:
-        reading.spread(text.shape[0])
-        query, repeats = None if query is None else query.repeat_interleave(repeats, 0), 1
+    copies = repeats if reading.reopens else 1
+    if copies > 1:
+        query, repeats = None if query is None else query.repeat_interleave(copies, 0), 1
     own = text[::repeats, prompt]
     front = Text(
         ids=own if text.dim() == 2 else None,
@@ -314,7 +314,7 @@ def _open(engine: DecoderEngine, reading: Reading, source: ReadSource, text: Ten
         embedded=None if text.dim() == 2 else own,
         query=None if query is None else query[:, prompt],
     )
-    reading.open(engine.decoder, front)
+    reading.open(engine.decoder, front, copies)
     if so_far is not None and query is not None:
         so_far.begin(query.repeat_interleave(repeats, 0), own.shape[1], reading.context_tokens)
 
@@ -339,7 +339,7 @@ def _moved_positions(
     if positions is None:
         past = 0 if cache is None else int(cache.get_seq_length())
         positions = torch.arange(past, past + tokens, device=offset.device).expand(rows, -1)
-    moved: Tensor = positions + offset.repeat_interleave(reading.repeats(rows), 0)
+    moved: Tensor = positions + offset.repeat_interleave(rows // offset.shape[0], 0)
     most = engine.shape.max_positions if engine.shape.positions == "learned" else None
     if most is not None:
         needed = int(moved.max()) + reading.further_tokens + 1
@@ -365,8 +365,11 @@ def _finish(reading: Reading, so_far: TextSoFar, result: PassResult) -> Tensor:
     return hidden
 
 
-def _text_offset(reading: Reading, opened: Opened, positions: MemoryPositions, device: torch.device) -> Tensor:
+def _text_offset(
+    mechanism: MemoryMechanism, opened: Opened, positions: MemoryPositions, device: torch.device
+) -> Tensor:
     """Return ``[streams, 1]`` int64, the position of the first text token: behind memory that sits at 0, 1, ..."""
     if opened.text_offset is not None:
         return opened.text_offset.to(device)[:, None]
-    return torch.tensor([positions.extent(rows) for rows in reading.prefix_rows()], device=device)[:, None]
+    rows = map(mechanism.prefix_rows, opened.views)
+    return torch.tensor(list(map(positions.extent, rows)), device=device)[:, None]

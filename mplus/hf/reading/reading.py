@@ -39,7 +39,7 @@ class Reading:
         views: one stream per batch row of the memory.
         memory: the memory the views were taken from (None for a test pass), and its ``version`` then.
         prepared: what reads of this state share, where rows are read as they are kept; else None.
-        opened: what the mechanism made ready for the first forward.
+        opened: what the mechanism made ready, with a view for each stream; where it ``reopens``, for each batch row.
         look: the weights it began with; None for a test pass.
         keep: remember projections for later tokens; off where gradients flow, because they must be recomputed.
         repeats_allowed: a batch may hold several copies of each row in turn (beams, several samples).
@@ -79,11 +79,10 @@ class Reading:
     waiting: Tensor | None = None
     opened: Opened | None = None
 
-    def open(self, decoder: Decoder, text: Text) -> Opened:
-        """Let the mechanism get ready, at the first forward; return what it made."""
-        if self.opened is None:
-            self.opened = evolve(self.mechanism.open(decoder, self.views, text), prepared=self._as_kept())
-        return self.opened
+    def open(self, decoder: Decoder, text: Text, copies: int = 1) -> None:
+        """Let the mechanism get ready, at the first forward, for so many copies of each stream."""
+        views = [view for view in self.views for _ in range(copies)]
+        self.opened = evolve(self.mechanism.open(decoder, views, text), prepared=self._as_kept())
 
     def need_opened(self) -> Opened:
         """Return what ``open`` made; of a reading that was made by hand, one that nothing was prepared for."""
@@ -102,25 +101,19 @@ class Reading:
         mechanism = self.mechanism
         return self.retrieve_every is not None and mechanism.reopens and any(map(mechanism.has_prefix, self.views))
 
-    def spread(self, rows: int) -> None:
-        """Give each of ``rows`` batch rows a view of its own, so that beams can read different things."""
-        copies = self.repeats(rows)
-        self.views = [view for view in self.views for _ in range(copies)]
-        for layer, found in self.retrieved.items():
-            self.retrieved[layer] = [one for one in found for _ in range(copies)]
-
     def exchange(self, opened: Opened) -> None:
         """Read what ``opened`` says from here on.
 
         Raises:
             MechanismError: the text would have to move, whose keys in the cache cannot.
         """
-        before, now = (None if one is None else one.text_offset for one in (self.opened, opened))
-        stays = before is now or (before is not None and now is not None and torch.equal(before, now))
-        if not stays:
+        before, now = self.need_opened(), opened
+        offsets = [one.text_offset for one in (before, now) if one.text_offset is not None]
+        moves = len(offsets) == 1 or (len(offsets) == 2 and not torch.equal(*offsets))
+        if moves and len(before.views) == len(now.views):
             raise MechanismError(
                 f"the mechanism {self.mechanism.name!r} must leave Opened.text_offset as it is in reopen, since text "
-                f"that was read cannot move, got {now} after {before}"
+                f"that was read cannot move, got {now.text_offset} after {before.text_offset}"
             )
         self.opened = evolve(opened, prepared=self._as_kept())
         self.segments.clear()
@@ -134,10 +127,6 @@ class Reading:
         """A reading of the same memory: copying a key/value cache must not copy memory and model with it."""
         recent = dict(self.recent)
         return evolve(self, retrieved=dict(self.retrieved), segments=dict(self.segments), repeated={}, recent=recent)
-
-    def prefix_rows(self) -> list[int]:
-        """Rows in front of the text of each stream, in the layer that has most."""
-        return [self.mechanism.prefix_rows(view) for view in self.views]
 
     def repeats(self, rows: int) -> int:
         """Copies of each stream in a batch of ``rows``. Raises MemoryMismatchError when they do not fit."""

@@ -50,7 +50,7 @@ class ReadSource:
             known = self._made(layer, hidden, project)
             if reading.keep:
                 reading.segments[layer] = known
-        return self._repeated(layer, known, repeats)
+        return self._repeated(layer, known, hidden.shape[0] // len(reading.need_opened().views))
 
     def _repeated(self, layer: int, found: Front, repeats: int) -> Front:
         """The same tuple for the same segments, so that a cache that keeps them knows them again."""
@@ -67,14 +67,15 @@ class ReadSource:
         return kept.segments
 
     def _made(self, layer: int, hidden: Tensor, project: Project) -> Front:
-        reading = self.reading
+        reading, opened = self.reading, self.reading.need_opened()
         if reading.look is not None and reading.look.names is not None:
             # PEFT's layers count on the rows of the batch: each stream once for each of its copies.
-            repeats = len(reading.look.names) // len(reading.views)
+            repeats = len(reading.look.names) // len(opened.views)
             project = partial(_projected_for_each, project, repeats)
-        opened = reading.need_opened()
-        found = reading.mechanism.prefix(opened, layer, reading.retrieved[layer], hidden, project)
-        return () if found is None else found
+        copies, retrieved = len(opened.views) // len(reading.views), reading.retrieved[layer]
+        found = retrieved if copies == 1 else [one for one in retrieved for _ in range(copies)]
+        made = reading.mechanism.prefix(opened, layer, found, hidden, project)
+        return () if made is None else made
 
     def _retrieve_where_due(self, layer: int, hidden: Tensor, repeats: int) -> bool:
         """Retrieve for a new text, and anew where enough tokens have come. Returns whether anything was retrieved."""
@@ -163,9 +164,10 @@ def reopen_where_due(reading: Reading, decoder: Decoder, text: TextSoFar, new: i
     end = text.tokens - new + (1 if piece else new)
     due = text.waiting(end) >= (reading.retrieve_every or 1)
     opened, all_rows = reading.need_opened(), text.rearranged
-    if len(reading.views) != rows:
-        reading.spread(rows)
-        opened, all_rows = mechanism.open(decoder, reading.views, text.opened(tokenizer)), True
+    if len(opened.views) != rows:
+        copies = reading.repeats(rows)
+        views = [view for view in reading.views for _ in range(copies)]
+        opened, all_rows = mechanism.open(decoder, views, text.opened(tokenizer)), True
     text.rearranged = False
     anew = due.nonzero().squeeze(1).tolist()
     if all_rows and (anew or text.reopened):
