@@ -42,7 +42,7 @@ class OracleMechanism(WrappedMechanism):
 
     def open(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Opened:
         """Open a read, as ``MemoryMechanism.open``."""
-        if self.inner.retrieves_once:
+        if self.inner.retrieves_in_open:
             self._check(views)
             views = [
                 holding_only(view, names, self.inner.config.retrieved_tokens)
@@ -54,7 +54,7 @@ class OracleMechanism(WrappedMechanism):
         """Return the rows of a layer, as ``MemoryMechanism.retrieve``."""
         self._check(views)
         k = self.inner.config.retrieved_tokens
-        if self.inner.retrieves_once or not retrieves(self.inner) or k == 0:
+        if self.inner.retrieves_in_open or not retrieves(self.inner) or k == 0:
             return [None] * len(views)
         return [self._chosen(view, layer, names, k) for view, names in zip(views, self.wanted, strict=True)]
 
@@ -78,7 +78,7 @@ class OracleMechanism(WrappedMechanism):
 def retrieves(mechanism: MemoryMechanism) -> bool:
     """Return whether reads bring rows back: layer by layer, or once in ``open``."""
     by_layer = type(mechanism).retrieve is not MemoryMechanism.retrieve
-    return mechanism.retrieves_once or (by_layer and mechanism.long_term)
+    return mechanism.retrieves_in_open or (by_layer and mechanism.long_term)
 
 
 def written_from(view: StreamView, store: StoreView, layer: int, names: Collection[str]) -> Tensor:

@@ -85,7 +85,7 @@ class TracingMechanism(WrappedMechanism):
         self, opened: Opened, layer: int, found: Sequence[Retrieved | None], hidden: Tensor, project: Project
     ) -> tuple[Segment, ...] | Attended | None:
         """Return what a layer sees, as ``MemoryMechanism.prefix``."""
-        if self.inner.retrieves_once:
+        if self.inner.retrieves_in_open:
             self.seen[layer] = evolve(self.seen[layer], found=self.inner.retrieved(opened, layer))
         return self.inner.prefix(opened, layer, found, hidden, project)
 

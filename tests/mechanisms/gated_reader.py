@@ -17,8 +17,17 @@ if TYPE_CHECKING:
 
     from mplus.backends.base import AttentionRequest, AttentionResult
     from mplus.mechanisms.base import Opened, Retrieved
+    from mplus.mechanisms.decoder import DecoderShape
 
 BANK_LAYER, READING = 2, (2, 4)
+
+
+class Gates(nn.Module):
+    """Both halved at the start."""
+
+    def __init__(self, layers: int, heads: int) -> None:
+        super().__init__()
+        self.gates = nn.Parameter(torch.zeros(layers, heads))
 
 
 class GatedReader(KvMechanism):
@@ -30,9 +39,9 @@ class GatedReader(KvMechanism):
     name = "gated"
     attends = True
 
-    def __init__(self, config: Any, additions: Any, options: Any) -> None:
-        super().__init__(config, additions, options)
-        additions.gates = nn.Parameter(torch.zeros(additions.begin.shape[0], 4).to(additions.begin))
+    @classmethod
+    def build(cls, shape: DecoderShape, config: Any, options: Any) -> nn.Module:
+        return Gates(shape.layers, shape.key_heads)
 
     def prefix(  # type: ignore[override]
         self, opened: Opened, layer: int, found: Sequence[Retrieved | None], hidden: Tensor, project: Project

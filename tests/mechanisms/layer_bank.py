@@ -29,7 +29,7 @@ class LayerBankMechanism(MemoryMechanism):
     class Options(MemoryMechanism.Options):
         layer: int = 2
 
-    name, State, attends, retrieves_once, keeps = "layer_bank", KvState, True, True, frozenset({"projected"})
+    name, State, attends, retrieves_in_open, keeps = "layer_bank", KvState, True, True, frozenset({"projected"})
 
     @classmethod
     def build(cls, shape, config, options):

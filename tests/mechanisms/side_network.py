@@ -15,7 +15,7 @@ from mplus.mechanisms.text_cache import TextCache, TokenTensors
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mplus.mechanisms.decoder import Collected, Decoder, PassResult, Text
+    from mplus.mechanisms.decoder import Collected, Decoder, DecoderShape, PassResult, Text
     from mplus.memory.state import StreamView
 
 CUTS = (0, 2, 5)
@@ -50,9 +50,9 @@ class SideMechanism(KvMechanism):
     empty_is_base = False
     collect: ClassVar[frozenset[Collected]] = frozenset({"hidden"})
 
-    def __init__(self, config: Any, additions: Any, options: Any) -> None:
-        super().__init__(config, additions, options)
-        additions.side = SideNetwork(additions.begin.shape[-1]).to(additions.begin)
+    @classmethod
+    def build(cls, shape: DecoderShape, config: Any, options: Any) -> nn.Module:
+        return SideNetwork(shape.width)
 
     def has_prefix(self, view: StreamView) -> bool:
         return False
@@ -71,7 +71,7 @@ class SideMechanism(KvMechanism):
 
     def finish(self, opened: Opened, result: PassResult, cache: TextCache | None) -> Tensor:
         assert isinstance(cache, TokenTensors)
-        side: Any = self.additions.side
+        side: Any = self.additions
         states = [state.detach() for state in result.hidden_states]
         hidden, bias = states[0], distances(result.need_text(), states[0].shape[1])
         banks = [bank(view, hidden) for view in opened.views_of(hidden.shape[0])]

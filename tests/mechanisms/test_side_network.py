@@ -40,7 +40,7 @@ def wrapped(dtype: torch.dtype = torch.float32) -> Any:
     sizes = {"chunk_tokens": 16, "min_chunk_tokens": 1, "retrieved_tokens": 16}
     model = mplus.wrap(load_decoder().to(dtype), {"mechanism": "side", **sizes})
     with torch.no_grad():
-        for name, parameter in model.mplus.side.named_parameters():
+        for name, parameter in model.mplus.named_parameters():
             parameter.copy_(torch.randn(parameter.shape) * (1 if name == "gate" else parameter.shape[-1] ** -0.5))
     return model
 
@@ -113,7 +113,7 @@ def reference(plain: Any, side: Any, told: Tensor, text: Tensor) -> Tensor:
 
 def plain_of(model: Any, dtype: torch.dtype) -> tuple[Any, Any]:
     """The decoder alone and the side network, in another dtype."""
-    return load_decoder().to(model.dtype).to(dtype), copy.deepcopy(model.mplus.side).to(dtype)
+    return load_decoder().to(model.dtype).to(dtype), copy.deepcopy(model.mplus).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -189,12 +189,12 @@ def test_guessed_tokens_leave_nothing_behind() -> None:
 
 def test_only_the_side_network_gets_gradients() -> None:
     model, text = wrapped(), ids(ASKED)
-    trained = dict(model.mplus.side.named_parameters())
+    trained = dict(model.mplus.named_parameters())
     model.requires_grad_(False)
-    model.mplus.side.requires_grad_(True)
+    model.mplus.requires_grad_(True)
     model(text, labels=text, memory=written(model)).loss.backward()
     assert [name for name, one in trained.items() if one.grad is None or not bool(one.grad.any())] == []
-    others = [name for name, one in model.named_parameters() if ".side." not in name and one.grad is not None]
+    others = [name for name, one in model.named_parameters() if ".mplus." not in f".{name}" and one.grad is not None]
     assert others == []
     model.zero_grad()
 
@@ -225,6 +225,6 @@ def test_training_reads_what_a_forward_reads() -> None:
     found = make_streams(model.mplus_engine, [0], seed=0).read(text[None]).logits[0]
     assert close(found, logits(model, text, model.new_memory()))
     found.logsumexp(-1).sum().backward()
-    layers = dict(model.mplus.side.layers.named_parameters())
+    layers = dict(model.mplus.layers.named_parameters())
     assert [name for name, one in layers.items() if one.grad is None or not bool(one.grad.any())] == []
     model.zero_grad()

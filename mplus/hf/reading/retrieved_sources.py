@@ -29,21 +29,19 @@ class RetrievedSource:
 
 def retrieved_sources(reading: Reading) -> list[list[list[RetrievedSource]]]:
     """Return, for every batch row of the memory and every memory layer, the rows retrieved last, oldest first."""
-    by_layer = {layer: _retrieved(reading, layer) for layer in sorted(reading.retrieved)}
+    opened = reading.opened if reading.mechanism.retrieves_in_open else None
+    by_layer = {
+        layer: found if opened is None else reading.mechanism.retrieved(opened, layer)
+        for layer, found in sorted(reading.retrieved.items())
+    }
     streams: list[list[list[RetrievedSource]]] = []
-    for row, view in enumerate(reading.views):
+    for row, view in enumerate(reading.views if opened is None else opened.views):
         layers = []
         for layer, rows in by_layer.items():
             found = rows[row]
             layers.append([] if found is None else [_described(layer, found, i, view) for i in range(len(found.ids))])
         streams.append(layers)
     return streams
-
-
-def _retrieved(reading: Reading, layer: int) -> list[Retrieved | None]:
-    if reading.opened is not None and reading.mechanism.retrieves_once:
-        return reading.mechanism.retrieved(reading.opened, layer)
-    return reading.retrieved[layer]
 
 
 def _described(layer: int, found: Retrieved, place: int, view: StreamView) -> RetrievedSource:

@@ -88,6 +88,7 @@ class KvMechanism(MemoryMechanism):
     State: ClassVar[type[StreamState]] = KvState
     keeps: ClassVar[frozenset[Kept]] = frozenset({"projected"})
     sizes: ClassVar[Mapping[str, int]] = {"chunk_tokens": 128, "retrieved_tokens": 1024}
+    retrieves_in_open = True
 
     @classmethod
     def settle(cls, config: MPlusConfig, room: int | None) -> MPlusConfig:
