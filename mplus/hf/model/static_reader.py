@@ -162,10 +162,10 @@ def reasons_against(model: WrappedModel) -> list[str]:
     retrofit, anatomy = engine.retrofit, engine.retrofit.anatomy
     if retrofit.technique != "attention":
         reasons.append("it computes attention by itself, and memory is put into its cache at every token")
-    if engine.mechanism.attends:
-        reasons.append(f"the memory {engine.mechanism.name!r} computes attention in its own way")
-    if engine.mechanism.finishes:
-        reasons.append(f"the memory {engine.mechanism.name!r} changes the final hidden state of every token")
+    mechanism = engine.mechanism
+    own = {"computes attention in its own way": mechanism.attends}
+    own["changes the final hidden state of every token"] = mechanism.finishes
+    reasons += [f"the memory {mechanism.name!r} {what}" for what, does in own.items() if does]
     if retrofit.positions.offset:
         reasons.append("its positions depend on the length of what is read")
     if anatomy.hybrid:
