@@ -12,13 +12,13 @@ from attrs import evolve
 import mplus
 from mplus.backends.base import AttentionRequest, Segment
 from mplus.backends.choose import BackendChooser
+from mplus.backends.partial_attention import attend_per_query, attend_to_request, merged
 from mplus.backends.reference import ReferenceBackend
 from mplus.errors import NotSupported
 from mplus.hf.pretrained.shipped import load_decoder
 from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.decoder import Attended
 from mplus.mechanisms.kv.mechanism import KvMechanism
-from mplus.mechanisms.partial_attention import attend_per_query, attend_to_request, merged
 from mplus.testing.rounding import error
 
 if TYPE_CHECKING:

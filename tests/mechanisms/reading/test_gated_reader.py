@@ -16,7 +16,7 @@ from mplus.errors import NotSupported
 from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
 from mplus.mechanisms import MECHANISMS
 from mplus.testing.rounding import InFloat64, allowed, error
-from tests.mechanisms.gated_reader import BANK_LAYER, READING, GatedReader
+from tests.mechanisms.reading.gated_reader import BANK_LAYER, READING, GatedReader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

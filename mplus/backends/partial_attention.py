@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from attrs import define
@@ -11,7 +11,6 @@ from torch import Tensor
 from mplus.backends.base import AttentionRequest, AttentionResult
 from mplus.backends.joined import joined_bias, joined_keys_values, joined_visibility
 from mplus.errors import NotSupported
-from mplus.mechanisms.decoder import Compute
 
 
 @define(frozen=True, eq=False)
@@ -35,7 +34,9 @@ class PartialAttention:
     log_sum: Tensor
 
 
-def attend_to_request(request: AttentionRequest, compute: Compute) -> PartialAttention:
+def attend_to_request(
+    request: AttentionRequest, compute: Callable[[AttentionRequest], AttentionResult]
+) -> PartialAttention:
     """Return the attention that ``request`` asks for, by the decoder's backend, with its log-sum-exp.
 
     Raises:

@@ -16,7 +16,7 @@ from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
 from mplus.mechanisms import MECHANISMS
 from mplus.testing.rounding import InFloat64, allowed, error
 from mplus.training.decoder import make_streams
-from tests.mechanisms.side_network import BANK_LAYER, CUTS, HEADS, SIZE, TOP, SideMechanism
+from tests.mechanisms.reading.side_network import BANK_LAYER, CUTS, HEADS, SIZE, TOP, SideMechanism
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
