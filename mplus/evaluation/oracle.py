@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mplus.errors import InputError
 from mplus.hf.reading.override import WrappedMechanism
-from mplus.mechanisms.base import MemoryMechanism, Opened, Retrieved
+from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.decoder import Decoder, Text
+from mplus.mechanisms.opened import Opened, Retrieved
 from mplus.memory.state import StreamView
 from mplus.rows import MemoryRows
 from mplus.stores.base import Column, Content, Identity, Location, StoreLayout, StoreView

@@ -17,8 +17,9 @@ from mplus.evaluation.texts import Tokenizer
 from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.reading.override import WrappedMechanism, reading_as
-from mplus.mechanisms.base import MemoryMechanism, Opened, Retrieved
+from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.decoder import Attended, Project
+from mplus.mechanisms.opened import Opened, Retrieved
 from mplus.memory.memory import Memory
 from mplus.memory.state import StreamView
 from mplus.stores.base import StoreView

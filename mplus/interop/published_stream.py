@@ -14,8 +14,8 @@ from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.reading.generating import generating
 from mplus.hf.reading.reading import Reading
 from mplus.interop.trace import Permutations, Recorded
-from mplus.mechanisms.base import Retrieved
 from mplus.mechanisms.mplus import MPlusMechanism
+from mplus.mechanisms.opened import Retrieved
 from mplus.mechanisms.short_term.mechanism import RowMechanism
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
 from mplus.mechanisms.short_term.write import WritePass, WritePlan

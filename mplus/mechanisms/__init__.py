@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mplus.backends.base import Segment
     from mplus.config import MPlusConfig, flag, must_be, number, one_of, options_of, whole
     from mplus.mechanisms.additions import MemoryAdditions
-    from mplus.mechanisms.base import Kept, MemoryMechanism, Opened, Retrieved
+    from mplus.mechanisms.base import Kept, MemoryMechanism
     from mplus.mechanisms.decoder import (
         Adapter,
         Attended,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         Text,
         side_by_side,
     )
+    from mplus.mechanisms.opened import Opened, Retrieved, TextCache, TokenTensors
     from mplus.mechanisms.root import Absorbed, Columns, Mechanism
     from mplus.mechanisms.streams import LayerRead, Read, TrainingStreams
     from mplus.mechanisms.text.mechanism import Ask, Recalled, TextMechanism, TokenBudget
@@ -78,8 +79,10 @@ __all__ = [
     "StreamState",
     "StreamView",
     "Text",
+    "TextCache",
     "TextMechanism",
     "TokenBudget",
+    "TokenTensors",
     "TrainingStreams",
     "Update",
     "WriteContext",
@@ -111,7 +114,7 @@ __getattr__, __dir__ = lazy_exports(
         "mplus.backends.base": ("Segment",),
         "mplus.config": ("MPlusConfig", "flag", "must_be", "number", "one_of", "options_of", "whole"),
         "mplus.mechanisms.additions": ("MemoryAdditions",),
-        "mplus.mechanisms.base": ("Kept", "MemoryMechanism", "Opened", "Retrieved"),
+        "mplus.mechanisms.base": ("Kept", "MemoryMechanism"),
         "mplus.mechanisms.decoder": (
             "Adapter",
             "Attended",
@@ -126,6 +129,7 @@ __getattr__, __dir__ = lazy_exports(
             "Text",
             "side_by_side",
         ),
+        "mplus.mechanisms.opened": ("Opened", "Retrieved", "TextCache", "TokenTensors"),
         "mplus.mechanisms.root": ("Absorbed", "Columns", "Mechanism"),
         "mplus.mechanisms.streams": ("LayerRead", "Read", "TrainingStreams"),
         "mplus.mechanisms.text.mechanism": ("Ask", "Recalled", "TextMechanism", "TokenBudget"),

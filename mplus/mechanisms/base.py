@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from attrs import define, evolve
+from attrs import evolve
 from torch import Tensor, nn
 
 from mplus.backends.base import Segment
@@ -24,62 +24,16 @@ from mplus.mechanisms.decoder import (
     Project,
     Text,
 )
+from mplus.mechanisms.opened import Opened, Retrieved, TextCache
 from mplus.mechanisms.root import Absorbed, Columns, Mechanism
 from mplus.mechanisms.streams import TrainingStreams
-from mplus.mechanisms.text_cache import TextCache
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.update import Update, WriteContext
 from mplus.retrievers.base import Retriever
 from mplus.rows import MemoryRows
-from mplus.stores.base import Location, MemoryStore, StoreLayout, StoreView
+from mplus.stores.base import MemoryStore, StoreLayout, StoreView
 
 logger = logging.getLogger(__name__)
-
-
-@define(frozen=True, eq=False)
-class Retrieved:
-    """Long-term rows a read brings back in one layer for one batch row, oldest first.
-
-    Attributes:
-        rows: the rows themselves.
-        ids: ``[n]`` int64, their ids in the view they were picked from.
-        scores: ``[n]`` float32; empty where nothing was scored.
-        source: where ``rows`` lack ``projected``: where that lies in the view.
-    """
-
-    rows: MemoryRows
-    ids: Tensor
-    scores: Tensor
-    source: Location | None = None
-
-
-@define(frozen=True, eq=False)
-class Opened:
-    """What is ready for one read, of the whole text that it begins with and all tokens that follow.
-
-    Attributes:
-        views: one per batch row.
-        own: whatever the mechanism made for it.
-        text_offset: ``[B]`` int64, the position of the first text token, where it is not 0 (rows that sit at 0, 1, ...,
-            or learned positions behind a front); None: the decoder's configuration says.
-        prepared: what ``prepare`` made, where rows are read as they are kept; None: they are projected anew.
-        settled: why nothing else can be read later on in this text (``reopen``); None: something else can.
-    """
-
-    views: Sequence[StreamView]
-    own: Any = None
-    text_offset: Tensor | None = None
-    prepared: Any = None
-    settled: str | None = None
-
-    def views_of(self, rows: int) -> list[StreamView]:
-        """Return the view that each of ``rows`` batch rows reads.
-
-        In a pass a batch may have several copies of each stream, one behind the other: beams, or several samples.
-        """
-        copies = rows // len(self.views)
-        return [view for view in self.views for _ in range(copies)]
-
 
 Kept = Literal["projected", "hidden", "both"]
 """What a memory keeps of a row: see ``MPlusConfig.memory_rows``."""

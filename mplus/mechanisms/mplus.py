@@ -13,7 +13,7 @@ from torch import Tensor
 from mplus.config import number, one_of, whole
 from mplus.eviction.base import EvictionPolicy
 from mplus.eviction.ttl import TtlEviction
-from mplus.mechanisms.base import Retrieved
+from mplus.mechanisms.opened import Retrieved
 from mplus.mechanisms.pending import PendingView
 from mplus.mechanisms.short_term.mechanism import RowMechanism
 from mplus.mechanisms.short_term.state import ShortTermState, state_of

@@ -22,7 +22,8 @@ from mplus.stores.access_log import AccessLog
 from mplus.stores.base import StoreLayout
 
 if TYPE_CHECKING:
-    from mplus.mechanisms.base import MemoryMechanism, Retrieved
+    from mplus.mechanisms.base import MemoryMechanism
+    from mplus.mechanisms.opened import Retrieved
 
 COMMON = ("clock", "sources", "texts", "tail", "weights")
 

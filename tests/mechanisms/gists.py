@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from attrs import define, evolve
 
-from mplus.mechanisms.base import MemoryMechanism, Opened
+from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.decoder import Attended, Decoder, Project, Text, side_by_side
+from mplus.mechanisms.opened import Opened
 from mplus.mechanisms.root import Absorbed, Columns
 from mplus.memory.state import StreamState
 from mplus.memory.writing.update import Update

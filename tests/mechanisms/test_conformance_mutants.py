@@ -10,7 +10,7 @@ import torch
 from attrs import define, evolve
 
 from mplus.errors import MPlusError
-from mplus.mechanisms.base import Opened
+from mplus.mechanisms.opened import Opened
 from mplus.mechanisms.root import Absorbed
 from mplus.memory.state import StreamState
 from mplus.memory.writing.update import Update

@@ -26,8 +26,9 @@ from mplus.hf.reading.text_so_far import TextSoFar, follow, text_in
 from mplus.hf.reading.virtual_tokens import only_learned
 from mplus.hf.retrofit.context import Collection, Pass, current_pass, run_in
 from mplus.hf.retrofit.positions import MemoryPositions
-from mplus.mechanisms.base import MemoryMechanism, Opened
+from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.decoder import PassResult, Text
+from mplus.mechanisms.opened import Opened
 from mplus.memory.engine import Engine
 from mplus.memory.memory import Memory
 from mplus.memory.recompute import refresh_if_stale

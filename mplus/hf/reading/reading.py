@@ -12,8 +12,9 @@ from torch import Tensor
 from mplus.backends.base import Segment
 from mplus.errors import MechanismError, MemoryMismatchError
 from mplus.hf.adapters.weights import Look
-from mplus.mechanisms.base import MemoryMechanism, Opened, Retrieved
+from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.decoder import Attended, Decoder, Text
+from mplus.mechanisms.opened import Opened, Retrieved
 from mplus.memory.memory import Memory
 from mplus.memory.state import StreamView
 

@@ -14,8 +14,8 @@ from mplus.errors import InputError, NotSupported
 from mplus.hf.reading.reading import Front, Reading, Repeated
 from mplus.hf.reading.text_so_far import TextSoFar, first_tokens
 from mplus.hf.retrofit.discovery import AttentionSpec
-from mplus.mechanisms.base import Retrieved
 from mplus.mechanisms.decoder import Attended, Decoder, Project, Rows
+from mplus.mechanisms.opened import Retrieved
 
 
 @define(eq=False)

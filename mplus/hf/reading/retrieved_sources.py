@@ -5,7 +5,7 @@ from __future__ import annotations
 from attrs import define
 
 from mplus.hf.reading.reading import Reading
-from mplus.mechanisms.base import Retrieved
+from mplus.mechanisms.opened import Retrieved
 from mplus.memory.state import StreamView
 from mplus.rows import NO_SOURCE
 

@@ -11,7 +11,7 @@ from transformers import Cache
 
 from mplus.hf.retrofit.context import change_class, rebuild, subclass
 from mplus.mechanisms.decoder import Text
-from mplus.mechanisms.text_cache import TextCache
+from mplus.mechanisms.opened import TextCache
 
 
 def first_tokens(mask: Tensor, count: int | tuple[int, ...] | None) -> Tensor:

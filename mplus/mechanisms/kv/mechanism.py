@@ -12,10 +12,11 @@ from torch import Tensor
 from mplus.backends.base import Segment
 from mplus.config import ADAPTERS, Component, MPlusConfig, number, one_of, shortest_chunk, whole
 from mplus.errors import ConfigError, InputError
-from mplus.mechanisms.base import Kept, MemoryMechanism, Opened, Retrieved
+from mplus.mechanisms.base import Kept, MemoryMechanism
 from mplus.mechanisms.decoder import Adapter, Decoder, Project, Text
 from mplus.mechanisms.kv.front import Front
 from mplus.mechanisms.kv.state import KvState, state_of
+from mplus.mechanisms.opened import Opened, Retrieved
 from mplus.mechanisms.root import Absorbed, Columns
 from mplus.mechanisms.search import bm25, choose
 from mplus.memory.state import StreamState, StreamView

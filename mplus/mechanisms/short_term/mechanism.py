@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from mplus.backends.base import Segment
 from mplus.config import MPlusConfig
 from mplus.mechanisms.additions import MemoryAdditions
-from mplus.mechanisms.base import MemoryMechanism, Opened, Retrieved
+from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.decoder import Decoder, DecoderShape, KeptProjection, Project, Text, side_by_side
+from mplus.mechanisms.opened import Opened, Retrieved
 from mplus.mechanisms.root import Absorbed, Columns
 from mplus.mechanisms.short_term.assembly import assemble
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams, can_be_batched

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mplus.backends.base import Segment
 from mplus.backends.checks import check_finite
-from mplus.mechanisms.base import Retrieved
 from mplus.mechanisms.decoder import KeptProjection
+from mplus.mechanisms.opened import Retrieved
 from mplus.mechanisms.short_term.state import state_of
 from mplus.memory.state import StreamView
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mplus.backends.base import AttentionRequest, AttentionResult
-    from mplus.mechanisms.base import Opened, Retrieved
     from mplus.mechanisms.decoder import DecoderShape
+    from mplus.mechanisms.opened import Opened, Retrieved
 
 BANK_LAYER, READING = 2, (2, 4)
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm
 
-from mplus.mechanisms.base import Opened
 from mplus.mechanisms.kv.mechanism import KvMechanism
-from mplus.mechanisms.text_cache import TextCache, TokenTensors
+from mplus.mechanisms.opened import Opened, TextCache, TokenTensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

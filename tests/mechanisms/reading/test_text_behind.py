@@ -13,8 +13,9 @@ import mplus
 from benchmarks.quality.architectures.decoders import BY_NAME
 from mplus.errors import InputError, NotSupported
 from mplus.mechanisms import MECHANISMS
-from mplus.mechanisms.base import Absorbed, MemoryMechanism, Opened
+from mplus.mechanisms.base import Absorbed, MemoryMechanism
 from mplus.mechanisms.decoder import side_by_side
+from mplus.mechanisms.opened import Opened
 from mplus.memory.state import StreamState
 from mplus.memory.writing.update import Update
 from mplus.rows import MemoryRows
