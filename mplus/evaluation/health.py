@@ -41,10 +41,10 @@ def retriever_health(
             that it does not have.
         ConfigError: a K0 below 1, or a setting that the execution would not follow.
     """
-    configured = execution.model.mplus_config.retrieved_tokens
-    tried = [configured * factor // 4 for factor in (1, 2, 4, 8, 16)] if retrieved_tokens is None else retrieved_tokens
-    tried = sorted({k for k in tried if k > 0 or retrieved_tokens is not None})
     read_with = execution.retriever_ways(retrievers)
+    configured = execution.model.mplus_config.retrieved_tokens
+    usual = [] if configured is None else [configured * factor // 4 for factor in (1, 2, 4, 8, 16)]
+    tried = sorted({k for k in usual if k > 0} if retrieved_tokens is None else set(retrieved_tokens))
     if not tried or tried[0] < 1:
         raise ConfigError(f"retrieved_tokens must be numbers of at least 1, got {tried}")
     layers = execution.model.mplus_engine.layout.layers

@@ -13,6 +13,7 @@ from mplus.hf.reading.override import WrappedMechanism
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.decoder import Decoder, Text
 from mplus.mechanisms.opened import Opened, Retrieved
+from mplus.mechanisms.root import Mechanism
 from mplus.memory.state import StreamView
 from mplus.rows import MemoryRows
 from mplus.stores.base import Column, Content, Identity, Location, StoreLayout, StoreView
@@ -76,8 +77,10 @@ class OracleMechanism(WrappedMechanism):
         return self.inner.bring_back(store, layer, store.ids(layer)[by_id.values], best.values[by_id.indices])
 
 
-def retrieves(mechanism: MemoryMechanism) -> bool:
+def retrieves(mechanism: Mechanism) -> bool:
     """Return whether reads bring rows back: layer by layer, or once in ``open``."""
+    if not isinstance(mechanism, MemoryMechanism):  # one of text
+        return False
     by_layer = type(mechanism).retrieve is not MemoryMechanism.retrieve
     return mechanism.retrieves_in_open or (by_layer and mechanism.long_term)
 

@@ -29,10 +29,11 @@ def check_retrieves(model: MemoryModel) -> None:
     """Raise NotSupported unless reads of the decoder's memories bring rows back, so that there is something to see."""
     mechanism = model.mplus_engine.mechanism
     if not retrieves(mechanism):
-        without = " without long-term memory" if mechanism.uses_retriever else ""
+        of_rows = isinstance(mechanism, MemoryMechanism)
+        without = " without long-term memory" if of_rows and mechanism.uses_retriever else ""
         raise NotSupported(
             "this evaluation watches what reads bring back, and the decoder's mechanism is "
-            f"{mechanism.name!r}{without}, whose reads bring nothing back"
+            f"{mechanism.name!r}{without}, whose reads bring no rows back"
         )
 
 
@@ -197,7 +198,8 @@ def _of_scores(engine: DecoderEngine, seen: dict[int, Seen], row: int) -> tuple[
 
 def attention_mass(model: MemoryModel, prompts: Sequence[Sequence[int]], memory: Memory) -> list[float]:
     """Return for each prompt the share of its last token's attention that goes to memory; NaN without weights."""
-    if model.mplus_installed.base_attention != "eager":
+    of_rows = isinstance(model.mplus_engine.mechanism, MemoryMechanism)
+    if not of_rows or model.mplus_installed.base_attention != "eager":
         return [float("nan")] * len(prompts)
     masses, first = [], 0 if model.mplus_engine.mechanism.empty_is_base else 1
     device = model.mplus_engine.device

@@ -12,6 +12,8 @@ import mplus
 from benchmarks.quality.architectures.decoders import BY_NAME
 from mplus.errors import NotSupported
 from mplus.evaluation.abstention import abstention
+from mplus.evaluation.execution import GeneratedAnswers
+from mplus.evaluation.generating import Generation
 from mplus.evaluation.harm import HarmOptions, harm
 from mplus.evaluation.health import retriever_health
 from mplus.evaluation.options import ArmOptions, RunOptions
@@ -21,6 +23,7 @@ from mplus.evaluation.retriever_swap import retriever_for, usable
 from mplus.evaluation.tasks.key_value import KeyValue
 from mplus.evaluation.texts import Texts
 from mplus.evaluation.tracing import FEATURES, TracingMechanism, count_rows
+from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
 from mplus.hf.reading.override import reading_as
 from mplus.mechanisms import MECHANISMS
 from tests.evaluation import data
@@ -176,7 +179,7 @@ def test_rows_that_are_brought_back_without_a_retriever_are_traced(protocol):
 
 
 def test_a_mechanism_that_brings_nothing_back_is_refused_by_name(gists, protocol):
-    with pytest.raises(NotSupported, match="mechanism is 'gists', whose reads bring nothing back"):
+    with pytest.raises(NotSupported, match="mechanism is 'gists', whose reads bring no rows back"):
         retriever_health(table(protocol, gists, 0))
 
 
@@ -204,3 +207,29 @@ def test_harm_of_each(kv, gists):
 def test_examples(kv, thing):
     names = vars(importlib.import_module(thing.__module__))
     run_examples(thing, **{**names, "model": kv, "prompt": ids(PASSAGE, 1)[None, :4], "memory": told(kv, 1)})
+
+
+def test_a_memory_of_text_is_an_arm_and_has_signs(tmp_path):
+    decoder, tokenizer = mplus.wrap(load_decoder(), {"mechanism": "notes", "chunk_tokens": 64}), load_tokenizer()
+    path = data.key_value(tmp_path / "kv.jsonl.gz", records=12)
+    options = {"passages": 3, "episodes": 2, "passage_tokens": 64, "pairs": 2, "untold": 1, "prompt": "{key} is"}
+    task = KeyValue(KeyValue.Options(data=path, **options), Texts(tokenizer))
+    asked = GeneratedAnswers(
+        decoder, tokenizer, task, options=RunOptions(ages=(0, 2)), generation=Generation(tokens=3, batch=1)
+    )
+    report = retention(asked, ArmOptions(arms=("none", "window", "notes")), progress=False)
+    assert {arm.name: arm.status for arm in report.arms} == {"none": "ok", "window": "not_converged", "notes": "ok"}
+    assert report.arm("notes").at(2).questions == 2
+    assert report.arm("notes").state_bytes > 0
+    assert report.arm("notes").tokens_attended is None
+    *_, moment = asked.moments()
+    due = [one for one in moment.due if one.question.told][:1]
+    [found] = asked.read(moment, due, asked.way("notes", ArmOptions()))
+    prompt = torch.tensor([asked.question(due[0])])
+    with torch.no_grad():
+        made = decoder.generate(prompt, memory=moment.memory.select([due[0].row]), max_new_tokens=3, do_sample=False)
+        alone = decoder.generate(prompt, max_new_tokens=3, do_sample=False)
+    assert list(found.generated.ids) == made[0, prompt.shape[1] :].tolist() != alone[0, prompt.shape[1] :].tolist()
+    assert list(abstention(asked)["features"]) == list(FEATURES[:3])
+    with pytest.raises(NotSupported, match="'notes', whose reads bring no rows back"):
+        retriever_health(asked)

@@ -107,7 +107,7 @@ def test_health(tmp_path):
     assert all(spread > 0 for spread in report["score_std_by_layer"])
     with pytest.raises(ConfigError, match=r"at least 1, got \[0\]"):
         retriever_health(execution(protocol(tmp_path)), retrieved_tokens=[0])
-    with pytest.raises(NotSupported, match="the decoder's mechanism is 'memoryllm', whose reads bring nothing back"):
+    with pytest.raises(NotSupported, match="the decoder's mechanism is 'memoryllm', whose reads bring no rows back"):
         retriever_health(execution(protocol(tmp_path), build(mechanism="memoryllm")))
     with pytest.raises(NotSupported, match="'mplus' without long-term memory"):
         retriever_health(execution(protocol(tmp_path), build(long_term_tokens=0)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any, cast
 
 import attrs
 import torch
@@ -42,12 +43,12 @@ from mplus.evaluation.oracle import OracleMechanism, retrieves
 from mplus.evaluation.reports.forgetting_curve import Curve, curves
 from mplus.evaluation.reports.report import ARMS, Arm
 from mplus.evaluation.retriever_swap import Way, find_way, retriever_for, state_bytes
-from mplus.evaluation.tasks.base import Task
+from mplus.evaluation.tasks.base import Task, tokens_by_age
 from mplus.evaluation.texts import Texts, Tokenizer
 from mplus.evaluation.tracing import FEATURES, Seen, TracingMechanism, check_retrieves, count_rows, features, scores
 from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.reading.override import mechanism_for_reads, reading_as
-from mplus.hf.text.engine import refuse_text
+from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.short_term.batched_streams import BATCHED
 from mplus.memory.memory import Memory
 from mplus.retrievers.base import Retriever
@@ -100,9 +101,7 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
         Raises:
             InputError: the data has nothing to tell, or a passage is too short for a chunk.
             ConfigError: settings contradict each other or the decoder.
-            NotSupported: memories of the decoder are made of text.
         """
-        refuse_text(model, "this evaluation")
         self.options, self.scoring = options or RunOptions(), scoring or Scoring()
         self.generation = generation or Generation.of(tokenizer, tokens=task.answer_tokens)
         self.model, self.tokenizer, self.task = model, tokenizer, task
@@ -141,7 +140,7 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
         streams = self.options.streams
         for start in range(0, len(self.episodes), streams):
             batch = self.episodes[start : start + streams]
-            memory = self.model.new_memory(batch_size=len(batch), seed=self.options.seed + start)
+            memory = self._new_memory(len(batch), self.options.seed + start)
             due = due_by_place(batch, self.ages)
             for place in range(max(len(episode.passages) for episode in batch)):
                 present = [episode.passages[place] if place < len(episode.passages) else None for episode in batch]
@@ -152,6 +151,16 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
                     yield MemoryMoment(due[place], memory)
                 if advance is not None:
                     advance(sum(passage is not None for passage in present))
+
+    def _new_memory(self, streams: int, seed: int) -> Memory:
+        # A memory of text turns what it recalls into tokens, and what it is told into text.
+        tokenizer = None if self._of_rows else cast("Any", self.tokenizer)
+        return self.model.new_memory(batch_size=streams, seed=seed, tokenizer=tokenizer)
+
+    @property
+    def _of_rows(self) -> bool:
+        """Return whether memories of the decoder are made of rows, not of text."""
+        return isinstance(self.model.mplus_engine.mechanism, MemoryMechanism)
 
     @property
     def answer_tokens(self) -> int:
@@ -230,7 +239,7 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
         made = answers(self.model, self.tokenizer, prompts, self.generation, streams)
         found = []
         for row, (view, prompt) in enumerate(zip(streams.snapshot(), prompts, strict=True)):
-            attended = mechanism.prefix_rows(view) + len(prompt)
+            attended = mechanism.prefix_rows(view) + len(prompt) if self._of_rows else None
             found.append(self.judged(due[row], made[row].text, state_bytes(streams, row, way), attended, made[row]))
         return found
 
@@ -324,14 +333,7 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
         return run_info(model=name, seeds={"protocol": self.task.seed, "memory": self.options.seed, **seeds})
 
     def age_tokens(self) -> dict[int, float]:
-        found: dict[int, list[int]] = {age: [] for age in self.ages}
-        for episode in self.episodes:
-            for question in episode.questions:
-                for age in self.ages:
-                    since = episode.passages[question.after + 1 : question.after + 1 + age]
-                    if question.told and len(since) == age:
-                        found[age].append(sum(self.texts.count(passage.text) for passage in since))
-        return {age: sum(counts) / len(counts) for age, counts in found.items() if counts}
+        return tokens_by_age(self.episodes, self.ages, self.texts)
 
     def window_flaw(self, inside: Mapping[int, Sequence[bool]], tokens: int, least: float) -> str | None:
         right = [correct for some in inside.values() for correct in some]

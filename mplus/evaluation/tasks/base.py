@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,6 +63,18 @@ class Episode:
                     f"a question must need passages up to the one that its age is counted from, and that one must be "
                     f"among the {len(self.passages)} of the episode, got needs {question.needs}, after {question.after}"
                 )
+
+
+def tokens_by_age(episodes: Sequence[Episode], ages: Sequence[int], texts: Texts) -> dict[int, float]:
+    """Return, by age, the mean number of text tokens told after the passage that it is counted from."""
+    found: dict[int, list[int]] = {age: [] for age in ages}
+    for episode in episodes:
+        for question in episode.questions:
+            for age in ages:
+                since = episode.passages[question.after + 1 : question.after + 1 + age]
+                if question.told and len(since) == age:
+                    found[age].append(sum(texts.count(passage.text) for passage in since))
+    return {age: sum(counts) / len(counts) for age, counts in found.items() if counts}
 
 
 class Task(ABC):

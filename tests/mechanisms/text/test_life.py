@@ -16,9 +16,7 @@ from typer.testing import CliRunner
 import mplus
 from mplus.cli import app
 from mplus.errors import ConfigError, InputError, MemoryMismatchError, NotSupported
-from mplus.evaluation.execution import GeneratedAnswers
 from mplus.evaluation.harm import harm
-from mplus.evaluation.tasks.facts import Facts
 from mplus.hf.decoders.tokenizers import train_tokenizer
 from mplus.memory.format.offline import saved_sources
 from mplus.memory.format.repair import repair
@@ -266,8 +264,6 @@ def test_what_knows_rows_only_refuses_it_by_name() -> None:
     model = with_notes()
     with pytest.raises(NotSupported, match="those of the mechanism 'notes' are made of text"):
         harm(model, tokenizer(), KEY, CAT)
-    with pytest.raises(NotSupported, match="those of the mechanism 'notes' are made of text"):
-        GeneratedAnswers(model, tokenizer(), Facts())
     with pytest.raises(NotSupported, match="memories of the mechanism 'notes' are made of text"):
         mplus.StaticReader(model)
     with pytest.raises(NotSupported, match="are made of text and have no such rows"):
