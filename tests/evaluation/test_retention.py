@@ -32,6 +32,7 @@ class Reader:
 
     def __init__(self):
         self.tokenizer = WordTokenizer()
+        self.mplus_engine = model().mplus_engine  # memories of rows
 
     def train(self, mode):
         """As of modules."""
