@@ -140,18 +140,18 @@ class RowMechanism(MemoryMechanism):
         return Update(WritePass(WritePlan.together(plans), self.additions).run(decoder, ids))
 
     def example(self, decoder: Decoder, ids: Tensor, context: WriteContext) -> StreamView:
-        """Return a stream whose short-term rows are what the layers receive for ``ids``.
+        """Return a stream whose short-term rows are those that a write of ``ids`` makes, and no others.
 
-        Not by a write: a new stream can begin with a pool of thousands of rows, and MemoryLLM can fill all of its
-        memory with the first chunk, which every check would then read. What ``write`` makes is a check of its own.
+        A new stream can begin with a pool of thousands of rows, and MemoryLLM can fill its whole memory with the first
+        chunk: every check would read them all.
         """
         layout = context.store.layout
-        seen = decoder.run(ids, collect={"inputs"}).inputs
-        births = torch.arange(ids.shape[1], device=layout.device)
-        stm = tuple(MemoryRows(rows[0].to(layout.device), births, torch.zeros_like(births)) for rows in seen)
-        pending = tuple(rows.select(slice(0, 0)) for rows in stm)
-        state = evolve(self.new_state(layout), stm=stm, pending=pending, clock=len(births))
-        return StreamView(state, context.store.snapshot())
+        none = tuple(self._empty(layout) for _ in range(layout.layers))
+        empty = evolve(self.new_state(layout), stm=none, pending=none)
+        made = self.write(decoder, [StreamView(empty, context.store)], Text(ids)).of(0).hidden
+        births = torch.arange(len(made[0]), device=layout.device)
+        stm = tuple(MemoryRows(rows.to(layout.device), births, torch.zeros_like(births)) for rows in made)
+        return StreamView(evolve(empty, stm=stm, clock=len(births)), context.store.snapshot())
 
     def plan_write(self, state: ShortTermState, tokens: int, reencode: bool = True) -> WritePlan:
         """Rows read and made by writing a chunk of ``tokens`` text tokens (published: newest K rows of the STM).
