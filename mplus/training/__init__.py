@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mplus.registry import lazy_exports
 
 __all__ = ["TrainingResult", "train"]
 
 if TYPE_CHECKING:
     from mplus.training.run import TrainingResult, train
 
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from mplus.training import run as running
-
-        return getattr(running, name)
-    raise AttributeError(f"module 'mplus.training' has no attribute {name!r}")
+__getattr__, __dir__ = lazy_exports("mplus.training", {"mplus.training.run": ("TrainingResult", "train")})
