@@ -67,7 +67,7 @@ class _Distribution:
 
 
 def discover(group: str, path: Sequence[str] | None = None) -> list[Plugin]:
-    """Every entry point of ``group`` in the installed distributions, in the order of ``path``, then by name.
+    """Return every entry point of ``group`` in the installed distributions, in the order of ``path``, then by name.
 
     A distribution hides another of the same name further along the path, as it does when imported. Two entry points
     of one name are both listed. Lines that cannot be read are listed with their error; nothing is imported.
@@ -87,7 +87,7 @@ def discover(group: str, path: Sequence[str] | None = None) -> list[Plugin]:
 
 
 def allowed_distributions() -> set[str] | None:
-    """Normalized names in ``MPLUS_PLUGINS``; None where the variable is not set and every plug-in is allowed."""
+    """Return the normalized names in ``MPLUS_PLUGINS``; None where it is not set and every plug-in is allowed."""
     value = os.environ.get(ENVIRONMENT)
     if value is None:
         return None
@@ -95,12 +95,12 @@ def allowed_distributions() -> set[str] | None:
 
 
 def normalize(name: str) -> str:
-    """A distribution name in the form in which names are compared: ``Foo_Bar`` and ``foo-bar`` are one."""
+    """Return a distribution name in the form in which names are compared: ``Foo_Bar`` and ``foo-bar`` are one."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
 def _distributions(path: Iterable[str]) -> Iterator[_Distribution]:
-    """Installed distributions that have entry points; the first folder that has a name hides later ones."""
+    """Yield installed distributions that have entry points; the first folder that has a name hides later ones."""
     hidden: set[str] = set()
     for folder in path:
         here = sorted(Path(folder).glob("*.*-info/entry_points.txt"))
@@ -116,7 +116,7 @@ def _distributions(path: Iterable[str]) -> Iterator[_Distribution]:
 
 
 def _identity(info: Path) -> tuple[str, str]:
-    """Name and version of a distribution from its metadata, or else from the name of its folder."""
+    """Return name and version of a distribution from its metadata, or else from the name of its folder."""
     header: dict[str, str] = {}
     for metadata in ("METADATA", "PKG-INFO"):
         try:
@@ -132,7 +132,7 @@ def _identity(info: Path) -> tuple[str, str]:
 
 
 def _read(distribution: _Distribution, group: str) -> Iterator[Plugin]:
-    """The entry points one distribution has in ``group``."""
+    """Yield the entry points one distribution has in ``group``."""
     try:
         text = distribution.file.read_text(encoding="utf-8-sig", errors="replace")
     except OSError as error:
@@ -144,7 +144,7 @@ def _read(distribution: _Distribution, group: str) -> Iterator[Plugin]:
 
 
 def _lines(text: str, group: str) -> Iterator[tuple[str, str]]:
-    """``(name, value)`` of each line in the sections called ``group``; value "" where a line has no ``=``."""
+    """Yield ``(name, value)`` of each line in the sections called ``group``; value "" where a line has no ``=``."""
     section = ""
     for line in map(str.strip, text.splitlines()):
         if line.startswith("[") and line.endswith("]"):
@@ -155,7 +155,7 @@ def _lines(text: str, group: str) -> Iterator[tuple[str, str]]:
 
 
 def _parse(distribution: _Distribution, group: str, name: str, value: str) -> Plugin:
-    """One entry point; ``entrypoints`` decides what its value means."""
+    """Parse one entry point; ``entrypoints`` decides what its value means."""
     error = None
     entry = None
     try:

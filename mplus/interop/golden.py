@@ -25,7 +25,7 @@ Progress = Callable[[str, int, int], None]
 
 @define(eq=False)
 class CaseReport:
-    """How one case compares with its trace.
+    """Comparison of one case with its trace.
 
     Attributes:
         name: folder name of the case.

@@ -35,7 +35,7 @@ class Place:
 
 
 def places(config: PublishedConfig, decoder: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
-    """Every tensor a checkpoint of this configuration must have, by published name.
+    """Return every tensor a checkpoint of this configuration must have, by published name.
 
     Args:
         config: the checkpoint's configuration.
@@ -63,7 +63,7 @@ def places(config: PublishedConfig, decoder: Mapping[str, tuple[int, ...]]) -> d
 
 
 def unused(names: Iterable[str], decoder: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Those of ``names`` that a loader may leave out: see ``UNUSED``, and an output matrix tied to the embedding."""
+    """Return the names that a loader may leave out: see ``UNUSED``, and an output matrix tied to the embedding."""
     return [
         name
         for name in names

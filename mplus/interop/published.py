@@ -151,7 +151,7 @@ class PublishedCheckpoint:
         return model
 
     def _long_term(self, layer: int, dtype: torch.dtype) -> MemoryRows:
-        """The stored rows of a layer. Births count back from a clock of 0; expiry counts merges from now on."""
+        """Return the stored rows of a layer. Births count back from a clock of 0; expiry counts merges from now on."""
         rows, keys, ages, frequencies = (self.files.read(f"{name}.{layer}") for name in LTM)
         for name, column in (("ltm_ages", ages), ("ltm_recall_frequencies", frequencies)):
             wrong = ~torch.isfinite(column) | (column < 0 if name == "ltm_ages" else torch.zeros_like(column).bool())

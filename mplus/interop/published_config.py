@@ -40,7 +40,7 @@ ALTERING = (
 
 @define(frozen=True, kw_only=True)
 class PublishedConfig:
-    """What the configuration of a published checkpoint says about its memory.
+    """Settings of the memory in a published checkpoint, from its configuration.
 
     Attributes:
         kind: "mplus", or "memoryllm" where there is no long-term memory.
@@ -89,7 +89,7 @@ class PublishedConfig:
         return _with_ltm(keys) if "num_ltm_blocks" in plain else _pool_only(keys)
 
     def memory_config(self, rope: RopeDtype = "default", extra: Mapping[str, Any] | None = None) -> MPlusConfig:
-        """The configuration to wrap the decoder with.
+        """Return the configuration to wrap the decoder with.
 
         Args:
             rope: dtype that rotary frequencies are rounded to, None for no rounding; "default": bfloat16 for M+, whose
@@ -175,7 +175,7 @@ class _Keys:
 
 
 def _common(keys: _Keys, ltm_blocks: int) -> dict[str, Any]:
-    """What both kinds have."""
+    """Return the settings that M+ and MemoryLLM share."""
     keys.only("model_type", "llama")
     for key in ("vocab_size", "intermediate_size", "num_attention_heads"):
         keys.whole(key)

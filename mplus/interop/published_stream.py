@@ -39,7 +39,7 @@ class Found:
 
 @define(frozen=True, eq=False)
 class Heard:
-    """What came out of a read: ``logits`` ``[1, n, V]`` per piece of text, and what each layer fetched."""
+    """Outcome of a read: ``logits`` ``[1, n, V]`` per piece of text, and what each layer fetched."""
 
     logits: tuple[Tensor, ...]
     found: tuple[Found, ...]
@@ -197,7 +197,7 @@ class PublishedStream:
 
     @torch.no_grad()
     def pool_scores(self, hidden_states: Tensor) -> Tensor:
-        """``[L, 1, N]`` what the retriever would score the pool rows with, for text ``[L+1, 1, n, d]``."""
+        """Return the scores ``[L, 1, N]`` that the retriever gives the pool rows for text ``[L+1, 1, n, d]``."""
         retriever = self.engine.mechanism.retriever
         if not isinstance(retriever, LinearRetriever):
             raise CheckpointError("stm_retriever_weights need a model with a trained retriever")
@@ -240,7 +240,7 @@ class PublishedStream:
         self.state = evolve(self.state, stm=stm, pending=pending, clock=0, counters=counters)
 
     def _rows(self, hidden: Tensor, ages: Tensor | None, keys: Tensor | None = None) -> MemoryRows:
-        """Rows with recorded ages, which count back from a clock of 0; without ages, in order of birth."""
+        """Return rows with recorded ages, which count back from a clock of 0; without ages, in order of birth."""
         layout = self.engine.layout
         birth = torch.arange(len(hidden)) if ages is None else -1 - ages.to(torch.int64)
         source = torch.full((len(hidden),), NO_SOURCE, dtype=torch.int64)
@@ -251,5 +251,5 @@ class PublishedStream:
         return tuple(rows.need_hidden() for rows in self._loose(delta))
 
     def _loose(self, delta: Tensor) -> tuple[MemoryRows, ...]:
-        """A block ``[1, L, k, d]`` as rows that belong to no memory."""
+        """Return a block ``[1, L, k, d]`` as rows that belong to no memory."""
         return tuple(self._rows(hidden, None) for hidden in delta[0])

@@ -75,15 +75,15 @@ class TensorFiles:
         return iter(sorted(self._files))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it. Raises CheckpointError when there is none of this name."""
+        """Return the shape of a tensor, without reading it. Raises CheckpointError when there is none of this name."""
         return tuple(self._file(name).get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """Its floating dtype, or None when it is stored as anything else."""
+        """Return its floating dtype, or None when it is stored as anything else."""
         return FLOATS.get(self._file(name).get_slice(name).get_dtype())
 
     def read(self, name: str) -> Tensor:
-        """The tensor as stored, on the CPU. Copy it: it is only as durable as its file."""
+        """Read the tensor as stored, on the CPU. Copy it: it is only as durable as its file."""
         file = self._file(name)
         try:
             return file.get_tensor(name)  # type: ignore[no-any-return]

@@ -50,7 +50,7 @@ class Recorded:
 
 @define(frozen=True, eq=False)
 class RecordedRetrieval:
-    """What a read fetched.
+    """Long-term rows that a read fetched.
 
     Attributes:
         modes: per layer "topk" or "tile".
@@ -97,11 +97,11 @@ class Permutations:
         self._left: list[Tensor] = [] if recorded is None else list(recorded)
 
     def __len__(self) -> int:
-        """How many were not asked for yet."""
+        """Return how many were not asked for yet."""
         return len(self._left)
 
     def __call__(self, n: int) -> Tensor:
-        """The next one. Raises CheckpointError when there is none, or one of another length."""
+        """Return the next one. Raises CheckpointError when there is none, or one of another length."""
         if not self._left or len(self._left[0]) != n:
             have = f"one of {len(self._left[0])}" if self._left else "no further one"
             raise CheckpointError(f"randperm must hold a permutation of {n} rows at this point, the trace has {have}")

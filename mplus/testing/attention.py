@@ -43,7 +43,7 @@ def exact_attention(request: AttentionRequest) -> tuple[Tensor, Tensor]:
 
 
 def plain_attention(request: AttentionRequest) -> Tensor:
-    """The same in the request's own dtype with ordinary tensor operations: how much precision one may expect."""
+    """Attend in the request's own dtype with ordinary tensor operations: the precision that one may expect."""
     batch, heads, length, _ = request.queries.shape
     seen = torch.zeros(batch, heads, length, exact_attention(request)[1].shape[-1], dtype=request.queries.dtype)
     seen = seen.fill_(-torch.inf)

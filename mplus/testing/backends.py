@@ -46,7 +46,7 @@ class BackendConformance:
     device: ClassVar[str] = "cpu"
 
     def make(self) -> AttentionBackend:
-        """A new backend."""
+        """Return a new backend."""
         backend = self.implementation()
         assert isinstance(backend, AttentionBackend)
         return backend
@@ -54,11 +54,11 @@ class BackendConformance:
     # ------------------------------------------------------------------ comparing
 
     def build(self, shape: RequestShape, dtype: torch.dtype = torch.float32, **changes: Any) -> AttentionRequest:
-        """The request on this suite's device."""
+        """Return the request on this suite's device."""
         return shape.build(dtype, self.device, **changes)
 
     def check_reasons(self, request: AttentionRequest, *named: str) -> list[str]:
-        """The backend's reasons; raise AssertionError unless they are texts, and one has every word of ``named``.
+        """Return the backend's reasons; raise AssertionError unless they are texts, one with every word of ``named``.
 
         Where values have another width than keys, a backend may refuse for that alone.
         """
@@ -171,7 +171,7 @@ class BackendConformance:
     @pytest.mark.parametrize("queries", [1, 5])
     @pytest.mark.parametrize("kind", ["bool", "additive", "smallest"])
     def test_queries_whose_text_is_masked_entirely(self, kind: str, queries: int, fillers: str) -> None:
-        """As at left padding: they see the memory, and where there is none either, zeros come out."""
+        """They see the memory, as at left padding; where there is none either, zeros come out."""
         for count in (0, 4):
             shape = RequestShape(queries=queries, segments=(count,), fillers=(fillers,), mask="padded")
             for dtype in self.dtypes:

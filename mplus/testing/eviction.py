@@ -25,17 +25,17 @@ class EvictionConformance:
     implementation: ClassVar[Any]
 
     def make(self) -> EvictionPolicy:
-        """A new policy."""
+        """Return a new policy."""
         policy = self.implementation()
         assert isinstance(policy, EvictionPolicy)
         return policy
 
     def make_store(self, layout: StoreLayout) -> MemoryStore:
-        """An empty store to evict from."""
+        """Return an empty store to evict from."""
         return RamStore(layout)
 
     def fill(self, layout: StoreLayout, count: int, seed: int) -> MemoryStore:
-        """A store with ``count`` rows in its last layer, with a gap in the ids."""
+        """Return a store with ``count`` rows in its last layer, with a gap in the ids."""
         store = self.make_store(layout)
         ids = store.append(layout.layers - 1, draw_rows(layout, count + 1, seed))
         store.remove(layout.layers - 1, ids[count // 2 : count // 2 + 1])

@@ -31,7 +31,7 @@ class ObjectiveConformance:
     trains_additions: ClassVar[bool] = True
 
     def make(self) -> Objective:
-        """A new objective."""
+        """Return a new objective."""
         objective = self.implementation()
         assert isinstance(objective, Objective)
         return objective
@@ -39,7 +39,7 @@ class ObjectiveConformance:
     # ------------------------------------------------------------------ helpers
 
     def model(self) -> Any:
-        """A wrapped decoder of two layers, of which everything is trained."""
+        """Return a wrapped decoder of two layers, of which everything is trained."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
             sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -61,7 +61,7 @@ class ObjectiveConformance:
         return model.train()
 
     def streams(self, model: Any) -> BatchedStreams:
-        """Streams whose short-term memory is full, with rows in long-term memory."""
+        """Return streams whose short-term memory is full, with rows in long-term memory."""
         streams = make_batched_streams(model.mplus_engine, range(STREAMS), seed=0, long_term_tokens=16)
         with torch.no_grad():
             for number in range(5):
@@ -69,7 +69,7 @@ class ObjectiveConformance:
         return streams
 
     def batch(self) -> Batch:
-        """A batch with as many chunks as the objective wants, and three texts: of the newest, of an older one, of none.
+        """Return a batch with the chunks that the objective wants, and three texts: of the newest, an older one, none.
 
         Where nothing is written both are about older chunks.
         """
@@ -97,7 +97,7 @@ class ObjectiveConformance:
         )
 
     def run(self, model: Any, streams: BatchedStreams, batch: Batch | None = None) -> ObjectiveResult:
-        """One call, with a retriever loss that draws nothing."""
+        """Call the objective once, with a retriever loss that draws nothing."""
         loss = RetrieverLoss(candidates=64)
         return self.make()(TrainedDecoder(model), streams, batch or self.batch(), loss)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def suites(
     suite: type, registry: Registry[Any], special: Mapping[str, type] | None = None, *, of: type = object
 ) -> dict[str, type]:
-    """One subclass of ``suite`` per registered implementation, by the name under which pytest collects it.
+    """Return one subclass of ``suite`` per registered implementation, by the name under which pytest collects it.
 
     Put into a test module's namespace (``globals().update(suites(StoreConformance, STORES))``), every
     implementation is tested without being listed, installed plug-ins included.

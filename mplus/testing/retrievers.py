@@ -51,7 +51,7 @@ class RetrieverConformance:
     tolerance: ClassVar[float] = 1e-5
 
     def make(self, shape: RetrieverShape = SHAPE) -> Retriever:
-        """A new retriever with fixed parameters."""
+        """Return a new retriever with fixed parameters."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
             retriever = self.implementation(shape)
@@ -60,7 +60,7 @@ class RetrieverConformance:
         return retriever
 
     def make_store(self, layout: StoreLayout) -> MemoryStore:
-        """An empty store to retrieve from."""
+        """Return an empty store to retrieve from."""
         return RamStore(layout)
 
     # ------------------------------------------------------------------ helpers
@@ -75,7 +75,7 @@ class RetrieverConformance:
         scale: float = 1.0,
         dtype: torch.dtype = torch.float32,
     ) -> MemoryStore:
-        """A store with ``count`` rows in ``layer`` whose keys the retriever projected, with a gap in the ids."""
+        """Return a store with ``count`` rows in ``layer``, keys projected by the retriever, with a gap in the ids."""
         layout = StoreLayout(
             layers=retriever.shape.layers,
             hidden_size=retriever.shape.hidden_size,
@@ -99,7 +99,7 @@ class RetrieverConformance:
             return retriever.project_queries(layer, hidden)
 
     def has_score(self, retriever: Retriever) -> bool:
-        """Whether the implementation has a ``score`` of its own."""
+        """Return whether the implementation has a ``score`` of its own."""
         return type(retriever).score is not Retriever.score
 
     def check_format(self, selection: Selection, store: StoreView, layer: int, k: int) -> None:
@@ -115,7 +115,7 @@ class RetrieverConformance:
         ), "score descending, ties by lowest id"
 
     def rounding(self, retriever: Retriever, layer: int, text: Tensor, store: StoreView) -> float:
-        """How far two computations of the scores of one text ``[1, T, r]``, without padding, may be apart."""
+        """Return how far two computations of the scores of one text ``[1, T, r]``, unpadded, may be apart."""
         if not self.has_score(retriever):
             return self.tolerance
         keys = store.keys(layer)

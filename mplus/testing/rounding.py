@@ -22,7 +22,7 @@ ULPS = 8
 
 
 def error(actual: Tensor, exact: Tensor) -> float:
-    """Largest absolute difference, taken in float64; infinite where only one is infinite, or one is NaN."""
+    """Return the largest absolute difference, taken in float64; infinite where only one is infinite, or one is NaN."""
     if actual.shape != exact.shape:
         raise ValueError(f"cannot compare shapes {list(actual.shape)} and {list(exact.shape)}")
     actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()
@@ -31,7 +31,7 @@ def error(actual: Tensor, exact: Tensor) -> float:
 
 
 def allowed(plain: Tensor, exact: Tensor, *moved: Tensor, factor: float = FACTOR) -> float:
-    """How far another computation in the dtype of ``plain`` may be from ``exact``.
+    """Return how far another computation in the dtype of ``plain`` may be from ``exact``.
 
     Args:
         plain: a computation of the numbers in the dtype that is used.
@@ -47,7 +47,7 @@ def allowed(plain: Tensor, exact: Tensor, *moved: Tensor, factor: float = FACTOR
 
 
 def nudged(values: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
-    """``values`` in float64, each moved up or down by a unit in the last place that it would have in ``dtype``.
+    """Return ``values`` in float64, each moved up or down by a unit in the last place that it would have in ``dtype``.
 
     A computation that is as good as can be moves its result by about as much as moving its inputs so does. That tells
     how far computations may be apart that go different ways to the same numbers.
@@ -102,7 +102,7 @@ class InFloat64(TorchFunctionMode):
 
 
 def _grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """``[n, k] @ [g, k, m]`` where ``ends`` ``[g]`` says up to which row each of the g matrices is meant."""
+    """Multiply ``[n, k] @ [g, k, m]`` where ``ends`` ``[g]`` says up to which row each of the g matrices is meant."""
     parts = rows.tensor_split(ends[:-1].cpu().long())
     return torch.cat([part @ weight for part, weight in zip(parts, weights, strict=True)])
 

@@ -27,18 +27,18 @@ class SourceConformance:
     requests: ClassVar[Sequence[dict[str, Any]]] = ({"chunks": 1}, {"chunks": 3}, {"chunks": 2})
 
     def make(self, numbers: Sequence[int], seed: int) -> BatchSource:
-        """A source for the streams ``numbers``, of which there may be ``STREAMS`` in all."""
+        """Return a source for the streams ``numbers``, of which there may be ``STREAMS`` in all."""
         raise NotImplementedError("a SourceConformance must override make(numbers, seed)")
 
     # ------------------------------------------------------------------ helpers
 
     def batches(self, source: BatchSource, count: int = 12) -> list[Batch]:
-        """The next ``count`` batches, by ``requests`` in a circle."""
+        """Return the next ``count`` batches, by ``requests`` in a circle."""
         return [source.next_batch(**self.requests[step % len(self.requests)]) for step in range(count)]
 
     @staticmethod
     def one(batch: Batch, place: int) -> dict[str, Any]:
-        """What the stream at ``place`` gets, without padding."""
+        """Return the batch of the stream at ``place``, without padding."""
         mask = batch.mask[place]
         found: dict[str, Any] = {"reset": batch.reset}
         for name, value in attrs.asdict(batch).items():

@@ -31,7 +31,7 @@ class StoreChecks:
     key_tolerance: ClassVar[float] = 0.0
 
     def expected(self, rows: MemoryRows) -> MemoryRows:
-        """What these rows read back as; stores that compress say here what they make of them."""
+        """Return what these rows read back as; stores that compress say here what they make of them."""
         return rows
 
     def check_column(self, name: str, actual: Tensor | None, expected: Tensor | None) -> None:
@@ -91,7 +91,7 @@ class StoreChecks:
                 self.check_column(name, column[places], rows.columns()[name])
 
     def check_all(self, view: StoreView, expected: MemoryRows, ids: Tensor, layer: int = 0) -> None:
-        """As ``check_layer``, from rows and ids."""
+        """Check a layer as ``check_layer`` does, from rows and ids."""
         single = [expected.select(slice(place, place + 1)) for place in range(len(expected))]
         self.check_layer(view, layer, list(zip(ids.tolist(), single, strict=True)))
 
@@ -104,7 +104,7 @@ class ModelLayer:
     last: int = -1
 
     def copy(self) -> ModelLayer:
-        """An independent list of the same rows."""
+        """Return an independent list of the same rows."""
         return ModelLayer(list(self.rows), self.last)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mplus.errors import InputError
+from mplus.hf.model.model_class import MemoryModel
 from mplus.testing.mechanisms.life import MechanismLife
 from mplus.testing.mechanisms.suite import CHUNK, VOCABULARY, RowSuite
 from mplus.testing.mechanisms.training import MechanismTraining
@@ -25,16 +26,18 @@ class MechanismMemory(MechanismLife, RowSuite):
         assert attrs.has(self.implementation.Options)
         assert attrs.has(self.implementation.State)
 
-    def test_an_empty_memory_leaves_the_decoder_as_it_is_or_says_that_it_does_not(self, model: Any) -> None:
+    def test_an_empty_memory_leaves_the_decoder_as_it_is_or_says_that_it_does_not(self, model: MemoryModel) -> None:
         ids = self.text(7)[None]
         same = torch.equal(self.logits(model, ids, model.new_memory()), self.logits(model, ids))
         assert same or not self.implementation.empty_is_base
 
-    def test_what_is_written_changes_what_is_read(self, model: Any) -> None:
+    def test_what_is_written_changes_what_is_read(self, model: MemoryModel) -> None:
         ids, memory = self.text(7)[None], self.written(model, 1, 2)
         assert not torch.allclose(self.logits(model, ids, memory), self.logits(model, ids, model.new_memory()))
 
-    def test_prefix_rows_are_those_of_the_layer_that_sees_most(self, model: Any, monkeypatch: Any) -> None:
+    def test_prefix_rows_are_those_of_the_layer_that_sees_most(
+        self, model: MemoryModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         own, seen = self.implementation.prefix, [0]
 
         def counted(mechanism: Any, *given: Any) -> Any:
@@ -49,7 +52,7 @@ class MechanismMemory(MechanismLife, RowSuite):
         self.logits(model, self.text(7)[None], memory)
         assert max(seen) == model.mplus_engine.mechanism.prefix_rows(view)
 
-    def test_rows_hold_as_much_text_as_capacity_says(self, model: Any) -> None:
+    def test_rows_hold_as_much_text_as_capacity_says(self, model: MemoryModel) -> None:
         memory = self.written(model, 1, 2)
         state, store = memory.states[0], memory.stores[0]
         rows = [
@@ -65,7 +68,7 @@ class MechanismMemory(MechanismLife, RowSuite):
 
     # ------------------------------------------------------------------ forgetting what others took in
 
-    def test_rebuilding_takes_back_what_later_chunks_took_in(self, model: Any) -> None:
+    def test_rebuilding_takes_back_what_later_chunks_took_in(self, model: MemoryModel) -> None:
         """What is left is, bit for bit, what writing the other texts would have given."""
         memory, without = self.written(model, 1, 2, 3, keep_text=True), model.new_memory(seed=1, keep_text=True)
         memory.forget("s1", mode="rebuild")
@@ -74,7 +77,7 @@ class MechanismMemory(MechanismLife, RowSuite):
         assert self.differences(memory, without) == []
         assert [source.name for source in memory.sources()] == ["s0", "s2"]
 
-    def test_sources_are_isolated_or_it_says_that_they_are_not(self, model: Any) -> None:
+    def test_sources_are_isolated_or_it_says_that_they_are_not(self, model: MemoryModel) -> None:
         """Where they are, forgetting one leaves the same rows whatever its text was, those written later included."""
         first, second = self.written(model, 1, 2, 3), self.written(model, 1, 5, 3)
         for memory in (first, second):
@@ -84,7 +87,7 @@ class MechanismMemory(MechanismLife, RowSuite):
 
     # ------------------------------------------------------------------ what goes wrong
 
-    def test_a_refused_text_changes_nothing(self, model: Any) -> None:
+    def test_a_refused_text_changes_nothing(self, model: MemoryModel) -> None:
         memory, other = self.written(model, 1, 2), self.written(model, 1, 2)
         with pytest.raises(InputError):
             memory.write(torch.full((CHUNK,), VOCABULARY + 5), source="s2")

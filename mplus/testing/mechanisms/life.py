@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from mplus.hf.model.model_class import MemoryModel
 from mplus.memory.format.offline import saved_sources
 from mplus.memory.format.repair import repair
 from mplus.memory.format.verify import verify
@@ -22,7 +23,7 @@ class MechanismLife(MechanismSuite):
 
     # ------------------------------------------------------------------ streams are apart
 
-    def test_a_copy_goes_on_by_itself(self, model: Any) -> None:
+    def test_a_copy_goes_on_by_itself(self, model: MemoryModel) -> None:
         memory, other = self.written(model, 1, 2), self.written(model, 1, 2)
         fork = memory.fork()
         assert self.differences(fork, memory) == []
@@ -31,7 +32,7 @@ class MechanismLife(MechanismSuite):
         other.write(self.text(3), source="s2")
         assert self.differences(fork, other) == []
 
-    def test_a_view_is_not_changed_by_later_writes(self, model: Any) -> None:
+    def test_a_view_is_not_changed_by_later_writes(self, model: MemoryModel) -> None:
         memory = self.written(model, 1, 2)
         [view] = memory.streams.versioned_snapshot()[1]
         before = content_of(view.state, view.store)
@@ -39,7 +40,7 @@ class MechanismLife(MechanismSuite):
         memory.forget("s0")
         assert unequal(before, content_of(view.state, view.store)) == []
 
-    def test_streams_that_are_written_and_read_together_are_as_alone(self, model: Any) -> None:
+    def test_streams_that_are_written_and_read_together_are_as_alone(self, model: MemoryModel) -> None:
         together = model.new_memory(2, seed=1, **self.given())
         for number, chunks in enumerate(((1, 4), (2, 5))):
             together.write([self.text(seed) for seed in chunks], source=f"s{number}")
@@ -50,7 +51,7 @@ class MechanismLife(MechanismSuite):
             expected = self.logits(model, ids[row : row + 1], memory)
             assert (found[row : row + 1] - expected).abs().max() <= self.tolerance(model)
 
-    def test_padding_on_the_left_is_not_seen(self, model: Any) -> None:
+    def test_padding_on_the_left_is_not_seen(self, model: MemoryModel) -> None:
         memory, ids = self.written(model, 1, 2).fork(0), self.prompt(7)[None]
         mask = torch.cat([torch.zeros(1, 5, dtype=torch.int64), torch.ones_like(ids)], 1)
         padded = torch.cat([torch.ones(1, 5, dtype=torch.int64), ids], 1)
@@ -58,7 +59,7 @@ class MechanismLife(MechanismSuite):
         found = self.logits(model, padded, memory, attention_mask=mask, position_ids=positions)[:, 5:]
         assert (found - self.logits(model, ids, memory)).abs().max() <= self.tolerance(model)
 
-    def test_tokens_with_a_cache_are_as_in_one_forward(self, model: Any) -> None:
+    def test_tokens_with_a_cache_are_as_in_one_forward(self, model: MemoryModel) -> None:
         """Sizes are such that every read retrieves all there is."""
         memory, ids = self.written(model, 1, 2), self.prompt(7)[None]
         whole = self.logits(model, ids, memory, **self.asking)
@@ -72,7 +73,7 @@ class MechanismLife(MechanismSuite):
 
     # ------------------------------------------------------------------ files
 
-    def test_a_saved_memory_goes_on_as_the_one_that_was_saved(self, model: Any, tmp_path: Path) -> None:
+    def test_a_saved_memory_goes_on_as_the_one_that_was_saved(self, model: MemoryModel, tmp_path: Path) -> None:
         memory = self.written(model, 1, 2)
         memory.save(tmp_path / "saved")
         loaded = self.loaded(tmp_path / "saved", model)
@@ -82,7 +83,7 @@ class MechanismLife(MechanismSuite):
         assert self.differences(loaded, memory) == []
 
     @pytest.mark.parametrize("checkpoint", [False, True])
-    def test_a_directory_survives_a_crash(self, model: Any, tmp_path: Path, checkpoint: bool) -> None:
+    def test_a_directory_survives_a_crash(self, model: MemoryModel, tmp_path: Path, checkpoint: bool) -> None:
         with self.opened(tmp_path / "live", model, seed=1) as memory:
             for number, seed in enumerate((1, 2, 3)):
                 memory.write(self.text(seed), source=f"s{number}")
@@ -94,7 +95,7 @@ class MechanismLife(MechanismSuite):
             with self.opened(tmp_path / folder, model, read_only=True) as memory:
                 assert self.differences(memory, expected) == []
 
-    def test_a_record_that_a_crash_tore_was_never_written(self, model: Any, tmp_path: Path) -> None:
+    def test_a_record_that_a_crash_tore_was_never_written(self, model: MemoryModel, tmp_path: Path) -> None:
         with self.opened(tmp_path / "live", model, seed=1) as memory:
             for number, seed in enumerate((1, 2, 3)):
                 memory.write(self.text(seed), source=f"s{number}")
@@ -106,7 +107,7 @@ class MechanismLife(MechanismSuite):
             memory.write(self.text(3), source="s2")
             assert self.differences(memory, self.written(model, 1, 2, 3)) == []
 
-    def test_files_are_listed_verified_and_repaired_without_a_decoder(self, model: Any, tmp_path: Path) -> None:
+    def test_files_are_listed_verified_and_repaired_without_a_decoder(self, model: MemoryModel, tmp_path: Path) -> None:
         memory = self.written(model, 1, 2)
         memory.save(tmp_path / "saved")
         assert verify(tmp_path / "saved") == []
@@ -116,7 +117,7 @@ class MechanismLife(MechanismSuite):
 
     # ------------------------------------------------------------------ forgetting
 
-    def test_a_forgotten_source_leaves_no_trace(self, model: Any) -> None:
+    def test_a_forgotten_source_leaves_no_trace(self, model: MemoryModel) -> None:
         """Two memories that differ in their last source only are the same ones once it is forgotten."""
         first, second = self.written(model, 1, 2, 3), self.written(model, 1, 2, 4)
         assert self.differences(first, second)
@@ -125,7 +126,7 @@ class MechanismLife(MechanismSuite):
         assert self.differences(first, second) == []
         assert [source.name for source in first.sources()] == ["s0", "s1"]
 
-    def test_a_forgotten_source_is_in_no_file(self, model: Any, tmp_path: Path) -> None:
+    def test_a_forgotten_source_is_in_no_file(self, model: MemoryModel, tmp_path: Path) -> None:
         secret = self.text(9)
         with self.opened(tmp_path / "live", model, seed=1, **self.keeping) as memory:
             memory.write(self.text(1), source="s0")
@@ -138,7 +139,7 @@ class MechanismLife(MechanismSuite):
             traces = {"its name": b"a name to be forgotten", **self.traces(secret)}
             assert [what for what, trace in traces.items() if trace in found] == []
 
-    def test_rows_of_other_sources_stay(self, model: Any) -> None:
+    def test_rows_of_other_sources_stay(self, model: MemoryModel) -> None:
         memory = self.written(model, 1, 2)
         before = {source.name: source.held for source in memory.sources()}
         memory.forget("s1")
@@ -147,7 +148,9 @@ class MechanismLife(MechanismSuite):
     # ------------------------------------------------------------------ what goes wrong
 
     @pytest.mark.parametrize("method", ["write", "absorb"])
-    def test_a_write_that_fails_changes_nothing(self, model: Any, monkeypatch: Any, method: str) -> None:
+    def test_a_write_that_fails_changes_nothing(
+        self, model: MemoryModel, monkeypatch: pytest.MonkeyPatch, method: str
+    ) -> None:
         """The second chunk of the text fails, after the mechanism has done all its work on it."""
         memory, other = self.written(model, 1, 2), self.written(model, 1, 2)
         monkeypatch.setattr(self.implementation, method, _failing(getattr(self.implementation, method)))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import mplus
 from mplus.config import MPlusConfig
+from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.pretrained.shipped import load_decoder
 from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.base import MemoryMechanism
@@ -77,7 +78,7 @@ class MechanismSuite:
 
     @classmethod
     @contextmanager
-    def wrapped(cls, dtype: torch.dtype | None = None, **changes: Any) -> Iterator[Any]:
+    def wrapped(cls, dtype: torch.dtype | None = None, **changes: Any) -> Iterator[MemoryModel]:
         """Wrap the decoder; the mechanism is registered meanwhile. ``changes`` are fields of the configuration."""
         with cls.registered():
             with torch.random.fork_rng(devices=[]):
@@ -87,7 +88,7 @@ class MechanismSuite:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def model(cls) -> Iterator[Any]:
+    def model(cls) -> Iterator[MemoryModel]:
         """The wrapped decoder that all tests of the class share."""
         with cls.wrapped() as model:
             yield model
@@ -108,15 +109,15 @@ class MechanismSuite:
         """Return what no file may hold once ``text`` is forgotten, by name."""
         raise NotImplementedError
 
-    def loaded(self, path: Path, model: Any) -> Memory:
+    def loaded(self, path: Path, model: MemoryModel) -> Memory:
         """Return the memory that was saved in a folder."""
         return mplus.Memory.load(path, model, **self.given())
 
-    def opened(self, path: Path, model: Any, **options: Any) -> Memory:
+    def opened(self, path: Path, model: MemoryModel, **options: Any) -> Memory:
         """Return the memory that lives in a folder."""
         return mplus.Memory.open(path, model, **self.given(), **options)
 
-    def written(self, model: Any, *seeds: int, **options: Any) -> Memory:
+    def written(self, model: MemoryModel, *seeds: int, **options: Any) -> Memory:
         """Return a memory of one stream with a chunk for each seed; sources are "s0", "s1", ..."""
         memory: Memory = model.new_memory(seed=1, **self.given(), **options)
         for number, seed in enumerate(seeds):
@@ -124,12 +125,12 @@ class MechanismSuite:
         return memory
 
     @torch.no_grad()
-    def logits(self, model: Any, ids: Tensor, memory: Memory | None = None, **options: Any) -> Tensor:
+    def logits(self, model: MemoryModel, ids: Tensor, memory: Memory | None = None, **options: Any) -> Tensor:
         """Return logits ``[B, T, V]`` of ids ``[B, T]``."""
         found: Tensor = model(ids, memory=memory, **options).logits
         return found
 
-    def tolerance(self, model: Any) -> float:
+    def tolerance(self, model: MemoryModel) -> float:
         """Return how far logits of two ways to compute them may be apart, which is measured but for float64.
 
         Several times the distance of one of them from the same decoder, with the same weights, in float64: two chunks
@@ -157,7 +158,7 @@ class MechanismSuite:
 
 
 class RowSuite(MechanismSuite):
-    """The same for mechanisms whose memories are made of rows.
+    """MechanismSuite for mechanisms whose memories are made of rows.
 
     Attributes:
         implementation: the mechanism class under test.

@@ -147,7 +147,7 @@ class TextMechanismConformance(MechanismLife):
 
     # ------------------------------------------------------------------ calls
 
-    def test_calls_come_to_an_end(self, model: Any, monkeypatch: Any) -> None:
+    def test_calls_come_to_an_end(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """The decoder calls and calls, and always gets an answer."""
         opens, closes, tokenizer = self.implementation.opens, self.implementation.closes, load_tokenizer()
         answered = []

@@ -23,6 +23,7 @@ from mplus.facts.episodes import recall_tokenizer
 from mplus.facts.language import Language
 from mplus.hf.adapters.lora import is_addition
 from mplus.hf.decoders.train_model import choose_trained, is_of_retriever
+from mplus.hf.model.model_class import MemoryModel
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.testing.mechanisms.suite import CHUNK, RowSuite
 from mplus.training import train
@@ -116,7 +117,7 @@ class MechanismTraining(RowSuite):
                 name for name, value in done.model.state_dict().items() if not torch.equal(value, resumed[name])
             ] == []
 
-    def test_a_training_of_nothing_is_refused_by_name(self, model: Any, tmp_path: Path) -> None:
+    def test_a_training_of_nothing_is_refused_by_name(self, model: MemoryModel, tmp_path: Path) -> None:
         """Without parameters of its own a mechanism trains adapters, and there are none."""
         table = self.recipe(tmp_path, adapters=None)
         if self.own_parameters(model):
@@ -125,7 +126,7 @@ class MechanismTraining(RowSuite):
         with pytest.raises(ConfigError, match=repr(self.implementation.name)):
             train(table, progress=False)
 
-    def test_it_is_an_arm_of_retention(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_it_is_an_arm_of_retention(self, model: MemoryModel, monkeypatch: pytest.MonkeyPatch) -> None:
         """Under its own name: it is written, and read when the question is put."""
         language = Language(relations=2, firsts=6, lasts=6)
         task = Facts(language=language, chunk_tokens=CHUNK, ages=(0, 1), streams=2, rounds=1)
