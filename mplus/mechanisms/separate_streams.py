@@ -156,7 +156,7 @@ class SeparateStreams(TrainingStreams):
 
     def _read(self, streams: Sequence[StreamView], texts: Tensor, queries: Tensor | None, adapter: Adapter) -> Read:
         batch, each, tokens = texts.shape
-        views = [view for view in streams for _ in range(each)]
+        views = [view for view in streams for _ in range(each)]  # the texts of a stream share its view
         ids = texts.flatten(0, 1)
         mask = torch.ones_like(ids, dtype=torch.bool) if queries is None else queries.flatten(0, 1)
         source = _TextPrefix(self, views, Text(ids, mask))

@@ -186,6 +186,7 @@ def _windows(windows: Windows, first: Sequence[TextSample]) -> dict[str, Tensor]
     for row, (past, text) in enumerate(zip(windows.past, windows.texts or first, strict=True)):
         whole = torch.cat([past, text.ids])[-windows.tokens :]
         start = windows.tokens - len(whole)
+        # The first token has nothing in front of it that would predict it, so it never has a label.
         ids[row, start:], mask[row, start:] = whole, True
         if windows.whole:
             labels[row, start + 1 :] = whole[1:]

@@ -129,6 +129,7 @@ class CheckpointStore:
             if rank() == 0:
                 if done.exists():
                     shutil.rmtree(done)
+                # All files are on disk before the folder has a name that counts, and the name is before others go.
                 sync(temporary)
                 temporary.rename(done)
                 sync(self.folder)

@@ -63,6 +63,7 @@ class Curriculum:
         """Return what step ``step`` (from 0) of the stage does; changes only whether a text is renewed after it."""
         draws = CounterRNG(self.seed, "objective", step)
         main = self._main(draws.uniform())
+        # Drawn whether they are needed or not, so that later draws of the step do not depend on what was chosen.
         again, renew = draws.uniform(), draws.uniform()
         shares = {index: draws.uniform() for index in range(len(self.stage.beside))}
         beside = tuple(one for index, one in enumerate(self.stage.beside) if shares[index] < (one.beside or 0.0))

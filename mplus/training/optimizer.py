@@ -37,12 +37,11 @@ def make_optimizer(trained: Mapping[str, nn.Parameter], options: Optimizer) -> t
             raise ConfigError(
                 f"optimizer: learning_rates must name modules that the mechanism trains ({known}), got {module!r}"
             )
-    groups = [
-        {"params": parameters, "lr": rate, "top_rate": rate, "module": module}
-        for module, parameters in modules.items()
-        for rate in [options.rate_of(module)]
-        if parameters
-    ]
+    groups = []
+    for module, parameters in modules.items():
+        rate = options.rate_of(module)
+        if parameters:  # AdamW takes no group without any
+            groups.append({"params": parameters, "lr": rate, "top_rate": rate, "module": module})
     return torch.optim.AdamW(groups, betas=options.betas, weight_decay=options.weight_decay)
 
 

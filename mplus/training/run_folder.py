@@ -71,7 +71,7 @@ class RunFolder:
         temporary = self.path / f".{name}.tmp"
         try:
             write_bytes(temporary, (json.dumps(content, indent=2) + "\n").encode())
-            os.replace(temporary, self.path / name)  # noqa: PTH105
+            os.replace(temporary, self.path / name)  # noqa: PTH105 - a reader finds the old file or the new one
         finally:
             temporary.unlink(missing_ok=True)
 

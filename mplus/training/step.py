@@ -125,6 +125,7 @@ class Validator:
         means = RunningMeans()
         with isolated_rng(), in_eval_mode(step):
             for place, (entry, source) in enumerate(zip(self._options.objectives, self._sources, strict=True)):
+                # A copy: sources may change what they are given, and every validation begins at the same place.
                 source.load_state_dict(copy.deepcopy(self._begin[place]))
                 streams = self._streams(step)
                 label = f"validation/{entry.name}"

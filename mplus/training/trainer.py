@@ -90,6 +90,7 @@ class Trainer:
         self._validator = None
         if recipe.validation is not None:
             self._validator = Validator(recipe, recipe.validation, tokenizer)
+        # Weights were drawn alike in all processes; dropout must not be.
         torch.manual_seed(derive_seed(self.seed, "process", rank()))
         self._saved_at = time.monotonic()
 

@@ -111,7 +111,7 @@ class _Blocks:
         if len(found) < self.size and self._documents.count is None:
             past_the_end = self._jumped and not found  # nothing was read before, so the place says nothing
             before = sum(1 for _ in self._documents.iterate()) if past_the_end else block * self.size
-            self._documents.count = before + len(found)
+            self._documents.count = before + len(found)  # the set is known to end here
         self._jumped = False
         return len(found) == self.size
 

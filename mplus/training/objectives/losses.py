@@ -55,6 +55,7 @@ def accuracy(logits: Tensor, labels: Tensor, answer_mask: Tensor | None = None) 
     if answer_mask is not None:
         counted = counted & answer_mask
     counted = counted[..., 1:]
+    # A token that does not count is as good as right, so that a text is judged by those that do.
     right = (logits[..., :-1, :].argmax(-1) == labels[..., 1:]) | ~counted
     asked = counted.any(-1)
     return float(right.all(-1)[asked].float().mean()) if bool(asked.any()) else float("nan")
@@ -96,7 +97,7 @@ class RetrieverLoss:
         def choose(layer: int, sources: Tensor) -> Tensor:
             asked = (sources[:, None] == text_sources[:, :, None]).any(1)
             drawn = torch.stack([torch.rand(sources.shape[1], generator=generator) for generator in generators])
-            rank = drawn.to(sources.device) + asked
+            rank = drawn.to(sources.device) + asked  # draws lie below 1: what was asked for comes before all others
             return rank.topk(min(self.candidates, sources.shape[1]), dim=1).indices
 
         return choose
@@ -181,6 +182,7 @@ def contrastive(scores: Tensor, positive: Tensor, usable: Tensor) -> Tensor:
     some, wanted = scores.float()[counted], positive[counted]
     against = usable[counted] & ~wanted
     others = some.masked_fill(~against, NEVER).logsumexp(-1, keepdim=True)
+    # softplus(b - a) is -log(exp(a) / (exp(a) + exp(b))): the row's share among itself and all negative ones.
     each = softplus(others - some).masked_fill(~wanted, 0).sum(-1) / wanted.sum(-1)
     return global_mean(each.sum(), counted.sum())
 

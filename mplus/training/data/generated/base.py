@@ -143,6 +143,7 @@ class GeneratedBatches(BatchSource):
         self._step, self._told, self._begun = state["batch"], state["told"], state["begun"]
 
     def _source(self, stream: int, place: int) -> int:
+        # In 63 bits, and above the numbers of documents, so that data of several kinds can be mixed in one stream.
         return self.kind << 60 | (stream + 1) << 32 | place
 
     def _questions(self, stream: int) -> list[TextSample]:
@@ -153,6 +154,7 @@ class GeneratedBatches(BatchSource):
             if draws.uniform() < options.uniform:
                 ages.append(draws.below(oldest + 1))
             else:
+                # The inverse of the exponential distribution; 1 - u is never 0.
                 ages.append(min(oldest, int(-math.log(1 - draws.uniform()) * options.mean_age)))
         return [self._question(stream, self._told - 1 - age, draws) for age in ages]
 
