@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +62,7 @@ def pickle_error() -> MemoryPickleError:
 # ---------------------------------------------------------------------- arguments
 
 
-def check_row(row: Any, batch_size: int) -> int:
+def check_row(row: int | Tensor, batch_size: int) -> int:
     """Return ``row`` as an int. Raises InputError unless it is a batch row."""
     whole = row.ndim == 0 and not row.is_floating_point() if isinstance(row, Tensor) else not isinstance(row, bool)
     try:
@@ -75,7 +74,7 @@ def check_row(row: Any, batch_size: int) -> int:
     return number
 
 
-def check_rows(rows: Any, batch_size: int) -> list[int]:
+def check_rows(rows: Sequence[int] | Sequence[bool] | Tensor, batch_size: int) -> list[int]:
     """Return batch rows as a list of int.
 
     Args:
@@ -101,14 +100,17 @@ def check_rows(rows: Any, batch_size: int) -> list[int]:
     return [check_row(row, batch_size) for row in rows]
 
 
-def check_target(device: Any, dtype: Any) -> tuple[torch.device | None, torch.dtype | None]:
+def check_target(
+    device: torch.device | str | int | torch.dtype | Tensor | None, dtype: torch.dtype | None
+) -> tuple[torch.device | None, torch.dtype | None]:
     """Read the arguments of ``to`` as torch does: device, dtype, or both; or a tensor that has both.
 
     Raises:
         InputError: rows cannot be kept in that dtype, or there.
     """
     if isinstance(device, Tensor):
-        device, dtype = device.device, device.dtype if dtype is None else dtype
+        dtype = device.dtype if dtype is None else dtype
+        device = device.device
     elif isinstance(device, torch.dtype):
         if dtype is not None:
             raise InputError(f"to takes one dtype, got {device} and {dtype}")
@@ -118,7 +120,7 @@ def check_target(device: Any, dtype: Any) -> tuple[torch.device | None, torch.dt
     return None if device is None else check_device(device), dtype
 
 
-def check_device(device: Any) -> torch.device:
+def check_device(device: torch.device | str | int) -> torch.device:
     """Return a device that keeps rows. Raises InputError for the meta device, whose tensors have no values."""
     found = torch.device(device)
     if found.type == "meta":

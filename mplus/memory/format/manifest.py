@@ -57,7 +57,7 @@ class Belonging(Protocol):
         """One per batch row."""
 
 
-def mechanism_in(fingerprint: Mapping[str, Any]) -> Any:
+def mechanism_in(fingerprint: Mapping[str, JsonValue]) -> JsonValue:
     """Return the mechanism in the facts about a decoder, by name or as a table with its options."""
     return fingerprint.get("mechanism", "mplus")
 
@@ -199,7 +199,9 @@ def is_memory(folder: Path | Folder, form: str = FORMAT) -> bool:
     return plain is not None and plain.get("format") == form
 
 
-def check_belongs(manifest: Belonging, fingerprint: Mapping[str, Any], layout: StoreLayout, where: str | Path) -> None:
+def check_belongs(
+    manifest: Belonging, fingerprint: Mapping[str, JsonValue], layout: StoreLayout, where: str | Path
+) -> None:
     """Raise MemoryMismatchError, with every fact that differs, unless the memory was made by this decoder.
 
     Raises MemoryFileError where a manifest says so and describes rows that the decoder, with this ``layout``, does not
@@ -247,7 +249,7 @@ def _read(file: Path | PathAt) -> bytes:
         raise MemoryFileError(f"{file} must be readable, got {error.strerror or error}") from error
 
 
-def _parse(text: bytes, file: Path | PathAt) -> dict[str, Any] | None:
+def _parse(text: bytes, file: Path | PathAt) -> dict[str, JsonValue] | None:
     """Return the JSON object in ``text``; None where it is other JSON. Raises MemoryFileError where it is none."""
     try:
         plain = json.loads(text.decode("utf-8"))
@@ -268,7 +270,7 @@ def _depth_exceeds(plain: JsonValue, most: int) -> bool:
     return True
 
 
-def _digest(plain: Mapping[str, Any]) -> str:
+def _digest(plain: Mapping[str, JsonValue]) -> str:
     """Return the SHA-256 of everything but the digest itself, however the text is laid out."""
     content = {name: value for name, value in plain.items() if name != "digest"}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

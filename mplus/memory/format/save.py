@@ -23,14 +23,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attrs
 from attrs import define
 from torch import Tensor
 
 import mplus
-from mplus.config import Component
+from mplus.config import Component, JsonValue
 from mplus.errors import MemoryFileError
 from mplus.eviction.base import EvictionPolicy
 from mplus.memory.budget import Budget
@@ -56,7 +56,7 @@ from mplus.memory.state import StreamState, StreamView
 from mplus.memory.texts import tail_tensors
 from mplus.memory.transaction import Streams
 from mplus.memory.weights_state import made_with
-from mplus.stores.base import StoreLayout, StoreView
+from mplus.stores.base import Column, StoreLayout, StoreView
 from mplus.stores.disk.files import FileSystem, Folder, PathAt, open_file, read_file, writable
 from mplus.stores.disk.safetensors_io import Part
 
@@ -69,7 +69,7 @@ class ManifestHeader:
     """The entries of a manifest that say what a memory belongs to and how large it may be: see ``Manifest``."""
 
     fingerprint: dict[str, Any]
-    eviction: Any
+    eviction: JsonValue
     bytes_budget: int | None = None
     capacity: int | None = None
     text_capacity: int | None = None
@@ -294,10 +294,10 @@ def _of_stream(view: StreamView) -> Iterator[tuple[str, Tensor]]:
             yield f"usage.{layer}", view.access_log.times(layer, view.store.ids(layer))
 
 
-def _pieces(store: StoreView, layer: int, column: Any) -> Iterable[Tensor]:
+def _pieces(store: StoreView, layer: int, column: str) -> Iterable[Tensor]:
     further = {name for name, _, _ in store.layout.extra}
     if column not in {"hidden", "projected", *further}:
-        values = store.column(layer, column)
+        values = store.column(layer, cast("Column", column))
         return [] if values is None else [values]
     step = max(1, PIECE_BYTES // store.layout.row_bytes)
     return (store.gather(layer, ids).columns()[column] for ids in store.ids(layer).split(step))
