@@ -10,7 +10,7 @@ from attrs import evolve
 
 import mplus
 from mplus.backends.base import AttentionRequest, AttentionResult
-from mplus.errors import ConfigError, NotSupported
+from mplus.errors import ConfigError, MechanismError, NotSupported
 from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.decoder import Attended, Compute
 from tests.mechanisms.gists import GistMechanism
@@ -132,3 +132,15 @@ def test_rows_that_mean_nothing_to_it_are_refused(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match=r"memory_rows must be one of 'hidden' or 'auto' .* 'gists', got 'both'"):
         wrapped(memory_rows="both")
     assert wrapped(memory_rows="auto").new_memory().stores[0].layout.keeps_hidden
+
+
+@pytest.mark.parametrize("wrong", [lambda made: made[0], lambda made: torch.zeros(1), lambda made: (made[0], None)])
+def test_a_prefix_of_the_wrong_type_is_named(model: Any, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, own = written(model), GistMechanism.prefix
+    monkeypatch.setattr(GistMechanism, "prefix", lambda self, *given: wrong(own(self, *given)))
+    with pytest.raises(
+        MechanismError, match=r"^the mechanism 'gists': prefix must return a tuple .* layer 0, got \w+$"
+    ):
+        logits(model, tiny.prompts(1), memory)
+    monkeypatch.undo()
+    assert torch.isfinite(logits(model, tiny.prompts(1), memory)).all()

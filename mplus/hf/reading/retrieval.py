@@ -10,7 +10,7 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.backends.base import Segment
-from mplus.errors import InputError, NotSupported
+from mplus.errors import InputError, MechanismError, NotSupported
 from mplus.hf.reading.reading import Front, Reading, Repeated
 from mplus.hf.reading.text_so_far import TextSoFar, first_tokens
 from mplus.hf.retrofit.discovery import AttentionSpec
@@ -75,6 +75,12 @@ class ReadSource:
         copies, retrieved = len(opened.views) // len(reading.views), reading.retrieved[layer]
         found = retrieved if copies == 1 else [one for one in retrieved for _ in range(copies)]
         made = reading.mechanism.prefix(opened, layer, found, hidden, project)
+        segments = made.segments if isinstance(made, Attended) else () if made is None else made
+        if not isinstance(segments, tuple | list) or not all(isinstance(one, Segment) for one in segments):
+            raise MechanismError(
+                f"the mechanism {reading.mechanism.name!r}: prefix must return a tuple of Segments, Attended or None "
+                f"for layer {layer}, got {type(made).__name__}"
+            )
         return () if made is None else made
 
     def _retrieve_where_due(self, layer: int, hidden: Tensor, repeats: int) -> bool:
