@@ -34,9 +34,7 @@ class SensoryState(StreamState):
     def forgotten(self, number):
         return evolve(self, sensory=self.sensory[:0].clone(), of=torch.tensor(-1)) if int(self.of) == number else self
 
-    @property
-    def pass_key(self):
-        return len(self.sensory)
+    pass_key = property(lambda self: len(self.sensory))
 
 
 class SoftPromptMechanism(MemoryMechanism):

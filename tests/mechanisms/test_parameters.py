@@ -112,6 +112,14 @@ def test_a_stream_has_one_list_of_rows(model: Any) -> None:
     assert "GiB" not in repr(memory)
 
 
+def test_a_list_is_projected_by_the_layer_it_is_of(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = model.mplus_engine
+    hidden = torch.randn(1, 4, engine.shape.width)
+    monkeypatch.setattr(type(engine.mechanism), "layer_of", lambda self, part: part + 3)
+    assert torch.equal(engine.project(0, hidden), engine.decoder.project(3, hidden))
+    assert not torch.equal(engine.project(0, hidden), engine.decoder.project(0, hidden))
+
+
 def test_its_parameters_are_saved_and_loaded(model: Any, tmp_path: Path) -> None:
     memory = written(model)
     memory.save(tmp_path / "memory")
