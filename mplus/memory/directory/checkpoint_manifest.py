@@ -18,14 +18,17 @@ from mplus.memory.sources.table import SourceTable
 from mplus.stores.disk.block_file import FileEntry
 from mplus.stores.disk.files import Folder
 
-VERSION = 3
+VERSION = 4
 """Format version that is written, and the newest that is read.
 
+3: a record of the journal holds every tensor that has changed whole, also where it only grew.
 2: the manifest lists the sources; tensors and journal have the names of ``mplus.memory.format.earlier`` and
 ``mplus.memory.directory.record``.
 1: besides, block files have a CRC-32 for every 8 KiB (those that are not rewritten stay as they are in a directory of a
 later version), and rows are in no other form than they are read.
 """
+PRESENT_NAMES = 3
+"""The oldest format version whose manifest and journal have the names and fields of this one."""
 STATE = "state-{}-{}.safetensors"
 JOURNAL = "journal-{}-{}.bin"
 ROWS = "rows-{}-{}.safetensors"
@@ -115,7 +118,7 @@ def read_live_manifest(folder: Path | Folder) -> LiveManifest:
         MemoryFileError: there is none, it was truncated or altered, is of a newer format, or is something else.
     """
     file = folder / MANIFEST
-    manifest = from_file(file, LiveManifest, LIVE_FORMAT, VERSION, "a memory in a directory")
+    manifest = from_file(file, LiveManifest, LIVE_FORMAT, VERSION, "a memory in a directory", present=PRESENT_NAMES)
     try:
         check_streams(manifest)
         _check_files(manifest)

@@ -7,7 +7,8 @@ generators. Replaying a record needs no decoder and draws nothing.
 The payload is a safetensors text. Its tensors are, of stream i, named as in files (``mplus.memory.format.save``):
 ``<i>.rows.<list>.<layer>.stay``, places of the rows that stay, and ``<i>.rows.<list>.<layer>.<column>`` of those behind
 them; ``<i>.state.<name>``, ``<i>.sources.<column>``, ``<i>.text.<name>`` and ``<i>.tail.<name>``, as far as they have
-changed; ``<i>.store.<step>.<column>``, ids included; ``<i>.generator``. The facts in its metadata are JSON.
+changed (of a tensor of the state that only grew: what it grew by); ``<i>.store.<step>.<column>``, ids included;
+``<i>.generator``. The facts in its metadata are JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from attrs import evolve
 from torch import Tensor
 
 from mplus.errors import MemoryFileError
-from mplus.memory.directory.checkpoint_manifest import VERSION
+from mplus.memory.directory.checkpoint_manifest import PRESENT_NAMES
 from mplus.memory.format.earlier import renamed
 from mplus.memory.format.entries import MOST_ROWS
 from mplus.memory.format.structure import LARGEST
@@ -42,6 +43,7 @@ class StreamChange(TypedDict, total=False):
     Attributes:
         clock, next_source: of the new state.
         tensors: names of all its tensors.
+        grown: of tensors that only grew, how long they were.
         gone: numbers of sources that it lacks.
         texts: how many of the texts there were stay.
         tail: how many texts wait in the new tail.
@@ -51,6 +53,7 @@ class StreamChange(TypedDict, total=False):
     clock: int
     next_source: int
     tensors: list[str]
+    grown: dict[str, int]
     gone: list[int]
     texts: int
     tail: int
@@ -101,15 +104,15 @@ def _state(
             # Of a list that the mechanism says nothing of, it is tried whether rows were only added behind others.
             stay = kept[name][layer] if name in kept else torch.arange(min(len(rows), len(now)))
             _tier(f"{prefix}.rows.{name}.{layer}", rows, now, stay, tensors)
-    known, named = old.tensors(), new.tensors()
-    # Tensors of a state are never written in place, so that the same object has the same values.
-    tensors.update({f"{prefix}.state.{name}": now for name, now in named.items() if known.get(name) is not now})
+    named = new.tensors()
+    grown = _named(f"{prefix}.state", old.tensors(), named, tensors)
     changed, gone = new.sources.changed_since(old.sources)
     if changed:
         tensors.update({f"{prefix}.sources.{name}": column for name, column in encoded(changed).items()})
     fact: StreamChange = {
         "clock": new.clock,
         "tensors": list(named),
+        "grown": grown,
         "next_source": new.sources.next_number,
         "gone": gone,
     }
@@ -119,6 +122,29 @@ def _state(
         fact["tail"] = len(new.tail)
         tensors.update({f"{prefix}.tail.{name}": tensor for name, tensor in tail_tensors(new.tail).items()})
     return fact
+
+
+def _named(
+    prefix: str, old: Mapping[str, Tensor], new: Mapping[str, Tensor], tensors: dict[str, Tensor]
+) -> dict[str, int]:
+    """Put the tensors of a state that have changed into ``tensors``; return how long those were that only grew.
+
+    A table that every chunk adds to would else be written anew with every chunk.
+    """
+    grown = {}
+    for name, now in new.items():
+        before = old.get(name)
+        if before is now:  # tensors of a state are never written in place: the same object has the same values
+            continue
+        if before is not None and _only_grew(before, now):
+            grown[name] = len(before)
+        tensors[f"{prefix}.{name}"] = now[grown[name] :] if name in grown else now
+    return grown
+
+
+def _only_grew(old: Tensor, new: Tensor) -> bool:
+    same_form = old.dtype == new.dtype and 0 < old.dim() == new.dim() and old.shape[1:] == new.shape[1:]
+    return same_form and 0 < len(old) < len(new) and _same_bits(old, new[: len(old)].to(old.device))
 
 
 def _texts(prefix: str, old: Texts | None, new: Texts, tensors: dict[str, Tensor]) -> int:
@@ -190,7 +216,7 @@ def apply(
     try:
         tensors, metadata = unpack(payload)
         facts: dict[str, StreamChange] = json.loads(metadata["change"])
-        if version < VERSION:
+        if version < PRESENT_NAMES:
             facts, tensors = _upgraded(facts, tensors, [state.sources.next_number for state in states])
         for row, fact in _by_row(facts, len(states)):
             if "clock" in fact:
@@ -230,7 +256,12 @@ def _changed(
         name: [_rows(part, f"{prefix}.rows.{name}.{layer}.", tensors, layout) for layer, part in enumerate(parts)]
         for name, parts in old.row_lists().items()
     }
-    named = {**old.tensors(), **_columns(tensors, f"{prefix}.state.")}
+    known = old.tensors()
+    named = {**known, **_columns(tensors, f"{prefix}.state.")}
+    for name, length in fact.get("grown", {}).items():
+        if _past(f"the length of {name}", length, 0) != len(known[name]):
+            raise ValueError(f"{name} must grow from the {len(known[name])} entries it had, got {length}")
+        named[name] = torch.cat([known[name], named[name].to(known[name].device)])
     clock = _past("clock", fact["clock"], old.clock, MOST_ROWS)
     next_source = _past("next_source", fact["next_source"], old.sources.next_number)
     sources = old.sources.without([_past("gone", number, 0) for number in fact["gone"]])

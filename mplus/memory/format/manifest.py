@@ -144,7 +144,7 @@ def read_manifest(path: str | Path | Folder, name: str = MANIFEST) -> Manifest:
     return manifest
 
 
-def from_file(file: Path | PathAt, cls: type[M], form: str, latest: int, what: str) -> M:
+def from_file(file: Path | PathAt, cls: type[M], form: str, latest: int, what: str, *, present: int | None = None) -> M:
     """Read what ``to_text`` wrote.
 
     Args:
@@ -152,6 +152,7 @@ def from_file(file: Path | PathAt, cls: type[M], form: str, latest: int, what: s
         cls: attrs class of the manifest.
         form, latest: its format, and the newest version that is read.
         what: has this format, in words.
+        present: the oldest version whose manifests have the fields of ``cls``; None: the newest alone.
 
     Raises:
         MemoryFileError: as ``read_manifest``.
@@ -175,7 +176,7 @@ def from_file(file: Path | PathAt, cls: type[M], form: str, latest: int, what: s
         )
     content = {name: value for name, value in plain.items() if name not in ("format", "digest")}
     try:
-        if version == latest:
+        if version >= (latest if present is None else present):
             return structured(content, cls, "manifest")
         content, earlier = upgraded(content)
         return attrs.evolve(structured(content, cls, "manifest"), earlier=earlier)  # type: ignore[misc]

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import mplus
-from mplus.errors import ConfigError, InputError, MemoryMismatchError
+from mplus.errors import ConfigError, InputError, MemoryFileError, MemoryMismatchError
 from mplus.memory.budget import rows_bytes
 from mplus.memory.format.offline import forget_saved, saved_sources
 from mplus.memory.format.repair import repair
 from mplus.memory.format.verify import verify
 from tests.mechanisms.kv.memories import CAPACITY, RETRIEVED, logits, text, wrapped
 from tests.memory import tiny
+from tests.memory.disks import forging
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -350,3 +351,31 @@ def test_a_table_that_makes_no_sense_is_refused(model: Any, change: dict[str, Te
     (state,) = memory.states
     with pytest.raises(MemoryMismatchError, match=message):
         type(state).from_parts(memory.stores[0].layout, {}, {**state.tensors(), **change}, clock=33)
+
+
+def test_a_journal_holds_of_the_table_what_a_chunk_adds(model: Any, tmp_path: Path) -> None:
+    """Every chunk of equal length takes equally many bytes, however many there were before."""
+    memory = mplus.Memory.open(tmp_path / "memory", model, seed=1)
+    assert memory.directory is not None
+    memory.write([text(8, 0)], "s0")
+    sizes = []
+    for turn in range(1, 40):
+        before = memory.directory.journal_bytes
+        memory.write([text(8, turn)], "s0")
+        sizes.append(memory.directory.journal_bytes - before)
+    assert max(sizes) - min(sizes) <= 1024, "a block, which records are filled up to"
+    expected = content(memory)
+    memory.directory.close()  # without a checkpoint: everything comes from the journal
+    assert content(mplus.Memory.open(tmp_path / "memory", model, read_only=True)) == expected
+
+
+@pytest.mark.parametrize("length", [0, 2, 10**6, -1, 1.0])
+def test_a_record_that_lies_about_what_grew_is_refused(model: Any, tmp_path: Path, length: float) -> None:
+    memory = mplus.Memory.open(tmp_path / "memory", model, seed=1)
+    for turn in range(2):
+        memory.write([text(8, turn)], "s0")
+    assert memory.directory is not None
+    memory.directory.close()
+    forging.forge_record(tmp_path / "memory", 1, lambda _, facts: facts["0"]["grown"].update(chunk_length=length))
+    with pytest.raises(MemoryFileError, match="chunk_length"):
+        mplus.Memory.open(tmp_path / "memory", model)

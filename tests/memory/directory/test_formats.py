@@ -13,7 +13,7 @@ from mplus.memory.directory.checkpoint_manifest import VERSION, read_live_manife
 from mplus.memory.format.verify import verify
 from mplus.stores.disk.block_file import BlockFile
 from mplus.stores.disk.checksums import FIRST, PRESENT
-from tests.fixtures import make_live_v1, make_live_v2, make_live_v3, make_memory_v2
+from tests.fixtures import make_live_v1, make_live_v2, make_live_v3, make_live_v4, make_memory_v2
 from tests.fixtures.make_memory_v1 import build_model, text
 from tests.memory.tiny import assert_same, content
 
@@ -26,6 +26,7 @@ FOLDERS = {
     1: (make_live_v1.FOLDER, FIRST, make_live_v1.write),
     2: (make_live_v2.FOLDER, PRESENT, make_live_v1.write),
     3: (make_live_v3.FOLDER, PRESENT, make_memory_v2.write),
+    4: (make_live_v4.FOLDER, PRESENT, make_memory_v2.write),
 }
 """Folder, kind of checksums, and what was written."""
 
