@@ -10,7 +10,18 @@ A suite is a class to derive from in a test module::
 Needs pytest and hypothesis.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mplus.registry import Registry
+
+__all__ = ["suites"]
 
 # Failing asserts in the suites then show the values compared, as those in test modules do.
 pytest.register_assert_rewrite(
@@ -29,3 +40,26 @@ pytest.register_assert_rewrite(
         )
     )
 )
+
+
+def suites(
+    suite: type, registry: Registry[Any], special: Mapping[str, type] | None = None, *, of: type = object
+) -> dict[str, type]:
+    """Return one subclass of ``suite`` per registered implementation, by the name under which pytest collects it.
+
+    Put into a test module's namespace (``globals().update(suites(StoreConformance, STORES))``), every
+    implementation is tested without being listed, installed plug-ins included.
+
+    Args:
+        suite: the suite.
+        registry: the implementations.
+        special: by name, subclasses of ``suite`` for implementations that need one.
+        of: only implementations that derive from this class.
+    """
+    made: dict[str, type] = {}
+    for name in registry.names():
+        if not issubclass(registry.get(name), of):
+            continue
+        title = "Test" + "".join(part.capitalize() for part in name.replace("-", "_").split("_")) + suite.__name__
+        made[title] = type(title, ((special or {}).get(name, suite),), {"implementation": registry.get(name)})
+    return made

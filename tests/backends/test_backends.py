@@ -21,9 +21,9 @@ from mplus.backends.reference import ReferenceBackend
 from mplus.backends.sdpa import SdpaBackend
 from mplus.errors import NotSupported, UnknownNameError
 from mplus.registry import Registry
+from mplus.testing import suites
 from mplus.testing.attention import exact_attention, plain_attention
 from mplus.testing.backends import BackendConformance
-from mplus.testing.registered import suites
 from mplus.testing.strategies import CONFORMANCE, RequestShape, request_shapes
 from tests.helpers.docstrings import run_examples
 from tests.helpers.gradients import MERGE_CASES, check_merge, leaves_of, rebuilt, without_nan

@@ -11,8 +11,8 @@ from mplus.eviction import EVICTION
 from mplus.eviction.base import FifoEviction
 from mplus.stores.base import StoreLayout
 from mplus.stores.ram import RamStore
+from mplus.testing import suites
 from mplus.testing.eviction import EvictionConformance
-from mplus.testing.registered import suites
 from mplus.testing.strategies import CONFORMANCE, draw_rows
 
 globals().update(suites(EvictionConformance, EVICTION))

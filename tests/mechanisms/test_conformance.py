@@ -9,8 +9,8 @@ import torch
 from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.text.mechanism import TextMechanism
+from mplus.testing import suites
 from mplus.testing.mechanisms import MechanismConformance, MechanismMemory, TextMechanismConformance
-from mplus.testing.registered import suites
 from tests.mechanisms.gists import GistMechanism
 
 SHORT_TERM = {"memory_tokens_per_chunk": 4, "short_term_tokens": 8}

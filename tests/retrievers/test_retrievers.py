@@ -19,8 +19,8 @@ from mplus.retrievers.scores import SCORES, score_rows
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.stores.ram import RamStore
+from mplus.testing import suites
 from mplus.testing.projections import SmallAttention
-from mplus.testing.registered import suites
 from mplus.testing.retrievers import RetrieverConformance, exact_scores
 from mplus.testing.rounding import allowed, check_ranking, error, nudged
 from mplus.testing.strategies import CONFORMANCE, draw_rows

@@ -22,7 +22,7 @@ from mplus.stores import STORES
 from mplus.stores.base import StoreLayout
 from mplus.stores.ram import RamStore
 from mplus.stores.slabs.block import Block, RamAllocator
-from mplus.testing.registered import suites
+from mplus.testing import suites
 from mplus.testing.stores import StoreConformance
 from mplus.testing.strategies import CONFORMANCE, draw_rows
 from tests.helpers.modes import on_every_change

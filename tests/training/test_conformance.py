@@ -7,8 +7,8 @@ from typing import ClassVar
 import pytest
 
 from mplus.config import structure
+from mplus.testing import suites as suites_of
 from mplus.testing.objectives import ObjectiveConformance
-from mplus.testing.registered import suites as suites_of
 from mplus.testing.sources import STREAMS, SourceConformance
 from mplus.training.batch import BatchSource
 from mplus.training.data import SOURCES
