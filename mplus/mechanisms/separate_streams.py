@@ -227,7 +227,7 @@ class _TextPrefix:
         return self.mechanism.prefix(self.opened, layer, self._found[layer], hidden, project)
 
     def finish(self, result: PassResult) -> Tensor:
-        """See ``mplus.mechanisms.decoder.Finish``."""
+        """Return the final hidden state, as the mechanism gives it: a ``mplus.mechanisms.decoder.Finish``."""
         whole = Text(self.text.ids)  # the mask says which tokens retrieve: there is no padding
         return self.mechanism.finish(self.opened, evolve(result, text=whole), self.mechanism.new_cache())
 

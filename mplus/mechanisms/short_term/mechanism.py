@@ -212,7 +212,7 @@ class RowMechanism(MemoryMechanism):
         """Where rows go that left the STM. Returns the new state and the rows evicted per layer."""
 
     def has_prefix(self, view: StreamView) -> bool:
-        """Whether a read puts anything in front of the text (the begin row, at least)."""
+        """Return whether a read puts anything in front of the text (the begin row, at least)."""
         return True
 
     def prefix_rows(self, view: StreamView) -> int:
