@@ -15,7 +15,7 @@ from torch.nn.functional import log_softmax
 from mplus.errors import InputError, MemoryMismatchError, NotSupported
 from mplus.evaluation import require_extra
 from mplus.hf.reading.arguments import ReadArguments
-from mplus.hf.reading.virtual_tokens import embedded_by
+from mplus.hf.reading.caches import embedded_by
 from mplus.memory.memory import Memory
 from mplus.memory.report import progress_bar
 

@@ -20,7 +20,7 @@ from mplus.cli.demo.novel import write_novel as write
 from mplus.cli.demo.render import show_novel
 from mplus.cli.demo.report import DemoReport
 from mplus.hf.pretrained.shipped import chapters, load_decoder, load_tokenizer
-from mplus.hf.reading.retrieved_sources import RetrievedSource
+from mplus.hf.reading.reading import RetrievedSource
 from mplus.memory.format.manifest import read_manifest
 from mplus.memory.format.offline import saved_tables
 from mplus.memory.format.verify import verify

@@ -29,7 +29,7 @@ from mplus.cli.demo.report import (
 from mplus.errors import MPlusError
 from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.pretrained.shipped import AUTHOR, TITLE, Chapter, load_decoder, load_tokenizer
-from mplus.hf.reading.retrieved_sources import RetrievedSource
+from mplus.hf.reading.reading import RetrievedSource
 from mplus.memory import Memory
 from mplus.memory.report import progress_bar
 from mplus.memory.writing.chunking import split

@@ -153,7 +153,7 @@ class MemoryModel(SavesAdditions):
                 begun before: rows were retrieved then.
             retrieve_every: besides once per prompt, retrieve anew after so many generated tokens.
             output_sources: with ``return_dict_in_generate=True``, the result gets ``memory_sources``: for every batch
-                row and memory layer the rows retrieved last (``mplus.hf.reading.retrieved_sources.RetrievedSource``).
+                row and memory layer the rows retrieved last (``mplus.hf.reading.reading.RetrievedSource``).
             reuse_memory_cache: accept ``past_key_values`` made under an older state of the memory, and read that one.
 
         Raises:

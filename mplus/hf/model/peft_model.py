@@ -18,7 +18,7 @@ from mplus.hf.adapters.lora import refuse_conflicts
 from mplus.hf.model.installed import WrappedModel
 from mplus.hf.pretrained.peft_folders import DESCRIPTION, MEMORY, add_to_card, describe_adapters
 from mplus.hf.pretrained.save import WEIGHTS, PushToHub, load_additions
-from mplus.hf.reading.virtual_tokens import mark_learned
+from mplus.hf.reading.caches import mark_learned
 from mplus.hf.retrofit.context import rebuild, subclass
 
 if TYPE_CHECKING:

@@ -15,15 +15,13 @@ from torch.nn.functional import pad
 from mplus.errors import ConfigError, InputError, MechanismError, MemoryMismatchError, NotSupported
 from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.reading.arguments import DEFAULTS, ReadArguments, check_spelling
+from mplus.hf.reading.caches import TextSoFar, check_cache, follow, text_in
 from mplus.hf.reading.checks import check_rows, check_weights, is_as_kept
 from mplus.hf.reading.generating import generation_of
 from mplus.hf.reading.override import mechanism_for_reads
 from mplus.hf.reading.pieces import read_in_pieces
-from mplus.hf.reading.reading import Reading, one_per_row
+from mplus.hf.reading.reading import Reading, one_per_row, retrieved_sources
 from mplus.hf.reading.retrieval import ReadSource, reopen_where_due, without_padding
-from mplus.hf.reading.retrieved_sources import retrieved_sources
-from mplus.hf.reading.text_so_far import TextSoFar, follow, text_in
-from mplus.hf.reading.virtual_tokens import only_learned
 from mplus.hf.retrofit.context import Collection, Pass, current_pass, run_in
 from mplus.hf.retrofit.positions import MemoryPositions
 from mplus.mechanisms.base import MemoryMechanism
@@ -207,37 +205,6 @@ def read(engine: DecoderEngine, memory: Any, rows: int, **options: Any) -> Readi
         prepared = None
     keep = not torch.is_grad_enabled()
     return Reading(mechanism_for_reads(engine), views, memory, version, prepared, look, keep=keep, **options)
-
-
-def check_cache(cache: Any, memory: Memory | None, reuse: bool) -> Reading | None:
-    """The reading a non-empty cache was made under, if ``memory`` is still in that state (or ``reuse``).
-
-    Raises:
-        MemoryMismatchError: the cache belongs to another state, or to none.
-    """
-    if not _is_begun(cache):
-        return None
-    made_under: Reading | None = getattr(cache, "_mplus_reading", None)
-    if made_under is None and (memory is None or only_learned(cache)):
-        return None
-    if made_under is not None and (reuse or (memory is not None and made_under.is_of(memory))):
-        return made_under
-    was = "without a memory" if made_under is None else f"with version {made_under.version} of a memory"
-    now = "no memory" if memory is None else f"version {memory.version} of this memory"
-    raise MemoryMismatchError(
-        f"past_key_values was made {was}, the call reads {now}: start a new cache, "
-        "or pass reuse_memory_cache=True to go on reading what the cache was made with"
-        + ("" if made_under is not None else " (for prefix tuning of PEFT, pass the PeftModel to mplus.wrap)")
-    )
-
-
-def _is_begun(cache: Any) -> bool:
-    """Return whether a cache holds anything of a text."""
-    length = getattr(cache, "get_seq_length", None)
-    try:
-        return length is not None and int(length()) > 0
-    except ValueError:  # one of states alone has no length
-        return bool(cache.has_previous_state())
 
 
 def _text(inputs: dict[str, Any]) -> Tensor:

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 from mplus.errors import ConfigError, NotSupported
 from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.reading.arguments import DEFAULTS, ReadArguments, check_spelling
+from mplus.hf.reading.caches import check_cache, embedded_in_front
 from mplus.hf.reading.checks import check_weights
-from mplus.hf.reading.forward import ask, check_cache, read
+from mplus.hf.reading.forward import ask, read
 from mplus.hf.reading.generating import generate_in, is_generating
 from mplus.hf.reading.open_readings import OpenReadings
 from mplus.hf.reading.override import mechanism_for_reads
-from mplus.hf.reading.retrieved_sources import retrieved_sources
-from mplus.hf.reading.virtual_tokens import embedded_in_front
+from mplus.hf.reading.reading import retrieved_sources
 
 
 class GenerateCall:

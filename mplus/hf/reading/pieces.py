@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from mplus.errors import InputError, NotSupported
+from mplus.hf.reading.caches import TextSoFar, first_tokens, text_in
 from mplus.hf.reading.reading import Reading
-from mplus.hf.reading.text_so_far import TextSoFar, first_tokens, text_in
 
 _OF_TEXT = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids", "mm_token_type_ids")
 """Arguments with one entry per token, in dimension 1."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mplus.backends.base import Segment
 from mplus.errors import InputError, MechanismError, NotSupported
+from mplus.hf.reading.caches import TextSoFar, first_tokens
 from mplus.hf.reading.reading import Front, Reading, Repeated
-from mplus.hf.reading.text_so_far import TextSoFar, first_tokens
 from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.mechanisms.decoder import Attended, Decoder, Project, Rows
 from mplus.mechanisms.opened import Retrieved

@@ -1,4 +1,7 @@
-"""The attention functions that mplus registers with transformers: the decoder's own, with memory as extra segments."""
+"""The attention functions that mplus registers with transformers: the decoder's own, with memory as extra segments.
+
+An attention module can also be stopped there, where its keys and values are ready (``Captured``).
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from typing import Any
 import torch
 from attrs import define
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from mplus.backends.base import AttentionRequest, AttentionResult, Segment
 from mplus.backends.choose import BackendChooser
 from mplus.errors import NotSupported
-from mplus.hf.retrofit.capture import Captured
 from mplus.hf.retrofit.memory_cache import MemoryInCache
 from mplus.mechanisms.decoder import Attend
 
@@ -28,6 +31,34 @@ PREFIX = "mplus_"
 
 CAPTURE = object()
 """Passed as ``mplus_memory``: do not attend, raise ``Captured``."""
+
+
+class Captured(Exception):
+    """Carries keys and values ``[B, Hkv, P, D]`` out of an attention module.
+
+    Where its attention function was reached, ``queries`` ``[B, H, P, D]`` and their ``scale`` (None: the usual one),
+    too.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, queries: Tensor | None = None, scale: float | None = None) -> None:
+        self.keys, self.values, self.queries, self.scale = keys, values, queries, scale
+
+
+class CaptureCache(Cache):
+    """Raises ``Captured`` when attention hands over its keys and values."""
+
+    layers = ()  # type: ignore[assignment]
+
+    def __init__(self) -> None: ...
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise Captured(key_states, value_states)
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, *args: Any) -> tuple[int, int]:
+        return query_length, 0
 
 
 @define(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mplus.backends.base import Segment
 from mplus.errors import NotSupported
-from mplus.hf.retrofit.capture import Captured
+from mplus.hf.retrofit.attention import Captured
 from mplus.hf.retrofit.context import Pass, run_in
 from mplus.hf.retrofit.discovery import AttentionSpec, rotary_at
 from mplus.mechanisms.decoder import Project

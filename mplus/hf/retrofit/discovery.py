@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from mplus.errors import NotSupported
 from mplus.hf.model.modes import in_eval_mode
 from mplus.hf.model.offloading import input_device
-from mplus.hf.retrofit.capture import CaptureCache, Captured
+from mplus.hf.retrofit.attention import CaptureCache, Captured
 
 
 @define(eq=False)

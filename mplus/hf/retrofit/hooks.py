@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from mplus.backends.base import Segment
 from mplus.backends.choose import BackendChooser
 from mplus.errors import NotSupported
-from mplus.hf.retrofit.attention import CAPTURE, AttendedMemory
+from mplus.hf.retrofit.attention import CAPTURE, AttendedMemory, CaptureCache, Captured
 from mplus.hf.retrofit.cache_view import MemoryCacheView, mask_with_memory
-from mplus.hf.retrofit.capture import CaptureCache, Captured
 from mplus.hf.retrofit.context import Collection, Pass, current_pass
 from mplus.hf.retrofit.discovery import Anatomy, AttentionSpec, rotary_at
 from mplus.hf.retrofit.memory_cache import memory_in_cache

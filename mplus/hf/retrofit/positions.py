@@ -1,12 +1,21 @@
-"""Where memory rows sit on the position axis."""
+"""Where memory rows sit on the position axis, and turning their keys to it (RoPE) as the decoder itself would have.
+
+Rows that are kept as hidden states are rotated by the layer's own modules: ``Retrofit.project`` in ``hooks.py``.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 from attrs import define
 from torch import Tensor
+
+from mplus.hf.retrofit.discovery import AttentionSpec, rotary_at
+
+Tables = tuple[Tensor, Tensor]
+"""Cosines and sines, ``[B or 1, P, R]``, for the first R numbers of every head."""
 
 
 @define(frozen=True)
@@ -53,3 +62,97 @@ class MemoryPositions:
         if self.layout == "constant":
             return min(rows, 1)
         return min(rows, self.span) if self.layout == "compressed" and self.span is not None else rows
+
+
+@define(frozen=True)
+class Rotation:
+    """How one attention layer rotates its keys.
+
+    Attributes:
+        pairs: which numbers of a head turn together: i and i + R/2 ("half"), 2i and 2i + 1 ("interleaved"), or "none".
+        doubled: its tables have one column per pair, not one per number.
+        scale: what the rotary module multiplies by besides (1, but for yarn); keys that were kept have it already.
+    """
+
+    pairs: Literal["none", "half", "interleaved"]
+    doubled: bool = False
+    scale: float = 1.0
+
+    def tables(self, spec: AttentionSpec, like: Tensor, positions: Tensor) -> Tables | None:
+        """Tables for ``positions`` ``[B or 1, P]`` in dtype and device of ``like``; None where nothing is rotated."""
+        if self.pairs == "none":
+            return None
+        cos, sin = rotary_at(spec, like, positions)
+        if self.doubled:
+            double = _twice if self.pairs == "half" else _each_twice
+            cos, sin = double(cos), double(sin)
+        return (cos, sin) if self.scale == 1.0 else (cos / self.scale, sin / self.scale)
+
+    def apply(self, keys: Tensor, tables: Tables | None, out: Tensor) -> Tensor:
+        """``keys`` ``[B, Hkv, P, D]`` turned, written to ``out`` of the same shape."""
+        if tables is None:
+            return out.copy_(keys)
+        cos, sin = (table[:, None] for table in tables)
+        width = cos.shape[-1]
+        if self.pairs == "half":
+            first, second = slice(0, width // 2), slice(width // 2, width)
+        else:
+            first, second = slice(0, width, 2), slice(1, width, 2)
+        turned = keys[..., :width]
+        if torch.is_grad_enabled() and turned.requires_grad:
+            out[..., :width] = turned * cos  # autograd cannot follow ``out=``
+        else:
+            torch.mul(turned, cos, out=out[..., :width])
+        out[..., first].addcmul_(turned[..., second], sin[..., first], value=-1)
+        out[..., second].addcmul_(turned[..., first], sin[..., second])
+        if width < keys.shape[-1]:
+            out[..., width:].copy_(keys[..., width:])
+        return out
+
+
+def find_rotation(
+    spec: AttentionSpec, still: Tensor, turned: Tensor, like: Tensor, positions: Tensor
+) -> Rotation | str:
+    """The rotation that makes ``turned`` of ``still``, or why none does.
+
+    Args:
+        spec: the attention layer.
+        still: ``[1, Hkv, P, D]``, its keys of P rows at position 0.
+        turned: the same at ``positions``.
+        like: hidden states, for dtype and device.
+        positions: ``[1, P]`` int64.
+    """
+    tolerance = (1e-4 if still.dtype in (torch.float32, torch.float64) else 3e-2) * float(still.abs().max())
+    for rotation in _candidates(spec, like):
+        try:
+            made = rotation.apply(still, rotation.tables(spec, like, positions), torch.empty_like(still))
+        except (RuntimeError, TypeError, ValueError):
+            continue  # tables of another form
+        if bool((made - turned).abs().max() <= tolerance):
+            return rotation
+    return f"{type(spec.attention).__name__} of layer {spec.layer_index} turns its keys in a way that is not known"
+
+
+def _candidates(spec: AttentionSpec, like: Tensor) -> Iterator[Rotation]:
+    yield Rotation("none")
+    if spec.rotary_keyword is None:
+        return
+    found: Any = rotary_at(spec, like, torch.zeros(1, 1, dtype=torch.int64, device=like.device))
+    if not isinstance(found, tuple | list) or len(found) != 2 or not all(isinstance(t, Tensor) for t in found):
+        return
+    cos, sin = found
+    scale = float(cos.flatten()[0])
+    if cos.dim() != 3 or not scale > 0 or bool((cos - scale).abs().max() > 1e-3 * scale) or bool(sin.any()):
+        return
+    scale = 1.0 if abs(scale - 1) < 1e-6 else scale
+    for doubled in (False, True):
+        for pairs in ("half", "interleaved"):
+            yield Rotation(pairs, doubled, scale)
+
+
+def _twice(table: Tensor) -> Tensor:
+    return torch.cat([table, table], -1)
+
+
+def _each_twice(table: Tensor) -> Tensor:
+    return table.repeat_interleave(2, -1)

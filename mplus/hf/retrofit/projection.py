@@ -15,13 +15,12 @@ from mplus.hf.retrofit.attention_probe import Nothing
 from mplus.hf.retrofit.context import Pass, run_in
 from mplus.hf.retrofit.discovery import AttentionSpec, rotary_at
 from mplus.hf.retrofit.hooks import Retrofit
-from mplus.hf.retrofit.positions import MemoryPositions
-from mplus.hf.retrofit.rotation import Rotation, Tables, find_rotation
+from mplus.hf.retrofit.positions import MemoryPositions, Rotation, Tables, find_rotation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mplus.hf.retrofit.capture import Captured
+    from mplus.hf.retrofit.attention import Captured
 
 CHECK_POSITIONS = (-7, -3, -2, -1)
 

@@ -13,9 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from mplus.errors import InputError, MechanismError, NotSupported
 from mplus.hf.model.sizes import known_positions
 from mplus.hf.reading.arguments import ReadArguments
-from mplus.hf.reading.reading import one_per_row
-from mplus.hf.reading.retrieved_sources import RetrievedSource
-from mplus.hf.reading.text_so_far import first_tokens
+from mplus.hf.reading.caches import first_tokens
+from mplus.hf.reading.reading import RetrievedSource, one_per_row
 from mplus.hf.text.ask import encoded
 from mplus.hf.text.engine import TextEngine
 from mplus.hf.text.places import Spliced, place_in

@@ -13,7 +13,7 @@ from benchmarks.quality.architectures import oracle
 from benchmarks.quality.architectures.decoders import BY_NAME
 from benchmarks.quality.architectures.retrofitted import Pair, retrofit
 from mplus.errors import MemoryMismatchError
-from mplus.hf.reading.retrieved_sources import retrieved_sources
+from mplus.hf.reading.reading import retrieved_sources
 from tests.hf.references import TOLERANCE, error, ids, merged, stir
 
 if TYPE_CHECKING:

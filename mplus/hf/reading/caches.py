@@ -1,17 +1,20 @@
-"""TextSoFar: the tokens that a key/value cache holds, and what the mechanism keeps of them; it goes with the cache."""
+"""What a key/value cache of a read holds: its text, the memory it was made under, and virtual tokens of PEFT."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from attrs import define, evolve
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
+from mplus.errors import MemoryMismatchError
+from mplus.hf.reading.reading import Reading
 from mplus.hf.retrofit.context import change_class, rebuild, subclass
 from mplus.mechanisms.decoder import Text
 from mplus.mechanisms.opened import TextCache
+from mplus.memory.memory import Memory
 
 
 def first_tokens(mask: Tensor, count: int | tuple[int, ...] | None) -> Tensor:
@@ -176,6 +179,69 @@ def follow(cache: Cache, text: TextSoFar) -> None:
 
 def text_in(cache: Cache | None) -> TextSoFar | None:
     """Return the text that a cache holds; None where it holds none, or no mechanism asked for it."""
-    if cache is None or not int(cache.get_seq_length()):
+    if cache is None or not is_begun(cache):
         return None
     return getattr(cache, "_mplus_text", None)
+
+
+def is_begun(cache: Any) -> bool:
+    """Return whether a cache holds anything of a text."""
+    length = getattr(cache, "get_seq_length", None)
+    try:
+        return length is not None and int(length()) > 0
+    except ValueError:  # one of states alone has no length
+        return bool(cache.has_previous_state())
+
+
+def check_cache(cache: Any, memory: Memory | None, reuse: bool) -> Reading | None:
+    """The reading a non-empty cache was made under, if ``memory`` is still in that state (or ``reuse``).
+
+    Raises:
+        MemoryMismatchError: the cache belongs to another state, or to none.
+    """
+    if not is_begun(cache):
+        return None
+    made_under: Reading | None = getattr(cache, "_mplus_reading", None)
+    if made_under is None and (memory is None or only_learned(cache)):
+        return None
+    if made_under is not None and (reuse or (memory is not None and made_under.is_of(memory))):
+        return made_under
+    was = "without a memory" if made_under is None else f"with version {made_under.version} of a memory"
+    now = "no memory" if memory is None else f"version {memory.version} of this memory"
+    raise MemoryMismatchError(
+        f"past_key_values was made {was}, the call reads {now}: start a new cache, "
+        "or pass reuse_memory_cache=True to go on reading what the cache was made with"
+        + ("" if made_under is not None else " (for prefix tuning of PEFT, pass the PeftModel to mplus.wrap)")
+    )
+
+
+Prompt = TypeVar("Prompt", bound=Tensor | Cache)
+
+
+def mark_learned(prompt: Prompt) -> Prompt:
+    """Return ``prompt`` itself, noted as learned when it is a cache: it holds virtual tokens and no text."""
+    if isinstance(prompt, Cache):
+        prompt._mplus_learned = prompt.get_seq_length()  # type: ignore[attr-defined]
+    return prompt
+
+
+def only_learned(cache: Cache) -> bool:
+    """Return whether a cache holds virtual tokens and nothing else, so that it depends on no memory."""
+    learned = getattr(cache, "_mplus_learned", None)
+    return learned is not None and int(cache.get_seq_length()) == learned
+
+
+def embedded_in_front(model: PreTrainedModel) -> int:
+    """Return how many virtual tokens the PeftModel around ``model``, which generates, embeds in front of a prompt.
+
+    A PeftModel prepares the inputs while it generates. Virtual tokens that are keys and values pass through no layer.
+    """
+    return embedded_by(getattr(model.prepare_inputs_for_generation, "__self__", None))
+
+
+def embedded_by(peft_model: Any) -> int:
+    """Return how many virtual tokens ``peft_model`` embeds in front of a text; 0 for what is no PeftModel."""
+    config = getattr(peft_model, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning or config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
+        return 0
+    return int(config.num_virtual_tokens)
