@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, overload
 
 import torch
 from attrs import define, evolve, field
@@ -120,9 +120,9 @@ class EntryState(StreamState):
             self._entries.append(tuple(Entry(texts, names.get(number), birth) for number, birth, texts in facts))
         return self._entries[0]
 
-    def of_source(self, name: str | None) -> tuple[Entry, ...]:
-        """Return the entries of one source, oldest first."""
-        return tuple(entry for entry in self.entries() if entry.source == name)
+    def of_source(self, name: str | None) -> Sequence[Entry]:
+        """Return the entries of one source, oldest first; nothing is done until one of them is looked at."""
+        return LazyEntries(lambda: tuple(entry for entry in self.entries() if entry.source == name))
 
     def with_entries(self, new: Sequence[Fields], source: int) -> Self:
         """Return this state with further entries, of a source with this number, and the clock moved on."""
@@ -212,6 +212,35 @@ class EntryState(StreamState):
 
     def _fields(self) -> list[Fields]:
         return [one for block in self.blocks for one in block.entries]
+
+
+@define(eq=False)
+class LazyEntries(Sequence[Entry]):
+    """Entries that are made when one of them is looked at: every write has them at hand, and few look.
+
+    Attributes:
+        make: makes them.
+    """
+
+    make: Callable[[], tuple[Entry, ...]]
+    _made: tuple[Entry, ...] | None = field(default=None, init=False)
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    @overload
+    def __getitem__(self, place: int) -> Entry: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Entry]: ...
+
+    def __getitem__(self, place: int | slice) -> Entry | Sequence[Entry]:
+        return self._all()[place]
+
+    def _all(self) -> tuple[Entry, ...]:
+        if self._made is None:
+            self._made = self.make()
+        return self._made
 
 
 LOST: Fields = ("",)
