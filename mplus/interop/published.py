@@ -13,6 +13,7 @@ from torch import Tensor
 from mplus.config import MPlusConfig
 from mplus.errors import CheckpointError
 from mplus.hf.decoders.published_model import addition_names, empty_llama, fill, finish, set_addition, weight_shapes
+from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.model.wrapping import wrap
 from mplus.interop.names import LTM, Place, places, unused
 from mplus.interop.published_config import PublishedConfig, RopeDtype
@@ -21,7 +22,7 @@ from mplus.memory.memory import Memory
 from mplus.rows import NO_SOURCE, MemoryRows
 
 
-def load_published(path: str | Path, **options: Any) -> tuple[Any, Memory]:
+def load_published(path: str | Path, **options: Any) -> tuple[MemoryModel, Memory]:
     """Load a published M+ or MemoryLLM checkpoint: ``PublishedCheckpoint.open(path).load(**options)``."""
     return PublishedCheckpoint.open(path).load(**options)
 
@@ -93,7 +94,7 @@ class PublishedCheckpoint:
         tokenizer: Any = None,
         seed: int = 0,
         check: bool = True,
-    ) -> tuple[Any, Memory]:
+    ) -> tuple[MemoryModel, Memory]:
         """Build the wrapped decoder and its memory, tensor by tensor.
 
         Besides what is returned, no more than one tensor of the checkpoint is held at a time.

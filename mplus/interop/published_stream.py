@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from attrs import define, evolve
@@ -11,6 +11,7 @@ from torch import Tensor
 from mplus.errors import CheckpointError
 from mplus.eviction.base import EvictionPolicy
 from mplus.hf.model.engine import DecoderEngine
+from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.reading.generating import generating
 from mplus.hf.reading.reading import Reading
 from mplus.interop.trace import Permutations, Recorded
@@ -55,7 +56,7 @@ class PublishedStream:
         state, store: the memory; ``state`` is replaced and ``store`` changed by what writes.
     """
 
-    def __init__(self, model: Any, memory: Memory) -> None:
+    def __init__(self, model: MemoryModel, memory: Memory) -> None:
         """Start from the content of ``memory`` (batch size 1), which is left as it is."""
         self.model = model
         self.engine: DecoderEngine = model.mplus_engine
