@@ -20,7 +20,7 @@ from mplus.training.data.documents import DocumentOptions, open_documents
 from mplus.training.decoder import TrainedDecoder, make_batched_streams
 from mplus.training.objectives import OBJECTIVES
 from mplus.training.objectives.base import ObjectiveResult
-from mplus.training.objectives.full_read import MultiChunk
+from mplus.training.objectives.full_memory import MultiChunk
 from mplus.training.optimizer import clip_gradients, make_optimizer, make_schedule
 from mplus.training.recipe.files import read_recipe
 from mplus.training.recipe.tables import Optimizer

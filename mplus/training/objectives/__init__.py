@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mplus.training.batch import Batch
     from mplus.training.decoder import TrainedDecoder
     from mplus.training.objectives.base import Objective, ObjectiveResult
-    from mplus.training.objectives.full_read import full_read
+    from mplus.training.objectives.full_memory import full_read
     from mplus.training.objectives.losses import RetrieverLoss, accuracy, token_loss
 
 __all__ = [
@@ -42,12 +42,12 @@ OBJECTIVES: Registry[Objective] = Registry(
     group="mplus.objectives",
     base="mplus.training.objectives.base:Objective",
     builtin={
-        "plain_lm": "mplus.training.objectives.full_read:PlainLM",
+        "plain_lm": "mplus.training.objectives.full_memory:PlainLM",
         "two_chunk": "mplus.training.objectives.two_chunk:TwoChunk",
-        "multi_chunk": "mplus.training.objectives.full_read:MultiChunk",
-        "single_context": "mplus.training.objectives.full_read:SingleContext",
-        "revisit": "mplus.training.objectives.full_read:Revisit",
-        "repeat": "mplus.training.objectives.full_read:Repeat",
+        "multi_chunk": "mplus.training.objectives.full_memory:MultiChunk",
+        "single_context": "mplus.training.objectives.full_memory:SingleContext",
+        "revisit": "mplus.training.objectives.full_memory:Revisit",
+        "repeat": "mplus.training.objectives.full_memory:Repeat",
         "window": "mplus.training.objectives.window:Window",
     },
 )
@@ -60,7 +60,7 @@ __getattr__, __dir__ = lazy_exports(
         "mplus.training.batch": ("Batch",),
         "mplus.training.decoder": ("TrainedDecoder",),
         "mplus.training.objectives.base": ("Objective", "ObjectiveResult"),
-        "mplus.training.objectives.full_read": ("full_read",),
+        "mplus.training.objectives.full_memory": ("full_read",),
         "mplus.training.objectives.losses": ("RetrieverLoss", "accuracy", "token_loss"),
     },
 )
