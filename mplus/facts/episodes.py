@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mplus.errors import ConfigError, InputError
 from mplus.facts.language import BEGIN, FILLERS, PAD, STOP, Language
-from mplus.hf.decoders.tokenizers import word_tokenizer
 
 
 @define(frozen=True, eq=False)
@@ -113,6 +112,8 @@ def lay_out(
 
 def recall_tokenizer(language: Language | None = None) -> Any:
     """Return the tokenizer of the language; every word it does not know becomes a filler."""
+    from mplus.hf.decoders.tokenizers import word_tokenizer  # transformers, which drawing facts does not need
+
     vocabulary = (language or Language()).vocabulary
     return word_tokenizer(vocabulary, unknown=FILLERS[0], pad=PAD, begin=BEGIN)
 
