@@ -238,7 +238,8 @@ class NameRegistry(ABC, Generic[V]):
         near = difflib.get_close_matches(name, names) if isinstance(name, str) else []
         message = f"no {self.kind} is called {name!r}"
         message += f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-        message += f" Available: {', '.join(names) or 'none'}."
+        message += f" Available: {', '.join(names) or 'none'}; "
+        message += f"packages announce others in the entry-point group {self.group!r}."
         allowed = plugins.allowed_distributions()
         if allowed is not None:
             message += f" {plugins.ENVIRONMENT} limits plug-ins to: {', '.join(sorted(allowed)) or 'none'}."

@@ -49,12 +49,18 @@ class NewestMechanism(GistMechanism):
         return found
 
 
+class WindowMechanism(GistMechanism):
+    """Has the name of an arm that needs no memory."""
+
+    name = "window"
+
+
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    for mechanism in (GistMechanism, NewestMechanism):
+    for mechanism in (GistMechanism, NewestMechanism, WindowMechanism):
         MECHANISMS.register(mechanism.name, mechanism)
     yield
-    for mechanism in (GistMechanism, NewestMechanism):
+    for mechanism in (GistMechanism, NewestMechanism, WindowMechanism):
         MECHANISMS.unregister(mechanism.name)
 
 
@@ -191,6 +197,11 @@ def test_arms_of_their_own(kv, gists, protocol):
     with pytest.raises(NotSupported, match=r"none, window, full-context, snapkv, bm25, gists$"):
         table(protocol, gists, 0).arm_options(ArmOptions(arms=("mplus",)))
     assert retention(table(protocol, gists, 0), ArmOptions(arms=("gists",)), progress=False).arm("gists").cells
+
+
+def test_a_mechanism_called_like_another_arm_is_refused(protocol):
+    with pytest.raises(NotSupported, match="'window' has the name of an arm that there is for every decoder"):
+        table(protocol, foreign("window"), 0).arm_options(ArmOptions())
 
 
 def test_harm_of_each(kv, gists):

@@ -201,6 +201,11 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
         if self._own is None:
             window = options.window_tokens or 1 + config.retrieved_tokens + config.short_term_tokens
             return attrs.evolve(options, window_tokens=window, bm25_passages=passages)
+        if self._own in ARMS:
+            raise NotSupported(
+                f"the mechanism {self._own!r} has the name of an arm that there is for every decoder, so it cannot be "
+                "measured beside it: register it under another name"
+            )
         usable = (*WITHOUT_MEMORY, *self._own_arms)
         wanted = usable if options.arms is None else options.arms
         reading = [name for name in wanted if name in ARMS and name not in WITHOUT_MEMORY]

@@ -47,7 +47,7 @@ def upload(
         repo_id=repo_id,
         folder_path=folder,
         allow_patterns=None if patterns is None else list(patterns),
-        commit_message=commit_message or "Upload model with an M+ memory",
+        commit_message=commit_message or "Upload model with its memory",
         commit_description=commit_description,
         revision=revision,
         create_pr=create_pr,

@@ -190,7 +190,7 @@ def _model_card(
             *metadata,
             "---",
             "",
-            f"# {name} with {'a memory of text' if model.mplus_engine.writes_text else 'an M+ memory'}",
+            f"# {name} with a memory of the mechanism `{model.mplus_config.mechanism.name}`",
             "",
             f"Memory additions for {base or 'a ' + name}: {added:,} parameters; {where}.{elsewhere}",
             "",
