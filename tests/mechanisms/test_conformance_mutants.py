@@ -9,7 +9,7 @@ import pytest
 import torch
 from attrs import define, evolve
 
-from mplus.errors import MPlusError
+from mplus.errors import MPlusError, NotSupported
 from mplus.mechanisms.opened import Opened
 from mplus.mechanisms.root import Absorbed
 from mplus.memory.state import StreamState
@@ -207,7 +207,6 @@ MUTANTS = [
     (Grows, "test_no_list_of_the_store_grows_beyond_its_capacity"),
     (LearnsNothing, "test_gradients_reach_its_own_parameters_and_nothing_that_is_frozen"),
     (LearnsNothing, "test_it_trains"),
-    (NamedAsABaseline, "test_it_is_an_arm_of_retention"),
 ]
 
 
@@ -232,6 +231,12 @@ def test_no_tolerance_hides_a_mutant(mutant: type, dtype: torch.dtype) -> None:
     suite = type("Suite", (MechanismConformance,), {"implementation": mutant, "dtype": dtype})
     with pytest.raises(AssertionError):
         run(suite, "test_streams_that_are_written_and_read_together_are_as_alone")
+
+
+def test_a_mechanism_named_as_a_baseline_is_refused_as_an_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = type("Suite", (MechanismConformance,), {"implementation": NamedAsABaseline})
+    with pytest.raises(NotSupported, match="'window' has the name of an arm"):
+        run(suite, "test_it_is_an_arm_of_retention", monkeypatch=monkeypatch)
 
 
 @pytest.mark.parametrize(
