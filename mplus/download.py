@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
 from urllib.parse import urljoin, urlsplit
@@ -104,7 +105,7 @@ def _fetch(file: IndexFile, path: Path, progress: Progress | None) -> Path:
             _append(_find(file, index), part, file.size, progress)
             break
         except (DownloadError, OSError) as error:  # the next index may have it
-            refused.append(f"{index}: {error}")
+            refused.append(f"{_without_password(index)}: {error}")
     else:
         raise DownloadError(f"{file.filename} could not be downloaded ({'; '.join(refused)})")
     found = _digest(part)
@@ -123,6 +124,10 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def _without_password(url: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", url)
+
+
 def _find(file: IndexFile, index: str) -> str:
     """Return the address of a file by an index's page for the project (simple repository API, PEP 503 and 691)."""
     page = f"{index}/{re.sub(r'[-_.]+', '-', file.project).lower()}/"
@@ -130,13 +135,16 @@ def _find(file: IndexFile, index: str) -> str:
     with _open(page, {"Accept": accept}) as answer:
         text = answer.read().decode("utf-8")
         if "json" in (answer.headers.get_content_type() or ""):
-            addresses = {entry["filename"]: entry["url"] for entry in json.loads(text)["files"]}
+            try:
+                addresses = {entry["filename"]: entry["url"] for entry in json.loads(text)["files"]}
+            except (ValueError, KeyError, TypeError) as error:
+                raise DownloadError(f"{_without_password(page)} is no page of a package index: {error!r}") from error
         else:
             links = _Links()
             links.feed(text)
             addresses = {Path(urlsplit(link).path).name: link for link in links.found}
     if file.filename not in addresses:
-        raise DownloadError(f"{page} has no {file.filename}")
+        raise DownloadError(f"{_without_password(page)} has no {file.filename}")
     address: str = addresses[file.filename]
     return urljoin(page, address)
 
@@ -183,3 +191,5 @@ def _open(url: str, headers: dict[str, str]) -> Iterator[addinfourl]:
             yield answer
     except URLError as error:
         raise DownloadError(str(error.reason)) from error
+    except HTTPException as error:  # cut in the middle of an answer whose length was known
+        raise DownloadError(f"the connection was cut ({error!r}); the next try goes on from there") from error

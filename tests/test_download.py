@@ -22,9 +22,12 @@ class Index:
 
     def __init__(self):
         self.content, self.sends, self.ranges, self.form, self.asked = CONTENT, None, True, "json", []
+        self.chunked = False
 
     def page(self):
         url = f"../../files/{FILE.filename}"
+        if self.form == "broken":
+            return "application/vnd.pypi.simple.v1+json", '{"files": 1}'
         if self.form == "json":
             return "application/vnd.pypi.simple.v1+json", json.dumps(
                 {"files": [{"filename": FILE.filename, "url": url}]}
@@ -52,6 +55,11 @@ def index(monkeypatch):
         def _answer(self, status, kind, body):
             self.send_response(status)
             self.send_header("Content-Type", kind)
+            if index.chunked and kind == "application/octet-stream":  # announces more than it sends
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                self.wfile.write(b"%x\r\n" % (len(body) + 1) + body)
+                return
             self.end_headers()
             self.wfile.write(body)
 
@@ -86,6 +94,24 @@ def test_a_cut_download_goes_on(index, tmp_path, ranges):
     index.sends = None
     assert fetch(FILE, tmp_path).read_bytes() == CONTENT
     assert index.asked == [0, 300_000]
+
+
+def test_an_answer_that_ends_too_early_is_no_raw_error(index, tmp_path):
+    index.chunked, index.sends = True, 300_000
+    with pytest.raises(DownloadError, match="the connection was cut"):
+        fetch(FILE, tmp_path)
+    index.chunked, index.sends = False, None
+    assert fetch(FILE, tmp_path).read_bytes() == CONTENT
+
+
+def test_a_page_that_is_none_is_named(index, tmp_path, monkeypatch):
+    index.form = "broken"
+    with pytest.raises(DownloadError, match="simple/some-model/ is no page of a package index"):
+        fetch(FILE, tmp_path)
+    monkeypatch.setattr(download, "index_urls", lambda: ["http://user:secret@127.0.0.1:9/simple"])
+    with pytest.raises(DownloadError, match=r"http://127.0.0.1:9/simple: ") as caught:
+        fetch(FILE, tmp_path)
+    assert "secret" not in str(caught.value)
 
 
 def test_a_damaged_download_is_deleted_and_can_be_tried_again(index, tmp_path):
