@@ -1,0 +1,101 @@
+"""MemoryContent: what a memory holds, for all that only look at it."""
+
+from __future__ import annotations
+
+import torch
+
+from mplus.memory.copying import check_row
+from mplus.memory.engine import Engine
+from mplus.memory.report import SourceInfo, describe
+from mplus.memory.sources.forget import forgotten_names
+from mplus.memory.sources.listing import sources_of
+from mplus.memory.state import StreamState, StreamView
+from mplus.memory.transaction import Streams
+from mplus.memory.writing.chunking import Tokenizer
+from mplus.stores.base import MemoryStore
+
+
+class MemoryContent:
+    """The content of a memory, which none of these methods changes.
+
+    Attributes:
+        streams: the content, on which the parts of mplus that write, save and forget work.
+        tokenizer: turns texts into ids for ``write``; may be None.
+    """
+
+    def __init__(self, streams: Streams, tokenizer: Tokenizer | None = None) -> None:
+        self.streams = streams
+        self.tokenizer = tokenizer
+
+    @property
+    def engine(self) -> Engine:
+        """The wrapped decoder this memory belongs to."""
+        return self.streams.engine
+
+    @property
+    def batch_size(self) -> int:
+        """Number of independent streams B."""
+        return len(self.streams)
+
+    @property
+    def version(self) -> int:
+        """Number that grows with every change; a key/value cache made under one version does not fit another."""
+        return self.streams.version
+
+    @property
+    def states(self) -> tuple[StreamState, ...]:
+        """The present state of each stream (immutable)."""
+        return self.streams.states
+
+    @property
+    def stores(self) -> tuple[MemoryStore, ...]:
+        """The long-term store of each stream; changed only through the memory."""
+        return self.streams.stores
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are kept."""
+        return self.streams.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the rows."""
+        return self.streams.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows, short-term, pending and long-term (reserved capacity included); what is shared, once."""
+        return self.streams.nbytes
+
+    @property
+    def capacity(self) -> int | None:
+        """Long-term rows that each layer of a stream may hold after a write; None: no limit."""
+        return self.streams.budget.capacity
+
+    @property
+    def text_capacity(self) -> int | None:
+        """Text tokens whose rows the LTM of a stream has room for, if written in full chunks; None: no limit."""
+        return self.streams.budget.text_tokens(self.engine.mechanism)
+
+    def snapshot(self) -> tuple[StreamView, ...]:
+        """Return an immutable view of every stream, taken at one instant."""
+        return self.streams.versioned_snapshot()[1]
+
+    def sources(self, row: int = 0) -> list[SourceInfo]:
+        """List the sources of batch row ``row``, in order of first writing, with the rows still held of each.
+
+        The next ``save`` or checkpoint drops sources of which no row, text or tail is held. Raises InputError: there is
+        no such batch row.
+        """
+        row = check_row(row, self.batch_size)
+        return sources_of(self.snapshot()[row], self.engine.config.memory_tokens_per_chunk)
+
+    def forgotten(self, row: int = 0) -> list[str | None]:
+        """List names of sources of batch row ``row`` that ``forget(keep_name=True)`` left nothing of but the name.
+
+        A name that is written again is no longer among them. Raises InputError: there is no such batch row.
+        """
+        return forgotten_names(self.states[check_row(row, self.batch_size)])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({describe(self.streams)})"

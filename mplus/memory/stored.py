@@ -1,0 +1,154 @@
+"""StoredMemory: the life of a memory on disk, saved as a whole or lived in a directory."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
+
+import torch
+
+from mplus.config import Component, JsonValue
+from mplus.memory.content import MemoryContent
+from mplus.memory.directory import JOURNAL_BYTES
+from mplus.memory.engine import engine_of
+from mplus.memory.writing.chunking import Tokenizer
+
+if TYPE_CHECKING:
+    from mplus.memory.directory.directory import Directory
+
+
+class StoredMemory(MemoryContent):
+    """A memory that files can hold: a folder that is written at once, or a directory that has every change."""
+
+    def save(self, path: str | Path, *, file_mode: int | None = None) -> None:
+        """Write a folder with a JSON manifest and safetensors; an older save there stays whole until this one is.
+
+        Args:
+            path: of the folder; made with its parents where it does not exist.
+            file_mode: permission bits of the files, whatever the umask is: ``0o640`` shares them with the group. None:
+                those of an older save there, else only their owner can read them. Folders that are made get bits to
+                match; one that exists stays as it is.
+
+        Raises:
+            MemoryFileError: ``path`` cannot be written, or holds something that is not a memory.
+        """
+        from mplus.memory.format.save import save_streams
+
+        save_streams(path, self.streams, file_mode)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: Any,
+        *,
+        tokenizer: Tokenizer | None = None,
+        store: JsonValue | Component = None,
+        eviction: JsonValue | Component = None,
+        bytes_budget: int | str | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Read a saved memory for ``model`` (a wrapped decoder); it goes on as the one that was saved would have.
+
+        Args:
+            path: the folder given to ``save``.
+            model: with what mplus added when the memory was made; store, eviction, capacity (but for none), backend,
+                chunk size and number of retrieved rows may differ. Under other adapters of the user rows that have
+                hidden states are projected anew, with a warning.
+            tokenizer: lets ``write`` take text.
+            store: another store for long-term rows than the model's config names.
+            eviction: another eviction policy than the memory had. Under "ttl" the lifetime of rows without one begins.
+            bytes_budget: another budget than the memory had (see ``new_memory``); it holds from the next write on.
+            device: where the rows are kept; default: where the decoder's embedding is.
+
+        Raises:
+            MemoryFileError: missing, truncated, altered, foreign, or newer file.
+            MemoryMismatchError: made by another model, dtype or config, or (keys and values only) with other adapters
+                or weights; says what differs.
+            ConfigError: the budget is too small, or no number of bytes.
+        """
+        from mplus.memory.format.load import load_streams
+
+        kind = None if store is None else Component.of(store)
+        policy = None if eviction is None else Component.of(eviction)
+        (engine := engine_of(model)).check_options(store=store, eviction=eviction, bytes_budget=bytes_budget)
+        return cls(load_streams(path, engine, kind, policy, bytes_budget, device), tokenizer)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        model: Any,
+        *,
+        batch_size: int | None = None,
+        tokenizer: Tokenizer | None = None,
+        seed: int = 0,
+        store: JsonValue | Component = None,
+        eviction: JsonValue | Component = None,
+        bytes_budget: int | str | None = None,
+        memory_rows: Literal["projected", "hidden", "both"] | None = None,
+        keep_text: bool = False,
+        device: torch.device | str = "cpu",
+        read_only: bool = False,
+        journal_bytes: int = JOURNAL_BYTES,
+        file_mode: int | None = None,
+    ) -> Self:
+        """Open the memory that lives in the directory ``path``, or make a new one there; ``with`` closes it.
+
+        Args:
+            path: made with its parents where it does not exist.
+            model: the wrapped decoder; of a memory that exists, the one it was made for, as for ``load``.
+            batch_size: of a new memory (default 1); of one that exists it must be right, if given.
+            tokenizer: lets ``write`` take text.
+            seed, memory_rows, keep_text: of a new memory, as for ``new_memory``.
+            store: default: the config's; mapped files take the place of its innermost one. A store that changes rows
+                (``quantized``) stays as the directory was made, one that does not (``tiered``) is as given now.
+            eviction, bytes_budget: of a new memory, or others than the memory had.
+            device: where short-term rows are, and long-term rows are read; another one than the CPU needs a store
+                "tiered" (which was not run on a GPU).
+            read_only: read what is there now, beside a process that writes; changes are refused.
+            journal_bytes: write a new checkpoint when the journal is longer than this; opening reads all of it.
+            file_mode: permission bits of files that are written, as for ``save``.
+
+        Raises:
+            MemoryFileError: ``path`` cannot be read or written, is truncated, altered or foreign, or of a newer format.
+            MemoryMismatchError: as ``load``, or made with another batch size.
+            LiveMemoryError: it is open for writing already; says by which process.
+            NotSupported, ConfigError: the store reads rows on the CPU only; an option breaks its rule.
+        """
+        from mplus.memory.directory.open import open_streams
+
+        (engine := engine_of(model)).check_options(store=store, eviction=eviction, bytes_budget=bytes_budget)
+        new = partial(model.new_memory, seed=seed, memory_rows=memory_rows, keep_text=keep_text)
+        streams = open_streams(
+            path, engine, new, batch_size=batch_size, store=store, eviction=eviction, bytes_budget=bytes_budget,
+            device=device, read_only=read_only, journal_bytes=journal_bytes, file_mode=file_mode,
+        )  # fmt: skip
+        return cls(streams, tokenizer)
+
+    @property
+    def directory(self) -> Directory | None:
+        """The files of a memory in a directory; None: it is in memory only, or was opened for reading."""
+        return cast("Directory | None", self.streams.persistence.directory)
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint now, so that the journal begins anew and the next opening is fast.
+
+        Raises MemoryFileError and LiveMemoryError (also where the memory lives in no directory); all is as before.
+        """
+        self.streams.checkpoint()
+
+    def close(self) -> None:
+        """Write a checkpoint if anything was written since the last one, and let others open the directory; idempotent.
+
+        Afterwards a memory in a directory can be read, but not changed. Raises MemoryFileError where the checkpoint
+        cannot be written: the directory is closed, and nothing is lost, since the journal has it.
+        """
+        self.streams.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
