@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "Chat",
     "MPlusConfig",
     "Memory",
     "StaticReader",
@@ -17,6 +18,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from mplus.chat import Chat
     from mplus.config import MPlusConfig
     from mplus.hf.model.static_reader import StaticReader
     from mplus.hf.model.wrapping import unwrap, wrap
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from mplus.memory import Memory, write_together
 
 _LAZY = {
+    "Chat": "mplus.chat",
     "MPlusConfig": "mplus.config",
     "Memory": "mplus.memory",
     "write_together": "mplus.memory",

@@ -32,7 +32,7 @@ FLOORS = [
     {"mechanisms"},
     {"hf"},
     {"facts"},
-    {"bench", "training", "evaluation", "serving", "interop", "testing"},
+    {"bench", "chat", "training", "evaluation", "serving", "interop", "testing"},
     {"cli"},
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

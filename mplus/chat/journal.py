@@ -1,0 +1,56 @@
+"""Journal: the exchanges that are still in the prompt, on disk beside the memory they will go to."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import cattrs
+from attrs import asdict
+
+from mplus.chat.exchange import Exchange
+from mplus.errors import MemoryFileError
+
+FILE = "chat.jsonl"
+"""Name of the journal in the directory of a memory."""
+
+
+class Journal:
+    """A file with a line of JSON for each exchange that memory does not have yet, so that a crash loses nothing said.
+
+    Args:
+        path: of the file; there need be none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[Exchange]:
+        """Return the exchanges. A last line without its end was being written in a crash, and is left out.
+
+        Raises:
+            MemoryFileError: the file cannot be read, or something else stands in it.
+        """
+        try:
+            text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+            lines = text.splitlines(keepends=True)
+            return [cattrs.structure(json.loads(line), Exchange) for line in lines if line.endswith("\n")]
+        except (OSError, ValueError, cattrs.BaseValidationError) as error:
+            raise MemoryFileError(
+                f"{self.path} must have an exchange of a chat in each line, got {error!r:.200}: move it away to go on "
+                "without what was last said"
+            ) from error
+
+    def write(self, exchanges: Sequence[Exchange]) -> None:
+        """Put these exchanges in place of all others; they are on disk when this returns. Raises MemoryFileError."""
+        beside = self.path.with_suffix(".new")
+        try:
+            with beside.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in exchanges)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(self.path)
+        except OSError as error:
+            raise MemoryFileError(f"{self.path} cannot be written: {error}") from error

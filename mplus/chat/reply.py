@@ -1,0 +1,75 @@
+"""Reply: an answer, what memory brought back for it, and how long it took."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from itertools import groupby
+from typing import Any
+
+from attrs import define
+
+from mplus.memory import Memory
+
+
+@define(frozen=True, kw_only=True)
+class Recalled:
+    """A piece of memory that was read for an answer.
+
+    Attributes:
+        source: name of the source that it was written from; None: it had none.
+        time: when that was written, in seconds since 1970 (UTC); None: not known.
+        score: of the choice, where there was one.
+        rows: rows of it that were read: tokens with "kv", passages of a memory of text.
+        text: its words, where the memory keeps them.
+    """
+
+    source: str | None
+    time: float | None = None
+    score: float | None = None
+    rows: int = 1
+    text: str | None = None
+
+    @property
+    def written(self) -> datetime | None:
+        """Return when its source was written (UTC); None: not known."""
+        return None if self.time is None else datetime.fromtimestamp(self.time, UTC)
+
+
+@define(frozen=True, kw_only=True)
+class Reply:
+    """An answer.
+
+    Attributes:
+        text: what was said.
+        recalled: what memory brought back for it, in the order in which it was read; () without memory.
+        prompt_tokens: tokens of the prompt, without what was recalled.
+        tokens: generated ones.
+        first_seconds: from the call to the first token; None: none came.
+        seconds: of the whole answer.
+        interrupted: it was ended from outside, so there may be more to say.
+    """
+
+    text: str
+    recalled: tuple[Recalled, ...] = ()
+    prompt_tokens: int = 0
+    tokens: int = 0
+    first_seconds: float | None = None
+    seconds: float = 0.0
+    interrupted: bool = False
+
+
+def recalled_of(layers: Sequence[Sequence[Any]], memory: Memory) -> tuple[Recalled, ...]:
+    """Return what was read for one prompt.
+
+    Args:
+        layers: of ``generate(output_sources=True)``, what each layer read. What differs between the layers is given
+            for the first of them that read anything.
+        memory: it was read from.
+    """
+    times = {source.name: source.time for source in memory.states[0].sources}
+    rows = next((layer for layer in layers if layer), ())
+    return tuple(
+        Recalled(source=source, time=times.get(source), score=score, rows=len(list(some)))
+        for (source, score), some in groupby(rows, key=lambda row: (row.source, row.score))
+    )
