@@ -148,21 +148,17 @@ class Component:
         return {"name": self.name, **self.options} if self.options else self.name
 
 
-def _names(value: Sequence[str] | None) -> tuple[str, ...] | None:
-    return None if value is None else tuple(value)
-
-
 def as_component(value: JsonValue | Component) -> Component:
     """Convert a name, or a table with a name and options, to a Component: for fields of attrs classes."""
     return Component.of(value)
 
 
-def _size(value: int | None) -> int:
-    return cast(int, value)
-
-
 def _both(*sizes: int | None) -> bool:
     return None not in sizes
+
+
+def _names(value: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if value is None else tuple(value)
 
 
 @define(frozen=True, kw_only=True)
@@ -246,11 +242,11 @@ class MPlusConfig:
     mechanism: Component = field(default=Component("mplus"), converter=as_component)
     variant: Literal["paper", "published"] = field(default="paper", validator=one_of("paper", "published"))
     # None until ``wrap`` has resolved them; everything behind ``wrap`` has numbers, hence the type.
-    chunk_tokens: int = field(default=None, converter=_size, validator=size(1))
-    min_chunk_tokens: int = field(default=None, converter=_size, validator=size(1))
-    memory_tokens_per_chunk: int = field(default=None, converter=_size, validator=size(1))
-    short_term_tokens: int = field(default=None, converter=_size, validator=size(1))
-    retrieved_tokens: int = field(default=None, converter=_size, validator=size(0))
+    chunk_tokens: int = field(default=cast("int", None), validator=size(1))
+    min_chunk_tokens: int = field(default=cast("int", None), validator=size(1))
+    memory_tokens_per_chunk: int = field(default=cast("int", None), validator=size(1))
+    short_term_tokens: int = field(default=cast("int", None), validator=size(1))
+    retrieved_tokens: int = field(default=cast("int", None), validator=size(0))
     long_term_tokens: int | None = field(default=150_000, validator=whole(0, optional=True))
     bytes_budget: int | str | None = field(default=None)
     drop_per_layer: bool = field(default=True, validator=flag)

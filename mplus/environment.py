@@ -25,7 +25,7 @@ def run_info(**facts: JsonValue) -> dict[str, JsonValue]:
         **_commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {_cpu()}",
+        "device": _device(),
         "threads": torch.get_num_threads(),
         **facts,
     }
@@ -65,9 +65,12 @@ def _git(root: Path, *arguments: str) -> str | None:
     return done.stdout.strip() or None
 
 
-def _cpu() -> str:
+def _device() -> str:
+    """Return the name of the GPU, or of the CPU with its number of cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     model = ""
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{model or platform.machine()}, {os.cpu_count()} cores"
+    return f"CPU, {model or platform.machine()}, {os.cpu_count()} cores"

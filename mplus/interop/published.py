@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mplus.config import MPlusConfig
 from mplus.errors import CheckpointError
-from mplus.hf.decoders.published_model import addition_names, empty_llama, fill, finish, set_addition, weight_shapes
+from mplus.hf.adapters.lora import is_addition
+from mplus.hf.decoders.published_model import empty_llama, fill, finish
 from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.model.wrapping import wrap
 from mplus.interop.names import LTM, Place, places, unused
@@ -60,7 +61,9 @@ class PublishedCheckpoint:
         folder = Path(path)
         config = PublishedConfig.from_file(folder / "config.json")
         files = TensorFiles.open(folder, weights)
-        decoder = weight_shapes(empty_llama(config.decoder))
+        model = empty_llama(config.decoder)
+        tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+        decoder = {name: tuple(weight.shape) for name, weight in model.state_dict().items() if name not in tied}
         wanted = places(config, decoder)
         foreign = [name for name in files if name not in wanted]
         if config.kind == "mplus" and "initialized" in foreign:  # a remainder of training, where it may be 0
@@ -142,9 +145,11 @@ class PublishedCheckpoint:
             pool.copy_(self.files.read("memory"))
         model = wrap(decoder, config, check=check, pool=pool)
         added = {name: place for name, place in self.places.items() if place.ours and not place.base}
-        for name, place in added.items():
-            set_addition(model, place.ours, self.files.read(name))
-        left = addition_names(model) - {place.ours for place in added.values()}
+        with torch.no_grad():
+            for name, place in added.items():
+                model.get_parameter(place.ours).copy_(self.files.read(name))
+        left = {name for name, _ in model.named_parameters() if is_addition(name)}
+        left -= {place.ours for place in added.values()}
         if left:
             raise CheckpointError(
                 f"the checkpoint must have a counterpart of {min(left)}, which the wrapped decoder trains"
@@ -172,9 +177,12 @@ def _check(files: TensorFiles, wanted: Mapping[str, Place], foreign: Iterable[st
     """Raises CheckpointError unless exactly the tensors ``wanted`` are there, with their shapes, as floats."""
     for name, place in wanted.items():
         if name not in files:
-            raise CheckpointError(
-                f"the checkpoint must have {name} of shape {_shape(place)}, which is missing{_hint(name, files)}"
-            )
+            # A projection may be there with LoRA where it should have none, or the other way round.
+            base = ".base_layer" in name
+            other = name.replace(".base_layer", "") if base else name.replace(".weight", ".base_layer.weight")
+            there = other != name and other in files
+            hint = f" (but there is {other}: see lora_config.target_modules)" if there else ""
+            raise CheckpointError(f"the checkpoint must have {name} of shape {_shape(place)}, which is missing{hint}")
         shape = files.shape(name)
         if len(shape) != len(place.shape) or any(
             size not in (None, given) for size, given in zip(place.shape, shape, strict=True)
@@ -190,12 +198,6 @@ def _check(files: TensorFiles, wanted: Mapping[str, Place], foreign: Iterable[st
 
 def _shape(place: Place) -> str:
     return "[" + ", ".join("any" if size is None else str(size) for size in place.shape) + "]"
-
-
-def _hint(name: str, files: TensorFiles) -> str:
-    """For a projection that is there with LoRA where it should have none, or the other way round."""
-    other = name.replace(".base_layer", "") if ".base_layer." in name else name.replace(".weight", ".base_layer.weight")
-    return f" (but there is {other}: see lora_config.target_modules)" if other != name and other in files else ""
 
 
 def _long_term_rows(files: TensorFiles, layer: int) -> int:

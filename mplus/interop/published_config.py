@@ -86,7 +86,9 @@ class PublishedConfig:
         if not isinstance(plain, dict):
             raise CheckpointError(f"{path} must be a JSON object, got {plain!r:.40}")
         keys = _Keys(path, plain)
-        return _with_ltm(keys) if "num_ltm_blocks" in plain else _pool_only(keys)
+        if "num_ltm_blocks" in plain:
+            return _with_ltm(keys)
+        return PublishedConfig(kind="memoryllm", drop_per_layer=keys.flag("drop_memory_per_layer"), **_common(keys, 0))
 
     def memory_config(self, rope: RopeDtype = "default", extra: Mapping[str, Any] | None = None) -> MPlusConfig:
         """Return the configuration to wrap the decoder with.
@@ -196,10 +198,6 @@ def _common(keys: _Keys, ltm_blocks: int) -> dict[str, Any]:
         "pool": tokens * (blocks - ltm_blocks),
         "adapters": _adapters(keys.table("lora_config"), shared=not keys.flag("add_decoder_lora")),
     }
-
-
-def _pool_only(keys: _Keys) -> PublishedConfig:
-    return PublishedConfig(kind="memoryllm", drop_per_layer=keys.flag("drop_memory_per_layer"), **_common(keys, 0))
 
 
 def _with_ltm(keys: _Keys) -> PublishedConfig:

@@ -123,7 +123,10 @@ class Trace:
         self._plain = read_json(folder / STEPS)
         if self._plain.get("format") != FORMAT:
             raise CheckpointError(f"format in {folder / STEPS} must be {FORMAT}, got {self._plain.get('format')!r}")
-        self._tensors = _safetensors(folder / TENSORS)
+        try:
+            self._tensors = load_file(folder / TENSORS)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder / TENSORS} must be a complete safetensors file: {error}") from error
         self.model: str = self._entry(self._plain, "model")
         if self.model not in ("mplus", "memoryllm"):
             raise CheckpointError(f"model in {folder / STEPS} must be 'mplus' or 'memoryllm', got {self.model!r}")
@@ -199,10 +202,3 @@ class Trace:
             raise CheckpointError(f"{self.folder / TENSORS} must have a tensor {name!r}, which {STEPS} refers to")
         tensor = self._tensors[name]
         return tensor if rows is None else tensor[:, :rows]
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} must be a complete safetensors file: {error}") from error

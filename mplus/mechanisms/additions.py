@@ -9,7 +9,7 @@ from mplus.retrievers.base import Retriever
 
 
 class MemoryAdditions(nn.Module):
-    """What M+ and MemoryLLM train besides the LoRA adapters; lives in the wrapped decoder as ``model.mplus``.
+    """The parameters that M+ and MemoryLLM train besides the LoRA adapters: ``model.mplus`` of the wrapped decoder.
 
     Attributes:
         begin: ``[L, 1, d]`` begin row of each layer that carries memory.

@@ -101,7 +101,7 @@ class MemoryMechanism(Mechanism):
 
     @property
     def isolated_sources(self) -> bool:
-        """Whether rows of one source hold nothing of the text of another.
+        """Return whether rows of one source hold nothing of the text of another.
 
         Where they do, as rows that are made while older ones are read, what a chunk took in of a source stays after
         that source is forgotten; ``forget(source, mode="rebuild")`` takes it back.
@@ -110,12 +110,12 @@ class MemoryMechanism(Mechanism):
 
     @property
     def expiry(self) -> bool:
-        """Whether long-term rows carry an expiry."""
+        """Return whether long-term rows carry an expiry."""
         return False
 
     @property
     def long_term(self) -> bool:
-        """Whether there is a long-term memory at all."""
+        """Return whether there is a long-term memory at all."""
         return self.config.long_term_tokens != 0
 
     def reserve(self, layout: StoreLayout) -> int:
@@ -321,17 +321,17 @@ class MemoryMechanism(Mechanism):
 
     @property
     def retrieves(self) -> bool:
-        """Whether layers ask for rows with their own hidden states (``retrieve``)."""
+        """Return whether layers ask for rows with their own hidden states (``retrieve``)."""
         return type(self).retrieve is not MemoryMechanism.retrieve
 
     @property
     def reopens(self) -> bool:
-        """Whether something else can be read later on in a text (``reopen``)."""
+        """Return whether something else can be read later on in a text (``reopen``)."""
         return type(self).reopen is not MemoryMechanism.reopen
 
     @property
     def finishes(self) -> bool:
-        """Whether it has a say in the final hidden state (``finish``)."""
+        """Return whether it has a say in the final hidden state (``finish``)."""
         return type(self).finish is not MemoryMechanism.finish
 
     def has_prefix(self, view: StreamView) -> bool:

@@ -146,7 +146,7 @@ Edit = Callable[[int, Tensor], Tensor]
 
 @define(frozen=True, eq=False)
 class PassResult:
-    """What one pass left.
+    """The results of one pass.
 
     Attributes:
         hidden: ``[B, T, d]``, after the final norm; None where there are logits and no ``hidden_states``.
@@ -190,18 +190,18 @@ class RowPositions(Protocol):
 
     @property
     def layout(self) -> str:
-        """How they sit: "sequential", "compressed" or "constant"."""
+        """Return how they sit: "sequential", "compressed" or "constant"."""
 
     @property
     def offset(self) -> bool:
-        """Whether memory sits at 0, 1, ... and the text behind it."""
+        """Return whether memory sits at 0, 1, ... and the text behind it."""
 
     def of_rows(self, place: Tensor, total: int | Tensor, text_offset: int | Tensor = 0) -> Tensor:
         """Return ``[B or 1, P]`` int64 positions of the rows at ``place`` of ``total``, counted from the oldest."""
 
 
 class KeptProjection(Protocol):
-    """What turns rows kept as keys and values into segments: ``mplus.hf.retrofit.projection.Projection``."""
+    """The projection behind rows that are kept as keys and values: ``mplus.hf.retrofit.projection.Projection``."""
 
     @property
     def heads(self) -> int:
@@ -254,7 +254,7 @@ class Decoder(Protocol):
 
     @property
     def kept(self) -> KeptProjection:
-        """What makes segments of rows that were kept as keys and values. Raises NotSupported where they cannot be."""
+        """Return what makes segments of kept keys and values. Raises NotSupported where they cannot be kept."""
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the token embeddings ``[B, n, w]`` of ids ``[B, n]``."""

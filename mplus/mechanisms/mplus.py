@@ -146,7 +146,8 @@ class MPlusMechanism(RowMechanism):
         for layer, rows in enumerate(added):
             if len(rows):
                 expires = None if policy.lifetime is None else policy.lifetime + float(decayed[layer])
-                store.append(layer, rows if expires is None else _expiring(rows, expires))
+                expiry = None if expires is None else torch.full_like(rows.birth, expires, dtype=torch.float64)
+                store.append(layer, rows if expiry is None else rows.replace(expiry=expiry))
             if policy.lifetime is not None:
                 elapsed, gone = policy.expire(store, layer, float(decayed[layer]), self.config.retrieved_tokens)
                 decayed[layer] = elapsed
@@ -234,10 +235,6 @@ class MPlusMechanism(RowMechanism):
             )
             rows = store.gather(layer, ids, leave_out=without)
         return Retrieved(rows, ids, scores, located)
-
-
-def _expiring(rows: MemoryRows, expires: float) -> MemoryRows:
-    return rows.replace(expiry=torch.full_like(rows.birth, expires, dtype=torch.float64))
 
 
 def _note(view: StreamView, layer: int, rows: Retrieved | None) -> None:

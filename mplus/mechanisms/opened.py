@@ -33,7 +33,7 @@ class Retrieved:
 
 @define(frozen=True, eq=False)
 class Opened:
-    """What is ready for one read, of the whole text that it begins with and all tokens that follow.
+    """The state of one read: of the whole text that it begins with and all tokens that follow.
 
     Attributes:
         views: one per batch row.

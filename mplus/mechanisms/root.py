@@ -18,7 +18,7 @@ from mplus.stores.base import MemoryStore, StoreLayout, StoreView
 
 @define(frozen=True)
 class Absorbed:
-    """What a write did to a stream.
+    """The effect of a write on a stream.
 
     Attributes:
         state: the new one.

@@ -228,7 +228,7 @@ class Scratch:
                     ) from error
             elif self._made is None:
                 self._made = Path(tempfile.mkdtemp(prefix="mplus-"))
-                weakref.finalize(self, _remove_folder, self._made, os.getpid())
+                weakref.finalize(self, _remove, self._made, os.getpid())
         return (self._given or self._made or Path()) / f"rows-{secrets.token_hex(8)}.safetensors"
 
 
@@ -237,15 +237,14 @@ def _remove_with(layers: Sequence[SegmentedRows], path: Path) -> None:
     for source in segment_sources(layers):
         file = getattr(source, "file", None)
         if isinstance(file, BlockFile) and file.path == path:
-            weakref.finalize(file, _remove_file, path, os.getpid())
+            weakref.finalize(file, _remove, path, os.getpid())
             return
 
 
-def _remove_file(path: Path, process: int) -> None:
-    if process == os.getpid():  # in a child the file is still its parent's
-        path.unlink(missing_ok=True)
-
-
-def _remove_folder(path: Path, process: int) -> None:
-    if process == os.getpid():
+def _remove(path: Path, process: int) -> None:
+    if process != os.getpid():  # in a child the file or folder is still its parent's
+        return
+    if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mplus.errors import MPlusError, NonFiniteError
-from mplus.hf.decoders.train_model import TrainTokenizer, base_digest, choose_trained, set_checkpointing
+from mplus.hf.decoders.train_model import TrainTokenizer, choose_trained, set_checkpointing
 from mplus.hf.model.installed import WrappedModel
 from mplus.mechanisms.streams import TrainingStreams
 from mplus.training.batch import Batch, BatchSource
@@ -97,7 +97,7 @@ class Trainer:
     def _begin_model(self) -> None:
         options = self.recipe.optimizer
         model = make_model(self.recipe, self.seed, self._tokenizer).train()
-        self._base = None if self.recipe.model.build is not None else base_digest(model)
+        self._base = None if self.recipe.model.build is not None else model.mplus_installed.base_digest
         trained = choose_trained(model, options.parameters)
         self._shapes = {name: list(parameter.shape) for name, parameter in trained.items()}
         if options.gradient_checkpointing:

@@ -68,7 +68,7 @@ def forward(
         tiles: None: those the kernel ships with.
     """
     from mplus.backends.triton.kernels.attention import launch
-    from mplus.backends.triton.kernels.shared import needs_upcast, processors
+    from mplus.backends.triton.kernels.shared import needs_upcast
 
     request = attrs.evolve(
         request, queries=_adjacent(request.queries), keys=_adjacent(request.keys), values=_adjacent(request.values)
@@ -86,7 +86,9 @@ def forward(
     if splits is None:
         programs = -(-rows // tiles.rows) * batch * keys.shape[1]
         blocks = sum(-(-segment.keys.shape[2] // tiles.keys) for segment in segments) - (-keys.shape[2] // tiles.keys)
-        splits = splits_for(programs, blocks, processors(queries))
+        # Programs that the device runs at a time, at least; 1 where kernels are interpreted.
+        processors = torch.cuda.get_device_properties(queries.device).multi_processor_count if queries.is_cuda else 1
+        splits = splits_for(programs, blocks, processors)
     # What is added up or scaled afterwards is rounded once, at the end.
     rounded_by_kernel = splits == 1 and request.sinks is None and not needs_upcast(queries.dtype)
     outputs = queries.new_empty(

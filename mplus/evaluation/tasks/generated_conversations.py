@@ -58,7 +58,7 @@ NEWS = (
 
 
 class Turn(TypedDict):
-    """What one speaker says at a time; ``dia_id`` is "D<session>:<turn>", both counted from 1."""
+    """One speaker's words at a time; ``dia_id`` is "D<session>:<turn>", both counted from 1."""
 
     speaker: str
     dia_id: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, cast
 
 import torch
@@ -75,12 +76,7 @@ class AdaptedProjection(Projection):
         return update.T if isinstance(self, Conv1D) else update
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        return rebuild, (adapted_class, type(self).__mplus_base__), self.__dict__
-
-
-def adapted_class(base: type) -> type:
-    """Return ``base`` with ``AdaptedProjection`` mixed in; it keeps the name, by which quantised layers are known."""
-    return subclass(base, AdaptedProjection)
+        return rebuild, (partial(subclass, mixin=AdaptedProjection), type(self).__mplus_base__), self.__dict__
 
 
 def add_adapters(model: nn.Module, anatomy: Anatomy, config: AdapterConfig) -> None:
@@ -105,7 +101,7 @@ def _add(module: nn.Module, name: str, config: AdapterConfig) -> None:
         for part in FACTORS:
             projection.add_module(part, nn.ModuleDict())
         projection.scaling = {}
-        change_class(projection, adapted_class(type(projection)))
+        change_class(projection, subclass(type(projection), AdaptedProjection))
     # Not by the shape of the weight where that is quantised: it has another one.
     convolution = isinstance(module, Conv1D)
     inputs, outputs = projection.weight.shape if convolution else (projection.in_features, projection.out_features)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mplus.errors import CheckpointError
-from mplus.hf.adapters.lora import is_addition
 
 NOT_THE_DECODERS = ("_name_or_path", "architectures", "dtype", "transformers_version")
 """Keys of a Llama configuration that say where a checkpoint came from, and nothing about its decoder."""
@@ -46,12 +45,6 @@ def empty_llama(
     return model
 
 
-def weight_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the decoder's weights by name, without those that are tied to others."""
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-
-
 def fill(model: nn.Module, name: str, tensor: Tensor, device: torch.device) -> None:
     """Give the parameter ``name`` memory on ``device`` and the values of ``tensor``, in the dtype of the model."""
     path, _, last = name.rpartition(".")
@@ -70,14 +63,3 @@ def finish(model: PreTrainedModel, folder: Path, device: torch.device) -> None:
             setattr(module, name, buffer.to(device))
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-
-
-@torch.no_grad()
-def set_addition(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Copy a published tensor into what ``wrap`` added: begin rows, mark, retriever or an adapter."""
-    model.get_parameter(name).copy_(tensor)
-
-
-def addition_names(model: nn.Module) -> set[str]:
-    """Return the names of the parameters that ``wrap`` added."""
-    return {name for name, _ in model.named_parameters() if is_addition(name)}

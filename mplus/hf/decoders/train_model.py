@@ -211,11 +211,6 @@ def choose_trained(model: nn.Module, parameters: Literal["adapters", "all"]) -> 
     return trained
 
 
-def is_of_retriever(name: str) -> bool:
-    """Return whether a parameter of this name is part of the retriever."""
-    return name.startswith("mplus.retriever.")
-
-
 def save_trained(
     model: WrappedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, *, save_base: bool
 ) -> None:
@@ -236,8 +231,3 @@ def set_checkpointing(model: PreTrainedModel) -> None:
 def split_modules(model: PreTrainedModel) -> Collection[str] | None:
     """Return the names of the layer classes that sharding treats as one piece."""
     return model._no_split_modules
-
-
-def base_digest(model: WrappedModel) -> str:
-    """Return the digest of the decoder's own weights as they were when it was wrapped."""
-    return model.mplus_installed.base_digest

@@ -55,7 +55,7 @@ class Wrapped(Protocol):
 
 
 class WrappedDecoder:
-    """See ``mplus.mechanisms.decoder.Decoder``."""
+    """A wrapped decoder as the mechanism of its memories sees it: ``mplus.mechanisms.decoder.Decoder``."""
 
     def __init__(self, engine: Wrapped) -> None:
         self._engine = engine

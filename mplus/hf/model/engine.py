@@ -85,17 +85,17 @@ class DecoderEngine:
 
     @property
     def device(self) -> torch.device:
-        """Where input ids go, and by default the rows of memories."""
+        """Return the device where input ids go, and by default the rows of memories."""
         return input_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of memory rows: that of hidden states, unless the mechanism says another one."""
+        """Return the dtype of memory rows: that of hidden states, unless the mechanism says another one."""
         return self.mechanism.dtype or self.hidden_dtype
 
     @property
     def hidden_dtype(self) -> torch.dtype:
-        """dtype of hidden states: as it was seen by ``wrap``, or what the decoder was converted to since."""
+        """Return the dtype of hidden states: as it was seen by ``wrap``, or what the decoder was converted to since."""
         now = self._embedding_dtype
         return self.shape.dtype if now == self._embedded_as else now
 
@@ -112,7 +112,7 @@ class DecoderEngine:
 
     @property
     def memory_rows(self) -> Literal["projected", "hidden", "both"]:
-        """What new memories keep of a row, by the config; see ``MPlusConfig.memory_rows``."""
+        """Return what new memories keep of a row, by the config; see ``MPlusConfig.memory_rows``."""
         wanted, keeps = self.config.memory_rows, self.mechanism.keeps
         if wanted != "auto":
             if wanted not in keeps:
@@ -135,7 +135,7 @@ class DecoderEngine:
         return self.layout_of(self.memory_rows)
 
     def layout_of(self, memory_rows: Literal["projected", "hidden", "both"]) -> StoreLayout:
-        """The layout of memories that keep this of a row. Raises NotSupported where rows cannot be projected."""
+        """Return the layout of memories that keep this of a row. Raises NotSupported where rows cannot be projected."""
         size = 0
         if memory_rows != "hidden":
             if isinstance(self.projection, str):
@@ -150,7 +150,7 @@ class DecoderEngine:
         return self.mechanism.layout(self.decoder.shape, memory_rows, size)
 
     def bring_additions(self) -> None:
-        """Have what mplus added at hand. Raises NotSupported when it has no values.
+        """Bring back what mplus added from where it is offloaded. Raises NotSupported when it has no values.
 
         It is looked at outside of any ``forward``, so accelerate, which may have offloaded it, would not bring it.
         """
@@ -159,13 +159,13 @@ class DecoderEngine:
             bring_back(additions, f"what mplus.wrap added to {type(self.model).__name__} (model.mplus)")
 
     def new_state(self, layout: StoreLayout) -> StreamState:
-        """See ``Engine.new_state``."""
+        """Return a new stream, bound to the present weights; see ``Engine.new_state``."""
         self.bring_additions()
         return evolve(self.mechanism.new_state(layout, self), weights=self.weights())
 
     @torch.no_grad()
     def project(self, part: int, hidden: Tensor) -> Tensor:
-        """See ``Engine.project``: of memories, which keep no graph."""
+        """Return keys and values of rows, without a graph; see ``Engine.project``."""
         return self.project_in(self.mechanism.layer_of(part), hidden)
 
     def project_in(self, layer: int, hidden: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class DecoderEngine:
         return self.projection
 
     def refresh(self, rows: MemoryRows, part: int) -> MemoryRows:
-        """See ``Engine.refresh``."""
+        """Compute the columns of rows that depend on weights anew; see ``Engine.refresh``."""
         hidden = rows.need_hidden()
         changed: dict[str, Tensor | None] = {}
         if rows.projected is not None:
@@ -192,7 +192,7 @@ class DecoderEngine:
         return rows.replace(**changed)
 
     def weights(self, adapters: Sequence[str] | None = None) -> WeightsState:
-        """See ``Engine.weights``."""
+        """Return the state of the weights that rows depend on; see ``Engine.weights``."""
         return self.watch.look().weights if adapters is None else self.watch.with_adapters(adapters)
 
     def prepared(self, memory: Memory, version: int, look: Look) -> Any:
@@ -210,7 +210,7 @@ class DecoderEngine:
         return found[1]
 
     def padded_positions(self, mask: Tensor) -> dict[str, Tensor]:
-        """``position_ids`` that skip left padding of a ``[B, T]`` mask, for decoders that take them."""
+        """Return ``position_ids`` that skip left padding of a ``[B, T]`` mask, for decoders that take them."""
         import inspect
 
         if "position_ids" not in inspect.signature(type(self.model).forward).parameters:
@@ -218,7 +218,7 @@ class DecoderEngine:
         return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
 
     def write(self, views: Sequence[StreamView], ids: Tensor, tokenizer: Any = None) -> Update:
-        """See ``Engine.write``. Gradients flow where they are enabled."""
+        """Let the mechanism make the rows of one chunk; see ``Engine.write``. Gradients flow where they are enabled."""
         if self.watch.look_at_names() is not None:
             raise NotSupported(
                 "adapter_names is for reading: a memory is written with the adapters that are active, so use "
@@ -232,10 +232,10 @@ class DecoderEngine:
         raise NotSupported(f"memories of the mechanism {self.mechanism.name!r} are made of rows, not of text")
 
     def check_options(self, **given: Any) -> None:
-        """See ``Engine.check_options``: all of them mean something."""
+        """Accept all options: each means something to memories of rows; see ``Engine.check_options``."""
 
     def check_wrapped(self) -> None:
-        """Raises MemoryMismatchError when the decoder was unwrapped."""
+        """Raise MemoryMismatchError when the decoder was unwrapped."""
         if self.model.__dict__.get("mplus_engine") is not self:
             raise MemoryMismatchError(
                 f"this memory's {type(self.model).__name__} is no longer wrapped: save memories before mplus.unwrap, "
@@ -244,7 +244,7 @@ class DecoderEngine:
         self.bring_additions()
 
     def check_attention(self) -> None:
-        """Raises NotSupported when the decoder would pass memory by: its attention is no longer ours."""
+        """Raise NotSupported when the decoder would pass memory by: its attention is no longer ours."""
         decoder: Any = self.retrofit.anatomy.decoder
         now = decoder.config._attn_implementation
         if self.retrofit.technique == "attention" and not str(now).startswith(PREFIX):
@@ -254,14 +254,14 @@ class DecoderEngine:
             )
 
     def adapter(self, wanted: str) -> str | None:
-        """The LoRA adapter of a pass: "write" or "read", or None without adapters."""
+        """Return the LoRA adapter of a pass: "write" or "read", or None without adapters."""
         adapters = self.config.adapters
         if adapters is None:
             return None
         return "write" if adapters.shared else wanted
 
     def keys(self, part: int, hidden: Tensor) -> Tensor | None:
-        """See ``Engine.keys``."""
+        """Return retriever keys of rows; see ``Engine.keys``."""
         return self.keys_in(self.mechanism.layer_of(part), hidden)
 
     def keys_in(self, layer: int, hidden: Tensor) -> Tensor | None:
@@ -280,5 +280,5 @@ class DecoderEngine:
         retriever.attach(self.own_attention)
 
     def fingerprint(self, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """See ``Engine.fingerprint``."""
+        """Return the facts about the decoder that a memory depends on; see ``Engine.fingerprint``."""
         return fingerprint(self.model, self.config, self.layout, self.mechanism.retriever, saved)

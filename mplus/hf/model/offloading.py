@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -48,12 +47,6 @@ def bring_back(module: nn.Module, what: str) -> None:
             f"{what} is on the meta device, where tensors have no values: load the values (mplus.from_pretrained, or "
             "to_empty and load_state_dict) before anything is written or read"
         )
-
-
-def present(model: nn.Module, state: Mapping[str, Tensor], wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Return the ``wanted`` tensors of a state dict of ``model``; offloaded ones are brought back for a moment."""
-    found = {name: tensor.detach() for name, tensor in state.items() if wanted(name)}
-    return {name: value_of(model, name) if tensor.is_meta else tensor for name, tensor in found.items()}
 
 
 def value_of(model: nn.Module, name: str) -> Tensor:

@@ -32,7 +32,7 @@ Found = tuple[float, bool, str]
 
 
 class NotComparable(Exception):
-    """What a technique is compared with does not work in this decoder, so nothing is known about the technique."""
+    """The reference of a comparison does not work in this decoder, so nothing is known about the technique."""
 
 
 @define(frozen=True)
@@ -54,7 +54,7 @@ class Check:
 
     @property
     def checked(self) -> bool:
-        """Whether something was compared."""
+        """Return whether something was compared."""
         return self.error is not None or not self.passed
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class Check:
 
     @property
     def finding(self) -> str:
-        """What was found, without the name."""
+        """Return the result in words, without the name."""
         if not self.checked:
             return f"not checked, {self.remark}"
         return self.remark or f"relative error {self.error:.2g}"
@@ -130,7 +130,7 @@ class _Checks:
             return Check(name, None, False, _short(failure))
 
     def _compared(self, compare: Callable[[], Tensor]) -> Found:
-        """A comparison is made again, on other texts, where its errors are more than rounding."""
+        """Compare, and again on other texts as long as the errors are more than rounding."""
         first = self.ids
         found: list[float] = []
         try:
@@ -164,7 +164,7 @@ class _Checks:
         return self.engine.mechanism.example(self.engine.decoder, other, self._context())
 
     def _read(self, rows: int = 1, memory: bool = True, view: StreamView | None = None, **inputs: Any) -> list[Tensor]:
-        """What ``observe`` finds in a forward of the decoder."""
+        """Return what ``observe`` finds in a forward of the decoder."""
         reading = Reading(self.engine.mechanism, [self.view if view is None else view] * rows)
         with generating(self.model, reading) if memory else _nothing():
             return observe(self.anatomy, lambda: self.model(**inputs).logits)
@@ -185,7 +185,7 @@ class _Checks:
         return float(token_errors([logits], [self.base_logits]).max()), False, ""
 
     def _acts(self) -> Found:
-        """What attention gives must move by more than rounding moves it, in one layer at least.
+        """Check that memory moves the output of attention by more than rounding does, in one layer at least.
 
         Attention that adds its input to what it gives (Bloom) can drown memory in that one's rounding, in a decoder
         that hardly listens to its context. What then counts is that another memory, of equal shape, makes a difference
@@ -241,7 +241,7 @@ class _Checks:
         return token_errors(padded_row, self._read(memory=memory, input_ids=short))
 
     def _unless_inconsistent(self, compare: Callable[[bool], Tensor], what: str) -> Tensor:
-        """A decoder that is inconsistent by itself cannot be expected to be consistent with memory."""
+        """Compare with memory; raise NotComparable where the decoder alone is as inconsistent."""
         try:
             errors = compare(True)
         except Exception:
@@ -271,7 +271,7 @@ class _Checks:
         return errors
 
     def _check_cache_view(self) -> None:
-        """Raises NotComparable where the cache view does not even agree with itself (layers that share keys)."""
+        """Raise NotComparable where the cache view does not even agree with itself (layers that share keys)."""
         with self._as("cache_view", self.engine.retrofit.positions.offset):
             for name, compare in {"step by step": self._stepwise, "with left padding": self._padding}.items():
                 try:

@@ -107,7 +107,13 @@ def resolve(config: MPlusConfig, room: Room, stacklevel: int = 2) -> MPlusConfig
     settled = MECHANISMS.get(config.mechanism.name).settle(config, room.half)
     if settled is not None:
         if room.half is not None and settled.retrieved_tokens > room.half and not room.grows:
-            warnings.warn(_too_many(settled.retrieved_tokens, room), MemorySizeWarning, stacklevel=stacklevel + 1)
+            warnings.warn(
+                f"a read puts up to retrieved_tokens ({settled.retrieved_tokens:,}) rows in front of the text and "
+                f"{room.decoder} knows {room.positions:,} positions, of which memory should take at most half, "
+                f"{room.half:,}: use a smaller number, or leave it out",
+                MemorySizeWarning,
+                stacklevel=stacklevel + 1,
+            )
         return settled
     given = {name: getattr(config, name) for name in PUBLISHED if getattr(config, name) is not None}
     scale = _scale(given, config, room)
@@ -160,14 +166,6 @@ def _scaled(scale: int, given: dict[str, int], config: MPlusConfig) -> dict[str,
         least = min(2 * sizes["memory_tokens_per_chunk"], PUBLISHED["chunk_tokens"])
         sizes["chunk_tokens"] = max(sizes["chunk_tokens"], least, config.min_chunk_tokens or 1)
     return sizes
-
-
-def _too_many(retrieved: int, room: Room) -> str:
-    return (
-        f"a read puts up to retrieved_tokens ({retrieved:,}) rows in front of the text and {room.decoder} knows "
-        f"{room.positions:,} positions, of which memory should take at most half, {room.half:,}: use a smaller number, "
-        "or leave it out"
-    )
 
 
 def _complaint(sizes: dict[str, int], config: MPlusConfig, room: Room) -> str:

@@ -40,7 +40,7 @@ from mplus.hf.retrofit.discovery import discover
 from mplus.hf.retrofit.hooks import AttentionHook, Retrofit, Technique, finish_pass
 from mplus.hf.retrofit.positions import MemoryPositions
 from mplus.hf.retrofit.projection import find_projection
-from mplus.hf.text.wrapping import unwrap_for_text, wrap_for_text
+from mplus.hf.text.wrapping import wrap_for_text
 from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.build import build_mechanism
 from mplus.mechanisms.text.mechanism import TextMechanism
@@ -190,22 +190,18 @@ def unwrap(model: Model) -> Model:
         raise NotSupported(f"{type(model).__name__} is not wrapped by mplus.wrap")
     decoder = cast("WrappedModel", decoder_inside(model))
     engine, installed = decoder.mplus_engine, decoder.mplus_installed
-    if engine.writes_text:
-        unwrap_for_text(decoder)
-        if isinstance(model, PeftMemoryModel):
-            change_class(model, type(model).__mplus_base__)
-        return model
-    for handle in installed.hooks:
-        handle.remove()
-    for layer in engine.retrofit.anatomy.layers:
-        drop_memory(layer)
-    if engine.config.adapters is not None:
-        remove_adapters(decoder)
-    if engine.config.rope_inv_freq_dtype is not None:
-        restore_frequencies(decoder)
-    _use_attention(decoder, installed.base_attention)
+    if not engine.writes_text:  # memories of text have touched no layer
+        for handle in installed.hooks:
+            handle.remove()
+        for layer in engine.retrofit.anatomy.layers:
+            drop_memory(layer)
+        if engine.config.adapters is not None:
+            remove_adapters(decoder)
+        if engine.config.rope_inv_freq_dtype is not None:
+            restore_frequencies(decoder)
+        _use_attention(decoder, installed.base_attention)
+        del decoder._modules["mplus"]
     generation_config.drop_memory(decoder)
-    del decoder._modules["mplus"]
     for name in ("mplus_engine", "mplus_installed"):
         del decoder.__dict__[name]
     change_class(decoder, type(decoder).__mplus_base__)

@@ -46,6 +46,13 @@ class MPlusModelConfig(PreTrainedConfig):
         """The memory configuration."""
         return MPlusConfig.from_dict(self.mplus)
 
+    def decoder_config(self) -> PreTrainedConfig:
+        """Return the decoder's own configuration object. Raises CheckpointError where there is none."""
+        if not self.base_config or "model_type" not in self.base_config:
+            raise CheckpointError("config.json must hold base_config with a model_type, got " + repr(self.base_config))
+        plain = dict(self.base_config)
+        return AutoConfig.for_model(plain.pop("model_type"), **plain)
+
 
 def read_config(folder: Path) -> MPlusModelConfig:
     """Read ``config.json`` in ``folder``. Raises CheckpointError when it is missing or is not of an mplus model."""
@@ -90,11 +97,3 @@ def base_class_of(config: MPlusModelConfig) -> type[AutoModelForCausalLM | AutoM
     )
     sees = image is not None and text != made and (text is None or image == made)
     return AutoModelForImageTextToText if sees else AutoModelForCausalLM
-
-
-def base_config_of(config: MPlusModelConfig) -> PreTrainedConfig:
-    """Return the decoder's own configuration object."""
-    if not config.base_config or "model_type" not in config.base_config:
-        raise CheckpointError("config.json must hold base_config with a model_type, got " + repr(config.base_config))
-    plain = dict(config.base_config)
-    return AutoConfig.for_model(plain.pop("model_type"), **plain)

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from mplus.errors import CheckpointError
 from mplus.hf.model.wrapping import wrap
-from mplus.hf.pretrained.config import MODEL_TYPE, MPlusModelConfig, base_class_of, base_config_of, read_config
+from mplus.hf.pretrained.config import MODEL_TYPE, MPlusModelConfig, base_class_of, read_config
 from mplus.hf.pretrained.hub import find_folder
 from mplus.hf.pretrained.peft_folders import load_injected, memory_folder, with_adapters
 from mplus.hf.pretrained.save import BASE, WEIGHTS, load_additions
@@ -130,7 +130,7 @@ class MPlusForCausalLM(PreTrainedModel):
 
     @classmethod
     def _from_config(cls, config: MPlusModelConfig, **kwargs: Any) -> Any:
-        return wrap(base_class_of(config).from_config(base_config_of(config), **kwargs), config.memory_config)
+        return wrap(base_class_of(config).from_config(config.decoder_config(), **kwargs), config.memory_config)
 
 
 def register_auto_classes() -> None:

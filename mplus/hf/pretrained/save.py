@@ -18,7 +18,7 @@ from mplus.errors import CheckpointError, NotSupported
 from mplus.hf.adapters.fingerprint import digest
 from mplus.hf.adapters.lora import is_addition, plain_name, refuse_conflicts
 from mplus.hf.model.installed import WrappedModel, decoder_inside
-from mplus.hf.model.offloading import on_meta, present
+from mplus.hf.model.offloading import on_meta, value_of
 from mplus.hf.pretrained.config import MPlusModelConfig
 from mplus.hf.pretrained.hub import COMMIT, upload
 from mplus.hf.pretrained.peft_folders import save_injected
@@ -141,8 +141,11 @@ class SavesAdditions(PushToHub, WrappedModel):  # type: ignore[misc]
         if not is_main_process:
             return
         state = self.state_dict() if state_dict is None else state_dict
-        additions = present(self, state, is_addition)
-        additions = {plain_name(name): tensor.contiguous() for name, tensor in additions.items()}
+        added = {name: tensor for name, tensor in state.items() if is_addition(name)}
+        additions = {  # offloaded ones are brought back for a moment
+            plain_name(name): (value_of(self, name) if tensor.is_meta else tensor.detach()).contiguous()
+            for name, tensor in added.items()
+        }
         save_file(additions, folder / WEIGHTS, metadata={"format": "pt"})
         adapters = save_injected(self, folder, state)
         config = _model_config(self)

@@ -67,7 +67,7 @@ def forward_with_memory(
 
 
 def arguments_of(model: Any, asked: dict[str, Any]) -> ReadArguments | None:
-    """What a call reads: as it asks, and where it names no memory, what the block of ``model.reading`` around it says.
+    """Return what a call reads: as it asks, or, where it names no memory, as the ``model.reading`` around it says.
 
     None where nothing is asked and there is no block.
     """

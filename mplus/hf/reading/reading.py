@@ -99,7 +99,7 @@ class Reading:
 
     @property
     def reopens(self) -> bool:
-        """Whether the mechanism chooses anew what the text reads as more of it comes."""
+        """Return whether the mechanism chooses anew what the text reads as more of it comes."""
         mechanism = self.mechanism
         return self.retrieve_every is not None and mechanism.reopens and any(map(mechanism.has_prefix, self.views))
 
@@ -122,7 +122,7 @@ class Reading:
         self.repeated.clear()
 
     def is_of(self, memory: Memory) -> bool:
-        """Whether ``memory`` is still in the state this reading was taken in."""
+        """Return whether ``memory`` is still in the state this reading was taken in."""
         return self.memory is memory and self.version == memory.version
 
     def __deepcopy__(self, memo: Any) -> Reading:

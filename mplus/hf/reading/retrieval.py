@@ -53,7 +53,7 @@ class ReadSource:
         return self._repeated(layer, known, hidden.shape[0] // len(reading.need_opened().views))
 
     def _repeated(self, layer: int, found: Front, repeats: int) -> Front:
-        """The same tuple for the same segments, so that a cache that keeps them knows them again."""
+        """Return the same tuple for the same segments, so that a cache that keeps them knows them again."""
         if repeats == 1:
             return found
         kept = self.reading.repeated.get(layer)

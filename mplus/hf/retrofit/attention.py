@@ -147,7 +147,7 @@ def _attend(
 
 
 def _eager(module: nn.Module) -> Callable[..., Any]:
-    """The architecture's own eager attention: a function of the file that defines the attention class."""
+    """Return the architecture's own eager attention: a function of the file that defines the attention class."""
     for cls in type(module).__mro__:
         function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if function is not None:

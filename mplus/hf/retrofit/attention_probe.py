@@ -31,16 +31,16 @@ class OwnAttention:
         self.used = False
 
     def queries(self, layer: int, hidden: Tensor) -> Tensor:
-        """See ``Projections``."""
+        """Return queries ``[B, P, H, D]`` of rows; see ``Projections``."""
         return self._capture(layer, hidden).queries.transpose(1, 2)  # type: ignore[union-attr]
 
     def keys(self, layer: int, hidden: Tensor) -> Tensor:
-        """See ``Projections``."""
+        """Return keys ``[B, P, Hkv, D]`` of rows; see ``Projections``."""
         return self._capture(layer, hidden).keys.transpose(1, 2)
 
     @torch.no_grad()
     def heads(self, layer: int) -> Heads:
-        """See ``Projections``; found by projecting a row twice."""
+        """Return the sizes of a layer's heads, found by projecting a row three times; see ``Projections``."""
         engine = self._engine
         row: Tensor = engine.shape.begin[layer].to(engine.device, engine.hidden_dtype)
         spec: AttentionSpec = self._engine.retrofit.anatomy.specs[layer]

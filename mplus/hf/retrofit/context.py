@@ -18,15 +18,15 @@ T = TypeVar("T")
 
 
 class PrefixSource(Protocol):
-    """Where a pass gets its memory from."""
+    """The memory of a pass, layer by layer."""
 
     def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...] | Attended | None:
-        """What a layer sees in front of its text ``[B, T, d]`` (after the input norm), oldest first."""
+        """Return what a layer sees in front of its text ``[B, T, d]`` (after the input norm), oldest first."""
 
 
 @define(frozen=True, eq=False)
 class Collection:
-    """What a pass gathers of the decoder's layers.
+    """The states that a pass gathers from the decoder's layers.
 
     Attributes:
         names: of ``PassResult``: "inputs" and "outputs" of the layers that carry memory, "hidden" of all layers.
@@ -89,7 +89,7 @@ _CURRENT: ContextVar[Pass | None] = ContextVar("mplus_pass", default=None)
 
 
 def current_pass() -> Pass | None:
-    """The pass this thread is in, if any."""
+    """Return the pass this thread is in, if any."""
     return _CURRENT.get()
 
 
@@ -107,7 +107,7 @@ def running(active: Pass | None) -> Iterator[None]:
 
 
 def run_in(active: Pass | None, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """``function(*args, **kwargs)`` in the pass ``active``.
+    """Call ``function(*args, **kwargs)`` in the pass ``active``.
 
     In a copy of the thread's context: an interrupt, at whatever line it comes, leaves the thread in no pass.
     """
@@ -173,7 +173,7 @@ _SUBCLASSES: dict[tuple[type, type], type] = {}
 
 
 def subclass(base: type, mixin: type, **namespace: Any) -> type:
-    """The dynamic subclass of ``base`` with ``mixin`` in front, made once, under the name of ``base``."""
+    """Return the dynamic subclass of ``base`` with ``mixin`` in front, made once, under the name of ``base``."""
     if (base, mixin) not in _SUBCLASSES:
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__mplus_base__": base}
         _SUBCLASSES[base, mixin] = type(base.__name__, (mixin, base), {**names, **namespace})
@@ -188,6 +188,6 @@ def change_class(module: nn.Module, cls: type) -> None:
 
 
 def rebuild(make: Callable[[type], type], base: type) -> Any:
-    """A bare object of the class that ``make`` makes of ``base``: such classes have no name that pickle could find."""
+    """Return a bare object of the class that ``make`` makes of ``base``, which has no name that pickle could find."""
     cls: Any = make(base)
     return cls.__new__(cls)

@@ -53,7 +53,7 @@ class AttentionSpec:
 
 @define(eq=False)
 class Anatomy:
-    """What the probe found.
+    """The parts of a decoder that memory touches, as the probe found them.
 
     Attributes:
         decoder: the module that runs the layers (no output head).
@@ -71,12 +71,12 @@ class Anatomy:
 
     @property
     def hybrid(self) -> bool:
-        """Whether some layers carry no memory."""
+        """Return whether some layers carry no memory."""
         return len(self.specs) < len(self.layers)
 
 
 def find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
-    """The module that runs the decoder layers, and the stack. Raises NotSupported when there is none."""
+    """Return the module that runs the decoder layers, and the stack. Raises NotSupported when there is none."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     candidates = [model.get_decoder(), model.base_model]
     for root in candidates:
@@ -90,7 +90,7 @@ def find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
 
 @define(eq=False)
 class _Trace:
-    """What hooks saw during the probe."""
+    """The calls that hooks saw during the probe."""
 
     running: list[nn.Module] = field(factory=list)
     calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = field(factory=dict)
@@ -109,7 +109,7 @@ class _Trace:
                 self.made.setdefault(id(tensor), (module, args, kwargs, tensor))
 
     def maker(self, value: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None:
-        """The module that made ``value`` (a tensor, or a tuple starting with one), and how it was called."""
+        """Return the module that made ``value`` (a tensor, or a tuple starting with one), and how it was called."""
         tensor = value[0] if isinstance(value, tuple | list) and value else value
         found = self.made.get(id(tensor)) if isinstance(tensor, Tensor) else None
         return None if found is None else found[:3]
@@ -235,7 +235,7 @@ def _spec(
 
 
 def _check_width(attention: nn.Module, index: int, states: Tensor, call: Any) -> None:
-    """Raises NotSupported where attention reads more than the layer's hidden states, which rows of memory are."""
+    """Raise NotSupported where attention reads more than the layer's hidden states, which rows of memory are."""
     args, kwargs = call if call is not None else ((), {})
     hidden = args[0] if args else kwargs.get("hidden_states")
     if isinstance(hidden, Tensor) and hidden.shape[-1] != states.shape[-1]:
@@ -246,7 +246,7 @@ def _check_width(attention: nn.Module, index: int, states: Tensor, call: Any) ->
 
 
 def _rotates_inside(spec: AttentionSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the keys of one call change when its ``position_ids`` do."""
+    """Return whether the keys of one call change when its ``position_ids`` do."""
     place = kwargs.get("position_ids")
     if not isinstance(place, Tensor):
         return False
@@ -260,9 +260,10 @@ def _rotates_inside(spec: AttentionSpec, args: tuple[Any, ...], kwargs: dict[str
 
 
 def rotary_at(spec: AttentionSpec, like: Tensor, positions: Tensor) -> Any:
-    """What the decoder's rotary module makes at ``positions`` (``[B or 1, P]`` int64), in dtype and device of ``like``.
+    """Return what the decoder's rotary module makes at ``positions`` ``[B or 1, P]`` int64.
 
-    The recorded call is repeated with its tensors exchanged: floating ones by ``like``, whole numbers by ``positions``.
+    Dtype and device are those of ``like``. The recorded call is repeated with its tensors exchanged: floating ones by
+    ``like``, whole numbers by ``positions``.
     """
 
     def swap(value: Any) -> Any:

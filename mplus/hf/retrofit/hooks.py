@@ -47,7 +47,7 @@ class Retrofit:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Segment:
-        """Keys and values of memory rows, by the layer's own norm and attention module up to where it attends.
+        """Project memory rows to keys and values, by the layer's own norm and attention module up to where it attends.
 
         ``args`` and ``kwargs`` are those of the attention call the memory is for.
         """

@@ -83,11 +83,11 @@ class MemoryCacheLayer(DynamicLayer):
         return self.keys, self.values
 
     def holds(self, segments: tuple[Segment, ...]) -> bool:
-        """Whether ``segments`` lie in front of the text already."""
+        """Return whether ``segments`` lie in front of the text already."""
         return self._buffer is not None and self._buffer.segments is segments and _writable(self._buffer)
 
     def behind(self, segments: tuple[Segment, ...]) -> tuple[Tensor, Tensor]:
-        """Keys and values of ``[segments | text]``; the segments are copied once, and must not change.
+        """Return keys and values of ``[segments | text]``; the segments are copied once, and must not change.
 
         Args:
             segments: as many batch rows as the text has, all rows real.
@@ -101,7 +101,7 @@ class MemoryCacheLayer(DynamicLayer):
         return buffer.keys[:, :, :end], buffer.values[:, :, :end]
 
     def _moved(self, segments: tuple[Segment, ...], tokens: int = 0) -> _Buffer:
-        """A new buffer with ``segments`` and the present text, and room for ``tokens`` and more."""
+        """Make a buffer with ``segments`` and the present text, and room for ``tokens`` and more."""
         text = self.get_seq_length()
         front = sum(segment.keys.shape[2] for segment in segments)
         rows = front + text + max(tokens + text, ROOM)
@@ -130,16 +130,16 @@ class MemoryInCache:
 
     @property
     def worthwhile(self) -> bool:
-        """See ``Joined``."""
+        """Return whether joining pays: it is done already, or single tokens follow one another."""
         return self.layer.holds(self.segments) or self.layer.single_tokens > PAYS_AFTER
 
     def fits(self, keys: Tensor) -> bool:
-        """Whether ``keys`` are the layer's text as it lies there: a decoder may change it before it attends."""
+        """Return whether ``keys`` are the layer's text as it lies there: a decoder may change it before it attends."""
         own: Tensor = self.layer.keys
         return keys.data_ptr() == own.data_ptr() and keys.shape == own.shape and keys.stride() == own.stride()
 
     def keys_values(self) -> tuple[Tensor, Tensor]:
-        """See ``Joined``."""
+        """Return keys and values of ``[memory | text]``."""
         return self.layer.behind(self.segments)
 
 
@@ -163,5 +163,5 @@ def memory_in_cache(cache: Any, index: int, segments: tuple[Segment, ...], rows:
 
 
 def _writable(buffer: _Buffer) -> bool:
-    """A tensor made in inference mode cannot be written outside of it."""
+    """Return whether a buffer can be written: one made in inference mode cannot be outside of it."""
     return torch.is_inference_mode_enabled() or not buffer.keys.is_inference()

@@ -36,7 +36,7 @@ class MemoryPositions:
     offset: bool = False
 
     def of_rows(self, place: Tensor, total: int | Tensor, text_offset: int | Tensor = 0) -> Tensor:
-        """``[B or 1, P]`` int64 positions of memory rows (those of filler rows do not matter).
+        """Return ``[B or 1, P]`` int64 positions of memory rows (those of filler rows do not matter).
 
         Args:
             place: ``[P]`` or ``[B, P]`` int64: which rows, counted from the oldest of the stream.
@@ -58,7 +58,7 @@ class MemoryPositions:
         return found.clamp(min=0) if self.offset else found
 
     def extent(self, rows: int) -> int:
-        """How many positions in front of the text ``rows`` memory rows take."""
+        """Return how many positions in front of the text ``rows`` memory rows take."""
         if self.layout == "constant":
             return min(rows, 1)
         return min(rows, self.span) if self.layout == "compressed" and self.span is not None else rows
@@ -66,7 +66,7 @@ class MemoryPositions:
 
 @define(frozen=True)
 class Rotation:
-    """How one attention layer rotates its keys.
+    """The rotation of one attention layer's keys.
 
     Attributes:
         pairs: which numbers of a head turn together: i and i + R/2 ("half"), 2i and 2i + 1 ("interleaved"), or "none".
@@ -79,17 +79,19 @@ class Rotation:
     scale: float = 1.0
 
     def tables(self, spec: AttentionSpec, like: Tensor, positions: Tensor) -> Tables | None:
-        """Tables for ``positions`` ``[B or 1, P]`` in dtype and device of ``like``; None where nothing is rotated."""
+        """Return tables for ``positions`` ``[B or 1, P]`` in dtype and device of ``like``; None: nothing is rotated."""
         if self.pairs == "none":
             return None
         cos, sin = rotary_at(spec, like, positions)
         if self.doubled:
-            double = _twice if self.pairs == "half" else _each_twice
-            cos, sin = double(cos), double(sin)
+            cos, sin = (
+                torch.cat([table, table], -1) if self.pairs == "half" else table.repeat_interleave(2, -1)
+                for table in (cos, sin)
+            )
         return (cos, sin) if self.scale == 1.0 else (cos / self.scale, sin / self.scale)
 
     def apply(self, keys: Tensor, tables: Tables | None, out: Tensor) -> Tensor:
-        """``keys`` ``[B, Hkv, P, D]`` turned, written to ``out`` of the same shape."""
+        """Rotate ``keys`` ``[B, Hkv, P, D]`` into ``out`` of the same shape."""
         if tables is None:
             return out.copy_(keys)
         cos, sin = (table[:, None] for table in tables)
@@ -113,7 +115,7 @@ class Rotation:
 def find_rotation(
     spec: AttentionSpec, still: Tensor, turned: Tensor, like: Tensor, positions: Tensor
 ) -> Rotation | str:
-    """The rotation that makes ``turned`` of ``still``, or why none does.
+    """Find the rotation that makes ``turned`` of ``still``, or say why none does.
 
     Args:
         spec: the attention layer.
@@ -148,11 +150,3 @@ def _candidates(spec: AttentionSpec, like: Tensor) -> Iterator[Rotation]:
     for doubled in (False, True):
         for pairs in ("half", "interleaved"):
             yield Rotation(pairs, doubled, scale)
-
-
-def _twice(table: Tensor) -> Tensor:
-    return torch.cat([table, table], -1)
-
-
-def _each_twice(table: Tensor) -> Tensor:
-    return table.repeat_interleave(2, -1)

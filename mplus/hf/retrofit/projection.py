@@ -27,7 +27,7 @@ CHECK_POSITIONS = (-7, -3, -2, -1)
 
 @define(frozen=True, eq=False)
 class Projection:
-    """What a layer makes of memory rows before it attends to them, but for the rotation of keys.
+    """The projection of memory rows to keys and values in each layer, without the rotation of keys.
 
     Attributes:
         retrofit: how memory gets into the decoder's attention.
@@ -45,7 +45,7 @@ class Projection:
 
     @property
     def positions(self) -> MemoryPositions:
-        """Where rows sit on the position axis."""
+        """The places of rows on the position axis."""
         return self.retrofit.positions
 
     @property
@@ -54,7 +54,7 @@ class Projection:
         return self.heads * (self.width + self.value_width)
 
     def rows(self, layer: int, hidden: Tensor) -> Tensor:
-        """``[B, n, d]`` memory rows -> ``[B, n, Hkv (D + Dv)]``: keys, not rotated, and behind them values.
+        """Project memory rows ``[B, n, d]`` to ``[B, n, Hkv (D + Dv)]``: keys, not rotated, and behind them values.
 
         Gradients flow where they are enabled.
         """
@@ -64,7 +64,7 @@ class Projection:
         return torch.cat([found.keys.transpose(1, 2).flatten(2), found.values.transpose(1, 2).flatten(2)], -1)
 
     def split(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, n, w]`` -> keys ``[B, Hkv, n, D]`` and values ``[B, Hkv, n, Dv]``, views."""
+        """Split ``[B, n, w]`` into keys ``[B, Hkv, n, D]`` and values ``[B, Hkv, n, Dv]``, views."""
         keys, values = projected.split([self.heads * self.width, self.heads * self.value_width], -1)
         return (
             keys.unflatten(-1, (self.heads, self.width)).transpose(1, 2),
@@ -72,17 +72,17 @@ class Projection:
         )
 
     def tables(self, layer: int, like: Tensor, positions: Tensor) -> Tables | None:
-        """What ``turned`` needs for rows at ``positions`` ``[B or 1, P]``."""
+        """Return the tables that ``turned`` needs for rows at ``positions`` ``[B or 1, P]``."""
         return self.rotations[layer].tables(self.retrofit.anatomy.specs[layer], like, positions)
 
     def table_key(self, layer: int) -> Any:
-        """Layers with the same key have the same tables."""
+        """Return a key that is equal in layers with the same tables."""
         spec = self.retrofit.anatomy.specs[layer]
         plain = [value for value in (*spec.rotary_args, *spec.rotary_kwargs.values()) if not isinstance(value, Tensor)]
         return id(spec.rotary), repr(plain), self.rotations[layer]
 
     def picked(self, layer: int, begin: Tensor, column: Tensor, places: Tensor, tables: Tables | None) -> Segment:
-        """``begin`` ``[1, w]`` and behind it the rows at ``places`` ``[n]`` of ``column`` ``[m, w]``, as a segment.
+        """Return ``begin`` ``[1, w]`` and behind it the rows at ``places`` ``[n]`` of ``column`` ``[m, w]``, a segment.
 
         Rows are copied whole, and values stay as they lie in the copy: heads are far apart in a segment, and a
         memory of many rows is slow to reach.
@@ -106,7 +106,7 @@ class Projection:
         return Segment(rotation.apply(still, tables, keys), values)
 
     def _picked_by_kernel(self, layer: int, begin: Tensor, column: Tensor, places: Tensor, tables: Tables) -> Segment:
-        """The same on a GPU, where one kernel picks, splits and rotates. Not run on a GPU yet."""
+        """Do as ``picked`` on a GPU, where one kernel picks, splits and rotates. Not run on a GPU yet."""
         count = 1 + places.shape[0]
         keys = column.new_empty(1, self.heads, count, self.width)
         values = column.new_empty(1, self.heads, count, self.value_width)
@@ -118,7 +118,7 @@ class Projection:
         return Segment(keys, values)
 
     def turned(self, layer: int, parts: Sequence[Tensor], tables: Tables | None) -> Segment:
-        """Rows ``[B, n_i, w]``, one part behind the other, as a segment of attention."""
+        """Rotate rows ``[B, n_i, w]``, one part behind the other, to a segment of attention."""
         batch = max(part.shape[0] for part in parts)
         count = sum(part.shape[1] for part in parts)
         keys = parts[0].new_empty(batch, self.heads, count, self.width)
@@ -135,7 +135,7 @@ class Projection:
 
 
 def find_projection(retrofit: Retrofit, adapter: str | None, rows: Sequence[Tensor]) -> Projection | str:
-    """How rows can be kept projected in this decoder, or why they cannot.
+    """Find out how rows can be kept projected in this decoder, or why they cannot.
 
     Args:
         retrofit: as chosen for the decoder.

@@ -86,7 +86,7 @@ class Trie:
 
 def ask(
     model: PreTrainedModel,
-    base: type,
+    base: type[PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     tokens: int,
@@ -113,7 +113,10 @@ def ask(
         )
     with torch.no_grad(), in_eval_mode(model):
         if choices:
-            return _chosen(lambda row: _next(model, base, row), ids, Trie.of(choice_ids), tokenizer.eos_token_id)
+            return _chosen(
+                lambda row: generate_in(model, None, base.forward, model, input_ids=row).logits[0, -1],
+                ids, Trie.of(choice_ids), tokenizer.eos_token_id,
+            )  # fmt: skip
         criteria = [Contains(tokenizer, stop, ids.shape[1])] if stop else []
         generate: Callable[..., Tensor] = base.generate  # type: ignore[attr-defined]
         found = generate_in(
@@ -125,15 +128,11 @@ def ask(
     return answer[: min((at for mark in stop if (at := answer.find(mark)) >= 0), default=len(answer))]
 
 
-def _next(model: PreTrainedModel, base: type, ids: Tensor) -> Tensor:
-    """Return the logits ``[V]`` of what follows ``ids`` ``[1, T]``."""
-    forward: Callable[..., Any] = base.forward  # type: ignore[attr-defined]
-    logits: Tensor = generate_in(model, None, forward, model, input_ids=ids).logits[0, -1]
-    return logits
-
-
 def _chosen(logits_of: Callable[[Tensor], Tensor], ids: Tensor, trie: Trie, end: int | None) -> str:
-    """Return the choice that greedy decoding among the tokens of ``trie`` comes to; ``end`` stands for no more."""
+    """Return the choice that greedy decoding among the tokens of ``trie`` comes to; ``end`` stands for no more.
+
+    ``logits_of(ids)`` gives the logits ``[V]`` of what follows ``ids`` ``[1, T]``.
+    """
     while trie.next:
         able = list(trie.next)
         if trie.choice is not None and end is None:

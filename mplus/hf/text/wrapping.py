@@ -11,13 +11,12 @@ from transformers import PreTrainedModel
 from mplus.config import MPlusConfig, options_of
 from mplus.errors import ConfigError
 from mplus.hf.adapters.fingerprint import digest
-from mplus.hf.model.installed import Installed, WrappedModel
+from mplus.hf.model.installed import Installed
 from mplus.hf.model.modes import in_eval_mode
 from mplus.hf.model.offloading import input_device
 from mplus.hf.model.rounding import token_errors
 from mplus.hf.model.self_check import Check, check_ids
 from mplus.hf.model.sizes import known_positions
-from mplus.hf.reading import generation_config
 from mplus.hf.reading.forward import signature_of
 from mplus.hf.retrofit.context import change_class
 from mplus.hf.text.engine import TextEngine
@@ -74,11 +73,3 @@ def _check_padding(decoder: PreTrainedModel) -> Check:
         found, alone = decoder(**inputs).logits[:, PADDING:], decoder(input_ids=ids).logits
     error = float(token_errors([found], [alone]).max())
     return Check("left-padded row = row alone", error, error < SEEN)
-
-
-def unwrap_for_text(decoder: WrappedModel) -> None:
-    """Undo ``wrap_for_text``."""
-    generation_config.drop_memory(decoder)
-    for name in ("mplus_engine", "mplus_installed"):
-        del decoder.__dict__[name]
-    change_class(decoder, type(decoder).__mplus_base__)

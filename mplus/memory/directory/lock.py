@@ -92,47 +92,38 @@ def _read(handle: int) -> bytes:
     return os.pread(handle, LONGEST + 1, 0)
 
 
-def is_ours(content: bytes) -> bool:
-    """Return True for the content of a lock."""
-    return len(content) <= LONGEST and (CONTENT.fullmatch(content) is not None or _is_begun(content))
-
-
 def _is_begun(content: bytes) -> bool:
     """Return True for nothing, or the beginning of the first line: a crash came before the id was on disk."""
     begun = content.rstrip(b"\0")
     return b"mplus-lock ".startswith(begun) or re.fullmatch(rb"mplus-lock [0-9a-f]{0,16}", begun) is not None
 
 
-def owner_of(folder: Folder) -> str | None:
-    """Return the memory's id; None: there is no lock of a memory, or none with an id."""
-    found = CONTENT.fullmatch(_content(folder) or b"")
-    return found[1].decode() if found and found[1] else None
+def owner_of(folder: Folder) -> tuple[str | None, bool]:
+    """Return the memory's id, and whether it is still to get one.
 
-
-def is_new(folder: Folder) -> bool:
-    """Return True without a lock, or with one that a crash has left before the memory had an id."""
+    The id is None where there is no lock of a memory, or one without an id. A memory is to get one where there is no
+    lock, or one that a crash has left before the id was on disk.
+    """
     path = folder / LOCK
-    return not path.exists() or ((content := _content(folder)) is not None and _is_begun(content))
-
-
-def _content(folder: Folder) -> bytes | None:
-    """Return the content of the lock; None: there is none, or it is no file."""
-    path = folder / LOCK
-    if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
-        return None
+    if not path.exists():
+        return None, True
+    if not stat.S_ISREG(path.stat().st_mode):
+        return None, False
     handle = open_file(path)
     try:
-        return _read(handle)
+        content = _read(handle)
     finally:
         os.close(handle)
+    found = CONTENT.fullmatch(content)
+    return found[1].decode() if found and found[1] else None, _is_begun(content)
 
 
 def _signed(files: FileSystem, folder: Folder, handle: int) -> str:
     """Write the process into the file, and before that an id where there is none; returns the id."""
     content = _read(handle)
-    if not is_ours(content):
-        raise OSError(f"{folder / LOCK} must be a lock that mplus has made, and holds something else")
     found = CONTENT.fullmatch(content)
+    if len(content) > LONGEST or not (found or _is_begun(content)):
+        raise OSError(f"{folder / LOCK} must be a lock that mplus has made, and holds something else")
     owner = found[1].decode() if found and found[1] else None
     if owner is None:
         owner = secrets.token_hex(8)

@@ -25,7 +25,7 @@ from mplus.memory.directory.checkpoint_manifest import (
     read_live_manifest,
 )
 from mplus.memory.directory.directory import Directory
-from mplus.memory.directory.lock import acquire, is_new, owner_of
+from mplus.memory.directory.lock import acquire, owner_of
 from mplus.memory.directory.persistence import DirectoryPersistence, ReadOnly
 from mplus.memory.engine import Engine
 from mplus.memory.format.folder import MANIFEST, hold, prepare
@@ -136,7 +136,7 @@ def _check_own(folder: Folder) -> None:
         read_live_manifest(folder)
         return
     with writable(folder):
-        owner, begun = owner_of(folder), is_new(folder)
+        owner, begun = owner_of(folder)
         names = [name for name in folder.names() if name != LOCK or not (owner or begun)]
         foreign = [name for name in names if owner is None or owner_in(name) != owner]
         kept = [name for name in names if not _is_leftover(folder / name, owner)]

@@ -14,7 +14,7 @@ changed (of a tensor of the state that only grew: what it grew by); ``<i>.store.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, cast
 
 import torch
@@ -218,7 +218,12 @@ def apply(
         facts: dict[str, StreamChange] = json.loads(metadata["change"])
         if version < PRESENT_NAMES:
             facts, tensors = _upgraded(facts, tensors, [state.sources.next_number for state in states])
-        for row, fact in _by_row(facts, len(states)):
+        if unknown := facts.keys() - {f"{row}" for row in range(len(states))}:
+            raise ValueError(  # noqa: TRY301 - told below, as every fault of a record
+                f"it must change streams 0 to {len(states) - 1}, got {sorted(unknown)}"
+            )
+        for key, fact in facts.items():
+            row = int(key)
             if "clock" in fact:
                 states[row] = _changed(f"{row}", states[row], fact, tensors, layout)
             for place, (what, layer) in enumerate(fact.get("store", ())):
@@ -234,12 +239,6 @@ def apply(
 
 def _columns(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _by_row(facts: Mapping[str, StreamChange], streams: int) -> Iterator[tuple[int, StreamChange]]:
-    if unknown := facts.keys() - {f"{row}" for row in range(streams)}:
-        raise ValueError(f"it must change streams 0 to {streams - 1}, got {sorted(unknown)}")
-    return ((int(key), fact) for key, fact in facts.items())
 
 
 def _past(name: str, value: int, least: int, most: int = LARGEST) -> int:

@@ -63,12 +63,6 @@ def mechanism_in(fingerprint: Mapping[str, JsonValue]) -> JsonValue:
 
 
 @validator
-def component(name: str, value: JsonValue) -> None:
-    """Validate a component by name, or a table of its name and options."""
-    _check_component(name, value)
-
-
-@validator
 def fingerprint(name: str, value: dict[str, JsonValue]) -> None:
     """Validate facts about a decoder, of which those are looked at that are needed without it."""
     if "mechanism" in value:
@@ -83,6 +77,10 @@ def _check_component(name: str, value: JsonValue) -> None:
         Component.of(value)
     except ConfigError as error:
         raise ValueError(f"{name} must name a component: {error}") from error
+
+
+component = validator(_check_component)
+"""Validator: a component by name, or a table of its name and options."""
 
 
 @define(frozen=True, kw_only=True)

@@ -146,7 +146,11 @@ def _sources(file: Tensors, number: int, entry: StreamEntry, held: Sequence[Tens
     except (MemoryFileError, MemoryMismatchError) as error:
         lost.append(f"stream.{number}.sources: what the sources are called ({error})")
         also = [_numbers(file, f"stream.{number}.{kind}.sources") for kind in ("text", "tail")]
-        return _nameless([*held, *also], entry.next_source)
+        numbers = torch.cat([torch.empty(0, dtype=torch.int64), *held, *also]).unique().tolist()
+        nameless = {
+            number: Source(f"source {number}, name lost", 0, 1) for number in numbers if 0 <= number < entry.next_source
+        }
+        return SourceTable.of(nameless, entry.next_source)
     return table
 
 
@@ -156,13 +160,6 @@ def _numbers(file: Tensors, name: str) -> Tensor:
     except MemoryFileError:
         found = torch.empty(0)
     return found if found.dtype == torch.int64 and found.dim() == 1 else torch.empty(0, dtype=torch.int64)
-
-
-def _nameless(held: Sequence[Tensor], next_number: int) -> SourceTable:
-    """Return a table of the sources with the numbers in ``held``, whose names are lost."""
-    numbers = torch.cat([torch.empty(0, dtype=torch.int64), *held]).unique().tolist()
-    known = [number for number in numbers if 0 <= number < next_number]
-    return SourceTable.of({number: Source(f"source {number}, name lost", 0, 1) for number in known}, next_number)
 
 
 def _or_lost(read: Callable[[], T], otherwise: T, what: str, lost: list[str]) -> T:

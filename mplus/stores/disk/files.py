@@ -36,11 +36,6 @@ NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 Bytes = bytes | bytearray | memoryview
 
 
-def folder_mode(file_mode: int) -> int:
-    """Return the permission bits of a folder: whoever may read files may look them up. ``0o640`` -> ``0o750``."""
-    return file_mode | (file_mode & 0o444) >> 2
-
-
 class Folder:
     """A directory, whatever its path comes to mean; a context manager that gives it back.
 
@@ -237,7 +232,7 @@ class FileSystem:
 
         Those that are made can be looked into by whoever may read files of ``file_mode``; others stay as they are.
         """
-        mode = folder_mode(file_mode)
+        mode = file_mode | (file_mode & 0o444) >> 2  # who may read files may look them up: 0o640 -> 0o750
         for folder in reversed([path, *(parent for parent in path.parents if not parent.exists())]):
             try:
                 folder.mkdir(mode)

@@ -25,12 +25,6 @@ def content_columns(layout: StoreLayout) -> dict[str, tuple[tuple[int, ...], tor
     return {name: columns[name] for name in columns if name.startswith(("hidden", "projected"))}
 
 
-def resident_layout(layout: StoreLayout, device: torch.device) -> StoreLayout:
-    """Return a layout of the other columns."""
-    extra = tuple(part for part in layout.extra if part[0] not in content_columns(layout))
-    return evolve(layout, keeps_hidden=False, projected_size=0, extra=extra, device=device)
-
-
 @define(frozen=True, kw_only=True)
 class TierReport:
     """A report on one tier.
@@ -59,7 +53,9 @@ class Tier:
         self, name: str, layout: StoreLayout, device: torch.device, budget: int, small: float, *, pinned: bool
     ) -> None:
         self.name, self.budget, self.hits = name, budget, 0
-        self.allocator = BudgetedAllocator(resident_layout(layout, device), int(budget * small), pinned=pinned)
+        extra = tuple(part for part in layout.extra if part[0] not in content_columns(layout))
+        resident = evolve(layout, keeps_hidden=False, projected_size=0, extra=extra, device=device)
+        self.allocator = BudgetedAllocator(resident, int(budget * small), pinned=pinned)
         each = (budget - self.allocator.budget) // layout.layers
         self.caches = [RowCache(content_columns(layout), each, device, pinned=pinned) for _ in range(layout.layers)]
 

@@ -69,7 +69,7 @@ class MechanismMemory(MechanismLife, RowSuite):
     # ------------------------------------------------------------------ forgetting what others took in
 
     def test_rebuilding_takes_back_what_later_chunks_took_in(self, model: MemoryModel) -> None:
-        """What is left is, bit for bit, what writing the other texts would have given."""
+        """Rebuilding leaves, bit for bit, what writing the other texts would have given."""
         memory, without = self.written(model, 1, 2, 3, keep_text=True), model.new_memory(seed=1, keep_text=True)
         memory.forget("s1", mode="rebuild")
         for number, seed in ((0, 1), (2, 3)):

@@ -121,7 +121,7 @@ class TextMechanismConformance(MechanismLife):
         assert self.differences(memory, other) == []
 
     def test_prompts_of_a_batch_are_continued_as_alone(self, model: Any) -> None:
-        """Of the streams one is empty and one has more than the other, so that prompts get texts of all lengths."""
+        """One stream is empty and one has more than the other, so that prompts get texts of all lengths."""
         together = model.new_memory(3, **self.given())
         together.write([self.text(1), None, self.text(2)], source="s0")
         together.write([None, None, self.text(3)], source="s1")

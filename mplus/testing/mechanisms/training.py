@@ -22,7 +22,7 @@ from mplus.evaluation.tasks.facts import Facts
 from mplus.facts.episodes import recall_tokenizer
 from mplus.facts.language import Language
 from mplus.hf.adapters.lora import is_addition
-from mplus.hf.decoders.train_model import choose_trained, is_of_retriever
+from mplus.hf.decoders.train_model import choose_trained
 from mplus.hf.model.model_class import MemoryModel
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.testing.mechanisms.suite import CHUNK, RowSuite
@@ -63,7 +63,7 @@ class MechanismTraining(RowSuite):
     def own_parameters(self, model: nn.Module) -> set[str]:
         """Return the names of the mechanism's own parameters. A retriever has a loss of its own, which is not here."""
         names = (name for name, _ in model.named_parameters())
-        return {name for name in names if name.startswith("mplus.") and not is_of_retriever(name)}
+        return {name for name in names if name.startswith("mplus.") and not name.startswith("mplus.retriever.")}
 
     @contextmanager
     def counted(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:

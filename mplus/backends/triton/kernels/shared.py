@@ -18,11 +18,6 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def processors(tensor: torch.Tensor) -> int:
-    """Return how many programs the tensor's device runs at a time, at least; 1 where kernels are interpreted."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
-
-
 def needs_upcast(dtype: torch.dtype) -> bool:
     """Return whether operands must be widened after loading: the interpreter computes with the bits of bfloat16."""
     return INTERPRETED and dtype == torch.bfloat16
