@@ -50,7 +50,9 @@ class Memory(StoredMemory):
         """Read text into memory, chunk by chunk; an error or interrupt leaves the chunks before it, and nothing else.
 
         Args:
-            data: a text; ids ``[n]`` or ``[B, n]``; or a list with a text, ids or None (skip) per batch row.
+            data: a text; ids ``[n]`` or ``[B, n]``; a list of chat messages, ``{"role": ..., "content": ...}``, each of
+                which is written as a text of its own, with its speaker in front; what ``apply_chat_template`` returns;
+                or a list with one of these or None (skip) per batch row.
             source: name that ``sources``, ``forget`` and retrieval reports use; one, or one per batch row.
             progress: show a progress bar; None: for long writes in a terminal.
 

@@ -6,16 +6,32 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, cast
 
 import torch
+from attrs import define
 from torch import Tensor
 
 from mplus.errors import InputError
+from mplus.memory.writing.messages import Message, is_conversation, turns
 
 Ids: TypeAlias = Tensor | Sequence[int]
 """Token ids ``[n]``."""
-WriteData: TypeAlias = str | Ids | Sequence[str | Ids | None]
-"""What ``Memory.write`` takes: a text, ids ``[n]`` or ``[B, n]``, or a list with a text, ids or None per batch row."""
+Writable: TypeAlias = str | Ids | Sequence[Message] | Mapping[str, Any]
+"""A text, its ids, a list of chat messages, or what ``apply_chat_template`` returns."""
+WriteData: TypeAlias = Writable | Sequence[Writable | None]
+"""What ``Memory.write`` takes: one of these, ids of a batch ``[B, n]``, or a list with one of these or None per row."""
 SourceNames: TypeAlias = str | Sequence[str | None] | None
 """The name of a source, or one per batch row."""
+NOTHING = "there is nothing to write: the text, ids or messages are empty"
+
+
+@define(frozen=True)
+class Turns:
+    """The texts of the turns of one conversation."""
+
+    texts: Sequence[str]
+
+
+Item: TypeAlias = str | Ids | Turns | None
+"""What is to be written to one batch row."""
 
 
 class Tokenizer(Protocol):
@@ -54,11 +70,11 @@ def split(ids: Tensor, chunk_tokens: int, min_chunk_tokens: int) -> list[Tensor]
     return chunks
 
 
-def to_rows(data: WriteData, batch_size: int, tokenizer: Tokenizer | None) -> list[Tensor | None]:
-    """Return one ``[n]`` int64 tensor per batch row; None for a row with nothing to write.
+def to_rows(data: WriteData, batch_size: int, tokenizer: Tokenizer | None) -> list[list[Tensor]]:
+    """Return the texts of each batch row as ``[n]`` int64: one, one for each turn of a conversation, or none.
 
     Args:
-        data: a text, ids ``[n]`` or ``[B, n]`` (tensor or nested list), or a list with a text, ids or None per row.
+        data: as for ``Memory.write``.
         batch_size: B of the memory.
         tokenizer: needed for text; called with ``add_special_tokens=False``.
 
@@ -66,41 +82,83 @@ def to_rows(data: WriteData, batch_size: int, tokenizer: Tokenizer | None) -> li
         InputError: wrong batch size, wrong type, nothing to write at all, or text without a tokenizer.
     """
     rows = [_to_ids(item, tokenizer) for item in to_items(data, batch_size)]
-    if all(row is None for row in rows):
-        raise InputError("there is nothing to write: the text or ids are empty")
+    if not any(rows):
+        raise InputError(NOTHING)
     return rows
 
 
-def to_items(data: WriteData, batch_size: int) -> list[str | Ids | None]:
-    """Return what ``data`` has for each batch row: a text, ids or None. Raises InputError as ``to_rows``."""
-    items: list[str | Ids | None]
-    if isinstance(data, Tensor):
-        if data.dim() not in (1, 2):
-            raise InputError(f"ids must have shape [n] or [batch, n], got {list(data.shape)}")
-        items = [data] if data.dim() == 1 else list(data)
+def to_items(data: WriteData, batch_size: int) -> list[Item]:
+    """Return what ``data`` has for each batch row; a conversation as the texts of its turns.
+
+    Raises InputError as ``to_rows``.
+    """
+    if is_conversation(data):
+        items: list[Item] = [Turns(turns(data))]
+    elif isinstance(data, Mapping):
+        items = _without_padding(data)
     elif isinstance(data, str):
         items = [data]
-    elif isinstance(data, Sequence) and not isinstance(data, bytes | bytearray):
-        numbers = bool(data) and all(isinstance(item, int) for item in data)
-        items = cast("list[str | Ids | None]", [data] if numbers else list(data))
     else:
-        raise InputError(f"write takes text, ids or a list of them, got {type(data).__name__}")
+        items = [_item(item, row) for row, item in enumerate(_rows_of(data))]
     if items and len(items) != batch_size:
         raise InputError(f"write needs one text per batch row ({batch_size}), got {len(items)}")
     return items
 
 
-def _to_ids(item: str | Ids | None, tokenizer: Tokenizer | None) -> Tensor | None:
-    if item is None:
-        return None
-    if isinstance(item, str):
-        if not item:
-            return None
-        if tokenizer is None:
-            raise InputError("writing text needs a tokenizer: pass tokenizer= to new_memory or load, or write ids")
-        text = tokenizer(item, add_special_tokens=False, verbose=False)  # longer than a prompt, on purpose
-        return checked_ids(text["input_ids"])
-    return checked_ids(item)
+def _rows_of(data: Any) -> list[Any]:
+    """Return the rows of ids ``[n]`` or ``[B, n]``, a tensor, an array or a list; or the items of another list."""
+    if isinstance(data, Tensor) or hasattr(data, "__array__"):
+        ids = torch.as_tensor(data)
+        if ids.dim() not in (1, 2):
+            raise InputError(f"ids must have shape [n] or [batch, n], got {list(ids.shape)}")
+        return [ids] if ids.dim() == 1 else list(ids)
+    if not isinstance(data, Sequence) or isinstance(data, bytes | bytearray):
+        raise InputError(f"write takes text, ids, chat messages or a list of them, got {type(data).__name__}")
+    return [data] if data and all(isinstance(item, int) for item in data) else list(data)
+
+
+def _item(item: Any, row: int) -> Item:
+    """Return what one batch row of a list is given. Raises InputError as ``to_rows``."""
+    if is_conversation(item):
+        return Turns(turns(item, f"messages[{row}]"))
+    if isinstance(item, Mapping):
+        (item,) = to_items(item, 1)
+    return cast("Item", item)
+
+
+def _without_padding(encoded: Mapping[str, Any]) -> list[Item]:
+    """Return the ids ``[n]`` of each row of what a tokenizer returned. Raises InputError: it is no such thing."""
+    if "input_ids" not in encoded:
+        raise InputError(
+            "a mapping to write must have 'input_ids', as apply_chat_template returns it, got the keys "
+            f"{sorted(map(str, encoded))}: put chat messages into a list"
+        )
+    rows, mask = _rows_of(encoded["input_ids"]), encoded.get("attention_mask")
+    if mask is None:
+        return rows
+    marks = _rows_of(mask)
+    if [len(ids) for ids in rows] != [len(real) for real in marks]:
+        raise InputError(
+            f"attention_mask must have as many numbers as input_ids in each row, {[len(ids) for ids in rows]}, got "
+            f"{[len(real) for real in marks]}"
+        )
+    return [torch.as_tensor(ids)[torch.as_tensor(real).bool()] for ids, real in zip(rows, marks, strict=True)]
+
+
+def _to_ids(item: Item, tokenizer: Tokenizer | None) -> list[Tensor]:
+    """Return the ids of every text of one batch row that has any."""
+    if isinstance(item, str | Turns):
+        found = [_tokenised(text, tokenizer) for text in ([item] if isinstance(item, str) else item.texts) if text]
+    else:
+        found = [] if item is None else [checked_ids(item)]
+    return [ids for ids in found if ids is not None]
+
+
+def _tokenised(text: str, tokenizer: Tokenizer | None) -> Tensor | None:
+    if tokenizer is None:
+        raise InputError("writing text needs a tokenizer: pass tokenizer= to new_memory or load, or write ids")
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False)  # longer than a prompt, on purpose
+    return checked_ids(encoded["input_ids"])
 
 
 def checked_ids(item: Ids) -> Tensor | None:

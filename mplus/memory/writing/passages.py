@@ -11,7 +11,7 @@ from attrs import define
 from torch import Tensor
 
 from mplus.errors import InputError
-from mplus.memory.writing.chunking import Ids, Tokenizer, WriteData, checked_ids, to_items
+from mplus.memory.writing.chunking import NOTHING, Ids, Tokenizer, Turns, WriteData, checked_ids, to_items
 
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+|\n\s*")
 WORD_END = re.compile(r"\s+")
@@ -34,8 +34,8 @@ class Passage:
     tokenizer: Any
 
 
-def to_texts(data: WriteData, batch_size: int, tokenizer: Tokenizer | None) -> list[str | None]:
-    """Return the text of each batch row; None for a row with nothing to write.
+def to_texts(data: WriteData, batch_size: int, tokenizer: Tokenizer | None) -> list[list[str]]:
+    """Return the texts of each batch row: one, one for each turn of a conversation, or none.
 
     Args:
         data: as for ``mplus.memory.writing.chunking.to_rows``; ids are turned into text.
@@ -45,11 +45,13 @@ def to_texts(data: WriteData, batch_size: int, tokenizer: Tokenizer | None) -> l
     Raises:
         InputError: wrong batch size, wrong type, nothing to write at all, or no tokenizer.
     """
-    found = [to_text(item, tokenizer) for item in to_items(data, batch_size)]
-    texts = [text if text is not None and text.strip() else None for text in found]
-    if all(text is None for text in texts):
-        raise InputError("there is nothing to write: the text or ids are empty")
-    return texts
+    rows = []
+    for item in to_items(data, batch_size):
+        found = item.texts if isinstance(item, Turns) else [to_text(item, tokenizer)]
+        rows.append([text for text in found if text is not None and text.strip()])
+    if not any(rows):
+        raise InputError(NOTHING)
+    return rows
 
 
 def to_text(item: str | Ids | None, tokenizer: Tokenizer | None) -> str | None:

@@ -77,9 +77,8 @@ def tokenised(pieces: Iterable[str | Ids], tokenizer: Tokenizer | None) -> Itera
     """Yield ``[n]`` int64 ids of each piece that is not empty. Raises InputError as ``to_rows``."""
     for piece in pieces:
         if not isinstance(piece, str) or piece:
-            (ids,) = to_rows(piece, 1, tokenizer)
-            if ids is not None:
-                yield ids
+            (texts,) = to_rows(piece, 1, tokenizer)
+            yield from texts
 
 
 @define(eq=False)

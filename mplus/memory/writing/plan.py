@@ -58,24 +58,22 @@ class StreamWrite:
 
 
 def planned(memory: Memory, data: WriteData, source: SourceNames, report: WriteReport) -> list[StreamWrite]:
-    """Check all that is to be written to a memory, and cut it into chunks."""
+    """Check all that is to be written to a memory, and cut it into chunks, none of which spans two turns."""
     streams, tokenizer = memory.streams, memory.tokenizer
     names = to_names(source, len(streams))
-    if streams.engine.writes_text:
+    engine, config = streams.engine, streams.engine.config
+    if engine.writes_text:
         texts = to_texts(data, len(streams), tokenizer)
-        prepare_write(streams, [row for row, text in enumerate(texts) if text is not None])
-        most = streams.engine.config.chunk_tokens
-        parts = [[] if text is None else cut(text, tokenizer, most) for text in texts]
+        prepare_write(streams, [row for row, own in enumerate(texts) if own])
+        parts = [[part for text in own for part in cut(text, tokenizer, config.chunk_tokens)] for own in texts]
         return [passage_write(streams, row, parts[row], names[row], report, tokenizer) for row in range(len(streams))]
     rows = to_rows(data, len(streams), tokenizer)
-    prepare_write(streams, [row for row, ids in enumerate(rows) if ids is not None])
-    engine, config = streams.engine, streams.engine.config
+    prepare_write(streams, [row for row, own in enumerate(rows) if own])
     writes = []
-    for row, ids in enumerate(rows):
-        chunks: list[Tensor] = []
-        if ids is not None:
+    for row, own in enumerate(rows):
+        for ids in own:
             check_vocabulary(ids, engine.vocab_size)
-            chunks = split(ids, config.chunk_tokens, config.min_chunk_tokens)
+        chunks = [chunk for ids in own for chunk in split(ids, config.chunk_tokens, config.min_chunk_tokens)]
         writes.append(StreamWrite(streams, row, chunks, names[row], report, tokenizer))
     return writes
 

@@ -252,7 +252,7 @@ def test_one_in_memory_only_is_closed_by_doing_nothing_and_has_no_checkpoint():
 
 
 def test_it_is_offered_at_the_top_and_says_what_it_takes():
-    assert mplus.Memory.open is Memory.open
+    assert mplus.Memory is Memory
     described = inspect.getdoc(Memory.open)
     assert all(name in described.partition("Raises:")[0] for name in inspect.signature(Memory.open).parameters)
     with pytest.raises(TypeError, match="batchsize"):
