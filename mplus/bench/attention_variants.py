@@ -16,14 +16,9 @@ AttentionVariant = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``variant(queries [B, H, T, D], keys [B, Hkv, S, D], values)``: causal, aligned at the bottom right."""
 
 
-def bool_mask(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attend with a mask of booleans; the kernel groups the heads."""
-    return _attend(queries, keys, values, _mask(queries, keys, None, 1))
-
-
-def float_mask(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attend with an additive mask; the kernel groups the heads."""
-    return _attend(queries, keys, values, _mask(queries, keys, queries.dtype, 1))
+def grouped(queries: Tensor, keys: Tensor, values: Tensor, *, additive: bool) -> Tensor:
+    """Attend with heads that the kernel groups, and a mask that is additive or of booleans."""
+    return _attend(queries, keys, values, _mask(queries, keys, queries.dtype if additive else None, 1))
 
 
 def lower_right(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -32,14 +27,13 @@ def lower_right(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return _attend(queries, keys, values, bias)
 
 
-def packed(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attend with the heads of a group as further rows of one head, and a mask of booleans."""
-    return _packed(queries, keys, values, None)
-
-
-def packed_float(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attend as ``packed`` does, with an additive mask."""
-    return _packed(queries, keys, values, queries.dtype)
+def packed(queries: Tensor, keys: Tensor, values: Tensor, *, additive: bool) -> Tensor:
+    """Attend with the heads of a group as further rows of one head, and a mask that is additive or of booleans."""
+    batch, heads, length, width = queries.shape
+    groups = heads // keys.shape[1]
+    rows = queries.reshape(batch, keys.shape[1], groups * length, width)
+    mask = _mask(queries, keys, queries.dtype if additive else None, groups)
+    return scaled_dot_product_attention(rows, keys, values, attn_mask=mask).reshape(batch, heads, length, width)
 
 
 def written_out(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -66,11 +60,11 @@ MOST_QUERIES = 64
 """The most queries of ``written_out``, which holds all their scores."""
 
 VARIANTS: Mapping[str, AttentionVariant] = {
-    "bool mask": bool_mask,
-    "float mask": float_mask,
+    "bool mask": functools.partial(grouped, additive=False),
+    "float mask": functools.partial(grouped, additive=True),
     "causal_lower_right": lower_right,
-    "packed groups, bool mask": packed,
-    "packed groups, float mask": packed_float,
+    "packed groups, bool mask": functools.partial(packed, additive=False),
+    "packed groups, float mask": functools.partial(packed, additive=True),
     "packed groups, written out": written_out,
 }
 
@@ -94,14 +88,6 @@ def fastest(queries: Tensor, keys: Tensor, values: Tensor, rounds: int = 3) -> t
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     grouped = queries.shape[1] != keys.shape[1]
     return scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
-
-
-def _packed(queries: Tensor, keys: Tensor, values: Tensor, dtype: torch.dtype | None) -> Tensor:
-    batch, heads, length, width = queries.shape
-    groups = heads // keys.shape[1]
-    rows = queries.reshape(batch, keys.shape[1], groups * length, width)
-    mask = _mask(queries, keys, dtype, groups)
-    return scaled_dot_product_attention(rows, keys, values, attn_mask=mask).reshape(batch, heads, length, width)
 
 
 def _mask(queries: Tensor, keys: Tensor, dtype: torch.dtype | None, groups: int) -> Tensor | None:

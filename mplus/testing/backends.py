@@ -41,7 +41,7 @@ class BackendConformance:
         device: where requests are made.
     """
 
-    implementation: ClassVar[Any]
+    implementation: ClassVar[type[AttentionBackend]]
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16)
     device: ClassVar[str] = "cpu"
 
@@ -234,9 +234,13 @@ class BackendConformance:
         if self.check_reasons(learning):
             return
         also = () if self.check_reasons(with_learned_bias(request)) else ("bias",)
-        actual, expected = (gradients_of(request, attend, *also) for attend in (self._attend, _attend_exactly))
+
+        def exactly(request: AttentionRequest) -> Tensor:
+            return exact_attention(request)[0]
+
+        actual, expected = (gradients_of(request, attend, *also) for attend in (self._attend, exactly))
         others = [
-            gradients_of(nudged(request), _attend_exactly, *also),
+            gradients_of(nudged(request), exactly, *also),
             gradients_of(request, plain_attention, *also),
         ]
         for name, gradient in actual.items():
@@ -310,21 +314,14 @@ class BackendConformance:
 
 
 def _error(actual: Tensor, exact: Tensor) -> float:
-    """Largest absolute error; infinite where there is NaN."""
+    """Return the largest absolute error; infinite where there is NaN."""
     difference = (actual.double().cpu() - exact).abs().nan_to_num(nan=torch.inf)
     return float(difference.max()) if difference.numel() else 0.0
 
 
 def _allowed(request: AttentionRequest, exact: Tensor) -> float:
-    """Twice the error of plain torch, and a few units in the last place of the values."""
+    """Return twice the error of plain torch, and a few units in the last place of the largest value."""
     eps = torch.finfo(request.queries.dtype).eps
-    return 2 * _error(plain_attention(request), exact) + TINY * eps * max(_largest(request), 1)
-
-
-def _largest(request: AttentionRequest) -> float:
     values = [request.values, *(segment.values for segment in request.segments)]
-    return max(float(part.nan_to_num().abs().max()) for part in values if part.numel())
-
-
-def _attend_exactly(request: AttentionRequest) -> Tensor:
-    return exact_attention(request)[0]
+    largest = max(float(part.nan_to_num().abs().max()) for part in values if part.numel())
+    return 2 * _error(plain_attention(request), exact) + TINY * eps * max(largest, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import attrs
 import torch
@@ -22,7 +22,7 @@ class EvictionConformance:
         implementation: the policy class under test.
     """
 
-    implementation: ClassVar[Any]
+    implementation: ClassVar[type[EvictionPolicy]]
 
     def make(self) -> EvictionPolicy:
         """Return a new policy."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import attrs
 import torch
 
 from mplus.config import AdapterConfig, Component, MPlusConfig
 from mplus.hf.decoders.train_model import build_for_training
+from mplus.hf.model.model_class import MemoryModel
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams
 from mplus.training.batch import NO_SOURCE, Batch
 from mplus.training.decoder import TrainedDecoder, make_batched_streams
@@ -27,7 +28,7 @@ class ObjectiveConformance:
         trains_additions: whether it trains anything that memory adds to a decoder.
     """
 
-    implementation: ClassVar[Any]
+    implementation: ClassVar[type[Objective]]
     trains_additions: ClassVar[bool] = True
 
     def make(self) -> Objective:
@@ -38,7 +39,7 @@ class ObjectiveConformance:
 
     # ------------------------------------------------------------------ helpers
 
-    def model(self) -> Any:
+    def model(self) -> MemoryModel:
         """Return a wrapped decoder of two layers, of which everything is trained."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
@@ -58,9 +59,10 @@ class ObjectiveConformance:
                 parameter.requires_grad_(True)
                 if parameter.ndim == 2:  # adapters begin as zero, and then pass no gradient on
                     torch.nn.init.normal_(parameter, std=0.2)
-        return model.train()
+        training: MemoryModel = model.train()
+        return training
 
-    def streams(self, model: Any) -> BatchedStreams:
+    def streams(self, model: MemoryModel) -> BatchedStreams:
         """Return streams whose short-term memory is full, with rows in long-term memory."""
         streams = make_batched_streams(model.mplus_engine, range(STREAMS), seed=0, long_term_tokens=16)
         with torch.no_grad():
@@ -96,7 +98,7 @@ class ObjectiveConformance:
             window_mask=torch.ones_like(windows, dtype=torch.bool),
         )
 
-    def run(self, model: Any, streams: BatchedStreams, batch: Batch | None = None) -> ObjectiveResult:
+    def run(self, model: MemoryModel, streams: BatchedStreams, batch: Batch | None = None) -> ObjectiveResult:
         """Call the objective once, with a retriever loss that draws nothing."""
         loss = RetrieverLoss(candidates=64)
         return self.make()(TrainedDecoder(model), streams, batch or self.batch(), loss)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
@@ -108,7 +109,9 @@ def with_learned_bias(request: AttentionRequest) -> AttentionRequest:
     return attrs.evolve(request, segments=segments)
 
 
-def gradients_of(request: AttentionRequest, attend: Any, *also: str) -> dict[str, Tensor]:
+def gradients_of(
+    request: AttentionRequest, attend: Callable[[AttentionRequest], Tensor], *also: str
+) -> dict[str, Tensor]:
     """Return gradients of a weighted sum of the output towards queries, keys and values, and what ``also`` names."""
     leaves = {
         name: tensor.clone().requires_grad_()

@@ -45,7 +45,7 @@ class RetrieverConformance:
             batch. Where there is a score, that is measured, by computing it in float64.
     """
 
-    implementation: ClassVar[Any]
+    implementation: ClassVar[type[Retriever]]
     exact: ClassVar[bool] = True
     least_recall: ClassVar[float] = 0.9
     tolerance: ClassVar[float] = 1e-5

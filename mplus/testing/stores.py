@@ -33,7 +33,7 @@ class StoreConformance(StoreChecks):
         machines: sequences of changes that are compared with a plain list.
     """
 
-    implementation: ClassVar[Any]
+    implementation: ClassVar[type[MemoryStore]]
     machines: ClassVar[int] = CONFORMANCE.max_examples
 
     def make(self, layout: StoreLayout) -> MemoryStore:

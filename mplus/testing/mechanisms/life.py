@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NoReturn, ParamSpec
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ from mplus.memory.format.offline import saved_sources
 from mplus.memory.format.repair import repair
 from mplus.memory.format.verify import verify
 from mplus.testing.mechanisms.suite import MechanismSuite, bytes_of, content_of, unequal
+
+P = ParamSpec("P")
 
 
 class MechanismLife(MechanismSuite):
@@ -163,10 +165,10 @@ class MechanismLife(MechanismSuite):
         assert self.differences(memory, other) == []
 
 
-def _failing(method: Callable[..., Any]) -> Callable[..., Any]:
+def _failing(method: Callable[P, object]) -> Callable[P, NoReturn]:
     """Return ``method`` so that it fails once it is done."""
 
-    def failing(*given: Any, **named: Any) -> Any:
+    def failing(*given: P.args, **named: P.kwargs) -> NoReturn:
         method(*given, **named)
         raise RuntimeError("as planned")
 

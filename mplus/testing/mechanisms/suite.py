@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import mplus
-from mplus.config import MPlusConfig
+from mplus.config import JsonValue, MPlusConfig
 from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.pretrained.shipped import load_decoder
 from mplus.mechanisms import MECHANISMS
@@ -47,18 +47,18 @@ class MechanismSuite:
     """
 
     implementation: ClassVar[type[Mechanism]]
-    settings: ClassVar[Mapping[str, Any]] = {}
-    keeping: ClassVar[Mapping[str, Any]] = {}
-    asking: ClassVar[Mapping[str, Any]] = {}
+    settings: ClassVar[Mapping[str, JsonValue]] = {}
+    keeping: ClassVar[Mapping[str, JsonValue]] = {}
+    asking: ClassVar[Mapping[str, JsonValue]] = {}
     dtype: ClassVar[torch.dtype] = torch.float64
 
     @classmethod
-    def memory_table(cls) -> dict[str, Any]:
+    def memory_table(cls) -> dict[str, JsonValue]:
         """Return the fields of a configuration, as plain data."""
         return {**cls.settings, "mechanism": cls.implementation.name}
 
     @classmethod
-    def config(cls, **changes: Any) -> MPlusConfig:
+    def config(cls, **changes: JsonValue) -> MPlusConfig:
         """Return the configuration that the decoder is wrapped with, with ``changes`` of its fields."""
         return MPlusConfig.from_dict({**cls.memory_table(), **changes})
 
@@ -78,7 +78,7 @@ class MechanismSuite:
 
     @classmethod
     @contextmanager
-    def wrapped(cls, dtype: torch.dtype | None = None, **changes: Any) -> Iterator[MemoryModel]:
+    def wrapped(cls, dtype: torch.dtype | None = None, **changes: JsonValue) -> Iterator[MemoryModel]:
         """Wrap the decoder; the mechanism is registered meanwhile. ``changes`` are fields of the configuration."""
         with cls.registered():
             with torch.random.fork_rng(devices=[]):
@@ -165,13 +165,13 @@ class RowSuite(MechanismSuite):
     """
 
     implementation: ClassVar[type[MemoryMechanism]]
-    keeping: ClassVar[Mapping[str, Any]] = {"keep_text": True}
+    keeping: ClassVar[Mapping[str, JsonValue]] = {"keep_text": True}
 
     @classmethod
-    def memory_table(cls) -> dict[str, Any]:
+    def memory_table(cls) -> dict[str, JsonValue]:
         """Return the fields of a configuration, as plain data."""
         name = cls.implementation.name
-        sizes: dict[str, Any] = {"chunk_tokens": CHUNK, "min_chunk_tokens": 4, "long_term_tokens": 200}
+        sizes: dict[str, JsonValue] = {"chunk_tokens": CHUNK, "min_chunk_tokens": 4, "long_term_tokens": 200}
         if MPlusConfig.from_dict({"mechanism": name}).adapters is not None:
             sizes["adapters"] = None
         if cls.implementation.uses_retriever:
@@ -209,11 +209,11 @@ def unequal(one: Content, two: Content) -> list[str]:
     """Return the names of what is in one of them only, or is not the same in both."""
     shared = one.keys() & two.keys()
     missing = sorted((one.keys() | two.keys()) - shared)
-    return missing + sorted(name for name in shared if not _same(one[name], two[name]))
 
+    def same(one: Tensor | int | list[str | None], two: Tensor | int | list[str | None]) -> bool:
+        return torch.equal(one, two) if isinstance(one, Tensor) and isinstance(two, Tensor) else bool(one == two)
 
-def _same(one: object, two: object) -> bool:
-    return torch.equal(one, two) if isinstance(one, Tensor) and isinstance(two, Tensor) else bool(one == two)
+    return missing + sorted(name for name in shared if not same(one[name], two[name]))
 
 
 def bytes_of(folder: Path) -> bytes:

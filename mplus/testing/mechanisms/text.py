@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import attrs
 import pytest
 import torch
 from torch import Tensor
 
+from mplus.config import JsonValue
 from mplus.errors import InputError
+from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.pretrained.shipped import load_tokenizer
+from mplus.hf.text.engine import TextEngine
 from mplus.mechanisms.text.mechanism import Recalled, TextMechanism, TokenBudget
-from mplus.mechanisms.text.state import EntryState
+from mplus.mechanisms.text.state import Entry, EntryState
+from mplus.memory.writing.chunking import WriteData
 from mplus.testing.mechanisms.life import MechanismLife
 
 if TYPE_CHECKING:
@@ -45,13 +49,13 @@ class TextMechanismConformance(MechanismLife):
     """
 
     implementation: ClassVar[type[TextMechanism]]
-    options: ClassVar[Mapping[str, Any]] = {}
-    asking: ClassVar[Mapping[str, Any]] = {"query_tokens": 4}
+    options: ClassVar[Mapping[str, JsonValue]] = {}
+    asking: ClassVar[Mapping[str, JsonValue]] = {"query_tokens": 4}
 
     # ------------------------------------------------------------------ helpers
 
     @classmethod
-    def memory_table(cls) -> dict[str, Any]:
+    def memory_table(cls) -> dict[str, JsonValue]:
         mechanism = {"name": cls.implementation.name, **cls.options}
         return {"chunk_tokens": 48, **cls.settings, "mechanism": mechanism}
 
@@ -71,7 +75,7 @@ class TextMechanismConformance(MechanismLife):
         """Return the word that is in no other text."""
         return {"a word of it": text.split(maxsplit=1)[0].encode()}
 
-    def generated(self, model: Any, ids: Tensor, memory: Memory | None = None, **options: Any) -> Tensor:
+    def generated(self, model: MemoryModel, ids: Tensor, memory: Memory | None = None, **options: Any) -> Tensor:
         """Return what greedy decoding puts behind prompts ``[B, T]``, these included."""
         settings = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, **options}
         found: Tensor = model.generate(ids, memory=memory, max_new_tokens=6, do_sample=False, **settings)
@@ -86,41 +90,41 @@ class TextMechanismConformance(MechanismLife):
         assert self.implementation.opens is None or (self.implementation.opens and self.implementation.closes)
         assert self.implementation.opens is not None or self.implementation.recall is not TextMechanism.recall
 
-    def test_an_empty_memory_leaves_the_decoder_as_it_is(self, model: Any) -> None:
+    def test_an_empty_memory_leaves_the_decoder_as_it_is(self, model: MemoryModel) -> None:
         ids, emptied = self.prompt(7)[None], self.written(model, 1)
         emptied.forget("s0")
         for memory in (model.new_memory(**self.given()), emptied):
             assert torch.equal(self.logits(model, ids, memory), self.logits(model, ids))
             assert torch.equal(self.generated(model, ids, memory), self.generated(model, ids))
 
-    def test_what_is_written_leaves_entries(self, model: Any) -> None:
+    def test_what_is_written_leaves_entries(self, model: MemoryModel) -> None:
         memory = self.written(model, 1, 2)
         assert [source.held["entries"] > 0 for source in memory.sources()] == [True, True]
 
-    def test_what_is_recalled_changes_what_is_read(self, model: Any) -> None:
+    def test_what_is_recalled_changes_what_is_read(self, model: MemoryModel) -> None:
         ids, memory = self.prompt(1)[None], self.written(model, 1, 2)
         same = torch.equal(self.logits(model, ids, memory), self.logits(model, ids))
         assert not same or self.implementation.recall is TextMechanism.recall
 
-    def test_recalled_text_fits_and_says_what_it_is_made_of(self, model: Any) -> None:
+    def test_recalled_text_fits_and_says_what_it_is_made_of(self, model: MemoryModel) -> None:
         memory, tokenizer = self.written(model, 1, 2, 3), load_tokenizer()
-        mechanism, [state] = model.mplus_engine.mechanism, memory.states
+        engine, [state] = cast("TextEngine", memory.engine), memory.states
+        prompt, asking = str(tokenizer.decode(self.prompt(1))), engine.asking(tokenizer)
         entries = EntryState.entries(state)  # type: ignore[arg-type]
         for most in (1, 5, 20, 60, 1000):
             budget = TokenBudget(most, lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))
-            asking = model.mplus_engine.asking(tokenizer)
-            found = mechanism.recall(entries, tokenizer.decode(self.prompt(1)), asking, budget)
+            found = engine.mechanism.recall(entries, prompt, asking, budget)
             assert budget.count(found.text) <= most
             assert set(found.entries) <= set(entries)
             assert len(found.scores) in (0, len(found.entries))
 
-    def test_reads_change_nothing(self, model: Any) -> None:
+    def test_reads_change_nothing(self, model: MemoryModel) -> None:
         memory, other = self.written(model, 1, 2), self.written(model, 1, 2)
         self.logits(model, self.prompt(7)[None], memory)
         self.generated(model, self.prompt(7)[None], memory)
         assert self.differences(memory, other) == []
 
-    def test_prompts_of_a_batch_are_continued_as_alone(self, model: Any) -> None:
+    def test_prompts_of_a_batch_are_continued_as_alone(self, model: MemoryModel) -> None:
         """One stream is empty and one has more than the other, so that prompts get texts of all lengths."""
         together = model.new_memory(3, **self.given())
         together.write([self.text(1), None, self.text(2)], source="s0")
@@ -132,7 +136,7 @@ class TextMechanismConformance(MechanismLife):
             alone = self.generated(model, ids[row : row + 1], together.fork(row))[0]
             assert torch.equal(found[row, : len(alone)], alone)
 
-    def test_another_decoder_reads_the_same(self, model: Any, tmp_path: Path) -> None:
+    def test_another_decoder_reads_the_same(self, model: MemoryModel, tmp_path: Path) -> None:
         memory, ids = self.written(model, 1, 2), self.prompt(1)[None]
         memory.save(tmp_path / "saved")
         with self.wrapped() as other:
@@ -147,12 +151,12 @@ class TextMechanismConformance(MechanismLife):
 
     # ------------------------------------------------------------------ calls
 
-    def test_calls_come_to_an_end(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_calls_come_to_an_end(self, model: MemoryModel, monkeypatch: pytest.MonkeyPatch) -> None:
         """The decoder calls and calls, and always gets an answer."""
         opens, closes, tokenizer = self.implementation.opens, self.implementation.closes, load_tokenizer()
         answered = []
 
-        def answer(mechanism: Any, entries: Any, call: str) -> Recalled:
+        def answer(mechanism: TextMechanism, entries: Sequence[Entry], call: str) -> Recalled:
             answered.append(call)
             assert len(answered) <= MOST_CALLS, "the calls are endless"
             return Recalled(" yes", tuple(entries[:1]))
@@ -168,7 +172,7 @@ class TextMechanismConformance(MechanismLife):
     # ------------------------------------------------------------------ what goes wrong
 
     @pytest.mark.parametrize("nothing", ["", "  \n", 3.5, [None]])
-    def test_a_refused_text_changes_nothing(self, model: Any, nothing: Any) -> None:
+    def test_a_refused_text_changes_nothing(self, model: MemoryModel, nothing: WriteData) -> None:
         memory, other = self.written(model, 1, 2), self.written(model, 1, 2)
         with pytest.raises(InputError):
             memory.write(nothing, source="s2")

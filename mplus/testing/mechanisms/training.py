@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from mplus.config import JsonValue
 from mplus.errors import ConfigError
 from mplus.evaluation.execution import GeneratedAnswers
 from mplus.evaluation.options import ArmOptions, RunOptions
@@ -34,14 +35,22 @@ from mplus.training.setup import make_model
 STEPS = 3
 WORDS = "the dragon saw a red ball in the garden and told his friend about it . "
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 class MechanismTraining(RowSuite):
     """The tests of ``MechanismConformance`` that train and evaluate."""
 
-    def recipe(self, folder: Path, **memory: Any) -> dict[str, Any]:
+    def recipe(self, folder: Path, **memory: JsonValue) -> dict[str, JsonValue]:
         """Return a recipe of a few steps on a text in ``folder``; ``memory`` are further fields of the memory."""
         (folder / "text.txt").write_text(60 * WORDS)
-        data = {"kind": "documents", "paths": [str(folder / "text.txt")], "chunk_tokens": CHUNK, "target_tokens": CHUNK}
+        data: JsonValue = {
+            "kind": "documents",
+            "paths": [str(folder / "text.txt")],
+            "chunk_tokens": CHUNK,
+            "target_tokens": CHUNK,
+        }
         return {
             "name": "conformance",
             "streams": 2,
@@ -69,9 +78,17 @@ class MechanismTraining(RowSuite):
     def counted(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         """Count the calls of the mechanism's own methods."""
         calls: Counter[str] = Counter()
+
+        def counting(name: str, method: Callable[P, R]) -> Callable[P, R]:
+            def counted(*given: P.args, **named: P.kwargs) -> R:
+                calls[name] += 1
+                return method(*given, **named)
+
+            return counted
+
         with monkeypatch.context() as patch:
             for method in ("write", "absorb", "prefix"):
-                patch.setattr(self.implementation, method, _counting(getattr(self.implementation, method), calls))
+                patch.setattr(self.implementation, method, counting(method, getattr(self.implementation, method)))
             yield calls
 
     def test_gradients_reach_its_own_parameters_and_nothing_that_is_frozen(self) -> None:
@@ -86,7 +103,8 @@ class MechanismTraining(RowSuite):
             logits = streams.read(texts).logits
             loss = logits[:, :, :-1].log_softmax(-1).gather(-1, texts[:, :, 1:, None]).mean()
             loss.backward()
-            reached = {name for name, parameter in model.named_parameters() if _is_moved(parameter.grad)}
+            gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+            reached = {name for name, found in gradients.items() if found is not None and bool(found.abs().sum() > 0)}
             assert reached, "nothing can be trained"
             assert self.own_parameters(model) - reached == set()
             assert {name for name in reached if not is_addition(name)} == set()
@@ -140,15 +158,3 @@ class MechanismTraining(RowSuite):
         assert {"write", "absorb", "prefix"} <= calls.keys()
         for cell, without in zip(by_name[name].cells, by_name["none"].cells, strict=True):
             assert (cell.tokens_attended or 0) > (without.tokens_attended or 0)
-
-
-def _counting(method: Callable[..., Any], calls: Counter[str]) -> Callable[..., Any]:
-    def counting(*given: Any, **named: Any) -> Any:
-        calls[method.__name__] += 1
-        return method(*given, **named)
-
-    return counting
-
-
-def _is_moved(gradient: Tensor | None) -> bool:
-    return gradient is not None and bool(gradient.abs().sum() > 0)
