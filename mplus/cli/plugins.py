@@ -56,7 +56,7 @@ def registries() -> list[NameRegistry[Any]]:
     return [MECHANISMS, STORES, EVICTION, RETRIEVERS, BACKENDS, OBJECTIVES, SOURCES, RECIPES, REPLAYS]
 
 
-def implementations() -> list[dict[str, Any]]:
+def implementations() -> list[dict[str, str | None]]:
     """Return kind, name, origin and error (None: none) of every implementation."""
     _import_torch()
     return [

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mplus.cli.output import print_json
+from mplus.config import JsonValue
 from mplus.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -90,9 +91,9 @@ def _folder(recipe: str | None, settings: list[str] | None) -> Path:
     return RUNS / str(parse(settings or []).get("name", path.stem if Path(recipe).is_file() else recipe))
 
 
-def parse(settings: list[str]) -> dict[str, Any]:
+def parse(settings: list[str]) -> dict[str, JsonValue]:
     """Parse ``["a.b=1"]`` to ``{"a.b": 1}``. Raises ConfigError for what has no path or no value."""
-    found: dict[str, Any] = {}
+    found: dict[str, JsonValue] = {}
     for setting in settings:
         path, sign, value = setting.partition("=")
         if not path.strip() or not sign:

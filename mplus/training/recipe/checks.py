@@ -146,9 +146,8 @@ def _check_entry(recipe: Recipe, stage: Stage, entry: Entry) -> None:
     if entry.name == "window":
         for data in sets:
             if getattr(data.parsed, "window_tokens", None) == 0:
-                raise ConfigError(
-                    f"data must be a data set with windows: set window_tokens of {_name_of(recipe, data)}"
-                )
+                name = next(name for name, other in recipe.data.items() if other is data)
+                raise ConfigError(f"data must be a data set with windows: set window_tokens of {name!r}")
 
 
 def _check_probabilities(main: Sequence[Entry]) -> None:
@@ -249,7 +248,3 @@ def _known(recipe: Recipe, name: str) -> DataSet:
     if name not in recipe.data:
         raise ConfigError(f"data must name a data set ({', '.join(recipe.data) or 'there is none'}), got {name!r}")
     return recipe.data[name]
-
-
-def _name_of(recipe: Recipe, data: DataSet) -> str:
-    return next(repr(name) for name, other in recipe.data.items() if other is data)
