@@ -31,7 +31,7 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="Print the list
     for column in ("kind", "name", "origin"):
         table.add_column(column, overflow="fold")
     for entry in found:
-        table.add_row(*(escape(entry[column]) for column in ("kind", "name", "origin")))
+        table.add_row(*(escape(entry[column] or "") for column in ("kind", "name", "origin")))
     console = Console(highlight=False)
     console.print(table)
     broken = [entry for entry in found if entry["error"]]
