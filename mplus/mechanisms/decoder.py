@@ -76,7 +76,8 @@ class DecoderShape:
         dtype: of hidden states.
         device: where ids go.
         begin: ``[L, 1, d]``, what each layer that carries memory would receive for the token that begins a text, as
-            it was when the decoder was wrapped.
+            it was when the decoder was wrapped: in every layer what the first one receives, its embedding.
+        begin_inputs: ``[L, 1, d]``, the same, in every layer what it does receive.
         first_token: that begins a text: BOS, else EOS; None: there is neither.
     """
 
@@ -95,6 +96,7 @@ class DecoderShape:
     dtype: torch.dtype
     device: torch.device
     begin: Tensor
+    begin_inputs: Tensor
     first_token: int | None = None
 
 

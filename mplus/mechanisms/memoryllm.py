@@ -9,6 +9,7 @@ import torch
 from attrs import define, evolve, field
 
 from mplus.config import flag
+from mplus.errors import ConfigError
 from mplus.mechanisms.root import Absorbed
 from mplus.mechanisms.short_term.mechanism import RowMechanism
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
@@ -22,8 +23,8 @@ class MemoryLLMMechanism(RowMechanism):
     """Writes as M+ does, reads ``[begin | STM | text]``."""
 
     @define(frozen=True, kw_only=True)
-    class Options:
-        """Options of MemoryLLM.
+    class Options(RowMechanism.Options):
+        """Options of MemoryLLM, besides those that it shares with M+.
 
         Attributes:
             tile_first: the first write into an empty memory is repeated until the pool is full, and neither it nor
@@ -31,6 +32,13 @@ class MemoryLLMMechanism(RowMechanism):
         """
 
         tile_first: bool = field(default=False, validator=flag)
+
+        def __attrs_post_init__(self) -> None:
+            if self.tile_first and self.rows == "inputs":
+                raise ConfigError(
+                    "rows must be 'outputs' with tile_first, whose first rows carry the mark of the next layer, "
+                    "got 'inputs'"
+                )
 
         @classmethod
         def defaults(cls, variant: str) -> dict[str, Any]:

@@ -27,8 +27,8 @@ class MPlusMechanism(RowMechanism):
     """Reads ``[begin | retrieved LTM rows, oldest first | STM | text]``."""
 
     @define(frozen=True, kw_only=True)
-    class Options:
-        """Options of M+; each is one way in which the released code differs from the paper.
+    class Options(RowMechanism.Options):
+        """Options of M+: those it shares with MemoryLLM, and ways in which the released code differs from the paper.
 
         Attributes:
             ages: "birth" orders rows by when they were written; "release" by when they left the STM and then by

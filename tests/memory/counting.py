@@ -41,6 +41,7 @@ SHAPE = DecoderShape(
     dtype=torch.float32,
     device=torch.device("cpu"),
     begin=torch.zeros(LAYERS, 1, WIDTH),
+    begin_inputs=torch.zeros(LAYERS, 1, WIDTH),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import cast
 
 import torch
@@ -36,7 +37,8 @@ def first_token(decoder: nn.Module) -> int | None:
 def decoder_shape(decoder: PreTrainedModel, anatomy: Anatomy) -> DecoderShape:
     """Return what mechanisms are told of a decoder; runs one pass of a token."""
     config = decoder.config.get_text_config(decoder=True)
-    begin, embedding = begin_rows(decoder, anatomy), cast("nn.Embedding", decoder.get_input_embeddings()).weight
+    inputs, embedding = begin_inputs(decoder, anatomy), cast("nn.Embedding", decoder.get_input_embeddings()).weight
+    begin = inputs[0].expand(len(anatomy.specs), -1, -1).clone()
     heads, key_heads, head_size, value_size = _attention_sizes(config, begin.shape[2])
     return DecoderShape(
         layers=len(anatomy.specs),
@@ -54,6 +56,7 @@ def decoder_shape(decoder: PreTrainedModel, anatomy: Anatomy) -> DecoderShape:
         dtype=begin.dtype,
         device=input_device(decoder),
         begin=begin,
+        begin_inputs=torch.stack([inputs[spec.layer_index].to(begin) for spec in anatomy.specs]),
         first_token=first_token(decoder),
     )
 
@@ -71,8 +74,8 @@ def _attention_sizes(config: PreTrainedConfig, width: int) -> tuple[int | None, 
 
 
 @torch.no_grad()
-def begin_rows(decoder: PreTrainedModel, anatomy: Anatomy) -> Tensor:
-    """Return ``[L, 1, d]``, what the first layer gets for BOS, else EOS, else the mean embedding, for every layer."""
+def begin_inputs(decoder: PreTrainedModel, anatomy: Anatomy) -> list[Tensor]:
+    """Return ``[1, d]`` for every layer, what it receives for a text of BOS, else EOS, else the mean embedding."""
     embedding = cast("nn.Embedding", decoder.get_input_embeddings())
     token = first_token(decoder)
     if token is not None and 0 <= token < embedding.weight.shape[0]:
@@ -81,17 +84,16 @@ def begin_rows(decoder: PreTrainedModel, anatomy: Anatomy) -> Tensor:
         every = embedding(torch.arange(embedding.weight.shape[0], device=input_device(decoder)))
         inputs = {"inputs_embeds": every.float().mean(0).to(every)[None, None]}
     seen: list[Tensor] = []
-    handle = anatomy.layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
-    try:
-        with in_eval_mode(decoder):
-            anatomy.decoder(**inputs, use_cache=False)
-    finally:
-        handle.remove()
+    with ExitStack() as hooked, in_eval_mode(decoder):
+        for layer in anatomy.layers:
+            handle = layer.register_forward_pre_hook(
+                lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            )
+            hooked.callback(handle.remove)
+        anatomy.decoder(**inputs, use_cache=False)
     if seen[0].dim() != 3:
         raise NotSupported(
             f"{type(decoder).__name__} gives its layers hidden states of shape {list(seen[0].shape)}; "
             "memory rows need [batch, tokens, hidden size]"
         )
-    return seen[0][:1, :1].expand(len(anatomy.specs), -1, -1).reshape(len(anatomy.specs), 1, -1).clone()
+    return [hidden[0, :1].clone() for hidden in seen]

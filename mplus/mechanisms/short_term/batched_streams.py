@@ -19,7 +19,7 @@ from mplus.mechanisms.decoder import Adapter, Decoder, Prefix, Project, Rows
 from mplus.mechanisms.short_term.assembly import assemble
 from mplus.mechanisms.short_term.batched_prefix import BatchedPrefix, RowSelector, ScoreSelector
 from mplus.mechanisms.short_term.long_term_rows import LongTermRows
-from mplus.mechanisms.short_term.write import WritePass, plan_write, split_order
+from mplus.mechanisms.short_term.write import MadeOf, WritePass, plan_write, split_order
 from mplus.mechanisms.streams import Candidates, Read, TrainingStreams
 from mplus.memory.writing.update import Update
 from mplus.stores.base import StoreLayout
@@ -65,6 +65,7 @@ class BatchedStreams(TrainingStreams):
             raise ConfigError("these streams start from empty memories, but this decoder came with a pool of rows")
         self.config, self.additions, self.decoder, self.layout = config, additions, decoder, layout
         self.long_term_tokens = long_term_tokens
+        self.made_of: MadeOf = "inputs" if config.mechanism.options.get("rows") == "inputs" else "outputs"
         self.reset()
 
     @property
@@ -96,7 +97,7 @@ class BatchedStreams(TrainingStreams):
             )
         reencode = not self.decoder.shape.hybrid
         plan = plan_write(self.stm, ids.shape[1], config.memory_tokens_per_chunk, reencode=reencode)
-        return Update(WritePass(plan, self.additions).run(self.decoder, ids.to(self.layout.device)))
+        return Update(WritePass(plan, self.additions, self.made_of).run(self.decoder, ids.to(self.layout.device)))
 
     def absorb(self, update: Update, source: Tensor) -> None:
         """Take the new rows; a random few leave the full STM."""
@@ -205,6 +206,8 @@ def _take(column: Tensor, index: Tensor) -> Tensor:
 
 BATCHED = ("mplus", "memoryllm")
 """Mechanisms whose streams can be held together."""
+FOLLOWED = ("rows", "begin")
+"""Options of theirs that such streams follow."""
 EVICTION = Component("fifo")
 
 
@@ -256,8 +259,12 @@ def can_be_batched(memory: MPlusConfig, *, long_term: bool) -> bool:
 
 
 def changed_options(memory: MPlusConfig) -> list[str]:
-    """Return ``name=value`` of the mechanism's options that differ from their defaults."""
+    """Return ``name=value`` of the mechanism's options that differ from their defaults and would be ignored."""
     cls = MECHANISMS.get(memory.mechanism.name)
     options, defaults = options_of(cls, memory.mechanism.options), cls.Options()
     values = attrs.asdict(options)
-    return [f"{name}={value!r}" for name, value in values.items() if value != getattr(defaults, name)]
+    return [
+        f"{name}={value!r}"
+        for name, value in values.items()
+        if name not in FOLLOWED and value != getattr(defaults, name)
+    ]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from attrs import evolve
+from attrs import define, evolve, field
 from torch import Tensor, nn
 
 from mplus.backends.base import Segment
-from mplus.config import MPlusConfig
+from mplus.config import MPlusConfig, one_of
 from mplus.mechanisms.additions import MemoryAdditions
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.decoder import Decoder, DecoderShape, KeptProjection, Project, Text, side_by_side
@@ -21,7 +21,7 @@ from mplus.mechanisms.short_term.assembly import assemble
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams, can_be_batched
 from mplus.mechanisms.short_term.prefix_cache import Prepared
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
-from mplus.mechanisms.short_term.write import WritePass, WritePlan, plan_write, split_order
+from mplus.mechanisms.short_term.write import MadeOf, WritePass, WritePlan, plan_write, split_order
 from mplus.mechanisms.streams import TrainingStreams
 from mplus.memory.state import StreamView
 from mplus.memory.writing.update import Update, WriteContext
@@ -35,12 +35,28 @@ BEGIN_STD, MARK_STD = 0.5, 0.1
 
 
 class RowMechanism(MemoryMechanism):
-    """Writes the last K outputs of every layer, and reads ``[begin | retrieved | short-term]`` in front of the text.
+    """Writes K rows of every layer, and reads ``[begin | retrieved | short-term]`` in front of the text.
 
     Attributes:
         batched: whether the streams of a training may be held as one tensor per layer; a class that derives from M+ and
             changes a rule leaves it False, and is then trained by its own methods.
     """
+
+    @define(frozen=True, kw_only=True)
+    class Options:
+        """Options that M+ and MemoryLLM share.
+
+        Attributes:
+            rows: what a row is: the "outputs" of its layer for one of the last K tokens of a chunk (M+ section 3.1),
+                or what the layer receives for it, its "inputs". Keys and values made of inputs are those that the
+                layer attends to when it reads the text itself: where K is the length of a chunk nothing is left to
+                learn, and training can begin there.
+            begin: what the begin row of every layer starts as: the "embedding" of the token that begins a text
+                (published), or the "inputs" that the layer receives for it, which carry its attention sink.
+        """
+
+        rows: MadeOf = field(default="outputs", validator=one_of("outputs", "inputs"))
+        begin: Literal["embedding", "inputs"] = field(default="embedding", validator=one_of("embedding", "inputs"))
 
     State: ClassVar[type[ShortTermState]] = ShortTermState
     batched: ClassVar[bool] = False
@@ -53,7 +69,7 @@ class RowMechanism(MemoryMechanism):
         retriever = None
         if cls.uses_retriever and config.long_term_tokens != 0:
             retriever = build_retriever(config, RetrieverShape(layers=shape.layers, hidden_size=shape.width))
-        return MemoryAdditions(shape.begin, retriever)
+        return MemoryAdditions(shape.begin if options.begin == "embedding" else shape.begin_inputs, retriever)
 
     def start_from(self, pool: Tensor) -> None:
         self.additions.pool = pool
@@ -137,7 +153,7 @@ class RowMechanism(MemoryMechanism):
         reencode = not decoder.shape.hybrid  # a state-space layer would read the rows standing in for old ones
         ids = text.need_ids()
         plans = [self.plan_write(state_of(view), ids.shape[1], reencode) for view in views]
-        return Update(WritePass(WritePlan.together(plans), self.additions).run(decoder, ids))
+        return Update(WritePass(WritePlan.together(plans), self.additions, self.options.rows).run(decoder, ids))
 
     def example(self, decoder: Decoder, ids: Tensor, context: WriteContext) -> StreamView:
         """Return a stream whose short-term rows are those that a write of ``ids`` makes, and no others.

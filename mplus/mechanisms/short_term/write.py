@@ -1,8 +1,9 @@
-"""The write pass of M+ (section 3.1): ``[begin | newest rows | text]``, of which the last outputs are new rows."""
+"""The write pass of M+ (section 3.1): ``[begin | newest rows | text]``, of whose last tokens new rows are made."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from attrs import define
@@ -12,6 +13,9 @@ from mplus.backends.base import Segment
 from mplus.mechanisms.additions import MemoryAdditions
 from mplus.mechanisms.decoder import Decoder, Project, Rows
 from mplus.mechanisms.short_term.assembly import assemble
+
+MadeOf = Literal["outputs", "inputs"]
+"""What the rows of a layer are made of."""
 
 
 @define(frozen=True, eq=False)
@@ -82,10 +86,12 @@ class WritePass:
     Attributes:
         plan: of all streams.
         additions: begin rows and mark.
+        made_of: what a row is: what the layer gives for its token ("outputs"), or what it receives ("inputs").
     """
 
     plan: WritePlan
     additions: MemoryAdditions
+    made_of: MadeOf = "outputs"
 
     def run(self, decoder: Decoder, ids: Tensor) -> tuple[Tensor, ...]:
         """Return per layer ``[B, k, d]`` the rows made of ids ``[B, n]``. Gradients flow where they are enabled."""
@@ -105,9 +111,11 @@ class WritePass:
             adapter="write",
             positions=positions,
             mask=torch.ones(batch, old + tokens, dtype=torch.int64, device=ids.device),
-            collect={"outputs"},
+            collect={self.made_of},
             last=plan.rows,
         )
+        if self.made_of == "inputs":
+            return found.inputs
         if not plan.overlap:
             return found.outputs
         mark = self.additions.mark

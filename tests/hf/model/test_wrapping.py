@@ -14,7 +14,7 @@ from benchmarks.quality.architectures.decoders import BY_NAME, VOCAB_SIZE
 from benchmarks.quality.architectures.retrofitted import SIZES
 from mplus.errors import CheckpointError, NotSupported
 from mplus.hf.model.self_check import Check
-from mplus.hf.model.shape import begin_rows, decoder_shape
+from mplus.hf.model.shape import begin_inputs, decoder_shape
 from mplus.hf.model.wrapping import _refusal
 from mplus.hf.retrofit.discovery import discover
 from tests.hf.references import error, ids
@@ -120,9 +120,9 @@ def test_the_begin_row_is_that_of_bos_else_of_eos_else_of_the_mean_embedding() -
     model.generation_config.bos_token_id = None
     for bos, eos, expected in ((3, 5, embedding[3]), (None, [5, 6], embedding[5]), (None, [], embedding.mean(0))):
         model.config.bos_token_id, model.config.eos_token_id = bos, eos
-        rows = begin_rows(model, anatomy)
-        assert rows.shape == (3, 1, 32)
-        assert torch.allclose(rows[0, 0], expected, atol=1e-6)
+        first, *others = begin_inputs(model, anatomy)
+        assert torch.allclose(first[0], expected, atol=1e-6)
+        assert [rows.shape for rows in others] == [(1, 32)] * 2
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "opt-post-norm"])

@@ -1,0 +1,73 @@
+"""Rows made of what layers receive: where K is the length of a chunk, M+ reads a text as the decoder itself does."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import mplus
+from mplus.errors import ConfigError
+from mplus.hf.pretrained.shipped import load_decoder
+from mplus.testing.mechanisms.suite import CHUNK, VOCABULARY
+from mplus.testing.rounding import InFloat64, check_close
+from mplus.training.decoder import make_batched_streams
+
+if TYPE_CHECKING:
+    from mplus.hf.model.model_class import MemoryModel
+
+IDS = torch.randint(3, VOCABULARY, (3, CHUNK), generator=torch.Generator().manual_seed(0))
+
+
+@cache
+def wrapped(**options: str) -> MemoryModel:
+    config: dict[str, Any] = {"adapters": None, "long_term_tokens": 0, "retrieved_tokens": 0}
+    config.update(chunk_tokens=CHUNK, memory_tokens_per_chunk=CHUNK, short_term_tokens=2 * CHUNK)
+    return mplus.wrap(load_decoder(), mplus.MPlusConfig(mechanism={"name": "mplus", **options}, **config))
+
+
+def read(model: MemoryModel) -> torch.Tensor:
+    memory = model.new_memory()
+    memory.write(IDS[:2].flatten())
+    found: torch.Tensor = model(IDS[2:], memory=memory).logits[0]
+    return found
+
+
+@torch.no_grad()
+def test_untrained_it_reads_two_chunks_as_the_decoder_reads_their_text() -> None:
+    decoder = load_decoder()
+    text = torch.cat([torch.tensor([[decoder.config.bos_token_id]]), IDS.view(1, -1)], 1)
+    plain = decoder(text).logits[0, -CHUNK:]
+    with InFloat64():
+        exact = decoder.double()(text).logits[0, -CHUNK:]
+    check_close(read(wrapped(rows="inputs", begin="inputs")), plain, exact)
+    for others in ({}, {"rows": "inputs"}, {"begin": "inputs"}):
+        assert (read(wrapped(**others)) - exact).abs().max() > 1
+
+
+@torch.no_grad()
+def test_training_writes_the_same_rows() -> None:
+    model = wrapped(rows="inputs", begin="inputs")
+    memory = model.new_memory()
+    memory.write(IDS[:2].flatten())
+    streams = make_batched_streams(model.mplus_engine, range(1), seed=0, long_term_tokens=0)
+    for chunk in IDS[:2]:
+        streams.write(chunk[None], torch.zeros(1, dtype=torch.int64))
+    state: Any = memory.states[0]
+    for rows, batched in zip(state.stm, streams.stm, strict=True):
+        assert torch.equal(rows.need_hidden(), batched[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mplus", {"rows": "hidden"}, "rows"),
+        ("mplus", {"begin": "zero"}, "begin"),
+        ("memoryllm", {"rows": "inputs", "tile_first": True}, "rows must be 'outputs' with tile_first"),
+    ],
+)
+def test_other_values_are_refused_by_name(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        mplus.wrap(load_decoder(), mplus.MPlusConfig(mechanism={"name": name, **options}))
