@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Self
 
 import torch
+from attrs import evolve
 
 from mplus.chat.answer import Answer
 from mplus.chat.exchange import ROLES, SPEAKERS, Exchange, Message, Turn, to_turns, told
@@ -62,7 +63,7 @@ class Chat:
         speakers: Mapping[str, str] = SPEAKERS,
         remember: Sequence[str] = ROLES,
         plain: bool = False,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], datetime] | None = None,
         **generation: Any,
     ) -> None:
         """Begin a session, or go on with one that a crash ended.
@@ -75,7 +76,7 @@ class Chat:
             remember: the roles whose turns go into memory. Without "assistant", as for a decoder that makes things up,
                 turns that do nothing but ask do not go there either: without the answer they tell nothing.
             plain: write prompts as lines of "User: ..." and "Assistant: ...", for decoders without a chat template.
-            clock: returns the time, in seconds since 1970 (UTC).
+            clock: returns the present time, in UTC; default: that of the computer.
             generation: arguments of ``generate``; ``max_new_tokens`` is 256, or a quarter of the positions, otherwise.
 
         Raises:
@@ -105,7 +106,7 @@ class Chat:
         if unknown := sorted({*remember, *speakers} - set(ROLES)):
             raise ConfigError(f"remember and speakers must name roles ({', '.join(ROLES)}), got {', '.join(unknown)}")
         self.speakers, self.remember = {**SPEAKERS, **speakers}, tuple(remember)
-        self.recalls, self._clock = True, clock
+        self.recalls, self._clock = True, clock or partial(datetime.now, UTC)
         self.reply: Reply | None = None
         self._lock = threading.Lock()
         self._journal = _journal_of(memory)
@@ -161,7 +162,7 @@ class Chat:
             reply = self._generate(ids, watch, generation)
             if reply.text or not reply.interrupted:
                 said = Turn("assistant", reply.text, self.speakers["assistant"])
-                self._keep([*self.exchanges, Exchange(exchange.name, exchange.time, (*turns, said))])
+                self._keep([*self.exchanges, evolve(exchange, turns=(*turns, said))])
             self.reply = reply
             return reply
         finally:
@@ -185,7 +186,7 @@ class Chat:
             watch.end()
         return Reply(
             text=watch.said.strip(),
-            recalled=() if memory is None else recalled_of(output.memory_sources[0], memory),
+            recalled=() if memory is None else recalled_of(output.memory_sources[0]),
             prompt_tokens=len(ids),
             tokens=len(watch.tokens),
             first_seconds=None if watch.first is None else watch.first - watch.started,
@@ -205,7 +206,7 @@ class Chat:
         """Return an exchange that begins now, under a name that nothing else has."""
         now = self._clock()
         taken = {*self._names(), *(exchange.name for exchange in self.exchanges)}
-        stem = f"chat {datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M:%S}"
+        stem = f"chat {now:%Y-%m-%d %H:%M:%S}"
         name, count = stem, 1
         while name in taken:
             count += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TypeAlias
 
 from attrs import define
@@ -46,18 +46,13 @@ class Exchange:
 
     Attributes:
         name: of the source.
-        time: when it was said, in seconds since 1970 (UTC).
+        said: when, in UTC.
         turns: at least one of the user, and the answer, if there is one already.
     """
 
     name: str
-    time: float
+    said: datetime
     turns: tuple[Turn, ...]
-
-    @property
-    def said(self) -> datetime:
-        """Return when it was said (UTC)."""
-        return datetime.fromtimestamp(self.time, UTC)
 
 
 def to_turns(message: str | Message | Sequence[Message], speakers: Mapping[str, str]) -> tuple[Turn, ...]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import cattrs
-from attrs import asdict
+from cattrs.preconf.json import make_converter
 
 from mplus.chat.exchange import Exchange
 from mplus.errors import MemoryFileError
 
+JSON = make_converter()
 FILE = "chat.jsonl"
 """Name of the journal in the directory of a memory."""
 
@@ -36,7 +36,7 @@ class Journal:
         try:
             text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
             lines = text.splitlines(keepends=True)
-            return [cattrs.structure(json.loads(line), Exchange) for line in lines if line.endswith("\n")]
+            return [JSON.loads(line, Exchange) for line in lines if line.endswith("\n")]
         except (OSError, ValueError, cattrs.BaseValidationError) as error:
             raise MemoryFileError(
                 f"{self.path} must have an exchange of a chat in each line, got {error!r:.200}: move it away to go on "
@@ -48,7 +48,7 @@ class Journal:
         beside = self.path.with_suffix(".new")
         try:
             with beside.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in exchanges)
+                file.writelines(JSON.dumps(one) + "\n" for one in exchanges)
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(self.path)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import groupby
 from typing import Any
 
 from attrs import define
-
-from mplus.memory import Memory
 
 
 @define(frozen=True, kw_only=True)
@@ -18,22 +16,17 @@ class Recalled:
 
     Attributes:
         source: name of the source that it was written from; None: it had none.
-        time: when that was written, in seconds since 1970 (UTC); None: not known.
+        written: when that was last written, in UTC; None: not known.
         score: of the choice, where there was one.
         rows: rows of it that were read: tokens with "kv", passages of a memory of text.
         text: its words, where the memory keeps them.
     """
 
     source: str | None
-    time: float | None = None
+    written: datetime | None = None
     score: float | None = None
     rows: int = 1
     text: str | None = None
-
-    @property
-    def written(self) -> datetime | None:
-        """Return when its source was written (UTC); None: not known."""
-        return None if self.time is None else datetime.fromtimestamp(self.time, UTC)
 
 
 @define(frozen=True, kw_only=True)
@@ -59,17 +52,16 @@ class Reply:
     interrupted: bool = False
 
 
-def recalled_of(layers: Sequence[Sequence[Any]], memory: Memory) -> tuple[Recalled, ...]:
+def recalled_of(layers: Sequence[Sequence[Any]]) -> tuple[Recalled, ...]:
     """Return what was read for one prompt.
 
     Args:
         layers: of ``generate(output_sources=True)``, what each layer read. What differs between the layers is given
             for the first of them that read anything.
-        memory: it was read from.
     """
-    times = {source.name: source.time for source in memory.states[0].sources}
     rows = next((layer for layer in layers if layer), ())
+    pieces = groupby(rows, key=lambda row: (row.source, row.score, getattr(row, "written", None)))
     return tuple(
-        Recalled(source=source, time=times.get(source), score=score, rows=len(list(some)))
-        for (source, score), some in groupby(rows, key=lambda row: (row.source, row.score))
+        Recalled(source=source, written=written, score=score, rows=len(list(some)))
+        for (source, score, written), some in pieces
     )

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 import mplus
 from mplus.cli import bench as benching
+from mplus.cli.chat.command import chat
 from mplus.cli.demo.command import demo, demo_continue, demo_novel
 from mplus.cli.evaluation import abstention, harm, retention, retriever
 from mplus.cli.get import get
@@ -63,6 +64,7 @@ def _app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     commands.callback()(_options)
+    commands.command()(chat)
     commands.command()(demo)
     commands.command()(demo_novel)
     commands.command(hidden=True)(demo_continue)

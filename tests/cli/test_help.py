@@ -13,7 +13,20 @@ from typer.testing import CliRunner
 import mplus
 from mplus.cli import app
 
-COMMANDS = {"bench", "demo", "demo-novel", "eval", "get", "import", "info", "memory", "plugins", "replay", "train"}
+COMMANDS = {
+    "bench",
+    "chat",
+    "demo",
+    "demo-novel",
+    "eval",
+    "get",
+    "import",
+    "info",
+    "memory",
+    "plugins",
+    "replay",
+    "train",
+}
 ENV = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1", "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
 
 

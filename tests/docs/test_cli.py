@@ -11,7 +11,19 @@ from tools import cli_reference
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = {"demo", "demo-novel", "get", "info", "plugins", "replay", "train", "import", "memory show", "memory verify"}
+COMMANDS = {
+    "chat",
+    "demo",
+    "demo-novel",
+    "get",
+    "info",
+    "plugins",
+    "replay",
+    "train",
+    "import",
+    "memory show",
+    "memory verify",
+}
 COMMANDS |= {"memory forget", "memory repair", "memory sources"}
 COMMANDS |= {"eval retention", "eval harm", "eval retriever", "eval abstention"}
 COMMANDS |= {"bench read", "bench write", "bench decode", "bench score", "bench attention", "bench store"}

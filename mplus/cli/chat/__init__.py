@@ -1,0 +1,1 @@
+"""``mplus chat``: a conversation in the terminal, with a memory."""

