@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -39,6 +40,16 @@ def _proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
         from tests.helpers import proofs  # imports torch, which reads OMP_NUM_THREADS then
 
         proofs.patch(monkeypatch)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _time_stands_still() -> Iterator[None]:
+    """Memories without a clock of their own are equal whenever they were written."""
+    from tests.helpers import clock  # imports torch, as above
+
+    with pytest.MonkeyPatch.context() as patch:
+        clock.stop(patch)
+        yield
 
 
 def pytest_collection_finish() -> None:

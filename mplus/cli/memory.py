@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -194,12 +196,18 @@ def sources(
 
     streams = saved_sources(path)
     if as_json:
-        print_json([[attrs.asdict(source) for source in stream] for stream in streams])
+        print_json([[attrs.asdict(source, value_serializer=_plain) for source in stream] for stream in streams])
         return
     console = Console(highlight=False)
     for number, stream in enumerate(streams):
         console.print(f"stream {number}")
         console.print(_table(stream))
+
+
+def _plain(instance: object, field: object, value: Any) -> JsonValue:
+    """Return a time as text of ISO 8601, and all else as it is."""
+    plain: JsonValue = value.isoformat() if isinstance(value, datetime) else value
+    return plain
 
 
 def forget(
@@ -234,8 +242,11 @@ def _table(stream: list[SourceInfo]) -> Table:
     table = Table(box=None)
     table.add_column("source")
     names = list(stream[0].held) if stream else []
-    for title in ("tokens", "chunks", *names, "age in rows", "in chunks"):
+    marked = any(source.expires or source.pinned for source in stream)
+    for title in ("tokens", "chunks", *names, "age in rows", "in chunks", "last written"):
         table.add_column(title, justify="right")
+    if marked:
+        table.add_column("expires")
     for source in stream:
         table.add_row(
             escape(source.name or "(no name)"),
@@ -244,8 +255,17 @@ def _table(stream: list[SourceInfo]) -> Table:
             *(f"{count:,.1f}" for count in source.held.values()),
             _span(source.newest_age, source.oldest_age),
             _span(source.newest_age_chunks, source.oldest_age_chunks),
+            *_times(source, marked=marked),
         )
     return table
+
+
+def _times(source: SourceInfo, *, marked: bool) -> Iterator[str]:
+    """Yield when a source was last written and, where any is ``marked``, when it expires and whether it is pinned."""
+    yield f"{source.last_written:%Y-%m-%d %H:%M}" if source.last_written else ""
+    if marked:
+        expires = f"{source.expires:%Y-%m-%d %H:%M}" if source.expires else ""
+        yield f"{expires} (pinned)".strip() if source.pinned else expires
 
 
 def _span(latest: int | None, oldest: int | None) -> str:

@@ -38,7 +38,7 @@ def copied(
     engine, budget = streams.engine, streams.budget
     if budget.bytes is not None and stores[0].layout != streams.stores[0].layout:  # rows take another room there
         budget = Budget.of(budget.bytes, engine.config, engine.mechanism, stores[0], len(streams))
-    return Streams(engine, states, stores, generators, streams.eviction, budget, access_logs)
+    return Streams(engine, states, stores, generators, streams.eviction, budget, access_logs, clock=streams.clock)
 
 
 def moved(streams: Streams, device: torch.device | None, dtype: torch.dtype | None) -> Streams:

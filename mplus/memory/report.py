@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 
 from attrs import define
 
@@ -27,6 +28,10 @@ class SourceInfo:
         newest_age, oldest_age: of the rows still held in any layer, in rows written since (0: nothing was written after
             the row); None where none is held.
         newest_age_chunks, oldest_age_chunks: the same in chunks of ``memory_tokens_per_chunk`` rows, rounded down.
+        written, last_written: when its first and its last chunk were written, in UTC; None: by an mplus that did not
+            note it.
+        expires: when it is to be forgotten; None: it is not.
+        pinned: whether its rows are kept from eviction.
     """
 
     name: str | None
@@ -37,6 +42,10 @@ class SourceInfo:
     oldest_age: int | None
     newest_age_chunks: int | None
     oldest_age_chunks: int | None
+    written: datetime | None = None
+    last_written: datetime | None = None
+    expires: datetime | None = None
+    pinned: bool = False
 
 
 @define(frozen=True)

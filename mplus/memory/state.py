@@ -197,9 +197,20 @@ class StreamState:
         rows = sum(rows.nbytes for parts in self.row_lists().values() for rows in parts)
         return rows + sum(tensor.nbytes for tensor in self.tensors().values())
 
-    def with_source(self, name: str | None, tokens: int) -> tuple[Self, int]:
-        """Count ``tokens`` of one chunk under ``name``; returns the new state and the source's number."""
-        sources, number = self.sources.written(name, tokens)
+    def with_source(
+        self, name: str | None, tokens: int, time: float | None = None, facts: Mapping[str, Any] | None = None
+    ) -> tuple[Self, int]:
+        """Count ``tokens`` of one chunk under ``name``; returns the new state and the source's number.
+
+        Args:
+            name: of the source.
+            tokens: of the chunk.
+            time: the present one, in seconds since 1970; None: it is not noted.
+            facts: fields of ``Source`` to set besides.
+        """
+        sources, number = self.sources.written(name, tokens, time)
+        if facts:
+            sources = sources.having(number, evolve(sources[number], **facts))
         return evolve(self, sources=sources), number
 
     def without_source(self, number: int) -> Self:

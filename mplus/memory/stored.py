@@ -12,6 +12,7 @@ from mplus.config import Component, JsonValue
 from mplus.memory.content import MemoryContent
 from mplus.memory.directory import JOURNAL_BYTES
 from mplus.memory.engine import engine_of
+from mplus.memory.sources.clock import Clock
 from mplus.memory.writing.chunking import Tokenizer
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class StoredMemory(MemoryContent):
         eviction: JsonValue | Component = None,
         bytes_budget: int | str | None = None,
         device: torch.device | str | None = None,
+        clock: Clock | None = None,
     ) -> Self:
         """Read a saved memory for ``model`` (a wrapped decoder); it goes on as the one that was saved would have.
 
@@ -61,6 +63,7 @@ class StoredMemory(MemoryContent):
             eviction: another eviction policy than the memory had. Under "ttl" the lifetime of rows without one begins.
             bytes_budget: another budget than the memory had (see ``new_memory``); it holds from the next write on.
             device: where the rows are kept; default: where the decoder's embedding is.
+            clock: returns the present time, a datetime with a timezone; default: that of the computer, in UTC.
 
         Raises:
             MemoryFileError: missing, truncated, altered, foreign, or newer file.
@@ -73,7 +76,7 @@ class StoredMemory(MemoryContent):
         kind = None if store is None else Component.of(store)
         policy = None if eviction is None else Component.of(eviction)
         (engine := engine_of(model)).check_options(store=store, eviction=eviction, bytes_budget=bytes_budget)
-        return cls(load_streams(path, engine, kind, policy, bytes_budget, device), tokenizer)
+        return cls(load_streams(path, engine, kind, policy, bytes_budget, device, clock), tokenizer)
 
     @classmethod
     def open(
@@ -93,6 +96,7 @@ class StoredMemory(MemoryContent):
         read_only: bool = False,
         journal_bytes: int = JOURNAL_BYTES,
         file_mode: int | None = None,
+        clock: Clock | None = None,
     ) -> Self:
         """Open the memory that lives in the directory ``path``, or make a new one there; ``with`` closes it.
 
@@ -110,6 +114,7 @@ class StoredMemory(MemoryContent):
             read_only: read what is there now, beside a process that writes; changes are refused.
             journal_bytes: write a new checkpoint when the journal is longer than this; opening reads all of it.
             file_mode: permission bits of files that are written, as for ``save``.
+            clock: as for ``load``.
 
         Raises:
             MemoryFileError: ``path`` cannot be read or written, is truncated, altered or foreign, or of a newer format.
@@ -123,7 +128,7 @@ class StoredMemory(MemoryContent):
         new = partial(model.new_memory, seed=seed, memory_rows=memory_rows, keep_text=keep_text)
         streams = open_streams(
             path, engine, new, batch_size=batch_size, store=store, eviction=eviction, bytes_budget=bytes_budget,
-            device=device, read_only=read_only, journal_bytes=journal_bytes, file_mode=file_mode,
+            device=device, read_only=read_only, journal_bytes=journal_bytes, file_mode=file_mode, clock=clock,
         )  # fmt: skip
         return cls(streams, tokenizer)
 

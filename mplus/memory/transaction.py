@@ -15,6 +15,7 @@ from mplus.errors import LiveMemoryError
 from mplus.eviction.base import EvictionPolicy
 from mplus.memory.budget import Budget
 from mplus.memory.engine import Engine
+from mplus.memory.sources.clock import Clock, read_clock, utc_now
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.weights_state import WeightsState
 from mplus.stores.access_log import AccessLog
@@ -125,6 +126,7 @@ class Streams:
         persistence: where changes are kept.
         generators: one ``torch.Generator`` (CPU) per stream, for the mechanism's draws.
         access_logs: notes on what was retrieved from each stream, where the eviction policy goes by them.
+        clock: says when sources are written, and which of them have expired.
         version: grows with every change.
     """
 
@@ -138,13 +140,20 @@ class Streams:
         budget: Budget | None = None,
         access_logs: Sequence[AccessLog] = (),
         persistence: Persistence | None = None,
+        clock: Clock | None = None,
     ) -> None:
-        """``budget`` None: as many long-term rows as the config says. ``persistence`` None: in memory only."""
+        """Make streams of their parts.
+
+        ``budget`` None: as many long-term rows as the config says. ``persistence`` None: in memory only. ``clock``
+        None: that of the computer, in UTC.
+        """
         self.engine = engine
         self.eviction = eviction
         self.budget = Budget(engine.config.long_term_tokens) if budget is None else budget
         self.persistence = Persistence() if persistence is None else persistence
         self.generators = tuple(generators)
+        self.clock = utc_now if clock is None else clock
+        read_clock(self.clock)  # a clock without a timezone is refused now, not by the first write
         self.version = 0
         now = engine.weights() if any(state.weights is None for state in states) else None
         self._states = tuple(state if state.weights else evolve(state, weights=now) for state in states)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import mplus
 from mplus.cli import app
+from tests.helpers.clock import NOON
 from tests.memory import tiny
 
 
@@ -37,8 +38,10 @@ def test_sources(saved):
         name = (source.name or "(no name)").split()
         rows = [f"{n:.1f}" for n in source.held.values()]
         ages = [f"{source.newest_age}-{source.oldest_age}", f"{source.newest_age_chunks}-{source.oldest_age_chunks}"]
-        assert [*name, str(source.tokens), str(source.chunks), *rows, *ages] in lines
-    assert json.loads(run("sources", folder, "--json").stdout) == [[attrs.asdict(s) for s in memory.sources()]]
+        assert [*name, str(source.tokens), str(source.chunks), *rows, *ages, "2026-12-01", "12:00"] in lines
+    assert json.loads(run("sources", folder, "--json").stdout) == [
+        [{**attrs.asdict(s), "written": NOON.isoformat(), "last_written": NOON.isoformat()} for s in memory.sources()]
+    ]
 
 
 def test_show_tells_what_fits(saved):

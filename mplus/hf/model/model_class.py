@@ -26,6 +26,7 @@ from mplus.hf.retrofit.context import rebuild, subclass
 from mplus.memory.budget import Budget
 from mplus.memory.copying import check_device
 from mplus.memory.memory import Memory
+from mplus.memory.sources.clock import Clock
 from mplus.memory.texts import Texts
 from mplus.memory.transaction import Streams
 from mplus.stores import STORES
@@ -78,6 +79,7 @@ class MemoryModel(SavesAdditions):
         device: torch.device | str | None = None,
         memory_rows: Literal["projected", "hidden", "both"] | None = None,
         keep_text: bool = False,
+        clock: Clock | None = None,
     ) -> Memory:
         """Make a memory for this decoder.
 
@@ -92,6 +94,8 @@ class MemoryModel(SavesAdditions):
             memory_rows: "projected", "hidden" or "both": keep another form of the rows than the config says.
             keep_text: keep the ids of all that is written, so that ``memory.forget(source, mode="rebuild")`` can write
                 the memory again without a source.
+            clock: returns the present time, a datetime with a timezone, by which sources are dated and expire; default:
+                that of the computer, in UTC.
 
         Raises:
             ConfigError: a batch size below 1, a budget that is too small, or a bad option.
@@ -126,7 +130,7 @@ class MemoryModel(SavesAdditions):
         chosen_store = engine.config.store if store is None else Component.of(store)
         stores = [STORES.build(chosen_store, layout) for _ in range(batch_size)]
         budget = Budget.of(bytes_budget, engine.config, engine.mechanism, stores[0], batch_size)
-        return Memory(Streams(engine, states, stores, generators, policy, budget), tokenizer)
+        return Memory(Streams(engine, states, stores, generators, policy, budget, clock=clock), tokenizer)
 
     def generate(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.decoder import Attended, Decoder, Text
 from mplus.mechanisms.opened import Opened, Retrieved
 from mplus.memory.memory import Memory
+from mplus.memory.sources.clock import datetime_of
 from mplus.memory.state import StreamView
 from mplus.rows import NO_SOURCE
 
@@ -172,12 +174,14 @@ class RetrievedSource:
         source: name given to ``Memory.write``, or None.
         age: rows written since, per layer (0: the newest).
         score: the retriever's score, or None where nothing was scored.
+        written: when the source was last written, in UTC; None: it is not known.
     """
 
     layer: int
     source: str | None
     age: int
     score: float | None
+    written: datetime | None = field(default=None, repr=False)
 
 
 def retrieved_sources(reading: Reading) -> list[list[list[RetrievedSource]]]:
@@ -199,9 +203,11 @@ def retrieved_sources(reading: Reading) -> list[list[list[RetrievedSource]]]:
 
 def _described(layer: int, found: Retrieved, place: int, view: StreamView) -> RetrievedSource:
     number = int(found.rows.source[place])
+    source = None if number == NO_SOURCE else view.state.sources[number]
     return RetrievedSource(
         layer=layer,
-        source=None if number == NO_SOURCE else view.state.sources[number].name,
+        source=None if source is None else source.name,
         age=view.state.clock - 1 - int(found.rows.birth[place]),
         score=float(found.scores[place]) if len(found.scores) else None,
+        written=None if source is None else datetime_of(source.last_time),
     )

@@ -17,6 +17,7 @@ from mplus.hf.text.engine import TextEngine
 from mplus.hf.text.forward import forward_with_text
 from mplus.hf.text.generation import generate_with_text
 from mplus.memory.memory import Memory
+from mplus.memory.sources.clock import Clock
 from mplus.memory.transaction import Streams
 from mplus.stores import STORES
 
@@ -60,6 +61,7 @@ class TextMemoryModel(MemoryModel):
         device: torch.device | str | None = None,
         memory_rows: Literal["projected", "hidden", "both"] | None = None,
         keep_text: bool = False,
+        clock: Clock | None = None,
     ) -> Memory:
         """Make a memory of text.
 
@@ -69,6 +71,7 @@ class TextMemoryModel(MemoryModel):
                 to forget, but not written or read.
             seed: of the generators that every memory has; a memory of text draws nothing.
             store, eviction, bytes_budget, device, memory_rows, keep_text: of memories of rows; refused by name.
+            clock: returns the present time, a datetime with a timezone; default: that of the computer, in UTC.
 
         Raises:
             ConfigError: a batch size below 1, or an argument that means nothing here.
@@ -95,7 +98,7 @@ class TextMemoryModel(MemoryModel):
         states = [engine.new_state(layout) for _ in range(batch_size)]
         stores = [STORES.build(kind, layout) for _ in range(batch_size)]
         generators = [torch.Generator().manual_seed(seed + row) for row in range(batch_size)]
-        streams = Streams(engine, states, stores, generators, EVICTION.build(engine.config.eviction))
+        streams = Streams(engine, states, stores, generators, EVICTION.build(engine.config.eviction), clock=clock)
         return Memory(streams, tokenizer)
 
     def generate(

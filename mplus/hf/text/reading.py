@@ -21,6 +21,7 @@ from mplus.hf.text.places import Spliced, place_in
 from mplus.mechanisms.text.mechanism import Recalled, TokenBudget
 from mplus.mechanisms.text.state import Entry, EntryState
 from mplus.memory.memory import Memory
+from mplus.memory.sources.clock import datetime_of
 
 
 @define(eq=False)
@@ -70,8 +71,14 @@ class TextReading:
                 for part in parts
                 for place, entry in enumerate(part.entries)
             ]
-            found.append([[RetrievedSource(0, one.source, state.clock - 1 - one.birth, score) for one, score in given]])
+            found.append([[_described(state, entry, score) for entry, score in given]])
         return found
+
+
+def _described(state: EntryState, entry: Entry, score: float | None) -> RetrievedSource:
+    number = state.sources.find(entry.source)
+    written = None if number is None else datetime_of(state.sources[number].last_time)
+    return RetrievedSource(0, entry.source, state.clock - 1 - entry.birth, score, written)
 
 
 def read(memory: Memory, rows: int) -> TextReading:

@@ -18,9 +18,10 @@ from mplus.memory.sources.table import SourceTable
 from mplus.stores.disk.block_file import FileEntry
 from mplus.stores.disk.files import Folder
 
-VERSION = 4
+VERSION = 5
 """Format version that is written, and the newest that is read.
 
+4: sources do not say when they were last written.
 3: a record of the journal holds every tensor that has changed whole, also where it only grew.
 2: the manifest lists the sources; tensors and journal have the names of ``mplus.memory.format.earlier`` and
 ``mplus.memory.directory.record``.

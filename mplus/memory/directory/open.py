@@ -33,6 +33,7 @@ from mplus.memory.format.load import as_written
 from mplus.memory.format.manifest import check_belongs
 from mplus.memory.format.rules import check_fits, check_values
 from mplus.memory.recompute import with_weights
+from mplus.memory.sources.clock import Clock
 from mplus.memory.transaction import Persistence, Streams
 from mplus.stores.base import StoreLayout
 from mplus.stores.disk.files import FileSystem, Folder, PathAt, writable
@@ -58,6 +59,7 @@ def open_streams(
     read_only: bool,
     journal_bytes: int,
     file_mode: int | None,
+    clock: Clock | None = None,
 ) -> Streams:
     """Open the streams of a directory, or make new ones by ``new`` (``model.new_memory``); see ``Memory.open``."""
     if isinstance(journal_bytes, bool) or not isinstance(journal_bytes, int) or journal_bytes < 1:
@@ -70,7 +72,9 @@ def open_streams(
             manifest, content, (_, count) = _read(folder, engine, wanted, device)
         _check_batch(batch_size, manifest, folder)
         persistence: Persistence = ReadOnly(str(path))
-        return _existing(engine, manifest, content, persistence, policy, bytes_budget, folder, changed=count > 0)
+        return _existing(
+            engine, manifest, content, persistence, policy, bytes_budget, folder, changed=count > 0, clock=clock
+        )
     folder = prepare(Path(path), file_mode, files, "keep")
     _check_own(folder)  # before a lock is left in a folder of another kind
     with writable(folder):
@@ -83,13 +87,16 @@ def open_streams(
             with writable(folder):
                 directory.resume(manifest, size, count)
             persistence = DirectoryPersistence(directory, journal_bytes)
-            return _existing(engine, manifest, content, persistence, policy, bytes_budget, folder, changed=count > 0)
+            return _existing(
+                engine, manifest, content, persistence, policy, bytes_budget, folder, changed=count > 0, clock=clock
+            )
         streams = new(
             1 if batch_size is None else batch_size,
             store=stack_of(wanted),
             eviction=policy,
             device=device,
             bytes_budget=bytes_budget,
+            clock=clock,
         ).streams
         streams.persistence = DirectoryPersistence(directory, journal_bytes)
         streams.checkpoint()
@@ -109,6 +116,7 @@ def _existing(
     folder: Folder,
     *,
     changed: bool,
+    clock: Clock | None,
 ) -> Streams:
     """Make streams of what a directory holds; ``changed``: the journal adds to the rows the saved indexes are of."""
     content.states = with_weights(content.states, content.stores, manifest.fingerprint, engine, folder.path)
@@ -127,7 +135,7 @@ def _existing(
             engine.mechanism.load_index(store, index)
     generators = [torch.Generator().set_state(draw) for draw in content.draws]
     access_logs = [notes for notes in content.access_logs if notes is not None]
-    return Streams(engine, content.states, content.stores, generators, policy, budget, access_logs, persistence)
+    return Streams(engine, content.states, content.stores, generators, policy, budget, access_logs, persistence, clock)
 
 
 def _check_own(folder: Folder) -> None:

@@ -25,6 +25,7 @@ from mplus.memory.format.rules import check_fits, check_rows, check_values
 from mplus.memory.format.structure import LARGEST
 from mplus.memory.format.tensors import TensorReader, Tensors
 from mplus.memory.recompute import with_weights
+from mplus.memory.sources.clock import Clock
 from mplus.memory.sources.source import DTYPES as SOURCE_COLUMNS
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.state import StreamState, check_columns
@@ -52,6 +53,7 @@ def load_streams(
     eviction: Component | None,
     bytes_budget: int | str | None,
     device: torch.device | str | None,
+    clock: Clock | None = None,
 ) -> Streams:
     """Read a memory for the decoder behind ``engine``; one tensor at a time, each checked against the manifest.
 
@@ -62,6 +64,7 @@ def load_streams(
         eviction: None: the policy the memory had.
         bytes_budget: None: the budget the memory had, else that of the config.
         device: where rows are kept; None: where the decoder's embedding is.
+        clock: of the memory; None: that of the computer.
 
     Raises:
         MemoryFileError: missing, truncated, altered, foreign, or newer file.
@@ -101,7 +104,7 @@ def load_streams(
         here.close()
     wanted = manifest.bytes_budget if bytes_budget is None else bytes_budget
     budget = Budget.of(wanted, engine.config, mechanism, stores[0], len(states))
-    return Streams(engine, states, stores, generators, policy, budget, access_logs)
+    return Streams(engine, states, stores, generators, policy, budget, access_logs, clock=clock)
 
 
 def read_streams(

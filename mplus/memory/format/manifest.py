@@ -30,9 +30,14 @@ HINTS = {
     LIVE_FORMAT: " but a memory in a directory: Memory.open opens it",
     FORMAT: " but a saved one: Memory.load reads it",
 }
-VERSION = 2
-"""Format version that is written, and the newest that is read. 1: the manifest lists the sources, and tensors have the
-names that ``mplus.memory.format.earlier`` knows."""
+VERSION = 3
+"""Format version that is written, and the newest that is read.
+
+2: sources do not say when they were last written.
+1: the manifest lists the sources, and tensors have the names that ``mplus.memory.format.earlier`` knows.
+"""
+PRESENT_NAMES = 2
+"""The oldest format version whose manifest and tensors have the names of this one."""
 
 DEEPEST = 64
 """Levels of a manifest."""
@@ -133,7 +138,7 @@ def read_manifest(path: str | Path | Folder, name: str = MANIFEST) -> Manifest:
         MemoryFileError: there is none, it was truncated or altered, is of a newer format, or is something else.
     """
     file = (path if isinstance(path, Folder) else Path(path)) / name
-    manifest = from_file(file, Manifest, FORMAT, VERSION, "a saved memory")
+    manifest = from_file(file, Manifest, FORMAT, VERSION, "a saved memory", present=PRESENT_NAMES)
     try:
         check_streams(manifest)
         _check_data(manifest)
@@ -142,7 +147,7 @@ def read_manifest(path: str | Path | Folder, name: str = MANIFEST) -> Manifest:
     return manifest
 
 
-def from_file(file: Path | PathAt, cls: type[M], form: str, latest: int, what: str, *, present: int | None = None) -> M:
+def from_file(file: Path | PathAt, cls: type[M], form: str, latest: int, what: str, *, present: int) -> M:
     """Read what ``to_text`` wrote.
 
     Args:
@@ -150,7 +155,7 @@ def from_file(file: Path | PathAt, cls: type[M], form: str, latest: int, what: s
         cls: attrs class of the manifest.
         form, latest: its format, and the newest version that is read.
         what: has this format, in words.
-        present: the oldest version whose manifests have the fields of ``cls``; None: the newest alone.
+        present: the oldest version whose manifests have the fields of ``cls``.
 
     Raises:
         MemoryFileError: as ``read_manifest``.
@@ -174,7 +179,7 @@ def from_file(file: Path | PathAt, cls: type[M], form: str, latest: int, what: s
         )
     content = {name: value for name, value in plain.items() if name not in ("format", "digest")}
     try:
-        if version >= (latest if present is None else present):
+        if version >= present:
             return structured(content, cls, "manifest")
         content, earlier = upgraded(content)
         return attrs.evolve(structured(content, cls, "manifest"), earlier=earlier)  # type: ignore[misc]

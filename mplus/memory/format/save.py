@@ -1,6 +1,6 @@
 """Saving a memory to a folder (``mplus.memory.format.load`` reads it back).
 
-Format version 2 is a folder with ``manifest.json`` (``mplus.memory.format.manifest``) and the safetensors file it
+Format version 3 is a folder with ``manifest.json`` (``mplus.memory.format.manifest``) and the safetensors file it
 names. Its tensors are, of stream i (what is in brackets need not be there):
 
 - ``stream.<i>.rows.<list>.<layer>.<column>``: the lists of rows of the mechanism but for the long-term ones;

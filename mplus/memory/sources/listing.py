@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypedDict
 
 import torch
 from attrs import define
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from mplus.errors import MemoryFileError
 from mplus.memory.report import SourceInfo
+from mplus.memory.sources.clock import datetime_of
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.state import LONG_TERM, StreamView
 
@@ -20,6 +22,15 @@ class Held:
 
     sources: Tensor
     births: Tensor
+
+
+class Ages(TypedDict):
+    """The ages in a ``SourceInfo``."""
+
+    newest_age: int | None
+    oldest_age: int | None
+    newest_age_chunks: int | None
+    oldest_age_chunks: int | None
 
 
 def sources_of(view: StreamView, chunk_rows: int) -> list[SourceInfo]:
@@ -58,7 +69,11 @@ def listed(
             source.tokens,
             source.chunks,
             {name: tier[place] for name, tier in rows.items()},
-            *_ages(clock, latest[place], oldest[place], chunk_rows),
+            **_ages(clock, latest[place], oldest[place], chunk_rows),
+            written=datetime_of(source.time),
+            last_written=datetime_of(source.last_time),
+            expires=datetime_of(source.expires),
+            pinned=source.pinned,
         )
         for place, source in enumerate(sources)
         if source.chunks
@@ -87,8 +102,13 @@ def _counted(part: Held, numbers: Tensor, latest: list[int], oldest: list[int]) 
     return torch.bincount(places, minlength=len(numbers))
 
 
-def _ages(clock: int, latest: int, oldest: int, chunk_rows: int) -> tuple[int | None, ...]:
+def _ages(clock: int, latest: int, oldest: int, chunk_rows: int) -> Ages:
     if latest < oldest:
-        return (None,) * 4
-    ages = clock - 1 - latest, clock - 1 - oldest
-    return (*ages, *(age // chunk_rows for age in ages))
+        return Ages(newest_age=None, oldest_age=None, newest_age_chunks=None, oldest_age_chunks=None)
+    newest, eldest = clock - 1 - latest, clock - 1 - oldest
+    return Ages(
+        newest_age=newest,
+        oldest_age=eldest,
+        newest_age_chunks=newest // chunk_rows,
+        oldest_age_chunks=eldest // chunk_rows,
+    )

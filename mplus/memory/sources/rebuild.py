@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from attrs import evolve
@@ -18,6 +19,9 @@ from mplus.memory.transaction import Streams, distinct, unshared
 from mplus.memory.writing.plan import StreamWrite, check_dtype
 from mplus.memory.writing.write import write_streams
 from mplus.stores.base import MemoryStore
+
+KEPT = ("time", "last_time", "expires", "pinned", "write_id")
+"""What sources keep that are written anew."""
 
 
 def drop_source(streams: Streams, rows: Sequence[int], source: str | None, *, keep_name: bool) -> ForgetReport:
@@ -95,8 +99,18 @@ def _rebuilt(
     total = sum(len(ids) for turn in turns for _, _, ids in turn)
     with progress_bar("rebuilding", total, progress, steps=len(turns)) as advance:
         for turn in turns:
-            write_streams([StreamWrite(fresh, row, [ids], name, written) for row, name, ids in turn], advance)
+            again = [
+                StreamWrite(fresh, row, [ids], name, written, facts=_facts(states[row], name))
+                for row, name, ids in turn
+            ]
+            write_streams(again, advance)
     return fresh, evolve(report, rebuilt=sum(written.chunks))
+
+
+def _facts(state: StreamState, name: str | None) -> dict[str, Any]:
+    """Return the times and marks that a source keeps when it is written anew."""
+    number = state.sources.find(name)
+    return {} if number is None else {mark: getattr(state.sources[number], mark) for mark in KEPT}
 
 
 def _turns(
@@ -123,7 +137,7 @@ def _blank(streams: Streams) -> Streams:
             generators.append(torch.Generator().set_state(state.texts.generator))
             states.append(evolve(streams.engine.new_state(store.layout), texts=Texts.of(state.texts.generator)))
     stores = [_empty(store.fork()) for store in unshared(streams.stores)]
-    return Streams(streams.engine, states, stores, generators, streams.eviction, streams.budget)
+    return Streams(streams.engine, states, stores, generators, streams.eviction, streams.budget, clock=streams.clock)
 
 
 def _empty(store: MemoryStore) -> MemoryStore:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
 from mplus.memory.format.structure import LARGEST
+from mplus.memory.sources.clock import FIRST, LAST
 
 
 @define(frozen=True)
@@ -21,10 +22,11 @@ class Source:
         name: what the caller called it; None for text written without a source.
         tokens: text tokens written.
         chunks: chunks written; 0: everything was forgotten but the name (``Memory.forget(keep_name=True)``).
-        time: when it was written, in seconds since 1970 (UTC).
+        time: when its first chunk was written, in seconds since 1970 (UTC); None: by an mplus that did not note it.
         expires: when it is to be forgotten, likewise.
         pinned: it is not to be forgotten by itself.
         write_id: what the caller called the write that it came with.
+        last_time: when its last chunk was written, likewise.
     """
 
     name: str | None
@@ -34,9 +36,10 @@ class Source:
     expires: float | None = None
     pinned: bool = False
     write_id: str | None = None
+    last_time: float | None = None
 
 
-OPTIONAL = ("time", "expires", "pinned", "write_id", "write_id_length")
+OPTIONAL = ("time", "expires", "pinned", "write_id", "write_id_length", "last_time")
 """Columns that are there only if an entry needs them."""
 
 DTYPES = {
@@ -50,12 +53,14 @@ DTYPES = {
     "pinned": torch.bool,
     "write_id": torch.uint8,
     "write_id_length": torch.int64,
+    "last_time": torch.float64,
 }
 """Columns of a table: a value for each entry, but for the texts, which are UTF-8, one behind the other, with as many
-bytes as their lengths say; -1: None. A ``time`` or ``expires`` of NaN is None."""
+bytes as their lengths say; -1: None. In ``TIMES``, NaN is None."""
 
 TEXTS = ("name", "write_id")
-UNUSED = {"time": torch.nan, "expires": torch.nan, "pinned": False, "write_id_length": -1}
+TIMES = ("time", "expires", "last_time")
+UNUSED = {**dict.fromkeys(TIMES, torch.nan), "pinned": False, "write_id_length": -1}
 
 
 def encoded(entries: Mapping[int, Source]) -> dict[str, Tensor]:
@@ -67,7 +72,7 @@ def encoded(entries: Mapping[int, Source]) -> dict[str, Tensor]:
         "chunks": torch.tensor([source.chunks for source in sources], dtype=torch.int64),
     }
     columns["name"], columns["name_length"] = _coded([source.name for source in sources])
-    for name in ("time", "expires"):
+    for name in TIMES:
         values = [getattr(source, name) for source in sources]
         if any(value is not None for value in values):
             filled = [torch.nan if value is None else value for value in values]
@@ -96,6 +101,7 @@ def decoded(columns: Mapping[str, Tensor]) -> dict[int, Source]:
         times("expires"),
         columns["pinned"].tolist() if "pinned" in columns else [False] * len(numbers),
         _texts(columns["write_id"], columns["write_id_length"]) if "write_id" in columns else [None] * len(numbers),
+        times("last_time"),
         strict=True,
     )
     return {number: Source(*row) for number, row in zip(numbers, rows, strict=True)}
@@ -145,9 +151,9 @@ def check(columns: Mapping[str, Tensor], next_number: int) -> None:
     for name in ("tokens", "chunks"):
         if bool(((columns[name] < 0) | (columns[name] > LARGEST)).any()):
             raise MemoryMismatchError(f"sources.{name} must be from 0 to {LARGEST}, got another number")
-    for name in ("time", "expires"):
-        if name in columns and bool(columns[name].isinf().any()):
-            raise MemoryMismatchError(f"sources.{name} must be finite")
+    for name in TIMES:
+        if name in columns and bool(((columns[name] < FIRST) | (columns[name] > LAST)).any()):  # NaN is neither
+            raise MemoryMismatchError(f"sources.{name} must be times in the years 1 to 8999")
     for name in TEXTS:
         if name in columns:
             _check_texts(name, columns[name], columns[f"{name}_length"])

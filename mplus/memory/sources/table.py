@@ -123,12 +123,17 @@ class SourceTable:
         entry = None if found is None else self.get(found)
         return found if entry is not None and entry.name == name else None
 
-    def written(self, name: str | None, tokens: int) -> tuple[SourceTable, int]:
-        """Return this table with one more chunk of ``tokens`` tokens under ``name``, and the source's number."""
+    def written(self, name: str | None, tokens: int, time: float | None = None) -> tuple[SourceTable, int]:
+        """Return this table with one more chunk of ``tokens`` tokens under ``name``, and the source's number.
+
+        ``time``: the present one, in seconds since 1970; None: it is not noted.
+        """
         known = self.find(name)
         number = self.next_number if known is None else known
         entry = Source(name) if known is None else self[known]
-        return self.having(number, evolve(entry, tokens=entry.tokens + tokens, chunks=entry.chunks + 1)), number
+        first = entry.time if entry.chunks or entry.time is not None else time
+        tokens, chunks = entry.tokens + tokens, entry.chunks + 1
+        return self.having(number, evolve(entry, tokens=tokens, chunks=chunks, time=first, last_time=time)), number
 
     def having(self, number: int, source: Source) -> SourceTable:
         """Return this table with ``source`` under ``number``; one page is copied."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import define
+from attrs import define, field
 from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
@@ -34,6 +34,7 @@ class StreamWrite:
         tokenizer: of the memory, if it has one.
         passages: the text of each chunk, where the memory is one of text.
         before: the passage in front of the first one.
+        facts: fields of ``Source`` that the write sets besides counts and times, by name.
     """
 
     streams: Streams
@@ -44,6 +45,7 @@ class StreamWrite:
     tokenizer: Tokenizer | None = None
     passages: Sequence[str] = ()
     before: str = ""
+    facts: Mapping[str, Any] = field(factory=dict)
 
     def passage(self, step: int) -> Passage:
         """Return the text of one chunk, of a memory of text."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mplus.errors import InputError, MechanismError, MemoryMismatchError, NotSupported, WriteTogetherError
 from mplus.memory.report import WriteReport, progress_bar
+from mplus.memory.sources.clock import read_clock
 from mplus.memory.state import StreamState, alike
 from mplus.memory.transaction import Streams
 from mplus.memory.writing.chunking import SourceNames, WriteData, check_chunk, check_vocabulary, to_names
@@ -268,10 +269,12 @@ def apply_write(
     kept: dict[int, Mapping[str, Sequence[Tensor]]] = {}
     counts: list[tuple[int, int]] = []
 
+    now = read_clock(streams.clock)
+
     def absorb(states: list[StreamState]) -> None:
         for write, rows, text in zip(writes, made, ids, strict=True):
             row = write.row
-            state, number = states[row].with_source(write.name, tokens)
+            state, number = states[row].with_source(write.name, tokens, now, write.facts)
             state = state.with_text(text, number, turn)
             try:
                 absorbed = mechanism.absorb(state, rows, number, _context(streams, row, text))

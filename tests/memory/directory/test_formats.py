@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from attrs import evolve
 
 from mplus.memory import Memory
 from mplus.memory.directory.checkpoint_manifest import VERSION, read_live_manifest
 from mplus.memory.format.verify import verify
+from mplus.memory.sources.table import SourceTable
 from mplus.stores.disk.block_file import BlockFile
 from mplus.stores.disk.checksums import FIRST, PRESENT
-from tests.fixtures import make_live_v1, make_live_v2, make_live_v3, make_live_v4, make_memory_v2
+from tests.fixtures import make_live_v1, make_live_v2, make_live_v3, make_live_v4, make_live_v5, make_memory_v2
 from tests.fixtures.make_memory_v1 import build_model, text
 from tests.memory.tiny import assert_same, content
 
@@ -27,12 +29,21 @@ FOLDERS = {
     2: (make_live_v2.FOLDER, PRESENT, make_live_v1.write),
     3: (make_live_v3.FOLDER, PRESENT, make_memory_v2.write),
     4: (make_live_v4.FOLDER, PRESENT, make_memory_v2.write),
+    5: (make_live_v5.FOLDER, PRESENT, make_memory_v2.write),
 }
 """Folder, kind of checksums, and what was written."""
 
 
 def test_there_is_one_of_every_version() -> None:
     assert list(FOLDERS) == list(range(1, VERSION + 1))
+
+
+def undated(table: SourceTable, *, known: bool) -> SourceTable:
+    """The sources as earlier versions wrote them: without times but for those ``known`` that were given by hand."""
+    entries = {number: evolve(source, time=None, last_time=None) for number, source in table.items()}
+    if known:
+        entries = {number: make_memory_v2.with_facts(source) for number, source in entries.items()}
+    return SourceTable.of(entries, table.next_number)
 
 
 @pytest.mark.parametrize("version", FOLDERS)
@@ -52,6 +63,8 @@ def test_an_old_directory_is_read_and_goes_on(tmp_path: Path, version: int) -> N
     for name, value in expected.items():
         if isinstance(value, torch.Tensor):  # computed by other kernels than those of the machine that wrote the files
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+        elif name.endswith(".sources"):
+            assert found[name] == (value if version == VERSION else undated(value, known=version > 2))
         else:
             assert found[name] == value
     assert old.directory is not None

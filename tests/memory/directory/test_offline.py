@@ -18,6 +18,7 @@ from mplus.memory.directory.checkpoint_manifest import read_live_manifest
 from mplus.memory.directory.offline import forget_live
 from mplus.memory.format.offline import forget_saved, saved_sources
 from mplus.memory.format.verify import verify
+from tests.helpers.clock import NOON
 from tests.memory import tiny
 from tests.memory.disks.disks import Failing
 from tests.memory.disks.plain import CONFIGS, PlainModel, chunk, reopened
@@ -54,7 +55,17 @@ def test_sources_are_those_the_memory_lists(tmp_path, config):
     expected = [[in_rows(source) for source in memory.sources(row)] for row in range(2)]
     assert saved_sources(tmp_path) == expected, "beside the one that writes"
     result = run("sources", tmp_path, "--json")
-    assert json.loads(result.stdout) == [[attrs.asdict(source) for source in stream] for stream in expected]
+    assert json.loads(result.stdout) == [
+        [
+            {
+                **attrs.asdict(source),
+                "written": NOON.isoformat(),
+                "last_written": NOON.isoformat(),
+            }
+            for source in stream
+        ]
+        for stream in expected
+    ]
 
 
 def test_short_term_ages_of_the_mechanism_count_as_in_the_memory(tmp_path):

@@ -15,6 +15,7 @@ from attrs import define, field
 from mplus.memory import Memory
 from mplus.memory.directory import open as opening
 from mplus.stores.disk.files import FileSystem
+from tests.helpers.clock import noon
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +28,7 @@ SECTOR = 512
 
 def open_memory(path: Path, model: object, *, files: FileSystem | None = None, **options: Any) -> Memory:
     """Open a memory as ``Memory.open`` does, with ``files`` in the place of the real file system."""
+    options.setdefault("clock", noon)  # also in other processes than that of the tests
     given = iter([] if files is None else [files])  # once: what ``files`` does may open other memories meanwhile
     with patch.object(opening, "FileSystem", lambda: next(given, None) or FileSystem()):
         return Memory.open(path, model, **options)

@@ -91,11 +91,12 @@ def generation(name: str, memory: mplus.Memory) -> list[Any]:
 CHILD = """
 import json, sys
 import mplus
+from tests.helpers.clock import noon
 from tests.memory import tiny
 from tests.memory.format import test_files
 told = {}
 for name in tiny.VARIANTS:
-    memory = mplus.Memory.load(f"{sys.argv[1]}/{name}", tiny.variant(name))
+    memory = mplus.Memory.load(f"{sys.argv[1]}/{name}", tiny.variant(name), clock=noon)
     memory.write([tiny.ids(50, 70), tiny.ids(9, 71)], source="later")
     memory.save(f"{sys.argv[1]}/{name}-child")
     told[name] = test_files.generation(name, memory)

@@ -123,7 +123,7 @@ def test_each_fault_is_named(saved: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 3}, "was written by format version 3, this mplus reads up to 2: upgrade mplus"),
+        ({"version": 4}, "was written by format version 4, this mplus reads up to 3: upgrade mplus"),
         ({"version": 0}, "must have a format version of at least 1, got 0"),
         ({"version": True}, "must have a format version of at least 1, got True"),
         ({"format": "pickle"}, "must have format 'mplus-memory', got format 'pickle': this is not a saved memory"),
