@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from mplus.config import AdapterConfig
 from mplus.errors import ConfigError, NotSupported
 from mplus.hf.adapters.peft_layers import is_adapter_layer
 from mplus.hf.model.offloading import execution_device
-from mplus.hf.retrofit.context import change_class, current_pass, rebuild, subclass
+from mplus.hf.retrofit.context import change_class, current_pass, subclass
 from mplus.hf.retrofit.discovery import Anatomy
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class AdaptedProjection(Projection):
     lora_dropout: nn.ModuleDict
     scaling: dict[str, float]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:  # type: ignore[override]
         """Project ``[..., in]`` to ``[..., out]``; outside of a pass as without adapters."""
         result: Tensor = super().forward(x, *args, **kwargs)
         active = current_pass()
@@ -74,9 +73,6 @@ class AdaptedProjection(Projection):
         up, down = (self.get_parameter(f"{factor}.{name}.weight") for factor in ("lora_B", "lora_A"))
         update: Tensor = up @ down * self.scaling[name]
         return update.T if isinstance(self, Conv1D) else update
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        return rebuild, (partial(subclass, mixin=AdaptedProjection), type(self).__mplus_base__), self.__dict__
 
 
 def add_adapters(model: nn.Module, anatomy: Anatomy, config: AdapterConfig) -> None:

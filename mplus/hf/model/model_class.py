@@ -22,7 +22,7 @@ from mplus.hf.reading.arguments import DEFAULTS, ReadArguments
 from mplus.hf.reading.forward import check_memory, forward_with_memory
 from mplus.hf.reading.generation import GenerateCall, generate
 from mplus.hf.retrofit import attention
-from mplus.hf.retrofit.context import rebuild, subclass
+from mplus.hf.retrofit.context import subclass
 from mplus.memory.budget import Budget
 from mplus.memory.copying import check_device
 from mplus.memory.memory import Memory
@@ -271,22 +271,25 @@ class MemoryModel(SavesAdditions):
             wanted = attention.PREFIX + wanted
         super().set_attn_implementation(wanted, *args, **kwargs)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return rebuild, (memory_model_class, type(self).__mplus_base__), self.__dict__
-
 
 def memory_model_class(base: type[PreTrainedModel]) -> type:
     """Return ``base`` with ``MemoryModel`` mixed in, and the arguments of a read in the signature of ``forward``."""
     attention.register()  # here, since a model of this class may come out of a pickle in a new process
-    return reading_class(base, MemoryModel, forward_with_memory)
+    return reading_class(base, MemoryModel, memory_model_class, forward_with_memory)
 
 
-def reading_class(base: type[PreTrainedModel], mixin: type[MemoryModel], read: Callable[..., Any]) -> type:
+def reading_class(
+    base: type[PreTrainedModel],
+    mixin: type[MemoryModel],
+    make: Callable[[type[PreTrainedModel]], type],
+    read: Callable[..., Any],
+) -> type:
     """Return ``base`` with ``mixin`` in front, and a ``forward`` that takes the arguments of a read.
 
     Args:
         base: class of the decoder.
         mixin: its further methods.
+        make: makes this class of ``base``; see ``subclass``.
         read: called with the decoder, ``base``, these arguments, and the others of the call.
     """
     generation_config.register()
@@ -321,4 +324,4 @@ def reading_class(base: type[PreTrainedModel], mixin: type[MemoryModel], read: C
     forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*parameters[:at], *extra, *parameters[at:]]
     )
-    return subclass(base, mixin, forward=forward)
+    return subclass(base, mixin, make, forward=forward)

@@ -19,7 +19,7 @@ from mplus.hf.model.installed import WrappedModel
 from mplus.hf.pretrained.peft_folders import DESCRIPTION, MEMORY, add_to_card, describe_adapters
 from mplus.hf.pretrained.save import WEIGHTS, PushToHub, load_additions
 from mplus.hf.reading.caches import mark_learned
-from mplus.hf.retrofit.context import rebuild, subclass
+from mplus.hf.retrofit.context import subclass
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -87,9 +87,6 @@ class PeftMemoryModel(PushToHub, PeftModel):
         """Return what PEFT does; the decoder learns that keys and values of prefix tuning are none of a text."""
         return mark_learned(super().get_prompt(*args, **kwargs))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return rebuild, (peft_model_class, type(self).__mplus_base__), self.__dict__
-
 
 def peft_model_class(base: type[PeftModel]) -> type:
     """Return ``base`` with ``PeftMemoryModel`` mixed in, and a ``forward`` that goes on from a cache."""
@@ -103,7 +100,7 @@ def peft_model_class(base: type[PeftModel]) -> type:
             return _go_on(self, cache, signature.bind_partial(self, *args, **kwargs))
         return base.forward(self, *args, **kwargs)
 
-    return subclass(base, PeftMemoryModel, forward=forward)
+    return subclass(base, PeftMemoryModel, peft_model_class, forward=forward)
 
 
 def _go_on(model: PeftModel, cache: Cache, call: inspect.BoundArguments) -> Any:

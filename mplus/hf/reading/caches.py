@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedModel
 
 from mplus.errors import MemoryMismatchError
 from mplus.hf.reading.reading import Reading
-from mplus.hf.retrofit.context import change_class, rebuild, subclass
+from mplus.hf.retrofit.context import change_class, subclass
 from mplus.mechanisms.decoder import Text
 from mplus.mechanisms.opened import TextCache
 from mplus.memory.memory import Memory
@@ -161,19 +161,11 @@ class FollowedCache(Cache):
         super().reset()
         self._mplus_text.crop(0)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return rebuild, (followed_class, type(self).__mplus_base__), self.__dict__  # type: ignore[attr-defined]
-
-
-def followed_class(base: type) -> type:
-    """Return ``base`` with ``FollowedCache`` mixed in."""
-    return subclass(base, FollowedCache)
-
 
 def follow(cache: Cache, text: TextSoFar) -> None:
     """Let ``text`` go with ``cache``, whose tokens it says."""
     if not isinstance(cache, FollowedCache):
-        change_class(cache, followed_class(type(cache)))  # type: ignore[arg-type]
+        change_class(cache, subclass(type(cache), FollowedCache))  # type: ignore[arg-type]
     cache._mplus_text = text  # type: ignore[attr-defined]
 
 

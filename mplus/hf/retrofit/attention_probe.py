@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,8 +12,23 @@ from mplus.errors import NotSupported
 from mplus.hf.retrofit.attention import Captured
 from mplus.hf.retrofit.context import Pass, run_in
 from mplus.hf.retrofit.discovery import AttentionSpec, rotary_at
-from mplus.mechanisms.decoder import Project
+from mplus.hf.retrofit.hooks import Retrofit
+from mplus.mechanisms.decoder import DecoderShape, Project
 from mplus.retrievers.base import Heads
+
+
+class ProbedEngine(Protocol):
+    """The parts of ``DecoderEngine`` that are needed to run its attention modules alone."""
+
+    retrofit: Retrofit
+    shape: DecoderShape
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def hidden_dtype(self) -> torch.dtype: ...
+    def adapter(self, wanted: str) -> str | None: ...
+    def check_attention(self) -> None: ...
 
 
 class OwnAttention:
@@ -26,7 +41,7 @@ class OwnAttention:
         used: whether anybody has asked for anything, so that keys depend on the attention's weights.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: ProbedEngine) -> None:
         self._engine = engine
         self.used = False
 
@@ -42,8 +57,8 @@ class OwnAttention:
     def heads(self, layer: int) -> Heads:
         """Return the sizes of a layer's heads, found by projecting a row three times; see ``Projections``."""
         engine = self._engine
-        row: Tensor = engine.shape.begin[layer].to(engine.device, engine.hidden_dtype)
-        spec: AttentionSpec = self._engine.retrofit.anatomy.specs[layer]
+        row = engine.shape.begin[layer].to(engine.device, engine.hidden_dtype)
+        spec = engine.retrofit.anatomy.specs[layer]
         who = f"{type(spec.attention).__name__} of layer {spec.layer_index}"
         try:
             found = self._capture(layer, row.expand(3, -1)[None])
@@ -67,7 +82,7 @@ class OwnAttention:
     def _capture(self, layer: int, hidden: Tensor) -> Captured:
         engine, self.used = self._engine, True
         retrofit = engine.retrofit
-        spec: AttentionSpec = retrofit.anatomy.specs[layer]
+        spec = retrofit.anatomy.specs[layer]
         if retrofit.technique != "attention":
             raise NotSupported(
                 f"{type(spec.attention).__name__} attends by itself and does not show its queries, so rows cannot be "
@@ -76,10 +91,9 @@ class OwnAttention:
         engine.check_attention()
         # Rotations are relative: with all rows at one position they cancel, whatever the frequencies.
         positions = torch.zeros(1, hidden.shape[1], dtype=torch.int64, device=hidden.device)
-        rotary = None if spec.rotary_keyword is None else rotary_at(spec, hidden, positions)
+        rotary, call = rotary_at(spec, hidden, positions), spec.call
         active = Pass(Nothing(), engine.adapter("read"))
-        captured: Captured = run_in(active, retrofit.capture, spec, hidden, positions, rotary, spec.args, spec.kwargs)
-        return captured
+        return run_in(active, retrofit.capture, spec, hidden, positions, rotary, call.args, call.kwargs)
 
 
 class Nothing:

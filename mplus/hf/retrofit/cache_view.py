@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +10,11 @@ from transformers.cache_utils import Cache
 
 from mplus.backends.base import Segment
 from mplus.errors import NotSupported
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
+
+    Layer = CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer
 
 
 class MemoryCacheView(Cache):
@@ -29,25 +34,27 @@ class MemoryCacheView(Cache):
         self.inner, self.memory = inner, memory
 
     @property
-    def layers(self) -> Any:  # type: ignore[override]
-        return () if self.inner is None else self.inner.layers
+    def layers(self) -> list[Layer]:  # type: ignore[override]
+        return [] if self.inner is None else self.inner.layers
 
     @property
     def is_compileable(self) -> bool:
         return False
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Tensor, **kwargs: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if self.inner is not None:
-            key_states, value_states = self.inner.update(key_states, value_states, *args, **kwargs)
+            key_states, value_states = self.inner.update(key_states, value_states, layer_idx, *args, **kwargs)
         rows = key_states.shape[0]
         keys, values = (t.expand(rows, -1, -1, -1) for t in (self.memory.keys, self.memory.values))
         return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
 
-    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
-        return 0 if self.inner is None else self.inner.get_seq_length(*args, **kwargs)
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0 if self.inner is None else self.inner.get_seq_length(layer_idx)
 
-    def get_mask_sizes(self, query_length: int, *args: Any) -> tuple[int, int]:
-        return (query_length, 0) if self.inner is None else self.inner.get_mask_sizes(query_length, *args)
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return (query_length, 0) if self.inner is None else self.inner.get_mask_sizes(query_length, layer_idx)
 
 
 def mask_with_memory(mask: Tensor | None, memory: Segment, queries: int, keys: int, like: Tensor) -> Tensor | None:

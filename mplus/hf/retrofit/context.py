@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar, copy_context
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, SupportsIndex, TypeVar
 
 from attrs import define, field
 from torch import Tensor, nn
@@ -14,7 +14,13 @@ from mplus.backends.base import Segment
 from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.mechanisms.decoder import Attended, Collected, Edit, Finish, PassResult, Project
 
+if TYPE_CHECKING:
+    from torch.nn import Module as Layer
+else:
+    Layer = object  # the class that memory is mixed into brings its own
+
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class PrefixSource(Protocol):
@@ -93,20 +99,7 @@ def current_pass() -> Pass | None:
     return _CURRENT.get()
 
 
-@contextmanager
-def running(active: Pass | None) -> Iterator[None]:
-    """Make ``active`` the pass of this thread. Module state stays untouched, so threads do not meet.
-
-    Only inside ``run_in``, or where nobody interrupts: nothing can be done on every way out of a context manager.
-    """
-    token = _CURRENT.set(active)
-    try:
-        yield
-    finally:
-        _CURRENT.reset(token)
-
-
-def run_in(active: Pass | None, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+def run_in(active: Pass | None, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call ``function(*args, **kwargs)`` in the pass ``active``.
 
     In a copy of the thread's context: an interrupt, at whatever line it comes, leaves the thread in no pass.
@@ -116,7 +109,7 @@ def run_in(active: Pass | None, function: Callable[..., T], *args: Any, **kwargs
     return context.run(function, *args, **kwargs)
 
 
-class MemoryLayer:
+class MemoryLayer(Layer):
     """Mixed into a decoder layer's class; does nothing outside a pass."""
 
     _mplus_memory_index: int | None
@@ -125,7 +118,7 @@ class MemoryLayer:
         # Outside gradient checkpointing: what is added and collected here is part of the recorded graph.
         active = current_pass()
         if active is None:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return super().__call__(*args, **kwargs)
         index, collection, edit = self.__dict__["_mplus_memory_index"], active.collection, active.edit
         if edit is not None or collection is not None:
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -137,7 +130,7 @@ class MemoryLayer:
                     kwargs["hidden_states"] = hidden
             if collection is not None:
                 collection.entered(index, hidden)
-        output = super().__call__(*args, mplus_pass=active, **kwargs)  # type: ignore[misc]
+        output = super().__call__(*args, mplus_pass=active, **kwargs)
         if collection is not None:
             collection.left(index, output[0] if isinstance(output, tuple) else output)
         return output
@@ -145,17 +138,14 @@ class MemoryLayer:
     def forward(self, *args: Any, mplus_pass: Pass | None = None, **kwargs: Any) -> Any:
         # Inside it: a recomputation comes after the pass, maybe in another thread, so the pass travels as an argument.
         if mplus_pass is None or mplus_pass is current_pass():
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        return run_in(mplus_pass, super().forward, *args, **kwargs)  # type: ignore[misc]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return rebuild, (memory_layer_class, type(self).__mplus_base__), self.__dict__  # type: ignore[attr-defined]
+            return super().forward(*args, **kwargs)
+        return run_in(mplus_pass, super().forward, *args, **kwargs)
 
 
 def carry_memory(layer: nn.Module, memory_index: int | None) -> None:
     """Make ``layer`` carry memory, in place; ``memory_index`` None: it only hands the pass on."""
     layer.__dict__["_mplus_memory_index"] = memory_index
-    change_class(layer, memory_layer_class(type(layer)))
+    change_class(layer, subclass(type(layer), MemoryLayer))
 
 
 def drop_memory(layer: nn.Module) -> None:
@@ -164,20 +154,37 @@ def drop_memory(layer: nn.Module) -> None:
     change_class(layer, type(layer).__mplus_base__)  # type: ignore[attr-defined]
 
 
-def memory_layer_class(base: type) -> type:
-    """``base`` with ``MemoryLayer`` mixed in; it keeps the name, which device placement and sharding look up."""
-    return subclass(base, MemoryLayer)
-
-
 _SUBCLASSES: dict[tuple[type, type], type] = {}
 
 
-def subclass(base: type, mixin: type, **namespace: Any) -> type:
-    """Return the dynamic subclass of ``base`` with ``mixin`` in front, made once, under the name of ``base``."""
+def subclass(
+    base: type, mixin: type, make: Callable[[type], type] | None = None, **methods: Callable[..., object]
+) -> type:
+    """Return the dynamic subclass of ``base`` with ``mixin`` in front, made once.
+
+    It has the name of ``base``, by which device placement, sharding and quantisation know it.
+
+    Args:
+        base, mixin: its bases.
+        make: makes it of ``base`` anew where an object of it is unpickled, as pickle cannot find it by its name; None:
+            ``subclass`` itself does.
+        methods: methods of its own.
+    """
     if (base, mixin) not in _SUBCLASSES:
+        maker = partial(subclass, mixin=mixin) if make is None else make
+
+        def reduce(instance: Layer, protocol: SupportsIndex) -> tuple[Any, ...]:
+            return rebuild, (maker, base), instance.__dict__
+
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__mplus_base__": base}
-        _SUBCLASSES[base, mixin] = type(base.__name__, (mixin, base), {**names, **namespace})
+        _SUBCLASSES[base, mixin] = type(base.__name__, (mixin, base), {**names, "__reduce_ex__": reduce, **methods})
     return _SUBCLASSES[base, mixin]
+
+
+def rebuild(make: Callable[[type[T]], type[T]], base: type[T]) -> T:
+    """Return a bare object of the class that ``make`` makes of ``base``."""
+    cls = make(base)
+    return cls.__new__(cls)
 
 
 def change_class(module: nn.Module, cls: type) -> None:
@@ -185,9 +192,3 @@ def change_class(module: nn.Module, cls: type) -> None:
     module.__class__ = cls
     if "_old_forward" in module.__dict__:
         module.__dict__["_old_forward"] = cls.forward.__get__(module)  # type: ignore[attr-defined]
-
-
-def rebuild(make: Callable[[type], type], base: type) -> Any:
-    """Return a bare object of the class that ``make`` makes of ``base``, which has no name that pickle could find."""
-    cls: Any = make(base)
-    return cls.__new__(cls)

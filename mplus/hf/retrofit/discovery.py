@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from attrs import define, field
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from mplus.errors import NotSupported
 from mplus.hf.model.modes import in_eval_mode
 from mplus.hf.model.offloading import input_device
 from mplus.hf.retrofit.attention import CaptureCache, Captured
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Embeddings = Tensor | Sequence[Tensor]
+"""What a rotary module makes of positions: cosines and sines, or complex numbers."""
+
+
+@define(eq=False)
+class ModuleCall:
+    """The arguments of one call of a module of the decoder: of its attention, say.
+
+    Attributes:
+        args, kwargs: as the decoder passes them.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(factory=dict)
+
+    @property
+    def hidden(self) -> Tensor:
+        """Return the hidden states ``[B, T, d]``: the argument of this name, else the first one."""
+        hidden: Tensor = self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0]
+        return hidden
 
 
 @define(eq=False)
@@ -27,11 +51,10 @@ class AttentionSpec:
         layer, attention: the modules.
         norm: module whose output the attention reads; None where it reads the layer's raw input (post-norm).
         cache_keyword: keyword of ``attention.forward`` for the cache.
-        hidden_positional: whether hidden states are passed by position.
-        rotary: the module that makes position embeddings, with the arguments it was called with; None: no rotation
-            outside the attention module.
+        call: how the probe called ``attention``, without its cache and mask.
+        rotary: the module that makes position embeddings; None: no rotation outside the attention module.
+        rotary_call: how the probe called it.
         rotary_keyword: keyword of ``attention.forward`` for the position embeddings.
-        args, kwargs: how ``attention`` was called by the probe, without its cache and mask.
         rotates_inside: keys depend on ``position_ids``: the attention module rotates by itself.
     """
 
@@ -41,14 +64,16 @@ class AttentionSpec:
     attention: nn.Module
     norm: nn.Module | None
     cache_keyword: str
-    hidden_positional: bool
+    call: ModuleCall
     rotary: nn.Module | None = None
-    rotary_args: tuple[Any, ...] = ()
-    rotary_kwargs: dict[str, Any] = field(factory=dict)
+    rotary_call: ModuleCall = field(factory=ModuleCall)
     rotary_keyword: str | None = None
     rotates_inside: bool = False
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(factory=dict)
+
+    @property
+    def hidden_positional(self) -> bool:
+        """Return whether hidden states are passed by position."""
+        return "hidden_states" not in self.call.kwargs
 
 
 @define(eq=False)
@@ -75,7 +100,7 @@ class Anatomy:
         return len(self.specs) < len(self.layers)
 
 
-def find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
+def find_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     """Return the module that runs the decoder layers, and the stack. Raises NotSupported when there is none."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     candidates = [model.get_decoder(), model.base_model]
@@ -93,26 +118,27 @@ class _Trace:
     """The calls that hooks saw during the probe."""
 
     running: list[nn.Module] = field(factory=list)
-    calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = field(factory=dict)
-    made: dict[int, tuple[nn.Module, tuple[Any, ...], dict[str, Any], Tensor]] = field(factory=dict)
+    calls: dict[nn.Module, ModuleCall] = field(factory=dict)
+    made: dict[int, tuple[nn.Module, ModuleCall, Tensor]] = field(factory=dict)
     updates: dict[nn.Module, None] = field(factory=dict)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.running.append(module)
-        self.calls[module] = (args, kwargs)
+        self.calls[module] = ModuleCall(args, kwargs)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        call = ModuleCall(args, kwargs)
         self.running.pop()
         for tensor in output if isinstance(output, tuple | list) else (output,):
             if isinstance(tensor, Tensor):
                 # The tensor is kept so that its id stays its own.
-                self.made.setdefault(id(tensor), (module, args, kwargs, tensor))
+                self.made.setdefault(id(tensor), (module, call, tensor))
 
-    def maker(self, value: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None:
+    def maker(self, value: Any) -> tuple[nn.Module, ModuleCall] | None:
         """Return the module that made ``value`` (a tensor, or a tuple starting with one), and how it was called."""
         tensor = value[0] if isinstance(value, tuple | list) and value else value
         found = self.made.get(id(tensor)) if isinstance(tensor, Tensor) else None
-        return None if found is None else found[:3]
+        return None if found is None else found[:2]
 
 
 @contextmanager
@@ -120,17 +146,20 @@ def _tracing(root: nn.Module, cache: Cache) -> Iterator[_Trace]:
     """Watch every module under ``root`` and every update of ``cache``."""
     trace, cls = _Trace(), type(cache)
 
-    def update(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # The innermost running module is the one that owns keys and values.
-        trace.updates.setdefault(trace.running[-1])
-        return cls.update(self, *args, **kwargs)
+    def noting(update: Callable[P, T]) -> Callable[P, T]:
+        def noted(*args: P.args, **kwargs: P.kwargs) -> T:
+            # The innermost running module is the one that owns keys and values.
+            trace.updates.setdefault(trace.running[-1])
+            return update(*args, **kwargs)
+
+        return noted
 
     handles = []
     for module in root.modules():
         if module is not root:
             handles.append(module.register_forward_pre_hook(trace.before, with_kwargs=True))
             handles.append(module.register_forward_hook(trace.after, with_kwargs=True, always_call=True))
-    cache.__class__ = type(cls.__name__, (cls,), {"update": update})
+    cache.__class__ = type(cls.__name__, (cls,), {"update": noting(cls.update)})
     try:
         yield trace
     finally:
@@ -140,7 +169,7 @@ def _tracing(root: nn.Module, cache: Cache) -> Iterator[_Trace]:
 
 
 @torch.no_grad()
-def discover(model: Any) -> Anatomy:
+def discover(model: PreTrainedModel) -> Anatomy:
     """Probe ``model`` (in eval mode for the moment) with four tokens.
 
     Raises:
@@ -168,7 +197,7 @@ def discover(model: Any) -> Anatomy:
         specs.append(_spec(attention, home, layers, trace, cache, len(specs)))
     if not specs:
         raise NotSupported(f"{name} has no attention layer that writes a key/value cache; M+ needs attention")
-    alibi = any(trace.calls[spec.attention][1].get("alibi") is not None for spec in specs)
+    alibi = any(trace.calls[spec.attention].kwargs.get("alibi") is not None for spec in specs)
     if alibi and not hasattr(root, "build_alibi_tensor"):
         raise NotSupported(f"{name} uses ALiBi, and has no build_alibi_tensor that could extend it over memory")
     return Anatomy(
@@ -180,7 +209,7 @@ def discover(model: Any) -> Anatomy:
     )
 
 
-def _filled_cache(model: Any, ids: Tensor) -> Cache:
+def _filled_cache(model: PreTrainedModel, ids: Tensor) -> Cache:
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
     cache = getattr(output, "past_key_values", None)
     if not isinstance(cache, Cache):
@@ -199,15 +228,13 @@ def _spec(
     cache: Cache,
     memory_index: int,
 ) -> AttentionSpec:
-    args, kwargs = trace.calls[attention]
+    call = trace.calls[attention]
     index = home[attention]
-    keyword = next((key for key, value in kwargs.items() if value is cache), None)
+    keyword = next((key for key, value in call.kwargs.items() if value is cache), None)
     if keyword is None:
         raise NotSupported(f"{type(attention).__name__} does not take its key/value cache by keyword")
-    positional = "hidden_states" not in kwargs
-    states = args[0] if positional else kwargs["hidden_states"]
-    _check_width(attention, index, states, trace.calls.get(layers[index]))
-    made_by = trace.maker(states)
+    _check_width(attention, index, call.hidden, trace.calls.get(layers[index]))
+    made_by = trace.maker(call.hidden)
     norm = (
         made_by[0]
         if made_by is not None and home.get(made_by[0]) == index and made_by[0] is not layers[index]
@@ -220,24 +247,22 @@ def _spec(
         attention=attention,
         norm=norm,
         cache_keyword=keyword,
-        hidden_positional=positional,
-        args=args,
-        kwargs={**kwargs, keyword: None, "attention_mask": None},
+        call=ModuleCall(call.args, {**call.kwargs, keyword: None, "attention_mask": None}),
     )
-    for key, value in kwargs.items():
+    for key, value in call.kwargs.items():
         source = trace.maker(value)
         if source is not None and source[0] not in home and "mask" not in key and key != "hidden_states":
-            spec.rotary, spec.rotary_args, spec.rotary_kwargs = source
+            spec.rotary, spec.rotary_call = source
             spec.rotary_keyword = key
     if spec.rotary is None:
-        spec.rotates_inside = _rotates_inside(spec, args, kwargs)
+        spec.rotates_inside = _rotates_inside(spec, call)
     return spec
 
 
-def _check_width(attention: nn.Module, index: int, states: Tensor, call: Any) -> None:
+def _check_width(attention: nn.Module, index: int, states: Tensor, call: ModuleCall | None) -> None:
     """Raise NotSupported where attention reads more than the layer's hidden states, which rows of memory are."""
-    args, kwargs = call if call is not None else ((), {})
-    hidden = args[0] if args else kwargs.get("hidden_states")
+    call = ModuleCall() if call is None else call
+    hidden = call.args[0] if call.args else call.kwargs.get("hidden_states")
     if isinstance(hidden, Tensor) and hidden.shape[-1] != states.shape[-1]:
         raise NotSupported(
             f"{type(attention).__name__} of layer {index} attends to states of width {states.shape[-1]}, and the "
@@ -245,31 +270,35 @@ def _check_width(attention: nn.Module, index: int, states: Tensor, call: Any) ->
         )
 
 
-def _rotates_inside(spec: AttentionSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _rotates_inside(spec: AttentionSpec, call: ModuleCall) -> bool:
     """Return whether the keys of one call change when its ``position_ids`` do."""
-    place = kwargs.get("position_ids")
+    place = call.kwargs.get("position_ids")
     if not isinstance(place, Tensor):
         return False
     keys = []
     for moved in (place, place + 1):
         try:
-            spec.attention.forward(*args, **{**kwargs, "position_ids": moved, spec.cache_keyword: CaptureCache()})
+            changed = {"position_ids": moved, spec.cache_keyword: CaptureCache()}
+            spec.attention.forward(*call.args, **{**call.kwargs, **changed})
         except Captured as captured:
             keys.append(captured.keys)
     return len(keys) == 2 and not torch.equal(*keys)
 
 
-def rotary_at(spec: AttentionSpec, like: Tensor, positions: Tensor) -> Any:
-    """Return what the decoder's rotary module makes at ``positions`` ``[B or 1, P]`` int64.
+def rotary_at(spec: AttentionSpec, like: Tensor, positions: Tensor) -> Embeddings | None:
+    """Return what the decoder's rotary module makes at ``positions`` ``[B or 1, P]`` int64; None: there is none.
 
     Dtype and device are those of ``like``. The recorded call is repeated with its tensors exchanged: floating ones by
     ``like``, whole numbers by ``positions``.
     """
+    if spec.rotary is None:
+        return None
 
-    def swap(value: Any) -> Any:
+    def swap(value: T) -> T | Tensor:
         if not isinstance(value, Tensor):
             return value
         return like if value.is_floating_point() else positions
 
-    rotary = cast(nn.Module, spec.rotary)
-    return rotary(*map(swap, spec.rotary_args), **{key: swap(value) for key, value in spec.rotary_kwargs.items()})
+    args, kwargs = spec.rotary_call.args, spec.rotary_call.kwargs
+    embeddings: Embeddings = spec.rotary(*map(swap, args), **{key: swap(value) for key, value in kwargs.items()})
+    return embeddings

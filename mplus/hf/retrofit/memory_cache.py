@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from attrs import define
@@ -43,30 +43,30 @@ class MemoryCacheLayer(DynamicLayer):
     off) leaves the buffer, and the next token makes a new one. Where gradients flow there is no buffer.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        self._buffer: _Buffer | None = None
-        self.single_tokens = 0
-        super().__init__(**kwargs)
+    _keys: Tensor  # None until there is text, as in any layer of transformers
+    _values: Tensor
+    _buffer: _Buffer | None = None
+    single_tokens = 0
 
     @property
-    def keys(self) -> Any:
+    def keys(self) -> Tensor:
         """``[B, Hkv, S, D]`` of the text."""
         return self._keys
 
     @keys.setter
-    def keys(self, keys: Any) -> None:
-        self._keys, self._buffer = keys, None
+    def keys(self, keys: Tensor | None) -> None:
+        self._keys, self._buffer = cast("Tensor", keys), None
 
     @property
-    def values(self) -> Any:
+    def values(self) -> Tensor:
         """``[B, Hkv, S, Dv]`` of the text."""
         return self._values
 
     @values.setter
-    def values(self, values: Any) -> None:
-        self._values, self._buffer = values, None
+    def values(self, values: Tensor | None) -> None:
+        self._values, self._buffer = cast("Tensor", values), None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: int, **kwargs: Tensor) -> tuple[Tensor, Tensor]:
         """Add text ``[B, Hkv, T, D]``; returns all of it."""
         text, tokens = self.get_seq_length(), key_states.shape[2]
         self.single_tokens += tokens == 1
@@ -135,7 +135,7 @@ class MemoryInCache:
 
     def fits(self, keys: Tensor) -> bool:
         """Return whether ``keys`` are the layer's text as it lies there: a decoder may change it before it attends."""
-        own: Tensor = self.layer.keys
+        own = self.layer.keys
         return keys.data_ptr() == own.data_ptr() and keys.shape == own.shape and keys.stride() == own.stride()
 
     def keys_values(self) -> tuple[Tensor, Tensor]:
@@ -143,22 +143,24 @@ class MemoryInCache:
         return self.layer.behind(self.segments)
 
 
-def memory_in_cache(cache: Any, index: int, segments: tuple[Segment, ...], rows: int) -> MemoryInCache | None:
+def memory_in_cache(cache: Cache | None, index: int, segments: tuple[Segment, ...], rows: int) -> MemoryInCache | None:
     """Let layer ``index`` of a cache keep ``segments``; None where it cannot.
 
     That is: without a cache that grows as the text does; where a batch of ``rows`` shares one memory, which would be
     copied for each; where streams have rows of different number; and where gradients flow.
     """
-    if torch.is_grad_enabled() or getattr(type(cache), "update", None) is not Cache.update or cache.offloading:
+    if torch.is_grad_enabled() or cache is None:
+        return None
+    if getattr(type(cache), "update", None) is not Cache.update or cache.offloading:
         return None
     if any(segment.lengths is not None or segment.keys.shape[0] != rows for segment in segments):
         return None
     layers = cache.layers
     if cache.layer_class_to_replicate is DynamicLayer:
         layers.extend(DynamicLayer() for _ in range(len(layers), index + 1))
-    if index < len(layers) and type(layers[index]) is DynamicLayer and not layers[index].get_seq_length():
-        layers[index] = MemoryCacheLayer()
     layer = layers[index] if index < len(layers) else None
+    if type(layer) is DynamicLayer and not layer.get_seq_length():
+        layer = layers[index] = MemoryCacheLayer()
     return MemoryInCache(layer, segments) if isinstance(layer, MemoryCacheLayer) else None
 
 

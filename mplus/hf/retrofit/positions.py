@@ -6,7 +6,7 @@ Rows that are kept as hidden states are rotated by the layer's own modules: ``Re
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from attrs import define
@@ -80,9 +80,10 @@ class Rotation:
 
     def tables(self, spec: AttentionSpec, like: Tensor, positions: Tensor) -> Tables | None:
         """Return tables for ``positions`` ``[B or 1, P]`` in dtype and device of ``like``; None: nothing is rotated."""
-        if self.pairs == "none":
+        embeddings = None if self.pairs == "none" else rotary_at(spec, like, positions)
+        if embeddings is None:
             return None
-        cos, sin = rotary_at(spec, like, positions)
+        cos, sin = embeddings
         if self.doubled:
             cos, sin = (
                 torch.cat([table, table], -1) if self.pairs == "half" else table.repeat_interleave(2, -1)
@@ -137,9 +138,7 @@ def find_rotation(
 
 def _candidates(spec: AttentionSpec, like: Tensor) -> Iterator[Rotation]:
     yield Rotation("none")
-    if spec.rotary_keyword is None:
-        return
-    found: Any = rotary_at(spec, like, torch.zeros(1, 1, dtype=torch.int64, device=like.device))
+    found = rotary_at(spec, like, torch.zeros(1, 1, dtype=torch.int64, device=like.device))
     if not isinstance(found, tuple | list) or len(found) != 2 or not all(isinstance(t, Tensor) for t in found):
         return
     cos, sin = found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from attrs import define, field
@@ -75,10 +75,11 @@ class Projection:
         """Return the tables that ``turned`` needs for rows at ``positions`` ``[B or 1, P]``."""
         return self.rotations[layer].tables(self.retrofit.anatomy.specs[layer], like, positions)
 
-    def table_key(self, layer: int) -> Any:
+    def table_key(self, layer: int) -> tuple[int, str, Rotation]:
         """Return a key that is equal in layers with the same tables."""
         spec = self.retrofit.anatomy.specs[layer]
-        plain = [value for value in (*spec.rotary_args, *spec.rotary_kwargs.values()) if not isinstance(value, Tensor)]
+        given = (*spec.rotary_call.args, *spec.rotary_call.kwargs.values())
+        plain = [value for value in given if not isinstance(value, Tensor)]
         return id(spec.rotary), repr(plain), self.rotations[layer]
 
     def picked(self, layer: int, begin: Tensor, column: Tensor, places: Tensor, tables: Tables | None) -> Segment:
@@ -173,6 +174,5 @@ def _capture(
     retrofit: Retrofit, adapter: str | None, spec: AttentionSpec, hidden: Tensor, positions: Tensor
 ) -> Captured:
     normed = hidden if spec.norm is None else spec.norm(hidden)
-    rotary = None if spec.rotary_keyword is None else rotary_at(spec, normed, positions)
-    active = Pass(Nothing(), adapter)
-    return run_in(active, retrofit.capture, spec, normed, positions, rotary, spec.args, spec.kwargs)
+    rotary, call = rotary_at(spec, normed, positions), spec.call
+    return run_in(Pass(Nothing(), adapter), retrofit.capture, spec, normed, positions, rotary, call.args, call.kwargs)

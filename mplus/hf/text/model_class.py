@@ -12,7 +12,6 @@ from mplus.errors import ConfigError
 from mplus.eviction import EVICTION
 from mplus.hf.model.model_class import MemoryModel, reading_class
 from mplus.hf.model.sizes import chosen
-from mplus.hf.retrofit.context import rebuild
 from mplus.hf.text.engine import TextEngine
 from mplus.hf.text.forward import forward_with_text
 from mplus.hf.text.generation import generate_with_text
@@ -158,10 +157,7 @@ class TextMemoryModel(MemoryModel):
         base: Any = type(self).__mplus_base__
         base.set_attn_implementation(self, attn_implementation, *args, **kwargs)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return rebuild, (text_model_class, type(self).__mplus_base__), self.__dict__
-
 
 def text_model_class(base: type[PreTrainedModel]) -> type:
     """Return ``base`` with ``TextMemoryModel`` mixed in, and the arguments of a read in its ``forward``."""
-    return reading_class(base, TextMemoryModel, forward_with_text)
+    return reading_class(base, TextMemoryModel, text_model_class, forward_with_text)
