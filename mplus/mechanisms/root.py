@@ -92,6 +92,17 @@ class Mechanism(ABC):
     def absorb(self, state: StreamState, update: Any, source: int, context: WriteContext) -> Absorbed:
         """Take what ``write`` made for one stream, from the text of ``source``, into its state and its store."""
 
+    def with_tokenizer(self, state: StreamState, tokenizer: Any) -> StreamState:
+        """Return a stream as it is when a text is written to it through ``tokenizer``; by default as it was.
+
+        Called before every write, with the same result as long as the stream is the same.
+
+        Args:
+            state: of the stream.
+            tokenizer: of the memory; None: it has none.
+        """
+        return state
+
     def lifetime(self, eviction: EvictionPolicy) -> float | None:
         """Merges that new long-term rows of a memory under ``eviction`` live; None: they do not expire."""
         return None

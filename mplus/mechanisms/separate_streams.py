@@ -101,7 +101,8 @@ class SeparateStreams(TrainingStreams):
             tuple(torch.cat(parts)[order.to(parts[0].device)] for parts in zip(*of, strict=True))
             for of in ([update.hidden for update in updates], [update.projected for update in updates])
         )
-        return Update(hidden, projected, ids)
+        beside = [one for update in updates for one in update.beside]
+        return Update(hidden, projected, ids, tuple(beside[place] for place in order.tolist()) if beside else ())
 
     def _encode(self, views: Sequence[StreamView], ids: Tensor) -> Update:
         update = self.mechanism.write(self.decoder, views, Text(ids))
@@ -233,7 +234,8 @@ class _TextPrefix:
 
 
 def _rebuilt(state: StreamState, layout: StoreLayout) -> StreamState:
-    """Return a state whose rows and tensors have no graph."""
+    """Return a state whose rows and tensors have no graph, without what the step to come will compute otherwise."""
+    state = state.without_computed()
     rows = {name: [detached(part) for part in parts] for name, parts in state.row_lists().items()}
     tensors = {name: tensor.detach() for name, tensor in state.tensors().items()}
     return type(state).from_parts(layout, rows, tensors, **{name: getattr(state, name) for name in COMMON})

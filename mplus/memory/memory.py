@@ -87,7 +87,7 @@ class Memory(StoredMemory):
 
         Raises as ``write``; InputError also where n is not in ``min_chunk_tokens`` .. ``chunk_tokens``.
         """
-        return write_chunk(self.streams, ids, source)
+        return write_chunk(self.streams, ids, source, self.tokenizer)
 
     def forget(
         self,

@@ -121,7 +121,7 @@ def _refresh(states: list[StreamState], streams: Streams, stale: Sequence[int], 
         if _is_unwritten(state, store, engine):
             states[row] = evolve(engine.new_state(store.layout), texts=state.texts, weights=now)
             continue
-        anew = state.changed(lambda rows, name, layer: _refreshed(rows, layer, engine))
+        anew = state.without_computed().changed(lambda rows, name, layer: _refreshed(rows, layer, engine))
         states[row] = evolve(anew, weights=now)
         for layer in range(store.layout.layers):
             times = None if notes is None else notes.times(layer, store.ids(layer))

@@ -114,6 +114,17 @@ class StreamState:
         """Return this state without what it holds of one source besides rows: its ids, sums or counts, say."""
         return self
 
+    def without_computed(self) -> Self:
+        """Return this state without what the decoder's weights made of anything but rows; it is computed when needed.
+
+        Called when the weights have changed since, and in training, where every step changes them.
+        """
+        return self
+
+    def restarted(self, new: Self) -> Self:
+        """Return ``new``, a fresh state that is written with all texts of this one, with what holds for both."""
+        return new
+
     def to(self, device: torch.device, dtype: torch.dtype | None) -> Self:
         """Return this state on another device, its content in another dtype."""
         return self.changed(lambda rows, name, layer: rows.to(device, dtype))

@@ -23,8 +23,8 @@ class Front:
         kept: turns rows into segments.
         views: the streams.
         places: per stream ``[n_i]`` int64, which of its rows, in that order.
-        begin: per layer ``[1, b, w]``, the keys and values of the tokens that begin every text.
-        begins: per stream, whether they stand in front of its rows.
+        begins: per stream ``[L, b_i, w]``, the keys and values of the tokens that begin its text; without any, nothing
+            stands in front of its rows.
         at_zero: rows sit at 0, 1, ... and the text behind them; else at -P..-1 and the text from 0 on.
         tables: what rotates keys, by the kind of layer; filled as layers ask.
     """
@@ -32,17 +32,15 @@ class Front:
     kept: KeptProjection
     views: Sequence[StreamView]
     places: Sequence[Tensor]
-    begin: Sequence[Tensor]
-    begins: Sequence[bool]
+    begins: Sequence[Tensor]
     at_zero: bool
     tables: dict[Any, Any] = field(factory=dict)
 
     @property
     def counts(self) -> Tensor:
         """``[B]`` int64, rows in front of each stream's text."""
-        first = self.begin[0].shape[1] if self.begin else 0
-        counts = [first * begins + len(places) for begins, places in zip(self.begins, self.places, strict=True)]
-        return torch.tensor(counts)
+        parts = zip(self.begins, self.places, strict=True)
+        return torch.tensor([begin.shape[1] + len(places) for begin, places in parts])
 
     def segments(self, layer: int, hidden: Tensor) -> tuple[Segment, ...]:
         """Return what a layer sees; () where no stream has anything.
@@ -65,7 +63,7 @@ class Front:
 
     def _rows(self, layer: int, stream: int, hidden: Tensor) -> Tensor:
         """Return ``[P_i, w]``, the rows of one stream as they are kept."""
-        parts = [self.begin[layer][0]] if self.begin and self.begins[stream] else []
+        parts = [self.begins[stream][layer]] if self.begins[stream].shape[1] else []
         places, store = self.places[stream], self.views[stream].store
         if len(places):
             ids = store.ids(layer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from attrs import define, evolve, field
@@ -13,7 +13,8 @@ from mplus.backends.base import Segment
 from mplus.config import ADAPTERS, Component, MPlusConfig, number, one_of, shortest_chunk, whole
 from mplus.errors import ConfigError, InputError
 from mplus.mechanisms.base import Kept, MemoryMechanism
-from mplus.mechanisms.decoder import Adapter, Decoder, Project, Text
+from mplus.mechanisms.decoder import Decoder, Project, Text
+from mplus.mechanisms.kv.chat import ChatFormat
 from mplus.mechanisms.kv.front import Front
 from mplus.mechanisms.kv.state import KvState, state_of
 from mplus.mechanisms.opened import Opened, Retrieved
@@ -42,7 +43,7 @@ def _ids(value: Any) -> Any:
 def _check_ids(instance: Any, attribute: Any, value: Any) -> None:
     sound = isinstance(value, tuple) and all(type(one) is int and one >= 0 for one in value)
     if value is not None and not sound:
-        raise ConfigError(f"begin must be a list of token ids, or None, got {value!r}")
+        raise ConfigError(f"{attribute.name} must be a list of token ids, or None, got {value!r}")
 
 
 def _share(instance: Any, attribute: Any, value: Any) -> None:
@@ -68,14 +69,18 @@ class KvMechanism(MemoryMechanism):
         Attributes:
             behind: chunks written before it that a chunk is read behind when it is written; 0: none, so that its rows
                 hold nothing of other sources; None: all there are.
-            begin: ids of the tokens in front of all memory, which every text begins with (of a chat, say); None: the
-                decoder's BOS, else EOS, if it has one.
+            begin: ids of the tokens that every chunk is written behind; None: the default prefix of the tokenizer's
+                chat template, up to and including the opening of the user's turn, at the first write; where there is
+                no tokenizer or template, the decoder's BOS, else EOS, if it has one.
+            opening, closing: ids in front of and behind the content of a user's turn; None: by the same template.
             order: of the chunks that are brought back: as "written", or by "score", the best one next to the text.
             k1, b: of BM25, by whose scores over token ids chunks are chosen.
         """
 
         behind: int | None = field(default=0, validator=whole(0, optional=True))
         begin: tuple[int, ...] | None = field(default=None, converter=_ids, validator=_check_ids)
+        opening: tuple[int, ...] | None = field(default=None, converter=_ids, validator=_check_ids)
+        closing: tuple[int, ...] | None = field(default=None, converter=_ids, validator=_check_ids)
         order: str = field(default="written", validator=one_of("written", "score"))
         k1: float = field(default=1.5, validator=number(0))
         b: float = field(default=0.75, validator=_share)
@@ -129,6 +134,14 @@ class KvMechanism(MemoryMechanism):
     def isolated_sources(self) -> bool:
         return bool(self.options.behind == 0)
 
+    def reserve(self, layout: StoreLayout) -> int:
+        """Return the bytes of the begin, of one token where the options do not say it; what it takes more is counted.
+
+        See ``_is_over``.
+        """
+        begin = 1 if self.options.begin is None else len(self.options.begin)
+        return begin * layout.projected_size * layout.dtype.itemsize
+
     def bytes_beside(self, rows: int) -> int:
         """Return the bytes of the chunk table: 4 for every token, and 24 for every chunk."""
         return 4 * rows + 24 * -(-rows // self.config.min_chunk_tokens)
@@ -139,13 +152,30 @@ class KvMechanism(MemoryMechanism):
                 f"eviction must be a policy by which rows leave at capacity with the mechanism {self.name!r}, which "
                 "merges nothing, so that no lifetime would run out: use 'fifo', say"
             )
-        return KvState.empty()
+        return KvState.empty(layout)
+
+    def with_tokenizer(self, state: StreamState, tokenizer: Any) -> KvState:
+        """Note how texts begin: by the options, else by the chat template, in a stream that does not know it yet.
+
+        The chunks that there are stay what they were written behind.
+        """
+        found, options = cast("KvState", state), self.options
+        if len(found.opening_ids):
+            return found
+        chat = ChatFormat.of(tokenizer) or ChatFormat((), (), ())
+        known = {
+            "begin_ids": () if found.tokens else chat.prefix if options.begin is None else options.begin,
+            "opening_ids": chat.opening if options.opening is None else options.opening,
+            "closing_ids": chat.closing if options.closing is None else options.closing,
+        }
+        news = {name: ids for name, ids in known.items() if ids and not len(getattr(found, name))}
+        return evolve(found, **{name: torch.tensor(ids, dtype=torch.int32) for name, ids in news.items()})
 
     def write(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Update:
-        """Run one pass over a chunk of every stream, behind the chunks before it that ``behind`` says."""
-        ids = text.need_ids()
-        places = [self._before(state_of(view)) for view in views]
-        front = self._front(decoder, views, places, [True] * len(views), "write")
+        """Run one pass over a chunk of every stream, behind its begin and the chunks before it that ``behind`` says."""
+        ids, states = text.need_ids(), [state_of(view) for view in views]
+        begins = self._begins(decoder, states)
+        front = self._front(decoder, views, [self._before(state) for state in states], begins)
         counts, positions = front.counts.to(ids.device), None
         if front.at_zero:
             positions = counts[:, None] + torch.arange(ids.shape[1], device=ids.device)
@@ -157,7 +187,9 @@ class KvMechanism(MemoryMechanism):
             positions=positions,
             collect={"projected"},
         )
-        return Update((), found.projected)
+        firsts = [self._begin_ids(state, decoder.shape.first_token) for state in states]
+        beside = [{"begin_ids": first, "begin_rows": rows} for first, rows in zip(firsts, begins, strict=True)]
+        return Update((), found.projected, beside=tuple(beside))
 
     def absorb(self, state: Any, update: Update, source: int, context: WriteContext) -> Absorbed:
         ids = context.ids
@@ -169,6 +201,9 @@ class KvMechanism(MemoryMechanism):
         for layer, made in enumerate(update.projected):
             rows = MemoryRows(None, births, torch.full_like(births, source), projected=made.to(device, dtype))
             context.store.append(layer, rows)
+        if update.beside and not state.begin_rows.shape[1]:
+            begin = update.beside[0]
+            state = state.with_begin(begin["begin_ids"], begin["begin_rows"].to(device, dtype))
         after, evicted = self._evict(state.with_chunk(ids, source), context)
         return Absorbed(after, 0, evicted)
 
@@ -179,7 +214,10 @@ class KvMechanism(MemoryMechanism):
         for view in views:
             state_of(view).check_store(view)
         places = [self._chosen(view, text, row) for row, view in enumerate(views)]
-        front = self._front(decoder, views, places, [len(found) > 0 for found in places], "read")
+        with torch.no_grad():  # of what was written without a graph; in training, writing keeps its own
+            begins = self._begins(decoder, [state_of(view) for view in views])
+        parts = zip(begins, places, strict=True)
+        front = self._front(decoder, views, places, [begin if len(found) else begin[:, :0] for begin, found in parts])
         if not front.at_zero:
             return Opened(views, own=front)
         settled = "its rows sit at positions 0, 1, ... and the text behind them, so others cannot take their place"
@@ -193,11 +231,12 @@ class KvMechanism(MemoryMechanism):
         if opened.own is None:
             return opened
         front: Front = opened.own
-        places = list(front.places)
+        places, begins = list(front.places), list(front.begins)
         for row in rows:
             places[row] = self._chosen(opened.views[row], text, row)
-        front = evolve(front, places=places, begins=[len(found) > 0 for found in places], tables={})
-        return evolve(opened, own=front)
+            if len(places[row]) and not begins[row].shape[1]:
+                (begins[row],) = self._begins(decoder, [state_of(opened.views[row])])
+        return evolve(opened, own=evolve(front, places=places, begins=begins, tables={}))
 
     def _chosen(self, view: StreamView, text: Text, row: int) -> Tensor:
         """Return the places ``[n]`` of the chunks that row ``row`` of a text brings back."""
@@ -228,9 +267,9 @@ class KvMechanism(MemoryMechanism):
 
     def prefix_rows(self, view: StreamView) -> int:
         """Return the most rows that a text can bring back, and the begin rows."""
-        tokens = min(state_of(view).tokens, self.config.retrieved_tokens)
-        begin = 1 if self.options.begin is None else len(self.options.begin)
-        return tokens + begin if tokens else 0
+        state = state_of(view)
+        tokens = min(state.tokens, self.config.retrieved_tokens)
+        return tokens + len(self._begin_ids(state, 0)) if tokens else 0
 
     def _before(self, state: KvState) -> Tensor:
         """Return the places of the chunks that the next one is read behind."""
@@ -249,20 +288,46 @@ class KvMechanism(MemoryMechanism):
             view.access_log.record(0, view.store.ids(0)[places.to(view.store.layout.device)], state.clock)
         return places
 
+    def _begins(self, decoder: Decoder, states: Sequence[KvState]) -> list[Tensor]:
+        """Return ``[L, b, w]``, the rows that the chunks of each stream are behind; computed where it has none yet."""
+        made: dict[tuple[int, ...], Tensor] = {}
+        found = []
+        for state in states:
+            ids = self._begin_ids(state, decoder.shape.first_token)
+            key = tuple(ids.tolist())
+            if state.begin_rows.shape[1] or not key:
+                found.append(state.begin_rows)
+                continue
+            if key not in made:
+                text = ids[None].to(decoder.shape.device, torch.int64)
+                layers = decoder.run(text, adapter="write", collect={"projected"}).projected
+                made[key] = torch.stack([rows[0] for rows in layers])
+            found.append(made[key])
+        return found
+
+    def _begin_ids(self, state: KvState, first_token: int | None) -> Tensor:
+        """Return ``[b]`` int32, the tokens that the chunks of a stream are behind."""
+        if len(state.begin_ids):
+            return state.begin_ids
+        first = () if first_token is None else (first_token,)
+        return torch.tensor(first if self.options.begin is None else self.options.begin, dtype=torch.int32)
+
     def _front(
-        self, decoder: Decoder, views: Sequence[StreamView], places: Sequence[Tensor], begins: list[bool], how: Adapter
+        self, decoder: Decoder, views: Sequence[StreamView], places: Sequence[Tensor], begins: Sequence[Tensor]
     ) -> Front:
-        kept, shape = decoder.kept, decoder.shape
-        first = (shape.first_token,) if shape.first_token is not None else ()
-        ids = torch.tensor([first if self.options.begin is None else self.options.begin], dtype=torch.int64)
-        begin = decoder.run(ids.to(shape.device), adapter=how, collect={"projected"}).projected if ids.numel() else ()
-        return Front(kept, views, places, begin, begins, shape.positions == "learned" or kept.positions.offset)
+        kept = decoder.kept
+        return Front(kept, views, places, begins, decoder.shape.positions == "learned" or kept.positions.offset)
 
     def _evict(self, state: KvState, context: WriteContext) -> tuple[KvState, int]:
         """Let whole chunks leave, those of the rows that the policy names, until the rest is within the capacity."""
-        store, capacity, before = context.store, context.capacity, state.tokens
+        store, before = context.store, state.tokens
         policy = context.eviction.with_access_log(context.access_log)
-        while capacity is not None and state.tokens > capacity:
+        while self._is_over(state, context):
+            if len(state.chunk_length) == 1:
+                raise ConfigError(
+                    f"bytes_budget must have room for the {state.begin_rows.shape[1]} tokens that chunks are written "
+                    f"behind and a chunk of {state.tokens}: give more, or lower chunk_tokens"
+                )
             if context.access_log is not None:
                 context.access_log.trim(0, store)
             place = torch.searchsorted(store.ids(0), policy.select(store, 0, 1)).cpu()
@@ -275,3 +340,17 @@ class KvMechanism(MemoryMechanism):
             kept[chunk] = False
             state = state.with_chunks(kept)
         return state, before - state.tokens
+
+    def _is_over(self, state: KvState, context: WriteContext) -> bool:
+        """Return True if a stream has more tokens than it may, or takes more bytes than its share of a budget."""
+        capacity, store = context.capacity, context.store
+        if capacity is None or state.tokens > capacity:
+            return capacity is not None
+        if capacity == self.config.long_term_tokens:
+            return False
+        layers = store.layout.layers
+        beside = layers * self.reserve(store.layout) + self.bytes_beside(capacity)
+        return (
+            state.nbytes + state.tokens * layers * store.bytes_per_row
+            > beside + capacity * layers * store.bytes_per_row
+        )

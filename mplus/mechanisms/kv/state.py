@@ -1,4 +1,4 @@
-"""KvState: the table of the chunks whose keys and values a stream's store holds."""
+"""KvState: the table of the chunks whose keys and values a stream's store holds, and what stands in front of them."""
 
 from __future__ import annotations
 
@@ -14,20 +14,30 @@ from mplus.memory.state import StreamState, StreamView
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreLayout
 
-NAMES = ("chunk_length", "chunk_source", "chunk_time", "token_ids")
+TABLE = ("chunk_length", "chunk_source", "chunk_time", "token_ids")
+"""The tensors of memories that were saved when nothing but the table was kept."""
+CHAT = ("begin_ids", "opening_ids", "closing_ids")
+NAMES = (*TABLE, *CHAT, "begin_rows", "chunk_key")
 
 
 @define(frozen=True, eq=False, kw_only=True)
 class KvState(StreamState):
     """The chunks of one stream, oldest first. Their rows, one a token, lie in the store in the same order.
 
-    All tensors are on the CPU, whatever the device of the rows.
+    All tensors but ``begin_rows`` are on the CPU, whatever the device of the rows.
 
     Attributes:
         chunk_length: ``[c]`` int64, tokens of each chunk.
         chunk_source: ``[c]`` int64, number of the source it was written from.
         chunk_time: ``[c]`` int64, ``clock`` when it was written: the birth of its first row.
         token_ids: ``[n]`` int32, the tokens of all chunks, one behind the other.
+        begin_ids: ``[b]`` int32, the tokens that every chunk is written behind: a chat template's default prefix up to
+            and including the opening of the user's turn, or the decoder's BOS; empty before the first write.
+        opening_ids, closing_ids: int32, what the chat template puts in front of and behind the content of a user's
+            turn; empty where there is no template, or before the first write that has a tokenizer.
+        begin_rows: ``[L, b, w]``, keys (not rotated) and values of ``begin_ids``, in the dtype and on the device of the
+            rows; ``[L, 0, w]`` where they have to be computed.
+        chunk_key: ``[c, v]`` floating, what a retriever finds each chunk by; v is 0 where it keeps nothing.
     """
 
     lists: ClassVar[Mapping[str, str]] = {}
@@ -36,12 +46,22 @@ class KvState(StreamState):
     chunk_source: Tensor
     chunk_time: Tensor
     token_ids: Tensor
+    begin_ids: Tensor
+    opening_ids: Tensor
+    closing_ids: Tensor
+    begin_rows: Tensor
+    chunk_key: Tensor
 
     @classmethod
-    def empty(cls) -> Self:
-        """Return the state of a stream to which nothing was written."""
+    def empty(cls, layout: StoreLayout) -> Self:
+        """Return the state of a stream of such rows to which nothing was written."""
         none = torch.empty(0, dtype=torch.int64)
-        return cls(chunk_length=none, chunk_source=none, chunk_time=none, token_ids=none.int())
+        return cls(
+            **{name: none.int() if name == "token_ids" else none for name in TABLE},
+            **{name: none.int() for name in CHAT},
+            begin_rows=torch.empty(layout.layers, 0, layout.projected_size, dtype=layout.dtype, device=layout.device),
+            chunk_key=torch.empty(0, 0),
+        )
 
     @property
     def chunk_offset(self) -> Tensor:
@@ -53,15 +73,23 @@ class KvState(StreamState):
         """Tokens of all chunks together."""
         return self.token_ids.shape[0]
 
-    def with_chunk(self, ids: Tensor, source: int) -> Self:
-        """Return this state with one chunk more, of ids ``[n]``, and the clock moved on."""
+    def with_chunk(self, ids: Tensor, source: int, key: Tensor | None = None) -> Self:
+        """Return this state with one chunk more, of ids ``[n]``, and the clock moved on.
+
+        Args:
+            ids: of the chunk.
+            source: number of its source.
+            key: ``[v]``, what a retriever finds it by; None: nothing.
+        """
         new = torch.tensor([[ids.shape[0]], [source], [self.clock]])
+        own = torch.empty(1, 0) if key is None else key.detach().to("cpu")[None]
         return evolve(
             self,
             chunk_length=torch.cat([self.chunk_length, new[0]]),
             chunk_source=torch.cat([self.chunk_source, new[1]]),
             chunk_time=torch.cat([self.chunk_time, new[2]]),
             token_ids=torch.cat([self.token_ids, ids.to("cpu", torch.int32)]),
+            chunk_key=torch.cat([self.chunk_key, own]) if len(self.chunk_key) else own,
             clock=self.clock + ids.shape[0],
         )
 
@@ -73,7 +101,21 @@ class KvState(StreamState):
             chunk_source=self.chunk_source[kept],
             chunk_time=self.chunk_time[kept],
             token_ids=self.token_ids[kept.repeat_interleave(self.chunk_length)],
+            chunk_key=self.chunk_key[kept],
         )
+
+    def with_begin(self, ids: Tensor, rows: Tensor) -> Self:
+        """Return this state with the tokens ``[b]`` that chunks are written behind, and their rows ``[L, b, w]``."""
+        return evolve(self, begin_ids=ids.to("cpu", torch.int32), begin_rows=rows)
+
+    def without_computed(self) -> Self:
+        return evolve(self, begin_rows=self.begin_rows[:, :0])
+
+    def restarted(self, new: Self) -> Self:
+        return evolve(new, **{name: getattr(self, name) for name in CHAT})
+
+    def to(self, device: torch.device, dtype: torch.dtype | None) -> Self:
+        return evolve(super().to(device, dtype), begin_rows=self.begin_rows.to(device, dtype))
 
     def places(self, chunks: Tensor) -> Tensor:
         """Return ``[n]`` int64, the places of the rows of ``chunks`` ``[k]`` int64, in that order."""
@@ -89,11 +131,15 @@ class KvState(StreamState):
         cls, layout: StoreLayout, rows: Mapping[str, Sequence[MemoryRows]], tensors: Mapping[str, Tensor], **others: Any
     ) -> Self:
         cls.check_lists(layout, rows)
+        if tensors.keys() == set(TABLE):  # of a version that kept nothing else
+            none = cls.empty(layout).tensors() | {"chunk_key": torch.empty(len(tensors["chunk_length"]), 0)}
+            tensors = {**none, **tensors}
         if tensors.keys() != set(NAMES):
             raise MemoryMismatchError(f"a table of chunks must have the tensors {NAMES}, got {sorted(tensors)}")
-        parts: dict[str, Any] = {name: tensor.cpu() for name, tensor in tensors.items()}
-        state = cls(**parts, **others)
+        parts: dict[str, Any] = {name: tensor.cpu() for name, tensor in tensors.items() if name != "begin_rows"}
+        state = cls(**parts, begin_rows=tensors["begin_rows"].to(layout.device), **others)
         state._check()
+        state._check_begin(layout)
         return state
 
     def forgotten(self, number: int) -> Self:
@@ -108,12 +154,19 @@ class KvState(StreamState):
     def mended(
         cls, layout: StoreLayout, rows: Mapping[str, Sequence[MemoryRows]], tensors: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], list[tuple[str, MemoryMismatchError]]]:
-        """Exchange a table that was damaged for one without chunks."""
+        """Exchange a table that was damaged for one without chunks; let go of what can be computed anew."""
+        clock = torch.iinfo(torch.int64).max
+        table = {name: tensors[name] for name in TABLE if name in tensors}
         try:
-            cls.from_parts(layout, rows, tensors, clock=torch.iinfo(torch.int64).max)
+            cls.from_parts(layout, rows, table, clock=clock)
         except MemoryMismatchError as error:
-            return cls.empty().tensors(), [("the table of chunks, and with it all rows", error)]
-        return dict(tensors), []
+            return cls.empty(layout).tensors(), [("the table of chunks, and with it all rows", error)]
+        try:
+            found = cls.from_parts(layout, rows, tensors, clock=clock)
+        except MemoryMismatchError as error:
+            return table, [("what the chunks were written behind, and what they are found by", error)]
+        # A tensor that was damaged comes as zeros, which no decoder makes of the tokens that begin a text.
+        return (found if bool(found.begin_rows.any()) else found.without_computed()).tensors(), []
 
     def mended_with(self, store: MemoryStore) -> tuple[Self, list[str]]:
         """Keep the chunks that have all their rows in every layer; take the rows of others out of ``store``."""
@@ -147,8 +200,8 @@ class KvState(StreamState):
 
     def _check(self) -> None:
         """Raise MemoryMismatchError unless the tensors make up a table of chunks in order of writing."""
-        for name in NAMES:
-            found, dtype = getattr(self, name), torch.int32 if name == "token_ids" else torch.int64
+        for name in (*TABLE, *CHAT):
+            found, dtype = getattr(self, name), torch.int64 if name.startswith("chunk_") else torch.int32
             if found.dim() != 1 or found.dtype != dtype:
                 raise MemoryMismatchError(f"{name} must be {dtype} [n], got {found.dtype} {list(found.shape)}")
         length, time = self.chunk_length, self.chunk_time
@@ -160,6 +213,19 @@ class KvState(StreamState):
         bounds = torch.cat([time, torch.tensor([self.clock])])
         if bool((length < 1).any()) or bool((time < 0).any()) or bool((time + length > bounds[1:]).any()):
             raise MemoryMismatchError("chunks must have at least one token each, and come one behind the other in time")
+
+    def _check_begin(self, layout: StoreLayout) -> None:
+        """Raise MemoryMismatchError unless rows of the begin and keys of chunks have the form of ``layout``'s rows."""
+        rows, keys = self.begin_rows, self.chunk_key
+        forms = [(layout.layers, begin, layout.projected_size) for begin in (0, len(self.begin_ids))]
+        if tuple(rows.shape) not in forms or rows.dtype != layout.dtype:
+            raise MemoryMismatchError(
+                f"begin_rows must be {layout.dtype} {list(forms[1])}, got {rows.dtype} {list(rows.shape)}"
+            )
+        if keys.dim() != 2 or len(keys) != len(self.chunk_length) or not keys.is_floating_point():
+            raise MemoryMismatchError(
+                f"chunk_key must be floating [{len(self.chunk_length)}, v], got {keys.dtype} {list(keys.shape)}"
+            )
 
 
 def state_of(view: StreamView) -> KvState:

@@ -135,7 +135,8 @@ def _blank(streams: Streams) -> Streams:
     for state, store in zip(streams.states, streams.stores, strict=True):
         if state.texts is not None:
             generators.append(torch.Generator().set_state(state.texts.generator))
-            states.append(evolve(streams.engine.new_state(store.layout), texts=Texts.of(state.texts.generator)))
+            new = state.restarted(streams.engine.new_state(store.layout))
+            states.append(evolve(new, texts=Texts.of(state.texts.generator)))
     stores = [_empty(store.fork()) for store in unshared(streams.stores)]
     return Streams(streams.engine, states, stores, generators, streams.eviction, streams.budget, clock=streams.clock)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mplus.errors import MemoryMismatchError
 from mplus.memory.recompute import refresh_if_stale
 from mplus.memory.report import WriteReport
-from mplus.memory.state import StreamView
+from mplus.memory.state import StreamState, StreamView
 from mplus.memory.transaction import Streams
 from mplus.memory.writing.chunking import SourceNames, Tokenizer, WriteData, check_vocabulary, split, to_names, to_rows
 from mplus.memory.writing.passages import Passage, cut, to_texts, with_ids
@@ -56,7 +56,13 @@ class StreamWrite:
     def view(self) -> StreamView:
         """The stream as a write sees it; no snapshot, since the memory's write lock is held."""
         streams, row = self.streams, self.row
-        return StreamView(streams.states[row], streams.stores[row], streams.access_logs[row])
+        return StreamView(self.state, streams.stores[row], streams.access_logs[row])
+
+    @property
+    def state(self) -> StreamState:
+        """The state of the stream, as it is written with the memory's tokenizer."""
+        found: StreamState = self.streams.engine.mechanism.with_tokenizer(self.streams.states[self.row], self.tokenizer)
+        return found
 
 
 def planned(memory: Memory, data: WriteData, source: SourceNames, report: WriteReport) -> list[StreamWrite]:

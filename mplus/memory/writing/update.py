@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from attrs import define
@@ -66,21 +66,25 @@ class Update:
             ``hidden``, where it keeps rows projected.
         ids: ``[B, n]`` (of one stream ``[n]``), the chunks, which streams in training take in later than they are
             read; a mechanism leaves it out.
+        beside: of each stream, further tensors of the mechanism's own, which ``absorb`` gets; () where there are none.
     """
 
     hidden: tuple[Tensor, ...]
     projected: tuple[Tensor, ...] = ()
     ids: Tensor | None = None
+    beside: tuple[Mapping[str, Tensor], ...] = ()
 
     def of(self, stream: int) -> Update:
         """Return the rows of one stream: views of the tensors of all."""
         hidden, projected = (tuple(rows[stream] for rows in parts) for parts in (self.hidden, self.projected))
-        return Update(hidden, projected, None if self.ids is None else self.ids[stream])
+        ids = None if self.ids is None else self.ids[stream]
+        return Update(hidden, projected, ids, self.beside[stream : stream + 1])
 
     def detach(self) -> Update:
         """Return the same rows, cut off from the pass that made them."""
         hidden, projected = (tuple(rows.detach() for rows in parts) for parts in (self.hidden, self.projected))
-        return Update(hidden, projected, self.ids)
+        beside = tuple({name: tensor.detach() for name, tensor in one.items()} for one in self.beside)
+        return Update(hidden, projected, self.ids, beside)
 
     @property
     def finite(self) -> bool:
@@ -114,6 +118,8 @@ class Update:
             for name, (layers, width) in widths.items():
                 if layers:
                     _check_layers(f"{said} {name} rows", layers, streams, layout.layers, width)
+        if self.beside and len(self.beside) != streams:
+            raise MechanismError(f"{said} something beside rows for each of {streams} streams, got {len(self.beside)}")
         counts = {rows.shape[1] for rows in (*self.hidden, *self.projected)}
         if len(counts) > 1:
             raise MechanismError(f"{said} equally many rows for every layer, got {sorted(counts)}")

@@ -16,7 +16,7 @@ from mplus.memory.report import WriteReport, progress_bar
 from mplus.memory.sources.clock import read_clock
 from mplus.memory.state import StreamState, alike
 from mplus.memory.transaction import Streams
-from mplus.memory.writing.chunking import SourceNames, WriteData, check_chunk, check_vocabulary, to_names
+from mplus.memory.writing.chunking import SourceNames, Tokenizer, WriteData, check_chunk, check_vocabulary, to_names
 from mplus.memory.writing.plan import StreamWrite, planned, prepare_write
 from mplus.memory.writing.update import NewEntries, Update, WriteContext, check_absorbed, check_finite
 
@@ -141,7 +141,7 @@ def _check_one(memories: Sequence[Memory], position: int, written: Mapping[int, 
         raise MemoryMismatchError("memories that are written together must belong to one decoder, that of the first")
 
 
-def write_chunk(streams: Streams, ids: Tensor, source: SourceNames) -> WriteReport:
+def write_chunk(streams: Streams, ids: Tensor, source: SourceNames, tokenizer: Tokenizer | None = None) -> WriteReport:
     """Write one chunk to every stream; see ``Memory.write_chunk``."""
     begun = time.perf_counter()
     config, count = streams.engine.config, len(streams)
@@ -153,7 +153,7 @@ def write_chunk(streams: Streams, ids: Tensor, source: SourceNames) -> WriteRepo
     prepare_write(streams, range(count))
     report = WriteReport.nothing(count)
     with streams.write_lock:
-        write_streams([StreamWrite(streams, row, [ids[row]], names[row], report) for row in range(count)])
+        write_streams([StreamWrite(streams, row, [ids[row]], names[row], report, tokenizer) for row in range(count)])
     return evolve(report, seconds=time.perf_counter() - begun)
 
 
@@ -274,7 +274,7 @@ def apply_write(
     def absorb(states: list[StreamState]) -> None:
         for write, rows, text in zip(writes, made, ids, strict=True):
             row = write.row
-            state, number = states[row].with_source(write.name, tokens, now, write.facts)
+            state, number = write.state.with_source(write.name, tokens, now, write.facts)
             state = state.with_text(text, number, turn)
             try:
                 absorbed = mechanism.absorb(state, rows, number, _context(streams, row, text))

@@ -13,6 +13,7 @@ from mplus.config import AdapterConfig
 from mplus.errors import ConfigError, MemorySizeWarning
 from mplus.mechanisms.kv.state import KvState
 from mplus.mechanisms.search import bm25, choose
+from mplus.stores.base import StoreLayout
 from tests.mechanisms.kv.memories import logits, text, wrapped
 from tests.memory import tiny
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def state_with(*chunks: list[int]) -> KvState:
-    state = KvState.empty()
+    state = KvState.empty(StoreLayout(layers=1, hidden_size=2, key_size=0, expiry=False, projected_size=4))
     for chunk in chunks:
         state = state.with_chunk(torch.tensor(chunk), 0)
     return state
