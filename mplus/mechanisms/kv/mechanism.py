@@ -168,8 +168,12 @@ class KvMechanism(MemoryMechanism):
             "opening_ids": chat.opening if options.opening is None else options.opening,
             "closing_ids": chat.closing if options.closing is None else options.closing,
         }
-        news = {name: ids for name, ids in known.items() if ids and not len(getattr(found, name))}
-        return evolve(found, **{name: torch.tensor(ids, dtype=torch.int32) for name, ids in news.items()})
+        news: dict[str, Any] = {
+            name: torch.tensor(ids, dtype=torch.int32)
+            for name, ids in known.items()
+            if ids and not len(getattr(found, name))
+        }
+        return evolve(found, **news) if news else found
 
     def write(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Update:
         """Run one pass over a chunk of every stream, behind its begin and the chunks before it that ``behind`` says."""

@@ -57,8 +57,13 @@ class KvState(StreamState):
         """Return the state of a stream of such rows to which nothing was written."""
         none = torch.empty(0, dtype=torch.int64)
         return cls(
-            **{name: none.int() if name == "token_ids" else none for name in TABLE},
-            **{name: none.int() for name in CHAT},
+            chunk_length=none,
+            chunk_source=none,
+            chunk_time=none,
+            token_ids=none.int(),
+            begin_ids=none.int(),
+            opening_ids=none.int(),
+            closing_ids=none.int(),
             begin_rows=torch.empty(layout.layers, 0, layout.projected_size, dtype=layout.dtype, device=layout.device),
             chunk_key=torch.empty(0, 0),
         )
@@ -112,7 +117,7 @@ class KvState(StreamState):
         return evolve(self, begin_rows=self.begin_rows[:, :0])
 
     def restarted(self, new: Self) -> Self:
-        return evolve(new, **{name: getattr(self, name) for name in CHAT})
+        return evolve(new, begin_ids=self.begin_ids, opening_ids=self.opening_ids, closing_ids=self.closing_ids)
 
     def to(self, device: torch.device, dtype: torch.dtype | None) -> Self:
         return evolve(super().to(device, dtype), begin_rows=self.begin_rows.to(device, dtype))
