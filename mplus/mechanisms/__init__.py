@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         Text,
         side_by_side,
     )
-    from mplus.mechanisms.opened import Opened, Retrieved, TextCache, TokenTensors
+    from mplus.mechanisms.opened import Insertion, Opened, Retrieved, TextCache, TokenTensors
     from mplus.mechanisms.root import Absorbed, Columns, Mechanism
     from mplus.mechanisms.streams import LayerRead, Read, TrainingStreams
     from mplus.mechanisms.text.mechanism import Ask, Recalled, TextMechanism, TokenBudget
@@ -55,6 +55,7 @@ __all__ = [
     "Edit",
     "Entry",
     "EntryState",
+    "Insertion",
     "Kept",
     "LayerRead",
     "MPlusConfig",
@@ -129,7 +130,7 @@ __getattr__, __dir__ = lazy_exports(
             "Text",
             "side_by_side",
         ),
-        "mplus.mechanisms.opened": ("Opened", "Retrieved", "TextCache", "TokenTensors"),
+        "mplus.mechanisms.opened": ("Insertion", "Opened", "Retrieved", "TextCache", "TokenTensors"),
         "mplus.mechanisms.root": ("Absorbed", "Columns", "Mechanism"),
         "mplus.mechanisms.streams": ("LayerRead", "Read", "TrainingStreams"),
         "mplus.mechanisms.text.mechanism": ("Ask", "Recalled", "TextMechanism", "TokenBudget"),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mplus.backends.base import AttentionRequest, AttentionResult, Segment
 from mplus.errors import InputError
+from mplus.mechanisms.opened import Insertion
 
 Collected = Literal["inputs", "outputs", "projected", "hidden", "logits"]
 """What ``Decoder.run`` can bring back of a pass besides the final hidden state."""
@@ -274,6 +275,7 @@ class Decoder(Protocol):
         collect: Collection[Collected] = (),
         last: int | None = None,
         finish: Finish | None = None,
+        insertion: Insertion | None = None,
     ) -> PassResult:
         """Run one pass of the decoder over ``text``. Gradients flow where they are enabled; nothing is cached.
 
@@ -289,6 +291,8 @@ class Decoder(Protocol):
             collect: what is wanted of the pass.
             last: of what is collected layer by layer, only so many last rows; None: all.
             finish: gives the final hidden state, from what is collected.
+            insertion: where in the text the rows of ``prefix`` stand, which then decides on ``positions``; None: in
+                front of all of it.
 
         Raises:
             InputError: text and prefix together need more learned positions than the decoder has.

@@ -32,6 +32,55 @@ class Retrieved:
 
 
 @define(frozen=True, eq=False)
+class Insertion:
+    """Memory in the middle of a text: blocks of rows, and how much of the text stands in front of each.
+
+    The tokens in front of a block are computed as if it were not there; those behind it see it, and their positions
+    move on by its length. Tensors are on the CPU.
+
+    Attributes:
+        tokens: ``[B, k]`` int64, ascending: the tokens of the text, padding not counted, in front of each block.
+        rows: ``[B, k]`` int64, rows of each block; blocks lie one behind the other in the segments of every layer.
+        room: ``[B, k]`` int64, positions that each block takes, where these are not as many as its rows; its rows end
+            where the room ends.
+
+    Example:
+        ``[2 tokens | 3 rows | rest]``, and for another batch row ``[2 rows | rest]``:
+
+        >>> where = Insertion(torch.tensor([[2], [0]]), torch.tensor([[3], [2]]))
+        >>> where.positions
+        tensor([[2, 3, 4],
+                [0, 1, 2]])
+    """
+
+    tokens: Tensor
+    rows: Tensor
+    room: Tensor | None = None
+
+    @property
+    def rooms(self) -> Tensor:
+        """``[B, k]`` int64, positions that each block takes."""
+        return self.rows if self.room is None else self.room
+
+    @property
+    def counts(self) -> Tensor:
+        """``[B]`` int64, rows of all blocks together."""
+        return self.rows.sum(1)
+
+    @property
+    def block_of(self) -> Tensor:
+        """``[B, P]`` int64, which block each row belongs to; fillers behind the rows of a stream to the last one."""
+        place = torch.arange(int(self.counts.max())).expand(len(self.rows), -1).contiguous()
+        return torch.searchsorted(self.rows.cumsum(1), place, right=True).clamp(max=self.rows.shape[1] - 1)
+
+    @property
+    def positions(self) -> Tensor:
+        """``[B, P]`` int64, where the rows sit on the position axis, and fillers behind them."""
+        ends, lasts = self.tokens + self.rooms.cumsum(1), self.rows.cumsum(1)
+        return torch.arange(int(self.counts.max())) + (ends - lasts).gather(1, self.block_of)
+
+
+@define(frozen=True, eq=False)
 class Opened:
     """The state of one read: of the whole text that it begins with and all tokens that follow.
 
@@ -42,6 +91,8 @@ class Opened:
             or learned positions behind a front); None: the decoder's configuration says.
         prepared: what ``prepare`` made, where rows are read as they are kept; None: they are projected anew.
         settled: why nothing else can be read later on in this text (``reopen``); None: something else can.
+        insertion: where in the text the rows stand, if not in front of all of it; there is no ``text_offset`` then.
+            Rows that are projected without positions of their own get those of the insertion.
     """
 
     views: Sequence[StreamView]
@@ -49,6 +100,7 @@ class Opened:
     text_offset: Tensor | None = None
     prepared: Any = None
     settled: str | None = None
+    insertion: Insertion | None = None
 
     def views_of(self, rows: int) -> list[StreamView]:
         """Return the view that each of ``rows`` batch rows reads.

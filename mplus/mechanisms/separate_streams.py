@@ -172,6 +172,7 @@ class SeparateStreams(TrainingStreams):
             positions=None if offset is None else offset.to(ids.device)[:, None] + torch.arange(tokens).to(ids.device),
             collect={"logits", *self.mechanism.collect} if finish else {"logits"},
             finish=finish,
+            insertion=source.opened.insertion,
         )
         logits = found.logits
         assert logits is not None  # noqa: S101  (they were asked for)

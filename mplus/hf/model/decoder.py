@@ -16,6 +16,7 @@ from mplus.hf.retrofit.context import Collection as Collecting
 from mplus.hf.retrofit.context import Pass, PrefixSource, run_in
 from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.hf.retrofit.hooks import Retrofit
+from mplus.hf.retrofit.placement import Placement
 from mplus.hf.text.ask import ask
 from mplus.mechanisms.decoder import (
     Adapter,
@@ -29,6 +30,7 @@ from mplus.mechanisms.decoder import (
     Prefix,
     Project,
 )
+from mplus.mechanisms.opened import Insertion
 
 
 class Wrapped(Protocol):
@@ -105,13 +107,23 @@ class WrappedDecoder:
         collect: Collection[Collected] = (),
         last: int | None = None,
         finish: Finish | None = None,
+        insertion: Insertion | None = None,
     ) -> PassResult:
         engine = self._engine
         engine.check_wrapped()
         engine.check_attention()
         offset = engine.retrofit.positions.extent(prefix_rows) if engine.retrofit.positions.offset else 0
         batch, tokens = text.shape[:2]
-        if positions is None and offset:
+        placement: Placement | None = None
+        text_offset: int | Tensor = offset
+        if insertion is not None:
+            # As in a read: without a mask transformers takes a gap between positions for another text's beginning.
+            mask = torch.ones(batch, tokens, dtype=torch.int64, device=text.device) if mask is None else mask
+            placement = Placement(insertion, Placement.starts_of(insertion, mask.bool(), 0), tokens, tokens)
+            text_places = (mask.long().cumsum(1) - 1).clamp(min=0)
+            positions = text_places + placement.moved(batch).to(text.device)
+            text_offset = insertion.rooms.sum(1, keepdim=True).to(text.device)
+        elif positions is None and offset:
             positions = torch.arange(offset, offset + tokens, device=text.device)
         inputs: dict[str, Any] = {"input_ids" if text.dim() == 2 else "inputs_embeds": text, "use_cache": False}
         most = engine.shape.max_positions if engine.shape.positions == "learned" else None
@@ -129,7 +141,7 @@ class WrappedDecoder:
         collection = Collecting(names | {"inputs"} if "projected" in names else names, last)
         source: PrefixSource = Nothing() if prefix is None else _Given(prefix)
         named = None if adapter is None else engine.adapter(adapter)
-        active = Pass(source, named, edit=edit, collection=collection, finish=finish, text_offset=offset)
+        active = Pass(source, named, edit, collection, finish, text_offset, placement)
         if "logits" not in names:
             output: Any = run_in(active, engine.retrofit.anatomy.decoder, **inputs)
             return self._result(collection.result(output.last_hidden_state), names)

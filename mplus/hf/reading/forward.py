@@ -20,13 +20,11 @@ from mplus.hf.reading.checks import check_rows, check_weights, is_as_kept
 from mplus.hf.reading.generating import generation_of
 from mplus.hf.reading.override import mechanism_for_reads
 from mplus.hf.reading.pieces import read_in_pieces
+from mplus.hf.reading.placing import place_text
 from mplus.hf.reading.reading import Reading, one_per_row, retrieved_sources
 from mplus.hf.reading.retrieval import ReadSource, reopen_where_due, without_padding
 from mplus.hf.retrofit.context import Collection, Pass, current_pass, run_in
-from mplus.hf.retrofit.positions import MemoryPositions
-from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.decoder import PassResult, Text
-from mplus.mechanisms.opened import Opened
 from mplus.memory.engine import Engine
 from mplus.memory.memory import Memory
 from mplus.memory.recompute import refresh_if_stale
@@ -237,6 +235,10 @@ def _read_pass(
         text_mask = mask[:, -tokens:].bool() if padded else None
         if padded and takes_positions and inputs.get("position_ids") is None:
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+    elif mask is not None and reading.prompt_mask is not None and reading.opened is None:
+        # With a static cache generation passes masks as attention takes them, which do not say what is padding.
+        copies = rows // reading.prompt_mask.shape[0]
+        text_mask = reading.prompt_mask.repeat_interleave(copies, 0).to(text.device)
     source, mechanism = ReadSource(reading, text_mask, piece), reading.mechanism
     so_far = None
     if mechanism.reopens or mechanism.finishes:
@@ -249,18 +251,15 @@ def _read_pass(
     opened = reading.need_opened()
     if opened.settled is not None and reading.reopens:
         raise NotSupported(f"retrieve_every does not go with the mechanism {mechanism.name!r} here: {opened.settled}")
-    offset: int | Tensor = 0
-    positions = engine.retrofit.positions
-    if positions.offset or opened.text_offset is not None:
-        offset = _text_offset(mechanism, opened, positions, text.device)
-        inputs["position_ids"] = _moved_positions(engine, reading, inputs, offset, takes_positions)
+    offset, placement = place_text(engine, reading, inputs, text, text_mask, takes_positions)
     if mechanism.empty_is_base and not any(map(mechanism.has_prefix, reading.views)):
         return Pass(source, None, text_offset=offset), so_far
     collection, finish = None, None
     if so_far is not None and mechanism.finishes:
         collection, finish = Collection(mechanism.collect), partial(_finish, reading, so_far)
     adapter = engine.adapter("read")
-    return Pass(source, adapter, collection=collection, finish=finish, text_offset=offset), so_far
+    active = Pass(source, adapter, collection=collection, finish=finish, text_offset=offset, placement=placement)
+    return active, so_far
 
 
 def _open(engine: DecoderEngine, reading: Reading, source: ReadSource, text: Tensor, so_far: TextSoFar | None) -> None:
@@ -287,39 +286,6 @@ def _open(engine: DecoderEngine, reading: Reading, source: ReadSource, text: Ten
         so_far.begin(query.repeat_interleave(repeats, 0), own.shape[1], reading.context_tokens)
 
 
-def _moved_positions(
-    engine: DecoderEngine, reading: Reading, inputs: dict[str, Any], offset: Tensor, takes_positions: bool
-) -> Tensor:
-    """Return the positions ``[B, T]`` of a text that begins at ``offset`` ``[streams, 1]``.
-
-    Raises:
-        NotSupported: the decoder takes no positions.
-        InputError: it has learned fewer, or a generation would need more.
-    """
-    rows, tokens = _text(inputs).shape[:2]
-    name = type(engine.model).__name__
-    if not takes_positions:
-        raise NotSupported(
-            f"{name} takes no position_ids, so the mechanism {reading.mechanism.name!r} cannot put a text behind its "
-            "rows: use another decoder"
-        )
-    cache, positions = inputs.get("past_key_values"), inputs.get("position_ids")
-    if positions is None:
-        past = 0 if cache is None else int(cache.get_seq_length())
-        positions = torch.arange(past, past + tokens, device=offset.device).expand(rows, -1)
-    moved: Tensor = positions + offset.repeat_interleave(rows // offset.shape[0], 0)
-    most = engine.shape.max_positions if engine.shape.positions == "learned" else None
-    if most is not None:
-        needed = int(moved.max()) + reading.further_tokens + 1
-        reading.further_tokens = 0
-        if needed > most:
-            raise InputError(
-                f"{name} has {most} learned positions, and the text behind {int(offset.max())} rows of memory needs "
-                f"{needed}: use a shorter text, fewer new tokens, or a smaller retrieved_tokens"
-            )
-    return moved
-
-
 def _finish(reading: Reading, so_far: TextSoFar, result: PassResult) -> Tensor:
     """Let the mechanism give the final hidden state."""
     tokenizer = None if reading.memory is None else reading.memory.tokenizer
@@ -331,13 +297,3 @@ def _finish(reading: Reading, so_far: TextSoFar, result: PassResult) -> Tensor:
             f"{list(before.shape)} from finish, got {hidden.dtype} {list(hidden.shape)}"
         )
     return hidden
-
-
-def _text_offset(
-    mechanism: MemoryMechanism, opened: Opened, positions: MemoryPositions, device: torch.device
-) -> Tensor:
-    """Return ``[streams, 1]`` int64, the position of the first text token: behind memory that sits at 0, 1, ..."""
-    if opened.text_offset is not None:
-        return opened.text_offset.to(device)[:, None]
-    rows = map(mechanism.prefix_rows, opened.views)
-    return torch.tensor(list(map(positions.extent, rows)), device=device)[:, None]

@@ -77,6 +77,11 @@ class GenerateCall:
         given = self._prompt("inputs", "input_ids")
         return given if given is None or given.dim() == 2 else None
 
+    def prompt_mask(self, prompt: int) -> Tensor | None:
+        """Return ``[B, T]`` bool, False at padding of prompts of so many tokens; None where there is no such mask."""
+        mask = self.kwargs.get("attention_mask")
+        return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == prompt else None
+
     def further_tokens(self, prompt: int) -> int:
         """Return how many tokens may be read behind a prompt of so many tokens: all new ones but the last."""
         new, longest = self["max_new_tokens"], self["max_length"]
@@ -128,7 +133,7 @@ def generate(
     else:
         check_weights(engine, reading)
     reading.retrieve_every, reading.prompt_tokens = arguments.retrieve_every, tokens + virtual
-    reading.further_tokens = call.further_tokens(tokens)
+    reading.further_tokens, reading.prompt_mask = call.further_tokens(tokens), call.prompt_mask(tokens)
     reading.repeats(prompts)
     # From here on further rows are copies of a prompt (beams, several samples), and no gradient is wanted.
     reading.repeats_allowed, reading.keep = True, True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -50,6 +50,7 @@ class Reading:
         prompt_tokens: retrieve with so many columns of the first forward only (the rest is guessed); None: with all.
         query_tokens: of these, retrieve with the first so many tokens; one number, or one per stream. None: as
             configured.
+        prompt_mask: ``[prompts, T]`` bool of a generation, False at padding; None: there was no mask.
         query_mask: ``[B, T]`` bool, False at what looks like padding in a text that came without a mask.
         retrieve_every: retrieve anew after so many further tokens.
         further_tokens: that a generation may read after the first forward.
@@ -60,6 +61,7 @@ class Reading:
         recent: of each memory layer, the attention inputs ``[B, W, d]`` of the text since the last retrieval, where
             there is ``retrieve_every``.
         waiting: ``[B, W]`` bool on the CPU, True at those of these tokens that retrieve when enough have come.
+        starts: of what stands in the middle of the text, ``Placement.starts``; None: not yet known, or nothing does.
     """
 
     mechanism: MemoryMechanism
@@ -72,6 +74,7 @@ class Reading:
     repeats_allowed: bool = False
     prompt_tokens: int | None = None
     query_tokens: int | tuple[int, ...] | None = None
+    prompt_mask: Tensor | None = None
     query_mask: Tensor | None = None
     retrieve_every: int | None = None
     further_tokens: int = 0
@@ -82,6 +85,7 @@ class Reading:
     recent: dict[int, Tensor] = field(factory=dict)
     waiting: Tensor | None = None
     opened: Opened | None = None
+    starts: Tensor | None = None
 
     def open(self, decoder: Decoder, text: Text, copies: int = 1) -> None:
         """Let the mechanism get ready, at the first forward, for so many copies of each stream."""
@@ -111,14 +115,16 @@ class Reading:
         Raises:
             MechanismError: the text would have to move, whose keys in the cache cannot.
         """
-        before, now = self.need_opened(), opened
-        offsets = [one.text_offset for one in (before, now) if one.text_offset is not None]
-        moves = len(offsets) == 1 or (len(offsets) == 2 and not torch.equal(*offsets))
-        if moves and len(before.views) == len(now.views):
-            raise MechanismError(
-                f"the mechanism {self.mechanism.name!r} must leave Opened.text_offset as it is in reopen, since text "
-                f"that was read cannot move, got {now.text_offset} after {before.text_offset}"
-            )
+        before, copies = self.need_opened(), len(opened.views) // len(self.need_opened().views)
+        if copies == 1:
+            for name, was, would in _places(before, opened):
+                if was is not would and (was is None or would is None or not torch.equal(was, would)):
+                    raise MechanismError(
+                        f"the mechanism {self.mechanism.name!r} must leave {name} as it is in reopen, since text that "
+                        f"was read cannot move, got {would} after {was}"
+                    )
+        elif self.starts is not None:
+            self.starts = self.starts.repeat_interleave(copies, 0)
         self.opened = evolve(opened, prepared=self._as_kept())
         self.segments.clear()
         self.repeated.clear()
@@ -139,6 +145,14 @@ class Reading:
         if rows == streams or (rows and rows % streams == 0 and (self.repeats_allowed or streams == 1)):
             return rows // streams
         raise _other_batch(rows, streams)
+
+
+def _places(before: Opened, now: Opened) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
+    """Yield what tells where a text sits, by name: in ``before`` and ``now``."""
+    yield "Opened.text_offset", before.text_offset, now.text_offset
+    for name in ("tokens", "rooms"):
+        was, would = (None if one is None else getattr(one, name) for one in (before.insertion, now.insertion))
+        yield f"Insertion.{name}", was, would
 
 
 def one_per_row(views: Sequence[StreamView], rows: int) -> Sequence[StreamView]:

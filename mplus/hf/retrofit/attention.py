@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from attrs import define
+from attrs import define, evolve
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -21,6 +21,7 @@ from mplus.backends.base import AttentionRequest, AttentionResult, Segment
 from mplus.backends.choose import BackendChooser
 from mplus.errors import NotSupported
 from mplus.hf.retrofit.memory_cache import MemoryInCache
+from mplus.hf.retrofit.placement import Placement
 from mplus.mechanisms.decoder import Attend
 
 logger = logging.getLogger(__name__)
@@ -70,15 +71,21 @@ class AttendedMemory:
         chooser: picks what computes the attention.
         joined: memory and text as one, where they are kept so.
         attend: computes it in the mechanism's own way; None: what ``chooser`` picks does.
+        placement: where in the text the memory stands; None: in front of all of it.
+        window: of the layer, which counts the rows of a ``placement`` as tokens; None: there is none.
     """
 
     segments: tuple[Segment, ...]
     chooser: BackendChooser
     joined: MemoryInCache | None = None
     attend: Attend | None = None
+    placement: Placement | None = None
+    window: int | None = None
 
     def compute(self, request: AttentionRequest) -> AttentionResult:
         """Attend as usual."""
+        if self.placement is not None:
+            request = self.placement.applied(request, self.window)
         return self.chooser.choose(request).attend(request)
 
 
@@ -128,6 +135,8 @@ def _attend(
     if mask is None and query.shape[2] > 1:
         # A static cache hands over places that are not filled yet; they lie beyond the text.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    if memory.placement is not None:
+        memory = evolve(memory, window=kwargs.get("sliding_window"))
     scale = kwargs.get("scaling")
     request = AttentionRequest(
         queries=query,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mplus.backends.base import Segment
 from mplus.hf.retrofit.discovery import AttentionSpec
+from mplus.hf.retrofit.placement import Placement
 from mplus.mechanisms.decoder import Attended, Collected, Edit, Finish, PassResult, Project
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Pass:
         collection: gathers what layers receive and give; None: nothing is gathered.
         finish: gives the final hidden state, from what is gathered; None: it is the decoder's.
         text_offset: position of the first text token; one for all, or ``[streams, 1]`` int64.
+        placement: where in the text the memory stands; None: in front of all of it.
     """
 
     source: PrefixSource
@@ -89,6 +91,7 @@ class Pass:
     collection: Collection | None = None
     finish: Finish | None = None
     text_offset: int | Tensor = 0
+    placement: Placement | None = None
 
 
 _CURRENT: ContextVar[Pass | None] = ContextVar("mplus_pass", default=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from attrs import define
+from attrs import define, evolve
 from torch import Tensor, nn
 
 from mplus.backends.base import Segment
@@ -150,9 +150,16 @@ class AttentionHook:
     def _with_memory(self, active: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         spec, retrofit = self.spec, self.retrofit
         hidden = args[0] if spec.hidden_positional else kwargs["hidden_states"]
-        found = active.source.prefix(
-            spec, hidden, lambda prefix: retrofit.project(spec, prefix, active.text_offset, args, kwargs)
-        )
+        placement = active.placement
+
+        def project(rows: Rows) -> Segment:
+            if placement is not None and rows.positions is None:
+                places = slice(rows.before, rows.before + rows.hidden.shape[1])
+                positions = placement.insertion.positions[:, places]
+                rows = evolve(rows, positions=positions.to(rows.hidden.device))
+            return retrofit.project(spec, rows, active.text_offset, args, kwargs)
+
+        found = active.source.prefix(spec, hidden, project)
         attend = found.attend if isinstance(found, Attended) else None
         segments = found.segments if isinstance(found, Attended) else found or ()
         if not segments and attend is None:
@@ -160,21 +167,27 @@ class AttentionHook:
         cache = kwargs.get(spec.cache_keyword)
         if retrofit.technique == "attention":
             joined = memory_in_cache(cache, spec.layer_index, segments, hidden.shape[0]) if segments else None
-            return args, {**kwargs, "mplus_memory": AttendedMemory(segments, retrofit.chooser, joined, attend)}
+            memory = AttendedMemory(segments, retrofit.chooser, joined, attend, placement)
+            return args, {**kwargs, "mplus_memory": memory}
         if attend is not None:
             raise NotSupported(
                 f"{type(spec.attention).__name__} computes attention by itself, so a memory cannot compute it in its "
                 "own way: use another decoder"
             )
-        (memory,) = segments  # only projections of one piece are made for this technique
+        if placement is not None:
+            raise NotSupported(
+                f"{type(spec.attention).__name__} computes attention by itself, so memory can only stand in front of "
+                "all of a text: use another decoder"
+            )
+        (segment,) = segments  # only projections of one piece are made for this technique
         queries = hidden.shape[1]
         keys = queries if cache is None else cache.get_mask_sizes(queries, spec.layer_index)[0]
         changed = {
-            spec.cache_keyword: MemoryCacheView(cache, memory),
-            "attention_mask": mask_with_memory(kwargs.get("attention_mask"), memory, queries, keys, hidden),
+            spec.cache_keyword: MemoryCacheView(cache, segment),
+            "attention_mask": mask_with_memory(kwargs.get("attention_mask"), segment, queries, keys, hidden),
         }
         if kwargs.get("alibi") is not None:
-            changed["alibi"] = retrofit.alibi_with_memory(kwargs["alibi"], memory)
+            changed["alibi"] = retrofit.alibi_with_memory(kwargs["alibi"], segment)
         return args, {**kwargs, **changed}
 
 
