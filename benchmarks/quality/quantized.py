@@ -22,7 +22,7 @@ from torch import Tensor
 import mplus
 from benchmarks.records import record_path, write
 from mplus.environment import run_info
-from mplus.evaluation.reports.report import wilson
+from mplus.evaluation.reports.cell import wilson
 from mplus.facts.episodes import Episode, draw_facts, make_episode
 from mplus.facts.language import Language
 from mplus.hf.pretrained.config import read_config

@@ -29,6 +29,10 @@ class EvaluationArm(ABC, Generic[M, W]):
     def answers(self, moment: M, due: Sequence[Due]) -> list[Answer | None]:
         """Answer ``due`` questions of a moment; None where this arm cannot, because something does not fit."""
 
+    def answers_anew(self, moment: M, due: Sequence[Due]) -> list[Answer | None]:
+        """Answer as ``answers``, with nothing remembered of earlier calls: to time it."""
+        return self.answers(moment, due)
+
     def settings(self) -> dict[str, JsonValue]:
         """Return the arm's own settings, as plain data."""
         return {}
@@ -105,6 +109,9 @@ class NoMemory(TextArm[M, W]):
         new = {key: one for key, one in new.items() if key not in self._known}
         self._known.update(zip(new, super().answers(moment, list(new.values())), strict=True))
         return [self._known[one.episode.number, one.number] for one in due]
+
+    def answers_anew(self, moment: M, due: Sequence[Due]) -> list[Answer | None]:
+        return super().answers(moment, due)
 
     def context(self, due: Due) -> list[int]:
         return []

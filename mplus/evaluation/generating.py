@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -24,6 +25,9 @@ from mplus.evaluation.tasks.base import Episode
 from mplus.evaluation.texts import Tokenizer
 from mplus.hf.model.model_class import MemoryModel
 from mplus.memory.memory import Memory
+
+SHARED = 256
+"""Tokens that prompts have to begin alike with, so that these are computed once for all of them."""
 
 
 @define(frozen=True, kw_only=True)
@@ -93,6 +97,9 @@ def answers(
 ) -> list[Generated]:
     """Generate one answer per prompt.
 
+    Prompts without memory that begin alike for ``SHARED`` tokens or more are read behind one pass over what they begin
+    with.
+
     Args:
         model: a wrapped decoder.
         tokenizer: turns ids back into text.
@@ -105,12 +112,33 @@ def answers(
     """
     if not all(prompts):
         raise ConfigError("every prompt must have at least one token, one of them has none: see the prompt setting")
-    found: list[Generated] = []
-    for start in range(0, len(prompts), generation.batch):
-        part = prompts[start : start + generation.batch]
-        rows = None if memory is None else memory.select(range(start, start + len(part)))
-        found += _batch(model, tokenizer, part, generation, rows)
-    return found
+    found: dict[int, Generated] = {}
+    for places, begin in _beginnings(prompts) if memory is None else ():
+        cache = model(input_ids=torch.tensor([begin], device=model.mplus_engine.device), logits_to_keep=1)
+        for place in places:
+            # A copy: what one question appends, the next one must not read.
+            behind = copy.deepcopy(cache.past_key_values)
+            found[place] = _batch(model, tokenizer, [prompts[place]], generation, cache=behind)[0]
+    left = [place for place in range(len(prompts)) if place not in found]
+    for start in range(0, len(left), generation.batch):
+        part = left[start : start + generation.batch]
+        rows = None if memory is None else memory.select(part)
+        found.update(zip(part, _batch(model, tokenizer, [prompts[n] for n in part], generation, rows), strict=True))
+    return [found[place] for place in range(len(prompts))]
+
+
+def _beginnings(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the places of prompts that begin alike for ``SHARED`` tokens or more, and what all of these begin with."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        if len(prompt) > SHARED:
+            alike.setdefault(tuple(prompt[:SHARED]), []).append(place)
+    for places in alike.values():
+        some = [prompts[place] for place in places]
+        columns = zip(*(prompt[:-1] for prompt in some), strict=False)  # each has a token of its own left to read
+        begin = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+        if len(places) > 1:
+            yield places, begin
 
 
 def _batch(
@@ -118,7 +146,8 @@ def _batch(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     generation: Generation,
-    memory: Memory | None,
+    memory: Memory | None = None,
+    cache: object | None = None,
 ) -> list[Generated]:
     longest = max(map(len, prompts))
     device = model.mplus_engine.device
@@ -137,6 +166,7 @@ def _batch(
         return_dict_in_generate=True,
         output_logits=True,
         memory=memory,
+        past_key_values=cache,
     )
     logits = torch.stack(output.logits, 1).float().log_softmax(-1)  # [B, tokens, V]
     made = output.sequences[:, longest:]

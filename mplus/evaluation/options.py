@@ -36,6 +36,8 @@ class RunOptions:
         separator: between passages, and before the question, where they are read as one text.
         seed: of the draws of which rows leave the STM: episode i has ``seed + i``.
         export: write the questions for SnapKV to this file.
+        directory: folder for memories on disk, which are closed and opened again before questions; None: in RAM.
+        timed: questions of each arm that are answered one by one to time the first token.
     """
 
     ages: tuple[int, ...] | None = field(default=None, converter=optional(as_numbers))
@@ -43,6 +45,8 @@ class RunOptions:
     separator: str = "\n"
     seed: int = field(default=0, validator=whole(0))
     export: Path | None = field(default=None, converter=optional(Path))
+    directory: Path | None = field(default=None, converter=optional(Path))
+    timed: int = field(default=0, validator=whole(0))
 
     def chosen_ages(self, passages: int) -> tuple[int, ...]:
         """Return the ages to ask at. Raises ConfigError when one is beyond the ``passages`` that are told."""

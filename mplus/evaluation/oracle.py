@@ -36,20 +36,19 @@ class OracleMechanism(WrappedMechanism):
     Args:
         inner: the mechanism it stands in for.
         wanted: per batch row, the names of the sources.
+        others: let a mechanism that chooses in ``open`` choose among others, too, as far as there is room.
     """
 
-    def __init__(self, inner: MemoryMechanism, *, wanted: Sequence[Collection[str]]) -> None:
+    def __init__(self, inner: MemoryMechanism, *, wanted: Sequence[Collection[str]], others: bool = True) -> None:
         super().__init__(inner)
-        self.wanted = wanted
+        self.wanted, self.others = wanted, others
 
     def open(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Opened:
         """Open a read, as ``MemoryMechanism.open``."""
         if self.inner.retrieves_in_open:
             self._check(views)
-            views = [
-                holding_only(view, names, self.inner.config.retrieved_tokens)
-                for view, names in zip(views, self.wanted, strict=True)
-            ]
+            rows = self.inner.config.retrieved_tokens if self.others else 0
+            views = [holding_only(view, names, rows) for view, names in zip(views, self.wanted, strict=True)]
         return self.inner.open(decoder, views, text)
 
     def retrieve(self, layer: int, hidden: Tensor, mask: Tensor, views: Sequence[StreamView]) -> list[Retrieved | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Generic, cast
 
 import torch
@@ -12,12 +13,16 @@ from attrs import define, field
 from mplus.config import JsonValue
 from mplus.errors import MissingDependencyError, UnknownNameError
 from mplus.evaluation.arms import BM25, EvaluationArm, FullContext, MemoryArm, NoMemory, Window
+from mplus.evaluation.chat.arms import Ceiling, ChosenText
 from mplus.evaluation.execution.base import Answer, Due, Execution, M, W
 from mplus.evaluation.execution.generated import GeneratedAnswers
+from mplus.evaluation.execution.memory_arms import TEXT
 from mplus.evaluation.options import ArmOptions
-from mplus.evaluation.reports.report import Arm, Cell, Report
+from mplus.evaluation.reports.cell import Cell
+from mplus.evaluation.reports.report import Arm, Report
 from mplus.evaluation.snapkv import SnapKV
 from mplus.memory.report import progress_bar
+from mplus.timing import median, timed
 
 
 @torch.no_grad()
@@ -58,6 +63,8 @@ def retention(
             for result in results.values():
                 if told and number < execution.moment_limits.get(result.arm.name, number + 1):
                     result.ask(moment, told)
+                    with execution.one_token() as timed_questions:
+                        result.time(moment, told[:timed_questions])
     found = [result.record(execution, options.window_converged) for result in results.values()]
     alone = [cell for arm in found if arm.name == "none" for cell in arm.cells]
     borderline = sum(cell.correct for cell in alone) / sum(cell.questions for cell in alone) if alone else None
@@ -83,12 +90,14 @@ class ArmResult(Generic[M, W]):
         answers: by age, each question with its answer.
         left_out: by age, how many questions the arm could not answer.
         seconds: spent answering.
+        first_token_ms: by age, milliseconds until the first token of some answers, one question at a time.
     """
 
     arm: EvaluationArm[M, W]
     answers: dict[int, list[tuple[Due, Answer]]] = field(factory=dict)
     left_out: dict[int, int] = field(factory=dict)
     seconds: float = 0.0
+    first_token_ms: dict[int, list[float]] = field(factory=dict)
 
     def ask(self, moment: M, due: Sequence[Due]) -> None:
         """Let the arm answer the questions of a moment."""
@@ -100,14 +109,39 @@ class ArmResult(Generic[M, W]):
                 self.answers.setdefault(one.age, []).append((one, answer))
         self.seconds += time.perf_counter() - begun
 
+    def time(self, moment: M, due: Sequence[Due]) -> None:
+        """Time the first token of the answer to each of some questions."""
+        for one in due:
+            if one.age not in self.left_out:
+                seconds = timed(partial(self.arm.answers_anew, moment, [one]), self.arm.execution.model.device)
+                self.first_token_ms.setdefault(one.age, []).append(1000 * seconds)
+
     def record(self, execution: Execution[M, W], converged: float) -> Arm:
         """Return the arm for a report. At an age where it could not answer every question it has no cell."""
         name, details = self.arm.name, self._details(execution)
-        cells = tuple(_cell(age, answers) for age, answers in self.answers.items() if age not in self.left_out)
+        cells = tuple(self._cell(age) for age in self.answers if age not in self.left_out)
         if not cells:
             return Arm(name=name, status="skipped", reason="at no age do all questions fit", details=details)
         flaw = self._flaw(self.arm, execution, converged) if isinstance(self.arm, Window) else None
         return Arm(name=name, status="not_converged" if flaw else "ok", reason=flaw, cells=cells, details=details)
+
+    def _cell(self, age: int) -> Cell:
+        answered, found = self.answers[age], [answer for _, answer in self.answers[age]]
+        held, waited = [one.found for one in found if one.found is not None], self.first_token_ms.get(age)
+        return Cell(
+            age=age,
+            questions=len(found),
+            correct=sum(answer.correct for answer in found),
+            state_bytes=max((one.state_bytes for one in found if one.state_bytes is not None), default=None),
+            tokens_attended=max(
+                (one.tokens_attended for one in found if one.tokens_attended is not None), default=None
+            ),
+            scores={name: sum(one.scores[name] for one in found) / len(found) for name in found[0].scores},
+            recall=sum(held) / len(held) if held else None,
+            first_token_ms=round(median(waited), 3) if waited else None,
+            # Of many streams of facts at once, a list of thousands of answers would tell nothing more.
+            outcomes={due.id: answer.correct for due, answer in answered if answer.generated is not None},
+        )
 
     def _details(self, execution: Execution[M, W]) -> dict[str, JsonValue]:
         details: dict[str, JsonValue] = {"seconds": round(self.seconds, 3)}
@@ -122,18 +156,6 @@ class ArmResult(Generic[M, W]):
                 if window.is_inside(due):
                     inside.setdefault(age, []).append(answer.correct)
         return execution.window_flaw(inside, window.tokens, converged)
-
-
-def _cell(age: int, answers: Sequence[tuple[Due, Answer]]) -> Cell:
-    found = [answer for _, answer in answers]
-    return Cell(
-        age=age,
-        questions=len(found),
-        correct=sum(answer.correct for answer in found),
-        state_bytes=max((one.state_bytes for one in found if one.state_bytes is not None), default=None),
-        tokens_attended=max((one.tokens_attended for one in found if one.tokens_attended is not None), default=None),
-        scores={name: sum(one.scores[name] for one in found) / len(found) for name in found[0].scores},
-    )
 
 
 def make_arms(execution: Execution[M, W], options: ArmOptions) -> tuple[list[EvaluationArm[M, W]], list[Arm]]:
@@ -175,6 +197,10 @@ def _make(name: str, execution: Execution[M, W], options: ArmOptions) -> Evaluat
         return (
             FullContext(execution, positions) if positions else "the decoder's config does not say how far it can read"
         )
+    if name == "ceiling":
+        return Ceiling(execution, _positions(execution, options))
+    if name.endswith(TEXT) and isinstance(execution, GeneratedAnswers):
+        return cast("EvaluationArm[M, W]", ChosenText(execution, name))
     if name == "bm25":
         room = options.bm25_tokens, _positions(execution, options)
         try:

@@ -11,7 +11,8 @@ from mplus.config import JsonValue
 from mplus.errors import InputError
 from mplus.evaluation.arms import EvaluationArm
 from mplus.evaluation.execution.base import Answer, Due
-from mplus.evaluation.execution.generated import GeneratedAnswers, MemoryMoment
+from mplus.evaluation.execution.generated import GeneratedAnswers
+from mplus.evaluation.execution.telling import MemoryMoment
 from mplus.evaluation.generating import FORMAT
 from mplus.evaluation.retriever_swap import Way
 from mplus.evaluation.texts import read

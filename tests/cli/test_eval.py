@@ -63,7 +63,7 @@ def test_retention(folder, tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     report = Report.load(files["r.json"])
-    assert [arm.name for arm in report.arms] == list(ARMS)
+    assert [arm.name for arm in report.arms] == [*ARMS, "ceiling"]
     assert report.arm("mplus").at(3).questions == 2
     assert report.settings["scoring"]["stop"] == ["\n", ";"]
     assert report.settings["protocol"]["passage_tokens"] == 48

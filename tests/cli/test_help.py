@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import mplus
 from mplus.cli import app
+from mplus.cli.eval_chat import TOLD
 
 COMMANDS = {
     "bench",
@@ -48,7 +49,7 @@ def test_the_commands():
     assert {path[0] for path in ALL if path} == COMMANDS | {"demo-continue"}
     grouped = {
         "memory": {"forget", "repair", "show", "sources", "verify"},
-        "eval": {"abstention", "harm", "retention", "retriever"},
+        "eval": {"abstention", "harm", "retention", "retriever", *TOLD},
     }
     grouped["bench"] = {"attention", "decode", "read", "score", "store", "write"}
     assert {path for path in ALL if len(path) == 2} == {(group, name) for group in grouped for name in grouped[group]}

@@ -194,7 +194,7 @@ def test_arms_of_their_own(kv, gists, protocol):
     assert [(arm.name, arm.status) for arm in report.arms] == [("none", "ok"), ("kv", "ok"), ("kv-oracle", "ok")]
     own, oracle = report.arm("kv"), report.arm("kv-oracle")
     assert own.at(8).state_bytes == oracle.at(8).state_bytes
-    with pytest.raises(NotSupported, match=r"none, window, full-context, snapkv, bm25, gists$"):
+    with pytest.raises(NotSupported, match=r"none, window, full-context, snapkv, bm25, ceiling, gists$"):
         table(protocol, gists, 0).arm_options(ArmOptions(arms=("mplus",)))
     assert retention(table(protocol, gists, 0), ArmOptions(arms=("gists",)), progress=False).arm("gists").cells
 

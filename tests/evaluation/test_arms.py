@@ -10,7 +10,7 @@ import pytest
 from mplus.errors import InputError, UnknownNameError
 from mplus.evaluation.arms import BM25, FullContext, MemoryArm, NoMemory, Window
 from mplus.evaluation.execution.base import Due
-from mplus.evaluation.execution.generated import MemoryMoment
+from mplus.evaluation.execution.telling import MemoryMoment
 from mplus.evaluation.generating import answers
 from mplus.evaluation.options import ArmOptions
 from mplus.evaluation.oracle import OracleMechanism
@@ -139,7 +139,7 @@ def test_no_memory_is_asked_once(monkeypatch):
 def test_all_arms_and_why_some_cannot_run():
     made, skipped = make_arms(execution(), ArmOptions())
     reasons = {arm.name: arm.reason for arm in skipped}
-    assert {arm.name for arm in made} | set(reasons) == set(ARMS)
+    assert {arm.name for arm in made} | set(reasons) == {*ARMS, "ceiling"}
     assert "benchmarks/snapkv" in reasons["snapkv"]
     window = next(arm for arm in made if arm.name == "window")
     assert window.tokens == 1 + K0 + N
@@ -166,7 +166,7 @@ def test_without_bm25s(monkeypatch):
 
 
 def test_unknown_arms():
-    with pytest.raises(UnknownNameError, match="snapkv, got 'oracle'"):
+    with pytest.raises(UnknownNameError, match="ceiling, got 'oracle'"):
         make_arms(execution(), ArmOptions(arms=("oracle",)))
 
 

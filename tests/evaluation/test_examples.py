@@ -8,8 +8,9 @@ import pytest
 
 from mplus.evaluation.generating import Generation, Scoring
 from mplus.evaluation.options import RunOptions
+from mplus.evaluation.reports.cell import Cell
 from mplus.evaluation.reports.forgetting_curve import Curve
-from mplus.evaluation.reports.report import Cell, Report
+from mplus.evaluation.reports.report import Report
 from mplus.evaluation.texts import Texts
 from tests.evaluation.data import WordTokenizer
 from tests.helpers.docstrings import run_examples

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import ClassVar, Generic, TypeVar
 
 from attrs import define, field
@@ -86,6 +87,7 @@ class Answer:
         state_bytes: bytes kept between telling and asking; None: not measured.
         tokens_attended: rows and tokens in sight of the first token of the answer; None: not measured.
         scores: further scores, by name.
+        found: whether all that the answer needs was brought back; None: nothing is, or it was not noted.
         generated: the details; None where it was not generated here.
     """
 
@@ -93,6 +95,7 @@ class Answer:
     state_bytes: int | None
     tokens_attended: int | None
     scores: Mapping[str, float] = field(factory=dict)
+    found: bool | None = None
     generated: Generated | None = None
 
 
@@ -245,6 +248,11 @@ class Execution(ABC, Generic[M, W]):
             contexts: for each, ids in front of it.
             kept: for each, how many ids have to be kept until the question.
         """
+
+    @contextmanager
+    def one_token(self) -> Iterator[int]:
+        """Let answers have one token in the ``with`` block, to time them; yields how many questions are timed."""
+        yield 0
 
     def export_questions(self) -> None:
         """Write the questions to a file, if that was asked for."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, cast
 
 import attrs
 import torch
-from attrs import define
 from torch import Tensor
 
 from mplus.config import JsonValue
 from mplus.environment import run_info
-from mplus.errors import ConfigError, InputError, NotSupported
+from mplus.errors import InputError
 from mplus.evaluation import require_extra
+from mplus.evaluation.chat.choice import Choice, ChoiceMade, choosing
+from mplus.evaluation.chat.prompt import ChatPrompt
 from mplus.evaluation.execution.ann_recall import Shortcuts
 from mplus.evaluation.execution.base import (
     ID_BYTES,
@@ -22,12 +23,13 @@ from mplus.evaluation.execution.base import (
     Answer,
     Due,
     Execution,
-    Moment,
     RowCounts,
     Signals,
     Trace,
     due_by_place,
 )
+from mplus.evaluation.execution.memory_arms import MemoryArms
+from mplus.evaluation.execution.telling import MemoryMoment, Telling
 from mplus.evaluation.generating import (
     ExportedEpisode,
     ExportedHead,
@@ -39,33 +41,27 @@ from mplus.evaluation.generating import (
     exported,
 )
 from mplus.evaluation.options import ArmOptions, RunOptions
-from mplus.evaluation.oracle import OracleMechanism, retrieves
+from mplus.evaluation.oracle import OracleMechanism
 from mplus.evaluation.reports.forgetting_curve import Curve, curves
-from mplus.evaluation.reports.report import ARMS, Arm
-from mplus.evaluation.retriever_swap import Way, find_way, retriever_for, state_bytes
+from mplus.evaluation.reports.report import Arm
+from mplus.evaluation.retriever_swap import Way, retriever_for, state_bytes
 from mplus.evaluation.tasks.base import Task, tokens_by_age
 from mplus.evaluation.texts import Texts, Tokenizer
-from mplus.evaluation.tracing import FEATURES, Seen, TracingMechanism, check_retrieves, count_rows, features, scores
+from mplus.evaluation.tracing import (
+    FEATURES,
+    Seen,
+    TracingMechanism,
+    ask_shortcuts,
+    check_retrieves,
+    count_rows,
+    features,
+    scores,
+)
 from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.reading.override import mechanism_for_reads, reading_as
 from mplus.mechanisms.base import MemoryMechanism
-from mplus.mechanisms.short_term.batched_streams import BATCHED
 from mplus.memory.memory import Memory
 from mplus.retrievers.base import Retriever
-
-WITHOUT_MEMORY = ("none", "window", "full-context", "snapkv", "bm25")
-"""Arms that run the decoder alone."""
-
-
-@define(eq=False)
-class MemoryMoment(Moment):
-    """Questions to several streams.
-
-    Attributes:
-        memory: all streams as they are now; read only.
-    """
-
-    memory: Memory
 
 
 class GeneratedAnswers(Execution[MemoryMoment, Way]):
@@ -88,6 +84,7 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
         options: RunOptions | None = None,
         generation: Generation | None = None,
         scoring: Scoring | None = None,
+        chat: ChatPrompt | None = None,
     ) -> None:
         """Make the episodes and check that they fit the decoder.
 
@@ -97,6 +94,8 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
             task: makes the episodes.
             options, generation, scoring: settings; defaults are the classes' own, with the task's number of generated
                 tokens and the tokenizer's special ids.
+            chat: ask as a user of a chat model does. Text then stands behind the opening of the user's turn, and what
+                is told ends with the separator in memory too, so that every arm reads the same tokens.
 
         Raises:
             InputError: the data has nothing to tell, or a passage is too short for a chunk.
@@ -104,32 +103,16 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
         """
         self.options, self.scoring = options or RunOptions(), scoring or Scoring()
         self.generation = generation or Generation.of(tokenizer, tokens=task.answer_tokens)
-        self.model, self.tokenizer, self.task = model, tokenizer, task
+        self.model, self.tokenizer, self.task, self.chat = model, tokenizer, task, chat
         self.model.train(False)
         self.texts = Texts(tokenizer)
         chosen = self.options if self.options.ages is not None else attrs.evolve(self.options, ages=task.ages)
         self.ages = chosen.chosen_ages(task.passages)
         self.episodes = task.episodes()
+        self.memory_arms = MemoryArms(model)
         self._retrievers: dict[str, Retriever | None] = {}
-        self._check_chunks()
-
-    def _check_chunks(self) -> None:
-        """Raise ConfigError or InputError unless every passage is one chunk, or ages in chunks would mean nothing."""
-        config = self.model.mplus_config
-        if self.task.passage_tokens > config.chunk_tokens:
-            raise ConfigError(
-                f"passage_tokens must not exceed the decoder's chunk_tokens ({config.chunk_tokens}), got "
-                f"{self.task.passage_tokens}: a passage is written as one chunk"
-            )
-        for episode in self.episodes:
-            for passage in episode.passages:
-                count = self.texts.count(passage.text)
-                if count < config.min_chunk_tokens:
-                    raise InputError(
-                        f"a passage must have at least the decoder's min_chunk_tokens ({config.min_chunk_tokens}), "
-                        f"{passage.source!r} of episode {episode.number} has {count}: raise passage_tokens, or take "
-                        "other data"
-                    )
+        self.telling = Telling(model, tokenizer, self.texts, self.options, chat is not None)
+        self.telling.check(self.episodes, task.passage_tokens)
 
     @property
     def steps(self) -> int:
@@ -140,22 +123,7 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
         streams = self.options.streams
         for start in range(0, len(self.episodes), streams):
             batch = self.episodes[start : start + streams]
-            memory = self._new_memory(len(batch), self.options.seed + start)
-            due = due_by_place(batch, self.ages)
-            for place in range(max(len(episode.passages) for episode in batch)):
-                present = [episode.passages[place] if place < len(episode.passages) else None for episode in batch]
-                ids = [None if passage is None else self.texts.ids(passage.text) for passage in present]
-                sources = [None if passage is None else passage.source for passage in present]
-                memory.write(ids, source=sources, progress=False)
-                if place in due:
-                    yield MemoryMoment(due[place], memory)
-                if advance is not None:
-                    advance(sum(passage is not None for passage in present))
-
-    def _new_memory(self, streams: int, seed: int) -> Memory:
-        # A memory of text turns what it recalls into tokens, and what it is told into text.
-        tokenizer = None if self._of_rows else cast("Any", self.tokenizer)
-        return self.model.new_memory(batch_size=streams, seed=seed, tokenizer=tokenizer)
+            yield from self.telling.moments(batch, due_by_place(batch, self.ages), self.options.seed + start, advance)
 
     @property
     def _of_rows(self) -> bool:
@@ -178,59 +146,55 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
         return found
 
     def _prompt(self, due: Due, memory: bool, context: Sequence[int] = ()) -> list[int]:
+        if self.chat is not None:
+            return self.chat.prompt(due.question.prompt, context)
         return self.generation.prompt([*context, *self.texts.ids(due.question.prompt)], memory=memory)
 
     @property
     def arm_names(self) -> Sequence[str]:
-        return ARMS if self._own is None else (*ARMS, *self._own_arms)
-
-    @property
-    def _own(self) -> str | None:
-        """Return the name of a mechanism that is an arm of its own; None for M+ and MemoryLLM."""
-        name = self.model.mplus_config.mechanism.name
-        return None if name in BATCHED else str(name)
-
-    @property
-    def _own_arms(self) -> tuple[str, ...]:
-        """Return the names of the arms that read memory by such a mechanism."""
-        name, mechanism = str(self._own), self.model.mplus_engine.mechanism
-        return (name, f"{name}-oracle") if retrieves(mechanism) else (name,)
+        return self.memory_arms.every
 
     def arm_options(self, options: ArmOptions) -> ArmOptions:
-        config, passages = self.model.mplus_config, options.bm25_passages or 4
-        if self._own is None:
-            window = options.window_tokens or 1 + config.retrieved_tokens + config.short_term_tokens
-            return attrs.evolve(options, window_tokens=window, bm25_passages=passages)
-        if self._own in ARMS:
-            raise NotSupported(
-                f"the mechanism {self._own!r} has the name of an arm that there is for every decoder, so it cannot be "
-                "measured beside it: register it under another name"
-            )
-        usable = (*WITHOUT_MEMORY, *self._own_arms)
-        wanted = usable if options.arms is None else options.arms
-        reading = [name for name in wanted if name in ARMS and name not in WITHOUT_MEMORY]
-        if reading:
-            raise NotSupported(
-                f"the arms {', '.join(reading)} measure the mechanisms {' and '.join(map(repr, BATCHED))}, and the "
-                f"decoder's mechanism is {self._own!r}: none of them would measure it under its own name. Ask for "
-                f"some of the arms {', '.join(usable)}"
-            )
-        retrieved = config.retrieved_tokens if retrieves(self.model.mplus_engine.mechanism) else 0
-        window = options.window_tokens or max(retrieved + (config.short_term_tokens or 0), config.chunk_tokens)
-        return attrs.evolve(options, arms=wanted, window_tokens=window, bm25_passages=passages)
+        return self.memory_arms.settle(options)
 
     def way(self, arm: str, options: ArmOptions) -> Way | str:
-        if self._own is not None:
-            return Way(oracle=arm != self._own)
-        return find_way(self.model, arm, options)
+        return self.memory_arms.way(arm, options)
 
     def read(self, moment: MemoryMoment, due: Sequence[Due], way: Way) -> list[Answer]:
         found: list[Answer] = []
         for part, streams in self._parts(moment, due):
-            oracle = partial(OracleMechanism, wanted=[one.sources() for one in part]) if way.oracle else None
-            with reading_as(self.model, retriever=way.retriever, retrieved_tokens=way.retrieved_tokens, around=oracle):
-                found += self._read(part, streams, way)
+            seen: list[Choice] = []
+            # Of a chat model the right chunks are read alone, as the ceiling reads the right text.
+            wanted, others = [one.sources() for one in part], self.chat is None
+            oracle = partial(OracleMechanism, wanted=wanted, others=others) if way.oracle else None
+            with (
+                reading_as(self.model, retriever=way.retriever, retrieved_tokens=way.retrieved_tokens, around=oracle),
+                choosing(self.model, seen),
+            ):
+                read = self._read(part, streams, way)
+            for number, (one, answer) in enumerate(zip(part, read, strict=True)):
+                held = seen[number].holds(one.sources()) if seen and one.question.told else None
+                found.append(attrs.evolve(answer, found=held))
         return found
+
+    def choose(self, moment: MemoryMoment, due: Sequence[Due]) -> list[Choice]:
+        """Return what reads of these questions bring back, of a mechanism that chooses chunks for a whole text."""
+        found: list[Choice] = []
+        for part, streams in self._parts(moment, due):
+            seen: list[Choice] = []
+            prompts = [self._prompt(one, memory=True) for one in part]
+            with choosing(self.model, seen, only=True), suppress(ChoiceMade):
+                answers(self.model, self.tokenizer, prompts, attrs.evolve(self.generation, tokens=1), streams)
+            found += seen or [Choice()] * len(part)
+        return found
+
+    @contextmanager
+    def one_token(self) -> Iterator[int]:
+        before, self.generation = self.generation, attrs.evolve(self.generation, tokens=1, batch=1)
+        try:
+            yield self.options.timed
+        finally:
+            self.generation = before
 
     def _parts(self, moment: MemoryMoment, due: Sequence[Due]) -> Iterator[tuple[Sequence[Due], Memory]]:
         """Yield as many questions as are answered at a time, each with the memory of its stream."""
@@ -250,7 +214,7 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
 
     def answer(self, due: Sequence[Due], contexts: Sequence[Sequence[int]], kept: Sequence[int]) -> list[Answer]:
         prompts = [self._prompt(one, False, context) for one, context in zip(due, contexts, strict=True)]
-        made = answers(self.model, self.tokenizer, prompts, self.generation) if prompts else []
+        made = answers(self.model, self.tokenizer, prompts, self.generation)
         return [
             self.judged(one, answer.text, ID_BYTES * count, len(prompt), answer)
             for one, answer, count, prompt in zip(due, made, kept, prompts, strict=True)
@@ -262,7 +226,7 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
         """Return the answer that a text is: before stop strings are looked for."""
         accepted = due.question.answers
         scores_ = self.scoring.scores(text, accepted)
-        return Answer(self.scoring.is_correct(text, accepted), state_bytes, attended, scores_, generated)
+        return Answer(self.scoring.is_correct(text, accepted), state_bytes, attended, scores_, generated=generated)
 
     def exported(self) -> tuple[ExportedHead, list[ExportedEpisode]]:
         """Return the lines of the file of questions."""
@@ -298,15 +262,13 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
                 made = answers(self.model, self.tokenizer, prompts, self.generation, streams)
             for row, (one, answer) in enumerate(zip(part, made, strict=True)):
                 correct.append(self.scoring.is_correct(answer.text, one.question.answers))
-                for layer in sorted(seen):  # all of them: something was told before anything is asked
-                    rows = count_rows(layer, seen[layer], row, one.sources())
+                for layer, one_layer in sorted(seen.items()):  # all: something was told before anything is asked
+                    rows = count_rows(layer, one_layer, row, one.sources())
                     counts[layer].append(rows.columns())
                     if shortcuts is not None and rows.stored:
-                        views = dict.fromkeys(shortcuts.retrievers, seen[layer].searched(layer, row))
-                        look = slice(row, row + 1)
-                        shortcuts.ask(layer, seen[layer].hidden[look], seen[layer].mask[look], views)
+                        ask_shortcuts(shortcuts, layer, one_layer, row)
                     if spread and engine.mechanism.key_size and rows.stored > 1:
-                        every = scores(engine, layer, seen[layer], row, short_term=False)
+                        every = scores(engine, layer, one_layer, row, short_term=False)
                         spreads[layer].append(float(every.std(correction=0)))
         found = [RowCounts(*torch.stack(columns, 1)) for columns in counts if columns]
         return Trace(found, torch.tensor(correct, dtype=torch.bool), spreads)
@@ -342,6 +304,8 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
 
     def window_flaw(self, inside: Mapping[int, Sequence[bool]], tokens: int, least: float) -> str | None:
         right = [correct for some in inside.values() for correct in some]
+        if not least:
+            return None  # whatever it answers is what a window is worth
         if not right:
             return f"no answer lies inside its {tokens} tokens as a whole, so nothing shows that it can read"
         share = sum(right) / len(right)
@@ -350,7 +314,7 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
         )
 
     def curves(self, arms: Sequence[Arm], borderline: float | None) -> tuple[Curve, ...]:
-        if self._own is not None:
+        if self.memory_arms.own is not None:
             return ()  # they are those of a short-term memory from which rows are dropped at random
         config = self.model.mplus_config
         best = next((arm.cells[0].accuracy for arm in arms if arm.name == "memoryllm" and arm.cells), 1.0)
@@ -363,6 +327,7 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
     def settings(self, options: ArmOptions, arms: Mapping[str, dict[str, JsonValue]]) -> dict[str, JsonValue]:
         harness = attrs.asdict(self.options)
         harness.update(ages=self.ages, export=None if self.options.export is None else self.options.export.name)
+        harness["directory"] = self.options.directory is not None  # where it lies means nothing elsewhere
         return {
             "protocol": self.task.settings(),
             "episodes": len(self.episodes),

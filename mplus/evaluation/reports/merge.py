@@ -8,7 +8,8 @@ from typing import TypeVar
 from attrs import evolve
 
 from mplus.errors import InputError
-from mplus.evaluation.reports.report import Arm, Cell, Report
+from mplus.evaluation.reports.cell import Cell
+from mplus.evaluation.reports.report import Arm, Report
 from mplus.evaluation.reports.tables import flat
 
 V = TypeVar("V")

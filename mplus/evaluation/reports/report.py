@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from statistics import NormalDist
-from typing import Literal, TypedDict, TypeVar
+from typing import Literal, NotRequired, TypedDict, TypeVar
 
 import attrs
 from attrs import define, field
 
-from mplus.config import JsonValue, number, one_of, whole
+from mplus.config import JsonValue, number, one_of
 from mplus.errors import InputError
 from mplus.evaluation.options import as_texts
+from mplus.evaluation.reports.cell import Cell
 from mplus.evaluation.reports.forgetting_curve import Curve, CurveFacts
 
 T = TypeVar("T")
@@ -56,6 +55,9 @@ class ArmFacts(TypedDict):
     state_bytes_by_age: ByAge[int]
     tokens_attended: int | None
     tokens_attended_by_age: ByAge[int]
+    recall_by_age: NotRequired[ByAge[float]]
+    first_token_ms_by_age: NotRequired[ByAge[float]]
+    outcomes_by_age: NotRequired[ByAge[dict[str, bool]]]
     details: dict[str, JsonValue]
 
 
@@ -73,67 +75,6 @@ class ReportFacts(TypedDict):
     settings: dict[str, JsonValue]
     deviations: list[str]
     circumstances: dict[str, JsonValue]
-
-
-def wilson(correct: int, questions: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's score interval of a proportion; it stays honest near 0 and 1 and for few questions.
-
-    Raises:
-        InputError: no questions, more correct ones than there are, or a confidence outside (0, 1).
-    """
-    if questions < 1 or not 0 <= correct <= questions:
-        raise InputError(
-            f"an interval needs at least one question and 0 to that many correct ones, got {correct} of {questions}"
-        )
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence must lie between 0 and 1, got {confidence!r}")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share, weight = correct / questions, z * z / questions
-    centre = share + weight / 2
-    half = z * math.sqrt(share * (1 - share) / questions + weight / (4 * questions))
-    # Exactly 0 and 1 at the ends, where rounding would leave something over.
-    low = 0.0 if correct == 0 else max((centre - half) / (1 + weight), 0.0)
-    high = 1.0 if correct == questions else min((centre + half) / (1 + weight), 1.0)
-    return low, high
-
-
-@define(frozen=True, kw_only=True)
-class Cell:
-    """One arm at one age.
-
-    Example:
-        >>> cell = Cell(age=4, questions=20, correct=15)
-        >>> cell.accuracy, [round(share, 2) for share in cell.interval]
-        (0.75, [0.53, 0.89])
-
-    Attributes:
-        age: chunks written after the last one that the answer needs.
-        questions, correct: how many were asked and answered right.
-        state_bytes: the most bytes kept between telling and asking; None: not measured.
-        tokens_attended: the most rows and tokens in sight of the first token of an answer; None: not measured.
-        scores: means of further scores (``exact_match``, ``f1``), by name.
-    """
-
-    age: int = field(validator=whole(0))
-    questions: int = field(validator=whole(1))
-    correct: int = field(validator=whole(0))
-    state_bytes: int | None = None
-    tokens_attended: int | None = None
-    scores: dict[str, float] = field(factory=dict)
-
-    def __attrs_post_init__(self) -> None:
-        if self.correct > self.questions:
-            raise InputError(f"correct must not exceed questions ({self.questions}), got {self.correct}")
-
-    @property
-    def accuracy(self) -> float:
-        """Return the share of questions answered right."""
-        return self.correct / self.questions
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Return the 95 % confidence interval of the accuracy (Wilson)."""
-        return wilson(self.correct, self.questions)
 
 
 def _plain(facts: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
@@ -199,7 +140,7 @@ class Arm:
             return {age: one for age, one in found.items() if one is not None}
 
         names = sorted({name for cell in self.cells for name in cell.scores})
-        return {
+        plain: ArmFacts = {
             "name": self.name,
             "status": self.status,
             "reason": self.reason,
@@ -216,6 +157,14 @@ class Arm:
             "tokens_attended_by_age": by_age(lambda cell: cell.tokens_attended),
             "details": self.details,
         }
+        # Reports of before these were measured lack them, and so do those in which they are not.
+        if recall := by_age(lambda cell: cell.recall):
+            plain["recall_by_age"] = recall
+        if first_token_ms := by_age(lambda cell: cell.first_token_ms):
+            plain["first_token_ms_by_age"] = first_token_ms
+        if outcomes := by_age(lambda cell: cell.outcomes or None):
+            plain["outcomes_by_age"] = outcomes
+        return plain
 
     @classmethod
     def from_plain(cls, plain: ArmFacts) -> Arm:
@@ -229,6 +178,9 @@ class Arm:
                 state_bytes=plain["state_bytes_by_age"].get(age),
                 tokens_attended=plain["tokens_attended_by_age"].get(age),
                 scores={name: values[age] for name, values in scores.items() if age in values},
+                recall=plain.get("recall_by_age", {}).get(age),
+                first_token_ms=plain.get("first_token_ms_by_age", {}).get(age),
+                outcomes=plain.get("outcomes_by_age", {}).get(age, {}),
             )
             for age, questions in plain["questions_by_age"].items()
         ]

@@ -162,6 +162,31 @@ def load_with_tokenizer(
         return model, _tokenizer(path, tokenizer)
 
 
+def load_decoder_with_tokenizer(
+    path: Where, *, device: str | None = None, dtype: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a decoder as people have it, without memory and in eval mode, and its tokenizer.
+
+    Args:
+        path: folder or repository on the Hub, of a decoder that was never wrapped.
+        device, dtype: as for ``load_with_tokenizer``.
+
+    Raises:
+        CheckpointError: there is no decoder with a tokenizer, or one that was saved with a memory.
+    """
+    try:
+        with without_bars():
+            number = dtype if dtype == "auto" else getattr(torch, dtype)
+            decoder = AutoModelForCausalLM.from_pretrained(path, dtype=number).eval()
+            tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} must be a decoder with its tokenizer, and cannot be loaded: {first}") from error
+    if hasattr(decoder, "mplus_engine"):
+        raise CheckpointError(f"{path} must be a decoder without memory, it was saved with one: give the decoder's own")
+    return (decoder if device is None else decoder.to(device)), tokenizer
+
+
 def _tokenizer(path: Where, named: Where | None) -> PreTrainedTokenizerBase:
     if named is not None:
         places: list[Where | None] = [named]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from mplus.evaluation.reports.cell import Cell
 from mplus.evaluation.reports.forgetting_curve import curves
-from mplus.evaluation.reports.report import Arm, Cell, Report
+from mplus.evaluation.reports.report import Arm, Report
 
 AGES = (0, 1, 2, 8, 16, 32, 64, 128)
 CHANCE = 1 / 32

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplus.errors import InputError
-from mplus.evaluation.reports.report import wilson
+from mplus.evaluation.reports.cell import wilson
 
 Z = 1.959963984540054
 

@@ -6,9 +6,10 @@ import pytest
 from attrs import evolve
 
 from mplus.errors import InputError
+from mplus.evaluation.reports.cell import Cell, wilson
 from mplus.evaluation.reports.merge import pool, side_by_side
 from mplus.evaluation.reports.plots import OTHER, STYLES, draw, styles
-from mplus.evaluation.reports.report import Arm, Cell, Report, wilson
+from mplus.evaluation.reports.report import Arm, Report
 from mplus.evaluation.reports.tables import markdown
 from tests.evaluation.reports.examples import example
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mplus.errors import ConfigError, InputError
-from mplus.evaluation.reports.report import ARMS, Arm, Cell, Report
+from mplus.evaluation.reports.cell import Cell
+from mplus.evaluation.reports.report import ARMS, Arm, Report
 from mplus.evaluation.reports.tables import markdown, remarks, show, size
 from tests.evaluation.reports.examples import AGES, arm, example
 

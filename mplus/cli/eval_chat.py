@@ -1,0 +1,143 @@
+"""``mplus eval notes`` and so on: what memories are worth to a chat model, one command for each protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mplus.cli.eval_options import Device, Dtype, Json, Threads, assignment, set_threads
+from mplus.config import JsonValue
+from mplus.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mplus.evaluation.execution import GeneratedAnswers
+    from mplus.evaluation.tasks.base import Protocol
+
+TOLD = {
+    "notes": "Notes about invented people, alone or among novels, told to a memory and asked for at the end.",
+    "needles": "One sentence in a novel, at several depths, asked for at the end.",
+    "conversations": "Talk over many sessions, in the format of LoCoMo or generated, and questions by category.",
+    "squad": "Paragraphs of SQuAD behind paragraphs of other articles.",
+    "natural-questions": "Gold passages of NaturalQuestions behind those of other questions.",
+    "babi": "The sentences of little stories of bAbI, hidden in novels.",
+}
+"""Protocol -> what its command tells and asks."""
+
+Memories = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--memory",
+        metavar="LABEL",
+        help="Memory to measure: a mechanism, MECHANISM:RETRIEVER, MECHANISM:* for every retriever, or a config as "
+        "JSON. May be repeated; default: kv.",
+    ),
+]
+Arms = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,NAME,...",
+        help="Arms to run: none, window, full-context, ceiling, bm25, snapkv, and of each memory its label, "
+        "LABEL-text and MECHANISM-oracle; default: all but bm25 and snapkv.",
+    ),
+]
+
+
+def chat_commands() -> Iterator[tuple[str, Callable[..., None]]]:
+    """Yield the name and the function of each command."""
+    for name, told in TOLD.items():
+        yield name, _command(name, told)
+
+
+def _command(protocol: str, told: str) -> Callable[..., None]:
+    def command(
+        model: Annotated[Path, typer.Option("--model", help="Folder of a chat model.", show_default=False)],
+        data: Annotated[Path | None, typer.Option(help="File of the data set, or folder of novels.")] = None,
+        memories: Memories = None,
+        arms: Arms = None,
+        size: Annotated[
+            str, typer.Option(help="small, over in about a minute; asked, as results are asked for; or another.")
+        ] = "small",
+        settings: Annotated[
+            list[str] | None,
+            typer.Option("--set", metavar="NAME=VALUE", help="Option of the protocol. May be repeated."),
+        ] = None,
+        tokens: Annotated[int | None, typer.Option(min=1, help="Tokens generated for an answer.")] = None,
+        timed: Annotated[int, typer.Option(min=0, help="Questions of each arm to time the first token of.")] = 4,
+        directory: Annotated[
+            Path | None, typer.Option(help="Keep memories on disk in this folder, and open them again to ask.")
+        ] = None,
+        export: Annotated[Path | None, typer.Option(help="Write the questions for benchmarks/snapkv here.")] = None,
+        snapkv: Annotated[Path | None, typer.Option(help="Answers of benchmarks/snapkv to the same questions.")] = None,
+        seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
+        device: Device = None,
+        dtype: Dtype = "auto",
+        threads: Threads = None,
+        as_json: Json = None,
+        markdown: Annotated[Path | None, typer.Option(help="Write the report as Markdown to this file.")] = None,
+    ) -> None:
+        from rich.console import Console
+
+        from mplus.evaluation.chat.memories import compare_memories, memory_configs, wrapped_each
+        from mplus.evaluation.options import ArmOptions, RunOptions
+        from mplus.evaluation.reports.worth import show_worth, worth_markdown
+        from mplus.hf.pretrained.load import load_decoder_with_tokenizer
+
+        if threads is not None:
+            set_threads(threads)
+        configs = memory_configs(memories or ["kv"])
+        decoder, tokenizer = load_decoder_with_tokenizer(model, device=device, dtype=dtype)
+        task = _task(protocol, tokenizer, size, {"seed": seed, **({"data": str(data)} if data else {})}, settings)
+        options = RunOptions(streams=1, seed=seed, timed=timed, directory=directory, export=export)
+        each = (
+            (label, _execution(wrapped, tokenizer, task, options, tokens))
+            for label, wrapped in wrapped_each(decoder, configs)
+        )
+        wanted = None if arms is None else [name.strip() for name in arms.split(",")]
+        report = compare_memories(each, wanted, options=ArmOptions(snapkv_answers=snapkv), name=model.name)
+        if as_json is not None:
+            report.save(as_json)
+        if markdown is not None:
+            markdown.write_text(worth_markdown(report), encoding="utf-8")
+        show_worth(report, Console(highlight=False))
+
+    command.__name__ = protocol
+    command.__doc__ = (
+        f"{told}\n\nPrints what each memory is worth to the chat model, beside its own window, all the text, and the "
+        "right text alone."
+    )
+    return command
+
+
+def _task(name: str, tokenizer: Any, size: str, given: Mapping[str, JsonValue], settings: list[str] | None) -> Protocol:
+    """Return the protocol at a size, with the options given and those of ``--set``."""
+    from mplus.cli.eval_options import needs_data
+    from mplus.config import structure
+    from mplus.evaluation.chat.sizes import size_options
+    from mplus.evaluation.tasks import protocol
+    from mplus.evaluation.texts import Texts
+
+    cls = protocol(name)
+    options = {**size_options(name, size), **given, **dict(map(assignment, settings or ()))}
+    if needs_data(name) and "data" not in options:
+        raise ConfigError(f"mplus eval {name} needs --data, the file of the data set or the folder of novels")
+    return cls(structure(cls.Options, options), Texts(tokenizer))
+
+
+def _execution(model: Any, tokenizer: Any, task: Protocol, options: Any, tokens: int | None) -> GeneratedAnswers:
+    from mplus.evaluation.chat.prompt import ChatPrompt
+    from mplus.evaluation.execution import GeneratedAnswers
+    from mplus.evaluation.generating import Generation, Scoring
+
+    return GeneratedAnswers(
+        model,
+        tokenizer,
+        task,
+        options=options,
+        generation=Generation.of(tokenizer, tokens=tokens or task.answer_tokens),
+        # Whole words, without case: a chat model answers in a sentence of its own.
+        scoring=Scoring(correct="contains_words", normalise="squad"),
+        chat=ChatPrompt.of(tokenizer),
+    )

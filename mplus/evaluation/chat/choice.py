@@ -1,0 +1,102 @@
+"""Choice: the chunks that a read brings back, seen from outside; with them alone, the read need not go on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from attrs import define
+from torch import Tensor
+
+from mplus.hf.model.model_class import MemoryModel
+from mplus.hf.reading.override import WrappedMechanism, reading_as
+from mplus.mechanisms.base import MemoryMechanism
+from mplus.mechanisms.decoder import Decoder, Text
+from mplus.mechanisms.kv.state import KvState
+from mplus.mechanisms.opened import Opened, Retrieved
+from mplus.memory.state import StreamView
+
+
+@define(frozen=True)
+class Choice:
+    """What was brought back for one question, in the order in which it is read.
+
+    Attributes:
+        sources: names of the sources it was written from, each once.
+        ids: of its tokens; empty where the mechanism keeps none.
+    """
+
+    sources: tuple[str | None, ...] = ()
+    ids: tuple[int, ...] = ()
+
+    def holds(self, sources: Collection[str]) -> bool:
+        """Return whether something of each of ``sources`` was brought back."""
+        return set(sources) <= set(self.sources)
+
+    @classmethod
+    def of(cls, view: StreamView, found: Retrieved | None) -> Choice:
+        """Return the choice that rows of the first layer are."""
+        if found is None:
+            return cls()
+        names = {number: source.name for number, source in view.state.sources.items()}
+        numbers = dict.fromkeys(found.rows.source.tolist())
+        return cls(tuple(names[number] for number in numbers), tuple(_token_ids(view, found.ids).tolist()))
+
+
+def _token_ids(view: StreamView, rows: Tensor) -> Tensor:
+    if not isinstance(view.state, KvState):
+        return rows[:0]
+    # A row is a token, and the table of chunks has the tokens in the order of the rows.
+    places = torch.searchsorted(view.store.ids(0), rows).cpu()
+    return view.state.token_ids[places]
+
+
+class ChoiceMade(Exception):
+    """Ends a read once its chunks are chosen."""
+
+
+class ChoosingMechanism(WrappedMechanism):
+    """Notes in ``seen`` what ``open`` chooses for every batch row; the last read counts.
+
+    Args:
+        inner: the mechanism it stands in for, which chooses in ``open``.
+        seen: a list for the choices.
+        only: end the read then, by raising ``ChoiceMade``.
+
+    Example:
+        >>> from functools import partial
+        >>> from mplus.hf.reading.override import reading_as
+        >>> seen = []
+        >>> with torch.no_grad(), reading_as(model, around=partial(ChoosingMechanism, seen=seen)):
+        ...     logits = model(input_ids=prompt, memory=memory).logits
+        >>> seen[0].holds({"diary"})
+        True
+    """
+
+    def __init__(self, inner: MemoryMechanism, *, seen: list[Choice], only: bool = False) -> None:
+        super().__init__(inner)
+        self.seen, self.only = seen, only
+
+    def open(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Opened:
+        """Open a read, as ``MemoryMechanism.open``. Raises ChoiceMade."""
+        opened = self.inner.open(decoder, views, text)
+        found: Sequence[Any] = self.inner.retrieved(opened, 0)
+        # The views of what was opened: an oracle's are parts of those it was given.
+        self.seen[:] = [Choice.of(view, rows) for view, rows in zip(opened.views, found, strict=True)]
+        if self.only:
+            raise ChoiceMade
+        return opened
+
+
+def choosing(model: MemoryModel, seen: list[Choice], only: bool = False) -> AbstractContextManager[None]:
+    """Let reads of ``model`` in the ``with`` block note in ``seen`` what they choose; see ``ChoosingMechanism``.
+
+    Nothing is noted of a mechanism that does not choose once for a whole text.
+    """
+    mechanism = model.mplus_engine.mechanism
+    if not isinstance(mechanism, MemoryMechanism) or not mechanism.retrieves_in_open:
+        return nullcontext()
+    return reading_as(model, around=partial(ChoosingMechanism, seen=seen, only=only))

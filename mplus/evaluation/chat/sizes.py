@@ -1,0 +1,51 @@
+"""Sizes of the protocols for chat models: a small one that is over soon, and the ones that results are asked for at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mplus.config import JsonValue
+from mplus.errors import UnknownNameError
+
+Options = Mapping[str, JsonValue]
+
+PLAIN = "{question} Answer in a few words."
+"""How a chat model is asked what public data sets ask; their own prompts are for decoders that go on with a text."""
+
+SIZES: Mapping[str, Mapping[str, Options]] = {
+    "notes": {
+        "small": {"notes": 12, "questions": 8, "episodes": 1},
+        "asked": {"notes": 48, "questions": 48, "episodes": 5},
+        "changing": {"notes": 48, "questions": 32, "changed": 0.5, "episodes": 5},
+        "among": {"notes": 1000, "questions": 60, "among": 100_000, "episodes": 1},
+    },
+    "needles": {
+        "small": {"tokens": 1000, "depths": [0, 0.5, 1], "episodes": 1},
+        "asked": {"tokens": 20_000, "depths": [0, 0.25, 0.5, 0.75, 1], "episodes": 5},
+    },
+    "conversations": {
+        "small": {"sessions": 2, "turns": 8, "episodes": 1, "questions": 12, "categories": [1, 2, 4, 5]},
+        "asked": {"episodes": 10, "questions": 200, "categories": [1, 2, 3, 4, 5]},
+    },
+    "squad": {
+        "small": {"passages": 3, "episodes": 4, "passage_tokens": 200, "prompt": PLAIN},
+        "asked": {"passages": 101, "episodes": 100, "passage_tokens": 512, "prompt": PLAIN},
+    },
+    "natural-questions": {
+        "small": {"passages": 3, "episodes": 4, "passage_tokens": 256, "prompt": PLAIN},
+        "asked": {"passages": 101, "episodes": 100, "passage_tokens": 512, "prompt": PLAIN},
+    },
+    "babi": {
+        "small": {"passages": 3, "episodes": 4, "passage_tokens": 256, "prompt": PLAIN},
+        "asked": {"passages": 33, "episodes": 100, "passage_tokens": 256, "prompt": PLAIN},
+    },
+}
+"""Protocol -> size -> options."""
+
+
+def size_options(protocol: str, size: str) -> Options:
+    """Return the options of a protocol at a size. Raises UnknownNameError, which lists the sizes there are."""
+    known = SIZES[protocol]
+    if size not in known:
+        raise UnknownNameError(f"the size of {protocol} must be one of {', '.join(known)}, got {size!r}")
+    return known[size]

@@ -1,0 +1,204 @@
+"""Arms of chat models beside a plain loop over plain text, and what is measured on the way."""
+
+from __future__ import annotations
+
+import copy
+import re
+from functools import partial
+
+import pytest
+import torch
+
+import mplus
+from mplus.errors import ConfigError, InputError, UnknownNameError
+from mplus.evaluation.chat import choice as choosing_module
+from mplus.evaluation.chat.choice import Choice, ChoosingMechanism, choosing
+from mplus.evaluation.chat.memories import compare_memories, memory_configs, wrapped_each
+from mplus.evaluation.chat.prompt import ChatPrompt
+from mplus.evaluation.generating import Generation, answers
+from mplus.evaluation.options import ArmOptions
+from mplus.evaluation.reports import paired
+from mplus.evaluation.retention import make_arms
+from mplus.hf.reading.override import reading_as
+from mplus.mechanisms.base import MemoryMechanism
+from tests.evaluation.chat.small import KV, decoder, execution, greedy, notes, tokenizer, wrapped
+from tests.helpers.docstrings import run_examples
+
+
+def chat(text):
+    turn = {"role": "user", "content": text}
+    return tokenizer().apply_chat_template([turn], add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """An execution, its only moment and the questions that are due then."""
+    made = execution()
+    [moment] = list(made.moments())
+    return made, moment, moment.due
+
+
+def arm(made, name):
+    [[found], _] = make_arms(made, ArmOptions(arms=(name,), window_converged=0))
+    return found
+
+
+def given(made, moment, due, name):
+    return [answer.generated.ids for answer in arm(made, name).answers(moment, due)]
+
+
+def prompt(made, one, context=()):
+    return made.chat.prompt(one.question.prompt, context)
+
+
+def test_a_prompt_is_what_the_template_makes_of_it():
+    made = ChatPrompt.of(tokenizer())
+    question = "Where does Tom live?"
+    assert made.prompt(question) == chat(question)
+    assert tokenizer().decode(made.begin) == "<s> user:\n"
+    assert made.prompt(question, [7, 8]) == [*made.begin, 7, 8, *chat(question)[len(made.begin) :]]
+    other = copy.copy(tokenizer())
+    for template, error in ((None, "has none"), ("{{ messages[0]['role'] }}", "must have in it what the user says")):
+        other.chat_template = template
+        with pytest.raises(ConfigError, match=error):
+            ChatPrompt.of(other)
+
+
+def test_arms_of_text_say_what_a_plain_loop_says(asked):
+    made, moment, due = asked
+    passages = [made.passage(due[0], number) for number in range(5)]
+    assert given(made, moment, due, "none") == [greedy(decoder(), prompt(made, one)) for one in due]
+    needed = [passages[one.question.needs[0]] for one in due]
+    right = [greedy(decoder(), prompt(made, one, text)) for one, text in zip(due, needed, strict=True)]
+    assert given(made, moment, due, "ceiling") == right
+    told = [token for passage in passages for token in passage]
+    full = [greedy(decoder(), prompt(made, one, told)) for one in due]
+    assert given(made, moment, due, "full-context") == full != right
+    chosen = [choice.ids for choice in made.choose(moment, due)]
+    assert given(made, moment, due, "kv-text") == [
+        greedy(decoder(), prompt(made, one, ids)) for one, ids in zip(due, chosen, strict=True)
+    ]
+
+
+def test_what_a_memory_chooses_is_whole_passages_with_their_separators(asked):
+    made, moment, due = asked
+    told = {passage.source: made.texts.ids(passage.text + "\n") for passage in due[0].episode.passages}
+    seen = []
+    [answers_] = [arm(made, "kv").answers(moment, due)]
+    for one, choice, answer in zip(due, made.choose(moment, due), answers_, strict=True):
+        assert list(choice.ids) == [token for source in choice.sources for token in told[source]]
+        assert answer.found is choice.holds(one.sources())
+        seen.append(answer.found)
+    assert any(seen)
+    assert Choice(("a", "b")).holds({"b"})
+    assert not Choice(("a",)).holds({"a", "b"})
+
+
+def test_the_right_passages_alone_are_what_the_oracle_reads(asked):
+    made, moment, due = asked
+    found = arm(made, "kv-oracle").answers(moment, due)
+    assert all(answer.found for answer in found)
+    # One of five notes: all of them would have room.
+    counts = [answer.tokens_attended for answer in found]
+    assert max(counts) < sum(len(made.passage(due[0], number)) for number in range(5))
+
+
+def test_one_pass_over_what_prompts_begin_with_changes_no_answer(monkeypatch):
+    generation = Generation(tokens=5, batch=4)
+    begin = torch.randint(3, 500, (12,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = [[*begin, 9, 10], [4, 5], [*begin, 9], [*begin, 11, 12, 13], [6]]
+    alone = [answers(wrapped(), tokenizer(), [one], generation)[0] for one in prompts]
+    passes = []
+    monkeypatch.setattr("mplus.evaluation.generating.SHARED", 8)
+    monkeypatch.setattr("mplus.evaluation.generating.copy.deepcopy", partial(_noted, copy.deepcopy, passes))
+    together = answers(wrapped(), tokenizer(), prompts, generation)
+    assert [one.ids for one in together] == [one.ids for one in alone]
+    assert [one.entropy for one in together] == pytest.approx([one.entropy for one in alone], rel=1e-3)
+    assert passes == [12] * 3
+
+
+def _noted(copied, passes, cache, *rest):
+    if not rest and hasattr(cache, "get_seq_length"):
+        passes.append(cache.get_seq_length())
+    return copied(cache, *rest)
+
+
+def test_only_the_choice_is_made_where_no_answer_is_wanted(asked, monkeypatch):
+    made, moment, due = asked
+    monkeypatch.setattr(MemoryMechanism, "prefix", None)
+    ids = torch.tensor([prompt(made, due[0])])
+    seen = []
+    with reading_as(wrapped(), around=partial(ChoosingMechanism, seen=seen)), torch.no_grad():
+        wrapped()(ids, memory=moment.memory)
+    assert seen == made.choose(moment, due[:1])
+
+
+def test_memories_are_compared_under_their_labels():
+    config = mplus.MPlusConfig.from_dict(KV)
+    small = mplus.MPlusConfig.from_dict({**KV, "retrieved_tokens": 64})
+    plain = copy.deepcopy(decoder())
+    task = notes(untold=1)
+    each = (
+        (label, execution(model, task, timed=1)) for label, model in wrapped_each(plain, {"kv": config, "kv:64": small})
+    )
+    report = compare_memories(each, options=ArmOptions(window_tokens=20), progress=False)
+    assert [one.name for one in report.arms] == [
+        *("none", "window", "full-context", "ceiling", "kv", "kv-oracle", "kv-text", "kv:64", "kv:64-text")
+    ]
+    assert {one.status for one in report.arms} == {"ok"}
+    assert not hasattr(plain, "mplus_engine")
+    memories = report.settings["memory"]
+    assert [facts["retrieved_tokens"] for facts in memories.values()] == [96, 64]
+    assert len({facts["digest"] for facts in memories.values()}) == 2
+    assert all(re.fullmatch("[0-9a-f]{12}", facts["digest"]) for facts in memories.values())
+    kv = report.arm("kv")
+    # Keys and values of a token in every layer, in float32, and room for more.
+    assert kv.details["cache_bytes_per_token_bf16"] == 5 * 2 * 4 * 8 * 2
+    assert 2 < kv.details["state_bytes_per_token"] / kv.details["cache_bytes_per_token_bf16"] < 4
+    assert {one.at(0).first_token_ms is not None for one in report.arms} == {True}
+    assert kv.at(0).outcomes.keys() == report.arm("none").at(0).outcomes.keys()
+    assert (kv.at(0).recall is None, report.arm("none").at(0).recall) == (False, None)
+    assert type(report).from_plain(report.plain()) == report
+
+
+def test_labels_of_memories():
+    found = memory_configs(["notes", '{"mechanism": "kv", "chunk_tokens": 64}'])
+    assert {label: config.mechanism.name for label, config in found.items()} == {"notes": "notes", "kv": "kv"}
+    assert found["kv"].chunk_tokens == 64
+    with pytest.raises(UnknownNameError, match="nothing"):
+        memory_configs(["nothing"])
+    with pytest.raises(InputError, match="'kv' twice"):
+        memory_configs(["kv", "kv"])
+    with pytest.raises(UnknownNameError, match=r"kv-text.*got kv-txt"):
+        compare_memories([("kv", execution())], ["none", "kv-txt"], progress=False)
+    with pytest.raises(InputError, match="at least one memory"):
+        compare_memories([])
+
+
+def test_memories_on_disk_are_opened_again_to_ask(tmp_path, asked):
+    _, moment, due = asked
+    made = execution(directory=tmp_path)
+    [again] = [(arm(made, "kv").answers(later, later.due), later.memory) for later in made.moments()]
+    assert [answer.generated.ids for answer in again[0]] == given(execution(), moment, due, "kv")
+    assert (tmp_path / "memory-0").is_dir()
+    assert made.settings(ArmOptions(), {})["harness"]["directory"] is True
+
+
+def test_examples(asked):
+    question, memory = torch.tensor([chat("Who has a dog?")]), wrapped().new_memory(tokenizer=tokenizer())
+    memory.write("Tom has a dog.", source="diary")
+    run_examples(ChoosingMechanism, **vars(choosing_module), model=wrapped(), prompt=question, memory=memory)
+    run_examples(ChatPrompt, ChatPrompt=ChatPrompt, tokenizer=tokenizer())
+    run_examples(memory_configs, memory_configs=memory_configs)
+    run_examples(paired.difference, difference=paired.difference)
+
+
+def test_nothing_is_noted_of_a_memory_of_text():
+    model = mplus.wrap(copy.deepcopy(decoder()), {"mechanism": "notes", "chunk_tokens": 64})
+    seen = []
+    with choosing(model, seen):
+        pass
+    made = execution(model)
+    assert made.memory_arms.reading == ("notes",)
+    [moment] = made.moments()
+    assert {answer.found for answer in arm(made, "notes").answers(moment, moment.due)} == {None}
