@@ -233,7 +233,9 @@ class MPlusConfig:
             or adapters that it is read with have changed. "hidden": hidden states, projected at every read. "both".
             "auto": the smaller of the two where keys can be rotated later, else (in the variant "published", and where
             there are adapters of the user on the projections) hidden.
-        store, eviction, retriever: implementations with their options.
+        store, eviction: implementations with their options.
+        retriever: what is brought back: of rows ("linear" where it is left out), or of whole chunks with the mechanism
+            "kv" (see ``mplus.retrievers.chunks``).
         backend: attention backend; "auto" picks the first usable one.
         adapters: LoRA adapters, or None (in TOML: false) to add none. Left out: those of ``AdapterConfig()``, or none
             with a mechanism that has nothing to train ("kv").

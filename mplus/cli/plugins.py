@@ -48,12 +48,13 @@ def registries() -> list[NameRegistry[Any]]:
     from mplus.interop.golden import REPLAYS
     from mplus.mechanisms import MECHANISMS
     from mplus.retrievers import RETRIEVERS
+    from mplus.retrievers.chunks import CHUNK_RETRIEVERS
     from mplus.stores import STORES
     from mplus.training.data import SOURCES
     from mplus.training.objectives import OBJECTIVES
     from mplus.training.recipe import RECIPES
 
-    return [MECHANISMS, STORES, EVICTION, RETRIEVERS, BACKENDS, OBJECTIVES, SOURCES, RECIPES, REPLAYS]
+    return [MECHANISMS, STORES, EVICTION, RETRIEVERS, CHUNK_RETRIEVERS, BACKENDS, OBJECTIVES, SOURCES, RECIPES, REPLAYS]
 
 
 def implementations() -> list[dict[str, str | None]]:

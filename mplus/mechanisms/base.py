@@ -29,6 +29,8 @@ from mplus.mechanisms.root import Absorbed, Columns, Mechanism
 from mplus.mechanisms.streams import TrainingStreams
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.update import Update, WriteContext
+from mplus.registry import Registry
+from mplus.retrievers import RETRIEVERS
 from mplus.retrievers.base import Retriever
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreLayout, StoreView
@@ -45,6 +47,7 @@ class MemoryMechanism(Mechanism):
     Attributes:
         additions: the module that ``build`` made: its own parameters.
         retriever: the module of that name among these, if there is one, which brings rows back.
+        retrievers: the kind of retriever that ``MPlusConfig.retriever`` names.
         uses_retriever: whether ``build`` makes a retriever where there is long-term memory.
         empty_is_base: whether a new memory leaves the decoder as it is, bit for bit; checked when a decoder is wrapped.
         attends: whether ``prefix`` returns ``Attended``, so that attention must go through mplus.
@@ -54,6 +57,7 @@ class MemoryMechanism(Mechanism):
     """
 
     State: ClassVar[type[StreamState]] = StreamState
+    retrievers: ClassVar[Registry[Any]] = RETRIEVERS
     uses_retriever: ClassVar[bool] = False
     empty_is_base: ClassVar[bool] = True
     attends: ClassVar[bool] = False

@@ -10,14 +10,18 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from mplus.config import number, one_of, whole
+from mplus.config import MPlusConfig, number, one_of, whole
 from mplus.errors import ConfigError
-from mplus.mechanisms.search import bm25, choose
+from mplus.mechanisms.search import choose
 from mplus.mechanisms.text.mechanism import Ask, Recalled, TextMechanism, TokenBudget
 from mplus.mechanisms.text.state import Entry
 from mplus.memory.writing.update import Fields
+from mplus.retrievers.chunks.bm25 import bm25
+from mplus.retrievers.chunks.words import share
 
 WORD = re.compile(r"\w+")
+MOST_TABLES = 4
+"""Streams whose words are kept from one prompt to the next."""
 
 
 def _template(instance: Any, attribute: Any, value: Any) -> None:
@@ -29,10 +33,33 @@ def _template(instance: Any, attribute: Any, value: Any) -> None:
         raise ConfigError(f"template must be a text with {{text}}, and perhaps {{source}}, in it, got {value!r}")
 
 
-def _share(instance: Any, attribute: Any, value: Any) -> None:
-    number(0)(instance, attribute, value)
-    if value > 1:
-        raise ConfigError(f"{attribute.name} must be a number from 0 to 1, got {value!r}")
+@define(frozen=True, eq=False)
+class WordTable:
+    """The words of texts as numbers.
+
+    Attributes:
+        texts: whose words these are.
+        counts: ``[n]`` int64, words of each text.
+        words: ``[m]`` int64, of all texts, one behind the other.
+    """
+
+    texts: tuple[str, ...] = ()
+    counts: Tensor = field(factory=lambda: torch.empty(0, dtype=torch.int64))
+    words: Tensor = field(factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    def of(self, texts: tuple[str, ...]) -> WordTable:
+        """Return the table of ``texts``; only the words of new ones are looked for, where it has the first ones."""
+        if texts == self.texts:
+            return self
+        known = self if texts[: len(self.texts)] == self.texts else WordTable()
+        new = [_words(text) for text in texts[len(known.texts) :]]
+        counts = torch.tensor([len(words) for words in new], dtype=torch.int64)
+        words = torch.tensor([word for words in new for word in words], dtype=torch.int64)
+        return WordTable(texts, torch.cat([known.counts, counts]), torch.cat([known.words, words]))
+
+
+def _words(text: str) -> list[int]:
+    return [hash(word) for word in WORD.findall(text.casefold())]  # 64 bits, the same within a process
 
 
 class NotesMechanism(TextMechanism):
@@ -65,7 +92,7 @@ class NotesMechanism(TextMechanism):
         order: str = field(default="score", validator=one_of("written", "score"))
         place: str = field(default="start", validator=one_of("start", "turn"))
         k1: float = field(default=1.5, validator=number(0))
-        b: float = field(default=0.75, validator=_share)
+        b: float = field(default=0.75, validator=share)
 
     name = "notes"
 
@@ -77,9 +104,13 @@ class NotesMechanism(TextMechanism):
         """Keep the passage, without the white space around it."""
         return [(passage.strip(),)]
 
+    def __init__(self, config: MPlusConfig, options: Any) -> None:
+        super().__init__(config, options)
+        self._tables: tuple[WordTable, ...] = ()
+
     def recall(self, entries: Sequence[Entry], prompt: str, ask: Ask, budget: TokenBudget) -> Recalled:
         """Return the passages with the best scores that fit, each in its frame."""
-        scores = _scores(entries, prompt, self.options.k1, self.options.b)
+        scores = self._scores(entries, prompt)
         able = scores.nonzero().squeeze(1)
         best = able[scores[able].argsort(descending=True)[: 4 * self.options.passages]].sort().values
         framed = {place: self._framed(entries[place]) for place in best.tolist()}
@@ -98,16 +129,13 @@ class NotesMechanism(TextMechanism):
         text: str = self.options.template.format(text=entry.fields[0], source=entry.source or "")
         return text
 
-
-def _scores(entries: Sequence[Entry], prompt: str, k1: float, b: float) -> Tensor:
-    """Return ``[n]`` float64, what each entry has to do with the words of the prompt."""
-    asked = {word: place for place, word in enumerate(dict.fromkeys(WORD.findall(prompt.lower())))}
-    if not asked:
-        return torch.zeros(len(entries), dtype=torch.float64)
-    other = len(asked)
-    words = [[asked.get(word, other) for word in WORD.findall(entry.fields[0].lower())] for entry in entries]
-    lengths = torch.tensor([len(one) for one in words], dtype=torch.int64)
-    ids = torch.tensor([word for one in words for word in one], dtype=torch.int32)
-    if not len(ids):
-        return torch.zeros(len(entries), dtype=torch.float64)
-    return bm25(lengths, ids, torch.arange(other), k1, b)
+    def _scores(self, entries: Sequence[Entry], prompt: str) -> Tensor:
+        """Return ``[n]`` float64, what each entry has to do with the words of the prompt."""
+        texts, tables = tuple(entry.fields[0] for entry in entries), self._tables
+        begun = [table for table in tables if texts[: len(table.texts)] == table.texts]
+        before = max(begun, key=lambda table: len(table.texts), default=WordTable())
+        table = before.of(texts)
+        # Exchanged as a whole: other threads go on with what they have.
+        self._tables = (table, *(other for other in tables if other is not before))[:MOST_TABLES]
+        asked = torch.tensor(_words(prompt), dtype=torch.int64)
+        return bm25(table.counts, table.words, asked, self.options.k1, self.options.b)

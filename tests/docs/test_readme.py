@@ -15,6 +15,7 @@ from mplus.evaluation.reports.report import ARMS
 from mplus.eviction import EVICTION
 from mplus.mechanisms import MECHANISMS
 from mplus.retrievers import RETRIEVERS
+from mplus.retrievers.chunks import CHUNK_RETRIEVERS
 from mplus.stores import STORES
 from mplus.training.data import SOURCES
 from mplus.training.objectives import OBJECTIVES
@@ -27,6 +28,7 @@ REGISTRIES = {
     "store": STORES,
     "eviction": EVICTION,
     "retriever": RETRIEVERS,
+    "chunk retriever": CHUNK_RETRIEVERS,
     "backend": BACKENDS,
     "mechanism": MECHANISMS,
     "objective": OBJECTIVES,

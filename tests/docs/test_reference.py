@@ -13,6 +13,7 @@ from mplus.backends import BACKENDS
 from mplus.eviction import EVICTION
 from mplus.mechanisms import MECHANISMS
 from mplus.retrievers import RETRIEVERS
+from mplus.retrievers.chunks import CHUNK_RETRIEVERS
 from mplus.stores import STORES
 from mplus.training.data import SOURCES
 from mplus.training.objectives import OBJECTIVES
@@ -23,7 +24,8 @@ DOCUMENTED = {
     name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
 }
 REGISTRIES = {
-    registry.kind: registry for registry in (STORES, EVICTION, RETRIEVERS, BACKENDS, MECHANISMS, OBJECTIVES, SOURCES)
+    registry.kind: registry
+    for registry in (STORES, EVICTION, RETRIEVERS, CHUNK_RETRIEVERS, BACKENDS, MECHANISMS, OBJECTIVES, SOURCES)
 }
 
 

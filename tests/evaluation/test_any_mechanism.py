@@ -68,7 +68,8 @@ def registered():
 def kv():
     """Brings back at most three passages."""
     sizes = {"chunk_tokens": CHUNK, "min_chunk_tokens": 1, "retrieved_tokens": 3 * PASSAGE}
-    return mplus.wrap(BY_NAME["llama"].build(0), {"mechanism": "kv", **sizes}, check=False).eval()
+    every = {"name": "kv", "order": "written", "min_score": -1.0}  # whether or not a chunk has to do with the prompt
+    return mplus.wrap(BY_NAME["llama"].build(0), {"mechanism": every, **sizes}, check=False).eval()
 
 
 def foreign(name):

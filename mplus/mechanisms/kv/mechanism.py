@@ -7,21 +7,24 @@ from typing import Any, ClassVar, cast
 
 import torch
 from attrs import define, evolve, field
-from torch import Tensor
+from torch import Tensor, nn
 
 from mplus.backends.base import Segment
-from mplus.config import ADAPTERS, Component, MPlusConfig, number, one_of, shortest_chunk, whole
+from mplus.config import ADAPTERS, Component, MPlusConfig, one_of, shortest_chunk, whole
 from mplus.errors import ConfigError, InputError
 from mplus.mechanisms.base import Kept, MemoryMechanism
 from mplus.mechanisms.decoder import Decoder, Project, Text
 from mplus.mechanisms.kv.chat import ChatFormat
 from mplus.mechanisms.kv.front import Front
+from mplus.mechanisms.kv.retrieval import ChunkBudget, choose_chunks
 from mplus.mechanisms.kv.state import KvState, state_of
 from mplus.mechanisms.opened import Opened, Retrieved
 from mplus.mechanisms.root import Absorbed, Columns
-from mplus.mechanisms.search import bm25, choose
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.update import Update, WriteContext
+from mplus.registry import Registry
+from mplus.retrievers.chunks import CHUNK_RETRIEVERS
+from mplus.retrievers.chunks.base import Chunks, Query
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 
@@ -31,9 +34,11 @@ UNUSED = {
     "drop_per_layer": (True, "nothing is dropped at random"),
     "memory_positions": ("auto", "the rows sit at consecutive positions in front of the text"),
     "position_span": (None, "the rows sit at consecutive positions in front of the text"),
-    "retriever": (Component("linear"), "whole chunks are chosen, by the options of the mechanism"),
 }
 """Fields of a config that mean nothing here: their values when they are left out, and why."""
+
+LEFT_OUT = Component("linear")
+"""The retriever of a config that says nothing of it, which is one of rows."""
 
 
 def _ids(value: Any) -> Any:
@@ -46,9 +51,9 @@ def _check_ids(instance: Any, attribute: Any, value: Any) -> None:
         raise ConfigError(f"{attribute.name} must be a list of token ids, or None, got {value!r}")
 
 
-def _share(instance: Any, attribute: Any, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ConfigError(f"{attribute.name} must be a number from 0 to 1, got {value!r}")
+def _score(instance: Any, attribute: Any, value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ConfigError(f"{attribute.name} must be a number, or None, got {value!r}")
 
 
 class KvMechanism(MemoryMechanism):
@@ -73,17 +78,18 @@ class KvMechanism(MemoryMechanism):
                 chat template, up to and including the opening of the user's turn, at the first write; where there is
                 no tokenizer or template, the decoder's BOS, else EOS, if it has one.
             opening, closing: ids in front of and behind the content of a user's turn; None: by the same template.
-            order: of the chunks that are brought back: as "written", or by "score", the best one next to the text.
-            k1, b: of BM25, by whose scores over token ids chunks are chosen.
+            order: of the chunks that are brought back: by "score", the best one next to the text, or as "written".
+            retrieved_chunks: brought back at most; None: as many as ``retrieved_tokens`` has room for.
+            min_score: a chunk whose score is not above it is not brought back; None: the threshold of the retriever.
         """
 
         behind: int | None = field(default=0, validator=whole(0, optional=True))
         begin: tuple[int, ...] | None = field(default=None, converter=_ids, validator=_check_ids)
         opening: tuple[int, ...] | None = field(default=None, converter=_ids, validator=_check_ids)
         closing: tuple[int, ...] | None = field(default=None, converter=_ids, validator=_check_ids)
-        order: str = field(default="written", validator=one_of("written", "score"))
-        k1: float = field(default=1.5, validator=number(0))
-        b: float = field(default=0.75, validator=_share)
+        order: str = field(default="score", validator=one_of("written", "score"))
+        retrieved_chunks: int | None = field(default=None, validator=whole(1, optional=True))
+        min_score: float | None = field(default=None, validator=_score)
 
         @classmethod
         def defaults(cls, variant: str) -> dict[str, Any]:
@@ -95,6 +101,12 @@ class KvMechanism(MemoryMechanism):
     keeps: ClassVar[frozenset[Kept]] = frozenset({"projected"})
     sizes: ClassVar[Mapping[str, int]] = {"chunk_tokens": 128, "retrieved_tokens": 1024}
     retrieves_in_open = True
+    retrievers: ClassVar[Registry[Any]] = CHUNK_RETRIEVERS
+    default_retriever: ClassVar[Component] = Component("words")
+
+    def __init__(self, config: MPlusConfig, additions: nn.Module, options: Any) -> None:
+        super().__init__(config, additions, options)
+        self.chunk_retriever = CHUNK_RETRIEVERS.build(config.retriever)
 
     @classmethod
     def settle(cls, config: MPlusConfig, room: int | None) -> MPlusConfig:
@@ -127,6 +139,7 @@ class KvMechanism(MemoryMechanism):
             min_chunk_tokens=config.min_chunk_tokens or shortest_chunk(chunk),
             memory_tokens_per_chunk=chunk,
             retrieved_tokens=retrieved,
+            retriever=cls.default_retriever if config.retriever == LEFT_OUT else config.retriever,
             adapters=None if config.adapters is ADAPTERS else config.adapters,
         )
 
@@ -211,6 +224,10 @@ class KvMechanism(MemoryMechanism):
         after, evicted = self._evict(state.with_chunk(ids, source), context)
         return Absorbed(after, 0, evicted)
 
+    def example(self, decoder: Decoder, ids: Tensor, context: WriteContext) -> StreamView:
+        view = super().example(decoder, ids, context)
+        return evolve(view, state=evolve(state_of(view), reads_all=True))
+
     def open(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Opened:
         """Choose the chunks that this text reads, by its own tokens."""
         if not any(map(self.has_prefix, views)):
@@ -247,7 +264,9 @@ class KvMechanism(MemoryMechanism):
         if not self.has_prefix(view):
             return torch.empty(0, dtype=torch.int64)
         ids, asked = text.need_ids()[row], text.query if text.query is not None else text.mask
-        return self._retrieved(view, ids if asked is None else ids[asked[row].to(ids.device)])
+        asked_at = torch.arange(len(ids)) if asked is None else asked[row].nonzero().squeeze(1).cpu()
+        question, prompt = ids.cpu()[asked_at], ids.cpu()[: int(asked_at[-1]) + 1]  # what comes later decides nothing
+        return self._retrieved(view, question, prompt, text.tokenizer)
 
     def prefix(
         self, opened: Opened, layer: int, found: Sequence[Retrieved | None], hidden: Tensor, project: Project
@@ -281,12 +300,19 @@ class KvMechanism(MemoryMechanism):
         behind = len(chunks) if self.options.behind is None else self.options.behind
         return state.places(chunks[max(len(chunks) - behind, 0) :])
 
-    def _retrieved(self, view: StreamView, query: Tensor) -> Tensor:
-        """Return the places of the chunks that ``query`` ``[q]`` brings back, in the order in which they are read."""
-        state = state_of(view)
-        scores = bm25(state.chunk_length, state.token_ids, query, self.options.k1, self.options.b)
-        chosen = choose(state.chunk_length, scores, self.config.retrieved_tokens)
-        chosen = chosen.sort().values if self.options.order == "written" else chosen.flip(0)
+    def _retrieved(self, view: StreamView, question: Tensor, prompt: Tensor, tokenizer: Any) -> Tensor:
+        """Return the places of the chunks that ``question`` ``[q]`` brings back, in the order in which they are read.
+
+        ``prompt`` ``[n]`` is all that the decoder reads without memory.
+        """
+        state, options = state_of(view), self.options
+        if state.reads_all:
+            return state.places(torch.arange(len(state.chunk_length)))
+        chunks = Chunks(state.chunk_length, state.token_ids, torch.empty(len(state.chunk_length), 0), tokenizer)
+        budget = ChunkBudget(tokens=self.config.retrieved_tokens, chunks=options.retrieved_chunks)
+        query = Query(question, torch.empty(0))
+        found = choose_chunks(self.chunk_retriever, query, chunks, prompt, budget, options.min_score)
+        chosen = found.chunks.sort().values if options.order == "written" else found.chunks.flip(0)
         places = state.places(chosen)
         if view.access_log is not None:
             view.access_log.record(0, view.store.ids(0)[places.to(view.store.layout.device)], state.clock)

@@ -38,6 +38,7 @@ class KvState(StreamState):
         begin_rows: ``[L, b, w]``, keys (not rotated) and values of ``begin_ids``, in the dtype and on the device of the
             rows; ``[L, 0, w]`` where they have to be computed.
         chunk_key: ``[c, v]`` floating, what a retriever finds each chunk by; v is 0 where it keeps nothing.
+        reads_all: every text reads all chunks, as a decoder is checked with when it is wrapped; never saved.
     """
 
     lists: ClassVar[Mapping[str, str]] = {}
@@ -51,6 +52,7 @@ class KvState(StreamState):
     closing_ids: Tensor
     begin_rows: Tensor
     chunk_key: Tensor
+    reads_all: bool = False
 
     @classmethod
     def empty(cls, layout: StoreLayout) -> Self:

@@ -50,7 +50,9 @@ class MechanismMemory(MechanismLife, RowSuite):
         [view] = memory.streams.versioned_snapshot()[1]
         monkeypatch.setattr(self.implementation, "prefix", counted)
         self.logits(model, self.text(7)[None], memory)
-        assert max(seen) == model.mplus_engine.mechanism.prefix_rows(view)
+        most = model.mplus_engine.mechanism.prefix_rows(view)
+        # One that chooses by the text, once, may find less than there is room for.
+        assert max(seen) <= most if self.implementation.retrieves_in_open else max(seen) == most
 
     def test_rows_hold_as_much_text_as_capacity_says(self, model: MemoryModel) -> None:
         memory = self.written(model, 1, 2)

@@ -13,11 +13,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK, RETRIEVED, CAPACITY = 8, 24, 40
+EVERY = {"order": "written", "min_score": -1.0}
+"""Options by which chunks come back in order of writing, whether or not they have to do with the text."""
 
 
 def wrapped(architecture: str = "llama", implementation: str | None = None, **changes: Any) -> Any:
-    """A decoder of the table of architectures; ``changes`` of the config, or options of the mechanism."""
-    options = {name: changes.pop(name) for name in ("behind", "begin", "order", "k1", "b") if name in changes}
+    """A decoder of the table of architectures; ``changes`` of the config, or options of the mechanism, ``EVERY``."""
+    options: dict[str, Any] = dict(EVERY)
+    options |= {
+        name: changes.pop(name)
+        for name in ("behind", "begin", "order", "retrieved_chunks", "min_score")
+        if name in changes
+    }
     sizes = {"chunk_tokens": CHUNK, "min_chunk_tokens": 1, "retrieved_tokens": RETRIEVED, "long_term_tokens": CAPACITY}
     config = {**sizes, "mechanism": {"name": "kv", **options}, **changes}
     return mplus.wrap(BY_NAME[architecture].build(0, implementation), config)

@@ -11,8 +11,10 @@ import torch
 import mplus
 from mplus.config import AdapterConfig
 from mplus.errors import ConfigError, MemorySizeWarning
+from mplus.mechanisms.decoder import Text
 from mplus.mechanisms.kv.state import KvState
-from mplus.mechanisms.search import bm25, choose
+from mplus.mechanisms.search import choose
+from mplus.retrievers.chunks.bm25 import bm25
 from mplus.stores.base import StoreLayout
 from tests.mechanisms.kv.memories import logits, text, wrapped
 from tests.memory import tiny
@@ -21,6 +23,22 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+
+
+def read_chunks(model: Any, memory: Any, prompt: list[int], asked: int | None = None) -> list[list[int]]:
+    """The ids of the chunks that ``prompt``, or its first ``asked`` tokens, brings back, in order of reading."""
+    state = memory.states[0]
+    query = None if asked is None else (torch.arange(len(prompt)) < asked)[None]
+    text = Text(torch.tensor([prompt]), query=query)
+    places = model.mplus_engine.mechanism._chosen(memory.snapshot()[0], text, 0)
+    found = state.token_ids[places].tolist()
+    chunks = [part.tolist() for part in state.token_ids.split(state.chunk_length.tolist())]
+    read = []
+    while found:
+        chunk = max((one for one in chunks if one == found[: len(one)]), key=len)
+        read.append(chunk)
+        found = found[len(chunk) :]
+    return read
 
 
 def state_with(*chunks: list[int]) -> KvState:
@@ -77,13 +95,36 @@ def test_places_are_those_of_the_chunks_in_that_order() -> None:
     assert state.places(torch.tensor([], dtype=torch.int64)).tolist() == []
 
 
-def test_the_best_chunk_stands_next_to_the_text_if_asked_for() -> None:
-    model = wrapped(order="score")
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"min_score": None}, [[3, 4, 5, 6], [9, 3, 4]]),
+        ({"min_score": None, "order": "written"}, [[9, 3, 4], [3, 4, 5, 6]]),
+        ({"retrieved_chunks": 1}, [[9, 3, 4]]),
+        ({"min_score": 99}, []),
+        ({"min_score": -1}, [[7, 8, 8], [3, 4, 5, 6], [9, 3, 4]]),
+    ],
+)
+def test_chunks_that_share_rare_words_with_the_text_come_back_the_best_last(
+    options: dict[str, Any], wanted: list[list[int]]
+) -> None:
+    model = wrapped(**{"order": "score", **options})
     memory = model.new_memory()
-    for turn in range(3):
-        memory.write(text(8, turn), f"s{turn}")
-    asked = memory.states[0].token_ids[:8].long()
-    assert model.mplus_engine.mechanism._retrieved(memory.snapshot()[0], asked)[-8:].tolist() == list(range(8))
+    for place, ids in enumerate(([9, 3, 4], [3, 4, 5, 6], [7, 8, 8])):
+        memory.write(torch.tensor(ids), f"s{place}")
+    assert read_chunks(model, memory, [2, 9, 3]) == wanted
+
+
+def test_chunks_whose_ids_stand_in_the_prompt_are_not_brought_back() -> None:
+    model = wrapped(min_score=None)
+    memory = model.new_memory()
+    memory.write(torch.tensor([9, 3, 4]), "a")
+    memory.write(torch.tensor([9, 3]), "b")
+    assert read_chunks(model, memory, [2, 9, 3, 4, 5]) == []
+    assert read_chunks(model, memory, [2, 9, 5, 3, 4]) == [[9, 3, 4], [9, 3]]
+    assert read_chunks(model, memory, [2, 9, 3]) == [[9, 3, 4]]
+    read = read_chunks(model, memory, [2, 9, 3, 4], asked=2)
+    assert read == [[9, 3, 4], [9, 3]], "what comes behind the tokens to retrieve with decides nothing"
 
 
 @pytest.mark.parametrize(
@@ -94,14 +135,16 @@ def test_the_best_chunk_stands_next_to_the_text_if_asked_for() -> None:
         ({"drop_per_layer": False}, "drop_per_layer means nothing"),
         ({"memory_positions": "constant"}, "memory_positions means nothing"),
         ({"memory_positions": "compressed", "position_span": 4}, "memory_positions means nothing"),
-        ({"retriever": "random"}, "retriever means nothing"),
         ({"variant": "published"}, "variant means nothing"),
         ({"memory_rows": "hidden"}, "memory_rows must be one of 'projected' or 'auto'"),
         ({"retrieved_tokens": 4}, r"retrieved_tokens must be at least chunk_tokens \(8\)"),
         ({"long_term_tokens": 0}, r"long_term_tokens must be at least chunk_tokens \(8\)"),
         ({"begin": [1.5]}, "begin must be a list of token ids"),
         ({"begin": "no"}, "begin must be a list of token ids"),
-        ({"b": 2}, "b must be a number from 0 to 1"),
+        ({"retriever": {"name": "words", "b": 2}}, "b must be a number from 0 to 1"),
+        ({"retriever": {"name": "words", "k1": -1}}, "k1 must be a number of at least 0"),
+        ({"retrieved_chunks": 0}, "retrieved_chunks must be a whole number of at least 1"),
+        ({"min_score": "high"}, "min_score must be a number, or None"),
         ({"behind": -1}, "behind must be a whole number of at least 0"),
     ],
 )

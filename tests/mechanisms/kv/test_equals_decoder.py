@@ -17,7 +17,7 @@ from mplus.hf.pretrained.shipped import load_decoder, load_recall
 from mplus.testing.rounding import InFloat64, allowed
 from tests.helpers import noise
 from tests.helpers.architectures import every, every_variant
-from tests.mechanisms.kv.memories import CAPACITY, CHUNK, logits, text, whole, wrapped
+from tests.mechanisms.kv.memories import CAPACITY, CHUNK, EVERY, logits, text, whole, wrapped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,9 +132,9 @@ def test_trained_decoders_read_it_as_text(name: str, dtype: torch.dtype) -> None
     exact, plain = copy.deepcopy(plain).double(), plain.to(dtype)
     ids = _continued(exact, 120)
     sizes = {"chunk_tokens": 32, "min_chunk_tokens": 1, "retrieved_tokens": 96}
-    model = mplus.wrap(copy.deepcopy(plain), {"mechanism": {"name": "kv", "behind": None}, **sizes})
+    model = mplus.wrap(copy.deepcopy(plain), {"mechanism": {"name": "kv", "behind": None, **EVERY}, **sizes})
     first = model.mplus_engine.decoder.shape.first_token
-    told, prompt = ids[0, 1:91], ids[:, 91:]
+    told, prompt = ids[0, 1:97], ids[:, 97:]  # no chunk stands in the prompt, which is shorter
     memory = model.new_memory()
     memory.write(told)
     behind = torch.cat([torch.tensor([first]), told, prompt[0]])[None]

@@ -107,7 +107,7 @@ def test_it_generates_with_a_cache_as_without(model: Any, options: dict[str, Any
 
 def test_a_text_brings_back_the_chunks_it_shares_words_with(model: Any) -> None:
     memory = written(model)
-    wanted = memory.states[0].token_ids[11:19].long()[None]  # the long chunk of s1
+    wanted = memory.states[0].token_ids[11:18].long()[None]  # of the long chunk of s1
     only = memory.fork()
     for name in ("s0", "s2"):
         only.forget(name)
