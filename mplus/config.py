@@ -38,7 +38,7 @@ def must_be(
     ``shown`` makes of a value what a person gave, where a converter had changed it.
     """
 
-    def check(instance: Any, attribute: attrs.Attribute[Any], value: JsonValue) -> None:
+    def check(instance: attrs.AttrsInstance, attribute: attrs.Attribute[JsonValue], value: JsonValue) -> None:
         if not holds(value):
             raise ConfigError(f"{attribute.name} must be {rule}, got {shown(value)!r}")
 

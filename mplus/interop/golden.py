@@ -6,12 +6,13 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from attrs import define, field
 from torch import Tensor
 
+from mplus.config import JsonValue
 from mplus.errors import CheckpointError, UnknownNameError
 from mplus.registry import Registry
 
@@ -171,7 +172,7 @@ def find_cases(folder: str | Path) -> list[Path]:
     return cases
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, JsonValue]:
     """Read a JSON object. Raises CheckpointError when there is none."""
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
@@ -179,7 +180,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} must be a readable JSON file: {error}") from error
     if not isinstance(plain, dict):
         raise CheckpointError(f"{path} must be a JSON object")
-    return cast("dict[str, Any]", plain)
+    return cast("dict[str, JsonValue]", plain)
 
 
 def replay(

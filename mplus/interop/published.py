@@ -10,7 +10,7 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from mplus.config import MPlusConfig
+from mplus.config import JsonValue, MPlusConfig
 from mplus.errors import CheckpointError
 from mplus.hf.adapters.lora import is_addition
 from mplus.hf.decoders.published_model import empty_llama, fill, finish
@@ -92,7 +92,7 @@ class PublishedCheckpoint:
         device: torch.device | str = "cpu",
         memory_device: torch.device | str | None = None,
         rope_inv_freq_dtype: RopeDtype = "default",
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, JsonValue] | None = None,
         attn_implementation: str = "sdpa",
         tokenizer: Any = None,
         seed: int = 0,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from attrs import define
 
-from mplus.config import PUBLISHED, AdapterConfig, MPlusConfig
+from mplus.config import PUBLISHED, AdapterConfig, JsonValue, MPlusConfig
 from mplus.errors import CheckpointError, ConfigError
 
 RopeDtype = Literal["default", "bfloat16", "float16"] | None
@@ -57,7 +57,7 @@ class PublishedConfig:
     """
 
     kind: Literal["mplus", "memoryllm"]
-    decoder: Mapping[str, Any]
+    decoder: Mapping[str, JsonValue]
     layers: int
     hidden_size: int
     tokens: int
@@ -90,7 +90,7 @@ class PublishedConfig:
             return _with_ltm(keys)
         return PublishedConfig(kind="memoryllm", drop_per_layer=keys.flag("drop_memory_per_layer"), **_common(keys, 0))
 
-    def memory_config(self, rope: RopeDtype = "default", extra: Mapping[str, Any] | None = None) -> MPlusConfig:
+    def memory_config(self, rope: RopeDtype = "default", extra: Mapping[str, JsonValue] | None = None) -> MPlusConfig:
         """Return the configuration to wrap the decoder with.
 
         Args:
@@ -107,7 +107,7 @@ class PublishedConfig:
                 f"{fixed[0]!r} is decided by the checkpoint; fields that are open: {', '.join(OPEN_FIELDS)}"
             )
         with_ltm = self.kind == "mplus"
-        mechanism: Any = "memoryllm"
+        mechanism: JsonValue = "memoryllm"
         if with_ltm:
             mechanism = {
                 "name": "mplus",
@@ -140,7 +140,7 @@ class PublishedConfig:
 class _Keys:
     """Access to the keys of one file, with errors that name them."""
 
-    def __init__(self, path: Path, plain: Mapping[str, Any], prefix: str = "") -> None:
+    def __init__(self, path: Path, plain: Mapping[str, JsonValue], prefix: str = "") -> None:
         self.path, self.plain, self.prefix = path, plain, prefix
 
     def error(self, key: str, rule: str) -> CheckpointError:
@@ -171,7 +171,7 @@ class _Keys:
             raise self.error(key, "a table")
         return _Keys(self.path, value, f"{key}.")
 
-    def only(self, key: str, wanted: Any, optional: bool = False) -> None:
+    def only(self, key: str, wanted: JsonValue, optional: bool = False) -> None:
         if (key in self.plain or not optional) and self.plain.get(key) != wanted:
             raise self.error(key, json.dumps(wanted))
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mplus.config import JsonValue
 from mplus.errors import CheckpointError
 from mplus.interop.golden import STEPS, read_json
 
@@ -82,7 +83,7 @@ class Step:
     index: int
     kind: str
     inputs: Mapping[str, Tensor]
-    args: Mapping[str, Any]
+    args: Mapping[str, JsonValue]
     outputs: Mapping[str, Tensor]
     randperm: Tensor | None
     retrieval: RecordedRetrieval | None
@@ -154,7 +155,7 @@ class Trace:
                 after=self._state(self._entry(plain, "state_after")),
             )
 
-    def _state(self, plain: Mapping[str, Any]) -> Recorded:
+    def _state(self, plain: Mapping[str, JsonValue]) -> Recorded:
         memory = self._required(self._entry(plain, "memory"))
         if self.model == "memoryllm":
             return Recorded(memory=memory, initialized=bool(self._entry(plain, "initialized")))
@@ -171,29 +172,29 @@ class Trace:
             pending_ages=self._tensor(self._entry(plain, "cached_dropped_memory_ages")),
         )
 
-    def _per_layer(self, plain: Mapping[str, Any], name: str) -> tuple[Tensor, ...]:
+    def _per_layer(self, plain: Mapping[str, JsonValue], name: str) -> tuple[Tensor, ...]:
         return tuple(map(self._required, self._entry(plain, name)))
 
-    def _retrieval(self, plain: Mapping[str, Any]) -> RecordedRetrieval:
+    def _retrieval(self, plain: Mapping[str, JsonValue]) -> RecordedRetrieval:
         ids, values, ages = (self._required(self._entry(plain, name)) for name in ("ids", "values", "ages"))
         scores = tuple(map(self._tensor, self._entry(plain, "scores")))
         return RecordedRetrieval(tuple(self._entry(plain, "mode")), ids, values, ages, scores)
 
-    def _named(self, plain: Mapping[str, Any], entry: str) -> dict[str, Tensor]:
+    def _named(self, plain: Mapping[str, JsonValue], entry: str) -> dict[str, Tensor]:
         return {name: self._required(reference) for name, reference in self._entry(plain, entry).items()}
 
-    def _entry(self, plain: Mapping[str, Any], name: str) -> Any:
+    def _entry(self, plain: Mapping[str, JsonValue], name: str) -> Any:
         if not isinstance(plain, Mapping) or name not in plain:
             raise CheckpointError(f"{self.folder / STEPS} must have {name!r} in every step and state, one lacks it")
         return plain[name]
 
-    def _required(self, reference: Any) -> Tensor:
+    def _required(self, reference: JsonValue) -> Tensor:
         tensor = self._tensor(reference)
         if tensor is None:
             raise CheckpointError(f"{self.folder / STEPS} must name a tensor where it has null")
         return tensor
 
-    def _tensor(self, reference: Any) -> Tensor | None:
+    def _tensor(self, reference: JsonValue) -> Tensor | None:
         """Resolve a name, or a table with a name and how many entries of dimension 1 are meant."""
         if reference is None:
             return None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
-from mplus.config import MPlusConfig, options_of
+from mplus.config import JsonValue, MPlusConfig, options_of
 from mplus.errors import ConfigError, MechanismError
 from mplus.eviction import EVICTION
 from mplus.mechanisms import MECHANISMS
@@ -31,7 +30,7 @@ def build_mechanism(config: MPlusConfig, shape: DecoderShape, pool: Tensor | Non
         MechanismError: what the mechanism built is no module.
     """
     cls = memory_mechanism(config.mechanism.name)
-    defaults: Mapping[str, Any] = cls.Options.defaults(config.variant)
+    defaults: Mapping[str, JsonValue] = cls.Options.defaults(config.variant)
     options = options_of(cls, {**defaults, **config.mechanism.options})
     STORES.get(config.store.name)
     EVICTION.get(config.eviction.name)

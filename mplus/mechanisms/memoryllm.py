@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from attrs import define, evolve, field
 
-from mplus.config import flag
+from mplus.config import JsonValue, flag
 from mplus.errors import ConfigError
 from mplus.mechanisms.root import Absorbed
 from mplus.mechanisms.short_term.mechanism import RowMechanism
@@ -41,7 +41,7 @@ class MemoryLLMMechanism(RowMechanism):
                 )
 
         @classmethod
-        def defaults(cls, variant: str) -> dict[str, Any]:
+        def defaults(cls, variant: str) -> dict[str, JsonValue]:
             """The published code fills the pool with the first block."""
             return {"tile_first": True} if variant == "published" else {}
 

@@ -10,7 +10,7 @@ import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
-from mplus.config import number, one_of, whole
+from mplus.config import JsonValue, number, one_of, whole
 from mplus.eviction.base import EvictionPolicy
 from mplus.eviction.ttl import TtlEviction
 from mplus.mechanisms.opened import Retrieved
@@ -48,7 +48,7 @@ class MPlusMechanism(RowMechanism):
         short_ltm: Literal["all", "tile"] = field(default="all", validator=one_of("all", "tile"))
 
         @classmethod
-        def defaults(cls, variant: str) -> dict[str, Any]:
+        def defaults(cls, variant: str) -> dict[str, JsonValue]:
             """Values of the released 8B model for the variant "published"."""
             if variant != "published":
                 return {}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
-from attrs import define, field
+from attrs import Attribute, AttrsInstance, define, field
 from torch import Tensor
 
-from mplus.config import MPlusConfig, number, one_of, whole
+from mplus.config import JsonValue, MPlusConfig, number, one_of, whole
 from mplus.errors import ConfigError
 from mplus.mechanisms.search import choose
 from mplus.mechanisms.text.mechanism import Ask, Recalled, TextMechanism, TokenBudget
@@ -24,7 +24,7 @@ MOST_TABLES = 4
 """Streams whose words are kept from one prompt to the next."""
 
 
-def _template(instance: Any, attribute: Any, value: Any) -> None:
+def _template(instance: AttrsInstance, attribute: Attribute[str], value: JsonValue) -> None:
     try:
         framed = value.format(text="{text}", source="{source}") if isinstance(value, str) else ""
     except (KeyError, IndexError, ValueError):
@@ -104,7 +104,7 @@ class NotesMechanism(TextMechanism):
         """Keep the passage, without the white space around it."""
         return [(passage.strip(),)]
 
-    def __init__(self, config: MPlusConfig, options: Any) -> None:
+    def __init__(self, config: MPlusConfig, options: TextMechanism.Options) -> None:
         super().__init__(config, options)
         self._tables: tuple[WordTable, ...] = ()
 

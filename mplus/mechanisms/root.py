@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 from attrs import define, field
 from torch import Tensor
 
-from mplus.config import PUBLISHED, MPlusConfig
+from mplus.config import PUBLISHED, JsonValue, MPlusConfig
 from mplus.eviction.base import EvictionPolicy
 from mplus.memory.state import StreamState
 from mplus.memory.writing.update import WriteContext
@@ -58,7 +58,7 @@ class Mechanism(ABC):
         """Options of the mechanism (attrs class; the base class has none)."""
 
         @classmethod
-        def defaults(cls, variant: str) -> dict[str, Any]:
+        def defaults(cls, variant: str) -> dict[str, JsonValue]:
             """Option values that differ from the class's own in this variant."""
             return {}
 

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 from attrs import define
 
 from mplus.config import MPlusConfig, byte_count
 from mplus.errors import ConfigError
 from mplus.memory.state import StreamState
-from mplus.stores.base import MemoryStore
+from mplus.stores.base import MemoryStore, StoreLayout
+
+
+class SizedMechanism(Protocol):
+    """The parts of a mechanism that say how much room its memories need."""
+
+    @property
+    def long_term(self) -> bool: ...
+    def reserve(self, layout: StoreLayout) -> int: ...
+    def bytes_beside(self, rows: int) -> int: ...
+    def capacity(self, rows: int) -> int: ...
 
 
 @define(frozen=True)
@@ -27,7 +37,9 @@ class Budget:
     bytes: int | None = None
 
     @staticmethod
-    def of(wanted: int | str | None, config: MPlusConfig, mechanism: Any, store: MemoryStore, streams: int) -> Budget:
+    def of(
+        wanted: int | str | None, config: MPlusConfig, mechanism: SizedMechanism, store: MemoryStore, streams: int
+    ) -> Budget:
         """Return the limit of a new memory.
 
         Each stream gets an equal share. Of it the rows of a full STM are taken, of as many pending rows as can wait
@@ -63,16 +75,16 @@ class Budget:
         capacity = _rows_within(budget // streams - fixed, store, mechanism) if mechanism.long_term else 0
         return Budget(capacity, budget)
 
-    def text_tokens(self, mechanism: Any) -> int | None:
+    def text_tokens(self, mechanism: SizedMechanism) -> int | None:
         """Return how many text tokens the LTM of a stream has room for; None: no limit."""
-        return None if self.capacity is None else int(mechanism.capacity(self.capacity))
+        return None if self.capacity is None else mechanism.capacity(self.capacity)
 
 
-def _rows_within(room: int, store: MemoryStore, mechanism: Any) -> int:
+def _rows_within(room: int, store: MemoryStore, mechanism: SizedMechanism) -> int:
     """Return the largest number of long-term rows a layer for which a stream takes no more than ``room`` bytes."""
 
     def taken(rows: int) -> int:
-        return store.layout.layers * store.bytes_for(rows) + int(mechanism.bytes_beside(rows))
+        return store.layout.layers * store.bytes_for(rows) + mechanism.bytes_beside(rows)
 
     fits, too_many = 0, room // (store.layout.layers * store.bytes_per_row) + 1
     while too_many - fits > 1:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mplus.config import MPlusConfig
+from mplus.config import JsonValue, MPlusConfig
 from mplus.errors import MemoryMismatchError
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.weights_state import WeightsState
@@ -89,7 +89,7 @@ class Engine(Protocol):
             adapters: as they would be with these adapters of the user alone; None: with those that are active.
         """
 
-    def fingerprint(self, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def fingerprint(self, saved: Mapping[str, JsonValue] | None = None) -> dict[str, JsonValue]:
         """Return facts a memory depends on, as plain data: decoder, adapters, additions, content-shaping config.
 
         Args:
@@ -97,9 +97,9 @@ class Engine(Protocol):
         """
 
 
-def engine_of(model: Any) -> Engine:
+def engine_of(model: nn.Module) -> Engine:
     """Return the engine of a wrapped decoder. Raises MemoryMismatchError for anything else."""
-    engine = getattr(model, "mplus_engine", None)
+    engine: Engine | None = getattr(model, "mplus_engine", None)
     if engine is None:
         raise MemoryMismatchError(f"a memory needs a decoder wrapped by mplus.wrap, got {type(model).__name__}")
-    return engine  # type: ignore[no-any-return]
+    return engine

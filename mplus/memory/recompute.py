@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from attrs import evolve
 
+from mplus.config import JsonValue
 from mplus.errors import LiveMemoryError, MemoryMismatchError
 from mplus.memory.engine import Engine
 from mplus.memory.state import StreamState
@@ -146,7 +146,7 @@ def _refreshed(rows: MemoryRows, layer: int, engine: Engine) -> MemoryRows:
 def with_weights(
     states: Sequence[StreamState],
     stores: Sequence[StoreView],
-    fingerprint: Mapping[str, Any],
+    fingerprint: Mapping[str, JsonValue],
     engine: Engine,
     where: str | Path,
 ) -> list[StreamState]:
@@ -159,7 +159,7 @@ def with_weights(
     """
     if MADE_WITH not in fingerprint:
         return list(states)
-    made = weights_of(fingerprint[MADE_WITH], len(states))
+    made = weights_of(fingerprint, len(states))
     now = engine.weights()
     known = [now]
     if len(set(map(repr, made))) > 1:  # written for batches in which each row has an adapter of its own

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from attrs import define, evolve, field
@@ -51,6 +51,14 @@ class Transaction:
     aborted: bool = False
 
 
+class ChangeToken:
+    """Stands for one change of a memory, where no list of new states does."""
+
+
+Token: TypeAlias = ChangeToken | Sequence[StreamState]
+"""The object that a change makes, by which it is known afterwards."""
+
+
 class Persistence:
     """Where the changes of a memory are kept besides the memory itself: nowhere, unless a subclass overrides all this.
 
@@ -81,7 +89,7 @@ class Persistence:
     def commit(self, after: tuple[StreamState, ...], streams: Streams, kept: KeptPositions | None) -> None:
         """Put a change on disk; it shows in memory after that. ``streams`` has the states from before it."""
 
-    def checkpoint(self, token: object, states: Sequence[StreamState], streams: Streams) -> None:
+    def checkpoint(self, token: Token, states: Sequence[StreamState], streams: Streams) -> None:
         """Put ``states`` on disk as a whole, with the stores and generators of ``streams``, as the change ``token``.
 
         Raises LiveMemoryError where there is no directory.
@@ -91,7 +99,7 @@ class Persistence:
             "use memory.save(path)"
         )
 
-    def committed(self, token: object) -> bool:
+    def committed(self, token: Token) -> bool:
         """Resolve a commit or checkpoint that an exception has ended.
 
         Returns:
@@ -288,7 +296,7 @@ class Streams:
         """Write a checkpoint; on any exception all is as before. Raises MemoryFileError and LiveMemoryError."""
         self.check_writable()
         with self.write_lock, self.state_lock:
-            token = object()  # not the states: these are what the last write began
+            token = ChangeToken()  # not the states: these are what the last write began
             try:
                 states = list(self._states)
                 self.persistence.tidy(states, self, None)

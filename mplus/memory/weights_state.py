@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from attrs import define, field
+
+from mplus.config import JsonValue
 
 MADE_WITH = "made_with"
 """Under this name a fingerprint says what the rows of each stream were made with."""
@@ -117,7 +119,7 @@ class WeightsState:
             raise ValueError(f"must say what rows were made with, got {facts!r}") from error
 
 
-def made_with(weights: Iterable[WeightsState | None]) -> dict[str, MadeWith]:
+def made_with(weights: Iterable[WeightsState | None]) -> dict[str, JsonValue]:
     """Return the entry of a fingerprint: the different states among those of streams, and the number of each."""
     sets: list[WeightsState] = []
     numbers: list[int] = []
@@ -126,14 +128,16 @@ def made_with(weights: Iterable[WeightsState | None]) -> dict[str, MadeWith]:
         if known not in sets:
             sets.append(known)
         numbers.append(sets.index(known))
-    return {MADE_WITH: {"sets": [known.facts() for known in sets], "streams": numbers}}
+    made: MadeWith = {"sets": [known.facts() for known in sets], "streams": numbers}
+    return {MADE_WITH: cast("JsonValue", made)}
 
 
-def weights_of(facts: MadeWith, streams: int) -> list[WeightsState]:
+def weights_of(fingerprint: Mapping[str, JsonValue], streams: int) -> list[WeightsState]:
     """Return what the rows of each of ``streams`` streams were made with, by a fingerprint's entry ``MADE_WITH``.
 
     Raises ValueError when it is something else.
     """
+    facts = cast("MadeWith", fingerprint[MADE_WITH])
     try:
         sets, numbers = [WeightsState.from_facts(one) for one in facts["sets"]], list(facts["streams"])
     except (KeyError, TypeError) as error:

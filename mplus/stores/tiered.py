@@ -22,14 +22,14 @@ rest is the same code.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 import attrs
 import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
-from mplus.config import Component, as_component, byte_count, number
+from mplus.config import Component, JsonValue, as_component, byte_count, number
 from mplus.errors import MemoryMismatchError
 from mplus.rows import MemoryRows
 from mplus.stores import STORES
@@ -136,7 +136,7 @@ class TieredView(_TieredReader):
         self.inner, self.identity, self.resident = store.inner.snapshot(), store.identity, tuple(store.resident)
 
 
-def _bytes(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+def _bytes(_: attrs.AttrsInstance, attribute: attrs.Attribute[str], value: JsonValue) -> None:
     if value != 0 or isinstance(value, bool):
         byte_count(value, attribute.name)
 

@@ -10,7 +10,7 @@ import torch
 from attrs import evolve
 from torch import Tensor, nn
 
-from mplus.config import MPlusConfig
+from mplus.config import JsonValue, MPlusConfig
 from mplus.errors import ConfigError, MemoryMismatchError, NotSupported
 from mplus.hf.adapters.fingerprint import fingerprint
 from mplus.hf.adapters.weights import Look, Watch
@@ -279,6 +279,6 @@ class DecoderEngine:
         """Let a retriever that was built for this decoder use its attention. Raises NotSupported where it cannot."""
         retriever.attach(self.own_attention)
 
-    def fingerprint(self, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def fingerprint(self, saved: Mapping[str, JsonValue] | None = None) -> dict[str, JsonValue]:
         """Return the facts about the decoder that a memory depends on; see ``Engine.fingerprint``."""
         return fingerprint(self.model, self.config, self.layout, self.mechanism.retriever, saved)

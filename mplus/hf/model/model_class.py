@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from attrs import evolve
 
-from mplus.config import Component
+from mplus.config import Component, JsonValue
 from mplus.errors import ConfigError, NotSupported
 from mplus.eviction import EVICTION
 from mplus.hf.model.modes import with_attention
@@ -73,8 +73,8 @@ class MemoryModel(SavesAdditions):
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         seed: int = 0,
-        store: Component | str | Mapping[str, Any] | None = None,
-        eviction: Component | str | Mapping[str, Any] | None = None,
+        store: Component | str | Mapping[str, JsonValue] | None = None,
+        eviction: Component | str | Mapping[str, JsonValue] | None = None,
         bytes_budget: int | str | None = None,
         device: torch.device | str | None = None,
         memory_rows: Literal["projected", "hidden", "both"] | None = None,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 from mplus.backends import BACKENDS
 from mplus.backends.choose import BackendChooser
-from mplus.config import PUBLISHED, MPlusConfig
+from mplus.config import PUBLISHED, JsonValue, MPlusConfig
 from mplus.errors import ConfigError, NotSupported
 from mplus.hf.adapters.fingerprint import digest
 from mplus.hf.adapters.lora import add_adapters, remove_adapters
@@ -57,7 +57,7 @@ CAUSES = 3
 
 def wrap(
     model: PreTrainedModel | PeftModel,
-    config: MPlusConfig | Mapping[str, Any] | str | Path | None = None,
+    config: MPlusConfig | Mapping[str, JsonValue] | str | Path | None = None,
     *,
     check: bool = True,
     pool: Tensor | None = None,

@@ -66,7 +66,7 @@ def read_config(folder: Path) -> MPlusModelConfig:
     return MPlusModelConfig.from_dict(plain)
 
 
-def as_memory_config(config: MPlusConfig | Mapping[str, Any] | str | Path | None) -> MPlusConfig:
+def as_memory_config(config: MPlusConfig | Mapping[str, JsonValue] | str | Path | None) -> MPlusConfig:
     """Read a config as ``mplus.wrap`` takes it: an ``MPlusConfig``, its fields, or where it is kept; None: the default.
 
     Raises:

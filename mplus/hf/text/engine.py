@@ -11,7 +11,7 @@ from attrs import evolve
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mplus.config import MPlusConfig
+from mplus.config import JsonValue, MPlusConfig
 from mplus.errors import ConfigError, MemoryMismatchError, NotSupported
 from mplus.hf.model.offloading import input_device
 from mplus.hf.reading.open_readings import OpenReadings
@@ -111,7 +111,7 @@ class TextEngine:
                     f"and not of rows, got {value!r}: leave it out"
                 )
 
-    def fingerprint(self, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def fingerprint(self, saved: Mapping[str, JsonValue] | None = None) -> dict[str, JsonValue]:
         """Return what a memory of text is bound to: the mechanism by name, and nothing of the decoder."""
         return {
             "layers": ROWS.layers,

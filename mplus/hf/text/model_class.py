@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from mplus.config import Component
+from mplus.config import Component, JsonValue
 from mplus.errors import ConfigError
 from mplus.eviction import EVICTION
 from mplus.hf.model.model_class import MemoryModel, reading_class
@@ -54,8 +54,8 @@ class TextMemoryModel(MemoryModel):
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         seed: int = 0,
-        store: Component | str | Mapping[str, Any] | None = None,
-        eviction: Component | str | Mapping[str, Any] | None = None,
+        store: Component | str | Mapping[str, JsonValue] | None = None,
+        eviction: Component | str | Mapping[str, JsonValue] | None = None,
         bytes_budget: int | str | None = None,
         device: torch.device | str | None = None,
         memory_rows: Literal["projected", "hidden", "both"] | None = None,

@@ -22,6 +22,7 @@ from mplus.memory.directory.journal import Journal
 from mplus.memory.directory.lock import Lock
 from mplus.memory.format.folder import MANIFEST, check_removed
 from mplus.memory.format.save import ManifestHeader
+from mplus.memory.transaction import Token
 from mplus.stores.disk.files import FileSystem, Folder
 
 UNRESOLVED = "it could not be taken back"
@@ -38,7 +39,7 @@ class PendingChange:
         written: the checkpoint, where it is one.
     """
 
-    token: object
+    token: Token
     size: int
     records: int
     written: WrittenCheckpoint | None = None
@@ -130,7 +131,7 @@ class Directory:
         """Bytes of the journal."""
         return 0 if self.journal is None else self.journal.size
 
-    def append(self, token: object, payload: Sequence[bytes | memoryview]) -> None:
+    def append(self, token: Token, payload: Sequence[bytes | memoryview]) -> None:
         """Make a change by a record in the journal. Raises OSError; then ``resolve`` has to follow."""
         if self.journal is None:
             raise LiveMemoryError(f"{self.path} has no checkpoint yet")
@@ -139,7 +140,7 @@ class Directory:
         self._pending = PendingChange(token, self.journal.size, self.journal.records)
         self.journal.append(payload)
 
-    def checkpoint(self, token: object, content: CheckpointContent, header: ManifestHeader, *, clean: bool) -> None:
+    def checkpoint(self, token: Token, content: CheckpointContent, header: ManifestHeader, *, clean: bool) -> None:
         """Make a change by a checkpoint, which holds all of ``content``.
 
         Args:
@@ -191,7 +192,7 @@ class Directory:
                 f"come back when the power is lost now ({error.strerror or error}): open it again then"
             ) from error
 
-    def resolve(self, token: object) -> bool:
+    def resolve(self, token: Token) -> bool:
         """Resolve the change that makes ``token`` after an exception: it stays on disk, or is taken back.
 
         Where neither is possible, nothing can be written any more.

@@ -18,12 +18,14 @@ from mplus.memory.directory.lock import acquire
 from mplus.memory.directory.open import layout_of, read_directory, read_present
 from mplus.memory.format.entries import layout_from
 from mplus.memory.format.folder import MANIFEST, hold, mode_of
+from mplus.memory.format.manifest import rows_per_chunk
 from mplus.memory.format.rules import PIECE_ROWS, finite, rules
 from mplus.memory.format.save import ManifestHeader, stream_entry
 from mplus.memory.report import ForgetReport, SourceInfo
 from mplus.memory.sources.forget import forget, without_unused_sources
 from mplus.memory.sources.listing import sources_of
 from mplus.memory.sources.table import SourceTable
+from mplus.memory.transaction import ChangeToken
 from mplus.stores.base import StoreLayout
 from mplus.stores.disk.block_file import BlockFile, FileEntry
 from mplus.stores.disk.files import FileSystem, Folder, writable
@@ -70,7 +72,7 @@ def live_sources(folder: Path) -> list[list[SourceInfo]]:
     """List the sources of every stream, as ``Memory.sources``. Raises MemoryFileError as ``read_info``."""
     with hold(folder) as held:
         manifest, content, _ = read_present(held, _layout)
-    chunk = int(manifest.fingerprint.get("memory_tokens_per_chunk", 1))
+    chunk = rows_per_chunk(manifest.fingerprint)
     return [sources_of(view, chunk) for view in content.views()]
 
 
@@ -129,7 +131,7 @@ def _replace(directory: Directory, manifest: LiveManifest, content: CheckpointCo
     noted = [notes if any(len(notes.layer(n).ids) for n in layers) else None for notes in content.access_logs if notes]
     states = [without_unused_sources(view).state for view in content.views()]
     kept = CheckpointContent(states, content.stores, content.draws, noted)
-    token = object()
+    token = ChangeToken()
     try:
         directory.checkpoint(token, kept, header, clean=True)
     except BaseException:

@@ -16,7 +16,7 @@ from mplus.memory.directory.record import encode
 from mplus.memory.format.save import ManifestHeader
 from mplus.memory.sources.forget import without_unused_sources
 from mplus.memory.state import StreamState, StreamView
-from mplus.memory.transaction import KeptPositions, Persistence, Streams
+from mplus.memory.transaction import KeptPositions, Persistence, Streams, Token
 from mplus.stores.disk.files import writable
 from mplus.stores.mmap import MmapStore
 from mplus.stores.stack import mapped_store
@@ -92,11 +92,11 @@ class DirectoryPersistence(Persistence):
         with writable(self.directory.path):
             self.directory.append(after, encode(streams.states, after, kept, notes, moved))
 
-    def checkpoint(self, token: object, states: Sequence[StreamState], streams: Streams) -> None:
+    def checkpoint(self, token: Token, states: Sequence[StreamState], streams: Streams) -> None:
         """Write a checkpoint of ``states``; files that hold removed rows among others stay as they are."""
         self._write_checkpoint(token, states, streams, clean=False)
 
-    def _write_checkpoint(self, token: object, states: Sequence[StreamState], streams: Streams, *, clean: bool) -> None:
+    def _write_checkpoint(self, token: Token, states: Sequence[StreamState], streams: Streams, *, clean: bool) -> None:
         indexes = [streams.engine.mechanism.index_tensors(store) for store in streams.stores]
         content = CheckpointContent(list(states), list(streams.stores), streams.draws(), streams.access_logs, indexes)
         header = ManifestHeader.of(streams.engine, streams.eviction, streams.budget, states)
@@ -104,7 +104,7 @@ class DirectoryPersistence(Persistence):
             self.directory.checkpoint(token, content, header, clean=clean)
         self._next_checkpoint = self.journal_bytes
 
-    def committed(self, token: object) -> bool:
+    def committed(self, token: Token) -> bool:
         """Return whether the change that makes ``token`` is on disk; one that was only begun is taken back."""
         # Not checked: what was begun is taken back in the files that are open, whatever came between.
         return self.directory.resolve(token)

@@ -50,7 +50,7 @@ class Belonging(Protocol):
     """The part of a manifest that says which decoder a memory belongs to."""
 
     @property
-    def fingerprint(self) -> Mapping[str, Any]:
+    def fingerprint(self) -> Mapping[str, JsonValue]:
         """Facts about the decoder."""
 
     @property
@@ -67,14 +67,20 @@ def mechanism_in(fingerprint: Mapping[str, JsonValue]) -> JsonValue:
     return fingerprint.get("mechanism", "mplus")
 
 
+def rows_per_chunk(fingerprint: Mapping[str, JsonValue]) -> int:
+    """Return the rows of a full chunk by the facts about a decoder. Raises ValueError where that is no number."""
+    rows = fingerprint.get("memory_tokens_per_chunk", 1)
+    if type(rows) is not int or rows < 1:
+        raise ValueError(f"fingerprint.memory_tokens_per_chunk must be a whole number of at least 1, got {rows!r}")
+    return rows
+
+
 @validator
 def fingerprint(name: str, value: dict[str, JsonValue]) -> None:
     """Validate facts about a decoder, of which those are looked at that are needed without it."""
     if "mechanism" in value:
         _check_component("fingerprint", value["mechanism"])
-    rows = value.get("memory_tokens_per_chunk", 1)
-    if type(rows) is not int or rows < 1:
-        raise ValueError(f"{name}.memory_tokens_per_chunk must be a whole number of at least 1, got {rows!r}")
+    rows_per_chunk(value)
 
 
 def _check_component(name: str, value: JsonValue) -> None:
@@ -312,7 +318,7 @@ def check_streams(manifest: Belonging) -> None:
                 f"streams[{number}].sources must be at most next_source, {stream.next_source}, got {stream.sources}"
             )
     if MADE_WITH in manifest.fingerprint:
-        weights_of(manifest.fingerprint[MADE_WITH], len(streams))
+        weights_of(manifest.fingerprint, len(streams))
 
 
 def _check_data(manifest: Manifest) -> None:

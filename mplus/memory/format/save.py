@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import attrs
 from attrs import define
@@ -68,7 +68,7 @@ PIECE_BYTES = 2**26
 class ManifestHeader:
     """The entries of a manifest that say what a memory belongs to and how large it may be: see ``Manifest``."""
 
-    fingerprint: dict[str, Any]
+    fingerprint: dict[str, JsonValue]
     eviction: JsonValue
     bytes_budget: int | None = None
     capacity: int | None = None

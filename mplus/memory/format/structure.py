@@ -45,7 +45,7 @@ def unstructured(instance: attrs.AttrsInstance) -> dict[str, Any]:
 
     Without fields of the class that are marked by ``NOT_IN_FILES``.
     """
-    plain: dict[str, Any] = converter(type(instance)).unstructure(instance)
+    plain: dict[str, JsonValue] = converter(type(instance)).unstructure(instance)
     return {name: value for name, value in plain.items() if name in _in_files(type(instance))}
 
 
@@ -72,7 +72,7 @@ def converter(cls: type) -> cattrs.BaseConverter:
     return made
 
 
-def _resolve(annotation: Any) -> None:
+def _resolve(annotation: type | None) -> None:
     """Turn the written annotations of attrs classes into types, wherever they stand in ``annotation``."""
     if isinstance(annotation, type) and attrs.has(annotation):
         attrs.resolve_types(annotation)
@@ -91,7 +91,7 @@ def _exactly(kind: type, what: str) -> Callable[[JsonValue, type], JsonValue]:
     return check
 
 
-def _plain(made: cattrs.BaseConverter, instance: Any) -> dict[str, Any]:
+def _plain(made: cattrs.BaseConverter, instance: attrs.AttrsInstance) -> dict[str, JsonValue]:
     """Return the fields of an attrs instance as plain data, without those that need not be said."""
     values = ((field, getattr(instance, field.name)) for field in attrs.fields(type(instance)))
     return {
@@ -143,7 +143,7 @@ def _short(value: JsonValue) -> str:
 def validator(check: Callable[[str, V], None]) -> Validator:
     """Return the validator of a field that calls ``check(name of the field, value)``, which raises ValueError."""
 
-    def validate(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    def validate(instance: attrs.AttrsInstance, attribute: attrs.Attribute[V], value: V) -> None:
         check(attribute.name, value)
 
     return validate
