@@ -77,14 +77,20 @@ def _command(protocol: str, told: str) -> Callable[..., None]:
         threads: Threads = None,
         as_json: Json = None,
         markdown: Annotated[Path | None, typer.Option(help="Write the report as Markdown to this file.")] = None,
+        plot: Annotated[
+            list[Path] | None, typer.Option(help="Draw the arms into this file (.png or .svg). May be repeated.")
+        ] = None,
     ) -> None:
         from rich.console import Console
 
         from mplus.evaluation.chat.memories import compare_memories, memory_configs, wrapped_each
         from mplus.evaluation.options import ArmOptions, RunOptions
+        from mplus.evaluation.reports.plots import check_paths
         from mplus.evaluation.reports.worth import show_worth, worth_markdown
+        from mplus.evaluation.reports.worth_plots import draw_worth
         from mplus.hf.pretrained.load import load_decoder_with_tokenizer
 
+        check_paths(plot or ())  # before the work, not after it
         if threads is not None:
             set_threads(threads)
         configs = memory_configs(memories or ["kv"])
@@ -101,6 +107,8 @@ def _command(protocol: str, told: str) -> Callable[..., None]:
             report.save(as_json)
         if markdown is not None:
             markdown.write_text(worth_markdown(report), encoding="utf-8")
+        if plot:
+            draw_worth(report, *plot)
         show_worth(report, Console(highlight=False))
 
     command.__name__ = protocol

@@ -14,6 +14,7 @@ from mplus.config import JsonValue
 from mplus.errors import MissingDependencyError, UnknownNameError
 from mplus.evaluation.arms import BM25, EvaluationArm, FullContext, MemoryArm, NoMemory, Window
 from mplus.evaluation.chat.arms import Ceiling, ChosenText
+from mplus.evaluation.chat.findings import by_category, signs_of_told
 from mplus.evaluation.execution.base import Answer, Due, Execution, M, W
 from mplus.evaluation.execution.generated import GeneratedAnswers
 from mplus.evaluation.execution.memory_arms import TEXT
@@ -60,11 +61,13 @@ def retention(
     with progress_bar(f"telling {execution.task.name}", steps, progress, steps=steps, unit="passages") as advance:
         for number, moment in enumerate(execution.moments(advance)):
             told = [one for one in moment.due if one.question.told]
+            untold = [one for one in moment.due if execution.asks_untold and not one.question.told]
             for result in results.values():
                 if told and number < execution.moment_limits.get(result.arm.name, number + 1):
                     result.ask(moment, told)
+                    result.untold += result.answered(moment, untold)
                     with execution.one_token() as timed_questions:
-                        result.time(moment, told[:timed_questions])
+                        result.time(moment, told, timed_questions)
     found = [result.record(execution, options.window_converged) for result in results.values()]
     alone = [cell for arm in found if arm.name == "none" for cell in arm.cells]
     borderline = sum(cell.correct for cell in alone) / sum(cell.questions for cell in alone) if alone else None
@@ -90,6 +93,7 @@ class ArmResult(Generic[M, W]):
         answers: by age, each question with its answer.
         left_out: by age, how many questions the arm could not answer.
         seconds: spent answering.
+        untold: questions whose answer was never told, each with what the arm answers.
         first_token_ms: by age, milliseconds until the first token of some answers, one question at a time.
     """
 
@@ -97,6 +101,7 @@ class ArmResult(Generic[M, W]):
     answers: dict[int, list[tuple[Due, Answer]]] = field(factory=dict)
     left_out: dict[int, int] = field(factory=dict)
     seconds: float = 0.0
+    untold: list[tuple[Due, Answer]] = field(factory=list)
     first_token_ms: dict[int, list[float]] = field(factory=dict)
 
     def ask(self, moment: M, due: Sequence[Due]) -> None:
@@ -109,12 +114,18 @@ class ArmResult(Generic[M, W]):
                 self.answers.setdefault(one.age, []).append((one, answer))
         self.seconds += time.perf_counter() - begun
 
-    def time(self, moment: M, due: Sequence[Due]) -> None:
-        """Time the first token of the answer to each of some questions."""
+    def answered(self, moment: M, due: Sequence[Due]) -> list[tuple[Due, Answer]]:
+        """Return those of some questions that the arm answers, each with its answer."""
+        found = self.arm.answers(moment, due) if due else []
+        return [(one, answer) for one, answer in zip(due, found, strict=True) if answer is not None]
+
+    def time(self, moment: M, due: Sequence[Due], most: int) -> None:
+        """Time the first token of the answer to each of some questions, ``most`` of them at each age."""
         for one in due:
-            if one.age not in self.left_out:
+            found = self.first_token_ms.setdefault(one.age, [])
+            if one.age not in self.left_out and len(found) < most:
                 seconds = timed(partial(self.arm.answers_anew, moment, [one]), self.arm.execution.model.device)
-                self.first_token_ms.setdefault(one.age, []).append(1000 * seconds)
+                found.append(1000 * seconds)
 
     def record(self, execution: Execution[M, W], converged: float) -> Arm:
         """Return the arm for a report. At an age where it could not answer every question it has no cell."""
@@ -127,7 +138,8 @@ class ArmResult(Generic[M, W]):
 
     def _cell(self, age: int) -> Cell:
         answered, found = self.answers[age], [answer for _, answer in self.answers[age]]
-        held, waited = [one.found for one in found if one.found is not None], self.first_token_ms.get(age)
+        held = [answer.choice.holds(due.sources()) for due, answer in answered if answer.choice is not None]
+        waited = self.first_token_ms.get(age)
         return Cell(
             age=age,
             questions=len(found),
@@ -145,6 +157,9 @@ class ArmResult(Generic[M, W]):
 
     def _details(self, execution: Execution[M, W]) -> dict[str, JsonValue]:
         details: dict[str, JsonValue] = {"seconds": round(self.seconds, 3)}
+        told = [pair for pairs in self.answers.values() for pair in pairs]
+        details.update(by_category(told))
+        details.update(signs_of_told(told, self.untold))
         if self.left_out and not execution.equal_passages:  # else it is said in the deviations
             details["questions_that_do_not_fit"] = {str(age): count for age, count in sorted(self.left_out.items())}
         return details

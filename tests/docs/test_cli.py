@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mplus.cli.eval_chat import TOLD
 from tools import cli_reference
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +26,7 @@ COMMANDS = {
     "memory verify",
 }
 COMMANDS |= {"memory forget", "memory repair", "memory sources"}
+COMMANDS |= {f"eval {name}" for name in TOLD}
 COMMANDS |= {"eval retention", "eval harm", "eval retriever", "eval abstention"}
 COMMANDS |= {"bench read", "bench write", "bench decode", "bench score", "bench attention", "bench store"}
 

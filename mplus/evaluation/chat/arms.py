@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, cast
 
+from attrs import evolve
+
 from mplus.evaluation.arms import TextArm
 from mplus.evaluation.execution.base import Answer, Due, Execution, M, W
 from mplus.evaluation.execution.generated import GeneratedAnswers
@@ -49,7 +51,11 @@ class ChosenText(TextArm[M, W]):
         generated = cast("GeneratedAnswers", self.execution)  # no other has chunks
         choices = generated.choose(cast("MemoryMoment", moment), due)
         self._chosen = {one.id: list(choice.ids) for one, choice in zip(due, choices, strict=True)}
-        return super().answers(moment, due)
+        made = super().answers(moment, due)
+        return [
+            None if answer is None else evolve(answer, choice=choice)
+            for answer, choice in zip(made, choices, strict=True)
+        ]
 
     def context(self, due: Due) -> list[int]:
         return self._chosen[due.id]

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from attrs import define
-from torch import Tensor
 
 from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.reading.override import WrappedMechanism, reading_as
@@ -27,10 +26,12 @@ class Choice:
     Attributes:
         sources: names of the sources it was written from, each once.
         ids: of its tokens; empty where the mechanism keeps none.
+        score: the best of a chunk; None: nothing came back, or nothing was scored.
     """
 
     sources: tuple[str | None, ...] = ()
     ids: tuple[int, ...] = ()
+    score: float | None = None
 
     def holds(self, sources: Collection[str]) -> bool:
         """Return whether something of each of ``sources`` was brought back."""
@@ -43,15 +44,13 @@ class Choice:
             return cls()
         names = {number: source.name for number, source in view.state.sources.items()}
         numbers = dict.fromkeys(found.rows.source.tolist())
-        return cls(tuple(names[number] for number in numbers), tuple(_token_ids(view, found.ids).tolist()))
-
-
-def _token_ids(view: StreamView, rows: Tensor) -> Tensor:
-    if not isinstance(view.state, KvState):
-        return rows[:0]
-    # A row is a token, and the table of chunks has the tokens in the order of the rows.
-    places = torch.searchsorted(view.store.ids(0), rows).cpu()
-    return view.state.token_ids[places]
+        ids: list[int] = []
+        if isinstance(view.state, KvState):
+            # A row is a token, and the table of chunks has the tokens in the order of the rows.
+            places = torch.searchsorted(view.store.ids(0), found.ids).cpu()
+            ids = view.state.token_ids[places].tolist()
+        best = float(found.scores.max()) if len(found.scores) else None
+        return cls(tuple(names[number] for number in numbers), tuple(ids), best)
 
 
 class ChoiceMade(Exception):

@@ -20,8 +20,8 @@ SIZES: Mapping[str, Mapping[str, Options]] = {
         "among": {"notes": 1000, "questions": 60, "among": 100_000, "episodes": 1},
     },
     "needles": {
-        "small": {"tokens": 1000, "depths": [0, 0.5, 1], "episodes": 1},
-        "asked": {"tokens": 20_000, "depths": [0, 0.25, 0.5, 0.75, 1], "episodes": 5},
+        "small": {"lengths": [500, 1000], "depths": [0, 0.5, 1], "episodes": 1},
+        "asked": {"lengths": [10_000, 50_000, 200_000], "depths": [0, 0.25, 0.5, 0.75, 1], "episodes": 5},
     },
     "conversations": {
         "small": {"sessions": 2, "turns": 8, "episodes": 1, "questions": 12, "categories": [1, 2, 4, 5]},

@@ -16,6 +16,7 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.config import JsonValue
+from mplus.evaluation.chat.choice import Choice
 from mplus.evaluation.execution.ann_recall import Shortcuts
 from mplus.evaluation.generating import Generated
 from mplus.evaluation.options import ArmOptions
@@ -87,7 +88,7 @@ class Answer:
         state_bytes: bytes kept between telling and asking; None: not measured.
         tokens_attended: rows and tokens in sight of the first token of the answer; None: not measured.
         scores: further scores, by name.
-        found: whether all that the answer needs was brought back; None: nothing is, or it was not noted.
+        choice: what was brought back; None: nothing is by this arm, or it was not noted.
         generated: the details; None where it was not generated here.
     """
 
@@ -95,7 +96,7 @@ class Answer:
     state_bytes: int | None
     tokens_attended: int | None
     scores: Mapping[str, float] = field(factory=dict)
-    found: bool | None = None
+    choice: Choice | None = None
     generated: Generated | None = None
 
 
@@ -177,6 +178,7 @@ class Execution(ABC, Generic[M, W]):
         accuracy_digits: decimals of accuracies in reports of retriever health; None: all.
         equal_passages: all passages have equally many tokens. The arm full-context then reads the newest of them alone
             where that is enough, and BM25 ranks no more of them than it takes.
+        asks_untold: arms are also asked for what was never told, to see whether that can be told from their answers.
         model: the wrapped decoder, in eval mode.
         task: what is told and asked.
         ages: the ages asked at, ascending.
@@ -188,6 +190,7 @@ class Execution(ABC, Generic[M, W]):
     moment_limits: ClassVar[Mapping[str, int]] = {}
     accuracy_digits: ClassVar[int | None] = 4
     equal_passages: ClassVar[bool] = False
+    asks_untold: bool = False
     model: MemoryModel
     task: Task
     ages: tuple[int, ...]

@@ -104,6 +104,7 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
         self.options, self.scoring = options or RunOptions(), scoring or Scoring()
         self.generation = generation or Generation.of(tokenizer, tokens=task.answer_tokens)
         self.model, self.tokenizer, self.task, self.chat = model, tokenizer, task, chat
+        self.asks_untold = chat is not None
         self.model.train(False)
         self.texts = Texts(tokenizer)
         chosen = self.options if self.options.ages is not None else attrs.evolve(self.options, ages=task.ages)
@@ -172,9 +173,8 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
                 choosing(self.model, seen),
             ):
                 read = self._read(part, streams, way)
-            for number, (one, answer) in enumerate(zip(part, read, strict=True)):
-                held = seen[number].holds(one.sources()) if seen and one.question.told else None
-                found.append(attrs.evolve(answer, found=held))
+            choices: Sequence[Choice | None] = seen or [None] * len(part)
+            found += [attrs.evolve(one, choice=choice) for one, choice in zip(read, choices, strict=True)]
         return found
 
     def choose(self, moment: MemoryMoment, due: Sequence[Due]) -> list[Choice]:

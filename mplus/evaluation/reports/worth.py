@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from rich.console import Console
@@ -10,8 +11,10 @@ from rich.markup import escape
 from mplus.evaluation.reports.cell import wilson
 from mplus.evaluation.reports.paired import Estimate, outcomes, ratio
 from mplus.evaluation.reports.report import Arm, Report
-from mplus.evaluation.reports.tables import flat, without_numbers
+from mplus.evaluation.reports.tables import flat, grid, without_numbers
 
+UNTOLD = ("arm", "questions", "AUROC, likelihood", "AUROC, score", "nothing came back", "same, of told")
+"""Headings about questions that were never told."""
 HEAD = ("arm", "right", "95 %", "of the ceiling", "evidence", "first token", "state / token")
 
 
@@ -66,10 +69,44 @@ def worth_remarks(report: Report) -> list[str]:
     return found + [without_numbers(arm) for arm in report.arms if arm.status != "ok"]
 
 
+def worth_tables(report: Report) -> dict[str, tuple[Sequence[str], list[list[str]]]]:
+    """Return title -> headings and rows of every table: of all questions, by age, by category, of what was not told."""
+    found: dict[str, tuple[Sequence[str], list[list[str]]]] = {"all questions": (HEAD, worth_rows(report))}
+    arms = [arm for arm in report.arms if arm.status == "ok"]
+    if len(report.ages) > 1 and not any("by_category" in arm.details for arm in arms):
+        head, rows = grid(report)
+        found["right, by passages told since"] = (head[:-2], [row[:-2] for row in rows])
+    kinds = {arm.name: cast("dict[str, Any]", arm.details.get("by_category", {})) for arm in arms}
+    names = list(dict.fromkeys(name for some in kinds.values() for name in some))
+    if names:
+        cells = {arm: [_category(some.get(name)) for name in names] for arm, some in kinds.items()}
+        found["right / F1 by category"] = (("arm", *names), [[arm, *row] for arm, row in cells.items()])
+    untold = {arm.name: cast("dict[str, Any]", arm.details["untold"]) for arm in arms if "untold" in arm.details}
+    if untold:
+        found["never told"] = (UNTOLD, [[arm, *_untold(facts)] for arm, facts in untold.items()])
+    return found
+
+
+def _category(facts: dict[str, Any] | None) -> str:
+    return "" if facts is None else f"{facts['correct']}/{facts['questions']} / {facts['f1']:.2f}"
+
+
+def _untold(facts: dict[str, Any]) -> list[str]:
+    nothing = facts.get("nothing_brought_back")
+    aurocs = [facts.get(f"auroc_of_{sign}") for sign in ("likelihood", "score")]
+    return [
+        str(facts["questions"]),
+        *("" if value is None else f"{value:.2f}" for value in aurocs),
+        *("" if nothing is None else f"{nothing[kind]:.2f}" for kind in ("untold", "told")),
+    ]
+
+
 def worth_markdown(report: Report) -> str:
-    """Return the table in Markdown, with remarks and all settings."""
-    lines = [HEAD, ["---", *["---:"] * (len(HEAD) - 1)], *worth_rows(report)]
-    parts = ["\n".join("| " + " | ".join(line) + " |" for line in lines)]
+    """Return the tables in Markdown, with remarks and all settings."""
+    parts = []
+    for title, (head, rows) in worth_tables(report).items():
+        lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+        parts += [f"{title}:", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
     parts.append("\n".join(f"- {remark}" for remark in worth_remarks(report)))
     for title, facts in (("Settings", report.settings), ("Circumstances", report.circumstances)):
         parts += [f"{title}:", "\n".join(f"- {name}: `{value}`" for name, value in flat(facts).items())]
@@ -77,16 +114,20 @@ def worth_markdown(report: Report) -> str:
 
 
 def show_worth(report: Report, console: Console) -> None:
-    """Print the table, remarks and circumstances."""
+    """Print the tables, remarks and circumstances."""
     console.print(f"[bold]what a memory is worth[/] ({report.protocol})")
-    rows = [HEAD, *worth_rows(report)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        console.print(escape("  ".join(cells)), soft_wrap=True)  # a narrow terminal breaks lines, numbers stay whole
+    for title, (head, rows) in worth_tables(report).items():
+        console.print(f"\n{title}")
+        lines = [head, *rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for line in lines:
+            cells = [
+                cell.rjust(width) if place else cell.ljust(width)
+                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ]
+            console.print(
+                escape("  ".join(cells)), soft_wrap=True
+            )  # a narrow terminal breaks lines, numbers stay whole
     console.print()
     for remark in worth_remarks(report):
         console.print(f"- {escape(remark)}", soft_wrap=True)

@@ -33,6 +33,7 @@ class Question:
         needs: numbers of the passages that hold the answer; empty: it was never told.
         after: number of the passage that age is counted from: at age n, n passages have been told since.
         ages: the ages it is asked at; None: all that the evaluation asks at.
+        category: of questions that are told apart in reports; None: there is one kind only.
     """
 
     prompt: str
@@ -40,6 +41,7 @@ class Question:
     needs: tuple[int, ...]
     after: int
     ages: tuple[int, ...] | None = None
+    category: str | None = None
 
     @property
     def told(self) -> bool:

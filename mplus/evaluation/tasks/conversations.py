@@ -120,13 +120,13 @@ class Conversations(Protocol):
         return self.texts.cut(told, self.options.passage_tokens)
 
     def _question(self, qa: Mapping[str, Any], places: Mapping[str, int], last: int) -> Question:
-        prompt = self.options.prompt.replace("{question}", qa["question"])
+        prompt, kind = self.options.prompt.replace("{question}", qa["question"]), CATEGORIES[qa["category"]]
         if qa["category"] == ADVERSARIAL:  # its evidence only shows what it was made of
-            return Question(prompt=prompt, answers=(), needs=(), after=last)
+            return Question(prompt=prompt, answers=(), needs=(), after=last, category=kind)
         # Published evidence has slips such as "D8:6; D9:17" in one entry.
         named = re.findall(r"D\d+:\d+", " ".join(qa.get("evidence") or []))
         needs = tuple(sorted({places[name] for name in named if name in places}))
-        return Question(prompt=prompt, answers=(str(qa["answer"]),), needs=needs, after=last)
+        return Question(prompt=prompt, answers=(str(qa["answer"]),), needs=needs, after=last, category=kind)
 
     def settings(self) -> dict[str, Any]:
         """Return every option that is used."""

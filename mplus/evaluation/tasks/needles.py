@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from attrs import define, field
+from attrs.converters import optional
 
 from mplus.config import one_of, whole
 from mplus.errors import ConfigError
@@ -14,6 +15,9 @@ from mplus.evaluation.tasks.base import Episode, FileOptions, Passage, Protocol,
 from mplus.evaluation.tasks.contexts import holds
 from mplus.evaluation.tasks.novels import haystack, novel_paragraphs
 from mplus.evaluation.tasks.people import ATTRIBUTES, Split, draw_names, fill, half
+
+CELL = "{} tokens at depth {}"
+"""Category of a needle in a haystack of so many tokens, at a depth from 0 to 1."""
 
 
 def _depths(instance: Any, attribute: Any, value: tuple[float, ...]) -> None:
@@ -24,8 +28,7 @@ def _depths(instance: Any, attribute: Any, value: tuple[float, ...]) -> None:
 class Needles(Protocol):
     """Makes haystacks of novels: ``episodes`` for every depth, each with a needle of its own.
 
-    One length a run: runs of several lengths, each with all depths, make a heat map. The age of a needle, the passages
-    told behind it, tells its depth.
+    With several ``lengths``, their depths make a heat map. The category of a question is its length and depth.
     """
 
     @define(frozen=True, kw_only=True)
@@ -35,13 +38,15 @@ class Needles(Protocol):
         Attributes:
             data: novels: a text file (``.txt`` or ``.txt.gz``) or a folder of them.
             tokens: of the haystack.
+            lengths: several of these, with all depths of each; None: ``tokens`` alone.
             depths: where the needle lies, from 0, the beginning, to 1, the end.
-            episodes: of each depth.
+            episodes: of each depth and length.
             split: of names, values, sentences and novels; see ``mplus.evaluation.tasks.people``.
             prompt: how it is asked; ``{question}`` stands for the question.
         """
 
         tokens: int = field(default=20_000, validator=whole(1))
+        lengths: tuple[int, ...] | None = field(default=None, converter=optional(tuple))
         depths: tuple[float, ...] = field(default=(0, 0.25, 0.5, 0.75, 1), converter=tuple, validator=_depths)
         episodes: int = field(default=5, validator=whole(1))
         split: Split = field(default="test", validator=one_of("choose", "test"))
@@ -59,30 +64,41 @@ class Needles(Protocol):
     @property
     def passages(self) -> int:
         """Return the most passages of an episode."""
-        return 2 + -(-2 * self.options.tokens // self.options.passage_tokens)
+        return 2 + -(-2 * max(self._lengths) // self.options.passage_tokens)
+
+    @property
+    def _lengths(self) -> tuple[int, ...]:
+        return self.options.lengths or (self.options.tokens,)
 
     def episodes(self) -> list[Episode]:
         options = self.options
         rng = random.Random(f"{self.name}:{options.split}:{options.seed}")  # noqa: S311 - reproducible
         books = novel_paragraphs(options.data, "test" if options.split == "test" else "train")
-        cases = [depth for depth in options.depths for _ in range(options.episodes)]
+        cases = [
+            (tokens, depth) for tokens in self._lengths for depth in options.depths for _ in range(options.episodes)
+        ]
         people = draw_names(len(cases), options.split, rng)
         made = []
-        for number, (depth, person) in enumerate(zip(cases, people, strict=True)):
-            novel = list(haystack(self.texts, books, options.tokens, options.passage_tokens, rng))
-            made.append(self._episode(number, depth, person, novel, rng))
+        for number, ((tokens, depth), person) in enumerate(zip(cases, people, strict=True)):
+            novel = list(haystack(self.texts, books, tokens, options.passage_tokens, rng))
+            made.append(
+                self._episode(number, CELL.format(tokens, depth), person, novel, round(depth * len(novel)), rng)
+            )
         return made
 
-    def _episode(self, number: int, depth: float, person: str, novel: Sequence[str], rng: random.Random) -> Episode:
+    def _episode(
+        self, number: int, category: str, person: str, novel: Sequence[str], place: int, rng: random.Random
+    ) -> Episode:
         kind = rng.choice(list(ATTRIBUTES.values()))
         value = rng.choice(half(kind.values, self.options.split))
         needle = fill(rng.choice(half(kind.told, self.options.split)), person, value)
-        place = round(depth * len(novel))
         told = [Passage(text=text, source=f"novel {at}") for at, text in enumerate(novel)]
         told.insert(place, Passage(text=needle, source="needle"))
         prompt = self.options.prompt.replace("{question}", fill(half(kind.asked, self.options.split)[0], person))
         age = len(novel) - place
-        question = Question(prompt=prompt, answers=(value,), needs=(place,), after=place, ages=(age,))
+        question = Question(
+            prompt=prompt, answers=(value,), needs=(place,), after=place, ages=(age,), category=category
+        )
         return Episode(number=number, passages=tuple(told), questions=(question,))
 
     def settings(self) -> dict[str, Any]:

@@ -87,8 +87,8 @@ def test_what_a_memory_chooses_is_whole_passages_with_their_separators(asked):
     [answers_] = [arm(made, "kv").answers(moment, due)]
     for one, choice, answer in zip(due, made.choose(moment, due), answers_, strict=True):
         assert list(choice.ids) == [token for source in choice.sources for token in told[source]]
-        assert answer.found is choice.holds(one.sources())
-        seen.append(answer.found)
+        assert answer.choice == choice
+        seen.append(choice.holds(one.sources()))
     assert any(seen)
     assert Choice(("a", "b")).holds({"b"})
     assert not Choice(("a",)).holds({"a", "b"})
@@ -97,7 +97,7 @@ def test_what_a_memory_chooses_is_whole_passages_with_their_separators(asked):
 def test_the_right_passages_alone_are_what_the_oracle_reads(asked):
     made, moment, due = asked
     found = arm(made, "kv-oracle").answers(moment, due)
-    assert all(answer.found for answer in found)
+    assert all(answer.choice.holds(one.sources()) for one, answer in zip(due, found, strict=True))
     # One of five notes: all of them would have room.
     counts = [answer.tokens_attended for answer in found]
     assert max(counts) < sum(len(made.passage(due[0], number)) for number in range(5))
@@ -201,4 +201,4 @@ def test_nothing_is_noted_of_a_memory_of_text():
     made = execution(model)
     assert made.memory_arms.reading == ("notes",)
     [moment] = made.moments()
-    assert {answer.found for answer in arm(made, "notes").answers(moment, moment.due)} == {None}
+    assert {answer.choice for answer in arm(made, "notes").answers(moment, moment.due)} == {None}

@@ -96,5 +96,5 @@ def test_it_is_whole_in_every_width_and_in_markdown(report):
         assert "135 ms 1.35x" in text
         assert "digest 0123456789ab" in text.replace("\n", " ")
     lines = worth_markdown(report).splitlines()
-    assert lines[0] == "| " + " | ".join(HEAD) + " |"
+    assert "| " + " | ".join(HEAD) + " |" in lines
     assert "- snapkv: skipped (no answers)" in lines
