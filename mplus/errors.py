@@ -102,6 +102,10 @@ class WriteTogetherError(MPlusError, ExceptionGroup[Exception]):
         return ExceptionGroup(self.message, excs)
 
 
+class MemoryFullError(MPlusError, RuntimeError):
+    """Pinned sources take up all the room of a memory; nothing more can be written before one of them is unpinned."""
+
+
 class MemoryPickleError(MPlusError, pickle.PicklingError, TypeError):
     """A memory was to be pickled; the message says how to keep it, or hand it to another process, instead."""
 

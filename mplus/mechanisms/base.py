@@ -122,6 +122,10 @@ class MemoryMechanism(Mechanism):
         """Return whether there is a long-term memory at all."""
         return self.config.long_term_tokens != 0
 
+    @property
+    def keeps_pinned(self) -> bool:
+        return self.long_term
+
     def reserve(self, layout: StoreLayout) -> int:
         """Return the most bytes that one layer of a stream takes besides its store: what a budget sets aside."""
         return 0

@@ -149,7 +149,9 @@ class MPlusMechanism(RowMechanism):
                 expiry = None if expires is None else torch.full_like(rows.birth, expires, dtype=torch.float64)
                 store.append(layer, rows if expiry is None else rows.replace(expiry=expiry))
             if policy.lifetime is not None:
-                elapsed, gone = policy.expire(store, layer, float(decayed[layer]), self.config.retrieved_tokens)
+                elapsed, gone = policy.expire(
+                    context.evictable, layer, float(decayed[layer]), self.config.retrieved_tokens
+                )
                 decayed[layer] = elapsed
                 store.remove(layer, gone)
                 expired[layer] = gone.shape[0]

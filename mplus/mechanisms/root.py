@@ -103,6 +103,11 @@ class Mechanism(ABC):
         """
         return state
 
+    @property
+    def keeps_pinned(self) -> bool:
+        """Whether rows leave as the eviction policy says, if they do, so that those of a pinned source can stay."""
+        return True
+
     def lifetime(self, eviction: EvictionPolicy) -> float | None:
         """Merges that new long-term rows of a memory under ``eviction`` live; None: they do not expire."""
         return None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NoReturn, SupportsIndex
+from datetime import datetime, timedelta
+from typing import Any, Literal, NoReturn, SupportsIndex, cast
 
 import torch
 from torch import Tensor
@@ -12,8 +13,12 @@ from torch import Tensor
 from mplus.errors import InputError
 from mplus.memory.copying import check_row, check_rows, check_target, copied, moved, pickle_error
 from mplus.memory.report import ForgetReport, WriteReport
-from mplus.memory.sources.rebuild import drop_source, rebuild_without, reset
+from mplus.memory.sources.clock import seconds_of
+from mplus.memory.sources.expiry import expire, pin
+from mplus.memory.sources.forget import drop_source
+from mplus.memory.sources.rebuild import rebuild_without, reset
 from mplus.memory.stored import StoredMemory
+from mplus.memory.writing.at_once import write_whole
 from mplus.memory.writing.chunking import Ids, SourceNames, WriteData
 from mplus.memory.writing.pieces import write_pieces
 from mplus.memory.writing.write import write, write_chunk
@@ -46,7 +51,15 @@ class Memory(StoredMemory):
 
     # ------------------------------------------------------------------ writing
 
-    def write(self, data: WriteData, source: SourceNames = None, *, progress: bool | None = None) -> WriteReport:
+    def write(
+        self,
+        data: WriteData,
+        source: SourceNames = None,
+        *,
+        expires: datetime | timedelta | None = None,
+        atomic: bool = False,
+        progress: bool | None = None,
+    ) -> WriteReport:
         """Read text into memory, chunk by chunk; an error or interrupt leaves the chunks before it, and nothing else.
 
         Args:
@@ -54,15 +67,21 @@ class Memory(StoredMemory):
                 which is written as a text of its own, with its speaker in front; what ``apply_chat_template`` returns;
                 or a list with one of these or None (skip) per batch row.
             source: name that ``sources``, ``forget`` and retrieval reports use; one, or one per batch row.
+            expires: when all of the source is forgotten (see ``expire``), as a time with a timezone or from now on;
+                None: as it was said before, and of a new source never.
+            atomic: leave nothing of a write that does not come to its end, be it by an error, an interrupt or a crash.
+                Reads see none of it before, and its rows stay in RAM until then.
             progress: show a progress bar; None: for long writes in a terminal.
 
         Raises:
-            InputError: wrong batch size, ids outside the vocabulary, text too short or none; nothing was written.
+            InputError: wrong batch size, ids outside the vocabulary, text too short or none, or a time that has
+                passed; nothing was written.
+            MemoryFullError: pinned sources leave no room for another chunk.
             MemoryMismatchError: the decoder's dtype is not that of the memory; or rows are kept as keys and values
                 only, and were made with other adapters or weights.
             NonFiniteError: the decoder gave NaN or Inf for a chunk, which was not written.
         """
-        return write(self, data, source, progress)
+        return (write_whole if atomic else write)(self, data, source, expires, progress)
 
     def write_pieces(
         self, pieces: Iterable[str | Ids], source: str | None = None, *, progress: bool | None = None
@@ -119,7 +138,7 @@ class Memory(StoredMemory):
             MemoryMismatchError, NonFiniteError: as ``write``, when rebuilding; nothing was changed.
             MemoryFileError: a file could not be removed. The memory has forgotten all the same.
         """
-        rows = range(self.batch_size) if row is None else [check_row(row, self.batch_size)]
+        rows = self._rows(row)
         if mode not in ("drop", "rebuild"):
             raise InputError(f"mode must be 'drop' or 'rebuild', got {mode!r}")
         with self.streams.write_lock:
@@ -130,6 +149,69 @@ class Memory(StoredMemory):
             self.streams.persistence.check_removed()
         return report
 
+    def expire(self, now: datetime | None = None) -> list[ForgetReport]:
+        """Forget, as one change, every source whose time (``write(..., expires=)``) has come.
+
+        Opening, loading and every write do it before anything else. Reading never changes a memory: a source that
+        expires while nothing is written is read until ``expire`` is called. Pinned sources expire as others do.
+
+        Args:
+            now: a time with a timezone; None: by the clock of the memory.
+
+        Returns:
+            What was forgotten, a report for each source, as ``forget`` gives it.
+
+        Raises:
+            InputError: the time has no timezone.
+            MemoryFileError: as ``forget``.
+        """
+        return expire(self.streams, None if now is None else seconds_of(now, "now"))
+
+    def pin(self, source: str | None, row: int | None = None) -> None:
+        """Keep the rows of a source (in batch row ``row``, or in all) from eviction, also those written later.
+
+        They count to the capacity; others leave in their place. ``forget`` and ``expire`` remove them as ever.
+
+        Raises:
+            InputError: no stream has this source, or there is no such row.
+            NotSupported: rows of this mechanism leave at random, so that none can be kept.
+        """
+        pin(self.streams, self._rows(row), source, pinned=True)
+
+    def unpin(self, source: str | None, row: int | None = None) -> None:
+        """Let the rows of a source leave again as the eviction policy says. Raises InputError as ``pin``."""
+        pin(self.streams, self._rows(row), source, pinned=False)
+
+    def _rows(self, row: int | None) -> Sequence[int]:
+        return range(self.batch_size) if row is None else [check_row(row, self.batch_size)]
+
+    def replace(
+        self,
+        source: str | None,
+        data: WriteData,
+        row: int | None = None,
+        *,
+        expires: datetime | timedelta | None = None,
+        progress: bool | None = None,
+    ) -> WriteReport:
+        """Forget a source and write another text under its name, as one change: never are both there, or neither.
+
+        Reads see what was there until all is written. A source that is not there is written all the same. One that is
+        pinned stays so, and it expires when it would have, unless ``expires`` says otherwise.
+
+        Args:
+            source: its name.
+            data: as for ``write``; a batch row without a text stays as it is.
+            row: the batch row, for which ``data`` is one text; None: all, as for ``write``.
+            expires, progress: as for ``write``.
+
+        Raises as ``write``; nothing was written then, and nothing forgotten. MemoryFileError also as ``forget``.
+        """
+        if row is not None:
+            own = check_row(row, self.batch_size)
+            data = [cast("Any", data) if place == own else None for place in range(self.batch_size)]
+        return write_whole(self, data, source, expires, progress, replaced=True)
+
     def reset(self) -> None:
         """Become a new memory, all names forgotten; the generators go on. Raises MemoryFileError as ``forget``."""
         with self.streams.write_lock:
@@ -138,7 +220,7 @@ class Memory(StoredMemory):
 
     def fork(self, row: int | None = None) -> Memory:
         """Return an independent memory with the same content and future draws; of one batch row, or of all."""
-        rows = range(self.batch_size) if row is None else [check_row(row, self.batch_size)]
+        rows = self._rows(row)
         return Memory(copied(self.streams, rows), self.tokenizer)
 
     __copy__ = fork

@@ -13,6 +13,7 @@ from mplus.memory.content import MemoryContent
 from mplus.memory.directory import JOURNAL_BYTES
 from mplus.memory.engine import engine_of
 from mplus.memory.sources.clock import Clock
+from mplus.memory.sources.expiry import expire
 from mplus.memory.writing.chunking import Tokenizer
 
 if TYPE_CHECKING:
@@ -76,7 +77,9 @@ class StoredMemory(MemoryContent):
         kind = None if store is None else Component.of(store)
         policy = None if eviction is None else Component.of(eviction)
         (engine := engine_of(model)).check_options(store=store, eviction=eviction, bytes_budget=bytes_budget)
-        return cls(load_streams(path, engine, kind, policy, bytes_budget, device, clock), tokenizer)
+        memory = cls(load_streams(path, engine, kind, policy, bytes_budget, device, clock), tokenizer)
+        expire(memory.streams)
+        return memory
 
     @classmethod
     def open(
@@ -130,6 +133,12 @@ class StoredMemory(MemoryContent):
             path, engine, new, batch_size=batch_size, store=store, eviction=eviction, bytes_budget=bytes_budget,
             device=device, read_only=read_only, journal_bytes=journal_bytes, file_mode=file_mode, clock=clock,
         )  # fmt: skip
+        if not read_only:
+            try:
+                expire(streams)
+            except BaseException:
+                streams.persistence.close()
+                raise
         return cls(streams, tokenizer)
 
     @property

@@ -67,9 +67,11 @@ class Persistence:
 
     Attributes:
         directory: the files of the memory (``mplus.memory.directory.directory.Directory``); None: there are none.
+        journal_bytes: a journal longer than this is replaced by a checkpoint; None: there is none.
     """
 
     directory: Any = None
+    journal_bytes: int | None = None
 
     def check_writable(self) -> None:
         """Raise LiveMemoryError where the memory cannot be changed."""

@@ -40,13 +40,13 @@ def stack_of(wanted: Component, kept: Component | None = None) -> Component:
 
 def saved_stack(store: MemoryStore) -> str | dict[str, JsonValue]:
     """Return the manifest's entry for a directory's store: each part that changes rows, with all options."""
-    found = [Component(part.name, _facts(part.options)) for part in _parts(store)[:-1] if not part.transparent]
+    found = [Component(part.name, _facts(part.options)) for part in parts_of(store)[:-1] if not part.transparent]
     return _around(found).plain()
 
 
 def mapped_store(store: MemoryStore) -> MmapStore:
     """Return the store of mapped files in a directory's store. Raises MemoryMismatchError: there is none."""
-    found = _parts(store)[-1]
+    found = parts_of(store)[-1]
     if not isinstance(found, MmapStore):
         raise MemoryMismatchError(
             f"a memory in a directory needs a store around {INNERMOST!r}, got {found.name!r}: stores that wrap another "
@@ -55,7 +55,7 @@ def mapped_store(store: MemoryStore) -> MmapStore:
     return found
 
 
-def _parts(store: MemoryStore) -> list[MemoryStore]:
+def parts_of(store: MemoryStore) -> list[MemoryStore]:
     """Return a store, the one it wraps, the one that this wraps, and so on."""
     parts = [store]
     while isinstance(inner := getattr(parts[-1], "inner", None), MemoryStore):

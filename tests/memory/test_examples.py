@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mplus
 from mplus.eviction.base import EvictionPolicy, topk_rows
+from mplus.eviction.unpinned import UnpinnedRows
 from mplus.memory import Memory, StreamState
 from mplus.rows import MemoryRows
 from mplus.stores.access_log import NEVER, READS, AccessLog
@@ -37,5 +38,8 @@ def test_rows_stores_policies_and_states() -> None:
     run_examples(MemoryRows, MemoryRows=MemoryRows)
     run_examples(MemoryStore)
     run_examples(EvictionPolicy, EvictionPolicy=EvictionPolicy, topk_rows=topk_rows, store=store)
+    mixed = RamStore(StoreLayout(layers=1, hidden_size=8))
+    mixed.append(0, ROWS.replace(source=torch.tensor([0, 1, 0])))
+    run_examples(UnpinnedRows, UnpinnedRows=UnpinnedRows, store=mixed)
     run_examples(StreamState, StreamState=StreamState, rows=ROWS)
     run_examples(AccessLog, AccessLog=AccessLog, READS=READS, NEVER=NEVER)

@@ -351,16 +351,13 @@ class KvMechanism(MemoryMechanism):
     def _evict(self, state: KvState, context: WriteContext) -> tuple[KvState, int]:
         """Let whole chunks leave, those of the rows that the policy names, until the rest is within the capacity."""
         store, before = context.store, state.tokens
-        policy = context.eviction.with_access_log(context.access_log)
         while self._is_over(state, context):
             if len(state.chunk_length) == 1:
                 raise ConfigError(
                     f"bytes_budget must have room for the {state.begin_rows.shape[1]} tokens that chunks are written "
                     f"behind and a chunk of {state.tokens}: give more, or lower chunk_tokens"
                 )
-            if context.access_log is not None:
-                context.access_log.trim(0, store)
-            place = torch.searchsorted(store.ids(0), policy.select(store, 0, 1)).cpu()
+            place = torch.searchsorted(store.ids(0), context.leaving(0, 1)).cpu()
             chunk = torch.searchsorted(state.chunk_offset, place, right=True) - 1
             places = state.places(chunk)
             for layer in range(store.layout.layers):

@@ -53,6 +53,7 @@ class DirectoryPersistence(Persistence):
     """
 
     directory: Directory
+    journal_bytes: int
 
     def __init__(self, directory: Directory, journal_bytes: int) -> None:
         self.directory = directory

@@ -36,13 +36,11 @@ def read_clock(clock: Clock) -> float:
     return seconds_of(clock(), "what the clock of a memory returns")
 
 
-def expiry_of(expires: datetime | timedelta | None, clock: Clock) -> float | None:
-    """Return when a source that is written now expires, in seconds since 1970 (UTC); None: it does not.
+def expiry_of(expires: datetime | timedelta, clock: Clock) -> float:
+    """Return when a source that is written now expires, in seconds since 1970 (UTC).
 
     Raises InputError: it is no time with a timezone, no length of time, or not after the present.
     """
-    if expires is None:
-        return None
     now = read_clock(clock)
     due = now + expires.total_seconds() if isinstance(expires, timedelta) else seconds_of(expires, "expires")
     if not now < due <= LAST:

@@ -13,7 +13,16 @@ from mplus.memory.report import ForgetReport
 from mplus.memory.sources.listing import stored
 from mplus.memory.sources.source import Source
 from mplus.memory.state import LONG_TERM, StreamState, StreamView
+from mplus.memory.transaction import Streams, distinct
 from mplus.stores.base import MemoryStore, StoreView
+
+
+def drop_source(streams: Streams, rows: Sequence[int], source: str | None, *, keep_name: bool) -> ForgetReport:
+    """Remove the rows of ``source``, and nothing else; see ``Memory.forget``. Raises as that."""
+    report = streams.change(lambda states: forget(states, streams.stores, rows, source, keep_name=keep_name))
+    for store in distinct(streams.stores):
+        streams.engine.mechanism.sync_index(store)
+    return report
 
 
 def check_known(states: Sequence[StreamState], rows: Iterable[int], source: str | None) -> None:

@@ -12,24 +12,16 @@ from torch import Tensor
 from mplus.errors import InputError
 from mplus.memory.recompute import refresh_if_stale
 from mplus.memory.report import ForgetReport, WriteReport, progress_bar
-from mplus.memory.sources.forget import check_known, forget, held, names_to_keep, with_names
+from mplus.memory.sources.forget import check_known, held, names_to_keep, with_names
 from mplus.memory.state import StreamState
 from mplus.memory.texts import Texts
-from mplus.memory.transaction import Streams, distinct, unshared
+from mplus.memory.transaction import Streams, unshared
 from mplus.memory.writing.plan import StreamWrite, check_dtype
 from mplus.memory.writing.write import write_streams
 from mplus.stores.base import MemoryStore
 
 KEPT = ("time", "last_time", "expires", "pinned", "write_id")
 """What sources keep that are written anew."""
-
-
-def drop_source(streams: Streams, rows: Sequence[int], source: str | None, *, keep_name: bool) -> ForgetReport:
-    """Remove the rows of ``source``, and nothing else; see ``Memory.forget``. Raises as that."""
-    report = streams.change(lambda states: forget(states, streams.stores, rows, source, keep_name=keep_name))
-    for store in distinct(streams.stores):
-        streams.engine.mechanism.sync_index(store)
-    return report
 
 
 def reset(streams: Streams) -> None:

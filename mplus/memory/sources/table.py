@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -24,12 +25,13 @@ class Page:
     Those of a file are decoded when they are first looked at.
     """
 
-    __slots__ = ("_columns", "_entries", "_read", "first")
+    __slots__ = ("_columns", "_entries", "_marks", "_read", "first")
 
     def __init__(self, first: int, entries: dict[int, Source] | None, read: Callable[[], dict[str, Tensor]]) -> None:
         """``read`` gives the columns."""
         self.first, self._entries, self._read = first, entries, read
         self._columns: dict[str, Tensor] | None = None
+        self._marks: Marks | None = None
 
     @staticmethod
     def of(entries: dict[int, Source]) -> Page:
@@ -48,6 +50,27 @@ class Page:
         if self._columns is None:
             self._columns = self._read()
         return self._columns
+
+    def marks(self) -> Marks:
+        """Return what the entries say of expiry and pins, which every write asks for."""
+        if self._marks is None:
+            columns = self.columns()
+            expires = columns.get("expires", torch.empty(0)).nan_to_num(nan=torch.inf).tolist()
+            pinned = columns["number"][columns["pinned"]].tolist() if "pinned" in columns else []
+            self._marks = Marks(min(expires, default=torch.inf), tuple(pinned))
+        return self._marks
+
+
+class Marks(NamedTuple):
+    """What a page says of expiry and pins.
+
+    Attributes:
+        expires: the earliest time at which an entry expires; infinite: none does.
+        pinned: numbers of the entries that are pinned.
+    """
+
+    expires: float
+    pinned: tuple[int, ...]
 
 
 class Index(NamedTuple):
@@ -122,6 +145,17 @@ class SourceTable:
         found = self._index.numbers.get(name)
         entry = None if found is None else self.get(found)
         return found if entry is not None and entry.name == name else None
+
+    @property
+    def earliest_expiry(self) -> float | None:
+        """When the next source expires, in seconds since 1970 (UTC); None: none does."""
+        found = min((page.marks().expires for page in self.pages), default=math.inf)
+        return None if found == math.inf else found
+
+    @property
+    def pinned(self) -> Tensor:
+        """``[p]`` int64, ascending: numbers of the sources that are pinned."""
+        return torch.tensor([number for page in self.pages for number in page.marks().pinned], dtype=torch.int64)
 
     def written(self, name: str | None, tokens: int, time: float | None = None) -> tuple[SourceTable, int]:
         """Return this table with one more chunk of ``tokens`` tokens under ``name``, and the source's number.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import define, field
+from attrs import define
 from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
 from mplus.memory.recompute import refresh_if_stale
 from mplus.memory.report import WriteReport
+from mplus.memory.sources.expiry import expire
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.transaction import Streams
 from mplus.memory.writing.chunking import SourceNames, Tokenizer, WriteData, check_vocabulary, split, to_names, to_rows
@@ -19,6 +21,9 @@ from mplus.memory.writing.passages import Passage, cut, to_texts, with_ids
 
 if TYPE_CHECKING:
     from mplus.memory.memory import Memory
+
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @define(frozen=True, eq=False)
@@ -45,7 +50,7 @@ class StreamWrite:
     tokenizer: Tokenizer | None = None
     passages: Sequence[str] = ()
     before: str = ""
-    facts: Mapping[str, Any] = field(factory=dict)
+    facts: Mapping[str, Any] = NOTHING
 
     def passage(self, step: int) -> Passage:
         """Return the text of one chunk, of a memory of text."""
@@ -65,8 +70,13 @@ class StreamWrite:
         return found
 
 
-def planned(memory: Memory, data: WriteData, source: SourceNames, report: WriteReport) -> list[StreamWrite]:
-    """Check all that is to be written to a memory, and cut it into chunks, none of which spans two turns."""
+def planned(
+    memory: Memory, data: WriteData, source: SourceNames, report: WriteReport, facts: Mapping[str, Any]
+) -> list[StreamWrite]:
+    """Check all that is to be written to a memory, and cut it into chunks, none of which spans two turns.
+
+    ``facts``: as of each ``StreamWrite``.
+    """
     streams, tokenizer = memory.streams, memory.tokenizer
     names = to_names(source, len(streams))
     engine, config = streams.engine, streams.engine.config
@@ -74,7 +84,10 @@ def planned(memory: Memory, data: WriteData, source: SourceNames, report: WriteR
         texts = to_texts(data, len(streams), tokenizer)
         prepare_write(streams, [row for row, own in enumerate(texts) if own])
         parts = [[part for text in own for part in cut(text, tokenizer, config.chunk_tokens)] for own in texts]
-        return [passage_write(streams, row, parts[row], names[row], report, tokenizer) for row in range(len(streams))]
+        return [
+            passage_write(streams, row, parts[row], names[row], report, tokenizer, facts=facts)
+            for row in range(len(streams))
+        ]
     rows = to_rows(data, len(streams), tokenizer)
     prepare_write(streams, [row for row, own in enumerate(rows) if own])
     writes = []
@@ -82,7 +95,7 @@ def planned(memory: Memory, data: WriteData, source: SourceNames, report: WriteR
         for ids in own:
             check_vocabulary(ids, engine.vocab_size)
         chunks = [chunk for ids in own for chunk in split(ids, config.chunk_tokens, config.min_chunk_tokens)]
-        writes.append(StreamWrite(streams, row, chunks, names[row], report, tokenizer))
+        writes.append(StreamWrite(streams, row, chunks, names[row], report, tokenizer, facts=facts))
     return writes
 
 
@@ -94,17 +107,20 @@ def passage_write(
     report: WriteReport,
     tokenizer: Tokenizer | None,
     before: str = "",
+    facts: Mapping[str, Any] = NOTHING,
 ) -> StreamWrite:
     """Return what writes passages to a stream of a memory of text. Raises InputError: ids outside the vocabulary."""
     found = with_ids(passages, tokenizer)
     for _, ids in found:
         check_vocabulary(ids, streams.engine.vocab_size)
     chunks, texts = [ids for _, ids in found], [text for text, _ in found]
-    return StreamWrite(streams, row, chunks, name, report, tokenizer, texts, before)
+    return StreamWrite(streams, row, chunks, name, report, tokenizer, texts, before, facts)
 
 
 def prepare_write(streams: Streams, rows: Sequence[int]) -> None:
     """Check that a memory can be written to, and bring the streams ``rows`` in line with the decoder's weights.
+
+    What has expired is forgotten before.
 
     Raises:
         LiveMemoryError: it cannot be changed.
@@ -112,6 +128,7 @@ def prepare_write(streams: Streams, rows: Sequence[int]) -> None:
     """
     check_dtype(streams.dtype, streams.engine.dtype)
     streams.check_writable()
+    expire(streams)
     now = streams.engine.weights()
     # Nearly every write is made with the weights of the last one: then nothing has to be compared layer by layer.
     if any(streams.states[row].weights != now for row in rows):

@@ -8,11 +8,12 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from mplus.errors import MechanismError, MemoryMismatchError, NonFiniteError
+from mplus.errors import MechanismError, MemoryFullError, MemoryMismatchError, NonFiniteError
 from mplus.eviction.base import EvictionPolicy
+from mplus.eviction.unpinned import UnpinnedRows
 from mplus.memory.state import StreamState
 from mplus.stores.access_log import AccessLog
-from mplus.stores.base import MemoryStore, StoreLayout
+from mplus.stores.base import MemoryStore, StoreLayout, StoreView
 
 Fields = tuple[str, ...]
 """The texts of one entry of a memory of text: one of a note, three of a triple."""
@@ -190,6 +191,7 @@ class WriteContext:
         ids: ``[n]`` int64, the text that the rows were made of.
         capacity: long-term rows that a layer may hold; None: no limit.
         access_log: notes on what was retrieved, where ``eviction`` goes by them.
+        pinned: ``[p]`` int64, numbers of the sources whose rows must not leave; None: there are none.
     """
 
     store: MemoryStore
@@ -199,12 +201,36 @@ class WriteContext:
     ids: Tensor | None = None
     capacity: int | None = None
     access_log: AccessLog | None = None
+    pinned: Tensor | None = None
+
+    def leaving(self, layer: int, excess: int) -> Tensor:
+        """Return the ids ``[excess]`` int64 of the rows of a list that the eviction policy lets leave, none pinned.
+
+        Raises MemoryFullError: there are not so many that may.
+        """
+        if self.access_log is not None:
+            self.access_log.trim(layer, self.store)  # rows that have left are never asked for again
+        free = self.evictable
+        if free.count(layer) < excess:
+            raise MemoryFullError(
+                f"{excess} long-term rows of layer {layer} must leave, and only {free.count(layer)} are not of pinned "
+                "sources: unpin or forget a source, or give the memory more capacity; the chunk was not written"
+            )
+        return self.eviction.with_access_log(self.access_log).select(free, layer, excess)
+
+    @property
+    def evictable(self) -> StoreView:
+        """The long-term rows that may leave: all but those of pinned sources."""
+        return self.store if self.pinned is None else UnpinnedRows(self.store, self.pinned)
 
     def evict(self) -> list[int]:
         """Remove the rows of each list of the store that are beyond its capacity, as the eviction policy chooses.
 
         Returns:
             How many left each list.
+
+        Raises:
+            MemoryFullError: too many of the others are pinned.
         """
         store, evicted = self.store, [0] * self.store.layout.layers
         if self.capacity is None:
@@ -212,8 +238,6 @@ class WriteContext:
         for layer in range(len(evicted)):
             excess = store.count(layer) - self.capacity
             if excess > 0:
-                if self.access_log is not None:
-                    self.access_log.trim(layer, store)  # rows that have left are never asked for again
-                store.remove(layer, self.eviction.with_access_log(self.access_log).select(store, layer, excess))
+                store.remove(layer, self.leaving(layer, excess))
                 evicted[layer] = excess
         return evicted

@@ -5,28 +5,44 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Literal, overload
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from attrs import evolve
 from torch import Tensor
 
-from mplus.errors import InputError, MechanismError, MemoryMismatchError, NotSupported, WriteTogetherError
+from mplus.errors import (
+    InputError,
+    MechanismError,
+    MemoryFullError,
+    MemoryMismatchError,
+    NotSupported,
+    WriteTogetherError,
+)
 from mplus.memory.report import WriteReport, progress_bar
 from mplus.memory.sources.clock import read_clock
+from mplus.memory.sources.expiry import check_room, facts_of
 from mplus.memory.state import StreamState, alike
 from mplus.memory.transaction import Streams
 from mplus.memory.writing.chunking import SourceNames, Tokenizer, WriteData, check_chunk, check_vocabulary, to_names
-from mplus.memory.writing.plan import StreamWrite, planned, prepare_write
+from mplus.memory.writing.plan import NOTHING, StreamWrite, planned, prepare_write
 from mplus.memory.writing.update import NewEntries, Update, WriteContext, check_absorbed, check_finite
 
 if TYPE_CHECKING:
     from mplus.memory.memory import Memory
 
 
-def write(memory: Memory, data: WriteData, source: SourceNames, progress: bool | None) -> WriteReport:
+def write(
+    memory: Memory,
+    data: WriteData,
+    source: SourceNames,
+    expires: datetime | timedelta | None,
+    progress: bool | None,
+) -> WriteReport:
     """Write to one memory; see ``Memory.write``."""
-    (report,), errors = _write([memory], [data], [source], progress)
+    facts = facts_of(memory.streams, expires)
+    (report,), errors = _write([memory], [data], [source], progress, facts)
     for error in errors.values():
         raise error
     return report
@@ -101,7 +117,11 @@ def write_together(
 
 
 def _write(
-    memories: Sequence[Memory], data: Sequence[WriteData], sources: Sequence[SourceNames], progress: bool | None
+    memories: Sequence[Memory],
+    data: Sequence[WriteData],
+    sources: Sequence[SourceNames],
+    progress: bool | None,
+    facts: Mapping[str, Any] = NOTHING,
 ) -> tuple[list[WriteReport], dict[int, Exception]]:
     """Return what was written to each memory, and what failed, by position of the memory in the list."""
     begun = time.perf_counter()
@@ -111,7 +131,7 @@ def _write(
     for position, memory in enumerate(memories):
         try:
             _check_one(memories, position, positions)
-            writes += planned(memory, data[position], sources[position], reports[position])
+            writes += planned(memory, data[position], sources[position], reports[position], facts)
             positions[id(memory.streams)] = position
         except Exception as error:  # noqa: BLE001 - handed to the caller, once the others have been written
             errors[position] = error
@@ -170,7 +190,7 @@ def _write_all(writes: Sequence[StreamWrite], advance: Callable[[int], None]) ->
     Returns:
         What failed, by id of the memory's ``Streams``: nothing more was written to that one.
     """
-    failed: dict[int, Exception] = {}
+    failed = _without_room(writes)
     for step in range(max((len(write.chunks) for write in writes), default=0)):
         present = [write for write in writes if step < len(write.chunks) and id(write.streams) not in failed]
         chunks = [write.chunks[step] for write in present]
@@ -181,6 +201,17 @@ def _write_all(writes: Sequence[StreamWrite], advance: Callable[[int], None]) ->
                 ids = torch.stack([chunks[at] for at in sound])
                 failed |= _write_pass([present[at] for at in sound], ids, turns, step)
             advance(sum(len(chunks[at]) for at in group))
+    return failed
+
+
+def _without_room(writes: Sequence[StreamWrite]) -> dict[int, Exception]:
+    """Return the memories in which pinned rows leave no room for what is to be written, before anything changes."""
+    failed: dict[int, Exception] = {}
+    for write in writes:
+        try:
+            check_room(write.streams, [write.row] if write.chunks else [])
+        except MemoryFullError as error:
+            failed[id(write.streams)] = error
     return failed
 
 
@@ -277,7 +308,7 @@ def apply_write(
             state, number = write.state.with_source(write.name, tokens, now, write.facts)
             state = state.with_text(text, number, turn)
             try:
-                absorbed = mechanism.absorb(state, rows, number, _context(streams, row, text))
+                absorbed = mechanism.absorb(state, rows, number, _context(streams, row, state, text))
             except (IndexError, InputError) as error:  # of a store that was given rows it has no room for, say
                 raise MechanismError(f"the mechanism {mechanism.name!r}: absorb failed: {error}") from error
             check_absorbed(absorbed, state, streams.stores[row].layout, mechanism.name)
@@ -291,8 +322,8 @@ def apply_write(
     streams.persistence.after_write(streams)
 
 
-def _context(streams: Streams, row: int, ids: Tensor) -> WriteContext:
-    engine, generator = streams.engine, streams.generators[row]
+def _context(streams: Streams, row: int, state: StreamState, ids: Tensor) -> WriteContext:
+    engine, generator, pinned = streams.engine, streams.generators[row], state.sources.pinned
 
     def keys(layer: int, hidden: Tensor) -> Tensor | None:
         made = engine.keys(layer, hidden)
@@ -308,4 +339,5 @@ def _context(streams: Streams, row: int, ids: Tensor) -> WriteContext:
         ids=ids,
         capacity=streams.budget.capacity,
         access_log=streams.access_logs[row],
+        pinned=pinned if len(pinned) else None,
     )

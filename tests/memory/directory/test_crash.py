@@ -7,6 +7,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from mplus.errors import LiveMemoryError, MemoryFileError
 from mplus.memory import Memory
@@ -21,10 +22,14 @@ if TYPE_CHECKING:
 
 
 MODEL = PlainModel()
+LONG = torch.cat([chunk(number) for number in (50, 51, 52)])
 CHANGES: dict[str, Callable[[Any], object]] = {
     "write": lambda memory: memory.write([chunk(50), chunk(51)], source="new"),
     "forget": lambda memory: memory.forget("b"),
     "reset": lambda memory: memory.reset(),
+    "pin": lambda memory: memory.pin("a"),
+    "replace": lambda memory: memory.replace("b", [chunk(50), chunk(51)]),
+    "all or nothing": lambda memory: memory.write([LONG, chunk(51)], source="new", atomic=True),
     "checkpoint": lambda memory: memory.directory and memory.checkpoint(),  # forks have nothing to do
 }
 

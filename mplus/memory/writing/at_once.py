@@ -1,0 +1,75 @@
+"""Writes that come to be as one change: a whole text or none of it, alone or in the place of another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from attrs import evolve
+
+from mplus.memory.draft import adopt_draft, draft_of
+from mplus.memory.report import WriteReport, progress_bar
+from mplus.memory.sources.expiry import facts_of
+from mplus.memory.sources.forget import drop_source
+from mplus.memory.transaction import Streams
+from mplus.memory.writing.chunking import SourceNames, WriteData
+from mplus.memory.writing.plan import StreamWrite, planned
+from mplus.memory.writing.write import write_streams
+
+if TYPE_CHECKING:
+    from mplus.memory.memory import Memory
+
+
+def write_at_once(
+    streams: Streams, writes: Sequence[StreamWrite], advance: Callable[[int], None], *, replaced: bool = False
+) -> None:
+    """Write all chunks to streams of one memory as one change; the caller holds the write lock.
+
+    Args:
+        streams: of the memory; reads see them as they were until all is written.
+        writes: of these streams.
+        advance: called with the tokens of each chunk.
+        replaced: forget in the same change what was written under the names before; what was said of these sources,
+            that they are pinned and when they expire, holds on.
+
+    Raises as ``Memory.write``; then nothing was written and nothing forgotten.
+    """
+    draft = draft_of(streams)
+    anew = [evolve(write, streams=draft, facts=_facts(write, replaced=replaced)) for write in writes]
+    for write in writes if replaced else ():
+        if write.chunks and streams.states[write.row].sources.find(write.name) is not None:
+            drop_source(draft, [write.row], write.name, keep_name=False)
+    write_streams(anew, advance)
+    adopt_draft(streams, draft, removed=replaced)
+
+
+def _facts(write: StreamWrite, *, replaced: bool) -> dict[str, Any]:
+    sources = write.streams.states[write.row].sources
+    number = sources.find(write.name) if replaced else None
+    kept = {} if number is None else {"pinned": sources[number].pinned, "expires": sources[number].expires}
+    return {**kept, **write.facts}
+
+
+def write_whole(
+    memory: Memory,
+    data: WriteData,
+    source: SourceNames,
+    expires: datetime | timedelta | None,
+    progress: bool | None,
+    *,
+    replaced: bool = False,
+) -> WriteReport:
+    """Write a text to one memory as one change; see ``Memory.write`` (atomic) and ``Memory.replace`` (replaced)."""
+    begun, streams = time.perf_counter(), memory.streams
+    report = WriteReport.nothing(len(streams))
+    with streams.write_lock:
+        writes = planned(memory, data, source, report, facts_of(streams, expires))
+        steps = max(len(write.chunks) for write in writes)
+        total = sum(len(ids) for write in writes for ids in write.chunks)
+        with progress_bar("replacing" if replaced else "writing", total, progress, steps=steps) as advance:
+            write_at_once(streams, writes, advance, replaced=replaced)
+        if replaced:
+            streams.persistence.check_removed()
+    return evolve(report, seconds=time.perf_counter() - begun)
