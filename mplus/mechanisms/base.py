@@ -179,6 +179,18 @@ class MemoryMechanism(Mechanism):
         """
         return self.State()
 
+    def chunks(self, ids: Tensor, tokenizer: Any) -> list[Tensor] | None:
+        """Return the chunks that a text is cut into when it is written; None, the default: chunks of one size.
+
+        A chunk has to be the same whatever comes behind the ``chunk_tokens + 1`` tokens from its first one on, so that
+        a text can be written in pieces.
+
+        Args:
+            ids: ``[n]`` int64 of one text, or of one turn of a conversation; at least one.
+            tokenizer: of the memory; None: it has none.
+        """
+        return None
+
     @abstractmethod
     def write(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Update:
         """Make new rows of one chunk of each stream; nothing of the streams may be changed.

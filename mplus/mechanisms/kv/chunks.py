@@ -2,63 +2,70 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 from torch import Tensor
 
-SENTENCE_ENDS = tuple(".!?。！？…")
-CLOSERS = "\"'”’)]}»"
+SENTENCE_ENDS = tuple(".!?…")
+WIDE_ENDS = tuple("。！？")
+CLOSERS = "\"'”’)]}»」』"
 """What may stand between the end of a sentence and the space behind it."""
+LOOK_BACK = 3
+"""Tokens that the end of a sentence, with what closes it, may consist of."""
 
 Decode = Callable[[Sequence[int]], str]
 """Turns ids into text."""
 
 
 def cut_at_sentences(ids: Tensor, most: int, decode: Decode) -> list[Tensor]:
-    """Cut ``[n]`` ids into chunks of whole sentences, as many in each as ``most`` tokens hold.
+    r"""Cut ``[n]`` ids into chunks of whole sentences, as many in each as ``most`` tokens hold.
 
-    A sentence of more than ``most`` tokens is cut where a word ends, or, where there is no such place, after ``most``.
+    Where no sentence ends within ``most`` tokens, a chunk ends with a line, else with a word, else after ``most``. A
+    chunk is the same whatever comes behind the ``most + 1`` tokens from its first one on.
 
     Args:
         ids: of one text, at least one.
         most: tokens of a chunk.
-        decode: the tokenizer's, for single ids too.
+        decode: the tokenizer's.
 
     Example:
         >>> words = "It rained . We stayed in . Then the sun came out .".split()
-        >>> chunks = cut_at_sentences(torch.arange(12), 7, lambda some: " " + words[some[0]])
+        >>> chunks = cut_at_sentences(torch.arange(12), 7, lambda some: "".join(" " + words[one] for one in some))
         >>> [len(chunk) for chunk in chunks]
         [7, 5]
     """
-    whole, words = _ends(ids.tolist(), decode)
+    numbers, known = ids.tolist(), dict[int, str]()
     chunks, begin = [], 0
-    while len(ids) - begin > most:
-        limit = begin + most
-        end = next((end for end in (_last(whole, limit), _last(words, limit)) if end > begin), limit)
+    while len(numbers) - begin > most:
+        pieces = [_piece(number, decode, known) for number in numbers[begin : begin + most + 1]]
+        end = begin + _best_end(pieces)
         chunks.append(ids[begin:end])
         begin = end
     return [*chunks, ids[begin:]]
 
 
-def _last(places: Sequence[int], limit: int) -> int:
-    """Return the last of ascending places that is at most ``limit``; 0 where there is none."""
-    number = bisect_right(places, limit)
-    return places[number - 1] if number else 0
+def _piece(number: int, decode: Decode, known: dict[int, str]) -> str:
+    """Return the text of one token as it is inside of a text: many tokenizers drop a space in front of the first."""
+    if number not in known:
+        known[number] = decode([number, number])[len(decode([number])) :]
+    return known[number]
 
 
-def _ends(ids: list[int], decode: Decode) -> tuple[list[int], list[int]]:
-    """Return the places behind which a sentence or a line ends, and those behind which a word ends."""
-    known = {number: decode([number]) for number in set(ids)}
-    pieces = [known[number] for number in ids]
-    sentences, words = [], []
-    for place, (piece, following) in enumerate(pairwise(pieces), 1):
-        apart = piece[-1:].isspace() or following[:1].isspace()
-        if apart:
-            words.append(place)
-        # A closing quote may be a token of its own: what it closes counts.
-        bare = "".join(pieces[max(place - 3, 0) : place]).rstrip().rstrip(CLOSERS)
-        if "\n" in piece or (apart and bare.endswith(SENTENCE_ENDS)):
-            sentences.append(place)
-    return sentences, words
+def _best_end(pieces: Sequence[str]) -> int:
+    """Return how many of the tokens make up a chunk; the last one is not of it in any case."""
+    line = word = 0
+    for place in range(len(pieces) - 1, 0, -1):
+        piece, apart = pieces[place - 1], pieces[place][:1].isspace()
+        behind = "".join(pieces[max(place - LOOK_BACK, 0) : place])
+        apart = apart or piece[-1:].isspace()
+        if _ends_sentence(behind, apart):
+            return place
+        line = line or (place if "\n" in piece else 0)
+        word = word or (place if apart else 0)
+    return line or word or len(pieces) - 1
+
+
+def _ends_sentence(behind: str, apart: bool) -> bool:
+    """Return whether a sentence or a paragraph ends with the text ``behind``, in front of a space if ``apart``."""
+    bare = behind.rstrip().rstrip(CLOSERS)
+    return behind.endswith("\n\n") or bare.endswith(WIDE_ENDS) or (apart and bare.endswith(SENTENCE_ENDS))

@@ -15,6 +15,7 @@ from mplus.errors import ConfigError, InputError
 from mplus.mechanisms.base import Kept, MemoryMechanism
 from mplus.mechanisms.decoder import Decoder, Project, Text
 from mplus.mechanisms.kv.chat import ChatFormat
+from mplus.mechanisms.kv.chunks import cut_at_sentences
 from mplus.mechanisms.kv.front import Front
 from mplus.mechanisms.kv.retrieval import ChunkBudget, choose_chunks
 from mplus.mechanisms.kv.state import KvState, state_of
@@ -127,6 +128,11 @@ class KvMechanism(MemoryMechanism):
                 f"memory_tokens_per_chunk means nothing to the mechanism {cls.name!r} (every token is a row, so it is "
                 f"chunk_tokens, {chunk}), got {config.memory_tokens_per_chunk}: leave it out"
             )
+        if config.min_chunk_tokens not in (None, 1, shortest_chunk(chunk)):  # the last: of earlier versions
+            raise ConfigError(
+                f"min_chunk_tokens means nothing to the mechanism {cls.name!r}, which takes texts of any length, got "
+                f"{config.min_chunk_tokens}: leave it out"
+            )
         for name, size in (("retrieved_tokens", retrieved), ("long_term_tokens", config.long_term_tokens)):
             if size is not None and size < chunk:
                 raise ConfigError(
@@ -136,7 +142,7 @@ class KvMechanism(MemoryMechanism):
         return evolve(
             config,
             chunk_tokens=chunk,
-            min_chunk_tokens=config.min_chunk_tokens or shortest_chunk(chunk),
+            min_chunk_tokens=1,
             memory_tokens_per_chunk=chunk,
             retrieved_tokens=retrieved,
             retriever=cls.default_retriever if config.retriever == LEFT_OUT else config.retriever,
@@ -156,8 +162,11 @@ class KvMechanism(MemoryMechanism):
         return begin * layout.projected_size * layout.dtype.itemsize
 
     def bytes_beside(self, rows: int) -> int:
-        """Return the bytes of the chunk table: 4 for every token, and 24 for every chunk."""
-        return 4 * rows + 24 * -(-rows // self.config.min_chunk_tokens)
+        """Return the bytes of the chunk table of so many tokens: 4 for each, and 24 for a chunk, which is one at least.
+
+        What more it takes is counted when chunks leave.
+        """
+        return 4 * rows + 24 * rows
 
     def new_state(self, layout: StoreLayout, columns: Columns | None = None) -> KvState:
         if layout.expiry:
@@ -187,6 +196,12 @@ class KvMechanism(MemoryMechanism):
             if ids and not len(getattr(found, name))
         }
         return evolve(found, **news) if news else found
+
+    def chunks(self, ids: Tensor, tokenizer: Any) -> list[Tensor]:
+        """Cut behind sentences, lines or words; without a tokenizer, behind every ``chunk_tokens``."""
+        if tokenizer is None:
+            return list(ids.split(self.config.chunk_tokens))
+        return cut_at_sentences(ids, self.config.chunk_tokens, tokenizer.decode)
 
     def write(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Update:
         """Run one pass over a chunk of every stream, behind its begin and the chunks before it that ``behind`` says."""

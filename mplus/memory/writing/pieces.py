@@ -11,11 +11,12 @@ from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.errors import InputError
+from mplus.memory.engine import Engine
 from mplus.memory.report import LONG, WriteReport, progress_bar
 from mplus.memory.transaction import Streams
 from mplus.memory.writing.chunking import Ids, Tokenizer, check_vocabulary, split, to_names, to_rows
 from mplus.memory.writing.passages import PassageCutter, to_text
-from mplus.memory.writing.plan import StreamWrite, passage_write, prepare_write
+from mplus.memory.writing.plan import StreamWrite, cut_ids, passage_write, prepare_write
 from mplus.memory.writing.write import write_streams
 
 
@@ -36,10 +37,10 @@ def write_pieces(
     if isinstance(pieces, str | bytes | torch.Tensor) or not isinstance(pieces, Iterable):
         raise InputError(f"pieces must be an iterable of texts or ids, got {type(pieces).__name__}")
     (name,) = to_names(source, 1)
-    config, vocabulary = streams.engine.config, streams.engine.vocab_size
+    vocabulary = streams.engine.vocab_size
     prepare_write(streams, [0])
     report = WriteReport.nothing(1)
-    cutter = Cutter(config.chunk_tokens, config.min_chunk_tokens)
+    cutter = cutter_of(streams.engine, tokenizer)
     with streams.write_lock, progress_bar("writing", None, progress, steps=LONG) as advance:
         if streams.engine.writes_text:
             _write_texts(streams, tokenizer, pieces, name, report, advance)
@@ -79,6 +80,48 @@ def tokenised(pieces: Iterable[str | Ids], tokenizer: Tokenizer | None) -> Itera
         if not isinstance(piece, str) or piece:
             (texts,) = to_rows(piece, 1, tokenizer)
             yield from texts
+
+
+def cutter_of(engine: Engine, tokenizer: Tokenizer | None) -> Cutter | OwnCutter:
+    """Return what cuts a text that arrives bit by bit as the mechanism would cut all of it."""
+    config, probe = engine.config, torch.zeros(1, dtype=torch.int64)
+    if not engine.writes_text and engine.mechanism.chunks(probe, tokenizer) is not None:
+        return OwnCutter(engine, tokenizer)
+    return Cutter(config.chunk_tokens, config.min_chunk_tokens)
+
+
+@define(eq=False)
+class OwnCutter:
+    """A cutter of ids that arrive bit by bit, into the chunks that the mechanism cuts all of them into.
+
+    Attributes:
+        engine: whose mechanism cuts.
+        tokenizer: of the memory.
+        held: ids that may still be cut in more than one way.
+    """
+
+    engine: Engine
+    tokenizer: Tokenizer | None
+    held: Tensor = field(factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    def cut(self, ids: Tensor) -> list[Tensor]:
+        """Return the chunks that are certain, whatever comes behind ``ids``."""
+        held = torch.cat([self.held, ids])
+        settled: list[Tensor] = []
+        begin = 0
+        for chunk in cut_ids(self.engine, held, self.tokenizer):
+            if begin + self.engine.config.chunk_tokens >= len(held):
+                break
+            settled.append(chunk)
+            begin += len(chunk)
+        self.held = held[begin:].clone()
+        return settled
+
+    def rest(self) -> list[Tensor]:
+        """Return the last chunks. Raises InputError: there were no ids at all."""
+        if not len(self.held):
+            raise InputError("there is nothing to write: the text or ids are empty")
+        return cut_ids(self.engine, self.held, self.tokenizer)
 
 
 @define(eq=False)

@@ -10,7 +10,8 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from mplus.errors import MemoryMismatchError
+from mplus.errors import MechanismError, MemoryMismatchError
+from mplus.memory.engine import Engine
 from mplus.memory.recompute import refresh_if_stale
 from mplus.memory.report import WriteReport
 from mplus.memory.sources.expiry import expire
@@ -94,9 +95,29 @@ def planned(
     for row, own in enumerate(rows):
         for ids in own:
             check_vocabulary(ids, engine.vocab_size)
-        chunks = [chunk for ids in own for chunk in split(ids, config.chunk_tokens, config.min_chunk_tokens)]
+        chunks = [chunk for ids in own for chunk in cut_ids(engine, ids, tokenizer)]
         writes.append(StreamWrite(streams, row, chunks, names[row], report, tokenizer, facts=facts))
     return writes
+
+
+def cut_ids(engine: Engine, ids: Tensor, tokenizer: Tokenizer | None) -> list[Tensor]:
+    """Return the chunks of a text ``[n]``, as the mechanism cuts it, or of one size.
+
+    Raises:
+        InputError: as ``split``.
+        MechanismError: the mechanism cuts it into something else.
+    """
+    mechanism, config = engine.mechanism, engine.config
+    chunks: list[Tensor] | None = mechanism.chunks(ids, tokenizer)
+    if chunks is None:
+        return split(ids, config.chunk_tokens, config.min_chunk_tokens)
+    sizes = list(map(len, chunks))
+    if not sizes or min(sizes) < 1 or max(sizes) > config.chunk_tokens or sum(sizes) != len(ids):
+        raise MechanismError(
+            f"the mechanism {mechanism.name!r}: chunks must cut {len(ids)} tokens into pieces of 1 to chunk_tokens "
+            f"({config.chunk_tokens}), got pieces of {sizes}"
+        )
+    return chunks
 
 
 def passage_write(

@@ -139,6 +139,7 @@ def test_chunks_whose_ids_stand_in_the_prompt_are_not_brought_back() -> None:
         ({"memory_rows": "hidden"}, "memory_rows must be one of 'projected' or 'auto'"),
         ({"retrieved_tokens": 4}, r"retrieved_tokens must be at least chunk_tokens \(8\)"),
         ({"long_term_tokens": 0}, r"long_term_tokens must be at least chunk_tokens \(8\)"),
+        ({"min_chunk_tokens": 3}, "min_chunk_tokens means nothing to the mechanism .kv., .* got 3: leave it out"),
         ({"begin": [1.5]}, "begin must be a list of token ids"),
         ({"begin": "no"}, "begin must be a list of token ids"),
         ({"retriever": {"name": "words", "b": 2}}, "b must be a number from 0 to 1"),
@@ -156,7 +157,7 @@ def test_what_means_nothing_is_refused_by_name(change: dict[str, Any], message: 
 def test_sizes_left_open_are_its_own() -> None:
     model = mplus.wrap(tiny.BY_NAME["llama"].build(0), {"mechanism": "kv"})
     config = model.mplus_config
-    assert (config.chunk_tokens, config.retrieved_tokens, config.min_chunk_tokens) == (64, 128, 16)
+    assert (config.chunk_tokens, config.retrieved_tokens, config.min_chunk_tokens) == (64, 128, 1)
     assert (config.memory_tokens_per_chunk, config.short_term_tokens, config.adapters) == (64, None, None)
     assert "short_term" not in model.mplus_summary()
     with pytest.warns(MemorySizeWarning, match=r"retrieved_tokens \(200\) rows .* 256 positions"):
