@@ -20,7 +20,14 @@ class ShortTerm(MechanismConformance):
     settings: ClassVar[dict[str, int]] = SHORT_TERM
 
 
-SPECIAL = {"mplus": ShortTerm, "memoryllm": ShortTerm}
+ANY_LENGTH = {"min_chunk_tokens": 1}
+
+
+class AnyLength(MechanismConformance):
+    settings: ClassVar[dict[str, int]] = ANY_LENGTH
+
+
+SPECIAL = {"mplus": ShortTerm, "memoryllm": ShortTerm, "kv": AnyLength}
 globals().update(suites(MechanismConformance, MECHANISMS, SPECIAL, of=MemoryMechanism))
 globals().update(suites(TextMechanismConformance, MECHANISMS, of=TextMechanism))
 
@@ -34,7 +41,9 @@ def in_dtype(dtype: torch.dtype) -> dict[str, type]:
     title = str(dtype).removeprefix("torch.").capitalize()
     plain = type(f"Memory{title}", (MechanismMemory,), {"dtype": dtype})
     short = type(f"Short{title}", (MechanismMemory,), {"dtype": dtype, "settings": SHORT_TERM})
-    found = suites(plain, MECHANISMS, {"mplus": short, "memoryllm": short}, of=MemoryMechanism)
+    any_length = type(f"AnyLength{title}", (MechanismMemory,), {"dtype": dtype, "settings": ANY_LENGTH})
+    special = {"mplus": short, "memoryllm": short, "kv": any_length}
+    found = suites(plain, MECHANISMS, special, of=MemoryMechanism)
     return {**found, f"TestGists{title}": type(f"TestGists{title}", (plain,), {"implementation": GistMechanism})}
 
 
