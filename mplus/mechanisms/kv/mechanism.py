@@ -10,7 +10,7 @@ from attrs import define, evolve, field
 from torch import Tensor, nn
 
 from mplus.backends.base import Segment
-from mplus.config import ADAPTERS, Component, MPlusConfig, one_of, shortest_chunk, whole
+from mplus.config import Component, MPlusConfig, one_of, whole
 from mplus.errors import ConfigError, InputError
 from mplus.mechanisms.base import Kept, MemoryMechanism
 from mplus.mechanisms.decoder import Decoder, Project, Text
@@ -18,6 +18,7 @@ from mplus.mechanisms.kv.chat import ChatFormat
 from mplus.mechanisms.kv.chunks import cut_at_sentences
 from mplus.mechanisms.kv.front import Front
 from mplus.mechanisms.kv.retrieval import ChunkBudget, choose_chunks
+from mplus.mechanisms.kv.settle import settled
 from mplus.mechanisms.kv.state import KvState, state_of
 from mplus.mechanisms.opened import Opened, Retrieved
 from mplus.mechanisms.root import Absorbed, Columns
@@ -28,18 +29,6 @@ from mplus.retrievers.chunks import CHUNK_RETRIEVERS
 from mplus.retrievers.chunks.base import Chunks, Query
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
-
-UNUSED = {
-    "short_term_tokens": (None, "there is no short-term memory"),
-    "variant": ("paper", "there are no published weights to follow"),
-    "drop_per_layer": (True, "nothing is dropped at random"),
-    "memory_positions": ("auto", "the rows sit at consecutive positions in front of the text"),
-    "position_span": (None, "the rows sit at consecutive positions in front of the text"),
-}
-"""Fields of a config that mean nothing here: their values when they are left out, and why."""
-
-LEFT_OUT = Component("linear")
-"""The retriever of a config that says nothing of it, which is one of rows."""
 
 
 def _ids(value: Any) -> Any:
@@ -111,43 +100,7 @@ class KvMechanism(MemoryMechanism):
 
     @classmethod
     def settle(cls, config: MPlusConfig, room: int | None) -> MPlusConfig:
-        for name, (left_out, why) in UNUSED.items():
-            if getattr(config, name) != left_out:
-                raise ConfigError(
-                    f"{name} means nothing to the mechanism {cls.name!r} ({why}), got {getattr(config, name)!r}: "
-                    "leave it out"
-                )
-        most = cls.sizes["retrieved_tokens"] if room is None else min(cls.sizes["retrieved_tokens"], room)
-        retrieved: int | None = config.retrieved_tokens
-        chunk = config.chunk_tokens
-        if chunk is None:
-            chunk = max(min(cls.sizes["chunk_tokens"], most // 2 if retrieved is None else retrieved), 1)
-        retrieved = max(most, chunk) if retrieved is None else retrieved
-        if config.memory_tokens_per_chunk not in (None, chunk):
-            raise ConfigError(
-                f"memory_tokens_per_chunk means nothing to the mechanism {cls.name!r} (every token is a row, so it is "
-                f"chunk_tokens, {chunk}), got {config.memory_tokens_per_chunk}: leave it out"
-            )
-        if config.min_chunk_tokens not in (None, 1, shortest_chunk(chunk)):  # the last: of earlier versions
-            raise ConfigError(
-                f"min_chunk_tokens means nothing to the mechanism {cls.name!r}, which takes texts of any length, got "
-                f"{config.min_chunk_tokens}: leave it out"
-            )
-        for name, size in (("retrieved_tokens", retrieved), ("long_term_tokens", config.long_term_tokens)):
-            if size is not None and size < chunk:
-                raise ConfigError(
-                    f"{name} must be at least chunk_tokens ({chunk}) with the mechanism {cls.name!r}, which keeps and "
-                    f"brings back whole chunks, got {size}"
-                )
-        return evolve(
-            config,
-            chunk_tokens=chunk,
-            min_chunk_tokens=1,
-            memory_tokens_per_chunk=chunk,
-            retrieved_tokens=retrieved,
-            retriever=cls.default_retriever if config.retriever == LEFT_OUT else config.retriever,
-            adapters=None if config.adapters is ADAPTERS else config.adapters,
-        )
+        return settled(config, room, cls.sizes, cls.default_retriever)
 
     @property
     def isolated_sources(self) -> bool:

@@ -1,0 +1,72 @@
+"""The configuration of a memory of keys and values: what is left open, and what means nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from attrs import evolve
+
+from mplus.config import ADAPTERS, Component, MPlusConfig, shortest_chunk
+from mplus.errors import ConfigError
+
+UNUSED = {
+    "short_term_tokens": (None, "there is no short-term memory"),
+    "variant": ("paper", "there are no published weights to follow"),
+    "drop_per_layer": (True, "nothing is dropped at random"),
+    "memory_positions": ("auto", "the rows sit at consecutive positions in front of the text"),
+    "position_span": (None, "the rows sit at consecutive positions in front of the text"),
+}
+"""Fields of a config that mean nothing here: their values when they are left out, and why."""
+
+LEFT_OUT = Component("linear")
+"""The retriever of a config that says nothing of it, which is one of rows."""
+
+
+def settled(config: MPlusConfig, room: int | None, sizes: Mapping[str, int], retriever: Component) -> MPlusConfig:
+    """Return ``config`` with everything said; see ``MemoryMechanism.settle``.
+
+    Args:
+        config: as it was given to ``wrap``.
+        room: positions of the decoder that memory should take at most; None: there is no limit.
+        sizes: those that are used where a config leaves them open, as far as there is room.
+        retriever: likewise.
+
+    Raises:
+        ConfigError: a field is set that means nothing to the mechanism, or a size is too small.
+    """
+    for name, (left_out, why) in UNUSED.items():
+        if getattr(config, name) != left_out:
+            raise ConfigError(
+                f"{name} means nothing to the mechanism 'kv' ({why}), got {getattr(config, name)!r}: leave it out"
+            )
+    most = sizes["retrieved_tokens"] if room is None else min(sizes["retrieved_tokens"], room)
+    retrieved: int | None = config.retrieved_tokens
+    chunk = config.chunk_tokens
+    if chunk is None:
+        chunk = max(min(sizes["chunk_tokens"], most // 2 if retrieved is None else retrieved), 1)
+    retrieved = max(most, chunk) if retrieved is None else retrieved
+    if config.memory_tokens_per_chunk not in (None, chunk):
+        raise ConfigError(
+            f"memory_tokens_per_chunk means nothing to the mechanism 'kv' (every token is a row, so it is "
+            f"chunk_tokens, {chunk}), got {config.memory_tokens_per_chunk}: leave it out"
+        )
+    if config.min_chunk_tokens not in (None, 1, shortest_chunk(chunk)):  # the last: of earlier versions
+        raise ConfigError(
+            f"min_chunk_tokens means nothing to the mechanism 'kv', which takes texts of any length, got "
+            f"{config.min_chunk_tokens}: leave it out"
+        )
+    for name, size in (("retrieved_tokens", retrieved), ("long_term_tokens", config.long_term_tokens)):
+        if size is not None and size < chunk:
+            raise ConfigError(
+                f"{name} must be at least chunk_tokens ({chunk}) with the mechanism 'kv', which keeps and "
+                f"brings back whole chunks, got {size}"
+            )
+    return evolve(
+        config,
+        chunk_tokens=chunk,
+        min_chunk_tokens=1,
+        memory_tokens_per_chunk=chunk,
+        retrieved_tokens=retrieved,
+        retriever=retriever if config.retriever == LEFT_OUT else config.retriever,
+        adapters=None if config.adapters is ADAPTERS else config.adapters,
+    )
