@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from attrs import define, evolve
+from attrs import define, evolve, field
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -30,8 +30,28 @@ BASES = ("eager", "sdpa")
 PREFIX = "mplus_"
 
 
-CAPTURE = object()
+CAPTURE: Literal["capture"] = "capture"
 """Passed as ``mplus_memory``: do not attend, raise ``Captured``."""
+Weighted = tuple[Tensor, Tensor | None]
+"""What attention gives: output ``[B, T, H, Dv]``, and weights ``[B, H, T, S]`` where the function makes them."""
+
+
+@define(eq=False)
+class ModuleCall:
+    """The arguments of one call of a module of the decoder: of its attention, say.
+
+    Attributes:
+        args, kwargs: as the decoder passes them.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(factory=dict)
+
+    @property
+    def hidden(self) -> Tensor:
+        """Return the hidden states ``[B, T, d]``: the argument of this name, else the first one."""
+        hidden: Tensor = self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0]
+        return hidden
 
 
 class Captured(Exception):
@@ -52,13 +72,15 @@ class CaptureCache(Cache):
 
     def __init__(self) -> None: ...
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int = 0, *args: Tensor, **kwargs: Tensor
+    ) -> tuple[Tensor, Tensor]:
         raise Captured(key_states, value_states)
 
-    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
 
-    def get_mask_sizes(self, query_length: int, *args: Any) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return query_length, 0
 
 
@@ -97,7 +119,7 @@ def register() -> None:
         AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
 
 
-def _with_memory(base: str) -> Callable[..., Any]:
+def _with_memory(base: str) -> Callable[..., Weighted]:
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -105,13 +127,14 @@ def _with_memory(base: str) -> Callable[..., Any]:
         value: Tensor,
         attention_mask: Tensor | None = None,
         *args: Any,
-        mplus_memory: Any = None,
+        mplus_memory: AttendedMemory | Literal["capture"] | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Weighted:
         if mplus_memory is None:
             function = ALL_ATTENTION_FUNCTIONS[base] if base != "eager" else _eager(module)
-            return function(module, query, key, value, attention_mask, *args, **kwargs)
-        if mplus_memory is CAPTURE:
+            found: Weighted = function(module, query, key, value, attention_mask, *args, **kwargs)
+            return found
+        if isinstance(mplus_memory, str):
             raise Captured(key, value, query, kwargs.get("scaling"))
         return _attend(module, query, key, value, attention_mask, mplus_memory, base == "eager", kwargs)
 
@@ -128,7 +151,7 @@ def _attend(
     memory: AttendedMemory,
     need_weights: bool,
     kwargs: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:
+) -> Weighted:
     if kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
         which = "position_bias" if kwargs.get("position_bias") is not None else "cache (paged attention)"
         raise NotSupported(f"{type(module).__name__} passes {which} to attention, which a memory cannot honour")
@@ -155,10 +178,11 @@ def _attend(
     return result.output.transpose(1, 2).contiguous(), result.weights
 
 
-def _eager(module: nn.Module) -> Callable[..., Any]:
+def _eager(module: nn.Module) -> Callable[..., Weighted]:
     """Return the architecture's own eager attention: a function of the file that defines the attention class."""
     for cls in type(module).__mro__:
-        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        home = sys.modules.get(cls.__module__)
+        function: Callable[..., Weighted] | None = getattr(home, "eager_attention_forward", None)
         if function is not None:
             return function
     raise NotSupported(

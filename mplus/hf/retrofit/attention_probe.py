@@ -11,8 +11,9 @@ from mplus.backends.base import Segment
 from mplus.errors import NotSupported
 from mplus.hf.retrofit.attention import Captured
 from mplus.hf.retrofit.context import Pass, run_in
-from mplus.hf.retrofit.discovery import AttentionSpec, rotary_at
+from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.hf.retrofit.hooks import Retrofit
+from mplus.hf.retrofit.positions import rotary_at
 from mplus.mechanisms.decoder import DecoderShape, Project
 from mplus.retrievers.base import Heads
 
@@ -91,9 +92,9 @@ class OwnAttention:
         engine.check_attention()
         # Rotations are relative: with all rows at one position they cancel, whatever the frequencies.
         positions = torch.zeros(1, hidden.shape[1], dtype=torch.int64, device=hidden.device)
-        rotary, call = rotary_at(spec, hidden, positions), spec.call
+        rotary = rotary_at(spec, hidden, positions)
         active = Pass(Nothing(), engine.adapter("read"))
-        return run_in(active, retrofit.capture, spec, hidden, positions, rotary, call.args, call.kwargs)
+        return run_in(active, retrofit.capture, spec, hidden, positions, rotary, spec.call)
 
 
 class Nothing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
@@ -15,30 +15,10 @@ from transformers.cache_utils import Cache
 from mplus.errors import NotSupported
 from mplus.hf.model.modes import in_eval_mode
 from mplus.hf.model.offloading import input_device
-from mplus.hf.retrofit.attention import CaptureCache, Captured
+from mplus.hf.retrofit.attention import CaptureCache, Captured, ModuleCall
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Embeddings = Tensor | Sequence[Tensor]
-"""What a rotary module makes of positions: cosines and sines, or complex numbers."""
-
-
-@define(eq=False)
-class ModuleCall:
-    """The arguments of one call of a module of the decoder: of its attention, say.
-
-    Attributes:
-        args, kwargs: as the decoder passes them.
-    """
-
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(factory=dict)
-
-    @property
-    def hidden(self) -> Tensor:
-        """Return the hidden states ``[B, T, d]``: the argument of this name, else the first one."""
-        hidden: Tensor = self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0]
-        return hidden
 
 
 @define(eq=False)
@@ -69,11 +49,6 @@ class AttentionSpec:
     rotary_call: ModuleCall = field(factory=ModuleCall)
     rotary_keyword: str | None = None
     rotates_inside: bool = False
-
-    @property
-    def hidden_positional(self) -> bool:
-        """Return whether hidden states are passed by position."""
-        return "hidden_states" not in self.call.kwargs
 
 
 @define(eq=False)
@@ -283,22 +258,3 @@ def _rotates_inside(spec: AttentionSpec, call: ModuleCall) -> bool:
         except Captured as captured:
             keys.append(captured.keys)
     return len(keys) == 2 and not torch.equal(*keys)
-
-
-def rotary_at(spec: AttentionSpec, like: Tensor, positions: Tensor) -> Embeddings | None:
-    """Return what the decoder's rotary module makes at ``positions`` ``[B or 1, P]`` int64; None: there is none.
-
-    Dtype and device are those of ``like``. The recorded call is repeated with its tensors exchanged: floating ones by
-    ``like``, whole numbers by ``positions``.
-    """
-    if spec.rotary is None:
-        return None
-
-    def swap(value: T) -> T | Tensor:
-        if not isinstance(value, Tensor):
-            return value
-        return like if value.is_floating_point() else positions
-
-    args, kwargs = spec.rotary_call.args, spec.rotary_call.kwargs
-    embeddings: Embeddings = spec.rotary(*map(swap, args), **{key: swap(value) for key, value in kwargs.items()})
-    return embeddings

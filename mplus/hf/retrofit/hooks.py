@@ -7,16 +7,17 @@ from typing import Any, Literal
 import torch
 from attrs import define, evolve
 from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
 
 from mplus.backends.base import Segment
 from mplus.backends.choose import BackendChooser
 from mplus.errors import NotSupported
-from mplus.hf.retrofit.attention import CAPTURE, AttendedMemory, CaptureCache, Captured
+from mplus.hf.retrofit.attention import CAPTURE, AttendedMemory, CaptureCache, Captured, ModuleCall
 from mplus.hf.retrofit.cache_view import MemoryCacheView, mask_with_memory
 from mplus.hf.retrofit.context import Collection, Pass, current_pass
-from mplus.hf.retrofit.discovery import Anatomy, AttentionSpec, rotary_at
+from mplus.hf.retrofit.discovery import Anatomy, AttentionSpec
 from mplus.hf.retrofit.memory_cache import memory_in_cache
-from mplus.hf.retrofit.positions import MemoryPositions
+from mplus.hf.retrofit.positions import Embeddings, MemoryPositions, rotary_at
 from mplus.mechanisms.decoder import Attended, Rows
 
 Technique = Literal["attention", "cache_view"]
@@ -39,17 +40,10 @@ class Retrofit:
     positions: MemoryPositions
     chooser: BackendChooser
 
-    def project(
-        self,
-        spec: AttentionSpec,
-        prefix: Rows,
-        text_offset: int | Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Segment:
+    def project(self, spec: AttentionSpec, prefix: Rows, text_offset: int | Tensor, call: ModuleCall) -> Segment:
         """Project memory rows to keys and values, by the layer's own norm and attention module up to where it attends.
 
-        ``args`` and ``kwargs`` are those of the attention call the memory is for.
+        ``call`` is that of the attention that the memory is for.
         """
         hidden = prefix.hidden if spec.norm is None else spec.norm(prefix.hidden)
         rows = hidden.shape[1] if prefix.lengths is None else prefix.lengths[:, None]
@@ -57,35 +51,26 @@ class Retrofit:
         positions = prefix.positions
         if positions is None:
             positions = self.positions.of_rows(place, prefix.before + rows + prefix.behind, text_offset)
-        rotary = None
-        if spec.rotary_keyword is not None:
-            rotary = self._rotary(spec, hidden, positions, text_offset, args, kwargs)
-        captured = self.capture(spec, hidden, positions, rotary, args, kwargs)
+        rotary = self._rotary(spec, hidden, positions, text_offset, call)
+        captured = self.capture(spec, hidden, positions, rotary, call)
         return Segment(captured.keys, captured.values, prefix.lengths)
 
     def capture(
-        self,
-        spec: AttentionSpec,
-        hidden: Tensor,
-        positions: Tensor,
-        rotary: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, spec: AttentionSpec, hidden: Tensor, positions: Tensor, rotary: Embeddings | None, call: ModuleCall
     ) -> Captured:
         """Run the attention module on ``hidden`` ``[B, P, d]`` up to where it attends.
 
-        ``positions`` are ``[B or 1, P]``, ``rotary`` the position embeddings for them; the rest of the call is that of
-        ``args`` and ``kwargs``.
+        ``positions`` are ``[B or 1, P]``, ``rotary`` the position embeddings for them; the rest is as in ``call``.
         """
-        kwargs = {**kwargs, "attention_mask": None}
+        args, kwargs = call.args, {**call.kwargs, "attention_mask": None}
         if spec.rotary_keyword is not None:
             kwargs[spec.rotary_keyword] = rotary
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = positions
-        if spec.hidden_positional:
-            args = (hidden, *args[1:])
-        else:
+        if "hidden_states" in kwargs:
             kwargs["hidden_states"] = hidden
+        else:
+            args = (hidden, *args[1:])
         if self.technique == "attention":
             kwargs[spec.cache_keyword], kwargs["mplus_memory"] = None, CAPTURE
         else:
@@ -99,21 +84,14 @@ class Retrofit:
         raise NotSupported(f"{type(spec.attention).__name__} did not reach its attention function")
 
     def _rotary(
-        self,
-        spec: AttentionSpec,
-        hidden: Tensor,
-        positions: Tensor,
-        text_offset: int | Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        if not self.positions.offset:
+        self, spec: AttentionSpec, hidden: Tensor, positions: Tensor, text_offset: int | Tensor, call: ModuleCall
+    ) -> Embeddings | None:
+        if not self.positions.offset or spec.rotary is None:
             return rotary_at(spec, hidden, positions)
         # Frequencies may depend on the largest position: ask for the text's last one too, and cut it off.
-        text = args[0] if spec.hidden_positional else kwargs["hidden_states"]
-        last = positions.new_full((positions.shape[0], 1), text.shape[1] - 1) + text_offset
+        last = positions.new_full((positions.shape[0], 1), call.hidden.shape[1] - 1) + text_offset
         whole = rotary_at(spec, hidden, torch.cat([positions, last], 1))
-        return _map_tensors(whole, lambda t: t[:, :-1])
+        return whole[:, :-1] if isinstance(whole, Tensor) else tuple(part[:, :-1] for part in whole or ())
 
     def alibi_with_memory(self, alibi: Tensor, memory: Segment) -> Tensor:
         """Extend ``[B*H, 1, S]`` ALiBi biases over ``[memory | text]``; slope times position, per head."""
@@ -129,12 +107,6 @@ class Retrofit:
         return torch.cat([front, alibi], -1)
 
 
-def _map_tensors(value: Any, change: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return type(value)(_map_tensors(item, change) for item in value)
-    return change(value) if isinstance(value, Tensor) else value
-
-
 class AttentionHook:
     """Forward pre-hook of one attention module: gives it the memory of the current pass, if there is one."""
 
@@ -142,14 +114,16 @@ class AttentionHook:
         self.retrofit = retrofit
         self.spec = spec
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         active = current_pass()
-        return None if active is None else self._with_memory(active, args, kwargs)
+        changed = None if active is None else self._with_memory(active, ModuleCall(args, kwargs))
+        return None if changed is None else (args, {**kwargs, **changed})
 
     @torch.compiler.disable  # projecting ends in an exception, which it cannot follow
-    def _with_memory(self, active: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        spec, retrofit = self.spec, self.retrofit
-        hidden = args[0] if spec.hidden_positional else kwargs["hidden_states"]
+    def _with_memory(self, active: Pass, call: ModuleCall) -> dict[str, Any] | None:
+        """Return the keyword arguments that attention gets besides its own, or in their place; None: none."""
+        spec, retrofit, kwargs = self.spec, self.retrofit, call.kwargs
+        hidden = call.hidden
         placement = active.placement
 
         def project(rows: Rows) -> Segment:
@@ -157,7 +131,7 @@ class AttentionHook:
                 places = slice(rows.before, rows.before + rows.hidden.shape[1])
                 positions = placement.insertion.positions[:, places]
                 rows = evolve(rows, positions=positions.to(rows.hidden.device))
-            return retrofit.project(spec, rows, active.text_offset, args, kwargs)
+            return retrofit.project(spec, rows, active.text_offset, call)
 
         found = active.source.prefix(spec, hidden, project)
         attend = found.attend if isinstance(found, Attended) else None
@@ -166,9 +140,10 @@ class AttentionHook:
             return None
         cache = kwargs.get(spec.cache_keyword)
         if retrofit.technique == "attention":
-            joined = memory_in_cache(cache, spec.layer_index, segments, hidden.shape[0]) if segments else None
+            in_cache = cache is not None and segments
+            joined = memory_in_cache(cache, spec.layer_index, segments, hidden.shape[0]) if in_cache else None
             memory = AttendedMemory(segments, retrofit.chooser, joined, attend, placement)
-            return args, {**kwargs, "mplus_memory": memory}
+            return {"mplus_memory": memory}
         if attend is not None:
             raise NotSupported(
                 f"{type(spec.attention).__name__} computes attention by itself, so a memory cannot compute it in its "
@@ -188,10 +163,12 @@ class AttentionHook:
         }
         if kwargs.get("alibi") is not None:
             changed["alibi"] = retrofit.alibi_with_memory(kwargs["alibi"], segment)
-        return args, {**kwargs, **changed}
+        return changed
 
 
-def finish_pass(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+def finish_pass(
+    module: nn.Module, args: tuple[Tensor, ...], output: ModelOutput | tuple[Tensor, ...]
+) -> ModelOutput | tuple[Tensor, ...] | None:
     """Exchange the final hidden state for the one that the current pass gives: a forward hook of the layers' module."""
     active = current_pass()
     if active is None or active.finish is None:

@@ -5,17 +5,20 @@ Rows that are kept as hidden states are rotated by the layer's own modules: ``Re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal, TypeVar
 
 import torch
 from attrs import define
 from torch import Tensor
 
-from mplus.hf.retrofit.discovery import AttentionSpec, rotary_at
+from mplus.hf.retrofit.discovery import AttentionSpec
 
 Tables = tuple[Tensor, Tensor]
 """Cosines and sines, ``[B or 1, P, R]``, for the first R numbers of every head."""
+T = TypeVar("T")
+Embeddings = Tensor | Sequence[Tensor]
+"""What a rotary module makes of positions: cosines and sines, or complex numbers."""
 
 
 @define(frozen=True)
@@ -62,6 +65,25 @@ class MemoryPositions:
         if self.layout == "constant":
             return min(rows, 1)
         return min(rows, self.span) if self.layout == "compressed" and self.span is not None else rows
+
+
+def rotary_at(spec: AttentionSpec, like: Tensor, positions: Tensor) -> Embeddings | None:
+    """Return what the decoder's rotary module makes at ``positions`` ``[B or 1, P]`` int64; None: there is none.
+
+    Dtype and device are those of ``like``. The recorded call is repeated with its tensors exchanged: floating ones by
+    ``like``, whole numbers by ``positions``.
+    """
+    if spec.rotary is None:
+        return None
+
+    def swap(value: T) -> T | Tensor:
+        if not isinstance(value, Tensor):
+            return value
+        return like if value.is_floating_point() else positions
+
+    args, kwargs = spec.rotary_call.args, spec.rotary_call.kwargs
+    embeddings: Embeddings = spec.rotary(*map(swap, args), **{key: swap(value) for key, value in kwargs.items()})
+    return embeddings
 
 
 @define(frozen=True)

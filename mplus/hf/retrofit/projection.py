@@ -13,9 +13,9 @@ from mplus.backends.checks import check_finite
 from mplus.backends.triton.gather import gather_rotated, reasons_against_gathering
 from mplus.hf.retrofit.attention_probe import Nothing
 from mplus.hf.retrofit.context import Pass, run_in
-from mplus.hf.retrofit.discovery import AttentionSpec, rotary_at
+from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.hf.retrofit.hooks import Retrofit
-from mplus.hf.retrofit.positions import MemoryPositions, Rotation, Tables, find_rotation
+from mplus.hf.retrofit.positions import MemoryPositions, Rotation, Tables, find_rotation, rotary_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -174,5 +174,5 @@ def _capture(
     retrofit: Retrofit, adapter: str | None, spec: AttentionSpec, hidden: Tensor, positions: Tensor
 ) -> Captured:
     normed = hidden if spec.norm is None else spec.norm(hidden)
-    rotary, call = rotary_at(spec, normed, positions), spec.call
-    return run_in(Pass(Nothing(), adapter), retrofit.capture, spec, normed, positions, rotary, call.args, call.kwargs)
+    rotary = rotary_at(spec, normed, positions)
+    return run_in(Pass(Nothing(), adapter), retrofit.capture, spec, normed, positions, rotary, spec.call)

@@ -12,8 +12,8 @@ from torch import Tensor
 from mplus.backends.base import Segment
 from mplus.config import MPlusConfig
 from mplus.mechanisms.decoder import Decoder, Project, Rows
-from mplus.mechanisms.short_term.assembly import assemble
 from mplus.mechanisms.short_term.long_term_rows import LongTermRows
+from mplus.mechanisms.short_term.write import assemble
 from mplus.mechanisms.streams import Candidates, LayerRead
 from mplus.retrievers.base import Retriever
 

@@ -16,10 +16,9 @@ from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.additions import MemoryAdditions
 from mplus.mechanisms.build import memory_mechanism
 from mplus.mechanisms.decoder import Adapter, Decoder, Prefix, Project, Rows
-from mplus.mechanisms.short_term.assembly import assemble
 from mplus.mechanisms.short_term.batched_prefix import BatchedPrefix, RowSelector, ScoreSelector
 from mplus.mechanisms.short_term.long_term_rows import LongTermRows
-from mplus.mechanisms.short_term.write import MadeOf, WritePass, plan_write, split_order
+from mplus.mechanisms.short_term.write import MadeOf, WritePass, assemble, plan_write, split_order
 from mplus.mechanisms.streams import Candidates, Read, TrainingStreams
 from mplus.memory.writing.update import Update
 from mplus.stores.base import StoreLayout

@@ -17,11 +17,10 @@ from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.decoder import Decoder, DecoderShape, KeptProjection, Project, Text, side_by_side
 from mplus.mechanisms.opened import Opened, Retrieved
 from mplus.mechanisms.root import Absorbed, Columns
-from mplus.mechanisms.short_term.assembly import assemble
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams, can_be_batched
 from mplus.mechanisms.short_term.prefix_cache import Prepared
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
-from mplus.mechanisms.short_term.write import MadeOf, WritePass, WritePlan, plan_write, split_order
+from mplus.mechanisms.short_term.write import MadeOf, WritePass, WritePlan, assemble, plan_write, split_order
 from mplus.mechanisms.streams import TrainingStreams
 from mplus.memory.state import StreamView
 from mplus.memory.writing.update import Update, WriteContext

@@ -12,7 +12,6 @@ from torch import Tensor
 from mplus.backends.base import Segment
 from mplus.mechanisms.additions import MemoryAdditions
 from mplus.mechanisms.decoder import Decoder, Project, Rows
-from mplus.mechanisms.short_term.assembly import assemble
 
 MadeOf = Literal["outputs", "inputs"]
 """What the rows of a layer are made of."""
@@ -77,6 +76,23 @@ def split_order(order: Tensor, excess: int) -> tuple[Tensor, Tensor]:
     """
     count = order.shape[-1] - excess
     return order[..., :count].sort(-1).values, order[..., count:].sort(-1).values
+
+
+def assemble(begin: Tensor | None, parts: Sequence[Tensor | None], like: Tensor, batch: tuple[int, ...] = ()) -> Tensor:
+    """Return ``[*batch, P, d]``: ``[begin | retrieved | short-term]`` rows as they stand in front of a text (M+ 3.3).
+
+    Device and dtype are those of ``like``.
+
+    Args:
+        begin: ``[1, d]``, the begin row of the layer; None: there is none in front of these rows.
+        parts: ``[*batch, n_i, d]``, oldest first; None stands for no rows.
+        like: gives device and dtype.
+        batch: the dimensions in front of those of one stream.
+    """
+    rows = [part.to(like) for part in parts if part is not None]
+    if begin is not None:
+        rows.insert(0, begin.to(like).expand(*batch, -1, -1) if batch else begin.to(like))
+    return rows[0] if len(rows) == 1 else torch.cat(rows, -2)
 
 
 @define(frozen=True, eq=False)

@@ -108,16 +108,15 @@ def proved_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is not seen."""
-    monkeypatch.setattr(AttentionHook, "_with_memory", lambda self, active, args, kwargs: None)
+    monkeypatch.setattr(AttentionHook, "_with_memory", lambda self, active, call: None)
 
 
 def unseen_by_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is not seen by a token that is read alone."""
     true = AttentionHook._with_memory
 
-    def broken(self: Any, active: Any, args: Any, kwargs: Any) -> Any:
-        hidden = args[0] if self.spec.hidden_positional else kwargs["hidden_states"]
-        return None if hidden.shape[1] == 1 else true(self, active, args, kwargs)
+    def broken(self: Any, active: Any, call: Any) -> Any:
+        return None if call.hidden.shape[1] == 1 else true(self, active, call)
 
     monkeypatch.setattr(AttentionHook, "_with_memory", broken)
 
@@ -126,8 +125,8 @@ def misplaced_behind_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a batch memory sits three positions off."""
     true = Retrofit.project
 
-    def broken(self: Any, spec: Any, prefix: Any, text_offset: Any, args: Any, kwargs: Any) -> Any:
-        return true(self, spec, prefix, text_offset - (3 if prefix.hidden.shape[0] > 1 else 0), args, kwargs)
+    def broken(self: Any, spec: Any, prefix: Any, text_offset: Any, call: Any) -> Any:
+        return true(self, spec, prefix, text_offset - (3 if prefix.hidden.shape[0] > 1 else 0), call)
 
     monkeypatch.setattr(Retrofit, "project", broken)
 
