@@ -29,6 +29,8 @@ class Text:
         tokenizer: turns ids into text again, where the memory has one.
         embedded: ``[B, n, w]``, the embeddings of a read that was given no ids.
         query: ``[B, n]`` bool, of a read: the tokens to retrieve with (``query_tokens``); None: all that are text.
+        sources: of a write, for each row the number of the source that the chunk comes from, None where it is a new
+            one; () where it is not known.
 
     Example:
         >>> text = Text(torch.tensor([[0, 0, 7, 8]]), mask=torch.tensor([[False, False, True, True]]))
@@ -41,6 +43,7 @@ class Text:
     tokenizer: Any = None
     embedded: Tensor | None = None
     query: Tensor | None = None
+    sources: tuple[int | None, ...] = ()
 
     @property
     def positions(self) -> Tensor:

@@ -84,13 +84,23 @@ class SeparateStreams(TrainingStreams):
         for store in self.stores:
             store.detach()
 
+    def write(self, ids: Tensor, source: Tensor) -> None:
+        self.absorb(self._update(ids, source.tolist()), source)
+
     def encode(self, ids: Tensor) -> Update:
+        return self._update(ids, None)
+
+    def _update(self, ids: Tensor, sources: Sequence[int] | None) -> Update:
+        """Encode chunks of ``sources``; None: nobody knows yet."""
         most = self.mechanism.config.chunk_tokens
         if ids.ndim != 2 or ids.shape[0] != len(self) or not 1 <= ids.shape[1] <= most:
             raise InputError(f"chunks must be [{len(self)}, 1 to chunk_tokens ({most})], got {list(ids.shape)}")
         ids, views = ids.to(self.layout.device), self._views()
         groups = alike(list(ids), [view.state for view in views])
-        updates = [self._encode([views[row] for row in group], ids[group]) for group in groups]
+        updates = [
+            self._encode([views[row] for row in group], ids[group], [sources[row] for row in group] if sources else ())
+            for group in groups
+        ]
         order = torch.tensor([row for group in groups for row in group]).argsort()
         if len({rows.shape[1] for update in updates for rows in (*update.hidden, *update.projected)}) > 1:
             raise NotSupported(
@@ -104,8 +114,8 @@ class SeparateStreams(TrainingStreams):
         beside = [one for update in updates for one in update.beside]
         return Update(hidden, projected, ids, tuple(beside[place] for place in order.tolist()) if beside else ())
 
-    def _encode(self, views: Sequence[StreamView], ids: Tensor) -> Update:
-        update = self.mechanism.write(self.decoder, views, Text(ids))
+    def _encode(self, views: Sequence[StreamView], ids: Tensor, sources: Sequence[int]) -> Update:
+        update = self.mechanism.write(self.decoder, views, Text(ids, sources=tuple(sources)))
         Update.check(update, self.mechanism.name, len(views), [self.layout] * len(views))
         if self.layout.projected_size and not update.projected:
             layers = map(self.mechanism.layer_of, range(len(update.hidden)))

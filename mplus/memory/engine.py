@@ -43,13 +43,20 @@ class Engine(Protocol):
     def device(self) -> torch.device:
         """The device of input ids."""
 
-    def write(self, views: Sequence[StreamView], ids: Tensor, tokenizer: Tokenizer | None = None) -> Update:
+    def write(
+        self,
+        views: Sequence[StreamView],
+        ids: Tensor,
+        tokenizer: Tokenizer | None = None,
+        sources: Sequence[int | None] = (),
+    ) -> Update:
         """Let the mechanism make rows of one chunk of each stream.
 
         Args:
             views: of the streams, equal in ``StreamState.pass_key``.
             ids: ``[B, n]`` int64.
             tokenizer: turns ids into text, if the memory has one.
+            sources: for each stream the number of the source that its chunk comes from; None where it is a new one.
         """
 
     def write_text(self, views: Sequence[StreamView], passages: Sequence[Passage]) -> NewEntries:

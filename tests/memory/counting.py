@@ -83,7 +83,9 @@ class CountingEngine:
         block[..., 1] = torch.arange(LAYERS)[:, None, None]
         return list(block)
 
-    def write(self, views: Sequence[StreamView], ids: Tensor, tokenizer: Any = None) -> Update:
+    def write(
+        self, views: Sequence[StreamView], ids: Tensor, tokenizer: Any = None, sources: Sequence[int | None] = ()
+    ) -> Update:
         return Update(tuple(self.encode([view.state for view in views], ids)))
 
     def check_options(self, **given: Any) -> None:

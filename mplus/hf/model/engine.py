@@ -217,7 +217,9 @@ class DecoderEngine:
             return {}
         return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
 
-    def write(self, views: Sequence[StreamView], ids: Tensor, tokenizer: Any = None) -> Update:
+    def write(
+        self, views: Sequence[StreamView], ids: Tensor, tokenizer: Any = None, sources: Sequence[int | None] = ()
+    ) -> Update:
         """Let the mechanism make the rows of one chunk; see ``Engine.write``. Gradients flow where they are enabled."""
         if self.watch.look_at_names() is not None:
             raise NotSupported(
@@ -225,7 +227,7 @@ class DecoderEngine:
                 "set_adapter and write outside of the call"
             )
         self.check_wrapped()
-        return self.mechanism.write(self.decoder, views, Text(ids, tokenizer=tokenizer))
+        return self.mechanism.write(self.decoder, views, Text(ids, tokenizer=tokenizer, sources=tuple(sources)))
 
     def write_text(self, views: Sequence[StreamView], passages: Sequence[Passage]) -> NewEntries:
         """Raise NotSupported: these memories are made of rows."""

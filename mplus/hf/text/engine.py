@@ -124,7 +124,9 @@ class TextEngine:
         """Return nothing: text depends on no weights."""
         return WeightsState()
 
-    def write(self, views: Sequence[StreamView], ids: Tensor, tokenizer: Any = None) -> Update:
+    def write(
+        self, views: Sequence[StreamView], ids: Tensor, tokenizer: Any = None, sources: Sequence[int | None] = ()
+    ) -> Update:
         """Raise NotSupported: there are no rows."""
         raise self._no_rows()
 

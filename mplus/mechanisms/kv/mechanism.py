@@ -62,8 +62,8 @@ class KvMechanism(MemoryMechanism):
         """Options of the memory of keys and values.
 
         Attributes:
-            behind: chunks written before it that a chunk is read behind when it is written; 0: none, so that its rows
-                hold nothing of other sources; None: all there are.
+            context_chunks: chunks of the same source, the newest ones, that a chunk is read behind when it is written;
+                0: none; None: all there are. Its rows hold nothing of other sources in any case.
             begin: ids of the tokens that every chunk is written behind; None: the default prefix of the tokenizer's
                 chat template, up to and including the opening of the user's turn, at the first write; where there is
                 no tokenizer or template, the decoder's BOS, else EOS, if it has one.
@@ -73,7 +73,7 @@ class KvMechanism(MemoryMechanism):
             min_score: a chunk whose score is not above it is not brought back; None: the threshold of the retriever.
         """
 
-        behind: int | None = field(default=0, validator=whole(0, optional=True))
+        context_chunks: int | None = field(default=0, validator=whole(0, optional=True))
         begin: tuple[int, ...] | None = field(default=None, converter=_ids, validator=_check_ids)
         opening: tuple[int, ...] | None = field(default=None, converter=_ids, validator=_check_ids)
         closing: tuple[int, ...] | None = field(default=None, converter=_ids, validator=_check_ids)
@@ -104,7 +104,7 @@ class KvMechanism(MemoryMechanism):
 
     @property
     def isolated_sources(self) -> bool:
-        return bool(self.options.behind == 0)
+        return True
 
     def reserve(self, layout: StoreLayout) -> int:
         """Return the bytes of the begin, of one token where the options do not say it; what it takes more is counted.
@@ -157,10 +157,10 @@ class KvMechanism(MemoryMechanism):
         return cut_at_sentences(ids, self.config.chunk_tokens, tokenizer.decode)
 
     def write(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Update:
-        """Run one pass over a chunk of every stream, behind its begin and the chunks before it that ``behind`` says."""
+        """Run one pass over a chunk of every stream, behind its begin and the newest chunks of its source."""
         ids, states = text.need_ids(), [state_of(view) for view in views]
-        begins = self._begins(decoder, states)
-        front = self._front(decoder, views, [self._before(state) for state in states], begins)
+        begins, sources = self._begins(decoder, states), text.sources or (None,) * len(states)
+        front = self._front(decoder, views, [self._context(*of) for of in zip(states, sources, strict=True)], begins)
         counts, positions = front.counts.to(ids.device), None
         if front.at_zero:
             positions = counts[:, None] + torch.arange(ids.shape[1], device=ids.device)
@@ -262,11 +262,11 @@ class KvMechanism(MemoryMechanism):
         tokens = min(state.tokens, self.config.retrieved_tokens)
         return tokens + len(self._begin_ids(state, 0)) if tokens else 0
 
-    def _before(self, state: KvState) -> Tensor:
-        """Return the places of the chunks that the next one is read behind."""
-        chunks = torch.arange(len(state.chunk_length))
-        behind = len(chunks) if self.options.behind is None else self.options.behind
-        return state.places(chunks[max(len(chunks) - behind, 0) :])
+    def _context(self, state: KvState, source: int | None) -> Tensor:
+        """Return the places of the chunks that the next one of a source is read behind; None: a source without any."""
+        own = (state.chunk_source == (-1 if source is None else source)).nonzero().squeeze(1)
+        most = len(own) if self.options.context_chunks is None else self.options.context_chunks
+        return state.places(own[max(len(own) - most, 0) :])
 
     def _retrieved(self, view: StreamView, question: Tensor, prompt: Tensor, tokenizer: Any) -> Tensor:
         """Return the places of the chunks that ``question`` ``[q]`` brings back, in the order in which they are read.

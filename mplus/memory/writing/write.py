@@ -273,7 +273,8 @@ def _encode(writes: Sequence[StreamWrite], ids: Tensor, step: int) -> tuple[list
         new = engine.write_text(views, [write.passage(step) for write in writes])
         new.check(engine.mechanism.name)
         return [new.of(at) for at in range(len(writes))], True
-    update = engine.write(views, ids.to(engine.device), writes[0].tokenizer if len(tokenizers) == 1 else None)
+    sources = [view.state.sources.find(write.name) for view, write in zip(views, writes, strict=True)]
+    update = engine.write(views, ids.to(engine.device), writes[0].tokenizer if len(tokenizers) == 1 else None, sources)
     layouts = [view.store.layout for view in views]
     Update.check(update, engine.mechanism.name, len(writes), layouts)
     wanted = [bool(layout.projected_size) for layout in layouts]

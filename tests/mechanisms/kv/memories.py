@@ -22,7 +22,7 @@ def wrapped(architecture: str = "llama", implementation: str | None = None, **ch
     options: dict[str, Any] = dict(EVERY)
     options |= {
         name: changes.pop(name)
-        for name in ("behind", "begin", "order", "retrieved_chunks", "min_score")
+        for name in ("context_chunks", "begin", "order", "retrieved_chunks", "min_score")
         if name in changes
     }
     sizes = {"chunk_tokens": CHUNK, "min_chunk_tokens": 1, "retrieved_tokens": RETRIEVED, "long_term_tokens": CAPACITY}

@@ -146,7 +146,7 @@ def test_chunks_whose_ids_stand_in_the_prompt_are_not_brought_back() -> None:
         ({"retriever": {"name": "words", "k1": -1}}, "k1 must be a number of at least 0"),
         ({"retrieved_chunks": 0}, "retrieved_chunks must be a whole number of at least 1"),
         ({"min_score": "high"}, "min_score must be a number, or None"),
-        ({"behind": -1}, "behind must be a whole number of at least 0"),
+        ({"context_chunks": -1}, "context_chunks must be a whole number of at least 0"),
     ],
 )
 def test_what_means_nothing_is_refused_by_name(change: dict[str, Any], message: str) -> None:
@@ -170,7 +170,7 @@ def test_adapters_that_are_asked_for_are_added() -> None:
 
 
 def test_a_wrapped_decoder_is_saved_and_loaded_with_it(tmp_path: Path) -> None:
-    model = wrapped(behind=2, begin=[3, 4])
+    model = wrapped(context_chunks=2, begin=[3, 4])
     memory = model.new_memory()
     memory.write(text(20), "a")
     before: Tensor = logits(model, text(7, 9)[None], memory)

@@ -43,7 +43,7 @@ PROMPT = 9
 @functools.cache
 def decoder_of(name: str, implementation: str, chunk: int = CHUNK) -> Any:
     """Built once: nothing a test does changes the weights."""
-    return wrapped(name, implementation, behind=None, chunk_tokens=chunk, retrieved_tokens=CAPACITY)
+    return wrapped(name, implementation, context_chunks=None, chunk_tokens=chunk, retrieved_tokens=CAPACITY)
 
 
 def sizes(architecture: Architecture) -> tuple[int, int, int]:
@@ -132,7 +132,7 @@ def test_trained_decoders_read_it_as_text(name: str, dtype: torch.dtype) -> None
     exact, plain = copy.deepcopy(plain).double(), plain.to(dtype)
     ids = _continued(exact, 120)
     sizes = {"chunk_tokens": 32, "min_chunk_tokens": 1, "retrieved_tokens": 96}
-    model = mplus.wrap(copy.deepcopy(plain), {"mechanism": {"name": "kv", "behind": None, **EVERY}, **sizes})
+    model = mplus.wrap(copy.deepcopy(plain), {"mechanism": {"name": "kv", "context_chunks": None, **EVERY}, **sizes})
     first = model.mplus_engine.decoder.shape.first_token
     told, prompt = ids[0, 1:97], ids[:, 97:]  # no chunk stands in the prompt, which is shorter
     memory = model.new_memory()

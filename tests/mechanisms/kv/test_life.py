@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import mplus
+from benchmarks.quality.architectures.decoders import BOS
 from mplus.errors import ConfigError, InputError, MemoryFileError, MemoryMismatchError
 from mplus.memory.budget import rows_bytes
 from mplus.memory.format.offline import forget_saved, saved_sources
@@ -213,15 +214,42 @@ def test_forgetting_takes_rows_table_and_ids(model: Any) -> None:
     assert clock == 33
 
 
-@pytest.mark.parametrize("behind", [None, 1])
-def test_behind_others_a_chunk_holds_something_of_them_until_it_is_rebuilt(behind: int | None) -> None:
-    model = wrapped(behind=behind)
+@pytest.mark.parametrize("context", [None, 0, 1])
+def test_a_chunk_is_read_behind_the_newest_of_its_source_alone(context: int | None) -> None:
+    model = wrapped(context_chunks=context)
+    memory = model.new_memory(seed=1)
+    parts = {"a": text(20, 1), "b": text(12, 2)}
+    memory.write(parts["a"][:16], "a")
+    memory.write(parts["b"], "b")
+    memory.write(parts["a"][16:], "a")
+    expected = []
+    for name, place in (("a", 0), ("a", 8), ("b", 0), ("b", 8), ("a", 16)):
+        read = place if context is None else min(place, 8 * context)
+        ids = torch.cat([torch.tensor([BOS]), parts[name][place - read : place + 8]])[None]
+        with torch.no_grad():
+            made = model.mplus_engine.decoder.run(ids, collect={"projected"}).projected
+        expected.append([rows[0, 1 + read :] for rows in made])
+    store, close = memory.stores[0], {"rtol": 0, "atol": tiny.rounding()}
+    for layer in range(store.layout.layers):
+        rows = store.gather(layer, store.ids(layer)).columns()["projected"]
+        torch.testing.assert_close(rows[:28], torch.cat([e[layer] for e in expected[:4]]), **close)
+        if context != 1:
+            torch.testing.assert_close(rows[28:], expected[4][layer], **close)
+        elif layer:  # what is behind one chunk knows of that before it by its rows: no text read anew tells the same
+            assert float((rows[28:] - expected[4][layer]).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("context", [None, 1])
+@pytest.mark.parametrize("mode", ["drop", "rebuild"])
+def test_nothing_of_a_forgotten_source_is_left_in_others(context: int | None, mode: Any) -> None:
+    model = wrapped(context_chunks=context)
     memory = written(model, keep_text=True)
-    memory.forget("s0", mode="rebuild")
+    memory.forget("s0", mode=mode)
     again = model.new_memory(seed=1, keep_text=True)
     for turn in (1, 2):
         again.write(text(11, 10 * turn), f"s{turn}")
-    assert content(memory) == content(again)
+    assert [part["projected"] for part in content(memory)[0][1]] == [part["projected"] for part in content(again)[0][1]]
+    assert mode == "drop" or content(memory) == content(again)
 
 
 def test_it_is_saved_loaded_opened_and_goes_on(model: Any, tmp_path: Path) -> None:

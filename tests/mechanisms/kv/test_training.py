@@ -64,13 +64,15 @@ def test_loss_and_gradients_are_those_of_the_decoder_reading_the_text(architectu
 
     One rotates keys, and the other has learned positions, so that texts begin behind their rows.
     """
-    model, given = decoder(architecture=architecture, behind=None, adapters={"shared": True}), batch()
+    model, given = decoder(architecture=architecture, context_chunks=None, adapters={"shared": True}), batch()
     engine = model.mplus_engine
     streams = make_streams(engine, range(STREAMS), seed=0)
     plain = [torch.full((STREAMS, 1), engine.decoder.shape.first_token), given.chunks.flatten(1), given.texts[:, 0]]
     with InFloat64():
         for place in range(2):
-            streams.write(given.chunks[:, place], given.sources[:, place])
+            streams.write(
+                given.chunks[:, place], torch.zeros(STREAMS, dtype=torch.int64)
+            )  # a chunk is behind its own source
         memory = streams.read(given.texts).logits[:, 0]
         read = engine.decoder.run(torch.cat(plain, 1), adapter="write", collect={"logits"}).logits[:, -TOKENS:]
         ours, decoders = (gradients(logits.square().mean(), model) for logits in (memory, read))
