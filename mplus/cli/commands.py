@@ -13,7 +13,7 @@ import mplus
 from mplus.cli import bench as benching
 from mplus.cli.chat.command import chat
 from mplus.cli.demo.command import demo, demo_continue, demo_novel
-from mplus.cli.eval_chat import chat_commands
+from mplus.cli.eval_chat import TOLD, chat_command
 from mplus.cli.evaluation import abstention, harm, retention, retriever
 from mplus.cli.get import get
 from mplus.cli.import_ import import_checkpoint
@@ -87,8 +87,8 @@ def _app() -> typer.Typer:
     evaluation.command()(harm)
     evaluation.command()(retriever)
     evaluation.command()(abstention)
-    for name, command in chat_commands():
-        evaluation.command(name)(command)
+    for name in TOLD:
+        evaluation.command(name)(chat_command(name))
     commands.add_typer(evaluation, name="eval")
     bench = typer.Typer(no_args_is_help=True, help="Measure speed, side by side with plain ways to do the same.")
     for command in (benching.read, benching.write, benching.decode, benching.score, benching.attention, benching.store):

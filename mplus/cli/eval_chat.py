@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from mplus.cli.eval_options import Device, Dtype, Json, Threads, assignment, set_threads
 from mplus.config import JsonValue
-from mplus.errors import ConfigError
+from mplus.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
+    from mplus.evaluation.chat.prompt import ChatTokenizer
     from mplus.evaluation.execution import GeneratedAnswers
+    from mplus.evaluation.options import RunOptions
     from mplus.evaluation.tasks.base import Protocol
+    from mplus.evaluation.texts import Tokenizer
+    from mplus.hf.model.model_class import MemoryModel
 
 TOLD = {
     "notes": "Notes about invented people, alone or among novels, told to a memory and asked for at the end.",
@@ -45,13 +49,9 @@ Arms = Annotated[
 ]
 
 
-def chat_commands() -> Iterator[tuple[str, Callable[..., None]]]:
-    """Yield the name and the function of each command."""
-    for name, told in TOLD.items():
-        yield name, _command(name, told)
+def chat_command(protocol: str) -> Callable[..., None]:
+    """Return the command that tells and asks what a protocol makes."""
 
-
-def _command(protocol: str, told: str) -> Callable[..., None]:
     def command(
         model: Annotated[Path, typer.Option("--model", help="Folder of a chat model.", show_default=False)],
         data: Annotated[Path | None, typer.Option(help="File of the data set, or folder of novels.")] = None,
@@ -95,10 +95,11 @@ def _command(protocol: str, told: str) -> Callable[..., None]:
             set_threads(threads)
         configs = memory_configs(memories or ["kv"])
         decoder, tokenizer = load_decoder_with_tokenizer(model, device=device, dtype=dtype)
-        task = _task(protocol, tokenizer, size, {"seed": seed, **({"data": str(data)} if data else {})}, settings)
+        words = cast("ChatTokenizer", tokenizer)
+        task = _task(protocol, words, size, {"seed": seed, **({"data": str(data)} if data else {})}, settings)
         options = RunOptions(streams=1, seed=seed, timed=timed, directory=directory, export=export)
         each = (
-            (label, _execution(wrapped, tokenizer, task, options, tokens))
+            (label, _execution(wrapped, words, task, options, tokens))
             for label, wrapped in wrapped_each(decoder, configs)
         )
         wanted = None if arms is None else [name.strip() for name in arms.split(",")]
@@ -113,28 +114,34 @@ def _command(protocol: str, told: str) -> Callable[..., None]:
 
     command.__name__ = protocol
     command.__doc__ = (
-        f"{told}\n\nPrints what each memory is worth to the chat model, beside its own window, all the text, and the "
-        "right text alone."
+        f"{TOLD[protocol]}\n\nPrints what each memory is worth to the chat model, beside its own window, all the text, "
+        "and the right text alone."
     )
     return command
 
 
-def _task(name: str, tokenizer: Any, size: str, given: Mapping[str, JsonValue], settings: list[str] | None) -> Protocol:
+def _task(
+    name: str, tokenizer: Tokenizer, size: str, given: Mapping[str, JsonValue], settings: list[str] | None
+) -> Protocol:
     """Return the protocol at a size, with the options given and those of ``--set``."""
     from mplus.cli.eval_options import needs_data
     from mplus.config import structure
-    from mplus.evaluation.chat.sizes import size_options
+    from mplus.evaluation.chat.sizes import SIZES
     from mplus.evaluation.tasks import protocol
     from mplus.evaluation.texts import Texts
 
     cls = protocol(name)
-    options = {**size_options(name, size), **given, **dict(map(assignment, settings or ()))}
+    if size not in SIZES[name]:
+        raise UnknownNameError(f"the size of {name} must be one of {', '.join(SIZES[name])}, got {size!r}")
+    options = {**SIZES[name][size], **given, **dict(map(assignment, settings or ()))}
     if needs_data(name) and "data" not in options:
         raise ConfigError(f"mplus eval {name} needs --data, the file of the data set or the folder of novels")
     return cls(structure(cls.Options, options), Texts(tokenizer))
 
 
-def _execution(model: Any, tokenizer: Any, task: Protocol, options: Any, tokens: int | None) -> GeneratedAnswers:
+def _execution(
+    model: MemoryModel, tokenizer: ChatTokenizer, task: Protocol, options: RunOptions, tokens: int | None
+) -> GeneratedAnswers:
     from mplus.evaluation.chat.prompt import ChatPrompt
     from mplus.evaluation.execution import GeneratedAnswers
     from mplus.evaluation.generating import Generation, Scoring

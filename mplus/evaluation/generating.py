@@ -10,7 +10,6 @@ import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import attrs
@@ -326,8 +325,3 @@ def exported(
         "digest": digest,
     }
     return head, lines
-
-
-def export(path: str | Path, head: ExportedHead, episodes: Sequence[ExportedEpisode]) -> None:
-    """Write the file that ``benchmarks/snapkv`` answers."""
-    Path(path).write_text("".join(json.dumps(line) + "\n" for line in (head, *episodes)), encoding="utf-8")

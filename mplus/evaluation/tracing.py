@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mplus.backends.base import Segment
 from mplus.errors import NotSupported
-from mplus.evaluation.execution.ann_recall import Shortcuts
 from mplus.evaluation.generating import Generation, answers
 from mplus.evaluation.oracle import retrieves, written_from
 from mplus.evaluation.texts import Tokenizer
@@ -125,12 +124,6 @@ def count_rows(layer: int, seen: Seen, row: int, names: Collection[str]) -> Rows
         useful_retrieved=0 if found is None else useful(found.rows.source),
         useful_short_term=0 if standing is None else useful(standing.source),
     )
-
-
-def ask_shortcuts(shortcuts: Shortcuts, layer: int, seen: Seen, row: int) -> None:
-    """Let every retriever of ``shortcuts`` select for batch row ``row`` what the traced read selected for."""
-    views, look = dict.fromkeys(shortcuts.retrievers, seen.searched(layer, row)), slice(row, row + 1)
-    shortcuts.ask(layer, seen.hidden[look], seen.mask[look], views)
 
 
 @torch.no_grad()

@@ -21,11 +21,11 @@ from mplus.memory.state import StreamView
 
 @define(frozen=True)
 class Choice:
-    """What was brought back for one question, in the order in which it is read.
+    """The chunks brought back for one question, in the order in which they are read.
 
     Attributes:
-        sources: names of the sources it was written from, each once.
-        ids: of its tokens; empty where the mechanism keeps none.
+        sources: names of the sources they were written from, each once.
+        ids: of their tokens; empty where the mechanism keeps none.
         score: the best of a chunk; None: nothing came back, or nothing was scored.
     """
 

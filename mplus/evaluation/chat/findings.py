@@ -50,10 +50,10 @@ def signs_of_told(told: Answered, untold: Answered) -> dict[str, JsonValue]:
     if not told or not untold:
         return {}
     facts: dict[str, JsonValue] = {"questions": len(untold)}
-    likelihoods = [_likelihoods(some) for some in (told, untold)]
+    kinds = {"told": told, "untold": untold}
+    likelihoods = [[one.generated.likelihood for _, one in some if one.generated] for some in kinds.values()]
     if all(likelihoods):
         facts["auroc_of_likelihood"] = round(auroc(*map(torch.tensor, likelihoods)), 4)
-    kinds = {"told": told, "untold": untold}
     choices = {kind: [answer.choice for _, answer in some if answer.choice] for kind, some in kinds.items()}
     if all(choices.values()):
         facts["nothing_brought_back"] = {
@@ -66,7 +66,3 @@ def signs_of_told(told: Answered, untold: Answered) -> dict[str, JsonValue]:
         columns = (torch.tensor([lowest if one is None else one for one in some]) for some in scores.values())
         facts["auroc_of_score"] = round(auroc(*columns), 4)
     return {"untold": facts}
-
-
-def _likelihoods(answered: Answered) -> list[float]:
-    return [answer.generated.likelihood for _, answer in answered if answer.generated is not None]

@@ -146,14 +146,11 @@ def _names(label: str, execution: GeneratedAnswers, first: bool) -> dict[str, st
     """Return the names of arms in the report -> those that they have in this execution."""
     mechanism = str(execution.model.mplus_config.mechanism.name)
     own = execution.memory_arms.own
-    reading = execution.memory_arms.reading if own is not None else _of_rows(mechanism)
+    of_rows = (mechanism, f"{mechanism}-oracle") if mechanism == "mplus" else (mechanism,)
+    reading = of_rows if own is None else execution.memory_arms.reading
     oracle = f"{mechanism}-oracle"
     found = {arm if arm == oracle else arm.replace(mechanism, label, 1): arm for arm in reading}
     return {**{arm: arm for arm in (*BASELINES, "bm25", "snapkv") if first}, **found}
-
-
-def _of_rows(mechanism: str) -> tuple[str, ...]:
-    return (mechanism, f"{mechanism}-oracle") if mechanism == "mplus" else (mechanism,)
 
 
 def _settled(options: ArmOptions, execution: GeneratedAnswers, arms: tuple[str, ...]) -> ArmOptions:
@@ -177,15 +174,13 @@ def _measured(arm: Arm, renamed: Mapping[str, str], execution: GeneratedAnswers)
             sum(texts.count(passage.text + separator) for passage in episode.passages) for episode in execution.episodes
         )
         details["state_bytes_per_token"] = round(arm.state_bytes / told, 1)
-        details["cache_bytes_per_token_bf16"] = _cache_bytes_per_token(execution.model)
+        # What the decoder's own cache takes for a token of text.
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=execution.model.mplus_engine.device)
+        cache = cache_bytes(execution.model(input_ids=ids, use_cache=True).past_key_values)
+        details["cache_bytes_per_token_bf16"] = (
+            cache * torch.bfloat16.itemsize // execution.model.mplus_engine.dtype.itemsize
+        )
     return evolve(arm, name=renamed[arm.name], details=details)
-
-
-def _cache_bytes_per_token(model: MemoryModel) -> int:
-    """Return the bytes of the decoder's own key/value cache for a token of text, in bfloat16."""
-    ids = torch.zeros(1, 1, dtype=torch.int64, device=model.mplus_engine.device)
-    cache = model(input_ids=ids, use_cache=True).past_key_values
-    return cache_bytes(cache) * torch.bfloat16.itemsize // model.mplus_engine.dtype.itemsize
 
 
 def digest(execution: GeneratedAnswers) -> str:

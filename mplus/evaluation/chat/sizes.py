@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mplus.config import JsonValue
-from mplus.errors import UnknownNameError
 
 Options = Mapping[str, JsonValue]
 
@@ -41,11 +40,3 @@ SIZES: Mapping[str, Mapping[str, Options]] = {
     },
 }
 """Protocol -> size -> options."""
-
-
-def size_options(protocol: str, size: str) -> Options:
-    """Return the options of a protocol at a size. Raises UnknownNameError, which lists the sizes there are."""
-    known = SIZES[protocol]
-    if size not in known:
-        raise UnknownNameError(f"the size of {protocol} must be one of {', '.join(known)}, got {size!r}")
-    return known[size]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -37,7 +38,6 @@ from mplus.evaluation.generating import (
     Generation,
     Scoring,
     answers,
-    export,
     exported,
 )
 from mplus.evaluation.options import ArmOptions, RunOptions
@@ -51,7 +51,6 @@ from mplus.evaluation.tracing import (
     FEATURES,
     Seen,
     TracingMechanism,
-    ask_shortcuts,
     check_retrieves,
     count_rows,
     features,
@@ -234,7 +233,9 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
 
     def export_questions(self) -> None:
         if self.options.export is not None:
-            export(self.options.export, *self.exported())
+            head, episodes = self.exported()
+            lines = "".join(json.dumps(line) + "\n" for line in (head, *episodes))
+            self.options.export.write_text(lines, encoding="utf-8")
 
     def retriever_ways(self, retrievers: Mapping[str, Retriever] | None) -> dict[str, Retriever | None]:
         check_retrieves(self.model)
@@ -266,7 +267,9 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
                     rows = count_rows(layer, one_layer, row, one.sources())
                     counts[layer].append(rows.columns())
                     if shortcuts is not None and rows.stored:
-                        ask_shortcuts(shortcuts, layer, one_layer, row)
+                        views = dict.fromkeys(shortcuts.retrievers, one_layer.searched(layer, row))
+                        look = slice(row, row + 1)
+                        shortcuts.ask(layer, one_layer.hidden[look], one_layer.mask[look], views)
                     if spread and engine.mechanism.key_size and rows.stored > 1:
                         every = scores(engine, layer, one_layer, row, short_term=False)
                         spreads[layer].append(float(every.std(correction=0)))

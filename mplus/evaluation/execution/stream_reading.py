@@ -157,18 +157,16 @@ class StreamWay:
         return OracleSelector(moment.about) if self.oracle else self.selector
 
 
-def bytes_of_short_term(streams: BatchedStreams) -> int:
-    """Return the bytes of one stream's short-term rows, source and birth included."""
+def stream_bytes(streams: BatchedStreams, long_term: bool) -> int:
+    """Return the bytes of one stream's short-term rows, source and birth included, and of its long-term rows if asked.
+
+    Long-term rows have retriever keys, too.
+    """
     layout = streams.layout
     row = layout.hidden_size * layout.dtype.itemsize + 2 * ID_BYTES
-    return layout.layers * streams.rows * row
-
-
-def bytes_of_long_term(streams: BatchedStreams) -> int:
-    """Return the bytes of one stream's long-term rows: hidden, retriever key, source and birth."""
-    layout = streams.layout
-    row = (layout.hidden_size + layout.key_size) * layout.dtype.itemsize + 2 * ID_BYTES
-    return sum(rows.count * row for rows in streams.ltm)
+    held = layout.layers * streams.rows * row
+    keyed = row + layout.key_size * layout.dtype.itemsize
+    return held + (sum(rows.count * keyed for rows in streams.ltm) if long_term else 0)
 
 
 def right_answers(logits: Tensor, texts: Tensor, answers: Tensor) -> Tensor:

@@ -30,9 +30,8 @@ from mplus.evaluation.execution.stream_reading import (
     SelectSelector,
     StreamMoment,
     StreamWay,
-    bytes_of_long_term,
-    bytes_of_short_term,
     right_answers,
+    stream_bytes,
 )
 from mplus.evaluation.options import ArmOptions
 from mplus.evaluation.reports.forgetting_curve import Curve, curves
@@ -208,7 +207,7 @@ class ParallelStreams(Execution[StreamMoment, StreamWay]):
         read = self.decoder.read(streams, moment.texts, queries=moment.queries, selector=selector)
         seen = next(iter(read.layers.values()))
         fetched = 0 if seen.selected is None else seen.selected.shape[2]
-        kept = bytes_of_short_term(streams) + (0 if selector is None else bytes_of_long_term(streams))
+        kept = stream_bytes(streams, long_term=selector is not None)
         attended = 1 + fetched + streams.rows + QUESTION_TOKENS
         return [Answer(right, kept, attended) for right in moment.right(read.logits).flatten().tolist()]
 

@@ -99,7 +99,11 @@ def _figure(report: Report) -> Figure:
     axes = figure.add_axes((0.08, bottom, 0.68, 1 - bottom - 0.6 / height))
     looks = styles([arm.name for arm in drawn(report)])
     for arm in drawn(report):
-        _curve(axes, arm, *looks[arm.name])
+        ages, shares = [cell.age for cell in arm.cells], [cell.accuracy for cell in arm.cells]
+        low, high = zip(*(cell.interval for cell in arm.cells), strict=True)
+        colour, marker = looks[arm.name]
+        axes.fill_between(ages, low, high, color=colour, alpha=0.15, linewidth=0, zorder=2)
+        axes.plot(ages, shares, color=colour, marker=marker, markersize=4.5, linewidth=1.5, label=arm.name, zorder=3)
     for curve, shade in zip(report.theory, ("#222222", "#888888", "#bbbbbb"), strict=False):
         ages = sorted(curve.accuracy_by_age)
         shares = [curve.accuracy_by_age[age] for age in ages]
@@ -116,14 +120,6 @@ def styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Choose colour and marker of each: its own, or one that no other has; ``OTHER`` where those have run out."""
     free = iter([style for name, style in STYLES.items() if name not in names])
     return {name: STYLES.get(name) or next(free, OTHER) for name in names}
-
-
-def _curve(axes: Axes, arm: Arm, colour: str, marker: str) -> None:
-    ages = [cell.age for cell in arm.cells]
-    shares = [cell.accuracy for cell in arm.cells]
-    low, high = zip(*(cell.interval for cell in arm.cells), strict=True)
-    axes.fill_between(ages, low, high, color=colour, alpha=0.15, linewidth=0, zorder=2)
-    axes.plot(ages, shares, color=colour, marker=marker, markersize=4.5, linewidth=1.5, label=arm.name, zorder=3)
 
 
 def _axes(axes: Axes, report: Report) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +16,24 @@ from mplus.evaluation.reports.tables import flat, grid, without_numbers
 UNTOLD = ("arm", "questions", "AUROC, likelihood", "AUROC, score", "nothing came back", "same, of told")
 """Headings about questions that were never told."""
 HEAD = ("arm", "right", "95 %", "of the ceiling", "evidence", "first token", "state / token")
+
+
+class CategoryFacts(TypedDict):
+    """Counts and scores of the questions of one category, see ``mplus.evaluation.chat.findings.by_category``."""
+
+    questions: int
+    correct: int
+    f1: float
+    recall: NotRequired[float]
+
+
+class UntoldFacts(TypedDict):
+    """Signs of what was never told, see ``mplus.evaluation.chat.findings.signs_of_told``."""
+
+    questions: int
+    auroc_of_likelihood: NotRequired[float]
+    auroc_of_score: NotRequired[float]
+    nothing_brought_back: NotRequired[dict[str, float]]
 
 
 def worth_rows(report: Report) -> list[list[str]]:
@@ -76,24 +94,24 @@ def worth_tables(report: Report) -> dict[str, tuple[Sequence[str], list[list[str
     if len(report.ages) > 1 and not any("by_category" in arm.details for arm in arms):
         head, rows = grid(report)
         found["right, by passages told since"] = (head[:-2], [row[:-2] for row in rows])
-    kinds = {arm.name: cast("dict[str, Any]", arm.details.get("by_category", {})) for arm in arms}
+    kinds = {arm.name: cast("dict[str, CategoryFacts]", arm.details.get("by_category", {})) for arm in arms}
     names = list(dict.fromkeys(name for some in kinds.values() for name in some))
     if names:
         cells = {arm: [_category(some.get(name)) for name in names] for arm, some in kinds.items()}
         found["right / F1 by category"] = (("arm", *names), [[arm, *row] for arm, row in cells.items()])
-    untold = {arm.name: cast("dict[str, Any]", arm.details["untold"]) for arm in arms if "untold" in arm.details}
+    untold = {arm.name: cast("UntoldFacts", arm.details["untold"]) for arm in arms if "untold" in arm.details}
     if untold:
         found["never told"] = (UNTOLD, [[arm, *_untold(facts)] for arm, facts in untold.items()])
     return found
 
 
-def _category(facts: dict[str, Any] | None) -> str:
+def _category(facts: CategoryFacts | None) -> str:
     return "" if facts is None else f"{facts['correct']}/{facts['questions']} / {facts['f1']:.2f}"
 
 
-def _untold(facts: dict[str, Any]) -> list[str]:
+def _untold(facts: UntoldFacts) -> list[str]:
     nothing = facts.get("nothing_brought_back")
-    aurocs = [facts.get(f"auroc_of_{sign}") for sign in ("likelihood", "score")]
+    aurocs = facts.get("auroc_of_likelihood"), facts.get("auroc_of_score")
     return [
         str(facts["questions"]),
         *("" if value is None else f"{value:.2f}" for value in aurocs),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from mplus.evaluation import require_extra
 from mplus.evaluation.reports.cell import wilson
 from mplus.evaluation.reports.plots import check_paths
 from mplus.evaluation.reports.report import Arm, Report
+from mplus.evaluation.reports.worth import CategoryFacts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +23,7 @@ NEEDLE = re.compile(r"(\d+) tokens at depth ([\d.]+)")
 def heat_map(arm: Arm) -> dict[int, dict[float, float]]:
     """Return length in tokens -> depth -> share of needles found; {} where an arm was asked for none."""
     found: dict[int, dict[float, float]] = {}
-    for name, facts in cast("dict[str, dict[str, Any]]", arm.details.get("by_category", {})).items():
+    for name, facts in cast("dict[str, CategoryFacts]", arm.details.get("by_category", {})).items():
         if cell := NEEDLE.fullmatch(name):
             found.setdefault(int(cell[1]), {})[float(cell[2])] = facts["correct"] / facts["questions"]
     return {tokens: dict(sorted(row.items())) for tokens, row in sorted(found.items())}

@@ -11,8 +11,8 @@ from typing import Any
 from attrs import define, field
 from attrs.converters import optional
 
-from mplus.config import one_of, whole
-from mplus.errors import ConfigError, InputError
+from mplus.config import JsonValue, must_be, one_of, whole
+from mplus.errors import InputError
 from mplus.evaluation.tasks.base import Episode, Passage, Protocol, Question
 from mplus.evaluation.tasks.contexts import holds
 from mplus.evaluation.tasks.generated_conversations import ADVERSARIAL, ConversationGenerator
@@ -22,9 +22,11 @@ from mplus.evaluation.texts import read
 CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", ADVERSARIAL: "never said"}
 
 
-def _categories(instance: Any, attribute: Any, value: tuple[int, ...]) -> None:
-    if not value or not set(value) <= CATEGORIES.keys():
-        raise ConfigError(f"categories must be some of {', '.join(map(str, sorted(CATEGORIES)))}, got {value!r}")
+some_categories = must_be(
+    f"some of {', '.join(map(str, sorted(CATEGORIES)))}",
+    lambda value: isinstance(value, tuple) and bool(value) and set(value) <= CATEGORIES.keys(),
+)
+"""Validator of categories."""
 
 
 class Conversations(Protocol):
@@ -52,7 +54,7 @@ class Conversations(Protocol):
         """
 
         data: Path | None = field(default=None, converter=optional(Path))
-        categories: tuple[int, ...] = field(default=(1, 2, 3, 4), converter=tuple, validator=_categories)
+        categories: tuple[int, ...] = field(default=(1, 2, 3, 4), converter=tuple, validator=some_categories)
         episodes: int = field(default=10, validator=whole(1))
         questions: int = field(default=200, validator=whole(1))
         turn: str = field(default="{speaker} ({date}): {text}", validator=[holds("{speaker}"), holds("{text}")])
@@ -128,7 +130,7 @@ class Conversations(Protocol):
         needs = tuple(sorted({places[name] for name in named if name in places}))
         return Question(prompt=prompt, answers=(str(qa["answer"]),), needs=needs, after=last, category=kind)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, JsonValue]:
         """Return every option that is used."""
         unused = {"passages", "before", "untold"}
         return {name: value for name, value in super().settings().items() if name not in unused}

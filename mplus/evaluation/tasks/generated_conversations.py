@@ -129,7 +129,9 @@ class ConversationGenerator:
             date += timedelta(days=self._rng.randint(2, 20), minutes=self._rng.randint(-300, 300))
             said = f"{date:%I:%M %p} on {date.day} {date:%B}, {date.year}".lstrip("0").replace("AM", "am")
             sample[f"session_{session}_date_time"] = said.replace("PM", "pm")
-            sample[f"session_{session}"] = self._session(session, speakers, due.get(session, []), _day(date))
+            sample[f"session_{session}"] = self._session(
+                session, speakers, due.get(session, []), f"{date.day} {date:%B} {date.year}"
+            )
         sample["qa"] = list(self._questions(speakers, plans))
         return sample
 
@@ -206,7 +208,3 @@ class ConversationGenerator:
                 guess = self._rng.choice(half(ATTRIBUTES[attribute].values, self.split))
                 question = fill(asked, speaker)
                 yield {"question": question, "adversarial_answer": guess, "evidence": [], "category": ADVERSARIAL}
-
-
-def _day(date: datetime) -> str:
-    return f"{date.day} {date:%B} {date.year}"

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
 from attrs import define, field
 from attrs.converters import optional
 
-from mplus.config import one_of, whole
-from mplus.errors import ConfigError
+from mplus.config import JsonValue, is_number, must_be, one_of, whole
 from mplus.evaluation.tasks.base import Episode, FileOptions, Passage, Protocol, Question
 from mplus.evaluation.tasks.contexts import holds
 from mplus.evaluation.tasks.novels import haystack, novel_paragraphs
@@ -20,9 +18,11 @@ CELL = "{} tokens at depth {}"
 """Category of a needle in a haystack of so many tokens, at a depth from 0 to 1."""
 
 
-def _depths(instance: Any, attribute: Any, value: tuple[float, ...]) -> None:
-    if not value or not all(isinstance(depth, int | float) and 0 <= depth <= 1 for depth in value):
-        raise ConfigError(f"depths must be numbers from 0 (the beginning) to 1 (the end), got {value!r}")
+DEPTHS = must_be(
+    "numbers from 0 (the beginning) to 1 (the end)",
+    lambda value: bool(value) and all(is_number(depth, 0, 1) for depth in value),  # type: ignore[union-attr]
+)
+"""Validator of depths."""
 
 
 class Needles(Protocol):
@@ -47,7 +47,7 @@ class Needles(Protocol):
 
         tokens: int = field(default=20_000, validator=whole(1))
         lengths: tuple[int, ...] | None = field(default=None, converter=optional(tuple))
-        depths: tuple[float, ...] = field(default=(0, 0.25, 0.5, 0.75, 1), converter=tuple, validator=_depths)
+        depths: tuple[float, ...] = field(default=(0, 0.25, 0.5, 0.75, 1), converter=tuple, validator=DEPTHS)
         episodes: int = field(default=5, validator=whole(1))
         split: Split = field(default="test", validator=one_of("choose", "test"))
         prompt: str = field(default="{question} Answer with one short sentence.", validator=holds("{question}"))
@@ -101,7 +101,7 @@ class Needles(Protocol):
         )
         return Episode(number=number, passages=tuple(told), questions=(question,))
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, JsonValue]:
         """Return every option that is used."""
         unused = {"passages", "before", "questions", "untold"}
         return {name: value for name, value in super().settings().items() if name not in unused}

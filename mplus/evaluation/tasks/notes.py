@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from attrs import define, field
 from attrs.converters import optional
 
-from mplus.config import number, one_of, whole
+from mplus.config import JsonValue, number, one_of, whole
 from mplus.errors import InputError
 from mplus.evaluation.tasks.base import Episode, Passage, Protocol, Question
 from mplus.evaluation.tasks.contexts import holds
@@ -152,7 +151,7 @@ class Notes(Protocol):
                 mixed.append((novel[place], f"novel {place}"))
         return mixed, places
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, JsonValue]:
         """Return every option that is used."""
         return {name: value for name, value in super().settings().items() if name not in {"passages", "before"}}
 

@@ -19,7 +19,7 @@ TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] }}:\n{{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:\n{% endif %}"
 )
-KV = {"mechanism": "kv", "min_chunk_tokens": 1, "chunk_tokens": 64, "retrieved_tokens": 96}
+KV = {"mechanism": "kv", "chunk_tokens": 64, "retrieved_tokens": 96}
 
 
 @functools.cache

@@ -21,9 +21,8 @@ from mplus.evaluation.execution.stream_reading import (
     RecencySelector,
     SelectSelector,
     StreamWay,
-    bytes_of_long_term,
-    bytes_of_short_term,
     right_answers,
+    stream_bytes,
 )
 from mplus.evaluation.generating import Generation, Scoring
 from mplus.evaluation.health import retriever_health
@@ -231,9 +230,9 @@ def test_a_report_counts_every_question_of_every_arm():
     assert report.arm("window").status == "not_converged"
     assert "below 0.98" in report.arm("window").reason
     held = last_moment().memory
-    assert memory.state_bytes == bytes_of_short_term(held) + bytes_of_long_term(held)
+    assert memory.state_bytes == stream_bytes(held, long_term=True)
     assert memory.tokens_attended == 1 + 6 + 12 + 4
-    assert report.arm("memoryllm").state_bytes == bytes_of_short_term(held)
+    assert report.arm("memoryllm").state_bytes == stream_bytes(held, long_term=False)
     assert report.chance == pytest.approx(
         sum(1 / LANGUAGE.values(f) for told in FACTS.told for f in told.facts) / (3 * FACTS.passages)
     )
