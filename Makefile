@@ -16,9 +16,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt tools/environment.sh
 	tools/environment.sh $(VENV)
 	@touch $@
 
-demo: $(VENV)/.installed  ## Tell a small decoder facts, ask for them much later, and draw what was retained
-	@mkdir -p build
-	$(VENV)/bin/mplus demo --plot build/mplus-demo.png
+demo: $(VENV)/.installed  ## Let a chat model (downloaded once, 93 MB) read a novel with notes in it, and ask for them
+	$(VENV)/bin/mplus demo
 
 test: $(VENV)/.installed  ## Everything a change must pass
 	$(MAKE) -j 2 type lint docs package

@@ -25,14 +25,14 @@ def _replace(page: str, mark: str, quote: str) -> str:
 
 
 def recall(record: Mapping[str, Any]) -> str:
-    """Return what is said of ``mplus demo``."""
+    """Return what is said of ``mplus demo --recall``."""
     report, seeds = pooled(record), record["seeds"]
     memory = report.arm("mplus")
     old = memory.at(128), report.arm("memoryllm").at(128), report.arm("mplus-random").at(128)
     worst = min(accuracies(facts)["mplus"]["128"] for facts in seeds.values())
     last, lost, drawn = (cell.accuracy if cell is not None else float("nan") for cell in old)
     lines = [
-        f"`mplus demo`: a decoder of {record['parameters']:,} parameters, trained from nothing in minutes on a CPU, is",
+        f"`mplus demo --recall`: a decoder of {record['parameters']:,} parameters, trained in minutes on a CPU, is",
         f"told facts once. 128 chunks (2,048 tokens, a fact in each) later it answers {last:.1%} of the questions from",
         f"memory, attending to {memory.tokens_attended} rows and tokens; without long-term memory {lost:.1%}, with",
         f"random retrieval {drawn:.1%}, by chance {report.chance:.1%}. {len(seeds)} seeds, the worst at {worst:.1%}:",

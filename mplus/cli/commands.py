@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 import mplus
 from mplus.cli import bench as benching
 from mplus.cli.chat.command import chat
-from mplus.cli.demo.command import demo, demo_continue, demo_novel
+from mplus.cli.demo.command import demo, demo_continue, demo_novel, demo_reopen
 from mplus.cli.eval_chat import TOLD, chat_command
 from mplus.cli.evaluation import abstention, harm, retention, retriever
 from mplus.cli.get import get
@@ -69,6 +69,7 @@ def _app() -> typer.Typer:
     commands.command()(demo)
     commands.command()(demo_novel)
     commands.command(hidden=True)(demo_continue)
+    commands.command(hidden=True)(demo_reopen)
     commands.command()(get)
     commands.command()(info)
     commands.command()(plugins)

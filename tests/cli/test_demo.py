@@ -1,4 +1,4 @@
-"""``mplus demo`` with an untrained decoder in place of the shipped one: what it tells, asks, counts and shows."""
+"""``mplus demo --recall`` with an untrained decoder for the shipped one: what it tells, asks, counts and shows."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def talk(folder):
 
 def demo(*options, **more):
     sizes = ("--facts", FACTS, "--distraction", DISTRACTION, "--streams", 2, "--threads", 1)
-    return CliRunner().invoke(app, ["demo", *map(str, (*sizes, *options))], **more)
+    return CliRunner().invoke(app, ["demo", "--recall", *map(str, (*sizes, *options))], **more)
 
 
 @pytest.fixture(scope="module")

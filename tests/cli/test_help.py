@@ -46,7 +46,7 @@ def run(*arguments):
 
 
 def test_the_commands():
-    assert {path[0] for path in ALL if path} == COMMANDS | {"demo-continue"}
+    assert {path[0] for path in ALL if path} == COMMANDS | {"demo-continue", "demo-reopen"}
     grouped = {
         "memory": {"forget", "repair", "show", "sources", "verify"},
         "eval": {"abstention", "harm", "retention", "retriever", *TOLD},

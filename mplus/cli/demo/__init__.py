@@ -1,1 +1,1 @@
-"""``mplus demo`` and ``mplus demo-novel``."""
+"""``mplus demo``, ``mplus demo --recall`` and ``mplus demo-novel``."""

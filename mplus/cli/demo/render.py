@@ -68,7 +68,7 @@ def show_recall(report: RecallDemo, figure: Path | None, console: Console | None
         f"then '{UNKNOWN}').\n"
     )
     show_curves(attrs.evolve(report.curves, settings={}, circumstances={}), console)
-    console.print("Every setting: mplus demo --json")
+    console.print("Every setting: mplus demo --recall --json")
     console.print(f"Figure: {figure}" if figure is not None else NO_FIGURE, markup=False, soft_wrap=True)
     console.print(f"{report.seconds:.0f} seconds in all, imports included.")
 

@@ -1,0 +1,184 @@
+"""The demo on a chat model: it reads a novel with notes and a conversation in it, and is asked for what they say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import evolve
+
+import mplus
+from mplus.chat.prompt import ChatFormat
+from mplus.cli.demo.chat.asking import Asker, Said
+from mplus.cli.demo.chat.findings import JSON, ArmFinding, ChatDemo, Reopened
+from mplus.cli.demo.chat.script import Question, Script, make_script
+from mplus.errors import MPlusError
+from mplus.hf.pretrained.chat_model import load_chat_model, with_memory
+from mplus.memory import Memory
+from mplus.memory.report import progress_bar
+
+MEMORY, QUESTIONS = "memory", "questions.json"
+"""What is in the folder."""
+AGAIN = 5
+"""Questions that the new process is asked."""
+WITH, WITHOUT, WINDOW, TEXT = "memory", "nothing", "window", "found text"
+"""Names of the ways to have the text."""
+
+
+def run(
+    name: str, *, mechanism: str | None, tokens: int, seed: int, threads: int, folder: Path, quiet: bool
+) -> tuple[ChatDemo, Asker, Memory]:
+    """Do all of it.
+
+    Args:
+        name: of the chat model, as for ``load_chat_model``.
+        mechanism: of the memory; None: the default.
+        tokens: to tell, about.
+        seed: of what is told and asked.
+        threads: CPU threads, here and in the new process.
+        folder: where the memory goes.
+        quiet: show no progress.
+
+    Returns:
+        What was found, and the decoder and the memory (in ``folder``), to go on with.
+    """
+    started = time.perf_counter()
+    decoder, tokenizer = load_chat_model(name)
+    asker = Asker(with_memory(decoder, mechanism), ChatFormat(tokenizer))
+    script = make_script(tokenizer, tokens, seed)
+    with Memory.open(folder / MEMORY, asker.model, tokenizer=tokenizer) as memory:
+        write_seconds, places = tell(memory, script, quiet)
+    arms, untold = question(asker, memory, script, quiet)
+    reopened = ask_in_new_process(name, mechanism, arms[0].said[:AGAIN], folder, threads, quiet)
+    memory = Memory.open(folder / MEMORY, asker.model, tokenizer=tokenizer)
+    where = {told.source: place for told, place in zip(script.told, places, strict=True)}
+    findings = ChatDemo(
+        model=name,
+        parameters=sum(parameter.numel() for parameter in decoder.parameters()),
+        mechanism=asker.model.mplus_engine.mechanism.name,
+        config=asker.model.mplus_config.to_dict(),
+        tokens=round(sum(source.tokens for source in memory.sources())),
+        sources=len(script.told),
+        write_seconds=write_seconds,
+        places=tuple(where[one.question.source or ""] for one in arms[0].said),
+        arms=arms,
+        untold=untold,
+        reopened=reopened,
+        threads=threads,
+        seed=seed,
+        seconds=time.perf_counter() - started,
+    )
+    return findings, asker, memory
+
+
+def tell(memory: Memory, script: Script, quiet: bool) -> tuple[float, list[float]]:
+    """Write everything; return the seconds, and of each text how much had been told before it, from 0 to 1."""
+    begun, before = time.perf_counter(), []
+    total = len(script.told)
+    with progress_bar("reading novel, notes and calls", total, _wanted(quiet), total, unit="texts") as advance:
+        tokens = 0
+        for told in script.told:
+            before.append(tokens)
+            tokens += sum(memory.write(told.text, source=told.source, progress=False).tokens)
+            advance(1)
+    return time.perf_counter() - begun, [place / max(tokens, 1) for place in before]
+
+
+def question(
+    asker: Asker, memory: Memory, script: Script, quiet: bool
+) -> tuple[tuple[ArmFinding, ...], tuple[Said, ...]]:
+    """Ask every question in every way; return that, and the answers to what was never told."""
+    questions, texts = script.answerable, {told.source: told.text for told in script.told}
+
+    def found_text(said: Said) -> Said:
+        return asker.ask_with_text(said.question, [texts[one.source or ""] for one in said.recalled])
+
+    asked = _asking(quiet)
+    remembered = asked("with memory", lambda one: asker.ask(one, memory), questions)
+    untold = asked("never told", lambda one: asker.ask(one, memory), script.untold)
+    alone = asked("without", asker.ask, questions)
+    found = asked("with the same text found", found_text, remembered)
+    with progress_bar("reading what the window holds", 1, _wanted(quiet), 1, unit="") as advance:
+        prefilled = asker.prefill(_ids_of(script, asker), questions, _positions(asker.model))
+        advance(1)
+    behind = asked("with a full window", lambda one: asker.ask_behind(one, prefilled), questions)
+    text = sum(len(told.text.encode()) for told in script.told)
+    arms = (
+        ArmFinding(name=WITH, said=remembered, bytes=memory.nbytes),
+        ArmFinding(name=WITHOUT, said=alone),
+        ArmFinding(
+            name=WINDOW,
+            said=behind,
+            bytes=prefilled.nbytes,
+            prefill_seconds=prefilled.seconds,
+            text_tokens=prefilled.text_tokens,
+        ),
+        ArmFinding(name=TEXT, said=found, bytes=text),
+    )
+    return arms, untold
+
+
+def _asking(quiet: bool) -> Callable[..., tuple[Said, ...]]:
+    def asked(title: str, ask: Callable[[Any], Said], questions: Any) -> tuple[Said, ...]:
+        with progress_bar(f"asking {title}", len(questions), _wanted(quiet), len(questions), unit="") as advance:
+            found = []
+            for one in questions:
+                found.append(ask(one))
+                advance(1)
+        return tuple(found)
+
+    return asked
+
+
+def _wanted(quiet: bool) -> bool:
+    return not quiet and sys.stderr.isatty()
+
+
+def _ids_of(script: Script, asker: Asker) -> list[int]:
+    text = "\n".join(told.text for told in script.told)
+    return list(asker.format.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _positions(model: Any) -> int:
+    return int(model.config.get_text_config(decoder=True).max_position_embeddings)
+
+
+def ask_in_new_process(
+    name: str, mechanism: str | None, said: tuple[Said, ...], folder: Path, threads: int, quiet: bool
+) -> Reopened:
+    """Return what a Python process of its own answers, which opens the memory in ``folder``."""
+    asked = {"model": name, "mechanism": mechanism, "questions": JSON.unstructure([one.question for one in said])}
+    (folder / QUESTIONS).write_text(json.dumps(asked) + "\n", encoding="utf-8")
+    command = [sys.executable, "-m", "mplus.cli", "demo-reopen", str(folder), "--threads", str(threads)]
+    begun = time.perf_counter()
+    with progress_bar("asking a new process", 1, _wanted(quiet), 1, unit="") as advance:
+        child = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own program
+        advance(1)
+    if child.returncode:
+        last = child.stderr.strip().rpartition("\n")[2]
+        raise MPlusError(
+            f"a new process must be able to answer from {folder}, it ended with {child.returncode}: {last}"
+        )
+    reopened = JSON.loads(child.stdout, Reopened)
+    return evolve(reopened, seconds=time.perf_counter() - begun)
+
+
+def reopen(folder: Path) -> Reopened:
+    """Answer the questions in ``folder`` from the memory that lies there."""
+    begun = time.perf_counter()
+    asked = json.loads((folder / QUESTIONS).read_text(encoding="utf-8"))
+    decoder, tokenizer = load_chat_model(asked["model"])
+    asker = Asker(with_memory(decoder, asked["mechanism"]), ChatFormat(tokenizer))
+    questions = JSON.structure(asked["questions"], list[Question])
+    opening = time.perf_counter()
+    memory = mplus.Memory.open(folder / MEMORY, asker.model, tokenizer=tokenizer, read_only=True)
+    opened = time.perf_counter() - opening
+    with torch.no_grad():
+        said = tuple(asker.ask(one, memory) for one in questions)
+    return Reopened(said=said, open_seconds=opened, seconds=time.perf_counter() - begun)
