@@ -23,12 +23,15 @@ class Retrieved:
         ids: ``[n]`` int64, their ids in the view they were picked from.
         scores: ``[n]`` float32; empty where nothing was scored.
         source: where ``rows`` lack ``projected``: where that lies in the view.
+        units: ``[n]`` int64, which of the things that were chosen as wholes each row belongs to, such as a chunk; None:
+            rows were chosen one by one.
     """
 
     rows: MemoryRows
     ids: Tensor
     scores: Tensor
     source: Location | None = None
+    units: Tensor | None = None
 
 
 @define(frozen=True, eq=False)

@@ -170,7 +170,7 @@ class SeparateStreams(TrainingStreams):
         views = [view for view in streams for _ in range(each)]  # the texts of a stream share its view
         ids = texts.flatten(0, 1)
         mask = torch.ones_like(ids, dtype=torch.bool) if queries is None else queries.flatten(0, 1)
-        source = _TextPrefix(self, views, Text(ids, mask))
+        source = _TextPrefix(self, views, Text(ids, mask, query=mask, limited=queries is not None))
         empty = self.mechanism.empty_is_base and not any(map(self.mechanism.has_prefix, views))
         finish = source.finish if self.mechanism.finishes and not empty else None
         offset = source.opened.text_offset

@@ -117,12 +117,12 @@ class WrappedDecoder:
         placement: Placement | None = None
         text_offset: int | Tensor = offset
         if insertion is not None:
-            # As in a read: without a mask transformers takes a gap between positions for another text's beginning.
-            mask = torch.ones(batch, tokens, dtype=torch.int64, device=text.device) if mask is None else mask
-            placement = Placement(insertion, Placement.starts_of(insertion, mask.bool(), 0), tokens, tokens)
-            text_places = (mask.long().cumsum(1) - 1).clamp(min=0)
-            positions = text_places + placement.moved(batch).to(text.device)
+            real = torch.ones(batch, tokens, dtype=torch.bool, device=text.device) if mask is None else mask.bool()
+            placement = Placement(insertion, Placement.starts_of(insertion, real, 0), tokens, tokens)
+            positions = (real.cumsum(1) - 1).clamp(min=0) + placement.moved(batch).to(text.device)
             text_offset = insertion.rooms.sum(1, keepdim=True).to(text.device)
+            if placement.divides:  # without a mask transformers takes a gap between positions for another text
+                mask = real.long()
         elif positions is None and offset:
             positions = torch.arange(offset, offset + tokens, device=text.device)
         inputs: dict[str, Any] = {"input_ids" if text.dim() == 2 else "inputs_embeds": text, "use_cache": False}

@@ -137,6 +137,7 @@ class MemoryModel(SavesAdditions):
         *args: Any,
         memory: Memory | None = None,
         query_tokens: int | Sequence[int] | None = None,
+        retrieval_query: str | Sequence[int] | Sequence[str | Sequence[int]] | None = None,
         retrieve_every: int | None = None,
         output_sources: bool | None = None,
         reuse_memory_cache: bool | None = None,
@@ -155,6 +156,8 @@ class MemoryModel(SavesAdditions):
             query_tokens: retrieve with the first so many tokens of each prompt, padding not counted; one number, or
                 one per prompt. None: as configured, by default with all. Has no effect on a prompt whose cache was
                 begun before: rows were retrieved then.
+            retrieval_query: retrieve with this and not with the prompt: a text or token ids, for all prompts or one per
+                prompt. For memories that choose once what a text reads (``kv``, text).
             retrieve_every: besides once per prompt, retrieve anew after so many generated tokens.
             output_sources: with ``return_dict_in_generate=True``, the result gets ``memory_sources``: for every batch
                 row and memory layer the rows retrieved last (``mplus.hf.reading.reading.RetrievedSource``).
@@ -180,6 +183,7 @@ class MemoryModel(SavesAdditions):
         own = {
             "memory": memory,
             "query_tokens": query_tokens,
+            "retrieval_query": retrieval_query,
             "retrieve_every": retrieve_every,
             "output_sources": output_sources,
             "reuse_memory_cache": reuse_memory_cache,
@@ -191,6 +195,7 @@ class MemoryModel(SavesAdditions):
         memory: Memory | None,
         *,
         query_tokens: int | Sequence[int] | None = None,
+        retrieval_query: str | Sequence[int] | Sequence[str | Sequence[int]] | None = None,
         retrieve_every: int | None = None,
         reuse_memory_cache: bool = False,
         threads: bool = False,
@@ -203,7 +208,7 @@ class MemoryModel(SavesAdditions):
 
         Args:
             memory: of one stream, for any batch, or of one per batch row; None: the decoder alone.
-            query_tokens, retrieve_every, reuse_memory_cache: of every call; see ``generate``.
+            query_tokens, retrieval_query, retrieve_every, reuse_memory_cache: of every call; see ``generate``.
             threads: calls in other threads read the memory too, unless these are in a block of their own. Otherwise
                 such a call raises NotSupported while the block is open.
 
@@ -222,6 +227,7 @@ class MemoryModel(SavesAdditions):
         arguments = ReadArguments(
             memory=memory,
             query_tokens=query_tokens,
+            retrieval_query=retrieval_query,
             retrieve_every=retrieve_every,
             reuse_memory_cache=reuse_memory_cache,
         )
@@ -300,6 +306,7 @@ def reading_class(
         *args: Any,
         memory: Memory | None = None,
         query_tokens: int | Sequence[int] | None = None,
+        retrieval_query: str | Sequence[int] | Sequence[str | Sequence[int]] | None = None,
         retrieve_every: int | None = None,
         output_sources: bool = False,
         reuse_memory_cache: bool = False,
@@ -308,6 +315,7 @@ def reading_class(
         asked = {
             "memory": memory,
             "query_tokens": query_tokens,
+            "retrieval_query": retrieval_query,
             "retrieve_every": retrieve_every,
             "output_sources": output_sources,
             "reuse_memory_cache": reuse_memory_cache,

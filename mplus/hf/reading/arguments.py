@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from attrs import define, field, fields
+from torch import Tensor
 from transformers import GenerationConfig
 
 from mplus.config import flag, whole
@@ -35,6 +37,33 @@ def _counts(value: Any) -> Any:
         return value
 
 
+Query = str | tuple[int, ...]
+"""What to retrieve with: a text, or ids."""
+
+
+def _queries(value: Any) -> Any:
+    """Make tuples of sequences and tensors of ids."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return tuple(map(_queries, value)) if isinstance(value, list | tuple) else value
+
+
+def _check_queries(instance: ReadArguments, attribute: Attribute[Any], value: Any) -> None:
+    if value is None or _is_query(value):
+        return
+    if not isinstance(value, tuple) or not value or not all(map(_is_query, value)):
+        raise ConfigError(
+            f"{attribute.name} must be a text or token ids, or a sequence of these with one per row, none of them "
+            f"empty, or None, got {value!r:.80}"
+        )
+
+
+def _is_query(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    return isinstance(value, tuple) and bool(value) and all(type(one) is int and one >= 0 for one in value)
+
+
 def _positive_counts(instance: ReadArguments, attribute: Attribute[int], value: Any) -> None:
     if value is None:
         return
@@ -54,6 +83,8 @@ class ReadArguments:
         memory: one stream per batch row, or one for all of them; None: the decoder alone.
         query_tokens: retrieve with the first so many tokens of each text, padding not counted; one number, or one
             per row. None: as the config says. Rows with fewer tokens retrieve with all they have.
+        retrieval_query: retrieve with this in the place of the text's own tokens: a text or ids, for all rows or one
+            per row. Not with mechanisms whose layers retrieve by themselves.
         retrieve_every: retrieve anew after so many further tokens.
         output_sources: return the retrieved rows as ``memory_sources``.
         reuse_memory_cache: accept a cache made under an older state of the memory, and read that one.
@@ -64,6 +95,9 @@ class ReadArguments:
 
     memory: Memory | None = None
     query_tokens: int | tuple[int, ...] | None = field(default=None, converter=_counts, validator=_positive_counts)
+    retrieval_query: Query | tuple[Query, ...] | None = field(
+        default=None, converter=_queries, validator=_check_queries
+    )
     retrieve_every: int | None = field(default=None, validator=whole(1, optional=True))
     output_sources: bool = field(default=False, validator=flag)
     reuse_memory_cache: bool = field(default=False, validator=flag)
@@ -76,6 +110,32 @@ class ReadArguments:
                 f"query_tokens must be one whole number or one per row, got {len(counts)} for a batch of {rows} rows"
             )
         return counts
+
+    def queries_of(self, tokenizer: Any, rows: int) -> list[Tensor] | None:
+        """Return ``retrieval_query`` as ids ``[q]`` int64 for each of ``rows``; None where there is none.
+
+        Raises:
+            InputError: a text has no tokens or no tokenizer, or they are not one per row.
+        """
+        given = self.retrieval_query
+        if given is None:
+            return None
+        queries = [given] * rows if _is_query(given) else list(given)
+        if len(queries) != rows:
+            raise InputError(
+                f"retrieval_query must be one text or one per row, got {len(queries)} for a batch of {rows} rows"
+            )
+        found = []
+        for query in queries:
+            if isinstance(query, str) and tokenizer is None:
+                raise InputError(
+                    "a retrieval_query of text needs a tokenizer: pass tokenizer= to new_memory, load or open, or ids"
+                )
+            ids = tokenizer(query, add_special_tokens=False)["input_ids"] if isinstance(query, str) else query
+            if not ids:
+                raise InputError(f"retrieval_query must have at least one token, got {query!r}")
+            found.append(torch.tensor(ids, dtype=torch.int64))
+        return found
 
 
 DEFAULTS: Mapping[str, Any] = {attribute.name: attribute.default for attribute in fields(ReadArguments)}

@@ -22,7 +22,7 @@ from mplus.hf.reading.override import mechanism_for_reads
 from mplus.hf.reading.pieces import read_in_pieces
 from mplus.hf.reading.placing import place_text
 from mplus.hf.reading.reading import Reading, one_per_row, retrieved_sources
-from mplus.hf.reading.retrieval import ReadSource, reopen_where_due, without_padding
+from mplus.hf.reading.retrieval import ReadSource, reopen_where_due, resume, without_padding
 from mplus.hf.retrofit.context import Collection, Pass, current_pass, run_in
 from mplus.mechanisms.decoder import PassResult, Text
 from mplus.memory.engine import Engine
@@ -92,6 +92,7 @@ def _read(model: Any, base: Any, arguments: ReadArguments, given: Reading | None
         ask(reading, model, arguments, None if inputs.get("attention_mask") is not None else inputs.get("input_ids"))
     else:
         check_weights(engine, reading, whole=text.shape[1] > 1)
+        go_on(reading, arguments)
     reading.retrieve_every = arguments.retrieve_every
     one_by_one = reading.retrieve_every is not None and len(reading.views) > 1
     if one_by_one and reading.look is not None and reading.look.names is not None and engine.own_attention.used:
@@ -122,14 +123,15 @@ def ask(
         virtual_tokens: learned embeddings in front of the text, which retrieve with it and are not counted.
 
     Raises:
-        InputError: ``query_tokens`` are not one per row.
-        NotSupported: it should retrieve anew, and the mechanism does not.
+        InputError: ``query_tokens`` or ``retrieval_query`` are not one per row.
+        NotSupported: it should retrieve anew, or with other tokens than the text's, and the mechanism does not.
     """
     if arguments.retrieve_every is not None and not (reading.mechanism.retrieves or reading.mechanism.reopens):
         raise NotSupported(
             f"retrieve_every does not go with the mechanism {reading.mechanism.name!r}, which chooses once what a text "
             "reads: leave it out"
         )
+    reading.queries = _queries(reading, arguments)
     counts = arguments.query_tokens_of(len(reading.views))
     if unmasked is not None and not isinstance(counts, tuple):
         padding_id = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
@@ -137,6 +139,22 @@ def ask(
     if counts is not None and virtual_tokens:
         counts = tuple(one + virtual_tokens for one in counts) if isinstance(counts, tuple) else counts + virtual_tokens
     reading.query_tokens = counts
+
+
+def go_on(reading: Reading, arguments: ReadArguments) -> None:
+    """Say that another call goes on with the text of ``reading``, whose new tokens may ask for something else."""
+    reading.goes_on, reading.prompt_tokens = True, None
+    reading.queries = _queries(reading, arguments)
+
+
+def _queries(reading: Reading, arguments: ReadArguments) -> list[Tensor] | None:
+    if arguments.retrieval_query is not None and not reading.mechanism.retrieves_in_open:
+        raise NotSupported(
+            f"retrieval_query does not go with the mechanism {reading.mechanism.name!r}, whose layers retrieve with "
+            "what they make of the text: leave it out"
+        )
+    tokenizer = None if reading.memory is None else reading.memory.tokenizer
+    return arguments.queries_of(tokenizer, len(reading.views))
 
 
 def _run(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[str, Any], piece: bool = False) -> Any:
@@ -222,32 +240,25 @@ def _read_pass(
 ) -> tuple[Pass, TextSoFar | None]:
     """Return the pass of one forward, and the text with it, where the mechanism wants to know.
 
-    Completes ``position_ids`` in ``inputs`` where the decoder would count padding, or its text is elsewhere.
+    Completes ``position_ids`` in ``inputs`` where memory moves the text.
     """
     text = _text(inputs)
     rows, tokens = text.shape[:2]
     reading.repeats(rows)
-    mask = inputs.get("attention_mask")
-    text_mask = None
     takes_positions = "position_ids" in signature_of(base.forward).parameters
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        padded = not bool(mask.all())
-        text_mask = mask[:, -tokens:].bool() if padded else None
-        if padded and takes_positions and inputs.get("position_ids") is None:
-            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
-    elif mask is not None and reading.prompt_mask is not None and reading.opened is None:
-        # With a static cache generation passes masks as attention takes them, which do not say what is padding.
-        copies = rows // reading.prompt_mask.shape[0]
-        text_mask = reading.prompt_mask.repeat_interleave(copies, 0).to(text.device)
+    text_mask = _text_mask(reading, inputs, text, takes_positions)
     source, mechanism = ReadSource(reading, text_mask, piece), reading.mechanism
     so_far = None
-    if mechanism.reopens or mechanism.finishes:
+    if mechanism.reopens or mechanism.finishes or mechanism.resumes:
         so_far = text_in(inputs.get("past_key_values")) or TextSoFar.empty(rows, text.device, mechanism.new_cache())
         so_far = so_far.with_tokens(text, text_mask)
     if reading.opened is None:
         _open(engine, reading, source, text, so_far)
     elif so_far is not None and reading.reopens:
         reopen_where_due(reading, engine.decoder, so_far, tokens, piece)
+    elif so_far is not None and reading.goes_on and mechanism.resumes and tokens > 1:
+        resume(reading, engine.decoder, so_far, tokens, inputs["past_key_values"])
+    reading.goes_on = False
     opened = reading.need_opened()
     if opened.settled is not None and reading.reopens:
         raise NotSupported(f"retrieve_every does not go with the mechanism {mechanism.name!r} here: {opened.settled}")
@@ -260,6 +271,24 @@ def _read_pass(
     adapter = engine.adapter("read")
     active = Pass(source, adapter, collection=collection, finish=finish, text_offset=offset, placement=placement)
     return active, so_far
+
+
+def _text_mask(reading: Reading, inputs: dict[str, Any], text: Tensor, takes_positions: bool) -> Tensor | None:
+    """Return ``[B, T]`` bool, False at padding; None where there is none.
+
+    Completes ``position_ids`` in ``inputs`` where the decoder would count padding.
+    """
+    mask, (rows, tokens) = inputs.get("attention_mask"), text.shape[:2]
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        if bool(mask.all()):
+            return None
+        if takes_positions and inputs.get("position_ids") is None:
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+        return mask[:, -tokens:].bool()
+    if mask is not None and reading.prompt_mask is not None and reading.opened is None:
+        # With a static cache generation passes masks as attention takes them, which do not say what is padding.
+        return reading.prompt_mask.repeat_interleave(rows // reading.prompt_mask.shape[0], 0).to(text.device)
+    return None
 
 
 def _open(engine: DecoderEngine, reading: Reading, source: ReadSource, text: Tensor, so_far: TextSoFar | None) -> None:
@@ -280,6 +309,9 @@ def _open(engine: DecoderEngine, reading: Reading, source: ReadSource, text: Ten
         tokenizer=None if reading.memory is None else reading.memory.tokenizer,
         embedded=None if text.dim() == 2 else own,
         query=None if query is None else query[:, prompt],
+        limited=(reading.query_tokens or reading.mechanism.config.query_tokens) is not None,
+        queries=None if reading.queries is None else [one for one in reading.queries for _ in range(copies)],
+        further=reading.further_tokens,
     )
     reading.open(engine.decoder, front, copies)
     if so_far is not None and query is not None:

@@ -15,7 +15,7 @@ from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.reading.arguments import DEFAULTS, ReadArguments, check_spelling
 from mplus.hf.reading.caches import check_cache, embedded_in_front
 from mplus.hf.reading.checks import check_weights
-from mplus.hf.reading.forward import ask, read
+from mplus.hf.reading.forward import ask, go_on, read
 from mplus.hf.reading.generating import generate_in, is_generating
 from mplus.hf.reading.open_readings import OpenReadings
 from mplus.hf.reading.override import mechanism_for_reads
@@ -132,6 +132,7 @@ def generate(
         ask(reading, model, arguments, call.unmasked_prompt(), virtual)
     else:
         check_weights(engine, reading)
+        go_on(reading, arguments)
     reading.retrieve_every, reading.prompt_tokens = arguments.retrieve_every, tokens + virtual
     reading.further_tokens, reading.prompt_mask = call.further_tokens(tokens), call.prompt_mask(tokens)
     reading.repeats(prompts)

@@ -41,6 +41,8 @@ def place_text(
     opened, positions = reading.need_opened(), engine.retrofit.positions
     if opened.insertion is not None:
         placement = _placement(reading, opened.insertion, inputs.get("past_key_values"), text, mask)
+        if not bool(opened.insertion.rows.any()):
+            return 0, None
         inputs["position_ids"] = _moved_positions(
             engine, reading, inputs, text, placement.moved(text.shape[0]), takes_positions
         )

@@ -51,6 +51,7 @@ class Reading:
         query_tokens: of these, retrieve with the first so many tokens; one number, or one per stream. None: as
             configured.
         prompt_mask: ``[prompts, T]`` bool of a generation, False at padding; None: there was no mask.
+        queries: of each stream ``[q]`` int64, to retrieve with in the place of the text's tokens; None: with these.
         query_mask: ``[B, T]`` bool, False at what looks like padding in a text that came without a mask.
         retrieve_every: retrieve anew after so many further tokens.
         further_tokens: that a generation may read after the first forward.
@@ -61,6 +62,7 @@ class Reading:
         recent: of each memory layer, the attention inputs ``[B, W, d]`` of the text since the last retrieval, where
             there is ``retrieve_every``.
         waiting: ``[B, W]`` bool on the CPU, True at those of these tokens that retrieve when enough have come.
+        goes_on: the next forward is the first of a call that goes on with this text.
         starts: of what stands in the middle of the text, ``Placement.starts``; None: not yet known, or nothing does.
     """
 
@@ -75,6 +77,7 @@ class Reading:
     prompt_tokens: int | None = None
     query_tokens: int | tuple[int, ...] | None = None
     prompt_mask: Tensor | None = None
+    queries: Sequence[Tensor] | None = None
     query_mask: Tensor | None = None
     retrieve_every: int | None = None
     further_tokens: int = 0
@@ -85,6 +88,7 @@ class Reading:
     recent: dict[int, Tensor] = field(factory=dict)
     waiting: Tensor | None = None
     opened: Opened | None = None
+    goes_on: bool = False
     starts: Tensor | None = None
 
     def open(self, decoder: Decoder, text: Text, copies: int = 1) -> None:
@@ -110,7 +114,7 @@ class Reading:
         return self.retrieve_every is not None and mechanism.reopens and any(map(mechanism.has_prefix, self.views))
 
     def exchange(self, opened: Opened) -> None:
-        """Read what ``opened`` says from here on.
+        """Read what ``opened`` says from here on, in the place of what was read.
 
         Raises:
             MechanismError: the text would have to move, whose keys in the cache cannot.
@@ -125,6 +129,30 @@ class Reading:
                     )
         elif self.starts is not None:
             self.starts = self.starts.repeat_interleave(copies, 0)
+        self._set(opened)
+
+    def extend(self, opened: Opened, read: Tensor) -> None:
+        """Read besides what was read the further blocks that ``opened`` has, behind the ``read`` ``[B]`` tokens so far.
+
+        Raises:
+            MechanismError: text that was read would have to move.
+        """
+        before = self.need_opened()
+        blocks = 0 if before.insertion is None else before.insertion.tokens.shape[1]
+        for name, was, would in _places(before, opened):
+            if was is not would and (was is None or would is None or not torch.equal(was, would[:, :blocks])):
+                raise MechanismError(
+                    f"the mechanism {self.mechanism.name!r} must leave {name} of what was read as it is in resume, "
+                    f"since text that was read cannot move, got {would} after {was}"
+                )
+        if opened.insertion is not None and bool((opened.insertion.tokens[:, blocks:] < read[:, None]).any()):
+            raise MechanismError(
+                f"the mechanism {self.mechanism.name!r} must put what it adds in resume behind the text that was read, "
+                f"{read.tolist()} tokens, got Insertion.tokens {opened.insertion.tokens.tolist()}"
+            )
+        self._set(opened)
+
+    def _set(self, opened: Opened) -> None:
         self.opened = evolve(opened, prepared=self._as_kept())
         self.segments.clear()
         self.repeated.clear()
@@ -181,14 +209,15 @@ def _other_batch(rows: int, streams: int) -> MemoryMismatchError:
 
 @define(frozen=True)
 class RetrievedSource:
-    """One retrieved row.
+    """One retrieved row, or a chunk of them that was retrieved as a whole.
 
     Attributes:
         layer: index among the layers that carry memory.
         source: name given to ``Memory.write``, or None.
-        age: rows written since, per layer (0: the newest).
+        age: rows written since, per layer (0: the newest); of a chunk, since its first row.
         score: the retriever's score, or None where nothing was scored.
         written: when the source was last written, in UTC; None: it is not known.
+        tokens: rows that it is; of a mechanism whose rows are tokens, the length of the chunk.
     """
 
     layer: int
@@ -196,10 +225,11 @@ class RetrievedSource:
     age: int
     score: float | None
     written: datetime | None = field(default=None, repr=False)
+    tokens: int = 1
 
 
 def retrieved_sources(reading: Reading) -> list[list[list[RetrievedSource]]]:
-    """Return, for every batch row of the memory and every memory layer, the rows retrieved last, oldest first."""
+    """Return, for every batch row of the memory and every memory layer, what was retrieved last, in its order."""
     opened = reading.opened if reading.mechanism.retrieves_in_open else None
     by_layer = {
         layer: found if opened is None else reading.mechanism.retrieved(opened, layer)
@@ -210,18 +240,27 @@ def retrieved_sources(reading: Reading) -> list[list[list[RetrievedSource]]]:
         layers = []
         for layer, rows in by_layer.items():
             found = rows[row]
-            layers.append([] if found is None else [_described(layer, found, i, view) for i in range(len(found.ids))])
+            layers.append([] if found is None else _described(layer, found, view))
         streams.append(layers)
     return streams
 
 
-def _described(layer: int, found: Retrieved, place: int, view: StreamView) -> RetrievedSource:
-    number = int(found.rows.source[place])
-    source = None if number == NO_SOURCE else view.state.sources[number]
-    return RetrievedSource(
-        layer=layer,
-        source=None if source is None else source.name,
-        age=view.state.clock - 1 - int(found.rows.birth[place]),
-        score=float(found.scores[place]) if len(found.scores) else None,
-        written=None if source is None else datetime_of(source.last_time),
-    )
+def _described(layer: int, found: Retrieved, view: StreamView) -> list[RetrievedSource]:
+    """Return what one layer retrieved for one batch row."""
+    units = torch.arange(len(found.ids)) if found.units is None else found.units
+    lengths = units.unique_consecutive(return_counts=True)[1].tolist()
+    described, place = [], 0
+    for length in lengths:
+        number = int(found.rows.source[place])
+        source = None if number == NO_SOURCE else view.state.sources[number]
+        one = RetrievedSource(
+            layer=layer,
+            source=None if source is None else source.name,
+            age=view.state.clock - 1 - int(found.rows.birth[place]),
+            score=float(found.scores[place]) if len(found.scores) else None,
+            written=None if source is None else datetime_of(source.last_time),
+            tokens=length,
+        )
+        described.append(one)
+        place += length
+    return described

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from attrs import define, evolve, field
 from torch import Tensor
+from transformers import Cache
 
 from mplus.backends.base import Segment
 from mplus.errors import InputError, MechanismError, NotSupported
 from mplus.hf.reading.caches import TextSoFar, first_tokens
 from mplus.hf.reading.reading import Front, Reading, Repeated
 from mplus.hf.retrofit.discovery import AttentionSpec
-from mplus.mechanisms.decoder import Attended, Decoder, Project, Rows
+from mplus.hf.retrofit.placement import Placement
+from mplus.mechanisms.decoder import Attended, Decoder, Project, Rows, Text
 from mplus.mechanisms.opened import Retrieved
 
 
@@ -184,6 +186,42 @@ def reopen_where_due(reading: Reading, decoder: Decoder, text: TextSoFar, new: i
         opened = mechanism.reopen(decoder, opened, text.until_chosen(tokenizer, limit), anew)
     if opened is not reading.opened:
         reading.exchange(opened)
+
+
+def resume(reading: Reading, decoder: Decoder, text: TextSoFar, new: int, cache: Cache) -> None:
+    """Let the mechanism choose what the new tokens of a text read besides, in the first forward of a call.
+
+    Args:
+        reading: of a mechanism that ``resumes``.
+        decoder: what the mechanism may run passes with.
+        text: all of the text, the ``new`` tokens of this forward included.
+        new: tokens of this forward.
+        cache: of the tokens in front of these.
+
+    Raises:
+        MechanismError: the mechanism would move text that was read.
+        NotSupported: the cache holds different continuations of one prompt.
+    """
+    if text.ids is None:
+        return
+    opened = reading.need_opened()
+    copies, end = len(text.mask) // len(opened.views), text.tokens
+    if reading.prompt_tokens is not None:  # what is guessed behind it asks for nothing
+        end = min(end, max(reading.prompt_tokens, text.tokens - new + 1))
+    ids, mask = text.ids[::copies], text.mask[::copies]
+    if copies > 1 and not torch.equal(ids.repeat_interleave(copies, 0), text.ids):
+        raise NotSupported(
+            f"a cache of {len(text.mask)} different continuations of {len(opened.views)} prompts cannot be gone on "
+            "with: select one of each with past_key_values.batch_select_indices"
+        )
+    tokenizer = None if reading.memory is None else reading.memory.tokenizer
+    told = Text(ids[:, :end], mask[:, :end], tokenizer, queries=reading.queries, further=reading.further_tokens)
+    read = mask[:, : text.tokens - new].sum(1).cpu()
+    now = reading.mechanism.resume(decoder, opened, told, read)
+    if now is not opened and now.insertion is not None:
+        reading.extend(now, read)
+        before = int(cache.get_seq_length()) - (text.tokens - new)  # learned virtual tokens
+        reading.starts = Placement.starts_of(now.insertion, mask, before)
 
 
 def _projected_for_each(project: Project, repeats: int, rows: Rows) -> Segment:

@@ -105,6 +105,7 @@ class TextMemoryModel(MemoryModel):
         *args: Any,
         memory: Memory | None = None,
         query_tokens: int | Sequence[int] | None = None,
+        retrieval_query: str | Sequence[int] | Sequence[str | Sequence[int]] | None = None,
         retrieve_every: int | None = None,
         output_sources: bool | None = None,
         reuse_memory_cache: bool | None = None,
@@ -122,6 +123,7 @@ class TextMemoryModel(MemoryModel):
             memory: one stream per prompt, or one for all prompts; None: the decoder alone.
             query_tokens: recall by the first so many tokens of each prompt, padding not counted; one number, or one
                 per prompt. None: as configured, by default by all.
+            retrieval_query: recall by this and not by the prompt: a text or token ids, for all prompts or one for each.
             retrieve_every: refused.
             output_sources: with ``return_dict_in_generate=True``, the result gets ``memory_sources``: for every prompt
                 a list with one layer, which has the entries that were recalled or answered with.
@@ -143,6 +145,7 @@ class TextMemoryModel(MemoryModel):
         own = {
             "memory": memory,
             "query_tokens": query_tokens,
+            "retrieval_query": retrieval_query,
             "retrieve_every": retrieve_every,
             "output_sources": output_sources,
             "reuse_memory_cache": reuse_memory_cache,

@@ -110,7 +110,7 @@ def recall(
         together: the prompts are read in one batch.
 
     Raises:
-        InputError: the memory has no tokenizer, or ``query_tokens`` are not one per row.
+        InputError: the memory has no tokenizer, or ``query_tokens`` or ``retrieval_query`` are not one per row.
         MechanismError: what was recalled is longer than it may be.
         NotSupported: prompts get texts of different lengths, and the decoder sees the padding between.
     """
@@ -118,17 +118,19 @@ def recall(
         return
     text = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     limit = arguments.query_tokens_of(len(ids))
+    queries = arguments.queries_of(reading.tokenizer, len(ids))
     asked = first_tokens(text, engine.config.query_tokens if limit is None else limit)
     given, columns = [], []
     for row, state in enumerate(reading.states):
         places = text[row].nonzero().squeeze(1).tolist()
         prompt = ids[row][text[row]].tolist()
         place = place_in(reading.tokenizer, prompt, engine.mechanism.place) if prompt else 0
-        query = asked[row].clone()
+        own = asked[row].clone()
         if engine.mechanism.place == "turn" and place < len(places):
-            query[: places[place]] = False
+            own[: places[place]] = False
+        query = ids[row][own] if queries is None else queries[row]
         inside = place > 0 and prompt[place - 1] != reading.tokenizer.bos_token_id
-        found = recalled(engine, reading.tokenizer, state, ids[row][query], len(prompt) + new, inside=inside)
+        found = recalled(engine, reading.tokenizer, state, query, len(prompt) + new, inside=inside)
         reading.recalled[row].append(found)
         given.append(encoded(reading.tokenizer, found.text, inside=inside))
         columns.append(places[place] if place < len(places) else ids.shape[1])
@@ -157,7 +159,7 @@ def recalled(
         engine: of the decoder.
         tokenizer: of the memory.
         state: of the stream.
-        query: ``[q]``, the tokens of the prompt to recall by.
+        query: ``[q]``, the tokens to recall by.
         taken: positions that prompt and generated text take.
         inside: it will stand behind other text.
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from mplus.backends.base import Segment
 from mplus.backends.checks import check_finite
 from mplus.mechanisms.decoder import KeptProjection
+from mplus.mechanisms.opened import Insertion
 from mplus.memory.state import StreamView
 
 
 @define(frozen=True, eq=False)
 class Front:
-    """``[begin | chunks]`` of every stream, at consecutive positions that end in front of the text.
+    """``[begin | chunks]`` of every stream, at consecutive positions.
 
     Attributes:
         kept: turns rows into segments.
@@ -25,7 +26,7 @@ class Front:
         places: per stream ``[n_i]`` int64, which of its rows, in that order.
         begins: per stream ``[L, b_i, w]``, the keys and values of the tokens that begin its text; without any, nothing
             stands in front of its rows.
-        at_zero: rows sit at 0, 1, ... and the text behind them; else at -P..-1 and the text from 0 on.
+        insertion: where in the text they stand.
         tables: what rotates keys, by the kind of layer; filled as layers ask.
     """
 
@@ -33,14 +34,16 @@ class Front:
     views: Sequence[StreamView]
     places: Sequence[Tensor]
     begins: Sequence[Tensor]
-    at_zero: bool
+    insertion: Insertion
     tables: dict[Any, Any] = field(factory=dict)
 
-    @property
-    def counts(self) -> Tensor:
-        """``[B]`` int64, rows in front of each stream's text."""
-        parts = zip(self.begins, self.places, strict=True)
-        return torch.tensor([begin.shape[1] + len(places) for begin, places in parts])
+    @staticmethod
+    def before_text(
+        kept: KeptProjection, views: Sequence[StreamView], places: Sequence[Tensor], begins: Sequence[Tensor]
+    ) -> Front:
+        """Return what stands in front of all of a text."""
+        rows = torch.tensor([[begin.shape[1] + len(own)] for begin, own in zip(begins, places, strict=True)])
+        return Front(kept, views, places, begins, Insertion(torch.zeros_like(rows), rows))
 
     def segments(self, layer: int, hidden: Tensor) -> tuple[Segment, ...]:
         """Return what a layer sees; () where no stream has anything.
@@ -49,14 +52,14 @@ class Front:
             layer: index among the layers that carry memory.
             hidden: ``[B, T, d]``, the text, which gives dtype and device.
         """
-        counts = self.counts
+        counts = self.insertion.counts
         most = int(counts.max())
         if not most:
             return ()
         streams = [self._rows(layer, stream, hidden) for stream in range(len(self.views))]
         rows = torch.stack([torch.nn.functional.pad(one, (0, 0, 0, most - one.shape[0])) for one in streams])
         check_finite("keys and values of a memory", rows)
-        segment = self.kept.turned(layer, [rows], self._tables(layer, counts, hidden))
+        segment = self.kept.turned(layer, [rows], self._tables(layer, hidden))
         if bool((counts == most).all()):
             return (segment,)
         return (Segment(segment.keys, segment.values, counts.to(hidden.device)),)
@@ -79,10 +82,8 @@ class Front:
             return hidden.new_empty(0, self.kept.size)
         return torch.cat([part.to(hidden) for part in parts])
 
-    def _tables(self, layer: int, counts: Tensor, hidden: Tensor) -> Any:
+    def _tables(self, layer: int, hidden: Tensor) -> Any:
         key = (self.kept.table_key(layer), hidden.dtype, hidden.device)
         if key not in self.tables:
-            place = torch.arange(int(counts.max()))[None]
-            positions = place.expand(len(counts), -1) if self.at_zero else place - counts[:, None]
-            self.tables[key] = self.kept.tables(layer, hidden, positions.to(hidden.device))
+            self.tables[key] = self.kept.tables(layer, hidden, self.insertion.positions.to(hidden.device))
         return self.tables[key]

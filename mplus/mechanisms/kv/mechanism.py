@@ -7,26 +7,23 @@ from typing import Any, ClassVar, cast
 
 import torch
 from attrs import define, evolve, field
-from torch import Tensor, nn
+from torch import Tensor
 
-from mplus.backends.base import Segment
 from mplus.config import Component, MPlusConfig, one_of, whole
 from mplus.errors import ConfigError, InputError
-from mplus.mechanisms.base import Kept, MemoryMechanism
-from mplus.mechanisms.decoder import Decoder, Project, Text
+from mplus.mechanisms.base import Kept
+from mplus.mechanisms.decoder import Decoder, Text
 from mplus.mechanisms.kv.chat import ChatFormat
 from mplus.mechanisms.kv.chunks import cut_at_sentences
 from mplus.mechanisms.kv.front import Front
-from mplus.mechanisms.kv.retrieval import ChunkBudget, choose_chunks
+from mplus.mechanisms.kv.reads import KvReads
 from mplus.mechanisms.kv.settle import settled
 from mplus.mechanisms.kv.state import KvState, state_of
-from mplus.mechanisms.opened import Opened, Retrieved
 from mplus.mechanisms.root import Absorbed, Columns
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.update import Update, WriteContext
 from mplus.registry import Registry
 from mplus.retrievers.chunks import CHUNK_RETRIEVERS
-from mplus.retrievers.chunks.base import Chunks, Query
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 
@@ -46,7 +43,7 @@ def _score(instance: Any, attribute: Any, value: Any) -> None:
         raise ConfigError(f"{attribute.name} must be a number, or None, got {value!r}")
 
 
-class KvMechanism(MemoryMechanism):
+class KvMechanism(KvReads):
     """Keeps un-rotated keys and values of every token written, and reads ``[begin | retrieved chunks | text]``.
 
     A row is a token. A read brings back whole chunks, the same in all layers, chosen once by its first forward; a
@@ -90,13 +87,8 @@ class KvMechanism(MemoryMechanism):
     State: ClassVar[type[StreamState]] = KvState
     keeps: ClassVar[frozenset[Kept]] = frozenset({"projected"})
     sizes: ClassVar[Mapping[str, int]] = {"chunk_tokens": 128, "retrieved_tokens": 1024}
-    retrieves_in_open = True
     retrievers: ClassVar[Registry[Any]] = CHUNK_RETRIEVERS
     default_retriever: ClassVar[Component] = Component("words")
-
-    def __init__(self, config: MPlusConfig, additions: nn.Module, options: Any) -> None:
-        super().__init__(config, additions, options)
-        self.chunk_retriever = CHUNK_RETRIEVERS.build(config.retriever)
 
     @classmethod
     def settle(cls, config: MPlusConfig, room: int | None) -> MPlusConfig:
@@ -160,16 +152,13 @@ class KvMechanism(MemoryMechanism):
         """Run one pass over a chunk of every stream, behind its begin and the newest chunks of its source."""
         ids, states = text.need_ids(), [state_of(view) for view in views]
         begins, sources = self._begins(decoder, states), text.sources or (None,) * len(states)
-        front = self._front(decoder, views, [self._context(*of) for of in zip(states, sources, strict=True)], begins)
-        counts, positions = front.counts.to(ids.device), None
-        if front.at_zero:
-            positions = counts[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        places = [self._context(*of) for of in zip(states, sources, strict=True)]
+        front = Front.before_text(decoder.kept, views, places, begins)
         found = decoder.run(
             ids,
             prefix=lambda layer, hidden, project: front.segments(layer, hidden),
-            prefix_rows=int(counts.max()),
+            insertion=front.insertion,
             adapter="write",
-            positions=positions,
             collect={"projected"},
         )
         firsts = [self._begin_ids(state, decoder.shape.first_token) for state in states]
@@ -196,125 +185,11 @@ class KvMechanism(MemoryMechanism):
         view = super().example(decoder, ids, context)
         return evolve(view, state=evolve(state_of(view), reads_all=True))
 
-    def open(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Opened:
-        """Choose the chunks that this text reads, by its own tokens."""
-        if not any(map(self.has_prefix, views)):
-            return Opened(views)
-        for view in views:
-            state_of(view).check_store(view)
-        places = [self._chosen(view, text, row) for row, view in enumerate(views)]
-        with torch.no_grad():  # of what was written without a graph; in training, writing keeps its own
-            begins = self._begins(decoder, [state_of(view) for view in views])
-        parts = zip(begins, places, strict=True)
-        front = self._front(decoder, views, places, [begin if len(found) else begin[:, :0] for begin, found in parts])
-        if not front.at_zero:
-            return Opened(views, own=front)
-        settled = "its rows sit at positions 0, 1, ... and the text behind them, so others cannot take their place"
-        return Opened(views, own=front, text_offset=front.counts, settled=settled)
-
-    def reopen(self, decoder: Decoder, opened: Opened, text: Text, rows: Sequence[int]) -> Opened:
-        """Exchange the chunks of ``rows`` for those that the text so far brings back.
-
-        Text stays at positions 0, 1, ..., and the new chunks end in front of it, as if they had been there all along.
-        """
-        if opened.own is None:
-            return opened
-        front: Front = opened.own
-        places, begins = list(front.places), list(front.begins)
-        for row in rows:
-            places[row] = self._chosen(opened.views[row], text, row)
-            if len(places[row]) and not begins[row].shape[1]:
-                (begins[row],) = self._begins(decoder, [state_of(opened.views[row])])
-        return evolve(opened, own=evolve(front, places=places, begins=begins, tables={}))
-
-    def _chosen(self, view: StreamView, text: Text, row: int) -> Tensor:
-        """Return the places ``[n]`` of the chunks that row ``row`` of a text brings back."""
-        if not self.has_prefix(view):
-            return torch.empty(0, dtype=torch.int64)
-        ids, asked = text.need_ids()[row], text.query if text.query is not None else text.mask
-        asked_at = torch.arange(len(ids)) if asked is None else asked[row].nonzero().squeeze(1).cpu()
-        question, prompt = ids.cpu()[asked_at], ids.cpu()[: int(asked_at[-1]) + 1]  # what comes later decides nothing
-        return self._retrieved(view, question, prompt, text.tokenizer)
-
-    def prefix(
-        self, opened: Opened, layer: int, found: Sequence[Retrieved | None], hidden: Tensor, project: Project
-    ) -> tuple[Segment, ...] | None:
-        return None if opened.own is None else opened.own.segments(layer, hidden)
-
-    def retrieved(self, opened: Opened, layer: int) -> list[Retrieved | None]:
-        """Return the tokens of the chunks that ``open`` chose, in the order in which they are read."""
-        found: list[Retrieved | None] = [None] * len(opened.views)
-        if opened.own is not None:
-            for stream, (view, places) in enumerate(zip(opened.views, opened.own.places, strict=True)):
-                if len(places):
-                    ids = view.store.ids(layer)
-                    ids = ids[places.to(ids.device)]
-                    rows = view.store.gather(layer, ids, leave_out=("key", "expiry", "projected"))
-                    found[stream] = Retrieved(rows.replace(projected=None), ids, torch.empty(0))
-        return found
-
-    def has_prefix(self, view: StreamView) -> bool:
-        return state_of(view).tokens > 0
-
-    def prefix_rows(self, view: StreamView) -> int:
-        """Return the most rows that a text can bring back, and the begin rows."""
-        state = state_of(view)
-        tokens = min(state.tokens, self.config.retrieved_tokens)
-        return tokens + len(self._begin_ids(state, 0)) if tokens else 0
-
     def _context(self, state: KvState, source: int | None) -> Tensor:
         """Return the places of the chunks that the next one of a source is read behind; None: a source without any."""
         own = (state.chunk_source == (-1 if source is None else source)).nonzero().squeeze(1)
         most = len(own) if self.options.context_chunks is None else self.options.context_chunks
         return state.places(own[max(len(own) - most, 0) :])
-
-    def _retrieved(self, view: StreamView, question: Tensor, prompt: Tensor, tokenizer: Any) -> Tensor:
-        """Return the places of the chunks that ``question`` ``[q]`` brings back, in the order in which they are read.
-
-        ``prompt`` ``[n]`` is all that the decoder reads without memory.
-        """
-        state, options = state_of(view), self.options
-        if state.reads_all:
-            return state.places(torch.arange(len(state.chunk_length)))
-        chunks = Chunks(state.chunk_length, state.token_ids, torch.empty(len(state.chunk_length), 0), tokenizer)
-        budget = ChunkBudget(tokens=self.config.retrieved_tokens, chunks=options.retrieved_chunks)
-        query = Query(question, torch.empty(0))
-        found = choose_chunks(self.chunk_retriever, query, chunks, prompt, budget, options.min_score)
-        chosen = found.chunks.sort().values if options.order == "written" else found.chunks.flip(0)
-        places = state.places(chosen)
-        if view.access_log is not None:
-            view.access_log.record(0, view.store.ids(0)[places.to(view.store.layout.device)], state.clock)
-        return places
-
-    def _begins(self, decoder: Decoder, states: Sequence[KvState]) -> list[Tensor]:
-        """Return ``[L, b, w]``, the rows that the chunks of each stream are behind; computed where it has none yet."""
-        made: dict[tuple[int, ...], Tensor] = {}
-        found = []
-        for state in states:
-            ids = self._begin_ids(state, decoder.shape.first_token)
-            key = tuple(ids.tolist())
-            if state.begin_rows.shape[1] or not key:
-                found.append(state.begin_rows)
-                continue
-            if key not in made:
-                text = ids[None].to(decoder.shape.device, torch.int64)
-                layers = decoder.run(text, adapter="write", collect={"projected"}).projected
-                made[key] = torch.stack([rows[0] for rows in layers])
-            found.append(made[key])
-        return found
-
-    def _begin_ids(self, state: KvState, first_token: int | None) -> Tensor:
-        """Return ``[b]`` int32, the tokens that the chunks of a stream are behind."""
-        if len(state.begin_ids):
-            return state.begin_ids
-        first = () if first_token is None else (first_token,)
-        return torch.tensor(first if self.options.begin is None else self.options.begin, dtype=torch.int32)
-
-    def _front(
-        self, decoder: Decoder, views: Sequence[StreamView], places: Sequence[Tensor], begins: Sequence[Tensor]
-    ) -> Front:
-        kept = decoder.kept
-        return Front(kept, views, places, begins, decoder.shape.positions == "learned" or kept.positions.offset)
 
     def _evict(self, state: KvState, context: WriteContext) -> tuple[KvState, int]:
         """Let whole chunks leave, those of the rows that the policy names, until the rest is within the capacity."""

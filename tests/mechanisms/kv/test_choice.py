@@ -29,16 +29,9 @@ def read_chunks(model: Any, memory: Any, prompt: list[int], asked: int | None = 
     """The ids of the chunks that ``prompt``, or its first ``asked`` tokens, brings back, in order of reading."""
     state = memory.states[0]
     query = None if asked is None else (torch.arange(len(prompt)) < asked)[None]
-    text = Text(torch.tensor([prompt]), query=query)
-    places = model.mplus_engine.mechanism._chosen(memory.snapshot()[0], text, 0)
-    found = state.token_ids[places].tolist()
-    chunks = [part.tolist() for part in state.token_ids.split(state.chunk_length.tolist())]
-    read = []
-    while found:
-        chunk = max((one for one in chunks if one == found[: len(one)]), key=len)
-        read.append(chunk)
-        found = found[len(chunk) :]
-    return read
+    text = Text(torch.tensor([prompt]), query=query, limited=asked is not None)
+    opened = model.mplus_engine.mechanism.open(model.mplus_engine.decoder, memory.snapshot(), text)
+    return [state.token_ids[state.places(chunk[None])].tolist() for chunk in opened.own.blocks[0][0].chunks]
 
 
 def state_with(*chunks: list[int]) -> KvState:

@@ -11,7 +11,7 @@ import torch
 
 import mplus
 from benchmarks.quality.architectures.comparisons import error
-from benchmarks.quality.architectures.decoders import BY_NAME, HYBRIDS, PURE, REFUSED, WINDOW, Architecture
+from benchmarks.quality.architectures.decoders import BY_NAME, HYBRIDS, PURE, REFUSED, Architecture
 from mplus.errors import NotSupported
 from mplus.hf.pretrained.shipped import load_decoder, load_recall
 from mplus.testing.rounding import InFloat64, allowed
@@ -34,40 +34,30 @@ NOT_KEPT = {
 """Decoders that can carry other memories, and why not this one."""
 APPROXIMATE = tuple(architecture.name for architecture in HYBRIDS)
 """Their layers without attention see the text alone, and not what was read before it."""
-WINDOWED = ("mistral-sliding", "gemma2", "gemma3", "cohere2", "gpt-oss")
-"""A window of the decoder's own ends further back than memory, which every token sees: equal while all is inside."""
 EXACT = [architecture for architecture in PURE if architecture.name not in NOT_KEPT]
 PROMPT = 9
 
 
 @functools.cache
-def decoder_of(name: str, implementation: str, chunk: int = CHUNK) -> Any:
+def decoder_of(name: str, implementation: str) -> Any:
     """Built once: nothing a test does changes the weights."""
-    return wrapped(name, implementation, context_chunks=None, chunk_tokens=chunk, retrieved_tokens=CAPACITY)
-
-
-def sizes(architecture: Architecture) -> tuple[int, int, int]:
-    """Tokens of a chunk, of all that is written, and of a prompt, so that all is inside the decoder's window."""
-    if architecture.name not in WINDOWED:
-        return CHUNK, 3 * CHUNK + 3, PROMPT
-    return 2, WINDOW - 4, 3
+    return wrapped(name, implementation, context_chunks=None, retrieved_tokens=CAPACITY)
 
 
 @every_variant(EXACT)
 def test_it_equals_the_decoder_reading_the_text(architecture: Architecture, implementation: str) -> None:
-    chunk, tokens, asked = sizes(architecture)
-    model, plain = decoder_of(architecture.name, implementation, chunk), architecture.build(0, implementation)
-    told, prompt = text(tokens), text(asked, 1)[None]
+    model, plain = decoder_of(architecture.name, implementation), architecture.build(0, implementation)
+    told, prompt = text(3 * CHUNK + 3), text(PROMPT, 1)[None]
     memory = model.new_memory()
     memory.write(told)
     assert len(memory.states[0].chunk_length) > 1
     with torch.no_grad():
-        wanted = plain(whole(told, prompt[0])).logits[:, -asked:]
+        wanted = plain(whole(told, prompt[0])).logits[:, -PROMPT:]
     assert error(logits(model, prompt, memory), wanted) <= noise.rounding(architecture.name)
     assert error(logits(model, prompt), wanted) >= 0.5, "memory must matter for the comparison to mean anything"
 
 
-@every([a for a in EXACT if a.name not in WINDOWED], representative=True)
+@every(EXACT, representative=True)
 def test_it_generates_what_the_decoder_generates_behind_the_text(architecture: Architecture) -> None:
     implementation = architecture.implementations[-1]
     model, plain = decoder_of(architecture.name, implementation), architecture.build(0, implementation)
@@ -79,17 +69,6 @@ def test_it_generates_what_the_decoder_generates_behind_the_text(architecture: A
         behind = whole(told, prompt[0])
         wanted = plain.generate(behind, max_new_tokens=6, **options)
         assert made[0, PROMPT:].tolist() == wanted[0, behind.shape[1] :].tolist()
-
-
-@every([BY_NAME["gemma3"], BY_NAME["mistral-sliding"]])
-def test_behind_a_window_memory_is_seen_where_the_decoder_would_not_see_the_text(architecture: Architecture) -> None:
-    model = decoder_of(architecture.name, "sdpa", 2)
-    told, prompt = text(3 * CHUNK), text(PROMPT, 1)[None]
-    memory = model.new_memory()
-    memory.write(told)
-    with torch.no_grad():
-        wanted = architecture.build(0, "sdpa")(whole(told, prompt[0])).logits[:, -PROMPT:]
-    assert error(logits(model, prompt, memory), wanted) >= 0.5
 
 
 @every(HYBRIDS)

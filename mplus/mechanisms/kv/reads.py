@@ -1,0 +1,226 @@
+"""KvReads: which chunks a text reads, and where in it they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from attrs import define, evolve
+from torch import Tensor, nn
+
+from mplus.backends.base import Segment
+from mplus.config import MPlusConfig
+from mplus.mechanisms.base import MemoryMechanism
+from mplus.mechanisms.decoder import Decoder, Project, Text
+from mplus.mechanisms.kv.chat import ChatFormat
+from mplus.mechanisms.kv.front import Front
+from mplus.mechanisms.kv.prompt import Prompt
+from mplus.mechanisms.kv.retrieval import ChosenChunks, ChunkBudget, choose_chunks
+from mplus.mechanisms.kv.state import KvState, state_of
+from mplus.mechanisms.opened import Insertion, Opened, Retrieved
+from mplus.memory.state import StreamView
+from mplus.retrievers.chunks import CHUNK_RETRIEVERS
+from mplus.retrievers.chunks.base import Chunks, Query
+
+NOTHING = ChosenChunks(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64))
+
+
+@define(frozen=True, eq=False)
+class ReadChunks:
+    """What a text reads.
+
+    Attributes:
+        front: the rows of all blocks, one behind the other.
+        blocks: of each stream, the chunks of each block, in the order in which they are read.
+    """
+
+    front: Front
+    blocks: Sequence[Sequence[ChosenChunks]]
+
+
+class KvReads(MemoryMechanism):
+    """The reading half of the memory of keys and values: ``[begin | retrieved chunks | rest of the text]``.
+
+    The begin is what the text has in front of its last user's turn; in a text without turns the tokens that every text
+    begins with, or, where it lacks them, the rows that the memory keeps of them.
+    """
+
+    retrieves_in_open = True
+
+    def __init__(self, config: MPlusConfig, additions: nn.Module, options: Any) -> None:
+        super().__init__(config, additions, options)
+        self.chunk_retriever = CHUNK_RETRIEVERS.build(config.retriever)
+
+    def open(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Opened:
+        """Choose the chunks that this text reads: as many as the decoder has positions for, those of an answer left."""
+        if not any(map(self.has_prefix, views)):
+            return Opened(views)
+        for view in views:
+            state_of(view).check_store(view)
+        prompts = self._prompts(decoder, views, text)
+        blocks = [[self._chosen(decoder, view, text, prompt)] for view, prompt in zip(views, prompts, strict=True)]
+        return self._opened(decoder, views, blocks, torch.tensor([[prompt.begin] for prompt in prompts]))
+
+    def reopen(self, decoder: Decoder, opened: Opened, text: Text, rows: Sequence[int]) -> Opened:
+        """Exchange the chunks of ``rows``, at the last place where any were chosen, for what the text now brings back.
+
+        Text stays where it is, and the new chunks end in front of it, as if they had been there all along.
+        """
+        if opened.insertion is None:
+            return opened
+        prompts = self._prompts(decoder, opened.views, evolve(text, limited=True))
+        blocks = [list(own) for own in opened.own.blocks]
+        for row in rows:
+            blocks[row][-1] = self._chosen(decoder, opened.views[row], text, prompts[row], blocks[row][:-1])
+        return self._opened(decoder, opened.views, blocks, opened.insertion.tokens, opened.insertion.rooms)
+
+    def resume(self, decoder: Decoder, opened: Opened, text: Text, read: Tensor) -> Opened:
+        """Bring back further chunks in front of the content of a new user's turn, none of those that were read."""
+        if opened.insertion is None:
+            return opened
+        views, before, prompts = opened.views, opened.insertion, self._prompts(decoder, opened.views, text)
+        blocks, tokens = [list(own) for own in opened.own.blocks], torch.maximum(before.tokens[:, -1], read)
+        for row, prompt in enumerate(prompts):
+            found = NOTHING
+            if text.queries is not None or (prompt.is_chat and prompt.begin > int(before.tokens[row, -1])):
+                found = self._chosen(decoder, views[row], text, prompt, blocks[row])
+                tokens[row] = max(int(tokens[row]), prompt.begin)
+            blocks[row].append(found)
+        if not any(len(own[-1].chunks) for own in blocks):
+            return opened
+        taken = [[len(state_of(view).places(own[-1].chunks))] for view, own in zip(views, blocks, strict=True)]
+        room = torch.cat([before.rooms, torch.tensor(taken)], 1)
+        return self._opened(decoder, views, blocks, torch.cat([before.tokens, tokens[:, None]], 1), room)
+
+    def _prompts(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> list[Prompt]:
+        first = () if decoder.shape.first_token is None else (decoder.shape.first_token,)
+        found = []
+        for row, view in enumerate(views):
+            state = state_of(view)
+            opening, closing = state.opening_ids.tolist(), state.closing_ids.tolist()
+            chat = ChatFormat((), tuple(opening), tuple(closing)) if opening else None
+            begins = (self._begin_ids(state, decoder.shape.first_token).tolist(), first)
+            found.append(Prompt.of(text, row, chat, begins))
+        return found
+
+    def _chosen(
+        self, decoder: Decoder, view: StreamView, text: Text, prompt: Prompt, read: Sequence[ChosenChunks] = ()
+    ) -> ChosenChunks:
+        """Return what a prompt brings back from one stream, in the order in which it is read.
+
+        Args:
+            decoder: that reads it.
+            view: of the stream.
+            text: that the prompt is a row of.
+            prompt: asks.
+            read: what it reads already, which is not brought back again.
+        """
+        state = state_of(view)
+        if not state.tokens:
+            return NOTHING
+        if state.reads_all:
+            every = torch.arange(len(state.chunk_length))
+            return ChosenChunks(every, torch.zeros(len(every), dtype=torch.float64))
+        taken = state.places(torch.cat([NOTHING.chunks, *(block.chunks for block in read)]))
+        known = torch.cat([prompt.known, state.token_ids[taken].long()])
+        most, room = decoder.shape.max_positions, self.config.retrieved_tokens
+        if most is not None:
+            begin = 0 if prompt.begin else len(self._begin_ids(state, decoder.shape.first_token))
+            room = min(room, most - len(prompt.ids) - text.further - begin - len(taken))
+        return self._retrieved(view, prompt.query, known, text.tokenizer, room)
+
+    def _retrieved(self, view: StreamView, question: Tensor, prompt: Tensor, tokenizer: Any, room: int) -> ChosenChunks:
+        """Return the chunks that ``question`` ``[q]`` brings back, in the order in which they are read.
+
+        ``prompt`` ``[n]`` is what the decoder reads anyway, and ``room`` the tokens that may come back.
+        """
+        state, options = state_of(view), self.options
+        chunks = Chunks(state.chunk_length, state.token_ids, torch.empty(len(state.chunk_length), 0), tokenizer)
+        budget = ChunkBudget(tokens=room, chunks=options.retrieved_chunks)
+        query = Query(question, torch.empty(0))
+        found = choose_chunks(self.chunk_retriever, query, chunks, prompt, budget, options.min_score)
+        order = found.chunks.argsort() if options.order == "written" else torch.arange(len(found.chunks)).flip(0)
+        if view.access_log is not None:
+            ids = view.store.ids(0)
+            view.access_log.record(0, ids[state.places(found.chunks[order]).to(ids.device)], state.clock)
+        return ChosenChunks(found.chunks[order], found.scores[order])
+
+    def _opened(
+        self,
+        decoder: Decoder,
+        views: Sequence[StreamView],
+        blocks: Sequence[Sequence[ChosenChunks]],
+        tokens: Tensor,
+        room: Tensor | None = None,
+    ) -> Opened:
+        """Return what is read of each stream: its ``blocks``, behind so many ``tokens`` ``[B, k]`` of the text each."""
+        states = list(map(state_of, views))
+        # Where the text has no begin of its own the rows that the memory keeps of one go in front of its chunks.
+        alone = [not int(first) and len(own[0].chunks) > 0 for first, own in zip(tokens[:, 0], blocks, strict=True)]
+        with torch.no_grad():  # of what was written without a graph; in training, writing keeps its own
+            kept = self._begins(decoder, states) if any(alone) else [state.begin_rows for state in states]
+        begins = [rows if own else rows[:, :0] for rows, own in zip(kept, alone, strict=True)]
+        places = [[state.places(block.chunks) for block in own] for state, own in zip(states, blocks, strict=True)]
+        rows = torch.tensor([[len(block) for block in own] for own in places])
+        rows[:, 0] += torch.tensor([begin.shape[1] for begin in begins])
+        insertion = Insertion(tokens, rows, room)
+        front = Front(decoder.kept, views, [torch.cat(own) for own in places], begins, insertion)
+        settled = None
+        if decoder.shape.positions == "learned":
+            settled = "its rows sit at learned positions and the text behind them, so others cannot take their place"
+        return Opened(views, own=ReadChunks(front, blocks), settled=settled, insertion=insertion)
+
+    def prefix(
+        self, opened: Opened, layer: int, found: Sequence[Retrieved | None], hidden: Tensor, project: Project
+    ) -> tuple[Segment, ...] | None:
+        return None if opened.own is None else opened.own.front.segments(layer, hidden)
+
+    def retrieved(self, opened: Opened, layer: int) -> list[Retrieved | None]:
+        """Return the tokens of the chunks that were chosen, in the order in which they are read."""
+        found: list[Retrieved | None] = [None] * len(opened.views)
+        for stream, blocks in enumerate(() if opened.own is None else opened.own.blocks):
+            view = opened.views[stream]
+            state, chunks = state_of(view), torch.cat([block.chunks for block in blocks])
+            if not len(chunks):
+                continue
+            ids = view.store.ids(layer)
+            ids = ids[state.places(chunks).to(ids.device)]
+            rows = view.store.gather(layer, ids, leave_out=("key", "expiry", "projected"))
+            each = state.chunk_length[chunks]
+            scores = torch.cat([block.scores for block in blocks]).repeat_interleave(each)
+            found[stream] = Retrieved(rows.replace(projected=None), ids, scores, units=chunks.repeat_interleave(each))
+        return found
+
+    def has_prefix(self, view: StreamView) -> bool:
+        return state_of(view).tokens > 0
+
+    def prefix_rows(self, view: StreamView) -> int:
+        """Return the most rows that a text can bring back, and the begin rows."""
+        state = state_of(view)
+        tokens = min(state.tokens, self.config.retrieved_tokens)
+        return tokens + len(self._begin_ids(state, 0)) if tokens else 0
+
+    def _begins(self, decoder: Decoder, states: Sequence[KvState]) -> list[Tensor]:
+        """Return ``[L, b, w]``, the rows that the chunks of each stream are behind; computed where it has none yet."""
+        made: dict[tuple[int, ...], Tensor] = {}
+        found = []
+        for state in states:
+            ids = self._begin_ids(state, decoder.shape.first_token)
+            key = tuple(ids.tolist())
+            if state.begin_rows.shape[1] or not key:
+                found.append(state.begin_rows)
+                continue
+            if key not in made:
+                text = ids[None].to(decoder.shape.device, torch.int64)
+                layers = decoder.run(text, adapter="write", collect={"projected"}).projected
+                made[key] = torch.stack([rows[0] for rows in layers])
+            found.append(made[key])
+        return found
+
+    def _begin_ids(self, state: KvState, first_token: int | None) -> Tensor:
+        """Return ``[b]`` int32, the tokens that the chunks of a stream are behind."""
+        if len(state.begin_ids):
+            return state.begin_ids
+        first = () if first_token is None else (first_token,)
+        return torch.tensor(first if self.options.begin is None else self.options.begin, dtype=torch.int32)
