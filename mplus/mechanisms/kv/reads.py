@@ -168,7 +168,7 @@ class KvReads(MemoryMechanism):
         front = Front(decoder.kept, views, [torch.cat(own) for own in places], begins, insertion)
         settled = None
         if decoder.shape.positions == "learned":
-            settled = "its rows sit at learned positions and the text behind them, so others cannot take their place"
+            settled = "its rows sit at positions 0, 1, ... and the text behind them, so others cannot take their place"
         return Opened(views, own=ReadChunks(front, blocks), settled=settled, insertion=insertion)
 
     def prefix(

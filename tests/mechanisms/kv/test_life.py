@@ -116,8 +116,8 @@ def test_a_text_brings_back_the_chunks_it_shares_words_with(model: Any) -> None:
     opened = model.mplus_engine.mechanism.open(
         model.mplus_engine.decoder, memory.snapshot(), mplus.mechanisms.decoder.Text(wanted)
     )
-    assert set(range(11, 19)) <= set(opened.own.places[0].tolist())
-    assert len(opened.own.places[0]) <= RETRIEVED
+    assert set(range(11, 19)) <= set(opened.own.front.places[0].tolist())
+    assert len(opened.own.front.places[0]) <= RETRIEVED
 
 
 def test_query_tokens_decide_what_comes_back(model: Any) -> None:

@@ -133,26 +133,29 @@ def test_it_generates_as_the_decoder_behind_the_text(name: str, options: dict[st
 
 @functools.cache
 def kv_on_learned_positions() -> Any:
-    """256 positions, of which up to 1 + 120 are memory's."""
+    """256 positions, of which up to 1 + 120 are memory's where a text leaves so many."""
     return wrapped_kv("gpt2", chunk_tokens=40, retrieved_tokens=120, long_term_tokens=400, context_chunks=None)
 
 
 def test_more_positions_than_were_learned_are_refused_before_anything_runs() -> None:
-    model = kv_on_learned_positions()
-    memory = model.new_memory()
-    memory.write(text(120))
-    prompt = text(135, 1)[None]
-    assert model(prompt, memory=memory).logits.shape[1] == 135
+    model = decoders("gpt2")[1]
+    memory = memory_of(model, 1)
+    assert model(text(245, 1)[None], memory=memory).logits.shape[1] == 245
     ran: list[Any] = []
     hook = model.transformer.h[0].register_forward_pre_hook(lambda _, args: ran.append(args[0].shape[1]))
-    said = "256 learned positions, and the text behind 121 rows of memory needs 257: use a shorter text"
+    said = "256 learned positions, and the text behind 11 rows of memory needs 257: use a shorter text"
     with pytest.raises(InputError, match=said):
-        model(text(136, 1)[None], memory=memory)
+        model(text(246, 1)[None], memory=memory)
     with pytest.raises(InputError, match=said):
-        model.generate(prompt[:, :130], memory=memory, max_new_tokens=7)
-    assert set(ran) <= {1}, "begin rows only"
+        model.generate(text(240, 1)[None], memory=memory, max_new_tokens=7)
     hook.remove()
-    assert model.generate(prompt[:, :130], memory=memory, max_new_tokens=6, pad_token_id=0).shape == (1, 136)
+    assert not ran
+    assert model.generate(text(240, 1)[None], memory=memory, max_new_tokens=6, pad_token_id=0).shape == (1, 246)
+
+
+def test_chunks_that_would_be_written_behind_more_positions_than_were_learned_are_refused() -> None:
+    memory = kv_on_learned_positions().new_memory()
+    memory.write(text(120))
     with pytest.raises(InputError, match="256 learned positions, and 40 tokens behind 241 rows of memory need 281"):
         memory.write(text(160, 3))
     assert memory.states[0].tokens == 240  # chunks before it were written
