@@ -310,15 +310,9 @@ class MemoryMechanism(Mechanism):
         return opened
 
     def resume(self, decoder: Decoder, opened: Opened, text: Text, read: Tensor) -> Opened:
-        """Choose what the new tokens of a text read besides, where a call goes on with the cache of an earlier one.
+        """Choose what new tokens read besides, where a call goes on with a cache; of a mechanism that ``reopens``.
 
-        What was read stays: ``Opened.insertion`` may get further blocks, behind the tokens that were read.
-
-        Args:
-            decoder: runs passes.
-            opened: what was read so far.
-            text: all text so far, with the new tokens.
-            read: ``[B]`` int64, the tokens of each row that were read before.
+        What was read stays. ``Opened.insertion`` may get further blocks, behind the ``read`` ``[B]`` tokens of each row.
         """
         return opened
 
@@ -361,11 +355,6 @@ class MemoryMechanism(Mechanism):
     def reopens(self) -> bool:
         """Return whether something else can be read later on in a text (``reopen``)."""
         return type(self).reopen is not MemoryMechanism.reopen
-
-    @property
-    def resumes(self) -> bool:
-        """Whether it chooses anew when a call goes on with a cache (``resume``)."""
-        return type(self).resume is not MemoryMechanism.resume
 
     @property
     def finishes(self) -> bool:

@@ -249,14 +249,14 @@ def _read_pass(
     text_mask = _text_mask(reading, inputs, text, takes_positions)
     source, mechanism = ReadSource(reading, text_mask, piece), reading.mechanism
     so_far = None
-    if mechanism.reopens or mechanism.finishes or mechanism.resumes:
+    if mechanism.reopens or mechanism.finishes:
         so_far = text_in(inputs.get("past_key_values")) or TextSoFar.empty(rows, text.device, mechanism.new_cache())
         so_far = so_far.with_tokens(text, text_mask)
     if reading.opened is None:
         _open(engine, reading, source, text, so_far)
     elif so_far is not None and reading.reopens:
         reopen_where_due(reading, engine.decoder, so_far, tokens, piece)
-    elif so_far is not None and reading.goes_on and mechanism.resumes and tokens > 1:
+    elif so_far is not None and reading.goes_on and mechanism.reopens and tokens > 1:
         resume(reading, engine.decoder, so_far, tokens, inputs["past_key_values"])
     reading.goes_on = False
     opened = reading.need_opened()

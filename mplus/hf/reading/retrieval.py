@@ -192,7 +192,7 @@ def resume(reading: Reading, decoder: Decoder, text: TextSoFar, new: int, cache:
     """Let the mechanism choose what the new tokens of a text read besides, in the first forward of a call.
 
     Args:
-        reading: of a mechanism that ``resumes``.
+        reading: of a mechanism that ``reopens``.
         decoder: what the mechanism may run passes with.
         text: all of the text, the ``new`` tokens of this forward included.
         new: tokens of this forward.
