@@ -252,13 +252,12 @@ class MemoryMechanism(Mechanism):
         return [None] * len(views)
 
     def bring_back(self, store: StoreView, layer: int, ids: Tensor, scores: Tensor) -> Retrieved:
-        """Return rows of ``searched`` as ``retrieve`` does, oldest first: for whoever chooses in its place.
+        """Return rows as ``retrieve`` does, oldest first: for what chooses in its place.
 
         Args:
-            store: what ``searched`` gave.
+            store: what ``searched`` gave for the layer.
             layer: index among the layers that carry memory.
-            ids: ``[n]`` int64, ascending.
-            scores: ``[n]``, or empty.
+            ids, scores: ``[n]`` int64, ascending, and ``[n]`` or empty.
         """
         rows = store.gather(layer, ids)
         order = rows.birth.argsort(stable=True)
@@ -312,7 +311,7 @@ class MemoryMechanism(Mechanism):
     def resume(self, decoder: Decoder, opened: Opened, text: Text, read: Tensor) -> Opened:
         """Choose what new tokens read besides, where a call goes on with a cache; of a mechanism that ``reopens``.
 
-        What was read stays. ``Opened.insertion`` may get further blocks, behind the ``read`` ``[B]`` tokens of each row.
+        What was read stays; ``Opened.insertion`` may get blocks behind the ``read`` ``[B]`` tokens of each row.
         """
         return opened
 
