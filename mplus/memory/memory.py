@@ -57,6 +57,7 @@ class Memory(StoredMemory):
         source: SourceNames = None,
         *,
         expires: datetime | timedelta | None = None,
+        write_id: str | None = None,
         atomic: bool = False,
         progress: bool | None = None,
     ) -> WriteReport:
@@ -69,19 +70,24 @@ class Memory(StoredMemory):
             source: name that ``sources``, ``forget`` and retrieval reports use; one, or one per batch row.
             expires: when all of the source is forgotten (see ``expire``), as a time with a timezone or from now on;
                 None: as it was said before, and of a new source never.
+            write_id: what you call this write, in every batch row. Writing the same text under the same id once more,
+                also after a crash, writes what is still missing, from the next chunk on; where nothing is, it changes
+                nothing. The report is that of the whole. Ids are forgotten with their source.
             atomic: leave nothing of a write that does not come to its end, be it by an error, an interrupt or a crash.
                 Reads see none of it before, and its rows stay in RAM until then.
             progress: show a progress bar; None: for long writes in a terminal.
 
         Raises:
-            InputError: wrong batch size, ids outside the vocabulary, text too short or none, or a time that has
-                passed; nothing was written.
+            InputError: wrong batch size, ids outside the vocabulary, text too short or none, a time that has
+                passed, or another text under a known ``write_id``; nothing was written.
             MemoryFullError: pinned sources leave no room for another chunk.
             MemoryMismatchError: the decoder's dtype is not that of the memory; or rows are kept as keys and values
                 only, and were made with other adapters or weights.
             NonFiniteError: the decoder gave NaN or Inf for a chunk, which was not written.
         """
-        return (write_whole if atomic else write)(self, data, source, expires, progress)
+        if atomic or write_id is not None:
+            return write_whole(self, data, source, expires=expires, progress=progress, write_id=write_id, atomic=atomic)
+        return write(self, data, source, expires, progress)
 
     def write_pieces(
         self, pieces: Iterable[str | Ids], source: str | None = None, *, progress: bool | None = None
@@ -210,7 +216,7 @@ class Memory(StoredMemory):
         if row is not None:
             own = check_row(row, self.batch_size)
             data = [cast("Any", data) if place == own else None for place in range(self.batch_size)]
-        return write_whole(self, data, source, expires, progress, replaced=True)
+        return write_whole(self, data, source, expires=expires, progress=progress, replaced=True)
 
     def reset(self) -> None:
         """Become a new memory, all names forgotten; the generators go on. Raises MemoryFileError as ``forget``."""

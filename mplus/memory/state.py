@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mplus.errors import MemoryMismatchError, NotSupported
 from mplus.memory.sources.table import SourceTable
+from mplus.memory.sources.writes import WriteLog
 from mplus.memory.texts import Text, Texts, Waiting
 from mplus.memory.weights_state import WeightsState
 from mplus.rows import MemoryRows
@@ -51,6 +52,7 @@ class StreamState:
         texts: what was written, where the memory keeps that; else None.
         tail: text that waits for more, to make up a chunk.
         weights: what keys and values, and retriever keys, were computed with; None where nobody knows.
+        writes: those that were given an id.
     """
 
     lists: ClassVar[Mapping[str, str]] = {}
@@ -60,6 +62,7 @@ class StreamState:
     texts: Texts | None = None
     tail: tuple[Waiting, ...] = ()
     weights: WeightsState | None = None
+    writes: WriteLog = field(factory=WriteLog)
 
     # ------------------------------------------------------------------ what a mechanism's class defines
 
@@ -233,6 +236,7 @@ class StreamState:
             texts=None if self.texts is None else self.texts.without(number),
             tail=tuple(part for part in self.tail if part.source != number),
             sources=self.sources.without([number]),
+            writes=self.writes.without(number),
         )
 
     def with_text(self, ids: Tensor, source: int, turn: int) -> Self:

@@ -104,7 +104,7 @@ def content(memory: Memory) -> dict[str, Any]:
     streams = memory.streams
     for i, (state, store, generator) in enumerate(zip(streams.states, streams.stores, streams.generators, strict=True)):
         found[f"{i}.clock"], found[f"{i}.sources"] = state.clock, state.sources
-        found[f"{i}.generator"] = generator.get_state()
+        found[f"{i}.generator"], found[f"{i}.writes"] = generator.get_state(), state.writes
         for name, counter in state.counters.items():
             found[f"{i}.counter.{name}"] = counter
         for layer in range(store.layout.layers):

@@ -21,7 +21,7 @@ from mplus.stores.disk.files import Folder
 VERSION = 5
 """Format version that is written, and the newest that is read.
 
-4: sources do not say when they were last written.
+4: sources do not say when they were last written, and writes have no ids.
 3: a record of the journal holds every tensor that has changed whole, also where it only grew.
 2: the manifest lists the sources; tensors and journal have the names of ``mplus.memory.format.earlier`` and
 ``mplus.memory.directory.record``.

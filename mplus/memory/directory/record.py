@@ -7,7 +7,8 @@ generators. Replaying a record needs no decoder and draws nothing.
 The payload is a safetensors text. Its tensors are, of stream i, named as in files (``mplus.memory.format.save``):
 ``<i>.rows.<list>.<layer>.stay``, places of the rows that stay, and ``<i>.rows.<list>.<layer>.<column>`` of those behind
 them; ``<i>.state.<name>``, ``<i>.sources.<column>``, ``<i>.text.<name>`` and ``<i>.tail.<name>``, as far as they have
-changed (of a tensor of the state that only grew: what it grew by); ``<i>.store.<step>.<column>``, ids included;
+changed (of a tensor of the state that only grew: what it grew by; of writes with ids, ``<i>.writes.<column>``, those
+that are new or have gone on); ``<i>.store.<step>.<column>``, ids included;
 ``<i>.generator``. The facts in its metadata are JSON.
 """
 
@@ -28,6 +29,7 @@ from mplus.memory.format.entries import MOST_ROWS
 from mplus.memory.format.structure import LARGEST
 from mplus.memory.sources.source import Source, encoded
 from mplus.memory.sources.table import SourceTable
+from mplus.memory.sources.writes import WriteLog
 from mplus.memory.state import StreamState, check_columns
 from mplus.memory.texts import Texts, generator_in, tail_from, tail_tensors
 from mplus.memory.transaction import KeptPositions
@@ -47,6 +49,7 @@ class StreamChange(TypedDict, total=False):
         gone: numbers of sources that it lacks.
         texts: how many of the texts there were stay.
         tail: how many texts wait in the new tail.
+        no_writes: ids of writes that it lacks, where writes have changed.
         store: what was done to the store, "append" or "remove", and in which layer.
     """
 
@@ -57,6 +60,7 @@ class StreamChange(TypedDict, total=False):
     gone: list[int]
     texts: int
     tail: int
+    no_writes: list[str]
     store: list[tuple[str, int]]
 
 
@@ -121,6 +125,10 @@ def _state(
     if new.tail is not old.tail:
         fact["tail"] = len(new.tail)
         tensors.update({f"{prefix}.tail.{name}": tensor for name, tensor in tail_tensors(new.tail).items()})
+    noted, unnoted = new.writes.changed_since(old.writes)
+    if noted or unnoted:
+        fact["no_writes"] = unnoted
+        tensors.update({f"{prefix}.writes.{name}": t for name, t in WriteLog().noting(noted).tensors().items()})
     return fact
 
 
@@ -279,6 +287,10 @@ def _changed(
             texts = texts.appended(text)
     if "tail" in fact:
         tail = tail_from(_columns(tensors, f"{prefix}.tail."), numbers)
+    writes = old.writes
+    if "no_writes" in fact:
+        noted = WriteLog.from_tensors(_columns(tensors, f"{prefix}.writes."), numbers)
+        writes = writes.lacking(fact["no_writes"]).noting(noted)
     return type(old).from_parts(
         layout,
         rows,
@@ -287,6 +299,7 @@ def _changed(
         sources=sources,
         texts=texts,
         tail=tail,
+        writes=writes,
         weights=old.weights,
     )
 

@@ -28,6 +28,7 @@ from mplus.memory.recompute import with_weights
 from mplus.memory.sources.clock import Clock
 from mplus.memory.sources.source import DTYPES as SOURCE_COLUMNS
 from mplus.memory.sources.table import SourceTable
+from mplus.memory.sources.writes import WRITE_DTYPES, WriteLog
 from mplus.memory.state import StreamState, check_columns
 from mplus.memory.texts import NAMES, TAIL_NAMES, Texts, Waiting, generator_in, tail_from
 from mplus.memory.transaction import Streams
@@ -40,7 +41,7 @@ COLUMNS = ("hidden", "birth", "source", "key", "expiry", "projected")
 OF_STREAM = re.compile(
     r"stream\.(?P<stream>\d{1,9})\."
     rf"(rows\.(?P<list>\w+)\.(?P<layer>\d{{1,9}})\.(?P<column>\w+)|state\.[\w.]+|sources\.({'|'.join(SOURCE_COLUMNS)})"
-    rf"|text\.({'|'.join(NAMES)})|tail\.({'|'.join(TAIL_NAMES)})|usage\.\d+|live\.\d+\.\d+|generator)"
+    rf"|text\.({'|'.join(NAMES)})|tail\.({'|'.join(TAIL_NAMES)})|writes\.({'|'.join(WRITE_DTYPES)})|usage\.\d+|live\.\d+\.\d+|generator)"
 )
 OF_STORE = re.compile(r"store\.(?P<store>\d{1,9})\.\d+\.\w+(\.\w+)*")
 """Names of tensors."""
@@ -199,9 +200,10 @@ def read_state(file: Tensors, number: int, entry: StreamEntry, layout: StoreLayo
     sources = read_sources(file, number, entry)
     numbers = sources.column("number")
     texts, tail = read_texts(file, number, numbers), read_tail(file, number, numbers)
+    writes = read_writes(file, number, numbers)
     try:
         return state_class(entry.mechanism).from_parts(
-            layout, rows, tensors, clock=entry.clock, sources=sources, texts=texts, tail=tail
+            layout, rows, tensors, clock=entry.clock, sources=sources, texts=texts, tail=tail, writes=writes
         )
     except MemoryMismatchError as error:
         raise MemoryFileError(f"{file.path}: stream {number} does not fit together: {error}") from error
@@ -298,6 +300,14 @@ def read_tail(file: Tensors, number: int, known: Tensor) -> tuple[Waiting, ...]:
         return tail_from({name: file.get(tensor) for name, tensor in names.items()}, known)
     except MemoryMismatchError as error:
         raise MemoryFileError(f"{file.path}: stream.{number}.tail must hold text as it was kept: {error}") from error
+
+
+def read_writes(file: Tensors, number: int, known: Tensor) -> WriteLog:
+    """Read the writes to a stream that were given an id. Raises MemoryFileError unless they make sense."""
+    try:
+        return WriteLog.from_tensors(dict(read_all(file, number, "writes")), known)
+    except MemoryMismatchError as error:
+        raise MemoryFileError(f"{file.path}: stream.{number}.writes is not as it was written: {error}") from error
 
 
 def read_access_log(file: Tensors, number: int, store: MemoryStore) -> AccessLog:

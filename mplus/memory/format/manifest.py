@@ -33,7 +33,7 @@ HINTS = {
 VERSION = 3
 """Format version that is written, and the newest that is read.
 
-2: sources do not say when they were last written.
+2: sources do not say when they were last written, and writes have no ids.
 1: the manifest lists the sources, and tensors have the names that ``mplus.memory.format.earlier`` knows.
 """
 PRESENT_NAMES = 2

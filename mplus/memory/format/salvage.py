@@ -11,11 +11,12 @@ from torch import Tensor
 
 from mplus.errors import MemoryFileError, MemoryMismatchError
 from mplus.memory.format.entries import StreamEntry, state_class
-from mplus.memory.format.load import read_generator, read_rows, read_sources, read_tail, read_texts
+from mplus.memory.format.load import read_generator, read_rows, read_sources, read_tail, read_texts, read_writes
 from mplus.memory.format.rules import PIECE_ROWS, sound
 from mplus.memory.format.tensors import Tensors
 from mplus.memory.sources.source import Source
 from mplus.memory.sources.table import SourceTable
+from mplus.memory.sources.writes import WriteLog
 from mplus.memory.state import StreamState
 from mplus.memory.texts import Waiting
 from mplus.rows import MemoryRows
@@ -89,9 +90,11 @@ def read_sound_state(
     numbers, nothing = sources.column("number"), tuple[Waiting, ...]()
     texts = _or_lost(lambda: read_texts(file, number, numbers), None, f"stream.{number}.text: {UNREADABLE}", lost)
     tail = _or_lost(lambda: read_tail(file, number, numbers), nothing, f"stream.{number}.tail: all of it", lost)
+    unknown = f"stream.{number}.writes: which writes had what id"
+    writes = _or_lost(lambda: read_writes(file, number, numbers), WriteLog(), unknown, lost)
     try:
         return state.from_parts(
-            layout, rows, tensors, clock=entry.clock, sources=sources, texts=texts, tail=tail
+            layout, rows, tensors, clock=entry.clock, sources=sources, texts=texts, tail=tail, writes=writes
         )  # fmt: skip
     except MemoryMismatchError as error:
         raise MemoryFileError(f"{file.path}: stream {number} does not fit together: {error}") from error

@@ -8,6 +8,7 @@ names. Its tensors are, of stream i (what is in brackets need not be there):
 - ``stream.<i>.sources.<column>``: the table of sources (``mplus.memory.sources.table``);
 - [``stream.<i>.text.<name>``]: the texts that are kept;
 - [``stream.<i>.tail.<name>``]: text that waits for more;
+- [``stream.<i>.writes.<column>``]: writes that were given an id (``mplus.memory.sources.writes``);
 - [``stream.<i>.usage.<layer>``]: when rows were last retrieved;
 - ``stream.<i>.generator``.
 
@@ -285,6 +286,7 @@ def _of_stream(view: StreamView) -> Iterator[tuple[str, Tensor]]:
         "sources": state.sources.tensors(),
         "text": {} if state.texts is None else state.texts.tensors(),
         "tail": tail_tensors(state.tail),
+        "writes": state.writes.tensors(),
     }
     for kind, tensors in found.items():
         for name, tensor in tensors.items():

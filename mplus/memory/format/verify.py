@@ -24,6 +24,7 @@ from mplus.memory.format.load import (
     read_tail,
     read_texts,
     read_times,
+    read_writes,
 )
 from mplus.memory.format.manifest import LIVE_FORMAT, Manifest, is_memory, read_manifest
 from mplus.memory.format.rules import finite, rules
@@ -134,6 +135,8 @@ def _check_stream(
             read_texts(file, number, known)
         with _noting(faults):
             read_tail(file, number, known)
+        with _noting(faults):
+            read_writes(file, number, known)
     with _noting(faults):
         read_generator(file, number)
 

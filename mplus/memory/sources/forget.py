@@ -93,7 +93,7 @@ def with_names(state: StreamState, names: Iterable[str | None]) -> StreamState:
 
 
 def without_unused_sources(view: StreamView) -> StreamView:
-    """Return a stream without sources of which it has no rows, texts or tail; names that were kept stay."""
+    """Return a stream without sources of which it has no rows, texts, tail or write ids; names that were kept stay."""
     numbers = view.state.sources.column("number")
     unused = view.state.sources.column("chunks") > 0
     for found in _numbers_in_use(view):
@@ -110,7 +110,8 @@ def _numbers_in_use(view: StreamView) -> Iterator[Tensor]:
     """Yield numbers of sources, with repeats: of texts, and of rows list by list, the cheapest first."""
     state = view.state
     texts = () if state.texts is None else state.texts.chunks()
-    yield torch.tensor([*(part.source for part in state.tail), *(text.source for text in texts)], dtype=torch.int64)
+    noted = [*(part.source for part in state.tail), *(record.source for record in state.writes)]
+    yield torch.tensor([*noted, *(text.source for text in texts)], dtype=torch.int64)
     for parts in state.row_lists().values():
         for rows in parts:
             yield rows.source.cpu()

@@ -44,7 +44,7 @@ def rebuild_without(
     names = names_to_keep(streams.states, rows, source, keep_name=keep_name)
 
     def become(states: list[StreamState]) -> None:
-        states[:] = map(with_names, other.states, names)
+        states[:] = map(_with_writes, map(with_names, other.states, names), states)
         streams.adopt(other)
 
     streams.change(become)
@@ -97,6 +97,14 @@ def _rebuilt(
             ]
             write_streams(again, advance)
     return fresh, evolve(report, rebuilt=sum(written.chunks))
+
+
+def _with_writes(state: StreamState, before: StreamState) -> StreamState:
+    """Return a stream that was written anew with the writes noted ``before`` of the sources that it has."""
+    numbers = {number: state.sources.find(source.name) for number, source in before.sources.items()}
+    kept = [(record, numbers[record.source]) for record in before.writes]
+    writes = state.writes.noting(evolve(record, source=number) for record, number in kept if number is not None)
+    return evolve(state, writes=writes) if len(writes) else state
 
 
 def _facts(state: StreamState, name: str | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mplus.errors import MemoryMismatchError
 from mplus.memory.format.structure import LARGEST
 from mplus.memory.sources.clock import FIRST, LAST
+from mplus.memory.sources.text_columns import check_texts, coded, texts_in
 
 
 @define(frozen=True)
@@ -71,7 +72,7 @@ def encoded(entries: Mapping[int, Source]) -> dict[str, Tensor]:
         "tokens": torch.tensor([source.tokens for source in sources], dtype=torch.int64),
         "chunks": torch.tensor([source.chunks for source in sources], dtype=torch.int64),
     }
-    columns["name"], columns["name_length"] = _coded([source.name for source in sources])
+    columns["name"], columns["name_length"] = coded([source.name for source in sources])
     for name in TIMES:
         values = [getattr(source, name) for source in sources]
         if any(value is not None for value in values):
@@ -80,7 +81,7 @@ def encoded(entries: Mapping[int, Source]) -> dict[str, Tensor]:
     if any(source.pinned for source in sources):
         columns["pinned"] = torch.tensor([source.pinned for source in sources])
     if any(source.write_id is not None for source in sources):
-        columns["write_id"], columns["write_id_length"] = _coded([source.write_id for source in sources])
+        columns["write_id"], columns["write_id_length"] = coded([source.write_id for source in sources])
     return columns
 
 
@@ -94,13 +95,13 @@ def decoded(columns: Mapping[str, Tensor]) -> dict[int, Source]:
         return [None if math.isnan(value) else value for value in columns[name].tolist()]
 
     rows = zip(
-        _texts(columns["name"], columns["name_length"]),
+        texts_in(columns["name"], columns["name_length"]),
         columns["tokens"].tolist(),
         columns["chunks"].tolist(),
         times("time"),
         times("expires"),
         columns["pinned"].tolist() if "pinned" in columns else [False] * len(numbers),
-        _texts(columns["write_id"], columns["write_id_length"]) if "write_id" in columns else [None] * len(numbers),
+        texts_in(columns["write_id"], columns["write_id_length"]) if "write_id" in columns else [None] * len(numbers),
         times("last_time"),
         strict=True,
     )
@@ -156,7 +157,7 @@ def check(columns: Mapping[str, Tensor], next_number: int) -> None:
             raise MemoryMismatchError(f"sources.{name} must be times in the years 1 to 8999")
     for name in TEXTS:
         if name in columns:
-            _check_texts(name, columns[name], columns[f"{name}_length"])
+            check_texts(f"sources.{name}", columns[name], columns[f"{name}_length"])
 
 
 def _check_shapes(columns: Mapping[str, Tensor]) -> None:
@@ -172,37 +173,3 @@ def _check_shapes(columns: Mapping[str, Tensor]) -> None:
             raise MemoryMismatchError(
                 f"sources.{name} must be {DTYPES[name]} [n], got {column.dtype} {list(column.shape)} for {list(count)}"
             )
-
-
-def _check_texts(name: str, text: Tensor, lengths: Tensor) -> None:
-    """Check without decoding single texts: all are UTF-8 if the whole is and none begins within a character."""
-    if bool((lengths < -1).any()) or bool((lengths > len(text)).any()) or int(lengths.clamp(min=0).sum()) != len(text):
-        raise MemoryMismatchError(f"sources.{name}_length must add up to {len(text)} bytes")
-    try:
-        _bytes(text).decode("utf-8", "surrogatepass")
-    except UnicodeDecodeError as error:
-        raise MemoryMismatchError(f"sources.{name} must be UTF-8: {error}") from error
-    begins = lengths.clamp(min=0).cumsum(0) - lengths.clamp(min=0)
-    begins = begins[lengths > 0]
-    if bool((text[begins] & 0xC0 == 0x80).any()):
-        raise MemoryMismatchError(f"sources.{name}_length must not divide characters")
-
-
-def _coded(texts: Iterable[str | None]) -> tuple[Tensor, Tensor]:
-    """Return UTF-8 ``[bytes]``, one behind the other, and lengths ``[n]``; a lone surrogate is kept as it is."""
-    coded = [None if text is None else text.encode("utf-8", "surrogatepass") for text in texts]
-    whole = b"".join(text for text in coded if text)
-    bytes_of_all = torch.frombuffer(bytearray(whole), dtype=torch.uint8) if whole else torch.empty(0, dtype=torch.uint8)
-    return bytes_of_all, torch.tensor([-1 if text is None else len(text) for text in coded], dtype=torch.int64)
-
-
-def _texts(text: Tensor, lengths: Tensor) -> list[str | None]:
-    whole, found, at = _bytes(text), list[str | None](), 0
-    for length in lengths.tolist():
-        found.append(None if length < 0 else whole[at : at + length].decode("utf-8", "surrogatepass"))
-        at += max(length, 0)
-    return found
-
-
-def _bytes(text: Tensor) -> bytes:
-    return bytes(text.contiguous().numpy())

@@ -15,7 +15,8 @@ from mplus.memory.sources.expiry import facts_of
 from mplus.memory.sources.forget import drop_source
 from mplus.memory.transaction import Streams
 from mplus.memory.writing.chunking import SourceNames, WriteData
-from mplus.memory.writing.plan import StreamWrite, planned
+from mplus.memory.writing.once import report_of, resumed
+from mplus.memory.writing.plan import NOTHING, StreamWrite, planned
 from mplus.memory.writing.write import write_streams
 
 if TYPE_CHECKING:
@@ -56,20 +57,33 @@ def write_whole(
     memory: Memory,
     data: WriteData,
     source: SourceNames,
+    *,
     expires: datetime | timedelta | None,
     progress: bool | None,
-    *,
+    write_id: str | None = None,
+    atomic: bool = False,
     replaced: bool = False,
 ) -> WriteReport:
-    """Write a text to one memory as one change; see ``Memory.write`` (atomic) and ``Memory.replace`` (replaced)."""
+    """Write a text to one memory wholly; see ``Memory.write`` (``write_id``, ``atomic``) and ``Memory.replace``."""
     begun, streams = time.perf_counter(), memory.streams
     report = WriteReport.nothing(len(streams))
     with streams.write_lock:
-        writes = planned(memory, data, source, report, facts_of(streams, expires))
+        writes = planned(memory, data, source, report, NOTHING)
+        rows = [write.row for write in writes if write.chunks]
+        if write_id is not None:
+            writes = [resumed(write, write_id, begun) for write in writes]
         steps = max(len(write.chunks) for write in writes)
-        total = sum(len(ids) for write in writes for ids in write.chunks)
-        with progress_bar("replacing" if replaced else "writing", total, progress, steps=steps) as advance:
-            write_at_once(streams, writes, advance, replaced=replaced)
+        if steps:
+            facts = facts_of(streams, expires)
+            writes = [evolve(write, facts=facts) for write in writes]
+            total = sum(len(ids) for write in writes for ids in write.chunks)
+            with progress_bar("replacing" if replaced else "writing", total, progress, steps=steps) as advance:
+                if atomic or replaced:
+                    write_at_once(streams, writes, advance, replaced=replaced)
+                else:
+                    write_streams(writes, advance)
         if replaced:
             streams.persistence.check_removed()
+        if write_id is not None:
+            return report_of(streams.states, write_id, rows)
     return evolve(report, seconds=time.perf_counter() - begun)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import define
+from attrs import define, evolve
 from torch import Tensor
 
 from mplus.errors import MechanismError, MemoryMismatchError
@@ -15,6 +16,7 @@ from mplus.memory.engine import Engine
 from mplus.memory.recompute import refresh_if_stale
 from mplus.memory.report import WriteReport
 from mplus.memory.sources.expiry import expire
+from mplus.memory.sources.writes import WriteRecord
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.transaction import Streams
 from mplus.memory.writing.chunking import SourceNames, Tokenizer, WriteData, check_vocabulary, split, to_names, to_rows
@@ -41,6 +43,8 @@ class StreamWrite:
         passages: the text of each chunk, where the memory is one of text.
         before: the passage in front of the first one.
         facts: fields of ``Source`` that the write sets besides counts and times, by name.
+        record: of a write that was given an id, what earlier calls have written of it.
+        begun: when this one began, by ``time.perf_counter``.
     """
 
     streams: Streams
@@ -52,6 +56,29 @@ class StreamWrite:
     passages: Sequence[str] = ()
     before: str = ""
     facts: Mapping[str, Any] = NOTHING
+    record: WriteRecord | None = None
+    begun: float = 0.0
+
+    def noted(self, state: StreamState, source: int, tokens: int, dropped: int, evicted: int) -> StreamState:
+        """Return a state that has written one more chunk of this write, in which that is noted if it has an id.
+
+        Args:
+            state: after the chunk.
+            source: number of the source.
+            tokens, dropped, evicted: of the chunk, as in ``WriteReport``.
+        """
+        if self.record is None:
+            return state
+        before = state.writes.get(self.record.write_id) or evolve(self.record, source=source)
+        after = evolve(
+            before,
+            tokens=before.tokens + tokens,
+            chunks=before.chunks + 1,
+            dropped=before.dropped + dropped,
+            evicted=before.evicted + evicted,
+            seconds=self.record.seconds + time.perf_counter() - self.begun,
+        )
+        return evolve(state, writes=state.writes.noting([after]))
 
     def passage(self, step: int) -> Passage:
         """Return the text of one chunk, of a memory of text."""

@@ -140,7 +140,7 @@ def check_absorbed(absorbed: object, given: StreamState, layout: StoreLayout, me
     if not isinstance(state, type(given)):
         got = type(absorbed).__name__ + ("" if state is None else f" of {type(state).__name__}")
         raise MechanismError(f"{said} an Absorbed with a state of class {type(given).__name__}, got {got}")
-    if state.sources is not given.sources or state.texts is not given.texts or state.tail is not given.tail:
+    if any(getattr(state, name) is not getattr(given, name) for name in ("sources", "texts", "tail", "writes")):
         raise MechanismError(
             f"{said} the state that it was given with changes (attrs.evolve), got one with sources, texts or a tail of "
             "its own"

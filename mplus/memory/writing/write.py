@@ -313,7 +313,7 @@ def apply_write(
             except (IndexError, InputError) as error:  # of a store that was given rows it has no room for, say
                 raise MechanismError(f"the mechanism {mechanism.name!r}: absorb failed: {error}") from error
             check_absorbed(absorbed, state, streams.stores[row].layout, mechanism.name)
-            states[row] = absorbed.state
+            states[row] = write.noted(absorbed.state, number, tokens, absorbed.dropped, absorbed.evicted)
             kept[row] = absorbed.stayed
             counts.append((absorbed.dropped, absorbed.evicted))
 
