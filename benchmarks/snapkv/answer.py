@@ -1,6 +1,6 @@
 """Answer the questions of a retention run with SnapKV; needs requirements.txt, not mplus.
 
-The questions come from ``mplus eval retention --export``; see README.md.
+The questions come from ``mplus eval retention --export``, or ``mplus eval notes --export``; see README.md.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def answered(
     """One line per question and age."""
     generation, separator = head["generation"], head["separator"]
     bos = [] if generation["bos"] is None else [generation["bos"]]
+    bos = head.get("begin", bos)  # of a chat model, all that stands in front of what was told
     positions = getattr(model.config, "max_position_embeddings", None)
 
     def ids_of(text: str) -> list[int]:
@@ -69,7 +70,7 @@ def answered(
 
     for episode in episodes:
         for question in episode["questions"]:
-            prompt = ids_of(question["prompt"])
+            prompt = question.get("ids") or ids_of(question["prompt"])
             for age in question["ages"]:
                 told = episode["passages"][: question["after"] + age + 1]
                 text = [token for passage in told for token in ids_of(passage + separator)]

@@ -10,7 +10,7 @@ import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import attrs
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mplus.config import JsonValue, flag, one_of, whole
 from mplus.errors import ConfigError
+from mplus.evaluation.chat.prompt import ChatPrompt
 from mplus.evaluation.options import as_numbers, as_texts
 from mplus.evaluation.tasks.base import Episode
 from mplus.evaluation.texts import Tokenizer
@@ -270,19 +271,24 @@ FORMAT = 1
 
 
 class ExportedHead(TypedDict):
-    """The first line of a file of questions: how to answer, with a digest of all."""
+    """The first line of a file of questions: how to answer, with a digest of all.
+
+    Of a chat model, ``begin`` are the ids in front of what was told.
+    """
 
     format: int
     separator: str
     generation: dict[str, JsonValue]
+    begin: NotRequired[list[int]]
     digest: str
 
 
 class ExportedQuestion(TypedDict):
-    """A question, and when it is asked."""
+    """A question, and when it is asked; of a chat model, ``ids`` are those behind what was told."""
 
     number: int
     prompt: str
+    ids: NotRequired[list[int]]
     after: int
     ages: list[int]
 
@@ -296,7 +302,11 @@ class ExportedEpisode(TypedDict):
 
 
 def exported(
-    episodes: Sequence[Episode], ages: Sequence[int], generation: Generation, separator: str
+    episodes: Sequence[Episode],
+    ages: Sequence[int],
+    generation: Generation,
+    separator: str,
+    chat: ChatPrompt | None = None,
 ) -> tuple[ExportedHead, list[ExportedEpisode]]:
     """Return the lines of a file of questions: first how to answer, then one line per episode."""
     lines: list[ExportedEpisode] = [
@@ -315,13 +325,16 @@ def exported(
         }
         for episode in episodes
     ]
-    how = {"format": FORMAT, "separator": separator, "generation": attrs.asdict(generation)}
-    text = json.dumps([how, lines], sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()
     head: ExportedHead = {
         "format": FORMAT,
         "separator": separator,
         "generation": attrs.asdict(generation),
-        "digest": digest,
+        "digest": "",
     }
+    if chat is not None:
+        head["begin"] = list(chat.begin)
+        for question in (one for line in lines for one in line["questions"]):
+            question["ids"] = chat.prompt(question["prompt"])[len(chat.begin) :]
+    how = {name: value for name, value in head.items() if name != "digest"}
+    head["digest"] = hashlib.sha256(json.dumps([how, lines], sort_keys=True).encode()).hexdigest()
     return head, lines

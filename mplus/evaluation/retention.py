@@ -66,8 +66,11 @@ def retention(
                 if told and number < execution.moment_limits.get(result.arm.name, number + 1):
                     result.ask(moment, told)
                     result.untold += result.answered(moment, untold)
-                    with execution.one_token() as timed_questions:
-                        result.time(moment, told, timed_questions)
+            with execution.one_token() as most:
+                # In turns, so that what disturbs one arm disturbs all.
+                for one in told:
+                    for result in results.values():
+                        result.time(moment, one, most)
     found = [result.record(execution, options.window_converged) for result in results.values()]
     alone = [cell for arm in found if arm.name == "none" for cell in arm.cells]
     borderline = sum(cell.correct for cell in alone) / sum(cell.questions for cell in alone) if alone else None
@@ -119,13 +122,12 @@ class ArmResult(Generic[M, W]):
         found = self.arm.answers(moment, due) if due else []
         return [(one, answer) for one, answer in zip(due, found, strict=True) if answer is not None]
 
-    def time(self, moment: M, due: Sequence[Due], most: int) -> None:
-        """Time the first token of the answer to each of some questions, ``most`` of them at each age."""
-        for one in due:
-            found = self.first_token_ms.setdefault(one.age, [])
-            if one.age not in self.left_out and len(found) < most:
-                seconds = timed(partial(self.arm.answers_anew, moment, [one]), self.arm.execution.model.device)
-                found.append(1000 * seconds)
+    def time(self, moment: M, due: Due, most: int) -> None:
+        """Time the first token of the answer to a question, unless ``most`` were timed at its age already."""
+        found = self.first_token_ms.setdefault(due.age, [])
+        if due.age not in self.left_out and len(found) < most:
+            run = partial(self.arm.answers_anew, moment, [due])
+            found.append(1000 * timed(run, self.arm.execution.model.device))
 
     def record(self, execution: Execution[M, W], converged: float) -> Arm:
         """Return the arm for a report. At an age where it could not answer every question it has no cell."""

@@ -10,6 +10,7 @@ from mplus.cli import app
 from mplus.cli.eval_chat import TOLD
 from mplus.evaluation.chat.sizes import SIZES
 from mplus.evaluation.reports.report import Report
+from tests.evaluation import data
 from tests.evaluation.chat.small import KV, decoder, tokenizer
 
 MEMORY = str(KV).replace("'", '"')
@@ -51,6 +52,33 @@ def test_notes(folder, tmp_path):
     for text in (result.stdout, (tmp_path / "r.md").read_text()):
         for name in ("of the ceiling", "kv-text", "2 ", digest, "torch"):
             assert name in text
+
+
+def prepared(protocol, folder):
+    """Tiny data for a protocol, as options of its command."""
+    folder.mkdir(exist_ok=True)
+    if protocol == "squad":
+        return "--data", data.squad(folder / "squad.json")
+    if protocol == "natural-questions":
+        return "--data", data.natural_questions(folder / "nq.jsonl.gz"), "--set", "answer_tokens=20"
+    novels = data.novels(folder / "novels")
+    if protocol == "needles":
+        return "--data", novels, "--set", "lengths=[80]", "--set", "depths=[0,1]", "--set", "passage_tokens=60"
+    if protocol == "babi":
+        return "--data", data.babi(folder / "babi.txt"), "--set", f"novels={novels}", "--set", "split=all"
+    return "--set", "categories=[4,5]", "--set", "sessions=1"
+
+
+@pytest.mark.parametrize("protocol", sorted(TOLD.keys() - {"notes"}))
+def test_every_protocol(protocol, folder, tmp_path):
+    sizes = ("--memory", MEMORY, "--arms", "none,kv,ceiling", "--tokens", 1, "--timed", 0, "--threads", 1)
+    result = run(protocol, "--model", folder, *sizes, *prepared(protocol, tmp_path), "--json", tmp_path / "r.json")
+    assert result.exit_code == 0, result.output
+    report = Report.load(tmp_path / "r.json")
+    assert (report.protocol, {arm.status for arm in report.arms}) == (protocol, {"ok"})
+    assert report.arm("kv").cells[0].recall is not None
+    assert ("by_category" in report.arm("kv").details) == (protocol in {"needles", "conversations"})
+    assert ("untold" in report.arm("kv").details) == (protocol == "conversations")
 
 
 def test_what_is_refused(folder, tmp_path):

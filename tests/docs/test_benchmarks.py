@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.pages import architectures, index, memory, quality, readme, retrieval, speed
+from benchmarks.pages import architectures, chat, index, memory, quality, readme, retrieval, speed
 from benchmarks.quality.architectures.comparisons import HYBRID_TOLERANCE, SEARCHES, TOLERANCE
 from benchmarks.quality.architectures.decoders import ARCHITECTURES, BY_NAME
 from benchmarks.quality.architectures.measure import COLUMNS
@@ -12,6 +12,7 @@ from benchmarks.records import ROOT, load
 
 PAGES = {
     "index": index,
+    "chat": chat,
     "quality": quality,
     "memory": memory,
     "speed": speed,

@@ -23,7 +23,7 @@ SIZES: Mapping[str, Mapping[str, Options]] = {
         "asked": {"lengths": [10_000, 50_000, 200_000], "depths": [0, 0.25, 0.5, 0.75, 1], "episodes": 5},
     },
     "conversations": {
-        "small": {"sessions": 2, "turns": 8, "episodes": 1, "questions": 12, "categories": [1, 2, 4, 5]},
+        "small": {"sessions": 2, "turns": 8, "episodes": 1, "questions": 40, "categories": [1, 2, 4, 5]},
         "asked": {"episodes": 10, "questions": 200, "categories": [1, 2, 3, 4, 5]},
     },
     "squad": {

@@ -229,7 +229,7 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
 
     def exported(self) -> tuple[ExportedHead, list[ExportedEpisode]]:
         """Return the lines of the file of questions."""
-        return exported(self.episodes, self.ages, self.generation, self.options.separator)
+        return exported(self.episodes, self.ages, self.generation, self.options.separator, self.chat)
 
     def export_questions(self) -> None:
         if self.options.export is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from functools import partial
 
@@ -191,6 +192,16 @@ def test_examples(asked):
     run_examples(ChatPrompt, ChatPrompt=ChatPrompt, tokenizer=tokenizer())
     run_examples(memory_configs, memory_configs=memory_configs)
     run_examples(paired.difference, difference=paired.difference)
+
+
+def test_exported_questions_have_the_ids_around_what_was_told(tmp_path, asked):
+    made, _, due = asked
+    exporting = execution(export=tmp_path / "q.jsonl")
+    exporting.export_questions()
+    head, episode = map(json.loads, (tmp_path / "q.jsonl").read_text().splitlines())
+    for one, question in zip(due, episode["questions"], strict=True):
+        assert head["begin"] + [7, 8] + question["ids"] == prompt(made, one, [7, 8])
+    assert head["digest"] == exporting.exported()[0]["digest"] != execution(tokens=5).exported()[0]["digest"]
 
 
 def test_nothing_is_noted_of_a_memory_of_text():

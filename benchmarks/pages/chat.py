@@ -1,0 +1,76 @@
+"""The page ``docs/benchmarks/chat.md``: what memories are worth to a chat model that people have, untrained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.pages.markdown import measured_on, table
+from benchmarks.records import ROOT, load
+from mplus.evaluation.reports.paired import outcomes, ratio
+from mplus.evaluation.reports.report import Report
+from mplus.evaluation.reports.worth import worth_remarks, worth_tables
+
+PAGE = ROOT / "docs" / "benchmarks" / "chat.md"
+PREAMBLE = """
+# Chat models
+
+What a memory is worth to a chat model as people have it, untrained. This page is made from
+`benchmarks/quality/records/chat-*.json` by `python -m benchmarks.pages`. How to read it, and how to measure your own
+model: [Evaluation](../evaluation.md#a-chat-model).
+"""
+TITLES = {
+    "notes": "Notes about invented people",
+    "needles": "Needles in novels",
+    "conversations": "Conversations over many sessions",
+    "squad": "Paragraphs of SQuAD",
+    "natural-questions": "Gold passages of NaturalQuestions",
+    "babi": "Little stories in novels",
+}
+AIM = 0.95
+"""Share of the ceiling that the project wants of a memory of notes."""
+
+
+def render() -> str:
+    """Return the page."""
+    records = [name for name in TITLES if (ROOT / f"benchmarks/quality/records/chat-{name}.json").is_file()]
+    return "\n\n".join([PREAMBLE.strip(), *(section(name, load("quality", f"chat-{name}")) for name in records)]) + "\n"
+
+
+def section(name: str, record: Mapping[str, Any]) -> str:
+    """Return the section of one record: tables, what they show, and on what they were measured."""
+    report = Report.from_plain(record)  # type: ignore[arg-type]  # a report with facts beside it
+    parts = [f"## {TITLES[name]}", opening(report)]
+    for title, (head, rows) in worth_tables(report).items():
+        parts += [f"{title}:".capitalize(), table(head, rows)]
+    parts += [shown(report), "\n".join(f"- {remark}" for remark in worth_remarks(report))]
+    before, after = record["load_average"]
+    load_ = f"load average {before} before and {after} after"
+    busy = " (above the number of cores: times are longer than on a quiet machine)" if max(before, after) > 2 else ""
+    parts.append(measured_on(record, f"quality/chat-{name}", load_ + busy))
+    return "\n\n".join(parts)
+
+
+def opening(report: Report) -> str:
+    """Return what was told and asked."""
+    settings: dict[str, Any] = dict(report.settings)
+    options = ", ".join(f"{key} {value}" for key, value in settings["protocol"].items() if value is not None)
+    return (
+        f"`{report.circumstances['model']}`, greedy answers of at most {settings['generation']['tokens']} tokens, "
+        f"right where they have the answer in whole words. {settings['episodes']} episodes; {options}."
+    )
+
+
+def shown(report: Report) -> str:
+    """Return a sentence for each memory: what it answers beside the ceiling, and beside all of the text."""
+    arms = {arm.name: outcomes(arm) for arm in report.arms if arm.status == "ok"}
+    lines = []
+    for label in report.settings["memory"]:  # type: ignore[union-attr]  # a table of configurations
+        found = ratio(arms[label], arms["ceiling"]) if label in arms and "ceiling" in arms else None
+        if found is not None:
+            reached = "reached" if found.value >= AIM else "not reached"
+            lines.append(
+                f"- `{label}` answers {found.value:.2f} of what the right text alone answers (95 % interval "
+                f"{found.low:.2f} to {found.high:.2f}); the aim of {AIM} is {reached}."
+            )
+    return "\n".join(lines)
