@@ -36,7 +36,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     sizes: dict[str, Any] = {**SIZES[given.protocol][given.size], "seed": given.seed}
     sizes.update({name: value for name in ("data", "episodes") if (value := getattr(given, name)) is not None})
     task = cls(cls.Options(**sizes), Texts(words))
-    options = RunOptions(streams=1, seed=given.seed, timed=given.timed)
+    ages = task.ages or sorted({0, task.passages - 1})
+    options = RunOptions(ages=ages, streams=1, seed=given.seed, timed=given.timed)
     how: dict[str, Any] = {
         "options": options,
         "generation": Generation.of(words, tokens=task.answer_tokens),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from mplus.cli.eval_options import Device, Dtype, Json, Threads, assignment, set_threads
+from mplus.cli.eval_options import Device, Dtype, Json, Threads, assignment, numbers, set_threads
 from mplus.config import JsonValue
 from mplus.errors import ConfigError, UnknownNameError
 
@@ -64,6 +64,13 @@ def chat_command(protocol: str) -> Callable[..., None]:
             list[str] | None,
             typer.Option("--set", metavar="NAME=VALUE", help="Option of the protocol. May be repeated."),
         ] = None,
+        ages: Annotated[
+            str | None,
+            typer.Option(
+                metavar="N,N,...",
+                help="Passages told since the right one, to ask at; default: 0 and as many as there are.",
+            ),
+        ] = None,
         tokens: Annotated[int | None, typer.Option(min=1, help="Tokens generated for an answer.")] = None,
         timed: Annotated[int, typer.Option(min=0, help="Questions of each arm to time the first token of.")] = 4,
         directory: Annotated[
@@ -97,7 +104,8 @@ def chat_command(protocol: str) -> Callable[..., None]:
         decoder, tokenizer = load_decoder_with_tokenizer(model, device=device, dtype=dtype)
         words = cast("ChatTokenizer", tokenizer)
         task = _task(protocol, words, size, {"seed": seed, **({"data": str(data)} if data else {})}, settings)
-        options = RunOptions(streams=1, seed=seed, timed=timed, directory=directory, export=export)
+        asked_at = numbers(ages, "--ages") or task.ages or sorted({0, task.passages - 1})
+        options = RunOptions(ages=asked_at, streams=1, seed=seed, timed=timed, directory=directory, export=export)
         each = (
             (label, _execution(wrapped, words, task, options, tokens))
             for label, wrapped in wrapped_each(decoder, configs)
