@@ -20,7 +20,9 @@ from mplus.config import Component, options_of
 from mplus.errors import ConfigError, DuplicateNameError, MissingDependencyError, PluginError, UnknownNameError
 
 T = TypeVar("T")
-V = TypeVar("V")
+V = TypeVar("V", bound=type | Path)
+Target = type | Path | str | None
+"""What a name stands for: a class, a file, or ``module:attribute``, which is imported when it is asked for."""
 
 EXTRAS: Mapping[str, str] = {
     "bm25s": "eval",
@@ -50,7 +52,7 @@ class _Claim:
     origin: str
     load: Callable[[], object]
     error: str | None = None
-    target: object = None
+    target: Target = None
 
 
 class NameRegistry(ABC, Generic[V]):
@@ -233,7 +235,7 @@ class NameRegistry(ABC, Generic[V]):
             f"or limit {plugins.ENVIRONMENT} to the distributions you want"
         )
 
-    def _unknown(self, name: object) -> UnknownNameError:
+    def _unknown(self, name: str) -> UnknownNameError:
         names = sorted(self._known())
         near = difflib.get_close_matches(name, names) if isinstance(name, str) else []
         message = f"no {self.kind} is called {name!r}"
@@ -251,15 +253,24 @@ class Registry(NameRegistry[type[T]], Generic[T]):
 
     Args:
         base: ``module:attribute`` of the class that every implementation must derive from.
-        others: see ``NameRegistry``.
+        group, builtin, reserved, discover: see ``NameRegistry``.
 
     Example:
         >>> STORES = Registry("store", group="mplus.stores", base="mplus.stores.base:MemoryStore")
         >>> STORES.register("mine", "my_package:MyStore")
     """
 
-    def __init__(self, kind: str, *, base: str, **others: Any) -> None:
-        super().__init__(kind, **others)
+    def __init__(
+        self,
+        kind: str,
+        *,
+        base: str,
+        group: str,
+        builtin: Mapping[str, str | type[T]] | None = None,
+        reserved: Collection[str] = (),
+        discover: Callable[[str], list[plugins.Plugin]] = plugins.discover,
+    ) -> None:
+        super().__init__(kind, group=group, builtin=builtin, reserved=reserved, discover=discover)
         self._base = base
 
     def build(self, component: Component, *arguments: object) -> T:
@@ -302,7 +313,7 @@ class FileRegistry(NameRegistry[Path]):
         return found
 
 
-def _loader(target: object) -> Callable[[], object]:
+def _loader(target: Target) -> Callable[[], object]:
     """Return a function that imports ``module:attribute``, or gives any other target."""
     if not isinstance(target, str):
         return lambda: target
@@ -317,7 +328,7 @@ def _loader(target: object) -> Callable[[], object]:
     return load
 
 
-def _shown(target: object) -> str:
+def _shown(target: Target) -> str:
     if isinstance(target, Path):
         return target.name
     return target if isinstance(target, str) else _describe(target)

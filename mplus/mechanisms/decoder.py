@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from mplus.backends.base import AttentionRequest, AttentionResult, Segment
 from mplus.errors import InputError
 from mplus.mechanisms.opened import Insertion
+from mplus.memory.writing.chunking import Tokenizer
 
 Collected = Literal["inputs", "outputs", "projected", "hidden", "logits"]
 """What ``Decoder.run`` can bring back of a pass besides the final hidden state."""
@@ -197,6 +198,10 @@ Finish = Callable[[PassResult], Tensor]
 """``finish(result)``: the final hidden state ``[B, T, d]`` that the head gets in the place of ``result.hidden``."""
 
 
+Tables = tuple[Tensor, Tensor]
+"""Cosines and sines, ``[B or 1, P, R]``, for the first R numbers of every head."""
+
+
 class RowPositions(Protocol):
     """Where memory rows sit on the position axis; see ``mplus.hf.retrofit.positions.MemoryPositions``."""
 
@@ -238,16 +243,16 @@ class KeptProjection(Protocol):
     def rows(self, layer: int, hidden: Tensor) -> Tensor:
         """Return ``[B, n, Hkv (D + Dv)]`` of rows ``[B, n, d]``: keys, not rotated, and behind them values."""
 
-    def tables(self, layer: int, like: Tensor, positions: Tensor) -> Any:
+    def tables(self, layer: int, like: Tensor, positions: Tensor) -> Tables | None:
         """Return what ``turned`` rotates rows at ``positions`` with; None where nothing is rotated."""
 
-    def table_key(self, layer: int) -> Any:
+    def table_key(self, layer: int) -> Hashable:
         """Return what is equal in layers that have the same tables."""
 
-    def picked(self, layer: int, begin: Tensor, column: Tensor, places: Tensor, tables: Any) -> Segment:
+    def picked(self, layer: int, begin: Tensor, column: Tensor, places: Tensor, tables: Tables | None) -> Segment:
         """Return ``begin`` ``[1, w]`` and behind it the rows at ``places`` of ``column`` ``[m, w]``, as a segment."""
 
-    def turned(self, layer: int, parts: Sequence[Tensor], tables: Any) -> Segment:
+    def turned(self, layer: int, parts: Sequence[Tensor], tables: Tables | None) -> Segment:
         """Return rows ``[B, n_i, w]``, one part behind the other, as a segment."""
 
 
@@ -324,7 +329,7 @@ class Decoder(Protocol):
         """Return retriever keys ``[m, r]`` of rows ``[m, d]``, or None where the retriever keeps none."""
 
     def ask(
-        self, tokenizer: Any, prompt: str, tokens: int, stop: Sequence[str] = (), choices: Sequence[str] = ()
+        self, tokenizer: Tokenizer, prompt: str, tokens: int, stop: Sequence[str] = (), choices: Sequence[str] = ()
     ) -> str:
         """Return what greedy decoding, without memory, puts behind ``prompt``.
 

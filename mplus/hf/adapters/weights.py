@@ -25,7 +25,9 @@ from mplus.stores.disk.locks import ProcessLock
 class WatchedDecoder(Protocol):
     """The parts of a ``DecoderEngine`` that ``Watch``, on which it is built, looks at."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
+
     retrofit: Retrofit
     mechanism: MemoryMechanism
     own_attention: OwnAttention

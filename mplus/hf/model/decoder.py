@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from attrs import define, evolve
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mplus.backends.base import Segment
 from mplus.errors import InputError
@@ -31,12 +32,13 @@ from mplus.mechanisms.decoder import (
     Project,
 )
 from mplus.mechanisms.opened import Insertion
+from mplus.memory.writing.chunking import Tokenizer
 
 
 class Wrapped(Protocol):
     """The parts of ``DecoderEngine`` that passes need."""
 
-    model: nn.Module
+    model: PreTrainedModel
     retrofit: Retrofit
     shape: DecoderShape
 
@@ -87,11 +89,12 @@ class WrappedDecoder:
         return self._engine.keys_in(layer, hidden)
 
     def ask(
-        self, tokenizer: Any, prompt: str, tokens: int, stop: Sequence[str] = (), choices: Sequence[str] = ()
+        self, tokenizer: Tokenizer, prompt: str, tokens: int, stop: Sequence[str] = (), choices: Sequence[str] = ()
     ) -> str:
         self._engine.check_wrapped()
         model: Any = self._engine.model
-        return ask(model, type(model).__mplus_base__, tokenizer, prompt, tokens, stop, choices)
+        known = cast("PreTrainedTokenizerBase", tokenizer)
+        return ask(model, type(model).__mplus_base__, known, prompt, tokens, stop, choices)
 
     @torch.compiler.disable  # as for reading
     def run(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from attrs import evolve
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mplus.config import JsonValue, MPlusConfig
 from mplus.errors import ConfigError, MemoryMismatchError, NotSupported
@@ -51,7 +52,7 @@ class DecoderEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         config: MPlusConfig,
         retrofit: Retrofit,
         mechanism: MemoryMechanism,
@@ -67,7 +68,7 @@ class DecoderEngine:
         self.decoder = WrappedDecoder(self)
         self.own_attention = OwnAttention(self)
         self.watch = Watch(self)
-        self._prepared: WeakKeyDictionary[Memory, tuple[Any, Any]] = WeakKeyDictionary()
+        self._prepared: WeakKeyDictionary[Memory, tuple[Hashable, Any]] = WeakKeyDictionary()
         self.readings = OpenReadings()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,9 +80,8 @@ class DecoderEngine:
 
     @property
     def embedding(self) -> nn.Module:
-        """The decoder's token embedding."""
-        model: Any = self.model
-        return model.get_input_embeddings()
+        """Return the decoder's token embedding."""
+        return self.model.get_input_embeddings()
 
     @property
     def device(self) -> torch.device:
@@ -101,14 +101,11 @@ class DecoderEngine:
 
     @property
     def _embedding_dtype(self) -> torch.dtype:
-        weight: Any = self.embedding.weight
-        dtype: torch.dtype = weight.dtype
-        return dtype
+        return cast("Tensor", self.embedding.weight).dtype
 
     @property
     def vocab_size(self) -> int:
-        weight: Any = self.embedding.weight
-        return int(weight.shape[0])
+        return cast("Tensor", self.embedding.weight).shape[0]
 
     @property
     def memory_rows(self) -> Literal["projected", "hidden", "both"]:
@@ -247,8 +244,7 @@ class DecoderEngine:
 
     def check_attention(self) -> None:
         """Raise NotSupported when the decoder would pass memory by: its attention is no longer ours."""
-        decoder: Any = self.retrofit.anatomy.decoder
-        now = decoder.config._attn_implementation
+        now = cast("PreTrainedModel", self.retrofit.anatomy.decoder).config._attn_implementation
         if self.retrofit.technique == "attention" and not str(now).startswith(PREFIX):
             raise NotSupported(
                 f"the decoder's attention implementation was set to {now!r}, which knows no memory: use "

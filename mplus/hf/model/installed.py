@@ -53,7 +53,7 @@ class WrappedModel(Decoder):
         mplus_installed: the record of the ``wrap``.
     """
 
-    __mplus_base__: ClassVar[type]
+    __mplus_base__: ClassVar[type[Decoder]]
     """The class it had before."""
 
     mplus: nn.Module

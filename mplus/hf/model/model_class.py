@@ -269,10 +269,14 @@ class MemoryModel(SavesAdditions):
         """
         self.mplus_engine.watch.forget()
 
-    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: bool, **kwargs: bool) -> None:
         """Set it as in transformers; with others than "eager" and "sdpa" memory is refused from then on."""
         wanted = attn_implementation
-        if wanted in attention.BASES and self.mplus_engine.retrofit.technique == "attention":
+        if (
+            isinstance(wanted, str)
+            and wanted in attention.BASES
+            and self.mplus_engine.retrofit.technique == "attention"
+        ):
             self.mplus_installed.base_attention = wanted
             wanted = attention.PREFIX + wanted
         super().set_attn_implementation(wanted, *args, **kwargs)

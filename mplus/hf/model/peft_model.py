@@ -83,9 +83,9 @@ class PeftMemoryModel(PushToHub, PeftModel):
                 load_additions(self, load_file(where / WEIGHTS), str(where))
         return result
 
-    def get_prompt(self, *args: Any, **kwargs: Any) -> Tensor:
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Tensor:
         """Return what PEFT does; the decoder learns that keys and values of prefix tuning are none of a text."""
-        return mark_learned(super().get_prompt(*args, **kwargs))
+        return mark_learned(super().get_prompt(batch_size, task_ids, max_cache_len))
 
 
 def peft_model_class(base: type[PeftModel]) -> type:

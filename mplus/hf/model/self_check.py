@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from attrs import define, evolve
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mplus.eviction import EVICTION
 from mplus.hf.model.engine import DecoderEngine
@@ -74,7 +75,7 @@ def check_ids(vocab_size: int, device: torch.device, text: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def self_check(model: Any, base_logits: Tensor) -> list[Check]:
+def self_check(model: PreTrainedModel, base_logits: Tensor) -> list[Check]:
     """Run all checks on a wrapped decoder in its present technique and positions.
 
     Args:
@@ -86,9 +87,9 @@ def self_check(model: Any, base_logits: Tensor) -> list[Check]:
 
 
 class _Checks:
-    def __init__(self, model: Any, base_logits: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, base_logits: Tensor) -> None:
         self.model = model
-        self.engine: DecoderEngine = model.mplus_engine
+        self.engine = cast("DecoderEngine", model.mplus_engine)
         self.anatomy = self.engine.retrofit.anatomy
         self.base_logits = base_logits
         self.ids = check_ids(self.engine.vocab_size, self.engine.device)

@@ -13,9 +13,8 @@ from attrs import define
 from torch import Tensor
 
 from mplus.hf.retrofit.discovery import AttentionSpec
+from mplus.mechanisms.decoder import Tables
 
-Tables = tuple[Tensor, Tensor]
-"""Cosines and sines, ``[B or 1, P, R]``, for the first R numbers of every head."""
 T = TypeVar("T")
 Embeddings = Tensor | Sequence[Tensor]
 """What a rotary module makes of positions: cosines and sines, or complex numbers."""

@@ -15,7 +15,8 @@ from mplus.hf.retrofit.attention_probe import Nothing
 from mplus.hf.retrofit.context import Pass, run_in
 from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.hf.retrofit.hooks import Retrofit
-from mplus.hf.retrofit.positions import MemoryPositions, Rotation, Tables, find_rotation, rotary_at
+from mplus.hf.retrofit.positions import MemoryPositions, Rotation, find_rotation, rotary_at
+from mplus.mechanisms.decoder import Tables
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

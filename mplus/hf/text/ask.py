@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from attrs import define, field
@@ -30,7 +29,7 @@ class Contains(StoppingCriteria):
         self.tokenizer, self.marks, self.start = tokenizer, marks, start
         self.most = 2 * max(map(len, marks)) + 8  # a mark lies in as many tokens as it has bytes, at most
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Tensor) -> Tensor:
         tail = input_ids[:, self.start :][:, -4 * self.most :]
         texts = [self.tokenizer.decode(row) for row in tail]
         found = [any(mark in text for mark in self.marks) for text in texts]

@@ -158,6 +158,6 @@ class _Until(StoppingCriteria):
     def __init__(self, enough: Callable[[list[int]], bool], start: int) -> None:
         self.enough, self.start = enough, start
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Tensor) -> Tensor:
         done = self.enough(input_ids[0, self.start :].tolist())
         return torch.tensor([done], device=input_ids.device)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
+from attrs import define
 from torch import Tensor
+from transformers.utils.generic import ModelOutput
 
 from mplus.errors import ConfigError, InputError, NotSupported
+from mplus.hf.model.installed import Decoder, WrappedModel
 from mplus.hf.reading.arguments import ReadArguments, check_spelling
 from mplus.hf.reading.caches import check_cache
 from mplus.hf.reading.forward import arguments_of, by_name, check_memory, signature_of
@@ -21,8 +25,8 @@ CACHES = ("past_key_values", "cache_params")
 
 
 def forward_with_text(
-    model: Any, base: Any, asked: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+    model: WrappedModel, base: type[Decoder], asked: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ModelOutput | tuple[Tensor, ...]:
     """Run ``base.forward`` with what a memory recalls: that of the call, or of ``model.reading``.
 
     Logits and hidden states are those of the tokens that were given.
@@ -38,120 +42,133 @@ def forward_with_text(
         MemoryMismatchError: batch, model or cache do not fit the memory.
         NotSupported: another thread is in ``model.reading``, or the call has what recalled text does not go with.
     """
+    forward: Callable[..., ModelOutput | tuple[Tensor, ...]] = base.forward
     if is_generating(model):  # the generation has put it into the prompt
-        return base.forward(model, *args, **kwargs)
+        return forward(model, *args, **kwargs)
     if not torch.compiler.is_compiling():
         check_spelling(kwargs, base)
     arguments = arguments_of(model, asked)
     if arguments is None or arguments.memory is None:
         for cache in filter(None, map(kwargs.get, CACHES)):
             check_cache(cache, None, arguments is not None and arguments.reuse_memory_cache)
-        return base.forward(model, *args, **kwargs)
-    return _read(model, base, arguments, arguments.memory, by_name(base, args, kwargs))
+        return forward(model, *args, **kwargs)
+    return _Forward(model, base, by_name(base, args, kwargs)).read(arguments, arguments.memory)
 
 
-@torch.compiler.disable  # what is recalled differs from call to call
-def _read(model: Any, base: Any, arguments: ReadArguments, memory: Memory, inputs: dict[str, Any]) -> Any:
-    engine: TextEngine = model.mplus_engine
-    check_memory(engine, memory)
-    refuse_for_text(engine, arguments)
-    as_dict = inputs.get("return_dict") is not False and getattr(model.config, "return_dict", True)
-    if arguments.output_sources and not as_dict:
-        raise ConfigError("output_sources needs return_dict=True: a tuple has no place for them")
-    ids = inputs.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.dim() != 2:
-        raise InputError(
-            "a memory of text is read by ids [B, T], and what is recalled goes between them: pass input_ids, got "
-            f"{list(ids.shape) if isinstance(ids, Tensor) else ids!r}"
-        )
-    if inputs.get("state") is not None:
-        raise NotSupported(
-            "forward with a memory of text cannot go on from a state that is no cache of transformers, which does not "
-            "say what was recalled: use generate"
-        )
-    inputs["return_dict"] = True
-    kept: Any = None
-    for cache in filter(None, map(inputs.get, CACHES)):
-        kept = check_cache(cache, memory, arguments.reuse_memory_cache)
-    reading: TextReading = kept or read(memory, len(ids))
-    if kept is not None:
-        output = _go_on(model, base, reading, inputs)
-    else:
-        mask = inputs.get("attention_mask")
-        if mask is not None and mask.shape != ids.shape:
-            raise InputError(f"attention_mask must be {list(ids.shape)} as input_ids, got {list(mask.shape)}")
-        recall(engine, reading, ids, mask, arguments)
-        output = _begin(model, base, reading, inputs)
-    reading.columns += ids.shape[1] + (0 if kept or reading.spliced is None else reading.spliced.width)
-    for holder in filter(None, (getattr(output, name, None) for name in CACHES)):
-        holder._mplus_reading = reading
-    if arguments.output_sources:
-        output.memory_sources = reading.sources()
-    return output if as_dict else output.to_tuple()
+@define(eq=False)
+class _Forward:
+    """One forward of a decoder that reads a memory of text.
 
+    Attributes:
+        model: the wrapped decoder.
+        base: its class before it was wrapped.
+        inputs: the arguments of the call by name; they are changed to those that the decoder itself gets.
+    """
 
-def _begin(model: Any, base: Any, reading: TextReading, inputs: dict[str, Any]) -> Any:
-    """Run the forward that recalled text is put into."""
-    spliced = reading.spliced
-    if spliced is None:
-        return base.forward(model, **inputs)
-    rows, tokens = spliced.kept.shape
-    given = _per_token(inputs, rows, tokens)
-    if given:
-        raise NotSupported(f"a memory of text does not go with {', '.join(given)} of each token: leave it out")
-    positions = inputs.pop("position_ids", None)
-    if "position_ids" in signature_of(base.forward).parameters:
-        if positions is None and spliced.mask is not None:
+    model: WrappedModel
+    base: type[Decoder]
+    inputs: dict[str, Any]
+
+    @torch.compiler.disable  # what is recalled differs from call to call
+    def read(self, arguments: ReadArguments, memory: Memory) -> ModelOutput | tuple[Tensor, ...]:
+        """Run the forward as ``arguments`` say; ``memory`` is theirs."""
+        model, inputs, engine = self.model, self.inputs, cast("TextEngine", self.model.mplus_engine)
+        check_memory(engine, memory)
+        refuse_for_text(engine, arguments)
+        as_dict = inputs.get("return_dict") is not False and getattr(model.config, "return_dict", True)
+        if arguments.output_sources and not as_dict:
+            raise ConfigError("output_sources needs return_dict=True: a tuple has no place for them")
+        ids = inputs.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.dim() != 2:
+            raise InputError(
+                "a memory of text is read by ids [B, T], and what is recalled goes between them: pass input_ids, got "
+                f"{list(ids.shape) if isinstance(ids, Tensor) else ids!r}"
+            )
+        if inputs.get("state") is not None:
+            raise NotSupported(
+                "forward with a memory of text cannot go on from a state that is no cache of transformers, which does "
+                "not say what was recalled: use generate"
+            )
+        inputs["return_dict"] = True
+        kept: TextReading | None = None
+        for cache in filter(None, map(inputs.get, CACHES)):
+            kept = cast("TextReading | None", check_cache(cache, memory, arguments.reuse_memory_cache))
+        reading = kept or read(memory, len(ids))
+        if kept is not None:
+            output = self._go_on(reading)
+        else:
             mask = inputs.get("attention_mask")
-            mask = torch.ones_like(spliced.kept) if mask is None else mask
-            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        if positions is not None:
-            inputs["position_ids"] = spliced.positions(positions.expand(rows, -1))
-    labels, last = inputs.pop("labels", None), inputs.pop("logits_to_keep", 0)
-    if labels is not None:
-        moved = labels.new_full(spliced.ids.shape, -100)
-        inputs["labels"] = moved.scatter(1, spliced.kept, labels)
-    inputs.update(input_ids=spliced.ids, attention_mask=spliced.mask)
-    output = base.forward(model, **inputs)
-    kept = spliced.kept if isinstance(last, Tensor) or not last else spliced.kept[:, -last:]
-    output.logits = _columns(output.logits, kept if not isinstance(last, Tensor) else kept[:, last])
-    if getattr(output, "hidden_states", None) is not None:
-        output.hidden_states = tuple(_columns(one, spliced.kept) for one in output.hidden_states)
-    return output
+            if mask is not None and mask.shape != ids.shape:
+                raise InputError(f"attention_mask must be {list(ids.shape)} as input_ids, got {list(mask.shape)}")
+            recall(engine, reading, ids, mask, arguments)
+            output = self._begin(reading)
+        reading.columns += ids.shape[1] + (0 if kept or reading.spliced is None else reading.spliced.width)
+        for holder in filter(None, (getattr(output, name, None) for name in CACHES)):
+            holder._mplus_reading = reading
+        if arguments.output_sources:
+            output.memory_sources = reading.sources()
+        return output if as_dict else output.to_tuple()
+
+    def _begin(self, reading: TextReading) -> Any:  # what decoders return has no common type
+        """Run the forward that recalled text is put into."""
+        inputs, spliced = self.inputs, reading.spliced
+        if spliced is None:
+            return self.base.forward(self.model, **inputs)
+        rows, tokens = spliced.kept.shape
+        given = self._per_token(rows, tokens)
+        if given:
+            raise NotSupported(f"a memory of text does not go with {', '.join(given)} of each token: leave it out")
+        positions = inputs.pop("position_ids", None)
+        if "position_ids" in signature_of(self.base.forward).parameters:
+            if positions is None and spliced.mask is not None:
+                mask = inputs.get("attention_mask")
+                mask = torch.ones_like(spliced.kept) if mask is None else mask
+                positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            if positions is not None:
+                inputs["position_ids"] = spliced.positions(positions.expand(rows, -1))
+        labels, last = inputs.pop("labels", None), inputs.pop("logits_to_keep", 0)
+        if labels is not None:
+            moved = labels.new_full(spliced.ids.shape, -100)
+            inputs["labels"] = moved.scatter(1, spliced.kept, labels)
+        inputs.update(input_ids=spliced.ids, attention_mask=spliced.mask)
+        output = self.base.forward(self.model, **inputs)
+        kept = spliced.kept if isinstance(last, Tensor) or not last else spliced.kept[:, -last:]
+        output.logits = _columns(output.logits, kept if not isinstance(last, Tensor) else kept[:, last])
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(_columns(one, spliced.kept) for one in output.hidden_states)
+        return output
+
+    def _go_on(self, reading: TextReading) -> Any:
+        """Run a forward behind a cache, in which the recalled text is."""
+        inputs, spliced = self.inputs, reading.spliced
+        if spliced is not None:
+            tokens = inputs["input_ids"].shape[1]
+            mask = inputs.get("attention_mask")
+            if mask is not None:
+                past = spliced.kept.shape[1]
+                first = torch.ones_like(spliced.ids) if spliced.mask is None else spliced.mask
+                mask = torch.cat([first, mask[:, past:].to(torch.int64)], 1)
+            elif spliced.mask is not None:
+                behind = reading.columns + tokens - spliced.ids.shape[1]
+                mask = torch.cat([spliced.mask, spliced.mask.new_ones(len(spliced.mask), behind)], 1)
+            if mask is not None:
+                inputs["attention_mask"] = mask
+            if inputs.get("position_ids") is not None:
+                inputs["position_ids"] = inputs["position_ids"] + spliced.inserted[:, None]
+            elif mask is not None and "position_ids" in signature_of(self.base.forward).parameters:
+                inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+        return self.base.forward(self.model, **inputs)
+
+    def _per_token(self, rows: int, tokens: int) -> list[str]:
+        """Return the names of further arguments that have a value for each token."""
+        known = {"input_ids", "attention_mask", "position_ids", "labels"}
+        return [
+            name
+            for name, value in self.inputs.items()
+            if name not in known and isinstance(value, Tensor) and tuple(value.shape[:2]) == (rows, tokens)
+        ]
 
 
 def _columns(values: Tensor, columns: Tensor) -> Tensor:
     """Return ``[B, t, ...]``: of every row of ``values`` ``[B, T, ...]``, the columns ``[B, t]``."""
     return values[torch.arange(len(columns), device=values.device)[:, None], columns.to(values.device)]
-
-
-def _per_token(inputs: dict[str, Any], rows: int, tokens: int) -> list[str]:
-    """Return the names of further arguments that have a value for each token."""
-    known = {"input_ids", "attention_mask", "position_ids", "labels"}
-    return [
-        name
-        for name, value in inputs.items()
-        if name not in known and isinstance(value, Tensor) and tuple(value.shape[:2]) == (rows, tokens)
-    ]
-
-
-def _go_on(model: Any, base: Any, reading: TextReading, inputs: dict[str, Any]) -> Any:
-    """Run a forward behind a cache, in which the recalled text is."""
-    spliced = reading.spliced
-    if spliced is not None:
-        tokens = inputs["input_ids"].shape[1]
-        mask = inputs.get("attention_mask")
-        if mask is not None:
-            past = spliced.kept.shape[1]
-            first = torch.ones_like(spliced.ids) if spliced.mask is None else spliced.mask
-            mask = torch.cat([first, mask[:, past:].to(torch.int64)], 1)
-        elif spliced.mask is not None:
-            behind = reading.columns + tokens - spliced.ids.shape[1]
-            mask = torch.cat([spliced.mask, spliced.mask.new_ones(len(spliced.mask), behind)], 1)
-        if mask is not None:
-            inputs["attention_mask"] = mask
-        if inputs.get("position_ids") is not None:
-            inputs["position_ids"] = inputs["position_ids"] + spliced.inserted[:, None]
-        elif mask is not None and "position_ids" in signature_of(base.forward).parameters:
-            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
-    return base.forward(model, **inputs)

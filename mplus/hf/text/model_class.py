@@ -155,9 +155,9 @@ class TextMemoryModel(MemoryModel):
     def weights_changed(self) -> None:
         """Do nothing: a memory of text depends on no weights."""
 
-    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: bool, **kwargs: bool) -> None:
         """Set it as in transformers."""
-        base: Any = type(self).__mplus_base__
+        base = type(self).__mplus_base__
         base.set_attn_implementation(self, attn_implementation, *args, **kwargs)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -52,8 +52,9 @@ def wrap_for_text(
     options = options_of(cls, {**cls.Options.defaults(config.variant), **config.mechanism.options})
     padding = [_check_padding(decoder)] if check else []
     engine = TextEngine(decoder, settled, cls(settled, options), sees_padding=not all(one.passed for one in padding))
-    attention: Any = decoder.config._attn_implementation
-    installed = Installed(attention or "eager", digest(decoder, "base"), [], padding, [], config)
+    installed = Installed(
+        decoder.config._attn_implementation or "eager", digest(decoder, "base"), [], padding, [], config
+    )
     change_class(decoder, text_model_class(type(decoder)))
     decoder.__dict__["mplus_engine"] = engine
     decoder.__dict__["mplus_installed"] = installed

@@ -1,9 +1,9 @@
-"""What all reads of one state of a memory share: its short-term rows turned to their places, and what turns others."""
+"""What all reads of one state of a memory share: its short-term rows, rotated, and the tables that rotate others."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import TypeAlias, cast
 
 import torch
 from attrs import define, evolve, field
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from mplus.backends.base import Segment
 from mplus.backends.checks import check_finite
-from mplus.mechanisms.decoder import KeptProjection
+from mplus.mechanisms.decoder import KeptProjection, Tables
 from mplus.mechanisms.opened import Retrieved
 from mplus.mechanisms.short_term.state import state_of
 from mplus.memory.state import StreamView
+
+Sizes: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @define(eq=False)
@@ -31,9 +33,9 @@ class Prepared:
     projection: KeptProjection
     begin: Tensor
     batch: int | None = None
-    short_term: dict[Any, Segment] = field(factory=dict)
+    short_term: dict[Hashable, Segment] = field(factory=dict)
     begins: dict[int, Tensor] = field(factory=dict)
-    tables: dict[Any, Any] = field(factory=dict)
+    tables: dict[Hashable, Tables | None] = field(factory=dict)
 
     def segments(
         self,
@@ -43,7 +45,7 @@ class Prepared:
         prefixed: Sequence[bool],
         like: Tensor,
     ) -> tuple[Segment, ...]:
-        """``[begin | retrieved]`` and ``[STM]`` of every stream, ready to be attended to.
+        """Return ``[begin | retrieved]`` and ``[STM]`` of every stream, ready to be attended to.
 
         Args:
             layer: index among the layers that carry memory.
@@ -58,7 +60,7 @@ class Prepared:
         counts = [len(state_of(view).stm[layer]) for view in views]
         only = retrieved[0] if len(views) == 1 else None
         if only is not None and only.source is not None and _alike(only.source.parts[0][0], like):
-            tables = self._tables(layer, own[0], (own[0], counts[0]), like)
+            tables = self._tables(layer, own[0], ((own[0],), (counts[0],)), like)
             front = self.projection.picked(layer, begins[0], *only.source.contiguous(), tables)
         else:
             parts = [
@@ -70,7 +72,7 @@ class Prepared:
         return tuple(segment for segment in segments if segment.keys.shape[2])
 
     def _begins(self, layer: int, streams: int) -> list[Tensor]:
-        """``[1, w]`` of every stream; not the same where each has an adapter of its own."""
+        """Return the begin row ``[1, w]`` of every stream; not the same where each has an adapter of its own."""
         if layer not in self.begins:
             alike = 1 if self.batch is None else self.batch
             self.begins[layer] = self.projection.rows(layer, self.begin[layer].expand(alike, -1, -1))
@@ -81,8 +83,8 @@ class Prepared:
         self, layer: int, parts: Sequence[Sequence[Tensor]], own: Sequence[int], behind: Sequence[int], like: Tensor
     ) -> Segment:
         rows = max(own)
-        same = len(set(own)) == 1 and len(set(behind)) == 1
-        tables = self._tables(layer, rows, (own[0], behind[0]) if same else (tuple(own), tuple(behind)), like)
+        streams = 1 if len(set(own)) == 1 and len(set(behind)) == 1 else len(own)
+        tables = self._tables(layer, rows, (tuple(own[:streams]), tuple(behind[:streams])), like)
         if len(parts) == 1:
             pieces = [part[None] for part in parts[0]]
         else:
@@ -106,8 +108,8 @@ class Prepared:
                 return self._nothing(like)
             shared = all(state is states[0] for state in states) and (not compressed or len(set(in_front)) == 1)
             states = states[:1] if shared else states
-            projected: list[Any] = [state.projected for state in states]
-            pieces = torch.stack([_padded([part.to(like)], rows, like, self.projection.size) for part in projected])
+            projected = [cast("Tensor", state.projected).to(like) for state in states]
+            pieces = torch.stack([_padded([part], rows, like, self.projection.size) for part in projected])
             tables = self._short_term_tables(layer, rows, in_front, counts, like)
             segment = self.projection.turned(layer, [pieces], tables)
             real = [counts[0]] if shared else counts
@@ -118,7 +120,7 @@ class Prepared:
 
     def _short_term_tables(
         self, layer: int, rows: int, in_front: Sequence[int], counts: Sequence[int], like: Tensor
-    ) -> Any:
+    ) -> Tables | None:
         positions = self.projection.positions
         place = torch.arange(rows, device=like.device)
         if len(set(counts)) == 1 and len(set(in_front)) == 1:
@@ -128,14 +130,15 @@ class Prepared:
             where = positions.of_rows(place + front, own + front)
         return self.projection.tables(layer, like, where)
 
-    def _tables(self, layer: int, rows: int, sizes: Any, like: Tensor) -> Any:
-        """For the rows in front; alike in layers that turn alike, and in later reads of as many rows."""
+    def _tables(self, layer: int, rows: int, sizes: Sizes, like: Tensor) -> Tables | None:
+        """Return the tables for the rows in front; the same in layers that rotate alike, and in later reads.
+
+        ``sizes``: rows in front and short-term rows behind them, of all streams or of each.
+        """
         key = (self.projection.table_key(layer), rows, sizes, like.dtype, like.device)
         if key not in self.tables:
-            own, behind = sizes
-            total: Any = own + behind
-            if isinstance(own, tuple):
-                total = torch.tensor([a + b for a, b in zip(own, behind, strict=True)], device=like.device)[:, None]
+            totals = [sum(pair) for pair in zip(*sizes, strict=True)]
+            total = totals[0] if len(totals) == 1 else torch.tensor(totals, device=like.device)[:, None]
             where = self.projection.positions.of_rows(torch.arange(rows, device=like.device), total)
             self.tables[key] = self.projection.tables(layer, like, where)
         return self.tables[key]
@@ -149,14 +152,13 @@ class Prepared:
 
 
 def _projected(retrieved: Retrieved | None, like: Tensor) -> list[Tensor]:
-    """``[n, w]``, if there are any."""
+    """Return the retrieved rows ``[n, w]`` as a list of one tensor; an empty one where there are none."""
     if retrieved is None:
         return []
     if retrieved.source is not None:
         column, places = retrieved.source.contiguous()
         return [column.index_select(0, places).to(like)]
-    found: Any = retrieved.rows.projected
-    return [found.to(like)]
+    return [cast("Tensor", retrieved.rows.projected).to(like)]
 
 
 def _alike(column: Tensor, like: Tensor) -> bool:
@@ -164,7 +166,7 @@ def _alike(column: Tensor, like: Tensor) -> bool:
 
 
 def _padded(parts: Sequence[Tensor], rows: int, like: Tensor, size: int) -> Tensor:
-    """``[rows, w]``: one stream's parts, with zeros behind."""
+    """Return ``[rows, w]``: one stream's parts, with zeros behind."""
     present = sum(part.shape[0] for part in parts)
     if present == rows and len(parts) == 1:
         return parts[0]

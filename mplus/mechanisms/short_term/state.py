@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -74,7 +74,7 @@ class ShortTermState(StreamState):
         return evolve(super().to(device, dtype), newest=tuple(hidden.to(device, dtype) for hidden in self.newest))
 
     @property
-    def pass_key(self) -> Any:
+    def pass_key(self) -> Hashable:
         return tuple(len(rows) for rows in self.stm)
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, Self, overload
 
@@ -174,7 +174,7 @@ class EntryState(StreamState):
         return self
 
     @property
-    def pass_key(self) -> Any:
+    def pass_key(self) -> Hashable:
         """Nothing: streams share no pass."""
         return ()
 
