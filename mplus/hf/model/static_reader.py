@@ -33,12 +33,14 @@ class Prefilled:
         logits: ``[B, V]`` of the newest token.
         memory_rows: number of rows in front of the text.
         text_tokens: number of text tokens so far.
+        moved: ``[B, 1]`` int64, by how many positions memory moves what follows; 0: by none.
     """
 
     cache: StaticCache
     logits: Tensor
     memory_rows: int
     text_tokens: int
+    moved: Tensor | int = 0
 
     @property
     def room(self) -> int:
@@ -131,7 +133,9 @@ class StaticReader:
             cache.reset()
         for index, (keys, values) in enumerate(parts):
             cache.update(keys, values, index)
-        return Prefilled(cache, output.logits[:, -1].clone(), rows, input_ids.shape[1])
+        return Prefilled(
+            cache, output.logits[:, -1].clone(), rows, input_ids.shape[1], _moved(reading, input_ids.device)
+        )
 
     @torch.no_grad()
     def step(self, state: Prefilled, ids: Tensor) -> Tensor:
@@ -144,8 +148,8 @@ class StaticReader:
             raise InputError(f"ids must be [{state.logits.shape[0]}, 1], one token per row, got {list(ids.shape)}")
         if not state.room:
             raise InputError("there is no room for another token: prefill with a larger room")
-        # Text counts from 0, wherever it lies in the cache: memory has the places in front of it.
-        place = torch.full_like(ids, state.text_tokens)
+        # Text counts from 0, wherever it lies in the cache, but for positions that memory takes from it.
+        place = torch.full_like(ids, state.text_tokens) + state.moved
         output = self._call(input_ids=ids, position_ids=place, past_key_values=state.cache, use_cache=True)
         state.logits, state.text_tokens = cast("Tensor", output.logits)[:, -1].clone(), state.text_tokens + 1
         return state.logits
@@ -226,6 +230,13 @@ def _merge(projection: AdaptedProjection, adapter: str, twin: nn.Module) -> None
     twin.__dict__["_parameters"] = dict(twin._parameters)
     merged = weight + projection.update_weight(adapter).to(weight.dtype)
     twin._parameters["weight"] = nn.Parameter(merged, requires_grad=False)
+
+
+def _moved(reading: Reading, device: torch.device) -> Tensor | int:
+    opened = reading.need_opened()
+    if opened.insertion is not None:
+        return opened.insertion.rooms.sum(1, keepdim=True).to(device)
+    return 0 if opened.text_offset is None else opened.text_offset[:, None].to(device)
 
 
 def _joined(reading: Reading, index: int, layer: DynamicLayer) -> tuple[Tensor, Tensor]:

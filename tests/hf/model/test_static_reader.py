@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mplus
-from benchmarks.quality.architectures.decoders import BY_NAME
+from benchmarks.quality.architectures.decoders import BOS, BY_NAME
 from benchmarks.quality.architectures.retrofitted import Pair, retrofit
 from mplus.errors import InputError, MemoryMismatchError, NotSupported
 from mplus.hf.model.static_reader import StaticReader
@@ -71,6 +71,23 @@ def test_steps_are_those_of_the_wrapped_decoder(name: str) -> None:
     assert error(reader.decoder(prompt).logits, alone) > TOLERANCE, "the reading adapter is merged"
     assert torch.equal(pair.wrapped(prompt).logits, alone), "and the wrapped decoder is as it was"
     run_examples(StaticReader, mplus=mplus, model=pair.wrapped, memory=memory, prompt=prompt)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_steps_behind_a_memory_in_the_middle_of_a_prompt(name: str) -> None:
+    sizes = {"chunk_tokens": 8, "retrieved_tokens": 16, "long_term_tokens": 40}
+    model = mplus.wrap(BY_NAME[name].build(0), {"mechanism": "kv", **sizes})
+    memory, told = model.new_memory(2), ids(2, 16, seed=5)
+    memory.write(told)
+    prompt = torch.cat([torch.full((2, 1), BOS), told[:, [2, 3, 9, 12]]], 1)
+    reader = StaticReader(model)
+    state = reader.prefill(prompt, memory=memory, room=STEPS)
+    assert state.memory_rows == 16
+    output = model(prompt, memory=memory, use_cache=True)
+    for number in range(STEPS):
+        token = ids(2, 1, seed=40 + number)
+        output = model(token, memory=memory, past_key_values=output.past_key_values)
+        assert error(reader.step(state, token), output.logits[:, -1]) < TOLERANCE
 
 
 def test_one_graph_serves_prompt_after_prompt() -> None:
