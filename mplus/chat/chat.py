@@ -241,7 +241,7 @@ class Chat:
         oldest, *rest = self.exchanges
         text = told(oldest, self.remember)
         if self.memory is not None and text:
-            self.memory.write(text, source=oldest.name, progress=False)
+            self.memory.write(text, source=oldest.name, atomic=True, progress=False)
         self._keep(rest)
 
     def _keep(self, exchanges: list[Exchange]) -> None:

@@ -89,7 +89,7 @@ def _turn(message: Message, speakers: Mapping[str, str]) -> Turn:
 
 
 def told(exchange: Exchange, roles: Sequence[str]) -> str:
-    """Return what an exchange tells, a turn in each line with its speaker; "" where there is nothing to keep.
+    """Return what an exchange tells, each turn in a line with its speaker; "" where there is nothing to keep.
 
     Args:
         exchange: it is of.
@@ -98,4 +98,4 @@ def told(exchange: Exchange, roles: Sequence[str]) -> str:
     turns = [turn for turn in exchange.turns if turn.role in roles and turn.content]
     if "assistant" not in roles:
         turns = [turn for turn in turns if STATEMENT.search(turn.content)]
-    return "\n".join(f"{turn.speaker}: {turn.content}" for turn in turns)
+    return "".join(f"{turn.speaker}: {turn.content}\n" for turn in turns)

@@ -65,6 +65,14 @@ def test_chat_knows_tomorrow_what_it_was_told(run):
     assert lines[1:] == ["oslo", "unknown"]
 
 
+def test_a_chat_with_any_decoder_remembers_what_was_said(run):
+    assert run("chat_with_a_memory", "Tom has a red ball.\n\n").startswith("I know of []\n")
+    first, *rest = run("chat_with_a_memory", "Where is the red ball?").splitlines()
+    (source,) = literal_eval(first.removeprefix("I know of "))
+    assert source.startswith("chat 20")
+    assert rest[-1] == f"  (from {source})"
+
+
 def test_a_memory_in_a_folder_is_there_later_and_forgets(run, tmp_path):
     lines = run("disk_memory").splitlines()
     assert lines[0].startswith("Lily: 1501 tokens")
