@@ -59,9 +59,14 @@ def recalled_of(layers: Sequence[Sequence[Any]]) -> tuple[Recalled, ...]:
         layers: of ``generate(output_sources=True)``, what each layer read. What differs between the layers is given
             for the first of them that read anything.
     """
-    rows = next((layer for layer in layers if layer), ())
-    pieces = groupby(rows, key=lambda row: (row.source, row.score, getattr(row, "written", None)))
-    return tuple(
-        Recalled(source=source, written=written, score=score, rows=len(list(some)))
-        for (source, score, written), some in pieces
+    found = next((layer for layer in layers if layer), ())
+    # A chunk is a piece of its own; rows one by one belong together where they are of one source.
+    pieces = groupby(
+        enumerate(found), key=lambda row: (row[0] if row[1].tokens > 1 else -1, row[1].source, row[1].score)
     )
+    recalled = []
+    for _, some in pieces:
+        rows = [row for _, row in some]
+        tokens = sum(row.tokens for row in rows)
+        recalled.append(Recalled(source=rows[0].source, written=rows[0].written, score=rows[0].score, rows=tokens))
+    return tuple(recalled)
