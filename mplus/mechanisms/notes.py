@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from attrs import Attribute, AttrsInstance, define, field
@@ -14,7 +14,9 @@ from mplus.config import JsonValue, MPlusConfig, number, one_of, whole
 from mplus.errors import ConfigError
 from mplus.mechanisms.search import choose
 from mplus.mechanisms.text.mechanism import Ask, Recalled, TextMechanism, TokenBudget
-from mplus.mechanisms.text.state import Entry
+from mplus.mechanisms.text.state import Entry, EntryState
+from mplus.memory.sources.found import FoundText
+from mplus.memory.state import StreamView
 from mplus.memory.writing.update import Fields
 from mplus.retrievers.chunks.bm25 import bm25
 from mplus.retrievers.chunks.words import share
@@ -124,6 +126,18 @@ class NotesMechanism(TextMechanism):
                 break
             chosen = chosen[:-1]
         return Recalled(text, tuple(entries[place] for place in places), tuple(scores[places].tolist()))
+
+    def search(self, decoder: Ask, view: StreamView, text: str, k: int, tokenizer: Any) -> list[FoundText]:
+        """Return the passages that share most words with ``text``, whatever their length."""
+        state = cast("EntryState", view.state)
+        entries = state.entries()
+        if not entries:
+            return []
+        scores = self._scores(entries, text)
+        able = scores.nonzero().squeeze(1).flip(0)  # the newer first among equals
+        best = able[scores[able].argsort(descending=True, stable=True)][:k].tolist()
+        numbers = state.rows.source.tolist()
+        return [FoundText.of(state, numbers[at], float(scores[at]), entries[at].fields[0]) for at in best]
 
     def _framed(self, entry: Entry) -> str:
         text: str = self.options.template.format(text=entry.fields[0], source=entry.source or "")

@@ -10,8 +10,10 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.config import PUBLISHED, JsonValue, MPlusConfig
+from mplus.errors import NotSupported
 from mplus.eviction.base import EvictionPolicy
-from mplus.memory.state import StreamState
+from mplus.memory.sources.found import FoundText
+from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.update import WriteContext
 from mplus.stores.base import MemoryStore, StoreLayout, StoreView
 
@@ -102,6 +104,23 @@ class Mechanism(ABC):
             tokenizer: of the memory; None: it has none.
         """
         return state
+
+    def search(self, decoder: Any, view: StreamView, text: str, k: int, tokenizer: Any) -> list[FoundText]:
+        """Return what ``text`` would bring back from a stream, the best first, ``k`` at most; nothing is generated.
+
+        Args:
+            decoder: runs passes (of a memory of text, ``Ask``).
+            view: of the stream.
+            text: the question alone.
+            k: at least 1.
+            tokenizer: of the memory; None: it has none.
+
+        Raises NotSupported: this mechanism brings back nothing of which that could be said.
+        """
+        raise NotSupported(
+            f"a memory of the mechanism {self.name!r} cannot be searched, since what it brings back depends on more "
+            "than a question: generate with output_sources=True to see which sources were read"
+        )
 
     @property
     def keeps_pinned(self) -> bool:

@@ -2,7 +2,17 @@
 
 from mplus.memory.memory import Memory
 from mplus.memory.report import ForgetReport, SourceInfo, WriteReport
+from mplus.memory.sources.found import FoundText
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.write import write_together
 
-__all__ = ["ForgetReport", "Memory", "SourceInfo", "StreamState", "StreamView", "WriteReport", "write_together"]
+__all__ = [
+    "ForgetReport",
+    "FoundText",
+    "Memory",
+    "SourceInfo",
+    "StreamState",
+    "StreamView",
+    "WriteReport",
+    "write_together",
+]

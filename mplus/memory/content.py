@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import torch
+from attrs import evolve
 
+from mplus.errors import InputError, NotSupported
 from mplus.memory.copying import check_row
 from mplus.memory.engine import Engine
 from mplus.memory.report import SourceInfo, describe
-from mplus.memory.sources.forget import forgotten_names
+from mplus.memory.sources.forget import check_known, forgotten_names
+from mplus.memory.sources.found import FoundText
 from mplus.memory.sources.listing import sources_of
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.transaction import Streams
@@ -89,6 +92,53 @@ class MemoryContent:
         """
         row = check_row(row, self.batch_size)
         return sources_of(self.snapshot()[row], self.engine.config.memory_tokens_per_chunk)
+
+    def search(self, text: str, k: int = 5, row: int = 0) -> list[FoundText]:
+        """Return what a question would bring back from batch row ``row``, the best first; nothing is generated.
+
+        Reads that ask with the same words get it in as far as it has room there.
+
+        Args:
+            text: the question alone, without a template.
+            k: at most so many.
+            row: batch row.
+
+        Raises:
+            InputError: no question, no such batch row, or the memory has no tokenizer.
+            NotSupported: this mechanism chooses single rows, layer by layer, by a whole prompt (M+).
+        """
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"search takes a text that is not empty, got {text!r:.80}")
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise InputError(f"k must be a whole number of at least 1, got {k!r}")
+        view = self.snapshot()[check_row(row, self.batch_size)]
+        return self.engine.search(evolve(view, access_log=None), text, k, self.tokenizer)
+
+    def text(self, source: str | None, row: int = 0) -> str:
+        """Return what was written from a source to batch row ``row`` and is held, where its words or ids are kept.
+
+        Those are kept by memories of keys and values, by memories of text (whose entries come a line each), and by all
+        that are made with ``keep_text=True``.
+
+        Raises:
+            InputError: the stream has no such source, there is no such row, or the memory has no tokenizer.
+            NotSupported: the memory keeps neither words nor ids.
+        """
+        state = self.states[row := check_row(row, self.batch_size)]
+        check_known(self.states, [row], source)
+        number = state.sources.find(source)
+        kept = None if number is None else state.text_of(number)
+        if number is None or kept is not None:
+            return kept or ""
+        ids = state.ids_of(number)
+        if ids is None:
+            raise NotSupported(
+                "this memory keeps no words of what was written: make memories with new_memory(keep_text=True), or of "
+                "the mechanism 'kv' or 'notes'"
+            )
+        if self.tokenizer is None:
+            raise InputError("ids are made text by a tokenizer: pass tokenizer= to new_memory, load or open")
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def forgotten(self, row: int = 0) -> list[str | None]:
         """List names of sources of batch row ``row`` that ``forget(keep_name=True)`` left nothing of but the name.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mplus.config import JsonValue, MPlusConfig
 from mplus.errors import MemoryMismatchError
+from mplus.memory.sources.found import FoundText
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.weights_state import WeightsState
 from mplus.memory.writing.chunking import Tokenizer
@@ -66,6 +67,9 @@ class Engine(Protocol):
             views: of the streams.
             passages: one of each.
         """
+
+    def search(self, view: StreamView, text: str, k: int, tokenizer: Tokenizer | None) -> list[FoundText]:
+        """Let the mechanism say what ``text`` would bring back from a stream; see ``Mechanism.search``."""
 
     def check_options(self, **given: Any) -> None:
         """Raise ConfigError where an argument of ``new_memory``, ``load`` or ``open`` means nothing to the mechanism.

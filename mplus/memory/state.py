@@ -227,6 +227,21 @@ class StreamState:
             sources = sources.having(number, evolve(sources[number], **facts))
         return evolve(self, sources=sources), number
 
+    def ids_of(self, number: int) -> Tensor | None:
+        """Return the ids ``[n]`` of what was written from one source, in order; None: they are not kept.
+
+        A class that keeps ids of its own overrides it.
+        """
+        if self.texts is None:
+            return None
+        waiting = [part.ids for part in self.tail if part.source == number]
+        parts = [text.ids for text in self.texts.chunks() if text.source == number]
+        return torch.cat([torch.empty(0, dtype=torch.int32), *parts, *waiting])
+
+    def text_of(self, number: int) -> str | None:
+        """Return the words that were written from one source, where the stream keeps them as text; else None."""
+        return None
+
     def without_source(self, number: int) -> Self:
         """Return this state without what came from one source, its name included."""
         lists = self.row_lists().items()

@@ -88,6 +88,9 @@ class CountingEngine:
     ) -> Update:
         return Update(tuple(self.encode([view.state for view in views], ids)))
 
+    def search(self, view: StreamView, text: str, k: int, tokenizer: Any) -> Any:
+        return self.mechanism.search(None, view, text, k, tokenizer)
+
     def check_options(self, **given: Any) -> None:
         """All of them mean something."""
 

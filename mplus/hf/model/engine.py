@@ -25,6 +25,7 @@ from mplus.hf.retrofit.projection import Projection
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.decoder import DecoderShape, Text
 from mplus.memory.memory import Memory
+from mplus.memory.sources.found import FoundText
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.weights_state import WeightsState
 from mplus.memory.writing.passages import Passage
@@ -225,6 +226,12 @@ class DecoderEngine:
             )
         self.check_wrapped()
         return self.mechanism.write(self.decoder, views, Text(ids, tokenizer=tokenizer, sources=tuple(sources)))
+
+    @torch.no_grad()
+    def search(self, view: StreamView, text: str, k: int, tokenizer: Any) -> list[FoundText]:
+        """Let the mechanism say what ``text`` would bring back; see ``Engine.search``."""
+        self.check_wrapped()
+        return self.mechanism.search(self.decoder, view, text, k, tokenizer)
 
     def write_text(self, views: Sequence[StreamView], passages: Sequence[Passage]) -> NewEntries:
         """Raise NotSupported: these memories are made of rows."""

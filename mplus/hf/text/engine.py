@@ -18,6 +18,7 @@ from mplus.hf.reading.open_readings import OpenReadings
 from mplus.hf.text.ask import ask
 from mplus.mechanisms.text.mechanism import ROWS, Ask, TextMechanism
 from mplus.mechanisms.text.state import EntryState
+from mplus.memory.sources.found import FoundText
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.weights_state import WeightsState
 from mplus.memory.writing.passages import Passage
@@ -89,6 +90,10 @@ class TextEngine:
             asking = self.asking(passage.tokenizer)
             made.append(tuple(self.mechanism.write(known, passage.text, passage.before, asking)))
         return NewEntries(tuple(made))
+
+    def search(self, view: StreamView, text: str, k: int, tokenizer: Any) -> list[FoundText]:
+        """Let the mechanism say what ``text`` would bring back; see ``Engine.search``."""
+        return self.mechanism.search(self.asking(tokenizer), view, text, k, tokenizer)
 
     def asking(self, tokenizer: PreTrainedTokenizerBase) -> Ask:
         """Return what asks the decoder through ``tokenizer``."""

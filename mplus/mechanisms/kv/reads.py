@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mplus.backends.base import Segment
 from mplus.config import MPlusConfig
+from mplus.errors import InputError
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.decoder import Decoder, Project, Text
 from mplus.mechanisms.kv.chat import ChatFormat
@@ -19,6 +20,7 @@ from mplus.mechanisms.kv.prompt import Prompt
 from mplus.mechanisms.kv.retrieval import ChosenChunks, ChunkBudget, choose_chunks
 from mplus.mechanisms.kv.state import KvState, state_of
 from mplus.mechanisms.opened import Insertion, Opened, Retrieved
+from mplus.memory.sources.found import FoundText
 from mplus.memory.state import StreamView
 from mplus.retrievers.chunks import CHUNK_RETRIEVERS
 from mplus.retrievers.chunks.base import Chunks, Query
@@ -145,6 +147,21 @@ class KvReads(MemoryMechanism):
             ids = view.store.ids(0)
             view.access_log.record(0, ids[state.places(found.chunks[order]).to(ids.device)], state.clock)
         return ChosenChunks(found.chunks[order], found.scores[order])
+
+    def search(self, decoder: Decoder, view: StreamView, text: str, k: int, tokenizer: Any) -> list[FoundText]:
+        """Return the chunks that ``text`` brings back, scored as in a read, whatever their length."""
+        if tokenizer is None:
+            raise InputError("a search needs a tokenizer: pass tokenizer= to new_memory, load or open")
+        state = state_of(view)
+        question = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        chunks = Chunks(state.chunk_length, state.token_ids, torch.empty(len(state.chunk_length), 0), tokenizer)
+        budget, query = ChunkBudget(tokens=state.tokens, chunks=k), Query(question, torch.empty(0))
+        found = choose_chunks(self.chunk_retriever, query, chunks, question[:0], budget, self.options.min_score)
+        pieces, sources = state.token_ids.split(state.chunk_length.tolist()), state.chunk_source.tolist()
+        return [
+            FoundText.of(state, sources[chunk], score, str(tokenizer.decode(pieces[chunk], skip_special_tokens=True)))
+            for chunk, score in zip(found.chunks.tolist(), found.scores.tolist(), strict=True)
+        ]
 
     def _opened(
         self,

@@ -149,6 +149,9 @@ class KvState(StreamState):
         state._check_begin(layout)
         return state
 
+    def ids_of(self, number: int) -> Tensor:
+        return self.token_ids[(self.chunk_source == number).repeat_interleave(self.chunk_length)]
+
     def forgotten(self, number: int) -> Self:
         return self.with_chunks(self.chunk_source != number)
 

@@ -120,6 +120,11 @@ class EntryState(StreamState):
             self._entries.append(tuple(Entry(texts, names.get(number), birth) for number, birth, texts in facts))
         return self._entries[0]
 
+    def text_of(self, number: int) -> str:
+        """Return the entries of one source, a line each, their fields divided by tabs."""
+        own = zip(self.rows.source.tolist(), self._fields(), strict=True)
+        return "\n".join("\t".join(fields) for source, fields in own if source == number)
+
     def of_source(self, name: str | None) -> Sequence[Entry]:
         """Return the entries of one source, oldest first; nothing is done until one of them is looked at."""
         return LazyEntries(lambda: tuple(entry for entry in self.entries() if entry.source == name))
