@@ -18,9 +18,11 @@ class EvaluationArm(ABC, Generic[M, W]):
 
     Attributes:
         name: as in reports.
+        uses_labels: it is told where the answer is, so that what was never told shows by itself.
     """
 
     name: ClassVar[str]
+    uses_labels: bool = False
 
     def __init__(self, execution: Execution[M, W]) -> None:
         self.execution = execution
@@ -44,7 +46,7 @@ class MemoryArm(EvaluationArm[M, W]):
     def __init__(self, execution: Execution[M, W], name: str, way: W) -> None:
         super().__init__(execution)
         self.name = name  # type: ignore[misc]
-        self.way = way
+        self.way, self.uses_labels = way, name.endswith("-oracle")
 
     def answers(self, moment: M, due: Sequence[Due]) -> list[Answer | None]:
         return list(self.execution.read(moment, due, self.way))

@@ -65,7 +65,7 @@ def retention(
             for result in results.values():
                 if told and number < execution.moment_limits.get(result.arm.name, number + 1):
                     result.ask(moment, told)
-                    result.untold += result.answered(moment, untold)
+                    result.untold += [] if result.arm.uses_labels else result.answered(moment, untold)
             with execution.one_token() as most:
                 # In turns, so that what disturbs one arm disturbs all.
                 for one in told:

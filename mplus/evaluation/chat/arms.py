@@ -22,6 +22,7 @@ class Ceiling(TextArm[M, W]):
     """
 
     name: ClassVar[str] = "ceiling"
+    uses_labels = True
 
     def __init__(self, execution: Execution[M, W], positions: int | None = None) -> None:
         super().__init__(execution)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mplus.evaluation.reports.cell import wilson
-from mplus.evaluation.reports.paired import Estimate, outcomes, ratio
+from mplus.evaluation.reports.paired import Estimate, difference, outcomes, ratio
 from mplus.evaluation.reports.report import Arm, Report
 from mplus.evaluation.reports.tables import flat, grid, without_numbers
 
@@ -79,11 +79,18 @@ def _share(found: Estimate) -> str:
 
 
 def worth_remarks(report: Report) -> list[str]:
-    """Return what the table does not say: digests of memories, arms without numbers."""
+    """Return what the tables do not say: rows beside the same chunks as text, digests of memories, missing arms."""
     memories = cast("dict[str, dict[str, Any]]", report.settings.get("memory", {}))
     found = [
         f"config of {label}: digest {config['digest']}" for label, config in memories.items() if "digest" in config
     ]
+    answers = {arm.name: outcomes(arm) for arm in report.arms if arm.status == "ok"}
+    for name, own in answers.items():
+        if own and (text := answers.get(f"{name}-text")):
+            less = difference(own, text)
+            found.append(
+                f"{name} less {name}-text, question by question: {less.value:+.2f} [{less.low:+.2f}, {less.high:+.2f}]"
+            )
     return found + [without_numbers(arm) for arm in report.arms if arm.status != "ok"]
 
 

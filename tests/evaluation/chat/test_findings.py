@@ -67,8 +67,11 @@ def test_signs_of_what_was_never_told():
 
 def test_what_was_never_told_is_asked_too():
     made = execution(task=notes(untold=2))
-    report = retention(made, ArmOptions(arms=("none", "kv", "kv-text"), window_converged=0), progress=False)
-    for arm in report.arms:
+    report = retention(
+        made, ArmOptions(arms=("none", "kv", "kv-text", "kv-oracle", "ceiling"), window_converged=0), progress=False
+    )
+    assert {arm.name for arm in report.arms if "untold" not in arm.details} == {"kv-oracle", "ceiling"}
+    for arm in [report.arm(name) for name in ("none", "kv", "kv-text")]:
         assert arm.at(0).questions == 3
         assert arm.details["untold"]["questions"] == 2
         assert 0 <= arm.details["untold"]["auroc_of_likelihood"] <= 1

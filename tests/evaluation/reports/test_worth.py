@@ -69,6 +69,7 @@ def report():
     arms = (
         Arm(name="none", cells=(cell([0, 0, 0, 0], first_token_ms=100.0),)),
         Arm(name="kv", cells=(cell([1, 1, 0, 0], recall=0.75, first_token_ms=135.0),), details=kept),
+        Arm(name="kv-text", cells=(cell([1, 0, 0, 0]),)),
         Arm(name="ceiling", cells=(cell([1, 1, 1, 0], first_token_ms=150.0),)),
         Arm(name="snapkv", status="skipped", reason="no answers"),
     )
@@ -77,7 +78,7 @@ def report():
 
 def test_the_table(report):
     rows = {row[0]: dict(zip(HEAD, row, strict=True)) for row in worth_rows(report)}
-    assert list(rows) == ["none", "kv", "ceiling"]
+    assert list(rows) == ["none", "kv", "kv-text", "ceiling"]
     assert rows["kv"]["right"] == "2/4 0.50"
     assert rows["kv"]["of the ceiling"].startswith("0.67 [")
     assert rows["kv"]["evidence"] == "0.75"
@@ -98,3 +99,4 @@ def test_it_is_whole_in_every_width_and_in_markdown(report):
     lines = worth_markdown(report).splitlines()
     assert "| " + " | ".join(HEAD) + " |" in lines
     assert "- snapkv: skipped (no answers)" in lines
+    assert any(line.startswith("- kv less kv-text, question by question: +0.25 [") for line in lines)
