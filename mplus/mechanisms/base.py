@@ -52,6 +52,8 @@ class MemoryMechanism(Mechanism):
         empty_is_base: whether a new memory leaves the decoder as it is, bit for bit; checked when a decoder is wrapped.
         attends: whether ``prefix`` returns ``Attended``, so that attention must go through mplus.
         keeps: the ``memory_rows`` that make sense for it.
+        keeps_states: whether rows are what whole passes make, so that other weights anywhere make other rows; else they
+            are what a layer's norm and projections make of them.
         retrieves_in_open: whether ``open``, and ``reopen``, choose rows of the store; ``retrieved`` says which.
         collect: what ``finish`` wants of a pass besides the final hidden state: "inputs", "outputs" or "hidden".
     """
@@ -62,6 +64,7 @@ class MemoryMechanism(Mechanism):
     empty_is_base: ClassVar[bool] = True
     attends: ClassVar[bool] = False
     keeps: ClassVar[frozenset[Kept]] = frozenset({"projected", "hidden", "both"})
+    keeps_states: ClassVar[bool] = False
     retrieves_in_open: ClassVar[bool] = False
     collect: ClassVar[frozenset[Collected]] = frozenset()
 

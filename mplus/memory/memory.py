@@ -13,6 +13,7 @@ from torch import Tensor
 from mplus.errors import InputError
 from mplus.memory.copying import check_row, check_rows, check_target, copied, moved, pickle_error
 from mplus.memory.report import ForgetReport, WriteReport
+from mplus.memory.rewriting import rewrite
 from mplus.memory.sources.clock import seconds_of
 from mplus.memory.sources.expiry import expire, pin
 from mplus.memory.sources.forget import drop_source
@@ -217,6 +218,30 @@ class Memory(StoredMemory):
             own = check_row(row, self.batch_size)
             data = [cast("Any", data) if place == own else None for place in range(self.batch_size)]
         return write_whole(self, data, source, expires=expires, progress=progress, replaced=True)
+
+    def rewrite(self, model: Any = None, *, progress: bool | None = None) -> WriteReport:
+        """Compute all rows anew from the ids that the memory keeps, with the weights as they are now, as one change.
+
+        For a memory that is refused because weights or adapters have changed since it was written, or that is to go
+        on with a fine-tuned version of its decoder. Sources, times and what was forgotten stay as they are. It takes
+        as long as writing did, and room for a second memory; reads of another thread see the rows there were.
+
+        Args:
+            model: a decoder of the same architecture and dtype, wrapped for the same mechanism, whose memory it
+                becomes; None: the one it belongs to.
+            progress: as for ``write``.
+
+        Raises:
+            InputError: the memory keeps no ids: all memories of the mechanism ``kv`` do, others with
+                ``new_memory(keep_text=True)``.
+            MemoryMismatchError: the decoder makes other rows.
+            NonFiniteError: as ``write``. Nothing was changed in any of these cases.
+
+        Example:
+            >>> memory.rewrite(tuned)  # doctest: +SKIP
+        """
+        with self.streams.write_lock:
+            return rewrite(self.streams, model, self.tokenizer, progress)
 
     def reset(self) -> None:
         """Become a new memory, all names forgotten; the generators go on. Raises MemoryFileError as ``forget``."""

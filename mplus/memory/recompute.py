@@ -70,18 +70,31 @@ def _is_stale(streams: Streams, row: int, now: WeightsState, writing: bool) -> b
     if _is_unwritten(state, store, streams.engine):
         return True
     if not layout.keeps_hidden:
-        raise unfit(made, now, row)
+        raise unfit(made, now, row, rewritable=state.kept_chunks() is not None or streams.keeps_text)
     return retrieval or writing or not _read_only(streams)
 
 
-def unfit(made: WeightsState, now: WeightsState, row: int, what: str = "this memory") -> MemoryMismatchError:
+def unfit(
+    made: WeightsState, now: WeightsState, row: int, what: str = "this memory", *, rewritable: bool = False
+) -> MemoryMismatchError:
     """Return the error for rows kept as keys and values that were made with other weights than those of ``now``."""
     differences = made.of_projection(now) or made.of_retrieval(now)
+    if rewritable:
+        return MemoryMismatchError(
+            f"the keys and values of {what} (batch row {row}) cannot be used: {'; '.join(differences)}: compute them "
+            "anew from the ids of what was written, with memory.rewrite(), or go back to what they were made with"
+        )
     return MemoryMismatchError(
         f"the keys and values of {what} (batch row {row}) cannot be used: {'; '.join(differences)}: write it again, "
         "go back to what it was made with, or make memories of a decoder whose adapters or weights change with "
         "memory_rows='both' or 'hidden'"
     )
+
+
+def keeps_chunks(engine: Engine) -> bool:
+    """Return whether states of the decoder's memories keep the ids of their rows, so that these can be rewritten."""
+    found: type[StreamState] = engine.mechanism.State
+    return found.kept_chunks is not StreamState.kept_chunks
 
 
 def holds_rows(state: StreamState, store: StoreView) -> bool:
@@ -177,7 +190,11 @@ def with_weights(
             if stale or projection:
                 others.setdefault("; ".join(projection or retrieval), []).append(row)
         else:
-            fitting = [one for one in known if not weights.of_projection(one) and not weights.of_retrieval(one)]
+            fitting: list[WeightsState | None] = [
+                one for one in known if not weights.of_projection(one) and not weights.of_retrieval(one)
+            ]
+            if not fitting and state.kept_chunks() is not None:  # refused when it is used, and can be rewritten
+                fitting = [weights]
             if not fitting:
                 raise unfit(weights, now, row, str(where))
             found.append(evolve(state, weights=fitting[0]))

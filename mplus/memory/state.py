@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -123,6 +123,13 @@ class StreamState:
         Called when the weights have changed since, and in training, where every step changes them.
         """
         return self
+
+    def kept_chunks(self) -> Iterable[tuple[int, int, Tensor]] | None:
+        """Return number of the source, clock, and ids ``[n]`` int64 of every chunk that there are rows of, in order.
+
+        None, the default: a state does not know them. Where it does, rows can be computed anew (``Memory.rewrite``).
+        """
+        return None
 
     def restarted(self, new: Self) -> Self:
         """Return ``new``, a fresh state that is written with all texts of this one, with what holds for both."""

@@ -275,7 +275,9 @@ def make_plan(engine: WatchedDecoder, modules: list[nn.Module], parameters: list
     """Sort out the parameters of the decoder behind ``engine``, which has these ``modules`` and ``parameters``."""
     specs = engine.retrofit.anatomy.specs
     norms = [spec.norm for spec in specs if spec.norm is not None]
-    projecting = [*norms, *(spec.attention for spec in specs)]
+    projecting: list[nn.Module] = [*norms, *(spec.attention for spec in specs)]
+    if engine.mechanism.keeps_states:
+        projecting = [engine.retrofit.anatomy.decoder]
     retriever = engine.mechanism.retriever
     keying: list[nn.Module] = []
     if retriever is not None and engine.mechanism.key_size:

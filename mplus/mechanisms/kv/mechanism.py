@@ -86,6 +86,7 @@ class KvMechanism(KvReads):
     name = "kv"
     State: ClassVar[type[StreamState]] = KvState
     keeps: ClassVar[frozenset[Kept]] = frozenset({"projected"})
+    keeps_states: ClassVar[bool] = True
     sizes: ClassVar[Mapping[str, int]] = {"chunk_tokens": 128, "retrieved_tokens": 1024}
     retrievers: ClassVar[Registry[Any]] = CHUNK_RETRIEVERS
     default_retriever: ClassVar[Component] = Component("words")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -117,6 +117,10 @@ class KvState(StreamState):
 
     def without_computed(self) -> Self:
         return evolve(self, begin_rows=self.begin_rows[:, :0])
+
+    def kept_chunks(self) -> Iterable[tuple[int, int, Tensor]]:
+        ids = self.token_ids.long().split(self.chunk_length.tolist()) if len(self.chunk_length) else ()
+        return zip(self.chunk_source.tolist(), self.chunk_time.tolist(), ids, strict=True)
 
     def restarted(self, new: Self) -> Self:
         return evolve(new, begin_ids=self.begin_ids, opening_ids=self.opening_ids, closing_ids=self.closing_ids)

@@ -32,7 +32,7 @@ from mplus.memory.format.folder import MANIFEST, hold, prepare
 from mplus.memory.format.load import as_written
 from mplus.memory.format.manifest import check_belongs
 from mplus.memory.format.rules import check_fits, check_values
-from mplus.memory.recompute import with_weights
+from mplus.memory.recompute import keeps_chunks, with_weights
 from mplus.memory.sources.clock import Clock
 from mplus.memory.transaction import Persistence, Streams
 from mplus.stores.base import StoreLayout
@@ -173,7 +173,8 @@ def _read(
     """Read what ``read_present`` does; refuse a memory of another decoder."""
 
     def layout(manifest: LiveManifest) -> StoreLayout:
-        check_belongs(manifest, engine.fingerprint(manifest.fingerprint), engine.layout, folder.path)
+        facts = engine.fingerprint(manifest.fingerprint)
+        check_belongs(manifest, facts, engine.layout, folder.path, any_weights=keeps_chunks(engine))
         return layout_of(manifest, engine.layout, device)
 
     manifest, content, done = read_present(folder, layout, wanted)

@@ -24,7 +24,7 @@ from mplus.memory.format.manifest import Belonging, Manifest, check_belongs, rea
 from mplus.memory.format.rules import check_fits, check_rows, check_values
 from mplus.memory.format.structure import LARGEST
 from mplus.memory.format.tensors import TensorReader, Tensors
-from mplus.memory.recompute import with_weights
+from mplus.memory.recompute import keeps_chunks, with_weights
 from mplus.memory.sources.clock import Clock
 from mplus.memory.sources.source import DTYPES as SOURCE_COLUMNS
 from mplus.memory.sources.table import SourceTable
@@ -76,7 +76,9 @@ def load_streams(
     try:
         manifest = read_manifest(here)
         layout = engine.layout
-        check_belongs(manifest, engine.fingerprint(manifest.fingerprint), layout, folder)
+        check_belongs(
+            manifest, engine.fingerprint(manifest.fingerprint), layout, folder, any_weights=keeps_chunks(engine)
+        )
         policy = EVICTION.build(eviction or Component.of(manifest.eviction))
         # Rows stay what they were, whatever new memories of this decoder hold.
         layout = evolve(

@@ -209,10 +209,26 @@ def is_memory(folder: Path | Folder, form: str = FORMAT) -> bool:
     return plain is not None and plain.get("format") == form
 
 
+WEIGHTS = ("base", "adapters", "additions")
+"""Facts of a fingerprint that are digests of weights."""
+
+
 def check_belongs(
-    manifest: Belonging, fingerprint: Mapping[str, JsonValue], layout: StoreLayout, where: str | Path
+    manifest: Belonging,
+    fingerprint: Mapping[str, JsonValue],
+    layout: StoreLayout,
+    where: str | Path,
+    *,
+    any_weights: bool = False,
 ) -> None:
     """Raise MemoryMismatchError, with every fact that differs, unless the memory was made by this decoder.
+
+    Args:
+        manifest: of the memory.
+        fingerprint: of the decoder.
+        layout: of the rows that it makes.
+        where: the memory is, in messages.
+        any_weights: other weights are let pass: such rows are refused when they are used, until they are rewritten.
 
     Raises MemoryFileError where a manifest says so and describes rows that the decoder, with this ``layout``, does not
     make.
@@ -224,7 +240,7 @@ def check_belongs(
     differences = [
         f"{name} is {saved.get(name)!r} in the file and {own.get(name)!r} in the model"
         for name in names
-        if name != MADE_WITH and saved.get(name) != own.get(name)
+        if name != MADE_WITH and not (any_weights and name in WEIGHTS) and saved.get(name) != own.get(name)
     ]
     if differences:
         raise MemoryMismatchError(

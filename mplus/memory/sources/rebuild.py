@@ -12,7 +12,7 @@ from torch import Tensor
 from mplus.errors import InputError
 from mplus.memory.recompute import refresh_if_stale
 from mplus.memory.report import ForgetReport, WriteReport, progress_bar
-from mplus.memory.sources.forget import check_known, held, names_to_keep, with_names
+from mplus.memory.sources.forget import check_known, forgotten_names, held, names_to_keep, with_names
 from mplus.memory.state import StreamState
 from mplus.memory.texts import Texts
 from mplus.memory.transaction import Streams, unshared
@@ -83,11 +83,37 @@ def _rebuilt(
             "new_memory(keep_text=True), or use mode='drop'"
         )
     refresh_if_stale(streams)
-    check_dtype(streams.dtype, streams.engine.dtype)
-    report = held(states, streams.stores, rows, source)
+    report, written = held(states, streams.stores, rows, source), WriteReport.nothing(len(streams))
     left_out = {row: states[row].sources.find(source) for row in rows}
+    return _written_anew(streams, left_out, written, progress), evolve(report, rebuilt=sum(written.chunks))
+
+
+def rebuild_all(streams: Streams, report: WriteReport, progress: bool | None) -> None:
+    """Replace all rows of a memory that keeps its texts by those that writing them makes now; see ``Memory.rewrite``.
+
+    Args:
+        streams: of the memory; the caller holds their write lock.
+        report: counts what was written.
+        progress: as for ``Memory.rewrite``.
+    """
+    other = _written_anew(streams, {}, report, progress)
+    names = [forgotten_names(state) for state in streams.states]
+
+    def become(states: list[StreamState]) -> None:
+        states[:] = map(with_names, other.states, names)
+        streams.adopt(other)
+
+    streams.change(become)
+
+
+def _written_anew(
+    streams: Streams, left_out: dict[int, int | None], written: WriteReport, progress: bool | None
+) -> Streams:
+    """Return streams of the same texts but those of the sources ``left_out``, by batch row, as they are written now."""
+    states = streams.states
+    check_dtype(streams.dtype, streams.engine.dtype)
     turns = _turns(states, left_out)
-    fresh, written = _blank(streams), WriteReport.nothing(len(streams))
+    fresh = _blank(streams)
     total = sum(len(ids) for turn in turns for _, _, ids in turn)
     with progress_bar("rebuilding", total, progress, steps=len(turns)) as advance:
         for turn in turns:
@@ -96,7 +122,7 @@ def _rebuilt(
                 for row, name, ids in turn
             ]
             write_streams(again, advance)
-    return fresh, evolve(report, rebuilt=sum(written.chunks))
+    return fresh
 
 
 def _with_writes(state: StreamState, before: StreamState) -> StreamState:
@@ -137,8 +163,13 @@ def _blank(streams: Streams) -> Streams:
             generators.append(torch.Generator().set_state(state.texts.generator))
             new = state.restarted(streams.engine.new_state(store.layout))
             states.append(evolve(new, texts=Texts.of(state.texts.generator)))
-    stores = [_empty(store.fork()) for store in unshared(streams.stores)]
+    stores = blank_stores(streams)
     return Streams(streams.engine, states, stores, generators, streams.eviction, streams.budget, clock=streams.clock)
+
+
+def blank_stores(streams: Streams) -> list[MemoryStore]:
+    """Return a store without rows for each stream, of the kind that it has."""
+    return [_empty(store.fork()) for store in unshared(streams.stores)]
 
 
 def _empty(store: MemoryStore) -> MemoryStore:

@@ -235,7 +235,9 @@ def test_a_chunk_is_read_behind_the_newest_of_its_source_alone(context: int | No
         torch.testing.assert_close(rows[:28], torch.cat([e[layer] for e in expected[:4]]), **close)
         if context != 1:
             torch.testing.assert_close(rows[28:], expected[4][layer], **close)
-        elif layer == 2:  # what is behind one chunk knows of that before it by its rows: no text read anew tells the same
+        elif (
+            layer == 2
+        ):  # what is behind one chunk knows of that before it by its rows: no text read anew tells the same
             assert float((rows[28:] - expected[4][layer]).abs().max()) > 0.01
 
 
