@@ -52,8 +52,7 @@ class MemoryMechanism(Mechanism):
         empty_is_base: whether a new memory leaves the decoder as it is, bit for bit; checked when a decoder is wrapped.
         attends: whether ``prefix`` returns ``Attended``, so that attention must go through mplus.
         keeps: the ``memory_rows`` that make sense for it.
-        keeps_states: whether rows are what whole passes make, so that other weights anywhere make other rows; else they
-            are what a layer's norm and projections make of them.
+        keeps_states: whether rows are made by whole passes, so that other weights anywhere make other rows.
         retrieves_in_open: whether ``open``, and ``reopen``, choose rows of the store; ``retrieved`` says which.
         collect: what ``finish`` wants of a pass besides the final hidden state: "inputs", "outputs" or "hidden".
     """
@@ -183,14 +182,10 @@ class MemoryMechanism(Mechanism):
         return self.State()
 
     def chunks(self, ids: Tensor, tokenizer: Any) -> list[Tensor] | None:
-        """Return the chunks that a text is cut into when it is written; None, the default: chunks of one size.
+        """Return the chunks that a text ``[n]`` is cut into when it is written; None, the default: all of one size.
 
         A chunk has to be the same whatever comes behind the ``chunk_tokens + 1`` tokens from its first one on, so that
-        a text can be written in pieces.
-
-        Args:
-            ids: ``[n]`` int64 of one text, or of one turn of a conversation; at least one.
-            tokenizer: of the memory; None: it has none.
+        a text can be written in pieces. ``tokenizer`` is that of the memory, or None.
         """
         return None
 

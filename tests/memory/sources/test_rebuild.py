@@ -148,9 +148,9 @@ def test_rebuilding_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     before, version = tiny.content(memory), memory.version
     own, calls = type(model.mplus_engine).write, []
 
-    def write(self: Any, views: Any, ids: Any, tokenizer: Any = None) -> Any:
+    def write(self: Any, views: Any, ids: Any, *rest: Any) -> Any:
         calls.append(ids)
-        made = own(self, views, ids, tokenizer)
+        made = own(self, views, ids, *rest)
         if len(calls) == 4:
             made = evolve(made, hidden=tuple(rows * float("nan") for rows in made.hidden))
         return made
