@@ -115,42 +115,43 @@ class Chat:
 
     # ------------------------------------------------------------------ talking
 
-    def send(self, message: str | Message | Sequence[Message], **generation: Any) -> Reply:
+    def send(self, message: str | Message | Sequence[Message], *, keep: bool = True, **generation: Any) -> Reply:
         """Return the answer to a message.
 
         Args:
             message: a text of the user, a message (a dict with "role", "content" and, if known, "name"), or several.
+            keep: let message and answer enter the session; False: it is as if nothing had been asked.
             generation: arguments of ``generate`` for this answer.
 
         Raises:
             InputError: it is no message, is too long for the window, or another answer is being given.
             MPlusError: what ``Memory.write`` and ``generate`` raise.
         """
-        answer = self.stream(message, **generation)
+        answer = self.stream(message, keep=keep, **generation)
         for _ in answer:
             pass
         return answer.reply
 
-    def stream(self, message: str | Message | Sequence[Message], **generation: Any) -> Answer:
+    def stream(self, message: str | Message | Sequence[Message], *, keep: bool = True, **generation: Any) -> Answer:
         """Return the answer to a message as an iterator over its pieces of text, for ``for`` and ``async for``.
 
         Arguments as for ``send``. Raises InputError: it is no message. The rest is raised by the iterator.
         """
         turns = to_turns(message, self.speakers)
         watch = partial(Watch, self.format.tokenizer, self.format.stops)
-        return Answer(watch, lambda watch: self._answer(turns, watch, {**self.generation, **generation}))
+        return Answer(watch, lambda watch: self._answer(turns, watch, keep, {**self.generation, **generation}))
 
-    async def asend(self, message: str | Message | Sequence[Message], **generation: Any) -> Reply:
+    async def asend(self, message: str | Message | Sequence[Message], *, keep: bool = True, **generation: Any) -> Reply:
         """Return the answer to a message, and let other tasks run meanwhile; as ``send`` otherwise.
 
         Cancelled, it ends the answer at its next token.
         """
-        answer = self.stream(message, **generation)
+        answer = self.stream(message, keep=keep, **generation)
         async for _ in answer:
             pass
         return answer.reply
 
-    def _answer(self, turns: tuple[Turn, ...], watch: Watch, generation: dict[str, Any]) -> Reply:
+    def _answer(self, turns: tuple[Turn, ...], watch: Watch, keep: bool, generation: dict[str, Any]) -> Reply:
         """Generate an answer, in whatever thread."""
         if not self._lock.acquire(blocking=False):
             raise InputError("one answer at a time: another one of this chat has not been read to its end")
@@ -160,7 +161,7 @@ class Chat:
             if watch.interrupted:
                 return Reply(text="", prompt_tokens=len(ids), interrupted=True)
             reply = self._generate(ids, watch, generation)
-            if reply.text or not reply.interrupted:
+            if keep and (reply.text or not reply.interrupted):
                 said = Turn("assistant", reply.text, self.speakers["assistant"])
                 self._keep([*self.exchanges, evolve(exchange, turns=(*turns, said))])
             self.reply = reply
@@ -241,7 +242,7 @@ class Chat:
         oldest, *rest = self.exchanges
         text = told(oldest, self.remember)
         if self.memory is not None and text:
-            self.memory.write(text, source=oldest.name, atomic=True, progress=False)
+            self.memory.write(text, source=oldest.name, write_id=oldest.name, atomic=True, progress=False)
         self._keep(rest)
 
     def _keep(self, exchanges: list[Exchange]) -> None:

@@ -47,10 +47,18 @@ class Journal:
         """Put these exchanges in place of all others; they are on disk when this returns. Raises MemoryFileError."""
         beside = self.path.with_suffix(".new")
         try:
-            with beside.open("w", encoding="utf-8") as file:
+            with open(beside, "w", encoding="utf-8", opener=self._opener) as file:
                 file.writelines(JSON.dumps(one) + "\n" for one in exchanges)
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(self.path)
         except OSError as error:
             raise MemoryFileError(f"{self.path} cannot be written: {error}") from error
+
+    def _opener(self, path: str, flags: int) -> int:
+        """Open a file with the permissions of the memory's own files; by itself, for its owner only."""
+        manifest = self.path.parent / "manifest.json"
+        mode = manifest.stat().st_mode & 0o777 if manifest.exists() else 0o600
+        file = os.open(path, flags, mode)
+        os.fchmod(file, mode)
+        return file

@@ -73,6 +73,13 @@ def test_memory_off_answers_as_without_one(chat, model, tokenizer, memory):
     assert alone.send("What did Sue eat?").text == reply.text
 
 
+def test_what_is_not_kept_leaves_no_trace(chat, memory):
+    chat.send(FACTS[0])
+    before = list(chat.exchanges)
+    assert chat.send("Who has a red ball?", keep=False).text == chat.send("Who has a red ball?", keep=False).text
+    assert chat.exchanges == before
+
+
 def test_only_some_speakers_are_remembered(model, memory):
     with new_chat(model, memory, remember=["user"], speakers={"user": "Ada"}) as chat:
         chat.send("Who has a hat?")
@@ -180,6 +187,8 @@ def test_after_a_crash_the_session_goes_on(model, tokenizer, tmp_path):
     for fact in FACTS:
         chat.send(fact)
     inside, left = list(chat.exchanges), kept(memory)
+    files = [tmp_path / "memory" / name for name in (FILE, "manifest.json")]
+    assert len({file.stat().st_mode for file in files}) == 1, "what was said is as private as the memory"
     memory.streams.persistence.directory.close()  # as the end of the process would, and the chat was not closed
     with mplus.Memory.open(tmp_path / "memory", model, tokenizer=tokenizer) as memory:
         again = new_chat(model, memory)

@@ -77,6 +77,10 @@ def test_commands(folder, tmp_path):
     before, _, rest = answers.partition("memory off")
     off, _, on = rest.partition("memory on")
     assert ["book.txt" in part for part in (before, off, on)] == [True, False, True]
+    result, said = talk(folder, "--mechanism", "notes", lines=[lines[1], "/search pear", "/search xyzzy", "/search"])
+    assert any("Sue ate a green pear." in line and line.endswith("(book.txt)") for line in said)
+    assert "nothing" in said
+    assert any("takes a text" in line for line in said)
 
 
 def test_ctrl_c_ends_the_answer_and_nothing_else(chat, monkeypatch):  # noqa: F811

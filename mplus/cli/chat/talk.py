@@ -16,9 +16,10 @@ from mplus.errors import InputError, MPlusError
 
 HELP = """\
 /sources       what is in memory, and what is still in the prompt
+/search TEXT   what memory has on TEXT, without an answer
 /forget NAME   forget one of the sources
 /read FILE     read a text file into memory
-/off, /on      answer without memory, to compare; and with it again
+/off, /on      answer without memory, to compare; what is said then is not kept
 /quit          leave (or Ctrl-D); Ctrl-C ends an answer
 Everything else is said to the decoder."""
 
@@ -40,6 +41,7 @@ class Talk:
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: self.console.print(HELP, markup=False),
             "/sources": lambda _: self._sources(),
+            "/search": self._search,
             "/forget": self._forget,
             "/read": self._read_file,
             "/off": lambda _: self._switch(on=False),
@@ -78,7 +80,7 @@ class Talk:
             raise InputError(f"a command must be one of {', '.join(self._commands)} and /quit, got {command!r}")
 
     def _answer(self, line: str) -> None:
-        answer = self.chat.stream(line)
+        answer = self.chat.stream(line, keep=self.chat.recalls)
         for piece in answer:
             self.console.out(piece, end="", highlight=False)
         self.console.print()
@@ -92,11 +94,21 @@ class Talk:
             table.add_column(column, justify="right" if column == "tokens" else "left", overflow="fold")
         if self.chat.memory is not None:
             for source in self.chat.memory.sources():
-                written = ago(getattr(source, "written", None))
+                written = ago(source.last_written)
                 table.add_row(escape(source.name or "(no name)"), written, f"{source.tokens:,}")
         for exchange in self.chat.exchanges:
             table.add_row(escape(exchange.name), "in the prompt", "")
         self.console.print(table) if table.row_count else self.console.print("[dim]nothing yet[/]")
+
+    def _search(self, text: str) -> None:
+        if self.chat.memory is None:
+            raise InputError("searching needs a memory to search")
+        found = self.chat.memory.search(text)
+        for one in found:
+            words = "" if one.text is None else " ".join(one.text.split())
+            self.console.print(f"{one.score:6.2f}  {escape(words)} [dim]({escape(one.source or '(no name)')})[/]")
+        if not found:
+            self.console.print("[dim]nothing[/]")
 
     def _forget(self, name: str) -> None:
         self.chat.forget(name)
