@@ -54,7 +54,9 @@ class Telling:
         Text of a chat model is cut into chunks by its mechanism, and ages are those in passages.
         """
         config = self.model.mplus_config
-        if not self.chat and passage_tokens > config.chunk_tokens:
+        if self.chat:
+            return
+        if passage_tokens > config.chunk_tokens:
             raise ConfigError(
                 f"passage_tokens must not exceed the decoder's chunk_tokens ({config.chunk_tokens}), got "
                 f"{passage_tokens}: a passage is written as one chunk"

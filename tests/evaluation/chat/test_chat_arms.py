@@ -162,6 +162,18 @@ def test_memories_are_compared_under_their_labels():
     assert type(report).from_plain(report.plain()) == report
 
 
+def test_an_untrained_memory_of_rows_is_compared_too():
+    sizes = {"chunk_tokens": 48, "min_chunk_tokens": 4, "memory_tokens_per_chunk": 4, "short_term_tokens": 8}
+    sizes |= {"retrieved_tokens": 4, "long_term_tokens": 64, "retriever": {"name": "linear", "width": 4}}
+    configs = memory_configs([json.dumps({"mechanism": "mplus", **sizes}), "notes"])
+    each = ((label, execution(model)) for label, model in wrapped_each(copy.deepcopy(decoder()), configs))
+    report = compare_memories(each, ["none", "mplus", "mplus-oracle", "notes"], progress=False)
+    assert {one.name: one.status for one in report.arms} == dict.fromkeys(
+        ("none", "mplus", "mplus-oracle", "notes"), "ok"
+    )
+    assert report.arm("mplus").at(0).tokens_attended > report.arm("none").at(0).tokens_attended
+
+
 def test_labels_of_memories():
     found = memory_configs(["notes", '{"mechanism": "kv", "chunk_tokens": 64}'])
     assert {label: config.mechanism.name for label, config in found.items()} == {"notes": "notes", "kv": "kv"}
