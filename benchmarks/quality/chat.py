@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks.records import record_path, write
+from mplus.cli.eval_options import assignment
+from mplus.config import structure
 from mplus.environment import load_average
 from mplus.evaluation.chat.memories import compare_memories, memory_configs, wrapped_each
 from mplus.evaluation.chat.prompt import ChatPrompt
@@ -34,8 +36,9 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     words: Any = tokenizer
     cls = protocol(given.protocol)
     sizes: dict[str, Any] = {**SIZES[given.protocol][given.size], "seed": given.seed}
-    sizes.update({name: value for name in ("data", "episodes") if (value := getattr(given, name)) is not None})
-    task = cls(cls.Options(**sizes), Texts(words))
+    sizes.update({"data": str(given.data)} if given.data is not None else {})
+    sizes.update(map(assignment, given.set))
+    task = cls(structure(cls.Options, sizes), Texts(words))
     ages = task.ages or sorted({0, task.passages - 1})
     options = RunOptions(ages=ages, streams=1, seed=given.seed, timed=given.timed)
     how: dict[str, Any] = {
@@ -61,7 +64,7 @@ def main() -> None:
     parser.add_argument("--memory", action="append", required=True, help="as for mplus eval; may be repeated")
     parser.add_argument("--arms")
     parser.add_argument("--size", default="asked")
-    parser.add_argument("--episodes", type=int)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="option of the protocol")
     parser.add_argument("--timed", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

@@ -135,11 +135,11 @@ class EvalOptions:
 
         decoder = self._recipe_decoder()
         streams = min(PARALLEL, questions)
-        chosen: dict[str, Any] = {"streams": streams, "rounds": -(-questions // streams)}
+        rounds = -(-questions // streams)
+        task = Facts(streams=streams, rounds=rounds, held_out=held_out, seed=self.seed)
         ages = numbers(self.ages, "--ages") or usual_ages or (LONG_AGES if self.recipe == "recall-long" else None)
         if ages is not None:
-            chosen["ages"] = ages
-        task = Facts(**chosen, held_out=held_out, seed=self.seed)
+            task = evolve(task, ages=ages)
         if decoder.mplus_config.mechanism.name in BATCHED:
             return ParallelStreams(decoder, task)
         return _generated_facts(decoder, evolve(task, untold_seed=1) if untold else task)
@@ -162,7 +162,7 @@ class EvalOptions:
         return model
 
     def generated_answers(
-        self, scoring: Scoring | None = None, export: Path | None = None, **given: Any
+        self, scoring: Scoring | None = None, export: Path | None = None, **given: JsonValue
     ) -> GeneratedAnswers:
         """Return the data set with the decoder; ``given`` are further options of the protocol.
 
@@ -179,7 +179,7 @@ class EvalOptions:
         decoder, tokenizer = prepare(self.model, self.tokenizer, self.device, self.dtype, self.threads)
         given = {"episodes": self.episodes, "seed": self.seed, **given}
         if self.data is not None:
-            given["data"] = self.data
+            given["data"] = str(self.data)
         made = make_protocol(self.protocol, tokenizer, self.settings, decoder.mplus_config.chunk_tokens, given)
         generation = Generation.of(tokenizer, tokens=self.tokens or made.answer_tokens)
         return GeneratedAnswers(decoder, tokenizer, made, options=options, generation=generation, scoring=scoring)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import attrs
 from attrs import define, field
@@ -166,7 +166,7 @@ class Protocol(Task):
 
     answer_tokens: int = 10
 
-    def __init__(self, options: Any, texts: Texts) -> None:
+    def __init__(self, options: Protocol.Options, texts: Texts) -> None:
         self.options = options
         self.texts = texts
 

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from attrs import define, field
 from attrs.converters import optional
@@ -15,7 +15,13 @@ from mplus.config import JsonValue, must_be, one_of, whole
 from mplus.errors import InputError
 from mplus.evaluation.tasks.base import Episode, Passage, Protocol, Question
 from mplus.evaluation.tasks.contexts import holds
-from mplus.evaluation.tasks.generated_conversations import ADVERSARIAL, ConversationGenerator
+from mplus.evaluation.tasks.generated_conversations import (
+    ADVERSARIAL,
+    ConversationGenerator,
+    QuestionAnswer,
+    Sample,
+    Turn,
+)
 from mplus.evaluation.tasks.people import Split
 from mplus.evaluation.texts import read
 
@@ -82,7 +88,7 @@ class Conversations(Protocol):
         options = self.options
         if options.data is None:
             maker = ConversationGenerator(options.sessions, options.turns, options.changed, options.split, options.seed)
-            samples: list[Any] = [maker.conversation(number) for number in range(options.episodes)]
+            samples = [maker.conversation(number) for number in range(options.episodes)]
         else:
             samples = locomo_samples(options.data)[: options.episodes]
         made = []
@@ -97,31 +103,32 @@ class Conversations(Protocol):
                 ) from error
         return made
 
-    def _episode(self, number: int, sample: Mapping[str, Any]) -> Episode:
+    def _episode(self, number: int, sample: Sample) -> Episode:
         options = self.options
-        talk = sample.get("conversation", sample)
+        talk = cast("Sample", sample.get("conversation", sample))
         sessions = sorted(int(found[1]) for name in talk if (found := re.fullmatch(r"session_(\d+)", name)))
         passages: list[Passage] = []
         places: dict[str, int] = {}
         for session in sessions:
-            date = talk[f"session_{session}_date_time"]
-            for turn in talk[f"session_{session}"]:
+            date = cast("str", talk[f"session_{session}_date_time"])
+            for turn in cast("list[Turn]", talk[f"session_{session}"]):
                 places[turn["dia_id"]] = len(passages)
                 passages.append(Passage(text=self._told(turn, date), source=turn["dia_id"]))
         if not passages:
             raise InputError(f"conversation {number} must have sessions with turns, it has none")
-        wanted = [qa for qa in sample["qa"] if qa["category"] in options.categories]
+        asked = cast("list[QuestionAnswer]", sample["qa"])
+        wanted = [qa for qa in asked if qa["category"] in options.categories]
         questions = tuple(self._question(qa, places, len(passages) - 1) for qa in wanted[: options.questions])
         return Episode(number=number, passages=tuple(passages), questions=questions)
 
-    def _told(self, turn: Mapping[str, Any], date: str) -> str:
+    def _told(self, turn: Turn, date: str) -> str:
         text = turn["text"]
         if caption := turn.get("blip_caption"):
             text += f" [shares {caption}]"
         told = self.options.turn.replace("{speaker}", turn["speaker"]).replace("{date}", date).replace("{text}", text)
         return self.texts.cut(told, self.options.passage_tokens)
 
-    def _question(self, qa: Mapping[str, Any], places: Mapping[str, int], last: int) -> Question:
+    def _question(self, qa: QuestionAnswer, places: Mapping[str, int], last: int) -> Question:
         prompt, kind = self.options.prompt.replace("{question}", qa["question"]), CATEGORIES[qa["category"]]
         if qa["category"] == ADVERSARIAL:  # its evidence only shows what it was made of
             return Question(prompt=prompt, answers=(), needs=(), after=last, category=kind)
@@ -136,7 +143,7 @@ class Conversations(Protocol):
         return {name: value for name, value in super().settings().items() if name not in unused}
 
 
-def locomo_samples(path: Path) -> list[Any]:
+def locomo_samples(path: Path) -> list[Sample]:
     """Return the conversations of a file. Raises InputError where it cannot be read, or has another format."""
     text = read(path)
     try:

@@ -58,11 +58,15 @@ NEWS = (
 
 
 class Turn(TypedDict):
-    """One speaker's words at a time; ``dia_id`` is "D<session>:<turn>", both counted from 1."""
+    """One speaker's words at a time; ``dia_id`` is "D<session>:<turn>", both counted from 1.
+
+    ``blip_caption`` describes a picture that is shared, in published conversations.
+    """
 
     speaker: str
     dia_id: str
     text: str
+    blip_caption: NotRequired[str]
 
 
 class QuestionAnswer(TypedDict):
