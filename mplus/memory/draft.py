@@ -5,7 +5,7 @@ from __future__ import annotations
 from mplus.memory.copying import copied
 from mplus.memory.state import StreamState
 from mplus.memory.transaction import Streams, distinct
-from mplus.stores.stack import mapped_store, parts_of
+from mplus.stores.mmap import mapped_store, parts_of
 
 
 def draft_of(streams: Streams) -> Streams:

@@ -232,6 +232,25 @@ class Scratch:
         return (self._given or self._made or Path()) / f"rows-{secrets.token_hex(8)}.safetensors"
 
 
+def mapped_store(store: MemoryStore) -> MmapStore:
+    """Return the store of mapped files in a directory's store. Raises MemoryMismatchError: there is none."""
+    found = parts_of(store)[-1]
+    if not isinstance(found, MmapStore):
+        raise MemoryMismatchError(
+            f"a memory in a directory needs a store around {MmapStore.name!r}, got {found.name!r}: stores that wrap "
+            "another have it as their attribute 'inner'"
+        )
+    return found
+
+
+def parts_of(store: MemoryStore) -> list[MemoryStore]:
+    """Return a store, the one it wraps, the one that this wraps, and so on."""
+    parts = [store]
+    while isinstance(inner := getattr(parts[-1], "inner", None), MemoryStore):
+        parts.append(inner)
+    return parts
+
+
 def _remove_with(layers: Sequence[SegmentedRows], path: Path) -> None:
     """Let the file at ``path`` go with the last who looks at it."""
     for source in segment_sources(layers):

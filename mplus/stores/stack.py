@@ -13,10 +13,9 @@ from typing import Any
 import attrs
 
 from mplus.config import Component, JsonValue, options_of
-from mplus.errors import MemoryMismatchError
 from mplus.stores import STORES
 from mplus.stores.base import MemoryStore
-from mplus.stores.mmap import MmapStore
+from mplus.stores.mmap import MmapStore, parts_of
 
 INNERMOST = MmapStore.name
 
@@ -42,25 +41,6 @@ def saved_stack(store: MemoryStore) -> str | dict[str, JsonValue]:
     """Return the manifest's entry for a directory's store: each part that changes rows, with all options."""
     found = [Component(part.name, _facts(part.options)) for part in parts_of(store)[:-1] if not part.transparent]
     return _around(found).plain()
-
-
-def mapped_store(store: MemoryStore) -> MmapStore:
-    """Return the store of mapped files in a directory's store. Raises MemoryMismatchError: there is none."""
-    found = parts_of(store)[-1]
-    if not isinstance(found, MmapStore):
-        raise MemoryMismatchError(
-            f"a memory in a directory needs a store around {INNERMOST!r}, got {found.name!r}: stores that wrap another "
-            "have it as their attribute 'inner'"
-        )
-    return found
-
-
-def parts_of(store: MemoryStore) -> list[MemoryStore]:
-    """Return a store, the one it wraps, the one that this wraps, and so on."""
-    parts = [store]
-    while isinstance(inner := getattr(parts[-1], "inner", None), MemoryStore):
-        parts.append(inner)
-    return parts
 
 
 def _facts(options: attrs.AttrsInstance) -> dict[str, JsonValue]:

@@ -42,8 +42,8 @@ from mplus.stores.disk.safetensors_io import Part
 from mplus.stores.disk.segment_source import FileLayer
 from mplus.stores.disk.segments import RowSegment, SegmentedRows
 from mplus.stores.disk.verified import Rule
-from mplus.stores.mmap import MmapStore
-from mplus.stores.stack import mapped_store, saved_stack
+from mplus.stores.mmap import MmapStore, mapped_store
+from mplus.stores.stack import saved_stack
 
 
 @define(eq=False)

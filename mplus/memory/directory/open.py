@@ -36,7 +36,7 @@ from mplus.memory.recompute import keeps_chunks, with_weights
 from mplus.memory.sources.clock import Clock
 from mplus.memory.transaction import Persistence, Streams
 from mplus.stores.base import StoreLayout
-from mplus.stores.disk.files import FileSystem, Folder, PathAt, writable
+from mplus.stores.disk.files import FileSystem, Folder, writable
 from mplus.stores.stack import stack_of
 
 if TYPE_CHECKING:
@@ -147,7 +147,11 @@ def _check_own(folder: Folder) -> None:
         owner, begun = owner_of(folder)
         names = [name for name in folder.names() if name != LOCK or not (owner or begun)]
         foreign = [name for name in names if owner is None or owner_in(name) != owner]
-        kept = [name for name in names if not _is_leftover(folder / name, owner)]
+        # A crash may have left these of the first checkpoint, when nothing was acknowledged yet.
+        leftovers = {STATE.format(owner, 0), NEW_MANIFEST.format(owner)}
+        if (journal := JOURNAL.format(owner, 0)) in names and not (folder / journal).stat().st_size:
+            leftovers.add(journal)
+        kept = [name for name in names if name not in leftovers]
     if kept and not foreign:
         raise MemoryFileError(
             f"{folder / MANIFEST} is missing, and without it {', '.join(map(repr, kept[:3]))}"
@@ -158,13 +162,6 @@ def _check_own(folder: Folder) -> None:
             f"{folder} must be empty or hold a memory that lives there, got a folder with "
             f"{', '.join(map(repr, foreign[:3]))}{', ...' if len(foreign) > 3 else ''}: choose another path"
         )
-
-
-def _is_leftover(path: PathAt, owner: str | None) -> bool:
-    """Return True for a file that a crash may have left of the first checkpoint: nothing was acknowledged then."""
-    if path.name == JOURNAL.format(owner, 0):
-        return path.stat().st_size == 0
-    return path.name in {STATE.format(owner, 0), NEW_MANIFEST.format(owner)}
 
 
 def _read(

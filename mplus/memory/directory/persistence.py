@@ -18,8 +18,7 @@ from mplus.memory.sources.forget import without_unused_sources
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.transaction import KeptPositions, Persistence, Streams, Token
 from mplus.stores.disk.files import writable
-from mplus.stores.mmap import MmapStore
-from mplus.stores.stack import mapped_store
+from mplus.stores.mmap import MmapStore, mapped_store
 
 
 class ReadOnly(Persistence):

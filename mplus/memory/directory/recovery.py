@@ -28,8 +28,8 @@ from mplus.stores import STORES
 from mplus.stores.base import StoreLayout
 from mplus.stores.disk.block_file import BlockFile
 from mplus.stores.disk.files import Folder
-from mplus.stores.mmap import MmapStore
-from mplus.stores.stack import mapped_store, stack_of
+from mplus.stores.mmap import MmapStore, mapped_store
+from mplus.stores.stack import stack_of
 
 DAMAGED = -(2**62)
 """Birth of a row that is not what was written."""

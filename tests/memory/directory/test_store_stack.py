@@ -17,10 +17,10 @@ from mplus.memory.format.verify import verify
 from mplus.stores import STORES
 from mplus.stores.base import StoreLayout
 from mplus.stores.disk.block_file import BlockFile
-from mplus.stores.mmap import MmapStore
+from mplus.stores.mmap import MmapStore, mapped_store
 from mplus.stores.quantized import QuantizedStore
 from mplus.stores.ram import RamStore
-from mplus.stores.stack import mapped_store, saved_stack, stack_of
+from mplus.stores.stack import saved_stack, stack_of
 from mplus.stores.tiered import TieredStore
 from tests.fixtures import make_live_v2_int8
 from tests.fixtures.make_live_v1 import write

@@ -236,8 +236,8 @@ def launch(
             queries if bias is None else bias,
             output, log_sums,
             *queries.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-            *[stride for part in pairs for stride in _strides(part)],
-            *output.stride()[:4], *log_sums.stride()[:3], *((0, 0) if bias is None else _bias_strides(bias)),
+            *[stride for part in pairs for stride in _strides(part, 3)],
+            *output.stride()[:4], *log_sums.stride()[:3], *((0, 0) if bias is None else _strides(bias, 2)),
             batch, length, text, *[segment.keys.shape[2] for segment in filled], request.window or 0,
             request.scale * LOG2_E if softcap is None else request.scale / softcap,
             0.0 if softcap is None else softcap * LOG2_E,
@@ -250,10 +250,9 @@ def launch(
         )  # fmt: skip
 
 
-def _strides(part: torch.Tensor) -> tuple[int, int, int]:
-    """Return strides over batch, heads and rows; 0 over the batch where its rows share a tensor."""
-    b, h, n, _ = part.stride()
-    return (0 if part.shape[0] == 1 else b), h, n
+def _strides(part: torch.Tensor, axes: int) -> list[int]:
+    """Return the strides over the first ``axes`` axes; 0 over an axis of one entry, which all read."""
+    return [0 if size == 1 else stride for size, stride in zip(part.shape[:axes], part.stride()[:axes], strict=True)]
 
 
 def _lengths(segments: tuple[Segment, ...], batch: int) -> torch.Tensor | None:
@@ -279,9 +278,3 @@ def _bias(segments: tuple[Segment, ...]) -> torch.Tensor | None:
     ]
     shape = torch.broadcast_shapes(*(part.shape[:2] for part in parts))
     return torch.cat([part.float().expand(*shape, -1) for part in parts], dim=-1) * LOG2_E
-
-
-def _bias_strides(bias: torch.Tensor) -> tuple[int, int]:
-    """Return the strides over batch and heads, 0 where these share their numbers."""
-    b, h = (0 if size == 1 else stride for size, stride in zip(bias.shape[:2], bias.stride()[:2], strict=True))
-    return b, h
