@@ -102,6 +102,7 @@ class _Merged(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         queries, sinks, output, total, *tensors = ctx.saved_tensors
+        # It may be expanded, as that of a sum is, with strides of 0.
         gradient = gradient.contiguous()
         towards_queries = torch.zeros_like(queries, dtype=total.dtype)
         towards_rows: list[Tensor] = []

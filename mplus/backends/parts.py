@@ -85,9 +85,11 @@ class Part:
             output, lse = _kernel(pack(mine, keys), keys, values, self.key_bias, causal=False, scale=scale)
             output, lse = unpack(output, mine.shape), unpack(lse, mine.shape[:3])
         else:
+            # With a bias for each query the group cannot be folded into the length, so keys are repeated.
             keys, values = (_per_query_head(rows, heads) for rows in (keys, values))
             output, lse = _kernel(mine, keys, values, self.bias, self.causal, scale)
         if self.blind is not None:
+            # Whatever the kernel says of a query that sees nothing, its share of the whole is none.
             lse = lse.masked_fill(self.blind, -torch.inf)
         if self.rows is None:
             return output, lse
@@ -162,6 +164,7 @@ def parts_of(request: AttentionRequest) -> list[Part]:
         if segment.lengths is None and not apart:
             parts.append(Part(segment.keys, segment.values, key_bias=_key_bias(bias)))
             continue
+        # A part per stream: packed queries all see the same keys, and lengths differ.
         counts = [count] * request.queries.shape[0] if segment.lengths is None else segment.lengths.tolist()
         parts += [
             Part(segment.keys, segment.values, slice(row, row + 1), real, key_bias=_key_bias(bias, row, real))
@@ -205,6 +208,7 @@ def pack(part: Tensor, keys: Tensor) -> Tensor:
     key_heads = keys.shape[1]
     if keys.shape[0] == batch:
         return part.reshape(batch, key_heads, heads // key_heads * length, *part.shape[3:])
+    # Heads of keys first: the batch's queries then stand one behind the other under each of them.
     grouped = part.reshape(batch, key_heads, heads // key_heads * length, *part.shape[3:])
     return grouped.transpose(0, 1).reshape(1, key_heads, batch * grouped.shape[2], *part.shape[3:])
 

@@ -92,6 +92,7 @@ def _alike(tensors: Sequence[Tensor], sampled: bool) -> list[Tensor]:
         if count:
             flat = tensor if tensor.is_contiguous() else tensor.contiguous()
             step = max(1, count // SAMPLES) if sampled else 1
+            # A strided view: samples of a tensor of gigabytes cost no copy of it.
             view = torch.as_strided(flat, ((count + step - 1) // step,), (step,))
             groups.setdefault((tensor.device, tensor.dtype), []).append(view)
     return [torch.cat(group) for group in groups.values()]

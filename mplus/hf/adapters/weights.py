@@ -217,6 +217,7 @@ class Watch:
         modules = _tree(self._engine.model)
         parameters: list[Tensor | None] = [tensor for module in modules for tensor in module._parameters.values()]
         plan = self._plan
+        # By identity: PEFT exchanges modules and parameters in place, and equal tensors need not be the same ones.
         if plan is None or plan.modules != modules or list(map(id, plan.parameters)) != list(map(id, parameters)):
             follow_exchanged(self._engine.retrofit.anatomy.specs)
             plan = self._plan = make_plan(self._engine, modules, parameters)
@@ -303,6 +304,7 @@ def _rest(
     own: dict[int, tuple[str, Tensor]] = {}
     for root in roots:
         for name, tensor in root.named_parameters(prefix=paths[root]):
+            # Under its name without PEFT, so that a digest does not change when an adapter comes or goes.
             plain = plain_name(name).replace(".original_module.", ".")
             if id(tensor) in adapters:
                 continue
@@ -355,6 +357,7 @@ def _inside(roots: Sequence[nn.Module]) -> set[nn.Module]:
 
 def _tree(root: nn.Module) -> list[nn.Module]:
     """Return all modules; ``root.modules()`` is several times slower."""
+    # In the order of ``modules()``, hence the reversal: the last child would be taken first.
     found, waiting = [], [root]
     while waiting:
         module = waiting.pop()

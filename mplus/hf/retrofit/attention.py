@@ -135,6 +135,7 @@ def _with_memory(base: str) -> Callable[..., Weighted]:
             found: Weighted = function(module, query, key, value, attention_mask, *args, **kwargs)
             return found
         if isinstance(mplus_memory, str):
+            # An exception is the only way out of a module that nothing is known of but that it attends.
             raise Captured(key, value, query, kwargs.get("scaling"))
         return _attend(module, query, key, value, attention_mask, mplus_memory, base == "eager", kwargs)
 
@@ -180,6 +181,7 @@ def _attend(
 
 def _eager(module: nn.Module) -> Callable[..., Weighted]:
     """Return the architecture's own eager attention: a function of the file that defines the attention class."""
+    # A subclass of an attention module may be defined in a file without the function.
     for cls in type(module).__mro__:
         home = sys.modules.get(cls.__module__)
         function: Callable[..., Weighted] | None = getattr(home, "eager_attention_forward", None)

@@ -58,6 +58,7 @@ class OwnAttention:
     def heads(self, layer: int) -> Heads:
         """Return the sizes of a layer's heads, found by projecting a row three times; see ``Projections``."""
         engine = self._engine
+        # Any row will do. The begin row is there before there is a memory, and has the scale of real ones.
         row = engine.shape.begin[layer].to(engine.device, engine.hidden_dtype)
         spec = engine.retrofit.anatomy.specs[layer]
         who = f"{type(spec.attention).__name__} of layer {spec.layer_index}"

@@ -47,6 +47,7 @@ class MemoryCacheView(Cache):
         if self.inner is not None:
             key_states, value_states = self.inner.update(key_states, value_states, layer_idx, *args, **kwargs)
         rows = key_states.shape[0]
+        # A memory that the whole batch shares has one row.
         keys, values = (t.expand(rows, -1, -1, -1) for t in (self.memory.keys, self.memory.values))
         return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
 

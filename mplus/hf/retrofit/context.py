@@ -107,6 +107,7 @@ def run_in(active: Pass | None, function: Callable[P, T], *args: P.args, **kwarg
 
     In a copy of the thread's context: an interrupt, at whatever line it comes, leaves the thread in no pass.
     """
+    # Not set and reset in a try: an interrupt can strike between the two, and would leave the pass set.
     context = copy_context()
     context.run(_CURRENT.set, active)
     return context.run(function, *args, **kwargs)
@@ -140,6 +141,7 @@ class MemoryLayer(Layer):
 
     def forward(self, *args: Any, mplus_pass: Pass | None = None, **kwargs: Any) -> Any:
         # Inside it: a recomputation comes after the pass, maybe in another thread, so the pass travels as an argument.
+        # In the thread that runs the pass it is set already; only a recomputation has to set it again.
         if mplus_pass is None or mplus_pass is current_pass():
             return super().forward(*args, **kwargs)
         return run_in(mplus_pass, super().forward, *args, **kwargs)

@@ -156,6 +156,7 @@ def discover(model: PreTrainedModel) -> Anatomy:
     try:
         with in_eval_mode(model):
             ids = torch.tensor([[1, 2, 3, 4]], device=input_device(model))
+            # The decoder makes the cache itself, of the kind that it needs.
             cache = _filled_cache(model, ids[:, :3])
             with _tracing(root, cache) as trace:
                 model(input_ids=ids[:, 3:], attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
@@ -187,6 +188,7 @@ def discover(model: PreTrainedModel) -> Anatomy:
 def _filled_cache(model: PreTrainedModel, ids: Tensor) -> Cache:
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
     cache = getattr(output, "past_key_values", None)
+    # Recurrent decoders return states of their own kind here.
     if not isinstance(cache, Cache):
         raise NotSupported(
             f"{type(model).__name__} has no attention layer that writes a key/value cache; M+ needs attention "

@@ -46,6 +46,7 @@ class Retrofit:
         ``call`` is that of the attention that the memory is for.
         """
         hidden = prefix.hidden if spec.norm is None else spec.norm(prefix.hidden)
+        # Each stream counts its own rows, so that its newest one is next to the text whatever filler lies behind.
         rows = hidden.shape[1] if prefix.lengths is None else prefix.lengths[:, None]
         place = prefix.before + torch.arange(hidden.shape[1], device=hidden.device)
         positions = prefix.positions
@@ -65,6 +66,7 @@ class Retrofit:
         args, kwargs = call.args, {**call.kwargs, "attention_mask": None}
         if spec.rotary_keyword is not None:
             kwargs[spec.rotary_keyword] = rotary
+        # Attention that rotates by itself goes by the positions it is given, not by embeddings.
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = positions
         if "hidden_states" in kwargs:
@@ -97,6 +99,7 @@ class Retrofit:
         """Extend ``[B*H, 1, S]`` ALiBi biases over ``[memory | text]``; slope times position, per head."""
         decoder: Any = self.anatomy.decoder
         heads = decoder.config.num_attention_heads
+        # Slopes are no attribute of the decoder: they are the difference of the biases of two neighbours.
         two = decoder.build_alibi_tensor(torch.ones(1, 2, dtype=torch.int64, device=alibi.device), heads, alibi.dtype)
         slopes = two[..., 1:2] - two[..., 0:1]  # [H, 1, 1]
         rows = memory.keys.shape[2]

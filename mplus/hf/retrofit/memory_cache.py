@@ -33,6 +33,7 @@ class _Buffer:
     front: int
 
     def __deepcopy__(self, memo: Any) -> _Buffer:
+        # Segments are never written, so copies may share them; only then does ``holds`` know them again.
         return _Buffer(self.keys.clone(), self.values.clone(), self.segments, self.front)
 
 
@@ -105,6 +106,7 @@ class MemoryCacheLayer(DynamicLayer):
         text = self.get_seq_length()
         front = sum(segment.keys.shape[2] for segment in segments)
         rows = front + text + max(tokens + text, ROOM)
+        # Empty, not zeros: what lies behind the text is written before it is read.
         keys, values = (part.new_empty(*part.shape[:2], rows, part.shape[3]) for part in (self.keys, self.values))
         place = 0
         for segment in segments:
@@ -151,6 +153,7 @@ def memory_in_cache(cache: Cache | None, index: int, segments: tuple[Segment, ..
     """
     if torch.is_grad_enabled() or cache is None:
         return None
+    # A cache of another kind may keep its layers anywhere, and an offloaded one moves them away.
     if getattr(type(cache), "update", None) is not Cache.update or cache.offloading:
         return None
     if any(segment.lengths is not None or segment.keys.shape[0] != rows for segment in segments):

@@ -146,6 +146,7 @@ def find_rotation(
         like: hidden states, for dtype and device.
         positions: ``[1, P]`` int64.
     """
+    # By the largest key, since rotation mixes pairs of numbers of unlike size.
     tolerance = (1e-4 if still.dtype in (torch.float32, torch.float64) else 3e-2) * float(still.abs().max())
     for rotation in _candidates(spec, like):
         try:
@@ -164,6 +165,7 @@ def _candidates(spec: AttentionSpec, like: Tensor) -> Iterator[Rotation]:
         return
     cos, sin = found
     scale = float(cos.flatten()[0])
+    # At position 0 a rotation is the identity, so what the cosines say there is the scale alone.
     if cos.dim() != 3 or not scale > 0 or bool((cos - scale).abs().max() > 1e-3 * scale) or bool(sin.any()):
         return
     scale = 1.0 if abs(scale - 1) < 1e-6 else scale

@@ -93,6 +93,7 @@ class Projection:
             InputError: a number is NaN or infinite.
         """
         rotation = self.rotations[layer]
+        # The kernel rotates first halves against second ones, and has one tile width for keys and values.
         width = max(self.width, self.value_width)
         halves = None if rotation.pairs != "half" else tables
         if halves is not None and not reasons_against_gathering(column, *halves, width):
@@ -154,6 +155,7 @@ def find_projection(retrofit: Retrofit, adapter: str | None, rows: Sequence[Tens
             still = _still(retrofit, adapter, spec.memory_index, hidden)
             positions = torch.tensor([CHECK_POSITIONS], device=hidden.device)
             turned = _capture(retrofit, adapter, spec, hidden, positions)
+            # Bit for bit: the same module ran on the same rows, so only a position can make a difference.
             if not torch.equal(still.values, turned.values):
                 return f"{type(spec.attention).__name__} of layer {spec.layer_index} moves its values with positions"
             rotation = find_rotation(spec, still.keys, turned.keys, hidden, positions)

@@ -54,11 +54,13 @@ class Prepared:
             prefixed: per stream, whether there is anything in front of the text.
             like: gives dtype and device.
         """
+        # Made once and kept, though reads may come in another dtype (autocast) or on another device.
         begins = [begin.to(like) for begin in self._begins(layer, len(views))]
         pairs = list(zip(retrieved, prefixed, strict=True))
         own = [1 + (0 if found is None else len(found.rows)) if there else 0 for found, there in pairs]
         counts = [len(state_of(view).stm[layer]) for view in views]
         only = retrieved[0] if len(views) == 1 else None
+        # One stream, whose rows lie where they are kept: picked and rotated in one go, with no copy between.
         if only is not None and only.source is not None and _alike(only.source.parts[0][0], like):
             tables = self._tables(layer, own[0], ((own[0],), (counts[0],)), like)
             front = self.projection.picked(layer, begins[0], *only.source.contiguous(), tables)
@@ -83,6 +85,7 @@ class Prepared:
         self, layer: int, parts: Sequence[Sequence[Tensor]], own: Sequence[int], behind: Sequence[int], like: Tensor
     ) -> Segment:
         rows = max(own)
+        # Streams alike in size share a row of tables, and with it the tables of any other read of that size.
         streams = 1 if len(set(own)) == 1 and len(set(behind)) == 1 else len(own)
         tables = self._tables(layer, rows, (tuple(own[:streams]), tuple(behind[:streams])), like)
         if len(parts) == 1:
@@ -106,6 +109,7 @@ class Prepared:
             rows = max(counts)
             if not rows:
                 return self._nothing(like)
+            # One stream that all prompts of a batch read: its rows are rotated once, and shown to each.
             shared = all(state is states[0] for state in states) and (not compressed or len(set(in_front)) == 1)
             states = states[:1] if shared else states
             projected = [cast("Tensor", state.projected).to(like) for state in states]

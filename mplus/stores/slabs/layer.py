@@ -118,6 +118,7 @@ class SlabLayer:
             return SlabLocation([])
         if len(self.slabs) == 1:
             return SlabLocation([(self.slabs[0], self.slabs[0].find(ids))])
+        # Slabs ascend in ids, so the first slab whose last id is not below one is the only one that can have it.
         which, order = torch.searchsorted(self._lasts, ids), None
         if not bool((which[1:] >= which[:-1]).all()):
             by_slab = which.argsort(stable=True)
@@ -143,6 +144,7 @@ class SlabLayer:
         for name, (shape, dtype) in self.layout.columns().items():
             if name not in leave_out and found.parts:
                 column, places = found.of(name).contiguous()
+                # ``contiguous`` has made a copy already where rows come from several slabs.
                 whole = len(found.parts) > 1 and found.order is None
                 columns[name] = column if whole else column.index_select(0, places)
             elif name not in leave_out:
@@ -163,6 +165,7 @@ class SlabLayer:
         while done < len(rows):
             left, tail = len(rows) - done, slabs[-1] if slabs else None
             free = self.sizes.reserved(count) - sum(slab.block.capacity for slab in slabs)
+            # A fork shares the block: whoever claims the place behind the last row first may write there.
             granted = tail.block.claim(tail.tip, left) if tail is not None and tail.block.home is self.allocator else 0
             if tail is not None and granted:
                 _write(tail.block, tail.tip, columns, done, granted, next_id)
@@ -219,9 +222,8 @@ class SlabLayer:
 
     def _compacted(self, slabs: list[Slab], touched: Sequence[int]) -> list[Slab]:
         """Rewrite slabs with few rows among their places, small neighbours with them."""
-        for place in reversed(
-            touched
-        ):  # from behind: a rewrite may join neighbours, and those in front keep their places
+        # From behind: a rewrite may join neighbours, and those in front keep their places.
+        for place in reversed(touched):
             if len(slabs[place]) > self.sizes.growth**2 * slabs[place].count:
                 self._rewrite(slabs, place)
         count = sum(slab.count for slab in slabs)

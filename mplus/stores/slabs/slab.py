@@ -89,6 +89,7 @@ class Slab:
 
     def find(self, ids: Tensor) -> Tensor:
         """Return places ``[n]`` in the block of the rows with these ids. Raises KeyError naming a missing one."""
+        # Ids without a gap: they are places already.
         if self.last - self.first == len(self) - 1:
             places = ids - self.first
             known = (places >= 0) & (places < len(self))
@@ -105,6 +106,7 @@ class Slab:
     def extended(self, added: int, last: int) -> Slab:
         """Return this slab with ``added`` places from the tip on, of which the last one has the id ``last``."""
         live, removed = self.live, self.tip - self.end
+        # Places of removed rows at the end may be looked at by another slab of the block, so they are not used again.
         if live is not None or removed:
             with ordinary_tensors():
                 live = self._mask() if live is None else live
