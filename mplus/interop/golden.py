@@ -24,6 +24,10 @@ Progress = Callable[[str, int, int], None]
 """``progress(case, step, steps)``, called after every step."""
 
 
+Quantity = Tensor | int | tuple[str | None, ...] | None
+"""What a trace says exactly: whole numbers, flags and names."""
+
+
 @define(eq=False)
 class CaseReport:
     """Comparison of one case with its trace.
@@ -67,7 +71,7 @@ class CaseReport:
             shapes = "" if ours.shape == recorded.shape else f", shape {list(ours.shape)} for {list(recorded.shape)}"
             self.differences[quantity] = where + shapes
 
-    def demand(self, quantity: str, where: str, ours: object, recorded: object) -> None:
+    def demand(self, quantity: str, where: str, ours: Quantity, recorded: Quantity) -> None:
         """Note whether two values, or tensors of whole numbers, are equal."""
         if isinstance(ours, Tensor) and isinstance(recorded, Tensor):
             same = ours.shape == recorded.shape and bool((ours.cpu() == recorded).all())

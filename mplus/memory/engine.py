@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from mplus.config import JsonValue, MPlusConfig
+from mplus.config import Component, JsonValue, MPlusConfig
 from mplus.errors import MemoryMismatchError
 from mplus.memory.sources.found import FoundText
 from mplus.memory.state import StreamState, StreamView
@@ -71,7 +71,7 @@ class Engine(Protocol):
     def search(self, view: StreamView, text: str, k: int, tokenizer: Tokenizer | None) -> list[FoundText]:
         """Let the mechanism say what ``text`` would bring back from a stream; see ``Mechanism.search``."""
 
-    def check_options(self, **given: Any) -> None:
+    def check_options(self, **given: Component | torch.device | JsonValue) -> None:
         """Raise ConfigError where an argument of ``new_memory``, ``load`` or ``open`` means nothing to the mechanism.
 
         Args:

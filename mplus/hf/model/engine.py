@@ -11,7 +11,7 @@ from attrs import evolve
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mplus.config import JsonValue, MPlusConfig
+from mplus.config import Component, JsonValue, MPlusConfig
 from mplus.errors import ConfigError, MemoryMismatchError, NotSupported
 from mplus.hf.adapters.fingerprint import fingerprint
 from mplus.hf.adapters.weights import Look, Watch
@@ -28,6 +28,7 @@ from mplus.memory.memory import Memory
 from mplus.memory.sources.found import FoundText
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.weights_state import WeightsState
+from mplus.memory.writing.chunking import Tokenizer
 from mplus.memory.writing.passages import Passage
 from mplus.memory.writing.update import NewEntries, Update
 from mplus.retrievers.base import Retriever
@@ -216,7 +217,11 @@ class DecoderEngine:
         return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
 
     def write(
-        self, views: Sequence[StreamView], ids: Tensor, tokenizer: Any = None, sources: Sequence[int | None] = ()
+        self,
+        views: Sequence[StreamView],
+        ids: Tensor,
+        tokenizer: Tokenizer | None = None,
+        sources: Sequence[int | None] = (),
     ) -> Update:
         """Let the mechanism make the rows of one chunk; see ``Engine.write``. Gradients flow where they are enabled."""
         if self.watch.look_at_names() is not None:
@@ -237,7 +242,7 @@ class DecoderEngine:
         """Raise NotSupported: these memories are made of rows."""
         raise NotSupported(f"memories of the mechanism {self.mechanism.name!r} are made of rows, not of text")
 
-    def check_options(self, **given: Any) -> None:
+    def check_options(self, **given: Component | torch.device | JsonValue) -> None:
         """Accept all options: each means something to memories of rows; see ``Engine.check_options``."""
 
     def check_wrapped(self) -> None:

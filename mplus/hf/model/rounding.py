@@ -42,8 +42,8 @@ def observe(anatomy: Anatomy, run: Callable[[], Tensor]) -> list[Tensor]:
     """Return ``run()``, the logits ``[B, T, V]`` of a forward, and then the attention outputs of layers with memory."""
     found: dict[int, Tensor] = {}
 
-    def keep(index: int) -> Callable[[nn.Module, tuple[object, ...], Tensor | tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[object, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+    def keep(index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor | tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
             found[index] = output[0] if isinstance(output, tuple | list) else output
 
         return hook

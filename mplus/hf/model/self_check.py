@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, ParamSpec, cast
 
 import torch
 from attrs import define, evolve
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from mplus.eviction import EVICTION
 from mplus.hf.model.engine import DecoderEngine
@@ -34,6 +34,9 @@ Found = tuple[float, bool, str]
 
 class NotComparable(Exception):
     """The reference of a comparison does not work in this decoder, so nothing is known about the technique."""
+
+
+P = ParamSpec("P")
 
 
 @define(frozen=True)
@@ -122,9 +125,9 @@ class _Checks:
         self.noise = measure_noise(self.anatomy, lambda: self.model(input_ids=self.ids).logits, self.engine.dtype)
         return 0.0, True, ""
 
-    def _tried(self, name: str, step: Callable[..., Found], *args: Any) -> Check:
+    def _tried(self, name: str, step: Callable[P, Found], *args: P.args, **kwargs: P.kwargs) -> Check:
         try:
-            return Check(name, *step(*args))
+            return Check(name, *step(*args, **kwargs))
         except NotComparable as reason:
             return Check(name, None, True, str(reason))
         except Exception as failure:  # noqa: BLE001 - the point is to find what a foreign model cannot do, and to say it
@@ -164,7 +167,9 @@ class _Checks:
         other = ids[:, : TOKENS - 3] % self.engine.vocab_size
         return self.engine.mechanism.example(self.engine.decoder, other, self._context())
 
-    def _read(self, rows: int = 1, memory: bool = True, view: StreamView | None = None, **inputs: Any) -> list[Tensor]:
+    def _read(
+        self, rows: int = 1, memory: bool = True, view: StreamView | None = None, **inputs: Tensor
+    ) -> list[Tensor]:
         """Return what ``observe`` finds in a forward of the decoder."""
         reading = Reading(self.engine.mechanism, [self.view if view is None else view] * rows)
         with generating(self.model, reading) if memory else _nothing():
@@ -212,12 +217,13 @@ class _Checks:
         split = TOKENS - 2
         reading = Reading(self.engine.mechanism, [self.view])
         full = self._read(memory=memory, input_ids=self.ids)
-        cache: dict[str, Any] = {}
+        cache: dict[str, Cache] = {}
 
         def step(tokens: Tensor) -> Tensor:
             output = self.model(input_ids=tokens, use_cache=True, **cache)
             cache["past_key_values"] = output.past_key_values
-            return output.logits
+            logits: Tensor = output.logits
+            return logits
 
         with generating(self.model, reading) if memory else _nothing():
             pieces = [self.ids[:, :split], *self.ids[:, split:].split(1, 1)]

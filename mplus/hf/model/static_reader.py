@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from mplus.backends.base import Segment
 from mplus.errors import InputError, MemoryMismatchError, NotSupported
 from mplus.hf.adapters.lora import AdaptedProjection, adapted_projections
 from mplus.hf.adapters.peft_layers import is_adapter_layer
@@ -242,7 +243,8 @@ def _moved(reading: Reading, device: torch.device) -> Tensor | int:
 def _joined(reading: Reading, index: int, layer: DynamicLayer) -> tuple[Tensor, Tensor]:
     """Return keys and values ``[B, Hkv, P+T, D]`` of memory and text in one layer."""
     text_keys, text_values = cast("Tensor", layer.keys), cast("Tensor", layer.values)
-    segments: Any = reading.segments.get(index, ())  # no way of its own to attend: see reasons_against
+    # No way of its own to attend, so these are segments: see reasons_against.
+    segments = cast("tuple[Segment, ...]", reading.segments.get(index, ()))
     if any(segment.lengths is not None for segment in segments):
         raise NotSupported(
             "the streams of this memory have rows of different number, which a static cache has no mask for"

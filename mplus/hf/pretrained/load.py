@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,7 @@ def from_pretrained(
         additions = load_file(inner / WEIGHTS)
     except SafetensorError as error:
         raise CheckpointError(f"{inner / WEIGHTS} must be a whole safetensors file: {error}") from error
-    decoder = _base(base, config, inner, kwargs)
+    decoder = _base(base, config, inner, partial(base_class_of(config).from_pretrained, **kwargs))
     if inner != folder and isinstance(decoder, PreTrainedModel) and not hasattr(decoder, "peft_config"):
         decoder = with_adapters(decoder, folder, trainable)
     load_injected(decoder, inner, trainable)
@@ -87,24 +88,21 @@ def _base(
     base: Where | PreTrainedModel | PeftModel | None,
     config: MPlusModelConfig,
     folder: Path,
-    kwargs: Mapping[str, Any],
+    load: Callable[[Where], PreTrainedModel],
 ) -> PreTrainedModel | PeftModel:
     if base is None and not (folder / BASE).is_dir():
-        return _found_again(config, str(folder), kwargs)
+        return _found_again(config, str(folder), load)
     base = folder / BASE if base is None else base
-    if isinstance(base, str | os.PathLike):
-        loaded: PreTrainedModel = base_class_of(config).from_pretrained(base, **kwargs)
-        return loaded
-    return base
+    return load(base) if isinstance(base, str | os.PathLike) else base
 
 
-def _found_again(config: MPlusModelConfig, where: str, kwargs: Mapping[str, Any]) -> PreTrainedModel:
+def _found_again(config: MPlusModelConfig, where: str, load: Callable[[Where], PreTrainedModel]) -> PreTrainedModel:
     """Load the decoder that additions were saved for, from the place it had then."""
     base_model = config.base_model
     if base_model is None:
         raise CheckpointError(f"{where} does not say which decoder it was made for: pass base=")
     try:
-        return base_class_of(config).from_pretrained(base_model, **kwargs)
+        return load(base_model)
     except (OSError, ValueError) as error:
         first = str(error).partition("\n")[0]
         raise CheckpointError(

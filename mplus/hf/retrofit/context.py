@@ -118,11 +118,12 @@ class MemoryLayer(Layer):
 
     _mplus_memory_index: int | None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         # Outside gradient checkpointing: what is added and collected here is part of the recorded graph.
         active = current_pass()
         if active is None:
-            return super().__call__(*args, **kwargs)
+            plain: Tensor | tuple[Tensor, ...] = super().__call__(*args, **kwargs)
+            return plain
         index, collection, edit = self.__dict__["_mplus_memory_index"], active.collection, active.edit
         if edit is not None or collection is not None:
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -134,17 +135,18 @@ class MemoryLayer(Layer):
                     kwargs["hidden_states"] = hidden
             if collection is not None:
                 collection.entered(index, hidden)
-        output = super().__call__(*args, mplus_pass=active, **kwargs)
+        output: Tensor | tuple[Tensor, ...] = super().__call__(*args, mplus_pass=active, **kwargs)
         if collection is not None:
             collection.left(index, output[0] if isinstance(output, tuple) else output)
         return output
 
-    def forward(self, *args: Any, mplus_pass: Pass | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, mplus_pass: Pass | None = None, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         # Inside it: a recomputation comes after the pass, maybe in another thread, so the pass travels as an argument.
         # In the thread that runs the pass it is set already; only a recomputation has to set it again.
+        forward: Callable[..., Tensor | tuple[Tensor, ...]] = super().forward
         if mplus_pass is None or mplus_pass is current_pass():
-            return super().forward(*args, **kwargs)
-        return run_in(mplus_pass, super().forward, *args, **kwargs)
+            return forward(*args, **kwargs)
+        return run_in(mplus_pass, forward, *args, **kwargs)
 
 
 def carry_memory(layer: nn.Module, memory_index: int | None) -> None:

@@ -11,7 +11,7 @@ from attrs import evolve
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mplus.config import JsonValue, MPlusConfig
+from mplus.config import Component, JsonValue, MPlusConfig
 from mplus.errors import ConfigError, MemoryMismatchError, NotSupported
 from mplus.hf.model.offloading import input_device
 from mplus.hf.reading.open_readings import OpenReadings
@@ -21,6 +21,7 @@ from mplus.mechanisms.text.state import EntryState
 from mplus.memory.sources.found import FoundText
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.weights_state import WeightsState
+from mplus.memory.writing.chunking import Tokenizer
 from mplus.memory.writing.passages import Passage
 from mplus.memory.writing.update import NewEntries, Update
 from mplus.rows import MemoryRows
@@ -107,7 +108,7 @@ class TextEngine:
                 "and load them for the model once it is wrapped again"
             )
 
-    def check_options(self, **given: Any) -> None:
+    def check_options(self, **given: Component | torch.device | JsonValue) -> None:
         """Refuse all that is about rows; see ``Engine.check_options``."""
         for name, value in given.items():
             if value is not None and value is not False:
@@ -130,7 +131,11 @@ class TextEngine:
         return WeightsState()
 
     def write(
-        self, views: Sequence[StreamView], ids: Tensor, tokenizer: Any = None, sources: Sequence[int | None] = ()
+        self,
+        views: Sequence[StreamView],
+        ids: Tensor,
+        tokenizer: Tokenizer | None = None,
+        sources: Sequence[int | None] = (),
     ) -> Update:
         """Raise NotSupported: there are no rows."""
         raise self._no_rows()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from attrs import define, evolve, field
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mplus.stores.slabs.block import Block
+
+    _State = tuple[Block, int, int, int, Tensor | None, int, int, int]
 
 
 @define(frozen=True, eq=False)
@@ -65,10 +67,10 @@ class Slab:
     def __len__(self) -> int:
         return self.end - self.start
 
-    def __getstate__(self) -> tuple[Any, ...]:
+    def __getstate__(self) -> _State:
         return self.block, self.start, self.end, self.tip, self.live, self.count, self.first, self.last
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
+    def __setstate__(self, state: _State) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
     def column(self, name: str) -> Tensor:
