@@ -18,7 +18,7 @@ from mplus.cli.evaluation import abstention, harm, retention, retriever
 from mplus.cli.get import get
 from mplus.cli.import_ import import_checkpoint
 from mplus.cli.info import info
-from mplus.cli.memory import forget, repair, show, sources, verify
+from mplus.cli.memory import expire, forget, pin, repair, show, sources, text, unpin, verify
 from mplus.cli.plugins import plugins
 from mplus.cli.replay import replay
 from mplus.cli.train import train
@@ -76,10 +76,14 @@ def _app() -> typer.Typer:
     commands.command()(replay)
     commands.command()(train)
     commands.command("import")(import_checkpoint)
-    memory = typer.Typer(no_args_is_help=True, help="Look at saved memories, and take sources out of them.")
+    memory = typer.Typer(no_args_is_help=True, help="Look at memories on disk, and at single sources of them.")
     memory.command()(show)
     memory.command()(sources)
     memory.command()(forget)
+    memory.command()(expire)
+    memory.command()(pin)
+    memory.command()(unpin)
+    memory.command()(text)
     memory.command()(verify)
     memory.command()(repair)
     commands.add_typer(memory, name="memory")

@@ -1,10 +1,10 @@
-"""``mplus memory``: show, sources, forget, verify and repair."""
+"""``mplus memory``: show, sources, forget, expire, pin, unpin, text, verify and repair."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 
 Kept = Annotated[Path, typer.Argument(help="Folder written by Memory.save or Memory.open.", show_default=False)]
+Named = Annotated[str | None, typer.Argument(help="Name that was given to write.", show_default=False)]
+Unnamed = Annotated[bool, typer.Option("--unnamed", help="What was written without a name.")]
+Stream = Annotated[int | None, typer.Option(help="In this stream only.", show_default="all")]
 Out = Annotated[Path, typer.Argument(help="Folder for what is sound; empty or new.", show_default=False)]
 
 
@@ -212,27 +215,90 @@ def _plain(instance: object, field: object, value: Any) -> JsonValue:
 
 def forget(
     path: Kept,
-    source: Annotated[str | None, typer.Argument(help="Name that was given to write.", show_default=False)] = None,
-    unnamed: Annotated[bool, typer.Option("--unnamed", help="Forget what was written without a name.")] = False,
+    source: Named = None,
+    unnamed: Unnamed = False,
     keep_name: Annotated[bool, typer.Option("--keep-name", help="Keep the name, listed as forgotten.")] = False,
-    stream: Annotated[int | None, typer.Option(help="Forget it in this stream only.", show_default="all")] = None,
+    stream: Stream = None,
 ) -> None:
     """Rewrite a memory on disk without the rows, kept texts and name of one source.
 
     Rows written later may still carry traces of it. Other copies of the memory stay as they are. A directory that is
     open for writing is refused.
     """
-    from mplus.errors import InputError
     from mplus.memory.format.offline import forget_saved
+
+    report = forget_saved(path, _source(source, unnamed=unnamed), stream, keep_name=keep_name)
+    print(
+        f"forgot {_named(source)}: {report.tokens:,} tokens in {report.chunks:,} chunks; of its rows, per layer: "
+        + ", ".join(f"{counts(rows)} {name}" for name, rows in report.held.items())
+    )
+
+
+def expire(
+    path: Kept,
+    now: Annotated[
+        datetime | None, typer.Option(help="Time to go by, in UTC where it says nothing else.", show_default="now")
+    ] = None,
+) -> None:
+    """Rewrite a memory on disk without the sources whose time has come (``write(..., expires=)``)."""
+    from mplus.memory.format.offline import expire_saved
+
+    time = datetime.now(UTC) if now is None else now if now.tzinfo else now.replace(tzinfo=UTC)
+    reports = expire_saved(path, time.timestamp())
+    for report in reports:
+        print(f"forgot {_named(report.source)}: {report.tokens:,} tokens in {report.chunks:,} chunks")
+    if not reports:
+        print("nothing has expired")
+
+
+def pin(path: Kept, source: Named = None, unnamed: Unnamed = False, stream: Stream = None) -> None:
+    """Keep the rows of a source from eviction, in a memory on disk."""
+    from mplus.memory.format.offline import pin_saved
+
+    pin_saved(path, _source(source, unnamed=unnamed), stream, pinned=True)
+    print(f"pinned {_named(source)}")
+
+
+def unpin(path: Kept, source: Named = None, unnamed: Unnamed = False, stream: Stream = None) -> None:
+    """Let the rows of a source leave again as the eviction policy says, in a memory on disk."""
+    from mplus.memory.format.offline import pin_saved
+
+    pin_saved(path, _source(source, unnamed=unnamed), stream, pinned=False)
+    print(f"unpinned {_named(source)}")
+
+
+def text(
+    path: Kept,
+    source: Named = None,
+    unnamed: Unnamed = False,
+    stream: Annotated[int, typer.Option(help="Stream that it was written to.")] = 0,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Folder or name of the decoder's tokenizer; memories of text need none.", show_default=False),
+    ] = None,
+) -> None:
+    """Print what was written from a source, where a memory on disk keeps its words or ids."""
+    from mplus.memory.format.offline import saved_text
+
+    known = None
+    if tokenizer is not None:
+        from mplus.hf.decoders.train_model import load_tokenizer
+
+        known = load_tokenizer(tokenizer)
+    print(saved_text(path, _source(source, unnamed=unnamed), stream, known))
+
+
+def _source(source: str | None, *, unnamed: bool) -> str | None:
+    """Return the name of a source. Raises InputError unless there is one, or else ``unnamed``."""
+    from mplus.errors import InputError
 
     if unnamed == (source is not None):
         raise InputError(f"give the name of a source or --unnamed, got {source!r} and unnamed={unnamed}")
-    report = forget_saved(path, source, stream, keep_name=keep_name)
-    print(
-        f"forgot {'text without a name' if source is None else repr(source)}: {report.tokens:,} tokens in "
-        f"{report.chunks:,} chunks; of its rows, per layer: "
-        + ", ".join(f"{counts(rows)} {name}" for name, rows in report.held.items())
-    )
+    return source
+
+
+def _named(source: str | None) -> str:
+    return "text without a name" if source is None else repr(source)
 
 
 def _table(stream: list[SourceInfo]) -> Table:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from attrs import evolve
 
-from mplus.errors import InputError, NotSupported
+from mplus.errors import InputError
 from mplus.memory.copying import check_row
 from mplus.memory.engine import Engine
 from mplus.memory.report import SourceInfo, describe
-from mplus.memory.sources.forget import check_known, forgotten_names
+from mplus.memory.sources.forget import forgotten_names
 from mplus.memory.sources.found import FoundText
 from mplus.memory.sources.listing import sources_of
+from mplus.memory.sources.text import text_of_source
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.transaction import Streams
 from mplus.memory.writing.chunking import Tokenizer
@@ -124,21 +125,7 @@ class MemoryContent:
             InputError: the stream has no such source, there is no such row, or the memory has no tokenizer.
             NotSupported: the memory keeps neither words nor ids.
         """
-        state = self.states[row := check_row(row, self.batch_size)]
-        check_known(self.states, [row], source)
-        number = state.sources.find(source)
-        kept = None if number is None else state.text_of(number)
-        if number is None or kept is not None:
-            return kept or ""
-        ids = state.ids_of(number)
-        if ids is None:
-            raise NotSupported(
-                "this memory keeps no words of what was written: make memories with new_memory(keep_text=True), or of "
-                "the mechanism 'kv' or 'notes'"
-            )
-        if self.tokenizer is None:
-            raise InputError("ids are made text by a tokenizer: pass tokenizer= to new_memory, load or open")
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return text_of_source(self.states[check_row(row, self.batch_size)], source, self.tokenizer)
 
     def forgotten(self, row: int = 0) -> list[str | None]:
         """List names of sources of batch row ``row`` that ``forget(keep_name=True)`` left nothing of but the name.

@@ -25,7 +25,7 @@ COMMANDS = {
     "memory show",
     "memory verify",
 }
-COMMANDS |= {"memory forget", "memory repair", "memory sources"}
+COMMANDS |= {f"memory {name}" for name in ("forget", "repair", "sources", "expire", "pin", "unpin", "text")}
 COMMANDS |= {f"eval {name}" for name in TOLD}
 COMMANDS |= {"eval retention", "eval harm", "eval retriever", "eval abstention"}
 COMMANDS |= {"bench read", "bench write", "bench decode", "bench score", "bench attention", "bench store"}

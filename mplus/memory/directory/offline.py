@@ -1,9 +1,10 @@
-"""Describe and check a memory in a directory, list its sources and forget one, without its decoder."""
+"""Describe and check a memory in a directory, list its sources and change it, without its decoder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import attrs
 import torch
@@ -21,12 +22,13 @@ from mplus.memory.format.folder import MANIFEST, hold, mode_of
 from mplus.memory.format.manifest import rows_per_chunk
 from mplus.memory.format.rules import PIECE_ROWS, finite, rules
 from mplus.memory.format.save import ManifestHeader, stream_entry
-from mplus.memory.report import ForgetReport, SourceInfo
-from mplus.memory.sources.forget import forget, without_unused_sources
+from mplus.memory.report import SourceInfo
+from mplus.memory.sources.forget import without_unused_sources
 from mplus.memory.sources.listing import sources_of
 from mplus.memory.sources.table import SourceTable
+from mplus.memory.state import StreamState
 from mplus.memory.transaction import ChangeToken
-from mplus.stores.base import StoreLayout
+from mplus.stores.base import MemoryStore, StoreLayout
 from mplus.stores.disk.block_file import BlockFile, FileEntry
 from mplus.stores.disk.files import FileSystem, Folder, writable
 
@@ -76,26 +78,27 @@ def live_sources(folder: Path) -> list[list[SourceInfo]]:
     return [sources_of(view, chunk) for view in content.views()]
 
 
-def forget_live(
-    folder: Path, source: str | None, row: int | None, files: FileSystem | None = None, *, keep_name: bool = False
-) -> ForgetReport:
-    """Forget a source of a memory in a directory, as ``Memory.forget`` does.
+T = TypeVar("T")
 
-    After an error or a crash the directory is as before, or wholly without the source.
+OfflineChange = Callable[[list[StreamState], list[MemoryStore]], T]
+"""Changes a list of states, and stores; returns what it did, which counts as nothing where it is False."""
+
+
+def change_live(folder: Path, change: OfflineChange[T], files: FileSystem | None = None) -> T:
+    """Make a change of a memory in a directory, and write a checkpoint without what was removed.
+
+    After an error or a crash the directory is as before, or wholly changed.
 
     The retriever's indexes, which only the decoder's mechanism can change, are left out: the next read makes them anew.
 
     Args:
         folder: of the memory.
-        source: a name that was given to ``write``.
-        row: stream to take it out of; None: all.
+        change: makes it.
         files: does what is done to files; None: the system.
-        keep_name: as for ``Memory.forget``.
 
     Raises:
         MemoryFileError: as ``present``, or the folder cannot be written.
         LiveMemoryError: it is open for writing; says by which process.
-        InputError: no stream has this source, or there is no such stream.
     """
     files, held = files or FileSystem(), hold(folder)
     read_live_manifest(held)  # before a lock is left in a folder of another kind
@@ -104,15 +107,22 @@ def forget_live(
         directory = Directory(held, files, acquire(files, held))
     try:
         manifest, content, (size, count) = read_present(held, _layout)
-        rows = chosen(row, len(content.states))
-        report = forget(content.states, content.stores, rows, source, keep_name=keep_name)
-        with writable(folder):
-            directory.resume(manifest, size, count)
-            _replace(directory, manifest, content)
-        directory.check_removed()
-        return report
+        result = change(content.states, content.stores)
+        if result:
+            with writable(folder):
+                directory.resume(manifest, size, count)
+                _replace(directory, manifest, content)
+            directory.check_removed()
+        return result
     finally:
         directory.close()
+
+
+def live_content(folder: Path) -> list[StreamState]:
+    """Return the states of a memory in a directory, while it may be written. Raises as ``read_info``."""
+    with hold(folder) as held:
+        _, content, _ = read_present(held, _layout)
+    return content.states
 
 
 def chosen(row: int | None, streams: int) -> Sequence[int]:

@@ -1,16 +1,17 @@
-"""List the sources of a memory on disk and forget one, without the decoder it belongs to."""
+"""List the sources of a memory on disk, read and change them, without the decoder it belongs to."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from attrs import evolve
 
 from mplus.config import Component
 from mplus.errors import MemoryFileError
-from mplus.memory.directory.offline import chosen, forget_live, live_sources
+from mplus.memory.directory.offline import OfflineChange, change_live, chosen, live_content, live_sources
 from mplus.memory.format.earlier import in_present_form
 from mplus.memory.format.entries import layout_from, state_class
 from mplus.memory.format.folder import MANIFEST, check_removed, hold, lock, mode_of
@@ -19,11 +20,17 @@ from mplus.memory.format.manifest import LIVE_FORMAT, Manifest, is_memory, read_
 from mplus.memory.format.save import ManifestHeader, replace, store_numbers
 from mplus.memory.format.tensors import TensorReader, Tensors
 from mplus.memory.report import ForgetReport, SourceInfo
-from mplus.memory.sources.forget import forget
+from mplus.memory.sources.expiry import forget_due, mark_pinned
+from mplus.memory.sources.forget import forget, unshare
 from mplus.memory.sources.listing import Held, listed
 from mplus.memory.sources.table import SourceTable
-from mplus.memory.state import LONG_TERM, StreamView
+from mplus.memory.sources.text import text_of_source
+from mplus.memory.state import LONG_TERM, StreamState, StreamView
+from mplus.memory.writing.chunking import Tokenizer
 from mplus.stores.base import MemoryStore
+from mplus.stores.disk.files import FileSystem
+
+T = TypeVar("T")
 
 
 def saved_sources(path: str | Path) -> list[list[SourceInfo]]:
@@ -64,7 +71,12 @@ def saved_tables(path: str | Path) -> tuple[Manifest, list[SourceTable]]:
 
 
 def forget_saved(
-    path: str | Path, source: str | None, row: int | None = None, *, keep_name: bool = False
+    path: str | Path,
+    source: str | None,
+    row: int | None = None,
+    *,
+    keep_name: bool = False,
+    files: FileSystem | None = None,
 ) -> ForgetReport:
     """Write the memory in the folder ``path`` anew without the rows, texts and name of ``source``.
 
@@ -76,43 +88,77 @@ def forget_saved(
         source: a name that was given to ``write``.
         row: stream to take it out of; None: all.
         keep_name: as for ``Memory.forget``.
+        files: does what is done to the files of a directory; None: the system.
 
     Raises:
         MemoryFileError: as ``saved_sources``, or the folder cannot be written.
         InputError: no stream has this source, or there is no such stream; nothing was changed.
         LiveMemoryError: somebody has the directory open for writing; says who.
     """
+
+    def change(states: list[StreamState], stores: list[MemoryStore]) -> ForgetReport:
+        rows = chosen(row, len(states))
+        unshare(stores, rows)
+        return forget(states, stores, rows, source, keep_name=keep_name)
+
+    return _changed(Path(path), change, files)
+
+
+def expire_saved(path: str | Path, now: float) -> list[ForgetReport]:
+    """Forget what has expired by ``now`` (in seconds since 1970, UTC), as ``Memory.expire``. Raises MemoryFileError."""
+    return _changed(Path(path), lambda states, stores: forget_due(states, stores, now))
+
+
+def pin_saved(path: str | Path, source: str | None, row: int | None = None, *, pinned: bool) -> None:
+    """Pin a source of the memory in the folder ``path``, or unpin it, as ``Memory.pin``. Raises as ``forget_saved``."""
+    _changed(Path(path), lambda states, _: mark_pinned(states, chosen(row, len(states)), source, pinned=pinned))
+
+
+def saved_text(path: str | Path, source: str | None, row: int = 0, tokenizer: Tokenizer | None = None) -> str:
+    """Return what was written from a source to a stream of a memory on disk, as ``Memory.text``. Raises as that."""
     folder = Path(path)
+    states = live_content(folder) if is_memory(folder, LIVE_FORMAT) else _saved_content(folder)
+    (number,) = chosen(row, len(states))
+    return text_of_source(states[number], source, tokenizer)
+
+
+def _saved_content(folder: Path) -> list[StreamState]:
+    here = hold(folder)
+    held = lock(here, shared=True)
+    try:
+        manifest = read_manifest(here)
+        with TensorReader(here, manifest.data) as opened:
+            file = in_present_form(opened, manifest.earlier)
+            check_names(file, manifest)
+            return read_streams(file, manifest, layout_from(manifest.layout), Component("ram"))[0]
+    finally:
+        held.release()
+
+
+def _changed(folder: Path, change: OfflineChange[T], files: FileSystem | None = None) -> T:
+    """Make a change of the memory in a folder, and write it anew where there was anything to do."""
     if is_memory(folder, LIVE_FORMAT):
-        return forget_live(folder, source, row, keep_name=keep_name)
+        return change_live(folder, change, files)
     here = hold(folder)
     held = lock(here)
     try:
         manifest = read_manifest(here)
         here.file_mode = mode_of(here / MANIFEST)
-        rows = chosen(row, len(manifest.streams))
         with TensorReader(here, manifest.data) as opened:
             file = in_present_form(opened, manifest.earlier)
             check_names(file, manifest)
             states, stores, generators = read_streams(file, manifest, layout_from(manifest.layout), Component("ram"))
             noted = any(name.startswith("stream.") and ".usage." in name for name in file.names)
             access_logs = [read_access_log(file, n, store) if noted else None for n, store in enumerate(stores)]
-        report = forget(states, _own(stores, rows), rows, source, keep_name=keep_name)
-        views = [StreamView(*parts) for parts in zip(states, stores, access_logs, strict=True)]
-        draws = [generator.get_state() for generator in generators]
-        left = replace(here, views, draws, store_numbers(stores), _facts(manifest))
-        check_removed(here, left)
-        return report
+        result = change(states, stores)
+        if result:
+            views = [StreamView(*parts) for parts in zip(states, stores, access_logs, strict=True)]
+            draws = [generator.get_state() for generator in generators]
+            left = replace(here, views, draws, store_numbers(stores), _facts(manifest))
+            check_removed(here, left)
+        return result
     finally:
         held.release()
-
-
-def _own(stores: list[MemoryStore], rows: Sequence[int]) -> list[MemoryStore]:
-    """Return the stores, in which streams that lose rows share theirs with no other."""
-    for row in rows:
-        if sum(store is stores[row] for store in stores) > 1:
-            stores[row] = stores[row].fork()
-    return stores
 
 
 def _facts(manifest: Manifest) -> ManifestHeader:

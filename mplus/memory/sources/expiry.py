@@ -12,10 +12,10 @@ from mplus.errors import MemoryFullError, NotSupported
 from mplus.memory.draft import adopt_draft, draft_of
 from mplus.memory.report import ForgetReport
 from mplus.memory.sources.clock import expiry_of, read_clock
-from mplus.memory.sources.forget import check_known, drop_source
+from mplus.memory.sources.forget import check_known, drop_source, forget, unshare
 from mplus.memory.state import StreamState
 from mplus.memory.transaction import Streams
-from mplus.stores.base import StoreView
+from mplus.stores.base import MemoryStore, StoreView
 
 
 def expire(streams: Streams, now: float | None = None) -> list[ForgetReport]:
@@ -51,6 +51,13 @@ def facts_of(streams: Streams, expires: datetime | timedelta | None) -> dict[str
     return {} if expires is None else {"expires": expiry_of(expires, streams.clock)}
 
 
+def forget_due(states: list[StreamState], stores: list[MemoryStore], now: float) -> list[ForgetReport]:
+    """Remove what has expired by ``now`` from states and stores, in place in the lists; no decoder is needed."""
+    due = _due(states, now)
+    unshare(stores, sorted({row for rows in due.values() for row in rows}))
+    return [forget(states, stores, rows, name) for name, rows in due.items()]
+
+
 def _due(states: Sequence[StreamState], now: float) -> dict[str | None, list[int]]:
     """Return the names of the sources that expire up to ``now``, and in which batch rows."""
     rows: dict[str | None, list[int]] = {}
@@ -71,16 +78,20 @@ def pin(streams: Streams, rows: Iterable[int], source: str | None, *, pinned: bo
             f"long_term_tokens {streams.engine.config.long_term_tokens}), so that none can be pinned"
         )
 
-    def mark(states: list[StreamState]) -> None:
-        check_known(states, rows, source)
-        for row in rows:
-            sources, number = states[row].sources, states[row].sources.find(source)
-            if number is not None and sources[number].pinned != pinned:
-                sources = sources.having(number, evolve(sources[number], pinned=pinned))
-                states[row] = evolve(states[row], sources=sources)
-
     with streams.write_lock:
-        streams.change(mark, {})
+        streams.change(lambda states: mark_pinned(states, rows, source, pinned=pinned), {})
+
+
+def mark_pinned(states: list[StreamState], rows: Iterable[int], source: str | None, *, pinned: bool) -> bool:
+    """Mark a source of some of the states, in place in the list; return True where that changes anything."""
+    rows, changed = list(rows), False
+    check_known(states, rows, source)
+    for row in rows:
+        sources, number = states[row].sources, states[row].sources.find(source)
+        if number is not None and sources[number].pinned != pinned:
+            sources = sources.having(number, evolve(sources[number], pinned=pinned))
+            states[row], changed = evolve(states[row], sources=sources), True
+    return changed
 
 
 def check_room(streams: Streams, rows: Iterable[int]) -> None:

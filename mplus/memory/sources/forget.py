@@ -66,6 +66,13 @@ def forget(
     return report
 
 
+def unshare(stores: list[MemoryStore], rows: Iterable[int]) -> None:
+    """Let streams that lose rows share their store with no other, in place in the list."""
+    for row in rows:
+        if sum(store is stores[row] for store in stores) > 1:
+            stores[row] = stores[row].fork()
+
+
 def forgotten_names(state: StreamState) -> list[str | None]:
     """Return the names of sources of which nothing else is left, in order of first writing."""
     return [entry.name for entry in state.sources if not entry.chunks]

@@ -15,7 +15,6 @@ from mplus.cli import app
 from mplus.errors import InputError, LiveMemoryError, MemoryFileError
 from mplus.memory import Memory
 from mplus.memory.directory.checkpoint_manifest import read_live_manifest
-from mplus.memory.directory.offline import forget_live
 from mplus.memory.format.offline import forget_saved, saved_sources
 from mplus.memory.format.verify import verify
 from tests.helpers.clock import NOON
@@ -147,14 +146,14 @@ def test_a_disk_that_fails_at_any_call_leaves_it_as_it_was_or_without_the_source
     memory.directory.close()
     whole = content(memory)
     shutil.copytree(tmp_path / "made", tmp_path / "done")
-    forget_live(tmp_path / "done", "b", None)
+    forget_saved(tmp_path / "done", "b", None)
     less = content(reopened(tmp_path / "done", model))
     files, outcomes = Failing(), set()
     for at in range(1, 200):
         path = shutil.copytree(tmp_path / "made", tmp_path / "tried", dirs_exist_ok=False)
         files.fail(at, lasting=at % 2 == 0, late=at % 3 == 0)
         try:
-            forget_live(path, "b", None, files)
+            forget_saved(path, "b", files=files)
         except MemoryFileError as error:
             outcomes.add("error")
             if "could not be removed" in str(error):  # forgotten all the same
