@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from mplus.cli.eval_options import Device, Dtype, Json, Threads, assignment, numbers, set_threads
+from mplus.cli.eval_options import Device, Dtype, Json, Threads, assignment, numbers, set_threads, show_plain
 from mplus.config import JsonValue
 from mplus.errors import ConfigError, UnknownNameError
 
@@ -76,6 +76,10 @@ def chat_command(protocol: str) -> Callable[..., None]:
         directory: Annotated[
             Path | None, typer.Option(help="Keep memories on disk in this folder, and open them again to ask.")
         ] = None,
+        search: Annotated[
+            bool,
+            typer.Option("--search", help="Search the memories only: is the right chunk among the best? No answers."),
+        ] = False,
         export: Annotated[Path | None, typer.Option(help="Write the questions for benchmarks/snapkv here.")] = None,
         snapkv: Annotated[Path | None, typer.Option(help="Answers of benchmarks/snapkv to the same questions.")] = None,
         seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
@@ -91,6 +95,7 @@ def chat_command(protocol: str) -> Callable[..., None]:
         from rich.console import Console
 
         from mplus.evaluation.chat.memories import compare_memories, memory_configs, wrapped_each
+        from mplus.evaluation.chat.search import search_recall
         from mplus.evaluation.options import ArmOptions, RunOptions
         from mplus.evaluation.reports.plots import check_paths
         from mplus.evaluation.reports.worth import show_worth, worth_markdown
@@ -110,6 +115,9 @@ def chat_command(protocol: str) -> Callable[..., None]:
             (label, _execution(wrapped, words, task, options, tokens))
             for label, wrapped in wrapped_each(decoder, configs)
         )
+        if search:
+            show_plain(search_recall(each, model.name), as_json)
+            return
         wanted = None if arms is None else [name.strip() for name in arms.split(",")]
         report = compare_memories(each, wanted, options=ArmOptions(snapkv_answers=snapkv), name=model.name)
         if as_json is not None:
