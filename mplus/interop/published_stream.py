@@ -119,7 +119,8 @@ class PublishedStream:
 
     def forward_with_block(self, ids: Tensor, delta: Tensor) -> Heard:
         """Read ``ids`` with nothing but begin row and ``delta`` ``[1, L, k, d]`` in front."""
-        begin = self.engine.mechanism.has_prefix(self.view)
+        mechanism = cast("RowMechanism", self.engine.mechanism)
+        begin = mechanism.has_begin(self.view)
         context = self._block(delta) if begin else tuple(rows[:0] for rows in self._block(delta))
         plan = WritePlan.together([WritePlan(begin=begin, context=context, reencoded=0, rows=0)])
         # The released code keeps the writing adapter for a block that is as long as one write makes it.
@@ -127,7 +128,7 @@ class PublishedStream:
         with torch.no_grad():
             found = self.engine.decoder.run(
                 ids,
-                prefix=WritePass(plan, cast("RowMechanism", self.engine.mechanism).additions).prefix,
+                prefix=WritePass(plan, mechanism.additions).prefix,
                 prefix_rows=plan.prefix_rows,
                 adapter="write" if whole else "read",
                 collect=("logits", "hidden"),
@@ -138,7 +139,7 @@ class PublishedStream:
     def forward_with_pool(self, ids: Tensor, delta: Tensor, draw: Permutations) -> Heard:
         """Read ``ids`` with ``delta`` ``[1, L, k, d]`` behind as many pool rows as leave room for it."""
         view = self.view
-        if self.engine.mechanism.has_prefix(view):
+        if cast("RowMechanism", self.engine.mechanism).has_begin(view):
             view = StreamView(evolve(self.state, stm=self._sampled(delta, draw)), view.store)
         return self._read(view, ids)
 

@@ -32,6 +32,7 @@ class Text:
         query: ``[B, n]`` bool, of a read: the tokens to retrieve with (``query_tokens``); None: all that are text.
         sources: of a write, for each row the number of the source that the chunk comes from, None where it is a new
             one; () where it is not known.
+        short: of a write: it is too short for a chunk, so that it is to cost no more rows than it has tokens.
         limited: a read says with how many tokens to retrieve, so that a mechanism does not choose among them itself.
         queries: of each row ``[q]`` int64, ids to retrieve with in the place of its own (``retrieval_query``).
         further: tokens that may be read behind these, such as those of an answer.
@@ -48,6 +49,7 @@ class Text:
     embedded: Tensor | None = None
     query: Tensor | None = None
     sources: tuple[int | None, ...] = ()
+    short: bool = False
     limited: bool = False
     queries: Sequence[Tensor] | None = None
     further: int = 0

@@ -76,7 +76,7 @@ class MemoryLLMMechanism(RowMechanism):
     ) -> tuple[ShortTermState, int]:
         return state, 0
 
-    def has_prefix(self, view: StreamView) -> bool:
+    def has_begin(self, view: StreamView) -> bool:
         return not self._unfilled(state_of(view))
 
     def _unfilled(self, state: ShortTermState) -> bool:

@@ -81,6 +81,15 @@ class Mechanism(ABC):
         """
         return None
 
+    @property
+    def shortest_text(self) -> int:
+        """Tokens of the shortest text that a write makes chunks of at once; a shorter one waits in the stream's tail.
+
+        1, the default: every text is written at once, as chunks of any length up to ``chunk_tokens``. A mechanism with
+        another number shows its reads the tail (``StreamState.tail``).
+        """
+        return 1
+
     @abstractmethod
     def new_state(self, layout: StoreLayout, columns: Columns | None = None) -> StreamState:
         """Return a fresh stream.

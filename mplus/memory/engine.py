@@ -50,6 +50,7 @@ class Engine(Protocol):
         ids: Tensor,
         tokenizer: Tokenizer | None = None,
         sources: Sequence[int | None] = (),
+        short: bool = False,
     ) -> Update:
         """Let the mechanism make rows of one chunk of each stream.
 
@@ -58,6 +59,7 @@ class Engine(Protocol):
             ids: ``[B, n]`` int64.
             tokenizer: turns ids into text, if the memory has one.
             sources: for each stream the number of the source that its chunk comes from; None where it is a new one.
+            short: the text is shorter than a chunk, and is not to cost the rows of one.
         """
 
     def write_text(self, views: Sequence[StreamView], passages: Sequence[Passage]) -> NewEntries:

@@ -22,7 +22,7 @@ class SourceInfo:
 
     Attributes:
         name: the name given to ``write``, or None.
-        tokens, chunks: how much text was written under that name.
+        tokens, chunks: how much text was written under that name; what waits for more counts as tokens, too.
         held: rows still held, averaged over the layers: of each list of the mechanism ("short-term" and "pending" of
             M+) and of the store ("long-term").
         newest_age, oldest_age: of the rows still held in any layer, in rows written since (0: nothing was written after
@@ -32,6 +32,7 @@ class SourceInfo:
             note it.
         expires: when it is to be forgotten; None: it is not.
         pinned: whether its rows are kept from eviction.
+        tail_tokens: tokens of it that wait for more, to make up a chunk; a read sees them as they are.
     """
 
     name: str | None
@@ -46,6 +47,7 @@ class SourceInfo:
     last_written: datetime | None = None
     expires: datetime | None = None
     pinned: bool = False
+    tail_tokens: int = 0
 
 
 @define(frozen=True)
@@ -76,11 +78,12 @@ class WriteReport:
     """Counts of one ``write``. Lists have one entry per batch row.
 
     Attributes:
-        tokens: text tokens written.
-        chunks: chunks they were split into.
+        tokens: text tokens taken in.
+        chunks: chunks written.
         dropped_rows: rows per layer that left the STM.
         evicted_rows: rows per layer that left the LTM.
         seconds: wall-clock time of the whole call.
+        tail_tokens: tokens of the source that wait for more, to make up a chunk.
     """
 
     tokens: list[int]
@@ -88,11 +91,12 @@ class WriteReport:
     dropped_rows: list[int]
     evicted_rows: list[int]
     seconds: float
+    tail_tokens: list[int]
 
     @staticmethod
     def nothing(streams: int) -> WriteReport:
         """Return the report of a write to ``streams`` streams that has not begun."""
-        return WriteReport([0] * streams, [0] * streams, [0] * streams, [0] * streams, 0.0)
+        return WriteReport([0] * streams, [0] * streams, [0] * streams, [0] * streams, 0.0, [0] * streams)
 
     def count(self, row: int, tokens: int, dropped: int, evicted: int) -> None:
         """Count one more chunk of a batch row, once it is written."""
@@ -118,8 +122,10 @@ def describe(streams: Streams) -> str:
     limit, capacity = "", streams.budget.capacity
     if capacity is not None:
         limit = f", at most {capacity} LTM ({streams.budget.text_tokens(streams.engine.mechanism)} text tokens)"
+    waiting = sum(state.tail_tokens for state in streams.states)
+    tail = f", {waiting} text tokens waiting" if waiting else ""
     size = f"{streams.nbytes / 2**20:.1f} MiB"
-    return f"batch_size={len(streams)}, rows per layer: {', '.join(rows)}{more}{limit}, {size}"
+    return f"batch_size={len(streams)}, rows per layer: {', '.join(rows)}{more}{tail}{limit}, {size}"
 
 
 @contextmanager

@@ -50,7 +50,8 @@ class StreamState:
         clock: rows written so far per layer; the next birth index.
         sources: what was written, by source number.
         texts: what was written, where the memory keeps that; else None.
-        tail: text that waits for more, to make up a chunk.
+        tail: text that waits for more, to make up a chunk: at most one part for each source, and the one that has
+            waited longest first.
         weights: what keys and values, and retriever keys, were computed with; None where nobody knows.
         writes: those that were given an id.
     """
@@ -214,22 +215,51 @@ class StreamState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows and tensors of the mechanism."""
+        """Bytes of all rows and tensors of the mechanism, and of the text that waits."""
         rows = sum(rows.nbytes for parts in self.row_lists().values() for rows in parts)
-        return rows + sum(tensor.nbytes for tensor in self.tensors().values())
+        return rows + sum(tensor.nbytes for tensor in self.tensors().values()) + self.tail_bytes
+
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes of the text that waits."""
+        return sum(part.ids.nbytes for part in self.tail)
+
+    @property
+    def tail_tokens(self) -> int:
+        """Tokens that wait, of all sources together."""
+        return sum(len(part.ids) for part in self.tail)
+
+    def waiting(self, name: str | None) -> Tensor:
+        """Return the ids ``[n]`` int64 of the text that waits under ``name``."""
+        number = self.sources.find(name) if self.tail else None
+        parts = [part.ids.long() for part in self.tail if part.source == number]
+        return parts[0] if parts else torch.empty(0, dtype=torch.int64)
+
+    def with_waiting(self, source: int, ids: Tensor | None) -> Self:
+        """Let ``ids`` ``[n]``, and nothing else, wait of the source with this number; None or none: nothing of it."""
+        others = tuple(part for part in self.tail if part.source != source)
+        if ids is None or not len(ids):
+            return self if len(others) == len(self.tail) else evolve(self, tail=others)
+        return evolve(self, tail=(*others, Waiting(ids.to("cpu", torch.int32, copy=True), source)))
 
     def with_source(
-        self, name: str | None, tokens: int, time: float | None = None, facts: Mapping[str, Any] | None = None
+        self,
+        name: str | None,
+        tokens: int,
+        time: float | None = None,
+        facts: Mapping[str, Any] | None = None,
+        chunks: int = 1,
     ) -> tuple[Self, int]:
-        """Count ``tokens`` of one chunk under ``name``; returns the new state and the source's number.
+        """Count ``tokens`` under ``name``; returns the new state and the source's number.
 
         Args:
             name: of the source.
-            tokens: of the chunk.
+            tokens: new ones; those that waited have been counted already.
             time: the present one, in seconds since 1970; None: it is not noted.
             facts: fields of ``Source`` to set besides.
+            chunks: that they come in; 0: they wait.
         """
-        sources, number = self.sources.written(name, tokens, time)
+        sources, number = self.sources.written(name, tokens, time, chunks)
         if facts:
             sources = sources.having(number, evolve(sources[number], **facts))
         return evolve(self, sources=sources), number
@@ -261,11 +291,11 @@ class StreamState:
             writes=self.writes.without(number),
         )
 
-    def with_text(self, ids: Tensor, source: int, turn: int) -> Self:
+    def with_text(self, ids: Tensor, source: int, turn: int, short: bool = False) -> Self:
         """Keep the ids ``[n]`` of one chunk, where texts are kept."""
         if self.texts is None:
             return self
-        text = Text(ids.to("cpu", torch.int32, copy=True), source, turn)
+        text = Text(ids.to("cpu", torch.int32, copy=True), source, turn, short)
         return evolve(self, texts=self.texts.appended(text))
 
 

@@ -12,9 +12,11 @@ from mplus.config import Component, JsonValue
 from mplus.memory.content import MemoryContent
 from mplus.memory.directory import JOURNAL_BYTES
 from mplus.memory.engine import engine_of
+from mplus.memory.report import WriteReport
 from mplus.memory.sources.clock import Clock
 from mplus.memory.sources.expiry import expire
 from mplus.memory.writing.chunking import Tokenizer
+from mplus.memory.writing.passes import flush
 
 if TYPE_CHECKING:
     from mplus.memory.directory.directory import Directory
@@ -153,16 +155,37 @@ class StoredMemory(MemoryContent):
         """
         self.streams.checkpoint()
 
-    def close(self) -> None:
-        """Write a checkpoint if anything was written since the last one, and let others open the directory; idempotent.
+    def flush(self) -> WriteReport:
+        """Write the text that waits for more, each source's as a chunk of its own, however short it is.
 
-        Afterwards a memory in a directory can be read, but not changed. Raises MemoryFileError where the checkpoint
-        cannot be written: the directory is closed, and nothing is lost, since the journal has it.
+        Text shorter than a chunk waits, and is read as it is, in front of a prompt. ``sources`` says how much of each.
+        Once written, it costs a row for each of its tokens, but no more than a chunk does.
+
+        Returns:
+            The report of the write; its ``tokens`` are those that waited.
+
+        Raises as ``write``; what was not written goes on waiting.
         """
-        self.streams.close()
+        return flush(self.streams)
+
+    def close(self) -> None:
+        """Write what waits (``flush``), and a checkpoint if there is none of it, and let others open the directory.
+
+        Afterwards a memory in a directory can be read, but not changed. Idempotent; of a memory that lives in no
+        directory nothing is done. Raises MemoryFileError where the checkpoint cannot be written, and as ``flush``: the
+        directory is closed all the same, and nothing is lost, since the journal has it.
+        """
+        try:
+            if self.streams.persistence.is_open:
+                self.flush()
+        finally:
+            self.streams.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
+            self.close()
+        else:  # what waits is on disk, and the decoder may be what failed
+            self.streams.close()

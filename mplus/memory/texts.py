@@ -20,11 +20,13 @@ class Text:
         ids: ``[n]`` int32 on the CPU.
         source: number of its source.
         turn: chunks of a batch that were due at once have the same; grows from write to write.
+        short: it was too short for a chunk, and left a row for each of its tokens at most.
     """
 
     ids: Tensor
     source: int
     turn: int
+    short: bool = False
 
 
 @define(frozen=True, eq=False)
@@ -86,12 +88,14 @@ class Texts:
     def tensors(self) -> dict[str, Tensor]:
         """Return everything as tensors by name, for a file."""
         texts = self.chunks()
+        short = [text.short for text in texts]
         return {
             "generator": self.generator,
             "ids": torch.cat([torch.empty(0, dtype=torch.int32), *(text.ids for text in texts)]),
             "lengths": torch.tensor([len(text.ids) for text in texts], dtype=torch.int64),
             "sources": torch.tensor([text.source for text in texts], dtype=torch.int64),
             "turns": torch.tensor([text.turn for text in texts], dtype=torch.int64),
+            **({"short": torch.tensor(short)} if any(short) else {}),
         }
 
     @staticmethod
@@ -105,7 +109,10 @@ class Texts:
             raise MemoryMismatchError("turns must be int64, one per chunk, and grow from chunk to chunk")
         if len(turns) and not 0 <= int(turns[0]) <= int(turns[-1]) <= LARGEST:
             raise MemoryMismatchError(f"turns must be from 0 to {LARGEST}, got {int(turns[0])} to {int(turns[-1])}")
-        texts = zip(pieces, tensors["sources"].tolist(), turns.tolist(), strict=True)
+        short = tensors.get("short", torch.zeros(len(turns), dtype=torch.bool))
+        if short.shape != turns.shape or short.dtype != torch.bool:
+            raise MemoryMismatchError(f"short must be bool, one per chunk, got {short.dtype} {list(short.shape)}")
+        texts = zip(pieces, tensors["sources"].tolist(), turns.tolist(), short.tolist(), strict=True)
         return Texts.of(generator_in(tensors["generator"].clone()).get_state(), (Text(*text) for text in texts))
 
 
@@ -117,8 +124,8 @@ def generator_in(state: Tensor) -> torch.Generator:
         raise MemoryMismatchError(f"must be the state of a torch.Generator: {error}") from error
 
 
-NAMES = ("generator", "ids", "lengths", "sources", "turns")
-"""Names of the tensors."""
+NAMES = ("generator", "ids", "lengths", "sources", "turns", "short")
+"""Names of the tensors; ``short`` is there only if a chunk was."""
 
 
 TAIL_NAMES = ("ids", "lengths", "sources")

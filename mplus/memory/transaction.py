@@ -116,6 +116,11 @@ class Persistence:
         """Raise MemoryFileError where a file may still hold what was removed."""
 
     @property
+    def is_open(self) -> bool:
+        """True if there are files, and what is changed is put into them."""
+        return False
+
+    @property
     def has_journal(self) -> bool:
         """True if something was written since the last checkpoint, and a checkpoint can be."""
         return False

@@ -84,7 +84,12 @@ class CountingEngine:
         return list(block)
 
     def write(
-        self, views: Sequence[StreamView], ids: Tensor, tokenizer: Any = None, sources: Sequence[int | None] = ()
+        self,
+        views: Sequence[StreamView],
+        ids: Tensor,
+        tokenizer: Any = None,
+        sources: Sequence[int | None] = (),
+        short: bool = False,
     ) -> Update:
         return Update(tuple(self.encode([view.state for view in views], ids)))
 

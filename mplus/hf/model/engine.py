@@ -222,6 +222,7 @@ class DecoderEngine:
         ids: Tensor,
         tokenizer: Tokenizer | None = None,
         sources: Sequence[int | None] = (),
+        short: bool = False,
     ) -> Update:
         """Let the mechanism make the rows of one chunk; see ``Engine.write``. Gradients flow where they are enabled."""
         if self.watch.look_at_names() is not None:
@@ -230,7 +231,8 @@ class DecoderEngine:
                 "set_adapter and write outside of the call"
             )
         self.check_wrapped()
-        return self.mechanism.write(self.decoder, views, Text(ids, tokenizer=tokenizer, sources=tuple(sources)))
+        text = Text(ids, tokenizer=tokenizer, sources=tuple(sources), short=short)
+        return self.mechanism.write(self.decoder, views, text)
 
     @torch.no_grad()
     def search(self, view: StreamView, text: str, k: int, tokenizer: Any) -> list[FoundText]:

@@ -23,7 +23,8 @@ def check_rows(engine: DecoderEngine, views: Sequence[StreamView], look: Look) -
     Raises:
         MemoryMismatchError: it keeps keys and values only, made with another adapter; or ``adapter_names`` does not
             fit the memory.
-        NotSupported: the retriever asks the decoder, which knows one adapter for each row of the batch only.
+        NotSupported: the retriever asks the decoder, which knows one adapter for each row of the batch only; or text
+            waits, which is read by itself.
     """
     names = look.names or ()
     repeats = len(names) // len(views)
@@ -39,6 +40,11 @@ def check_rows(engine: DecoderEngine, views: Sequence[StreamView], look: Look) -
             "decoder's attention: use one copy, or the retriever 'linear'"
         )
     for row, view in enumerate(views):
+        if view.state.tail:
+            raise NotSupported(
+                f"adapter_names does not go with text that waits, and batch row {row} has {view.state.tail_tokens} "
+                "tokens of it: call memory.flush() first, with that row's adapter active"
+            )
         made, layout, now = view.state.weights, view.store.layout, look.of_row(row, repeats)
         if made is None or not holds_rows(view.state, view.store):
             continue

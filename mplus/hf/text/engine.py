@@ -136,6 +136,7 @@ class TextEngine:
         ids: Tensor,
         tokenizer: Tokenizer | None = None,
         sources: Sequence[int | None] = (),
+        short: bool = False,
     ) -> Update:
         """Raise NotSupported: there are no rows."""
         raise self._no_rows()

@@ -20,6 +20,7 @@ from mplus.mechanisms.root import Absorbed, Columns
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams, can_be_batched
 from mplus.mechanisms.short_term.prefix_cache import Prepared
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
+from mplus.mechanisms.short_term.tail import read_tails
 from mplus.mechanisms.short_term.write import MadeOf, WritePass, WritePlan, assemble, plan_write, split_order
 from mplus.mechanisms.streams import TrainingStreams
 from mplus.memory.state import StreamView
@@ -87,6 +88,18 @@ class RowMechanism(MemoryMechanism):
         return self.uses_retriever and super().long_term
 
     @property
+    def shortest_text(self) -> int:
+        """Tokens of the shortest text that is written at once: as many as a chunk has rows, K, or ``min_chunk_tokens``.
+
+        A shorter one would cost K rows, and have old rows written anew under its name. The variant "published" lets
+        ``min_chunk_tokens`` wait only.
+        """
+        config = self.config
+        if config.variant == "published":
+            return config.min_chunk_tokens
+        return max(config.min_chunk_tokens, min(config.memory_tokens_per_chunk, config.chunk_tokens))
+
+    @property
     def waiting_rows(self) -> int:
         """The most rows that wait in a layer, between two merges, to get into long-term memory."""
         return 0
@@ -96,12 +109,13 @@ class RowMechanism(MemoryMechanism):
         return rows * self.config.chunk_tokens // self.config.memory_tokens_per_chunk
 
     def reserve(self, layout: StoreLayout) -> int:
-        """Return the bytes of a full STM, of all rows that can wait, and of the hidden states kept for a write."""
+        """Return the bytes of a full STM, of all rows and text that can wait, and of hidden states kept for a write."""
         waiting = evolve(layout, expiry=False)
         short = waiting if not layout.keeps_hidden else evolve(waiting, key_size=0)  # keys are made when rows leave
         width = layout.hidden_size * layout.dtype.itemsize
         newest = 0 if layout.keeps_hidden else self.config.memory_tokens_per_chunk * width
-        return self.config.short_term_tokens * short.row_bytes + self.waiting_rows * waiting.row_bytes + newest
+        tail = -(-4 * self.config.chunk_tokens // layout.layers)  # ids, of all layers together
+        return self.config.short_term_tokens * short.row_bytes + self.waiting_rows * waiting.row_bytes + newest + tail
 
     def new_state(self, layout: StoreLayout, columns: Columns | None = None) -> ShortTermState:
         """Return a fresh stream: the checkpoint's pool if it has one, else empty."""
@@ -149,7 +163,8 @@ class RowMechanism(MemoryMechanism):
 
     def write(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Update:
         """Run one write pass over a chunk of every stream, which have equally many short-term rows."""
-        reencode = not decoder.shape.hybrid  # a state-space layer would read the rows standing in for old ones
+        # A state-space layer would read the rows standing in for old ones.
+        reencode = not decoder.shape.hybrid and not text.short
         ids = text.need_ids()
         plans = [self.plan_write(state_of(view), ids.shape[1], reencode) for view in views]
         return Update(WritePass(WritePlan.together(plans), self.additions, self.options.rows).run(decoder, ids))
@@ -226,15 +241,21 @@ class RowMechanism(MemoryMechanism):
     ) -> tuple[ShortTermState, int]:
         """Where rows go that left the STM. Returns the new state and the rows evicted per layer."""
 
-    def has_prefix(self, view: StreamView) -> bool:
-        """Return whether a read puts anything in front of the text (the begin row, at least)."""
+    def has_begin(self, view: StreamView) -> bool:
+        """Return whether the begin row stands in front of all that is read."""
         return True
+
+    def has_prefix(self, view: StreamView) -> bool:
+        """Return whether a read puts anything in front of the text: the begin row, or text that waits."""
+        return self.has_begin(view) or bool(view.state.tail)
 
     def prefix_rows(self, view: StreamView) -> int:
         """Rows a read puts in front of the text, in the layer that has most."""
-        if not self.has_prefix(view):
-            return 0
-        return max(1 + self.retrieved_rows(view, layer) + len(rows) for layer, rows in enumerate(state_of(view).stm))
+        tail = view.state.tail_tokens
+        if not self.has_begin(view):
+            return tail
+        rows = (1 + self.retrieved_rows(view, layer) + len(rows) for layer, rows in enumerate(state_of(view).stm))
+        return max(rows) + tail
 
     def retrieved_rows(self, view: StreamView, layer: int) -> int:
         """Rows that ``retrieve`` brings back in one layer."""
@@ -246,23 +267,38 @@ class RowMechanism(MemoryMechanism):
     def prepare_tensors(self) -> dict[str, Tensor]:
         return {"begin": self.additions.begin}
 
+    def open(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Opened:
+        """Read what waits, if anything does, in a pass of its own."""
+        if not any(view.state.tail for view in views):
+            return Opened(views)
+        tail = read_tails(self, decoder, views)
+        learned = decoder.shape.positions == "learned"  # those of the text go on behind those of the tail
+        return Opened(views, own=tail, text_offset=torch.tensor(tail.counts) if learned else None)
+
     def prefix(
         self, opened: Opened, layer: int, found: Sequence[Retrieved | None], hidden: Tensor, project: Project
     ) -> tuple[Segment, ...]:
-        """Return ``[begin | retrieved | short-term]`` of every stream (M+ section 3.3)."""
-        views = opened.views
+        """Return ``[begin | retrieved | short-term]`` of every stream (M+ section 3.3), and behind it what waits."""
+        views, tail = opened.views, opened.own
+        begins = [self.has_begin(view) for view in views]
         if opened.prepared is not None:
             with torch.no_grad():
-                prefixed = [self.has_prefix(view) for view in views]
-                segments: tuple[Segment, ...] = opened.prepared.segments(layer, views, found, prefixed, hidden)
-                return segments
+                prepared: Prepared = opened.prepared
+                if tail is None:
+                    return prepared.segments(layer, views, found, begins, hidden)
+                return (
+                    *prepared.segments(layer, views, found, begins, hidden, tail.counts),
+                    project(tail.together(layer)),
+                )
         streams = []
-        for view, retrieved in zip(views, found, strict=True):
-            begin = self.additions.begin[layer] if self.has_prefix(view) else None
+        for place, (view, retrieved) in enumerate(zip(views, found, strict=True)):
+            begin = self.additions.begin[layer] if begins[place] else None
             long_term = None if retrieved is None else retrieved.rows.need_hidden()
             short_term = state_of(view).stm[layer].need_hidden()
-            streams.append(assemble(begin, [long_term, short_term], hidden))
-        return (project(side_by_side(streams)),)
+            waiting = None if tail is None else tail.of(place, layer)
+            streams.append(assemble(begin, [long_term, short_term, waiting], hidden))
+        rows = side_by_side(streams)
+        return (project(rows if tail is None else tail.placed(rows, [len(one) for one in streams])),)
 
     def streams(
         self,

@@ -16,7 +16,8 @@ from mplus.mechanisms.opened import Retrieved
 from mplus.mechanisms.short_term.state import state_of
 from mplus.memory.state import StreamView
 
-Sizes: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+Sizes: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int]]
+"""Of each stream: rows in front of the short-term ones, these, and rows between them and the text."""
 
 
 @define(eq=False)
@@ -42,8 +43,9 @@ class Prepared:
         layer: int,
         views: Sequence[StreamView],
         retrieved: Sequence[Retrieved | None],
-        prefixed: Sequence[bool],
+        begins: Sequence[bool],
         like: Tensor,
+        tails: Sequence[int] = (),
     ) -> tuple[Segment, ...]:
         """Return ``[begin | retrieved]`` and ``[STM]`` of every stream, ready to be attended to.
 
@@ -51,26 +53,27 @@ class Prepared:
             layer: index among the layers that carry memory.
             views: one per stream.
             retrieved: per stream, long-term rows.
-            prefixed: per stream, whether there is anything in front of the text.
+            begins: per stream, whether the begin row is in front of the text.
             like: gives dtype and device.
+            tails: per stream, rows between these and the text; (): none.
         """
         # Made once and kept, though reads may come in another dtype (autocast) or on another device.
-        begins = [begin.to(like) for begin in self._begins(layer, len(views))]
-        pairs = list(zip(retrieved, prefixed, strict=True))
-        own = [1 + (0 if found is None else len(found.rows)) if there else 0 for found, there in pairs]
+        first = [begin.to(like) for begin in self._begins(layer, len(views))]
+        own = _in_front(retrieved, begins)
         counts = [len(state_of(view).stm[layer]) for view in views]
+        sizes = (own, counts, tails or [0] * len(views))
         only = retrieved[0] if len(views) == 1 else None
         # One stream, whose rows lie where they are kept: picked and rotated in one go, with no copy between.
         if only is not None and only.source is not None and _alike(only.source.parts[0][0], like):
-            tables = self._tables(layer, own[0], ((own[0],), (counts[0],)), like)
-            front = self.projection.picked(layer, begins[0], *only.source.contiguous(), tables)
+            tables = self._tables(layer, own[0], sizes, like)
+            front = self.projection.picked(layer, first[0], *only.source.contiguous(), tables)
         else:
             parts = [
                 [begin, *_projected(found, like)] if there else []
-                for begin, (found, there) in zip(begins, pairs, strict=True)
+                for begin, found, there in zip(first, retrieved, begins, strict=True)
             ]
-            front = self._front(layer, parts, own, counts, like)
-        segments = (front, self._short_term(layer, views, own, counts, like))
+            front = self._front(layer, parts, sizes, like)
+        segments = (front, self._short_term(layer, views, sizes, like))
         return tuple(segment for segment in segments if segment.keys.shape[2])
 
     def _begins(self, layer: int, streams: int) -> list[Tensor]:
@@ -81,13 +84,10 @@ class Prepared:
         made = self.begins[layer]
         return [made[0]] * streams if self.batch is None else list(made[:: self.batch // streams])
 
-    def _front(
-        self, layer: int, parts: Sequence[Sequence[Tensor]], own: Sequence[int], behind: Sequence[int], like: Tensor
-    ) -> Segment:
+    def _front(self, layer: int, parts: Sequence[Sequence[Tensor]], sizes: Sizes, like: Tensor) -> Segment:
+        own = sizes[0]
         rows = max(own)
-        # Streams alike in size share a row of tables, and with it the tables of any other read of that size.
-        streams = 1 if len(set(own)) == 1 and len(set(behind)) == 1 else len(own)
-        tables = self._tables(layer, rows, (tuple(own[:streams]), tuple(behind[:streams])), like)
+        tables = self._tables(layer, rows, sizes, like)
         if len(parts) == 1:
             pieces = [part[None] for part in parts[0]]
         else:
@@ -98,9 +98,8 @@ class Prepared:
         check_finite("long-term memory", segment.keys, segment.values)
         return _with_lengths(segment, own)
 
-    def _short_term(
-        self, layer: int, views: Sequence[StreamView], in_front: Sequence[int], counts: Sequence[int], like: Tensor
-    ) -> Segment:
+    def _short_term(self, layer: int, views: Sequence[StreamView], sizes: Sizes, like: Tensor) -> Segment:
+        in_front, counts, tails = sizes
         states = [state_of(view).stm[layer] for view in views]
         # Sequential positions count from the text backwards: what is in front of these rows does not move them.
         compressed = self.projection.positions.layout == "compressed"
@@ -110,40 +109,26 @@ class Prepared:
             if not rows:
                 return self._nothing(like)
             # One stream that all prompts of a batch read: its rows are rotated once, and shown to each.
-            shared = all(state is states[0] for state in states) and (not compressed or len(set(in_front)) == 1)
+            shared = all(state is states[0] for state in states) and len(set(tails)) == 1
+            shared = shared and (not compressed or len(set(in_front)) == 1)
             states = states[:1] if shared else states
             projected = [cast("Tensor", state.projected).to(like) for state in states]
             pieces = torch.stack([_padded([part], rows, like, self.projection.size) for part in projected])
-            tables = self._short_term_tables(layer, rows, in_front, counts, like)
-            segment = self.projection.turned(layer, [pieces], tables)
+            where = _positions(self.projection, torch.arange(rows, device=like.device), sizes, behind=in_front)
+            segment = self.projection.turned(layer, [pieces], self.projection.tables(layer, like, where))
             real = [counts[0]] if shared else counts
             for row, count in enumerate(real):
                 check_finite("short-term memory", segment.keys[row, :, :count], segment.values[row, :, :count])
             self.short_term[key] = _with_lengths(segment, counts)
         return self.short_term[key]
 
-    def _short_term_tables(
-        self, layer: int, rows: int, in_front: Sequence[int], counts: Sequence[int], like: Tensor
-    ) -> Tables | None:
-        positions = self.projection.positions
-        place = torch.arange(rows, device=like.device)
-        if len(set(counts)) == 1 and len(set(in_front)) == 1:
-            where = positions.of_rows(place + in_front[0], counts[0] + in_front[0])
-        else:
-            front, own = (torch.tensor(each, device=like.device)[:, None] for each in (in_front, counts))
-            where = positions.of_rows(place + front, own + front)
-        return self.projection.tables(layer, like, where)
-
     def _tables(self, layer: int, rows: int, sizes: Sizes, like: Tensor) -> Tables | None:
-        """Return the tables for the rows in front; the same in layers that rotate alike, and in later reads.
-
-        ``sizes``: rows in front and short-term rows behind them, of all streams or of each.
-        """
-        key = (self.projection.table_key(layer), rows, sizes, like.dtype, like.device)
+        """Return the tables for the rows in front; the same in layers that rotate alike, and in later reads."""
+        # Streams alike in size share a row of tables, and with it the tables of any other read of that size.
+        numbers = tuple(tuple(dict.fromkeys(each)) if len(set(each)) == 1 else tuple(each) for each in sizes)
+        key = (self.projection.table_key(layer), rows, numbers, like.dtype, like.device)
         if key not in self.tables:
-            totals = [sum(pair) for pair in zip(*sizes, strict=True)]
-            total = totals[0] if len(totals) == 1 else torch.tensor(totals, device=like.device)[:, None]
-            where = self.projection.positions.of_rows(torch.arange(rows, device=like.device), total)
+            where = _positions(self.projection, torch.arange(rows, device=like.device), sizes)
             self.tables[key] = self.projection.tables(layer, like, where)
         return self.tables[key]
 
@@ -153,6 +138,22 @@ class Prepared:
             like.new_empty(1, projection.heads, 0, projection.width),
             like.new_empty(1, projection.heads, 0, projection.value_width),
         )
+
+
+def _positions(projection: KeptProjection, place: Tensor, sizes: Sizes, behind: Sequence[int] | None = None) -> Tensor:
+    """Return ``[B or 1, P]``, where the rows at ``place`` ``[P]`` of their list sit; ``behind`` so many others."""
+    behind = [0] * len(sizes[0]) if behind is None else behind
+    if all(len(set(each)) == 1 for each in (*sizes, behind)):
+        own, counts, tails = sizes
+        return projection.positions.of_rows(place + behind[0], own[0] + counts[0], -tails[0])
+    front, short, waiting, before = (torch.tensor(each, device=place.device)[:, None] for each in (*sizes, behind))
+    return projection.positions.of_rows(place + before, front + short, -waiting)
+
+
+def _in_front(retrieved: Sequence[Retrieved | None], begins: Sequence[bool]) -> list[int]:
+    """Return how many rows stand in front of the short-term ones of each stream."""
+    pairs = zip(retrieved, begins, strict=True)
+    return [1 + (0 if found is None else len(found.rows)) if there else 0 for found, there in pairs]
 
 
 def _projected(retrieved: Retrieved | None, like: Tensor) -> list[Tensor]:

@@ -109,9 +109,9 @@ class ShortTermState(StreamState):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows, and of the hidden states kept of the newest ones."""
+        """Bytes of all rows, of the hidden states kept of the newest ones, and of the text that waits."""
         rows = sum(rows.nbytes for rows in (*self.stm, *self.pending))
-        return rows + sum(hidden.nbytes for hidden in self.newest)
+        return rows + sum(hidden.nbytes for hidden in self.newest) + self.tail_bytes
 
     def context(self, layer: int, count: int) -> MemoryRows:
         """Return the newest ``count`` short-term rows of a layer, oldest first, with their hidden states."""

@@ -128,10 +128,14 @@ class DirectoryPersistence(Persistence):
         self.directory.check_removed()
 
     @property
+    def is_open(self) -> bool:
+        """True until the directory is closed, or has failed."""
+        return not self.directory.closed and self.directory.failed is None
+
+    @property
     def has_journal(self) -> bool:
         """True if something was written since the last checkpoint, and a checkpoint can be."""
-        directory = self.directory
-        return bool(directory.journal_bytes) and not directory.closed and directory.failed is None
+        return bool(self.directory.journal_bytes) and self.is_open
 
     def close(self) -> None:
         """Release files and lock; idempotent."""

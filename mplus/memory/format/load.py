@@ -285,7 +285,8 @@ def read_texts(file: Tensors, number: int, known: Tensor) -> Texts | None:
     if not any(name in file.names for name in names.values()):
         return None
     try:
-        texts = Texts.from_tensors({name: file.get(tensor) for name, tensor in names.items()}, known)
+        needed = {name: tensor for name, tensor in names.items() if name != "short" or tensor in file.names}
+        texts = Texts.from_tensors({name: file.get(tensor) for name, tensor in needed.items()}, known)
     except MemoryMismatchError as error:
         raise MemoryFileError(
             f"{file.path}: stream.{number}.text must hold texts as they were kept: {error}"

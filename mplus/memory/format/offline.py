@@ -15,7 +15,7 @@ from mplus.memory.directory.offline import OfflineChange, change_live, chosen, l
 from mplus.memory.format.earlier import in_present_form
 from mplus.memory.format.entries import layout_from, state_class
 from mplus.memory.format.folder import MANIFEST, check_removed, hold, lock, mode_of
-from mplus.memory.format.load import check_names, read_access_log, read_sources, read_streams
+from mplus.memory.format.load import check_names, read_access_log, read_sources, read_streams, read_tail
 from mplus.memory.format.manifest import LIVE_FORMAT, Manifest, is_memory, read_manifest, rows_per_chunk
 from mplus.memory.format.save import ManifestHeader, replace, store_numbers
 from mplus.memory.format.tensors import TensorReader, Tensors
@@ -197,4 +197,6 @@ def _sources(file: Tensors, manifest: Manifest, number: int) -> list[SourceInfo]
         tiers[state.lists.get(name, name)] = on_clock
     tiers[LONG_TERM] = held(f"store.{stream.store}", stream.ltm)
     rows = rows_per_chunk(manifest.fingerprint)
-    return listed(read_sources(file, number, stream), tiers, manifest.layout.layers, stream.clock, rows)
+    sources = read_sources(file, number, stream)
+    tail = read_tail(file, number, sources.column("number"))
+    return listed(sources, tiers, manifest.layout.layers, stream.clock, rows, tail)

@@ -28,7 +28,7 @@ def drop_source(streams: Streams, rows: Sequence[int], source: str | None, *, ke
 def check_known(states: Sequence[StreamState], rows: Iterable[int], source: str | None) -> None:
     """Raises InputError, with the sources there are, unless one of the batch rows ``rows`` has this source."""
     if all(states[row].sources.find(source) is None for row in rows):
-        names = sorted({repr(entry.name) for state in states for entry in state.sources if entry.chunks})
+        names = sorted({repr(entry.name) for state in states for entry in state.sources if entry.is_written})
         raise InputError(f"source must be one of this memory's sources ({', '.join(names) or 'none'}), got {source!r}")
 
 
@@ -75,7 +75,7 @@ def unshare(stores: list[MemoryStore], rows: Iterable[int]) -> None:
 
 def forgotten_names(state: StreamState) -> list[str | None]:
     """Return the names of sources of which nothing else is left, in order of first writing."""
-    return [entry.name for entry in state.sources if not entry.chunks]
+    return [entry.name for entry in state.sources if not entry.is_written]
 
 
 def names_to_keep(

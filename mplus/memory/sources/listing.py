@@ -14,6 +14,7 @@ from mplus.memory.report import SourceInfo
 from mplus.memory.sources.clock import datetime_of
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.state import LONG_TERM, StreamView
+from mplus.memory.texts import Waiting
 
 
 @define(frozen=True, eq=False)
@@ -41,11 +42,16 @@ def sources_of(view: StreamView, chunk_rows: int) -> list[SourceInfo]:
         for name, parts in state.row_lists().items()
     }
     tiers[LONG_TERM] = [held for layer in layers for held in stored(view, layer)]
-    return listed(state.sources, tiers, len(layers), state.clock, chunk_rows)
+    return listed(state.sources, tiers, len(layers), state.clock, chunk_rows, state.tail)
 
 
 def listed(
-    sources: SourceTable, tiers: Mapping[str, Sequence[Held]], layers: int, clock: int, chunk_rows: int
+    sources: SourceTable,
+    tiers: Mapping[str, Sequence[Held]],
+    layers: int,
+    clock: int,
+    chunk_rows: int,
+    tail: Sequence[Waiting],
 ) -> list[SourceInfo]:
     """Return the sources in ``sources``, with the rows held of each.
 
@@ -55,28 +61,31 @@ def listed(
         layers: that the rows are spread over.
         clock: of the stream.
         chunk_rows: rows that a chunk leaves in a layer.
+        tail: text that waits.
     """
     numbers = sources.column("number")
+    waiting = {part.source: len(part.ids) for part in tail}
     counts = {name: torch.zeros(len(sources), dtype=torch.int64) for name in tiers}
     latest, oldest = [-(2**63)] * len(sources), [2**63 - 1] * len(sources)
     for name, parts in tiers.items():
         for part in parts:
             counts[name].add_(_counted(part, numbers, latest, oldest))
-    rows = {name: [number / layers for number in count.tolist()] for name, count in counts.items()}
+    rows = {name: [total / layers for total in count.tolist()] for name, count in counts.items()}
     return [
         SourceInfo(
             source.name,
             source.tokens,
             source.chunks,
             {name: tier[place] for name, tier in rows.items()},
+            tail_tokens=waiting.get(number, 0),
             **_ages(clock, latest[place], oldest[place], chunk_rows),
             written=datetime_of(source.time),
             last_written=datetime_of(source.last_time),
             expires=datetime_of(source.expires),
             pinned=source.pinned,
         )
-        for place, source in enumerate(sources)
-        if source.chunks
+        for place, (number, source) in enumerate(sources.items())
+        if source.is_written
     ]
 
 

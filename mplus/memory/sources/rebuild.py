@@ -16,8 +16,8 @@ from mplus.memory.sources.forget import check_known, forgotten_names, held, name
 from mplus.memory.state import StreamState
 from mplus.memory.texts import Texts
 from mplus.memory.transaction import Streams, unshared
+from mplus.memory.writing.passes import write_streams
 from mplus.memory.writing.plan import StreamWrite, check_dtype
-from mplus.memory.writing.write import write_streams
 from mplus.stores.base import MemoryStore
 
 KEPT = ("time", "last_time", "expires", "pinned", "write_id")
@@ -57,7 +57,8 @@ def _rebuilt(
     """Return streams that were written as ``streams`` were, but without ``source`` in the batch rows ``rows``.
 
     Chunks that were due at once are again: what shared a pass then shares one now, but for what is left out. So the
-    result is, bit for bit, what writing the other texts in the first place would have given. (Passes shared with other
+    result is, bit for bit, what writing the other texts in the first place would have given, in the same chunks, and
+    what waits of them waits again. (Passes shared with other
     memories, by ``write_together``, are not shared again; sums over a batch may then round differently.)
 
     Args:
@@ -114,14 +115,15 @@ def _written_anew(
     check_dtype(streams.dtype, streams.engine.dtype)
     turns = _turns(states, left_out)
     fresh = _blank(streams)
-    total = sum(len(ids) for turn in turns for _, _, ids in turn)
+    total = sum(len(ids) for turn in turns for _, _, ids, _ in turn)
     with progress_bar("rebuilding", total, progress, steps=len(turns)) as advance:
         for turn in turns:
             again = [
-                StreamWrite(fresh, row, [ids], name, written, facts=_facts(states[row], name))
-                for row, name, ids in turn
+                StreamWrite(fresh, row, [ids], name, written, facts=_facts(states[row], name), short=short)
+                for row, name, ids, short in turn
             ]
             write_streams(again, advance)
+    fresh.change(lambda after: _keep_tails(states, after, left_out))
     return fresh
 
 
@@ -133,6 +135,16 @@ def _with_writes(state: StreamState, before: StreamState) -> StreamState:
     return evolve(state, writes=writes) if len(writes) else state
 
 
+def _keep_tails(before: Sequence[StreamState], after: list[StreamState], left_out: dict[int, int | None]) -> None:
+    """Let all text that waited wait again, but for that of the sources that are left out."""
+    for row, state in enumerate(before):
+        for part in state.tail:
+            if part.source != left_out.get(row):
+                name = state.sources[part.source].name
+                with_source = after[row].with_source(name, len(part.ids), facts=_facts(state, name), chunks=0)
+                after[row] = with_source[0].with_waiting(with_source[1], part.ids)
+
+
 def _facts(state: StreamState, name: str | None) -> dict[str, Any]:
     """Return the times and marks that a source keeps when it is written anew."""
     number = state.sources.find(name)
@@ -141,14 +153,14 @@ def _facts(state: StreamState, name: str | None) -> dict[str, Any]:
 
 def _turns(
     states: Sequence[StreamState], left_out: dict[int, int | None]
-) -> list[list[tuple[int, str | None, Tensor]]]:
-    """Return the chunks to write in each turn: batch row, name of the source, ids ``[n]`` int64."""
-    due: dict[int, list[tuple[int, str | None, Tensor]]] = {}
+) -> list[list[tuple[int, str | None, Tensor, bool]]]:
+    """Return the chunks to write in each turn: batch row, name of the source, ids ``[n]`` int64, and ``Text.short``."""
+    due: dict[int, list[tuple[int, str | None, Tensor, bool]]] = {}
     for row, state in enumerate(states):
         for text in () if state.texts is None else state.texts.chunks():
             if text.source != left_out.get(row):
                 name = state.sources[text.source].name
-                due.setdefault(text.turn, []).append((row, name, text.ids.to(torch.int64)))
+                due.setdefault(text.turn, []).append((row, name, text.ids.to(torch.int64), text.short))
     return [due[turn] for turn in sorted(due)]
 
 

@@ -22,12 +22,13 @@ class Source:
     Attributes:
         name: what the caller called it; None for text written without a source.
         tokens: text tokens written.
-        chunks: chunks written; 0: everything was forgotten but the name (``Memory.forget(keep_name=True)``).
-        time: when its first chunk was written, in seconds since 1970 (UTC); None: by an mplus that did not note it.
+        chunks: chunks written; 0, and no tokens: everything was forgotten but the name
+            (``Memory.forget(keep_name=True)``).
+        time: when its first text was written, in seconds since 1970 (UTC); None: by an mplus that did not note it.
         expires: when it is to be forgotten, likewise.
         pinned: it is not to be forgotten by itself.
         write_id: what the caller called the write that it came with.
-        last_time: when its last chunk was written, likewise.
+        last_time: when its last text was written, likewise.
     """
 
     name: str | None
@@ -38,6 +39,11 @@ class Source:
     pinned: bool = False
     write_id: str | None = None
     last_time: float | None = None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether there is text under it, in chunks or waiting; else only its name is kept."""
+        return bool(self.chunks or self.tokens)
 
 
 OPTIONAL = ("time", "expires", "pinned", "write_id", "write_id_length", "last_time")

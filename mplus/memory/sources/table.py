@@ -157,17 +157,21 @@ class SourceTable:
         """``[p]`` int64, ascending: numbers of the sources that are pinned."""
         return torch.tensor([number for page in self.pages for number in page.marks().pinned], dtype=torch.int64)
 
-    def written(self, name: str | None, tokens: int, time: float | None = None) -> tuple[SourceTable, int]:
-        """Return this table with one more chunk of ``tokens`` tokens under ``name``, and the source's number.
+    def written(
+        self, name: str | None, tokens: int, time: float | None = None, chunks: int = 1
+    ) -> tuple[SourceTable, int]:
+        """Return this table with ``tokens`` more tokens, in ``chunks`` more chunks, under ``name``; and its number.
 
-        ``time``: the present one, in seconds since 1970; None: it is not noted.
+        ``time``: the present one, in seconds since 1970; None: it is not noted. That of the last text stays where there
+        are no more tokens: text that waited comes into a chunk.
         """
         known = self.find(name)
         number = self.next_number if known is None else known
         entry = Source(name) if known is None else self[known]
         first = entry.time if entry.chunks or entry.time is not None else time
-        tokens, chunks = entry.tokens + tokens, entry.chunks + 1
-        return self.having(number, evolve(entry, tokens=tokens, chunks=chunks, time=first, last_time=time)), number
+        last = time if tokens else entry.last_time
+        tokens, chunks = entry.tokens + tokens, entry.chunks + chunks
+        return self.having(number, evolve(entry, tokens=tokens, chunks=chunks, time=first, last_time=last)), number
 
     def having(self, number: int, source: Source) -> SourceTable:
         """Return this table with ``source`` under ``number``; one page is copied."""

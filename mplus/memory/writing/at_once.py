@@ -16,8 +16,8 @@ from mplus.memory.sources.forget import drop_source
 from mplus.memory.transaction import Streams
 from mplus.memory.writing.chunking import SourceNames, WriteData
 from mplus.memory.writing.once import report_of, resumed
+from mplus.memory.writing.passes import write_streams
 from mplus.memory.writing.plan import NOTHING, StreamWrite, planned
-from mplus.memory.writing.write import write_streams
 
 if TYPE_CHECKING:
     from mplus.memory.memory import Memory
@@ -40,9 +40,9 @@ def write_at_once(
     draft = draft_of(streams)
     anew = [evolve(write, streams=draft, facts=_facts(write, replaced=replaced)) for write in writes]
     for write in writes if replaced else ():
-        if write.chunks and streams.states[write.row].sources.find(write.name) is not None:
+        if (write.chunks or write.texts) and streams.states[write.row].sources.find(write.name) is not None:
             drop_source(draft, [write.row], write.name, keep_name=False)
-    write_streams(anew, advance)
+    write_streams([write.cut() for write in anew], advance)
     adopt_draft(streams, draft, removed=replaced)
 
 
@@ -69,19 +69,19 @@ def write_whole(
     report = WriteReport.nothing(len(streams))
     with streams.write_lock:
         writes = planned(memory, data, source, report, NOTHING)
-        rows = [write.row for write in writes if write.chunks]
+        rows = [write.row for write in writes if write.tokens]
         if write_id is not None:
             writes = [resumed(write, write_id, begun) for write in writes]
-        steps = max(len(write.chunks) for write in writes)
-        if steps:
+        total = sum(write.tokens for write in writes)
+        if total:
             facts = facts_of(streams, expires)
             writes = [evolve(write, facts=facts) for write in writes]
-            total = sum(len(ids) for write in writes for ids in write.chunks)
+            steps = total // streams.engine.config.chunk_tokens
             with progress_bar("replacing" if replaced else "writing", total, progress, steps=steps) as advance:
                 if atomic or replaced:
                     write_at_once(streams, writes, advance, replaced=replaced)
                 else:
-                    write_streams(writes, advance)
+                    write_streams([write.cut() for write in writes], advance)
         if replaced:
             streams.persistence.check_removed()
         if write_id is not None:

@@ -70,6 +70,46 @@ def split(ids: Tensor, chunk_tokens: int, min_chunk_tokens: int) -> list[Tensor]
     return chunks
 
 
+def cut_up(ids: Tensor, chunk_tokens: int, min_chunk_tokens: int) -> tuple[list[Tensor], Tensor]:
+    """Return the chunks that ``split`` cuts; where it cannot, all full chunks; and the ids that are left over."""
+    n = ids.shape[0]
+    if n and -(-n // chunk_tokens) * min_chunk_tokens <= n:
+        return split(ids, chunk_tokens, min_chunk_tokens), ids[:0]
+    end = n - n % chunk_tokens
+    return list(ids[:end].split(chunk_tokens)) if end else [], ids[end:]
+
+
+def cut_with_tail(
+    waiting: Tensor, texts: Sequence[Tensor], *, chunk_tokens: int, min_chunk_tokens: int, shortest_text: int
+) -> tuple[list[Tensor], Tensor]:
+    """Cut texts of one source into chunks, and return what has to wait for more: less than a chunk.
+
+    A text shorter than ``shortest_text`` waits. With what waits a chunk is filled up, by short texts as they come or by
+    the beginning of a long one. What waits and is long enough makes a chunk of its own before a long text, or before a
+    short one that would not fit in: so a chunk spans no texts but short ones, as far as that can be.
+
+    Args:
+        waiting: ids ``[n]`` that wait already.
+        texts: ids ``[n_i]``.
+        chunk_tokens, min_chunk_tokens: as for ``split``.
+        shortest_text: tokens of a text that does not wait.
+
+    Returns:
+        The chunks, which begin with what waited, and the ids ``[m]`` that wait then.
+    """
+    chunks, held = list[Tensor](), waiting
+    for text in texts:
+        long = len(text) >= shortest_text
+        if len(held) >= shortest_text and (long or len(held) + len(text) > chunk_tokens):
+            chunks.append(held)
+            held = text[:0]
+        held = torch.cat([held, text])
+        if long or len(held) >= chunk_tokens:
+            full, held = cut_up(held, chunk_tokens, min_chunk_tokens)
+            chunks += full
+    return chunks, held
+
+
 def to_rows(data: WriteData, batch_size: int, tokenizer: Tokenizer | None) -> list[list[Tensor]]:
     """Return the texts of each batch row as ``[n]`` int64: one, one for each turn of a conversation, or none.
 
@@ -135,14 +175,15 @@ def _without_padding(encoded: Mapping[str, Any]) -> list[Item]:
         )
     rows, mask = _rows_of(encoded["input_ids"]), encoded.get("attention_mask")
     if mask is None:
-        return rows
+        return [checked_ids(ids) for ids in rows]
     marks = _rows_of(mask)
     if [len(ids) for ids in rows] != [len(real) for real in marks]:
         raise InputError(
             f"attention_mask must have as many numbers as input_ids in each row, {[len(ids) for ids in rows]}, got "
             f"{[len(real) for real in marks]}"
         )
-    return [torch.as_tensor(ids)[torch.as_tensor(real).bool()] for ids, real in zip(rows, marks, strict=True)]
+    found = ((checked_ids(ids), torch.as_tensor(real).bool()) for ids, real in zip(rows, marks, strict=True))
+    return [None if ids is None else ids[real] for ids, real in found]
 
 
 def _to_ids(item: Item, tokenizer: Tokenizer | None) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Sequence
+from itertools import accumulate
 
 import torch
 from attrs import evolve
@@ -28,10 +29,10 @@ def resumed(write: StreamWrite, write_id: str, begun: float) -> StreamWrite:
     """
     if not isinstance(write_id, str) or not write_id:
         raise InputError(f"write_id must be a text that is not empty, got {write_id!r}")
-    if not write.chunks:
+    if not write.tokens:
         return write
     state = write.streams.states[write.row]
-    digest, total = _digest(write), sum(map(len, write.chunks))
+    digest, total = _digest(write), write.tokens
     known = state.writes.get(write_id)
     if known is None:
         new = WriteRecord(write_id=write_id, source=0, digest=digest, total=total)
@@ -46,6 +47,10 @@ def resumed(write: StreamWrite, write_id: str, begun: float) -> StreamWrite:
 
 def _rest(write: StreamWrite, tokens: int, chunks: int) -> StreamWrite:
     """Return a write without its first ``tokens`` tokens, which were written in so many chunks."""
+    if write.texts:
+        ends = accumulate(map(len, write.texts))
+        parts = [ids[max(len(ids) - max(end - tokens, 0), 0) :] for ids, end in zip(write.texts, ends, strict=True)]
+        return evolve(write, texts=[ids for ids in parts if len(ids)])
     if sum(map(len, write.chunks[:chunks])) == tokens:
         texts = write.passages
         before = texts[chunks - 1] if texts and chunks else write.before
@@ -63,7 +68,7 @@ def _digest(write: StreamWrite) -> bytes:
     """Return the SHA-256 of a text, however it is cut."""
     if write.passages:
         return hashlib.sha256("".join(write.passages).encode("utf-8", "surrogatepass")).digest()
-    return hashlib.sha256(torch.cat(list(write.chunks)).cpu().contiguous().numpy().tobytes()).digest()
+    return hashlib.sha256(torch.cat(list(write.texts or write.chunks)).cpu().contiguous().numpy().tobytes()).digest()
 
 
 def report_of(states: Sequence[StreamState], write_id: str, rows: Collection[int]) -> WriteReport:
@@ -74,5 +79,6 @@ def report_of(states: Sequence[StreamState], write_id: str, rows: Collection[int
         if record is not None:
             report.tokens[row], report.chunks[row] = record.tokens, record.chunks
             report.dropped_rows[row], report.evicted_rows[row] = record.dropped, record.evicted
+            report.tail_tokens[row] = len(states[row].waiting(states[row].sources[record.source].name))
             seconds = max(seconds, record.seconds)
     return evolve(report, seconds=seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import torch
 from attrs import define, evolve, field
@@ -14,10 +15,10 @@ from mplus.errors import InputError
 from mplus.memory.engine import Engine
 from mplus.memory.report import LONG, WriteReport, progress_bar
 from mplus.memory.transaction import Streams
-from mplus.memory.writing.chunking import Ids, Tokenizer, check_vocabulary, split, to_names, to_rows
+from mplus.memory.writing.chunking import NOTHING, Ids, Tokenizer, check_vocabulary, cut_up, to_names, to_rows
 from mplus.memory.writing.passages import PassageCutter, to_text
+from mplus.memory.writing.passes import tail_write, write_streams
 from mplus.memory.writing.plan import StreamWrite, cut_ids, passage_write, prepare_write
-from mplus.memory.writing.write import write_streams
 
 
 def write_pieces(
@@ -37,19 +38,50 @@ def write_pieces(
     if isinstance(pieces, str | bytes | torch.Tensor) or not isinstance(pieces, Iterable):
         raise InputError(f"pieces must be an iterable of texts or ids, got {type(pieces).__name__}")
     (name,) = to_names(source, 1)
-    vocabulary = streams.engine.vocab_size
     prepare_write(streams, [0])
     report = WriteReport.nothing(1)
-    cutter = cutter_of(streams.engine, tokenizer)
     with streams.write_lock, progress_bar("writing", None, progress, steps=LONG) as advance:
         if streams.engine.writes_text:
             _write_texts(streams, tokenizer, pieces, name, report, advance)
             return evolve(report, seconds=time.perf_counter() - begun)
-        for ids in _ahead(tokenised(pieces, tokenizer)):
-            check_vocabulary(ids, vocabulary)
-            write_streams([StreamWrite(streams, 0, cutter.cut(ids), name, report, tokenizer)], advance)
-        write_streams([StreamWrite(streams, 0, cutter.rest(), name, report, tokenizer)], advance)
+        empty = StreamWrite(streams, 0, [], name, report, tokenizer)
+        for write in _writes(empty, _ahead(tokenised(pieces, tokenizer, streams.engine.vocab_size))):
+            write_streams([write], advance)
     return evolve(report, seconds=time.perf_counter() - begun)
+
+
+def _writes(empty: StreamWrite, texts: Iterator[Tensor]) -> Iterator[StreamWrite]:
+    """Yield what is to be written of a document, as much as is certain once each of its ``texts`` has come.
+
+    Together it is what ``write`` would make of the whole, behind what waits of the source. ``empty``: a write without
+    chunks. Raises InputError: there is no text.
+    """
+    engine, shortest = empty.streams.engine, empty.streams.engine.mechanism.shortest_text
+    beginning = _beginning(texts, shortest)
+    if len(beginning) < shortest:
+        yield evolve(empty, texts=[beginning]).cut()
+        return
+    waiting = empty.state.waiting(empty.name)
+    if 1 < shortest <= len(waiting):
+        yield tail_write(empty.streams, empty.row, empty.name, empty.report)
+        waiting = waiting[:0]
+    cutter = cutter_of(engine, empty.tokenizer)
+    for ids in chain([torch.cat([waiting, beginning])], texts):
+        if chunks := cutter.cut(ids):
+            yield evolve(empty, chunks=chunks, rest=ids[:0])
+    chunks, rest = cutter.rest()
+    alone = len(rest) and shortest == 1
+    yield evolve(empty, chunks=[*chunks, rest] if alone else chunks, rest=rest[:0] if alone else rest)
+
+
+def _beginning(texts: Iterator[Tensor], tokens: int) -> Tensor:
+    """Return the first ``tokens`` tokens of a document or more, or all there are. Raises InputError: there are none."""
+    found = torch.empty(0, dtype=torch.int64)
+    while len(found) < tokens and (ids := next(texts, None)) is not None:
+        found = torch.cat([found, ids])
+    if not len(found):
+        raise InputError(NOTHING)
+    return found
 
 
 def _write_texts(
@@ -74,12 +106,14 @@ def _write_texts(
         before = write.passages[-1] if write.passages else before
 
 
-def tokenised(pieces: Iterable[str | Ids], tokenizer: Tokenizer | None) -> Iterator[Tensor]:
-    """Yield ``[n]`` int64 ids of each piece that is not empty. Raises InputError as ``to_rows``."""
+def tokenised(pieces: Iterable[str | Ids], tokenizer: Tokenizer | None, vocab_size: int) -> Iterator[Tensor]:
+    """Yield ``[n]`` int64 ids of each piece that is not empty. Raises InputError as ``to_rows``, or by vocabulary."""
     for piece in pieces:
         if not isinstance(piece, str) or piece:
             (texts,) = to_rows(piece, 1, tokenizer)
-            yield from texts
+            for ids in texts:
+                check_vocabulary(ids, vocab_size)
+                yield ids
 
 
 def cutter_of(engine: Engine, tokenizer: Tokenizer | None) -> Cutter | OwnCutter:
@@ -117,16 +151,15 @@ class OwnCutter:
         self.held = held[begin:].clone()
         return settled
 
-    def rest(self) -> list[Tensor]:
-        """Return the last chunks. Raises InputError: there were no ids at all."""
-        if not len(self.held):
-            raise InputError("there is nothing to write: the text or ids are empty")
-        return cut_ids(self.engine, self.held, self.tokenizer)
+    def rest(self) -> tuple[list[Tensor], Tensor]:
+        """Return the last chunks, and ids that are left over: none."""
+        chunks = cut_ids(self.engine, self.held, self.tokenizer) if len(self.held) else []
+        return chunks, self.held[:0]
 
 
 @define(eq=False)
 class Cutter:
-    """A cutter of ids that arrive bit by bit, into the chunks that ``split`` cuts all of them into.
+    """A cutter of ids that arrive bit by bit, into the chunks that ``cut_up`` cuts all of them into.
 
     Attributes:
         chunk_tokens, min_chunk_tokens: as for ``split``.
@@ -149,9 +182,9 @@ class Cutter:
         self.held = held[settled * self.chunk_tokens :].clone()
         return chunks
 
-    def rest(self) -> list[Tensor]:
-        """Return the last chunks. Raises InputError as ``split``."""
-        return split(self.held, self.chunk_tokens, self.min_chunk_tokens)
+    def rest(self) -> tuple[list[Tensor], Tensor]:
+        """Return the last chunks, and the ids that are left over."""
+        return cut_up(self.held, self.chunk_tokens, self.min_chunk_tokens)
 
 
 def _ahead(items: Iterator[Tensor]) -> Iterator[Tensor]:

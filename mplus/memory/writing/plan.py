@@ -19,7 +19,16 @@ from mplus.memory.sources.expiry import expire
 from mplus.memory.sources.writes import WriteRecord
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.transaction import Streams
-from mplus.memory.writing.chunking import SourceNames, Tokenizer, WriteData, check_vocabulary, split, to_names, to_rows
+from mplus.memory.writing.chunking import (
+    SourceNames,
+    Tokenizer,
+    WriteData,
+    check_vocabulary,
+    cut_up,
+    cut_with_tail,
+    to_names,
+    to_rows,
+)
 from mplus.memory.writing.passages import Passage, cut, to_texts, with_ids
 
 if TYPE_CHECKING:
@@ -45,6 +54,10 @@ class StreamWrite:
         facts: fields of ``Source`` that the write sets besides counts and times, by name.
         record: of a write that was given an id, what earlier calls have written of it.
         begun: when this one began, by ``time.perf_counter``.
+        texts: ids ``[n]`` of texts that are cut once the memory is locked, behind what waits of their source then.
+        rest: ids ``[n]`` of what waits of the source once all chunks are written; the chunks begin with what waited
+            before. None: what waits is let be.
+        short: the only chunk is too short for one, and leaves a row for each of its tokens at most.
     """
 
     streams: Streams
@@ -58,14 +71,24 @@ class StreamWrite:
     facts: Mapping[str, Any] = NOTHING
     record: WriteRecord | None = None
     begun: float = 0.0
+    texts: Sequence[Tensor] = ()
+    rest: Tensor | None = None
+    short: bool = False
 
-    def noted(self, state: StreamState, source: int, tokens: int, dropped: int, evicted: int) -> StreamState:
-        """Return a state that has written one more chunk of this write, in which that is noted if it has an id.
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are to write."""
+        return sum(map(len, (*self.chunks, *self.texts)))
+
+    def noted(
+        self, state: StreamState, source: int, tokens: int, dropped: int = 0, evicted: int = 0, chunks: int = 0
+    ) -> StreamState:
+        """Return a state that has taken in more of this write, in which that is noted if it has an id.
 
         Args:
-            state: after the chunk.
+            state: after that.
             source: number of the source.
-            tokens, dropped, evicted: of the chunk, as in ``WriteReport``.
+            tokens, dropped, evicted, chunks: of what was taken in, as in ``WriteReport``.
         """
         if self.record is None:
             return state
@@ -73,7 +96,7 @@ class StreamWrite:
         after = evolve(
             before,
             tokens=before.tokens + tokens,
-            chunks=before.chunks + 1,
+            chunks=before.chunks + chunks,
             dropped=before.dropped + dropped,
             evicted=before.evicted + evicted,
             seconds=self.record.seconds + time.perf_counter() - self.begun,
@@ -97,13 +120,23 @@ class StreamWrite:
         found: StreamState = self.streams.engine.mechanism.with_tokenizer(self.streams.states[self.row], self.tokenizer)
         return found
 
+    def cut(self) -> StreamWrite:
+        """Return this write with its texts cut into chunks; the caller holds the memory's write lock."""
+        if not self.texts:
+            return self
+        config, shortest = self.streams.engine.config, self.streams.engine.mechanism.shortest_text
+        sizes = {"chunk_tokens": config.chunk_tokens, "min_chunk_tokens": config.min_chunk_tokens}
+        waiting = self.streams.states[self.row].waiting(self.name)
+        chunks, rest = cut_with_tail(waiting, self.texts, shortest_text=shortest, **sizes)
+        return evolve(self, texts=(), chunks=chunks, rest=rest)
+
 
 def planned(
     memory: Memory, data: WriteData, source: SourceNames, report: WriteReport, facts: Mapping[str, Any]
 ) -> list[StreamWrite]:
     """Check all that is to be written to a memory, and cut it into chunks, none of which spans two turns.
 
-    ``facts``: as of each ``StreamWrite``.
+    Texts of which something may have to wait are cut later (``StreamWrite.cut``). ``facts``: of each ``StreamWrite``.
     """
     streams, tokenizer = memory.streams, memory.tokenizer
     names = to_names(source, len(streams))
@@ -122,22 +155,25 @@ def planned(
     for row, own in enumerate(rows):
         for ids in own:
             check_vocabulary(ids, engine.vocab_size)
-        chunks = [chunk for ids in own for chunk in cut_ids(engine, ids, tokenizer)]
-        writes.append(StreamWrite(streams, row, chunks, names[row], report, tokenizer, facts=facts))
+        write = StreamWrite(streams, row, [], names[row], report, tokenizer, facts=facts)
+        if engine.mechanism.shortest_text > 1:
+            writes.append(evolve(write, texts=own))
+        else:
+            chunks = [chunk for ids in own for chunk in cut_ids(engine, ids, tokenizer)]
+            writes.append(evolve(write, chunks=chunks))
     return writes
 
 
 def cut_ids(engine: Engine, ids: Tensor, tokenizer: Tokenizer | None) -> list[Tensor]:
-    """Return the chunks of a text ``[n]``, as the mechanism cuts it, or of one size.
+    """Return the chunks of a text ``[n]``, as the mechanism cuts it, or of one size, whatever is left over by itself.
 
-    Raises:
-        InputError: as ``split``.
-        MechanismError: the mechanism cuts it into something else.
+    Raises MechanismError: the mechanism cuts it into something else.
     """
     mechanism, config = engine.mechanism, engine.config
     chunks: list[Tensor] | None = mechanism.chunks(ids, tokenizer)
     if chunks is None:
-        return split(ids, config.chunk_tokens, config.min_chunk_tokens)
+        chunks, rest = cut_up(ids, config.chunk_tokens, config.min_chunk_tokens)
+        return [*chunks, rest] if len(rest) else chunks
     sizes = list(map(len, chunks))
     if not sizes or min(sizes) < 1 or max(sizes) > config.chunk_tokens or sum(sizes) != len(ids):
         raise MechanismError(

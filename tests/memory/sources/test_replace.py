@@ -10,7 +10,7 @@ import torch
 
 from mplus.errors import InputError, NonFiniteError
 from mplus.memory import Memory
-from mplus.memory.writing import write as writing
+from mplus.memory.writing import passes as writing
 from tests.helpers.clock import NOON, Hands
 from tests.memory.disks.plain import PlainModel, chunk
 from tests.memory.tiny import assert_content, assert_same, content

@@ -20,7 +20,7 @@ from mplus.errors import (
     WriteTogetherError,
 )
 from mplus.memory import WriteReport
-from mplus.memory.writing import write as writing
+from mplus.memory.writing import passes as writing
 from tests.memory import tiny
 from tests.memory.disks.disks import Watched, open_memory
 
@@ -155,11 +155,10 @@ def plain(model: Any, path: Any) -> Memory:
 
 TEXT = tiny.ids(40, 3)
 BAD: dict[str, tuple[Any, Any, type[Exception], str]] = {
-    "too short": (plain, tiny.ids(2), InputError, "min_chunk_tokens"),
     "empty": (plain, tiny.ids(0), InputError, "nothing to write"),
     "outside the vocabulary": (plain, torch.tensor([5, 5, 5, 5, 999]), InputError, "must lie in the vocabulary"),
     "no tokenizer": (plain, "I like tea, and a cake.", InputError, "needs a tokenizer"),
-    "no text": (plain, 3.5, InputError, "write takes text, ids or a list"),
+    "no text": (plain, 3.5, InputError, "write takes text, ids, chat messages or a list"),
     "dtype": (lambda model, _: model.new_memory().to(dtype=torch.bfloat16), TEXT, MemoryMismatchError, "bfloat16"),
     "batch": (lambda model, _: model.new_memory(2), TEXT, InputError, "one text per batch row"),
     "closed": (closed, TEXT, LiveMemoryError, "closed"),
@@ -205,21 +204,21 @@ def test_a_memory_that_comes_twice_is_written_once(model: Any) -> None:
     assert "comes at place 0 already" in str(raised.value.errors[2])
     assert [source.name for memory in (one, other) for source in memory.sources()] == ["a", "b"]
     with pytest.raises(WriteTogetherError) as raised:  # the first is refused, so that the second is the only one
-        mplus.write_together([one, one], [tiny.ids(2), tiny.ids(16, 2)], ["a", "c"])
+        mplus.write_together([one, one], [tiny.ids(0), tiny.ids(16, 2)], ["a", "c"])
     assert list(raised.value.errors) == [0]
     assert [source.name for source in one.sources()] == ["a", "c"]
 
 
 def test_alone_a_memory_raises_what_it_raised(model: Any) -> None:
     memory = model.new_memory()
-    with pytest.raises(InputError, match="min_chunk_tokens"):
-        memory.write(tiny.ids(2))
+    with pytest.raises(InputError, match="nothing to write"):
+        memory.write(tiny.ids(0))
     with pytest.raises(WriteTogetherError) as raised:
-        mplus.write_together([memory], [tiny.ids(2)])
+        mplus.write_together([memory], [tiny.ids(0)])
     assert isinstance(raised.value.errors[0], InputError)
     caught = []
     try:
-        mplus.write_together([memory], [tiny.ids(2)])
+        mplus.write_together([memory], [tiny.ids(0)])
     except* InputError as group:
         caught = list(group.exceptions)
     assert len(caught) == 1

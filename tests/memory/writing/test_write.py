@@ -81,9 +81,9 @@ def test_a_short_tail_shares_with_its_neighbour_only() -> None:
     assert [len(piece) for piece in split(torch.arange(25), 10, 8)] == [9, 8, 8], "here it takes both others"
 
 
-def test_too_short_says_what_to_do(memory: Memory) -> None:
+def test_what_cannot_be_cut_says_what_to_do() -> None:
     with pytest.raises(InputError, match=r"at least min_chunk_tokens \(4\) tokens, got 3: join it"):
-        memory.write(tiny.ids(3))
+        split(tiny.ids(3), 16, 4)
     with pytest.raises(InputError, match=r"11 tokens cannot be cut into chunks .* \(8 to 10\).*lower min_chunk_tokens"):
         split(torch.arange(11), 10, 8)
 

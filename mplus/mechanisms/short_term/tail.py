@@ -1,0 +1,122 @@
+"""The tail of a stream as rows: what every layer receives for text that waits, right in front of the text of a read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from attrs import define, evolve
+from torch import Tensor
+
+from mplus.backends.base import Segment
+from mplus.errors import NotSupported
+from mplus.mechanisms.decoder import Decoder, Project, RowPositions, Rows
+from mplus.mechanisms.opened import Opened, Retrieved
+from mplus.memory.state import StreamView
+
+if TYPE_CHECKING:
+    from mplus.mechanisms.decoder import KeptProjection
+
+
+class Reader(Protocol):
+    """The parts of a mechanism that a pass over a tail needs; see ``mplus.mechanisms.base.MemoryMechanism``."""
+
+    def retrieve(
+        self, layer: int, hidden: Tensor, mask: Tensor, views: Sequence[StreamView]
+    ) -> list[Retrieved | None]: ...
+    def prefix(
+        self, opened: Opened, layer: int, found: Sequence[Retrieved | None], hidden: Tensor, project: Project
+    ) -> tuple[Segment, ...]: ...
+    def has_prefix(self, view: StreamView) -> bool: ...
+    def prefix_rows(self, view: StreamView) -> int: ...
+    def prepare(self, projection: KeptProjection, batch: int | None) -> Any: ...
+
+
+@define(frozen=True, eq=False)
+class TailRows:
+    """The rows that stand for the tails of the streams of one read.
+
+    A row is what a layer receives, so its keys and values are those of the token that it stands for.
+
+    Attributes:
+        layers: per layer that carries memory ``[S, t, d]``, of streams that have a tail; filler behind shorter ones.
+        places: of each view, its stream among these; None: nothing waits.
+        counts: of each view, the tokens of its tail.
+        positions: where rows sit that do not simply follow one another; None: all do.
+    """
+
+    layers: tuple[Tensor, ...]
+    places: Sequence[int | None]
+    counts: Sequence[int]
+    positions: RowPositions | None = None
+
+    def of(self, view: int, layer: int) -> Tensor | None:
+        """Return ``[n, d]``, the tail of one view as the layer receives it; None: nothing waits."""
+        place = self.places[view]
+        return None if place is None else self.layers[layer][place, : self.counts[view]]
+
+    def together(self, layer: int) -> Rows:
+        """Return the tails of all views, filler behind shorter ones, right in front of the text as text would be."""
+        rows = self.layers[layer]
+        if len(set(self.places)) == 1:
+            return Rows(rows, positions=torch.arange(-rows.shape[1], 0, device=rows.device)[None])
+        counts = torch.tensor(self.counts, device=rows.device)
+        positions = torch.arange(rows.shape[1], device=rows.device) - counts[:, None]
+        return Rows(rows[[place or 0 for place in self.places]], counts, positions=positions)
+
+    def placed(self, rows: Rows, lengths: Sequence[int]) -> Rows:
+        """Return the rows of all views, of ``lengths`` and with their tails at the end, where they sit.
+
+        Memory is squeezed together as it is configured; the tail stands between it and the text, as text would.
+        """
+        if self.positions is None:
+            return rows
+        place = torch.arange(rows.hidden.shape[1], device=rows.hidden.device)
+        total, tails = (torch.tensor(each, device=place.device)[:, None] for each in (lengths, self.counts))
+        memory = total - tails
+        where = self.positions.of_rows(place.expand(len(total), -1), memory, -tails)
+        return evolve(rows, positions=torch.where(place < memory, where, place - total))
+
+
+def read_tails(mechanism: Reader, decoder: Decoder, views: Sequence[StreamView]) -> TailRows:
+    """Read the tails of some streams, one of which has one at least, as a read would: one pass, behind their memory.
+
+    Args:
+        mechanism: of the memory.
+        decoder: runs the pass.
+        views: of the streams; views of the same state share what is computed.
+    """
+    distinct = list({id(view.state): view for view in views if view.state.tail}.values())
+    numbers = {id(view.state): number for number, view in enumerate(distinct)}
+    counts = [view.state.tail_tokens for view in distinct]
+    ids = torch.zeros(len(distinct), max(counts), dtype=torch.int64, device=decoder.shape.device)
+    for row, view in enumerate(distinct):
+        ids[row, : counts[row]] = torch.cat([part.ids for part in view.state.tail]).to(ids)
+    mask = torch.arange(ids.shape[1], device=ids.device) < torch.tensor(counts, device=ids.device)[:, None]
+    behind = [evolve(view, state=evolve(view.state, tail=())) for view in distinct]
+    keeps_hidden = all(view.store.layout.keeps_hidden for view in behind)
+    opened = Opened(behind, prepared=None if keeps_hidden else mechanism.prepare(decoder.kept, None))
+
+    def prefix(layer: int, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
+        if not any(map(mechanism.has_prefix, behind)):
+            return ()
+        with torch.no_grad():
+            found = mechanism.retrieve(layer, hidden, mask, behind)
+        return mechanism.prefix(opened, layer, found, hidden, project)
+
+    rows = max(map(mechanism.prefix_rows, behind))
+    # Padding is behind the text, where no real token sees it.
+    made = decoder.run(ids, prefix=prefix, prefix_rows=rows, adapter="read", collect={"inputs"}).inputs
+    places = [numbers.get(id(view.state)) for view in views]
+    tokens = [0 if place is None else counts[place] for place in places]
+    return TailRows(made, places, tokens, _positions(decoder))
+
+
+def _positions(decoder: Decoder) -> RowPositions | None:
+    """Return where rows sit, unless they follow one another, or the decoder does not let rows be placed."""
+    try:
+        positions = decoder.kept.positions
+    except NotSupported:  # then the tail is placed as all other rows are
+        return None
+    return None if positions.layout == "sequential" or positions.offset else positions
