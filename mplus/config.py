@@ -213,8 +213,9 @@ class MPlusConfig:
             "notes" (passages of text in front of the prompt), or a third party's.
         variant: "paper", or "published" to follow the released code to the letter.
         chunk_tokens: text tokens read by one write.
-        min_chunk_tokens: shorter chunks are joined with their neighbour, or refused where there is none. Left out: 16,
-            but at most half of ``chunk_tokens``, so that every text of that length can be cut into chunks.
+        min_chunk_tokens: shorter chunks are joined with their neighbour, or wait for more text of their source where
+            there is none. Left out: 16, but at most half of ``chunk_tokens``, so that every text of that length can be
+            cut into chunks.
         memory_tokens_per_chunk: K, rows written per chunk.
         short_term_tokens: N, rows of short-term memory (STM).
         retrieved_tokens: K0, long-term rows brought back by a read.

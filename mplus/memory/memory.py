@@ -79,7 +79,7 @@ class Memory(StoredMemory):
             progress: show a progress bar; None: for long writes in a terminal.
 
         Raises:
-            InputError: wrong batch size, ids outside the vocabulary, text too short or none, a time that has
+            InputError: wrong batch size, ids outside the vocabulary, no text at all, a time that has
                 passed, or another text under a known ``write_id``; nothing was written.
             MemoryFullError: pinned sources leave no room for another chunk.
             MemoryMismatchError: the decoder's dtype is not that of the memory; or rows are kept as keys and values
