@@ -18,7 +18,7 @@ from mplus.memory import Memory
 from mplus.memory.format.offline import forget_saved
 from mplus.memory.format.verify import verify
 from mplus.memory.sources.writes import WriteLog, WriteRecord
-from mplus.memory.writing import write as writing
+from mplus.memory.writing import passes as writing
 from tests.helpers.clock import noon
 from tests.memory.disks.disks import Failing, open_memory
 from tests.memory.disks.plain import PlainModel, chunk
