@@ -35,6 +35,8 @@ CHUNK_RETRIEVERS: Registry[ChunkRetriever] = Registry(
     group="mplus.chunk_retrievers",
     base="mplus.retrievers.chunks.base:ChunkRetriever",
     builtin={
+        "hidden": "mplus.retrievers.chunks.hidden:HiddenRetriever",
+        "hybrid": "mplus.retrievers.chunks.hybrid:HybridRetriever",
         "words": "mplus.retrievers.chunks.words:WordRetriever",
     },
 )

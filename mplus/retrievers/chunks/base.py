@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from attrs import define
+from attrs import define, field
 from torch import Tensor
 
 from mplus.config import JsonValue
@@ -29,12 +29,15 @@ class Chunks:
         lengths: ``[c]`` int64, tokens of each chunk.
         ids: ``[n]`` int32, the tokens of all chunks, one behind the other.
         keys: ``[c, v]``, what ``chunk_keys`` made of each chunk.
+        calibration: ``[x]`` float32, what ``calibrate`` returned when the stream was begun; empty where there was no
+            tokenizer.
         tokenizer: of the memory, or None.
     """
 
     lengths: Tensor
     ids: Tensor
     keys: Tensor
+    calibration: Tensor = field(factory=lambda: torch.empty(0))
     tokenizer: Any = None
 
     def __len__(self) -> int:
@@ -74,7 +77,7 @@ class ChunkRetriever(ABC):
     Attributes:
         name: in configurations.
         collect: what ``chunk_keys`` wants of the pass that writes a chunk: "hidden", or nothing.
-        threshold: a chunk whose score is not above it is not brought back.
+        near: scores that differ by no more are near-equal: of such chunks the newer is preferred.
 
     Example:
         The longest chunk first, whatever is asked:
@@ -103,7 +106,7 @@ class ChunkRetriever(ABC):
 
     name: ClassVar[str]
     collect: ClassVar[frozenset[Literal["hidden"]]] = frozenset()
-    threshold: float = 0.0
+    near: ClassVar[float] = 0.0
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = options if options is not None else self.Options()
@@ -112,23 +115,38 @@ class ChunkRetriever(ABC):
         """Return the width v of the keys that are kept of chunks; 0, the default: there are none."""
         return 0
 
-    def chunk_keys(self, ids: Tensor, hidden_states: Sequence[Tensor], tokenizer: Any) -> Tensor:
+    def calibrate(self, decoder: ChunkDecoder, tokenizer: Any) -> Tensor:
+        """Return what has to be known of a decoder to compare texts, as one vector ``[x]`` float32; by default nothing.
+
+        It is kept with the memory, so that its chunks are compared as they were when they were written.
+
+        Args:
+            decoder: runs passes over a few texts, 4,000 tokens at most.
+            tokenizer: of the memory.
+        """
+        return torch.empty(0)
+
+    def chunk_keys(self, ids: Tensor, hidden_states: Sequence[Tensor], calibration: Tensor, tokenizer: Any) -> Tensor:
         """Return the keys ``[B, v]`` of chunks of equal length; by default there are none, of width 0.
 
         Args:
             ids: ``[B, n]`` int64.
             hidden_states: of the pass that writes them, depth + 1 times ``[B, n, d]``; () where ``collect`` is empty.
+            calibration: ``[x]``, of these streams; empty where there was no tokenizer.
             tokenizer: of the memory, or None.
         """
         return torch.empty(ids.shape[0], 0)
 
-    def query_keys(self, ids: Tensor, mask: Tensor, decoder: ChunkDecoder, tokenizer: Any) -> Tensor:
+    def query_keys(
+        self, ids: Tensor, mask: Tensor, decoder: ChunkDecoder, calibration: Tensor, tokenizer: Any
+    ) -> Tensor:
         """Return the keys ``[B, v]`` of questions; by default there are none, of width 0.
 
         Args:
             ids: ``[B, q]`` int64, padded on the right.
             mask: ``[B, q]`` bool, False at padding.
             decoder: runs a short pass over them.
+            calibration: ``[x]``, of the streams that they are asked of.
             tokenizer: of the memory, or None.
         """
         return torch.empty(ids.shape[0], 0)
@@ -139,3 +157,18 @@ class ChunkRetriever(ABC):
 
         The score of a chunk may depend on the other chunks that there are, not on those that were forgotten.
         """
+
+    def threshold(self, chunks: Chunks) -> float:
+        """Return the score above which a chunk is brought back; by default 0."""
+        return 0.0
+
+
+def between(scores: Tensor) -> Tensor:
+    """Return a threshold for scores ``[n, n]`` of questions and passages, of which those of a number belong together.
+
+    It lies in the middle between what 95 % of the best wrong passages have at most, and what 95 % of the right ones
+    have at least.
+    """
+    right = scores.diag()
+    wrong = scores.masked_fill(torch.eye(len(scores), dtype=torch.bool), -torch.inf).amax(1)
+    return (wrong.quantile(0.95) + right.quantile(0.05)) / 2

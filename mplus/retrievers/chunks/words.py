@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -10,21 +11,43 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.config import is_number, must_be, number
-from mplus.retrievers.chunks.base import ChunkRetriever, Chunks, Query
-from mplus.retrievers.chunks.bm25 import bm25
+from mplus.retrievers.chunks.base import ChunkRetriever, Chunks, Query, between
+from mplus.retrievers.chunks.bm25 import Background, bm25
 from mplus.retrievers.chunks.folding import Folding
+from mplus.retrievers.chunks.statements import statements
+
+UNIT = 8.0
+"""Score of a chunk that has as much of all words of the question as an average one could: about as far from 0 as similar
+hidden states are (``HiddenRetriever``)."""
+WEIGHT = 4.0
+"""Chunks for which a text of the background counts, in how rare a word is."""
 
 share = must_be("a number from 0 to 1", lambda value: is_number(value, 0, 1))
 """Validator: a number from 0 to 1."""
 
 
+@define(frozen=True, eq=False)
+class _Known:
+    """What is known of one tokenizer.
+
+    Attributes:
+        folding: how its ids make words.
+        background: how rare they are.
+        similar: ``[n, n]`` float64, scores of the passages of all statements (columns) for their questions (rows).
+    """
+
+    folding: Folding
+    background: Background
+    similar: Tensor
+
+
 class WordRetriever(ChunkRetriever):
     """Scores chunks by the words they share with the question (BM25), rare ones more than frequent ones.
 
-    With a tokenizer of transformers, words are runs of letters and digits whatever their case and pieces; without one,
-    each id is a word. A chunk that shares none is not brought back. No pass of the decoder is run, and nothing is kept
-    of a chunk but its ids, so that there is no index to be kept in step: to find the words of 100,000 tokens takes 5 ms
-    on one core, as long as to score them.
+    With a tokenizer of transformers, words are runs of letters and digits whatever their case and pieces, and
+    ``statements()`` count for how rare they are. Without one, each id is a word, and a chunk that shares none is not
+    brought back. No pass of the decoder is run, and nothing is kept of a chunk but its ids, so that there is no index to
+    be kept in step: to find the words of 100,000 tokens takes 5 ms on one core, as long as to score them.
 
     Example:
         >>> import mplus
@@ -44,28 +67,58 @@ class WordRetriever(ChunkRetriever):
         b: float = field(default=0.75, validator=share)
 
     name = "words"
+    near = 1.0
     options: Options
 
     def __init__(self, options: Options | None = None) -> None:
         super().__init__(options)
-        self._foldings: WeakKeyDictionary[Any, Folding] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 
     def scores(self, query: Query, chunks: Chunks) -> Tensor:
-        counts, words, asked = chunks.lengths, chunks.ids, query.ids.cpu()
-        if hasattr(chunks.tokenizer, "convert_ids_to_tokens"):
-            folding = self._folding(chunks.tokenizer)
-            words, counts = folding.words(chunks.ids, chunks.lengths)
-            asked, _ = folding.words(asked, torch.tensor([len(asked)]))
-        return bm25(counts, words, asked, self.options.k1, self.options.b)
+        asked, known = query.ids.cpu(), self._known_of(chunks.tokenizer)
+        if known is None:
+            return UNIT * self._bm25(chunks.lengths, chunks.ids, asked, None)
+        words, counts = known.folding.words(chunks.ids, chunks.lengths)
+        asked, _ = known.folding.words(asked, torch.tensor([len(asked)]))
+        return UNIT * self._bm25(counts, words, asked, known.background)
 
-    def _folding(self, tokenizer: Any) -> Folding:
-        found = self._foldings.get(tokenizer)
+    def threshold(self, chunks: Chunks) -> float:
+        known = self._known_of(chunks.tokenizer)
+        return 0.0 if known is None else float(between(known.similar))
+
+    def similar(self, tokenizer: Any) -> Tensor:
+        """Return the scores ``[n, n]`` of the passages of all statements for their questions; 0 without a tokenizer."""
+        known = self._known_of(tokenizer)
+        return torch.zeros(1, 1, dtype=torch.float64) if known is None else known.similar
+
+    def _known_of(self, tokenizer: Any) -> _Known | None:
+        """Return what is known of a tokenizer; None of one that does not say its pieces, or none."""
+        if not hasattr(tokenizer, "convert_ids_to_tokens"):
+            return None
+        found = self._known.get(tokenizer)
         if found is None:
-            found = self._foldings[tokenizer] = Folding.of(tokenizer)
+            found = self._known[tokenizer] = self._learned(tokenizer)
         return found
 
+    def _learned(self, tokenizer: Any) -> _Known:
+        folding, texts = Folding.of(tokenizer), statements()
+        passages, lengths = _words([one.passage for one in texts], folding, tokenizer)
+        questions, asked = _words([one.question for one in texts], folding, tokenizer)
+        background = Background.of(torch.cat([lengths, asked]), torch.cat([passages, questions]), WEIGHT)
+        scores = [self._bm25(lengths, passages, question, background) for question in questions.split(asked.tolist())]
+        return _Known(folding, background, UNIT * torch.stack(scores))
+
+    def _bm25(self, lengths: Tensor, words: Tensor, asked: Tensor, background: Background | None) -> Tensor:
+        return bm25(lengths, words, asked, self.options.k1, self.options.b, background, relative=True)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_foldings": None}
+        return {**self.__dict__, "_known": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _foldings=WeakKeyDictionary())
+        self.__dict__.update(state, _known=WeakKeyDictionary())
+
+
+def _words(texts: Sequence[str], folding: Folding, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Return the words of texts, ``[m]``, and how many each has, ``[n]``."""
+    encoded = [torch.tensor(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    return folding.words(torch.cat(encoded), torch.tensor([len(ids) for ids in encoded]))

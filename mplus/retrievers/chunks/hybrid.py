@@ -1,0 +1,71 @@
+"""HybridRetriever: words and hidden states together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from mplus.config import number, whole
+from mplus.retrievers.chunks.base import ChunkDecoder, ChunkRetriever, Chunks, ChunkShape, Query, between
+from mplus.retrievers.chunks.hidden import HiddenRetriever, compared
+from mplus.retrievers.chunks.words import WordRetriever, share
+
+
+class HybridRetriever(ChunkRetriever):
+    """Adds the scores of "words" and "hidden", whose units are alike: names and numbers, and what a text is about.
+
+    Without a tokenizer there is nothing to compare hidden states by, and it scores as "words" does.
+
+    Example:
+        >>> import mplus
+        >>> config = mplus.MPlusConfig(mechanism="kv", retriever={"name": "hybrid", "layers": 2})
+    """
+
+    @define(frozen=True, kw_only=True)
+    class Options(ChunkRetriever.Options):
+        """Options of both.
+
+        Attributes:
+            k1, b: of BM25, as of "words".
+            layers: how many layers are compared, as of "hidden".
+        """
+
+        k1: float = field(default=1.5, validator=number(0))
+        b: float = field(default=0.75, validator=share)
+        layers: int = field(default=3, validator=whole(1))
+
+    name = "hybrid"
+    collect: ClassVar[frozenset[Literal["hidden"]]] = HiddenRetriever.collect
+    near = 1.0
+    options: Options
+
+    def __init__(self, options: Options | None = None) -> None:
+        super().__init__(options)
+        self.words = WordRetriever(WordRetriever.Options(k1=self.options.k1, b=self.options.b))
+        self.hidden = HiddenRetriever(HiddenRetriever.Options(layers=self.options.layers))
+
+    def key_size(self, shape: ChunkShape) -> int:
+        return self.hidden.key_size(shape)
+
+    def calibrate(self, decoder: ChunkDecoder, tokenizer: Any) -> Tensor:
+        found, similar = self.hidden.calibrated(decoder, tokenizer)
+        return torch.cat([found[:-1], between(similar + self.words.similar(tokenizer))[None]])
+
+    def chunk_keys(self, ids: Tensor, hidden_states: Sequence[Tensor], calibration: Tensor, tokenizer: Any) -> Tensor:
+        return self.hidden.chunk_keys(ids, hidden_states, calibration, tokenizer)
+
+    def query_keys(
+        self, ids: Tensor, mask: Tensor, decoder: ChunkDecoder, calibration: Tensor, tokenizer: Any
+    ) -> Tensor:
+        return self.hidden.query_keys(ids, mask, decoder, calibration, tokenizer)
+
+    def scores(self, query: Query, chunks: Chunks) -> Tensor:
+        by_words = self.words.scores(query, chunks)
+        return by_words + self.hidden.scores(query, chunks) if compared(chunks) else by_words
+
+    def threshold(self, chunks: Chunks) -> float:
+        return self.hidden.threshold(chunks) if compared(chunks) else self.words.threshold(chunks)
