@@ -43,6 +43,15 @@ def _proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What mplus keeps in the user's cache folder stays out of it, unless a run says which one to use."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "MPLUS_CACHE" not in os.environ:
+            patch.setenv("MPLUS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _time_stands_still() -> Iterator[None]:
     """Memories without a clock of their own are equal whenever they were written."""
     from tests.helpers import clock  # imports torch, as above

@@ -183,6 +183,12 @@ class PassResult:
     logits: Tensor | None = None
     text: Text | None = None
 
+    def need_logits(self) -> Tensor:
+        """Return ``logits``. Raises InputError where a pass has not left them."""
+        if self.logits is None:
+            raise InputError("this pass left no logits: ask for them with collect={'logits'}")
+        return self.logits
+
     def need_hidden(self) -> Tensor:
         """Return ``hidden``. Raises InputError where a pass has not left it."""
         if self.hidden is None:
@@ -274,6 +280,10 @@ class Decoder(Protocol):
     @property
     def kept(self) -> KeptProjection:
         """Return what makes segments of kept keys and values. Raises NotSupported where they cannot be kept."""
+
+    @property
+    def weights(self) -> str:
+        """A digest of the weights that passes run with."""
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the token embeddings ``[B, n, w]`` of ids ``[B, n]``."""

@@ -30,6 +30,7 @@ from tests.evaluation import data
 from tests.evaluation.bench import CHUNK, SmallTokenizer, execution
 from tests.helpers.docstrings import run_examples
 from tests.mechanisms.gists import GistMechanism
+from tests.mechanisms.kv.memories import EVERY
 from tests.memory.tiny import SIZES, ids
 
 PASSAGE = 8
@@ -68,7 +69,7 @@ def registered():
 def kv():
     """Brings back at most three passages."""
     sizes = {"chunk_tokens": CHUNK, "min_chunk_tokens": 1, "retrieved_tokens": 3 * PASSAGE}
-    every = {"name": "kv", "order": "written", "min_score": -1.0}  # whether or not a chunk has to do with the prompt
+    every = {"name": "kv", **EVERY}  # whether or not a chunk has to do with the prompt
     return mplus.wrap(BY_NAME["llama"].build(0), {"mechanism": every, **sizes}, check=False).eval()
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mplus.backends.base import Segment
 from mplus.errors import InputError
+from mplus.hf.adapters.fingerprint import digest
 from mplus.hf.retrofit.attention_probe import Nothing
 from mplus.hf.retrofit.context import Collection as Collecting
 from mplus.hf.retrofit.context import Pass, PrefixSource, run_in
@@ -72,6 +73,10 @@ class WrappedDecoder:
     @property
     def kept(self) -> KeptProjection:
         return self._engine.need_projection()
+
+    @property
+    def weights(self) -> str:
+        return digest(self._engine.model, "base") + digest(self._engine.model, "lora")
 
     def embed(self, ids: Tensor) -> Tensor:
         found: Tensor = self._engine.embedding(ids)

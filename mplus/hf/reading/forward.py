@@ -48,7 +48,8 @@ def forward_with_memory(
         NotSupported: another thread is in ``model.reading``, or a way of calling that memory cannot follow.
     """
     generation = generation_of(model)
-    if generation is not None and generation.reading is None:
+    # A pass that a mechanism runs while it gets ready for this generation reads nothing of it.
+    if generation is not None and (generation.reading is None or current_pass() is not None):
         return base.forward(model, *args, **kwargs)
     if generation is not None:
         return _read(model, base, ReadArguments(), generation.reading, by_name(base, args, kwargs))

@@ -13,9 +13,11 @@ from mplus.config import Component, MPlusConfig, one_of, whole
 from mplus.errors import ConfigError, InputError
 from mplus.mechanisms.base import Kept
 from mplus.mechanisms.decoder import Decoder, Text
+from mplus.mechanisms.kv.calibration import found_by
 from mplus.mechanisms.kv.chat import ChatFormat
 from mplus.mechanisms.kv.chunks import cut_at_sentences
 from mplus.mechanisms.kv.front import Front
+from mplus.mechanisms.kv.passes import run_behind
 from mplus.mechanisms.kv.reads import KvReads
 from mplus.mechanisms.kv.settle import settled
 from mplus.mechanisms.kv.state import KvState, state_of
@@ -68,6 +70,8 @@ class KvMechanism(KvReads):
             order: of the chunks that are brought back: by "score", the best one next to the text, or as "written".
             retrieved_chunks: brought back at most; None: as many as ``retrieved_tokens`` has room for.
             min_score: a chunk whose score is not above it is not brought back; None: the threshold of the retriever.
+            rerank: so many of the best are reordered by how likely the decoder finds the question behind each of them,
+                in one batched pass; 0: none.
         """
 
         context_chunks: int | None = field(default=0, validator=whole(0, optional=True))
@@ -75,8 +79,9 @@ class KvMechanism(KvReads):
         opening: tuple[int, ...] | None = field(default=None, converter=_ids, validator=_check_ids)
         closing: tuple[int, ...] | None = field(default=None, converter=_ids, validator=_check_ids)
         order: str = field(default="score", validator=one_of("written", "score"))
-        retrieved_chunks: int | None = field(default=None, validator=whole(1, optional=True))
+        retrieved_chunks: int | None = field(default=1, validator=whole(1, optional=True))
         min_score: float | None = field(default=None, validator=_score)
+        rerank: int = field(default=6, validator=whole(0))
 
         @classmethod
         def defaults(cls, variant: str) -> dict[str, Any]:
@@ -89,7 +94,7 @@ class KvMechanism(KvReads):
     keeps_states: ClassVar[bool] = True
     sizes: ClassVar[Mapping[str, int]] = {"chunk_tokens": 128, "retrieved_tokens": 1024}
     retrievers: ClassVar[Registry[Any]] = CHUNK_RETRIEVERS
-    default_retriever: ClassVar[Component] = Component("words")
+    default_retriever: ClassVar[Component] = Component("hybrid")
 
     @classmethod
     def settle(cls, config: MPlusConfig, room: int | None) -> MPlusConfig:
@@ -155,15 +160,14 @@ class KvMechanism(KvReads):
         begins, sources = self._begins(decoder, states), text.sources or (None,) * len(states)
         places = [self._context(*of) for of in zip(states, sources, strict=True)]
         front = Front.before_text(decoder.kept, views, places, begins)
-        found = decoder.run(
-            ids,
-            prefix=lambda layer, hidden, project: front.segments(layer, hidden),
-            insertion=front.insertion,
-            adapter="write",
-            collect={"projected"},
-        )
-        firsts = [self._begin_ids(state, decoder.shape.first_token) for state in states]
-        beside = [{"begin_ids": first, "begin_rows": rows} for first, rows in zip(firsts, begins, strict=True)]
+        found = run_behind(decoder, front, ids, collect={"projected", *self.chunk_retriever.collect})
+        beside = []
+        for row, (view, state) in enumerate(zip(views, states, strict=True)):
+            first = self._begin_ids(state, decoder.shape.first_token)
+            known = self.calibrations.of(decoder, view, begins[row], first, text.tokenizer)
+            hidden = [states_[row : row + 1] for states_ in found.hidden_states]
+            (key,) = self.chunk_retriever.chunk_keys(ids[row : row + 1], hidden, known, text.tokenizer)
+            beside.append({"begin_ids": first, "begin_rows": begins[row], "chunk_key": key, "calibration": known})
         return Update((), found.projected, beside=tuple(beside))
 
     def absorb(self, state: Any, update: Update, source: int, context: WriteContext) -> Absorbed:
@@ -176,10 +180,12 @@ class KvMechanism(KvReads):
         for layer, made in enumerate(update.projected):
             rows = MemoryRows(None, births, torch.full_like(births, source), projected=made.to(device, dtype))
             context.store.append(layer, rows)
-        if update.beside and not state.begin_rows.shape[1]:
-            begin = update.beside[0]
-            state = state.with_begin(begin["begin_ids"], begin["begin_rows"].to(device, dtype))
-        after, evicted = self._evict(state.with_chunk(ids, source), context)
+        beside, key = update.beside[0] if update.beside else {}, None
+        if beside and not state.begin_rows.shape[1]:
+            state = state.with_begin(beside["begin_ids"], beside["begin_rows"].to(device, dtype))
+        if beside:
+            state, key = found_by(state, beside["calibration"], beside["chunk_key"])
+        after, evicted = self._evict(state.with_chunk(ids, source, key), context)
         return Absorbed(after, 0, evicted)
 
     def example(self, decoder: Decoder, ids: Tensor, context: WriteContext) -> StreamView:

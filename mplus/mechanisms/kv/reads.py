@@ -14,16 +14,16 @@ from mplus.config import MPlusConfig
 from mplus.errors import InputError
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.decoder import Decoder, Project, Text
+from mplus.mechanisms.kv.calibration import Calibrations
 from mplus.mechanisms.kv.chat import ChatFormat
 from mplus.mechanisms.kv.front import Front
 from mplus.mechanisms.kv.prompt import Prompt
-from mplus.mechanisms.kv.retrieval import ChosenChunks, ChunkBudget, choose_chunks
+from mplus.mechanisms.kv.retrieval import Asked, ChosenChunks, Retrieval
 from mplus.mechanisms.kv.state import KvState, state_of
 from mplus.mechanisms.opened import Insertion, Opened, Retrieved
 from mplus.memory.sources.found import FoundText
 from mplus.memory.state import StreamView
 from mplus.retrievers.chunks import CHUNK_RETRIEVERS
-from mplus.retrievers.chunks.base import Chunks, Query
 
 NOTHING = ChosenChunks(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64))
 
@@ -53,6 +53,13 @@ class KvReads(MemoryMechanism):
     def __init__(self, config: MPlusConfig, additions: nn.Module, options: Any) -> None:
         super().__init__(config, additions, options)
         self.chunk_retriever = CHUNK_RETRIEVERS.build(config.retriever)
+        self.calibrations = Calibrations(self.chunk_retriever, config.retriever)
+        self.retrieval = Retrieval(
+            retriever=self.chunk_retriever,
+            chunks=options.retrieved_chunks,
+            min_score=options.min_score,
+            rerank=options.rerank,
+        )
 
     def open(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Opened:
         """Choose the chunks that this text reads: as many as the decoder has positions for, those of an answer left."""
@@ -61,7 +68,8 @@ class KvReads(MemoryMechanism):
         for view in views:
             state_of(view).check_store(view)
         prompts = self._prompts(decoder, views, text)
-        blocks = [[self._chosen(decoder, view, text, prompt)] for view, prompt in zip(views, prompts, strict=True)]
+        rows = list(zip(views, prompts, ((),) * len(views), strict=True))
+        blocks = [[found] for found in self._chosen(decoder, text, rows)]
         return self._opened(decoder, views, blocks, torch.tensor([[prompt.begin] for prompt in prompts]))
 
     def reopen(self, decoder: Decoder, opened: Opened, text: Text, rows: Sequence[int]) -> Opened:
@@ -73,8 +81,9 @@ class KvReads(MemoryMechanism):
             return opened
         prompts = self._prompts(decoder, opened.views, evolve(text, limited=True))
         blocks = [list(own) for own in opened.own.blocks]
-        for row in rows:
-            blocks[row][-1] = self._chosen(decoder, opened.views[row], text, prompts[row], blocks[row][:-1])
+        asked = [(opened.views[row], prompts[row], blocks[row][:-1]) for row in rows]
+        for row, found in zip(rows, self._chosen(decoder, text, asked), strict=True):
+            blocks[row][-1] = found
         return self._opened(decoder, opened.views, blocks, opened.insertion.tokens, opened.insertion.rooms)
 
     def resume(self, decoder: Decoder, opened: Opened, text: Text, read: Tensor) -> Opened:
@@ -83,12 +92,18 @@ class KvReads(MemoryMechanism):
             return opened
         views, before, prompts = opened.views, opened.insertion, self._prompts(decoder, opened.views, text)
         blocks, tokens = [list(own) for own in opened.own.blocks], torch.maximum(before.tokens[:, -1], read)
+        last = before.tokens[:, -1].tolist()
+        anew = [
+            row
+            for row, prompt in enumerate(prompts)
+            if text.queries is not None or (prompt.is_chat and prompt.begin > last[row])
+        ]
+        found = self._chosen(decoder, text, [(views[row], prompts[row], blocks[row]) for row in anew])
+        chosen = dict(zip(anew, found, strict=True))
         for row, prompt in enumerate(prompts):
-            found = NOTHING
-            if text.queries is not None or (prompt.is_chat and prompt.begin > int(before.tokens[row, -1])):
-                found = self._chosen(decoder, views[row], text, prompt, blocks[row])
+            blocks[row].append(chosen.get(row, NOTHING))
+            if row in chosen:
                 tokens[row] = max(int(tokens[row]), prompt.begin)
-            blocks[row].append(found)
         if not any(len(own[-1].chunks) for own in blocks):
             return opened
         taken = [[len(state_of(view).places(own[-1].chunks))] for view, own in zip(views, blocks, strict=True)]
@@ -107,46 +122,49 @@ class KvReads(MemoryMechanism):
         return found
 
     def _chosen(
-        self, decoder: Decoder, view: StreamView, text: Text, prompt: Prompt, read: Sequence[ChosenChunks] = ()
-    ) -> ChosenChunks:
-        """Return what a prompt brings back from one stream, in the order in which it is read.
+        self,
+        decoder: Decoder,
+        text: Text,
+        rows: Sequence[tuple[StreamView, Prompt, Sequence[ChosenChunks]]],
+    ) -> list[ChosenChunks]:
+        """Return what prompts bring back, in the order in which it is read.
 
         Args:
             decoder: that reads it.
-            view: of the stream.
-            text: that the prompt is a row of.
-            prompt: asks.
-            read: what it reads already, which is not brought back again.
+            text: that the prompts are rows of.
+            rows: of each prompt its stream, the prompt, and what it reads already, which is not brought back again.
         """
+        asked = {place: self._asked(decoder, text, *row) for place, row in enumerate(rows) if self.has_prefix(row[0])}
+        asking = {p: one for p, one in asked.items() if len(one.question) and not state_of(one.view).reads_all}
+        found = dict(zip(asking, self.retrieval.choose(decoder, list(asking.values()), text.tokenizer), strict=True))
+        return [self._in_order(view, found.get(place)) for place, (view, _, _) in enumerate(rows)]
+
+    def _asked(
+        self, decoder: Decoder, text: Text, view: StreamView, prompt: Prompt, read: Sequence[ChosenChunks]
+    ) -> Asked:
         state = state_of(view)
-        if not state.tokens:
-            return NOTHING
-        if state.reads_all:
-            every = torch.arange(len(state.chunk_length))
-            return ChosenChunks(every, torch.zeros(len(every), dtype=torch.float64))
         taken = state.places(torch.cat([NOTHING.chunks, *(block.chunks for block in read)]))
-        known = torch.cat([prompt.known, state.token_ids[taken].long()])
         most, room = decoder.shape.max_positions, self.config.retrieved_tokens
         if most is not None:
             begin = 0 if prompt.begin else len(self._begin_ids(state, decoder.shape.first_token))
             room = min(room, most - len(prompt.ids) - text.further - begin - len(taken))
-        return self._retrieved(view, prompt.query, known, text.tokenizer, room)
+        known = torch.cat([prompt.known, state.token_ids[taken].long()])
+        with torch.no_grad():
+            (begins,) = self._begins(decoder, [state])
+        return Asked(view, begins, prompt.query, known, room)
 
-    def _retrieved(self, view: StreamView, question: Tensor, prompt: Tensor, tokenizer: Any, room: int) -> ChosenChunks:
-        """Return the chunks that ``question`` ``[q]`` brings back, in the order in which they are read.
-
-        ``prompt`` ``[n]`` is what the decoder reads anyway, and ``room`` the tokens that may come back.
-        """
-        state, options = state_of(view), self.options
-        chunks = Chunks(state.chunk_length, state.token_ids, torch.empty(len(state.chunk_length), 0), tokenizer)
-        budget = ChunkBudget(tokens=room, chunks=options.retrieved_chunks)
-        query = Query(question, torch.empty(0))
-        found = choose_chunks(self.chunk_retriever, query, chunks, prompt, budget, options.min_score)
-        order = found.chunks.argsort() if options.order == "written" else torch.arange(len(found.chunks)).flip(0)
+    def _in_order(self, view: StreamView, found: ChosenChunks | None) -> ChosenChunks:
+        """Return what was found in the order in which it is read; None: nothing was looked for."""
+        state = state_of(view)
+        if found is None:
+            every = torch.arange(len(state.chunk_length) if state.reads_all else 0)
+            return ChosenChunks(every, torch.zeros(len(every), dtype=torch.float64))
+        written = self.options.order == "written"
+        order = found.chunks.argsort() if written else torch.arange(len(found.chunks)).flip(0)
         if view.access_log is not None:
             ids = view.store.ids(0)
             view.access_log.record(0, ids[state.places(found.chunks[order]).to(ids.device)], state.clock)
-        return ChosenChunks(found.chunks[order], found.scores[order])
+        return found.at(order)
 
     def search(self, decoder: Decoder, view: StreamView, text: str, k: int, tokenizer: Any) -> list[FoundText]:
         """Return the chunks that ``text`` brings back, scored as in a read, whatever their length."""
@@ -154,9 +172,12 @@ class KvReads(MemoryMechanism):
             raise InputError("a search needs a tokenizer: pass tokenizer= to new_memory, load or open")
         state = state_of(view)
         question = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
-        chunks = Chunks(state.chunk_length, state.token_ids, torch.empty(len(state.chunk_length), 0), tokenizer)
-        budget, query = ChunkBudget(tokens=state.tokens, chunks=k), Query(question, torch.empty(0))
-        found = choose_chunks(self.chunk_retriever, query, chunks, question[:0], budget, self.options.min_score)
+        if not state.tokens or not len(question):
+            return []
+        with torch.no_grad():
+            (begin,) = self._begins(decoder, [state])
+        retrieval = evolve(self.retrieval, chunks=k)
+        (found,) = retrieval.choose(decoder, [Asked(view, begin, question, question[:0], state.tokens)], tokenizer)
         pieces, sources = state.token_ids.split(state.chunk_length.tolist()), state.chunk_source.tolist()
         return [
             FoundText.of(state, sources[chunk], score, str(tokenizer.decode(pieces[chunk], skip_special_tokens=True)))

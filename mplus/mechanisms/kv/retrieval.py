@@ -1,13 +1,53 @@
-"""Which chunks a question brings back: scored by a chunk retriever, as many as there is room for."""
+"""Which chunks a question brings back: scored by a chunk retriever, reordered by the decoder, as many as have room."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from attrs import define
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from mplus.mechanisms.decoder import Decoder
+from mplus.mechanisms.kv.front import Front
+from mplus.mechanisms.kv.passes import BegunDecoder, run_behind
+from mplus.mechanisms.kv.state import state_of
 from mplus.mechanisms.search import choose
+from mplus.memory.state import StreamView
 from mplus.retrievers.chunks.base import ChunkRetriever, Chunks, Query
+
+NATS = 0.5
+"""What a nat of the question's likelihood behind a chunk counts for, in the units of the scores of "hybrid"."""
+
+
+BEHIND = 1e6
+"""What keeps chunks that were not reordered behind those that were."""
+
+
+@define(frozen=True, eq=False)
+class Asked:
+    """What one row of a batch asks of its stream.
+
+    Attributes:
+        view: the stream.
+        begin: ``[L, b, w]``, rows of what its chunks were written behind.
+        question: ``[q]`` int64, the ids to ask with; at least one.
+        prompt: ``[n]`` int64, ids that the decoder reads anyway: a chunk whose ids stand there is not brought back.
+        room: tokens that may come back.
+    """
+
+    view: StreamView
+    begin: Tensor
+    question: Tensor
+    prompt: Tensor
+    room: int
+
+    def chunks(self, tokenizer: Any) -> Chunks:
+        """Return the chunks of the stream, as a retriever sees them."""
+        state = state_of(self.view)
+        return Chunks(state.chunk_length, state.token_ids, state.chunk_key, state.calibration, tokenizer)
 
 
 @define(frozen=True, eq=False)
@@ -22,40 +62,84 @@ class ChosenChunks:
     chunks: Tensor
     scores: Tensor
 
+    def at(self, places: Tensor) -> ChosenChunks:
+        """Return those at ``places`` ``[m]``, in that order."""
+        return ChosenChunks(self.chunks[places], self.scores[places])
+
 
 @define(frozen=True, kw_only=True)
-class ChunkBudget:
-    """How much comes back at most: ``tokens`` in all, and ``chunks``, None: as many as fit."""
+class Retrieval:
+    """Chooses chunks for the questions of a batch.
 
-    tokens: int
-    chunks: int | None = None
-
-
-def choose_chunks(
-    retriever: ChunkRetriever,
-    query: Query,
-    chunks: Chunks,
-    prompt: Tensor,
-    budget: ChunkBudget,
-    min_score: float | None = None,
-) -> ChosenChunks:
-    """Return the best chunks above the threshold that fit; of equal ones the newer.
-
-    Args:
+    Attributes:
         retriever: scores them.
-        query: the question.
-        chunks: of the stream.
-        prompt: ``[n]``, ids that the decoder reads anyway: a chunk whose ids stand there is not brought back.
-        budget: the most there is room for.
+        chunks: brought back at most; None: as many as fit.
         min_score: only chunks with a higher score; None: the retriever's own threshold.
+        rerank: so many of the best are reordered by how likely the decoder finds the question behind each; 0: none.
     """
-    if not len(chunks) or not len(query.ids):
-        return ChosenChunks(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64))
-    scores = retriever.scores(query, chunks)
-    able = (scores > (retriever.threshold if min_score is None else min_score)).nonzero().squeeze(1)
-    able = able[~standing_in(prompt, chunks, able)]
-    chosen = able[choose(chunks.lengths[able], scores[able], budget.tokens)[: budget.chunks]]
-    return ChosenChunks(chosen, scores[chosen])
+
+    retriever: ChunkRetriever
+    chunks: int | None = None
+    min_score: float | None = None
+    rerank: int = 0
+
+    @torch.no_grad()
+    def choose(self, decoder: Decoder, asked: Sequence[Asked], tokenizer: Any) -> list[ChosenChunks]:
+        """Return the best chunks above the threshold that fit, for each row; of near-equal ones the newest first."""
+        queries = self._queries(decoder, asked, tokenizer)
+        found = [self._able(one, query, tokenizer) for one, query in zip(asked, queries, strict=True)]
+        weights = [one.scores.clone() for one in found]
+        best = [one.scores.argsort(descending=True, stable=True)[: self.rerank] for one in found]
+        several = [place for place, first in enumerate(best) if len(first) > 1]
+        likely = _likelihoods(decoder, [(asked[place], found[place].chunks[best[place]]) for place in several])
+        for place, nats in zip(several, likely, strict=True):
+            reordered = weights[place][best[place]] + NATS * (nats - nats.max())
+            weights[place] -= BEHIND
+            weights[place][best[place]] = reordered
+        return [self._fitting(*one) for one in zip(asked, found, weights, strict=True)]
+
+    def _queries(self, decoder: Decoder, asked: Sequence[Asked], tokenizer: Any) -> list[Query]:
+        """Return the questions with their keys; those of streams with the same statistics are made in one pass."""
+        groups: list[list[int]] = []
+        states = [state_of(one.view) for one in asked]
+        for place, state in enumerate(states):
+            alike = [group for group in groups if torch.equal(states[group[0]].calibration, state.calibration)]
+            alike[0].append(place) if alike else groups.append([place])
+        keys: dict[int, Tensor] = {}
+        for group in groups:
+            ids, mask = padded([asked[place].question for place in group])
+            reader = BegunDecoder(
+                decoder, [asked[place].view for place in group], [asked[place].begin for place in group]
+            )
+            found = self.retriever.query_keys(ids, mask, reader, states[group[0]].calibration, tokenizer)
+            keys |= dict(zip(group, found, strict=True))
+        return [Query(one.question, keys[place]) for place, one in enumerate(asked)]
+
+    def _able(self, asked: Asked, query: Query, tokenizer: Any) -> ChosenChunks:
+        """Return all chunks above the threshold that have room and do not stand in the prompt, the newest first."""
+        chunks = asked.chunks(tokenizer)
+        scores = self.retriever.scores(query, chunks)
+        least = self.retriever.threshold(chunks) if self.min_score is None else self.min_score
+        able = ((scores > least) & (chunks.lengths <= asked.room)).nonzero().squeeze(1).flip(0)
+        able = able[~standing_in(asked.prompt, chunks, able)]
+        return ChosenChunks(able, scores[able])
+
+    def _fitting(self, asked: Asked, found: ChosenChunks, weights: Tensor) -> ChosenChunks:
+        """Return as many of the chunks as may come back, by ``weights`` ``[k]``; ``found`` has the newest first."""
+        if not len(found.chunks):
+            return found
+        near = weights >= weights.max() - self.retriever.near
+        newest = torch.where(near, found.chunks, -1).argmax()
+        weights = weights.clone()
+        weights[newest] = weights.max() + 1
+        order = choose(state_of(asked.view).chunk_length[found.chunks], weights, asked.room)
+        return found.at(order[: self.chunks])
+
+
+def padded(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return ids ``[B, n]`` of texts, padded on the right, and a bool mask ``[B, n]`` that is False there."""
+    lengths = torch.tensor([len(text) for text in texts])
+    return pad_sequence(list(texts), batch_first=True), torch.arange(int(lengths.max())) < lengths[:, None]
 
 
 def standing_in(prompt: Tensor, chunks: Chunks, some: Tensor) -> Tensor:
@@ -70,3 +154,21 @@ def standing_in(prompt: Tensor, chunks: Chunks, some: Tensor) -> Tensor:
         if length <= len(prompt):
             found[place] = bool((prompt.unfold(0, length, 1) == chunks.ids[end - length : end]).all(1).any())
     return found
+
+
+def _likelihoods(decoder: Decoder, asked: Sequence[tuple[Asked, Tensor]]) -> list[Tensor]:
+    """Return the logarithm of the likelihood of each row's question behind each of its chunks, ``[k]`` float64."""
+    if not asked:
+        return []
+    pairs = [(one, chunk) for one, chunks in asked for chunk in chunks.split(1)]
+    ids, mask = padded([one.question for one, _ in pairs])
+    front = Front.before_text(
+        decoder.kept,
+        [one.view for one, _ in pairs],
+        [state_of(one.view).places(chunk) for one, chunk in pairs],
+        [one.begin for one, _ in pairs],
+    )
+    logits = run_behind(decoder, front, ids, mask=mask, collect={"logits"}).need_logits()
+    likely = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None].to(logits.device)).squeeze(-1)
+    nats = (likely * mask[:, 1:].to(likely.device)).sum(1).double().cpu()
+    return list(nats.split([len(chunks) for _, chunks in asked]))

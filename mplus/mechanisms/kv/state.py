@@ -17,7 +17,7 @@ from mplus.stores.base import MemoryStore, StoreLayout
 TABLE = ("chunk_length", "chunk_source", "chunk_time", "token_ids")
 """The tensors of memories that were saved when nothing but the table was kept."""
 CHAT = ("begin_ids", "opening_ids", "closing_ids")
-NAMES = (*TABLE, *CHAT, "begin_rows", "chunk_key")
+NAMES = (*TABLE, *CHAT, "begin_rows", "chunk_key", "calibration")
 
 
 @define(frozen=True, eq=False, kw_only=True)
@@ -38,6 +38,8 @@ class KvState(StreamState):
         begin_rows: ``[L, b, w]``, keys (not rotated) and values of ``begin_ids``, in the dtype and on the device of the
             rows; ``[L, 0, w]`` where they have to be computed.
         chunk_key: ``[c, v]`` floating, what a retriever finds each chunk by; v is 0 where it keeps nothing.
+        calibration: ``[x]`` float32, what the retriever knew of the decoder when the first chunk was written; empty
+            where there was nothing to know, or no tokenizer.
         reads_all: every text reads all chunks, as a decoder is checked with when it is wrapped; never saved.
     """
 
@@ -52,6 +54,7 @@ class KvState(StreamState):
     closing_ids: Tensor
     begin_rows: Tensor
     chunk_key: Tensor
+    calibration: Tensor
     reads_all: bool = False
 
     @classmethod
@@ -68,6 +71,7 @@ class KvState(StreamState):
             closing_ids=none.int(),
             begin_rows=torch.empty(layout.layers, 0, layout.projected_size, dtype=layout.dtype, device=layout.device),
             chunk_key=torch.empty(0, 0),
+            calibration=torch.empty(0),
         )
 
     @property
@@ -115,6 +119,14 @@ class KvState(StreamState):
         """Return this state with the tokens ``[b]`` that chunks are written behind, and their rows ``[L, b, w]``."""
         return evolve(self, begin_ids=ids.to("cpu", torch.int32), begin_rows=rows)
 
+    def with_calibration(self, calibration: Tensor) -> Self:
+        """Return this state with what the retriever knows of the decoder, ``[x]``."""
+        return evolve(self, calibration=calibration.to("cpu", torch.float32))
+
+    def without_keys(self) -> Self:
+        """Return this state with nothing to find its chunks by but their ids."""
+        return evolve(self, chunk_key=self.chunk_key.new_empty(len(self.chunk_key), 0), calibration=torch.empty(0))
+
     def without_computed(self) -> Self:
         return evolve(self, begin_rows=self.begin_rows[:, :0])
 
@@ -145,6 +157,8 @@ class KvState(StreamState):
         if tensors.keys() == set(TABLE):  # of a version that kept nothing else
             none = cls.empty(layout).tensors() | {"chunk_key": torch.empty(len(tensors["chunk_length"]), 0)}
             tensors = {**none, **tensors}
+        if tensors.keys() == set(NAMES) - {"calibration"}:
+            tensors = {**tensors, "calibration": torch.empty(0)}
         if tensors.keys() != set(NAMES):
             raise MemoryMismatchError(f"a table of chunks must have the tensors {NAMES}, got {sorted(tensors)}")
         parts: dict[str, Any] = {name: tensor.cpu() for name, tensor in tensors.items() if name != "begin_rows"}
@@ -180,7 +194,12 @@ class KvState(StreamState):
         except MemoryMismatchError as error:
             return table, [("what the chunks were written behind, and what they are found by", error)]
         # A tensor that was damaged comes as zeros, which no decoder makes of the tokens that begin a text.
-        return (found if bool(found.begin_rows.any()) else found.without_computed()).tensors(), []
+        found = found if bool(found.begin_rows.any()) else found.without_computed()
+        lost: list[tuple[str, MemoryMismatchError]] = []
+        if len(found.calibration) and not (bool(found.calibration.any()) and bool(found.chunk_key.any())):
+            lost.append(("what chunks are found by, besides their words", MemoryMismatchError("it is all zeros")))
+            found = found.without_keys()
+        return found.tensors(), lost
 
     def mended_with(self, store: MemoryStore) -> tuple[Self, list[str]]:
         """Keep the chunks that have all their rows in every layer; take the rows of others out of ``store``."""
@@ -240,6 +259,9 @@ class KvState(StreamState):
             raise MemoryMismatchError(
                 f"chunk_key must be floating [{len(self.chunk_length)}, v], got {keys.dtype} {list(keys.shape)}"
             )
+        if self.calibration.dim() != 1 or self.calibration.dtype != torch.float32:
+            found = self.calibration
+            raise MemoryMismatchError(f"calibration must be torch.float32 [x], got {found.dtype} {list(found.shape)}")
 
 
 def state_of(view: StreamView) -> KvState:

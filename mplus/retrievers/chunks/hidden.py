@@ -124,6 +124,7 @@ class HiddenRetriever(ChunkRetriever):
         similar = torch.stack([known.scores(one, keys) for one in asked])
         return torch.cat([known.flat(), between(similar).float()[None]]), similar
 
+    @torch.no_grad()
     def chunk_keys(self, ids: Tensor, hidden_states: Sequence[Tensor], calibration: Tensor, tokenizer: Any) -> Tensor:
         if not len(calibration):
             return super().chunk_keys(ids, hidden_states, calibration, tokenizer)

@@ -53,7 +53,7 @@ class HybridRetriever(ChunkRetriever):
 
     def calibrate(self, decoder: ChunkDecoder, tokenizer: Any) -> Tensor:
         found, similar = self.hidden.calibrated(decoder, tokenizer)
-        return torch.cat([found[:-1], between(similar + self.words.similar(tokenizer))[None]])
+        return torch.cat([found[:-1], between(similar + self.words.similar(tokenizer)).float()[None]])
 
     def chunk_keys(self, ids: Tensor, hidden_states: Sequence[Tensor], calibration: Tensor, tokenizer: Any) -> Tensor:
         return self.hidden.chunk_keys(ids, hidden_states, calibration, tokenizer)

@@ -17,8 +17,7 @@ from mplus.retrievers.chunks.folding import Folding
 from mplus.retrievers.chunks.statements import statements
 
 UNIT = 8.0
-"""Score of a chunk that has as much of all words of the question as an average one could: about as far from 0 as similar
-hidden states are (``HiddenRetriever``)."""
+"""Score of a chunk that has all words of the question once: about what ``HiddenRetriever`` gives to a similar one."""
 WEIGHT = 4.0
 """Chunks for which a text of the background counts, in how rare a word is."""
 
@@ -46,8 +45,8 @@ class WordRetriever(ChunkRetriever):
 
     With a tokenizer of transformers, words are runs of letters and digits whatever their case and pieces, and
     ``statements()`` count for how rare they are. Without one, each id is a word, and a chunk that shares none is not
-    brought back. No pass of the decoder is run, and nothing is kept of a chunk but its ids, so that there is no index to
-    be kept in step: to find the words of 100,000 tokens takes 5 ms on one core, as long as to score them.
+    brought back. No pass of the decoder is run, and nothing is kept of a chunk but its ids: to find the words of
+    100,000 tokens takes 5 ms on one core, as long as to score them, so that there is no index to be kept in step.
 
     Example:
         >>> import mplus

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK, RETRIEVED, CAPACITY = 8, 24, 40
-EVERY = {"order": "written", "min_score": -1.0}
+EVERY = {"order": "written", "min_score": -1.0, "retrieved_chunks": None, "rerank": 0}
 """Options by which chunks come back in order of writing, whether or not they have to do with the text."""
 
 
@@ -22,7 +22,7 @@ def wrapped(architecture: str = "llama", implementation: str | None = None, **ch
     options: dict[str, Any] = dict(EVERY)
     options |= {
         name: changes.pop(name)
-        for name in ("context_chunks", "begin", "order", "retrieved_chunks", "min_score")
+        for name in ("context_chunks", "begin", "order", "retrieved_chunks", "min_score", "rerank")
         if name in changes
     }
     sizes = {"chunk_tokens": CHUNK, "min_chunk_tokens": 1, "retrieved_tokens": RETRIEVED, "long_term_tokens": CAPACITY}

@@ -42,6 +42,9 @@ class Pieces:
     def __len__(self) -> int:
         return len(PIECES)
 
+    def __call__(self, texts: list[str], *, add_special_tokens: bool) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[len(text) % len(PIECES), 7] for text in texts]}
+
     def convert_ids_to_tokens(self, ids: range) -> list[str]:
         return [PIECES[one] for one in ids]
 
@@ -91,7 +94,7 @@ def test_the_chunk_that_shares_rare_words_is_best_and_one_that_shares_none_has_n
 ) -> None:
     texts = [ids("Ġthe", "Ġdog"), ids("Ġthe", "ĠK"), ids("Ġthe", "ĠKeller"), ids(".")]
     flat = torch.tensor([one for text in texts for one in text], dtype=torch.int32)
-    chunks = Chunks(torch.tensor([len(text) for text in texts]), flat, torch.empty(4, 0), tokenizer)
+    chunks = Chunks(torch.tensor([len(text) for text in texts]), flat, torch.empty(4, 0), tokenizer=tokenizer)
     asked = ids("ĠKeller", "Ġthe") if tokenizer is None else ids("keller", ".", "The", "<s>")
     scores = WordRetriever().scores(Query(torch.tensor(asked), torch.empty(0)), chunks)
     assert scores.argmax() == 2
@@ -103,7 +106,10 @@ def test_a_copy_scores_alike() -> None:
     tokenizer = Pieces()
     retriever = CHUNK_RETRIEVERS.get("words")(WordRetriever.Options(b=0.1))
     chunks = Chunks(
-        torch.tensor([3]), torch.tensor(ids("K", "eller", "Ġdog"), dtype=torch.int32), torch.empty(1, 0), tokenizer
+        torch.tensor([3]),
+        torch.tensor(ids("K", "eller", "Ġdog"), dtype=torch.int32),
+        torch.empty(1, 0),
+        tokenizer=tokenizer,
     )
     query = Query(torch.tensor(ids("keller")), torch.empty(0))
     before = retriever.scores(query, chunks)
