@@ -79,7 +79,7 @@ def test_every_extra_exists_and_is_listed():
 
 
 def test_the_table_has_every_implementation():
-    rows = re.findall(r"^\| \[`([\w-]+)`\]\(([^)]+)\) \| ([a-z]+)(, plug-in)? \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| \[`([\w-]+)`\]\(([^)]+)\) \| ([a-z ]+)(, plug-in)? \|", README, re.MULTILINE)
     listed = {(kind, name) for name, _, kind, plug_in in rows if not plug_in}
     ours = {
         (kind, name)
