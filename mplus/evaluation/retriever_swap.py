@@ -247,11 +247,10 @@ def find_way(model: MemoryModel, arm: str, options: ArmOptions) -> Way | str:
 
 
 def state_bytes(streams: Memory, row: int, way: Way) -> int:
-    """Return the bytes of the rows that a stream keeps to be read this way."""
+    """Return the bytes that a stream keeps to be read this way: rows, keys and tables, room for more included."""
     view, store = streams.snapshot()[row], streams.stores[row]
     if way.retrieved_tokens == 0:  # what it never reads, it would not keep
         mechanism = streams.engine.mechanism
         standing = [mechanism.standing(view, layer) for layer in range(store.layout.layers)]
         return sum(rows.nbytes for rows in standing if rows is not None)
-    lists = view.state.row_lists().values()
-    return sum(rows.nbytes for parts in lists for rows in parts) + store.nbytes
+    return int(view.state.nbytes + store.nbytes)
