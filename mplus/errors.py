@@ -103,7 +103,7 @@ class WriteTogetherError(MPlusError, ExceptionGroup[Exception]):
 
 
 class MemoryFullError(MPlusError, RuntimeError):
-    """Pinned sources take up all the room of a memory; nothing more can be written before one of them is unpinned."""
+    """A memory has no room for what was to be written: pinned sources take it all, or RAM or the disk would run out."""
 
 
 class MemoryPickleError(MPlusError, pickle.PicklingError, TypeError):

@@ -81,7 +81,8 @@ class Memory(StoredMemory):
         Raises:
             InputError: wrong batch size, ids outside the vocabulary, no text at all, a time that has
                 passed, or another text under a known ``write_id``; nothing was written.
-            MemoryFullError: pinned sources leave no room for another chunk.
+            MemoryFullError: pinned sources leave no room for another chunk; or so much RAM or disk is not free, where
+                the system tells what is. Nothing was written.
             MemoryMismatchError: the decoder's dtype is not that of the memory; or rows are kept as keys and values
                 only, and were made with other adapters or weights.
             NonFiniteError: the decoder gave NaN or Inf for a chunk, which was not written.

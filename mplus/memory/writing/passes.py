@@ -15,6 +15,7 @@ from mplus.memory.sources.clock import read_clock
 from mplus.memory.sources.expiry import check_room
 from mplus.memory.state import StreamState, alike
 from mplus.memory.transaction import Streams
+from mplus.memory.writing.free import check_free
 from mplus.memory.writing.plan import StreamWrite, prepare_write
 from mplus.memory.writing.update import NewEntries, Update, WriteContext, check_absorbed, check_finite
 
@@ -54,13 +55,19 @@ def write_all(writes: Sequence[StreamWrite], advance: Callable[[int], None]) -> 
 
 
 def _without_room(writes: Sequence[StreamWrite]) -> dict[int, Exception]:
-    """Return the memories in which pinned rows leave no room for what is to be written, before anything changes."""
+    """Return the memories that have no room for what is to be written, before anything changes.
+
+    Pinned rows leave none, or what is free of RAM or disk does not.
+    """
     failed: dict[int, Exception] = {}
-    for write in writes:
+    for key, streams in {id(write.streams): write.streams for write in writes}.items():
+        own = [write for write in writes if write.streams is streams and write.chunks]
         try:
-            check_room(write.streams, [write.row] if write.chunks else [])
+            check_room(streams, [write.row for write in own])
+            if own and not streams.engine.writes_text:
+                check_free(streams, own)
         except MemoryFullError as error:
-            failed[id(write.streams)] = error
+            failed[key] = error
     return failed
 
 
