@@ -20,6 +20,7 @@ from mplus.hf.reading.generating import generate_in, is_generating
 from mplus.hf.reading.generation import GenerateCall, refuse
 from mplus.hf.text.calls import Continuation, refuse_for_calls
 from mplus.hf.text.engine import TextEngine
+from mplus.hf.text.places import Spliced
 from mplus.hf.text.reading import TextReading, read, recall, refuse_for_text
 
 USUAL = 20
@@ -60,16 +61,18 @@ def generate_with_text(
     calls = engine.mechanism.opens is not None and any(map(len, reading.states))
     if calls:
         refuse_for_calls(call)
-    new = _new_tokens(call, ids.shape[1])
-    recall(engine, reading, ids, mask, arguments, new, together=not calls)
+    new = call["max_new_tokens"]
+    if new is None:
+        new = USUAL if call["max_length"] is None else max(int(call["max_length"]) - ids.shape[1], 1)
+    recall(engine, reading, ids, mask, arguments, int(new), together=not calls)
     settings = {name: value for name, value in named.items() if name not in PROMPT}
-    generate = partial(generate_in, model, None, base_generate)
+    generation = _Generation(call, reading, partial(generate_in, model, None, base_generate), ids, settings)
     if calls:
-        output = _with_calls(engine, reading, generate, call, ids, mask, settings, new)
+        output: Any = generation.with_calls(engine, mask, int(new))
     elif reading.spliced is not None:
-        output = _with_recalled(reading, generate, call, ids, settings)
+        output = generation.with_recalled(reading.spliced)
     else:
-        output = generate(*args, **kwargs)
+        output = generation.generate(*args, **kwargs)
     if arguments.output_sources:
         output.memory_sources = reading.sources()
     return output
@@ -102,35 +105,60 @@ def _prompts(call: GenerateCall, named: Mapping[str, Any]) -> tuple[Tensor, Tens
     return ids, mask
 
 
-def _new_tokens(call: GenerateCall, prompt: int) -> int:
-    """Return how many tokens may be generated behind a prompt of so many."""
-    if call["max_new_tokens"] is not None:
-        return int(call["max_new_tokens"])
-    return USUAL if call["max_length"] is None else max(int(call["max_length"]) - prompt, 1)
+@define(eq=False)
+class _Generation:
+    """One ``generate`` that reads a memory of text.
 
+    Attributes:
+        call: its arguments.
+        reading: of the memory.
+        generate: of the decoder alone.
+        ids: ``[B, T]``, the prompts.
+        settings: all arguments but the prompt.
+    """
 
-def _with_recalled(
-    reading: TextReading, generate: Callable[..., Any], call: GenerateCall, ids: Tensor, settings: dict[str, Any]
-) -> Any:
-    """Generate behind prompts with recalled text in them, and put the prompts alone in front of the result."""
-    spliced = reading.spliced
-    if spliced is None:
-        raise InputError("there is nothing to put into the prompts")
-    for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        if call[name] and call[instead] is None:
-            settings[name] = int(call[name]) + spliced.width
-    if settings.get("streamer") is not None:
-        settings["streamer"] = _WithoutRecalled(settings["streamer"], ids)
-    output = generate(spliced.ids, attention_mask=spliced.mask, **settings)
-    sequences = output if isinstance(output, Tensor) else output.sequences
-    prompts = ids.repeat_interleave(len(sequences) // len(ids), 0)
-    sequences = torch.cat([prompts, sequences[:, spliced.ids.shape[1] :]], 1)
-    if isinstance(output, Tensor):
-        return sequences
-    output.sequences = sequences
-    if getattr(output, "past_key_values", None) is not None:
-        output.past_key_values._mplus_reading = reading
-    return output
+    call: GenerateCall
+    reading: TextReading
+    generate: Callable[..., Any]
+    ids: Tensor
+    settings: dict[str, Any]
+
+    def with_recalled(self, spliced: Spliced) -> Any:
+        """Generate behind prompts with recalled text in them, and put the prompts alone in front of the result."""
+        settings, ids = self.settings, self.ids
+        for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            if self.call[name] and self.call[instead] is None:
+                settings[name] = int(self.call[name]) + spliced.width
+        if settings.get("streamer") is not None:
+            settings["streamer"] = _WithoutRecalled(settings["streamer"], ids)
+        output = self.generate(spliced.ids, attention_mask=spliced.mask, **settings)
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        prompts = ids.repeat_interleave(len(sequences) // len(ids), 0)
+        sequences = torch.cat([prompts, sequences[:, spliced.ids.shape[1] :]], 1)
+        if isinstance(output, Tensor):
+            return sequences
+        output.sequences = sequences
+        if getattr(output, "past_key_values", None) is not None:
+            output.past_key_values._mplus_reading = self.reading
+        return output
+
+    def with_calls(self, engine: TextEngine, mask: Tensor | None, new: int) -> Tensor | GenerateDecoderOnlyOutput:
+        """Generate up to ``new`` tokens, prompt by prompt, since calls come at different times."""
+        ids, reading, settings = self.ids, self.reading, self.settings
+        pieces = {name: settings.pop(name, None) for name in ("logits_processor", "stopping_criteria")}
+        generate = partial(self.generate, **{name: value for name, value in settings.items() if name not in PIECES})
+        whole, found = reading.spliced, []
+        work, seen = (ids, mask) if whole is None else (whole.ids, whole.mask)
+        for row, prompt in enumerate(work):
+            context = (prompt if seen is None else prompt[seen[row].bool()]).tolist()
+            found.append(Continuation(engine, reading, row, generate, context, new, pieces).run())
+        longest, padding = max(map(len, found)), self.call["pad_token_id"]
+        filler = (reading.tokenizer.pad_token_id if padding is None else padding) or 0
+        rows = ids.new_tensor([[*row, *[filler] * (longest - len(row))] for row in found])
+        sequences = torch.cat([ids, rows.view(len(ids), longest)], 1)
+        if not self.call["return_dict_in_generate"]:
+            return sequences
+        return GenerateDecoderOnlyOutput(sequences=cast("torch.LongTensor", sequences))
 
 
 @define(eq=False)
@@ -154,32 +182,3 @@ class _WithoutRecalled(BaseStreamer):
     def end(self) -> None:
         """Hand on the end."""
         self.streamer.end()
-
-
-def _with_calls(
-    engine: TextEngine,
-    reading: TextReading,
-    generate: Callable[..., Tensor],
-    call: GenerateCall,
-    ids: Tensor,
-    mask: Tensor | None,
-    settings: dict[str, Any],
-    new: int,
-) -> Any:
-    """Generate prompt by prompt, since calls come at different times."""
-    pieces = {name: settings.pop(name, None) for name in ("logits_processor", "stopping_criteria")}
-    generate = partial(generate, **{name: value for name, value in settings.items() if name not in PIECES})
-    whole, found = reading.spliced, []
-    work, seen = (ids, mask) if whole is None else (whole.ids, whole.mask)
-    for row, prompt in enumerate(work):
-        context = (prompt if seen is None else prompt[seen[row].bool()]).tolist()
-        found.append(Continuation(engine, reading, row, generate, context, new, pieces).run())
-    longest, padding = max(map(len, found)), call["pad_token_id"]
-    filler = (reading.tokenizer.pad_token_id if padding is None else padding) or 0
-    rows = ids.new_tensor([[*row, *[filler] * (longest - len(row))] for row in found])
-    sequences = torch.cat([ids, rows.view(len(ids), longest)], 1)
-    return (
-        GenerateDecoderOnlyOutput(sequences=cast("torch.LongTensor", sequences))
-        if call["return_dict_in_generate"]
-        else sequences
-    )
