@@ -23,7 +23,7 @@ STATEMENT = re.compile(r"[.!。！]\s|[.!。！]$|[^.!?。！？؟]$")
 
 @define(frozen=True)
 class Turn:
-    """What one speaker says at a time.
+    """One speaker's words at a time.
 
     Attributes:
         role: "user", "assistant" or "tool".
@@ -42,7 +42,7 @@ class Turn:
 
 @define(frozen=True)
 class Exchange:
-    """What was said, and what was answered; it leaves the prompt as a whole, and is one source of the memory.
+    """A question and its answer; it leaves the prompt as a whole, and is one source of the memory.
 
     Attributes:
         name: of the source.

@@ -133,7 +133,7 @@ class Mechanism(ABC):
 
     @property
     def keeps_pinned(self) -> bool:
-        """Whether rows leave as the eviction policy says, if they do, so that those of a pinned source can stay."""
+        """Return whether rows leave, if they do, as the eviction policy says, so that those of a pinned source stay."""
         return True
 
     def lifetime(self, eviction: EvictionPolicy) -> float | None:

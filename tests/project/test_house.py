@@ -173,6 +173,11 @@ def test_only_mechanisms_know_what_the_state_of_one_is_made_of():
     check_shrinks("fields of M+'s state", set(house.state_users(modules())))
 
 
+def test_docstrings_begin_with_a_verb_or_name_the_thing():
+    """A function does something and a class is something: "What ...", "Whether ..." or "See ..." says neither."""
+    assert not house.no_verb(modules())
+
+
 @pytest.mark.parametrize("file", MODULES, ids=name_of)
 def test_third_party_packages_stay_in_their_rooms(file):
     room = room_of(name_of(file))

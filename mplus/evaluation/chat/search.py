@@ -24,7 +24,7 @@ DEPTHS = (1, 2, 4, 8)
 
 @define(eq=False)
 class SearchResult:
-    """What searches of one memory found.
+    """The results of searches in one memory.
 
     Attributes:
         ranks: of each question that was told, after how many chunks all that it needs was found; None: not among them.

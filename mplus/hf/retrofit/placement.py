@@ -49,7 +49,7 @@ class Placement:
 
     @property
     def divides(self) -> bool:
-        """Whether some block stands behind the first token of this forward, so that tokens see different rows."""
+        """Return whether a block stands behind the first token of this forward, so that tokens see different rows."""
         return bool((self.starts > self.columns - self.new).any())
 
     def moved(self, rows: int) -> Tensor:

@@ -14,7 +14,7 @@ FIRST, REPLY, SECOND = "first-content", "reply-content", "second-content"
 
 @define(frozen=True)
 class ChatFormat:
-    """What a chat template puts around what a user says.
+    """The text of a chat template around what a user says.
 
     Attributes:
         prefix: ids of everything in front of the first user's content, the default system text included.

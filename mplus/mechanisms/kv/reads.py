@@ -30,7 +30,7 @@ NOTHING = ChosenChunks(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=t
 
 @define(frozen=True, eq=False)
 class ReadChunks:
-    """What a text reads.
+    """The chunks that a text reads.
 
     Attributes:
         front: the rows of all blocks, one behind the other.

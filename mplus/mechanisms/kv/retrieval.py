@@ -28,7 +28,7 @@ BEHIND = 1e6
 
 @define(frozen=True, eq=False)
 class Asked:
-    """What one row of a batch asks of its stream.
+    """The question that one row of a batch asks of its stream.
 
     Attributes:
         view: the stream.
@@ -52,7 +52,7 @@ class Asked:
 
 @define(frozen=True, eq=False)
 class ChosenChunks:
-    """What one question brings back from one stream.
+    """The chunks that one question brings back from one stream.
 
     Attributes:
         chunks: ``[k]`` int64, places in the table of chunks, the best first.

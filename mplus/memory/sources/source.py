@@ -42,7 +42,7 @@ class Source:
 
     @property
     def is_written(self) -> bool:
-        """Whether there is text under it, in chunks or waiting; else only its name is kept."""
+        """Return whether there is text under it, in chunks or waiting; else only its name is kept."""
         return bool(self.chunks or self.tokens)
 
 

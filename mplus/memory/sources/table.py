@@ -62,7 +62,7 @@ class Page:
 
 
 class Marks(NamedTuple):
-    """What a page says of expiry and pins.
+    """The expiry and pins of the entries of a page.
 
     Attributes:
         expires: the earliest time at which an entry expires; infinite: none does.

@@ -41,7 +41,7 @@ class WriteRecord:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all of the text was written."""
+        """Return whether all of the text was written."""
         return self.tokens >= self.total
 
 

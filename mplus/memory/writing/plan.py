@@ -77,7 +77,7 @@ class StreamWrite:
 
     @property
     def tokens(self) -> int:
-        """How many tokens there are to write."""
+        """Return how many tokens there are to write."""
         return sum(map(len, (*self.chunks, *self.texts)))
 
     def noted(

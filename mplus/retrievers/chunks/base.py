@@ -46,7 +46,7 @@ class Chunks:
 
 @define(frozen=True, eq=False)
 class Query:
-    """What is asked for.
+    """The question that chunks are retrieved for.
 
     Attributes:
         ids: ``[q]`` int64, the tokens of the question alone, without a template; at least one.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @define(frozen=True, eq=False)
 class Background:
-    """How many texts of a language have a word, so that a few texts of one's own do not make "what" a rare word.
+    """The texts of a language that have each word, so that a few texts of one's own do not make "what" a rare word.
 
     Attributes:
         words: ``[u]`` int64, ascending.

@@ -16,7 +16,7 @@ BASE = 0x9E3779B97F4A7C15
 
 @define(frozen=True, eq=False)
 class Folding:
-    """What is known of every piece of a vocabulary, and behind them of an id that is none: V in all.
+    """The case-folded letters of every piece of a vocabulary, and behind them an id that is none: V in all.
 
     Attributes:
         numbers: ``[V]`` int64, a hash of the piece's letters and digits, case folded.

@@ -20,7 +20,7 @@ BATCH = 16
 
 @define(frozen=True, eq=False)
 class Statistics:
-    """What is known of the mean hidden states of a decoder in a few of its layers.
+    """The mean and spread of the hidden states of a decoder in a few of its layers.
 
     Massive activations make raw means of all texts alike; per dimension, the mean is taken off them and they are
     divided by the standard deviation.

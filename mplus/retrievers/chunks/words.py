@@ -27,7 +27,7 @@ share = must_be("a number from 0 to 1", lambda value: is_number(value, 0, 1))
 
 @define(frozen=True, eq=False)
 class _Known:
-    """What is known of one tokenizer.
+    """The words, and how rare they are, of one tokenizer.
 
     Attributes:
         folding: how its ids make words.

@@ -45,7 +45,7 @@ class ArmFinding:
 
 @define(frozen=True, kw_only=True)
 class Reopened:
-    """What another process answered, which opened the directory of the memory.
+    """The answers of another process, which opened the directory of the memory.
 
     Attributes:
         said: its answers, to some of the questions.
