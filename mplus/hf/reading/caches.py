@@ -139,7 +139,7 @@ class FollowedCache(Cache):
 
     _mplus_text: TextSoFar
 
-    def reorder_cache(self, beam_idx: Any) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._mplus_text.select(beam_idx)
 
@@ -176,22 +176,27 @@ def text_in(cache: Cache | None) -> TextSoFar | None:
     return getattr(cache, "_mplus_text", None)
 
 
-def is_begun(cache: Any) -> bool:
+def is_begun(cache: Cache) -> bool:
     """Return whether a cache holds anything of a text."""
-    length = getattr(cache, "get_seq_length", None)
+    length = getattr(cache, "get_seq_length", None)  # not every decoder's cache is one of transformers
     try:
         return length is not None and int(length()) > 0
     except ValueError:  # one of states alone has no length
         return bool(cache.has_previous_state())
 
 
-def check_cache(cache: Any, memory: Memory | None, reuse: bool) -> Reading | None:
-    """The reading a non-empty cache was made under, if ``memory`` is still in that state (or ``reuse``).
+def keep_reading(cache: Cache, reading: Reading) -> None:
+    """Note in a cache what it was made under."""
+    cache._mplus_reading = reading  # type: ignore[attr-defined]
+
+
+def check_cache(cache: Cache | None, memory: Memory | None, reuse: bool) -> Reading | None:
+    """Return the reading that a non-empty cache was made under, if ``memory`` is still in that state (or ``reuse``).
 
     Raises:
         MemoryMismatchError: the cache belongs to another state, or to none.
     """
-    if not is_begun(cache):
+    if cache is None or not is_begun(cache):
         return None
     made_under: Reading | None = getattr(cache, "_mplus_reading", None)
     if made_under is None and (memory is None or only_learned(cache)):

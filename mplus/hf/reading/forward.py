@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from functools import lru_cache, partial
-from typing import Any
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from attrs import evolve
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import PreTrainedModel
 
-from mplus.errors import ConfigError, InputError, MechanismError, MemoryMismatchError, NotSupported
+from mplus.errors import ConfigError, MechanismError, MemoryMismatchError, NotSupported
 from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.reading.arguments import DEFAULTS, ReadArguments, check_spelling
-from mplus.hf.reading.caches import TextSoFar, check_cache, follow, text_in
+from mplus.hf.reading.caches import TextSoFar, check_cache, follow, keep_reading, text_in
 from mplus.hf.reading.checks import check_rows, check_weights, is_as_kept
 from mplus.hf.reading.generating import generation_of
+from mplus.hf.reading.inputs import ForwardInputs
 from mplus.hf.reading.override import mechanism_for_reads
 from mplus.hf.reading.pieces import read_in_pieces
 from mplus.hf.reading.placing import place_text
@@ -29,11 +30,21 @@ from mplus.memory.engine import Engine
 from mplus.memory.memory import Memory
 from mplus.memory.recompute import refresh_if_stale
 
+if TYPE_CHECKING:
+    from mplus.hf.model.installed import WrappedModel
+
+Output = Any
+"""What a decoder returns: a ``ModelOutput`` of its own, or a tuple."""
+
 
 def forward_with_memory(
-    model: Any, base: Any, asked: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """``base.forward`` reading a memory: that of the generation around it, of the call, or of ``model.reading``.
+    model: WrappedModel,
+    base: type[PreTrainedModel],
+    asked: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Output:
+    """Run ``base.forward`` with a memory: that of the generation around it, of the call, or of ``model.reading``.
 
     Args:
         model: the wrapped decoder.
@@ -52,7 +63,7 @@ def forward_with_memory(
     if generation is not None and (generation.reading is None or current_pass() is not None):
         return base.forward(model, *args, **kwargs)
     if generation is not None:
-        return _read(model, base, ReadArguments(), generation.reading, by_name(base, args, kwargs))
+        return _read(model, base, ReadArguments(), generation.reading, ForwardInputs.of(base, args, kwargs))
     if not torch.compiler.is_compiling():
         check_spelling(kwargs, base)
     plain = all(value is DEFAULTS[name] for name, value in asked.items())
@@ -62,10 +73,10 @@ def forward_with_memory(
         if kwargs.get("past_key_values") is not None:
             check_cache(kwargs["past_key_values"], None, arguments is not None and arguments.reuse_memory_cache)
         return base.forward(model, *args, **kwargs)
-    return _read(model, base, arguments, None, by_name(base, args, kwargs))
+    return _read(model, base, arguments, None, ForwardInputs.of(base, args, kwargs))
 
 
-def arguments_of(model: Any, asked: dict[str, Any]) -> ReadArguments | None:
+def arguments_of(model: WrappedModel, asked: Mapping[str, Any]) -> ReadArguments | None:
     """Return what a call reads: as it asks, or, where it names no memory, as the ``model.reading`` around it says.
 
     None where nothing is asked and there is no block.
@@ -78,19 +89,38 @@ def arguments_of(model: Any, asked: dict[str, Any]) -> ReadArguments | None:
 
 
 @torch.compiler.disable  # a compiled model reads uncompiled: what it reads differs from call to call
-def _read(model: Any, base: Any, arguments: ReadArguments, given: Reading | None, inputs: dict[str, Any]) -> Any:
-    engine: DecoderEngine = model.mplus_engine
+def _read(
+    model: WrappedModel,
+    base: type[PreTrainedModel],
+    arguments: ReadArguments,
+    given: Reading | None,
+    inputs: ForwardInputs,
+) -> Output:
+    engine = model.mplus_engine
     engine.check_attention()
     if given is not None:
         return _run(engine, given, base, inputs)
-    as_dict = inputs.get("return_dict") is not False and getattr(model.config, "return_dict", True)
+    as_dict = inputs.named.get("return_dict") is not False and getattr(model.config, "return_dict", True)
     if arguments.output_sources and not as_dict:
         raise ConfigError("output_sources needs return_dict=True: a tuple has no place for them")
-    text = _text(inputs)
-    reading = check_cache(inputs.get("past_key_values"), arguments.memory, arguments.reuse_memory_cache)
+    reading = _reading_of(model, arguments, inputs)
+    if reading.retrieve_every is None:
+        output = _run(engine, reading, base, inputs)
+    else:
+        pieces = read_in_pieces(model, reading, inputs, partial(_run, engine, reading, base, piece=True))
+        output = pieces if as_dict else pieces.to_tuple()
+    if arguments.output_sources:
+        output.memory_sources = retrieved_sources(reading)
+    return output
+
+
+def _reading_of(model: WrappedModel, arguments: ReadArguments, inputs: ForwardInputs) -> Reading:
+    """Return what the call reads: a new reading, or that of the cache it goes on with."""
+    engine, text = model.mplus_engine, inputs.text
+    reading = check_cache(inputs.cache, arguments.memory, arguments.reuse_memory_cache)
     if reading is None:
-        reading = read(engine, arguments.memory, text.shape[0])
-        ask(reading, model, arguments, None if inputs.get("attention_mask") is not None else inputs.get("input_ids"))
+        reading = read(engine, cast("Memory", arguments.memory), text.shape[0])
+        ask(reading, model, arguments, None if inputs.is_masked else inputs.ids)
     else:
         check_weights(engine, reading, whole=text.shape[1] > 1)
         go_on(reading, arguments)
@@ -101,18 +131,11 @@ def _read(model: Any, base: Any, arguments: ReadArguments, given: Reading | None
             "forward with retrieve_every and adapter_names does not go with a retriever that ranks rows by the "
             "decoder's attention: read one row at a time, or use the retriever 'linear'"
         )
-    if reading.retrieve_every is None:
-        output = _run(engine, reading, base, inputs)
-    else:
-        output = read_in_pieces(model, reading, inputs, partial(_run, engine, reading, base, piece=True))
-        output = output if as_dict else output.to_tuple()
-    if arguments.output_sources:
-        output.memory_sources = retrieved_sources(reading)
-    return output
+    return reading
 
 
 def ask(
-    reading: Reading, model: Any, arguments: ReadArguments, unmasked: Tensor | None, virtual_tokens: int = 0
+    reading: Reading, model: PreTrainedModel, arguments: ReadArguments, unmasked: Tensor | None, virtual_tokens: int = 0
 ) -> None:
     """Say with which tokens a new reading retrieves.
 
@@ -158,37 +181,22 @@ def _queries(reading: Reading, arguments: ReadArguments) -> list[Tensor] | None:
     return arguments.queries_of(tokenizer, len(reading.views))
 
 
-def _run(engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[str, Any], piece: bool = False) -> Any:
-    """One forward of the decoder."""
-    active, so_far = _read_pass(engine, reading, base, inputs, piece)
-    output = run_in(active, base.forward, engine.model, **inputs)
-    for holder in (inputs.get("past_key_values"), getattr(output, "past_key_values", None)):
-        if holder is not None:
-            holder._mplus_reading = reading
+def _run(
+    engine: DecoderEngine, reading: Reading, base: type[PreTrainedModel], inputs: ForwardInputs, piece: bool = False
+) -> Output:
+    """Run one forward of the decoder."""
+    active, so_far = _read_pass(engine, reading, inputs, piece)
+    output: Output = run_in(active, base.forward, engine.model, **inputs.named)
+    for cache in (inputs.cache, getattr(output, "past_key_values", None)):
+        if cache is not None:
+            keep_reading(cache, reading)
             if so_far is not None:
-                follow(holder, so_far)
+                follow(cache, so_far)
     return output
 
 
-@lru_cache(maxsize=64)  # looked up for every token
-def signature_of(function: Callable[..., Any]) -> inspect.Signature:
-    """Return the signature of a method of a decoder."""
-    return inspect.signature(function)
-
-
-def by_name(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of one ``forward``, each under its name."""
-    signature = signature_of(base.forward)
-    _, *inputs = signature.bind_partial(None, *args, **kwargs).arguments.items()  # without self
-    named = dict(inputs)
-    for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(named.pop(parameter.name, {}))
-    return named
-
-
 def check_memory(engine: Engine, memory: Any) -> None:
-    """Raises MemoryMismatchError when ``memory`` is none of this decoder, or has another dtype."""
+    """Raise MemoryMismatchError when ``memory`` is none of this decoder, or has another dtype."""
     if not isinstance(memory, Memory):
         raise MemoryMismatchError(f"memory must be an mplus.Memory, got {type(memory).__name__}")
     if memory.engine is not engine:
@@ -203,8 +211,8 @@ def check_memory(engine: Engine, memory: Any) -> None:
         )
 
 
-def read(engine: DecoderEngine, memory: Any, rows: int, **options: Any) -> Reading:
-    """A reading of ``memory`` for a batch of ``rows`` texts; a memory of one stream is read by all of them.
+def read(engine: DecoderEngine, memory: Memory, rows: int) -> Reading:
+    """Return a reading of ``memory`` for a batch of ``rows`` texts; a memory of one stream is read by all of them.
 
     Raises:
         MemoryMismatchError: it belongs to another decoder or has another dtype, or its streams are not as many as rows.
@@ -221,49 +229,39 @@ def read(engine: DecoderEngine, memory: Any, rows: int, **options: Any) -> Readi
     elif prepared is not None and not all(is_as_kept(view, look) for view in streams):
         prepared = None
     keep = not torch.is_grad_enabled()
-    return Reading(mechanism_for_reads(engine), views, memory, version, prepared, look, keep=keep, **options)
-
-
-def _text(inputs: dict[str, Any]) -> Tensor:
-    """Ids ``[B, T]`` or embeddings ``[B, T, d]`` of the text. Raises InputError where there are none."""
-    text = inputs.get("input_ids")
-    text = inputs.get("inputs_embeds") if text is None else text
-    if not isinstance(text, Tensor) or text.dim() < 2:
-        raise InputError(
-            "forward with a memory needs input_ids [B, T] or inputs_embeds [B, T, d], "
-            f"got {list(text.shape) if isinstance(text, Tensor) else text!r}"
-        )
-    return text
+    return Reading(mechanism_for_reads(engine), views, memory, version, prepared, look, keep=keep)
 
 
 def _read_pass(
-    engine: DecoderEngine, reading: Reading, base: Any, inputs: dict[str, Any], piece: bool
+    engine: DecoderEngine, reading: Reading, inputs: ForwardInputs, piece: bool
 ) -> tuple[Pass, TextSoFar | None]:
     """Return the pass of one forward, and the text with it, where the mechanism wants to know.
 
     Completes ``position_ids`` in ``inputs`` where memory moves the text.
     """
-    text = _text(inputs)
+    text = inputs.text
     rows, tokens = text.shape[:2]
     reading.repeats(rows)
-    takes_positions = "position_ids" in signature_of(base.forward).parameters
-    text_mask = _text_mask(reading, inputs, text, takes_positions)
+    text_mask = inputs.skip_padding()
+    if inputs.mask is None and inputs.is_masked and reading.prompt_mask is not None and reading.opened is None:
+        # With a static cache generation passes masks as attention takes them, which do not say what is padding.
+        text_mask = reading.prompt_mask.repeat_interleave(rows // len(reading.prompt_mask), 0).to(text.device)
     source, mechanism = ReadSource(reading, text_mask, piece), reading.mechanism
     so_far = None
     if mechanism.reopens or mechanism.finishes:
-        so_far = text_in(inputs.get("past_key_values")) or TextSoFar.empty(rows, text.device, mechanism.new_cache())
+        so_far = text_in(inputs.cache) or TextSoFar.empty(rows, text.device, mechanism.new_cache())
         so_far = so_far.with_tokens(text, text_mask)
     if reading.opened is None:
         _open(engine, reading, source, text, so_far)
     elif so_far is not None and reading.reopens:
         reopen_where_due(reading, engine.decoder, so_far, tokens, piece)
-    elif so_far is not None and reading.goes_on and mechanism.reopens and tokens > 1:
-        resume(reading, engine.decoder, so_far, tokens, inputs["past_key_values"])
+    elif so_far is not None and inputs.cache is not None and reading.goes_on and mechanism.reopens and tokens > 1:
+        resume(reading, engine.decoder, so_far, tokens, inputs.cache)
     reading.goes_on = False
     opened = reading.need_opened()
     if opened.settled is not None and reading.reopens:
         raise NotSupported(f"retrieve_every does not go with the mechanism {mechanism.name!r} here: {opened.settled}")
-    offset, placement = place_text(engine, reading, inputs, text, text_mask, takes_positions)
+    offset, placement = place_text(engine, reading, inputs, text_mask)
     if mechanism.empty_is_base and not any(map(mechanism.has_prefix, reading.views)):
         return Pass(source, None, text_offset=offset), so_far
     collection, finish = None, None
@@ -272,24 +270,6 @@ def _read_pass(
     adapter = engine.adapter("read")
     active = Pass(source, adapter, collection=collection, finish=finish, text_offset=offset, placement=placement)
     return active, so_far
-
-
-def _text_mask(reading: Reading, inputs: dict[str, Any], text: Tensor, takes_positions: bool) -> Tensor | None:
-    """Return ``[B, T]`` bool, False at padding; None where there is none.
-
-    Completes ``position_ids`` in ``inputs`` where the decoder would count padding.
-    """
-    mask, (rows, tokens) = inputs.get("attention_mask"), text.shape[:2]
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        if bool(mask.all()):
-            return None
-        if takes_positions and inputs.get("position_ids") is None:
-            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
-        return mask[:, -tokens:].bool()
-    if mask is not None and reading.prompt_mask is not None and reading.opened is None:
-        # With a static cache generation passes masks as attention takes them, which do not say what is padding.
-        return reading.prompt_mask.repeat_interleave(rows // reading.prompt_mask.shape[0], 0).to(text.device)
-    return None
 
 
 def _open(engine: DecoderEngine, reading: Reading, source: ReadSource, text: Tensor, so_far: TextSoFar | None) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 from attrs import define
+from torch import nn
 
 from mplus.hf.reading.reading import Reading
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -23,7 +25,7 @@ class Generation:
         reading: what its forwards read; None: the decoder alone.
     """
 
-    model: Any
+    model: nn.Module
     reading: Reading | None
 
 
@@ -31,19 +33,19 @@ _GENERATING: ContextVar[Generation | None] = ContextVar("mplus_generating", defa
 """The generation this thread is in: inner forwards use it, other models do not see it."""
 
 
-def generation_of(model: Any) -> Generation | None:
+def generation_of(model: nn.Module) -> Generation | None:
     """Return the generation of ``model`` that this thread is in, or None."""
     generation = _GENERATING.get()
     return generation if generation is not None and generation.model is model else None
 
 
-def is_generating(model: Any) -> bool:
+def is_generating(model: nn.Module) -> bool:
     """Return whether this thread is in a generation of ``model``."""
     return generation_of(model) is not None
 
 
 @contextmanager
-def generating(model: Any, reading: Reading) -> Iterator[None]:
+def generating(model: nn.Module, reading: Reading) -> Iterator[None]:
     """Let forwards of ``model`` in this thread read ``reading``; where nobody interrupts, see ``generate_in``."""
     token = _GENERATING.set(Generation(model, reading))
     try:
@@ -52,7 +54,9 @@ def generating(model: Any, reading: Reading) -> Iterator[None]:
         _GENERATING.reset(token)
 
 
-def generate_in(model: Any, reading: Reading | None, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+def generate_in(
+    model: nn.Module, reading: Reading | None, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> T:
     """Return ``function(*args, **kwargs)``, in which forwards of ``model`` read ``reading``; see ``run_in``.
 
     Args:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from attrs import evolve
 from torch import Tensor
@@ -39,6 +39,31 @@ class GenerateCall:
             getattr(model, "generation_config", None),
         ]
 
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        base: type[PreTrainedModel],
+        own: Mapping[str, Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Self:
+        """Return the call of a method ``generate``.
+
+        Args:
+            model: the wrapped decoder.
+            base: its class before it was wrapped.
+            own: the arguments of the call that mplus added.
+            args, kwargs: the others.
+
+        Raises:
+            ArgumentError: a keyword, or a setting of the call's config, is one that mplus adds, misspelt.
+        """
+        check_spelling(kwargs, base)
+        call = cls(model, args, {**kwargs, **{name: value for name, value in own.items() if value is not None}})
+        check_spelling(getattr(call.configs[0], "__dict__", ()), base)
+        return call
+
     def __getitem__(self, name: str) -> Any:
         """Return the setting ``name``, or None."""
         if name in self.kwargs:
@@ -64,6 +89,13 @@ class GenerateCall:
         if around is not None:
             return evolve(around, **said)
         return ReadArguments(**{**{name: value for name, value in default.items() if value is not None}, **said})
+
+    def check_reports(self, arguments: ReadArguments) -> None:
+        """Raise ConfigError where sources are to be reported, and the call returns a tensor."""
+        if arguments.output_sources and not self["return_dict_in_generate"]:
+            raise ConfigError(
+                "output_sources needs return_dict_in_generate=True: a tensor of sequences has no place for them"
+            )
 
     def prompt_shape(self) -> tuple[int, int]:
         """Return the number of prompts and of tokens per prompt; without a prompt, generation starts from BOS alone."""
@@ -96,7 +128,7 @@ class GenerateCall:
 def generate(
     model: PreTrainedModel,
     engine: DecoderEngine,
-    base: type,
+    base: type[PreTrainedModel],
     own: Mapping[str, Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
@@ -110,19 +142,14 @@ def generate(
         own: the arguments of the call that mplus added.
         args, kwargs: the others.
     """
-    check_spelling(kwargs, base)
-    call = GenerateCall(model, args, {**kwargs, **{name: value for name, value in own.items() if value is not None}})
-    check_spelling(getattr(call.configs[0], "__dict__", ()), base)
+    call = GenerateCall.of(model, base, own, args, kwargs)
     arguments = call.read_arguments(engine.readings)
-    base_generate = partial(base.generate, model)  # type: ignore[attr-defined]
+    base_generate: Callable[..., Any] = partial(base.generate, model)  # type: ignore[attr-defined]
     if arguments.memory is None:
         return base_generate(*args, **kwargs)
     mechanism = mechanism_for_reads(engine)
     refuse(call, arguments.retrieve_every, follows_beams=mechanism.reopens and not mechanism.retrieves)
-    if arguments.output_sources and not call["return_dict_in_generate"]:
-        raise ConfigError(
-            "output_sources needs return_dict_in_generate=True: a tensor of sequences has no place for them"
-        )
+    call.check_reports(arguments)
     engine.check_attention()
     reading = check_cache(kwargs.get("past_key_values"), arguments.memory, arguments.reuse_memory_cache)
     prompts, tokens = call.prompt_shape()

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from attrs import evolve
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from mplus.errors import InputError, NotSupported
 from mplus.hf.reading.caches import TextSoFar, first_tokens, text_in
+from mplus.hf.reading.inputs import ForwardInputs
 from mplus.hf.reading.reading import Reading
 
 _OF_TEXT = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids", "mm_token_type_ids")
@@ -23,45 +25,45 @@ _OF_ALL = (*_OF_LOSS, "logits_to_keep", "attention_mask", "past_key_values", "ca
 
 
 def read_in_pieces(
-    model: PreTrainedModel, reading: Reading, inputs: Mapping[str, Any], read: Callable[[dict[str, Any]], ModelOutput]
+    model: PreTrainedModel, reading: Reading, inputs: ForwardInputs, read: Callable[[ForwardInputs], ModelOutput]
 ) -> ModelOutput:
     """Return the output of a forward over a text, read piece by piece through a key/value cache.
 
     Args:
         model: the wrapped decoder.
         reading: with ``retrieve_every``.
-        inputs: arguments of ``forward``, by name.
+        inputs: of the forward.
         read: runs one piece.
 
     Raises:
         NotSupported: the call asks for what pieces cannot give; the message names all of it.
     """
-    refuse(model, inputs)
+    named = inputs.named
+    refuse(model, named)
     if reading.opened is None:
         configured = reading.mechanism.config.query_tokens
         reading.query_tokens = reading.query_tokens or configured or 1
         reading.context_tokens = reading.query_tokens
-    text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    text, mask = inputs.text, inputs.mask
     total = text.shape[1]
-    mask = inputs.get("attention_mask")
-    so_far = text_in(inputs.get("past_key_values"))
+    so_far = text_in(inputs.cache)
     starts = piece_starts(reading, text.shape[:2], None if mask is None else mask[:, -total:].bool().cpu(), so_far)
-    shared = {name: value for name, value in inputs.items() if name not in (*_OF_LOSS, "logits_to_keep")}
+    shared = {name: value for name, value in named.items() if name not in (*_OF_LOSS, "logits_to_keep")}
     shared.update(use_cache=True, return_dict=True)
     outputs: list[ModelOutput] = []
     for start, end in zip(starts, [*starts[1:], total], strict=True):
         piece = dict(shared)
-        piece.update({name: inputs[name][:, start:end] for name in _OF_TEXT if inputs.get(name) is not None})
+        piece.update({name: named[name][:, start:end] for name in _OF_TEXT if named.get(name) is not None})
         if mask is not None:
             piece["attention_mask"] = mask[:, : mask.shape[1] - total + end]
-        if inputs.get("cache_position") is not None:
-            piece["cache_position"] = inputs["cache_position"][start:end]
+        if named.get("cache_position") is not None:
+            piece["cache_position"] = named["cache_position"][start:end]
         if outputs:
             piece["past_key_values"] = outputs[-1]["past_key_values"]
-        outputs.append(read(piece))
+        outputs.append(read(evolve(inputs, named=piece)))
         if getattr(outputs[-1], "past_key_values", None) is None:
             raise NotSupported(f"retrieve_every needs a key/value cache, and {type(model).__name__} returned none")
-    return _join(model, outputs, inputs)
+    return _join(model, outputs, named)
 
 
 def piece_starts(

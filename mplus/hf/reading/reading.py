@@ -161,13 +161,13 @@ class Reading:
         """Return whether ``memory`` is still in the state this reading was taken in."""
         return self.memory is memory and self.version == memory.version
 
-    def __deepcopy__(self, memo: Any) -> Reading:
-        """A reading of the same memory: copying a key/value cache must not copy memory and model with it."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reading:
+        """Return a reading of the same memory: copying a key/value cache must not copy memory and model with it."""
         recent = dict(self.recent)
         return evolve(self, retrieved=dict(self.retrieved), segments=dict(self.segments), repeated={}, recent=recent)
 
     def repeats(self, rows: int) -> int:
-        """Copies of each stream in a batch of ``rows``. Raises MemoryMismatchError when they do not fit."""
+        """Return the copies of each stream in a batch of ``rows``. Raises MemoryMismatchError when they do not fit."""
         streams = len(self.views)
         # What one row read fits every copy of it: the cache of a prompt, repeated for several questions to it.
         if rows == streams or (rows and rows % streams == 0 and (self.repeats_allowed or streams == 1)):
@@ -184,7 +184,7 @@ def _places(before: Opened, now: Opened) -> Iterator[tuple[str, Tensor | None, T
 
 
 def one_per_row(views: Sequence[StreamView], rows: int) -> Sequence[StreamView]:
-    """A view for every row of a batch; a memory of one stream is read by all of them, and nothing is copied.
+    """Return a view for every row of a batch; a memory of one stream is read by all of them, and nothing is copied.
 
     Args:
         views: of a memory, one per stream.
@@ -232,35 +232,35 @@ def retrieved_sources(reading: Reading) -> list[list[list[RetrievedSource]]]:
     """Return, for every batch row of the memory and every memory layer, what was retrieved last, in its order."""
     opened = reading.opened if reading.mechanism.retrieves_in_open else None
     by_layer = {
-        layer: found if opened is None else reading.mechanism.retrieved(opened, layer)
-        for layer, found in sorted(reading.retrieved.items())
+        layer: own if opened is None else reading.mechanism.retrieved(opened, layer)
+        for layer, own in sorted(reading.retrieved.items())
     }
     streams: list[list[list[RetrievedSource]]] = []
     for row, view in enumerate(reading.views if opened is None else opened.views):
         layers = []
         for layer, rows in by_layer.items():
-            found = rows[row]
-            layers.append([] if found is None else _described(layer, found, view))
+            own = rows[row]
+            layers.append([] if own is None else _described(layer, own, view))
         streams.append(layers)
     return streams
 
 
-def _described(layer: int, found: Retrieved, view: StreamView) -> list[RetrievedSource]:
+def _described(layer: int, retrieved: Retrieved, view: StreamView) -> list[RetrievedSource]:
     """Return what one layer retrieved for one batch row."""
-    units = torch.arange(len(found.ids)) if found.units is None else found.units
+    units = torch.arange(len(retrieved.ids)) if retrieved.units is None else retrieved.units
     lengths = units.unique_consecutive(return_counts=True)[1].tolist()
-    described, place = [], 0
+    described, first = [], 0
     for length in lengths:
-        number = int(found.rows.source[place])
+        number = int(retrieved.rows.source[first])
         source = None if number == NO_SOURCE else view.state.sources[number]
         one = RetrievedSource(
             layer=layer,
             source=None if source is None else source.name,
-            age=view.state.clock - 1 - int(found.rows.birth[place]),
-            score=float(found.scores[place]) if len(found.scores) else None,
+            age=view.state.clock - 1 - int(retrieved.rows.birth[first]),
+            score=float(retrieved.scores[first]) if len(retrieved.scores) else None,
             written=None if source is None else datetime_of(source.last_time),
             tokens=length,
         )
         described.append(one)
-        place += length
+        first += length
     return described

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from attrs import define, evolve, field
@@ -47,43 +46,43 @@ class ReadSource:
             return ()
         with torch.no_grad():
             anew = self._retrieve_where_due(layer, hidden, repeats)
-        known = None if anew else reading.segments.get(layer)
-        if known is None:
-            known = self._made(layer, hidden, project)
+        front = None if anew else reading.segments.get(layer)
+        if front is None:
+            front = self._front(layer, hidden, project)
             if reading.keep:
-                reading.segments[layer] = known
-        return self._repeated(layer, known, hidden.shape[0] // len(reading.need_opened().views))
+                reading.segments[layer] = front
+        return self._repeated(layer, front, hidden.shape[0] // len(reading.need_opened().views))
 
-    def _repeated(self, layer: int, found: Front, repeats: int) -> Front:
+    def _repeated(self, layer: int, front: Front, repeats: int) -> Front:
         """Return the same tuple for the same segments, so that a cache that keeps them knows them again."""
         if repeats == 1:
-            return found
-        kept = self.reading.repeated.get(layer)
-        if kept is None or kept.of is not found or kept.repeats != repeats:
-            segments = found.segments if isinstance(found, Attended) else found
+            return front
+        copied = self.reading.repeated.get(layer)
+        if copied is None or copied.of is not front or copied.repeats != repeats:
+            segments = front.segments if isinstance(front, Attended) else front
             copies = tuple(_repeat(segment, repeats) for segment in segments)
-            again = evolve(found, segments=copies) if isinstance(found, Attended) else copies
-            kept = Repeated(found, repeats, again)
+            again = evolve(front, segments=copies) if isinstance(front, Attended) else copies
+            copied = Repeated(front, repeats, again)
             if self.reading.keep:
-                self.reading.repeated[layer] = kept
-        return kept.segments
+                self.reading.repeated[layer] = copied
+        return copied.segments
 
-    def _made(self, layer: int, hidden: Tensor, project: Project) -> Front:
+    def _front(self, layer: int, hidden: Tensor, project: Project) -> Front:
         reading, opened = self.reading, self.reading.need_opened()
         if reading.look is not None and reading.look.names is not None:
             # PEFT's layers count on the rows of the batch: each stream once for each of its copies.
             repeats = len(reading.look.names) // len(opened.views)
             project = partial(_projected_for_each, project, repeats)
         copies, retrieved = len(opened.views) // len(reading.views), reading.retrieved[layer]
-        found = retrieved if copies == 1 else [one for one in retrieved for _ in range(copies)]
-        made = reading.mechanism.prefix(opened, layer, found, hidden, project)
-        segments = made.segments if isinstance(made, Attended) else () if made is None else made
+        of_rows = retrieved if copies == 1 else [one for one in retrieved for _ in range(copies)]
+        front = reading.mechanism.prefix(opened, layer, of_rows, hidden, project)
+        segments = front.segments if isinstance(front, Attended) else () if front is None else front
         if not isinstance(segments, tuple | list) or not all(isinstance(one, Segment) for one in segments):
             raise MechanismError(
                 f"the mechanism {reading.mechanism.name!r}: prefix must return a tuple of Segments, Attended or None "
-                f"for layer {layer}, got {type(made).__name__}"
+                f"for layer {layer}, got {type(front).__name__}"
             )
-        return () if made is None else made
+        return () if front is None else front
 
     def _retrieve_where_due(self, layer: int, hidden: Tensor, repeats: int) -> bool:
         """Retrieve for a new text, and anew where enough tokens have come. Returns whether anything was retrieved."""
@@ -115,7 +114,7 @@ class ReadSource:
         return torch.nn.functional.pad(mask, (0, text.shape[1] - mask.shape[1]), value=False)
 
     def _tokens_asked_with(self, hidden: Tensor) -> Tensor:
-        """``[B, T]`` bool: the tokens that retrieve; the same in all layers."""
+        """Return ``[B, T]`` bool, the tokens that retrieve; the same in all layers."""
         reading = self.reading
         mask = self._text(hidden).to(hidden.device)
         if not bool(mask.any(1).all()):
@@ -127,22 +126,21 @@ class ReadSource:
         return first_tokens(mask, reading.mechanism.config.query_tokens if limit is None else limit)
 
     def _text(self, hidden: Tensor) -> Tensor:
-        """``[B, T]`` bool: which places of ``hidden`` ``[B, T, d]``, one row per stream, are text."""
+        """Return ``[B, T]`` bool, which places of ``hidden`` ``[B, T, d]``, one row per stream, are text."""
         if self.text_mask is None:
             return torch.ones(hidden.shape[:2], dtype=torch.bool)
         step = self.text_mask.shape[0] // hidden.shape[0]
         return self.text_mask[::step, : hidden.shape[1]]
 
     def _due(self, hidden: Tensor) -> Window:
-        """Which rows retrieve anew in this forward; the same in all layers."""
+        """Return which rows retrieve anew in this forward; the same in all layers."""
         if self._window is None:
             reading, text = self.reading, self._text(hidden).cpu()
             first = 1 if self.piece else hidden.shape[1]
             if self._first:
                 context = text if reading.context_tokens is None else first_tokens(text, reading.context_tokens)
                 text, first = text & ~context, 0
-            every: Any = reading.retrieve_every
-            self._window = Window.of(reading.waiting, text, first, every)
+            self._window = Window.of(reading.waiting, text, first, reading.retrieve_every or 1)
             reading.waiting = self._window.waiting
         return self._window
 
@@ -151,10 +149,10 @@ class ReadSource:
         reading = self.reading
         queries = first_tokens(window.queries.to(hidden.device), reading.mechanism.config.query_tokens)
         views = [reading.views[row] for row in window.rows]
-        now = list(reading.retrieved[layer])
-        for row, found in zip(window.rows, reading.mechanism.retrieve(layer, hidden, queries, views), strict=True):
-            now[row] = found
-        reading.retrieved[layer] = now
+        all_rows = list(reading.retrieved[layer])
+        for row, retrieved in zip(window.rows, reading.mechanism.retrieve(layer, hidden, queries, views), strict=True):
+            all_rows[row] = retrieved
+        reading.retrieved[layer] = all_rows
 
 
 def reopen_where_due(reading: Reading, decoder: Decoder, text: TextSoFar, new: int, piece: bool) -> None:
@@ -231,9 +229,9 @@ def _projected_for_each(project: Project, repeats: int, rows: Rows) -> Segment:
     if positions is not None and positions.shape[0] > 1:
         positions = positions.repeat_interleave(repeats, 0)
     hidden = rows.hidden.repeat_interleave(repeats, 0)
-    found = project(evolve(rows, hidden=hidden, lengths=lengths, positions=positions))
-    lengths = None if found.lengths is None else found.lengths[::repeats]
-    return Segment(found.keys[::repeats], found.values[::repeats], lengths)
+    segment = project(evolve(rows, hidden=hidden, lengths=lengths, positions=positions))
+    lengths = None if segment.lengths is None else segment.lengths[::repeats]
+    return Segment(segment.keys[::repeats], segment.values[::repeats], lengths)
 
 
 def _repeat(segment: Segment, repeats: int) -> Segment:

@@ -14,8 +14,9 @@ from mplus.errors import ConfigError, InputError, NotSupported
 from mplus.hf.model.installed import Decoder, WrappedModel
 from mplus.hf.reading.arguments import ReadArguments, check_spelling
 from mplus.hf.reading.caches import check_cache
-from mplus.hf.reading.forward import arguments_of, by_name, check_memory, signature_of
+from mplus.hf.reading.forward import arguments_of, check_memory
 from mplus.hf.reading.generating import is_generating
+from mplus.hf.reading.inputs import by_name, signature_of
 from mplus.hf.text.engine import TextEngine
 from mplus.hf.text.reading import TextReading, read, recall, refuse_for_text
 from mplus.memory.memory import Memory

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from mplus.errors import ConfigError, InputError, NotSupported
-from mplus.hf.reading.arguments import check_spelling
-from mplus.hf.reading.forward import check_memory, signature_of
+from mplus.errors import InputError, NotSupported
+from mplus.hf.reading.forward import check_memory
 from mplus.hf.reading.generating import generate_in, is_generating
 from mplus.hf.reading.generation import GenerateCall, refuse
+from mplus.hf.reading.inputs import signature_of
 from mplus.hf.text.calls import Continuation, refuse_for_calls
 from mplus.hf.text.engine import TextEngine
 from mplus.hf.text.places import Spliced
@@ -40,9 +40,7 @@ def generate_with_text(
     kwargs: Mapping[str, Any],
 ) -> Any:
     """Generate as ``TextMemoryModel.generate`` describes; arguments as of ``mplus.hf.reading.generation.generate``."""
-    check_spelling(kwargs, base)
-    call = GenerateCall(model, args, {**kwargs, **{name: value for name, value in own.items() if value is not None}})
-    check_spelling(getattr(call.configs[0], "__dict__", ()), base)
+    call = GenerateCall.of(model, base, own, args, kwargs)
     arguments = call.read_arguments(engine.readings)
     base_generate: Callable[..., Any] = partial(base.generate, model)  # type: ignore[attr-defined]
     if arguments.memory is None or is_generating(model):
@@ -50,10 +48,7 @@ def generate_with_text(
     check_memory(engine, arguments.memory)
     refuse(call, None)
     refuse_for_text(engine, arguments)
-    if arguments.output_sources and not call["return_dict_in_generate"]:
-        raise ConfigError(
-            "output_sources needs return_dict_in_generate=True: a tensor of sequences has no place for them"
-        )
+    call.check_reports(arguments)
     names = list(signature_of(base.generate).parameters)[1:]  # type: ignore[attr-defined]
     named = {**dict(zip(names, args, strict=False)), **kwargs}
     ids, mask = _prompts(call, named)

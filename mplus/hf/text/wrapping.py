@@ -17,7 +17,7 @@ from mplus.hf.model.offloading import input_device
 from mplus.hf.model.rounding import token_errors
 from mplus.hf.model.self_check import Check, check_ids
 from mplus.hf.model.sizes import known_positions
-from mplus.hf.reading.forward import signature_of
+from mplus.hf.reading.inputs import signature_of
 from mplus.hf.retrofit.context import change_class
 from mplus.hf.text.engine import TextEngine
 from mplus.hf.text.model_class import text_model_class
