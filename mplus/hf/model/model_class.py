@@ -138,6 +138,7 @@ class MemoryModel(SavesAdditions):
         memory: Memory | None = None,
         query_tokens: int | Sequence[int] | None = None,
         retrieval_query: str | Sequence[int] | Sequence[str | Sequence[int]] | None = None,
+        min_score: float | None = None,
         retrieve_every: int | None = None,
         output_sources: bool | None = None,
         reuse_memory_cache: bool | None = None,
@@ -158,6 +159,8 @@ class MemoryModel(SavesAdditions):
                 begun before: rows were retrieved then.
             retrieval_query: retrieve with this and not with the prompt: a text or token ids, for all prompts or one per
                 prompt. For memories that choose once what a text reads (``kv``, text).
+            min_score: bring back only chunks that the retriever scores higher, of memories that have a threshold
+                (``kv``); None: as configured.
             retrieve_every: besides once per prompt, retrieve anew after so many generated tokens.
             output_sources: with ``return_dict_in_generate=True``, the result gets ``memory_sources``: for every batch
                 row and memory layer the rows retrieved last (``mplus.hf.reading.reading.RetrievedSource``).
@@ -184,6 +187,7 @@ class MemoryModel(SavesAdditions):
             "memory": memory,
             "query_tokens": query_tokens,
             "retrieval_query": retrieval_query,
+            "min_score": min_score,
             "retrieve_every": retrieve_every,
             "output_sources": output_sources,
             "reuse_memory_cache": reuse_memory_cache,
@@ -196,6 +200,7 @@ class MemoryModel(SavesAdditions):
         *,
         query_tokens: int | Sequence[int] | None = None,
         retrieval_query: str | Sequence[int] | Sequence[str | Sequence[int]] | None = None,
+        min_score: float | None = None,
         retrieve_every: int | None = None,
         reuse_memory_cache: bool = False,
         threads: bool = False,
@@ -208,7 +213,8 @@ class MemoryModel(SavesAdditions):
 
         Args:
             memory: of one stream, for any batch, or of one per batch row; None: the decoder alone.
-            query_tokens, retrieval_query, retrieve_every, reuse_memory_cache: of every call; see ``generate``.
+            query_tokens, retrieval_query, min_score: of every call; see ``generate``.
+            retrieve_every, reuse_memory_cache: likewise.
             threads: calls in other threads read the memory too, unless these are in a block of their own. Otherwise
                 such a call raises NotSupported while the block is open.
 
@@ -228,6 +234,7 @@ class MemoryModel(SavesAdditions):
             memory=memory,
             query_tokens=query_tokens,
             retrieval_query=retrieval_query,
+            min_score=min_score,
             retrieve_every=retrieve_every,
             reuse_memory_cache=reuse_memory_cache,
         )
@@ -311,6 +318,7 @@ def reading_class(
         memory: Memory | None = None,
         query_tokens: int | Sequence[int] | None = None,
         retrieval_query: str | Sequence[int] | Sequence[str | Sequence[int]] | None = None,
+        min_score: float | None = None,
         retrieve_every: int | None = None,
         output_sources: bool = False,
         reuse_memory_cache: bool = False,
@@ -320,6 +328,7 @@ def reading_class(
             "memory": memory,
             "query_tokens": query_tokens,
             "retrieval_query": retrieval_query,
+            "min_score": min_score,
             "retrieve_every": retrieve_every,
             "output_sources": output_sources,
             "reuse_memory_cache": reuse_memory_cache,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import operator
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -64,6 +65,12 @@ def _is_query(value: Any) -> bool:
     return isinstance(value, tuple) and bool(value) and all(type(one) is int and one >= 0 for one in value)
 
 
+def _number(instance: ReadArguments, attribute: Attribute[float | None], value: object) -> None:
+    wrong = isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value)
+    if value is not None and wrong:
+        raise ConfigError(f"{attribute.name} must be a number, or None, got {value!r}")
+
+
 def _positive_counts(instance: ReadArguments, attribute: Attribute[int], value: Any) -> None:
     if value is None:
         return
@@ -85,6 +92,8 @@ class ReadArguments:
             per row. None: as the config says. Rows with fewer tokens retrieve with all they have.
         retrieval_query: retrieve with this in the place of the text's own tokens: a text or ids, for all rows or one
             per row. Not with mechanisms whose layers retrieve by themselves.
+        min_score: bring back only what the retriever scores higher; None: as configured. With mechanisms that have such
+            a threshold.
         retrieve_every: retrieve anew after so many further tokens.
         output_sources: return the retrieved rows as ``memory_sources``.
         reuse_memory_cache: accept a cache made under an older state of the memory, and read that one.
@@ -98,6 +107,7 @@ class ReadArguments:
     retrieval_query: Query | tuple[Query, ...] | None = field(
         default=None, converter=_queries, validator=_check_queries
     )
+    min_score: float | None = field(default=None, validator=_number)
     retrieve_every: int | None = field(default=None, validator=whole(1, optional=True))
     output_sources: bool = field(default=False, validator=flag)
     reuse_memory_cache: bool = field(default=False, validator=flag)

@@ -155,7 +155,7 @@ def ask(
             f"retrieve_every does not go with the mechanism {reading.mechanism.name!r}, which chooses once what a text "
             "reads: leave it out"
         )
-    reading.queries = _queries(reading, arguments)
+    _ask_for(reading, arguments)
     counts = arguments.query_tokens_of(len(reading.views))
     if unmasked is not None and not isinstance(counts, tuple):
         padding_id = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
@@ -168,17 +168,21 @@ def ask(
 def go_on(reading: Reading, arguments: ReadArguments) -> None:
     """Say that another call goes on with the text of ``reading``, whose new tokens may ask for something else."""
     reading.goes_on, reading.prompt_tokens = True, None
-    reading.queries = _queries(reading, arguments)
+    _ask_for(reading, arguments)
 
 
-def _queries(reading: Reading, arguments: ReadArguments) -> list[Tensor] | None:
+def _ask_for(reading: Reading, arguments: ReadArguments) -> None:
+    if arguments.min_score is not None and not reading.mechanism.takes_min_score:
+        raise NotSupported(
+            f"min_score does not go with the mechanism {reading.mechanism.name!r}, which has no threshold: leave it out"
+        )
     if arguments.retrieval_query is not None and not reading.mechanism.retrieves_in_open:
         raise NotSupported(
             f"retrieval_query does not go with the mechanism {reading.mechanism.name!r}, whose layers retrieve with "
             "what they make of the text: leave it out"
         )
     tokenizer = None if reading.memory is None else reading.memory.tokenizer
-    return arguments.queries_of(tokenizer, len(reading.views))
+    reading.queries, reading.min_score = arguments.queries_of(tokenizer, len(reading.views)), arguments.min_score
 
 
 def _run(
@@ -290,11 +294,8 @@ def _open(engine: DecoderEngine, reading: Reading, source: ReadSource, text: Ten
         tokenizer=None if reading.memory is None else reading.memory.tokenizer,
         embedded=None if text.dim() == 2 else own,
         query=None if query is None else query[:, prompt],
-        limited=(reading.query_tokens or reading.mechanism.config.query_tokens) is not None,
-        queries=None if reading.queries is None else [one for one in reading.queries for _ in range(copies)],
-        further=reading.further_tokens,
     )
-    reading.open(engine.decoder, front, copies)
+    reading.open(engine.decoder, reading.asking(front, copies), copies)
     if so_far is not None and query is not None:
         so_far.begin(query.repeat_interleave(repeats, 0), own.shape[1], reading.context_tokens)
 

@@ -52,6 +52,7 @@ class Reading:
             configured.
         prompt_mask: ``[prompts, T]`` bool of a generation, False at padding; None: there was no mask.
         queries: of each stream ``[q]`` int64, to retrieve with in the place of the text's tokens; None: with these.
+        min_score: bring back only what scores higher; None: as configured.
         query_mask: ``[B, T]`` bool, False at what looks like padding in a text that came without a mask.
         retrieve_every: retrieve anew after so many further tokens.
         further_tokens: that a generation may read after the first forward.
@@ -78,6 +79,7 @@ class Reading:
     query_tokens: int | tuple[int, ...] | None = None
     prompt_mask: Tensor | None = None
     queries: Sequence[Tensor] | None = None
+    min_score: float | None = None
     query_mask: Tensor | None = None
     retrieve_every: int | None = None
     further_tokens: int = 0
@@ -95,6 +97,16 @@ class Reading:
         """Let the mechanism get ready, at the first forward, for so many copies of each stream."""
         views = [view for view in self.views for _ in range(copies)]
         self.opened = evolve(self.mechanism.open(decoder, views, text), prepared=self._as_kept())
+
+    def asking(self, text: Text, copies: int = 1) -> Text:
+        """Return a text with what the call says of retrieval, for so many copies of each stream."""
+        return evolve(
+            text,
+            limited=(self.query_tokens or self.mechanism.config.query_tokens) is not None,
+            queries=None if self.queries is None else [one for one in self.queries for _ in range(copies)],
+            further=self.further_tokens,
+            min_score=self.min_score,
+        )
 
     def need_opened(self) -> Opened:
         """Return what ``open`` made; of a reading that was made by hand, one that nothing was prepared for."""

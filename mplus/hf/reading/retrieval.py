@@ -173,7 +173,7 @@ def reopen_where_due(reading: Reading, decoder: Decoder, text: TextSoFar, new: i
     if len(opened.views) != rows:
         copies = reading.repeats(rows)
         views = [view for view in reading.views for _ in range(copies)]
-        opened, all_rows = mechanism.open(decoder, views, text.opened(tokenizer)), True
+        opened, all_rows = mechanism.open(decoder, views, reading.asking(text.opened(tokenizer), copies)), True
     text.rearranged = False
     anew = due.nonzero().squeeze(1).tolist()
     if all_rows and (anew or text.reopened):
@@ -181,7 +181,8 @@ def reopen_where_due(reading: Reading, decoder: Decoder, text: TextSoFar, new: i
     if anew:
         text.chosen, text.reopened = torch.where(due, end, text.chosen), True
         limit = mechanism.config.query_tokens
-        opened = mechanism.reopen(decoder, opened, text.until_chosen(tokenizer, limit), anew)
+        so_far = evolve(text.until_chosen(tokenizer, limit), min_score=reading.min_score)
+        opened = mechanism.reopen(decoder, opened, so_far, anew)
     if opened is not reading.opened:
         reading.exchange(opened)
 
@@ -213,7 +214,7 @@ def resume(reading: Reading, decoder: Decoder, text: TextSoFar, new: int, cache:
             "with: select one of each with past_key_values.batch_select_indices"
         )
     tokenizer = None if reading.memory is None else reading.memory.tokenizer
-    told = Text(ids[:, :end], mask[:, :end], tokenizer, queries=reading.queries, further=reading.further_tokens)
+    told = evolve(reading.asking(Text(ids[:, :end], mask[:, :end], tokenizer)), limited=False)
     read = mask[:, : text.tokens - new].sum(1).cpu()
     now = reading.mechanism.resume(decoder, opened, told, read)
     if now is not opened and now.insertion is not None:

@@ -106,6 +106,7 @@ class TextMemoryModel(MemoryModel):
         memory: Memory | None = None,
         query_tokens: int | Sequence[int] | None = None,
         retrieval_query: str | Sequence[int] | Sequence[str | Sequence[int]] | None = None,
+        min_score: float | None = None,
         retrieve_every: int | None = None,
         output_sources: bool | None = None,
         reuse_memory_cache: bool | None = None,
@@ -124,7 +125,7 @@ class TextMemoryModel(MemoryModel):
             query_tokens: recall by the first so many tokens of each prompt, padding not counted; one number, or one
                 per prompt. None: as configured, by default by all.
             retrieval_query: recall by this and not by the prompt: a text or token ids, for all prompts or one for each.
-            retrieve_every: refused.
+            min_score, retrieve_every: refused.
             output_sources: with ``return_dict_in_generate=True``, the result gets ``memory_sources``: for every prompt
                 a list with one layer, which has the entries that were recalled or answered with.
             reuse_memory_cache: of no effect, since no cache is gone on with.
@@ -146,6 +147,7 @@ class TextMemoryModel(MemoryModel):
             "memory": memory,
             "query_tokens": query_tokens,
             "retrieval_query": retrieval_query,
+            "min_score": min_score,
             "retrieve_every": retrieve_every,
             "output_sources": output_sources,
             "reuse_memory_cache": reuse_memory_cache,

@@ -200,6 +200,10 @@ def check_recalled(engine: TextEngine, method: str, found: Any) -> None:
 
 def refuse_for_text(engine: TextEngine, arguments: ReadArguments) -> None:
     """Raise NotSupported for an argument that a memory of text cannot follow."""
+    if arguments.min_score is not None:
+        raise NotSupported(
+            f"min_score does not go with the mechanism {engine.mechanism.name!r}, which has no threshold: leave it out"
+        )
     if arguments.retrieve_every is not None:
         raise NotSupported(
             f"retrieve_every does not go with the mechanism {engine.mechanism.name!r}, which recalls once what a text "

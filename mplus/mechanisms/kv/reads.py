@@ -48,7 +48,7 @@ class KvReads(MemoryMechanism):
     begins with, or, where it lacks them, the rows that the memory keeps of them.
     """
 
-    retrieves_in_open = True
+    retrieves_in_open, takes_min_score = True, True
 
     def __init__(self, config: MPlusConfig, additions: nn.Module, options: Any) -> None:
         super().__init__(config, additions, options)
@@ -136,7 +136,8 @@ class KvReads(MemoryMechanism):
         """
         asked = {place: self._asked(decoder, text, *row) for place, row in enumerate(rows) if self.has_prefix(row[0])}
         asking = {p: one for p, one in asked.items() if len(one.question) and not state_of(one.view).reads_all}
-        found = dict(zip(asking, self.retrieval.choose(decoder, list(asking.values()), text.tokenizer), strict=True))
+        retrieval = self.retrieval if text.min_score is None else evolve(self.retrieval, min_score=text.min_score)
+        found = dict(zip(asking, retrieval.choose(decoder, list(asking.values()), text.tokenizer), strict=True))
         return [self._in_order(view, found.get(place)) for place, (view, _, _) in enumerate(rows)]
 
     def _asked(

@@ -136,6 +136,26 @@ def test_template_and_system_text_ask_for_nothing() -> None:
     assert [one.source for one in read(model, ids, memory, query_tokens=ids.shape[1])] != []
 
 
+def test_a_threshold_of_a_call_goes_before_the_configured_one() -> None:
+    model = shared()[0]
+    memory, ids = memory_of(model), torch.cat(parts(SECOND))[None]
+    (best,) = read(model, ids, memory)
+    assert read(model, ids, memory, min_score=best.score) == []
+    assert read(model, ids, memory, min_score=best.score - 0.01) == [best]
+    with model.reading(memory, min_score=1e9), torch.no_grad():
+        assert torch.equal(model(ids).logits, shared()[1](ids).logits)
+    rows = _rows()
+    with pytest.raises(NotSupported, match="min_score does not go with the mechanism 'mplus'"):
+        rows(text(4)[None], memory=rows.new_memory(), min_score=0.5)
+    with pytest.raises(ValueError, match="min_score must be a number, or None, got 'much'"):
+        model(ids, memory=memory, min_score="much")
+
+
+@functools.cache
+def _rows() -> Any:
+    return tiny.build()
+
+
 def read(model: Any, ids: Tensor, memory: mplus.Memory, **options: Any) -> list[Any]:
     with torch.no_grad():
         output = model(ids, memory=memory, output_sources=True, **options)
@@ -221,6 +241,6 @@ def test_bad_queries_are_refused() -> None:
         model(ids, memory=memory, retrieval_query=3.5)
     with pytest.raises(InputError, match="needs the ids of a text that is read with it, got embeddings"):
         model(inputs_embeds=torch.randn(1, 3, 32), memory=memory)
-    rows = tiny.build()
+    rows = _rows()
     with pytest.raises(NotSupported, match="retrieval_query does not go with the mechanism 'mplus'"):
         rows(text(4)[None], memory=rows.new_memory(), retrieval_query=[3])
