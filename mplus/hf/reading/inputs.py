@@ -67,7 +67,7 @@ class ForwardInputs:
 
     @property
     def is_masked(self) -> bool:
-        """Whether there is a mask, of whatever form."""
+        """Return whether there is a mask, of whatever form."""
         return self.named.get("attention_mask") is not None
 
     @property
@@ -78,7 +78,7 @@ class ForwardInputs:
 
     @property
     def cache(self) -> Cache | None:
-        """What the decoder keeps of the text before this one."""
+        """The key/value cache of the text before this one."""
         return self.named.get("past_key_values")
 
     @property
