@@ -54,10 +54,15 @@ class Page:
     def marks(self) -> Marks:
         """Return what the entries say of expiry and pins, which every write asks for."""
         if self._marks is None:
-            columns = self.columns()
-            expires = columns.get("expires", torch.empty(0)).nan_to_num(nan=torch.inf).tolist()
-            pinned = columns["number"][columns["pinned"]].tolist() if "pinned" in columns else []
-            self._marks = Marks(min(expires, default=torch.inf), tuple(pinned))
+            if self._entries is None:  # of a file: nothing is decoded where nothing is marked
+                columns = self.columns()
+                times = columns.get("expires", torch.empty(0)).nan_to_num(nan=math.inf).tolist()
+                pinned = columns["number"][columns["pinned"]].tolist() if "pinned" in columns else []
+            else:
+                entries = self._entries.items()
+                times = [entry.expires for _, entry in entries if entry.expires is not None]
+                pinned = [number for number, entry in entries if entry.pinned]
+            self._marks = Marks(min(times, default=math.inf), tuple(pinned))
         return self._marks
 
 

@@ -149,3 +149,10 @@ def test_two_sources_of_one_name_are_refused() -> None:
     table = SourceTable.of({0: Source("a", 1, 1), 1: Source("a", 1, 1)})
     with pytest.raises(MemoryMismatchError, match="names of sources must differ, got 'a' twice"):
         table.find("b")
+
+
+@given(st.lists(FACTS, max_size=PAGE + 3))
+def test_marks_are_those_of_the_entries(entries: list[Source]) -> None:
+    for table in (SourceTable.of(dict(enumerate(entries))), again(SourceTable.of(dict(enumerate(entries))))):
+        assert table.earliest_expiry == min((e.expires for e in entries if e.expires is not None), default=None)
+        assert table.pinned.tolist() == [number for number, entry in enumerate(entries) if entry.pinned]
