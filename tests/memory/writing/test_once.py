@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import attrs
 import pytest
@@ -18,6 +20,7 @@ from mplus.memory import Memory
 from mplus.memory.format.offline import forget_saved
 from mplus.memory.format.verify import verify
 from mplus.memory.sources.writes import WriteLog, WriteRecord
+from mplus.memory.transaction import Streams
 from mplus.memory.writing import passes as writing
 from tests.helpers.clock import noon
 from tests.memory.disks.disks import Failing, open_memory
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-MODEL = PlainModel()
+MODEL, SHORT = PlainModel(), PlainModel(min_chunk_tokens=4)
 TEXTS = [torch.cat([chunk(number) for number in numbers]) for numbers in ((0, 1, 2, 3, 4), (10, 11, 12))]
 COUNTS = ("tokens", "chunks", "dropped_rows", "evicted_rows")
 
@@ -186,6 +189,33 @@ def test_ids_live_and_go_with_their_source(tmp_path: Path) -> None:
         assert not any(b"secret id" in file.read_bytes() for file in (tmp_path / folder).iterdir())
     again = Memory.open(tmp_path / "live", MODEL)
     assert again.write(TEXTS, source="a", write_id="secret id").chunks == [5, 3], "nobody knows it any more"
+
+
+TEXT_LENGTHS = st.lists(st.tuples(st.integers(1, 21), st.sampled_from("ab")), min_size=1, max_size=6)
+
+
+@given(TEXT_LENGTHS, st.integers(0, 12))
+def test_a_program_that_is_started_again_writes_what_is_missing(texts: list[tuple[int, str]], at: int) -> None:
+    """Short texts wait for more, and what waits comes into chunks of later ones: nothing is counted twice."""
+
+    def run(memory: Memory) -> Memory:
+        for number, (length, source) in enumerate(texts):
+            report = memory.write(torch.arange(number, number + length) % 100, source=source, write_id=f"{number}")
+            assert report.tokens == [length]
+        return memory
+
+    expected, change, calls = run(SHORT.new_memory()), Streams.change, iter(range(99))
+
+    def interrupted(self: Streams, *arguments: Any) -> Any:
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return change(self, *arguments)
+
+    memory = SHORT.new_memory()
+    with patch.object(Streams, "change", interrupted), suppress(KeyboardInterrupt):
+        run(memory)
+    assert_alike(run(memory), expected)
+    assert [source.tokens for source in memory.sources()] == [source.tokens for source in expected.sources()]
 
 
 def test_another_size_of_chunks_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
