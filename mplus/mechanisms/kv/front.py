@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from attrs import define, field
-from torch import Tensor
+from torch import Tensor, nn
 
 from mplus.backends.base import Segment
 from mplus.backends.checks import check_finite
@@ -52,21 +53,26 @@ class Front:
             layer: index among the layers that carry memory.
             hidden: ``[B, T, d]``, the text, which gives dtype and device.
         """
-        counts = self.insertion.counts
-        most = int(counts.max())
+        most = max(self._counts)
         if not most:
             return ()
         streams = [self._rows(layer, stream, hidden) for stream in range(len(self.views))]
-        rows = torch.stack([torch.nn.functional.pad(one, (0, 0, 0, most - one.shape[0])) for one in streams])
-        check_finite("keys and values of a memory", rows)
+        parts = [one if len(one) == most else nn.functional.pad(one, (0, 0, 0, most - len(one))) for one in streams]
+        rows = parts[0][None] if len(parts) == 1 else torch.stack(parts)
         segment = self.kept.turned(layer, [rows], self._tables(layer, hidden))
-        if bool((counts == most).all()):
+        if min(self._counts) == most:
             return (segment,)
-        return (Segment(segment.keys, segment.values, counts.to(hidden.device)),)
+        return (Segment(segment.keys, segment.values, self.insertion.counts.to(hidden.device)),)
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        """Rows in front of each stream's text: the same in all layers."""
+        found: list[int] = self.insertion.counts.tolist()
+        return found
 
     def _rows(self, layer: int, stream: int, hidden: Tensor) -> Tensor:
         """Return ``[P_i, w]``, the rows of one stream as they are kept."""
-        parts = [self.begins[stream][layer]] if self.begins[stream].shape[1] else []
+        parts = [self.begins[stream][layer].to(hidden)] if self.begins[stream].shape[1] else []
         places, store = self.places[stream], self.views[stream].store
         if len(places):
             ids = store.ids(layer)
@@ -77,10 +83,11 @@ class Front:
             else:
                 column, where = found.contiguous()
                 rows = column.index_select(0, where)
-            parts.append(rows)
+            check_finite("keys and values of a memory", rows)  # the begin was looked at when it was made or read
+            parts.append(rows.to(hidden))
         if not parts:
             return hidden.new_empty(0, self.kept.size)
-        return torch.cat([part.to(hidden) for part in parts])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _tables(self, layer: int, hidden: Tensor) -> Any:
         key = (self.kept.table_key(layer), hidden.dtype, hidden.device)

@@ -23,6 +23,7 @@ from mplus.mechanisms.kv.state import KvState, state_of
 from mplus.mechanisms.opened import Insertion, Opened, Retrieved
 from mplus.memory.sources.found import FoundText
 from mplus.memory.state import StreamView
+from mplus.memory.writing.update import check_finite
 from mplus.retrievers.chunks import CHUNK_RETRIEVERS
 
 NOTHING = ChosenChunks(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64))
@@ -254,6 +255,7 @@ class KvReads(MemoryMechanism):
                 text = ids[None].to(decoder.shape.device, torch.int64)
                 layers = decoder.run(text, adapter="write", collect={"projected"}).projected
                 made[key] = torch.stack([rows[0] for rows in layers])
+                check_finite(made[key], "in keys and values of what chunks are written behind")
             found.append(made[key])
         return found
 

@@ -251,9 +251,9 @@ class KvState(StreamState):
         """Raise MemoryMismatchError unless rows of the begin and keys of chunks have the form of ``layout``'s rows."""
         rows, keys = self.begin_rows, self.chunk_key
         forms = [(layout.layers, begin, layout.projected_size) for begin in (0, len(self.begin_ids))]
-        if tuple(rows.shape) not in forms or rows.dtype != layout.dtype:
+        if tuple(rows.shape) not in forms or rows.dtype != layout.dtype or not bool(rows.isfinite().all()):
             raise MemoryMismatchError(
-                f"begin_rows must be {layout.dtype} {list(forms[1])}, got {rows.dtype} {list(rows.shape)}"
+                f"begin_rows must be finite, {layout.dtype} {list(forms[1])}, got {rows.dtype} {list(rows.shape)}"
             )
         if keys.dim() != 2 or len(keys) != len(self.chunk_length) or not keys.is_floating_point():
             raise MemoryMismatchError(

@@ -233,7 +233,7 @@ def test_what_was_damaged_is_let_go_of(shared: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"begin_rows": torch.zeros(3, 2, 32)}, r"begin_rows must be torch.float32 \[3, 22, 32\]"),
+        ({"begin_rows": torch.zeros(3, 2, 32)}, r"begin_rows must be finite, torch.float32 \[3, 22, 32\]"),
         ({"chunk_key": torch.zeros(1, 4)}, r"chunk_key must be floating \[2, v\], got torch.float32 \[1, 4\]"),
         ({"begin_ids": torch.zeros(2)}, r"begin_ids must be torch.int32 \[n\]"),
     ],
