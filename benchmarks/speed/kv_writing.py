@@ -5,8 +5,9 @@
 
 A chat model that people have writes notes, and passages of a novel, to a memory in a directory: every chunk is on disk
 when it counts. In between the bare decoder reads the same chunks, so that both are disturbed alike; on a busy machine
-the time of the CPU tells more than that of the clock on the wall, which has the waiting for the disk in it. Bytes are those of
-the memory as it lies in RAM, reserved room included, with rows in bfloat16 and in int8, and of the files of a save.
+the time of the CPU tells more than that of the clock on the wall, which has the waiting for the disk in it. Bytes are
+those of the memory as it lies in RAM, reserved room included, with rows in bfloat16 and in int8, and of the files of a
+save.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ def room(model: Any, memory: Memory, folder: Path) -> dict[str, Any]:
     int8 = mplus.Memory.load(folder / "saved", model, store={"name": "quantized", "format": "int8"})
     model.to(torch.float32)
     for name, one in (("bfloat16", half), ("int8", int8)):
-        begin = one.states[0].begin_rows.nbytes
+        begun: Any = one.states[0]
+        begin = begun.begin_rows.nbytes
         found[name] = {
             "in_ram": round(one.nbytes / state.tokens / cache, 3),
             "in_ram_without_begin": round((one.nbytes - begin) / state.tokens / cache, 3),
@@ -134,15 +136,9 @@ def main(arguments: list[str]) -> None:
             found[name] = speed(model, bare, memory, texts)
             found[name]["room"] = room(model, memory, Path(place))
         sys.stdout.write(f"{name}: {found[name]}\n")
-    write(
-        RECORD,
-        {
-            "program": "benchmarks.speed.kv_writing",
-            **run_info(load_average=load_average()),
-            "config": model.mplus_config.to_dict(),
-            **found,
-        },
-    )
+    circumstances = run_info(load_average=load_average())
+    config = model.mplus_config.to_dict()
+    write(RECORD, {"program": "benchmarks.speed.kv_writing", **circumstances, "config": config, **found})
 
 
 if __name__ == "__main__":
