@@ -97,9 +97,10 @@ class Logistic:
         _check(features, told)
         x, y = features.double(), told.double()
         mean, scale = x.mean(0), x.std(0, correction=0)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a sign that never varies tells nothing
         x = (x - mean) / scale
         share = y.mean()
+        # Each kind weighs one half, however many questions it has.
         weight = torch.where(told, 0.5 / share, 0.5 / (1 - share)) / len(y)
         weights = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
         bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -114,7 +115,7 @@ class Logistic:
             value.backward()
             return value
 
-        with torch.enable_grad():
+        with torch.enable_grad():  # callers measure without gradients
             solver.step(loss)
         return cls(mean, scale, weights.detach(), bias.detach())
 
@@ -130,6 +131,7 @@ def threshold(scores: Tensor, told: Tensor) -> float:
     """
     _check(scores[:, None], told)
     steps = scores.double().unique(sorted=True)
+    # The outermost two answer everything and nothing.
     cuts = torch.cat([steps[:1] - 1, (steps[:-1] + steps[1:]) / 2, steps[-1:] + 1])
     right = []
     for cut in cuts:

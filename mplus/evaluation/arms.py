@@ -169,6 +169,7 @@ class FullContext(TextArm[M, W]):
         if not self.execution.equal_passages:
             told = self.last_told(due)
             return told if len(told) <= room else None
+        # Any number of equal passages is as long for every question, so that all can be read in one batch.
         size = len(self.execution.passage(due, 0))
         count = min(max(room // size, 0), due.told)
         return self.last_told(due, count * size) if min(due.question.needs) >= due.told - count else None
@@ -253,6 +254,7 @@ class BM25(TextArm[M, W]):
             return [[int(place) for place in row] for row in places]
         found = []
         for query in queries:
+            # bm25s raises for words that it has not indexed.
             known = [word for word in query if word in index.vocab_dict]
             scores = index.get_scores(known).tolist() if known else [0.0] * told
             found.append(sorted(range(told), key=lambda place: (-scores[place], -place)))

@@ -172,6 +172,7 @@ def _batch(
     made = output.sequences[:, longest:]
     chosen = logits.gather(2, made[:, :, None])[:, :, 0]
     first = logits[:, 0]
+    # An impossible token has log-probability -inf, and 0 times that would be NaN.
     entropy = -(first.exp() * first.clamp(min=-1e30)).sum(-1)
     size = cache_bytes(output.past_key_values) / ids.shape[0] / (longest + generation.tokens - 1)
     found = []

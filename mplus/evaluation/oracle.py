@@ -69,10 +69,12 @@ class OracleMechanism(WrappedMechanism):
         if not count:
             return None
         useful = written_from(view, store, layer, names)
+        # The same draw for the same rows: a run can be made again.
         generator = torch.Generator().manual_seed(layer * 1_000_003 + count)
+        # Useful rows score 1 and more, the others less than a half: these fill up, at random.
         scores = useful + torch.rand(count, generator=generator).to(useful.device) / 2
         best = scores.topk(min(k, count))
-        by_id = best.indices.sort()
+        by_id = best.indices.sort()  # rows are read oldest first, whatever they score
         return self.inner.bring_back(store, layer, store.ids(layer)[by_id.values], best.values[by_id.indices])
 
 

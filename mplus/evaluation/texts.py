@@ -35,6 +35,7 @@ class Texts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        # A passage is counted, cut, written and read by several arms: its tokens are looked up.
         self._known = lru_cache(maxsize=2**14)(self._tokenize)
 
     def ids(self, text: str) -> list[int]:

@@ -84,6 +84,7 @@ class ChoosingMechanism(WrappedMechanism):
         opened = self.inner.open(decoder, views, text)
         found: Sequence[Any] = self.inner.retrieved(opened, 0)
         # The views of what was opened: an oracle's are parts of those it was given.
+        # In place: whoever gave the list looks at it behind the read.
         self.seen[:] = [Choice.of(view, rows) for view, rows in zip(opened.views, found, strict=True)]
         if self.only:
             raise ChoiceMade

@@ -62,7 +62,7 @@ def signs_of_told(told: Answered, untold: Answered) -> dict[str, JsonValue]:
     scores = {kind: [choice.score for choice in some] for kind, some in choices.items()}
     known = [score for some in scores.values() for score in some if score is not None]
     if known and all(scores.values()):
-        lowest = min(known) - 1
+        lowest = min(known) - 1  # of what found nothing: below every score
         columns = (torch.tensor([lowest if one is None else one for one in some]) for some in scores.values())
         facts["auroc_of_score"] = round(auroc(*columns), 4)
     return {"untold": facts}

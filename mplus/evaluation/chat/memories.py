@@ -108,7 +108,7 @@ def compare_memories(
     Raises:
         As ``mplus.evaluation.retention.retention``; UnknownNameError for an arm that none of the memories has.
     """
-    settings = options or ArmOptions()
+    settings = options or ArmOptions()  # of every memory the same, but for its arms and window
     reports: list[Report] = []
     memories: dict[str, JsonValue] = {}
     known, tried = set[str](), set[str]()
@@ -123,7 +123,7 @@ def compare_memories(
         tried |= wanted.keys()
         memories[label] = {"digest": digest(execution), **execution.model.mplus_config.to_dict()}
         if not wanted and reports:
-            continue
+            continue  # all of its arms were asked before, or none is wanted: nothing to tell it for
         report = retention(
             execution, _settled(settings, execution, tuple(wanted.values())), name=name, progress=progress
         )

@@ -47,6 +47,7 @@ class SearchResult:
             self.untold.append(best)
             return
         self.told.append(best)
+        # The rank of the last one that is needed: an answer may need several passages.
         missing, rank = due.sources(), None
         for place, one in enumerate(found, 1):
             missing -= {one.source or ""}
@@ -67,7 +68,7 @@ class SearchResult:
         }
         if self.untold and self.told:
             known = [score for score in (*self.told, *self.untold) if score is not None]
-            lowest = min(known, default=0.0) - 1
+            lowest = min(known, default=0.0) - 1  # of what found nothing: below every score
             told, untold = (
                 torch.tensor([lowest if one is None else one for one in some]) for some in (self.told, self.untold)
             )

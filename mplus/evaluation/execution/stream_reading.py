@@ -59,6 +59,7 @@ class OracleSelector:
         self, layer: int, text: Tensor, queries: Tensor, rows: Tensor, ltm: LongTermRows, count: int
     ) -> tuple[Tensor, Tensor]:
         """Select rows, see ``mplus.mechanisms.short_term.batched_prefix.RowSelector``."""
+        # As in mplus.evaluation.oracle: useful rows first, others at random.
         asked = (ltm.source[:, None] == self.about[:, :, None]).to(text.dtype)
         drawn = torch.rand(asked.shape, generator=self.generator).to(text.device)
         best = (asked + drawn / 2).topk(count, dim=2)
@@ -89,6 +90,7 @@ class SelectSelector:
             found = self.retriever.select(layer, projected, queries[stream], [store] * text.shape[1], count)
             order = ltm.birth[stream].argsort()
             for selection in found:
+                # A selection names rows of the store; their births say where they lie in the stream.
                 births = store.gather(layer, selection.ids).birth
                 places.append(order[torch.searchsorted(ltm.birth[stream][order], births)])
                 scores.append(selection.scores)
@@ -111,7 +113,7 @@ class SelectSelector:
             held = births[:0] if column is None else column
             store.remove(layer, store.ids(layer)[~torch.isin(held, births)])
             new = (~torch.isin(births, held)).nonzero().squeeze(1)
-            new = new[births[new].argsort()]
+            new = new[births[new].argsort()]  # stores number rows as they come, and searches go by order of birth
             keys = self.retriever.project_keys(layer, rows[stream, new])
             store.append(layer, MemoryRows(None, births[new], ltm.source[stream, new], key=keys))
         return self.stores

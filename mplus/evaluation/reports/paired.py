@@ -49,7 +49,7 @@ def difference(one: Mapping[str, bool], other: Mapping[str, bool], seed: int = 0
         InputError: they have no question in common.
     """
     mine, theirs = _paired(one, other)
-    drawn = _drawn(mine.shape[0], seed)
+    drawn = _drawn(mine.shape[0], seed)  # the same questions of both, so that what both find hard cancels
     return _estimate(mine.mean() - theirs.mean(), mine[drawn].mean(1) - theirs[drawn].mean(1))
 
 

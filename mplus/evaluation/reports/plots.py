@@ -53,6 +53,7 @@ def draw(report: Report, *paths: str | Path) -> list[Path]:
     check_paths(targets)
     matplotlib = require_extra("matplotlib", "drawing a report")
     # A salt instead of random ids, and no date: the same report gives the same file.
+    # Simplified paths differ between versions of matplotlib.
     with matplotlib.rc_context({"svg.hashsalt": "mplus", "font.size": 9, "path.simplify": False}):
         figure = _figure(report)
         for path in targets:

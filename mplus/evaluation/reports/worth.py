@@ -54,6 +54,7 @@ def _row(arm: Arm, ceiling: Arm | None, alone: float | None) -> list[str]:
     asked, right = sum(cell.questions for cell in arm.cells), sum(cell.correct for cell in arm.cells)
     low, high = wilson(right, asked)
     found = ratio(outcomes(arm), outcomes(ceiling)) if ceiling and outcomes(arm) and outcomes(ceiling) else None
+    # Ages may have different numbers of questions.
     recalls = [(cell.recall, cell.questions) for cell in arm.cells if cell.recall is not None]
     recall = sum(share * count for share, count in recalls) / sum(count for _, count in recalls) if recalls else None
     first, details = _first_token(arm), cast("dict[str, Any]", arm.details)
