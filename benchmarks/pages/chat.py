@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.pages.markdown import measured_on, table
-from benchmarks.records import ROOT, load
+from benchmarks.records import ROOT, load, record_path
 from mplus.evaluation.reports.paired import outcomes, ratio
 from mplus.evaluation.reports.report import Report
 from mplus.evaluation.reports.worth import worth_remarks, worth_tables
@@ -33,8 +33,13 @@ AIM = 0.95
 
 def render() -> str:
     """Return the page."""
-    records = [name for name in TITLES if (ROOT / f"benchmarks/quality/records/chat-{name}.json").is_file()]
-    return "\n\n".join([PREAMBLE.strip(), *(section(name, load("quality", f"chat-{name}")) for name in records)]) + "\n"
+    parts = [PREAMBLE.strip()]
+    for name in TITLES:
+        if record_path("quality", f"chat-{name}").is_file():
+            parts.append(section(name, load("quality", f"chat-{name}")))
+        if record_path("quality", f"chat-{name}-search").is_file():
+            parts.append(search(name, load("quality", f"chat-{name}-search")))
+    return "\n\n".join(parts) + "\n"
 
 
 def section(name: str, record: Mapping[str, Any]) -> str:
@@ -44,11 +49,33 @@ def section(name: str, record: Mapping[str, Any]) -> str:
     for title, (head, rows) in worth_tables(report).items():
         parts += [f"{title}:".capitalize(), table(head, rows)]
     parts += [shown(report), "\n".join(f"- {remark}" for remark in worth_remarks(report))]
-    before, after = record["load_average"]
-    load_ = f"load average {before} before and {after} after"
-    busy = " (above the number of cores: times are longer than on a quiet machine)" if max(before, after) > 2 else ""
-    parts.append(measured_on(record, f"quality/chat-{name}", load_ + busy))
+    parts.append(measured_on(record, f"quality/chat-{name}", busy(record)))
     return "\n\n".join(parts)
+
+
+def busy(record: Mapping[str, Any]) -> str:
+    """Return how many programs wanted to run besides."""
+    before, after = record["load_average"]
+    longer = " (above the number of cores: times are longer than on a quiet machine)" if max(before, after) > 2 else ""
+    return f"load average {before} before and {after} after{longer}"
+
+
+def search(name: str, record: Mapping[str, Any]) -> str:
+    """Return the section of a record of searches."""
+    options = record["settings"]["protocol"]
+    rows = []
+    for label, facts in record["memories"].items():
+        shares = [facts["recall_at"][depth] for depth in ("1", "2", "4", "8")]
+        signs = [facts["told_rejected"], facts.get("untold_rejected"), facts.get("auroc_of_score")]
+        cells = [f"{share:.3f}" if share is not None else "-" for share in (*shares, *signs)]
+        rows.append([label, str(facts["questions"]), *cells, f"{facts['search_ms']:.0f}"])
+    head = ["memory", "questions", *(f"at {depth}" for depth in (1, 2, 4, 8))]
+    head += ["told, rejected", "untold, rejected", "AUROC of the score", "ms of a search"]
+    told = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
+    opening_ = f"Is all that a question needs among the best chunks? Nothing is answered. Told and asked: {told}."
+    digests = "\n".join(f"- config of {label}: digest {facts['digest']}" for label, facts in record["memories"].items())
+    where = measured_on(record, f"quality/chat-{name}-search", busy(record))
+    return "\n\n".join([f"## {TITLES[name]}: searches", opening_, table(head, rows), digests, where])
 
 
 def opening(report: Report) -> str:

@@ -1,6 +1,7 @@
 """What memories are worth to a chat model: one record for each protocol.
 
-    python -m benchmarks.quality.chat notes --model FOLDER      # writes records/chat-notes.json
+    python -m benchmarks.quality.chat notes --model FOLDER --memory kv             # writes records/chat-notes.json
+    python -m benchmarks.quality.chat notes --model FOLDER --memory kv --search    # records/chat-notes-search.json
 
 ``FOLDER`` is a chat model, such as the one that ``mplus get smollm2`` prints. The options are those of ``mplus eval``.
 """
@@ -19,6 +20,7 @@ from mplus.config import structure
 from mplus.environment import load_average
 from mplus.evaluation.chat.memories import compare_memories, memory_configs, wrapped_each
 from mplus.evaluation.chat.prompt import ChatPrompt
+from mplus.evaluation.chat.search import search_recall
 from mplus.evaluation.chat.sizes import SIZES
 from mplus.evaluation.execution import GeneratedAnswers
 from mplus.evaluation.generating import Generation, Scoring
@@ -51,6 +53,9 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         (label, GeneratedAnswers(model, words, task, **how))
         for label, model in wrapped_each(decoder, memory_configs(given.memory))
     )
+    if given.search:
+        found: dict[str, Any] = {**search_recall(each, Path(given.model).name), "size": given.size}
+        return {"load_average": [before, load_average()], **found}
     report = compare_memories(each, given.arms and given.arms.split(","), name=Path(given.model).name)
     return {"load_average": [before, load_average()], "size": given.size, **report.plain()}
 
@@ -63,6 +68,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--memory", action="append", required=True, help="as for mplus eval; may be repeated")
     parser.add_argument("--arms")
+    parser.add_argument("--search", action="store_true", help="search the memories only")
     parser.add_argument("--size", default="asked")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="option of the protocol")
     parser.add_argument("--timed", type=int, default=8)
@@ -70,7 +76,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--record", type=Path)
     given = parser.parse_args()
-    write(given.record or record_path("quality", f"chat-{given.protocol}"), measure(given))
+    name = f"chat-{given.protocol}" + "-search" * given.search
+    write(given.record or record_path("quality", name), measure(given))
 
 
 if __name__ == "__main__":
