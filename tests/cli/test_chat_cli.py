@@ -147,8 +147,16 @@ def test_a_model_with_its_own_memory_keeps_it():
     decoder, _ = chat_model.load_chat_model(str(RECALL_TINY))
     assert chat_model.with_memory(decoder, None) is decoder
     assert chat_model.with_memory(decoder, "mplus") is decoder
-    with pytest.raises(mplus.errors.ConfigError, match="must be that of the saved model, 'mplus'"):
-        chat_model.with_memory(decoder, "kv")
+    for given in (("kv", None), ("mplus", 2)):
+        with pytest.raises(mplus.errors.ConfigError, match="was saved with a memory of the mechanism 'mplus'"):
+            chat_model.with_memory(decoder, *given)
+
+
+def test_pieces_are_an_option_of_mechanisms_that_have_some(model):  # noqa: F811
+    with pytest.raises(mplus.errors.ConfigError, match="--pieces goes with the mechanisms kv, notes"):
+        chat_model.with_memory(object(), "mplus", 2)
+    found = chat_model.with_memory(chat_model.load_chat_model(str(STORIES260K))[0], "kv", 3)
+    assert found.mplus_engine.mechanism.options.retrieved_chunks == 3
 
 
 def test_what_was_recalled_in_a_line():

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from mplus.chat.prompt import ChatFormat
 from mplus.cli import app
+from mplus.cli.demo.chat import script
 from mplus.cli.demo.chat.asking import NEW_TOKENS, Asker, contains
 from mplus.cli.demo.chat.findings import JSON, ChatDemo
 from mplus.cli.demo.chat.run import AGAIN
@@ -23,7 +24,8 @@ from mplus.evaluation.texts import Texts
 from mplus.hf.pretrained.shipped import STORIES260K
 from tests.chat.conftest import model, tokenizer  # noqa: F401 - fixtures
 
-TOLD = 2500
+TOLD, ASKED = 2500, 6
+"""Tokens, and questions about them; the demo itself asks 20."""
 
 
 @pytest.fixture(scope="module")
@@ -39,27 +41,30 @@ def ran(folder, tmp_path_factory):
     """What a run prints as JSON, and the folder that it leaves."""
     out, threads = tmp_path_factory.mktemp("demo"), torch.get_num_threads()
     options = ["--model", folder, "--tokens", TOLD, "--mechanism", "notes", "--threads", 1, "--out", out, "--json"]
-    result = CliRunner().invoke(app, ["demo", *map(str, options)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "ABOUT_NOTES", ASKED - 2)
+        patch.setattr(script, "ABOUT_TALK", 2)
+        result = CliRunner().invoke(app, ["demo", *map(str, options)])
     torch.set_num_threads(threads)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout), out
 
 
 def test_what_is_told_and_asked(tokenizer):  # noqa: F811
-    script = make_script(tokenizer, TOLD, 0)
+    made = make_script(tokenizer, TOLD, 0)
     texts = Texts(tokenizer)
-    assert 0 <= sum(texts.count(told.text) for told in script.told) - TOLD < 130
-    assert len(script.answerable) == ABOUT_NOTES + ABOUT_TALK == 20
-    assert len(script.untold) == UNTOLD_NOTES + UNTOLD_TALK == 3
-    by_source = {told.source: (place, told.text) for place, told in enumerate(script.told)}
-    assert len(by_source) == len(script.told), "every text has a name of its own"
+    assert 0 <= sum(texts.count(told.text) for told in made.told) - TOLD < 130
+    assert len(made.answerable) == ABOUT_NOTES + ABOUT_TALK == 20
+    assert len(made.untold) == UNTOLD_NOTES + UNTOLD_TALK == 3
+    by_source = {told.source: (place, told.text) for place, told in enumerate(made.told)}
+    assert len(by_source) == len(made.told), "every text has a name of its own"
     places = []
-    for question in script.answerable:
+    for question in made.answerable:
         place, text = by_source[question.source]
         assert contains(text, question.answer)
         places.append(place)
     assert places == sorted(places)
-    assert make_script(tokenizer, TOLD, 0) == script != make_script(tokenizer, TOLD, 1)
+    assert make_script(tokenizer, TOLD, 0) == made != make_script(tokenizer, TOLD, 1)
 
 
 def test_the_numbers_agree(ran):
@@ -68,7 +73,7 @@ def test_the_numbers_agree(ran):
     memory, nothing, window, text = found["arms"]
     assert [arm["name"] for arm in found["arms"]] == ["memory", "nothing", "window", "found text"]
     for arm in found["arms"]:
-        assert len(arm["said"]) == 20
+        assert len(arm["said"]) == ASKED
         assert arm["right"] == sum(contains(one["text"], one["question"]["answer"]) for one in arm["said"])
         assert arm["first_seconds"] > 0
     assert [one["question"] for one in memory["said"]] == [one["question"] for one in window["said"]]
@@ -109,10 +114,10 @@ def test_the_screen(ran):
     console = Console(file=io.StringIO(), width=100, highlight=False)
     show_chat_demo(evolve(found, arms=tuple(arms)), console)
     lines = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
-    table = {line.partition(" of 20")[0]: line for line in lines if " of 20" in line}
-    assert f"its memory of all {found.tokens:,} tokens 20" in table
+    table = {line.partition(f" of {ASKED}")[0]: line for line in lines if f" of {ASKED}" in line}
+    assert f"its memory of all {found.tokens:,} tokens {ASKED}" in table
     assert "nothing but the question 0" in table
     pictures = [line for line in lines if set(line.rpartition(" ")[2]) == {NOVEL, RIGHT}]
-    assert [line.count(RIGHT) for line in pictures] == [20]
-    assert sum(set(line.rpartition(" ")[2]) == {NOVEL, WRONG} and line.count(WRONG) == 20 for line in lines) == 3
+    assert [line.count(RIGHT) for line in pictures] == [ASKED]
+    assert sum(set(line.rpartition(" ")[2]) == {NOVEL, WRONG} and line.count(WRONG) == ASKED for line in lines) == 3
     assert any(line.startswith("A new process opened the memory in") for line in lines)

@@ -31,6 +31,10 @@ def chat(
     mechanism: Annotated[
         str | None, typer.Option(help="Kind of memory, as in a configuration. Default: kv, or that of a saved model.")
     ] = None,
+    pieces: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most pieces of memory for an answer. Default: as the mechanism has it; of kv 1."),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="What the system says at the beginning of every prompt.")] = None,
     window: Annotated[
         int | None, typer.Option(min=1, help="Most tokens of a prompt; what no longer fits goes into memory.")
@@ -59,7 +63,7 @@ def chat(
     if model == SMOLLM2:
         need_smollm2()
     decoder, tokenizer = load_chat_model(model)
-    decoder = with_memory(decoder, mechanism)
+    decoder = with_memory(decoder, mechanism, pieces)
     options: dict[str, Any] = {"system": system, "window_tokens": window, "plain": plain, "max_new_tokens": max_tokens}
     roles = ROLES if remember is Remember.BOTH else ("user",)
     opened: mplus.Memory = (

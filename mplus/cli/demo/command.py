@@ -37,6 +37,10 @@ def demo(
     ] = None,
     model: Annotated[str, typer.Option(help="Chat model: smollm2, a folder, or a name on the Hub.")] = "smollm2",
     mechanism: Annotated[str | None, typer.Option(help="Kind of memory. Default: kv.")] = None,
+    pieces: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most pieces of memory for an answer. Default: as the mechanism has it; of kv 1."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Keep the memory in this folder.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
     threads: Threads = 2,
@@ -71,15 +75,16 @@ def demo(
     if recall:
         _recall(train, facts, distraction, streams, seed, threads, plot, talk, as_json, started)
         return
-    from mplus.cli.demo.chat.run import run
+    from mplus.cli.demo.chat.run import ModelChoice, run
     from mplus.cli.demo.chat.show import show_chat_demo
+    from mplus.hf.pretrained.chat_model import SMOLLM2
 
-    if model == "smollm2":
+    if model == SMOLLM2:
         need_smollm2()
     tokens = tokens if tokens is not None else LONG_TOKENS if long else SHORT_TOKENS
     with _folder(out) as name:
         found, asker, memory = run(
-            model, mechanism=mechanism, tokens=tokens, seed=seed, threads=threads, folder=name, quiet=as_json
+            ModelChoice(model, mechanism, pieces), tokens=tokens, seed=seed, threads=threads, folder=name, quiet=as_json
         )
         with memory:
             print_json(found.plain()) if as_json else show_chat_demo(found)

