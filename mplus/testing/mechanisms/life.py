@@ -117,6 +117,20 @@ class MechanismLife(MechanismSuite):
         assert repair(tmp_path / "saved", tmp_path / "repaired") == []
         assert self.differences(self.loaded(tmp_path / "repaired", model), memory) == []
 
+    def test_texts_are_written_once_wholly_or_in_the_place_of_others(self, model: MemoryModel, tmp_path: Path) -> None:
+        with self.opened(tmp_path / "live", model, seed=1) as memory:
+            report = memory.write(self.text(1), source="s0", write_id="first")
+            memory.write(self.text(2), source="s1", atomic=True)
+            assert memory.write(self.text(1), source="s0", write_id="first") == report
+            expected = self.written(model, 1, 2)
+            assert self.differences(memory, expected) == []
+            memory.replace("s1", self.text(3))
+            expected.forget("s1")
+            expected.write(self.text(3), source="s1")
+            assert self.differences(memory, expected) == []
+        with self.opened(tmp_path / "live", model, read_only=True) as memory:
+            assert self.differences(memory, expected) == []
+
     # ------------------------------------------------------------------ forgetting
 
     def test_a_forgotten_source_leaves_no_trace(self, model: MemoryModel) -> None:

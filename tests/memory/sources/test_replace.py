@@ -12,7 +12,7 @@ from mplus.errors import InputError, NonFiniteError
 from mplus.memory import Memory
 from mplus.memory.writing import passes as writing
 from tests.helpers.clock import NOON, Hands
-from tests.memory.disks.plain import PlainModel, chunk
+from tests.memory.disks.plain import CONFIGS, PlainModel, chunk
 from tests.memory.tiny import assert_content, assert_same, content
 
 if TYPE_CHECKING:
@@ -28,9 +28,10 @@ def filled(memory: Memory) -> Memory:
     return memory
 
 
-@pytest.mark.parametrize("live", [False, True])
-def test_it_is_forget_and_write(tmp_path: Path, live: bool) -> None:
-    memory = Memory.open(tmp_path / "live", MODEL, batch_size=2) if live else MODEL.new_memory(2)
+@pytest.mark.parametrize("live", [None, *CONFIGS])
+def test_it_is_forget_and_write(tmp_path: Path, live: str | None) -> None:
+    model = PlainModel(**CONFIGS.get(live or "", {}))
+    memory = Memory.open(tmp_path / "live", model, batch_size=2) if live else model.new_memory(2)
     expected, version = filled(memory).fork(), memory.version
     expected.forget("a", row=1)
     expected.write([None, LONG], source="a")
@@ -41,8 +42,11 @@ def test_it_is_forget_and_write(tmp_path: Path, live: bool) -> None:
     expected.write([LONG, chunk(1)], source="new")
     assert memory.replace("new", [LONG, chunk(1)]).chunks == [3, 1], "it need not be there before"
     assert_same(memory, expected)
+    expected.write([chunk(2), LONG], source="all")
+    memory.write([chunk(2), LONG], source="all", atomic=True)
+    assert_same(memory, expected)
     if live:
-        assert_same(Memory.open(tmp_path / "live", MODEL, read_only=True), memory)
+        assert_same(Memory.open(tmp_path / "live", model, read_only=True), memory)
 
 
 def test_what_was_said_of_a_source_holds_on() -> None:
