@@ -92,7 +92,12 @@ class Memory(StoredMemory):
         return write(self, data, source, expires, progress)
 
     def write_pieces(
-        self, pieces: Iterable[str | Ids], source: str | None = None, *, progress: bool | None = None
+        self,
+        pieces: Iterable[str | Ids],
+        source: str | None = None,
+        *,
+        expires: datetime | timedelta | None = None,
+        progress: bool | None = None,
     ) -> WriteReport:
         """Read a long document that comes in pieces, say the lines of a file, without ever holding all of it.
 
@@ -101,13 +106,14 @@ class Memory(StoredMemory):
         Args:
             pieces: texts or ids ``[n]``, in order; empty ones are skipped. For a memory of one batch row.
             source: name of the document.
+            expires: as for ``write``.
             progress: show a progress bar; None: in a terminal.
 
         Raises:
             InputError, MemoryMismatchError, NonFiniteError: as ``write``; and what ``pieces`` itself raises. The chunks
                 written until then are kept.
         """
-        return write_pieces(self.streams, self.tokenizer, pieces, source, progress)
+        return write_pieces(self.streams, self.tokenizer, pieces, source, expires, progress)
 
     def write_chunk(self, ids: Tensor, source: str | None = None) -> WriteReport:
         """Write one chunk ``[B, n]`` to every stream in one pass, without splitting.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 from itertools import chain
+from typing import Any
 
 import torch
 from attrs import define, evolve, field
@@ -14,6 +16,7 @@ from torch import Tensor
 from mplus.errors import InputError
 from mplus.memory.engine import Engine
 from mplus.memory.report import LONG, WriteReport, progress_bar
+from mplus.memory.sources.expiry import facts_of
 from mplus.memory.transaction import Streams
 from mplus.memory.writing.chunking import NOTHING, Ids, Tokenizer, check_vocabulary, cut_up, to_names, to_rows
 from mplus.memory.writing.passages import PassageCutter, to_text
@@ -26,6 +29,7 @@ def write_pieces(
     tokenizer: Tokenizer | None,
     pieces: Iterable[str | Ids],
     source: str | None,
+    expires: datetime | timedelta | None,
     progress: bool | None,
 ) -> WriteReport:
     """Write a document that comes in pieces to a memory of one stream; see ``Memory.write_pieces``."""
@@ -37,14 +41,14 @@ def write_pieces(
         )
     if isinstance(pieces, str | bytes | torch.Tensor) or not isinstance(pieces, Iterable):
         raise InputError(f"pieces must be an iterable of texts or ids, got {type(pieces).__name__}")
-    (name,) = to_names(source, 1)
+    (name,), facts = to_names(source, 1), facts_of(streams, expires)
     prepare_write(streams, [0])
     report = WriteReport.nothing(1)
     with streams.write_lock, progress_bar("writing", None, progress, steps=LONG) as advance:
         if streams.engine.writes_text:
-            _write_texts(streams, tokenizer, pieces, name, report, advance)
+            _write_texts(streams, tokenizer, pieces, name, facts, report, advance)
             return evolve(report, seconds=time.perf_counter() - begun)
-        empty = StreamWrite(streams, 0, [], name, report, tokenizer)
+        empty = StreamWrite(streams, 0, [], name, report, tokenizer, facts=facts)
         for write in _writes(empty, _ahead(tokenised(pieces, tokenizer, streams.engine.vocab_size))):
             write_streams([write], advance)
     return evolve(report, seconds=time.perf_counter() - begun)
@@ -89,6 +93,7 @@ def _write_texts(
     tokenizer: Tokenizer | None,
     pieces: Iterable[str | Ids],
     name: str | None,
+    facts: Mapping[str, Any],
     report: WriteReport,
     advance: Callable[[int], None],
 ) -> None:
@@ -101,7 +106,7 @@ def _write_texts(
         yield cutter.rest()
 
     for passages in parts():
-        write = passage_write(streams, 0, passages, name, report, tokenizer, before)
+        write = passage_write(streams, 0, passages, name, report, tokenizer, before, facts)
         write_streams([write], advance)
         before = write.passages[-1] if write.passages else before
 

@@ -11,7 +11,7 @@ from mplus.errors import InputError
 from mplus.memory import Memory
 from mplus.memory.format.offline import saved_sources
 from mplus.memory.writing.write import write_together
-from tests.helpers.clock import NOON, Hands
+from tests.helpers.clock import NOON, Hands, noon
 from tests.memory.disks.plain import PlainModel, chunk
 from tests.memory.tiny import assert_content, assert_same, content
 
@@ -62,6 +62,22 @@ def test_it_can_be_put_off() -> None:
     assert memory.expire() == []
     clock.move(days=1)
     assert [report.chunks for report in memory.expire()] == [3]
+
+
+@pytest.mark.parametrize("tokens", [8, 2])
+@pytest.mark.parametrize("write", ["write", "write_pieces", "replace", "atomic", "once"])
+def test_whatever_says_so(write: str, tokens: int) -> None:
+    """Also of text that is too short for a chunk, and waits."""
+    memory = PlainModel(min_chunk_tokens=4).new_memory(clock=noon)
+    options = {"atomic": {"atomic": True}, "once": {"write_id": "w"}}.get(write, {})
+    name, given = getattr(memory, write if hasattr(memory, write) else "write"), chunk(0)[:tokens]
+    if write == "replace":
+        name("a", given, expires=DAY)
+    else:
+        name([given] if write == "write_pieces" else given, source="a", expires=DAY, **options)
+    assert [(source.tokens, source.expires) for source in memory.sources()] == [(tokens, NOON + DAY)]
+    assert [(report.source, report.tokens) for report in memory.expire(NOON + DAY)] == [("a", tokens)]
+    assert memory.states[0].tail == ()
 
 
 @pytest.mark.parametrize("write", ["write", "write_pieces", "write_chunk", "write_together"])
