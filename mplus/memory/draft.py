@@ -5,7 +5,7 @@ from __future__ import annotations
 from mplus.memory.copying import copied
 from mplus.memory.state import StreamState
 from mplus.memory.transaction import Streams, distinct
-from mplus.stores.mmap import mapped_store, parts_of
+from mplus.stores.base import parts_of
 
 
 def draft_of(streams: Streams) -> Streams:
@@ -15,6 +15,8 @@ def draft_of(streams: Streams) -> Streams:
     """
     draft = copied(streams, range(len(streams)))
     if streams.persistence.directory is not None:
+        from mplus.stores.mmap import mapped_store
+
         for store in draft.stores:
             mapped_store(store).changes = []
     return draft

@@ -359,3 +359,11 @@ def ordinary_tensors() -> Iterator[None]:
     """Make tensors that can be written and differentiated through later, even in a caller's inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def parts_of(store: MemoryStore) -> list[MemoryStore]:
+    """Return a store, the one it wraps, the one that this wraps, and so on."""
+    parts = [store]
+    while isinstance(inner := getattr(parts[-1], "inner", None), MemoryStore):
+        parts.append(inner)
+    return parts

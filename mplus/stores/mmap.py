@@ -18,7 +18,7 @@ from torch import Tensor
 from mplus.config import whole
 from mplus.errors import ConfigError, MemoryMismatchError, NotSupported
 from mplus.rows import MemoryRows
-from mplus.stores.base import Chunk, Column, Content, Identity, MemoryStore, StoreLayout, StoreView
+from mplus.stores.base import Chunk, Column, Content, Identity, MemoryStore, StoreLayout, StoreView, parts_of
 from mplus.stores.disk.block_file import BlockFile
 from mplus.stores.disk.compaction import compact, plan_compaction
 from mplus.stores.disk.files import FileSystem
@@ -241,14 +241,6 @@ def mapped_store(store: MemoryStore) -> MmapStore:
             "another have it as their attribute 'inner'"
         )
     return found
-
-
-def parts_of(store: MemoryStore) -> list[MemoryStore]:
-    """Return a store, the one it wraps, the one that this wraps, and so on."""
-    parts = [store]
-    while isinstance(inner := getattr(parts[-1], "inner", None), MemoryStore):
-        parts.append(inner)
-    return parts
 
 
 def _remove_with(layers: Sequence[SegmentedRows], path: Path) -> None:

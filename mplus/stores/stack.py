@@ -14,8 +14,8 @@ import attrs
 
 from mplus.config import Component, JsonValue, options_of
 from mplus.stores import STORES
-from mplus.stores.base import MemoryStore
-from mplus.stores.mmap import MmapStore, parts_of
+from mplus.stores.base import MemoryStore, parts_of
+from mplus.stores.mmap import MmapStore
 
 INNERMOST = MmapStore.name
 
