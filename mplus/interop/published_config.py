@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from attrs import define
 
@@ -176,7 +176,16 @@ class _Keys:
             raise self.error(key, json.dumps(wanted))
 
 
-def _common(keys: _Keys, ltm_blocks: int) -> dict[str, Any]:
+class _Common(TypedDict):
+    decoder: Mapping[str, JsonValue]
+    layers: int
+    hidden_size: int
+    tokens: int
+    pool: int
+    adapters: AdapterConfig
+
+
+def _common(keys: _Keys, ltm_blocks: int) -> _Common:
     """Return the settings that M+ and MemoryLLM share."""
     keys.only("model_type", "llama")
     for key in ("vocab_size", "intermediate_size", "num_attention_heads"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict
 
 import torch
 from attrs import evolve
@@ -49,6 +49,14 @@ class GraphView(StoreView):
         return places
 
 
+class GraphStoreState(TypedDict):
+    """A ``GraphStore`` as tensors and plain data: of each layer its rows, their ids, and the id that comes next."""
+
+    rows: list[dict[str, Tensor]]
+    ids: list[Tensor]
+    next: list[int]
+
+
 class GraphStore(GraphView, MemoryStore):
     """Long-term rows of one stream in training: appended by joining tensors, so that gradients flow through them.
 
@@ -57,7 +65,7 @@ class GraphStore(GraphView, MemoryStore):
 
     name: ClassVar[str] = "graph"
 
-    def __init__(self, layout: StoreLayout, options: Any = None) -> None:
+    def __init__(self, layout: StoreLayout, options: MemoryStore.Options | None = None) -> None:
         MemoryStore.__init__(self, layout, options)
         empty = MemoryRows.of(
             {
@@ -114,12 +122,12 @@ class GraphStore(GraphView, MemoryStore):
     def nbytes(self) -> int:
         return sum(rows.nbytes for rows in self.rows) + sum(ids.nbytes for ids in self.row_ids)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> GraphStoreState:
         """Return rows, ids and the next id of each layer as tensors and plain data."""
         rows = [{name: column.detach() for name, column in part.columns().items()} for part in self.rows]
         return {"rows": rows, "ids": list(self.row_ids), "next": list(self._next)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: GraphStoreState) -> None:
         """Take the rows of a saved state instead of the present ones."""
         device = self.layout.device
         self.rows = tuple(MemoryRows.of(part).to(device) for part in state["rows"])

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any, Literal, NoReturn, SupportsIndex, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mplus.errors import InputError
 from mplus.memory.copying import check_row, check_rows, check_target, copied, moved, pickle_error
@@ -226,7 +226,7 @@ class Memory(StoredMemory):
             data = [cast("Any", data) if place == own else None for place in range(self.batch_size)]
         return write_whole(self, data, source, expires=expires, progress=progress, replaced=True)
 
-    def rewrite(self, model: Any = None, *, progress: bool | None = None) -> WriteReport:
+    def rewrite(self, model: nn.Module | None = None, *, progress: bool | None = None) -> WriteReport:
         """Compute all rows anew from the ids that the memory keeps, with the weights as they are now, as one change.
 
         For a memory that is refused because weights or adapters have changed since it was written, or that is to go

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from attrs import evolve
+from torch import nn
 
 from mplus.errors import InputError, MemoryMismatchError
 from mplus.eviction.base import EvictionPolicy
@@ -24,7 +24,9 @@ from mplus.stores.access_log import AccessLog
 from mplus.stores.base import MemoryStore, StoreView
 
 
-def rewrite(streams: Streams, model: Any, tokenizer: Tokenizer | None, progress: bool | None) -> WriteReport:
+def rewrite(
+    streams: Streams, model: nn.Module | None, tokenizer: Tokenizer | None, progress: bool | None
+) -> WriteReport:
     """Compute all rows anew; see ``Memory.rewrite``, and raises as that. The caller holds the write lock."""
     begun, engine = time.perf_counter(), streams.engine if model is None else engine_of(model)
     streams.check_writable()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
+from torch import nn
 
 from mplus.config import Component, JsonValue
 from mplus.memory.content import MemoryContent
@@ -45,7 +46,7 @@ class StoredMemory(MemoryContent):
     def load(
         cls,
         path: str | Path,
-        model: Any,
+        model: nn.Module,
         *,
         tokenizer: Tokenizer | None = None,
         store: JsonValue | Component = None,

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, cast
 
+import attrs
 import torch
 from attrs import define, evolve, field
 from torch import Tensor
@@ -22,9 +23,11 @@ TAKEN = OWN_COLUMNS | {"id", "ids", "stay", "index"}
 """Names that a further column of rows cannot have: those of other columns, and of what stands beside them in files."""
 
 
-def _check_extra(
-    instance: object, attribute: object, value: Sequence[tuple[str, tuple[int, ...], torch.dtype]]
-) -> None:
+Extra = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+"""Further columns: the name of each, the shape of one row in it, and its dtype."""
+
+
+def _check_extra(instance: attrs.AttrsInstance, attribute: attrs.Attribute[Extra], value: Extra) -> None:
     names = [name for name, _, _ in value]
     wrong = [name for name in names if not name.isidentifier() or name in TAKEN or names.count(name) > 1]
     if wrong:

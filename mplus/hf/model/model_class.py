@@ -22,7 +22,7 @@ from mplus.hf.reading.arguments import DEFAULTS, ReadArguments
 from mplus.hf.reading.forward import check_memory, forward_with_memory
 from mplus.hf.reading.generation import GenerateCall, generate
 from mplus.hf.retrofit import attention
-from mplus.hf.retrofit.context import subclass
+from mplus.hf.retrofit.context import Output, subclass
 from mplus.memory.budget import Budget
 from mplus.memory.copying import check_device
 from mplus.memory.memory import Memory
@@ -33,6 +33,8 @@ from mplus.stores import STORES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+    from transformers.generation.continuous_batching.requests import GenerationOutput
 
 
 class MemoryModel(SavesAdditions):
@@ -240,7 +242,7 @@ class MemoryModel(SavesAdditions):
         )
         return self.mplus_engine.readings.enter(arguments, threads)
 
-    def generate_batch(self, *args: Any, memory: Memory | None = None, **kwargs: Any) -> Any:
+    def generate_batch(self, *args: Any, memory: Memory | None = None, **kwargs: Any) -> dict[str, GenerationOutput]:
         """Generate by continuous batching, as in transformers, with the decoder alone.
 
         Raises:
@@ -255,7 +257,7 @@ class MemoryModel(SavesAdditions):
         with with_attention(self, self.mplus_installed.base_attention):
             return super().generate_batch(*args, **kwargs)
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> ContinuousBatchingManager:
         """Make a manager as in transformers, within ``generate_batch``.
 
         Raises:
@@ -299,7 +301,7 @@ def reading_class(
     base: type[PreTrainedModel],
     mixin: type[MemoryModel],
     make: Callable[[type[PreTrainedModel]], type],
-    read: Callable[..., Any],
+    read: Callable[..., Output],
 ) -> type:
     """Return ``base`` with ``mixin`` in front, and a ``forward`` that takes the arguments of a read.
 
@@ -323,7 +325,7 @@ def reading_class(
         output_sources: bool = False,
         reuse_memory_cache: bool = False,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Output:
         asked = {
             "memory": memory,
             "query_tokens": query_tokens,

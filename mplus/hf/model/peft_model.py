@@ -19,7 +19,7 @@ from mplus.hf.model.installed import WrappedModel
 from mplus.hf.pretrained.peft_folders import DESCRIPTION, MEMORY, add_to_card, describe_adapters
 from mplus.hf.pretrained.save import WEIGHTS, PushToHub, load_additions
 from mplus.hf.reading.caches import mark_learned
-from mplus.hf.retrofit.context import subclass
+from mplus.hf.retrofit.context import Output, subclass
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -93,17 +93,18 @@ def peft_model_class(base: type[PeftModel]) -> type:
     signature = inspect.signature(base.forward)
 
     @functools.wraps(base.forward)
-    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Output:
         cache = kwargs.get("past_key_values")
         reads = kwargs.get("memory") is not None or getattr(cache, "_mplus_reading", None) is not None
         if reads and self.active_peft_config.is_prompt_learning and cache is not None and cache.get_seq_length():
             return _go_on(self, cache, signature.bind_partial(self, *args, **kwargs))
-        return base.forward(self, *args, **kwargs)
+        output: Output = base.forward(self, *args, **kwargs)
+        return output
 
     return subclass(base, PeftMemoryModel, peft_model_class, forward=forward)
 
 
-def _go_on(model: PeftModel, cache: Cache, call: inspect.BoundArguments) -> Any:
+def _go_on(model: PeftModel, cache: Cache, call: inspect.BoundArguments) -> Output:
     """Run a forward of prompt learning behind a cache, which has the virtual tokens already.
 
     PEFT would drop the cache, or put them in once more.
@@ -119,4 +120,5 @@ def _go_on(model: PeftModel, cache: Cache, call: inspect.BoundArguments) -> Any:
         inputs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], virtual), mask], 1)
     if inputs.get("position_ids") is not None:
         inputs["position_ids"] = inputs["position_ids"] + virtual
-    return model.base_model(**inputs)
+    output: Output = model.base_model(**inputs)
+    return output

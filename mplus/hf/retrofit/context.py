@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, SupportsIndex, TypeV
 
 from attrs import define, field
 from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
 
 from mplus.backends.base import Segment
 from mplus.hf.retrofit.discovery import AttentionSpec
@@ -22,6 +23,8 @@ else:
 
 T = TypeVar("T")
 P = ParamSpec("P")
+Output = ModelOutput | tuple[Tensor, ...]
+"""What a forward of a decoder returns; a tuple with ``return_dict=False``."""
 
 
 class PrefixSource(Protocol):
@@ -165,7 +168,7 @@ _SUBCLASSES: dict[tuple[type, type], type] = {}
 
 
 def subclass(
-    base: type, mixin: type, make: Callable[[type], type] | None = None, **methods: Callable[..., object]
+    base: type, mixin: type, make: Callable[[type], type] | None = None, **methods: Callable[..., Output]
 ) -> type:
     """Return the dynamic subclass of ``base`` with ``mixin`` in front, made once.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,6 +19,8 @@ from mplus.hf.retrofit.attention import CaptureCache, Captured, ModuleCall
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Embeddings = Tensor | Sequence[Tensor]
+"""What a rotary module makes of positions: cosines and sines, or complex numbers."""
 
 
 @define(eq=False)
@@ -101,7 +103,7 @@ class _Trace:
         self.running.append(module)
         self.calls[module] = ModuleCall(args, kwargs)
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Embeddings) -> None:
         call = ModuleCall(args, kwargs)
         self.running.pop()
         for tensor in output if isinstance(output, tuple | list) else (output,):
@@ -109,7 +111,7 @@ class _Trace:
                 # The tensor is kept so that its id stays its own.
                 self.made.setdefault(id(tensor), (module, call, tensor))
 
-    def maker(self, value: Any) -> tuple[nn.Module, ModuleCall] | None:
+    def maker(self, value: Embeddings | None) -> tuple[nn.Module, ModuleCall] | None:
         """Return the module that made ``value`` (a tensor, or a tuple starting with one), and how it was called."""
         tensor = value[0] if isinstance(value, tuple | list) and value else value
         found = self.made.get(id(tensor)) if isinstance(tensor, Tensor) else None

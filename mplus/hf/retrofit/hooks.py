@@ -7,20 +7,21 @@ from typing import Any, Literal
 import torch
 from attrs import define, evolve
 from torch import Tensor, nn
-from transformers.utils.generic import ModelOutput
 
 from mplus.backends.base import Segment
 from mplus.backends.choose import BackendChooser
 from mplus.errors import NotSupported
 from mplus.hf.retrofit.attention import CAPTURE, AttendedMemory, CaptureCache, Captured, ModuleCall
 from mplus.hf.retrofit.cache_view import MemoryCacheView, mask_with_memory
-from mplus.hf.retrofit.context import Collection, Pass, current_pass
-from mplus.hf.retrofit.discovery import Anatomy, AttentionSpec
+from mplus.hf.retrofit.context import Collection, Output, Pass, current_pass
+from mplus.hf.retrofit.discovery import Anatomy, AttentionSpec, Embeddings
 from mplus.hf.retrofit.memory_cache import memory_in_cache
-from mplus.hf.retrofit.positions import Embeddings, MemoryPositions, rotary_at
+from mplus.hf.retrofit.positions import MemoryPositions, rotary_at
 from mplus.mechanisms.decoder import Attended, Rows
 
 Technique = Literal["attention", "cache_view"]
+Arguments = dict[str, AttendedMemory | MemoryCacheView | Tensor | None]
+"""Keyword arguments of an attention module that are about memory."""
 
 
 @define(eq=False)
@@ -123,7 +124,7 @@ class AttentionHook:
         return None if changed is None else (args, {**kwargs, **changed})
 
     @torch.compiler.disable  # projecting ends in an exception, which it cannot follow
-    def _with_memory(self, active: Pass, call: ModuleCall) -> dict[str, Any] | None:
+    def _with_memory(self, active: Pass, call: ModuleCall) -> Arguments | None:
         """Return the keyword arguments that attention gets besides its own, or in their place; None: none."""
         spec, retrofit, kwargs = self.spec, self.retrofit, call.kwargs
         hidden = call.hidden
@@ -160,7 +161,7 @@ class AttentionHook:
         (segment,) = segments  # only projections of one piece are made for this technique
         queries = hidden.shape[1]
         keys = queries if cache is None else cache.get_mask_sizes(queries, spec.layer_index)[0]
-        changed = {
+        changed: Arguments = {
             spec.cache_keyword: MemoryCacheView(cache, segment),
             "attention_mask": mask_with_memory(kwargs.get("attention_mask"), segment, queries, keys, hidden),
         }
@@ -169,9 +170,7 @@ class AttentionHook:
         return changed
 
 
-def finish_pass(
-    module: nn.Module, args: tuple[Tensor, ...], output: ModelOutput | tuple[Tensor, ...]
-) -> ModelOutput | tuple[Tensor, ...] | None:
+def finish_pass(module: nn.Module, args: tuple[Tensor, ...], output: Output) -> Output | None:
     """Exchange the final hidden state for the one that the current pass gives: a forward hook of the layers' module."""
     active = current_pass()
     if active is None or active.finish is None:

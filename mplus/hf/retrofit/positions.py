@@ -5,19 +5,17 @@ Rows that are kept as hidden states are rotated by the layer's own modules: ``Re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal, TypeVar
 
 import torch
 from attrs import define
 from torch import Tensor
 
-from mplus.hf.retrofit.discovery import AttentionSpec
+from mplus.hf.retrofit.discovery import AttentionSpec, Embeddings
 from mplus.mechanisms.decoder import Tables
 
 T = TypeVar("T")
-Embeddings = Tensor | Sequence[Tensor]
-"""What a rotary module makes of positions: cosines and sines, or complex numbers."""
 
 
 @define(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from attrs import evolve
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mplus.config import Component, JsonValue, MPlusConfig
@@ -157,7 +157,7 @@ class TextEngine:
         return NotSupported(f"memories of the mechanism {self.mechanism.name!r} are made of text and have no such rows")
 
 
-def refuse_text(model: object, what: str) -> None:
+def refuse_text(model: nn.Module, what: str) -> None:
     """Raise NotSupported where memories of a wrapped decoder are made of text, and ``what`` knows rows only."""
     engine = getattr(model, "mplus_engine", None)
     if isinstance(engine, TextEngine):

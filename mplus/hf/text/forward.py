@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from attrs import define
 from torch import Tensor
-from transformers.utils.generic import ModelOutput
 
 from mplus.errors import ConfigError, InputError, NotSupported
 from mplus.hf.model.installed import Decoder, WrappedModel
@@ -17,6 +16,7 @@ from mplus.hf.reading.caches import check_cache
 from mplus.hf.reading.forward import arguments_of, check_memory
 from mplus.hf.reading.generating import is_generating
 from mplus.hf.reading.inputs import by_name, signature_of
+from mplus.hf.retrofit.context import Output
 from mplus.hf.text.engine import TextEngine
 from mplus.hf.text.reading import TextReading, read, recall, refuse_for_text
 from mplus.memory.memory import Memory
@@ -27,7 +27,7 @@ CACHES = ("past_key_values", "cache_params")
 
 def forward_with_text(
     model: WrappedModel, base: type[Decoder], asked: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> ModelOutput | tuple[Tensor, ...]:
+) -> Output:
     """Run ``base.forward`` with what a memory recalls: that of the call, or of ``model.reading``.
 
     Logits and hidden states are those of the tokens that were given.
@@ -43,7 +43,7 @@ def forward_with_text(
         MemoryMismatchError: batch, model or cache do not fit the memory.
         NotSupported: another thread is in ``model.reading``, or the call has what recalled text does not go with.
     """
-    forward: Callable[..., ModelOutput | tuple[Tensor, ...]] = base.forward
+    forward: Callable[..., Output] = base.forward
     if is_generating(model):  # the generation has put it into the prompt
         return forward(model, *args, **kwargs)
     if not torch.compiler.is_compiling():
@@ -71,7 +71,7 @@ class _Forward:
     inputs: dict[str, Any]
 
     @torch.compiler.disable  # what is recalled differs from call to call
-    def read(self, arguments: ReadArguments, memory: Memory) -> ModelOutput | tuple[Tensor, ...]:
+    def read(self, arguments: ReadArguments, memory: Memory) -> Output:
         """Run the forward as ``arguments`` say; ``memory`` is theirs."""
         model, inputs, engine = self.model, self.inputs, cast("TextEngine", self.model.mplus_engine)
         check_memory(engine, memory)

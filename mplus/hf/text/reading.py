@@ -183,7 +183,7 @@ def recalled(
     return found
 
 
-def check_recalled(engine: TextEngine, method: str, found: Any) -> None:
+def check_recalled(engine: TextEngine, method: str, found: Recalled) -> None:
     """Raise MechanismError unless ``found`` is what a mechanism may give to the decoder."""
     sound = isinstance(found, Recalled) and isinstance(found.text, str)
     if not sound or not all(isinstance(one, Entry) for one in found.entries):

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from attrs import define, field
+from attrs import Attribute, define, field
 
 from mplus.errors import MemoryFileError
 
@@ -100,7 +100,7 @@ class PathAt:
     name: str = field()
 
     @name.validator
-    def _check(self, attribute: object, name: str) -> None:
+    def _check(self, attribute: Attribute[str], name: str) -> None:
         if name in {"", ".", ".."} or Path(name).name != name:
             raise ValueError(f"a file must have a plain name, got {name!r}")
 
