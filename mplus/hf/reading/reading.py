@@ -149,14 +149,17 @@ class Reading:
         Raises:
             MechanismError: text that was read would have to move.
         """
-        before = self.need_opened()
-        blocks = 0 if before.insertion is None else before.insertion.tokens.shape[1]
-        for name, was, would in _places(before, opened):
-            if was is not would and (was is None or would is None or not torch.equal(was, would[:, :blocks])):
-                raise MechanismError(
-                    f"the mechanism {self.mechanism.name!r} must leave {name} of what was read as it is in resume, "
-                    f"since text that was read cannot move, got {would} after {was}"
-                )
+        before = self.need_opened().insertion
+        blocks = 0 if before is None else before.tokens.shape[1]
+        if before is not None and opened.insertion is not None:
+            read_before = before.tokens <= read[:, None]  # others stood in text that was cut off
+            for name in ("tokens", "rooms"):
+                was, would = getattr(before, name), getattr(opened.insertion, name)[:, :blocks]
+                if was.shape != would.shape or not torch.equal(was[read_before], would[read_before]):
+                    raise MechanismError(
+                        f"the mechanism {self.mechanism.name!r} must leave Insertion.{name} of what was read as it is "
+                        f"in resume, since text that was read cannot move, got {would.tolist()} after {was.tolist()}"
+                    )
         if opened.insertion is not None and bool((opened.insertion.tokens[:, blocks:] < read[:, None]).any()):
             raise MechanismError(
                 f"the mechanism {self.mechanism.name!r} must put what it adds in resume behind the text that was read, "

@@ -88,12 +88,15 @@ class KvReads(MemoryMechanism):
         return self._opened(decoder, opened.views, blocks, opened.insertion.tokens, opened.insertion.rooms)
 
     def resume(self, decoder: Decoder, opened: Opened, text: Text, read: Tensor) -> Opened:
-        """Bring back further chunks in front of the content of a new user's turn, none of those that were read."""
+        """Bring back further chunks in front of the content of a new user's turn, none of those that were read.
+
+        Where the text was cut (``cache.crop``) the chunks of turns that are gone go with them.
+        """
         if opened.insertion is None:
             return opened
-        views, before, prompts = opened.views, opened.insertion, self._prompts(decoder, opened.views, text)
-        blocks, tokens = [list(own) for own in opened.own.blocks], torch.maximum(before.tokens[:, -1], read)
-        last = before.tokens[:, -1].tolist()
+        views, prompts = opened.views, self._prompts(decoder, opened.views, text)
+        before, blocks, whole = _as_far_as(opened.insertion, opened.own.blocks, read)
+        tokens, last = torch.maximum(before.tokens[:, -1], read), before.tokens[:, -1].tolist()
         anew = [
             row
             for row, prompt in enumerate(prompts)
@@ -105,7 +108,7 @@ class KvReads(MemoryMechanism):
             blocks[row].append(chosen.get(row, NOTHING))
             if row in chosen:
                 tokens[row] = max(int(tokens[row]), prompt.begin)
-        if not any(len(own[-1].chunks) for own in blocks):
+        if whole and not any(len(own[-1].chunks) for own in blocks):
             return opened
         taken = [[len(state_of(view).places(own[-1].chunks))] for view, own in zip(views, blocks, strict=True)]
         room = torch.cat([before.rooms, torch.tensor(taken)], 1)
@@ -265,3 +268,20 @@ class KvReads(MemoryMechanism):
             return state.begin_ids
         first = () if first_token is None else (first_token,)
         return torch.tensor(first if self.options.begin is None else self.options.begin, dtype=torch.int32)
+
+
+def _as_far_as(
+    insertion: Insertion, blocks: Sequence[Sequence[ChosenChunks]], read: Tensor
+) -> tuple[Insertion, list[list[ChosenChunks]], bool]:
+    """Return the places and chunks of a text without those behind its first ``read`` ``[B]`` tokens.
+
+    The third result is whether all are left.
+    """
+    left = insertion.tokens <= read[:, None]
+    left[:, 0] = True  # what a first prompt reads may stand behind all of it
+    kept = [
+        [block if own else NOTHING for block, own in zip(row, rows, strict=True)]
+        for row, rows in zip(blocks, left.tolist(), strict=True)
+    ]
+    tokens = torch.where(left, insertion.tokens, read[:, None])
+    return Insertion(tokens, insertion.rows * left, insertion.rooms * left), kept, bool(left.all())

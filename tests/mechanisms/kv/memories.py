@@ -22,7 +22,16 @@ def wrapped(architecture: str = "llama", implementation: str | None = None, **ch
     options: dict[str, Any] = dict(EVERY)
     options |= {
         name: changes.pop(name)
-        for name in ("context_chunks", "begin", "order", "retrieved_chunks", "min_score", "rerank")
+        for name in (
+            "context_chunks",
+            "begin",
+            "opening",
+            "closing",
+            "order",
+            "retrieved_chunks",
+            "min_score",
+            "rerank",
+        )
         if name in changes
     }
     sizes = {"chunk_tokens": CHUNK, "min_chunk_tokens": 1, "retrieved_tokens": RETRIEVED, "long_term_tokens": CAPACITY}

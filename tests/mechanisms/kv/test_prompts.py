@@ -188,6 +188,54 @@ def test_a_cache_goes_on_with_what_it_read_and_retrieves_for_the_next_turn() -> 
     assert sources(third) == ["note 0", "note 1"]
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding"])
+def test_two_turns_without_a_tokenizer_whose_layers_see_a_window(name: str) -> None:
+    """The window of 8 tokens ends within chunks and turns; what opens and closes a turn is given by the options."""
+    opening, closing = [90, 91], [92]
+    model = wrapped(name, begin=[1, *opening], opening=opening, closing=closing, retrieved_chunks=1)
+    plain, memory = tiny.BY_NAME[name].build(0), model.new_memory()
+    told = text(24)
+    memory.write(told)
+    reader, output, logits, wanted = PlainReader(plain), None, [], []
+    for turn, chunk in enumerate((2, 0)):
+        asked = torch.cat([told[8 * chunk : 8 * chunk + 8 : 2], text(3, 5 + turn)])
+        front = torch.tensor([[1, *text(4, 3).tolist()], text(5, 4).tolist()][turn] + opening)
+        new = torch.cat([front, asked, torch.tensor(closing)])
+        with torch.no_grad():
+            cache = None if output is None else output.past_key_values
+            output = model(new[None], memory=memory, past_key_values=cache, output_sources=True)
+        logits.append(output.logits[0])
+        wanted.append(reader.text(front))
+        reader.chunk(memory, chunk)
+        wanted.append(reader.text(new[len(front) :]))
+    assert [one.age for one in output.memory_sources[0][0]] == [7, 23]
+    assert error(torch.cat(logits), torch.cat(wanted)) <= noise.rounding(name)
+
+
+def test_a_cache_that_was_cut_lets_go_of_what_later_turns_brought_back() -> None:
+    (model, plain), memory = shared(), memory_of(shared()[0])
+    begin, rest = parts(FIRST)
+    behind = torch.tensor(tokenizer()("</s>\n<|user|>\n", add_special_tokens=False)["input_ids"])
+    first = torch.cat([begin, rest])
+    with torch.no_grad():
+        output = model(first[None], memory=memory)
+        cache = model(
+            torch.cat([behind, parts(SECOND)[1]])[None], memory=memory, past_key_values=output.past_key_values
+        ).past_key_values
+        cache.crop(len(first) - cache.get_seq_length())
+        content = parts("Who bakes bread in Lisbon?")[1]
+        asked = {"memory": memory, "output_sources": True}
+        output = model(torch.cat([behind, content])[None], past_key_values=cache, **asked)
+    reader = PlainReader(plain)
+    reader.text(begin)
+    reader.chunk(memory, 0)
+    reader.text(rest)
+    wanted = [reader.text(behind)]
+    reader.chunk(memory, 2)
+    near(output.logits[0], torch.cat([*wanted, reader.text(content)]))
+    assert sources(output) == ["note 0", "note 2"]
+
+
 def sources(output: Any) -> list[str]:
     return [one.source for one in output.memory_sources[0][0]]
 
