@@ -180,7 +180,7 @@ def _sources(sources: SourceTable) -> Table:
     table.add_column("tokens", justify="right")
     table.add_column("chunks", justify="right")
     for source in sources:
-        if source.chunks:
+        if source.is_written:
             table.add_row(escape(source.name or "(no name)"), f"{source.tokens:,}", f"{source.chunks:,}")
         else:
             table.add_row(escape(source.name or "(no name)"), "forgotten", "")
@@ -309,7 +309,16 @@ def _table(stream: list[SourceInfo]) -> Table:
     table.add_column("source")
     names = list(stream[0].held) if stream else []
     marked = any(source.expires or source.pinned for source in stream)
-    for title in ("tokens", "chunks", *names, "age in rows", "in chunks", "last written"):
+    waits = any(source.tail_tokens for source in stream)
+    for title in (
+        "tokens",
+        *(["waiting"] if waits else []),
+        "chunks",
+        *names,
+        "age in rows",
+        "in chunks",
+        "last written",
+    ):
         table.add_column(title, justify="right")
     if marked:
         table.add_column("expires")
@@ -317,6 +326,7 @@ def _table(stream: list[SourceInfo]) -> Table:
         table.add_row(
             escape(source.name or "(no name)"),
             f"{source.tokens:,}",
+            *([f"{source.tail_tokens:,}"] if waits else []),
             f"{source.chunks:,}",
             *(f"{count:,.1f}" for count in source.held.values()),
             _span(source.newest_age, source.oldest_age),

@@ -44,6 +44,16 @@ def test_sources(saved):
     ]
 
 
+def test_text_that_waits_is_told(saved, tmp_path):
+    memory = saved[1].fork()
+    memory.write(tiny.ids(3), "chat")
+    memory.save(tmp_path)
+    listed = run("sources", tmp_path).stdout.splitlines()
+    assert listed[1].split()[:4] == ["source", "tokens", "waiting", "chunks"]
+    assert next(line.split()[:4] for line in listed if line.split()[0] == "chat") == ["chat", "3", "3", "0"]
+    assert ["chat", "3", "0"] in [line.split() for line in run("show", tmp_path).stdout.splitlines()]
+
+
 def test_show_tells_what_fits(saved):
     folder, memory = saved
     shown = run("show", folder).stdout

@@ -46,6 +46,12 @@ class Remembers(TokenMemory):
         return done if context.ids is None else evolve(done, state=evolve(done.state, last=context.ids.clone()))
 
 
+class HidesWhatWaits(TokenMemory):
+    """Lets short texts wait, and does not show them to its reads."""
+
+    name, shortest_text = "hides", 8
+
+
 class MixesStreams(TokenMemory):
     name = "mixes"
 
@@ -193,6 +199,7 @@ class NamedAsABaseline(TokenMemory):
 
 MUTANTS = [
     (Remembers, "test_a_forgotten_source_leaves_no_trace"),
+    (HidesWhatWaits, "test_a_short_text_changes_what_is_read"),
     (MixesStreams, "test_streams_that_are_written_and_read_together_are_as_alone"),
     (ReadsTheFirstStream, "test_streams_that_are_written_and_read_together_are_as_alone"),
     (CountsWrong, "test_prefix_rows_are_those_of_the_layer_that_sees_most"),

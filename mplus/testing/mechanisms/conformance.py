@@ -35,6 +35,12 @@ class MechanismMemory(MechanismLife, RowSuite):
         ids, memory = self.text(7)[None], self.written(model, 1, 2)
         assert not torch.allclose(self.logits(model, ids, memory), self.logits(model, ids, model.new_memory()))
 
+    def test_a_short_text_changes_what_is_read(self, model: MemoryModel) -> None:
+        ids, memory = self.text(7)[None], self.written(model, 1)
+        before = self.logits(model, ids, memory)
+        memory.write(self.short_text(7), source="short")
+        assert not torch.equal(self.logits(model, ids, memory), before)
+
     def test_prefix_rows_are_those_of_the_layer_that_sees_most(
         self, model: MemoryModel, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -11,10 +11,13 @@ from typing import NoReturn, ParamSpec
 import pytest
 import torch
 
+from mplus.errors import InputError
 from mplus.hf.model.model_class import MemoryModel
+from mplus.hf.pretrained.shipped import load_tokenizer
 from mplus.memory.format.offline import saved_sources
 from mplus.memory.format.repair import repair
 from mplus.memory.format.verify import verify
+from mplus.memory.writing.messages import turns
 from mplus.testing.mechanisms.suite import MechanismSuite, bytes_of, content_of, unequal
 
 P = ParamSpec("P")
@@ -160,6 +163,38 @@ class MechanismLife(MechanismSuite):
         before = {source.name: source.held for source in memory.sources()}
         memory.forget("s1")
         assert {source.name: source.held for source in memory.sources()} == {"s0": before["s0"]}
+
+    # ------------------------------------------------------------------ short texts, and chats
+
+    def test_a_short_text_is_kept_and_forgotten(self, model: MemoryModel, tmp_path: Path) -> None:
+        memory, ids = self.written(model, 1), self.prompt(7)[None]
+        report = memory.write(self.short_text(7), source="short")
+        assert report.tokens[0] == memory.sources()[1].tokens > 0
+        assert report.chunks[0] or report.tail_tokens == report.tokens, "it is written, or waits"
+        memory.save(tmp_path)
+        again = self.loaded(tmp_path, model)
+        assert self.differences(again, memory) == []
+        assert torch.equal(self.logits(model, ids, again), self.logits(model, ids, memory))
+        again.flush()
+        assert again.sources()[1].chunks > 0 == again.sources()[1].tail_tokens
+        for one in (memory, again):
+            one.forget("short")
+            assert [source.name for source in one.sources()] == ["s0"]
+            assert one.states[0].tail == ()
+
+    def test_messages_are_written_turn_by_turn(self, model: MemoryModel) -> None:
+        given = {**self.given(), "tokenizer": load_tokenizer()}
+        told = [{"role": "user", "content": "I like tea. " * 9}, {"role": "assistant", "content": "With milk?"}]
+        memory, other = model.new_memory(seed=1, **given), model.new_memory(seed=1, **given)
+        memory.write(told, source="chat")
+        for turn in turns(told):
+            other.write(turn, source="chat")
+        assert self.differences(memory, other) == []
+        version = memory.version
+        for wrong in ([{"role": "user", "content": " "}], [*told, {"role": "user"}]):
+            with pytest.raises(InputError):
+                memory.write(wrong)
+        assert memory.version == version
 
     # ------------------------------------------------------------------ what goes wrong
 

@@ -19,6 +19,8 @@ from mplus.mechanisms import MECHANISMS
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.root import Mechanism
 from mplus.memory.state import StreamState
+from mplus.memory.texts import tail_tensors
+from mplus.memory.writing.chunking import WriteData
 from mplus.stores.base import StoreView
 from mplus.testing.rounding import FACTOR, InFloat64, allowed
 
@@ -100,6 +102,11 @@ class MechanismSuite:
     def text(self, seed: int) -> Any:
         """Return a text that can be written in one chunk, equal for equal seeds."""
         raise NotImplementedError
+
+    def short_text(self, seed: int) -> WriteData:
+        """Return a text of a few words that can be written, too; by default one that ``text`` returns."""
+        found: WriteData = self.text(seed)
+        return found
 
     def prompt(self, seed: int) -> Tensor:
         """Return ids ``[T]`` of a text to read, equal for equal seeds; T is the same for all."""
@@ -184,6 +191,10 @@ class RowSuite(MechanismSuite):
         """Return ids ``[tokens]``, equal for equal seeds."""
         return torch.randint(3, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(seed))
 
+    def short_text(self, seed: int) -> Tensor:
+        """Return three ids of the prompt of this seed, in another order."""
+        return self.prompt(seed)[[0, 2, 1]]
+
     def prompt(self, seed: int) -> Tensor:
         return self.text(seed)
 
@@ -197,6 +208,7 @@ def content_of(state: StreamState, store: StoreView) -> Content:
     """Return all that a stream holds, by name."""
     found: Content = {"clock": state.clock, "sources": [source.name for source in state.sources]}
     found |= state.tensors()
+    found |= {f"text that waits, {name}": values for name, values in tail_tensors(state.tail).items()}
     layers = range(store.layout.layers)
     lists = {**state.row_lists(), "store": tuple(store.gather(layer, store.ids(layer)) for layer in layers)}
     for name, parts in lists.items():
