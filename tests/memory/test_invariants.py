@@ -144,7 +144,7 @@ def test_the_newest_rows_are_whole(config: dict[str, Any], history: list[tuple[s
     memory = counting_memory(**config)
     follow(memory, history)
     before = len(memory.engine.made)
-    memory.write([7] * last)
+    memory.write_chunk(torch.full((1, last), 7))
     new = list(range(before, len(memory.engine.made)))
     for layer in range(LAYERS):
         assert tiers(memory, layer)["stm"][-len(new) :] == new
