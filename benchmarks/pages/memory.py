@@ -165,21 +165,25 @@ def keys_and_values(writing: Mapping[str, Any], context: Mapping[str, Any]) -> s
     opening = (
         "SmolLM2-135M-Instruct in float32 writes notes, and passages of a novel, to a memory `kv` in a directory, each "
         "text by a `write` of its own. Speed is that of the bare decoder reading the same chunks, logits included, in "
-        "turns with it: 1 is as fast. By the clock on the wall every write waits for the disk, beside whatever else ran "
+        "turns with it: 1 is as fast. By the clock on the wall every write waits for the disk, beside what else ran "
         f"(load average {writing['load_average']:.0f} on 2 cores); by that of the CPU it does not. Bytes per token, "
         f"begin, table and reserved room included, are shares of the {cache:,} of the decoder's own cache in bfloat16."
     )
     head = ["", "texts, tokens each", "speed, wall", "speed, CPU", "tokens", "bytes, bfloat16", "bytes, int8"]
     told = [
-        [f"{cell['context_chunks']}", f"{cell['chunks']}", f"{cell['right']:.2f} ({cell['low']:.2f} to {cell['high']:.2f})"]
+        [
+            f"{cell['context_chunks']}",
+            f"{cell['chunks']}",
+            f"{cell['right']:.2f} ({cell['low']:.2f} to {cell['high']:.2f})",
+        ]
         for cell in context["cells"]
     ]
     behind = (
         "What a chunk should be written behind, besides the begin: up to `context_chunks` chunks of its source. "
         f"{context['cells'][0]['questions']} questions about 48 notes of one source, with the right chunk brought back "
         "alone, or next to the question behind three others; share of answers with the right value, and its 95 % "
-        "interval. No setting is better than another by more than chance, so none is the default: it costs least, and "
-        "rows are independent of each other."
+        "interval. No setting is better than another by more than chance, so that chunks are written behind none: that "
+        "costs least, and rows are independent of each other."
     )
     head_behind = ["`context_chunks`", "chunks brought back", "right"]
     return "\n\n".join(

@@ -58,7 +58,7 @@ class Given(ChunkRetriever):
 
 def wrapped(decoder: Any, context: int, chunks: int) -> Any:
     """Return the decoder with a memory that brings back as many chunks as it is told."""
-    mechanism: dict[str, JsonValue] = {"name": "kv", "context_chunks": context, "retrieved_chunks": chunks}
+    mechanism: dict[str, JsonValue] = {"name": "kv", "context_chunks": context, "retrieved_chunks": chunks, "rerank": 0}
     return mplus.wrap(decoder, {"mechanism": mechanism, "retriever": "given"})
 
 
