@@ -115,7 +115,7 @@ def test_classes(used: dict[str, Any]) -> None:
         ours = [cls, *(one for one in mixin.__mro__ if one.__module__.startswith("mplus."))]
         methods = {name for one in ours for name, value in vars(one).items() if _is_method(name, value)}
         assert methods == set(re.findall(r"`(\w+)`", listed))
-        assert ("pickling" in listed) == ("__reduce_ex__" in vars(mixin))
+        assert ("pickling" in listed) == ("__reduce_ex__" in vars(cls))
     cache = prefixed.get_prompt(1)
     assert {name for name in vars(cache) if "mplus" in name} == {"_mplus_learned"}
     mplus.unwrap(prefixed)
