@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import torch
-from attrs import define, field
+from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.errors import InputError
 from mplus.hf.reading.override import WrappedMechanism
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.decoder import Decoder, Text
+from mplus.mechanisms.kv.state import KvState
 from mplus.mechanisms.opened import Opened, Retrieved
 from mplus.mechanisms.root import Mechanism
 from mplus.memory.state import StreamView
@@ -36,7 +37,8 @@ class OracleMechanism(WrappedMechanism):
     Args:
         inner: the mechanism it stands in for.
         wanted: per batch row, the names of the sources.
-        others: let a mechanism that chooses in ``open`` choose among others, too, as far as there is room.
+        others: let a mechanism that chooses in ``open`` choose among others, too, as far as there is room; else it
+            reads all that is wanted, whatever it would choose.
     """
 
     def __init__(self, inner: MemoryMechanism, *, wanted: Sequence[Collection[str]], others: bool = True) -> None:
@@ -49,6 +51,12 @@ class OracleMechanism(WrappedMechanism):
             self._check(views)
             rows = self.inner.config.retrieved_tokens if self.others else 0
             views = [holding_only(view, names, rows) for view, names in zip(views, self.wanted, strict=True)]
+        if not self.others:
+            # All that is left is wanted, whatever a threshold or a number of chunks would leave out.
+            views = [
+                evolve(view, state=evolve(view.state, reads_all=True)) if isinstance(view.state, KvState) else view
+                for view in views
+            ]
         return self.inner.open(decoder, views, text)
 
     def retrieve(self, layer: int, hidden: Tensor, mask: Tensor, views: Sequence[StreamView]) -> list[Retrieved | None]:
