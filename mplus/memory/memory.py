@@ -240,7 +240,7 @@ class Memory(StoredMemory):
 
         Raises:
             InputError: the memory keeps no ids: all memories of the mechanism ``kv`` do, others with
-                ``new_memory(keep_text=True)``.
+                ``new_memory(keep_text=True)``; or it has no tokenizer, and what chunks are found by needs one.
             MemoryMismatchError: the decoder makes other rows.
             NonFiniteError: as ``write``. Nothing was changed in any of these cases.
 

@@ -32,7 +32,7 @@ def rewrite(
     streams.check_writable()
     report = WriteReport.nothing(len(streams))
     if all(state.kept_chunks() is not None for state in streams.states):
-        _check_fits(streams, engine)
+        _check_fits(streams, engine, tokenizer)
         _rewrite_chunks(streams, engine, tokenizer, report, progress)
     elif engine is not streams.engine or not streams.keeps_text or engine.writes_text:
         raise InputError(
@@ -46,8 +46,11 @@ def rewrite(
     return evolve(report, seconds=time.perf_counter() - begun)
 
 
-def _check_fits(streams: Streams, engine: Engine) -> None:
-    """Raise MemoryMismatchError unless the memory's rows can be those of the decoder; InputError for foreign ids."""
+def _check_fits(streams: Streams, engine: Engine, tokenizer: Tokenizer | None) -> None:
+    """Raise MemoryMismatchError unless the memory's rows can be those of the decoder.
+
+    Raises InputError for ids that it does not have, and where a tokenizer is needed.
+    """
     check_dtype(streams.dtype, engine.dtype)
     own, new = streams.stores[0].layout, engine.layout
     for name in ("layers", "hidden_size", "key_size", "projected_size"):
@@ -62,6 +65,7 @@ def _check_fits(streams: Streams, engine: Engine) -> None:
             f"{engine.mechanism.name!r}: wrap it for that one"
         )
     for state in streams.states:
+        state.check_rewritable(tokenizer)
         for _, _, ids in state.kept_chunks() or ():
             check_vocabulary(ids, engine.vocab_size)
 
@@ -115,7 +119,7 @@ def _rewritten(
 ) -> StreamState:
     """Write the chunks of one stream to an empty ``store``, each with the time and the source that it had."""
     mechanism, draw = engine.mechanism, lambda n: torch.randperm(n, generator=generator)
-    new = evolve(state.restarted(engine.new_state(store.layout)), sources=state.sources)
+    new = evolve(state.restarted(engine.new_state(store.layout)).without_computed(), sources=state.sources)
     for source, clock, ids in state.kept_chunks() or ():
         given = evolve(new, clock=clock)
         update = engine.write([StreamView(given, store)], ids[None].to(engine.device), tokenizer, [source])

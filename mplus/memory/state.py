@@ -132,6 +132,9 @@ class StreamState:
         """
         return None
 
+    def check_rewritable(self, tokenizer: object) -> None:
+        """Raise InputError where rows of ``kept_chunks`` need a tokenizer to be computed anew, and it is None."""
+
     def restarted(self, new: Self) -> Self:
         """Return ``new``, a fresh state that is written with all texts of this one, with what holds for both."""
         return new

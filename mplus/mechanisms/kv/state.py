@@ -9,7 +9,7 @@ import torch
 from attrs import define, evolve
 from torch import Tensor
 
-from mplus.errors import MemoryMismatchError
+from mplus.errors import InputError, MemoryMismatchError
 from mplus.memory.state import StreamState, StreamView
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreLayout
@@ -128,14 +128,28 @@ class KvState(StreamState):
         return evolve(self, chunk_key=self.chunk_key.new_empty(len(self.chunk_key), 0), calibration=torch.empty(0))
 
     def without_computed(self) -> Self:
-        return evolve(self, begin_rows=self.begin_rows[:, :0])
+        left = evolve(self, begin_rows=self.begin_rows[:, :0])
+        return left if self.tokens else evolve(left, calibration=torch.empty(0))
 
     def kept_chunks(self) -> Iterable[tuple[int, int, Tensor]]:
         ids = self.token_ids.long().split(self.chunk_length.tolist()) if len(self.chunk_length) else ()
         return zip(self.chunk_source.tolist(), self.chunk_time.tolist(), ids, strict=True)
 
     def restarted(self, new: Self) -> Self:
-        return evolve(new, begin_ids=self.begin_ids, opening_ids=self.opening_ids, closing_ids=self.closing_ids)
+        return evolve(
+            new,
+            begin_ids=self.begin_ids,
+            opening_ids=self.opening_ids,
+            closing_ids=self.closing_ids,
+            calibration=self.calibration,
+        )
+
+    def check_rewritable(self, tokenizer: object) -> None:
+        if len(self.calibration) and tokenizer is None:
+            raise InputError(
+                "chunks of this memory are found by hidden states, for which the retriever reads texts of its own: set "
+                "memory.tokenizer before memory.rewrite()"
+            )
 
     def to(self, device: torch.device, dtype: torch.dtype | None) -> Self:
         return evolve(super().to(device, dtype), begin_rows=self.begin_rows.to(device, dtype))

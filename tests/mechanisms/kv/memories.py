@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import mplus
 from benchmarks.quality.architectures.decoders import BOS, BY_NAME, VOCAB_SIZE
+from mplus.hf.decoders.tokenizers import train_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+PLAIN = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+WITH_SYSTEM = "{% if messages[0].role != 'system' %}<|system|>\nBe kind.</s>\n{% endif %}" + PLAIN
 CHUNK, RETRIEVED, CAPACITY = 8, 24, 40
 EVERY = {"order": "written", "min_score": -1.0, "retrieved_chunks": None, "rerank": 0}
 """Options by which chunks come back in order of writing, whether or not they have to do with the text."""
@@ -53,3 +61,26 @@ def whole(*parts: Tensor) -> Tensor:
 def logits(model: Any, ids: Tensor, memory: Any = None, **options: Any) -> Tensor:
     found: Tensor = model(ids, memory=memory, **options).logits
     return found
+
+
+def tokenizer(template: str | None = WITH_SYSTEM) -> Any:
+    """A byte-level tokenizer with a chat template."""
+    found = _trained()
+    found.chat_template = template
+    return found
+
+
+@functools.cache
+def _trained() -> Any:
+    return train_tokenizer(["The key is under the blue stone."], 280)
+
+
+def decoder() -> Any:
+    """A tiny Llama whose vocabulary holds that of ``tokenizer``."""
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +10,10 @@ import torch
 
 import mplus
 from mplus.errors import ConfigError, MemoryMismatchError
-from mplus.hf.decoders.tokenizers import train_tokenizer
 from mplus.mechanisms.kv.chat import ChatFormat
 from mplus.mechanisms.kv.state import TABLE
 from mplus.memory.format.repair import repair
-from tests.mechanisms.kv.memories import logits, text, wrapped
+from tests.mechanisms.kv.memories import PLAIN, WITH_SYSTEM, decoder, logits, text, tokenizer, wrapped
 from tests.memory import tiny
 
 if TYPE_CHECKING:
@@ -23,23 +21,7 @@ if TYPE_CHECKING:
 
     from mplus.mechanisms.kv.state import KvState
 
-PLAIN = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
-WITH_SYSTEM = "{% if messages[0].role != 'system' %}<|system|>\nBe kind.</s>\n{% endif %}" + PLAIN
 HIDING = "{% for m in messages %}{{ m.content | length }}{% endfor %}"
-
-
-def tokenizer(template: str | None = WITH_SYSTEM) -> Any:
-    found = _trained()
-    found.chat_template = template
-    return found
-
-
-@functools.cache
-def _trained() -> Any:
-    return train_tokenizer(["The key is under the blue stone."], 280)
 
 
 def rendered(tokenizer: Any, *contents: str) -> list[int]:
@@ -75,19 +57,7 @@ def test_without_a_template_that_shows_contents_there_is_no_format(template: str
 def model(**options: Any) -> Any:
     """A tiny Llama whose vocabulary holds that of the tokenizer."""
     sizes = {"chunk_tokens": 8, "min_chunk_tokens": 1, "retrieved_tokens": 24, **options.pop("config", {})}
-    return mplus.wrap(_decoder(), {"mechanism": {"name": "kv", **options}, **sizes})
-
-
-def _decoder() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config).eval()
+    return mplus.wrap(decoder(), {"mechanism": {"name": "kv", **options}, **sizes})
 
 
 @pytest.fixture(scope="module")

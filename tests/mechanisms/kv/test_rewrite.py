@@ -9,7 +9,7 @@ import torch
 
 import mplus
 from mplus.errors import InputError, MemoryMismatchError
-from tests.mechanisms.kv.memories import logits, text, wrapped
+from tests.mechanisms.kv.memories import decoder, logits, text, tokenizer, wrapped
 from tests.memory import tiny
 
 if TYPE_CHECKING:
@@ -151,3 +151,33 @@ def test_a_memory_that_keeps_its_texts_is_written_anew() -> None:
     assert torch.equal(logits(model, text(6, 2)[None], memory), logits(model, text(6, 2)[None], again))
     with pytest.raises(InputError, match=r"which memories .* 'mplus' keep with new_memory\(keep_text=True\)"):
         model.new_memory().rewrite()
+
+
+def test_what_chunks_are_found_by_is_computed_anew_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MPLUS_CACHE", str(tmp_path))
+    model = mplus.wrap(decoder(), {"mechanism": "kv", "chunk_tokens": 24, "retriever": "hidden"})
+    made = model.new_memory(tokenizer=tokenizer(), keep_text=True, seed=1)
+    made.write("The key is under the stone.", "a")
+    made.write("The blue stone is under the key.", "b")
+    before: Any = made.states[0]
+    assert before.chunk_key.shape[1]
+    rebuilt = made.fork()
+    rebuilt.tokenizer = None
+    rebuilt.forget("a", mode="rebuild")
+    again: Any = rebuilt.states[0]
+    assert torch.equal(again.calibration, before.calibration)
+    torch.testing.assert_close(again.chunk_key, before.chunk_key[1:], rtol=0, atol=tiny.rounding())
+    changed(model)
+    without = made.fork()
+    without.tokenizer = None
+    with pytest.raises(InputError, match=r"set memory.tokenizer before memory.rewrite\(\)"):
+        without.rewrite()
+    made.rewrite()
+    fresh = model.new_memory(tokenizer=tokenizer(), seed=1)
+    fresh.write("The key is under the stone.", "a")
+    fresh.write("The blue stone is under the key.", "b")
+    after: Any = made.states[0]
+    wanted: Any = fresh.states[0]
+    assert torch.equal(after.calibration, wanted.calibration)
+    assert torch.equal(after.chunk_key, wanted.chunk_key)
+    assert not torch.equal(after.chunk_key, before.chunk_key)
