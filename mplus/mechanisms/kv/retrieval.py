@@ -86,8 +86,8 @@ class Retrieval:
     @torch.no_grad()
     def choose(self, decoder: Decoder, asked: Sequence[Asked], tokenizer: Any) -> list[ChosenChunks]:
         """Return the best chunks above the threshold that fit, for each row; of near-equal ones the newest first."""
-        queries = self._queries(decoder, asked, tokenizer)
-        found = [self._able(one, query, tokenizer) for one, query in zip(asked, queries, strict=True)]
+        queries = self.queries(decoder, asked, tokenizer)
+        found = [self._able(one, own, tokenizer) for one, own in zip(asked, queries, strict=True)]
         weights = [one.scores.clone() for one in found]
         best = [one.scores.argsort(descending=True, stable=True)[: self.rerank] for one in found]
         several = [place for place, first in enumerate(best) if len(first) > 1]
@@ -98,27 +98,33 @@ class Retrieval:
             weights[place][best[place]] = reordered
         return [self._fitting(*one) for one in zip(asked, found, weights, strict=True)]
 
-    def _queries(self, decoder: Decoder, asked: Sequence[Asked], tokenizer: Any) -> list[Query]:
-        """Return the questions with their keys; those of streams with the same statistics are made in one pass."""
-        groups: list[list[int]] = []
-        states = [state_of(one.view) for one in asked]
-        for place, state in enumerate(states):
-            alike = [group for group in groups if torch.equal(states[group[0]].calibration, state.calibration)]
-            alike[0].append(place) if alike else groups.append([place])
-        keys: dict[int, Tensor] = {}
-        for group in groups:
-            ids, mask = padded([asked[place].question for place in group])
-            reader = BegunDecoder(
-                decoder, [asked[place].view for place in group], [asked[place].begin for place in group]
-            )
-            found = self.retriever.query_keys(ids, mask, reader, states[group[0]].calibration, tokenizer)
-            keys |= dict(zip(group, found, strict=True))
-        return [Query(one.question, keys[place]) for place, one in enumerate(asked)]
+    @torch.no_grad()
+    def queries(self, decoder: Decoder, asked: Sequence[Asked], tokenizer: Any) -> list[list[Query]]:
+        """Return what each row asks with: its question, and that without what is said behind a question mark.
 
-    def _able(self, asked: Asked, query: Query, tokenizer: Any) -> ChosenChunks:
+        The keys of all that is asked of streams with the same statistics are made in one pass.
+        """
+        texts = [(row, ids) for row, one in enumerate(asked) for ids in _parts(one.question, tokenizer)]
+        states = [state_of(one.view) for one in asked]
+        groups: list[list[tuple[int, Tensor]]] = []
+        for row, ids in texts:
+            known = states[row].calibration
+            alike = [group for group in groups if torch.equal(states[group[0][0]].calibration, known)]
+            alike[0].append((row, ids)) if alike else groups.append([(row, ids)])
+        found: list[list[Query]] = [[] for _ in asked]
+        for group in groups:
+            ids, mask = padded([own for _, own in group])
+            rows = [asked[row] for row, _ in group]
+            reader = BegunDecoder(decoder, [one.view for one in rows], [one.begin for one in rows])
+            keys = self.retriever.query_keys(ids, mask, reader, states[group[0][0]].calibration, tokenizer)
+            for (row, own), key in zip(group, keys, strict=True):
+                found[row].append(Query(own, key))
+        return found
+
+    def _able(self, asked: Asked, queries: Sequence[Query], tokenizer: Any) -> ChosenChunks:
         """Return all chunks above the threshold that have room and do not stand in the prompt, the newest first."""
         chunks = asked.chunks(tokenizer)
-        scores = self.retriever.scores(query, chunks)
+        scores = torch.stack([self.retriever.scores(query, chunks) for query in queries]).amax(0)
         least = self.retriever.threshold(chunks) if self.min_score is None else self.min_score
         able = ((scores > least) & (chunks.lengths <= asked.room)).nonzero().squeeze(1).flip(0)
         able = able[~standing_in(asked.prompt, chunks, able)]
@@ -134,6 +140,14 @@ class Retrieval:
         weights[newest] = weights.max() + 1
         order = choose(state_of(asked.view).chunk_length[found.chunks], weights, asked.room)
         return found.at(order[: self.chunks])
+
+
+def _parts(question: Tensor, tokenizer: Any) -> list[Tensor]:
+    """Return a question, and what it has up to its last question mark where that is less: an instruction may follow."""
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        return [question]
+    marks = [place for place, piece in enumerate(tokenizer.convert_ids_to_tokens(question.tolist())) if "?" in piece]
+    return [question] if not marks or marks[-1] + 1 == len(question) else [question, question[: marks[-1] + 1]]
 
 
 def padded(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
