@@ -30,6 +30,7 @@ EXTRAS: Mapping[str, str] = {
     "faiss": "faiss",
     "lm_eval": "lm-eval",
     "matplotlib": "eval",
+    "sentence_transformers": "dense",
     "tensorboard": "train",
     "triton": "triton",
 }

@@ -29,6 +29,7 @@ pytest.register_assert_rewrite(
         f"mplus.testing.{module}"
         for module in (
             "backends",
+            "chunk_retrievers",
             "eviction",
             "mechanisms",
             "objectives",

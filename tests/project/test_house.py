@@ -55,6 +55,7 @@ TENANTS = {
     "bm25s": {"evaluation"},
     "lm_eval": {"evaluation"},
     "matplotlib": {"evaluation"},
+    "sentence_transformers": {"retrievers"},
 }
 INDEXED = {f"mplus.retrievers.{name}" for name in ("faiss_ivf", "ivf", "index_cache")}
 """Modules that are imported with faiss only."""

@@ -48,7 +48,7 @@ class Calibrations:
     def of(self, decoder: Decoder, view: StreamView, begin: Tensor, begin_ids: Tensor, tokenizer: Any) -> Tensor:
         """Return what a stream's chunks are compared by, ``[x]`` float32; found now where its first one is written.
 
-        Empty where the retriever wants no hidden states, where there is no tokenizer, and of a stream whose first
+        Empty where the retriever has nothing to find out, where there is no tokenizer, and of a stream whose first
         chunks were written without one.
 
         Args:
@@ -59,7 +59,7 @@ class Calibrations:
             tokenizer: of the memory, or None.
         """
         state = state_of(view)
-        if len(state.calibration) or state.tokens or tokenizer is None or not self.retriever.collect:
+        if len(state.calibration) or state.tokens or tokenizer is None or not self.retriever.calibrates:
             return state.calibration
         key = self.key(decoder, begin_ids)
         if key not in self.known:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any, ClassVar, cast
 
 import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
-from mplus.config import Component, MPlusConfig, one_of, whole
+from mplus.config import Component, MPlusConfig, is_number, one_of, whole
 from mplus.errors import ConfigError, InputError
 from mplus.mechanisms.base import Kept
 from mplus.mechanisms.decoder import Decoder, Text
@@ -41,7 +42,7 @@ def _check_ids(instance: Any, attribute: Any, value: Any) -> None:
 
 
 def _score(instance: Any, attribute: Any, value: Any) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+    if value is not None and not is_number(value, -inf):
         raise ConfigError(f"{attribute.name} must be a number, or None, got {value!r}")
 
 
@@ -69,7 +70,8 @@ class KvMechanism(KvReads):
             opening, closing: ids in front of and behind the content of a user's turn; None: by the same template.
             order: of the chunks that are brought back: by "score", the best one next to the text, or as "written".
             retrieved_chunks: brought back at most; None: as many as ``retrieved_tokens`` has room for.
-            min_score: a chunk whose score is not above it is not brought back; None: the threshold of the retriever.
+            min_score: a chunk whose score is not above it is not brought back; 0: all may be; None: the threshold of
+                the retriever.
             rerank: so many of the best are reordered by how likely the decoder finds the question behind each of them,
                 in one batched pass; 0: none.
         """

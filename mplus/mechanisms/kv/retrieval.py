@@ -74,7 +74,7 @@ class Retrieval:
     Attributes:
         retriever: scores them.
         chunks: brought back at most; None: as many as fit.
-        min_score: only chunks with a higher score; None: the retriever's own threshold.
+        min_score: only chunks with a higher score; 0: all; None: the retriever's own threshold.
         rerank: so many of the best are reordered by how likely the decoder finds the question behind each; 0: none.
     """
 
@@ -125,7 +125,7 @@ class Retrieval:
         """Return all chunks above the threshold that have room and do not stand in the prompt, the newest first."""
         chunks = asked.chunks(tokenizer)
         scores = torch.stack([self.retriever.scores(query, chunks) for query in queries]).amax(0)
-        least = self.retriever.threshold(chunks) if self.min_score is None else self.min_score
+        least = self.retriever.threshold(chunks) if self.min_score is None else self.min_score or -torch.inf
         able = ((scores > least) & (chunks.lengths <= asked.room)).nonzero().squeeze(1).flip(0)
         able = able[~standing_in(asked.prompt, chunks, able)]
         return ChosenChunks(able, scores[able])

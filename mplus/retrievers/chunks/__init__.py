@@ -35,6 +35,7 @@ CHUNK_RETRIEVERS: Registry[ChunkRetriever] = Registry(
     group="mplus.chunk_retrievers",
     base="mplus.retrievers.chunks.base:ChunkRetriever",
     builtin={
+        "dense": "mplus.retrievers.chunks.dense:DenseRetriever",
         "hidden": "mplus.retrievers.chunks.hidden:HiddenRetriever",
         "hybrid": "mplus.retrievers.chunks.hybrid:HybridRetriever",
         "words": "mplus.retrievers.chunks.words:WordRetriever",

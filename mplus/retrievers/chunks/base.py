@@ -115,6 +115,11 @@ class ChunkRetriever(ABC):
         """Return the width v of the keys that are kept of chunks; 0, the default: there are none."""
         return 0
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether anything has to be known of a decoder (``calibrate``)."""
+        return type(self).calibrate is not ChunkRetriever.calibrate
+
     def calibrate(self, decoder: ChunkDecoder, tokenizer: Any) -> Tensor:
         """Return what has to be known of a decoder to compare texts, as one vector ``[x]`` float32; by default nothing.
 

@@ -1,0 +1,226 @@
+"""Which of the chunks that were scored come back, the newer or the likelier; and what a memory knows of its decoder."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+import torch
+from attrs import evolve
+
+import mplus
+from mplus.download import cache_folder
+from mplus.errors import ConfigError
+from mplus.mechanisms.kv.retrieval import Asked, Retrieval, _likelihoods, _parts
+from mplus.mechanisms.kv.state import state_of
+from mplus.retrievers.chunks import CHUNK_RETRIEVERS, ChunkRetriever, Chunks, Query
+from mplus.testing.chunk_retrievers import SmallTokenizer
+from tests.mechanisms.kv.memories import BOS, RETRIEVED, text, wrapped
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from torch import Tensor
+
+
+class Given(ChunkRetriever):
+    """Scores chunks as it is told to."""
+
+    name = "given"
+    near = 1.0
+    told: ClassVar[list[float]] = []
+
+    def scores(self, query: Query, chunks: Chunks) -> Tensor:
+        return torch.tensor(self.told[: len(chunks)], dtype=torch.float64)
+
+    def threshold(self, chunks: Chunks) -> float:
+        return 2.0
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Any]:
+    CHUNK_RETRIEVERS.register("given", Given)
+    yield wrapped(retriever="given")
+    CHUNK_RETRIEVERS.unregister("given")
+
+
+def set_options(model: Any, **options: Any) -> None:
+    """Let an equal mechanism with other options stand in: wrapping a decoder takes a second."""
+    engine, usual = model.mplus_engine, {"order": "score", "min_score": None, "retrieved_chunks": 1, "rerank": 0}
+    config = evolve(engine.config, retrieved_tokens=options.pop("retrieved_tokens", RETRIEVED))
+    own = evolve(engine.mechanism.options, **{**usual, **options})
+    engine.mechanism = type(engine.mechanism)(config, engine.mechanism.additions, own)
+
+
+def told(model: Any, count: int = 3, tokenizer: Any = None) -> Any:
+    memory = model.new_memory(tokenizer=tokenizer)
+    for place in range(count):
+        memory.write(text(6, place), f"s{place}")
+    return memory
+
+
+def chosen(model: Any, memory: Any, prompt: Tensor, **options: Any) -> list[str]:
+    """The sources of the chunks that are read, in order."""
+    output = model(prompt[None], memory=memory, output_sources=True, **options)
+    return [one.source for one in output.memory_sources[0][0]]
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "wanted"),
+    [
+        ([5.0, 4.5, 3.0], {}, ["s1"]),  # s0 and s1 are near-equal: the newer
+        ([5.0, 3.9, 3.0], {}, ["s0"]),
+        ([5.0, 5.0, 5.0], {}, ["s2"]),
+        ([5.0, 4.5, 3.0], {"retrieved_chunks": 3}, ["s2", "s0", "s1"]),  # the best last
+        ([5.0, 4.5, 3.0], {"retrieved_chunks": 3, "order": "written"}, ["s0", "s1", "s2"]),
+        ([5.0, 1.9, 2.0], {"retrieved_chunks": 3}, ["s0"]),  # above the threshold of 2 only
+        ([1.0, 2.0, 0.0], {}, []),
+        ([1.0, 2.0, 0.0], {"min_score": 1.5}, ["s1"]),
+        ([1.0, -3.0, -9.0], {"min_score": 0, "retrieved_chunks": None}, ["s2", "s1", "s0"]),
+        ([5.0, 4.5, 3.0], {"retrieved_chunks": 3, "retrieved_tokens": 12}, ["s0", "s1"]),
+    ],
+)
+def test_the_best_that_have_room_come_back_and_the_newer_of_near_equal_ones(
+    model: Any, scores: list[float], options: dict[str, Any], wanted: list[str]
+) -> None:
+    set_options(model, **options)
+    Given.told = scores
+    assert chosen(model, told(model), text(5, 9)) == wanted
+
+
+def test_a_call_may_say_how_high_scores_must_be(model: Any) -> None:
+    set_options(model, order="written", retrieved_chunks=None)
+    memory, Given.told = told(model), [5.0, 3.0, -1.0]
+    prompt = text(5, 9)
+    assert chosen(model, memory, prompt) == ["s0", "s1"]
+    assert chosen(model, memory, prompt, min_score=4) == ["s0"]
+    assert chosen(model, memory, prompt, min_score=0) == ["s0", "s1", "s2"]
+    assert chosen(model, memory, prompt, min_score=9) == []
+    with model.reading(memory, min_score=4):
+        read = model(prompt[None], output_sources=True)
+    assert [one.source for one in read.memory_sources[0][0]] == ["s0"]
+    bare = model(prompt[None]).logits
+    assert torch.equal(model(prompt[None], memory=memory, min_score=9).logits, bare), "nothing is put in front"
+    with pytest.raises(ConfigError, match="min_score must be a number, or None, got 'high'"):
+        model(prompt[None], memory=memory, min_score="high")
+
+
+def test_the_decoder_says_behind_which_chunk_a_question_is_likely(model: Any) -> None:
+    set_options(model, rerank=3)
+    memory, question = told(model, 4), text(5, 9)
+    engine, (view,) = model.mplus_engine, memory.snapshot()
+    asked = Asked(view, state_of(view).begin_rows, question, question, 99)
+    with torch.no_grad():
+        (likely,) = _likelihoods(engine.decoder, [(asked, torch.tensor([3, 0, 1, 2]))])
+        for place, seed in enumerate((3, 0, 1, 2)):
+            ids = torch.cat([torch.tensor([BOS]), text(6, seed), question])[None]
+            expected = model(ids).logits[0, -5:-1].log_softmax(-1).gather(1, question[1:, None]).sum()
+            assert float(likely[place]) == pytest.approx(float(expected), abs=1e-3)
+    # Half a unit of the score for each nat decides among the best three, of which no two are near-equal then.
+    for first in (1, 2, 3):
+        Given.told = [20.0, *(50 - 0.5 * float(likely[(chunk + 1) % 4]) + 3 * (chunk == first) for chunk in (1, 2, 3))]
+        assert chosen(model, memory, question) == [f"s{first}"]
+    Given.told = [99.0, 3.0, 3.0, 2.5]  # the first by far, however likely
+    assert chosen(model, memory, question) == ["s0"]
+
+
+def test_a_batch_chooses_as_each_row_alone(model: Any) -> None:
+    set_options(model, retrieved_chunks=2, rerank=3)
+    memory, Given.told = told(model), [5.0, 4.9, 4.8]
+    prompts = torch.stack([text(7, 11), text(7, 12)])
+    both = model(prompts, memory=memory, output_sources=True).memory_sources
+    alone = [chosen(model, memory, prompt) for prompt in prompts]
+    assert [[one.source for one in row[0]] for row in both] == alone
+
+
+def test_a_question_is_also_asked_without_the_instruction_behind_it() -> None:
+    class Marks(SmallTokenizer):
+        def convert_ids_to_tokens(self, ids: Any) -> list[str]:
+            return ["Ġwhere?" if one == 5 else "Ġw" for one in ids]
+
+    ids = torch.tensor([1, 5, 2, 5, 3])
+    assert [one.tolist() for one in _parts(ids, Marks())] == [[1, 5, 2, 5, 3], [1, 5, 2, 5]]
+    assert [one.tolist() for one in _parts(ids[:4], Marks())] == [[1, 5, 2, 5]]
+    assert [one.tolist() for one in _parts(ids[:1], Marks())] == [[1]]
+    assert [one.tolist() for one in _parts(ids, None)] == [[1, 5, 2, 5, 3]]
+
+
+# ---------------------------------------------------------------------- what is known of a decoder
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MPLUS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "calibrations"
+
+
+def scores_of(model: Any, memory: Any, tokenizer: Any) -> list[float]:
+    """The scores of all chunks for a question."""
+    (view,) = memory.snapshot()
+    asked = Asked(view, state_of(view).begin_rows, text(4, 0)[:3], torch.empty(0, dtype=torch.int64), 99)
+    retrieval = Retrieval(retriever=model.mplus_engine.mechanism.chunk_retriever, min_score=-1e9)
+    (found,) = retrieval.choose(model.mplus_engine.decoder, [asked], tokenizer)
+    return [float(found.scores[found.chunks.tolist().index(chunk)]) for chunk in range(3)]
+
+
+def test_it_is_found_once_and_kept_in_the_cache_folder_and_in_the_memory(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tokenizer = wrapped(retriever="hybrid", rerank=0), SmallTokenizer()
+    assert cache_folder() / "calibrations" == cache
+    memory = told(model, tokenizer=tokenizer)
+    state, (file,) = memory.states[0], cache.iterdir()
+    assert state.chunk_key.shape == (3, 3 * model.config.hidden_size)
+    assert state.chunk_key.dtype == torch.float16
+    before = scores_of(model, memory, tokenizer)
+    memory.save(tmp_path / "memory")
+    written = file.read_bytes()
+    again = wrapped(retriever="hybrid", rerank=0)
+    with monkeypatch.context() as patch:  # another process, which finds it in the folder
+        patch.setattr(type(again.mplus_engine.mechanism.chunk_retriever), "calibrate", None)
+        assert torch.equal(told(again, tokenizer=tokenizer).states[0].calibration, state.calibration)
+    file.unlink()
+    loaded = mplus.Memory.load(tmp_path / "memory", again, tokenizer=tokenizer)
+    assert scores_of(again, loaded, tokenizer) == pytest.approx(before, abs=1e-4)
+    assert not file.exists(), "a saved memory carries its own"
+    file.write_bytes(b"damaged")
+    with caplog.at_level(logging.WARNING):
+        anew = told(wrapped(retriever="hybrid", rerank=0), tokenizer=tokenizer)
+    assert "is made anew" in caplog.text
+    assert torch.equal(anew.states[0].calibration, state.calibration)
+    assert file.read_bytes() == written
+
+
+def test_another_decoder_has_another_and_no_tokenizer_none(cache: Path) -> None:
+    tokenizer = SmallTokenizer()
+    first = told(wrapped(retriever="hidden", rerank=0), 1, tokenizer).states[0]
+    other = wrapped(retriever="hidden", rerank=0)
+    with torch.no_grad():
+        other.get_input_embeddings().weight.add_(0.5)
+    assert not torch.equal(told(other, 1, tokenizer).states[0].calibration, first.calibration)
+    assert len(list(cache.iterdir())) == 2
+    memory = told(wrapped(retriever="hybrid", rerank=0), 2)
+    assert (memory.states[0].calibration.numel(), tuple(memory.states[0].chunk_key.shape)) == (0, (2, 0))
+    memory.tokenizer = tokenizer  # too late: chunks without keys are found by their words
+    memory.write(text(6, 8), "late")
+    assert tuple(memory.states[0].chunk_key.shape) == (3, 0)
+
+
+def test_forgotten_chunks_take_their_keys_along(cache: Path) -> None:
+    memory = told(wrapped(retriever="hidden", rerank=0), tokenizer=SmallTokenizer())
+    keys = memory.states[0].chunk_key
+    memory.forget("s1")
+    assert torch.equal(memory.states[0].chunk_key, keys[[0, 2]])
+
+
+def test_a_folder_that_cannot_be_written_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("MPLUS_CACHE", str(tmp_path / "file"))
+    with caplog.at_level(logging.WARNING):
+        memory = told(wrapped(retriever="hidden", rerank=0), 1, SmallTokenizer())
+    assert "cannot be written" in caplog.text
+    assert len(memory.states[0].calibration)
