@@ -292,5 +292,3 @@ def test_bad_queries_are_refused() -> None:
     rows = _rows()
     with pytest.raises(NotSupported, match="retrieval_query does not go with the mechanism 'mplus'"):
         rows(text(4)[None], memory=rows.new_memory(), retrieval_query=[3])
-    with pytest.raises(NotSupported, match="min_score does not go with the mechanism 'mplus'"):
-        rows(text(4)[None], memory=rows.new_memory(), min_score=1.0)
