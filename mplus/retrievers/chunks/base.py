@@ -117,7 +117,7 @@ class ChunkRetriever(ABC):
 
     @property
     def calibrates(self) -> bool:
-        """Whether anything has to be known of a decoder (``calibrate``)."""
+        """True where something has to be known of a decoder (``calibrate``)."""
         return type(self).calibrate is not ChunkRetriever.calibrate
 
     def calibrate(self, decoder: ChunkDecoder, tokenizer: Any) -> Tensor:
