@@ -339,6 +339,7 @@ def structure(cls: type[T], data: Mapping[str, Any]) -> T:
     known = [attribute.name for attribute in attrs.fields(cast(Any, cls)) if attribute.init]
     for key in data:
         if key not in known:
+            # A low cutoff: "chunk_size" should find "chunk_tokens".
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
             hint = (
                 f"did you mean {', '.join(map(repr, near))}?" if near else f"known fields: {', '.join(known) or 'none'}"

@@ -148,6 +148,7 @@ class NameRegistry(ABC, Generic[V]):
             module, _, attribute = target.partition(":")
             if not module or not attribute:
                 raise ConfigError(f"a {self.kind} is registered as a class or 'module:attribute', got {target!r}")
+        # The line that registered a name is what a person looks for when two packages claim it.
         caller = traceback.extract_stack(limit=2)[0]
         origin = f"registered at {Path(caller.filename).name}:{caller.lineno} ({_shown(target)})"
         claim = _Claim(origin, _loader(target), target=target)

@@ -76,6 +76,7 @@ def check_finite(name: str, *parts: Tensor) -> None:
         # A sum is NaN or infinite where any number is; one of large finite numbers can be infinite too.
         wide = torch.promote_types(part.dtype, torch.float32)
         if part.numel() and not bool(torch.isfinite(part.sum(dtype=wide))):
+            # Only now number by number: finite ones may have an infinite sum.
             wrong = int((~torch.isfinite(part)).sum())
             if not wrong:
                 continue

@@ -40,6 +40,7 @@ def refresh_if_stale(
     now = streams.engine.weights() if now is None else now
     if _stale(streams, now, writing):
         with streams.write_lock:
+            # Once more under the lock: another thread may have computed the rows meanwhile.
             stale = _stale(streams, now, writing)
             streams.change(lambda states: _refresh(states, streams, stale, now))
     if writing is not None:
@@ -59,6 +60,7 @@ def _stale(streams: Streams, now: WeightsState, writing: Sequence[int] | None) -
 def _is_stale(streams: Streams, row: int, now: WeightsState, writing: bool) -> bool:
     state, store = streams.states[row], streams.stores[row]
     made, layout = state.weights, store.layout
+    # None: an older file did not say what its rows were made with.
     if made is None or made is now or made == now:
         return False
     retrieval = bool(layout.key_size) and bool(made.of_retrieval(now))

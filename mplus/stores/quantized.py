@@ -129,6 +129,7 @@ class _QuantizedReader(WrappingView):
         wanted = tuple(name for name in names if name in self.layout.columns())
         needed = cast("list[Column]", self.coding.needed(wanted))
         return [
+            # The chunk stays the same one, with what readers keep with it; only its columns are decoded late.
             evolve(chunk, columns=_DecodedColumns(self.coding, chunk.columns, wanted))
             for chunk in self.inner.chunks(layer, *needed)
         ]
@@ -214,6 +215,7 @@ class QuantizedStore(_QuantizedReader, WrappingStore):
         coding = evolve(
             self.coding,
             layout=layout,
+            # Codes were made in the wider dtype of the two, and must read back as they did before.
             arithmetic=torch.promote_types(self.coding.arithmetic, arithmetic_of(layout.dtype)),
         )
         return self._around(self.inner.to(device), coding)

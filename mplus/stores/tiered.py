@@ -109,6 +109,7 @@ class _TieredReader(WrappingView):
         if not names:
             return {}, None, CopyEvent()
         ids, order = ids.cpu(), None
+        # The tiers take each row once, in ascending order.
         if not bool((ids[1:] > ids[:-1]).all()):
             ids, order = ids.unique(return_inverse=True)
         kept = {"birth", "source", *content_columns(self.layout)}  # rows always have the first two
@@ -231,6 +232,7 @@ class TieredStore(_TieredReader, WrappingStore):
                 f"restore takes a snapshot of this store, a tiered one of {self.layout}, "
                 f"got a {type(snapshot).__name__} of {getattr(snapshot, 'layout', None)}"
             )
+        # Nothing is resident until the store below is back: an interrupt in between would leave columns of other rows.
         self.resident = [ResidentColumns(self.shared.allocators) for _ in self.resident]
         self.inner.restore(snapshot.inner)
         self.resident = list(snapshot.resident)

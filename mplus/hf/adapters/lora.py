@@ -103,6 +103,7 @@ def _add(module: nn.Module, name: str, config: AdapterConfig) -> None:
     inputs, outputs = projection.weight.shape if convolution else (projection.in_features, projection.out_features)
     down, up = nn.Linear(inputs, config.rank, bias=False).weight, nn.Linear(config.rank, outputs, bias=False).weight
     nn.init.kaiming_uniform_(down, a=5**0.5)
+    # As in LoRA: with one factor of zeros a new adapter changes nothing.
     nn.init.zeros_(up)
     weight = projection.weight
     # Next to quantised weights the factors are in full precision.
@@ -113,6 +114,7 @@ def _add(module: nn.Module, name: str, config: AdapterConfig) -> None:
     projection.lora_dropout[name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
     projection.scaling[name] = config.alpha / config.rank
     for part in FACTORS:
+        # New modules are in training mode, whatever mode the decoder is in.
         projection.get_submodule(part).train(projection.training)
 
 

@@ -59,6 +59,7 @@ def value_of(model: nn.Module, name: str) -> Tensor:
 
     path, _, last = name.rpartition(".")
     module = model.get_submodule(path)
+    # The hook of this module alone, so that no more than one layer is brought back at a time.
     with align_module_device(module):
         tensor: Tensor = getattr(module, last)
         if tensor.is_meta:

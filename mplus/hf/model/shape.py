@@ -81,6 +81,7 @@ def begin_inputs(decoder: PreTrainedModel, anatomy: Anatomy) -> list[Tensor]:
     if token is not None and 0 <= token < embedding.weight.shape[0]:
         inputs = {"input_ids": torch.tensor([[token]], device=input_device(decoder))}
     else:
+        # Without a token to begin with, the mean of all embeddings is as good a start as any.
         every = embedding(torch.arange(embedding.weight.shape[0], device=input_device(decoder)))
         inputs = {"inputs_embeds": every.float().mean(0).to(every)[None, None]}
     seen: list[Tensor] = []

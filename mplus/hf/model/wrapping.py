@@ -99,6 +99,7 @@ def wrap(
         model.generate(**tokenizer("Where is the key?", return_tensors="pt"), memory=memory)
         ```
     """
+    # A PeftModel put around a wrapped decoder: the decoder is as it should be, only the shell is not.
     if config is None and is_peft_model(model) and "mplus_installed" in model.get_base_model().__dict__:
         change_class(model, peft_model_class(getattr(type(model), "__mplus_base__", type(model))))
         return model
@@ -148,6 +149,7 @@ def _wrap_for_rows(decoder: PreTrainedModel, config: MPlusConfig, check: bool, p
         if mechanism.retriever is not None:
             wrapped.mplus_engine.attach(mechanism.retriever)
         _choose_rows(wrapped)
+    # Also at an interrupt: a decoder that is wrapped halfway would read no memory and say nothing.
     except BaseException:
         unwrap(decoder)
         raise

@@ -76,6 +76,7 @@ def from_pretrained(
     except SafetensorError as error:
         raise CheckpointError(f"{inner / WEIGHTS} must be a whole safetensors file: {error}") from error
     decoder = _base(base, config, inner, partial(base_class_of(config).from_pretrained, **kwargs))
+    # Saved from a PeftModel: the adapters lie beside the folder of the memory.
     if inner != folder and isinstance(decoder, PreTrainedModel) and not hasattr(decoder, "peft_config"):
         decoder = with_adapters(decoder, folder, trainable)
     load_injected(decoder, inner, trainable)

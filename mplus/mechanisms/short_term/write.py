@@ -116,8 +116,10 @@ class WritePass:
         text, positions = ids, None
         if old:
             embedded = decoder.embed(ids)
+            # Places for the re-encoded rows, which ``_marked`` fills in every layer.
             text = torch.cat([embedded.new_zeros(batch, old, embedded.shape[-1]), embedded], 1)
             if decoder.shape.positions == "learned":
+                # A learned position would be added to zeros that are then replaced: any one will do.
                 positions = torch.cat([ids.new_zeros(old), torch.arange(tokens, device=ids.device)])
         found = decoder.run(
             text,

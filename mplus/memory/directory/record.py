@@ -146,6 +146,7 @@ def _named(
             continue
         if before is not None and _only_grew(before, now):
             grown[name] = len(before)
+        # Only the new end of a tensor that grew.
         tensors[f"{prefix}.{name}"] = now[grown[name] :] if name in grown else now
     return grown
 

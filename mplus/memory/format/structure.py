@@ -62,6 +62,7 @@ def _in_files(cls: type[attrs.AttrsInstance]) -> dict[str, attrs.Attribute[Any]]
 def converter(cls: type) -> cattrs.BaseConverter:
     """Return the converter that reads and writes instances of ``cls``."""
     # Not cattrs.Converter: an interrupt while that one generates code leaves the class unusable in this thread.
+    # Annotations are texts (PEP 563), which cattrs does not read.
     _resolve(cls)
     made = cattrs.BaseConverter(detailed_validation=True)
     made.register_unstructure_hook(tuple, list)

@@ -101,6 +101,7 @@ class RowSegment:
                 return evolve(self, start=start + places.shape[0], count=count)
             if int(places[0]) == stop - places.shape[0]:  # the newest rows leave
                 return evolve(self, stop=stop - places.shape[0], count=count)
+        # Rows go from the middle: from here on the segment needs a mask.
         live = torch.ones(stop - start, dtype=torch.bool) if self.live is None else self.live.clone()
         live[places - start] = False
         left = live.nonzero().squeeze(1)
