@@ -71,7 +71,7 @@ def search(name: str, record: Mapping[str, Any]) -> str:
         rows.append([label, str(facts["questions"]), *cells, f"{facts['search_ms']:.0f}"])
     head = ["memory", "questions", *(f"at {depth}" for depth in (1, 2, 4, 8))]
     head += ["told, rejected", "untold, rejected", "AUROC of the score", "ms of a search"]
-    told = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
+    told = ", ".join(f"{key} `{value}`" for key, value in options.items() if value is not None)
     opening_ = f"Is all that a question needs among the best chunks? Nothing is answered. Told and asked: {told}."
     digests = "\n".join(f"- config of {label}: digest {facts['digest']}" for label, facts in record["memories"].items())
     where = measured_on(record, f"quality/chat-{name}-search", busy(record))
@@ -81,10 +81,10 @@ def search(name: str, record: Mapping[str, Any]) -> str:
 def opening(report: Report) -> str:
     """Return what was told and asked."""
     settings: dict[str, Any] = dict(report.settings)
-    options = ", ".join(f"{key} {value}" for key, value in settings["protocol"].items() if value is not None)
+    options = ", ".join(f"{key} `{value}`" for key, value in settings["protocol"].items() if value is not None)
     return (
         f"`{report.circumstances['model']}`, greedy answers of at most {settings['generation']['tokens']} tokens, "
-        f"right where they have the answer in whole words. {settings['episodes']} episodes; {options}."
+        f"right where they have the answer in whole words. Episodes: {settings['episodes']}; {options}."
     )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from benchmarks.pages.markdown import measured_on, table
 from benchmarks.pages.quality import accuracies, pooled
 from benchmarks.records import ROOT, load
+from mplus.evaluation.reports.report import Report
+from mplus.evaluation.reports.worth import HEAD, worth_rows
 
 PAGE = ROOT / "docs" / "benchmarks" / "index.md"
 MIB = 2**20
@@ -21,7 +23,26 @@ measures speed on [your machine](../cli.md#mplus-bench-read), `mplus eval` what 
 
 def render() -> str:
     """Return the page."""
-    return f"{PREAMBLE.strip()}\n\n{quality()}\n\n{speed()}\n\n{memory()}\n\n{retrieval()}\n"
+    return f"{PREAMBLE.strip()}\n\n{chat()}\n\n{quality()}\n\n{speed()}\n\n{memory()}\n\n{retrieval()}\n"
+
+
+def chat() -> str:
+    """Summarise what a memory of notes is worth to a chat model."""
+    record = load("quality", "chat-notes")
+    report = Report.from_plain(record)  # type: ignore[arg-type]  # a report with facts beside it
+    options: Any = report.settings["protocol"]
+    opening = (
+        f"{report.circumstances['model']}, untrained, is told {options['notes']} notes and asked about them, "
+        f"{options['episodes']} sets of names that no setting was chosen by. `ceiling`: the right note alone, as text; "
+        "`kv`: the keys and values of what a memory chooses; `kv-text`: the same as text."
+    )
+    return _section(
+        "A chat model with a memory",
+        opening,
+        table(HEAD, worth_rows(report)),
+        measured_on(record),
+        "[Every table, and what it shows](chat.md)",
+    )
 
 
 def quality() -> str:
