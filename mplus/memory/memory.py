@@ -64,6 +64,9 @@ class Memory(StoredMemory):
     ) -> WriteReport:
         """Read text into memory, chunk by chunk; an error or interrupt leaves the chunks before it, and nothing else.
 
+        Where a mechanism makes rows of whole chunks, text that is too short for one waits for more of its source
+        (``flush`` writes it) and is read as it is, in front of the prompt.
+
         Args:
             data: a text; ids ``[n]`` or ``[B, n]``; a list of chat messages, ``{"role": ..., "content": ...}``, each of
                 which is written as a text of its own, with its speaker in front; what ``apply_chat_template`` returns;
