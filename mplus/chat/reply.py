@@ -19,14 +19,12 @@ class Recalled:
         written: when that was last written, in UTC; None: not known.
         score: of the choice, where there was one.
         rows: rows of it that were read: tokens with "kv", passages of a memory of text.
-        text: its words, where the memory keeps them.
     """
 
     source: str | None
     written: datetime | None = None
     score: float | None = None
     rows: int = 1
-    text: str | None = None
 
 
 @define(frozen=True, kw_only=True)
