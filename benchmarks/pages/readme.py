@@ -1,8 +1,9 @@
-"""The numbers that the README quotes, from the records of ``recall`` and ``demo``."""
+"""The numbers that the README quotes, from the records of ``chat_demo``, ``recall`` and ``demo``."""
 
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ PAGE = ROOT / "README.md"
 
 def render(page: str) -> str:
     """Return the README with the quotes of the newest records."""
+    page = _replace(page, "chat", chat(load("quality", "chat-demo")))
     page = _replace(page, "recall", recall(load("quality", "recall-tiny")))
     return _replace(page, "demo", demo(load("speed", "demo")))
 
@@ -22,6 +24,27 @@ def _replace(page: str, mark: str, quote: str) -> str:
     """Put a quote between ``<!-- mark -->`` and ``<!-- /mark -->``."""
     between = re.compile(rf"(?<=<!-- {mark} -->\n).*?(?=<!-- /{mark} -->\n)", re.DOTALL)
     return between.sub(lambda _: quote, page)
+
+
+def chat(record: Mapping[str, Any]) -> str:
+    """Return what is said of ``mplus demo``."""
+    memory, nothing, window, found = record["arms"]
+    asked, again = len(memory["said"]), record["reopened"]["said"]
+    same = sum(one["text"] == before["text"] for one, before in zip(again, memory["said"], strict=False))
+    late = {arm["name"]: f"{arm['first_seconds'] / nothing['first_seconds']:.1f}" for arm in record["arms"]}
+    text = (
+        f"`mplus demo`: SmolLM2-135M-Instruct, as it comes, reads {record['tokens']:,} tokens of a novel, with notes "
+        f"and a conversation about people in it, and keeps them as `{record['mechanism']}` in "
+        f"{memory['bytes'] / 2**20:,.0f} MiB (float32). Asked {asked} questions about the people, it gives "
+        f"**{memory['right']} right answers from memory**; without it {nothing['right']}, with the last "
+        f"{window['text_tokens']:,} tokens in its window {window['right']}, with the pieces that memory found put into "
+        f"the prompt as text {found['right']}. A new process that opens the memory answers {same} of {len(again)} "
+        f"questions word for word the same. The first token takes {late[memory['name']]} times as long as without "
+        f"memory, behind the full window {late[window['name']]} times, once that was read. — {record['device']}, "
+        f"{record['threads']} thread{'s' * (record['threads'] > 1)}, torch {record['torch']}; the machine had other "
+        f"work (load average {record['load_average'][0]:.0f}), so no times are given."
+    )
+    return "".join(f"> {line}\n" for line in textwrap.wrap(text, 118, break_long_words=False, break_on_hyphens=False))
 
 
 def recall(record: Mapping[str, Any]) -> str:

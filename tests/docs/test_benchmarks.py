@@ -21,7 +21,7 @@ PAGES = {
 }
 RECORDS = sorted(ROOT.glob("benchmarks/*/records/*.json"))
 WRITE = "run: python -m benchmarks.pages"
-ELSEWHERE = {"demo"}
+ELSEWHERE = {"demo", "chat-demo"}
 """Records that the README quotes."""
 
 
@@ -43,16 +43,22 @@ def test_every_figure_is_on_a_page():
         assert figure.name in shown, figure
 
 
+def quotes():
+    records = (("quality", "chat-demo"), ("quality", "recall-tiny"), ("speed", "demo"))
+    makers = (readme.chat, readme.recall, readme.demo)
+    return [make(load(*record)) for make, record in zip(makers, records, strict=True)]
+
+
 def test_the_readme_quotes_the_records():
     page = readme.PAGE.read_text(encoding="utf-8")
     assert readme.render(page) == page, WRITE
-    for quote in (readme.recall(load("quality", "recall-tiny")), readme.demo(load("speed", "demo"))):
+    for quote in quotes():
         assert quote in page
 
 
 def test_rendering_the_readme_replaces_the_quotes_and_nothing_else():
     page = readme.PAGE.read_text(encoding="utf-8")
-    for quote in (readme.recall(load("quality", "recall-tiny")), readme.demo(load("speed", "demo"))):
+    for quote in quotes():
         other = page.replace(quote, "> something else\n")
         assert other != page
         assert readme.render(other) == page
