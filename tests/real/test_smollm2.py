@@ -81,3 +81,16 @@ def test_a_note_alone_is_as_good_as_its_text(decoder, tokenizer, opening, wrappe
     with torch.no_grad():
         found = model(rest, memory=memory).logits
     check_close(found, plain, exact, name="logits")
+
+
+def test_notes_are_written_behind_the_default_system_text_and_cut_behind_sentences(decoder, tokenizer):
+    model = mplus.wrap(copy.deepcopy(decoder), {"mechanism": "kv", "chunk_tokens": 26, "retriever": "words"})
+    memory = model.new_memory(tokenizer=tokenizer)
+    memory.write(f"{NOTE} {NOTE}", source="diary")
+    memory.write("Yes.", source="diary")
+    (state,) = memory.states
+    begin = tokenizer.decode(state.begin_ids)
+    assert begin.startswith("<|im_start|>system\nYou are a helpful AI assistant")
+    assert begin.endswith("<|im_start|>user\n")
+    chunks = [tokenizer.decode(ids) for ids in state.token_ids.split(state.chunk_length.tolist())]
+    assert [chunk.strip() for chunk in chunks] == [NOTE, NOTE, "Yes."]
