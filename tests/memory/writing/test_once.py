@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from mplus.errors import InputError, MemoryFileError, MemoryMismatchError, NonFiniteError
 from mplus.memory import Memory
 from mplus.memory.format.offline import forget_saved
+from mplus.memory.format.repair import repair
 from mplus.memory.format.verify import verify
 from mplus.memory.sources.writes import WriteLog, WriteRecord
 from mplus.memory.transaction import Streams
@@ -189,6 +190,24 @@ def test_ids_live_and_go_with_their_source(tmp_path: Path) -> None:
         assert not any(b"secret id" in file.read_bytes() for file in (tmp_path / folder).iterdir())
     again = Memory.open(tmp_path / "live", MODEL)
     assert again.write(TEXTS, source="a", write_id="secret id").chunks == [5, 3], "nobody knows it any more"
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_damaged_ids_are_found_and_cost_nothing_else(tmp_path: Path, live: bool) -> None:
+    with Memory.open(tmp_path / "live", MODEL, batch_size=2) as memory:
+        filled(memory).write(TEXTS, source="a", write_id="w")
+        memory.save(tmp_path / "saved")
+    folder, digest = tmp_path / ("live" if live else "saved"), memory.states[0].writes.records["w"].digest
+    (path,) = [file for file in folder.iterdir() if digest in file.read_bytes()]
+    data = path.read_bytes()
+    path.write_bytes(data.replace(digest, bytes(32)))
+    assert any("writes" in fault for fault in verify(folder))
+    lost = repair(folder, tmp_path / "repaired")
+    assert len(lost) == 1
+    assert "stream.0.writes: which writes had what id" in lost[0]
+    repaired = Memory.load(tmp_path / "repaired", MODEL)
+    assert [len(state.writes) for state in repaired.states] == [0, 1]
+    assert difference(content(repaired), content(memory)) == ["0.writes"]
 
 
 TEXT_LENGTHS = st.lists(st.tuples(st.integers(1, 21), st.sampled_from("ab")), min_size=1, max_size=6)
