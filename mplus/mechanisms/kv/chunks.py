@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -10,6 +11,8 @@ SENTENCE_ENDS = tuple(".!?…")
 WIDE_ENDS = tuple("。！？")
 CLOSERS = "\"'”’)]}»」』"
 """What may stand between the end of a sentence and the space behind it."""
+TITLE = re.compile(r"\b(Mrs?|Ms|Dr|St|Prof|Rev|Capt|Col|Gen|Lt|Sgt|Mme?|[A-Z])\.$")
+"""Words that end with a full stop in the middle of a sentence, and initials."""
 LOOK_BACK = 3
 """Tokens that the end of a sentence, with what closes it, may consist of."""
 
@@ -68,4 +71,6 @@ def _best_end(pieces: Sequence[str]) -> int:
 def _ends_sentence(behind: str, apart: bool) -> bool:
     """Return whether a sentence or a paragraph ends with the text ``behind``, in front of a space if ``apart``."""
     bare = behind.rstrip().rstrip(CLOSERS)
-    return behind.endswith("\n\n") or bare.endswith(WIDE_ENDS) or (apart and bare.endswith(SENTENCE_ENDS))
+    if behind.endswith("\n\n") or bare.endswith(WIDE_ENDS):
+        return True
+    return apart and bare.endswith(SENTENCE_ENDS) and TITLE.search(bare) is None

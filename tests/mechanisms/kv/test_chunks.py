@@ -46,6 +46,8 @@ def test_whole_sentences_fill_a_chunk(text: str, most: int, wanted: list[str]) -
         (["line", "\n", "next", " line", " ends", " here", " now"], ["line\n", "next line ends here now"]),
         (["Yes", ".", "\n", "a", " b", "\n", "c", " d"], ["Yes.\n", "a b\nc d"]),  # a sentence comes before a line
         (["a", "\n", "\n", "b", "\n", "c", " d"], ["a\n\n", "b\nc d"]),  # and so does a paragraph
+        (["Hi", ".", " Ask", " Mr", ".", " Lee", " now"], ["Hi.", " Ask Mr. Lee now"]),
+        (["Hi", ".", " By", " J", ".", " Doe", " now"], ["Hi.", " By J. Doe now"]),
         (["天", "气", "。", "好", "的", "吗", "你"], ["天气。", "好的吗你"]),
         (["3", ".", "1", "4", "1", "5", "9", "2"], ["3.1415", "92"]),  # no end of a sentence, nor of a word
         (["un", "believ", "able", " thing", "s", " hap", "pen", "ing"], ["unbelievable things", " happening"]),
