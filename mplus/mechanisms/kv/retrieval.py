@@ -22,6 +22,8 @@ NATS = 0.5
 """What a nat of the question's likelihood behind a chunk counts for, in the units of the scores of "hybrid"."""
 
 
+NEAR = 1.0
+"""Scores that were reordered are near-equal where they differ by no more: the likelihood has told the others apart."""
 BEHIND = 1e6
 """What keeps chunks that were not reordered behind those that were."""
 
@@ -96,7 +98,8 @@ class Retrieval:
             reordered = weights[place][best[place]] + NATS * (nats - nats.max())
             weights[place] -= BEHIND
             weights[place][best[place]] = reordered
-        return [self._fitting(*one) for one in zip(asked, found, weights, strict=True)]
+        near = [NEAR if place in several else self.retriever.near for place in range(len(asked))]
+        return [self._fitting(*one) for one in zip(asked, found, weights, near, strict=True)]
 
     @torch.no_grad()
     def queries(self, decoder: Decoder, asked: Sequence[Asked], tokenizer: Any) -> list[list[Query]]:
@@ -130,12 +133,11 @@ class Retrieval:
         able = able[~standing_in(asked.prompt, chunks, able)]
         return ChosenChunks(able, scores[able])
 
-    def _fitting(self, asked: Asked, found: ChosenChunks, weights: Tensor) -> ChosenChunks:
+    def _fitting(self, asked: Asked, found: ChosenChunks, weights: Tensor, near: float) -> ChosenChunks:
         """Return as many of the chunks as may come back, by ``weights`` ``[k]``; ``found`` has the newest first."""
         if not len(found.chunks):
             return found
-        near = weights >= weights.max() - self.retriever.near
-        newest = torch.where(near, found.chunks, -1).argmax()
+        newest = torch.where(weights >= weights.max() - near, found.chunks, -1).argmax()
         weights = weights.clone()
         weights[newest] = weights.max() + 1
         order = choose(state_of(asked.view).chunk_length[found.chunks], weights, asked.room)

@@ -46,7 +46,7 @@ class DenseRetriever(ChunkRetriever):
         chunk_prompt: str = ""
 
     name = "dense"
-    near = 1.0
+    near = 0.25
     options: Options
 
     def __init__(self, options: Options | None = None) -> None:

@@ -103,7 +103,7 @@ class HiddenRetriever(ChunkRetriever):
         layers: int = field(default=3, validator=whole(1))
 
     name = "hidden"
-    near = 1.0
+    near = 0.25
     collect: ClassVar[frozenset[Literal["hidden"]]] = frozenset({"hidden"})
     options: Options
 

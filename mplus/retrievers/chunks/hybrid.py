@@ -40,7 +40,7 @@ class HybridRetriever(ChunkRetriever):
 
     name = "hybrid"
     collect: ClassVar[frozenset[Literal["hidden"]]] = HiddenRetriever.collect
-    near = 1.0
+    near = 0.25
     options: Options
 
     def __init__(self, options: Options | None = None) -> None:

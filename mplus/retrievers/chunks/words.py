@@ -66,7 +66,7 @@ class WordRetriever(ChunkRetriever):
         b: float = field(default=0.75, validator=share)
 
     name = "words"
-    near = 1.0
+    near = 0.25
     options: Options
 
     def __init__(self, options: Options | None = None) -> None:
