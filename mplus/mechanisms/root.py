@@ -114,6 +114,16 @@ class Mechanism(ABC):
         """
         return state
 
+    def calibrations_known(self) -> dict[str, Tensor]:
+        """Return what was found out about the decoder, by a digest of its weights and of the rest that it depends on.
+
+        ``save_pretrained`` keeps it; by default there is nothing.
+        """
+        return {}
+
+    def take_calibrations(self, known: Mapping[str, Tensor]) -> None:  # noqa: B027 - most have none
+        """Take over what ``calibrations_known`` gave for an equal decoder."""
+
     def search(self, decoder: Any, view: StreamView, text: str, k: int, tokenizer: Any) -> list[FoundText]:
         """Return what ``text`` would bring back from a stream, the best first, ``k`` at most; nothing is generated.
 

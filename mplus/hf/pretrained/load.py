@@ -20,7 +20,7 @@ from mplus.hf.model.wrapping import wrap
 from mplus.hf.pretrained.config import MODEL_TYPE, MPlusModelConfig, base_class_of, read_config
 from mplus.hf.pretrained.hub import find_folder
 from mplus.hf.pretrained.peft_folders import load_injected, memory_folder, with_adapters
-from mplus.hf.pretrained.save import BASE, WEIGHTS, load_additions
+from mplus.hf.pretrained.save import BASE, WEIGHTS, load_additions, load_calibrations
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -82,6 +82,7 @@ def from_pretrained(
     load_injected(decoder, inner, trainable)
     model = wrap(decoder, config.memory_config, pool=additions.get("mplus.pool"), check=check)
     load_additions(model, additions, str(path))
+    load_calibrations(model, inner)
     return model
 
 

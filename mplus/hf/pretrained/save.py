@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mplus
@@ -31,6 +32,8 @@ else:
     PushToHubMixin = object  # the class that ``PushToHub`` is mixed into brings its own
 
 WEIGHTS = "model.safetensors"
+CALIBRATIONS = "calibrations.safetensors"
+"""Holds what a mechanism found out about the decoder, by digest; left out where there is nothing."""
 BASE = "base"
 UNUSED = {"mplus.begin", "mplus.mark"}
 """What earlier versions saved for every mechanism, used or not."""
@@ -147,13 +150,44 @@ class SavesAdditions(PushToHub, WrappedModel):  # type: ignore[misc]
             for name, tensor in added.items()
         }
         save_file(additions, folder / WEIGHTS, metadata={"format": "pt"})
+        _save_calibrations(self, folder)
         adapters = save_injected(self, folder, state)
         config = _model_config(self)
         config.save_pretrained(folder)
         (folder / "README.md").write_text(_model_card(self, config, save_base, tags), encoding="utf-8")
         if push_to_hub:
-            patterns = [WEIGHTS, "config.json", "README.md", *adapters, *([f"{BASE}/*"] if save_base else [])]
+            patterns = [
+                WEIGHTS,
+                CALIBRATIONS,
+                "config.json",
+                "README.md",
+                *adapters,
+                *([f"{BASE}/*"] if save_base else []),
+            ]
             upload(folder, hub.pop("repo_id", folder.name), patterns=patterns, token=kwargs.get("token"), **hub)
+
+
+def _save_calibrations(model: WrappedModel, folder: Path) -> None:
+    known, file = model.mplus_engine.mechanism.calibrations_known(), folder / CALIBRATIONS
+    if known:
+        save_file(known, file)
+    else:
+        file.unlink(missing_ok=True)  # of an earlier save
+
+
+def load_calibrations(model: nn.Module, folder: Path) -> None:
+    """Let the mechanism of a wrapped decoder know what was found out when it was saved.
+
+    Raises CheckpointError where the file cannot be read.
+    """
+    if not (folder / CALIBRATIONS).is_file():
+        return
+    try:
+        known = load_file(folder / CALIBRATIONS)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / CALIBRATIONS} must be a whole safetensors file: {error}") from error
+    decoder: Any = decoder_inside(model)
+    decoder.mplus_engine.mechanism.take_calibrations(known)
 
 
 def _check_can_save_base(model: WrappedModel, state_dict: Mapping[str, Tensor] | None) -> None:

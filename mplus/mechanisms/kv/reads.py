@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -170,6 +170,12 @@ class KvReads(MemoryMechanism):
             ids = view.store.ids(0)
             view.access_log.record(0, ids[state.places(found.chunks[order]).to(ids.device)], state.clock)
         return found.at(order)
+
+    def calibrations_known(self) -> dict[str, Tensor]:
+        return dict(self.calibrations.known)
+
+    def take_calibrations(self, known: Mapping[str, Tensor]) -> None:
+        self.calibrations.known.update(known)
 
     def search(self, decoder: Decoder, view: StreamView, text: str, k: int, tokenizer: Any) -> list[FoundText]:
         """Return the chunks that ``text`` brings back, scored as in a read, whatever their length."""

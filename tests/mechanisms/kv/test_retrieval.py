@@ -11,12 +11,12 @@ from attrs import evolve
 
 import mplus
 from mplus.download import cache_folder
-from mplus.errors import ConfigError
+from mplus.errors import CheckpointError, ConfigError
 from mplus.mechanisms.kv.retrieval import Asked, Retrieval, _likelihoods, _parts
 from mplus.mechanisms.kv.state import state_of
 from mplus.retrievers.chunks import CHUNK_RETRIEVERS, ChunkRetriever, Chunks, Query
 from mplus.testing.chunk_retrievers import SmallTokenizer
-from tests.mechanisms.kv.memories import BOS, RETRIEVED, text, wrapped
+from tests.mechanisms.kv.memories import BOS, BY_NAME, RETRIEVED, text, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -206,6 +206,23 @@ def test_another_decoder_has_another_and_no_tokenizer_none(cache: Path) -> None:
     memory.tokenizer = tokenizer  # too late: chunks without keys are found by their words
     memory.write(text(6, 8), "late")
     assert tuple(memory.states[0].chunk_key.shape) == (3, 0)
+
+
+def test_save_pretrained_takes_it_along(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped(retriever="hidden", rerank=0)
+    found = told(model, 1, SmallTokenizer()).states[0].calibration
+    model.save_pretrained(tmp_path / "model")
+    (file,) = cache.iterdir()
+    file.unlink()
+    again = mplus.from_pretrained(tmp_path / "model", base=BY_NAME["llama"].build(0), check=False)
+    monkeypatch.setattr(type(again.mplus_engine.mechanism.chunk_retriever), "calibrate", None)
+    assert torch.equal(told(again, 1, SmallTokenizer()).states[0].calibration, found)
+    (tmp_path / "model" / "calibrations.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"calibrations\.safetensors must be a whole safetensors file"):
+        mplus.from_pretrained(tmp_path / "model", base=BY_NAME["llama"].build(0), check=False)
+    model = mplus.wrap(mplus.unwrap(model), {"mechanism": "kv"}, check=False)
+    model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model" / "calibrations.safetensors").exists(), "that of an earlier save"
 
 
 def test_forgotten_chunks_take_their_keys_along(cache: Path) -> None:
