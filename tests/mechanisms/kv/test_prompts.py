@@ -14,10 +14,10 @@ from mplus.mechanisms.kv.chat import ChatFormat
 from mplus.mechanisms.kv.prompt import Prompt
 from mplus.testing.rounding import error
 from tests.helpers import noise
-from tests.mechanisms.kv.memories import text, wrapped
+from tests.mechanisms.kv.memories import decoder, text, tokenizer, wrapped
 from tests.mechanisms.kv.plain_reader import PlainReader
-from tests.mechanisms.kv.test_begin import _decoder, rendered, tokenizer
 from tests.mechanisms.kv.test_begin import model as wrapped_for_chat
+from tests.mechanisms.kv.test_begin import rendered
 from tests.memory import tiny
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def test_what_a_call_says_goes_before_the_turn() -> None:
 
 @functools.cache
 def shared() -> tuple[Any, Any]:
-    return wrapped_for_chat(retrieved_chunks=1, config={"chunk_tokens": 64, "retrieved_tokens": 64}), _decoder()
+    return wrapped_for_chat(retrieved_chunks=1, config={"chunk_tokens": 64, "retrieved_tokens": 64}), decoder()
 
 
 def memory_of(model: Any, *notes: str) -> mplus.Memory:
