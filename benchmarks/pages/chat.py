@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.pages.chunks import found_chunks
 from benchmarks.pages.markdown import measured_on, table
 from benchmarks.records import ROOT, load, record_path
 from mplus.evaluation.reports.paired import outcomes, ratio
@@ -39,6 +40,8 @@ def render() -> str:
             parts.append(section(name, load("quality", f"chat-{name}")))
         if record_path("quality", f"chat-{name}-search").is_file():
             parts.append(search(name, load("quality", f"chat-{name}-search")))
+    if record_path("quality", "chunk_retrieval").is_file():
+        parts.append(found_chunks(load("quality", "chunk_retrieval")))
     return "\n\n".join(parts) + "\n"
 
 

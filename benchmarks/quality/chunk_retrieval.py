@@ -1,7 +1,7 @@
 """Whether the right chunk is found, by each chunk retriever: notes and SQuAD, told and untold questions.
 
     mplus get smollm2                                      # once
-    python -m benchmarks.quality.chunk_retrieval           # writes records/chunk_retrieval.json
+    python -m benchmarks.quality.chunk_retrieval --data DATA   # writes records/chunk_retrieval.json
 
 Nothing is generated. Settings were chosen on the half "choose" of the notes and on the first 24 articles of SQuAD; the
 record is of the half "test" and of the others. Keys of many chunks are made in batches of short passes, as they are
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -212,7 +211,7 @@ def main() -> None:
     model = mplus.wrap(decoder, {"mechanism": "kv"}, check=False)
     record: dict[str, JsonValue] = {
         **run_info(config=model.mplus_config.to_dict(), decoder="SmolLM2-135M-Instruct"),
-        "command": " ".join(sys.argv[1:]),
+        "settings": {name: getattr(arguments, name) for name in ("split", "sets", "paragraphs", "notes")},
     }
     for name, part in measured(model, tokenizer, arguments):
         record[name] = part
