@@ -48,7 +48,7 @@ def run(*arguments):
 def test_the_commands():
     assert {path[0] for path in ALL if path} == COMMANDS | {"demo-continue", "demo-reopen"}
     grouped = {
-        "memory": {"forget", "repair", "show", "sources", "verify"},
+        "memory": {"expire", "forget", "pin", "repair", "show", "sources", "text", "unpin", "verify"},
         "eval": {"abstention", "harm", "retention", "retriever", *TOLD},
     }
     grouped["bench"] = {"attention", "decode", "read", "score", "store", "write"}
