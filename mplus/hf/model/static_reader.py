@@ -123,11 +123,6 @@ class StaticReader:
             )
         output = model(input_ids, memory=memory, use_cache=True, logits_to_keep=1)
         reading: Reading = output.past_key_values._mplus_reading
-        if reading.need_opened().text_offset is not None:
-            raise NotSupported(
-                "the text of this memory begins behind other positions than 0, which the loop does not follow: call "
-                "memory.flush() where text waits to be written, or use model.generate"
-            )
         parts = [_joined(reading, index, layer) for index, layer in enumerate(output.past_key_values.layers)]
         keys = parts[0][0]
         rows = keys.shape[2] - input_ids.shape[1]

@@ -11,7 +11,6 @@ from torch import Tensor
 
 import mplus
 from benchmarks.quality.architectures.decoders import BY_NAME
-from mplus.errors import NotSupported
 from mplus.testing.rounding import InFloat64, check_close
 from tests.memory import tiny
 
@@ -85,8 +84,10 @@ def test_where_positions_are_learned_the_text_goes_on_behind_it() -> None:
     memory, before = told(model, TAIL)
     found, expected = logits(model, PROMPT, memory), logits(model, behind(TAIL), before)[:, len(TAIL) :]
     assert float((found - expected).abs().max()) < EXACT
-    with pytest.raises(NotSupported, match=r"memory\.flush"):
-        mplus.StaticReader(model.eval()).prefill(PROMPT, memory=memory)
+    reader = mplus.StaticReader(model.eval())
+    state, further = reader.prefill(PROMPT, memory=memory, room=1), tiny.prompts(1, 1, 7)
+    step, whole = reader.step(state, further), logits(model, torch.cat([PROMPT, further], 1), memory)
+    assert float((step - whole[:, -1]).abs().max()) < EXACT
 
 
 @pytest.mark.parametrize("rows", ["hidden", "projected"])
