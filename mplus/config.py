@@ -188,6 +188,11 @@ def _adapters(value: AdapterConfig | Mapping[str, JsonValue] | bool | None) -> A
     return structure(AdapterConfig, value) if isinstance(value, Mapping) else cast("AdapterConfig | None", value)
 
 
+class LeftOut(int):
+    """A number that a config was not given, so that a mechanism may have another one."""
+
+
+LONG_TERM_TOKENS = LeftOut(150_000)
 ADAPTERS = AdapterConfig()
 """The adapters of a config that says nothing of them; a mechanism that needs none goes without this very object."""
 
@@ -219,7 +224,8 @@ class MPlusConfig:
         memory_tokens_per_chunk: K, rows written per chunk.
         short_term_tokens: N, rows of short-term memory (STM).
         retrieved_tokens: K0, long-term rows brought back by a read.
-        long_term_tokens: capacity of long-term memory (LTM); 0 keeps none, None sets no limit.
+        long_term_tokens: capacity of long-term memory (LTM); 0 keeps none, None sets no limit. Left out, it is 150,000,
+            or what the mechanism says: "kv" then has no limit.
         bytes_budget: bytes that a whole memory may take, all layers and streams together, as a number or "8GiB": what
             short-term memory leaves of it sets the capacity of LTM, in place of ``long_term_tokens``. None: no budget.
         drop_per_layer: draw the rows that leave the STM independently per layer.
@@ -250,7 +256,7 @@ class MPlusConfig:
     memory_tokens_per_chunk: int = field(default=cast("int", None), validator=size(1))
     short_term_tokens: int = field(default=cast("int", None), validator=size(1))
     retrieved_tokens: int = field(default=cast("int", None), validator=size(0))
-    long_term_tokens: int | None = field(default=150_000, validator=whole(0, optional=True))
+    long_term_tokens: int | None = field(default=LONG_TERM_TOKENS, validator=whole(0, optional=True))
     bytes_budget: int | str | None = field(default=None)
     drop_per_layer: bool = field(default=True, validator=flag)
     query_tokens: int | None = field(default=None, validator=whole(1, optional=True))

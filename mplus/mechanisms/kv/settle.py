@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from attrs import evolve
 
-from mplus.config import ADAPTERS, Component, MPlusConfig, shortest_chunk
+from mplus.config import ADAPTERS, Component, LeftOut, MPlusConfig, shortest_chunk
 from mplus.errors import ConfigError
 
 UNUSED = {
@@ -55,7 +55,9 @@ def settled(config: MPlusConfig, room: int | None, sizes: Mapping[str, int], ret
             f"min_chunk_tokens means nothing to the mechanism 'kv', which takes texts of any length, got "
             f"{config.min_chunk_tokens}: leave it out"
         )
-    for name, size in (("retrieved_tokens", retrieved), ("long_term_tokens", config.long_term_tokens)):
+    # Whoever sets no limit expects none: text that leaves silently would be told in vain.
+    limit = None if isinstance(config.long_term_tokens, LeftOut) else config.long_term_tokens
+    for name, size in (("retrieved_tokens", retrieved), ("long_term_tokens", limit)):
         if size is not None and size < chunk:
             raise ConfigError(
                 f"{name} must be at least chunk_tokens ({chunk}) with the mechanism 'kv', which keeps and "
@@ -67,6 +69,7 @@ def settled(config: MPlusConfig, room: int | None, sizes: Mapping[str, int], ret
         min_chunk_tokens=1,
         memory_tokens_per_chunk=chunk,
         retrieved_tokens=retrieved,
+        long_term_tokens=limit,
         retriever=retriever if config.retriever == LEFT_OUT else config.retriever,
         adapters=None if config.adapters is ADAPTERS else config.adapters,
     )

@@ -153,6 +153,8 @@ def test_sizes_left_open_are_its_own() -> None:
     assert (config.chunk_tokens, config.retrieved_tokens, config.min_chunk_tokens) == (64, 128, 1)
     assert (config.memory_tokens_per_chunk, config.short_term_tokens, config.adapters) == (64, None, None)
     assert "short_term" not in model.mplus_summary()
+    assert (config.long_term_tokens, model.new_memory().capacity) == (None, None), "nothing leaves unless that is asked"
+    assert wrapped(long_term_tokens=150_000).mplus_config.long_term_tokens == 150_000
     with pytest.warns(MemorySizeWarning, match=r"retrieved_tokens \(200\) rows .* 256 positions"):
         mplus.wrap(tiny.BY_NAME["llama"].build(0), {"mechanism": "kv", "retrieved_tokens": 200})
 
