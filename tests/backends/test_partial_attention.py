@@ -59,7 +59,8 @@ def own_keys(most: int, request: AttentionRequest, compute: Compute) -> Attentio
 def model() -> Iterator[Any]:
     MECHANISMS.register("own-keys", OwnKeys)
     sizes = {"chunk_tokens": 16, "min_chunk_tokens": 1, "retrieved_tokens": 32}
-    yield mplus.wrap(load_decoder(), {"mechanism": "own-keys", **sizes})
+    every = {"name": "own-keys", "retrieved_chunks": None, "min_score": 0}
+    yield mplus.wrap(load_decoder(), {"mechanism": every, **sizes})
     MECHANISMS.unregister("own-keys")
 
 

@@ -7,7 +7,8 @@ from torch import nn
 from mplus.backends.base import AttentionResult, Segment
 from mplus.mechanisms import Absorbed, Attended, MemoryMechanism, MemoryRows, Opened, Update
 from mplus.mechanisms.kv.state import KvState
-from mplus.mechanisms.search import bm25, choose
+from mplus.mechanisms.search import choose
+from mplus.retrievers.chunks.bm25 import bm25
 
 
 class Gate(nn.Module):
@@ -39,7 +40,7 @@ class LayerBankMechanism(MemoryMechanism):
         return evolve(super().layout(shape, kept, projected_size), layers=1)
 
     def new_state(self, layout, columns=None):
-        return KvState.empty()
+        return KvState.empty(layout)
 
     def write(self, decoder, views, text):
         found = decoder.run(text.ids, adapter="write", collect={"projected"})

@@ -118,7 +118,7 @@ def test_eval_retention_measures_it_under_its_own_name(trained, tmp_path):
     assert done.exit_code == 0, done.output
     assert Diary.called > written
     arms = {arm["name"]: arm for arm in json.loads(report.read_text())["arms"]}
-    assert set(arms) == {"none", "window", "bm25", "full-context", "snapkv", "diary", "diary-oracle"}
+    assert set(arms) == {"none", "window", "bm25", "full-context", "ceiling", "snapkv", "diary", "diary-oracle"}
     assert arms["diary"]["questions_by_age"] == {"0": 2, "9": 2}
     assert arms["diary"]["correct_by_age"]["0"] == 2  # short-term memory alone can answer
     assert arms["diary"]["state_bytes"] > 0
@@ -147,7 +147,7 @@ def test_no_arm_measures_it_under_the_name_of_another(decoder):
     assert [arm.name for arm in made] == ["none", "window"]
     assert not skipped
     made, skipped = make_arms(table, ArmOptions())
-    assert [arm.name for arm in made] == ["none", "window", "full-context", "bm25", "diary", "diary-oracle"]
+    assert [arm.name for arm in made] == ["none", "window", "full-context", "bm25", "ceiling", "diary", "diary-oracle"]
     assert [arm.name for arm in skipped] == ["snapkv"]
 
 

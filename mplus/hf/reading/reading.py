@@ -131,8 +131,9 @@ class Reading:
         Raises:
             MechanismError: the text would have to move, whose keys in the cache cannot.
         """
-        before, copies = self.need_opened(), len(opened.views) // len(self.need_opened().views)
-        if copies == 1:
+        before, streams = self.need_opened(), len(self.views)
+        copies, wanted = (len(one.views) // streams for one in (before, opened))
+        if copies == wanted:
             for name, was, would in _places(before, opened):
                 if was is not would and (was is None or would is None or not torch.equal(was, would)):
                     raise MechanismError(
@@ -140,7 +141,7 @@ class Reading:
                         f"was read cannot move, got {would} after {was}"
                     )
         elif self.starts is not None:
-            self.starts = self.starts.repeat_interleave(copies, 0)
+            self.starts = self.starts[::copies].repeat_interleave(wanted, 0)  # copies of a stream begin alike
         self._set(opened)
 
     def extend(self, opened: Opened, read: Tensor) -> None:

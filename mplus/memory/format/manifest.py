@@ -209,8 +209,8 @@ def is_memory(folder: Path | Folder, form: str = FORMAT) -> bool:
     return plain is not None and plain.get("format") == form
 
 
-WEIGHTS = ("base", "adapters", "additions")
-"""Facts of a fingerprint that are digests of weights."""
+WEIGHTS = ("base", "adapters")
+"""Facts of a fingerprint that are digests of weights which are looked at again whenever a memory is used."""
 
 
 def check_belongs(

@@ -76,7 +76,7 @@ def test_steps_are_those_of_the_wrapped_decoder(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_steps_behind_a_memory_in_the_middle_of_a_prompt(name: str) -> None:
     sizes = {"chunk_tokens": 8, "retrieved_tokens": 16, "long_term_tokens": 40}
-    model = mplus.wrap(BY_NAME[name].build(0), {"mechanism": "kv", **sizes})
+    model = mplus.wrap(BY_NAME[name].build(0), {"mechanism": {"name": "kv", "retrieved_chunks": None}, **sizes})
     memory, told = model.new_memory(2), ids(2, 16, seed=5)
     memory.write(told)
     prompt = torch.cat([torch.full((2, 1), BOS), told[:, [2, 3, 9, 12]]], 1)

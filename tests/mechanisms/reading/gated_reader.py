@@ -48,7 +48,7 @@ class GatedReader(KvMechanism):
     ) -> Attended | None:
         if opened.own is None or layer not in READING:
             return None
-        segments = opened.own.segments(BANK_LAYER, hidden)
+        segments = opened.own.front.segments(BANK_LAYER, hidden)
         return Attended(segments, partial(self.gated, layer)) if segments else None
 
     def gated(self, layer: int, request: AttentionRequest, compute: Compute) -> AttentionResult:

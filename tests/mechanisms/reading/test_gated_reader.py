@@ -43,7 +43,9 @@ def installed() -> Iterator[None]:
 @functools.cache
 def wrapped(dtype: torch.dtype = torch.float32, rank: int | None = None) -> Any:
     sizes = {"chunk_tokens": CHUNK, "min_chunk_tokens": 1, "retrieved_tokens": CHUNK}
-    model = mplus.wrap(load_decoder().to(dtype), {"mechanism": "gated", "adapters": rank and {"rank": rank}, **sizes})
+    chosen = {"mechanism": {"name": "gated", "min_score": 0, "rerank": 0}, "retriever": "words"}
+    model = mplus.wrap(load_decoder().to(dtype), {**chosen, "adapters": rank and {"rank": rank}, **sizes})
+    model.mplus_engine.mechanism.chunk_retriever.near = 0.0  # the newer goes before its equals only
     with torch.no_grad():
         model.mplus.gates.copy_(torch.tensor([1.5, -1.0, 0.5, 2.0]) + torch.arange(5)[:, None] / 4)
     return model
@@ -68,7 +70,7 @@ def read(model: Any, text: Tensor, memory: Any, **options: Any) -> Tensor:
 
 
 def best_chunk(chunks: list[list[int]], query: list[int]) -> int:
-    """The newest of the best by BM25."""
+    """The newest of the best by BM25, of those that do not stand in the query."""
     average = sum(map(len, chunks)) / len(chunks)
     scores = [0.0] * len(chunks)
     for word in set(query):
@@ -77,7 +79,8 @@ def best_chunk(chunks: list[list[int]], query: list[int]) -> int:
         for number, chunk in enumerate(chunks):
             count = Counter(chunk)[word]
             scores[number] += rarity * count * 2.5 / (count + 1.5 * (0.25 + 0.75 * len(chunk) / average))
-    return max(range(len(chunks)), key=lambda number: (scores[number], number))
+    able = [number for number, chunk in enumerate(chunks) if f" {chunk} "[2:-2] not in str(query)]
+    return max(able, key=lambda number: (scores[number], number))
 
 
 @torch.no_grad()
