@@ -25,6 +25,8 @@ from mplus.memory.format.manifest import read_manifest
 from mplus.memory.format.offline import saved_tables
 from mplus.memory.format.verify import verify
 
+pytestmark = pytest.mark.nightly  # what people are shown first is `mplus demo`
+
 TOKENS = 6_000  # all of the first chapter, some of the second; more rows than the STM holds and a read retrieves
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.helpers.pages import BLOCK
 from tests.helpers.tutorial import ROOT, follow, make_environment
 
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+@pytest.mark.nightly  # a new environment; the mechanism below makes one for every change
 def test_every_block_about_a_retriever_does_what_the_page_says(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
     assert {block["language"] for block in BLOCK.finditer(page)} == {"python", "toml", "bash", "text"}
