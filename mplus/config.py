@@ -188,11 +188,9 @@ def _adapters(value: AdapterConfig | Mapping[str, JsonValue] | bool | None) -> A
     return structure(AdapterConfig, value) if isinstance(value, Mapping) else cast("AdapterConfig | None", value)
 
 
-class LeftOut(int):
-    """A number that a config was not given, so that a mechanism may have another one."""
+LONG_TERM_TOKENS = int("150000")  # not a literal: no other number of that value is this very object
+"""The capacity of a config that says nothing of it; a mechanism may have another in the place of this very object."""
 
-
-LONG_TERM_TOKENS = LeftOut(150_000)
 ADAPTERS = AdapterConfig()
 """The adapters of a config that says nothing of them; a mechanism that needs none goes without this very object."""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from attrs import evolve
 
-from mplus.config import ADAPTERS, Component, LeftOut, MPlusConfig, shortest_chunk
+from mplus.config import ADAPTERS, LONG_TERM_TOKENS, Component, MPlusConfig, shortest_chunk
 from mplus.errors import ConfigError
 
 UNUSED = {
@@ -56,7 +56,7 @@ def settled(config: MPlusConfig, room: int | None, sizes: Mapping[str, int], ret
             f"{config.min_chunk_tokens}: leave it out"
         )
     # Whoever sets no limit expects none: text that leaves silently would be told in vain.
-    limit = None if isinstance(config.long_term_tokens, LeftOut) else config.long_term_tokens
+    limit = None if config.long_term_tokens is LONG_TERM_TOKENS else config.long_term_tokens
     for name, size in (("retrieved_tokens", retrieved), ("long_term_tokens", limit)):
         if size is not None and size < chunk:
             raise ConfigError(
