@@ -42,7 +42,7 @@ ATTENTION = mutants(
     ("lengths of the first segment", "lengths + index * batch", "lengths", "fillers"),
     ("a segment in the place of another", "keys_1, key_base)", "keys_0, key_base)", "one token"),
     ("second segment from its second block", "(block - end_0) * KEYS, start)", "block * KEYS, start)", "one token"),
-    ("shared segments are not shared", "0 if part.shape[0] == 1 else b), h, n", "b + h), h, n", "shared"),
+    ("shared segments are not shared", "0 if size == 1 else stride for", "stride + size for", "shared"),
     ("window by one", "text_low = own - window + 1", "text_low = own - window", "window"),
     ("window from the first text key", "text_low = own - window + 1", "text_low = token - window + 1", "window"),
     (
