@@ -112,6 +112,7 @@ def sound(site):
     return site
 
 
+@pytest.mark.nightly  # tests/docs/test_plugin_tutorial.py trains by the recipe of a package for every change
 def test_a_recipe_of_a_package_is_trained_by_its_name(sound):
     assert json.loads(mplus(sound, "train", "some-tiny", "--json"))["folder"] == "runs/some-tiny"
 
