@@ -33,6 +33,7 @@ type: $(VENV)/.installed
 pytest: $(VENV)/.installed
 	$(VENV)/bin/pytest $(WORKERS)
 	TRITON_INTERPRET=1 $(VENV)/bin/pytest tests/interpreted tests/mutants $(WORKERS)
+	$(VENV)/bin/pytest plugins $(WORKERS)
 
 docs: $(VENV)/.installed  ## The documentation, in site/
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
