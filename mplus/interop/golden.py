@@ -4,91 +4,22 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar, cast
 
 import torch
-from attrs import define, field
-from torch import Tensor
+from attrs import define
 
 from mplus.config import JsonValue
-from mplus.errors import CheckpointError, UnknownNameError
+from mplus.errors import CheckpointError, DuplicateNameError, MissingDependencyError, PluginError, UnknownNameError
+from mplus.interop.report import TOLERANCE, CaseReport, ErrorScale
 from mplus.registry import Registry
 
 STEPS = "steps.json"
-TOLERANCE = 2e-5
-"""Largest absolute error that passes; the traces themselves are float32."""
 
 Progress = Callable[[str, int, int], None]
 """``progress(case, step, steps)``, called after every step."""
-
-
-Quantity = Tensor | int | tuple[str | None, ...] | None
-"""What a trace says exactly: whole numbers, flags and names."""
-
-
-@define(eq=False)
-class CaseReport:
-    """Comparison of one case with its trace.
-
-    Attributes:
-        name: folder name of the case.
-        model: that was recorded ("mplus").
-        backend, dtype: what it was replayed with.
-        steps: steps replayed.
-        errors: largest absolute error by quantity; infinite where shapes differ or a number is NaN; a quantity is
-            absent where the case has nothing of it.
-        equal: whether everything that must be equal is, by quantity.
-        differences: for each quantity that is off, where its largest or first difference is.
-        quantities: what its player compares.
-    """
-
-    name: str
-    model: str
-    backend: str
-    dtype: str
-    steps: int = 0
-    errors: dict[str, float] = field(factory=dict)
-    equal: dict[str, bool] = field(factory=dict)
-    differences: dict[str, str] = field(factory=dict)
-    quantities: tuple[str, ...] = ()
-
-    @property
-    def worst(self) -> float:
-        """The largest of all errors."""
-        return max(self.errors.values(), default=0.0)
-
-    def passed(self, tolerance: float = TOLERANCE) -> bool:
-        """Return whether every error is within ``tolerance`` and everything that must be equal is."""
-        return self.steps > 0 and self.worst <= tolerance and all(self.equal.values())
-
-    def measure(self, quantity: str, where: str, ours: Tensor, recorded: Tensor) -> None:
-        """Note the largest absolute difference of two tensors."""
-        error = _error(ours, recorded)
-        if error > self.errors.setdefault(quantity, 0.0):
-            self.errors[quantity] = error
-            shapes = "" if ours.shape == recorded.shape else f", shape {list(ours.shape)} for {list(recorded.shape)}"
-            self.differences[quantity] = where + shapes
-
-    def demand(self, quantity: str, where: str, ours: Quantity, recorded: Quantity) -> None:
-        """Note whether two values, or tensors of whole numbers, are equal."""
-        if isinstance(ours, Tensor) and isinstance(recorded, Tensor):
-            same = ours.shape == recorded.shape and bool((ours.cpu() == recorded).all())
-        else:
-            same = bool(ours == recorded)
-        self.equal[quantity] = self.equal.get(quantity, True) and same
-        if not same:
-            self.differences.setdefault(quantity, where)
-
-
-def _error(ours: Tensor, recorded: Tensor) -> float:
-    if ours.shape != recorded.shape:
-        return float("inf")
-    if not ours.numel():
-        return 0.0
-    error = float((ours.detach().cpu().double() - recorded.double()).abs().max())
-    return float("inf") if error != error else error  # noqa: PLR0124 - NaN is the number that differs from itself
 
 
 class TracePlayer(ABC):
@@ -111,12 +42,23 @@ class TracePlayer(ABC):
 
     Attributes:
         quantities: what it compares, in the order of tables; a case need not have something of each.
+        tolerance: largest error that passes, as the format of its cases says.
+        tolerances: of quantities that have another one.
+        error_scale: what a difference is divided by before.
     """
 
     quantities: ClassVar[tuple[str, ...]]
+    tolerance: ClassVar[float] = TOLERANCE
+    tolerances: ClassVar[Mapping[str, float]] = {}
+    error_scale: ClassVar[ErrorScale] = "none"
 
     def __init__(self, folder: Path, backend: str, dtype: torch.dtype) -> None:
         self.folder, self.backend, self.dtype = folder, backend, dtype
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """Return the quantities of this case, in the order of tables; by default ``quantities``."""
+        return self.quantities
 
     @abstractmethod
     def __len__(self) -> int:
@@ -125,6 +67,8 @@ class TracePlayer(ABC):
     @abstractmethod
     def play(self, report: CaseReport, *, reset: bool = False) -> Iterator[None]:
         """Do one step after the other and compare it in ``report``; yield after each.
+
+        A step that cannot be had is named by ``report.skip(step, reason)``.
 
         Args:
             report: of the case.
@@ -146,34 +90,76 @@ REPLAYS: Registry[TracePlayer] = Registry(
 )
 
 
-def player_of(case: Path) -> type[TracePlayer]:
-    """Return the trace player of a case, found by the field ``model`` of its ``steps.json``.
+@define(frozen=True)
+class Case:
+    """One thing that a trace player plays.
 
-    Raises:
-        CheckpointError: the file is damaged, or no installed package plays cases of this model.
+    Attributes:
+        path: folder with ``steps.json``, or a JSON file with behaviours of systems.
+        model: ``model`` in ``steps.json``, or the system.
     """
-    plain = read_json(case / STEPS)
-    model = plain.get("model")
-    if not isinstance(model, str):
-        raise CheckpointError(f"model in {case / STEPS} must be the name of a model, got {model!r}")
-    try:
-        return REPLAYS.get(model)
-    except UnknownNameError as error:
-        raise CheckpointError(
-            f"model in {case / STEPS} must be one of {', '.join(map(repr, REPLAYS.names()))}, got {model!r}: install "
-            f"the package that announces a trace player of this name in the entry-point group {REPLAYS.group!r}"
-        ) from error
+
+    path: Path
+    model: str
+
+    @property
+    def name(self) -> str:
+        """Return the name of the folder, or of the file and the system."""
+        name = self.path.resolve().name
+        return f"{name}, {self.model}" if self.path.is_file() else name
+
+    def player(self) -> type[TracePlayer]:
+        """Return the trace player of its model.
+
+        Raises CheckpointError: no installed package plays cases of this model; PluginError: its player is broken.
+        """
+        try:
+            return REPLAYS.get(self.model)
+        except UnknownNameError as error:
+            where = f"system of a case in {self.path}" if self.path.is_file() else f"model in {self.path / STEPS}"
+            raise CheckpointError(
+                f"{where} must be one of {', '.join(map(repr, REPLAYS.names()))}, got {self.model!r}: install the "
+                f"package that announces a trace player of this name in the entry-point group {REPLAYS.group!r}"
+            ) from error
 
 
-def find_cases(folder: str | Path) -> list[Path]:
-    """Return ``folder`` if it is a case, else the cases in it, by name. Raises CheckpointError when there is none."""
+def find_cases(folder: str | Path) -> list[Case]:
+    """Return the case that ``folder`` is, or else the cases in it, by name: folders, then groups of JSON files.
+
+    Args:
+        folder: a folder, or a JSON file with behaviours of systems.
+
+    Raises CheckpointError: there is none, or one is damaged.
+    """
     folder = Path(folder)
     if (folder / STEPS).is_file():
-        return [folder]
-    cases = sorted(path.parent for path in folder.glob(f"*/{STEPS}"))
+        return [_folder_case(folder)]
+    cases = [_folder_case(path.parent) for path in sorted(folder.glob(f"*/{STEPS}"))]
+    for file in [folder] if folder.is_file() else sorted(folder.glob("*.json")):
+        cases += _groups(file)
     if not cases:
-        raise CheckpointError(f"{folder} must hold golden traces ({STEPS}), itself or in folders, and holds none")
+        raise CheckpointError(
+            f"{folder} must hold golden traces ({STEPS}, itself or in folders, or JSON files of cases), and holds none"
+        )
     return cases
+
+
+def _folder_case(folder: Path) -> Case:
+    model = read_json(folder / STEPS).get("model")
+    if not isinstance(model, str):
+        raise CheckpointError(f"model in {folder / STEPS} must be the name of a model, got {model!r}")
+    return Case(folder, model)
+
+
+def _groups(file: Path) -> list[Case]:
+    """Return a case for each system in a JSON file, in the order of the file; none where it is of another kind."""
+    cases = read_json(file).get("cases")
+    if not isinstance(cases, list):
+        return []
+    systems = [one.get("system") if isinstance(one, dict) else None for one in cases]
+    if not all(isinstance(system, str) for system in systems):
+        raise CheckpointError(f"every case in {file} must say which system it is about, got {systems}")
+    return [Case(file, str(system)) for system in dict.fromkeys(systems)]
 
 
 def read_json(path: Path) -> dict[str, JsonValue]:
@@ -199,14 +185,16 @@ def replay(
 
     Args:
         folder: a case (``steps.json`` and what its player needs: of M+ ``config.json``, ``state_dict.safetensors`` and
-            ``trace.safetensors``) or a folder of cases.
+            ``trace.safetensors``), a JSON file with behaviours of systems, or a folder of both.
         backend: attention backend, by name.
         dtype: of weights, memory and computation: float32 or float64.
         reset: start every step from the recorded state; otherwise the memory evolves by itself from the first one.
         progress: called after every step.
 
+    Of several cases those that no installed package plays have a report that says so (``unplayed``) and has not passed.
+
     Raises:
-        CheckpointError: no cases there, a damaged one, or one of a model that no installed package plays.
+        CheckpointError: no cases there, a damaged one, or a single one of a model that no installed package plays.
         UnknownNameError: no such backend.
     """
     return list(replay_cases(folder, backend, dtype, reset=reset, progress=progress))
@@ -223,11 +211,21 @@ def replay_cases(
     """Replay case by case, as ``replay`` does all."""
     if dtype not in (torch.float32, torch.float64):
         raise CheckpointError(f"golden traces are compared in torch.float32 or torch.float64, got {dtype}")
+    alone = (Path(folder) / STEPS).is_file()
     for case in find_cases(folder):
-        player = player_of(case)(case, backend, dtype)
-        model = str(read_json(case / STEPS)["model"])
-        name, numbers = case.resolve().name, str(dtype).removeprefix("torch.")
-        report = CaseReport(name, model, backend, numbers, quantities=player.quantities)
+        numbers = str(dtype).removeprefix("torch.")
+        try:
+            kind = case.player()
+        except (CheckpointError, PluginError, DuplicateNameError, MissingDependencyError) as error:
+            if alone:
+                raise
+            yield CaseReport(case.name, case.model, backend, numbers, unplayed=str(error))
+            continue
+        player = kind(case.path, backend, dtype)
+        report = CaseReport(
+            case.name, case.model, backend, numbers, quantities=player.compared,
+            tolerance=player.tolerance, tolerances=player.tolerances, scale=player.error_scale,
+        )  # fmt: skip
         for _ in player.play(report, reset=reset):
             report.steps += 1
             if progress is not None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mplus.errors import CheckpointError
-from mplus.interop.golden import CaseReport, TracePlayer
+from mplus.interop.golden import TracePlayer
+from mplus.interop.report import CaseReport
 from mplus.interop.trace import WEIGHTS, Permutations, Recorded, RecordedRetrieval, Step, Trace
 
 if TYPE_CHECKING:

@@ -17,9 +17,10 @@ from mplus.cli import app
 from mplus.errors import CheckpointError, UnknownNameError
 from mplus.hf.model.engine import DecoderEngine
 from mplus.interop import PublishedCheckpoint, replay
-from mplus.interop.golden import REPLAYS, STEPS, TOLERANCE, CaseReport, TracePlayer
+from mplus.interop.golden import REPLAYS, STEPS, TracePlayer
 from mplus.interop.published_config import PublishedConfig
 from mplus.interop.published_player import EQUAL, MEASURED
+from mplus.interop.report import TOLERANCE, CaseReport
 from mplus.interop.trace import TENSORS, WEIGHTS, Trace
 from mplus.mechanisms.memoryllm import MemoryLLMMechanism
 from mplus.mechanisms.mplus import MPlusMechanism
@@ -443,8 +444,9 @@ def test_memory_and_model_do_what_was_recorded(name, monkeypatch):
 def test_command_passes_and_says_what_it_compared():
     result = CliRunner().invoke(app, ["replay", str(GOLDENS), "--backend", "sdpa"])
     assert result.exit_code == 0, result.output
-    assert "4 of 4 cases passed (largest error allowed: 2e-05)" in result.output
-    assert "mplus_b: passed, 80 steps replayed (sdpa, float32)" in result.output
+    assert "4 of 4 cases passed\n" in result.output
+    assert "mplus_b: passed, 80 steps replayed (sdpa, float32); largest error " in result.output
+    assert result.output.count("e-06, allowed 2e-05\n") == 4, "every case says its bound"
     for quantity in (*MEASURED, *EQUAL):
         assert result.output.count(quantity) >= len(CASES)
 
