@@ -75,8 +75,8 @@ def number(minimum: float, below: float = float("inf")) -> Validator:
     )
 
 
-def any_number(instance: attrs.AttrsInstance, attribute: attrs.Attribute[JsonValue], value: JsonValue) -> None:
-    """Check a field: any number, or None."""
+def any_number(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    """Check a field: any number, or None. Raises ConfigError."""
     if value is not None and not is_number(value, float("-inf")):
         raise ConfigError(f"{attribute.name} must be a number, or None, got {value!r}")
 
