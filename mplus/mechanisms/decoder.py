@@ -36,6 +36,7 @@ class Text:
         limited: a read says with how many tokens to retrieve, so that a mechanism does not choose among them itself.
         queries: of each row ``[q]`` int64, ids to retrieve with in the place of its own (``retrieval_query``).
         further: tokens that may be read behind these, such as those of an answer.
+        prompt: of a read: a generation goes on behind it, so that none of its own tokens is to be predicted.
         min_score: bring back only what scores higher; None: as the mechanism's options say.
 
     Example:
@@ -54,6 +55,7 @@ class Text:
     limited: bool = False
     queries: Sequence[Tensor] | None = None
     further: int = 0
+    prompt: bool = False
     min_score: float | None = None
 
     @property

@@ -47,7 +47,11 @@ class MemoryLLMMechanism(RowMechanism):
 
     name = "memoryllm"
     batched = True
-    pins = False  # rows leave the pool at random
+
+    @property
+    def keeps_pinned(self) -> bool:
+        """False: rows leave the pool at random."""
+        return False
 
     def plan_write(self, state: ShortTermState, tokens: int, reencode: bool = True) -> WritePlan:
         plan = super().plan_write(state, tokens, reencode)

@@ -105,6 +105,7 @@ class Reading:
             limited=(self.query_tokens or self.mechanism.config.query_tokens) is not None,
             queries=None if self.queries is None else [one for one in self.queries for _ in range(copies)],
             further=self.further_tokens,
+            prompt=self.prompt_tokens is not None,
             min_score=self.min_score,
         )
 

@@ -31,7 +31,6 @@ UNUSED = {
     "store": (Component("ram"),),
     "eviction": (Component("fifo"),),
     "retriever": (Component("linear"),),
-    "min_score": (None,),
     "backend": ("auto",),
     "adapters": (ADAPTERS, None),
 }
