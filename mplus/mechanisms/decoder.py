@@ -96,6 +96,7 @@ class DecoderShape:
             it was when the decoder was wrapped: in every layer what the first one receives, its embedding.
         begin_inputs: ``[L, 1, d]``, the same, in every layer what it does receive.
         first_token: that begins a text: BOS, else EOS; None: there is neither.
+        embedding_std: standard deviation of the numbers in token embeddings, of which some are looked at.
     """
 
     layers: int
@@ -115,6 +116,7 @@ class DecoderShape:
     begin: Tensor
     begin_inputs: Tensor
     first_token: int | None = None
+    embedding_std: float = 1.0
 
 
 @define(frozen=True, eq=False)

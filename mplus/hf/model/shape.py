@@ -16,6 +16,9 @@ from mplus.hf.model.sizes import known_positions
 from mplus.hf.retrofit.discovery import Anatomy
 from mplus.mechanisms.decoder import DecoderShape
 
+SOME = 4096
+"""Token embeddings that are looked at to know how large their numbers are."""
+
 
 def first_token(decoder: nn.Module) -> int | None:
     """Return BOS, else EOS, as far as the configurations have one: text configurations need not."""
@@ -58,7 +61,17 @@ def decoder_shape(decoder: PreTrainedModel, anatomy: Anatomy) -> DecoderShape:
         begin=begin,
         begin_inputs=torch.stack([inputs[spec.layer_index].to(begin) for spec in anatomy.specs]),
         first_token=first_token(decoder),
+        embedding_std=_spread(embedding),
     )
+
+
+def _spread(embedding: Tensor) -> float:
+    """Return the standard deviation of token embeddings ``[V, w]``, of 4,096 tokens at most; 1 where it is none."""
+    if embedding.is_meta:  # weights that are elsewhere until a pass needs them
+        return 1.0
+    some = embedding.detach()[:: embedding.shape[0] // SOME + 1].float()
+    found = float(some.std()) if some.numel() > 1 else 0.0
+    return found if 0 < found < float("inf") else 1.0
 
 
 def _attention_sizes(config: PreTrainedConfig, width: int) -> tuple[int | None, int | None, int | None, int | None]:
