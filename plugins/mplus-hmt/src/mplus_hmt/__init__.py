@@ -29,7 +29,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-TINY = Path(__file__).with_name("hmt-tiny.toml")
+FOLDER = Path(__file__).parent
+RECALL = FOLDER / "hmt-recall.toml"
+"""A recipe for answers to facts in the little language, from nothing."""
+TINY = FOLDER / "hmt-tiny.toml"
 """A recipe of both stages, on the small decoder that comes with mplus."""
 
-__all__ = ["TINY"]
+__all__ = ["RECALL", "TINY"]

@@ -61,7 +61,7 @@ class HMTCase:
 
     folder: Path
     sizes: Mapping[str, int]
-    backbone: Mapping[str, JsonValue]
+    backbone: Mapping[str, Any]
     weights: Mapping[str, Tensor]
     steps: Sequence[Step] = field(factory=tuple)
 

@@ -139,7 +139,7 @@ class HMTMechanism(MemoryMechanism):
         return rows * self.config.chunk_tokens
 
     def reserve(self, layout: StoreLayout) -> int:
-        return 4 * cast("int", self.options.sensory_tokens)
+        return 4 * self.options.sensory_tokens
 
     def new_state(self, layout: StoreLayout, columns: Columns | None = None) -> HMTState:
         return HMTState.empty()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from attrs import define, evolve, field
@@ -16,6 +16,7 @@ from mplus.training.objectives.base import Objective, ObjectiveResult
 from mplus.training.objectives.full_memory import full_read, write
 from mplus_hmt.mechanism import HMTMechanism
 from mplus_hmt.recall import retrieval_loss, side_by_side_lists
+from mplus_hmt.state import HMTState
 
 if TYPE_CHECKING:
     from mplus.mechanisms.streams import TrainingStreams
@@ -70,7 +71,8 @@ class HMTSegments(Objective):
         if not isinstance(mechanism, HMTMechanism) or not isinstance(streams, SeparateStreams):
             raise ConfigError(f"the objective 'hmt' trains the mechanism 'hmt', and this one is {mechanism.name!r}")
         streams.detach()
-        streams.states = [evolve(state, newest_only=not self.options.recall) for state in streams.states]
+        states = cast("list[HMTState]", streams.states)
+        streams.states = [evolve(state, newest_only=not self.options.recall) for state in states]
         write(streams, batch)
         found = full_read(decoder, streams, batch, None)
         if not (self.options.recall and self.options.retrieval_loss):

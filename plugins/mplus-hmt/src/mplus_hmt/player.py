@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import mplus
-from mplus.interop.golden import CaseReport, TracePlayer
+from mplus.interop.golden import TracePlayer
+from mplus.interop.report import CaseReport, ErrorScale
 from mplus.training.decoder import make_streams
 from mplus_hmt.case import HMTCase, Step, published_name
 from mplus_hmt.mechanism import HMTMechanism
@@ -25,7 +26,7 @@ RETRIEVAL_WEIGHT = 0.05
 
 
 class HMTPlayer(TracePlayer):
-    """Plays a case of HMT. An error is relative to the largest number of a tensor, at least 1.
+    """Plays a case of HMT.
 
     Segments of a forward are read (their logits) and then written (their memory vector), and the memory is saved and
     loaded once on the way; with gradients, streams of training do the same. Only texts with padding, which cannot be
@@ -34,6 +35,7 @@ class HMTPlayer(TracePlayer):
 
     tolerance: ClassVar[float] = 1e-5
     tolerances: ClassVar[Mapping[str, float]] = {"recall in bfloat16": 3e-2}
+    error_scale: ClassVar[ErrorScale] = "tensor"
     quantities = (
         "topic summary",
         "recall scores",
@@ -236,9 +238,8 @@ class Compared:
         return Compared(self.report, f"{self.where}, {place}")
 
     def near(self, quantity: str, ours: Tensor, recorded: Tensor) -> None:
-        """Note the largest difference, relative to the largest recorded number, at least 1."""
-        scale = max(1.0, float(recorded.abs().max())) if recorded.numel() else 1.0
-        self.report.measure(quantity, self.where, ours.double() / scale, recorded.double() / scale)
+        """Note the largest difference of two tensors."""
+        self.report.measure(quantity, self.where, ours, recorded)
 
     def recall(self, recalled: Recalled, recorded: Mapping[str, Any]) -> None:
         """Compare a recall with what a segment recorded of it."""

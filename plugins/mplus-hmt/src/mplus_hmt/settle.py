@@ -32,8 +32,8 @@ def settled(config: MPlusConfig, room: int | None, sensory_tokens: int) -> MPlus
     Raises:
         ConfigError: a field is set that means nothing to HMT, or a size is too small.
     """
-    for name, (left_out, why) in UNUSED.items():
-        if getattr(config, name) not in left_out:
+    for name, (values, why) in UNUSED.items():
+        if getattr(config, name) not in values:
             raise ConfigError(
                 f"{name} means nothing to the mechanism 'hmt' ({why}), got {getattr(config, name)!r}: leave it out"
             )
@@ -50,11 +50,11 @@ def settled(config: MPlusConfig, room: int | None, sensory_tokens: int) -> MPlus
         raise ConfigError(
             "long_term_tokens must be at least 1 with the mechanism 'hmt', which keeps vectors there, got 0"
         )
-    left_out = config.min_chunk_tokens in (None, shortest_chunk(chunk))
+    shortest = 1 if config.min_chunk_tokens in (None, shortest_chunk(chunk)) else config.min_chunk_tokens
     return evolve(
         config,
         chunk_tokens=chunk,
-        min_chunk_tokens=1 if left_out else config.min_chunk_tokens,  # the last segment is as short as it is
+        min_chunk_tokens=shortest,  # left out: the last segment is as short as it is
         memory_tokens_per_chunk=1,
         retrieved_tokens=0,
         long_term_tokens=listed,
