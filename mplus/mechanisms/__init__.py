@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from mplus.mechanisms.opened import Insertion, Opened, Retrieved, TextCache, TokenTensors
     from mplus.mechanisms.root import Absorbed, Columns, Mechanism
     from mplus.mechanisms.streams import LayerRead, Read, TrainingStreams
-    from mplus.mechanisms.text.mechanism import Ask, Recalled, TextMechanism, TokenBudget
+    from mplus.mechanisms.text.asking import Ask
+    from mplus.mechanisms.text.mechanism import Recalled, TextMechanism, TokenBudget
     from mplus.mechanisms.text.state import Entry, EntryState
+    from mplus.mechanisms.text.vectors import TextVectors, vectors_name
     from mplus.memory.state import StreamState, StreamView
     from mplus.memory.writing.update import Update, WriteContext
     from mplus.retrievers.base import Retriever, RetrieverShape
@@ -82,6 +84,7 @@ __all__ = [
     "Text",
     "TextCache",
     "TextMechanism",
+    "TextVectors",
     "TokenBudget",
     "TokenTensors",
     "TrainingStreams",
@@ -94,6 +97,7 @@ __all__ = [
     "one_of",
     "options_of",
     "side_by_side",
+    "vectors_name",
     "whole",
 ]
 
@@ -133,8 +137,10 @@ __getattr__, __dir__ = lazy_exports(
         "mplus.mechanisms.opened": ("Insertion", "Opened", "Retrieved", "TextCache", "TokenTensors"),
         "mplus.mechanisms.root": ("Absorbed", "Columns", "Mechanism"),
         "mplus.mechanisms.streams": ("LayerRead", "Read", "TrainingStreams"),
-        "mplus.mechanisms.text.mechanism": ("Ask", "Recalled", "TextMechanism", "TokenBudget"),
+        "mplus.mechanisms.text.asking": ("Ask",),
+        "mplus.mechanisms.text.mechanism": ("Recalled", "TextMechanism", "TokenBudget"),
         "mplus.mechanisms.text.state": ("Entry", "EntryState"),
+        "mplus.mechanisms.text.vectors": ("TextVectors", "vectors_name"),
         "mplus.memory.state": ("StreamState", "StreamView"),
         "mplus.memory.writing.update": ("Update", "WriteContext"),
         "mplus.retrievers.base": ("Retriever", "RetrieverShape"),

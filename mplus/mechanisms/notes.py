@@ -13,7 +13,8 @@ from torch import Tensor
 from mplus.config import JsonValue, MPlusConfig, number, one_of, whole
 from mplus.errors import ConfigError
 from mplus.mechanisms.search import choose
-from mplus.mechanisms.text.mechanism import Ask, Recalled, TextMechanism, TokenBudget
+from mplus.mechanisms.text.asking import Ask
+from mplus.mechanisms.text.mechanism import Recalled, TextMechanism, TokenBudget
 from mplus.mechanisms.text.state import Entry, EntryState
 from mplus.memory.sources.found import FoundText
 from mplus.memory.state import StreamView

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from attrs import define, field
+from attrs import define
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
@@ -14,6 +15,8 @@ from mplus.hf.model.modes import in_eval_mode
 from mplus.hf.model.offloading import input_device
 from mplus.hf.model.sizes import known_positions
 from mplus.hf.reading.generating import generate_in
+from mplus.hf.text.decoding import Trie, chosen, late
+from mplus.hf.text.encoding import encoded
 
 
 class Contains(StoppingCriteria):
@@ -36,53 +39,6 @@ class Contains(StoppingCriteria):
         return torch.tensor(found, dtype=torch.bool, device=input_ids.device)
 
 
-def encoded(tokenizer: PreTrainedTokenizerBase, text: str, *, inside: bool) -> list[int]:
-    """Return the tokens of a piece of text, without special ones.
-
-    Args:
-        tokenizer: of the text.
-        text: any.
-        inside: it stands behind other text, so that no space is put in front of it, as some tokenizers do.
-    """
-    if not text:
-        return []
-    pieces = [ANCHOR, ANCHOR + text] if inside else [text]
-    *before, found = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
-    if not before:
-        return list(found)
-    (anchor,) = before
-    if found[: len(anchor)] != anchor:  # it joins with what follows
-        return encoded(tokenizer, text, inside=False)
-    return list(found[len(anchor) :])
-
-
-ANCHOR = "\n"
-"""Stands in front of a piece of text while it is turned into tokens."""
-
-
-@define(frozen=True)
-class Trie:
-    """Choices as rows of tokens that may have beginnings in common.
-
-    Attributes:
-        choice: that ends here; None: none.
-        next: what follows, by token.
-    """
-
-    choice: str | None = None
-    next: dict[int, Trie] = field(factory=dict)
-
-    @staticmethod
-    def of(choices: Sequence[tuple[str, Sequence[int]]]) -> Trie:
-        """Return the trie of choices, each with its tokens."""
-        ended = [choice for choice, ids in choices if not ids]
-        by_first: dict[int, list[tuple[str, Sequence[int]]]] = {}
-        for choice, ids in choices:
-            if ids:
-                by_first.setdefault(ids[0], []).append((choice, ids[1:]))
-        return Trie(ended[0] if ended else None, {first: Trie.of(rest) for first, rest in by_first.items()})
-
-
 def ask(
     model: PreTrainedModel,
     base: type[PreTrainedModel],
@@ -91,6 +47,7 @@ def ask(
     tokens: int,
     stop: Sequence[str] = (),
     choices: Sequence[str] = (),
+    patience: int = 1,
 ) -> str:
     """Return what the decoder puts behind a prompt; see ``mplus.mechanisms.decoder.Decoder.ask``.
 
@@ -98,6 +55,7 @@ def ask(
         model: the wrapped decoder.
         base: its class before it was wrapped.
         tokenizer, prompt, tokens, stop, choices: as there.
+        patience: see ``mplus.mechanisms.text.asking.Ask``.
     """
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=input_device(model))
     choice_ids = [(choice, encoded(tokenizer, choice, inside=True)) for choice in choices]
@@ -111,11 +69,12 @@ def ask(
             f"{ids.shape[1]:,} tokens and {longest:,} to come: ask for less, or with a shorter prompt"
         )
     with torch.no_grad(), in_eval_mode(model):
+        forward = partial(generate_in, model, None, base.forward, model)
         if choices:
-            return _chosen(
-                lambda row: generate_in(model, None, base.forward, model, input_ids=row).logits[0, -1],
-                ids, Trie.of(choice_ids), tokenizer.eos_token_id,
-            )  # fmt: skip
+            return chosen(forward, ids, Trie.of(choice_ids), tokenizer.eos_token_id)
+        if stop and patience > 1:
+            most = tokens if positions is None else min(tokens, positions - ids.shape[1])
+            return late(forward, tokenizer, ids, most, stop[0], patience)
         criteria = [Contains(tokenizer, stop, ids.shape[1])] if stop else []
         generate: Callable[..., Tensor] = base.generate  # type: ignore[attr-defined]
         found = generate_in(
@@ -127,20 +86,74 @@ def ask(
     return answer[: min((at for mark in stop if (at := answer.find(mark)) >= 0), default=len(answer))]
 
 
-def _chosen(logits_of: Callable[[Tensor], Tensor], ids: Tensor, trie: Trie, end: int | None) -> str:
-    """Return the choice that greedy decoding among the tokens of ``trie`` comes to; ``end`` stands for no more.
+def choose(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: Sequence[int], choices: Sequence[str]
+) -> str | None:
+    """Return the one of ``choices`` that greedy decoding puts behind a text; None where none fits behind it.
 
-    ``logits_of(ids)`` gives the logits ``[V]`` of what follows ``ids`` ``[1, T]``.
+    Args:
+        model: the wrapped decoder, read without memory.
+        tokenizer: of the text.
+        context: its tokens.
+        choices: each with at least one token.
     """
-    while trie.next:
-        able = list(trie.next)
-        if trie.choice is not None and end is None:
-            break
-        logits = logits_of(ids)
-        offered = torch.tensor([*able, end] if trie.choice is not None else able, device=logits.device)
-        best = int(logits[offered].argmax())
-        if best == len(able):
-            break
-        trie = trie.next[able[best]]
-        ids = torch.cat([ids, ids.new_tensor([[able[best]]])], 1)
-    return trie.choice or ""
+    base = type(model).__mplus_base__  # type: ignore[attr-defined]
+    choice_ids = [(choice, encoded(tokenizer, choice, inside=True)) for choice in choices]
+    positions = known_positions(model.config.get_text_config(decoder=True))
+    if positions is not None:
+        choice_ids = [(choice, found) for choice, found in choice_ids if len(context) + len(found) <= positions]
+    if not choice_ids:
+        return None
+    ids = torch.tensor([list(context)], device=input_device(model))
+    forward = partial(generate_in, model, None, base.forward, model)
+    with torch.no_grad(), in_eval_mode(model):
+        return chosen(forward, ids, Trie.of(choice_ids), tokenizer.eos_token_id)
+
+
+@define(frozen=True, eq=False)
+class Asking:
+    """The decoder of a model, asked without memory; see ``mplus.mechanisms.text.asking.Ask``.
+
+    Attributes:
+        model: the wrapped decoder.
+        tokenizer: turns texts into ids and back.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(
+        self, prompt: str, tokens: int, stop: Sequence[str] = (), choices: Sequence[str] = (), patience: int = 1
+    ) -> str:
+        """Return what greedy decoding puts behind a prompt."""
+        base = type(self.model).__mplus_base__  # type: ignore[attr-defined]
+        return ask(self.model, base, self.tokenizer, prompt, tokens, stop, choices, patience)
+
+    def count(self, text: str) -> int:
+        """Return the tokens of a text, special ones left out."""
+        return len(encoded(self.tokenizer, text, inside=False))
+
+    def vectors(self, texts: Sequence[str], layer: int) -> Tensor:
+        """Return ``[n, d]``, the mean hidden states behind a layer; see ``Ask.vectors``."""
+        rows = [encoded(self.tokenizer, text, inside=False) for text in texts]
+        positions = known_positions(self.model.config.get_text_config(decoder=True))
+        for text, row in zip(texts, rows, strict=True):
+            if not row or (positions is not None and len(row) > positions):
+                raise InputError(
+                    f"a vector is made of a text of 1 to {positions or 'any number of'} tokens, got {len(row)} in "
+                    f"{text!r:.80}"
+                )
+        with torch.no_grad(), in_eval_mode(self.model):
+            return torch.stack([self._mean(row, layer) for row in rows])
+
+    def _mean(self, row: Sequence[int], layer: int) -> Tensor:
+        ids = torch.tensor([row], device=input_device(self.model))
+        if layer == 0:
+            embedded: Tensor = self.model.get_input_embeddings()(ids)
+            return embedded[0].mean(0).float().cpu()
+        forward = type(self.model).__mplus_base__.forward  # type: ignore[attr-defined]
+        output = generate_in(self.model, None, forward, self.model, input_ids=ids, output_hidden_states=True)
+        if layer >= len(output.hidden_states):
+            raise InputError(f"layer must be from 0 to {len(output.hidden_states) - 1}, got {layer}")
+        found: Tensor = output.hidden_states[layer][0]
+        return found.mean(0).float().cpu()

@@ -13,7 +13,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from mplus.errors import NotSupported
 from mplus.hf.model.sizes import known_positions
 from mplus.hf.reading.generation import GenerateCall
-from mplus.hf.text.ask import Contains, encoded
+from mplus.hf.text.ask import Contains, choose
+from mplus.hf.text.encoding import encoded
 from mplus.hf.text.engine import TextEngine
 from mplus.hf.text.reading import TextReading, check_recalled
 
@@ -65,6 +66,8 @@ class Continuation:
         settings: of the call that every piece gets anew: "logits_processor" and "stopping_criteria".
         visible: tokens of the visible text.
         banned: tokens that the next piece must not begin with: it would be the call that was just taken back.
+        answered: the call that was answered last; None: none was.
+        span: where it stands in ``context``, with its answer.
     """
 
     engine: TextEngine
@@ -76,6 +79,8 @@ class Continuation:
     settings: Mapping[str, Any]
     visible: list[int] = field(factory=list, init=False)
     banned: list[int] = field(factory=list, init=False)
+    answered: str | None = field(default=None, init=False)
+    span: slice = field(default=slice(0, 0), init=False)
 
     def run(self) -> list[int]:
         """Generate the text; return the tokens of what is visible of it."""
@@ -94,17 +99,55 @@ class Continuation:
             self.left -= len(head)
             if not calls_left or self.left < 1:
                 break
-            call = self._call([*self.context, *new], start + whole, opens)
-            self.context += head
-            answer = None if call is None else mechanism.answer(self.reading.states[self.row].entries(), call)
-            self.banned = []
-            if call is None or answer is None:
+            if not self._answer(new, head, whole):
+                self.context += head
                 self.banned = [new[whole], mark[0]]
-                continue
-            check_recalled(self.engine, "answer", answer)
-            self.reading.recalled[self.row].append(answer)
-            self.context += encoded(tokenizer, f"{opens}{call}{mechanism.closes}{answer.text}", inside=True)
         return self.visible
+
+    def _answer(self, new: list[int], head: list[int], whole: int) -> bool:
+        """Let a call be finished and put it with its answer into the context; return False where it is taken back.
+
+        Args:
+            new: what was generated last, with the mark of the call.
+            head: what stands in front of the mark.
+            whole: the token of ``new`` in which the mark begins.
+        """
+        mechanism, tokenizer = self.engine.mechanism, self.reading.tokenizer
+        entries, opens = self.reading.states[self.row].entries(), mechanism.opens or ""
+        base = list(self.context)
+        if not mechanism.keeps_calls:
+            del base[self.span]
+        choices = mechanism.calls(entries)
+        if choices:
+            call: str | None = self._chosen([*base, *head], choices)
+        else:
+            call = self._call([*base, *new], len(base) + whole, opens)
+        if call is None or (call == self.answered and not mechanism.repeats_calls):
+            return False
+        answer = mechanism.answer(entries, call, self.engine.asking(tokenizer))
+        if answer is None:
+            return False
+        check_recalled(self.engine, "answer", answer)
+        called = encoded(tokenizer, f"{opens}{call}{mechanism.closes}{answer.text}", inside=True)
+        base += head
+        if self.positions is not None and len(base) + len(called) >= self.positions:
+            return False
+        self.reading.recalled[self.row].append(answer)
+        self.context, self.answered, self.banned = [*base, *called], call, []
+        self.span = slice(len(base), len(self.context))
+        return True
+
+    @property
+    def positions(self) -> int | None:
+        """Positions of the decoder; None: there is no limit."""
+        return known_positions(self.engine.model.config.get_text_config(decoder=True))
+
+    def _chosen(self, context: list[int], choices: Sequence[str]) -> str | None:
+        """Return which of ``choices`` the decoder calls with behind a text; None where its positions are at an end."""
+        mechanism, tokenizer = self.engine.mechanism, self.reading.tokenizer
+        opened = [*context, *encoded(tokenizer, mechanism.opens or "", inside=True)]
+        found = choose(self.engine.model, tokenizer, opened, [choice + mechanism.closes for choice in choices])
+        return None if found is None else found.removesuffix(mechanism.closes)
 
     def _before(self, new: list[int], text: str, at: int) -> tuple[int, list[int]]:
         """Return how many tokens of ``new`` lie whole in ``text[:at]``, and the tokens of ``text[:at]``."""
@@ -136,12 +179,10 @@ class Continuation:
 
     def _generated(self, context: list[int], tokens: int, end: StoppingCriteria) -> list[int]:
         """Return what the decoder puts behind ``context``, until ``end``; () where its positions are at an end."""
-        model, device = self.engine.model, self.engine.device
-        positions = known_positions(model.config.get_text_config(decoder=True))
-        most = tokens if positions is None else min(tokens, positions - len(context))
+        most = tokens if self.positions is None else min(tokens, self.positions - len(context))
         if most < 1:
             return []
-        ids = torch.tensor([context], device=device)
+        ids = torch.tensor([context], device=self.engine.device)
         processors = [*(self.settings.get("logits_processor") or ()), _Without(self.banned, len(context))]
         criteria = [*(self.settings.get("stopping_criteria") or ()), end]
         found = self.generate(

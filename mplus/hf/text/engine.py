@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -15,8 +14,9 @@ from mplus.config import Component, JsonValue, MPlusConfig
 from mplus.errors import ConfigError, MemoryMismatchError, NotSupported
 from mplus.hf.model.offloading import input_device
 from mplus.hf.reading.open_readings import OpenReadings
-from mplus.hf.text.ask import ask
-from mplus.mechanisms.text.mechanism import ROWS, Ask, TextMechanism
+from mplus.hf.text.ask import Asking
+from mplus.mechanisms.text.asking import Ask
+from mplus.mechanisms.text.mechanism import ROWS, TextMechanism
 from mplus.mechanisms.text.state import EntryState
 from mplus.memory.sources.found import FoundText
 from mplus.memory.state import StreamState, StreamView
@@ -98,7 +98,7 @@ class TextEngine:
 
     def asking(self, tokenizer: PreTrainedTokenizerBase) -> Ask:
         """Return what asks the decoder through ``tokenizer``."""
-        return partial(ask, self.model, type(self.model).__mplus_base__, tokenizer)  # type: ignore[attr-defined]
+        return Asking(self.model, tokenizer)
 
     def check_wrapped(self) -> None:
         """Raise MemoryMismatchError when the decoder was unwrapped."""

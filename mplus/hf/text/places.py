@@ -10,7 +10,7 @@ from attrs import define
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mplus.hf.text.ask import encoded
+from mplus.hf.text.encoding import encoded
 
 FIRST, REPLY, SECOND = "mplusfirst", "mplusreply", "mplussecond"
 """Messages by which the opening of a user turn is found in a chat template."""

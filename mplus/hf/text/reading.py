@@ -15,7 +15,7 @@ from mplus.hf.model.sizes import known_positions
 from mplus.hf.reading.arguments import ReadArguments
 from mplus.hf.reading.caches import first_tokens
 from mplus.hf.reading.reading import RetrievedSource, one_per_row
-from mplus.hf.text.ask import encoded
+from mplus.hf.text.encoding import encoded
 from mplus.hf.text.engine import TextEngine
 from mplus.hf.text.places import Spliced, place_in
 from mplus.mechanisms.text.mechanism import Recalled, TokenBudget

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, cast
 
 from attrs import define, evolve
 
 from mplus.config import ADAPTERS, Component, MPlusConfig, shortest_chunk
 from mplus.errors import ConfigError
 from mplus.mechanisms.root import Absorbed, Columns, Mechanism
+from mplus.mechanisms.text.asking import Ask
 from mplus.mechanisms.text.state import Entry, EntryState
 from mplus.memory.state import StreamState
 from mplus.memory.writing.update import Fields, NewEntries, WriteContext
 from mplus.stores.base import StoreLayout
 
 UNUSED = {
-    "variant": ("paper",),
     "memory_tokens_per_chunk": (None, 1),
     "short_term_tokens": (None,),
     "retrieved_tokens": (None,),
@@ -37,13 +37,6 @@ UNUSED = {
 """Fields of a config that mean nothing to a memory of text, and the values they have when they are left out."""
 ROWS = StoreLayout(layers=1, hidden_size=0, keeps_hidden=False)
 """The layout of an entry's row, which has a birth and a source and nothing else."""
-
-
-class Ask(Protocol):
-    """The decoder itself, without memory, asked for a text."""
-
-    def __call__(self, prompt: str, tokens: int, stop: Sequence[str] = (), choices: Sequence[str] = ()) -> str:
-        """Return what greedy decoding puts behind ``prompt``; see ``mplus.mechanisms.decoder.Decoder.ask``."""
 
 
 @define(frozen=True, eq=False)
@@ -95,18 +88,24 @@ class TextMechanism(Mechanism):
         ...         return Recalled(entries[-1].fields[0], entries[-1:])
 
     Attributes:
+        variants: of a configuration that it knows.
         opens: text that begins a call in what the decoder generates; None: it makes no calls.
         closes: text that ends it.
         most_calls: calls in one generated text; with further ones the text ends.
         call_tokens: tokens of a call, ``closes`` included; a longer one is taken back.
+        keeps_calls: whether an earlier call and its answer stay in what the decoder sees when it makes another one.
+        repeats_calls: whether a call that equals the one answered last is answered; else it is taken back.
     """
 
+    variants: ClassVar[Sequence[str]] = ("paper",)
     State: ClassVar[type[StreamState]] = EntryState
     sizes: ClassVar[Mapping[str, int]] = {"chunk_tokens": 128}
     opens: ClassVar[str | None] = None
     closes: ClassVar[str] = ""
     most_calls: ClassVar[int] = 8
     call_tokens: ClassVar[int] = 64
+    keeps_calls: ClassVar[bool] = True
+    repeats_calls: ClassVar[bool] = True
 
     def __init__(self, config: MPlusConfig, options: Any) -> None:
         self.config = config
@@ -115,6 +114,11 @@ class TextMechanism(Mechanism):
     @classmethod
     def settle(cls, config: MPlusConfig, room: int | None) -> MPlusConfig:
         """Return ``config`` with the size of passages; refuse what is about rows."""
+        if config.variant not in cls.variants:
+            raise ConfigError(
+                f"variant must be {' or '.join(map(repr, cls.variants))} for the mechanism {cls.name!r}, got "
+                f"{config.variant!r}"
+            )
         for name, left_out in UNUSED.items():
             if getattr(config, name) not in left_out:
                 value = getattr(config, name)
@@ -170,12 +174,21 @@ class TextMechanism(Mechanism):
         """
         return Recalled()
 
-    def answer(self, entries: Sequence[Entry], call: str) -> Recalled | None:
+    def calls(self, entries: Sequence[Entry]) -> Sequence[str]:
+        """Return all that may stand in a call, one of which the decoder is held to; by default it may be anything.
+
+        Args:
+            entries: all of the stream, oldest first; at least one.
+        """
+        return ()
+
+    def answer(self, entries: Sequence[Entry], call: str, ask: Ask) -> Recalled | None:
         """Return the text that goes behind a finished call; None: the call is taken back.
 
         Args:
             entries: all of the stream, oldest first; at least one.
             call: what was generated between ``opens`` and ``closes``.
+            ask: the decoder.
         """
         return None
 

@@ -15,6 +15,7 @@ from mplus.errors import InputError
 from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.pretrained.shipped import load_tokenizer
 from mplus.hf.text.engine import TextEngine
+from mplus.mechanisms.text.asking import Ask
 from mplus.mechanisms.text.mechanism import Recalled, TextMechanism, TokenBudget
 from mplus.mechanisms.text.state import Entry, EntryState
 from mplus.memory.writing.chunking import WriteData
@@ -156,7 +157,7 @@ class TextMechanismConformance(MechanismLife):
         opens, closes, tokenizer = self.implementation.opens, self.implementation.closes, load_tokenizer()
         answered = []
 
-        def answer(mechanism: TextMechanism, entries: Sequence[Entry], call: str) -> Recalled:
+        def answer(mechanism: TextMechanism, entries: Sequence[Entry], call: str, ask: Ask) -> Recalled:
             answered.append(call)
             assert len(answered) <= MOST_CALLS, "the calls are endless"
             return Recalled(" yes", tuple(entries[:1]))

@@ -28,7 +28,7 @@ class Triples(TextMechanism):
         found = [tuple(line.split("|")) for line in passage.splitlines()]
         return [one for one in dict.fromkeys(found) if len(one) == 3 and one not in known]
 
-    def answer(self, entries: Sequence[Entry], call: str) -> Recalled | None:
+    def answer(self, entries: Sequence[Entry], call: str, ask: Ask) -> Recalled | None:
         asked = tuple(call.split("|"))
         found = [entry for entry in entries if entry.fields[:2] == asked]
         return Recalled(f" {found[-1].fields[2]}.", (found[-1],)) if found else None

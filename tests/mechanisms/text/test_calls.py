@@ -9,7 +9,8 @@ import torch
 from transformers import TextStreamer
 
 from mplus.errors import InputError, MechanismError, NotSupported
-from mplus.hf.text.ask import Trie, encoded
+from mplus.hf.text.decoding import Trie
+from mplus.hf.text.encoding import encoded
 from mplus.mechanisms import MECHANISMS, Recalled
 from mplus.testing.mechanisms import TextMechanismConformance
 from tests.mechanisms.text.decoders import KEY, ids_of, mamba, noted, prompt, tokenizer, with_notes, wrapped
@@ -131,7 +132,7 @@ class TestAnswers:
             Recalled("room 12", ("Ada",)),
             Recalled("x", memory.states[0].entries()[:1], (1.0, 2.0)),
         ):
-            monkeypatch.setattr(Triples, "answer", lambda self, entries, call, wrong=wrong: wrong)
+            monkeypatch.setattr(Triples, "answer", lambda self, entries, call, ask, wrong=wrong: wrong)
             with pytest.raises(MechanismError, match="'triples': answer must return a"):
                 said(model, "[find Ada|office]", memory)
 
@@ -142,7 +143,78 @@ class TestAnswers:
                 model.generate(prompt(), memory=memory, max_new_tokens=2, pad_token_id=0, **{name: value})
 
 
+class TestWaysOfCalling:
+    def test_the_last_call_leaves_when_another_is_made(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Triples, "keeps_calls", False)
+        found, seen, out = said(model, "1[find Ada|office]2[find Ben|office]3", noted(model, LIST))
+        assert found == "123</s>"
+        assert seen.endswith("12[find Ben|office] room 3.3")
+        assert len(out.memory_sources[0][0]) == 2
+        found, seen, _ = said(model, "1[find Ada|office]2[find Eve|office]3", noted(model, LIST))
+        assert found == "123</s>"
+        assert seen.endswith("1[find Ada|office] room 12.23"), "a call that is taken back drives out no other"
+
+    def test_the_same_call_is_taken_back(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Triples, "repeats_calls", False)
+        found, seen, out = said(model, "1[find Ada|office]2[find Ada|office]3", noted(model, LIST))
+        assert found == "123</s>"
+        assert seen.endswith("1[find Ada|office] room 12.23")
+        assert len(out.memory_sources[0][0]) == 1
+
+    def test_a_call_may_be_held_to_what_is_stored(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        def calls(self: Triples, entries: Any) -> list[str]:
+            return ["|".join(entry.fields[:2]) for entry in entries]
+
+        monkeypatch.setattr(Triples, "calls", calls)
+        found, seen, out = said(model, "1[find 2", noted(model, LIST))
+        assert found == "12</s>"
+        call = seen.partition("[find ")[2].partition("]")[0]
+        assert call in {"Ada|office", "Ben|office"}
+        assert len(out.memory_sources[0][0]) == 1
+        limited = model.config.model_type == "llama"
+        for possible, answers in ((["long " * 600, "Ada|office"], 1), (["long " * 600], 0)):
+            if limited or answers:
+                monkeypatch.setattr(Triples, "calls", lambda self, entries, possible=possible: possible)
+                found, _, out = said(model, "1[find 2", noted(model, LIST))
+                assert found == "12</s>"
+                assert not limited or len(out.memory_sources[0][0]) == answers, "for one there are no positions"
+
+    def test_an_answer_that_does_not_fit_is_taken_back(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        entries = noted(model, LIST).states[0].entries()
+        long = Recalled(" room" * 600, entries[:1])
+        monkeypatch.setattr(Triples, "answer", lambda self, entries, call, ask: long)
+        found, seen, out = said(model, "1[find Ada|office]2", noted(model, LIST))
+        assert found.startswith("12")
+        fits = model.config.model_type == "mamba"
+        assert (seen.count(" room") > 1, bool(out.memory_sources[0][0])) == (fits, fits)
+
+
 class TestAsk:
+    def test_late_stopping_ends_at_the_best_place(self) -> None:
+        ask = with_notes().mplus_engine.asking(tokenizer())
+        whole = ask("Once upon a time", 40)
+        assert ask("Once upon a time", 40, stop=["."], patience=1) == whole.partition(".")[0]
+        late = ask("Once upon a time", 40, stop=["."], patience=3)
+        assert "." not in late
+        assert late.startswith(whole.partition(".")[0])
+        assert ask("Once upon a time", 4, stop=["xyz"], patience=3) == ask("Once upon a time", 4)
+
+    def test_vectors_are_mean_hidden_states(self) -> None:
+        model = with_notes()
+        ask = model.mplus_engine.asking(tokenizer())
+        ids = torch.tensor([ids_of("a cat", special=False)])
+        with torch.no_grad():
+            states = model(ids, output_hidden_states=True).hidden_states
+        for layer in (0, 2):
+            [found] = ask.vectors(["a cat"], layer)
+            assert torch.allclose(found.double(), states[layer][0].mean(0), atol=1e-6)
+        for texts, layer, message in ((["", "a"], 0, "1 to 512 tokens, got 0"), (["a"], 99, "layer must be from 0 to")):
+            with pytest.raises(InputError, match=message):
+                ask.vectors(texts, layer)
+        with pytest.raises(InputError, match="1 to 512 tokens, got"):
+            ask.vectors(["a cat " * 600], 1)
+        assert ask.count("a cat") == ids.shape[1]
+
     def test_it_is_greedy_decoding_without_memory(self) -> None:
         model = with_notes()
         ask = model.mplus_engine.asking(tokenizer())
