@@ -114,12 +114,7 @@ class TextMechanism(Mechanism):
     @classmethod
     def settle(cls, config: MPlusConfig, room: int | None) -> MPlusConfig:
         """Return ``config`` with the size of passages; refuse what is about rows."""
-        if config.variant not in cls.variants:
-            raise ConfigError(
-                f"variant must be {' or '.join(map(repr, cls.variants))} for the mechanism {cls.name!r}, got "
-                f"{config.variant!r}"
-            )
-        for name, left_out in UNUSED.items():
+        for name, left_out in {"variant": cls.variants, **UNUSED}.items():
             if getattr(config, name) not in left_out:
                 value = getattr(config, name)
                 plain = value.plain() if isinstance(value, Component) else value
