@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mplus.config import must_be
-from mplus.errors import MissingDependencyError
 from mplus.mechanisms.text.asking import Ask
+from mplus.retrievers.chunks.dense import encoder_class
 
 WIDTH = 1024
 """Numbers of a vector of n-grams."""
@@ -81,15 +81,7 @@ class TextVectors:
 
     def _encoded(self, texts: Sequence[str]) -> Tensor:
         if self._encoder is None:
-            try:
-                import sentence_transformers
-            except ImportError as error:
-                raise MissingDependencyError(
-                    f"vectors = {self.source!r} needs the package 'sentence_transformers', which is not installed: "
-                    "pip install 'mplus[dense]'",
-                    name="sentence_transformers",
-                ) from error
-            self._encoder = sentence_transformers.SentenceTransformer(self.source.removeprefix("encoder:"))
+            self._encoder = encoder_class(f"vectors = {self.source!r}")(self.source.removeprefix("encoder:"))
         found: Tensor = self._encoder.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
         return found.cpu()
 

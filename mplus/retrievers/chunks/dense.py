@@ -51,15 +51,7 @@ class DenseRetriever(ChunkRetriever):
 
     def __init__(self, options: Options | None = None) -> None:
         super().__init__(options)
-        try:
-            import sentence_transformers
-        except ImportError as error:
-            raise MissingDependencyError(
-                "chunk retriever 'dense' needs the package 'sentence_transformers', which is not installed: "
-                "pip install 'mplus[dense]'",
-                name="sentence_transformers",
-            ) from error
-        self._load = sentence_transformers.SentenceTransformer
+        self._load = encoder_class("chunk retriever 'dense'")
 
     @cached_property
     def encoder(self) -> Any:
@@ -108,3 +100,15 @@ class DenseRetriever(ChunkRetriever):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.options,)  # the encoder is loaded again
+
+
+def encoder_class(user: str) -> Any:
+    """Return ``SentenceTransformer``. Raises MissingDependencyError: it is not installed, which ``user`` needs."""
+    try:
+        import sentence_transformers
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{user} needs the package 'sentence_transformers', which is not installed: pip install 'mplus[dense]'",
+            name="sentence_transformers",
+        ) from error
+    return sentence_transformers.SentenceTransformer

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import pickle
+import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 import mplus
-from mplus.errors import ConfigError
+from mplus.errors import ConfigError, MissingDependencyError
 from mplus.mechanisms.notes import NotesMechanism
 from mplus.mechanisms.text.mechanism import TextMechanism
 from mplus.mechanisms.text.stopping import LateStopping
@@ -53,6 +55,25 @@ def test_each_text_is_computed_once_and_only_some_are_kept() -> None:
     vectors.of(["a"], layers)
     assert layers.asked.count("a") == 2, "what was not compared for a while is let go"
     assert pickle.loads(pickle.dumps(vectors)).source == "hidden:3"
+
+
+def test_an_encoder_is_loaded_once_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Encoder:
+        def __init__(self, name: str) -> None:
+            loaded.append(name)
+
+        def encode(self, texts: list[str], **options: Any) -> torch.Tensor:
+            return torch.tensor([[3.0 * len(text), 4.0 * len(text)] for text in texts])
+
+    loaded: list[str] = []
+    monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Encoder))
+    vectors = TextVectors("encoder:mine")
+    assert torch.allclose(vectors.of(["a", "bb"], None), torch.tensor([[0.6, 0.8], [0.6, 0.8]]))
+    vectors.of(["c"], None)
+    assert loaded == ["mine"]
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(MissingDependencyError, match="vectors = 'encoder:mine' needs the package 'sentence_tra"):
+        TextVectors("encoder:mine").of(["a"], None)
 
 
 @pytest.mark.parametrize("wrong", ["", "words", "hidden:", "hidden:01", "hidden:-1", "encoder:", 3, None])
