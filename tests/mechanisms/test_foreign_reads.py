@@ -144,3 +144,20 @@ def test_a_prefix_of_the_wrong_type_is_named(model: Any, wrong: Any, monkeypatch
         logits(model, tiny.prompts(1), memory)
     monkeypatch.undo()
     assert torch.isfinite(logits(model, tiny.prompts(1), memory)).all()
+
+
+def test_a_mechanism_is_told_whether_a_generation_goes_on_behind_a_text(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only then is none of its tokens to be predicted, so that all of them may say what they read."""
+    own, told = GistMechanism.open, []
+
+    def opened(mechanism: Any, decoder: Any, views: Any, text: Any) -> Any:
+        told.append(text.prompt)
+        return own(mechanism, decoder, views, text)
+
+    monkeypatch.setattr(GistMechanism, "open", opened)
+    memory, ids = written(model), tiny.ids(6, 9)[None]
+    logits(model, ids, memory)
+    model.generate(ids, memory=memory, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    assert told == [False, True]

@@ -40,7 +40,7 @@ from mplus.mechanisms.opened import Opened, Retrieved
 from mplus.mechanisms.root import Absorbed, Columns
 from mplus.memory.sources.found import FoundText
 from mplus.memory.state import StreamState, StreamView
-from mplus.memory.writing.update import Update, WriteContext
+from mplus.memory.writing.update import Update, WriteContext, check_finite
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreLayout
 from mplus_memlong.encoders import HiddenStates, SentenceEncoder, TextEncoder
@@ -164,6 +164,8 @@ class MemLongMechanism(MemoryMechanism):
             self.encoder.groups(own.split(self.group_tokens), hidden, text.tokenizer)
             for own, hidden in zip(ids, inputs, strict=True)
         ]
+        for key in keys:
+            check_finite(key, "in the embedding of a group's text")
         rows = decoder.project(layer, inputs).to(self.dtype or inputs.dtype)
         return Update((), (rows,), beside=tuple({"group_key": key} for key in keys))
 
@@ -185,9 +187,12 @@ class MemLongMechanism(MemoryMechanism):
 
     def _recalled(self, state: MemLongState, keys: Tensor) -> Sequence[Tensor]:
         """Return for each new key ``[g, v]`` the times of the groups that it finds, of those that there were before."""
-        if self.options.evict != "counters" or not state.groups:
+        if not state.groups:
             return [state.group_time[:0]] * len(keys)
-        scores = self._compared(keys, state) @ state.group_key.T
+        compared = self._compared(keys, state)
+        if self.options.evict != "counters":
+            return [state.group_time[:0]] * len(keys)
+        scores = compared @ state.group_key.T
         best = scores.topk(min(self.most_groups, state.groups)).indices.sort().values
         return list(state.group_time[best])
 
@@ -207,10 +212,10 @@ class MemLongMechanism(MemoryMechanism):
         for view in views:
             self._check(view)
         chosen = self._chosen(views, self._queries(decoder, views, text))
-        counts = [state_of(view).group_length[one.groups].sum() for view, one in zip(views, chosen, strict=True)]
-        offset = torch.ones(len(views), dtype=torch.int64)
-        if self.options.positions != "zero":
-            offset = torch.stack(counts)
+        lengths = [state_of(view).group_length[one.groups].sum() for view, one in zip(views, chosen, strict=True)]
+        offset = torch.stack(lengths)
+        if self.options.positions == "zero":
+            offset = offset.clamp(max=1)  # a text that reads nothing stays where it is
         read = self._read(decoder, views, chosen, offset)
         return Opened(views, own=read, text_offset=None if self.additions.learned_positions else offset)
 

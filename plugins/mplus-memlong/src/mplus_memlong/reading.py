@@ -138,6 +138,9 @@ def attend_gated(gate: Tensor, request: AttentionRequest, compute: Compute) -> A
         compute: attends as usual.
     """
     share = gate.sigmoid().to(request.queries)[:, None, None]
+    (segment,) = request.segments
+    if segment.lengths is not None:  # a text that reads nothing is left alone
+        share = share.masked_fill((segment.lengths == 0)[:, None, None, None], 0)
     queries = torch.cat([request.queries * share, request.queries * (1 - share)], -1)
     width = request.queries.shape[-1]
     pad = nn.functional.pad
