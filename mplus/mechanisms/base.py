@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from mplus.backends.base import Segment
 from mplus.config import MPlusConfig
-from mplus.errors import ConfigError, InputError
+from mplus.errors import ConfigError
 from mplus.mechanisms.decoder import (
     Attended,
     Collected,
@@ -24,29 +23,26 @@ from mplus.mechanisms.decoder import (
     Project,
     Text,
 )
+from mplus.mechanisms.indexed import IndexedMechanism
 from mplus.mechanisms.opened import Opened, Retrieved, TextCache
-from mplus.mechanisms.root import Absorbed, Columns, Mechanism
+from mplus.mechanisms.root import Absorbed, Columns
 from mplus.mechanisms.streams import TrainingStreams
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.update import Update, WriteContext
 from mplus.registry import Registry
 from mplus.retrievers import RETRIEVERS
-from mplus.retrievers.base import Retriever
 from mplus.rows import MemoryRows
-from mplus.stores.base import MemoryStore, StoreLayout, StoreView
-
-logger = logging.getLogger(__name__)
+from mplus.stores.base import StoreLayout, StoreView
 
 Kept = Literal["projected", "hidden", "both"]
 """What a memory keeps of a row: see ``MPlusConfig.memory_rows``."""
 
 
-class MemoryMechanism(Mechanism):
+class MemoryMechanism(IndexedMechanism):
     """The rules of one memory. Holds no state of any memory; built as ``Mechanism(config, additions, options)``.
 
     Attributes:
         additions: the module that ``build`` made: its own parameters.
-        retriever: the module of that name among these, if there is one, which brings rows back.
         retrievers: the kind of retriever that ``MPlusConfig.retriever`` names.
         uses_retriever: whether ``build`` makes a retriever where there is long-term memory.
         empty_is_base: whether a new memory leaves the decoder as it is, bit for bit; checked when a decoder is wrapped.
@@ -87,7 +83,7 @@ class MemoryMechanism(Mechanism):
         self.config = config
         self.additions = additions
         self.options = options
-        self.retriever: Retriever | None = getattr(additions, "retriever", None)
+        self.retriever = getattr(additions, "retriever", None)
 
     def start_from(self, pool: Tensor) -> None:
         """Let every new memory start from ``pool`` ``[L, N, d]``, rows that came with a checkpoint.
@@ -221,25 +217,6 @@ class MemoryMechanism(Mechanism):
         absorbed = self.absorb(state, update, source, evolve(context, ids=ids[0]))
         return StreamView(absorbed.state, context.store.snapshot())
 
-    def sync_index(self, store: MemoryStore) -> None:
-        """Rows were removed from ``store`` for good: let go of what a retriever keeps of them."""
-        if self.retriever is not None:
-            self.retriever.sync_index(store)
-
-    def index_tensors(self, store: StoreView) -> list[dict[str, Tensor]]:
-        """Per layer, what the retriever's index of these rows can be made of again; {} where there is none."""
-        retriever, layers = self.retriever, range(store.layout.layers)
-        return [{} if retriever is None else retriever.index_tensors(layer, store) for layer in layers]
-
-    def load_index(self, store: StoreView, tensors: Sequence[Mapping[str, Tensor]]) -> None:
-        """Let the retriever take over what ``index_tensors`` gave for these rows, or make its index anew."""
-        for layer, found in enumerate(tensors):
-            if self.retriever is not None and found:
-                try:
-                    self.retriever.load_index(layer, store, found)
-                except InputError as error:
-                    logger.info("the saved index of layer %d is not used, a new one will be made: %s", layer, error)
-
     def retrieve(self, layer: int, hidden: Tensor, mask: Tensor, views: Sequence[StreamView]) -> list[Retrieved | None]:
         """Long-term rows for each batch row, oldest first; None where there is no long-term memory.
 
@@ -367,6 +344,13 @@ class MemoryMechanism(Mechanism):
     @abstractmethod
     def prefix_rows(self, view: StreamView) -> int:
         """Return how many rows a read puts in front of the text, in the layer that has most."""
+
+    def attended_rows(self, view: StreamView) -> int:
+        """Return how many tokens of memory a token of the text attends to, in the layer that sees most: for reports.
+
+        By default the rows in front of the text; a mechanism that reads in ``finish`` puts none there.
+        """
+        return self.prefix_rows(view)
 
     def streams(
         self,

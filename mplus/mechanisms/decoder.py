@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from attrs import define, field
@@ -14,7 +14,10 @@ from mplus.errors import InputError
 from mplus.mechanisms.opened import Insertion
 from mplus.memory.writing.chunking import Tokenizer
 
-Collected = Literal["inputs", "outputs", "projected", "hidden", "logits"]
+if TYPE_CHECKING:
+    from mplus.mechanisms.copied_layers import Copies, LayerCall
+
+Collected = Literal["inputs", "outputs", "projected", "hidden", "calls", "logits"]
 """What ``Decoder.run`` can bring back of a pass besides the final hidden state."""
 Adapter = Literal["write", "read"]
 """Which of the LoRA adapters a pass runs with."""
@@ -97,6 +100,7 @@ class DecoderShape:
         begin_inputs: ``[L, 1, d]``, the same, in every layer what it does receive.
         first_token: that begins a text: BOS, else EOS; None: there is neither.
         embedding_std: standard deviation of the numbers in token embeddings, of which some are looked at.
+        copies: makes copies of layers, for a network beside the decoder; None: this is no shape of a real decoder.
     """
 
     layers: int
@@ -117,6 +121,7 @@ class DecoderShape:
     begin_inputs: Tensor
     first_token: int | None = None
     embedding_std: float = 1.0
+    copies: Copies | None = field(default=None, repr=False)
 
 
 @define(frozen=True, eq=False)
@@ -175,6 +180,7 @@ class PassResult:
         projected: of each such layer ``[B, T, Hkv (D + Dv)]``: keys of its inputs, not rotated, and behind them values.
         hidden_states: depth + 1 times ``[B, T, d]``: what the first layer receives, and what each layer gives; the last
             one before the final norm.
+        calls: depth times, how the decoder called the layer; for ``CopiedLayer``.
         logits: ``[B, T, V]``.
         text: of a read (``finish``): all text so far ``[B, S]``, whose last T tokens are those of this pass.
 
@@ -186,6 +192,7 @@ class PassResult:
     outputs: tuple[Tensor, ...] = ()
     projected: tuple[Tensor, ...] = ()
     hidden_states: tuple[Tensor, ...] = field(factory=tuple)
+    calls: tuple[LayerCall, ...] = ()
     logits: Tensor | None = None
     text: Text | None = None
 

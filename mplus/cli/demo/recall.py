@@ -223,7 +223,7 @@ def run(
             chunks=facts + distraction,
             tokens=(facts + distraction) * config.chunk_tokens,
             long_term_rows=memory.stores[0].count(0),
-            attended=model.mplus_engine.mechanism.prefix_rows(memory.snapshot()[0]) + 4,
+            attended=model.mplus_engine.mechanism.attended_rows(memory.snapshot()[0]) + 4,
             asked=asked,
             curves=curves,
             seed=seed,

@@ -207,7 +207,7 @@ class GeneratedAnswers(Execution[MemoryMoment, Way]):
         made = answers(self.model, self.tokenizer, prompts, self.generation, streams)
         found = []
         for row, (view, prompt) in enumerate(zip(streams.snapshot(), prompts, strict=True)):
-            attended = mechanism.prefix_rows(view) + len(prompt) if self._of_rows else None
+            attended = mechanism.attended_rows(view) + len(prompt) if self._of_rows else None
             found.append(self.judged(due[row], made[row].text, state_bytes(streams, row, way), attended, made[row]))
         return found
 

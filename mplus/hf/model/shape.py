@@ -13,7 +13,9 @@ from mplus.errors import NotSupported
 from mplus.hf.model.modes import in_eval_mode
 from mplus.hf.model.offloading import input_device
 from mplus.hf.model.sizes import known_positions
+from mplus.hf.retrofit.copied_layers import DecoderCopies
 from mplus.hf.retrofit.discovery import Anatomy
+from mplus.hf.retrofit.hooks import Retrofit
 from mplus.mechanisms.decoder import DecoderShape
 
 SOME = 4096
@@ -37,8 +39,9 @@ def first_token(decoder: nn.Module) -> int | None:
     return None
 
 
-def decoder_shape(decoder: PreTrainedModel, anatomy: Anatomy) -> DecoderShape:
+def decoder_shape(decoder: PreTrainedModel, retrofit: Retrofit) -> DecoderShape:
     """Return what mechanisms are told of a decoder; runs one pass of a token."""
+    anatomy = retrofit.anatomy
     config = decoder.config.get_text_config(decoder=True)
     inputs, embedding = begin_inputs(decoder, anatomy), cast("nn.Embedding", decoder.get_input_embeddings()).weight
     begin = inputs[0].expand(len(anatomy.specs), -1, -1).clone()
@@ -62,6 +65,7 @@ def decoder_shape(decoder: PreTrainedModel, anatomy: Anatomy) -> DecoderShape:
         begin_inputs=torch.stack([inputs[spec.layer_index].to(begin) for spec in anatomy.specs]),
         first_token=first_token(decoder),
         embedding_std=_spread(embedding),
+        copies=DecoderCopies(decoder, retrofit),
     )
 
 

@@ -138,7 +138,7 @@ def _wrap_for_rows(decoder: PreTrainedModel, config: MPlusConfig, check: bool, p
     config = resolve(config, Room.of(decoder, positions, placed=not anatomy.learned_positions), stacklevel=3)
     ids = check_ids(cast("nn.Embedding", decoder.get_input_embeddings()).weight.shape[0], input_device(decoder))
     base_logits = _logits(decoder, ids) if check else None
-    shape = decoder_shape(decoder, anatomy)
+    shape = decoder_shape(decoder, retrofit)
     mechanism = build_mechanism(config, shape, pool)
     installed = Installed(base_attention, digest(decoder, "base"), [], [], [], asked)
     wrapped = _install(decoder, DecoderEngine(decoder, config, retrofit, mechanism, shape), installed)

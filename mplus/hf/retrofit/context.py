@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from mplus.backends.base import Segment
+from mplus.hf.retrofit.attention import ModuleCall
 from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.hf.retrofit.placement import Placement
 from mplus.mechanisms.decoder import Attended, Collected, Edit, Finish, PassResult, Project
@@ -39,10 +40,11 @@ class Collection:
     """The states that a pass gathers from the decoder's layers.
 
     Attributes:
-        names: of ``PassResult``: "inputs" and "outputs" of the layers that carry memory, "hidden" of all layers.
+        names: of ``PassResult``: "inputs" and "outputs" of the layers that carry memory, "hidden" and "calls" of all.
         last: only so many last rows of inputs and outputs; None: all.
         inputs, outputs: by layer ``[B, T, d]``; filled by the pass.
         hidden_states: ``[B, T, d]`` each: what the first layer receives, and what each layer gives.
+        calls: how each layer was called.
     """
 
     names: frozenset[Collected]
@@ -50,6 +52,7 @@ class Collection:
     inputs: dict[int, Tensor] = field(factory=dict)
     outputs: dict[int, Tensor] = field(factory=dict)
     hidden_states: list[Tensor] = field(factory=list)
+    calls: list[ModuleCall] = field(factory=list)
 
     def entered(self, layer: int | None, hidden: Tensor) -> None:
         """Take note of what a layer receives; ``layer`` None: it carries no memory."""
@@ -71,7 +74,8 @@ class Collection:
     def result(self, hidden: Tensor | None) -> PassResult:
         """Return what was gathered, with the final hidden state."""
         inputs, outputs = (tuple(found[layer] for layer in sorted(found)) for found in (self.inputs, self.outputs))
-        return PassResult(hidden, inputs, outputs, hidden_states=tuple(self.hidden_states))
+        states, calls = tuple(self.hidden_states), tuple(self.calls)
+        return PassResult(hidden, inputs, outputs, hidden_states=states, calls=calls)
 
 
 @define(frozen=True, eq=False)
@@ -138,6 +142,8 @@ class MemoryLayer(Layer):
                     kwargs["hidden_states"] = hidden
             if collection is not None:
                 collection.entered(index, hidden)
+                if "calls" in collection.names:
+                    collection.calls.append(ModuleCall(args, dict(kwargs)))
         output: Tensor | tuple[Tensor, ...] = super().__call__(*args, mplus_pass=active, **kwargs)
         if collection is not None:
             collection.left(index, output[0] if isinstance(output, tuple) else output)

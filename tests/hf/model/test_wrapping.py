@@ -12,11 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 import mplus
 from benchmarks.quality.architectures.decoders import BY_NAME, VOCAB_SIZE
 from benchmarks.quality.architectures.retrofitted import SIZES
+from mplus.backends.choose import BackendChooser
 from mplus.errors import CheckpointError, NotSupported
 from mplus.hf.model.self_check import Check
 from mplus.hf.model.shape import begin_inputs, decoder_shape
 from mplus.hf.model.wrapping import _refusal
 from mplus.hf.retrofit.discovery import discover
+from mplus.hf.retrofit.hooks import Retrofit
+from mplus.hf.retrofit.positions import MemoryPositions
 from tests.hf.references import error, ids
 
 TINY: dict[str, Any] = {
@@ -128,7 +131,8 @@ def test_the_begin_row_is_that_of_bos_else_of_eos_else_of_the_mean_embedding() -
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "opt-post-norm"])
 def test_the_shape_of_a_decoder_is_that_of_what_it_computes(name: str) -> None:
     model: Any = BY_NAME[name].build()
-    shape = decoder_shape(model, discover(model))
+    retrofit = Retrofit(discover(model), "attention", MemoryPositions(), BackendChooser("auto"))
+    shape = decoder_shape(model, retrofit)
     wrapped = mplus.wrap(model, SIZES)
     engine = wrapped.mplus_engine
     kept, found = engine.need_projection(), engine.decoder.run(torch.tensor([[3, 4]]), collect={"inputs"})

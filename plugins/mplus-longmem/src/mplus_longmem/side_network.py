@@ -1,0 +1,147 @@
+"""The side network: copies of some of the decoder's layers, which go over its hidden states once more, with memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from attrs import define
+from torch import Tensor, nn
+
+from mplus.backends import AttentionRequest, AttentionResult
+from mplus.errors import ConfigError, MemoryMismatchError
+from mplus.mechanisms import Attended, DecoderShape, PassResult, TokenTensors
+from mplus.mechanisms.copied_layers import CopiedLayer
+from mplus.mechanisms.decoder import Compute
+from mplus_longmem.bank import Bank, ChunkRead, ChunkSearch, gated
+
+SAME_DECODER = 0.05
+"""How far, in relation to their size, the marks of one decoder may be apart in two dtypes."""
+
+
+@define(frozen=True)
+class Plan:
+    """Which layer of the decoder goes with which side layer.
+
+    Attributes:
+        cuts: side layer i stands beside the decoder's layers ``cuts[i] .. cuts[i + 1] - 1``.
+        bank_layer: the decoder's layer whose keys and values are kept, r.
+        reader: the side layer that reads them.
+        reduction: decoder layers to a side layer, f.
+    """
+
+    cuts: tuple[int, ...]
+    bank_layer: int
+    reader: int
+    reduction: int
+
+    @staticmethod
+    def of(depth: int, reduction: int, bank_layer: int | None) -> Plan:
+        """Return the plan for a decoder of ``depth`` layers.
+
+        Side layer r // f reads, as published. Where f does not divide the depth, the last side layer takes the rest,
+        and reads where r // f would be behind it.
+
+        Raises:
+            ConfigError: there are fewer layers than a side layer stands for, or no layer r.
+        """
+        if reduction > depth:
+            raise ConfigError(
+                f"reduction must be at most {depth}, the layers of the decoder, got {reduction}: there would be no "
+                "side layer"
+            )
+        chosen = max(3 * depth // 4 - 1, 0) if bank_layer is None else bank_layer
+        if chosen >= depth:
+            raise ConfigError(f"layer must be below {depth}, the layers of the decoder, got {chosen}")
+        count = depth // reduction
+        cuts = (*range(0, count * reduction, reduction), depth)
+        return Plan(cuts, chosen, min(chosen // reduction, count - 1), reduction)
+
+    @property
+    def copied(self) -> tuple[int, ...]:
+        """The decoder layer that each side layer is a copy of: f i + 1, and i itself where f is 1."""
+        return tuple(first + min(1, self.reduction - 1) for first in self.cuts[:-1])
+
+
+class SideNetwork(nn.Module):
+    """What LongMem trains: its layers, its final norm and the gate of each head; they start as copies and at 0.
+
+    ``s_0 = h[0]; s_{i+1} = layer_i(s_i) + h[cuts[i+1]] - h[cuts[i]]`` (paper section 2.3), with h the hidden states of
+    the decoder, which gets no gradient.
+
+    Args:
+        shape: of the decoder.
+        plan: which layers are copied.
+        search: of the reading layer.
+        normed_last: the last h is taken behind the decoder's final norm, as in the published code.
+
+    Attributes:
+        decoder_mark: ``[L]`` float32, from which a decoder is known: the size of what each of its layers receives for
+            the token that begins a text.
+    """
+
+    decoder_mark: Tensor
+
+    def __init__(self, shape: DecoderShape, plan: Plan, search: ChunkSearch, normed_last: bool) -> None:
+        super().__init__()
+        assert shape.copies is not None  # noqa: S101 - of a real decoder
+        self.plan, self.normed_last = plan, normed_last
+        self.layers = nn.ModuleList(shape.copies.layer(index) for index in plan.copied)
+        self.final_norm = shape.copies.final_norm()
+        self.memory_bias = nn.Parameter(torch.zeros(search.heads.count))
+        self.search = search
+        self.register_buffer("decoder_mark", _mark(shape))
+        self._built_for = _mark(shape)
+
+    def check_decoder(self) -> None:
+        """Raise MemoryMismatchError where parameters were loaded that were trained beside another decoder."""
+        saved, own = self.decoder_mark.float(), self._built_for.to(self.decoder_mark.device)
+        if saved.shape != own.shape or bool(((saved - own).abs() > SAME_DECODER * own.abs()).any()):
+            raise MemoryMismatchError(
+                "this side network was trained beside another decoder: its first layers would be given states that it "
+                "has never seen. Load it with the decoder that it was saved with"
+            )
+
+    def forward(self, result: PassResult, banks: Sequence[Bank], cache: TokenTensors | None) -> Tensor:
+        """Return the final hidden state ``[B, T, d]``, in the dtype of the decoder's.
+
+        Args:
+            result: of the decoder's pass, with hidden states and calls.
+            banks: one per batch row.
+            cache: keys and values of the side layers so far.
+        """
+        states = [state.detach() for state in result.hidden_states]
+        if self.normed_last:
+            states[-1] = result.need_hidden().detach()
+        hidden = states[0]
+        for number, layer in enumerate(self.layers):
+            before, behind = self.plan.cuts[number : number + 2]
+            copied = cast("CopiedLayer", layer)
+            reading = _Reading(self, copied, banks) if number == self.plan.reader and any(map(len, banks)) else None
+            made = copied(hidden, result.calls[copied.index], cache=cache, prefix=reading)
+            hidden = made + states[behind] - states[before]
+        return cast("Tensor", self.final_norm(hidden)).to(states[0])
+
+
+class _Reading:
+    """The attention of the reading layer: to the text, and to what each query finds in its bank, under the gate."""
+
+    def __init__(self, network: SideNetwork, layer: CopiedLayer, banks: Sequence[Bank]) -> None:
+        self.network, self.layer, self.banks = network, layer, banks
+
+    def __call__(self, layer: int, hidden: Tensor, project: object) -> Attended:
+        def attend(request: AttentionRequest, compute: Compute) -> AttentionResult:
+            text = compute(request)
+            queries = self.layer.unrotated(request.queries, hidden)
+            reads: list[ChunkRead | None] = [
+                self.network.search(own, bank, request.scale) if len(bank) else None
+                for own, bank in zip(queries, self.banks, strict=True)
+            ]
+            return AttentionResult(gated(text.output, reads, self.network.memory_bias), text.weights)
+
+        return Attended((), attend)
+
+
+def _mark(shape: DecoderShape) -> Tensor:
+    return shape.begin_inputs.float().norm(dim=-1).flatten().cpu()
