@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mplus.config import MPlusConfig, flag, must_be, number, one_of, options_of, whole
     from mplus.mechanisms.additions import MemoryAdditions
     from mplus.mechanisms.base import Kept, MemoryMechanism
+    from mplus.mechanisms.copied_layers import CopiedLayer, Copies
     from mplus.mechanisms.decoder import (
         Adapter,
         Attended,
@@ -52,6 +53,8 @@ __all__ = [
     "Attended",
     "Collected",
     "Columns",
+    "CopiedLayer",
+    "Copies",
     "Decoder",
     "DecoderShape",
     "Edit",
@@ -120,6 +123,7 @@ __getattr__, __dir__ = lazy_exports(
         "mplus.config": ("MPlusConfig", "flag", "must_be", "number", "one_of", "options_of", "whole"),
         "mplus.mechanisms.additions": ("MemoryAdditions",),
         "mplus.mechanisms.base": ("Kept", "MemoryMechanism"),
+        "mplus.mechanisms.copied_layers": ("CopiedLayer", "Copies"),
         "mplus.mechanisms.decoder": (
             "Adapter",
             "Attended",

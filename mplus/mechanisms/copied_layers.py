@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from mplus.mechanisms.decoder import Prefix
+from mplus.backends.base import AttentionRequest, AttentionResult
 from mplus.mechanisms.opened import TokenTensors
 
 LayerCall = Any
 """How the decoder called one of its layers in a pass (``PassResult.calls``): for ``CopiedLayer`` only."""
+Attending = Callable[
+    [Tensor], Callable[[AttentionRequest, Callable[[AttentionRequest], AttentionResult]], AttentionResult]
+]
+"""``attending(hidden [B, T, d])``: how a layer attends (``mplus.mechanisms.decoder.Attend``) to a text, which it is
+given after the layer's input norm."""
 
 
 class CopiedLayer(nn.Module):
@@ -25,7 +31,7 @@ class CopiedLayer(nn.Module):
 
     @abstractmethod
     def forward(
-        self, hidden: Tensor, call: LayerCall, cache: TokenTensors | None = None, prefix: Prefix | None = None
+        self, hidden: Tensor, call: LayerCall, cache: TokenTensors | None = None, attending: Attending | None = None
     ) -> Tensor:
         """Return what the layer gives for ``hidden`` ``[B, T, d]``, called as the decoder called its own.
 
@@ -36,7 +42,7 @@ class CopiedLayer(nn.Module):
             call: of the layer that this is a copy of, in a pass over the same text.
             cache: keeps keys and values of the text so far; it has room for one copy of each layer. None: the pass
                 began with the text.
-            prefix: gives what the layer sees in front of the text; None: nothing.
+            attending: a way of its own to attend; None: as the decoder does.
         """
 
     @abstractmethod
@@ -45,7 +51,7 @@ class CopiedLayer(nn.Module):
 
         Args:
             queries: that attention gets (``AttentionRequest.queries``), returned where nothing is rotated.
-            hidden: ``[B, T, d]``, the text after the layer's input norm (as ``prefix`` gets it).
+            hidden: ``[B, T, d]``, the text after the layer's input norm (as ``attending`` gets it).
         """
 
 

@@ -11,18 +11,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from mplus.backends.base import Segment
 from mplus.errors import NotSupported
 from mplus.hf.model.modes import in_eval_mode
 from mplus.hf.model.offloading import input_device
 from mplus.hf.retrofit.attention import ModuleCall
 from mplus.hf.retrofit.attention_probe import Nothing
-from mplus.hf.retrofit.context import Pass, PrefixSource, run_in
+from mplus.hf.retrofit.context import MemoryLayer, Pass, PrefixSource, drop_memory, run_in
 from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.hf.retrofit.hooks import AttentionHook, Retrofit
 from mplus.hf.retrofit.positions import rotary_at
-from mplus.mechanisms.copied_layers import CopiedLayer
-from mplus.mechanisms.decoder import Attended, Prefix, Project
+from mplus.mechanisms.copied_layers import Attending, CopiedLayer
+from mplus.mechanisms.decoder import Attended, Project
 from mplus.mechanisms.opened import TokenTensors
 
 
@@ -31,7 +30,7 @@ class LayerCopy(CopiedLayer):
 
     Args:
         retrofit: how memory gets into the decoder's attention.
-        spec: of the attention of the layer to be copied, which carries no memory yet.
+        spec: of the attention of the layer to be copied.
     """
 
     def __init__(self, retrofit: Retrofit, spec: AttentionSpec) -> None:
@@ -45,7 +44,7 @@ class LayerCopy(CopiedLayer):
         attention.register_forward_pre_hook(AttentionHook(retrofit, self._spec), with_kwargs=True)
 
     def forward(
-        self, hidden: Tensor, call: ModuleCall, cache: TokenTensors | None = None, prefix: Prefix | None = None
+        self, hidden: Tensor, call: ModuleCall, cache: TokenTensors | None = None, attending: Attending | None = None
     ) -> Tensor:
         hidden = hidden.to(next(self.layer.parameters()).dtype)
         kept = None if cache is None else _KeptText(cache, f"layer {self.index}", call, self._window)
@@ -58,7 +57,7 @@ class LayerCopy(CopiedLayer):
         mask = kwargs.get("attention_mask")
         if kept is not None and isinstance(mask, Tensor):  # a static cache has places that are not filled yet
             kwargs["attention_mask"] = mask[..., : kept.tokens + hidden.shape[1]]
-        source: PrefixSource = Nothing() if prefix is None else _Given(prefix)
+        source: PrefixSource = Nothing() if attending is None else _Attends(attending)
         # Not __call__: checkpointing of gradients would run the layer again outside of this pass.
         made: Any = run_in(Pass(source, None), self.layer.forward, *args, **kwargs)
         found: Tensor = made[0] if isinstance(made, tuple) else made
@@ -122,13 +121,13 @@ class _KeptText(Cache):
 
 
 @define(frozen=True, eq=False)
-class _Given:
-    """A ``PrefixSource`` that asks a function by the number of the layer."""
+class _Attends:
+    """A ``PrefixSource`` of one layer, which attends in a way of its own and sees nothing in front of its text."""
 
-    given: Prefix
+    attending: Attending
 
-    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> tuple[Segment, ...] | Attended | None:
-        return self.given(spec.memory_index, hidden, project)
+    def prefix(self, spec: AttentionSpec, hidden: Tensor, project: Project) -> Attended:
+        return Attended((), self.attending(hidden))
 
 
 @define(eq=False)
@@ -136,8 +135,8 @@ class DecoderCopies:
     """Copies of parts of a decoder: ``mplus.mechanisms.copied_layers.Copies``.
 
     Attributes:
-        decoder: the model, not wrapped yet.
-        retrofit: how memory will get into its attention.
+        decoder: the model, wrapped or about to be.
+        retrofit: how memory gets into its attention.
     """
 
     decoder: PreTrainedModel
@@ -181,15 +180,16 @@ class DecoderCopies:
 
 
 def _copied(module: nn.Module) -> nn.Module:
-    """Return a copy with parameters to be trained, which goes on sharing the decoder's configuration."""
+    """Return a copy with parameters to be trained and without hooks, which shares the decoder's configuration."""
+    values = [value for part in module.modules() for value in part.__dict__.values()]
     # Attention modules look there for the attention implementation that is in use.
-    shared = {id(value): value for part in module.modules() for value in part.__dict__.values() if _is_config(value)}
-    copy = deepcopy(module, dict(shared))
+    copy = deepcopy(module, {id(one): one for one in values if isinstance(one, PreTrainedConfig)})
+    if isinstance(copy, MemoryLayer):
+        drop_memory(copy)
+    for part in copy.modules():
+        part._forward_pre_hooks.clear()
+        part._forward_hooks.clear()
     return copy.requires_grad_(True)
-
-
-def _is_config(value: object) -> bool:
-    return isinstance(value, PreTrainedConfig)
 
 
 def _to(value: Any, like: Tensor) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from mplus_longmem import LongMemMechanism
+
 from mplus.config import JsonValue
 from mplus.testing.mechanisms import MechanismConformance
-from mplus_longmem import LongMemMechanism
 
 
 class TestLongMem(MechanismConformance):

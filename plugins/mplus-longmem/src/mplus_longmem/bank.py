@@ -89,7 +89,7 @@ class Bank:
         if whole is not None:
             return whole, places
         wanted, where = places.unique(return_inverse=True)
-        found = self.store.gather(0, self.ids[wanted], leave_out=("key",)).projected
+        found = self.store.gather(0, self.ids[wanted]).projected
         assert found is not None  # noqa: S101 - the layout says so
         return found, where
 
@@ -144,8 +144,8 @@ class ChunkSearch(nn.Module):
         heads, tokens = self.heads, queries.shape[1]
         means = bank.means.to(queries.device).unflatten(-1, (heads.keys, heads.width)).permute(1, 2, 0)
         grouped = queries.detach().to(means.dtype).reshape(heads.keys, -1, heads.width)  # query heads side by side
-        found = (grouped @ means).topk(min(self.most, len(bank)), -1).indices
-        return found.view(heads.count, tokens, -1)
+        scores: Tensor = grouped @ means
+        return scores.topk(min(self.most, len(bank)), -1).indices.view(heads.count, tokens, -1)
 
     def _read(self, queries: Tensor, bank: Bank, scale: float) -> ChunkRead:
         heads, places = self.heads, self.search(queries, bank)

@@ -123,7 +123,7 @@ class LongMemMechanism(MemoryMechanism):
         return Update((), (torch.stack([rows for rows, _, _ in made]),), beside=beside)
 
     def _texts(self, projected: Tensor) -> list[Tensor]:
-        """Return what each of B streams gets of ``[B, T, w]``: its own tokens, or those of all, one row behind another."""
+        """Return what each of B streams gets of ``[B, T, w]``: its own tokens, or those of all, row behind row."""
         if not self.options.shared_bank:
             return list(projected)
         return [projected.flatten(0, 1)] * len(projected)
@@ -195,7 +195,8 @@ class LongMemMechanism(MemoryMechanism):
     def finish(self, opened: Opened, result: PassResult, cache: TextCache | None) -> Tensor:
         copies = result.hidden_states[0].shape[0] // len(opened.views)
         banks = [bank for bank in opened.own for _ in range(copies)]
-        return self.additions(result, banks, cast("TokenTensors | None", cache))
+        found: Tensor = self.additions(result, banks, cast("TokenTensors | None", cache))
+        return found
 
 
 def _heads(shape: DecoderShape, tokens: int) -> Heads:

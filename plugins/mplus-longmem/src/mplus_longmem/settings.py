@@ -8,6 +8,7 @@ from attrs import define, evolve, field
 
 from mplus.config import ADAPTERS, LONG_TERM_TOKENS, Component, JsonValue, MPlusConfig, flag, one_of, whole
 from mplus.errors import ConfigError
+from mplus.mechanisms import MemoryMechanism
 
 MEMORY_TOKENS = 65_536
 """M, text tokens that a bank holds where the configuration does not say (published)."""
@@ -24,7 +25,7 @@ UNUSED = {
 
 
 @define(frozen=True, kw_only=True)
-class LongMemOptions:
+class LongMemOptions(MemoryMechanism.Options):
     """Options of LongMem. What is marked with a number is a defect of the published code, and on in its variant.
 
     Attributes:
@@ -37,7 +38,7 @@ class LongMemOptions:
             with one that is not.
         shared_bank: (L10) what is written of a batch is one bank for all of its rows, and chunks run on from one row
             into the next.
-        drop_remainder: tokens at the end of a text that do not fill a chunk are dropped; else the last chunk is shorter.
+        drop_remainder: tokens at the end of a text that do not fill a chunk are dropped; else the last one is shorter.
         evict_double: before a write that would fill the bank, twice as many chunks leave as are written; else as many
             as have no room.
         zero_neighbours: where a bank holds fewer chunks than are read, zeros take part in the softmax.

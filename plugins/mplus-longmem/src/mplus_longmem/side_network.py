@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from mplus.backends import AttentionRequest, AttentionResult
 from mplus.errors import ConfigError, MemoryMismatchError
-from mplus.mechanisms import Attended, DecoderShape, PassResult, TokenTensors
-from mplus.mechanisms.copied_layers import CopiedLayer
-from mplus.mechanisms.decoder import Compute
+from mplus.mechanisms import CopiedLayer, DecoderShape, PassResult, TokenTensors
+from mplus.mechanisms.decoder import Attend, Compute
 from mplus_longmem.bank import Bank, ChunkRead, ChunkSearch, gated
 
 SAME_DECODER = 0.05
@@ -119,18 +118,21 @@ class SideNetwork(nn.Module):
             before, behind = self.plan.cuts[number : number + 2]
             copied = cast("CopiedLayer", layer)
             reading = _Reading(self, copied, banks) if number == self.plan.reader and any(map(len, banks)) else None
-            made = copied(hidden, result.calls[copied.index], cache=cache, prefix=reading)
+            made = copied(hidden, result.calls[copied.index], cache=cache, attending=reading)
             hidden = made + states[behind] - states[before]
-        return cast("Tensor", self.final_norm(hidden)).to(states[0])
+        normed: Tensor = self.final_norm(hidden)
+        return normed.to(states[0])
 
 
+@define(frozen=True, eq=False)
 class _Reading:
     """The attention of the reading layer: to the text, and to what each query finds in its bank, under the gate."""
 
-    def __init__(self, network: SideNetwork, layer: CopiedLayer, banks: Sequence[Bank]) -> None:
-        self.network, self.layer, self.banks = network, layer, banks
+    network: SideNetwork
+    layer: CopiedLayer
+    banks: Sequence[Bank]
 
-    def __call__(self, layer: int, hidden: Tensor, project: object) -> Attended:
+    def __call__(self, hidden: Tensor) -> Attend:
         def attend(request: AttentionRequest, compute: Compute) -> AttentionResult:
             text = compute(request)
             queries = self.layer.unrotated(request.queries, hidden)
@@ -140,8 +142,9 @@ class _Reading:
             ]
             return AttentionResult(gated(text.output, reads, self.network.memory_bias), text.weights)
 
-        return Attended((), attend)
+        return attend
 
 
 def _mark(shape: DecoderShape) -> Tensor:
-    return shape.begin_inputs.float().norm(dim=-1).flatten().cpu()
+    sizes: Tensor = torch.linalg.vector_norm(shape.begin_inputs.float(), dim=-1)
+    return sizes.flatten().cpu()
