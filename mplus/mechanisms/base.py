@@ -23,9 +23,8 @@ from mplus.mechanisms.decoder import (
     Project,
     Text,
 )
-from mplus.mechanisms.indexed import IndexedMechanism
 from mplus.mechanisms.opened import Opened, Retrieved, TextCache
-from mplus.mechanisms.root import Absorbed, Columns
+from mplus.mechanisms.root import Absorbed, Columns, IndexedMechanism
 from mplus.mechanisms.streams import TrainingStreams
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.update import Update, WriteContext

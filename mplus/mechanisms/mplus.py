@@ -14,8 +14,8 @@ from mplus.config import JsonValue, number, one_of, whole
 from mplus.eviction.base import EvictionPolicy
 from mplus.eviction.ttl import TtlEviction
 from mplus.mechanisms.opened import Retrieved
-from mplus.mechanisms.pending import PendingView
 from mplus.mechanisms.short_term.mechanism import RowMechanism
+from mplus.mechanisms.short_term.pending import PendingView
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
 from mplus.memory.state import StreamView
 from mplus.memory.writing.update import WriteContext

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mplus.mechanisms.pending import PendingView
+from mplus.mechanisms.short_term.pending import PendingView
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.stores.ram import RamStore

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from mplus.errors import ConfigError, MissingDependencyError
-from mplus.mechanisms.pending import PendingView
+from mplus.mechanisms.short_term.pending import PendingView
 from mplus.registry import Registry
 from mplus.retrievers.faiss_ivf import FaissIvfRetriever
 from mplus.retrievers.linear import LinearRetriever
