@@ -118,6 +118,10 @@ class CheckpointError(MPlusError, ValueError):
     """A checkpoint, published or of a training, or a run's folder lacks something, does not fit, or cannot be kept."""
 
 
+class HostMemoryError(MPlusError, MemoryError):
+    """Activations take more host memory than ``host_bytes`` allows; the message says how much is needed."""
+
+
 class TrainingError(MPlusError, RuntimeError):
     """A stage of a training did not reach what its recipe asks for."""
 

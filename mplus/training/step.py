@@ -17,6 +17,7 @@ from mplus.hf.decoders.train_model import TrainTokenizer, split_modules
 from mplus.hf.model.installed import WrappedModel
 from mplus.hf.model.modes import in_eval_mode
 from mplus.mechanisms.streams import TrainingStreams
+from mplus.training.activations.managed import ActivationPlan
 from mplus.training.batch import Batch
 from mplus.training.checkpoint import random_state, set_random_state
 from mplus.training.decoder import TrainedDecoder, make_streams
@@ -53,12 +54,16 @@ class TrainingStep(nn.Module):
     Args:
         model: the wrapped decoder.
         dtype: what it computes in; float32 leaves everything as it is.
+        activations: what becomes of the activations of its layers; None: they are kept, and not counted.
     """
 
-    def __init__(self, model: WrappedModel, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, model: WrappedModel, dtype: torch.dtype = torch.float32, activations: ActivationPlan | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.dtype = dtype
+        self.activations = activations
         self._no_split_modules = split_modules(model)  # read by accelerate when it shards the model
 
     def forward(self, streams: TrainingStreams, terms: Sequence[LossTerm]) -> tuple[Tensor, dict[str, float]]:
@@ -70,7 +75,8 @@ class TrainingStep(nn.Module):
         device = decoder.engine.device
         losses, metrics = [], {}
         mixed = self.dtype != torch.float32
-        with torch.autocast(device.type, dtype=self.dtype) if mixed else nullcontext():
+        planned = nullcontext() if self.activations is None else self.activations.applied(self.model)
+        with torch.autocast(device.type, dtype=self.dtype) if mixed else nullcontext(), planned:
             for term in terms:
                 outcome = term.objective(decoder, streams, on_device(term.batch, device), term.retriever_loss)
                 losses.append(term.weight * outcome.loss.float())

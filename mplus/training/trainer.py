@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mplus.errors import MPlusError, NonFiniteError
-from mplus.hf.decoders.train_model import TrainTokenizer, choose_trained, set_checkpointing
+from mplus.hf.decoders.train_model import TrainTokenizer, choose_trained
 from mplus.hf.model.installed import WrappedModel
 from mplus.mechanisms.streams import TrainingStreams
+from mplus.training.activations.managed import ActivationPlan
 from mplus.training.batch import Batch, BatchSource
 from mplus.training.checkpoint import Checkpoint, CheckpointStore, RunIdentity, as_json, random_state, set_random_state
 from mplus.training.curriculum import Curriculum, StepPlan
@@ -100,9 +101,10 @@ class Trainer:
         self._base = None if self.recipe.model.build is not None else model.mplus_installed.base_digest
         trained = choose_trained(model, options.parameters)
         self._shapes = {name: list(parameter.shape) for name, parameter in trained.items()}
-        if options.gradient_checkpointing:
-            set_checkpointing(model)
-        step = TrainingStep(model, getattr(torch, options.dtype))
+        plan = None
+        if options.activations != "keep":
+            plan = ActivationPlan(options.activations, options.swapped_share, options.host_bytes)
+        step = TrainingStep(model, getattr(torch, options.dtype), plan)
         optimizer = make_optimizer(trained, options)
         self._wrapped, prepared = self._accelerator.prepare(step, optimizer)
         # Under DDP the step is wrapped; FSDP2 shards it in state, and the optimiser gets the shards.
@@ -223,7 +225,7 @@ class Trainer:
         curriculum.record(plan, main)
         state.stage_step += 1
         state.step += 1
-        self.means.add({"total_loss": value, **self._group_metrics(norms), **metrics})
+        self.means.add({"total_loss": value, **self._group_metrics(norms), **metrics, **self._activation_metrics()})
         return self._reached(stage, metrics)
 
     def _group_metrics(self, norms: dict[str, float]) -> dict[str, float]:
@@ -232,6 +234,15 @@ class Trainer:
         for group in self.optimizer.param_groups:
             behind = f"_{group['module']}" if group["module"] else ""
             found |= {f"gradient_norm{behind}": norms[group["module"]], f"learning_rate{behind}": group["lr"]}
+        return found
+
+    def _activation_metrics(self) -> dict[str, float]:
+        """Return what became of the step's activations, where not all of them were kept."""
+        plan = self.step.activations
+        if plan is None:
+            return {}
+        found = plan.counter.metrics()
+        plan.counter.restart()
         return found
 
     def _fallen(self) -> int:

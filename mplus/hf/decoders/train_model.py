@@ -221,13 +221,6 @@ def save_trained(
         tokenizer.save_pretrained(folder)
 
 
-def set_checkpointing(model: PreTrainedModel) -> None:
-    """Compute activations again in backward rather than keep them."""
-    # The older name is deprecated, the newer one not everywhere.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
 def split_modules(model: PreTrainedModel) -> Collection[str] | None:
     """Return the names of the layer classes that sharding treats as one piece."""
     return model._no_split_modules

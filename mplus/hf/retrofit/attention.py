@@ -21,6 +21,7 @@ from mplus.backends.base import AttentionRequest, AttentionResult, Segment
 from mplus.backends.choose import BackendChooser
 from mplus.errors import NotSupported
 from mplus.hf.retrofit.memory_cache import MemoryInCache
+from mplus.hf.retrofit.observed import Weighted, current_observer
 from mplus.hf.retrofit.placement import Placement
 from mplus.mechanisms.decoder import Attend
 
@@ -32,10 +33,6 @@ PREFIX = "mplus_"
 
 CAPTURE: Literal["capture"] = "capture"
 """Passed as ``mplus_memory``: do not attend, raise ``Captured``."""
-Weighted = tuple[Tensor, Tensor | None]
-"""What attention gives: output ``[B, T, H, Dv]``, and weights ``[B, H, T, S]`` where the function makes them."""
-
-
 @define(eq=False)
 class ModuleCall:
     """The arguments of one call of a module of the decoder: of its attention, say.
@@ -130,14 +127,20 @@ def _with_memory(base: str) -> Callable[..., Weighted]:
         mplus_memory: AttendedMemory | Literal["capture"] | None = None,
         **kwargs: Any,
     ) -> Weighted:
-        if mplus_memory is None:
-            function = ALL_ATTENTION_FUNCTIONS[base] if base != "eager" else _eager(module)
-            found: Weighted = function(module, query, key, value, attention_mask, *args, **kwargs)
-            return found
         if isinstance(mplus_memory, str):
             # An exception is the only way out of a module that nothing is known of but that it attends.
             raise Captured(key, value, query, kwargs.get("scaling"))
-        return _attend(module, query, key, value, attention_mask, mplus_memory, base == "eager", kwargs)
+        memory = mplus_memory
+
+        def attend() -> Weighted:
+            if memory is not None:
+                return _attend(module, query, key, value, attention_mask, memory, base == "eager", kwargs)
+            function = ALL_ATTENTION_FUNCTIONS[base] if base != "eager" else _eager(module)
+            found: Weighted = function(module, query, key, value, attention_mask, *args, **kwargs)
+            return found
+
+        observer = current_observer()
+        return attend() if observer is None else observer.attend(attend, query, key, value)
 
     return attention
 

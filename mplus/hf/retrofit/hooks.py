@@ -16,6 +16,7 @@ from mplus.hf.retrofit.cache_view import MemoryCacheView, mask_with_memory
 from mplus.hf.retrofit.context import Collection, Output, Pass, current_pass
 from mplus.hf.retrofit.discovery import Anatomy, AttentionSpec, Embeddings
 from mplus.hf.retrofit.memory_cache import memory_in_cache
+from mplus.hf.retrofit.observed import current_observer
 from mplus.hf.retrofit.positions import MemoryPositions, rotary_at
 from mplus.mechanisms.decoder import Attended, Rows
 
@@ -120,8 +121,15 @@ class AttentionHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         active = current_pass()
-        changed = None if active is None else self._with_memory(active, ModuleCall(args, kwargs))
+        changed = None if active is None else self._observed(active, ModuleCall(args, kwargs))
         return None if changed is None else (args, {**kwargs, **changed})
+
+    def _observed(self, active: Pass, call: ModuleCall) -> Arguments | None:
+        # Where no attention function of ours is reached, no observer could stand in for attention either.
+        observer = current_observer() if self.retrofit.technique == "attention" else None
+        if observer is None:
+            return self._with_memory(active, call)
+        return observer.prefix(lambda: self._with_memory(active, call))
 
     @torch.compiler.disable  # projecting ends in an exception, which it cannot follow
     def _with_memory(self, active: Pass, call: ModuleCall) -> Arguments | None:

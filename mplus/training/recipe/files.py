@@ -234,7 +234,7 @@ _OBJECTIVES = _tables(Entry.of)
 READERS: dict[str, Reader] = {
     "model": ModelTable.of,
     "memory": _memory,
-    "optimizer": _table_of(Optimizer),
+    "optimizer": Optimizer.of,
     "checkpoints": _table_of(Checkpoints),
     "metrics": _table_of(Metrics),
     "data": _data,

@@ -9,12 +9,15 @@ from typing import Any, Literal, TypeVar, cast
 import attrs
 from attrs import define, field
 
-from mplus.config import JsonValue, flag, is_number, must_be, number, one_of, options_of, structure, whole
+from mplus.config import JsonValue, is_number, must_be, number, one_of, options_of, structure, whole
 from mplus.errors import ConfigError, UnknownNameError
+from mplus.training.activations.planning import check_settings, is_host_bytes, is_mode, is_share
 from mplus.training.data import SOURCES
 from mplus.training.data.options import as_texts, share, text, texts
 
 T = TypeVar("T")
+OLD_ACTIVATIONS = "gradient_checkpointing"
+"""Earlier name of a setting."""
 
 
 @contextmanager
@@ -155,7 +158,10 @@ class Optimizer:
         schedule_steps: after so many steps in all it has fallen, whatever the stages; None: at the end of the last.
         floor: share of the top it falls to.
         dtype: what the decoder computes in; "bfloat16" is mixed precision. Trained weights are float32.
-        gradient_checkpointing: compute activations again in backward rather than keep them.
+        activations: what backward needs of the decoder's layers: "keep" it, "recompute" it from each layer's input,
+            "swap" it to host memory and back, or swap a part and recompute the rest ("memo").
+        swapped_share: of the tokens that "memo" swaps, 0 to 1; "auto": found in the first step. None: "auto".
+        host_bytes: the most that swapped activations may take of host memory, in each process; None: no limit.
     """
 
     parameters: Literal["adapters", "all"] = field(default="adapters", validator=one_of("adapters", "all"))
@@ -173,9 +179,24 @@ class Optimizer:
     schedule_steps: int | None = field(default=None, validator=whole(1, optional=True))
     floor: float = field(default=0.1, validator=share)
     dtype: Literal["float32", "bfloat16"] = field(default="float32", validator=one_of("float32", "bfloat16"))
-    gradient_checkpointing: bool = field(default=False, validator=flag)
+    activations: Literal["keep", "recompute", "swap", "memo"] = field(default="keep", validator=is_mode)
+    swapped_share: float | Literal["auto"] | None = field(default=None, validator=is_share)
+    host_bytes: int | None = field(default=None, validator=is_host_bytes)
+
+    @staticmethod
+    def of(table: JsonValue) -> Optimizer:
+        """Read a table. Raises ConfigError for a setting that has another name now."""
+        plain = as_table(table, Optimizer.__name__)
+        if OLD_ACTIVATIONS in plain:
+            value = "recompute" if plain[OLD_ACTIVATIONS] is True else "keep"
+            raise ConfigError(
+                f"{OLD_ACTIVATIONS} is called activations now, got {OLD_ACTIVATIONS} = {plain[OLD_ACTIVATIONS]!r}: "
+                f"write activations = {value!r}"
+            )
+        return structure(Optimizer, plain)
 
     def __attrs_post_init__(self) -> None:
+        check_settings(self.activations, self.swapped_share, self.host_bytes)
         if self.retriever_learning_rate is not None and "retriever" in self.learning_rates:
             raise ConfigError(
                 "one of retriever_learning_rate and learning_rates.retriever must be given, got "

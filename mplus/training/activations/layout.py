@@ -1,0 +1,83 @@
+"""SavedLayout: how a saved tensor lies in memory, and where in it the tokens are."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from attrs import define
+from torch import Size, Tensor
+
+StorageKey: TypeAlias = tuple[int, int, int, int | tuple[int, ...]]
+"""What is equal for views of the same numbers: storage, offset, count, and the blocks or sizes they are cut into."""
+
+
+@define(frozen=True)
+class SavedLayout:
+    """Order of a tensor's dimensions in memory, and its tokens.
+
+    Attributes:
+        order: dimensions from the largest stride to the smallest.
+        sizes: of the dimensions in this order.
+        blocks: numbers of a text that lie in front of its tokens, such as the heads of keys; None: the tensor has no
+            dimension of tokens that could be told from others.
+    """
+
+    order: tuple[int, ...]
+    sizes: tuple[int, ...]
+    blocks: int | None
+
+    @staticmethod
+    def of(tensor: Tensor, batch: int, tokens: int) -> SavedLayout:
+        """Look at a tensor that a layer saved of ``batch`` texts of ``tokens`` tokens."""
+        order = _memory_order(tensor)
+        sizes = tuple(tensor.shape[place] for place in order)
+        return SavedLayout(order, sizes, _blocks(sizes, order, batch, tokens))
+
+    def key(self, tensor: Tensor) -> StorageKey:
+        """Return what is equal for tensors that show the same numbers of the same storage."""
+        cut = self.sizes + tuple(tensor.stride()) if self.blocks is None else self.blocks
+        return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel(), cut
+
+    def by_token(self, tensor: Tensor, batch: int, tokens: int) -> Tensor:
+        """Return a tensor of this layout, of any number of tokens, as ``[batch, blocks, tokens, rest]``."""
+        return tensor.permute(self.order).reshape(batch, self.blocks or 1, tokens, -1)
+
+    def in_memory_order(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of this layout with its dimensions in the order of memory."""
+        return tensor.permute(self.order)
+
+    def restore(self, numbers: Tensor) -> Tensor:
+        """Return the tensor whose numbers these are, in the order of memory."""
+        back = [self.order.index(place) for place in range(len(self.order))]
+        return numbers.reshape(self.sizes).permute(back)
+
+
+def token_dimension(shape: Size, batch: int, tokens: int) -> int | None:
+    """Return which dimension of a contiguous tensor's ``shape`` holds the tokens of ``batch`` texts; None: none does.
+
+    ``[B, T, ...]``, ``[B, H, T, ...]``, or both in one dimension of ``[B T, ...]``, which is then dimension 0.
+    """
+    if len(shape) <= 2 and shape[:1] == (batch * tokens,):  # noqa: PLR2004
+        return 0
+    if len(shape) < 2 or shape[0] != batch:  # noqa: PLR2004
+        return None
+    places = [place for place in (1, 2) if place < len(shape) and shape[place] == tokens]
+    if len(shape) == 3 and 1 in places:  # noqa: PLR2004  (hidden states; their width may be the number of tokens)
+        return 1
+    return places[0] if len(places) == 1 and (places[0] == 1 or len(shape) > 3) else None  # noqa: PLR2004
+
+
+def _memory_order(tensor: Tensor) -> tuple[int, ...]:
+    # The stride of a dimension of size 1 says nothing, so that such a dimension stays where it is.
+    sized = iter(sorted((p for p in range(tensor.dim()) if tensor.shape[p] > 1), key=lambda p: -tensor.stride(p)))
+    return tuple(place if tensor.shape[place] == 1 else next(sized) for place in range(tensor.dim()))
+
+
+def _blocks(sizes: tuple[int, ...], order: tuple[int, ...], batch: int, tokens: int) -> int | None:
+    place = token_dimension(Size(sizes), batch, tokens)
+    if place is None:
+        return None
+    # Of [B, d, T] in memory with d == T nobody could tell which of the two is T.
+    if place == 1 and len(sizes) == 3 and sizes[1] == sizes[2] and order != (0, 1, 2):  # noqa: PLR2004
+        return None
+    return sizes[1] if place == 2 else 1  # noqa: PLR2004
