@@ -87,6 +87,14 @@ class TrainingStep(nn.Module):
                     metrics.setdefault(name, value)
         return torch.stack(losses).sum(), metrics
 
+    def activation_metrics(self) -> dict[str, float]:
+        """Return bytes held and tokens recomputed since the last call, where not all activations are kept."""
+        if self.activations is None:
+            return {}
+        found = self.activations.counter.metrics()
+        self.activations.counter.restart()
+        return found
+
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """Return the batch with its tensors where the decoder is."""

@@ -225,7 +225,7 @@ class Trainer:
         curriculum.record(plan, main)
         state.stage_step += 1
         state.step += 1
-        self.means.add({"total_loss": value, **self._group_metrics(norms), **metrics, **self._activation_metrics()})
+        self.means.add({"total_loss": value, **self._group_metrics(norms), **metrics, **self.step.activation_metrics()})
         return self._reached(stage, metrics)
 
     def _group_metrics(self, norms: dict[str, float]) -> dict[str, float]:
@@ -234,15 +234,6 @@ class Trainer:
         for group in self.optimizer.param_groups:
             behind = f"_{group['module']}" if group["module"] else ""
             found |= {f"gradient_norm{behind}": norms[group["module"]], f"learning_rate{behind}": group["lr"]}
-        return found
-
-    def _activation_metrics(self) -> dict[str, float]:
-        """Return what became of the step's activations, where not all of them were kept."""
-        plan = self.step.activations
-        if plan is None:
-            return {}
-        found = plan.counter.metrics()
-        plan.counter.restart()
         return found
 
     def _fallen(self) -> int:

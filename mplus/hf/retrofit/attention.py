@@ -33,6 +33,8 @@ PREFIX = "mplus_"
 
 CAPTURE: Literal["capture"] = "capture"
 """Passed as ``mplus_memory``: do not attend, raise ``Captured``."""
+
+
 @define(eq=False)
 class ModuleCall:
     """The arguments of one call of a module of the decoder: of its attention, say.

@@ -33,9 +33,7 @@ def current_observer() -> AttentionObserver | None:
     return None if torch.compiler.is_compiling() else _CURRENT.get()
 
 
-def observed_by(
-    observer: AttentionObserver | None, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-) -> T:
+def observed_by(observer: AttentionObserver | None, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call ``function(*args, **kwargs)`` under an observer, in a copy of the thread's context (see ``run_in``)."""
     context = copy_context()
     context.run(_CURRENT.set, observer)

@@ -63,7 +63,7 @@ class AutoShare:
 
     def _seconds(self) -> float:
         self._times[-1][1].synchronize()
-        return sum(begin.elapsed_time(end) for begin, end in self._times) / 1000
+        return float(sum(begin.elapsed_time(end) for begin, end in self._times)) / 1000
 
 
 def _bytes_per_second(device: torch.device) -> float:
@@ -76,4 +76,4 @@ def _bytes_per_second(device: torch.device) -> float:
     copy.copy_(original, non_blocking=True)
     end.record()
     end.synchronize()
-    return PROBE / begin.elapsed_time(end) * 1000
+    return float(PROBE / begin.elapsed_time(end) * 1000)

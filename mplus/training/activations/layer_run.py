@@ -63,7 +63,7 @@ class LayerRun(ABC):
             return tensor.detach()
         layout = SavedLayout.of(tensor, self.call.batch, self.call.tokens)
         # Without its graph: an output of the node that saves it would hold that node in a cycle.
-        saved = SavedTensor(number, layout, tensor._version, tensor.detach())
+        saved = SavedTensor(number, layout, tensor._version, tensor.detach())  # noqa: SLF001
         self._saved.append(saved)
         return saved
 

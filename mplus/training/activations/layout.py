@@ -36,7 +36,7 @@ class SavedLayout:
     def key(self, tensor: Tensor) -> StorageKey:
         """Return what is equal for tensors that show the same numbers of the same storage."""
         cut = self.sizes + tuple(tensor.stride()) if self.blocks is None else self.blocks
-        return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel(), cut
+        return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tensor.numel(), cut
 
     def by_token(self, tensor: Tensor, batch: int, tokens: int) -> Tensor:
         """Return a tensor of this layout, of any number of tokens, as ``[batch, blocks, tokens, rest]``."""
@@ -57,19 +57,20 @@ def token_dimension(shape: Size, batch: int, tokens: int) -> int | None:
 
     ``[B, T, ...]``, ``[B, H, T, ...]``, or both in one dimension of ``[B T, ...]``, which is then dimension 0.
     """
-    if len(shape) <= 2 and shape[:1] == (batch * tokens,):  # noqa: PLR2004
+    if len(shape) <= 2 and shape[:1] == (batch * tokens,):
         return 0
-    if len(shape) < 2 or shape[0] != batch:  # noqa: PLR2004
+    if len(shape) < 2 or shape[0] != batch:
         return None
     places = [place for place in (1, 2) if place < len(shape) and shape[place] == tokens]
-    if len(shape) == 3 and 1 in places:  # noqa: PLR2004  (hidden states; their width may be the number of tokens)
+    if len(shape) == 3 and 1 in places:
         return 1
-    return places[0] if len(places) == 1 and (places[0] == 1 or len(shape) > 3) else None  # noqa: PLR2004
+    return places[0] if len(places) == 1 and (places[0] == 1 or len(shape) > 3) else None
 
 
 def _memory_order(tensor: Tensor) -> tuple[int, ...]:
     # The stride of a dimension of size 1 says nothing, so that such a dimension stays where it is.
-    sized = iter(sorted((p for p in range(tensor.dim()) if tensor.shape[p] > 1), key=lambda p: -tensor.stride(p)))
+    strides = tensor.stride()
+    sized = iter(sorted((p for p in range(tensor.dim()) if tensor.shape[p] > 1), key=lambda p: -strides[p]))
     return tuple(place if tensor.shape[place] == 1 else next(sized) for place in range(tensor.dim()))
 
 
@@ -78,6 +79,6 @@ def _blocks(sizes: tuple[int, ...], order: tuple[int, ...], batch: int, tokens: 
     if place is None:
         return None
     # Of [B, d, T] in memory with d == T nobody could tell which of the two is T.
-    if place == 1 and len(sizes) == 3 and sizes[1] == sizes[2] and order != (0, 1, 2):  # noqa: PLR2004
+    if place == 1 and len(sizes) == 3 and sizes[1] == sizes[2] and order != (0, 1, 2):
         return None
-    return sizes[1] if place == 2 else 1  # noqa: PLR2004
+    return sizes[1] if place == 2 else 1

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
-import attrs
 import torch
 from attrs import define, field
 from torch import nn
@@ -111,6 +110,11 @@ class ActivationPlan:
     @property
     def _is_auto(self) -> bool:
         return self.activations == "memo" and self.swapped_share in {None, AUTO}
+
+    @property
+    def recomputes(self) -> bool:
+        """Return whether a layer's tokens may be recomputed: always, but for the whole of a text that is swapped."""
+        return self.activations == "memo" and self.swapped_share != 1
 
     def swapped(self, index: int, sizes: LayerBytes, tokens: int) -> int:
         """Return how many of a layer's tokens are swapped; see ``mplus.training.activations.swapped_layer.Budget``."""

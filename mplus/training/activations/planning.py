@@ -1,4 +1,4 @@
-"""Arithmetic of MEMO (arXiv 2407.12117, sections 3 and 4): bytes of a layer, the share of tokens swapped, bytes held."""
+"""Arithmetic of MEMO (arXiv 2407.12117, sections 3 and 4): bytes of a layer, share of tokens swapped, bytes held."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class LastTokensDraws(TorchDispatchMode):
     """
 
     def __init__(self, batch: int, tokens: int, first: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._batch, self._tokens, self._first = batch, tokens, first
 
     def __torch_dispatch__(

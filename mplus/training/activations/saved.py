@@ -61,7 +61,7 @@ class SavedTensor:
     def need_tensor(self) -> Tensor:
         """Return the tensor. Raises NotSupported where the layer changed it in place after it was saved."""
         assert self.tensor is not None  # noqa: S101  (asked for while it is kept only)
-        if self.tensor._version != self.version:
+        if self.tensor._version != self.version:  # noqa: SLF001
             raise NotSupported(
                 f"a decoder layer changed a tensor {list(self.tensor.shape)} in place that backward needs: leave "
                 "activations at 'keep'"
@@ -87,15 +87,15 @@ class Outliving:
         own = [*layer.parameters(), *layer.buffers()]
         storages = frozenset(t.untyped_storage().data_ptr() for t in (*own, *tensors_in(arguments)))
         device = own[0].device.type if own else "cpu"
-        casts = (p.shape for p in own if p.dim() == 2) if torch.is_autocast_enabled(device) else ()  # noqa: PLR2004
+        casts = (p.shape for p in own if p.dim() == 2) if torch.is_autocast_enabled(device) else ()
         return Outliving(storages, frozenset(casts))
 
     def __contains__(self, tensor: Tensor) -> bool:
-        base = tensor if tensor._base is None else tensor._base
+        base = tensor if tensor._base is None else tensor._base  # noqa: SLF001
         if tensor.untyped_storage().data_ptr() in self.storages or (base.is_leaf and base.requires_grad):
             return True
         # Products save a weight transposed; activations never lie like that.
-        return tensor.dim() == 2 and tensor.shape[::-1] in self.casts and tensor.stride(0) == 1  # noqa: PLR2004
+        return tensor.dim() == 2 and tensor.shape[::-1] in self.casts and tensor.stride(0) == 1
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

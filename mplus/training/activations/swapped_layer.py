@@ -33,6 +33,10 @@ T = TypeVar("T")
 class Budget(Protocol):
     """Says how much of a layer goes to the host, and whether its recomputation was looked at before."""
 
+    @property
+    def recomputes(self) -> bool:
+        """Return whether a layer's tokens may be recomputed."""
+
     def swapped(self, index: int, sizes: LayerBytes, tokens: int) -> int:
         """Return how many of a layer's tokens are swapped. Raises HostMemoryError where the host has no room."""
 
@@ -78,7 +82,7 @@ class SwappedLayer(LayerRun):
 
     def prefix(self, make: Callable[[], T]) -> T:
         """Make what a memory puts in front of the text; what is saved for it is held whole."""
-        return self._whole(make)
+        return self._apart(make)
 
     def attend(self, attend: Callable[[], Weighted], query: Tensor, key: Tensor, value: Tensor) -> Weighted:
         """Attend; what is saved for it is held whole, but for the text's own queries, keys and values."""
@@ -88,12 +92,12 @@ class SwappedLayer(LayerRun):
             layout = SavedLayout.of(tensor, self.call.batch, self.call.tokens)
             if layout.blocks is not None:
                 self._names[layout.key(tensor)] = f"{name} {len(self._outputs)}", layout
-        found = self._whole(attend)
+        found = self._apart(attend)
         self._outputs.append(found[0].detach())
         self._learning.append(found[0].requires_grad)
         return found
 
-    def _whole(self, function: Callable[[], T]) -> T:
+    def _apart(self, function: Callable[[], T]) -> T:
         if self.inside:
             return function()
         self.inside = True
@@ -109,26 +113,19 @@ class SwappedLayer(LayerRun):
         """Begin the copies to the host."""
         outputs, self._outputs = self._outputs, []
         held = HeldTensors(self.call, saved, self._names)
-        self._input = held.whole(hidden)
-        self._attended = [held.whole(output) for output in outputs]
+        # What is run again needs the input, and the output of attention, whether they were saved or not.
+        self._whole = [held.whole(tensor) for tensor in (hidden, *outputs)] if self._budget.recomputes else []
         tokens = self.call.tokens
-        self._first = self._budget.swapped(self._index, held.sizes(self._input), tokens)
-        if self._first == tokens:
-            held.drop_unsaved()
-            self._input, self._attended = None, []
-        if not self._drew_numbers():
-            self._drawn.clear()
+        self._first = self._budget.swapped(self._index, held.sizes(hidden.nbytes), tokens)
+        self._draws = not RandomState.now(self.call.device).is_like(self.call.random)
         if 0 < self._first < tokens:
             self._check(held, hidden, outputs)
         for group, tensor in held.tensors.values():
             self._copy(group, tensor)
         self._copies.layer_done()
         self._groups = [weakref.ref(group) for group, _ in held.tensors.values()]
-        self._wanted = {group.source for group, _ in held.tensors.values() if isinstance(group.source, int)}
+        self._wanted = held.numbers()
         self._pieces: dict[Source, Tensor] | None = None
-
-    def _drew_numbers(self) -> bool:
-        return not RandomState.now(self.call.device).is_like(self.call.random)
 
     def _copy(self, group: Group, tensor: Tensor) -> None:
         if group.source is not None:
@@ -147,7 +144,7 @@ class SwappedLayer(LayerRun):
                 f"{name} calls no attention function of transformers, so its tokens cannot be told apart: use "
                 "swapped_share 0 or 1, or activations 'recompute' or 'swap'"
             )
-        wanted = {group.source for group, _ in held.tensors.values() if isinstance(group.source, int)}
+        wanted = held.numbers()
         pieces = self._recompute(hidden, outputs, wanted)
         for group, tensor in held.tensors.values():
             if group.source is None:
@@ -187,8 +184,7 @@ class SwappedLayer(LayerRun):
             assert there is not None  # noqa: S101  (what is held whole was copied)
             return there
         if self._pieces is None:
-            assert self._input is not None  # noqa: S101  (held where tokens are recomputed)
-            inputs, *outputs = (group_.layout.restore(self._numbers(group_)) for group_ in (self._input, *self._attended))
+            inputs, *outputs = (one.layout.restore(self._numbers(one)) for one in self._whole)
             self._pieces = self._recompute(inputs, outputs, self._wanted)
             self.counter.recomputed_tokens += self.call.batch * (self.call.tokens - self._first)
         rest = self.call.tokens - self._first
@@ -198,11 +194,13 @@ class SwappedLayer(LayerRun):
     def _recompute(self, hidden: Tensor, outputs: list[Tensor], wanted: set[int]) -> dict[Source, Tensor]:
         """Run the layer on the tokens that were not swapped, and return what it saves of them."""
         call, first = self.call, self._first
-        stand_in = AttentionStandIn([output[:, first:] for output in outputs], self._learning, self._drawn)
-        draws = LastTokensDraws(call.batch, call.tokens, first) if self._drawn and first else nullcontext()
-        with call.random.replayed() if self._drawn else nullcontext(), draws:
+        drawn = self._drawn if self._draws else []
+        stand_in = AttentionStandIn([output[:, first:] for output in outputs], self._learning, drawn)
+        draws = LastTokensDraws(call.batch, call.tokens, first) if self._draws and first else nullcontext()
+        with call.random.replayed() if self._draws else nullcontext(), draws:
             found = call.again(hidden[:, first:].contiguous(), stand_in, wanted, self.count, first)
-        return {**found, **stand_in.inputs}
+        pieces: dict[Source, Tensor] = {**stand_in.inputs}
+        return pieces | dict(found.items())
 
 
 class HeldTensors:
@@ -222,11 +220,9 @@ class HeldTensors:
     ) -> None:
         self._call = call
         self.tensors: dict[StorageKey, tuple[Group, Tensor]] = {}
-        self._used: set[StorageKey] = set()
         for one in saved:
             tensor, one.tensor = one.need_tensor(), None
             key = one.layout.key(tensor)
-            self._used.add(key)
             one.group = group = self._group(key, one.layout, tensor)
             if group.source is None and group.layout.blocks is not None and one.number is not None:
                 group.layout, group.source = one.layout, one.number
@@ -249,15 +245,15 @@ class HeldTensors:
         group.layout, group.source = layout, None
         return group
 
-    def drop_unsaved(self) -> None:
-        """Let go of what was held whole and not saved."""
-        self.tensors = {key: one for key, one in self.tensors.items() if key in self._used}
+    def numbers(self) -> set[int]:
+        """Return the numbers of the saved tensors that recomputed tokens come from."""
+        return {group.source for group, _ in self.tensors.values() if isinstance(group.source, int)}
 
-    def sizes(self, hidden: Group) -> LayerBytes:
-        """Return the bytes of the layer's input, of what else is held whole, and of the others."""
+    def sizes(self, hidden: int) -> LayerBytes:
+        """Return the bytes of the layer's input, which are ``hidden``, of what else is held whole, and of the rest."""
         groups = [group for group, _ in self.tensors.values()]
         others = sum(group.size for group in groups if group.source is not None)
-        return LayerBytes(hidden.size, sum(group.size for group in groups) - others - hidden.size, others)
+        return LayerBytes(hidden, sum(group.size for group in groups) - others - hidden, others)
 
 
 class AttentionStandIn:
@@ -306,4 +302,5 @@ def _agree(one: Tensor, other: Tensor) -> bool:
     if not one.is_floating_point():
         return torch.equal(one, other)
     largest = float(other.abs().max()) if other.numel() else 0.0
-    return float((one - other).abs().max()) <= torch.finfo(one.dtype).eps ** 0.5 * max(largest, 1e-30)
+    allowed = float(torch.finfo(one.dtype).eps ** 0.5) * max(largest, 1e-30)
+    return float((one - other).abs().max()) <= allowed
