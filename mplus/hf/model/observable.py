@@ -38,8 +38,10 @@ def observable(model: nn.Module, *, attention: bool) -> Iterator[None]:
     """
     config = cast("PreTrainedModel", model).config.get_text_config(decoder=True)
     implementation = str(config._attn_implementation or "eager")
-    ours = implementation.startswith(PREFIX)
-    if attention and not ours and implementation not in BASES:
+    decoder = cast("PreTrainedModel", model.get_decoder() if isinstance(model, PreTrainedModel) else model)
+    # Others compute attention by themselves, and go by the implementation's name in ways of their own.
+    switched = attention and not implementation.startswith(PREFIX) and decoder._can_set_attn_implementation()
+    if switched and implementation not in BASES:
         raise NotSupported(
             f"attn_implementation must be one of {', '.join(BASES)} for activations that are recomputed without "
             f"attention, got {implementation!r}: load the model with attn_implementation='sdpa', or use 'recompute' or "
@@ -47,8 +49,6 @@ def observable(model: nn.Module, *, attention: bool) -> Iterator[None]:
         )
     register()
     before = config.use_cache
-    switched = attention and not ours
-    decoder = cast("PreTrainedModel", model.get_decoder() if isinstance(model, PreTrainedModel) else model)
     with with_attention(decoder, PREFIX + implementation) if switched else nullcontext():
         try:
             config.use_cache = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+import torch
 from attrs import define
 from torch import Size, Tensor
 
@@ -18,12 +19,14 @@ class SavedLayout:
     Attributes:
         order: dimensions from the largest stride to the smallest.
         sizes: of the dimensions in this order.
+        strides: of the tensor where there are gaps in memory between its numbers; None: there are none.
         blocks: numbers of a text that lie in front of its tokens, such as the heads of keys; None: the tensor has no
             dimension of tokens that could be told from others.
     """
 
     order: tuple[int, ...]
     sizes: tuple[int, ...]
+    strides: tuple[int, ...] | None
     blocks: int | None
 
     @staticmethod
@@ -31,7 +34,9 @@ class SavedLayout:
         """Look at a tensor that a layer saved of ``batch`` texts of ``tokens`` tokens."""
         order = _memory_order(tensor)
         sizes = tuple(tensor.shape[place] for place in order)
-        return SavedLayout(order, sizes, _blocks(sizes, order, batch, tokens))
+        gaps = not tensor.permute(order).is_contiguous() and 0 not in tensor.stride()
+        strides = tuple(tensor.stride()) if gaps else None
+        return SavedLayout(order, sizes, strides, _blocks(sizes, order, batch, tokens))
 
     def key(self, tensor: Tensor) -> StorageKey:
         """Return what is equal for tensors that show the same numbers of the same storage."""
@@ -47,9 +52,15 @@ class SavedLayout:
         return tensor.permute(self.order)
 
     def restore(self, numbers: Tensor) -> Tensor:
-        """Return the tensor whose numbers these are, in the order of memory."""
+        """Return the tensor whose numbers these are, in the order of memory.
+
+        Gaps are there again: kernels round otherwise where numbers lie side by side.
+        """
         back = [self.order.index(place) for place in range(len(self.order))]
-        return numbers.reshape(self.sizes).permute(back)
+        tensor = numbers.reshape(self.sizes).permute(back)
+        if self.strides is None:
+            return tensor
+        return torch.empty_strided(tensor.shape, self.strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def token_dimension(shape: Size, batch: int, tokens: int) -> int | None:

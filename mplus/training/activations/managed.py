@@ -34,7 +34,7 @@ from mplus.training.activations.swapped_layer import SwappedLayer
 
 @define(eq=False)
 class ActivationPlan:
-    """What becomes of the activations of a decoder's layers, over the steps of a training.
+    """Rules for the activations of a decoder's layers, over the steps of a training.
 
     Attributes:
         activations: "keep", "recompute", "swap" or "memo".
@@ -70,7 +70,7 @@ class ActivationPlan:
         _refuse_recomputing(model, layers)
         self.layers = len(layers)
         before = [layer.__dict__.get("forward") for layer in layers]
-        ready = partial(observable, model, attention=self.activations == "memo")
+        ready = partial(observable, model, attention=self.recomputes)
         with ready():
             try:
                 for index, layer in enumerate(layers):
