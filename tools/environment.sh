@@ -38,5 +38,6 @@ if [ "$(uname -s)" = Linux ] && ! nvidia-smi -L > /dev/null 2>&1; then
     fi
 fi
 
-"${pip[@]}" install -c "$constraints" ${index[@]+"${index[@]}"} torch
-"${pip[@]}" install --upgrade -c "$constraints" ${index[@]+"${index[@]}"} -e '.[dev,docs]' "$@"
+# Python compiles a module when it is first imported; compiling all of them here would take three quarters of a minute.
+"${pip[@]}" install --no-compile -c "$constraints" ${index[@]+"${index[@]}"} torch
+"${pip[@]}" install --no-compile --upgrade -c "$constraints" ${index[@]+"${index[@]}"} -e '.[dev,docs]' "$@"
