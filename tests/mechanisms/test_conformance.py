@@ -13,6 +13,7 @@ from mplus.mechanisms.text.mechanism import TextMechanism
 from mplus.testing import suites
 from mplus.testing.mechanisms import MechanismConformance, MechanismMemory, TextMechanismConformance
 from mplus.testing.mechanisms.suite import RowSuite
+from tests.helpers.modes import NIGHTLY
 from tests.mechanisms.gists import GistMechanism
 
 SHORT_TERM = {"memory_tokens_per_chunk": 4, "short_term_tokens": 8}
@@ -56,5 +57,6 @@ def in_dtype(dtype: torch.dtype) -> dict[str, type]:
     return {**found, f"TestGists{title}": type(f"TestGists{title}", (plain,), {"implementation": GistMechanism})}
 
 
-globals().update(in_dtype(torch.float32))
 globals().update(in_dtype(torch.bfloat16))
+if NIGHTLY:  # what goes wrong here but neither in float64, above, nor in bfloat16, is rare
+    globals().update(in_dtype(torch.float32))

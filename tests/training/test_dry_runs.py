@@ -15,8 +15,11 @@ PUBLISHED = ("llama3-8b-stage1", "llama3-8b-stage2", "llama3-8b-stage3")
 
 @pytest.mark.parametrize(
     "name",
-    # Stages 2 and 3 do all that stage 1 does, and more; what is particular to it is tested below.
-    [pytest.param(name, marks=pytest.mark.nightly if name == "llama3-8b-stage1" else ()) for name in shipped_recipes()],
+    # Stage 3 does all that stages 1 and 2 do, and recall-tiny all that recall-long does.
+    [
+        pytest.param(name, marks=pytest.mark.nightly if name in {*PUBLISHED[:2], "recall-long"} else ())
+        for name in shipped_recipes()
+    ],
 )
 def test_a_dry_run_does_every_stage(name):
     result = train(name, dry_run=True)

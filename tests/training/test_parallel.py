@@ -17,12 +17,13 @@ import torch
 import mplus
 from mplus.testing.rounding import check_close
 from mplus.training import train
+from tests.helpers.modes import on_every_change
 from tests.training.parallel_worker import STEPS, exact_gradients, table, watched
 
 pytestmark = pytest.mark.two_computations
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("ddp", "fsdp2")
+KINDS = on_every_change(("fsdp2",), nightly=("ddp", "fsdp2"))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def exact(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What two processes wrote, with DDP and with FSDP2."""
+    """What two processes wrote, in each of the ways."""
     folder = tmp_path_factory.mktemp("runs")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
