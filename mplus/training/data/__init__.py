@@ -35,6 +35,7 @@ SOURCES: Registry[BatchSource] = Registry(
         "documents": "mplus.training.data.document_batches:DocumentBatches",
         "copying": "mplus.training.data.generated.copying:CopyingBatches",
         "questions": "mplus.training.data.generated.questions:QuestionBatches",
+        "notes": "mplus.training.data.generated.notes:NoteBatches",
         "recall": "mplus.training.data.generated.facts:RecallBatches",
     },
 )

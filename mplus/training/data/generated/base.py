@@ -40,6 +40,8 @@ class GeneratedOptions:
         mean_age: the other ages, in chunks, are exponential with this mean ...
         uniform: ... or, this share of them, uniform over all that may be asked for.
         max_age: nothing told longer ago is asked for.
+        min_age: nothing told more recently is asked for, as far as anything else was told; above 0 the first question
+            is not about the newest chunk either.
         episode: chunks a stream is told before it starts anew; None: it never does.
         window_tokens: of the plain text of ``Batch.windows``, newest chunks and a question about them; 0: none.
     """
@@ -50,10 +52,13 @@ class GeneratedOptions:
     mean_age: float = field(default=5.0, validator=number(0.01))
     uniform: float = field(default=0.25, validator=share)
     max_age: int = field(default=64, validator=whole(0))
+    min_age: int = field(default=0, validator=whole(0))
     episode: int | None = field(default=None, validator=whole(1, optional=True))
     window_tokens: int = field(default=0, validator=whole(0))
 
     def __attrs_post_init__(self) -> None:
+        if self.min_age > self.max_age:
+            raise ConfigError(f"min_age must be at most max_age ({self.max_age}), got {self.min_age}")
         if self.filler.streaming:
             raise ConfigError("filler must be documents of which any can be had at once, got streaming=True")
 
@@ -149,13 +154,14 @@ class GeneratedBatches(BatchSource):
     def _questions(self, stream: int) -> list[TextSample]:
         options, draws = self.options, CounterRNG(self._seed, "ages", stream, self._step)
         oldest = min(options.max_age, self._told - self._begun - 1)
-        ages = [0]
+        newest = min(options.min_age, oldest)
+        ages = [newest]
         while len(ages) < options.questions:
             if draws.uniform() < options.uniform:
-                ages.append(draws.below(oldest + 1))
+                ages.append(newest + draws.below(oldest - newest + 1))
             else:
                 # The inverse of the exponential distribution; 1 - u is never 0.
-                ages.append(min(oldest, int(-math.log(1 - draws.uniform()) * options.mean_age)))
+                ages.append(min(oldest, newest + int(-math.log(1 - draws.uniform()) * options.mean_age)))
         return [self._question(stream, self._told - 1 - age, draws) for age in ages]
 
     def _question(self, stream: int, place: int, draws: CounterRNG) -> TextSample:
