@@ -39,6 +39,8 @@ class MemoryLLMMechanism(RowMechanism):
                     "rows must be 'outputs' with tile_first, whose first rows carry the mark of the next layer, "
                     "got 'inputs'"
                 )
+            if self.tile_first and self.tokens == "even":
+                raise ConfigError("tokens must be 'last' with tile_first, as published, got 'even'")
 
         @classmethod
         def defaults(cls, variant: str) -> dict[str, JsonValue]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import attrs
 from torch import Tensor
 
+from mplus.config import MPlusConfig
 from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.model.installed import WrappedModel
 from mplus.hf.retrofit.projection import Projection
@@ -44,6 +46,17 @@ class TrainedDecoder:
             inputs.update(attention_mask=mask.long(), **self.engine.padded_positions(mask))
         logits: Tensor = self.model(**inputs, use_cache=False).logits
         return logits
+
+
+def set_sizes(engine: DecoderEngine, config: MPlusConfig, sizes: Mapping[str, int]) -> None:
+    """Give the memories that a decoder makes from now on the sizes of ``config``, with those of ``sizes`` instead.
+
+    Args:
+        engine: of the decoder, which was wrapped with all else that is in ``config``.
+        config: its own configuration.
+        sizes: fields that no parameter depends on (``mplus.training.recipe.recipe.SIZES``), with their values.
+    """
+    engine.config = engine.mechanism.config = attrs.evolve(config, **sizes)
 
 
 def make_streams(

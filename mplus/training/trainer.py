@@ -20,7 +20,7 @@ from mplus.training.activations.managed import ActivationPlan
 from mplus.training.batch import Batch, BatchSource
 from mplus.training.checkpoint import Checkpoint, CheckpointStore, RunIdentity, as_json, random_state, set_random_state
 from mplus.training.curriculum import Curriculum, StepPlan
-from mplus.training.decoder import make_streams
+from mplus.training.decoder import make_streams, set_sizes
 from mplus.training.metrics import MetricsLine, MetricsLog, RunningMeans, stage_bar
 from mplus.training.objectives import OBJECTIVES
 from mplus.training.optimizer import clip_gradients, make_optimizer, make_schedule, optimizer_state
@@ -98,6 +98,7 @@ class Trainer:
     def _begin_model(self) -> None:
         options = self.recipe.optimizer
         model = make_model(self.recipe, self.seed, self._tokenizer).train()
+        self._memory = model.mplus_config
         self._base = None if self.recipe.model.build is not None else model.mplus_installed.base_digest
         trained = choose_trained(model, options.parameters)
         self._shapes = {name: list(parameter.shape) for name, parameter in trained.items()}
@@ -174,6 +175,7 @@ class Trainer:
         state.stages.append(summary)
         state.stage, state.stage_step = state.stage + 1, 0
         self.stage_data = None
+        set_sizes(self.model.mplus_engine, self._memory, {})  # those that it is saved with
         self.save()
 
     def _skipped(self) -> dict[str, dict[str, int]]:
@@ -190,6 +192,7 @@ class Trainer:
         numbers = range(rank() * count, (rank() + 1) * count)
         names = sorted({str(entry.data) for entry in stage.objectives if entry.data is not None})
         where = (self.seed, self.state.stage)
+        set_sizes(self.model.mplus_engine, self._memory, stage.memory)
         return StageData(
             make_streams(
                 self.model.mplus_engine, numbers, seed=derive_seed(*where, "streams"), long_term=stage.long_term

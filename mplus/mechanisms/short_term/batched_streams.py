@@ -18,7 +18,7 @@ from mplus.mechanisms.build import memory_mechanism
 from mplus.mechanisms.decoder import Adapter, Decoder, Prefix, Project, Rows
 from mplus.mechanisms.short_term.batched_prefix import BatchedPrefix, RowSelector, ScoreSelector
 from mplus.mechanisms.short_term.long_term_rows import LongTermRows
-from mplus.mechanisms.short_term.write import MadeOf, WritePass, assemble, plan_write, split_order
+from mplus.mechanisms.short_term.write import MadeFrom, MadeOf, WritePass, assemble, plan_write, split_order
 from mplus.mechanisms.streams import Candidates, Read, TrainingStreams
 from mplus.memory.writing.update import Update
 from mplus.stores.base import StoreLayout
@@ -64,7 +64,9 @@ class BatchedStreams(TrainingStreams):
             raise ConfigError("these streams start from empty memories, but this decoder came with a pool of rows")
         self.config, self.additions, self.decoder, self.layout = config, additions, decoder, layout
         self.long_term_tokens = long_term_tokens
-        self.made_of: MadeOf = "inputs" if config.mechanism.options.get("rows") == "inputs" else "outputs"
+        options = config.mechanism.options
+        self.made_of: MadeOf = "inputs" if options.get("rows") == "inputs" else "outputs"
+        self.made_from: MadeFrom = "even" if options.get("tokens") == "even" else "last"
         self.reset()
 
     @property
@@ -96,7 +98,8 @@ class BatchedStreams(TrainingStreams):
             )
         reencode = not self.decoder.shape.hybrid
         plan = plan_write(self.stm, ids.shape[1], config.memory_tokens_per_chunk, reencode=reencode)
-        return Update(WritePass(plan, self.additions, self.made_of).run(self.decoder, ids.to(self.layout.device)))
+        write = WritePass(plan, self.additions, self.made_of, self.made_from)
+        return Update(write.run(self.decoder, ids.to(self.layout.device)))
 
     def absorb(self, update: Update, source: Tensor) -> None:
         """Take the new rows; a random few leave the full STM."""
@@ -205,7 +208,7 @@ def _take(column: Tensor, index: Tensor) -> Tensor:
 
 BATCHED = ("mplus", "memoryllm")
 """Mechanisms whose streams can be held together."""
-FOLLOWED = ("rows", "begin")
+FOLLOWED = ("rows", "tokens", "begin")
 """Options of theirs that such streams follow."""
 EVICTION = Component("fifo")
 

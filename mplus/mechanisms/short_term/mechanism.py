@@ -21,7 +21,7 @@ from mplus.mechanisms.short_term.batched_streams import BatchedStreams, can_be_b
 from mplus.mechanisms.short_term.prefix_cache import Prepared
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
 from mplus.mechanisms.short_term.tail import read_tails
-from mplus.mechanisms.short_term.write import MadeOf, WritePass, WritePlan, assemble, plan_write, split_order
+from mplus.mechanisms.short_term.write import MadeFrom, MadeOf, WritePass, WritePlan, assemble, plan_write, split_order
 from mplus.mechanisms.streams import TrainingStreams
 from mplus.memory.state import StreamView
 from mplus.memory.writing.update import Update, WriteContext
@@ -51,11 +51,15 @@ class RowMechanism(MemoryMechanism):
                 or what the layer receives for it, its "inputs". Keys and values made of inputs are those that the
                 layer attends to when it reads the text itself: where K is the length of a chunk nothing is left to
                 learn, and training can begin there.
+            tokens: of which tokens of a chunk there are rows: the "last" K (M+ section 3.1), or K at "even" distances.
+                A row can then only be about what stands at most n / K tokens before it and still hold everything,
+                which a decoder learns far sooner than to move half a chunk into the other half.
             begin: what the begin row of every layer starts as: the "embedding" of the token that begins a text
                 (published), or the "inputs" that the layer receives for it, which carry its attention sink.
         """
 
         rows: MadeOf = field(default="outputs", validator=one_of("outputs", "inputs"))
+        tokens: MadeFrom = field(default="last", validator=one_of("last", "even"))
         begin: Literal["embedding", "inputs"] = field(default="embedding", validator=one_of("embedding", "inputs"))
 
     State: ClassVar[type[ShortTermState]] = ShortTermState
@@ -167,7 +171,9 @@ class RowMechanism(MemoryMechanism):
         reencode = not decoder.shape.hybrid and not text.short
         ids = text.need_ids()
         plans = [self.plan_write(state_of(view), ids.shape[1], reencode) for view in views]
-        return Update(WritePass(WritePlan.together(plans), self.additions, self.options.rows).run(decoder, ids))
+        options = self.options
+        write = WritePass(WritePlan.together(plans), self.additions, options.rows, options.tokens)
+        return Update(write.run(decoder, ids))
 
     def example(self, decoder: Decoder, ids: Tensor, context: WriteContext) -> StreamView:
         """Return a stream whose short-term rows are those that a write of ``ids`` makes, and no others.

@@ -1,4 +1,4 @@
-"""The write pass of M+ (section 3.1): ``[begin | newest rows | text]``, of whose last tokens new rows are made."""
+"""The write pass of M+ (section 3.1): ``[begin | newest rows | text]``, of some of whose tokens new rows are made."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from mplus.mechanisms.decoder import Decoder, Project, Rows
 
 MadeOf = Literal["outputs", "inputs"]
 """What the rows of a layer are made of."""
+
+MadeFrom = Literal["last", "even"]
+"""Which tokens of a chunk leave rows."""
 
 
 @define(frozen=True, eq=False)
@@ -103,11 +106,13 @@ class WritePass:
         plan: of all streams.
         additions: begin rows and mark.
         made_of: what a row is: what the layer gives for its token ("outputs"), or what it receives ("inputs").
+        made_from: the tokens that rows are made of: the "last" ones (M+ section 3.1), or ones at "even" distances.
     """
 
     plan: WritePlan
     additions: MemoryAdditions
     made_of: MadeOf = "outputs"
+    made_from: MadeFrom = "last"
 
     def run(self, decoder: Decoder, ids: Tensor) -> tuple[Tensor, ...]:
         """Return per layer ``[B, k, d]`` the rows made of ids ``[B, n]``. Gradients flow where they are enabled."""
@@ -130,14 +135,16 @@ class WritePass:
             positions=positions,
             mask=torch.ones(batch, old + tokens, dtype=torch.int64, device=ids.device),
             collect={self.made_of},
-            last=plan.rows,
+            last=plan.rows if self.made_from == "last" else None,
         )
-        if self.made_of == "inputs":
-            return found.inputs
+        made = found.inputs if self.made_of == "inputs" else found.outputs
+        if self.made_from == "even":
+            places = even_places(old + tokens, plan.rows).to(ids.device)
+            made = tuple(rows[:, places] for rows in made)
         if not plan.overlap:
-            return found.outputs
+            return made
         mark = self.additions.mark
-        return (*(rows + mark.to(rows) for rows in found.outputs[:-1]), found.outputs[-1])
+        return (*(rows + mark.to(rows) for rows in made[:-1]), made[-1])
 
     def prefix(self, layer: int, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
         """Return ``[begin | context]`` without the rows that are queries themselves."""
@@ -148,11 +155,26 @@ class WritePass:
         return (project(Rows(rows)),) if rows.shape[1] else ()
 
     def _marked(self, layer: int, hidden: Tensor) -> Tensor:
-        """Put re-encoded rows in the first places of the text, and add the mark to the last rows."""
+        """Put re-encoded rows in the first places of the text, and add the mark where rows are made."""
         old = self.plan.reencoded
         if old:
             context = self.plan.context[layer]
             rows = context[:, context.shape[1] - old :].to(hidden)
             hidden = torch.cat([rows, hidden[:, old:]], 1)
+        mark = self.additions.mark.to(hidden)
+        if self.made_from == "even":
+            marked = hidden.new_zeros(hidden.shape[1], 1)
+            marked[even_places(hidden.shape[1], self.plan.rows)] = 1
+            return hidden + marked * mark
         split = hidden.shape[1] - self.plan.rows
-        return torch.cat([hidden[:, :split], hidden[:, split:] + self.additions.mark.to(hidden)], 1)
+        return torch.cat([hidden[:, :split], hidden[:, split:] + mark], 1)
+
+
+def even_places(tokens: int, rows: int) -> Tensor:
+    """Return ``[rows]`` int64: places among ``tokens`` at distances that differ by at most one, ending with the last.
+
+    Example:
+        >>> even_places(8, 3).tolist()
+        [1, 4, 7]
+    """
+    return torch.arange(1, rows + 1) * tokens // rows - 1

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from inspect import getattr_static
 
+from attrs import evolve
+
 from mplus.config import options_of
 from mplus.errors import ConfigError
 from mplus.mechanisms.base import MemoryMechanism
@@ -14,7 +16,7 @@ from mplus.mechanisms.short_term.batched_streams import can_be_batched
 from mplus.mechanisms.short_term.mechanism import RowMechanism
 from mplus.retrievers import RETRIEVERS
 from mplus.retrievers.base import Retriever
-from mplus.training.recipe.recipe import Entry, Recipe, Stage, Validation
+from mplus.training.recipe.recipe import SIZES, Entry, Recipe, Stage, Validation
 from mplus.training.recipe.tables import DataSet, NewTokenizer, error_prefix
 
 PRECISION = 1e-6
@@ -117,6 +119,7 @@ def _check_stage(recipe: Recipe, stage: Stage) -> None:
         with error_prefix(f"objectives: {place} ({entry.name})"):
             _check_entry(recipe, stage, entry)
     _check_probabilities(stage.main)
+    _check_sizes(recipe, stage)
     _check_episodes(recipe, stage.objectives)
     if stage.revisit is not None and not any(entry.objective.writes for entry in stage.main):
         raise ConfigError("revisit must go with an objective that writes, got none in this stage")
@@ -161,6 +164,18 @@ def _check_probabilities(main: Sequence[Entry]) -> None:
     total = sum(entry.probability or 0.0 for entry in main)
     if abs(total - 1) > PRECISION:
         raise ConfigError(f"the probabilities of objectives must make 1, got {total:g}")
+
+
+def _check_sizes(recipe: Recipe, stage: Stage) -> None:
+    with error_prefix("memory"):
+        for name in stage.memory:
+            if name not in SIZES:
+                raise ConfigError(f"must be sizes that no parameter depends on ({', '.join(SIZES)}), got {name!r}")
+        if (recipe.memory.long_term_tokens == 0) != (evolve(recipe.memory, **stage.memory).long_term_tokens == 0):
+            raise ConfigError(
+                "long_term_tokens must be 0 in every stage or in none, since it decides whether there is a retriever; "
+                f"got {stage.memory['long_term_tokens']} here and {recipe.memory.long_term_tokens} in the recipe"
+            )
 
 
 def _check_episodes(recipe: Recipe, entries: Sequence[Entry]) -> None:

@@ -26,6 +26,8 @@ from mplus.training.recipe.tables import (
 
 ENTRY = ("name", "data", "probability", "beside", "weight")
 """Fields of an objective's table; the others are its options."""
+SIZES = ("memory_tokens_per_chunk", "short_term_tokens", "retrieved_tokens", "long_term_tokens")
+"""Sizes of a memory that a stage can have to itself: no parameter has their shape."""
 
 
 @define(frozen=True, kw_only=True)
@@ -103,6 +105,8 @@ class Stage:
         name: shown and recorded.
         steps: optimiser steps; with ``until``, the most.
         objectives: what is done on a step.
+        memory: sizes of ``SIZES`` that differ from those of the recipe's memory while the stage lasts, so that a memory
+            can begin with a row for every token and be thinned stage by stage.
         revisit: whether and how often earlier texts are read again.
         retriever_loss: None: the retriever learns nothing.
         long_term: whether streams have long-term memory.
@@ -114,6 +118,7 @@ class Stage:
     name: str = field(validator=plain_name)
     steps: int = field(validator=whole(1))
     objectives: tuple[Entry, ...]
+    memory: dict[str, int] = field(factory=dict)
     revisit: Revisit | None = None
     retriever_loss: RetrieverLoss | None = None
     long_term: bool = field(default=False, validator=flag)
