@@ -22,9 +22,9 @@ IDS = torch.randint(3, VOCABULARY, (3, CHUNK), generator=torch.Generator().manua
 
 
 @cache
-def wrapped(**options: str) -> MemoryModel:
+def wrapped(rows_per_chunk: int = CHUNK, **options: str) -> MemoryModel:
     config: dict[str, Any] = {"adapters": None, "long_term_tokens": 0, "retrieved_tokens": 0}
-    config.update(chunk_tokens=CHUNK, memory_tokens_per_chunk=CHUNK, short_term_tokens=2 * CHUNK)
+    config.update(chunk_tokens=CHUNK, memory_tokens_per_chunk=rows_per_chunk, short_term_tokens=2 * CHUNK)
     return mplus.wrap(load_decoder(), mplus.MPlusConfig(mechanism={"name": "mplus", **options}, **config))
 
 
@@ -42,14 +42,16 @@ def test_untrained_it_reads_two_chunks_as_the_decoder_reads_their_text() -> None
     plain = decoder(text).logits[0, -CHUNK:]
     with InFloat64():
         exact = decoder.double()(text).logits[0, -CHUNK:]
-    check_close(read(wrapped(rows="inputs", begin="inputs")), plain, exact)
+    for tokens in ("last", "even"):  # where there are as many rows as tokens these are the same
+        check_close(read(wrapped(rows="inputs", begin="inputs", tokens=tokens)), plain, exact)
     for others in ({}, {"rows": "inputs"}, {"begin": "inputs"}):
         assert (read(wrapped(**others)) - exact).abs().max() > 1
 
 
 @torch.no_grad()
-def test_training_writes_the_same_rows() -> None:
-    model = wrapped(rows="inputs", begin="inputs")
+@pytest.mark.parametrize("options", [{}, {"rows_per_chunk": CHUNK // 2, "tokens": "even"}], ids=["every token", "even"])
+def test_training_writes_the_same_rows(options: dict[str, Any]) -> None:
+    model = wrapped(rows="inputs", begin="inputs", **options)
     memory = model.new_memory()
     memory.write(IDS[:2].flatten())
     streams = make_batched_streams(model.mplus_engine, range(1), seed=0, long_term_tokens=0)
@@ -60,11 +62,34 @@ def test_training_writes_the_same_rows() -> None:
         assert torch.equal(rows.need_hidden(), batched[0])
 
 
+@torch.no_grad()
+def test_rows_at_even_distances_are_those_of_every_second_token_with_the_mark() -> None:
+    every, second = wrapped(rows="inputs", begin="inputs"), wrapped(CHUNK // 2, rows="inputs", tokens="even")
+    found = []
+    for model in (every, second):
+        memory = model.new_memory()
+        memory.write(IDS[0])
+        state: Any = memory.states[0]
+        found.append(state.stm[0].need_hidden())
+    assert torch.equal(found[1], found[0][1::2])
+    mark = torch.full_like(second.mplus.mark, 0.5)
+    second.mplus.mark.copy_(mark)
+    try:
+        memory = second.new_memory()
+        memory.write(IDS[0])
+        state = memory.states[0]
+        assert torch.equal(state.stm[0].need_hidden(), found[1] + mark[0])
+    finally:
+        second.mplus.mark.zero_()
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("mplus", {"rows": "hidden"}, "rows"),
         ("mplus", {"begin": "zero"}, "begin"),
+        ("mplus", {"tokens": "odd"}, "tokens must be one of 'last', 'even'"),
+        ("memoryllm", {"tokens": "even", "tile_first": True}, "tokens must be 'last' with tile_first"),
         ("memoryllm", {"rows": "inputs", "tile_first": True}, "rows must be 'outputs' with tile_first"),
     ],
 )

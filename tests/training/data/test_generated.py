@@ -9,6 +9,9 @@ import torch
 
 from mplus.config import structure
 from mplus.errors import ConfigError, InputError
+from mplus.evaluation.tasks import people as people_asked
+from mplus.evaluation.tasks.people import half
+from mplus.facts.notes import FIRST, LAST, RELATIONS, part, sentences
 from mplus.hf.pretrained.shipped import load_tokenizer
 from mplus.training.batch import IGNORE_INDEX, NO_SOURCE
 from mplus.training.data import SOURCES
@@ -17,7 +20,7 @@ from tests.helpers.letters import Letters
 from tests.training.data.test_document_turns import rows as text_rows
 from tests.training.data.test_document_turns import same
 
-KINDS = ["copying", "questions"]
+KINDS = ["copying", "questions", "notes"]
 FILLER = "It was a day. The rain fell! Who came by? Nobody did. "
 
 
@@ -62,15 +65,21 @@ def test_every_answer_was_told_in_the_chunk_asked_about(make, kind):
                 owner, chunk = told[about]
                 assert owner == place
                 assert answer.strip() in chunk
-                assert text.partition(answer)[0].split()[-1].strip(":") in (*chunk.split(), "Answer", "is")
+                assert text.rpartition(answer)[0].split()[-1].strip(":") in (*chunk.split(), "Answer", "is")
+
+
+TOLD = {
+    "copying": r"Note: [a-z ]+\.",
+    "questions": r" ?[A-Z][^.!?]*(colour|town|pet|fruit)[^.!?]*\.",
+    "notes": r" ((?!It was|The rain|Who came|Nobody did)[A-Z][^.!?]*[.!?])+",
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_are_running_text_with_something_told_between_sentences(make, kind):
     batch = make(kind).next_batch(3)
     for chunk in map(Letters.text, batch.chunks.flatten(0, 1)):
-        pattern = r"Note: [a-z ]+\." if kind == "copying" else r" ?[A-Z][^.!?]*(colour|town|pet|fruit)[^.!?]*\."
-        found = list(re.finditer(pattern, chunk))
+        found = list(re.finditer(TOLD[kind], chunk))
         assert len(found) == 1
         before, after = chunk[: found[0].start()], chunk[found[0].end() :]
         assert before.endswith((".", "!", "?")) or not before
@@ -134,6 +143,11 @@ def test_ages_follow_the_options(make, kind):
     uniform = ages(uniform=1.0, max_age=9)
     assert set(uniform.tolist()) == set(range(10))
     assert abs(float(uniform.mean()) - 4.5) < 0.3
+    source = make(kind, numbers=[0], questions=5, uniform=1.0, min_age=3, max_age=5)
+    batches = [source.next_batch(1) for _ in range(40)]
+    assert {int(age) for batch in batches[10:] for age in (batch.sources - batch.text_sources).flatten()} == {3, 4, 5}
+    with pytest.raises(ConfigError, match="min_age must be at most max_age"):
+        make(kind, min_age=7, max_age=6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -263,3 +277,39 @@ def test_with_a_real_tokenizer_and_the_novel(kind):
         assert len(answer) > 2
         assert answer in chunk
     assert text_rows(batch)[0]["chunks"] != text_rows(batch)[1]["chunks"]
+
+
+def test_notes_that_are_held_out_share_no_word_of_value_and_no_sentence_with_training():
+    for items in (FIRST, LAST, *(relation.values for relation in RELATIONS.values())):
+        trained, kept = set(part(items, False)), set(part(items, True))
+        assert not trained & kept
+        assert len(items) == len(set(items)) == len(trained | kept)
+        assert 0.15 < len(kept) / len(items) < 0.25
+    for relation in RELATIONS.values():
+        for ways, places in ((relation.told, ("{name}", "{value}")), (relation.asked, ("{name}",))):
+            assert not set(sentences(ways, False)) & set(sentences(ways, True))
+            assert len(sentences(ways, True)) == 1
+            assert all(way.count(place) == 1 for way in ways for place in places)
+    assert not {*FIRST, *LAST} & {*half(people_asked.FIRST, "test"), *half(people_asked.LAST, "test")}
+
+
+class Chats(Letters):
+    chat_template = "there is one"
+
+    def apply_chat_template(self, turns, *, add_generation_prompt, tokenize):
+        assert (add_generation_prompt, tokenize) == (True, False)
+        return "".join(f"<user>{turn['content']}</user>" for turn in turns) + "<answer>"
+
+
+def test_notes_are_asked_for_in_the_chat_template_for_whole_batches(make):
+    source, found = make("notes", tokenizer=Chats(), chat=0.5), set()
+    for _ in range(12):
+        batch = source.next_batch(1)
+        chats = {text.startswith("<user>") for stream in texts(batch) for text, _ in stream}
+        assert len(chats) == 1
+        found |= chats
+        given = [Letters.text(ids[seen]) for ids, seen in zip(batch.texts[0], batch.query_mask[0], strict=True)]
+        assert all(text.endswith("<answer>" if True in chats else "Answer:") for text in given)
+    assert found == {True, False}
+    with pytest.raises(ConfigError, match="chat must be 0 where the tokenizer has no chat template"):
+        make("notes", chat=1.0).next_batch(1)

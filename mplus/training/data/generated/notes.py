@@ -29,11 +29,13 @@ class NoteOptions(GeneratedOptions):
 
     Attributes:
         held_out: tell of people, values and sentences that are never trained with.
+        strange: of the facts, this share has a value of any relation, so that nothing but what was told tells it.
         chat: of the batches, this share asks as a user of the tokenizer's chat template does; the others as
             ``Question: ... Answer:``.
     """
 
     held_out: bool = field(default=False, validator=flag)
+    strange: float = field(default=0.0, validator=share)
     chat: float = field(default=0.0, validator=share)
 
     def __attrs_post_init__(self) -> None:
@@ -59,16 +61,17 @@ class NoteBatches(GeneratedBatches):
         return [f"{first} {last}" for first in part(FIRST, held_out) for last in part(LAST, held_out)]
 
     @cached_property
-    def _longest_answer(self) -> str:
-        values = (value for relation in RELATIONS.values() for value in relation.values)
-        return max(values, key=lambda value: len(encode(self._tokenizer, value)))
+    def _values(self) -> tuple[str, ...]:
+        return tuple(word for known in RELATIONS.values() for word in part(known.values, self.options.held_out))
 
     def fact(self, stream: int, place: int) -> tuple[Relation, str, str]:
         """Return relation, name and value told in a chunk."""
         count = len(self._people) * len(RELATIONS)
         relation, person = divmod(permuted(place % count, count, self._seed, "facts", stream), len(self._people))
         known = list(RELATIONS.values())[relation]
-        return known, self._people[person], self._pick(part(known.values, self.options.held_out), "value", stream, place)
+        strange = CounterRNG(self._seed, "strange", stream, place).uniform() < self.options.strange
+        values = self._values if strange else part(known.values, self.options.held_out)
+        return known, self._people[person], self._pick(values, "value", stream, place)
 
     def tell(self, stream: int, place: int) -> Tensor:
         relation, name, value = self.fact(stream, place)
@@ -86,16 +89,18 @@ class NoteBatches(GeneratedBatches):
         def size(text: str) -> int:
             return len(encode(self._tokenizer, text))
 
-        name = f"{max(FIRST, key=size)} {max(LAST, key=size)}"
+        name, value = f"{max(FIRST, key=size)} {max(LAST, key=size)}", max(self._values, key=size)
         told = [
-            told.format(name=name, value=max(part(relation.values, self.options.held_out), key=size))
-            for relation in RELATIONS.values()
-            for told in sentences(relation.told, self.options.held_out)
+            sentence.format(
+                name=name,
+                value=value if self.options.strange else max(part(known.values, self.options.held_out), key=size),
+            )
+            for known in RELATIONS.values()
+            for sentence in sentences(known.told, self.options.held_out)
         ]
-        asked = [ask.format(name=name) for relation in RELATIONS.values() for ask in relation.asked]
+        asked = [sentence.format(name=name) for known in RELATIONS.values() for sentence in known.asked]
         way = max(INSTRUCTIONS, key=size) if self.options.chat else None
-        longest = self._text(max(asked, key=size), self._longest_answer, 0, way)
-        return max(map(size, told)) + 1, len(longest.ids)
+        return max(map(size, told)) + 1, len(self._text(max(asked, key=size), value, 0, way).ids)
 
     def _pick(self, items: tuple[str, ...], *where: str | int) -> str:
         return items[CounterRNG(self._seed, *where).below(len(items))]
