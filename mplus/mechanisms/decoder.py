@@ -313,6 +313,7 @@ class Decoder(Protocol):
         mask: Tensor | None = None,
         collect: Collection[Collected] = (),
         last: int | None = None,
+        logits_to_keep: int = 0,
         finish: Finish | None = None,
         insertion: Insertion | None = None,
     ) -> PassResult:
@@ -329,6 +330,7 @@ class Decoder(Protocol):
             mask: ``[B, T]``, 0 at padding.
             collect: what is wanted of the pass.
             last: of what is collected layer by layer, only so many last rows; None: all.
+            logits_to_keep: compute the logits of so many last tokens only; 0: of all.
             finish: gives the final hidden state, from what is collected.
             insertion: where in the text the rows of ``prefix`` stand, which then decides on ``positions``; None: in
                 front of all of it.

@@ -142,13 +142,20 @@ class SeparateStreams(TrainingStreams):
             access_log=access_log,
         )
 
-    def read(self, texts: Tensor, *, queries: Tensor | None = None, candidates: Candidates | None = None) -> Read:
+    def read(
+        self,
+        texts: Tensor,
+        *,
+        queries: Tensor | None = None,
+        candidates: Candidates | None = None,
+        logits_to_keep: int = 0,
+    ) -> Read:
         if candidates is not None:
             raise NotSupported(
                 f"streams of the mechanism {self.mechanism.name!r} offer no candidates to a retriever loss: leave "
                 "retriever_loss out"
             )
-        return self._read(self._views(), texts, queries, "read")
+        return self._read(self._views(), texts, queries, "read", logits_to_keep)
 
     def read_update(self, update: Update, texts: Tensor, adapter: Adapter) -> Read:
         views = []
@@ -165,7 +172,14 @@ class SeparateStreams(TrainingStreams):
         parts = zip(self.states, self.stores, self._access_logs, strict=True)
         return [StreamView(state, store.snapshot(), log) for state, store, log in parts]
 
-    def _read(self, streams: Sequence[StreamView], texts: Tensor, queries: Tensor | None, adapter: Adapter) -> Read:
+    def _read(
+        self,
+        streams: Sequence[StreamView],
+        texts: Tensor,
+        queries: Tensor | None,
+        adapter: Adapter,
+        logits_to_keep: int = 0,
+    ) -> Read:
         batch, each, tokens = texts.shape
         views = [view for view in streams for _ in range(each)]  # the texts of a stream share its view
         ids = texts.flatten(0, 1)
@@ -181,13 +195,14 @@ class SeparateStreams(TrainingStreams):
             adapter=None if empty else adapter,
             positions=None if offset is None else offset.to(ids.device)[:, None] + torch.arange(tokens).to(ids.device),
             collect={"logits", *self.mechanism.collect} if finish else {"logits"},
+            logits_to_keep=logits_to_keep,
             finish=finish,
             insertion=source.opened.insertion,
         )
         logits = found.logits
         assert logits is not None  # noqa: S101  (they were asked for)
         layers = {layer: LayerRead(text.view(batch, each, tokens, -1)) for layer, text in source.texts.items()}
-        return Read(logits.view(batch, each, tokens, -1), layers)
+        return Read(logits.view(batch, each, *logits.shape[1:]), layers)
 
     def state_dict(self) -> dict[str, Any]:
         return {

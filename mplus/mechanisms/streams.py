@@ -53,7 +53,7 @@ class LayerRead:
 
 @define(frozen=True, eq=False)
 class Read:
-    """Logits ``[B, R, T, V]`` of texts, and what each layer that carries memory read for them."""
+    """Logits ``[B, R, T, V]`` of texts, or of their last tokens, and what each layer that carries memory read for them."""
 
     logits: Tensor
     layers: dict[int, LayerRead]
@@ -119,13 +119,21 @@ class TrainingStreams(ABC):
         self.absorb(self.encode(ids), source)
 
     @abstractmethod
-    def read(self, texts: Tensor, *, queries: Tensor | None = None, candidates: Candidates | None = None) -> Read:
+    def read(
+        self,
+        texts: Tensor,
+        *,
+        queries: Tensor | None = None,
+        candidates: Candidates | None = None,
+        logits_to_keep: int = 0,
+    ) -> Read:
         """Read R texts of each stream, independently of each other, as a user's memory is read. Changes nothing.
 
         Args:
             texts: ``[B, R, T]`` int64, padding on the right.
             queries: ``[B, R, T]`` bool, the tokens that retrieval sees; None: all.
             candidates: chooses rows for a retriever loss.
+            logits_to_keep: compute the logits of so many last tokens only; 0: of all.
 
         Raises:
             NotSupported: ``candidates``, where the streams offer none.

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from mplus.errors import ConfigError, NotSupported
-from mplus.training.batch import NO_SOURCE, Batch
+from mplus.training.batch import IGNORE_INDEX, NO_SOURCE, Batch
 from mplus.training.decoder import TrainedDecoder, make_batched_streams
 from mplus.training.objectives import OBJECTIVES
+from mplus.training.objectives.full_memory import predicted_tokens
 from mplus.training.objectives.losses import RetrieverLoss
 from tests.memory import tiny
 
@@ -199,3 +200,13 @@ def test_gradient_checkpointing_changes_nothing(name):
     assert grads[0].keys() == grads[1].keys()
     for parameter, grad in grads[0].items():
         torch.testing.assert_close(grads[1][parameter], grad, rtol=1e-5, atol=1e-7)
+
+
+def test_logits_are_computed_from_the_token_in_front_of_the_first_label_on():
+    labels = torch.full((2, 2, 6), IGNORE_INDEX)
+    assert predicted_tokens(labels) == 1
+    labels[1, 0, 4] = 7
+    labels[0, 1, 5] = 7
+    assert predicted_tokens(labels) == 3
+    labels[0, 0, 0] = 7  # nothing predicts the first token
+    assert predicted_tokens(labels) == 6

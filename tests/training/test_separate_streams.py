@@ -93,6 +93,9 @@ def test_separate_and_batched_streams_hold_and_read_the_same(derived, tokens):
         write(separate, 14, tokens)
         write(batched, 14, tokens)
         separate_read, batched_read = (streams.read(texts()) for streams in (separate, batched))
+        for streams, whole in ((separate, separate_read), (batched, batched_read)):
+            kept = streams.read(texts(), logits_to_keep=2).logits
+            torch.testing.assert_close(kept, whole.logits[:, :, -2:], rtol=0, atol=tiny.rounding())
     assert separate.clock == batched.clock
     for layer in range(engine.layout.layers):
         for row in range(STREAMS):

@@ -114,6 +114,7 @@ class WrappedDecoder:
         mask: Tensor | None = None,
         collect: Collection[Collected] = (),
         last: int | None = None,
+        logits_to_keep: int = 0,
         finish: Finish | None = None,
         insertion: Insertion | None = None,
     ) -> PassResult:
@@ -153,6 +154,8 @@ class WrappedDecoder:
         if "logits" not in names:
             output: Any = run_in(active, engine.retrofit.anatomy.decoder, **inputs)
             return self._result(collection.result(output.last_hidden_state), names)
+        if logits_to_keep:
+            inputs["logits_to_keep"] = logits_to_keep
         if "hidden" in names:
             inputs["output_hidden_states"] = True  # the last one is the only way to the final norm's
         output = run_in(active, engine.model, **inputs)

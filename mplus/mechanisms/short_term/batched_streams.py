@@ -139,6 +139,7 @@ class BatchedStreams(TrainingStreams):
         *,
         queries: Tensor | None = None,
         candidates: Candidates | None = None,
+        logits_to_keep: int = 0,
         selector: RowSelector | Literal["retriever"] | None = "retriever",
         retrieved_tokens: int | None = None,
     ) -> Read:
@@ -148,6 +149,7 @@ class BatchedStreams(TrainingStreams):
             texts: ``[B, R, T]`` int64, padding on the right.
             queries: ``[B, R, T]`` bool, the tokens that retrieval sees; None: all.
             candidates: chooses rows for a retriever loss.
+            logits_to_keep: compute the logits of so many last tokens only; 0: of all.
             selector: chooses long-term rows; "retriever": the mechanism's own does; None: none are read.
             retrieved_tokens: K0 for this read; None: that of the config.
         """
@@ -158,7 +160,7 @@ class BatchedStreams(TrainingStreams):
         rows = 1 + self.rows + max(min(k0 if selector else 0, ltm.count) for ltm in self.ltm)
         queries = torch.ones_like(texts, dtype=torch.bool) if queries is None else queries
         source = BatchedPrefix(self, self.config, self.additions.begin, self.decoder, queries, selector, candidates, k0)
-        return Read(self._logits(source.prefix, texts, rows, "read"), source.layers)
+        return Read(self._logits(source.prefix, texts, rows, "read", logits_to_keep), source.layers)
 
     def read_update(self, update: Update, texts: Tensor, adapter: Adapter) -> Read:
         """Read texts ``[B, R, T]`` with ``[begin | update]`` in front, which keeps its graph (published: "write")."""
@@ -171,11 +173,17 @@ class BatchedStreams(TrainingStreams):
 
         return Read(self._logits(prefix, texts, 1 + update.hidden[0].shape[1], adapter), {})
 
-    def _logits(self, prefix: Prefix, texts: Tensor, rows: int, adapter: Adapter) -> Tensor:
-        ids = texts.flatten(0, 1)
-        found = self.decoder.run(ids, prefix=prefix, prefix_rows=rows, adapter=adapter, collect={"logits"})
+    def _logits(self, prefix: Prefix, texts: Tensor, rows: int, adapter: Adapter, logits_to_keep: int = 0) -> Tensor:
+        found = self.decoder.run(
+            texts.flatten(0, 1),
+            prefix=prefix,
+            prefix_rows=rows,
+            adapter=adapter,
+            collect={"logits"},
+            logits_to_keep=logits_to_keep,
+        )
         assert found.logits is not None  # noqa: S101  (they were asked for)
-        return found.logits.view(*texts.shape, -1)
+        return found.logits.view(*texts.shape[:2], *found.logits.shape[1:])
 
     def state_dict(self) -> dict[str, Any]:
         return {

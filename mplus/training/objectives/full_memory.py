@@ -10,7 +10,7 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.config import whole
-from mplus.training.batch import NO_SOURCE, Batch
+from mplus.training.batch import IGNORE_INDEX, NO_SOURCE, Batch
 from mplus.training.objectives.base import Objective, ObjectiveResult
 from mplus.training.objectives.losses import RetrieverLoss, accuracy, token_loss
 
@@ -34,15 +34,30 @@ def full_read(
     candidates = None
     if retriever_loss is not None and retriever is not None:
         candidates = retriever_loss.wanted(batch.text_sources, streams.choices)
-    read = streams.read(batch.texts, queries=query_mask, candidates=candidates)
-    loss = token_loss(read.logits, batch.labels)
-    metrics = {"loss": loss.item(), "accuracy": accuracy(read.logits, batch.labels, batch.answer_mask)}
+    # What stands in front of all answers needs no logits, and the head is a fifth of a small decoder's work.
+    kept = predicted_tokens(batch.labels)
+    read = streams.read(batch.texts, queries=query_mask, candidates=candidates, logits_to_keep=kept)
+    labels, answers = batch.labels[..., -kept:], batch.answer_mask
+    loss = token_loss(read.logits, labels)
+    right = accuracy(read.logits, labels, None if answers is None else answers[..., -kept:])
+    metrics = {"loss": loss.item(), "accuracy": right}
     if retriever_loss is not None and retriever is not None:
         term = retriever_loss(retriever, read, query_mask, batch.text_sources)
         metrics["retriever_loss"] = term.item()
         loss = loss + term
     metrics.update(recall(read, batch.text_sources))
     return ObjectiveResult(loss, {name: value for name, value in metrics.items() if not math.isnan(value)})
+
+
+def predicted_tokens(labels: Tensor) -> int:
+    """Return how many last tokens of texts are predicted or predict: from the one in front of the first label on.
+
+    Args:
+        labels: ``[B, R, T]``, as for ``token_loss``.
+    """
+    wanted = (labels != IGNORE_INDEX).flatten(0, 1).any(0).nonzero()
+    first = max(int(wanted[0]) - 1, 0) if len(wanted) else labels.shape[-1] - 1
+    return labels.shape[-1] - first
 
 
 @torch.no_grad()
