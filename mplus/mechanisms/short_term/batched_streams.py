@@ -66,7 +66,7 @@ class BatchedStreams(TrainingStreams):
         self.long_term_tokens = long_term_tokens
         options = config.mechanism.options
         self.made_of: MadeOf = "inputs" if options.get("rows") == "inputs" else "outputs"
-        self.made_from: MadeFrom = "even" if options.get("tokens") == "even" else "last"
+        self.made_from: MadeFrom = options.get("tokens", "last")
         self.reset()
 
     @property

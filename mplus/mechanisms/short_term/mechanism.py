@@ -59,7 +59,7 @@ class RowMechanism(MemoryMechanism):
         """
 
         rows: MadeOf = field(default="outputs", validator=one_of("outputs", "inputs"))
-        tokens: MadeFrom = field(default="last", validator=one_of("last", "even"))
+        tokens: MadeFrom = field(default="last", validator=one_of("last", "even", "unlikely"))
         begin: Literal["embedding", "inputs"] = field(default="embedding", validator=one_of("embedding", "inputs"))
 
     State: ClassVar[type[ShortTermState]] = ShortTermState

@@ -16,7 +16,7 @@ from mplus.mechanisms.decoder import Decoder, Project, Rows
 MadeOf = Literal["outputs", "inputs"]
 """What the rows of a layer are made of."""
 
-MadeFrom = Literal["last", "even"]
+MadeFrom = Literal["last", "even", "unlikely"]
 """Which tokens of a chunk leave rows."""
 
 
@@ -134,13 +134,16 @@ class WritePass:
             adapter="write",
             positions=positions,
             mask=torch.ones(batch, old + tokens, dtype=torch.int64, device=ids.device),
-            collect={self.made_of},
+            collect={self.made_of, "logits"} if self.made_from == "unlikely" else {self.made_of},
             last=plan.rows if self.made_from == "last" else None,
         )
         made = found.inputs if self.made_of == "inputs" else found.outputs
         if self.made_from == "even":
             places = even_places(old + tokens, plan.rows).to(ids.device)
             made = tuple(rows[:, places] for rows in made)
+        elif self.made_from == "unlikely" and plan.rows < tokens:
+            places = unlikely_places(found.need_logits(), ids, plan.rows)[..., None]
+            made = tuple(rows.gather(1, places.expand(-1, -1, rows.shape[-1])) for rows in made)
         if not plan.overlap:
             return made
         mark = self.additions.mark
@@ -162,6 +165,8 @@ class WritePass:
             rows = context[:, context.shape[1] - old :].to(hidden)
             hidden = torch.cat([rows, hidden[:, old:]], 1)
         mark = self.additions.mark.to(hidden)
+        if self.made_from == "unlikely":
+            return hidden + mark  # which tokens these are is known only when the pass is done
         if self.made_from == "even":
             marked = hidden.new_zeros(hidden.shape[1], 1)
             marked[even_places(hidden.shape[1], self.plan.rows)] = 1
@@ -178,3 +183,19 @@ def even_places(tokens: int, rows: int) -> Tensor:
         [1, 4, 7]
     """
     return torch.arange(1, rows + 1) * tokens // rows - 1
+
+
+@torch.no_grad()
+def unlikely_places(logits: Tensor, ids: Tensor, rows: int) -> Tensor:
+    """Return ``[B, rows]`` int64, ascending: the places of the first token and of those that were least to be expected.
+
+    What a decoder expects anyway it can fill in when it reads (Selective Context, arXiv 2310.06201).
+
+    Args:
+        logits: ``[B, n, V]``; those at t predict the token at t + 1.
+        ids: ``[B, n]`` int64.
+        rows: of the n tokens, so many.
+    """
+    likely = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    likely = torch.cat([likely.new_full((len(ids), 1), -torch.inf), likely], 1)
+    return likely.topk(rows, largest=False).indices.sort(-1).values
