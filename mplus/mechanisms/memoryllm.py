@@ -39,8 +39,8 @@ class MemoryLLMMechanism(RowMechanism):
                     "rows must be 'outputs' with tile_first, whose first rows carry the mark of the next layer, "
                     "got 'inputs'"
                 )
-            if self.tile_first and self.tokens == "even":
-                raise ConfigError("tokens must be 'last' with tile_first, as published, got 'even'")
+            if self.tile_first and self.tokens != "last":
+                raise ConfigError(f"tokens must be 'last' with tile_first, as published, got {self.tokens!r}")
 
         @classmethod
         def defaults(cls, variant: str) -> dict[str, JsonValue]:

@@ -42,16 +42,16 @@ def test_untrained_it_reads_two_chunks_as_the_decoder_reads_their_text() -> None
     plain = decoder(text).logits[0, -CHUNK:]
     with InFloat64():
         exact = decoder.double()(text).logits[0, -CHUNK:]
-    for tokens in ("last", "even"):  # where there are as many rows as tokens these are the same
+    for tokens in ("last", "even", "unlikely"):  # where there are as many rows as tokens these are the same
         check_close(read(wrapped(rows="inputs", begin="inputs", tokens=tokens)), plain, exact)
     for others in ({}, {"rows": "inputs"}, {"begin": "inputs"}):
         assert (read(wrapped(**others)) - exact).abs().max() > 1
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"rows_per_chunk": CHUNK // 2, "tokens": "even"}], ids=["every token", "even"])
-def test_training_writes_the_same_rows(options: dict[str, Any]) -> None:
-    model = wrapped(rows="inputs", begin="inputs", **options)
+@pytest.mark.parametrize("tokens", ["last", "even", "unlikely"])
+def test_training_writes_the_same_rows(tokens: str) -> None:
+    model = wrapped(CHUNK // 2, rows="inputs", begin="inputs", tokens=tokens)
     memory = model.new_memory()
     memory.write(IDS[:2].flatten())
     streams = make_batched_streams(model.mplus_engine, range(1), seed=0, long_term_tokens=0)
@@ -83,12 +83,29 @@ def test_rows_at_even_distances_are_those_of_every_second_token_with_the_mark() 
         second.mplus.mark.zero_()
 
 
+@torch.no_grad()
+def test_rows_of_unlikely_tokens_are_those_that_the_decoder_would_not_have_guessed() -> None:
+    every, half = wrapped(rows="inputs", begin="inputs"), wrapped(CHUNK // 2, rows="inputs", begin="inputs", tokens="unlikely")
+    found, first = [], IDS[0]
+    for model in (every, half):
+        memory = model.new_memory()
+        memory.write(first)
+        state: Any = memory.states[0]
+        found.append(state.stm[1].need_hidden())
+    places = [int((found[0] == row).all(-1).nonzero()[0]) for row in found[1]]
+    decoder = load_decoder()
+    ids = torch.cat([torch.tensor([[decoder.config.bos_token_id]]), first[None]], 1)
+    likely = decoder(ids).logits[0, 1:-1].log_softmax(-1).gather(-1, first[1:, None])[:, 0]
+    unlikely = likely.topk(CHUNK // 2 - 1, largest=False).indices + 1
+    assert places == [0, *sorted(unlikely.tolist())]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("mplus", {"rows": "hidden"}, "rows"),
         ("mplus", {"begin": "zero"}, "begin"),
-        ("mplus", {"tokens": "odd"}, "tokens must be one of 'last', 'even'"),
+        ("mplus", {"tokens": "odd"}, "tokens must be one of 'last', 'even', 'unlikely'"),
         ("memoryllm", {"tokens": "even", "tile_first": True}, "tokens must be 'last' with tile_first"),
         ("memoryllm", {"rows": "inputs", "tile_first": True}, "rows must be 'outputs' with tile_first"),
     ],

@@ -23,12 +23,16 @@ from mplus.hf.pretrained.config import MPlusModelConfig, read_config
 from mplus.hf.pretrained.load import without_bars
 from mplus.hf.pretrained.save import BASE, WEIGHTS, load_additions
 from mplus.hf.pretrained.shipped import RECALL_TINY, STORIES260K
+from mplus.hf.pretrained.smollm2 import smollm2_folder
 
 TrainTokenizer: TypeAlias = PreTrainedTokenizerBase
 """What a training gives text to, and saves with its model."""
 
 SHIPPED = {"stories260K": STORIES260K, "recall-tiny": RECALL_TINY}
 """Decoders that come with the package, by the name a recipe gives them."""
+
+SMOLLM2 = "smollm2"
+"""Name in a recipe of the decoder that ``mplus get smollm2`` brings."""
 
 EMBEDDING_STD = 0.05
 """Standard deviation of tied embeddings under init "mimetic"."""
@@ -44,7 +48,7 @@ def load_for_training(path: str, config: MPlusConfig, dtype: torch.dtype) -> Wra
         ConfigError: there is no such decoder.
         CheckpointError: what was saved with it does not fit ``config``.
     """
-    where = SHIPPED.get(path, path)
+    where = _place(path)
     folder = Path(where)
     with without_bars():
         plain = MPlusModelConfig.get_config_dict(folder)[0] if (folder / WEIGHTS).is_file() else {}
@@ -65,6 +69,16 @@ def load_for_training(path: str, config: MPlusConfig, dtype: torch.dtype) -> Wra
         model: WrappedModel = wrap(decoder, config)
     _go_on(model, folder)
     return model
+
+
+def _place(path: str) -> str | Path:
+    """Return where a decoder lies: one that comes with the package or that it brought, or what ``path`` says."""
+    if path != SMOLLM2 or Path(path).is_dir():
+        return SHIPPED.get(path, path)
+    folder = smollm2_folder()
+    if not folder.is_dir():
+        raise ConfigError(f"path {path!r} must be in the cache folder, and {folder} is not there: run `mplus get smollm2`")
+    return folder
 
 
 def _load(path: str, where: str | Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -181,7 +195,7 @@ def start_mimetic(model: PreTrainedModel) -> None:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer in a folder, on the Hub, or of a shipped decoder. Raises ConfigError when there is none."""
     try:
-        return AutoTokenizer.from_pretrained(SHIPPED.get(name, name))
+        return AutoTokenizer.from_pretrained(_place(name))
     except (OSError, ValueError) as error:
         first = str(error).partition("\n")[0]
         raise ConfigError(f"tokenizer must be one that transformers can load, got {name!r}: {first}") from error

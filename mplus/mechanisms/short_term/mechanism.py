@@ -51,9 +51,9 @@ class RowMechanism(MemoryMechanism):
                 or what the layer receives for it, its "inputs". Keys and values made of inputs are those that the
                 layer attends to when it reads the text itself: where K is the length of a chunk nothing is left to
                 learn, and training can begin there.
-            tokens: of which tokens of a chunk there are rows: the "last" K (M+ section 3.1), or K at "even" distances.
-                A row can then only be about what stands at most n / K tokens before it and still hold everything,
-                which a decoder learns far sooner than to move half a chunk into the other half.
+            tokens: of which tokens of a chunk there are rows: the "last" K (M+ section 3.1), K at "even" distances, or
+                the K most "unlikely" ones, by the decoder's own probabilities. With rows of "inputs" these are what a
+                decoder can read without training: what it expects anyway it fills in itself.
             begin: what the begin row of every layer starts as: the "embedding" of the token that begins a text
                 (published), or the "inputs" that the layer receives for it, which carry its attention sink.
         """

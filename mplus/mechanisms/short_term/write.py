@@ -106,7 +106,8 @@ class WritePass:
         plan: of all streams.
         additions: begin rows and mark.
         made_of: what a row is: what the layer gives for its token ("outputs"), or what it receives ("inputs").
-        made_from: the tokens that rows are made of: the "last" ones (M+ section 3.1), or ones at "even" distances.
+        made_from: the tokens that rows are made of: the "last" ones (M+ section 3.1), ones at "even" distances, or the
+            most "unlikely" ones.
     """
 
     plan: WritePlan
