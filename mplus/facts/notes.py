@@ -108,7 +108,11 @@ RELATIONS: dict[str, Relation] = {
             "A {value} has been living with {name} since last spring.",
             "{name} found a hurt {value} on the road and kept it as a pet.",
         ),
-        asked=("What pet does {name} have?", "Which animal does {name} keep?", "What kind of animal lives with {name}?"),
+        asked=(
+            "What pet does {name} have?",
+            "Which animal does {name} keep?",
+            "What kind of animal lives with {name}?",
+        ),
     ),
     "colour": Relation(
         values="""red blue green purple brown silver black pink beige indigo white gold orange maroon cyan crimson khaki
@@ -136,7 +140,11 @@ RELATIONS: dict[str, Relation] = {
             "For dessert {name} always asks for {value}.",
             "{name} would walk a mile for a bowl of fresh {value}.",
         ),
-        asked=("What fruit does {name} like best?", "What is {name}'s favourite fruit?", "Which fruit does {name} love?"),
+        asked=(
+            "What fruit does {name} like best?",
+            "What is {name}'s favourite fruit?",
+            "Which fruit does {name} love?",
+        ),
     ),
     "sport": Relation(
         values="""tennis rowing boxing chess hockey fencing golf archery cricket skiing judo rugby sailing cycling

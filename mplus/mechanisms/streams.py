@@ -53,7 +53,7 @@ class LayerRead:
 
 @define(frozen=True, eq=False)
 class Read:
-    """Logits ``[B, R, T, V]`` of texts, or of their last tokens, and what each layer that carries memory read for them."""
+    """Logits ``[B, R, T, V]`` of texts, or of their last tokens, and what each layer with memory read for them."""
 
     logits: Tensor
     layers: dict[int, LayerRead]

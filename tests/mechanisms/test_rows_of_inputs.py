@@ -85,7 +85,10 @@ def test_rows_at_even_distances_are_those_of_every_second_token_with_the_mark() 
 
 @torch.no_grad()
 def test_rows_of_unlikely_tokens_are_those_that_the_decoder_would_not_have_guessed() -> None:
-    every, half = wrapped(rows="inputs", begin="inputs"), wrapped(CHUNK // 2, rows="inputs", begin="inputs", tokens="unlikely")
+    every, half = (
+        wrapped(rows="inputs", begin="inputs"),
+        wrapped(CHUNK // 2, rows="inputs", begin="inputs", tokens="unlikely"),
+    )
     found, first = [], IDS[0]
     for model in (every, half):
         memory = model.new_memory()

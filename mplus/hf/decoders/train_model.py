@@ -77,7 +77,9 @@ def _place(path: str) -> str | Path:
         return SHIPPED.get(path, path)
     folder = smollm2_folder()
     if not folder.is_dir():
-        raise ConfigError(f"path {path!r} must be in the cache folder, and {folder} is not there: run `mplus get smollm2`")
+        raise ConfigError(
+            f"path {path!r} must be in the cache folder, and {folder} is not there: run `mplus get smollm2`"
+        )
     return folder
 
 

@@ -46,7 +46,7 @@ class NoteOptions(GeneratedOptions):
 
 
 class NoteBatches(GeneratedBatches):
-    """``Anna Bell keeps a fox in the garden.`` tells, ``What pet does Anna Bell have?`` asks; see ``mplus.facts.notes``.
+    """``Alma Baker keeps a goat in the garden.`` tells, ``What pet does Alma Baker have?`` asks.
 
     A fact comes back, with a new value, only after all other facts about the people of this data set.
     """
