@@ -56,7 +56,8 @@ def set_sizes(engine: DecoderEngine, config: MPlusConfig, sizes: Mapping[str, in
         config: its own configuration.
         sizes: fields that no parameter depends on (``mplus.training.recipe.recipe.SIZES``), with their values.
     """
-    engine.config = engine.mechanism.config = attrs.evolve(config, **sizes)
+    changed: MPlusConfig = attrs.evolve(config, **cast("dict[str, Any]", dict(sizes)))
+    engine.config = engine.mechanism.config = changed
 
 
 def make_streams(

@@ -25,6 +25,9 @@ def test_a_dry_run_does_every_stage(name):
     result = train(name, dry_run=True)
     assert [stage["name"] for stage in result.stages] == [stage.name for stage in read_recipe(name).recipe.stages]
     assert math.isfinite(result.metrics["total_loss"])
+    # Whatever sizes its stages had to themselves.
+    wanted = result.recipe.memory.memory_tokens_per_chunk
+    assert wanted in (None, result.model.mplus_config.memory_tokens_per_chunk)
     if result.recipe.stages[-1].retriever_loss is not None:
         assert any(name.endswith("retriever_loss") for name in result.metrics)
 

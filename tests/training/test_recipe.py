@@ -72,6 +72,11 @@ BAD = [
     ({"memory__variant": "published"}, "memory: variant must be 'paper' for training, got 'published'"),
     ({"memory__bytes_budget": "8GiB"}, "memory: bytes_budget must be left out of a recipe, .* got '8GiB'"),
     ({"data__many__chunk_tokens": 16}, r"many.chunk_tokens must be at most memory.chunk_tokens \(12\), got 16"),
+    (
+        {"stages__0__memory": {"chunk_tokens": 8}},
+        r"\(first\): memory: must be sizes that no parameter depends on \(mem",
+    ),
+    ({"stages__0__memory": {"long_term_tokens": 0}}, "long_term_tokens must be 0 in every stage or in none"),
     ({"stages__1__name": "first"}, "every stage must have a name of its own, got 'first' twice"),
     ({"stages__1__objectives__0__probability": 0.5}, r"the probabilities of objectives must make 1, got 0.9"),
     ({"stages__1__objectives__0__probability": None}, "probability must be given for each of several objectives"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import attrs
 import torch
@@ -66,7 +66,7 @@ class BatchedStreams(TrainingStreams):
         self.long_term_tokens = long_term_tokens
         options = config.mechanism.options
         self.made_of: MadeOf = "inputs" if options.get("rows") == "inputs" else "outputs"
-        self.made_from: MadeFrom = options.get("tokens", "last")
+        self.made_from: MadeFrom = cast("MadeFrom", options.get("tokens", "last"))
         self.reset()
 
     @property

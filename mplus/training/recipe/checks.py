@@ -6,8 +6,6 @@ import re
 from collections.abc import Callable, Sequence
 from inspect import getattr_static
 
-from attrs import evolve
-
 from mplus.config import options_of
 from mplus.errors import ConfigError
 from mplus.mechanisms.base import MemoryMechanism
@@ -167,14 +165,15 @@ def _check_probabilities(main: Sequence[Entry]) -> None:
 
 
 def _check_sizes(recipe: Recipe, stage: Stage) -> None:
+    long_term = stage.memory.get("long_term_tokens", recipe.memory.long_term_tokens)
     with error_prefix("memory"):
         for name in stage.memory:
             if name not in SIZES:
                 raise ConfigError(f"must be sizes that no parameter depends on ({', '.join(SIZES)}), got {name!r}")
-        if (recipe.memory.long_term_tokens == 0) != (evolve(recipe.memory, **stage.memory).long_term_tokens == 0):
+        if (recipe.memory.long_term_tokens == 0) != (long_term == 0):
             raise ConfigError(
                 "long_term_tokens must be 0 in every stage or in none, since it decides whether there is a retriever; "
-                f"got {stage.memory['long_term_tokens']} here and {recipe.memory.long_term_tokens} in the recipe"
+                f"got {long_term} here and {recipe.memory.long_term_tokens} in the recipe"
             )
 
 
