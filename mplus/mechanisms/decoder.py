@@ -349,6 +349,12 @@ class Decoder(Protocol):
         rotated.
         """
 
+    def rotated(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:
+        """Return queries or keys ``[B, h, n, D]``, turned or not, turned further by ``positions`` ``[n]`` int64.
+
+        Gradients flow where they are enabled. Raises NotSupported where it is not known how a layer turns its keys.
+        """
+
     def normed(self, layer: int, hidden: Tensor) -> Tensor:
         """Return rows ``[..., d]`` after the layer's input norm: what its projections and a retriever are given."""
 

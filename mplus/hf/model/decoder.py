@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mplus.backends.base import Segment
-from mplus.errors import InputError
+from mplus.errors import InputError, NotSupported
 from mplus.hf.adapters.fingerprint import digest
 from mplus.hf.retrofit.attention_probe import Nothing
 from mplus.hf.retrofit.context import Collection as Collecting
@@ -19,6 +19,8 @@ from mplus.hf.retrofit.context import Pass, PrefixSource, run_in
 from mplus.hf.retrofit.discovery import AttentionSpec
 from mplus.hf.retrofit.hooks import Retrofit
 from mplus.hf.retrofit.placement import Placement
+from mplus.hf.retrofit.positions import Rotation
+from mplus.hf.retrofit.projection import rotation_of
 from mplus.hf.text.ask import ask
 from mplus.mechanisms.decoder import (
     Adapter,
@@ -64,6 +66,7 @@ class WrappedDecoder:
 
     def __init__(self, engine: Wrapped) -> None:
         self._engine = engine
+        self._rotations: dict[int, Rotation | str] = {}
 
     @property
     def shape(self) -> DecoderShape:
@@ -84,6 +87,16 @@ class WrappedDecoder:
 
     def project(self, layer: int, hidden: Tensor) -> Tensor:
         return self._engine.project_in(layer, hidden)
+
+    def rotated(self, layer: int, heads: Tensor, positions: Tensor) -> Tensor:
+        retrofit, shape = self._engine.retrofit, self._engine.shape
+        if layer not in self._rotations:
+            self._rotations[layer] = rotation_of(retrofit, layer, shape.begin_inputs[layer][None])
+        rotation = self._rotations[layer]
+        if isinstance(rotation, str):
+            raise NotSupported(f"queries and keys cannot be turned further: {rotation}")
+        tables = rotation.tables(retrofit.anatomy.specs[layer], heads[:, 0], positions[None])
+        return rotation.apply(heads, tables, torch.empty_like(heads))
 
     def normed(self, layer: int, hidden: Tensor) -> Tensor:
         norm = self._engine.retrofit.anatomy.specs[layer].norm

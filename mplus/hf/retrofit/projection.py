@@ -173,6 +173,27 @@ def find_projection(retrofit: Retrofit, adapter: str | None, rows: Sequence[Tens
     return Projection(retrofit, adapter, tuple(rotations), *shapes.pop(), direct=tuple(direct))
 
 
+@torch.no_grad()
+def rotation_of(retrofit: Retrofit, layer: int, like: Tensor) -> Rotation | str:
+    """Find out how a layer turns its keys, or why that is not known.
+
+    Args:
+        retrofit: as chosen for the decoder.
+        layer: index among the layers that carry memory.
+        like: ``[1, 1, d]``, what it may receive: rows as large as that are tried.
+    """
+    if retrofit.technique != "attention":
+        return "the decoder computes attention by itself, so its keys cannot be had before they are turned"
+    if retrofit.positions.offset:
+        return "its rotary frequencies depend on the length of what is read"
+    spec, generator = retrofit.anatomy.specs[layer], torch.Generator().manual_seed(0)
+    some = torch.randn(1, len(CHECK_POSITIONS), like.shape[2], generator=generator).to(like)
+    hidden = (some * (float(like.float().std()) or 1.0)).to(like)
+    positions = torch.tensor([CHECK_POSITIONS], device=hidden.device)
+    still, turned = _still(retrofit, None, layer, hidden), _capture(retrofit, None, spec, hidden, positions)
+    return find_rotation(spec, still.keys, turned.keys, hidden, positions)
+
+
 def _is_direct(retrofit: Retrofit, spec: AttentionSpec, adapter: str | None, hidden: Tensor, still: Captured) -> bool:
     """Return whether rows ``[1, 4, d]`` get the keys and values ``still`` from two linear layers of usual names."""
     sizes = [getattr(getattr(spec.attention, name, None), "in_features", None) for name in ("k_proj", "v_proj")]
