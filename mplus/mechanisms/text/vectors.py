@@ -53,21 +53,23 @@ class TextVectors:
         self._encoder: Any = None
 
     def of(self, texts: Sequence[str], ask: Ask | None) -> Tensor:
-        """Return ``[n, w]`` float32, the vector of each text.
+        """Return ``[n, w]`` float32, the vector of each text; of one that is empty, zeros, which are near to nothing.
 
         Args:
             texts: any; equal ones are computed once.
             ask: the decoder; needed for "hidden:LAYER" only.
         """
         known = {text: vector for table in reversed(self._tables) for text, vector in table.items()}
-        new = [text for text in dict.fromkeys(texts) if text not in known]
+        said = [text for text in dict.fromkeys(texts) if text.strip()]
+        new = [text for text in said if text not in known]
         if new:
             known |= dict(zip(new, self._made(new, ask), strict=True))
-        table = {text: known[text] for text in texts}
+        table = {text: known[text] for text in said}
         # Exchanged as a whole: other threads go on with what they have.
         others = [other for other in self._tables if not other.keys() <= table.keys()]
         self._tables = (table, *others)[:MOST_TABLES]
-        return torch.stack([table[text] for text in texts]) if texts else torch.zeros(0, 0)
+        nothing = torch.zeros_like(next(iter(table.values()), torch.zeros(1)))
+        return torch.stack([table.get(text, nothing) for text in texts]) if texts else torch.zeros(0, 1)
 
     def _made(self, texts: Sequence[str], ask: Ask | None) -> Tensor:
         hidden = HIDDEN.fullmatch(self.source)

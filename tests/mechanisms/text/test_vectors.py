@@ -38,8 +38,17 @@ def test_ngrams_of_similar_names_are_similar() -> None:
     assert float(one @ other) > 0.8
     assert float(one @ third) < 0.1
     assert torch.equal(one, same)
-    assert all(abs(float(vector.norm()) - 1) < 1e-6 for vector in TextVectors("ngrams").of(["", "a", "\ud800"], None))
-    assert TextVectors("ngrams").of([], None).shape == (0, 0)
+    assert all(abs(float(vector.norm()) - 1) < 1e-6 for vector in TextVectors("ngrams").of(["a", "\ud800"], None))
+    assert TextVectors("ngrams").of([], None).shape == (0, 1)
+
+
+def test_empty_texts_are_near_to_nothing() -> None:
+    layers: Any = Layers()
+    vectors = TextVectors("hidden:3")
+    assert vectors.of(["a", " ", "b", ""], layers).norm(dim=-1).tolist() == pytest.approx([1.0, 0.0, 1.0, 0.0])
+    assert layers.asked == ["a", "b"]
+    assert vectors.of([""], layers).tolist() == [[0.0]]
+    assert vectors.of(["", "a"], layers).shape == (2, 2)
 
 
 def test_each_text_is_computed_once_and_only_some_are_kept() -> None:
