@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import attrs
 import torch
 from attrs import define, field
 
@@ -72,7 +73,7 @@ class ColumnEntry:
 
 @define(frozen=True, kw_only=True)
 class LayoutEntry:
-    """The layout of the rows: see ``mplus.stores.base.StoreLayout``; ``dtype`` by name ("float32")."""
+    """The layout of the rows: see ``mplus.stores.base.StoreLayout``; dtypes by name ("float32")."""
 
     layers: int = field(validator=whole(1, MOST))
     hidden_size: int = field(validator=whole(0, MOST))
@@ -82,6 +83,7 @@ class LayoutEntry:
     projected_size: int = field(default=0, validator=whole(0, MOST))
     keeps_hidden: bool = True
     extra: tuple[ColumnEntry, ...] = field(default=(), metadata=ONLY_IF_SET)
+    key_dtype: str | None = field(default=None, validator=attrs.validators.optional(_floating), metadata=ONLY_IF_SET)
 
     @property
     def least_bytes(self) -> int:
@@ -101,6 +103,7 @@ def layout_from(entry: LayoutEntry) -> StoreLayout:
         projected_size=entry.projected_size,
         keeps_hidden=entry.keeps_hidden,
         extra=tuple((column.name, column.shape, DTYPES[column.dtype]) for column in entry.extra),
+        key_dtype=None if entry.key_dtype is None else DTYPES[entry.key_dtype],
     )
 
 

@@ -233,6 +233,7 @@ def layout_entry(layout: StoreLayout) -> LayoutEntry:
         projected_size=layout.projected_size,
         keeps_hidden=layout.keeps_hidden,
         extra=tuple(ColumnEntry(name=name, shape=shape, dtype=name_of(dtype)) for name, shape, dtype in layout.extra),
+        key_dtype=None if layout.key_dtype is None else name_of(layout.key_dtype),
     )
 
 

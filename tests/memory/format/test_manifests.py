@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from attrs import evolve
 
 from mplus.config import MPlusConfig
 from mplus.errors import ConfigError, MemoryFileError
 from mplus.memory import Memory
 from mplus.memory.format import manifest as manifests
+from mplus.memory.format.entries import LayoutEntry, layout_from
 from mplus.memory.format.offline import forget_saved, saved_sources
 from mplus.memory.format.repair import repair
+from mplus.memory.format.save import layout_entry
+from mplus.memory.format.structure import structured, unstructured
 from mplus.memory.format.verify import verify
+from mplus.stores.base import StoreLayout
 from tests.memory.disks.plain import PlainModel, chunk, reopened
 
 if TYPE_CHECKING:
@@ -221,3 +227,10 @@ def test_a_config_file_that_is_none(tmp_path: Path, name: str, content: bytes) -
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError):
         MPlusConfig.from_file(tmp_path / name)
+
+
+def test_the_dtype_of_keys_is_kept_where_it_is_another_one() -> None:
+    layout = StoreLayout(layers=1, hidden_size=4, key_size=2, dtype=torch.bfloat16, key_dtype=torch.float32)
+    entry = layout_entry(layout)
+    assert layout_from(structured(unstructured(entry), LayoutEntry, "manifest")) == layout
+    assert "key_dtype" not in unstructured(layout_entry(evolve(layout, key_dtype=None)))

@@ -112,6 +112,10 @@ class LongMemMechanism(MemoryMechanism):
     def capacity(self, rows: int) -> int:
         return rows * self.options.chunk_size
 
+    def chunks(self, ids: Tensor, tokenizer: Any) -> list[Tensor]:
+        """Cut behind every ``chunk_tokens``, T, so that chunks of the bank are full up to the end of a text."""
+        return list(ids.split(self.config.chunk_tokens))
+
     @torch.no_grad()
     def write(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Update:
         """Run one pass over the text alone, and cut the keys and values of one layer into chunks."""
