@@ -36,7 +36,7 @@ def test_a_trace_of_the_published_code_is_done_again(case: str, reset: bool) -> 
 def test_a_case_without_its_tensors_is_damaged(tmp_path: Path) -> None:
     for name in ("config.json", "steps.json"):
         (tmp_path / name).write_bytes((GOLDENS / "longmem_a" / name).read_bytes())
-    with pytest.raises(CheckpointError, match="must hold trace.safetensors"):
+    with pytest.raises(CheckpointError, match=r"must hold trace\.safetensors"):
         replay(tmp_path)
 
 
