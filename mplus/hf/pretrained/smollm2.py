@@ -38,6 +38,11 @@ def smollm2_folder() -> Path:
     return cache_folder() / "smollm2"
 
 
+def smollm2_mplus_folder() -> Path:
+    """Return the folder of SmolLM2 with a trained M+ memory, whether or not it is there yet."""
+    return cache_folder() / "smollm2-mplus"
+
+
 def get_smollm2(progress: Progress | None = None, step: Callable[[str], object] = lambda _: None) -> Path:
     """Return the folder of SmolLM2-135M-Instruct in float32, for ``from_pretrained``; download it where it is missing.
 

@@ -18,7 +18,16 @@ from mplus.mechanisms.build import memory_mechanism
 from mplus.mechanisms.decoder import Adapter, Decoder, Prefix, Project, Rows
 from mplus.mechanisms.short_term.batched_prefix import BatchedPrefix, RowSelector, ScoreSelector
 from mplus.mechanisms.short_term.long_term_rows import LongTermRows
-from mplus.mechanisms.short_term.write import MadeFrom, MadeOf, WritePass, assemble, plan_write, split_order
+from mplus.mechanisms.short_term.write import (
+    Drop,
+    MadeFrom,
+    MadeOf,
+    WritePass,
+    assemble,
+    oldest_last,
+    plan_write,
+    split_order,
+)
 from mplus.mechanisms.streams import Candidates, Read, TrainingStreams
 from mplus.memory.writing.update import Update
 from mplus.stores.base import StoreLayout
@@ -67,6 +76,7 @@ class BatchedStreams(TrainingStreams):
         options = config.mechanism.options
         self.made_of: MadeOf = "inputs" if options.get("rows") == "inputs" else "outputs"
         self.made_from: MadeFrom = cast("MadeFrom", options.get("tokens", "last"))
+        self.drop: Drop = cast("Drop", options.get("drop", "random"))
         self.reset()
 
     @property
@@ -123,10 +133,12 @@ class BatchedStreams(TrainingStreams):
         self.clock += k
 
     def _orders(self, excess: int) -> list[Tensor]:
-        """Per layer ``[B, n]``, a random permutation for each stream, drawn as ``Memory`` draws them."""
+        """Per layer ``[B, n]``, an order for each stream; a random one is drawn as ``Memory`` draws it."""
         if not excess:
             return []
         layers = len(self.stm)
+        if self.drop == "oldest":
+            return [oldest_last(self.rows, excess).expand(len(self), -1)] * layers
         if self.config.drop_per_layer:
             drawn = [[torch.randperm(self.rows, generator=g) for _ in range(layers)] for g in self.generators]
         else:
@@ -216,7 +228,7 @@ def _take(column: Tensor, index: Tensor) -> Tensor:
 
 BATCHED = ("mplus", "memoryllm")
 """Mechanisms whose streams can be held together."""
-FOLLOWED = ("rows", "tokens", "begin")
+FOLLOWED = ("rows", "tokens", "drop", "begin")
 """Options of theirs that such streams follow."""
 EVICTION = Component("fifo")
 

@@ -21,7 +21,17 @@ from mplus.mechanisms.short_term.batched_streams import BatchedStreams, can_be_b
 from mplus.mechanisms.short_term.prefix_cache import Prepared
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
 from mplus.mechanisms.short_term.tail import read_tails
-from mplus.mechanisms.short_term.write import MadeFrom, MadeOf, WritePass, WritePlan, assemble, plan_write, split_order
+from mplus.mechanisms.short_term.write import (
+    Drop,
+    MadeFrom,
+    MadeOf,
+    WritePass,
+    WritePlan,
+    assemble,
+    oldest_last,
+    plan_write,
+    split_order,
+)
 from mplus.mechanisms.streams import TrainingStreams
 from mplus.memory.state import StreamView
 from mplus.memory.writing.update import Update, WriteContext
@@ -54,12 +64,15 @@ class RowMechanism(MemoryMechanism):
             tokens: of which tokens of a chunk there are rows: the "last" K (M+ section 3.1), K at "even" distances, or
                 the K most "unlikely" ones, by the decoder's own probabilities. With rows of "inputs" these are what a
                 decoder can read without training: what it expects anyway it fills in itself.
+            drop: which rows leave a full STM: "random" ones, so that what was told fades (MemoryLLM section 3.1.2), or
+                the "oldest", so that whole chunks stay, and leave, together.
             begin: what the begin row of every layer starts as: the "embedding" of the token that begins a text
                 (published), or the "inputs" that the layer receives for it, which carry its attention sink.
         """
 
         rows: MadeOf = field(default="outputs", validator=one_of("outputs", "inputs"))
         tokens: MadeFrom = field(default="last", validator=one_of("last", "even", "unlikely"))
+        drop: Drop = field(default="random", validator=one_of("random", "oldest"))
         begin: Literal["embedding", "inputs"] = field(default="embedding", validator=one_of("embedding", "inputs"))
 
     State: ClassVar[type[ShortTermState]] = ShortTermState
@@ -207,7 +220,8 @@ class RowMechanism(MemoryMechanism):
         for layer, (old, hidden) in enumerate(zip(state.stm, update.hidden, strict=True)):
             excess = max(len(old) + k - self.config.short_term_tokens, 0)
             if excess and (permutation is None or self.config.drop_per_layer or len(permutation) != len(old)):
-                permutation = context.draw(len(old))
+                oldest = self.options.drop == "oldest"
+                permutation = oldest_last(len(old), excess) if oldest else context.draw(len(old))
             stay, leave = _places(len(old), excess, permutation, old.birth.device)
             new = self._new_rows(layer, update, source, state, old, context)
             stm.append(MemoryRows.cat([old.select(stay), new]))  # a copy: the block is a view of all the pass computed

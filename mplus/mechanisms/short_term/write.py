@@ -19,6 +19,9 @@ MadeOf = Literal["outputs", "inputs"]
 MadeFrom = Literal["last", "even", "unlikely"]
 """Which tokens of a chunk leave rows."""
 
+Drop = Literal["random", "oldest"]
+"""Which rows leave a full STM."""
+
 
 @define(frozen=True, eq=False)
 class WritePlan:
@@ -79,6 +82,11 @@ def split_order(order: Tensor, excess: int) -> tuple[Tensor, Tensor]:
     """
     count = order.shape[-1] - excess
     return order[..., :count].sort(-1).values, order[..., count:].sort(-1).values
+
+
+def oldest_last(rows: int, excess: int) -> Tensor:
+    """Return ``[rows]`` int64, the order of rows, oldest first, for ``split_order`` by which the oldest leave."""
+    return torch.arange(rows).roll(-excess)
 
 
 def assemble(begin: Tensor | None, parts: Sequence[Tensor | None], like: Tensor, batch: tuple[int, ...] = ()) -> Tensor:
