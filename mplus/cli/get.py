@@ -111,7 +111,7 @@ def train_smollm2_mplus() -> Path:
     print(f"{NOTICE} What it knows by then is kept every 4 minutes in {run}.", file=sys.stderr)
     if not begun and run.is_dir():
         shutil.rmtree(run)  # begun, and stopped before there was anything to go on from
-    train("smollm2", **({"resume": run} if begun else {"out": run}))
+    train("smollm2", out=None if begun else run, resume=run if begun else None)
     (run / "model").rename(folder)
     shutil.rmtree(run)
     return folder

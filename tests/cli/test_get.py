@@ -48,12 +48,12 @@ def test_a_training_that_was_stopped_goes_on_and_is_done_once(cache: Path, monke
     stopped = CliRunner().invoke(app, ["get", "smollm2-mplus"])
     assert stopped.exit_code
     assert "minutes on one core" in stopped.stderr
-    assert training.calls == [{"out": run}]
+    assert training.calls == [{"out": run, "resume": None}]
     for _ in range(2):
         result = CliRunner().invoke(app, ["get", "smollm2-mplus"])
         assert result.exit_code == 0, result.output
         assert result.stdout.splitlines()[-1] == str(cache / "smollm2-mplus")
-    assert training.calls[1:] == [{"resume": run}]
+    assert training.calls[1:] == [{"out": None, "resume": run}]
     assert not run.exists()
     model = mplus.from_pretrained(cache / "smollm2-mplus")
     assert model.mplus_config.mechanism.options["rows"] == "inputs"

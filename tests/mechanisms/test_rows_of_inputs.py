@@ -49,6 +49,22 @@ def test_untrained_it_reads_two_chunks_as_the_decoder_reads_their_text() -> None
 
 
 @torch.no_grad()
+def test_the_oldest_rows_leave_together_in_memories_and_in_training() -> None:
+    model = wrapped(CHUNK // 2, rows="inputs", begin="inputs", drop="oldest")
+    memory = model.new_memory(seed=3)
+    streams = make_batched_streams(model.mplus_engine, range(1), seed=3, long_term_tokens=0)
+    for number in range(6):  # there is room for four chunks
+        ids = IDS[number % 3]
+        memory.write(ids)
+        streams.write(ids[None], torch.full((1,), number))
+        state: Any = memory.states[0]
+        first = max(number - 3, 0) * (CHUNK // 2)
+        for layer, rows in enumerate(state.stm):
+            assert rows.birth.tolist() == list(range(first, state.clock))
+            assert torch.equal(rows.need_hidden(), streams.stm[layer][0])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("tokens", ["last", "even", "unlikely"])
 def test_training_writes_the_same_rows(tokens: str) -> None:
     model = wrapped(CHUNK // 2, rows="inputs", begin="inputs", tokens=tokens)
@@ -108,6 +124,7 @@ def test_rows_of_unlikely_tokens_are_those_that_the_decoder_would_not_have_guess
     [
         ("mplus", {"rows": "hidden"}, "rows"),
         ("mplus", {"begin": "zero"}, "begin"),
+        ("mplus", {"drop": "newest"}, "drop must be one of 'random', 'oldest'"),
         ("mplus", {"tokens": "odd"}, "tokens must be one of 'last', 'even', 'unlikely'"),
         ("memoryllm", {"tokens": "even", "tile_first": True}, "tokens must be 'last' with tile_first"),
         ("memoryllm", {"rows": "inputs", "tile_first": True}, "rows must be 'outputs' with tile_first"),
