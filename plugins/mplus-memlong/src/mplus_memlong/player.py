@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+import mplus
 from mplus.errors import CheckpointError
 from mplus.hf.reading.override import WrappedMechanism, reading_as
 from mplus.interop.golden import STEPS, TracePlayer, read_json
@@ -91,7 +93,8 @@ class MemLongPlayer(TracePlayer):
     """Plays a case of MemLong on a ``LlamaForCausalLM`` with the weights that lie in it.
 
     A pass of the case is a read by ``forward``, and a ``write`` of the same tokens. The write makes the keys and values
-    that the released code caught during the read, since no layer below the memory layer reads.
+    that the released code caught during the read, since no layer below the memory layer reads. Behind a training step
+    the memory is saved and loaded.
     """
 
     quantities: ClassVar[tuple[str, ...]] = (
@@ -135,6 +138,8 @@ class MemLongPlayer(TracePlayer):
                 before = None
             else:
                 self._play(report, where, step)
+                if step["kind"] == "train":
+                    self._go_through_a_file()
                 self._compare_state(report, where, step["state_after"])
             yield
 
@@ -185,6 +190,12 @@ class MemLongPlayer(TracePlayer):
             self.encoder.in_front = ids[:, : ids.shape[1] - piece.shape[1]]
         self.cache = out.past_key_values if decodes else self.cache
         return out
+
+    def _go_through_a_file(self) -> None:
+        """Go on with what a file gives back of the memory."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.memory.save(folder)
+            self.memory = mplus.Memory.load(folder, self.model)
 
     def _watch(self, mechanism: Any) -> Any:
         self.watched = Watched(mechanism) if self.watched is None else self.watched
