@@ -21,7 +21,7 @@ from mplus.memory.sources.rebuild import rebuild_without, reset
 from mplus.memory.stored import StoredMemory
 from mplus.memory.writing.at_once import write_whole
 from mplus.memory.writing.chunking import Ids, SourceNames, WriteData
-from mplus.memory.writing.pieces import write_pieces
+from mplus.memory.writing.pieces import joined, write_pieces
 from mplus.memory.writing.write import write, write_chunk
 
 
@@ -100,6 +100,8 @@ class Memory(StoredMemory):
         source: str | None = None,
         *,
         expires: datetime | timedelta | None = None,
+        write_id: str | None = None,
+        atomic: bool = False,
         progress: bool | None = None,
     ) -> WriteReport:
         """Read a long document that comes in pieces, say the lines of a file, without ever holding all of it.
@@ -110,12 +112,19 @@ class Memory(StoredMemory):
             pieces: texts or ids ``[n]``, in order; empty ones are skipped. For a memory of one batch row.
             source: name of the document.
             expires: as for ``write``.
+            write_id, atomic: as for ``write``. All pieces are fetched before the first chunk is written, and held as
+                ids, 4 bytes a token, since a text is known again by all of it.
             progress: show a progress bar; None: in a terminal.
 
         Raises:
             InputError, MemoryMismatchError, NonFiniteError: as ``write``; and what ``pieces`` itself raises. The chunks
                 written until then are kept.
         """
+        if atomic or write_id is not None:
+            whole = joined(self.streams, self.tokenizer, pieces)
+            return write_whole(
+                self, whole, source, expires=expires, progress=progress, write_id=write_id, atomic=atomic
+            )
         return write_pieces(self.streams, self.tokenizer, pieces, source, expires, progress)
 
     def write_chunk(self, ids: Tensor, source: str | None = None) -> WriteReport:

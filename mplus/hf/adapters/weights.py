@@ -90,6 +90,7 @@ class Plan:
         scales: the scales of our adapters on each projection, by adapter.
         adapter: the name of ours for reading.
         adapters: the tensors of the user's adapters by scope and adapter; made when first asked for.
+        every: all parameters; made when first asked for.
         last: the last look, and the switches and marks it was made from.
     """
 
@@ -104,6 +105,7 @@ class Plan:
     scales: Sequence[dict[str, float]]
     adapter: str | None
     adapters: dict[tuple[str, str], TensorGroup] = field(factory=dict)
+    every: TensorGroup | None = None
     last: tuple[tuple[Switches, tuple[Mark, ...]], Look] | None = None
     sampled: TensorGroup = field(init=False)
     full: TensorGroup = field(init=False)
@@ -175,6 +177,14 @@ class Watch:
             look = Look(self._state(plan, moment, None), names, each, switches, acting, contents, preparing)
             plan.last = (present, look)
             return look
+
+    def mark_of_all(self, look: Look) -> tuple[WeightsState, Switches, tuple[Mark, ...], Mark, Mark]:
+        """Return what differs from that of another look where any pass of the decoder may come to something else."""
+        with self._lock.here():
+            plan = self._present()
+            if plan.every is None:
+                plan.every = TensorGroup(self._engine.model.named_parameters(), sampled=True)
+            return look.weights, look.switches, look.contents, look.preparing, plan.every.mark()
 
     def with_adapters(self, names: Sequence[str]) -> WeightsState:
         """Return the weights as they would be if just these adapters of the user acted."""

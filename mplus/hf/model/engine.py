@@ -71,14 +71,16 @@ class DecoderEngine:
         self.own_attention = OwnAttention(self)
         self.watch = Watch(self)
         self._prepared: WeakKeyDictionary[Memory, tuple[Hashable, Any]] = WeakKeyDictionary()
+        self._shared: WeakKeyDictionary[Memory, tuple[Hashable, dict[str, Any]]] = WeakKeyDictionary()
         self.readings = OpenReadings()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("watch", "_prepared", "readings")
+        own = ("watch", "_prepared", "_shared", "readings")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, watch=Watch(self), _prepared=WeakKeyDictionary(), readings=OpenReadings())
+        self.__dict__.update(state, watch=Watch(self), _prepared=WeakKeyDictionary(), _shared=WeakKeyDictionary())
+        self.readings = OpenReadings()
 
     @property
     def embedding(self) -> nn.Module:
@@ -206,6 +208,22 @@ class DecoderEngine:
         if found is None or found[0] != made_for:
             batch = None if look.names is None else len(look.names)
             found = self._prepared[memory] = (made_for, self.mechanism.prepare(self.projection, batch))
+        return found[1]
+
+    def shared(self, memory: Memory, version: int, look: Look) -> dict[str, Any] | None:
+        """Return the table of what reads of ``memory`` in this version share; see ``Text.shared``.
+
+        None where gradients flow, in training mode, and where each batch row has an adapter of its own.
+        """
+        if torch.is_grad_enabled() or self.model.training or look.names is not None:
+            return None
+        kind = self.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        attention = cast("PreTrainedModel", self.retrofit.anatomy.decoder).config._attn_implementation
+        made_for = (version, self.watch.mark_of_all(look), autocast, attention)
+        found = self._shared.get(memory)
+        if found is None or found[0] != made_for:
+            found = self._shared[memory] = (made_for, {})
         return found[1]
 
     def padded_positions(self, mask: Tensor) -> dict[str, Tensor]:

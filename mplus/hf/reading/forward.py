@@ -295,6 +295,8 @@ def _open(engine: DecoderEngine, reading: Reading, source: ReadSource, text: Ten
         embedded=None if text.dim() == 2 else own,
         query=None if query is None else query[:, prompt],
     )
+    if reading.memory is not None and reading.look is not None:
+        front = evolve(front, shared=partial(engine.shared, reading.memory, reading.version, reading.look))
     reading.open(engine.decoder, reading.asking(front, copies), copies)
     if so_far is not None and query is not None:
         so_far.begin(query.repeat_interleave(repeats, 0), own.shape[1], reading.context_tokens)

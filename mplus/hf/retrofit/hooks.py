@@ -59,9 +59,16 @@ class Retrofit:
         return Segment(captured.keys, captured.values, prefix.lengths)
 
     def capture(
-        self, spec: AttentionSpec, hidden: Tensor, positions: Tensor, rotary: Embeddings | None, call: ModuleCall
+        self,
+        spec: AttentionSpec,
+        hidden: Tensor,
+        positions: Tensor,
+        rotary: Embeddings | None,
+        call: ModuleCall,
+        *,
+        at_cache: bool = False,
     ) -> Captured:
-        """Run the attention module on ``hidden`` ``[B, P, d]`` up to where it attends.
+        """Run the attention module on ``hidden`` ``[B, P, d]`` up to where it attends, or only to its cache.
 
         ``positions`` are ``[B or 1, P]``, ``rotary`` the position embeddings for them; the rest is as in ``call``.
         """
@@ -75,7 +82,7 @@ class Retrofit:
             kwargs["hidden_states"] = hidden
         else:
             args = (hidden, *args[1:])
-        if self.technique == "attention":
+        if self.technique == "attention" and not at_cache:
             kwargs[spec.cache_keyword], kwargs["mplus_memory"] = None, CAPTURE
         else:
             kwargs[spec.cache_keyword] = CaptureCache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -165,6 +166,12 @@ def find_projection(retrofit: Retrofit, adapter: str | None, rows: Sequence[Tens
             rotation = find_rotation(spec, still.keys, turned.keys, hidden, positions)
             if isinstance(rotation, str):
                 return rotation
+            cached = _capture(retrofit, adapter, spec, hidden, positions, at_cache=True)
+            if not (_alike(cached.keys, turned.keys) and _alike(cached.values, turned.values)):
+                return (
+                    f"{type(spec.attention).__name__} of layer {spec.layer_index} changes keys and values between its "
+                    "cache and attention"
+                )
             rotations.append(rotation)
             direct.append(_is_direct(retrofit, spec, adapter, hidden, still))
             shapes.add((still.keys.shape[1], still.keys.shape[3], still.values.shape[3]))
@@ -218,8 +225,20 @@ def _still(retrofit: Retrofit, adapter: str | None, layer: int, hidden: Tensor) 
 
 
 def _capture(
-    retrofit: Retrofit, adapter: str | None, spec: AttentionSpec, hidden: Tensor, positions: Tensor
+    retrofit: Retrofit,
+    adapter: str | None,
+    spec: AttentionSpec,
+    hidden: Tensor,
+    positions: Tensor,
+    *,
+    at_cache: bool = False,
 ) -> Captured:
     normed = hidden if spec.norm is None else spec.norm(hidden)
     rotary = rotary_at(spec, normed, positions)
-    return run_in(Pass(Nothing(), adapter), retrofit.capture, spec, normed, positions, rotary, spec.call)
+    capture = partial(retrofit.capture, at_cache=at_cache)
+    return run_in(Pass(Nothing(), adapter), capture, spec, normed, positions, rotary, spec.call)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Return whether keys, or values, are the same numbers: of another shape they are not."""
+    return one.shape == other.shape and torch.equal(one, other)

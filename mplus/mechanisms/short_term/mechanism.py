@@ -288,10 +288,10 @@ class RowMechanism(MemoryMechanism):
         return {"begin": self.additions.begin}
 
     def open(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Opened:
-        """Read what waits, if anything does, in a pass of its own."""
+        """Read what waits, if anything does, in a pass of its own, which reads of the same state share."""
         if not any(view.state.tail for view in views):
             return Opened(views)
-        tail = read_tails(self, decoder, views)
+        tail = read_tails(self, decoder, views, text.shared())
         learned = decoder.shape.positions == "learned"  # those of the text go on behind those of the tail
         return Opened(views, own=tail, text_offset=torch.tensor(tail.counts) if learned else None)
 

@@ -79,17 +79,45 @@ class TailRows:
         return evolve(rows, positions=torch.where(place < memory, where, place - total))
 
 
-def read_tails(mechanism: Reader, decoder: Decoder, views: Sequence[StreamView]) -> TailRows:
+SHARED = "tails"
+"""The key in ``Text.shared`` of the last states whose tails were read, and the rows ``TailRows.layers`` of these."""
+
+
+def read_tails(
+    mechanism: Reader, decoder: Decoder, views: Sequence[StreamView], shared: dict[str, Any] | None = None
+) -> TailRows:
     """Read the tails of some streams, one of which has one at least, as a read would: one pass, behind their memory.
 
     Args:
         mechanism: of the memory.
         decoder: runs the pass.
         views: of the streams; views of the same state share what is computed.
+        shared: by other reads of these states, as ``Text.shared`` gives it; None: by none.
     """
     distinct = list({id(view.state): view for view in views if view.state.tail}.values())
     numbers = {id(view.state): number for number, view in enumerate(distinct)}
     counts = [view.state.tail_tokens for view in distinct]
+    # Where the eviction policy goes by what is retrieved, every read has to retrieve.
+    table = {} if shared is None or any(view.access_log is not None for view in distinct) else shared
+    states, made = table.get(SHARED, ((), ()))
+    if list(map(id, states)) != list(numbers):
+        made = _read(mechanism, decoder, distinct, counts)
+        table[SHARED] = ([view.state for view in distinct], made)
+    places = [numbers.get(id(view.state)) for view in views]
+    tokens = [0 if place is None else counts[place] for place in places]
+    return TailRows(made, places, tokens, _positions(decoder))
+
+
+def _read(
+    mechanism: Reader, decoder: Decoder, distinct: Sequence[StreamView], counts: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """Return per layer that carries memory ``[S, t, d]``, what it receives for the tails of streams that have one.
+
+    Args:
+        mechanism, decoder: as above.
+        distinct: views of the streams.
+        counts: tokens of each tail.
+    """
     ids = torch.zeros(len(distinct), max(counts), dtype=torch.int64, device=decoder.shape.device)
     for row, view in enumerate(distinct):
         ids[row, : counts[row]] = torch.cat([part.ids for part in view.state.tail]).to(ids)
@@ -107,10 +135,7 @@ def read_tails(mechanism: Reader, decoder: Decoder, views: Sequence[StreamView])
 
     rows = max(map(mechanism.prefix_rows, behind))
     # Padding is behind the text, where no real token sees it.
-    made = decoder.run(ids, prefix=prefix, prefix_rows=rows, adapter="read", collect={"inputs"}).inputs
-    places = [numbers.get(id(view.state)) for view in views]
-    tokens = [0 if place is None else counts[place] for place in places]
-    return TailRows(made, places, tokens, _positions(decoder))
+    return decoder.run(ids, prefix=prefix, prefix_rows=rows, adapter="read", collect={"inputs"}).inputs
 
 
 def _positions(decoder: Decoder) -> RowPositions | None:

@@ -16,7 +16,7 @@ from mplus.memory.sources.forget import drop_source
 from mplus.memory.transaction import Streams
 from mplus.memory.writing.chunking import SourceNames, WriteData
 from mplus.memory.writing.once import report_of, resumed
-from mplus.memory.writing.passes import write_streams
+from mplus.memory.writing.passes import write_all, write_streams
 from mplus.memory.writing.plan import NOTHING, StreamWrite, planned
 
 if TYPE_CHECKING:
@@ -44,6 +44,25 @@ def write_at_once(
             drop_source(draft, [write.row], write.name, keep_name=False)
     write_streams([write.cut() for write in anew], advance)
     adopt_draft(streams, draft, removed=replaced)
+
+
+def write_all_at_once(writes: Sequence[StreamWrite], advance: Callable[[int], None]) -> dict[int, Exception]:
+    """Write all chunks to streams of several memories, as one change of each; the caller holds the write locks.
+
+    Returns:
+        What failed, by id of the memory's ``Streams``, which is as it was before.
+    """
+    memories = {id(write.streams): write.streams for write in writes}
+    drafts = {key: draft_of(streams) for key, streams in memories.items()}
+    anew = [evolve(write, streams=drafts[id(write.streams)]) for write in writes]
+    unwritten = write_all([write.cut() for write in anew], advance)
+    failed = {key: unwritten[id(draft)] for key, draft in drafts.items() if id(draft) in unwritten}
+    for key in memories.keys() - failed.keys():
+        try:
+            adopt_draft(memories[key], drafts[key], removed=False)
+        except Exception as error:  # noqa: BLE001 - handed to the caller, once the others have been written
+            failed[key] = error
+    return failed
 
 
 def _facts(write: StreamWrite, *, replaced: bool) -> dict[str, Any]:

@@ -34,13 +34,7 @@ def write_pieces(
 ) -> WriteReport:
     """Write a document that comes in pieces to a memory of one stream; see ``Memory.write_pieces``."""
     begun = time.perf_counter()
-    if len(streams) != 1:
-        raise InputError(
-            f"write_pieces writes to one stream, and this memory has {len(streams)}: use memory.select([row]), "
-            "or write with a text for each"
-        )
-    if isinstance(pieces, str | bytes | torch.Tensor) or not isinstance(pieces, Iterable):
-        raise InputError(f"pieces must be an iterable of texts or ids, got {type(pieces).__name__}")
+    _check(streams, pieces)
     (name,), facts = to_names(source, 1), facts_of(streams, expires)
     prepare_write(streams, [0])
     report = WriteReport.nothing(1)
@@ -52,6 +46,29 @@ def write_pieces(
         for write in _writes(empty, _ahead(tokenised(pieces, tokenizer, streams.engine.vocab_size))):
             write_streams([write], advance)
     return evolve(report, seconds=time.perf_counter() - begun)
+
+
+def joined(streams: Streams, tokenizer: Tokenizer | None, pieces: Iterable[str | Ids]) -> str | Tensor:
+    """Return all pieces of a document for a memory of one stream as one text, or one tensor of ids ``[n]`` int32.
+
+    Raises InputError as ``write_pieces``.
+    """
+    _check(streams, pieces)
+    if streams.engine.writes_text:
+        return "".join(to_text(piece, tokenizer) or "" for piece in pieces)
+    found = [ids.int() for ids in _ahead(tokenised(pieces, tokenizer, streams.engine.vocab_size))]
+    return torch.cat([torch.empty(0, dtype=torch.int32), *found])
+
+
+def _check(streams: Streams, pieces: object) -> None:
+    """Raise InputError unless these can be the pieces of a document, and the memory has one stream."""
+    if len(streams) != 1:
+        raise InputError(
+            f"write_pieces writes to one stream, and this memory has {len(streams)}: use memory.select([row]), "
+            "or write with a text for each"
+        )
+    if isinstance(pieces, str | bytes | torch.Tensor) or not isinstance(pieces, Iterable):
+        raise InputError(f"pieces must be an iterable of texts or ids, got {type(pieces).__name__}")
 
 
 def _writes(empty: StreamWrite, texts: Iterator[Tensor]) -> Iterator[StreamWrite]:

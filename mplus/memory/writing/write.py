@@ -15,7 +15,9 @@ from mplus.errors import InputError, MemoryMismatchError, NotSupported, WriteTog
 from mplus.memory.report import WriteReport, progress_bar
 from mplus.memory.sources.expiry import facts_of
 from mplus.memory.transaction import Streams
+from mplus.memory.writing.at_once import write_all_at_once
 from mplus.memory.writing.chunking import SourceNames, Tokenizer, WriteData, check_chunk, check_vocabulary, to_names
+from mplus.memory.writing.once import report_of, resumed
 from mplus.memory.writing.passes import write_all, write_streams
 from mplus.memory.writing.plan import NOTHING, StreamWrite, planned, prepare_write
 
@@ -44,6 +46,8 @@ def write_together(
     data: Sequence[WriteData],
     sources: Sequence[SourceNames] | None = None,
     *,
+    write_ids: Sequence[str | None] | None = None,
+    atomic: bool = False,
     errors: Literal["raise"] = "raise",
     progress: bool | None = None,
 ) -> list[WriteReport]: ...
@@ -55,6 +59,8 @@ def write_together(
     data: Sequence[WriteData],
     sources: Sequence[SourceNames] | None = None,
     *,
+    write_ids: Sequence[str | None] | None = None,
+    atomic: bool = False,
     errors: Literal["return"],
     progress: bool | None = None,
 ) -> list[WriteReport | Exception]: ...
@@ -65,6 +71,8 @@ def write_together(
     data: Sequence[WriteData],
     sources: Sequence[SourceNames] | None = None,
     *,
+    write_ids: Sequence[str | None] | None = None,
+    atomic: bool = False,
     errors: Literal["raise", "return"] = "raise",
     progress: bool | None = None,
 ) -> Sequence[WriteReport | Exception]:
@@ -77,12 +85,14 @@ def write_together(
         memories: different ones.
         data: for each memory, as for ``Memory.write``.
         sources: for each memory, as there; None: no names.
+        write_ids: for each memory, as ``write_id`` there; None: no ids.
+        atomic: as there, for each memory by itself: one that fails keeps nothing of it, the others have all of theirs.
         errors: "raise": raise one error when all others have been written. "return": raise none, and return what
             failed in its place, as ``asyncio.gather(..., return_exceptions=True)`` does.
         progress: show a progress bar; None: for long writes in a terminal.
 
     Returns:
-        For each memory what was written; ``seconds`` are those of the whole call.
+        For each memory what was written; ``seconds`` are those of the whole call. With an id, as ``Memory.write``.
 
     Raises:
         WriteTogetherError: some memories failed, each for what ``Memory.write`` would have raised, because it came
@@ -90,17 +100,20 @@ def write_together(
             (MemoryMismatchError). Its ``errors`` and ``reports`` tell which ones, and what was written.
         InputError: the lists differ in length, or ``errors`` is something else; nothing was written.
 
-    An interrupt ends the call at once; every memory has the chunks written before it.
+    An interrupt ends the call at once; every memory has the chunks written before it, of an ``atomic`` call none.
     """
     if errors not in ("raise", "return"):
         raise InputError(f"errors must be 'raise' or 'return', got {errors!r}")
     sources = [None] * len(memories) if sources is None else sources
+    write_ids = [None] * len(memories) if write_ids is None else write_ids
+    if isinstance(write_ids, str) or len(write_ids) != len(memories):
+        raise InputError(f"write_ids must be one id or None for each of {len(memories)} memories, got {write_ids!r}")
     if isinstance(data, str) or not memories or not len(memories) == len(data) == len(sources):
         raise InputError(
             f"there must be one text, and one source if any, for each memory: got {len(memories)} memories, "
             f"{'one text' if isinstance(data, str) else f'{len(data)} texts'} and {len(sources)} sources"
         )
-    reports, failed = _write(memories, data, sources, progress)
+    reports, failed = _write(memories, data, sources, progress, write_ids=write_ids, atomic=atomic)
     if failed and errors == "raise":
         raise WriteTogetherError.of(reports, failed)
     return [failed.get(position, report) for position, report in enumerate(reports)]
@@ -112,6 +125,9 @@ def _write(
     sources: Sequence[SourceNames],
     progress: bool | None,
     facts: Mapping[str, Any] = NOTHING,
+    *,
+    write_ids: Sequence[str | None] = (),
+    atomic: bool = False,
 ) -> tuple[list[WriteReport], dict[int, Exception]]:
     """Return what was written to each memory, and what failed, by position of the memory in the list."""
     begun = time.perf_counter()
@@ -128,14 +144,42 @@ def _write(
     with ExitStack() as held:
         for _, position in sorted(positions.items()):  # in one order everywhere: two calls cannot wait for each other
             held.enter_context(memories[position].streams.write_lock)
-        writes = [write.cut() for write in writes]
-        total = sum(len(ids) for write in writes for ids in write.chunks)
-        turns = max((len(write.chunks) for write in writes), default=0)
+        of_ids = {position: name for position, name in enumerate(write_ids) if name is not None}
+        known = [(write, of_ids.get(positions[id(write.streams)])) for write in writes]
+        writes, refused = _resumed(known, begun)
+        cut = [write.cut() for write in writes]
+        total = sum(len(ids) for write in cut for ids in write.chunks)
+        turns = max((len(write.chunks) for write in cut), default=0)
         with progress_bar("writing", total, progress, steps=turns) as advance:
-            failed = write_all(writes, advance)
-    errors |= {positions[key]: error for key, error in failed.items()}
-    seconds = time.perf_counter() - begun
-    return [evolve(report, seconds=seconds) for report in reports], dict(sorted(errors.items()))
+            failed = refused | (write_all_at_once(writes, advance) if atomic else write_all(cut, advance))
+        errors |= {positions[key]: error for key, error in failed.items()}
+        seconds = time.perf_counter() - begun
+        reports = [evolve(report, seconds=seconds) for report in reports]
+        for position, report in enumerate(reports):
+            if position in errors and (atomic or any(positions[key] == position for key in refused)):
+                reports[position] = evolve(WriteReport.nothing(len(report.tokens)), seconds=seconds)
+            elif position in of_ids and position in positions.values():
+                rows = [write.row for write, _ in known if positions[id(write.streams)] == position and write.tokens]
+                reports[position] = report_of(memories[position].streams.states, of_ids[position], rows)
+    return reports, dict(sorted(errors.items()))
+
+
+def _resumed(
+    writes: Sequence[tuple[StreamWrite, str | None]], begun: float
+) -> tuple[list[StreamWrite], dict[int, Exception]]:
+    """Return what is left to do of writes, some with an id, and by id of its ``Streams`` each memory that is refused.
+
+    Args:
+        writes: all of each, and its id.
+        begun: when this call began, by ``time.perf_counter``.
+    """
+    left, refused = list[StreamWrite](), dict[int, Exception]()
+    for write, write_id in writes:
+        try:
+            left.append(write if write_id is None else resumed(write, write_id, begun))
+        except InputError as error:
+            refused[id(write.streams)] = error
+    return [write for write in left if id(write.streams) not in refused], refused
 
 
 def _check_one(memories: Sequence[Memory], position: int, written: Mapping[int, int]) -> None:

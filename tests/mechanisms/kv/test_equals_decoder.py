@@ -95,6 +95,12 @@ def test_decoders_whose_keys_cannot_be_kept_are_refused_by_name_and_left_alone(a
     assert (type(model), list(model.state_dict())) == before
 
 
+def test_attention_that_changes_what_is_cached_is_refused_without_a_check_too() -> None:
+    message = "DiffLlamaAttention of layer 0 changes keys and values between its cache and attention"
+    with pytest.raises(NotSupported, match=message):
+        mplus.wrap(BY_NAME["diffllama"].build(), {"mechanism": "kv"}, check=False)
+
+
 def test_every_architecture_is_exact_approximate_or_refused() -> None:
     assert {a.name for a in EXACT} | NOT_KEPT.keys() | set(APPROXIMATE) == {a.name for a in (*PURE, *HYBRIDS)}
 

@@ -131,6 +131,44 @@ def test_only_where_something_waits_is_a_pass_run_for_it(monkeypatch: pytest.Mon
     assert [list(text.shape) for text in passes] == [[2, 3]]
 
 
+@pytest.mark.parametrize("rows", ["hidden", "projected"])
+def test_what_is_read_of_it_is_kept_until_memory_or_weights_change(rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build(memory_rows=rows)
+    memory, _ = told(model, TAIL)
+    own, passes = model.mplus_engine.decoder.run, []
+    monkeypatch.setattr(
+        model.mplus_engine.decoder, "run", lambda text, **given: (passes.append(text), own(text, **given))[1]
+    )
+
+    def passes_of_a_read(of: Any = memory, prompt: Tensor = PROMPT) -> int:
+        """Read it, see that a memory that was never read gives the same bits, and count the passes of the first."""
+        passes.clear()
+        found = logits(model, prompt, of)
+        count = len(passes)
+        assert torch.equal(found, logits(model, prompt, of.fork()))
+        return count
+
+    assert [passes_of_a_read() for _ in range(3)] == [1, 0, 0]
+    assert passes_of_a_read(prompt=tiny.prompts(2, 8)) == 0, "another prompt, of two rows"
+    memory.write(tiny.ids(1, 7), source="chat")
+    assert [passes_of_a_read() for _ in range(2)] == [1, 0], "the tail has grown"
+    weight = model.model.layers[0].mlp.down_proj.weight  # keys and values that are kept do not depend on it
+    with torch.no_grad():
+        weight.mul_(1.5)
+    assert [passes_of_a_read() for _ in range(2)] == [1, 0]
+    weight.data.mul_(0.5)  # leaves no trace but the numbers
+    model.model.layers[0].mlp.down_proj.lora_A["read"].weight.data[-1, -1] += 1.0
+    assert [passes_of_a_read() for _ in range(2)] == [1, 0]
+    passes.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits(model, PROMPT, memory)
+    model(PROMPT, memory=memory)  # gradients flow
+    assert len(passes) == 2
+    other = model.new_memory(eviction="lru")
+    other.write(TAIL)
+    assert [passes_of_a_read(other) for _ in range(2)] == [1, 1], "every read has to note what it retrieves"
+
+
 def test_a_new_memory_of_the_published_kind_reads_it_alone() -> None:
     """Nothing is in front of the first text of published MemoryLLM, not even a begin row."""
     model = tiny.variant("memoryllm-published")

@@ -23,6 +23,7 @@ from mplus.memory.format.verify import verify
 from mplus.memory.sources.writes import WriteLog, WriteRecord
 from mplus.memory.transaction import Streams
 from mplus.memory.writing import passes as writing
+from mplus.memory.writing.write import write_together
 from tests.helpers.clock import noon
 from tests.memory.disks.disks import Failing, open_memory
 from tests.memory.disks.plain import PlainModel, chunk
@@ -296,3 +297,75 @@ def test_logs_that_make_no_sense(change: Callable[[dict[str, torch.Tensor]], obj
     change(columns)
     with pytest.raises(MemoryMismatchError, match=message):
         WriteLog.from_tensors(columns, torch.arange(1))
+
+
+# ---------------------------------------------------------------------- in pieces, and several memories together
+
+PIECES = list(TEXTS[0].split(7))
+
+
+def in_pieces(memory: Memory, **options: Any) -> Any:
+    return memory.write_pieces(iter(PIECES), source="a", **options)
+
+
+def failing_at(monkeypatch: pytest.MonkeyPatch, struck: int, error: BaseException) -> None:
+    """Let ``error`` strike in the place of a chunk; -1: in that of none."""
+    monkeypatch.undo()
+    calls, apply = iter(range(99)), writing.apply_write
+
+    def applied(*arguments: Any) -> None:
+        if next(calls) == struck:
+            raise error
+        apply(*arguments)
+
+    monkeypatch.setattr(writing, "apply_write", applied)
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+def test_pieces_are_written_once_too(atomic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, memory = MODEL.new_memory(1), MODEL.new_memory(1)
+    report = expected.write(TEXTS[0], source="a", write_id="w")
+    failing_at(monkeypatch, 2, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        in_pieces(memory, write_id="w", atomic=atomic)
+    assert [record.chunks for record in memory.states[0].writes] == ([] if atomic else [2])
+    failing_at(monkeypatch, -1, KeyboardInterrupt())
+    first = in_pieces(memory, write_id="w", atomic=atomic)
+    assert [getattr(first, name) for name in COUNTS] == [getattr(report, name) for name in COUNTS]
+    assert_alike(memory, expected)
+    before = content(memory)
+    assert in_pieces(memory, write_id="w") == first == memory.write(TEXTS[0], source="a", write_id="w")
+    with pytest.raises(InputError, match="write_id 'w' was given to another text"):
+        memory.write_pieces(iter(PIECES[:-1]), source="a", write_id="w")
+    assert_content(memory, before)
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+def test_memories_that_are_written_together_are_written_once_too(
+    tmp_path: Path, atomic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, ids = [TEXTS[0], TEXTS[0].flip(0), TEXTS[1]], ["v", "w", None]
+    expected = [MODEL.new_memory(1) for _ in texts]
+    reports = [one.write(text, source="a", write_id=name) for one, text, name in zip(expected, texts, ids, strict=True)]
+    live = Memory.open(tmp_path / "live", MODEL, batch_size=1)
+    memories = [MODEL.new_memory(1), live, MODEL.new_memory(1)]
+    given: dict[str, Any] = {"sources": ["a"] * 3, "write_ids": ids, "atomic": atomic}
+    failing_at(monkeypatch, 4, NonFiniteError("NaN"))  # the second chunk of the second memory
+    found = write_together(memories, texts, **given, errors="return")
+    assert isinstance(found[1], NonFiniteError)
+    assert found[0].chunks == reports[0].chunks
+    assert [[record.chunks for record in one.states[0].writes] for one in memories] == [[5], [] if atomic else [1], []]
+    failing_at(monkeypatch, 99, KeyboardInterrupt())
+    again = [write_together(memories[:2], texts[:2], ["a"] * 2, write_ids=ids[:2], atomic=atomic) for _ in range(2)]
+    assert again[0] == again[1], "once"
+    assert [[getattr(one, name) for name in COUNTS] for one in again[0]] == [
+        [getattr(one, name) for name in COUNTS] for one in reports[:2]
+    ]
+    for memory, wanted in zip(memories, expected, strict=True):
+        assert_alike(memory.fork(), wanted)
+    assert_same(Memory.open(tmp_path / "live", MODEL, read_only=True), live)
+    wrong = write_together(memories[:2], texts[1::-1], ["a"] * 2, write_ids=["v", "new"], errors="return")
+    assert isinstance(wrong[0], InputError)
+    assert wrong[1].chunks == [5], "what is refused does not keep the others"
+    with pytest.raises(InputError, match="write_ids must be one id or None for each of 3 memories, got 'abc'"):
+        write_together(memories, texts, write_ids="abc")
