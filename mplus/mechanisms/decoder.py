@@ -41,6 +41,7 @@ class Text:
         further: tokens that may be read behind these, such as those of an answer.
         prompt: of a read: a generation goes on behind it, so that none of its own tokens is to be predicted.
         min_score: bring back only what scores higher; None: as the mechanism's options say.
+        reopens: of a read: what it reads may be chosen anew as more of it comes (``retrieve_every``).
         shared: of a read: returns a table for what reads of this state of the memory share, which is kept until the
             memory or a weight changes; None where nothing may be shared, because gradients flow, say.
 
@@ -62,6 +63,7 @@ class Text:
     further: int = 0
     prompt: bool = False
     min_score: float | None = None
+    reopens: bool = False
     shared: Callable[[], dict[str, Any] | None] = lambda: None
 
     @property

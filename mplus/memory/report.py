@@ -83,7 +83,8 @@ class WriteReport:
         dropped_rows: rows per layer that left the STM.
         evicted_rows: rows per layer that left the LTM.
         seconds: wall-clock time of the whole call.
-        tail_tokens: tokens of the source that wait for more, to make up a chunk.
+        tail_tokens: tokens of the source that wait for more, to make up a chunk; in the report of a write that was made
+            before (``write_id``), those that wait now.
     """
 
     tokens: list[int]

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from attrs import evolve
+from attrs import asdict, evolve
 
-from mplus.config import JsonValue, MPlusConfig
+from mplus.config import JsonValue, MPlusConfig, options_of
 from mplus.errors import InputError, UnknownNameError
 from mplus.evaluation.execution.base import Due
 from mplus.evaluation.execution.generated import GeneratedAnswers
@@ -184,6 +184,19 @@ def _measured(arm: Arm, renamed: Mapping[str, str], execution: GeneratedAnswers)
 
 
 def digest(execution: GeneratedAnswers) -> str:
-    """Return 12 hexadecimal digits of everything that decides an execution's answers but the weights."""
-    parts = [execution.settings(ArmOptions(), {}), execution.chat and execution.chat.begin]
+    """Return 12 hexadecimal digits of everything that decides an execution's answers but the weights.
+
+    That includes the options that a config leaves to its mechanism and retriever, with the values they have.
+    """
+    parts = [execution.settings(ArmOptions(), {}), execution.chat and execution.chat.begin, _options(execution)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()[:12]
+
+
+def _options(execution: GeneratedAnswers) -> list[dict[str, Any]]:
+    """Return all options of an execution's mechanism, and of what retrieves for it, if anything does."""
+    mechanism, config = execution.model.mplus_engine.mechanism, execution.model.mplus_config
+    registry = getattr(mechanism, "retrievers", None)
+    found = [asdict(mechanism.options)]
+    if registry is not None and config.long_term_tokens != 0:
+        found.append(asdict(options_of(registry.get(config.retriever.name), config.retriever.options)))
+    return found

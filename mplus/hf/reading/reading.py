@@ -107,6 +107,7 @@ class Reading:
             further=self.further_tokens,
             prompt=self.prompt_tokens is not None,
             min_score=self.min_score,
+            reopens=self.reopens,
         )
 
     def need_opened(self) -> Opened:

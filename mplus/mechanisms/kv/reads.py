@@ -71,19 +71,27 @@ class KvReads(MemoryMechanism):
         prompts = self._prompts(decoder, views, text)
         rows = list(zip(views, prompts, ((),) * len(views), strict=True))
         blocks = [[found] for found in self._chosen(decoder, text, rows)]
-        return self._opened(decoder, views, blocks, torch.tensor([[prompt.begin] for prompt in prompts]))
+        opened = self._opened(decoder, views, blocks, torch.tensor([[prompt.begin] for prompt in prompts]))
+        if text.reopens and opened.insertion is not None:
+            most = [self._most(decoder, text, *row) for row in rows]
+            return evolve(opened, insertion=_with_room(opened.insertion, most))
+        return opened
 
     def reopen(self, decoder: Decoder, opened: Opened, text: Text, rows: Sequence[int]) -> Opened:
         """Exchange the chunks of ``rows``, at the last place where any were chosen, for what the text now brings back.
 
-        Text stays where it is, and the new chunks end in front of it, as if they had been there all along.
+        Text stays where it is, and the new chunks end in front of it, as if they had been there all along. Where other
+        text stands in front of them they take no more positions than were kept free for them; none, where the first
+        choice found nothing.
         """
         if opened.insertion is None:
             return opened
         prompts = self._prompts(decoder, opened.views, evolve(text, limited=True))
         blocks = [list(own) for own in opened.own.blocks]
         asked = [(opened.views[row], prompts[row], blocks[row][:-1]) for row in rows]
-        for row, found in zip(rows, self._chosen(decoder, text, asked), strict=True):
+        rooms, in_front = opened.insertion.rooms[:, -1].tolist(), opened.insertion.tokens[:, -1].tolist()
+        free = [rooms[row] if in_front[row] else None for row in rows]
+        for row, found in zip(rows, self._chosen(decoder, text, asked, free), strict=True):
             blocks[row][-1] = found
         return self._opened(decoder, opened.views, blocks, opened.insertion.tokens, opened.insertion.rooms)
 
@@ -111,6 +119,9 @@ class KvReads(MemoryMechanism):
         if whole and not any(len(own[-1].chunks) for own in blocks):
             return opened
         taken = [[len(state_of(view).places(own[-1].chunks))] for view, own in zip(views, blocks, strict=True)]
+        for row in anew if text.reopens else ():
+            most = self._most(decoder, text, views[row], prompts[row], blocks[row][:-1])
+            taken[row][0] = max(taken[row][0], most if taken[row][0] else 0)
         room = torch.cat([before.rooms, torch.tensor(taken)], 1)
         return self._opened(decoder, views, blocks, torch.cat([before.tokens, tokens[:, None]], 1), room)
 
@@ -130,6 +141,7 @@ class KvReads(MemoryMechanism):
         decoder: Decoder,
         text: Text,
         rows: Sequence[tuple[StreamView, Prompt, Sequence[ChosenChunks]]],
+        free: Sequence[int | None] = (),
     ) -> list[ChosenChunks]:
         """Return what prompts bring back, in the order in which it is read.
 
@@ -137,8 +149,12 @@ class KvReads(MemoryMechanism):
             decoder: that reads it.
             text: that the prompts are rows of.
             rows: of each prompt its stream, the prompt, and what it reads already, which is not brought back again.
+            free: of each, the positions that what comes back may take; None: as many as the decoder has.
         """
         asked = {place: self._asked(decoder, text, *row) for place, row in enumerate(rows) if self.has_prefix(row[0])}
+        for place, room in enumerate(free):
+            if place in asked and room is not None:
+                asked[place] = evolve(asked[place], room=min(asked[place].room, room))
         asking = {p: one for p, one in asked.items() if len(one.question) and not state_of(one.view).reads_all}
         retrieval = self.retrieval if text.min_score is None else evolve(self.retrieval, min_score=text.min_score)
         found = dict(zip(asking, retrieval.choose(decoder, list(asking.values()), text.tokenizer), strict=True))
@@ -147,16 +163,32 @@ class KvReads(MemoryMechanism):
     def _asked(
         self, decoder: Decoder, text: Text, view: StreamView, prompt: Prompt, read: Sequence[ChosenChunks]
     ) -> Asked:
-        state = state_of(view)
+        state, room = state_of(view), self._room(decoder, text, view, prompt, read)
         taken = state.places(torch.cat([NOTHING.chunks, *(block.chunks for block in read)]))
-        most, room = decoder.shape.max_positions, self.config.retrieved_tokens
-        if most is not None:
-            begin = 0 if prompt.begin else len(self._begin_ids(state, decoder.shape.first_token))
-            room = min(room, most - len(prompt.ids) - text.further - begin - len(taken))
         known = torch.cat([prompt.known, state.token_ids[taken].long()])
         with torch.no_grad():
             (begins,) = self._begins(decoder, [state])
         return Asked(view, begins, prompt.query, known, room)
+
+    def _room(
+        self, decoder: Decoder, text: Text, view: StreamView, prompt: Prompt, read: Sequence[ChosenChunks]
+    ) -> int:
+        """Return how many tokens may come back for a prompt, beside what it reads already."""
+        state = state_of(view)
+        most, room = decoder.shape.max_positions, self.config.retrieved_tokens
+        if most is None:
+            return room
+        taken = sum(int(state.chunk_length[block.chunks].sum()) for block in read)
+        begin = 0 if prompt.begin else len(self._begin_ids(state, decoder.shape.first_token))
+        return min(room, most - len(prompt.ids) - text.further - begin - taken)
+
+    def _most(
+        self, decoder: Decoder, text: Text, view: StreamView, prompt: Prompt, read: Sequence[ChosenChunks]
+    ) -> int:
+        """Return how many tokens any choice for a prompt could bring back."""
+        lengths, chunks = state_of(view).chunk_length, self.options.retrieved_chunks
+        longest = lengths.sort(descending=True).values[:chunks]
+        return max(min(int(longest.sum()), self._room(decoder, text, view, prompt, read)), 0)
 
     def _in_order(self, view: StreamView, found: ChosenChunks | None) -> ChosenChunks:
         """Return what was found in the order in which it is read; None: nothing was looked for."""
@@ -274,6 +306,16 @@ class KvReads(MemoryMechanism):
             return state.begin_ids
         first = () if first_token is None else (first_token,)
         return torch.tensor(first if self.options.begin is None else self.options.begin, dtype=torch.int32)
+
+
+def _with_room(insertion: Insertion, most: Sequence[int]) -> Insertion:
+    """Return an insertion of one block with so many positions free where text stands in front, and something was found.
+
+    Its rows end where these do.
+    """
+    wanted = torch.tensor(most)[:, None]
+    grows = (insertion.tokens > 0) & (insertion.rows > 0)
+    return evolve(insertion, room=torch.where(grows, torch.maximum(insertion.rows, wanted), insertion.rows))
 
 
 def _as_far_as(

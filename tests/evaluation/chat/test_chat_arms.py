@@ -9,12 +9,13 @@ from functools import partial
 
 import pytest
 import torch
+from attrs import evolve, field, make_class
 
 import mplus
 from mplus.errors import ConfigError, InputError, UnknownNameError
 from mplus.evaluation.chat import choice as choosing_module
 from mplus.evaluation.chat.choice import Choice, ChoosingMechanism, choosing
-from mplus.evaluation.chat.memories import compare_memories, memory_configs, wrapped_each
+from mplus.evaluation.chat.memories import compare_memories, digest, memory_configs, wrapped_each
 from mplus.evaluation.chat.prompt import ChatPrompt
 from mplus.evaluation.generating import Generation, answers
 from mplus.evaluation.options import ArmOptions
@@ -22,6 +23,7 @@ from mplus.evaluation.reports import paired
 from mplus.evaluation.retention import make_arms
 from mplus.hf.reading.override import reading_as
 from mplus.mechanisms.base import MemoryMechanism
+from mplus.retrievers.chunks.hybrid import HybridRetriever
 from tests.evaluation.chat.small import KV, decoder, execution, greedy, notes, tokenizer, wrapped
 from tests.helpers.docstrings import run_examples
 
@@ -132,6 +134,18 @@ def test_only_the_choice_is_made_where_no_answer_is_wanted(asked, monkeypatch):
     with reading_as(wrapped(), around=partial(ChoosingMechanism, seen=seen)), torch.no_grad():
         wrapped()(ids, memory=moment.memory)
     assert seen == made.choose(moment, due[:1])
+
+
+def test_the_digest_of_a_memory_depends_on_options_that_the_config_leaves_out(monkeypatch):
+    made = execution()
+    found, mechanism, retriever = [digest(made)], wrapped().mplus_engine.mechanism, HybridRetriever
+    assert digest(execution()) == found[0]
+    monkeypatch.setattr(mechanism, "options", evolve(mechanism.options, rerank=mechanism.options.rerank + 1))
+    found.append(digest(made))
+    newer = make_class("Options", {"factor": field(default=2.0)}, bases=(retriever.Options,), frozen=True)
+    monkeypatch.setattr(retriever, "Options", newer)
+    found.append(digest(made))
+    assert len(set(found)) == 3
 
 
 def test_memories_are_compared_under_their_labels():

@@ -292,3 +292,39 @@ def test_bad_queries_are_refused() -> None:
     rows = _rows()
     with pytest.raises(NotSupported, match="retrieval_query does not go with the mechanism 'mplus'"):
         rows(text(4)[None], memory=rows.new_memory(), retrieval_query=[3])
+
+
+def test_chunks_that_are_chosen_later_do_not_overlap_what_the_prompt_begins_with() -> None:
+    model = shared()[0]
+    short, long = "Rosa paints doors.", "Tom keeps nine old clocks in the tower, and winds them every morning."
+    memory = memory_of(model, short, long)
+    prompt, later = torch.cat(parts("What does Rosa paint? ")), torch.tensor(tokenizer()(long[:40])["input_ids"])
+    mechanism, decoder_ = model.mplus_engine.mechanism, model.mplus_engine.decoder
+    whole = torch.cat([prompt, later])[None]
+    chosen = (torch.arange(whole.shape[1]) >= len(prompt))[None]
+    opened = mechanism.open(decoder_, memory.snapshot(), Text(prompt[None], tokenizer=tokenizer(), reopens=True))
+    assert opened.own.blocks[0][0].chunks.tolist() == [0]
+    again = mechanism.reopen(decoder_, opened, Text(whole, tokenizer=tokenizer(), query=chosen), [0])
+    assert again.own.blocks[0][0].chunks.tolist() == [1], "longer than the first"
+    ends = []
+    for one in (opened, again):
+        where = one.insertion.positions[0]
+        assert int(where[0]) >= int(one.insertion.tokens[0, 0]) > 0, "behind all that stands in front"
+        ends.append(int(where[-1]))
+    assert ends[0] == ends[1] == int(opened.insertion.tokens[0, 0] + opened.insertion.rooms[0, 0]) - 1
+    without = mechanism.open(decoder_, memory.snapshot(), Text(prompt[None], tokenizer=tokenizer()))
+    assert torch.equal(without.insertion.rooms, without.insertion.rows), "nothing is kept free unless it is asked for"
+    narrow = mechanism.reopen(decoder_, without, Text(whole, tokenizer=tokenizer(), query=chosen), [0])
+    assert bool((narrow.insertion.positions[0] >= narrow.insertion.tokens[0, 0]).all()), "what is too long stays away"
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+def test_an_answer_that_looks_things_up_on_the_way_is_that_of_a_read_in_pieces(options: dict[str, int]) -> None:
+    model = shared()[0]
+    memory, prompt = memory_of(model), torch.cat(parts(FIRST))[None]
+    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **options}
+    made = model.generate(prompt, memory=memory, retrieve_every=2, **settings)
+    if not options:
+        with torch.no_grad():
+            scored = model(made, memory=memory, query_tokens=prompt.shape[1], retrieve_every=2).logits
+        assert scored[0, prompt.shape[1] - 1 : -1].argmax(-1).tolist() == made[0, prompt.shape[1] :].tolist()
