@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -22,12 +22,14 @@ from mplus.cli.eval_options import (
     experiment,
     numbers,
     prepare,
+    set_threads,
     show_plain,
     show_report,
 )
 from mplus.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mplus.evaluation import texts
     from mplus.hf.model.model_class import MemoryModel
     from mplus.retrievers.base import Retriever
 
@@ -198,6 +200,14 @@ def harm(
         int, typer.Option(min=1, help="Of them, read but not predicted; retrieval sees these alone.")
     ] = 16,
     pieces: Annotated[int, typer.Option(min=1, help="Most pieces.")] = 64,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LABEL",
+            help="Memory of a decoder that has none: a mechanism, MECHANISM:RETRIEVER, or a config as JSON.",
+            show_default=False,
+        ),
+    ] = None,
     unrelated_tokens: Annotated[
         int | None, typer.Option(min=1, help="Most tokens to write; default: as many as fill the memory.")
     ] = None,
@@ -213,7 +223,10 @@ def harm(
     from mplus.evaluation.harm import harm as run
     from mplus.evaluation.texts import read
 
-    decoder, words = prepare(model, tokenizer, device, dtype, threads)
+    if memory is None:
+        decoder, words = prepare(model, tokenizer, device, dtype, threads)
+    else:
+        decoder, words = _wrapped(model, memory, tokenizer, device, dtype, threads)
     options = HarmOptions(
         text_tokens=text_tokens,
         known_tokens=known_tokens,
@@ -223,3 +236,22 @@ def harm(
         seed=seed,
     )
     show_plain(run(decoder, words, read(text), read(unrelated), options=options, name=model.name), as_json)
+
+
+def _wrapped(
+    model: Path, label: str, tokenizer: str | None, device: str | None, dtype: str, threads: int | None
+) -> tuple[MemoryModel, texts.Tokenizer]:
+    """Return a decoder that has no memory yet, wrapped for the memory of this label, and its tokenizer."""
+    from mplus.evaluation.chat.memories import memory_configs
+    from mplus.hf.model.wrapping import wrap
+    from mplus.hf.pretrained.load import load_decoder_with_tokenizer
+
+    if threads is not None:
+        set_threads(threads)
+    configs = list(memory_configs([label]).values())
+    if len(configs) != 1:
+        raise ConfigError(f"--memory must be the label of one memory, got {label!r}, which is {len(configs)}")
+    if tokenizer is not None:
+        raise ConfigError(f"--memory goes with the tokenizer in the folder of the decoder, got {tokenizer!r} besides")
+    decoder, words = load_decoder_with_tokenizer(model, device=device, dtype=dtype)
+    return cast("MemoryModel", wrap(decoder, configs[0])), cast("texts.Tokenizer", words)

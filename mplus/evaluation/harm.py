@@ -16,6 +16,7 @@ from mplus.environment import run_info
 from mplus.errors import ConfigError, InputError
 from mplus.evaluation.texts import Texts, Tokenizer
 from mplus.hf.model.model_class import MemoryModel
+from mplus.hf.reading.reading import RetrievedSource
 from mplus.hf.text.engine import refuse_text
 from mplus.memory.memory import Memory
 from mplus.memory.report import progress_bar
@@ -82,7 +83,9 @@ def harm(
 
     Returns:
         Plain data: nats per token and perplexity each way, and the change against "none" in percent with its 95 %
-        interval over pieces (paired, normal).
+        interval over pieces (paired, normal). Of a memory that brings back whole chunks or nothing, also how many
+        pieces brought back nothing, and how many of these were read bit for bit as without memory; such pieces are
+        read one at a time, so that none moves for the length of another.
 
     Raises:
         InputError: a text is too short, or shares a piece with the other one.
@@ -95,16 +98,19 @@ def harm(
     pieces = _pieces(texts.ids(held_out), options)
     if unrelated.strip() and unrelated.strip() in held_out:
         raise InputError("the unrelated text must not be part of the held-out one: take it from another document")
-    memory = _filled(model, texts.ids(unrelated), options, progress)
+    memory = _filled(model, texts.ids(unrelated), tokenizer, options, progress)
     empty = model.new_memory(seed=options.seed)
     losses: dict[str, list[Tensor]] = {way: [] for way in WAYS}
+    whole, unread = model.mplus_engine.mechanism.retrieves_in_open, list[bool]()
     with progress_bar("reading held-out text", len(pieces), progress, steps=len(pieces), unit="pieces") as advance:
-        for start in range(0, len(pieces), options.batch):
-            batch = pieces[start : start + options.batch]
+        for batch in pieces.split(1 if whole else options.batch):
             for way, state in (("none", None), ("empty", empty), ("unrelated", memory)):
-                losses[way].append(_losses(model, batch, options, state))
+                found_, rows = _losses(model, batch, options, state, sources=whole and way == "unrelated")
+                losses[way].append(found_)
+                unread += [not any(row) for row in rows]
             advance(len(batch))
     found = {way: torch.cat(parts) for way, parts in losses.items()}
+    nothing = torch.tensor(unread, dtype=torch.bool)
     stream = memory.states[0]
     return {
         "format": 1,
@@ -114,6 +120,14 @@ def harm(
         "nats_per_token": {way: float(one.mean()) for way, one in found.items()},
         "perplexity": {way: math.exp(float(one.mean())) for way, one in found.items()},
         "change_percent": {way: _change(found[way], found["none"]) for way in WAYS[1:]},
+        **(
+            {
+                "pieces_without_chunks": int(nothing.sum()),
+                "of_these_identical": int((found["unrelated"] == found["none"])[nothing].sum()),
+            }
+            if whole
+            else {}
+        ),
         "memory_rows_by_layer": {
             **{stream.lists[name].replace("-", "_"): rows for name, rows in stream.counts().items() if any(rows)},
             "long_term": [memory.stores[0].count(layer) for layer in range(memory.stores[0].layout.layers)],
@@ -134,7 +148,9 @@ def _pieces(ids: Sequence[int], options: HarmOptions) -> Tensor:
     return torch.tensor(ids[: count * options.text_tokens]).view(count, options.text_tokens)
 
 
-def _filled(model: MemoryModel, ids: Sequence[int], options: HarmOptions, progress: bool | None) -> Memory:
+def _filled(
+    model: MemoryModel, ids: Sequence[int], tokenizer: Tokenizer, options: HarmOptions, progress: bool | None
+) -> Memory:
     """Write as much unrelated text as is wanted into a new memory."""
     config = model.mplus_config
     rows = (config.short_term_tokens or 0) + (config.long_term_tokens or 0)
@@ -143,23 +159,28 @@ def _filled(model: MemoryModel, ids: Sequence[int], options: HarmOptions, progre
     if config.long_term_tokens is None:
         enough = len(ids)
     wanted = enough if options.unrelated_tokens is None else options.unrelated_tokens
-    memory: Memory = model.new_memory(seed=options.seed)
+    memory: Memory = model.new_memory(seed=options.seed, tokenizer=tokenizer)
     memory.write(list(ids[:wanted]), source="unrelated", progress=progress)
     return memory
 
 
-def _losses(model: MemoryModel, pieces: Tensor, options: HarmOptions, memory: Memory | None) -> Tensor:
-    """Return ``[n]`` float64: mean loss of each piece's tokens from ``known_tokens`` on."""
+def _losses(
+    model: MemoryModel, pieces: Tensor, options: HarmOptions, memory: Memory | None, *, sources: bool
+) -> tuple[Tensor, list[list[list[RetrievedSource]]]]:
+    """Return ``[n]`` float64, the mean loss of each piece's tokens from ``known_tokens`` on, and its ``sources``.
+
+    These are what ``output_sources`` says of each piece; none where they are not asked for.
+    """
     begin = options.bos is not None and (memory is None or options.bos_with_memory)
     device = model.mplus_engine.device
     text = pieces.to(device)
     if begin:
         text = torch.cat([torch.full_like(text[:, :1], options.bos or 0), text], 1)
     known = options.known_tokens + begin
-    logits = model(input_ids=text, use_cache=False, memory=memory, query_tokens=known).logits
-    predicted, expected = logits[:, known - 1 : -1].double(), text[:, known:]
+    output = model(input_ids=text, use_cache=False, memory=memory, query_tokens=known, output_sources=sources)
+    predicted, expected = output.logits[:, known - 1 : -1].double(), text[:, known:]
     flat = cross_entropy(predicted.flatten(0, 1), expected.flatten(), reduction="none")
-    return flat.view(len(text), -1).mean(1).cpu()
+    return flat.view(len(text), -1).mean(1).cpu(), output.memory_sources if sources else []
 
 
 def _change(one: Tensor, none: Tensor) -> dict[str, JsonValue]:

@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+import mplus
 from mplus.errors import ConfigError, InputError
 from mplus.evaluation.harm import HarmOptions, harm
 from mplus.evaluation.texts import Texts
+from mplus.hf.pretrained.shipped import load_decoder
 from mplus.hf.reading.override import reading_as
 from tests.evaluation.bench import SmallTokenizer, model
+from tests.evaluation.chat.small import KV, tokenizer
 from tests.memory.tiny import K0, N, build, rounding
 
 pytestmark = pytest.mark.two_computations
@@ -104,3 +107,19 @@ def test_bad_settings():
         run(held_out=words(0, 3))
     with pytest.raises(InputError, match="must not be part of the held-out one"):
         harm(model(), SmallTokenizer(), words(0, 400), words(30, 40), options=HarmOptions(**OPTIONS))
+
+
+def test_of_whole_chunks_it_is_said_where_nothing_came_back():
+    story = (
+        "Lily had a red ball. She put the red ball into a big box. The box was under the bed in her room. "
+        "One day her brother Tom looked for the ball, and did not find it. "
+    )
+    told = "The king of the north kept nine old ships in a harbour of ice, and no one ever saw them sail. " * 6
+    settings = HarmOptions(text_tokens=24, known_tokens=8, pieces=3)
+    for score, changed in ((1e9, False), (0, True)):
+        kv = mplus.wrap(load_decoder(), {**KV, "min_score": score}, check=False)
+        report = harm(kv, tokenizer(), story * 4, told, options=settings, progress=False)
+        found = [report[name] for name in ("pieces_without_chunks", "of_these_identical")]
+        assert found == ([0, 0] if changed else [3, 3])
+        assert (report["change_percent"]["unrelated"]["percent"] != 0) == changed
+        assert report["change_percent"]["empty"]["percent"] == 0
