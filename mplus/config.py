@@ -75,6 +75,12 @@ def number(minimum: float, below: float = float("inf")) -> Validator:
     )
 
 
+def any_number(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    """Check a field: any number, or None. Raises ConfigError."""
+    if value is not None and not is_number(value, float("-inf")):
+        raise ConfigError(f"{attribute.name} must be a number, or None, got {value!r}")
+
+
 def one_of(*choices: JsonValue) -> Validator:
     """Return a validator: one of ``choices``."""
     return must_be(f"one of {', '.join(map(repr, choices))}", lambda value: value in choices)
@@ -241,6 +247,8 @@ class MPlusConfig:
         store, eviction: implementations with their options.
         retriever: what is brought back: of rows ("linear" where it is left out), or of whole chunks with the mechanism
             "kv" (see ``mplus.retrievers.chunks``).
+        min_score: bring back only what the retriever scores higher; 0: anything may come back; None: as the mechanism
+            and its retriever have it. For a mechanism with such a threshold ("kv"); ``generate`` overrides it.
         backend: attention backend; "auto" picks the first usable one.
         adapters: LoRA adapters, or None (in TOML: false) to add none. Left out: those of ``AdapterConfig()``, or none
             with a mechanism that has nothing to train ("kv").
@@ -271,6 +279,7 @@ class MPlusConfig:
     store: Component = field(default=Component("ram"), converter=as_component)
     eviction: Component = field(default=Component("fifo"), converter=as_component)
     retriever: Component = field(default=Component("linear"), converter=as_component)
+    min_score: float | None = field(default=None, validator=any_number)
     backend: str = field(default="auto", validator=attrs.validators.instance_of(str))
     adapters: AdapterConfig | None = field(
         default=cast("AdapterConfig | None", ADAPTERS),

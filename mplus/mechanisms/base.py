@@ -123,7 +123,7 @@ class MemoryMechanism(IndexedMechanism):
 
     @property
     def keeps_pinned(self) -> bool:
-        return self.long_term
+        return self.pins and self.long_term
 
     def reserve(self, layout: StoreLayout) -> int:
         """Return the most bytes that one layer of a stream takes besides its store: what a budget sets aside."""

@@ -25,11 +25,16 @@ def build_mechanism(config: MPlusConfig, shape: DecoderShape, pool: Tensor | Non
 
     Raises:
         UnknownNameError, PluginError, MissingDependencyError: the registry has no such implementation.
-        ConfigError: an option of an implementation breaks its rule, the mechanism takes no ``pool``, or its memories
-            are made of text.
+        ConfigError: an option of an implementation breaks its rule, the mechanism takes no ``pool`` or ``min_score``,
+            or its memories are made of text.
         MechanismError: what the mechanism built is no module.
     """
     cls = memory_mechanism(config.mechanism.name)
+    if config.min_score is not None and not cls.takes_min_score:
+        raise ConfigError(
+            f"min_score does not go with the mechanism {cls.name!r}, which has no threshold, got {config.min_score!r}: "
+            "leave it out"
+        )
     defaults: Mapping[str, JsonValue] = cls.Options.defaults(config.variant)
     options = options_of(cls, {**defaults, **config.mechanism.options})
     STORES.get(config.store.name)

@@ -49,11 +49,7 @@ class MemoryLLMMechanism(RowMechanism):
 
     name = "memoryllm"
     batched = True
-
-    @property
-    def keeps_pinned(self) -> bool:
-        """False: rows leave the pool at random."""
-        return False
+    pins = False  # rows leave the pool at random
 
     def plan_write(self, state: ShortTermState, tokens: int, reencode: bool = True) -> WritePlan:
         plan = super().plan_write(state, tokens, reencode)

@@ -57,6 +57,7 @@ class Mechanism(ABC):
         name: in configurations and files.
         State: the class of its streams' states.
         sizes: that a config may leave open, as they are where a decoder has positions for them.
+        pins: whether rows leave, where any do, as the eviction policy says, so that those of a pinned source can stay.
     """
 
     @define(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ class Mechanism(ABC):
     name: ClassVar[str]
     State: ClassVar[type[StreamState]]
     sizes: ClassVar[Mapping[str, int]] = PUBLISHED
+    pins: ClassVar[bool] = True
 
     @classmethod
     def settle(cls, config: MPlusConfig, room: int | None) -> MPlusConfig | None:
@@ -147,8 +149,8 @@ class Mechanism(ABC):
 
     @property
     def keeps_pinned(self) -> bool:
-        """Return whether rows leave, if they do, as the eviction policy says, so that those of a pinned source stay."""
-        return True
+        """Return whether rows of a pinned source stay in memories of this config."""
+        return self.pins
 
     def lifetime(self, eviction: EvictionPolicy) -> float | None:
         """Merges that new long-term rows of a memory under ``eviction`` live; None: they do not expire."""

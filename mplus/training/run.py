@@ -183,6 +183,16 @@ class _Run:
         self.begun = False
 
     def result(self) -> TrainingResult:
+        """Train; a run that fails before its first step, because no decoder can be made, leaves nothing behind."""
+        resumed = self.saved is not None
+        try:
+            return self._result()
+        except BaseException:
+            if self.folder is not None and not self.begun and not resumed and rank() == 0:
+                self.folder.discard()
+            raise
+
+    def _result(self) -> TrainingResult:
         path = None if self.folder is None else self.folder.path
         self.tokenizer = make_tokenizer(self.recipe, None if path is None else path / TOKENIZER)
         self.log = MetricsLog(self.folder if rank() == 0 else None) if rank() == 0 else None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mplus.config import JsonValue
@@ -29,6 +30,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._made: list[Path] = []
 
     def create(self, text: str | None, resolved: Mapping[str, JsonValue]) -> None:
         """Begin a run. Raises CheckpointError when there is something in the folder, or it cannot be written."""
@@ -38,10 +40,26 @@ class RunFolder:
                 "another folder"
             )
         with self.writing():
-            self.path.mkdir(parents=True, exist_ok=True)
-            if text is not None:
-                write_bytes(self.path / RECIPE, text.encode())
-            self.write_json(RESOLVED, resolved)
+            self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                if text is not None:
+                    write_bytes(self.path / RECIPE, text.encode())
+                self.write_json(RESOLVED, resolved)
+            except BaseException:
+                self.discard()
+                raise
+
+    def discard(self) -> None:
+        """Remove the files of a run, and the folders that ``create`` made, where nothing else is in them."""
+        for name in (RECIPE, RESOLVED, RUN, METRICS):
+            with suppress(OSError):  # it is not there
+                (self.path / name).unlink()
+        for name in (TENSORBOARD, CHECKPOINTS, TOKENIZER):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for path in self._made:
+            with suppress(OSError):  # something else is in it
+                path.rmdir()
 
     def load_recipe(self) -> dict[str, JsonValue]:
         """Return the recipe of a run that was begun. Raises CheckpointError when there is none."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import mplus
 from mplus.cli import app
+from mplus.errors import NotSupported
 from mplus.memory.format.verify import verify
+from mplus.memory.state import PlainState
 from tests.helpers.clock import noon
 from tests.mechanisms.text.decoders import CAT, KEY, llama, tokenizer
+from tests.memory import tiny
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,6 +68,24 @@ def test_pin_and_unpin(folder: Path) -> None:
     assert "(pinned)" not in run("sources", folder).stdout
     assert run("pin", folder, "nothing").exit_code != 0
     assert run("pin", folder).exit_code != 0
+
+
+def test_nothing_is_pinned_that_would_leave_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, changes in (("memoryllm", {"mechanism": "memoryllm"}), ("none", {"long_term_tokens": 0}), ("mplus", {})):
+        with mplus.Memory.open(tmp_path / name, tiny.build(**changes)) as memory:
+            memory.write(torch.arange(2, 30), source="house")
+            with pytest.raises(NotSupported, match="so that none can be pinned") if changes else nullcontext():
+                memory.pin("house")
+            memory.unpin("house")
+            memory.save(tmp_path / f"saved {name}")
+    for name in ("memoryllm", "saved memoryllm", "saved none"):
+        before = {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+        assert "without an eviction policy" in str(run("pin", tmp_path / name, "house").stderr)
+        assert run("unpin", tmp_path / name, "house").exit_code == 0
+        assert {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} == before
+    assert run("pin", tmp_path / "saved mplus", "house").exit_code == 0
+    monkeypatch.setattr("mplus.memory.format.offline.state_class", lambda name: PlainState)
+    assert "install its package" in run("pin", tmp_path / "mplus", "house").stderr
 
 
 def test_text(folder: Path, model: Any) -> None:

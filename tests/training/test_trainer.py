@@ -149,6 +149,18 @@ def test_a_folder_with_something_in_it_is_refused(run, tmp_path):
         train()
 
 
+def test_a_run_whose_decoder_cannot_be_made_leaves_nothing_behind(tmp_path):
+    wrong = recipe(memory__min_score=0.5)  # seen when the decoder is wrapped, not before
+    (tmp_path / "there").mkdir()
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "mine.txt").write_text("kept")
+    for out in ("there", "shared/runs/tiny", "new/runs/tiny"):
+        with pytest.raises(ConfigError, match="min_score does not go with the mechanism 'mplus'"):
+            train(wrong, out=tmp_path / out)
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert left == ["shared", "shared/mine.txt", "there"]
+
+
 def test_the_generators_of_the_process_are_left_alone():
     torch.manual_seed(11)
     random.seed(11)

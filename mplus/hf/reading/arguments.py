@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 import operator
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -15,7 +14,7 @@ from attrs import define, field, fields
 from torch import Tensor
 from transformers import GenerationConfig
 
-from mplus.config import flag, whole
+from mplus.config import any_number, flag, whole
 from mplus.errors import ArgumentError, ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -65,12 +64,6 @@ def _is_query(value: Any) -> bool:
     return isinstance(value, tuple) and bool(value) and all(type(one) is int and one >= 0 for one in value)
 
 
-def _number(instance: ReadArguments, attribute: Attribute[float | None], value: object) -> None:
-    wrong = isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value)
-    if value is not None and wrong:
-        raise ConfigError(f"{attribute.name} must be a number, or None, got {value!r}")
-
-
 def _positive_counts(instance: ReadArguments, attribute: Attribute[int], value: Any) -> None:
     if value is None:
         return
@@ -107,7 +100,7 @@ class ReadArguments:
     retrieval_query: Query | tuple[Query, ...] | None = field(
         default=None, converter=_queries, validator=_check_queries
     )
-    min_score: float | None = field(default=None, validator=_number)
+    min_score: float | None = field(default=None, validator=any_number)
     retrieve_every: int | None = field(default=None, validator=whole(1, optional=True))
     output_sources: bool = field(default=False, validator=flag)
     reuse_memory_cache: bool = field(default=False, validator=flag)

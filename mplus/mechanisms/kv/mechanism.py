@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import inf
 from typing import Any, ClassVar, cast
 
 import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
-from mplus.config import Component, MPlusConfig, is_number, one_of, whole
+from mplus.config import Component, MPlusConfig, any_number, one_of, whole
 from mplus.errors import ConfigError, InputError
 from mplus.mechanisms.base import Kept
 from mplus.mechanisms.decoder import Decoder, Text
@@ -20,7 +19,7 @@ from mplus.mechanisms.kv.chunks import cut_at_sentences
 from mplus.mechanisms.kv.front import Front
 from mplus.mechanisms.kv.passes import run_behind
 from mplus.mechanisms.kv.reads import KvReads
-from mplus.mechanisms.kv.settle import settled
+from mplus.mechanisms.kv.settle import check_limited, settled
 from mplus.mechanisms.kv.state import KvState, state_of
 from mplus.mechanisms.root import Absorbed, Columns
 from mplus.memory.state import StreamState, StreamView
@@ -39,11 +38,6 @@ def _check_ids(instance: Any, attribute: Any, value: Any) -> None:
     sound = isinstance(value, tuple) and all(type(one) is int and one >= 0 for one in value)
     if value is not None and not sound:
         raise ConfigError(f"{attribute.name} must be a list of token ids, or None, got {value!r}")
-
-
-def _score(instance: Any, attribute: Any, value: Any) -> None:
-    if value is not None and not is_number(value, -inf):
-        raise ConfigError(f"{attribute.name} must be a number, or None, got {value!r}")
 
 
 class KvMechanism(KvReads):
@@ -70,8 +64,8 @@ class KvMechanism(KvReads):
             opening, closing: ids in front of and behind the content of a user's turn; None: by the same template.
             order: of the chunks that are brought back: by "score", the best one next to the text, or as "written".
             retrieved_chunks: brought back at most; None: as many as ``retrieved_tokens`` has room for.
-            min_score: a chunk whose score is not above it is not brought back; 0: all may be; None: the threshold of
-                the retriever.
+            min_score: a chunk whose score is not above it is not brought back; 0: all may be; None: as
+                ``MPlusConfig.min_score`` says, else the threshold of the retriever.
             rerank: so many of the best are reordered by how likely the decoder finds the question behind each of them,
                 in one batched pass; 0: none.
         """
@@ -82,7 +76,7 @@ class KvMechanism(KvReads):
         closing: tuple[int, ...] | None = field(default=None, converter=_ids, validator=_check_ids)
         order: str = field(default="score", validator=one_of("written", "score"))
         retrieved_chunks: int | None = field(default=1, validator=whole(1, optional=True))
-        min_score: float | None = field(default=None, validator=_score)
+        min_score: float | None = field(default=None, validator=any_number)
         rerank: int = field(default=6, validator=whole(0))
 
         @classmethod
@@ -109,8 +103,9 @@ class KvMechanism(KvReads):
     def reserve(self, layout: StoreLayout) -> int:
         """Return the bytes of the begin, of one token where the options do not say it; what it takes more is counted.
 
-        See ``_is_over``.
+        See ``_is_over``. Raises ConfigError where chunks must not leave.
         """
+        check_limited("bytes_budget", self.options.context_chunks)
         begin = 1 if self.options.begin is None else len(self.options.begin)
         return begin * layout.projected_size * layout.dtype.itemsize
 

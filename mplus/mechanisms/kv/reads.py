@@ -58,7 +58,7 @@ class KvReads(MemoryMechanism):
         self.retrieval = Retrieval(
             retriever=self.chunk_retriever,
             chunks=options.retrieved_chunks,
-            min_score=options.min_score,
+            min_score=options.min_score if config.min_score is None else config.min_score,
             rerank=options.rerank,
         )
 

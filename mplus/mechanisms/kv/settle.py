@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from attrs import evolve
 
-from mplus.config import ADAPTERS, LONG_TERM_TOKENS, Component, MPlusConfig, shortest_chunk
+from mplus.config import ADAPTERS, LONG_TERM_TOKENS, Component, JsonValue, MPlusConfig, shortest_chunk
 from mplus.errors import ConfigError
 
 UNUSED = {
@@ -39,6 +39,7 @@ def settled(config: MPlusConfig, room: int | None, sizes: Mapping[str, int], ret
             raise ConfigError(
                 f"{name} means nothing to the mechanism 'kv' ({why}), got {getattr(config, name)!r}: leave it out"
             )
+    _check_options(config)
     most = sizes["retrieved_tokens"] if room is None else min(sizes["retrieved_tokens"], room)
     retrieved: int | None = config.retrieved_tokens
     chunk = config.chunk_tokens
@@ -73,3 +74,34 @@ def settled(config: MPlusConfig, room: int | None, sizes: Mapping[str, int], ret
         retriever=retriever if config.retriever == LEFT_OUT else config.retriever,
         adapters=None if config.adapters is ADAPTERS else config.adapters,
     )
+
+
+def _check_options(config: MPlusConfig) -> None:
+    """Raise ConfigError where an option of the mechanism and a field of the config do not go together."""
+    options = config.mechanism.options
+    own = options.get("min_score")
+    if config.min_score is not None and own is not None and own != config.min_score:
+        raise ConfigError(
+            f"min_score must be given once, or be the same number as the option of the mechanism 'kv' ({own!r}), got "
+            f"{config.min_score!r}"
+        )
+    for name in ("long_term_tokens", "bytes_budget"):
+        limit = getattr(config, name)
+        if limit is not None and limit is not LONG_TERM_TOKENS:
+            check_limited(name, options.get("context_chunks", 0))
+
+
+def check_limited(name: str, context_chunks: JsonValue) -> None:
+    """Raise ConfigError where chunks could outlive others that they were written behind.
+
+    Computing them anew as the others leave would cost all later chunks of the source for every chunk that is written.
+
+    Args:
+        name: of what sets a limit to a memory.
+        context_chunks: the option of the mechanism.
+    """
+    if context_chunks != 0:
+        raise ConfigError(
+            f"{name} does not go with the option context_chunks of the mechanism 'kv', got {context_chunks!r}: chunks "
+            "hold something of those that they were written behind, which would leave first; leave out one of the two"
+        )

@@ -31,6 +31,7 @@ UNUSED = {
     "store": (Component("ram"),),
     "eviction": (Component("fifo"),),
     "retriever": (Component("linear"),),
+    "min_score": (None,),
     "backend": ("auto",),
     "adapters": (ADAPTERS, None),
 }

@@ -10,7 +10,9 @@ import torch
 from attrs import evolve
 
 from mplus.config import Component
-from mplus.errors import MemoryFileError
+from mplus.errors import MemoryFileError, NotSupported
+from mplus.mechanisms import MECHANISMS
+from mplus.memory.directory.checkpoint_manifest import LiveManifest, read_live_manifest
 from mplus.memory.directory.offline import OfflineChange, change_live, chosen, live_content, live_sources
 from mplus.memory.format.earlier import in_present_form
 from mplus.memory.format.entries import layout_from, state_class
@@ -25,10 +27,10 @@ from mplus.memory.sources.forget import forget, unshare
 from mplus.memory.sources.listing import Held, listed
 from mplus.memory.sources.table import SourceTable
 from mplus.memory.sources.text import text_of_source
-from mplus.memory.state import LONG_TERM, StreamState, StreamView
+from mplus.memory.state import LONG_TERM, PlainState, StreamState, StreamView
 from mplus.memory.writing.chunking import Tokenizer
 from mplus.stores.base import MemoryStore
-from mplus.stores.disk.files import FileSystem
+from mplus.stores.disk.files import FileSystem, Folder
 
 T = TypeVar("T")
 
@@ -110,8 +112,33 @@ def expire_saved(path: str | Path, now: float) -> list[ForgetReport]:
 
 
 def pin_saved(path: str | Path, source: str | None, row: int | None = None, *, pinned: bool) -> None:
-    """Pin a source of the memory in the folder ``path``, or unpin it, as ``Memory.pin``. Raises as ``forget_saved``."""
+    """Pin a source of the memory in the folder ``path``, or unpin it, as ``Memory.pin``.
+
+    Raises as ``forget_saved``; NotSupported: rows of its mechanism leave at random, or it is not installed.
+    """
+    if pinned:
+        _check_pins(hold(Path(path)))
     _changed(Path(path), lambda states, _: mark_pinned(states, chosen(row, len(states)), source, pinned=pinned))
+
+
+def _check_pins(folder: Folder) -> None:
+    """Raise NotSupported unless rows of a pinned source stay in the memory in a folder.
+
+    Of one that lives there it cannot be told that it has no long-term memory, from which rows could be kept.
+    """
+    manifest: Manifest | LiveManifest
+    manifest = read_live_manifest(folder) if is_memory(folder, LIVE_FORMAT) else read_manifest(folder)
+    for name in {stream.mechanism for stream in manifest.streams}:
+        if state_class(name) is PlainState:
+            raise NotSupported(
+                f"pin needs the mechanism {name!r} that the memory was made with, which alone knows whether rows of a "
+                "pinned source can stay: install its package (mplus info names it)"
+            )
+        if not MECHANISMS.get(name).pins or getattr(manifest, "capacity", None) == 0:
+            raise NotSupported(
+                f"rows of this memory leave it without an eviction policy (mechanism {name!r}, capacity "
+                f"{getattr(manifest, 'capacity', None)}), so that none can be pinned"
+            )
 
 
 def saved_text(path: str | Path, source: str | None, row: int = 0, tokenizer: Tokenizer | None = None) -> str:

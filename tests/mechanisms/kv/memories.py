@@ -43,6 +43,8 @@ def wrapped(architecture: str = "llama", implementation: str | None = None, **ch
         if name in changes
     }
     sizes = {"chunk_tokens": CHUNK, "min_chunk_tokens": 1, "retrieved_tokens": RETRIEVED, "long_term_tokens": CAPACITY}
+    if options.get("context_chunks", 0) != 0:
+        del sizes["long_term_tokens"]  # chunks must not outlive those they were written behind
     config = {**sizes, "mechanism": {"name": "kv", **options}, **changes}
     return mplus.wrap(BY_NAME[architecture].build(0, implementation), config)
 

@@ -133,6 +133,8 @@ def test_chunks_whose_ids_stand_in_the_prompt_are_not_brought_back() -> None:
         ({"retrieved_tokens": 4}, r"retrieved_tokens must be at least chunk_tokens \(8\)"),
         ({"long_term_tokens": 0}, r"long_term_tokens must be at least chunk_tokens \(8\)"),
         ({"min_chunk_tokens": 3}, "min_chunk_tokens means nothing to the mechanism .kv., .* got 3: leave it out"),
+        ({"context_chunks": 1, "long_term_tokens": 40}, "long_term_tokens does not go with the option context_chunks"),
+        ({"context_chunks": None, "bytes_budget": "1GiB"}, "bytes_budget does not go with .* context_chunks .* None"),
         ({"begin": [1.5]}, "begin must be a list of token ids"),
         ({"begin": "no"}, "begin must be a list of token ids"),
         ({"retriever": {"name": "words", "b": 2}}, "b must be a number from 0 to 1"),
@@ -145,6 +147,27 @@ def test_chunks_whose_ids_stand_in_the_prompt_are_not_brought_back() -> None:
 def test_what_means_nothing_is_refused_by_name(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         wrapped(**change)
+
+
+def test_a_limit_does_not_go_with_chunks_that_are_written_behind_others() -> None:
+    with pytest.raises(ConfigError, match=r"bytes_budget does not go with the option context_chunks .* got 2"):
+        wrapped(context_chunks=2).new_memory(bytes_budget="1GiB")
+
+
+def test_the_config_takes_the_threshold_that_is_also_an_option() -> None:
+    def with_threshold(field: float | None, option: float | None, name: str = "kv") -> Any:
+        options = {} if option is None else {"min_score": option}
+        return mplus.wrap(tiny.BY_NAME["llama"].build(0), {"mechanism": {"name": name, **options}, "min_score": field})
+
+    found = [with_threshold(*one).mplus_engine.mechanism.retrieval.min_score for one in ((2.5, None), (0, 0))]
+    assert found == [2.5, 0]
+    with pytest.raises(ConfigError, match=r"min_score must be given once, or be .* \(1.5\), got 2.5"):
+        with_threshold(2.5, 1.5)
+    for name in ("mplus", "memoryllm", "notes"):
+        with pytest.raises(ConfigError, match=f"min_score .* the mechanism '{name}', .* got 2.5: leave it out"):
+            with_threshold(2.5, None, name)
+    with pytest.raises(ConfigError, match="min_score must be a number, or None, got 'high'"):
+        mplus.MPlusConfig(min_score="high")
 
 
 def test_sizes_left_open_are_its_own() -> None:

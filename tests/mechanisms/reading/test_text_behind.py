@@ -134,7 +134,7 @@ def test_it_generates_as_the_decoder_behind_the_text(name: str, options: dict[st
 @functools.cache
 def kv_on_learned_positions() -> Any:
     """256 positions, of which up to 1 + 120 are memory's where a text leaves so many."""
-    return wrapped_kv("gpt2", chunk_tokens=40, retrieved_tokens=120, long_term_tokens=400, context_chunks=None)
+    return wrapped_kv("gpt2", chunk_tokens=40, retrieved_tokens=120, context_chunks=None)
 
 
 def test_more_positions_than_were_learned_are_refused_before_anything_runs() -> None:
