@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, cast
 
 import attrs
 import torch
@@ -159,7 +160,7 @@ def _filled(
     if config.long_term_tokens is None:
         enough = len(ids)
     wanted = enough if options.unrelated_tokens is None else options.unrelated_tokens
-    memory: Memory = model.new_memory(seed=options.seed, tokenizer=tokenizer)
+    memory: Memory = model.new_memory(seed=options.seed, tokenizer=cast("Any", tokenizer))
     memory.write(list(ids[:wanted]), source="unrelated", progress=progress)
     return memory
 
