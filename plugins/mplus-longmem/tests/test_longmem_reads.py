@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from attrs import evolve
 from mplus_longmem import LongMemMechanism
 from mplus_longmem.bank import Bank, ChunkSearch, Heads
 from mplus_longmem.side_network import Plan
@@ -80,7 +81,7 @@ def test_every_query_reads_its_own_chunks(tokens: list[int], zeros: bool) -> Non
     found, most = bank(tokens), 3
     queries = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     read = ChunkSearch(HEADS, most, zeros)(queries, found, 0.5)
-    keys, values = HEADS.split(found.rows(torch.arange(len(found)))[0])
+    keys, values = HEADS.split(found.rows())
     for head in range(4):
         own, own_values = keys[:, head // 2], values[:, head // 2]
         for place in range(2):
@@ -96,17 +97,20 @@ def test_every_query_reads_its_own_chunks(tokens: list[int], zeros: bool) -> Non
 
 
 def test_a_bank_that_lies_in_pieces_reads_the_same() -> None:
-    """Rows of a store in which others were removed are gathered, not looked at where they lie."""
+    """Blocks of a store, in which others were removed, or a store that gives rows out and shows them nowhere."""
     whole = bank([4] * 9)
     store, queries = whole.store, torch.randn(4, 5, 3, dtype=torch.float64)
-    store.remove(0, store.ids(0)[4:5])  # type: ignore[attr-defined]
-    pieces = Bank.of(store)
-    assert store.content(0, "projected") is None
-    rows = store.gather(0, store.ids(0))
-    together = STORES.build(Component("ram"), store.layout)
-    together.append(0, rows)
-    search = ChunkSearch(HEADS, 3, False)
-    assert torch.equal(search(queries, pieces, 1.0).output, search(queries, Bank.of(together), 1.0).output)
+    blocks = STORES.build(Component("ram", {"slab_rows": 4}), store.layout)
+    blocks.append(0, store.gather(0, store.ids(0)))
+    for one in (blocks, store):
+        one.remove(0, one.ids(0)[4:5])  # type: ignore[attr-defined]
+    pieces, search = Bank.of(blocks), ChunkSearch(HEADS, 3, False)
+    assert len(pieces.columns) > 1
+    expected = search(queries, Bank.of(store), 1.0)
+    for other in (pieces, evolve(pieces, columns=(), column=None, row=None)):
+        found = search(queries, other, 1.0)
+        assert torch.equal(found.places, expected.places)
+        assert torch.equal(found.output, expected.output)
 
 
 def test_queries_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from attrs import define
+from attrs import define, evolve
 from torch import Tensor, nn
 
 from mplus.mechanisms import StoreView
@@ -65,12 +65,17 @@ class Bank:
         ids: ``[C]`` int64, their ids in it.
         means: ``[C, Hkv D]``, what is searched.
         tokens: ``[C]`` int64, tokens of each chunk.
+        columns: ``[m, row]`` each, where chunks lie as they are read; none where the store has to give them out.
+        column, row: ``[C]`` int64, in which of these, and at which place, each chunk lies.
     """
 
     store: StoreView
     ids: Tensor
     means: Tensor
     tokens: Tensor
+    columns: Sequence[Tensor] = ()
+    column: Tensor | None = None
+    row: Tensor | None = None
 
     @staticmethod
     def of(store: StoreView) -> Bank:
@@ -78,20 +83,52 @@ class Bank:
         ids, means = store.ids(0), store.keys(0)
         assert means is not None  # noqa: S101 - the layout says so
         small = store.gather(0, ids, leave_out=("key", "projected"))
-        return Bank(store, ids, means, small.extra["tokens"].long())
+        bank = Bank(store, ids, means, small.extra["tokens"].long())
+        located = store.locate(0, "projected", ids) if len(ids) else None
+        if located is None:
+            return bank
+        row = torch.cat([places for _, places in located.parts])
+        column = torch.cat([torch.full_like(places, number) for number, (_, places) in enumerate(located.parts)])
+        if located.order is not None:
+            row, column = row[located.order], column[located.order]
+        return evolve(bank, columns=[part for part, _ in located.parts], column=column, row=row)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def rows(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Return chunks ``[m, row]``, and where those at ``places`` (any shape) are among them."""
-        whole = self.store.content(0, "projected")
-        if whole is not None:
-            return whole, places
-        wanted, where = places.unique(return_inverse=True)
-        found = self.store.gather(0, self.ids[wanted]).projected
+    def rows(self) -> Tensor:
+        """Return all chunks ``[C, row]``."""
+        found = self.store.gather(0, self.ids).projected
         assert found is not None  # noqa: S101 - the layout says so
-        return found, where
+        return found
+
+    def read(self, heads: Heads, places: Tensor, of_head: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys ``[..., c, D]`` and values ``[..., c, Dv]`` of one head each, of the chunks at ``places``.
+
+        Args:
+            heads: sizes.
+            places: ``[...]`` int64.
+            of_head: int64, the key head of each; broadcastable to it.
+        """
+        if self.column is None or self.row is None:
+            wanted, where = places.unique(return_inverse=True)
+            found = self.store.gather(0, self.ids[wanted]).projected
+            assert found is not None  # noqa: S101 - the layout says so
+            keys, values = heads.split(found)
+            return keys[where, of_head], values[where, of_head]
+        if len(self.columns) == 1:
+            keys, values = heads.split(self.columns[0])
+            return keys[self.row[places], of_head], values[self.row[places], of_head]
+        of_head, like = of_head.expand(places.shape), self.columns[0]
+        keys, values = (
+            like.new_empty(*places.shape, heads.tokens, width) for width in (heads.width, heads.value_width)
+        )
+        for number, part in enumerate(self.columns):
+            here = (self.column[places] == number).nonzero(as_tuple=True)
+            where = self.row[places[here]], of_head[here]
+            for target, kept in zip((keys, values), heads.split(part), strict=True):
+                target[here] = kept[where]
+        return keys, values
 
 
 @define(frozen=True, eq=False)
@@ -128,6 +165,8 @@ class ChunkSearch(nn.Module):
     def forward(self, queries: Tensor, bank: Bank, scale: float) -> ChunkRead:
         """Return what ``queries`` ``[H, T, D]``, not rotated, read; scores of attention are scaled by ``scale``."""
         parts = [self._read(piece, bank, scale) for piece in self._pieces(queries, bank)]
+        if len(parts) == 1:
+            return parts[0]
         output, places, keys, values = (
             torch.cat([getattr(part, name) for part in parts], 1) for name in ("output", "places", "keys", "values")
         )
@@ -149,9 +188,9 @@ class ChunkSearch(nn.Module):
 
     def _read(self, queries: Tensor, bank: Bank, scale: float) -> ChunkRead:
         heads, places = self.heads, self.search(queries, bank)
-        rows, where = bank.rows(places.to(bank.ids.device))
-        head = torch.arange(heads.count, device=rows.device)[:, None, None] // (heads.count // heads.keys)
-        keys, values = (part[where, head].flatten(2, 3).to(queries) for part in heads.split(rows))
+        head = torch.arange(heads.count, device=bank.ids.device)[:, None, None] // (heads.count // heads.keys)
+        kept = bank.read(heads, places.to(bank.ids.device), head)
+        keys, values = (part.flatten(2, 3).to(queries) for part in kept)
         scores = (keys @ queries[..., None]).squeeze(-1) * scale
         real = torch.arange(heads.tokens, device=queries.device) < bank.tokens.to(queries.device)[places][..., None]
         scores = scores.masked_fill(~real.flatten(2), -torch.inf)

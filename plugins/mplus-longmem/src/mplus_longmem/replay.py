@@ -245,9 +245,8 @@ class LongMemPlayer(TracePlayer):
         report.demand("chunks", where, stores[0].count(0) if stores else 0, recorded["chunks"])
         for row, store in enumerate(stores):
             bank, place = Bank.of(store), f"{where}, row {row}"
-            kept, _ = bank.rows(torch.arange(len(bank)))
             heads = self.mechanism.additions.search.heads
-            for name, ours in zip(("keys", "values"), heads.split(kept), strict=True):
+            for name, ours in zip(("keys", "values"), heads.split(bank.rows()), strict=True):
                 of_heads = ours.transpose(0, 1)
                 self._measure_kept(report, "bank", f"{place}, {name}", of_heads, self._tensor(recorded[name]))
             means = bank.means.unflatten(-1, (heads.keys, -1)).transpose(0, 1)
