@@ -314,7 +314,7 @@ def test_the_readme_runs() -> None:
     assert printed.getvalue() == said
 
 
-@pytest.mark.parametrize("name", ["hmt-tiny", "hmt-recall"])
+@pytest.mark.parametrize("name", ["hmt-tiny", pytest.param("hmt-recall", marks=pytest.mark.nightly)])
 def test_the_recipes_run(name: str) -> None:
     done = train(name, dry_run=True, progress=False)
     assert next(record["stage"] for record in done.records) == "without-recall"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
 from mplus_lamemo.mechanism import LaMemoMechanism
 
 from mplus.testing.mechanisms import MechanismConformance
@@ -9,3 +11,9 @@ from mplus.testing.mechanisms import MechanismConformance
 
 class TestLaMemo(MechanismConformance):
     implementation = LaMemoMechanism
+
+
+@pytest.mark.nightly
+class TestLaMemoInHalfPrecision(MechanismConformance):
+    implementation = LaMemoMechanism
+    dtype = torch.bfloat16
