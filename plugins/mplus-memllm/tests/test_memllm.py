@@ -213,14 +213,14 @@ def test_a_malformed_call_is_taken_back_and_the_text_stays_readable(model: Any, 
 
 
 def test_calls_that_never_end_are_bounded(model: Any) -> None:
-    told, seen, _ = said(model, f" She is ({{MEM_READ({'x' * 400}", memory_of(model), new=12)
+    told, seen, _ = said(model, f" She is ({{MEM_READ({'x' * 140}", memory_of(model), new=12)
     assert told.startswith("She is")
     assert "MEM_READ" not in told + seen
     same = "({MEM_READ(Maria>>residence>>)-->"
     told, _, out = said(model, f"a{same}b{same}c", memory_of(model))
     assert (told, len(out.memory_sources[0][0])) == ("abc</s>", 1), "the same call again is taken back"
     other = "({MEM_READ(Ben>>residence>>)-->"
-    told, _, out = said(model, (same + other) * 12, memory_of(model))
+    told, _, out = said(model, (same + other) * 5, memory_of(model))
     assert "MEM_READ" not in told
     assert len(out.memory_sources[0][0]) <= MemLLMMechanism.most_calls
 
@@ -321,12 +321,15 @@ class TestWriting:
         assert ("x", "", "y") in lenient.write([], "Maria lives in Lisbon.", "", Says(says.answers[0]))
 
     def test_a_vocabulary_holds_what_is_written(self) -> None:
-        says = Says("Maria>>residence>>Lisbon;", "Lisbon>>country>>Maria})")
-        found = written_from_vocabulary("Maria lives in Lisbon.", ["residence", "country"], says, 10_000)
-        assert found == [("Maria", "residence", "Lisbon"), ("Lisbon", "country", "Maria")]
-        assert says.asked[1][0].endswith(
-            "({USER_ST})Maria lives in Lisbon.({USER_END})({MEM_WRITE-->Maria>>residence>>Lisbon;"
-        )
+        text, names = "Maria lives in Lisbon and Ben in Oslo.", ["residence", "country"]
+        says = Says("Maria>>residence>>Lisbon;", "Ben>>residence>>Oslo})")
+        assert written_from_vocabulary(text, names, says, 10_000) == [FACTS[0], FACTS[1]]
+        first, second = (options["choices"] for _, options in says.asked)
+        assert (len(first), len(second)) == (1 + 12 * 4, 1 + 10 * 4), "a pair of names has one relation"
+        assert says.asked[1][0].endswith(f"({{USER_ST}}){text}({{USER_END}})({{MEM_WRITE-->Maria>>residence>>Lisbon;")
+        assert written_from_vocabulary("Maria is in Lisbon.", names, Says("Maria>>country>>Lisbon;"), 10_000) == [
+            ("Maria", "country", "Lisbon")
+        ]
         assert written_from_vocabulary("Maria lives in Lisbon.", ["residence"], Says("})"), 10_000) == []
         assert written_from_vocabulary("It rains.", ["residence"], Says(), 10_000) == []
         assert written_from_vocabulary("Maria lives in Lisbon.", ["residence"], Says(), 10) == []

@@ -173,10 +173,10 @@ def test_a_malformed_call_is_taken_back_and_the_text_stays_readable(model: Any, 
 
 
 def test_calls_that_never_end_are_bounded(model: Any) -> None:
-    found, seen, _ = said(model, f" They are [MEM_READ{{{'x' * 300}", memory_of(model), new=12)
+    found, seen, _ = said(model, f" They are [MEM_READ{{{'x' * 110}", memory_of(model), new=12)
     assert found.startswith("They are")
     assert "MEM_READ" not in found + seen
-    found, seen, out = said(model, "[MEM_READ{Tia>>manager>>}:" * 20, memory_of(model))
+    found, seen, out = said(model, "[MEM_READ{Tia>>manager>>}:" * 10, memory_of(model))
     assert "MEM_READ" not in found
     assert len(out.memory_sources[0][0]) == RETLLMMechanism.most_calls
 

@@ -20,7 +20,7 @@ triples written by hand. A memory keeps texts alone, and goes from decoder to de
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, cast
 
 from attrs import define, field
 
@@ -45,8 +45,9 @@ from mplus_memllm.store import Match, Tables, Thresholds
 from mplus_memllm.writing import sentences_of, written_freely, written_from_vocabulary
 
 ASKING = (
-    "Question: Where does Maria live?\nCall: ({MEM_READ(Maria>>residence>>)-->\n"
-    "Question: What was founded by Steve Jobs?\nCall: ({MEM_READ(>>founded by>>Steve Jobs)-->\nQuestion: "
+    "Question: In which town does Otto Brandt live?\nCall: ({MEM_READ(Otto Brandt>>residence>>)-->\n"
+    "Question: Who wrote Momo?\nCall: ({MEM_READ(Momo>>author>>)-->\n"
+    "Question: Where was Ines Prado born?\nCall: ({MEM_READ(Ines Prado>>place of birth>>)-->\nQuestion: "
 )
 BEFORE = 25
 """Earlier sentences that a write shows."""
@@ -87,6 +88,7 @@ class MemLLMMechanism(TextMechanism):
             writes: of a text without calls: by the "decoder", or not at all ("calls").
             reads: "calls" while a text is generated, or one call for every "prompt" before that, held to what is
                 stored, whose result is put in front of it.
+            place: of that result: at the "start" of the prompt, or in front of what the user says last ("turn").
             constrained: calls while a text is generated are held to what is stored, too.
             field_chars: of a field; longer ones are not kept.
         """
@@ -104,6 +106,7 @@ class MemLLMMechanism(TextMechanism):
         relations: tuple[str, ...] = field(default=(), validator=names)
         writes: str = field(default="decoder", validator=one_of("decoder", "calls"))
         reads: str = field(default="calls", validator=one_of("calls", "prompt"))
+        place: str = field(default="turn", validator=one_of("start", "turn"))
         constrained: bool = field(default=False, validator=flag)
         field_chars: int = field(default=256, validator=whole(1))
 
@@ -124,6 +127,10 @@ class MemLLMMechanism(TextMechanism):
     def __init__(self, config: MPlusConfig, options: Any) -> None:
         super().__init__(config, options)
         self._vectors = TextVectors(options.vectors)
+
+    @property
+    def place(self) -> Literal["start", "turn"]:
+        return cast('Literal["start", "turn"]', self.options.place)
 
     def write(self, entries: Sequence[Entry], passage: str, before: str, ask: Ask) -> Sequence[tuple[str, ...]]:
         """Keep the triples of the calls in a passage; where it has none, of those that the decoder makes of it.

@@ -9,7 +9,7 @@ from mplus.mechanisms import Ask
 from mplus_memllm.calls import ARROW, BETWEEN, CLOSES, ITEMS, OPENS, WRITE, Triple, triples_in, write_prompt
 
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[\"'(\[]?[A-Z0-9])|\n+")
-NAME = re.compile(r"[A-Z][\w'-]*(?:\s+(?:(?:of|de|der|von|van|the|and)\s+)?[A-Z][\w'-]*)*|\d[\d.,/-]*\w*")
+NAME = re.compile(r"[A-Z][\w'-]*(?:\s+(?:(?:of|de|der|von|van|the)\s+)?[A-Z][\w'-]*)*|\d[\d.,/-]*\w*")
 NO_NAMES = frozenset({
     "A", "An", "And", "At", "But", "He", "Her", "His", "I", "In", "It", "Its", "My", "On", "She", "The", "There",
     "They", "This", "We", "You",
@@ -61,8 +61,8 @@ def written_freely(before: str, sentence: str, ask: Ask, tokens: int, patience: 
 def written_from_vocabulary(sentence: str, relations: Sequence[str], ask: Ask, room: int) -> list[Triple]:
     """Return the triples that a decoder, trained or not, finds in a sentence when it can write nothing else.
 
-    A triple is of two names in the sentence and a relation of the vocabulary; which one, and whether there is another
-    one, is what greedy decoding of the call comes to.
+    A triple is of two names in the sentence and a relation of the vocabulary, one for each pair of names; which one,
+    and whether there is another one, is what greedy decoding of the call comes to.
 
     Args:
         sentence: to be written.
@@ -71,24 +71,24 @@ def written_from_vocabulary(sentence: str, relations: Sequence[str], ask: Ask, r
         room: tokens that it can read; where a call does not fit, it ends.
     """
     names = names_in(sentence)
-    possible = [
-        f"{one}{BETWEEN}{relation}{BETWEEN}{other}"
-        for one in names for other in names if one != other for relation in relations
-    ]  # fmt: skip
+    left = [(one, other) for one in names for other in names if one != other]
     context = "".join(_shown(text, triples) + "\n" for text, triples in EXAMPLES)
     context += f"{write_prompt('', sentence)}{OPENS}{WRITE}{ARROW}"
-    found: list[str] = []
-    longest = max(map(ask.count, possible), default=0) + 1
-    while len(found) < min(MOST_TRIPLES, len(possible)) and ask.count(context) + longest < room:
-        choices = [one for one in possible if one not in found]
-        one = ask(context, 0, choices=[CLOSES, *(choice + end for choice in choices for end in (ITEMS, CLOSES))])
-        if one == CLOSES:
+    found: list[Triple] = []
+    while left and len(found) < MOST_TRIPLES:
+        possible = {BETWEEN.join((one, relation, other)): (one, relation, other)
+                    for one, other in left for relation in relations}  # fmt: skip
+        if ask.count(context) + max(map(ask.count, possible)) + 1 >= room:
             break
-        found.append(one.removesuffix(CLOSES).removesuffix(ITEMS))
-        if one.endswith(CLOSES):
+        said = ask(context, 0, choices=[CLOSES, *(text + end for text in possible for end in (ITEMS, CLOSES))])
+        if said == CLOSES:
             break
-        context += one
-    return triples_in(ARROW + ITEMS.join(found))
+        found.append(possible[said.removesuffix(CLOSES).removesuffix(ITEMS)])
+        if said.endswith(CLOSES):
+            break
+        context += said
+        left = [pair for pair in left if set(pair) != {found[-1][0], found[-1][2]}]
+    return found
 
 
 def _shown(text: str, triples: Sequence[Triple]) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, cast
 
 from attrs import define, field
 from torch import Tensor
@@ -57,8 +57,9 @@ WRITING = (
     "Text: What a fine day!\nCalls: none\nText: "
 )
 ASKING = (
-    "Question: Who works for Pfizer?\nCall: [MEM_READ{>>works for>>Pfizer}:\n"
-    "Question: Whose customer is Cyrus?\nCall: [MEM_READ{Cyrus>>customer>>}:\nQuestion: "
+    "Question: Where does Otto Brandt work?\nCall: [MEM_READ{Otto Brandt>>works for>>}:\n"
+    "Question: Who wrote Momo?\nCall: [MEM_READ{Momo>>author>>}:\n"
+    "Question: Who works for Siemens?\nCall: [MEM_READ{>>works for>>Siemens}:\nQuestion: "
 )
 WRITE_TOKENS = 96
 
@@ -84,6 +85,7 @@ class RETLLMMechanism(TextMechanism):
             writes: triples are written by the "decoder", or only where a text has write "calls".
             reads: "calls" while a text is generated, or one call for every "prompt" before that, held to what is
                 stored, whose response is put in front of it.
+            place: of that response: at the "start" of the prompt, or in front of what the user says last ("turn").
             constrained: calls while a text is generated are held to what is stored, too.
             field_chars: of a field; longer ones are not kept.
         """
@@ -95,6 +97,7 @@ class RETLLMMechanism(TextMechanism):
         newest: bool = field(default=False, validator=flag)
         writes: str = field(default="decoder", validator=one_of("decoder", "calls"))
         reads: str = field(default="calls", validator=one_of("calls", "prompt"))
+        place: str = field(default="turn", validator=one_of("start", "turn"))
         constrained: bool = field(default=False, validator=flag)
         field_chars: int = field(default=256, validator=whole(1))
 
@@ -107,6 +110,10 @@ class RETLLMMechanism(TextMechanism):
     def __init__(self, config: MPlusConfig, options: Any) -> None:
         super().__init__(config, options)
         self._vectors = TextVectors(options.vectors)
+
+    @property
+    def place(self) -> Literal["start", "turn"]:
+        return cast('Literal["start", "turn"]', self.options.place)
 
     def write(self, entries: Sequence[Entry], passage: str, before: str, ask: Ask) -> Sequence[tuple[str, ...]]:
         """Keep the triples of the calls in a passage; where it has none, of those that the decoder makes of it.

@@ -18,7 +18,7 @@ together do not fit, whose worst matches are left out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from attrs import Attribute, AttrsInstance, define, field
@@ -104,6 +104,7 @@ class SCMMechanism(TextMechanism):
             last_tokens: from which the last turn is shown as its summary.
             total_tokens: of activated turns from which summaries come in; as released, of all turns together.
             item_tokens: from which, then, a turn may be a summary; nothing as released.
+            place: where turns stand: at the "start" of the prompt, or in front of what the user says last ("turn").
             policy: "paper" or "released": which turns become summaries or are dropped.
         """
 
@@ -120,6 +121,7 @@ class SCMMechanism(TextMechanism):
         last_tokens: int = field(default=500, validator=whole(1))
         total_tokens: int = field(default=2000, validator=whole(1))
         item_tokens: int = field(default=800, validator=whole(1))
+        place: str = field(default="start", validator=one_of("start", "turn"))
         policy: str = field(default="paper", validator=one_of("paper", "released"))
 
         @classmethod
@@ -137,6 +139,10 @@ class SCMMechanism(TextMechanism):
     def __init__(self, config: MPlusConfig, options: Any) -> None:
         super().__init__(config, options)
         self._vectors = None if options.relevance == "words" else TextVectors(options.relevance)
+
+    @property
+    def place(self) -> Literal["start", "turn"]:
+        return cast('Literal["start", "turn"]', self.options.place)
 
     def write(self, entries: Sequence[Entry], passage: str, before: str, ask: Ask) -> Sequence[tuple[str, ...]]:
         """Keep the passage as a turn, with a summary of it where it is long."""
