@@ -100,11 +100,26 @@ def test_a_question_behind_a_window_is_answered_as_one_text(model, tokenizer):  
     prefilled = asker.prefill(ids, [question], 512)
     assert prefilled.text_tokens == len(ids)
     said = asker.ask_behind(question, prefilled)
+    again = asker.ask_behind(question, prefilled)
+    assert again == evolve(said, first_seconds=again.first_seconds), "the window is as it was"
     whole = [*prefilled.ids, *asker._behind(prefilled, question)]
     expected = asker._said(question, whole)
     assert (said.text, said.right) == (expected.text, expected.right)
     assert tokenizer.decode(whole).count("Where is the ball?") == 1
     assert asker.prefill(ids * 100, [question], 512).text_tokens == 512 - NEW_TOKENS - len(whole) + len(ids)
+
+
+def test_questions_asked_side_by_side_are_answered_as_one_by_one(model, tokenizer):  # noqa: F811
+    asker, memory = Asker(model, ChatFormat(tokenizer)), model.new_memory(tokenizer=tokenizer)
+    for number, note in enumerate(("Tom had a red ball.", "Lily saw a big green bird in the tree.")):
+        memory.write(note, source=f"note {number}")
+    questions = [Question("Where is the big green bird that Lily saw?", "tree"), Question("Who had a ball?", "Tom")]
+    one_by_one = [asker.ask(one, memory) for one in questions]
+    assert [evolve(one, first_seconds=None) for one in one_by_one] == list(asker.ask_each(questions, memory))
+    texts = [["Tom had a red ball."], ["It was hot.", "Tom had a red ball."]]
+    with_texts = [asker.ask_with_text(*pair) for pair in zip(questions, texts, strict=True)]
+    assert [evolve(one, first_seconds=None) for one in with_texts] == list(asker.ask_each(questions, texts=texts))
+    assert asker.ask_each(questions) == tuple(evolve(asker.ask(one), first_seconds=None) for one in questions)
 
 
 def test_the_screen(ran):

@@ -30,7 +30,7 @@ class Said:
         question: it was given to.
         text: of the answer, its first line.
         right: whether the right answer is in it; None: there is none.
-        first_seconds: until the first token.
+        first_seconds: until the first token; None: it was not timed, since it was given beside others.
         tokens_read: of the prompt, what was put into it included; of what was prefilled, none.
         recalled: what memory brought back.
     """
@@ -38,7 +38,7 @@ class Said:
     question: Question
     text: str
     right: bool | None
-    first_seconds: float
+    first_seconds: float | None
     tokens_read: int
     recalled: tuple[Recalled, ...] = ()
 
@@ -58,6 +58,15 @@ class Prefilled:
     cache: Any
     text_tokens: int
     seconds: float
+
+    def cache_for_question(self) -> Any:
+        """Return the cache as it was behind the text: cut off there after another question, or a copy."""
+        if any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
+            return copy.deepcopy(self.cache)  # what has left its window does not come back
+        further = self.cache.get_seq_length() - len(self.ids)
+        if further:
+            self.cache.crop(-further)
+        return self.cache
 
     @property
     def nbytes(self) -> int:
@@ -89,8 +98,39 @@ class Asker:
         """Return the answer behind a text that was read before."""
         rest = self._behind(prefilled, question)
         ids = [*prefilled.ids, *rest]
-        said = self._said(question, ids, past_key_values=copy.deepcopy(prefilled.cache))
+        said = self._said(question, ids, past_key_values=prefilled.cache_for_question())
         return evolve(said, tokens_read=len(rest))
+
+    def ask_each(
+        self, questions: Sequence[Question], memory: Memory | None = None, texts: Sequence[Sequence[str]] | None = None
+    ) -> tuple[Said, ...]:
+        """Return the answers to several questions, given side by side, which takes much less time than one by one.
+
+        Args:
+            questions: any number.
+            memory: that is read for each; None: none is.
+            texts: those in front of each question, in its turn; None: there are none.
+        """
+        if not questions:
+            return ()
+        tokenizer = self.format.tokenizer
+        fronts = [()] * len(questions) if texts is None else texts
+        prompts = [self._ids("\n".join([*front, one.text])) for front, one in zip(fronts, questions, strict=True)]
+        most = max(map(len, prompts))
+        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        ids = self._tensor([[padding] * (most - len(own)) + own for own in prompts])
+        mask = self._tensor([[0] * (most - len(own)) + [1] * len(own) for own in prompts])
+        kwargs: dict[str, Any] = {} if memory is None else {"memory": memory, "output_sources": True}
+        output = self.model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=padding,
+            return_dict_in_generate=True, **kwargs,
+        )  # fmt: skip
+        sources = [[]] * len(questions) if memory is None else output.memory_sources
+        given = [tokenizer.decode(row, skip_special_tokens=True) for row in output.sequences[:, most:]]
+        return tuple(
+            self._of(one, answer.partition("\n")[0], None, len(own), recalled_of(read))
+            for one, answer, own, read in zip(questions, given, prompts, sources, strict=True)
+        )
 
     def prefill(self, text_ids: Sequence[int], questions: Sequence[Question], positions: int) -> Prefilled:
         """Read as much of the end of a text as the positions hold beside a question and its answer.
@@ -106,7 +146,7 @@ class Asker:
         ids = (*before, *text_ids[-room:])
         begun = time.perf_counter()
         with torch.no_grad():
-            read = self.model(self._tensor(ids), use_cache=True, logits_to_keep=1)
+            read = self.model(self._tensor([ids]), use_cache=True, logits_to_keep=1)
         return Prefilled(ids, read.past_key_values, len(ids) - len(before), time.perf_counter() - begun)
 
     def _behind(self, prefilled: Prefilled, question: Question) -> list[int]:
@@ -125,11 +165,11 @@ class Asker:
     def _ids(self, content: str) -> list[int]:
         return self.format.ids([{"role": "user", "content": content}])
 
-    def _tensor(self, ids: Sequence[int]) -> Tensor:
-        return torch.tensor([list(ids)], device=self.model.get_input_embeddings().weight.device)
+    def _tensor(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor([list(row) for row in rows], device=self.model.get_input_embeddings().weight.device)
 
     def _said(self, question: Question, ids: Sequence[int], memory: Memory | None = None, **kwargs: Any) -> Said:
-        watch, prompt = Watch(self.format.tokenizer, ("\n",), lambda piece: None), self._tensor(ids)
+        watch, prompt = Watch(self.format.tokenizer, ("\n",), lambda piece: None), self._tensor([ids])
         if memory is not None:
             kwargs |= {"memory": memory, "output_sources": True}
         output = self.model.generate(
@@ -137,13 +177,18 @@ class Asker:
             streamer=watch, stopping_criteria=[watch], return_dict_in_generate=True, **kwargs,
         )  # fmt: skip
         recalled = () if memory is None else recalled_of(output.memory_sources[0])
-        text = watch.said.strip()
+        return self._of(question, watch.said, (watch.first or watch.started) - watch.started, len(ids), recalled)
+
+    def _of(
+        self, question: Question, text: str, first_seconds: float | None, tokens: int, recalled: tuple[Recalled, ...]
+    ) -> Said:
+        text = text.strip()
         return Said(
             question=question,
             text=text,
             right=None if question.answer is None else contains(text, question.answer),
-            first_seconds=(watch.first or watch.started) - watch.started,
-            tokens_read=len(ids),
+            first_seconds=first_seconds,
+            tokens_read=tokens,
             recalled=recalled,
         )
 

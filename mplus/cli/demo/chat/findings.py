@@ -39,8 +39,8 @@ class ArmFinding:
 
     @property
     def first_seconds(self) -> float:
-        """Return the median time to the first token."""
-        return median(one.first_seconds for one in self.said)
+        """Return the median time to the first token, of the answers that were timed."""
+        return median(one.first_seconds for one in self.said if one.first_seconds is not None)
 
 
 @define(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from mplus.memory.report import progress_bar
 MEMORY, QUESTIONS = "memory", "questions.json"
 """What is in the folder."""
 AGAIN = 5
-"""Questions that the new process is asked."""
+"""Questions that the new process is asked: those that are answered one by one, and timed, here too."""
 WITH, WITHOUT, WINDOW, TEXT = "memory", "nothing", "window", "found text"
 """Names of the ways to have the text."""
 
@@ -107,20 +107,30 @@ def question(
     asker: Asker, memory: Memory, script: Script, quiet: bool
 ) -> tuple[tuple[ArmFinding, ...], tuple[Said, ...]]:
     """Ask every question in every way; return that, and the answers to what was never told."""
-    questions, texts = script.answerable, {told.source: told.text for told in script.told}
+    questions, told = script.answerable, {one.source: one.text for one in script.told}
 
-    def found_text(said: Said) -> Said:
-        return asker.ask_with_text(said.question, [texts[one.source or ""] for one in said.recalled])
+    def texts(said: Said) -> list[str]:
+        return [told[one.source or ""] for one in said.recalled]
 
     asked = _asking(quiet)
-    remembered = asked("with memory", lambda one: asker.ask(one, memory), questions)
-    untold = asked("never told", lambda one: asker.ask(one, memory), script.untold)
-    alone = asked("without", asker.ask, questions)
-    found = asked("with the same text found", found_text, remembered)
+    remembered = asked(
+        "with memory", lambda one: asker.ask(one, memory), lambda some: asker.ask_each(some, memory), questions
+    )
+    with progress_bar("asking never told", 1, _wanted(quiet), 1, unit="") as advance:
+        untold = asker.ask_each(script.untold, memory)
+        advance(1)
+    alone = asked("without", asker.ask, asker.ask_each, questions)
+    found = asked(
+        "with the same text found",
+        lambda one: asker.ask_with_text(one.question, texts(one)),
+        lambda some: asker.ask_each([one.question for one in some], texts=[texts(one) for one in some]),
+        remembered,
+    )
     with progress_bar("reading what the window holds", 1, _wanted(quiet), 1, unit="") as advance:
         prefilled = asker.prefill(_ids_of(script, asker), questions, _positions(asker.model))
         advance(1)
-    behind = asked("with a full window", lambda one: asker.ask_behind(one, prefilled), questions)
+    # One by one: side by side each would need a copy of the window.
+    behind = asked("with a full window", lambda one: asker.ask_behind(one, prefilled), None, questions)
     text = sum(len(told.text.encode()) for told in script.told)
     arms = (
         ArmFinding(name=WITH, said=remembered, bytes=memory.nbytes),
@@ -137,13 +147,24 @@ def question(
     return arms, untold
 
 
+Some = Sequence[Any]
+
+
 def _asking(quiet: bool) -> Callable[..., tuple[Said, ...]]:
-    def asked(title: str, ask: Callable[[Any], Said], questions: Any) -> tuple[Said, ...]:
+    def asked(
+        title: str, ask: Callable[[Any], Said], ask_each: Callable[[Some], tuple[Said, ...]] | None, questions: Some
+    ) -> tuple[Said, ...]:
+        """Return an answer to every question: to the first ones one by one, to the rest side by side if they may be."""
+        alone = questions if ask_each is None else questions[:AGAIN]
         with progress_bar(f"asking {title}", len(questions), _wanted(quiet), len(questions), unit="") as advance:
             found = []
-            for one in questions:
+            for one in alone:
                 found.append(ask(one))
                 advance(1)
+            rest = questions[len(alone) :]
+            if ask_each is not None and rest:
+                found += ask_each(rest)
+                advance(len(rest))
         return tuple(found)
 
     return asked

@@ -74,9 +74,9 @@ def _named(arm: ArmFinding, found: ChatDemo) -> str:
 def _remarks(found: ChatDemo, console: Console) -> None:
     window = next(arm for arm in found.arms if arm.name == WINDOW)
     console.print(
-        f"[dim]The window was read once, in {window.prefill_seconds or 0:.0f} s, and its cache was copied for each "
-        "question; finding the text is not in the time of the last row. An answer is right when it has the right word."
-        "[/]\n"
+        f"[dim]The window was read once, in {window.prefill_seconds or 0:.0f} s, for all questions; finding the text "
+        "is not in the time of the last row. Times are those of the first questions, asked one by one; the others were "
+        "asked side by side, but for those behind the window. An answer is right when it has the right word.[/]\n"
     )
 
 
