@@ -41,6 +41,13 @@ class TestConformance(TextMechanismConformance):
 class TestCallsForPrompts(TestConformance):
     options: ClassVar[dict[str, Any]] = {"reads": "prompt"}
 
+    def test_another_decoder_reads_the_same(self, model: Any, tmp_path: Path) -> None:
+        """Another decoder has the same memory; which call it makes for a prompt is its own choice."""
+        memory = self.written(model, 1, 2)
+        memory.save(tmp_path / "saved")
+        with self.wrapped(torch.float32) as other:
+            assert self.differences(self.loaded(tmp_path / "saved", other), memory) == []
+
 
 @pytest.mark.nightly
 class TestPublished(TestConformance):
