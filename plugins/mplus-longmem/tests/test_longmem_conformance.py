@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -13,11 +14,20 @@ from mplus.config import JsonValue
 from mplus.errors import ConfigError
 from mplus.hf.model.model_class import MemoryModel
 from mplus.testing.mechanisms import MechanismConformance
+from mplus.training import train
 
 
 class TestLongMem(MechanismConformance):
     implementation = LongMemMechanism
     settings: ClassVar[Mapping[str, JsonValue]] = {"retrieved_tokens": 200}
+
+
+def test_the_recipe_runs() -> None:
+    done = train("longmem-tiny", dry_run=True, progress=False)
+    assert all(math.isfinite(float(record["total_loss"])) for record in done.records)
+    trained = {name for name, one in done.model.named_parameters() if one.requires_grad}
+    assert trained
+    assert all(name.startswith("mplus.") for name in trained)
 
 
 @pytest.mark.nightly

@@ -43,6 +43,9 @@ def test_a_side_network_of_another_decoder_is_refused(wrap: Wrap, model: Any) ->
     with pytest.raises(MemoryMismatchError, match="trained beside another decoder"):
         other(ids(1, 5), memory=memory)
     assert memory.stores[0].count(0) == 5, "the bank stays as it was"
+    other.mplus_engine.mechanism.draw_parameters()
+    with torch.no_grad():
+        other(ids(1, 5), memory=memory)
     narrower = {name: one[..., :-1] for name, one in model.mplus.state_dict().items()}
     with pytest.raises(RuntimeError, match="size mismatch"):
         other.mplus.load_state_dict(narrower)

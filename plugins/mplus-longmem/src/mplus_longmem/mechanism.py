@@ -81,6 +81,10 @@ class LongMemMechanism(MemoryMechanism):
         search = ChunkSearch(_heads(shape, options.chunk_size), config.retrieved_tokens, options.zero_neighbours)
         return SideNetwork(shape, plan, search, options.normed_last)
 
+    def draw_parameters(self) -> None:
+        """Let the decoder become another one: what it is known by is of no use while it is trained from nothing."""
+        self.additions.decoder_mark.zero_()
+
     @property
     def dtype(self) -> torch.dtype | None:
         return None if self.options.bank_dtype is None else cast("torch.dtype", getattr(torch, self.options.bank_dtype))
