@@ -86,6 +86,7 @@ REPLAYS: Registry[TracePlayer] = Registry(
     builtin={
         "mplus": "mplus.interop.published_player:PublishedPlayer",
         "memoryllm": "mplus.interop.published_player:PublishedPlayer",
+        "memo": "mplus.training.activations.player:MemoPlayer",
     },
 )
 

@@ -328,7 +328,7 @@ def test_a_changed_number_in_a_trace_is_found(tensor, quantity, kind, case):
         (lambda plain: plain.update(model=None), "model in .* must be the name of a model, got None"),
         (
             lambda plain: plain.update(model="rwkv"),
-            r"model in .* must be one of 'memoryllm', 'mplus', got 'rwkv': install the package .* 'mplus\.replays'",
+            r"model in .* must be one of 'memo', 'memoryllm', 'mplus', got 'rwkv': install .* 'mplus\.replays'",
         ),
         (lambda plain: plain["steps"][3].update(kind="forget"), "kind of step 3 .* got 'forget'"),
         (lambda plain: plain["steps"][3].pop("state_after"), "must have 'state_after'"),

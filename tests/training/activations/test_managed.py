@@ -8,6 +8,7 @@ from types import MethodType
 import pytest
 import torch
 
+from benchmarks.quality.architectures.decoders import BY_NAME
 from mplus.errors import ConfigError, HostMemoryError, InputError, NotSupported
 from mplus.testing.rounding import allowed
 from mplus.training import manage_activations
@@ -174,3 +175,18 @@ def test_what_cannot_be_recomputed_is_refused():
 def test_settings_that_break_a_rule_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         ActivationPlan(*settings)
+
+
+@pytest.mark.parametrize("name", ["phi3", "gpt2", "mixtral", "falcon-new", "gemma3"])
+def test_decoders_of_other_kinds(name):
+    """Fused projections, experts, attention that no function is called for, and windows."""
+    model = BY_NAME[name].build(0).train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    kept, _, _ = gradients(model, "keep")
+    for way, share in WAYS:
+        if share == 0.5 and name == "falcon-new":
+            with pytest.raises(NotSupported, match="calls no attention function of transformers"):
+                gradients(model, way, share)
+        else:
+            assert equal(gradients(model, way, share)[0], kept), (way, share)
