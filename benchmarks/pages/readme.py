@@ -15,12 +15,12 @@ PAGE = ROOT / "README.md"
 
 def render(page: str) -> str:
     """Return the README with the quotes of the newest records."""
-    page = _replace(page, "chat", chat(load("quality", "chat-demo")))
-    page = _replace(page, "recall", recall(load("quality", "recall-tiny")))
-    return _replace(page, "demo", demo(load("speed", "demo")))
+    page = replace(page, "chat", chat(load("quality", "chat-demo")))
+    page = replace(page, "recall", recall(load("quality", "recall-tiny")))
+    return replace(page, "demo", demo(load("speed", "demo")))
 
 
-def _replace(page: str, mark: str, quote: str) -> str:
+def replace(page: str, mark: str, quote: str) -> str:
     """Put a quote between ``<!-- mark -->`` and ``<!-- /mark -->``."""
     between = re.compile(rf"(?<=<!-- {mark} -->\n).*?(?=<!-- /{mark} -->\n)", re.DOTALL)
     return between.sub(lambda _: quote, page)
