@@ -25,7 +25,7 @@ from mplus.training import manage_activations
 WAYS: tuple[tuple[str, float | None], ...] = (
     ("keep", None), ("recompute", None), ("swap", None), ("memo", 0.0), ("memo", 0.5), ("memo", 1.0),
 )  # fmt: skip
-LAYERS, TOKENS, ROUNDS = 16, 512, 7
+LAYERS, TOKENS, ROUNDS = 16, 512, 5
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 352,
@@ -56,13 +56,13 @@ def llama() -> dict[str, Any]:
 def with_memory() -> dict[str, Any]:
     """Measure stories260K, of which adapters are trained on a text behind a memory."""
     torch.manual_seed(0)
-    model = mplus.wrap(load_decoder("stories260K"), mplus.MPlusConfig(short_term_tokens=64, chunk_tokens=64))
+    model = mplus.wrap(load_decoder(), mplus.MPlusConfig(short_term_tokens=64, chunk_tokens=64))
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in parameter_name or parameter_name.startswith("mplus."))
     memory = model.new_memory()
     ids = torch.randint(4, 500, (1, 320))
     memory.write(ids[0, :256])
-    text = ids[:, 256:].repeat(1, 7)
+    text = ids[:, 256:].repeat(1, 6)
     layers = model.config.num_hidden_layers
     name = f"stories260K of {layers} layers, {text.shape[1]} tokens behind 64 rows of M+, adapters trained"
     found = ways(model.train(), lambda: model(text, labels=text, memory=memory).loss)
