@@ -28,9 +28,15 @@ STEPS = 8
 BREAK = 5
 
 
-def table(streams: int) -> dict[str, Any]:
-    """Streams differ in how many of their tokens are to be predicted, and in which texts are about something."""
+def table(streams: int, *, swapped: bool = False) -> dict[str, Any]:
+    """Streams differ in how many of their tokens are to be predicted, and in which texts are about something.
+
+    With ``swapped`` the first of three layers holds its activations in host memory, and is run again for half of them.
+    """
+    held = {"optimizer__activations": "memo", "optimizer__swapped_share": 0.5} if swapped else {}
     return recipe(
+        **held,
+        model__build__num_hidden_layers=3,
         streams=streams,
         data__many__unknown=0.4,
         data__many__language={"relations": 5, "firsts": 8, "lasts": 8},
@@ -129,9 +135,9 @@ def watched(folder: Path, streams: int, made: Any) -> dict[str, Any]:
 
         trainer.Trainer._one_step = one_step
         with suppress(Stopped):
-            train(table(streams), out=folder, accelerator=made, progress=False)
+            train(table(streams, swapped=made is not None), out=folder, accelerator=made, progress=False)
         trainer.Trainer._one_step = original
-        result = train(table(streams), resume=folder, accelerator=made, progress=False)
+        result = train(table(streams, swapped=made is not None), resume=folder, accelerator=made, progress=False)
     return {
         "gradients": watch.gradients,
         "losses": [record["total_loss"] for record in result.records if "total_loss" in record],

@@ -1,4 +1,4 @@
-"""Two processes with two streams each train what one process with four streams trains."""
+"""Two processes with two streams each train what one process with four streams trains, with activations swapped."""
 
 from __future__ import annotations
 
@@ -102,9 +102,9 @@ def test_the_model_is_one_whole(alone, together):
 
 def test_a_run_of_two_processes_is_not_resumed_by_one(together):
     with pytest.raises(mplus.errors.CheckpointError, match=r"is of another recipe: streams: 2 then, 4 now"):
-        train(table(4), resume=together[1])
+        train(table(4, swapped=True), resume=together[1])
     with pytest.raises(mplus.errors.CheckpointError, match=r"must go on in as many processes .*: 2 then, 1 now"):
-        train(table(2), resume=together[1])
+        train(table(2, swapped=True), resume=together[1])
 
 
 def test_each_process_wrote_memories_of_its_own(together):
