@@ -49,23 +49,13 @@ class Contender:
     arms: tuple[str, ...] = ()
 
 
+SCM = {"name": "scm", "turns": 3, "needed": "off", "enough": "off", "summaries": "off", "recency": 0.0}
+"""Settings for a decoder that makes no decisions: flash memory, and activation memory by words."""
 CONTENDERS = {
     "mplus": Contender("mplus", {}, ("none", "window", "bm25", "memoryllm")),
-    "kv": Contender("kv", {"retrieved_tokens": 64, "short_term_tokens": 32}),
+    "kv": Contender("kv", {"retrieved_tokens": 64}),
     "memlong": Contender("memlong", {"mechanism": {"name": "memlong", "group_tokens": CHUNK}, "retrieved_tokens": 64}),
-    "scm": Contender(
-        "scm",
-        {
-            "mechanism": {
-                "name": "scm",
-                "turns": 3,
-                "needed": "off",
-                "enough": "off",
-                "summaries": "off",
-                "recency": 0.0,
-            }
-        },
-    ),
+    "scm": Contender("scm", {"mechanism": SCM}),
     "hmt": Contender("hmt"),
     "longmem": Contender("longmem"),
     "lamemo": Contender("lamemo"),
@@ -88,12 +78,8 @@ def measured(contender: Contender, folder: Path | None) -> dict[str, Any]:
         arms = ArmOptions(arms=(*contender.arms, contender.mechanism), window_tokens=64)
         found.append(retention(execution, arms, progress=False).plain())
         print(contender.mechanism, seed, {arm["name"]: arm["accuracy_by_age"] for arm in found[-1]["arms"]}, flush=True)
-    return {
-        "status": "measured",
-        "reports": found,
-        "costs": costs(model, tokenizer, task),
-        "trained": folder is not None,
-    }
+    cost = costs(model, tokenizer, task)
+    return {"status": "measured", "reports": found, "costs": cost, "trained": folder is not None}
 
 
 def decoder(contender: Contender, folder: Path | None) -> tuple[Any, Any]:
