@@ -1,15 +1,18 @@
 """Bytes that training holds for backward, and what holding them elsewhere costs: a Llama, and a decoder with memory.
 
-    python -m benchmarks.memory.activations       # writes records/activations.json
+    python -m benchmarks.memory.activations               # writes records/activations.json
+    python -m benchmarks.memory.activations --rounds 7    # with times, on a machine that does nothing else
 
-Bytes are counted and exact. On a CPU host and device are one memory, so that the times show what copies and
-recomputation cost, and nothing of what a GPU hides behind its computation.
+Bytes are counted and exact. On a CPU host and device are one memory, so that times show what copies and recomputation
+cost, and nothing of what a GPU hides behind its computation.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mplus
 from benchmarks.records import record_path, write
-from mplus.environment import run_info
+from mplus.environment import load_average, run_info
 from mplus.hf.pretrained.shipped import load_decoder
 from mplus.timing import Arm, in_rounds, ratio
 from mplus.training import manage_activations
@@ -25,8 +28,8 @@ from mplus.training import manage_activations
 WAYS: tuple[tuple[str, float | None], ...] = (
     ("keep", None), ("recompute", None), ("swap", None), ("memo", 0.0), ("memo", 0.5), ("memo", 1.0),
 )  # fmt: skip
-LAYERS, TOKENS, ROUNDS = 16, 512, 5
-SIZES = {
+LAYERS, TOKENS = 16, 512
+SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 352,
     "num_hidden_layers": LAYERS,
@@ -38,22 +41,31 @@ SIZES = {
 
 def main() -> int:
     """Measure both decoders; return 1 where a gradient differs from that with everything kept."""
-    record = {**run_info(), "decoders": [llama(), with_memory()]}
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=0, help="in which each way is timed; 0: no times are taken")
+    rounds = parser.parse_args().rounds
+    decoders = [llama(rounds), with_memory(rounds)]
+    record = {**run_info(), "load_average": load_average(), "rounds": rounds, "decoders": decoders}
     write(record_path("memory", "activations"), record)
     print(json.dumps(record, indent=1))
-    return 0 if all(way["equal"] for decoder in record["decoders"] for way in decoder["ways"]) else 1
+    return 0 if all(way["equal"] for decoder in decoders for way in decoder["ways"]) else 1
 
 
-def llama() -> dict[str, Any]:
+def llama(rounds: int) -> dict[str, Any]:
     """Measure a Llama of many layers that is trained as a whole."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).train()
     ids = torch.randint(SIZES["vocab_size"], (1, TOKENS))
     name = f"a Llama of {LAYERS} layers, {TOKENS} tokens, all weights trained"
-    return {"name": name, "layers": LAYERS, "tokens": TOKENS, "ways": ways(model, lambda: model(ids, labels=ids).loss)}
+    return {
+        "name": name,
+        "layers": LAYERS,
+        "tokens": TOKENS,
+        "ways": ways(model, lambda: model(ids, labels=ids).loss, rounds),
+    }
 
 
-def with_memory() -> dict[str, Any]:
+def with_memory(rounds: int) -> dict[str, Any]:
     """Measure stories260K, of which adapters are trained on a text behind a memory."""
     torch.manual_seed(0)
     model = mplus.wrap(load_decoder(), mplus.MPlusConfig(short_term_tokens=64, chunk_tokens=64))
@@ -65,23 +77,28 @@ def with_memory() -> dict[str, Any]:
     text = ids[:, 256:].repeat(1, 6)
     layers = model.config.num_hidden_layers
     name = f"stories260K of {layers} layers, {text.shape[1]} tokens behind 64 rows of M+, adapters trained"
-    found = ways(model.train(), lambda: model(text, labels=text, memory=memory).loss)
+    found = ways(model.train(), lambda: model(text, labels=text, memory=memory).loss, rounds)
     return {"name": name, "layers": layers, "tokens": text.shape[1], "ways": found}
 
 
-def ways(model: Any, loss: Callable[[], torch.Tensor]) -> list[dict[str, Any]]:
-    """Count the bytes of each way, compare gradients, and time them in turns."""
+def ways(model: Any, loss: Callable[[], torch.Tensor], rounds: int) -> list[dict[str, Any]]:
+    """Count the bytes of each way, compare gradients, and time them in turns where ``rounds`` are wanted."""
     found, kept = [], None
     for way, share in WAYS:
         gradients, held = backward(model, loss, way, share)
         kept = gradients if kept is None else kept
         equal = all(torch.equal(one, other) for one, other in zip(gradients, kept, strict=True))
         found.append({"way": way, "share": share, **held, "equal": equal})
-    arms = [Arm(str(place), lambda _, way=way: backward(model, loss, *way)) for place, way in enumerate(WAYS)]
-    times = in_rounds(arms, ROUNDS, torch.device("cpu"))
-    for place, one in enumerate(found):
+    arms = [Arm(str(place), partial(step, model, loss, *way)) for place, way in enumerate(WAYS)]
+    times = in_rounds(arms, rounds, torch.device("cpu")) if rounds else {}
+    for place, one in enumerate(found if times else ()):
         one["seconds_over_keep"] = ratio(times, str(place), "0")
     return found
+
+
+def step(model: Any, loss: Callable[[], torch.Tensor], way: str, share: float | None, number: int) -> None:
+    """Do one step, of round ``number``, to time it."""
+    backward(model, loss, way, share)
 
 
 @torch.enable_grad()

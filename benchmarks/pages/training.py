@@ -20,7 +20,8 @@ def render() -> str:
 
 def activations(record: Mapping[str, Any]) -> str:
     """Tabulate bytes, recomputed tokens and times for both decoders."""
-    head = ["activations", "device bytes", "of keep", "host bytes", "tokens recomputed", "time, keep = 1"]
+    head = ["activations", "device bytes", "of keep", "host bytes", "tokens recomputed"]
+    head += ["time, keep = 1"] if record["rounds"] else []
     parts = []
     for decoder in record["decoders"]:
         kept = decoder["ways"][0]["device_bytes"]
@@ -31,7 +32,7 @@ def activations(record: Mapping[str, Any]) -> str:
                 f"{one['device_bytes'] / kept:.3f}",
                 f"{one['host_bytes']:,}",
                 f"{one['recomputed_tokens']:,}",
-                f"{one['seconds_over_keep']:.2f}",
+                *([f"{one['seconds_over_keep']:.2f}"] if record["rounds"] else []),
             ]
             for one in decoder["ways"]
         ]
@@ -39,5 +40,4 @@ def activations(record: Mapping[str, Any]) -> str:
         if not all(one["equal"] for one in decoder["ways"]):
             same = "Gradients differ from those of `keep`."
         parts += [f"{decoder['name'][0].upper()}{decoder['name'][1:]}. {same}", table(head, rows)]
-    load_average = f"load average {record['load_average'][0]:.0f}"
-    return "\n\n".join([*parts, measured_on(record, "memory/activations", load_average)])
+    return "\n\n".join([*parts, measured_on(record, "memory/activations")])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.pages import architectures, chat, index, memory, quality, readme, retrieval, speed, training
+from benchmarks.pages import architectures, chat, field, index, memory, quality, readme, retrieval, speed, training
 from benchmarks.quality.architectures.comparisons import HYBRID_TOLERANCE, SEARCHES, TOLERANCE
 from benchmarks.quality.architectures.decoders import ARCHITECTURES, BY_NAME
 from benchmarks.quality.architectures.measure import COLUMNS
@@ -19,6 +19,7 @@ PAGES = {
     "retrieval": retrieval,
     "architectures": architectures,
     "training": training,
+    "field": field,
 }
 RECORDS = sorted(ROOT.glob("benchmarks/*/records/*.json"))
 WRITE = "run: python -m benchmarks.pages"
