@@ -43,8 +43,9 @@ READINGS = {
     "decoder can be trained, and an answer may attend to few rows.",
     "kv": "Keys and values of all tokens, found again chunk by chunk. It keeps the text itself, in every layer, and "
     "needs no training; bytes grow with every token. Take it for a decoder that stays as it is.",
-    "memlong": "Keys and values of one layer, found by an embedding of whole chunks and read by a few upper layers: one "
-    "layer's bytes, where `kv` has those of all. What these layers make of it is trained in the paper, and not here.",
+    "memlong": "Keys and values of one layer, found by an embedding of whole chunks and read by a few upper layers: "
+    "one layer's bytes, where `kv` has those of all. What these layers make of it is trained in the paper, "
+    "and not here.",
     "scm": "The text of turns: the last one always, the best of the others by their words or vectors. It keeps all "
     "text, and pays for what it brings back in prompt tokens. Take it for a chat model behind an interface that takes "
     "text alone.",

@@ -70,7 +70,7 @@ def measured(contender: Contender, folder: Path | None) -> dict[str, Any]:
         return {"status": "not installed"}
     if contender.settings is None and folder is None:
         return {"status": "not trained yet"}
-    found: list[dict[str, Any]] = []
+    found: list[Any] = []
     for seed in SEEDS:
         model, tokenizer = decoder(contender, folder)
         task = Facts(ages=AGES, streams=STREAMS, rounds=ROUNDS, seed=seed)
