@@ -14,7 +14,7 @@ PAGE = DOCS / "training.md"
 def test_every_block_does_what_the_page_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, shown = run_page(PAGE)
-    assert shown == 4
+    assert shown == 5
     assert {path.name for path in tmp_path.iterdir()} == {"book", "garden.toml", "garden-run"}
     assert (tmp_path / "garden-run" / "recipe.toml").read_text() == (tmp_path / "garden.toml").read_text()
 

@@ -59,7 +59,7 @@ class LayerRun(ABC):
         if not self.inside:
             number = self.count
             self.count += 1
-        if tensor in self._outliving:
+        if not tensor.numel() or tensor in self._outliving:
             return tensor.detach()
         layout = SavedLayout.of(tensor, self.call.batch, self.call.tokens)
         # Without its graph: an output of the node that saves it would hold that node in a cycle.

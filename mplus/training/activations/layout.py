@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypeAlias
 
 import torch
@@ -14,53 +15,67 @@ StorageKey: TypeAlias = tuple[int, int, int, int | tuple[int, ...]]
 
 @define(frozen=True)
 class SavedLayout:
-    """Order of a tensor's dimensions in memory, and its tokens.
+    """Places of a tensor's numbers in memory, and its tokens.
 
     Attributes:
+        shape, strides: of the tensor.
         order: dimensions from the largest stride to the smallest.
-        sizes: of the dimensions in this order.
-        strides: of the tensor where there are gaps in memory between its numbers; None: there are none.
+        sizes: of the dimensions in this order; 1 where all places of a dimension are one in memory.
+        gaps: whether its numbers do not lie side by side.
         blocks: numbers of a text that lie in front of its tokens, such as the heads of keys; None: the tensor has no
             dimension of tokens that could be told from others.
     """
 
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
     order: tuple[int, ...]
     sizes: tuple[int, ...]
-    strides: tuple[int, ...] | None
+    gaps: bool
     blocks: int | None
 
     @staticmethod
     def of(tensor: Tensor, batch: int, tokens: int) -> SavedLayout:
         """Look at a tensor that a layer saved of ``batch`` texts of ``tokens`` tokens."""
-        order = _memory_order(tensor)
-        sizes = tuple(tensor.shape[place] for place in order)
-        gaps = not tensor.permute(order).is_contiguous() and 0 not in tensor.stride()
-        strides = tuple(tensor.stride()) if gaps else None
-        return SavedLayout(order, sizes, strides, _blocks(sizes, order, batch, tokens))
+        once = _once(tensor)
+        order = _memory_order(once)
+        sizes = tuple(once.shape[place] for place in order)
+        gaps = not once.permute(order).is_contiguous()
+        blocks = _blocks(sizes, order, batch, tokens)
+        return SavedLayout(tuple(tensor.shape), tuple(tensor.stride()), order, sizes, gaps, blocks)
 
     def key(self, tensor: Tensor) -> StorageKey:
         """Return what is equal for tensors that show the same numbers of the same storage."""
-        cut = self.sizes + tuple(tensor.stride()) if self.blocks is None else self.blocks
-        return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tensor.numel(), cut
+        cut = self.sizes + self.strides if self.blocks is None else self.blocks
+        return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), math.prod(self.sizes), cut
 
     def by_token(self, tensor: Tensor, batch: int, tokens: int) -> Tensor:
         """Return a tensor of this layout, of any number of tokens, as ``[batch, blocks, tokens, rest]``."""
-        return tensor.permute(self.order).reshape(batch, self.blocks or 1, tokens, -1)
+        return self.in_memory_order(tensor).reshape(batch, self.blocks or 1, tokens, -1)
 
     def in_memory_order(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of this layout with its dimensions in the order of memory."""
-        return tensor.permute(self.order)
+        """Return a tensor of this layout with its dimensions in the order of memory, each number once."""
+        return _once(tensor).permute(self.order)
 
     def restore(self, numbers: Tensor) -> Tensor:
         """Return the tensor whose numbers these are, in the order of memory.
 
-        Gaps are there again: kernels round otherwise where numbers lie side by side.
+        Strides are what they were: kernels round otherwise where numbers lie in another way, and some read wrong ones.
         """
+        if not self.gaps:
+            numbers = numbers.contiguous()
+            return numbers.as_strided(self.shape, self.strides, numbers.storage_offset())
         back = [self.order.index(place) for place in range(len(self.order))]
-        tensor = numbers.reshape(self.sizes).permute(back)
-        if self.strides is None:
-            return tensor
-        return torch.empty_strided(tensor.shape, self.strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+        once = numbers.reshape(self.sizes).permute(back)
+        apart = torch.empty_strided(once.shape, self.strides, dtype=once.dtype, device=once.device).copy_(once)
+        return apart.expand(self.shape)
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """Return the first place of each dimension all of whose places are one in memory, and all of the others."""
+    for place, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            tensor = tensor.narrow(place, 0, 1)
+    return tensor
 
 
 def token_dimension(shape: Size, batch: int, tokens: int) -> int | None:

@@ -69,6 +69,7 @@ class SwappedLayer(LayerRun):
         self._index, self._copies, self._budget = index, copies, budget
         self._before = None if before is None else weakref.ref(before)
         self._names: dict[StorageKey, tuple[str, SavedLayout]] = {}
+        self._given: list[Tensor] = []
         self._outputs: list[Tensor] = []
         self._learning: list[bool] = []
         self._drawn: list[RandomState] = []
@@ -92,6 +93,8 @@ class SwappedLayer(LayerRun):
             layout = SavedLayout.of(tensor, self.call.batch, self.call.tokens)
             if layout.blocks is not None:
                 self._names[layout.key(tensor)] = f"{name} {len(self._outputs)}", layout
+                # An address stands for one tensor for as long as this is held.
+                self._given.append(tensor.detach())
         found = self._apart(attend)
         self._outputs.append(found[0].detach())
         self._learning.append(found[0].requires_grad)
@@ -123,6 +126,7 @@ class SwappedLayer(LayerRun):
         for group, tensor in held.tensors.values():
             self._copy(group, tensor)
         self._copies.layer_done()
+        self._given.clear()
         self._groups = [weakref.ref(group) for group, _ in held.tensors.values()]
         self._wanted = held.numbers()
         self._pieces: dict[Source, Tensor] | None = None
