@@ -206,7 +206,7 @@ def layouts():
     yield torch.arange(7)
 
 
-@pytest.mark.parametrize("tensor", layouts(), ids=lambda tensor: f"{list(tensor.shape)} {tensor.stride()}")
+@pytest.mark.parametrize("tensor", list(layouts()), ids=lambda tensor: f"{list(tensor.shape)} {tensor.stride()}")
 def test_a_tensor_comes_back_as_it_lay_in_memory(tensor):
     """An attention function on a CPU reads wrong numbers in backward where keys of one head for several lie apart."""
     layout = SavedLayout.of(tensor, 2, 3)
