@@ -34,6 +34,7 @@ def render() -> str:
         "Knowing what is not there": abstention(record["seeds"]),
         "Thousands of chunks later": recall_long(load("quality", "recall-long")),
         "Stories": stories(load("quality", "stories")),
+        "SmolLM2 with a trained M+": smollm2_mplus(load("quality", "smollm2-mplus")),
         "Scores and losses of the retriever": scores(load("quality", "scores")),
     }
     return "\n\n".join([PREAMBLE.strip(), *(f"## {heading}\n\n{text}" for heading, text in parts.items())]) + "\n"
@@ -185,6 +186,40 @@ def stories(record: Mapping[str, Any]) -> str:
         f"checkpoint with a memory of other stories has {harm:+.2f} % perplexity against the decoder alone, and "
         f"{harm_later:+.2f} % with a fuller one. {measured_on(record, 'quality/stories')}"
     )
+
+
+def smollm2_mplus(record: Mapping[str, Any]) -> str:
+    """Tabulate what the M+ memory of a chat model answers."""
+    rows = []
+    for name, forms in record["memory"].items():
+        for form, found in forms.items():
+            rows.append([f"M+, {name}, {FORMS[form]}", *answered(found)])
+    runs, plain = record["training"], record["plain_text"]
+    cost = plain["change_percent"]["unrelated"]
+    interval = " to ".join(f"{end:+.1f}" for end in cost["interval"])
+    training = measured_on({"circumstances": runs[0]["starts"][0]})
+    steps, minutes = (sum(run[name] for run in runs) for name in ("steps", "seconds"))
+    parts = " in runs of " + " and ".join(f"{run['steps']}" for run in runs) if len(runs) > 1 else ""
+    return (
+        f"SmolLM2-135M-Instruct, frozen, with adapters trained by the recipe `smollm2`: {steps} steps{parts}, "
+        f"{minutes / 60:.0f} minutes, one seed. {training} Facts about people are told in novels that it was "
+        "not trained on, one in every chunk of 32 tokens; names, values, sentences and questions are none that were "
+        "trained. The short-term memory holds four chunks, and all four are asked about. There is no long-term "
+        "memory.\n\n"
+        f"{table(['', 'right', 'questions', *(f'{age} chunks ago' for age in '0123')], rows)}\n\n"
+        f"With a memory full of an unrelated novel the perplexity of a novel is {plain['perplexity']['unrelated']:.2f}"
+        f"; of the decoder alone it is {plain['perplexity']['none']:.2f}: {cost['percent']:+.1f} % (95 % interval "
+        f"{interval} %, {plain['predicted_tokens']:,} tokens). {measured_on(record, 'quality/smollm2-mplus')}"
+    )
+
+
+FORMS = {"plain": "asked plainly", "chat": "asked in the chat template"}
+
+
+def answered(found: Mapping[str, Any]) -> list[str]:
+    """Return the cells of a row: share of right answers, questions, and shares by age."""
+    by_age = found["right_by_age_in_chunks"]
+    return [f"{found['right']:.3f}", f"{found['questions']:,}", *(f"{by_age[age]:.3f}" for age in "0123")]
 
 
 def scores(record: Mapping[str, Any]) -> str:

@@ -86,7 +86,7 @@ def need_smollm2() -> Path:
     return folder if folder.is_dir() else bring_smollm2()
 
 
-NOTICE = "SmolLM2 learns to use an M+ memory by the recipe smollm2: about MINUTES minutes on one core of a CPU."
+NOTICE = "SmolLM2 learns to use an M+ memory by the recipe smollm2: about 30 minutes on one core of a CPU."
 """Said before the training begins."""
 
 
