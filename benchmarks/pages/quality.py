@@ -207,9 +207,11 @@ def smollm2_mplus(record: Mapping[str, Any]) -> str:
         "trained. The short-term memory holds four chunks, and all four are asked about. There is no long-term "
         "memory.\n\n"
         f"{table(['', 'right', 'questions', *(f'{age} chunks ago' for age in '0123')], rows)}\n\n"
-        f"With a memory full of an unrelated novel the perplexity of a novel is {plain['perplexity']['unrelated']:.2f}"
-        f"; of the decoder alone it is {plain['perplexity']['none']:.2f}: {cost['percent']:+.1f} % (95 % interval "
-        f"{interval} %, {plain['predicted_tokens']:,} tokens). {measured_on(record, 'quality/smollm2-mplus')}"
+        f"The perplexity of a novel is {plain['perplexity']['none']:.2f} for the decoder alone, "
+        f"{plain['perplexity']['empty']:.2f} with the adapters and an empty memory, since they have read a novel, and "
+        f"{plain['perplexity']['unrelated']:.2f} with a memory full of another one: {cost['percent']:+.1f} % against "
+        f"the decoder alone (95 % interval {interval} %, {plain['predicted_tokens']:,} tokens). "
+        f"{measured_on(record, 'quality/smollm2-mplus')}"
     )
 
 

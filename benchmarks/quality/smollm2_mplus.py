@@ -138,7 +138,7 @@ def main() -> None:
     model, tokenizer = load_with_tokenizer(given.model)
     record = {
         "recipe": "smollm2",
-        **measure(model.eval(), tokenizer, given.novels, given.rounds),
+        **measure(model, tokenizer, given.novels, given.rounds),
         "circumstances": run_info(seeds={"facts": SEED}),
     }
     record["training"] = [
