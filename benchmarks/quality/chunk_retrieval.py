@@ -31,8 +31,9 @@ from mplus.evaluation.tasks.notes import Notes
 from mplus.evaluation.tasks.people import Split
 from mplus.evaluation.texts import Texts
 from mplus.hf.pretrained.smollm2 import smollm2_folder
-from mplus.mechanisms.kv.passes import BegunDecoder
-from mplus.mechanisms.kv.retrieval import Asked, Retrieval, padded
+from mplus.mechanisms.kv.asked import Asked
+from mplus.mechanisms.kv.passes import BegunDecoder, padded
+from mplus.mechanisms.kv.retrieval import Retrieval
 from mplus.mechanisms.kv.state import state_of
 from mplus.retrievers.chunks import CHUNK_RETRIEVERS, Chunks, Query
 
@@ -156,14 +157,22 @@ def facts(scores: Mapping[str, Tensor], case: Case, thresholds: Mapping[str, flo
     return found
 
 
-def reordered(model: Any, tokenizer: Any, case: Case, rerank: int) -> dict[str, JsonValue]:
+ORDERS: Mapping[str, Mapping[str, Any]] = {
+    "by score": {"rerank": 0},
+    "late interaction": {"rerank": 6},
+    "and likelihood": {"rerank": 6, "likelihood": True},
+}
+"""How the best chunks are reordered."""
+
+
+def reordered(model: Any, tokenizer: Any, case: Case, order: Mapping[str, Any]) -> dict[str, JsonValue]:
     """Write the passages, and return how often the first chunk that comes back is the right one."""
     memory = model.new_memory(tokenizer=tokenizer)
     for place, text in enumerate(case.passages):
         memory.write(text, str(place))
     (view,) = memory.snapshot()
     decoder, begin = model.mplus_engine.decoder, state_of(view).begin_rows
-    retrieval = Retrieval(retriever=model.mplus_engine.mechanism.chunk_retriever, chunks=1, rerank=rerank)
+    retrieval = Retrieval(retriever=model.mplus_engine.mechanism.chunk_retriever, chunks=1, **order)
     right, seconds = [], []
     for question, place in case.questions:
         if place >= 0:
@@ -184,7 +193,9 @@ def measured(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Itera
             part = facts(reader.scores(case), case, reader.threshold)
             part["with_instruction"] = facts(reader.scores(case, INSTRUCTION), case, reader.threshold)
             if arguments.reordered:
-                part["hybrid_first"] = {str(most): reordered(model, tokenizer, case, most) for most in (0, 6)}
+                part["hybrid_first"] = {
+                    name: reordered(model, tokenizer, case, order) for name, order in ORDERS.items()
+                }
             yield f"notes 48, set {seed}, changed {changed}", part
     articles = slice(24, None) if arguments.split == "test" else slice(24)
     case = squad(arguments.data / "squad" / "dev-v1.1.json", articles, arguments.paragraphs, tokenizer)
@@ -202,7 +213,7 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=5, help="sets of 48 notes")
     parser.add_argument("--paragraphs", type=int, default=500)
     parser.add_argument("--notes", type=int, default=1000, help="notes of one large set; 0: none")
-    parser.add_argument("--reordered", action="store_true", help="how often the first is right, with and without it")
+    parser.add_argument("--reordered", action="store_true", help="how often the first is right, by each order")
     parser.add_argument("--record", type=Path, default=RECORD)
     arguments = parser.parse_args()
     folder = smollm2_folder()

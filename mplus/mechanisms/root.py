@@ -120,6 +120,17 @@ class Mechanism(ABC):
         """
         return state
 
+    def calibrate(self, decoder: Any, view: StreamView, tokenizer: Any) -> None:  # noqa: B027 - most need not
+        """Find out what memories of a decoder have to know of it, before anything is written; by default nothing.
+
+        Called when a memory is made.
+
+        Args:
+            decoder: runs passes.
+            view: of a stream of the new memory.
+            tokenizer: of the memory; None: it has none.
+        """
+
     def calibrations_known(self) -> dict[str, Tensor]:
         """Return what was found out about the decoder, by a digest of its weights and of the rest that it depends on.
 

@@ -132,7 +132,9 @@ class MemoryModel(SavesAdditions):
         chosen_store = engine.config.store if store is None else Component.of(store)
         stores = [STORES.build(chosen_store, layout) for _ in range(batch_size)]
         budget = Budget.of(bytes_budget, engine.config, engine.mechanism, stores[0], batch_size)
-        return Memory(Streams(engine, states, stores, generators, policy, budget, clock=clock), tokenizer)
+        memory = Memory(Streams(engine, states, stores, generators, policy, budget, clock=clock), tokenizer)
+        engine.mechanism.calibrate(engine.decoder, memory.snapshot()[0], tokenizer)
+        return memory
 
     def generate(
         self,

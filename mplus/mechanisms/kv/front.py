@@ -73,18 +73,9 @@ class Front:
     def _rows(self, layer: int, stream: int, hidden: Tensor) -> Tensor:
         """Return ``[P_i, w]``, the rows of one stream as they are kept."""
         parts = [self.begins[stream][layer].to(hidden)] if self.begins[stream].shape[1] else []
-        places, store = self.places[stream], self.views[stream].store
+        places = self.places[stream]
         if len(places):
-            ids = store.ids(layer)
-            ids = ids[places.to(ids.device)]
-            found = store.locate(layer, "projected", ids)
-            if found is None:
-                rows = store.gather(layer, ids, leave_out=("key", "expiry")).columns()["projected"]
-            else:
-                column, where = found.contiguous()
-                rows = column.index_select(0, where)
-            check_finite("keys and values of a memory", rows)  # the begin was looked at when it was made or read
-            parts.append(rows.to(hidden))
+            parts.append(rows_of(self.views[stream], layer, places).to(hidden))
         if not parts:
             return hidden.new_empty(0, self.kept.size)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -94,3 +85,17 @@ class Front:
         if key not in self.tables:
             self.tables[key] = self.kept.tables(layer, hidden, self.insertion.positions.to(hidden.device))
         return self.tables[key]
+
+
+def rows_of(view: StreamView, layer: int, places: Tensor) -> Tensor:
+    """Return ``[n, w]``, the keys and values of a stream's tokens at ``places`` ``[n]`` int64, as they are kept."""
+    ids = view.store.ids(layer)
+    ids = ids[places.to(ids.device)]
+    found = view.store.locate(layer, "projected", ids)
+    if found is None:
+        rows: Tensor = view.store.gather(layer, ids, leave_out=("key", "expiry")).columns()["projected"]
+    else:
+        column, where = found.contiguous()
+        rows = column.index_select(0, where)
+    check_finite("keys and values of a memory", rows)  # the begin was looked at when it was made or read
+    return rows

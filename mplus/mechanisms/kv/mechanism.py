@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
-from mplus.config import Component, MPlusConfig, any_number, one_of, whole
+from mplus.config import Component, MPlusConfig, any_number, flag, one_of, whole
 from mplus.errors import ConfigError, InputError
 from mplus.mechanisms.base import Kept
 from mplus.mechanisms.decoder import Decoder, Text
@@ -66,8 +67,9 @@ class KvMechanism(KvReads):
             retrieved_chunks: brought back at most; None: as many as ``retrieved_tokens`` has room for.
             min_score: a chunk whose score is not above it is not brought back; 0: all may be; None: as
                 ``MPlusConfig.min_score`` says, else the threshold of the retriever.
-            rerank: so many of the best are reordered by how likely the decoder finds the question behind each of them,
-                in one batched pass; 0: none.
+            rerank: so many of the best are reordered by how well their tokens match those of the question (late
+                interaction), which takes no pass; 0: none.
+            likelihood: and by how likely the decoder finds the question behind each of them, in one batched pass.
         """
 
         context_chunks: int | None = field(default=0, validator=whole(0, optional=True))
@@ -78,6 +80,7 @@ class KvMechanism(KvReads):
         retrieved_chunks: int | None = field(default=1, validator=whole(1, optional=True))
         min_score: float | None = field(default=None, validator=any_number)
         rerank: int = field(default=6, validator=whole(0))
+        likelihood: bool = field(default=False, validator=flag)
 
         @classmethod
         def defaults(cls, variant: str) -> dict[str, Any]:
@@ -145,6 +148,15 @@ class KvMechanism(KvReads):
         }
         return evolve(found, **news) if news else found
 
+    def calibrate(self, decoder: Decoder, view: StreamView, tokenizer: Any) -> None:
+        """Find out in which layers the decoder tells texts apart; say what is lost where there is no tokenizer."""
+        if tokenizer is None:
+            self.calibrations.warn_without_tokenizer()
+            return
+        state = self.with_tokenizer(view.state, tokenizer)
+        first = self._begin_ids(state, decoder.shape.first_token)
+        self.calibrations.of(decoder, view, first, lambda: self._begins(decoder, [state])[0], tokenizer)
+
     def chunks(self, ids: Tensor, tokenizer: Any) -> list[Tensor]:
         """Cut behind sentences, lines or words; without a tokenizer, behind every ``chunk_tokens``."""
         if tokenizer is None:
@@ -161,10 +173,11 @@ class KvMechanism(KvReads):
         beside = []
         for row, (view, state) in enumerate(zip(views, states, strict=True)):
             first = self._begin_ids(state, decoder.shape.first_token)
-            known = self.calibrations.of(decoder, view, begins[row], first, text.tokenizer)
+            known = self.calibrations.of(decoder, view, first, partial(begins.__getitem__, row), text.tokenizer)
             hidden = [states_[row : row + 1] for states_ in found.hidden_states]
-            (key,) = self.chunk_retriever.chunk_keys(ids[row : row + 1], hidden, known, text.tokenizer)
-            beside.append({"begin_ids": first, "begin_rows": begins[row], "chunk_key": key, "calibration": known})
+            calibration = known["calibration"]
+            (key,) = self.chunk_retriever.chunk_keys(ids[row : row + 1], hidden, calibration, text.tokenizer)
+            beside.append({"begin_ids": first, "begin_rows": begins[row], "chunk_key": key, **known})
         return Update((), found.projected, beside=tuple(beside))
 
     def absorb(self, state: Any, update: Update, source: int, context: WriteContext) -> Absorbed:
@@ -181,7 +194,7 @@ class KvMechanism(KvReads):
         if beside and not state.begin_rows.shape[1]:
             state = state.with_begin(beside["begin_ids"], beside["begin_rows"].to(device, dtype))
         if beside:
-            state, key = found_by(state, beside["calibration"], beside["chunk_key"])
+            state, key = found_by(state, beside, beside["chunk_key"])
         after, evicted = self._evict(state.with_chunk(ids, source, key), context)
         return Absorbed(after, 0, evicted)
 

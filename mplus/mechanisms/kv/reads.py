@@ -14,11 +14,12 @@ from mplus.config import MPlusConfig
 from mplus.errors import InputError
 from mplus.mechanisms.base import MemoryMechanism
 from mplus.mechanisms.decoder import Decoder, Project, Text
+from mplus.mechanisms.kv.asked import Asked, ChosenChunks
 from mplus.mechanisms.kv.calibration import Calibrations
 from mplus.mechanisms.kv.chat import ChatFormat
 from mplus.mechanisms.kv.front import Front
 from mplus.mechanisms.kv.prompt import Prompt
-from mplus.mechanisms.kv.retrieval import Asked, ChosenChunks, Retrieval
+from mplus.mechanisms.kv.retrieval import Retrieval
 from mplus.mechanisms.kv.state import KvState, state_of
 from mplus.mechanisms.opened import Insertion, Opened, Retrieved
 from mplus.memory.sources.found import FoundText
@@ -54,12 +55,13 @@ class KvReads(MemoryMechanism):
     def __init__(self, config: MPlusConfig, additions: nn.Module, options: Any) -> None:
         super().__init__(config, additions, options)
         self.chunk_retriever = CHUNK_RETRIEVERS.build(config.retriever)
-        self.calibrations = Calibrations(self.chunk_retriever, config.retriever)
+        self.calibrations = Calibrations(self.chunk_retriever, config.retriever, options.rerank > 1)
         self.retrieval = Retrieval(
             retriever=self.chunk_retriever,
             chunks=options.retrieved_chunks,
             min_score=options.min_score if config.min_score is None else config.min_score,
             rerank=options.rerank,
+            likelihood=options.likelihood,
         )
 
     def open(self, decoder: Decoder, views: Sequence[StreamView], text: Text) -> Opened:

@@ -17,7 +17,9 @@ from mplus.stores.base import MemoryStore, StoreLayout
 TABLE = ("chunk_length", "chunk_source", "chunk_time", "token_ids")
 """The tensors of memories that were saved when nothing but the table was kept."""
 CHAT = ("begin_ids", "opening_ids", "closing_ids")
-NAMES = (*TABLE, *CHAT, "begin_rows", "chunk_key", "calibration")
+KNOWN = ("calibration", "late_interaction")
+"""What was found out about the decoder; memories that were saved before it was have none of it."""
+NAMES = (*TABLE, *CHAT, "begin_rows", "chunk_key", *KNOWN)
 
 
 @define(frozen=True, eq=False, kw_only=True)
@@ -40,6 +42,7 @@ class KvState(StreamState):
         chunk_key: ``[c, v]`` floating, what a retriever finds each chunk by; v is 0 where it keeps nothing.
         calibration: ``[x]`` float32, what the retriever knew of the decoder when the first chunk was written; empty
             where there was nothing to know, or no tokenizer.
+        late_interaction: ``[y]`` float32, in which layers tokens are compared (``LateInteraction``); empty likewise.
         reads_all: every text reads all chunks, as a decoder is checked with when it is wrapped; never saved.
     """
 
@@ -55,6 +58,7 @@ class KvState(StreamState):
     begin_rows: Tensor
     chunk_key: Tensor
     calibration: Tensor
+    late_interaction: Tensor
     reads_all: bool = False
 
     @classmethod
@@ -72,6 +76,7 @@ class KvState(StreamState):
             begin_rows=torch.empty(layout.layers, 0, layout.projected_size, dtype=layout.dtype, device=layout.device),
             chunk_key=torch.empty(0, 0),
             calibration=torch.empty(0),
+            late_interaction=torch.empty(0),
         )
 
     @property
@@ -119,9 +124,10 @@ class KvState(StreamState):
         """Return this state with the tokens ``[b]`` that chunks are written behind, and their rows ``[L, b, w]``."""
         return evolve(self, begin_ids=ids.to("cpu", torch.int32), begin_rows=rows)
 
-    def with_calibration(self, calibration: Tensor) -> Self:
-        """Return this state with what the retriever knows of the decoder, ``[x]``."""
-        return evolve(self, calibration=calibration.to("cpu", torch.float32))
+    def with_known(self, known: Mapping[str, Tensor]) -> Self:
+        """Return this state with what was found out about the decoder: vectors by the names of ``KNOWN``."""
+        news: dict[str, Any] = {name: known[name].to("cpu", torch.float32) for name in KNOWN}
+        return evolve(self, **news)
 
     def without_keys(self) -> Self:
         """Return this state with nothing to find its chunks by but their ids."""
@@ -129,7 +135,7 @@ class KvState(StreamState):
 
     def without_computed(self) -> Self:
         left = evolve(self, begin_rows=self.begin_rows[:, :0])
-        return left if self.tokens else evolve(left, calibration=torch.empty(0))
+        return left if self.tokens else left.with_known(dict.fromkeys(KNOWN, torch.empty(0)))
 
     def kept_chunks(self) -> Iterable[tuple[int, int, Tensor]]:
         ids = self.token_ids.long().split(self.chunk_length.tolist()) if len(self.chunk_length) else ()
@@ -142,6 +148,7 @@ class KvState(StreamState):
             opening_ids=self.opening_ids,
             closing_ids=self.closing_ids,
             calibration=self.calibration,
+            late_interaction=self.late_interaction,
         )
 
     def check_rewritable(self, tokenizer: object) -> None:
@@ -171,8 +178,8 @@ class KvState(StreamState):
         if tensors.keys() == set(TABLE):  # of a version that kept nothing else
             none = cls.empty(layout).tensors() | {"chunk_key": torch.empty(len(tensors["chunk_length"]), 0)}
             tensors = {**none, **tensors}
-        if tensors.keys() == set(NAMES) - {"calibration"}:
-            tensors = {**tensors, "calibration": torch.empty(0)}
+        if tensors.keys() >= set(NAMES) - set(KNOWN):
+            tensors = {**dict.fromkeys(KNOWN, torch.empty(0)), **tensors}
         if tensors.keys() != set(NAMES):
             raise MemoryMismatchError(f"a table of chunks must have the tensors {NAMES}, got {sorted(tensors)}")
         parts: dict[str, Any] = {name: tensor.cpu() for name, tensor in tensors.items() if name != "begin_rows"}
@@ -213,6 +220,9 @@ class KvState(StreamState):
         if len(found.calibration) and not (bool(found.calibration.any()) and bool(found.chunk_key.any())):
             lost.append(("what chunks are found by, besides their words", MemoryMismatchError("it is all zeros")))
             found = found.without_keys()
+        if len(found.late_interaction) and not bool(found.late_interaction.any()):
+            lost.append(("in which layers tokens are compared", MemoryMismatchError("it is all zeros")))
+            found = evolve(found, late_interaction=torch.empty(0))
         return found.tensors(), lost
 
     def mended_with(self, store: MemoryStore) -> tuple[Self, list[str]]:
@@ -273,9 +283,13 @@ class KvState(StreamState):
             raise MemoryMismatchError(
                 f"chunk_key must be floating [{len(self.chunk_length)}, v], got {keys.dtype} {list(keys.shape)}"
             )
-        if self.calibration.dim() != 1 or self.calibration.dtype != torch.float32:
-            found = self.calibration
-            raise MemoryMismatchError(f"calibration must be torch.float32 [x], got {found.dtype} {list(found.shape)}")
+        for name in KNOWN:
+            found = getattr(self, name)
+            if found.dim() != 1 or found.dtype != torch.float32:
+                raise MemoryMismatchError(f"{name} must be torch.float32 [x], got {found.dtype} {list(found.shape)}")
+        layers = self.late_interaction[:-2]
+        if len(self.late_interaction) and not bool(((layers >= 0) & (layers < layout.layers)).all()):
+            raise MemoryMismatchError(f"late_interaction must name layers below {layout.layers}, got {layers.tolist()}")
 
 
 def state_of(view: StreamView) -> KvState:

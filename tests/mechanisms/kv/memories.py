@@ -39,6 +39,7 @@ def wrapped(architecture: str = "llama", implementation: str | None = None, **ch
             "retrieved_chunks",
             "min_score",
             "rerank",
+            "likelihood",
         )
         if name in changes
     }

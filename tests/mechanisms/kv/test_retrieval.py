@@ -12,7 +12,11 @@ from attrs import evolve
 import mplus
 from mplus.download import cache_folder
 from mplus.errors import CheckpointError, ConfigError
-from mplus.mechanisms.kv.retrieval import Asked, Retrieval, _likelihoods, _parts
+from mplus.mechanisms.kv.asked import Asked, ChosenChunks
+from mplus.mechanisms.kv.front import rows_of
+from mplus.mechanisms.kv.passes import values_in
+from mplus.mechanisms.kv.ranking import likelihoods, ranked
+from mplus.mechanisms.kv.retrieval import Retrieval, _parts
 from mplus.mechanisms.kv.state import state_of
 from mplus.retrievers.chunks import CHUNK_RETRIEVERS, ChunkRetriever, Chunks, Query
 from mplus.testing.chunk_retrievers import SmallTokenizer
@@ -46,11 +50,20 @@ def model() -> Iterator[Any]:
     CHUNK_RETRIEVERS.unregister("given")
 
 
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MPLUS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "calibrations"
+
+
 def set_options(model: Any, **options: Any) -> None:
     """Let an equal mechanism with other options stand in: wrapping a decoder takes a second."""
-    engine, usual = model.mplus_engine, {"order": "score", "min_score": None, "retrieved_chunks": 1, "rerank": 0}
+    engine, usual = (
+        model.mplus_engine,
+        {"order": "score", "min_score": None, "retrieved_chunks": 1, "rerank": 0, "likelihood": False},
+    )
     config = evolve(engine.config, retrieved_tokens=options.pop("retrieved_tokens", RETRIEVED))
-    own = evolve(engine.mechanism.options, **{**usual, **options})
+    own = evolve(engine.mechanism.options, **{**usual, "likelihood": False, **options})
     engine.mechanism = type(engine.mechanism)(config, engine.mechanism.additions, own)
 
 
@@ -108,26 +121,123 @@ def test_a_call_may_say_how_high_scores_must_be(model: Any) -> None:
 
 
 def test_the_decoder_says_behind_which_chunk_a_question_is_likely(model: Any) -> None:
-    set_options(model, rerank=3)
+    set_options(model, rerank=3, likelihood=True)
     memory, question = told(model, 4), text(5, 9)
     engine, (view,) = model.mplus_engine, memory.snapshot()
     asked = Asked(view, state_of(view).begin_rows, question, question, 99)
     with torch.no_grad():
-        (likely,) = _likelihoods(engine.decoder, [(asked, torch.tensor([3, 0, 1, 2]))])
+        (likely,) = likelihoods(engine.decoder, [(asked, torch.tensor([3, 0, 1, 2]))])
         for place, seed in enumerate((3, 0, 1, 2)):
             ids = torch.cat([torch.tensor([BOS]), text(6, seed), question])[None]
-            expected = model(ids).logits[0, -5:-1].log_softmax(-1).gather(1, question[1:, None]).sum()
-            assert float(likely[place]) == pytest.approx(float(expected), abs=1e-3)
+            expected = model(ids).logits[0, -5:-1].log_softmax(-1).gather(1, question[1:, None]).squeeze(1)
+            assert torch.allclose(likely[place].float(), expected, atol=1e-4)
     # Half a unit of the score for each nat decides among the best three, of which no two are near-equal then.
+    total = likely.sum(1).tolist()
     for first in (1, 2, 3):
-        Given.told = [20.0, *(50 - 0.5 * float(likely[(chunk + 1) % 4]) + 3 * (chunk == first) for chunk in (1, 2, 3))]
+        Given.told = [20.0, *(50 - 0.5 * total[(chunk + 1) % 4] + 4 * (chunk == first) for chunk in (1, 2, 3))]
         assert chosen(model, memory, question) == [f"s{first}"]
     Given.told = [99.0, 3.0, 3.0, 2.5]  # the first by far, however likely
     assert chosen(model, memory, question) == ["s0"]
 
 
+@pytest.mark.parametrize(
+    ("scores", "nats", "wanted"),
+    [
+        ([9.0, 9.0, 3.0], [[-2, -2], [-2, -2], [-2, -2]], "s1"),  # as good and as likely: the newer
+        ([9.0, 6.1, 3.0], [[-2, -2], [-2, -2], [-2, -2]], "s1"),  # near enough
+        ([9.0, 5.9, 3.0], [[-2, -2], [-2, -2], [-2, -2]], "s0"),  # too far
+        ([9.0, 9.0, 3.0], [[-2, -2], [-3.4, -1], [-2, -2]], "s1"),  # no token is much less likely
+        ([9.0, 9.0, 3.0], [[-2, -2], [-3.6, -1], [-2, -2]], "s0"),  # one is: it says something else
+        ([9.0, 9.0, 9.0], [[-2, -2], [-8, -2], [-2, -2]], "s2"),
+        ([5.0, 5.0, 5.0], [[], [], []], "s2"),  # a question of one token
+    ],
+)
+def test_the_newer_of_two_that_explain_every_word_of_a_question_alike_goes_first(
+    model: Any, monkeypatch: pytest.MonkeyPatch, scores: list[float], nats: list[list[float]], wanted: str
+) -> None:
+    set_options(model, rerank=3, likelihood=True)
+    memory, Given.told = told(model), scores
+
+    def given(decoder: Any, asked: Any) -> list[Tensor]:
+        return [torch.tensor([nats[chunk] for chunk in chunks.tolist()], dtype=torch.float64) for _, chunks in asked]
+
+    monkeypatch.setattr("mplus.mechanisms.kv.ranking.likelihoods", given)
+    assert chosen(model, memory, text(5, 9)) == [wanted]
+
+
+def test_tokens_of_a_question_are_matched_with_the_values_of_a_chunk(model: Any, cache: Path) -> None:
+    set_options(model, rerank=3, min_score=-1e9)
+    engine, tokenizer, question = model.mplus_engine, SmallTokenizer(), text(5, 9)
+    memory = told(model, tokenizer=tokenizer)
+    (view,) = memory.snapshot()
+    state, kept = state_of(view), engine.decoder.kept
+    *layers, mean, deviation = state.late_interaction.tolist()
+    assert layers == sorted({0, 1, 2, 3} & set(layers))
+    asked = Asked(view, state.begin_rows, question, question[:0], 99)
+    retrieval = Retrieval(retriever=engine.mechanism.chunk_retriever, rerank=3)
+    ((form,),) = retrieval.queries(engine.decoder, [asked], tokenizer)
+    with torch.no_grad():
+        bare = model.new_memory(tokenizer=None)
+        bare.write(question)  # written behind the same begin, so its rows have the values of the question's tokens
+    (other,) = bare.snapshot()
+    expected = []
+    for chunk in range(3):
+        best = []
+        for token in range(5):
+            cosines = [
+                torch.stack(
+                    [
+                        torch.cosine_similarity(one[None], two[None])[0]
+                        for layer in layers
+                        for one, two in zip(
+                            values_in(kept, rows_of(other, int(layer), torch.tensor([token])))[0],
+                            values_in(kept, rows_of(view, int(layer), torch.tensor([place])))[0],
+                            strict=True,
+                        )
+                    ]
+                ).mean()
+                for place in range(6 * chunk, 6 * chunk + 6)
+            ]
+            best.append(max(map(float, cosines)))
+        expected.append((sum(best) / 5 - mean) / deviation)
+    (found,) = ranked(engine.decoder, [(asked, [form], given_scores(3))], 0.25, False)
+    assert found.weights.tolist() == pytest.approx([2 * one for one in expected], abs=1e-3)
+    (nats,) = likelihoods(engine.decoder, [(asked, torch.arange(3))])
+    (both,) = ranked(engine.decoder, [(asked, [form], given_scores(3))], 0.25, True)
+    assert torch.allclose(both.weights, found.weights + nats.sum(1) / 2)
+    (nothing,) = ranked(engine.decoder, [(asked, [evolve(form, values=None)], given_scores(3))], 0.25, False)
+    assert nothing.weights.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("scores", "second", "wanted"),
+    [
+        ([20.0, 15.0, 3.0], 0, "s1"),  # the same words again, later
+        ([20.0, 13.9, 3.0], 0, "s0"),  # by far a worse answer to this question
+        ([20.0, 15.0, 3.0], 1, "s0"),  # other words
+        ([20.0, 19.8, 3.0], 1, "s1"),  # near-equal
+    ],
+)
+def test_the_newer_of_chunks_that_resemble_each_other_goes_first(
+    model: Any, cache: Path, scores: list[float], second: int, wanted: str
+) -> None:
+    set_options(model, rerank=3)
+    Given.told = scores
+    memory = model.new_memory(tokenizer=SmallTokenizer())
+    for place, seed in enumerate((0, second, 2)):
+        memory.write(text(6, seed), f"s{place}")
+    with pytest.MonkeyPatch.context() as patch:  # of tokens that were not trained, all values match more or less
+        patch.setattr("mplus.mechanisms.kv.ranking.ALIKE", 0.99)
+        patch.setattr("mplus.mechanisms.kv.ranking.MATCH", 0.0)
+        assert chosen(model, memory, text(5, 9)) == [wanted]
+
+
+def given_scores(count: int) -> ChosenChunks:
+    return ChosenChunks(torch.arange(count), torch.zeros(count, dtype=torch.float64))
+
+
 def test_a_batch_chooses_as_each_row_alone(model: Any) -> None:
-    set_options(model, retrieved_chunks=2, rerank=3)
+    set_options(model, retrieved_chunks=2, rerank=3, likelihood=True)
     memory, Given.told = told(model), [5.0, 4.9, 4.8]
     prompts = torch.stack([text(7, 11), text(7, 12)])
     both = model(prompts, memory=memory, output_sources=True).memory_sources
@@ -148,12 +258,6 @@ def test_a_question_is_also_asked_without_the_instruction_behind_it() -> None:
 
 
 # ---------------------------------------------------------------------- what is known of a decoder
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MPLUS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "calibrations"
 
 
 def scores_of(model: Any, memory: Any, tokenizer: Any) -> list[float]:
