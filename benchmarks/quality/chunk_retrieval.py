@@ -123,7 +123,7 @@ class Measured:
             Asked(self.view, self.reader.begins[0], self.ids(question + suffix), torch.empty(0), CUT)
             for question, _ in case.questions
         ]
-        queries: list[list[Query]] = []
+        queries: list[Sequence[Query]] = []
         for first in range(0, len(asked), BATCH):
             queries += retrieval.queries(self.engine.decoder, asked[first : first + BATCH], self.tokenizer)
         found: dict[str, Tensor] = {}
