@@ -114,7 +114,8 @@ def _parts(question: Tensor, tokenizer: Any) -> list[Tensor]:
     """Return a question, and what it has up to its last question mark where that is less: an instruction may follow."""
     if not hasattr(tokenizer, "convert_ids_to_tokens"):
         return [question]
-    marks = [place for place, piece in enumerate(tokenizer.convert_ids_to_tokens(question.tolist())) if "?" in piece]
+    pieces = tokenizer.convert_ids_to_tokens(question.tolist())  # None for an id that the tokenizer does not have
+    marks = [place for place, piece in enumerate(pieces) if "?" in (piece or "")]
     return [question] if not marks or marks[-1] + 1 == len(question) else [question, question[: marks[-1] + 1]]
 
 
