@@ -15,6 +15,7 @@ from mplus.training import manage_activations
 from mplus.training.activations.layout import SavedLayout
 from mplus.training.activations.managed import ActivationPlan
 from mplus.training.activations.planning import LayerBytes, held_bytes, recomputed_tokens
+from mplus.training.recipe.files import read_recipe
 from tests.training.activations.tiny_llama import (
     BATCH,
     TOKENS,
@@ -217,3 +218,10 @@ def test_a_tensor_comes_back_as_it_lay_in_memory(tensor):
     back = layout.restore(numbers.clone(memory_format=torch.contiguous_format))
     assert torch.equal(back, tensor)
     assert back.stride() == tensor.stride()
+
+
+@pytest.mark.parametrize(("value", "instead"), [(True, "recompute"), (False, "keep")])
+def test_a_recipe_with_the_earlier_setting_is_told_the_new_one(value, instead):
+    message = f"optimizer: gradient_checkpointing is called activations now, .* write activations = '{instead}'"
+    with pytest.raises(ConfigError, match=message):
+        read_recipe("recall-tiny", settings={"optimizer.gradient_checkpointing": value})
