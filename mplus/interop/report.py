@@ -57,8 +57,8 @@ class CaseReport:
 
     @property
     def worst(self) -> float:
-        """The largest of all errors."""
-        return max(self.errors.values(), default=0.0)
+        """The largest error of the quantities that ``tolerance`` is for."""
+        return max((error for name, error in self.errors.items() if name not in self.tolerances), default=0.0)
 
     def bound(self, quantity: str) -> float:
         """Return the largest error of a quantity that passes."""
