@@ -192,6 +192,11 @@ class KvReads(MemoryMechanism):
         longest = lengths.sort(descending=True).values[:chunks]
         return max(min(int(longest.sum()), self._room(decoder, text, view, prompt, read)), 0)
 
+    def attended_rows(self, view: StreamView) -> int:
+        """Return the tokens of the longest chunks that one read could bring back."""
+        longest = state_of(view).chunk_length.sort(descending=True).values[: self.options.retrieved_chunks]
+        return min(int(longest.sum()), self.config.retrieved_tokens)
+
     def _in_order(self, view: StreamView, found: ChosenChunks | None) -> ChosenChunks:
         """Return what was found in the order in which it is read; None: nothing was looked for."""
         state = state_of(view)

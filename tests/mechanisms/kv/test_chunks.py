@@ -133,3 +133,11 @@ def test_other_cuts_than_chunks_are_refused() -> None:
     model.mplus_engine.mechanism.chunks = lambda ids, tokenizer: [ids[:1]]
     with pytest.raises(MechanismError, match="'kv': chunks must cut 4 tokens into pieces of 1 to chunk_tokens"):
         model.new_memory().write([5, 6, 7, 8])
+
+
+def test_a_read_attends_to_as_many_tokens_as_the_longest_chunks_have() -> None:
+    model = mplus.wrap(load_decoder(), {"mechanism": {"name": "kv", "retrieved_chunks": 2}, "chunk_tokens": 24})
+    memory = model.new_memory()
+    for tokens in (3, 9, 5):
+        memory.write(torch.arange(5, 5 + tokens))
+    assert model.mplus_engine.mechanism.attended_rows(memory.snapshot()[0]) == 14
