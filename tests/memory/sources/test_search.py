@@ -65,7 +65,7 @@ def test_a_search_says_what_a_read_brings_back(model: Any) -> None:
     (layers,) = output.memory_sources
     scores = [score for score in dict.fromkeys(row.score for row in layers[0]) if score]
     found = memory.search(asked)
-    assert sorted(scores) == pytest.approx(sorted(one.score for one in found)[-len(scores) :])
+    assert sorted(scores) == pytest.approx(sorted(one.score for one in found[: len(scores)]))
     assert {row.source for row in layers[0]} <= {one.source for one in found}
 
 
