@@ -19,6 +19,8 @@ class SmallTokenizer(WordTokenizer):
     """Words share ids where the decoder has too few; every id is a word in turn."""
 
     def __call__(self, text, add_special_tokens=True, verbose=True):
+        if isinstance(text, list):
+            return {"input_ids": [self(one)["input_ids"] for one in text]}
         found = super().__call__(text)["input_ids"]
         return {"input_ids": [2 + number % (VOCAB_SIZE - 2) for number in found]}
 

@@ -76,6 +76,11 @@ class TestQuestions(Generated):
     implementation = SOURCES.get("questions")
 
 
+class TestNotes(Generated):
+    kind = "notes"
+    implementation = SOURCES.get("notes")
+
+
 class TestRecall(SourceConformance):
     implementation = SOURCES.get("recall")
     options: ClassVar = {"ages": "mixed", "unknown": 0.3, "window_tokens": 64}

@@ -378,7 +378,7 @@ def test_a_document_is_encoded_once_for_all_streams():
 
 
 def test_the_sources_are_registered():
-    assert SOURCES.names() == ["copying", "documents", "questions", "recall"]
+    assert SOURCES.names() == ["copying", "documents", "notes", "questions", "recall"]
     assert SOURCES.get("documents") is DocumentBatches
 
 
