@@ -33,8 +33,8 @@ def chat() -> str:
     options: Any = report.settings["protocol"]
     opening = (
         f"{report.circumstances['model']}, untrained, is told {options['notes']} notes and asked about them, "
-        f"{options['episodes']} sets of names kept apart from those that settings were chosen by (the order of the best "
-        "chunks alone was compared on both). `ceiling`: the right note alone, as text; "
+        f"{options['episodes']} sets of names kept apart from those that settings were chosen by (the order of the "
+        "best chunks alone was compared on both). `ceiling`: the right note alone, as text; "
         "`kv`: the keys and values of what a memory chooses; `kv-text`: the same as text."
     )
     return _section(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from mplus.evaluation.reports.report import Report
 from tests.helpers.pages import DOCS, run_page
 
 PAGE = DOCS / "compare.md"
 
 
+@pytest.mark.nightly  # its commands are those of the page about evaluation, at a larger size
 def test_every_block_does_what_the_page_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names, shown = run_page(PAGE)

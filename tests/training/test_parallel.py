@@ -17,13 +17,12 @@ import torch
 import mplus
 from mplus.testing.rounding import check_close
 from mplus.training import train
-from tests.helpers.modes import on_every_change
 from tests.training.parallel_worker import STEPS, exact_gradients, table, watched
 
-pytestmark = pytest.mark.two_computations
+pytestmark = [pytest.mark.two_computations, pytest.mark.nightly]
 
 ROOT = Path(__file__).parents[2]
-KINDS = on_every_change(("fsdp2",), nightly=("ddp", "fsdp2"))
+KINDS = ("ddp", "fsdp2")
 
 
 @pytest.fixture(scope="module")

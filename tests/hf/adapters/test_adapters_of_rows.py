@@ -46,7 +46,7 @@ def under_each(model: Any, rows: str) -> Memory:
     return memory
 
 
-@pytest.mark.parametrize("rows", ["hidden", "both", "projected"])
+@pytest.mark.parametrize("rows", ["hidden", pytest.param("both", marks=pytest.mark.nightly), "projected"])
 def test_each_row_is_as_its_adapter_alone(model: Any, rows: str) -> None:
     memory = under_each(model, rows)
     found = logits(model, memory, adapter_names=NAMES)

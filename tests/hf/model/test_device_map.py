@@ -76,7 +76,11 @@ def on_meta(model: Any) -> set[str]:
 PLACES = [(), ("1",), ("0", "2"), ("embed_tokens", "wte", "lm_head"), ("0", "1", "2", "norm", "ln_f")]
 
 
-@pytest.mark.parametrize("places", PLACES, ids=lambda places: " ".join(places) or "cpu")
+@pytest.mark.parametrize(
+    "places",
+    [pytest.param(places, marks=pytest.mark.nightly if len(places) == 1 else ()) for places in PLACES],
+    ids=lambda places: " ".join(places) or "cpu",
+)
 def test_loading_in_pieces_and_wrapping(
     family: str, places: tuple[str, ...], saved: Path, whole: Any, remembered: torch.Tensor, tmp_path: Path
 ) -> None:
@@ -97,7 +101,11 @@ def test_loading_in_pieces_and_wrapping(
 
 
 @pytest.mark.parametrize("places", PLACES[:3], ids=lambda places: " ".join(places) or "cpu")
-@pytest.mark.parametrize("load", [mplus.from_pretrained, AutoModelForCausalLM.from_pretrained], ids=["mplus", "Auto"])
+@pytest.mark.parametrize(
+    "load",
+    [pytest.param(mplus.from_pretrained, marks=pytest.mark.nightly), AutoModelForCausalLM.from_pretrained],
+    ids=["mplus", "Auto"],
+)
 def test_loading_a_wrapped_decoder_in_pieces(
     family: str, load: Any, places: tuple[str, ...], saved: Path, remembered: torch.Tensor, tmp_path: Path
 ) -> None:

@@ -67,7 +67,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return model, folder
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.nightly), torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA", "IA3", "modules_to_save", "VeRA", "prefix", "p-tuning"])
 def test_adapter_and_memory_come_back_bit_for_bit(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = adapted(kind, dtype)
