@@ -31,7 +31,7 @@ FOLDER = "calibrations"
 """In the cache folder."""
 SHIPPED = Path(__file__).parent / FOLDER
 """Those that come with mplus; its ``README.md`` says of which decoder, and how they are made."""
-VERSION = 2
+VERSION = 1
 """Of what retrievers make; a file of another version is not looked for."""
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from mplus.config import must_be
 from mplus.errors import MissingDependencyError
-from mplus.retrievers.chunks.base import ChunkDecoder, ChunkRetriever, Chunks, ChunkShape, Query, least_told
+from mplus.retrievers.chunks.base import ChunkDecoder, ChunkRetriever, Chunks, ChunkShape, Query, between
 from mplus.retrievers.chunks.statements import statements
 
 text = must_be("a text that is not empty", lambda value: isinstance(value, str) and bool(value.strip()))
@@ -67,7 +67,7 @@ class DenseRetriever(ChunkRetriever):
         similar = (questions @ passages.T).double()
         wrong = similar[~torch.eye(len(similar), dtype=torch.bool)]
         mean, deviation = wrong.mean(), wrong.std().clamp(min=1e-6)
-        return torch.stack([mean, deviation, least_told((similar - mean) / deviation)]).float()
+        return torch.stack([mean, deviation, between((similar - mean) / deviation)]).float()
 
     def chunk_keys(self, ids: Tensor, hidden_states: Sequence[Tensor], calibration: Tensor, tokenizer: Any) -> Tensor:
         if not len(calibration):

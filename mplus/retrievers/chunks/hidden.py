@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from mplus.config import whole
-from mplus.retrievers.chunks.base import ChunkDecoder, ChunkRetriever, Chunks, ChunkShape, Query, least_told
+from mplus.retrievers.chunks.base import ChunkDecoder, ChunkRetriever, Chunks, ChunkShape, Query, between
 from mplus.retrievers.chunks.statements import statements
 
 BATCH = 16
@@ -122,7 +122,7 @@ class HiddenRetriever(ChunkRetriever):
         keys = _standardised(passages[:, known.layers], known.chunks).flatten(1)
         asked = _standardised(questions[:, known.layers], known.queries).flatten(1)
         similar = torch.stack([known.scores(one, keys) for one in asked])
-        return torch.cat([known.flat(), least_told(similar).float()[None]]), similar
+        return torch.cat([known.flat(), between(similar).float()[None]]), similar
 
     @torch.no_grad()
     def chunk_keys(self, ids: Tensor, hidden_states: Sequence[Tensor], calibration: Tensor, tokenizer: Any) -> Tensor:

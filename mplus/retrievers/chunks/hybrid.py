@@ -10,7 +10,7 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.config import number, whole
-from mplus.retrievers.chunks.base import ChunkDecoder, ChunkRetriever, Chunks, ChunkShape, Query, least_told
+from mplus.retrievers.chunks.base import ChunkDecoder, ChunkRetriever, Chunks, ChunkShape, Query, between
 from mplus.retrievers.chunks.hidden import HiddenRetriever, compared
 from mplus.retrievers.chunks.words import WordRetriever, share
 
@@ -53,7 +53,7 @@ class HybridRetriever(ChunkRetriever):
 
     def calibrate(self, decoder: ChunkDecoder, tokenizer: Any) -> Tensor:
         found, similar = self.hidden.calibrated(decoder, tokenizer)
-        return torch.cat([found[:-1], least_told(similar + self.words.similar(tokenizer)).float()[None]])
+        return torch.cat([found[:-1], between(similar + self.words.similar(tokenizer)).float()[None]])
 
     def chunk_keys(self, ids: Tensor, hidden_states: Sequence[Tensor], calibration: Tensor, tokenizer: Any) -> Tensor:
         return self.hidden.chunk_keys(ids, hidden_states, calibration, tokenizer)

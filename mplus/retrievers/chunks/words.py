@@ -11,7 +11,7 @@ from attrs import define, field
 from torch import Tensor
 
 from mplus.config import is_number, must_be, number
-from mplus.retrievers.chunks.base import ChunkRetriever, Chunks, Query, least_told
+from mplus.retrievers.chunks.base import ChunkRetriever, Chunks, Query, between
 from mplus.retrievers.chunks.bm25 import Background, bm25
 from mplus.retrievers.chunks.folding import Folding
 from mplus.retrievers.chunks.statements import statements
@@ -83,7 +83,7 @@ class WordRetriever(ChunkRetriever):
 
     def threshold(self, chunks: Chunks) -> float:
         known = self._known_of(chunks.tokenizer)
-        return 0.0 if known is None else float(least_told(known.similar))
+        return 0.0 if known is None else float(between(known.similar))
 
     def similar(self, tokenizer: Any) -> Tensor:
         """Return the scores ``[n, n]`` of the passages of all statements for their questions; 0 without a tokenizer."""
