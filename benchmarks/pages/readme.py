@@ -41,10 +41,17 @@ def chat(record: Mapping[str, Any]) -> str:
         f"the prompt as text {found['right']}. A new process that opens the memory answers {same} of {len(again)} "
         f"questions word for word the same. The first token takes {late[memory['name']]} times as long as without "
         f"memory, behind the full window {late[window['name']]} times, once that was read. — {record['device']}, "
-        f"{record['threads']} thread{'s' * (record['threads'] > 1)}, torch {record['torch']}; the machine had other "
-        f"work (load average {record['load_average'][0]:.0f}), so no times are given."
+        f"{record['threads']} thread{'s' * (record['threads'] > 1)}, torch {record['torch']}; {time_taken(record)}."
     )
     return "".join(f"> {line}\n" for line in textwrap.wrap(text, 118, break_long_words=False, break_on_hyphens=False))
+
+
+def time_taken(record: Mapping[str, Any]) -> str:
+    """Return how long the demo took, or that other work took part of the machine."""
+    load = record["load_average"][0]
+    if load > record["threads"]:
+        return f"the machine had other work (load average {load:.0f}), so no times are given"
+    return f"{record['seconds']:.0f} s for the whole demo"
 
 
 def recall(record: Mapping[str, Any]) -> str:
