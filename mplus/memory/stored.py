@@ -131,7 +131,7 @@ class StoredMemory(MemoryContent):
         from mplus.memory.directory.open import open_streams
 
         (engine := engine_of(model)).check_options(store=store, eviction=eviction, bytes_budget=bytes_budget)
-        new = partial(model.new_memory, seed=seed, memory_rows=memory_rows, keep_text=keep_text)
+        new = partial(model.new_memory, tokenizer=tokenizer, seed=seed, memory_rows=memory_rows, keep_text=keep_text)
         streams = open_streams(
             path, engine, new, batch_size=batch_size, store=store, eviction=eviction, bytes_budget=bytes_budget,
             device=device, read_only=read_only, journal_bytes=journal_bytes, file_mode=file_mode, clock=clock,

@@ -345,3 +345,17 @@ def test_a_folder_that_cannot_be_written_is_told_of(
         memory = told(wrapped(retriever="hidden", rerank=0), 1, SmallTokenizer())
     assert "cannot be written" in caplog.text
     assert len(memory.states[0].calibration)
+
+
+def test_a_new_memory_is_calibrated_in_a_directory_too_and_without_a_tokenizer_says_once_what_is_lost(
+    cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = wrapped(retriever="hidden", rerank=0)
+    with caplog.at_level(logging.WARNING):
+        mplus.Memory.open(tmp_path / "memory", model, tokenizer=SmallTokenizer()).close()
+        assert len(list(cache.iterdir())) == 1, "before anything is written"
+        assert not caplog.records
+        for _ in range(2):
+            model.new_memory()
+    (said,) = caplog.messages
+    assert "without a tokenizer is searched by its token ids alone" in said
