@@ -56,6 +56,11 @@ TENANTS = {
     "lm_eval": {"evaluation"},
     "matplotlib": {"evaluation"},
     "sentence_transformers": {"retrievers"},
+    "fastapi": {"serving"},
+    "starlette": {"serving"},
+    "uvicorn": {"serving"},
+    "prometheus_client": {"serving"},
+    "ray": {"serving"},
 }
 INDEXED = {f"mplus.retrievers.{name}" for name in ("faiss_ivf", "ivf", "index_cache")}
 """Modules that are imported with faiss only."""
