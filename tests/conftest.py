@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -59,6 +61,25 @@ def _time_stands_still() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         clock.stop(patch)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    """A command that sets the number of torch's threads sets it for its own test only."""
+    import torch  # not earlier, as above
+
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_collects_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every training of a test would end in garbage collections of all that a run of tests holds, seconds each."""
+    memory = sys.modules.get("accelerate.utils.memory")
+    if memory is not None and not NIGHTLY:
+        monkeypatch.setattr(memory, "gc", SimpleNamespace(collect=lambda: 0))
 
 
 def pytest_collection_finish() -> None:
