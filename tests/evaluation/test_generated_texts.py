@@ -12,7 +12,7 @@ import pytest
 from mplus.errors import ConfigError, InputError
 from mplus.evaluation.tasks import protocol
 from mplus.evaluation.tasks.generated_conversations import ConversationGenerator
-from mplus.evaluation.tasks.people import ATTRIBUTES, FIRST, LAST, draw_names, fill, half
+from mplus.evaluation.tasks.people import ATTRIBUTES, FIRST, LAST, draw_names, fill, half, people_of
 from mplus.evaluation.texts import Texts
 from tests.evaluation import data
 from tests.evaluation.data import WordTokenizer
@@ -43,6 +43,21 @@ def test_the_halves_share_nothing_and_every_sentence_is_whole():
         assert not set(one.values) & set(other.values)
 
 
+def test_what_is_unseen_shares_nothing_with_the_halves():
+    unseen, seen = people_of("unseen"), [people_of("choose"), people_of("test")]
+    for people in seen:
+        assert not {*unseen.first, *unseen.last} & {*people.first, *people.last}
+    for kind in unseen.attributes:
+        for other in itertools.chain.from_iterable(people.attributes for people in seen):
+            assert not {*kind.values} & {*other.values}
+            assert not {*kind.told, *kind.changed, *kind.asked} & {*other.told, *other.changed, *other.asked}
+        for sentence in (*kind.told, *kind.changed):
+            assert sentence.count("{value}") == 1
+            assert "Agnes Hollis" in fill(sentence, "Agnes Hollis", "VALUE")
+    for one, other in itertools.combinations(unseen.attributes, 2):
+        assert not {*one.values} & {*other.values}
+
+
 def test_names_are_different_and_of_their_half():
     names = draw_names(200, "test", random.Random(0))
     assert len(set(names)) == 200
@@ -51,7 +66,7 @@ def test_names_are_different_and_of_their_half():
         draw_names(2000, "test", random.Random(0))
 
 
-@pytest.mark.parametrize("split", ["choose", "test"])
+@pytest.mark.parametrize("split", ["choose", "test", "unseen"])
 def test_notes_hold_the_answers_of_their_questions_and_the_newest_holds(split):
     made = make("notes", notes=60, changed=0.5, questions=30, untold=4, episodes=2, split=split)
     for episode in made.episodes():
@@ -64,7 +79,7 @@ def test_notes_hold_the_answers_of_their_questions_and_the_newest_holds(split):
             (need,), (answer,) = question.needs, question.answers
             assert answer in texts[need]
             name = next(name for name in re.findall(r"[A-Z]\w+ [A-Z]\w+", question.prompt) if name in texts[need])
-            values = next(kind.values for kind in ATTRIBUTES.values() if answer in kind.values)
+            values = next(kind.values for kind in people_of(split).attributes if answer in kind.values)
             holding = [
                 n for n, text in enumerate(texts) if name in text and any(re.search(rf"\b{v}\b", text) for v in values)
             ]

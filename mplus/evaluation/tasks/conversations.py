@@ -22,7 +22,7 @@ from mplus.evaluation.tasks.generated_conversations import (
     Sample,
     Turn,
 )
-from mplus.evaluation.tasks.people import Split
+from mplus.evaluation.tasks.people import Half
 from mplus.evaluation.texts import read
 
 CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", ADVERSARIAL: "never said"}
@@ -68,7 +68,7 @@ class Conversations(Protocol):
         sessions: int = field(default=12, validator=whole(1))
         turns: int = field(default=20, validator=whole(4))
         changed: float = 0.5
-        split: Split = field(default="test", validator=one_of("choose", "test"))
+        split: Half = field(default="test", validator=one_of("choose", "test"))
 
     options: Options
     name = "conversations"

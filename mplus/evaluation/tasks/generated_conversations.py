@@ -13,7 +13,7 @@ from typing import NotRequired, TypedDict
 
 from attrs import define, field
 
-from mplus.evaluation.tasks.people import ATTRIBUTES, Split, draw_names, fill, half
+from mplus.evaluation.tasks.people import ATTRIBUTES, Half, draw_names, fill, half
 
 SINGLE, TEMPORAL, MULTI, ADVERSARIAL = 4, 2, 1, 5
 """Categories of questions, as LoCoMo numbers them; 3, what needs knowledge of the world, is not generated."""
@@ -114,7 +114,7 @@ class ConversationGenerator:
     sessions: int = 12
     turns: int = 20
     changed: float = 0.5
-    split: Split = "test"
+    split: Half = "test"
     seed: int = 0
     _rng: random.Random = field(init=False, factory=random.Random)
     _said: list[Said] = field(init=False, factory=list)

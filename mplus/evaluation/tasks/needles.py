@@ -12,7 +12,7 @@ from mplus.config import JsonValue, is_number, must_be, one_of, whole
 from mplus.evaluation.tasks.base import Episode, FileOptions, Passage, Protocol, Question
 from mplus.evaluation.tasks.contexts import holds
 from mplus.evaluation.tasks.novels import haystack, novel_paragraphs
-from mplus.evaluation.tasks.people import ATTRIBUTES, Split, draw_names, fill, half
+from mplus.evaluation.tasks.people import SPLITS, Split, draw_names, fill, people_of
 
 CELL = "{} tokens at depth {}"
 """Category of a needle in a haystack of so many tokens, at a depth from 0 to 1."""
@@ -49,7 +49,7 @@ class Needles(Protocol):
         lengths: tuple[int, ...] | None = field(default=None, converter=optional(tuple))
         depths: tuple[float, ...] = field(default=(0, 0.25, 0.5, 0.75, 1), converter=tuple, validator=DEPTHS)
         episodes: int = field(default=5, validator=whole(1))
-        split: Split = field(default="test", validator=one_of("choose", "test"))
+        split: Split = field(default="test", validator=one_of(*SPLITS))
         prompt: str = field(default="{question} Answer with one short sentence.", validator=holds("{question}"))
 
     options: Options
@@ -73,7 +73,7 @@ class Needles(Protocol):
     def episodes(self) -> list[Episode]:
         options = self.options
         rng = random.Random(f"{self.name}:{options.split}:{options.seed}")  # noqa: S311 - reproducible
-        books = novel_paragraphs(options.data, "test" if options.split == "test" else "train")
+        books = novel_paragraphs(options.data, "train" if options.split == "choose" else "test")
         cases = [
             (tokens, depth) for tokens in self._lengths for depth in options.depths for _ in range(options.episodes)
         ]
@@ -89,12 +89,12 @@ class Needles(Protocol):
     def _episode(
         self, number: int, category: str, person: str, novel: Sequence[str], place: int, rng: random.Random
     ) -> Episode:
-        kind = rng.choice(list(ATTRIBUTES.values()))
-        value = rng.choice(half(kind.values, self.options.split))
-        needle = fill(rng.choice(half(kind.told, self.options.split)), person, value)
+        kind = rng.choice(people_of(self.options.split).attributes)
+        value = rng.choice(kind.values)
+        needle = fill(rng.choice(kind.told), person, value)
         told = [Passage(text=text, source=f"novel {at}") for at, text in enumerate(novel)]
         told.insert(place, Passage(text=needle, source="needle"))
-        prompt = self.options.prompt.replace("{question}", fill(half(kind.asked, self.options.split)[0], person))
+        prompt = self.options.prompt.replace("{question}", fill(kind.asked[0], person))
         age = len(novel) - place
         question = Question(
             prompt=prompt, answers=(value,), needs=(place,), after=place, ages=(age,), category=category

@@ -11,10 +11,11 @@ from attrs.converters import optional
 
 from mplus.config import JsonValue, number, one_of, whole
 from mplus.errors import InputError
+from mplus.evaluation.tasks.attributes import Attribute
 from mplus.evaluation.tasks.base import Episode, Passage, Protocol, Question
 from mplus.evaluation.tasks.contexts import holds
 from mplus.evaluation.tasks.novels import haystack, novel_paragraphs
-from mplus.evaluation.tasks.people import ATTRIBUTES, Attribute, Split, draw_names, fill, half
+from mplus.evaluation.tasks.people import SPLITS, Split, draw_names, fill, people_of
 
 
 @define(frozen=True)
@@ -47,7 +48,8 @@ class Notes(Protocol):
             facts: told of each person, so that other notes name the same person.
             changed: share of the facts that change later, by a note of their own.
             questions: of each episode; at most one for a fact.
-            split: names, values and sentences for choosing settings ("choose") or for what is reported ("test").
+            split: names, values and sentences for choosing settings ("choose"), for what is reported ("test"), or such
+                as nothing was tried on ("unseen").
             prompt: how it is asked; ``{question}`` stands for the question.
         """
 
@@ -59,7 +61,7 @@ class Notes(Protocol):
         episodes: int = field(default=1, validator=whole(1))
         questions: int = field(default=24, validator=whole(1))
         passage_tokens: int = field(default=128, validator=whole(1))
-        split: Split = field(default="test", validator=one_of("choose", "test"))
+        split: Split = field(default="test", validator=one_of(*SPLITS))
         prompt: str = field(default="{question} Answer with one short sentence.", validator=holds("{question}"))
 
     options: Options
@@ -77,15 +79,16 @@ class Notes(Protocol):
         return self.options.notes + -(-2 * self.options.among // self.options.passage_tokens)
 
     def episodes(self) -> list[Episode]:
-        if self.options.facts > len(ATTRIBUTES):
-            raise InputError(f"facts must be at most {len(ATTRIBUTES)}, one of each kind, got {self.options.facts}")
+        kinds = len(people_of(self.options.split).attributes)
+        if self.options.facts > kinds:
+            raise InputError(f"facts must be at most {kinds}, one of each kind, got {self.options.facts}")
         return [self._episode(number) for number in range(self.options.episodes)]
 
     def _episode(self, number_: int) -> Episode:
         options = self.options
         rng = random.Random(f"{self.name}:{options.split}:{options.seed}:{number_}")  # noqa: S311 - reproducible
         facts = self._facts(rng)
-        notes = _in_order(facts, options.split, rng)
+        notes = _in_order(facts, rng)
         texts = [(text, f"note {place}") for place, (text, _, _) in enumerate(notes)]
         places = list(range(len(notes)))
         if options.among:
@@ -98,7 +101,7 @@ class Notes(Protocol):
         return Episode(number=number_, passages=told, questions=tuple(questions))
 
     def _question(self, fact: Fact, answers: tuple[str, ...], needs: tuple[int, ...], after: int) -> Question:
-        (asked,) = half(fact.attribute.asked, self.options.split)
+        (asked,) = fact.attribute.asked
         prompt = self.options.prompt.replace("{question}", fill(asked, fact.person))
         return Question(prompt=prompt, answers=answers, needs=needs, after=after)
 
@@ -106,26 +109,25 @@ class Notes(Protocol):
         """Draw facts until they make as many notes as there should be."""
         options = self.options
         people = draw_names(-(-options.notes // options.facts), options.split, rng)
+        kinds = people_of(options.split).attributes
         facts: list[Fact] = []
         left = options.notes
         for person in people:
-            for attribute in rng.sample(list(ATTRIBUTES.values()), options.facts):
+            for attribute in rng.sample(kinds, options.facts):
                 turns = 2 if left > 1 and rng.random() < options.changed else 1
                 if left:
-                    facts.append(
-                        Fact(person, attribute, tuple(rng.sample(half(attribute.values, options.split), turns)))
-                    )
+                    facts.append(Fact(person, attribute, tuple(rng.sample(attribute.values, turns))))
                     left -= turns
         return facts
 
     def _untold(self, facts: Sequence[Fact], rng: random.Random) -> Iterator[Fact]:
         """Yield what was never told, in turn: of people in the notes another thing, and of people who are in none."""
         options = self.options
-        told = {(fact.person, id(fact.attribute)) for fact in facts}
+        told = {(fact.person, fact.attribute) for fact in facts}
         known = list(dict.fromkeys(fact.person for fact in facts))
         strangers = [name for name in draw_names(4 * len(known), options.split, rng) if name not in known]
-        kinds = list(ATTRIBUTES.values())
-        others = [Fact(person, kind, ()) for person in known for kind in kinds if (person, id(kind)) not in told]
+        kinds = people_of(options.split).attributes
+        others = [Fact(person, kind, ()) for person in known for kind in kinds if (person, kind) not in told]
         rng.shuffle(others)
         for number_ in range(options.untold):
             if number_ % 2 or not others:
@@ -138,7 +140,7 @@ class Notes(Protocol):
         options = self.options
         if options.data is None:
             raise InputError("among needs novels: set data to a text file or a folder of them")
-        books = novel_paragraphs(options.data, "test" if options.split == "test" else "train")
+        books = novel_paragraphs(options.data, "train" if options.split == "choose" else "test")
         novel = list(haystack(self.texts, books, options.among, options.passage_tokens, rng))
         after = sorted(rng.randrange(len(novel) + 1) for _ in notes)
         mixed: list[tuple[str, str]] = []
@@ -156,14 +158,14 @@ class Notes(Protocol):
         return {name: value for name, value in super().settings().items() if name not in {"passages", "before"}}
 
 
-def _in_order(facts: Sequence[Fact], split: Split, rng: random.Random) -> list[tuple[str, Fact, bool]]:
+def _in_order(facts: Sequence[Fact], rng: random.Random) -> list[tuple[str, Fact, bool]]:
     """Return the notes about ``facts`` in random order, but what changed behind what was; and which are the newest."""
     order = [(rng.random(), fact) for fact in facts for _ in fact.values]
     seen: dict[Fact, int] = {}
     notes = []
     for _, fact in sorted(order, key=lambda entry: entry[0]):
         turn = seen[fact] = seen.get(fact, -1) + 1
-        sentences = half(fact.attribute.changed if turn else fact.attribute.told, split)
+        sentences = fact.attribute.changed if turn else fact.attribute.told
         text = fill(rng.choice(sentences), fact.person, fact.values[turn])
         notes.append((text, fact, turn == len(fact.values) - 1))
     return notes

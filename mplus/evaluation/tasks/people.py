@@ -1,7 +1,8 @@
 """Invented people: names, what can be true of them, and the sentences that say so, ask for it and say that it changed.
 
-Everything comes in two halves that share no first name, no last name, no value and no sentence: "choose", for whoever
-looks for good settings, and "test", for what is reported.
+Everything comes in splits that share no first name, no last name, no value and no sentence: "choose", for whoever looks
+for good settings; "test", for what is reported; and "unseen", with other things that are true of people besides, for a
+last word when settings were tried on "test" too.
 """
 
 from __future__ import annotations
@@ -10,9 +11,14 @@ import random
 from collections.abc import Sequence
 from typing import Literal, TypeVar
 
-from attrs import define
+from attrs import define, evolve
 
-Split = Literal["choose", "test"]
+from mplus.evaluation.tasks import unseen_people
+from mplus.evaluation.tasks.attributes import Attribute, words
+
+Half = Literal["choose", "test"]
+Split = Literal["choose", "test", "unseen"]
+SPLITS: tuple[Split, ...] = ("choose", "test", "unseen")
 Item = TypeVar("Item")
 
 FIRST = """
@@ -29,32 +35,9 @@ Thorne Ueda Varga Winther Yilmaz Zeller Ashford Boateng Cardoso Demir Engel Fons
 """.split()
 
 
-@define(frozen=True, kw_only=True)
-class Attribute:
-    """Something that is true of a person.
-
-    Attributes:
-        values: it can have; the first half is for choosing, the second for tests.
-        told: sentences that tell it, with ``{name}``, ``{first}`` (the first name) and ``{value}``; halves as above.
-        changed: sentences that tell that it is another one now; halves as above.
-        said: sentences in which a person tells it of themselves, with ``{value}``; halves as above.
-        asked: questions, with ``{name}``; halves as above.
-    """
-
-    values: tuple[str, ...]
-    told: tuple[str, ...]
-    changed: tuple[str, ...]
-    said: tuple[str, ...]
-    asked: tuple[str, ...]
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
 ATTRIBUTES: dict[str, Attribute] = {
     "city": Attribute(
-        values=_words(
+        values=words(
             "Lisbon Osaka Denver Nairobi Prague Lima Dublin Hanoi Oslo Cairo Quebec Athens "
             "Tallinn Seville Perth Lagos Busan Turin Geneva Riga Boston Porto Kyoto Dakar"
         ),
@@ -81,7 +64,7 @@ ATTRIBUTES: dict[str, Attribute] = {
         asked=("Where does {name} live?", "In which city does {name} live?"),
     ),
     "job": Attribute(
-        values=_words(
+        values=words(
             "welder dentist pilot baker carpenter nurse violinist plumber lawyer farmer sculptor chemist "
             "tailor sailor florist butcher librarian surveyor beekeeper locksmith jeweller gardener translator potter"
         ),
@@ -108,7 +91,7 @@ ATTRIBUTES: dict[str, Attribute] = {
         asked=("What does {name} work as?", "What is the profession of {name}?"),
     ),
     "dog": Attribute(
-        values=_words(
+        values=words(
             "Pepper Biscuit Shadow Mango Ziggy Clover Nugget Rusty Pixel Waffle Comet Juno "
             "Bramble Truffle Marble Sparky Olive Tango Misty Rocket Button Cinder Pickle Domino"
         ),
@@ -135,7 +118,7 @@ ATTRIBUTES: dict[str, Attribute] = {
         asked=("What is the name of {name}'s dog?", "What is the dog of {name} called?"),
     ),
     "dish": Attribute(
-        values=_words(
+        values=words(
             "lasagna ramen paella goulash falafel risotto tacos dumplings curry pancakes sushi chili "
             "gnocchi couscous pierogi ceviche borscht moussaka kimchi fondue polenta tempura ratatouille burritos"
         ),
@@ -162,7 +145,7 @@ ATTRIBUTES: dict[str, Attribute] = {
         asked=("What is {name}'s favourite dish?", "Which dish does {name} like best?"),
     ),
     "instrument": Attribute(
-        values=_words(
+        values=words(
             "cello trumpet harp accordion clarinet banjo flute drums piano mandolin oboe guitar "
             "viola trombone ukulele saxophone organ bassoon fiddle xylophone lute zither tuba harmonica"
         ),
@@ -189,7 +172,7 @@ ATTRIBUTES: dict[str, Attribute] = {
         asked=("Which instrument does {name} play?", "What instrument does {name} play?"),
     ),
     "car": Attribute(
-        values=_words(
+        values=words(
             "turquoise orange violet beige crimson silver maroon golden pink navy olive white "
             "purple yellow grey bronze scarlet ivory teal copper lilac black amber mint"
         ),
@@ -218,8 +201,28 @@ ATTRIBUTES: dict[str, Attribute] = {
 }
 
 
-def half(items: Sequence[Item], split: Split) -> Sequence[Item]:
-    """Return the items of a split: every other one."""
+@define(frozen=True)
+class People:
+    """Names, and what can be true of those who bear them."""
+
+    first: Sequence[str]
+    last: Sequence[str]
+    attributes: Sequence[Attribute]
+
+
+def people_of(split: Split) -> People:
+    """Return the people of a split."""
+    if split == "unseen":
+        own = unseen_people
+        return People(own.FIRST, own.LAST, list(own.ATTRIBUTES.values()))
+    fields = ("values", "told", "changed", "said", "asked")
+    halves = [{name: tuple(half(getattr(kind, name), split)) for name in fields} for kind in ATTRIBUTES.values()]
+    attributes = [evolve(kind, **own) for kind, own in zip(ATTRIBUTES.values(), halves, strict=True)]
+    return People(half(FIRST, split), half(LAST, split), attributes)
+
+
+def half(items: Sequence[Item], split: Half) -> Sequence[Item]:
+    """Return the items of a half: every other one."""
     return items[0::2] if split == "choose" else items[1::2]
 
 
@@ -228,7 +231,8 @@ def draw_names(count: int, split: Split, rng: random.Random) -> list[str]:
 
     Raises ValueError where there are not so many.
     """
-    first, last = half(FIRST, split), half(LAST, split)
+    people = people_of(split)
+    first, last = people.first, people.last
     if count > len(first) * len(last):
         raise ValueError(f"there are {len(first) * len(last):,} names of the split {split!r}, got a wish for {count:,}")
     pairs = rng.sample(range(len(first) * len(last)), count)
