@@ -1,0 +1,1 @@
+"""The page at ``/``: a chat with a memory, in one HTML file."""
