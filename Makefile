@@ -10,7 +10,7 @@ export PYTHON
 # Once installed, nothing here needs the network.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint type pytest docs package test-real test-matrix test-nightly test-cpus clean
+.PHONY: demo test lint type pytest docs package test-real test-serving test-matrix test-nightly test-cpus clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt tools/environment.sh
 	tools/environment.sh $(VENV)
@@ -44,6 +44,11 @@ package: $(VENV)/.installed  ## The sdist and the wheel, in dist/, and the wheel
 test-real: $(VENV)/.installed  ## The tests with a chat model, which is downloaded (93 MB) where it is not there yet
 	$(VENV)/bin/mplus get smollm2
 	$(VENV)/bin/pytest tests/real
+
+test-serving: $(VENV)/.installed  ## The tests of the server, those with openai's client, Ray and Chromium too, which it installs
+	command -v chromium > /dev/null || apt-get install --yes --no-install-recommends chromium
+	$(VENV)/bin/pip install --no-compile -c constraints.txt -e '.[ray]' openai playwright
+	MPLUS_RAY=1 $(VENV)/bin/pytest tests/serving
 
 test-matrix:  ## The tests with the oldest supported transformers and with the newest release
 	tools/environment.sh .venv-transformers-oldest transformers==$(OLDEST_TRANSFORMERS)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.helpers.modes import NIGHTLY
+from tests.serving import browser
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Read by torch when it is imported: several workers with a thread per core each would wait for one another.
@@ -23,6 +24,12 @@ settings.register_profile("default", settings(**_CLOCKLESS))
 settings.register_profile("ci", settings(**_CLOCKLESS, derandomize=True))
 settings.register_profile("nightly", settings(**_CLOCKLESS, max_examples=2000))
 settings.load_profile("nightly" if NIGHTLY else "ci" if "CI" in os.environ else "default")
+
+
+def pytest_report_header() -> str | None:
+    """Say where tests/serving/page cannot look at the page in a browser."""
+    lacking = browser.missing()
+    return f"no browser tests, for want of {' and '.join(lacking)}: make test-serving" if lacking else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
