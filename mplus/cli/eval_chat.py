@@ -35,8 +35,8 @@ Memories = Annotated[
     typer.Option(
         "--memory",
         metavar="LABEL",
-        help="Memory to measure: a mechanism, MECHANISM:RETRIEVER, MECHANISM:* for every retriever, or a config as "
-        "JSON. May be repeated; default: kv.",
+        help="Memory to measure: a mechanism, MECHANISM:RETRIEVER, MECHANISM:* for every retriever, a config as JSON, "
+        "or LABEL=FOLDER of one that was trained. May be repeated; default: kv.",
     ),
 ]
 Arms = Annotated[

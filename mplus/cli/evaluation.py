@@ -204,7 +204,8 @@ def harm(
         str | None,
         typer.Option(
             metavar="LABEL",
-            help="Memory of a decoder that has none: a mechanism, MECHANISM:RETRIEVER, or a config as JSON.",
+            help="Memory of a decoder that has none: a mechanism, MECHANISM:RETRIEVER, a config as JSON, or "
+            "LABEL=FOLDER of one that was trained.",
             show_default=False,
         ),
     ] = None,
@@ -244,7 +245,7 @@ def _wrapped(
     """Return a decoder that has no memory yet, wrapped for the memory of this label, and its tokenizer."""
     from mplus.evaluation.chat.memories import memory_configs
     from mplus.hf.model.wrapping import wrap
-    from mplus.hf.pretrained.load import load_decoder_with_tokenizer
+    from mplus.hf.pretrained.load import from_pretrained, load_decoder_with_tokenizer
 
     if threads is not None:
         set_threads(threads)
@@ -254,4 +255,6 @@ def _wrapped(
     if tokenizer is not None:
         raise ConfigError(f"--memory goes with the tokenizer in the folder of the decoder, got {tokenizer!r} besides")
     decoder, words = load_decoder_with_tokenizer(model, device=device, dtype=dtype)
-    return cast("MemoryModel", wrap(decoder, configs[0])), cast("texts.Tokenizer", words)
+    (config,) = configs
+    wrapped = from_pretrained(config, base=decoder) if isinstance(config, Path) else wrap(decoder, config)
+    return cast("MemoryModel", wrapped), cast("texts.Tokenizer", words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from mplus.evaluation.reports.report import Arm, Report
 from mplus.evaluation.retention import retention
 from mplus.hf.model.model_class import MemoryModel
 from mplus.hf.model.wrapping import unwrap, wrap
+from mplus.hf.pretrained.load import from_pretrained
 from mplus.mechanisms import MECHANISMS
 from mplus.registry import NameRegistry
 from mplus.retrievers import RETRIEVERS
@@ -30,11 +32,11 @@ EVERY_RETRIEVER = "*"
 """In a label ``MECHANISM:*``: every retriever that the mechanism's registry has."""
 
 
-def memory_configs(labels: Iterable[str]) -> dict[str, MPlusConfig]:
+def memory_configs(labels: Iterable[str]) -> dict[str, MPlusConfig | Path]:
     """Return the memory behind each label, in that order.
 
-    A label is the name of a mechanism, ``MECHANISM:RETRIEVER``, ``MECHANISM:*`` for all of its retrievers, or a config
-    as JSON, which is called by its mechanism.
+    A label is the name of a mechanism, ``MECHANISM:RETRIEVER``, ``MECHANISM:*`` for all of its retrievers, a config
+    as JSON, which is called by its mechanism, or ``LABEL=FOLDER``: what was trained for an equal decoder and saved.
 
     Example:
         >>> list(memory_configs(["notes", '{"mechanism": "kv", "chunk_tokens": 64}']))
@@ -44,9 +46,17 @@ def memory_configs(labels: Iterable[str]) -> dict[str, MPlusConfig]:
         UnknownNameError, ConfigError: a mechanism, retriever or option that there is not.
         InputError: two memories with the same label.
     """
-    found: dict[str, MPlusConfig] = {}
+    found: dict[str, MPlusConfig | Path] = {}
     for label in (one for given in labels for one in _each_retriever(given)):
-        if label.startswith("{"):
+        config: MPlusConfig | Path
+        if "=" in label and not label.startswith("{"):
+            label, _, folder = label.partition("=")  # noqa: PLW2901 - the label that it goes by
+            config = Path(folder)
+            if not (config / "config.json").is_file():
+                raise InputError(
+                    f"{label}={folder} must name a folder with a saved memory model, and has no config.json"
+                )
+        elif label.startswith("{"):
             config = MPlusConfig.from_dict(json.loads(label))
             label = str(config.mechanism.name)  # noqa: PLW2901 - the label that it goes by
         else:
@@ -61,7 +71,7 @@ def memory_configs(labels: Iterable[str]) -> dict[str, MPlusConfig]:
 
 def _each_retriever(label: str) -> Iterator[str]:
     name, _, retriever = label.partition(":")
-    if retriever != EVERY_RETRIEVER or label.startswith("{"):
+    if retriever != EVERY_RETRIEVER or label.startswith("{") or "=" in label:
         yield label
         return
     registry: NameRegistry[Any] = getattr(MECHANISMS.get(name), "retrievers", RETRIEVERS)
@@ -69,10 +79,10 @@ def _each_retriever(label: str) -> Iterator[str]:
         yield f"{name}:{one}"
 
 
-def wrapped_each(decoder: Any, configs: Mapping[str, MPlusConfig]) -> Iterator[tuple[str, MemoryModel]]:
+def wrapped_each(decoder: Any, configs: Mapping[str, MPlusConfig | Path]) -> Iterator[tuple[str, MemoryModel]]:
     """Yield one decoder wrapped for each memory in turn; it is unwrapped again in between and at the end."""
     for label, config in configs.items():
-        model = wrap(decoder, config)
+        model = from_pretrained(config, base=decoder) if isinstance(config, Path) else wrap(decoder, config)
         try:
             yield label, cast("MemoryModel", model)
         finally:

@@ -188,6 +188,27 @@ def test_an_untrained_memory_of_rows_is_compared_too():
     assert report.arm("mplus").at(0).tokens_attended > report.arm("none").at(0).tokens_attended
 
 
+def test_a_memory_that_was_saved_is_compared_under_its_label(tmp_path):
+    plain = copy.deepcopy(decoder())
+    sizes = {"chunk_tokens": 48, "min_chunk_tokens": 4, "memory_tokens_per_chunk": 4, "short_term_tokens": 8}
+    saved = mplus.wrap(plain, mplus.MPlusConfig.from_dict({"mechanism": "memoryllm", **sizes}))
+    with torch.no_grad():
+        next(saved.mplus.parameters()).add_(1)  # no other decoder gets these
+    marks = {name: tensor.clone() for name, tensor in saved.mplus.named_parameters()}
+    saved.save_pretrained(tmp_path)
+    mplus.unwrap(saved)
+    configs = memory_configs([f"trained={tmp_path}", "kv"])
+    assert configs["trained"] == tmp_path
+    for (label, model), mechanism in zip(wrapped_each(plain, configs), ("memoryllm", "kv"), strict=True):
+        assert model.mplus_config.mechanism.name == mechanism
+        if label == "trained":
+            assert all(torch.equal(tensor, marks[name]) for name, tensor in model.mplus.named_parameters())
+            report = compare_memories([(label, execution(model))], ["trained"], progress=False)
+            assert [arm.name for arm in report.arms] == ["trained"]
+    with pytest.raises(InputError, match=r"no config\.json"):
+        memory_configs(["trained=nowhere"])
+
+
 def test_labels_of_memories():
     found = memory_configs(["notes", '{"mechanism": "kv", "chunk_tokens": 64}'])
     assert {label: config.mechanism.name for label, config in found.items()} == {"notes": "notes", "kv": "kv"}
