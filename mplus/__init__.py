@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "BatchReader",
     "Chat",
     "MPlusConfig",
     "Memory",
@@ -20,6 +21,7 @@ __all__ = [
 if TYPE_CHECKING:
     from mplus.chat import Chat
     from mplus.config import MPlusConfig
+    from mplus.hf.batch.batch_reader import BatchReader
     from mplus.hf.model.static_reader import StaticReader
     from mplus.hf.model.wrapping import unwrap, wrap
     from mplus.hf.pretrained.load import from_pretrained
@@ -34,6 +36,7 @@ _LAZY = {
     "unwrap": "mplus.hf",
     "from_pretrained": "mplus.hf",
     "StaticReader": "mplus.hf.model.static_reader",
+    "BatchReader": "mplus.hf.batch.batch_reader",
 }
 
 

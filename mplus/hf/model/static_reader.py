@@ -84,7 +84,7 @@ class StaticReader:
         if reasons:
             raise NotSupported(f"{type(model).__name__} cannot read from a static cache: {'; '.join(reasons)}")
         self._model, self._weights = model, model.mplus_engine.watch.look()
-        self.decoder, self._merged = _plain(model), _merged_weights(model)
+        self.decoder, self._merged = running_decoder(model, model.mplus_engine.adapter("read")), merged_weights(model)
         self._call: Callable[..., CausalLMOutputWithPast] = self.decoder
         if compile_options is not None:
             self._call = torch.compile(self.decoder, **compile_options)
@@ -112,7 +112,7 @@ class StaticReader:
         if room < 0:
             raise InputError(f"room must be at least 0 tokens, got {room}")
         now = model.mplus_engine.watch.look()
-        if now.weights != self._weights.weights or _merged_weights(model) != self._merged:
+        if now.weights != self._weights.weights or merged_weights(model) != self._merged:
             raise MemoryMismatchError(
                 "the decoder's weights have changed since this StaticReader was made: make another"
             )
@@ -135,7 +135,7 @@ class StaticReader:
         for index, (keys, values) in enumerate(parts):
             cache.update(keys, values, index)
         return Prefilled(
-            cache, output.logits[:, -1].clone(), rows, input_ids.shape[1], _moved(reading, input_ids.device)
+            cache, output.logits[:, -1].clone(), rows, input_ids.shape[1], moved_by_memory(reading, input_ids.device)
         )
 
     @torch.no_grad()
@@ -196,10 +196,9 @@ def _reasons_against_weights(model: WrappedModel) -> list[str]:
     return reasons
 
 
-def _plain(model: WrappedModel) -> PreTrainedModel:
-    """Return the decoder inside, fit to run: the reading adapter merged into copies, and no hook of ours."""
+def running_decoder(model: WrappedModel, adapter: str | None) -> PreTrainedModel:
+    """Return the decoder inside, fit to run: ``adapter`` of ours merged into copies, and no hook of ours."""
     decoder, tree = plain_decoder(model)
-    adapter = model.mplus_engine.adapter("read")
     copies = {original: path for path, original in tree.places.values()}
     for projection in adapted_projections(model):
         if adapter is not None:
@@ -211,7 +210,7 @@ def _plain(model: WrappedModel) -> PreTrainedModel:
     return decoder
 
 
-def _merged_weights(model: WrappedModel) -> tuple[Mark, Mark, tuple[float | None, ...]]:
+def merged_weights(model: WrappedModel) -> tuple[Mark, Mark, tuple[float | None, ...]]:
     """Return marks of the weights that the plain decoder has copies of, and of the adapter merged into them."""
     projections, adapter = adapted_projections(model), model.mplus_engine.adapter("read")
     own = [(name, tensor) for one in projections for name, tensor in one.named_parameters() if f".{adapter}." in name]
@@ -233,7 +232,8 @@ def _merge(projection: AdaptedProjection, adapter: str, twin: nn.Module) -> None
     twin._parameters["weight"] = nn.Parameter(merged, requires_grad=False)
 
 
-def _moved(reading: Reading, device: torch.device) -> Tensor | int:
+def moved_by_memory(reading: Reading, device: torch.device) -> Tensor | int:
+    """Return by how many positions memory moves what follows the prompts, ``[B, 1]`` int64; 0: by none."""
     opened = reading.need_opened()
     if opened.insertion is not None:
         return opened.insertion.rooms.sum(1, keepdim=True).to(device)
