@@ -102,6 +102,33 @@ class WriteTogetherError(MPlusError, ExceptionGroup[Exception]):
         return ExceptionGroup(self.message, excs)
 
 
+class ReadTogetherError(MPlusError, ExceptionGroup[Exception]):
+    """Some of the memories that were to be read together cannot be read; nothing was read.
+
+    Attributes:
+        errors: why, by place of the memory in the list.
+    """
+
+    errors: dict[int, Exception]
+
+    @classmethod
+    def of(cls, errors: dict[int, Exception], memories: int) -> ReadTogetherError:
+        """One error for all that cannot be read, of so many ``memories``."""
+        first = [f"[{place}] {type(error).__name__}: {error}" for place, error in list(errors.items())[:3]]
+        more = ["..."] if len(errors) > len(first) else []
+        whole = cls(
+            f"{len(errors)} of {memories} memories cannot be read, so nothing was read: leave them out (see errors, by "
+            f"place in the list): {'; '.join(first + more)}",
+            list(errors.values()),
+        )
+        whole.errors = errors
+        return whole
+
+    def derive(self, excs: Sequence[Exception]) -> ExceptionGroup[Exception]:  # type: ignore[override]
+        """Return a group of some of the errors, for ``except*``."""
+        return ExceptionGroup(self.message, excs)
+
+
 class MemoryFullError(MPlusError, RuntimeError):
     """A memory has no room for what was to be written: pinned sources take it all, or RAM or the disk would run out."""
 

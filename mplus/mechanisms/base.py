@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mplus.backends.base import Segment
 from mplus.config import MPlusConfig
-from mplus.errors import ConfigError
+from mplus.errors import ConfigError, NotSupported
 from mplus.mechanisms.decoder import (
     Attended,
     Collected,
@@ -255,6 +255,16 @@ class MemoryMechanism(IndexedMechanism):
             batch: rows of the batch it is for, where each has an adapter of its own; else None.
         """
         return None
+
+    def prepare_together(self, prepared: Sequence[Any]) -> Any:
+        """Return what one read of several memories has of what ``prepare`` made for each, or None.
+
+        Called where none of them is None.
+
+        Args:
+            prepared: of each batch row.
+        """
+        raise NotSupported(f"memories of the mechanism {self.name!r} are read one by one: it has no prepare_together")
 
     def prepare_tensors(self) -> dict[str, Tensor]:
         """Return own tensors that ``prepare`` computes with, by name: if one changes, it is called again."""

@@ -181,8 +181,8 @@ def _ask_for(reading: Reading, arguments: ReadArguments) -> None:
             f"retrieval_query does not go with the mechanism {reading.mechanism.name!r}, whose layers retrieve with "
             "what they make of the text: leave it out"
         )
-    tokenizer = None if reading.memory is None else reading.memory.tokenizer
-    reading.queries, reading.min_score = arguments.queries_of(tokenizer, len(reading.views)), arguments.min_score
+    queries = arguments.queries_of(reading.tokenizer, len(reading.views))
+    reading.queries, reading.min_score = queries, arguments.min_score
 
 
 def _run(
@@ -291,7 +291,7 @@ def _open(engine: DecoderEngine, reading: Reading, source: ReadSource, text: Ten
     front = Text(
         ids=own if text.dim() == 2 else None,
         mask=None if source.text_mask is None else source.text_mask[::repeats, prompt],
-        tokenizer=None if reading.memory is None else reading.memory.tokenizer,
+        tokenizer=reading.tokenizer,
         embedded=None if text.dim() == 2 else own,
         query=None if query is None else query[:, prompt],
     )
@@ -304,9 +304,8 @@ def _open(engine: DecoderEngine, reading: Reading, source: ReadSource, text: Ten
 
 def _finish(reading: Reading, so_far: TextSoFar, result: PassResult) -> Tensor:
     """Let the mechanism give the final hidden state."""
-    tokenizer = None if reading.memory is None else reading.memory.tokenizer
     before, mechanism = result.need_hidden(), reading.mechanism
-    hidden = mechanism.finish(reading.need_opened(), evolve(result, text=so_far.whole(tokenizer)), so_far.own)
+    hidden = mechanism.finish(reading.need_opened(), evolve(result, text=so_far.whole(reading.tokenizer)), so_far.own)
     if hidden.shape != before.shape or hidden.dtype != before.dtype:
         raise MechanismError(
             f"the mechanism {mechanism.name!r} must return the final hidden state as {before.dtype} "

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 import torch
-from attrs import define, evolve, field
+from attrs import Factory, define, evolve, field
 from torch import Tensor
 
 from mplus.backends.base import Segment
@@ -41,7 +41,8 @@ class Reading:
     Attributes:
         mechanism: decides what a layer sees.
         views: one stream per batch row of the memory.
-        memory: the memory the views were taken from (None for a test pass), and its ``version`` then.
+        memory: the memory the views were taken from (None: several, or a test pass), and its ``version`` then.
+        tokenizer: of the memory, or of all of several; None: there is none.
         prepared: what reads of this state share, where rows are read as they are kept; else None.
         opened: what the mechanism made ready, with a view for each stream; where it ``reopens``, for each batch row.
         look: the weights it began with; None for a test pass.
@@ -92,6 +93,7 @@ class Reading:
     opened: Opened | None = None
     goes_on: bool = False
     starts: Tensor | None = None
+    tokenizer: Any = field(default=Factory(lambda self: getattr(self.memory, "tokenizer", None), takes_self=True))
 
     def open(self, decoder: Decoder, text: Text, copies: int = 1) -> None:
         """Let the mechanism get ready, at the first forward, for so many copies of each stream."""

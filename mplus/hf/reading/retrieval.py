@@ -166,7 +166,7 @@ def reopen_where_due(reading: Reading, decoder: Decoder, text: TextSoFar, new: i
         piece: only the first of these is looked at.
     """
     mechanism, rows = reading.mechanism, text.mask.shape[0]
-    tokenizer = None if reading.memory is None else reading.memory.tokenizer
+    tokenizer = reading.tokenizer
     end = text.tokens - new + (1 if piece else new)
     due = text.waiting(end) >= (reading.retrieve_every or 1)
     opened, all_rows = reading.need_opened(), text.rearranged
@@ -213,7 +213,7 @@ def resume(reading: Reading, decoder: Decoder, text: TextSoFar, new: int, cache:
             f"a cache of {len(text.mask)} different continuations of {len(opened.views)} prompts cannot be gone on "
             "with: select one of each with past_key_values.batch_select_indices"
         )
-    tokenizer = None if reading.memory is None else reading.memory.tokenizer
+    tokenizer = reading.tokenizer
     told = evolve(reading.asking(Text(ids[:, :end], mask[:, :end], tokenizer)), limited=False)
     read = mask[:, : text.tokens - new].sum(1).cpu()
     now = reading.mechanism.resume(decoder, opened, told, read)

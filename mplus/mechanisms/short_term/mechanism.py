@@ -18,6 +18,7 @@ from mplus.mechanisms.decoder import Decoder, DecoderShape, KeptProjection, Proj
 from mplus.mechanisms.opened import Opened, Retrieved
 from mplus.mechanisms.root import Absorbed, Columns
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams, can_be_batched
+from mplus.mechanisms.short_term.joint_prefix import JointPrepared
 from mplus.mechanisms.short_term.prefix_cache import Prepared
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
 from mplus.mechanisms.short_term.tail import read_tails
@@ -283,6 +284,10 @@ class RowMechanism(MemoryMechanism):
 
     def prepare(self, projection: KeptProjection, batch: int | None) -> Prepared:
         return Prepared(projection, self.additions.begin, batch)
+
+    def prepare_together(self, prepared: Sequence[Prepared]) -> Prepared:
+        first = prepared[0]
+        return JointPrepared(first.projection, first.begin, own=prepared)
 
     def prepare_tensors(self) -> dict[str, Tensor]:
         return {"begin": self.additions.begin}

@@ -73,7 +73,7 @@ class Prepared:
                 for begin, found, there in zip(first, retrieved, begins, strict=True)
             ]
             front = self._front(layer, parts, sizes, like)
-        segments = (front, self._short_term(layer, views, sizes, like))
+        segments = (front, self.short_term_segment(layer, views, sizes, like))
         return tuple(segment for segment in segments if segment.keys.shape[2])
 
     def _begins(self, layer: int, streams: int) -> list[Tensor]:
@@ -96,9 +96,10 @@ class Prepared:
             return self._nothing(like)
         segment = self.projection.turned(layer, pieces, tables)
         check_finite("long-term memory", segment.keys, segment.values)
-        return _with_lengths(segment, own)
+        return with_lengths(segment, own)
 
-    def _short_term(self, layer: int, views: Sequence[StreamView], sizes: Sizes, like: Tensor) -> Segment:
+    def short_term_segment(self, layer: int, views: Sequence[StreamView], sizes: Sizes, like: Tensor) -> Segment:
+        """Return the short-term rows of every stream, rotated; made once and kept."""
         in_front, counts, tails = sizes
         states = [state_of(view).stm[layer] for view in views]
         # Sequential positions count from the text backwards: what is in front of these rows does not move them.
@@ -119,7 +120,7 @@ class Prepared:
             real = [counts[0]] if shared else counts
             for row, count in enumerate(real):
                 check_finite("short-term memory", segment.keys[row, :, :count], segment.values[row, :, :count])
-            self.short_term[key] = _with_lengths(segment, counts)
+            self.short_term[key] = with_lengths(segment, counts)
         return self.short_term[key]
 
     def _tables(self, layer: int, rows: int, sizes: Sizes, like: Tensor) -> Tables | None:
@@ -178,7 +179,8 @@ def _padded(parts: Sequence[Tensor], rows: int, like: Tensor, size: int) -> Tens
     return torch.cat([*parts, like.new_zeros(rows - present, size)])
 
 
-def _with_lengths(segment: Segment, counts: Sequence[int]) -> Segment:
+def with_lengths(segment: Segment, counts: Sequence[int]) -> Segment:
+    """Return a segment that says how many rows each stream has, where these are not equally many."""
     if len(set(counts)) == 1:
         return segment
     return evolve(segment, lengths=torch.tensor(counts, device=segment.keys.device))

@@ -1,0 +1,136 @@
+"""Many memories are read in one forward, each row as its memory is read alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from mplus.errors import InputError, MemoryMismatchError, NotSupported, ReadTogetherError
+from mplus.hf.reading.generating import generate_in
+from mplus.hf.reading.many.joint import joint_groups, read_many
+from mplus.hf.reading.reading import retrieved_sources
+from mplus.testing.rounding import FACTOR, ULPS, error
+from tests.mechanisms.kv.memories import wrapped
+from tests.memory import tiny
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from mplus.memory import Memory
+
+pytestmark = pytest.mark.two_computations
+
+TOKENS = (0, 4, 20, 60, 210)
+"""Written to the memories: nothing, text that waits, short-term rows, and long-term rows of which few or many."""
+
+
+def memories(model: Any, tokens: Sequence[int] = TOKENS, **options: Any) -> list[Memory]:
+    """Memories of unequal size, with sources of their own."""
+    made = [model.new_memory(seed=number, **options) for number in range(len(tokens))]
+    for number, (memory, count) in enumerate(zip(made, tokens, strict=True)):
+        if count:
+            memory.write(tiny.ids(count, seed=number), source=f"text {number}")
+    return made
+
+
+def texts(rows: int, lengths: Sequence[int] = (7, 3, 5, 9, 4)) -> list[Tensor]:
+    """Prompts of unequal length."""
+    return [tiny.ids(lengths[row % len(lengths)], seed=500 + row) for row in range(rows)]
+
+
+@torch.no_grad()
+def together(model: Any, some: Sequence[Memory], prompts: Sequence[Tensor]) -> tuple[Any, Any]:
+    """The output of one forward over all prompts, padded on the left, and its reading."""
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = prompt, 1
+    reading = read_many(model.mplus_engine, some)
+    return generate_in(model, reading, model, input_ids=ids, attention_mask=mask, use_cache=True), reading
+
+
+@torch.no_grad()
+def alone(model: Any, memory: Memory, prompt: Tensor) -> Any:
+    return model(prompt[None], memory=memory, use_cache=True, output_sources=True)
+
+
+@torch.no_grad()
+def rounding(model: Any, memory: Memory, prompt: Tensor) -> float:
+    """How far the logits of a row in company may be from those alone: as far as those of a row among its copies are."""
+    one = alone(model, memory, prompt).logits
+    among = model(prompt.repeat(3, 1), memory=memory).logits[1:2]
+    return FACTOR * error(among, one) + ULPS * torch.finfo(one.dtype).eps * float(one.abs().max())
+
+
+def compare(model: Any, some: Sequence[Memory], prompts: Sequence[Tensor]) -> None:
+    output, reading = together(model, some, prompts)
+    sources = retrieved_sources(reading)
+    for row, (memory, prompt) in enumerate(zip(some, prompts, strict=True)):
+        expected = alone(model, memory, prompt)
+        found = output.logits[row : row + 1, -len(prompt) :]
+        assert error(found, expected.logits) <= rounding(model, memory, prompt), f"row {row}"
+        here, there = ([rows for rows in each if rows] for each in (sources[row], expected.memory_sources[0]))
+        assert [[(r.source, r.age) for r in rows] for rows in here] == [
+            [(r.source, r.age) for r in rows] for rows in there
+        ]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("paper", "projected"), ("paper", "hidden"), ("paper", "both"), ("published", None), ("memoryllm", None)],
+)
+def test_each_row_reads_its_own_memory_as_alone(name: str, kind: str | None) -> None:
+    model = tiny.variant(name)
+    some = memories(model, memory_rows=kind)
+    compare(model, some, texts(5))
+    compare(model, [some[3], some[0], some[3], some[4]], texts(4))  # one memory twice
+    compare(model, [some[4]] * 2, texts(2))
+
+
+@pytest.mark.parametrize("changes", [{"dtype": torch.bfloat16}, {"memory_positions": "compressed", "position_span": 5}])
+def test_also_in_half_precision_and_wherever_rows_sit(changes: dict[str, Any]) -> None:
+    model = tiny.build(**changes)
+    compare(model, memories(model), texts(5))
+
+
+def test_memories_of_keys_and_values_too() -> None:
+    model = wrapped()
+    compare(model, memories(model, (0, 9, 20, 60)), texts(4, (9, 4, 6, 12)))
+
+
+def test_those_that_cannot_be_read_are_named_and_the_rest_is_not_read() -> None:
+    model, other = tiny.variant("paper"), tiny.variant("memoryllm")
+    good, wide = memories(model, (130,))[0], model.new_memory(batch_size=2)
+    with pytest.raises(ReadTogetherError, match=r"2 of 4 memories cannot be read.*\[1\] MemoryMismatchError") as failed:
+        read_many(model.mplus_engine, [good, other.new_memory(), good, wide])
+    assert sorted(failed.value.errors) == [1, 3]
+    assert all(isinstance(error, MemoryMismatchError) for error in failed.value.errors.values())
+    with pytest.raises(InputError, match="at least one memory"):
+        read_many(model.mplus_engine, [])
+
+
+def test_memories_of_different_kinds_are_sorted_into_forwards() -> None:
+    model = tiny.variant("paper")
+    some = [*memories(model, (130, 20), memory_rows="both"), *memories(model, (130,), memory_rows="hidden")]
+    some.append(model.new_memory(memory_rows="both", tokenizer=object()))
+    assert joint_groups(model.mplus_engine, some) == [[0, 1], [2], [3]]
+    with pytest.raises(NotSupported, match="sort them with joint_groups"):
+        read_many(model.mplus_engine, some)
+
+
+def test_short_term_rows_are_turned_once_for_all_reads_of_a_memory() -> None:
+    model = tiny.variant("paper")
+    some = memories(model, memory_rows="projected")
+    compare(model, some, texts(5))
+    prepared = [model.mplus_engine.prepared(one, one.version, model.mplus_engine.watch.look()) for one in some]
+    turned = [dict(one.short_term) for one in prepared]
+    assert all(turned[2:])
+    together(model, some[::-1], texts(5))
+    for one, before in zip(prepared, turned, strict=True):
+        assert one.short_term.keys() == before.keys()
+        assert all(one.short_term[key] is before[key] for key in before)
