@@ -26,7 +26,7 @@ def check_free(streams: Streams, writes: Sequence[StreamWrite]) -> None:
         streams: of a memory of rows.
         writes: to it. Rows that will leave, at capacity, are counted as far as they fit into that.
     """
-    needed = sum(map(_bytes, writes))
+    needed = sum(map(grown_bytes, writes))
     directory, limit = streams.persistence.directory, streams.persistence.journal_bytes
     if directory is not None:
         free = free_disk(directory.path)
@@ -39,7 +39,7 @@ def check_free(streams: Streams, writes: Sequence[StreamWrite]) -> None:
         raise _full(f"{streams.device} memory", needed, available, RAM_MARGIN, "keep it in a directory (Memory.open)")
 
 
-def _bytes(write: StreamWrite) -> int:
+def grown_bytes(write: StreamWrite) -> int:
     """Return the bytes by which the rows of a stream may grow."""
     streams, store = write.streams, write.streams.stores[write.row]
     config, capacity = streams.engine.config, streams.budget.capacity

@@ -1,0 +1,277 @@
+"""Engine: one thread with an event loop, which alone runs the decoder: writes, prompts and tokens in turns."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, suppress
+from functools import partial
+
+import torch
+from attrs import define, field
+
+from mplus.config import JsonValue
+from mplus.memory.memory import Memory
+from mplus.serving.config import ServeConfig
+from mplus.serving.engine.answers.batch import Answer, Batch
+from mplus.serving.engine.answers.fair import FairQueue
+from mplus.serving.engine.answers.pace import Pace
+from mplus.serving.engine.answers.rows import Rows
+from mplus.serving.engine.decoder import ServedDecoder
+from mplus.serving.engine.memories.commands import Commands, Writes
+from mplus.serving.engine.memories.lanes import Lanes
+from mplus.serving.engine.memories.pool import Pool
+from mplus.serving.engine.memories.tenants import Tenants
+from mplus.serving.engine.metrics import Metrics
+from mplus.serving.engine.refusals import refusal
+from mplus.serving.errors import ServingError
+from mplus.serving.messages import Command, Event, Generate, MemoryName
+
+THREADS = 8
+"""For opening, closing, tokenising and the disk."""
+GRACE = 30.0
+"""Seconds that answers have when the engine is closed."""
+COUNTED = 256
+"""Tokens of an answer that count for the order of requests, where it may be as long as it likes."""
+
+
+@define(frozen=True)
+class Delivery:
+    """News of a request, from the engine.
+
+    Attributes:
+        number: of the request.
+        events: of a ``Generate``, in order.
+        answer: to a command.
+        error: it has failed.
+        over: nothing more comes.
+    """
+
+    number: int
+    events: tuple[Event, ...] = ()
+    answer: Mapping[str, JsonValue] = field(factory=dict)
+    error: ServingError | None = None
+    over: bool = False
+
+
+class Engine:
+    """The decoder and all memories of a server, in a thread of its own.
+
+    ``submit``, ``cancel`` and ``close`` may be called in any thread.
+
+    Args:
+        decoder: what is served.
+        config: of the server.
+        deliver: is given what there is to say, of all requests together, once for each turn; called in the engine's
+            thread, and must not block.
+
+    Example:
+        >>> engine = Engine(decoder, config, print)  # doctest: +SKIP
+        >>> engine.submit(1, messages.MakeMemory(MemoryName("ada", "notes")))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, decoder: ServedDecoder, config: ServeConfig, deliver: Callable[[Sequence[Delivery]], None]
+    ) -> None:
+        self.decoder, self.config, self.metrics = decoder, config, Metrics()
+        self._deliver = deliver
+        self._out: list[Delivery] = []
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._open = True
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="mplus-engine", daemon=True)
+        self._thread.start()
+        self._started.wait()
+
+    # ------------------------------------------------------------------ in any thread
+
+    def submit(self, number: int, request: Command | Generate) -> None:
+        """Take a request; what comes of it is delivered under ``number``."""
+        self._call(lambda: self._begin(number, request))
+
+    def cancel(self, number: int) -> None:
+        """End a request that is not over; nothing more is delivered of it. A write that has begun goes on."""
+        self._call(lambda: self._cancel(number))
+
+    def numbers(self) -> dict[str, float]:
+        """Return the metrics."""
+        return self.metrics.now(
+            requests_running=len(self._batch.running),
+            requests_waiting=self._queue.waiting,
+            batch_rows=len(self._batch.running),
+            open_memories=len(self._pool),
+            memory_bytes=self._pool.bytes,
+        )
+
+    def close(self, grace: float = GRACE) -> None:
+        """Take no more requests, give those that run so many seconds, end the rest with errors; close all memories."""
+        self._call(lambda: self._stop(grace))
+        self._thread.join()
+
+    def _call(self, function: Callable[[], None]) -> None:
+        if self._thread.is_alive():
+            with suppress(RuntimeError):  # the loop has just ended
+                self._loop.call_soon_threadsafe(function)
+
+    # ------------------------------------------------------------------ in the engine's thread
+
+    def _run(self) -> None:
+        with torch.no_grad():
+            asyncio.run(self._main())
+
+    async def _main(self) -> None:
+        self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
+        self._wake = asyncio.Event()
+        decoder, config = self.decoder, self.config
+        executor = ThreadPoolExecutor(THREADS, thread_name_prefix="mplus-memories")
+        pace = Pace(config.turn_seconds)
+        tenants = Tenants(config.memories, config.limits)
+        self._pool = Pool(self._opened, config.open_memories, config.ram_bytes, executor, self.metrics)
+        self._queue = FairQueue(config.max_batch, config.limits.waiting)
+        self._batch = Batch(Rows(decoder.model), config.max_batch, decoder.ends, pace, self.metrics)
+        self._writes = Writes(pace, self.metrics, self._wake.set)
+        empty = decoder.model.new_memory(tokenizer=decoder.tokenizer)
+        self._commands = Commands(tenants, self._pool, Lanes(), self._writes, executor, empty)
+        self._tenants, self._pace = tenants, pace
+        turns = asyncio.create_task(self._turns())
+        self._started.set()
+        await self._stopped.wait()
+        turns.cancel()
+        await self._pool.close_all()
+        self._flush()
+        executor.shutdown(wait=True)
+
+    def _opened(self, name: MemoryName) -> Memory:
+        limits, decoder = self.config.limits, self.decoder
+        return Memory.open(
+            self._tenants.path(name), decoder.model, tokenizer=decoder.tokenizer, bytes_budget=limits.memory_bytes
+        )
+
+    async def _turns(self) -> None:
+        """Take turns for as long as there is something to do."""
+        while True:
+            batch, writes = self._batch, self._writes
+            if not (batch.running or batch.can_join or writes.waiting):
+                self._wake.clear()
+                await self._wake.wait()
+            self._turn()
+            self._flush()
+            await asyncio.sleep(0)
+
+    def _turn(self) -> None:
+        """Write some chunks, read some prompts, and generate a token of every answer."""
+        batch, writes, pace, begun = self._batch, self._writes, self._pace, time.perf_counter()
+        if writes.waiting and (chunks := pace.chunks(answering=bool(batch.running))):
+            writes.turn(chunks)
+        if batch.can_join:
+            tokens = pace.tokens(time.perf_counter() - begun, answering=bool(batch.running))
+            if tokens:
+                batch.join(tokens)
+        if batch.running:
+            batch.step()
+
+    def _begin(self, number: int, request: Command | Generate) -> None:
+        if not self._open:
+            self._tell(Delivery(number, error=_closing(), over=True))
+            return
+        self._tasks[number] = asyncio.create_task(self._serve(number, request, time.perf_counter()))
+
+    def _cancel(self, number: int) -> None:
+        task = self._tasks.get(number)
+        if task is not None:
+            task.cancel()
+
+    async def _serve(self, number: int, request: Command | Generate, arrived: float) -> None:
+        """Answer a request, whatever comes of it."""
+        try:
+            if isinstance(request, Generate):
+                await self._generate(number, request, arrived)
+                self._tell(Delivery(number, over=True))
+            else:
+                answer = await self._commands.answer(request)
+                self._tell(Delivery(number, answer=answer, over=True))
+        except asyncio.CancelledError:
+            self.metrics.count("cancelled")
+        except Exception as error:  # noqa: BLE001 - one bad request ends no other
+            self._tell(Delivery(number, error=refusal(error, self.config.memories), over=True))
+        finally:
+            del self._tasks[number]
+
+    async def _generate(self, number: int, request: Generate, arrived: float) -> None:
+        self._check(request)
+        tenant, name, limit, queue = request.tenant, request.memory, self._limit(request), self._queue
+        queue.arrive(tenant)
+        done = self._loop.create_future()
+        answer = Answer(request, limit, partial(self._happened, number), done, arrived)
+        async with AsyncExitStack() as held:
+            try:
+                lane = None if name is None else self._commands.lanes.begin_read(name)
+                if lane is not None:
+                    await lane[0].until(lane[1])
+                await queue.admit(tenant, request.answers, len(request.prompt) + request.answers * min(limit, COUNTED))
+                held.callback(queue.leave, tenant, request.answers)
+                if name is not None:
+                    memory = await held.enter_async_context(self._commands.reading(name))
+                    answer.memory, answer.version = memory, partial(self._commands.version, name, memory)
+                held.callback(self._batch.remove, answer)
+                self._batch.ready.append(answer)
+                self._wake.set()
+            finally:
+                queue.begin(tenant)
+            await done
+
+    def _happened(self, number: int, events: Sequence[Event]) -> None:
+        self._out.append(Delivery(number, events=tuple(events)))
+
+    def _check(self, request: Generate) -> None:
+        """Raise ServingError (400) for what no decoder answers; the front has looked at it before."""
+        facts, prompt = self.decoder.facts, request.prompt
+        question = request.question if request.question is not None else (0,)
+        if not prompt or not question or not all(0 <= token < facts.vocabulary for token in (*prompt, *question)):
+            raise ServingError(
+                f"a prompt must have at least one token, each from 0 to {facts.vocabulary - 1}",
+                400, "invalid_request_error", param="prompt",
+            )  # fmt: skip
+        if len(prompt) >= facts.context:
+            raise ServingError(
+                f"the context is {facts.context} tokens for a prompt and its answer, and the prompt has {len(prompt)}",
+                400, "invalid_request_error", code="context_length_exceeded", param="messages",
+            )  # fmt: skip
+
+    def _limit(self, request: Generate) -> int:
+        """Return how many tokens an answer has at most: as asked for, cut to the room there is."""
+        room = self.decoder.facts.context - len(request.prompt)
+        return room if request.sampling.max_tokens is None else min(request.sampling.max_tokens, room)
+
+    def _tell(self, delivery: Delivery) -> None:
+        if not self._out:
+            self._loop.call_soon(self._flush)
+        self._out.append(delivery)
+
+    def _flush(self) -> None:
+        if self._out:
+            out, self._out = self._out, []
+            self._deliver(out)
+
+    def _stop(self, grace: float) -> None:
+        if self._open:
+            self._open = False
+            self._end = asyncio.ensure_future(self._wind_up(grace))
+
+    async def _wind_up(self, grace: float) -> None:
+        tasks = dict(self._tasks)
+        if tasks:
+            await asyncio.wait(tasks.values(), timeout=grace)
+        for number, task in list(self._tasks.items()):
+            task.cancel()
+            self._tell(Delivery(number, error=_closing(), over=True))
+        if self._tasks:
+            await asyncio.wait(list(self._tasks.values()))
+        self._stopped.set()
+
+
+def _closing() -> ServingError:
+    return ServingError("the server is going down: try again in a while", 503, "server_error", code="shutting_down")

@@ -1,0 +1,296 @@
+"""Commands: what the HTTP contract answers to everything but generating, as plain data."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+from attrs import define, field
+
+from mplus.config import JsonValue
+from mplus.memory.memory import Memory
+from mplus.serving import messages
+from mplus.serving.engine.answers.pace import Pace
+from mplus.serving.engine.memories.described import MemorySizes, SourceFacts, WriteCounts, to_iso
+from mplus.serving.engine.memories.lanes import Lanes
+from mplus.serving.engine.memories.pool import Pool
+from mplus.serving.engine.memories.tenants import DEFAULT, MadeMemory, Tenants, already_there, check_id, not_made
+from mplus.serving.engine.memories.writing import MemoryWrite, write_next
+from mplus.serving.engine.metrics import Metrics
+from mplus.serving.errors import ServingError
+from mplus.serving.messages import MemoryName
+
+T = TypeVar("T")
+Answer = Mapping[str, JsonValue]
+
+
+@define(eq=False)
+class Writes:
+    """Texts that are being written, a chunk of each in turn.
+
+    Attributes:
+        pace, metrics: of the engine.
+        waiting: writes with chunks left, each to another memory.
+    """
+
+    pace: Pace
+    metrics: Metrics
+    wake: Callable[[], None]
+    waiting: deque[tuple[MemoryWrite, asyncio.Future[None]]] = field(factory=deque)
+
+    async def run(self, write: MemoryWrite) -> None:
+        """Wait until all of a text is written. Raises what a chunk fails with."""
+        if write.chunks:
+            done = asyncio.get_running_loop().create_future()
+            self.waiting.append((write, done))
+            self.wake()
+            await done
+
+    def turn(self, chunks: int) -> None:
+        """Write a chunk of each of so many memories at most."""
+        begun = time.perf_counter()
+        some = [self.waiting.popleft() for _ in range(min(chunks, len(self.waiting)))]
+        try:
+            errors: Mapping[int, Exception] = write_next([write for write, _ in some])
+        except Exception as error:  # noqa: BLE001 - becomes the answer to all of them
+            errors = dict.fromkeys(range(len(some)), error)
+        seconds = time.perf_counter() - begun
+        self.pace.wrote(len(some), seconds)
+        self.metrics.count("write_chunks", len(some) - len(errors))
+        self.metrics.took("commit_seconds", seconds)
+        for place, (write, done) in enumerate(some):
+            if done.done():
+                continue
+            if place in errors:
+                done.set_exception(errors[place])
+            elif write.chunks:
+                self.waiting.append((write, done))
+            else:
+                done.set_result(None)
+
+
+@define(eq=False)
+class Commands:
+    """Answers commands; used by the engine's thread alone, which runs the decoder, and no other.
+
+    Attributes:
+        tenants: the memories there are.
+        pool: those that are open.
+        lanes: what is being done to each.
+        writes: what is being written.
+        executor: threads for what needs no decoder.
+        empty: what a memory reads as that was never written.
+    """
+
+    tenants: Tenants
+    pool: Pool
+    lanes: Lanes
+    writes: Writes
+    executor: Executor
+    empty: Memory
+
+    async def answer(self, command: messages.Command) -> Answer:
+        """Return the answer to a command. Raises ServingError, and what mplus raises."""
+        how: dict[type[Any], Callable[[Any], Awaitable[Answer]]] = {
+            messages.MakeMemory: self._make,
+            messages.ListMemories: self._list,
+            messages.DescribeMemory: self._describe,
+            messages.DeleteMemory: self._delete,
+            messages.ForkMemory: self._fork,
+            messages.ExportMemory: self._export,
+            messages.ImportMemory: self._import,
+            messages.DescribeUsage: self._usage,
+            messages.WriteMemory: self._write,
+            messages.FlushMemory: self._flush,
+            messages.ListSources: self._sources,
+            messages.ForgetSource: self._forget,
+            messages.ReadSource: self._text,
+            messages.SearchMemory: self._search,
+        }
+        return await how[type(command)](command)
+
+    @asynccontextmanager
+    async def reading(self, name: MemoryName) -> AsyncIterator[Memory]:
+        """Hold a memory open for a read, once the writes that came before are over.
+
+        Raises ServingError (404): it was not made; and what opening raises.
+        """
+        before = self.lanes.begin_read(name)
+        check_id(name.id)
+        if before is not None:
+            lane, number = before
+            await lane.until(number)
+        if self._made(name) is None:
+            yield self.empty
+            return
+        memory = await self.pool.take(name)
+        try:
+            yield memory
+        finally:
+            self.pool.give(name)
+
+    @asynccontextmanager
+    async def changing(self, name: MemoryName) -> AsyncIterator[Memory]:
+        """Hold a memory open for a change, once all changes that came before are over; makes the default one.
+
+        Raises as ``reading``.
+        """
+        async with self.lanes.change(name):
+            check_id(name.id)
+            if self._made(name) is None:
+                await self._run(partial(self.tenants.make, name))
+            memory = await self.pool.take(name)
+            try:
+                yield memory
+            finally:
+                self.pool.give(name)
+
+    def _made(self, name: MemoryName) -> MadeMemory | None:
+        """Return what is known of a memory; None: the default one was not made yet. Raises ServingError (404)."""
+        made = self.tenants.find(name)
+        if made is None and name.id != DEFAULT:
+            raise not_made(name.id)
+        return made
+
+    async def _run(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.executor, function)
+
+    # ------------------------------------------------------------------ memories
+
+    async def _make(self, command: messages.MakeMemory) -> Answer:
+        async with self.lanes.change(command.memory):
+            check_id(command.memory.id)
+            if self.tenants.find(command.memory) is not None:
+                raise already_there(command.memory.id)
+            made = await self._run(partial(self.tenants.make, command.memory))
+        return {"id": made.id, "created": made.created, "version": 0}
+
+    async def _list(self, command: messages.ListMemories) -> Answer:
+        made = await self._run(partial(self.tenants.all, command.tenant))
+        if command.after is not None:
+            places = [place for place, one in enumerate(made) if one.id == command.after]
+            if not places:
+                raise not_made(command.after)
+            made = made[places[0] + 1 :]
+        data: list[JsonValue] = [{"id": one.id, "created": one.created} for one in made[: command.limit]]
+        return {"data": data, "has_more": len(made) > command.limit}
+
+    async def _describe(self, command: messages.DescribeMemory) -> Answer:
+        name = command.memory
+        async with self.reading(name) as memory:
+            made = self.tenants.find(name)
+            return {
+                "id": name.id,
+                "created": None if made is None else made.created,
+                "version": self.version(name, memory),
+                "mechanism": memory.engine.mechanism.name,
+                **await self._run(partial(MemorySizes.of, memory)),
+                "disk_bytes": await self._run(partial(self.tenants.disk_bytes, name)),
+            }
+
+    async def _delete(self, command: messages.DeleteMemory) -> Answer:
+        name = command.memory
+        async with self.lanes.change(name):
+            check_id(name.id)
+            if self._made(name) is not None:
+                await self.pool.close(name)
+                await self._run(partial(self.tenants.remove, name))
+        return {"id": name.id, "deleted": True}
+
+    async def _usage(self, command: messages.DescribeUsage) -> Answer:
+        limits, tenant = self.tenants.limits, command.tenant
+        made = await self._run(partial(self.tenants.all, tenant))
+        return {
+            "memories": len(made),
+            "disk_bytes": await self._run(partial(self.tenants.bytes_of_tenant, tenant)),
+            "limits": {
+                "memories": limits.memories,
+                "disk_bytes": limits.disk_bytes,
+                "memory_bytes": limits.memory_bytes,
+                "waiting": limits.waiting,
+                "body_bytes": limits.body_bytes,
+            },
+        }
+
+    def version(self, name: MemoryName, memory: Memory) -> int:
+        """Return the version of a memory as clients see it; 0: the default one that was not written yet."""
+        return 0 if memory is self.empty else self.pool.version(name, memory)
+
+    # ------------------------------------------------------------------ copies
+
+    async def _export(self, command: messages.ExportMemory) -> Answer:
+        raise ServingError("exporting is not there yet", 501, "server_error")
+
+    async def _import(self, command: messages.ImportMemory) -> Answer:
+        raise ServingError("importing is not there yet", 501, "server_error")
+
+    async def _fork(self, command: messages.ForkMemory) -> Answer:
+        raise ServingError("forking is not there yet", 501, "server_error")
+
+    # ------------------------------------------------------------------ what is written
+
+    async def _write(self, command: messages.WriteMemory) -> Answer:
+        name = command.memory
+        async with self.changing(name) as memory:
+            write = await self._run(partial(MemoryWrite.of, memory, command))
+            await self._run(partial(self.tenants.check_room, name.tenant, write.bytes))
+            await self.writes.run(write)
+            return {**write.done(), "memory_version": self.version(name, memory)}
+
+    async def _flush(self, command: messages.FlushMemory) -> Answer:
+        async with self.changing(command.memory) as memory:
+            return {**WriteCounts.of(memory.flush()), "memory_version": self.version(command.memory, memory)}
+
+    async def _sources(self, command: messages.ListSources) -> Answer:
+        async with self.reading(command.memory) as memory:
+            found = await self._run(memory.sources)
+        config = memory.engine.config
+        return {"data": [SourceFacts.of(one, config) for one in found]}
+
+    async def _forget(self, command: messages.ForgetSource) -> Answer:
+        name = command.memory
+        if self._made(name) is None and self.lanes.begin_read(name) is None:
+            raise no_source(command.source)
+        async with self.changing(name) as memory:
+            self._need_source(memory, command.source)
+            report = await self._run(partial(memory.forget, command.source))
+            return {"rows": report.rows, "tokens": report.tokens, "chunks": report.chunks}
+
+    async def _text(self, command: messages.ReadSource) -> Answer:
+        async with self.reading(command.memory) as memory:
+            self._need_source(memory, command.source)
+            return {"name": command.source, "text": await self._run(partial(memory.text, command.source))}
+
+    def _need_source(self, memory: Memory, source: str) -> None:
+        sources = memory.states[0].sources
+        number = sources.find(source)
+        if number is None or not sources[number].is_written:
+            raise no_source(source)
+
+    async def _search(self, command: messages.SearchMemory) -> Answer:
+        async with self.reading(command.memory) as memory:
+            found = memory.search(command.text, command.k)
+        return {
+            "data": [
+                {
+                    "source": one.source,
+                    "score": one.score,
+                    "text": one.text,
+                    "written": None if one.written is None else to_iso(one.written),
+                }
+                for one in found
+            ]
+        }
+
+
+def no_source(source: str) -> ServingError:
+    """Return the error that says: nothing was written under this name, or it was forgotten."""
+    return ServingError(
+        f"this memory has no source {source!r:.160}", 404, "not_found_error", code="source_not_found", param="source"
+    )

@@ -1,0 +1,215 @@
+"""Pool: the memories that are open, the least recently used of which are closed where there are too many."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import TypeVar
+
+from attrs import define, field
+
+from mplus.errors import LiveMemoryError, MPlusError
+from mplus.memory.memory import Memory
+from mplus.serving.engine.metrics import Metrics
+from mplus.serving.engine.refusals import LOG
+from mplus.serving.messages import MemoryName
+
+T = TypeVar("T")
+
+REPLAYED_BYTES = 2**20
+"""A memory with a journal up to this long is closed without a checkpoint: opening reads the journal in no time."""
+PATIENCE, PAUSE = 3.0, 0.05
+"""Seconds that opening waits for another process to close a memory, and between two tries."""
+
+
+@define(eq=False)
+class Place:
+    """A memory that is open, or about to be opened or closed.
+
+    Attributes:
+        memory: None until it is open.
+        users: reads and changes that are under way; with none it may be closed.
+        bytes: that it takes, as last looked at.
+        settled: set when it has been opened or closed, whatever came of it.
+        closing: it is being closed, so what wants it waits and opens it again.
+    """
+
+    memory: Memory | None = None
+    users: int = 0
+    bytes: int = 0
+    settled: asyncio.Event = field(factory=asyncio.Event)
+    closing: bool = False
+
+
+class Pool:
+    """Opens memories when they are wanted, and closes idle ones; used by the engine's thread alone.
+
+    Attributes:
+        most: memories that are open at once.
+        ram_bytes: that they may take together; None: no limit.
+    """
+
+    def __init__(
+        self,
+        opened: Callable[[MemoryName], Memory],
+        most: int,
+        ram_bytes: int | None,
+        executor: Executor,
+        metrics: Metrics,
+    ) -> None:
+        """Args: ``opened`` opens a memory; called in threads of ``executor``."""
+        self.most, self.ram_bytes = most, ram_bytes
+        self._opened, self._executor, self._metrics = opened, executor, metrics
+        self._places: OrderedDict[MemoryName, Place] = OrderedDict()
+        self._room = asyncio.Condition()
+        self._versions: dict[MemoryName, int] = {}
+        self._tidying: set[asyncio.Future[None]] = set()
+
+    async def take(self, name: MemoryName) -> Memory:
+        """Return a memory, open, which stays so until ``give``. Raises what opening raises."""
+        while True:
+            place = self._places.get(name)
+            if place is None:
+                if await self._make_room(name):
+                    await self._open(name)
+            elif place.memory is None or place.closing:
+                await place.settled.wait()
+            else:
+                place.users += 1
+                self._places.move_to_end(name)
+                return place.memory
+
+    async def _open(self, name: MemoryName) -> None:
+        place = self._places[name] = Place()
+        try:
+            memory = await self._run(lambda: _patiently(lambda: self._opened(name)))
+        except BaseException:
+            del self._places[name]
+            raise
+        else:
+            place.memory, place.bytes = memory, memory.nbytes
+            self._versions.setdefault(name, _changes(memory))
+        finally:
+            place.settled.set()
+            await self._tell()
+
+    async def _make_room(self, name: MemoryName) -> bool:
+        """Close idle memories until there is a place for one more. Returns False where ``name`` has come meanwhile."""
+        while self._is_full(1):
+            if not await self._close_one():
+                async with self._room:
+                    await self._room.wait()
+            if name in self._places:
+                break
+        return name not in self._places
+
+    def give(self, name: MemoryName) -> None:
+        """End one use of a memory that ``take`` returned."""
+        place = self._places[name]
+        place.users -= 1
+        if not place.users and place.memory is not None:
+            place.bytes = place.memory.nbytes
+            tidying = asyncio.ensure_future(self._tidy())
+            self._tidying.add(tidying)
+            tidying.add_done_callback(self._tidying.discard)
+
+    async def _tidy(self) -> None:
+        await self._tell()
+        while self._is_full(0) and await self._close_one():
+            pass
+
+    async def close(self, name: MemoryName) -> None:
+        """Close a memory once nothing uses it, and forget what is known of it; it may be open or not."""
+        while (place := self._places.get(name)) is not None:
+            if place.memory is None or place.closing:
+                await place.settled.wait()
+            elif place.users:
+                async with self._room:
+                    await self._room.wait()
+            else:
+                await self._close(name, place, place.memory)
+        self._versions.pop(name, None)
+
+    async def close_all(self) -> None:
+        """Close all memories, with a checkpoint of each that has a journal."""
+        for place in list(self._places.values()):
+            if place.memory is not None and not place.closing:
+                await self._run(place.memory.streams.close)
+        self._places.clear()
+
+    def version(self, name: MemoryName, memory: Memory) -> int:
+        """Return a number that grows with every change of a memory, also where it is closed and opened in between."""
+        return self._versions.get(name, 0) + memory.version
+
+    @property
+    def bytes(self) -> int:
+        """Return what all open memories take."""
+        return sum(place.bytes for place in self._places.values())
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def _is_full(self, more: int) -> bool:
+        if len(self._places) + more > self.most:
+            return True
+        return self.ram_bytes is not None and len(self._places) > 1 - more and self.bytes > self.ram_bytes
+
+    async def _close_one(self) -> bool:
+        """Close the memory that was idle for the longest time. Returns False where none is idle."""
+        for name, place in self._places.items():
+            if place.memory is not None and not place.users and not place.closing:
+                self._metrics.count("evictions")
+                await self._close(name, place, place.memory)
+                return True
+        return False
+
+    async def _close(self, name: MemoryName, place: Place, memory: Memory) -> None:
+        place.closing, place.settled = True, asyncio.Event()
+        self._versions[name] = self._versions.get(name, 0) + memory.version
+        try:
+            await self._run(lambda: _closed(memory))
+        except (MPlusError, OSError) as error:  # nothing is lost: the journal has it
+            LOG.warning("a memory was closed without a checkpoint", exc_info=error)
+        finally:
+            del self._places[name]
+            place.settled.set()
+            await self._tell()
+
+    async def _tell(self) -> None:
+        async with self._room:
+            self._room.notify_all()
+
+    async def _run(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function)
+
+
+def _closed(memory: Memory) -> None:
+    """Close a memory whose tail is on disk, and need not be written as a chunk."""
+    directory = memory.directory
+    if directory is not None and directory.journal_bytes <= REPLAYED_BYTES:
+        memory.streams.persistence.close()
+    else:
+        memory.streams.close()
+
+
+def _changes(memory: Memory) -> int:
+    """Return a number that grows with the changes of a memory on disk: rows written, and checkpoints made."""
+    directory = memory.directory
+    return sum(state.clock for state in memory.states) + (
+        0 if directory is None or directory.manifest is None else directory.manifest.number
+    )
+
+
+def _patiently(opened: Callable[[], Memory]) -> Memory:
+    """Open a memory as soon as another process that has it closes it. Raises LiveMemoryError: it does not."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return opened()
+        except LiveMemoryError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(PAUSE)

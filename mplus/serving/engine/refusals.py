@@ -1,0 +1,84 @@
+"""What a client is told of an error: status, type and code, in words that name no path of the server."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from pathlib import Path
+
+from mplus.errors import (
+    ArgumentError,
+    ConfigError,
+    InputError,
+    LiveMemoryError,
+    MemoryFileError,
+    MemoryFullError,
+    MemoryMismatchError,
+    NotSupported,
+)
+from mplus.serving.errors import ServingError
+
+LOG = logging.getLogger("mplus.serving")
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+"""Numbers of system errors that say: there is no place to write to."""
+
+
+def refusal(error: BaseException, root: Path | None = None) -> ServingError:
+    """Return what a client is told of ``error``.
+
+    Args:
+        error: of a request; one that mplus does not raise on purpose is logged with its traceback.
+        root: the folder of all memories, whose paths are left out of the message.
+    """
+    if isinstance(error, ServingError):
+        return error
+    message = _without_paths(str(error), root)
+    if _disk_is_full(error):
+        return ServingError(
+            "the server's disk cannot be written to, so nothing was written: try later, or tell who runs it",
+            507, "server_error", code="insufficient_storage",
+        )  # fmt: skip
+    if isinstance(error, MemoryFullError):
+        quota = "pinned" in message or "bytes_budget" not in message
+        status, kind = (413, "quota_exceeded") if quota else (507, "insufficient_storage")
+        return ServingError(message, status, "invalid_request_error" if quota else "server_error", code=kind)
+    if isinstance(error, MemoryMismatchError):
+        return ServingError(message, 409, "conflict_error", code="memory_mismatch")
+    if isinstance(error, MemoryFileError):
+        return ServingError(
+            f"the files of this memory are damaged: {message}", 409, "conflict_error", code="memory_damaged"
+        )
+    if isinstance(error, LiveMemoryError):
+        return ServingError(
+            "this memory cannot be opened now, since another process has it: try again",
+            503, "server_error", code="memory_busy", retry_after=1,
+        )  # fmt: skip
+    if isinstance(error, InputError) and "write_id" in message:
+        return ServingError(
+            "this Idempotency-Key was given to another text, or to one of another source: every text needs its own",
+            409, "conflict_error", code="idempotency_key_reused",
+        )  # fmt: skip
+    if isinstance(error, InputError | ConfigError | NotSupported | ArgumentError):
+        return ServingError(message, 400, "invalid_request_error")
+    LOG.error("a request failed", exc_info=error)
+    return ServingError("the server failed on this request, and served all others", 500, "server_error")
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _without_paths(message: str, root: Path | None) -> str:
+    if root is None:
+        return message
+    words = []
+    for word in message.split(" "):
+        at = word.find(str(root))
+        # The folder of a memory, and files in it: what stands behind the path, such as a colon, stays.
+        rest = word[len(word.rstrip(":,.'\"")) :] if at >= 0 else ""
+        words.append(word if at < 0 else f"{word[:at]}the memory{rest}")
+    return " ".join(words)
