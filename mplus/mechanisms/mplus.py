@@ -14,9 +14,11 @@ from mplus.config import JsonValue, number, one_of, whole
 from mplus.eviction.base import EvictionPolicy
 from mplus.eviction.ttl import TtlEviction
 from mplus.mechanisms.opened import Retrieved
+from mplus.mechanisms.root import Absorbed
 from mplus.mechanisms.short_term.mechanism import RowMechanism
 from mplus.mechanisms.short_term.pending import PendingView
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
+from mplus.memory.merging.incoming import Incoming
 from mplus.memory.state import StreamView
 from mplus.memory.writing.update import WriteContext
 from mplus.rows import MemoryRows
@@ -117,6 +119,19 @@ class MPlusMechanism(RowMechanism):
         writes = state.counters["writes_since_merge"] + 1
         state = evolve(state, pending=pending, counters={**state.counters, "writes_since_merge": writes})
         return self.merge(state, context) if int(writes) >= self.options.merge_every else (state, 0)
+
+    def combine(self, state: Any, other: Incoming, context: WriteContext) -> Absorbed:
+        """Take in all rows of another stream, also those that wait for a merge; do it if they have waited enough."""
+        theirs = state_of(other.view)
+        pending = other.merged("pending", state.pending, theirs.pending, state)
+        waited = state.counters["writes_since_merge"] + theirs.counters["writes_since_merge"]
+        counters = {**state.counters, "writes_since_merge": waited}
+        absorbed = super().combine(evolve(state, pending=tuple(pending), counters=counters), other, context)
+        every, after = self.options.merge_every, state_of(StreamView(absorbed.state, context.store))
+        if every is None or int(after.counters["writes_since_merge"]) < every:
+            return absorbed
+        merged, evicted = self.merge(after, context)
+        return evolve(absorbed, state=merged, evicted=absorbed.evicted + evicted)
 
     def waiting(self, state: ShortTermState, rows: Sequence[MemoryRows]) -> ShortTermState:
         """Return ``state`` with ``rows``, per layer, and no others waiting for the next merge."""

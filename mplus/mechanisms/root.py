@@ -13,6 +13,7 @@ from torch import Tensor
 from mplus.config import PUBLISHED, JsonValue, MPlusConfig
 from mplus.errors import InputError, NotSupported
 from mplus.eviction.base import EvictionPolicy
+from mplus.memory.merging.incoming import Incoming
 from mplus.memory.sources.found import FoundText
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.update import WriteContext
@@ -108,6 +109,24 @@ class Mechanism(ABC):
     @abstractmethod
     def absorb(self, state: StreamState, update: Any, source: int, context: WriteContext) -> Absorbed:
         """Take what ``write`` made for one stream, from the text of ``source``, into its state and its store."""
+
+    def combine(self, state: Any, other: Incoming, context: WriteContext) -> Absorbed:
+        """Take all that a stream of another memory holds into the state and the store of one; see ``Memory.merge``.
+
+        Args:
+            state: of the stream that takes it in. Its sources, texts and writes are those of both already, and stay.
+            other: the other stream, with the new births and sources of its rows.
+            context: of the stream.
+
+        Returns:
+            The state of both, with the clock ``other.order.clock``, and how many rows left.
+
+        Raises NotSupported, the default: the mechanism does not say how two of its memories become one.
+        """
+        raise NotSupported(
+            f"memories of the mechanism {self.name!r} cannot be merged, since it does not say how: write the texts of "
+            "the other one to this one"
+        )
 
     def with_tokenizer(self, state: StreamState, tokenizer: Any) -> StreamState:
         """Return a stream as it is when a text is written to it through ``tokenizer``; by default as it was.

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mplus.errors import InputError
 from mplus.memory.copying import check_row, check_rows, check_target, copied, moved, pickle_error
-from mplus.memory.report import ForgetReport, WriteReport
+from mplus.memory.merging.merge import merge
+from mplus.memory.report import ForgetReport, MergeReport, WriteReport
 from mplus.memory.rewriting import rewrite
 from mplus.memory.sources.clock import seconds_of
 from mplus.memory.sources.expiry import expire, pin
@@ -261,6 +262,43 @@ class Memory(StoredMemory):
         """
         with self.streams.write_lock:
             return rewrite(self.streams, model, self.tokenizer, progress)
+
+    def merge(self, other: Memory, *, sources: Literal["join", "rename", "refuse"] = "join") -> MergeReport:
+        """Take all that another memory of this decoder holds into this one, as one change; the other stays as it is.
+
+        Sources come with their names, times, expiry and pins, kept texts, ids of writes, and rows. What both have
+        written stands in one order: by the time at which a source was written, where that is known of all (a source
+        that was written before another one goes before it, and stays together); else the other memory's comes last.
+        No pass is run, but for text that waits and makes up a chunk now. Of more rows than there may be, some leave as
+        they do at a write: from the STM by the option ``drop``, from the LTM by the eviction policy.
+
+        A memory of the mechanism ``kv``, or of text, is afterwards the one that had been written both texts. In M+ and
+        MemoryLLM a chunk reads the rows before it when it is written, and those stay what they were; to have them
+        written one behind the other, merge memories that keep their texts, and ``rewrite`` the one that comes of it.
+        A fork holds what its origin holds: merged, both of it are there.
+
+        Args:
+            other: a memory of the same decoder, batch size and dtype, which keeps the same of its rows.
+            sources: what becomes of sources of one name: "join" makes one of them, as writing under one name does,
+                which expires with the earlier of the two; "rename" gives the other memory's a new name, "mail (2)", say
+                (text without a name is joined); "refuse" raises InputError. Where both have given one ``write_id``,
+                that of this memory holds on.
+
+        Returns:
+            What was taken in, and under which names.
+
+        Raises:
+            InputError: it is this memory itself, or none; or ``sources`` is something else, or refuses.
+            MemoryMismatchError: another decoder, batch size, dtype or form of rows; or this memory keeps texts, and the
+                other one does not.
+            MemoryFullError: pinned sources leave no room for what is to come in.
+            NotSupported: the mechanism does not say how two of its memories become one. Nothing was changed.
+
+        Example:
+            >>> memory.merge(other, sources="rename").sources  # doctest: +SKIP
+            [{'mail': 'mail (2)', 'notes': 'notes'}]
+        """
+        return merge(self.streams, self.tokenizer, other, sources)
 
     def reset(self) -> None:
         """Become a new memory, all names forgotten; the generators go on. Raises MemoryFileError as ``forget``."""

@@ -112,6 +112,29 @@ class WriteReport:
         return sum(self.tokens) / self.seconds if self.seconds else float("inf")
 
 
+@define(frozen=True, kw_only=True)
+class MergeReport:
+    """The content of another memory that one ``Memory.merge`` took in. Lists have one entry per batch row.
+
+    Attributes:
+        sources: the names of the other memory's sources, and which they have in this one.
+        tokens, chunks: text that had been written under them.
+        dropped_rows: rows per layer that left the STM, and those of the other memory that did not get into it.
+        evicted_rows: rows per layer that left the LTM.
+        unnoted_writes: ids of writes (``write_id``) to the other memory that this one had given to writes of its own,
+            which it goes by.
+        seconds: wall-clock time of the whole call.
+    """
+
+    sources: list[dict[str | None, str | None]]
+    tokens: list[int]
+    chunks: list[int]
+    dropped_rows: list[int]
+    evicted_rows: list[int]
+    unnoted_writes: list[list[str]]
+    seconds: float
+
+
 def describe(streams: Streams) -> str:
     """Return size, limits and bytes of a memory in a line, for ``repr``."""
     rows = []

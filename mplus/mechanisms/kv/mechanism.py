@@ -21,8 +21,9 @@ from mplus.mechanisms.kv.front import Front
 from mplus.mechanisms.kv.passes import run_behind
 from mplus.mechanisms.kv.reads import KvReads
 from mplus.mechanisms.kv.settle import check_limited, settled
-from mplus.mechanisms.kv.state import KvState, state_of
+from mplus.mechanisms.kv.state import KvState, merged_table, state_of
 from mplus.mechanisms.root import Absorbed, Columns
+from mplus.memory.merging.incoming import Incoming
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.writing.update import Update, WriteContext
 from mplus.registry import Registry
@@ -196,6 +197,12 @@ class KvMechanism(KvReads):
         if beside:
             state, key = found_by(state, beside, beside["chunk_key"])
         after, evicted = self._evict(state.with_chunk(ids, source, key), context)
+        return Absorbed(after, 0, evicted)
+
+    def combine(self, state: Any, other: Incoming, context: WriteContext) -> Absorbed:
+        other.take_stored(state, context)
+        merged = merged_table(state, other)
+        after, evicted = self._evict(merged, context)
         return Absorbed(after, 0, evicted)
 
     def example(self, decoder: Decoder, ids: Tensor, context: WriteContext) -> StreamView:

@@ -10,6 +10,7 @@ from attrs import define, evolve
 from torch import Tensor
 
 from mplus.errors import InputError, MemoryMismatchError
+from mplus.memory.merging.incoming import Incoming
 from mplus.memory.state import StreamState, StreamView
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreLayout
@@ -300,3 +301,59 @@ def state_of(view: StreamView) -> KvState:
 def _births(store: MemoryStore, layer: int) -> Tensor:
     found = store.column(layer, "birth")
     return torch.empty(0, dtype=torch.int64) if found is None else found.cpu()
+
+
+# ---------------------------------------------------------------------- two tables in one
+
+
+def merged_table(own: KvState, other: Incoming) -> KvState:
+    """Return the state of a stream that has taken in the chunks of another one, each in its place in time.
+
+    What one of them has found out about the decoder holds for both.
+
+    Raises:
+        MemoryMismatchError: chunks of both cannot be read together: they were written behind other tokens, or are found
+            by other things.
+    """
+    theirs = state_of(other.view)
+    if not theirs.tokens:
+        return evolve(own, clock=other.order.clock)
+    state = _with_front(own, theirs) if own.tokens else _front_of(theirs, own)
+    times = torch.cat([other.order.own(own.chunk_time), other.order.other(theirs.chunk_time)])
+    sources = torch.cat([own.chunk_source, other.sources(theirs.chunk_source)])
+    keys = [part.chunk_key for part in (own, theirs) if part.tokens]
+    lengths, order = torch.cat([own.chunk_length, theirs.chunk_length]), times.argsort()
+    ids = torch.cat([own.token_ids, theirs.token_ids]).split(lengths.tolist())
+    return evolve(
+        state,
+        chunk_length=lengths[order],
+        chunk_source=sources[order],
+        chunk_time=times[order],
+        token_ids=torch.cat([ids[place] for place in order.tolist()]),
+        chunk_key=torch.cat(keys)[order],
+        clock=other.order.clock,
+    )
+
+
+def _front_of(theirs: KvState, own: KvState) -> KvState:
+    """Return the own stream, which has no chunks, with what chunks of the other one were written behind."""
+    known: dict[str, Any] = {name: getattr(theirs, name) for name in (*CHAT, *KNOWN)}
+    return evolve(own, **known, begin_rows=theirs.begin_rows.to(own.begin_rows))
+
+
+def _with_front(own: KvState, theirs: KvState) -> KvState:
+    """Return the own stream with what it does not know. Raises MemoryMismatchError as ``merged_table``."""
+    if not torch.equal(own.begin_ids, theirs.begin_ids):
+        raise MemoryMismatchError(
+            f"memories that are merged must have been written behind the same tokens, got {own.begin_ids.tolist()} and "
+            f"{theirs.begin_ids.tolist()}: one of them was written without the tokenizer of the other"
+        )
+    if own.chunk_key.shape[1] != theirs.chunk_key.shape[1] or not torch.equal(own.calibration, theirs.calibration):
+        raise MemoryMismatchError(
+            f"memories that are merged must find their chunks by the same things, got keys of width "
+            f"{own.chunk_key.shape[1]} and {theirs.chunk_key.shape[1]}: one of them was written without a tokenizer, "
+            "or by another retriever, so set its tokenizer and let rewrite() compute it anew"
+        )
+    names = ("opening_ids", "closing_ids", "late_interaction")
+    missing: dict[str, Any] = {name: getattr(theirs, name) for name in names if not len(getattr(own, name))}
+    return evolve(own, **missing)

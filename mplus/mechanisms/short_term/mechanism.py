@@ -19,6 +19,7 @@ from mplus.mechanisms.opened import Opened, Retrieved
 from mplus.mechanisms.root import Absorbed, Columns
 from mplus.mechanisms.short_term.batched_streams import BatchedStreams, can_be_batched
 from mplus.mechanisms.short_term.joint_prefix import JointPrepared
+from mplus.mechanisms.short_term.merging import newest_in, with_newest, without_newest
 from mplus.mechanisms.short_term.prefix_cache import Prepared
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
 from mplus.mechanisms.short_term.tail import read_tails
@@ -34,6 +35,7 @@ from mplus.mechanisms.short_term.write import (
     split_order,
 )
 from mplus.mechanisms.streams import TrainingStreams
+from mplus.memory.merging.incoming import Incoming
 from mplus.memory.state import StreamView
 from mplus.memory.writing.update import Update, WriteContext
 from mplus.retrievers.base import RetrieverShape
@@ -220,9 +222,7 @@ class RowMechanism(MemoryMechanism):
         permutation: Tensor | None = None
         for layer, (old, hidden) in enumerate(zip(state.stm, update.hidden, strict=True)):
             excess = max(len(old) + k - self.config.short_term_tokens, 0)
-            if excess and (permutation is None or self.config.drop_per_layer or len(permutation) != len(old)):
-                oldest = self.options.drop == "oldest"
-                permutation = oldest_last(len(old), excess) if oldest else context.draw(len(old))
+            permutation = self._drop_order(len(old), excess, permutation, context)
             stay, leave = _places(len(old), excess, permutation, old.birth.device)
             new = self._new_rows(layer, update, source, state, old, context)
             stm.append(MemoryRows.cat([old.select(stay), new]))  # a copy: the block is a view of all the pass computed
@@ -234,6 +234,33 @@ class RowMechanism(MemoryMechanism):
         moved = evolve(state, stm=tuple(stm), newest=tuple(newest), clock=state.clock + k)
         moved, evicted = self.keep_dropped(moved, dropped, context)
         return Absorbed(moved, max(len(rows) for rows in dropped), evicted, {"stm": tuple(stayed)})
+
+    def combine(self, state: Any, other: Incoming, context: WriteContext) -> Absorbed:
+        """Take in all rows of another stream; of too many short-term ones some leave as the option ``drop`` says."""
+        other.take_stored(state, context)
+        theirs = with_newest(state_of(other.view))
+        stm, dropped, permutation = list[MemoryRows](), list[MemoryRows](), None
+        for rows in other.merged("stm", with_newest(state), theirs, state):
+            excess = max(len(rows) - self.config.short_term_tokens, 0)
+            permutation = self._drop_order(len(rows), excess, permutation, context)
+            stay, leave = _places(len(rows), excess, permutation, rows.birth.device)
+            stm.append(rows.select(stay))
+            dropped.append(rows.select(leave))
+        newest = newest_in(stm, self.config.memory_tokens_per_chunk) if state.newest else ()
+        moved = evolve(state, stm=without_newest(stm), newest=newest, clock=other.order.clock)
+        evicted, counts = 0, [len(rows) for rows in dropped]
+        if any(counts):
+            moved, evicted = self.keep_dropped(moved, without_newest(dropped), context)
+        return Absorbed(moved, max(counts), evicted + max(context.evict()))
+
+    def _drop_order(self, count: int, excess: int, before: Tensor | None, context: WriteContext) -> Tensor | None:
+        """Return the order of ``count`` short-term rows of a layer, by which the last ``excess`` leave, if any do.
+
+        ``before``: that of the layer before, which serves again where layers drop alike.
+        """
+        if not excess or (before is not None and not self.config.drop_per_layer and len(before) == count):
+            return before
+        return oldest_last(count, excess) if self.options.drop == "oldest" else context.draw(count)
 
     def _new_rows(
         self, layer: int, update: Update, source: int, state: ShortTermState, like: MemoryRows, context: WriteContext

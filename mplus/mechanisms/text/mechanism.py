@@ -13,6 +13,7 @@ from mplus.errors import ConfigError
 from mplus.mechanisms.root import Absorbed, Columns, Mechanism
 from mplus.mechanisms.text.asking import Ask
 from mplus.mechanisms.text.state import Entry, EntryState
+from mplus.memory.merging.incoming import Incoming
 from mplus.memory.state import StreamState
 from mplus.memory.writing.update import Fields, NewEntries, WriteContext
 from mplus.stores.base import StoreLayout
@@ -195,3 +196,7 @@ class TextMechanism(Mechanism):
         """Put the new entries of one stream behind those it has."""
         (new,) = update.entries
         return Absorbed(cast("EntryState", state).with_entries(new, source), 0, 0)
+
+    def combine(self, state: EntryState, other: Incoming, context: WriteContext) -> Absorbed:
+        """Put the entries of both streams into one order."""
+        return Absorbed(state.merged(other), 0, 0)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, ClassVar, Self, overload
+from typing import Any, ClassVar, Self, cast, overload
 
 import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
 from mplus.errors import MemoryMismatchError
+from mplus.memory.merging.incoming import Incoming
 from mplus.memory.state import StreamState
 from mplus.memory.writing.update import Fields
 from mplus.rows import MemoryRows
@@ -136,6 +137,15 @@ class EntryState(StreamState):
         births = torch.arange(self.clock, self.clock + len(new))
         rows = MemoryRows.cat([self.rows, MemoryRows(None, births, torch.full_like(births, source))])
         return evolve(self, rows=rows, blocks=blocks_of(new, self.blocks), clock=self.clock + len(new))
+
+    def merged(self, other: Incoming) -> Self:
+        """Return this state with the entries of another stream between its own, in order of writing."""
+        theirs = cast("EntryState", other.view.state)
+        births = torch.cat([other.order.own(self.rows.birth), other.order.other(theirs.rows.birth)])
+        fields, order = [*self._fields(), *theirs._fields()], births.argsort()
+        (rows,) = other.merged("entries", (self.rows,), (theirs.rows,), self)
+        blocks = blocks_of(fields[place] for place in order.tolist())
+        return evolve(self, rows=rows, blocks=blocks, clock=other.order.clock)
 
     def row_lists(self) -> dict[str, tuple[MemoryRows, ...]]:
         return {"entries": (self.rows,)}

@@ -169,7 +169,7 @@ def apply_write(
             state = state.with_text(text, number, turn, write.short)
             state = state.with_waiting(number, waited[tokens:]) if len(waited) else state
             try:
-                absorbed = mechanism.absorb(state, rows, number, _context(streams, row, state, text))
+                absorbed = mechanism.absorb(state, rows, number, context_of(streams, row, state, text))
             except (IndexError, InputError) as error:  # of a store that was given rows it has no room for, say
                 raise MechanismError(f"the mechanism {mechanism.name!r}: absorb failed: {error}") from error
             check_absorbed(absorbed, state, streams.stores[row].layout, mechanism.name)
@@ -183,7 +183,15 @@ def apply_write(
     streams.persistence.after_write(streams)
 
 
-def _context(streams: Streams, row: int, state: StreamState, ids: Tensor) -> WriteContext:
+def context_of(streams: Streams, row: int, state: StreamState, ids: Tensor | None = None) -> WriteContext:
+    """Return what a mechanism may use and change while a stream takes in rows; part of a change of ``streams``.
+
+    Args:
+        streams: of the memory.
+        row: the batch row.
+        state: of the stream, for the sources that are pinned.
+        ids: ``[n]``, the text that the rows were made of, if it is one.
+    """
     engine, generator, pinned = streams.engine, streams.generators[row], state.sources.pinned
 
     def keys(layer: int, hidden: Tensor) -> Tensor | None:

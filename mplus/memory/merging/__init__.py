@@ -1,0 +1,1 @@
+"""Merging: what another memory holds, taken into a memory as one change."""
