@@ -12,7 +12,9 @@ __all__ = [
     "Memory",
     "StaticReader",
     "__version__",
+    "delete_memory",
     "from_pretrained",
+    "memory_bytes",
     "unwrap",
     "wrap",
     "write_together",
@@ -26,12 +28,16 @@ if TYPE_CHECKING:
     from mplus.hf.model.wrapping import unwrap, wrap
     from mplus.hf.pretrained.load import from_pretrained
     from mplus.memory import Memory, write_together
+    from mplus.memory.directory.removal import delete_memory
+    from mplus.memory.directory.size import memory_bytes
 
 _LAZY = {
     "Chat": "mplus.chat",
     "MPlusConfig": "mplus.config",
     "Memory": "mplus.memory",
     "write_together": "mplus.memory",
+    "delete_memory": "mplus.memory.directory.removal",
+    "memory_bytes": "mplus.memory.directory.size",
     "wrap": "mplus.hf",
     "unwrap": "mplus.hf",
     "from_pretrained": "mplus.hf",

@@ -20,7 +20,9 @@ from mplus.memory.writing.chunking import Tokenizer
 from mplus.memory.writing.passes import flush
 
 if TYPE_CHECKING:
+    from mplus.memory.archive.tar import Origin
     from mplus.memory.directory.directory import Directory
+    from mplus.memory.format.tensors import Sink
 
 
 class StoredMemory(MemoryContent):
@@ -41,6 +43,64 @@ class StoredMemory(MemoryContent):
         from mplus.memory.format.save import save_streams
 
         save_streams(path, self.streams, file_mode)
+
+    def export(self, file: str | Path | Sink) -> int:
+        """Write the memory, as it is at the call, as one stream of bytes; ``import_`` reads it back.
+
+        Writers go on meanwhile. The same memory gives the same bytes: a tar of plain files, which unpacked is a folder
+        that ``load`` reads.
+
+        Args:
+            file: a path, of a file that is replaced once the new one is on disk, for its owner to read; or a binary
+                file, of which ``write`` is called, with at most 64 MiB at a time.
+
+        Returns:
+            How many bytes were written.
+
+        Raises:
+            MemoryFileError: the file at the path cannot be written.
+            InputError: it is neither a path nor a file.
+
+        Example:
+            >>> memory.export("anna.mplus")  # doctest: +SKIP
+            184320
+        """
+        from mplus.memory.archive.export import export_streams
+
+        return export_streams(self.streams, file)
+
+    def import_(self, file: str | Path | Origin, *, max_bytes: int | None = None) -> None:
+        """Become what another memory was when it was exported, as one change: wholly, or not at all.
+
+        All of it is checked before anything changes: form, sizes, digests, values, and that it belongs to this decoder.
+        This memory must be empty, and keeps its store, eviction policy and budget. What is read goes to disk, under the
+        directory's quota where the memory lives in one, and a crash on the way leaves the memory empty.
+
+        Args:
+            file: what ``export`` wrote: its path, or a binary file, of which ``read`` is called, in order.
+            max_bytes: refuse more than that; None: no limit but the free disk.
+
+        Raises:
+            MemoryFileError: it is truncated, altered, foreign, newer, or holds something else than plain files.
+            MemoryMismatchError: it belongs to another decoder, or has another batch size.
+            MemoryFullError: it is larger than ``max_bytes`` or the free disk.
+            InputError: this memory is not empty.
+            LiveMemoryError: as ``write``.
+
+        Example:
+            >>> with mplus.Memory.open("anna", model) as memory:  # doctest: +SKIP
+            ...     memory.import_("anna.mplus", max_bytes=2**30)
+        """
+        from mplus.memory.archive.importing import import_streams
+
+        import_streams(self.streams, file, max_bytes)
+
+    @property
+    def is_empty(self) -> bool:
+        """True if nothing was written, or all of it was reset: ``import_`` takes no other memory."""
+        from mplus.memory.archive.importing import is_empty
+
+        return is_empty(self.streams)
 
     @classmethod
     def load(
@@ -103,6 +163,7 @@ class StoredMemory(MemoryContent):
         journal_bytes: int = JOURNAL_BYTES,
         file_mode: int | None = None,
         clock: Clock | None = None,
+        wait: float = 0.0,
     ) -> Self:
         """Open the memory that lives in the directory ``path``, or make a new one there; ``with`` closes it.
 
@@ -121,11 +182,12 @@ class StoredMemory(MemoryContent):
             journal_bytes: write a new checkpoint when the journal is longer than this; opening reads all of it.
             file_mode: permission bits of files that are written, as for ``save``.
             clock: as for ``load``.
+            wait: seconds to wait for another, in this process or elsewhere, that has it open for writing.
 
         Raises:
             MemoryFileError: ``path`` cannot be read or written, is truncated, altered or foreign, or of a newer format.
             MemoryMismatchError: as ``load``, or made with another batch size.
-            LiveMemoryError: it is open for writing already; says by which process.
+            LiveMemoryError: it is open for writing already, and after ``wait`` seconds still; says by which process.
             NotSupported, ConfigError: the store reads rows on the CPU only; an option breaks its rule.
         """
         from mplus.memory.directory.open import open_streams
@@ -135,6 +197,7 @@ class StoredMemory(MemoryContent):
         streams = open_streams(
             path, engine, new, batch_size=batch_size, store=store, eviction=eviction, bytes_budget=bytes_budget,
             device=device, read_only=read_only, journal_bytes=journal_bytes, file_mode=file_mode, clock=clock,
+            wait=wait,
         )  # fmt: skip
         if not read_only:
             try:

@@ -280,7 +280,7 @@ class Streams:
 
     def adopt(self, other: Streams) -> None:
         """Take over the stores, generators and notes of ``other``, which is not used any more; part of a change."""
-        self._stores, self.generators, self.access_logs = other.stores, other.generators, other.access_logs
+        self._stores, self.generators, self.access_logs = unshared(other.stores), other.generators, other.access_logs
 
     def fork_access_logs(self, rows: Sequence[int]) -> None:
         """Replace the notes on some streams by copies, so that there is a way back; part of a change."""

@@ -43,6 +43,12 @@ def saved_stack(store: MemoryStore) -> str | dict[str, JsonValue]:
     return _around(found).plain()
 
 
+def component_of(store: MemoryStore) -> Component:
+    """Return what makes another store of the kind of ``store``, with the same options and the same stores inside it."""
+    *around, innermost = [Component(part.name, _facts(part.options)) for part in parts_of(store)]
+    return _around(around, innermost)
+
+
 def _facts(options: attrs.AttrsInstance) -> dict[str, JsonValue]:
     """Return all options of a store but ``inner``."""
     return {name: value for name, value in attrs.asdict(options, recurse=False).items() if name != "inner"}
@@ -64,8 +70,9 @@ def _made(wrapping: Sequence[Component]) -> list[Component]:
     return [part for part in wrapping if not STORES.get(part.name).transparent]
 
 
-def _around(wrapping: Sequence[Component]) -> Component:
-    kind = Component(INNERMOST)
+def _around(wrapping: Sequence[Component], innermost: Component | None = None) -> Component:
+    """Return stores around an innermost one; None: mapped files."""
+    kind = Component(INNERMOST) if innermost is None else innermost
     for part in reversed(wrapping):
         kind = Component(part.name, {**part.options, "inner": kind.plain()})
     return kind

@@ -78,6 +78,11 @@ class Directory:
         return self.folder.path
 
     @property
+    def owner(self) -> str:
+        """The memory's id, which is in the names of all its files."""
+        return self._lock.owner
+
+    @property
     def closed(self) -> bool:
         """True once it was closed; in a child of the process that opened it, always."""
         return self._lock.file.handle is None
@@ -86,7 +91,7 @@ class Directory:
         """Continue behind the ``records`` records, ``size`` bytes, of a checkpoint's journal. Raises OSError."""
         self.manifest, self._files = manifest, frozenset({MANIFEST, *manifest.files})
         self.journal = Journal.resume(self.files, self.folder / manifest.journal, size, records)
-        remove_others(self.files, self.folder, self._lock.owner, manifest)
+        remove_others(self.files, self.folder, self.owner, manifest)
 
     @property
     def in_earlier_version(self) -> bool:
@@ -154,7 +159,7 @@ class Directory:
         """
         self.check()
         number = 0 if self.manifest is None else self.manifest.number + 1
-        owner = self._lock.owner
+        owner = self.owner
         written = write_checkpoint(self.files, self.folder, owner, content, header, number, clean=clean)
         self._pending = PendingChange(token, 0, 0, written)
         self.check()  # writing all that took its time
@@ -173,7 +178,7 @@ class Directory:
         if journal is not None and journal is not written.journal:
             journal.close()
         if self.failed is None:  # else nobody knows which manifest a crash would leave: the files of both stay
-            self._left = remove_others(self.files, self.folder, self._lock.owner, written.manifest, before)
+            self._left = remove_others(self.files, self.folder, self.owner, written.manifest, before)
 
     def check_removed(self) -> None:
         """Make sure that files of earlier checkpoints are gone, and stay so after a crash.

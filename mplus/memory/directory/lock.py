@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import stat
+import time
 
 from attrs import define
 
@@ -21,6 +22,8 @@ from mplus.stores.disk.locks import FileLock
 
 LONGEST = 64
 """Bytes of the file; a longer one is somebody else's."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.05
+"""Seconds between two tries to get a lock that another has."""
 CONTENT = re.compile(rb"(?:mplus-lock ([0-9a-f]{16})\n)?(\d*)\n?\x00*")
 """The file as this version, or earlier ones, write it; what was not synced may be missing, or zero."""
 
@@ -48,11 +51,16 @@ class Lock:
         return None
 
 
-def acquire(files: FileSystem, folder: Folder) -> Lock:
+def acquire(files: FileSystem, folder: Folder, deadline: float = 0.0) -> Lock:
     """Take the lock, which is held until it is released or the process ends.
 
+    Args:
+        files: does it.
+        folder: the memory's.
+        deadline: until when to wait for it, by ``time.monotonic``.
+
     Raises:
-        LiveMemoryError: somebody has it; says who.
+        LiveMemoryError: another has it, in this process or elsewhere; says which process.
         NotSupported: no such locks here.
         OSError: the file cannot be made, or is not one that mplus has made.
     """
@@ -63,19 +71,31 @@ def acquire(files: FileSystem, folder: Folder) -> Lock:
     file = FileLock(lambda: _opened(files, folder))
     try:
         handle = file.opened()
-        try:
-            file.take(wait=False)
-        except BlockingIOError as error:
-            found = CONTENT.fullmatch(_read(handle))
-            process = found[2].decode() if found and found[2] else "unknown"
-            raise LiveMemoryError(
-                f"{folder} may be open for writing once, and is by process {process}: close it there, or open it with "
-                "read_only=True"
-            ) from error
+        _take(file, folder, deadline)
         return Lock(file, _signed(files, folder, handle))
     except BaseException:
         file.release()
         raise
+
+
+def _take(file: FileLock, folder: Folder, deadline: float) -> None:
+    """Lock the file, and try again until the deadline where another has it. Raises LiveMemoryError then."""
+    pause = FIRST_PAUSE
+    while True:
+        try:
+            file.take(wait=False)  # not a wait in the system: that one neither ends in time nor hears an interrupt
+            return
+        except BlockingIOError as error:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                found = CONTENT.fullmatch(_read(file.opened()))
+                process = found[2].decode() if found and found[2] else "unknown"
+                raise LiveMemoryError(
+                    f"{folder} may be open for writing once, and is by process {process}: close it there, or open it "
+                    "with read_only=True"
+                ) from error
+        time.sleep(min(pause, left))
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def _opened(files: FileSystem, folder: Folder) -> int:

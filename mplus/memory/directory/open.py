@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ import attrs
 import torch
 
 from mplus.config import Component, JsonValue
-from mplus.errors import ConfigError, MemoryFileError, MemoryMismatchError
+from mplus.errors import ConfigError, LiveMemoryError, MemoryFileError, MemoryMismatchError
 from mplus.eviction import EVICTION
 from mplus.memory.budget import Budget
 from mplus.memory.copying import check_device
@@ -60,10 +61,12 @@ def open_streams(
     journal_bytes: int,
     file_mode: int | None,
     clock: Clock | None = None,
+    wait: float = 0.0,
 ) -> Streams:
     """Open the streams of a directory, or make new ones by ``new`` (``model.new_memory``); see ``Memory.open``."""
     if isinstance(journal_bytes, bool) or not isinstance(journal_bytes, int) or journal_bytes < 1:
         raise ConfigError(f"journal_bytes must be a whole number of at least 1, got {journal_bytes!r}")
+    deadline = deadline_of(wait)
     wanted = engine.config.store if store is None else Component.of(store)
     policy = None if eviction is None else Component.of(eviction)
     device, files = check_device(device), FileSystem()
@@ -75,10 +78,8 @@ def open_streams(
         return _existing(
             engine, manifest, content, persistence, policy, bytes_budget, folder, changed=count > 0, clock=clock
         )
-    folder = prepare(Path(path), file_mode, files, "keep")
-    _check_own(folder)  # before a lock is left in a folder of another kind
-    with writable(folder):
-        directory = Directory(folder, files, acquire(files, folder))
+    directory = _locked(Path(path), file_mode, files, deadline)
+    folder = directory.folder
     try:
         _check_own(folder)  # another process may have been here until it was locked
         if (folder / MANIFEST).exists():
@@ -104,6 +105,32 @@ def open_streams(
     except BaseException:
         directory.close()
         raise
+
+
+def deadline_of(wait: float) -> float:
+    """Return when a wait of so many seconds ends, by ``time.monotonic``. Raises ConfigError: that is no time."""
+    if isinstance(wait, bool) or not isinstance(wait, int | float) or not wait >= 0:
+        raise ConfigError(f"wait must be seconds, 0 or more, got {wait!r}")
+    return time.monotonic() + wait
+
+
+def _locked(path: Path, file_mode: int | None, files: FileSystem, deadline: float) -> Directory:
+    """Open a folder for writing, made where it does not exist.
+
+    Raises LiveMemoryError where it is open elsewhere until the deadline.
+    """
+    while True:
+        folder = prepare(path, file_mode, files, "keep")
+        _check_own(folder)  # before a lock is left in a folder of another kind
+        with writable(folder):
+            lock = acquire(files, folder, deadline)
+        # Whoever had it may have deleted the memory, or put another in its place.
+        if folder.is_at_its_path() and lock.fault(folder) is None:
+            return Directory(folder, files, lock)
+        lock.file.release()
+        folder.close()
+        if time.monotonic() >= deadline:
+            raise LiveMemoryError(f"{path} was removed or replaced while it was opened: open it again")
 
 
 def _existing(

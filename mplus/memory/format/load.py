@@ -75,36 +75,53 @@ def load_streams(
     held = lock(here, shared=True)
     try:
         manifest = read_manifest(here)
-        layout = engine.layout
-        check_belongs(
-            manifest, engine.fingerprint(manifest.fingerprint), layout, folder, any_weights=keeps_chunks(engine)
-        )
-        policy = EVICTION.build(eviction or Component.of(manifest.eviction))
-        # Rows stay what they were, whatever new memories of this decoder hold.
-        layout = evolve(
-            layout,
-            projected_size=manifest.layout.projected_size,
-            keeps_hidden=manifest.layout.keeps_hidden,
-            expiry=layout.expiry or policy.lifetime is not None,
-            device=layout.device if device is None else check_device(device),
-        )
-        mechanism = engine.mechanism
+        facts = engine.fingerprint(manifest.fingerprint)
+        check_belongs(manifest, facts, engine.layout, folder, any_weights=keeps_chunks(engine))
         with TensorReader(here, manifest.data) as opened:
-            file = in_present_form(opened, manifest.earlier)
-            check_names(file, manifest)
-            lifetime = mechanism.lifetime(policy)
-            states, stores, generators = read_streams(file, manifest, layout, store or engine.config.store, lifetime)
-            with as_written(f"{folder}"):
-                check_fits(states, engine, layout)
-            access_logs = (
-                [read_access_log(file, n, one) for n, one in enumerate(stores)] if policy.needs_access_log else []
-            )
-            for entry, own in zip(manifest.streams, stores, strict=True):
-                mechanism.load_index(own, read_index(file, entry.store, layout.layers))
-        states = with_weights(states, stores, manifest.fingerprint, engine, folder)
+            return streams_of(manifest, opened, folder, engine, store, eviction, bytes_budget, device, clock)
     finally:
         held.release()
         here.close()
+
+
+def streams_of(
+    manifest: Manifest,
+    data: TensorReader,
+    where: str | Path,
+    engine: Engine,
+    store: Component | None,
+    eviction: Component | None,
+    bytes_budget: int | str | None,
+    device: torch.device | str | None,
+    clock: Clock | None = None,
+) -> Streams:
+    """Return the streams of a memory of this decoder; the other arguments are those of ``load_streams``.
+
+    Args:
+        manifest: of it.
+        data: the file that the manifest names, open.
+        where: the memory is, in messages.
+    """
+    layout, mechanism = engine.layout, engine.mechanism
+    policy = EVICTION.build(eviction or Component.of(manifest.eviction))
+    # Rows stay what they were, whatever new memories of this decoder hold.
+    layout = evolve(
+        layout,
+        projected_size=manifest.layout.projected_size,
+        keeps_hidden=manifest.layout.keeps_hidden,
+        expiry=layout.expiry or policy.lifetime is not None,
+        device=layout.device if device is None else check_device(device),
+    )
+    file = in_present_form(data, manifest.earlier)
+    check_names(file, manifest)
+    lifetime = mechanism.lifetime(policy)
+    states, stores, generators = read_streams(file, manifest, layout, store or engine.config.store, lifetime)
+    with as_written(f"{where}"):
+        check_fits(states, engine, layout)
+    access_logs = [read_access_log(file, n, one) for n, one in enumerate(stores)] if policy.needs_access_log else []
+    for entry, own in zip(manifest.streams, stores, strict=True):
+        mechanism.load_index(own, read_index(file, entry.store, layout.layers))
+    states = with_weights(states, stores, manifest.fingerprint, engine, where)
     wanted = manifest.bytes_budget if bytes_budget is None else bytes_budget
     budget = Budget.of(wanted, engine.config, mechanism, stores[0], len(states))
     return Streams(engine, states, stores, generators, policy, budget, access_logs, clock=clock)

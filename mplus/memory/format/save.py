@@ -98,12 +98,18 @@ Index = Sequence[Mapping[str, Tensor]]
 
 def save_streams(folder: str | Path, streams: Streams, file_mode: int | None = None) -> None:
     """Write a memory, as it is at the call, to a folder; see ``Memory.save``."""
+    save(folder, *saved_content(streams), file_mode)
+
+
+def saved_content(
+    streams: Streams,
+) -> tuple[Sequence[StreamView], Sequence[Tensor], ManifestHeader, Sequence[Index]]:
+    """Return what a file says of streams, as they are at the call: see ``save``. Writers wait for an instant only."""
     with streams.state_lock:
         _, views = streams.versioned_snapshot()
         draws = streams.draws()
     header = ManifestHeader.of(streams.engine, streams.eviction, streams.budget, [view.state for view in views])
-    indexes = [streams.engine.mechanism.index_tensors(view.store) for view in views]
-    save(folder, views, draws, header, indexes, file_mode)
+    return views, draws, header, [streams.engine.mechanism.index_tensors(view.store) for view in views]
 
 
 def save(
@@ -182,23 +188,11 @@ def replace(
     views = [without_unused_sources(view) for view in views]
     with writable(folder), temporary(folder) as rows, temporary(folder) as head, temporary(folder) as before:
         with create(rows) as file:
-            saved = dict(zip(numbers, indexes, strict=False))  # there may be no indexes
-            index = [part for number, tensors in saved.items() for part in index_parts(number, tensors)]
-            digest, entries = write_tensors(file, [*_parts(views, draws, numbers), *index])
+            digest, entries = write_tensors(file, saved_parts(views, draws, numbers, indexes))
             size = file.tell()
             flush(file)
         name = DATA.format(digest[:32])
-        manifest = Manifest(
-            written_by=mplus.__version__,
-            fingerprint=header.fingerprint,
-            layout=layout_entry(views[0].store.layout),
-            eviction=header.eviction,
-            bytes_budget=header.bytes_budget,
-            capacity=header.capacity,
-            text_capacity=header.text_capacity,
-            streams=tuple(stream_entry(view, n, header.mechanism) for view, n in zip(views, numbers, strict=True)),
-            data=DataEntry(file=name, bytes=size, sha256=digest, tensors=entries),
-        )
+        manifest = manifest_of(views, numbers, header, DataEntry(file=name, bytes=size, sha256=digest, tensors=entries))
         with create(head) as file:
             file.write(manifest.to_json().encode())
             flush(file)
@@ -249,6 +243,32 @@ def stream_entry(view: StreamView, store: int, mechanism: str) -> StreamEntry:
         ltm=tuple(map(view.store.count, range(view.store.layout.layers))),
         store=store,
     )
+
+
+def manifest_of(
+    views: Sequence[StreamView], numbers: Sequence[int], header: ManifestHeader, data: DataEntry
+) -> Manifest:
+    """Return the manifest of a memory; arguments as of ``replace``, ``data``: its file of tensors."""
+    return Manifest(
+        written_by=mplus.__version__,
+        fingerprint=header.fingerprint,
+        layout=layout_entry(views[0].store.layout),
+        eviction=header.eviction,
+        bytes_budget=header.bytes_budget,
+        capacity=header.capacity,
+        text_capacity=header.text_capacity,
+        streams=tuple(stream_entry(view, n, header.mechanism) for view, n in zip(views, numbers, strict=True)),
+        data=data,
+    )
+
+
+def saved_parts(
+    views: Sequence[StreamView], draws: Sequence[Tensor], numbers: Sequence[int], indexes: Sequence[Index] = ()
+) -> list[Part]:
+    """Return all tensors of a memory; arguments as of ``replace``."""
+    saved = dict(zip(numbers, indexes, strict=False))  # there may be no indexes
+    index = [part for number, tensors in saved.items() for part in index_parts(number, tensors)]
+    return [*_parts(views, draws, numbers), *index]
 
 
 def _parts(views: Sequence[StreamView], draws: Sequence[Tensor], numbers: Sequence[int]) -> Iterator[Part]:

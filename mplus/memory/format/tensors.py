@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,22 +15,34 @@ from torch import Tensor
 
 from mplus.errors import MemoryFileError
 from mplus.memory.format.entries import DTYPES, DataEntry, TensorEntry, name_of
-from mplus.stores.disk.files import Folder, PathAt, open_file, path_of
+from mplus.stores.disk.files import Bytes, Folder, PathAt, open_file, path_of
 from mplus.stores.disk.safetensors_io import CODES, Part, header, raw, sort_by_itemsize
 
 PIECE_BYTES = 2**26
 """Bytes of a file hashed at a time."""
 
 
-def write_tensors(file: BinaryIO, parts: Sequence[Part]) -> tuple[str, dict[str, TensorEntry]]:
+class Sink(Protocol):
+    """A file as ``write_tensors`` needs it."""
+
+    def write(self, data: Bytes, /) -> object:
+        """Take all of ``data``."""
+
+
+def tensors_head(parts: Sequence[Part]) -> tuple[list[Part], bytes]:
+    """Return parts in the order in which a safetensors file has them, and what stands in front of their bytes."""
+    ordered = sort_by_itemsize(parts)
+    return ordered, header(ordered, {"format": "pt"})
+
+
+def write_tensors(file: Sink, parts: Sequence[Part]) -> tuple[str, dict[str, TensorEntry]]:
     """Write a safetensors file; no more than one piece is copied at a time.
 
     Returns:
         SHA-256 of the file, and what a manifest says about each tensor.
     """
-    parts = sort_by_itemsize(parts)
+    parts, head = tensors_head(parts)
     whole = hashlib.sha256()
-    head = header(parts, {"format": "pt"})
     file.write(head)
     whole.update(head)
     entries = {}
@@ -81,8 +93,9 @@ class TensorReader:
 
     lasting: ClassVar[bool] = False
 
-    def __init__(self, folder: Path | Folder, data: DataEntry) -> None:
-        self.path: Path | PathAt = folder / data.file
+    def __init__(self, folder: Path | Folder, data: DataEntry, name: str | None = None) -> None:
+        """``name``: of the file, where it is another one than the manifest says."""
+        self.path: Path | PathAt = folder / (data.file if name is None else name)
         self.data = data
 
     def __enter__(self) -> Self:

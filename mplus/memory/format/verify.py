@@ -49,15 +49,16 @@ def verify(path: str | Path) -> list[str]:
     try:
         manifest = read_manifest(folder)
         with TensorReader(folder, manifest.data) as file:
-            return _faults(manifest, file, in_present_form(file, manifest.earlier))
+            return data_faults(manifest, file)
     except MemoryFileError as error:
         return [str(error)]
     finally:
         held.release()
 
 
-def _faults(manifest: Manifest, data: TensorReader, file: Tensors) -> list[str]:
-    """Return the faults of a data file; ``file`` is ``data`` in the present form."""
+def data_faults(manifest: Manifest, data: TensorReader) -> list[str]:
+    """Return the faults of the data file of a saved memory, a sentence each; every byte is read."""
+    file = in_present_form(data, manifest.earlier)
     faults: list[str] = []
     digest = digest_of_file(file.path)
     if digest != manifest.data.sha256:

@@ -287,6 +287,10 @@ class FileSystem:
         at = path_at(path)
         os.unlink(at.where, dir_fd=at.dir_fd)
 
+    def remove_folder(self, path: PathAt) -> None:
+        """Remove an empty folder."""
+        os.rmdir(path.where, dir_fd=path.dir_fd)
+
     def sync_folder(self, folder: Path | Folder) -> None:
         """Make new, changed and removed names in ``folder`` last."""
         if isinstance(folder, Folder) and folder.handle is not None:
