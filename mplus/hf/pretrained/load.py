@@ -208,6 +208,19 @@ def _tokenizer(path: Where, named: Where | None) -> PreTrainedTokenizerBase:
     )
 
 
+def load_tokenizer(folder: Where) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies in a folder, without a decoder.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).partition("\n")[0]
+        raise CheckpointError(f"{folder} must have a tokenizer in it, which cannot be loaded: {first}") from error
+
+
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Let transformers load and save without progress bars meanwhile: for a megabyte they only flicker."""

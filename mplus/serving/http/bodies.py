@@ -1,0 +1,103 @@
+"""Bodies: JSON read under a time limit, parsed strictly and validated; every fault is an error 400 that names it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import pydantic_core
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from starlette.requests import Request
+
+from mplus.serving.errors import ServingError
+from mplus.serving.http.errors import SHOWN, bad_request, validation_error
+
+BODY_SECONDS = 300.0
+"""Time in which a client must have sent its body."""
+MEMORY_ID = r"\A[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}\Z"
+
+M = TypeVar("M", bound="Body")
+
+
+class Body(BaseModel):
+    """A JSON object with strict types; a field that it does not have is an error.
+
+    Attributes:
+        unsupported: names of OpenAI's fields that mean something which this server does not do. Null or an empty list
+            in them mean nothing: clients send back an answer with all that it did not have.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, regex_engine="python-re")
+    unsupported: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_supported(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        if name := cls.refused(value):
+            raise ValueError(f"{name} is not supported")
+        return {name: one for name, one in value.items() if name not in cls.unsupported}
+
+    def check(self) -> None:
+        """Check what fields have to do with each other. Raises ServingError (400)."""
+
+    @classmethod
+    def refused(cls, value: dict[str, Any]) -> str | None:
+        """Return the first field of an object that this server does not have; None: there is none."""
+        return next((name for name, one in value.items() if name in cls.unsupported and one not in (None, [])), None)
+
+
+def _id_text(value: object) -> object:
+    if isinstance(value, str) and len(value) > 128:
+        raise ValueError("must have at most 128 characters")
+    return value
+
+
+Id = Annotated[str, BeforeValidator(_id_text), Field(pattern=MEMORY_ID)]
+"""A name of a memory or a tenant; never a path."""
+
+
+async def read_body(request: Request, kind: type[M]) -> M:
+    """Return the body of a request.
+
+    Raises:
+        ServingError: it is no JSON (400, 415), breaks a rule of its fields (400), is too long (413), or does not come
+            (408).
+    """
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media != "application/json":
+        # Other types would let a page of another site post to a server on this machine.
+        message = f"content-type must be application/json, got {media[:SHOWN] or 'none'}"
+        raise ServingError(message, 415, "invalid_request_error", code="unsupported_media_type")
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            raw = await request.body()
+    except TimeoutError as error:
+        message = f"the body did not come within {BODY_SECONDS:.0f} s"
+        raise ServingError(message, 408, "invalid_request_error", code="request_timeout") from error
+    return validated(kind, parse(raw))
+
+
+def parse(raw: bytes) -> dict[str, Any]:
+    """Return the object that JSON text holds: no NaN, no lone surrogates, not deeper than 200. Raises ServingError."""
+    try:
+        plain = pydantic_core.from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        raise bad_request(f"the body must be JSON: {error}", code="invalid_json") from error
+    if not isinstance(plain, dict):
+        kind = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}.get(type(plain), "a number")
+        raise bad_request(f"the body must be a JSON object, got {kind}", code="invalid_json")
+    return plain
+
+
+def validated(kind: type[M], plain: dict[str, Any]) -> M:
+    """Return an object as a body of its kind. Raises ServingError (400)."""
+    if name := kind.refused(plain):
+        raise bad_request(f"{name} is not supported by this server", name, "unsupported_parameter")
+    try:
+        body = kind.model_validate(plain)
+    except ValidationError as error:
+        raise validation_error(error) from error
+    body.check()
+    return body

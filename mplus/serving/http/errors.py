@@ -1,0 +1,87 @@
+"""Errors as HTTP answers: every one is an object in OpenAI's form, without a traceback or a path of the server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from mplus.serving.errors import Kind, ServingError
+
+KINDS: dict[int, tuple[Kind, str]] = {
+    401: ("authentication_error", "invalid_api_key"),
+    403: ("permission_error", "permission_denied"),
+    404: ("not_found_error", "unknown_route"),
+    405: ("invalid_request_error", "method_not_allowed"),
+}
+"""Type and code of the errors that the web framework raises, by status."""
+SHOWN = 100
+"""Characters of a client's own words that an error message repeats."""
+
+
+def error_response(error: ServingError) -> Response:
+    """Return the HTTP answer that says why a request was refused."""
+    headers = {} if error.facts.retry_after is None else {"retry-after": str(error.facts.retry_after)}
+    if error.facts.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(error.body(), error.facts.status, headers)
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ServingError:
+    """Return the error of a request that breaks a rule (400)."""
+    return ServingError(message, 400, "invalid_request_error", param=param, code=code)
+
+
+def internal_error() -> ServingError:
+    """Return the error of a request that the server failed at (500); the log has what happened."""
+    return ServingError("the server failed; its log has the request id", 500, "server_error", code="internal_error")
+
+
+def validation_error(error: ValidationError, prefix: str | None = None) -> ServingError:
+    """Return the error (400) that names the first field which breaks its rule.
+
+    Args:
+        error: of pydantic.
+        prefix: the top-level field that was validated; None: all of the body was.
+    """
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    place = [prefix, *first["loc"]] if prefix else list(first["loc"])
+    names = [str(part) for part in place if isinstance(part, int) or not _is_type(part)]
+    param = names[0][:SHOWN] if names else None
+    where = ".".join(names)[:SHOWN] or "the body"
+    if first["type"] == "extra_forbidden":
+        return bad_request(f"unknown field: {where}", param, "unknown_field")
+    message = first["msg"].removeprefix("Value error, ")
+    return bad_request(f"{where}: {message[:1].lower()}{message[1:]}", param, "invalid_value")
+
+
+def _is_type(part: str | None) -> bool:
+    """Return whether a part of a place names one of several types that pydantic tried, and no field."""
+    return part is not None and (part in {"str", "int", "float", "bool"} or "[" in part)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Let the app answer every error that its routes raise in OpenAI's form."""
+
+    async def serving(_: Request, error: Any) -> Response:
+        return error_response(error)
+
+    async def http(request: Request, error: Any) -> Response:
+        return error_response(_of_framework(error, request.scope))
+
+    app.add_exception_handler(ServingError, serving)
+    app.add_exception_handler(HTTPException, http)
+
+
+def _of_framework(error: HTTPException, scope: Mapping[str, Any]) -> ServingError:
+    other: tuple[Kind, str | None] = ("server_error" if error.status_code >= 500 else "invalid_request_error", None)
+    kind, code = KINDS.get(error.status_code, other)
+    message = {
+        404: f"there is no route {scope['path'][:SHOWN]}",
+        405: f"{scope['path'][:SHOWN]} does not take {scope['method'][:SHOWN]}",
+    }.get(error.status_code, error.detail)
+    return ServingError(message, error.status_code, kind, code=code)

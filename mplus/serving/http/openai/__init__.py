@@ -1,0 +1,1 @@
+"""The routes that OpenAI's clients know: models, chat completions, completions, responses."""
