@@ -54,7 +54,7 @@ class Metrics:
 
 @define(eq=False)
 class EngineMetrics(Collector):
-    """What the engine counts, one gauge for each name; those that the front counts itself are left out.
+    """Counts of the engine, one gauge for each name; those that the front counts itself are left out.
 
     Attributes:
         registry: they are shown in.

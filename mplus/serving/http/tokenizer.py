@@ -51,7 +51,7 @@ class Tokenizer:
 
     @property
     def has_template(self) -> bool:
-        """Whether messages go through a chat template; else their contents are joined by newlines."""
+        """Messages go through a chat template; else their contents are joined by newlines."""
         return getattr(self.model, "chat_template", None) is not None
 
     # ------------------------------------------------------------------ text to ids

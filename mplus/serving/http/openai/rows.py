@@ -131,7 +131,7 @@ class Reply:
 
     @property
     def over(self) -> bool:
-        """Whether all answers are over."""
+        """All answers are over."""
         return all(row.finish is not None for row in self.rows)
 
     @property

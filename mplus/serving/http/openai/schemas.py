@@ -19,7 +19,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class StreamOptions(Body):
-    """How a stream ends."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
@@ -72,7 +72,7 @@ class CompletionFields(GenerationBody):
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with a usage chunk."""
+        """A stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def check(self) -> None:
