@@ -85,7 +85,7 @@ class Keys:
 
     @property
     def needed(self) -> bool:
-        """Whether requests need a key."""
+        """Requests need a key."""
         return self.admin_key is not None or bool(self._read())
 
     def caller(self, key: str) -> Caller | None:

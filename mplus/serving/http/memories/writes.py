@@ -34,7 +34,7 @@ class WriteBody(Body):
 
     @property
     def data(self) -> str | list[dict[str, str]]:
-        """What is to be written."""
+        """Text or messages to be written."""
         return self.text or [message.plain() for message in self.messages or []]
 
     @field_validator("text")
