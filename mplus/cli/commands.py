@@ -21,6 +21,8 @@ from mplus.cli.info import info
 from mplus.cli.memory import expire, forget, pin, repair, show, sources, text, unpin, verify
 from mplus.cli.plugins import plugins
 from mplus.cli.replay import replay
+from mplus.cli.serving import keys as serving_keys
+from mplus.cli.serving.serve import serve
 from mplus.cli.train import train
 from mplus.errors import MPlusError
 
@@ -74,6 +76,7 @@ def _app() -> typer.Typer:
     commands.command()(info)
     commands.command()(plugins)
     commands.command()(replay)
+    commands.command()(serve)
     commands.command()(train)
     commands.command("import")(import_checkpoint)
     memory = typer.Typer(no_args_is_help=True, help="Look at memories on disk, and at single sources of them.")
@@ -87,6 +90,11 @@ def _app() -> typer.Typer:
     memory.command()(verify)
     memory.command()(repair)
     commands.add_typer(memory, name="memory")
+    keys = typer.Typer(no_args_is_help=True, help="Make, list and revoke the keys of a server, also while it runs.")
+    keys.command()(serving_keys.make)
+    keys.command("list")(serving_keys.list_)
+    keys.command()(serving_keys.revoke)
+    commands.add_typer(keys, name="keys")
     evaluation = typer.Typer(no_args_is_help=True, help="Measure a memory, its baselines and what it costs.")
     evaluation.command()(retention)
     evaluation.command()(harm)

@@ -23,9 +23,11 @@ COMMANDS = {
     "get",
     "import",
     "info",
+    "keys",
     "memory",
     "plugins",
     "replay",
+    "serve",
     "train",
 }
 ENV = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1", "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
@@ -51,6 +53,7 @@ def test_the_commands():
         "memory": {"expire", "forget", "pin", "repair", "show", "sources", "text", "unpin", "verify"},
         "eval": {"abstention", "harm", "retention", "retriever", *TOLD},
     }
+    grouped["keys"] = {"list", "make", "revoke"}
     grouped["bench"] = {"attention", "decode", "read", "score", "store", "write"}
     assert {path for path in ALL if len(path) == 2} == {(group, name) for group in grouped for name in grouped[group]}
 

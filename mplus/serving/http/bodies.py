@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import pydantic_core
@@ -56,6 +57,11 @@ def _id_text(value: object) -> object:
 
 Id = Annotated[str, BeforeValidator(_id_text), Field(pattern=MEMORY_ID)]
 """A name of a memory or a tenant; never a path."""
+
+
+def is_id(text: str) -> bool:
+    """Return whether a text may be the id of a memory or the name of a tenant."""
+    return re.fullmatch(MEMORY_ID, text) is not None
 
 
 async def read_body(request: Request, kind: type[M]) -> M:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Annotated, Protocol, cast
@@ -15,15 +14,13 @@ from starlette.requests import Request
 from mplus.config import JsonValue
 from mplus.serving.config import ServeConfig
 from mplus.serving.errors import ServingError
-from mplus.serving.http.bodies import MEMORY_ID
+from mplus.serving.http.bodies import is_id
 from mplus.serving.http.errors import bad_request
 from mplus.serving.http.keys import Caller, Keys, Right
 from mplus.serving.http.metrics import Metrics
 from mplus.serving.http.record import RequestRecord
 from mplus.serving.http.tokenizer import Tokenizer
 from mplus.serving.messages import Command, EngineClient, MemoryName, ModelFacts
-
-ID = re.compile(MEMORY_ID)
 
 
 class Cancellable(Protocol):
@@ -146,7 +143,7 @@ Writer = Annotated[Caller, Depends(_writer)]
 
 def memory_name(caller: Caller, memory_id: str, param: str = "id") -> MemoryName:
     """Return a caller's memory by its id. Raises ServingError (400): no id can be like this."""
-    if not ID.fullmatch(memory_id):
+    if not is_id(memory_id):
         message = f"{param} must be 1 to 128 letters, digits or ._:@- and begin with a letter or digit"
         raise bad_request(message, param, "invalid_id")
     return MemoryName(caller.tenant, memory_id)

@@ -1,4 +1,4 @@
-"""Routes that tell how the server is: ``/health``, ``/ready``, ``/metrics``."""
+"""The page, and routes that tell how the server is: ``/health``, ``/ready``, ``/metrics``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ from starlette.responses import JSONResponse, Response
 
 from mplus.serving.errors import ServingError
 from mplus.serving.http.front import FrontOf, caller_of, need
+from mplus.serving.page.page import page
 
 router = APIRouter()
+
+
+@router.get("/")
+async def root() -> Response:
+    """Return the page to chat with."""
+    made = page()
+    return Response(made.body, headers=dict(made.headers))
 
 
 @router.get("/health")
