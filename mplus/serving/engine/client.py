@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from abc import abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 from mplus.config import JsonValue
@@ -18,7 +19,7 @@ SLOWEST = 4096
 
 
 class Inbox:
-    """Deliveries of each request, until it is fetched; used by one thread with an event loop."""
+    """Deliveries of each request, until they are fetched; used by one thread with an event loop."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
@@ -56,52 +57,79 @@ class Inbox:
         self.deliver([Delivery(number, error=error, over=True) for number in list(self._queues)])
 
 
-class InProcessEngine(EngineClient):
-    """An engine in a thread of this process.
+class NumberedClient(EngineClient):
+    """A client whose requests have numbers, by which an engine somewhere says what comes of them.
 
-    Example:
-        >>> async with asyncio.timeout(60):  # doctest: +SKIP
-        ...     client = InProcessEngine(decoder, config)
-        ...     await client.call(messages.MakeMemory(MemoryName("ada", "notes")))
+    Attributes:
+        inbox: of what it said.
     """
 
-    def __init__(self, decoder: ServedDecoder, config: ServeConfig) -> None:
-        """Start an engine. The client belongs to the event loop that uses it first."""
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._inbox = Inbox()
-        self.engine = Engine(decoder, config, self._hand_over)
+    def __init__(self) -> None:
+        self.inbox = Inbox()
 
-    async def model(self) -> ModelFacts:
-        """Return the facts of the decoder."""
-        return self.engine.decoder.facts
+    @abstractmethod
+    def submit(self, number: int, request: Command | Generate) -> None:
+        """Hand a request to the engine. Raises ServingError (503) while there is none."""
+
+    @abstractmethod
+    def cancel(self, number: int) -> None:
+        """Let the engine end a request that is not over."""
 
     async def call(self, command: Command) -> Mapping[str, JsonValue]:
         """Return the answer to a command. Raises ServingError."""
-        number = self._begin()
+        number = self.inbox.begin()
         try:
-            self.engine.submit(number, command)
-            return (await self._inbox.next(number)).answer
+            self.submit(number, command)
+            return (await self.inbox.next(number)).answer
         finally:
-            self._inbox.end(number)
+            self.inbox.end(number)
 
     async def generate(self, request: Generate) -> AsyncIterator[Sequence[Event]]:
         """Yield what happens to a request; see ``EngineClient.generate``."""
-        number, over = self._begin(), False
+        number, over = self.inbox.begin(), True
         try:
-            self.engine.submit(number, request)
+            self.submit(number, request)
+            over = False
             while not over:
-                try:
-                    delivery = await self._inbox.next(number)
-                except ServingError:
-                    over = True
-                    raise
+                delivery = await self.inbox.next(number)
                 over = delivery.over
                 if delivery.events:
                     yield delivery.events
         finally:
-            self._inbox.end(number)
-            if not over:
-                self.engine.cancel(number)
+            self.inbox.end(number)
+            if not over:  # it has failed, is not wanted any more, or was not read
+                self.cancel(number)
+
+
+class InProcessEngine(NumberedClient):
+    """An engine in a thread of this process; its client belongs to one event loop.
+
+    Attributes:
+        engine: the engine.
+
+    Example:
+        >>> client = InProcessEngine(decoder, config)  # doctest: +SKIP
+        >>> await client.call(messages.MakeMemory(MemoryName("ada", "notes")))  # doctest: +SKIP
+    """
+
+    def __init__(self, decoder: ServedDecoder, config: ServeConfig) -> None:
+        """Start the engine."""
+        super().__init__()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.engine = Engine(decoder, config, self._hand_over)
+
+    def submit(self, number: int, request: Command | Generate) -> None:
+        """Hand a request to the engine."""
+        self._loop = asyncio.get_running_loop()
+        self.engine.submit(number, request)
+
+    def cancel(self, number: int) -> None:
+        """Let the engine end a request that is not over."""
+        self.engine.cancel(number)
+
+    async def model(self) -> ModelFacts:
+        """Return the facts of the decoder."""
+        return self.engine.decoder.facts
 
     async def metrics(self) -> Mapping[str, float]:
         """Return counts and sums, by name."""
@@ -111,10 +139,6 @@ class InProcessEngine(EngineClient):
         """End what runs and close all memories."""
         await asyncio.to_thread(self.engine.close)
 
-    def _begin(self) -> int:
-        self._loop = asyncio.get_running_loop()
-        return self._inbox.begin()
-
     def _hand_over(self, deliveries: Sequence[Delivery]) -> None:
-        if self._loop is not None:  # else nothing was asked yet
-            self._loop.call_soon_threadsafe(self._inbox.deliver, deliveries)
+        if self._loop is not None and not self._loop.is_closed():  # else nobody waits for it
+            self._loop.call_soon_threadsafe(self.inbox.deliver, deliveries)

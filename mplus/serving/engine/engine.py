@@ -19,7 +19,6 @@ from mplus.serving.config import ServeConfig
 from mplus.serving.engine.answers.batch import Answer, Batch
 from mplus.serving.engine.answers.fair import FairQueue
 from mplus.serving.engine.answers.pace import Pace
-from mplus.serving.engine.answers.rows import Rows
 from mplus.serving.engine.decoder import ServedDecoder
 from mplus.serving.engine.memories.commands import Commands, Writes
 from mplus.serving.engine.memories.lanes import Lanes
@@ -131,7 +130,7 @@ class Engine:
         tenants = Tenants(config.memories, config.limits)
         self._pool = Pool(self._opened, config.open_memories, config.ram_bytes, executor, self.metrics)
         self._queue = FairQueue(config.max_batch, config.limits.waiting)
-        self._batch = Batch(Rows(decoder.model), config.max_batch, decoder.ends, pace, self.metrics)
+        self._batch = Batch(decoder.model, config.max_batch, decoder.ends, pace, self.metrics)
         self._writes = Writes(pace, self.metrics, self._wake.set)
         empty = decoder.model.new_memory(tokenizer=decoder.tokenizer)
         self._commands = Commands(tenants, self._pool, Lanes(), self._writes, executor, empty)
@@ -154,7 +153,7 @@ class Engine:
         """Take turns for as long as there is something to do."""
         while True:
             batch, writes = self._batch, self._writes
-            if not (batch.running or batch.can_join or writes.waiting):
+            if not (batch.running or batch.can_read or writes.waiting):
                 self._wake.clear()
                 await self._wake.wait()
             self._turn()
@@ -166,10 +165,10 @@ class Engine:
         batch, writes, pace, begun = self._batch, self._writes, self._pace, time.perf_counter()
         if writes.waiting and (chunks := pace.chunks(answering=bool(batch.running))):
             writes.turn(chunks)
-        if batch.can_join:
+        if batch.can_read:
             tokens = pace.tokens(time.perf_counter() - begun, answering=bool(batch.running))
             if tokens:
-                batch.join(tokens)
+                batch.read(tokens)
         if batch.running:
             batch.step()
 

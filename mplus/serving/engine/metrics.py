@@ -6,13 +6,7 @@ from collections import defaultdict
 
 
 class Metrics:
-    """Numbers by name: counts, sums of seconds, and what is so at the moment.
-
-    A duration ``x`` has ``x_count`` and ``x_sum``, and ``x_le_B`` for each bound B of ``BOUNDS``: how many took at most
-    B seconds, as Prometheus' histograms count them.
-    """
-
-    BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+    """Numbers by name: counts, sums of seconds, and what is so at the moment; a duration has a count and a sum."""
 
     def __init__(self) -> None:
         self._numbers: defaultdict[str, float] = defaultdict(float)
@@ -25,9 +19,6 @@ class Metrics:
         """Note ``times`` durations of so many seconds."""
         self._numbers[f"{name}_count"] += times
         self._numbers[f"{name}_sum"] += seconds * times
-        for bound in self.BOUNDS:
-            if seconds <= bound:
-                self._numbers[f"{name}_le_{bound}"] += times
 
     def now(self, **numbers: float) -> dict[str, float]:
         """Return all numbers, with those that are so at the moment."""

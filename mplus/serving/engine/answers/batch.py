@@ -8,13 +8,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
-from attrs import define, field
+from attrs import define
 from torch import Tensor
 
+from mplus.hf.batch.batch_reader import BatchReader, Joining
+from mplus.hf.batch.requests import Row, RowRequest
 from mplus.memory.memory import Memory
 from mplus.serving.engine.answers.pace import Pace
-from mplus.serving.engine.answers.rows import Prompt, Row, Rows
 from mplus.serving.engine.answers.sampling import Choice, Draws, choose
+from mplus.serving.engine.answers.sources import sources_of
 from mplus.serving.engine.metrics import Metrics
 from mplus.serving.errors import ServingError
 from mplus.serving.messages import Began, Ended, Event, Generate, NewToken
@@ -30,8 +32,9 @@ class Answer:
         tell: is given what happens.
         done: set when all rows have ended, or to what failed.
         arrived: when it came, by ``time.perf_counter``.
-        memory: what is read, and what returns its version; None: nothing is.
-        joined, ended: rows that have begun, and that have ended.
+        memory: what is read; None: nothing is.
+        version: makes the version of it that clients see out of that in this process.
+        begun, ended: rows whose prompt is being read or was, and rows that have ended.
     """
 
     request: Generate
@@ -40,14 +43,34 @@ class Answer:
     done: asyncio.Future[None]
     arrived: float
     memory: Memory | None = None
-    version: Callable[[], int] | None = None
-    joined: int = 0
+    version: Callable[[int], int] = int
+    begun: int = 0
     ended: int = 0
 
     def fail(self, error: Exception) -> None:
         """End it with an error."""
         if not self.done.done():
             self.done.set_exception(error)
+
+    def asked(self, rows: int) -> RowRequest:
+        """Return what is asked of the reader for so many rows."""
+        request, memory = self.request, self.memory
+        takes = memory is not None and memory.engine.mechanism.takes_min_score
+        return RowRequest(
+            memory,
+            request.prompt,
+            copies=rows,
+            max_new_tokens=self.limit,
+            # A mechanism without a threshold brings back whatever there is, which 0 asks for.
+            min_score=None if request.min_score == 0 and not takes else request.min_score,
+            retrieval_query=None if request.question is None or memory is None else tuple(request.question),
+        )
+
+    def began(self, row: Row) -> Began:
+        """Return the event that the prompt of ``row`` was read."""
+        memory, version = self.memory, row.memory_version
+        sources = () if memory is None else sources_of(row.sources, memory.engine.config)
+        return Began(row.prompt_tokens, None if version is None else self.version(version), tuple(sources))
 
 
 @define(eq=False)
@@ -57,10 +80,10 @@ class Running:
     Attributes:
         answer: that it belongs to.
         number: of the row in it.
-        row: of the decoder's batch.
+        row: of the reader.
         draws: its way to choose tokens.
         tokens: generated so far.
-        last: the newest of them.
+        last: the newest of them; None: it is over.
     """
 
     answer: Answer
@@ -68,147 +91,192 @@ class Running:
     row: Row
     draws: Draws
     tokens: int = 0
-    last: int = 0
+    last: int | None = None
+
+    @property
+    def limit(self) -> int:
+        """Return how many tokens it may have, where the decoder's positions end as well."""
+        return self.answer.limit if self.row.room is None else min(self.answer.limit, self.row.room + 1)
 
 
 @define(eq=False)
+class Prompts:
+    """Prompts that are being read, and the answers that their rows are of."""
+
+    joining: Joining
+    rows: dict[Row, tuple[Answer, int]]
+
+
 class Batch:
     """Answers that are generated, and those that wait for a place with their memories open.
 
-    Attributes:
-        rows: the decoder's.
+    Args:
+        model: the wrapped decoder.
         most: rows at once.
         ends: ids of tokens that end an answer.
         pace, metrics: of the engine.
-        ready: answers with rows that have not joined yet.
-        running: rows that have.
+
+    Attributes:
+        ready: answers with rows that have not begun yet.
+        long: prompts that are read piece by piece, in turns.
+        running: the rows that are stepped.
     """
 
-    rows: Rows
-    most: int
-    ends: frozenset[int]
-    pace: Pace
-    metrics: Metrics
-    ready: deque[Answer] = field(factory=deque)
-    running: list[Running] = field(factory=list)
-    _told: float = field(default=0.0, init=False)
+    def __init__(self, model: torch.nn.Module, most: int, ends: frozenset[int], pace: Pace, metrics: Metrics) -> None:
+        self._model, self._most, self._ends, self._pace, self._metrics = model, most, ends, pace, metrics
+        self._reader = BatchReader(model)  # type: ignore[arg-type]
+        self.ready: deque[Answer] = deque()
+        self.long: deque[Prompts] = deque()
+        self.running: dict[Row, Running] = {}
+        self._stepped = 0.0
 
     def remove(self, answer: Answer) -> None:
         """Let go of an answer: it is complete, has failed, or nobody wants it any more."""
         if answer in self.ready:
             self.ready.remove(answer)
-        gone = [one for one in self.running if one.answer is answer]
-        self._leave(gone)
+        gone = [prompts for prompts in self.long if any(owner is answer for owner, _ in prompts.rows.values())]
+        for prompts in gone:  # one with a long prompt is read by itself
+            self.long.remove(prompts)
+        self._leave([one for one in self.running.values() if one.answer is answer])
 
     @property
-    def can_join(self) -> bool:
-        """Return whether an answer waits, and there is a place."""
-        return bool(self.ready) and len(self.running) < self.most
+    def places(self) -> int:
+        """Return how many more rows there is a place for."""
+        return self._most - len(self.running) - sum(len(prompts.rows) for prompts in self.long)
 
-    def join(self, tokens: int) -> None:
-        """Read prompts of about so many tokens in all, at least one, and choose the first token of their answers."""
+    @property
+    def can_read(self) -> bool:
+        """Return whether there is a prompt to read."""
+        return bool(self.long) or (bool(self.ready) and self.places > 0)
+
+    # ------------------------------------------------------------------ prompts
+
+    def read(self, tokens: int) -> None:
+        """Read short prompts of about so many tokens in all, or else a piece of a long one; choose first tokens."""
         begun = time.perf_counter()
-        prompts: list[tuple[Answer, int]] = []
-        while self.can_join and len(self.running) + len(prompts) < self.most:
-            answer = self.ready[0]
-            if prompts and sum(len(other.request.prompt) for other, _ in prompts) + len(answer.request.prompt) > tokens:
-                break
-            prompts.append((answer, answer.joined))
-            answer.joined += 1
-            if answer.joined == answer.request.answers:
-                self.ready.popleft()
-        joined = self._read(prompts)
-        seconds = time.perf_counter() - begun
-        read = sum(len(answer.request.prompt) for answer, _ in prompts)
-        self.pace.read(read, seconds)
-        self.metrics.count("prefill_tokens", read)
-        self.metrics.took("prefill_seconds", seconds)
-        self.running += joined
-        if joined:
-            self._choose(joined, torch.stack([one.row.logits for one in joined]), first=True)
-
-    def _read(self, prompts: Sequence[tuple[Answer, int]]) -> list[Running]:
-        """Let prompts join together; where that fails, one by one, so that a bad one fails by itself."""
-        asked = [
-            Prompt(answer.memory, answer.request.prompt, answer.request.min_score, answer.request.question)
-            for answer, _ in prompts
-        ]
+        short = self._next_prompts(tokens)
+        if short is not None:
+            prompts, piece = short, None
+        else:
+            prompts, piece = self.long[0], tokens
+            self.long.rotate(-1)
+        read = min(tokens, sum(len(row.request.ids) / row.request.copies for row in prompts.rows))
+        over = True
         try:
-            rows = self.rows.join(asked)
-        except Exception as error:  # noqa: BLE001 - becomes the answer to the request
-            if len(prompts) == 1:
-                prompts[0][0].fail(error)
-                return []
-            return [row for prompt in prompts for row in self._read([prompt])]
-        return [
-            Running(answer, number, row, Draws.of(answer.request.sampling, number))
-            for (answer, number), row in zip(prompts, rows, strict=True)
-        ]
+            over = prompts.joining.advance(piece)
+        except Exception as error:  # noqa: BLE001 - becomes the answer to all of them
+            for answer, _ in prompts.rows.values():
+                answer.fail(error)
+        if over and prompts in self.long:
+            self.long.remove(prompts)
+        seconds = time.perf_counter() - begun
+        self._pace.read(int(read), seconds)
+        self._metrics.count("prefill_tokens", read)
+        self._metrics.took("prefill_seconds", seconds)
+        self._admit(prompts)
+
+    def _next_prompts(self, tokens: int) -> Prompts | None:
+        """Take short prompts that fit into a turn, read together; long ones move to ``long``. None: there is none."""
+        requests: list[RowRequest] = []
+        owners: list[tuple[Answer, int]] = []
+        left = tokens
+        while self.ready and (places := self.places - len(owners)) > 0:
+            answer = self.ready[0]
+            size, rows = len(answer.request.prompt), min(answer.request.answers - answer.begun, places)
+            if requests and size > left:
+                break
+            numbers = [(answer, answer.begun + number) for number in range(rows)]
+            answer.begun += rows
+            if answer.begun == answer.request.answers:
+                self.ready.popleft()
+            try:
+                asked = answer.asked(rows)
+            except Exception as error:  # noqa: BLE001 - becomes the answer to it
+                answer.fail(error)
+                continue
+            if size > tokens:
+                self.long.append(self._begin([asked], numbers))
+            else:
+                requests.append(asked)
+                owners += numbers
+                left -= size
+        return self._begin(requests, owners) if requests else None
+
+    def _begin(self, requests: Sequence[RowRequest], owners: Sequence[tuple[Answer, int]]) -> Prompts:
+        joining = self._reader.begin(requests)
+        return Prompts(joining, dict(zip(joining.rows, owners, strict=True)))
+
+    def _admit(self, prompts: Prompts) -> None:
+        """Choose the first token of all rows whose prompt has been read now."""
+        here, fresh = set(self._reader.rows), []
+        for row, (answer, number) in prompts.rows.items():
+            if row.error is not None:
+                answer.fail(row.error)
+            elif row in here and row not in self.running:
+                one = self.running[row] = Running(answer, number, row, Draws.of(answer.request.sampling, number))
+                fresh.append(one)
+        if fresh:
+            self._choose(fresh, torch.stack([one.row.logits for one in fresh]), first=True)
+
+    # ------------------------------------------------------------------ tokens
 
     def step(self) -> None:
         """Generate one more token of every row."""
-        begun, running = time.perf_counter(), list(self.running)
+        begun, running = time.perf_counter(), [self.running[row] for row in self._reader.rows]
         try:
-            logits = self.rows.step([one.row for one in running], [one.last for one in running])
+            logits = self._reader.step([one.last or 0 for one in running])
         except Exception as error:  # noqa: BLE001 - becomes the answer to all of them
-            for answer in {id(one.answer): one.answer for one in running}.values():
-                answer.fail(error)
+            for one in running:
+                one.answer.fail(error)
             self._leave(running)
             return
         now = time.perf_counter()
-        self.pace.stepped(now - begun)
-        self.metrics.took("step_seconds", now - begun)
-        self.metrics.count("batch_rows_sum", len(running))
-        if self._told:
-            self.metrics.took("inter_token_gap_seconds", now - self._told, len(running))
-        self._told = now
+        self._pace.stepped(now - begun)
+        self._metrics.took("step_seconds", now - begun)
+        self._metrics.count("batch_rows_sum", len(running))
+        if self._stepped:
+            self._metrics.took("inter_token_gap_seconds", now - self._stepped, len(running))
+        self._stepped = now
         self._choose(running, logits)
 
     def _choose(self, rows: Sequence[Running], logits: Tensor, *, first: bool = False) -> None:
-        choices = choose(logits, [one.draws for one in rows])
+        """Choose the next token of every row by its logits ``[B, V]``, and tell what that means."""
         events: dict[int, tuple[Answer, list[Event]]] = {}
-        for one, choice in zip(rows, choices, strict=True):
-            answer = one.answer
-            own = events.setdefault(id(answer), (answer, []))[1]
+        for one, choice in zip(rows, choose(logits, [one.draws for one in rows]), strict=True):
+            own = events.setdefault(id(one.answer), (one.answer, []))[1]
             if first and not one.number:
-                self.metrics.took("time_to_first_token_seconds", time.perf_counter() - answer.arrived)
-                own.append(
-                    Began(
-                        len(answer.request.prompt),
-                        None if answer.version is None else answer.version(),
-                        tuple(one.row.sources),
-                    )
-                )
+                self._metrics.took("time_to_first_token_seconds", time.perf_counter() - one.answer.arrived)
+                own.append(one.answer.began(one.row))
             own += self._events_of(one, choice)
-        over = [one for one in rows if one.last < 0]
         for answer, own in events.values():
             answer.ended += sum(isinstance(event, Ended) for event in own)
             answer.tell(own)
             if answer.ended == answer.request.answers and not answer.done.done():
                 answer.done.set_result(None)
-        self._leave(over)
+        self._leave([one for one in rows if one.last is None])
 
     def _events_of(self, one: Running, choice: Choice | None) -> list[Event]:
-        """Return what a choice means for a row; ``last`` is -1 where it ends it."""
-        sampling = one.answer.request.sampling
+        """Return what a choice means for a row."""
         if choice is None:
-            one.answer.fail(ServingError("the decoder gave no finite number for this text", 500, "server_error"))
-            one.last = -1
+            error = one.row.error or ServingError("the decoder gave no finite number", 500, "server_error")
+            one.answer.fail(error)
+            one.last = None
             return []
-        if choice.id in self.ends and not sampling.ignore_end:
-            one.last = -1
+        if choice.id in self._ends and not one.answer.request.sampling.ignore_end:
+            one.last = None
             return [Ended(one.number, "stop")]
         one.last, one.tokens = choice.id, one.tokens + 1
+        self._metrics.count("generated_tokens")
         events: list[Event] = [NewToken(one.number, choice.id, choice.logprobs)]
-        self.metrics.count("generated_tokens")
-        if one.tokens >= one.answer.limit:
-            one.last = -1
+        if one.tokens >= one.limit:
+            one.last = None
             events.append(Ended(one.number, "length"))
         return events
 
     def _leave(self, gone: Sequence[Running]) -> None:
         if gone:
-            self.rows.leave([one.row for one in gone])
-            self.running = [one for one in self.running if one not in gone]
+            self._reader.leave([one.row for one in gone])
+            for one in gone:
+                del self.running[one.row]
         if not self.running:
-            self._told = 0.0
+            self._stepped = 0.0

@@ -218,9 +218,15 @@ class Commands:
             },
         }
 
-    def version(self, name: MemoryName, memory: Memory) -> int:
-        """Return the version of a memory as clients see it; 0: the default one that was not written yet."""
-        return 0 if memory is self.empty else self.pool.version(name, memory)
+    def version(self, name: MemoryName, memory: Memory, read: int | None = None) -> int:
+        """Return a version of a memory as clients see it; of the default one that was not written yet 0.
+
+        Args:
+            name: of the memory.
+            memory: itself.
+            read: the version that a read saw, as ``memory.version``; None: the present one.
+        """
+        return 0 if memory is self.empty else self.pool.version(name, memory.version if read is None else read)
 
     # ------------------------------------------------------------------ copies
 

@@ -9,7 +9,7 @@ from attrs import asdict, define
 from mplus.config import JsonValue, MPlusConfig
 from mplus.memory.memory import Memory
 from mplus.memory.report import SourceInfo, WriteReport
-from mplus.serving.engine.answers.rows import text_age
+from mplus.serving.engine.answers.sources import text_age
 
 
 @define(frozen=True)

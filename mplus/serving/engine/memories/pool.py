@@ -140,9 +140,14 @@ class Pool:
                 await self._run(place.memory.streams.close)
         self._places.clear()
 
-    def version(self, name: MemoryName, memory: Memory) -> int:
-        """Return a number that grows with every change of a memory, also where it is closed and opened in between."""
-        return self._versions.get(name, 0) + memory.version
+    def version(self, name: MemoryName, version: int) -> int:
+        """Return a number that grows with every change of a memory, also where it is closed and opened in between.
+
+        Args:
+            name: of the memory.
+            version: ``Memory.version``, which begins anew with every opening.
+        """
+        return self._versions.get(name, 0) + version
 
     @property
     def bytes(self) -> int:

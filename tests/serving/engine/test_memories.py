@@ -1,0 +1,180 @@
+"""Memories of an engine: made, written once, read after what was written before, forgotten; each its tenant's own."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from mplus.serving.config import Limits
+from mplus.serving.engine.decoder import ServedDecoder
+from mplus.serving.errors import ServingError
+from mplus.serving.messages import (
+    Began,
+    DeleteMemory,
+    DescribeMemory,
+    DescribeUsage,
+    FlushMemory,
+    ForgetSource,
+    ListMemories,
+    ListSources,
+    MakeMemory,
+    MemoryName,
+    WriteMemory,
+)
+from tests.serving.engine.conftest import ADA, STORY, Serve, ask, run, tell, tokens_of
+
+
+async def refused(work: Any) -> tuple[int, str | None]:
+    """The status and code that a request is refused with."""
+    with pytest.raises(ServingError) as caught:
+        await work
+    return caught.value.facts.status, caught.value.facts.code
+
+
+def test_memories_are_made_listed_and_deleted(serve: Serve) -> None:
+    async def life() -> None:
+        client = serve()
+        for name in ("zoe", "Ada", "ada"):
+            await client.call(MakeMemory(MemoryName("t", name)))
+        assert await refused(client.call(MakeMemory(MemoryName("t", "ada")))) == (409, "memory_exists")
+        assert (await client.call(MakeMemory(MemoryName("other", "ada"))))["id"] == "ada"
+        page = await client.call(ListMemories("t", limit=2))
+        assert ([one["id"] for one in page["data"]], page["has_more"]) == (["zoe", "Ada"], True)
+        page = await client.call(ListMemories("t", after="Ada"))
+        assert ([one["id"] for one in page["data"]], page["has_more"]) == (["ada"], False)
+        await tell(client, MemoryName("t", "ada"), STORY)
+        await client.call(DeleteMemory(MemoryName("t", "ada")))
+        assert await refused(client.call(ListSources(MemoryName("t", "ada")))) == (404, "memory_not_found")
+        await client.call(MakeMemory(MemoryName("t", "ada")))
+        assert (await client.call(ListSources(MemoryName("t", "ada"))))["data"] == []
+        assert (await client.call(DescribeUsage("t")))["memories"] == 3
+
+    run(life())
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "a\0", "x" * 129, "a\n", "\u202eada", "-a", " a", "ä"])
+def test_ids_that_are_none_are_refused_everywhere(serve: Serve, decoder: ServedDecoder, name: str) -> None:
+    async def refusals() -> None:
+        client, memory = serve(), MemoryName("t", name)
+        for command in (MakeMemory(memory), DescribeMemory(memory), DeleteMemory(memory), WriteMemory(memory, STORY)):
+            assert await refused(client.call(command)) == (400, "invalid_memory_id")
+        assert await refused(tokens_of(client, ask(decoder, memory, "Lily"))) == (400, "invalid_memory_id")
+
+    run(refusals())
+
+
+def test_the_default_memory_reads_as_empty_until_it_is_written(serve: Serve, decoder: ServedDecoder) -> None:
+    async def life() -> None:
+        client, name = serve(), MemoryName("t", "default")
+        assert (await client.call(ListSources(name)))["data"] == []
+        assert (await client.call(DescribeMemory(name)))["version"] == 0
+        empty = await tokens_of(client, ask(decoder, name, "Lily"))
+        assert (await client.call(ListMemories("t")))["data"] == []
+        await client.call(MakeMemory(ADA))
+        assert await tokens_of(client, ask(decoder, ADA, "Lily")) == empty
+        await tell(client, name, STORY)
+        assert [one["id"] for one in (await client.call(ListMemories("t")))["data"]] == ["default"]
+
+    run(life())
+
+
+def test_a_read_sees_what_was_written_before_it(serve: Serve, decoder: ServedDecoder) -> None:
+    async def work() -> list[Any]:
+        client = serve()
+        await client.call(MakeMemory(ADA))
+        asked: list[Any] = []
+        for number in range(4):  # nothing is awaited in between: all of it waits in the engine
+            asked += [tell(client, ADA, STORY * 4, f"note {number}"), client.call(ListSources(ADA))]
+            asked.append(version_of(client, ask(decoder, ADA, "Lily", 1)))
+        return await asyncio.gather(*asked)
+
+    found = run(work())
+    for number in range(4):
+        written, sources, version = found[3 * number : 3 * number + 3]
+        assert f"note {number}" in [source["name"] for source in sources["data"]]
+        assert version >= written["memory_version"]
+
+
+async def version_of(client: Any, request: Any) -> int:
+    """The version of the memory that was read."""
+    events = [event async for some in client.generate(request) for event in some]
+    return next(event.memory_version for event in events if isinstance(event, Began))
+
+
+def test_a_write_with_an_id_happens_once(serve: Serve) -> None:
+    async def writes() -> None:
+        client = serve()
+        await client.call(MakeMemory(ADA))
+        same = [tell(client, ADA, STORY * 5, write_id="w1") for _ in range(3)]
+        first, *others = await asyncio.gather(*same)
+        assert all(other["chunks"] == first["chunks"] and other["tokens"] == first["tokens"] for other in others)
+        assert await refused(tell(client, ADA, "Another one." * 20, write_id="w1")) == (409, "idempotency_key_reused")
+        (source,) = (await client.call(ListSources(ADA)))["data"]
+        assert (source["chunks"], source["tokens"]) == (first["chunks"], first["tokens"])
+
+    run(writes())
+
+
+def test_a_text_in_pieces_is_written_as_the_whole(serve: Serve, decoder: ServedDecoder) -> None:
+    async def written() -> list[Any]:
+        client = serve()
+        names = [MemoryName("t", f"m{n}") for n in range(3)]
+        for name in names:
+            await client.call(MakeMemory(name))
+            await tell(client, name, "Hi.", "note")  # waits, and is the beginning of the first chunk
+        await asyncio.gather(*(tell(client, name, STORY * (3 + n), "note") for n, name in enumerate(names)))
+        await client.call(FlushMemory(names[1]))
+        return [(await client.call(ListSources(name)))["data"][0] for name in names]
+
+    found = run(written())
+    for n, source in enumerate(found):
+        memory = decoder.model.new_memory(tokenizer=decoder.tokenizer)
+        memory.write("Hi.", source="note")
+        memory.write(STORY * (3 + n), source="note")
+        if n == 1:
+            memory.flush()
+        (own,) = memory.sources()
+        assert (source["tokens"], source["chunks"], source["pending"]) == (own.tokens, own.chunks, own.tail_tokens)
+
+
+def test_sources_are_forgotten_once(serve: Serve) -> None:
+    async def forget() -> None:
+        client = serve()
+        await client.call(MakeMemory(ADA))
+        await tell(client, ADA, STORY * 2, "a/b?c#<b>")
+        assert (await client.call(ForgetSource(ADA, "a/b?c#<b>")))["rows"] > 0
+        assert await refused(client.call(ForgetSource(ADA, "a/b?c#<b>"))) == (404, "source_not_found")
+        assert await refused(client.call(ForgetSource(MemoryName("t", "default"), "x"))) == (404, "source_not_found")
+
+    run(forget())
+
+
+def test_quotas_refuse_before_anything_is_written(serve: Serve) -> None:
+    async def full() -> None:
+        client = serve(limits=Limits(memories=1, disk_bytes=30_000))
+        await client.call(MakeMemory(ADA))
+        assert await refused(client.call(MakeMemory(MemoryName("tests", "two")))) == (413, "quota_exceeded")
+        assert await refused(tell(client, MemoryName("tests", "default"), STORY)) == (413, "quota_exceeded")
+        assert await refused(tell(client, ADA, STORY * 100)) == (413, "quota_exceeded")
+        assert (await client.call(ListSources(ADA)))["data"] == []
+
+    run(full())
+
+
+def test_a_damaged_memory_does_not_keep_the_others_from_being_served(serve: Serve, decoder: ServedDecoder) -> None:
+    async def damaged() -> None:
+        client, other = serve(open_memories=1), MemoryName("tests", "bob")
+        for name in (ADA, other):
+            await client.call(MakeMemory(name))
+            await tell(client, name, STORY * 3)
+        folder = client.engine._tenants.path(ADA)
+        for file in folder.glob("*.safetensors"):
+            file.write_bytes(file.read_bytes()[:-7] + b"garbage")
+        for file in folder.glob("*journal*"):
+            file.write_bytes(b"garbage" * 50)
+        assert await refused(tokens_of(client, ask(decoder, ADA, "Lily"))) == (409, "memory_damaged")
+        assert len(await tokens_of(client, ask(decoder, other, "Lily", 3))) == 3
+
+    run(damaged())
