@@ -31,6 +31,8 @@ from mplus.serving.messages import Command, Event, Generate, MemoryName
 
 THREADS = 8
 """For opening, closing, tokenising and the disk."""
+PATIENCE = 3.0
+"""Seconds that opening a memory waits for another process to close it."""
 GRACE = 30.0
 """Seconds that answers have when the engine is closed."""
 COUNTED = 256
@@ -146,7 +148,11 @@ class Engine:
     def _opened(self, name: MemoryName) -> Memory:
         limits, decoder = self.config.limits, self.decoder
         return Memory.open(
-            self._tenants.path(name), decoder.model, tokenizer=decoder.tokenizer, bytes_budget=limits.memory_bytes
+            self._tenants.path(name),
+            decoder.model,
+            tokenizer=decoder.tokenizer,
+            bytes_budget=limits.memory_bytes,
+            wait=PATIENCE,
         )
 
     async def _turns(self) -> None:

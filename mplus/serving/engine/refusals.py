@@ -33,7 +33,7 @@ def refusal(error: BaseException, root: Path | None = None) -> ServingError:
     if isinstance(error, ServingError):
         return error
     message = _without_paths(str(error), root)
-    if _disk_is_full(error):
+    if disk_is_full(error):
         return ServingError(
             "the server's disk cannot be written to, so nothing was written: try later, or tell who runs it",
             507, "server_error", code="insufficient_storage",
@@ -64,7 +64,8 @@ def refusal(error: BaseException, root: Path | None = None) -> ServingError:
     return ServingError("the server failed on this request, and served all others", 500, "server_error")
 
 
-def _disk_is_full(error: BaseException | None) -> bool:
+def disk_is_full(error: BaseException | None) -> bool:
+    """Return whether an error says that there is no place to write to."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
             return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,11 @@ from mplus.serving.messages import (
     DeleteMemory,
     DescribeMemory,
     DescribeUsage,
+    ExportMemory,
     FlushMemory,
     ForgetSource,
+    ForkMemory,
+    ImportMemory,
     ListMemories,
     ListSources,
     MakeMemory,
@@ -178,3 +182,30 @@ def test_a_damaged_memory_does_not_keep_the_others_from_being_served(serve: Serv
         assert len(await tokens_of(client, ask(decoder, other, "Lily", 3))) == 3
 
     run(damaged())
+
+
+def test_a_memory_is_exported_imported_and_forked(serve: Serve, decoder: ServedDecoder, tmp_path: Path) -> None:
+    async def copies() -> None:
+        client, file = serve(), str(tmp_path / "ada.mplus")
+        twin, third = MemoryName("other", "twin"), MemoryName("tests", "third")
+        await client.call(MakeMemory(ADA))
+        await tell(client, ADA, STORY * 3)
+        await client.call(ExportMemory(ADA, file))
+        await client.call(MakeMemory(twin))
+        await client.call(ImportMemory(twin, file))
+        await client.call(ForkMemory(ADA, "third"))
+        assert await refused(client.call(ForkMemory(ADA, "third"))) == (409, "memory_exists")
+        assert await refused(client.call(ImportMemory(twin, file))) == (409, "memory_not_empty")
+        answers = [await tokens_of(client, ask(decoder, name, "Lily")) for name in (ADA, twin, third)]
+        assert answers[0] == answers[1] == answers[2]
+        await tell(client, third, "Tom found a box. " * 20)
+        names = [[one["name"] for one in (await client.call(ListSources(name)))["data"]] for name in (ADA, third)]
+        assert names == [["told"], ["told"]]
+        whole = Path(file).read_bytes()
+        default = MemoryName("tests", "default")
+        for bad in (b"garbage", whole[: len(whole) // 2], whole[:3000] + b"x" + whole[3001:]):
+            Path(file).write_bytes(bad)
+            assert await refused(client.call(ImportMemory(default, file))) == (400, "invalid_memory_file")
+        assert (await client.call(ListSources(default)))["data"] == []
+
+    run(copies())

@@ -9,11 +9,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from attrs import define, field
 
 from mplus.config import JsonValue
+from mplus.errors import MemoryFileError
 from mplus.memory.memory import Memory
 from mplus.serving import messages
 from mplus.serving.engine.answers.pace import Pace
@@ -23,6 +25,7 @@ from mplus.serving.engine.memories.pool import Pool
 from mplus.serving.engine.memories.tenants import DEFAULT, MadeMemory, Tenants, already_there, check_id, not_made
 from mplus.serving.engine.memories.writing import MemoryWrite, write_next
 from mplus.serving.engine.metrics import Metrics
+from mplus.serving.engine.refusals import disk_is_full
 from mplus.serving.errors import ServingError
 from mplus.serving.messages import MemoryName
 
@@ -231,13 +234,46 @@ class Commands:
     # ------------------------------------------------------------------ copies
 
     async def _export(self, command: messages.ExportMemory) -> Answer:
-        raise ServingError("exporting is not there yet", 501, "server_error")
+        async with self.reading(command.memory) as memory:
+            return {"id": command.memory.id, "bytes": await self._run(partial(memory.export, command.to))}
 
     async def _import(self, command: messages.ImportMemory) -> Answer:
-        raise ServingError("importing is not there yet", 501, "server_error")
+        name = command.memory
+        async with self.changing(name) as memory:
+            return await self._taken_in(name, memory, Path(command.file))
 
     async def _fork(self, command: messages.ForkMemory) -> Answer:
-        raise ServingError("forking is not there yet", 501, "server_error")
+        name = MemoryName(command.memory.tenant, command.to)
+        check_id(command.to)
+        with self.tenants.draft() as file:
+            await self._export(messages.ExportMemory(command.memory, str(file)))
+            # Only now: what holds a memory open waits for nothing that may wait for it.
+            made = await self._make(messages.MakeMemory(name))
+            async with self.changing(name) as memory:
+                return {**made, **await self._taken_in(name, memory, file)}
+
+    async def _taken_in(self, name: MemoryName, memory: Memory, file: Path) -> Answer:
+        """Import a file into a memory that is held for it."""
+        if not memory.is_empty:
+            raise ServingError(
+                f"a memory must be empty to take an export in, and {name.id!r} is not: make another one",
+                409, "conflict_error", code="memory_not_empty",
+            )  # fmt: skip
+        await self._run(partial(self.tenants.check_room, name.tenant, file.stat().st_size))
+        try:
+            await self._run(partial(memory.import_, file))
+        except MemoryFileError as error:
+            if disk_is_full(error):
+                raise
+            raise ServingError(
+                "the file is not a whole export of a memory, so nothing was taken in",
+                400, "invalid_request_error", code="invalid_memory_file",
+            ) from error  # fmt: skip
+        return {
+            "id": name.id,
+            "version": self.version(name, memory),
+            **await self._run(partial(MemorySizes.of, memory)),
+        }
 
     # ------------------------------------------------------------------ what is written
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -11,7 +10,7 @@ from typing import TypeVar
 
 from attrs import define, field
 
-from mplus.errors import LiveMemoryError, MPlusError
+from mplus.errors import MPlusError
 from mplus.memory.memory import Memory
 from mplus.serving.engine.metrics import Metrics
 from mplus.serving.engine.refusals import LOG
@@ -21,8 +20,6 @@ T = TypeVar("T")
 
 REPLAYED_BYTES = 2**20
 """A memory with a journal up to this long is closed without a checkpoint: opening reads the journal in no time."""
-PATIENCE, PAUSE = 3.0, 0.05
-"""Seconds that opening waits for another process to close a memory, and between two tries."""
 
 
 @define(eq=False)
@@ -85,7 +82,7 @@ class Pool:
     async def _open(self, name: MemoryName) -> None:
         place = self._places[name] = Place()
         try:
-            memory = await self._run(lambda: _patiently(lambda: self._opened(name)))
+            memory = await self._run(lambda: self._opened(name))
         except BaseException:
             del self._places[name]
             raise
@@ -206,15 +203,3 @@ def _changes(memory: Memory) -> int:
     return sum(state.clock for state in memory.states) + (
         0 if directory is None or directory.manifest is None else directory.manifest.number
     )
-
-
-def _patiently(opened: Callable[[], Memory]) -> Memory:
-    """Open a memory as soon as another process that has it closes it. Raises LiveMemoryError: it does not."""
-    until = time.monotonic() + PATIENCE
-    while True:
-        try:
-            return opened()
-        except LiveMemoryError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(PAUSE)

@@ -13,7 +13,8 @@ import re
 import secrets
 import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from mplus.serving.messages import MemoryName
 DEFAULT = "default"
 """The memory of a tenant that needs no making: it reads as empty until it is first written."""
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
-GONE = ".gone-"
+GONE, DRAFTS = ".gone-", ".drafts"
 
 
 @define(frozen=True)
@@ -60,6 +61,7 @@ class Tenants:
     def __init__(self, root: Path, limits: Limits) -> None:
         self.root, self.limits = root, limits
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        shutil.rmtree(root / DRAFTS, ignore_errors=True)
 
     def path(self, name: MemoryName) -> Path:
         """Return the directory that a memory lives in, or would live in."""
@@ -83,6 +85,8 @@ class Tenants:
         folder.mkdir(exist_ok=True, mode=0o700)
         if left.exists() and not self._manifest(name).exists():
             self._bury(left)
+        for grave in folder.glob(f"{GONE}*"):  # of a crash
+            shutil.rmtree(grave, ignore_errors=True)
         now = time.time()
         number = max([time.time_ns(), *(other.number + 1 for other in others)])  # clocks may go back
         content = {"id": name.id, "tenant": name.tenant, "made": now, "number": number}
@@ -104,10 +108,16 @@ class Tenants:
             self._bury(self.path(name))
         _sync(self._folder(name.tenant))
 
-    def empty(self, name: MemoryName) -> None:
-        """Remove the files of a memory that is closed, which stays made."""
-        if self.path(name).exists():
-            self._bury(self.path(name))
+    @contextmanager
+    def draft(self) -> Iterator[Path]:
+        """Yield the path of a file for a while, on the disk of the memories."""
+        folder = self.root / DRAFTS
+        folder.mkdir(exist_ok=True, mode=0o700)
+        file = folder / secrets.token_hex(8)
+        try:
+            yield file
+        finally:
+            file.unlink(missing_ok=True)
 
     def all(self, tenant: str) -> list[MadeMemory]:
         """Return the memories of a tenant in order of making."""

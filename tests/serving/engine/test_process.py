@@ -1,0 +1,58 @@
+"""The engine in a process of its own: started again where it dies, and what was written is there again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mplus.hf.pretrained.shipped import RECALL_TINY
+from mplus.serving.config import ServeConfig
+from mplus.serving.engine.process import DecoderSource, ProcessEngine
+from mplus.serving.errors import ServingError
+from mplus.serving.messages import Generate, ListSources, MakeMemory, Sampling
+from tests.serving.engine.conftest import ADA, run, tell
+
+
+async def loaded(client: ProcessEngine) -> None:
+    """Wait until the decoder is there."""
+    while True:
+        try:
+            await client.model()
+        except ServingError:
+            await asyncio.sleep(0.05)
+        else:
+            return
+
+
+def test_an_engine_that_is_killed_is_started_again(tmp_path: Path) -> None:
+    async def killed() -> None:
+        client = ProcessEngine(DecoderSource(str(RECALL_TINY), threads=1), ServeConfig(memories=tmp_path))
+        try:
+            await loaded(client)
+            await client.call(MakeMemory(ADA))
+            await tell(client, ADA, "Mary went to the garden. " * 20)
+            stream = client.generate(Generate("t", ADA, [5, 6, 7], sampling=Sampling(400, 0.0, ignore_end=True)))
+            assert await anext(stream)
+            before = client.pid
+            assert before is not None
+            os.kill(before, signal.SIGKILL)
+            with pytest.raises(ServingError) as caught:
+                async for _ in stream:
+                    pass
+            assert caught.value.facts.status == 503
+            with pytest.raises(ServingError):
+                await client.call(ListSources(ADA))
+            await loaded(client)
+            assert client.pid != before
+            found: Any = await client.call(ListSources(ADA))
+            assert [one["name"] for one in found["data"]] == ["told"]
+            assert (await client.metrics())["open_memories"] == 1
+        finally:
+            await client.close(0)
+
+    run(killed())
