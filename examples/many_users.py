@@ -1,4 +1,4 @@
-"""One decoder, many users: each has a memory of their own, and all share what was read once for everybody."""
+"""One decoder, many users: each has a memory of their own, and all are answered at once, a token of each in a step."""
 
 from importlib.resources import files
 
@@ -9,13 +9,25 @@ import mplus
 name = files("mplus") / "data" / "recall-tiny"  # or a decoder with a memory that you trained: see train_lora.py
 model = mplus.from_pretrained(name)
 tokenizer = AutoTokenizer.from_pretrained(name)
+reader = mplus.BatchReader(model)
 
 
-def answer(memory, question):
-    """Return the next word: the decoder that comes with mplus answers in one."""
-    prompt = tokenizer(question, return_tensors="pt")
-    text = model.generate(**prompt, memory=memory, max_new_tokens=1, do_sample=False)
-    return tokenizer.decode(text[0, prompt["input_ids"].shape[1] :])
+def ids_of(text):
+    """Return the token ids of a text."""
+    return tokenizer(text)["input_ids"]
+
+
+def converse(memories, first, then):
+    """Ask two questions of every memory, all of them at once; return who was told what."""
+    rows = reader.join([(memory, ids_of(first)) for memory in memories.values()])
+    users = dict(zip(rows, memories, strict=True))
+    answers = {users[row]: [int(row.logits.argmax())] for row in rows}  # this decoder answers in one word
+    for token in (None, *ids_of(then)):  # every row reads its own answer, then all read the next question
+        logits = reader.step([answers[users[row]][0] if token is None else token for row in reader.rows])
+    for row, token in zip(reader.rows, logits.argmax(-1).tolist(), strict=True):
+        answers[users[row]].append(token)
+    reader.leave(rows)  # others may join at any time, and rows leave when they have ended
+    return {user: tokenizer.decode(told) for user, told in answers.items()}
 
 
 handbook = model.new_memory(tokenizer=tokenizer)
@@ -29,10 +41,9 @@ said = {"anna": "pet of ada baker owl .", "omar": "pet of ada baker fox .", "yuk
 texts = [f"by the way {said[user]} so it is and so it was" for user in memories]
 mplus.write_together(list(memories.values()), texts, sources=list(memories))
 
-for user, memory in memories.items():
-    town, pet = answer(memory, "town of ada baker"), answer(memory, "pet of ada baker")
-    print(f"{user}: the town is {town}, the pet is {pet}; knows of {[source.name for source in memory.sources()]}")
+for user, told in converse(memories, "town of ada baker", ". pet of ada baker").items():
+    print(f"{user}: {told}; knows of {[source.name for source in memories[user].sources()]}")
 
 memories["anna"].save("anna.memory")  # a user who left: one folder, loaded again when she comes back
 anna = mplus.Memory.load("anna.memory", model, tokenizer=tokenizer)
-print("anna, back again: the pet is", answer(anna, "pet of ada baker"))
+print("anna, back again:", converse({"anna": anna}, "pet of ada baker", ". town of ada baker")["anna"])

@@ -37,6 +37,7 @@ class ServeConfig:
         max_batch: answers that are generated at once.
         open_memories: memories that are kept open at most; each takes two file descriptors.
         ram_bytes: of all open memories; None: no limit.
+        lock_seconds: that opening a memory waits for another process to close it.
         turn_seconds: that a turn of the loop aims at most at: the gap that a stream sees while others are read.
         limits: per tenant and request.
     """
@@ -45,5 +46,6 @@ class ServeConfig:
     max_batch: int = field(default=32, validator=whole(1))
     open_memories: int = field(default=256, validator=whole(1))
     ram_bytes: int | None = field(default=None, validator=whole(1, optional=True))
+    lock_seconds: float = 3.0
     turn_seconds: float = 0.05
     limits: Limits = field(factory=Limits)

@@ -81,6 +81,13 @@ class ImportMemory:
 
 
 @define(frozen=True)
+class ReleaseMemory:
+    """Close a memory, if it is open here, once nothing uses it: another engine is about to open it."""
+
+    memory: MemoryName
+
+
+@define(frozen=True)
 class DescribeUsage:
     """Say how many memories and bytes a tenant has, and its limits."""
 
@@ -151,7 +158,7 @@ class SearchMemory:
 
 Command: TypeAlias = (
     MakeMemory | ListMemories | DescribeMemory | DeleteMemory | ForkMemory | ExportMemory | ImportMemory
-    | DescribeUsage | WriteMemory | FlushMemory | ListSources | ForgetSource | ReadSource | SearchMemory
+    | ReleaseMemory | DescribeUsage | WriteMemory | FlushMemory | ListSources | ForgetSource | ReadSource | SearchMemory
 )  # fmt: skip
 
 

@@ -84,10 +84,10 @@ def test_a_memory_in_a_folder_is_there_later_and_forgets(run, tmp_path):
 
 def test_users_share_the_handbook_and_nothing_else(run):
     assert run("many_users").splitlines() == [
-        "anna: the town is oslo, the pet is owl; knows of ['handbook', 'anna']",
-        "omar: the town is oslo, the pet is fox; knows of ['handbook', 'omar']",
-        "yuki: the town is oslo, the pet is unknown; knows of ['handbook', 'yuki']",
-        "anna, back again: the pet is owl",
+        "anna: oslo owl; knows of ['handbook', 'anna']",
+        "omar: oslo fox; knows of ['handbook', 'omar']",
+        "yuki: oslo unknown; knows of ['handbook', 'yuki']",
+        "anna, back again: owl oslo",
     ]
 
 

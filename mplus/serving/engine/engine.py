@@ -31,8 +31,6 @@ from mplus.serving.messages import Command, Event, Generate, MemoryName
 
 THREADS = 8
 """For opening, closing, tokenising and the disk."""
-PATIENCE = 3.0
-"""Seconds that opening a memory waits for another process to close it."""
 GRACE = 30.0
 """Seconds that answers have when the engine is closed."""
 COUNTED = 256
@@ -107,6 +105,11 @@ class Engine:
             memory_bytes=self._pool.bytes,
         )
 
+    @property
+    def is_alive(self) -> bool:
+        """Return whether requests are answered."""
+        return self._thread.is_alive()
+
     def close(self, grace: float = GRACE) -> None:
         """Take no more requests, give those that run so many seconds, end the rest with errors; close all memories."""
         self._call(lambda: self._stop(grace))
@@ -152,7 +155,7 @@ class Engine:
             decoder.model,
             tokenizer=decoder.tokenizer,
             bytes_budget=limits.memory_bytes,
-            wait=PATIENCE,
+            wait=self.config.lock_seconds,
         )
 
     async def _turns(self) -> None:

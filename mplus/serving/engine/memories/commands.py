@@ -108,6 +108,7 @@ class Commands:
             messages.ForkMemory: self._fork,
             messages.ExportMemory: self._export,
             messages.ImportMemory: self._import,
+            messages.ReleaseMemory: self._release,
             messages.DescribeUsage: self._usage,
             messages.WriteMemory: self._write,
             messages.FlushMemory: self._flush,
@@ -205,6 +206,10 @@ class Commands:
                 await self.pool.close(name)
                 await self._run(partial(self.tenants.remove, name))
         return {"id": name.id, "deleted": True}
+
+    async def _release(self, command: messages.ReleaseMemory) -> Answer:
+        await self.pool.close(command.memory)
+        return {}
 
     async def _usage(self, command: messages.DescribeUsage) -> Answer:
         limits, tenant = self.tenants.limits, command.tenant

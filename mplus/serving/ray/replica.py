@@ -1,0 +1,98 @@
+"""EngineReplica: an engine as a replica of a Ray Serve deployment."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+import torch
+from attrs import define
+from filelock import FileLock
+
+from mplus.config import JsonValue
+from mplus.serving.config import ServeConfig
+from mplus.serving.engine.client import InProcessEngine
+from mplus.serving.engine.decoder import ServedDecoder
+from mplus.serving.errors import ServingError
+from mplus.serving.messages import Command, Event, Generate, ModelFacts
+from mplus.serving.ray.agreement import agree
+
+
+@define(frozen=True, kw_only=True)
+class EngineSettings:
+    """Settings of the engines of a server.
+
+    Attributes:
+        model: "smollm2", a folder, or a name on the Hub.
+        config: of the server; the folder of memories is one that all engines share.
+        mechanism: of the memory; None: as ``ServedDecoder.load`` takes it.
+        served_name: what clients call the decoder; None: by ``model``.
+        threads: of torch, in each engine.
+        server: an id of the running server.
+    """
+
+    model: str
+    config: ServeConfig
+    mechanism: str | None = None
+    served_name: str | None = None
+    threads: int = 1
+    server: str
+
+
+class EngineReplica:
+    """An engine in a process of Ray's. Errors are returned, not raised, as Ray wraps those it carries in its own.
+
+    Args:
+        settings: of all engines of the server.
+
+    Raises:
+        MemoryMismatchError: the decoder is not that of the other engines.
+        CheckpointError: it cannot be loaded.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        torch.set_num_threads(settings.threads)
+        folder = settings.config.memories
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with FileLock(folder / ".loading.lock"):  # the first engine keeps what was added to the decoder, for all
+            decoder = ServedDecoder.load(
+                settings.model, folder, mechanism=settings.mechanism, served_name=settings.served_name
+            )
+        agree(folder, settings.server, decoder.model.mplus_engine.fingerprint())
+        self._client = InProcessEngine(decoder, settings.config)
+
+    async def model(self) -> ModelFacts:
+        """Return the facts of the decoder."""
+        return await self._client.model()
+
+    async def call(self, command: Command) -> Mapping[str, JsonValue] | ServingError:
+        """Return the answer to a command, or why there is none."""
+        try:
+            return await self._client.call(command)
+        except ServingError as error:
+            return error
+
+    async def generate(self, request: Generate) -> AsyncIterator[Sequence[Event] | ServingError]:
+        """Yield what happens to a request, and at the end an error if it failed. Cancelled, it leaves the batch."""
+        try:
+            async for events in self._client.generate(request):
+                yield events
+        except ServingError as error:
+            yield error
+
+    async def metrics(self) -> Mapping[str, float]:
+        """Return the engine's numbers."""
+        return await self._client.metrics()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return what ``wanted_engines`` looks at; called by Ray."""
+        numbers = await self._client.metrics()
+        return {name: numbers[name] for name in ("requests_waiting", "requests_running")}
+
+    async def check_health(self) -> None:
+        """Raise ServingError where the engine has ended; called by Ray, which then starts another one."""
+        if not self._client.engine.is_alive:
+            raise ServingError("the engine's thread has ended", 503, "server_error")
+
+    async def __del__(self) -> None:
+        """Close all memories; called by Ray when the replica has nothing left to answer."""
+        await self._client.close()
