@@ -45,7 +45,7 @@ def list_(memories: Memories = Path("memories"), as_json: Json = False) -> None:
 
 
 def revoke(
-    key_id: Annotated[str, typer.Argument(metavar="ID", help="As `mplus keys list` shows it.", show_default=False)],
+    key_id: Annotated[str, typer.Argument(help="Id, as `mplus keys list` shows it.", show_default=False)],
     memories: Memories = Path("memories"),
 ) -> None:
     """Revoke a key. A running server refuses it at once."""

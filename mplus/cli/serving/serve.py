@@ -85,7 +85,7 @@ def serve(
     from mplus.serving.config import Limits, ServeConfig
     from mplus.serving.http.app import make_app
     from mplus.serving.http.keys import FILE, Keys
-    from mplus.serving.http.server import listen, run_server
+    from mplus.serving.http.server import listen, make_server
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     limits = Limits(
@@ -110,7 +110,7 @@ def serve(
     with listen(host, port) as listening:
         engine = _engine(model, name, mechanism, config)
         print(f"{model} is served at http://{_shown(listening)} ({_access(keys)})", file=sys.stderr)
-        run_server(make_app(engine, config, keys, metrics_open=metrics_open), listening, grace=grace)
+        make_server(make_app(engine, config, keys, metrics_open=metrics_open), grace=grace).run([listening])
 
 
 def _engine(model: str, name: str | None, mechanism: str | None, config: ServeConfig) -> EngineClient:

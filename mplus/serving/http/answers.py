@@ -134,7 +134,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
     Raises ClientDisconnect: it left.
     """
-    task, left = asyncio.create_task(work), asyncio.create_task(_left(request))
+    task, left = asyncio.create_task(work), asyncio.create_task(until_left(request))
     try:
         await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -146,6 +146,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({task})  # it has noted by then what came of it
 
 
-async def _left(request: Request) -> None:
+async def until_left(request: Request) -> None:
+    """Wait until the client leaves; the body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

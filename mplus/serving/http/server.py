@@ -1,4 +1,4 @@
-"""run_server: uvicorn around the app, which ends in order: answers first, then connections, then memories."""
+"""make_server: uvicorn around the app, which ends in order: answers first, then connections, then memories."""
 
 from __future__ import annotations
 
@@ -61,13 +61,15 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"the server cannot listen on {host}:{port}: {error}") from error
 
 
-def run_server(app: FastAPI, listening: socket.socket, *, grace: float = 30.0) -> None:
-    """Serve until SIGTERM or SIGINT.
+def make_server(app: FastAPI, *, grace: float = 30.0) -> DrainingServer:
+    """Return a server, which runs until SIGTERM or SIGINT.
 
     Args:
         app: of ``make_app``.
-        listening: a socket of ``listen``.
         grace: seconds that answers which have begun may take, when a signal has come.
+
+    Example:
+        >>> make_server(app).run([listen("127.0.0.1", 8000)])
     """
     config = uvicorn.Config(
         app,
@@ -80,4 +82,4 @@ def run_server(app: FastAPI, listening: socket.socket, *, grace: float = 30.0) -
         timeout_keep_alive=60,
         h11_max_incomplete_event_size=LONGEST_HEAD,
     )
-    DrainingServer(config, app.state.front, grace).run([listening])
+    return DrainingServer(config, app.state.front, grace)

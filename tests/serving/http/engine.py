@@ -67,6 +67,7 @@ class RecordingEngine:
         asked, called: what came, in order.
         running: rows that are being answered.
         fails: is raised in the place of the third token.
+        refuses: is raised by every write.
     """
 
     says: list[int] = field(factory=lambda: ids("there was a little girl named Lily."))
@@ -80,6 +81,7 @@ class RecordingEngine:
     waiting: int = 0
     steps: int = 0
     fails: Exception | None = None
+    refuses: Exception | None = None
     down: bool = False
     closed: bool = False
 
@@ -141,6 +143,8 @@ class RecordingEngine:
     async def call(self, command):
         self.called.append(command)
         await asyncio.sleep(self.pause)
+        if self.refuses is not None and isinstance(command, WriteMemory):
+            raise self.refuses
         return getattr(self, "_" + type(command).__name__)(command)
 
     def _kept(self, name: MemoryName) -> Kept:

@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from typing import Any, Protocol
 
 from attrs import define
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from mplus.serving.errors import ServingError
-from mplus.serving.http.answers import Answers, Step, unless_gone
+from mplus.serving.http.answers import Answers, Step, unless_gone, until_left
 from mplus.serving.http.errors import internal_error
 from mplus.serving.http.openai.rows import Delta, Reply
 from mplus.serving.http.record import logger
@@ -74,14 +74,18 @@ class Run:
             return JSONResponse(await unless_gone(request, self._whole()))
         steps = aiter(self.answers.steps(self.answers.front.comment_seconds))
         # A task, as a timeout would end the iterator.
-        first = asyncio.ensure_future(anext(steps, None))
+        first, left = asyncio.ensure_future(anext(steps, None)), asyncio.create_task(until_left(request))
         try:
-            await asyncio.wait({first}, timeout=REFUSED_WITHIN)
+            await asyncio.wait({first, left}, timeout=REFUSED_WITHIN, return_when=asyncio.FIRST_COMPLETED)
+            if left.done():
+                raise ClientDisconnect
             if first.done():
                 first.result()
         except BaseException:
             self.finish()
             raise
+        finally:
+            left.cancel()
         return EventStream(self, self._frames(first, steps))
 
     async def _whole(self) -> Plain:
