@@ -138,7 +138,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ClientDisconnect
+            left.result()
         return task.result()
     finally:
         left.cancel()
@@ -147,6 +147,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 async def until_left(request: Request) -> None:
-    """Wait until the client leaves; the body must have been read."""
+    """Raise ClientDisconnect when the client leaves; the body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    raise ClientDisconnect

@@ -4,8 +4,14 @@ written; see also test_doors, for who may come in, and test_sockets, for what ta
 from __future__ import annotations
 
 import pytest
+from starlette.testclient import TestClient
+
+from mplus.serving.config import Limits, ServeConfig
+from mplus.serving.http.app import make_app
+from mplus.serving.http.keys import Keys
 
 from tests.serving.http.conftest import error_of
+from tests.serving.http.engine import RecordingEngine
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -13,8 +19,23 @@ JSON = {"content-type": "application/json"}
 GOOD = {CHAT: {"messages": HELLO}, TEXT: {"prompt": "Hello"}, RESPONSES: {"input": "Hello"}}
 
 
+@pytest.fixture(scope="module")
+def engine():
+    return RecordingEngine()
+
+
+@pytest.fixture(scope="module")
+def http(engine, tmp_path_factory):
+    """One server for all bad requests, which it takes one after the other."""
+    folder = tmp_path_factory.mktemp("memories")
+    config = ServeConfig(memories=folder, limits=Limits(body_bytes=2**20))
+    with TestClient(make_app(engine, config, Keys(folder / "keys.json")), base_url="http://localhost") as client:
+        yield client
+
+
 @pytest.fixture(autouse=True)
 def _nothing_happens(engine):
+    engine.called.clear()
     yield
     assert engine.asked == []
     assert not any(kept.texts for kept in engine.memories.values())

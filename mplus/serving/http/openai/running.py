@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from typing import Any, Protocol
 
 from attrs import define
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -77,10 +77,9 @@ class Run:
         first, left = asyncio.ensure_future(anext(steps, None)), asyncio.create_task(until_left(request))
         try:
             await asyncio.wait({first, left}, timeout=REFUSED_WITHIN, return_when=asyncio.FIRST_COMPLETED)
-            if left.done():
-                raise ClientDisconnect
-            if first.done():
-                first.result()
+            for one in (left, first):
+                if one.done():
+                    one.result()
         except BaseException:
             self.finish()
             raise
