@@ -9,7 +9,6 @@ from starlette.testclient import TestClient
 from mplus.serving.config import Limits, ServeConfig
 from mplus.serving.http.app import make_app
 from mplus.serving.http.keys import Keys
-
 from tests.serving.http.conftest import error_of
 from tests.serving.http.engine import RecordingEngine
 
@@ -309,15 +308,6 @@ def test_a_body_that_is_too_long(http):
     assert error["code"] == "request_too_large"
     pieces = (b"x" * 2**16 for _ in range(17))
     assert error_of(http.post(TEXT, content=pieces, headers=JSON), 413) == error
-
-
-def test_while_there_is_no_engine(http, engine):
-    engine.down = True
-    for response in (http.post(TEXT, json=GOOD[TEXT]), http.get("/v1/models"), http.get("/ready")):
-        assert error_of(response, 503)["code"] == "engine_not_ready"
-    assert http.get("/health").json() == {"status": "ok"}
-    engine.down = False
-    assert http.get("/ready").status_code == 200
 
 
 def test_huge_and_odd_numbers_in_json(http):

@@ -184,3 +184,12 @@ def test_a_stream_that_waits_says_so(app, http, engine):
     text = http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2, "stream": True}).text
     assert ": waiting\n\n" in text
     assert frames(text)[-1] == "[DONE]"
+
+
+def test_while_there_is_no_engine(http, engine):
+    engine.down = True
+    for response in (http.post("/v1/completions", json={"prompt": "x"}), http.get("/v1/models"), http.get("/ready")):
+        assert error_of(response, 503)["code"] == "engine_not_ready"
+    assert http.get("/health").json() == {"status": "ok"}
+    engine.down = False
+    assert http.get("/ready").status_code == 200
