@@ -15,12 +15,14 @@ from mplus.eviction.base import EvictionPolicy
 from mplus.eviction.ttl import TtlEviction
 from mplus.mechanisms.opened import Retrieved
 from mplus.mechanisms.root import Absorbed
+from mplus.mechanisms.short_term.bring_back import bring_back_each
 from mplus.mechanisms.short_term.mechanism import RowMechanism
 from mplus.mechanisms.short_term.pending import PendingView
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
 from mplus.memory.merging.incoming import Incoming
 from mplus.memory.state import StreamView
 from mplus.memory.writing.update import WriteContext
+from mplus.retrievers.base import Selection
 from mplus.rows import MemoryRows
 from mplus.stores.base import Column, Content, StoreLayout, StoreView
 
@@ -202,15 +204,25 @@ class MPlusMechanism(RowMechanism):
             if len(scored) < len(views):
                 which = torch.tensor([row for row, _ in scored], device=hidden.device)
                 hidden, mask = hidden[which], mask[which]
-            queries = retriever.project_queries(layer, hidden)
-            picks = retriever.select(layer, queries, mask, [store for _, store in scored], k)
-            for (row, store), pick in zip(scored, picks, strict=True):
-                ids, by_id = torch.sort(pick.ids)
-                found[row] = self.bring_back(
-                    store, layer, ids, pick.scores.index_select(0, by_id.to(pick.scores.device))
-                )
+            queries, stores = retriever.project_queries(layer, hidden), [store for _, store in scored]
+            back = self._picked(layer, stores, retriever.select(layer, queries, mask, stores, k))
+            for (row, _), brought in zip(scored, back, strict=True):
+                found[row] = brought
         for view, rows in zip(views, found, strict=True):
             _note(view, layer, rows)
+        return found
+
+    def _picked(self, layer: int, stores: Sequence[StoreView], picks: Sequence[Selection]) -> list[Retrieved]:
+        """Return the rows that were picked of each store, in any order, oldest first."""
+        found = []
+        back = bring_back_each(stores, layer, picks, newest_last=self.options.ages != "release")
+        for store, pick, rows in zip(stores, picks, back, strict=True):
+            if rows is not None:
+                found.append(rows)
+                continue
+            ids, by_id = torch.sort(pick.ids)
+            scores = pick.scores.index_select(0, by_id.to(pick.scores.device))
+            found.append(self.bring_back(store, layer, ids, scores))
         return found
 
     def searched(self, view: StreamView, layer: int) -> StoreView:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from mplus.config import JsonValue, flag, one_of, whole
 from mplus.retrievers.base import Retriever, RetrieverShape, Selection, check_selection
+from mplus.retrievers.candidates import same_store
+from mplus.retrievers.many_stores import Searched, best_of_each
 from mplus.retrievers.ranking import best_rows
 from mplus.retrievers.scores import SCORES, score_rows
 
@@ -88,18 +90,23 @@ class LinearRetriever(Retriever):
     ) -> list[Selection]:
         """Pick the ``min(k, count)`` best rows for each batch row; a store given for several rows is read once."""
         check_selection(queries, query_mask, stores, k)
-        whole, shared = query_mask.all(1).tolist(), dict[int, list[int]]()
-        for row, store in enumerate(stores):
-            shared.setdefault(id(store), []).append(row)
-        found: dict[int, Selection] = {}
-        for rows in shared.values():
-            store = stores[rows[0]]
+        # All text tokens in one go: a mask for each row takes longer than ranking a small store.
+        whole = bool(query_mask.all())
+        texts = list(queries) if whole else queries[query_mask].split(query_mask.sum(1).tolist())
+        found, several = dict[int, Selection](), dict[int, Searched]()
+        for store, rows in same_store(stores):
             if not store.layout.key_size:
                 raise ValueError("the linear retriever needs rows with keys; this store was made without (key_size=0)")
-            texts = [queries[row] if whole[row] else queries[row, query_mask[row]] for row in rows]
-            score = partial(score_rows, self.options.score, texts)
-            for row, best in zip(rows, best_rows(store.chunks(layer, "key"), len(rows), k, score), strict=True):
+            chunks = store.chunks(layer, "key")
+            searched = [Searched(texts[row], chunks, store.count(layer)) for row in rows]
+            if len(rows) < len(stores) and searched[0].small:
+                several.update(zip(rows, searched, strict=True))
+                continue
+            score = partial(score_rows, self.options.score, [one.text for one in searched])
+            for row, best in zip(rows, best_rows(chunks, len(rows), k, score), strict=True):
                 found[row] = Selection(*best)
+        for row, best in zip(several, best_of_each(list(several.values()), self.options.score, k), strict=True):
+            found[row] = Selection(*best)
         return [found[row] for row in range(len(stores))]
 
 

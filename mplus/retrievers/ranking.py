@@ -22,7 +22,7 @@ def top_places(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         InputError: scores of another dtype.
     """
     positions = torch.arange(scores.shape[-1], device=scores.device)
-    places, best = _unranked(_top(_ranks(scores, positions), k, last=True))
+    places, best = unranked(top(ranks_of(scores, positions), k, last=True))
     return places, best
 
 
@@ -48,19 +48,19 @@ def best_rows(
         scores = scores if live is None else scores[:, live]
         positions = torch.arange(start, start + scores.shape[-1], device=ids.device)
         if best is None:
-            best = _ranks(scores, positions)
+            best = ranks_of(scores, positions)
         else:
-            best = _top(best, k)
+            best = top(best, k)
             promising = _promising(scores, best, k)
             if promising is not None:
                 scores, positions = scores[:, promising], positions[promising]
-            best = torch.cat([best, _ranks(scores, positions)], -1)
+            best = torch.cat([best, ranks_of(scores, positions)], -1)
         blocks.append(ids if live is None else ids[live])
         start += len(blocks[-1])
     if best is None:
         return [(torch.empty(0, dtype=torch.int64), torch.empty(0))] * texts
-    places, scores = _unranked(_top(best, k, last=True))
-    return [(_ids_at(blocks, own), there) for own, there in zip(places, scores, strict=True)]
+    places, scores = unranked(top(best, k, last=True))
+    return [(ids_at(blocks, own), there) for own, there in zip(places, scores, strict=True)]
 
 
 def _promising(scores: Tensor, best: Tensor, k: int) -> Tensor | None:
@@ -70,7 +70,7 @@ def _promising(scores: Tensor, best: Tensor, k: int) -> Tensor | None:
     """
     if best.shape != (1, k) or k == 0:
         return None
-    _, lowest = _unranked(best.min())
+    _, lowest = unranked(best.min())
     # Of equal scores the earlier one counts. Nothing compares with NaN, which is lowest.
     return (scores[0] > lowest).nonzero().squeeze(1) if bool(lowest > -torch.inf) else None
 
@@ -84,7 +84,7 @@ def _blocks(chunks: Sequence[Chunk], rows: int) -> Iterator[tuple[Tensor, Tensor
             yield chunk.ids[own], chunk.columns["key"][own], live
 
 
-def _ranks(scores: Tensor, positions: Tensor) -> Tensor:
+def ranks_of(scores: Tensor, positions: Tensor) -> Tensor:
     """Turn each score into a whole number, int64 of the same shape, that falls from better to worse.
 
     ``torch.topk`` leaves the choice among equal scores open; these numbers are all different. The upper half is the
@@ -101,17 +101,17 @@ def _ascending(bits: Tensor) -> Tensor:
     return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
 
 
-def _unranked(ranks: Tensor) -> tuple[Tensor, Tensor]:
+def unranked(ranks: Tensor) -> tuple[Tensor, Tensor]:
     """Undo ``_ranks``: return positions and scores."""
     return _LOW - (ranks & _LOW), _ascending((ranks >> 32).int()).view(torch.float32)
 
 
-def _top(ranks: Tensor, k: int, last: bool = False) -> Tensor:
+def top(ranks: Tensor, k: int, last: bool = False) -> Tensor:
     """Return the ``k`` best, if there are so many; in order the ``last`` time."""
     return ranks.topk(min(k, ranks.shape[-1]), sorted=last).values
 
 
-def _ids_at(blocks: Sequence[Tensor], places: Tensor) -> Tensor:
+def ids_at(blocks: Sequence[Tensor], places: Tensor) -> Tensor:
     """Return ids of the rows at ``places`` ``[n]``, which count on from block to block."""
     if len(blocks) == 1:
         return blocks[0].index_select(0, places)

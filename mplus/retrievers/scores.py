@@ -90,6 +90,27 @@ def score_rows(name: str, texts: Sequence[Tensor], keys: Tensor) -> Tensor:
     return scores
 
 
+@torch.no_grad()
+def score_into(out: Tensor, name: str, text: Tensor, keys: Sequence[Tensor]) -> None:
+    """Write to ``out`` ``[m]`` float32 what ``score_rows`` gives for one text ``[T, r]`` and some rows.
+
+    Args:
+        out: on the device of the text.
+        name: of the score.
+        text: its queries.
+        keys: of the rows, ``[m_i, r]``, one part behind the other.
+    """
+    parts = out.split([part.shape[0] for part in keys])
+    if name != "mean_dot":
+        for own, part in zip(parts, keys, strict=True):
+            own.copy_(score_rows(name, [text], part)[0])
+        return
+    with torch.autocast(text.device.type, enabled=False):
+        mean = text.float().mean(0)
+        for own, part in zip(parts, keys, strict=True):
+            torch.mv(part.to(device=text.device, dtype=torch.float32), mean, out=own)
+
+
 def piece_rows(products: int, device: torch.device) -> int:
     """Return how many rows to score at a time where each of them makes so many ``products``."""
     return max(1, (MAX_PRODUCTS if device.type == "cpu" else MAX_PRODUCTS_ON_A_DEVICE) // products)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import attrs
 import torch
@@ -177,6 +177,19 @@ class Identity:
     __slots__ = ("__weakref__",)
 
 
+class FoundRows(Protocol):
+    """Rows of one layer that were looked for by their ids, once for all of their columns."""
+
+    def take(self, name: str) -> Tensor:
+        """Return a column of these rows ``[n, ...]``, a copy."""
+
+    def located(self, name: str) -> Location:
+        """Return where a column of these rows lies."""
+
+    def at(self, order: Tensor) -> FoundRows:
+        """Return those at ``order`` ``[n]`` int64, in that order."""
+
+
 class StoreView(ABC):
     """The reading side of a store. A view taken by ``MemoryStore.snapshot`` never changes.
 
@@ -211,6 +224,14 @@ class StoreView(ABC):
         Raises:
             KeyError: an id is not in the store; the message names it.
         """
+
+    def find(self, layer: int, ids: Tensor) -> FoundRows | None:
+        """Return where the rows with these ids (``[n]`` int64, any order) lie; None: readers use ``gather``.
+
+        Raises:
+            KeyError: an id is not in the store.
+        """
+        return None
 
     def content(self, layer: int, name: Content) -> Tensor | None:
         """Return the content of all rows in the order of ``ids``, where it lies as one tensor; None elsewhere.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from mplus.stores.base import Column, Content, Location, StoreView
+from mplus.stores.base import Column, Content, FoundRows, Location, StoreView
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -31,6 +31,9 @@ class LayerValue(Protocol):
 
     def gather(self, ids: Tensor, leave_out: Collection[str] = ()) -> MemoryRows:
         """Return copies of the rows with these ids. Raises KeyError naming one that is not there."""
+
+    def find(self, ids: Tensor) -> FoundRows:
+        """Return where the rows with these ids lie. Raises KeyError as ``gather``."""
 
     def locate(self, name: str, ids: Tensor) -> Location:
         """Return where the rows with these ids lie. Raises KeyError as ``gather``."""
@@ -63,6 +66,11 @@ class LayeredView(StoreView, Generic[L_co]):
         """Return copies of the rows with these ids. Raises KeyError naming a missing one."""
         with naming_layer(layer):
             return self._layer(layer).gather(ids, leave_out)
+
+    def find(self, layer: int, ids: Tensor) -> FoundRows:
+        """Return where rows with these ids lie; nothing is copied. Raises KeyError naming a missing one."""
+        with naming_layer(layer):
+            return self._layer(layer).find(ids)
 
     def locate(self, layer: int, name: Content, ids: Tensor) -> Location | None:
         """Return where rows with these ids lie; nothing is copied. Raises KeyError naming a missing one."""

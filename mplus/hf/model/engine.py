@@ -196,10 +196,13 @@ class DecoderEngine:
         """Return the state of the weights that rows depend on; see ``Engine.weights``."""
         return self.watch.look().weights if adapters is None else self.watch.with_adapters(adapters)
 
-    def prepared(self, memory: Memory, version: int, look: Look) -> Any:
-        """Return what reads of ``memory`` in this version share; None where its rows are projected by every read."""
+    def prepared(self, memory: Memory, version: int, look: Look, *, together: bool = False) -> Any:
+        """Return what reads of ``memory`` in this version share; None where its rows are projected by every read.
+
+        Rows that are kept as hidden states are projected once for reads ``together`` with other memories.
+        """
         layout = memory.stores[0].layout
-        if isinstance(self.projection, str) or not layout.projected_size:
+        if isinstance(self.projection, str) or not (layout.projected_size or together):
             return None
         if layout.keeps_hidden and (look.names is not None or self.retrofit.technique != "attention"):
             return None

@@ -15,6 +15,7 @@ from mplus.mechanisms.decoder import KeptProjection, Tables
 from mplus.mechanisms.opened import Retrieved
 from mplus.mechanisms.short_term.state import state_of
 from mplus.memory.state import StreamView
+from mplus.rows import MemoryRows
 
 Sizes: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int]]
 """Of each stream: rows in front of the short-term ones, these, and rows between them and the text."""
@@ -59,7 +60,7 @@ class Prepared:
         """
         # Made once and kept, though reads may come in another dtype (autocast) or on another device.
         first = [begin.to(like) for begin in self._begins(layer, len(views))]
-        own = _in_front(retrieved, begins)
+        own = in_front(retrieved, begins)
         counts = [len(state_of(view).stm[layer]) for view in views]
         sizes = (own, counts, tails or [0] * len(views))
         only = retrieved[0] if len(views) == 1 else None
@@ -75,6 +76,16 @@ class Prepared:
             front = self._front(layer, parts, sizes, like)
         segments = (front, self.short_term_segment(layer, views, sizes, like))
         return tuple(segment for segment in segments if segment.keys.shape[2])
+
+    def _kept(self, layer: int, rows: MemoryRows, like: Tensor) -> Tensor:
+        """Return keys and values ``[n, w]`` of rows, where only their hidden states are kept projected now."""
+        if rows.projected is not None:
+            return rows.projected.to(like)
+        return self.projection.rows(layer, rows.need_hidden()[None].to(like))[0]
+
+    def begin_row(self, layer: int) -> Tensor:
+        """Return the begin row ``[1, w]``, where it is the same for all streams."""
+        return self._begins(layer, 1)[0]
 
     def _begins(self, layer: int, streams: int) -> list[Tensor]:
         """Return the begin row ``[1, w]`` of every stream; not the same where each has an adapter of its own."""
@@ -100,22 +111,22 @@ class Prepared:
 
     def short_term_segment(self, layer: int, views: Sequence[StreamView], sizes: Sizes, like: Tensor) -> Segment:
         """Return the short-term rows of every stream, rotated; made once and kept."""
-        in_front, counts, tails = sizes
+        front, counts, tails = sizes
         states = [state_of(view).stm[layer] for view in views]
         # Sequential positions count from the text backwards: what is in front of these rows does not move them.
         compressed = self.projection.positions.layout == "compressed"
-        key = (layer, tuple(in_front) if compressed else None, like.dtype, like.device)
+        key = (layer, tuple(front) if compressed else None, like.dtype, like.device)
         if key not in self.short_term:
             rows = max(counts)
             if not rows:
                 return self._nothing(like)
             # One stream that all prompts of a batch read: its rows are rotated once, and shown to each.
             shared = all(state is states[0] for state in states) and len(set(tails)) == 1
-            shared = shared and (not compressed or len(set(in_front)) == 1)
+            shared = shared and (not compressed or len(set(front)) == 1)
             states = states[:1] if shared else states
-            projected = [cast("Tensor", state.projected).to(like) for state in states]
+            projected = [self._kept(layer, state, like) for state in states]
             pieces = torch.stack([_padded([part], rows, like, self.projection.size) for part in projected])
-            where = _positions(self.projection, torch.arange(rows, device=like.device), sizes, behind=in_front)
+            where = _positions(self.projection, torch.arange(rows, device=like.device), sizes, behind=front)
             segment = self.projection.turned(layer, [pieces], self.projection.tables(layer, like, where))
             real = [counts[0]] if shared else counts
             for row, count in enumerate(real):
@@ -151,7 +162,7 @@ def _positions(projection: KeptProjection, place: Tensor, sizes: Sizes, behind: 
     return projection.positions.of_rows(place + before, front + short, -waiting)
 
 
-def _in_front(retrieved: Sequence[Retrieved | None], begins: Sequence[bool]) -> list[int]:
+def in_front(retrieved: Sequence[Retrieved | None], begins: Sequence[bool]) -> list[int]:
     """Return how many rows stand in front of the short-term ones of each stream."""
     pairs = zip(retrieved, begins, strict=True)
     return [1 + (0 if found is None else len(found.rows)) if there else 0 for found, there in pairs]

@@ -110,6 +110,43 @@ class RowSegment:
         return RowSegment(self.source, start + first, start + last, None if whole else live[first:last], count)
 
 
+@define(frozen=True, eq=False)
+class SegmentLocation:
+    """Where rows lie that were looked for.
+
+    Attributes:
+        layout: of the rows.
+        parts: segments, and the places ``[n_i]`` int64 in the source of each.
+        order: as in ``Location``.
+    """
+
+    layout: StoreLayout
+    parts: Sequence[tuple[RowSegment, Tensor]]
+    order: Tensor | None = None
+
+    def located(self, name: str) -> Location:
+        """Return one column of these rows, which are checked where they lie."""
+        return Location([(segment.source.around(name, places), places) for segment, places in self.parts], self.order)
+
+    def take(self, name: str) -> Tensor:
+        """Return a checked copy of one column of these rows."""
+        parts = [(segment.source.column(name), places) for segment, places in self.parts]
+        if not parts:
+            shape, dtype = self.layout.columns()[name]
+            return torch.empty(0, *shape, dtype=dtype)
+        first = parts[0][0] if isinstance(parts[0][0], Tensor) else parts[0][0].rows
+        column = first.new_empty(sum(places.shape[0] for _, places in parts), *first.shape[1:])
+        take(parts, column)
+        return column if self.order is None else column.index_select(0, self.order)
+
+    def at(self, order: Tensor) -> SegmentLocation:
+        """Return those of these rows at ``order`` ``[n]``."""
+        if len(self.parts) == 1 and self.order is None:
+            ((segment, places),) = self.parts
+            return evolve(self, parts=[(segment, places.index_select(0, order))])
+        return evolve(self, order=order if self.order is None else self.order[order])
+
+
 @define(frozen=True, eq=False, slots=False)
 class SegmentedRows:
     """The rows of one layer. Changing them makes a new value; the old one keeps its rows.
@@ -139,23 +176,15 @@ class SegmentedRows:
 
     def gather(self, ids: Tensor, leave_out: Collection[str] = ()) -> MemoryRows:
         """Return copies of the rows with these ids. Raises KeyError naming one that is not there."""
-        described = {name: facts for name, facts in self.layout.columns().items() if name not in leave_out}
-        found, order = self._found(ids)
-        columns = {}
-        for name, (shape, dtype) in described.items():
-            columns[name] = torch.empty(len(ids), *shape, dtype=dtype)
-            take([(segment.source.column(name), places) for segment, places in found], columns[name])
-        if order is not None:
-            columns = {name: column.index_select(0, order) for name, column in columns.items()}
-        return MemoryRows.of(columns)
+        found = self.find(ids)
+        return MemoryRows.of({name: found.take(name) for name in self.layout.columns() if name not in leave_out})
 
     def locate(self, name: str, ids: Tensor) -> Location:
         """Return where the rows with these ids lie. Raises KeyError as ``gather``."""
-        found, order = self._found(ids)
-        return Location([(segment.source.around(name, places), places) for segment, places in found], order)
+        return self.find(ids).located(name)
 
-    def _found(self, ids: Tensor) -> tuple[list[tuple[RowSegment, Tensor]], Tensor | None]:
-        """Return segments that have any of ``ids``, the places of these in the source, and ``Location.order``."""
+    def find(self, ids: Tensor) -> SegmentLocation:
+        """Return where the rows with these ids lie. Raises KeyError as ``gather``."""
         order, ids = None, ids.cpu()
         if not bool((ids[1:] >= ids[:-1]).all()):
             ids, ranks = ids.sort()
@@ -169,7 +198,7 @@ class SegmentedRows:
                 begin += count
         if beyond:
             raise KeyError(f"no row with id {int(ids[begin])}")
-        return found, order
+        return SegmentLocation(self.layout, found, order)
 
     @cached_property
     def _lasts(self) -> Tensor:
@@ -204,7 +233,7 @@ class SegmentedRows:
     def remove(self, ids: Tensor) -> SegmentedRows:
         """Return these without the rows with ``ids`` (any order, repeats allowed). Raises KeyError as ``gather``."""
         changed: dict[int, RowSegment | None] = {}
-        for segment, places in self._found(ids.unique())[0]:
+        for segment, places in self.find(ids.unique()).parts:
             left = segment.without(places)
             if left is not None:
                 left.inherited_cache.update(segment.inherited_cache)

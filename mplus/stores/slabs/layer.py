@@ -143,17 +143,14 @@ class SlabLayer:
         found, columns = self.find(ids), {}
         for name, (shape, dtype) in self.layout.columns().items():
             if name not in leave_out and found.parts:
-                column, places = found.of(name).contiguous()
-                # ``contiguous`` has made a copy already where rows come from several slabs.
-                whole = len(found.parts) > 1 and found.order is None
-                columns[name] = column if whole else column.index_select(0, places)
+                columns[name] = found.take(name)
             elif name not in leave_out:
                 columns[name] = torch.empty(0, *shape, dtype=dtype, device=self.layout.device)
         return MemoryRows.of(columns)
 
     def locate(self, name: str, ids: Tensor) -> Location:
         """Return where the rows with these ids lie. Raises KeyError as ``gather``."""
-        return self.find(ids).of(name)
+        return self.find(ids).located(name)
 
     # ------------------------------------------------------------------ changing
 

@@ -146,9 +146,22 @@ class SlabLocation:
     parts: Sequence[tuple[Slab, Tensor]]
     order: Tensor | None = None
 
-    def of(self, name: str) -> Location:
+    def located(self, name: str) -> Location:
         """Return one column of these rows."""
         return Location([(slab.block.columns[name], places) for slab, places in self.parts], self.order)
+
+    def take(self, name: str) -> Tensor:
+        """Return a copy of one column of these rows."""
+        column, places = self.located(name).contiguous()
+        # ``contiguous`` has made a copy already where rows come from several slabs.
+        return column if len(self.parts) > 1 and self.order is None else column.index_select(0, places)
+
+    def at(self, order: Tensor) -> SlabLocation:
+        """Return those of these rows at ``order`` ``[n]``."""
+        if len(self.parts) == 1 and self.order is None:
+            ((slab, places),) = self.parts
+            return SlabLocation([(slab, places.index_select(0, order))])
+        return evolve(self, order=order if self.order is None else self.order[order])
 
 
 @define(frozen=True)

@@ -116,5 +116,6 @@ def _taken(engine: DecoderEngine, memory: Memory, look: Look) -> ReadMemory:
         )
     refresh_if_stale(memory.streams, look.weights)
     version, (view,) = memory.streams.versioned_snapshot()
-    prepared = engine.prepared(memory, version, look) if is_as_kept(view, look) else None
+    as_kept = is_as_kept(view, look) or not view.store.layout.projected_size
+    prepared = engine.prepared(memory, version, look, together=True) if as_kept else None
     return ReadMemory(memory, version, view, prepared)
