@@ -10,7 +10,7 @@ export PYTHON
 # Once installed, nothing here needs the network.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint type pytest docs package test-real test-serving test-matrix test-nightly test-cpus clean
+.PHONY: demo test lint type pytest docs package gpu test-real test-serving test-matrix test-nightly test-cpus clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt tools/environment.sh
 	tools/environment.sh $(VENV)
@@ -40,6 +40,9 @@ docs: $(VENV)/.installed  ## The documentation, in site/
 
 package: $(VENV)/.installed  ## The sdist and the wheel, in dist/, and the wheel tried in an environment of its own
 	$(VENV)/bin/python -m tools.package
+
+gpu: $(VENV)/.installed  ## Try and measure everything that is made for a GPU on the first NVIDIA GPU, in nine minutes
+	$(VENV)/bin/python -m benchmarks.gpu
 
 test-real: $(VENV)/.installed  ## The tests with a chat model, which is downloaded (93 MB) where it is not there yet
 	$(VENV)/bin/mplus get smollm2

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from mplus.backends import BACKENDS
 from mplus.backends.checks import check_request
+from mplus.backends.measured import measured_order
 from mplus.errors import MissingDependencyError, NotSupported, PluginError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -22,7 +23,8 @@ AUTO = "auto"
 ORDER = ("merge", "sdpa", "reference")
 """The backends of mplus that "auto" asks, in this order; "reference" refuses nothing.
 
-``flex`` pays where one shape is used often, and no GPU has run ``triton`` yet: both run where they are named.
+On a GPU like one that they were measured on (``mplus.backends.measured``) those that passed come first, the fastest in
+front. ``flex`` pays where one shape is used often, and ``triton`` ran on no other GPU: both run where they are named.
 """
 
 
@@ -31,8 +33,8 @@ class BackendChooser:
 
     Args:
         name: a registered backend, which then runs every request or refuses it, or "auto" for the first that can: of
-            plug-ins that have ``AttentionBackend.auto``, by name, then of ``ORDER``. A plug-in that is registered after
-            the first request is not asked.
+            plug-ins that have ``AttentionBackend.auto``, by name, then of ``measured_order``, then of ``ORDER``. A
+            plug-in that is registered after the first request is not asked.
 
     Raises:
         UnknownNameError: there is no such backend.
@@ -56,12 +58,13 @@ class BackendChooser:
         check_request(request)
         if not self._candidates:  # plug-ins are looked for when they are needed, not when a decoder is wrapped
             self._candidates = (*_plugins(), *ORDER)
+        measured = measured_order(request) if self.name == AUTO else ()
         refused: dict[str, list[str]] = {}
-        for name in self._candidates:
+        for name in _in_front(measured, self._candidates) if measured else self._candidates:
             backend = self._instance(name)
             reasons = backend.unsupported_reasons(request) or _reasons_against_bias(backend, request)
             if not reasons:
-                self._log(name, refused)
+                self._log(name, refused, measured)
                 return backend
             refused[name] = reasons
         what = "no attention backend can" if self.name == AUTO else f"attention backend {self.name!r} cannot"
@@ -73,7 +76,7 @@ class BackendChooser:
             self._instances[name] = BACKENDS.get(name)()
         return self._instances[name]
 
-    def _log(self, name: str, refused: dict[str, list[str]]) -> None:
+    def _log(self, name: str, refused: dict[str, list[str]], measured: Sequence[str]) -> None:
         if name in self._logged:
             return
         self._logged.add(name)
@@ -81,11 +84,19 @@ class BackendChooser:
             why = "named in the configuration"
         elif refused:
             why = f"the first that can run the request; {_listed(refused)}"
+        elif name in measured:
+            why = "the fastest of those that were measured on such a GPU"
         elif name not in ORDER:
             why = "a plug-in that asks to be taken first"
         else:
             why = "the first of the order of preference"
         logger.info("attention backend %r (%s): %s", name, BACKENDS.origin(name), why)
+
+
+def _in_front(measured: Sequence[str], candidates: Sequence[str]) -> Iterable[str]:
+    """Return the candidates with those that were measured behind plug-ins and in front of all others."""
+    plugins = [name for name in candidates if name not in ORDER]
+    return dict.fromkeys((*plugins, *measured, *candidates))
 
 
 def _plugins() -> Iterator[str]:

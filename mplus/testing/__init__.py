@@ -7,14 +7,13 @@ A suite is a class to derive from in a test module::
     class TestRecency(RetrieverConformance):
         implementation = RecencyRetriever
 
-Needs pytest and hypothesis.
+Needs pytest and hypothesis, but for ``drawing``, ``attention``, ``requests`` and ``rounding``, which need neither.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
-
-import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,24 +22,27 @@ if TYPE_CHECKING:
 
 __all__ = ["suites"]
 
-# Failing asserts in the suites then show the values compared, as those in test modules do.
-pytest.register_assert_rewrite(
-    *(
-        f"mplus.testing.{module}"
-        for module in (
-            "backends",
-            "chunk_retrievers",
-            "eviction",
-            "mechanisms",
-            "objectives",
-            "retrievers",
-            "rounding",
-            "sources",
-            "store_model",
-            "stores",
+if importlib.util.find_spec("pytest") is not None:
+    import pytest
+
+    # Failing asserts in the suites then show the values compared, as those in test modules do.
+    pytest.register_assert_rewrite(
+        *(
+            f"mplus.testing.{module}"
+            for module in (
+                "backends",
+                "chunk_retrievers",
+                "eviction",
+                "mechanisms",
+                "objectives",
+                "retrievers",
+                "rounding",
+                "sources",
+                "store_model",
+                "stores",
+            )
         )
     )
-)
 
 
 def suites(

@@ -14,6 +14,7 @@ from torch import Tensor
 from mplus.backends.base import AttentionBackend, AttentionRequest, Segment
 from mplus.testing import rounding
 from mplus.testing.attention import exact_attention, plain_attention
+from mplus.testing.drawing import RequestShape
 from mplus.testing.requests import (
     batch_row,
     gradients_of,
@@ -23,7 +24,7 @@ from mplus.testing.requests import (
     with_fillers,
     with_learned_bias,
 )
-from mplus.testing.strategies import CONFORMANCE, RequestShape, request_shapes
+from mplus.testing.strategies import CONFORMANCE, request_shapes
 
 TINY = 8
 """Units in the last place, of the largest value, that an error may have beyond twice that of plain torch."""

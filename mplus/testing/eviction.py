@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from mplus.eviction.base import EvictionPolicy
 from mplus.stores.base import MemoryStore, StoreLayout
 from mplus.stores.ram import RamStore
-from mplus.testing.strategies import CONFORMANCE, draw_rows, layouts, sizes
+from mplus.testing.drawing import draw_rows
+from mplus.testing.strategies import CONFORMANCE, layouts, sizes
 
 
 class EvictionConformance:

@@ -17,9 +17,10 @@ from mplus.retrievers.base import Retriever, RetrieverShape, Selection
 from mplus.retrievers.scores import Score
 from mplus.stores.base import MemoryStore, StoreLayout, StoreView
 from mplus.stores.ram import RamStore
+from mplus.testing.drawing import draw_rows
 from mplus.testing.projections import SmallAttention
 from mplus.testing.rounding import allowed, error, nudged
-from mplus.testing.strategies import CONFORMANCE, draw_rows, sizes
+from mplus.testing.strategies import CONFORMANCE, sizes
 
 SHAPE = RetrieverShape(layers=2, hidden_size=6)
 

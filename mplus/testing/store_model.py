@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mplus.rows import MemoryRows
 from mplus.stores.base import Column, Content, MemoryStore, StoreLayout, StoreView
-from mplus.testing.strategies import draw_rows, sizes
+from mplus.testing.drawing import draw_rows
+from mplus.testing.strategies import sizes
 
 LAYOUT = StoreLayout(layers=2, hidden_size=3, key_size=2, expiry=True)
 COLUMNS: tuple[Column, ...] = ("birth", "source", "key", "expiry")

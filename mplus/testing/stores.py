@@ -14,8 +14,9 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from mplus.rows import MemoryRows
 from mplus.stores.base import MemoryStore, StoreLayout, StoreView
+from mplus.testing.drawing import draw_rows
 from mplus.testing.store_model import LAYOUT, StoreChecks, StoreMachine
-from mplus.testing.strategies import CONFORMANCE, draw_rows, layouts
+from mplus.testing.strategies import CONFORMANCE, layouts
 
 WITH_EXTRA = attrs.evolve(
     LAYOUT,

@@ -12,7 +12,7 @@ from mplus.backends.base import Segment
 from mplus.backends.checks import check_finite, check_request
 from mplus.backends.choose import choose
 from mplus.errors import InputError
-from mplus.testing.strategies import RequestShape
+from mplus.testing.drawing import RequestShape
 
 REQUEST = RequestShape(batch=2, groups=2, key_heads=2, queries=3, past=2, width=4, segments=(5,)).build()
 SEGMENT = REQUEST.segments[0]

@@ -24,7 +24,8 @@ from mplus.registry import Registry
 from mplus.testing import suites
 from mplus.testing.attention import exact_attention, plain_attention
 from mplus.testing.backends import BackendConformance
-from mplus.testing.strategies import CONFORMANCE, RequestShape, request_shapes
+from mplus.testing.drawing import RequestShape
+from mplus.testing.strategies import CONFORMANCE, request_shapes
 from tests.helpers.docstrings import run_examples
 from tests.helpers.gradients import MERGE_CASES, check_merge, leaves_of, rebuilt, without_nan
 

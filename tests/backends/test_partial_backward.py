@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from mplus.backends import partial_backward as module
 from mplus.backends.reference import ReferenceBackend
-from mplus.testing.strategies import CONFORMANCE, RequestShape, request_shapes
+from mplus.testing.drawing import RequestShape
+from mplus.testing.strategies import CONFORMANCE, request_shapes
 from tests.helpers.gradients import (
     PART_CASES,
     check_equal,

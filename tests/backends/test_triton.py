@@ -28,7 +28,7 @@ from mplus.backends.triton.gather import plain_gather_rotated
 from mplus.backends.triton.usable import reasons_against
 from mplus.errors import NotSupported
 from mplus.retrievers import scores
-from mplus.testing.strategies import RequestShape
+from mplus.testing.drawing import RequestShape
 
 CUDA = torch.device("cuda", 0)
 

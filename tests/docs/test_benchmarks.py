@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.pages import architectures, chat, field, index, memory, quality, readme, retrieval, speed, training
+from benchmarks.pages import architectures, chat, field, gpu, index, memory, quality, readme, retrieval, speed, training
 from benchmarks.quality.architectures.comparisons import HYBRID_TOLERANCE, SEARCHES, TOLERANCE
 from benchmarks.quality.architectures.decoders import ARCHITECTURES, BY_NAME
 from benchmarks.quality.architectures.measure import COLUMNS
@@ -17,6 +17,7 @@ PAGES = {
     "memory": memory,
     "speed": speed,
     "retrieval": retrieval,
+    "gpu": gpu,
     "architectures": architectures,
     "training": training,
     "field": field,
@@ -72,6 +73,18 @@ def test_every_record_is_on_a_page(record):
         assert any(record.stem in page.PAGE.read_text(encoding="utf-8") for page in PAGES.values()), (
             f"name {record.relative_to(ROOT)} on a page that it is for (benchmarks/pages)"
         )
+
+
+def test_pages_say_whether_a_gpu_has_run_it():
+    """As long as there is no record of a run, they say that there was none."""
+    said = {
+        "docs/kernels.md": "**None of them has been run on a GPU yet.**",
+        "docs/benchmarks/gpu.md": "**Nothing of mplus was run on a GPU",
+        "docs/limits.md": "No speed or memory use on a GPU is known",
+        "README.md": "**No GPU run.**",
+    }
+    for page, words in said.items():
+        assert (words in (ROOT / page).read_text(encoding="utf-8")) != gpu.recorded(), page
 
 
 def test_nothing_that_is_timed_computed_something_wrong():

@@ -12,8 +12,9 @@ from mplus.eviction.base import FifoEviction
 from mplus.stores.base import StoreLayout
 from mplus.stores.ram import RamStore
 from mplus.testing import suites
+from mplus.testing.drawing import draw_rows
 from mplus.testing.eviction import EvictionConformance
-from mplus.testing.strategies import CONFORMANCE, draw_rows
+from mplus.testing.strategies import CONFORMANCE
 
 globals().update(suites(EvictionConformance, EVICTION))
 

@@ -19,7 +19,8 @@ from mplus.eviction.ttl import TtlEviction
 from mplus.stores.access_log import NEVER, READS, SPARE, AccessLog
 from mplus.stores.base import Chunk, StoreLayout
 from mplus.stores.ram import RamStore
-from mplus.testing.strategies import CONFORMANCE, draw_rows
+from mplus.testing.drawing import draw_rows
+from mplus.testing.strategies import CONFORMANCE
 
 LAYOUT = StoreLayout(layers=2, hidden_size=1, expiry=True)
 ROWS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=30)

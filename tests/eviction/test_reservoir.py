@@ -14,7 +14,8 @@ from mplus.eviction.reservoir import ReservoirEviction, scramble, scrambled
 from mplus.stores.base import StoreLayout
 from mplus.stores.mmap import MmapStore
 from mplus.stores.ram import RamStore
-from mplus.testing.strategies import CONFORMANCE, draw_rows
+from mplus.testing.drawing import draw_rows
+from mplus.testing.strategies import CONFORMANCE
 
 LAYOUT = StoreLayout(layers=1, hidden_size=1)
 STORES: list[Any] = [

@@ -12,7 +12,7 @@ from mplus.backends import merge
 from mplus.backends.base import Segment
 from mplus.backends.reference import ReferenceBackend
 from mplus.backends.triton.attention import plain_attention
-from mplus.testing.strategies import RequestShape
+from mplus.testing.drawing import RequestShape
 
 
 def leaves_of(request):

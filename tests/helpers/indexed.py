@@ -9,9 +9,9 @@ from mplus.retrievers.faiss_ivf import FaissIvfRetriever
 from mplus.retrievers.scores import SCORES
 from mplus.stores.base import StoreLayout
 from mplus.stores.ram import RamStore
+from mplus.testing.drawing import draw_rows
 from mplus.testing.retrievers import exact_scores
 from mplus.testing.rounding import check_ranking
-from mplus.testing.strategies import draw_rows
 
 WIDTH = 8
 ONE = RetrieverShape(layers=1, hidden_size=1)

@@ -8,7 +8,7 @@ from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.stores.ram import RamStore
 from mplus.stores.tiered import TieredStore
-from mplus.testing.strategies import draw_rows
+from mplus.testing.drawing import draw_rows
 
 SMALL_SLABS = {"name": "ram", "slab_rows": 4}
 TIGHT = {"inner": SMALL_SLABS, "device_bytes": 400, "host_bytes": 1000}

@@ -11,7 +11,7 @@ from mplus.backends.triton.attention import merge, plain_attention
 from mplus.backends.triton.configs import Tiles
 from mplus.backends.triton.gather import plain_gather_rotated
 from mplus.backends.triton.score import plain_sigmoid_means
-from mplus.testing.strategies import RequestShape
+from mplus.testing.drawing import RequestShape
 from tests.interpreted.guards import Output, guarded
 
 FEW_ULPS = 8

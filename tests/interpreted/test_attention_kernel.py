@@ -18,7 +18,8 @@ from mplus.backends.triton.configs import Tiles
 from mplus.backends.triton.kernels import attention as kernels
 from mplus.testing.attention import exact_attention
 from mplus.testing.backends import BackendConformance
-from mplus.testing.strategies import CONFORMANCE, RequestShape, request_shapes
+from mplus.testing.drawing import RequestShape
+from mplus.testing.strategies import CONFORMANCE, request_shapes
 from tests.interpreted.checks import ATTENTION_CASES, SMALL, check_attention, widened
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -10,7 +10,8 @@ from mplus.mechanisms.short_term.pending import PendingView
 from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.stores.ram import RamStore
-from mplus.testing.strategies import CONFORMANCE, draw_rows
+from mplus.testing.drawing import draw_rows
+from mplus.testing.strategies import CONFORMANCE
 
 LAYOUT = StoreLayout(layers=1, hidden_size=3, key_size=2, expiry=True)
 

@@ -13,8 +13,9 @@ from mplus.retrievers.centroid import CentroidRetriever, summarise, weighted_sig
 from mplus.retrievers.linear import LinearRetriever
 from mplus.stores.base import StoreLayout
 from mplus.stores.ram import RamStore
+from mplus.testing.drawing import draw_rows
 from mplus.testing.rounding import allowed, check_close, error, nudged
-from mplus.testing.strategies import CONFORMANCE, draw_rows
+from mplus.testing.strategies import CONFORMANCE
 from tests.helpers.indexed import check_alike, check_scores
 
 pytestmark = pytest.mark.two_computations

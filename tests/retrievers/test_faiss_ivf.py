@@ -22,9 +22,9 @@ from mplus.registry import Registry
 from mplus.retrievers.faiss_ivf import FaissIvfRetriever
 from mplus.retrievers.linear import LinearRetriever
 from mplus.stores.ram import RamStore, SlabView
+from mplus.testing.drawing import draw_rows
 from mplus.testing.projections import SmallAttention
 from mplus.testing.retrievers import SHAPE, RetrieverConformance
-from mplus.testing.strategies import draw_rows
 from tests.helpers.indexed import LAYOUT, WIDTH, append, check_best, check_scores, made, normal, select, store_of
 from tests.memory.interruption import interrupted_everywhere
 from tests.memory.tiny import build, prompts

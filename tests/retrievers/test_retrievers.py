@@ -20,10 +20,11 @@ from mplus.rows import MemoryRows
 from mplus.stores.base import StoreLayout
 from mplus.stores.ram import RamStore
 from mplus.testing import suites
+from mplus.testing.drawing import draw_rows
 from mplus.testing.projections import SmallAttention
 from mplus.testing.retrievers import RetrieverConformance, exact_scores
 from mplus.testing.rounding import allowed, check_ranking, error, nudged
-from mplus.testing.strategies import CONFORMANCE, draw_rows
+from mplus.testing.strategies import CONFORMANCE
 from tests.helpers.docstrings import run_examples
 
 pytestmark = pytest.mark.two_computations

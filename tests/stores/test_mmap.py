@@ -19,9 +19,10 @@ from mplus.stores.disk.safetensors_io import Part
 from mplus.stores.disk.segment_source import FileLayer
 from mplus.stores.disk.segments import RowSegment, SegmentedRows
 from mplus.stores.mmap import MmapStore
+from mplus.testing.drawing import draw_rows
 from mplus.testing.store_model import LAYOUT, StoreMachine
 from mplus.testing.stores import StoreConformance
-from mplus.testing.strategies import CONFORMANCE, draw_rows
+from mplus.testing.strategies import CONFORMANCE
 from tests.conftest import NIGHTLY
 
 

@@ -17,7 +17,8 @@ from mplus.stores.base import StoreLayout
 from mplus.stores.quantized import QuantizedStore
 from mplus.stores.quantizing import FORMATS, arithmetic_of, quantised, restored
 from mplus.stores.ram import RamStore
-from mplus.testing.strategies import CONFORMANCE, draw_rows
+from mplus.testing.drawing import draw_rows
+from mplus.testing.strategies import CONFORMANCE
 from tests.references.quantized import QuantizedConformance, in_8_bits
 
 LAYOUT = StoreLayout(layers=1, hidden_size=16, key_size=8, projected_size=24)

@@ -17,7 +17,8 @@ from mplus.stores.slabs import block
 from mplus.stores.slabs.block import Block, RamAllocator
 from mplus.stores.slabs.layer import SlabLayer
 from mplus.stores.slabs.slab import Slab, SlabSizes
-from mplus.testing.strategies import CONFORMANCE, draw_rows
+from mplus.testing.drawing import draw_rows
+from mplus.testing.strategies import CONFORMANCE
 from tests.stores.test_stores import CountWrites
 
 LAYOUT = StoreLayout(layers=1, hidden_size=16, key_size=4)

@@ -23,8 +23,9 @@ from mplus.stores.base import StoreLayout
 from mplus.stores.ram import RamStore
 from mplus.stores.slabs.block import Block, RamAllocator
 from mplus.testing import suites
+from mplus.testing.drawing import draw_rows
 from mplus.testing.stores import StoreConformance
-from mplus.testing.strategies import CONFORMANCE, draw_rows
+from mplus.testing.strategies import CONFORMANCE
 from tests.helpers.modes import on_every_change
 from tests.references.quantized import QuantizedConformance
 

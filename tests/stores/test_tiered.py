@@ -19,8 +19,8 @@ from mplus.stores.tiered import TieredStore
 from mplus.stores.tiers import shared_cache
 from mplus.stores.tiers.resident import ResidentColumns
 from mplus.stores.tiers.transfer import CopyEvent, Transfer
+from mplus.testing.drawing import draw_rows
 from mplus.testing.stores import StoreConformance
-from mplus.testing.strategies import draw_rows
 from tests.helpers.tiering import CONTENT_BYTES, LAYOUT, SMALL_BYTES, SMALL_SLABS, TIGHT, append, assert_same, tiered
 from tests.memory import tiny
 from tests.references.quantized import QuantizedConformance

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mplus.backends.measured import reasons_measured
 from mplus.backends.triton.configs import WIDEST, Tiles, gather_tiles
 from mplus.backends.triton.usable import reasons_against
 from mplus.errors import InputError, NotSupported
@@ -80,7 +81,7 @@ def reasons_against_gathering(
     rows: Tensor, cos: Tensor, sin: Tensor, width: int, *, interpret: bool = False
 ) -> list[str]:
     """Return why the kernel cannot take these, with heads of ``width``; empty when it can."""
-    reasons = reasons_against(rows.device, interpret=interpret)
+    reasons = reasons_against(rows.device, interpret=interpret) or reasons_measured(rows.device, "gather")
     reasons += [
         f"{name} is {part.dtype}: the kernel takes float16, bfloat16 and float32"
         for name, part in (("rows", rows), ("cos", cos), ("sin", sin))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mplus.backends.measured import reasons_measured
 from mplus.backends.triton.configs import WIDEST, Tiles, score_tiles
 from mplus.backends.triton.usable import reasons_against
 from mplus.errors import InputError, NotSupported
@@ -61,7 +62,7 @@ def sigmoid_means(
 
 def reasons_against_scoring(queries: Tensor, keys: Tensor, *, interpret: bool = False) -> list[str]:
     """Return why the kernel cannot take these; empty when it can."""
-    reasons = reasons_against(queries.device, interpret=interpret)
+    reasons = reasons_against(queries.device, interpret=interpret) or reasons_measured(queries.device, "score")
     if keys.device != queries.device:
         reasons.append(f"queries are on {queries.device} and keys on {keys.device}")
     reasons += [

@@ -11,7 +11,7 @@ from mplus.retrievers.linear import LinearRetriever
 from mplus.retrievers.random import RandomRetriever
 from mplus.stores.base import StoreLayout
 from mplus.stores.ram import RamStore
-from mplus.testing.strategies import draw_rows
+from mplus.testing.drawing import draw_rows
 
 SHAPE = RetrieverShape(layers=2, hidden_size=4)
 
