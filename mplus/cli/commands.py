@@ -18,7 +18,7 @@ from mplus.cli.evaluation import abstention, harm, retention, retriever
 from mplus.cli.get import get
 from mplus.cli.import_ import import_checkpoint
 from mplus.cli.info import info
-from mplus.cli.memory import expire, forget, pin, repair, show, sources, text, unpin, verify
+from mplus.cli.memory import expire, forget, pin, repair, rewrite, show, sources, text, unpin, verify
 from mplus.cli.plugins import plugins
 from mplus.cli.replay import replay
 from mplus.cli.serving import keys as serving_keys
@@ -87,6 +87,7 @@ def _app() -> typer.Typer:
     memory.command()(pin)
     memory.command()(unpin)
     memory.command()(text)
+    memory.command()(rewrite)
     memory.command()(verify)
     memory.command()(repair)
     commands.add_typer(memory, name="memory")

@@ -1,4 +1,4 @@
-"""``mplus memory``: show, sources, forget, expire, pin, unpin, text, verify and repair."""
+"""``mplus memory``: show, sources, forget, expire, pin, unpin, text, rewrite, verify and repair."""
 
 from __future__ import annotations
 
@@ -286,6 +286,46 @@ def text(
 
         known = load_tokenizer(tokenizer)
     print(saved_text(path, _source(source, unnamed=unnamed), stream, known))
+
+
+def rewrite(
+    old: Kept,
+    new: Annotated[Path, typer.Argument(help="Folder for the new memory; empty or new.", show_default=False)],
+    model: Annotated[
+        str, typer.Option(help="Folder or name of the decoder that is to read it; smollm2: the one of `get`.")
+    ],
+    mechanism: Annotated[
+        str | None, typer.Option(help="Kind of memory, where MODEL was saved without one.", show_default="as OLD")
+    ] = None,
+    old_tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Folder or name of the tokenizer that OLD was written with.", show_default="that of MODEL"),
+    ] = None,
+) -> None:
+    """Make a memory anew for another decoder or tokenizer, from the text that it keeps, and leave the old one alone.
+
+    OLD does not say which tokenizer its ids are of: --old-tokenizer is needed unless it was written with MODEL itself.
+    Where MODEL has the same tokenizer and other weights, give MODEL for both. NEW is there when all is written; until
+    then it is in NEW.rewriting, with which a further call goes on.
+    """
+    from mplus.hf.decoders.train_model import load_tokenizer
+    from mplus.hf.pretrained.chat_model import load_chat_model, with_memory
+    from mplus.memory.migration.kept import read_kept
+    from mplus.memory.migration.rewrite import rewrite_memory
+
+    kept = read_kept(old)
+    decoder, tokenizer = load_chat_model(model)
+    wrapped = with_memory(decoder, mechanism or (None if hasattr(decoder, "mplus_engine") else kept.mechanism))
+    before = tokenizer if old_tokenizer == model else None
+    if old_tokenizer is not None and before is None:
+        before = load_tokenizer(old_tokenizer)
+    memory = rewrite_memory(old, wrapped, new, tokenizer=tokenizer, old_tokenizer=before)
+    try:
+        found = [source for row in range(memory.batch_size) for source in memory.sources(row)]
+    finally:
+        memory.streams.close()
+    tokens = sum(source.tokens for source in found)
+    print(f"{new} holds {tokens:,} tokens of {len(found):,} sources, written anew for {model}; {old} is as it was")
 
 
 def _source(source: str | None, *, unnamed: bool) -> str | None:

@@ -50,7 +50,7 @@ def run(*arguments):
 def test_the_commands():
     assert {path[0] for path in ALL if path} == COMMANDS | {"demo-continue", "demo-reopen"}
     grouped = {
-        "memory": {"expire", "forget", "pin", "repair", "show", "sources", "text", "unpin", "verify"},
+        "memory": {"expire", "forget", "pin", "repair", "rewrite", "show", "sources", "text", "unpin", "verify"},
         "eval": {"abstention", "harm", "retention", "retriever", *TOLD},
     }
     grouped["keys"] = {"list", "make", "revoke"}
