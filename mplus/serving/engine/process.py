@@ -218,8 +218,8 @@ def _end(channel: Connection, closing: threading.Event) -> None:
 
 def _serve(channel: Connection, source: DecoderSource, config: ServeConfig) -> None:
     """Be the engine's process, until the other side says so or is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal or a supervisor: the front ends this one in order
-        signal.signal(number, signal.SIG_IGN)
+    for which in (signal.SIGINT, signal.SIGTERM):  # of a terminal or a supervisor: the front ends this one in order
+        signal.signal(which, signal.SIG_IGN)
     try:
         decoder = source.load(config)
     except Exception as error:  # noqa: BLE001 - told to the front, which tries again

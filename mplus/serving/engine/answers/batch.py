@@ -153,7 +153,7 @@ class Batch:
 
     def read(self, tokens: int) -> None:
         """Read short prompts of about so many tokens in all, or else a piece of a long one; choose first tokens."""
-        begun = time.perf_counter()
+        begun, answering = time.perf_counter(), bool(self.running)
         short = self._next_prompts(tokens)
         if short is not None:
             prompts, piece = short, None
@@ -170,7 +170,7 @@ class Batch:
         if over and prompts in self.long:
             self.long.remove(prompts)
         seconds = time.perf_counter() - begun
-        self._pace.read(int(read), seconds)
+        self._pace.read(int(read), seconds, answering=answering)
         self._metrics.count("prefill_tokens", read)
         self._metrics.took("prefill_seconds", seconds)
         self._admit(prompts)

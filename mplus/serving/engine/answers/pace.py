@@ -9,8 +9,8 @@ from attrs import define, field
 
 SHARE = 0.3
 """Most of the time that goes into writes while answers are generated."""
-SMALLEST = 16
-"""Tokens of a prompt that are read at once at least."""
+SMALLEST, MOST = 16, 8192
+"""Tokens of prompts that are read in a turn, at least and at most."""
 FOLLOWS = 0.3
 """Weight of a new measurement."""
 
@@ -25,14 +25,13 @@ class Pace:
     Attributes:
         turn_seconds: as asked for.
         step: of one decode step.
-        token: of a token of a prompt.
         chunk: of a chunk that is written.
     """
 
     turn_seconds: float
     step: float = 0.0
-    token: float = 1e-4
     chunk: float = 0.01
+    _tokens: dict[bool, float] = field(factory=lambda: {True: 64.0, False: 512.0}, init=False)
     _writes: float = field(default=0.0, init=False)
     _all: float = field(default=0.0, init=False)
     _looked: float = field(factory=time.perf_counter, init=False)
@@ -42,9 +41,16 @@ class Pace:
         self.step = seconds if not self.step else self.step + FOLLOWS * (seconds - self.step)
         self._spent(seconds, writing=False)
 
-    def read(self, tokens: int, seconds: float) -> None:
-        """Note the seconds in which so many tokens of prompts were read."""
-        self.token += FOLLOWS * (seconds / max(tokens, 1) - self.token)
+    def read(self, tokens: int, seconds: float, *, answering: bool) -> None:
+        """Note the seconds in which so many tokens of prompts were read, while answers waited for it or not.
+
+        What a turn reads doubles at most, and halves at most, towards what would have fitted: a pass has costs of its
+        own, so that seconds do not grow as tokens do.
+        """
+        change = min(max(self._time(answering=answering) / max(seconds, 1e-9), 0.5), 2.0)
+        limit = self._tokens[answering]
+        if change < 1 or tokens >= limit / 2:
+            self._tokens[answering] = min(max(limit * change, SMALLEST), MOST)
         self._spent(seconds, writing=False)
 
     def wrote(self, chunks: int, seconds: float) -> None:
@@ -54,22 +60,19 @@ class Pace:
 
     def chunks(self, *, answering: bool) -> int:
         """Return how many chunks may be written in this turn; 0: writes have had their share of the last second."""
-        if not answering:
-            return max(1, int(4 * self.turn_seconds / self.chunk))
-        if self._writes > SHARE * max(self._all, self.turn_seconds):
+        if answering and self._writes > SHARE * max(self._all, self.turn_seconds):
             return 0
-        return max(1, int(self._budget / self.chunk))
+        return max(1, int(self._time(answering=answering) / self.chunk))
 
     def tokens(self, spent: float, *, answering: bool) -> int:
         """Return how many tokens of prompts may be read in a turn of which so many seconds are spent; 0: none."""
-        if not answering:
-            return max(SMALLEST, int(4 * self.turn_seconds / self.token))
-        left = self._budget - spent
-        return 0 if left < self._budget / 2 else max(SMALLEST, int(left / self.token))
+        if answering and spent > self._time(answering=True) / 2:
+            return 0
+        return int(self._tokens[answering])
 
-    @property
-    def _budget(self) -> float:
-        return max(self.turn_seconds, 2 * self.step) - self.step
+    def _time(self, *, answering: bool) -> float:
+        """Return the seconds of a turn besides its decode step; more of them where no answer waits."""
+        return max(self.turn_seconds, 2 * self.step) - self.step if answering else 4 * self.turn_seconds
 
     def _spent(self, seconds: float, *, writing: bool) -> None:
         now = time.perf_counter()
