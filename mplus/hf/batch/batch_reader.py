@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from mplus.errors import InputError, MemoryMismatchError, NotSupported
-from mplus.hf.batch.prompts import ReadPrompt, read_prompt, room_of
+from mplus.hf.batch.joint_prompts import read_prompts
+from mplus.hf.batch.prompts import ReadPrompt, read_alone
 from mplus.hf.batch.requests import Row, RowRequest
 from mplus.hf.batch.row_buffer import RowBuffer
 from mplus.hf.batch.wrapped_row import WrappedText
 from mplus.hf.model.installed import WrappedModel, decoder_inside, is_peft_model
+from mplus.hf.model.sizes import known_positions
 from mplus.hf.model.static_reader import merged_weights, reasons_against, running_decoder
+from mplus.hf.text.engine import TextEngine
 from mplus.memory.memory import Memory
 
 
@@ -58,7 +61,7 @@ class BatchReader:
         if decoder.training:
             raise NotSupported("a batch reader needs a decoder in eval mode: use model.eval()")
         self.slow_because = reasons_against(decoder)
-        self._model = decoder
+        self._model, self._positions = decoder, _learned_positions(decoder)
         self._slow: dict[Row, WrappedText] = {}
         self._buffers: list[RowBuffer] = []
         self._steps, self._last_step = 0, dict[Row, int]()
@@ -193,19 +196,60 @@ class BatchReader:
                 f"this BatchReader was made when no adapter of yours acted, now {list(now.acting)} do: make another"
             )
 
+    def _read(self, copies: Sequence[Sequence[Row]]) -> None:
+        """Read the prompts of rows that have not joined, of which each part is copies of one, and let them step.
+
+        One that fails has its ``error``, and leaves all others as they are.
+        """
+        model, sound = self._model, []
+        for rows in copies:
+            try:
+                rows[0].request.check(model.mplus_engine.vocab_size)
+                sound.append(rows)
+            except InputError as error:
+                _fail(rows, error)
+        found = read_prompts(model, [rows[0].request for rows in sound], together=not self.slow_because)
+        for rows, read in zip(sound, found, strict=True):
+            if isinstance(read, Exception):
+                _fail(rows, read)
+                continue
+            try:
+                self._admit(read, rows)
+            except Exception as error:  # noqa: BLE001 - it is that row's, and all others go on
+                self.leave([row for row in self.rows if row in rows])
+                _fail(rows, error)
+
     def _admit(self, read: ReadPrompt, rows: Sequence[Row]) -> None:
         """Let ``rows``, copies of one prompt, step from now on."""
-        fast = not self.slow_because and rows[0].request.retrieve_every is None
-        layers = read.keys_values() if fast else None
+        layers, text = read.layers, read.text
+        if self.slow_because or rows[0].request.retrieve_every is not None:
+            layers = None
+        if layers is None and text is None:  # the decoder's cache holds something else than keys and values
+            read = read_alone(self._model, rows[0].request)
+            layers, text = None, read.text
+        most = self._positions
         for number, row in enumerate(rows):
-            if layers is None:
-                self._slow[row] = read.text if number == len(rows) - 1 else read.text.copied()
-            else:
+            if layers is not None:
                 self._buffers[0 if read.adapted else -1].add(row, layers, read.position)
+            elif text is not None:
+                self._slow[row] = text if number == len(rows) - 1 else text.copied()
             row.sources, row.memory_version, row._logits = read.sources, read.version, read.logits
-            row.room = room_of(self._model, read.position)
-            if row.room is not None:
+            if most is not None:
+                row.room = most - read.position
                 self._last_step[row] = self._steps + row.room
+
+
+def _learned_positions(model: WrappedModel) -> int | None:
+    """Return how many positions a decoder has learned; None: its positions are no table that could end."""
+    engine = model.mplus_engine
+    if isinstance(engine, TextEngine) or engine.shape.positions != "learned":
+        return None
+    return known_positions(model.config.get_text_config(decoder=True))
+
+
+def _fail(rows: Sequence[Row], error: Exception) -> None:
+    for row in rows:
+        row.error = error
 
 
 class Joining:
@@ -220,7 +264,6 @@ class Joining:
         self._reader = reader
         self._waiting = [[Row(request) for _ in range(request.copies)] for request in requests]
         self.rows = [row for rows in self._waiting for row in rows]
-        self._waiting.reverse()
 
     @property
     def done(self) -> bool:
@@ -228,25 +271,16 @@ class Joining:
         return not self._waiting
 
     def advance(self, max_tokens: int | None = None) -> bool:
-        """Read on, at least one prompt, until ``max_tokens`` tokens have been read; return whether all is read.
+        """Read further prompts, until ``max_tokens`` tokens have been read; return whether all are.
 
         Raises:
             MemoryMismatchError: weights have changed since the reader was made.
         """
         self._reader._check_weights()
-        read = 0
-        while self._waiting and (not read or max_tokens is None or read < max_tokens):
-            rows = self._waiting.pop()
-            read += rows[0].prompt_tokens
-            self._read(rows)
+        count, tokens = 0, 0
+        while count < len(self._waiting) and (max_tokens is None or tokens < max_tokens):
+            tokens += self._waiting[count][0].prompt_tokens
+            count += 1
+        part, self._waiting = self._waiting[:count], self._waiting[count:]
+        self._reader._read(part)
         return self.done
-
-    def _read(self, rows: list[Row]) -> None:
-        reader, request = self._reader, rows[0].request
-        try:
-            request.check(reader._model.mplus_engine.vocab_size)
-            reader._admit(read_prompt(reader._model, request), rows)
-        except Exception as error:  # noqa: BLE001 - it is that row's, and all others go on
-            reader.leave([row for row in reader.rows if row in rows])
-            for row in rows:
-                row.error = error

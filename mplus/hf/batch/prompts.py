@@ -1,4 +1,4 @@
-"""Prompts that are read with their memories, each as ``generate`` would read it alone."""
+"""Prompts that are read with their memories: by themselves as ``generate`` reads them, or several in one forward."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from attrs import define
 from torch import Tensor
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from mplus.errors import NotSupported
@@ -15,11 +16,12 @@ from mplus.hf.batch.requests import RowRequest
 from mplus.hf.batch.row_buffer import KeysValues
 from mplus.hf.batch.wrapped_row import WrappedText
 from mplus.hf.model.installed import WrappedModel
-from mplus.hf.model.sizes import known_positions
 from mplus.hf.model.static_reader import moved_by_memory
 from mplus.hf.reading.arguments import ReadArguments
 from mplus.hf.reading.forward import ask, check_memory, read
-from mplus.hf.reading.reading import RetrievedSource, retrieved_sources
+from mplus.hf.reading.generating import generate_in
+from mplus.hf.reading.many.joint import read_many
+from mplus.hf.reading.reading import Reading, RetrievedSource, retrieved_sources
 from mplus.hf.text.engine import TextEngine
 from mplus.hf.text.reading import read as read_text
 from mplus.hf.text.reading import recall, refuse_for_text
@@ -32,85 +34,142 @@ class ReadPrompt:
     """A prompt that has been read.
 
     Attributes:
-        text: the wrapped decoder's cache of it.
         logits: ``[V]`` of what follows.
+        position: of the next token.
         sources: what came back from memory, by layer.
         version: of the memory; None: none was read.
         adapted: whether the reading adapter acted.
-        position: of the next token.
+        text: goes on with it in the wrapped decoder; None: it was read together with others.
+        layers: ``[memory | prompt]`` of every layer; None: the decoder's cache holds something else.
     """
 
-    text: WrappedText
     logits: Tensor
+    position: int
     sources: Sequence[Sequence[RetrievedSource]] = ()
     version: int | None = None
     adapted: bool = False
-    position: int = 0
-
-    def keys_values(self) -> list[KeysValues] | None:
-        """Return ``[memory | prompt]`` of every layer; None where the decoder's cache holds something else."""
-        reading, layers = self.text.reading, self.text.cache.layers if self.text.cache is not None else []
-        found = []
-        for index, layer in enumerate(layers):
-            segments = () if reading is None else reading.segments.get(index, ())
-            if isinstance(segments, Attended) or not isinstance(layer, DynamicLayer):
-                return None
-            parts = [(cast("Tensor", layer.keys)[0], cast("Tensor", layer.values)[0])]
-            for segment in reversed(segments):
-                count = segment.keys.shape[2] if segment.lengths is None else int(segment.lengths[0])
-                parts.insert(0, (segment.keys[0, :, :count], segment.values[0, :, :count]))
-            if len({keys.shape[::2] for keys, _ in parts}) > 1:
-                return None
-            keys, values = zip(*parts, strict=True)
-            found.append((torch.cat(keys, 1), torch.cat(values, 1)))
-        return found or None
+    text: WrappedText | None = None
+    layers: Sequence[KeysValues] | None = None
 
 
-def read_prompt(model: WrappedModel, request: RowRequest) -> ReadPrompt:
-    """Read the prompt of one row with its memory.
+def acts(reading: Reading) -> bool:
+    """Return whether the reading adapter acts in a forward that reads this."""
+    return not reading.mechanism.empty_is_base or any(map(reading.mechanism.has_prefix, reading.views))
+
+
+def read_alone(model: WrappedModel, request: RowRequest) -> ReadPrompt:
+    """Read one prompt with its memory.
 
     Raises:
         ConfigError, InputError, MemoryMismatchError, NotSupported: as ``generate`` does.
     """
     engine = model.mplus_engine
     ids = torch.tensor([request.ids], device=engine.device)
-    arguments = ReadArguments(
-        memory=request.memory,
-        query_tokens=request.query_tokens,
-        retrieval_query=request.retrieval_query,
-        min_score=request.min_score,
-        retrieve_every=request.retrieve_every,
-    )
+    arguments = _arguments([request])
     if request.memory is None:
         text = WrappedText(model, None)
-        return ReadPrompt(text, text.read(ids), position=ids.shape[1])
+        logits = text.read(ids)
+        return ReadPrompt(logits, ids.shape[1], text=text, layers=_layers(text.cache, None, 0, ids.shape[1]))
     if isinstance(engine, TextEngine):
         return _read_with_text(model, engine, request, request.memory, ids, arguments)
     engine.check_attention()
-    reading = read(engine, request.memory, 1)
-    ask(reading, model, arguments, None)
-    reading.retrieve_every, reading.prompt_tokens = request.retrieve_every, ids.shape[1]
-    reading.further_tokens, reading.keep = request.max_new_tokens - 1, True
+    reading = _asked(model, read(engine, request.memory, 1), [request], ids.shape[1])
     text = WrappedText(model, reading)
     logits = text.read(ids)
     moved = moved_by_memory(reading, torch.device("cpu"))
     return ReadPrompt(
-        text,
         logits,
+        ids.shape[1] + int(moved),
         retrieved_sources(reading)[0],
         reading.version,
-        not reading.mechanism.empty_is_base or any(map(reading.mechanism.has_prefix, reading.views)),
-        ids.shape[1] + int(moved),
+        acts(reading),
+        text,
+        _layers(text.cache, reading, 0, ids.shape[1]),
     )
 
 
-def room_of(model: WrappedModel, position: int) -> int | None:
-    """Return how many tokens may come from ``position`` on; None: the decoder has not learned its positions."""
-    engine = model.mplus_engine
-    if isinstance(engine, TextEngine) or engine.shape.positions != "learned":
-        return None
-    most = known_positions(model.config.get_text_config(decoder=True))
-    return None if most is None else most - position
+@torch.no_grad()
+def read_together(model: WrappedModel, requests: Sequence[RowRequest]) -> list[ReadPrompt]:
+    """Read several prompts in one forward, padded on the left; what each reads is as alone.
+
+    Args:
+        model: a wrapped decoder, whose cache holds the keys and values of all of a text.
+        requests: all with a memory of rows, which ``joint_groups`` has in one group, or all without; with one
+            ``min_score``, and all or none with ``query_tokens``, and with a ``retrieval_query``.
+
+    Raises:
+        ReadTogetherError: memories cannot be read, of which its ``errors`` say why.
+        ConfigError, InputError, NotSupported: as ``generate`` does.
+    """
+    engine, lengths = model.mplus_engine, [len(one.ids) for one in requests]
+    longest = max(lengths)
+    ids = torch.tensor([[0] * (longest - len(one.ids)) + list(one.ids) for one in requests], device=engine.device)
+    mask = torch.tensor([[0] * (longest - length) + [1] * length for length in lengths], device=engine.device)
+    memories = [one.memory for one in requests if one.memory is not None]
+    reading = None
+    if memories:
+        engine.check_attention()
+        reading = _asked(model, read_many(engine, memories), requests, longest)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    kept = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}  # type: ignore[misc]
+    output = generate_in(
+        model, reading, model, input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
+        return_dict=True, **kept,
+    )  # fmt: skip
+    cache, logits = output.past_key_values, output.logits[:, -1]
+    layers = [_layers(cache, reading, row, length) for row, length in enumerate(lengths)]
+    if reading is None:
+        return [ReadPrompt(logits[row], length, layers=layers[row]) for row, length in enumerate(lengths)]
+    moved = torch.as_tensor(moved_by_memory(reading, torch.device("cpu"))).expand(len(lengths), 1)[:, 0].tolist()
+    sources, adapted = retrieved_sources(reading), acts(reading)
+    return [
+        ReadPrompt(logits[row], length + moved[row], sources[row], reading.versions[row], adapted, layers=layers[row])
+        for row, length in enumerate(lengths)
+    ]
+
+
+def _arguments(requests: Sequence[RowRequest]) -> ReadArguments:
+    """Return what the forward of these requests asks for, as ``generate`` takes it."""
+    first, several = requests[0], len(requests) > 1
+    query_tokens, queries = [one.query_tokens for one in requests], [one.retrieval_query for one in requests]
+    return ReadArguments(
+        memory=first.memory,
+        query_tokens=query_tokens if several and first.query_tokens is not None else first.query_tokens,
+        retrieval_query=queries if several and first.retrieval_query is not None else first.retrieval_query,
+        min_score=first.min_score,
+        retrieve_every=first.retrieve_every,
+    )
+
+
+def _asked(model: WrappedModel, reading: Reading, requests: Sequence[RowRequest], tokens: int) -> Reading:
+    """Return a reading that retrieves as the requests say, with so many columns of prompt."""
+    ask(reading, model, _arguments(requests), None)
+    reading.retrieve_every, reading.prompt_tokens, reading.keep = requests[0].retrieve_every, tokens, True
+    reading.further_tokens = max(one.max_new_tokens for one in requests) - 1
+    return reading
+
+
+def _layers(cache: Cache | None, reading: Reading | None, row: int, tokens: int) -> list[KeysValues] | None:
+    """Return keys and values of ``[memory | text]`` of one batch row in every layer, without filler and padding.
+
+    None where the cache holds something else than the keys and values of all ``tokens``.
+    """
+    found = []
+    for index, layer in enumerate([] if cache is None else cache.layers):
+        segments = () if reading is None else reading.segments.get(index, ())
+        if isinstance(segments, Attended) or not isinstance(layer, DynamicLayer):
+            return None
+        own_keys, own_values = cast("Tensor", layer.keys), cast("Tensor", layer.values)
+        parts = [(own_keys[row, :, -tokens:], own_values[row, :, -tokens:])]
+        for segment in reversed(segments):
+            stream = row if segment.keys.shape[0] > 1 else 0
+            count = segment.keys.shape[2] if segment.lengths is None else int(segment.lengths[stream])
+            parts.insert(0, (segment.keys[stream, :, :count], segment.values[stream, :, :count]))
+        keys, values = zip(*parts, strict=True)
+        if len({part.shape[::2] for part in keys}) > 1 or keys[-1].shape[1] != tokens:
+            return None
+        found.append((torch.cat(keys, 1), torch.cat(values, 1)))
+    return found or None
 
 
 def _read_with_text(
@@ -132,4 +191,4 @@ def _read_with_text(
     recall(engine, reading, ids, None, arguments, request.max_new_tokens, together=False)
     text = WrappedText(model, None)
     whole = ids if reading.spliced is None else reading.spliced.ids
-    return ReadPrompt(text, text.read(whole), reading.sources()[0], reading.version, position=whole.shape[1])
+    return ReadPrompt(text.read(whole), whole.shape[1], reading.sources()[0], reading.version, text=text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import frozen
+from attrs import define, field
 
 from tests.hf.references import TOLERANCE, error
 
@@ -13,49 +13,83 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mplus.hf.batch.batch_reader import BatchReader
-    from mplus.hf.batch.requests import Row
-    from mplus.memory import Memory
+    from mplus.hf.batch.requests import Row, RowRequest
 
 
-@frozen
+@define(frozen=True, eq=False)
 class Alone:
-    """The greedy answer to one prompt: its tokens, and the logits ``[n, V]`` that each was chosen by."""
+    """The greedy answer to one prompt: its tokens, the logits ``[n, V]`` that each was chosen by, and the sources."""
 
     tokens: list[int]
     logits: torch.Tensor
+    sources: Sequence[Any] = ()
 
-    def check(self, row: Row, place: int, logits: torch.Tensor) -> int:
-        """Compare what a row found at one place of the answer; return the token it goes on with."""
-        assert error(logits, self.logits[place]) < TOLERANCE, (place, row)
-        assert int(logits.argmax()) == self.tokens[place], (place, row)
-        return self.tokens[place]
+    def check(self, place: int, logits: torch.Tensor, tolerance: float) -> None:
+        """Compare what a row found at one place of the answer."""
+        assert error(logits, self.logits[place]) < tolerance, place
+        assert int(logits.argmax()) == self.tokens[place], place
 
 
-def alone(model: Any, memory: Memory | None, ids: Sequence[int], new: int, **options: Any) -> Alone:
-    """Generate ``new`` tokens greedily."""
-    prompt = torch.tensor([list(ids)])
-    given = {} if memory is None else {"memory": memory}
+def alone(model: Any, request: RowRequest, new: int) -> Alone:
+    """Generate ``new`` tokens greedily, as a request asks."""
+    prompt = torch.tensor([request.ids])
+    given: dict[str, Any] = {}
+    if request.memory is not None:
+        given = {"memory": request.memory, "output_sources": True}
+        for name in ("min_score", "query_tokens", "retrieval_query", "retrieve_every"):
+            given |= {name: getattr(request, name)} if getattr(request, name) is not None else {}
     found = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new, do_sample=False,
-        pad_token_id=0, return_dict_in_generate=True, output_logits=True, **given, **options,
+        pad_token_id=0, return_dict_in_generate=True, output_logits=True, **given,
     )  # fmt: skip
-    return Alone(found.sequences[0, len(ids) :].tolist(), torch.cat(found.logits))
+    sources = getattr(found, "memory_sources", [()])[0]
+    return Alone(found.sequences[0, len(request.ids) :].tolist(), torch.cat(found.logits), sources)
 
 
-def run(reader: BatchReader, answers: dict[Row, Alone], places: dict[Row, int]) -> None:
-    """Step all rows once, compare, and let those leave whose answer is at its end; ``places``: tokens they know."""
-    rows = reader.rows
-    logits = reader.step([answers[row].tokens[places[row] - 1] for row in rows])
-    for row, own in zip(rows, logits, strict=True):
-        answers[row].check(row, places[row], own)
-        places[row] += 1
-    reader.leave([row for row in rows if places[row] == len(answers[row].tokens)])
+@define(eq=False)
+class Company:
+    """A batch reader, and of each of its rows what it says alone and how many tokens of that it has said."""
 
+    reader: BatchReader
+    tolerance: float = TOLERANCE
+    answers: dict[Row, Alone] = field(factory=dict)
+    said: dict[Row, int] = field(factory=dict)
 
-def join(reader: BatchReader, answers: dict[Row, Alone], places: dict[Row, int], asked: Any, own: list[Alone]) -> list:
-    """Let rows join and compare the first token of each."""
-    rows = reader.join(asked)
-    for row, answer in zip(rows, own, strict=True):
-        answers[row], places[row] = answer, 1
-        answer.check(row, 0, row.logits)
-    return rows
+    def join(self, asked: Sequence[RowRequest], answers: Sequence[Alone]) -> list[Row]:
+        """Let rows join, one for each request, and compare their first token and their sources."""
+        rows = self.reader.join(asked)
+        for row, answer in zip(rows, answers, strict=True):
+            self.met(row, answer)
+        return rows
+
+    def met(self, row: Row, answer: Alone) -> None:
+        """Take note of a row that has joined."""
+        assert row.error is None, row.error
+        answer.check(0, row.logits, self.tolerance)
+        if row.request.retrieve_every is None:  # else the reports are of different times
+            assert [[(s.source, s.age) for s in layer] for layer in row.sources if layer] == [
+                [(s.source, s.age) for s in layer] for layer in answer.sources if layer
+            ]
+        self.answers[row], self.said[row] = answer, 1
+
+    def step(self) -> None:
+        """Step all rows once and compare; those that have said all leave."""
+        self.leave([row for row in self.reader.rows if self.said[row] >= len(self.answers[row].tokens)])
+        rows = self.reader.rows
+        if not rows:
+            return
+        logits = self.reader.step([self.answers[row].tokens[self.said[row] - 1] for row in rows])
+        for row, own in zip(rows, logits, strict=True):
+            self.answers[row].check(self.said[row], own, self.tolerance)
+            self.said[row] += 1
+
+    def leave(self, rows: list[Row]) -> None:
+        """Let rows go."""
+        self.reader.leave(rows)
+        for row in rows:
+            del self.answers[row], self.said[row]
+
+    def finish(self) -> None:
+        """Step until all rows have said all."""
+        while self.reader.rows:
+            self.step()

@@ -11,66 +11,44 @@ import torch
 import mplus
 from benchmarks.quality.architectures.decoders import BY_NAME
 from mplus.errors import ConfigError, InputError, MemoryMismatchError, NotSupported
-from mplus.hf.batch.requests import Row, RowRequest
+from mplus.hf.batch import row_buffer
+from mplus.hf.batch.requests import RowRequest
 from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
 from tests.helpers.docstrings import run_examples
-from tests.hf.batch.alone import Alone, alone, join, run
-from tests.memory.tiny import build, ids, variant
+from tests.hf.batch.alone import Alone, Company, alone
+from tests.hf.batch.readers import fresh, memories, wrapped
+from tests.hf.references import TOLERANCE, error
+from tests.memory.tiny import build, ids
+
+pytestmark = pytest.mark.two_computations
 
 NEW = 8
 
-MECHANISMS: dict[str, dict[str, Any]] = {
-    "mplus": {},
-    "memoryllm": {"mechanism": "memoryllm"},
-    "kv": {"mechanism": {"name": "kv", "retrieved_chunks": None}, "retrieved_tokens": 32},
-}
 
-
-def wrapped(name: str) -> Any:
-    if name != "kv":
-        return build(**MECHANISMS[name]).eval()
-    return mplus.wrap(
-        BY_NAME["llama"].build(0), {"chunk_tokens": 16, "long_term_tokens": 200, **MECHANISMS[name]}
-    ).eval()
-
-
-def memories(model: Any, sizes: tuple[int, ...] = (0, 100, 190)) -> list[Any]:
-    made = []
-    for seed, size in enumerate(sizes):
-        memory = model.new_memory(seed=seed)
-        if size:
-            memory.write(ids(size, seed=50 + seed), source=f"source {seed}")
-        made.append(memory)
-    return made
-
-
-def asking(model: Any, rows: list[tuple[Any, int]]) -> tuple[list[Any], list[Alone]]:
+def asking(model: Any, rows: list[tuple[Any, int]], **options: Any) -> tuple[list[RowRequest], list[Alone]]:
     """Requests for pairs of memory and length of prompt, and what each is alone."""
-    asked = [RowRequest(memory, ids(size, seed=300 + size), max_new_tokens=NEW) for memory, size in rows]
-    return asked, [alone(model, one.memory, one.ids, NEW) for one in asked]
+    options = {"max_new_tokens": NEW, **options}
+    asked = [RowRequest(memory, ids(size, seed=300 + size), **options) for memory, size in rows]
+    return asked, [alone(model, one, NEW) for one in asked]
 
 
-@pytest.mark.parametrize("name", MECHANISMS)
-def test_rows_of_unequal_memories_and_texts_are_those_of_generate(name: str) -> None:
-    model = wrapped(name)
+@pytest.mark.parametrize("mechanism", ["mplus", "memoryllm", "kv"])
+def test_rows_of_unequal_memories_and_texts_are_those_of_generate(mechanism: str) -> None:
+    model = wrapped(mechanism)
     empty, small, large = memories(model)
-    reader = mplus.BatchReader(model)
-    assert not reader.slow_because
-    answers: dict[Row, Alone] = {}
-    places: dict[Row, int] = {}
-    join(reader, answers, places, *asking(model, [(empty, 9), (large, 5), (None, 3)]))
+    company = Company(mplus.BatchReader(model))
+    assert not company.reader.slow_because
+    company.join(*asking(model, [(empty, 9), (large, 5), (None, 3), (None, 6)]))
     for _ in range(3):
-        run(reader, answers, places)
-    rows = join(reader, answers, places, *asking(model, [(small, 90), (large, 1), (large, 5)]))
+        company.step()
+    rows = company.join(*asking(model, [(small, 90), (large, 1), (large, 5)]))
     assert [row.prompt_tokens for row in rows] == [90, 1, 5]
     assert rows[0].memory_version == small.version
-    if name != "memoryllm":
-        assert {one.source for layer in rows[0].sources for one in layer} == {"source 1"}
-    reader.leave(rows[1])
-    while reader.rows:
-        run(reader, answers, places)
-    assert len(answers) == 6
-    assert reader.nbytes == 0
+    found = {one.source for layer in rows[0].sources for one in layer}
+    assert found == (set() if mechanism == "memoryllm" else {"source 1"})
+    company.leave([rows[1]])
+    company.finish()
+    assert company.reader.nbytes == 0
 
 
 def test_the_text_of_a_trained_decoder() -> None:
@@ -81,9 +59,9 @@ def test_the_text_of_a_trained_decoder() -> None:
     memory = model.new_memory(tokenizer=tokenizer)
     memory.write("Tom had a red ball. He lost it in the park. A big dog found the ball and ran away with it. " * 6)
     prompts = [tokenizer(text)["input_ids"] for text in ("Once upon a time", "The dog said", "Tom was sad because his")]
-    own = [alone(model, memory, prompt, 20).tokens for prompt in prompts]
+    own = [alone(model, RowRequest(memory, prompt), 20).tokens for prompt in prompts]
     reader = mplus.BatchReader(model)
-    rows = reader.join([(memory, prompt) for prompt in prompts], max_new_tokens=20)
+    rows = reader.join([(memory, prompt) for prompt in prompts])
     said = {row: [int(row.logits.argmax())] for row in rows}
     for _ in range(19):
         logits = reader.step([said[row][-1] for row in reader.rows])
@@ -95,66 +73,84 @@ def test_the_text_of_a_trained_decoder() -> None:
 
 def test_copies_share_a_prompt_and_go_on_by_themselves() -> None:
     model = wrapped("mplus")
-    _, memory, _ = memories(model)
-    reader = mplus.BatchReader(model)
-    one, two = reader.join([RowRequest(memory, ids(6), copies=2)])
-    assert torch.equal(one.logits, two.logits)
-    first, second = reader.step([3, 4])
-    for token, found in ((3, first), (4, second)):
-        (single,) = mplus.BatchReader(model).join([(memory, [*ids(6).tolist(), token])])
-        assert not torch.equal(found, single.logits)  # it retrieved with one token more, so this is no equal text
-    assert not torch.equal(first, second)
-    reader.leave(one)
-    (again,) = reader.step([7])
-    other = mplus.BatchReader(model)
-    other.join([(memory, ids(6))])
-    other.step([4])
-    assert torch.allclose(again, other.step([7])[0], atol=1e-5)
+    memory, reader = memories(model)[1], mplus.BatchReader(model)
+    rows = reader.join([RowRequest(memory, ids(6), copies=3), RowRequest(memory, ids(6), copies=2, retrieve_every=9)])
+    assert reader.rows == rows
+    assert all(error(row.logits, rows[0].logits) < TOLERANCE for row in rows)
+    found = reader.step([3, 4, 3, 4, 3])
+    assert error(found[2], found[0]) < TOLERANCE > error(found[3], found[1])
+    assert error(found[1], found[0]) > TOLERANCE
+    assert error(found[4], found[0]) < TOLERANCE
+    reader.leave(rows[0])
+    assert reader.rows == [rows[2], rows[1], *rows[3:]], "the last one of the batch takes the place"
+    again = reader.step([5, 6, 6, 5])
+    assert error(again[2], again[1]) < TOLERANCE > error(again[3], again[0])
 
 
 def test_a_bad_row_does_not_keep_others_from_joining() -> None:
-    model, other = wrapped("mplus"), build(seed=3)
-    memory = memories(model)[1]
-    reader = mplus.BatchReader(model)
+    model, other = wrapped("mplus"), wrapped("foreign")
+    memory, reader = memories(model)[1], mplus.BatchReader(model)
     (first,) = reader.join([(memory, ids(4))])
-    several = model.new_memory(2)
-    asked = [(other.new_memory(), ids(4)), (memory, ids(5)), (memory, []), (memory, [10**6]), (several, ids(3))]
+    asked = [
+        (other.new_memory(), ids(4)),
+        (memory, ids(5)),
+        (memory, []),
+        (memory, [10**6]),
+        (model.new_memory(2), ids(3)),
+        RowRequest(memory, ids(3), min_score=0.5),
+        (memory, ids(9)),
+    ]
     rows = reader.join(asked)
-    assert reader.rows == [first, rows[1]]
-    expected = [MemoryMismatchError, None, InputError, InputError, MemoryMismatchError]
+    assert reader.rows == [first, rows[1], rows[6]]
+    expected = [MemoryMismatchError, None, InputError, InputError, MemoryMismatchError, NotSupported, None]
     assert [None if row.error is None else type(row.error) for row in rows] == expected
     with pytest.raises(MemoryMismatchError, match="belongs to another model"):
         _ = rows[0].logits
     with pytest.raises(ConfigError, match="copies"):
         RowRequest(memory, [1], copies=0)
-    for tokens, message in (([1], r"tokens must be \[2\] ids"), ([1, -1], "ids from 0"), ([0.5, 1.0], "ids, one for")):
+    wrong = (([1], r"tokens must be \[3\] ids"), ([1, -1, 2], "ids from 0"), ([0.5, 1.0, 1.0], "ids, one for"))
+    for tokens, message in wrong:
         with pytest.raises(InputError, match=message):
             reader.step(tokens)
     with pytest.raises(InputError, match="must be among"):
         reader.leave([first, rows[0]])
-    assert reader.rows == [first, rows[1]]
+    assert reader.rows == [first, rows[1], rows[6]]
+
+
+def test_a_step_that_fails_leaves_all_rows_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped("mplus")
+    company = Company(mplus.BatchReader(model))
+    company.join(*asking(model, [(memory, 5 + size) for size, memory in enumerate(memories(model))]))
+    company.step()
+    update, calls = row_buffer.RowLayer.update, []
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return update(self, *args, **kwargs)
+
+    monkeypatch.setattr(row_buffer.RowLayer, "update", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        company.reader.step([1, 1, 1])
+    company.leave(company.reader.rows[:1])
+    company.finish()
 
 
 def test_what_is_written_later_does_not_reach_a_row() -> None:
     model = wrapped("mplus")
-    memory = memories(model)[1]
-    reader = mplus.BatchReader(model)
-    own = alone(model, memory, ids(6).tolist(), NEW)
-    answers: dict[Row, Alone] = {}
-    places: dict[Row, int] = {}
-    (row,) = join(reader, answers, places, [(memory, ids(6))], [own])
+    memory, company = memories(model)[1], Company(mplus.BatchReader(model))
+    (row,) = company.join(*asking(model, [(memory, 6)]))
     writer = threading.Thread(target=lambda: [memory.write(ids(30, seed=seed)) for seed in range(4)])
     writer.start()
-    while reader.rows:
-        run(reader, answers, places)
+    company.finish()
     writer.join()
     assert memory.version > row.memory_version
 
 
 def test_changed_weights_are_refused() -> None:
-    model = wrapped("mplus")
-    memory = memories(model)[1]
-    reader = mplus.BatchReader(model)
+    model = fresh()
+    memory, reader = memories(model)[1], mplus.BatchReader(model)
     reader.join([(memory, ids(6))])
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.mul_(2)
@@ -164,14 +160,40 @@ def test_changed_weights_are_refused() -> None:
     with pytest.raises(NotSupported, match="not wrapped"):
         mplus.BatchReader(BY_NAME["llama"].build(0))
     with pytest.raises(NotSupported, match="eval mode"):
-        mplus.BatchReader(build().train())
+        mplus.BatchReader(model.train())
 
 
-def test_a_joining_reads_prompt_after_prompt() -> None:
-    model = variant("paper").eval()
-    memory = memories(model)[1]
+def test_nothing_of_a_row_that_left_reaches_the_next_in_its_place() -> None:
+    model = wrapped("mplus")
+    company = Company(mplus.BatchReader(model))
+    _, last = company.join(*asking(model, [(None, 50), (None, 40)]))
+    for layer in company.reader._buffers[-1]._layers:
+        layer.keys[1], layer.values[1] = torch.inf, torch.nan
+    company.leave([last])
+    company.join(*asking(model, [(None, 3)]))
+    company.finish()
+
+
+def test_half_precision() -> None:
+    model = build(dtype=torch.bfloat16).eval()
+    made = memories(model)
     reader = mplus.BatchReader(model)
+    rows = reader.join([(memory, ids(7, seed=size)) for size, memory in enumerate([*made, None])])
+    alone_logits = [
+        model(ids(7, seed=size)[None], memory=memory).logits[0, -1] for size, memory in enumerate([*made, None])
+    ]
+    spread = torch.stack(alone_logits).float().std()
+    for row, own in zip(rows, alone_logits, strict=True):
+        assert error(row.logits.float(), own.float()) < 16 * torch.finfo(torch.bfloat16).eps * max(spread, 1)
+    assert reader.step([1, 2, 3, 4]).dtype == torch.bfloat16
+
+
+def test_a_joining_reads_in_pieces() -> None:
+    model = wrapped("mplus")
+    memory, reader = memories(model)[1], mplus.BatchReader(model)
     joining = reader.begin([(memory, ids(6)), (None, ids(3)), (memory, ids(9))])
+    with pytest.raises(InputError, match="has not joined yet"):
+        _ = joining.rows[0].logits
     assert not joining.advance(6)
     assert reader.rows == joining.rows[:1]
     reader.step([5])

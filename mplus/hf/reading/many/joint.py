@@ -71,6 +71,7 @@ def read_many(engine: DecoderEngine, memories: Sequence[Memory]) -> Reading:
         prepared=together,
         look=engine.watch.look(),
         tokenizer=memories[0].tokenizer,
+        versions=[one.version for one in taken],
     )
 
 
