@@ -11,8 +11,9 @@ from torch import Tensor
 from mplus.errors import InputError, MemoryPickleError
 from mplus.memory.budget import Budget
 from mplus.memory.state import StreamState
-from mplus.memory.transaction import Streams, each
+from mplus.memory.transaction import Streams
 from mplus.stores.base import MemoryStore
+from mplus.stores.sharing import each
 
 
 def copied(

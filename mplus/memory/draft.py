@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from mplus.memory.copying import copied
 from mplus.memory.state import StreamState
-from mplus.memory.transaction import Streams, distinct
+from mplus.memory.transaction import Streams, Sync
 from mplus.stores.base import parts_of
+from mplus.stores.sharing import distinct
 
 
 def draft_of(streams: Streams) -> Streams:
@@ -22,7 +23,7 @@ def draft_of(streams: Streams) -> Streams:
     return draft
 
 
-def adopt_draft(streams: Streams, draft: Streams, *, removed: bool) -> None:
+def adopt_draft(streams: Streams, draft: Streams, *, removed: bool, sync: Sync | None = None) -> None:
     """Let streams become what their draft is, as one change, which a crash leaves made or not made at all.
 
     Args:
@@ -30,6 +31,7 @@ def adopt_draft(streams: Streams, draft: Streams, *, removed: bool) -> None:
         draft: not used any more.
         removed: whether something was removed for good: a directory then rewrites the files that held it. Otherwise the
             change is a record in its journal, if it is not too long for one.
+        sync: as for ``Persistence.commit``.
 
     Raises:
         LiveMemoryError, MemoryFileError: the change cannot be kept; all is as before.
@@ -44,7 +46,7 @@ def adopt_draft(streams: Streams, draft: Streams, *, removed: bool) -> None:
 
     grown, limit = draft.nbytes - streams.nbytes, streams.persistence.journal_bytes
     checkpoint = removed or (limit is not None and grown > limit)
-    streams.change(become, None if checkpoint else {})
+    streams.change(become, None if checkpoint else {}, sync)
     if removed:
         for store in distinct(streams.stores):
             streams.engine.mechanism.sync_index(store)

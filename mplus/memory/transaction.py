@@ -21,8 +21,8 @@ from mplus.memory.weights_state import WeightsState
 from mplus.stores.access_log import AccessLog
 from mplus.stores.base import MemoryStore, StoreView
 from mplus.stores.disk.locks import ProcessLock
+from mplus.stores.sharing import distinct, each, unshared
 
-S = TypeVar("S")
 T = TypeVar("T")
 
 KeptPositions = Mapping[int, Mapping[str, Sequence[Tensor]]]
@@ -49,6 +49,10 @@ class Transaction:
     after: tuple[StreamState, ...] | None = None
     thread: int = field(factory=threading.get_ident)
     aborted: bool = False
+
+
+Sync = Callable[[Callable[[], None]], None]
+"""``sync(work)``: calls ``work``, which syncs a record, now or together with others, and raises what that raises."""
 
 
 class ChangeToken:
@@ -88,8 +92,13 @@ class Persistence:
             kept: of a write, the positions of rows that stayed; None: it is another change.
         """
 
-    def commit(self, after: tuple[StreamState, ...], streams: Streams, kept: KeptPositions | None) -> None:
-        """Put a change on disk; it shows in memory after that. ``streams`` has the states from before it."""
+    def commit(
+        self, after: tuple[StreamState, ...], streams: Streams, kept: KeptPositions | None, sync: Sync | None = None
+    ) -> None:
+        """Put a change on disk; it shows in memory after that. ``streams`` has the states from before it.
+
+        ``sync``: called where a record is to be synced, if there is one; None: it is synced at once.
+        """
 
     def checkpoint(self, token: Token, states: Sequence[StreamState], streams: Streams) -> None:
         """Put ``states`` on disk as a whole, with the stores and generators of ``streams``, as the change ``token``.
@@ -249,12 +258,18 @@ class Streams:
             self.resolve_aborted()
             self.persistence.check_writable()
 
-    def change(self, change: Callable[[list[StreamState]], T], kept: KeptPositions | None = None) -> T:
+    def change(
+        self,
+        change: Callable[[list[StreamState]], T],
+        kept: KeptPositions | None = None,
+        sync: Sync | None = None,
+    ) -> T:
         """Let ``change`` alter a list of the states, and the stores; on any exception all is as before.
 
         Args:
             change: called with a list of the states.
             kept: of a write, filled by ``change`` with the positions of rows that stayed; None: it is another change.
+            sync: as for ``Persistence.commit``.
 
         Raises:
             LiveMemoryError, MemoryFileError: it cannot be kept; besides what ``change`` raises.
@@ -269,7 +284,7 @@ class Streams:
                 result = change(states)
                 self.persistence.tidy(states, self, kept)
                 transaction.after = tuple(states)  # the token by which ``committed`` knows this change
-                self.persistence.commit(transaction.after, self, kept)
+                self.persistence.commit(transaction.after, self, kept, sync)
                 self._states, self.version = transaction.after, self.version + 1
             except BaseException:
                 transaction.aborted = True
@@ -365,30 +380,3 @@ class Streams:
                     if self._states is not transaction.after:
                         self._roll_back(transaction)
                     self._transaction = None
-
-
-# ---------------------------------------------------------------------- streams that share a store
-
-
-def each(parts: Sequence[S], make: Callable[[S], T]) -> list[T]:
-    """Call ``make(part)`` for every stream's part; streams that share one share what is made of it."""
-    made: dict[int, T] = {}
-    for part in parts:
-        if id(part) not in made:
-            made[id(part)] = make(part)
-    return [made[id(part)] for part in parts]
-
-
-def distinct(parts: Sequence[S]) -> list[S]:
-    """Return each object once, in order."""
-    return list({id(part): part for part in parts}.values())
-
-
-def unshared(stores: tuple[MemoryStore, ...]) -> tuple[MemoryStore, ...]:
-    """Return a store for each stream alone: the first keeps the one it shared, the others get forks."""
-    seen: set[int] = set()
-    own: list[MemoryStore] = []
-    for store in stores:
-        own.append(store.fork() if id(store) in seen else store)
-        seen.add(id(store))
-    return tuple(own)

@@ -22,7 +22,7 @@ from mplus.memory.directory.journal import Journal
 from mplus.memory.directory.lock import Lock
 from mplus.memory.format.folder import MANIFEST, check_removed
 from mplus.memory.format.save import ManifestHeader
-from mplus.memory.transaction import Token
+from mplus.memory.transaction import Sync, Token
 from mplus.stores.disk.files import FileSystem, Folder
 
 UNRESOLVED = "it could not be taken back"
@@ -136,14 +136,17 @@ class Directory:
         """Bytes of the journal."""
         return 0 if self.journal is None else self.journal.size
 
-    def append(self, token: Token, payload: Sequence[bytes | memoryview]) -> None:
-        """Make a change by a record in the journal. Raises OSError; then ``resolve`` has to follow."""
+    def append(self, token: Token, payload: Sequence[bytes | memoryview], sync: Sync | None = None) -> None:
+        """Make a change by a record in the journal. Raises OSError; then ``resolve`` has to follow.
+
+        ``sync``: as for ``Persistence.commit``.
+        """
         if self.journal is None:
             raise LiveMemoryError(f"{self.path} has no checkpoint yet")
         self.check()
         # Noted first: an interrupt in the middle of ``append`` has to know how far to go back.
         self._pending = PendingChange(token, self.journal.size, self.journal.records)
-        self.journal.append(payload)
+        self.journal.append(payload, sync)
 
     def checkpoint(self, token: Token, content: CheckpointContent, header: ManifestHeader, *, clean: bool) -> None:
         """Make a change by a checkpoint, which holds all of ``content``.

@@ -22,12 +22,14 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from attrs import define
 
 from mplus.errors import MemoryFileError
+from mplus.memory.transaction import Sync
 from mplus.stores.disk.files import FileSystem, PathAt, open_file
 
 SECTOR = 512
@@ -82,14 +84,21 @@ class Journal:
             raise
         return journal
 
-    def append(self, payload: Sequence[bytes | memoryview]) -> None:
-        """Add one record at the end; when this returns, it is on disk. On an error ``cut`` has to follow."""
+    def append(self, payload: Sequence[bytes | memoryview], sync: Sync | None = None) -> None:
+        """Add one record at the end; when this returns, it is on disk. On an error ``cut`` has to follow.
+
+        ``sync``: is called with what syncs the record, and returns once that was called; None: it is synced at once.
+        """
         handle = self._open()
         length = sum(len(piece) for piece in payload)
         data = b"".join((*payload, bytes(-length % SECTOR)))
         head = _head(self._mark, self.records, length, data)
         self._files.write(handle, head + data)
-        self._files.sync(handle)  # before the write shows in memory: what a reader saw is on disk
+        # Before the write shows in memory: what a reader saw is on disk.
+        if sync is None:
+            self._files.sync(handle)
+        else:
+            sync(partial(self._files.sync, handle))
         self.size, self.records = self.size + len(head) + len(data), self.records + 1
 
     def cut(self, size: int, records: int) -> None:

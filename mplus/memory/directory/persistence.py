@@ -16,7 +16,7 @@ from mplus.memory.directory.record import encode
 from mplus.memory.format.save import ManifestHeader
 from mplus.memory.sources.forget import without_unused_sources
 from mplus.memory.state import StreamState, StreamView
-from mplus.memory.transaction import KeptPositions, Persistence, Streams, Token
+from mplus.memory.transaction import KeptPositions, Persistence, Streams, Sync, Token
 from mplus.stores.disk.files import writable
 from mplus.stores.mmap import MmapStore, mapped_store
 
@@ -81,7 +81,9 @@ class DirectoryPersistence(Persistence):
     def _makes_checkpoint(self, kept: KeptPositions | None) -> bool:
         return kept is None or self.directory.in_earlier_version
 
-    def commit(self, after: tuple[StreamState, ...], streams: Streams, kept: KeptPositions | None) -> None:
+    def commit(
+        self, after: tuple[StreamState, ...], streams: Streams, kept: KeptPositions | None, sync: Sync | None = None
+    ) -> None:
         """Append a record of a write to the journal; write a checkpoint for any other change."""
         if kept is None or self._makes_checkpoint(kept):
             self._write_checkpoint(after, after, streams, clean=kept is None)
@@ -90,7 +92,7 @@ class DirectoryPersistence(Persistence):
         moved = {row: now for row, (before, now) in draws if not torch.equal(before, now)}
         notes = [store.changes or () for store in _mapped(streams)]
         with writable(self.directory.path):
-            self.directory.append(after, encode(streams.states, after, kept, notes, moved))
+            self.directory.append(after, encode(streams.states, after, kept, notes, moved), sync)
 
     def checkpoint(self, token: Token, states: Sequence[StreamState], streams: Streams) -> None:
         """Write a checkpoint of ``states``; files that hold removed rows among others stay as they are."""

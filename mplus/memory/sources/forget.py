@@ -13,8 +13,9 @@ from mplus.memory.report import ForgetReport
 from mplus.memory.sources.listing import stored
 from mplus.memory.sources.source import Source
 from mplus.memory.state import LONG_TERM, StreamState, StreamView
-from mplus.memory.transaction import Streams, distinct
+from mplus.memory.transaction import Streams
 from mplus.stores.base import MemoryStore, StoreView
+from mplus.stores.sharing import distinct
 
 
 def drop_source(streams: Streams, rows: Sequence[int], source: str | None, *, keep_name: bool) -> ForgetReport:

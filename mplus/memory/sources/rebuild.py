@@ -15,10 +15,11 @@ from mplus.memory.report import ForgetReport, WriteReport, progress_bar
 from mplus.memory.sources.forget import check_known, forgotten_names, held, names_to_keep, with_names
 from mplus.memory.state import StreamState
 from mplus.memory.texts import Texts
-from mplus.memory.transaction import Streams, unshared
+from mplus.memory.transaction import Streams
 from mplus.memory.writing.passes import write_streams
 from mplus.memory.writing.plan import StreamWrite, check_dtype
 from mplus.stores.base import MemoryStore
+from mplus.stores.sharing import unshared
 
 KEPT = ("time", "last_time", "expires", "pinned", "write_id")
 """What sources keep that are written anew."""

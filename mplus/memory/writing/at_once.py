@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
@@ -13,8 +15,9 @@ from mplus.memory.draft import adopt_draft, draft_of
 from mplus.memory.report import WriteReport, progress_bar
 from mplus.memory.sources.expiry import facts_of
 from mplus.memory.sources.forget import drop_source
-from mplus.memory.transaction import Streams
+from mplus.memory.transaction import Streams, Sync
 from mplus.memory.writing.chunking import SourceNames, WriteData
+from mplus.memory.writing.commit import SYNC_THREADS, commit_together
 from mplus.memory.writing.once import report_of, resumed
 from mplus.memory.writing.passes import write_all, write_streams
 from mplus.memory.writing.plan import NOTHING, StreamWrite, planned
@@ -57,12 +60,13 @@ def write_all_at_once(writes: Sequence[StreamWrite], advance: Callable[[int], No
     anew = [evolve(write, streams=drafts[id(write.streams)]) for write in writes]
     unwritten = write_all([write.cut() for write in anew], advance)
     failed = {key: unwritten[id(draft)] for key, draft in drafts.items() if id(draft) in unwritten}
-    for key in memories.keys() - failed.keys():
-        try:
-            adopt_draft(memories[key], drafts[key], removed=False)
-        except Exception as error:  # noqa: BLE001 - handed to the caller, once the others have been written
-            failed[key] = error
-    return failed
+    changes = {key: partial(_adopt, streams, drafts[key]) for key, streams in memories.items() if key not in failed}
+    with ThreadPoolExecutor(SYNC_THREADS, "mplus-sync") as pool:
+        return failed | commit_together(changes, pool)
+
+
+def _adopt(streams: Streams, draft: Streams, sync: Sync) -> None:
+    adopt_draft(streams, draft, removed=False, sync=sync)
 
 
 def _facts(write: StreamWrite, *, replaced: bool) -> dict[str, Any]:

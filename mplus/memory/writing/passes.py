@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from attrs import evolve
 from torch import Tensor
 
-from mplus.errors import InputError, MechanismError, MemoryFullError
+from mplus.errors import MemoryFullError
 from mplus.memory.report import WriteReport
 from mplus.memory.sources.clock import read_clock
 from mplus.memory.sources.expiry import check_room
 from mplus.memory.state import StreamState, alike
-from mplus.memory.transaction import Streams
+from mplus.memory.transaction import Streams, Sync
+from mplus.memory.writing.change import ChunkChange, ReadChunk
+from mplus.memory.writing.commit import SYNC_THREADS, commit_together, error_of
 from mplus.memory.writing.free import check_free
 from mplus.memory.writing.plan import StreamWrite, prepare_write
-from mplus.memory.writing.update import NewEntries, Update, WriteContext, check_absorbed, check_finite
+from mplus.memory.writing.update import NewEntries, Update
 
 
 def write_streams(writes: Sequence[StreamWrite], advance: Callable[[int], None] = lambda tokens: None) -> None:
@@ -30,27 +33,33 @@ def write_streams(writes: Sequence[StreamWrite], advance: Callable[[int], None] 
 def write_all(writes: Sequence[StreamWrite], advance: Callable[[int], None]) -> dict[int, Exception]:
     """Write all chunks of all streams; the caller holds the write locks.
 
+    A chunk of each memory at a time: all of them are read, and then written, with their journals synced together.
+
     Returns:
         What failed, by id of the memory's ``Streams``: nothing more was written to that one.
     """
     failed = _without_room(writes)
-    for step in range(max((len(write.chunks) for write in writes), default=0)):
-        present = [write for write in writes if step < len(write.chunks) and id(write.streams) not in failed]
-        chunks = [write.chunks[step] for write in present]
-        turns = {id(write.streams): _next_turn(write.streams.states) for write in present}
-        for group in alike(chunks, [write.streams.states[write.row] for write in present]):
-            for short in (False, True):
-                sound = [at for at in group if id(present[at].streams) not in failed and present[at].short == short]
-                if sound:
-                    ids = torch.stack([chunks[at] for at in sound])
-                    failed |= _write_pass([present[at] for at in sound], ids, turns, step)
-            advance(sum(len(chunks[at]) for at in group))
-    for streams in {id(write.streams): write.streams for write in writes if write.rest is not None}.values():
-        if id(streams) not in failed:
-            try:
-                _keep_rests(streams, [write for write in writes if write.streams is streams])
-            except Exception as error:  # noqa: BLE001 - handed to the caller, once the others have been written
-                failed[id(streams)] = error
+    with ThreadPoolExecutor(SYNC_THREADS, "mplus-sync") as pool:
+        for step in range(max((len(write.chunks) for write in writes), default=0)):
+            present = [write for write in writes if step < len(write.chunks) and id(write.streams) not in failed]
+            chunks = [write.chunks[step] for write in present]
+            turns = {id(write.streams): _next_turn(write.streams.states) for write in present}
+            unwritten: dict[int, ChunkChange] = {}
+            for group in alike(chunks, [write.streams.states[write.row] for write in present]):
+                for short in (False, True):
+                    due = [at for at in group if present[at].short == short]
+                    if any(id(present[at].streams) in unwritten for at in due):  # another stream of the same memory
+                        failed |= _commit(unwritten, pool)
+                        unwritten.clear()
+                    sound = [at for at in due if id(present[at].streams) not in failed]
+                    if sound:
+                        ids = torch.stack([chunks[at] for at in sound])
+                        read, unread = _read_pass([present[at] for at in sound], ids, step)
+                        unwritten |= {id(one.streams): ChunkChange(one, turns[id(one.streams)]) for one in read}
+                        failed |= unread
+            failed |= _commit(unwritten, pool)
+            advance(sum(map(len, chunks)))
+        failed |= _keep_rests(writes, failed, pool)
     return failed
 
 
@@ -76,49 +85,42 @@ def _next_turn(states: Sequence[StreamState]) -> int:
     return 1 + max((state.texts.last_turn for state in states if state.texts is not None), default=-1)
 
 
-def _write_pass(
-    writes: Sequence[StreamWrite], ids: Tensor, turns: Mapping[int, int], step: int
-) -> dict[int, Exception]:
-    """Write a chunk ``[B, n]`` in one pass to streams that read equally many context rows.
+def _read_pass(writes: Sequence[StreamWrite], ids: Tensor, step: int) -> tuple[list[ReadChunk], dict[int, Exception]]:
+    """Read a chunk ``[B, n]`` in one pass for streams that read equally many context rows.
 
     Args:
         writes: B of them.
         ids: the chunks.
-        turns: by id of the memory's ``Streams``.
         step: number of the chunk in each of the writes.
 
     Returns:
-        What failed, by the same id.
+        What was read, of each memory; and what failed, by id of the memory's ``Streams``.
     """
     memories = {id(write.streams): write.streams for write in writes}
     try:
         made, finite = _encode(writes, ids, step)
     except Exception as error:  # noqa: BLE001 - handed to the caller, once the others have been written
         if len(memories) == 1:
-            return dict.fromkeys(memories, error)
-        return _write_halves(writes, ids, turns, step, list(memories))
-    failed: dict[int, Exception] = {}
-    for key, streams in memories.items():
+            return [], dict.fromkeys(memories, error)
+        return _read_halves(writes, ids, step, list(memories))
+    read = []
+    for streams in memories.values():
         own = [at for at, write in enumerate(writes) if write.streams is streams]
-        rows = [made[at] for at in own]
-        try:
-            for update in () if finite else rows:
-                update.check_finite(ids.shape[1], streams.engine.mechanism.name)
-            apply_write(streams, [writes[at] for at in own], rows, ids[own], turns[key])
-        except Exception as error:  # noqa: BLE001 - as above
-            failed[key] = error
-    return failed
+        read.append(ReadChunk(streams, [writes[at] for at in own], [made[at] for at in own], ids[own], finite))
+    return read, {}
 
 
-def _write_halves(
-    writes: Sequence[StreamWrite], ids: Tensor, turns: Mapping[int, int], step: int, memories: Sequence[int]
-) -> dict[int, Exception]:
-    """Write in two passes what failed in one: a stream may have spoilt it for the others, or it was too large."""
+def _read_halves(
+    writes: Sequence[StreamWrite], ids: Tensor, step: int, memories: Sequence[int]
+) -> tuple[list[ReadChunk], dict[int, Exception]]:
+    """Read in two passes what failed in one: a stream may have spoilt it for the others, or it was too large."""
+    read: list[ReadChunk] = []
     failed: dict[int, Exception] = {}
     for half in (memories[: len(memories) // 2], memories[len(memories) // 2 :]):
         own = [at for at, write in enumerate(writes) if id(write.streams) in half]
-        failed |= _write_pass([writes[at] for at in own], ids[own], turns, step)
-    return failed
+        some, unread = _read_pass([writes[at] for at in own], ids[own], step)
+        read, failed = [*read, *some], failed | unread
+    return read, failed
 
 
 def _encode(writes: Sequence[StreamWrite], ids: Tensor, step: int) -> tuple[list[Update] | list[NewEntries], bool]:
@@ -142,74 +144,13 @@ def _encode(writes: Sequence[StreamWrite], ids: Tensor, step: int) -> tuple[list
     return made, update.finite
 
 
-def apply_write(
-    streams: Streams, writes: Sequence[StreamWrite], made: Sequence[Update | NewEntries], ids: Tensor, turn: int
-) -> None:
-    """Give streams of one memory the new rows of one chunk each, all or nothing; on disk when it returns.
-
-    Args:
-        streams: of the memory.
-        writes: b of them.
-        made: the new rows, or entries, of each.
-        ids: ``[b, n]``, their chunks.
-        turn: see ``mplus.memory.texts.Text``.
-    """
-    tokens, mechanism = ids.shape[1], streams.engine.mechanism
-    kept: dict[int, Mapping[str, Sequence[Tensor]]] = {}
-    counts: list[tuple[int, int, int]] = []
-
-    now = read_clock(streams.clock)
-
-    def absorb(states: list[StreamState]) -> None:
-        for write, rows, text in zip(writes, made, ids, strict=True):
-            row, before = write.row, write.state
-            waited = before.waiting(write.name) if write.rest is not None else text[:0]
-            new = max(tokens - len(waited), 0)
-            state, number = before.with_source(write.name, new, now, write.facts)
-            state = state.with_text(text, number, turn, write.short)
-            state = state.with_waiting(number, waited[tokens:]) if len(waited) else state
-            try:
-                absorbed = mechanism.absorb(state, rows, number, context_of(streams, row, state, text))
-            except (IndexError, InputError) as error:  # of a store that was given rows it has no room for, say
-                raise MechanismError(f"the mechanism {mechanism.name!r}: absorb failed: {error}") from error
-            check_absorbed(absorbed, state, streams.stores[row].layout, mechanism.name)
-            states[row] = write.noted(absorbed.state, number, new, absorbed.dropped, absorbed.evicted, chunks=1)
-            kept[row] = absorbed.stayed
-            counts.append((new, absorbed.dropped, absorbed.evicted))
-
-    streams.change(absorb, kept)
-    for write, (new, dropped, evicted) in zip(writes, counts, strict=True):
-        write.report.count(write.row, new, dropped, evicted)
-    streams.persistence.after_write(streams)
-
-
-def context_of(streams: Streams, row: int, state: StreamState, ids: Tensor | None = None) -> WriteContext:
-    """Return what a mechanism may use and change while a stream takes in rows; part of a change of ``streams``.
-
-    Args:
-        streams: of the memory.
-        row: the batch row.
-        state: of the stream, for the sources that are pinned.
-        ids: ``[n]``, the text that the rows were made of, if it is one.
-    """
-    engine, generator, pinned = streams.engine, streams.generators[row], state.sources.pinned
-
-    def keys(layer: int, hidden: Tensor) -> Tensor | None:
-        made = engine.keys(layer, hidden)
-        if made is not None:
-            check_finite(made, f"in the retriever keys of layer {layer}")
-        return made
-
-    return WriteContext(
-        store=streams.stores[row],
-        eviction=streams.eviction,
-        draw=lambda n: torch.randperm(n, generator=generator),
-        keys=keys,
-        ids=ids,
-        capacity=streams.budget.capacity,
-        access_log=streams.access_logs[row],
-        pinned=pinned if len(pinned) else None,
-    )
+def _commit(changes: Mapping[int, ChunkChange | RestChange], pool: ThreadPoolExecutor) -> dict[int, Exception]:
+    """Make changes of different memories, by id of their ``Streams``; return what failed, by the same id."""
+    failed = commit_together({key: change.make for key, change in changes.items()}, pool)
+    for key, change in changes.items():
+        if key not in failed and (error := error_of(change.finish)) is not None:
+            failed[key] = error
+    return failed
 
 
 # ---------------------------------------------------------------------- what waits
@@ -239,30 +180,63 @@ def tail_write(streams: Streams, row: int, name: str | None, report: WriteReport
     return StreamWrite(streams, row, [ids], name, report, rest=ids[:0], short=short)
 
 
-def _keep_rests(streams: Streams, writes: Sequence[StreamWrite]) -> None:
-    """Let what is too short for a chunk wait; where too much would, write first what has waited longest."""
-    states = streams.states
-    rests = {write.row: (write, write.rest) for write in writes if write.rest is not None}
-    changed = {r: pair for r, pair in rests.items() if len(pair[1]) != len(states[r].waiting(pair[0].name))}
-    for row, (write, rest) in changed.items():
-        names = [states[row].sources[part.source].name for part in states[row].tail]
-        others = [name for name in names if name != write.name]
-        room = streams.engine.config.chunk_tokens - len(rest)
-        while sum(len(states[row].waiting(name)) for name in others) > room:
-            write_streams([tail_write(streams, row, others.pop(0), write.report)])
-    added: dict[int, int] = {}
-    now = read_clock(streams.clock)
+def _keep_rests(
+    writes: Sequence[StreamWrite], failed: Mapping[int, Exception], pool: ThreadPoolExecutor
+) -> dict[int, Exception]:
+    """Let what is too short for a chunk wait, in each memory that has not failed; return what failed now."""
+    found: dict[int, Exception] = {}
+    changes: dict[int, RestChange] = {}
+    for key, streams in {id(write.streams): write.streams for write in writes if write.rest is not None}.items():
+        if key not in failed:
+            change = RestChange(streams, [write for write in writes if write.streams is streams])
+            if (error := error_of(change.make_room)) is None:
+                changes[key] = change
+            else:
+                found[key] = error
+    return found | _commit(changes, pool)
 
-    def change(states: list[StreamState]) -> None:
-        for row, (write, rest) in changed.items():
+
+class RestChange:
+    """The change in which text that is too short for a chunk comes to wait in streams of one memory."""
+
+    def __init__(self, streams: Streams, writes: Sequence[StreamWrite]) -> None:
+        self._streams, states = streams, streams.states
+        self._rests = {write.row: (write, write.rest) for write in writes if write.rest is not None}
+        self._changed = {
+            row: (write, rest)
+            for row, (write, rest) in self._rests.items()
+            if len(rest) != len(states[row].waiting(write.name))
+        }
+        self._added: dict[int, int] = {}
+
+    def make_room(self) -> None:
+        """Write what has waited longest, where too much would wait. Raises as ``Memory.write``."""
+        states = self._streams.states
+        for row, (write, rest) in self._changed.items():
+            names = [states[row].sources[part.source].name for part in states[row].tail]
+            others = [name for name in names if name != write.name]
+            room = self._streams.engine.config.chunk_tokens - len(rest)
+            while sum(len(states[row].waiting(name)) for name in others) > room:
+                write_streams([tail_write(self._streams, row, others.pop(0), write.report)])
+
+    def make(self, sync: Sync) -> None:
+        """Make the change, on disk when this returns; ``sync``: as for ``Persistence.commit``."""
+        if self._changed:
+            now = read_clock(self._streams.clock)
+            kept: dict[int, dict[str, list[Tensor]]] = {row: {} for row in self._changed}  # of rows, nothing changes
+            self._streams.change(lambda states: self._keep(states, now), kept, sync)
+
+    def finish(self) -> None:
+        """Count the change, and do what is due after it. Raises as ``Persistence.after_write``."""
+        for row, (write, rest) in self._rests.items():
+            write.report.tokens[row] += self._added.get(row, 0)
+            write.report.tail_tokens[row] = len(rest)
+        if self._changed:
+            self._streams.persistence.after_write(self._streams)
+
+    def _keep(self, states: list[StreamState], now: float) -> None:
+        for row, (write, rest) in self._changed.items():
             new = len(rest) - len(states[row].waiting(write.name))
             state, number = states[row].with_source(write.name, new, now, write.facts, chunks=0)
             states[row] = write.noted(state.with_waiting(number, rest), number, new)
-            added[row] = new
-
-    if changed:
-        streams.change(change, {row: {} for row in changed})  # of rows, nothing changes
-        streams.persistence.after_write(streams)
-    for row, (write, rest) in rests.items():
-        write.report.tokens[row] += added.get(row, 0)
-        write.report.tail_tokens[row] = len(rest)
+            self._added[row] = new

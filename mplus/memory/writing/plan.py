@@ -19,6 +19,7 @@ from mplus.memory.sources.expiry import expire
 from mplus.memory.sources.writes import WriteRecord
 from mplus.memory.state import StreamState, StreamView
 from mplus.memory.transaction import Streams
+from mplus.memory.weights_state import WeightsState
 from mplus.memory.writing.chunking import (
     SourceNames,
     Tokenizer,
@@ -132,25 +133,31 @@ class StreamWrite:
 
 
 def planned(
-    memory: Memory, data: WriteData, source: SourceNames, report: WriteReport, facts: Mapping[str, Any]
+    memory: Memory,
+    data: WriteData,
+    source: SourceNames,
+    report: WriteReport,
+    facts: Mapping[str, Any],
+    now: WeightsState | None = None,
 ) -> list[StreamWrite]:
     """Check all that is to be written to a memory, and cut it into chunks, none of which spans two turns.
 
-    Texts of which something may have to wait are cut later (``StreamWrite.cut``). ``facts``: of each ``StreamWrite``.
+    Texts of which something may have to wait are cut later (``StreamWrite.cut``). ``facts``: of each ``StreamWrite``;
+    ``now``: as for ``prepare_write``.
     """
     streams, tokenizer = memory.streams, memory.tokenizer
     names = to_names(source, len(streams))
     engine, config = streams.engine, streams.engine.config
     if engine.writes_text:
         texts = to_texts(data, len(streams), tokenizer)
-        prepare_write(streams, [row for row, own in enumerate(texts) if own])
+        prepare_write(streams, [row for row, own in enumerate(texts) if own], now)
         parts = [[part for text in own for part in cut(text, tokenizer, config.chunk_tokens)] for own in texts]
         return [
             passage_write(streams, row, parts[row], names[row], report, tokenizer, facts=facts)
             for row in range(len(streams))
         ]
     rows = to_rows(data, len(streams), tokenizer)
-    prepare_write(streams, [row for row, own in enumerate(rows) if own])
+    prepare_write(streams, [row for row, own in enumerate(rows) if own], now)
     writes = []
     for row, own in enumerate(rows):
         for ids in own:
@@ -201,10 +208,10 @@ def passage_write(
     return StreamWrite(streams, row, chunks, name, report, tokenizer, texts, before, facts)
 
 
-def prepare_write(streams: Streams, rows: Sequence[int]) -> None:
+def prepare_write(streams: Streams, rows: Sequence[int], now: WeightsState | None = None) -> None:
     """Check that a memory can be written to, and bring the streams ``rows`` in line with the decoder's weights.
 
-    What has expired is forgotten before.
+    What has expired is forgotten before. ``now``: what the decoder computes with, where that was just looked at.
 
     Raises:
         LiveMemoryError: it cannot be changed.
@@ -213,7 +220,7 @@ def prepare_write(streams: Streams, rows: Sequence[int]) -> None:
     check_dtype(streams.dtype, streams.engine.dtype)
     streams.check_writable()
     expire(streams)
-    now = streams.engine.weights()
+    now = streams.engine.weights() if now is None else now
     # Nearly every write is made with the weights of the last one: then nothing has to be compared layer by layer.
     if any(streams.states[row].weights != now for row in rows):
         refresh_if_stale(streams, now, writing=rows)

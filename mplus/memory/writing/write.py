@@ -15,6 +15,7 @@ from mplus.errors import InputError, MemoryMismatchError, NotSupported, WriteTog
 from mplus.memory.report import WriteReport, progress_bar
 from mplus.memory.sources.expiry import facts_of
 from mplus.memory.transaction import Streams
+from mplus.memory.weights_state import WeightsState
 from mplus.memory.writing.at_once import write_all_at_once
 from mplus.memory.writing.chunking import SourceNames, Tokenizer, WriteData, check_chunk, check_vocabulary, to_names
 from mplus.memory.writing.once import report_of, resumed
@@ -134,10 +135,12 @@ def _write(
     reports, errors = [WriteReport.nothing(getattr(memory, "batch_size", 0)) for memory in memories], {}
     writes: list[StreamWrite] = []
     positions: dict[int, int] = {}
+    now: WeightsState | None = None
     for position, memory in enumerate(memories):
         try:
             _check_one(memories, position, positions)
-            writes += planned(memory, data[position], sources[position], reports[position], facts)
+            now = memory.engine.weights() if now is None else now  # once: it looks at every layer
+            writes += planned(memory, data[position], sources[position], reports[position], facts, now)
             positions[id(memory.streams)] = position
         except Exception as error:  # noqa: BLE001 - handed to the caller, once the others have been written
             errors[position] = error

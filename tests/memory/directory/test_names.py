@@ -132,8 +132,8 @@ def test_the_name_of_a_write_that_was_taken_back(tmp_path: Path) -> None:
     memory = Memory.open(tmp_path, PlainModel())
     memory.write(chunk(1), source="kept")
 
-    def full(payload: Any) -> None:
-        journal(payload)
+    def full(*given: Any) -> None:
+        journal(*given)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     assert memory.directory is not None

@@ -10,7 +10,7 @@ import torch
 
 from mplus.errors import InputError, NonFiniteError
 from mplus.memory import Memory
-from mplus.memory.writing import passes as writing
+from mplus.memory.writing.change import ChunkChange
 from tests.helpers.clock import NOON, Hands
 from tests.memory.disks.plain import CONFIGS, PlainModel, chunk
 from tests.memory.tiny import assert_content, assert_same, content
@@ -66,7 +66,7 @@ def test_what_was_said_of_a_source_holds_on() -> None:
 @pytest.mark.parametrize("change", ["replace", "write"])
 def test_what_does_not_come_to_its_end_leaves_nothing(tmp_path: Path, live: bool, change: str, monkeypatch) -> None:
     memory = filled(Memory.open(tmp_path / "live", MODEL, batch_size=2) if live else MODEL.new_memory(2))
-    before, version, apply, calls = content(memory), memory.version, writing.apply_write, iter(range(9))
+    before, version, apply, calls = content(memory), memory.version, ChunkChange.make, iter(range(9))
 
     def failing(*arguments: object) -> None:
         if next(calls) == 1:
@@ -79,7 +79,7 @@ def test_what_does_not_come_to_its_end_leaves_nothing(tmp_path: Path, live: bool
             return memory.replace("a", [LONG, LONG])
         return memory.write([LONG, LONG], source="a", atomic=True)
 
-    monkeypatch.setattr(writing, "apply_write", failing)
+    monkeypatch.setattr(ChunkChange, "make", failing)
     for error in (NonFiniteError("NaN"), KeyboardInterrupt()):
         calls = iter(range(9))
         with pytest.raises(type(error)):

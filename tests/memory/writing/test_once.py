@@ -22,7 +22,7 @@ from mplus.memory.format.repair import repair
 from mplus.memory.format.verify import verify
 from mplus.memory.sources.writes import WriteLog, WriteRecord
 from mplus.memory.transaction import Streams
-from mplus.memory.writing import passes as writing
+from mplus.memory.writing.change import ChunkChange
 from mplus.memory.writing.write import write_together
 from tests.helpers.clock import noon
 from tests.memory.disks.disks import Failing, open_memory
@@ -88,7 +88,7 @@ def test_the_same_again_changes_nothing(tmp_path: Path, live: bool) -> None:
 @pytest.mark.parametrize("error", [NonFiniteError("NaN"), KeyboardInterrupt(), MemoryError()])
 def test_it_goes_on_at_the_next_chunk(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, report = expected_with(write_id="w")
-    memory, apply = filled(MODEL.new_memory(2)), writing.apply_write
+    memory, apply = filled(MODEL.new_memory(2)), ChunkChange.make
     for struck in (1, 0, 2):
         calls = iter(range(99))
 
@@ -97,12 +97,12 @@ def test_it_goes_on_at_the_next_chunk(error: BaseException, monkeypatch: pytest.
                 raise error
             apply(*arguments)
 
-        monkeypatch.setattr(writing, "apply_write", failing)
+        monkeypatch.setattr(ChunkChange, "make", failing)
         with pytest.raises(type(error)):
             memory.write(TEXTS, source="a", write_id="w")
         with pytest.raises(InputError, match="another text"):
             memory.write([chunk(1), chunk(1)], source="a", write_id="w")
-    monkeypatch.setattr(writing, "apply_write", apply)
+    monkeypatch.setattr(ChunkChange, "make", apply)
     assert [record.chunks for state in memory.states for record in state.writes] == [3, 3]
     memory = memory.fork()
     found = memory.write(TEXTS, source="a", write_id="w")
@@ -239,14 +239,14 @@ def test_a_program_that_is_started_again_writes_what_is_missing(texts: list[tupl
 
 
 def test_another_size_of_chunks_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory, apply, calls = MODEL.new_memory(2), writing.apply_write, iter(range(9))
+    memory, apply, calls = MODEL.new_memory(2), ChunkChange.make, iter(range(9))
 
     def failing(*arguments: object) -> None:
         if next(calls) == 1:
             raise KeyboardInterrupt
         apply(*arguments)
 
-    monkeypatch.setattr(writing, "apply_write", failing)
+    monkeypatch.setattr(ChunkChange, "make", failing)
     with pytest.raises(KeyboardInterrupt):
         memory.write(TEXTS, source="a", write_id="w")
     memory.save(tmp_path)
@@ -311,14 +311,14 @@ def in_pieces(memory: Memory, **options: Any) -> Any:
 def failing_at(monkeypatch: pytest.MonkeyPatch, struck: int, error: BaseException) -> None:
     """Let ``error`` strike in the place of a chunk; -1: in that of none."""
     monkeypatch.undo()
-    calls, apply = iter(range(99)), writing.apply_write
+    calls, apply = iter(range(99)), ChunkChange.make
 
     def applied(*arguments: Any) -> None:
         if next(calls) == struck:
             raise error
         apply(*arguments)
 
-    monkeypatch.setattr(writing, "apply_write", applied)
+    monkeypatch.setattr(ChunkChange, "make", applied)
 
 
 @pytest.mark.parametrize("atomic", [False, True])

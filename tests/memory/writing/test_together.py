@@ -20,7 +20,7 @@ from mplus.errors import (
     WriteTogetherError,
 )
 from mplus.memory import WriteReport
-from mplus.memory.writing import passes as writing
+from mplus.memory.writing.change import ChunkChange
 from tests.memory import tiny
 from tests.memory.disks.disks import Watched, open_memory
 
@@ -285,7 +285,7 @@ def test_a_pass_that_fails_is_divided(model: Any, monkeypatch: pytest.MonkeyPatc
 
 def test_an_interrupt_ends_it_at_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memories, taken = [model.new_memory() for _ in range(3)], []
-    apply_write = writing.apply_write
+    apply_write = ChunkChange.make
 
     def interrupted(*args: Any) -> None:
         if len(taken) == 4:
@@ -293,7 +293,7 @@ def test_an_interrupt_ends_it_at_once(model: Any, monkeypatch: pytest.MonkeyPatc
         taken.append(args)
         apply_write(*args)
 
-    monkeypatch.setattr(writing, "apply_write", interrupted)
+    monkeypatch.setattr(ChunkChange, "make", interrupted)
     with pytest.raises(KeyboardInterrupt):
         mplus.write_together(memories, [tiny.ids(48, seed) for seed in range(3)], errors="return")
     monkeypatch.undo()
