@@ -46,6 +46,7 @@ PARTS: Sequence[Part] = (
     Part("retrievers", "gates.retrievers:retrievers", 60),
     Part("faiss", "gates.retrievers:faiss_on_the_gpu", 60),
     Part("reading", "gates.reading:reads_and_writes", 110),
+    Part("batch-reader", "gates.batch:batch_reader", 80),
     Part("saving", "gates.saving:saving", 60),
     Part("training", "gates.training:steps", 90),
     Part("activations", "gates.training:activations", 90),

@@ -23,6 +23,7 @@ AT_A_TIME = 6
 """Gates that run beside one another: they compute little, and most of their time goes into starting and compiling."""
 FOR_GATES = 0.6
 """Share of a run's time after which no gate goes on, so that something is left for what is timed."""
+PATIENCE = 4.0
 LEAST = 15.0
 """Seconds below which no part is begun: it would hardly have started."""
 REASON = 400
@@ -42,7 +43,7 @@ class Runner:
         results: the file of JSON lines that every part appends to.
         seconds: of the whole run.
         options: of every part's process.
-        rehearsal: nothing is on a GPU; kernels are interpreted.
+        rehearsal: nothing is on a GPU; kernels are interpreted, and each part has ``PATIENCE`` times as long.
         at_a_time: processes of parts that take no times.
         command: makes the command line of a part.
         say: is told of every part that has ended.
@@ -75,7 +76,8 @@ class Runner:
 
     def run_part(self, part: Part) -> bool:
         """Run one part and write how it ended, unless it has done so itself. Returns whether it went well."""
-        limit = min(part.seconds, self._end - time.monotonic())
+        patience = PATIENCE if self.rehearsal else 1.0
+        limit = min(patience * part.seconds, self._end - time.monotonic())
         if limit < min(LEAST, part.seconds):
             return self._ended(part, "skipped", f"not run: too little was left of {self.seconds:.0f} seconds", 0.0)
         log = self.results.with_name(f"{part.name}.log")

@@ -24,7 +24,7 @@ def measure(
     memory = [one for name in backend_names(backends) for one in mplus_variants(name) if one.score == PUBLISHED_SCORE]
     variants = [*memory, *(one for one in BASELINES if one.name != "published")]
     results = verify(variants, preset, device)
-    fixture = BenchmarkFixture(preset, device)
+    fixture = BenchmarkFixture(preset, device, keep=False)
 
     def section(rates: MachineRates) -> Section:
         return time_steps(Comparison.of(fixture, variants, results, preset.prompt + STEPS), repeats, rates)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from benchmarks.pages import architectures, chat, field, gpu, index, memory, quality, readme, retrieval, speed, training
@@ -85,6 +87,41 @@ def test_pages_say_whether_a_gpu_has_run_it():
     }
     for page, words in said.items():
         assert (words in (ROOT / page).read_text(encoding="utf-8")) != gpu.recorded(), page
+
+
+def test_the_page_shows_a_run_on_a_gpu(tmp_path, monkeypatch):
+    where = {
+        "device": "NVIDIA X",
+        "capability": "9.0",
+        "torch": "2",
+        "cuda": "13",
+        "transformers": "5",
+        "commit": "abc",
+    }
+    gates = [
+        {"part": "stores", "gate": name, "status": name, "reason": name * 2} for name in ("ok", "failed", "skipped")
+    ]
+    parts = [{"part": "stores", "status": "failed", "reason": "1 gates failed"}]
+    parts.append({"part": "tiered", "status": "failed", "reason": "ended at its limit"})
+    steps = {"kind": "batch", "cases": [{"users": 32, "ms": {"step": 1.5}, "ratios": {}}]}
+    records = {
+        "gates": {**where, "date": "2026-01-01", "parts": parts, "gates": gates},
+        "read-p": reads(),
+        "batch-p": steps,
+    }
+    for name, record in records.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    monkeypatch.setattr(gpu, "FOLDER", tmp_path)
+    monkeypatch.setattr(gpu, "load", lambda kind, name: records[name])
+    page = gpu.render()
+    assert "NVIDIA X, compute capability 9.0" in page
+    assert "| `stores` | 1 | 1 | 1 |" in page
+    assert "- `failed`: failedfailed" in page
+    assert "- `tiered`: ended at its limit" in page
+    assert "| users 32 | step | 1.500 |" in page
+    assert "| mplus/sdpa | 4.000 |" in page
+    assert all(f"benchmarks/gpu/records/{name}.json" in page for name in records)
+    assert gpu.NONE.strip() not in page
 
 
 def test_nothing_that_is_timed_computed_something_wrong():

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from benchmarks.gpu.gates.decoders import Decoders, ids, in_mode, written
 from benchmarks.gpu.session import Session
@@ -38,9 +39,12 @@ def static_reader(session: Session) -> None:
                 options = {"fullgraph": True, "backend": "eager"}  # no compiler is needed for it
             with session.gate(f"static reader/{name}/{kind}/{dtype}".replace("torch.", "")) as gate:
                 torch.compiler.reset()
+                counters.clear()
                 reader = StaticReader(three.there, options)
                 for found, one, truth in zip(by_reader(three.there, reader), plain, exact, strict=True):
                     gate.close(found, one, truth)
+                skipped = counters["inductor"]["cudagraph_skips"]
+                gate.holds(not skipped, f"no CUDA graph was made of {skipped} graphs")
 
 
 @torch.no_grad()

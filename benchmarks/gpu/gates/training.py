@@ -83,7 +83,7 @@ def activations(session: Session) -> None:
     tokens = 64
     if not session.tiny:  # so much that copies and computation are under way at the same time
         sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 8}
-        tokens = 4096
+        tokens = 2048
     for dtype in (torch.float32,) if session.tiny else (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
         fields: dict[str, Any] = {**sizes, "num_key_value_heads": 2, "vocab_size": 256}

@@ -13,13 +13,14 @@ from mplus.bench import attention as attending
 from mplus.bench import decode as decoding
 from mplus.bench import read as reading
 from mplus.bench import score as scoring
-from mplus.bench.presets import PRESETS, Preset, check_room
+from mplus.bench.presets import PRESETS, SPARE, Preset, check_room, free_bytes
 from mplus.bench.record import Record
 from mplus.errors import NotSupported
 
 BACKENDS = (TritonBackend.name, "sdpa", "reference")
 LONG_TERM = (150_000, 60_000, 20_000, 4_096)
 """Long-term rows, as many as fit."""
+REPEATS, FIRST_REPEATS = 7, 3
 FIRST_ROWS = 4_096
 """Long-term rows of the first, short measurement, whose record is there should the long one not end in time."""
 
@@ -44,7 +45,7 @@ def read(session: Session) -> None:
     """Time fresh reads of short and long prompts."""
 
     def of(preset: Preset, repeats: int) -> Record:
-        lengths = preset.lengths[:2] if repeats < preset.repeats else preset.lengths
+        lengths = preset.lengths[:2] if repeats == FIRST_REPEATS else preset.lengths
         return reading.measure(*how(session, preset), repeats, BACKENDS[:2], lengths)
 
     measure(session, "read", of)
@@ -65,9 +66,9 @@ def measure(session: Session, kind: str, run: Callable[[Preset, int], Record]) -
     preset = fitting(session)
     if not session.tiny:
         first = evolve(preset, long_term_rows=min(FIRST_ROWS, preset.long_term_rows))
-        write(session, f"{kind}-{preset.name}", run(first, 3))
+        write(session, f"{kind}-{preset.name}", run(first, FIRST_REPEATS))
         free()
-    write(session, f"{kind}-{preset.name}", run(preset, preset.repeats))
+    write(session, f"{kind}-{preset.name}", run(preset, min(REPEATS, preset.repeats)))
 
 
 def write(session: Session, name: str, record: Record) -> None:
@@ -101,11 +102,18 @@ def fitting(session: Session) -> Preset:
         preset = evolve(PRESETS["llama3-8b"], long_term_rows=rows)
         try:
             check_room(preset, session.device)
-            check_room(evolve(preset, layers=1, vocab_size=1), torch.device("cpu"))
         except NotSupported:
             continue
-        return preset
+        if fits_on_host(preset):
+            return preset
     return evolve(PRESETS["cpu"], dtype="bfloat16", device="cuda")
+
+
+def fits_on_host(preset: Preset) -> bool:
+    """Return whether the long-term rows that the published read keeps on the host fit there."""
+    rows = preset.layers * preset.long_term_rows * (preset.hidden_size + preset.retriever_width)
+    room = free_bytes(torch.device("cpu"))
+    return room is None or rows * preset.torch_dtype.itemsize * SPARE < room
 
 
 def free() -> None:
