@@ -51,7 +51,7 @@ test-real: $(VENV)/.installed  ## The tests with a chat model, which is download
 test-serving: $(VENV)/.installed  ## The tests of the server, those with openai's client, Ray and Chromium too, which it installs
 	command -v chromium > /dev/null || apt-get install --yes --no-install-recommends chromium
 	$(VENV)/bin/pip install --no-compile -c constraints.txt -e '.[ray]' openai playwright
-	MPLUS_RAY=1 $(VENV)/bin/pytest tests/serving
+	MPLUS_RAY=1 MPLUS_SCREENSHOTS=1 $(VENV)/bin/pytest tests/serving
 
 test-matrix:  ## The tests with the oldest supported transformers and with the newest release
 	tools/environment.sh .venv-transformers-oldest transformers==$(OLDEST_TRANSFORMERS)

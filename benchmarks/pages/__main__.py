@@ -1,8 +1,22 @@
 """Write every page and figure that is made from records, and what the README quotes: ``python -m benchmarks.pages``."""
 
-from benchmarks.pages import architectures, chat, field, gpu, index, memory, quality, readme, retrieval, speed, training
+from benchmarks.pages import (
+    architectures,
+    chat,
+    field,
+    gpu,
+    index,
+    memory,
+    plan,
+    quality,
+    readme,
+    retrieval,
+    serving,
+    speed,
+    training,
+)
 
-for page in (index, chat, quality, memory, speed, retrieval, gpu, architectures, training, field):
+for page in (index, chat, quality, memory, speed, retrieval, gpu, serving, plan, architectures, training, field):
     page.PAGE.write_text(page.render(), encoding="utf-8")
 for page in (memory, speed, retrieval):
     for figure, drawn in page.figures().items():

@@ -6,7 +6,21 @@ import json
 
 import pytest
 
-from benchmarks.pages import architectures, chat, field, gpu, index, memory, quality, readme, retrieval, speed, training
+from benchmarks.pages import (
+    architectures,
+    chat,
+    field,
+    gpu,
+    index,
+    memory,
+    plan,
+    quality,
+    readme,
+    retrieval,
+    serving,
+    speed,
+    training,
+)
 from benchmarks.quality.architectures.comparisons import HYBRID_TOLERANCE, SEARCHES, TOLERANCE
 from benchmarks.quality.architectures.decoders import ARCHITECTURES, BY_NAME
 from benchmarks.quality.architectures.measure import COLUMNS
@@ -23,6 +37,8 @@ PAGES = {
     "architectures": architectures,
     "training": training,
     "field": field,
+    "serving": serving,
+    "plan": plan,
 }
 RECORDS = sorted(ROOT.glob("benchmarks/*/records/*.json"))
 WRITE = "run: python -m benchmarks.pages"

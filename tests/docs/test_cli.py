@@ -20,12 +20,14 @@ COMMANDS = {
     "info",
     "plugins",
     "replay",
+    "serve",
     "train",
     "import",
     "memory show",
     "memory verify",
 }
 COMMANDS |= {f"memory {name}" for name in ("forget", "repair", "sources", "expire", "pin", "unpin", "text")}
+COMMANDS |= {f"keys {name}" for name in ("make", "list", "revoke")}
 COMMANDS |= {f"eval {name}" for name in TOLD}
 COMMANDS |= {"eval retention", "eval harm", "eval retriever", "eval abstention"}
 COMMANDS |= {"bench read", "bench write", "bench decode", "bench score", "bench attention", "bench store"}

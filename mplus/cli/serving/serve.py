@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mplus.cli.get import need_smollm2
+from mplus.cli.serving.ray import engines_on_ray
 from mplus.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -75,6 +76,13 @@ def serve(
         bool, typer.Option("--in-process", help="Run the decoder in a thread of the server, not in a process.")
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads for torch. Default: as torch has it.")] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Run the decoder in engines on Ray: the cluster of RAY_ADDRESS, or one here.")
+    ] = False,
+    engines: Annotated[
+        str, typer.Option(help="With --ray: how many engines, or the fewest and the most, as in 1-8.")
+    ] = "1",
+    engine_gpus: Annotated[float, typer.Option(min=0, help="With --ray: GPUs of each engine.")] = 0.0,
 ) -> None:
     """Serve a model to many users, a memory of its own for each, over the API of OpenAI and a page at /.
 
@@ -106,7 +114,10 @@ def serve(
     if model == SMOLLM2:
         need_smollm2()
     with listen(host, port) as listening:
-        engine = _engine(DecoderSource(model, mechanism, name, threads), config, in_process=in_process)
+        if ray:
+            engine = engines_on_ray(model, name, mechanism, config, engines, threads or 1, engine_gpus)
+        else:
+            engine = _engine(DecoderSource(model, mechanism, name, threads), config, in_process=in_process)
         print(f"{model} is served at http://{_shown(listening)} ({_access(keys)})", file=sys.stderr)
         make_server(make_app(engine, config, keys, metrics_open=metrics_open), grace=grace).run([listening])
 

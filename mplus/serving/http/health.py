@@ -22,9 +22,9 @@ async def root() -> Response:
 
 
 @router.get("/health")
-async def health() -> Response:
-    """Say that the process answers."""
-    return JSONResponse({"status": "ok"})
+async def health(front: FrontOf) -> Response:
+    """Say that the process answers, and whether it asks for keys: the page looks here before it asks for one."""
+    return JSONResponse({"status": "ok", "keys": front.keys.needed})
 
 
 @router.get("/ready")

@@ -53,8 +53,9 @@ class RayEngineClient:
         handle: of the deployment of engines, whose router is an ``OwnerRouter``.
     """
 
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self.handle = handle
+    def __init__(self, handle: DeploymentHandle[Any], end: Callable[[], None]) -> None:
+        """Args: ``end`` is called by ``close``, in a thread."""
+        self.handle, self._end = handle, end
 
     async def model(self) -> ModelFacts:
         """Return the facts of the decoder, which all engines share."""
@@ -102,7 +103,8 @@ class RayEngineClient:
         return dict(total)
 
     async def close(self) -> None:
-        """Do nothing: engines are ended by Ray, which lets each close its memories."""
+        """End the engines, if this process started them; each closes its memories."""
+        await asyncio.to_thread(self._end)
 
     async def _stream(self, request: Generate) -> AsyncIterator[Sequence[Event]]:
         handle = self.handle.options(method_name="generate", multiplexed_model_id=placement_key(request), stream=True)

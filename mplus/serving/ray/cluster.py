@@ -1,100 +1,112 @@
-"""Starting and ending a server on Ray: a front that speaks HTTP, and engines behind it."""
+"""Starting and ending the engines of a server on Ray; fronts speak HTTP, and reach them by a RayEngineClient."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 from attrs import define, evolve, field
 from ray import serve
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions, RequestRouterConfig
-from starlette.types import ASGIApp
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from mplus.serving.messages import EngineClient
+from mplus.config import whole
+from mplus.errors import ConfigError
 from mplus.serving.ray.client import RayEngineClient
 from mplus.serving.ray.replica import EngineReplica, EngineSettings
 from mplus.serving.ray.router import OwnerRouter
 from mplus.serving.ray.scaling import WantedEngines
 
-APPLICATION, ENGINES, FRONT = "mplus", "engines", "front"
+APPLICATION, ENGINES = "mplus", "engines"
 UNBOUNDED = 100_000
 """Requests at a replica: engines bound their queues themselves, tenant by tenant, and refuse with a reason."""
 LOCK_SECONDS = 0.25
-"""Seconds that an engine waits for a memory that another one has open, before that is asked for it."""
+"""Seconds that an engine waits for a memory that another one has open, before that one is asked for it."""
 GRACE = 35.0
-"""Seconds that a replica has to end: more than the answers that run in it have."""
+"""Seconds that an engine has to end: more than the answers that run in it have."""
+HEALTH_SECONDS = 2.0
+UPSCALE_SECONDS = 5.0
 
 
 @define(frozen=True, kw_only=True)
-class ClusterSettings:
-    """Settings of a server on Ray beside those of its engines.
+class Engines:
+    """The number of engines, and what each needs.
 
     Attributes:
-        host, port: that the proxies of Ray listen at.
-        fewest, most: engines; equal: as many, always.
-        fronts: processes that speak HTTP and tokenise.
-        engine_options: of Ray for each engine, such as ``{"num_cpus": 8, "num_gpus": 1}``.
+        fewest, most: equal: as many, always; else by the requests that wait.
+        resources: of Ray for each, such as ``{"num_cpus": 8, "num_gpus": 1}``.
+
+    Raises:
+        ConfigError: ``fewest`` is above ``most``.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    fewest: int = 1
-    most: int = 1
-    fronts: int = 1
-    engine_options: Mapping[str, float] = field(factory=lambda: {"num_cpus": 1})
+    fewest: int = field(default=1, validator=whole(1))
+    most: int = field(default=1, validator=whole(1))
+    resources: Mapping[str, float] = field(factory=lambda: {"num_cpus": 1})
+
+    def __attrs_post_init__(self) -> None:
+        if self.fewest > self.most:
+            raise ConfigError(f"fewest must be at most {self.most}, the most engines, got {self.fewest}")
+
+    @staticmethod
+    def parse(text: str, resources: Mapping[str, float]) -> Engines:
+        """Return the engines of "2" or "1-8". Raises ConfigError."""
+        fewest, _, most = text.partition("-")
+        if not (fewest.isdecimal() and (most or fewest).isdecimal()):
+            raise ConfigError(f"engines must be a number, or two as in 1-8, got {text!r}")
+        return Engines(fewest=int(fewest), most=int(most or fewest), resources=resources)
+
+    def options(self, places: int) -> dict[str, Any]:
+        """Return the options of Ray's deployment; ``places``: answers that one engine generates at once."""
+        if self.fewest == self.most:
+            return {"num_replicas": self.fewest}
+        policy = AutoscalingPolicy(policy_function=WantedEngines, policy_kwargs={"places": places})
+        return {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=self.fewest, max_replicas=self.most, policy=policy, upscale_delay_s=UPSCALE_SECONDS
+            )
+        }
 
 
-def start(settings: EngineSettings, front: Callable[[EngineClient], ASGIApp], cluster: ClusterSettings) -> None:
-    """Start a server on the Ray cluster that this process is connected to, and return once it answers.
+class Cluster:
+    """A connection to Ray, and the engines there.
 
-    Args:
-        settings: of the engines.
-        front: makes the application that speaks HTTP, in each process of the front.
-        cluster: where and how many.
+    The cluster that ``RAY_ADDRESS`` names is used; where it names none, one is started on this machine, for as long as
+    this lasts. Where engines of a server run already, they are joined: this process is one more front for them.
+
+    Example:
+        >>> client = Cluster().start(EngineSettings(model="smollm2", config=config), Engines(most=4))  # doctest: +SKIP
+        >>> await client.close()  # doctest: +SKIP
     """
-    serve.start(http_options=HTTPOptions(host=cluster.host, port=cluster.port, request_timeout_s=None))
-    engines = serve.deployment(EngineReplica, name=ENGINES).options(
-        ray_actor_options=dict(cluster.engine_options),
-        max_ongoing_requests=UNBOUNDED,
-        graceful_shutdown_timeout_s=GRACE,
-        health_check_period_s=2,
-        request_router_config=RequestRouterConfig(request_router_class=OwnerRouter),
-        **_replicas(cluster, settings.config.max_batch),
-    )
 
-    def application() -> ASGIApp:
-        return front(RayEngineClient(serve.get_deployment_handle(ENGINES, APPLICATION)))
+    def __init__(self) -> None:
+        address = os.environ.get("RAY_ADDRESS")
+        # A cluster of this machine alone stays on loopback.
+        local = {} if address else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, **local)
+        self._started = False
 
-    fronts = serve.deployment(serve.ingress(application)(), name=FRONT).options(
-        num_replicas=cluster.fronts,
-        ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=UNBOUNDED,
-        graceful_shutdown_timeout_s=GRACE,
-    )
-    config = evolve(settings.config, lock_seconds=LOCK_SECONDS)
-    serve.run(fronts.bind(engines.bind(evolve(settings, config=config))), name=APPLICATION, route_prefix="/")
+    def start(self, settings: EngineSettings, engines: Engines) -> RayEngineClient:
+        """Start the engines, or join those that run, and return a client of them once they answer."""
+        serve.start(proxy_location="Disabled")
+        if APPLICATION not in serve.status().applications:
+            self._started = True
+            config = evolve(settings.config, lock_seconds=LOCK_SECONDS)
+            deployment = serve.deployment(EngineReplica, name=ENGINES).options(
+                ray_actor_options=dict(engines.resources),
+                max_ongoing_requests=UNBOUNDED,
+                graceful_shutdown_timeout_s=GRACE,
+                health_check_period_s=HEALTH_SECONDS,
+                request_router_config=RequestRouterConfig(request_router_class=OwnerRouter),
+                **engines.options(config.max_batch),
+            )
+            serve.run(deployment.bind(evolve(settings, config=config)), name=APPLICATION, route_prefix=None)
+        return RayEngineClient(serve.get_deployment_handle(ENGINES, APPLICATION), self.close)
 
-
-def _replicas(cluster: ClusterSettings, places: int) -> dict[str, Any]:
-    if cluster.fewest == cluster.most:
-        return {"num_replicas": cluster.fewest}
-    policy = AutoscalingPolicy(policy_function=WantedEngines, policy_kwargs={"places": places})
-    return {
-        "autoscaling_config": AutoscalingConfig(
-            min_replicas=cluster.fewest, max_replicas=cluster.most, policy=policy, upscale_delay_s=5
-        )
-    }
-
-
-def connect(host: str) -> None:
-    """Connect to the cluster that ``RAY_ADDRESS`` names, or start one on this machine; on loopback, it stays there."""
-    local = {"_node_ip_address": "127.0.0.1"} if host == "127.0.0.1" else {}
-    ray.init(ignore_reinit_error=True, log_to_driver=False, include_dashboard=False, **local)
-
-
-def stop() -> None:
-    """End the server: no new requests, those that run end, memories are closed."""
-    serve.delete(APPLICATION)
-    serve.shutdown()
-    ray.shutdown()
+    def close(self) -> None:
+        """End the engines that this started, which close their memories; then disconnect."""
+        if self._started:
+            serve.delete(APPLICATION)
+            serve.shutdown()
+        ray.shutdown()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 import torch
-from attrs import define
+from attrs import define, field
 from filelock import FileLock
 
 from mplus.config import JsonValue
@@ -27,7 +28,7 @@ class EngineSettings:
         mechanism: of the memory; None: as ``ServedDecoder.load`` takes it.
         served_name: what clients call the decoder; None: by ``model``.
         threads: of torch, in each engine.
-        server: an id of the running server.
+        server: an id of this start of the server.
     """
 
     model: str
@@ -35,7 +36,7 @@ class EngineSettings:
     mechanism: str | None = None
     served_name: str | None = None
     threads: int = 1
-    server: str
+    server: str = field(factory=lambda: uuid.uuid4().hex)
 
 
 class EngineReplica:

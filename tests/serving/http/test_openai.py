@@ -190,6 +190,6 @@ def test_while_there_is_no_engine(http, engine):
     engine.down = True
     for response in (http.post("/v1/completions", json={"prompt": "x"}), http.get("/v1/models"), http.get("/ready")):
         assert error_of(response, 503)["code"] == "engine_not_ready"
-    assert http.get("/health").json() == {"status": "ok"}
+    assert http.get("/health").json() == {"status": "ok", "keys": False}
     engine.down = False
     assert http.get("/ready").status_code == 200

@@ -1,0 +1,39 @@
+"""``mplus serve --ray``: the engines of a server on Ray."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+import attrs
+
+from mplus.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mplus.serving.config import ServeConfig
+    from mplus.serving.messages import EngineClient
+
+
+def engines_on_ray(
+    model: str, name: str | None, mechanism: str | None, config: ServeConfig, engines: str, threads: int, gpus: float
+) -> EngineClient:
+    """Start engines on Ray, or join those that run there, and return a client of them.
+
+    Args:
+        model, name, mechanism: as ``mplus serve`` takes them.
+        config: of the server.
+        engines: "2", or the fewest and the most, as in "1-8".
+        threads, gpus: of each engine.
+
+    Raises:
+        ConfigError: Ray is not installed, or ``engines`` is neither.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("--ray needs Ray: pip install 'mplus[ray]'")
+    from mplus.serving.ray.cluster import Cluster, Engines
+    from mplus.serving.ray.replica import EngineSettings
+
+    wanted = Engines.parse(engines, {"num_cpus": threads, "num_gpus": gpus})
+    shared = attrs.evolve(config, memories=config.memories.resolve())  # engines run in folders of their own
+    settings = EngineSettings(model=model, served_name=name, mechanism=mechanism, config=shared, threads=threads)
+    return Cluster().start(settings, wanted)
