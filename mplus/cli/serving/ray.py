@@ -11,19 +11,18 @@ from mplus.errors import ConfigError
 
 if TYPE_CHECKING:
     from mplus.serving.config import ServeConfig
+    from mplus.serving.engine.decoder import DecoderSource
     from mplus.serving.messages import EngineClient
 
 
-def engines_on_ray(
-    model: str, name: str | None, mechanism: str | None, config: ServeConfig, engines: str, threads: int, gpus: float
-) -> EngineClient:
+def engines_on_ray(source: DecoderSource, config: ServeConfig, engines: str, gpus: float) -> EngineClient:
     """Start engines on Ray, or join those that run there, and return a client of them.
 
     Args:
-        model, name, mechanism: as ``mplus serve`` takes them.
+        source: of the decoder; each engine computes with its threads.
         config: of the server.
         engines: "2", or the fewest and the most, as in "1-8".
-        threads, gpus: of each engine.
+        gpus: of each engine.
 
     Raises:
         ConfigError: Ray is not installed, or ``engines`` is neither.
@@ -33,7 +32,7 @@ def engines_on_ray(
     from mplus.serving.ray.cluster import Cluster, Engines
     from mplus.serving.ray.replica import EngineSettings
 
-    wanted = Engines.parse(engines, {"num_cpus": threads, "num_gpus": gpus})
+    wanted = Engines.parse(engines, {"num_cpus": source.threads or 1, "num_gpus": gpus})
     shared = attrs.evolve(config, memories=config.memories.resolve())  # engines run in folders of their own
-    settings = EngineSettings(model=model, served_name=name, mechanism=mechanism, config=shared, threads=threads)
-    return Cluster().start(settings, wanted)
+    source = attrs.evolve(source, threads=source.threads or 1)
+    return Cluster().start(EngineSettings(source=source, config=shared), wanted)

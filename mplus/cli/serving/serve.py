@@ -114,10 +114,11 @@ def serve(
     if model == SMOLLM2:
         need_smollm2()
     with listen(host, port) as listening:
+        source = DecoderSource(model, mechanism, name, threads)
         if ray:
-            engine = engines_on_ray(model, name, mechanism, config, engines, threads or 1, engine_gpus)
+            engine = engines_on_ray(source, config, engines, engine_gpus)
         else:
-            engine = _engine(DecoderSource(model, mechanism, name, threads), config, in_process=in_process)
+            engine = _engine(source, config, in_process=in_process)
         print(f"{model} is served at http://{_shown(listening)} ({_access(keys)})", file=sys.stderr)
         make_server(make_app(engine, config, keys, metrics_open=metrics_open), grace=grace).run([listening])
 

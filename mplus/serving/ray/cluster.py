@@ -76,7 +76,7 @@ class Cluster:
     this lasts. Where engines of a server run already, they are joined: this process is one more front for them.
 
     Example:
-        >>> client = Cluster().start(EngineSettings(model="smollm2", config=config), Engines(most=4))  # doctest: +SKIP
+        >>> client = Cluster().start(EngineSettings(source=source, config=config), Engines(most=4))  # doctest: +SKIP
         >>> await client.close()  # doctest: +SKIP
     """
 

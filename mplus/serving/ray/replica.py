@@ -5,14 +5,13 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 
-import torch
 from attrs import define, field
 from filelock import FileLock
 
 from mplus.config import JsonValue
 from mplus.serving.config import ServeConfig
 from mplus.serving.engine.client import InProcessEngine
-from mplus.serving.engine.decoder import ServedDecoder
+from mplus.serving.engine.decoder import DecoderSource
 from mplus.serving.errors import ServingError
 from mplus.serving.messages import Command, Event, Generate, ModelFacts
 from mplus.serving.ray.agreement import agree
@@ -23,19 +22,13 @@ class EngineSettings:
     """Settings of the engines of a server.
 
     Attributes:
-        model: "smollm2", a folder, or a name on the Hub.
+        source: of the decoder, which every machine loads for itself.
         config: of the server; the folder of memories is one that all engines share.
-        mechanism: of the memory; None: as ``ServedDecoder.load`` takes it.
-        served_name: what clients call the decoder; None: by ``model``.
-        threads: of torch, in each engine.
         server: an id of this start of the server.
     """
 
-    model: str
+    source: DecoderSource
     config: ServeConfig
-    mechanism: str | None = None
-    served_name: str | None = None
-    threads: int = 1
     server: str = field(factory=lambda: uuid.uuid4().hex)
 
 
@@ -51,13 +44,10 @@ class EngineReplica:
     """
 
     def __init__(self, settings: EngineSettings) -> None:
-        torch.set_num_threads(settings.threads)
         folder = settings.config.memories
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with FileLock(folder / ".loading.lock"):  # the first engine keeps what was added to the decoder, for all
-            decoder = ServedDecoder.load(
-                settings.model, folder, mechanism=settings.mechanism, served_name=settings.served_name
-            )
+            decoder = settings.source.load(settings.config)
         agree(folder, settings.server, decoder.model.mplus_engine.fingerprint())
         self._client = InProcessEngine(decoder, settings.config)
 
