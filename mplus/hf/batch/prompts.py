@@ -65,27 +65,24 @@ def read_alone(model: WrappedModel, request: RowRequest) -> ReadPrompt:
     """
     engine = model.mplus_engine
     ids = torch.tensor([request.ids], device=engine.device)
-    arguments = _arguments([request])
-    if request.memory is None:
-        text = WrappedText(model, None)
-        logits = text.read(ids)
-        return ReadPrompt(logits, ids.shape[1], text=text, layers=_layers(text.cache, None, 0, ids.shape[1]))
-    if isinstance(engine, TextEngine):
-        return _read_with_text(model, engine, request, request.memory, ids, arguments)
-    engine.check_attention()
-    reading = _asked(model, read(engine, request.memory, 1), [request], ids.shape[1])
+    if request.memory is not None and isinstance(engine, TextEngine):
+        return _read_with_text(model, engine, request, request.memory, ids)
+    reading = None
+    if request.memory is not None:
+        engine.check_attention()
+        reading = asked(model, read(engine, request.memory, 1), [request], ids.shape[1])
     text = WrappedText(model, reading)
-    logits = text.read(ids)
-    moved = moved_by_memory(reading, torch.device("cpu"))
-    return ReadPrompt(
-        logits,
-        ids.shape[1] + int(moved),
-        retrieved_sources(reading)[0],
-        reading.version,
-        acts(reading),
-        text,
-        _layers(text.cache, reading, 0, ids.shape[1]),
-    )
+    return result_of(text, text.read(ids))
+
+
+def result_of(text: WrappedText, logits: Tensor) -> ReadPrompt:
+    """Return a prompt that ``text`` has read, with the logits ``[V]`` of what follows."""
+    reading, tokens = text.reading, text.ids.shape[1]
+    if reading is None:
+        return ReadPrompt(logits, tokens, text=text, layers=_layers(text.cache, None, 0, tokens))
+    moved = int(moved_by_memory(reading, torch.device("cpu")))
+    sources, layers = retrieved_sources(reading)[0], _layers(text.cache, reading, 0, tokens)
+    return ReadPrompt(logits, tokens + moved, sources, reading.version, acts(reading), text, layers)
 
 
 @torch.no_grad()
@@ -109,7 +106,7 @@ def read_together(model: WrappedModel, requests: Sequence[RowRequest]) -> list[R
     reading = None
     if memories:
         engine.check_attention()
-        reading = _asked(model, read_many(engine, memories), requests, longest)
+        reading = asked(model, read_many(engine, memories), requests, longest)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     kept = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}  # type: ignore[misc]
     output = generate_in(
@@ -141,7 +138,7 @@ def _arguments(requests: Sequence[RowRequest]) -> ReadArguments:
     )
 
 
-def _asked(model: WrappedModel, reading: Reading, requests: Sequence[RowRequest], tokens: int) -> Reading:
+def asked(model: WrappedModel, reading: Reading, requests: Sequence[RowRequest], tokens: int) -> Reading:
     """Return a reading that retrieves as the requests say, with so many columns of prompt."""
     ask(reading, model, _arguments(requests), None)
     reading.retrieve_every, reading.prompt_tokens, reading.keep = requests[0].retrieve_every, tokens, True
@@ -178,8 +175,8 @@ def _read_with_text(
     request: RowRequest,
     memory: Memory,
     ids: Tensor,
-    arguments: ReadArguments,
 ) -> ReadPrompt:
+    arguments = _arguments([request])
     check_memory(engine, memory)
     refuse_for_text(engine, arguments)
     reading = read_text(memory, 1)

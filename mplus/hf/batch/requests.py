@@ -74,6 +74,10 @@ class Row:
     error: Exception | None = None
     _logits: Tensor | None = None
 
+    def joined(self, logits: Tensor, sources: Sequence[Sequence[RetrievedSource]], memory_version: int | None) -> None:
+        """Take note of what the prompt came to."""
+        self._logits, self.sources, self.memory_version = logits, sources, memory_version
+
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the prompt."""

@@ -41,15 +41,14 @@ class WrappedText:
         model: Any = self.model  # what ``generate`` calls between its forwards is typed for transformers' own classes
         begun = self.ids.shape[1] > 0
         ids = torch.cat([self.ids.to(new.device), new], 1)
-        given = self._inputs
-        if not begun:
-            given = {**given, "attention_mask": torch.ones_like(new)}
-            given.update({"logits_to_keep": 1} if model._supports_logits_to_keep() else {})
+        given = {**self._inputs, "attention_mask": torch.ones_like(ids)}
+        if not begun and model._supports_logits_to_keep():
+            given["logits_to_keep"] = 1
         inputs = model.prepare_inputs_for_generation(
             ids, next_sequence_length=new.shape[1] if begun else None, is_first_iteration=not begun, **given
         )
         output = generate_in(model, self.reading, model, **inputs, return_dict=True)
-        self._inputs = model._update_model_kwargs_for_generation(output, dict(given))
+        self._inputs = model._update_model_kwargs_for_generation(output, given)
         self.ids = ids
         logits: Tensor = output.logits[0, -1]
         return logits

@@ -276,6 +276,11 @@ def _read_pass(
     return active, so_far
 
 
+def open_with(engine: DecoderEngine, reading: Reading, ids: Tensor) -> None:
+    """Let the mechanism get ready for all of a prompt, ids ``[B, T]`` without padding, that is then read in pieces."""
+    _open(engine, reading, ReadSource(reading, None), ids, None)
+
+
 def _open(engine: DecoderEngine, reading: Reading, source: ReadSource, text: Tensor, so_far: TextSoFar | None) -> None:
     """Let the mechanism get ready for the first forward, of ids ``[B, T]`` or embeddings ``[B, T, w]``.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, SupportsIndex, TypeVar
@@ -120,6 +121,19 @@ def run_in(active: Pass | None, function: Callable[P, T], *args: P.args, **kwarg
     return context.run(function, *args, **kwargs)
 
 
+_PAUSE: ContextVar[Callable[[], None] | None] = ContextVar("mplus_pause", default=None)
+
+
+@contextmanager
+def pausing(pause: Callable[[], None]) -> Iterator[None]:
+    """Call ``pause`` before every layer of the passes that this context runs: it may let other threads go first."""
+    token = _PAUSE.set(pause)
+    try:
+        yield
+    finally:
+        _PAUSE.reset(token)
+
+
 class MemoryLayer(Layer):
     """Mixed into a decoder layer's class; does nothing outside a pass."""
 
@@ -131,6 +145,9 @@ class MemoryLayer(Layer):
         if active is None:
             plain: Tensor | tuple[Tensor, ...] = super().__call__(*args, **kwargs)
             return plain
+        pause = _PAUSE.get()
+        if pause is not None:
+            pause()
         index, collection, edit = self.__dict__["_mplus_memory_index"], active.collection, active.edit
         if edit is not None or collection is not None:
             hidden = args[0] if args else kwargs["hidden_states"]

@@ -26,7 +26,7 @@ from tests.hf.batch.readers import memories, wrapped
 from tests.memory.tiny import ids
 
 if TYPE_CHECKING:
-    from mplus.hf.batch.batch_reader import Joining
+    from mplus.hf.batch.joining import Joining
     from mplus.memory import Memory
 
 pytestmark = pytest.mark.two_computations

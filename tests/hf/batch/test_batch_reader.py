@@ -167,7 +167,7 @@ def test_nothing_of_a_row_that_left_reaches_the_next_in_its_place() -> None:
     model = wrapped("mplus")
     company = Company(mplus.BatchReader(model))
     _, last = company.join(*asking(model, [(None, 50), (None, 40)]))
-    for layer in company.reader._buffers[-1]._layers:
+    for layer in company.reader._stepped._buffers[-1]._layers:
         layer.keys[1], layer.values[1] = torch.inf, torch.nan
     company.leave([last])
     company.join(*asking(model, [(None, 3)]))
@@ -186,18 +186,3 @@ def test_half_precision() -> None:
     for row, own in zip(rows, alone_logits, strict=True):
         assert error(row.logits.float(), own.float()) < 16 * torch.finfo(torch.bfloat16).eps * max(spread, 1)
     assert reader.step([1, 2, 3, 4]).dtype == torch.bfloat16
-
-
-def test_a_joining_reads_in_pieces() -> None:
-    model = wrapped("mplus")
-    memory, reader = memories(model)[1], mplus.BatchReader(model)
-    joining = reader.begin([(memory, ids(6)), (None, ids(3)), (memory, ids(9))])
-    with pytest.raises(InputError, match="has not joined yet"):
-        _ = joining.rows[0].logits
-    assert not joining.advance(6)
-    assert reader.rows == joining.rows[:1]
-    reader.step([5])
-    assert not joining.advance(1)
-    assert joining.advance(1)
-    assert joining.done
-    assert set(reader.rows) == set(joining.rows)

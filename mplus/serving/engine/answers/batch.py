@@ -11,7 +11,8 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from mplus.hf.batch.batch_reader import BatchReader, Joining
+from mplus.hf.batch.batch_reader import BatchReader
+from mplus.hf.batch.joining import Joining
 from mplus.hf.batch.requests import Row, RowRequest
 from mplus.memory.memory import Memory
 from mplus.serving.engine.answers.pace import Pace
