@@ -44,6 +44,7 @@ class Text:
         reopens: of a read: what it reads may be chosen anew as more of it comes (``retrieve_every``).
         shared: of a read: returns a table for what reads of this state of the memory share, which is kept until the
             memory or a weight changes; None where nothing may be shared, because gradients flow, say.
+        shared_by_row: the same for each batch row of a read of many memories; (): it is a read of one.
 
     Example:
         >>> text = Text(torch.tensor([[0, 0, 7, 8]]), mask=torch.tensor([[False, False, True, True]]))
@@ -65,6 +66,7 @@ class Text:
     min_score: float | None = None
     reopens: bool = False
     shared: Callable[[], dict[str, Any] | None] = lambda: None
+    shared_by_row: Sequence[Callable[[], dict[str, Any] | None]] = ()
 
     @property
     def positions(self) -> Tensor:

@@ -99,7 +99,7 @@ class LinearRetriever(Retriever):
                 raise ValueError("the linear retriever needs rows with keys; this store was made without (key_size=0)")
             chunks = store.chunks(layer, "key")
             searched = [Searched(texts[row], chunks, store.count(layer)) for row in rows]
-            if len(rows) < len(stores) and searched[0].small:
+            if searched[0].small and (len(rows) < len(stores) or (len(rows) == 1 and len(chunks) > 1)):
                 several.update(zip(rows, searched, strict=True))
                 continue
             score = partial(score_rows, self.options.score, [one.text for one in searched])

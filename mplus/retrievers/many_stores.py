@@ -8,7 +8,7 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from mplus.retrievers.ranking import ids_at, ranks_of, top, unranked
+from mplus.retrievers.ranking import ranks_of, top, unranked
 from mplus.retrievers.scores import score_into
 from mplus.stores.base import Chunk
 
@@ -92,6 +92,7 @@ def _best(searched: Sequence[Searched], score: str, k: int) -> list[tuple[Tensor
     found = []
     for one, own, there in zip(searched, best, values, strict=True):
         count = min(k, one.count)
-        ids = ids_at([chunk.ids for chunk in one.chunks], own[:count])
-        found.append((ids, there[:count]))
+        chunks = [chunk.ids for chunk in one.chunks]
+        ids = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+        found.append((ids.index_select(0, own[:count]), there[:count]))
     return found

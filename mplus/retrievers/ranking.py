@@ -60,7 +60,7 @@ def best_rows(
     if best is None:
         return [(torch.empty(0, dtype=torch.int64), torch.empty(0))] * texts
     places, scores = unranked(top(best, k, last=True))
-    return [(ids_at(blocks, own), there) for own, there in zip(places, scores, strict=True)]
+    return [(_ids_at(blocks, own), there) for own, there in zip(places, scores, strict=True)]
 
 
 def _promising(scores: Tensor, best: Tensor, k: int) -> Tensor | None:
@@ -111,7 +111,7 @@ def top(ranks: Tensor, k: int, last: bool = False) -> Tensor:
     return ranks.topk(min(k, ranks.shape[-1]), sorted=last).values
 
 
-def ids_at(blocks: Sequence[Tensor], places: Tensor) -> Tensor:
+def _ids_at(blocks: Sequence[Tensor], places: Tensor) -> Tensor:
     """Return ids of the rows at ``places`` ``[n]``, which count on from block to block."""
     if len(blocks) == 1:
         return blocks[0].index_select(0, places)

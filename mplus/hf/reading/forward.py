@@ -302,6 +302,10 @@ def _open(engine: DecoderEngine, reading: Reading, source: ReadSource, text: Ten
     )
     if reading.memory is not None and reading.look is not None:
         front = evolve(front, shared=partial(engine.shared, reading.memory, reading.version, reading.look))
+    if reading.look is not None:
+        several = zip(reading.memories, reading.versions, strict=True)
+        tables = [partial(engine.shared, memory, version, reading.look) for memory, version in several]
+        front = evolve(front, shared_by_row=tables)
     reading.open(engine.decoder, reading.asking(front, copies), copies)
     if so_far is not None and query is not None:
         so_far.begin(query.repeat_interleave(repeats, 0), own.shape[1], reading.context_tokens)

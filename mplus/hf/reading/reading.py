@@ -43,7 +43,7 @@ class Reading:
         views: one stream per batch row of the memory.
         memory: the memory the views were taken from (None: several, or a test pass), and its ``version`` then.
         tokenizer: of the memory, or of all of several; None: there is none.
-        versions: of several memories, one per batch row; (): there is one, or none.
+        memories, versions: several memories, one per batch row, and their versions then; (): there is one, or none.
         prepared: what reads of this state share, where rows are read as they are kept; else None.
         opened: what the mechanism made ready, with a view for each stream; where it ``reopens``, for each batch row.
         look: the weights it began with; None for a test pass.
@@ -95,6 +95,7 @@ class Reading:
     goes_on: bool = False
     starts: Tensor | None = None
     versions: Sequence[int] = ()
+    memories: Sequence[Memory] = ()
     tokenizer: Any = field(default=Factory(lambda self: getattr(self.memory, "tokenizer", None), takes_self=True))
 
     def open(self, decoder: Decoder, text: Text, copies: int = 1) -> None:

@@ -22,7 +22,7 @@ from mplus.mechanisms.short_term.joint_prefix import JointPrepared
 from mplus.mechanisms.short_term.merging import newest_in, with_newest, without_newest
 from mplus.mechanisms.short_term.prefix_cache import Prepared
 from mplus.mechanisms.short_term.state import ShortTermState, state_of
-from mplus.mechanisms.short_term.tail import read_tails
+from mplus.mechanisms.short_term.tail import read_tails, read_tails_of_each
 from mplus.mechanisms.short_term.write import (
     Drop,
     MadeFrom,
@@ -323,7 +323,10 @@ class RowMechanism(MemoryMechanism):
         """Read what waits, if anything does, in a pass of its own, which reads of the same state share."""
         if not any(view.state.tail for view in views):
             return Opened(views)
-        tail = read_tails(self, decoder, views, text.shared())
+        if text.shared_by_row:
+            tail = read_tails_of_each(self, decoder, views, [table() for table in text.shared_by_row])
+        else:
+            tail = read_tails(self, decoder, views, text.shared())
         learned = decoder.shape.positions == "learned"  # those of the text go on behind those of the tail
         return Opened(views, own=tail, text_offset=torch.tensor(tail.counts) if learned else None)
 

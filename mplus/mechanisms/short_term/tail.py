@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from attrs import define, evolve
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mplus.backends.base import Segment
 from mplus.errors import NotSupported
@@ -31,6 +32,7 @@ class Reader(Protocol):
     def has_prefix(self, view: StreamView) -> bool: ...
     def prefix_rows(self, view: StreamView) -> int: ...
     def prepare(self, projection: KeptProjection, batch: int | None) -> Any: ...
+    def prepare_together(self, prepared: Sequence[Any]) -> Any: ...
 
 
 @define(frozen=True, eq=False)
@@ -108,6 +110,42 @@ def read_tails(
     return TailRows(made, places, tokens, _positions(decoder))
 
 
+def read_tails_of_each(
+    mechanism: Reader, decoder: Decoder, views: Sequence[StreamView], tables: Sequence[dict[str, Any] | None]
+) -> TailRows:
+    """Read the tails of streams of different memories as ``read_tails`` does, in one pass for those not read before.
+
+    Args:
+        mechanism, decoder, views: as there.
+        tables: of each view, what reads of its memory share; None: nothing.
+    """
+    table_of = {id(view.state): table for view, table in zip(views, tables, strict=True)}
+    distinct = list({id(view.state): view for view in views if view.state.tail}.values())
+    made: dict[int, tuple[Tensor, ...]] = {}
+    for view in distinct:
+        table = None if view.access_log is not None else table_of[id(view.state)]
+        states, layers = (table or {}).get(SHARED, ((), ()))
+        if len(states) == 1 and states[0] is view.state:
+            made[id(view.state)] = tuple(rows[0] for rows in layers)
+    unread = [view for view in distinct if id(view.state) not in made]
+    if unread:
+        counts = [view.state.tail_tokens for view in unread]
+        read = _read(mechanism, decoder, unread, counts)
+        for place, (view, count) in enumerate(zip(unread, counts, strict=True)):
+            # Copies: a view would keep the rows of all others.
+            own = tuple(rows[place : place + 1, :count].clone() for rows in read)
+            made[id(view.state)] = tuple(rows[0] for rows in own)
+            table = table_of[id(view.state)]
+            if table is not None:
+                table[SHARED] = ([view.state], own)
+    numbers = {id(view.state): number for number, view in enumerate(distinct)}
+    places = [numbers.get(id(view.state)) for view in views]
+    tokens = [0 if place is None else distinct[place].state.tail_tokens for place in places]
+    rows_of_layers = zip(*(made[id(view.state)] for view in distinct), strict=True)
+    layers = tuple(pad_sequence(list(rows), batch_first=True) for rows in rows_of_layers)
+    return TailRows(layers, places, tokens, _positions(decoder))
+
+
 def _read(
     mechanism: Reader, decoder: Decoder, distinct: Sequence[StreamView], counts: Sequence[int]
 ) -> tuple[Tensor, ...]:
@@ -123,8 +161,7 @@ def _read(
         ids[row, : counts[row]] = torch.cat([part.ids for part in view.state.tail]).to(ids)
     mask = torch.arange(ids.shape[1], device=ids.device) < torch.tensor(counts, device=ids.device)[:, None]
     behind = [evolve(view, state=evolve(view.state, tail=())) for view in distinct]
-    keeps_hidden = all(view.store.layout.keeps_hidden for view in behind)
-    opened = Opened(behind, prepared=None if keeps_hidden else mechanism.prepare(decoder.kept, None))
+    opened = Opened(behind, prepared=_prepared(mechanism, decoder, behind))
 
     def prefix(layer: int, hidden: Tensor, project: Project) -> tuple[Segment, ...]:
         if not any(map(mechanism.has_prefix, behind)):
@@ -136,6 +173,16 @@ def _read(
     rows = max(map(mechanism.prefix_rows, behind))
     # Padding is behind the text, where no real token sees it.
     return decoder.run(ids, prefix=prefix, prefix_rows=rows, adapter="read", collect={"inputs"}).inputs
+
+
+def _prepared(mechanism: Reader, decoder: Decoder, views: Sequence[StreamView]) -> Any:
+    """Return what reads of rows that are kept as keys and values go by; None: there are hidden states of all."""
+    layouts = [view.store.layout for view in views]
+    if all(layout.keeps_hidden for layout in layouts):
+        return None
+    if all(layout.projected_size for layout in layouts):
+        return mechanism.prepare(decoder.kept, None)
+    return mechanism.prepare_together([mechanism.prepare(decoder.kept, None) for _ in views])
 
 
 def _positions(decoder: Decoder) -> RowPositions | None:

@@ -121,6 +121,19 @@ def test_whatever_they_keep_of_a_row_one_forward_reads_them_but_not_by_two_token
         read_many(model.mplus_engine, some)
 
 
+def test_text_that_waits_is_read_once_for_all_reads_of_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, passes = tiny.variant("paper"), list[int]()
+    some = memories(model, (3, 130, 2, 1))  # all of three texts waits
+    run = model.mplus_engine.decoder.run
+    monkeypatch.setattr(model.mplus_engine.decoder, "run", lambda ids, **to: passes.append(len(ids)) or run(ids, **to))
+    alone(model, some[0], texts(1)[0])
+    together(model, some, texts(4))
+    assert passes == [1, 2], "what a read alone had read is not read again"
+    compare(model, some[::-1], texts(4))
+    compare(model, [some[2], some[2], some[0]], texts(3))
+    assert passes == [1, 2]
+
+
 def test_short_term_rows_are_turned_once_for_all_reads_of_a_memory() -> None:
     model = tiny.variant("paper")
     some = memories(model, memory_rows="projected")

@@ -70,6 +70,7 @@ def read_many(engine: DecoderEngine, memories: Sequence[Memory]) -> Reading:
         [one.view for one in taken],
         prepared=together,
         look=engine.watch.look(),
+        memories=memories,
         tokenizer=memories[0].tokenizer,
         versions=[one.version for one in taken],
     )
