@@ -120,13 +120,14 @@ def _live_facts(held: DirectoryInfo) -> dict[str, JsonValue]:
 
     plain = unstructured(held.manifest)
     plain["journal"] = {"file": held.manifest.journal, "bytes": held.journal_bytes, "records": held.records}
-    return {**plain, "bytes": held.disk_bytes, "texts_kept": held.texts_kept}
+    return {**plain, "bytes": held.disk_bytes, "ram_bytes": held.ram_bytes, "texts_kept": held.texts_kept}
 
 
 def _live_decoder(held: DirectoryInfo) -> Table:
     """Return what ``_decoder`` returns, of a memory in a directory."""
     manifest = held.manifest
-    table = _heading(manifest, f"{size(held.disk_bytes)} in {len(manifest.files)} files")
+    extent = f"{size(held.disk_bytes)} in {len(manifest.files)} files, {size(held.ram_bytes)} in RAM once it is open"
+    table = _heading(manifest, extent)
     table.add_row("journal", f"{held.records:,} records since the last checkpoint, {size(held.journal_bytes)}")
     if manifest.bytes_budget is not None:
         table.add_row("budget", size(manifest.bytes_budget))

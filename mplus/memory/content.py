@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from typing import Self
+from weakref import WeakSet
+
 import torch
 from attrs import evolve
 
@@ -17,6 +22,27 @@ from mplus.memory.state import StreamState, StreamView
 from mplus.memory.transaction import Streams
 from mplus.memory.writing.chunking import Tokenizer
 from mplus.stores.base import MemoryStore
+from mplus.stores.disk.locks import ProcessLock
+from mplus.stores.mmap import bytes_in_files
+from mplus.stores.sharing import distinct
+
+
+class Lease:
+    """A read of a memory that is under way; a context manager, which ends with its block or its last reference."""
+
+    def __init__(self, ended: Callable[[Lease], None]) -> None:
+        self._ended = ended
+        self.process = os.getpid()
+
+    def close(self) -> None:
+        """End it; idempotent."""
+        self._ended(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.close()
 
 
 class MemoryContent:
@@ -30,6 +56,8 @@ class MemoryContent:
     def __init__(self, streams: Streams, tokenizer: Tokenizer | None = None) -> None:
         self.streams = streams
         self.tokenizer = tokenizer
+        self._leases = WeakSet[Lease]()  # weak: an interrupt between two lines leaves none behind
+        self._lease_lock = ProcessLock()
 
     @property
     def engine(self) -> Engine:
@@ -70,6 +98,40 @@ class MemoryContent:
     def nbytes(self) -> int:
         """Bytes of all rows, short-term, pending and long-term (reserved capacity included); what is shared, once."""
         return self.streams.nbytes
+
+    @property
+    def ram_bytes(self) -> int:
+        """Bytes of all rows that are not in files: ``nbytes`` without mapped files, which the system may drop."""
+        return self.nbytes - sum(bytes_in_files(store) for store in distinct(self.stores))
+
+    def lease(self) -> Lease:
+        """Say that a read begins, which ends with the block: until then the memory is ``busy``.
+
+        For programs that keep many memories open and close those that nothing uses. Reads are right without it, also
+        where the memory is closed, forgets, or is deleted meanwhile: they hold what they read.
+
+        Example:
+            >>> with memory.lease():
+            ...     answer = model.generate(**question, memory=memory, max_new_tokens=8)
+            >>> memory.busy
+            False
+        """
+        lease = Lease(self._end)
+        with self._lease_lock.here():
+            self._leases.add(lease)
+        return lease
+
+    def _end(self, lease: Lease) -> None:
+        with self._lease_lock.here():
+            self._leases.discard(lease)
+
+    @property
+    def busy(self) -> bool:
+        """True while a read has a lease, or another thread changes the memory: it is not the time to close it."""
+        with self._lease_lock.here():
+            if any(lease.process == os.getpid() for lease in self._leases):
+                return True
+        return self.streams.is_changed_elsewhere
 
     @property
     def capacity(self) -> int | None:

@@ -95,6 +95,49 @@ class StoredMemory(MemoryContent):
 
         import_streams(self.streams, file, max_bytes)
 
+    @classmethod
+    def from_export(
+        cls,
+        path: str | Path,
+        file: str | Path | Origin,
+        model: Any,
+        *,
+        max_bytes: int | None = None,
+        tokenizer: Tokenizer | None = None,
+        store: JsonValue | Component = None,
+        eviction: JsonValue | Component = None,
+        bytes_budget: int | str | None = None,
+        file_mode: int | None = None,
+        clock: Clock | None = None,
+    ) -> Self:
+        """Make the directory ``path`` of an exported memory, and open it: wholly, or nothing is there.
+
+        A crash on the way leaves nothing at ``path``, and a folder ``.mplus-new-...`` beside it, which
+        ``mplus.memory.directory.removal.remove_deleted`` removes.
+
+        Args:
+            path: of the directory; not there yet, or empty.
+            file, max_bytes: as for ``import_``.
+            model: the wrapped decoder that the memory belongs to.
+            tokenizer, store, eviction, bytes_budget, file_mode, clock: as for ``open``.
+
+        Raises:
+            MemoryFileError: there is something at ``path``, it cannot be written; or as ``import_``.
+            MemoryMismatchError, MemoryFullError, InputError: as ``import_``.
+
+        Example:
+            >>> memory = mplus.Memory.from_export("anna", "anna.mplus", model)  # doctest: +SKIP
+        """
+        from mplus.memory.archive.importing import import_streams
+        from mplus.memory.directory.new import new_directory
+
+        given: dict[str, Any] = {"tokenizer": tokenizer, "store": store, "eviction": eviction, "file_mode": file_mode}
+        given |= {"bytes_budget": bytes_budget, "clock": clock}
+        with new_directory(Path(path)) as place, cls.open(place, model, **given) as memory:
+            import_streams(memory.streams, file, max_bytes, any_batch=True)
+            memory.streams.close()  # what waits goes on waiting
+        return cls.open(path, model, **given)
+
     @property
     def is_empty(self) -> bool:
         """True if nothing was written, or all of it was reset: ``import_`` takes no other memory."""

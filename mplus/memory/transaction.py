@@ -250,6 +250,15 @@ class Streams:
         self._enter_child()
         return self._state_locks.here()
 
+    @property
+    def is_changed_elsewhere(self) -> bool:
+        """True while another thread writes."""
+        lock: Any = self._write_locks.here()
+        free: bool = lock.acquire(blocking=False)
+        if free:
+            lock.release()
+        return not free
+
     # ------------------------------------------------------------------ changing
 
     def check_writable(self) -> None:

@@ -243,6 +243,12 @@ def mapped_store(store: MemoryStore) -> MmapStore:
     return found
 
 
+def bytes_in_files(store: MemoryStore) -> int:
+    """Return the bytes of a store's rows that are in mapped files, and not in memory."""
+    innermost = parts_of(store)[-1]
+    return innermost.nbytes - innermost.bytes_in_memory if isinstance(innermost, MmapStore) else 0
+
+
 def _remove_with(layers: Sequence[SegmentedRows], path: Path) -> None:
     """Let the file at ``path`` go with the last who looks at it."""
     for source in segment_sources(layers):

@@ -51,17 +51,22 @@ class Spool:
     manifest: str
 
 
-def import_streams(streams: Streams, file: str | Path | Origin, max_bytes: int | None) -> None:
-    """Let streams without content become what was exported; see ``Memory.import_``."""
+def import_streams(
+    streams: Streams, file: str | Path | Origin, max_bytes: int | None, *, any_batch: bool = False
+) -> None:
+    """Let streams without content become what was exported; see ``Memory.import_``.
+
+    ``any_batch``: there may be another number of them.
+    """
     if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0):
         raise InputError(f"max_bytes must be a whole number of at least 0, got {max_bytes!r}")
     if not isinstance(file, str | os.PathLike):
         if not callable(getattr(file, "read", None)):
             raise InputError(f"file must be a path or a binary file to read from, got {type(file).__name__}")
-        _import(streams, ArchiveReader(file, "the stream", max_bytes))
+        _import(streams, ArchiveReader(file, "the stream", max_bytes), any_batch)
         return
     with _opened(Path(file)) as opened:
-        _import(streams, ArchiveReader(opened, str(file), max_bytes))
+        _import(streams, ArchiveReader(opened, str(file), max_bytes), any_batch)
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -83,13 +88,13 @@ def is_empty(streams: Streams) -> bool:
     return True
 
 
-def _import(streams: Streams, reader: ArchiveReader) -> None:
+def _import(streams: Streams, reader: ArchiveReader, any_batch: bool) -> None:
     with streams.write_lock:
         streams.check_writable()
         if not is_empty(streams):
             raise InputError("a memory is imported into an empty one, and this one has content: reset it, or make one")
         with _spool(streams) as spool:
-            found = _checked(spool, reader, streams)
+            found = _checked(spool, reader, streams, any_batch)
 
             def become(states: list[StreamState]) -> None:
                 states[:] = found.states
@@ -119,7 +124,7 @@ def _spool(streams: Streams) -> Iterator[Spool]:
                     directory.files.remove(directory.folder / name)
 
 
-def _checked(spool: Spool, reader: ArchiveReader, streams: Streams) -> Streams:
+def _checked(spool: Spool, reader: ArchiveReader, streams: Streams, any_batch: bool) -> Streams:
     """Read everything, check all there is to check, and return the streams that it holds.
 
     Raises as ``Memory.import_``.
@@ -128,7 +133,7 @@ def _checked(spool: Spool, reader: ArchiveReader, streams: Streams) -> Streams:
     engine = streams.engine
     facts = engine.fingerprint(manifest.fingerprint)
     check_belongs(manifest, facts, engine.layout, reader.where, any_weights=keeps_chunks(engine))
-    if len(manifest.streams) != len(streams):
+    if not any_batch and len(manifest.streams) != len(streams):
         raise MemoryMismatchError(
             f"{reader.where} must have the batch size of the memory, {len(streams)}, got {len(manifest.streams)}"
         )

@@ -41,7 +41,8 @@ class DirectoryInfo:
         manifest: of its checkpoint, but with the streams as they are now.
         sources: of each stream.
         records, journal_bytes: of the journal.
-        disk_bytes: of all files.
+        disk_bytes: of all files that it names.
+        ram_bytes: that an opening takes (``mplus.memory_bytes``).
         texts_kept: whether texts are.
     """
 
@@ -50,6 +51,7 @@ class DirectoryInfo:
     records: int
     journal_bytes: int
     disk_bytes: int
+    ram_bytes: int
     texts_kept: bool
 
 
@@ -66,6 +68,7 @@ def read_info(folder: Path) -> DirectoryInfo:
         records=records,
         journal_bytes=size,
         disk_bytes=rows + manifest.state.bytes + size,
+        ram_bytes=manifest.state.bytes + size,
         texts_kept=any(state.texts is not None for state in content.states),
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import stat
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +24,11 @@ from mplus.stores.disk.files import FileSystem, Folder, writable
 DELETED = ".mplus-deleted-{}"
 DELETED_NAME = re.compile(r"\.mplus-deleted-[0-9a-f]{16}")
 """Name of a folder whose memory was deleted, and whose files are being removed."""
+NEW = ".mplus-new-{}"
+NEW_NAME = re.compile(r"\.mplus-new-[0-9a-f]{16}")
+"""Name of a folder in which a memory is being made, which gets its own name once that is whole."""
+LONGEST_START = 3600.0
+"""Seconds after which nobody is taken to be about to lock a folder that has no lock yet."""
 
 
 def delete_memory(path: str | Path, *, wait: float = 0.0, files: FileSystem | None = None) -> None:
@@ -60,7 +66,7 @@ def delete_memory(path: str | Path, *, wait: float = 0.0, files: FileSystem | No
                 gone = parent / DELETED.format(secrets.token_hex(8))
                 files.rename(parent / path.name, gone)
                 files.sync_folder(parent)
-                left = _remove(files, parent, gone.name)
+                left = remove_folder(files, parent, gone.name)
         finally:
             lock.file.release()
     if left:
@@ -71,7 +77,10 @@ def delete_memory(path: str | Path, *, wait: float = 0.0, files: FileSystem | No
 
 
 def remove_deleted(parent: str | Path, *, files: FileSystem | None = None) -> list[Path]:
-    """Remove what a crash left of memories that were deleted in the folder ``parent``; whoever opens it calls this.
+    """Remove what a crash left in the folder ``parent`` of memories that were deleted there, or not yet made.
+
+    Whoever keeps memories in a folder calls it when it begins. Memories that another process deletes or makes at this
+    moment are left to it.
 
     Returns:
         Folders that could not be removed.
@@ -82,7 +91,20 @@ def remove_deleted(parent: str | Path, *, files: FileSystem | None = None) -> li
     files = files or FileSystem()
     with writable(Path(parent)), Folder.open(parent) as held:
         names = [name for name in held.names() if DELETED_NAME.fullmatch(name)]
-        return [held.path / name for name in names if _remove(files, held, name)]
+        names += [name for name in held.names() if NEW_NAME.fullmatch(name) and _is_abandoned(files, held, name)]
+        return [held.path / name for name in names if remove_folder(files, held, name)]
+
+
+def _is_abandoned(files: FileSystem, parent: Folder, name: str) -> bool:
+    """Return True if a process began to make a memory in a folder, and does so no more."""
+    try:
+        with Folder.open(parent.path / name) as folder:
+            if (folder / LOCK).exists():
+                acquire(files, folder).file.release()
+                return True
+            return time.time() - (parent / name).stat().st_mtime > LONGEST_START
+    except (LiveMemoryError, OSError):
+        return False
 
 
 def _check_own(folder: Folder) -> None:
@@ -105,7 +127,7 @@ def _check_own(folder: Folder) -> None:
         )
 
 
-def _remove(files: FileSystem, parent: Folder, name: str) -> list[str]:
+def remove_folder(files: FileSystem, parent: Folder, name: str) -> list[str]:
     """Remove a folder and the files in it, as far as that is possible; return the names that are still there."""
     left = []
     try:
