@@ -29,6 +29,10 @@ class Engine(Protocol):
     """True if its memories are made of text, and written with ``write_text``."""
 
     @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of memories that are given none; None: these have none."""
+
+    @property
     def layout(self) -> StoreLayout:
         """Sizes, dtype and device of the rows this decoder makes."""
 

@@ -165,7 +165,7 @@ class StoredMemory(MemoryContent):
             model: with what mplus added when the memory was made; store, eviction, capacity (but for none), backend,
                 chunk size and number of retrieved rows may differ. Under other adapters of the user rows that have
                 hidden states are projected anew, with a warning.
-            tokenizer: lets ``write`` take text.
+            tokenizer: lets ``write`` take text; None: the one that was given to ``mplus.wrap``, if one was.
             store: another store for long-term rows than the model's config names.
             eviction: another eviction policy than the memory had. Under "ttl" the lifetime of rows without one begins.
             bytes_budget: another budget than the memory had (see ``new_memory``); it holds from the next write on.
@@ -183,7 +183,10 @@ class StoredMemory(MemoryContent):
         kind = None if store is None else Component.of(store)
         policy = None if eviction is None else Component.of(eviction)
         (engine := engine_of(model)).check_options(store=store, eviction=eviction, bytes_budget=bytes_budget)
-        memory = cls(load_streams(path, engine, kind, policy, bytes_budget, device, clock), tokenizer)
+        memory = cls(
+            load_streams(path, engine, kind, policy, bytes_budget, device, clock),
+            engine.tokenizer if tokenizer is None else tokenizer,
+        )
         expire(memory.streams)
         return memory
 
@@ -214,7 +217,7 @@ class StoredMemory(MemoryContent):
             path: made with its parents where it does not exist.
             model: the wrapped decoder; of a memory that exists, the one it was made for, as for ``load``.
             batch_size: of a new memory (default 1); of one that exists it must be right, if given.
-            tokenizer: lets ``write`` take text.
+            tokenizer: lets ``write`` take text; None: the one that was given to ``mplus.wrap``, if one was.
             seed, memory_rows, keep_text: of a new memory, as for ``new_memory``.
             store: default: the config's; mapped files take the place of its innermost one. A store that changes rows
                 (``quantized``) stays as the directory was made, one that does not (``tiered``) is as given now.
@@ -248,7 +251,7 @@ class StoredMemory(MemoryContent):
             except BaseException:
                 streams.persistence.close()
                 raise
-        return cls(streams, tokenizer)
+        return cls(streams, engine.tokenizer if tokenizer is None else tokenizer)
 
     @property
     def directory(self) -> Directory | None:

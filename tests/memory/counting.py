@@ -65,7 +65,7 @@ class CountingEngine:
             layers=LAYERS, hidden_size=WIDTH, key_size=self.mechanism.key_size, expiry=self.mechanism.expiry
         )
 
-    decoder = None
+    decoder = tokenizer = None
     writes_text = False
     vocab_size = 100
     dtype = torch.float32

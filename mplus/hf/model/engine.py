@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from attrs import evolve
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mplus.config import Component, JsonValue, MPlusConfig
 from mplus.errors import ConfigError, MemoryMismatchError, NotSupported
@@ -47,6 +47,7 @@ class DecoderEngine:
         mechanism: the rules of its memories.
         shape: of the decoder, as it was when it was wrapped.
         projection: how rows are kept projected, or why they cannot be.
+        tokenizer: of memories that are given none.
         readings: the blocks of ``model.reading`` that are open.
     """
 
@@ -67,6 +68,7 @@ class DecoderEngine:
         self.shape = shape
         self._embedded_as = self._embedding_dtype
         self.projection: Projection | str = "the decoder was wrapped without a self-check"
+        self.tokenizer: PreTrainedTokenizerBase | None = None
         self.decoder = WrappedDecoder(self)
         self.own_attention = OwnAttention(self)
         self.watch = Watch(self)

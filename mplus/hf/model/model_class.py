@@ -87,7 +87,7 @@ class MemoryModel(SavesAdditions):
 
         Args:
             batch_size: number of independent streams.
-            tokenizer: lets ``Memory.write`` take text.
+            tokenizer: lets ``Memory.write`` take text; None: the one that was given to ``wrap``, if one was.
             seed: stream i draws the rows that leave its STM from a generator seeded with ``seed + i``.
             store, eviction: override the config, as a name or ``{"name": ..., option: value}``.
             bytes_budget: bytes that the whole memory may take, all layers and streams together, as a number or "8GiB";
@@ -111,6 +111,7 @@ class MemoryModel(SavesAdditions):
             ```
         """
         engine = self.mplus_engine
+        tokenizer = engine.tokenizer if tokenizer is None else tokenizer
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ConfigError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         if memory_rows not in (None, "projected", "hidden", "both"):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 import torch
 from attrs import evolve
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -61,6 +61,7 @@ def wrap(
     *,
     check: bool = True,
     pool: Tensor | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Any:
     """Give a decoder a memory, in place.
 
@@ -78,6 +79,9 @@ def wrap(
             where half of the decoder's positions hold them, else smaller (``mplus.hf.model.sizes.resolve``).
         check: prove on a few tokens that reading and writing work; without it the first technique is taken on trust.
         pool: ``[L, N, d]`` short-term rows that every new memory starts from, where the mechanism has such rows.
+        tokenizer: of all memories of the decoder that are given none, by ``new_memory``, ``Memory.load`` or
+            ``Memory.open``. What the mechanism ``kv`` has to find out with one, by which chunks are compared, is found
+            out now, and not when the first memory is made.
 
     Returns:
         ``model`` itself.
@@ -86,15 +90,15 @@ def wrap(
         NotSupported: the decoder cannot carry a memory; the message says why, and ``details`` has every finding. Or
             adapters of your own are merged into it, or have a name of ours, "write" or "read"; with ``adapters=None``
             in the config only ``save_pretrained`` refuses these.
-        ConfigError, UnknownNameError, PluginError: the config does not fit.
+        ConfigError, UnknownNameError, PluginError: the config does not fit, or ``tokenizer`` is none.
 
     Warns:
         MemorySizeWarning: sizes that are given need more positions than the decoder has.
 
     Example:
         ```python
-        model = mplus.wrap(AutoModelForCausalLM.from_pretrained("meta-llama/Llama-3.1-8B"))
-        memory = model.new_memory(tokenizer=tokenizer)
+        model = mplus.wrap(AutoModelForCausalLM.from_pretrained("meta-llama/Llama-3.1-8B"), tokenizer=tokenizer)
+        memory = model.new_memory()
         memory.write("The key is under the blue stone.", source="garden")
         model.generate(**tokenizer("Where is the key?", return_tensors="pt"), memory=memory)
         ```
@@ -103,6 +107,8 @@ def wrap(
     if config is None and is_peft_model(model) and "mplus_installed" in model.get_base_model().__dict__:
         change_class(model, peft_model_class(getattr(type(model), "__mplus_base__", type(model))))
         return model
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ConfigError(f"tokenizer must be one of transformers, got {type(tokenizer).__name__}")
     config = as_memory_config(config)
     decoder = _decoder(model)
     kind = MECHANISMS.get(config.mechanism.name)
@@ -112,6 +118,13 @@ def wrap(
         _wrap_for_rows(decoder, config, check, pool)
     if is_peft_model(model):
         change_class(model, peft_model_class(type(model)))
+    if tokenizer is not None:
+        try:
+            cast("Any", decoder).new_memory(tokenizer=tokenizer)  # which finds out what it has to
+        except BaseException:
+            unwrap(model)
+            raise
+        cast("WrappedModel", decoder).mplus_engine.tokenizer = tokenizer
     return model
 
 

@@ -35,6 +35,7 @@ class TextEngine:
         model: the wrapped decoder.
         config: its memory configuration.
         mechanism: the rules of its memories.
+        tokenizer: of memories that are given none.
         sees_padding: whether the decoder sees padding that a mask hides, so that prompts of a batch must be equally
             long with what is recalled.
         readings: the blocks of ``model.reading`` that are open.
@@ -49,6 +50,7 @@ class TextEngine:
         self.config = config
         self.mechanism = mechanism
         self.sees_padding = sees_padding
+        self.tokenizer: PreTrainedTokenizerBase | None = None
         self.readings = OpenReadings()
 
     def __getstate__(self) -> dict[str, Any]:

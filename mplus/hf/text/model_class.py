@@ -66,8 +66,8 @@ class TextMemoryModel(MemoryModel):
 
         Args:
             batch_size: number of independent streams.
-            tokenizer: counts tokens, and turns what is recalled into them; without one a memory can be listed and made
-                to forget, but not written or read.
+            tokenizer: counts tokens, and turns what is recalled into them; None: the one that was given to ``wrap``.
+                Without one a memory can be listed and made to forget, but not written or read.
             seed: of the generators that every memory has; a memory of text draws nothing.
             store, eviction, bytes_budget, device, memory_rows, keep_text: of memories of rows; refused by name.
             clock: returns the present time, a datetime with a timezone; default: that of the computer, in UTC.
@@ -82,6 +82,7 @@ class TextMemoryModel(MemoryModel):
             ```
         """
         engine = self.mplus_engine
+        tokenizer = engine.tokenizer if tokenizer is None else tokenizer
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ConfigError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         engine.check_options(

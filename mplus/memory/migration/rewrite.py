@@ -63,7 +63,7 @@ def rewrite_memory(
             ``open``, as the old one is, and is there wholly or not at all: until all is written, it is made in
             ``<to>.rewriting`` beside it, where a further call goes on after a crash. None: the new one is in memory
             only.
-        tokenizer: of ``model``.
+        tokenizer: of ``model``; None: the one that was given to ``mplus.wrap``.
         old_tokenizer: the one that the kept ids are of, which no memory says. Where only weights, or the size of the
             vocabulary (``resize_token_embeddings``), have changed, it is ``tokenizer``. It may be left out for a memory
             of text, and for one of this very decoder.
@@ -84,6 +84,7 @@ def rewrite_memory(
         >>> memory = mplus.rewrite_memory("memory", new_model, "memory-2", tokenizer=new, old_tokenizer=old)
     """
     engine, kept, now = engine_of(model), read_kept(path), read_clock(clock or utc_now)
+    tokenizer = engine.tokenizer if tokenizer is None else tokenizer
     target = None if to is None else _checked(Path(to), kept)
     kept.check_text()
     same = _keeps_ids(kept, engine, tokenizer, old_tokenizer)
