@@ -100,6 +100,7 @@ class Engine:
         return self.metrics.now(
             requests_running=len(self._batch.running),
             requests_waiting=self._queue.waiting,
+            rows_waiting=self._queue.waiting,  # as the engine sees it, beside what the front counts
             batch_rows=len(self._batch.running),
             open_memories=len(self._pool),
             memory_bytes=self._pool.bytes,
@@ -211,24 +212,21 @@ class Engine:
     async def _generate(self, number: int, request: Generate, arrived: float) -> None:
         self._check(request)
         tenant, name, limit, queue = request.tenant, request.memory, self._limit(request), self._queue
-        queue.arrive(tenant)
-        done = self._loop.create_future()
-        answer = Answer(request, limit, partial(self._happened, number), done, arrived)
+        begin, done = queue.arrive(tenant), self._loop.create_future()
+        answer = Answer(request, limit, partial(self._happened, number), begin, done, arrived)
         async with AsyncExitStack() as held:
-            try:
-                lane = None if name is None else self._commands.lanes.begin_read(name)
-                if lane is not None:
-                    await lane[0].until(lane[1])
-                await queue.admit(tenant, request.answers, len(request.prompt) + request.answers * min(limit, COUNTED))
-                held.callback(queue.leave, tenant, request.answers)
-                if name is not None:
-                    memory = await held.enter_async_context(self._commands.reading(name))
-                    answer.memory, answer.version = memory, partial(self._commands.version, name, memory)
-                held.callback(self._batch.remove, answer)
-                self._batch.ready.append(answer)
-                self._wake.set()
-            finally:
-                queue.begin(tenant)
+            held.callback(begin)
+            lane = None if name is None else self._commands.lanes.begin_read(name)
+            if lane is not None:
+                await lane[0].until(lane[1])
+            await queue.admit(tenant, request.answers, len(request.prompt) + request.answers * min(limit, COUNTED))
+            held.callback(queue.leave, tenant, request.answers)
+            if name is not None:
+                memory = await held.enter_async_context(self._commands.reading(name))
+                answer.memory, answer.version = memory, partial(self._commands.version, name, memory)
+            held.callback(self._batch.remove, answer)
+            self._batch.ready.append(answer)
+            self._wake.set()
             await done
 
     def _happened(self, number: int, events: Sequence[Event]) -> None:

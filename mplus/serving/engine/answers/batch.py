@@ -31,6 +31,7 @@ class Answer:
         request: as it came.
         limit: tokens of each row at most.
         tell: is given what happens.
+        begin: called when it no longer waits.
         done: set when all rows have ended, or to what failed.
         arrived: when it came, by ``time.perf_counter``.
         memory: what is read; None: nothing is.
@@ -41,6 +42,7 @@ class Answer:
     request: Generate
     limit: int
     tell: Callable[[Sequence[Event]], None]
+    begin: Callable[[], None]
     done: asyncio.Future[None]
     arrived: float
     memory: Memory | None = None
@@ -188,6 +190,7 @@ class Batch:
                 break
             numbers = [(answer, answer.begun + number) for number in range(rows)]
             answer.begun += rows
+            answer.begin()
             if answer.begun == answer.request.answers:
                 self.ready.popleft()
             try:

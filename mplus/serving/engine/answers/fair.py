@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
+from collections.abc import Callable
 
 from attrs import define, field
 
@@ -44,20 +45,26 @@ class FairQueue:
         self._held: Counter[str] = Counter()
         self._seen: set[str] = set()
 
-    def arrive(self, tenant: str) -> None:
-        """Count a request that arrives. Raises ServingError (429) where too many of this tenant wait already."""
+    def arrive(self, tenant: str) -> Callable[[], None]:
+        """Count a request that arrives, and return what ends its waiting; calling that again does nothing.
+
+        Raises ServingError (429) where too many of this tenant wait already.
+        """
         if self._waiting[tenant] >= self.limit:
             raise ServingError(
                 f"{self.limit} requests of yours wait already, and more are not taken: try again",
                 429, "rate_limit_error", code="too_many_waiting", retry_after=1,
             )  # fmt: skip
         self._waiting[tenant] += 1
+        waits = [tenant]
 
-    def begin(self, tenant: str) -> None:
-        """Count one request less that waits: it is answered now, or has gone."""
-        self._waiting[tenant] -= 1
-        if not self._waiting[tenant]:
-            del self._waiting[tenant]
+        def begin() -> None:
+            while waits:
+                self._waiting[waits.pop()] -= 1
+                if not self._waiting[tenant]:
+                    del self._waiting[tenant]
+
+        return begin
 
     async def admit(self, tenant: str, rows: int, cost: int) -> None:
         """Wait until a request may be answered; ``leave`` ends it.
