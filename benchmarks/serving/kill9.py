@@ -100,7 +100,8 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
 
 async def compared(server: Server, users: int, done: dict[tuple[int, int], int]) -> tuple[list[str], list[str]]:
     """Return the notes that are not there, or not whole, and those with too much."""
-    lost, doubled = [], []
+    lost: list[str] = []
+    doubled: list[str] = []
     async with server.client() as client:
         for user in range(users):
             held = {one["name"]: one["tokens"] for one in await client.sources(f"user{user}")}

@@ -58,7 +58,7 @@ def test_one_with_many_requests_does_not_keep_another_waiting(serve: Serve, deco
     found, over = run(flood())
     refused = [one for one in found if isinstance(one, ServingError)]
     assert all(one.facts.status == 429 and one.facts.retry_after == 1 for one in refused)
-    assert len(refused) == 200 - 32  # all came before the first turn
+    assert len(refused) in range(200 - 32 - 20, 200 - 32 + 1)  # some begin while others come
     assert over < 20  # of those of the other tenant
 
 
