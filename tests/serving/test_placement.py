@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from mplus.errors import MemoryMismatchError
+from mplus.errors import ConfigError, MemoryMismatchError
 from mplus.serving.messages import DescribeUsage, Generate, ListMemories, ListSources, MemoryName
 from mplus.serving.ray.agreement import agree
 from mplus.serving.ray.placement import owner, placement_key
-from mplus.serving.ray.scaling import WAITING_PER_ENGINE, WantedEngines
+from mplus.serving.ray.scaling import WAITING_PER_ENGINE, Engines, WantedEngines
 
 KEYS = [placement_key(ListSources(MemoryName("tenant", f"memory-{number}"))) for number in range(600)]
 
@@ -75,3 +75,10 @@ def test_engines_come_where_requests_wait_and_go_where_the_others_have_room(engi
 
 def test_before_any_engine_has_said_anything_nothing_changes():
     assert WantedEngines(32)(SimpleNamespace(current_num_replicas=1, aggregated_metrics=None)) == (1, {})
+
+
+def test_a_number_of_engines_that_is_none_is_refused():
+    assert (Engines.parse("1-8", {}).fewest, Engines.parse("3", {}).most) == (1, 3)
+    for wrong in ("", "0", "4-2", "-1", "two", "1-"):
+        with pytest.raises(ConfigError):
+            Engines.parse(wrong, {})

@@ -94,13 +94,13 @@ class RayEngineClient:
                 await self._ask_back(request.memory)
 
     async def metrics(self) -> Mapping[str, float]:
-        """Return the sums of all engines' numbers."""
+        """Return the sums of all engines' numbers, and how many engines have answered."""
         told = await self.handle.broadcast("metrics").results_async(return_exceptions=True)
+        answered = [numbers for numbers in told if not isinstance(numbers, BaseException)]  # others end just now
         total: Counter[str] = Counter()
-        for numbers in told:
-            if not isinstance(numbers, BaseException):  # an engine that ends just now counts no more
-                total.update(numbers)
-        return dict(total)
+        for numbers in answered:
+            total.update(numbers)
+        return {**total, "engines": len(answered)}
 
     async def close(self) -> None:
         """End the engines, if this process started them; each closes its memories."""

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any
 
 import ray
-from attrs import define, evolve, field
+from attrs import evolve
 from ray import serve
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.config import RequestRouterConfig
 
-from mplus.config import whole
-from mplus.errors import ConfigError
 from mplus.serving.ray.client import RayEngineClient
 from mplus.serving.ray.replica import EngineReplica, EngineSettings
 from mplus.serving.ray.router import OwnerRouter
-from mplus.serving.ray.scaling import WantedEngines
+from mplus.serving.ray.scaling import Engines
 
 APPLICATION, ENGINES = "mplus", "engines"
 UNBOUNDED = 100_000
@@ -26,47 +22,6 @@ LOCK_SECONDS = 0.25
 GRACE = 35.0
 """Seconds that an engine has to end: more than the answers that run in it have."""
 HEALTH_SECONDS = 2.0
-UPSCALE_SECONDS = 5.0
-
-
-@define(frozen=True, kw_only=True)
-class Engines:
-    """The number of engines, and what each needs.
-
-    Attributes:
-        fewest, most: equal: as many, always; else by the requests that wait.
-        resources: of Ray for each, such as ``{"num_cpus": 8, "num_gpus": 1}``.
-
-    Raises:
-        ConfigError: ``fewest`` is above ``most``.
-    """
-
-    fewest: int = field(default=1, validator=whole(1))
-    most: int = field(default=1, validator=whole(1))
-    resources: Mapping[str, float] = field(factory=lambda: {"num_cpus": 1})
-
-    def __attrs_post_init__(self) -> None:
-        if self.fewest > self.most:
-            raise ConfigError(f"fewest must be at most {self.most}, the most engines, got {self.fewest}")
-
-    @staticmethod
-    def parse(text: str, resources: Mapping[str, float]) -> Engines:
-        """Return the engines of "2" or "1-8". Raises ConfigError."""
-        fewest, _, most = text.partition("-")
-        if not (fewest.isdecimal() and (most or fewest).isdecimal()):
-            raise ConfigError(f"engines must be a number, or two as in 1-8, got {text!r}")
-        return Engines(fewest=int(fewest), most=int(most or fewest), resources=resources)
-
-    def options(self, places: int) -> dict[str, Any]:
-        """Return the options of Ray's deployment; ``places``: answers that one engine generates at once."""
-        if self.fewest == self.most:
-            return {"num_replicas": self.fewest}
-        policy = AutoscalingPolicy(policy_function=WantedEngines, policy_kwargs={"places": places})
-        return {
-            "autoscaling_config": AutoscalingConfig(
-                min_replicas=self.fewest, max_replicas=self.most, policy=policy, upscale_delay_s=UPSCALE_SECONDS
-            )
-        }
 
 
 class Cluster:

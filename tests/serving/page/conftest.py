@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-import time
 from collections.abc import Iterator, Sequence
 
 import pytest
-from attrs import define
 
 from tests.serving import browser
+from tests.serving.served import Served, served
 
 collect_ignore = ["test_browser.py"] if browser.missing() else []
-
-
-@define(frozen=True)
-class Served:
-    """A server that runs, and the key of a tenant."""
-
-    address: str
-    key: str
 
 
 @pytest.fixture(scope="module")
@@ -31,31 +21,9 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Served]:
-    """stories260K with memories of keys and values, for users with keys."""
-    import uvicorn
-
-    import mplus
-    from mplus.hf.pretrained.shipped import load_decoder, load_tokenizer
-    from mplus.serving.config import Limits, ServeConfig
-    from mplus.serving.engine.client import InProcessEngine
-    from mplus.serving.engine.decoder import ServedDecoder
-    from mplus.serving.http.app import make_app
-    from mplus.serving.http.keys import Keys
-
-    folder = tmp_path_factory.mktemp("memories")
-    model = mplus.wrap(load_decoder(), mplus.MPlusConfig(mechanism="kv", chunk_tokens=32))
-    config = ServeConfig(memories=folder, limits=Limits(memories=8, disk_bytes=2**30))
-    keys = Keys(folder / "keys.json", "the-admin-key-of-the-tests")
-    client = InProcessEngine(ServedDecoder.of(model, load_tokenizer(), "stories260K"), config)
-    served = uvicorn.Server(uvicorn.Config(make_app(client, config, keys), port=0, log_level="warning"))
-    thread = threading.Thread(target=served.run, daemon=True)
-    thread.start()
-    while not served.started:
-        time.sleep(0.02)
-    port = served.servers[0].sockets[0].getsockname()[1]
-    yield Served(f"http://127.0.0.1:{port}/", keys.make("anna")[1])
-    served.should_exit = True
-    thread.join()
+    """A server for users with keys."""
+    with served(tmp_path_factory.mktemp("memories"), keys=True) as running:
+        yield running
 
 
 @pytest.fixture
