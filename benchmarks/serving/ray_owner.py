@@ -193,14 +193,17 @@ def main() -> None:
         for memory in memories:
             server.ask("/v1/memories", {"id": memory})
             server.ask(f"/v1/memories/{memory}/write", {"text": FACT, "source": "fact"})
-        record = {
-            **run_info(model="recall-tiny", engines=2, load_average=load_average()),
-            "hot": ask_at_once(server, memories[0], HOT),
-            "kills": [kill_owner(server, memories[0]) for _ in range(KILLS)],
-            "longest_hand_over_seconds": hand_over(server, memories),
-        }
-    record["worst_seconds_until_served"] = max(kill["seconds_until_served"] for kill in record["kills"])
-    record["refused_after_kills"] = sum(kill["refused"] for kill in record["kills"])
+        hot = ask_at_once(server, memories[0], HOT)
+        kills = [kill_owner(server, memories[0]) for _ in range(KILLS)]
+        longest = hand_over(server, memories)
+    record = {
+        **run_info(model="recall-tiny", engines=2, load_average=load_average()),
+        "hot": hot,
+        "worst_seconds_until_served": max(kill["seconds_until_served"] for kill in kills),
+        "refused_after_kills": sum(kill["refused"] for kill in kills),
+        "longest_hand_over_seconds": longest,
+        "kills": kills,
+    }
     write(record_path("serving", "ray_owner"), record)
     print(json.dumps(record, indent=1))
 

@@ -29,8 +29,9 @@ def engines_on_ray(source: DecoderSource, config: ServeConfig, engines: str, gpu
     """
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("--ray needs Ray: pip install 'mplus[ray]'")
-    from mplus.serving.ray.cluster import Cluster, Engines
+    from mplus.serving.ray.cluster import Cluster
     from mplus.serving.ray.replica import EngineSettings
+    from mplus.serving.ray.scaling import Engines
 
     wanted = Engines.parse(engines, {"num_cpus": source.threads or 1, "num_gpus": gpus})
     shared = attrs.evolve(config, memories=config.memories.resolve())  # engines run in folders of their own
