@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, StaticCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
 import mplus
 from benchmarks.records import record_path, write
@@ -66,8 +66,9 @@ def loaded(name: str) -> tuple[Any, Any]:
     torch.manual_seed(0)
     if name == "smollm2":
         folder = smollm2_folder()
-        model = mplus.from_pretrained(folder, mplus.MPlusConfig(mechanism="kv"), local_files_only=True)
-        return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        decoder = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return mplus.wrap(decoder, mplus.MPlusConfig(mechanism="kv")), tokenizer
     config = mplus.MPlusConfig(
         chunk_tokens=128, memory_tokens_per_chunk=32, short_term_tokens=192, retrieved_tokens=96,
         long_term_tokens=20000, retriever={"name": "linear", "width": 32},
@@ -98,11 +99,12 @@ class Users:
     def generate(self, model: Any, user: int) -> list[int]:
         """Return the answer to one user by ``model.generate``."""
         ids = torch.tensor([self.prompts[user]])
-        output = model.generate(
+        output: torch.Tensor = model.generate(
             ids, attention_mask=torch.ones_like(ids), memory=self.memories[user], max_new_tokens=NEW,
             min_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None,
         )  # fmt: skip
-        return output[0, ids.shape[1] :].tolist()
+        answer: list[int] = output[0, ids.shape[1] :].tolist()
+        return answer
 
     def equal(self, model: Any) -> bool:
         """Return True if the reader gives all users at once the texts that ``generate`` gives to each."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -270,20 +271,18 @@ def retrieved_sources(reading: Reading) -> list[list[list[RetrievedSource]]]:
 
 def _described(layer: int, retrieved: Retrieved, view: StreamView) -> list[RetrievedSource]:
     """Return what one layer retrieved for one batch row."""
-    units = torch.arange(len(retrieved.ids)) if retrieved.units is None else retrieved.units
-    lengths = units.unique_consecutive(return_counts=True)[1].tolist()
-    described, first = [], 0
-    for length in lengths:
-        number = int(retrieved.rows.source[first])
-        source = None if number == NO_SOURCE else view.state.sources[number]
-        one = RetrievedSource(
-            layer=layer,
-            source=None if source is None else source.name,
-            age=view.state.clock - 1 - int(retrieved.rows.birth[first]),
-            score=float(retrieved.scores[first]) if len(retrieved.scores) else None,
-            written=None if source is None else datetime_of(source.last_time),
-            tokens=length,
-        )
-        described.append(one)
-        first += length
-    return described
+    rows, newest, known = retrieved.rows, view.state.clock - 1, view.state.sources
+    lengths, firsts = [1] * len(retrieved.ids), list(range(len(retrieved.ids)))
+    if retrieved.units is not None:
+        lengths = retrieved.units.unique_consecutive(return_counts=True)[1].tolist()
+        firsts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+    # Lists, since a look at one number of a tensor takes longer than all the rest.
+    births, numbers = rows.birth.tolist(), rows.source.tolist()
+    scores = retrieved.scores.tolist() if len(retrieved.scores) else [None] * len(births)
+    sources = {number: known[number] for number in dict.fromkeys(numbers) if number != NO_SOURCE}
+    said = {number: (source.name, datetime_of(source.last_time)) for number, source in sources.items()}
+    found = []
+    for first, length in zip(firsts, lengths, strict=True):
+        name, written = said.get(numbers[first], (None, None))
+        found.append(RetrievedSource(layer, name, newest - births[first], scores[first], written, length))
+    return found
