@@ -48,7 +48,9 @@ def validation_error(error: ValidationError, prefix: str | None = None) -> Servi
         error: of pydantic.
         prefix: the top-level field that was validated; None: all of the body was.
     """
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    # Where a field may be of several types, the one that was meant is that which fits furthest.
+    first = max((one for one in found if one["loc"][:1] == found[0]["loc"][:1]), key=lambda one: len(one["loc"]))
     place = [prefix, *first["loc"]] if prefix else list(first["loc"])
     names = [str(part) for part in place if isinstance(part, int) or not _is_type(part)]
     param = names[0][:SHOWN] if names else None

@@ -57,6 +57,7 @@ class Front:
         metrics: counts.
         draining: the server ends, and takes no new requests.
         answers: being given now.
+        requests: being answered now, all but those for the server's own state.
     """
 
     client: EngineClient
@@ -68,6 +69,7 @@ class Front:
     metrics: Metrics = field(factory=Metrics)
     draining: bool = False
     answers: set[Cancellable] = field(factory=set)
+    requests: int = 0
     _decoder: Decoder | None = None
     _loading: asyncio.Lock = field(factory=asyncio.Lock)
 
@@ -94,15 +96,19 @@ class Front:
         return await self.client.call(command)
 
     async def drain(self, seconds: float) -> None:
-        """Take no new requests, and wait for answers that are given; after ``seconds``, end them with an error."""
+        """Take no new requests, and wait for those that have begun; after ``seconds``, end answers with an error."""
         self.draining = True
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self.answers:
+                while self.requests:
                     await asyncio.sleep(0.05)
-        error = ServingError("the server is shutting down", 503, "server_error", code="shutting_down", retry_after=5)
         for answer in list(self.answers):
-            answer.fail(error)
+            answer.fail(shutting_down())
+
+
+def shutting_down() -> ServingError:
+    """Return the error (503) of a request that comes, or is not over, when the server ends."""
+    return ServingError("the server is shutting down", 503, "server_error", code="shutting_down", retry_after=5)
 
 
 def front_of(request: Request) -> Front:

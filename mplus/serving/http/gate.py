@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
 from collections.abc import MutableMapping
@@ -16,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mplus.serving.errors import ServingError
 from mplus.serving.http.errors import error_response, internal_error
-from mplus.serving.http.front import Front
+from mplus.serving.http.front import Front, shutting_down
 from mplus.serving.http.keys import LOCAL_TENANT, RIGHTS, Caller
 from mplus.serving.http.record import RequestRecord, logger, tenant_hash
 
@@ -57,12 +58,19 @@ class Gate:
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", record.id.encode())]
             await send(message)
 
+        counted = scope["path"] not in WHILE_DRAINING
+        self.front.requests += counted
         try:
             scope["state"]["caller"] = caller = self._caller(scope["path"], headers)
             record.tenant = tenant_hash(caller.tenant)
             await self.app(scope, self._limited(scope["path"], headers, receive), sending)
         except ServingError as error:
             await error_response(error)(scope, receive, sending)
+        except asyncio.CancelledError:
+            if started or not self.front.draining:
+                raise
+            record.reason = "cancelled"  # uvicorn's patience is over
+            await error_response(shutting_down())(scope, receive, sending)
         except ClientDisconnect:
             record.reason = "disconnect"
         except Exception:
@@ -72,13 +80,13 @@ class Gate:
                 raise  # the connection is closed, as the answer cannot be mended
             await error_response(internal_error())(scope, receive, sending)
         finally:
+            self.front.requests -= counted
             self._end(record, scope)
 
     def _caller(self, path: str, headers: Headers) -> Caller:
         """Return whom a request comes from. Raises ServingError: it may not come in."""
         if self.front.draining and path not in WHILE_DRAINING:
-            message = "the server is shutting down"
-            raise ServingError(message, 503, "server_error", code="shutting_down", retry_after=5)
+            raise shutting_down()
         if not self.front.keys.needed:
             _check_local(headers)
             return Caller(LOCAL_TENANT, RIGHTS[:2])

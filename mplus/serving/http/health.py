@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from mplus.serving.errors import ServingError
-from mplus.serving.http.front import FrontOf, caller_of, need
+from mplus.serving.http.front import FrontOf, caller_of, need, shutting_down
 from mplus.serving.page.page import page
 
 router = APIRouter()
@@ -31,7 +31,7 @@ async def health(front: FrontOf) -> Response:
 async def ready(front: FrontOf) -> Response:
     """Say whether requests are answered: 503 while the decoder is not there, and when the server ends."""
     if front.draining:
-        raise ServingError("the server is shutting down", 503, "server_error", code="shutting_down")
+        raise shutting_down()
     await front.client.model()
     await front.decoder()
     return JSONResponse({"status": "ready"})

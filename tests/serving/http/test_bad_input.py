@@ -155,6 +155,15 @@ def test_messages(http, messages):
         assert error_of(http.post(RESPONSES, json={"input": messages}), 400)["param"] == "input"
 
 
+def test_the_fault_in_a_list_is_named(http):
+    error = error_of(
+        http.post(CHAT, json={"messages": [*HELLO, {"role": "user", "content": [{"type": "image"}]}]}), 400
+    )
+    assert error["message"].startswith("messages.1.content.")
+    error = error_of(http.post(RESPONSES, json={"input": [{"role": "user", "content": "x", "wrong": 1}]}), 400)
+    assert error["message"] == "unknown field: input.0.wrong"
+
+
 def test_required_fields(http):
     for path, field in ((CHAT, "messages"), (TEXT, "prompt"), (RESPONSES, "input"), ("/v1/memories", "id")):
         assert error_of(http.post(path, json={}), 400)["param"] == field

@@ -174,6 +174,27 @@ def test_the_end_waits_for_answers_and_tells_who_comes_late(served, engine):
     assert engine.closed
 
 
+def test_the_end_waits_for_writes_too(served, engine):
+    engine.pause = 0.5
+    made = served.post("/v1/memories/default/write", {"text": "words", "source": "s"})
+    wait(lambda: engine.called)
+    served.server.handle_exit(signal.SIGTERM, None)
+    assert rest(made).startswith(b"HTTP/1.1 200")
+    served.thread.join(10)
+
+
+def test_a_write_that_takes_too_long_is_told(app, engine):
+    engine.pause = 30
+    with serving(app) as served:
+        served.server._grace = served.server.config.timeout_graceful_shutdown = 0.1
+        made = served.post("/v1/memories/default/write", {"text": "words", "source": "s"})
+        wait(lambda: engine.called)
+        served.server.handle_exit(signal.SIGTERM, None)
+        answer = rest(made)
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b'"code":"shutting_down"' in answer
+
+
 def test_an_answer_that_takes_too_long_ends_with_an_error(app, engine):
     engine.pause = 0.05
     with serving(app) as served:

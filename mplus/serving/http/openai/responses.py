@@ -28,6 +28,7 @@ router = APIRouter()
 class InputMessage(ChatMessage):
     """An item of the input: a message. What an earlier answer had besides its words may come back with it."""
 
+    unsupported = ChatMessage.unsupported | {"phase"}
     type: Literal["message"] | None = None
     id: str | None = None
     status: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -157,7 +158,18 @@ class Reply:
         found: dict[str, JsonValue] = {"memory_version": first.memory_version}
         if sources:
             found["memory_sources"] = [
-                {"source": one.source, "rows": one.rows, "score": one.score, "age": one.age, "written": one.written}
+                {
+                    "source": one.source,
+                    "rows": one.rows,
+                    "score": _number(one.score),
+                    "age": one.age,
+                    "written": one.written,
+                }
                 for one in first.sources
             ]
         return found
+
+
+def _number(value: float | None) -> float | None:
+    """Return a number that JSON has; None for others."""
+    return value if value is not None and math.isfinite(value) else None

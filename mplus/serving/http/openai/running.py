@@ -25,6 +25,7 @@ COMMENT = ": waiting\n\n"
 REFUSED_WITHIN = 0.5
 """Seconds that the headers of a stream wait for the engine, so that a refusal has a status of its own."""
 Plain = Mapping[str, Any]
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class Shape(Protocol):
@@ -163,4 +164,4 @@ class EventStream(StreamingResponse):
 def frame(plain: Plain, event: str | None = None) -> str:
     """Return a server-sent event with JSON in it."""
     head = "" if event is None else f"event: {event}\n"
-    return f"{head}data: {json.dumps(plain, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"{head}data: {_encode(plain)}\n\n"
