@@ -77,6 +77,8 @@ class Joining:
             except Exception as error:  # noqa: BLE001 - it is that row's, and all others go on
                 _fail(rows, error)
         found = read_prompts(self._model, [rows[0].request for rows in sound], together=not self._slow)
+        copies_of = zip(found, map(len, sound), strict=True)
+        self._stepped.reserve([(read, count) for read, count in copies_of if isinstance(read, ReadPrompt)])
         for rows, read in zip(sound, found, strict=True):
             self._end(rows, read)
 

@@ -40,7 +40,7 @@ class ReadPrompt:
         version: of the memory; None: none was read.
         adapted: whether the reading adapter acted.
         text: goes on with it in the wrapped decoder; None: it was read together with others.
-        layers: ``[memory | prompt]`` of every layer; None: the decoder's cache holds something else.
+        layers: the parts of ``[memory | prompt]`` of every layer; None: the decoder's cache holds something else.
     """
 
     logits: Tensor
@@ -49,7 +49,7 @@ class ReadPrompt:
     version: int | None = None
     adapted: bool = False
     text: WrappedText | None = None
-    layers: Sequence[KeysValues] | None = None
+    layers: Sequence[Sequence[KeysValues]] | None = None
 
 
 def acts(reading: Reading) -> bool:
@@ -146,8 +146,8 @@ def asked(model: WrappedModel, reading: Reading, requests: Sequence[RowRequest],
     return reading
 
 
-def _layers(cache: Cache | None, reading: Reading | None, row: int, tokens: int) -> list[KeysValues] | None:
-    """Return keys and values of ``[memory | text]`` of one batch row in every layer, without filler and padding.
+def _layers(cache: Cache | None, reading: Reading | None, row: int, tokens: int) -> list[list[KeysValues]] | None:
+    """Return the parts of ``[memory | text]`` of one batch row in every layer, without filler and padding.
 
     None where the cache holds something else than the keys and values of all ``tokens``.
     """
@@ -162,10 +162,9 @@ def _layers(cache: Cache | None, reading: Reading | None, row: int, tokens: int)
             stream = row if segment.keys.shape[0] > 1 else 0
             count = segment.keys.shape[2] if segment.lengths is None else int(segment.lengths[stream])
             parts.insert(0, (segment.keys[stream, :, :count], segment.values[stream, :, :count]))
-        keys, values = zip(*parts, strict=True)
-        if len({part.shape[::2] for part in keys}) > 1 or keys[-1].shape[1] != tokens:
+        if len({keys.shape[::2] for keys, _ in parts}) > 1 or parts[-1][0].shape[1] != tokens:
             return None
-        found.append((torch.cat(keys, 1), torch.cat(values, 1)))
+        found.append(parts)
     return found or None
 
 

@@ -19,7 +19,7 @@ GROWTH = 1.25
 """Factor by which columns grow beyond what is needed, so that few tokens pay for a copy."""
 
 KeysValues = tuple[Tensor, Tensor]
-"""Keys ``[Hkv, n, D]`` and values ``[Hkv, n, Dv]`` of one row in one layer."""
+"""Keys ``[Hkv, n, D]`` and values ``[Hkv, n, Dv]`` of a part of one row in one layer."""
 
 
 @define(eq=False)
@@ -62,12 +62,15 @@ class RowLayer(CacheLayerMixin):
         self.keys, self.values = cast("Tensor", None), cast("Tensor", None)
         self.is_initialized = False
 
-    def put(self, place: int, given: KeysValues) -> None:
-        """Let row ``place`` be ``given``, and nothing else."""
-        for kept, new in zip((self.keys, self.values), given, strict=True):
-            kept[place, :, : new.shape[1]] = new
-            # What a row left behind here may be infinite, and a mask cannot hide that.
-            kept[place, :, new.shape[1] :] = 0
+    def put(self, place: int, parts: Sequence[KeysValues]) -> None:
+        """Let row ``place`` be these parts, one behind the other, and nothing else."""
+        begin = 0
+        for keys, values in parts:
+            end = begin + keys.shape[1]
+            self.keys[place, :, begin:end], self.values[place, :, begin:end] = keys, values
+            begin = end
+        # What a row left behind here may be infinite, and a mask cannot hide that.
+        self.keys[place, :, begin:], self.values[place, :, begin:] = 0, 0
 
     def move(self, place: int, to: int, columns: int) -> None:
         """Copy the first ``columns`` columns of row ``place`` to row ``to``."""
@@ -144,16 +147,21 @@ class RowBuffer:
         return sum(part.nbytes for layer in self._layers for part in (layer.keys, layer.values) if part is not None)
 
     @torch.no_grad()
-    def add(self, row: Row, layers: Sequence[KeysValues], position: int) -> None:
+    def reserve(self, rows: int, columns: int, like: Sequence[Sequence[KeysValues]]) -> None:
+        """Make room for so many rows more, of so many ``columns`` at most; ``like``: those of one in every layer."""
+        self._reserve(len(self._held) + rows, max(self.columns, columns) + 1, [parts[-1] for parts in like])
+
+    @torch.no_grad()
+    def add(self, row: Row, layers: Sequence[Sequence[KeysValues]], position: int) -> None:
         """Add a row below all others.
 
         Args:
             row: the row.
-            layers: its keys and values in every layer.
+            layers: the parts of its keys and values in every layer.
             position: of the token that comes next.
         """
-        place, length = len(self._held), layers[0][0].shape[1]
-        self._reserve(place + 1, max(self.columns, length) + 1, layers)
+        place, length = len(self._held), length_of(layers)
+        self.reserve(1, length, layers)
         for layer, given in zip(self._layers, layers, strict=True):
             layer.put(place, given)
         self._mask[place] = self._hidden
@@ -222,6 +230,11 @@ class RowBuffer:
         for layer in self._layers:
             layer.release()
         self._room, self._mask, self._next = (0, 0), self._mask[:0, ..., :0].clone(), self._next[:, :0].clone()
+
+
+def length_of(layers: Sequence[Sequence[KeysValues]]) -> int:
+    """Return how many columns a row of these parts has."""
+    return sum(keys.shape[1] for keys, _ in layers[0])
 
 
 def _grown(kept: Tensor | None, like: Tensor, rows: int, columns: int) -> Tensor:

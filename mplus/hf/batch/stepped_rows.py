@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from mplus.errors import InputError
 from mplus.hf.batch.prompts import ReadPrompt, read_alone
 from mplus.hf.batch.requests import Row
-from mplus.hf.batch.row_buffer import RowBuffer
+from mplus.hf.batch.row_buffer import RowBuffer, length_of
 from mplus.hf.batch.wrapped_row import WrappedText
 from mplus.hf.model.installed import WrappedModel
 from mplus.hf.model.sizes import known_positions
@@ -48,6 +48,20 @@ class SteppedRows:
         """Bytes of keys and values in the buffers, room included."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
+    def reserve(self, found: Sequence[tuple[ReadPrompt, int]]) -> None:
+        """Make room at once for prompts that are about to be added, with so many copies each."""
+        for place, buffer in enumerate(self._buffers):
+            own = [
+                (one.layers, copies) for one, copies in found if self._place(one) == place and one.layers is not None
+            ]
+            if own:
+                longest = max(length_of(layers) for layers, _ in own)
+                buffer.reserve(sum(copies for _, copies in own), longest, own[0][0])
+
+    def _place(self, read: ReadPrompt) -> int:
+        """Return which buffer takes a prompt."""
+        return 0 if read.adapted else len(self._buffers) - 1
+
     def add(self, read: ReadPrompt, rows: Sequence[Row]) -> None:
         """Add ``rows``, copies of one prompt. Where that fails, none of them is there."""
         try:
@@ -65,7 +79,7 @@ class SteppedRows:
             text = read.text
         for number, row in enumerate(rows):
             if layers is not None:
-                self._buffers[0 if read.adapted else -1].add(row, layers, read.position)
+                self._buffers[self._place(read)].add(row, layers, read.position)
             elif text is not None:
                 self._slow[row] = text if number == len(rows) - 1 else text.copied()
             if self._most_positions is not None:
