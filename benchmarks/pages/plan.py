@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 from attrs import define
@@ -199,12 +200,13 @@ def cost() -> str:
 
 def throughput(record: Mapping[str, Any] | None, wanted: Mapping[int, float]) -> str:
     """Say how many engines of the kind that was measured would do."""
-    measured = None if record is None else record.get("tokens_per_second")
-    if not measured:
+    if record is None:
         return (
             "Not measured yet: tokens per second of one engine (`benchmarks/serving/records/load.json`). Measure them "
             "on your machine, with your decoder: small ones on a CPU say nothing about large ones on a GPU."
         )
+    most = f"users {max(record['settings']['users'])}"
+    measured = median(one[most]["tokens_per_second"] for one in record["rounds"])
     engines = ", ".join(f"{math.ceil(tokens / measured):,} for {users:,} users" for users, tokens in wanted.items())
     return (
         f"One engine gave {measured:,.0f} tokens/s with the decoder and machine of `serving/load`; at that rate, "

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from attrs import define
 
 from benchmarks.pages.markdown import measured_on, table
-from benchmarks.records import ROOT, load
+from benchmarks.records import ROOT
 
 PAGE = ROOT / "docs" / "benchmarks" / "serving.md"
 FOLDER = ROOT / "benchmarks" / "serving" / "records"
@@ -20,8 +23,14 @@ What the server and the batch reader were measured to do, beside what was asked 
 says how it measures. How to start a server: [Many users at once](../many-users.md); what a number of users needs: [Plan
 for many users](../plan.md).
 """
-ABOUT = ("device", "torch", "commit", "date", "mplus", "modified", "python", "transformers", "peft", "accelerate")
+ABOUT = {
+    "device", "torch", "commit", "date", "mplus", "modified", "python", "transformers", "peft", "accelerate",
+    "safetensors", "numpy", "threads", "program",
+}  # fmt: skip
 """Fields of a record that say on what it was measured, and not what."""
+TIMES = {"first_token": ("p50_ms", "p95_ms"), "gap": ("p50_ms", "p99_ms")}
+LONGEST = 16
+"""Entries of a list that are shown; longer ones are in the record."""
 
 
 @define(frozen=True)
@@ -50,7 +59,7 @@ MEASUREMENTS = {
         "while another user writes a novel, 99 % of the gaps between tokens are at most 100 ms; texts are "
         "those of each alone.",
     ),
-    "smollm2": Measurement(
+    "load-smollm2": Measurement(
         "SmolLM2 with `kv`",
         "8 users: texts equal to alone, 99 % of the gaps at most 4 decode steps, at least 3 times the "
         "tokens per second of one user.",
@@ -88,21 +97,45 @@ def section(name: str) -> str:
         parts.append(f"Asked: {measurement.asked}")
     if not (FOLDER / f"{name}.json").exists():
         return "\n\n".join([*parts, f"**Not measured yet**: `benchmarks/serving/records/{name}.json` is missing."])
-    record = load("serving", name)
-    return "\n\n".join([*parts, *tables(record), measured_on(record, f"serving/{name}")])
+    record = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    shown = load_tables(record) if "rounds" in record and name.startswith("load") else tables(record)
+    return "\n\n".join([*parts, *shown, measured_on(record, f"serving/{name}")])
+
+
+def load_tables(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what users got, medians over all rounds, and the ratios within a round."""
+    rounds = record["rounds"]
+    rows = []
+    for name in [name for name, value in rounds[0].items() if isinstance(value, dict)]:
+        times = [[_over(rounds, name, what, at) for at in ats] for what, ats in TIMES.items()]
+        equal, texts = (sum(one[name].get(field, 0) for one in rounds) for field in ("texts_equal_to_alone", "texts"))
+        speed = _over(rounds, name, "tokens_per_second")
+        rows.append([name, *map(_shown, [speed, *times[0], *times[1]]), f"{equal} of {texts}" if texts else "-"])
+    head = ["", "tokens/s", "first token, ms", "95 %", "gap, ms", "99 %", "texts as alone"]
+    yield table(head, rows)
+    ratios = {name: value for name, value in record.items() if name.startswith("over_")}
+    if "generate" in rounds[0]:
+        ratios["generate, one after another, tokens/s"] = median(one["generate"] for one in rounds)
+    yield (
+        f"Medians of {len(rounds)} rounds. "
+        + "; ".join(f"{_words(name)}: {_shown(value)}" for name, value in ratios.items())
+        + "."
+    )
+
+
+def _over(rounds: Sequence[Mapping[str, Any]], name: str, *fields: str) -> float:
+    found = (functools.reduce(lambda value, field: value[field], fields, one[name]) for one in rounds)
+    return float(median(found))
 
 
 def tables(record: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a table of what a record measured once, and one for each list of measurements that have the same fields."""
-    where = record.get("circumstances", {})
-    numbers = {
-        name: value for name, value in record.items() if name not in (*ABOUT, "circumstances") and value is not where
-    }
+    """Yield a table of what a record measured once, and one for each short list of measurements of the same fields."""
+    numbers = {name: value for name, value in record.items() if name not in ABOUT and name != "circumstances"}
     once = [[name, text] for name, text in _flat(numbers)]
     if once:
         yield table(["what", "measured"], once)
     for name, value in numbers.items():
-        if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+        if isinstance(value, list) and 0 < len(value) <= LONGEST and all(isinstance(one, dict) for one in value):
             fields = [field for field in value[0] if not isinstance(value[0][field], dict | list)]
             rows = [[_shown(one.get(field)) for field in fields] for one in value]
             yield f"**{_words(name)}**\n\n{table([_words(field) for field in fields], rows)}"
@@ -114,8 +147,8 @@ def _flat(numbers: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
             yield from _flat(value, f"{prefix}{_words(name)}, ")
         elif not isinstance(value, list):
             yield f"{prefix}{_words(name)}", _shown(value)
-        elif value and not any(isinstance(one, dict | list) for one in value) and len(value) <= 8:
-            yield f"{prefix}{_words(name)}", ", ".join(map(_shown, value))
+        elif not any(isinstance(one, dict | list) for one in value) and len(value) <= LONGEST:
+            yield f"{prefix}{_words(name)}", ", ".join(map(_shown, value)) or "none"
 
 
 def _words(name: str) -> str:
@@ -126,5 +159,5 @@ def _shown(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -219,3 +219,24 @@ def test_a_record_of_reads_becomes_tables_and_bars():
     drawn = speed.figure(reads())
     assert drawn.count("<rect") == 3
     assert "8.0 ms" in drawn
+
+
+def test_the_page_on_serving_shows_records_and_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(serving, "FOLDER", tmp_path)
+    assert serving.render().count("**Not measured yet**") == len(serving.MEASUREMENTS)
+    about = {"device": "a machine", "torch": "2", "commit": "c0ffee"}
+    times = {"p50_ms": 12.0, "p95_ms": 34.0, "p99_ms": 56.0}
+    users = {"tokens_per_second": 789.0, "first_token": times, "gap": times, "texts": 4, "texts_equal_to_alone": 3}
+    rounds = [{"load_average": 0.1, "users 8": users, "generate": 11.0}]
+    records = {
+        "load": {**about, "settings": {"users": [8]}, "rounds": rounds, "over_generate": 8.5},
+        "kill9": {**about, "lost": [], "doubled": ["note 3"], "points": [{"s": 1}] * 100},
+    }
+    for name, record in records.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
+    page = serving.render()
+    assert "| users 8 | 789 | 12 | 34 | 12 | 56 | 3 of 4 |" in page
+    assert "over generate: 8.5" in page
+    assert "| lost | none |\n| doubled | note 3 |" in page
+    assert "| s |" not in page, "too long to be shown"
+    assert "One engine gave 789 tokens/s" in plan.throughput(records["load"], {10: 800.0})
