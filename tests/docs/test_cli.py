@@ -26,7 +26,7 @@ COMMANDS = {
     "memory show",
     "memory verify",
 }
-COMMANDS |= {f"memory {name}" for name in ("forget", "repair", "sources", "expire", "pin", "unpin", "text")}
+COMMANDS |= {f"memory {name}" for name in ("forget", "repair", "sources", "expire", "pin", "unpin", "rewrite", "text")}
 COMMANDS |= {f"keys {name}" for name in ("make", "list", "revoke")}
 COMMANDS |= {f"eval {name}" for name in TOLD}
 COMMANDS |= {"eval retention", "eval harm", "eval retriever", "eval abstention"}
