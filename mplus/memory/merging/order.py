@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Self
@@ -43,7 +44,7 @@ class Runs:
         begins = torch.ones(len(sources), dtype=torch.bool)
         begins[1:] = sources[1:] != sources[:-1]
         numbers, starts = sources[begins].tolist(), births[begins].tolist()
-        counts = {number: numbers.count(number) for number in set(numbers)}
+        counts = Counter(numbers)
         seen, times = dict.fromkeys(counts, 0), list[float]()
         for number in numbers:
             source = table.get(number)

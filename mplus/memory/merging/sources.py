@@ -66,15 +66,15 @@ class MergedSources:
                 _check_joined(source.name, clash)
                 table = table.having(found, joined(table[found], counted))
             numbers[number] = found
-        known = [record for record in other.writes if own.writes.get(record.write_id) is not None]
+        known = {record.write_id: None for record in other.writes if own.writes.get(record.write_id) is not None}
         if known and clash == "refuse":
             raise InputError(
-                f"both memories know the write_id {known[0].write_id!r}, and sources='refuse' takes in none that does: "
+                f"both memories know the write_id {next(iter(known))!r}, and sources='refuse' takes in none that does: "
                 "use sources='join' or 'rename', which keep the one of the memory that takes the other in"
             )
-        new = [evolve(record, source=numbers[record.source]) for record in other.writes if record not in known]
+        new = [evolve(record, source=numbers[record.source]) for record in other.writes if record.write_id not in known]
         writes = own.writes.noting(new) if new else own.writes
-        return MergedSources(table, numbers, writes, tuple(record.write_id for record in known))
+        return MergedSources(table, numbers, writes, tuple(known))
 
 
 def _check_joined(name: str | None, clash: Clash) -> None:
