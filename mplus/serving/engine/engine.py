@@ -1,4 +1,4 @@
-"""Engine: one thread with an event loop, which alone runs the decoder: writes, prompts and tokens in turns."""
+"""Engine: one thread with an event loop, which reads prompts and generates tokens in turns; writes go beside it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from mplus.serving.engine.answers.batch import Answer, Batch
 from mplus.serving.engine.answers.fair import FairQueue
 from mplus.serving.engine.answers.pace import Pace
 from mplus.serving.engine.decoder import ServedDecoder
-from mplus.serving.engine.memories.commands import Commands, Writes
+from mplus.serving.engine.memories.commands import Commands
 from mplus.serving.engine.memories.lanes import Lanes
 from mplus.serving.engine.memories.pool import Pool
 from mplus.serving.engine.memories.tenants import Tenants
+from mplus.serving.engine.memories.writer import Writer
 from mplus.serving.engine.metrics import Metrics
 from mplus.serving.engine.refusals import refusal
 from mplus.serving.errors import ServingError
@@ -92,7 +93,7 @@ class Engine:
         self._call(lambda: self._begin(number, request))
 
     def cancel(self, number: int) -> None:
-        """End a request that is not over; nothing more is delivered of it. A write that has begun goes on."""
+        """End a request that is not over; nothing more is delivered of it."""
         self._call(lambda: self._cancel(number))
 
     def numbers(self) -> dict[str, float]:
@@ -137,14 +138,16 @@ class Engine:
         self._pool = Pool(self._opened, config.open_memories, config.ram_bytes, executor, self.metrics)
         self._queue = FairQueue(config.max_batch, config.limits.waiting)
         self._batch = Batch(decoder.model, config.max_batch, decoder.ends, pace, self.metrics)
-        self._writes = Writes(pace, self.metrics, self._wake.set)
+        writer = Writer(pace, self.metrics, lambda: bool(self._batch.running))
         empty = decoder.model.new_memory(tokenizer=decoder.tokenizer)
-        self._commands = Commands(tenants, self._pool, Lanes(), self._writes, executor, empty)
+        self._commands = Commands(tenants, self._pool, Lanes(), writer, executor, empty)
         self._tenants, self._pace = tenants, pace
-        turns = asyncio.create_task(self._turns())
+        work = [asyncio.create_task(self._turns()), asyncio.create_task(writer.work())]
         self._started.set()
         await self._stopped.wait()
-        turns.cancel()
+        for task in work:
+            task.cancel()
+        writer.close()
         await self._pool.close_all()
         self._flush()
         executor.shutdown(wait=True)
@@ -162,8 +165,8 @@ class Engine:
     async def _turns(self) -> None:
         """Take turns for as long as there is something to do."""
         while True:
-            batch, writes = self._batch, self._writes
-            if not (batch.running or batch.can_read or writes.waiting):
+            batch = self._batch
+            if not (batch.running or batch.can_read):
                 self._wake.clear()
                 await self._wake.wait()
             self._turn()
@@ -171,14 +174,10 @@ class Engine:
             await asyncio.sleep(0)
 
     def _turn(self) -> None:
-        """Write some chunks, read some prompts, and generate a token of every answer."""
-        batch, writes, pace, begun = self._batch, self._writes, self._pace, time.perf_counter()
-        if writes.waiting and (chunks := pace.chunks(answering=bool(batch.running))):
-            writes.turn(chunks)
+        """Read some prompts, and generate a token of every answer."""
+        batch = self._batch
         if batch.can_read:
-            tokens = pace.tokens(time.perf_counter() - begun, answering=bool(batch.running))
-            if tokens:
-                batch.read(tokens)
+            batch.read(self._pace.tokens(answering=bool(batch.running)))
         if batch.running:
             batch.step()
 

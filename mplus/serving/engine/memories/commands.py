@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
@@ -12,19 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from attrs import define, field
+from attrs import define
 
 from mplus.config import JsonValue
 from mplus.errors import MemoryFileError
 from mplus.memory.memory import Memory
 from mplus.serving import messages
-from mplus.serving.engine.answers.pace import Pace
 from mplus.serving.engine.memories.described import MemorySizes, SourceFacts, WriteCounts, to_iso
 from mplus.serving.engine.memories.lanes import Lanes
 from mplus.serving.engine.memories.pool import Pool
 from mplus.serving.engine.memories.tenants import DEFAULT, MadeMemory, Tenants, already_there, check_id, not_made
-from mplus.serving.engine.memories.writing import MemoryWrite, write_next
-from mplus.serving.engine.metrics import Metrics
+from mplus.serving.engine.memories.writer import Writer
+from mplus.serving.engine.memories.writing import MemoryWrite
 from mplus.serving.engine.refusals import disk_is_full
 from mplus.serving.errors import ServingError
 from mplus.serving.messages import MemoryName
@@ -34,67 +31,22 @@ Answer = Mapping[str, JsonValue]
 
 
 @define(eq=False)
-class Writes:
-    """Texts that are being written, a chunk of each in turn.
-
-    Attributes:
-        pace, metrics: of the engine.
-        waiting: writes with chunks left, each to another memory.
-    """
-
-    pace: Pace
-    metrics: Metrics
-    wake: Callable[[], None]
-    waiting: deque[tuple[MemoryWrite, asyncio.Future[None]]] = field(factory=deque)
-
-    async def run(self, write: MemoryWrite) -> None:
-        """Wait until all of a text is written. Raises what a chunk fails with."""
-        if write.chunks:
-            done = asyncio.get_running_loop().create_future()
-            self.waiting.append((write, done))
-            self.wake()
-            await done
-
-    def turn(self, chunks: int) -> None:
-        """Write a chunk of each of so many memories at most."""
-        begun = time.perf_counter()
-        some = [self.waiting.popleft() for _ in range(min(chunks, len(self.waiting)))]
-        try:
-            errors: Mapping[int, Exception] = write_next([write for write, _ in some])
-        except Exception as error:  # noqa: BLE001 - becomes the answer to all of them
-            errors = dict.fromkeys(range(len(some)), error)
-        seconds = time.perf_counter() - begun
-        self.pace.wrote(len(some), seconds)
-        self.metrics.count("write_chunks", len(some) - len(errors))
-        self.metrics.took("commit_seconds", seconds)
-        for place, (write, done) in enumerate(some):
-            if done.done():
-                continue
-            if place in errors:
-                done.set_exception(errors[place])
-            elif write.chunks:
-                self.waiting.append((write, done))
-            else:
-                done.set_result(None)
-
-
-@define(eq=False)
 class Commands:
-    """Answers commands; used by the engine's thread alone, which runs the decoder, and no other.
+    """Answers commands; used by the engine's thread alone.
 
     Attributes:
         tenants: the memories there are.
         pool: those that are open.
         lanes: what is being done to each.
-        writes: what is being written.
-        executor: threads for what needs no decoder.
+        writer: writes texts.
+        executor: threads for the disk, and for what takes long.
         empty: what a memory reads as that was never written.
     """
 
     tenants: Tenants
     pool: Pool
     lanes: Lanes
-    writes: Writes
+    writer: Writer
     executor: Executor
     empty: Memory
 
@@ -287,12 +239,13 @@ class Commands:
         async with self.changing(name) as memory:
             write = await self._run(partial(MemoryWrite.of, memory, command))
             await self._run(partial(self.tenants.check_room, name.tenant, write.bytes))
-            await self.writes.run(write)
+            await self.writer.write(write)
             return {**write.done(), "memory_version": self.version(name, memory)}
 
     async def _flush(self, command: messages.FlushMemory) -> Answer:
         async with self.changing(command.memory) as memory:
-            return {**WriteCounts.of(memory.flush()), "memory_version": self.version(command.memory, memory)}
+            counts = WriteCounts.of(await self.writer.run(memory.flush))
+            return {**counts, "memory_version": self.version(command.memory, memory)}
 
     async def _sources(self, command: messages.ListSources) -> Answer:
         async with self.reading(command.memory) as memory:
@@ -322,7 +275,7 @@ class Commands:
 
     async def _search(self, command: messages.SearchMemory) -> Answer:
         async with self.reading(command.memory) as memory:
-            found = memory.search(command.text, command.k)
+            found = await self._run(partial(memory.search, command.text, command.k))
         return {
             "data": [
                 {

@@ -190,11 +190,12 @@ class Pool:
 
 def _closed(memory: Memory) -> None:
     """Close a memory whose tail is on disk, and need not be written as a chunk."""
-    directory = memory.directory
+    directory, streams = memory.directory, memory.streams
     if directory is not None and directory.journal_bytes <= REPLAYED_BYTES:
-        memory.streams.persistence.close()
+        with streams.write_lock:
+            streams.persistence.close()
     else:
-        memory.streams.close()
+        streams.close()
 
 
 def _changes(memory: Memory) -> int:
