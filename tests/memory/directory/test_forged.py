@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from mplus.errors import MemoryFileError
+from mplus.errors import MemoryFileError, MPlusError
 from mplus.memory import Memory
+from mplus.memory.format.manifest import is_memory
 from tests.helpers.modes import on_every_change
 from tests.memory import tiny
 from tests.memory.disks import forging, mutating
@@ -335,6 +336,7 @@ def refused(folder: Path, scratch: Path) -> forging.Outcome:
     assert found.raw == {}
     assert isinstance(found.refused.get("open"), MemoryFileError)
     assert str(folder) in str(found.refused["open"])
+    assert isinstance(found.refused.get("import"), MPlusError) or not is_memory(folder)
     return found
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from mplus.cli import memory as cli
 from mplus.errors import MPlusError
 from mplus.memory import Memory
+from mplus.memory.archive.tar import END, SUMS, member_head, padding, sums_of
 from mplus.memory.directory.journal import Journal, records
 from mplus.memory.format.manifest import LIVE_FORMAT, _digest, is_memory
 from mplus.memory.format.offline import forget_saved
@@ -167,7 +168,7 @@ class Outcome:
 
 
 def do_everything(folder: Path, model: Any, scratch: Path) -> Outcome:
-    """Verify, open, read, change, repair, show and forget, the changes in copies; the folder must stay as it is."""
+    """Verify, open, read, change, import, repair, show and forget; the folder must stay as it is but for the last."""
     found, before = Outcome(), fingerprint_of(folder)
     live = is_memory(folder, LIVE_FORMAT)
     found.faults = found.step("verify", lambda: verify(folder)) or []
@@ -182,6 +183,8 @@ def do_everything(folder: Path, model: Any, scratch: Path) -> Outcome:
         if memory is not None:
             found.step("change", lambda: change(memory))
             found.step("keep", memory.close if live else lambda: memory.save(scratch / "saved"))
+    if not live:
+        found.step("import", lambda: imported(folder, model))
     for what in (cli.show, cli.sources):
         found.step(what.__name__, lambda what=what: what(folder, as_json=True))
     if found.step("repair", lambda: repair(folder, scratch / "repaired")) is not None:
@@ -192,6 +195,23 @@ def do_everything(folder: Path, model: Any, scratch: Path) -> Outcome:
     assert without_lock(fingerprint_of(folder)) == without_lock(before), "files were changed"
     found.step("forget", lambda: forget_saved(folder, "a"))
     return found
+
+
+def imported(folder: Path, model: Any) -> None:
+    """Import what is saved in a folder, packed as an export is, with digests of the files as they are."""
+    data = next(path for path in sorted(folder.iterdir()) if path.suffix == ".safetensors")
+    files = [(path.name, path.read_bytes()) for path in (data, folder / "manifest.json")]
+    files.append((SUMS, sums_of({name: hashlib.sha256(content).hexdigest() for name, content in files})))
+    stream = b"".join(member_head(name, len(content)) + content + padding(len(content)) for name, content in files)
+    memory = model.new_memory(batch_size=2)
+    try:
+        memory.import_(io.BytesIO(stream + END))
+    except MPlusError:
+        assert memory.is_empty
+        assert memory.version == 0
+        raise
+    read(memory)
+    change(memory)
 
 
 def check_sound(folder: Path) -> None:
