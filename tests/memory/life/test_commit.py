@@ -285,3 +285,56 @@ def killed(path: Path, user: int, at: int) -> bool:
             os._exit(0)
     _, status = os.waitpid(child, 0)
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def test_killed_at_random_again_and_again_nothing_acknowledged_is_lost(tmp_path):
+    """Four memories are written together, turn after turn, by processes that are killed; with real syncs."""
+    draw, ordinary = random.Random(0), [MODEL.new_memory(clock=noon) for _ in range(4)]
+    stages = [[content(memory) for memory in ordinary]]
+    chunks = [0] * 4
+    for _ in range(60 if NIGHTLY else 4):
+        acknowledged = max(min(chunks), written_until_killed(tmp_path, draw))
+        for user in range(4):
+            path = tmp_path / str(user)
+            if not (path / "manifest.json").exists():
+                assert not acknowledged
+                continue
+            found = content(reopened(path))
+            chunks[user] = found["0.clock"] // 4
+            assert acknowledged <= chunks[user] <= acknowledged + 1
+            while len(stages) <= chunks[user]:
+                for other, memory in enumerate(ordinary):
+                    memory.write(chunk(len(stages) + other), source="new")
+                stages.append([content(memory) for memory in ordinary])
+            assert difference(found, stages[chunks[user]][user]) == []
+    assert min(chunks) > 4
+
+
+def written_until_killed(path: Path, draw: random.Random) -> int:
+    """Let a child bring four memories to the same turn, and write on together; return the turns it acknowledged."""
+    begun, ready = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(begun)
+            memories = [open_memory(path / str(user), MODEL, files=FileSystem()) for user in range(4)]
+            turn = 1
+            while True:
+                due = [user for user, memory in enumerate(memories) if memory.states[0].clock // 4 < turn]
+                data, names = [chunk(turn + user) for user in due], ["new"] * len(due)
+                if due:
+                    mplus.write_together([memories[user] for user in due], data, names, progress=False)
+                    os.write(ready, bytes([turn]))
+                turn += 1
+        finally:
+            os._exit(1)
+    os.close(ready)
+    found = bytearray()
+    for _ in range(draw.randint(1, 5)):
+        found += os.read(begun, 1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while said := os.read(begun, 4096):
+        found += said
+    os.close(begun)
+    return max(found, default=0)
