@@ -60,8 +60,11 @@ class AdaptedProjection(Projection):
 
     def forward(self, x: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:  # type: ignore[override]
         """Project ``[..., in]`` to ``[..., out]``; outside of a pass as without adapters."""
-        result: Tensor = super().forward(x, *args, **kwargs)
         active = current_pass()
+        if active is not None and active.merged and self in active.merged:
+            merged: Tensor = active.merged[self].forward(x, *args, **kwargs)
+            return merged
+        result: Tensor = super().forward(x, *args, **kwargs)
         if active is None or active.adapter is None:
             return result
         name = active.adapter

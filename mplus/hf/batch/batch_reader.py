@@ -12,7 +12,7 @@ from mplus.hf.batch.joining import Joining
 from mplus.hf.batch.requests import Row, RowRequest
 from mplus.hf.batch.stepped_rows import SteppedRows
 from mplus.hf.model.installed import WrappedModel, decoder_inside, is_peft_model
-from mplus.hf.model.static_reader import merged_weights, reasons_against, running_decoder
+from mplus.hf.model.static_reader import merged_projections, merged_weights, reasons_against, running_decoder
 from mplus.memory.memory import Memory
 
 
@@ -57,12 +57,13 @@ class BatchReader:
             raise NotSupported("a batch reader needs a decoder in eval mode: use model.eval()")
         self.slow_because = reasons_against(decoder)
         self._model = decoder
-        decoders = []
+        decoders, self._projections = [], {}
         if not self.slow_because:
             engine = decoder.mplus_engine
             self._weights, self._merged = engine.watch.look().weights, merged_weights(decoder)
             adapters = dict.fromkeys((engine.adapter("read"), None))  # one decoder where there is no adapter
             decoders = [running_decoder(decoder, adapter) for adapter in adapters]
+            self._projections = merged_projections(decoder, decoders[0])
         self._stepped = SteppedRows(decoder, decoders)
 
     @property
@@ -110,7 +111,9 @@ class BatchReader:
         """Begin to read prompts in pieces, between which the other rows may step; arguments as of ``join``."""
         made = partial(RowRequest, max_new_tokens=max_new_tokens, min_score=min_score)
         asked = [one if isinstance(one, RowRequest) else made(*one) for one in requests]
-        return Joining(self._model, self._stepped, asked, self._check_weights, bool(self.slow_because))
+        return Joining(
+            self._model, self._stepped, asked, self._check_weights, bool(self.slow_because), self._projections
+        )
 
     def step(self, tokens: Sequence[int] | Tensor) -> Tensor:
         """Read one more token of every row.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
 
 from mplus.hf.batch.joint_prompts import read_prompts
 from mplus.hf.batch.pieces import PromptInPieces, in_pieces
@@ -10,6 +12,7 @@ from mplus.hf.batch.prompts import ReadPrompt
 from mplus.hf.batch.requests import Row, RowRequest
 from mplus.hf.batch.stepped_rows import SteppedRows
 from mplus.hf.model.installed import WrappedModel
+from mplus.hf.retrofit.context import with_merged
 
 
 class Joining:
@@ -29,8 +32,10 @@ class Joining:
         requests: Sequence[RowRequest],
         check_weights: Callable[[], None],
         slow: bool,
+        merged: Mapping[nn.Module, nn.Module],
     ) -> None:
         self._model, self._stepped, self._check_weights, self._slow = model, stepped, check_weights, slow
+        self._merged = merged
         self._waiting = [[Row(request) for _ in range(request.copies)] for request in requests]
         self._begun: PromptInPieces | None = None
         self.rows = [row for rows in self._waiting for row in rows]
@@ -60,11 +65,12 @@ class Joining:
             tokens += self._waiting[count][0].prompt_tokens
             count += 1
         long = count == 1 and max_tokens is not None and tokens > max_tokens and not self._slow
-        if self._begun is not None or (long and self._waiting[0][0].request.retrieve_every is None):
-            self._read_piece(max_tokens)
-        else:
-            part, self._waiting = self._waiting[:count], self._waiting[count:]
-            self._read(part)
+        with with_merged(self._model, self._merged):
+            if self._begun is not None or (long and self._waiting[0][0].request.retrieve_every is None):
+                self._read_piece(max_tokens)
+            else:
+                part, self._waiting = self._waiting[:count], self._waiting[count:]
+                self._read(part)
         return self.done
 
     def _read(self, copies: Sequence[Sequence[Row]]) -> None:

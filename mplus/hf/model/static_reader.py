@@ -22,6 +22,7 @@ from mplus.hf.model.engine import DecoderEngine
 from mplus.hf.model.installed import WrappedModel
 from mplus.hf.pretrained.unwrap_copy import plain_decoder
 from mplus.hf.reading.reading import Reading
+from mplus.hf.retrofit.context import with_merged
 from mplus.memory.memory import Memory
 
 
@@ -85,6 +86,7 @@ class StaticReader:
             raise NotSupported(f"{type(model).__name__} cannot read from a static cache: {'; '.join(reasons)}")
         self._model, self._weights = model, model.mplus_engine.watch.look()
         self.decoder, self._merged = running_decoder(model, model.mplus_engine.adapter("read")), merged_weights(model)
+        self._projections = merged_projections(model, self.decoder)
         self._call: Callable[..., CausalLMOutputWithPast] = self.decoder
         if compile_options is not None:
             self._call = torch.compile(self.decoder, **compile_options)
@@ -121,7 +123,8 @@ class StaticReader:
                 f"this StaticReader was made when no adapter of yours acted, now {list(now.acting)} do: switch them "
                 "off, or generate with the decoder itself"
             )
-        output = model(input_ids, memory=memory, use_cache=True, logits_to_keep=1)
+        with with_merged(model, self._projections):
+            output = model(input_ids, memory=memory, use_cache=True, logits_to_keep=1)
         reading: Reading = output.past_key_values._mplus_reading
         parts = [_joined(reading, index, layer) for index, layer in enumerate(output.past_key_values.layers)]
         keys = parts[0][0]
@@ -208,6 +211,15 @@ def running_decoder(model: WrappedModel, adapter: str | None) -> PreTrainedModel
         for name in ("_forward_hooks", "_forward_pre_hooks"):
             module.__dict__[name] = OrderedDict((k, v) for k, v in module.__dict__[name].items() if k not in ours)
     return decoder
+
+
+def merged_projections(model: WrappedModel, decoder: PreTrainedModel) -> dict[nn.Module, nn.Module]:
+    """Return the projection of ``running_decoder`` for each one of ``model`` that has adapters, for ``with_merged``."""
+    return {
+        module: decoder.get_submodule(name)
+        for name, module in model.named_modules()
+        if isinstance(module, AdaptedProjection)
+    }
 
 
 def merged_weights(model: WrappedModel) -> tuple[Mark, Mark, tuple[float | None, ...]]:

@@ -24,7 +24,7 @@ from mplus.hf.reading.pieces import read_in_pieces
 from mplus.hf.reading.placing import place_text
 from mplus.hf.reading.reading import Reading, one_per_row, retrieved_sources
 from mplus.hf.reading.retrieval import ReadSource, reopen_where_due, resume, without_padding
-from mplus.hf.retrofit.context import Collection, Pass, current_pass, run_in
+from mplus.hf.retrofit.context import Collection, Pass, current_pass, merged_for, run_in
 from mplus.mechanisms.decoder import PassResult, Text
 from mplus.memory.engine import Engine
 from mplus.memory.memory import Memory
@@ -272,7 +272,15 @@ def _read_pass(
     if so_far is not None and mechanism.finishes:
         collection, finish = Collection(mechanism.collect), partial(_finish, reading, so_far)
     adapter = engine.adapter("read")
-    active = Pass(source, adapter, collection=collection, finish=finish, text_offset=offset, placement=placement)
+    active = Pass(
+        source,
+        adapter,
+        collection=collection,
+        finish=finish,
+        text_offset=offset,
+        placement=placement,
+        merged=merged_for(engine.model) if reading.keep and not engine.model.training else {},
+    )
     return active, so_far
 
 

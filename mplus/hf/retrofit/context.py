@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from functools import partial
@@ -91,6 +91,7 @@ class Pass:
         finish: gives the final hidden state, from what is gathered; None: it is the decoder's.
         text_offset: position of the first text token; one for all, or ``[streams, 1]`` int64.
         placement: where in the text the memory stands; None: in front of all of it.
+        merged: by projection, one with the adapter merged into its weight, which runs in its place; {}: none does.
     """
 
     source: PrefixSource
@@ -100,6 +101,7 @@ class Pass:
     finish: Finish | None = None
     text_offset: int | Tensor = 0
     placement: Placement | None = None
+    merged: Mapping[nn.Module, nn.Module] = field(factory=dict)
 
 
 _CURRENT: ContextVar[Pass | None] = ContextVar("mplus_pass", default=None)
@@ -119,6 +121,25 @@ def run_in(active: Pass | None, function: Callable[P, T], *args: P.args, **kwarg
     context = copy_context()
     context.run(_CURRENT.set, active)
     return context.run(function, *args, **kwargs)
+
+
+_MERGED: ContextVar[tuple[nn.Module, Mapping[nn.Module, nn.Module]] | None] = ContextVar("mplus_merged", default=None)
+
+
+@contextmanager
+def with_merged(model: nn.Module, merged: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+    """Let reads of ``model`` in this context run with ``Pass.merged``; its weights must be those that were merged."""
+    token = _MERGED.set((model, merged))
+    try:
+        yield
+    finally:
+        _MERGED.reset(token)
+
+
+def merged_for(model: nn.Module) -> Mapping[nn.Module, nn.Module]:
+    """Return what reads of ``model`` in this context run with in the place of its projections."""
+    found = _MERGED.get()
+    return found[1] if found is not None and found[0] is model else {}
 
 
 _PAUSE: ContextVar[Callable[[], None] | None] = ContextVar("mplus_pause", default=None)

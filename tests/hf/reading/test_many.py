@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from mplus.errors import InputError, MemoryMismatchError, NotSupported, ReadTogetherError
+from mplus.hf.adapters.lora import LowRankFactor
+from mplus.hf.model.static_reader import merged_projections, running_decoder
 from mplus.hf.reading.generating import generate_in
 from mplus.hf.reading.many.joint import joint_groups, read_many
 from mplus.hf.reading.reading import retrieved_sources
+from mplus.hf.retrofit.context import with_merged
 from mplus.testing.rounding import error
 from tests.mechanisms.kv.memories import wrapped
 from tests.memory import tiny
@@ -132,6 +135,27 @@ def test_text_that_waits_is_read_once_for_all_reads_of_a_memory(monkeypatch: pyt
     compare(model, some[::-1], texts(4))
     compare(model, [some[2], some[2], some[0]], texts(3))
     assert passes == [1, 2]
+
+
+def test_with_the_adapter_merged_the_same_is_read_without_its_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = tiny.variant("paper"), list[int]()
+    some = memories(model, (20, 130, 210), memory_rows="projected")
+    compare(model, some, texts(3))  # from here on begin and short-term rows are known
+    merged = merged_projections(model, running_decoder(model, "read"))
+    forward = LowRankFactor.forward
+    monkeypatch.setattr(LowRankFactor, "forward", lambda factor, x: calls.append(1) or forward(factor, x))
+    plain, _ = together(model, some, texts(3))
+    assert calls
+    calls.clear()
+    with with_merged(model, merged):
+        output, _ = together(model, some, texts(3))
+        assert not calls
+        assert error(output.logits[:, -1], plain.logits[:, -1]) <= rounding(model)
+        model(texts(1)[0][None], memory=some[1])  # gradients are those of the factors
+    assert calls
+    calls.clear()
+    together(model, some, texts(3))
+    assert calls
 
 
 def test_short_term_rows_are_turned_once_for_all_reads_of_a_memory() -> None:
