@@ -78,6 +78,7 @@ def rewrite_memory(
             of; ids lie outside the vocabulary; or a memory of text is to be one for the mechanism that it has.
         MemoryFileError: ``path`` cannot be read, or ``to`` cannot be written or is there.
         LiveMemoryError: another process is at it.
+        ConfigError: the ``bytes_budget`` of the old memory is too small for the rows of this decoder.
         NonFiniteError, MemoryFullError: as ``Memory.write``. What was written until then is gone on with.
 
     Example:

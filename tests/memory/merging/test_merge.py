@@ -12,9 +12,13 @@ import torch
 from attrs import evolve
 from hypothesis import given, settings
 
+import mplus
+from benchmarks.quality.architectures.decoders import BY_NAME
 from mplus.errors import InputError, LiveMemoryError, MemoryFullError, MemoryMismatchError, NotSupported
 from mplus.memory import Memory
 from mplus.memory.format.verify import verify
+from mplus.memory.merging import merge as merging
+from mplus.rows import NO_SOURCE
 from tests.helpers.clock import NOON, Hands
 from tests.mechanisms.soft_prompt import SoftPromptMechanism
 from tests.memory import tiny
@@ -34,7 +38,7 @@ LAPSING = PlainModel(eviction={"name": "ttl", "lifetime": 1e6}, long_term_tokens
 def rows_of(memory: Memory, row: int = 0) -> Counter[tuple[Any, ...]]:
     """Layer, name of the source and content of every row that a stream holds."""
     state, store = memory.states[row], memory.stores[row]
-    names = {number: source.name for number, source in state.sources.items()}
+    names = {NO_SOURCE: None, **{number: source.name for number, source in state.sources.items()}}
     found: Counter[tuple[Any, ...]] = Counter()
     for layer in range(store.layout.layers):
         tiers = [store.gather(layer, store.ids(layer)), *(parts[layer] for parts in state.row_lists().values())]
@@ -141,6 +145,58 @@ class TestRows:
         log, store = one.streams.access_logs[0], one.stores[0]
         assert min(used) > 0
         assert int((log.times(0, store.ids(0)) > 0).sum()) == sum(used)
+
+    def test_rows_live_as_long_as_they_would_have(self) -> None:
+        """Of a policy with lifetimes, what is left to each long-term row stays; rows without one get a whole one."""
+
+        def left(memory: Memory) -> Counter[tuple[bytes, float]]:
+            state, store = memory.states[0], memory.stores[0]
+            rows, elapsed = store.gather(0, store.ids(0)), float(state.expiry_clock(store.layout.layers)[0])
+            pairs = zip(rows.need_hidden(), rows.expiry.tolist(), strict=True)
+            return Counter((tiny.raw(hidden), expiry - elapsed) for hidden, expiry in pairs)
+
+        one, other = (told(LAPSING, [(at + n, "a") for n in range(count)]) for at, count in ((0, 5), (50, 7)))
+        before = left(one) + left(other)
+        one.merge(other)
+        after = left(one)
+        moved = dict(after)
+        assert all(expiry - moved[row] == 1.0 for row, expiry in before), "a merge lets one write's time pass"
+        lasting = told(LAPSING, [(n, "a") for n in range(5)])
+        lasting.merge(told(LAPSING, [(50 + n, "b") for n in range(7)], eviction="fifo"))
+        assert max(expiry for _, expiry in left(lasting)) == 1e6 - 1
+
+    def test_rows_of_a_checkpoint_are_there_once(self) -> None:
+        pool = torch.randn(3, tiny.N, 32, generator=torch.Generator().manual_seed(0))
+        decoder = BY_NAME["llama"].build(0)
+        config = {**tiny.SIZES, "long_term_tokens": None, "adapters": None}
+        model = mplus.wrap(decoder, config, check=False, pool=pool[..., : decoder.config.hidden_size])
+        clock = Hands()
+        one, other = (model.new_memory(seed=seed, memory_rows="both", clock=clock) for seed in (1, 2))
+        for memory, seed in ((one, 1), (other, 2)):
+            memory.write(tiny.ids(48, seed), source=f"{seed}")
+        old = {row for row in rows_of(one) if row[1] is None}
+        expected = sum(rows_of(one).values()) + sum(
+            count for row, count in rows_of(other).items() if row[1] is not None
+        )
+        one.merge(other)
+        found = rows_of(one)
+        assert {row for row in found if row[1] is None} == old
+        assert sum(found.values()) == expected
+
+    def test_an_interrupt_leaves_all_as_it_was(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        one, other = told(SMALL, [(0, "a"), (1, "b")]), told(SMALL, [(2, "c")])
+        before = tiny.content(one)
+
+        def stop(*arguments: Any, **named: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(merging, "adopt_draft", stop)
+            with pytest.raises(KeyboardInterrupt):
+                one.merge(other)
+        tiny.assert_content(one, before)
+        one.merge(other)
+        assert names(one) == ["a", "b", "c"]
 
     def test_every_batch_row_takes_in_its_own(self) -> None:
         texts = [[(0, "a"), (1, "b"), (2, "a")], [(50, "c"), (51, "a")]]
