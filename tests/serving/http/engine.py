@@ -68,6 +68,7 @@ class RecordingEngine:
         running: rows that are being answered.
         fails: is raised in the place of the third token.
         refuses: is raised by every write.
+        folder: of the tokenizer.
     """
 
     says: list[int] = field(factory=lambda: ids("there was a little girl named Lily."))
@@ -82,13 +83,14 @@ class RecordingEngine:
     steps: int = 0
     fails: Exception | None = None
     refuses: Exception | None = None
+    folder: str = str(STORIES260K)
     down: bool = False
     closed: bool = False
 
     async def model(self) -> ModelFacts:
         if self.down:
             raise ServingError("the engine is starting", 503, "server_error", code="engine_not_ready")
-        return ModelFacts("stories", str(STORIES260K), 512, 512, "kv", 1_700_000_000)
+        return ModelFacts("stories", self.folder, 512, 512, "kv", 1_700_000_000)
 
     async def metrics(self):
         return {"open_memories": float(len(self.memories)), "requests_running": 99.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mplus.hf.pretrained.shipped import load_tokenizer
 from mplus.serving.errors import ServingError
 from tests.serving.http.conftest import error_of, frames
 from tests.serving.http.engine import TOKENIZER, ids
@@ -18,7 +19,8 @@ def test_models(http):
     assert [one["id"] for one in listed["data"]] == ["stories"]
     assert http.get("/v1/models/stories").json() == listed["data"][0]
     assert listed["data"][0]["chat_template"] is False
-    assert error_of(http.get("/v1/models/other"), 404)["code"] == "model_not_found"
+    for other in ("other", "someone/other", "someone%2Fother"):
+        assert error_of(http.get(f"/v1/models/{other}"), 404)["code"] == "model_not_found"
     assert error_of(http.post("/v1/embeddings", json={}), 404)["code"] == "unknown_route"
 
 
@@ -48,6 +50,27 @@ def test_messages_without_a_template_are_joined_by_newlines(http, engine):
     ]
     assert http.post("/v1/chat/completions", json={"messages": messages}).status_code == 200
     assert list(engine.asked[0].prompt) == TOKENIZER("Be kind.\nYes?\nHello")["input_ids"]
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'tool' %}{{ raise_exception('no tools') }}"
+    "{% endif %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}[assistant]"
+)
+
+
+def test_a_chat_template(http, engine, tmp_path):
+    tokenizer = load_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    engine.folder = str(tmp_path / "tokenizer")
+    messages = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
+    assert http.get("/v1/models").json()["data"][0]["chat_template"] is True
+    assert http.post("/v1/chat/completions", json={"messages": messages}).status_code == 200
+    assert TOKENIZER.decode(engine.asked[0].prompt) == "<s> [system] Be kind.\n[user] Hello\n[assistant]"
+    assert list(engine.asked[0].prompt).count(TOKENIZER.bos_token_id) == 1
+    refused = http.post("/v1/chat/completions", json={"messages": [*messages, {"role": "tool", "content": "x"}]})
+    assert error_of(refused, 400)["param"] == "messages"
+    assert "no tools" in refused.json()["error"]["message"]
 
 
 def test_a_chat_stream(http):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -111,6 +112,29 @@ def test_a_memory_from_its_making_to_its_end(server, tenant):
     error_of(server.get("/v1/memories/notes/sources", headers=tenant), 404)
 
 
+def archives() -> list[bytes]:
+    """Archives that would write elsewhere, or claim to be larger than they are."""
+    found = []
+    for name, kind in (
+        ("../evil", tarfile.REGTYPE),
+        ("/evil", tarfile.REGTYPE),
+        ("link", tarfile.SYMTYPE),
+        ("big", None),
+    ):
+        entry = tarfile.TarInfo(name)
+        entry.type, entry.linkname = kind or tarfile.REGTYPE, "/etc/passwd" if kind == tarfile.SYMTYPE else ""
+        entry.size = 5 if kind == tarfile.REGTYPE else 2**40 if kind is None else 0
+        found.append(entry.tobuf() + b"words".ljust(512, b"\0") + b"\0" * 1024)
+    return found
+
+
+def test_texts_shorter_than_a_chunk_are_written_too(server, tenant):
+    report = told(server, tenant, "short", "Hi.", "greeting")
+    server.post("/v1/memories/short/flush", headers=tenant)
+    (source,) = server.get("/v1/memories/short/sources", headers=tenant).json()["data"]
+    assert (source["name"], source["tokens"]) == ("greeting", report["tokens"])
+
+
 def test_copies(server, tenant):
     told(server, tenant, "one")
     assert server.post("/v1/memories/one/fork", json={"id": "two"}, headers=tenant).status_code == 200
@@ -118,7 +142,7 @@ def test_copies(server, tenant):
     server.post("/v1/memories", json={"id": "three"}, headers=tenant)
     flipped = bytearray(sent)
     flipped[len(flipped) // 2] ^= 1
-    for damaged in (b"", b"garbage", sent[: len(sent) // 2], bytes(flipped)):
+    for damaged in (b"", b"garbage", sent[: len(sent) // 2], bytes(flipped), *archives()):
         refused = server.post("/v1/memories/three/import", content=damaged, headers=tenant)
         assert refused.status_code in {400, 409}, refused.text
         error_of(refused, refused.status_code)

@@ -19,7 +19,7 @@ async def models(front: FrontOf, caller: Reader) -> Response:
     return JSONResponse({"object": "list", "data": [_plain(await front.decoder())]})
 
 
-@router.get("/v1/models/{name}")
+@router.get("/v1/models/{name:path}")
 async def model(name: str, front: FrontOf, caller: Reader) -> Response:
     """Describe the decoder by its name."""
     return JSONResponse(_plain(await front.served(unquote(name))))
