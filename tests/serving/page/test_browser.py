@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import expect
 
+from mplus.hf.pretrained.smollm2 import smollm2_folder
+from mplus.serving.engine.decoder import ServedDecoder
+from tests.serving.served import served
+
+KEPT = bool(os.environ.get("MPLUS_SCREENSHOTS"))
 ASSETS = Path(__file__).parents[3] / "docs" / "assets"
 INJECTED = "<img src=x onerror=\"document.title='taken over'\">"
 STORY = (
@@ -44,7 +51,7 @@ def ask(page, question, tokens=8):
 
 
 def answered(page):
-    expect(page.get_by_role("button", name="Send")).to_be_visible()
+    expect(page.get_by_role("button", name="Send")).to_be_visible(timeout=120_000)
     return page.locator(".answer").last
 
 
@@ -150,7 +157,7 @@ def test_a_wrong_key_is_asked_for_again_and_the_right_one_is_nowhere_but_in_the_
     page.keyboard.press("Enter")
     expect(page.get_by_label("Memory in use")).to_have_value("default")
     assert page.url == server.address
-    assert page.evaluate("localStorage.length + document.cookie.map(e => e.outerHTML.slice(0, 60))") == 0
+    assert page.evaluate("localStorage.length + document.cookie.length") == 0
     page.reload()
     expect(page.get_by_label("Memory in use")).to_have_value("default")
     page.get_by_role("button", name="Sign out").click()
@@ -181,16 +188,38 @@ def test_it_fits_on_a_phone(tab):
         assert page.evaluate(TOO_WIDE) == 0
 
 
-def test_a_screenshot_for_the_docs(tab, tmp_path):
+NOTES = {
+    "diary, 3 May": "I met Maria Keller again today. She has moved and now lives in Lisbon.",
+    "diary, 4 May": "Note to self: Pedro Alvarez works as a baker and starts every day at six.",
+}
+
+
+@pytest.fixture
+def chat_model(tmp_path):
+    """The server of the screenshot: SmolLM2, where it is there and the screenshot is to be kept."""
+    folder = smollm2_folder() if KEPT else None
+    decoder = None
+    if folder is not None and folder.is_dir():
+        decoder = ServedDecoder.load(str(folder), tmp_path, mechanism="kv", served_name="smollm2")
+    with served(tmp_path, keys=False, decoder=decoder) as running:
+        yield running
+
+
+def test_a_screenshot_for_the_docs(chromium, chat_model, tmp_path):
     """Kept where MPLUS_SCREENSHOTS is set, as `make test-serving` does: each run would change the file else."""
-    page = tab(viewport={"width": 1120, "height": 720})
-    make(page, "anna")
-    write(page, "story.txt", STORY)
-    write(page, "letter from Tom", LETTER)
-    page.locator("#write-note").evaluate("note => note.hidden = true")
-    ask(page, "One day, Lily went to the garden", 40)
-    expect(answered(page)).to_contain_text("tokens")
-    page.get_by_text("More", exact=True).click()
-    file = (ASSETS if os.environ.get("MPLUS_SCREENSHOTS") else tmp_path) / "page.png"
-    page.screenshot(path=file)
+    with contextlib.closing(chromium.new_context(viewport={"width": 1120, "height": 640})) as context:
+        page = context.new_page()
+        page.set_default_timeout(120_000)
+        page.goto(chat_model.address)
+        make(page, "anna")
+        for source, text in NOTES.items():
+            write(page, source, text)
+            expect(page.get_by_role("button", name=f"Forget {source}")).to_be_visible()
+        page.locator("#write-note").evaluate("note => note.hidden = true")
+        for question in ("In which city does Maria Keller live?", "What is the capital of France?"):
+            ask(page, question, 40)
+            expect(answered(page)).to_contain_text("tokens", timeout=120_000)
+        page.get_by_text("More", exact=True).click()
+        file = (ASSETS if KEPT else tmp_path) / "page.png"
+        page.screenshot(path=file)
     assert file.stat().st_size < 200_000
