@@ -159,7 +159,7 @@ class TestRows:
         before = left(one) + left(other)
         one.merge(other)
         after = left(one)
-        moved = dict(after)
+        moved = dict(after.keys())
         assert all(expiry - moved[row] == 1.0 for row, expiry in before), "a merge lets one write's time pass"
         lasting = told(LAPSING, [(n, "a") for n in range(5)])
         lasting.merge(told(LAPSING, [(50 + n, "b") for n in range(7)], eviction="fifo"))
