@@ -17,6 +17,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 def make(
     tenant: Annotated[str, typer.Argument(help="Whose memories the key opens.", show_default=False)],
     rights: Annotated[str, typer.Option(metavar="RIGHT,RIGHT,...", help="read, write, admin.")] = "read,write",
+    requests: Annotated[int | None, typer.Option(min=1, help="Requests at once.", show_default="no limit")] = None,
     memories: Memories = Path("memories"),
     as_json: Json = False,
 ) -> None:
@@ -28,7 +29,8 @@ def make(
         raise ConfigError(
             f"a tenant must be 1 to 128 letters, digits or ._:@- and begin with a letter or digit, got {tenant!r}"
         )
-    record, key = Keys(memories / FILE).make(tenant, rights_of([part.strip() for part in rights.split(",")]))
+    given = rights_of([part.strip() for part in rights.split(",")])
+    record, key = Keys(memories / FILE).make(tenant, given, requests)
     print_json({**record.public(), "key": key}) if as_json else print(key)
 
 

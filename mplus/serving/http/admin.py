@@ -31,13 +31,15 @@ class KeyBody(Body):
 
     tenant: Id
     rights: Annotated[list[Right], Field(min_length=1)] | None = None
+    requests: Annotated[int, Field(ge=1, le=2**20)] | None = None
 
 
 @router.post("/v1/admin/keys")
 async def make_key(request: Request, front: FrontOf) -> Response:
     """Make a key; it is shown this once."""
     body = await read_body(request, KeyBody)
-    record, key = await asyncio.to_thread(front.keys.make, body.tenant, body.rights or DEFAULT_RIGHTS)
+    rights = body.rights or DEFAULT_RIGHTS
+    record, key = await asyncio.to_thread(front.keys.make, body.tenant, rights, body.requests)
     return JSONResponse({**record.public(), "key": key})
 
 

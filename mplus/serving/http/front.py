@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Annotated, Protocol, cast
 
 from attrs import define, field
@@ -58,6 +59,7 @@ class Front:
         draining: the server ends, and takes no new requests.
         answers: being given now.
         requests: being answered now, all but those for the server's own state.
+        of_keys: requests being answered now, by the id of the key they came with.
     """
 
     client: EngineClient
@@ -70,6 +72,7 @@ class Front:
     draining: bool = False
     answers: set[Cancellable] = field(factory=set)
     requests: int = 0
+    of_keys: Counter[str] = field(factory=Counter)
     _decoder: Decoder | None = None
     _loading: asyncio.Lock = field(factory=asyncio.Lock)
 
@@ -94,6 +97,19 @@ class Front:
     async def call(self, command: Command) -> Mapping[str, JsonValue]:
         """Return the engine's answer to a command. Raises ServingError."""
         return await self.client.call(command)
+
+    @contextmanager
+    def counted(self, caller: Caller) -> Iterator[None]:
+        """Count a request while it is answered. Raises ServingError (429): its key has as many as it may have."""
+        key = caller.key or ""
+        if caller.requests is not None and self.of_keys[key] >= caller.requests:
+            message = f"this key may have {caller.requests} requests at once: wait until one is answered"
+            raise ServingError(message, 429, "rate_limit_error", code="too_many_requests", retry_after=1)
+        self.of_keys[key] += 1
+        try:
+            yield
+        finally:
+            self.of_keys[key] -= 1
 
     async def drain(self, seconds: float) -> None:
         """Take no new requests, and wait for those that have begun; after ``seconds``, end answers with an error."""

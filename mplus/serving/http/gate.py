@@ -63,7 +63,8 @@ class Gate:
         try:
             scope["state"]["caller"] = caller = self._caller(scope["path"], headers)
             record.tenant = tenant_hash(caller.tenant)
-            await self.app(scope, self._limited(scope["path"], headers, receive), sending)
+            with self.front.counted(caller):
+                await self.app(scope, self._limited(scope["path"], headers, receive), sending)
         except ServingError as error:
             await error_response(error)(scope, receive, sending)
         except asyncio.CancelledError:

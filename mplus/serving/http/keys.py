@@ -28,10 +28,19 @@ FILE = "keys.json"
 
 @define(frozen=True)
 class Caller:
-    """The tenant that a request comes from, and what it may do."""
+    """The holder of a key, from whom a request comes.
+
+    Attributes:
+        tenant: whose memories are meant.
+        rights: what may be done.
+        key: id of the key; None: there is none, or it is the admin key.
+        requests: that may be answered at once; None: no limit but the tenant's.
+    """
 
     tenant: str
     rights: tuple[Right, ...]
+    key: str | None = None
+    requests: int | None = None
 
 
 @define(frozen=True)
@@ -44,6 +53,7 @@ class KeyRecord:
         tenant: whose memories it opens.
         rights: what its holder may do.
         made: ISO 8601 in UTC.
+        requests: that may be answered at once; None: no limit but the tenant's.
         revoked: ISO 8601 in UTC; None: it is valid.
     """
 
@@ -52,11 +62,13 @@ class KeyRecord:
     tenant: str
     rights: tuple[Right, ...]
     made: str
+    requests: int | None = None
     revoked: str | None = None
 
     def public(self) -> dict[str, Any]:
         """Return what may be shown of it."""
-        return {"id": self.id, "tenant": self.tenant, "rights": list(self.rights), "made": self.made}
+        known = {"id": self.id, "tenant": self.tenant, "rights": list(self.rights), "made": self.made}
+        return known if self.requests is None else {**known, "requests": self.requests}
 
 
 @define(eq=False)
@@ -96,18 +108,21 @@ class Keys:
         record = self._read().get(_id_of(key))
         if record is None or not hmac.compare_digest(digest, record.sha256) or record.revoked is not None:
             return None
-        return Caller(record.tenant, record.rights)
+        return Caller(record.tenant, record.rights, record.id, record.requests)
 
     def list(self) -> list[KeyRecord]:
         """Return the valid keys, in order of making."""
         return [record for record in self._read().values() if record.revoked is None]
 
-    def make(self, tenant: str, rights: Sequence[Right] = DEFAULT_RIGHTS) -> tuple[KeyRecord, str]:
+    def make(
+        self, tenant: str, rights: Sequence[Right] = DEFAULT_RIGHTS, requests: int | None = None
+    ) -> tuple[KeyRecord, str]:
         """Return a new key with its record; the key itself is kept nowhere."""
         key_id = secrets.token_hex(6)
         key = f"mp-{key_id}-{secrets.token_urlsafe(32)}"
         ordered = tuple(right for right in RIGHTS if right in rights)
-        record = KeyRecord(key_id, _digest(key), tenant, ordered, datetime.now(UTC).isoformat(timespec="seconds"))
+        made = datetime.now(UTC).isoformat(timespec="seconds")
+        record = KeyRecord(key_id, _digest(key), tenant, ordered, made, requests)
         with self._lock():
             self._write({**self._read(), key_id: record})
         return record, key

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from starlette.testclient import TestClient
@@ -12,6 +14,7 @@ from mplus.errors import ConfigError
 from mplus.serving.http.app import make_app
 from mplus.serving.http.keys import Keys, rights_of
 from tests.serving.http.conftest import ADMIN, bearer, error_of
+from tests.serving.http.engine import until
 
 HELLO = {"prompt": "Hello", "max_tokens": 2}
 
@@ -83,7 +86,8 @@ def test_keys_are_made_and_revoked_at_once(keyed, tmp_path):
     ("body", "param"),
     [({}, "tenant"), ({"tenant": ""}, "tenant"), ({"tenant": "../x"}, "tenant"), ({"tenant": 5}, "tenant"),
      ({"tenant": "a", "rights": []}, "rights"), ({"tenant": "a", "rights": ["all"]}, "rights"),
-     ({"tenant": "a", "rights": "read"}, "rights"), ({"tenant": "a", "key": "x"}, "key")],
+     ({"tenant": "a", "rights": "read"}, "rights"),
+     ({"tenant": "a", "requests": 0}, "requests"), ({"tenant": "a", "key": "x"}, "key")],
 )  # fmt: skip
 def test_keys_with_bad_fields(keyed, body, param):
     assert error_of(keyed.post("/v1/admin/keys", json=body, headers=bearer(ADMIN)), 400)["param"] == param
@@ -105,6 +109,23 @@ def test_rights(keyed, ada):
     _, writes = new_key(keyed, tenant="ada", rights=["write"])
     assert keyed.post("/v1/memories", json={"id": "w"}, headers=writes).status_code == 200
     error_of(keyed.get("/v1/memories", headers=writes), 403)
+
+
+def test_a_key_may_have_a_limit_of_requests_at_once(keyed, engine):
+    _, two = new_key(keyed, tenant="ada", requests=2)
+    _, free = new_key(keyed, tenant="ada")
+    engine.free = False
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(keyed.post, "/v1/completions", json=HELLO, headers=two) for _ in range(2)]
+        asyncio.run(until(lambda: engine.waiting == 2))
+        refused = keyed.get("/v1/models", headers=two)
+        assert error_of(refused, 429)["code"] == "too_many_requests"
+        assert refused.headers["retry-after"] == "1"
+        assert keyed.get("/v1/models", headers=free).status_code == 200
+        engine.free = True
+        assert [one.result().status_code for one in running] == [200, 200]
+    assert keyed.get("/v1/models", headers=two).status_code == 200
+    assert keyed.get("/v1/admin/keys", headers=bearer(ADMIN)).json()["data"][0]["requests"] == 2
 
 
 def test_memories_of_another_tenant_are_not_there(keyed, ada):
