@@ -19,13 +19,18 @@ CGROUP = Path("/sys/fs/cgroup")
 """Where a container's own limit stands on Linux."""
 
 
-def check_free(streams: Streams, writes: Sequence[StreamWrite]) -> None:
+def check_free(
+    streams: Streams, writes: Sequence[StreamWrite], left: dict[torch.device, int | None] | None = None
+) -> None:
     """Raise MemoryFullError where RAM, or the disk of a memory in a directory, has no room for what is to be written.
 
     Args:
         streams: of a memory of rows.
         writes: to it. Rows that will leave, at capacity, are counted as far as they fit into that.
+        left: of writes to several memories, what is free on each device, without what those before will take; looked
+            at once, and changed here.
     """
+    left = {} if left is None else left
     needed = sum(map(grown_bytes, writes))
     directory, limit = streams.persistence.directory, streams.persistence.journal_bytes
     if directory is not None:
@@ -34,9 +39,12 @@ def check_free(streams: Streams, writes: Sequence[StreamWrite]) -> None:
         if 2 * needed + DISK_MARGIN > free:
             raise _full(f"the disk of {directory.path}", 2 * needed, free, DISK_MARGIN, "make room there")
         needed = min(needed, limit or needed)  # mapped files hold the rest
-    available = free_memory(streams.device)
-    if available is not None and needed + RAM_MARGIN > available:
-        raise _full(f"{streams.device} memory", needed, available, RAM_MARGIN, "keep it in a directory (Memory.open)")
+    device = streams.device
+    available = left[device] if device in left else left.setdefault(device, free_memory(device))
+    if available is not None:
+        if needed + RAM_MARGIN > available:
+            raise _full(f"{device} memory", needed, available, RAM_MARGIN, "keep it in a directory (Memory.open)")
+        left[device] = available - needed
 
 
 def grown_bytes(write: StreamWrite) -> int:

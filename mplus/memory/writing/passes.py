@@ -69,12 +69,13 @@ def _without_room(writes: Sequence[StreamWrite]) -> dict[int, Exception]:
     Pinned rows leave none, or what is free of RAM or disk does not.
     """
     failed: dict[int, Exception] = {}
+    left: dict[torch.device, int | None] = {}
     for key, streams in {id(write.streams): write.streams for write in writes}.items():
         own = [write for write in writes if write.streams is streams and write.chunks]
         try:
             check_room(streams, [write.row for write in own])
             if own and not streams.engine.writes_text:
-                check_free(streams, own)
+                check_free(streams, own, left)
         except MemoryFullError as error:
             failed[key] = error
     return failed
