@@ -5,5 +5,6 @@
 - ``joining.py``: prompts on their way; ``prompts.py``, ``joint_prompts.py``, ``pieces.py``: how they are read, each as
   ``generate`` would read it alone, several in one forward, a long one in pieces.
 - ``stepped_rows.py``: the rows; ``row_buffer.py``: keys and values of those that a plain decoder steps, with room
-  behind each; ``wrapped_row.py``: those that it cannot step, one by one through the wrapped decoder.
+  behind each; ``wrapped_row.py``: those that it cannot step, one by one through the wrapped decoder,
+  and ``slow_reasons.py`` why.
 """

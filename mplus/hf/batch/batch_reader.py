@@ -10,9 +10,11 @@ from torch import Tensor
 from mplus.errors import MemoryMismatchError, NotSupported
 from mplus.hf.batch.joining import Joining
 from mplus.hf.batch.requests import Row, RowRequest
+from mplus.hf.batch.slow_reasons import reasons_to_step_alone
 from mplus.hf.batch.stepped_rows import SteppedRows
 from mplus.hf.model.installed import WrappedModel, decoder_inside, is_peft_model
-from mplus.hf.model.static_reader import merged_projections, merged_weights, reasons_against, running_decoder
+from mplus.hf.model.static_reader import merged_projections, merged_weights, running_decoder
+from mplus.hf.text.engine import TextEngine
 from mplus.memory.memory import Memory
 
 
@@ -55,15 +57,17 @@ class BatchReader:
             raise NotSupported(f"{type(model).__name__} is not wrapped: use mplus.wrap or mplus.from_pretrained")
         if decoder.training:
             raise NotSupported("a batch reader needs a decoder in eval mode: use model.eval()")
-        self.slow_because = reasons_against(decoder)
+        self.slow_because = reasons_to_step_alone(decoder)
         self._model = decoder
-        decoders, self._projections = [], {}
+        self._weights = self._merged = None
+        engine, adapters = decoder.mplus_engine, dict[str | None, None]()
         if not self.slow_because:
-            engine = decoder.mplus_engine
+            adapters[None] = None
+        if not self.slow_because and not isinstance(engine, TextEngine):
             self._weights, self._merged = engine.watch.look().weights, merged_weights(decoder)
             adapters = dict.fromkeys((engine.adapter("read"), None))  # one decoder where there is no adapter
-            decoders = [running_decoder(decoder, adapter) for adapter in adapters]
-            self._projections = merged_projections(decoder, decoders[0])
+        decoders = [running_decoder(decoder, adapter) for adapter in adapters]
+        self._projections = merged_projections(decoder, decoders[0]) if decoders else {}
         self._stepped = SteppedRows(decoder, decoders)
 
     @property
@@ -139,7 +143,7 @@ class BatchReader:
         self._stepped.leave([rows] if isinstance(rows, Row) else list(rows))
 
     def _check_weights(self) -> None:
-        if self.slow_because:
+        if self._weights is None:  # then there are no copies of weights
             return
         now = self._model.mplus_engine.watch.look()
         if now.weights != self._weights or merged_weights(self._model) != self._merged:

@@ -13,6 +13,7 @@ from mplus.hf.model.installed import WrappedModel
 from mplus.hf.reading.forward import check_memory
 from mplus.hf.reading.many.joint import joint_groups
 from mplus.hf.reading.override import mechanism_for_reads
+from mplus.hf.text.engine import TextEngine
 from mplus.memory.memory import Memory
 
 PADDING = 256
@@ -64,10 +65,10 @@ def _sorted(
 def _kind(engine: DecoderEngine, request: RowRequest) -> object:
     """Return what is equal in requests that one forward can read, as far as they say it; None: in no two."""
     asked = (request.min_score, request.query_tokens is None, request.retrieval_query is None)
-    if request.retrieve_every is not None:
-        return None
-    if request.memory is None:
+    if request.memory is None and request.retrieve_every is None:
         return (False, *asked)
+    if request.memory is None or request.retrieve_every is not None or isinstance(engine, TextEngine):
+        return None
     check_memory(engine, request.memory)
     mechanism, views = mechanism_for_reads(engine), request.memory.streams.versioned_snapshot()[1]
     # Without a prefix the decoder reads with no adapter, and one adapter acts on all rows of a forward.

@@ -14,16 +14,18 @@ from contextvars import copy_context
 from typing import Protocol
 
 import torch
-from attrs import define, field
+from attrs import define, evolve, field
 from torch import Tensor
 
-from mplus.hf.batch.prompts import ReadPrompt, asked, read_alone, result_of
+from mplus.hf.batch.prompts import ReadPrompt, asked, read_alone, recalled_prompt, result_of
 from mplus.hf.batch.requests import RowRequest
 from mplus.hf.batch.wrapped_row import WrappedText
 from mplus.hf.model.installed import WrappedModel
 from mplus.hf.reading.forward import open_with, read
 from mplus.hf.reading.override import mechanism_for_reads
 from mplus.hf.retrofit.context import pausing
+from mplus.hf.text.engine import TextEngine
+from mplus.hf.text.reading import TextReading
 
 
 class PromptInPieces(Protocol):
@@ -39,7 +41,9 @@ def in_pieces(model: WrappedModel, request: RowRequest) -> PromptInPieces:
     Raises:
         ConfigError, InputError, MemoryMismatchError, NotSupported: as ``generate`` does.
     """
-    if request.memory is not None and mechanism_for_reads(model.mplus_engine).retrieves:
+    engine = model.mplus_engine
+    of_rows = request.memory is not None and not isinstance(engine, TextEngine)
+    if of_rows and mechanism_for_reads(engine).retrieves:
         return LayerByLayer(model, request)
     return TokenByToken.of(model, request)
 
@@ -49,14 +53,14 @@ class TokenByToken:
     """A prompt read some tokens at a time.
 
     Attributes:
-        request: what is asked.
-        ids: ``[1, T]`` int64.
+        ids: ``[1, T]`` int64, with what a memory of text put into it.
         text: what was read of it.
+        recalled: what a memory of text put into it; None: the memory is none of text.
     """
 
-    request: RowRequest
     ids: Tensor
     text: WrappedText
+    recalled: TextReading | None = None
 
     @classmethod
     @torch.no_grad()
@@ -64,17 +68,23 @@ class TokenByToken:
         """Choose what all of the prompt reads, and read nothing of it yet."""
         engine, reading = model.mplus_engine, None
         ids = torch.tensor([request.ids], device=engine.device)
+        if request.memory is not None and isinstance(engine, TextEngine):
+            whole, recalled = recalled_prompt(engine, request, request.memory, ids)
+            return cls(whole, WrappedText(model, None), recalled)
         if request.memory is not None:
             engine.check_attention()
             reading = asked(model, read(engine, request.memory, 1), [request], ids.shape[1])
             open_with(engine, reading, ids)
-        return cls(request, ids, WrappedText(model, reading))
+        return cls(ids, WrappedText(model, reading))
 
     def advance(self, tokens: int) -> ReadPrompt | None:
         """Read so many tokens more."""
         begun, total = self.text.ids.shape[1], self.ids.shape[1]
         logits = self.text.read(self.ids[:, begun : begun + tokens])
-        return result_of(self.text, logits) if begun + tokens >= total else None
+        if begun + tokens < total:
+            return None
+        found, recalled = result_of(self.text, logits), self.recalled
+        return found if recalled is None else evolve(found, sources=recalled.sources()[0], version=recalled.version)
 
 
 class _Abandoned(BaseException):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from attrs import define
+from attrs import define, evolve
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
@@ -23,8 +23,8 @@ from mplus.hf.reading.generating import generate_in
 from mplus.hf.reading.many.joint import read_many
 from mplus.hf.reading.reading import Reading, RetrievedSource, retrieved_sources
 from mplus.hf.text.engine import TextEngine
+from mplus.hf.text.reading import TextReading, recall, refuse_for_text
 from mplus.hf.text.reading import read as read_text
-from mplus.hf.text.reading import recall, refuse_for_text
 from mplus.mechanisms.decoder import Attended
 from mplus.memory.memory import Memory
 
@@ -66,7 +66,10 @@ def read_alone(model: WrappedModel, request: RowRequest) -> ReadPrompt:
     engine = model.mplus_engine
     ids = torch.tensor([request.ids], device=engine.device)
     if request.memory is not None and isinstance(engine, TextEngine):
-        return _read_with_text(model, engine, request, request.memory, ids)
+        whole, recalled = recalled_prompt(engine, request, request.memory, ids)
+        text = WrappedText(model, None)
+        found = result_of(text, text.read(whole))
+        return evolve(found, sources=recalled.sources()[0], version=recalled.version)
     reading = None
     if request.memory is not None:
         engine.check_attention()
@@ -168,13 +171,12 @@ def _layers(cache: Cache | None, reading: Reading | None, row: int, tokens: int)
     return found or None
 
 
-def _read_with_text(
-    model: WrappedModel,
-    engine: TextEngine,
-    request: RowRequest,
-    memory: Memory,
-    ids: Tensor,
-) -> ReadPrompt:
+def recalled_prompt(engine: TextEngine, request: RowRequest, memory: Memory, ids: Tensor) -> tuple[Tensor, TextReading]:
+    """Return the prompt ``[1, T]`` with what a memory of text puts into it, and what that is.
+
+    Raises:
+        NotSupported: the mechanism answers calls, or the request asks for what it does not have.
+    """
     arguments = _arguments([request])
     check_memory(engine, memory)
     refuse_for_text(engine, arguments)
@@ -185,6 +187,4 @@ def _read_with_text(
             "taken back then: use generate"
         )
     recall(engine, reading, ids, None, arguments, request.max_new_tokens, together=False)
-    text = WrappedText(model, None)
-    whole = ids if reading.spliced is None else reading.spliced.ids
-    return ReadPrompt(text.read(whole), whole.shape[1], reading.sources()[0], reading.version, text=text)
+    return ids if reading.spliced is None else reading.spliced.ids, reading

@@ -76,7 +76,7 @@ class Row:
 
     def joined(self, logits: Tensor, sources: Sequence[Sequence[RetrievedSource]], memory_version: int | None) -> None:
         """Take note of what the prompt came to."""
-        self._logits, self.sources, self.memory_version = logits, sources, memory_version
+        self._logits, self.sources, self.memory_version = logits.clone(), sources, memory_version
 
     @property
     def prompt_tokens(self) -> int:

@@ -28,7 +28,9 @@ class SteppedRows:
     """
 
     def __init__(self, model: WrappedModel, decoders: Sequence[PreTrainedModel]) -> None:
-        self._model, self._most_positions = model, _learned_positions(model)
+        self._model = model
+        # In the wrapped decoder a row that has none left fails by itself.
+        self._most_positions = _last_position(model) if decoders else None
         self._buffers = [RowBuffer(decoder) for decoder in decoders]
         self._slow: dict[Row, WrappedText] = {}
         self._steps = 0
@@ -136,9 +138,9 @@ class SteppedRows:
                 next(buffer for buffer in self._buffers if row in buffer.rows).remove(row)
 
 
-def _learned_positions(model: WrappedModel) -> int | None:
+def _last_position(model: WrappedModel) -> int | None:
     """Return how many positions a decoder has learned; None: its positions are no table that could end."""
-    engine = model.mplus_engine
-    if isinstance(engine, TextEngine) or engine.shape.positions != "learned":
-        return None
-    return known_positions(model.config.get_text_config(decoder=True))
+    engine, config = model.mplus_engine, model.config.get_text_config(decoder=True)
+    if isinstance(engine, TextEngine):
+        return known_positions(config) if getattr(config, "rope_parameters", None) is None else None
+    return known_positions(config) if engine.shape.positions == "learned" else None

@@ -182,14 +182,15 @@ def reasons_against(model: WrappedModel) -> list[str]:
         reasons.append("it has an ALiBi bias, which would count memory as text")
     if model.training:
         reasons.append("it is in training mode: use model.eval()")
+    return reasons + reasons_against_decoder(model)
+
+
+def reasons_against_decoder(model: WrappedModel) -> list[str]:
+    """Return why a plain decoder would not step a text as ``model`` does, apart from how it reads a memory."""
+    reasons = []
     kinds = {type(layer) for layer in StaticCache(config=model.config, max_cache_len=1).layers}
     if kinds != {StaticLayer}:
         reasons.append(f"its static cache has layers of other kinds ({', '.join(sorted(k.__name__ for k in kinds))})")
-    return reasons + _reasons_against_weights(model)
-
-
-def _reasons_against_weights(model: WrappedModel) -> list[str]:
-    reasons = []
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         reasons.append("accelerate moves its weights about")
     if any(map(is_adapter_layer, model.modules())):

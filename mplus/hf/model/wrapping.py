@@ -142,7 +142,7 @@ def _wrap_for_rows(decoder: PreTrainedModel, config: MPlusConfig, check: bool, p
     layout: Layout = "constant" if anatomy.alibi else "sequential"
     if config.memory_positions != "auto":
         layout = config.memory_positions
-    positions = MemoryPositions(layout, config.position_span, offset=_moving_rope(decoder))
+    positions = MemoryPositions(layout, config.position_span, offset=moving_rope(decoder))
     retrofit = Retrofit(anatomy, "attention", positions, BackendChooser(config.backend))
     asked = config
     sizes = MECHANISMS.get(config.mechanism.name).sizes
@@ -242,7 +242,8 @@ def _decoder(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return decoder
 
 
-def _moving_rope(decoder: PreTrainedModel) -> bool:
+def moving_rope(decoder: PreTrainedModel) -> bool:
+    """Return whether rotary frequencies depend on the largest position of a forward."""
     parameters = getattr(decoder.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     tables = [parameters, *(table for table in parameters.values() if isinstance(table, dict))]
     return any(table.get("rope_type") in MOVING_ROPE for table in tables)

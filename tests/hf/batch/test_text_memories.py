@@ -27,10 +27,17 @@ def test_rows_are_those_of_generate(decoder: str) -> None:
     ]
     answers = [alone(model, one, NEW) for one in asked]
     company = Company(mplus.BatchReader(model))
+    assert bool(company.reader.slow_because) == (decoder == "mamba")
     rows = company.join(asked[:2], answers[:2])
     assert {one.source for one in rows[0].sources[0]} <= {"s0", "s1"}
     company.step()
-    company.join(asked[2:], answers[2:])
+    company.join(asked[2:3], answers[2:3])
+    joining = company.reader.begin(asked[3:])
+    pieces = 1
+    while not joining.advance(2):
+        pieces += 1
+    assert (pieces > 1) == (decoder == "llama")
+    company.met(joining.rows[0], answers[3])
     company.finish()
 
 
