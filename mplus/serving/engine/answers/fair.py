@@ -131,7 +131,8 @@ class FairQueue:
             return False
         # Where there is more than one tenant, none has all rows, however long its answers are.
         others = self.rows // 8 or min(self.rows - 1, 1)
-        return len(self._seen) < 2 or not self._held[tenant] or self._held[tenant] + rows <= self.rows - others
+        shared = len(self._seen) > 1 and others > 0
+        return not shared or not self._held[tenant] or self._held[tenant] + rows <= self.rows - others
 
     def _drop_empty(self, tenant: str) -> None:
         if not self._queues[tenant]:

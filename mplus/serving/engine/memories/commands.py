@@ -206,8 +206,12 @@ class Commands:
             await self._export(messages.ExportMemory(command.memory, str(file)))
             # Only now: what holds a memory open waits for nothing that may wait for it.
             made = await self._make(messages.MakeMemory(name))
-            async with self.changing(name) as memory:
-                return {**made, **await self._taken_in(name, memory, file)}
+            try:
+                async with self.changing(name) as memory:
+                    return {**made, **await self._taken_in(name, memory, file)}
+            except BaseException:
+                await self._delete(messages.DeleteMemory(name))
+                raise
 
     async def _taken_in(self, name: MemoryName, memory: Memory, file: Path) -> Answer:
         """Import a file into a memory that is held for it."""

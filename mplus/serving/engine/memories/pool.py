@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from attrs import define, field
 
@@ -63,7 +63,7 @@ class Pool:
         self._places: OrderedDict[MemoryName, Place] = OrderedDict()
         self._room = asyncio.Condition()
         self._versions: dict[MemoryName, int] = {}
-        self._tidying: set[asyncio.Future[None]] = set()
+        self._tasks: set[asyncio.Future[None]] = set()
 
     async def take(self, name: MemoryName) -> Memory:
         """Return a memory, open, which stays so until ``give``. Raises what opening raises."""
@@ -96,7 +96,7 @@ class Pool:
     async def _make_room(self, name: MemoryName) -> bool:
         """Close idle memories until there is a place for one more. Returns False where ``name`` has come meanwhile."""
         while self._is_full(1):
-            if not await self._close_one():
+            if not self._close_one():
                 async with self._room:
                     await self._room.wait()
             if name in self._places:
@@ -109,14 +109,9 @@ class Pool:
         place.users -= 1
         if not place.users and place.memory is not None:
             place.bytes = place.memory.nbytes
-            tidying = asyncio.ensure_future(self._tidy())
-            self._tidying.add(tidying)
-            tidying.add_done_callback(self._tidying.discard)
-
-    async def _tidy(self) -> None:
-        await self._tell()
-        while self._is_full(0) and await self._close_one():
-            pass
+            while self._is_full(0) and self._close_one():
+                pass
+            self._spawn(self._tell())
 
     async def close(self, name: MemoryName) -> None:
         """Close a memory once nothing uses it, and forget what is known of it; it may be open or not."""
@@ -127,11 +122,12 @@ class Pool:
                 async with self._room:
                     await self._room.wait()
             else:
-                await self._close(name, place, place.memory)
+                self._begin_to_close(name, place, place.memory)
         self._versions.pop(name, None)
 
     async def close_all(self) -> None:
         """Close all memories, with a checkpoint of each that has a journal."""
+        await asyncio.gather(*self._tasks)
         for place in list(self._places.values()):
             if place.memory is not None and not place.closing:
                 await self._run(place.memory.streams.close)
@@ -155,22 +151,28 @@ class Pool:
         return len(self._places)
 
     def _is_full(self, more: int) -> bool:
-        if len(self._places) + more > self.most:
+        """Return whether ``more`` further memories are too many; one that is being closed makes room already."""
+        staying = [place for place in self._places.values() if not place.closing]
+        if len(staying) + more > self.most:
             return True
-        return self.ram_bytes is not None and len(self._places) > 1 - more and self.bytes > self.ram_bytes
+        taken = sum(place.bytes for place in staying)
+        return self.ram_bytes is not None and len(staying) > 1 - more and taken > self.ram_bytes
 
-    async def _close_one(self) -> bool:
-        """Close the memory that was idle for the longest time. Returns False where none is idle."""
+    def _close_one(self) -> bool:
+        """Begin to close the memory that was idle for the longest time. Returns False where none is idle."""
         for name, place in self._places.items():
             if place.memory is not None and not place.users and not place.closing:
                 self._metrics.count("evictions")
-                await self._close(name, place, place.memory)
+                self._begin_to_close(name, place, place.memory)
                 return True
         return False
 
-    async def _close(self, name: MemoryName, place: Place, memory: Memory) -> None:
+    def _begin_to_close(self, name: MemoryName, place: Place, memory: Memory) -> None:
         place.closing, place.settled = True, asyncio.Event()
         self._versions[name] = self._versions.get(name, 0) + memory.version
+        self._spawn(self._close(name, place, memory))
+
+    async def _close(self, name: MemoryName, place: Place, memory: Memory) -> None:
         try:
             await self._run(lambda: _closed(memory))
         except (MPlusError, OSError) as error:  # nothing is lost: the journal has it
@@ -179,6 +181,11 @@ class Pool:
             del self._places[name]
             place.settled.set()
             await self._tell()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _tell(self) -> None:
         async with self._room:
