@@ -36,7 +36,7 @@ MECHANISMS: Mapping[str, dict[str, JsonValue]] = {
     "kv": {
         "chunk_tokens": CHUNK,
         "retrieved_tokens": 8 * CHUNK,
-        "mechanism": {"name": "kv", "retrieved_chunks": None},
+        "mechanism": {"name": "kv", "retrieved_chunks": None, "min_score": 0.0},
     },
 }
 """Memories, as tables of a configuration."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.gpu.gates.decoders import MECHANISMS, Decoders, ids, wrapped, written
 from benchmarks.gpu.session import Session
+from mplus.testing.rounding import allowed, error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNKS = 6
@@ -25,6 +26,8 @@ def reads_and_writes(session: Session) -> None:
                 plain, exact, there = three.compute(lambda model: read(model, chunks))
                 for one, truth, found in zip(plain, exact, there, strict=True):
                     gate.close(found, one, truth)
+                if dtype == torch.float32:
+                    gate.holds(matters(three, plain[0], exact[0]), "the memory makes no difference")
         with session.gate(f"{name}/batch, padded") as gate:
             three = Decoders.of(name, torch.float32, session.device)
             plain, exact, there = three.compute(lambda model: read_padded(model, chunks))
@@ -53,6 +56,12 @@ def reads_and_writes(session: Session) -> None:
             lambda model: read(with_adapter(model), chunks)
         )
         gate.close(there[0], plain[0], exact[0])
+
+
+def matters(three: Decoders, plain: Tensor, exact: Tensor) -> bool:
+    """Return whether the logits of a prompt are others with a memory than without one, beyond rounding."""
+    with torch.no_grad():
+        return error(three.plain(ids(11, 100)).logits, exact) > 100 * allowed(plain, exact)
 
 
 def read(model: Any, chunks: int, **settings: Any) -> tuple[Tensor, Tensor]:
