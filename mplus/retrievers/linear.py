@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from attrs import define, field
@@ -13,7 +12,7 @@ from mplus.retrievers.base import Retriever, RetrieverShape, Selection, check_se
 from mplus.retrievers.candidates import same_store
 from mplus.retrievers.many_stores import Searched, best_of_each
 from mplus.retrievers.ranking import best_rows
-from mplus.retrievers.scores import SCORES, score_rows
+from mplus.retrievers.scores import SCORES, row_scorer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,7 +101,7 @@ class LinearRetriever(Retriever):
             if searched[0].small and (len(rows) < len(stores) or (len(rows) == 1 and len(chunks) > 1)):
                 several.update(zip(rows, searched, strict=True))
                 continue
-            score = partial(score_rows, self.options.score, [one.text for one in searched])
+            score = row_scorer(self.options.score, [one.text for one in searched])
             for row, best in zip(rows, best_rows(chunks, len(rows), k, score), strict=True):
                 found[row] = Selection(*best)
         for row, best in zip(several, best_of_each(list(several.values()), self.options.score, k), strict=True):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from attrs import define
 from torch import Tensor
 
 from mplus.errors import InputError
 from mplus.stores.base import Chunk
 
-BLOCK = 2**16
+BLOCK = 2**20
 """Scores held at a time by ``best_rows``, all texts together; more where many rows are wanted."""
+FEW = 2**13
+"""Rows that are all ranked: looking for those that need be takes longer."""
 _LOW = 0xFFFFFFFF
 
 
@@ -43,45 +47,89 @@ def best_rows(
     best: Tensor | None = None
     blocks: list[Tensor] = []
     start = 0
-    for ids, keys, live in _blocks(chunks, max(BLOCK // texts, 4 * k, 1)):
-        scores = score(keys).to(ids.device)
-        scores = scores if live is None else scores[:, live]
-        positions = torch.arange(start, start + scores.shape[-1], device=ids.device)
-        if best is None:
-            best = ranks_of(scores, positions)
-        else:
-            best = top(best, k)
-            promising = _promising(scores, best, k)
-            if promising is not None:
-                scores, positions = scores[:, promising], positions[promising]
-            best = torch.cat([best, ranks_of(scores, positions)], -1)
-        blocks.append(ids if live is None else ids[live])
-        start += len(blocks[-1])
+    for pieces in _together(chunks, max(BLOCK // texts, 4 * k, 1)):
+        ranks = _ranks_of_best(pieces, texts, k, start, score)
+        best = ranks if best is None else top(torch.cat([best, ranks], -1), k)
+        blocks += [piece.ids for piece in pieces]
+        start += sum(piece.ids.shape[0] for piece in pieces)
     if best is None:
         return [(torch.empty(0, dtype=torch.int64), torch.empty(0))] * texts
     places, scores = unranked(top(best, k, last=True))
     return [(_ids_at(blocks, own), there) for own, there in zip(places, scores, strict=True)]
 
 
-def _promising(scores: Tensor, best: Tensor, k: int) -> Tensor | None:
-    """Find the scores that can still be among the ``k`` best of the only text; None: any can, or texts are several.
+@define(frozen=True, eq=False)
+class _Piece:
+    """Places of a chunk: ``[m]`` ids, ``[m, r]`` keys, and ``[m]`` bool where there are rows; None: at all of them."""
 
-    Ranking takes several times as long as comparing, and behind the first blocks few rows are left.
-    """
-    if best.shape != (1, k) or k == 0:
-        return None
-    _, lowest = unranked(best.min())
-    # Of equal scores the earlier one counts. Nothing compares with NaN, which is lowest.
-    return (scores[0] > lowest).nonzero().squeeze(1) if bool(lowest > -torch.inf) else None
+    ids: Tensor
+    keys: Tensor
+    live: Tensor | None
 
 
-def _blocks(chunks: Sequence[Chunk], rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Yield ids, keys, and the places among them where rows are (None: all), of up to ``rows`` places at a time."""
+def _together(chunks: Sequence[Chunk], places: int) -> Iterator[list[_Piece]]:
+    """Yield pieces of chunks, as many together as have up to so many places."""
+    pieces, left = list[_Piece](), places
     for chunk in chunks:
-        for low in range(0, len(chunk.ids), rows):
-            own = slice(low, low + rows)
-            live = None if chunk.live is None else chunk.live[own].nonzero().squeeze(1)
-            yield chunk.ids[own], chunk.columns["key"][own], live
+        low, count, keys = 0, chunk.ids.shape[0], chunk.columns["key"]
+        while low < count:
+            own = slice(low, low + left)
+            whole = count <= left and not low
+            piece = _Piece(chunk.ids, keys, chunk.live) if whole else _Piece(chunk.ids[own], keys[own], _at(chunk, own))
+            pieces.append(piece)
+            low, left = low + piece.ids.shape[0], left - piece.ids.shape[0]
+            if not left:
+                yield pieces
+                pieces, left = [], places
+    if pieces:
+        yield pieces
+
+
+def _at(chunk: Chunk, places: slice) -> Tensor | None:
+    return None if chunk.live is None else chunk.live[places]
+
+
+def _ranks_of_best(
+    pieces: Sequence[_Piece], texts: int, k: int, start: int, score: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return ranks ``[texts, n]``, those of the ``min(k, rows)`` best rows among them; ``start``: the first position.
+
+    Of many rows most are told apart by a look for the k-th score, and only those that are not below it are ranked.
+    """
+    scores, live = _scores_of(pieces, texts, score)
+    wanted = min(k, scores.shape[1])
+    if scores.shape[1] <= FEW or not wanted:
+        ranks = ranks_of(scores, torch.arange(start, start + scores.shape[1], device=scores.device))
+        return ranks if live is None else ranks[:, live]
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    if live is not None:
+        scores.masked_fill_(~live, -torch.inf)
+    values, places = scores.topk(wanted, sorted=False)
+    lowest = values.amin(-1, keepdim=True)
+    counts = (scores >= lowest).sum(-1).tolist()
+    found = []
+    for own, here, least, count in zip(scores, places, lowest.flatten().tolist(), counts, strict=True):
+        if least == -math.inf and live is not None:  # removed rows score that, as rows may that are there
+            here = live.nonzero().squeeze(1)  # noqa: PLW2901
+        elif count > wanted:  # several rows have the k-th score, and topk has chosen among them as it likes
+            here = (own >= least).nonzero().squeeze(1)  # noqa: PLW2901
+        found.append(top(ranks_of(own[here], here + start), k))
+    return torch.stack(found)
+
+
+def _scores_of(pieces: Sequence[_Piece], texts: int, score: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Return the scores ``[texts, m]`` of all pieces, and ``[m]`` bool, False at removed rows; None: there are none."""
+    device = pieces[0].ids.device
+    if len(pieces) == 1:
+        return _checked(score(pieces[0].keys)).to(device), pieces[0].live
+    counts = [piece.ids.shape[0] for piece in pieces]
+    scores = torch.empty(texts, sum(counts), device=device)
+    for piece, own in zip(pieces, scores.split(counts, -1), strict=True):
+        own.copy_(_checked(score(piece.keys)))
+    if all(piece.live is None for piece in pieces):
+        return scores, None
+    parts = [torch.ones_like(piece.ids, dtype=torch.bool) if piece.live is None else piece.live for piece in pieces]
+    return scores, torch.cat(parts)
 
 
 def ranks_of(scores: Tensor, positions: Tensor) -> Tensor:
@@ -90,10 +138,16 @@ def ranks_of(scores: Tensor, positions: Tensor) -> Tensor:
     ``torch.topk`` leaves the choice among equal scores open; these numbers are all different. The upper half is the
     score, the lower half its position.
     """
+    scores = (
+        _checked(scores).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0
+    )  # -0.0 is equal to 0.0
+    return _ascending(scores.view(torch.int32)).long().bitwise_left_shift_(32).add_(_LOW - positions)
+
+
+def _checked(scores: Tensor) -> Tensor:
     if scores.dtype != torch.float32:
         raise InputError(f"scores must be torch.float32, got {scores.dtype}")
-    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0  # -0.0 is equal to 0.0
-    return _ascending(scores.view(torch.int32)).long().bitwise_left_shift_(32).add_(_LOW - positions)
+    return scores
 
 
 def _ascending(bits: Tensor) -> Tensor:
@@ -113,8 +167,8 @@ def top(ranks: Tensor, k: int, last: bool = False) -> Tensor:
 
 def _ids_at(blocks: Sequence[Tensor], places: Tensor) -> Tensor:
     """Return ids of the rows at ``places`` ``[n]``, which count on from block to block."""
-    if len(blocks) == 1:
-        return blocks[0].index_select(0, places)
+    if sum(map(len, blocks)) <= BLOCK:  # one copy of the ids takes less time than a look at the places of each block
+        return (blocks[0] if len(blocks) == 1 else torch.cat(list(blocks))).index_select(0, places)
     ids, start = torch.empty_like(places), 0
     for block in blocks:
         here = ((places >= start) & (places < start + len(block))).nonzero().squeeze(1)

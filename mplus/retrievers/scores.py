@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -50,7 +51,6 @@ def sigmoid_mean(queries: Tensor, mask: Tensor, keys: Tensor) -> Tensor:
 SCORES: Mapping[str, Score] = {"mean_dot": mean_dot, "sigmoid_mean": sigmoid_mean}
 
 
-@torch.no_grad()
 def score_rows(name: str, texts: Sequence[Tensor], keys: Tensor) -> Tensor:
     """Score every row for each of several texts, a piece of the rows at a time, without autograd.
 
@@ -65,29 +65,47 @@ def score_rows(name: str, texts: Sequence[Tensor], keys: Tensor) -> Tensor:
     Returns:
         ``[texts, m]`` float32 on the device of the queries.
     """
+    return row_scorer(name, texts)(keys)
+
+
+@torch.no_grad()
+def row_scorer(name: str, texts: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return ``score_rows`` for some texts as a function of keys, which does once what does not depend on these."""
     device = texts[0].device
-    scores = torch.empty(len(texts), keys.shape[0], device=device)
-    if name == "sigmoid_mean" and not any(reasons_against_scoring(text, keys) for text in texts):
-        for number, text in enumerate(texts):
-            scores[number] = sigmoid_means(text[None], None, keys)[0]
-        return scores
-    with torch.autocast(device.type, enabled=False):
+    with _without_autocast(device):
         groups = [text.float() for text in texts]
         if name == "mean_dot":  # one query vector each: all texts in one product
             groups = [torch.stack([text.mean(0) for text in groups])]
         shares = [group.new_full(group.shape[:1], 1 / group.shape[0]) for group in groups]
-        piece = piece_rows(max(group.shape[0] for group in groups), device)
-        for start in range(0, keys.shape[0], piece):
-            part = keys[start : start + piece].to(device=device, dtype=torch.float32)
-            for number, group in enumerate(groups):
-                own = scores[number, start : start + piece]
-                if name != "mean_dot":
-                    torch.mv((part @ group.T).sigmoid_(), shares[number], out=own)
-                elif len(group) == 1:
-                    torch.mv(part, group[0], out=own)
-                else:
-                    scores[:, start : start + piece] = (part @ group.T).T
-    return scores
+    piece = piece_rows(max(group.shape[0] for group in groups), device)
+
+    @torch.no_grad()
+    def score(keys: Tensor) -> Tensor:
+        if name == "sigmoid_mean" and not any(reasons_against_scoring(text, keys) for text in texts):
+            return torch.cat([sigmoid_means(text[None], None, keys) for text in texts])
+        with _without_autocast(device):
+            if keys.shape[0] <= piece:
+                return _scored(name, groups, shares, keys.to(device, torch.float32))
+            found = [_scored(name, groups, shares, part.to(device, torch.float32)) for part in keys.split(piece)]
+            return torch.cat(found, -1)
+
+    return score
+
+
+def _scored(name: str, groups: Sequence[Tensor], shares: Sequence[Tensor], keys: Tensor) -> Tensor:
+    """Score float32 ``keys`` for all texts: ``[texts, m]``."""
+    if name != "mean_dot":
+        likes = ((keys @ group.T).sigmoid_() for group in groups)
+        found = [torch.mv(own, share) for own, share in zip(likes, shares, strict=True)]
+        return found[0][None] if len(found) == 1 else torch.stack(found)
+    (queries,) = groups
+    return torch.mv(keys, queries[0])[None] if len(queries) == 1 else (keys @ queries.T).T
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context without autocast, which would take products to half precision; made only where there is one."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 @torch.no_grad()

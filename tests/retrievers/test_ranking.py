@@ -43,9 +43,10 @@ def test_the_best_places_are_those_of_a_sort(scores: list[float], k: int) -> Non
     st.integers(0, 40),
     st.integers(1, 9),
     st.integers(1, 2),
+    st.sampled_from([0, 0, 4, 99]),
 )
 def test_rows_of_many_blocks_rank_like_rows_of_one(
-    layers: list[list[tuple[float, float, bool]]], k: int, block: int, texts: int
+    layers: list[list[tuple[float, float, bool]]], k: int, block: int, texts: int, few: int
 ) -> None:
     """A row's key is its score for each of two texts; rows that were removed lie between the others."""
     chunks, rows, next_id = [], [], 7
@@ -58,12 +59,26 @@ def test_rows_of_many_blocks_rank_like_rows_of_one(
         next_id += 3 * len(places) + 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranking, "BLOCK", block)
+        patch.setattr(ranking, "FEW", few)
         found = best_rows(chunks, texts, k, lambda keys: keys.T[:texts].contiguous())
     for text, (ids, best) in enumerate(found):
         scores = [place[text] for _, place in rows]
         expected = slow(scores, k)
         assert ids.tolist() == [rows[place][0] for place in expected]
         assert best.tolist() == [-math.inf if math.isnan(scores[place]) else scores[place] for place in expected]
+
+
+def test_of_two_rows_with_the_last_score_the_first_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.topk`` may take either."""
+    monkeypatch.setattr(ranking, "FEW", 0)
+    for count in range(3, 60):
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
+        scores = torch.ones(count)
+        scores[order[:2]] = 0.0
+        ((ids, _),) = best_rows(
+            [Chunk(torch.arange(count), None, {"key": scores[:, None]})], 1, count - 1, lambda k: k.T
+        )
+        assert ids[-1] == order[:2].min()
 
 
 def test_scores_of_many_rows_are_never_held_together() -> None:
