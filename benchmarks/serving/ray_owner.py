@@ -26,6 +26,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,7 @@ def main() -> None:
         kills = [kill_owner(server, memories[0]) for _ in range(KILLS)]
         longest = hand_over(server, memories)
     record = {
-        **run_info(model="recall-tiny", engines=2, load_average=load_average()),
+        **run_info(ray=version("ray"), model="recall-tiny", engines=2, load_average=load_average()),
         "hot": hot,
         "worst_seconds_until_served": max(kill["seconds_until_served"] for kill in kills),
         "refused_after_kills": sum(kill["refused"] for kill in kills),
