@@ -84,7 +84,7 @@ class Server:
         if self.process is not None:
             for pid in self.pids if how is signal.SIGKILL else [self.process.pid]:
                 os.kill(pid, how)
-            self.process.wait(60)
+            self.process.wait(120)
             self.process = None
 
     @property

@@ -32,8 +32,8 @@ from mplus.serving.messages import Command, Event, Generate, MemoryName
 
 THREADS = 8
 """For opening, closing, tokenising and the disk."""
-GRACE = 30.0
-"""Seconds that answers have when the engine is closed."""
+GRACE = 1.0
+"""Seconds for what runs when the engine is closed: by then the front has waited for all that somebody wants."""
 COUNTED = 256
 """Tokens of an answer that count for the order of requests, where it may be as long as it likes."""
 

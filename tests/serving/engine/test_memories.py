@@ -209,3 +209,19 @@ def test_a_memory_is_exported_imported_and_forked(serve: Serve, decoder: ServedD
         assert (await client.call(ListSources(default)))["data"] == []
 
     run(copies())
+
+
+def test_closing_does_not_wait_for_a_novel(serve: Serve) -> None:
+    async def closed() -> list[Any]:
+        client = serve()
+        await client.call(MakeMemory(ADA))
+        novel = asyncio.ensure_future(tell(client, ADA, STORY * 4000, write_id="novel"))
+        while not (await client.metrics()).get("write_chunks"):
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(client.engine.close, 0)
+        assert await refused(novel) == (503, "shutting_down")
+        again = serve()
+        return list((await again.call(ListSources(ADA)))["data"])
+
+    (source,) = run(closed())
+    assert 0 < source["chunks"] < 2000
