@@ -14,7 +14,9 @@ results, and the others run. The exit status is 1 where anything failed.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import tempfile
 from pathlib import Path
 
 from benchmarks.gpu.packages import CARRIED, ROOT, missing, pack, use_packages
@@ -56,15 +58,18 @@ def main(arguments: list[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     results = options.out / "results.jsonl"
     results.unlink(missing_ok=True)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that its parts end with it
     names = None if options.only is None else ["device", *options.only.split(",")]
-    runner = Runner(
-        results,
-        60 * options.minutes,
-        ["--device", "cpu", "--tiny", *(["--few"] if options.few else [])] if options.rehearse else [],
-        rehearsal=options.rehearse,
-        at_a_time=2 if options.rehearse else AT_A_TIME,
-    )
-    went_well = runner.run(parts_of(names, rehearsal=options.rehearse))
+    with tempfile.TemporaryDirectory() as logs:
+        runner = Runner(
+            results,
+            Path(logs),
+            60 * options.minutes,
+            ["--device", "cpu", "--tiny", *(["--few"] if options.few else [])] if options.rehearse else [],
+            rehearsal=options.rehearse,
+            at_a_time=2 if options.rehearse else AT_A_TIME,
+        )
+        went_well = runner.run(parts_of(names, rehearsal=options.rehearse))
     said = summary(read_lines(results))
     (options.out / "summary.md").write_text(said, encoding="utf-8")
     print(said)

@@ -20,7 +20,8 @@ from benchmarks.gpu.taking import put_into_tree
 SAYS = "import json, sys; open(sys.argv[1], 'a').write(json.dumps({0}) + chr(10))"
 ENDS = {
     "well": SAYS.format({"kind": "part", "part": "well", "status": "ok", "reason": None}),
-    "badly": SAYS.format({"kind": "part", "part": "badly", "status": "failed", "reason": "2 gates failed"}),
+    "badly": "print('a traceback');"
+    + SAYS.format({"kind": "part", "part": "badly", "status": "failed", "reason": "2 gates failed"}),
     "at once": "import sys; print('out of memory'); sys.exit(3)",
     "never": "import time; print('begun', flush=True); time.sleep(60)",
     "last": SAYS.format({"kind": "part", "part": "last", "status": "ok", "reason": None}),
@@ -32,7 +33,7 @@ def runner(folder, seconds=30.0, said=None):
         return [sys.executable, "-S", "-c", ENDS[part.name], str(results)]
 
     said = [] if said is None else said
-    return Runner(folder / "results.jsonl", seconds, command=command, say=said.append)
+    return Runner(folder / "results.jsonl", folder, seconds, command=command, say=said.append)
 
 
 def endings(folder):
@@ -56,6 +57,8 @@ def test_what_fails_or_hangs_does_not_hide_the_rest(tmp_path):
     assert "its limit of 1 seconds" in found["never"]["reason"]
     assert found["never"]["output"] == "begun"
     assert len(said) == len(ENDS)
+    logged = [line for line in read_lines(tmp_path / "results.jsonl") if line["kind"] == "log"]
+    assert [(line["part"], line["output"]) for line in logged] == [("badly", "a traceback")]
 
 
 def test_a_run_ends_in_time(tmp_path):
@@ -67,17 +70,29 @@ def test_a_run_ends_in_time(tmp_path):
     )
 
 
+def test_an_interrupt_leaves_nothing_running(tmp_path):
+    def interrupt(line):
+        if line.startswith("at once"):
+            raise KeyboardInterrupt
+
+    run = runner(tmp_path)
+    run.say, begun = interrupt, time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run.run([Part("well", "", 20.0), *(Part(name, "", 60.0) for name in ("at once", "never"))])
+    assert time.monotonic() - begun < 20
+    assert any(words in endings(tmp_path)["never"]["reason"] for words in ("status -9", "not run"))
+
+
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"kind": "gate"}\n{"kind": "ga')
     assert read_lines(tmp_path / "results.jsonl") == [{"kind": "gate"}]
 
 
 def test_every_part_has_a_function():
-    from importlib import import_module
-
     for part in PARTS:
         module, _, function = part.target.partition(":")
-        assert callable(getattr(import_module(f"benchmarks.gpu.{module}"), function)), part.name
+        file = packages.ROOT.joinpath("benchmarks", "gpu", *module.split(".")).with_suffix(".py")
+        assert f"def {function}(session: Session)" in file.read_text(encoding="utf-8"), part.name
     assert [part.name for part in parts_of(["score-kernel", "device"], rehearsal=True)] == ["device", "score-kernel"]
     assert not any(part.on_cpu for part in parts_of(None, rehearsal=False))
     with pytest.raises(ValueError, match="got scores"):
