@@ -292,7 +292,7 @@ def test_killed_at_random_again_and_again_nothing_acknowledged_is_lost(tmp_path)
     draw, ordinary = random.Random(0), [MODEL.new_memory(clock=noon) for _ in range(4)]
     stages = [[content(memory) for memory in ordinary]]
     chunks = [0] * 4
-    for _ in range(60 if NIGHTLY else 4):
+    for _ in range(50 if NIGHTLY else 4):
         acknowledged = max(min(chunks), written_until_killed(tmp_path, draw))
         for user in range(4):
             path = tmp_path / str(user)
@@ -317,7 +317,7 @@ def written_until_killed(path: Path, draw: random.Random) -> int:
     if child == 0:
         try:
             os.close(begun)
-            memories = [open_memory(path / str(user), MODEL, files=FileSystem()) for user in range(4)]
+            memories = [open_memory(path / str(user), MODEL, journal_bytes=30_000) for user in range(4)]
             turn = 1
             while True:
                 due = [user for user, memory in enumerate(memories) if memory.states[0].clock // 4 < turn]
