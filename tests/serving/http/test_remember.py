@@ -51,7 +51,7 @@ def test_a_conversation_that_goes_on_and_another_one(http, engine):
     ask(http, remember="user", conversation="two")
     more = [*TALK, {"role": "assistant", "content": "You are Ada."}, {"role": "user", "content": "Who am I?"}]
     http.post("/v1/chat/completions", json={"messages": more, "remember": "user", "conversation": "one"})
-    again = [{"role": "user", "content": "Another beginning."}]
+    again = [*TALK[:-1], {"role": "user", "content": "Something else at the same place."}]
     http.post("/v1/chat/completions", json={"messages": again, "remember": "user", "conversation": "one"})
     assert [source for source, *_ in written(engine)] == ["one", "one", "one", "two"]
     assert len({one.write_id for one in engine.called if isinstance(one, WriteMemory)}) == 4

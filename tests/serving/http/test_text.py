@@ -80,6 +80,15 @@ def test_a_token_is_decoded_in_a_window_and_not_with_the_whole_answer(byte_fallb
     assert longest <= 2 * LONGEST_CHARACTER
 
 
+def test_a_broken_character_does_not_change_those_before_it(byte_fallback):
+    """Some decoders show every byte of a run as broken where one of them is."""
+    smile, broken = [3 + byte for byte in "🙂".encode()], 3 + 0xFF
+    letter = byte_fallback.model.convert_tokens_to_ids("a")
+    assert byte_fallback.decode([*smile, broken, letter]).startswith("\N{REPLACEMENT CHARACTER}")
+    said = "".join(pieces(byte_fallback.text(), [*smile, broken, letter]))
+    assert said == "🙂\N{REPLACEMENT CHARACTER}a"
+
+
 def test_bytes_that_are_no_character_do_not_hold_the_text_back(byte_fallback):
     text = byte_fallback.text()
     assert "".join(text.add(3 + 0xFF) for _ in range(50))
