@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from mplus.hf.model.static_reader import StaticReader
     from mplus.hf.model.wrapping import unwrap, wrap
     from mplus.hf.pretrained.load import from_pretrained
-    from mplus.memory import Memory, rewrite_memory, write_together
+    from mplus.memory import Memory, write_together
     from mplus.memory.directory.removal import delete_memory
     from mplus.memory.directory.size import memory_bytes
+    from mplus.memory.migration.rewrite import rewrite_memory
 
 _LAZY = {
     "Chat": "mplus.chat",
@@ -39,7 +40,7 @@ _LAZY = {
     "write_together": "mplus.memory",
     "delete_memory": "mplus.memory.directory.removal",
     "memory_bytes": "mplus.memory.directory.size",
-    "rewrite_memory": "mplus.memory",
+    "rewrite_memory": "mplus.memory.migration.rewrite",
     "wrap": "mplus.hf",
     "unwrap": "mplus.hf",
     "from_pretrained": "mplus.hf",

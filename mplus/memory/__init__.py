@@ -1,7 +1,6 @@
 """Memory: the state of one conversation, user or book; it knows nothing of decoders or files of weights."""
 
 from mplus.memory.memory import Memory
-from mplus.memory.migration.rewrite import rewrite_memory
 from mplus.memory.report import ForgetReport, MergeReport, SourceInfo, WriteReport
 from mplus.memory.sources.found import FoundText
 from mplus.memory.state import StreamState, StreamView
@@ -16,6 +15,5 @@ __all__ = [
     "StreamState",
     "StreamView",
     "WriteReport",
-    "rewrite_memory",
     "write_together",
 ]
