@@ -56,7 +56,7 @@ def read_many(engine: DecoderEngine, memories: Sequence[Memory]) -> Reading:
     """
     if not memories:
         raise InputError("there must be at least one memory to read")
-    taken = _look_at(engine, memories)
+    look, taken = _look_at(engine, memories)
     if len(_groups(taken)) > 1:
         raise NotSupported(
             "memories with different tokenizers, or of which some keep keys and values and others do not, are read by "
@@ -69,7 +69,7 @@ def read_many(engine: DecoderEngine, memories: Sequence[Memory]) -> Reading:
         mechanism,
         [one.view for one in taken],
         prepared=together,
-        look=engine.watch.look(),
+        look=look,
         memories=memories,
         tokenizer=memories[0].tokenizer,
         versions=[one.version for one in taken],
@@ -81,7 +81,7 @@ def joint_groups(engine: DecoderEngine, memories: Sequence[Memory]) -> list[list
 
     Raises ReadTogetherError as ``read_many``.
     """
-    return _groups(_look_at(engine, memories))
+    return _groups(_look_at(engine, memories)[1])
 
 
 def _groups(taken: Sequence[ReadMemory]) -> list[list[int]]:
@@ -91,8 +91,8 @@ def _groups(taken: Sequence[ReadMemory]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _look_at(engine: DecoderEngine, memories: Sequence[Memory]) -> list[ReadMemory]:
-    """Return the memories as they are at one moment each; one that comes several times, at the same."""
+def _look_at(engine: DecoderEngine, memories: Sequence[Memory]) -> tuple[Look, list[ReadMemory]]:
+    """Return the weights, and the memories as they are now; one that comes several times, as at one moment."""
     look = engine.watch.look()
     if look.names is not None:
         raise NotSupported("adapter_names does not go with reading many memories together: read them one by one")
@@ -106,7 +106,7 @@ def _look_at(engine: DecoderEngine, memories: Sequence[Memory]) -> list[ReadMemo
             errors[place] = error
     if errors:
         raise ReadTogetherError.of(errors, len(memories))
-    return [found[id(memory)] for memory in memories]
+    return look, [found[id(memory)] for memory in memories]
 
 
 def _taken(engine: DecoderEngine, memory: Memory, look: Look) -> ReadMemory:
