@@ -98,7 +98,7 @@ class LinearRetriever(Retriever):
                 raise ValueError("the linear retriever needs rows with keys; this store was made without (key_size=0)")
             chunks = store.chunks(layer, "key")
             searched = [Searched(texts[row], chunks, store.count(layer)) for row in rows]
-            if searched[0].small and (len(rows) < len(stores) or (len(rows) == 1 and len(chunks) > 1)):
+            if searched[0].small and (len(rows) == 1 or len(rows) < len(stores)):
                 several.update(zip(rows, searched, strict=True))
                 continue
             score = row_scorer(self.options.score, [one.text for one in searched])

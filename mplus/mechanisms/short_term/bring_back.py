@@ -32,6 +32,9 @@ def bring_back_each(
         if len(pick.ids) and pick.scores.device == pick.ids.device and not store.layout.extra:
             alike.setdefault((pick.ids.shape[0], pick.ids.device), []).append(place)
     for some in alike.values():
+        if len(some) == 1:  # without what it takes to put several side by side
+            back[some[0]] = _bring_back_one(stores[some[0]], layer, picks[some[0]], newest_last)
+            continue
         ids, by_id = torch.stack([picks[place].ids for place in some]).sort(1, descending=not newest_last)
         scores = torch.stack([picks[place].scores for place in some]).gather(1, by_id)
         found = [stores[place].find(layer, own) for place, own in zip(some, ids, strict=True)]
@@ -58,11 +61,27 @@ def _in_order(
         order = births.argsort(dim=1, stable=True)
         ids, scores, births, sources = (column.gather(1, order) for column in (ids, scores, births, sources))
         found = [one.at(own) for one, own in zip(found, order, strict=True)]
-    made = []
-    for one, layout, *columns in zip(found, layouts, ids, scores, births, sources, strict=True):
-        own_ids, own_scores, birth, source = columns
-        hidden = one.take("hidden") if layout.keeps_hidden else None
-        # Keys and values are copied once, by whoever puts them into place.
-        located = one.located("projected") if layout.projected_size else None
-        made.append(Retrieved(MemoryRows(hidden, birth, source), own_ids, own_scores, located))
-    return made
+    columns = zip(found, layouts, ids, scores, births, sources, strict=True)
+    return [_retrieved(*of_store) for of_store in columns]
+
+
+def _bring_back_one(store: StoreView, layer: int, pick: Selection, newest_last: bool) -> Retrieved | None:
+    ids, by_id = pick.ids.sort(descending=not newest_last)
+    found = store.find(layer, ids)
+    if found is None:
+        return None
+    scores, births, sources = pick.scores.index_select(0, by_id), found.take("birth"), found.take("source")
+    if bool((births[1:] < births[:-1]).any()):
+        order = births.argsort(stable=True)
+        ids, scores, births, sources = (column.index_select(0, order) for column in (ids, scores, births, sources))
+        found = found.at(order)
+    return _retrieved(found, store.layout, ids, scores, births, sources)
+
+
+def _retrieved(
+    found: FoundRows, layout: StoreLayout, ids: Tensor, scores: Tensor, births: Tensor, sources: Tensor
+) -> Retrieved:
+    hidden = found.take("hidden") if layout.keeps_hidden else None
+    # Keys and values are copied once, by whoever puts them into place.
+    located = found.located("projected") if layout.projected_size else None
+    return Retrieved(MemoryRows(hidden, births, sources), ids, scores, located)
