@@ -193,8 +193,7 @@ class Rows(RuleBasedStateMachine):
     @rule(tokens=st.integers(1, 30), layer=st.integers(0, LAYERS - 1), name=st.sampled_from(["a", "c"]))
     def write_with_a_policy_that_fails(self, tokens: int, layer: int, name: str) -> None:
         """Chunks before the one whose rows nobody can make room for are there; of it, and after it, nothing is."""
-        made = len(self.model.mplus_engine.made)
-        self.removed.clear()
+        self.flush()  # else the first chunk has what waits in it, and there may be one more
         policy = self.memory.streams.eviction
         assert isinstance(policy, Watched)
         chunks = [7] * tokens
@@ -211,6 +210,18 @@ class Rows(RuleBasedStateMachine):
                 policy.fails_in = None
             lost = report.dropped_rows[0] if self.config["long_term_tokens"] == 0 else report.evicted_rows[0]
             self.wrote(Counter(range(made, len(self.model.mplus_engine.made))), name, lost)
+
+    def flush(self) -> None:
+        """Write what waits, each source's text as a chunk of its own."""
+        state, made = self.memory.states[0], len(self.model.mplus_engine.made)
+        waiting = [state.sources[one.source].name for one in state.tail]
+        self.removed.clear()
+        report = self.memory.flush()
+        new = range(made, len(self.model.mplus_engine.made))
+        rows = len(new) // max(len(waiting), 1)  # as many of each
+        lost = report.dropped_rows[0] if self.config["long_term_tokens"] == 0 else report.evicted_rows[0]
+        self.wrote(Counter(new), None, lost)
+        self.sources.update({number: waiting[(number - made) // rows] for number in new})
 
     @rule(layer=st.integers(0, LAYERS - 1), seed=st.integers(0, 9))
     def read(self, layer: int, seed: int) -> None:

@@ -97,11 +97,7 @@ class LiveRows(Rows):
     def die_while_writing(self, at: int, tokens: int, name: str) -> None:
         """The chunk is there, or it is not, or its text is there and waits."""
         self.die_within(lambda: self.write(tokens, name), at)
-        made = len(self.model.mplus_engine.made)
-        self.removed.clear()
-        report = self.memory.flush()
-        lost = report.dropped_rows[0] if self.config["long_term_tokens"] == 0 else report.evicted_rows[0]
-        self.wrote(Counter(range(made, len(self.model.mplus_engine.made))), name, lost)
+        self.flush()
 
     @precondition(lambda self: self.memory.sources())
     @rule(at=INSTANTS, which=st.integers(0, 2))
