@@ -181,7 +181,8 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
     record: dict[str, Any] = {
         **run_info(),
         "settings": {"model": options.model, "mechanism": options.mechanism, "memory": SIZES, "users": options.users,
-                     "turns": options.turns, "tokens": options.tokens, "generate_at": str(options.root.name)},
+                     "turns": options.turns, "tokens": options.tokens,
+                     "generate_at": "this tree" if options.root == ROOT else options.root.name},
         "rounds": rounds,
         "over_max_batch_1": _ratio(together, [o[f"one at a time: users {most}"]["tokens_per_second"] for o in rounds]),
         "over_one_user": _ratio(together, [one[f"users {min(options.users)}"]["tokens_per_second"] for one in rounds]),
