@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from mplus.serving.config import Limits
 from mplus.serving.engine.decoder import ServedDecoder
+from mplus.serving.engine.memories.tenants import Tenants
 from mplus.serving.errors import ServingError
 from mplus.serving.messages import (
     Began,
@@ -225,3 +227,30 @@ def test_closing_does_not_wait_for_a_novel(serve: Serve) -> None:
 
     (source,) = run(closed())
     assert 0 < source["chunks"] < 2000
+
+
+def test_what_a_crash_left_of_a_deleted_memory_goes_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tenants = Tenants(tmp_path, Limits())
+    tenants.make(ADA)
+    tenants.path(ADA).mkdir()
+    (tenants.path(ADA) / "rows").write_text("what Ada said")
+
+    def refused(path: Path, *_: object) -> None:
+        raise PermissionError(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refused)
+        with pytest.raises(PermissionError):
+            tenants.remove(ADA)
+    assert tenants.find(ADA) is not None  # whole: nothing was deleted, and nothing is said to be
+    assert tenants.path(ADA).is_dir()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refused)
+        tenants.remove(ADA)
+    assert tenants.find(ADA) is None
+    assert "still there" in caplog.text
+    assert [file.read_text() for file in tmp_path.rglob("rows")] == ["what Ada said"]
+    Tenants(tmp_path, Limits())
+    assert not list(tmp_path.rglob("rows"))

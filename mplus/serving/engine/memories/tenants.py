@@ -1,13 +1,15 @@
 """Tenants: which memories there are, whose they are, and where they lie: never under a name that a client chose.
 
 ``DIR/sha256(tenant)/sha256(id)`` is the directory of a memory, and ``DIR/sha256(tenant)/sha256(id).json`` says its
-names. The manifest is made first and goes last, so a directory without one is what is left of a deleted memory.
+names. The manifest is made first and goes last. A directory that is deleted gets another name in one step; what a
+crash leaves under such names goes when the next server starts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -23,6 +25,8 @@ from attrs import define
 from mplus.serving.config import Limits
 from mplus.serving.errors import ServingError
 from mplus.serving.messages import MemoryName
+
+LOG = logging.getLogger(__name__)
 
 DEFAULT = "default"
 """The memory of a tenant that needs no making: it reads as empty until it is first written."""
@@ -62,6 +66,8 @@ class Tenants:
         self.root, self.limits = root, limits
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         shutil.rmtree(root / DRAFTS, ignore_errors=True)
+        for grave in root.glob(f"*/{GONE}*"):  # of a crash
+            _remove(grave)
 
     def path(self, name: MemoryName) -> Path:
         """Return the directory that a memory lives in, or would live in."""
@@ -84,9 +90,7 @@ class Tenants:
         folder, left = self._folder(name.tenant), self.path(name)
         folder.mkdir(exist_ok=True, mode=0o700)
         if left.exists() and not self._manifest(name).exists():
-            self._bury(left)
-        for grave in folder.glob(f"{GONE}*"):  # of a crash
-            shutil.rmtree(grave, ignore_errors=True)
+            _remove(_buried(left))
         now = time.time()
         number = max([time.time_ns(), *(other.number + 1 for other in others)])  # clocks may go back
         content = {"id": name.id, "tenant": name.tenant, "made": now, "number": number}
@@ -103,10 +107,11 @@ class Tenants:
 
     def remove(self, name: MemoryName) -> None:
         """Remove a memory that is closed: it is gone at once, and its files are deleted then."""
+        grave = _buried(self.path(name)) if self.path(name).exists() else None
         self._manifest(name).unlink(missing_ok=True)
-        if self.path(name).exists():
-            self._bury(self.path(name))
         _sync(self._folder(name.tenant))
+        if grave is not None:
+            _remove(grave)
 
     @contextmanager
     def draft(self) -> Iterator[Path]:
@@ -144,11 +149,6 @@ class Tenants:
                 f"{more:,} more do not fit"
             )
 
-    def _bury(self, path: Path) -> None:
-        grave = path.with_name(f"{GONE}{secrets.token_hex(8)}")
-        path.rename(grave)
-        shutil.rmtree(grave, ignore_errors=True)
-
     def _folder(self, tenant: str) -> Path:
         return self.root / _digest(tenant)
 
@@ -179,6 +179,18 @@ def already_there(name: str) -> ServingError:
 def quota_exceeded(message: str) -> ServingError:
     """Return the error that says: a limit of the tenant is reached, and nothing was written."""
     return ServingError(message, 413, "invalid_request_error", code="quota_exceeded")
+
+
+def _buried(path: Path) -> Path:
+    """Give a directory the name of one that is deleted, and return that."""
+    return path.rename(path.with_name(f"{GONE}{secrets.token_hex(8)}"))
+
+
+def _remove(grave: Path) -> None:
+    try:
+        shutil.rmtree(grave)
+    except OSError as error:
+        LOG.warning("files of a deleted memory are still there, and are removed when a server starts", exc_info=error)
 
 
 def _digest(name: str) -> str:
