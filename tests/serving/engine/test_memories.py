@@ -254,3 +254,15 @@ def test_what_a_crash_left_of_a_deleted_memory_goes_at_the_next_start(
     assert [file.read_text() for file in tmp_path.rglob("rows")] == ["what Ada said"]
     Tenants(tmp_path, Limits())
     assert not list(tmp_path.rglob("rows"))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"id": 1'])
+def test_a_damaged_manifest_is_told_and_hides_no_other(tmp_path: Path, content: str) -> None:
+    tenants, other = Tenants(tmp_path, Limits()), MemoryName(ADA.tenant, "other")
+    tenants.make(ADA)
+    tenants.make(other)
+    tenants.path(ADA).with_suffix(".json").write_text(content)
+    with pytest.raises(ServingError, match="damaged") as caught:
+        tenants.find(ADA)
+    assert (caught.value.facts.status, caught.value.facts.code) == (409, "memory_damaged")
+    assert [made.id for made in tenants.all(ADA.tenant)] == ["other"]

@@ -74,7 +74,7 @@ class Tenants:
         return self._folder(name.tenant) / _digest(name.id)
 
     def find(self, name: MemoryName) -> MadeMemory | None:
-        """Return what is known of a memory; None: it was not made."""
+        """Return what is known of a memory; None: it was not made. Raises ServingError (409): it is damaged."""
         return _read(self._manifest(name))
 
     def make(self, name: MemoryName) -> MadeMemory:
@@ -125,10 +125,10 @@ class Tenants:
             file.unlink(missing_ok=True)
 
     def all(self, tenant: str) -> list[MadeMemory]:
-        """Return the memories of a tenant in order of making."""
+        """Return the memories of a tenant in order of making, without those whose manifest is damaged."""
         with suppress(FileNotFoundError):
             files = [entry.path for entry in os.scandir(self._folder(tenant)) if entry.name.endswith(".json")]
-            found = [made for made in map(_read, map(Path, files)) if made is not None]
+            found = [made for made in map(_read_or_tell, map(Path, files)) if made is not None]
             return sorted(found, key=lambda made: (made.number, made.id))
         return []
 
@@ -201,7 +201,18 @@ def _read(file: Path) -> MadeMemory | None:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         return MadeMemory(content["id"], content["made"], content["number"])
-    except (FileNotFoundError, ValueError, KeyError):
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        LOG.warning("the manifest %s is damaged", file.name, exc_info=error)
+        message = "what the server keeps of this memory is damaged: its name cannot be read"
+        raise ServingError(message, 409, "conflict_error", code="memory_damaged") from error
+
+
+def _read_or_tell(file: Path) -> MadeMemory | None:
+    try:
+        return _read(file)
+    except ServingError:  # logged there; all others are listed
         return None
 
 
